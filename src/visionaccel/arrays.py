@@ -1,0 +1,52 @@
+"""What the core needs to know of arrays that may be numpy's or torch's, without importing torch.
+
+Host arrays are numpy, with bfloat16 through ml_dtypes. A torch tensor is recognised by its type and, on the host, viewed
+as numpy without a copy.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, TypeAlias
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Array", "as_numpy", "dtype_name", "finite_rows", "is_tensor"]
+
+Array: TypeAlias = Any
+"""A numpy array, or a torch tensor where a session declares that it takes them."""
+
+
+def is_tensor(array: Array) -> bool:
+    """Whether `array` is a torch tensor; false, without importing torch, when torch is not loaded."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(array, torch.Tensor)
+
+
+def dtype_name(array: Array) -> str:
+    """The dtype's plain name, such as `float32` or `bfloat16`, whichever library the array is of."""
+    return str(array.dtype).removeprefix("torch.")
+
+
+def as_numpy(array: Array) -> NDArray[Any]:
+    """`array` as numpy: a view for numpy arrays and host tensors (bfloat16 included), a copy from other devices."""
+    if not is_tensor(array):
+        return np.asarray(array)
+    tensor = array.detach().cpu()
+    if dtype_name(tensor) == "bfloat16":
+        torch = sys.modules["torch"]
+        return np.asarray(tensor.view(torch.int16).numpy()).view(ml_dtypes.bfloat16)
+    return np.asarray(tensor.numpy())
+
+
+def finite_rows(array: Array) -> NDArray[np.bool_]:
+    """Which rows of a 2-D array hold only finite numbers: bool [rows], on the host."""
+    if is_tensor(array):
+        return np.asarray(sys.modules["torch"].isfinite(array).all(dim=1).cpu().numpy())
+    if array.dtype == ml_dtypes.bfloat16:
+        # bfloat16 is the upper half of float32: exponent bits all set mean NaN or infinity.
+        exponent = np.uint16(0x7F80)
+        return np.asarray(((array.view(np.uint16) & exponent) != exponent).all(axis=1))
+    return np.asarray(np.isfinite(array).all(axis=1))

@@ -1,0 +1,29 @@
+"""What a backend plug-in implements, and how the core finds and chooses one.
+
+Plug-ins import from here and from the core types (`visionaccel.arrays`, `contracts`, `errors`, `grid`, `program`) only.
+"""
+
+from visionaccel.backends.hooks import EncodeReport, hookimpl
+from visionaccel.backends.registry import GROUP, BackendEntry, Registry, default_registry
+from visionaccel.backends.selection import AUTO, Candidate, Selection, select
+from visionaccel.backends.spec import Accepted, Capabilities, Options, Rejected, Session, Verdict, VisionBackend
+
+__all__ = [
+    "AUTO",
+    "GROUP",
+    "Accepted",
+    "BackendEntry",
+    "Candidate",
+    "Capabilities",
+    "EncodeReport",
+    "Options",
+    "Registry",
+    "Rejected",
+    "Selection",
+    "Session",
+    "Verdict",
+    "VisionBackend",
+    "default_registry",
+    "hookimpl",
+    "select",
+]

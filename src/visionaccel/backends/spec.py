@@ -1,0 +1,147 @@
+"""The contract between the core and a backend plug-in.
+
+A backend answers whether it can run a program here (`probe`) and opens it on a device (`open`). The core does the rest for
+every backend: it checks patches and grids, makes the host-side tables, serialises calls, checks what comes back, measures,
+and falls back. A plug-in is a subclass of each of the two classes below and one hook implementation.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeAlias
+
+from pydantic import BaseModel, ConfigDict
+
+from visionaccel.arrays import Array
+from visionaccel.program import Program
+
+__all__ = ["Accepted", "Capabilities", "Options", "Rejected", "Session", "Verdict", "VisionBackend"]
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The backend can run the program on that device.
+
+    Attributes:
+        score: How good a choice it is, for `auto`: 10 a plain reference, 50 an optimised CPU or GPU runtime, 100 a
+            dedicated accelerator. The highest wins; equal scores are settled by name.
+        notes: What the user should know, such as the execution provider that will be used.
+    """
+
+    score: int
+    notes: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """The backend cannot run the program on that device.
+
+    Attributes:
+        reason: What is missing or does not fit.
+        hint: What to do about it.
+    """
+
+    reason: str
+    hint: str
+
+
+Verdict: TypeAlias = Accepted | Rejected
+
+
+class Options(BaseModel):
+    """Base of a backend's options: frozen, and unknown names are refused. Describe each field; the CLI prints it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What an open session is and how it may be called.
+
+    Attributes:
+        device: What it really runs on, such as `cpu` or `cuda:0`; reported to users.
+        precision: Arithmetic of the matrix products, such as `float32` or `bfloat16`.
+        deterministic: The same inputs give the same bits.
+        thread_safe: `run` may be called from several threads at once. Otherwise the core calls one at a time.
+        takes_tensors: `run` takes torch tensors of any device as they are and may return tensors; otherwise every input
+            is a C-contiguous numpy array on the host.
+        simulated: The device is a simulator; every report says so.
+    """
+
+    device: str
+    precision: str
+    deterministic: bool = True
+    thread_safe: bool = False
+    takes_tensors: bool = False
+    simulated: bool = False
+
+
+class Session(ABC):
+    """An open program on a device.
+
+    The core calls `run` from whichever thread encodes, one call at a time unless `capabilities.thread_safe`.
+    """
+
+    capabilities: Capabilities
+
+    @abstractmethod
+    def run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        """Run the program once.
+
+        Args:
+            inputs: One array for each of `Program.inputs`, with the dtypes and shapes declared there. They belong to the
+                caller: do not write to them, and copy what outlives the call.
+
+        Returns:
+            One array for each of `Program.outputs`. They belong to the caller from then on: never return a buffer that
+            a later call writes to.
+
+        Raises:
+            DeviceError: If the device failed. Any other exception is reported as one, with this backend's name. The
+                session must stay usable, or fail every later call too.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back the device. Called once, when no `run` is in progress."""
+
+
+class VisionBackend(ABC):
+    """A way to run encoder programs. One instance is made for each process that needs it; keep the constructor empty.
+
+    Attributes:
+        name: What users select; equal to the name of the entry point.
+        formats: Program formats it takes, such as `onnx` or `checkpoint` (see `visionaccel.program`).
+        options: The options that `open` takes.
+    """
+
+    name: ClassVar[str]
+    formats: ClassVar[frozenset[str]]
+    options: ClassVar[type[Options]] = Options
+
+    def devices(self) -> Sequence[str]:
+        """Devices of this machine that the backend could use, for display; must not allocate any."""
+        return ("cpu",)
+
+    @abstractmethod
+    def probe(self, program: Program, device: str | None) -> Verdict:
+        """Whether this backend can run `program` on `device` (None: its default), without allocating or loading.
+
+        Refusals are values, not exceptions: `visionaccel explain` prints each candidate's reason and hint.
+        """
+
+    @abstractmethod
+    def open(self, program: Program, device: str | None, options: Any) -> Session:
+        """Open an accepted program.
+
+        Args:
+            program: What to run.
+            device: The device that was probed.
+            options: A validated instance of this class's `options`.
+
+        Raises:
+            DeviceError: If the device refuses or fails.
+            ArtifactError: If the program's files are broken.
+        """

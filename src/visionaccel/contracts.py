@@ -1,0 +1,105 @@
+"""Shape, dtype and value contracts at the encoder's edges. Nothing is repeated, padded or cast to make a count fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from visionaccel.arrays import Array, dtype_name, finite_rows
+from visionaccel.errors import NonFiniteError, OutputError, PatchesError
+from visionaccel.grid import Grid, total_patches
+
+__all__ = ["PATCH_DTYPES", "TensorSpec", "check_output", "check_patches"]
+
+PATCH_DTYPES = frozenset({"float32", "float16", "bfloat16"})
+"""Dtypes in which patches are accepted."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A named tensor of a program.
+
+    Attributes:
+        name: Its name in the program.
+        dtype: numpy's or ml_dtypes' name, such as `float32`, `bfloat16`, `int64`.
+        shape: Sizes; a string names a size that varies from call to call, such as `patches`.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def fits(self, shape: Sequence[int], sizes: Mapping[str, int]) -> bool:
+        """Whether `shape` is this tensor's shape once the named sizes are put in."""
+        return tuple(shape) == tuple(sizes.get(s, -1) if isinstance(s, str) else s for s in self.shape)
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.dtype}[{', '.join(map(str, self.shape))}]"
+
+
+def check_patches(patches: Array, grids: Sequence[Grid], patch_width: int) -> None:
+    """Check patches against their grids before anything is spent on them.
+
+    Args:
+        patches: float32, float16 or bfloat16 [P, patch_width], as the HF processor makes them.
+        grids: One grid for each image or video; P must be their sum of t * h * w.
+        patch_width: channels * temporal patch size * patch size**2.
+
+    Raises:
+        PatchesError: For a wrong rank, width, dtype or count.
+        NonFiniteError: For NaN or infinity; the message names the image.
+    """
+    shape = tuple(patches.shape)
+    if len(shape) != 2 or shape[1] != patch_width:
+        raise PatchesError(
+            f"patches have shape {list(shape)}; this model takes [patches, {patch_width}].",
+            hint="Pass pixel_values as the model's own processor returns them.",
+        )
+    if dtype_name(patches) not in PATCH_DTYPES:
+        raise PatchesError(
+            f"patches are {dtype_name(patches)}; they must be one of {', '.join(sorted(PATCH_DTYPES))}.",
+            hint="Pass the processor's normalised pixel_values, not raw pixels.",
+        )
+    expected = total_patches(grids)
+    if shape[0] != expected:
+        listed = ", ".join(map(str, grids[:8])) + (", ..." if len(grids) > 8 else "")
+        raise PatchesError(
+            f"{shape[0]} patches were given, but the grids ({listed}) describe {expected}.",
+            hint="Pass the pixel_values and the grid_thw of the same processor call.",
+        )
+    finite = finite_rows(patches)
+    if not finite.all():
+        bad = int(np.argmin(finite))
+        ends = np.cumsum([grid.patches for grid in grids])
+        item = int(np.searchsorted(ends, bad, side="right"))
+        raise NonFiniteError(
+            f"patches of image {item} (grid {grids[item]}) hold NaN or infinity, first in row {bad}.",
+            hint="Check the image and its normalisation.",
+        )
+
+
+def check_output(backend: str, spec: TensorSpec, array: Array | None, sizes: Mapping[str, int]) -> None:
+    """Check what a backend returned for one tensor.
+
+    Raises:
+        OutputError: If it is missing, has another shape or dtype, or holds NaN or infinity.
+    """
+    report = "This is a defect of the backend or its device; run `visionaccel explain` and report it with the program."
+    if array is None:
+        raise OutputError(f"backend {backend!r} returned no tensor named {spec.name!r}.", hint=report)
+    if not spec.fits(tuple(array.shape), sizes) or dtype_name(array) != spec.dtype:
+        wanted = [sizes.get(s, s) if isinstance(s, str) else s for s in spec.shape]
+        raise OutputError(
+            f"backend {backend!r} returned {spec.name!r} as {dtype_name(array)}{list(array.shape)}; "
+            f"the program promises {spec.dtype}{wanted}.",
+            hint=report,
+        )
+    finite = finite_rows(array)
+    if not finite.all():
+        raise OutputError(
+            f"backend {backend!r} returned NaN or infinity in {int((~finite).sum())} of {len(finite)} rows of "
+            f"{spec.name!r}.",
+            hint=report,
+        )

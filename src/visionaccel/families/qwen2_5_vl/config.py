@@ -1,0 +1,113 @@
+"""Sizes of a Qwen2.5-VL vision tower, from a checkpoint's configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from visionaccel.checkpoint import Checkpoint
+from visionaccel.errors import CheckpointError, UnsupportedArchitectureError
+
+__all__ = ["VisionConfig"]
+
+_DEFAULTS = {
+    "in_channels": 3,
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "spatial_merge_size": 2,
+    "window_size": 112,
+    "hidden_act": "silu",
+}
+"""What released configurations leave out, as in transformers' `Qwen2_5_VLVisionConfig`."""
+
+
+@dataclass(frozen=True, slots=True)
+class VisionConfig:
+    """Sizes of the tower; names as in `config.json`."""
+
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    out_hidden_size: int
+    in_channels: int
+    patch_size: int
+    temporal_patch_size: int
+    spatial_merge_size: int
+    window_size: int
+    fullatt_block_indexes: tuple[int, ...]
+    rope_theta: float
+
+    @property
+    def patch_width(self) -> int:
+        """Width of a row of patches."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def merged_patches(self) -> int:
+        """Patches that become one token."""
+        return self.spatial_merge_size**2
+
+    @property
+    def window_tokens(self) -> int:
+        """Side of a full attention window in tokens."""
+        return self.window_size // self.patch_size // self.spatial_merge_size
+
+    @property
+    def window_patches(self) -> int:
+        """Patches of a full attention window."""
+        return self.window_tokens**2 * self.merged_patches
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> VisionConfig:
+        """The vision configuration of a checkpoint.
+
+        Raises:
+            CheckpointError: If a size is missing or impossible.
+            UnsupportedArchitectureError: If the activation is not SiLU.
+        """
+        where = f"{checkpoint.folder}/config.json: vision_config"
+        raw = checkpoint.config.get("vision_config")
+        if not isinstance(raw, dict):
+            raise CheckpointError(f"{where} is missing.", hint="Pass a vision-language checkpoint.")
+        values: dict[str, Any] = {**_DEFAULTS, **raw}
+        if values["hidden_act"] != "silu":
+            raise UnsupportedArchitectureError(
+                f"{where}.hidden_act is {values['hidden_act']!r}; only 'silu' is implemented.",
+                hint="Pass a released Qwen2.5-VL checkpoint or a finetune of one.",
+            )
+        values["rope_theta"] = (values.get("rope_parameters") or {}).get("rope_theta", 10000.0)
+        try:
+            config = cls(
+                fullatt_block_indexes=tuple(sorted(int(i) for i in values["fullatt_block_indexes"])),
+                rope_theta=float(values["rope_theta"]),
+                **{name: int(values[name]) for name in cls.__slots__ if name not in _NOT_PLAIN_SIZES},
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{where} lacks a usable {error}.", hint="Pass a complete Qwen2.5-VL checkpoint."
+            ) from error
+        config._check(where)
+        return config
+
+    def _check(self, where: str) -> None:
+        rules = {
+            "sizes must be positive": min(getattr(self, n) for n in self.__slots__ if n not in _NOT_PLAIN_SIZES) > 0,
+            "hidden_size must be divisible by num_heads": self.hidden_size % max(self.num_heads, 1) == 0,
+            "the head width must be divisible by 4": self.head_dim % 4 == 0,
+            "window_size must be a multiple of patch_size * spatial_merge_size": self.window_size
+            % (self.patch_size * self.spatial_merge_size)
+            == 0,
+            "fullatt_block_indexes must lie below depth": all(0 <= i < self.depth for i in self.fullatt_block_indexes),
+        }
+        broken = [rule for rule, holds in rules.items() if not holds]
+        if broken:
+            raise CheckpointError(f"{where}: {'; '.join(broken)}.", hint="The configuration is damaged or foreign.")
+
+
+_NOT_PLAIN_SIZES = frozenset({"fullatt_block_indexes", "rope_theta"})

@@ -1,0 +1,118 @@
+"""Grids: how many patches an image or video has in time, height and width."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, SupportsIndex
+
+from visionaccel.errors import GridError
+
+__all__ = ["Grid", "GridLike", "as_grids", "total_patches"]
+
+_TEXT = re.compile(r"(?:(\d+)x)?(\d+)x(\d+)")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Grid:
+    """Patches of one image (t = 1) or video: `t` temporal steps of `h` x `w` patches.
+
+    Raises:
+        GridError: If a size is not a positive integer.
+    """
+
+    t: int
+    h: int
+    w: int
+
+    def __post_init__(self) -> None:
+        for name in ("t", "h", "w"):
+            size = getattr(self, name)
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise GridError(
+                    f"grid (t={self.t!r}, h={self.h!r}, w={self.w!r}): {name} must be a positive integer.",
+                    hint="Pass the image_grid_thw that the processor returned beside the patches.",
+                )
+
+    @property
+    def patches(self) -> int:
+        """Rows of the patches array that belong to this image or video: t * h * w."""
+        return self.t * self.h * self.w
+
+    def tokens(self, merge_size: int) -> int:
+        """Rows of the embeddings: patches / merge_size**2.
+
+        Raises:
+            GridError: If height or width is not divisible by `merge_size`.
+        """
+        self.check_divisible(merge_size)
+        return self.patches // merge_size**2
+
+    def check_divisible(self, merge_size: int) -> None:
+        """Raise GridError unless height and width are multiples of `merge_size`."""
+        if self.h % merge_size or self.w % merge_size:
+            raise GridError(
+                f"grid {self}: height and width must be divisible by the merge size {merge_size}.",
+                hint=f"Resize the image so that its sides are multiples of patch size x {merge_size} pixels; "
+                "the model's own processor does so.",
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> Grid:
+        """The grid written as `HxW` (one image) or `TxHxW`, in patches, such as `58x74`.
+
+        Raises:
+            GridError: If the text is not of that form.
+        """
+        match = _TEXT.fullmatch(text.strip())
+        if match is None:
+            raise GridError(f"grid {text!r} is not of the form HxW or TxHxW.", hint="Write, for example, 58x74.")
+        return cls(int(match[1] or 1), int(match[2]), int(match[3]))
+
+    def __str__(self) -> str:
+        return f"{self.t}x{self.h}x{self.w}"
+
+
+GridLike = Grid | Sequence[SupportsIndex]
+
+
+def as_grids(grids: Iterable[GridLike] | Any, merge_size: int = 1) -> tuple[Grid, ...]:
+    """Grids from any `[n, 3]` array, tensor, list of triples or list of `Grid`, checked.
+
+    Args:
+        grids: One (t, h, w) in patches for each image or video.
+        merge_size: Height and width must be divisible by it.
+
+    Raises:
+        GridError: If there is none, one is malformed, or one is not divisible.
+    """
+    rows = grids.tolist() if hasattr(grids, "tolist") else list(grids)
+    if not rows:
+        raise GridError("no grid was given.", hint="Pass one (t, h, w) for each image or video.")
+    checked = []
+    for row in rows:
+        if not isinstance(row, Grid):
+            if not isinstance(row, Sequence) or isinstance(row, str) or len(row) != 3:
+                raise GridError(
+                    f"grid {row!r} is not a triple (t, h, w).",
+                    hint="Pass grids as an integer array of shape [images, 3].",
+                )
+            row = Grid(*(_as_int(size, row) for size in row))
+        row.check_divisible(merge_size)
+        checked.append(row)
+    return tuple(checked)
+
+
+def total_patches(grids: Iterable[Grid]) -> int:
+    """Rows of the patches array that the grids describe together."""
+    return sum(grid.patches for grid in grids)
+
+
+def _as_int(size: Any, row: Sequence[Any]) -> int:
+    try:
+        return size.__index__()  # type: ignore[no-any-return]
+    except AttributeError:
+        raise GridError(
+            f"grid {list(row)!r}: {size!r} is not an integer.", hint="Pass grids as integers (t, h, w)."
+        ) from None

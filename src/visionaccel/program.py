@@ -1,0 +1,42 @@
+"""Programs: what a backend is asked to run, described without loading it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from visionaccel.contracts import TensorSpec
+
+__all__ = ["CHECKPOINT", "ONNX", "Program"]
+
+ONNX = "onnx"
+"""An ONNX model as bytes; its external data lies under `Program.folder`."""
+
+CHECKPOINT = "checkpoint"
+"""A Hugging Face checkpoint folder, for a backend that builds the tower from its weights."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """One artifact that computes an encoder, with named inputs and outputs.
+
+    Attributes:
+        family: The vision tower's architecture, such as `qwen2_5_vl`.
+        format: What kind of artifact it is: `onnx`, `checkpoint`, or a plug-in's own name.
+        folder: The checkpoint folder (`checkpoint`), or the folder that external-data locations start from (`onnx`).
+        inputs: Tensors that a session takes.
+        outputs: Tensors that a session returns.
+        weights_dtype: Dtype in which the weights are stored, such as `bfloat16`.
+        uniform_frames: All frames of one call must have the same height and width in patches.
+        model: Returns the artifact's bytes where it has any; called when a session opens, never by a probe.
+    """
+
+    family: str
+    format: str
+    folder: Path
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    weights_dtype: str
+    uniform_frames: bool
+    model: Callable[[], bytes] | None = field(default=None, compare=False, repr=False)

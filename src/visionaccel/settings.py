@@ -1,0 +1,158 @@
+"""Settings from the environment: one model that also writes the documented table."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from visionaccel.errors import SettingsError
+
+__all__ = ["PREFIX", "Settings", "load_settings", "parse_options", "settings_table"]
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "VISIONACCEL_"
+
+
+def parse_options(value: Any) -> Any:
+    """Backend options from text: a JSON object, or `name=value,name=value` where values are JSON or plain text."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    if text.startswith("{"):
+        return json.loads(text)
+    options: dict[str, Any] = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        name, equals, item = part.partition("=")
+        if not equals:
+            raise ValueError(f"{part!r} is not of the form name=value")
+        try:
+            options[name.strip()] = json.loads(item)
+        except ValueError:
+            options[name.strip()] = item.strip()
+    return options
+
+
+def _none_by_name(value: Any) -> Any:
+    return None if isinstance(value, str) and value.strip().lower() == "none" else value
+
+
+class Settings(BaseSettings):
+    """What the environment asks of visionaccel. Each field is read from `VISIONACCEL_` and its name in capitals."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, frozen=True, extra="forbid")
+
+    backend: str | None = Field(
+        None,
+        description="Backend that runs the vision encoder: a name that `visionaccel backends` lists, or `auto` for the "
+        "best one here. Unset: vLLM is left alone.",
+    )
+    device: str | None = Field(
+        None, description="Device of that backend, such as `cpu`, `cuda:0` or `npu`. Unset: the backend's default."
+    )
+    bundle: Path | None = Field(
+        None,
+        description="Folder that the encoder comes from, if it is not the served checkpoint itself: a checkpoint with "
+        "the vision weights.",
+    )
+    mode: Literal["auto", "inline"] = Field(
+        "auto",
+        description="How the encoder runs beside the language model. `inline`: inside the engine's step. `auto`: the "
+        "best mode that is available.",
+    )
+    fallback: Annotated[str | None, BeforeValidator(_none_by_name)] = Field(
+        None,
+        description="Backend that takes over when the chosen one cannot start or fails on an image. Unset or `none`: "
+        "no other backend is ever used.",
+    )
+    options: Annotated[dict[str, Any], NoDecode, BeforeValidator(parse_options)] = Field(
+        default_factory=dict,
+        description='Options of the backend: `name=value,name=value` or a JSON object. `visionaccel backends` lists them.',
+    )
+    timing: bool = Field(False, description="Log the time of each part of every encode.")
+
+
+@dataclass(frozen=True)
+class _Alias:
+    """A variable of the published prior art, the setting it stands for, and how its values translate."""
+
+    old: str
+    field: str
+    values: Mapping[str, str]
+
+
+_ALIASES = (
+    _Alias("VLLM_VISION_NPU_BACKEND", "backend", {}),
+    _Alias("VLLM_VISION_NPU_DEVICE", "device", {}),
+    _Alias("VLLM_VISION_NPU_CACHE", "bundle", {}),
+    _Alias("VLLM_NPU_TIMING", "timing", {}),
+    _Alias("VLLM_NPU_ASYNC_PIPELINE", "mode", {"0": "inline", "false": "inline", "1": "auto", "true": "auto"}),
+)
+
+
+def backend_is_named() -> bool:
+    """Whether the environment names a backend at all, by the current or the former variable. Reads nothing else."""
+    return any(os.environ.get(name, "").strip() for name in (PREFIX + "BACKEND", "VLLM_VISION_NPU_BACKEND"))
+
+
+def load_settings() -> Settings:
+    """Settings of the current environment; former names are accepted with one deprecation line each.
+
+    A variable that starts with `VISIONACCEL_` but is no setting is most likely a typing error: it is logged as ignored.
+
+    Raises:
+        SettingsError: If a value is invalid; the message names the variable and what it takes.
+    """
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    for name in sorted(os.environ):
+        if name.startswith(PREFIX) and name not in known:
+            _warn_unknown_once(name, next(iter(get_close_matches(name, known, 1)), None))
+    given: dict[str, Any] = {}
+    for alias in _ALIASES:
+        value, new = os.environ.get(alias.old), PREFIX + alias.field.upper()
+        if value is None or not value.strip():
+            continue
+        _warn_once(alias.old, new)
+        if not os.environ.get(new):
+            given[alias.field] = alias.values.get(value.strip().lower(), value)
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        problems = "; ".join(_describe(problem) for problem in error.errors())
+        raise SettingsError(f"Invalid settings: {problems}.", hint="See the table of settings in the README.") from error
+
+
+@cache
+def _warn_once(old: str, new: str) -> None:
+    logger.warning("%s is deprecated; set %s instead.", old, new)
+
+
+@cache
+def _warn_unknown_once(name: str, near: str | None) -> None:
+    logger.warning("%s is not a setting and is ignored.%s", name, f" Did you mean {near}?" if near else "")
+
+
+def _describe(problem: Mapping[str, Any]) -> str:
+    field = str(problem["loc"][0]) if problem["loc"] else "?"
+    return f"{PREFIX}{field.upper()}={problem['input']!r}: {problem['msg']}"
+
+
+def settings_table() -> str:
+    """The settings as a Markdown table, former names included; the README holds it verbatim."""
+    former = {alias.field: f"`{alias.old}`" for alias in _ALIASES}
+    rows = ["| variable | default | meaning | former name |", "|---|---|---|---|"]
+    for name, field in Settings.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        shown = f"`{default}`" if default not in (None, {}) else "unset"
+        rows.append(f"| `{PREFIX}{name.upper()}` | {shown} | {field.description} | {former.get(name, '')} |")
+    return "\n".join(rows)
