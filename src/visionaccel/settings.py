@@ -17,7 +17,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from visionaccel.errors import SettingsError
 
-__all__ = ["PREFIX", "Settings", "load_settings", "parse_options", "settings_table"]
+__all__ = ["PREFIX", "Settings", "backend_is_named", "load_settings", "parse_options", "settings_table"]
 
 logger = logging.getLogger(__name__)
 

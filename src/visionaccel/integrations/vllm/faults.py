@@ -1,0 +1,100 @@
+"""How a worker process tells the engine's scheduler that it could not encode an item.
+
+vLLM's step has no channel for it: an exception in the vision tower ends the engine, and an embedding that is wrong on
+purpose would be answered from. So the worker appends a line to a file in a private folder before its step returns, and
+the scheduler looks there, after a step with encoder inputs, before it accepts any token of that step.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from visionaccel.arrays import Array, as_numpy
+from visionaccel.grid import Grid
+
+__all__ = ["Fault", "FaultReader", "item_key", "make_board", "report_fault"]
+
+_FOLDER = "_VISIONACCEL_FAULT_BOARD"
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One item that could not be encoded.
+
+    Attributes:
+        key: What `item_key` gives for the item's pixels and grid.
+        message: Why.
+    """
+
+    key: str
+    message: str
+
+
+def item_key(patches: Array, grid: Grid) -> str:
+    """A digest of one item's patches and grid, equal in the worker and in the scheduler."""
+    digest = hashlib.blake2b(repr((grid.t, grid.h, grid.w)).encode(), digest_size=16)
+    digest.update(np.ascontiguousarray(as_numpy(patches)).view(np.uint8))
+    return digest.hexdigest()
+
+
+def make_board() -> None:
+    """Make the folder, readable by this user only, and name it to the child processes; once in a process tree."""
+    if not os.environ.get(_FOLDER):
+        folder = tempfile.mkdtemp(prefix="visionaccel-")
+        os.environ[_FOLDER] = folder
+        atexit.register(_remove, folder, os.getpid())
+
+
+def report_fault(fault: Fault) -> bool:
+    """Tell the scheduler of this process's engine. False if none listens: then the caller must raise instead."""
+    folder = os.environ.get(_FOLDER)
+    # The engine's process is this one or, with vLLM's multiprocess executor, the parent of this worker.
+    boards = [Path(folder, str(pid)) for pid in (os.getpid(), os.getppid())] if folder else []
+    for board in boards:
+        if board.exists():
+            line = json.dumps({"key": fault.key, "message": fault.message}) + "\n"
+            descriptor = os.open(board, os.O_WRONLY | os.O_APPEND)
+            try:
+                os.write(descriptor, line.encode())
+            finally:
+                os.close(descriptor)
+            return True
+    return False
+
+
+class FaultReader:
+    """The scheduler's end; making it starts the listening."""
+
+    def __init__(self) -> None:
+        folder = os.environ.get(_FOLDER)
+        self._board = Path(folder, str(os.getpid())) if folder else None
+        self._read = 0
+        if self._board is not None:
+            self._board.touch(mode=0o600)
+
+    def new(self) -> list[Fault]:
+        """Faults since the last call; one `stat` if there are none."""
+        if self._board is None or self._board.stat().st_size == self._read:
+            return []
+        with self._board.open("rb") as file:
+            file.seek(self._read)
+            text = file.read()
+        # A line that is still being written is left for the next call.
+        whole = text[: text.rfind(b"\n") + 1]
+        self._read += len(whole)
+        return [Fault(**json.loads(line)) for line in whole.splitlines()]
+
+
+def _remove(folder: str, owner: int) -> None:
+    # A forked child inherits the exit handler but must not take the folder from its parent.
+    if os.getpid() == owner:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,56 @@
+"""vLLM's Qwen2.5-VL with its vision tower on a visionaccel backend. Resolved lazily by vLLM's model registry."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from vllm.model_executor.models.qwen2_5_vl import (
+    Qwen2_5_VLDummyInputsBuilder,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLMultiModalProcessor,
+    Qwen2_5_VLProcessingInfo,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from visionaccel.families.qwen2_5_vl import WEIGHT_PREFIXES
+from visionaccel.integrations.vllm import compat
+from visionaccel.integrations.vllm.tower import AcceleratedTower
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+
+__all__ = ["AcceleratedQwen2_5_VL"]
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    Qwen2_5_VLMultiModalProcessor, info=Qwen2_5_VLProcessingInfo, dummy_inputs=Qwen2_5_VLDummyInputsBuilder
+)
+class AcceleratedQwen2_5_VL(Qwen2_5_VLForConditionalGeneration):  # type: ignore[misc]
+    """Allocates no vision weights and skips them while loading; all else is vLLM's."""
+
+    # The backend takes normalised patches, has no CUDA graph, no tensor-parallel split and no LoRA of vLLM's.
+    supports_mm_device_do_normalize = False
+    supports_encoder_cudagraph = False
+    supports_encoder_tp_data = False
+    supports_tower_connector_lora = False
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        def make(*_: Any, **__: Any) -> AcceleratedTower:
+            # The stock tower's arguments drift between releases, so none is looked at.
+            return AcceleratedTower(vllm_config)
+
+        with compat.swapped_tower(Qwen2_5_VLForConditionalGeneration, make):
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load the language model's weights; the tower's are skipped if the checkpoint has them at all."""
+        loaded: set[str] = super().load_weights(_without_tower(weights))
+        return loaded
+
+
+def _without_tower(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, weight in weights:
+        if not name.startswith(WEIGHT_PREFIXES):
+            yield name, weight

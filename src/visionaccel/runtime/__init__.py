@@ -1,0 +1,1 @@
+"""What keeps encoders serving: isolation of one image's fault, and fallback."""

@@ -1,0 +1,111 @@
+"""An encoder that answers item by item: one image's fault never costs another its embeddings."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from visionaccel.arrays import Array
+from visionaccel.encoder import Encoder
+from visionaccel.errors import DeviceError, InputError, VisionAccelError
+from visionaccel.grid import Grid, GridLike, as_grids, total_patches
+
+__all__ = ["GuardedEncoder"]
+
+logger = logging.getLogger(__name__)
+
+
+class GuardedEncoder:
+    """Encodes several items in one call where that works, and one by one where it does not.
+
+    Args:
+        primary: The chosen encoder.
+        fallback: Opens the encoder that takes over items on which the primary's device fails; None for no other.
+            Called at most once, when first needed.
+
+    Attributes:
+        fallback_items: Items that the fallback encoded so far.
+        failed_items: Items that no encoder could encode so far.
+    """
+
+    def __init__(self, primary: Encoder, fallback: Callable[[], Encoder] | None = None) -> None:
+        self.primary = primary
+        self._open_fallback = fallback
+        self._fallback: Encoder | None = None
+        self._lock = threading.Lock()
+        self.fallback_items = 0
+        self.failed_items = 0
+
+    def encode_items(self, patches: Array, grids: Sequence[GridLike]) -> list[Array | VisionAccelError]:
+        """Embeddings of each item, or the error that this item alone must answer for. Never raises for bad data.
+
+        Args:
+            patches: float32, float16 or bfloat16 [P, patch_width] of all items.
+            grids: (t, h, w) of each item.
+
+        Returns:
+            One entry for each grid: float32 [tokens, out_width], or the error.
+        """
+        merge = self.primary.tower.merge_size
+        try:
+            checked = as_grids(grids, merge)
+            if total_patches(checked) != len(patches):
+                # Which rows belong to which item is unknown, so the error is everybody's.
+                return self._failed(self._attempt(self.primary, patches, checked), len(checked))
+        except InputError as error:
+            return self._failed(error, len(grids))
+        whole = self._attempt(self.primary, patches, checked)
+        ends = np.cumsum([grid.patches for grid in checked]).tolist()
+        if not isinstance(whole, VisionAccelError):
+            stops = np.cumsum([grid.tokens(merge) for grid in checked]).tolist()
+            return [whole[start:stop] for start, stop in zip([0, *stops], stops, strict=False)]
+        return [
+            self._one(patches[start:end], grid, whole if len(checked) == 1 else None)
+            for start, end, grid in zip([0, *ends], ends, checked, strict=False)
+        ]
+
+    def close(self) -> None:
+        """Close every encoder that was opened."""
+        self.primary.close()
+        if self._fallback is not None:
+            self._fallback.close()
+
+    def _one(self, patches: Array, grid: Grid, known: VisionAccelError | None) -> Array | VisionAccelError:
+        """One item alone: the primary unless its error is known, then the fallback if a device was at fault."""
+        answer = known or self._attempt(self.primary, patches, [grid])
+        if not isinstance(answer, VisionAccelError):
+            return answer
+        if isinstance(answer, InputError) or self._open_fallback is None:
+            return self._failed(answer, 1)[0]
+        logger.warning("Backend %r failed on grid %s; the fallback takes over: %s", self.primary.backend, grid, answer)
+        try:
+            second = self._attempt(self._second(), patches, [grid])
+        except VisionAccelError as error:
+            second = error
+        if isinstance(second, VisionAccelError):
+            both = DeviceError(f"{answer.message} The fallback failed too: {second.message}", hint=second.hint)
+            return self._failed(both, 1)[0]
+        self.fallback_items += 1
+        return second
+
+    def _second(self) -> Encoder:
+        with self._lock:
+            if self._fallback is None:
+                assert self._open_fallback is not None
+                self._fallback = self._open_fallback()
+            return self._fallback
+
+    def _failed(self, error: Array | VisionAccelError, items: int) -> list[Array | VisionAccelError]:
+        self.failed_items += items
+        return [error] * items
+
+    def _attempt(self, encoder: Encoder, patches: Array, grids: Sequence[Grid]) -> Array | VisionAccelError:
+        try:
+            return encoder.encode(patches, grids)
+        except VisionAccelError as error:
+            return error
+        except Exception as error:  # The engine's step must survive whatever a vendor's stack raises.
+            return DeviceError(f"encoding failed with {type(error).__name__}: {error}")
