@@ -8,7 +8,7 @@ PLUGINS = {"onnxrt": "visionaccel-onnxrt", "torch_ref": "visionaccel-torch-ref"}
 
 
 class PluginExtras(MetadataHookInterface):
-    """`pip install '.[onnxrt]'` takes the plug-in of the same checkout; a wheel made from the sdist names it plainly."""
+    """`pip install '.[onnxrt]'` takes the plug-in beside it; a wheel made from the sdist names it plainly."""
 
     def update(self, metadata: dict) -> None:
         extras = {}

@@ -1,7 +1,7 @@
 """What the core needs to know of arrays that may be numpy's or torch's, without importing torch.
 
-Host arrays are numpy, with bfloat16 through ml_dtypes. A torch tensor is recognised by its type and, on the host, viewed
-as numpy without a copy.
+Host arrays are numpy, with bfloat16 through ml_dtypes. A torch tensor is recognised by its type and, on the host,
+viewed as numpy without a copy.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Reading Hugging Face checkpoint folders: configuration and where each tensor's bytes lie. No weight is read here.
 
 The safetensors layout is eight bytes of header length, a JSON header, then the tensors' bytes
-(https://github.com/huggingface/safetensors#format). The safetensors library does not tell a tensor's offset in its file,
-which external data in an ONNX graph needs, so the header is parsed here.
+(https://github.com/huggingface/safetensors#format). The safetensors library does not tell a tensor's offset in its
+file, which external data in an ONNX graph needs, so the header is parsed here.
 """
 
 from __future__ import annotations

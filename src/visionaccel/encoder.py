@@ -53,8 +53,8 @@ class Encoder:
             grids: (t, h, w) in patches of each image or video, such as the processor's `image_grid_thw`.
 
         Returns:
-            float32 [N, out_width] with N = P / merge_size**2, in the order of the grids. numpy, or a torch tensor if the
-            session takes tensors and was given one. It belongs to the caller.
+            float32 [N, out_width] with N = P / merge_size**2, in the order of the grids. numpy, or a torch tensor if
+            the session takes tensors and was given one. It belongs to the caller.
 
         Raises:
             InputError: If patches and grids do not fit the model or each other, or hold NaN or infinity.
@@ -63,26 +63,25 @@ class Encoder:
         started = time.perf_counter()
         checked = as_grids(grids, self.tower.merge_size)
         check_patches(patches, checked, self.tower.patch_width)
-        prepared_from = time.perf_counter()
-        run_seconds = finish_seconds = 0.0
+        check_ended = time.perf_counter()
         patches = self._to_session(patches)
-        pieces: list[Array] = [None] * len(checked)
-        for items in self._calls(checked):
+        calls = self._calls(checked)
+        run_seconds = finish_seconds = 0.0
+        outputs = []
+        for items in calls:
             part = [checked[i] for i in items]
             inputs = self.tower.inputs(self.program, _rows(patches, checked, items), part)
-            begun = time.perf_counter()
+            run_started = time.perf_counter()
             output = self._run(inputs, part)
-            ended = time.perf_counter()
+            run_ended = time.perf_counter()
             self._check(output, part)
-            rows = np.cumsum([grid.tokens(self.tower.merge_size) for grid in part])[:-1]
-            for item, piece in zip(items, _split(output, rows), strict=True):
-                pieces[item] = piece
-            run_seconds += ended - begun
-            finish_seconds += time.perf_counter() - ended
-        joining = time.perf_counter()
-        embeddings = output if len(items) == len(checked) else _join(pieces)
-        finished = time.perf_counter()
-        finish_seconds += finished - joining
+            outputs.append(output)
+            run_seconds += run_ended - run_started
+            finish_seconds += time.perf_counter() - run_ended
+        joined_from = time.perf_counter()
+        embeddings = outputs[0] if len(calls) == 1 else self._in_item_order(outputs, calls, checked)
+        ended = time.perf_counter()
+        finish_seconds += ended - joined_from
         self._report(
             EncodeReport(
                 backend=self.backend,
@@ -90,8 +89,8 @@ class Encoder:
                 grids=checked,
                 patches=total_patches(checked),
                 tokens=len(embeddings),
-                check_seconds=prepared_from - started,
-                prepare_seconds=finished - prepared_from - run_seconds - finish_seconds,
+                check_seconds=check_ended - started,
+                prepare_seconds=ended - check_ended - run_seconds - finish_seconds,
                 run_seconds=run_seconds,
                 finish_seconds=finish_seconds,
             )
@@ -122,8 +121,17 @@ class Encoder:
             groups.setdefault((grid.h, grid.w), []).append(item)
         return list(groups.values())
 
+    def _in_item_order(self, outputs: Sequence[Array], calls: Sequence[list[int]], grids: Sequence[Grid]) -> Array:
+        """The embeddings of several calls, put into the order of the items."""
+        pieces: list[Array] = [None] * len(grids)
+        for output, items in zip(outputs, calls, strict=True):
+            ends = np.cumsum([grids[i].tokens(self.tower.merge_size) for i in items]).tolist()
+            for item, start, end in zip(items, [0, *ends[:-1]], ends, strict=True):
+                pieces[item] = output[start:end]
+        return _join(pieces)
+
     def _to_session(self, patches: Array) -> Array:
-        """Patches in the program's dtype, on the host unless the session takes tensors; a view where nothing changes."""
+        """Patches in the program's dtype, on the host unless the session takes tensors; a view if nothing changes."""
         wanted = next(spec.dtype for spec in self.program.inputs if spec.name == "pixel_values")
         if self.session.capabilities.takes_tensors and is_tensor(patches):
             return patches if dtype_name(patches) == wanted else patches.float()
@@ -223,10 +231,6 @@ def _rows(patches: Array, grids: Sequence[Grid], items: Sequence[int]) -> Array:
     if list(items) == list(range(items[0], items[-1] + 1)):
         return patches[starts[items[0]] : ends[items[-1]]]
     return _join([patches[starts[i] : ends[i]] for i in items])
-
-
-def _split(array: Array, at: Any) -> list[Array]:
-    return list(array.tensor_split(at.tolist())) if is_tensor(array) else np.split(array, at)
 
 
 def _join(pieces: Sequence[Array]) -> Array:

@@ -1,8 +1,8 @@
 """Every error this package raises, in one hierarchy.
 
-Four branches tell apart whose fault it is, because callers treat them differently: bad data of one call (`InputError`: fail
-that request), a wrong set-up (`ConfigurationError`: refuse to start), a broken or foreign file (`ArtifactError`: fetch it
-again) and a device that failed (`DeviceError`: retry or fall back).
+Four branches tell apart whose fault it is, because callers treat them differently: bad data of one call (`InputError`:
+fail that request), a wrong set-up (`ConfigurationError`: refuse to start), a broken or foreign file (`ArtifactError`:
+fetch it again) and a device that failed (`DeviceError`: retry or fall back).
 """
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Writes ONNX graphs directly: nodes in order, weights as references into safetensors shards, no tracing and no copy."""
+"""Writes ONNX graphs directly: nodes in order, weights referenced in their safetensors shards; nothing is traced."""
 
 from __future__ import annotations
 

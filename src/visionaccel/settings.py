@@ -77,7 +77,8 @@ class Settings(BaseSettings):
     )
     options: Annotated[dict[str, Any], NoDecode, BeforeValidator(parse_options)] = Field(
         default_factory=dict,
-        description='Options of the backend: `name=value,name=value` or a JSON object. `visionaccel backends` lists them.',
+        description="Options of the backend, which `visionaccel backends` lists: `name=value,name=value` or a JSON "
+        "object.",
     )
     timing: bool = Field(False, description="Log the time of each part of every encode.")
 
@@ -129,7 +130,9 @@ def load_settings() -> Settings:
         return Settings(**given)
     except ValidationError as error:
         problems = "; ".join(_describe(problem) for problem in error.errors())
-        raise SettingsError(f"Invalid settings: {problems}.", hint="See the table of settings in the README.") from error
+        raise SettingsError(
+            f"Invalid settings: {problems}.", hint="See the table of settings in the README."
+        ) from error
 
 
 @cache

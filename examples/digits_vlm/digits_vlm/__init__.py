@@ -1,8 +1,8 @@
 """A small, real Qwen2.5-VL that reads handwritten digits.
 
 The checkpoint is trained by `digits_vlm.train` with transformers' own classes and has every structural trait of the 7B
-vision tower: window attention with partial windows, full-attention layers, 2x2 patch merging and axial rotary positions.
-An encoder that shifts a grid or permutes a window therefore loses visible accuracy.
+vision tower: window attention with partial windows, full-attention layers, 2x2 patch merging and axial rotary
+positions. An encoder that shifts a grid or permutes a window therefore loses visible accuracy.
 """
 
 from importlib import resources

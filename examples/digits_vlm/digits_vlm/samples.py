@@ -1,7 +1,7 @@
 """Canvases of handwritten digits with their truth, drawn from scikit-learn's digits data set.
 
-The 1,797 handwritten samples are split once, by a fixed permutation, into a training and a held-out pool. No handwritten
-sample is in both. Everything here is a pure function of a `numpy.random.Generator`.
+The 1,797 handwritten samples are split once, by a fixed permutation, into a training and a held-out pool. No
+handwritten sample is in both. Everything here is a pure function of a `numpy.random.Generator`.
 """
 
 from dataclasses import dataclass

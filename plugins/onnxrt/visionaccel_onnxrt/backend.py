@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field
+
 from visionaccel.arrays import Array
 from visionaccel.backends import Accepted, Capabilities, Options, Rejected, Session, Verdict, VisionBackend
 from visionaccel.errors import ArtifactError, ConfigurationError, DeviceError
 from visionaccel.program import ONNX, Program
-
 from visionaccel_onnxrt.providers import CPU_PROVIDER, DEVICES, provider_for
 
 __all__ = ["OnnxRuntimeBackend", "OnnxRuntimeOptions", "OnnxRuntimeSession"]

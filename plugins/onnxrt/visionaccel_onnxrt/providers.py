@@ -25,10 +25,15 @@ class Provider:
 
 
 DEVICES = {
-    "cpu": Provider(CPU_PROVIDER, 50, "pip install onnxruntime"),
-    "cuda": Provider("CUDAExecutionProvider", 80, "pip install onnxruntime-gpu"),
+    "cpu": Provider(CPU_PROVIDER, 50, "onnxruntime (pip install onnxruntime)"),
+    "cuda": Provider(
+        "CUDAExecutionProvider", 80, "onnxruntime-gpu in the place of onnxruntime (pip install onnxruntime-gpu)"
+    ),
     "npu": Provider(
-        "VitisAIExecutionProvider", 100, "the ONNX Runtime of AMD's Ryzen AI Software; PyPI's has none", static_only=True
+        "VitisAIExecutionProvider",
+        100,
+        "the ONNX Runtime of AMD's Ryzen AI Software; PyPI's has none",
+        static_only=True,
     ),
 }
 """Provider of each kind of device."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from pydantic import Field
+
 from visionaccel.arrays import Array, is_tensor
 from visionaccel.backends import Accepted, Capabilities, Options, Rejected, Session, Verdict, VisionBackend
 from visionaccel.program import CHECKPOINT, Program

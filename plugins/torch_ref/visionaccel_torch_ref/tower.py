@@ -6,6 +6,7 @@ import torch
 from safetensors import safe_open
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+
 from visionaccel.checkpoint import Checkpoint
 from visionaccel.errors import CheckpointError
 from visionaccel.families.qwen2_5_vl import WEIGHT_PREFIXES
@@ -47,4 +48,5 @@ def load_tower(folder: Path, *, dtype: str, attention: str, device: str) -> torc
             f"{folder}: the vision weights do not fit the configuration: {error}",
             hint="Configuration and weights are of different models.",
         ) from error
-    return tower.to(device).eval().requires_grad_(False)
+    module: torch.nn.Module = tower.to(device).eval().requires_grad_(False)
+    return module

@@ -1,8 +1,8 @@
 """The contract between the core and a backend plug-in.
 
-A backend answers whether it can run a program here (`probe`) and opens it on a device (`open`). The core does the rest for
-every backend: it checks patches and grids, makes the host-side tables, serialises calls, checks what comes back, measures,
-and falls back. A plug-in is a subclass of each of the two classes below and one hook implementation.
+A backend answers whether it can run a program here (`probe`) and opens it on a device (`open`). The core does the rest
+for every backend: it checks patches and grids, makes the host-side tables, serialises calls, checks what comes back,
+measures, and falls back. A plug-in is a subclass of each of the two classes below and one hook implementation.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ class Session(ABC):
         """Run the program once.
 
         Args:
-            inputs: One array for each of `Program.inputs`, with the dtypes and shapes declared there. They belong to the
+            inputs: One array for each of `Program.inputs`, with the dtypes and shapes declared there. They belong to
+            the
                 caller: do not write to them, and copy what outlives the call.
 
         Returns:

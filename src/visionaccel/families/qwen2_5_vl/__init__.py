@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -94,13 +95,18 @@ class Qwen25VLTower(Tower):
             model=self.onnx_model,
         )
 
-    def onnx_model(self) -> bytes:
-        """The tower's ONNX model, its weights referenced in the checkpoint's own shards."""
+    def onnx_model(self, folder: Path | None = None) -> bytes:
+        """The tower's ONNX model, its weights referenced in the checkpoint's own shards.
+
+        Args:
+            folder: External-data locations are relative to it; it must hold all shards, at any depth. Default: the
+                deepest such folder.
+        """
         # onnx takes a noticeable time to import and only a backend that opens this program needs it.
         from visionaccel.families.qwen2_5_vl.graph import write_graph
         from visionaccel.onnx_writer import GraphWriter
 
-        writer = GraphWriter(self.checkpoint.weights_folder)
+        writer = GraphWriter(folder or self.checkpoint.weights_folder)
         return bytes(write_graph(self.config, self.weights, writer).SerializeToString())
 
     def _checkpoint_program(self) -> Program:

@@ -96,9 +96,14 @@ class VisionConfig:
         return config
 
     def _check(self, where: str) -> None:
+        sizes = {name: getattr(self, name) for name in self.__slots__ if name not in _NOT_PLAIN_SIZES}
+        if min(sizes.values()) < 1:
+            raise CheckpointError(
+                f"{where}: {min(sizes, key=sizes.__getitem__)} must be positive.",
+                hint="The configuration is damaged or foreign.",
+            )
         rules = {
-            "sizes must be positive": min(getattr(self, n) for n in self.__slots__ if n not in _NOT_PLAIN_SIZES) > 0,
-            "hidden_size must be divisible by num_heads": self.hidden_size % max(self.num_heads, 1) == 0,
+            "hidden_size must be divisible by num_heads": self.hidden_size % self.num_heads == 0,
             "the head width must be divisible by 4": self.head_dim % 4 == 0,
             "window_size must be a multiple of patch_size * spatial_merge_size": self.window_size
             % (self.patch_size * self.spatial_merge_size)

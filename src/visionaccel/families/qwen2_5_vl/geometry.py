@@ -51,7 +51,8 @@ class Tables:
 def window_order(config: VisionConfig, grids: Sequence[Grid]) -> tuple[Indices, Indices]:
     """Window order of the merged tokens and the windows' lengths.
 
-    A frame's merged rows and columns are cut every `window_tokens`; windows at the bottom and right edges may be smaller.
+    A frame's merged rows and columns are cut every `window_tokens`; windows at the bottom and right edges may be
+    smaller.
 
     Returns:
         `window_index` int64 [N] and `window_lengths` int64 [W] in patches.
@@ -82,8 +83,8 @@ def rotary_angles(config: VisionConfig, grids: Sequence[Grid]) -> NDArray[np.flo
     angles = []
     for grid in grids:
         blocks = (grid.h // merge, merge, grid.w // merge, merge)
-        positions = np.stack(np.indices((grid.h, grid.w)), axis=-1)
-        positions = positions.reshape(*blocks, 2).transpose(0, 2, 1, 3, 4).reshape(-1, 2).astype(np.float32)
+        positions = np.indices((grid.h, grid.w), dtype=np.float32).reshape(2, *blocks)
+        positions = positions.transpose(1, 3, 2, 4, 0).reshape(-1, 2)
         frame = (positions[:, :, None] * frequencies).reshape(len(positions), spatial)
         angles.append(np.tile(frame, (grid.t, 1)))
     return np.concatenate(angles)

@@ -92,10 +92,10 @@ class _Tower:
         return self.g.node("Gemm", [x, weight, bias], transB=1)
 
     def add_norm(self, x: str, update: str | None, name: str) -> tuple[str, str]:
-        """x + update and its RMS normalisation; two outputs of one fused node where there is an update."""
+        """X + update and its RMS normalisation; two outputs of one fused node where there is an update."""
         scale = self.weight(name, (self.config.hidden_size,))
         if update is None:
-            return x, self.g.node("SimplifiedLayerNormalization", [x, scale], axis=-1, epsilon=NORM_EPSILON)
+            return x, self.norm(x, scale)
         normed, total = self.g.nodes(
             "SkipSimplifiedLayerNormalization",
             [x, update, scale],
@@ -104,6 +104,13 @@ class _Tower:
             epsilon=NORM_EPSILON,
         )
         return total, normed
+
+    def norm(self, x: str, scale: str) -> str:
+        """RMS normalisation in standard operators: before opset 23 there is none for it, and runtimes fuse these."""
+        g = self.g
+        mean = g.node("ReduceMean", [g.node("Mul", [x, x])], axes=[-1], keepdims=1)
+        root = g.node("Sqrt", [g.node("Add", [mean, g.constant(np.float32(NORM_EPSILON))])])
+        return g.node("Mul", [g.node("Div", [x, root]), scale])
 
     def attention(self, x: str, name: str, *, full: bool) -> str:
         """Self-attention within each frame (`full`) or within each window."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["activate"]
 
-MODELS = {"Qwen2_5_VLForConditionalGeneration": "visionaccel.integrations.vllm.model:AcceleratedQwen2_5_VL"}
+MODELS = {"Qwen2_5_VLForConditionalGeneration": "visionaccel.integrations.vllm.model:AcceleratedQwen25VL"}
 """Architectures and the model classes that replace vLLM's, as vLLM resolves them lazily."""
 
 

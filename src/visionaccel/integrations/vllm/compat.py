@@ -108,8 +108,8 @@ def use_contained_scheduler(config: VllmConfig) -> None:
 
 @contextmanager
 def swapped_tower(base: type, make: Callable[..., nn.Module]) -> Iterator[None]:
-    """While vLLM's constructor of `base` runs, its vision tower is made by `make`: nothing of the stock one is allocated."""
-    module = sys.modules[base.__module__]
+    """While the constructor of `base` runs, `make` makes its vision tower: nothing of the stock one is allocated."""
+    module: Any = sys.modules[base.__module__]
     stock = module.Qwen2_5_VisionTransformer
     module.Qwen2_5_VisionTransformer = make
     try:

@@ -42,7 +42,7 @@ class Fault:
 def item_key(patches: Array, grid: Grid) -> str:
     """A digest of one item's patches and grid, equal in the worker and in the scheduler."""
     digest = hashlib.blake2b(repr((grid.t, grid.h, grid.w)).encode(), digest_size=16)
-    digest.update(np.ascontiguousarray(as_numpy(patches)).view(np.uint8))
+    digest.update(np.ascontiguousarray(as_numpy(patches)).tobytes())
     return digest.hexdigest()
 
 

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
 
-__all__ = ["AcceleratedQwen2_5_VL"]
+__all__ = ["AcceleratedQwen25VL"]
 
 
 @MULTIMODAL_REGISTRY.register_processor(
     Qwen2_5_VLMultiModalProcessor, info=Qwen2_5_VLProcessingInfo, dummy_inputs=Qwen2_5_VLDummyInputsBuilder
 )
-class AcceleratedQwen2_5_VL(Qwen2_5_VLForConditionalGeneration):  # type: ignore[misc]
+class AcceleratedQwen25VL(Qwen2_5_VLForConditionalGeneration):  # type: ignore[misc]
     """Allocates no vision weights and skips them while loading; all else is vLLM's."""
 
     # The backend takes normalised patches, has no CUDA graph, no tensor-parallel split and no LoRA of vLLM's.

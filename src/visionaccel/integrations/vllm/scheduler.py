@@ -55,21 +55,22 @@ class _Containment:
                     faulty[identifier] = messages[key]
                     unmatched.discard(key)
         if unmatched:
-            # Some faulty item cannot be told from its neighbours: a wrong answer would be worse than one error too many.
+            # Some faulty item cannot be told from its neighbours: a wrong answer would be worse than one error too
+            # many.
             faulty = {**unknown, **faulty}
-        requests = compat.holders(self, faulty)  # type: ignore[arg-type]
+        requests = compat.holders(self, faulty)
         for request in requests:
             reasons = {faulty[f.identifier] for f in request.mm_features if f.identifier in faulty}
             compat.logger().error("Request %s ends with an error: %s", request.request_id, " ".join(sorted(reasons)))
-        failed = compat.fail_requests(self, requests)  # type: ignore[arg-type]
+        failed = compat.fail_requests(self, requests)
         for identifier in faulty:
-            compat.forget_encoder_output(self, identifier)  # type: ignore[arg-type]
+            compat.forget_encoder_output(self, identifier)
         return failed
 
 
-class ContainedScheduler(_Containment, Scheduler):
+class ContainedScheduler(_Containment, Scheduler):  # type: ignore[misc]
     """vLLM's scheduler with contained encoder faults."""
 
 
-class ContainedAsyncScheduler(_Containment, AsyncScheduler):
+class ContainedAsyncScheduler(_Containment, AsyncScheduler):  # type: ignore[misc]
     """vLLM's asynchronous scheduler with contained encoder faults."""

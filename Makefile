@@ -1,0 +1,71 @@
+# Two commands are all a new machine needs: `make demo` and `make test`. Everything is installed in .venv and cached there.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+
+PACKAGES := . plugins/onnxrt plugins/torch_ref examples/digits_vlm
+MANIFESTS := Makefile hatch_build.py tools/constraints.txt tools/requirements.txt $(wildcard tools/vllm_cpu/*) \
+	$(PACKAGES:%=%/pyproject.toml)
+
+# Caches of every tool stay inside the environment, so that nothing is left outside the repository.
+export XDG_CACHE_HOME := $(CURDIR)/$(VENV)/cache
+export XDG_CONFIG_HOME := $(CURDIR)/$(VENV)/config
+export HF_HOME := $(XDG_CACHE_HOME)/huggingface
+export TORCHINDUCTOR_CACHE_DIR := $(XDG_CACHE_HOME)/inductor
+export TRITON_CACHE_DIR := $(XDG_CACHE_HOME)/triton
+export VLLM_CACHE_ROOT := $(XDG_CACHE_HOME)/vllm
+export VLLM_CONFIG_ROOT := $(XDG_CONFIG_HOME)/vllm
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_CACHE_DIR := 1
+
+.PHONY: help install demo test lint types unit e2e bench format clean
+
+help:
+	@echo "make demo    install, then compare stock vLLM with a backend on handwritten digits"
+	@echo "make test    install, then lint, type-check and run every test"
+	@echo "make bench   install, then run the benchmarks (random weights of the 7B tower's shape; minutes)"
+	@echo "make clean   remove .venv and every cache"
+
+install: $(INSTALLED)
+
+$(INSTALLED): $(MANIFESTS)
+	@echo "==> virtual environment in $(VENV)"
+	$(PYTHON) -m venv $(VENV)
+	@echo "==> vLLM for the CPU and the development tools (a few minutes)"
+	$(BIN)/python -m pip install --constraint tools/constraints.txt --requirement tools/requirements.txt
+	@# Built for CUDA torch, not importable here, and needed by nothing that runs here.
+	$(BIN)/python -m pip uninstall --yes --quiet torchaudio torchcodec
+	@echo "==> this repository's distributions, editable"
+	$(BIN)/python -m pip install --constraint tools/constraints.txt ./tools/vllm_cpu $(PACKAGES:%=--editable ./%)
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/visionaccel demo
+
+test: lint types
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+unit: $(INSTALLED)
+	$(BIN)/python -m pytest --ignore tests/e2e
+
+e2e: $(INSTALLED)
+	$(BIN)/python -m pytest tests/e2e
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

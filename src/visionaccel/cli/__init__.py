@@ -1,0 +1,5 @@
+"""The command `visionaccel`."""
+
+from visionaccel.cli.app import main
+
+__all__ = ["main"]

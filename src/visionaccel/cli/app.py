@@ -1,0 +1,55 @@
+"""The command's entry: subcommands, and one way to print errors."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import typer
+
+from visionaccel import __version__
+from visionaccel.cli.backends import backends, explain
+from visionaccel.cli.demo import demo
+from visionaccel.cli.encode import encode
+from visionaccel.cli.export import export
+from visionaccel.cli.output import messages
+from visionaccel.errors import VisionAccelError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="visionaccel",
+    help="Vision encoders on pluggable accelerator backends.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    pass
+
+
+for command in (backends, explain, export, encode, demo):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the command. Errors of this package become one message on stderr and exit status 2."""
+    try:
+        app()
+    except VisionAccelError as error:
+        if "--json" in sys.argv:
+            typer.echo(json.dumps({"error": type(error).__name__, "message": error.message, "hint": error.hint}))
+        messages.print(f"[bold red]{type(error).__name__}[/]", end=" ")
+        messages.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        raise SystemExit(2) from None

@@ -1,0 +1,101 @@
+"""`visionaccel backends` and `visionaccel explain`: what is installed, and what would run an encoder."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from visionaccel.backends import AUTO, Accepted, Candidate, default_registry, select
+from visionaccel.cli.output import Backend, Device, Json, print_json, results
+from visionaccel.encoder import open_tower
+from visionaccel.errors import PluginError
+from visionaccel.settings import load_settings
+
+__all__ = ["backends", "explain"]
+
+
+def backends(as_json: Json = False) -> None:
+    """List the installed backends with their devices and options."""
+    registry = default_registry()
+    rows: list[dict[str, Any]] = []
+    for entry in registry.entries:
+        row: dict[str, Any] = {
+            "name": entry.name,
+            "distribution": entry.distribution,
+            "version": entry.version,
+            "formats": [],
+            "devices": [],
+            "options": {},
+            "problem": None,
+        }
+        try:
+            backend = registry.load(entry.name)
+            row["formats"] = sorted(backend.formats)
+            row["options"] = {
+                name: {"default": field.get_default(call_default_factory=True), "description": field.description}
+                for name, field in backend.options.model_fields.items()
+            }
+            row["devices"] = list(backend.devices())
+        except PluginError as error:
+            row["problem"] = str(error)
+        except ImportError as error:  # Listing devices may import the vendor's runtime.
+            row["problem"] = f"its runtime cannot be imported: {error}"
+        rows.append(row)
+    if as_json:
+        print_json(rows)
+        return
+    table = Table("backend", "distribution", "formats", "devices", "options", title="Installed backends")
+    for row in rows:
+        options = "\n".join(f"{name} (default {about['default']!r})" for name, about in row["options"].items())
+        devices = row["problem"] or ", ".join(row["devices"])
+        table.add_row(
+            row["name"], f"{row['distribution']} {row['version']}", ", ".join(row["formats"]), devices, options
+        )
+    results.print(table if rows else "No backend is installed. Try: pip install 'visionaccel[onnxrt]'", markup=False)
+
+
+def explain(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder or Hugging Face repository.")],
+    backend: Backend = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Say which backend would run a checkpoint's vision encoder, and why each other would not.
+
+    Exit status 1 if none would.
+    """
+    settings = load_settings()
+    tower = open_tower(checkpoint)
+    selection = select(default_registry(), tower, backend or settings.backend or AUTO, device or settings.device)
+    rows = [_row(candidate, candidate is selection.chosen) for candidate in selection.candidates]
+    if as_json:
+        print_json({"requested": selection.requested, "device": selection.device, "candidates": rows})
+    else:
+        table = Table("backend", "verdict", "why", "what to do", title=f"Vision encoder of {checkpoint}")
+        for row in rows:
+            table.add_row(row["backend"], row["verdict"], row["why"], row["hint"])
+        results.print(table)
+    if selection.chosen is None:
+        raise typer.Exit(1)
+
+
+def _row(candidate: Candidate, chosen: bool) -> dict[str, Any]:
+    verdict = candidate.verdict
+    if isinstance(verdict, Accepted):
+        outcome = "chosen" if chosen else "accepted"
+        return {
+            "backend": candidate.entry.name,
+            "verdict": outcome,
+            "score": verdict.score,
+            "why": verdict.notes,
+            "hint": "",
+        }
+    return {
+        "backend": candidate.entry.name,
+        "verdict": "refused",
+        "score": None,
+        "why": verdict.reason,
+        "hint": verdict.hint,
+    }

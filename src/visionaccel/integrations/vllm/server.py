@@ -1,0 +1,138 @@
+"""A real OpenAI-compatible vLLM server on loopback, as a context manager: for the demo, benchmarks and tests."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from visionaccel.errors import ConfigurationError, DeviceError
+
+__all__ = ["API_SERVER", "VllmServer", "quiet_environment", "serve"]
+
+API_SERVER = (sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model")
+"""Starts the server by its module, which works for every vLLM distribution."""
+
+_LOOPBACK = "127.0.0.1"
+_SETTINGS = ("VISIONACCEL_", "VLLM_VISION_NPU_", "VLLM_NPU_")
+
+
+@dataclass(frozen=True)
+class VllmServer:
+    """A running server.
+
+    Attributes:
+        url: Base URL of the OpenAI API, ending in `/v1`.
+        model: The name under which it serves.
+        log: File that its output goes to.
+    """
+
+    url: str
+    model: str
+    log: Path
+    process: subprocess.Popen[bytes]
+
+    def healthy(self) -> bool:
+        """Whether the server runs and its engine answers the health check."""
+        if self.process.poll() is not None:
+            return False
+        try:
+            with urllib.request.urlopen(self.url.removesuffix("/v1") + "/health", timeout=5) as answer:  # noqa: S310
+                return int(answer.status) == 200
+        except (urllib.error.URLError, OSError):
+            return False
+
+
+def quiet_environment(settings: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment with exactly the given settings of visionaccel, and vLLM offline and small.
+
+    Args:
+        settings: Such as `{"VISIONACCEL_BACKEND": "onnxrt"}`; whatever else the environment sets is left out.
+    """
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(_SETTINGS)}
+    defaults = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    return {**defaults, **inherited, **settings}
+
+
+@contextmanager
+def serve(
+    checkpoint: Path,
+    settings: Mapping[str, str],
+    arguments: Sequence[str] = (),
+    *,
+    command: Sequence[str] = API_SERVER,
+    timeout: float = 300.0,
+    waiting: Callable[[float], None] | None = None,
+) -> Iterator[VllmServer]:
+    """Serve a checkpoint while the context lasts.
+
+    Args:
+        checkpoint: Folder of the model.
+        settings: visionaccel's settings for the server; none for stock vLLM.
+        arguments: More arguments for the server.
+        command: What starts the server, up to the place of the model.
+        timeout: Seconds until the server must answer.
+        waiting: Called about twice a second with the seconds waited so far.
+
+    Raises:
+        ConfigurationError: If vLLM is not installed.
+        DeviceError: If the server ends or does not answer in time; the message holds the end of its log.
+    """
+    with socket.socket() as probe:
+        probe.bind((_LOOPBACK, 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory(prefix="visionaccel-serve-") as folder:
+        log = Path(folder, "server.log")
+        place = ("--host", _LOOPBACK, "--port", str(port), "--served-model-name", "visionaccel")
+        with log.open("wb") as out:
+            try:
+                process = subprocess.Popen(  # noqa: S603
+                    [*command, str(checkpoint), *place, *arguments],
+                    env=quiet_environment(settings),
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            except FileNotFoundError as error:
+                raise ConfigurationError(f"{command[0]} cannot be started: {error}", hint="Install vLLM.") from error
+        server = VllmServer(f"http://{_LOOPBACK}:{port}/v1", "visionaccel", log, process)
+        try:
+            started = time.monotonic()
+            while not server.healthy():
+                waited = time.monotonic() - started
+                if process.poll() is not None or waited > timeout:
+                    state = f"ended with status {process.poll()}" if process.poll() is not None else "does not answer"
+                    raise DeviceError(
+                        f"the vLLM server {state} after {waited:.0f} s. The end of its log:\n{_tail(log)}",
+                        hint="The reason is in the log above.",
+                    )
+                if waiting is not None:
+                    waiting(waited)
+                time.sleep(0.5)
+            yield server
+        finally:
+            _stop(process)
+
+
+def _tail(log: Path, lines: int = 30) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the server and the engine processes of its session."""
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=20)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

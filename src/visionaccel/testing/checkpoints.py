@@ -1,0 +1,135 @@
+"""Random Qwen2.5-VL checkpoints: vision towers of any size, weights scaled to keep activations in a sane range."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["QWEN2_5_VL_7B", "TINY", "random_checkpoint", "tower_shapes"]
+
+QWEN2_5_VL_7B: Mapping[str, Any] = MappingProxyType(
+    {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": 3584,
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "spatial_merge_size": 2,
+        "window_size": 112,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+        "in_channels": 3,
+        "hidden_act": "silu",
+    }
+)
+"""Vision configuration of Qwen2.5-VL-7B-Instruct."""
+
+TINY: Mapping[str, Any] = MappingProxyType(
+    {
+        **QWEN2_5_VL_7B,
+        "depth": 3,
+        "hidden_size": 32,
+        "intermediate_size": 44,
+        "num_heads": 2,
+        "out_hidden_size": 24,
+        "patch_size": 4,
+        "window_size": 32,
+        "fullatt_block_indexes": [1],
+    }
+)
+"""A tower of milliseconds with every structural trait of the released ones: windows of 64 patches, full attention."""
+
+_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+def tower_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names (below the prefix) and shapes of a tower's tensors."""
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    merged = hidden * config["spatial_merge_size"] ** 2
+    side, steps = config["patch_size"], config["temporal_patch_size"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "patch_embed.proj.weight": (hidden, config["in_channels"], steps, side, side),
+        "merger.ln_q.weight": (hidden,),
+        "merger.mlp.0.weight": (merged, merged),
+        "merger.mlp.0.bias": (merged,),
+        "merger.mlp.2.weight": (config["out_hidden_size"], merged),
+        "merger.mlp.2.bias": (config["out_hidden_size"],),
+    }
+    linears = {
+        "attn.qkv": (3 * hidden, hidden),
+        "attn.proj": (hidden, hidden),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    for block in range(config["depth"]):
+        for norm in ("norm1", "norm2"):
+            shapes[f"blocks.{block}.{norm}.weight"] = (hidden,)
+        for name, shape in linears.items():
+            shapes[f"blocks.{block}.{name}.weight"] = shape
+            shapes[f"blocks.{block}.{name}.bias"] = shape[:1]
+    return shapes
+
+
+def random_checkpoint(
+    folder: Path,
+    config: Mapping[str, Any] = TINY,
+    *,
+    dtype: str = "float32",
+    prefix: str = "visual.",
+    shards: int = 1,
+    seed: int = 0,
+) -> Path:
+    """Write a checkpoint of a vision tower alone, with random weights.
+
+    Args:
+        folder: Where to; made if it does not exist.
+        config: Its `vision_config`.
+        dtype: `float32`, `float16` or `bfloat16`.
+        prefix: What the tensors' names start with.
+        shards: Number of safetensors files; more than one come with an index.
+        seed: Seed of the weights.
+
+    Returns:
+        The folder.
+    """
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    document = {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "vision_config": {"model_type": "qwen2_5_vl", **config},
+    }
+    (folder / "config.json").write_text(json.dumps(document, indent=1))
+    rng = np.random.default_rng(seed)
+    shapes = sorted(tower_shapes(config).items())
+    weight_map: dict[str, str] = {}
+    for shard in range(shards):
+        file = "model.safetensors" if shards == 1 else f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        part = shapes[shard::shards]
+        save_file({prefix + name: _draw(rng, name, shape, dtype) for name, shape in part}, folder / file)
+        weight_map |= dict.fromkeys((prefix + name for name, _ in part), file)
+    if shards > 1:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
+    values = rng.standard_normal(shape, dtype=np.float32)
+    if "norm" in name or "ln_q" in name:
+        values = 1 + np.float32(0.15) * values
+    elif name.endswith("bias"):
+        values *= np.float32(0.05)
+    else:
+        values *= np.float32(1 / math.sqrt(math.prod(shape[1:])))
+    return values.astype(_DTYPES[dtype])

@@ -1,0 +1,115 @@
+"""Asks an offline vLLM engine a fixed set of questions in float32: `python ask.py CHECKPOINT PART ANSWERS`.
+
+Run as a process of its own, because vLLM starts processes and its settings are read from the environment.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from vllm import LLM, SamplingParams
+
+from digits_vlm.samples import digits_video, held_out_images
+
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
+QUESTION = "Read the digits."
+SINGLES, ACCURACY = 22, 300
+
+
+def prompt(media: str, question: str = QUESTION) -> str:
+    """The chat template's text around some placeholders."""
+    return f"<|im_start|>user\n{media}{question}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def image_request(*samples: Any) -> dict[str, Any]:
+    """One prompt with one or several images."""
+    pictures = [sample.image for sample in samples]
+    return {"prompt": prompt(IMAGE * len(pictures)), "multi_modal_data": {"image": pictures}}
+
+
+def video_request(seed: int) -> dict[str, Any]:
+    """One prompt with a short video."""
+    clip = digits_video(np.random.default_rng(seed), "held_out", frames=6)
+    metadata = {
+        "fps": 2.0,
+        "duration": 3.0,
+        "total_num_frames": 6,
+        "frames_indices": list(range(6)),
+        "video_backend": "none",
+        "do_sample_frames": False,
+    }
+    return {"prompt": prompt(VIDEO), "multi_modal_data": {"video": [(clip.frames, metadata)]}}
+
+
+def answers(llm: LLM, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Greedy tokens with their log-probabilities, of one batch."""
+    sampling = SamplingParams(temperature=0, max_tokens=8, logprobs=0)
+    found = []
+    for output in llm.generate(requests, sampling, use_tqdm=False):
+        (completion,) = output.outputs
+        chosen = zip(completion.token_ids, completion.logprobs, strict=True)
+        found.append(
+            {
+                "text": completion.text,
+                "tokens": list(completion.token_ids),
+                "logprobs": [logprobs[token].logprob for token, logprobs in chosen],
+                "finish_reason": completion.finish_reason,
+            }
+        )
+    return found
+
+
+def matrix(llm: LLM) -> dict[str, Any]:
+    """Single images, two images in a prompt, a video, text alone, and all of them in one batch; and the accuracy."""
+    images = held_out_images(ACCURACY)
+    singles = [image_request(image) for image in images[:SINGLES]]
+    others = [image_request(*images[30:32]), image_request(*images[32:34]), video_request(7)]
+    texts = [{"prompt": prompt("", text)} for text in ("Read the digits.", "user assistant 42")]
+    mixed = [
+        *(image_request(image) for image in images[40:52]),
+        image_request(*images[60:62]),
+        video_request(8),
+        *texts,
+    ]
+    parts = {
+        "singles": [answers(llm, [request])[0] for request in singles],
+        "others": [answers(llm, [request])[0] for request in [*others, *texts]],
+        "mixed": answers(llm, mixed),
+        "repeated": answers(llm, singles[:4]),
+    }
+    read = answers(llm, [image_request(image) for image in images])
+    right = sum(answer["text"] == image.truth for answer, image in zip(read, images, strict=True))
+    return {
+        "parts": parts,
+        "accuracy": right / ACCURACY,
+        "grids": sorted({str(i.image.size) for i in images[:SINGLES]}),
+    }
+
+
+def few(llm: LLM) -> dict[str, Any]:
+    """A handful of images in one batch."""
+    return {"parts": {"singles": answers(llm, [image_request(image) for image in held_out_images(6)])}}
+
+
+def main() -> None:
+    """Start the engine, ask, write."""
+    checkpoint, part, target = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    llm = LLM(
+        model=checkpoint,
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=4096,
+        max_num_seqs=16,
+        limit_mm_per_prompt={"image": 4, "video": 1},
+        disable_log_stats=True,
+    )
+    found = {"matrix": matrix, "few": few}[part](llm)
+    found["scheduler"] = str(llm.llm_engine.vllm_config.scheduler_config.scheduler_cls)
+    target.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""vLLM answers the same with its vision encoder on a backend as without."""
+
+import pytest
+
+
+def test_stock_vllm_reads_held_out_digits(stock):
+    assert stock["accuracy"] >= 0.95
+    assert len(stock["grids"]) >= 20
+
+
+def test_with_no_backend_named_vllm_is_left_alone(stock):
+    assert stock["scheduler"] == "None"
+    assert "visionaccel" not in stock["log"].replace("/visionaccel", "")
+
+
+def test_the_backend_is_really_in_use(accelerated):
+    assert f"the vision encoder runs on backend '{accelerated['backend']}', device cpu" in accelerated["log"]
+
+
+@pytest.mark.parametrize("part", ["singles", "others", "mixed", "repeated"])
+def test_tokens_are_equal_and_log_probabilities_within_1e_4(stock, accelerated, part):
+    theirs, ours = stock["parts"][part], accelerated["parts"][part]
+    assert len(theirs) == len(ours)
+    assert [answer["tokens"] for answer in ours] == [answer["tokens"] for answer in theirs]
+    for answer, expected in zip(ours, theirs, strict=True):
+        assert answer["logprobs"] == pytest.approx(expected["logprobs"], rel=0, abs=1e-4)
+
+
+def test_accuracy_is_stock_vllms(stock, accelerated):
+    assert accelerated["accuracy"] == stock["accuracy"]

@@ -1,0 +1,146 @@
+"""`vllm serve` with a backend whose device fails on demand: a fault ends its own request and nothing else."""
+
+import base64
+import io
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from openai import InternalServerError, OpenAI
+
+from digits_vlm.samples import held_out_images
+from fake_plugins import install
+from visionaccel.integrations.vllm.server import serve
+
+FLAKY = '''
+import os
+from pathlib import Path
+from visionaccel.backends import hookimpl
+from visionaccel_onnxrt.backend import OnnxRuntimeBackend
+
+class Switched:
+    """A session that obeys a file: for the named number of patches it raises or answers NaN."""
+    def __init__(self, session):
+        self.session, self.capabilities = session, session.capabilities
+    def run(self, inputs):
+        action, _, patches = Path(os.environ["FLAKY_SWITCH"]).read_text().partition(" ")
+        outputs = self.session.run(inputs)
+        if action != "off" and len(inputs["pixel_values"]) % int(patches) == 0:
+            if action == "raise":
+                raise OSError("DRM_IOCTL failed")
+            outputs["embeddings"][:] = float("nan")
+        return outputs
+    def close(self):
+        self.session.close()
+
+class Flaky(OnnxRuntimeBackend):
+    name = "flaky"
+    def open(self, program, device, options):
+        return Switched(super().open(program, device, options))
+
+@hookimpl
+def visionaccel_backends():
+    return [Flaky]
+'''
+SINGLES = held_out_images(6)
+VLLM_SERVE = (str(Path(sys.executable).with_name("vllm")), "serve")
+ARGUMENTS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "4096", "--max-num-seqs", "16")
+
+
+@pytest.fixture(scope="module")
+def switch(tmp_path_factory):
+    """The file that the flaky backend obeys."""
+    file = tmp_path_factory.mktemp("switch") / "switch"
+    file.write_text("off")
+    return file
+
+
+@pytest.fixture(scope="module", params=["none", "torch_ref"])
+def flaky(request, digits, switch, tmp_path_factory):
+    """A server on the flaky backend, with and without a fallback; and whether it has one."""
+    site = install(tmp_path_factory.mktemp("site"), "acme-flaky", "flaky", FLAKY)
+    settings = {
+        "VISIONACCEL_BACKEND": "flaky",
+        "VISIONACCEL_FALLBACK": request.param,
+        "FLAKY_SWITCH": str(switch),
+        "PYTHONPATH": str(site),
+    }
+    switch.write_text("off")
+    with serve(digits, settings, ARGUMENTS, command=VLLM_SERVE) as server:
+        yield server, request.param != "none"
+
+
+@pytest.fixture
+def client(flaky):
+    with OpenAI(base_url=flaky[0].url, api_key="none", max_retries=0) as client:
+        yield client
+
+
+def read(client, sample, **extra):
+    png = io.BytesIO()
+    sample.image.save(png, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "Read the digits."}]
+    return client.chat.completions.create(
+        model="visionaccel", messages=[{"role": "user", "content": content}], temperature=0, max_tokens=8, **extra
+    )
+
+
+def text(client, sample):
+    return read(client, sample).choices[0].message.content
+
+
+def patches(sample):
+    """Patches of an image as the processor makes them: sides rounded to multiples of 28 pixels."""
+    return round(sample.image.height / 28) * round(sample.image.width / 28) * 4
+
+
+@pytest.mark.parametrize("action", ["raise", "nan"])
+def test_a_fault_ends_its_own_request_alone(flaky, client, switch, stock, action):
+    server, has_fallback = flaky
+    expected = [answer["text"] for answer in stock["parts"]["singles"][:6]]
+    # Fresh images for each action, so that neither vLLM's caches nor an earlier fault decide the outcome.
+    first = 0 if action == "raise" else 3
+    victim, *neighbours = range(first, first + 3)
+    assert len({patches(SINGLES[i]) for i in range(6)}) == 6
+
+    switch.write_text(f"{action} {patches(SINGLES[victim])}")
+    with ThreadPoolExecutor(3) as pool:
+        asked = {i: pool.submit(text, client, SINGLES[i]) for i in (victim, *neighbours)}
+    assert [asked[i].result() for i in neighbours] == [expected[i] for i in neighbours]
+    if has_fallback:
+        assert asked[victim].result() == expected[victim]
+        assert "the fallback takes over" in server.log.read_text()
+    else:
+        with pytest.raises(InternalServerError):
+            asked[victim].result()
+        assert "ends with an error: backend 'flaky'" in server.log.read_text()
+        # Again, streamed: not one token of a wrong answer may come before the error.
+        with pytest.raises(Exception, match="Internal server error"):  # noqa: PT012
+            for chunk in read(client, SINGLES[victim], stream=True):
+                assert not any(choice.delta.content for choice in chunk.choices)
+    assert server.healthy()
+
+    switch.write_text("off")
+    assert [text(client, SINGLES[i]) for i in (victim, *neighbours)] == [expected[i] for i in (victim, *neighbours)]
+
+
+def test_text_alone_is_served_while_the_device_is_down(client, switch):
+    switch.write_text("raise 1")
+    messages = [{"role": "user", "content": "Read the digits."}]
+    reply = client.chat.completions.create(model="visionaccel", messages=messages, temperature=0, max_tokens=4)
+    assert reply.usage.completion_tokens > 0
+    switch.write_text("off")
+
+
+def test_a_truncated_image_is_refused_before_the_engine(flaky, client):
+    from openai import BadRequestError
+
+    png = io.BytesIO()
+    SINGLES[0].image.save(png, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(png.getvalue()[:300]).decode()
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "Read the digits."}]
+    with pytest.raises(BadRequestError):
+        client.chat.completions.create(model="visionaccel", messages=[{"role": "user", "content": content}])
+    assert flaky[0].healthy()

@@ -1,0 +1,83 @@
+"""vLLM starts with what it was asked for, or refuses with a reason."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file, save_file
+
+
+@pytest.fixture(scope="module")
+def stripped(digits, tmp_path_factory):
+    """The digits checkpoint without its vision weights."""
+    folder = Path(shutil.copytree(digits, tmp_path_factory.mktemp("stripped") / "checkpoint"))
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if "visual." not in name}
+    assert 0 < len(kept) < len(weights)
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def other_family(digits, tmp_path_factory):
+    """A checkpoint folder that says it is a Qwen2-VL."""
+    folder = Path(shutil.copytree(digits, tmp_path_factory.mktemp("other") / "checkpoint"))
+    config = json.loads((folder / "config.json").read_text())
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 128, "num_heads": 2, "model_type": "qwen2_vl"}
+    config |= {
+        "model_type": "qwen2_vl",
+        "architectures": ["Qwen2VLForConditionalGeneration"],
+        "vision_config": vision,
+        "text_config": {**config["text_config"], "model_type": "qwen2_vl_text"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_stripped_checkpoint_loads_with_the_encoder_from_elsewhere(ask, stock, stripped, digits):
+    answers = ask({"VISIONACCEL_BACKEND": "onnxrt", "VISIONACCEL_BUNDLE": str(digits)}, "few", stripped)
+    assert answers["status"] == 0, answers["log"][-4000:]
+    expected = stock["parts"]["singles"][:6]
+    assert [a["tokens"] for a in answers["parts"]["singles"]] == [a["tokens"] for a in expected]
+
+
+def test_a_stripped_checkpoint_alone_is_refused(ask, stripped):
+    answers = ask({"VISIONACCEL_BACKEND": "onnxrt"}, "few", stripped)
+    assert answers["status"] != 0
+    assert "holds no vision weights" in answers["log"]
+    assert "set VISIONACCEL_BUNDLE" in answers["log"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "messages"),
+    [
+        ({"VISIONACCEL_BACKEND": "onnxtr"}, ["no installed backend is named 'onnxtr'", "Did you mean 'onnxrt'"]),
+        ({"VISIONACCEL_BACKEND": "onnxrt", "VISIONACCEL_FALLBACK": "torch"}, ["no installed backend is named 'torch'"]),
+        ({"VISIONACCEL_BACKEND": "onnxrt", "VISIONACCEL_MODE": "x"}, ["VISIONACCEL_MODE='x'", "'auto' or 'inline'"]),
+        (
+            {"VISIONACCEL_BACKEND": "onnxrt", "VISIONACCEL_DEVICE": "npu"},
+            ["has no VitisAIExecutionProvider", "Ryzen AI Software"],
+        ),
+    ],
+    ids=["unknown backend", "unknown fallback", "invalid setting", "device that is not there"],
+)
+def test_what_cannot_run_is_refused_with_the_reason(ask, settings, messages):
+    answers = ask(settings, "few")
+    assert answers["status"] != 0
+    assert all(message in answers["log"] for message in messages), answers["log"][-4000:]
+
+
+def test_a_model_of_another_family_is_refused(ask, other_family):
+    answers = ask({"VISIONACCEL_BACKEND": "onnxrt"}, "few", other_family)
+    assert answers["status"] != 0
+    assert "the vision encoder of Qwen2VLForConditionalGeneration is not implemented" in answers["log"]
+
+
+def test_the_fallback_takes_over_a_backend_that_cannot_start(ask, stock):
+    settings = {"VISIONACCEL_BACKEND": "onnxrt", "VISIONACCEL_DEVICE": "npu", "VISIONACCEL_FALLBACK": "torch_ref"}
+    answers = ask(settings, "few")
+    assert answers["status"] == 0, answers["log"][-4000:]
+    assert "Starting with the fallback 'torch_ref', because" in answers["log"]
+    expected = stock["parts"]["singles"][:6]
+    assert [a["tokens"] for a in answers["parts"]["singles"]] == [a["tokens"] for a in expected]

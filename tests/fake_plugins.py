@@ -1,0 +1,40 @@
+"""Plug-in distributions made on the spot: metadata and a module in a folder, as pip would leave them."""
+
+from pathlib import Path
+from textwrap import dedent
+
+
+def install(site: Path, distribution: str, backend: str, source: str) -> Path:
+    """Put a distribution that provides `backend` into the folder `site`, which belongs on the Python path."""
+    module = distribution.replace("-", "_")
+    info = site / f"{module}-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[visionaccel.backends]\n{backend} = {module}\n")
+    (site / f"{module}.py").write_text(dedent(source))
+    return site
+
+
+ECHO = """
+from visionaccel.backends import Accepted, Capabilities, Session, VisionBackend, hookimpl
+
+class EchoSession(Session):
+    capabilities = Capabilities(device="nowhere", precision="float32", simulated=True)
+    def run(self, inputs):
+        raise RuntimeError("echo cannot compute")
+    def close(self):
+        pass
+
+class Echo(VisionBackend):
+    name = "{name}"
+    formats = frozenset({{"onnx", "checkpoint"}})
+    def probe(self, program, device):
+        return Accepted({score}, "says yes")
+    def open(self, program, device, options):
+        return EchoSession()
+
+@hookimpl
+def visionaccel_backends():
+    return [Echo]
+"""
+"""A backend that accepts everything and fails at every run."""

@@ -1,0 +1,174 @@
+"""Checkpoints are read as they are, and refused with a reason when they are broken."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from visionaccel.checkpoint import Checkpoint, locate_checkpoint
+from visionaccel.encoder import open_tower
+from visionaccel.errors import CheckpointError, UnsupportedArchitectureError
+from visionaccel.testing.checkpoints import TINY, random_checkpoint, tower_shapes
+
+
+@pytest.fixture
+def copy(tiny, tmp_path):
+    """A private copy of the tiny checkpoint, to be damaged."""
+    return Path(shutil.copytree(tiny, tmp_path / "copy"))
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_offsets_point_at_the_tensors_bytes(tmp_path, dtype, shards):
+    folder = random_checkpoint(tmp_path, dtype=dtype, shards=shards, prefix="model.visual.")
+    found = Checkpoint(folder).with_prefix(("model.visual.", "visual."))
+    assert {name: stored.shape for name, stored in found.items()} == tower_shapes(TINY)
+    for stored in found.values():
+        assert stored.dtype == dtype
+        with safe_open(stored.file, "numpy") as shard:
+            expected = shard.get_tensor(stored.name).tobytes()
+        assert stored.file.read_bytes()[stored.offset : stored.offset + stored.length] == expected
+
+
+def test_shards_behind_symbolic_links_are_resolved_to_one_folder(tmp_path):
+    """The layout of the Hugging Face cache: links in `snapshots/` to files in `blobs/`."""
+    real = random_checkpoint(tmp_path / "blobs", shards=2)
+    snapshot = tmp_path / "snapshots" / "main"
+    snapshot.mkdir(parents=True)
+    for file in real.iterdir():
+        (snapshot / file.name).symlink_to(os.path.relpath(file, snapshot))
+    checkpoint = Checkpoint(snapshot)
+    assert checkpoint.weights_folder == real
+    assert all(not stored.file.is_symlink() for stored in checkpoint.tensors.values())
+
+
+@pytest.mark.parametrize("keep", [0, 5, 8, 100, 5000])
+def test_truncated_weights_are_refused(copy, keep):
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
+        _ = Checkpoint(copy).tensors
+
+
+def test_one_missing_byte_is_enough(copy):
+    weights = copy / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size - 1)
+    with pytest.raises(CheckpointError, match="should end at byte"):
+        _ = Checkpoint(copy).tensors
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "F16"}, "does not fit its"),
+        ({"data_offsets": [8, 4]}, "does not fit its"),
+        ({"data_offsets": [0]}, "malformed"),
+        ({"data_offsets": "ab"}, "malformed"),
+        ({"shape": None}, "malformed"),
+    ],
+)
+def test_inconsistent_headers_are_refused(copy, change, message):
+    weights = copy / "model.safetensors"
+    raw = weights.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    header["visual.merger.mlp.0.weight"] |= change
+    text = json.dumps(header).encode()
+    weights.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+    with pytest.raises(CheckpointError, match=message):
+        _ = Checkpoint(copy).tensors
+
+
+@pytest.mark.parametrize("content", [b"\x10\0\0\0\0\0\0\0[1, 2, 3, 4, 5]x", b"\x10\0\0\0\0\0\0\0not json at all!"])
+def test_headers_that_are_no_json_object_are_refused(copy, content):
+    (copy / "model.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError):
+        _ = Checkpoint(copy).tensors
+
+
+def test_a_git_lfs_pointer_is_recognised(copy):
+    (copy / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(CheckpointError, match="git lfs pull"):
+        _ = Checkpoint(copy).tensors
+
+
+def test_missing_files_are_named(copy, tmp_path):
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor"):
+        _ = Checkpoint(copy).tensors
+    (copy / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json does not exist"):
+        Checkpoint(copy)
+    with pytest.raises(CheckpointError, match="neither a folder nor a repository"):
+        locate_checkpoint(tmp_path / "nowhere")
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    folder = random_checkpoint(tmp_path, shards=2)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="model-00002-of-00002"):
+        _ = Checkpoint(folder).tensors
+
+
+def test_an_index_and_shards_of_different_revisions_are_refused(tmp_path):
+    folder = random_checkpoint(tmp_path, shards=2)
+    index = folder / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    edit_json(index, weight_map={**weight_map, "visual.extra": "model-00001-of-00002.safetensors"})
+    with pytest.raises(CheckpointError, match=r"no shard holds, such as 'visual\.extra'"):
+        _ = Checkpoint(folder).tensors
+
+
+@pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/passwd", "sub/x.safetensors", 7])
+def test_an_index_cannot_name_files_outside_its_folder(tmp_path, shard):
+    folder = random_checkpoint(tmp_path, shards=2)
+    edit_json(folder / "model.safetensors.index.json", weight_map={"visual.x": shard})
+    with pytest.raises(CheckpointError, match="outside its folder"):
+        _ = Checkpoint(folder).tensors
+
+
+def test_other_architectures_are_refused_with_the_supported_ones(copy):
+    edit_json(copy / "config.json", architectures=["LlavaForConditionalGeneration"])
+    with pytest.raises(UnsupportedArchitectureError, match=r"Llava.*Supported: .*Qwen2_5_VL"):
+        open_tower(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"hidden_act": "gelu"}, UnsupportedArchitectureError, "hidden_act is 'gelu'"),
+        ({"num_heads": 5}, CheckpointError, "divisible by num_heads"),
+        ({"num_heads": 0}, CheckpointError, "must be positive"),
+        ({"window_size": 33}, CheckpointError, "window_size must be a multiple"),
+        ({"fullatt_block_indexes": [9]}, CheckpointError, "below depth"),
+        ({"depth": None}, CheckpointError, "lacks a usable"),
+        ({"fullatt_block_indexes": 3}, CheckpointError, "lacks a usable"),
+    ],
+)
+def test_impossible_configurations_are_refused(copy, change, kind, message):
+    vision = json.loads((copy / "config.json").read_text())["vision_config"]
+    edit_json(copy / "config.json", vision_config={**vision, **change})
+    with pytest.raises(kind, match=message):
+        open_tower(copy)
+
+
+def test_a_text_model_is_refused(copy):
+    edit_json(copy / "config.json", vision_config=None)
+    with pytest.raises(CheckpointError, match="vision_config is missing"):
+        open_tower(copy)
+
+
+def test_a_checkpoint_without_vision_weights_says_where_to_point_at(copy):
+    from safetensors.numpy import load_file, save_file
+
+    others = {f"language_model.{name}": value for name, value in load_file(copy / "model.safetensors").items()}
+    save_file(others, copy / "model.safetensors")
+    with pytest.raises(CheckpointError, match="VISIONACCEL_BUNDLE"):
+        open_tower(copy).programs(["onnx"])

@@ -1,0 +1,61 @@
+"""The digits model: small, honest about its split, and with the traits that make a wrong grid cost accuracy."""
+
+import json
+
+import numpy as np
+
+from digits_vlm.samples import _pool, digits_video, held_out_images
+from visionaccel import open_encoder
+from visionaccel.checkpoint import Checkpoint
+from visionaccel.families.qwen2_5_vl.config import VisionConfig
+from visionaccel.families.qwen2_5_vl.geometry import window_order
+from visionaccel.grid import as_grids
+
+
+def test_no_handwritten_sample_is_in_both_pools():
+    train, held_out = (np.unique(_pool(split)[0].reshape(-1, 64), axis=0) for split in ("train", "held_out"))
+    assert len(train) + len(held_out) == 1797
+    assert len(np.unique(np.concatenate([train, held_out]), axis=0)) == 1797
+
+
+def test_held_out_images_are_reproducible_and_of_many_grids():
+    first, more = held_out_images(20), held_out_images(40)
+    assert [sample.truth for sample in first] == [sample.truth for sample in more[:20]]
+    assert all(np.array_equal(a.image, b.image) for a, b in zip(first, more, strict=False))
+    assert len({sample.image.size for sample in more}) == 40
+    assert {len(sample.truth) for sample in more} == {1, 2, 3, 4}
+
+
+def test_videos_drift_but_keep_their_digits():
+    clip = digits_video(np.random.default_rng(5), "held_out")
+    assert clip.frames.dtype == np.uint8
+    assert clip.frames.shape[0] == 4
+    assert clip.truth.isdigit()
+    assert not np.array_equal(clip.frames[0], clip.frames[-1])
+
+
+def test_the_checkpoint_is_small_and_its_score_recorded(digits):
+    assert sum(file.stat().st_size for file in digits.iterdir()) < 8 * 2**20
+    score = json.loads((digits / "score.json").read_text())
+    assert score["held_out_images"] == 300
+    assert score["exact_match_transformers"] >= 0.95
+
+
+def test_the_tower_has_every_structural_trait(digits):
+    config = VisionConfig.of(Checkpoint(digits))
+    assert 0 < len(config.fullatt_block_indexes) < config.depth
+    assert config.merged_patches == 4
+    assert config.window_patches == 64
+    _, lengths = window_order(config, as_grids([(1, 10, 14)]))
+    assert len(lengths) > 1
+    assert len(set(lengths.tolist())) > 1, "partial windows"
+
+
+def test_both_backends_agree_on_real_images(digits):
+    from transformers import AutoImageProcessor
+
+    processor = AutoImageProcessor.from_pretrained(digits, backend="pil")
+    inputs = processor([sample.image for sample in held_out_images(12)], return_tensors="np")
+    patches, grids = np.asarray(inputs["pixel_values"], np.float32), inputs["image_grid_thw"]
+    with open_encoder(digits, backend="onnxrt") as ours, open_encoder(digits, backend="torch_ref") as exact:
+        np.testing.assert_allclose(ours.encode(patches, grids), exact.encode(patches, grids), rtol=0, atol=5e-5)

@@ -1,0 +1,102 @@
+"""The board on which a worker tells the scheduler of items it could not encode."""
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from visionaccel.grid import Grid
+from visionaccel.integrations.vllm import faults
+from visionaccel.integrations.vllm.faults import Fault, FaultReader, item_key, make_board, report_fault
+
+
+@pytest.fixture
+def board(monkeypatch, tmp_path):
+    monkeypatch.setenv(faults._FOLDER, str(tmp_path))
+    return tmp_path
+
+
+def test_nobody_listens_before_a_reader_is_made(board):
+    assert not report_fault(Fault("k", "m"))
+    FaultReader()
+    assert report_fault(Fault("k", "m"))
+
+
+def test_nobody_listens_without_a_board(monkeypatch):
+    monkeypatch.delenv(faults._FOLDER, raising=False)
+    assert FaultReader().new() == []
+    assert not report_fault(Fault("k", "m"))
+
+
+def test_each_fault_is_read_once(board):
+    reader = FaultReader()
+    assert reader.new() == []
+    report_fault(Fault("a", "first\nline"))
+    report_fault(Fault("b", "naïve"))
+    assert reader.new() == [Fault("a", "first\nline"), Fault("b", "naïve")]
+    assert reader.new() == []
+    report_fault(Fault("c", "third"))
+    assert reader.new() == [Fault("c", "third")]
+
+
+def test_a_line_still_being_written_waits(board):
+    reader = FaultReader()
+    report_fault(Fault("a", "whole"))
+    file = board / str(os.getpid())
+    with file.open("ab") as partial:
+        partial.write(b'{"key": "b", ')
+    assert reader.new() == [Fault("a", "whole")]
+    assert reader.new() == []
+    with file.open("ab") as partial:
+        partial.write(b'"message": "late"}\n')
+    assert reader.new() == [Fault("b", "late")]
+
+
+def test_a_child_process_reaches_its_parents_reader(board):
+    reader = FaultReader()
+    code = (
+        "from visionaccel.integrations.vllm.faults import *; assert report_fault(Fault('k', 'from a worker')), 'deaf'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert reader.new() == [Fault("k", "from a worker")]
+
+
+def test_the_board_is_private_shared_with_children_and_removed_at_exit():
+    code = """
+import os, stat, subprocess, sys
+from visionaccel.integrations.vllm import faults
+faults.make_board(); faults.make_board()
+folder = os.environ[faults._FOLDER]
+assert stat.S_IMODE(os.stat(folder).st_mode) == 0o700
+faults.FaultReader()
+assert stat.S_IMODE(os.stat(os.path.join(folder, str(os.getpid()))).st_mode) == 0o600
+child = "import os; from visionaccel.integrations.vllm import faults as f; f.make_board(); print(os.environ[f._FOLDER])"
+assert subprocess.run([sys.executable, "-c", child], capture_output=True, text=True).stdout.strip() == folder
+assert os.path.isdir(folder)
+print(folder)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != faults._FOLDER}
+    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment)
+    assert not Path(run.stdout.strip()).exists()
+
+
+def test_keys_depend_on_pixels_and_grid_and_on_nothing_else():
+    pixels = np.arange(32, dtype=np.float32).reshape(8, 4)
+    key = item_key(pixels, Grid(1, 2, 4))
+    assert key == item_key(torch.from_numpy(pixels.copy()), Grid(1, 2, 4))
+    assert key == item_key(np.asfortranarray(pixels), Grid(1, 2, 4))
+    assert key != item_key(pixels, Grid(1, 4, 2))
+    assert key != item_key(pixels + 1, Grid(1, 2, 4))
+    bfloat = torch.from_numpy(pixels.copy()).bfloat16()
+    assert item_key(bfloat, Grid(1, 2, 4)) == item_key(bfloat.clone(), Grid(1, 2, 4))
+
+
+def test_make_board_respects_an_inherited_one(board):
+    make_board()
+    assert os.environ[faults._FOLDER] == str(board)
+    assert stat.S_ISDIR(board.stat().st_mode)

@@ -1,0 +1,144 @@
+"""The written ONNX graph computes the tower, over the checkpoint's own bytes."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import example, given
+from hypothesis import settings as hypothesis_settings
+
+from strategies import grid_lists
+from towers import random_patches, reference
+from visionaccel import open_encoder
+from visionaccel.encoder import open_tower
+from visionaccel.errors import CheckpointError
+from visionaccel.testing.checkpoints import QWEN2_5_VL_7B, TINY, random_checkpoint, tower_shapes
+
+VARIANTS = [
+    ("float32", "visual.", 1),
+    ("float32", "model.visual.", 3),
+    ("bfloat16", "visual.", 2),
+    ("bfloat16", "model.visual.", 1),
+    ("float16", "visual.", 1),
+]
+
+
+@pytest.fixture(scope="module", params=VARIANTS, ids=lambda variant: "-".join(map(str, variant)))
+def checkpoint(request, tmp_path_factory):
+    """A tiny checkpoint in each stored dtype, prefix and number of shards."""
+    dtype, prefix, shards = request.param
+    return random_checkpoint(tmp_path_factory.mktemp("variant"), dtype=dtype, prefix=prefix, shards=shards)
+
+
+@pytest.fixture(scope="module")
+def encoder(checkpoint):
+    with open_encoder(checkpoint, backend="onnxrt") as encoder:
+        yield encoder
+
+
+@given(triples=grid_lists())
+@example(triples=[(1, 58, 74)])
+@example(triples=[(1, 2, 2)])
+@example(triples=[(4, 10, 6), (1, 8, 8), (4, 10, 6), (1, 20, 2)])
+@hypothesis_settings(max_examples=20)
+def test_embeddings_equal_transformers(checkpoint, encoder, triples):
+    patches = random_patches(triples)
+    ours = encoder.encode(patches, triples)
+    np.testing.assert_allclose(ours, reference(checkpoint, patches, triples), rtol=0, atol=2e-5)
+
+
+def test_the_model_is_valid_onnx_and_holds_no_weight(checkpoint, tmp_path):
+    tower = open_tower(checkpoint)
+    model = onnx.load_model_from_string(tower.onnx_model())
+    for file in checkpoint.iterdir():
+        shutil.copy(file, tmp_path)  # onnx looks for external data beside the model and takes no links
+    onnx.save_model(model, tmp_path / "tower.onnx")
+    onnx.checker.check_model(tmp_path / "tower.onnx", full_check=True)
+    assert {opset.domain for opset in model.opset_import} == {"", "com.microsoft"}
+    external = [init for init in model.graph.initializer if init.data_location == onnx.TensorProto.EXTERNAL]
+    assert len(external) == len(tower_shapes(TINY))
+    embedded = sum(len(init.raw_data) for init in model.graph.initializer)
+    assert embedded < 1024, "only shapes and indices are embedded"
+    named = {entry.value for init in external for entry in init.external_data if entry.key == "location"}
+    assert named == {file.name for file in checkpoint.glob("*.safetensors")}
+
+
+def test_weights_in_several_folders_are_referenced_below_their_common_one(tmp_path):
+    real = random_checkpoint(tmp_path / "real", shards=2)
+    (tmp_path / "elsewhere").mkdir()
+    moved = (real / "model-00002-of-00002.safetensors").rename(tmp_path / "elsewhere" / "second.safetensors")
+    (real / "model-00002-of-00002.safetensors").symlink_to(moved)
+    grids = [(1, 6, 10)]
+    patches = random_patches(grids)
+    with open_encoder(real, backend="onnxrt") as encoder:
+        assert encoder.program.folder == tmp_path
+        np.testing.assert_allclose(encoder.encode(patches, grids), reference(real, patches, grids), rtol=0, atol=2e-5)
+
+
+def test_a_missing_weight_is_named(tiny, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    weights = load_file(tiny / "model.safetensors")
+    del weights["visual.blocks.1.attn.proj.bias"]
+    save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((tiny / "config.json").read_bytes())
+    with pytest.raises(CheckpointError, match=r"blocks\.1\.attn\.proj\.bias"):
+        open_tower(tmp_path).onnx_model()
+
+
+@pytest.mark.parametrize("size", ["intermediate_size", "out_hidden_size"])
+def test_weights_of_another_shape_are_refused(tiny, tmp_path, size):
+    document = json.loads((tiny / "config.json").read_text())
+    document["vision_config"][size] += 4
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    (tmp_path / "model.safetensors").symlink_to(tiny / "model.safetensors")
+    with pytest.raises(CheckpointError, match="the configuration demands"):
+        open_tower(tmp_path).onnx_model()
+
+
+def test_quantized_weights_are_refused(tmp_path):
+    folder = random_checkpoint(tmp_path, dtype="float16")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes().replace(b'"F16"', b'"I16"'))
+    with pytest.raises(CheckpointError, match="quantized"):
+        open_tower(folder).onnx_model()
+
+
+def sparse_checkpoint(folder: Path, config) -> Path:
+    """A checkpoint of real shape whose weights are a hole in the file: its header is real, its bytes cost nothing."""
+    header, offset = {}, 0
+    for name, shape in tower_shapes(config).items():
+        length = 4 * int(np.prod(shape))
+        header["visual." + name] = {"dtype": "F32", "shape": shape, "data_offsets": [offset, offset + length]}
+        offset += length
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + offset)
+    document = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "vision_config": dict(config)}
+    (folder / "config.json").write_text(json.dumps(document))
+    return folder
+
+
+def test_the_7b_tower_is_written_in_little_memory(tmp_path):
+    folder = sparse_checkpoint(tmp_path, QWEN2_5_VL_7B)
+    assert (folder / "model.safetensors").stat().st_size > 2.4 * 2**30
+    code = """
+import resource, sys
+from pathlib import Path
+from visionaccel.encoder import open_tower
+from visionaccel.onnx_writer import GraphWriter
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+model = open_tower(sys.argv[1]).onnx_model()
+print(peak() - before, len(model))
+"""
+    run = subprocess.run([sys.executable, "-c", code, folder], check=True, capture_output=True, text=True)
+    grown, size = map(int, run.stdout.split())
+    assert grown < 0.5 * 2**30
+    assert size < 2**20

@@ -1,0 +1,119 @@
+"""One item's fault is one item's answer."""
+
+import numpy as np
+import pytest
+
+from towers import random_patches
+from visionaccel import open_encoder
+from visionaccel.errors import DeviceError, InputError, NonFiniteError, PatchesError, VisionAccelError
+from visionaccel.runtime.guarded import GuardedEncoder
+
+GRIDS = [(1, 4, 4), (1, 6, 4), (2, 4, 4)]
+ENDS = [16, 40, 72]
+
+
+class Failing:
+    """Wraps a session and fails whenever it is given a grid of six rows; counts its calls."""
+
+    def __init__(self, session):
+        self.capabilities = session.capabilities
+        self.session = session
+        self.calls = 0
+
+    def run(self, inputs):
+        self.calls += 1
+        if 6 in inputs["grid_thw"][:, 1]:
+            raise OSError("the device went away")
+        return self.session.run(inputs)
+
+    def close(self):
+        self.session.close()
+
+
+@pytest.fixture
+def healthy(tiny):
+    with open_encoder(tiny, backend="torch_ref") as encoder:
+        yield encoder
+
+
+@pytest.fixture
+def failing(tiny):
+    encoder = open_encoder(tiny, backend="torch_ref")
+    encoder.session = Failing(encoder.session)
+    return encoder
+
+
+def test_without_faults_one_call_serves_all(failing):
+    grids = [(1, 4, 4), (2, 4, 4)]
+    answers = GuardedEncoder(failing).encode_items(random_patches(grids), grids)
+    assert [len(answer) for answer in answers] == [4, 8]
+    assert failing.session.calls == 1
+
+
+def test_only_the_item_at_fault_fails(failing, healthy):
+    patches = random_patches(GRIDS)
+    guarded = GuardedEncoder(failing)
+    first, second, third = guarded.encode_items(patches, GRIDS)
+    assert isinstance(second, DeviceError)
+    assert "the device went away" in str(second)
+    np.testing.assert_allclose(first, healthy.encode(patches[:16], GRIDS[:1]), rtol=0, atol=2e-5)
+    np.testing.assert_allclose(third, healthy.encode(patches[40:], GRIDS[2:]), rtol=0, atol=2e-5)
+    assert guarded.failed_items == 1
+
+
+def test_the_fallback_takes_over_what_the_device_could_not_do(failing, healthy, caplog):
+    opened = []
+
+    def fallback():
+        opened.append(True)
+        return healthy
+
+    patches = random_patches(GRIDS)
+    guarded = GuardedEncoder(failing, fallback)
+    for _ in range(2):
+        answers = guarded.encode_items(patches, GRIDS)
+        np.testing.assert_allclose(np.concatenate(answers), healthy.encode(patches, GRIDS), rtol=0, atol=2e-5)
+    assert (guarded.fallback_items, guarded.failed_items, opened) == (2, 0, [True])
+    assert "the fallback takes over" in caplog.text
+
+
+def test_a_failing_fallback_is_reported_with_both_reasons(failing):
+    def fallback():
+        raise DeviceError("no memory for a second encoder.")
+
+    answer = GuardedEncoder(failing, fallback).encode_items(random_patches([(1, 6, 4)]), [(1, 6, 4)])[0]
+    assert isinstance(answer, DeviceError)
+    assert "went away" in str(answer)
+    assert "no memory" in str(answer)
+
+
+def test_bad_pixels_are_not_sent_to_the_fallback(healthy):
+    patches = random_patches(GRIDS)
+    patches[20, 3] = np.nan
+
+    def fallback():
+        raise AssertionError("not for bad input")
+
+    first, second, third = GuardedEncoder(healthy, fallback).encode_items(patches, GRIDS)
+    assert isinstance(second, NonFiniteError)
+    assert not isinstance(first, VisionAccelError)
+    assert not isinstance(third, VisionAccelError)
+
+
+@pytest.mark.parametrize(
+    ("count", "grids", "kind"),
+    [(71, GRIDS, PatchesError), (72, [(1, 4, 4), (1, 5, 4)], InputError), (72, [(1, 4)], InputError)],
+)
+def test_where_rows_cannot_be_told_apart_the_error_is_everybodys(healthy, count, grids, kind):
+    answers = GuardedEncoder(healthy).encode_items(random_patches(GRIDS)[:count], grids)
+    assert len(answers) == len(grids)
+    assert all(isinstance(answer, kind) for answer in answers)
+
+
+def test_closing_closes_both(failing, healthy):
+    guarded = GuardedEncoder(failing, lambda: healthy)
+    guarded.encode_items(random_patches([(1, 6, 4)]), [(1, 6, 4)])
+    guarded.close()
+    for encoder in (failing, healthy):
+        with pytest.raises(DeviceError, match="closed"):
+            encoder.encode(random_patches([(1, 4, 4)]), [(1, 4, 4)])

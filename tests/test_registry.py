@@ -1,0 +1,167 @@
+"""Backends are found without importing them, and chosen with reasons."""
+
+import subprocess
+import sys
+
+import pytest
+
+from fake_plugins import ECHO, install
+from visionaccel import open_encoder
+from visionaccel.backends import Accepted, Registry, Rejected, select
+from visionaccel.encoder import open_tower
+from visionaccel.errors import (
+    BackendUnavailableError,
+    DeviceError,
+    DuplicateBackendError,
+    PluginError,
+    SettingsError,
+    UnknownBackendError,
+)
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """A folder on the Python path into which distributions can be put."""
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def test_listing_imports_no_plug_in(site):
+    install(site, "acme-explosive", "explosive", "raise SystemExit('imported')")
+    names = [entry.name for entry in Registry().entries]
+    assert names == sorted(names)
+    assert {"explosive", "onnxrt", "torch_ref"} <= set(names)
+
+
+def test_entries_name_their_distribution(site):
+    install(site, "acme-echo", "echo", ECHO.format(name="echo", score=1))
+    entry = Registry().entry("echo")
+    assert (entry.distribution, entry.version, entry.module) == ("acme-echo", "1.0", "acme_echo")
+
+
+def test_two_distributions_of_one_name_are_both_named(site):
+    install(site, "acme-one", "same", ECHO.format(name="same", score=1))
+    install(site, "acme-two", "same", ECHO.format(name="same", score=1))
+    with pytest.raises(DuplicateBackendError, match=r"acme-one 1\.0.*acme-two 1\.0|acme-two 1\.0.*acme-one 1\.0"):
+        Registry()
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"), [("onnxtr", "Did you mean 'onnxrt'"), ("zzz", "Install the distribution that provides it")]
+)
+def test_an_unknown_name_lists_what_is_installed(name, advice):
+    with pytest.raises(UnknownBackendError, match=f"installed: .*onnxrt.*{advice}"):
+        Registry().entry(name)
+
+
+def test_a_known_plug_in_that_is_not_installed_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("visionaccel.backends.registry.entry_points", lambda group: [])
+    with pytest.raises(UnknownBackendError, match=r"installed: none.*pip install 'visionaccel\[onnxrt\]'"):
+        Registry().entry("onnxrt")
+    with pytest.raises(UnknownBackendError, match=r"Did you mean 'torch_ref'.*pip install"):
+        Registry().entry("torchref")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import vendor_runtime_that_is_missing",
+        "1 / 0",
+        "",
+        ECHO.format(name="other", score=1),
+        "from visionaccel.backends import hookimpl\n@hookimpl\ndef visionaccel_backends(wrong): return []",
+    ],
+    ids=["import error", "any error", "no hook", "another name", "wrong hook signature"],
+)
+def test_a_broken_plug_in_is_named_when_it_is_wanted_and_only_then(site, tiny, source):
+    install(site, f"acme-broken-{abs(hash(source))}", "broken", source)
+    registry = Registry()
+    with pytest.raises(PluginError, match="acme-broken"):
+        registry.load("broken")
+    selection = select(registry, open_tower(tiny))
+    verdicts = {candidate.entry.name: candidate.verdict for candidate in selection.candidates}
+    assert isinstance(verdicts["broken"], Rejected)
+    assert selection.chosen is not None
+    assert selection.chosen.entry.name == "onnxrt"
+
+
+def test_auto_takes_the_highest_score(site, tiny):
+    install(site, "acme-best", "best", ECHO.format(name="best", score=99))
+    selection = select(Registry(), open_tower(tiny))
+    assert selection.chosen is not None
+    assert selection.chosen.entry.name == "best"
+    assert all(isinstance(candidate.verdict, Accepted) for candidate in selection.candidates)
+
+
+def test_a_probe_that_raises_is_a_refusal(site, tiny):
+    source = ECHO.format(name="nervous", score=1).replace(
+        'return Accepted(1, "says yes")', "raise OSError('no driver')"
+    )
+    install(site, "acme-nervous", "nervous", source)
+    selection = select(Registry(), open_tower(tiny), "nervous")
+    with pytest.raises(BackendUnavailableError, match=r"OSError: no driver\..*authors of acme-nervous"):
+        selection.require()
+
+
+def test_a_backend_of_foreign_formats_is_refused_as_data(site, tiny):
+    source = ECHO.format(name="foreign", score=1).replace('"onnx", "checkpoint"', '"acme.blob"')
+    install(site, "acme-foreign", "foreign", source)
+    (candidate,) = select(Registry(), open_tower(tiny), "foreign").candidates
+    assert isinstance(candidate.verdict, Rejected)
+    assert "acme.blob" in candidate.verdict.reason
+
+
+def test_no_backend_at_all_says_what_to_install(monkeypatch, tiny):
+    monkeypatch.setattr("visionaccel.backends.registry.entry_points", lambda group: [])
+    with pytest.raises(BackendUnavailableError, match="pip install"):
+        select(Registry(), open_tower(tiny)).require()
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "message"),
+    [
+        ("onnxrt", "npu", "VitisAIExecutionProvider"),
+        ("onnxrt", "toaster", "knows no device 'toaster'"),
+        ("torch_ref", "cuda:9", "sees 0 CUDA devices"),
+        ("torch_ref", "tpu", "knows no device 'tpu'"),
+        ("auto", "npu", "onnxrt: .* torch_ref: "),
+    ],
+)
+def test_refusals_give_reason_and_hint(tiny, backend, device, message):
+    with pytest.raises(BackendUnavailableError, match=message):
+        open_encoder(tiny, backend=backend, device=device)
+
+
+@pytest.mark.parametrize(
+    ("backend", "options", "message"),
+    [
+        ("onnxrt", {"thread": 1}, "thread: .*Options it takes: provider, provider_options, threads"),
+        ("onnxrt", {"threads": 0}, "threads: .*greater than or equal to 1"),
+        ("torch_ref", {"dtype": "int4"}, "'float32' or 'bfloat16'"),
+    ],
+)
+def test_invalid_options_list_the_valid_ones(tiny, backend, options, message):
+    with pytest.raises(SettingsError, match=message):
+        open_encoder(tiny, backend=backend, options=options)
+
+
+def test_a_provider_that_is_not_there_is_refused_rather_than_replaced_by_the_cpu(tiny):
+    from visionaccel.errors import ConfigurationError
+
+    with pytest.raises(ConfigurationError, match=r"VitisAI.*Available: .*CPUExecutionProvider"):
+        open_encoder(tiny, backend="onnxrt", options={"provider": "VitisAIExecutionProvider"})
+
+
+def test_whatever_open_raises_becomes_a_device_error_with_the_backends_name(site, tiny):
+    source = ECHO.format(name="stuck", score=1).replace("return EchoSession()", "raise MemoryError('no room')")
+    install(site, "acme-stuck", "stuck", source)
+    with pytest.raises(DeviceError, match=r"'stuck' could not open .*MemoryError: no room"):
+        open_encoder(tiny, backend="stuck", registry=Registry())
+
+
+def test_a_plug_in_sees_only_the_contract():
+    """Plug-ins import the core's contract, never its runtime, its faces or each other."""
+    code = "import visionaccel_onnxrt.backend, visionaccel_torch_ref.backend, sys; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    upper = ("visionaccel.cli", "visionaccel.integrations", "visionaccel.runtime", "visionaccel.encoder")
+    assert not [name for name in loaded if name.startswith(upper)]

@@ -1,0 +1,134 @@
+"""Settings: names, former names, values, and the documented table."""
+
+import logging
+import os
+from pathlib import Path
+
+import pytest
+
+import visionaccel.settings as module
+from visionaccel.errors import SettingsError
+from visionaccel.settings import Settings, backend_is_named, load_settings, settings_table
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    for name in list(os.environ):
+        if name.startswith(("VISIONACCEL_", "VLLM_VISION_NPU_", "VLLM_NPU_")):
+            monkeypatch.delenv(name)
+    module._warn_once.cache_clear()
+    module._warn_unknown_once.cache_clear()
+
+
+def test_nothing_set_means_nothing_asked():
+    assert load_settings() == Settings()
+    assert load_settings().backend is None
+    assert not backend_is_named()
+
+
+def test_every_setting_is_read(monkeypatch):
+    values = {
+        "BACKEND": "onnxrt",
+        "DEVICE": "cpu",
+        "BUNDLE": "/models/tower",
+        "MODE": "inline",
+        "FALLBACK": "torch_ref",
+        "OPTIONS": '{"threads": 2}',
+        "TIMING": "1",
+    }
+    assert {name.lower() for name in values} == set(Settings.model_fields)
+    for name, value in values.items():
+        monkeypatch.setenv("VISIONACCEL_" + name, value)
+    assert load_settings() == Settings(
+        backend="onnxrt",
+        device="cpu",
+        bundle=Path("/models/tower"),
+        mode="inline",
+        fallback="torch_ref",
+        options={"threads": 2},
+        timing=True,
+    )
+
+
+def test_empty_variables_count_as_unset(monkeypatch):
+    for name in Settings.model_fields:
+        monkeypatch.setenv("VISIONACCEL_" + name.upper(), "")
+    assert load_settings() == Settings()
+    assert not backend_is_named()
+
+
+@pytest.mark.parametrize("value", ["none", "None", "NONE"])
+def test_no_fallback_can_be_said(monkeypatch, value):
+    monkeypatch.setenv("VISIONACCEL_FALLBACK", value)
+    assert load_settings().fallback is None
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("threads=2,provider=CPUExecutionProvider", {"threads": 2, "provider": "CPUExecutionProvider"}),
+        ('{"provider_options": {"cache_dir": "a,b=c"}}', {"provider_options": {"cache_dir": "a,b=c"}}),
+        (" dtype = bfloat16 , ", {"dtype": "bfloat16"}),
+    ],
+)
+def test_options_are_pairs_or_json(monkeypatch, text, options):
+    monkeypatch.setenv("VISIONACCEL_OPTIONS", text)
+    assert load_settings().options == options
+
+
+@pytest.mark.parametrize(
+    ("old", "value", "field", "meaning"),
+    [
+        ("VLLM_VISION_NPU_BACKEND", "flexmlrt", "backend", "flexmlrt"),
+        ("VLLM_VISION_NPU_DEVICE", "npu", "device", "npu"),
+        ("VLLM_VISION_NPU_CACHE", "/cache", "bundle", Path("/cache")),
+        ("VLLM_NPU_TIMING", "1", "timing", True),
+        ("VLLM_NPU_ASYNC_PIPELINE", "1", "mode", "auto"),
+        ("VLLM_NPU_ASYNC_PIPELINE", "0", "mode", "inline"),
+    ],
+)
+def test_former_names_work_with_one_deprecation_line(monkeypatch, caplog, old, value, field, meaning):
+    monkeypatch.setenv(old, value)
+    with caplog.at_level(logging.WARNING, "visionaccel"):
+        assert getattr(load_settings(), field) == meaning
+        load_settings()
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == [f"{old} is deprecated; set VISIONACCEL_{field.upper()} instead."]
+
+
+def test_a_former_name_alone_activates(monkeypatch):
+    monkeypatch.setenv("VLLM_VISION_NPU_BACKEND", "flexmlrt")
+    assert backend_is_named()
+
+
+def test_the_current_name_wins_over_the_former(monkeypatch):
+    monkeypatch.setenv("VLLM_VISION_NPU_BACKEND", "old")
+    monkeypatch.setenv("VISIONACCEL_BACKEND", "new")
+    assert load_settings().backend == "new"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("MODE", "pipelined?", "VISIONACCEL_MODE='pipelined.'.*'auto' or 'inline'"),
+        ("TIMING", "perhaps", "VISIONACCEL_TIMING='perhaps'"),
+        ("OPTIONS", "threads", "'threads' is not of the form name=value"),
+        ("OPTIONS", '{"threads": ', "VISIONACCEL_OPTIONS"),
+    ],
+)
+def test_invalid_values_name_the_variable(monkeypatch, name, value, message):
+    monkeypatch.setenv("VISIONACCEL_" + name, value)
+    with pytest.raises(SettingsError, match=message):
+        load_settings()
+
+
+def test_a_mistyped_variable_is_pointed_out(monkeypatch, caplog):
+    monkeypatch.setenv("VISIONACCEL_FALBACK", "torch_ref")
+    load_settings()
+    assert "Did you mean VISIONACCEL_FALLBACK?" in caplog.text
+
+
+def test_the_readme_holds_the_generated_table():
+    assert settings_table() in README.read_text()
