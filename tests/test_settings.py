@@ -8,7 +8,8 @@ import pytest
 
 import visionaccel.settings as module
 from visionaccel.errors import SettingsError
-from visionaccel.settings import Settings, backend_is_named, load_settings, settings_table
+from visionaccel.integrations.vllm import BACKEND_VARIABLES
+from visionaccel.settings import Settings, load_settings, settings_table
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -25,7 +26,6 @@ def clean_environment(monkeypatch):
 def test_nothing_set_means_nothing_asked():
     assert load_settings() == Settings()
     assert load_settings().backend is None
-    assert not backend_is_named()
 
 
 def test_every_setting_is_read(monkeypatch):
@@ -56,7 +56,6 @@ def test_empty_variables_count_as_unset(monkeypatch):
     for name in Settings.model_fields:
         monkeypatch.setenv("VISIONACCEL_" + name.upper(), "")
     assert load_settings() == Settings()
-    assert not backend_is_named()
 
 
 @pytest.mark.parametrize("value", ["none", "None", "NONE"])
@@ -98,9 +97,11 @@ def test_former_names_work_with_one_deprecation_line(monkeypatch, caplog, old, v
     assert lines == [f"{old} is deprecated; set VISIONACCEL_{field.upper()} instead."]
 
 
-def test_a_former_name_alone_activates(monkeypatch):
-    monkeypatch.setenv("VLLM_VISION_NPU_BACKEND", "flexmlrt")
-    assert backend_is_named()
+def test_the_vllm_entry_point_looks_at_the_variables_of_the_backend_setting(monkeypatch):
+    for variable in BACKEND_VARIABLES:
+        with monkeypatch.context() as one:
+            one.setenv(variable, "flexmlrt")
+            assert load_settings().backend == "flexmlrt"
 
 
 def test_the_current_name_wins_over_the_former(monkeypatch):

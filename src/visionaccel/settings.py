@@ -17,7 +17,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from visionaccel.errors import SettingsError
 
-__all__ = ["PREFIX", "Settings", "backend_is_named", "load_settings", "parse_options", "settings_table"]
+__all__ = ["PREFIX", "Settings", "load_settings", "parse_options", "settings_table"]
 
 logger = logging.getLogger(__name__)
 
@@ -99,11 +99,6 @@ _ALIASES = (
     _Alias("VLLM_NPU_TIMING", "timing", {}),
     _Alias("VLLM_NPU_ASYNC_PIPELINE", "mode", {"0": "inline", "false": "inline", "1": "auto", "true": "auto"}),
 )
-
-
-def backend_is_named() -> bool:
-    """Whether the environment names a backend at all, by the current or the former variable. Reads nothing else."""
-    return any(os.environ.get(name, "").strip() for name in (PREFIX + "BACKEND", "VLLM_VISION_NPU_BACKEND"))
 
 
 def load_settings() -> Settings:

@@ -44,6 +44,11 @@ def video_request(seed: int) -> dict[str, Any]:
     return {"prompt": prompt(VIDEO), "multi_modal_data": {"video": [(clip.frames, metadata)]}}
 
 
+def grid(sample: Any) -> tuple[int, int]:
+    """Merged rows and columns of an image: the processor rounds its sides to multiples of 28 pixels."""
+    return round(sample.image.height / 28), round(sample.image.width / 28)
+
+
 def answers(llm: LLM, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Greedy tokens with their log-probabilities, of one batch."""
     sampling = SamplingParams(temperature=0, max_tokens=8, logprobs=0)
@@ -65,7 +70,8 @@ def answers(llm: LLM, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def matrix(llm: LLM) -> dict[str, Any]:
     """Single images, two images in a prompt, a video, text alone, and all of them in one batch; and the accuracy."""
     images = held_out_images(ACCURACY)
-    singles = [image_request(image) for image in images[:SINGLES]]
+    different = list({grid(image): image for image in reversed(images)}.values())[:SINGLES]
+    singles = [image_request(image) for image in different]
     others = [image_request(*images[30:32]), image_request(*images[32:34]), video_request(7)]
     texts = [{"prompt": prompt("", text)} for text in ("Read the digits.", "user assistant 42")]
     mixed = [
@@ -79,19 +85,20 @@ def matrix(llm: LLM) -> dict[str, Any]:
         "others": [answers(llm, [request])[0] for request in [*others, *texts]],
         "mixed": answers(llm, mixed),
         "repeated": answers(llm, singles[:4]),
+        "first": answers(llm, [image_request(image) for image in images[:6]]),
     }
     read = answers(llm, [image_request(image) for image in images])
     right = sum(answer["text"] == image.truth for answer, image in zip(read, images, strict=True))
     return {
         "parts": parts,
         "accuracy": right / ACCURACY,
-        "grids": sorted({str(i.image.size) for i in images[:SINGLES]}),
+        "grids": [grid(image) for image in different],
     }
 
 
 def few(llm: LLM) -> dict[str, Any]:
     """A handful of images in one batch."""
-    return {"parts": {"singles": answers(llm, [image_request(image) for image in held_out_images(6)])}}
+    return {"parts": {"first": answers(llm, [image_request(image) for image in held_out_images(6)])}}
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["QWEN2_5_VL_7B", "TINY", "random_checkpoint", "tower_shapes"]
+__all__ = ["QWEN2_5_VL_7B", "TINY", "hollow_checkpoint", "random_checkpoint", "tower_shapes"]
 
 QWEN2_5_VL_7B: Mapping[str, Any] = MappingProxyType(
     {
@@ -104,13 +104,7 @@ def random_checkpoint(
     """
     from safetensors.numpy import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
-    document = {
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-        "model_type": "qwen2_5_vl",
-        "vision_config": {"model_type": "qwen2_5_vl", **config},
-    }
-    (folder / "config.json").write_text(json.dumps(document, indent=1))
+    _write_config(folder, config)
     rng = np.random.default_rng(seed)
     shapes = sorted(tower_shapes(config).items())
     weight_map: dict[str, str] = {}
@@ -122,6 +116,34 @@ def random_checkpoint(
     if shards > 1:
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return folder
+
+
+def hollow_checkpoint(folder: Path, config: Mapping[str, Any]) -> Path:
+    """Write a float32 checkpoint whose weights are a hole in the file: a real header, and zeros that take no disk.
+
+    For what reads configuration and headers only. Returns the folder.
+    """
+    _write_config(folder, config)
+    header, offset = {}, 0
+    for name, shape in tower_shapes(config).items():
+        length = 4 * math.prod(shape)
+        header["visual." + name] = {"dtype": "F32", "shape": shape, "data_offsets": [offset, offset + length]}
+        offset += length
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + offset)
+    return folder
+
+
+def _write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    document = {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "vision_config": {"model_type": "qwen2_5_vl", **config},
+    }
+    (folder / "config.json").write_text(json.dumps(document, indent=1))
 
 
 def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:

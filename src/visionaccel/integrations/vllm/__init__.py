@@ -1,8 +1,14 @@
-"""vLLM's door to visionaccel: the entry point of the group `vllm.general_plugins`."""
+"""vLLM's door to visionaccel: the entry point of the group `vllm.general_plugins`.
 
-from visionaccel.settings import backend_is_named
+vLLM imports this module in each of its processes whether or not a backend is wanted, so it imports nothing by itself.
+"""
 
-__all__ = ["register"]
+import os
+
+__all__ = ["BACKEND_VARIABLES", "register"]
+
+BACKEND_VARIABLES = ("VISIONACCEL_BACKEND", "VLLM_VISION_NPU_BACKEND")
+"""The variables that name a backend: the setting `backend` and its former name."""
 
 
 def register() -> None:
@@ -11,7 +17,7 @@ def register() -> None:
     Raises:
         ConfigurationError: If a backend is named that cannot be used; vLLM then refuses to start.
     """
-    if backend_is_named():
+    if any(os.environ.get(name, "").strip() for name in BACKEND_VARIABLES):
         from visionaccel.integrations.vllm.activation import activate
 
         activate()

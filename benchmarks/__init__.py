@@ -1,0 +1,1 @@
+"""Measurements, not tests: each prints figures of one run, the ratios of which can be compared between machines."""

@@ -1,0 +1,40 @@
+"""`python -m benchmarks [NAME...]`: run all benchmarks, or those named; `--json FILE` keeps the figures."""
+
+import argparse
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import adapter_overhead, graph_writer, import_time
+
+BENCHMARKS = {
+    "import_time": import_time.measure,
+    "graph_writer": graph_writer.measure,
+    "adapter_overhead": adapter_overhead.measure,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    arguments = parser.parse_args()
+    unknown = set(arguments.names) - set(BENCHMARKS)
+    if unknown:
+        parser.error(f"no benchmark is named {', '.join(sorted(unknown))}")
+    console, figures = Console(), {}
+    for name in arguments.names or BENCHMARKS:
+        with console.status(name):
+            figures[name] = BENCHMARKS[name]()
+        table = Table("figure", "value", title=name)
+        for figure, value in figures[name].items():
+            table.add_row(figure, f"{value:.4g}" if isinstance(value, float) else str(value))
+        console.print(table)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""Time and memory of writing the 7B tower's ONNX graph. No weight is read, so the weights file may be a hole."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from visionaccel.testing.checkpoints import QWEN2_5_VL_7B, hollow_checkpoint
+
+CODE = """
+import json, sys, time
+from pathlib import Path
+def peak():  # not ru_maxrss, which a child inherits from its parent
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 2**20
+before, start = peak(), time.perf_counter()
+from visionaccel.encoder import open_tower
+model = open_tower(sys.argv[1]).onnx_model()
+seconds = time.perf_counter() - start
+import onnx
+nodes = len(onnx.load_model_from_string(model).graph.node)
+start = time.perf_counter()
+open_tower(sys.argv[1]).onnx_model()
+print(json.dumps({
+    "first graph, imports included, s": seconds,
+    "second graph, s": time.perf_counter() - start,
+    "peak memory above the interpreter's own, GiB": peak() - before,
+    "nodes": nodes,
+    "model, MB": len(model) / 1e6,
+}))
+"""
+
+
+def measure() -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        hollow_checkpoint(Path(folder), QWEN2_5_VL_7B)
+        command = [sys.executable, "-c", CODE, folder]
+        figures: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    return figures
