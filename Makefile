@@ -20,12 +20,13 @@ export VLLM_CONFIG_ROOT := $(XDG_CONFIG_HOME)/vllm
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_CACHE_DIR := 1
 
-.PHONY: help install demo test lint types unit e2e bench format clean
+.PHONY: help install demo test lint types unit e2e bench dist format clean
 
 help:
 	@echo "make demo    install, then compare stock vLLM with a backend on handwritten digits"
 	@echo "make test    install, then lint, type-check and run every test"
 	@echo "make bench   install, then run the benchmarks (random weights of the 7B tower's shape; minutes)"
+	@echo "make dist    build the distributions for publishing into dist/"
 	@echo "make clean   remove .venv and every cache"
 
 install: $(INSTALLED)
@@ -62,6 +63,11 @@ e2e: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks
+
+dist: $(INSTALLED)
+	for folder in . plugins/onnxrt plugins/torch_ref; do \
+		(cd $$folder && PLAIN_EXTRAS=1 $(CURDIR)/$(BIN)/python -m hatchling build -d $(CURDIR)/dist) || exit 1; \
+	done
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

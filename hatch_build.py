@@ -1,5 +1,6 @@
-"""Extras that name the plug-in distributions: beside this file in a checkout, by plain name anywhere else."""
+"""Extras that name the plug-in distributions: those beside this file in a checkout, plain names when publishing."""
 
+import os
 from pathlib import Path
 
 from hatchling.metadata.plugin.interface import MetadataHookInterface
@@ -8,11 +9,12 @@ PLUGINS = {"onnxrt": "visionaccel-onnxrt", "torch_ref": "visionaccel-torch-ref"}
 
 
 class PluginExtras(MetadataHookInterface):
-    """`pip install '.[onnxrt]'` takes the plug-in beside it; a wheel made from the sdist names it plainly."""
+    """`pip install '.[onnxrt]'` takes the plug-in of the same checkout; `make dist` sets PLAIN_EXTRAS."""
 
     def update(self, metadata: dict) -> None:
-        extras = {}
+        extras = {"images": ["pillow>=10", "torch>=2.5", "transformers>=5.16"]}
         for extra, distribution in PLUGINS.items():
             folder = Path(self.root, "plugins", extra)
-            extras[extra] = [f"{distribution} @ {folder.as_uri()}" if folder.is_dir() else distribution]
+            by_path = folder.is_dir() and not os.environ.get("PLAIN_EXTRAS")
+            extras[extra] = [f"{distribution} @ {folder.as_uri()}" if by_path else distribution]
         metadata["optional-dependencies"] = extras

@@ -9,26 +9,32 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
     from vllm.config import VllmConfig
+    from vllm.multimodal.inputs import MultiModalFeatureSpec
+    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.request import Request
 
 __all__ = [
     "TRIED_RELEASES",
+    "ScheduledItem",
     "append_errors",
+    "fail_requests",
     "forget_encoder_output",
+    "forget_prefixes",
     "holders",
     "is_multimodal",
     "logger",
     "on_engine_config",
-    "pixels_of",
     "register_model",
+    "scheduled_items",
     "share_log_handlers",
     "swapped_tower",
     "use_contained_scheduler",
@@ -118,42 +124,70 @@ def swapped_tower(base: type, make: Callable[..., nn.Module]) -> Iterator[None]:
         module.Qwen2_5_VisionTransformer = stock
 
 
-def pixels_of(request: Request, index: int) -> tuple[Any, Any] | None:
-    """Pixel values and grid of a request's item as the worker gets them, or None if this process does not hold them."""
-    data = request.mm_features[index].data
-    names = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
-    for pixels, grid in names:
-        if data is not None and pixels in data and grid in data:
-            return data[pixels].data, data[grid].data
-    return None
+@dataclass(frozen=True, slots=True)
+class ScheduledItem:
+    """An image or video that a step encodes.
+
+    Attributes:
+        identifier: Its key in the encoder cache.
+        pixels: Pixel values [P, patch_width] as the worker gets them; None if this process does not hold them.
+        grid: Its (t, h, w).
+    """
+
+    identifier: str
+    pixels: Any
+    grid: Any
 
 
-def holders(scheduler: Scheduler, identifiers: Iterable[str]) -> list[Request]:
-    """Live requests that have used, or are about to use, an encoder output of one of `identifiers`."""
-    wanted = frozenset(identifiers)
-    found = []
+def scheduled_items(scheduler: Scheduler, step: SchedulerOutput) -> list[ScheduledItem]:
+    """What a step encodes; to be called before any of its requests can go away."""
+    return [
+        _item(scheduler.requests[request].mm_features[index])
+        for request, indices in step.scheduled_encoder_inputs.items()
+        for index in indices
+    ]
+
+
+def _item(feature: MultiModalFeatureSpec) -> ScheduledItem:
+    data = feature.data or {}
+    for pixels, grid in (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")):
+        if pixels in data and grid in data:
+            return ScheduledItem(feature.identifier, data[pixels].data, data[grid].data.reshape(-1, 3))
+    return ScheduledItem(feature.identifier, None, None)
+
+
+def holders(scheduler: Scheduler, identifiers: Collection[str]) -> dict[Request, list[str]]:
+    """Live requests that have used, or are about to use, encoder outputs of `identifiers`, and which of them."""
+    found: dict[Request, list[str]] = {}
     for request in scheduler.requests.values():
         held = scheduler.encoder_cache_manager.get_cached_input_ids(request)
-        for index, feature in enumerate(request.mm_features):
-            used = index in held or feature.mm_position.offset < request.num_computed_tokens
-            if feature.identifier in wanted and used and not request.is_finished():
-                found.append(request)
-                break
+        used = [
+            feature.identifier
+            for index, feature in enumerate(request.mm_features)
+            if feature.identifier in identifiers
+            and (index in held or feature.mm_position.offset < request.num_computed_tokens)
+        ]
+        if used and not request.is_finished():
+            found[request] = used
     return found
 
 
-def fail_requests(scheduler: Scheduler, requests: list[Request]) -> list[Request]:
-    """End requests with an error, and take their blocks out of the prefix cache first: they hold no valid keys."""
+def fail_requests(scheduler: Scheduler, requests: Iterable[Request]) -> list[Request]:
+    """End requests with an error."""
     from vllm.v1.request import RequestStatus
 
-    manager = scheduler.kv_cache_manager
-    for request in requests:
-        blocks = {block for group in manager.get_block_ids(request.request_id) for block in group}
-        manager.evict_blocks(blocks)
-    failed: list[Request] = scheduler.finish_requests(
-        [request.request_id for request in requests], RequestStatus.FINISHED_ERROR
-    )
+    names = [request.request_id for request in requests]
+    failed: list[Request] = scheduler.finish_requests(names, RequestStatus.FINISHED_ERROR)
     return failed
+
+
+def forget_prefixes(scheduler: Scheduler) -> None:
+    """Empty the prefix cache; blocks in use stay with their requests.
+
+    All of it, because which blocks were computed from a faulty output is not recorded for requests that are gone.
+    """
+    manager = scheduler.kv_cache_manager
+    manager.evict_blocks(set(range(manager.block_pool.num_gpu_blocks)))
 
 
 def forget_encoder_output(scheduler: Scheduler, identifier: str) -> None:

@@ -25,47 +25,58 @@ class _Containment:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._faults = FaultReader()
+        self._encoding: dict[int, list[compat.ScheduledItem]] = {}
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        step: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        if step.scheduled_encoder_inputs:
+            # Kept from now on: a request may be aborted before its step returns, and its caches would outlive it.
+            self._encoding[id(step)] = compat.scheduled_items(self, step)
+        return step
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
         failed: list[Request] = []
-        if scheduler_output.scheduled_encoder_inputs:
+        if id(scheduler_output) in self._encoding:
             faults = self._faults.new()
             if faults:
-                failed = self._end(scheduler_output, faults)
+                failed = self._contain(faults)
+            del self._encoding[id(scheduler_output)]
         outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
         compat.append_errors(outputs, failed)
         return outputs
 
-    def _end(self, step: SchedulerOutput, faults: list[Fault]) -> list[Request]:
-        """End every request that stands on a faulty encoder output and forget that output everywhere."""
-        messages = {fault.key: fault.message for fault in faults}
-        faulty: dict[str, str] = {}
-        unmatched = set(messages)
-        unknown: dict[str, str] = {}
-        for request_id, indices in step.scheduled_encoder_inputs.items():
-            request = self.requests.get(request_id)  # type: ignore[attr-defined]
-            for index in indices if request is not None else ():
-                identifier = request.mm_features[index].identifier
-                pixels = compat.pixels_of(request, index)
-                if pixels is None:
-                    unknown[identifier] = " ".join(messages.values())
-                    continue
-                key = item_key(pixels[0], as_grids(pixels[1].reshape(-1, 3))[0])
-                if key in messages:
-                    faulty[identifier] = messages[key]
-                    unmatched.discard(key)
-        if unmatched:
-            # Some faulty item cannot be told from its neighbours: a wrong answer would be worse than one error too
-            # many.
-            faulty = {**unknown, **faulty}
+    def _contain(self, faults: list[Fault]) -> list[Request]:
+        """End every request that stands on a faulty encoder output, and forget that output everywhere.
+
+        The worker may be steps ahead of the one whose output is being taken, so all steps in flight are looked at.
+        """
+        faulty = _faulty([item for step in self._encoding.values() for item in step], faults)
         requests = compat.holders(self, faulty)
-        for request in requests:
-            reasons = {faulty[f.identifier] for f in request.mm_features if f.identifier in faulty}
-            compat.logger().error("Request %s ends with an error: %s", request.request_id, " ".join(sorted(reasons)))
+        for request, identifiers in requests.items():
+            reasons = " ".join(sorted({faulty[identifier] for identifier in identifiers}))
+            compat.logger().error("Request %s ends with an error: %s", request.request_id, reasons)
         failed = compat.fail_requests(self, requests)
+        compat.forget_prefixes(self)
         for identifier in faulty:
             compat.forget_encoder_output(self, identifier)
         return failed
+
+
+def _faulty(items: list[compat.ScheduledItem], faults: list[Fault]) -> dict[str, str]:
+    """Identifiers of the faulty ones among `items` and why each failed."""
+    messages = {fault.key: fault.message for fault in faults}
+    found: dict[str, str] = {}
+    matched = set()
+    for item in items:
+        if item.pixels is not None:
+            key = item_key(item.pixels, as_grids(item.grid)[0])
+            if key in messages:
+                found[item.identifier] = messages[key]
+                matched.add(key)
+    if matched != set(messages):
+        # Some faulty item cannot be told from its neighbours: one error too many is better than one wrong answer.
+        return dict.fromkeys((item.identifier for item in items), " ".join(messages.values())) | found
+    return found
 
 
 class ContainedScheduler(_Containment, Scheduler):  # type: ignore[misc]

@@ -66,16 +66,13 @@ class AcceleratedTower(nn.Module):
         Raises:
             VisionAccelError: If an item could not be encoded and no scheduler of this package listens, as at start-up.
         """
-        answers = self.encoder.encode_items(x, grid_thw)
         rows = []
-        for item, answer in enumerate(answers):
+        for item, answer in enumerate(self.encoder.encode_items(x, grid_thw)):
             if isinstance(answer, VisionAccelError):
                 answer = self._contain(x, grid_thw, item, answer)
-            if not is_tensor(answer):
-                answer = torch.from_numpy(answer)
-            rows.append(answer)
-        embeddings = rows[0] if len(rows) == 1 else torch.cat(rows)
-        return embeddings.to(self.device, self.dtype)
+            embeddings = answer if is_tensor(answer) else torch.from_numpy(answer)
+            rows.append(embeddings.to(self.device, self.dtype))
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def _contain(self, x: torch.Tensor, grid_thw: Sequence[Any], item: int, error: VisionAccelError) -> torch.Tensor:
         grids = as_grids(grid_thw)
