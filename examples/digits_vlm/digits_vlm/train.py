@@ -110,7 +110,7 @@ def greedy_exact_match(
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint.")],
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 14000,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 12000,
     batch: Annotated[int, typer.Option(help="Prompts a step.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
 ) -> None:
