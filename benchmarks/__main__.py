@@ -15,6 +15,22 @@ BENCHMARKS = {
     "adapter_overhead": adapter_overhead.measure,
 }
 
+BOUNDS = {
+    "import visionaccel, ms": 100,
+    "first graph, imports included, s": 2,
+    "peak memory above the interpreter's own, GiB": 0.5,
+    "adapter's own, % of the encode (median)": 1,
+}
+"""Figures that the project promises to stay under; beyond one, the exit status is 1."""
+
+BOUNDS = {
+    "import visionaccel, ms": 100,
+    "first graph, imports included, s": 2,
+    "peak memory above the interpreter's own, GiB": 0.5,
+    "adapter's own, % of the encode (median)": 1,
+}
+"""Figures that the project promises to stay under; beyond one, the exit status is 1."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
@@ -34,6 +50,24 @@ def main() -> None:
         console.print(table)
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1))
+    missed = [
+        f"{figure}: {value:.4g}, bound {BOUNDS[figure]}"
+        for values in figures.values()
+        for figure, value in values.items()
+        if figure in BOUNDS and value > BOUNDS[figure]
+    ]
+    for line in missed:
+        console.print(f"[bold red]missed[/] {line}")
+    raise SystemExit(1 if missed else 0)
+    missed = [
+        f"{figure}: {value:.4g}, bound {BOUNDS[figure]}"
+        for values in figures.values()
+        for figure, value in values.items()
+        if figure in BOUNDS and value > BOUNDS[figure]
+    ]
+    for line in missed:
+        console.print(f"[bold red]missed[/] {line}")
+    raise SystemExit(1 if missed else 0)
 
 
 if __name__ == "__main__":

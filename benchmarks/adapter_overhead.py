@@ -31,16 +31,21 @@ def measure() -> dict[str, float]:
 
 
 def _measure(folder: str) -> dict[str, float]:
+    from visionaccel.integrations.vllm.compat import ServedModel
     from visionaccel.integrations.vllm.tower import AcceleratedTower
 
-    # The tower reads no more of vLLM's configuration than this.
-    model = SimpleNamespace(
-        model=folder,
+    served = ServedModel(
+        source=folder,
         revision=None,
+        architectures=("Qwen2_5_VLForConditionalGeneration",),
+        multimodal=True,
+        takes_media=True,
+        own_implementation=True,
         dtype=torch.bfloat16,
-        hf_config=SimpleNamespace(vision_config=SimpleNamespace(**QWEN2_5_VL_7B)),
+        device="cpu",
+        vision=SimpleNamespace(**QWEN2_5_VL_7B),
     )
-    tower = AcceleratedTower(SimpleNamespace(model_config=model, device_config=SimpleNamespace(device="cpu")))
+    tower = AcceleratedTower(served)
     session = tower.encoder.primary.session
     run, in_session = session.run, []
 

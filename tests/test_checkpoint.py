@@ -126,10 +126,13 @@ def test_an_index_and_shards_of_different_revisions_are_refused(tmp_path):
         _ = Checkpoint(folder).tensors
 
 
-@pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/passwd", "sub/x.safetensors", 7])
+@pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/passwd", "sub/x.safetensors", 7, ["a"]])
 def test_an_index_cannot_name_files_outside_its_folder(tmp_path, shard):
     folder = random_checkpoint(tmp_path, shards=2)
-    edit_json(folder / "model.safetensors.index.json", weight_map={"visual.x": shard})
+    edit_json(
+        folder / "model.safetensors.index.json",
+        weight_map={"visual.x": shard, "visual.y": "model-00001-of-00002.safetensors"},
+    )
     with pytest.raises(CheckpointError, match="outside its folder"):
         _ = Checkpoint(folder).tensors
 
@@ -149,6 +152,8 @@ def test_other_architectures_are_refused_with_the_supported_ones(copy):
         ({"window_size": 33}, CheckpointError, "window_size must be a multiple"),
         ({"fullatt_block_indexes": [9]}, CheckpointError, "below depth"),
         ({"depth": None}, CheckpointError, "lacks a usable"),
+        ({"hidden_size": "wide"}, CheckpointError, "lacks a usable"),
+        ({"rope_parameters": "fast"}, CheckpointError, "lacks a usable"),
         ({"fullatt_block_indexes": 3}, CheckpointError, "lacks a usable"),
     ],
 )

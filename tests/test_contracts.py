@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from visionaccel.arrays import as_numpy, dtype_name, finite_rows
 from visionaccel.contracts import TensorSpec, check_output, check_patches
-from visionaccel.errors import InputError, NonFiniteError, OutputError, PatchesError
+from visionaccel.errors import NonFiniteError, OutputError, PatchesError
 from visionaccel.grid import Grid
 
 GRIDS = (Grid(1, 4, 6), Grid(2, 2, 4))
@@ -45,7 +45,6 @@ def test_wrong_patches_are_refused(bad, message):
     with pytest.raises(PatchesError, match=message) as caught:
         check_patches(bad, GRIDS, WIDTH)
     assert caught.value.hint
-    assert isinstance(caught.value, InputError | ValueError)
 
 
 @given(st.integers(0, 39), st.integers(0, WIDTH - 1), st.sampled_from([np.nan, np.inf, -np.inf]))

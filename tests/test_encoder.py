@@ -1,6 +1,8 @@
 """The encoder on real backends: shapes, order, independence of neighbours, and errors of the right type."""
 
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
 import numpy as np
@@ -13,8 +15,8 @@ from hypothesis import strategies as st
 from fake_plugins import ECHO, install
 from strategies import grid_lists
 from towers import random_patches, reference
-from visionaccel import open_encoder
-from visionaccel.backends import EncodeReport, Registry, hookimpl
+from visionaccel import Encoder, open_encoder
+from visionaccel.backends import Capabilities, EncodeReport, Registry, hookimpl
 from visionaccel.errors import DeviceError, GridError, InputError, NonFiniteError, OutputError, PatchesError
 
 TOKENS_WIDTH = 24
@@ -151,6 +153,52 @@ def test_a_closed_encoder_says_so_and_closes_twice(tiny):
     encoder.close()
     with pytest.raises(DeviceError, match="closed"):
         encoder.encode(random_patches([(1, 4, 4)]), [(1, 4, 4)])
+
+
+class Slow:
+    """A session that takes a moment, counts calls in progress, and knows whether it was closed under one."""
+
+    def __init__(self, thread_safe):
+        self.capabilities = Capabilities(device="nowhere", precision="float32", thread_safe=thread_safe)
+        self.running = self.most = 0
+        self.closed_while_running = False
+        self.entered = threading.Event()
+        self.guard = threading.Lock()
+
+    def run(self, inputs):
+        with self.guard:
+            self.running += 1
+            self.most = max(self.most, self.running)
+        self.entered.set()
+        time.sleep(0.05)
+        with self.guard:
+            self.running -= 1
+        return {"embeddings": np.zeros((len(inputs["pixel_values"]) // 4, TOKENS_WIDTH), np.float32)}
+
+    def close(self):
+        self.closed_while_running = self.running > 0
+
+
+@pytest.mark.parametrize(("thread_safe", "at_once"), [(False, 1), (True, 4)])
+def test_calls_overlap_only_on_thread_safe_sessions(tiny, thread_safe, at_once):
+    with open_encoder(tiny, backend="onnxrt") as encoder:
+        encoder = Encoder(encoder.tower, encoder.program, "slow", Slow(thread_safe), Registry())
+    patches = random_patches([(1, 4, 4)])
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: encoder.encode(patches, [(1, 4, 4)]), range(4)))
+    assert (encoder.session.most == 1) == (at_once == 1)
+
+
+@pytest.mark.parametrize("thread_safe", [False, True])
+def test_closing_waits_for_the_call_in_progress(tiny, thread_safe):
+    with open_encoder(tiny, backend="onnxrt") as encoder:
+        encoder = Encoder(encoder.tower, encoder.program, "slow", Slow(thread_safe), Registry())
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(encoder.encode, random_patches([(1, 4, 4)]), [(1, 4, 4)])
+        assert encoder.session.entered.wait(5)
+        encoder.close()
+        assert not encoder.session.closed_while_running
+        assert len(running.result()) == 4
 
 
 BAD_RUNS = {

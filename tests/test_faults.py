@@ -1,7 +1,7 @@
 """The board on which a worker tells the scheduler of items it could not encode."""
 
 import os
-import stat
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +12,12 @@ import torch
 
 from visionaccel.grid import Grid
 from visionaccel.integrations.vllm import faults
-from visionaccel.integrations.vllm.faults import Fault, FaultReader, item_key, make_board, report_fault
+from visionaccel.integrations.vllm.faults import Fault, FaultReader, item_key, report_fault
 
 
 @pytest.fixture
 def board(monkeypatch, tmp_path):
-    monkeypatch.setenv(faults._FOLDER, str(tmp_path))
+    monkeypatch.setenv(faults._FOLDER, f"{os.getpid()}:{tmp_path}")
     return tmp_path
 
 
@@ -66,18 +66,42 @@ def test_a_child_process_reaches_its_parents_reader(board):
     assert reader.new() == [Fault("k", "from a worker")]
 
 
-def test_the_board_is_private_shared_with_children_and_removed_at_exit():
+def test_what_an_earlier_engine_left_is_not_read(board):
+    FaultReader()
+    report_fault(Fault("old", "of an engine that is gone"))
+    reader = FaultReader()
+    assert reader.new() == []
+    reader.close()
+    assert not report_fault(Fault("k", "nobody listens any more"))
+
+
+def test_a_cleaner_of_temporary_files_costs_no_fault(board):
+    reader = FaultReader()
+    shutil.rmtree(board)
+    reader.listen()
+    assert report_fault(Fault("k", "after the cleaning"))
+    assert reader.new() == [Fault("k", "after the cleaning")]
+    shutil.rmtree(board)
+    (lost,) = reader.new()
+    assert "went away" in lost.message
+
+
+def test_the_board_is_private_is_not_adopted_by_another_launcher_and_is_removed_at_exit():
     code = """
 import os, stat, subprocess, sys
 from visionaccel.integrations.vllm import faults
-faults.make_board(); faults.make_board()
-folder = os.environ[faults._FOLDER]
+faults.make_board()
+named = os.environ[faults._FOLDER]
+faults.make_board()
+assert os.environ[faults._FOLDER] == named
+folder = named.partition(":")[2]
 assert stat.S_IMODE(os.stat(folder).st_mode) == 0o700
 faults.FaultReader()
 assert stat.S_IMODE(os.stat(os.path.join(folder, str(os.getpid()))).st_mode) == 0o600
 child = "import os; from visionaccel.integrations.vllm import faults as f; f.make_board(); print(os.environ[f._FOLDER])"
-assert subprocess.run([sys.executable, "-c", child], capture_output=True, text=True).stdout.strip() == folder
-assert os.path.isdir(folder)
+other = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True).stdout.strip()
+assert other and other != named
+assert os.path.isdir(folder) and not os.path.exists(other.partition(":")[2])
 print(folder)
 """
     environment = {name: value for name, value in os.environ.items() if name != faults._FOLDER}
@@ -94,9 +118,3 @@ def test_keys_depend_on_pixels_and_grid_and_on_nothing_else():
     assert key != item_key(pixels + 1, Grid(1, 2, 4))
     bfloat = torch.from_numpy(pixels.copy()).bfloat16()
     assert item_key(bfloat, Grid(1, 2, 4)) == item_key(bfloat.clone(), Grid(1, 2, 4))
-
-
-def test_make_board_respects_an_inherited_one(board):
-    make_board()
-    assert os.environ[faults._FOLDER] == str(board)
-    assert stat.S_ISDIR(board.stat().st_mode)

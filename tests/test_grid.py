@@ -4,25 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from strategies import grid_lists, grids
+from strategies import grid_lists
 from visionaccel.errors import GridError
 from visionaccel.grid import Grid, as_grids, total_patches
-
-
-@given(grids())
-def test_text_and_back(triple):
-    grid = Grid(*triple)
-    assert Grid.parse(str(grid)) == grid
-
-
-def test_two_numbers_are_one_image():
-    assert Grid.parse("58x74") == Grid(1, 58, 74)
-
-
-@pytest.mark.parametrize("text", ["", "58", "58x", "x74", "1x2x3x4", "58 x 74", "-2x4", "58X74", "0x4"])
-def test_malformed_text_is_refused(text):
-    with pytest.raises(GridError):
-        Grid.parse(text)
 
 
 @given(grid_lists())
@@ -30,7 +14,14 @@ def test_every_form_of_the_same_grids_is_equal(triples):
     import torch
 
     expected = tuple(Grid(*triple) for triple in triples)
-    forms = (triples, expected, np.array(triples), torch.tensor(triples), [list(triple) for triple in triples])
+    forms = (
+        triples,
+        expected,
+        np.array(triples),
+        torch.tensor(triples),
+        [list(triple) for triple in triples],
+        list(np.array(triples)),
+    )
     assert all(as_grids(form, 2) == expected for form in forms)
     assert total_patches(expected) == int(np.prod(triples, axis=1).sum())
     assert sum(grid.tokens(2) for grid in expected) * 4 == total_patches(expected)

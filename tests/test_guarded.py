@@ -74,17 +74,24 @@ def test_the_fallback_takes_over_what_the_device_could_not_do(failing, healthy, 
         answers = guarded.encode_items(patches, GRIDS)
         np.testing.assert_allclose(np.concatenate(answers), healthy.encode(patches, GRIDS), rtol=0, atol=2e-5)
     assert (guarded.fallback_items, guarded.failed_items, opened) == (2, 0, [True])
-    assert "the fallback takes over" in caplog.text
+    assert "the fallback took over, for the 2. time" in caplog.text
 
 
-def test_a_failing_fallback_is_reported_with_both_reasons(failing):
+@pytest.mark.parametrize("kind", [DeviceError, MemoryError])
+def test_a_failing_fallback_is_reported_with_both_reasons_and_not_tried_again(failing, kind):
+    opened = []
+
     def fallback():
-        raise DeviceError("no memory for a second encoder.")
+        opened.append(True)
+        raise kind("no memory for a second encoder.")
 
-    answer = GuardedEncoder(failing, fallback).encode_items(random_patches([(1, 6, 4)]), [(1, 6, 4)])[0]
-    assert isinstance(answer, DeviceError)
-    assert "went away" in str(answer)
-    assert "no memory" in str(answer)
+    guarded = GuardedEncoder(failing, fallback)
+    for _ in range(2):
+        (answer,) = guarded.encode_items(random_patches([(1, 6, 4)]), [(1, 6, 4)])
+        assert isinstance(answer, DeviceError)
+        assert "went away" in str(answer)
+        assert "no memory" in str(answer)
+    assert opened == [True]
 
 
 def test_bad_pixels_are_not_sent_to_the_fallback(healthy):

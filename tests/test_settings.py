@@ -19,7 +19,7 @@ def clean_environment(monkeypatch):
     for name in list(os.environ):
         if name.startswith(("VISIONACCEL_", "VLLM_VISION_NPU_", "VLLM_NPU_")):
             monkeypatch.delenv(name)
-    module._warn_once.cache_clear()
+    monkeypatch.delenv(module._SAID, raising=False)
     module._warn_unknown_once.cache_clear()
 
 

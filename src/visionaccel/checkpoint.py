@@ -90,11 +90,12 @@ class Checkpoint:
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index} has no weight_map.", hint="Download the file again.")
         found: dict[str, StoredTensor] = {}
-        for shard in sorted(set(weight_map.values())):
+        for shard in weight_map.values():
             if not isinstance(shard, str) or Path(shard).name != shard:
                 raise CheckpointError(
                     f"{index} names a shard outside its folder: {shard!r}.", hint="Do not use this checkpoint."
                 )
+        for shard in sorted(set(weight_map.values())):
             found |= _read_header(self.folder / shard)
         missing = sorted(set(weight_map) - set(found))
         if missing:

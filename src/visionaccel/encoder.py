@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -41,7 +42,9 @@ class Encoder:
     def __init__(self, tower: Tower, program: Program, backend: str, session: Session, registry: Registry) -> None:
         self.tower, self.program, self.backend, self.session = tower, program, backend, session
         self._hooks = registry.plugins.hook
-        self._lock = nullcontext() if session.capabilities.thread_safe else threading.Lock()
+        self._most_running = sys.maxsize if session.capabilities.thread_safe else 1
+        self._running = 0
+        self._idle = threading.Condition()
         self._closed = False
 
     def encode(self, patches: Array, grids: Iterable[GridLike]) -> Array:
@@ -98,11 +101,13 @@ class Encoder:
         return embeddings
 
     def close(self) -> None:
-        """Give back the device, after the call in progress. Later calls of `encode` raise DeviceError."""
-        with self._lock:
-            if not self._closed:
-                self._closed = True
-                self.session.close()
+        """Give back the device once no call is in progress. Later calls of `encode` raise DeviceError."""
+        with self._idle:
+            if self._closed:
+                return
+            self._closed = True
+            self._idle.wait_for(lambda: self._running == 0)
+            self.session.close()
 
     def __enter__(self) -> Self:
         return self
@@ -140,9 +145,7 @@ class Encoder:
     def _run(self, inputs: Mapping[str, Array], grids: Sequence[Grid]) -> Array:
         (spec,) = self.program.outputs
         try:
-            with self._lock:
-                if self._closed:
-                    raise DeviceError("the encoder is closed.", hint="Open a new one.")
+            with self._turn():
                 return self.session.run(inputs).get(spec.name)
         except VisionAccelError:
             raise
@@ -152,6 +155,21 @@ class Encoder:
                 f"backend {self.backend!r} failed on grids {listed}: {type(error).__name__}: {error}",
                 hint="Set VISIONACCEL_FALLBACK to let another backend take over.",
             ) from error
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """This call's turn on the session: at once if it is thread-safe, otherwise after the call in progress."""
+        with self._idle:
+            self._idle.wait_for(lambda: self._closed or self._running < self._most_running)
+            if self._closed:
+                raise DeviceError("the encoder is closed.", hint="Open a new one.")
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._idle:
+                self._running -= 1
+                self._idle.notify_all()
 
     def _check(self, output: Array, grids: Sequence[Grid]) -> None:
         (spec,) = self.program.outputs

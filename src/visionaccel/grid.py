@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, SupportsIndex
@@ -10,8 +9,6 @@ from typing import Any, SupportsIndex
 from visionaccel.errors import GridError
 
 __all__ = ["Grid", "GridLike", "as_grids", "total_patches"]
-
-_TEXT = re.compile(r"(?:(\d+)x)?(\d+)x(\d+)")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -58,18 +55,6 @@ class Grid:
                 "the model's own processor does so.",
             )
 
-    @classmethod
-    def parse(cls, text: str) -> Grid:
-        """The grid written as `HxW` (one image) or `TxHxW`, in patches, such as `58x74`.
-
-        Raises:
-            GridError: If the text is not of that form.
-        """
-        match = _TEXT.fullmatch(text.strip())
-        if match is None:
-            raise GridError(f"grid {text!r} is not of the form HxW or TxHxW.", hint="Write, for example, 58x74.")
-        return cls(int(match[1] or 1), int(match[2]), int(match[3]))
-
     def __str__(self) -> str:
         return f"{self.t}x{self.h}x{self.w}"
 
@@ -93,6 +78,7 @@ def as_grids(grids: Iterable[GridLike] | Any, merge_size: int = 1) -> tuple[Grid
     checked = []
     for row in rows:
         if not isinstance(row, Grid):
+            row = row.tolist() if hasattr(row, "tolist") else row
             if not isinstance(row, Sequence) or isinstance(row, str) or len(row) != 3:
                 raise GridError(
                     f"grid {row!r} is not a triple (t, h, w).",

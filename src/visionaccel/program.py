@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from visionaccel.checkpoint import StoredTensor
 from visionaccel.contracts import TensorSpec
 
 __all__ = ["CHECKPOINT", "ONNX", "Program"]
@@ -27,7 +29,8 @@ class Program:
         folder: The checkpoint folder (`checkpoint`), or the folder that external-data locations start from (`onnx`).
         inputs: Tensors that a session takes.
         outputs: Tensors that a session returns.
-        weights_dtype: Dtype in which the weights are stored, such as `bfloat16`.
+        config: Sizes of the tower, as the checkpoint's configuration names them.
+        weights: Where the tower's tensors lie, by their names below the checkpoint's prefix.
         uniform_frames: All frames of one call must have the same height and width in patches.
         model: Returns the artifact's bytes where it has any; called when a session opens, never by a probe.
     """
@@ -37,6 +40,7 @@ class Program:
     folder: Path
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    weights_dtype: str
+    config: Mapping[str, Any] = field(compare=False, repr=False)
+    weights: Mapping[str, StoredTensor] = field(compare=False, repr=False)
     uniform_frames: bool
     model: Callable[[], bytes] | None = field(default=None, compare=False, repr=False)

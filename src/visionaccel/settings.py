@@ -22,6 +22,7 @@ __all__ = ["PREFIX", "Settings", "load_settings", "parse_options", "settings_tab
 logger = logging.getLogger(__name__)
 
 PREFIX = "VISIONACCEL_"
+_SAID = "_VISIONACCEL_DEPRECATIONS_SAID"
 
 
 def parse_options(value: Any) -> Any:
@@ -130,9 +131,12 @@ def load_settings() -> Settings:
         ) from error
 
 
-@cache
 def _warn_once(old: str, new: str) -> None:
-    logger.warning("%s is deprecated; set %s instead.", old, new)
+    """Log a deprecation, once for this process and the children that inherit its environment."""
+    said = os.environ.get(_SAID, "").split(",")
+    if old not in said:
+        logger.warning("%s is deprecated; set %s instead.", old, new)
+        os.environ[_SAID] = ",".join(filter(None, [*said, old]))
 
 
 @cache

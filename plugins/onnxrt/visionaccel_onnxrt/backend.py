@@ -40,9 +40,10 @@ class OnnxRuntimeBackend(VisionBackend):
         return tuple(device for device, provider in DEVICES.items() if provider.name in available)
 
     def probe(self, program: Program, device: str | None) -> Verdict:
-        provider, _ = provider_for(device)
-        if provider is None:
+        known = provider_for(device)
+        if known is None:
             return Rejected(f"it knows no device {device!r}.", f"Name one of {', '.join(DEVICES)}, such as cuda:0.")
+        provider, _ = known
         try:
             import onnxruntime
         except ImportError as error:
@@ -51,7 +52,7 @@ class OnnxRuntimeBackend(VisionBackend):
             return Rejected(
                 f"this ONNX Runtime {onnxruntime.__version__} has no {provider.name}.", f"Install {provider.source}."
             )
-        if provider.static_only and any(isinstance(size, str) for spec in program.inputs for size in spec.shape):
+        if provider.static_only and _is_dynamic(program):
             return Rejected(
                 f"{provider.name} takes programs of fixed shapes only, and this one serves every grid.",
                 "Use device cpu.",
@@ -61,13 +62,21 @@ class OnnxRuntimeBackend(VisionBackend):
     def open(self, program: Program, device: str | None, options: OnnxRuntimeOptions) -> Session:
         import onnxruntime
 
-        by_device, defaults = provider_for(device)
-        provider = options.provider or (by_device.name if by_device else CPU_PROVIDER)
+        known = provider_for(device)
+        by_device, defaults = known if known is not None else (DEVICES["cpu"], {})
+        provider = options.provider or by_device.name
+        if provider != by_device.name:
+            defaults = {}
         available = onnxruntime.get_available_providers()
         if provider not in available:
             raise ConfigurationError(
                 f"this ONNX Runtime {onnxruntime.__version__} has no execution provider {provider!r}.",
                 hint=f"Available: {', '.join(available)}.",
+            )
+        if _is_dynamic(program) and any(p.static_only and p.name == provider for p in DEVICES.values()):
+            raise ConfigurationError(
+                f"{provider} takes programs of fixed shapes only, and this one serves every grid.",
+                hint="Leave out the option `provider`.",
             )
         levels = onnxruntime.GraphOptimizationLevel
         settings = onnxruntime.SessionOptions()
@@ -93,15 +102,18 @@ class OnnxRuntimeBackend(VisionBackend):
                 f"ONNX Runtime did not activate {provider}; it would run on {active[0]} instead.",
                 hint="Check the provider's driver and libraries, or choose device cpu.",
             )
-        return OnnxRuntimeSession(session, program, provider)
+        shown = device or "cpu" if provider == by_device.name else provider
+        return OnnxRuntimeSession(session, program, shown, on_cpu=provider == CPU_PROVIDER)
+
+
+def _is_dynamic(program: Program) -> bool:
+    return any(isinstance(size, str) for spec in program.inputs for size in spec.shape)
 
 
 class OnnxRuntimeSession(Session):
     """One ONNX Runtime inference session. Inputs and outputs are host arrays; outputs are fresh with every call."""
 
-    def __init__(self, session: Any, program: Program, provider: str) -> None:
-        on_cpu = provider == CPU_PROVIDER
-        device = next((device for device, known in DEVICES.items() if known.name == provider), provider)
+    def __init__(self, session: Any, program: Program, device: str, *, on_cpu: bool) -> None:
         # InferenceSession.run is documented as thread-safe; providers of single-owner devices are not trusted with it.
         self.capabilities = Capabilities(device=device, precision="float32", thread_safe=on_cpu)
         self._session: Any = session

@@ -1,6 +1,7 @@
 """Which execution provider serves a device, and where to get it."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 __all__ = ["CPU_PROVIDER", "DEVICES", "Provider", "provider_for"]
 
@@ -16,18 +17,26 @@ class Provider:
         score: How good a choice it is (see `visionaccel.backends.Accepted`).
         source: What to install to have it.
         static_only: It takes programs of fixed shapes only.
+        indexed: There may be several such devices, `cuda:0`, `cuda:1`, ...
+        options: Provider options that it needs to compute what it says.
     """
 
     name: str
     score: int
     source: str
     static_only: bool = False
+    indexed: bool = False
+    options: Mapping[str, str] = field(default_factory=dict)
 
 
 DEVICES = {
     "cpu": Provider(CPU_PROVIDER, 50, "onnxruntime (pip install onnxruntime)"),
     "cuda": Provider(
-        "CUDAExecutionProvider", 80, "onnxruntime-gpu in the place of onnxruntime (pip install onnxruntime-gpu)"
+        "CUDAExecutionProvider",
+        80,
+        "onnxruntime-gpu in the place of onnxruntime (pip install onnxruntime-gpu)",
+        indexed=True,
+        options={"use_tf32": "0"},  # else float32 products are rounded to 10 bits on Ampere and later
     ),
     "npu": Provider(
         "VitisAIExecutionProvider",
@@ -39,8 +48,10 @@ DEVICES = {
 """Provider of each kind of device."""
 
 
-def provider_for(device: str | None) -> tuple[Provider | None, dict[str, str]]:
-    """Provider of a device such as `cpu`, `cuda:1` or `npu` (None: the CPU) and its options; None if there is none."""
-    kind, _, index = (device or "cpu").partition(":")
-    provider = DEVICES.get(kind.lower())
-    return provider, {"device_id": index} if index and provider else {}
+def provider_for(device: str | None) -> tuple[Provider, dict[str, str]] | None:
+    """Provider of a device such as `cpu`, `cuda:1` or `npu` (None: the CPU) with its options; None if there is none."""
+    kind, colon, index = (device or "cpu").partition(":")
+    provider = DEVICES.get(kind)
+    if provider is None or (colon and not (provider.indexed and index.isdigit())):
+        return None
+    return provider, {**provider.options, **({"device_id": index} if index else {})}

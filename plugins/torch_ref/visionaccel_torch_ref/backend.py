@@ -61,7 +61,7 @@ class TorchReferenceBackend(VisionBackend):
         from visionaccel_torch_ref.tower import load_tower
 
         where = device or "cpu"
-        tower = load_tower(program.folder, dtype=options.dtype, attention=options.attention, device=where)
+        tower = load_tower(program, dtype=options.dtype, attention=options.attention, device=where)
         return TorchReferenceSession(tower, where, options.dtype)
 
 

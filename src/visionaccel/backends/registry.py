@@ -97,26 +97,26 @@ class Registry:
             return self._loaded[name]
         entry = self.entry(name)
         origin = f"backend {name!r} of {entry.distribution} {entry.version}"
+        advice = f"Reinstall {entry.distribution}, or report this to its authors."
         try:
             plugin = self._points[name].load()
             if not self.plugins.is_registered(plugin):
                 self.plugins.register(plugin)
                 self.plugins.check_pending()
-        except Exception as error:  # Whatever a plug-in's import raises, the user must learn which plug-in it was.
-            raise PluginError(
-                f"{origin} cannot be loaded: {type(error).__name__}: {error}",
-                hint=f"Reinstall {entry.distribution}, or report this to its authors.",
-            ) from error
-        hook = self.plugins.subset_hook_caller(
-            "visionaccel_backends", [other for other in self.plugins.get_plugins() if other is not plugin]
-        )
-        provided = [kind for answer in hook() for kind in answer if kind.name == name]
-        if len(provided) != 1 or not issubclass(provided[0], VisionBackend):
-            raise PluginError(
-                f"{origin}: module {entry.module} must provide exactly one VisionBackend named {name!r}.",
-                hint="Return it from the hook visionaccel_backends, with `name` equal to the entry point's name.",
+            hook = self.plugins.subset_hook_caller(
+                "visionaccel_backends", [other for other in self.plugins.get_plugins() if other is not plugin]
             )
-        self._loaded[name] = provided[0]()
+            provided = [kind for answer in hook() for kind in answer if kind.name == name]
+            if len(provided) != 1 or not issubclass(provided[0], VisionBackend):
+                raise PluginError(
+                    f"{origin}: module {entry.module} must provide exactly one VisionBackend named {name!r}.",
+                    hint="Return it from the hook visionaccel_backends, with `name` equal to the entry point's name.",
+                )
+            self._loaded[name] = provided[0]()
+        except PluginError:
+            raise
+        except Exception as error:  # Whatever a plug-in's code raises, the user must learn which plug-in it was.
+            raise PluginError(f"{origin} cannot be loaded: {type(error).__name__}: {error}", hint=advice) from error
         return self._loaded[name]
 
 

@@ -40,8 +40,8 @@ def backends(as_json: Json = False) -> None:
             row["devices"] = list(backend.devices())
         except PluginError as error:
             row["problem"] = str(error)
-        except ImportError as error:  # Listing devices may import the vendor's runtime.
-            row["problem"] = f"its runtime cannot be imported: {error}"
+        except Exception as error:  # Listing devices may import a vendor's runtime; one that is broken is a finding.
+            row["problem"] = f"its devices cannot be listed: {type(error).__name__}: {error}"
         rows.append(row)
     if as_json:
         print_json(rows)

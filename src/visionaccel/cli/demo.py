@@ -5,8 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -95,32 +95,21 @@ def _ask(title: str, checkpoint: Path, settings: dict[str, str], pictures: Seque
         from openai import OpenAI
     except ImportError as error:
         raise ConfigurationError(f"the demo needs the openai client ({error}).", hint="pip install openai.") from error
-    answers = []
-    with (
-        _server(title, checkpoint, settings) as server,
-        OpenAI(base_url=server.url, api_key="none") as client,
-        messages.status(f"{title}: asking") as status,
-    ):
-        for number, picture in enumerate(pictures, 1):
-            status.update(f"{title}: image {number} of {len(pictures)}")
-            answers.append(_one(client, server, picture, timed=bool(settings)))
+    with ExitStack() as stack:
+        with messages.status(f"{title}: starting") as status:
+
+            def waiting(seconds: float) -> None:
+                status.update(f"{title}: starting, {seconds:.0f} s (usually under a minute)")
+
+            server = stack.enter_context(serve(checkpoint, settings, ARGUMENTS, waiting=waiting))
+        messages.print(f"{title}: serving on {server.url}", markup=False, highlight=False)
+        client = stack.enter_context(OpenAI(base_url=server.url, api_key="none"))
+        answers = []
+        with messages.status(f"{title}: asking") as status:
+            for number, picture in enumerate(pictures, 1):
+                status.update(f"{title}: image {number} of {len(pictures)}")
+                answers.append(_one(client, server, picture, timed=bool(settings)))
     return answers
-
-
-@contextmanager
-def _server(title: str, checkpoint: Path, settings: dict[str, str]) -> Iterator[VllmServer]:
-    with messages.status(f"{title}: starting") as status:
-
-        def waiting(seconds: float) -> None:
-            status.update(f"{title}: starting, {seconds:.0f} s (usually under a minute)")
-
-        context = serve(checkpoint, settings, ARGUMENTS, waiting=waiting)
-        server = context.__enter__()
-    messages.print(f"{title}: serving on {server.url}", markup=False, highlight=False)
-    try:
-        yield server
-    finally:
-        context.__exit__(None, None, None)
 
 
 def _one(client: Any, server: VllmServer, picture: Image, *, timed: bool) -> _Answer:
@@ -136,7 +125,7 @@ def _one(client: Any, server: VllmServer, picture: Image, *, timed: bool) -> _An
     if timed:
         encodes = _encodes(server.log)[before:]
         if not encodes:
-            raise DeviceError("the server answered without the backend.", hint=f"Look for errors in {server.log}.")
+            raise DeviceError(f"the server answered without the backend. The end of its log:\n{server.log_end()}")
         encode_ms = round(sum(sum(encode["ms"].values()) for encode in encodes), 2)
     return _Answer(reply.choices[0].message.content or "", encode_ms)
 

@@ -15,7 +15,7 @@ from visionaccel.backends import AUTO
 from visionaccel.checkpoint import locate_checkpoint
 from visionaccel.cli.output import Backend, Device, Json, OptionsText, print_json, results
 from visionaccel.encoder import open_encoder
-from visionaccel.errors import ConfigurationError, InputError, SettingsError
+from visionaccel.errors import CheckpointError, ConfigurationError, InputError, SettingsError
 from visionaccel.families import tower_of
 from visionaccel.grid import Grid, as_grids
 from visionaccel.settings import load_settings, parse_options
@@ -94,7 +94,13 @@ def _image_processor(folder: Path) -> Any:
             f"image files need transformers and Pillow, and {error.name} is missing.",
             hint="pip install 'visionaccel[images]'.",
         ) from error
-    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    try:
+        processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    except (OSError, ValueError, ImportError) as error:
+        raise CheckpointError(
+            f"the image processor of {folder} cannot be loaded: {error}",
+            hint="The folder needs preprocessor_config.json or processor_config.json.",
+        ) from error
 
     def process(path: Path) -> tuple[NDArray[np.float32], Grid]:
         try:

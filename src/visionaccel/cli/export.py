@@ -13,8 +13,8 @@ import typer
 
 from visionaccel.cli.output import Json, messages, print_json, results
 from visionaccel.encoder import open_tower
-from visionaccel.errors import ConfigurationError, UnsupportedArchitectureError
-from visionaccel.families.qwen2_5_vl import Qwen25VLTower
+from visionaccel.errors import ConfigurationError
+from visionaccel.program import ONNX
 
 __all__ = ["Weights", "export"]
 
@@ -43,13 +43,12 @@ def export(
     """Write the vision tower as one ONNX graph that serves every grid."""
     started = time.perf_counter()
     tower = open_tower(checkpoint)
-    if not isinstance(tower, Qwen25VLTower):
-        raise UnsupportedArchitectureError(f"family {tower.family} has no ONNX graph.", hint="Use its own programs.")
+    (program,) = tower.programs([ONNX])
     output = output.resolve()
     if output.exists() and not force:
         raise ConfigurationError(f"{output} exists.", hint="Pass --force to overwrite it.")
     output.parent.mkdir(parents=True, exist_ok=True)
-    base, shards = tower.checkpoint.weights_folder, sorted({tensor.file for tensor in tower.weights.values()})
+    base, shards = tower.checkpoint.weights_folder, sorted({tensor.file for tensor in program.weights.values()})
     in_place = weights is Weights.AUTO and base.is_relative_to(output.parent)
     if in_place:
         ways = dict.fromkeys(map(str, shards), "in place")
@@ -65,7 +64,7 @@ def export(
         "graph": str(output),
         "bytes": len(model),
         "weights": ways,
-        "inputs": [str(spec) for spec in tower.programs(["onnx"])[0].inputs],
+        "inputs": [str(spec) for spec in program.inputs],
         "seconds": round(time.perf_counter() - started, 3),
     }
     if as_json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import ClassVar
 
 from visionaccel.arrays import Array
@@ -22,16 +23,30 @@ class Tower(ABC):
         patch_width: Width of a row of patches: channels * temporal patch size * patch size**2.
         merge_size: Patches merged into one token along each side.
         out_width: Width of an embedding.
+        checkpoint: Where its weights lie.
     """
 
     family: str
     patch_width: int
     merge_size: int
     out_width: int
+    checkpoint: Checkpoint
 
     @abstractmethod
     def programs(self, formats: Iterable[str]) -> tuple[Program, ...]:
         """The programs this tower can give in the wanted formats, cheaply: nothing is written or read yet."""
+
+    @abstractmethod
+    def onnx_model(self, folder: Path | None = None) -> bytes:
+        """The tower as an ONNX model for every grid, its weights referenced in the checkpoint's own shards.
+
+        Args:
+            folder: External-data locations are relative to it; it must hold all shards, at any depth. Default: the
+                deepest such folder.
+
+        Raises:
+            CheckpointError: If a weight is missing or does not fit the configuration.
+        """
 
     @abstractmethod
     def inputs(self, program: Program, patches: Array, grids: Sequence[Grid]) -> Mapping[str, Array]:

@@ -24,7 +24,7 @@ class GuardedEncoder:
     Args:
         primary: The chosen encoder.
         fallback: Opens the encoder that takes over items on which the primary's device fails; None for no other.
-            Called at most once, when first needed.
+            Called at most once, when first needed; a failure to open is remembered.
 
     Attributes:
         fallback_items: Items that the fallback encoded so far.
@@ -34,7 +34,7 @@ class GuardedEncoder:
     def __init__(self, primary: Encoder, fallback: Callable[[], Encoder] | None = None) -> None:
         self.primary = primary
         self._open_fallback = fallback
-        self._fallback: Encoder | None = None
+        self._fallback: Encoder | VisionAccelError | None = None
         self._lock = threading.Lock()
         self.fallback_items = 0
         self.failed_items = 0
@@ -70,7 +70,7 @@ class GuardedEncoder:
     def close(self) -> None:
         """Close every encoder that was opened."""
         self.primary.close()
-        if self._fallback is not None:
+        if isinstance(self._fallback, Encoder):
             self._fallback.close()
 
     def _one(self, patches: Array, grid: Grid, known: VisionAccelError | None) -> Array | VisionAccelError:
@@ -80,22 +80,31 @@ class GuardedEncoder:
             return answer
         if isinstance(answer, InputError) or self._open_fallback is None:
             return self._failed(answer, 1)[0]
-        logger.warning("Backend %r failed on grid %s; the fallback takes over: %s", self.primary.backend, grid, answer)
-        try:
-            second = self._attempt(self._second(), patches, [grid])
-        except VisionAccelError as error:
-            second = error
+        fallback = self._second()
+        second = fallback if isinstance(fallback, VisionAccelError) else self._attempt(fallback, patches, [grid])
         if isinstance(second, VisionAccelError):
             both = DeviceError(f"{answer.message} The fallback failed too: {second.message}", hint=second.hint)
             return self._failed(both, 1)[0]
         self.fallback_items += 1
+        logger.warning(
+            "Backend %r failed on grid %s; the fallback took over, for the %d. time: %s",
+            self.primary.backend,
+            grid,
+            self.fallback_items,
+            answer,
+        )
         return second
 
-    def _second(self) -> Encoder:
+    def _second(self) -> Encoder | VisionAccelError:
         with self._lock:
             if self._fallback is None:
                 assert self._open_fallback is not None
-                self._fallback = self._open_fallback()
+                try:
+                    self._fallback = self._open_fallback()
+                except VisionAccelError as error:
+                    self._fallback = error
+                except Exception as error:  # Opened in the engine's step, which must survive it.
+                    self._fallback = DeviceError(f"opening the fallback failed with {type(error).__name__}: {error}")
             return self._fallback
 
     def _failed(self, error: Array | VisionAccelError, items: int) -> list[Array | VisionAccelError]:

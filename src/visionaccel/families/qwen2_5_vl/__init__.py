@@ -83,25 +83,19 @@ class Qwen25VLTower(Tower):
         }
 
     def _onnx_program(self) -> Program:
-        weights = self.weights
         return Program(
             family=self.family,
             format=ONNX,
             folder=self.checkpoint.weights_folder,
             inputs=graph_inputs(self.config),
             outputs=graph_outputs(self.config),
-            weights_dtype=_weights_dtype(weights),
+            config=self.checkpoint.config["vision_config"],
+            weights=self.weights,
             uniform_frames=True,
             model=self.onnx_model,
         )
 
     def onnx_model(self, folder: Path | None = None) -> bytes:
-        """The tower's ONNX model, its weights referenced in the checkpoint's own shards.
-
-        Args:
-            folder: External-data locations are relative to it; it must hold all shards, at any depth. Default: the
-                deepest such folder.
-        """
         # onnx takes a noticeable time to import and only a backend that opens this program needs it.
         from visionaccel.families.qwen2_5_vl.graph import write_graph
         from visionaccel.onnx_writer import GraphWriter
@@ -119,10 +113,7 @@ class Qwen25VLTower(Tower):
                 TensorSpec("grid_thw", "int64", ("images", 3)),
             ),
             outputs=(TensorSpec(EMBEDDINGS, "float32", ("tokens", self.out_width)),),
-            weights_dtype=_weights_dtype(self.weights),
+            config=self.checkpoint.config["vision_config"],
+            weights=self.weights,
             uniform_frames=False,
         )
-
-
-def _weights_dtype(weights: Mapping[str, StoredTensor]) -> str:
-    return weights["patch_embed.proj.weight"].dtype if "patch_embed.proj.weight" in weights else "unknown"

@@ -11,6 +11,11 @@ from visionaccel.errors import CheckpointError, UnsupportedArchitectureError
 __all__ = ["VisionConfig"]
 
 _DEFAULTS = {
+    "depth": 32,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "out_hidden_size": 3584,
+    "fullatt_block_indexes": [7, 15, 23, 31],
     "in_channels": 3,
     "patch_size": 14,
     "temporal_patch_size": 2,
@@ -18,7 +23,7 @@ _DEFAULTS = {
     "window_size": 112,
     "hidden_act": "silu",
 }
-"""What released configurations leave out, as in transformers' `Qwen2_5_VLVisionConfig`."""
+"""What configurations may leave out: transformers' defaults, but for the hidden size, whose default no model has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +86,8 @@ class VisionConfig:
                 f"{where}.hidden_act is {values['hidden_act']!r}; only 'silu' is implemented.",
                 hint="Pass a released Qwen2.5-VL checkpoint or a finetune of one.",
             )
-        values["rope_theta"] = (values.get("rope_parameters") or {}).get("rope_theta", 10000.0)
         try:
+            values["rope_theta"] = dict(values.get("rope_parameters") or {}).get("rope_theta", 10000.0)
             config = cls(
                 fullatt_block_indexes=tuple(sorted(int(i) for i in values["fullatt_block_indexes"])),
                 rope_theta=float(values["rope_theta"]),

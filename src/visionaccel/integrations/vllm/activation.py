@@ -6,15 +6,14 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from visionaccel.backends import AUTO, default_registry
-from visionaccel.errors import ConfigurationError
-from visionaccel.families import supported_architectures
+from visionaccel.errors import ConfigurationError, SettingsError
 from visionaccel.integrations.vllm import compat, faults
 from visionaccel.settings import load_settings
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-__all__ = ["activate"]
+__all__ = ["MODELS", "activate"]
 
 MODELS = {"Qwen2_5_VLForConditionalGeneration": "visionaccel.integrations.vllm.model:AcceleratedQwen25VL"}
 """Architectures and the model classes that replace vLLM's, as vLLM resolves them lazily."""
@@ -29,6 +28,10 @@ def activate() -> None:
     """
     compat.share_log_handlers()
     settings = load_settings()
+    if settings.fallback == AUTO:
+        raise SettingsError(
+            "VISIONACCEL_FALLBACK='auto': a fallback must be named.", hint="Name a backend, such as torch_ref."
+        )
     for name in (settings.backend, settings.fallback):
         if name not in (None, AUTO):
             default_registry().entry(name)
@@ -39,21 +42,25 @@ def activate() -> None:
 
 
 def _prepare(config: VllmConfig) -> None:
-    """Called with each engine configuration that vLLM builds: refuse models without a replaced tower.
+    """Called with each engine configuration that vLLM builds: refuse models whose tower would not be replaced.
 
     Raises:
-        ConfigurationError: If the model has a vision encoder that no family implements.
+        ConfigurationError: If vLLM would run a vision encoder of its own.
     """
-    architectures = tuple(config.model_config.architectures)
-    if supported_architectures().intersection(architectures):
-        faults.make_board()
-        compat.use_contained_scheduler(config)
+    served = compat.served_model(config)
+    named = ", ".join(served.architectures)
+    if not served.multimodal:
+        compat.logger().warning("VISIONACCEL_BACKEND has no effect: %s has no vision encoder.", named)
         return
-    named = ", ".join(architectures)
-    if compat.is_multimodal(config):
+    if not set(MODELS).intersection(served.architectures):
         raise ConfigurationError(
             f"VISIONACCEL_BACKEND is set, but the vision encoder of {named} is not implemented.",
-            hint=f"Unset it to serve this model with vLLM's own encoder. Implemented: "
-            f"{', '.join(sorted(supported_architectures()))}.",
+            hint=f"Unset it to serve this model with vLLM's own encoder. Implemented: {', '.join(MODELS)}.",
         )
-    compat.logger().warning("VISIONACCEL_BACKEND has no effect: %s has no vision encoder.", named)
+    if not served.own_implementation:
+        raise ConfigurationError(
+            "VISIONACCEL_BACKEND is set, but --model-impl asks for another library's implementation of the model.",
+            hint="Leave --model-impl at auto, or unset VISIONACCEL_BACKEND.",
+        )
+    if compat.use_contained_scheduler(config):
+        faults.make_board()

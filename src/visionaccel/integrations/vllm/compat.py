@@ -1,7 +1,8 @@
 """Every private name of vLLM that this package relies on.
 
 Run on vLLM 0.32.0. The model class, its tower's constructor call, `load_weights` and `embed_multimodal` are the same in
-0.28 and 0.30.
+0.28 and 0.30. The classes that this package subclasses are attributes of this module, imported on first use: it must
+cost nothing in vLLM's processes that need none of them.
 """
 
 from __future__ import annotations
@@ -12,34 +13,17 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from vllm.config import VllmConfig
     from vllm.multimodal.inputs import MultiModalFeatureSpec
     from vllm.v1.core.sched.output import SchedulerOutput
-    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.core.sched.scheduler import Scheduler as Scheduler
     from vllm.v1.request import Request
-
-__all__ = [
-    "TRIED_RELEASES",
-    "ScheduledItem",
-    "append_errors",
-    "fail_requests",
-    "forget_encoder_output",
-    "forget_prefixes",
-    "holders",
-    "is_multimodal",
-    "logger",
-    "on_engine_config",
-    "register_model",
-    "scheduled_items",
-    "share_log_handlers",
-    "swapped_tower",
-    "use_contained_scheduler",
-    "warn_of_untried_release",
-]
 
 TRIED_RELEASES = ("0.32",)
 """Releases on which this package's tests ran."""
@@ -48,6 +32,24 @@ SCHEDULERS = {
     False: "visionaccel.integrations.vllm.scheduler.ContainedScheduler",
     True: "visionaccel.integrations.vllm.scheduler.ContainedAsyncScheduler",
 }
+"""The scheduler in the place of vLLM's synchronous and of its asynchronous one."""
+
+_QWEN = "vllm.model_executor.models.qwen2_5_vl"
+_HOMES = {
+    "AsyncScheduler": "vllm.v1.core.sched.async_scheduler",
+    "MULTIMODAL_REGISTRY": "vllm.multimodal",
+    "Qwen2_5_VLDummyInputsBuilder": _QWEN,
+    "Qwen2_5_VLForConditionalGeneration": _QWEN,
+    "Qwen2_5_VLMultiModalProcessor": _QWEN,
+    "Qwen2_5_VLProcessingInfo": _QWEN,
+    "Scheduler": "vllm.v1.core.sched.scheduler",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def logger() -> logging.Logger:
@@ -95,21 +97,68 @@ def on_engine_config(prepare: Callable[[VllmConfig], None]) -> None:
     arguments.EngineArgs.create_engine_config = create_engine_config
 
 
-def is_multimodal(config: VllmConfig) -> bool:
-    """Whether the model takes images or other media."""
-    return bool(config.model_config.is_multimodal_model)
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What the adapter needs to know of the model that an engine serves.
+
+    Attributes:
+        source: Checkpoint folder or Hugging Face repository.
+        revision: The repository's revision.
+        architectures: Its model classes.
+        multimodal: It takes images or other media.
+        takes_media: At least one image or video a prompt is allowed.
+        own_implementation: vLLM's own model class serves it, not another library's.
+        dtype: Dtype of the language model.
+        device: Device of the language model.
+        vision: The vision tower's configuration, or None.
+    """
+
+    source: str
+    revision: str | None
+    architectures: tuple[str, ...]
+    multimodal: bool
+    takes_media: bool
+    own_implementation: bool
+    dtype: torch.dtype
+    device: str
+    vision: Any
 
 
-def use_contained_scheduler(config: VllmConfig) -> None:
-    """Choose the scheduler that ends the requests whose image could not be encoded, unless the user chose another."""
+def served_model(config: VllmConfig) -> ServedModel:
+    """The model of an engine configuration."""
+    model = config.model_config
+    multimodal = bool(model.is_multimodal_model)
+    limits = model.get_multimodal_config() if multimodal else None
+    return ServedModel(
+        source=model.model,
+        revision=model.revision,
+        architectures=tuple(model.architectures),
+        multimodal=multimodal,
+        takes_media=limits is not None and any(limits.get_limit_per_prompt(kind) for kind in ("image", "video")),
+        own_implementation=str(getattr(model.model_impl, "value", model.model_impl)) in ("auto", "vllm"),
+        dtype=model.dtype,
+        device=str(config.device_config.device),
+        vision=getattr(model.hf_config, "vision_config", None),
+    )
+
+
+def use_contained_scheduler(config: VllmConfig) -> bool:
+    """Choose the scheduler that ends the requests whose image could not be encoded, where that can be done.
+
+    Returns:
+        Whether it was chosen. Not if the user chose another, nor if embeddings or keys leave this engine before the
+        scheduler hears of a fault: then a fault must end the engine, or others would compute with it.
+    """
     chosen = config.scheduler_config.scheduler_cls
-    if chosen is None:
+    connected = [name for name in ("ec_transfer_config", "kv_transfer_config") if getattr(config, name, None)]
+    if chosen is None and not connected:
         config.scheduler_config.scheduler_cls = SCHEDULERS[bool(config.scheduler_config.async_scheduling)]
-    elif chosen not in SCHEDULERS.values():
-        logger().warning(
-            "With the custom scheduler %s, an image that cannot be encoded ends the engine instead of its request.",
-            chosen,
-        )
+        return True
+    if chosen in SCHEDULERS.values():
+        return True
+    reason = f"With {' and '.join(connected)}," if connected else f"With the custom scheduler {chosen},"
+    logger().warning("%s an image that cannot be encoded ends the engine instead of its request.", reason)
+    return False
 
 
 @contextmanager
@@ -139,13 +188,36 @@ class ScheduledItem:
     grid: Any
 
 
-def scheduled_items(scheduler: Scheduler, step: SchedulerOutput) -> list[ScheduledItem]:
-    """What a step encodes; to be called before any of its requests can go away."""
-    return [
-        _item(scheduler.requests[request].mm_features[index])
-        for request, indices in step.scheduled_encoder_inputs.items()
+@dataclass(frozen=True, slots=True)
+class StepInFlight:
+    """What must be known of a step until its output is back, whatever becomes of its requests meanwhile.
+
+    Attributes:
+        step: The scheduler's output, by identity.
+        items: What it encodes.
+        touched: Requests with media that it computes tokens of, each with the first token whose keys may be new: 0 for
+            a request that was just admitted, because the prefix cache may have served it from another step in flight.
+    """
+
+    step: SchedulerOutput
+    items: tuple[ScheduledItem, ...]
+    touched: tuple[tuple[Request, int], ...]
+
+
+def step_in_flight(scheduler: Scheduler, step: SchedulerOutput) -> StepInFlight:
+    """Record a step that was just scheduled."""
+    items = tuple(
+        _item(scheduler.requests[name].mm_features[index])
+        for name, indices in step.scheduled_encoder_inputs.items()
         for index in indices
-    ]
+    )
+    admitted = {request.req_id for request in step.scheduled_new_reqs} | step.scheduled_cached_reqs.resumed_req_ids
+    touched = tuple(
+        (request, 0 if name in admitted else request.num_computed_tokens - tokens)
+        for name, tokens in step.num_scheduled_tokens.items()
+        if (request := scheduler.requests[name]).mm_features
+    )
+    return StepInFlight(step, items, touched)
 
 
 def _item(feature: MultiModalFeatureSpec) -> ScheduledItem:
@@ -156,28 +228,26 @@ def _item(feature: MultiModalFeatureSpec) -> ScheduledItem:
     return ScheduledItem(feature.identifier, None, None)
 
 
-def holders(scheduler: Scheduler, identifiers: Collection[str]) -> dict[Request, list[str]]:
-    """Live requests that have used, or are about to use, encoder outputs of `identifiers`, and which of them."""
-    found: dict[Request, list[str]] = {}
-    for request in scheduler.requests.values():
-        held = scheduler.encoder_cache_manager.get_cached_input_ids(request)
-        used = [
-            feature.identifier
-            for index, feature in enumerate(request.mm_features)
-            if feature.identifier in identifiers
-            and (index in held or feature.mm_position.offset < request.num_computed_tokens)
-        ]
-        if used and not request.is_finished():
-            found[request] = used
-    return found
+def requests_at_stake(
+    scheduler: Scheduler, steps: Iterable[StepInFlight], identifiers: Collection[str]
+) -> dict[str, list[str]]:
+    """Live requests that steps in flight computed from encoder outputs of `identifiers`, and from which."""
+    found: dict[str, set[str]] = {}
+    for request, start in (entry for step in steps for entry in step.touched):
+        if scheduler.requests.get(request.request_id) is not request or request.is_finished():
+            continue
+        for feature in request.mm_features:
+            end = feature.mm_position.offset + feature.mm_position.length
+            if feature.identifier in identifiers and start < end:
+                found.setdefault(request.request_id, set()).add(feature.identifier)
+    return {name: sorted(used) for name, used in found.items()}
 
 
-def fail_requests(scheduler: Scheduler, requests: Iterable[Request]) -> list[Request]:
+def fail_requests(scheduler: Scheduler, names: Iterable[str]) -> list[Request]:
     """End requests with an error."""
     from vllm.v1.request import RequestStatus
 
-    names = [request.request_id for request in requests]
-    failed: list[Request] = scheduler.finish_requests(names, RequestStatus.FINISHED_ERROR)
+    failed: list[Request] = scheduler.finish_requests(list(names), RequestStatus.FINISHED_ERROR)
     return failed
 
 
@@ -191,14 +261,27 @@ def forget_prefixes(scheduler: Scheduler) -> None:
 
 
 def forget_encoder_output(scheduler: Scheduler, identifier: str) -> None:
-    """Drop an encoder output that nobody holds from the scheduler's cache; the worker drops it with the next step."""
+    """Take an encoder output out of the scheduler's cache; requests that wait with it in hand will encode it again."""
     cache = scheduler.encoder_cache_manager
+    for request in scheduler.requests.values():
+        for index in sorted(cache.get_cached_input_ids(request)):
+            if request.mm_features[index].identifier == identifier:
+                cache.free_encoder_input(request, index)
     size = cache.freeable.pop(identifier, None)
     if size is not None:
         del cache.cached[identifier]
         del cache.num_embeds_by_hash[identifier]
-        cache.freed.append(identifier)
         cache.num_free_slots += size
+
+
+def free_in_worker(step: SchedulerOutput, identifiers: Iterable[str]) -> None:
+    """Have the workers drop encoder outputs before they encode anything in this step.
+
+    The scheduler's own list will not do: it leaves out what the same step allocates again, and a worker that still has
+    the output need not encode it anew.
+    """
+    listed = step.free_encoder_mm_hashes
+    listed.extend(identifier for identifier in identifiers if identifier not in listed)
 
 
 def append_errors(outputs: dict[int, Any], failed: Iterable[Request]) -> None:

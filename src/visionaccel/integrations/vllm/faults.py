@@ -39,6 +39,9 @@ class Fault:
     message: str
 
 
+_LOST = Fault("", "the file on which workers report faults went away during a step.")
+
+
 def item_key(patches: Array, grid: Grid) -> str:
     """A digest of one item's patches and grid, equal in the worker and in the scheduler."""
     digest = hashlib.blake2b(repr((grid.t, grid.h, grid.w)).encode(), digest_size=16)
@@ -47,20 +50,22 @@ def item_key(patches: Array, grid: Grid) -> str:
 
 
 def make_board() -> None:
-    """Make the folder, readable by this user only, and name it to the child processes; once in a process tree."""
-    if not os.environ.get(_FOLDER):
+    """Name a new folder, readable by this user only, to the child processes; removed when this process exits.
+
+    A folder that this process inherited belongs to another engine's launcher, which may end first, so it is not used.
+    """
+    owner, _, _ = os.environ.get(_FOLDER, "").partition(":")
+    if owner != str(os.getpid()):
         folder = tempfile.mkdtemp(prefix="visionaccel-")
-        os.environ[_FOLDER] = folder
+        os.environ[_FOLDER] = f"{os.getpid()}:{folder}"
         atexit.register(_remove, folder, os.getpid())
 
 
 def report_fault(fault: Fault) -> bool:
     """Tell the scheduler of this process's engine. False if none listens: then the caller must raise instead."""
-    folder = os.environ.get(_FOLDER)
     # The engine's process is this one or, with vLLM's multiprocess executor, the parent of this worker.
-    boards = [Path(folder, str(pid)) for pid in (os.getpid(), os.getppid())] if folder else []
-    for board in boards:
-        if board.exists():
+    for board in map(_board, (os.getpid(), os.getppid())):
+        if board is not None and board.exists():
             line = json.dumps({"key": fault.key, "message": fault.message}) + "\n"
             descriptor = os.open(board, os.O_WRONLY | os.O_APPEND)
             try:
@@ -75,23 +80,44 @@ class FaultReader:
     """The scheduler's end; making it starts the listening."""
 
     def __init__(self) -> None:
-        folder = os.environ.get(_FOLDER)
-        self._board = Path(folder, str(os.getpid())) if folder else None
+        self._board = _board(os.getpid())
         self._read = 0
-        if self._board is not None:
+        self.close()  # What an earlier engine of this process left says nothing about this one.
+        self.listen()
+
+    def listen(self) -> None:
+        """Make the file if it is not there: at the start, and when a cleaner of temporary files took it."""
+        if self._board is not None and not self._board.exists():
+            self._board.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._board.touch(mode=0o600)
+            self._read = 0
 
     def new(self) -> list[Fault]:
-        """Faults since the last call; one `stat` if there are none."""
-        if self._board is None or self._board.stat().st_size == self._read:
+        """Faults since the last call; one `stat` if there are none. If the file went away, a fault of unknown key."""
+        if self._board is None:
             return []
-        with self._board.open("rb") as file:
-            file.seek(self._read)
-            text = file.read()
+        try:
+            if self._board.stat().st_size == self._read:
+                return []
+            with self._board.open("rb") as file:
+                file.seek(self._read)
+                text = file.read()
+        except FileNotFoundError:
+            return [_LOST]
         # A line that is still being written is left for the next call.
         whole = text[: text.rfind(b"\n") + 1]
         self._read += len(whole)
         return [Fault(**json.loads(line)) for line in whole.splitlines()]
+
+    def close(self) -> None:
+        """Stop listening."""
+        if self._board is not None:
+            self._board.unlink(missing_ok=True)
+
+
+def _board(process: int) -> Path | None:
+    _, _, folder = os.environ.get(_FOLDER, "").partition(":")
+    return Path(folder, str(process)) if folder else None
 
 
 def _remove(folder: str, owner: int) -> None:

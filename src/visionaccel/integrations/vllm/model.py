@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from vllm.model_executor.models.qwen2_5_vl import (
+from visionaccel.families.qwen2_5_vl import WEIGHT_PREFIXES
+from visionaccel.integrations.vllm import compat
+from visionaccel.integrations.vllm.compat import (
+    MULTIMODAL_REGISTRY,
     Qwen2_5_VLDummyInputsBuilder,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLMultiModalProcessor,
     Qwen2_5_VLProcessingInfo,
 )
-from vllm.multimodal import MULTIMODAL_REGISTRY
-
-from visionaccel.families.qwen2_5_vl import WEIGHT_PREFIXES
-from visionaccel.integrations.vllm import compat
-from visionaccel.integrations.vllm.tower import AcceleratedTower
+from visionaccel.integrations.vllm.tower import AbsentTower, AcceleratedTower
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from vllm.config import VllmConfig
 
 __all__ = ["AcceleratedQwen25VL"]
@@ -37,9 +37,10 @@ class AcceleratedQwen25VL(Qwen2_5_VLForConditionalGeneration):  # type: ignore[m
     supports_tower_connector_lora = False
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        def make(*_: Any, **__: Any) -> AcceleratedTower:
+        def make(*_: Any, **__: Any) -> nn.Module:
             # The stock tower's arguments drift between releases, so none is looked at.
-            return AcceleratedTower(vllm_config)
+            served = compat.served_model(vllm_config)
+            return AcceleratedTower(served) if served.takes_media else AbsentTower()
 
         with compat.swapped_tower(Qwen2_5_VLForConditionalGeneration, make):
             super().__init__(vllm_config=vllm_config, prefix=prefix)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
-
-from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.core.sched.scheduler import Scheduler
 
 from visionaccel.grid import as_grids
 from visionaccel.integrations.vllm import compat
+from visionaccel.integrations.vllm.compat import AsyncScheduler, Scheduler
 from visionaccel.integrations.vllm.faults import Fault, FaultReader, item_key
 
 if TYPE_CHECKING:
@@ -20,54 +19,66 @@ __all__ = ["ContainedAsyncScheduler", "ContainedScheduler"]
 
 
 class _Containment:
-    """Mixed in before a scheduler: looks for faults after a step, before the step's tokens are accepted."""
+    """Mixed in before a scheduler: looks for faults after a step, before the step's tokens are accepted.
+
+    A worker may be steps ahead of the one whose output is taken, and requests may be aborted or preempted meanwhile, so
+    what each step in flight encodes and computes is recorded when it is scheduled.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._faults = FaultReader()
-        self._encoding: dict[int, list[compat.ScheduledItem]] = {}
+        self._in_flight: list[compat.StepInFlight] = []
+        self._forgotten: set[str] = set()
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         step: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
-        if step.scheduled_encoder_inputs:
-            # Kept from now on: a request may be aborted before its step returns, and its caches would outlive it.
-            self._encoding[id(step)] = compat.scheduled_items(self, step)
+        compat.free_in_worker(step, self._forgotten)
+        self._forgotten.clear()
+        record = compat.step_in_flight(self, step)
+        if record.items:
+            self._faults.listen()
+        self._in_flight.append(record)
         return step
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
         failed: list[Request] = []
-        if id(scheduler_output) in self._encoding:
-            faults = self._faults.new()
-            if faults:
-                failed = self._contain(faults)
-            del self._encoding[id(scheduler_output)]
+        place = next((i for i, record in enumerate(self._in_flight) if record.step is scheduler_output), None)
+        if place is not None:
+            del self._in_flight[:place]  # Outputs come in order: earlier steps have none.
+            faults = self._faults.new() if self._in_flight[0].items else []
+            failed = self._contain(faults) if faults else []
+            del self._in_flight[0]
         outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
         compat.append_errors(outputs, failed)
         return outputs
 
-    def _contain(self, faults: list[Fault]) -> list[Request]:
-        """End every request that stands on a faulty encoder output, and forget that output everywhere.
+    def shutdown(self) -> None:
+        self._faults.close()
+        super().shutdown()  # type: ignore[misc]
 
-        The worker may be steps ahead of the one whose output is being taken, so all steps in flight are looked at.
-        """
-        faulty = _faulty([item for step in self._encoding.values() for item in step], faults)
-        requests = compat.holders(self, faulty)
-        for request, identifiers in requests.items():
+    def _contain(self, faults: list[Fault]) -> list[Request]:
+        """End every request that stands on a faulty encoder output, and forget that output everywhere."""
+        faulty = _faulty((item for step in self._in_flight for item in step.items), faults)
+        at_stake = compat.requests_at_stake(self, self._in_flight, faulty)
+        for name, identifiers in at_stake.items():
             reasons = " ".join(sorted({faulty[identifier] for identifier in identifiers}))
-            compat.logger().error("Request %s ends with an error: %s", request.request_id, reasons)
-        failed = compat.fail_requests(self, requests)
+            compat.logger().error("Request %s ends with an error: %s", name, reasons)
+        failed = compat.fail_requests(self, at_stake)
         compat.forget_prefixes(self)
         for identifier in faulty:
             compat.forget_encoder_output(self, identifier)
+        self._forgotten |= faulty.keys()
         return failed
 
 
-def _faulty(items: list[compat.ScheduledItem], faults: list[Fault]) -> dict[str, str]:
+def _faulty(items: Iterable[compat.ScheduledItem], faults: list[Fault]) -> dict[str, str]:
     """Identifiers of the faulty ones among `items` and why each failed."""
     messages = {fault.key: fault.message for fault in faults}
     found: dict[str, str] = {}
-    matched = set()
+    seen, matched = set(), set()
     for item in items:
+        seen.add(item.identifier)
         if item.pixels is not None:
             key = item_key(item.pixels, as_grids(item.grid)[0])
             if key in messages:
@@ -75,7 +86,7 @@ def _faulty(items: list[compat.ScheduledItem], faults: list[Fault]) -> dict[str,
                 matched.add(key)
     if matched != set(messages):
         # Some faulty item cannot be told from its neighbours: one error too many is better than one wrong answer.
-        return dict.fromkeys((item.identifier for item in items), " ".join(messages.values())) | found
+        return dict.fromkeys(seen, " ".join(messages.values())) | found
     return found
 
 

@@ -42,6 +42,10 @@ class VllmServer:
     log: Path
     process: subprocess.Popen[bytes]
 
+    def log_end(self, lines: int = 30) -> str:
+        """The last lines of the server's output."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
     def healthy(self) -> bool:
         """Whether the server runs and its engine answers the health check."""
         if self.process.poll() is not None:
@@ -98,7 +102,8 @@ def serve(
             try:
                 process = subprocess.Popen(  # noqa: S603
                     [*command, str(checkpoint), *place, *arguments],
-                    env=quiet_environment(settings),
+                    # vLLM leaves its sockets behind when it is stopped; here they go with the folder.
+                    env={**quiet_environment(settings), "VLLM_RPC_BASE_PATH": folder},
                     stdout=out,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
@@ -113,7 +118,7 @@ def serve(
                 if process.poll() is not None or waited > timeout:
                     state = f"ended with status {process.poll()}" if process.poll() is not None else "does not answer"
                     raise DeviceError(
-                        f"the vLLM server {state} after {waited:.0f} s. The end of its log:\n{_tail(log)}",
+                        f"the vLLM server {state} after {waited:.0f} s. The end of its log:\n{server.log_end()}",
                         hint="The reason is in the log above.",
                     )
                 if waiting is not None:
@@ -122,10 +127,6 @@ def serve(
             yield server
         finally:
             _stop(process)
-
-
-def _tail(log: Path, lines: int = 30) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

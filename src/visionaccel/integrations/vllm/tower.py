@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +13,14 @@ from visionaccel.arrays import is_tensor
 from visionaccel.backends import AUTO
 from visionaccel.checkpoint import locate_checkpoint
 from visionaccel.encoder import Encoder, open_encoder
-from visionaccel.errors import ConfigurationError, VisionAccelError
+from visionaccel.errors import (
+    BackendUnavailableError,
+    ConfigurationError,
+    DeviceError,
+    InputError,
+    PluginError,
+    VisionAccelError,
+)
 from visionaccel.families import Tower, tower_of
 from visionaccel.grid import as_grids
 from visionaccel.integrations.vllm import compat
@@ -22,10 +29,11 @@ from visionaccel.runtime.guarded import GuardedEncoder
 from visionaccel.runtime.timing import TimingLog
 from visionaccel.settings import Settings, load_settings
 
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+__all__ = ["AbsentTower", "AcceleratedTower", "open_guarded"]
 
-__all__ = ["AcceleratedTower", "open_guarded"]
+
+class AbsentTower(nn.Module):
+    """Stands in where prompts may hold no image and no video: no encoder is opened."""
 
 
 class AcceleratedTower(nn.Module):
@@ -38,19 +46,23 @@ class AcceleratedTower(nn.Module):
         device: Device of the embeddings: the language model's.
     """
 
-    def __init__(self, vllm_config: VllmConfig) -> None:
+    def __init__(self, served: compat.ServedModel) -> None:
         super().__init__()
-        model, vision = vllm_config.model_config, vllm_config.model_config.hf_config.vision_config
         settings = load_settings()
-        source = settings.bundle or model.model
-        revision = None if settings.bundle else model.revision
-        tower = tower_of(locate_checkpoint(source, revision))
-        _check_fit(tower, vision, str(source))
-        self.spatial_merge_size: int = vision.spatial_merge_size
-        self.out_hidden_size: int = vision.out_hidden_size
-        self.dtype: torch.dtype = model.dtype
-        self.device = torch.device(vllm_config.device_config.device)
-        self.encoder = open_guarded(tower, settings)
+        if settings.bundle is not None and not settings.bundle.is_dir():
+            raise ConfigurationError(
+                f"VISIONACCEL_BUNDLE={str(settings.bundle)!r} is not a folder.", hint="Name an existing folder."
+            )
+        source = settings.bundle or served.source
+        tower = tower_of(locate_checkpoint(source, None if settings.bundle else served.revision))
+        _check_fit(tower, served.vision, str(source))
+        self.spatial_merge_size = tower.merge_size
+        self.out_hidden_size = tower.out_width
+        self.dtype = served.dtype
+        self.device = torch.device(served.device)
+        # vLLM builds models under a default device, which is no business of the backend's.
+        with torch.device("cpu"):
+            self.encoder = open_guarded(tower, settings)
 
     def forward(self, x: torch.Tensor, grid_thw: Any, **_: Any) -> torch.Tensor:
         """Embeddings of the items of one step.
@@ -64,7 +76,8 @@ class AcceleratedTower(nn.Module):
             the scheduler has been told to end its requests before their first token.
 
         Raises:
-            VisionAccelError: If an item could not be encoded and no scheduler of this package listens, as at start-up.
+            VisionAccelError: If an item could not be encoded and no scheduler of this package listens, as at start-up;
+                or if patches and grids disagree so that no item's rows are known, which vLLM's processor rules out.
         """
         rows = []
         for item, answer in enumerate(self.encoder.encode_items(x, grid_thw)):
@@ -75,7 +88,10 @@ class AcceleratedTower(nn.Module):
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def _contain(self, x: torch.Tensor, grid_thw: Sequence[Any], item: int, error: VisionAccelError) -> torch.Tensor:
-        grids = as_grids(grid_thw)
+        try:
+            grids = as_grids(grid_thw, self.spatial_merge_size)
+        except InputError:
+            raise error from None
         start = sum(grid.patches for grid in grids[:item])
         grid = grids[item]
         if not report_fault(Fault(item_key(x[start : start + grid.patches], grid), str(error))):
@@ -84,25 +100,26 @@ class AcceleratedTower(nn.Module):
 
 
 def open_guarded(tower: Tower, settings: Settings) -> GuardedEncoder:
-    """The encoder that the settings ask for; its fallback if it cannot start and one is set.
+    """The encoder that the settings ask for; its fallback if it cannot run here and one is set.
 
     Raises:
-        VisionAccelError: If neither can start; the message says why and what to do.
+        VisionAccelError: If neither can start, or a setting is wrong; the message says why and what to do.
     """
+    name = settings.fallback
 
-    def fallback() -> Encoder:
-        assert settings.fallback is not None
-        return open_encoder(tower, backend=settings.fallback)
+    def open_fallback() -> Encoder:
+        return open_encoder(tower, backend=name or AUTO)
 
     try:
         primary = open_encoder(
             tower, backend=settings.backend or AUTO, device=settings.device, options=settings.options
         )
-    except VisionAccelError as error:
-        if settings.fallback is None:
+        second = open_fallback if name is not None else None
+    except (BackendUnavailableError, PluginError, DeviceError) as error:
+        if name is None:
             raise
-        compat.logger().error("Starting with the fallback %r, because %s", settings.fallback, error)
-        primary = fallback()
+        compat.logger().error("Starting with the fallback %r, because %s", name, error)
+        primary, second = open_fallback(), None
     if settings.timing:
         TimingLog.install()
     capabilities = primary.session.capabilities
@@ -112,9 +129,9 @@ def open_guarded(tower: Tower, settings: Settings) -> GuardedEncoder:
         capabilities.device,
         " (simulated)" if capabilities.simulated else "",
         capabilities.precision,
-        settings.fallback or "none",
+        name if second is not None else "none",
     )
-    return GuardedEncoder(primary, None if settings.fallback in (None, primary.backend) else fallback)
+    return GuardedEncoder(primary, second)
 
 
 def _check_fit(tower: Tower, vision: Any, source: str) -> None:
