@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from vllm import LLM, SamplingParams
+from vllm import LLM, ModelRegistry, SamplingParams
 
 from digits_vlm.samples import digits_video, held_out_images
 
@@ -91,6 +91,7 @@ def matrix(llm: LLM) -> dict[str, Any]:
     right = sum(answer["text"] == image.truth for answer, image in zip(read, images, strict=True))
     return {
         "parts": parts,
+        "read": [answer["tokens"] for answer in read],
         "accuracy": right / ACCURACY,
         "grids": [grid(image) for image in different],
     }
@@ -101,20 +102,27 @@ def few(llm: LLM) -> dict[str, Any]:
     return {"parts": {"first": answers(llm, [image_request(image) for image in held_out_images(6)])}}
 
 
+def text(llm: LLM) -> dict[str, Any]:
+    """Text alone."""
+    return {"parts": {"text": answers(llm, [{"prompt": prompt("", "Read the digits.")}])}}
+
+
 def main() -> None:
-    """Start the engine, ask, write."""
+    """Start the engine, ask, write. Part `text` starts it without room for images and videos."""
     checkpoint, part, target = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    most = 0 if part == "text" else 4
     llm = LLM(
         model=checkpoint,
         dtype="float32",
         enforce_eager=True,
         max_model_len=4096,
         max_num_seqs=16,
-        limit_mm_per_prompt={"image": 4, "video": 1},
+        limit_mm_per_prompt={"image": most, "video": most},
         disable_log_stats=True,
     )
-    found = {"matrix": matrix, "few": few}[part](llm)
+    found = {"matrix": matrix, "few": few, "text": text}[part](llm)
     found["scheduler"] = str(llm.llm_engine.vllm_config.scheduler_config.scheduler_cls)
+    found["model"] = ModelRegistry.models["Qwen2_5_VLForConditionalGeneration"].module_name
     target.write_text(json.dumps(found))
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,17 @@ def ask(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Callable[...,
     ) -> dict[str, Any]:
         target = tmp_path_factory.mktemp("answers") / "answers.json"
         paths = [str(path) for path in (site, TESTS) if path is not None]
-        environment = quiet_environment(settings) | {"PYTHONPATH": os.pathsep.join(paths)}
         command = [sys.executable, str(ASK), str(checkpoint), part, str(target)]
-        done = subprocess.run(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
-        )
+        with tempfile.TemporaryDirectory() as sockets:  # short, as socket names must be, and vLLM leaves them behind
+            own = {"PYTHONPATH": os.pathsep.join(paths), "VLLM_RPC_BASE_PATH": sockets}
+            done = subprocess.run(
+                command,
+                env=quiet_environment(settings) | own,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=600,
+            )
         answers = json.loads(target.read_text()) if target.exists() else {}
         return {**answers, "status": done.returncode, "log": done.stdout}
 
@@ -44,9 +51,12 @@ def stock(ask: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     return answers
 
 
-@pytest.fixture(scope="session", params=["onnxrt", "torch_ref"])
+@pytest.fixture(
+    scope="session", params=[("VISIONACCEL_BACKEND", "onnxrt"), ("VLLM_VISION_NPU_BACKEND", "torch_ref")], ids=str
+)
 def accelerated(request: pytest.FixtureRequest, ask: Callable[..., dict[str, Any]]) -> dict[str, Any]:
-    """The answers of vLLM with its vision encoder on a backend."""
-    answers = ask({"VISIONACCEL_BACKEND": request.param})
+    """The answers of vLLM with its vision encoder on a backend, named by the current or the former variable."""
+    variable, backend = request.param
+    answers = ask({variable: backend})
     assert answers["status"] == 0, answers["log"][-4000:]
-    return {**answers, "backend": request.param}
+    return {**answers, "variable": variable, "backend": backend}

@@ -45,7 +45,7 @@ def visionaccel_backends():
 '''
 SINGLES = held_out_images(6)
 VLLM_SERVE = (str(Path(sys.executable).with_name("vllm")), "serve")
-ARGUMENTS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "4096", "--max-num-seqs", "16")
+ARGUMENTS = ("--enforce-eager", "--max-model-len", "4096", "--max-num-seqs", "16")
 
 
 @pytest.fixture(scope="module")
@@ -56,19 +56,20 @@ def switch(tmp_path_factory):
     return file
 
 
-@pytest.fixture(scope="module", params=["none", "torch_ref"])
+@pytest.fixture(scope="module", params=[("none", "bfloat16"), ("torch_ref", "float32")], ids=str)
 def flaky(request, digits, switch, tmp_path_factory):
-    """A server on the flaky backend, with and without a fallback; and whether it has one."""
+    """A server on the flaky backend, with and without a fallback, in two dtypes; and whether it has a fallback."""
+    fallback, dtype = request.param
     site = install(tmp_path_factory.mktemp("site"), "acme-flaky", "flaky", FLAKY)
     settings = {
         "VISIONACCEL_BACKEND": "flaky",
-        "VISIONACCEL_FALLBACK": request.param,
+        "VISIONACCEL_FALLBACK": fallback,
         "FLAKY_SWITCH": str(switch),
         "PYTHONPATH": str(site),
     }
     switch.write_text("off")
-    with serve(digits, settings, ARGUMENTS, command=VLLM_SERVE) as server:
-        yield server, request.param != "none"
+    with serve(digits, settings, ("--dtype", dtype, *ARGUMENTS), command=VLLM_SERVE) as server:
+        yield server, fallback != "none"
 
 
 @pytest.fixture
@@ -111,7 +112,7 @@ def test_a_fault_ends_its_own_request_alone(flaky, client, switch, stock, action
     assert [asked[i].result() for i in neighbours] == [expected[i] for i in neighbours]
     if has_fallback:
         assert asked[victim].result() == expected[victim]
-        assert "the fallback takes over" in server.log.read_text()
+        assert "the fallback took over" in server.log.read_text()
     else:
         with pytest.raises(InternalServerError):
             asked[victim].result()

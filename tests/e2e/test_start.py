@@ -40,7 +40,8 @@ def other_family(digits, tmp_path_factory):
 
 
 def test_a_stripped_checkpoint_loads_with_the_encoder_from_elsewhere(ask, stock, stripped, digits):
-    answers = ask({"VISIONACCEL_BACKEND": "onnxrt", "VISIONACCEL_BUNDLE": str(digits)}, "few", stripped)
+    answers = ask({"VISIONACCEL_BACKEND": "auto", "VISIONACCEL_BUNDLE": str(digits)}, "few", stripped)
+    assert "the vision encoder runs on backend 'onnxrt'" in answers["log"], answers["log"][-4000:]
     assert answers["status"] == 0, answers["log"][-4000:]
     assert tokens(answers["parts"]["first"]) == tokens(stock["parts"]["first"])
 
@@ -62,13 +63,27 @@ def test_a_stripped_checkpoint_alone_is_refused(ask, stripped):
             {"VISIONACCEL_BACKEND": "onnxrt", "VISIONACCEL_DEVICE": "npu"},
             ["has no VitisAIExecutionProvider", "Ryzen AI Software"],
         ),
+        ({"VISIONACCEL_BACKEND": "onnxrt", "VISIONACCEL_BUNDLE": "no/such"}, ["'no/such' is not a folder"]),
+        ({"VISIONACCEL_BACKEND": "onnxrt", "VISIONACCEL_FALLBACK": "auto"}, ["a fallback must be named"]),
     ],
-    ids=["unknown backend", "unknown fallback", "invalid setting", "device that is not there"],
+    ids=["backend", "fallback", "setting", "device", "bundle", "automatic fallback"],
 )
 def test_what_cannot_run_is_refused_with_the_reason(ask, settings, messages):
     answers = ask(settings, "few")
     assert answers["status"] != 0
     assert all(message in answers["log"] for message in messages), answers["log"][-4000:]
+
+
+def test_an_encoder_of_another_model_is_refused(ask, tiny):
+    answers = ask({"VISIONACCEL_BACKEND": "onnxrt", "VISIONACCEL_BUNDLE": str(tiny)}, "few")
+    assert answers["status"] != 0
+    assert "the served model needs (128, 2, 1176)" in answers["log"]
+
+
+def test_without_room_for_images_no_encoder_is_opened(ask, stripped):
+    answers = ask({"VISIONACCEL_BACKEND": "torch_ref"}, "text", stripped)
+    assert answers["status"] == 0, answers["log"][-4000:]
+    assert "the vision encoder runs on" not in answers["log"]
 
 
 def test_a_model_of_another_family_is_refused(ask, other_family):
