@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from visionaccel.arrays import as_numpy, dtype_name, finite_rows
+from visionaccel.arrays import as_host_tensor, as_numpy, dtype_name, finite_rows
 from visionaccel.contracts import TensorSpec, check_output, check_patches
 from visionaccel.errors import NonFiniteError, OutputError, PatchesError
 from visionaccel.grid import Grid
@@ -70,6 +70,15 @@ def test_bfloat16_tensors_are_viewed_not_copied():
     assert view.dtype == ml_dtypes.bfloat16
     assert view.ctypes.data == tensor.data_ptr()
     assert dtype_name(tensor) == dtype_name(view) == "bfloat16"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_host_tensors_are_rounded_as_torch_rounds(dtype):
+    values = np.random.default_rng(0).standard_normal((64, 33)).astype(np.float32)
+    tensor = as_host_tensor(values, str(dtype).removeprefix("torch."))
+    assert tensor.dtype == dtype
+    assert torch.equal(tensor, torch.from_numpy(values).to(dtype))
+    assert (tensor.data_ptr() == values.ctypes.data) == (dtype == torch.float32)
 
 
 SPEC = TensorSpec("embeddings", "float32", ("tokens", 8))

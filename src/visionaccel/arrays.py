@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Array", "as_numpy", "dtype_name", "finite_rows", "is_tensor"]
+__all__ = ["Array", "as_host_tensor", "as_numpy", "dtype_name", "finite_rows", "is_tensor"]
 
 Array: TypeAlias = Any
 """A numpy array, or a torch tensor where a session declares that it takes them."""
@@ -41,10 +41,25 @@ def as_numpy(array: Array) -> NDArray[Any]:
     return np.asarray(tensor.numpy())
 
 
+def as_host_tensor(array: Array, dtype: str) -> Any:
+    """A numpy array as a torch tensor of `dtype`, sharing memory if it has that dtype. Rounds to nearest, as torch does.
+
+    The cast is numpy's: torch's would start threads, which right after an encode wait for those of the runtime.
+    """
+    import torch
+
+    if dtype != "bfloat16":
+        return torch.from_numpy(array.astype(dtype, copy=False))
+    return torch.from_numpy(array.astype(ml_dtypes.bfloat16, copy=False).view(np.int16)).view(torch.bfloat16)
+
+
 def finite_rows(array: Array) -> NDArray[np.bool_]:
     """Which rows of a 2-D array hold only finite numbers: bool [rows], on the host."""
     if is_tensor(array):
-        return np.asarray(sys.modules["torch"].isfinite(array).all(dim=1).cpu().numpy())
+        if array.device.type != "cpu":
+            return np.asarray(sys.modules["torch"].isfinite(array).all(dim=1).cpu().numpy())
+        # numpy on the host: it needs no threads, which right after an encode wait for those of the runtime.
+        array = as_numpy(array)
     if array.dtype == ml_dtypes.bfloat16:
         # bfloat16 is the upper half of float32: exponent bits all set mean NaN or infinity.
         exponent = np.uint16(0x7F80)

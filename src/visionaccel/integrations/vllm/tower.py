@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from visionaccel.arrays import is_tensor
+from visionaccel.arrays import as_host_tensor, dtype_name, is_tensor
 from visionaccel.backends import AUTO
 from visionaccel.checkpoint import locate_checkpoint
 from visionaccel.encoder import Encoder, open_encoder
@@ -83,7 +83,7 @@ class AcceleratedTower(nn.Module):
         for item, answer in enumerate(self.encoder.encode_items(x, grid_thw)):
             if isinstance(answer, VisionAccelError):
                 answer = self._contain(x, grid_thw, item, answer)
-            embeddings = answer if is_tensor(answer) else torch.from_numpy(answer)
+            embeddings = answer if is_tensor(answer) else as_host_tensor(answer, dtype_name(self))
             rows.append(embeddings.to(self.device, self.dtype))
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
