@@ -23,14 +23,6 @@ BOUNDS = {
 }
 """Figures that the project promises to stay under; beyond one, the exit status is 1."""
 
-BOUNDS = {
-    "import visionaccel, ms": 100,
-    "first graph, imports included, s": 2,
-    "peak memory above the interpreter's own, GiB": 0.5,
-    "adapter's own, % of the encode (median)": 1,
-}
-"""Figures that the project promises to stay under; beyond one, the exit status is 1."""
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
@@ -50,15 +42,6 @@ def main() -> None:
         console.print(table)
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1))
-    missed = [
-        f"{figure}: {value:.4g}, bound {BOUNDS[figure]}"
-        for values in figures.values()
-        for figure, value in values.items()
-        if figure in BOUNDS and value > BOUNDS[figure]
-    ]
-    for line in missed:
-        console.print(f"[bold red]missed[/] {line}")
-    raise SystemExit(1 if missed else 0)
     missed = [
         f"{figure}: {value:.4g}, bound {BOUNDS[figure]}"
         for values in figures.values()

@@ -42,7 +42,7 @@ def as_numpy(array: Array) -> NDArray[Any]:
 
 
 def as_host_tensor(array: Array, dtype: str) -> Any:
-    """A numpy array as a torch tensor of `dtype`, sharing memory if it has that dtype. Rounds to nearest, as torch does.
+    """A numpy array as a torch tensor of `dtype`, sharing memory if it has that dtype; rounded to nearest, as by torch.
 
     The cast is numpy's: torch's would start threads, which right after an encode wait for those of the runtime.
     """
