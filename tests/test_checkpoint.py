@@ -72,6 +72,7 @@ def test_one_missing_byte_is_enough(copy):
         ({"data_offsets": [0]}, "malformed"),
         ({"data_offsets": "ab"}, "malformed"),
         ({"shape": None}, "malformed"),
+        ({"shape": [float("inf")]}, "malformed"),
     ],
 )
 def test_inconsistent_headers_are_refused(copy, change, message):
@@ -91,6 +92,19 @@ def test_headers_that_are_no_json_object_are_refused(copy, content):
     (copy / "model.safetensors").write_bytes(content)
     with pytest.raises(CheckpointError):
         _ = Checkpoint(copy).tensors
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ', "[]", "\x00"])
+def test_a_configuration_that_is_no_json_object_is_refused(copy, text):
+    (copy / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        Checkpoint(copy)
+
+
+def test_architectures_that_are_no_list_are_none(copy):
+    edit_json(copy / "config.json", architectures=5)
+    with pytest.raises(UnsupportedArchitectureError, match="architecture none"):
+        open_tower(copy)
 
 
 def test_a_git_lfs_pointer_is_recognised(copy):
@@ -154,6 +168,8 @@ def test_other_architectures_are_refused_with_the_supported_ones(copy):
         ({"depth": None}, CheckpointError, "lacks a usable"),
         ({"hidden_size": "wide"}, CheckpointError, "lacks a usable"),
         ({"rope_parameters": "fast"}, CheckpointError, "lacks a usable"),
+        ({"rope_parameters": {"rope_theta": 0}}, CheckpointError, "rope_theta must be positive"),
+        ({"depth": float("inf")}, CheckpointError, "lacks a usable"),
         ({"fullatt_block_indexes": 3}, CheckpointError, "lacks a usable"),
     ],
 )

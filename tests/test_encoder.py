@@ -179,14 +179,14 @@ class Slow:
         self.closed_while_running = self.running > 0
 
 
-@pytest.mark.parametrize(("thread_safe", "at_once"), [(False, 1), (True, 4)])
-def test_calls_overlap_only_on_thread_safe_sessions(tiny, thread_safe, at_once):
+@pytest.mark.parametrize("thread_safe", [False, True])
+def test_calls_overlap_only_on_thread_safe_sessions(tiny, thread_safe):
     with open_encoder(tiny, backend="onnxrt") as encoder:
         encoder = Encoder(encoder.tower, encoder.program, "slow", Slow(thread_safe), Registry())
     patches = random_patches([(1, 4, 4)])
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: encoder.encode(patches, [(1, 4, 4)]), range(4)))
-    assert (encoder.session.most == 1) == (at_once == 1)
+    assert (encoder.session.most > 1) == thread_safe
 
 
 @pytest.mark.parametrize("thread_safe", [False, True])

@@ -69,7 +69,8 @@ class Checkpoint:
     @property
     def architectures(self) -> tuple[str, ...]:
         """The model classes that the configuration names."""
-        return tuple(self.config.get("architectures") or ())
+        named = self.config.get("architectures")
+        return tuple(map(str, named)) if isinstance(named, list) else ()
 
     @cached_property
     def tensors(self) -> Mapping[str, StoredTensor]:
@@ -148,7 +149,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist.", hint="Pass a complete checkpoint folder.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}", hint="Download the file again.") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} does not hold a JSON object.", hint="Download the file again.")
@@ -172,7 +173,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
             header = json.loads(file.read(length))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist.", hint="Download the missing shard.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}", hint=again) from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the safetensors header is not a JSON object.", hint=again)
@@ -185,7 +186,7 @@ def _stored(path: Path, resolved: Path, size: int, base: int, name: str, entry: 
         begin, end = (int(offset) for offset in entry["data_offsets"])
         shape, dtype = tuple(int(s) for s in entry["shape"]), str(entry["dtype"])
         expected = math.prod(shape) * _ITEM_BYTES[dtype] if dtype in _ITEM_BYTES else end - begin
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(
             f"{path}: the header entry of {name!r} is malformed.", hint="Download the file again."
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +94,7 @@ class VisionConfig:
                 rope_theta=float(values["rope_theta"]),
                 **{name: int(values[name]) for name in cls.__slots__ if name not in _NOT_PLAIN_SIZES},
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise CheckpointError(
                 f"{where} lacks a usable {error}.", hint="Pass a complete Qwen2.5-VL checkpoint."
             ) from error
@@ -113,6 +114,7 @@ class VisionConfig:
             "window_size must be a multiple of patch_size * spatial_merge_size": self.window_size
             % (self.patch_size * self.spatial_merge_size)
             == 0,
+            "rope_theta must be positive": 0 < self.rope_theta < math.inf,
             "fullatt_block_indexes must lie below depth": all(0 <= i < self.depth for i in self.fullatt_block_indexes),
         }
         broken = [rule for rule, holds in rules.items() if not holds]
