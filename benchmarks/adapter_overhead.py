@@ -46,7 +46,7 @@ def _measure(folder: str) -> dict[str, float]:
         vision=SimpleNamespace(**QWEN2_5_VL_7B),
     )
     tower = AcceleratedTower(served)
-    session = tower.encoder.primary.session
+    session = tower.encoder.primary.programs[0].session
     run, in_session = session.run, []
 
     def timed(inputs: Mapping[str, Array]) -> Mapping[str, Array]:

@@ -3,6 +3,7 @@
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -181,23 +182,27 @@ class Slow:
 
 @pytest.mark.parametrize("thread_safe", [False, True])
 def test_calls_overlap_only_on_thread_safe_sessions(tiny, thread_safe):
+    session = Slow(thread_safe)
     with open_encoder(tiny, backend="onnxrt") as encoder:
-        encoder = Encoder(encoder.tower, encoder.program, "slow", Slow(thread_safe), Registry())
+        programs = [replace(encoder.programs[0], session=session)]
+        encoder = Encoder(encoder.tower, "slow", programs, Registry())
     patches = random_patches([(1, 4, 4)])
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: encoder.encode(patches, [(1, 4, 4)]), range(4)))
-    assert (encoder.session.most > 1) == thread_safe
+    assert (session.most > 1) == thread_safe
 
 
 @pytest.mark.parametrize("thread_safe", [False, True])
 def test_closing_waits_for_the_call_in_progress(tiny, thread_safe):
+    session = Slow(thread_safe)
     with open_encoder(tiny, backend="onnxrt") as encoder:
-        encoder = Encoder(encoder.tower, encoder.program, "slow", Slow(thread_safe), Registry())
+        programs = [replace(encoder.programs[0], session=session)]
+        encoder = Encoder(encoder.tower, "slow", programs, Registry())
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(encoder.encode, random_patches([(1, 4, 4)]), [(1, 4, 4)])
-        assert encoder.session.entered.wait(5)
+        assert session.entered.wait(5)
         encoder.close()
-        assert not encoder.session.closed_while_running
+        assert not session.closed_while_running
         assert len(running.result()) == 4
 
 
@@ -251,7 +256,7 @@ def test_bfloat16_arithmetic_is_near_the_reference(tiny):
     grids = [(1, 12, 10)]
     patches = random_patches(grids)
     with open_encoder(tiny, backend="torch_ref", options={"dtype": "bfloat16"}) as encoder:
-        assert encoder.session.capabilities.precision == "bfloat16"
+        assert encoder.capabilities.precision == "bfloat16"
         ours, exact = encoder.encode(patches, grids), reference(tiny, patches, grids)
     cosine = (ours * exact).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(exact, axis=1)
     assert cosine.min() > 0.999

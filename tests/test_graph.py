@@ -75,7 +75,7 @@ def test_weights_in_several_folders_are_referenced_below_their_common_one(tmp_pa
     grids = [(1, 6, 10)]
     patches = random_patches(grids)
     with open_encoder(real, backend="onnxrt") as encoder:
-        assert encoder.program.folder == tmp_path
+        assert encoder.programs[0].program.folder == tmp_path
         np.testing.assert_allclose(encoder.encode(patches, grids), reference(real, patches, grids), rtol=0, atol=2e-5)
 
 

@@ -39,7 +39,7 @@ def healthy(tiny):
 @pytest.fixture
 def failing(tiny):
     encoder = open_encoder(tiny, backend="torch_ref")
-    encoder.session = Failing(encoder.session)
+    encoder.programs[0].session = Failing(encoder.programs[0].session)
     return encoder
 
 
@@ -47,7 +47,7 @@ def test_without_faults_one_call_serves_all(failing):
     grids = [(1, 4, 4), (2, 4, 4)]
     answers = GuardedEncoder(failing).encode_items(random_patches(grids), grids)
     assert [len(answer) for answer in answers] == [4, 8]
-    assert failing.session.calls == 1
+    assert failing.programs[0].session.calls == 1
 
 
 def test_only_the_item_at_fault_fails(failing, healthy):

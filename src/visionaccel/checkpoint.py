@@ -18,14 +18,27 @@ from typing import Any
 
 from visionaccel.errors import CheckpointError
 
-__all__ = ["Checkpoint", "StoredTensor", "locate_checkpoint"]
+__all__ = [
+    "INDEX_FILE",
+    "ITEM_BYTES",
+    "SINGLE_FILE",
+    "Checkpoint",
+    "StoredTensor",
+    "locate_checkpoint",
+    "read_header",
+    "read_json",
+    "safetensors_dtype",
+]
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-_ITEM_BYTES = {
+ITEM_BYTES: Mapping[str, int] = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
     "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8,
 }  # fmt: skip
+"""Bytes of an element by safetensors' name of its dtype; the formats that are not here are copied, never read."""
+
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_NAMES = {plain: name for name, plain in _DTYPES.items()}
 _MAX_HEADER = 100_000_000
 _LFS_POINTER = b"version https://git-lfs"
 
@@ -64,7 +77,7 @@ class Checkpoint:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise CheckpointError(f"{self.folder} is not a folder.", hint="Pass the folder that holds config.json.")
-        self.config: Mapping[str, Any] = _read_json(self.folder / "config.json")
+        self.config: Mapping[str, Any] = read_json(self.folder / "config.json")
 
     @property
     def architectures(self) -> tuple[str, ...]:
@@ -73,35 +86,53 @@ class Checkpoint:
         return tuple(map(str, named)) if isinstance(named, list) else ()
 
     @cached_property
+    def weight_map(self) -> Mapping[str, str] | None:
+        """The index: name of the shard by name of tensor. None for weights in a single file, which needs no index.
+
+        Raises:
+            CheckpointError: If there are neither, or the index is malformed.
+        """
+        index = self.folder / INDEX_FILE
+        if (self.folder / SINGLE_FILE).exists():
+            return None
+        if not index.exists():
+            raise CheckpointError(
+                f"{self.folder} has neither {SINGLE_FILE} nor {INDEX_FILE}.",
+                hint="Download the checkpoint's safetensors files; other weight formats are not read.",
+            )
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index} has no weight_map.", hint="Download the file again.")
+        for shard in weight_map.values():
+            if not isinstance(shard, str) or Path(shard).name != shard:
+                raise CheckpointError(
+                    f"{index} names a shard outside its folder: {shard!r}.", hint="Do not use this checkpoint."
+                )
+        return weight_map
+
+    @property
+    def shards(self) -> tuple[str, ...]:
+        """The names of the files that hold the weights.
+
+        Raises:
+            CheckpointError: As `weight_map`.
+        """
+        return (SINGLE_FILE,) if self.weight_map is None else tuple(sorted(set(self.weight_map.values())))
+
+    @cached_property
     def tensors(self) -> Mapping[str, StoredTensor]:
         """Every tensor of every shard by name.
 
         Raises:
             CheckpointError: If a shard is missing, truncated or inconsistent with its header or the index.
         """
-        single, index = self.folder / SINGLE_FILE, self.folder / INDEX_FILE
-        if single.exists():
-            return _read_header(single)
-        if not index.exists():
-            raise CheckpointError(
-                f"{self.folder} has neither {SINGLE_FILE} nor {INDEX_FILE}.",
-                hint="Download the checkpoint's safetensors files; other weight formats are not read.",
-            )
-        weight_map = _read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index} has no weight_map.", hint="Download the file again.")
         found: dict[str, StoredTensor] = {}
-        for shard in weight_map.values():
-            if not isinstance(shard, str) or Path(shard).name != shard:
-                raise CheckpointError(
-                    f"{index} names a shard outside its folder: {shard!r}.", hint="Do not use this checkpoint."
-                )
-        for shard in sorted(set(weight_map.values())):
-            found |= _read_header(self.folder / shard)
-        missing = sorted(set(weight_map) - set(found))
+        for shard in self.shards:
+            found |= read_header(self.folder / shard)[0]
+        missing = sorted(set(self.weight_map or ()) - set(found))
         if missing:
             raise CheckpointError(
-                f"{index} lists {len(missing)} tensors that no shard holds, such as {missing[0]!r}.",
+                f"{self.folder / INDEX_FILE} lists {len(missing)} tensors that no shard holds, such as {missing[0]!r}.",
                 hint="Download the checkpoint again; index and shards are of different revisions.",
             )
         return found
@@ -144,7 +175,17 @@ def locate_checkpoint(source: str | os.PathLike[str], revision: str | None = Non
     return Checkpoint(Path(folder))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def safetensors_dtype(dtype: str) -> str:
+    """The name safetensors gives a `StoredTensor.dtype`, such as `BF16` of `bfloat16`."""
+    return _NAMES.get(dtype, dtype)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in one of a checkpoint's files.
+
+    Raises:
+        CheckpointError: If the file is missing or unreadable, or holds something else.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -156,8 +197,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file, every offset checked against the file's real size."""
+def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """What one safetensors file says it holds: its tensors by name, and its `__metadata__`, empty if it has none.
+
+    Raises:
+        CheckpointError: If the file is missing, or any tensor disagrees with the file's real size.
+    """
     again = "The file is truncated or damaged; download it again."
     try:
         resolved = path.resolve(strict=True)
@@ -177,15 +222,16 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}", hint=again) from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the safetensors header is not a JSON object.", hint=again)
-    header.pop("__metadata__", None)
-    return {name: _stored(path, resolved, size, 8 + length, name, entry) for name, entry in header.items()}
+    metadata = header.pop("__metadata__", None)
+    tensors = {name: _stored(path, resolved, size, 8 + length, name, entry) for name, entry in header.items()}
+    return tensors, {key: str(text) for key, text in metadata.items()} if isinstance(metadata, dict) else {}
 
 
 def _stored(path: Path, resolved: Path, size: int, base: int, name: str, entry: Any) -> StoredTensor:
     try:
         begin, end = (int(offset) for offset in entry["data_offsets"])
         shape, dtype = tuple(int(s) for s in entry["shape"]), str(entry["dtype"])
-        expected = math.prod(shape) * _ITEM_BYTES[dtype] if dtype in _ITEM_BYTES else end - begin
+        expected = math.prod(shape) * ITEM_BYTES[dtype] if dtype in ITEM_BYTES else end - begin
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(
             f"{path}: the header entry of {name!r} is malformed.", hint="Download the file again."

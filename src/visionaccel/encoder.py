@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,17 +17,52 @@ import numpy as np
 from pydantic import ValidationError
 
 from visionaccel.arrays import Array, as_numpy, dtype_name, is_tensor
-from visionaccel.backends import AUTO, EncodeReport, Registry, Session, default_registry, select
+from visionaccel.backends import (
+    AUTO,
+    Capabilities,
+    EncodeReport,
+    Options,
+    Registry,
+    Session,
+    VisionBackend,
+    default_registry,
+    select,
+)
+from visionaccel.bundle import Bundle, is_bundle, open_bundle
 from visionaccel.checkpoint import locate_checkpoint
 from visionaccel.contracts import check_output, check_patches
-from visionaccel.errors import DeviceError, SettingsError, VisionAccelError
-from visionaccel.families import Tower, tower_of
+from visionaccel.errors import DeviceError, SettingsError, UnfitGridError, VisionAccelError
+from visionaccel.families import Host, Tower, tower_of
 from visionaccel.grid import Grid, GridLike, as_grids, total_patches
-from visionaccel.program import Program
+from visionaccel.program import AnyGrid, Bucket, FixedGrid, Program
 
-__all__ = ["Encoder", "open_encoder", "open_tower"]
+__all__ = ["Encoder", "OpenProgram", "open_encoder", "open_source", "open_tower"]
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass
+class OpenProgram:
+    """A program on a device, with the host's part around it.
+
+    Attributes:
+        program: What the session runs.
+        host: Makes its inputs and reads its outputs.
+        session: The open session.
+    """
+
+    program: Program
+    host: Host
+    session: Session
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Some frames of one item that go into a call."""
+
+    item: int
+    frames: slice
+    grid: Grid
 
 
 class Encoder:
@@ -34,18 +70,39 @@ class Encoder:
 
     Attributes:
         tower: Sizes and tables of the vision tower.
-        program: What the session runs.
         backend: Name of the backend.
-        session: The open session; its `capabilities` tell device and precision.
+        programs: What it runs, each open on the device; for a grid that several take, the most specific is used.
+        capabilities: Those of the first program's session: device and precision.
     """
 
-    def __init__(self, tower: Tower, program: Program, backend: str, session: Session, registry: Registry) -> None:
-        self.tower, self.program, self.backend, self.session = tower, program, backend, session
+    def __init__(self, tower: Tower, backend: str, programs: Sequence[OpenProgram], registry: Registry) -> None:
+        self.tower, self.backend, self.programs = tower, backend, tuple(programs)
         self._hooks = registry.plugins.hook
-        self._most_running = sys.maxsize if session.capabilities.thread_safe else 1
+        safe = all(program.session.capabilities.thread_safe for program in self.programs)
+        self._most_running = sys.maxsize if safe else 1
         self._running = 0
         self._idle = threading.Condition()
         self._closed = False
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the sessions are: their device and precision."""
+        return self.programs[0].session.capabilities
+
+    def program_for(self, grid: Grid) -> OpenProgram:
+        """The program that runs frames of a grid: one made for it, else the smallest bucket, else one for any grid.
+
+        Raises:
+            UnfitGridError: If none takes it.
+        """
+        fitting = [each for each in self.programs if self.tower.fits(each.program.coverage, grid.frame)]
+        if not fitting:
+            taken = "; ".join(sorted({str(each.program.coverage) for each in self.programs}))
+            raise UnfitGridError(
+                f"no program of this encoder takes grid {grid}; they take: {taken} (height x width in patches).",
+                hint="Resize the image to such a grid, set VISIONACCEL_FALLBACK, or export a program for it.",
+            )
+        return min(fitting, key=_generality)
 
     def encode(self, patches: Array, grids: Iterable[GridLike]) -> Array:
         """Embeddings of images and videos.
@@ -60,35 +117,35 @@ class Encoder:
             the session takes tensors and was given one. It belongs to the caller.
 
         Raises:
-            InputError: If patches and grids do not fit the model or each other, or hold NaN or infinity.
+            InputError: If patches and grids do not fit the model or each other, or hold NaN or infinity, or no program
+                takes a grid.
             DeviceError: If the backend failed or returned something wrong.
         """
         started = time.perf_counter()
         checked = as_grids(grids, self.tower.merge_size)
         check_patches(patches, checked, self.tower.patch_width)
         check_ended = time.perf_counter()
-        patches = self._to_session(patches)
         calls = self._calls(checked)
         run_seconds = finish_seconds = 0.0
-        outputs = []
-        for items in calls:
-            part = [checked[i] for i in items]
-            inputs = self.tower.inputs(self.program, _rows(patches, checked, items), part)
+        outputs: list[Array] = []
+        for opened, parts in calls:
+            call_grids = [part.grid for part in parts]
+            rows = _rows(patches, checked, parts)
+            inputs = opened.host.inputs(_to_session(rows, opened), call_grids)
             run_started = time.perf_counter()
-            output = self._run(inputs, part)
+            found = self._run(opened, inputs, call_grids)
             run_ended = time.perf_counter()
-            self._check(output, part)
-            outputs.append(output)
+            outputs.append(self._checked(opened, found, call_grids))
             run_seconds += run_ended - run_started
             finish_seconds += time.perf_counter() - run_ended
         joined_from = time.perf_counter()
-        embeddings = outputs[0] if len(calls) == 1 else self._in_item_order(outputs, calls, checked)
+        embeddings = outputs[0] if len(calls) == 1 else self._in_item_order(outputs, [parts for _, parts in calls])
         ended = time.perf_counter()
         finish_seconds += ended - joined_from
         self._report(
             EncodeReport(
                 backend=self.backend,
-                device=self.session.capabilities.device,
+                device=self.capabilities.device,
                 grids=checked,
                 patches=total_patches(checked),
                 tokens=len(embeddings),
@@ -107,7 +164,8 @@ class Encoder:
                 return
             self._closed = True
             self._idle.wait_for(lambda: self._running == 0)
-            self.session.close()
+            for opened in self.programs:
+                opened.session.close()
 
     def __enter__(self) -> Self:
         return self
@@ -117,36 +175,37 @@ class Encoder:
     ) -> None:
         self.close()
 
-    def _calls(self, grids: Sequence[Grid]) -> list[list[int]]:
-        """Items of each session call: all at once, or by frame size where the program demands uniform frames."""
-        if not self.program.uniform_frames:
-            return [list(range(len(grids)))]
-        groups: dict[tuple[int, int], list[int]] = {}
+    def _calls(self, grids: Sequence[Grid]) -> list[tuple[OpenProgram, list[_Part]]]:
+        """What each session call holds.
+
+        Items of a program for any grid go together, or by frame size where it demands uniform frames; every frame of
+        the other items is a call of its own.
+        """
+        together: dict[tuple[int, tuple[int, int] | None], tuple[OpenProgram, list[_Part]]] = {}
+        single: list[tuple[OpenProgram, list[_Part]]] = []
         for item, grid in enumerate(grids):
-            groups.setdefault((grid.h, grid.w), []).append(item)
-        return list(groups.values())
+            opened = self.program_for(grid)
+            if isinstance(opened.program.coverage, AnyGrid):
+                size = (grid.h, grid.w) if opened.program.uniform_frames else None
+                part = _Part(item, slice(0, grid.t), grid)
+                together.setdefault((id(opened), size), (opened, []))[1].append(part)
+            else:
+                single += [(opened, [_Part(item, slice(t, t + 1), grid.frame)]) for t in range(grid.t)]
+        return [*together.values(), *single]
 
-    def _in_item_order(self, outputs: Sequence[Array], calls: Sequence[list[int]], grids: Sequence[Grid]) -> Array:
-        """The embeddings of several calls, put into the order of the items."""
-        pieces: list[Array] = [None] * len(grids)
-        for output, items in zip(outputs, calls, strict=True):
-            ends = np.cumsum([grids[i].tokens(self.tower.merge_size) for i in items]).tolist()
-            for item, start, end in zip(items, [0, *ends[:-1]], ends, strict=True):
-                pieces[item] = output[start:end]
-        return _join(pieces)
+    def _in_item_order(self, outputs: Sequence[Array], calls: Sequence[list[_Part]]) -> Array:
+        """The embeddings of several calls, put into the order of the items and their frames."""
+        pieces: list[tuple[int, int, Array]] = []
+        for output, parts in zip(outputs, calls, strict=True):
+            ends = np.cumsum([part.grid.tokens(self.tower.merge_size) for part in parts]).tolist()
+            for part, start, end in zip(parts, [0, *ends[:-1]], ends, strict=True):
+                pieces.append((part.item, part.frames.start, output[start:end]))
+        return _join([piece for *_, piece in sorted(pieces, key=lambda piece: piece[:2])])
 
-    def _to_session(self, patches: Array) -> Array:
-        """Patches in the program's dtype, on the host unless the session takes tensors; a view if nothing changes."""
-        wanted = next(spec.dtype for spec in self.program.inputs if spec.name == "pixel_values")
-        if self.session.capabilities.takes_tensors and is_tensor(patches):
-            return patches if dtype_name(patches) == wanted else patches.float()
-        return np.ascontiguousarray(as_numpy(patches), dtype=wanted)
-
-    def _run(self, inputs: Mapping[str, Array], grids: Sequence[Grid]) -> Array:
-        (spec,) = self.program.outputs
+    def _run(self, opened: OpenProgram, inputs: Mapping[str, Array], grids: Sequence[Grid]) -> Mapping[str, Array]:
         try:
             with self._turn():
-                return self.session.run(inputs).get(spec.name)
+                return opened.session.run(inputs)
         except VisionAccelError:
             raise
         except Exception as error:
@@ -171,13 +230,15 @@ class Encoder:
                 self._running -= 1
                 self._idle.notify_all()
 
-    def _check(self, output: Array, grids: Sequence[Grid]) -> None:
-        (spec,) = self.program.outputs
+    def _checked(self, opened: OpenProgram, outputs: Mapping[str, Array], grids: Sequence[Grid]) -> Array:
+        """The embeddings of one call, once every output is what the program promises."""
         sizes = {
             "patches": total_patches(grids),
             "tokens": sum(grid.tokens(self.tower.merge_size) for grid in grids),
         }
-        check_output(self.backend, spec, output, sizes)
+        for spec in opened.program.outputs:
+            check_output(self.backend, spec, outputs.get(spec.name), sizes)
+        return opened.host.embeddings(outputs, grids)
 
     def _report(self, report: EncodeReport) -> None:
         try:
@@ -196,18 +257,32 @@ def open_tower(source: str | os.PathLike[str], revision: str | None = None) -> T
     return tower_of(locate_checkpoint(source, revision))
 
 
+def open_source(source: str | os.PathLike[str] | Tower | Bundle) -> Tower | Bundle:
+    """A bundle from a folder that is one, otherwise the tower of a checkpoint; what is open already stays as it is.
+
+    Raises:
+        BundleError: If the bundle is broken.
+        CheckpointError: If the checkpoint is broken, or there is neither.
+        UnsupportedArchitectureError: If the vision tower is not implemented.
+    """
+    if isinstance(source, Tower | Bundle):
+        return source
+    return open_bundle(source) if is_bundle(source) else open_tower(source)
+
+
 def open_encoder(
-    source: str | os.PathLike[str] | Tower,
+    source: str | os.PathLike[str] | Tower | Bundle,
     *,
     backend: str = AUTO,
     device: str | None = None,
     options: Mapping[str, Any] | None = None,
     registry: Registry | None = None,
 ) -> Encoder:
-    """Open a checkpoint's vision encoder on a backend.
+    """Open a vision encoder on a backend.
 
     Args:
-        source: A checkpoint folder, a Hugging Face repository, or a tower from `open_tower`.
+        source: A bundle folder, a checkpoint folder, a Hugging Face repository of a checkpoint, or an opened bundle or
+            tower.
         backend: Name of an installed backend, or `auto` for the best that accepts.
         device: The backend's device; None for its default.
         options: The backend's options by name.
@@ -215,12 +290,12 @@ def open_encoder(
 
     Raises:
         ConfigurationError: If the backend is unknown, broken, refuses the program, or does not know an option.
-        ArtifactError: If the checkpoint is broken or of an unsupported architecture.
-        DeviceError: If the device fails to open the program.
+        ArtifactError: If the bundle or checkpoint is broken or of an unsupported architecture.
+        DeviceError: If the device fails to open a program.
     """
     registry = registry or default_registry()
-    tower = source if isinstance(source, Tower) else open_tower(source)
-    name, program = select(registry, tower, backend, device).require()
+    source = open_source(source)
+    name, programs = select(registry, source, backend, device).require()
     chosen = registry.load(name)
     try:
         checked = chosen.options.model_validate(dict(options or {}))
@@ -230,28 +305,70 @@ def open_encoder(
         raise SettingsError(
             f"invalid options of backend {name!r}: {problems}.", hint=f"Options it takes: {known}."
         ) from error
+    tower = source.tower if isinstance(source, Bundle) else source
+    opened: list[OpenProgram] = []
     try:
-        session = chosen.open(program, device, checked)
+        for program in programs:
+            host = tower.host(program)
+            opened.append(OpenProgram(program, host, _open(chosen, program, device, checked)))
+    except BaseException:
+        for each in opened:
+            each.session.close()
+        raise
+    return Encoder(tower, name, opened, registry)
+
+
+def _open(backend: VisionBackend, program: Program, device: str | None, options: Options) -> Session:
+    try:
+        return backend.open(program, device, options)
     except VisionAccelError:
         raise
     except Exception as error:
         raise DeviceError(
-            f"backend {name!r} could not open the encoder of {tower.family}: {type(error).__name__}: {error}",
+            f"backend {backend.name!r} could not open program {program.name!r} of {program.family}: "
+            f"{type(error).__name__}: {error}",
             hint="Run `visionaccel explain` for what it needs.",
         ) from error
-    return Encoder(tower, program, name, session, registry)
 
 
-def _rows(patches: Array, grids: Sequence[Grid], items: Sequence[int]) -> Array:
-    """The rows of some items, in their order; a view if they are consecutive."""
-    ends = np.cumsum([grid.patches for grid in grids]).tolist()
-    starts = [0, *ends[:-1]]
-    if list(items) == list(range(items[0], items[-1] + 1)):
-        return patches[starts[items[0]] : ends[items[-1]]]
-    return _join([patches[starts[i] : ends[i]] for i in items])
+def _generality(opened: OpenProgram) -> tuple[int, int]:
+    """Sorts programs from the most specific to the most general."""
+    match opened.program.coverage:
+        case FixedGrid():
+            return 0, 0
+        case Bucket(patches=patches):
+            return 1, patches
+        case _:
+            return 2, 0
+
+
+def _to_session(patches: Array, opened: OpenProgram) -> Array:
+    """Patches in the program's dtype, on the host unless the session takes tensors; a view if nothing changes."""
+    wanted = next((spec.dtype for spec in opened.program.inputs if spec.name == "pixel_values"), None)
+    if wanted is None:  # The host embeds them, and knows best what to make of them.
+        return patches
+    if opened.session.capabilities.takes_tensors and is_tensor(patches):
+        return patches if dtype_name(patches) == wanted else patches.float()
+    return np.ascontiguousarray(as_numpy(patches), dtype=wanted)
+
+
+def _rows(patches: Array, grids: Sequence[Grid], parts: Sequence[_Part]) -> Array:
+    """The rows of some frames, in their order; a view if they are consecutive."""
+    starts = np.cumsum([0, *(grid.patches for grid in grids)]).tolist()
+    spans: list[tuple[int, int]] = []
+    for part in parts:
+        frame = part.grid.h * part.grid.w
+        start = starts[part.item] + part.frames.start * frame
+        end = starts[part.item] + part.frames.stop * frame
+        if spans and spans[-1][1] == start:
+            start = spans.pop()[0]
+        spans.append((start, end))
+    return _join([patches[start:end] for start, end in spans])
 
 
 def _join(pieces: Sequence[Array]) -> Array:
+    if len(pieces) == 1:
+        return pieces[0]
     if is_tensor(pieces[0]):
         import torch
 

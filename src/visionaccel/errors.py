@@ -8,6 +8,7 @@ fetch it again) and a device that failed (`DeviceError`: retry or fall back).
 __all__ = [
     "ArtifactError",
     "BackendUnavailableError",
+    "BundleError",
     "CheckpointError",
     "ConfigurationError",
     "DeviceError",
@@ -19,6 +20,7 @@ __all__ = [
     "PatchesError",
     "PluginError",
     "SettingsError",
+    "UnfitGridError",
     "UnknownBackendError",
     "UnsupportedArchitectureError",
     "VisionAccelError",
@@ -56,6 +58,10 @@ class InputError(VisionAccelError, ValueError):
 
 class GridError(InputError):
     """A grid is malformed, empty, or not divisible by the merge size."""
+
+
+class UnfitGridError(GridError):
+    """No program of the encoder takes the grid. Another encoder may, so a fallback is asked."""
 
 
 class PatchesError(InputError):
@@ -96,6 +102,10 @@ class ArtifactError(VisionAccelError):
 
 class CheckpointError(ArtifactError):
     """A checkpoint folder or one of its files is missing, truncated or inconsistent."""
+
+
+class BundleError(ArtifactError):
+    """A bundle's manifest or one of its files is missing, damaged, or not what the manifest says."""
 
 
 class UnsupportedArchitectureError(ArtifactError):

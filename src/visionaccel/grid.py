@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, SupportsIndex
+from typing import Any, Self, SupportsIndex
 
 from visionaccel.errors import GridError
 
@@ -31,6 +32,24 @@ class Grid:
                     f"grid (t={self.t!r}, h={self.h!r}, w={self.w!r}): {name} must be a positive integer.",
                     hint="Pass the image_grid_thw that the processor returned beside the patches.",
                 )
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """A grid from `HxW` (one image) or `TxHxW`, in patches.
+
+        Raises:
+            GridError: If the text is of neither form.
+        """
+        sizes = re.fullmatch(r"(?:(\d{1,6})x)?(\d{1,6})x(\d{1,6})", text.strip().lower(), re.ASCII)
+        if sizes is None:
+            raise GridError(f"{text!r} is not a grid.", hint="Write height x width in patches, such as 58x74.")
+        t, h, w = sizes.groups(default="1")
+        return cls(int(t), int(h), int(w))
+
+    @property
+    def frame(self) -> Grid:
+        """The grid of one of its frames: itself for a still image."""
+        return self if self.t == 1 else Grid(1, self.h, self.w)
 
     @property
     def patches(self) -> int:

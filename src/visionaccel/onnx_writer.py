@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from visionaccel.checkpoint import StoredTensor
 from visionaccel.contracts import TensorSpec
 from visionaccel.errors import CheckpointError
+from visionaccel.program import Precision
 
 __all__ = ["MICROSOFT", "GraphWriter"]
 
@@ -22,6 +24,7 @@ MICROSOFT = "com.microsoft"
 """Domain of ONNX Runtime's fused operators."""
 
 _FLOATS = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
+_NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 _TYPES = {**_FLOATS, "int64": TensorProto.INT64, "int32": TensorProto.INT32}
 
 
@@ -32,14 +35,17 @@ class GraphWriter:
 
     Args:
         weights_folder: External-data locations are written relative to it, without `..`.
+        precision: Dtype of weights and floating constants as the nodes use them.
     """
 
-    def __init__(self, weights_folder: Path) -> None:
+    def __init__(self, weights_folder: Path, precision: Precision = "float32") -> None:
         self._folder = weights_folder
+        self.precision = precision
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, onnx.TensorProto] = {}
         self._constants: dict[tuple[str, bytes, tuple[int, ...]], str] = {}
         self._casts: dict[str, str] = {}
+        self._types: list[onnx.ValueInfoProto] = []
 
     def node(self, operator: str, inputs: Sequence[str], *, domain: str = "", **attributes: Any) -> str:
         """A node with one output."""
@@ -53,6 +59,11 @@ class GraphWriter:
         names = [f"v{number}.{place}" if wanted else "" for place, wanted in enumerate(outputs)]
         node = helper.make_node(operator, inputs, names, name=f"{operator}.{number}", domain=domain, **attributes)
         self._nodes.append(node)
+        if domain == MICROSOFT and self.precision != "float32":
+            # onnx infers no types through these operators, and whoever rewrites a graph of low precision needs them.
+            self._types += [
+                helper.make_tensor_value_info(name, _FLOATS[self.precision], None) for name in names if name
+            ]
         return [name for name in names if name]
 
     def rename(self, value: str, name: str) -> None:
@@ -72,11 +83,14 @@ class GraphWriter:
             self._initializers[name] = numpy_helper.from_array(array, name)
         return self._constants[key]
 
-    def weight(self, stored: StoredTensor, shape: tuple[int, ...], view: tuple[int, ...] | None = None) -> str:
-        """A float32 value of a weight that stays in its shard; bfloat16 and float16 are read through a Cast.
+    def weight(
+        self, name: str, stored: StoredTensor, shape: tuple[int, ...], view: tuple[int, ...] | None = None
+    ) -> str:
+        """A value of a weight that stays in its shard; one of another dtype than the precision is read through a Cast.
 
         Args:
-            stored: Where the weight lies.
+            name: Its name in the graph.
+            stored: Where it lies.
             shape: The shape that the tower's configuration demands.
             view: Another shape of the same bytes, such as a convolution's kernel as a matrix.
 
@@ -89,19 +103,33 @@ class GraphWriter:
                 f"{list(shape)} in {', '.join(_FLOATS)}.",
                 hint="Configuration and weights are of different models, or the vision tower is quantized.",
             )
-        if stored.name not in self._initializers:
-            tensor = TensorProto(name=stored.name, data_type=_FLOATS[stored.dtype], data_location=TensorProto.EXTERNAL)
+        if name not in self._initializers:
+            tensor = TensorProto(name=name, data_type=_FLOATS[stored.dtype], data_location=TensorProto.EXTERNAL)
             tensor.dims.extend(view or shape)
             location = stored.file.relative_to(self._folder).as_posix()
             for key, value in (("location", location), ("offset", stored.offset), ("length", stored.length)):
                 tensor.external_data.add(key=key, value=str(value))
-            self._initializers[stored.name] = tensor
+            self._initializers[name] = tensor
             assert math.prod(view or shape) == math.prod(shape)
-        if stored.dtype == "float32":
-            return stored.name
-        if stored.name not in self._casts:
-            self._casts[stored.name] = self.node("Cast", [stored.name], to=TensorProto.FLOAT)
-        return self._casts[stored.name]
+        if stored.dtype == self.precision:
+            return name
+        if name not in self._casts:
+            self._casts[name] = self.narrow(name, always=True)
+        return self._casts[name]
+
+    def real(self, values: NDArray[Any] | np.floating[Any]) -> str:
+        """A floating constant in the writer's precision."""
+        return self.constant(np.asarray(values).astype(_NUMPY[self.precision]))
+
+    def narrow(self, value: str, *, always: bool = False) -> str:
+        """A float32 value in the writer's precision; with `always`, of any float dtype."""
+        if self.precision == "float32" and not always:
+            return value
+        return self.node("Cast", [value], to=_FLOATS[self.precision])
+
+    def widen(self, value: str) -> str:
+        """A value of the writer's precision in float32."""
+        return value if self.precision == "float32" else self.node("Cast", [value], to=TensorProto.FLOAT)
 
     def model(
         self, name: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], *, opset: int, microsoft: bool
@@ -122,6 +150,7 @@ class GraphWriter:
             [_value_info(spec) for spec in inputs],
             [_value_info(spec) for spec in outputs],
             list(self._initializers.values()),
+            value_info=self._types,
         )
         return helper.make_model(
             graph,

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from visionaccel.checkpoint import StoredTensor
 from visionaccel.contracts import TensorSpec
+from visionaccel.grid import Grid
 
-__all__ = ["CHECKPOINT", "ONNX", "Program"]
+__all__ = ["CHECKPOINT", "ONNX", "AnyGrid", "Bucket", "Coverage", "FixedGrid", "HostSplit", "Precision", "Program"]
 
 ONNX = "onnx"
 """An ONNX model as bytes; its external data lies under `Program.folder`."""
@@ -18,12 +19,72 @@ ONNX = "onnx"
 CHECKPOINT = "checkpoint"
 """A Hugging Face checkpoint folder, for a backend that builds the tower from its weights."""
 
+Precision: TypeAlias = Literal["float32", "bfloat16", "float16"]
+"""Dtype of a program's weights and activations; its inputs and outputs are float32 whatever it computes in."""
+
+
+@dataclass(frozen=True, slots=True)
+class AnyGrid:
+    """The grid-dependent tables are inputs of any size: every grid, and several items in a call.
+
+    Attributes:
+        most_patches: Most patches of a frame; None for no limit.
+    """
+
+    most_patches: int | None = None
+
+    def __str__(self) -> str:
+        return "any grid" if self.most_patches is None else f"any grid of up to {self.most_patches} patches"
+
+
+@dataclass(frozen=True, slots=True)
+class FixedGrid:
+    """The tables of one grid are baked in: exactly one frame of it in a call."""
+
+    grid: Grid
+
+    def __str__(self) -> str:
+        return f"{self.grid.h}x{self.grid.w}"
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Fixed sizes with the tables and masks as inputs: one frame of any grid within them, padded.
+
+    Attributes:
+        patches: Most patches of a frame.
+        windows: Most attention windows of a frame.
+    """
+
+    patches: int
+    windows: int
+
+    def __str__(self) -> str:
+        return f"up to {self.patches} patches in {self.windows} windows"
+
+
+Coverage: TypeAlias = AnyGrid | FixedGrid | Bucket
+"""Which grids a program takes, and how many items in a call."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostSplit:
+    """What a program leaves to the host: patch embedding and window reorder before it, the reverse reorder after it.
+
+    Attributes:
+        window_order: Order of the windows at the program's edges: `raster`, rows of windows from the top, as in the
+            reference implementation; or `grouped`, the same but windows of one size together, largest first.
+    """
+
+    window_order: Literal["raster", "grouped"]
+
 
 @dataclass(frozen=True)
 class Program:
     """One artifact that computes an encoder, with named inputs and outputs.
 
     Attributes:
+        name: Its name among the programs of its source.
         family: The vision tower's architecture, such as `qwen2_5_vl`.
         format: What kind of artifact it is: `onnx`, `checkpoint`, or a plug-in's own name.
         folder: The checkpoint folder (`checkpoint`), or the folder that external-data locations start from (`onnx`).
@@ -32,9 +93,14 @@ class Program:
         config: Sizes of the tower, as the checkpoint's configuration names them.
         weights: Where the tower's tensors lie, by their names below the checkpoint's prefix.
         uniform_frames: All frames of one call must have the same height and width in patches.
+        coverage: Which grids it takes.
+        precision: Dtype of its weights and activations.
+        host: What it leaves to the host; None for nothing but the tables.
+        device: Kind of device that it was made for, such as `npu`; None for any.
         model: Returns the artifact's bytes where it has any; called when a session opens, never by a probe.
     """
 
+    name: str
     family: str
     format: str
     folder: Path
@@ -43,4 +109,8 @@ class Program:
     config: Mapping[str, Any] = field(compare=False, repr=False)
     weights: Mapping[str, StoredTensor] = field(compare=False, repr=False)
     uniform_frames: bool
+    coverage: Coverage = AnyGrid()
+    precision: Precision = "float32"
+    host: HostSplit | None = None
+    device: str | None = None
     model: Callable[[], bytes] | None = field(default=None, compare=False, repr=False)

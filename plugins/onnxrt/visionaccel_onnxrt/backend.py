@@ -9,11 +9,13 @@ from visionaccel.arrays import Array
 from visionaccel.backends import Accepted, Capabilities, Options, Rejected, Session, Verdict, VisionBackend
 from visionaccel.errors import ArtifactError, ConfigurationError, DeviceError
 from visionaccel.program import ONNX, Program
+from visionaccel_onnxrt.bfloat16 import emulate_bfloat16
 from visionaccel_onnxrt.providers import CPU_PROVIDER, DEVICES, provider_for
 
 __all__ = ["OnnxRuntimeBackend", "OnnxRuntimeOptions", "OnnxRuntimeSession"]
 
 EXTERNAL_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
+CAST_CHAIN_ELIMINATION = "optimization.enable_cast_chain_elimination"
 _ERRORS_ONLY = 3
 
 
@@ -57,7 +59,10 @@ class OnnxRuntimeBackend(VisionBackend):
                 f"{provider.name} takes programs of fixed shapes only, and this one serves every grid.",
                 "Use device cpu.",
             )
-        return Accepted(provider.score, f"ONNX Runtime {onnxruntime.__version__}, {provider.name}")
+        notes = f"ONNX Runtime {onnxruntime.__version__}, {provider.name}"
+        if _is_emulated(program, provider.name):
+            notes += "; bfloat16 emulated: float32 arithmetic, rounded after each operator"
+        return Accepted(provider.score, notes)
 
     def open(self, program: Program, device: str | None, options: OnnxRuntimeOptions) -> Session:
         import onnxruntime
@@ -92,8 +97,13 @@ class OnnxRuntimeBackend(VisionBackend):
         settings.add_session_config_entry(EXTERNAL_DATA_FOLDER, str(program.folder))
         if program.model is None:
             raise ArtifactError(f"the ONNX program in {program.folder} has no model.", hint="Write it again.")
+        model = program.model()
+        if _is_emulated(program, provider):
+            model = emulate_bfloat16(model)
+            # Off by default; it would take a Cast to bfloat16 and back, which is the rounding, for a detour.
+            settings.add_session_config_entry(CAST_CHAIN_ELIMINATION, "0")
         session = onnxruntime.InferenceSession(
-            program.model(), settings, providers=[(provider, {**defaults, **options.provider_options})]
+            model, settings, providers=[(provider, {**defaults, **options.provider_options})]
         )
         # ONNX Runtime only warns when a provider cannot be had and goes on with the CPU.
         active = session.get_providers()
@@ -110,12 +120,16 @@ def _is_dynamic(program: Program) -> bool:
     return any(isinstance(size, str) for spec in program.inputs for size in spec.shape)
 
 
+def _is_emulated(program: Program, provider: str) -> bool:
+    return provider == CPU_PROVIDER and program.precision == "bfloat16"
+
+
 class OnnxRuntimeSession(Session):
     """One ONNX Runtime inference session. Inputs and outputs are host arrays; outputs are fresh with every call."""
 
     def __init__(self, session: Any, program: Program, device: str, *, on_cpu: bool) -> None:
         # InferenceSession.run is documented as thread-safe; providers of single-owner devices are not trusted with it.
-        self.capabilities = Capabilities(device=device, precision="float32", thread_safe=on_cpu)
+        self.capabilities = Capabilities(device=device, precision=program.precision, thread_safe=on_cpu)
         self._session: Any = session
         self._outputs = [spec.name for spec in program.outputs]
 

@@ -5,7 +5,7 @@ Plug-ins import from here and from the core types (`visionaccel.arrays`, `contra
 
 from visionaccel.backends.hooks import EncodeReport, hookimpl
 from visionaccel.backends.registry import GROUP, BackendEntry, Registry, default_registry
-from visionaccel.backends.selection import AUTO, Candidate, Selection, select
+from visionaccel.backends.selection import AUTO, Candidate, ProgramSource, Selection, select
 from visionaccel.backends.spec import Accepted, Capabilities, Options, Rejected, Session, Verdict, VisionBackend
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Capabilities",
     "EncodeReport",
     "Options",
+    "ProgramSource",
     "Registry",
     "Rejected",
     "Selection",

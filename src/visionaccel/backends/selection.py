@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 from visionaccel.backends.registry import BackendEntry, Registry
-from visionaccel.backends.spec import Accepted, Rejected, Verdict
+from visionaccel.backends.spec import Accepted, Rejected, Verdict, VisionBackend
 from visionaccel.errors import BackendUnavailableError, PluginError
-from visionaccel.families.base import Tower
-from visionaccel.program import Program
+from visionaccel.program import Coverage, Program
 
-__all__ = ["AUTO", "Candidate", "Selection", "select"]
+__all__ = ["AUTO", "Candidate", "ProgramSource", "Selection", "select"]
 
 AUTO = "auto"
+
+
+class ProgramSource(Protocol):
+    """What has programs to choose from: a tower, or a bundle."""
+
+    @property
+    def family(self) -> str:
+        """The vision tower's architecture."""
+
+    def programs(self, formats: Iterable[str]) -> tuple[Program, ...]:
+        """Its programs in the wanted formats, the preferred first."""
 
 
 @dataclass(frozen=True)
@@ -22,12 +34,12 @@ class Candidate:
     Attributes:
         entry: The installed backend.
         verdict: Its answer.
-        program: The program it accepted, or None.
+        programs: The programs it accepted; of several for the same grids, the source's first.
     """
 
     entry: BackendEntry
     verdict: Verdict
-    program: Program | None
+    programs: tuple[Program, ...]
 
 
 @dataclass(frozen=True)
@@ -46,14 +58,14 @@ class Selection:
     candidates: tuple[Candidate, ...]
     chosen: Candidate | None
 
-    def require(self) -> tuple[str, Program]:
-        """Name and program of the chosen backend.
+    def require(self) -> tuple[str, tuple[Program, ...]]:
+        """Name of the chosen backend and the programs it accepted.
 
         Raises:
             BackendUnavailableError: If every candidate refused; the message holds each reason and hint.
         """
-        if self.chosen is not None and self.chosen.program is not None:
-            return self.chosen.entry.name, self.chosen.program
+        if self.chosen is not None:
+            return self.chosen.entry.name, self.chosen.programs
         if not self.candidates:
             raise BackendUnavailableError(
                 "no backend is installed.", hint="Install one, for example: pip install 'visionaccel[onnxrt]'."
@@ -67,8 +79,8 @@ class Selection:
         raise BackendUnavailableError(f"no backend can run this encoder{where}. " + " ".join(refusals))
 
 
-def select(registry: Registry, tower: Tower, requested: str = AUTO, device: str | None = None) -> Selection:
-    """Ask the named backend, or with `auto` every installed one, whether it can run the tower.
+def select(registry: Registry, source: ProgramSource, requested: str = AUTO, device: str | None = None) -> Selection:
+    """Ask the named backend, or with `auto` every installed one, which programs of a tower or bundle it can run.
 
     Raises:
         UnknownBackendError: If a named backend is not installed.
@@ -77,7 +89,7 @@ def select(registry: Registry, tower: Tower, requested: str = AUTO, device: str 
     """
     named = requested != AUTO
     entries = (registry.entry(requested),) if named else registry.entries
-    candidates = tuple(_ask(registry, entry, tower, device, strict=named) for entry in entries)
+    candidates = tuple(_ask(registry, entry, source, device, strict=named) for entry in entries)
     accepted = [candidate for candidate in candidates if isinstance(candidate.verdict, Accepted)]
     chosen = max(accepted, key=_rank, default=None)
     return Selection(requested, device, candidates, chosen)
@@ -88,27 +100,43 @@ def _rank(candidate: Candidate) -> int:
     return candidate.verdict.score if isinstance(candidate.verdict, Accepted) else -1
 
 
-def _ask(registry: Registry, entry: BackendEntry, tower: Tower, device: str | None, *, strict: bool) -> Candidate:
+def _ask(
+    registry: Registry, entry: BackendEntry, source: ProgramSource, device: str | None, *, strict: bool
+) -> Candidate:
     try:
         backend = registry.load(entry.name)
     except PluginError as error:
         if strict:
             raise
-        return Candidate(entry, Rejected(error.message, error.hint or ""), None)
-    programs = tower.programs(backend.formats)
+        return Candidate(entry, Rejected(error.message, error.hint or ""), ())
+    programs = source.programs(backend.formats)
     if not programs:
         formats = ", ".join(sorted(backend.formats))
-        reason = f"it takes programs in {formats}; family {tower.family} offers none of these."
-        return Candidate(entry, Rejected(reason, "Name another backend."), None)
-    best: Candidate | None = None
+        reason = f"it takes programs in {formats}; this encoder of family {source.family} offers none of these."
+        return Candidate(entry, Rejected(reason, "Name another backend."), ())
+    accepted: dict[Coverage, Program] = {}
+    verdicts: list[Verdict] = []
     for program in programs:
-        try:
-            verdict = backend.probe(program, device)
-        except Exception as error:  # A probe that raises is a defect of one plug-in; the others must still be asked.
-            reason = f"its probe failed with {type(error).__name__}: {error}."
-            verdict = Rejected(reason, f"Report this to the authors of {entry.distribution}.")
-        candidate = Candidate(entry, verdict, program if isinstance(verdict, Accepted) else None)
-        if best is None or _rank(candidate) > _rank(best):
-            best = candidate
-    assert best is not None
-    return best
+        verdict = _verdict(backend, entry, program, device)
+        verdicts.append(verdict)
+        if isinstance(verdict, Accepted):
+            accepted.setdefault(program.coverage, program)
+    best = max((v for v in verdicts if isinstance(v, Accepted)), key=lambda v: v.score, default=None)
+    if best is None:
+        return Candidate(entry, verdicts[0], ())
+    if len(accepted) < len(programs):
+        kept = ", ".join(program.name for program in accepted.values())
+        best = Accepted(best.score, f"{best.notes}; programs {kept} of {len(programs)}")
+    return Candidate(entry, best, tuple(accepted.values()))
+
+
+def _verdict(backend: VisionBackend, entry: BackendEntry, program: Program, device: str | None) -> Verdict:
+    kind = (device or "").partition(":")[0]
+    if program.device is not None and kind != program.device:
+        reason = f"program {program.name!r} was made for device {program.device!r}."
+        return Rejected(reason, f"Set VISIONACCEL_DEVICE={program.device}.")
+    try:
+        return backend.probe(program, device)
+    except Exception as error:  # A probe that raises is a defect of one plug-in; the others must still be asked.
+        reason = f"its probe failed with {type(error).__name__}: {error}."
+        return Rejected(reason, f"Report this to the authors of {entry.distribution}.")

@@ -12,7 +12,10 @@ from visionaccel.cli.backends import backends, explain
 from visionaccel.cli.demo import demo
 from visionaccel.cli.encode import encode
 from visionaccel.cli.export import export
+from visionaccel.cli.hub import pull, push
+from visionaccel.cli.inspect import inspect
 from visionaccel.cli.output import messages
+from visionaccel.cli.strip import strip
 from visionaccel.errors import VisionAccelError
 
 __all__ = ["app", "main"]
@@ -39,7 +42,7 @@ def _root(
     pass
 
 
-for command in (backends, explain, export, encode, demo):
+for command in (backends, explain, export, inspect, push, pull, strip, encode, demo):
     app.command()(command)
 
 

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from visionaccel.backends import AUTO, Accepted, Candidate, default_registry, select
 from visionaccel.cli.output import Backend, Device, Json, print_json, results
-from visionaccel.encoder import open_tower
+from visionaccel.encoder import open_source
 from visionaccel.errors import PluginError
 from visionaccel.settings import load_settings
 
@@ -57,23 +57,24 @@ def backends(as_json: Json = False) -> None:
 
 
 def explain(
-    checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder or Hugging Face repository.")],
+    source: Annotated[str, typer.Argument(help="Bundle folder, checkpoint folder or Hugging Face repository.")],
     backend: Backend = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Say which backend would run a checkpoint's vision encoder, and why each other would not.
+    """Say which backend would run a vision encoder, and why each other would not.
 
     Exit status 1 if none would.
     """
     settings = load_settings()
-    tower = open_tower(checkpoint)
-    selection = select(default_registry(), tower, backend or settings.backend or AUTO, device or settings.device)
+    selection = select(
+        default_registry(), open_source(source), backend or settings.backend or AUTO, device or settings.device
+    )
     rows = [_row(candidate, candidate is selection.chosen) for candidate in selection.candidates]
     if as_json:
         print_json({"requested": selection.requested, "device": selection.device, "candidates": rows})
     else:
-        table = Table("backend", "verdict", "why", "what to do", title=f"Vision encoder of {checkpoint}")
+        table = Table("backend", "verdict", "why", "what to do", title=f"Vision encoder of {source}")
         for row in rows:
             table.add_row(row["backend"], row["verdict"], row["why"], row["hint"])
         results.print(table)

@@ -67,7 +67,7 @@ def encode(
                     "encode_ms": round(1e3 * seconds, 3),
                 }
             )
-        about = {"backend": encoder.backend, "device": encoder.session.capabilities.device}
+        about = {"backend": encoder.backend, "device": encoder.capabilities.device}
     if output is not None:
         with output.open("wb") as file:  # savez would add a suffix to a name that has another
             np.savez(file, **arrays)  # type: ignore[arg-type]

@@ -1,97 +1,124 @@
-"""`visionaccel export`: the tower's ONNX graph as a file, over the checkpoint's own weights."""
+"""`visionaccel export`: a bundle of programs from a checkpoint."""
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
+from visionaccel.bundle.export import ProgramRequest, export_bundle
+from visionaccel.bundle.manifest import BundleFile
 from visionaccel.cli.output import Json, messages, print_json, results
 from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError
-from visionaccel.program import ONNX
+from visionaccel.grid import Grid
+from visionaccel.program import AnyGrid, FixedGrid
 
-__all__ = ["Weights", "export"]
+__all__ = ["export"]
 
 
-class Weights(StrEnum):
-    """How the weights get beside an exported graph."""
+class PrecisionName(StrEnum):
+    """Dtype of weights and activations."""
 
-    AUTO = "auto"
-    LINK = "link"
-    COPY = "copy"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
 
 
 def export(
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder or Hugging Face repository.")],
-    output: Annotated[Path, typer.Argument(help="The .onnx file to write.")],
-    weights: Annotated[
-        Weights,
+    output: Annotated[Path, typer.Argument(help="Folder of the bundle to write.")],
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(help="A program of fixed shapes for this grid, height x width in patches: 58x74. Repeatable."),
+    ] = None,
+    bucket: Annotated[
+        list[str] | None,
+        typer.Option(help="A program of fixed shapes for every grid within this one, padded and masked. Repeatable."),
+    ] = None,
+    dynamic: Annotated[
+        bool, typer.Option("--dynamic", help="One program for every grid; what is written if nothing is named.")
+    ] = False,
+    split_host: Annotated[
+        bool,
         typer.Option(
-            help="The graph's weights must lie in its folder or below. link: hard-link the checkpoint's shards there; "
-            "copy: copy them; auto: nothing if they are there already, else link, else copy."
+            "--split-host",
+            help="Leave the patch embedding and the window reorder of fixed-shape programs to the host.",
         ),
-    ] = Weights.AUTO,
-    force: Annotated[bool, typer.Option(help="Overwrite an existing graph.")] = False,
+    ] = False,
+    self_contained: Annotated[
+        bool, typer.Option("--self-contained", help="Pack the weights into the bundle instead of referencing them.")
+    ] = False,
+    precision: Annotated[
+        PrecisionName, typer.Option(help="Dtype of weights and activations; inputs and outputs stay float32.")
+    ] = PrecisionName.FLOAT32,
+    device: Annotated[
+        str | None, typer.Option(help="Kind of device that the programs are for, such as npu. Default: any.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of the Hugging Face repository.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write the vision tower as one ONNX graph that serves every grid."""
+    """Write a bundle: programs of a checkpoint's vision encoder with a manifest that states all of them."""
     started = time.perf_counter()
-    tower = open_tower(checkpoint)
-    (program,) = tower.programs([ONNX])
-    output = output.resolve()
-    if output.exists() and not force:
-        raise ConfigurationError(f"{output} exists.", hint="Pass --force to overwrite it.")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    base, shards = tower.checkpoint.weights_folder, sorted({tensor.file for tensor in program.weights.values()})
-    in_place = weights is Weights.AUTO and base.is_relative_to(output.parent)
-    if in_place:
-        ways = dict.fromkeys(map(str, shards), "in place")
-        model = tower.onnx_model(output.parent)
-    else:
-        targets = {shard: output.parent / shard.relative_to(base) for shard in shards}
-        ways = {str(shard): _place(shard, target, weights) for shard, target in targets.items()}
-        model = tower.onnx_model()
-    partial = output.with_name(output.name + ".partial")
-    partial.write_bytes(model)
-    partial.replace(output)
-    result = {
-        "graph": str(output),
-        "bytes": len(model),
-        "weights": ways,
-        "inputs": [str(spec) for spec in program.inputs],
-        "seconds": round(time.perf_counter() - started, 3),
-    }
+    tower = open_tower(checkpoint, revision)
+    fixed = [_grid(text, "--grid", tower.merge_size) for text in grid or ()]
+    largest = [_grid(text, "--bucket", tower.merge_size) for text in bucket or ()]
+    if split_host and not (fixed or largest):
+        raise ConfigurationError("--split-host needs a program of fixed shapes.", hint="Add --grid or --bucket.")
+    requests = [
+        *(ProgramRequest(FixedGrid(each), split_host) for each in fixed),
+        *(ProgramRequest(tower.bucket(each), split_host) for each in largest),
+    ]
+    if dynamic or not requests:
+        requests.append(ProgramRequest(AnyGrid()))
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
+    with Progress(*columns, TimeRemainingColumn(), console=messages, transient=True) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def tell(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done)
+
+        bundle = export_bundle(
+            tower,
+            output,
+            requests,
+            source=None if Path(checkpoint).is_dir() else checkpoint,
+            revision=revision,
+            self_contained=self_contained,
+            precision=precision.value,
+            device=device,
+            force=force,
+            progress=tell,
+        )
+    manifest = bundle.manifest
+    seconds = round(time.perf_counter() - started, 3)
     if as_json:
-        print_json(result)
+        print_json({"bundle": str(output), "seconds": seconds, "manifest": manifest.model_dump(mode="json")})
         return
-    results.print(f"Wrote {output} ({len(model) / 1e3:.1f} kB) in {result['seconds']} s.", markup=False)
-    for shard, way in ways.items():
-        results.print(f"  weights {way}: {shard}", markup=False)
+    table = Table("program", "takes", "precision", "file", "MB", title=f"Bundle {output}")
+    for program in manifest.programs:
+        size = sum(file.bytes for file in program.files) / 1e6
+        table.add_row(program.name, str(program.covers()), program.precision, program.model, f"{size:.2f}")
+    results.print(table)
+    weights = "packed, " + _size(manifest.files) if manifest.checkpoint is None else f"in {manifest.checkpoint.source}"
+    results.print(f"Weights {weights}. Written in {seconds} s.", markup=False)
 
 
-def _place(shard: Path, target: Path, weights: Weights) -> str:
-    """Bring a shard beside the graph. A hard link takes no space; it cannot cross file systems, and a copy can."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists():
-        if target.samefile(shard):
-            return "in place"
-        raise ConfigurationError(f"{target} exists and is another file.", hint="Export into an empty folder.")
-    if weights is not Weights.COPY:
-        try:
-            os.link(shard, target)
-        except OSError as error:
-            if weights is Weights.LINK:
-                raise ConfigurationError(f"{shard} cannot be linked: {error}", hint="Pass --weights copy.") from error
-        else:
-            return "hard-linked"
-    with messages.status(f"Copying {shard.name} ({shard.stat().st_size / 2**30:.2f} GiB)"):
-        partial = target.with_name(target.name + ".partial")
-        shutil.copyfile(shard, partial)
-        partial.replace(target)
-    return "copied"
+def _grid(text: str, option: str, merge_size: int) -> Grid:
+    grid = Grid.parse(text)
+    if grid.t != 1:
+        raise ConfigurationError(f"{option} {text}: a program takes one frame.", hint="Write height x width, 58x74.")
+    grid.check_divisible(merge_size)
+    return grid
+
+
+def _size(files: tuple[BundleFile, ...]) -> str:
+    return f"{sum(file.bytes for file in files) / 2**30:.2f} GiB"

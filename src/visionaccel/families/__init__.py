@@ -2,10 +2,10 @@
 
 from visionaccel.checkpoint import Checkpoint
 from visionaccel.errors import UnsupportedArchitectureError
-from visionaccel.families.base import Family, Tower
+from visionaccel.families.base import Family, Host, Tower
 from visionaccel.families.qwen2_5_vl import Qwen25VL
 
-__all__ = ["FAMILIES", "Family", "Tower", "supported_architectures", "tower_of"]
+__all__ = ["FAMILIES", "Family", "Host", "Tower", "supported_architectures", "tower_of"]
 
 FAMILIES: tuple[Family, ...] = (Qwen25VL(),)
 

@@ -8,54 +8,120 @@ from pathlib import Path
 from typing import ClassVar
 
 from visionaccel.arrays import Array
-from visionaccel.checkpoint import Checkpoint
+from visionaccel.checkpoint import Checkpoint, StoredTensor
+from visionaccel.contracts import TensorSpec
 from visionaccel.grid import Grid
-from visionaccel.program import Program
+from visionaccel.program import AnyGrid, Bucket, Coverage, HostSplit, Precision, Program
 
-__all__ = ["Family", "Tower"]
+__all__ = ["Family", "Host", "Tower"]
+
+
+class Host(ABC):
+    """The host's part of one program: patches become its inputs, and its outputs become embeddings."""
+
+    @abstractmethod
+    def inputs(self, patches: Array, grids: Sequence[Grid]) -> Mapping[str, Array]:
+        """The named inputs of one call.
+
+        Args:
+            patches: [P, patch_width], checked against the grids: of the dtype of the program's own patches input, or
+                of any dtype that `Encoder.encode` takes where the host embeds them.
+            grids: The grids of the call; what the program covers decides how many.
+        """
+
+    @abstractmethod
+    def embeddings(self, outputs: Mapping[str, Array], grids: Sequence[Grid]) -> Array:
+        """float32 [tokens, out_width] in the order of the input tokens, from the checked outputs of that call."""
 
 
 class Tower(ABC):
     """The vision tower of one checkpoint: sizes, programs and host-side tables. Holds no weights.
 
+    Frames of a video must be independent of each other in the tower, so that a program of one frame serves videos.
+
     Attributes:
         family: The family's name.
+        patch_size: Side of a patch in pixels.
         patch_width: Width of a row of patches: channels * temporal patch size * patch size**2.
         merge_size: Patches merged into one token along each side.
         out_width: Width of an embedding.
+        host_weights: Names of the weights that the host needs beside a split program.
         checkpoint: Where its weights lie.
     """
 
     family: str
+    host_weights: tuple[str, ...]
+    patch_size: int
     patch_width: int
     merge_size: int
     out_width: int
     checkpoint: Checkpoint
+
+    @property
+    @abstractmethod
+    def weights(self) -> Mapping[str, StoredTensor]:
+        """The tower's tensors by their names below the checkpoint's prefix.
+
+        Raises:
+            CheckpointError: If the checkpoint holds none.
+        """
 
     @abstractmethod
     def programs(self, formats: Iterable[str]) -> tuple[Program, ...]:
         """The programs this tower can give in the wanted formats, cheaply: nothing is written or read yet."""
 
     @abstractmethod
-    def onnx_model(self, folder: Path | None = None) -> bytes:
-        """The tower as an ONNX model for every grid, its weights referenced in the checkpoint's own shards.
+    def onnx_model(
+        self,
+        folder: Path | None = None,
+        *,
+        coverage: Coverage = AnyGrid(),  # noqa: B008 - frozen and without state
+        precision: Precision = "float32",
+        host: HostSplit | None = None,
+    ) -> bytes:
+        """The tower as an ONNX model, its weights referenced in the checkpoint's own shards.
 
         Args:
             folder: External-data locations are relative to it; it must hold all shards, at any depth. Default: the
                 deepest such folder.
+            coverage: Which grids it takes. `FixedGrid` and `Bucket` give fixed shapes in standard operators of opset
+                17; `AnyGrid` gives ONNX Runtime's fused operators.
+            precision: Dtype of weights and activations; inputs and outputs are float32.
+            host: What is left to the host, with fixed shapes only.
 
         Raises:
             CheckpointError: If a weight is missing or does not fit the configuration.
+            ConfigurationError: If the combination is not one that the family writes.
         """
 
     @abstractmethod
-    def inputs(self, program: Program, patches: Array, grids: Sequence[Grid]) -> Mapping[str, Array]:
-        """The named inputs of one call.
+    def signature(
+        self, coverage: Coverage, host: HostSplit | None
+    ) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+        """Inputs and outputs of the ONNX model of that coverage."""
 
-        Args:
-            program: One of `programs()`.
-            patches: float32 [P, patch_width], checked against the grids.
-            grids: The grids of the call; of one frame size if the program demands it.
+    @abstractmethod
+    def split(self, coverage: Coverage) -> HostSplit:
+        """How this family leaves work to the host for a program of that coverage.
+
+        Raises:
+            ConfigurationError: If it does not split such programs.
+        """
+
+    @abstractmethod
+    def bucket(self, largest: Grid) -> Bucket:
+        """The smallest bucket that takes every frame of at most that height and width."""
+
+    @abstractmethod
+    def fits(self, coverage: Coverage, frame: Grid) -> bool:
+        """Whether a program of that coverage takes a frame; `frame` has one temporal step."""
+
+    @abstractmethod
+    def host(self, program: Program) -> Host:
+        """The host's part of one of this family's programs.
+
+        Raises:
+            CheckpointError: If a weight that the host needs is missing or cannot be read.
         """
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from visionaccel.arrays import Array
 from visionaccel.encoder import Encoder
-from visionaccel.errors import DeviceError, InputError, VisionAccelError
+from visionaccel.errors import DeviceError, InputError, UnfitGridError, VisionAccelError
 from visionaccel.grid import Grid, GridLike, as_grids, total_patches
 
 __all__ = ["GuardedEncoder"]
@@ -23,7 +23,8 @@ class GuardedEncoder:
 
     Args:
         primary: The chosen encoder.
-        fallback: Opens the encoder that takes over items on which the primary's device fails; None for no other.
+        fallback: Opens the encoder that takes over items on which the primary's device fails, and those that fit none of
+            its programs; None for no other.
             Called at most once, when first needed; a failure to open is remembered.
 
     Attributes:
@@ -74,11 +75,12 @@ class GuardedEncoder:
             self._fallback.close()
 
     def _one(self, patches: Array, grid: Grid, known: VisionAccelError | None) -> Array | VisionAccelError:
-        """One item alone: the primary unless its error is known, then the fallback if a device was at fault."""
+        """One item alone: the primary unless its error is known, then the fallback unless the item is at fault."""
         answer = known or self._attempt(self.primary, patches, [grid])
         if not isinstance(answer, VisionAccelError):
             return answer
-        if isinstance(answer, InputError) or self._open_fallback is None:
+        wrong_input = isinstance(answer, InputError) and not isinstance(answer, UnfitGridError)
+        if wrong_input or self._open_fallback is None:
             return self._failed(answer, 1)[0]
         fallback = self._second()
         second = fallback if isinstance(fallback, VisionAccelError) else self._attempt(fallback, patches, [grid])

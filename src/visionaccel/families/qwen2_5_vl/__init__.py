@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import numpy as np
-
-from visionaccel.arrays import Array
 from visionaccel.checkpoint import Checkpoint, StoredTensor
 from visionaccel.contracts import TensorSpec
-from visionaccel.errors import CheckpointError
-from visionaccel.families.base import Family, Tower
+from visionaccel.errors import CheckpointError, ConfigurationError
+from visionaccel.families.base import Family, Host, Tower
 from visionaccel.families.qwen2_5_vl.config import VisionConfig
-from visionaccel.families.qwen2_5_vl.geometry import make_tables
-from visionaccel.families.qwen2_5_vl.signature import EMBEDDINGS, graph_inputs, graph_outputs
+from visionaccel.families.qwen2_5_vl.host import open_host
+from visionaccel.families.qwen2_5_vl.signature import EMBEDDINGS, PATCH_KERNEL, Signature, signature
 from visionaccel.grid import Grid
-from visionaccel.program import CHECKPOINT, ONNX, Program
+from visionaccel.program import CHECKPOINT, ONNX, AnyGrid, Bucket, Coverage, FixedGrid, HostSplit, Precision, Program
 
 __all__ = ["WEIGHT_PREFIXES", "Qwen25VL", "Qwen25VLTower"]
 
@@ -38,10 +35,12 @@ class Qwen25VLTower(Tower):
     """The vision tower of one checkpoint."""
 
     family = Qwen25VL.name
+    host_weights = (PATCH_KERNEL,)
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.config = VisionConfig.of(checkpoint)
+        self.patch_size = self.config.patch_size
         self.patch_width = self.config.patch_width
         self.merge_size = self.config.spatial_merge_size
         self.out_width = self.config.out_hidden_size
@@ -66,45 +65,80 @@ class Qwen25VLTower(Tower):
         known = {ONNX: self._onnx_program, CHECKPOINT: self._checkpoint_program}
         return tuple(known[wanted]() for wanted in sorted(set(formats)) if wanted in known)
 
-    def inputs(self, program: Program, patches: Array, grids: Sequence[Grid]) -> Mapping[str, Array]:
-        if program.format == CHECKPOINT:
-            return {"pixel_values": patches, "grid_thw": np.array([(g.t, g.h, g.w) for g in grids], dtype=np.int64)}
-        tables = make_tables(self.config, grids)
-        return {
-            "pixel_values": patches,
-            "window_index": tables.window_index,
-            "reverse_index": tables.reverse_index,
-            "window_patches": tables.window_patches,
-            "window_mask": tables.window_mask,
-            "window_slots": tables.window_slots,
-            "rotary_cos": tables.rotary_cos,
-            "rotary_sin": tables.rotary_sin,
-            "frames": np.array([len(tables.frame_lengths)], dtype=np.int64),
-        }
+    def signature(self, coverage: Coverage, host: HostSplit | None) -> Signature:
+        return signature(self.config, coverage, host)
+
+    def split(self, coverage: Coverage) -> HostSplit:
+        match coverage:
+            case FixedGrid():
+                return HostSplit("grouped")
+            case Bucket():
+                return HostSplit("raster")
+            case _:
+                raise ConfigurationError(
+                    "a program for any grid leaves nothing but the tables to the host.",
+                    hint="Split programs of fixed shapes only.",
+                )
+
+    def bucket(self, largest: Grid) -> Bucket:
+        return Bucket(largest.frame.patches, self._windows(largest.frame))
+
+    def fits(self, coverage: Coverage, frame: Grid) -> bool:
+        match coverage:
+            case FixedGrid():
+                return coverage.grid == frame
+            case Bucket():
+                return frame.patches <= coverage.patches and self._windows(frame) <= coverage.windows
+            case AnyGrid():
+                return coverage.most_patches is None or frame.patches <= coverage.most_patches
+
+    def host(self, program: Program) -> Host:
+        return open_host(self.config, program, self.weights.get(PATCH_KERNEL) if program.host else None)
+
+    def onnx_model(
+        self,
+        folder: Path | None = None,
+        *,
+        coverage: Coverage = AnyGrid(),  # noqa: B008 - frozen and without state
+        precision: Precision = "float32",
+        host: HostSplit | None = None,
+    ) -> bytes:
+        # onnx takes a noticeable time to import and only a backend that opens this program needs it.
+        from visionaccel.families.qwen2_5_vl.graph import write_graph
+        from visionaccel.families.qwen2_5_vl.static_graph import write_static_graph
+        from visionaccel.onnx_writer import GraphWriter
+
+        writer = GraphWriter(folder or self.checkpoint.weights_folder, precision)
+        if isinstance(coverage, AnyGrid):
+            if host is not None:
+                self.split(coverage)
+            model = write_graph(self.config, self.weights, writer)
+        else:
+            model = write_static_graph(self.config, self.weights, writer, coverage, host)
+        return bytes(model.SerializeToString())
+
+    def _windows(self, frame: Grid) -> int:
+        side = self.config.window_tokens * self.merge_size
+        return -(-frame.h // side) * -(-frame.w // side)
 
     def _onnx_program(self) -> Program:
+        inputs, outputs = self.signature(AnyGrid(), None)
         return Program(
+            name="dynamic",
             family=self.family,
             format=ONNX,
             folder=self.checkpoint.weights_folder,
-            inputs=graph_inputs(self.config),
-            outputs=graph_outputs(self.config),
+            inputs=inputs,
+            outputs=outputs,
             config=self.checkpoint.config["vision_config"],
             weights=self.weights,
             uniform_frames=True,
             model=self.onnx_model,
         )
 
-    def onnx_model(self, folder: Path | None = None) -> bytes:
-        # onnx takes a noticeable time to import and only a backend that opens this program needs it.
-        from visionaccel.families.qwen2_5_vl.graph import write_graph
-        from visionaccel.onnx_writer import GraphWriter
-
-        writer = GraphWriter(folder or self.checkpoint.weights_folder)
-        return bytes(write_graph(self.config, self.weights, writer).SerializeToString())
-
     def _checkpoint_program(self) -> Program:
         return Program(
+            name="checkpoint",
             family=self.family,
             format=CHECKPOINT,
             folder=self.checkpoint.folder,

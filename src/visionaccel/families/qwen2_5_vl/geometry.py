@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from visionaccel.families.qwen2_5_vl.config import VisionConfig
 from visionaccel.grid import Grid
 
-__all__ = ["Tables", "make_tables", "rotary_angles", "window_order"]
+__all__ = ["Tables", "by_window_size", "make_tables", "rotary_angles", "window_order"]
 
 Indices = NDArray[np.int64]
 
@@ -72,6 +72,15 @@ def window_order(config: VisionConfig, grids: Sequence[Grid]) -> tuple[Indices, 
     return np.concatenate(orders).astype(np.int64), np.concatenate(lengths).astype(np.int64)
 
 
+def by_window_size(config: VisionConfig, window_index: Indices, window_lengths: Indices) -> tuple[Indices, Indices]:
+    """The same windows with those of one size together, largest first: `grouped` order from `raster` order."""
+    order = np.argsort(-window_lengths, kind="stable")
+    tokens = window_lengths // config.merged_patches
+    starts = np.concatenate([[0], np.cumsum(tokens)[:-1]])
+    pieces = [window_index[starts[i] : starts[i] + tokens[i]] for i in order]
+    return np.concatenate(pieces), window_lengths[order]
+
+
 def rotary_angles(config: VisionConfig, grids: Sequence[Grid]) -> NDArray[np.float32]:
     """Rotary angles of every patch in input order: float32 [P, head_dim / 2], rows' then columns' frequencies.
 
@@ -90,9 +99,17 @@ def rotary_angles(config: VisionConfig, grids: Sequence[Grid]) -> NDArray[np.flo
     return np.concatenate(angles)
 
 
-def make_tables(config: VisionConfig, grids: Sequence[Grid]) -> Tables:
-    """Every table of one call. Grids must be divisible by the merge size (`Grid.check_divisible`)."""
+def make_tables(config: VisionConfig, grids: Sequence[Grid], *, grouped: bool = False) -> Tables:
+    """Every table of one call. Grids must be divisible by the merge size (`Grid.check_divisible`).
+
+    Args:
+        config: Sizes of the tower.
+        grids: The grids of the call.
+        grouped: Windows of one size together instead of in raster order.
+    """
     window_index, window_lengths = window_order(config, grids)
+    if grouped:
+        window_index, window_lengths = by_window_size(config, window_index, window_lengths)
     reverse_index = np.empty_like(window_index)
     reverse_index[window_index] = np.arange(len(window_index))
 

@@ -13,10 +13,11 @@ import numpy as np
 import onnx
 
 from visionaccel.checkpoint import StoredTensor
-from visionaccel.errors import CheckpointError
 from visionaccel.families.qwen2_5_vl.config import VisionConfig
-from visionaccel.families.qwen2_5_vl.signature import EMBEDDINGS, graph_inputs, graph_outputs
+from visionaccel.families.qwen2_5_vl.signature import EMBEDDINGS, PIXELS, signature
+from visionaccel.families.qwen2_5_vl.weights import TowerWeights
 from visionaccel.onnx_writer import MICROSOFT, GraphWriter
+from visionaccel.program import AnyGrid
 
 __all__ = ["write_graph"]
 
@@ -42,7 +43,7 @@ class _Tower:
     """State of one writing: the configuration, the weights, and values that every block shares."""
 
     def __init__(self, config: VisionConfig, weights: Mapping[str, StoredTensor], writer: GraphWriter) -> None:
-        self.config, self.weights, self.g = config, weights, writer
+        self.config, self.w, self.g = config, TowerWeights(config, weights, writer), writer
 
     def write(self) -> onnx.ModelProto:
         config, g = self.config, self.g
@@ -52,13 +53,12 @@ class _Tower:
         self.one_sequence = g.constant([1, -1, hidden])
         self.frame_batch = g.node("Concat", ["frames", g.constant([-1, hidden])], axis=0)
         self.window_rows = g.node("Reshape", ["window_patches", g.constant([-1])])
-        patches = g.node("Slice", [g.node("Shape", ["pixel_values"]), *(g.constant([n]) for n in (0, 1, 0))])
+        patches = g.node("Slice", [g.node("Shape", [PIXELS]), *(g.constant([n]) for n in (0, 1, 0))])
         positions = g.node("Range", [g.constant(np.int64(0)), g.node("Squeeze", [patches]), g.constant(np.int64(1))])
         self.positions = g.node("Unsqueeze", [positions, g.constant([0])])
 
-        kernel = (hidden, config.in_channels, config.temporal_patch_size, config.patch_size, config.patch_size)
-        embedding = self.weight("patch_embed.proj.weight", kernel, (hidden, config.patch_width))
-        x = g.node("Gemm", ["pixel_values", embedding], transB=1)
+        self.rotary = [g.narrow("rotary_cos"), g.narrow("rotary_sin")]
+        x = self.w.embed(g.narrow(PIXELS))
         x = g.node("Reshape", [x, g.constant([-1, merged, hidden])])
         x = g.node("Reshape", [g.node("Gather", [x, "window_index"], axis=0), self.rows])
 
@@ -71,29 +71,16 @@ class _Tower:
 
         _, x = self.add_norm(x, update, "merger.ln_q.weight")
         x = g.node("Reshape", [x, g.constant([-1, hidden * merged])])
-        x = self.linear(x, "merger.mlp.0", hidden * merged, hidden * merged)
+        x = self.w.linear(x, "merger.mlp.0", hidden * merged, hidden * merged)
         x = g.node("Gelu", [x], domain=MICROSOFT)
-        x = self.linear(x, "merger.mlp.2", config.out_hidden_size, hidden * merged)
-        g.rename(g.node("Gather", [x, "reverse_index"], axis=0), EMBEDDINGS)
-        return g.model(
-            "qwen2_5_vl_vision_tower", graph_inputs(config), graph_outputs(config), opset=OPSET, microsoft=True
-        )
-
-    def weight(self, name: str, shape: tuple[int, ...], view: tuple[int, ...] | None = None) -> str:
-        if name not in self.weights:
-            raise CheckpointError(
-                f"the checkpoint's vision tower has no tensor {name!r}.",
-                hint="Pass a complete checkpoint; a checkpoint stripped of its vision weights cannot be written.",
-            )
-        return self.g.weight(self.weights[name], shape, view)
-
-    def linear(self, x: str, name: str, outputs: int, inputs: int) -> str:
-        weight, bias = self.weight(f"{name}.weight", (outputs, inputs)), self.weight(f"{name}.bias", (outputs,))
-        return self.g.node("Gemm", [x, weight, bias], transB=1)
+        x = self.w.linear(x, "merger.mlp.2", config.out_hidden_size, hidden * merged)
+        g.rename(g.widen(g.node("Gather", [x, "reverse_index"], axis=0)), EMBEDDINGS)
+        inputs, outputs = signature(config, AnyGrid(), None)
+        return g.model("qwen2_5_vl_vision_tower", inputs, outputs, opset=OPSET, microsoft=True)
 
     def add_norm(self, x: str, update: str | None, name: str) -> tuple[str, str]:
         """X + update and its RMS normalisation; two outputs of one fused node where there is an update."""
-        scale = self.weight(name, (self.config.hidden_size,))
+        scale = self.w.norm(name)
         if update is None:
             return x, self.norm(x, scale)
         normed, total = self.g.nodes(
@@ -109,13 +96,13 @@ class _Tower:
         """RMS normalisation in standard operators: before opset 23 there is none for it, and runtimes fuse these."""
         g = self.g
         mean = g.node("ReduceMean", [g.node("Mul", [x, x])], axes=[-1], keepdims=1)
-        root = g.node("Sqrt", [g.node("Add", [mean, g.constant(np.float32(NORM_EPSILON))])])
+        root = g.node("Sqrt", [g.node("Add", [mean, g.real(np.float32(NORM_EPSILON))])])
         return g.node("Mul", [g.node("Div", [x, root]), scale])
 
     def attention(self, x: str, name: str, *, full: bool) -> str:
         """Self-attention within each frame (`full`) or within each window."""
         g, hidden, heads = self.g, self.config.hidden_size, self.config.num_heads
-        qkv = self.linear(x, f"{name}.qkv", 3 * hidden, hidden)
+        qkv = self.w.linear(x, f"{name}.qkv", 3 * hidden, hidden)
         query, key, value = g.nodes("Split", [qkv, g.constant([hidden] * 3)], [True] * 3, axis=1)
         query, key = self.rotate(query), self.rotate(key)
         if full:
@@ -128,11 +115,11 @@ class _Tower:
         out = g.node("Reshape", [out, self.rows])
         if not full:
             out = g.node("Gather", [out, "window_slots"], axis=0)
-        return self.linear(out, f"{name}.proj", hidden, hidden)
+        return self.w.linear(out, f"{name}.proj", hidden, hidden)
 
     def rotate(self, x: str) -> str:
         """Rotary position embedding of [patches, hidden], the two halves of each head as the pair."""
-        tables = [self.positions, "rotary_cos", "rotary_sin"]
+        tables = [self.positions, *self.rotary]
         x = self.g.node("Reshape", [x, self.one_sequence])
         x = self.g.node(
             "RotaryEmbedding", [x, *tables], domain=MICROSOFT, num_heads=self.config.num_heads, interleaved=0
@@ -142,8 +129,8 @@ class _Tower:
     def mlp(self, x: str, name: str) -> str:
         """The gated feed-forward network: down(silu(gate(x)) * up(x))."""
         g, hidden, inner = self.g, self.config.hidden_size, self.config.intermediate_size
-        gate = self.linear(x, f"{name}.gate_proj", inner, hidden)
+        gate = self.w.linear(x, f"{name}.gate_proj", inner, hidden)
         # QuickGelu with alpha 1 is x * sigmoid(x), that is SiLU, in one node.
         gate = g.node("QuickGelu", [gate], domain=MICROSOFT, alpha=1.0)
-        product = g.node("Mul", [gate, self.linear(x, f"{name}.up_proj", inner, hidden)])
-        return self.linear(product, f"{name}.down_proj", hidden, inner)
+        product = g.node("Mul", [gate, self.w.linear(x, f"{name}.up_proj", inner, hidden)])
+        return self.w.linear(product, f"{name}.down_proj", hidden, inner)

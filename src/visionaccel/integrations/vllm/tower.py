@@ -122,7 +122,7 @@ def open_guarded(tower: Tower, settings: Settings) -> GuardedEncoder:
         primary, second = open_fallback(), None
     if settings.timing:
         TimingLog.install()
-    capabilities = primary.session.capabilities
+    capabilities = primary.capabilities
     compat.logger().info(
         "visionaccel: the vision encoder runs on backend %r, device %s%s, %s arithmetic, in-line; fallback: %s",
         primary.backend,

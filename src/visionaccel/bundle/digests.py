@@ -1,0 +1,101 @@
+"""Digests of files, remembered while the files stay unchanged.
+
+A digest is taken from memory if the file has the same device, inode, size, modification and change time as when it was
+computed. Change times cannot be set by programs, so this sees every write; what it cannot see is a disk that rots, for
+which a full check is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from visionaccel.errors import BundleError
+
+__all__ = ["file_digest", "remembered_digest"]
+
+_MOST_ENTRIES = 4096
+_SETTLED_SECONDS = 2.0
+"""A file that changed less than this ago may change again within the resolution of its times."""
+
+
+def file_digest(path: Path, *, trust_unchanged: bool = True) -> str:
+    """`sha256:` and the hexadecimal SHA-256 of a file.
+
+    Raises:
+        BundleError: If it cannot be read.
+    """
+
+    def compute() -> str:
+        try:
+            with path.open("rb") as file:
+                return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise BundleError(f"{path} cannot be read: {error}", hint="Fetch the bundle again.") from error
+
+    return remembered_digest("file", [path], compute, trust_unchanged=trust_unchanged)
+
+
+def remembered_digest(
+    kind: str, files: Sequence[Path], compute: Callable[[], str], *, trust_unchanged: bool = True
+) -> str:
+    """A digest of some files, from memory if none of them changed.
+
+    Args:
+        kind: What the digest is of; part of the key.
+        files: The files that it depends on.
+        compute: Computes it.
+        trust_unchanged: Whether memory may answer.
+    """
+    try:
+        state = _state(files)
+    except OSError:
+        return compute()
+    key = json.dumps([kind, *sorted(map(str, files))])
+    known = _load()
+    entry = known.get(key)
+    if trust_unchanged and isinstance(entry, dict) and entry.get("state") == state:
+        remembered = entry.get("digest")
+        if isinstance(remembered, str):
+            return remembered
+    digest = compute()
+    settled = all(time.time_ns() - times[-1] > _SETTLED_SECONDS * 1e9 for times in state)
+    with suppress(OSError):
+        if settled and _state(files) == state:
+            _store({**known, key: {"state": state, "digest": digest}})
+    return digest
+
+
+def _state(files: Sequence[Path]) -> list[list[int]]:
+    stats = [file.stat() for file in sorted(files)]
+    return [[s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for s in stats]
+
+
+def _memory() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base, "visionaccel", "digests.json")
+
+
+def _load() -> dict[str, Any]:
+    try:
+        known = json.loads(_memory().read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, RuntimeError):  # RuntimeError: there is no home folder.
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _store(known: dict[str, Any]) -> None:
+    with suppress(OSError, RuntimeError):  # Memory is a convenience; a read-only home must not cost a start.
+        target = _memory()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        kept = dict(list(known.items())[-_MOST_ENTRIES:])
+        with tempfile.NamedTemporaryFile("w", dir=target.parent, delete=False, encoding="utf-8") as file:
+            json.dump(kept, file)
+        Path(file.name).replace(target)

@@ -1,0 +1,263 @@
+"""Writing a bundle from a checkpoint: weights are streamed, graphs are written, and the manifest comes last."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from visionaccel import __version__
+from visionaccel.bundle.digests import file_digest
+from visionaccel.bundle.manifest import MANIFEST, SCHEMA_VERSION, seal, stated_coverage
+from visionaccel.bundle.opening import Bundle, open_bundle, tower_digest
+from visionaccel.bundle.processor import PROCESSOR_FILES, processor_digest
+from visionaccel.checkpoint import SINGLE_FILE, Checkpoint
+from visionaccel.errors import ConfigurationError
+from visionaccel.families import Tower, tower_of
+from visionaccel.program import ONNX, AnyGrid, Bucket, Coverage, FixedGrid, Precision
+from visionaccel.tensor_files import write_safetensors
+
+__all__ = ["Progress", "ProgramRequest", "export_bundle", "program_name", "rewrite_manifest", "toolchain"]
+
+Progress = Callable[[str, int, int], None]
+"""Called with a stage, how much of it is done, and how much it is in all: bytes of weights, or programs."""
+
+_PREFIX = "visual."
+_TOOLS = ("onnx", "numpy", "ml_dtypes")
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramRequest:
+    """A program to write.
+
+    Attributes:
+        coverage: Which grids it takes.
+        split_host: Leave the patch embedding and the window reorder to the host; fixed shapes only.
+    """
+
+    coverage: Coverage
+    split_host: bool = False
+
+
+def export_bundle(
+    tower: Tower,
+    output: Path,
+    requests: Sequence[ProgramRequest],
+    *,
+    source: str | None = None,
+    revision: str | None = None,
+    self_contained: bool = False,
+    precision: Precision = "float32",
+    device: str | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Write a bundle and open it.
+
+    Args:
+        tower: Where the weights are.
+        output: The folder to write; it appears whole or not at all.
+        requests: The programs, the preferred first.
+        source: Where users find the checkpoint again: a folder or a Hugging Face repository. Default: its folder.
+        revision: That repository's revision.
+        self_contained: Pack the weights into the bundle, in `precision`; otherwise they stay in the checkpoint.
+        precision: Dtype of the programs' weights and activations.
+        device: Kind of device that the programs are for; None for any.
+        force: Replace an existing bundle.
+        progress: Told how far it is.
+
+    Raises:
+        ConfigurationError: If there is nothing to write, two requests are for one coverage, or `output` exists.
+        CheckpointError: If a weight is missing or does not fit the configuration or the precision.
+    """
+    tell = progress or (lambda *_: None)
+    names = [program_name(request.coverage) for request in requests]
+    if not requests or len(set(names)) != len(names):
+        raise ConfigurationError(
+            "the programs to write are none, or one of them twice.", hint="Name each grid, bucket or --dynamic once."
+        )
+    output = output.absolute()
+    total = sum(tensor.length for tensor in tower.weights.values())
+    with _appearing(output, force=force) as folder:
+        digest = tower_digest(tower, progress=_counter("digest of the weights", total, tell))
+        files: list[Path] = []
+        if self_contained:
+            packed = _pack(tower, folder, precision, total, tell)
+            files = sorted(folder.iterdir())
+        else:
+            packed = tower
+        entries = []
+        for number, (request, name) in enumerate(zip(requests, names, strict=True)):
+            tell("programs", number, len(requests))
+            entries.append(_write_program(packed, folder, name, request, precision, device))
+        tell("programs", len(requests), len(requests))
+        external = None if self_contained else {"source": source or str(tower.checkpoint.folder), "revision": revision}
+        manifest = seal(
+            {
+                "schema_version": SCHEMA_VERSION,
+                "family": tower.family,
+                "vision_config": tower.checkpoint.config["vision_config"],
+                "weights_digest": digest,
+                "processor_digest": processor_digest(tower.checkpoint.folder),
+                "checkpoint": external,
+                "files": [_stated(folder, file) for file in files],
+                "programs": entries,
+                "toolchain": toolchain(_TOOLS),
+                "certificate": None,
+            }
+        )
+        _write(folder / MANIFEST, _json(manifest.model_dump(mode="json")))
+    return open_bundle(output, checkpoint=tower.checkpoint)
+
+
+def program_name(coverage: Coverage) -> str:
+    """The name of an exported program: `58x74`, `bucket-4292x80` or `dynamic`."""
+    match coverage:
+        case FixedGrid(grid=grid):
+            return f"{grid.h}x{grid.w}"
+        case Bucket(patches=patches, windows=windows):
+            return f"bucket-{patches}x{windows}"
+        case AnyGrid():
+            return "dynamic"
+
+
+def toolchain(distributions: Iterable[str]) -> dict[str, str]:
+    """Versions of visionaccel, Python and those of `distributions` that are installed."""
+    found = {"visionaccel": __version__, "python": ".".join(map(str, sys.version_info[:3]))}
+    for name in distributions:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def rewrite_manifest(bundle: Bundle, changes: Mapping[str, Any]) -> Bundle:
+    """The bundle with some fields of its manifest changed, such as the certificate, and sealed anew."""
+    document = {**bundle.manifest.model_dump(mode="json"), **changes}
+    manifest = seal(document)
+    target = bundle.folder / MANIFEST
+    partial = target.with_name(f".{MANIFEST}.partial")
+    _write(partial, _json(manifest.model_dump(mode="json")))
+    partial.replace(target)
+    return Bundle(bundle.folder, manifest, bundle.tower)
+
+
+@contextmanager
+def _appearing(output: Path, *, force: bool) -> Iterator[Path]:
+    """A folder beside `output` that takes its place in the end, and leaves no trace if anything fails before."""
+    if output.exists() and not force:
+        raise ConfigurationError(f"{output} exists.", hint="Pass --force to replace it.")
+    if output.exists() and not (output / MANIFEST).is_file() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigurationError(f"{output} exists and is no bundle.", hint="Name another folder.")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+    try:
+        yield folder
+        folder.chmod(0o755)
+        if output.exists():
+            # A bundle without its manifest does not open, so that no moment has half an old and half a new one.
+            (output / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(output)
+        folder.rename(output)
+        _sync(output.parent)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _pack(tower: Tower, folder: Path, precision: Precision, total: int, tell: Progress) -> Tower:
+    """Configuration, processor and weights into the folder; the tower over them."""
+    items = {"float32": 4, "bfloat16": 2, "float16": 2}
+    needed = sum(t.length // items.get(t.dtype, 4) * items[precision] for t in tower.weights.values())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ConfigurationError(
+            f"the weights need {needed / 2**30:.2f} GiB, and {folder.parent} has {free / 2**30:.2f} GiB left.",
+            hint="Free some space, or leave the weights in the checkpoint.",
+        )
+    named = {_PREFIX + name: tensor for name, tensor in tower.weights.items()}
+    write_safetensors(
+        folder / SINGLE_FILE,
+        named,
+        dtype=precision,
+        metadata={"format": "pt"},
+        progress=_counter("weights", total, tell),
+    )
+    kept = {name: tower.checkpoint.config[name] for name in ("architectures", "model_type", "vision_config")
+            if name in tower.checkpoint.config}  # fmt: skip
+    _write(folder / "config.json", _json(kept))
+    for name in PROCESSOR_FILES:
+        if (tower.checkpoint.folder / name).exists():
+            _write(folder / name, (tower.checkpoint.folder / name).read_bytes())
+    return tower_of(Checkpoint(folder))
+
+
+def _counter(stage: str, total: int, tell: Progress) -> Callable[[int], None]:
+    """A function that adds up pieces and tells the sum."""
+    done = 0
+
+    def count(piece: int) -> None:
+        nonlocal done
+        done += piece
+        tell(stage, done, total)
+
+    return count
+
+
+def _write_program(
+    tower: Tower, folder: Path, name: str, request: ProgramRequest, precision: Precision, device: str | None
+) -> dict[str, Any]:
+    split = tower.split(request.coverage) if request.split_host else None
+    model = tower.onnx_model(coverage=request.coverage, precision=precision, host=split)
+    path = folder / f"{name}.onnx"
+    _write(path, model)
+    inputs, outputs = tower.signature(request.coverage, split)
+    return {
+        "name": name,
+        "format": ONNX,
+        "model": path.name,
+        "files": [_stated(folder, path)],
+        "inputs": [{"name": t.name, "dtype": t.dtype, "shape": list(t.shape)} for t in inputs],
+        "outputs": [{"name": t.name, "dtype": t.dtype, "shape": list(t.shape)} for t in outputs],
+        "coverage": stated_coverage(request.coverage).model_dump(mode="json"),
+        "precision": precision,
+        "device": device,
+        "host": {"window_order": split.window_order, "tensors": list(tower.host_weights)} if split else None,
+    }
+
+
+def _stated(folder: Path, path: Path) -> dict[str, Any]:
+    return {
+        "path": path.relative_to(folder).as_posix(),
+        "bytes": path.stat().st_size,
+        "sha256": file_digest(path, trust_unchanged=False),
+    }
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Make a renaming durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,90 @@
+"""Points the weights of an ONNX model at where they lie. What the model itself says of locations is never followed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import onnx
+
+from visionaccel.checkpoint import StoredTensor
+from visionaccel.errors import BundleError
+
+__all__ = ["point_at_weights"]
+
+_AGAIN = "Export the bundle again."
+_DTYPES: Mapping[int, str] = {
+    onnx.TensorProto.FLOAT: "float32",
+    onnx.TensorProto.FLOAT16: "float16",
+    onnx.TensorProto.BFLOAT16: "bfloat16",
+}
+
+
+def point_at_weights(model: bytes, weights: Mapping[str, StoredTensor], folder: Path) -> bytes:
+    """The model with each external initializer read from the stored tensor of its name.
+
+    Args:
+        model: A serialized ONNX model.
+        weights: Where the weights lie, by the names of the initializers.
+        folder: External-data locations become relative to it; it must hold all of their files, at any depth.
+
+    Raises:
+        BundleError: If the model cannot be parsed, or names a weight that is not there or is of another size or dtype,
+            or has external data anywhere else than in the initializers of its graph.
+    """
+    try:
+        proto = onnx.load_model_from_string(model)
+    except Exception as error:  # protobuf's decoding error is not part of its public interface
+        raise BundleError(f"a program is no ONNX model: {error}", hint=_AGAIN) from error
+    initializers = list(proto.graph.initializer)
+    proto.graph.ClearField("initializer")
+    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in _tensors(proto)):
+        raise BundleError("a program has external data that is no weight of its graph.", hint=_AGAIN)
+    for initializer in initializers:
+        if initializer.data_location == onnx.TensorProto.EXTERNAL:
+            _point(initializer, weights, folder)
+    proto.graph.initializer.extend(initializers)
+    return bytes(proto.SerializeToString())
+
+
+def _point(initializer: onnx.TensorProto, weights: Mapping[str, StoredTensor], folder: Path) -> None:
+    stored = weights.get(initializer.name)
+    if stored is None:
+        raise BundleError(f"a program needs weight {initializer.name!r}, which is not there.", hint=_AGAIN)
+    elements, expected = 1, 1
+    for size in initializer.dims:
+        elements *= size
+    for size in stored.shape:
+        expected *= size
+    if _DTYPES.get(initializer.data_type) != stored.dtype or elements != expected:
+        raise BundleError(
+            f"a program needs weight {initializer.name!r} as {list(initializer.dims)} of another dtype or size than "
+            f"{stored.dtype}{list(stored.shape)}.",
+            hint=_AGAIN,
+        )
+    del initializer.external_data[:]
+    location = stored.file.relative_to(folder).as_posix()
+    for key, value in (("location", location), ("offset", stored.offset), ("length", stored.length)):
+        initializer.external_data.add(key=key, value=str(value))
+
+
+def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor of a model that is not an initializer of its main graph."""
+    yield from _of_nodes(proto.graph.node)
+    for sparse in proto.graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    for function in proto.functions:
+        yield from _of_nodes(function.node)
+
+
+def _of_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
+    for node in nodes:
+        for attribute in node.attribute:
+            yield from (attribute.t, *attribute.tensors)
+            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+                yield from (sparse.values, sparse.indices)
+            for graph in (attribute.g, *attribute.graphs):
+                yield from graph.initializer
+                for sparse in graph.sparse_initializer:
+                    yield from (sparse.values, sparse.indices)
+                yield from _of_nodes(graph.node)

@@ -1,0 +1,296 @@
+"""Bundles on the model hub: push one to a repository, pull one, or find one by its folder or its repository.
+
+A revision of a repository (branch, tag or commit) holds one bundle, beside which other files may lie. A pull takes the
+manifest and what it names, all of one commit, and nothing is given out before `open_bundle` has verified it.
+
+The hub's cache has its snapshots as symbolic links to blobs elsewhere, and a bundle never leads out of its folder. So a
+pulled bundle is a folder of its own, `visionaccel/COMMIT` in the repository's folder of the cache, which goes when the
+repository is deleted from the cache. Its files are hard links to the blobs, or copies where links cannot be made: to
+change a bundle, pull it with an output, which holds copies.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from visionaccel.bundle.manifest import MANIFEST, ExternalCheckpoint, Manifest, parse_manifest
+from visionaccel.bundle.opening import Bundle, open_bundle
+from visionaccel.errors import ArtifactError, BundleError, ConfigurationError, VisionAccelError
+
+__all__ = ["PullReport", "PushReport", "locate_bundle", "pull_bundle", "push_bundle"]
+
+
+@dataclass(frozen=True, slots=True)
+class PushReport:
+    """Where a pushed bundle is.
+
+    Attributes:
+        repository: The repository's full id.
+        revision: The branch.
+        commit: The commit's id. That of the branch before, if it held the same bundle.
+        url: The commit's page.
+        files: Paths in the bundle, the manifest's included.
+    """
+
+    repository: str
+    revision: str
+    commit: str
+    url: str
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PullReport:
+    """A verified bundle and the commit that it came from."""
+
+    repository: str
+    commit: str
+    bundle: Bundle
+
+    @property
+    def folder(self) -> Path:
+        """The bundle's folder."""
+        return self.bundle.folder
+
+
+def push_bundle(
+    folder: str | os.PathLike[str],
+    repository: str,
+    *,
+    revision: str | None = None,
+    private: bool = False,
+    message: str | None = None,
+) -> PushReport:
+    """Commit a bundle to a repository, which is created if it does not exist; so is the branch, from the default one.
+
+    The manifest and the files that it names are one commit. Other files, here and in the repository, are left alone.
+
+    Args:
+        folder: The bundle.
+        repository: Repository id, `owner/name`; without an owner, the user's own.
+        revision: The branch. Default: `main`.
+        private: Create the repository as a private one, and push to no other.
+        message: First line of the commit's message.
+
+    Raises:
+        BundleError: If the bundle is broken.
+        ConfigurationError: If the bundle needs a checkpoint on this machine, the repository is public where a private
+            one was wanted, or the hub cannot be reached or refuses.
+    """
+    folder = Path(folder)
+    _require_portable(folder, parse_manifest(folder / MANIFEST).checkpoint)
+    files = _names(open_bundle(folder).manifest)
+
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.constants import DEFAULT_REVISION
+
+    api = HfApi()
+    with _client_errors(f"{folder} cannot be pushed to {repository!r}"):
+        # None, not False: the default of an organization may be private.
+        repository = api.create_repo(repository, private=private or None, exist_ok=True).repo_id
+        if private and not api.repo_info(repository).private:
+            raise ConfigurationError(
+                f"The repository {repository!r} exists and is public.",
+                hint="Make it private first, push to another, or drop --private.",
+            )
+        if revision is not None and not revision.startswith("refs/"):
+            api.create_branch(repository, branch=revision, exist_ok=True)
+        additions = [CommitOperationAdd(name, folder / name) for name in files]
+        # Or else the hub would leave out, without a word, what the repository's .gitignore has.
+        api.preupload_lfs_files(repository, additions, revision=revision, gitignore_content="# nothing is ignored")
+        message = message or "Push a visionaccel bundle"
+        commit = api.create_commit(repository, additions, commit_message=message, revision=revision)
+    return PushReport(repository, revision or DEFAULT_REVISION, commit.oid, commit.commit_url, files)
+
+
+def pull_bundle(
+    repository: str, *, revision: str | None = None, output: str | os.PathLike[str] | None = None
+) -> PullReport:
+    """Download and verify the bundle of a repository. From the hub's cache if it is there or HF_HUB_OFFLINE is set.
+
+    Args:
+        repository: Repository id.
+        revision: Branch, tag or commit. Default: `main`.
+        output: A folder that does not exist yet, for copies of the files. It appears complete or not at all. Default: a
+            folder in the hub's cache, not to be changed.
+
+    Raises:
+        BundleError: If the revision holds no bundle, or one that is incomplete or fails its verification.
+        ConfigurationError: If there is no such repository or revision, the hub cannot be reached or refuses, or the
+            folder exists or cannot be written.
+    """
+    target = None if output is None else Path(output).absolute()
+    if target is not None and os.path.lexists(target):
+        raise ConfigurationError(f"{target} exists.", hint="Pass a folder that does not exist yet.")
+    snapshot = _download(repository, revision, [MANIFEST])
+    commit, storage = snapshot.name, snapshot.parents[1]
+    if not (snapshot / MANIFEST).is_file():
+        raise BundleError(
+            f"{repository!r} at commit {commit} is no bundle: it has no {MANIFEST}.",
+            hint="Pass the repository and revision of one that `visionaccel push` wrote.",
+        )
+    folder = target or storage / "visionaccel" / commit
+    try:
+        if target is None and (bundle := _cached(folder, snapshot)) is not None:
+            return PullReport(repository, commit, bundle)
+        names = _names(parse_manifest(snapshot / MANIFEST))
+        _download(repository, commit, names)
+        bundle = _place(snapshot, names, folder, link=target is None)
+    except BundleError as error:
+        raise BundleError(
+            f"{repository!r} at commit {commit}: {error.message}",
+            hint=f"{error.hint} To fetch it again, delete {storage} first.",
+        ) from error
+    except OSError as error:
+        raise ConfigurationError(
+            f"{folder} cannot be written: {error}",
+            hint="Pass an output folder where there is space and permission.",
+        ) from error
+    return PullReport(repository, commit, bundle)
+
+
+def locate_bundle(source: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """The folder of a bundle: `source` itself if that is a folder, which is not verified here, else as pulled.
+
+    Args:
+        source: A folder, or a repository id.
+        revision: Branch, tag or commit of the repository. Says nothing about a folder.
+
+    Raises:
+        BundleError: If the repository's bundle is missing, incomplete or fails its verification.
+        ConfigurationError: If there is neither such a folder nor such a repository, or the hub cannot be reached.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    if not _is_repository_id(os.fspath(source)):
+        raise ConfigurationError(
+            f"{os.fspath(source)!r} is neither a folder nor the id of a repository.",
+            hint="Pass the folder of a bundle, or a repository as owner/name.",
+        )
+    return pull_bundle(os.fspath(source), revision=revision).folder
+
+
+def _names(manifest: Manifest) -> tuple[str, ...]:
+    """What a bundle consists of: the manifest, and each file that it names."""
+    return tuple(dict.fromkeys((MANIFEST, *(file.path for file in manifest.every_file()))))
+
+
+def _require_portable(folder: Path, checkpoint: ExternalCheckpoint | None) -> None:
+    """A path to a checkpoint means nothing on another machine; a repository does."""
+    if checkpoint is None:
+        return
+    if Path(checkpoint.source).exists() or not _is_repository_id(checkpoint.source):
+        raise ConfigurationError(
+            f"{folder} takes its weights from a checkpoint on this machine, {checkpoint.source}.",
+            hint="Export it --self-contained to push it.",
+        )
+
+
+def _is_repository_id(text: str) -> bool:
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        hf_hub_url(text, MANIFEST)  # asks nobody; the client's check of names has no public name of its own
+    except HFValidationError:
+        return False
+    return True
+
+
+def _download(repository: str, revision: str | None, names: Sequence[str]) -> Path:
+    """The cache's snapshot with these files of a repository, or those of them that the repository has."""
+    from huggingface_hub import snapshot_download
+
+    patterns = [glob.escape(name) for name in names]
+    with _client_errors(f"{repository!r} cannot be pulled"):
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+
+
+def _cached(folder: Path, snapshot: Path) -> Bundle | None:
+    """The bundle that an earlier pull placed. What is left of one that was changed since is deleted."""
+    if not folder.is_dir():
+        return None
+    try:
+        bundle = open_bundle(folder)
+        if (folder / MANIFEST).read_bytes() == (snapshot / MANIFEST).read_bytes():
+            return bundle
+    except ArtifactError:
+        pass
+    shutil.rmtree(folder)
+    return None
+
+
+def _place(snapshot: Path, names: Sequence[str], folder: Path, *, link: bool) -> Bundle:
+    """Build and verify the bundle in a folder beside `folder`, then rename it."""
+    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        for name in names:
+            blob, file = (snapshot / name).resolve(), partial / name
+            if not blob.is_file():
+                raise BundleError(f"{name}, which the manifest names, is not there.")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if not (link and _linked(blob, file)):
+                shutil.copyfile(blob, file)
+        open_bundle(partial)
+        try:
+            partial.rename(folder)
+        except OSError:
+            # Another process that pulls the same commit was faster; what it placed is opened instead.
+            if not (link and folder.is_dir()):
+                raise
+        return open_bundle(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _linked(blob: Path, file: Path) -> bool:
+    """Whether a hard link could be made; not across file systems, nor on all of them."""
+    try:
+        os.link(blob, file)
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def _client_errors(doing: str) -> Iterator[None]:
+    """Errors of the hub's client, as this package's."""
+    try:
+        yield
+    except VisionAccelError:
+        raise
+    except Exception as error:  # the client's HTTP library and its errors are others from version to version
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigurationError(f"{doing}: {text}", hint=_what_to_do(error)) from error
+
+
+def _what_to_do(error: BaseException) -> str:
+    from huggingface_hub import errors
+
+    causes = list(_chain(error))
+    status = next((cause.response.status_code for cause in causes if isinstance(cause, errors.HfHubHTTPError)), None)
+    if isinstance(error, errors.HFValidationError):
+        return "Pass a repository as owner/name."
+    if status in (401, 403):
+        return "Log in with `hf auth login` or set HF_TOKEN to a token that is allowed to, and check the name."
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "Pass a branch, tag or commit that the repository has."
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "Check the name; for a private repository, log in with `hf auth login` or set HF_TOKEN."
+    if any(isinstance(cause, errors.OfflineModeIsEnabled) for cause in causes):
+        return "Unset HF_HUB_OFFLINE; what was pulled once is had offline."
+    return "Check the network and HF_ENDPOINT, then try again."
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what caused it."""
+    while error is not None:
+        yield error
+        error = error.__cause__

@@ -1,0 +1,338 @@
+"""The manifest of a bundle: everything that must be known of an encoder's programs before one is opened.
+
+`visionaccel.json` is this model as JSON. Its schema has a version; unknown versions, fields and kinds are refused,
+because a reader that skips what it does not understand may run the wrong thing. `digest` seals the rest, so that a
+flipped bit in a grid is a damaged file and not another grid.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from visionaccel.contracts import TensorSpec
+from visionaccel.errors import BundleError, GridError
+from visionaccel.grid import Grid
+from visionaccel.program import AnyGrid, Bucket, Coverage, FixedGrid, HostSplit, Precision
+
+__all__ = [
+    "MANIFEST",
+    "SCHEMA_VERSION",
+    "Answers",
+    "BundleFile",
+    "Certificate",
+    "ExternalCheckpoint",
+    "HostEntry",
+    "Manifest",
+    "ProgramEntry",
+    "ProgramResult",
+    "Tensor",
+    "json_schema",
+    "parse_manifest",
+    "seal",
+    "stated_coverage",
+]
+
+MANIFEST = "visionaccel.json"
+SCHEMA_VERSION = 1
+_MOST_BYTES = 16 * 2**20
+
+
+def _inside(path: str) -> str:
+    """A path that cannot lead out of the folder, on any system."""
+    parts = PurePosixPath(path).parts
+    if (
+        not parts
+        or path != "/".join(parts)
+        or any(part in ("..", ".", "/") for part in parts)
+        or any(c in path for c in "\\:\0")
+        or path.casefold() == MANIFEST
+    ):
+        raise ValueError("must be a plain relative path within the bundle, such as 58x74.onnx")
+    return path
+
+
+RelativePath: TypeAlias = Annotated[str, StringConstraints(max_length=512), AfterValidator(_inside)]
+Digest: TypeAlias = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
+Name: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+Size: TypeAlias = Annotated[int, Field(ge=1, le=2**40)]
+Share: TypeAlias = Annotated[float, Field(ge=0, le=1)]
+Cosine: TypeAlias = Annotated[float, Field(ge=-1.000001, le=1.000001)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class BundleFile(_Model):
+    """A file of the bundle."""
+
+    path: RelativePath
+    bytes: int = Field(ge=0, le=2**62)
+    sha256: Digest
+
+
+class Tensor(_Model):
+    """A named input or output."""
+
+    name: Name
+    dtype: Literal["float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8", "bool"]
+    shape: tuple[Size | Name, ...] = Field(description="Sizes; a text names a size that varies from call to call.")
+
+    @property
+    def spec(self) -> TensorSpec:
+        """As the contract has it."""
+        return TensorSpec(self.name, self.dtype, self.shape)
+
+
+class FixedCoverage(_Model):
+    """One grid, whose tables are constants of the program."""
+
+    kind: Literal["fixed"]
+    grid: tuple[Literal[1], Size, Size] = Field(description="t, h, w in patches; t is 1: one frame in a call.")
+
+
+class BucketCoverage(_Model):
+    """Any frame within these sizes, padded to them; tables and masks are inputs."""
+
+    kind: Literal["bucket"]
+    patches: Size = Field(description="Most patches of a frame.")
+    windows: Size = Field(description="Most attention windows of a frame.")
+
+
+class DynamicCoverage(_Model):
+    """Any grid; tables are inputs of any size."""
+
+    kind: Literal["dynamic"]
+    most_patches: Size | None = Field(None, description="Most patches of a frame; null for no limit.")
+
+
+class HostEntry(_Model):
+    """What the program leaves to the host: patch embedding and window reorder before, the reverse reorder after."""
+
+    window_order: Literal["raster", "grouped"]
+    tensors: tuple[Name, ...] = Field(description="The tower's weights that the host needs.")
+
+
+class ProgramEntry(_Model):
+    """One program."""
+
+    name: Name
+    format: Name = Field(description="`onnx`, or a name that a backend plug-in takes.")
+    model: RelativePath = Field(description="The file to open; one of `files`.")
+    files: tuple[BundleFile, ...] = Field(min_length=1)
+    inputs: tuple[Tensor, ...] = Field(min_length=1)
+    outputs: tuple[Tensor, ...] = Field(min_length=1)
+    coverage: Annotated[FixedCoverage | BucketCoverage | DynamicCoverage, Field(discriminator="kind")]
+    precision: Precision
+    device: Name | None = Field(None, description="Kind of device that it was made for, such as `npu`; null for any.")
+    host: HostEntry | None = Field(None, description="null: nothing but the tables is left to the host.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ProgramEntry:
+        if self.model not in {file.path for file in self.files}:
+            raise ValueError(f"model {self.model!r} is not among the program's files")
+        for tensors in (self.inputs, self.outputs):
+            if len({tensor.name for tensor in tensors}) != len(tensors):
+                raise ValueError("two tensors have one name")
+        return self
+
+    def covers(self) -> Coverage:
+        """The coverage as programs have it.
+
+        Raises:
+            GridError: If the grid is no grid.
+        """
+        match self.coverage:
+            case FixedCoverage(grid=grid):
+                return FixedGrid(Grid(*grid))
+            case BucketCoverage(patches=patches, windows=windows):
+                return Bucket(patches, windows)
+            case DynamicCoverage(most_patches=most):
+                return AnyGrid(most)
+
+    @property
+    def split(self) -> HostSplit | None:
+        """What is left to the host, as programs have it."""
+        return HostSplit(self.host.window_order) if self.host else None
+
+
+class ExternalCheckpoint(_Model):
+    """The checkpoint that holds the weights of a bundle that does not: it must have the manifest's weights digest."""
+
+    source: Annotated[str, StringConstraints(min_length=1, max_length=4096)] = Field(
+        description="A folder or a Hugging Face repository."
+    )
+    revision: Name | None = None
+
+
+class ProgramResult(_Model):
+    """What validation found of one program."""
+
+    program: Name
+    backend: Name
+    device: Name
+    simulated: bool
+    grids: tuple[Name, ...] = Field(description="Grids that were run, as TxHxW.")
+    images: int = Field(ge=1, description="Encodes compared.")
+    tokens: int = Field(ge=1, description="Embeddings compared.")
+    lowest_cosine: Cosine
+    first_percentile_cosine: Cosine
+    mean_cosine: Cosine
+    relative_error: float = Field(ge=0, description="Norm of the difference over the norm of the reference.")
+    nonfinite_rows: int = Field(ge=0, description="Embeddings with NaN or infinity; they count as cosine -1.")
+    threshold: Cosine = Field(description="The lowest cosine that passes.")
+    failure: str | None = Field(None, description="Why the backend could not run it, or what is wrong; null: passed.")
+
+
+class Answers(_Model):
+    """What the digits model reads through one way of fitting images to the programs."""
+
+    fit: Literal["natural", "letterbox", "stretch"]
+    images: int = Field(ge=1)
+    accuracy: Share = Field(description="Share of answers equal to the truth.")
+    agreement: Share = Field(description="Share of answers equal to the reference encoder's on the same images.")
+
+
+class Certificate(_Model):
+    """How far the programs are from the float32 reference, and on what."""
+
+    created: Name = Field(description="Time in ISO 8601.")
+    reference: Digest = Field(description="Digest of the reference's vision weights.")
+    images: dict[Name, int] = Field(description="Number of images by kind: generated, real.")
+    programs: tuple[ProgramResult, ...] = Field(min_length=1)
+    answers: tuple[Answers, ...] = ()
+    toolchain: dict[Name, Name] = Field(description="Versions of what ran.")
+    passed: bool
+
+
+class Manifest(_Model):
+    """A bundle: an encoder's programs with all that is needed to run them rightly, or to refuse."""
+
+    schema_version: Literal[1]
+    family: Name
+    vision_config: dict[str, Any] = Field(description="The vision tower's configuration, as the checkpoint has it.")
+    weights_digest: Digest = Field(description="Digest of the vision weights that the programs were made from.")
+    processor_digest: Digest | None = Field(description="Digest of the image processor's configuration.")
+    checkpoint: ExternalCheckpoint | None = Field(description="null: the bundle holds the weights itself.")
+    files: tuple[BundleFile, ...] = Field(description="Files that all programs share.")
+    programs: tuple[ProgramEntry, ...] = Field(min_length=1, description="The preferred of equal coverage first.")
+    toolchain: dict[Name, Name] = Field(description="Versions of what wrote it.")
+    certificate: Certificate | None = None
+    digest: Digest = Field(description="SHA-256 of this document without this field; see `seal`.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Manifest:
+        names = [program.name for program in self.programs]
+        if len(set(names)) != len(names):
+            raise ValueError("two programs have one name")
+        seen: dict[str, BundleFile] = {}
+        for file in self.every_file():
+            if seen.setdefault(file.path, file) != file:
+                raise ValueError(f"file {file.path!r} is stated twice, differently")
+        return self
+
+    def every_file(self) -> tuple[BundleFile, ...]:
+        """Files of the bundle and of its programs; a file that programs share may come twice."""
+        return (*self.files, *(file for program in self.programs for file in program.files))
+
+
+def stated_coverage(coverage: Coverage) -> FixedCoverage | BucketCoverage | DynamicCoverage:
+    """A program's coverage as the manifest states it."""
+    match coverage:
+        case FixedGrid(grid=grid):
+            return FixedCoverage(kind="fixed", grid=(1, grid.h, grid.w))
+        case Bucket(patches=patches, windows=windows):
+            return BucketCoverage(kind="bucket", patches=patches, windows=windows)
+        case AnyGrid(most_patches=most):
+            return DynamicCoverage(kind="dynamic", most_patches=most)
+
+
+def seal(document: dict[str, Any]) -> Manifest:
+    """A manifest from its JSON document, the digest made anew.
+
+    Raises:
+        BundleError: If the document is no manifest.
+    """
+    body = {name: value for name, value in document.items() if name != "digest"}
+    return _validated({**body, "digest": _digest(body)}, "the manifest")
+
+
+def parse_manifest(path: Path) -> Manifest:
+    """Read a manifest.
+
+    Raises:
+        BundleError: If it is missing, damaged, of another schema version, or states what this reader does not know.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MOST_BYTES + 1)
+        if len(data) > _MOST_BYTES:
+            raise ValueError(f"it is larger than {_MOST_BYTES} bytes")
+        document = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except FileNotFoundError:
+        raise BundleError(
+            f"{path} does not exist.", hint="Pass a bundle folder; `visionaccel export` writes one."
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise BundleError(f"{path} cannot be read: {error}", hint="Export or fetch the bundle again.") from error
+    if not isinstance(document, dict):
+        raise BundleError(f"{path} does not hold a JSON object.", hint="Export or fetch the bundle again.")
+    version = document.get("schema_version")
+    if version != SCHEMA_VERSION or isinstance(version, bool):
+        raise BundleError(
+            f"{path} is of schema version {version!r}; this visionaccel reads {SCHEMA_VERSION}.",
+            hint="Use the visionaccel that wrote it, or export the bundle again.",
+        )
+    manifest = _validated(document, str(path))
+    stated = {name: value for name, value in document.items() if name != "digest"}
+    if manifest.digest != _digest(stated):
+        raise BundleError(
+            f"{path} does not have the digest that it states: it was damaged or edited.",
+            hint="Export or fetch the bundle again.",
+        )
+    return manifest
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of the manifest; the documentation holds it verbatim."""
+    return Manifest.model_json_schema()
+
+
+def _validated(document: dict[str, Any], where: str) -> Manifest:
+    try:
+        # Through JSON, so that strict checks take lists where the model has tuples.
+        manifest = Manifest.model_validate_json(json.dumps(document))
+        for program in manifest.programs:
+            program.covers()
+    except (ValidationError, GridError, ValueError, RecursionError) as error:
+        problems = (
+            "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors()[:5])
+            if isinstance(error, ValidationError)
+            else str(error)
+        )
+        raise BundleError(
+            f"{where} is not a manifest that this visionaccel knows: {problems}.",
+            hint="Export the bundle again, or use the visionaccel that wrote it.",
+        ) from error
+    return manifest
+
+
+def _digest(document: dict[str, Any]) -> str:
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name is given twice in one object")
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number")

@@ -1,0 +1,235 @@
+"""Opening a bundle: every file is verified, and whatever is unknown, missing or elsewhere is refused.
+
+Nothing in a bundle is executed or unpickled: the manifest is JSON, weights are safetensors, programs are handed to a
+backend as the bytes whose digest was checked. No path leads out of the folder, through links neither; the one exception
+is a checkpoint that the manifest declares external, whose vision weights must have the digest that the manifest states.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property, partial
+from pathlib import Path
+
+from visionaccel.bundle.digests import file_digest, remembered_digest
+from visionaccel.bundle.manifest import MANIFEST, BundleFile, Manifest, ProgramEntry, parse_manifest
+from visionaccel.checkpoint import Checkpoint, StoredTensor, locate_checkpoint
+from visionaccel.errors import ArtifactError, BundleError, ConfigurationError, GridError
+from visionaccel.families import Tower, tower_of
+from visionaccel.grid import Grid
+from visionaccel.program import CHECKPOINT, ONNX, AnyGrid, Bucket, FixedGrid, Program
+from visionaccel.tensor_files import weights_digest
+
+__all__ = ["Bundle", "is_bundle", "open_bundle", "tower_digest"]
+
+_AGAIN = "Export or fetch the bundle again."
+
+
+class Bundle:
+    """An opened bundle: verified files, and the programs in them. Holds no weights and no device.
+
+    Attributes:
+        folder: Where it lies.
+        manifest: What it states.
+        tower: The vision tower over the bundle's weights, or over those of the external checkpoint.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, tower: Tower) -> None:
+        self.folder, self.manifest, self.tower = folder, manifest, tower
+        self._programs = tuple(self._program(entry) for entry in manifest.programs)
+
+    @property
+    def family(self) -> str:
+        """The vision tower's architecture."""
+        return self.manifest.family
+
+    @cached_property
+    def grids(self) -> tuple[Grid, ...]:
+        """Grids of the programs with baked tables."""
+        found = [p.coverage.grid for p in self._programs if isinstance(p.coverage, FixedGrid)]
+        return tuple(dict.fromkeys(found))
+
+    def files(self) -> tuple[str, ...]:
+        """Every file that the manifest names, relative to the folder; the manifest itself is not among them."""
+        return tuple(dict.fromkeys(file.path for file in self.manifest.every_file()))
+
+    def programs(self, formats: Iterable[str]) -> tuple[Program, ...]:
+        """Its programs in the wanted formats, and the weights themselves where the format `checkpoint` is wanted."""
+        wanted = set(formats)
+        plain = self.tower.programs([CHECKPOINT]) if CHECKPOINT in wanted else ()
+        return (*(program for program in self._programs if program.format in wanted), *plain)
+
+    def _program(self, entry: ProgramEntry) -> Program:
+        where = f"{self.folder / MANIFEST}: program {entry.name!r}"
+        coverage, split = entry.covers(), entry.split
+        inputs, outputs = tuple(t.spec for t in entry.inputs), tuple(t.spec for t in entry.outputs)
+        merge = self.tower.merge_size
+        if isinstance(coverage, FixedGrid):
+            try:
+                coverage.grid.check_divisible(merge)
+            except GridError as error:
+                raise BundleError(f"{where}: {error.message}", hint=_AGAIN) from error
+        if isinstance(coverage, Bucket) and coverage.patches % merge**2:
+            raise BundleError(f"{where}: {coverage.patches} patches are no whole number of tokens.", hint=_AGAIN)
+        if split is not None and (isinstance(coverage, AnyGrid) or split != self.tower.split(coverage)):
+            raise BundleError(f"{where}: this family does not split such programs in that way.", hint=_AGAIN)
+        if entry.format == ONNX and (inputs, outputs) != self.tower.signature(coverage, split):
+            expected = "; ".join(str(spec) for specs in self.tower.signature(coverage, split) for spec in specs)
+            raise BundleError(
+                f"{where}: its tensors are not those of its coverage, {coverage}: {expected}.", hint=_AGAIN
+            )
+        external = entry.format == ONNX
+        return Program(
+            name=entry.name,
+            family=self.family,
+            format=entry.format,
+            folder=self.tower.checkpoint.weights_folder if external else self.folder,
+            inputs=inputs,
+            outputs=outputs,
+            config=self.manifest.vision_config,
+            weights=self.tower.weights,
+            uniform_frames=True,
+            coverage=coverage,
+            precision=entry.precision,
+            host=split,
+            device=entry.device,
+            model=partial(self._model, entry),
+        )
+
+    def _model(self, entry: ProgramEntry) -> bytes:
+        """The program's bytes, verified again as they are read, with its weights pointed at where they lie."""
+        (stated,) = {file for file in entry.files if file.path == entry.model}
+        path = self.folder / stated.path
+        try:
+            model = path.read_bytes()
+        except OSError as error:
+            raise BundleError(f"{path} cannot be read: {error}", hint=_AGAIN) from error
+        if "sha256:" + hashlib.sha256(model).hexdigest() != stated.sha256:
+            raise BundleError(f"{path} changed since the bundle was opened.", hint=_AGAIN)
+        if entry.format != ONNX:
+            return model
+        from visionaccel.bundle.external_data import point_at_weights
+
+        return point_at_weights(model, self.tower.weights, self.tower.checkpoint.weights_folder)
+
+
+def is_bundle(source: str | os.PathLike[str] | Path) -> bool:
+    """Whether a folder holds a manifest."""
+    return Path(source, MANIFEST).is_file()
+
+
+def open_bundle(
+    folder: str | os.PathLike[str], *, checkpoint: Checkpoint | None = None, trust_unchanged: bool = True
+) -> Bundle:
+    """Open and verify a bundle.
+
+    Args:
+        folder: The bundle.
+        checkpoint: Where the weights are, if the manifest declares its checkpoint external and what it names is not
+            here; ignored for a bundle that holds its weights.
+        trust_unchanged: Take the digest of files that did not change since they were last verified from memory; False
+            reads every byte again.
+
+    Raises:
+        BundleError: If the manifest or a file is missing, damaged, not what is stated, or leads out of the folder; or
+            the checkpoint's vision weights have another digest.
+        CheckpointError: If the weights cannot be read.
+        UnsupportedArchitectureError: If this visionaccel does not know the family.
+    """
+    folder = Path(folder)
+    manifest = parse_manifest(folder / MANIFEST)
+    try:
+        for file in manifest.every_file():
+            _verify(folder, file, trust_unchanged=trust_unchanged)
+        tower = _tower(folder, manifest, checkpoint, trust_unchanged=trust_unchanged)
+        return Bundle(folder, manifest, tower)
+    except (OSError, ConfigurationError, GridError) as error:
+        raise BundleError(f"{folder} cannot be opened: {error}", hint=_AGAIN) from error
+
+
+def tower_digest(tower: Tower, *, trust_unchanged: bool = True, progress: Callable[[int], None] | None = None) -> str:
+    """Digest of a tower's weights, remembered while their files stay unchanged.
+
+    Args:
+        tower: Whose weights.
+        trust_unchanged: Whether memory may answer.
+        progress: Called with the number of bytes just read, if they are read.
+    """
+    weights = tower.weights
+    files = sorted({tensor.file for tensor in weights.values()})
+    kind = "weights " + hashlib.sha256("\0".join(sorted(t.name for t in weights.values())).encode()).hexdigest()
+    return remembered_digest(kind, files, lambda: weights_digest(weights, progress), trust_unchanged=trust_unchanged)
+
+
+def _verify(folder: Path, file: BundleFile, *, trust_unchanged: bool) -> None:
+    path = folder / file.path
+    try:
+        resolved = path.resolve(strict=True)
+        status = resolved.stat()
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
+        raise BundleError(f"{path} is missing: {error}", hint=_AGAIN) from error
+    if not resolved.is_relative_to(folder.resolve()):
+        raise BundleError(f"{path} leads out of the bundle, to {resolved}.", hint="Do not use this bundle.")
+    if not stat.S_ISREG(status.st_mode):
+        raise BundleError(f"{path} is not a file.", hint=_AGAIN)
+    if status.st_size != file.bytes:
+        raise BundleError(
+            f"{path} has {status.st_size} bytes, and the manifest states {file.bytes}: it is truncated or another.",
+            hint=_AGAIN,
+        )
+    if file_digest(resolved, trust_unchanged=trust_unchanged) != file.sha256:
+        raise BundleError(f"{path} is damaged: its SHA-256 is not what the manifest states.", hint=_AGAIN)
+
+
+def _tower(folder: Path, manifest: Manifest, given: Checkpoint | None, *, trust_unchanged: bool) -> Tower:
+    if manifest.checkpoint is None:
+        tower = tower_of(Checkpoint(folder))
+        _all_stated(folder, manifest, tower.weights)
+    else:
+        tower = _external_tower(folder, manifest, given, trust_unchanged=trust_unchanged)
+    if tower.family != manifest.family:
+        raise BundleError(
+            f"{folder} is of family {manifest.family!r}, and its configuration is of {tower.family!r}.", hint=_AGAIN
+        )
+    if tower.checkpoint.config["vision_config"] != manifest.vision_config:
+        raise BundleError(
+            f"{folder / MANIFEST} states another vision configuration than {tower.checkpoint.folder}/config.json.",
+            hint=_AGAIN,
+        )
+    return tower
+
+
+def _all_stated(folder: Path, manifest: Manifest, weights: Mapping[str, StoredTensor]) -> None:
+    """Configuration and weights of a bundle that holds its own must be among the files that were verified."""
+    stated = {(folder / file.path).resolve() for file in manifest.every_file()}
+    used = {(folder / "config.json").resolve(), *(tensor.file for tensor in weights.values())}
+    unstated = sorted(str(path) for path in used - stated)
+    if unstated:
+        raise BundleError(f"{folder / MANIFEST} does not state {', '.join(unstated)}.", hint=_AGAIN)
+
+
+def _external_tower(folder: Path, manifest: Manifest, given: Checkpoint | None, *, trust_unchanged: bool) -> Tower:
+    external = manifest.checkpoint
+    assert external is not None
+    refusals = []
+    for place in ("named", "given"):
+        try:
+            checkpoint = locate_checkpoint(external.source, external.revision) if place == "named" else given
+            if checkpoint is None:
+                continue
+            tower = tower_of(checkpoint)
+            found = tower_digest(tower, trust_unchanged=trust_unchanged)
+        except ArtifactError as error:
+            refusals.append(error.message)
+            continue
+        if found == manifest.weights_digest:
+            return tower
+        refusals.append(f"the vision weights of {checkpoint.folder} have another digest.")
+    raise BundleError(
+        f"{folder} needs the vision weights of the checkpoint {external.source!r} that it was exported from: "
+        + " ".join(refusals),
+        hint="Bring that checkpoint back, or export the bundle with --self-contained.",
+    )

@@ -1,0 +1,56 @@
+"""The tower's weights as a graph writer sees them: by name, with the shape that the configuration demands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from visionaccel.checkpoint import StoredTensor
+from visionaccel.errors import CheckpointError
+from visionaccel.families.qwen2_5_vl.config import VisionConfig
+from visionaccel.families.qwen2_5_vl.signature import PATCH_KERNEL
+from visionaccel.onnx_writer import GraphWriter
+
+__all__ = ["TowerWeights"]
+
+
+class TowerWeights:
+    """References to the tower's weights in one graph.
+
+    Args:
+        config: Sizes of the tower.
+        weights: The tower's tensors by their names below the prefix, such as `blocks.0.norm1.weight`.
+        writer: The graph.
+    """
+
+    def __init__(self, config: VisionConfig, weights: Mapping[str, StoredTensor], writer: GraphWriter) -> None:
+        self.config, self.weights, self.g = config, weights, writer
+
+    def weight(self, name: str, shape: tuple[int, ...], view: tuple[int, ...] | None = None) -> str:
+        """A weight of that shape, seen as `view`.
+
+        Raises:
+            CheckpointError: If it is missing, or has another shape or dtype.
+        """
+        if name not in self.weights:
+            raise CheckpointError(
+                f"the checkpoint's vision tower has no tensor {name!r}.",
+                hint="Pass a complete checkpoint; a checkpoint stripped of its vision weights cannot be written.",
+            )
+        return self.g.weight(name, self.weights[name], shape, view)
+
+    def norm(self, name: str) -> str:
+        """The scale of an RMS normalisation."""
+        return self.weight(name, (self.config.hidden_size,))
+
+    def embed(self, patches: str) -> str:
+        """The patch embedding of [patches, patch_width]: a convolution whose stride is its kernel is one product."""
+        config = self.config
+        side = config.patch_size
+        kernel = (config.hidden_size, config.in_channels, config.temporal_patch_size, side, side)
+        matrix = self.weight(PATCH_KERNEL, kernel, (config.hidden_size, config.patch_width))
+        return self.g.node("Gemm", [patches, matrix], transB=1)
+
+    def linear(self, x: str, name: str, outputs: int, inputs: int) -> str:
+        """A linear layer of [rows, inputs]; `transB` takes the stored layout as it is."""
+        weight, bias = self.weight(f"{name}.weight", (outputs, inputs)), self.weight(f"{name}.bias", (outputs,))
+        return self.g.node("Gemm", [x, weight, bias], transB=1)

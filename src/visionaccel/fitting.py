@@ -1,0 +1,186 @@
+"""Fitting images to the grids that programs of fixed shapes take, before any processor sees them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+
+from visionaccel.errors import UnfitGridError
+from visionaccel.families import Tower
+from visionaccel.grid import Grid
+from visionaccel.program import AnyGrid, Bucket, Coverage, FixedGrid
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["FitPolicy", "Fitter", "grid_cost", "natural_grid"]
+
+FitPolicy: TypeAlias = Literal["letterbox", "stretch"]
+"""How an image gets another aspect ratio: padded at the right or bottom, or distorted."""
+
+MOST_ASPECT_RATIO = 200
+"""Beyond it, the model's own processor refuses an image too."""
+
+_LOST_AREA, _ADDED_AREA = 0.5, 0.25
+
+
+def natural_grid(height: int, width: int, cell: int, min_pixels: int, max_pixels: int, merge: int) -> Grid:
+    """The grid that the model's own processor gives an image: sides rounded to `cell`, area kept within bounds.
+
+    The formula is transformers' `smart_resize` of Qwen2-VL.
+
+    Args:
+        height: Of the image, in pixels.
+        width: Of the image, in pixels.
+        cell: Side of a merged token in pixels.
+        min_pixels: Smallest area.
+        max_pixels: Largest area.
+        merge: Patches along a side of a merged token.
+
+    Raises:
+        UnfitGridError: If one side is more than 200 times the other.
+    """
+    if max(height, width) > MOST_ASPECT_RATIO * min(height, width):
+        raise UnfitGridError(
+            f"an image of {width}x{height} pixels has an aspect ratio of over {MOST_ASPECT_RATIO}.",
+            hint="Crop it; the model's own processor refuses it too.",
+        )
+    rows, columns = round(height / cell), round(width / cell)
+    if rows * columns * cell**2 > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        rows, columns = (max(1, math.floor(side / shrink / cell)) for side in (height, width))
+    elif rows * columns * cell**2 < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        rows, columns = (math.ceil(side * grow / cell) for side in (height, width))
+    return Grid(1, rows * merge, columns * merge)
+
+
+def grid_cost(height: int, width: int, natural: Grid, grid: Grid) -> float:
+    """How badly a grid suits an image: 0 for its own.
+
+    It is the distance of the aspect ratios plus a part of the distance of the areas, both as logarithms. Area that is
+    lost costs detail and weighs twice as much as area that is added, which costs time.
+    """
+    aspect = abs(math.log((grid.h / grid.w) / (height / width)))
+    area = math.log(grid.patches / natural.patches)
+    return aspect + (_ADDED_AREA * area if area > 0 else -_LOST_AREA * area)
+
+
+@dataclass(frozen=True)
+class Fitter:
+    """Chooses a grid for each image and resizes images to it.
+
+    Attributes:
+        tower: The vision tower.
+        coverages: What the open programs take. With a program for any grid, no image is changed.
+        policy: How an image gets another aspect ratio.
+        min_pixels: The processor's bound on the area of an image.
+        max_pixels: The processor's bound on the area of an image.
+    """
+
+    tower: Tower
+    coverages: tuple[Coverage, ...]
+    policy: FitPolicy
+    min_pixels: int
+    max_pixels: int
+
+    @property
+    def fixed(self) -> tuple[Grid, ...]:
+        """Grids of the programs with baked tables."""
+        return tuple(coverage.grid for coverage in self.coverages if isinstance(coverage, FixedGrid))
+
+    @property
+    def largest(self) -> Grid:
+        """The grid with most patches that an image can get."""
+        return max([*self.fixed, *map(self._fullest, self._buckets)], key=lambda grid: grid.patches)
+
+    def grid_for(self, height: int, width: int) -> Grid:
+        """The grid that an image of that size in pixels gets.
+
+        Its own, if a program takes it; else the cheapest by `grid_cost` of the fixed grids and of the largest grid of
+        its aspect ratio in each bucket.
+
+        Raises:
+            UnfitGridError: If one side is more than 200 times the other.
+        """
+        patch, merge = self.tower.patch_size, self.tower.merge_size
+        natural = natural_grid(height, width, patch * merge, self.min_pixels, self.max_pixels, merge)
+        if any(isinstance(coverage, AnyGrid) and self.tower.fits(coverage, natural) for coverage in self.coverages):
+            return natural
+        for grid in self.fixed:
+            if (grid.h * patch, grid.w * patch) == (height, width):
+                return grid  # so that fitting what was fitted changes nothing
+        if any(self.tower.fits(coverage, natural) for coverage in self.coverages):
+            return natural
+        candidates = [*self.fixed, *(self._within(bucket, height, width) for bucket in self._buckets)]
+        return min(candidates, key=lambda grid: (grid_cost(height, width, natural, grid), -grid.patches))
+
+    def fit(self, image: Image) -> Image:
+        """An RGB image at the size of its grid; the same object if the processor gives it that grid by itself."""
+        grid = self.grid_for(image.height, image.width)
+        patch, merge = self.tower.patch_size, self.tower.merge_size
+        size = (grid.w * patch, grid.h * patch)
+        own = natural_grid(image.height, image.width, patch * merge, self.min_pixels, self.max_pixels, merge)
+        if image.size == size or (grid == own and grid not in self.fixed):
+            return image
+        return _stretched(image, size) if self.policy == "stretch" else _letterboxed(image, size)
+
+    @property
+    def _buckets(self) -> Iterable[Bucket | AnyGrid]:
+        return [coverage for coverage in self.coverages if not isinstance(coverage, FixedGrid)]
+
+    def _within(self, bucket: Bucket | AnyGrid, height: int, width: int) -> Grid:
+        """The largest grid in a bucket with the aspect ratio of an image, rounded to whole tokens."""
+        merge = self.tower.merge_size
+        best = Grid(1, merge, merge)
+        long, short = max(height, width), min(height, width)
+        for lesser in range(1, 1 << 16):
+            greater = max(lesser, round(lesser * long / short))
+            sides = (lesser, greater) if height <= width else (greater, lesser)
+            grid = Grid(1, sides[0] * merge, sides[1] * merge)
+            if not self.tower.fits(bucket, grid):
+                break
+            best = grid
+        return best
+
+    def _fullest(self, bucket: Bucket | AnyGrid) -> Grid:
+        """The grid with most patches in a bucket that the processor can give an image, the squarest of equals."""
+        merge = self.tower.merge_size
+        tokens = self.max_pixels // (self.tower.patch_size * merge) ** 2
+        limit = bucket.patches if isinstance(bucket, Bucket) else bucket.most_patches
+        if limit is not None:
+            tokens = min(tokens, limit // merge**2)
+        best = Grid(1, merge, merge)
+        for rows in range(1, math.isqrt(tokens) + 1):
+            columns = min(tokens // rows, rows * MOST_ASPECT_RATIO)
+            grid = Grid(1, rows * merge, columns * merge)
+            if grid.patches >= best.patches and self.tower.fits(bucket, grid):
+                best = grid
+        return best
+
+
+def _stretched(image: Image, size: tuple[int, int]) -> Image:
+    from PIL.Image import Resampling
+
+    return image.resize(size, Resampling.BICUBIC)
+
+
+def _letterboxed(image: Image, size: tuple[int, int]) -> Image:
+    """The image scaled to fit, at the top left, so that coordinates in it differ from the original's by one factor.
+
+    The rest has the mean colour of the image's edge, which makes the faintest border.
+    """
+    from PIL import Image as pillow
+
+    scale = min(size[0] / image.width, size[1] / image.height)
+    inner = (max(1, min(size[0], round(image.width * scale))), max(1, min(size[1], round(image.height * scale))))
+    scaled = _stretched(image, inner)
+    pixels: np.ndarray[Any, Any] = np.asarray(scaled)
+    edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    canvas = pillow.new("RGB", size, tuple(int(value) for value in edge.mean(axis=0).round()))
+    canvas.paste(scaled, (0, 0))
+    return canvas

@@ -1,0 +1,267 @@
+"""Checkpoints without their vision weights: a copy for the language model's server, its encoder to come from elsewhere.
+
+The copy notes the digest of the weights that were taken out, so that an encoder made from them can be told from others.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from visionaccel.checkpoint import INDEX_FILE, Checkpoint, StoredTensor, read_header, read_json
+from visionaccel.errors import CheckpointError, ConfigurationError
+from visionaccel.families import tower_of
+from visionaccel.tensor_files import weights_digest, write_safetensors
+
+__all__ = ["STRIP_NOTE", "StripReport", "read_strip_note", "strip_checkpoint"]
+
+STRIP_NOTE = "visionaccel_stripped.json"
+"""The file in a stripped checkpoint's folder that says what was taken out."""
+
+_DIGEST_KEY = "vision_weights_digest"
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+
+_WEIGHT_ENDINGS = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz", ".index.json",
+    ".onnx", ".onnx.data", ".onnx_data",
+)  # fmt: skip
+"""Files that hold weights, list files that do, or are ONNX graphs, which may point into the shards as they were."""
+
+
+@dataclass(frozen=True, slots=True)
+class StripReport:
+    """What `strip_checkpoint` wrote.
+
+    Attributes:
+        folder: The stripped checkpoint.
+        family: The vision tower's family.
+        digest: `weights_digest` of the vision weights, by their names below the checkpoint's prefix.
+        kept_tensors: Number of tensors in the copy.
+        kept_bytes: Their bytes.
+        removed_tensors: Number of tensors that were left out.
+        removed_bytes: Their bytes.
+        shards: Names of the safetensors files written.
+        skipped: Paths below the checkpoint's folder that were not copied: hidden ones, and weights in other files and
+            formats. Folders end with a slash.
+    """
+
+    folder: Path
+    family: str
+    digest: str
+    kept_tensors: int
+    kept_bytes: int
+    removed_tensors: int
+    removed_bytes: int
+    shards: tuple[str, ...]
+    skipped: tuple[str, ...]
+
+
+def strip_checkpoint(
+    checkpoint: Checkpoint, out: Path, *, progress: Callable[[int], None] | None = None
+) -> StripReport:
+    """Copy a checkpoint without its vision weights.
+
+    Tensors are streamed and keep their bytes, dtypes, names, shards and the shards' `__metadata__`; the index is
+    rewritten. Everything else in the folder is copied, with symbolic links resolved, but hidden files and further
+    weights, which could hold the vision tower again. `out` appears complete or not at all; beside it, a hidden folder
+    `.NAME.partial-XXXX` is filled until then, and removed if anything fails.
+
+    Args:
+        checkpoint: The checkpoint; its folder is only read.
+        out: The folder to write, which must not exist; its parents are made.
+        progress: Called with the number of bytes just read, in all those of every tensor of the checkpoint.
+
+    Raises:
+        ConfigurationError: If `out` exists, lies in the checkpoint's folder, cannot be written or does not fit.
+        CheckpointError: If the checkpoint is damaged, has no vision weights or nothing else, or changes meanwhile.
+        UnsupportedArchitectureError: If its vision tower is of an unknown family.
+    """
+    try:
+        out = _free_place(checkpoint, out)
+        family, vision = tower_of(checkpoint).family, _vision_weights(checkpoint)
+        if not vision:
+            raise CheckpointError(
+                f"{checkpoint.folder} holds no vision weights: there is nothing to strip.",
+                hint="Use it as it is, with VISIONACCEL_BUNDLE naming a folder that has the vision weights.",
+            )
+        removed = {tensor.name for tensor in vision.values()}
+        kept = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in removed}
+        if not kept:
+            raise CheckpointError(
+                f"{checkpoint.folder} holds nothing but vision weights: nothing would be left.",
+                hint="Strip a checkpoint that has a language model.",
+            )
+        kept_bytes, removed_bytes = _bytes(kept), _bytes(vision)
+        files, skipped = _other_files(checkpoint)
+        _check_space(out, checkpoint, files, removed_bytes)
+        with _complete_or_absent(out) as partial:
+            digest = weights_digest(vision, progress)
+            shards = _write_shards(checkpoint, partial, removed, progress)
+            for name, source in files.items():
+                (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, partial / name)
+            _write_json(partial / STRIP_NOTE, {"family": family, _DIGEST_KEY: digest})
+            _check_stripped(checkpoint, Checkpoint(partial))
+    except OSError as error:
+        raise ConfigurationError(
+            f"{checkpoint.folder} cannot be copied to {out}: {error}",
+            hint="Check permissions and free space, and that nothing else writes there.",
+        ) from error
+    return StripReport(
+        folder=out,
+        family=family,
+        digest=digest,
+        kept_tensors=len(kept),
+        kept_bytes=kept_bytes,
+        removed_tensors=len(removed),
+        removed_bytes=removed_bytes,
+        shards=shards,
+        skipped=skipped,
+    )
+
+
+def read_strip_note(folder: Path) -> str | None:
+    """The digest of the vision weights that were taken out of a checkpoint.
+
+    Args:
+        folder: The checkpoint's folder.
+
+    Returns:
+        As `weights_digest`; None if the folder has no note, so that nothing is known of it.
+
+    Raises:
+        CheckpointError: If there is a note and it cannot be read.
+    """
+    path = folder / STRIP_NOTE
+    if not (path.exists() or path.is_symlink()):
+        return None
+    digest = read_json(path).get(_DIGEST_KEY)
+    if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+        raise CheckpointError(f"{path} has no usable {_DIGEST_KEY}.", hint="Strip the original checkpoint again.")
+    return digest
+
+
+def _free_place(checkpoint: Checkpoint, out: Path) -> Path:
+    """`out` with symbolic links resolved, if it can be made."""
+    if out.exists() or out.is_symlink():
+        raise ConfigurationError(f"{out} exists.", hint="Name a folder that does not exist, or remove this one.")
+    out = out.resolve()
+    if out.is_relative_to(checkpoint.folder.resolve()):
+        raise ConfigurationError(f"{out} lies in the checkpoint's own folder.", hint="Name a folder elsewhere.")
+    return out
+
+
+@contextmanager
+def _complete_or_absent(out: Path) -> Iterator[Path]:
+    """A hidden folder beside `out` to be filled; it becomes `out`, or is removed if the block raises."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.partial-{secrets.token_hex(4)}")
+    try:
+        partial.mkdir()
+        yield partial
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _vision_weights(checkpoint: Checkpoint) -> Mapping[str, StoredTensor]:
+    """The tower's tensors by their names below the prefix; none if the checkpoint has none."""
+    tower = tower_of(checkpoint)
+    _ = checkpoint.tensors  # a damaged checkpoint is refused here, so what is refused below is only their absence
+    try:
+        return tower.weights
+    except CheckpointError:
+        return {}
+
+
+def _other_files(checkpoint: Checkpoint) -> tuple[dict[str, Path], tuple[str, ...]]:
+    """Files to be copied by their path in the folder, and the paths that are not."""
+    written_anew = {*checkpoint.shards, STRIP_NOTE}
+    if checkpoint.weight_map is not None:
+        written_anew.add(INDEX_FILE)
+    entries = [(name, source) for name, source in _walk(checkpoint.folder) if name not in written_anew]
+    files = {name: source for name, source in entries if source is not None}
+    return files, tuple(name for name, source in entries if source is None)
+
+
+def _walk(folder: Path, below: str = "", within: frozenset[Path] = frozenset()) -> Iterator[tuple[str, Path | None]]:
+    """Each file below `folder` by its path there, without the source if it is not to be copied."""
+    resolved = folder.resolve()
+    if resolved in within:
+        raise CheckpointError(f"{folder} is a link to a folder around it.", hint="Remove the link.")
+    for entry in sorted(folder.iterdir()):
+        name = below + entry.name
+        if entry.is_dir():
+            if entry.name.startswith("."):
+                yield f"{name}/", None
+            else:
+                yield from _walk(entry, f"{name}/", within | {resolved})
+        elif entry.name.startswith(".") or entry.name.lower().endswith(_WEIGHT_ENDINGS):
+            yield name, None
+        elif entry.is_file():
+            yield name, entry
+        elif entry.is_symlink():
+            raise CheckpointError(f"{entry} is a broken link.", hint="Download the file again, or remove the link.")
+        else:
+            yield name, None
+
+
+def _check_space(out: Path, checkpoint: Checkpoint, files: Mapping[str, Path], removed_bytes: int) -> None:
+    """Refuse before anything is written if the copy cannot fit the file system."""
+    parent = next(folder for folder in out.parents if folder.exists())
+    sources = [*files.values(), *(checkpoint.folder / shard for shard in checkpoint.shards)]
+    needed = sum(source.stat().st_size for source in sources) - removed_bytes
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise ConfigurationError(
+            f"The stripped checkpoint takes {needed / 2**30:.1f} GiB, and {parent} has {free / 2**30:.1f} GiB free.",
+            hint="Free space, or write to another disk.",
+        )
+
+
+def _write_shards(
+    checkpoint: Checkpoint, out: Path, removed: set[str], progress: Callable[[int], None] | None
+) -> tuple[str, ...]:
+    """Write the shards of which something is left, and the index if there is one; the shards' names."""
+    written = []
+    for shard in checkpoint.shards:
+        tensors, metadata = read_header(checkpoint.folder / shard)
+        left = {name: tensor for name, tensor in tensors.items() if name not in removed}
+        if left:
+            write_safetensors(out / shard, left, metadata=metadata, progress=progress)
+            written.append(shard)
+    if checkpoint.weight_map is not None:
+        index = read_json(checkpoint.folder / INDEX_FILE)
+        index["weight_map"] = {name: shard for name, shard in checkpoint.weight_map.items() if name not in removed}
+        totals = dict(index["metadata"]) if isinstance(index.get("metadata"), dict) else {}
+        totals["total_size"] = _bytes({name: t for name, t in checkpoint.tensors.items() if name not in removed})
+        if isinstance(totals.get("total_parameters"), int):
+            totals["total_parameters"] -= sum(math.prod(checkpoint.tensors[name].shape) for name in removed)
+        _write_json(out / INDEX_FILE, {**index, "metadata": totals})
+    return tuple(written)
+
+
+def _check_stripped(original: Checkpoint, stripped: Checkpoint) -> None:
+    left = _vision_weights(stripped)
+    if left:
+        example = next(iter(left.values())).name
+        raise CheckpointError(
+            f"{original.folder} holds vision weights twice, by names such as {example!r}; one would be left.",
+            hint="Make a checkpoint in which each tensor has one name.",
+        )
+
+
+def _bytes(tensors: Mapping[str, StoredTensor]) -> int:
+    return sum(tensor.length for tensor in tensors.values())
+
+
+def _write_json(path: Path, value: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,188 @@
+"""Tensors in safetensors files as streams: their digest, and copies of them, converted on the way if wanted.
+
+Weights pass through one buffer of `CHUNK_BYTES`, so memory does not grow with the size of a tensor or a checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from visionaccel.checkpoint import ITEM_BYTES, StoredTensor, safetensors_dtype
+from visionaccel.errors import CheckpointError, ConfigurationError
+
+__all__ = ["CHUNK_BYTES", "weights_digest", "write_safetensors"]
+
+CHUNK_BYTES = 1 << 20
+"""Bytes read at once, a multiple of every element's size; larger pieces leave the cache before they are hashed."""
+
+_FLOATS: Mapping[str, Any] = {
+    "float64": np.float64,
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": ml_dtypes.bfloat16,
+}
+_TARGETS = ("float32", "bfloat16", "float16")
+
+
+def weights_digest(tensors: Mapping[str, StoredTensor], progress: Callable[[int], None] | None = None) -> str:
+    """What identifies weights: equal for equal names, dtypes, shapes and bytes, in whatever files they lie.
+
+    It is the SHA-256 over the tensors in the order of their names. Each adds its name, dtype, shape (`3,224,224`, empty
+    for a scalar) and number of bytes, as UTF-8 text with the text's length before it (8 bytes, little-endian), and
+    then its bytes.
+
+    Args:
+        tensors: The tensors by name; name them without the checkpoint's prefix for a digest that does not depend on it.
+        progress: Called with the number of bytes just read.
+
+    Returns:
+        `sha256:` and 64 hexadecimal digits.
+
+    Raises:
+        CheckpointError: If a file cannot be read or ends too early.
+    """
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES))
+    for name, tensor in sorted(tensors.items()):
+        for text in (name, tensor.dtype, ",".join(map(str, tensor.shape)), str(tensor.length)):
+            # JSON headers can hold unpaired surrogates, which plain UTF-8 cannot.
+            field = text.encode("utf-8", "surrogatepass")
+            digest.update(len(field).to_bytes(8, "little") + field)
+        for piece in _pieces(tensor, buffer):
+            digest.update(piece)
+            if progress is not None:
+                progress(len(piece))
+    return f"sha256:{digest.hexdigest()}"
+
+
+def write_safetensors(
+    path: Path,
+    tensors: Mapping[str, StoredTensor],
+    *,
+    dtype: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Write tensors into one safetensors file, streamed from the files they lie in.
+
+    Args:
+        path: The file to write. It must not exist, since it could be one of the sources. If anything fails, it does
+            not exist afterwards either.
+        tensors: The tensors by the names they get.
+        dtype: `float32`, `bfloat16` or `float16`: what float64, float32, bfloat16 and float16 tensors become, rounded
+            to nearest, ties to even, and float64 by way of float32, as in torch. Other dtypes (8-bit floats too, which
+            mean nothing without their scales) and None: copied as they are.
+        metadata: The file's `__metadata__`.
+        progress: Called with the number of bytes just read.
+
+    Raises:
+        CheckpointError: If a source cannot be read or ends too early, or a finite value becomes infinite in `dtype`.
+        ConfigurationError: If `path` exists or cannot be written, or `dtype` is none of these.
+    """
+    if dtype is not None and dtype not in _TARGETS:
+        raise ConfigurationError(
+            f"Weights cannot be converted to {dtype!r}.", hint=f"Choose one of {', '.join(_TARGETS)}."
+        )
+    # Largest elements first, as the safetensors library orders them: everything is aligned without holes.
+    order = sorted(tensors, key=lambda name: (-_item_bytes(tensors[name], dtype), name))
+    ordered = {name: tensors[name] for name in order}
+    try:
+        with path.open("xb") as file:
+            try:
+                file.write(_header(ordered, dtype, metadata))
+                _stream(file, ordered, dtype, progress)
+                file.flush()
+                os.fsync(file.fileno())
+            except BaseException:
+                path.unlink(missing_ok=True)
+                raise
+    except OSError as error:
+        raise ConfigurationError(
+            f"{path} cannot be written: {error}", hint="Choose a new file in a folder with enough space."
+        ) from error
+
+
+def _header(tensors: Mapping[str, StoredTensor], dtype: str | None, metadata: Mapping[str, str] | None) -> bytes:
+    """The file up to the first tensor's bytes, for tensors that follow one another in this order."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, tensor in tensors.items():
+        written = _written_dtype(tensor, dtype)
+        begin, end = end, end + _written_bytes(tensor, dtype)
+        header[name] = {"dtype": safetensors_dtype(written), "shape": tensor.shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _stream(
+    file: BinaryIO, tensors: Mapping[str, StoredTensor], dtype: str | None, progress: Callable[[int], None] | None
+) -> None:
+    buffer = memoryview(bytearray(CHUNK_BYTES))
+    for tensor in tensors.values():
+        written = _written_dtype(tensor, dtype)
+        for piece in _pieces(tensor, buffer):
+            file.write(piece if written == tensor.dtype else _converted(piece, tensor, written).view(np.uint8).data)
+            if progress is not None:
+                progress(len(piece))
+
+
+def _converted(piece: memoryview, tensor: StoredTensor, dtype: str) -> NDArray[Any]:
+    """The elements in `piece`, one-dimensional, as `dtype`."""
+    values = np.frombuffer(piece, dtype=_FLOATS[tensor.dtype])
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        result: NDArray[Any] = values.astype(np.float32, copy=False).astype(_FLOATS[dtype], copy=False)
+    if not np.isfinite(result).all():
+        overflown = np.isfinite(values) & np.isinf(result)
+        if overflown.any():
+            raise CheckpointError(
+                f"{tensor.name!r} in {tensor.file} holds {values[overflown][0]:g}, which is infinite in {dtype}.",
+                hint="Keep the weights' dtype, or choose one of a larger range such as bfloat16.",
+            )
+    return result
+
+
+def _written_dtype(tensor: StoredTensor, dtype: str | None) -> str:
+    return tensor.dtype if dtype is None or tensor.dtype not in _FLOATS else dtype
+
+
+def _written_bytes(tensor: StoredTensor, dtype: str | None) -> int:
+    converts = _written_dtype(tensor, dtype) != tensor.dtype
+    return math.prod(tensor.shape) * _item_bytes(tensor, dtype) if converts else tensor.length
+
+
+def _item_bytes(tensor: StoredTensor, dtype: str | None) -> int:
+    """Size of an element as written; of a dtype that is not in the table, from the tensor's own, 0 below a byte."""
+    known = ITEM_BYTES.get(safetensors_dtype(_written_dtype(tensor, dtype)))
+    return tensor.length // max(1, math.prod(tensor.shape)) if known is None else known
+
+
+def _pieces(tensor: StoredTensor, buffer: memoryview) -> Iterator[memoryview]:
+    """The tensor's bytes in order, at most a buffer at a time; each piece is overwritten by the next."""
+    try:
+        with tensor.file.open("rb") as file:
+            file.seek(tensor.offset)
+            left = tensor.length
+            while left:
+                piece = buffer[: min(left, len(buffer))]
+                if file.readinto(piece) < len(piece):
+                    raise CheckpointError(
+                        f"{tensor.file} ended in the middle of {tensor.name!r}.",
+                        hint="The file was changed or truncated; download it again.",
+                    )
+                yield piece
+                left -= len(piece)
+    except OSError as error:
+        raise CheckpointError(
+            f"{tensor.name!r} cannot be read from {tensor.file}: {error}",
+            hint="Check the disk, or download the file again.",
+        ) from error
