@@ -33,9 +33,9 @@ __all__ = [
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 ITEM_BYTES: Mapping[str, int] = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
-    "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8,
+    "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "U32": 4, "U64": 8, "C64": 8,
 }  # fmt: skip
-"""Bytes of an element by safetensors' name of its dtype; the formats that are not here are copied, never read."""
+"""Bytes of an element by safetensors' name of its dtype; of others, only a tensor's own number of bytes is known."""
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _NAMES = {plain: name for name, plain in _DTYPES.items()}

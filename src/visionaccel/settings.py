@@ -63,8 +63,13 @@ class Settings(BaseSettings):
     )
     bundle: Path | None = Field(
         None,
-        description="Folder that the encoder comes from, if it is not the served checkpoint itself: a checkpoint with "
-        "the vision weights.",
+        description="Folder that the encoder comes from, if it is not the served checkpoint itself: a bundle, or a "
+        "checkpoint with the vision weights.",
+    )
+    fit: Literal["letterbox", "stretch", "none"] = Field(
+        "letterbox",
+        description="How images get the grids of a bundle whose programs do not take every grid: padded, distorted, or "
+        "not at all. An image that then fits no program goes to the fallback, or its request ends with an error.",
     )
     mode: Literal["auto", "inline"] = Field(
         "auto",

@@ -3,12 +3,14 @@
 Run as a process of its own, because vLLM starts processes and its settings are read from the environment.
 """
 
+import io
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from vllm import LLM, ModelRegistry, SamplingParams
 
 from digits_vlm.samples import digits_video, held_out_images
@@ -107,6 +109,59 @@ def text(llm: LLM) -> dict[str, Any]:
     return {"parts": {"text": answers(llm, [{"prompt": prompt("", "Read the digits.")}])}}
 
 
+def read(llm: LLM) -> dict[str, Any]:
+    """The accuracy images in one batch, with the number of tokens that each got."""
+    images = held_out_images(ACCURACY)
+    sampling = SamplingParams(temperature=0, max_tokens=8)
+    outputs = llm.generate([image_request(image) for image in images], sampling, use_tqdm=False)
+    pad = llm.get_tokenizer().convert_tokens_to_ids("<|image_pad|>")
+    texts = [output.outputs[0].text for output in outputs]
+    return {
+        "accuracy": sum(text == image.truth for text, image in zip(texts, images, strict=True)) / ACCURACY,
+        "image_tokens": [output.prompt_token_ids.count(pad) for output in outputs],
+    }
+
+
+def odd(llm: LLM) -> dict[str, Any]:
+    """Images that break careless code, one request each: the answer, or the error. An ordinary one comes last."""
+    digit = held_out_images(1)[0]
+    grey = digit.image.convert("L")
+    levels = np.asarray(grey, dtype=np.uint16) * 257
+    turned = digit.image.transpose(Image.Transpose.ROTATE_90)
+    turned.getexif()[0x0112] = 6  # to be shown turned by 90 degrees to the right
+    png = io.BytesIO()
+    digit.image.save(png, "PNG")
+    cut = Image.open(io.BytesIO(png.getvalue()[: len(png.getvalue()) // 2]))
+    pictures = {
+        "as it is": digit.image,
+        "one pixel": Image.new("RGB", (1, 1), "white"),
+        "1:200": Image.new("RGB", (400, 2), "white"),
+        "200:1": Image.new("RGB", (2, 400), "white"),
+        "1:201": Image.new("RGB", (402, 2), "white"),
+        "huge": Image.new("RGB", (6000, 4000), "grey"),
+        "alpha": digit.image.convert("RGBA"),
+        "palette": digit.image.convert("P"),
+        "grey": grey,
+        "bilevel": grey.convert("1"),
+        "16 bit": Image.fromarray(levels),
+        "turned by EXIF": turned,
+        "truncated": cut,
+        "array": np.asarray(digit.image),
+        "planes": np.asarray(digit.image).transpose(2, 0, 1),
+        "last": digit.image,
+    }
+    sampling = SamplingParams(temperature=0, max_tokens=8)
+    found = {}
+    requests = {name: {"prompt": prompt(IMAGE), "multi_modal_data": {"image": [p]}} for name, p in pictures.items()}
+    for name, request in {**requests, "video": video_request(7)}.items():
+        try:
+            (output,) = llm.generate([request], sampling, use_tqdm=False)
+            found[name] = output.outputs[0].text
+        except (ValueError, OSError) as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    return {"truth": digit.truth, "answers": found}
+
+
 def main() -> None:
     """Start the engine, ask, write. Part `text` starts it without room for images and videos."""
     checkpoint, part, target = sys.argv[1], sys.argv[2], Path(sys.argv[3])
@@ -120,7 +175,7 @@ def main() -> None:
         limit_mm_per_prompt={"image": most, "video": most},
         disable_log_stats=True,
     )
-    found = {"matrix": matrix, "few": few, "text": text}[part](llm)
+    found = {"matrix": matrix, "few": few, "text": text, "read": read, "odd": odd}[part](llm)
     found["scheduler"] = str(llm.llm_engine.vllm_config.scheduler_config.scheduler_cls)
     found["model"] = ModelRegistry.models["Qwen2_5_VLForConditionalGeneration"].module_name
     target.write_text(json.dumps(found))

@@ -129,7 +129,9 @@ class OnnxRuntimeSession(Session):
 
     def __init__(self, session: Any, program: Program, device: str, *, on_cpu: bool) -> None:
         # InferenceSession.run is documented as thread-safe; providers of single-owner devices are not trusted with it.
-        self.capabilities = Capabilities(device=device, precision=program.precision, thread_safe=on_cpu)
+        # The CPU provider computes float16 operators in float32, and drops most of the roundings between them.
+        precision = "float32" if on_cpu and program.precision == "float16" else program.precision
+        self.capabilities = Capabilities(device=device, precision=precision, thread_safe=on_cpu)
         self._session: Any = session
         self._outputs = [spec.name for spec in program.outputs]
 

@@ -1,4 +1,4 @@
-"""bfloat16 arithmetic for the CPU provider, which has no bfloat16 kernel for any operator that computes.
+"""bfloat16 arithmetic for the CPU provider, which has bfloat16 kernels for little more than moving values.
 
 Hardware with bfloat16 operands accumulates in float32 and rounds what it stores. The same happens here: each operator
 computes in float32 between Casts, and its result is rounded to bfloat16 before anything reads it.

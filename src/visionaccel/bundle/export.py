@@ -99,7 +99,7 @@ def export_bundle(
             tell("programs", number, len(requests))
             entries.append(_write_program(packed, folder, name, request, precision, device))
         tell("programs", len(requests), len(requests))
-        external = None if self_contained else {"source": source or str(tower.checkpoint.folder), "revision": revision}
+        external = None if self_contained else {"source": source or str(tower.checkpoint.folder.absolute()), "revision": revision}
         manifest = seal(
             {
                 "schema_version": SCHEMA_VERSION,

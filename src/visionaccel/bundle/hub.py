@@ -214,17 +214,15 @@ def _download(repository: str, revision: str | None, names: Sequence[str]) -> Pa
 
 
 def _cached(folder: Path, snapshot: Path) -> Bundle | None:
-    """The bundle that an earlier pull placed. What is left of one that was changed since is deleted."""
+    """The bundle that an earlier pull placed, if it is still as the hub has it."""
     if not folder.is_dir():
         return None
     try:
         bundle = open_bundle(folder)
-        if (folder / MANIFEST).read_bytes() == (snapshot / MANIFEST).read_bytes():
-            return bundle
-    except ArtifactError:
-        pass
-    shutil.rmtree(folder)
-    return None
+        unchanged = (folder / MANIFEST).read_bytes() == (snapshot / MANIFEST).read_bytes()
+    except (ArtifactError, OSError):
+        return None
+    return bundle if unchanged else None
 
 
 def _place(snapshot: Path, names: Sequence[str], folder: Path, *, link: bool) -> Bundle:
@@ -234,7 +232,7 @@ def _place(snapshot: Path, names: Sequence[str], folder: Path, *, link: bool) ->
         for name in names:
             blob, file = (snapshot / name).resolve(), partial / name
             if not blob.is_file():
-                raise BundleError(f"{name}, which the manifest names, is not there.")
+                raise BundleError(f"{name}, which the manifest names, is not there.", hint="Push the bundle again.")
             file.parent.mkdir(parents=True, exist_ok=True)
             if not (link and _linked(blob, file)):
                 shutil.copyfile(blob, file)
@@ -242,10 +240,16 @@ def _place(snapshot: Path, names: Sequence[str], folder: Path, *, link: bool) ->
         try:
             partial.rename(folder)
         except OSError:
-            # Another process that pulls the same commit was faster; what it placed is opened instead.
             if not (link and folder.is_dir()):
                 raise
+            # Another process was faster with the same commit, or what is there was changed since.
+            if (bundle := _cached(folder, snapshot)) is not None:
+                return bundle
+            shutil.rmtree(folder)
+            partial.rename(folder)
         return open_bundle(folder)
+    except BundleError as error:
+        raise BundleError(error.message.replace(f"{partial}{os.sep}", ""), hint=error.hint) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -268,7 +272,7 @@ def _client_errors(doing: str) -> Iterator[None]:
         raise
     except Exception as error:  # the client's HTTP library and its errors are others from version to version
         text = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigurationError(f"{doing}: {text}", hint=_what_to_do(error)) from error
+        raise ConfigurationError(f"{doing}: {text.rstrip('.')}.", hint=_what_to_do(error)) from error
 
 
 def _what_to_do(error: BaseException) -> str:
@@ -285,7 +289,7 @@ def _what_to_do(error: BaseException) -> str:
     if isinstance(error, errors.RepositoryNotFoundError):
         return "Check the name; for a private repository, log in with `hf auth login` or set HF_TOKEN."
     if any(isinstance(cause, errors.OfflineModeIsEnabled) for cause in causes):
-        return "Unset HF_HUB_OFFLINE; what was pulled once is had offline."
+        return "Unset HF_HUB_OFFLINE; offline, there is only what was pulled before."
     return "Check the network and HF_ENDPOINT, then try again."
 
 

@@ -15,9 +15,9 @@ from visionaccel.backends import AUTO
 from visionaccel.checkpoint import locate_checkpoint
 from visionaccel.cli.output import Backend, Device, Json, OptionsText, print_json, results
 from visionaccel.encoder import open_encoder
-from visionaccel.errors import CheckpointError, ConfigurationError, InputError, SettingsError
+from visionaccel.errors import SettingsError
 from visionaccel.families import tower_of
-from visionaccel.grid import Grid, as_grids
+from visionaccel.images import image_processor, load_image
 from visionaccel.settings import load_settings, parse_options
 
 __all__ = ["encode"]
@@ -41,7 +41,7 @@ def encode(
     except ValueError as error:
         raise SettingsError(f"--options {options!r}: {error}.", hint="Write name=value,name=value.") from error
     found = locate_checkpoint(checkpoint)
-    process = _image_processor(found.folder)
+    process = image_processor(found.folder)
     with open_encoder(
         tower_of(found),
         backend=backend or settings.backend or AUTO,
@@ -51,7 +51,7 @@ def encode(
         rows: list[dict[str, Any]] = []
         arrays: dict[str, NDArray[np.float32]] = {}
         for number, path in enumerate(images):
-            patches, grid = process(path)
+            patches, grid = process(load_image(path))
             started = time.perf_counter()
             embeddings = encoder.encode(patches, [grid])
             seconds = time.perf_counter() - started
@@ -82,34 +82,3 @@ def encode(
     results.print(table)
     if output is not None:
         results.print(f"Embeddings are in {output}.", markup=False)
-
-
-def _image_processor(folder: Path) -> Any:
-    """A function from an image file to float32 patches [P, width] and their grid, by the checkpoint's own processor."""
-    try:
-        from PIL import Image, UnidentifiedImageError
-        from transformers import AutoImageProcessor
-    except ImportError as error:
-        raise ConfigurationError(
-            f"image files need transformers and Pillow, and {error.name} is missing.",
-            hint="pip install 'visionaccel[images]'.",
-        ) from error
-    try:
-        processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-    except (OSError, ValueError, ImportError) as error:
-        raise CheckpointError(
-            f"the image processor of {folder} cannot be loaded: {error}",
-            hint="The folder needs preprocessor_config.json or processor_config.json.",
-        ) from error
-
-    def process(path: Path) -> tuple[NDArray[np.float32], Grid]:
-        try:
-            with Image.open(path) as image:
-                inputs = processor(images=[image.convert("RGB")], return_tensors="np")
-        except (OSError, UnidentifiedImageError, ValueError) as error:
-            raise InputError(
-                f"{path} cannot be read as an image: {error}", hint="Pass a complete image file."
-            ) from error
-        return np.asarray(inputs["pixel_values"], dtype=np.float32), as_grids(inputs["image_grid_thw"])[0]
-
-    return process

@@ -23,9 +23,9 @@ class GuardedEncoder:
 
     Args:
         primary: The chosen encoder.
-        fallback: Opens the encoder that takes over items on which the primary's device fails, and those that fit none of
-            its programs; None for no other.
-            Called at most once, when first needed; a failure to open is remembered.
+        fallback: Opens the encoder that takes over items on which the primary's device fails, and those that none of
+            its programs takes; None for no other. Called at most once, when first needed, and a failure to open is
+            remembered.
 
     Attributes:
         fallback_items: Items that the fallback encoded so far.

@@ -11,9 +11,8 @@ from visionaccel.integrations.vllm.compat import (
     MULTIMODAL_REGISTRY,
     Qwen2_5_VLDummyInputsBuilder,
     Qwen2_5_VLForConditionalGeneration,
-    Qwen2_5_VLMultiModalProcessor,
-    Qwen2_5_VLProcessingInfo,
 )
+from visionaccel.integrations.vllm.processing import FittedProcessingInfo, FittedProcessor
 from visionaccel.integrations.vllm.tower import AbsentTower, AcceleratedTower
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ __all__ = ["AcceleratedQwen25VL"]
 
 
 @MULTIMODAL_REGISTRY.register_processor(
-    Qwen2_5_VLMultiModalProcessor, info=Qwen2_5_VLProcessingInfo, dummy_inputs=Qwen2_5_VLDummyInputsBuilder
+    FittedProcessor, info=FittedProcessingInfo, dummy_inputs=Qwen2_5_VLDummyInputsBuilder
 )
 class AcceleratedQwen25VL(Qwen2_5_VLForConditionalGeneration):  # type: ignore[misc]
     """Allocates no vision weights and skips them while loading; all else is vLLM's."""

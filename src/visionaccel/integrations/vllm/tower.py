@@ -11,7 +11,7 @@ from torch import nn
 
 from visionaccel.arrays import as_host_tensor, dtype_name, is_tensor
 from visionaccel.backends import AUTO
-from visionaccel.checkpoint import locate_checkpoint
+from visionaccel.bundle import Bundle
 from visionaccel.encoder import Encoder, open_encoder
 from visionaccel.errors import (
     BackendUnavailableError,
@@ -21,10 +21,11 @@ from visionaccel.errors import (
     PluginError,
     VisionAccelError,
 )
-from visionaccel.families import Tower, tower_of
+from visionaccel.families import Tower
 from visionaccel.grid import as_grids
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.faults import Fault, item_key, report_fault
+from visionaccel.integrations.vllm.source import open_served_source
 from visionaccel.runtime.guarded import GuardedEncoder
 from visionaccel.runtime.timing import TimingLog
 from visionaccel.settings import Settings, load_settings
@@ -49,20 +50,16 @@ class AcceleratedTower(nn.Module):
     def __init__(self, served: compat.ServedModel) -> None:
         super().__init__()
         settings = load_settings()
-        if settings.bundle is not None and not settings.bundle.is_dir():
-            raise ConfigurationError(
-                f"VISIONACCEL_BUNDLE={str(settings.bundle)!r} is not a folder.", hint="Name an existing folder."
-            )
-        source = settings.bundle or served.source
-        tower = tower_of(locate_checkpoint(source, None if settings.bundle else served.revision))
-        _check_fit(tower, served.vision, str(source))
+        source = open_served_source(served.source, served.revision, settings)
+        tower = source.tower if isinstance(source, Bundle) else source
+        _check_fit(tower, served.vision, str(settings.bundle or served.source))
         self.spatial_merge_size = tower.merge_size
         self.out_hidden_size = tower.out_width
         self.dtype = served.dtype
         self.device = torch.device(served.device)
         # vLLM builds models under a default device, which is no business of the backend's.
         with torch.device("cpu"):
-            self.encoder = open_guarded(tower, settings)
+            self.encoder = open_guarded(source, settings)
 
     def forward(self, x: torch.Tensor, grid_thw: Any, **_: Any) -> torch.Tensor:
         """Embeddings of the items of one step.
@@ -99,20 +96,23 @@ class AcceleratedTower(nn.Module):
         return torch.zeros(grid.tokens(self.spatial_merge_size), self.out_hidden_size)
 
 
-def open_guarded(tower: Tower, settings: Settings) -> GuardedEncoder:
+def open_guarded(source: Tower | Bundle, settings: Settings) -> GuardedEncoder:
     """The encoder that the settings ask for; its fallback if it cannot run here and one is set.
+
+    The fallback runs on the weights, so that it takes every grid whatever programs a bundle has.
 
     Raises:
         VisionAccelError: If neither can start, or a setting is wrong; the message says why and what to do.
     """
     name = settings.fallback
+    tower = source.tower if isinstance(source, Bundle) else source
 
     def open_fallback() -> Encoder:
         return open_encoder(tower, backend=name or AUTO)
 
     try:
         primary = open_encoder(
-            tower, backend=settings.backend or AUTO, device=settings.device, options=settings.options
+            source, backend=settings.backend or AUTO, device=settings.device, options=settings.options
         )
         second = open_fallback if name is not None else None
     except (BackendUnavailableError, PluginError, DeviceError) as error:
@@ -124,11 +124,13 @@ def open_guarded(tower: Tower, settings: Settings) -> GuardedEncoder:
         TimingLog.install()
     capabilities = primary.capabilities
     compat.logger().info(
-        "visionaccel: the vision encoder runs on backend %r, device %s%s, %s arithmetic, in-line; fallback: %s",
+        "visionaccel: the vision encoder runs on backend %r, device %s%s, %s arithmetic, in-line, and takes %s; "
+        "fallback: %s",
         primary.backend,
         capabilities.device,
         " (simulated)" if capabilities.simulated else "",
         capabilities.precision,
+        ", ".join(str(opened.program.coverage) for opened in primary.programs),
         name if second is not None else "none",
     )
     return GuardedEncoder(primary, second)

@@ -1,0 +1,122 @@
+"""Numbers of a comparison: how far embeddings are from the reference's, token by token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Comparison", "Place", "token_cosines"]
+
+_WRONG = -1.0
+"""Cosine of a token that has no direction, so that a device that returns zeros, or NaN, cannot pass."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Place:
+    """Where a token stands.
+
+    Attributes:
+        encode: Number of the encode, from 0, in the order of comparing.
+        token: Row of its embeddings, from 0.
+    """
+
+    encode: int
+    token: int
+
+
+class Comparison:
+    """Collects the encodes of one program beside the reference's.
+
+    Attributes:
+        encodes: Encodes compared.
+        tokens: Embeddings compared.
+        nonfinite_rows: Embeddings with NaN or infinity.
+    """
+
+    def __init__(self) -> None:
+        self.encodes = self.tokens = self.nonfinite_rows = 0
+        self._cosines: list[NDArray[np.float64]] = []
+        self._squared_error = self._squared_reference = 0.0
+
+    def add(self, ours: NDArray[np.float32], reference: NDArray[np.float32]) -> None:
+        """Compare one encode.
+
+        Args:
+            ours: [tokens, width]. A row with NaN or infinity counts as a row of zeros in the relative error.
+            reference: [tokens, width].
+        """
+        assert ours.shape == reference.shape, "embeddings of one encode have one shape"
+        finite = np.isfinite(ours).all(axis=1)
+        self.nonfinite_rows += int((~finite).sum())
+        self._cosines.append(token_cosines(ours, reference))
+        exact = np.where(np.isfinite(reference).all(axis=1, keepdims=True), reference, 0).astype(np.float64)
+        found = np.where(finite[:, None], ours, 0).astype(np.float64)
+        self._squared_error += float(np.square(found - exact).sum())
+        self._squared_reference += float(np.square(exact).sum())
+        self.encodes += 1
+        self.tokens += len(reference)
+
+    def add_missing(self, reference: NDArray[np.float32], nonfinite_rows: int = 0) -> None:
+        """Count an encode that was not made or had to be thrown away: each of its tokens is wrong.
+
+        Args:
+            reference: [tokens, width]; what it should have been.
+            nonfinite_rows: Rows of it that were NaN or infinite.
+        """
+        self.add(np.zeros_like(reference), reference)
+        self.nonfinite_rows += nonfinite_rows
+
+    @property
+    def cosines(self) -> NDArray[np.float64]:
+        """float64 [tokens]: the cosine of every token, encode by encode."""
+        return np.concatenate(self._cosines)
+
+    @property
+    def lowest(self) -> float:
+        """The lowest cosine."""
+        return float(self.cosines.min())
+
+    @property
+    def lowest_at(self) -> Place:
+        """Where the lowest cosine is; of equals, the first."""
+        at = int(np.argmin(self.cosines))
+        starts = np.cumsum([0, *map(len, self._cosines)])
+        encode = int(np.searchsorted(starts, at, side="right")) - 1
+        return Place(encode, at - int(starts[encode]))
+
+    @property
+    def first_percentile(self) -> float:
+        """The cosine that 99 % of the tokens reach, interpolated."""
+        return float(np.percentile(self.cosines, 1))
+
+    @property
+    def mean(self) -> float:
+        """The mean cosine."""
+        return float(self.cosines.mean())
+
+    @property
+    def relative_error(self) -> float:
+        """Norm of the difference over the norm of the reference, of all tokens together; of nothing but zeros, 0."""
+        if self._squared_reference == 0:
+            return float(self._squared_error > 0)
+        return float(np.sqrt(self._squared_error / self._squared_reference))
+
+
+def token_cosines(ours: NDArray[np.float32], reference: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Cosine of each row, computed in float64; -1 where either row is zero or not finite.
+
+    Args:
+        ours: [tokens, width].
+        reference: [tokens, width].
+
+    Returns:
+        float64 [tokens], from -1 to 1.
+    """
+    sound = np.isfinite(ours).all(axis=1) & np.isfinite(reference).all(axis=1)
+    found, exact = (np.where(sound[:, None], rows, 0).astype(np.float64) for rows in (ours, reference))
+    norms = np.linalg.norm(found, axis=1) * np.linalg.norm(exact, axis=1)
+    cosines = np.full(len(norms), _WRONG)
+    np.divide(np.einsum("ij,ij->i", found, exact), norms, out=cosines, where=norms > 0)
+    return np.clip(cosines, -1.0, 1.0)

@@ -1,0 +1,168 @@
+"""Images get the grids that the encoder's programs take before vLLM's processor sees them.
+
+Resizing comes first, so that placeholders, positions and tokens are all vLLM's own for the size the image then has. An
+image or video that no program takes is refused here, with its request alone, unless a fallback takes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from visionaccel.arrays import as_numpy
+from visionaccel.errors import ConfigurationError, InputError, UnfitGridError
+from visionaccel.fitting import Fitter
+from visionaccel.grid import as_grids
+from visionaccel.integrations.vllm import compat
+from visionaccel.integrations.vllm.compat import Qwen2_5_VLMultiModalProcessor, Qwen2_5_VLProcessingInfo
+from visionaccel.integrations.vllm.source import Grids, grids_of
+from visionaccel.program import FixedGrid
+from visionaccel.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["FittedProcessingInfo", "FittedProcessor"]
+
+
+class FittedProcessingInfo(Qwen2_5_VLProcessingInfo):  # type: ignore[misc]
+    """vLLM's processing information, with images of the encoder's grids where its programs do not take every grid."""
+
+    @cached_property
+    def _settings(self) -> Settings:
+        return load_settings()
+
+    @cached_property
+    def grids(self) -> Grids:
+        """Which grids the encoder takes."""
+        model = self.ctx.model_config
+        return grids_of(model.model, model.revision, self._settings)
+
+    @property
+    def limited(self) -> bool:
+        """Some grid fits no program, and no other backend takes it."""
+        return not self.grids.every and not self.grids.rest
+
+    @cached_property
+    def fitter(self) -> Fitter | None:
+        """What resizes images; None where every grid is taken.
+
+        Raises:
+            ConfigurationError: If the processor would change the size of an image that has a program's grid.
+        """
+        grids = self.grids
+        if grids.every:
+            return None
+        least, most = compat.pixel_bounds(self)
+        side = grids.tower.patch_size
+        for coverage in grids.coverages:
+            pixels = coverage.grid.patches * side**2 if isinstance(coverage, FixedGrid) else least
+            if not least <= pixels <= most:
+                raise ConfigurationError(
+                    f"the program for {coverage} needs images of {pixels} pixels; the processor makes them of {least} "
+                    f"to {most}.",
+                    hint="Pass --mm-processor-kwargs with fitting min_pixels and max_pixels, or export other grids.",
+                )
+        policy = "letterbox" if self._settings.fit == "none" else self._settings.fit
+        return Fitter(grids.tower, grids.coverages, policy, least, most)
+
+    @property
+    def resizes(self) -> bool:
+        """Images are resized to the programs' grids."""
+        return not self.grids.every and self._settings.fit != "none"
+
+    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        limits: Mapping[str, int | None] = super().get_supported_mm_limits()
+        return {**limits, "video": 0} if self.limited else limits
+
+    def get_data_parser(self) -> Any:
+        parser = super().get_data_parser()
+        if self.resizes:
+            compat.convert_images(parser, self._fit)
+        if self.limited:
+            compat.refuse_videos(parser, self._refuse_video)
+        return parser
+
+    def get_image_size_with_most_features(self, *args: Any, **kwargs: Any) -> Any:
+        if self.fitter is None or not (self.resizes or self.limited):
+            return super().get_image_size_with_most_features(*args, **kwargs)
+        grid, side = self.fitter.largest, self.grids.tower.patch_size
+        return compat.ImageSize(width=grid.w * side, height=grid.h * side)
+
+    def _get_vision_info(self, **kwargs: Any) -> Any:
+        # Releases differ in whether they pass the modality; without it, one frame is an image.
+        image = kwargs.get("modality") or ("image" if kwargs.get("num_frames", 1) == 1 else "video")
+        if self.resizes and image == "image" and self.fitter is not None:
+            grid = self.fitter.grid_for(kwargs["image_height"], kwargs["image_width"])
+            side = self.grids.tower.patch_size
+            kwargs |= {"image_height": grid.h * side, "image_width": grid.w * side}
+        return super()._get_vision_info(**kwargs)
+
+    def check_fits(self, kind: str, grid_thw: Any) -> None:
+        """Refuse an item whose grid no program takes, whatever gave it that grid.
+
+        Raises:
+            UnfitGridError: If there is no fallback either.
+        """
+        (grid,) = as_grids(as_numpy(grid_thw).reshape(-1, 3))
+        tower, coverages = self.grids.tower, self.grids.coverages
+        if self.limited and not any(tower.fits(coverage, grid.frame) for coverage in coverages):
+            taken = "; ".join(map(str, coverages))
+            raise UnfitGridError(
+                f"this {kind} has grid {grid}, and the encoder's programs take {taken} (height x width in patches).",
+                hint="Leave the processor's size options alone, or have the server's VISIONACCEL_FALLBACK set.",
+            )
+
+    def _fit(self, image: Any) -> Image:
+        assert self.fitter is not None
+        return self.fitter.fit(_as_picture(image))
+
+    def _refuse_video(self) -> None:
+        taken = "; ".join(map(str, self.grids.coverages))
+        raise UnfitGridError(
+            f"this server takes no videos: its vision encoder's programs take {taken} (height x width in patches).",
+            hint="Have the server's VISIONACCEL_FALLBACK set, or add a dynamic program to the bundle.",
+        )
+
+
+class FittedProcessor(Qwen2_5_VLMultiModalProcessor):  # type: ignore[misc]
+    """vLLM's processor; what has a grid that no program takes is refused before the engine hears of it."""
+
+    def _get_prompt_updates(
+        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any
+    ) -> Sequence[Any]:
+        for kind in ("image", "video"):
+            for item in out_mm_kwargs.get(kind, ()):
+                if item is not None and f"{kind}_grid_thw" in item:
+                    self.info.check_fits(kind, item[f"{kind}_grid_thw"].data)
+        updates: Sequence[Any] = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
+        return updates
+
+
+def _as_picture(image: Any) -> Image:
+    """An image of any kind that vLLM takes, as RGB.
+
+    Raises:
+        InputError: If it is none.
+    """
+    from PIL import Image as pillow
+
+    image = getattr(image, "media", image)  # vLLM wraps what it decoded together with the bytes
+    if isinstance(image, pillow.Image):
+        return image if image.mode == "RGB" else image.convert("RGB")
+    try:
+        pixels = as_numpy(image)
+        if pixels.ndim == 3 and pixels.shape[-1] not in (1, 3, 4):
+            pixels = pixels.transpose(1, 2, 0)
+        if pixels.dtype != np.uint8:
+            # The processor takes numbers of other types as grey levels of 0 to 255 too.
+            pixels = np.clip(np.rint(np.asarray(pixels, dtype=np.float32)), 0, 255).astype(np.uint8)
+        return pillow.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).convert("RGB")
+    except (TypeError, ValueError, AttributeError, IndexError) as error:
+        raise InputError(
+            f"an image of type {type(image).__name__} cannot be read: {error}.",
+            hint="Pass a PIL image, or an array of shape [height, width, 3].",
+        ) from error

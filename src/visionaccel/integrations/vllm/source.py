@@ -1,0 +1,110 @@
+"""Where the encoder of a served model comes from, and the proof that it belongs to that model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from visionaccel.backends import AUTO, default_registry, select
+from visionaccel.bundle import Bundle, is_bundle, open_bundle
+from visionaccel.bundle.opening import tower_digest
+from visionaccel.bundle.processor import processor_digest
+from visionaccel.checkpoint import Checkpoint, locate_checkpoint
+from visionaccel.errors import CheckpointError, ConfigurationError
+from visionaccel.families import Tower, tower_of
+from visionaccel.program import AnyGrid, Coverage
+from visionaccel.settings import Settings
+from visionaccel.stripping import read_strip_note
+
+__all__ = ["Grids", "grids_of", "open_served_source"]
+
+
+def open_served_source(model: str, revision: str | None, settings: Settings) -> Tower | Bundle:
+    """The encoder that the settings name for a served model: a bundle, another checkpoint's, or its own.
+
+    Args:
+        model: Checkpoint folder or Hugging Face repository that is served.
+        revision: That repository's revision.
+        settings: The settings.
+
+    Raises:
+        ConfigurationError: If `VISIONACCEL_BUNDLE` is no folder, or is a bundle of another model.
+        ArtifactError: If the bundle or checkpoint is broken.
+    """
+    if settings.bundle is None:
+        return tower_of(locate_checkpoint(model, revision))
+    if not settings.bundle.is_dir():
+        raise ConfigurationError(
+            f"VISIONACCEL_BUNDLE={str(settings.bundle)!r} is not a folder.",
+            hint="Name an existing folder; `visionaccel pull` fetches a bundle from the hub.",
+        )
+    if not is_bundle(settings.bundle):
+        return tower_of(locate_checkpoint(settings.bundle))
+    served = locate_checkpoint(model, revision)
+    bundle = open_bundle(settings.bundle, checkpoint=served)
+    _check_same_model(bundle, served)
+    return bundle
+
+
+def _check_same_model(bundle: Bundle, served: Checkpoint) -> None:
+    """Refuse a bundle that was exported from other vision weights, or for another image processor.
+
+    A checkpoint stripped of its vision weights keeps a note of their digest. One that has neither cannot be told apart
+    from another of the same shape, and is taken at its word.
+    """
+    stated = bundle.manifest.weights_digest
+    found = read_strip_note(served.folder)
+    if found is None:
+        try:
+            found = tower_digest(tower_of(served))
+        except CheckpointError:
+            found = stated
+    if found != stated:
+        raise ConfigurationError(
+            f"the bundle {bundle.folder} was exported from other vision weights than those of {served.folder}.",
+            hint="Export a bundle from the served checkpoint.",
+        )
+    theirs, ours = processor_digest(served.folder), bundle.manifest.processor_digest
+    if ours is not None and theirs is not None and ours != theirs:
+        raise ConfigurationError(
+            f"the bundle {bundle.folder} was exported for another image processor than that of {served.folder}.",
+            hint="Export a bundle from the served checkpoint, or restore its preprocessor_config.json.",
+        )
+
+
+@dataclass(frozen=True)
+class Grids:
+    """Which grids the encoder of a served model takes.
+
+    Attributes:
+        tower: The vision tower.
+        coverages: What each program takes that the chosen backend accepts.
+        every: Some program takes every grid.
+        rest: Another backend takes over what fits none.
+    """
+
+    tower: Tower
+    coverages: tuple[Coverage, ...]
+    every: bool
+    rest: bool
+
+
+def grids_of(model: str, revision: str | None, settings: Settings) -> Grids:
+    """What the encoder of a served model will take, without opening it.
+
+    Every process of vLLM that prepares images asks, and all come to the same answer: probes allocate nothing.
+
+    Args:
+        model: Checkpoint folder or Hugging Face repository that is served.
+        revision: That repository's revision.
+        settings: The settings.
+
+    Raises:
+        ConfigurationError: As `open_served_source`, or if the backend is unknown or broken.
+        ArtifactError: If the bundle or checkpoint is broken.
+    """
+    source = open_served_source(model, revision, settings)
+    tower = source.tower if isinstance(source, Bundle) else source
+    chosen = select(default_registry(), source, settings.backend or AUTO, settings.device).chosen
+    # With no program the engine will not start, or start with the fallback, which takes every grid.
+    coverages = tuple(program.coverage for program in chosen.programs) if chosen is not None else (AnyGrid(),)
+    return Grids(tower, coverages, AnyGrid() in coverages, settings.fallback is not None)
