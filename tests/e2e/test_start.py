@@ -5,7 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from safetensors.numpy import load_file, save_file
+
+from visionaccel.bundle.export import ProgramRequest, export_bundle
+from visionaccel.checkpoint import Checkpoint
+from visionaccel.encoder import open_tower
+from visionaccel.program import AnyGrid
+from visionaccel.stripping import strip_checkpoint
 
 
 def tokens(answers):
@@ -15,11 +20,8 @@ def tokens(answers):
 @pytest.fixture(scope="module")
 def stripped(digits, tmp_path_factory):
     """The digits checkpoint without its vision weights."""
-    folder = Path(shutil.copytree(digits, tmp_path_factory.mktemp("stripped") / "checkpoint"))
-    weights = load_file(folder / "model.safetensors")
-    kept = {name: value for name, value in weights.items() if "visual." not in name}
-    assert 0 < len(kept) < len(weights)
-    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    folder = tmp_path_factory.mktemp("stripped") / "checkpoint"
+    strip_checkpoint(Checkpoint(digits), folder)
     return folder
 
 
@@ -39,11 +41,14 @@ def other_family(digits, tmp_path_factory):
     return folder
 
 
-def test_a_stripped_checkpoint_loads_with_the_encoder_from_elsewhere(ask, stock, stripped, digits):
-    answers = ask({"VISIONACCEL_BACKEND": "auto", "VISIONACCEL_BUNDLE": str(digits)}, "few", stripped)
+def test_a_stripped_checkpoint_loads_with_a_bundle(ask, stock, stripped, digits, tmp_path):
+    requests = [ProgramRequest(AnyGrid())]
+    bundle = export_bundle(open_tower(digits), tmp_path / "bundle", requests, self_contained=True)
+    answers = ask({"VISIONACCEL_BACKEND": "auto", "VISIONACCEL_BUNDLE": str(bundle.folder)}, "few", stripped)
     assert "the vision encoder runs on backend 'onnxrt'" in answers["log"], answers["log"][-4000:]
     assert answers["status"] == 0, answers["log"][-4000:]
-    assert tokens(answers["parts"]["first"]) == tokens(stock["parts"]["first"])
+    for part in ("first", "video"):
+        assert tokens(answers["parts"][part]) == tokens(stock["parts"][part])
 
 
 def test_a_stripped_checkpoint_alone_is_refused(ask, stripped):

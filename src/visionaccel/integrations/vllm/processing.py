@@ -113,7 +113,8 @@ class FittedProcessingInfo(Qwen2_5_VLProcessingInfo):  # type: ignore[misc]
             taken = "; ".join(map(str, coverages))
             raise UnfitGridError(
                 f"this {kind} has grid {grid}, and the encoder's programs take {taken} (height x width in patches).",
-                hint="Leave the processor's size options alone, or have the server's VISIONACCEL_FALLBACK set.",
+                hint="Leave the processor's size options alone, or have the server set VISIONACCEL_FIT or "
+                "VISIONACCEL_FALLBACK.",
             )
 
     def _fit(self, image: Any) -> Image:
@@ -124,7 +125,7 @@ class FittedProcessingInfo(Qwen2_5_VLProcessingInfo):  # type: ignore[misc]
         taken = "; ".join(map(str, self.grids.coverages))
         raise UnfitGridError(
             f"this server takes no videos: its vision encoder's programs take {taken} (height x width in patches).",
-            hint="Have the server's VISIONACCEL_FALLBACK set, or add a dynamic program to the bundle.",
+            hint="Have the server set VISIONACCEL_FALLBACK, or use a bundle with a dynamic program.",
         )
 
 

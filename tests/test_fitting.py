@@ -1,0 +1,139 @@
+"""Images get grids that programs take: their own where it is taken, the nearest in aspect and area where it is not."""
+
+from functools import cache
+
+import numpy as np
+import pytest
+from hypothesis import assume, example, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+from visionaccel.encoder import open_tower
+from visionaccel.errors import InputError, UnfitGridError
+from visionaccel.fitting import Fitter, grid_cost, natural_grid
+from visionaccel.grid import Grid
+from visionaccel.program import AnyGrid, Bucket, FixedGrid
+from visionaccel.testing.checkpoints import QWEN2_5_VL_7B, hollow_checkpoint
+
+LEAST, MOST = 3136, 12845056
+SIDES = st.integers(1, 4000)
+
+
+@pytest.fixture(scope="module")
+def tower(tmp_path_factory):
+    """The 7B tower: patches of 14 pixels, windows of 8x8 patches."""
+    return open_tower(hollow_checkpoint(tmp_path_factory.mktemp("7b"), QWEN2_5_VL_7B))
+
+
+@cache
+def fixed(*texts):
+    return tuple(FixedGrid(Grid.parse(text)) for text in texts)
+
+
+def fitter(tower, coverages, policy="letterbox", most=MOST):
+    return Fitter(tower, tuple(coverages), policy, LEAST, most)
+
+
+@given(height=SIDES, width=SIDES, bounds=st.sampled_from([(LEAST, MOST), (LEAST, 1003520), (50176, 200704)]))
+@example(height=1, width=1, bounds=(LEAST, MOST))
+@example(height=1, width=200, bounds=(LEAST, MOST))
+@hypothesis_settings(max_examples=300)
+def test_the_natural_grid_is_the_processors_own(height, width, bounds):
+    assume(max(height, width) <= 200 * min(height, width))
+    rows, columns = smart_resize(height, width, 28, *bounds)
+    assert natural_grid(height, width, 28, *bounds, 2) == Grid(1, rows // 14, columns // 14)
+
+
+def test_an_aspect_ratio_that_the_processor_refuses_is_refused(tower):
+    with pytest.raises(UnfitGridError, match="aspect ratio"):
+        fitter(tower, fixed("58x74")).grid_for(2, 401)
+    assert issubclass(UnfitGridError, InputError)
+
+
+def test_orientation_decides_between_grids_of_one_size(tower):
+    both = fitter(tower, fixed("58x74", "74x58"))
+    assert both.grid_for(768, 1024) == Grid(1, 58, 74)
+    assert both.grid_for(1024, 768) == Grid(1, 74, 58)
+
+
+def test_area_decides_between_grids_of_one_aspect_ratio(tower):
+    sizes = fitter(tower, fixed("16x16", "32x32", "64x64"))
+    chosen = {side: sizes.grid_for(side, side).h for side in (60, 224, 300, 448, 500, 900, 3000)}
+    assert chosen == {60: 16, 224: 16, 300: 32, 448: 32, 500: 32, 900: 64, 3000: 64}
+
+
+def test_lost_detail_weighs_more_than_added_area():
+    natural = Grid(1, 32, 32)
+    smaller, larger = (grid_cost(448, 448, natural, Grid(1, side, side)) for side in (16, 64))
+    assert smaller == pytest.approx(2 * larger)
+    assert grid_cost(448, 448, natural, natural) == 0
+
+
+@given(height=SIDES, width=SIDES, policy=st.sampled_from(["letterbox", "stretch"]))
+@example(height=1, width=1, policy="letterbox")
+@example(height=1, width=200, policy="letterbox")
+@example(height=200, width=1, policy="stretch")
+@hypothesis_settings(max_examples=60)
+def test_every_image_gets_a_grid_that_a_program_takes_and_keeps_it(tower, height, width, policy):
+    assume(max(height, width) <= 200 * min(height, width))
+    coverages = [*fixed("8x24", "16x16", "24x8"), Bucket(400, 12)]
+    fit = fitter(tower, coverages, policy)
+    fitted = fit.fit(Image.new("RGB", (width, height)))
+    rows, columns = smart_resize(fitted.height, fitted.width, 28, LEAST, MOST)
+    grid = Grid(1, rows // 14, columns // 14)
+    assert any(tower.fits(coverage, grid) for coverage in coverages)
+    assert grid == fit.grid_for(height, width)
+    assert fit.grid_for(fitted.height, fitted.width) == grid
+    assert grid.patches <= fit.largest.patches
+    again = fit.fit(fitted)
+    assert again.size == fitted.size
+    assert np.array_equal(again, fitted)
+
+
+def test_an_image_whose_own_grid_fits_a_bucket_is_left_to_the_processor(tower):
+    image = Image.new("RGB", (300, 200))
+    fit = fitter(tower, [tower.bucket(Grid(1, 32, 32))])
+    assert fit.fit(image) is image
+    assert fit.grid_for(200, 300) == Grid(1, 14, 22)
+    # 24x36 fills 15 of its 16 windows; the next larger grid of that aspect ratio, 26x38, would need 20.
+    assert fit.fit(Image.new("RGB", (3000, 2000))).size == (36 * 14, 24 * 14)
+
+
+def test_nothing_changes_where_a_program_takes_every_grid(tower):
+    image = Image.new("RGB", (3001, 2003))
+    assert fitter(tower, [*fixed("8x8"), AnyGrid()]).fit(image) is image
+
+
+def test_the_largest_grid_is_the_one_with_most_tokens_that_an_image_can_get(tower):
+    assert fitter(tower, fixed("58x74", "16x16")).largest == Grid(1, 58, 74)
+    assert fitter(tower, [tower.bucket(Grid(1, 58, 74))]).largest.tokens(2) == 29 * 37
+    assert fitter(tower, [tower.bucket(Grid(1, 58, 74))], most=448 * 448).largest == Grid(1, 32, 32)
+
+
+def test_stretching_fills_the_grid(tower):
+    image = Image.fromarray(np.tile(np.linspace(0, 255, 100, dtype=np.uint8)[:, None, None], (1, 300, 3)))
+    fitted = np.asarray(fitter(tower, fixed("16x16"), "stretch").fit(image))
+    assert fitted.shape == (224, 224, 3)
+    assert fitted[0].mean() < 5
+    assert fitted[-1].mean() > 250
+
+
+def test_letterboxing_keeps_the_aspect_ratio_and_pads_below_or_beside(tower):
+    ground, square = (30, 60, 90), (250, 200, 150)
+    image = Image.new("RGB", (400, 100), ground)
+    image.paste(square, (150, 25, 200, 75))
+    fitted = np.asarray(fitter(tower, fixed("16x16")).fit(image))
+    scale = 224 / 400
+    assert fitted.shape == (224, 224, 3)
+    # What is padded has the ground's colour, so the square is all that stands out, at its place times one factor.
+    rows, columns = np.nonzero(np.abs(fitted.astype(int) - ground).sum(axis=2) > 150)
+    corners = [columns.min(), columns.max() + 1, rows.min(), rows.max() + 1]
+    assert corners == pytest.approx([150 * scale, 200 * scale, 25 * scale, 75 * scale], abs=1.5)
+    assert np.abs(fitted[60:].astype(int) - ground).max() <= 1
+
+
+def test_a_pixel_is_padded_with_its_own_colour(tower):
+    fitted = np.asarray(fitter(tower, fixed("8x24")).fit(Image.new("RGB", (1, 1), (10, 20, 30))))
+    assert (fitted == (10, 20, 30)).all()

@@ -1,0 +1,197 @@
+"""vLLM's own processing information and data parser, with images made to fit a bundle's programs."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from visionaccel.bundle import open_bundle
+from visionaccel.bundle.export import ProgramRequest, export_bundle
+from visionaccel.checkpoint import Checkpoint
+from visionaccel.encoder import open_tower
+from visionaccel.errors import BundleError, ConfigurationError, InputError, UnfitGridError
+from visionaccel.families import tower_of
+from visionaccel.grid import Grid
+from visionaccel.integrations.vllm.source import open_served_source
+from visionaccel.program import AnyGrid, FixedGrid
+from visionaccel.settings import load_settings
+from visionaccel.stripping import strip_checkpoint
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # vLLM and what it imports use deprecated parts of torch
+    from vllm.config import ModelConfig
+    from vllm.multimodal.media import MediaWithBytes
+    from vllm.multimodal.processing import InputProcessingContext
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    from visionaccel.integrations.vllm.processing import FittedProcessingInfo
+
+pytestmark = pytest.mark.filterwarnings("default")
+GRIDS = ("8x16", "16x8", "12x12")
+
+
+@pytest.fixture(scope="module")
+def bundles(digits, tmp_path_factory):
+    folder, tower = tmp_path_factory.mktemp("bundles"), open_tower(digits)
+    fixed = [ProgramRequest(FixedGrid(Grid.parse(text))) for text in GRIDS]
+    export_bundle(tower, folder / "fixed", fixed)
+    export_bundle(tower, folder / "tiny", [ProgramRequest(FixedGrid(Grid(1, 2, 2)))])
+    export_bundle(tower, folder / "bucket", [ProgramRequest(tower.bucket(Grid(1, 16, 16)))])
+    export_bundle(tower, folder / "both", [*fixed, ProgramRequest(AnyGrid())])
+    return folder
+
+
+@pytest.fixture
+def made(digits, bundles, monkeypatch):
+    """Makes the processing information of a served digits model for a bundle and settings."""
+
+    def make(bundle, mm_processor_kwargs=None, **settings):
+        named = {"backend": "onnxrt", "bundle": str(bundles / bundle), **settings}
+        for name, value in named.items():
+            monkeypatch.setenv(f"VISIONACCEL_{name.upper()}", value)
+        config = ModelConfig(model=str(digits), dtype="float32", mm_processor_kwargs=mm_processor_kwargs)
+        return FittedProcessingInfo(InputProcessingContext(config, cached_tokenizer_from_config(config)))
+
+    return make
+
+
+def parsed(info, *images):
+    (items,) = info.data_parser.parse_mm_data({"image": list(images)}).values()
+    return list(items.data)
+
+
+def test_images_of_every_kind_get_a_programs_grid(made):
+    info = made("fixed")
+    wide = np.zeros((50, 100, 3), np.uint8)
+    wide[:, 60:] = 200
+    kinds = [
+        Image.fromarray(wide),
+        Image.fromarray(wide).convert("L"),
+        MediaWithBytes(Image.fromarray(wide), b"its bytes"),
+        wide,
+        wide.transpose(2, 0, 1),
+        torch.from_numpy(wide),
+        torch.from_numpy(wide).float(),
+        wide[..., :1],
+    ]
+    first, *others = parsed(info, *kinds)
+    assert first.size == (16 * 14, 8 * 14)
+    for other in others:
+        assert np.abs(np.asarray(other, int) - np.asarray(first, int)).max() <= 2
+    assert [image.size for image in parsed(info, first, others[0])] == [first.size] * 2, "parsing again changes nothing"
+
+
+def test_images_known_by_their_identifier_stay_unknown(made):
+    assert parsed(made("fixed"), None, np.zeros((30, 30, 3), np.uint8))[0] is None
+
+
+def test_what_is_no_image_is_an_input_error(made):
+    with pytest.raises(InputError, match="cannot be read"):
+        parsed(made("fixed"), np.zeros((3, 4, 5, 6, 7)))
+
+
+def test_the_largest_image_is_the_largest_program(made):
+    info = made("fixed")
+    assert tuple(info.get_image_size_with_most_features()) == (12 * 14, 12 * 14)
+    assert info.get_max_image_tokens() == 36
+    assert made("bucket").get_max_image_tokens() == 64
+
+
+def test_token_counts_are_those_of_the_fitted_image(made):
+    info = made("fixed")
+    for size, tokens in (((50, 100), 32), ((100, 50), 32), ((300, 310), 36)):
+        height, width = size
+        counted = info.get_num_image_tokens(
+            image_width=width, image_height=height, image_processor=info.get_image_processor(), mm_kwargs={}
+        )
+        assert counted == tokens
+
+
+def test_without_a_fallback_videos_are_refused(made):
+    info = made("fixed")
+    assert info.supported_mm_limits == {"image": None, "video": 0}
+    clip = (np.zeros((2, 28, 28, 3), np.uint8), {"fps": 1.0})
+    with pytest.raises(UnfitGridError, match="takes no videos") as caught:
+        info.data_parser.parse_mm_data({"video": [clip]})
+    assert "VISIONACCEL_FALLBACK" in str(caught.value)
+    assert len(made("fixed", fallback="torch_ref").data_parser.parse_mm_data({"video": [clip]})["video"]) == 1
+    assert len(info.data_parser.parse_mm_data({"video": []}).get("video", [])) == 0
+
+
+def test_a_grid_that_options_of_a_request_forced_is_refused(made):
+    info = made("fixed")
+    info.check_fits("image", torch.tensor([1, 8, 16]))
+    with pytest.raises(UnfitGridError, match=r"this image has grid 1x20x20, and the encoder's programs take 8x16"):
+        info.check_fits("image", torch.tensor([1, 20, 20]))
+    made("fixed", fallback="torch_ref").check_fits("image", torch.tensor([1, 20, 20]))
+
+
+def test_a_grid_that_the_processor_would_resize_is_refused_at_start(made):
+    with pytest.raises(ConfigurationError, match=r"2x2 needs images of 784 pixels; the processor makes them of 3136"):
+        _ = made("tiny").fitter
+    assert made("tiny", {"min_pixels": 784}).fitter.largest == Grid(1, 2, 2)
+    assert made("tiny", {"images_kwargs": {"size": {"shortest_edge": 784}}}).fitter.largest == Grid(1, 2, 2)
+
+
+@pytest.mark.parametrize("settings", [{"fit": "none"}, {"bundle_name": "both"}])
+def test_images_stay_as_they_are_where_nothing_is_to_be_fitted(made, settings):
+    info = made(settings.pop("bundle_name", "fixed"), **settings)
+    assert parsed(info, Image.new("RGB", (90, 70)))[0].size == (90, 70)
+
+
+def test_a_broken_backend_does_not_hide_a_fallback(made):
+    info = made("fixed", device="npu", fallback="torch_ref")
+    assert info.grids.every
+    assert info.supported_mm_limits == {"image": None, "video": None}
+
+
+@pytest.fixture
+def other(digits, tmp_path):
+    """The digits checkpoint with one bit of its vision weights flipped."""
+    folder = tmp_path / "other"
+    folder.mkdir()
+    for file in digits.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    stored = tower_of(Checkpoint(folder)).weights["blocks.0.mlp.gate_proj.weight"]
+    with stored.file.open("r+b") as file:
+        file.seek(stored.offset)
+        byte = file.read(1)
+        file.seek(stored.offset)
+        file.write(bytes([byte[0] ^ 1]))
+    return folder
+
+
+def test_a_bundle_of_other_vision_weights_is_refused(digits, other, bundles, tmp_path, monkeypatch):
+    bundle = export_bundle(open_tower(digits), tmp_path / "packed", [ProgramRequest(AnyGrid())], self_contained=True)
+    monkeypatch.setenv("VISIONACCEL_BUNDLE", str(bundle.folder))
+    assert open_served_source(str(digits), None, load_settings()).manifest == bundle.manifest
+    with pytest.raises(ConfigurationError, match="exported from other vision weights"):
+        open_served_source(str(other), None, load_settings())
+    strip_checkpoint(Checkpoint(other), tmp_path / "stripped")
+    with pytest.raises(ConfigurationError, match="exported from other vision weights"):
+        open_served_source(str(tmp_path / "stripped"), None, load_settings())
+
+
+def test_a_bundle_for_another_image_processor_is_refused(digits, other, bundles, monkeypatch):
+    config = other / "processor_config.json"
+    config.write_text(config.read_text().replace("0.48145466", "0.5"))
+    (other / "model.safetensors").write_bytes((digits / "model.safetensors").read_bytes())
+    monkeypatch.setenv("VISIONACCEL_BUNDLE", str(bundles / "fixed"))
+    with pytest.raises(ConfigurationError, match="another image processor"):
+        open_served_source(str(other), None, load_settings())
+
+
+def test_the_served_checkpoint_stands_in_for_one_that_moved(digits, tmp_path, monkeypatch):
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for file in digits.iterdir():
+        (moved / file.name).write_bytes(file.read_bytes())
+    bundle = export_bundle(open_tower(moved), tmp_path / "bundle", [ProgramRequest(AnyGrid())])
+    moved.rename(tmp_path / "elsewhere")
+    monkeypatch.setenv("VISIONACCEL_BUNDLE", str(bundle.folder))
+    source = open_served_source(str(digits), None, load_settings())
+    assert source.tower.checkpoint.folder == digits
+    with pytest.raises(BundleError, match="needs the vision weights"):
+        open_bundle(bundle.folder)

@@ -1,0 +1,144 @@
+"""Graphs of fixed shapes compute the tower, in standard operators, for the 7B shape too."""
+
+import shutil
+from collections import Counter
+
+import numpy as np
+import onnx
+import pytest
+
+from towers import random_patches, reference
+from visionaccel import open_encoder
+from visionaccel.bundle.export import ProgramRequest, export_bundle
+from visionaccel.encoder import open_tower
+from visionaccel.errors import CheckpointError, ConfigurationError, UnfitGridError
+from visionaccel.families.qwen2_5_vl.patch_embedding import PatchEmbedding
+from visionaccel.grid import Grid
+from visionaccel.program import AnyGrid, FixedGrid, HostSplit
+from visionaccel.testing.checkpoints import QWEN2_5_VL_7B, TINY, hollow_checkpoint, random_checkpoint
+
+PRIOR_ART_NODES = 3016
+"""Nodes of the published export of the same tower at the same grid, which also took a copy of the weights."""
+
+
+@pytest.fixture(scope="module")
+def seven(tmp_path_factory):
+    """A checkpoint of the 7B tower's shape with random bfloat16 weights."""
+    folder = tmp_path_factory.mktemp("7b")
+    if shutil.disk_usage(folder).free < 6 * 2**30:
+        pytest.fail("the 7B tower needs 6 GiB of disk")
+    yield random_checkpoint(folder / "checkpoint", QWEN2_5_VL_7B, dtype="bfloat16")
+    shutil.rmtree(folder)
+
+
+def test_the_7b_program_for_58x74_is_valid_small_and_right(seven, tmp_path):
+    grid = Grid(1, 58, 74)
+    bundle = export_bundle(
+        open_tower(seven), tmp_path / "bundle", [ProgramRequest(FixedGrid(grid))], self_contained=True,
+        precision="bfloat16",
+    )  # fmt: skip
+    # What is packed in bfloat16 is what the checkpoint holds; the program under test is the float32 one.
+    floats = export_bundle(open_tower(bundle.folder), tmp_path / "float32", [ProgramRequest(FixedGrid(grid))])
+    path = floats.folder / "58x74.onnx"
+    model = onnx.load(path, load_external_data=False)
+    (bundle.folder / "float32.onnx").write_bytes(path.read_bytes())  # the checker wants the weights beside the model
+    onnx.checker.check_model(bundle.folder / "float32.onnx", full_check=True)
+    onnx.checker.check_model(bundle.folder / "58x74.onnx", full_check=True)
+    assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 17)]
+    assert len(model.graph.node) < PRIOR_ART_NODES
+
+    patches = random_patches([(1, 58, 74)], QWEN2_5_VL_7B)
+    with open_encoder(floats, backend="onnxrt") as encoder:
+        ours = encoder.encode(patches, [grid])
+    with open_encoder(seven, backend="torch_ref") as encoder:
+        exact = encoder.encode(patches, [grid])
+    cosine = (ours * exact).sum(axis=1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(exact, axis=1)
+    assert cosine.min() > 0.99999
+
+
+def test_every_window_layer_has_no_mask_and_every_full_one_sees_all(tiny):
+    model = onnx.load_model_from_string(open_tower(tiny).onnx_model(coverage=FixedGrid(Grid(1, 10, 18))))
+    shaped = onnx.shape_inference.infer_shapes(model)
+    sizes = {info.name: [d.dim_value for d in info.type.tensor_type.shape.dim] for info in shaped.graph.value_info}
+    scores = Counter(tuple(sizes[node.input[0]]) for node in model.graph.node if node.op_type == "Softmax")
+    # 10x18 patches in windows of 8x8: two whole, two of 2 rows, one of 2 columns, and a corner.
+    windows, full = {(2, 2, 64, 64): 2, (2, 3, 16, 16): 2, (2, 1, 4, 4): 2}, {(2, 180, 180): 1}
+    assert scores == Counter(windows | full)
+    assert all(size > 0 for shape in sizes.values() for size in shape), "every shape is known"
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_weights_and_activations_have_the_precision_and_the_edges_are_float32(tiny, precision):
+    tower = open_tower(tiny)
+    model = onnx.load_model_from_string(tower.onnx_model(coverage=FixedGrid(Grid(1, 8, 8)), precision=precision))
+    kinds = {
+        "float32": onnx.TensorProto.FLOAT,
+        "bfloat16": onnx.TensorProto.BFLOAT16,
+        "float16": onnx.TensorProto.FLOAT16,
+    }
+    types = {v.name: v.type.tensor_type.elem_type for v in onnx.shape_inference.infer_shapes(model).graph.value_info}
+    products = [types[node.output[0]] for node in model.graph.node if node.op_type in ("Gemm", "MatMul")]
+    assert set(products) == {kinds[precision]}
+    softmax = {types[node.output[0]] for node in model.graph.node if node.op_type == "Softmax"}
+    edges = {value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.output)}
+    assert softmax == edges == {onnx.TensorProto.FLOAT}
+
+
+def test_an_encoder_of_fixed_programs_refuses_other_grids_and_names_its_own(tiny, tmp_path):
+    requests = [ProgramRequest(FixedGrid(Grid(1, 8, 12)))]
+    bundle = export_bundle(open_tower(tiny), tmp_path / "bundle", requests)
+    with open_encoder(bundle, backend="onnxrt") as encoder:
+        with pytest.raises(UnfitGridError, match=r"takes grid 1x12x8; they take: 8x12"):
+            encoder.encode(random_patches([(1, 12, 8)]), [(1, 12, 8)])
+        assert len(encoder.encode(random_patches([(3, 8, 12)]), [(3, 8, 12)])) == 3 * 24
+
+
+def test_what_the_family_does_not_write_is_refused(tiny):
+    tower = open_tower(tiny)
+    with pytest.raises(ConfigurationError, match="fixed shapes only"):
+        tower.onnx_model(coverage=AnyGrid(), host=HostSplit("raster"))
+    with pytest.raises(ConfigurationError, match="grouped"):
+        tower.onnx_model(coverage=FixedGrid(Grid(1, 8, 8)), host=HostSplit("raster"))
+
+
+@pytest.mark.parametrize("use_torch", [False, True], ids=["numpy", "torch"])
+@pytest.mark.parametrize("given", ["float32", "bfloat16", "float16"])
+def test_the_hosts_patch_embedding_is_the_convolution(given, use_torch):
+    import ml_dtypes
+    import torch
+
+    rng = np.random.default_rng(0)
+    kernel = rng.standard_normal((32, 3, 2, 4, 4), dtype=np.float32) / 10
+    patches = rng.standard_normal((24, 96), dtype=np.float32).astype(getattr(ml_dtypes, given, None) or given)
+    order = rng.permutation(6)
+    blocks = torch.from_numpy(patches.astype(np.float32).reshape(-1, 3, 2, 4, 4))
+    exact = torch.nn.functional.conv3d(blocks, torch.from_numpy(kernel), stride=(2, 4, 4)).numpy().reshape(6, 4, 32)
+    for precision, tolerance in (("float32", 1e-5), ("float16", 1e-5), ("bfloat16", 2e-2)):
+        embedding = PatchEmbedding(kernel.reshape(32, -1), precision, 4, use_torch=use_torch)
+        ours = embedding(patches, order)
+        assert ours.dtype == np.float32
+        np.testing.assert_allclose(ours, exact[order], rtol=0, atol=tolerance)
+
+
+def test_numpy_and_torch_round_alike_in_bfloat16():
+    rng = np.random.default_rng(1)
+    weight, patches = rng.standard_normal((32, 96), np.float32), rng.standard_normal((24, 96), np.float32)
+    numpy, torch = (
+        PatchEmbedding(weight, "bfloat16", 4, use_torch=use)(patches, np.arange(6)) for use in (False, True)
+    )
+    assert (numpy == torch).mean() > 0.99
+    np.testing.assert_allclose(numpy, torch, rtol=2**-7, atol=1e-6)
+
+
+def test_a_split_program_without_its_host_weight_is_refused(tmp_path):
+    from visionaccel.families.qwen2_5_vl.host import read_matrix
+
+    stored = open_tower(random_checkpoint(tmp_path, TINY)).weights["merger.ln_q.weight"]
+    with pytest.raises(CheckpointError, match="is no"):
+        read_matrix(stored, (32, 96))
+
+
+def test_many_grids_are_written_without_reading_a_weight(tmp_path):
+    tower = open_tower(hollow_checkpoint(tmp_path, QWEN2_5_VL_7B))
+    sizes = {(h, w): len(tower.onnx_model(coverage=FixedGrid(Grid(1, h, w)))) for h, w in [(58, 74), (74, 58), (2, 2)]}
+    assert max(sizes.values()) < 5 * 2**20, "tables and nothing else"
