@@ -5,12 +5,7 @@ import subprocess
 import sys
 
 import numpy as np
-import onnxruntime
 import pytest
-
-from towers import random_patches, reference
-from visionaccel.encoder import open_tower
-from visionaccel.grid import as_grids
 
 
 def run(*arguments, check=None):
@@ -46,37 +41,6 @@ def test_explain_fails_if_none_would_run(tiny):
     assert all(row["why"] and row["hint"] for row in answer["candidates"])
 
 
-def test_export_writes_a_graph_that_onnx_runtime_opens_by_its_path(tiny, tmp_path):
-    target = tmp_path / "out" / "tower.onnx"
-    result = json.loads(run("export", tiny, target, "--json").stdout)
-    assert set(result["weights"].values()) == {"hard-linked"}
-    assert (target.parent / "model.safetensors").samefile(tiny / "model.safetensors")
-    grids = [(1, 6, 10)]
-    patches, tower = random_patches(grids), open_tower(tiny)
-    inputs = tower.inputs(tower.programs(["onnx"])[0], patches, as_grids(grids))
-    (embeddings,) = onnxruntime.InferenceSession(target).run(None, dict(inputs))
-    np.testing.assert_allclose(embeddings, reference(tiny, patches, grids), rtol=0, atol=2e-5)
-
-
-def test_export_copies_when_asked_and_never_overwrites(tiny, tmp_path):
-    target = tmp_path / "tower.onnx"
-    assert "copied" in run("export", tiny, target, "--weights", "copy").stdout
-    assert not (tmp_path / "model.safetensors").samefile(tiny / "model.safetensors")
-    assert "--force" in run("export", tiny, target, check=2).stderr
-    assert "is another file" in run("export", tiny, target, "--force", check=2).stderr
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.safetensors", "tower.onnx"]
-
-
-def test_export_beside_or_above_the_weights_touches_nothing_else(tmp_path):
-    from visionaccel.testing.checkpoints import random_checkpoint
-
-    folder = random_checkpoint(tmp_path / "checkpoint", shards=2)
-    for target in (folder / "tower.onnx", tmp_path / "tower.onnx"):
-        result = json.loads(run("export", folder, target, "--json").stdout)
-        assert set(result["weights"].values()) == {"in place"}
-        onnxruntime.InferenceSession(target)
-
-
 @pytest.fixture
 def pictures(tmp_path):
     from digits_vlm.samples import held_out_images
@@ -101,6 +65,23 @@ def test_encode_writes_embeddings_of_every_image(digits, pictures, tmp_path):
     for ours, theirs in zip(answers["onnxrt"]["images"], answers["torch_ref"]["images"], strict=True):
         assert ours["grid"] == theirs["grid"]
         assert ours["mean_norm"] == pytest.approx(theirs["mean_norm"], rel=1e-5)
+
+
+def test_encode_fits_images_to_a_bundles_programs(digits, pictures, tmp_path):
+    run("export", digits, tmp_path / "bundle", "--grid", "8x16", "--grid", "16x8", "--self-contained")
+    rows = json.loads(run("encode", *pictures, "--bundle", tmp_path / "bundle", "--json").stdout)["images"]
+    assert {row["grid"] for row in rows} <= {"1x8x16", "1x16x8"}
+    assert [row["tokens"] for row in rows] == [32, 32]
+    assert "pass --checkpoint" in run("encode", pictures[0], check=2).stderr.lower()
+
+
+def test_explain_says_which_programs_a_backend_takes(digits, tmp_path):
+    run("export", digits, tmp_path / "bundle", "--grid", "8x16", "--dynamic")
+    rows = {
+        row["backend"]: row for row in json.loads(run("explain", tmp_path / "bundle", "--json").stdout)["candidates"]
+    }
+    assert rows["onnxrt"]["verdict"] == "chosen"
+    assert rows["torch_ref"]["verdict"] == "accepted"
 
 
 def test_encode_refuses_what_is_no_image(digits, pictures):

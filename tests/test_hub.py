@@ -23,11 +23,6 @@ from visionaccel.program import FixedGrid
 from visionaccel.testing.checkpoints import random_checkpoint
 
 REPOSITORY = "someone/tower"
-LOCATE = """
-import json, sys
-from visionaccel.bundle.hub import locate_bundle
-print(json.dumps(str(locate_bundle(*sys.argv[1:-1]))))
-"""
 EXPORT_OVER = """
 import sys
 from pathlib import Path
@@ -344,20 +339,3 @@ def test_a_bundle_over_a_checkpoint_on_the_hub_is_pushed(run, hub, tiny, tmp_pat
     commit = run("push", tmp_path / "bundle", REPOSITORY)["commit"]
     assert "model.safetensors" not in hub.repositories[REPOSITORY].commits[commit]
     assert contents(Path(run("pull", REPOSITORY)["folder"])) == contents(tmp_path / "bundle")
-
-
-def test_a_bundle_is_located_by_folder_or_repository(run, hub, bundle, pushed):
-    located = Path(run("-c", LOCATE, REPOSITORY))
-    assert contents(located) == contents(bundle)
-    assert Path(run("-c", LOCATE, REPOSITORY, pushed)) == located
-    hub.requests.clear()
-    assert Path(run("-c", LOCATE, bundle)) == bundle
-    assert not hub.requests
-
-
-def test_neither_a_folder_nor_a_repository():
-    from visionaccel.bundle.hub import locate_bundle
-    from visionaccel.errors import ConfigurationError
-
-    with pytest.raises(ConfigurationError, match="neither a folder nor the id"):
-        locate_bundle("/nowhere/at/all")

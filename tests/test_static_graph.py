@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import pytest
 
-from towers import random_patches, reference
+from towers import random_patches
 from visionaccel import open_encoder
 from visionaccel.bundle.export import ProgramRequest, export_bundle
 from visionaccel.encoder import open_tower

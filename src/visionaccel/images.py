@@ -76,19 +76,19 @@ def image_processor(folder: Path) -> ImageProcessor:
 
 
 def load_image(path: Path) -> Image:
-    """The image in a file, decoded, in RGB.
+    """The image in a file, decoded, turned as it is to be shown, in RGB.
 
     Raises:
         ConfigurationError: If Pillow is missing.
         InputError: If the file cannot be read as an image.
     """
     try:
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image, ImageOps, UnidentifiedImageError
     except ImportError as error:
         raise _missing(error) from error
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{path} cannot be read as an image: {error}", hint="Pass a complete image file.") from error
 

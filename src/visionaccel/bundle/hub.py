@@ -1,4 +1,4 @@
-"""Bundles on the model hub: push one to a repository, pull one, or find one by its folder or its repository.
+"""Bundles on the model hub: push one to a repository, or pull one.
 
 A revision of a repository (branch, tag or commit) holds one bundle, beside which other files may lie. A pull takes the
 manifest and what it names, all of one commit, and nothing is given out before `open_bundle` has verified it.
@@ -24,7 +24,7 @@ from visionaccel.bundle.manifest import MANIFEST, ExternalCheckpoint, Manifest, 
 from visionaccel.bundle.opening import Bundle, open_bundle
 from visionaccel.errors import ArtifactError, BundleError, ConfigurationError, VisionAccelError
 
-__all__ = ["PullReport", "PushReport", "locate_bundle", "pull_bundle", "push_bundle"]
+__all__ = ["PullReport", "PushReport", "pull_bundle", "push_bundle"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,27 +154,6 @@ def pull_bundle(
             hint="Pass an output folder where there is space and permission.",
         ) from error
     return PullReport(repository, commit, bundle)
-
-
-def locate_bundle(source: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """The folder of a bundle: `source` itself if that is a folder, which is not verified here, else as pulled.
-
-    Args:
-        source: A folder, or a repository id.
-        revision: Branch, tag or commit of the repository. Says nothing about a folder.
-
-    Raises:
-        BundleError: If the repository's bundle is missing, incomplete or fails its verification.
-        ConfigurationError: If there is neither such a folder nor such a repository, or the hub cannot be reached.
-    """
-    if Path(source).is_dir():
-        return Path(source)
-    if not _is_repository_id(os.fspath(source)):
-        raise ConfigurationError(
-            f"{os.fspath(source)!r} is neither a folder nor the id of a repository.",
-            hint="Pass the folder of a bundle, or a repository as owner/name.",
-        )
-    return pull_bundle(os.fspath(source), revision=revision).folder
 
 
 def _names(manifest: Manifest) -> tuple[str, ...]:

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from visionaccel.backends import AUTO
+from visionaccel.bundle import Bundle, open_bundle
 from visionaccel.checkpoint import locate_checkpoint
 from visionaccel.cli.output import Backend, Device, Json, OptionsText, print_json, results
-from visionaccel.encoder import open_encoder
-from visionaccel.errors import SettingsError
-from visionaccel.families import tower_of
+from visionaccel.encoder import open_encoder, open_source
+from visionaccel.errors import ConfigurationError, SettingsError
+from visionaccel.fitting import Fitter
 from visionaccel.images import image_processor, load_image
 from visionaccel.settings import load_settings, parse_options
 
@@ -25,7 +26,13 @@ __all__ = ["encode"]
 
 def encode(
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
-    checkpoint: Annotated[str, typer.Option(help="Checkpoint folder or Hugging Face repository.")],
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(help="Checkpoint folder or Hugging Face repository. Optional with a bundle that has a processor."),
+    ] = None,
+    bundle: Annotated[
+        Path | None, typer.Option(help="Bundle whose programs encode; images are fitted to them by VISIONACCEL_FIT.")
+    ] = None,
     backend: Backend = None,
     device: Device = None,
     options: OptionsText = None,
@@ -34,24 +41,33 @@ def encode(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Encode image files with a checkpoint's vision encoder."""
+    """Encode image files with the vision encoder of a checkpoint or bundle."""
     settings = load_settings()
     try:
         chosen_options = parse_options(options) if options is not None else settings.options
     except ValueError as error:
         raise SettingsError(f"--options {options!r}: {error}.", hint="Write name=value,name=value.") from error
-    found = locate_checkpoint(checkpoint)
-    process = image_processor(found.folder)
+    if checkpoint is None and bundle is None:
+        raise ConfigurationError("no encoder was named.", hint="Pass --checkpoint or --bundle.")
+    found = locate_checkpoint(checkpoint) if checkpoint is not None else None
+    source = open_bundle(bundle, checkpoint=found) if bundle is not None else open_source(checkpoint or "")
+    tower = source.tower if isinstance(source, Bundle) else source
+    process = image_processor((found or tower.checkpoint).folder)
     with open_encoder(
-        tower_of(found),
+        source,
         backend=backend or settings.backend or AUTO,
         device=device or settings.device,
         options=chosen_options,
     ) as encoder:
+        fitter = None
+        if settings.fit != "none":
+            coverages = tuple(opened.program.coverage for opened in encoder.programs)
+            fitter = Fitter(tower, coverages, settings.fit, process.min_pixels, process.max_pixels)
         rows: list[dict[str, Any]] = []
         arrays: dict[str, NDArray[np.float32]] = {}
         for number, path in enumerate(images):
-            patches, grid = process(load_image(path))
+            image = load_image(path)
+            patches, grid = process(image if fitter is None else fitter.fit(image))
             started = time.perf_counter()
             embeddings = encoder.encode(patches, [grid])
             seconds = time.perf_counter() - started
