@@ -56,8 +56,8 @@ class OnnxRuntimeBackend(VisionBackend):
             )
         if provider.static_only and _is_dynamic(program):
             return Rejected(
-                f"{provider.name} takes programs of fixed shapes only, and this one serves every grid.",
-                "Use device cpu.",
+                f"{provider.name} takes programs of fixed shapes only, and {program.name!r} serves every grid.",
+                "Export a bundle with --grid and set VISIONACCEL_BUNDLE, or use device cpu.",
             )
         notes = f"ONNX Runtime {onnxruntime.__version__}, {provider.name}"
         if _is_emulated(program, provider.name):

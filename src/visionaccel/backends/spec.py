@@ -130,6 +130,9 @@ class VisionBackend(ABC):
     def probe(self, program: Program, device: str | None) -> Verdict:
         """Whether this backend can run `program` on `device` (None: its default), without allocating or loading.
 
+        It is asked for each program of the encoder, and opens all that it accepts; of several with one coverage, the
+        first. Programs that were made for another kind of device are not offered.
+
         Refusals are values, not exceptions: `visionaccel explain` prints each candidate's reason and hint.
         """
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Comparison", "Place", "token_cosines"]
+from visionaccel.arrays import finite_rows
+
+__all__ = ["Comparison", "Place", "length_errors", "token_cosines"]
 
 _WRONG = -1.0
 """Cosine of a token that has no direction, so that a device that returns zeros, or NaN, cannot pass."""
@@ -38,6 +40,7 @@ class Comparison:
     def __init__(self) -> None:
         self.encodes = self.tokens = self.nonfinite_rows = 0
         self._cosines: list[NDArray[np.float64]] = []
+        self._length_errors: list[NDArray[np.float64]] = []
         self._squared_error = self._squared_reference = 0.0
 
     def add(self, ours: NDArray[np.float32], reference: NDArray[np.float32]) -> None:
@@ -48,11 +51,11 @@ class Comparison:
             reference: [tokens, width].
         """
         assert ours.shape == reference.shape, "embeddings of one encode have one shape"
-        finite = np.isfinite(ours).all(axis=1)
+        finite = finite_rows(ours)
         self.nonfinite_rows += int((~finite).sum())
         self._cosines.append(token_cosines(ours, reference))
-        exact = np.where(np.isfinite(reference).all(axis=1, keepdims=True), reference, 0).astype(np.float64)
-        found = np.where(finite[:, None], ours, 0).astype(np.float64)
+        self._length_errors.append(length_errors(ours, reference))
+        exact, found = _finite_only(reference), _finite_only(ours)
         self._squared_error += float(np.square(found - exact).sum())
         self._squared_reference += float(np.square(exact).sum())
         self.encodes += 1
@@ -81,10 +84,17 @@ class Comparison:
     @property
     def lowest_at(self) -> Place:
         """Where the lowest cosine is; of equals, the first."""
-        at = int(np.argmin(self.cosines))
-        starts = np.cumsum([0, *map(len, self._cosines)])
-        encode = int(np.searchsorted(starts, at, side="right")) - 1
-        return Place(encode, at - int(starts[encode]))
+        return self._place(int(np.argmin(self.cosines)))
+
+    @property
+    def worst_length_error(self) -> float:
+        """The largest of `length_errors`: cosines do not see an embedding that is right but too long or too short."""
+        return float(np.concatenate(self._length_errors).max())
+
+    @property
+    def worst_length_at(self) -> Place:
+        """Where it is; of equals, the first."""
+        return self._place(int(np.argmax(np.concatenate(self._length_errors))))
 
     @property
     def first_percentile(self) -> float:
@@ -103,6 +113,11 @@ class Comparison:
             return float(self._squared_error > 0)
         return float(np.sqrt(self._squared_error / self._squared_reference))
 
+    def _place(self, at: int) -> Place:
+        starts = np.cumsum([0, *map(len, self._cosines)])
+        encode = int(np.searchsorted(starts, at, side="right")) - 1
+        return Place(encode, at - int(starts[encode]))
+
 
 def token_cosines(ours: NDArray[np.float32], reference: NDArray[np.float32]) -> NDArray[np.float64]:
     """Cosine of each row, computed in float64; -1 where either row is zero or not finite.
@@ -114,9 +129,30 @@ def token_cosines(ours: NDArray[np.float32], reference: NDArray[np.float32]) -> 
     Returns:
         float64 [tokens], from -1 to 1.
     """
-    sound = np.isfinite(ours).all(axis=1) & np.isfinite(reference).all(axis=1)
-    found, exact = (np.where(sound[:, None], rows, 0).astype(np.float64) for rows in (ours, reference))
+    found, exact = _finite_only(ours), _finite_only(reference)
     norms = np.linalg.norm(found, axis=1) * np.linalg.norm(exact, axis=1)
     cosines = np.full(len(norms), _WRONG)
     np.divide(np.einsum("ij,ij->i", found, exact), norms, out=cosines, where=norms > 0)
     return np.clip(cosines, -1.0, 1.0)
+
+
+def length_errors(ours: NDArray[np.float32], reference: NDArray[np.float32]) -> NDArray[np.float64]:
+    """How far the length of each row is from the reference's, as a share of it; 1 where a row is zero or not finite.
+
+    Args:
+        ours: [tokens, width].
+        reference: [tokens, width].
+
+    Returns:
+        float64 [tokens], not negative.
+    """
+    found, exact = (np.linalg.norm(_finite_only(rows), axis=1) for rows in (ours, reference))
+    ratios = np.zeros(len(exact))
+    np.divide(found, exact, out=ratios, where=exact > 0)
+    errors: NDArray[np.float64] = np.abs(ratios - 1)
+    return errors
+
+
+def _finite_only(rows: NDArray[np.float32]) -> NDArray[np.float64]:
+    """The rows in float64, those with NaN or infinity as zeros."""
+    return np.where(finite_rows(rows)[:, None], rows, 0).astype(np.float64)

@@ -54,6 +54,8 @@ def remembered_digest(
         compute: Computes it.
         trust_unchanged: Whether memory may answer.
     """
+    # From before the state was read: what was written just then may have been overwritten without its times changing.
+    started = time.time_ns()
     try:
         state = _state(files)
     except OSError:
@@ -66,7 +68,7 @@ def remembered_digest(
         if isinstance(remembered, str):
             return remembered
     digest = compute()
-    settled = all(time.time_ns() - times[-1] > _SETTLED_SECONDS * 1e9 for times in state)
+    settled = all(started - times[-1] > _SETTLED_SECONDS * 1e9 for times in state)
     with suppress(OSError):
         if settled and _state(files) == state:
             _store({**known, key: {"state": state, "digest": digest}})

@@ -16,7 +16,7 @@ from typing import Any
 
 from visionaccel import __version__
 from visionaccel.bundle.digests import file_digest
-from visionaccel.bundle.manifest import MANIFEST, SCHEMA_VERSION, seal, stated_coverage
+from visionaccel.bundle.manifest import MANIFEST, MOST_PATCHES, SCHEMA_VERSION, seal, stated_coverage
 from visionaccel.bundle.opening import Bundle, open_bundle, tower_digest
 from visionaccel.bundle.processor import PROCESSOR_FILES, processor_digest
 from visionaccel.checkpoint import SINGLE_FILE, Checkpoint
@@ -75,7 +75,8 @@ def export_bundle(
         progress: Told how far it is.
 
     Raises:
-        ConfigurationError: If there is nothing to write, two requests are for one coverage, or `output` exists.
+        ConfigurationError: If there is nothing to write, two requests are for one coverage, one is for several frames
+            or too many patches, or `output` exists, cannot be written, or holds the weights that it would refer to.
         CheckpointError: If a weight is missing or does not fit the configuration or the precision.
     """
     tell = progress or (lambda *_: None)
@@ -84,7 +85,14 @@ def export_bundle(
         raise ConfigurationError(
             "the programs to write are none, or one of them twice.", hint="Name each grid, bucket or --dynamic once."
         )
-    output = output.absolute()
+    for request in requests:
+        _check_size(request.coverage)
+    output = Path(os.path.realpath(output))  # through a link, the bundle that it leads to is replaced
+    if not self_contained and any(tensor.file.is_relative_to(output) for tensor in tower.weights.values()):
+        raise ConfigurationError(
+            f"{output} holds the weights themselves, and would be replaced by references to them.",
+            hint="Name another folder, or pack the weights with --self-contained.",
+        )
     total = sum(tensor.length for tensor in tower.weights.values())
     with _appearing(output, force=force) as folder:
         digest = tower_digest(tower, progress=_counter("digest of the weights", total, tell))
@@ -99,7 +107,7 @@ def export_bundle(
             tell("programs", number, len(requests))
             entries.append(_write_program(packed, folder, name, request, precision, device))
         tell("programs", len(requests), len(requests))
-        external = None if self_contained else {"source": source or str(tower.checkpoint.folder.absolute()), "revision": revision}
+        place = source or str(tower.checkpoint.folder.absolute())
         manifest = seal(
             {
                 "schema_version": SCHEMA_VERSION,
@@ -107,7 +115,7 @@ def export_bundle(
                 "vision_config": tower.checkpoint.config["vision_config"],
                 "weights_digest": digest,
                 "processor_digest": processor_digest(tower.checkpoint.folder),
-                "checkpoint": external,
+                "checkpoint": None if self_contained else {"source": place, "revision": revision},
                 "files": [_stated(folder, file) for file in files],
                 "programs": entries,
                 "toolchain": toolchain(_TOOLS),
@@ -141,37 +149,73 @@ def toolchain(distributions: Iterable[str]) -> dict[str, str]:
 
 
 def rewrite_manifest(bundle: Bundle, changes: Mapping[str, Any]) -> Bundle:
-    """The bundle with some fields of its manifest changed, such as the certificate, and sealed anew."""
+    """The bundle with some fields of its manifest changed, such as the certificate, and sealed anew.
+
+    Raises:
+        BundleError: If the result is no manifest.
+        ConfigurationError: If the folder cannot be written.
+    """
     document = {**bundle.manifest.model_dump(mode="json"), **changes}
     manifest = seal(document)
     target = bundle.folder / MANIFEST
     partial = target.with_name(f".{MANIFEST}.partial")
-    _write(partial, _json(manifest.model_dump(mode="json")))
-    partial.replace(target)
+    try:
+        _write(partial, _json(manifest.model_dump(mode="json")))
+        partial.replace(target)
+    except OSError as error:
+        raise ConfigurationError(f"{target} cannot be written: {error}", hint="Copy the bundle elsewhere.") from error
     return Bundle(bundle.folder, manifest, bundle.tower)
+
+
+def _check_size(coverage: Coverage) -> None:
+    match coverage:
+        case FixedGrid(grid=grid):
+            frames, patches = grid.t, grid.patches
+        case Bucket(patches=patches):
+            frames = 1
+        case AnyGrid():
+            return
+    if frames != 1 or patches > MOST_PATCHES:
+        raise ConfigurationError(
+            f"a program of fixed shapes takes one frame of at most {MOST_PATCHES} patches, not {coverage} "
+            f"with {patches} patches in {frames} frames.",
+            hint="Name a smaller grid, or write a program for any grid.",
+        )
 
 
 @contextmanager
 def _appearing(output: Path, *, force: bool) -> Iterator[Path]:
-    """A folder beside `output` that takes its place in the end, and leaves no trace if anything fails before."""
-    if output.exists() and not force:
-        raise ConfigurationError(f"{output} exists.", hint="Pass --force to replace it.")
-    if output.exists() and not (output / MANIFEST).is_file() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigurationError(f"{output} exists and is no bundle.", hint="Name another folder.")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+    """A folder beside `output` that takes its place in the end, and leaves no trace if anything fails before.
+
+    A bundle that is there already is moved aside first and deleted last, so that there is always the old one, none, or
+    the new one.
+    """
     try:
-        yield folder
-        folder.chmod(0o755)
-        if output.exists():
-            # A bundle without its manifest does not open, so that no moment has half an old and half a new one.
-            (output / MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(output)
-        folder.rename(output)
-        _sync(output.parent)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        if output.exists() and not force:
+            raise ConfigurationError(f"{output} exists.", hint="Pass --force to replace it.")
+        if output.exists() and not (output / MANIFEST).is_file() and (not output.is_dir() or any(output.iterdir())):
+            raise ConfigurationError(f"{output} exists and is no bundle.", hint="Name another folder.")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+        aside = folder.with_name(folder.name.replace(".partial-", ".replaced-"))
+        try:
+            yield folder
+            folder.chmod(0o755)
+            _sync(folder)
+            if output.exists():
+                output.rename(aside)
+            folder.rename(output)
+            _sync(output.parent)
+        except BaseException:
+            if aside.exists() and not output.exists():
+                aside.rename(output)
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+    except OSError as error:
+        raise ConfigurationError(
+            f"{output} cannot be written: {error}", hint="Choose a folder with enough space that may be written."
+        ) from error
 
 
 def _pack(tower: Tower, folder: Path, precision: Precision, total: int, tell: Progress) -> Tower:

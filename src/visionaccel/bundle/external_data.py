@@ -69,22 +69,32 @@ def _point(initializer: onnx.TensorProto, weights: Mapping[str, StoredTensor], f
 
 
 def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """Every tensor of a model that is not an initializer of its main graph."""
-    yield from _of_nodes(proto.graph.node)
-    for sparse in proto.graph.sparse_initializer:
-        yield from (sparse.values, sparse.indices)
+    """Every tensor of a model whose main graph was stripped of its initializers."""
+    yield from _of_graph(proto.graph)
     for function in proto.functions:
+        yield from _of_attributes(function.attribute_proto)
         yield from _of_nodes(function.node)
+    for training in proto.training_info:
+        yield from _of_graph(training.initialization)
+        yield from _of_graph(training.algorithm)
+
+
+def _of_graph(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    yield from _of_nodes(graph.node)
 
 
 def _of_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
     for node in nodes:
-        for attribute in node.attribute:
-            yield from (attribute.t, *attribute.tensors)
-            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
-                yield from (sparse.values, sparse.indices)
-            for graph in (attribute.g, *attribute.graphs):
-                yield from graph.initializer
-                for sparse in graph.sparse_initializer:
-                    yield from (sparse.values, sparse.indices)
-                yield from _of_nodes(graph.node)
+        yield from _of_attributes(node.attribute)
+
+
+def _of_attributes(attributes: Iterable[onnx.AttributeProto]) -> Iterator[onnx.TensorProto]:
+    for attribute in attributes:
+        yield from (attribute.t, *attribute.tensors)
+        for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+            yield from (sparse.values, sparse.indices)
+        for graph in (attribute.g, *attribute.graphs):
+            yield from _of_graph(graph)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -21,6 +22,7 @@ from visionaccel.program import AnyGrid, Bucket, Coverage, FixedGrid, HostSplit,
 
 __all__ = [
     "MANIFEST",
+    "MOST_PATCHES",
     "SCHEMA_VERSION",
     "Answers",
     "BundleFile",
@@ -39,6 +41,9 @@ __all__ = [
 
 MANIFEST = "visionaccel.json"
 SCHEMA_VERSION = 1
+MOST_PATCHES = 2**20
+"""Most patches of a frame of fixed size, about 200 megapixels: a manifest decides how large the host's tables are."""
+
 _MOST_BYTES = 16 * 2**20
 
 
@@ -60,6 +65,7 @@ RelativePath: TypeAlias = Annotated[str, StringConstraints(max_length=512), Afte
 Digest: TypeAlias = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
 Name: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Size: TypeAlias = Annotated[int, Field(ge=1, le=2**40)]
+FrameSize: TypeAlias = Annotated[int, Field(ge=1, le=MOST_PATCHES)]
 Share: TypeAlias = Annotated[float, Field(ge=0, le=1)]
 Cosine: TypeAlias = Annotated[float, Field(ge=-1.000001, le=1.000001)]
 
@@ -93,15 +99,23 @@ class FixedCoverage(_Model):
     """One grid, whose tables are constants of the program."""
 
     kind: Literal["fixed"]
-    grid: tuple[Literal[1], Size, Size] = Field(description="t, h, w in patches; t is 1: one frame in a call.")
+    grid: tuple[Literal[1], FrameSize, FrameSize] = Field(
+        description="t, h, w in patches; t is 1: one frame in a call."
+    )
+
+    @model_validator(mode="after")
+    def _bounded(self) -> FixedCoverage:
+        if math.prod(self.grid) > MOST_PATCHES:
+            raise ValueError(f"a grid of {math.prod(self.grid)} patches is larger than {MOST_PATCHES}")
+        return self
 
 
 class BucketCoverage(_Model):
     """Any frame within these sizes, padded to them; tables and masks are inputs."""
 
     kind: Literal["bucket"]
-    patches: Size = Field(description="Most patches of a frame.")
-    windows: Size = Field(description="Most attention windows of a frame.")
+    patches: FrameSize = Field(description="Most patches of a frame.")
+    windows: FrameSize = Field(description="Most attention windows of a frame.")
 
 
 class DynamicCoverage(_Model):
@@ -259,7 +273,10 @@ def seal(document: dict[str, Any]) -> Manifest:
         BundleError: If the document is no manifest.
     """
     body = {name: value for name, value in document.items() if name != "digest"}
-    return _validated({**body, "digest": _digest(body)}, "the manifest")
+    manifest = _validated({**body, "digest": _digest(body)}, "the manifest")
+    # What is written has the defaults and 1.0 where a float was given as 1; that is what readers take the digest of.
+    written = manifest.model_dump(mode="json", exclude={"digest"})
+    return manifest.model_copy(update={"digest": _digest(written)})
 
 
 def parse_manifest(path: Path) -> Manifest:
@@ -269,11 +286,15 @@ def parse_manifest(path: Path) -> Manifest:
         BundleError: If it is missing, damaged, of another schema version, or states what this reader does not know.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is not a file")  # to open a named pipe would wait for ever
         with path.open("rb") as file:
             data = file.read(_MOST_BYTES + 1)
         if len(data) > _MOST_BYTES:
             raise ValueError(f"it is larger than {_MOST_BYTES} bytes")
-        document = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        document = json.loads(
+            data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite
+        )
     except FileNotFoundError:
         raise BundleError(
             f"{path} does not exist.", hint="Pass a bundle folder; `visionaccel export` writes one."
@@ -336,3 +357,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is too large a number")
+    return number

@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import cached_property, partial
 from pathlib import Path
 
 from visionaccel.bundle.digests import file_digest, remembered_digest
 from visionaccel.bundle.manifest import MANIFEST, BundleFile, Manifest, ProgramEntry, parse_manifest
-from visionaccel.checkpoint import Checkpoint, StoredTensor, locate_checkpoint
+from visionaccel.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, locate_checkpoint
 from visionaccel.errors import ArtifactError, BundleError, ConfigurationError, GridError
 from visionaccel.families import Tower, tower_of
 from visionaccel.grid import Grid
@@ -26,6 +26,8 @@ from visionaccel.tensor_files import weights_digest
 __all__ = ["Bundle", "is_bundle", "open_bundle", "tower_digest"]
 
 _AGAIN = "Export or fetch the bundle again."
+_READ = ("config.json", SINGLE_FILE, INDEX_FILE)
+"""What says, in a bundle that holds its weights, which tower it is and in which files its weights lie."""
 
 
 class Bundle:
@@ -76,6 +78,11 @@ class Bundle:
             raise BundleError(f"{where}: {coverage.patches} patches are no whole number of tokens.", hint=_AGAIN)
         if split is not None and (isinstance(coverage, AnyGrid) or split != self.tower.split(coverage)):
             raise BundleError(f"{where}: this family does not split such programs in that way.", hint=_AGAIN)
+        if entry.host is not None and entry.host.tensors != self.tower.host_weights:
+            needed = ", ".join(self.tower.host_weights)
+            raise BundleError(f"{where}: the host of a split program needs {needed}, no more and no less.", hint=_AGAIN)
+        if entry.format == CHECKPOINT:
+            raise BundleError(f"{where}: the weights themselves are no program of a bundle.", hint=_AGAIN)
         if entry.format == ONNX and (inputs, outputs) != self.tower.signature(coverage, split):
             expected = "; ".join(str(spec) for specs in self.tower.signature(coverage, split) for spec in specs)
             raise BundleError(
@@ -186,8 +193,10 @@ def _verify(folder: Path, file: BundleFile, *, trust_unchanged: bool) -> None:
 
 def _tower(folder: Path, manifest: Manifest, given: Checkpoint | None, *, trust_unchanged: bool) -> Tower:
     if manifest.checkpoint is None:
+        stated = {(folder / file.path).resolve() for file in manifest.every_file()}
+        _require_stated(folder, {(folder / name).resolve() for name in _READ if (folder / name).exists()} - stated)
         tower = tower_of(Checkpoint(folder))
-        _all_stated(folder, manifest, tower.weights)
+        _require_stated(folder, {tensor.file for tensor in tower.weights.values()} - stated)
     else:
         tower = _external_tower(folder, manifest, given, trust_unchanged=trust_unchanged)
     if tower.family != manifest.family:
@@ -202,13 +211,10 @@ def _tower(folder: Path, manifest: Manifest, given: Checkpoint | None, *, trust_
     return tower
 
 
-def _all_stated(folder: Path, manifest: Manifest, weights: Mapping[str, StoredTensor]) -> None:
-    """Configuration and weights of a bundle that holds its own must be among the files that were verified."""
-    stated = {(folder / file.path).resolve() for file in manifest.every_file()}
-    used = {(folder / "config.json").resolve(), *(tensor.file for tensor in weights.values())}
-    unstated = sorted(str(path) for path in used - stated)
-    if unstated:
-        raise BundleError(f"{folder / MANIFEST} does not state {', '.join(unstated)}.", hint=_AGAIN)
+def _require_stated(folder: Path, unstated: Iterable[Path]) -> None:
+    """What a bundle that holds its weights is made of must be among the files that were verified."""
+    if names := sorted(map(str, unstated)):
+        raise BundleError(f"{folder / MANIFEST} does not state {', '.join(names)}.", hint=_AGAIN)
 
 
 def _external_tower(folder: Path, manifest: Manifest, given: Checkpoint | None, *, trust_unchanged: bool) -> Tower:
@@ -222,8 +228,8 @@ def _external_tower(folder: Path, manifest: Manifest, given: Checkpoint | None, 
                 continue
             tower = tower_of(checkpoint)
             found = tower_digest(tower, trust_unchanged=trust_unchanged)
-        except ArtifactError as error:
-            refusals.append(error.message)
+        except (ArtifactError, OSError) as error:  # OSError: a source that can be no path, such as a very long one
+            refusals.append(error.message if isinstance(error, ArtifactError) else f"{error}.")
             continue
         if found == manifest.weights_digest:
             return tower

@@ -16,6 +16,7 @@ from visionaccel.cli.hub import pull, push
 from visionaccel.cli.inspect import inspect
 from visionaccel.cli.output import messages
 from visionaccel.cli.strip import strip
+from visionaccel.cli.validate import validate
 from visionaccel.errors import VisionAccelError
 
 __all__ = ["app", "main"]
@@ -42,7 +43,7 @@ def _root(
     pass
 
 
-for command in (backends, explain, export, inspect, push, pull, strip, encode, demo):
+for command in (backends, explain, export, inspect, validate, push, pull, strip, encode, demo):
     app.command()(command)
 
 

@@ -122,9 +122,12 @@ def _print_certificate(certificate: Certificate) -> None:
             f"{found.first_percentile_cosine:.6f}",
             f"{found.mean_cosine:.6f}",
             f"{found.relative_error:.2e}",
-            found.failure or "passed",
+            "passed" if found.failure is None else "FAILED",
         )
     results.print(table)
+    for found in certificate.programs:
+        if found.failure is not None:
+            results.print(f"{found.program}: {found.failure}", markup=False)
     for answers in certificate.answers:
         results.print(
             f"Digits, {answers.fit}: {answers.accuracy:.1%} right, {answers.agreement:.1%} as the reference reads them "

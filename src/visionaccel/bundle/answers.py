@@ -1,0 +1,212 @@
+"""Answers of the digits model: what an encoder's errors, and fitting images to its programs, cost a reader.
+
+The digits model is a small Qwen2.5-VL that reads handwritten digits (`examples/digits_vlm`). Its language model runs in
+transformers, in float32 and greedily, on embeddings that come from elsewhere.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from visionaccel.arrays import as_numpy
+from visionaccel.bundle.manifest import Answers
+from visionaccel.bundle.opening import tower_digest
+from visionaccel.checkpoint import Checkpoint
+from visionaccel.encoder import Encoder
+from visionaccel.errors import CheckpointError, VisionAccelError
+from visionaccel.families import tower_of
+from visionaccel.fitting import FitPolicy, Fitter
+from visionaccel.grid import Grid
+from visionaccel.images import ImageProcessor, image_processor
+from visionaccel.program import AnyGrid
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["LEAST_AGREEMENT", "digits_checkpoint", "read_digits"]
+
+logger = logging.getLogger(__name__)
+
+LEAST_AGREEMENT = 0.98
+"""Share of answers that must be those of the reference encoder on the same images."""
+
+_MOST_TOKENS = 8
+
+Fit = Literal["natural", "letterbox", "stretch"]
+Patches = NDArray[np.float32]
+
+
+def digits_checkpoint(reference_digest: str) -> Path | None:
+    """The digits model's folder, if it is installed and its vision weights have that digest."""
+    try:
+        import digits_vlm.samples  # noqa: F401 - it needs scikit-learn, which may be missing
+        from digits_vlm import checkpoint_path
+    except ImportError:
+        return None
+    folder: Path = checkpoint_path()
+    return folder if tower_digest(tower_of(Checkpoint(folder))) == reference_digest else None
+
+
+def read_digits(
+    folder: Path,
+    ours: Encoder,
+    reference: Encoder,
+    count: int,
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> tuple[Answers, ...]:
+    """What the digits model reads in held-out images through an encoder, beside the truth and the reference's answers.
+
+    With a program for any grid images keep their own size, fit `natural`. Otherwise there are three entries: `natural`
+    is the reference encoder alone, which is what the accuracy of `letterbox` and `stretch` is lost against.
+
+    Args:
+        folder: The digits checkpoint.
+        ours: The encoder with all programs of the bundle.
+        reference: The reference encoder.
+        count: Number of images.
+        progress: Called with the number of images read, and how many there are in all.
+    """
+    from digits_vlm.samples import held_out_images
+
+    samples, reader, process = held_out_images(count), _Reader(folder), image_processor(folder)
+    coverages = tuple(opened.program.coverage for opened in ours.programs)
+    fits: Sequence[Fit] = ("natural",) if any(isinstance(c, AnyGrid) for c in coverages) else ("letterbox", "stretch")
+    ways: list[tuple[Fit, Encoder]] = [(fit, ours) for fit in fits]
+    if "natural" not in fits:
+        ways.insert(0, ("natural", reference))
+    failures: list[VisionAccelError] = []
+
+    def attempt(patches: Patches, grid: Grid) -> str | None:
+        try:
+            return reader.answer(ours, patches, grid)
+        except VisionAccelError as error:
+            if not failures:  # the others are likely the same
+                logger.warning("No answer to an image of grid %s: %s", grid, error)
+            failures.append(error)
+            return None
+
+    found = []
+    with _one_thread():
+        for number, (fit, encoder) in enumerate(ways):
+            fitter = None
+            if encoder is ours:
+                policy: FitPolicy = "stretch" if fit == "stretch" else "letterbox"
+                fitter = Fitter(ours.tower, coverages, policy, process.min_pixels, process.max_pixels)
+            right = agreeing = 0
+            for place, sample in enumerate(samples):
+                patches, grid = _fitted(sample.image, fitter, process)
+                expected = reader.answer(reference, patches, grid)
+                answer = expected if encoder is reference else attempt(patches, grid)
+                right += answer == sample.truth
+                agreeing += answer == expected
+                progress(number * count + place + 1, len(ways) * count)
+            found.append(Answers(fit=fit, images=count, accuracy=right / count, agreement=agreeing / count))
+    return tuple(found)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread of torch: so small a model is slower on several, and many times so on a busy machine."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _fitted(image: Image, fitter: Fitter | None, process: ImageProcessor) -> tuple[Patches, Grid]:
+    """Patches of an image at the grid that the fitter gives it, or at its own."""
+    if fitter is None:
+        return process(image)
+    patch, grid = fitter.tower.patch_size, fitter.grid_for(image.height, image.width)
+    fitted = fitter.fit(image)
+    exact = (fitted.height, fitted.width) == (grid.h * patch, grid.w * patch)
+    return process(fitted, resize=not exact)
+
+
+class _Reader:
+    """The digits model without its vision tower."""
+
+    def __init__(self, folder: Path) -> None:
+        import torch
+        from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+        from transformers.utils import logging as transformers_logging
+
+        class Visual(torch.nn.Module):
+            """Stands where the tower stood, and returns what was encoded elsewhere."""
+
+            dtype = torch.float32
+
+            def __init__(self, merge_size: int) -> None:
+                super().__init__()
+                self.spatial_merge_size = merge_size
+                self.embeddings: Any = None
+
+            def forward(self, *_: Any, **__: Any) -> Any:
+                return BaseModelOutputWithPooling(pooler_output=self.embeddings)
+
+        bars = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()
+        try:
+            self._model: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"the digits model in {folder} cannot be loaded: {error}") from error
+        finally:
+            if bars:
+                transformers_logging.enable_progress_bar()
+        self._merge: int = self._model.config.vision_config.spatial_merge_size
+        self._visual = self._model.model.visual = Visual(self._merge)
+
+    def answer(self, encoder: Encoder, patches: Patches, grid: Grid) -> str:
+        """The digits that the model reads in one image.
+
+        Args:
+            encoder: Makes the embeddings.
+            patches: [P, patch_width].
+            grid: Of those patches.
+
+        Raises:
+            DeviceError: If the encoder fails.
+        """
+        import torch
+
+        from digits_vlm.architecture import QUESTION
+
+        embeddings = np.array(as_numpy(encoder.encode(patches, [grid])), dtype=np.float32)
+        content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+        text: str = self._tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+        config = self._model.config
+        placeholder = self._tokenizer.convert_ids_to_tokens(config.image_token_id)
+        text = text.replace(placeholder, placeholder * grid.tokens(self._merge))
+        prompt = self._tokenizer(text, return_tensors="pt")["input_ids"]
+        self._visual.embeddings = torch.from_numpy(embeddings)
+        fed: dict[str, Any] = {
+            "input_ids": prompt,
+            "mm_token_type_ids": (prompt == config.image_token_id).int(),
+            "pixel_values": torch.from_numpy(patches),
+            "image_grid_thw": torch.tensor([[grid.t, grid.h, grid.w]]),
+        }
+        answer: list[int] = []
+        # A loop instead of `generate`, which takes as long to set up as so small a model to answer.
+        with torch.inference_mode():
+            for _ in range(_MOST_TOKENS):
+                step = self._model(**fed, use_cache=True)
+                answer.append(int(step.logits[0, -1].argmax()))
+                if answer[-1] == config.text_config.eos_token_id:
+                    break
+                fed = {"input_ids": torch.tensor([answer[-1:]]), "past_key_values": step.past_key_values}
+        return str(self._tokenizer.decode(answer, skip_special_tokens=True))

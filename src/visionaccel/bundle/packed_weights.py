@@ -1,0 +1,83 @@
+"""Weights that a bundle holds itself, beside those they were packed from: equal bit by bit once rounded.
+
+Comparing embeddings does not replace this: without a small bias they can differ by less than bfloat16 rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from visionaccel.checkpoint import StoredTensor
+from visionaccel.errors import CheckpointError
+from visionaccel.tensor_files import CHUNK_BYTES
+
+__all__ = ["differing_weights"]
+
+_FLOATS: Mapping[str, Any] = {
+    "float64": np.float64,
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": ml_dtypes.bfloat16,
+}
+_MOST_ITEMS = CHUNK_BYTES
+"""Elements read at once; both sides are read in equal numbers of them."""
+
+
+def differing_weights(packed: Mapping[str, StoredTensor], source: Mapping[str, StoredTensor]) -> tuple[str, ...]:
+    """Names of weights that are only on one side, or are not the source's in the packed dtype, in order.
+
+    Args:
+        packed: The bundle's weights, by their names below the prefix.
+        source: Those of the checkpoint that it was exported from, by the same names.
+
+    Raises:
+        CheckpointError: If a file cannot be read or ends too early.
+    """
+    names = sorted(set(packed) | set(source))
+    return tuple(n for n in names if n not in packed or n not in source or not _same(packed[n], source[n]))
+
+
+def _same(packed: StoredTensor, source: StoredTensor) -> bool:
+    if packed.shape != source.shape:
+        return False
+    if packed.dtype == source.dtype:
+        pairs = zip(_pieces(packed, np.uint8), _pieces(source, np.uint8), strict=False)
+        return packed.length == source.length and all(np.array_equal(ours, theirs) for ours, theirs in pairs)
+    if packed.dtype not in _FLOATS or source.dtype not in _FLOATS:
+        return False
+    target = np.dtype(_FLOATS[packed.dtype])
+    for ours, theirs in zip(_pieces(packed, target), _pieces(source, _FLOATS[source.dtype]), strict=True):
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            # By way of float32, as it was packed.
+            rounded = theirs.astype(np.float32, copy=False).astype(target, copy=False)
+        if rounded.tobytes() != ours.tobytes():
+            return False
+    return True
+
+
+def _pieces(tensor: StoredTensor, dtype: Any) -> Iterator[NDArray[Any]]:
+    """The tensor's elements in order, one-dimensional, a fixed number at a time."""
+    size = np.dtype(dtype).itemsize
+    try:
+        with tensor.file.open("rb") as file:
+            file.seek(tensor.offset)
+            left = tensor.length // size
+            while left:
+                count = min(left, _MOST_ITEMS)
+                piece = np.fromfile(file, dtype, count)
+                if len(piece) < count:
+                    raise CheckpointError(
+                        f"{tensor.file} ended in the middle of {tensor.name!r}.",
+                        hint="The file was changed or truncated; fetch it again.",
+                    )
+                yield piece
+                left -= count
+    except OSError as error:
+        raise CheckpointError(
+            f"{tensor.name!r} cannot be read from {tensor.file}: {error}", hint="Check the disk, or fetch it again."
+        ) from error

@@ -1,0 +1,291 @@
+"""What programs are tried with: grids of their coverage, generated patches and pictures, and real images.
+
+White noise shows faults in any row and nothing else. Pictures have what real use has: neighbours that are alike, flat
+areas, and rows that differ from columns.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from visionaccel.errors import BundleError, CheckpointError, ConfigurationError
+from visionaccel.families import Tower
+from visionaccel.fitting import MOST_ASPECT_RATIO, Fitter
+from visionaccel.grid import Grid, total_patches
+from visionaccel.images import ImageProcessor, load_image
+from visionaccel.program import AnyGrid, Bucket, Coverage, FixedGrid
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["Trial", "Trials", "bundled_photographs", "find_images", "trial_calls"]
+
+Patches = NDArray[np.float32]
+
+_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+_PHOTOGRAPHS = ("astronaut.png", "coffee.png", "chelsea.png", "page.png", "text.png", "rocket.jpg")
+_PIXELS = 2**62
+_SMALL, _LARGE, _LINE = (3, 5), (13, 22), 12
+"""In tokens: windows are four tokens a side in the released models, and these leave partial ones."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One encode.
+
+    Attributes:
+        name: What it shows.
+        grids: The images and videos of the call.
+        photograph: The file that it shows, if it shows one. Equal trials have equal patches.
+        patches: Makes float32 [P, patch_width].
+    """
+
+    name: str
+    grids: tuple[Grid, ...]
+    photograph: Path | None
+    patches: Callable[[], Patches] = field(compare=False, repr=False)
+
+    def where(self, token: int, merge_size: int) -> str:
+        """The place of a row of its embeddings, in words."""
+        number, grid = 0, self.grids[0]
+        while token >= grid.tokens(merge_size):
+            token -= grid.tokens(merge_size)
+            number += 1
+            grid = self.grids[number]
+        width = grid.w // merge_size
+        frame, within = divmod(token, grid.h // merge_size * width)
+        item = f"image {number}, " if len(self.grids) > 1 else ""
+        step = f"frame {frame}, " if grid.t > 1 else ""
+        return f"{self}, {item}{step}row {within // width}, column {within % width} of its tokens"
+
+    def __str__(self) -> str:
+        return f"{self.name} at grid {', '.join(map(str, self.grids))}"
+
+
+class Trials:
+    """Makes trials for programs of a tower.
+
+    Attributes:
+        photographs: Real images that are shown.
+    """
+
+    def __init__(self, tower: Tower, processor: ImageProcessor | None, photographs: Sequence[Path] = ()) -> None:
+        self._tower, self._processor = tower, processor
+        if photographs and processor is None:
+            raise ConfigurationError(
+                f"{tower.checkpoint.folder} has no image processor, so it cannot be shown images.",
+                hint="Name a complete checkpoint as the reference, or no images.",
+            )
+        self.photographs = tuple(photographs)
+        self._sizes = {path: load_image(path).size for path in self.photographs}
+
+    def of(self, coverage: Coverage) -> tuple[Trial, ...]:
+        """Trials of a program: noise on each of its grids, and the pictures and photographs dealt among them.
+
+        Raises:
+            BundleError: If no grid lies in the coverage.
+            InputError: If a photograph is of an impossible aspect ratio.
+        """
+        calls = trial_calls(self._tower, coverage)
+        if not calls:
+            raise BundleError(f"no image fits a program that takes {coverage}.", hint="Export the bundle again.")
+        found = [self._generated("noise", call, _noise) for call in calls]
+        if self._processor is None:
+            return (*found, *(self._generated("slope", call, _slope) for call in calls))
+        for number in range(max(len(calls), len(_PICTURES))):
+            found.append(self._picture(list(_PICTURES)[number % len(_PICTURES)], calls[number % len(calls)]))
+        upright = calls[0][0]
+        frames = [upright, _turned(upright)] if (_turned(upright),) in calls else [upright]
+        for number, path in enumerate(self.photographs):
+            found.append(self._photograph(path, coverage, frames[number % len(frames)]))
+        return tuple(found)
+
+    def _generated(
+        self, name: str, grids: tuple[Grid, ...], make: Callable[[np.random.Generator, int, int], Patches]
+    ) -> Trial:
+        rows, width = total_patches(grids), self._tower.patch_width
+        return Trial(name, grids, None, lambda: make(_generator(name, grids), rows, width))
+
+    def _picture(self, name: str, grids: tuple[Grid, ...]) -> Trial:
+        def patches() -> Patches:
+            rng, frames = _generator(name, grids), []
+            for grid in grids:
+                pixels = _PICTURES[name](rng, *self._pixels(grid))
+                frames += [self._exact(_as_image(np.roll(pixels, 5 * t, axis=1)), grid.frame) for t in range(grid.t)]
+            return np.concatenate(frames)
+
+        return Trial(name, grids, None, patches)
+
+    def _photograph(self, path: Path, coverage: Coverage, grid: Grid) -> Trial:
+        assert self._processor is not None
+        taken = coverage if isinstance(coverage, AnyGrid) else FixedGrid(grid)
+        fitter = Fitter(self._tower, (taken,), "letterbox", self._processor.min_pixels, self._processor.max_pixels)
+        width, height = self._sizes[path]
+        fitted = fitter.grid_for(height, width)
+
+        def patches() -> Patches:
+            assert self._processor is not None
+            image = fitter.fit(load_image(path))
+            if (image.height, image.width) == self._pixels(fitted):
+                return self._exact(image, fitted)
+            return self._checked(self._processor(image), fitted)
+
+        return Trial(path.name, (fitted,), path, patches)  # certificates are published, and paths are private
+
+    def _exact(self, image: Image, grid: Grid) -> Patches:
+        """Patches of an image that has the size of its grid: the processor's own bounds on sizes do not hold here."""
+        assert self._processor is not None
+        return self._checked(self._processor(image, resize=False), grid)
+
+    def _checked(self, processed: tuple[Patches, Grid], expected: Grid) -> Patches:
+        patches, grid = processed
+        if grid != expected or patches.shape[1] != self._tower.patch_width:
+            raise CheckpointError(
+                f"the image processor of {self._tower.checkpoint.folder} makes patches {list(patches.shape)} of grid "
+                f"{grid} where its vision tower takes {self._tower.patch_width} wide ones of grid {expected}.",
+                hint="The processor's configuration is of another model.",
+            )
+        return patches
+
+    def _pixels(self, grid: Grid) -> tuple[int, int]:
+        return grid.h * self._tower.patch_size, grid.w * self._tower.patch_size
+
+
+def trial_calls(tower: Tower, coverage: Coverage) -> tuple[tuple[Grid, ...], ...]:
+    """Grids of the calls that a program is tried with; the first is of one image of a usual shape.
+
+    A program with baked tables has its one grid. A bucket: the grids that fill it most, a line of tokens as long as its
+    windows or patches allow, a small one with partial windows, each both upright and lying, and a single token. A
+    program for any grid: partial windows upright and lying, a large grid, a line, a single token, several images in a
+    call, and a video of two frames.
+    """
+
+    def tokens(rows: int, columns: int) -> Grid:
+        return Grid(1, rows * tower.merge_size, columns * tower.merge_size)
+
+    match coverage:
+        case FixedGrid(grid=grid):
+            return ((grid,),)
+        case Bucket():
+            fullest = Fitter(tower, (coverage,), "stretch", 1, _PIXELS).largest
+            line = next((n for n in range(_longest(tower, coverage), 0, -1) if tower.fits(coverage, tokens(1, n))), 1)
+            grids = [fullest, tokens(1, line), tokens(*_SMALL), tokens(1, 1)]
+            calls: list[tuple[Grid, ...]] = [
+                (each,) for each in chain.from_iterable((grid, _turned(grid)) for grid in grids)
+            ]
+        case AnyGrid():
+            some, video = tokens(5, 9), tokens(6, 5)
+            singles = [some, _turned(some), tokens(*_LARGE), tokens(1, _LINE), tokens(1, 1)]
+            calls = [(each,) for each in singles]
+            calls += [(some, some, tokens(3, 2)), (Grid(2, video.h, video.w),)]
+    fitting = [call for call in calls if all(tower.fits(coverage, grid.frame) for grid in call)]
+    return tuple(dict.fromkeys(fitting))
+
+
+def find_images(places: Sequence[Path]) -> tuple[Path, ...]:
+    """The given files, and the image files in the given folders in the order of their names.
+
+    Raises:
+        ConfigurationError: If there is none.
+    """
+    found: list[Path] = []
+    for place in places:
+        if place.is_dir():
+            found += sorted(file for file in place.iterdir() if file.suffix.lower() in _SUFFIXES)
+        else:
+            found.append(place)
+    if places and not found:
+        raise ConfigurationError(
+            f"no images are in {', '.join(map(str, places))}.",
+            hint=f"Files are known by: {', '.join(sorted(_SUFFIXES))}.",
+        )
+    return tuple(dict.fromkeys(found))
+
+
+def bundled_photographs() -> tuple[Path, ...]:
+    """Photographs and scans that scikit-image installs, where it is installed; nothing is downloaded or imported."""
+    spec = find_spec("skimage")
+    folders = [Path(place, "data") for place in (spec.submodule_search_locations or ())] if spec else []
+    return tuple(file for folder in folders for file in (folder / name for name in _PHOTOGRAPHS) if file.is_file())
+
+
+def _longest(tower: Tower, bucket: Bucket) -> int:
+    return min(MOST_ASPECT_RATIO, bucket.patches // tower.merge_size**2)
+
+
+def _turned(grid: Grid) -> Grid:
+    return Grid(grid.t, grid.w, grid.h)
+
+
+def _generator(name: str, grids: tuple[Grid, ...]) -> np.random.Generator:
+    """The same numbers for the same input in every process, unlike `hash`."""
+    return np.random.default_rng(zlib.crc32(f"{name} {grids}".encode()))
+
+
+def _noise(rng: np.random.Generator, rows: int, width: int) -> Patches:
+    return rng.standard_normal((rows, width), dtype=np.float32)
+
+
+def _slope(rng: np.random.Generator, rows: int, width: int) -> Patches:
+    """Patches that turn slowly from one to another, so that neighbours are nearly alike."""
+    first, last = rng.standard_normal((2, width), dtype=np.float32)
+    angles = np.linspace(0, np.pi, rows, dtype=np.float32)[:, None]
+    patches: Patches = np.cos(angles) * first + np.sin(angles) * last
+    return patches
+
+
+def _gradient(rng: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
+    """Red grows to the right, green downwards, blue along the diagonal, from a random level."""
+    down, right = np.linspace(0, 1, height)[:, None], np.linspace(0, 1, width)[None, :]
+    channels = np.stack(np.broadcast_arrays(right, down, (down + right) / 2), axis=-1)
+    level = rng.uniform(0, 0.3, 3)
+    pixels: NDArray[np.uint8] = (255 * (level + (1 - level) * channels)).astype(np.uint8)
+    return pixels
+
+
+def _checkerboard(rng: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
+    """Light and dark cells in turn, each of its own colour and of no patch's size."""
+    rows, columns = -(-height // 9), -(-width // 17)
+    dark = np.indices((rows, columns)).sum(axis=0)[..., None] % 2 == 0
+    colours = np.where(dark, 0, 128) + rng.integers(0, 128, (rows, columns, 3))
+    return colours.astype(np.uint8).repeat(9, axis=0).repeat(17, axis=1)[:height, :width]
+
+
+def _strokes(rng: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
+    """Lines of text in no script: dark strokes in words on a light page."""
+    from PIL import Image, ImageDraw
+
+    page = Image.new("RGB", (width, height), (244, 240, 230))
+    pen = ImageDraw.Draw(page)
+    size = int(np.clip(height // 6, 7, 24))
+    for top in range(2, height, size + size // 2):
+        left = 2
+        while left < width:
+            if rng.uniform() < 0.85:
+                corners = rng.uniform(0, 1, (4, 2)) * (0.6 * size, size) + (left, top)
+                shade = int(rng.integers(0, 90))
+                pen.line([(float(x), float(y)) for x, y in corners], (shade, shade, shade), max(1, size // 8))
+            left += size * 3 // 4
+    return np.asarray(page)
+
+
+_PICTURES: dict[str, Callable[[np.random.Generator, int, int], NDArray[np.uint8]]] = {
+    "strokes": _strokes,
+    "gradient": _gradient,
+    "checkerboard": _checkerboard,
+}
+
+
+def _as_image(pixels: NDArray[Any]) -> Image:
+    from PIL import Image
+
+    return Image.fromarray(np.ascontiguousarray(pixels))

@@ -1,0 +1,324 @@
+"""Validation: every program of a bundle is run beside the float32 reference, and the outcome is its certificate.
+
+A certificate never covers what was not run: a program that no backend takes, that cannot be opened, or that fails on
+one input has not passed.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from visionaccel.arrays import Array, as_numpy, finite_rows, is_tensor
+from visionaccel.backends import AUTO, Registry, Session, default_registry
+from visionaccel.bundle.answers import LEAST_AGREEMENT, digits_checkpoint, read_digits
+from visionaccel.bundle.comparison import Comparison, Place
+from visionaccel.bundle.export import Progress, toolchain
+from visionaccel.bundle.manifest import Answers, Certificate, ProgramEntry, ProgramResult
+from visionaccel.bundle.opening import Bundle, tower_digest
+from visionaccel.bundle.packed_weights import differing_weights
+from visionaccel.bundle.processor import processor_digest
+from visionaccel.bundle.trials import Trial, Trials, bundled_photographs, find_images
+from visionaccel.encoder import Encoder, open_encoder
+from visionaccel.errors import (
+    ConfigurationError,
+    OutputError,
+    PluginError,
+    SettingsError,
+    UnknownBackendError,
+    VisionAccelError,
+)
+from visionaccel.families import Tower
+from visionaccel.images import image_processor
+from visionaccel.program import Precision, Program
+
+__all__ = ["REFERENCE_BACKEND", "THRESHOLDS", "validate_bundle"]
+
+logger = logging.getLogger(__name__)
+
+REFERENCE_BACKEND = "torch_ref"
+THRESHOLDS: Mapping[Precision, float] = MappingProxyType({"float32": 0.9999, "float16": 0.999, "bfloat16": 0.99})
+"""The lowest cosine of a token that passes, by the precision of its program.
+
+A cosine allows any length, so lengths may differ by as much as that angle moves the end of an embedding: by
+sqrt(2 - 2 cosine) of the reference's length, which is 14 % in bfloat16.
+"""
+
+_TOOLS = ("numpy", "onnx", "onnxruntime", "torch", "transformers")
+_NOT_RUN = "none"
+
+
+def validate_bundle(
+    bundle: Bundle,
+    reference: Tower,
+    *,
+    backend: str = AUTO,
+    device: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    images: Sequence[Path] = (),
+    thresholds: Mapping[Precision, float] = THRESHOLDS,
+    digits: int = 60,
+    registry: Registry | None = None,
+    progress: Progress | None = None,
+) -> Certificate:
+    """Run every program of a bundle beside the reference.
+
+    Args:
+        bundle: The bundle; nothing in it is changed.
+        reference: The tower of the checkpoint that the bundle was exported from.
+        backend: Name of the backend that runs the programs, or `auto`.
+        device: Its device; None for the one that a program was made for, else the backend's default.
+        options: The backend's options.
+        images: Image files and folders of them to show; by default the photographs that scikit-image installs. None
+            are shown if the reference checkpoint has no image processor.
+        thresholds: The lowest cosine that passes, by precision.
+        digits: Images for the digits model to read, if it is the reference; 0 for none.
+        registry: Where backends are found; the installed ones by default.
+        progress: Told a stage, how much of it is done and how much it is.
+
+    Returns:
+        The certificate. Encodes that fail count as compared, each token with cosine -1.
+
+    Raises:
+        ConfigurationError: If the reference has other weights than the bundle was made from or cannot be run, or the
+            backend, an option, a threshold or an image is not what it should be.
+        InputError: If an image cannot be read.
+        ArtifactError: If the reference checkpoint is broken.
+    """
+    demanded = {**THRESHOLDS, **thresholds}
+    for threshold in demanded.values():
+        if not 0 < threshold <= 1:  # not the other way round, which NaN would pass
+            raise ConfigurationError(
+                f"{threshold} is no threshold for a cosine.", hint="Name a number above 0 and up to 1, such as 0.999."
+            )
+    digest = tower_digest(reference)
+    if digest != bundle.manifest.weights_digest:
+        raise ConfigurationError(
+            f"the vision weights of {reference.checkpoint.folder} are not those that {bundle.folder} was made from.",
+            hint="Pass the checkpoint that the bundle was exported from, in the dtype that it had.",
+        )
+    registry = registry or default_registry()
+    tell = progress or (lambda *_: None)
+    trials = _trials(reference, images)
+    with open_encoder(reference, backend=REFERENCE_BACKEND, registry=registry) as exact:
+        run = _Run(bundle, _Reference(exact), trials, registry, backend, device, options)
+        results = tuple(
+            run.program(entry, demanded[entry.precision], partial(tell, entry.name))
+            for entry in bundle.manifest.programs
+        )
+        read = run.answers(digits, digest, partial(tell, "digits"))
+    plugins = {registry.entry(result.backend).distribution for result in results if result.backend != _NOT_RUN}
+    return Certificate(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        reference=digest,
+        images=run.images,
+        programs=results,
+        answers=read,
+        toolchain=toolchain((*_TOOLS, *sorted(plugins))),
+        passed=all(r.failure is None for r in results) and all(a.agreement >= LEAST_AGREEMENT for a in read),
+    )
+
+
+def _trials(reference: Tower, images: Sequence[Path]) -> Trials:
+    folder = reference.checkpoint.folder
+    if processor_digest(folder) is None:
+        return Trials(reference, None, find_images(images))
+    return Trials(reference, image_processor(folder), find_images(images) if images else bundled_photographs())
+
+
+class _Reference:
+    """What the reference makes of each trial, computed once for all programs."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+        self._known: dict[Trial, NDArray[np.float32]] = {}
+
+    def embeddings(self, trial: Trial, patches: NDArray[np.float32]) -> NDArray[np.float32]:
+        if trial not in self._known:
+            self._known[trial] = as_numpy(self.encoder.encode(patches, trial.grids))
+        return self._known[trial]
+
+
+class _Own(Bundle):
+    """Some of a bundle's programs, without its bare weights, which another backend could run in their place."""
+
+    def __init__(self, bundle: Bundle, entries: Iterable[ProgramEntry]) -> None:
+        manifest = bundle.manifest.model_copy(update={"programs": tuple(entries)})
+        super().__init__(bundle.folder, manifest, bundle.tower)
+
+    def programs(self, formats: Iterable[str]) -> tuple[Program, ...]:
+        wanted = set(formats)
+        return tuple(program for program in self._programs if program.format in wanted)
+
+
+class _Watched(Session):
+    """Counts rows of NaN or infinity in what a session returns; the encoder refuses such output whole."""
+
+    def __init__(self, session: Session) -> None:
+        self._session, self.capabilities = session, session.capabilities
+        self.nonfinite_rows = 0
+
+    def run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        outputs = self._session.run(inputs)
+        for array in outputs.values():
+            if (is_tensor(array) or isinstance(array, np.ndarray)) and array.ndim == 2:
+                self.nonfinite_rows += int((~finite_rows(array)).sum())
+        return outputs
+
+    def close(self) -> None:
+        self._session.close()
+
+
+class _Run:
+    """State of one validation."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        reference: _Reference,
+        trials: Trials,
+        registry: Registry,
+        backend: str,
+        device: str | None,
+        options: Mapping[str, Any] | None,
+    ) -> None:
+        self._bundle, self._reference, self._trials, self._registry = bundle, reference, trials, registry
+        self._backend, self._device, self._options = backend, device, options
+        self._merge = bundle.tower.merge_size
+        packed = bundle.manifest.checkpoint is None
+        source = reference.encoder.tower.weights
+        self._wrong_weights = differing_weights(bundle.tower.weights, source) if packed else ()
+        self._opened: list[ProgramEntry] = []
+        self._shown: set[Trial] = set()
+
+    @property
+    def images(self) -> dict[str, int]:
+        """Images that were shown, by kind."""
+        real = {trial.photograph for trial in self._shown if trial.photograph}
+        generated = [trial for trial in self._shown if not trial.photograph]
+        return {"generated": sum(len(trial.grids) for trial in generated), "real": len(real)}
+
+    def program(self, entry: ProgramEntry, threshold: float, tell: Callable[[int, int], None]) -> ProgramResult:
+        """Run one program on its trials."""
+        trials = self._trials.of(entry.covers())
+        tell(0, len(trials))
+        try:
+            encoder = self._open([entry])
+        except (UnknownBackendError, PluginError, SettingsError):
+            raise  # wrong for every program, and not a program's fault
+        except VisionAccelError as error:
+            return self._unopened(entry, trials, threshold, str(error))
+        self._opened.append(entry)
+        comparison, failures, ran = Comparison(), [], []
+        with encoder:
+            opened = encoder.programs[0]
+            opened.session = watched = _Watched(opened.session)
+            for number, trial in enumerate(trials):
+                patches = trial.patches()
+                expected = self._reference.embeddings(trial, patches)
+                watched.nonfinite_rows = 0
+                ran.append(trial)
+                try:
+                    comparison.add(as_numpy(encoder.encode(patches, trial.grids)), expected)
+                except VisionAccelError as error:
+                    comparison.add_missing(expected, watched.nonfinite_rows)
+                    failures.append(f"{trial}: {error}")
+                    if not isinstance(error, OutputError):
+                        break  # a device that is gone would take its time-out on every further one
+                tell(number + 1, len(trials))
+        self._shown.update(ran)
+        failure = self._verdict(comparison, ran, threshold) or self._weights_verdict()
+        if failures:
+            failure = failures[0] + (f" {len(failures) - 1} more encodes failed too." if len(failures) > 1 else "")
+        capabilities = watched.capabilities
+        return ProgramResult(
+            program=entry.name,
+            backend=encoder.backend,
+            device=capabilities.device[:256] or _NOT_RUN,
+            simulated=capabilities.simulated,
+            grids=tuple(dict.fromkeys(str(grid) for trial in ran for grid in trial.grids)),
+            images=comparison.encodes,
+            tokens=comparison.tokens,
+            lowest_cosine=comparison.lowest,
+            first_percentile_cosine=comparison.first_percentile,
+            mean_cosine=comparison.mean,
+            relative_error=comparison.relative_error,
+            nonfinite_rows=comparison.nonfinite_rows,
+            threshold=threshold,
+            failure=failure,
+        )
+
+    def answers(self, count: int, digest: str, tell: Callable[[int, int], None]) -> tuple[Answers, ...]:
+        """What the digits model reads through the programs that could be opened, if it is the reference."""
+        folder = digits_checkpoint(digest) if count and self._opened else None
+        if folder is None:
+            return ()
+        try:
+            encoder = self._open(self._opened)
+        except VisionAccelError as error:
+            logger.warning("The programs could be opened one by one but not together: %s", error)
+            return (Answers(fit="natural", images=count, accuracy=0.0, agreement=0.0),)
+        with encoder:
+            return read_digits(folder, encoder, self._reference.encoder, count, tell)
+
+    def _open(self, entries: Sequence[ProgramEntry]) -> Encoder:
+        return open_encoder(
+            _Own(self._bundle, entries),
+            backend=self._backend,
+            device=self._device or entries[0].device,
+            options=self._options,
+            registry=self._registry,
+        )
+
+    def _verdict(self, comparison: Comparison, trials: Sequence[Trial], threshold: float) -> str | None:
+        """What is wrong with the numbers, and where."""
+        if comparison.lowest >= threshold:
+            # As far as the lowest angle that passes moves the end of an embedding.
+            allowed = math.sqrt(2 * (1 - threshold))
+            if comparison.worst_length_error <= allowed:
+                return None
+            at = self._where(trials, comparison.worst_length_at)
+            return f"an embedding's length is off by {comparison.worst_length_error:.2%}, over {allowed:.2%}, at {at}."
+        low = int((comparison.cosines < threshold).sum())
+        return (
+            f"lowest cosine {comparison.lowest:.6f} is under {threshold}, at "
+            f"{self._where(trials, comparison.lowest_at)}; so are {low} of {comparison.tokens} tokens."
+        )
+
+    def _weights_verdict(self) -> str | None:
+        """What is wrong with the weights in the bundle, which may change too little to tell from rounding."""
+        wrong = self._wrong_weights
+        if not wrong:
+            return None
+        return f"{len(wrong)} of the bundle's weights are not the reference's, such as {wrong[0]!r}."
+
+    def _where(self, trials: Sequence[Trial], place: Place) -> str:
+        return trials[place.encode].where(place.token, self._merge)
+
+    def _unopened(self, entry: ProgramEntry, trials: Sequence[Trial], threshold: float, reason: str) -> ProgramResult:
+        """The result of a program that was not run: every encode that it should have made counts as failed."""
+        return ProgramResult(
+            program=entry.name,
+            backend=self._backend if self._backend != AUTO else _NOT_RUN,
+            device=self._device or entry.device or _NOT_RUN,
+            simulated=False,
+            grids=(),
+            images=len(trials),
+            tokens=sum(grid.tokens(self._merge) for trial in trials for grid in trial.grids),
+            lowest_cosine=-1.0,
+            first_percentile_cosine=-1.0,
+            mean_cosine=-1.0,
+            relative_error=1.0,
+            nonfinite_rows=0,
+            threshold=threshold,
+            failure=f"not run: {reason}",
+        )

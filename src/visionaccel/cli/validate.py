@@ -1,0 +1,154 @@
+"""`visionaccel validate`: every program of a bundle beside the float32 reference, and the certificate of it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from visionaccel.backends import AUTO
+from visionaccel.bundle import MANIFEST, Bundle, open_bundle
+from visionaccel.bundle.answers import LEAST_AGREEMENT
+from visionaccel.bundle.export import rewrite_manifest
+from visionaccel.bundle.manifest import Certificate
+from visionaccel.bundle.validation import THRESHOLDS, validate_bundle
+from visionaccel.cli.output import Backend, Device, Json, OptionsText, messages, print_json, results
+from visionaccel.encoder import open_tower
+from visionaccel.errors import ConfigurationError, SettingsError
+from visionaccel.settings import load_settings, parse_options
+
+__all__ = ["validate"]
+
+
+def validate(
+    bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
+    reference: Annotated[
+        str, typer.Option(help="Checkpoint folder or Hugging Face repository that the bundle was exported from.")
+    ],
+    backend: Backend = None,
+    device: Device = None,
+    options: OptionsText = None,
+    images: Annotated[
+        list[Path] | None,
+        typer.Option(help="Image file or folder of images to show. Repeatable. Default: those of scikit-image."),
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            help="Lowest cosine of a token that passes. Default: "
+            + ", ".join(f"{value} in {precision}" for precision, value in THRESHOLDS.items())
+            + "."
+        ),
+    ] = None,
+    digits: Annotated[
+        int, typer.Option(min=0, help="Images for the digits model to read, if it is the reference.")
+    ] = 60,
+    no_write: Annotated[bool, typer.Option("--no-write", help="Leave the bundle as it is.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Prove a bundle: run each of its programs beside the float32 reference, and write the certificate into it.
+
+    Exit status 1 if a program was not run, failed, or is further from the reference than the threshold allows.
+    """
+    settings = load_settings()
+    try:
+        chosen_options = parse_options(options) if options is not None else settings.options
+    except ValueError as error:
+        raise SettingsError(f"--options {options!r}: {error}.", hint="Write name=value,name=value.") from error
+    tower = open_tower(reference)
+    # A certificate is worth what was read, so no digest is taken from memory.
+    opened = open_bundle(bundle, checkpoint=tower.checkpoint, trust_unchanged=False)
+    if not no_write:
+        _check_writable(opened)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=messages, transient=True) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def tell(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done)
+
+        certificate = validate_bundle(
+            opened,
+            tower,
+            backend=backend or settings.backend or AUTO,
+            device=device or settings.device,
+            options=chosen_options,
+            images=images or (),
+            thresholds=THRESHOLDS if threshold is None else dict.fromkeys(THRESHOLDS, threshold),
+            digits=digits,
+            progress=tell,
+        )
+    if not no_write:
+        rewrite_manifest(opened, {"certificate": certificate.model_dump(mode="json")})
+    if as_json:
+        print_json({"bundle": str(bundle), "written": not no_write, "certificate": certificate.model_dump(mode="json")})
+    else:
+        _print(bundle, certificate)
+        if not no_write:
+            results.print(f"The certificate is in {bundle / MANIFEST}.", markup=False, soft_wrap=True)
+    if not certificate.passed:
+        raise typer.Exit(1)
+
+
+def _check_writable(bundle: Bundle) -> None:
+    """Refuse before the work rather than after it."""
+    manifest = bundle.folder / MANIFEST
+    if manifest.is_symlink():
+        raise ConfigurationError(
+            f"{manifest} is a link, as in the hub's cache, whose files are not to be changed.",
+            hint="Pull the bundle with --output, or pass --no-write.",
+        )
+    if not os.access(bundle.folder, os.W_OK):
+        raise ConfigurationError(f"{bundle.folder} cannot be written to.", hint="Pass --no-write.")
+
+
+def _print(bundle: Path, certificate: Certificate) -> None:
+    images = ", ".join(f"{count} {kind}" for kind, count in certificate.images.items())
+    table = Table(
+        "program", "ran on", "grids", "tokens", "lowest cosine", "1st percentile", "mean", "relative error", "NaN/Inf",
+        "verdict", title=f"{bundle} beside the float32 reference, images: {images}",
+    )  # fmt: skip
+    for found in certificate.programs:
+        table.add_row(
+            found.program,
+            f"{found.backend}, {found.device}" + (" (simulated)" if found.simulated else ""),
+            ", ".join(found.grids) or "none",
+            str(found.tokens),
+            f"{found.lowest_cosine:.6f}",
+            f"{found.first_percentile_cosine:.6f}",
+            f"{found.mean_cosine:.6f}",
+            f"{found.relative_error:.2e}",
+            str(found.nonfinite_rows),
+            "passed" if found.failure is None else "FAILED",
+            style=None if found.failure is None else "bold red",
+        )
+    results.print(table)
+    if certificate.answers:
+        _print_answers(certificate)
+    for found in certificate.programs:
+        if found.failure is not None:
+            results.print(f"FAILED {found.program}: {found.failure}", markup=False, highlight=False, soft_wrap=True)
+    results.print("Passed." if certificate.passed else "FAILED.", style="green" if certificate.passed else "bold red")
+
+
+def _print_answers(certificate: Certificate) -> None:
+    table = Table("images", "fit", "accuracy", "agreement with the reference", "verdict", title="Digits read")
+    for read in certificate.answers:
+        passed = read.agreement >= LEAST_AGREEMENT
+        table.add_row(
+            str(read.images),
+            read.fit,
+            f"{read.accuracy:.1%}",
+            f"{read.agreement:.1%}",
+            "passed" if passed else "FAILED",
+            style=None if passed else "bold red",
+        )
+    results.print(table)
+    if len(certificate.answers) > 1:
+        results.print("natural: the reference encoder at the images' own sizes, which no program takes.", markup=False)
