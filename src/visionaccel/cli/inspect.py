@@ -10,8 +10,9 @@ import typer
 from rich.table import Table
 
 from visionaccel.bundle import Bundle, open_bundle
-from visionaccel.bundle.manifest import Certificate, json_schema
+from visionaccel.bundle.manifest import json_schema
 from visionaccel.cli.output import Json, print_json, results
+from visionaccel.cli.validate import print_certificate
 from visionaccel.errors import ConfigurationError
 from visionaccel.program import ONNX, Program
 
@@ -44,7 +45,8 @@ def inspect(
     if opened.manifest.certificate is None:
         results.print("No certificate: run `visionaccel validate` before you trust it.", style="yellow")
     else:
-        _print_certificate(opened.manifest.certificate)
+        certificate = opened.manifest.certificate
+        print_certificate(certificate, f"Certificate of {certificate.created}")
 
 
 def _row(bundle: Bundle, program: Program) -> dict[str, Any]:
@@ -102,35 +104,3 @@ def _print_program(row: dict[str, Any]) -> None:
         table.add_row("opset", ", ".join(f"{domain} {version}" for domain, version in row["opset"].items()))
         table.add_row("nodes", f"{row['nodes']}: " + ", ".join(f"{op} {n}" for op, n in row["operators"].items()))
     results.print(table)
-
-
-def _print_certificate(certificate: Certificate) -> None:
-    images = ", ".join(f"{count} {kind}" for kind, count in certificate.images.items())
-    verdict = "passed" if certificate.passed else "FAILED"
-    table = Table(
-        "program", "ran on", "grids", "tokens", "lowest cosine", "1st percentile", "mean", "relative error", "verdict",
-        title=f"Certificate of {certificate.created}: {verdict}; images: {images}",
-    )  # fmt: skip
-    for found in certificate.programs:
-        device = f"{found.backend}, {found.device}" + (" (simulated)" if found.simulated else "")
-        table.add_row(
-            found.program,
-            device,
-            ", ".join(found.grids),
-            str(found.tokens),
-            f"{found.lowest_cosine:.6f}",
-            f"{found.first_percentile_cosine:.6f}",
-            f"{found.mean_cosine:.6f}",
-            f"{found.relative_error:.2e}",
-            "passed" if found.failure is None else "FAILED",
-        )
-    results.print(table)
-    for found in certificate.programs:
-        if found.failure is not None:
-            results.print(f"{found.program}: {found.failure}", markup=False)
-    for answers in certificate.answers:
-        results.print(
-            f"Digits, {answers.fit}: {answers.accuracy:.1%} right, {answers.agreement:.1%} as the reference reads them "
-            f"({answers.images} images).",
-            markup=False,
-        )

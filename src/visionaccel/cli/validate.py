@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -21,7 +22,7 @@ from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError, SettingsError
 from visionaccel.settings import load_settings, parse_options
 
-__all__ = ["validate"]
+__all__ = ["print_certificate", "validate"]
 
 
 def validate(
@@ -89,7 +90,7 @@ def validate(
     if as_json:
         print_json({"bundle": str(bundle), "written": not no_write, "certificate": certificate.model_dump(mode="json")})
     else:
-        _print(bundle, certificate)
+        print_certificate(certificate, f"{bundle} beside the float32 reference")
         if not no_write:
             results.print(f"The certificate is in {bundle / MANIFEST}.", markup=False, soft_wrap=True)
     if not certificate.passed:
@@ -108,22 +109,24 @@ def _check_writable(bundle: Bundle) -> None:
         raise ConfigurationError(f"{bundle.folder} cannot be written to.", hint="Pass --no-write.")
 
 
-def _print(bundle: Path, certificate: Certificate) -> None:
+def print_certificate(certificate: Certificate, title: str) -> None:
+    """The certificate as tables: cosines lowest, at the first percentile and mean; and below, what failed and why."""
     images = ", ".join(f"{count} {kind}" for kind, count in certificate.images.items())
-    table = Table(
-        "program", "ran on", "grids", "tokens", "lowest cosine", "1st percentile", "mean", "relative error", "NaN/Inf",
-        "verdict", title=f"{bundle} beside the float32 reference, images: {images}",
-    )  # fmt: skip
+    table = Table(title=f"{title}; images: {images}", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("program", overflow="fold")
+    table.add_column("ran on", overflow="fold")
+    for name in ("tokens", "lowest", "1st %", "mean", "error", "NaN/Inf"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
     for found in certificate.programs:
         table.add_row(
             found.program,
             f"{found.backend}, {found.device}" + (" (simulated)" if found.simulated else ""),
-            ", ".join(found.grids) or "none",
             str(found.tokens),
             f"{found.lowest_cosine:.6f}",
             f"{found.first_percentile_cosine:.6f}",
             f"{found.mean_cosine:.6f}",
-            f"{found.relative_error:.2e}",
+            f"{found.relative_error:.1e}",
             str(found.nonfinite_rows),
             "passed" if found.failure is None else "FAILED",
             style=None if found.failure is None else "bold red",
@@ -138,7 +141,8 @@ def _print(bundle: Path, certificate: Certificate) -> None:
 
 
 def _print_answers(certificate: Certificate) -> None:
-    table = Table("images", "fit", "accuracy", "agreement with the reference", "verdict", title="Digits read")
+    columns = ("images", "fit", "accuracy", "agreement with the reference", "verdict")
+    table = Table(*columns, title="Digits read", box=SIMPLE_HEAD)
     for read in certificate.answers:
         passed = read.agreement >= LEAST_AGREEMENT
         table.add_row(
