@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
     from vllm.multimodal.inputs import MultiModalFeatureSpec
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.core.sched.scheduler import Scheduler as Scheduler
@@ -128,19 +128,23 @@ class ServedModel:
 def served_model(config: VllmConfig) -> ServedModel:
     """The model of an engine configuration."""
     model = config.model_config
-    multimodal = bool(model.is_multimodal_model)
-    limits = model.get_multimodal_config() if multimodal else None
     return ServedModel(
         source=model.model,
         revision=model.revision,
         architectures=tuple(model.architectures),
-        multimodal=multimodal,
-        takes_media=limits is not None and any(limits.get_limit_per_prompt(kind) for kind in ("image", "video")),
+        multimodal=bool(model.is_multimodal_model),
+        takes_media=takes_media(model),
         own_implementation=str(getattr(model.model_impl, "value", model.model_impl)) in ("auto", "vllm"),
         dtype=model.dtype,
         device=str(config.device_config.device),
         vision=getattr(model.hf_config, "vision_config", None),
     )
+
+
+def takes_media(model: ModelConfig) -> bool:
+    """Whether prompts may hold an image or a video."""
+    limits = model.get_multimodal_config() if model.is_multimodal_model else None
+    return limits is not None and any(limits.get_limit_per_prompt(kind) for kind in ("image", "video"))
 
 
 def use_contained_scheduler(config: VllmConfig) -> bool:

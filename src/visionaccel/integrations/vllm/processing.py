@@ -36,15 +36,15 @@ class FittedProcessingInfo(Qwen2_5_VLProcessingInfo):  # type: ignore[misc]
         return load_settings()
 
     @cached_property
-    def grids(self) -> Grids:
-        """Which grids the encoder takes."""
+    def grids(self) -> Grids | None:
+        """Which grids the encoder takes; None where it takes every one, and where prompts may hold no media."""
         model = self.ctx.model_config
-        return grids_of(model.model, model.revision, self._settings)
+        return grids_of(model.model, model.revision, self._settings) if compat.takes_media(model) else None
 
     @property
     def limited(self) -> bool:
         """Some grid fits no program, and no other backend takes it."""
-        return not self.grids.every and not self.grids.rest
+        return self.grids is not None and not self.grids.rest
 
     @cached_property
     def fitter(self) -> Fitter | None:
@@ -54,7 +54,7 @@ class FittedProcessingInfo(Qwen2_5_VLProcessingInfo):  # type: ignore[misc]
             ConfigurationError: If the processor would change the size of an image that has a program's grid.
         """
         grids = self.grids
-        if grids.every:
+        if grids is None:
             return None
         least, most = compat.pixel_bounds(self)
         side = grids.tower.patch_size
@@ -72,7 +72,7 @@ class FittedProcessingInfo(Qwen2_5_VLProcessingInfo):  # type: ignore[misc]
     @property
     def resizes(self) -> bool:
         """Images are resized to the programs' grids."""
-        return not self.grids.every and self._settings.fit != "none"
+        return self.grids is not None and self._settings.fit != "none"
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         limits: Mapping[str, int | None] = super().get_supported_mm_limits()
@@ -89,7 +89,7 @@ class FittedProcessingInfo(Qwen2_5_VLProcessingInfo):  # type: ignore[misc]
     def get_image_size_with_most_features(self, *args: Any, **kwargs: Any) -> Any:
         if self.fitter is None or not (self.resizes or self.limited):
             return super().get_image_size_with_most_features(*args, **kwargs)
-        grid, side = self.fitter.largest, self.grids.tower.patch_size
+        grid, side = self.fitter.largest, self.fitter.tower.patch_size
         return compat.ImageSize(width=grid.w * side, height=grid.h * side)
 
     def _get_vision_info(self, **kwargs: Any) -> Any:
@@ -97,7 +97,7 @@ class FittedProcessingInfo(Qwen2_5_VLProcessingInfo):  # type: ignore[misc]
         image = kwargs.get("modality") or ("image" if kwargs.get("num_frames", 1) == 1 else "video")
         if self.resizes and image == "image" and self.fitter is not None:
             grid = self.fitter.grid_for(kwargs["image_height"], kwargs["image_width"])
-            side = self.grids.tower.patch_size
+            side = self.fitter.tower.patch_size
             kwargs |= {"image_height": grid.h * side, "image_width": grid.w * side}
         return super()._get_vision_info(**kwargs)
 
@@ -107,10 +107,11 @@ class FittedProcessingInfo(Qwen2_5_VLProcessingInfo):  # type: ignore[misc]
         Raises:
             UnfitGridError: If there is no fallback either.
         """
+        if self.grids is None or self.grids.rest:
+            return
         (grid,) = as_grids(as_numpy(grid_thw).reshape(-1, 3))
-        tower, coverages = self.grids.tower, self.grids.coverages
-        if self.limited and not any(tower.fits(coverage, grid.frame) for coverage in coverages):
-            taken = "; ".join(map(str, coverages))
+        if not any(self.grids.tower.fits(coverage, grid.frame) for coverage in self.grids.coverages):
+            taken = "; ".join(map(str, self.grids.coverages))
             raise UnfitGridError(
                 f"this {kind} has grid {grid}, and the encoder's programs take {taken} (height x width in patches).",
                 hint="Leave the processor's size options alone, or have the server set VISIONACCEL_FIT or "
@@ -122,7 +123,7 @@ class FittedProcessingInfo(Qwen2_5_VLProcessingInfo):  # type: ignore[misc]
         return self.fitter.fit(_as_picture(image))
 
     def _refuse_video(self) -> None:
-        taken = "; ".join(map(str, self.grids.coverages))
+        taken = "; ".join(map(str, self.grids.coverages if self.grids is not None else ()))
         raise UnfitGridError(
             f"this server takes no videos: its vision encoder's programs take {taken} (height x width in patches).",
             hint="Have the server set VISIONACCEL_FALLBACK, or use a bundle with a dynamic program.",

@@ -73,23 +73,21 @@ def _check_same_model(bundle: Bundle, served: Checkpoint) -> None:
 
 @dataclass(frozen=True)
 class Grids:
-    """Which grids the encoder of a served model takes.
+    """Which grids the encoder of a served model takes, if that is not every one.
 
     Attributes:
         tower: The vision tower.
         coverages: What each program takes that the chosen backend accepts.
-        every: Some program takes every grid.
         rest: Another backend takes over what fits none.
     """
 
     tower: Tower
     coverages: tuple[Coverage, ...]
-    every: bool
     rest: bool
 
 
-def grids_of(model: str, revision: str | None, settings: Settings) -> Grids:
-    """What the encoder of a served model will take, without opening it.
+def grids_of(model: str, revision: str | None, settings: Settings) -> Grids | None:
+    """What the encoder of a served model will take, without opening it; None if that is every grid.
 
     Every process of vLLM that prepares images asks, and all come to the same answer: probes allocate nothing.
 
@@ -102,9 +100,12 @@ def grids_of(model: str, revision: str | None, settings: Settings) -> Grids:
         ConfigurationError: As `open_served_source`, or if the backend is unknown or broken.
         ArtifactError: If the bundle or checkpoint is broken.
     """
+    if settings.bundle is None or not is_bundle(settings.bundle):
+        return None  # An encoder from a checkpoint's weights takes every grid.
     source = open_served_source(model, revision, settings)
     tower = source.tower if isinstance(source, Bundle) else source
     chosen = select(default_registry(), source, settings.backend or AUTO, settings.device).chosen
-    # With no program the engine will not start, or start with the fallback, which takes every grid.
-    coverages = tuple(program.coverage for program in chosen.programs) if chosen is not None else (AnyGrid(),)
-    return Grids(tower, coverages, AnyGrid() in coverages, settings.fallback is not None)
+    if chosen is None:
+        return None  # The engine will not start, or start with the fallback, which takes every grid.
+    coverages = tuple(program.coverage for program in chosen.programs)
+    return None if AnyGrid() in coverages else Grids(tower, coverages, settings.fallback is not None)
