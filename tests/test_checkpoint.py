@@ -164,6 +164,8 @@ def test_other_architectures_are_refused_with_the_supported_ones(copy):
         ({"num_heads": 5}, CheckpointError, "divisible by num_heads"),
         ({"num_heads": 0}, CheckpointError, "must be positive"),
         ({"window_size": 33}, CheckpointError, "window_size must be a multiple"),
+        ({"window_size": 2**25}, CheckpointError, "no size may be over"),
+        ({"window_size": 8 * 1024}, CheckpointError, "no more than 16384 patches"),
         ({"fullatt_block_indexes": [9]}, CheckpointError, "below depth"),
         ({"depth": None}, CheckpointError, "lacks a usable"),
         ({"hidden_size": "wide"}, CheckpointError, "lacks a usable"),

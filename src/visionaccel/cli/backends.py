@@ -53,7 +53,7 @@ def backends(as_json: Json = False) -> None:
         table.add_row(
             row["name"], f"{row['distribution']} {row['version']}", ", ".join(row["formats"]), devices, options
         )
-    results.print(table if rows else "No backend is installed. Try: pip install 'visionaccel[onnxrt]'", markup=False)
+    results.print(table if rows else "No backend is installed. Try: pip install 'visionaccel[onnxrt]'")
 
 
 def explain(

@@ -84,7 +84,7 @@ def demo(
             table.add_row(*map(str, row.values()), style=style)
         results.print(table)
         accuracy = ", ".join(f"{name} {share:.1%}" for name, share in right.items())
-        results.print(f"agreement: {agreeing} of {len(rows)}; accuracy: {accuracy}", markup=False)
+        results.print(f"agreement: {agreeing} of {len(rows)}; accuracy: {accuracy}")
     if agreeing != len(rows):
         raise typer.Exit(1)
 

@@ -97,4 +97,4 @@ def encode(
         table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()))
     results.print(table)
     if output is not None:
-        results.print(f"Embeddings are in {output}.", markup=False)
+        results.print(f"Embeddings are in {output}.")

@@ -109,7 +109,7 @@ def export(
         table.add_row(program.name, str(program.covers()), program.precision, program.model, f"{size:.2f}")
     results.print(table)
     weights = "packed, " + _size(manifest.files) if manifest.checkpoint is None else f"in {manifest.checkpoint.source}"
-    results.print(f"Weights {weights}. Written in {seconds} s.", markup=False)
+    results.print(f"Weights {weights}. Written in {seconds} s.")
 
 
 def _grid(text: str, option: str, merge_size: int) -> Grid:

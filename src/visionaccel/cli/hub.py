@@ -31,8 +31,8 @@ def push(
     if as_json:
         print_json(asdict(report))
         return
-    results.print(f"Pushed {len(report.files)} files to {report.repository}, {report.revision}.", markup=False)
-    results.print(f"  {report.url}", markup=False, soft_wrap=True)
+    results.print(f"Pushed {len(report.files)} files to {report.repository}, {report.revision}.")
+    results.print(f"  {report.url}", soft_wrap=True)
 
 
 def pull(
@@ -52,5 +52,5 @@ def pull(
     if as_json:
         print_json(answer)
         return
-    results.print(f"Pulled {report.repository} at {report.commit} into", markup=False)
-    results.print(f"  {report.folder}", markup=False, soft_wrap=True)
+    results.print(f"Pulled {report.repository} at {report.commit} into")
+    results.print(f"  {report.folder}", soft_wrap=True)

@@ -10,8 +10,8 @@ from rich.console import Console
 
 __all__ = ["Backend", "Device", "Json", "OptionsText", "messages", "print_json", "results"]
 
-results = Console(soft_wrap=False)
-"""Tables and answers."""
+results = Console(soft_wrap=False, markup=False, emoji=False)
+"""Tables and answers. Text is printed as it is: names and messages from files and plug-ins are no markup."""
 
 messages = Console(stderr=True)
 """Progress, warnings and errors."""

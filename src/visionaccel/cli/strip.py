@@ -40,14 +40,14 @@ def strip(
     if as_json:
         print_json(_as_dict(report, time.perf_counter() - started))
         return
-    results.print(f"Wrote {report.folder} for family {report.family}.", markup=False, highlight=False, soft_wrap=True)
+    results.print(f"Wrote {report.folder} for family {report.family}.", highlight=False, soft_wrap=True)
     before, after = report.kept_bytes + report.removed_bytes, report.kept_bytes
     removed, kept = report.removed_tensors, report.kept_tensors
-    results.print(f"  weights: {decimal(before)} before, {decimal(after)} after", markup=False, highlight=False)
-    results.print(f"  tensors: {removed} of the vision tower removed, {kept} kept", markup=False, highlight=False)
-    results.print(f"  digest of the vision weights: {report.digest}", markup=False, highlight=False, soft_wrap=True)
+    results.print(f"  weights: {decimal(before)} before, {decimal(after)} after", highlight=False)
+    results.print(f"  tensors: {removed} of the vision tower removed, {kept} kept", highlight=False)
+    results.print(f"  digest of the vision weights: {report.digest}", highlight=False, soft_wrap=True)
     if report.skipped:
-        results.print(f"  not copied: {', '.join(report.skipped)}", markup=False, highlight=False, soft_wrap=True)
+        results.print(f"  not copied: {', '.join(report.skipped)}", highlight=False, soft_wrap=True)
 
 
 def _as_dict(report: StripReport, seconds: float) -> dict[str, object]:

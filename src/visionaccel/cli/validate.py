@@ -92,7 +92,7 @@ def validate(
     else:
         print_certificate(certificate, f"{bundle} beside the float32 reference")
         if not no_write:
-            results.print(f"The certificate is in {bundle / MANIFEST}.", markup=False, soft_wrap=True)
+            results.print(f"The certificate is in {bundle / MANIFEST}.", soft_wrap=True)
     if not certificate.passed:
         raise typer.Exit(1)
 
@@ -136,7 +136,7 @@ def print_certificate(certificate: Certificate, title: str) -> None:
         _print_answers(certificate)
     for found in certificate.programs:
         if found.failure is not None:
-            results.print(f"FAILED {found.program}: {found.failure}", markup=False, highlight=False, soft_wrap=True)
+            results.print(f"FAILED {found.program}: {found.failure}", highlight=False, soft_wrap=True)
     results.print("Passed." if certificate.passed else "FAILED.", style="green" if certificate.passed else "bold red")
 
 
@@ -155,4 +155,4 @@ def _print_answers(certificate: Certificate) -> None:
         )
     results.print(table)
     if len(certificate.answers) > 1:
-        results.print("natural: the reference encoder at the images' own sizes, which no program takes.", markup=False)
+        results.print("natural: the reference encoder at the images' own sizes, which no program takes.")

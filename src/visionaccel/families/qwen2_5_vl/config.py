@@ -11,6 +11,9 @@ from visionaccel.errors import CheckpointError, UnsupportedArchitectureError
 
 __all__ = ["VisionConfig"]
 
+_MOST, _MOST_WINDOW = 2**20, 2**14
+"""Far above every real tower's: a forged configuration must not decide how much memory the host's tables take."""
+
 _DEFAULTS = {
     "depth": 32,
     "intermediate_size": 3420,
@@ -109,6 +112,8 @@ class VisionConfig:
                 hint="The configuration is damaged or foreign.",
             )
         rules = {
+            f"no size may be over {_MOST}": max(sizes.values()) <= _MOST,
+            f"windows may have no more than {_MOST_WINDOW} patches": self.window_patches <= _MOST_WINDOW,
             "hidden_size must be divisible by num_heads": self.hidden_size % self.num_heads == 0,
             "the head width must be divisible by 4": self.head_dim % 4 == 0,
             "window_size must be a multiple of patch_size * spatial_merge_size": self.window_size
