@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bundle_tools import CERTIFICATE, DYNAMIC, FIXED, GRID, TRIPLE, assert_close, encode
+from bundle_tools import CERTIFICATE, DYNAMIC, FIXED, GRID, TRIPLE, assert_close, encode, forge
 from bundles import document
 from towers import random_patches, reference
 from visionaccel.bundle import MANIFEST, open_bundle
