@@ -120,7 +120,7 @@ def test_missing_files_are_named(copy, tmp_path):
     (copy / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"config\.json does not exist"):
         Checkpoint(copy)
-    with pytest.raises(CheckpointError, match="neither a folder nor a repository"):
+    with pytest.raises(CheckpointError, match="nowhere is not a folder"):
         locate_checkpoint(tmp_path / "nowhere")
 
 

@@ -75,6 +75,19 @@ def test_encode_fits_images_to_a_bundles_programs(digits, pictures, tmp_path):
     assert "pass --checkpoint" in run("encode", pictures[0], check=2).stderr.lower()
 
 
+def test_encode_refuses_another_image_processor_than_the_bundles(digits, pictures, tmp_path):
+    from shutil import copytree
+
+    other = copytree(digits, tmp_path / "other")
+    config = other / "processor_config.json"
+    config.write_text(config.read_text().replace("0.48145466", "0.1"))
+    run("export", digits, tmp_path / "bundle", "--self-contained")
+    done = run("encode", pictures[0], "--bundle", tmp_path / "bundle", "--checkpoint", other, check=2)
+    assert "another image processor" in done.stderr
+    done = run("validate", tmp_path / "bundle", "--reference", other, check=2)
+    assert "another image processor" in done.stderr
+
+
 def test_explain_says_which_programs_a_backend_takes(digits, tmp_path):
     run("export", digits, tmp_path / "bundle", "--grid", "8x16", "--dynamic")
     rows = {

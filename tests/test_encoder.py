@@ -206,6 +206,30 @@ def test_closing_waits_for_the_call_in_progress(tiny, thread_safe):
         assert len(running.result()) == 4
 
 
+def test_a_session_that_fails_to_close_leaves_none_open(tiny):
+    class Stuck(Slow):
+        def close(self):
+            super().close()
+            self.closed = True
+            raise OSError("the device is gone")
+
+    sessions = [Stuck(True), Stuck(True)]
+    with open_encoder(tiny, backend="onnxrt") as encoder:
+        programs = [replace(encoder.programs[0], session=session) for session in sessions]
+    with pytest.raises(OSError, match="gone"):
+        Encoder(encoder.tower, "slow", programs, Registry()).close()
+    assert all(session.closed for session in sessions)
+
+
+def test_what_the_host_fails_at_is_a_device_error(tiny):
+    with open_encoder(tiny, backend="onnxrt") as encoder:
+        opened = encoder.programs[0]
+        broken = type("Broken", (), {"inputs": lambda *_: 1 / 0})()
+        broken_encoder = Encoder(encoder.tower, "onnxrt", [replace(opened, host=broken)], Registry())
+        with pytest.raises(DeviceError, match="division by zero"):
+            broken_encoder.encode(random_patches([(1, 4, 4)]), [(1, 4, 4)])
+
+
 BAD_RUNS = {
     "missing output": "return {}",
     "wrong shape": "return {'embeddings': np.zeros((3, 24), 'float32')}",

@@ -11,7 +11,7 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from visionaccel.encoder import open_tower
-from visionaccel.errors import InputError, UnfitGridError
+from visionaccel.errors import ConfigurationError, InputError, UnfitGridError
 from visionaccel.fitting import Fitter, grid_cost, natural_grid
 from visionaccel.grid import Grid
 from visionaccel.program import AnyGrid, Bucket, FixedGrid
@@ -71,14 +71,16 @@ def test_lost_detail_weighs_more_than_added_area():
     assert grid_cost(448, 448, natural, natural) == 0
 
 
-@given(height=SIDES, width=SIDES, policy=st.sampled_from(["letterbox", "stretch"]))
-@example(height=1, width=1, policy="letterbox")
-@example(height=1, width=200, policy="letterbox")
-@example(height=200, width=1, policy="stretch")
-@hypothesis_settings(max_examples=60)
-def test_every_image_gets_a_grid_that_a_program_takes_and_keeps_it(tower, height, width, policy):
+@given(height=SIDES, width=SIDES, policy=st.sampled_from(["letterbox", "stretch"]), mixed=st.booleans())
+@example(height=1, width=1, policy="letterbox", mixed=True)
+@example(height=1, width=200, policy="letterbox", mixed=True)
+@example(height=200, width=1, policy="stretch", mixed=True)
+@example(height=100, width=2000, policy="letterbox", mixed=False)
+@example(height=4000, width=20, policy="letterbox", mixed=False)
+@hypothesis_settings(max_examples=80)
+def test_every_image_gets_a_grid_that_a_program_takes_and_keeps_it(tower, height, width, policy, mixed):
     assume(max(height, width) <= 200 * min(height, width))
-    coverages = [*fixed("8x24", "16x16", "24x8"), Bucket(400, 12)]
+    coverages = [*fixed("8x24", "16x16", "24x8"), Bucket(400, 12)] if mixed else [Bucket(256, 4)]
     fit = fitter(tower, coverages, policy)
     fitted = fit.fit(Image.new("RGB", (width, height)))
     rows, columns = smart_resize(fitted.height, fitted.width, 28, LEAST, MOST)
@@ -99,6 +101,26 @@ def test_an_image_whose_own_grid_fits_a_bucket_is_left_to_the_processor(tower):
     assert fit.grid_for(200, 300) == Grid(1, 14, 22)
     # 24x36 fills 15 of its 16 windows; the next larger grid of that aspect ratio, 26x38, would need 20.
     assert fit.fit(Image.new("RGB", (3000, 2000))).size == (36 * 14, 24 * 14)
+
+
+def test_a_banner_gets_the_longest_line_of_a_bucket(tower):
+    fit = fitter(tower, [tower.bucket(Grid(1, 16, 16))])
+    assert fit.grid_for(100, 2000) == Grid(1, 2, 32)
+    assert fit.grid_for(2000, 100) == Grid(1, 32, 2)
+
+
+def test_an_image_whose_own_grid_is_a_programs_is_left_to_the_processor(tower):
+    image = Image.new("RGB", (231, 110))  # 8x16 patches and a few pixels
+    assert fitter(tower, fixed("8x16", "16x8")).fit(image) is image
+
+
+def test_programs_that_no_image_can_get_are_refused(tower):
+    with pytest.raises(ConfigurationError, match="2x2 needs images of 784 pixels"):
+        fitter(tower, fixed("2x2")).check_bounds()
+    with pytest.raises(ConfigurationError, match="up to 12 patches"):
+        fitter(tower, [Bucket(12, 1)]).check_bounds()
+    with pytest.raises(UnfitGridError, match="is empty"):
+        fitter(tower, fixed("8x8")).grid_for(0, 30)
 
 
 def test_nothing_changes_where_a_program_takes_every_grid(tower):

@@ -1,6 +1,7 @@
 """vLLM's own processing information and data parser, with images made to fit a bundle's programs."""
 
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,7 +27,8 @@ with warnings.catch_warnings():
     from vllm.multimodal.processing import InputProcessingContext
     from vllm.tokenizers import cached_tokenizer_from_config
 
-    from visionaccel.integrations.vllm.processing import FittedProcessingInfo
+    from visionaccel.integrations.vllm.processing import FittedProcessingInfo, FittedProcessor
+    from visionaccel.integrations.vllm.tower import _check_fit
 
 pytestmark = pytest.mark.filterwarnings("default")
 GRIDS = ("8x16", "16x8", "12x12")
@@ -109,10 +111,24 @@ def test_token_counts_are_those_of_the_fitted_image(made):
         assert counted == tokens
 
 
+def test_embeddings_in_the_place_of_images_need_no_program(made):
+    info = made("fixed")
+    items = {"image": [{"image_embeds": None, "image_grid_thw": None}]}
+    processor = object.__new__(FittedProcessor)
+    processor.info = info
+    pixels = {"pixel_values": None, "image_grid_thw": SimpleNamespace(data=torch.tensor([1, 20, 20]))}
+    with pytest.raises(UnfitGridError):  # the same way refuses pixels
+        processor._get_prompt_updates(None, {}, {"image": [pixels]})
+    assert len(processor._get_prompt_updates(None, {}, items)) == 2
+
+
 def test_without_a_fallback_videos_are_refused(made):
     info = made("fixed")
     assert info.supported_mm_limits == {"image": None, "video": 0}
     clip = (np.zeros((2, 28, 28, 3), np.uint8), {"fps": 1.0})
+    with pytest.raises(UnfitGridError, match="takes no videos"):
+        info.validate_num_items("video", 1)
+    info.validate_num_items("image", 1)
     with pytest.raises(UnfitGridError, match="takes no videos") as caught:
         info.data_parser.parse_mm_data({"video": [clip]})
     assert "VISIONACCEL_FALLBACK" in str(caught.value)
@@ -132,6 +148,8 @@ def test_a_grid_that_the_processor_would_resize_is_refused_at_start(made):
     with pytest.raises(ConfigurationError, match=r"2x2 needs images of 784 pixels; the processor makes them of 3136"):
         _ = made("tiny").fitter
     assert made("tiny", {"min_pixels": 784}).fitter.largest == Grid(1, 2, 2)
+    with pytest.raises(ConfigurationError, match=r"up to 256 patches in 4 windows needs images of 50176 pixels"):
+        _ = made("bucket", {"min_pixels": 200704}).fitter
     assert made("tiny", {"images_kwargs": {"size": {"shortest_edge": 784}}}).fitter.largest == Grid(1, 2, 2)
 
 
@@ -167,11 +185,27 @@ def test_a_bundle_of_other_vision_weights_is_refused(digits, other, bundles, tmp
     bundle = export_bundle(open_tower(digits), tmp_path / "packed", [ProgramRequest(AnyGrid())], self_contained=True)
     monkeypatch.setenv("VISIONACCEL_BUNDLE", str(bundle.folder))
     assert open_served_source(str(digits), None, load_settings()).manifest == bundle.manifest
-    with pytest.raises(ConfigurationError, match="exported from other vision weights"):
+    with pytest.raises(ConfigurationError, match="made from other vision weights"):
         open_served_source(str(other), None, load_settings())
     strip_checkpoint(Checkpoint(other), tmp_path / "stripped")
-    with pytest.raises(ConfigurationError, match="exported from other vision weights"):
+    for encoder in (bundle.folder, digits):  # a plain checkpoint as the encoder must be the right one too
+        monkeypatch.setenv("VISIONACCEL_BUNDLE", str(encoder))
+        for served in ("stripped", "other"):
+            with pytest.raises(ConfigurationError, match="made from other vision weights"):
+                open_served_source(str(tmp_path / served), None, load_settings())
+    monkeypatch.setenv("VISIONACCEL_BUNDLE", str(other))
+    assert open_served_source(str(tmp_path / "stripped"), None, load_settings()).checkpoint.folder == other
+    monkeypatch.setenv("VISIONACCEL_BUNDLE", str(bundle.folder))
+    with pytest.raises(ConfigurationError, match="made from other vision weights"):
         open_served_source(str(tmp_path / "stripped"), None, load_settings())
+
+
+def test_an_encoder_of_other_sizes_is_refused_even_where_no_digest_is_known(tiny):
+    vision = SimpleNamespace(
+        out_hidden_size=128, spatial_merge_size=2, in_channels=3, temporal_patch_size=2, patch_size=14
+    )
+    with pytest.raises(ConfigurationError, match=r"the served model needs \(128, 2, 1176\)"):
+        _check_fit(open_tower(tiny), vision, "tiny")
 
 
 def test_a_bundle_for_another_image_processor_is_refused(digits, other, bundles, monkeypatch):

@@ -19,12 +19,7 @@ from fake_plugins import install
 from visionaccel import open_encoder
 from visionaccel.backends import default_registry
 from visionaccel.bundle import open_bundle
-from visionaccel.bundle.answers import digits_checkpoint, read_digits
-from visionaccel.bundle.comparison import Comparison, length_errors, token_cosines
 from visionaccel.bundle.opening import tower_digest
-from visionaccel.bundle.packed_weights import differing_weights
-from visionaccel.bundle.trials import Trials, bundled_photographs, find_images, trial_calls
-from visionaccel.bundle.validation import THRESHOLDS
 from visionaccel.checkpoint import read_header
 from visionaccel.cli.validate import validate
 from visionaccel.encoder import open_tower
@@ -34,6 +29,11 @@ from visionaccel.images import image_processor
 from visionaccel.program import AnyGrid, Bucket, FixedGrid
 from visionaccel.tensor_files import write_safetensors
 from visionaccel.testing.checkpoints import random_checkpoint
+from visionaccel.validation.answers import digits_checkpoint, read_digits
+from visionaccel.validation.certificate import THRESHOLDS
+from visionaccel.validation.comparison import Comparison, length_errors, token_cosines
+from visionaccel.validation.packed_weights import differing_weights
+from visionaccel.validation.trials import Trials, bundled_photographs, find_images, trial_calls
 
 app = typer.Typer(pretty_exceptions_enable=False)
 app.command()(validate)
@@ -413,6 +413,14 @@ def test_a_dynamic_program_answers_on_images_of_their_own_size(digits, tmp_path)
     assert (read["fit"], read["agreement"]) == ("natural", 1)
     (result,) = certificate["programs"]
     assert "1x36x36" in result["grids"], "the astronaut at its own size"
+
+
+def test_a_photograph_at_its_own_grid_is_not_taken_for_one_that_was_fitted_to_it(digits, tmp_path):
+    natural = Grid(1, 22, 32)  # that of one of scikit-image's photographs
+    folder = write_bundle(digits, tmp_path / "bundle", "22x32", dynamic=True)
+    certificate = run(folder, digits, "--digits", 6)
+    assert all(str(natural) in result["grids"] for result in certificate["programs"])
+    assert [read["fit"] for read in certificate["answers"]] == ["natural", "letterbox", "stretch"]
 
 
 def test_wrong_tables_cost_the_digits_model_its_answers(fixed_digits, digits, tmp_path):

@@ -161,6 +161,8 @@ def locate_checkpoint(source: str | os.PathLike[str], revision: str | None = Non
     """
     if Path(source).is_dir():
         return Checkpoint(Path(source))
+    if Path(source).is_absolute():
+        raise CheckpointError(f"{os.fspath(source)} is not a folder.", hint="Pass a local checkpoint folder.")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 

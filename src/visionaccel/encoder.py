@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -131,7 +131,8 @@ class Encoder:
         for opened, parts in calls:
             call_grids = [part.grid for part in parts]
             rows = _rows(patches, checked, parts)
-            inputs = opened.host.inputs(_to_session(rows, opened), call_grids)
+            with self._as_device_error(call_grids):
+                inputs = opened.host.inputs(_to_session(rows, opened), call_grids)
             run_started = time.perf_counter()
             found = self._run(opened, inputs, call_grids)
             run_ended = time.perf_counter()
@@ -164,8 +165,7 @@ class Encoder:
                 return
             self._closed = True
             self._idle.wait_for(lambda: self._running == 0)
-            for opened in self.programs:
-                opened.session.close()
+            _close(self.programs)
 
     def __enter__(self) -> Self:
         return self
@@ -203,9 +203,14 @@ class Encoder:
         return _join([piece for *_, piece in sorted(pieces, key=lambda piece: piece[:2])])
 
     def _run(self, opened: OpenProgram, inputs: Mapping[str, Array], grids: Sequence[Grid]) -> Mapping[str, Array]:
+        with self._as_device_error(grids), self._turn():
+            return opened.session.run(inputs)
+
+    @contextmanager
+    def _as_device_error(self, grids: Sequence[Grid]) -> Iterator[None]:
+        """Whatever a backend or the host's part raises, as a DeviceError that says where."""
         try:
-            with self._turn():
-                return opened.session.run(inputs)
+            yield
         except VisionAccelError:
             raise
         except Exception as error:
@@ -238,7 +243,8 @@ class Encoder:
         }
         for spec in opened.program.outputs:
             check_output(self.backend, spec, outputs.get(spec.name), sizes)
-        return opened.host.embeddings(outputs, grids)
+        with self._as_device_error(grids):
+            return opened.host.embeddings(outputs, grids)
 
     def _report(self, report: EncodeReport) -> None:
         try:
@@ -309,13 +315,32 @@ def open_encoder(
     opened: list[OpenProgram] = []
     try:
         for program in programs:
-            host = tower.host(program)
+            host = _host(tower, program)
             opened.append(OpenProgram(program, host, _open(chosen, program, device, checked)))
     except BaseException:
-        for each in opened:
-            each.session.close()
+        with suppress(Exception):  # What failed to open says more than what then failed to close.
+            _close(opened)
         raise
     return Encoder(tower, name, opened, registry)
+
+
+def _close(programs: Iterable[OpenProgram]) -> None:
+    """Close every session, even if one fails to."""
+    with ExitStack() as stack:
+        for opened in programs:
+            stack.callback(opened.session.close)
+
+
+def _host(tower: Tower, program: Program) -> Host:
+    try:
+        return tower.host(program)
+    except VisionAccelError:
+        raise
+    except Exception as error:
+        raise DeviceError(
+            f"the host's part of program {program.name!r} cannot be prepared: {type(error).__name__}: {error}",
+            hint="Export the program without --split-host.",
+        ) from error
 
 
 def _open(backend: VisionBackend, program: Program, device: str | None, options: Options) -> Session:

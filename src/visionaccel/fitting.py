@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
-from visionaccel.errors import UnfitGridError
+from visionaccel.errors import ConfigurationError, UnfitGridError
 from visionaccel.families import Tower
 from visionaccel.grid import Grid
 from visionaccel.program import AnyGrid, Bucket, Coverage, FixedGrid
@@ -42,8 +43,10 @@ def natural_grid(height: int, width: int, cell: int, min_pixels: int, max_pixels
         merge: Patches along a side of a merged token.
 
     Raises:
-        UnfitGridError: If one side is more than 200 times the other.
+        UnfitGridError: If the image has no pixels, or one side is more than 200 times the other.
     """
+    if min(height, width) < 1:
+        raise UnfitGridError(f"an image of {width}x{height} pixels is empty.", hint="Pass an image with pixels.")
     if max(height, width) > MOST_ASPECT_RATIO * min(height, width):
         raise UnfitGridError(
             f"an image of {width}x{height} pixels has an aspect ratio of over {MOST_ASPECT_RATIO}.",
@@ -98,11 +101,30 @@ class Fitter:
         """The grid with most patches that an image can get."""
         return max([*self.fixed, *map(self._fullest, self._buckets)], key=lambda grid: grid.patches)
 
+    def check_bounds(self) -> None:
+        """Refuse programs that no image can get, because the processor would change the size of what was fitted.
+
+        Raises:
+            ConfigurationError: If the area of a fixed grid lies outside the processor's bounds, or a bucket is too
+                small for the smallest.
+        """
+        side = self.tower.patch_size
+        for coverage in self.coverages:
+            grid = coverage.grid if isinstance(coverage, FixedGrid) else self._fullest(coverage)
+            pixels = grid.patches * side**2
+            if not self.min_pixels <= pixels <= self.max_pixels:
+                raise ConfigurationError(
+                    f"the program for {coverage} needs images of {pixels} pixels; the processor makes them of "
+                    f"{self.min_pixels} to {self.max_pixels}.",
+                    hint="Set the processor's min_pixels and max_pixels, for vLLM with --mm-processor-kwargs, or "
+                    "export other grids.",
+                )
+
     def grid_for(self, height: int, width: int) -> Grid:
         """The grid that an image of that size in pixels gets.
 
-        Its own, if a program takes it; else the cheapest by `grid_cost` of the fixed grids and of the largest grid of
-        its aspect ratio in each bucket.
+        Its own, if a program takes it; else the cheapest by `grid_cost` of the fixed grids and of those in the buckets
+        that come nearest to its aspect ratio.
 
         Raises:
             UnfitGridError: If one side is more than 200 times the other.
@@ -116,7 +138,7 @@ class Fitter:
                 return grid  # so that fitting what was fitted changes nothing
         if any(self.tower.fits(coverage, natural) for coverage in self.coverages):
             return natural
-        candidates = [*self.fixed, *(self._within(bucket, height, width) for bucket in self._buckets)]
+        candidates = [*self.fixed, *(grid for bucket in self._buckets for grid in self._within(bucket, height, width))]
         return min(candidates, key=lambda grid: (grid_cost(height, width, natural, grid), -grid.patches))
 
     def fit(self, image: Image) -> Image:
@@ -125,7 +147,7 @@ class Fitter:
         patch, merge = self.tower.patch_size, self.tower.merge_size
         size = (grid.w * patch, grid.h * patch)
         own = natural_grid(image.height, image.width, patch * merge, self.min_pixels, self.max_pixels, merge)
-        if image.size == size or (grid == own and grid not in self.fixed):
+        if image.size == size or grid == own:
             return image
         return _stretched(image, size) if self.policy == "stretch" else _letterboxed(image, size)
 
@@ -133,27 +155,39 @@ class Fitter:
     def _buckets(self) -> Iterable[Bucket | AnyGrid]:
         return [coverage for coverage in self.coverages if not isinstance(coverage, FixedGrid)]
 
-    def _within(self, bucket: Bucket | AnyGrid, height: int, width: int) -> Grid:
-        """The largest grid in a bucket with the aspect ratio of an image, rounded to whole tokens."""
+    def _within(self, bucket: Bucket | AnyGrid, height: int, width: int) -> list[Grid]:
+        """Grids in a bucket as near as can be to an image's aspect ratio, one for each length of the shorter side."""
         merge = self.tower.merge_size
-        best = Grid(1, merge, merge)
         long, short = max(height, width), min(height, width)
-        for lesser in range(1, 1 << 16):
-            greater = max(lesser, round(lesser * long / short))
-            sides = (lesser, greater) if height <= width else (greater, lesser)
-            grid = Grid(1, sides[0] * merge, sides[1] * merge)
-            if not self.tower.fits(bucket, grid):
-                break
-            best = grid
-        return best
+        most, least = self._tokens(bucket), -(-self.min_pixels // (self.tower.patch_size * merge) ** 2)
+
+        def grid(lesser: int, greater: int) -> Grid:
+            rows, columns = (lesser, greater) if height <= width else (greater, lesser)
+            return Grid(1, rows * merge, columns * merge)
+
+        found = []
+        for lesser in range(1, math.isqrt(most) + 1):
+            wanted = min(max(lesser, round(lesser * long / short)), most // lesser, lesser * MOST_ASPECT_RATIO)
+
+            def too_long(greater: int, lesser: int = lesser) -> bool:
+                return not self.tower.fits(bucket, grid(lesser, greater))
+
+            greater = lesser - 1 + bisect_left(range(lesser, wanted + 1), True, key=too_long)
+            if greater >= lesser and lesser * greater >= least:
+                found.append(grid(lesser, greater))
+        return found
+
+    def _tokens(self, bucket: Bucket | AnyGrid) -> int:
+        """Most tokens of an image in a bucket, by its size and by the processor's largest area."""
+        merge = self.tower.merge_size
+        tokens = self.max_pixels // (self.tower.patch_size * merge) ** 2
+        limit = bucket.patches if isinstance(bucket, Bucket) else bucket.most_patches
+        return tokens if limit is None else min(tokens, limit // merge**2)
 
     def _fullest(self, bucket: Bucket | AnyGrid) -> Grid:
         """The grid with most patches in a bucket that the processor can give an image, the squarest of equals."""
         merge = self.tower.merge_size
-        tokens = self.max_pixels // (self.tower.patch_size * merge) ** 2
-        limit = bucket.patches if isinstance(bucket, Bucket) else bucket.most_patches
-        if limit is not None:
-            tokens = min(tokens, limit // merge**2)
+        tokens = self._tokens(bucket)
         best = Grid(1, merge, merge)
         for rows in range(1, math.isqrt(tokens) + 1):
             columns = min(tokens // rows, rows * MOST_ASPECT_RATIO)

@@ -202,6 +202,14 @@ def test_the_processors_digest_is_of_what_makes_patches(tmp_path):
     assert old != digest("preprocessor_config.json", {**settings, "patch_size": 16})
     assert processor_digest(tmp_path) is None
 
+    both = tmp_path / "both"
+    both.mkdir()
+    (both / "preprocessor_config.json").write_text(json.dumps({**settings, "patch_size": 16}))
+    (both / "processor_config.json").write_text(json.dumps(new))
+    assert processor_digest(both) == old, "what transformers reads where there are both"
+    (both / "processor_config.json").write_text(json.dumps({"processor_class": "Qwen"}))
+    assert processor_digest(both) != old
+
 
 @pytest.mark.parametrize(
     ("coverages", "complaint"),

@@ -16,7 +16,7 @@ from bundles import document, write_bundle
 from visionaccel.bundle import MANIFEST, open_bundle
 from visionaccel.errors import BundleError, VisionAccelError
 
-MANIFESTS, BYTES, FILES, FORGED = 500, 300, 300, 100
+MANIFESTS, BYTES, FILES, FORGED = 700, 300, 300, 100
 """Examples of each test, for either kind of bundle."""
 
 

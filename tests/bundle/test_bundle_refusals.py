@@ -91,6 +91,12 @@ def test_a_loop_of_links_is_refused(bundle):
         open_bundle(bundle)
 
 
+def test_an_image_processor_must_be_stated(bundle):
+    (bundle / "processor_config.json").write_text(json.dumps({"image_processor": {"image_mean": [0.0, 0.0, 0.0]}}))
+    with pytest.raises(BundleError, match=r"does not state .*processor_config\.json"):
+        open_bundle(bundle)
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_weights_and_configuration_must_be_stated(bundle, name):
     def leave_out(stated):
@@ -116,7 +122,16 @@ def test_an_index_of_the_weights_and_their_parts_must_be_stated(bundle):
     forge(bundle, lambda stated: stated.update(files=[*keep_config(stated), *listed]))
     with pytest.raises(BundleError, match=r"does not state .*part\.safetensors"):
         open_bundle(bundle)
+    # A part that holds nothing of the tower is read as well, so it must be stated too; here it would be waited for.
+    os.mkfifo(bundle / "leak.safetensors")
+    (bundle / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {**index["weight_map"], "lm_head.weight": "leak.safetensors"}})
+    )
     listed.append(part)
+    forge(bundle, lambda stated: stated.update(files=[*keep_config(stated), *listed]))
+    with pytest.raises(BundleError, match=r"does not state .*leak\.safetensors"):
+        open_bundle(bundle)
+    (bundle / "model.safetensors.index.json").write_text(json.dumps(index))
     forge(bundle, lambda stated: stated.update(files=[*keep_config(stated), *listed]))
     open_bundle(bundle)
 

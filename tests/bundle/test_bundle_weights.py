@@ -50,7 +50,7 @@ def test_the_checkpoint_that_is_given_serves_where_the_named_one_is_gone(tmp_pat
     folder = export_bundle(open_tower(checkpoint), tmp_path / "bundle", [FIXED]).folder
     exact = encode(folder)
     checkpoint.rename(tmp_path / "moved")
-    with pytest.raises(BundleError, match="neither a folder nor a repository"):
+    with pytest.raises(BundleError, match="is not a folder"):
         open_bundle(folder)
     with pytest.raises(BundleError, match="another digest"):
         open_bundle(folder, checkpoint=Checkpoint(random_checkpoint(tmp_path / "other", seed=1)))
@@ -147,6 +147,22 @@ def test_external_data_that_is_no_weight_of_the_graph_is_refused(bundle, hide):
         program.model()
     with pytest.raises(BundleError, match="external data that is no weight"):
         encode(bundle)
+
+
+def test_a_program_that_wraps_a_compiled_one_elsewhere_is_refused(bundle):
+    def wrap(model):
+        model.graph.node.add(op_type="EPContext", domain="com.microsoft")
+
+    edit_model(bundle, "10x18", wrap)
+    with pytest.raises(BundleError, match="EPContext"):
+        encode(bundle)
+
+
+def test_the_given_checkpoint_comes_before_the_named_one(tiny, referring, monkeypatch):
+    asked = []
+    monkeypatch.setattr("visionaccel.bundle.opening.locate_checkpoint", lambda *named: asked.append(named))
+    assert open_bundle(referring, checkpoint=Checkpoint(tiny)).tower.checkpoint.folder == tiny
+    assert asked == []
 
 
 def test_a_program_that_needs_another_weight_than_is_there_is_refused(bundle):

@@ -211,6 +211,26 @@ def test_what_is_no_bundle_is_never_replaced(tiny, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
+def test_what_appears_where_a_bundle_is_being_written_stays(tiny, tmp_path):
+    output = tmp_path / "bundle"
+
+    def meanwhile(*_):
+        output.mkdir(exist_ok=True)
+        (output / "precious").touch()
+
+    for force in (False, True):
+        with pytest.raises(ConfigurationError, match="exists"):
+            export_bundle(open_tower(tiny), output, [FIXED], force=force, progress=meanwhile)
+        assert [file.name for file in output.iterdir()] == ["precious"]
+        shutil.rmtree(output)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_device_is_named_by_its_kind(tiny, tmp_path):
+    with pytest.raises(ConfigurationError, match="no kind of device"):
+        export_bundle(open_tower(tiny), tmp_path / "bundle", [FIXED], device="cuda:0")
+
+
 def test_a_bundle_behind_a_link_is_replaced_through_it(tiny, bundle, tmp_path):
     link = tmp_path / "link"
     link.symlink_to(bundle)
@@ -349,6 +369,19 @@ def test_the_schema_describes_a_manifest(bundle):
     validator.validate(document(bundle))
     assert not validator.is_valid({**document(bundle), "surprise": 1})
     assert not validator.is_valid({**document(bundle), "schema_version": 2})
+
+
+def test_a_bundle_is_shown_though_its_checkpoint_moved(tiny, tmp_path):
+    moved = Path(shutil.copytree(tiny, tmp_path / "moved"))
+    run("export", moved, tmp_path / "bundle")
+    moved.rename(tmp_path / "elsewhere")
+    assert "needs the vision weights" in run("inspect", tmp_path / "bundle", status=2).stderr
+    assert "dynamic" in run("inspect", tmp_path / "bundle", "--checkpoint", tmp_path / "elsewhere").stdout
+
+
+def test_names_that_a_terminal_would_obey_are_refused(bundle):
+    forge(bundle, lambda stated: stated["programs"][0].update(name="\x1b]0;owned\x07"))
+    assert "printable" in run("inspect", bundle, status=2).stderr
 
 
 def test_names_of_a_bundle_are_printed_as_they_are(bundle):

@@ -105,12 +105,14 @@ def test_no_image_crashes_a_server_and_what_it_refuses_it_refuses_alone(digits, 
         OpenAI(base_url=server.url, api_key="none", max_retries=0) as client,
     ):
 
-        def ask(data, kind="image"):
+        def ask(data, kind="image", **extra):
             url = f"data:{kind}/any;base64," + base64.b64encode(data).decode()
             media = {"type": f"{kind}_url", f"{kind}_url": {"url": url}}
             content = [media, {"type": "text", "text": "Read the digits."}]
             messages = [{"role": "user", "content": content}]
-            reply = client.chat.completions.create(model="visionaccel", messages=messages, temperature=0, max_tokens=8)
+            reply = client.chat.completions.create(
+                model="visionaccel", messages=messages, temperature=0, max_tokens=8, **extra
+            )
             return reply.choices[0].message.content
 
         truth = held_out_images(1)[0].truth
@@ -134,6 +136,8 @@ def test_no_image_crashes_a_server_and_what_it_refuses_it_refuses_alone(digits, 
                 messages[name] = str(error)
         assert not any(message.startswith("answered") for message in messages.values()), messages
         assert "aspect ratio of over 200" in messages["1:201"]
-        assert "At most 0 video" in messages["video"]
+        assert "takes no videos: its vision encoder's programs take 8x16; 16x8" in messages["video"]
+        with pytest.raises(BadRequestError, match=r"this image has grid 1x.*, and the encoder's programs take 8x16"):
+            ask(whole, extra_body={"mm_processor_kwargs": {"min_pixels": 300000}})
         assert server.healthy()
         assert ask(whole) == truth

@@ -1,4 +1,4 @@
-"""ONNX Runtime backend for visionaccel: one dynamic program for every grid, on any execution provider."""
+"""ONNX Runtime backend for visionaccel: ONNX programs on the CPU or any execution provider."""
 
 from collections.abc import Sequence
 

@@ -87,6 +87,10 @@ def export_bundle(
         )
     for request in requests:
         _check_size(request.coverage)
+    if device is not None and not device.isidentifier():
+        raise ConfigurationError(
+            f"{device!r} is no kind of device.", hint="Name the kind alone, such as npu; which one is chosen at start."
+        )
     output = Path(os.path.realpath(output))  # through a link, the bundle that it leads to is replaced
     if not self_contained and any(tensor.file.is_relative_to(output) for tensor in tower.weights.values()):
         raise ConfigurationError(
@@ -191,10 +195,7 @@ def _appearing(output: Path, *, force: bool) -> Iterator[Path]:
     the new one.
     """
     try:
-        if output.exists() and not force:
-            raise ConfigurationError(f"{output} exists.", hint="Pass --force to replace it.")
-        if output.exists() and not (output / MANIFEST).is_file() and (not output.is_dir() or any(output.iterdir())):
-            raise ConfigurationError(f"{output} exists and is no bundle.", hint="Name another folder.")
+        _check_replaceable(output, force=force)
         output.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
         aside = folder.with_name(folder.name.replace(".partial-", ".replaced-"))
@@ -202,6 +203,7 @@ def _appearing(output: Path, *, force: bool) -> Iterator[Path]:
             yield folder
             folder.chmod(0o755)
             _sync(folder)
+            _check_replaceable(output, force=force)  # it may have appeared meanwhile
             if output.exists():
                 output.rename(aside)
             folder.rename(output)
@@ -216,6 +218,13 @@ def _appearing(output: Path, *, force: bool) -> Iterator[Path]:
         raise ConfigurationError(
             f"{output} cannot be written: {error}", hint="Choose a folder with enough space that may be written."
         ) from error
+
+
+def _check_replaceable(output: Path, *, force: bool) -> None:
+    if output.exists() and not force:
+        raise ConfigurationError(f"{output} exists.", hint="Pass --force to replace it.")
+    if output.exists() and not (output / MANIFEST).is_file() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigurationError(f"{output} exists and is no bundle.", hint="Name another folder.")
 
 
 def _pack(tower: Tower, folder: Path, precision: Precision, total: int, tell: Progress) -> Tower:

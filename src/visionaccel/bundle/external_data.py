@@ -40,6 +40,9 @@ def point_at_weights(model: bytes, weights: Mapping[str, StoredTensor], folder: 
     proto.graph.ClearField("initializer")
     if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in _tensors(proto)):
         raise BundleError("a program has external data that is no weight of its graph.", hint=_AGAIN)
+    if any(node.op_type == "EPContext" for node in proto.graph.node):
+        # It names a compiled model by a path that an execution provider follows.
+        raise BundleError("a program wraps another one that lies elsewhere (EPContext).", hint="Export it as ONNX.")
     for initializer in initializers:
         if initializer.data_location == onnx.TensorProto.EXTERNAL:
             _point(initializer, weights, folder)

@@ -61,9 +61,19 @@ def _inside(path: str) -> str:
     return path
 
 
-RelativePath: TypeAlias = Annotated[str, StringConstraints(max_length=512), AfterValidator(_inside)]
+def _printable(text: str) -> str:
+    """Text that a terminal shows and does not obey."""
+    if not text.isprintable():
+        raise ValueError("must hold printable characters only")
+    return text
+
+
+RelativePath: TypeAlias = Annotated[
+    str, StringConstraints(max_length=512), AfterValidator(_inside), AfterValidator(_printable)
+]
 Digest: TypeAlias = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
-Name: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+Name: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=256), AfterValidator(_printable)]
+Text: TypeAlias = Annotated[str, StringConstraints(max_length=4096), AfterValidator(_printable)]
 Size: TypeAlias = Annotated[int, Field(ge=1, le=2**40)]
 FrameSize: TypeAlias = Annotated[int, Field(ge=1, le=MOST_PATCHES)]
 Share: TypeAlias = Annotated[float, Field(ge=0, le=1)]
@@ -178,7 +188,7 @@ class ProgramEntry(_Model):
 class ExternalCheckpoint(_Model):
     """The checkpoint that holds the weights of a bundle that does not: it must have the manifest's weights digest."""
 
-    source: Annotated[str, StringConstraints(min_length=1, max_length=4096)] = Field(
+    source: Annotated[Text, StringConstraints(min_length=1)] = Field(
         description="A folder or a Hugging Face repository."
     )
     revision: Name | None = None
@@ -200,7 +210,7 @@ class ProgramResult(_Model):
     relative_error: float = Field(ge=0, description="Norm of the difference over the norm of the reference.")
     nonfinite_rows: int = Field(ge=0, description="Embeddings with NaN or infinity; they count as cosine -1.")
     threshold: Cosine = Field(description="The lowest cosine that passes.")
-    failure: str | None = Field(None, description="Why the backend could not run it, or what is wrong; null: passed.")
+    failure: Text | None = Field(None, description="Why the backend could not run it, or what is wrong; null: passed.")
 
 
 class Answers(_Model):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from visionaccel.bundle.digests import file_digest, remembered_digest
 from visionaccel.bundle.manifest import MANIFEST, BundleFile, Manifest, ProgramEntry, parse_manifest
+from visionaccel.bundle.processor import PROCESSOR_FILES
 from visionaccel.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, locate_checkpoint
 from visionaccel.errors import ArtifactError, BundleError, ConfigurationError, GridError
 from visionaccel.families import Tower, tower_of
@@ -26,8 +27,8 @@ from visionaccel.tensor_files import weights_digest
 __all__ = ["Bundle", "is_bundle", "open_bundle", "tower_digest"]
 
 _AGAIN = "Export or fetch the bundle again."
-_READ = ("config.json", SINGLE_FILE, INDEX_FILE)
-"""What says, in a bundle that holds its weights, which tower it is and in which files its weights lie."""
+_READ = ("config.json", SINGLE_FILE, INDEX_FILE, *PROCESSOR_FILES)
+"""What says, in a bundle that holds its weights, which tower it is, where its weights lie, and what makes patches."""
 
 
 class Bundle:
@@ -83,7 +84,7 @@ class Bundle:
             raise BundleError(f"{where}: the host of a split program needs {needed}, no more and no less.", hint=_AGAIN)
         if entry.format == CHECKPOINT:
             raise BundleError(f"{where}: the weights themselves are no program of a bundle.", hint=_AGAIN)
-        if entry.format == ONNX and (inputs, outputs) != self.tower.signature(coverage, split):
+        if (inputs, outputs) != self.tower.signature(coverage, split):
             expected = "; ".join(str(spec) for specs in self.tower.signature(coverage, split) for spec in specs)
             raise BundleError(
                 f"{where}: its tensors are not those of its coverage, {coverage}: {expected}.", hint=_AGAIN
@@ -135,8 +136,8 @@ def open_bundle(
 
     Args:
         folder: The bundle.
-        checkpoint: Where the weights are, if the manifest declares its checkpoint external and what it names is not
-            here; ignored for a bundle that holds its weights.
+        checkpoint: Where the weights are, if the manifest declares its checkpoint external; what it names is tried
+            next. Ignored for a bundle that holds its weights.
         trust_unchanged: Take the digest of files that did not change since they were last verified from memory; False
             reads every byte again.
 
@@ -195,8 +196,9 @@ def _tower(folder: Path, manifest: Manifest, given: Checkpoint | None, *, trust_
     if manifest.checkpoint is None:
         stated = {(folder / file.path).resolve() for file in manifest.every_file()}
         _require_stated(folder, {(folder / name).resolve() for name in _READ if (folder / name).exists()} - stated)
-        tower = tower_of(Checkpoint(folder))
-        _require_stated(folder, {tensor.file for tensor in tower.weights.values()} - stated)
+        checkpoint = Checkpoint(folder)
+        _require_stated(folder, {(folder / shard).resolve() for shard in checkpoint.shards} - stated)
+        tower = tower_of(checkpoint)
     else:
         tower = _external_tower(folder, manifest, given, trust_unchanged=trust_unchanged)
     if tower.family != manifest.family:
@@ -221,9 +223,9 @@ def _external_tower(folder: Path, manifest: Manifest, given: Checkpoint | None, 
     external = manifest.checkpoint
     assert external is not None
     refusals = []
-    for place in ("named", "given"):
+    for place in ("given", "named"):
         try:
-            checkpoint = locate_checkpoint(external.source, external.revision) if place == "named" else given
+            checkpoint = given if place == "given" else locate_checkpoint(external.source, external.revision)
             if checkpoint is None:
                 continue
             tower = tower_of(checkpoint)

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from visionaccel.checkpoint import read_json
+from visionaccel.errors import ConfigurationError
 
-__all__ = ["PROCESSOR_FILES", "processor_digest"]
+__all__ = ["PROCESSOR_FILES", "processor_digest", "require_processor"]
 
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-"""Where checkpoints keep it: in a file of its own, or since transformers 5 within the whole processor's."""
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+"""Where checkpoints keep it: since transformers 5 within the whole processor's file, which counts first, or alone."""
 
 _NAMES_OF_CLASSES = frozenset(
     {"feature_extractor_type", "image_processor_type", "processor_class", "_processor_class", "transformers_version"}
@@ -30,10 +31,31 @@ def processor_digest(folder: Path) -> str | None:
     for name in PROCESSOR_FILES:
         if not (folder / name).exists():
             continue
-        config: dict[str, Any] = read_json(folder / name)
-        config = config.get("image_processor", config)
+        config: Any = read_json(folder / name)
+        if name == PROCESSOR_FILES[0]:
+            config = config.get("image_processor")
         if isinstance(config, dict):
             kept = {key: value for key, value in config.items() if key not in _NAMES_OF_CLASSES}
             text = json.dumps(kept, sort_keys=True, separators=(",", ":"))
             return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
     return None
+
+
+def require_processor(stated: str | None, folder: Path, bundle: Path) -> None:
+    """Refuse to make patches for a bundle with another image processor than it was exported for.
+
+    Args:
+        stated: The digest in the bundle's manifest; None if it was exported without one.
+        folder: The checkpoint whose processor will be used; one without is not refused here.
+        bundle: The bundle's or checkpoint's folder, for the message.
+
+    Raises:
+        ConfigurationError: If the digests differ.
+        CheckpointError: If the folder's configuration is malformed.
+    """
+    found = processor_digest(folder)
+    if stated is not None and found is not None and stated != found:
+        raise ConfigurationError(
+            f"the encoder in {bundle} was made for another image processor than that of {folder}.",
+            hint="Export a bundle from that checkpoint, or restore its preprocessor_config.json.",
+        )

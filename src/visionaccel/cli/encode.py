@@ -13,6 +13,7 @@ from rich.table import Table
 
 from visionaccel.backends import AUTO
 from visionaccel.bundle import Bundle, open_bundle
+from visionaccel.bundle.processor import require_processor
 from visionaccel.checkpoint import locate_checkpoint
 from visionaccel.cli.output import Backend, Device, Json, OptionsText, print_json, results
 from visionaccel.encoder import open_encoder, open_source
@@ -52,7 +53,12 @@ def encode(
     found = locate_checkpoint(checkpoint) if checkpoint is not None else None
     source = open_bundle(bundle, checkpoint=found) if bundle is not None else open_source(checkpoint or "")
     tower = source.tower if isinstance(source, Bundle) else source
-    process = image_processor((found or tower.checkpoint).folder)
+    folder = (found or tower.checkpoint).folder
+    if isinstance(source, Bundle):
+        require_processor(source.manifest.processor_digest, folder, source.folder)
+    if output is not None and not output.parent.is_dir():
+        raise ConfigurationError(f"{output.parent} is not a folder.", hint="Name a file in a folder that exists.")
+    process = image_processor(folder)
     with open_encoder(
         source,
         backend=backend or settings.backend or AUTO,
@@ -63,6 +69,7 @@ def encode(
         if settings.fit != "none":
             coverages = tuple(opened.program.coverage for opened in encoder.programs)
             fitter = Fitter(tower, coverages, settings.fit, process.min_pixels, process.max_pixels)
+            fitter.check_bounds()
         rows: list[dict[str, Any]] = []
         arrays: dict[str, NDArray[np.float32]] = {}
         for number, path in enumerate(images):

@@ -77,7 +77,7 @@ def export(
     ]
     if dynamic or not requests:
         requests.append(ProgramRequest(AnyGrid()))
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
     with Progress(*columns, TimeRemainingColumn(), console=messages, transient=True) as bars:
         tasks: dict[str, TaskID] = {}
 

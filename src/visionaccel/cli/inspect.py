@@ -11,6 +11,7 @@ from rich.table import Table
 
 from visionaccel.bundle import Bundle, open_bundle
 from visionaccel.bundle.manifest import json_schema
+from visionaccel.checkpoint import locate_checkpoint
 from visionaccel.cli.output import Json, print_json, results
 from visionaccel.cli.validate import print_certificate
 from visionaccel.errors import ConfigurationError
@@ -21,6 +22,9 @@ __all__ = ["inspect"]
 
 def inspect(
     bundle: Annotated[Path | None, typer.Argument(help="Folder of the bundle.")] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Where the weights are, if the bundle holds none and its checkpoint moved.")
+    ] = None,
     full: Annotated[bool, typer.Option("--full", help="Read every file again, unchanged ones too.")] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the manifest's JSON schema instead.")] = False,
     as_json: Json = False,
@@ -31,7 +35,8 @@ def inspect(
         return
     if bundle is None:
         raise ConfigurationError("no bundle was named.", hint="Pass the folder of a bundle, or --schema.")
-    opened = open_bundle(bundle, trust_unchanged=not full)
+    found = locate_checkpoint(checkpoint) if checkpoint is not None else None
+    opened = open_bundle(bundle, checkpoint=found, trust_unchanged=not full)
     names = {entry.name for entry in opened.manifest.programs}
     formats = {entry.format for entry in opened.manifest.programs}
     programs = {program.name: program for program in opened.programs(formats) if program.name in names}
@@ -86,6 +91,7 @@ def _print_summary(bundle: Bundle) -> None:
     table.add_row("family", manifest.family)
     table.add_row("weights", f"{weights}, {manifest.weights_digest}")
     table.add_row("image processor", manifest.processor_digest or "not stated")
+    table.add_row("fixed grids", ", ".join(f"{grid.h}x{grid.w}" for grid in bundle.grids) or "none")
     table.add_row("shared files", ", ".join(f"{f.path} ({f.bytes / 1e6:.2f} MB)" for f in manifest.files) or "none")
     table.add_row("written with", ", ".join(f"{name} {version}" for name, version in manifest.toolchain.items()))
     results.print(table)

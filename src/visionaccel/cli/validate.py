@@ -13,14 +13,14 @@ from rich.table import Table
 
 from visionaccel.backends import AUTO
 from visionaccel.bundle import MANIFEST, Bundle, open_bundle
-from visionaccel.bundle.answers import LEAST_AGREEMENT
 from visionaccel.bundle.export import rewrite_manifest
 from visionaccel.bundle.manifest import Certificate
-from visionaccel.bundle.validation import THRESHOLDS, validate_bundle
 from visionaccel.cli.output import Backend, Device, Json, OptionsText, messages, print_json, results
 from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError, SettingsError
 from visionaccel.settings import load_settings, parse_options
+from visionaccel.validation.answers import LEAST_AGREEMENT
+from visionaccel.validation.certificate import THRESHOLDS, validate_bundle
 
 __all__ = ["print_certificate", "validate"]
 
@@ -65,7 +65,7 @@ def validate(
     opened = open_bundle(bundle, checkpoint=tower.checkpoint, trust_unchanged=False)
     if not no_write:
         _check_writable(opened)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=messages, transient=True) as bars:
         tasks: dict[str, TaskID] = {}
 
@@ -85,6 +85,8 @@ def validate(
             digits=digits,
             progress=tell,
         )
+    if not certificate.images.get("real"):
+        messages.print("No real image was shown: pass --images, or install scikit-image.", style="yellow")
     if not no_write:
         rewrite_manifest(opened, {"certificate": certificate.model_dump(mode="json")})
     if as_json:
@@ -113,7 +115,7 @@ def print_certificate(certificate: Certificate, title: str) -> None:
     """The certificate as tables: cosines lowest, at the first percentile and mean; and below, what failed and why."""
     images = ", ".join(f"{count} {kind}" for kind, count in certificate.images.items())
     table = Table(title=f"{title}; images: {images}", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("program", overflow="fold")
+    table.add_column("program", overflow="fold", min_width=10)
     table.add_column("ran on", overflow="fold")
     for name in ("tokens", "lowest", "1st %", "mean", "error", "NaN/Inf"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -141,7 +143,7 @@ def print_certificate(certificate: Certificate, title: str) -> None:
 
 
 def _print_answers(certificate: Certificate) -> None:
-    columns = ("images", "fit", "accuracy", "agreement with the reference", "verdict")
+    columns = ("images", "fit", "accuracy", "as the reference reads them", "encoder")
     table = Table(*columns, title="Digits read", box=SIMPLE_HEAD)
     for read in certificate.answers:
         passed = read.agreement >= LEAST_AGREEMENT
@@ -150,9 +152,9 @@ def _print_answers(certificate: Certificate) -> None:
             read.fit,
             f"{read.accuracy:.1%}",
             f"{read.agreement:.1%}",
-            "passed" if passed else "FAILED",
+            "agrees" if passed else "FAILED",
             style=None if passed else "bold red",
         )
     results.print(table)
     if len(certificate.answers) > 1:
-        results.print("natural: the reference encoder at the images' own sizes, which no program takes.")
+        results.print("natural: at the images' own sizes; where no program takes every one, read by the reference.")

@@ -26,7 +26,7 @@ class PatchEmbedding:
         precision: What the program behind it computes in; bfloat16 also rounds patches and result here. float16
             computes in float32, which CPUs do faster.
         merged: Patches of one token, which stay together.
-        use_torch: Whether torch does it; None for where it is installed.
+        use_torch: Whether torch does it; None for where it is installed and can.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class PatchEmbedding:
     ) -> None:
         self._merged, self._hidden = merged, len(weight)
         self._rounded = precision == "bfloat16"
-        self._torch = find_spec("torch") is not None if use_torch is None else use_torch
+        self._torch = _torch_can(precision) if use_torch is None else use_torch
         if self._torch:
             self._product = _torch_product(weight, "bfloat16" if self._rounded else "float32")
         else:
@@ -62,6 +62,18 @@ class PatchEmbedding:
             if self._rounded:
                 embedded = embedded.astype(ml_dtypes.bfloat16)
         return embedded.astype(np.float32, copy=False).reshape(len(order), self._merged, self._hidden)
+
+
+def _torch_can(precision: Precision) -> bool:
+    """Whether torch is installed and, for bfloat16, this processor has the instructions that it needs."""
+    if find_spec("torch") is None:
+        return False
+    if precision != "bfloat16":
+        return True
+    import torch
+
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return supported is not None and bool(supported())
 
 
 def _torch_product(weight: NDArray[Any], dtype: str) -> Any:

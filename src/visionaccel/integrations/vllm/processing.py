@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from visionaccel.arrays import as_numpy
-from visionaccel.errors import ConfigurationError, InputError, UnfitGridError
+from visionaccel.errors import InputError, UnfitGridError
 from visionaccel.fitting import Fitter
 from visionaccel.grid import as_grids
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.compat import Qwen2_5_VLMultiModalProcessor, Qwen2_5_VLProcessingInfo
 from visionaccel.integrations.vllm.source import Grids, grids_of
-from visionaccel.program import FixedGrid
 from visionaccel.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -51,23 +50,16 @@ class FittedProcessingInfo(Qwen2_5_VLProcessingInfo):  # type: ignore[misc]
         """What resizes images; None where every grid is taken.
 
         Raises:
-            ConfigurationError: If the processor would change the size of an image that has a program's grid.
+            ConfigurationError: If the processor would change the size of an image that was fitted to a program.
         """
         grids = self.grids
         if grids is None:
             return None
         least, most = compat.pixel_bounds(self)
-        side = grids.tower.patch_size
-        for coverage in grids.coverages:
-            pixels = coverage.grid.patches * side**2 if isinstance(coverage, FixedGrid) else least
-            if not least <= pixels <= most:
-                raise ConfigurationError(
-                    f"the program for {coverage} needs images of {pixels} pixels; the processor makes them of {least} "
-                    f"to {most}.",
-                    hint="Pass --mm-processor-kwargs with fitting min_pixels and max_pixels, or export other grids.",
-                )
         policy = "letterbox" if self._settings.fit == "none" else self._settings.fit
-        return Fitter(grids.tower, grids.coverages, policy, least, most)
+        fitter = Fitter(grids.tower, grids.coverages, policy, least, most)
+        fitter.check_bounds()
+        return fitter
 
     @property
     def resizes(self) -> bool:
@@ -77,6 +69,11 @@ class FittedProcessingInfo(Qwen2_5_VLProcessingInfo):  # type: ignore[misc]
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         limits: Mapping[str, int | None] = super().get_supported_mm_limits()
         return {**limits, "video": 0} if self.limited else limits
+
+    def validate_num_items(self, modality: str, num_items: int) -> None:
+        if modality == "video" and num_items and self.limited:
+            self._refuse_video()
+        super().validate_num_items(modality, num_items)
 
     def get_data_parser(self) -> Any:
         parser = super().get_data_parser()
@@ -136,9 +133,9 @@ class FittedProcessor(Qwen2_5_VLMultiModalProcessor):  # type: ignore[misc]
     def _get_prompt_updates(
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any
     ) -> Sequence[Any]:
-        for kind in ("image", "video"):
+        for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
             for item in out_mm_kwargs.get(kind, ()):
-                if item is not None and f"{kind}_grid_thw" in item:
+                if item is not None and pixels in item:  # what comes as embeddings needs no program
                     self.info.check_fits(kind, item[f"{kind}_grid_thw"].data)
         updates: Sequence[Any] = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
         return updates

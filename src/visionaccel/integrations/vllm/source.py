@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from visionaccel.backends import AUTO, default_registry, select
 from visionaccel.bundle import Bundle, is_bundle, open_bundle
 from visionaccel.bundle.opening import tower_digest
-from visionaccel.bundle.processor import processor_digest
+from visionaccel.bundle.processor import processor_digest, require_processor
 from visionaccel.checkpoint import Checkpoint, locate_checkpoint
 from visionaccel.errors import CheckpointError, ConfigurationError
 from visionaccel.families import Tower, tower_of
@@ -37,37 +38,34 @@ def open_served_source(model: str, revision: str | None, settings: Settings) -> 
             f"VISIONACCEL_BUNDLE={str(settings.bundle)!r} is not a folder.",
             hint="Name an existing folder; `visionaccel pull` fetches a bundle from the hub.",
         )
-    if not is_bundle(settings.bundle):
-        return tower_of(locate_checkpoint(settings.bundle))
     served = locate_checkpoint(model, revision)
+    if not is_bundle(settings.bundle):
+        tower = tower_of(locate_checkpoint(settings.bundle))
+        _require_weights(served, tower_digest(tower), settings.bundle)
+        require_processor(processor_digest(tower.checkpoint.folder), served.folder, settings.bundle)
+        return tower
     bundle = open_bundle(settings.bundle, checkpoint=served)
-    _check_same_model(bundle, served)
+    _require_weights(served, bundle.manifest.weights_digest, bundle.folder)
+    require_processor(bundle.manifest.processor_digest, served.folder, bundle.folder)
     return bundle
 
 
-def _check_same_model(bundle: Bundle, served: Checkpoint) -> None:
-    """Refuse a bundle that was exported from other vision weights, or for another image processor.
+def _require_weights(served: Checkpoint, stated: str, folder: Path) -> None:
+    """Refuse an encoder of other vision weights than the served checkpoint's.
 
     A checkpoint stripped of its vision weights keeps a note of their digest. One that has neither cannot be told apart
     from another of the same shape, and is taken at its word.
     """
-    stated = bundle.manifest.weights_digest
     found = read_strip_note(served.folder)
     if found is None:
         try:
             found = tower_digest(tower_of(served))
         except CheckpointError:
-            found = stated
+            return
     if found != stated:
         raise ConfigurationError(
-            f"the bundle {bundle.folder} was exported from other vision weights than those of {served.folder}.",
+            f"the encoder in {folder} was made from other vision weights than those of {served.folder}.",
             hint="Export a bundle from the served checkpoint.",
-        )
-    theirs, ours = processor_digest(served.folder), bundle.manifest.processor_digest
-    if ours is not None and theirs is not None and ours != theirs:
-        raise ConfigurationError(
-            f"the bundle {bundle.folder} was exported for another image processor than that of {served.folder}.",
-            hint="Export a bundle from the served checkpoint, or restore its preprocessor_config.json.",
         )
 
 

@@ -20,14 +20,10 @@ from numpy.typing import NDArray
 
 from visionaccel.arrays import Array, as_numpy, finite_rows, is_tensor
 from visionaccel.backends import AUTO, Registry, Session, default_registry
-from visionaccel.bundle.answers import LEAST_AGREEMENT, digits_checkpoint, read_digits
-from visionaccel.bundle.comparison import Comparison, Place
 from visionaccel.bundle.export import Progress, toolchain
 from visionaccel.bundle.manifest import Answers, Certificate, ProgramEntry, ProgramResult
 from visionaccel.bundle.opening import Bundle, tower_digest
-from visionaccel.bundle.packed_weights import differing_weights
-from visionaccel.bundle.processor import processor_digest
-from visionaccel.bundle.trials import Trial, Trials, bundled_photographs, find_images
+from visionaccel.bundle.processor import processor_digest, require_processor
 from visionaccel.encoder import Encoder, open_encoder
 from visionaccel.errors import (
     ConfigurationError,
@@ -40,6 +36,10 @@ from visionaccel.errors import (
 from visionaccel.families import Tower
 from visionaccel.images import image_processor
 from visionaccel.program import Precision, Program
+from visionaccel.validation.answers import LEAST_AGREEMENT, digits_checkpoint, read_digits
+from visionaccel.validation.comparison import Comparison, Place
+from visionaccel.validation.packed_weights import differing_weights
+from visionaccel.validation.trials import Trial, Trials, bundled_photographs, find_images
 
 __all__ = ["REFERENCE_BACKEND", "THRESHOLDS", "validate_bundle"]
 
@@ -90,7 +90,7 @@ def validate_bundle(
 
     Raises:
         ConfigurationError: If the reference has other weights than the bundle was made from or cannot be run, or the
-            backend, an option, a threshold or an image is not what it should be.
+            backend, the processor, an option, a threshold or an image is not what it should be.
         InputError: If an image cannot be read.
         ArtifactError: If the reference checkpoint is broken.
     """
@@ -100,6 +100,7 @@ def validate_bundle(
             raise ConfigurationError(
                 f"{threshold} is no threshold for a cosine.", hint="Name a number above 0 and up to 1, such as 0.999."
             )
+    require_processor(bundle.manifest.processor_digest, reference.checkpoint.folder, bundle.folder)
     digest = tower_digest(reference)
     if digest != bundle.manifest.weights_digest:
         raise ConfigurationError(
@@ -254,7 +255,7 @@ class _Run:
             relative_error=comparison.relative_error,
             nonfinite_rows=comparison.nonfinite_rows,
             threshold=threshold,
-            failure=failure,
+            failure=None if failure is None else _printable(failure),
         )
 
     def answers(self, count: int, digest: str, tell: Callable[[int, int], None]) -> tuple[Answers, ...]:
@@ -320,5 +321,10 @@ class _Run:
             relative_error=1.0,
             nonfinite_rows=0,
             threshold=threshold,
-            failure=f"not run: {reason}",
+            failure=_printable(f"not run: {reason}"),
         )
+
+
+def _printable(text: str) -> str:
+    """A message in one line, as a manifest may hold it: what devices say has line breaks, and sometimes worse."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:4096]

@@ -45,13 +45,16 @@ class Trial:
     Attributes:
         name: What it shows.
         grids: The images and videos of the call.
-        photograph: The file that it shows, if it shows one. Equal trials have equal patches.
+        photograph: The file that it shows, if it shows one.
+        fitted: It was fitted to its grid, and is not at the grid that the processor gives it. Equal trials have equal
+            patches.
         patches: Makes float32 [P, patch_width].
     """
 
     name: str
     grids: tuple[Grid, ...]
     photograph: Path | None
+    fitted: bool
     patches: Callable[[], Patches] = field(compare=False, repr=False)
 
     def where(self, token: int, merge_size: int) -> str:
@@ -113,7 +116,7 @@ class Trials:
         self, name: str, grids: tuple[Grid, ...], make: Callable[[np.random.Generator, int, int], Patches]
     ) -> Trial:
         rows, width = total_patches(grids), self._tower.patch_width
-        return Trial(name, grids, None, lambda: make(_generator(name, grids), rows, width))
+        return Trial(name, grids, None, False, lambda: make(_generator(name, grids), rows, width))
 
     def _picture(self, name: str, grids: tuple[Grid, ...]) -> Trial:
         def patches() -> Patches:
@@ -123,7 +126,7 @@ class Trials:
                 frames += [self._exact(_as_image(np.roll(pixels, 5 * t, axis=1)), grid.frame) for t in range(grid.t)]
             return np.concatenate(frames)
 
-        return Trial(name, grids, None, patches)
+        return Trial(name, grids, None, False, patches)
 
     def _photograph(self, path: Path, coverage: Coverage, grid: Grid) -> Trial:
         assert self._processor is not None
@@ -139,7 +142,9 @@ class Trials:
                 return self._exact(image, fitted)
             return self._checked(self._processor(image), fitted)
 
-        return Trial(path.name, (fitted,), path, patches)  # certificates are published, and paths are private
+        return Trial(
+            path.name, (fitted,), path, isinstance(taken, FixedGrid), patches
+        )  # certificates are published, and paths are private
 
     def _exact(self, image: Image, grid: Grid) -> Patches:
         """Patches of an image that has the size of its grid: the processor's own bounds on sizes do not hold here."""

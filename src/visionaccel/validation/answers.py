@@ -7,7 +7,7 @@ transformers, in float32 and greedily, on embeddings that come from elsewhere.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,7 +22,7 @@ from visionaccel.checkpoint import Checkpoint
 from visionaccel.encoder import Encoder
 from visionaccel.errors import CheckpointError, VisionAccelError
 from visionaccel.families import tower_of
-from visionaccel.fitting import FitPolicy, Fitter
+from visionaccel.fitting import Fitter
 from visionaccel.grid import Grid
 from visionaccel.images import ImageProcessor, image_processor
 from visionaccel.program import AnyGrid
@@ -63,8 +63,9 @@ def read_digits(
 ) -> tuple[Answers, ...]:
     """What the digits model reads in held-out images through an encoder, beside the truth and the reference's answers.
 
-    With a program for any grid images keep their own size, fit `natural`. Otherwise there are three entries: `natural`
-    is the reference encoder alone, which is what the accuracy of `letterbox` and `stretch` is lost against.
+    Images keep their own size, `natural`, on a program for any grid; without one it is the reference that reads them.
+    That is what the accuracy of `letterbox` and `stretch` is lost against, for which images are fitted to the programs
+    that do not take every grid.
 
     Args:
         folder: The digits checkpoint.
@@ -77,10 +78,10 @@ def read_digits(
 
     samples, reader, process = held_out_images(count), _Reader(folder), image_processor(folder)
     coverages = tuple(opened.program.coverage for opened in ours.programs)
-    fits: Sequence[Fit] = ("natural",) if any(isinstance(c, AnyGrid) for c in coverages) else ("letterbox", "stretch")
-    ways: list[tuple[Fit, Encoder]] = [(fit, ours) for fit in fits]
-    if "natural" not in fits:
-        ways.insert(0, ("natural", reference))
+    limited = tuple(coverage for coverage in coverages if not isinstance(coverage, AnyGrid))
+    ways: list[tuple[Fit, Encoder]] = [("natural", reference if limited == coverages else ours)]
+    if limited:
+        ways += [("letterbox", ours), ("stretch", ours)]
     failures: list[VisionAccelError] = []
 
     def attempt(patches: Patches, grid: Grid) -> str | None:
@@ -96,9 +97,8 @@ def read_digits(
     with _one_thread():
         for number, (fit, encoder) in enumerate(ways):
             fitter = None
-            if encoder is ours:
-                policy: FitPolicy = "stretch" if fit == "stretch" else "letterbox"
-                fitter = Fitter(ours.tower, coverages, policy, process.min_pixels, process.max_pixels)
+            if fit != "natural":
+                fitter = Fitter(ours.tower, limited, fit, process.min_pixels, process.max_pixels)
             right = agreeing = 0
             for place, sample in enumerate(samples):
                 patches, grid = _fitted(sample.image, fitter, process)
