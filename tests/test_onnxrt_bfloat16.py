@@ -324,5 +324,6 @@ def test_the_backend_says_what_it_computes_in(precision, tmp_path):
     emulated = "bfloat16 emulated: float32 arithmetic, rounded after each operator"
     assert (emulated in verdict.notes) == (precision == "bfloat16")
     session = OnnxRuntimeBackend().open(program, "cpu", OnnxRuntimeOptions())
-    assert session.capabilities.precision == precision
+    # ONNX Runtime's CPU provider computes float16 operators in float32, so nothing else is claimed of it.
+    assert session.capabilities.precision == ("bfloat16" if precision == "bfloat16" else "float32")
     np.testing.assert_array_equal(session.run({"x": np.full(4, 3, np.float32)})["out"], np.full(4, 9))

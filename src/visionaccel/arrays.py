@@ -7,13 +7,20 @@ viewed as numpy without a copy.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Array", "as_host_tensor", "as_numpy", "dtype_name", "finite_rows", "is_tensor"]
+__all__ = ["FLOATS", "Array", "as_host_tensor", "as_numpy", "dtype_name", "finite_rows", "is_tensor"]
+
+FLOATS: Mapping[str, Any] = MappingProxyType(
+    {"float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+)
+"""numpy's types of the floating dtypes, by their names."""
 
 Array: TypeAlias = Any
 """A numpy array, or a torch tensor where a session declares that it takes them."""

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from visionaccel.arrays import FLOATS
 from visionaccel.checkpoint import StoredTensor
 from visionaccel.contracts import TensorSpec
 from visionaccel.errors import CheckpointError
@@ -24,7 +24,6 @@ MICROSOFT = "com.microsoft"
 """Domain of ONNX Runtime's fused operators."""
 
 _FLOATS = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
-_NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 _TYPES = {**_FLOATS, "int64": TensorProto.INT64, "int32": TensorProto.INT32}
 
 
@@ -119,7 +118,7 @@ class GraphWriter:
 
     def real(self, values: NDArray[Any] | np.floating[Any]) -> str:
         """A floating constant in the writer's precision."""
-        return self.constant(np.asarray(values).astype(_NUMPY[self.precision]))
+        return self.constant(np.asarray(values).astype(FLOATS[self.precision]))
 
     def narrow(self, value: str, *, always: bool = False) -> str:
         """A float32 value in the writer's precision; with `always`, of any float dtype."""

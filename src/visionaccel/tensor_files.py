@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from visionaccel.arrays import FLOATS
 from visionaccel.checkpoint import ITEM_BYTES, StoredTensor, safetensors_dtype
 from visionaccel.errors import CheckpointError, ConfigurationError
 
@@ -25,12 +25,6 @@ __all__ = ["CHUNK_BYTES", "weights_digest", "write_safetensors"]
 CHUNK_BYTES = 1 << 20
 """Bytes read at once, a multiple of every element's size; larger pieces leave the cache before they are hashed."""
 
-_FLOATS: Mapping[str, Any] = {
-    "float64": np.float64,
-    "float32": np.float32,
-    "float16": np.float16,
-    "bfloat16": ml_dtypes.bfloat16,
-}
 _TARGETS = ("float32", "bfloat16", "float16")
 
 
@@ -138,9 +132,9 @@ def _stream(
 
 def _converted(piece: memoryview, tensor: StoredTensor, dtype: str) -> NDArray[Any]:
     """The elements in `piece`, one-dimensional, as `dtype`."""
-    values = np.frombuffer(piece, dtype=_FLOATS[tensor.dtype])
+    values = np.frombuffer(piece, dtype=FLOATS[tensor.dtype])
     with np.errstate(all="ignore"):  # ml_dtypes' functions report NaN as invalid, also where they only look at it
-        result: NDArray[Any] = values.astype(np.float32, copy=False).astype(_FLOATS[dtype], copy=False)
+        result: NDArray[Any] = values.astype(np.float32, copy=False).astype(FLOATS[dtype], copy=False)
         overflown = np.isfinite(values) & np.isinf(result) if not np.isfinite(result).all() else np.False_
     if overflown.any():
         raise CheckpointError(
@@ -151,7 +145,7 @@ def _converted(piece: memoryview, tensor: StoredTensor, dtype: str) -> NDArray[A
 
 
 def _written_dtype(tensor: StoredTensor, dtype: str | None) -> str:
-    return tensor.dtype if dtype is None or tensor.dtype not in _FLOATS else dtype
+    return tensor.dtype if dtype is None or tensor.dtype not in FLOATS else dtype
 
 
 def _written_bytes(tensor: StoredTensor, dtype: str | None) -> int:

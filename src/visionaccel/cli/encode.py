@@ -15,12 +15,12 @@ from visionaccel.backends import AUTO
 from visionaccel.bundle import Bundle, open_bundle
 from visionaccel.bundle.processor import require_processor
 from visionaccel.checkpoint import locate_checkpoint
-from visionaccel.cli.output import Backend, Device, Json, OptionsText, print_json, results
+from visionaccel.cli.output import Backend, Device, Json, OptionsText, backend_options, print_json, results
 from visionaccel.encoder import open_encoder, open_source
-from visionaccel.errors import ConfigurationError, SettingsError
+from visionaccel.errors import ConfigurationError
 from visionaccel.fitting import Fitter
 from visionaccel.images import image_processor, load_image
-from visionaccel.settings import load_settings, parse_options
+from visionaccel.settings import load_settings
 
 __all__ = ["encode"]
 
@@ -44,10 +44,7 @@ def encode(
 ) -> None:
     """Encode image files with the vision encoder of a checkpoint or bundle."""
     settings = load_settings()
-    try:
-        chosen_options = parse_options(options) if options is not None else settings.options
-    except ValueError as error:
-        raise SettingsError(f"--options {options!r}: {error}.", hint="Write name=value,name=value.") from error
+    chosen_options = backend_options(options, settings.options)
     if checkpoint is None and bundle is None:
         raise ConfigurationError("no encoder was named.", hint="Pass --checkpoint or --bundle.")
     found = locate_checkpoint(checkpoint) if checkpoint is not None else None

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import TextColumn
 from rich.table import Table
 
 from visionaccel.bundle.export import ProgramRequest, export_bundle
 from visionaccel.bundle.manifest import BundleFile
-from visionaccel.cli.output import Json, messages, print_json, results
+from visionaccel.cli.output import Json, print_json, progress, results
 from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError
 from visionaccel.grid import Grid
@@ -77,15 +77,7 @@ def export(
     ]
     if dynamic or not requests:
         requests.append(ProgramRequest(AnyGrid()))
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
-    with Progress(*columns, TimeRemainingColumn(), console=messages, transient=True) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def tell(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done)
-
+    with progress(TextColumn("{task.percentage:>3.0f} %", markup=False)) as tell:
         bundle = export_bundle(
             tower,
             output,

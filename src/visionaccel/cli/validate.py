@@ -8,17 +8,27 @@ from typing import Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn
 from rich.table import Table
 
 from visionaccel.backends import AUTO
 from visionaccel.bundle import MANIFEST, Bundle, open_bundle
 from visionaccel.bundle.export import rewrite_manifest
 from visionaccel.bundle.manifest import Certificate
-from visionaccel.cli.output import Backend, Device, Json, OptionsText, messages, print_json, results
+from visionaccel.cli.output import (
+    Backend,
+    Device,
+    Json,
+    OptionsText,
+    backend_options,
+    messages,
+    print_json,
+    progress,
+    results,
+)
 from visionaccel.encoder import open_tower
-from visionaccel.errors import ConfigurationError, SettingsError
-from visionaccel.settings import load_settings, parse_options
+from visionaccel.errors import ConfigurationError
+from visionaccel.settings import load_settings
 from visionaccel.validation.answers import LEAST_AGREEMENT
 from visionaccel.validation.certificate import THRESHOLDS, validate_bundle
 
@@ -56,24 +66,13 @@ def validate(
     Exit status 1 if a program was not run, failed, or is further from the reference than the threshold allows.
     """
     settings = load_settings()
-    try:
-        chosen_options = parse_options(options) if options is not None else settings.options
-    except ValueError as error:
-        raise SettingsError(f"--options {options!r}: {error}.", hint="Write name=value,name=value.") from error
+    chosen_options = backend_options(options, settings.options)
     tower = open_tower(reference)
     # A certificate is worth what was read, so no digest is taken from memory.
     opened = open_bundle(bundle, checkpoint=tower.checkpoint, trust_unchanged=False)
     if not no_write:
         _check_writable(opened)
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=messages, transient=True) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def tell(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done)
-
+    with progress(MofNCompleteColumn()) as tell:
         certificate = validate_bundle(
             opened,
             tower,
@@ -115,9 +114,9 @@ def print_certificate(certificate: Certificate, title: str) -> None:
     """The certificate as tables: cosines lowest, at the first percentile and mean; and below, what failed and why."""
     images = ", ".join(f"{count} {kind}" for kind, count in certificate.images.items())
     table = Table(title=f"{title}; images: {images}", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("program", overflow="fold", min_width=10)
+    table.add_column("program", overflow="fold", min_width=7)
     table.add_column("ran on", overflow="fold")
-    for name in ("tokens", "lowest", "1st %", "mean", "error", "NaN/Inf"):
+    for name in ("tokens", "lowest", "1st %", "mean", "error", "NaN"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     for found in certificate.programs:

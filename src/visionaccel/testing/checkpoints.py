@@ -9,9 +9,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
+
+from visionaccel.arrays import FLOATS
 
 __all__ = ["QWEN2_5_VL_7B", "TINY", "hollow_checkpoint", "random_checkpoint", "tower_shapes"]
 
@@ -47,8 +48,6 @@ TINY: Mapping[str, Any] = MappingProxyType(
     }
 )
 """A tower of milliseconds with every structural trait of the released ones: windows of 64 patches, full attention."""
-
-_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
 def tower_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -154,4 +153,4 @@ def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...], dtype: st
         values *= np.float32(0.05)
     else:
         values *= np.float32(1 / math.sqrt(math.prod(shape[1:])))
-    return values.astype(_DTYPES[dtype])
+    return values.astype(FLOATS[dtype])

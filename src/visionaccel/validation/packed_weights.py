@@ -8,22 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from visionaccel.arrays import FLOATS
 from visionaccel.checkpoint import StoredTensor
 from visionaccel.errors import CheckpointError
 from visionaccel.tensor_files import CHUNK_BYTES
 
 __all__ = ["differing_weights"]
 
-_FLOATS: Mapping[str, Any] = {
-    "float64": np.float64,
-    "float32": np.float32,
-    "float16": np.float16,
-    "bfloat16": ml_dtypes.bfloat16,
-}
 _MOST_ITEMS = CHUNK_BYTES
 """Elements read at once; both sides are read in equal numbers of them."""
 
@@ -48,10 +42,10 @@ def _same(packed: StoredTensor, source: StoredTensor) -> bool:
     if packed.dtype == source.dtype:
         pairs = zip(_pieces(packed, np.uint8), _pieces(source, np.uint8), strict=False)
         return packed.length == source.length and all(np.array_equal(ours, theirs) for ours, theirs in pairs)
-    if packed.dtype not in _FLOATS or source.dtype not in _FLOATS:
+    if packed.dtype not in FLOATS or source.dtype not in FLOATS:
         return False
-    target = np.dtype(_FLOATS[packed.dtype])
-    for ours, theirs in zip(_pieces(packed, target), _pieces(source, _FLOATS[source.dtype]), strict=True):
+    target = np.dtype(FLOATS[packed.dtype])
+    for ours, theirs in zip(_pieces(packed, target), _pieces(source, FLOATS[source.dtype]), strict=True):
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             # By way of float32, as it was packed.
             rounded = theirs.astype(np.float32, copy=False).astype(target, copy=False)

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from visionaccel.arrays import Array, is_tensor
+from visionaccel.arrays import FLOATS, Array, is_tensor
 from visionaccel.checkpoint import StoredTensor
 from visionaccel.errors import CheckpointError
 from visionaccel.families.base import Host
@@ -25,8 +24,6 @@ __all__ = ["open_host", "read_matrix"]
 
 MASKED = np.float32(-3e4)
 """What hides a padded key in a score: it vanishes in the softmax, and float16 can hold it."""
-
-_NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
 def open_host(config: VisionConfig, program: Program, kernel: StoredTensor | None) -> Host:
@@ -66,13 +63,13 @@ def read_matrix(stored: StoredTensor, shape: tuple[int, int]) -> NDArray[Any]:
     Raises:
         CheckpointError: If its size or dtype does not fit, or the file cannot be read.
     """
-    if stored.dtype not in _NUMPY or np.prod(stored.shape, dtype=np.int64) != shape[0] * shape[1]:
+    if stored.dtype not in FLOATS or np.prod(stored.shape, dtype=np.int64) != shape[0] * shape[1]:
         raise CheckpointError(
             f"{stored.file}: {stored.name!r} is {stored.dtype}{list(stored.shape)}, which is no {list(shape)} matrix.",
             hint="Configuration and weights are of different models.",
         )
     try:
-        flat = np.fromfile(stored.file, _NUMPY[stored.dtype], shape[0] * shape[1], offset=stored.offset)
+        flat = np.fromfile(stored.file, FLOATS[stored.dtype], shape[0] * shape[1], offset=stored.offset)
         return flat.reshape(shape)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{stored.file} cannot be read: {error}", hint="Fetch the file again.") from error
