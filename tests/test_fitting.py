@@ -132,6 +132,8 @@ def test_the_largest_grid_is_the_one_with_most_tokens_that_an_image_can_get(towe
     assert fitter(tower, fixed("58x74", "16x16")).largest == Grid(1, 58, 74)
     assert fitter(tower, [tower.bucket(Grid(1, 58, 74))]).largest.tokens(2) == 29 * 37
     assert fitter(tower, [tower.bucket(Grid(1, 58, 74))], most=448 * 448).largest == Grid(1, 32, 32)
+    # 4 windows of 16 tokens, and room for 90: no grid of 9x10 tokens, nor any other of 65 or more, has so few windows.
+    assert fitter(tower, [Bucket(360, 4)]).largest == Grid(1, 16, 16)
 
 
 def test_stretching_fills_the_grid(tower):

@@ -127,7 +127,7 @@ class Fitter:
         that come nearest to its aspect ratio.
 
         Raises:
-            UnfitGridError: If one side is more than 200 times the other.
+            UnfitGridError: If the image is empty, or one side is more than 200 times the other.
         """
         patch, merge = self.tower.patch_size, self.tower.merge_size
         natural = natural_grid(height, width, patch * merge, self.min_pixels, self.max_pixels, merge)
@@ -157,25 +157,28 @@ class Fitter:
 
     def _within(self, bucket: Bucket | AnyGrid, height: int, width: int) -> list[Grid]:
         """Grids in a bucket as near as can be to an image's aspect ratio, one for each length of the shorter side."""
-        merge = self.tower.merge_size
-        long, short = max(height, width), min(height, width)
-        most, least = self._tokens(bucket), -(-self.min_pixels // (self.tower.patch_size * merge) ** 2)
-
-        def grid(lesser: int, greater: int) -> Grid:
-            rows, columns = (lesser, greater) if height <= width else (greater, lesser)
-            return Grid(1, rows * merge, columns * merge)
-
+        ratio, upright = max(height, width) / min(height, width), height > width
+        most, least = self._tokens(bucket), -(-self.min_pixels // (self.tower.patch_size * self.tower.merge_size) ** 2)
         found = []
-        for lesser in range(1, math.isqrt(most) + 1):
-            wanted = min(max(lesser, round(lesser * long / short)), most // lesser, lesser * MOST_ASPECT_RATIO)
-
-            def too_long(greater: int, lesser: int = lesser) -> bool:
-                return not self.tower.fits(bucket, grid(lesser, greater))
-
-            greater = lesser - 1 + bisect_left(range(lesser, wanted + 1), True, key=too_long)
-            if greater >= lesser and lesser * greater >= least:
-                found.append(grid(lesser, greater))
+        for short in range(1, math.isqrt(most) + 1):
+            wanted = min(max(short, round(short * ratio)), most // short, short * MOST_ASPECT_RATIO)
+            long = self._longest(bucket, short, wanted, upright=upright)
+            if long >= short and short * long >= least:
+                found.append(self._grid(short, long, upright=upright))
         return found
+
+    def _longest(self, bucket: Bucket | AnyGrid, short: int, most: int, *, upright: bool) -> int:
+        """The largest length of the long side, from `short` to `most` tokens, that the program takes; else less."""
+
+        def too_long(long: int) -> bool:
+            return not self.tower.fits(bucket, self._grid(short, long, upright=upright))
+
+        return short - 1 + bisect_left(range(short, most + 1), True, key=too_long)
+
+    def _grid(self, short: int, long: int, *, upright: bool) -> Grid:
+        """A grid by its sides in tokens."""
+        rows, columns = (long, short) if upright else (short, long)
+        return Grid(1, rows * self.tower.merge_size, columns * self.tower.merge_size)
 
     def _tokens(self, bucket: Bucket | AnyGrid) -> int:
         """Most tokens of an image in a bucket, by its size and by the processor's largest area."""
@@ -190,10 +193,10 @@ class Fitter:
         tokens = self._tokens(bucket)
         best = Grid(1, merge, merge)
         for rows in range(1, math.isqrt(tokens) + 1):
-            columns = min(tokens // rows, rows * MOST_ASPECT_RATIO)
-            grid = Grid(1, rows * merge, columns * merge)
-            if grid.patches >= best.patches and self.tower.fits(bucket, grid):
-                best = grid
+            most = min(tokens // rows, rows * MOST_ASPECT_RATIO)
+            columns = self._longest(bucket, rows, most, upright=False)
+            if columns >= rows and rows * columns * merge**2 >= best.patches:
+                best = self._grid(rows, columns, upright=False)
         return best
 
 
