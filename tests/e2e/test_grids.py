@@ -99,7 +99,10 @@ def encoded(image, kind="PNG", **options):
 
 def test_no_image_crashes_a_server_and_what_it_refuses_it_refuses_alone(digits, bundles):
     settings = {"VISIONACCEL_BACKEND": "onnxrt", "VISIONACCEL_BUNDLE": str(bundles / "fixed")}
-    arguments = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "4096", "--max-num-seqs", "16")
+    arguments = (
+        "--dtype", "float32", "--enforce-eager", "--max-model-len", "4096", "--max-num-seqs", "16",
+        "--trust-request-mm-kwargs",
+    )  # fmt: skip
     with (
         serve(digits, settings, arguments) as server,
         OpenAI(base_url=server.url, api_key="none", max_retries=0) as client,
