@@ -3,6 +3,10 @@
 Run on vLLM 0.32.0. The model class, its tower's constructor call, `load_weights` and `embed_multimodal` are the same in
 0.28 and 0.30. The classes that this package subclasses are attributes of this module, imported on first use: it must
 cost nothing in vLLM's processes that need none of them.
+
+Two private methods can only be overridden under their own names, in `processing`: `_get_vision_info` of the processing
+information, whose arguments drift between releases and pass through by keyword, and `_get_prompt_updates` of the
+processor.
 """
 
 from __future__ import annotations
