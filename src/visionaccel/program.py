@@ -11,13 +11,25 @@ from visionaccel.checkpoint import StoredTensor
 from visionaccel.contracts import TensorSpec
 from visionaccel.grid import Grid
 
-__all__ = ["CHECKPOINT", "ONNX", "AnyGrid", "Bucket", "Coverage", "FixedGrid", "HostSplit", "Precision", "Program"]
+__all__ = [
+    "CHECKPOINT", "EP_CONTEXT", "FLEXMLRT_DIRECTORY", "FLEXMLRT_RAI", "ONNX",
+    "AnyGrid", "Bucket", "Coverage", "FixedGrid", "HostSplit", "Precision", "Program",
+]  # fmt: skip
 
 ONNX = "onnx"
 """An ONNX model as bytes; its external data lies under `Program.folder`."""
 
 CHECKPOINT = "checkpoint"
 """A Hugging Face checkpoint folder, for a backend that builds the tower from its weights."""
+
+EP_CONTEXT = "onnx.ep_context"
+"""An ONNX model around a program that an execution provider compiled; needs that provider."""
+
+FLEXMLRT_RAI = "flexmlrt.rai"
+"""A single file that AMD's Vitis AI compiler wrote for FlexMLRT."""
+
+FLEXMLRT_DIRECTORY = "flexmlrt.directory"
+"""A partition's folder in the cache of AMD's Vitis AI compiler; the artifact is its `partition-info.json`."""
 
 Precision: TypeAlias = Literal["float32", "bfloat16", "float16"]
 """Dtype of a program's weights and activations; its inputs and outputs are float32 whatever it computes in."""
@@ -98,6 +110,10 @@ class Program:
         host: What it leaves to the host; None for nothing but the tables.
         device: Kind of device that it was made for, such as `npu`; None for any.
         model: Returns the artifact's bytes where it has any; called when a session opens, never by a probe.
+        artifact: The verified file to open, for a backend that maps or reads it itself; None where there is none.
+        companions: Further verified files by their role, such as a compiler's configuration.
+        stored_names: Names of inputs and outputs inside the artifact, by their names here, where they differ.
+        digest: What identifies the artifact and its weights, for caches; None where that is not known.
     """
 
     name: str
@@ -114,3 +130,7 @@ class Program:
     host: HostSplit | None = None
     device: str | None = None
     model: Callable[[], bytes] | None = field(default=None, compare=False, repr=False)
+    artifact: Path | None = None
+    companions: Mapping[str, Path] = field(default_factory=dict, compare=False, repr=False)
+    stored_names: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    digest: str | None = None

@@ -6,7 +6,17 @@ Plug-ins import from here and from the core types (`visionaccel.arrays`, `contra
 from visionaccel.backends.hooks import EncodeReport, hookimpl
 from visionaccel.backends.registry import GROUP, BackendEntry, Registry, default_registry
 from visionaccel.backends.selection import AUTO, Candidate, ProgramSource, Selection, select
-from visionaccel.backends.spec import Accepted, Capabilities, Options, Rejected, Session, Verdict, VisionBackend
+from visionaccel.backends.spec import (
+    Accepted,
+    Capabilities,
+    Finding,
+    Isolation,
+    Options,
+    Rejected,
+    Session,
+    Verdict,
+    VisionBackend,
+)
 
 __all__ = [
     "AUTO",
@@ -16,6 +26,8 @@ __all__ = [
     "Candidate",
     "Capabilities",
     "EncodeReport",
+    "Finding",
+    "Isolation",
     "Options",
     "ProgramSource",
     "Registry",

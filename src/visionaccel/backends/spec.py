@@ -10,14 +10,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict
 
 from visionaccel.arrays import Array
 from visionaccel.program import Program
 
-__all__ = ["Accepted", "Capabilities", "Options", "Rejected", "Session", "Verdict", "VisionBackend"]
+__all__ = [
+    "Accepted", "Capabilities", "Finding", "Isolation", "Options", "Rejected", "Session", "Status", "Verdict",
+    "VisionBackend",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,29 @@ class Rejected:
 
 
 Verdict: TypeAlias = Accepted | Rejected
+
+
+Isolation: TypeAlias = Literal["process", "none"]
+"""Where a session lives: in a child process of its own with a deadline and a supervisor, or in the caller's process."""
+
+Status: TypeAlias = Literal["pass", "warning", "failure"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that `visionaccel doctor` looked at.
+
+    Attributes:
+        name: What was looked at, in a few words.
+        status: Whether it is as it should be. A warning lets the backend run.
+        detail: What was found.
+        fix: What to do about it; empty for `pass`.
+    """
+
+    name: str
+    status: Status
+    detail: str
+    fix: str = ""
 
 
 class Options(BaseModel):
@@ -116,15 +142,25 @@ class VisionBackend(ABC):
         name: What users select; equal to the name of the entry point.
         formats: Program formats it takes, such as `onnx` or `checkpoint` (see `visionaccel.program`).
         options: The options that `open` takes.
+        isolation: Where its sessions live unless the user says otherwise. Choose `process` for vendor code that may
+            crash, hang, or hold one model for each process; then whatever `open` raises must survive pickling.
     """
 
     name: ClassVar[str]
     formats: ClassVar[frozenset[str]]
     options: ClassVar[type[Options]] = Options
+    isolation: ClassVar[Isolation] = "none"
 
     def devices(self) -> Sequence[str]:
         """Devices of this machine that the backend could use, for display; must not allocate any."""
         return ("cpu",)
+
+    def checks(self) -> Sequence[Finding]:
+        """What `visionaccel doctor` reports of this machine for this backend: drivers, libraries, settings.
+
+        Must allocate no device and end within seconds, whatever is broken or missing.
+        """
+        return ()
 
     @abstractmethod
     def probe(self, program: Program, device: str | None) -> Verdict:

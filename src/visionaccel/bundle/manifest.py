@@ -98,6 +98,7 @@ class Tensor(_Model):
     name: Name
     dtype: Literal["float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8", "bool"]
     shape: tuple[Size | Name, ...] = Field(description="Sizes; a text names a size that varies from call to call.")
+    stored_name: Name | None = Field(None, description="Its name inside the program's file; null: the same.")
 
     @property
     def spec(self) -> TensorSpec:
@@ -149,6 +150,9 @@ class ProgramEntry(_Model):
     format: Name = Field(description="`onnx`, or a name that a backend plug-in takes.")
     model: RelativePath = Field(description="The file to open; one of `files`.")
     files: tuple[BundleFile, ...] = Field(min_length=1)
+    companions: dict[Name, RelativePath] = Field(
+        default_factory=dict, description="Those of `files` that a backend needs beside the model, by their role."
+    )
     inputs: tuple[Tensor, ...] = Field(min_length=1)
     outputs: tuple[Tensor, ...] = Field(min_length=1)
     coverage: Annotated[FixedCoverage | BucketCoverage | DynamicCoverage, Field(discriminator="kind")]
@@ -160,9 +164,13 @@ class ProgramEntry(_Model):
     def _consistent(self) -> ProgramEntry:
         if self.model not in {file.path for file in self.files}:
             raise ValueError(f"model {self.model!r} is not among the program's files")
+        if not set(self.companions.values()) <= {file.path for file in self.files}:
+            raise ValueError("a companion is not among the program's files")
         for tensors in (self.inputs, self.outputs):
             if len({tensor.name for tensor in tensors}) != len(tensors):
                 raise ValueError("two tensors have one name")
+            if len({tensor.stored_name or tensor.name for tensor in tensors}) != len(tensors):
+                raise ValueError("two tensors have one name inside the program's file")
         return self
 
     def covers(self) -> Coverage:

@@ -21,7 +21,7 @@ from visionaccel.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, locate_c
 from visionaccel.errors import ArtifactError, BundleError, ConfigurationError, GridError
 from visionaccel.families import Tower, tower_of
 from visionaccel.grid import Grid
-from visionaccel.program import CHECKPOINT, ONNX, AnyGrid, Bucket, FixedGrid, Program
+from visionaccel.program import CHECKPOINT, ONNX, Bucket, FixedGrid, Program
 from visionaccel.tensor_files import weights_digest
 
 __all__ = ["Bundle", "is_bundle", "open_bundle", "tower_digest"]
@@ -77,7 +77,7 @@ class Bundle:
                 raise BundleError(f"{where}: {error.message}", hint=_AGAIN) from error
         if isinstance(coverage, Bucket) and coverage.patches % merge**2:
             raise BundleError(f"{where}: {coverage.patches} patches are no whole number of tokens.", hint=_AGAIN)
-        if split is not None and (isinstance(coverage, AnyGrid) or split != self.tower.split(coverage)):
+        if split is not None and not self.tower.takes_split(coverage, split):
             raise BundleError(f"{where}: this family does not split such programs in that way.", hint=_AGAIN)
         if entry.host is not None and entry.host.tensors != self.tower.host_weights:
             needed = ", ".join(self.tower.host_weights)
@@ -105,7 +105,16 @@ class Bundle:
             host=split,
             device=entry.device,
             model=partial(self._model, entry),
+            artifact=self.folder / entry.model,
+            companions={role: self.folder / path for role, path in entry.companions.items()},
+            stored_names={t.name: t.stored_name for t in (*entry.inputs, *entry.outputs) if t.stored_name is not None},
+            digest=self._digest(entry),
         )
+
+    def _digest(self, entry: ProgramEntry) -> str:
+        """What identifies a program with its weights, whatever the bundle is named and whatever else is in it."""
+        parts = [self.manifest.weights_digest, *sorted(f"{file.path} {file.sha256}" for file in entry.files)]
+        return "sha256:" + hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def _model(self, entry: ProgramEntry) -> bytes:
         """The program's bytes, verified again as they are read, with its weights pointed at where they lie."""

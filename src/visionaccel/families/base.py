@@ -109,6 +109,10 @@ class Tower(ABC):
         """
 
     @abstractmethod
+    def takes_split(self, coverage: Coverage, split: HostSplit) -> bool:
+        """Whether this family's host can stand around a program of that coverage that leaves it that part."""
+
+    @abstractmethod
     def bucket(self, largest: Grid) -> Bucket:
         """The smallest bucket that takes every frame of at most that height and width."""
 

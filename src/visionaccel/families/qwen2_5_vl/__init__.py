@@ -80,6 +80,15 @@ class Qwen25VLTower(Tower):
                     hint="Split programs of fixed shapes only.",
                 )
 
+    def takes_split(self, coverage: Coverage, split: HostSplit) -> bool:
+        match coverage:
+            case FixedGrid():
+                return True
+            case Bucket():
+                return split == self.split(coverage)
+            case AnyGrid():
+                return False
+
     def bucket(self, largest: Grid) -> Bucket:
         return Bucket(largest.frame.patches, self._windows(largest.frame))
 
