@@ -1,0 +1,80 @@
+"""What can be told of a compiled artifact without the SDK, so that a wrong file is refused in plain words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from visionaccel.errors import ArtifactError
+from visionaccel.program import FLEXMLRT_RAI, Program
+
+__all__ = ["SIMULATOR_FILE", "SIMULATOR_MAGIC", "Artifact", "open_settings"]
+
+SIMULATOR_MAGIC = b"VASIMRAI"
+SIMULATOR_FILE = "simulator.rai"
+"""The simulated binary in the folder of a partition."""
+
+_LFS_POINTER = b"version https://git-lfs"
+_SMALLEST_REAL = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A compiled artifact.
+
+    Attributes:
+        path: What the SDK is given: the `.rai` file, or the folder of the partition.
+        single_file: It is a `.rai` file.
+        simulated: It was made for the simulator.
+    """
+
+    path: Path
+    single_file: bool
+    simulated: bool
+
+    @classmethod
+    def of(cls, program: Program) -> Artifact:
+        """The artifact of a program.
+
+        Raises:
+            ArtifactError: If it is missing or empty, or only stands for one, such as a Git LFS pointer.
+        """
+        again = "Fetch the artifact again."
+        if program.artifact is None:
+            raise ArtifactError(f"program {program.name!r} has no file.", hint=again)
+        single_file = program.format == FLEXMLRT_RAI
+        folder = program.artifact.parent
+        binary = program.artifact if single_file else folder / SIMULATOR_FILE
+        if not single_file and not binary.is_file():
+            return cls(folder, single_file, simulated=False)
+        try:
+            with binary.open("rb") as file:
+                head = file.read(len(_LFS_POINTER))
+            size = binary.stat().st_size
+        except OSError as error:
+            raise ArtifactError(f"{binary} cannot be read: {error}", hint=again) from error
+        if head.startswith(_LFS_POINTER):
+            raise ArtifactError(
+                f"{binary} is a Git LFS pointer of {size} bytes, not the artifact.",
+                hint="Run `git lfs pull` where it was cloned, and import it again.",
+            )
+        simulated = head.startswith(SIMULATOR_MAGIC)
+        if not simulated and size < _SMALLEST_REAL:
+            raise ArtifactError(f"{binary} has only {size} bytes, too few for a compiled encoder.", hint=again)
+        return cls(binary if single_file else folder, single_file, simulated)
+
+
+def open_settings(artifact: Artifact, sdk_version: str) -> Mapping[str, str]:
+    """Names of device and subgraph that the SDK needs for an artifact; empty where it must not be given one.
+
+    From public callers: a folder is opened as subgraph "0"; a `.rai` file before 1.8 as "vaiml_par_0" on "stx", and
+    since then without either.
+    """
+    if not artifact.single_file:
+        return {"device_name": "stx", "subgraph": "0"}
+    numbers = tuple(int(part) for part in re.findall(r"\d+", sdk_version)[:2])
+    if numbers >= (1, 8):
+        return {"device_name": "", "subgraph": ""}
+    return {"device_name": "stx", "subgraph": "vaiml_par_0"}

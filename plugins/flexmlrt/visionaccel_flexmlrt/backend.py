@@ -1,0 +1,111 @@
+"""FlexMLRT behind visionaccel's contract."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from visionaccel.backends import Accepted, Capabilities, Finding, Isolation, Options, Rejected, Session, Verdict, VisionBackend
+from visionaccel.contracts import TensorSpec
+from visionaccel.errors import ArtifactError, ConfigurationError, DeviceError
+from visionaccel.program import FLEXMLRT_DIRECTORY, FLEXMLRT_RAI, Program
+from visionaccel_flexmlrt.artifact import Artifact, open_settings
+from visionaccel_flexmlrt.host_graphs import HostGraphs, device_tensors
+from visionaccel_flexmlrt.runtime import NPU, SIMULATOR, load, missing
+from visionaccel_flexmlrt.session import FlexMLRTSession
+
+__all__ = ["FlexMLRTBackend", "FlexMLRTOptions"]
+
+SCRIPT_VARIABLE = "FLEXMLRT_SIMULATOR_SCRIPT"
+
+
+class FlexMLRTOptions(Options):
+    """Options of the `flexmlrt` backend."""
+
+    device_name: str | None = Field(None, description="The SDK's name of the device. Unset: what its version needs.")
+    subgraph: str | None = Field(None, description="The subgraph to open. Unset: what the artifact's layout needs.")
+    execute_mode: int = Field(2, ge=0, description="The SDK's executeMode.")
+    preemption: bool = Field(True, description="Let other users of the device in between.")
+    cache_dir: Path | None = Field(None, description="Where the SDK may write. Unset: the artifact's folder.")
+    any_version: bool = Field(False, description="Accept another version of the SDK than this was built with.")
+    simulator_script: Path | None = Field(None, description="What the simulator does wrong; see the documentation.")
+
+
+class FlexMLRTBackend(VisionBackend):
+    """Runs compiled encoders on a Ryzen AI NPU, or on a simulator of it, which must be asked for by name."""
+
+    name = "flexmlrt"
+    formats = frozenset({FLEXMLRT_RAI, FLEXMLRT_DIRECTORY})
+    options = FlexMLRTOptions
+    isolation: Isolation = "process"
+
+    def devices(self) -> Sequence[str]:
+        return tuple(device for device in (NPU, SIMULATOR) if missing(device) is None)
+
+    def checks(self) -> Sequence[Finding]:
+        from visionaccel_flexmlrt.checks import check_machine
+
+        return check_machine()
+
+    def probe(self, program: Program, device: str | None) -> Verdict:
+        device = device or NPU
+        if device not in (NPU, SIMULATOR):
+            return Rejected(f"it knows no device {device!r}.", f"Name {NPU} or {SIMULATOR}.")
+        try:
+            artifact = Artifact.of(program)
+        except ArtifactError as error:
+            return Rejected(error.message, error.hint or "")
+        if artifact.simulated != (device == SIMULATOR):
+            made_for = SIMULATOR if artifact.simulated else NPU
+            return Rejected(f"program {program.name!r} was made for device {made_for!r}.", f"Set VISIONACCEL_DEVICE={made_for}.")
+        lacking = missing(device)
+        if lacking is not None:
+            return Rejected(lacking.reason, lacking.hint)
+        if device == SIMULATOR:
+            return Accepted(1, "SIMULATOR on the CPU, no NPU; " + _layout(artifact))
+        return Accepted(100, "FlexMLRT on a Ryzen AI NPU; " + _layout(artifact))
+
+    def open(self, program: Program, device: str | None, options: FlexMLRTOptions) -> Session:
+        device = device or NPU
+        artifact = Artifact.of(program)
+        module = load(device, any_version=options.any_version)
+        if device == SIMULATOR and options.simulator_script is not None:
+            os.environ[SCRIPT_VARIABLE] = str(options.simulator_script)
+        elif options.simulator_script is not None:
+            raise ConfigurationError("simulator_script is for the simulator.", hint=f"Set VISIONACCEL_DEVICE={SIMULATOR}.")
+        apart = device_tensors(program)
+        inputs, outputs = apart or (program.inputs, program.outputs)
+        host = HostGraphs(program) if apart is not None else None
+        settings = open_settings(artifact, getattr(module, "sdk_version", "unknown"))
+        try:
+            model = module.Model(
+                path=str(artifact.path),
+                single_file=artifact.single_file,
+                inputs=[_as_stored(spec, program) for spec in inputs],
+                outputs=[_as_stored(spec, program) for spec in outputs],
+                device_name=settings["device_name"] if options.device_name is None else options.device_name,
+                subgraph=settings["subgraph"] if options.subgraph is None else options.subgraph,
+                cache_dir=str(options.cache_dir or artifact.path.parent),
+                execute_mode=options.execute_mode,
+                preemption=options.preemption,
+            )
+        except module.BridgeError as error:
+            raise DeviceError(
+                f"{device} cannot open program {program.name!r}: {error}",
+                hint="Run `visionaccel doctor` for what this machine lacks.",
+            ) from error
+        capabilities = Capabilities(device=device, precision=program.precision, simulated=device == SIMULATOR)
+        return FlexMLRTSession(model, module.BridgeError, capabilities, inputs, outputs, host)
+
+
+def _as_stored(spec: TensorSpec, program: Program) -> tuple[str, str, list[Any]]:
+    """A tensor as the compiled module takes it, by its name inside the artifact."""
+    return program.stored_names.get(spec.name, spec.name), spec.dtype, list(spec.shape)
+
+
+def _layout(artifact: Artifact) -> str:
+    return "a .rai file" if artifact.single_file else "the folder of a partition"

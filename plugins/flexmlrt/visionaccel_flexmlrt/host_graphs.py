@@ -1,0 +1,104 @@
+"""Host parts of artifacts that the core does not know: ONNX graphs before and after the device's, on ONNX Runtime."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from visionaccel.arrays import Array
+from visionaccel.contracts import TensorSpec
+from visionaccel.errors import ArtifactError, ConfigurationError
+from visionaccel.program import Program
+
+__all__ = ["HostGraphs", "device_tensors"]
+
+BEFORE, AFTER, DEVICE_TENSORS = "host_before", "host_after", "device_tensors"
+"""Roles of the companions of such a program."""
+
+
+class _Tensor(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class _Tensors(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    inputs: tuple[_Tensor, ...]
+    outputs: tuple[_Tensor, ...]
+
+
+def device_tensors(program: Program) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]] | None:
+    """What the device takes and returns where that is not what the program does; None where it is.
+
+    Raises:
+        ArtifactError: If the companion that states it is damaged.
+    """
+    path = program.companions.get(DEVICE_TENSORS)
+    if path is None:
+        return None
+    try:
+        stated = _Tensors.model_validate(json.loads(path.read_text()))
+    except (OSError, ValueError, ValidationError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}", hint="Import the artifact again.") from error
+    return (
+        tuple(TensorSpec(t.name, t.dtype, t.shape) for t in stated.inputs),
+        tuple(TensorSpec(t.name, t.dtype, t.shape) for t in stated.outputs),
+    )
+
+
+class HostGraphs:
+    """The graphs around the device's part; either may be missing.
+
+    Raises:
+        ConfigurationError: If ONNX Runtime is not installed.
+        ArtifactError: If a graph cannot be loaded.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._before = self._session(program.companions.get(BEFORE))
+        self._after = self._session(program.companions.get(AFTER))
+
+    def before(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        """The device's inputs, from the program's."""
+        named = {self._stored(name): array for name, array in inputs.items()}
+        return named if self._before is None else _run(self._before, named)
+
+    def after(self, outputs: Mapping[str, Array], inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        """The program's outputs, from the device's; a graph may also need what the program was given."""
+        named = {**{self._stored(name): array for name, array in inputs.items()}, **outputs}
+        found = named if self._after is None else _run(self._after, named)
+        return {spec.name: found[self._stored(spec.name)] for spec in self._program.outputs}
+
+    def _stored(self, name: str) -> str:
+        return self._program.stored_names.get(name, name)
+
+    @staticmethod
+    def _session(path: Path | None) -> Any:
+        if path is None:
+            return None
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise ConfigurationError(
+                "the host's part of this artifact runs on ONNX Runtime, which is not installed.",
+                hint="Install it: pip install 'visionaccel-flexmlrt[onnxrt]'.",
+            ) from error
+        try:
+            return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        except Exception as error:  # its exceptions have no common base
+            raise ArtifactError(f"{path} cannot be loaded: {error}", hint="Import the artifact again.") from error
+
+
+def _run(session: Any, named: Mapping[str, Array]) -> Mapping[str, Array]:
+    names = [output.name for output in session.get_outputs()]
+    fed = {wanted.name: named[wanted.name] for wanted in session.get_inputs()}
+    return dict(zip(names, session.run(names, fed), strict=True))

@@ -1,0 +1,146 @@
+"""Finding and loading what runs a model: AMD's FlexMLRT library, or the simulator with OpenVINO.
+
+The package imports anywhere. Its compiled modules are imported when a program is opened, and each thing that is missing
+is named before that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+from visionaccel.errors import ConfigurationError
+
+__all__ = ["NPU", "SIMULATOR", "Missing", "find_library", "library_version", "load", "missing", "openvino_library"]
+
+NPU, SIMULATOR = "npu", "simulator"
+_LIBRARY = "libflexmlrt.so"
+_PLACES = (("FLEXMLRT_LIB_DIR", ""), ("FLEXMLRT_ROOT", "lib"), ("RYZEN_AI_INSTALLATION_PATH", "deployment/lib"))
+"""Environment variables that name where AMD's software is, and the folder of the library below each."""
+
+_VERSION = re.compile(r"^VERSION\s*=\s*[\"']([^\"']+)[\"']", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """Why a device cannot be had here.
+
+    Attributes:
+        reason: What is missing.
+        hint: How to get it.
+    """
+
+    reason: str
+    hint: str
+
+
+def missing(device: str) -> Missing | None:
+    """What is missing on this machine to run on a device; nothing is loaded to find out."""
+    if device == SIMULATOR:
+        return _missing_for_simulator()
+    if find_spec("visionaccel_flexmlrt._sdk") is None:
+        return Missing(
+            "this build of visionaccel-flexmlrt was made without AMD's FlexMLRT SDK.",
+            "Build it with the SDK: FLEXMLRT_ROOT=/path/to/flexmlrt pip install --no-binary visionaccel-flexmlrt "
+            "visionaccel-flexmlrt.",
+        )
+    if find_library() is None:
+        searched = ", ".join(dict.fromkeys(map(str, _folders()))) or "no folder, since none of them is set"
+        return Missing(
+            f"{_LIBRARY} was not found in the folders of FLEXMLRT_LIB_DIR, FLEXMLRT_ROOT, "
+            f"RYZEN_AI_INSTALLATION_PATH and LD_LIBRARY_PATH ({searched}).",
+            "Install AMD's Ryzen AI Software and set RYZEN_AI_INSTALLATION_PATH.",
+        )
+    return None
+
+
+def load(device: str, *, any_version: bool = False) -> ModuleType:
+    """The compiled module for a device.
+
+    Args:
+        device: `npu` or `simulator`.
+        any_version: Accept a library of another version than the one that this package was built with.
+
+    Raises:
+        ConfigurationError: If something is missing, or the library cannot be loaded or is of another version.
+    """
+    lacking = missing(device)
+    if lacking is not None:
+        raise ConfigurationError(lacking.reason, hint=lacking.hint)
+    if device == SIMULATOR:
+        module = importlib.import_module("visionaccel_flexmlrt._simulator")
+        module.use_openvino(str(openvino_library()))
+        return module
+    library = find_library()
+    assert library is not None
+    try:
+        # Loaded by its path first, so that the module finds it by its name, whatever the linker's path is.
+        ctypes.CDLL(str(library))
+        module = importlib.import_module("visionaccel_flexmlrt._sdk")
+    except (ImportError, OSError) as error:
+        raise ConfigurationError(
+            f"{library} cannot be loaded: {error}",
+            hint="Install XRT and what else Ryzen AI Software needs; `visionaccel doctor` names what is missing.",
+        ) from error
+    built, found = module.sdk_version, library_version(library)
+    if found is not None and built not in ("unknown", found) and not any_version:
+        # The layout of the SDK's structures is its binary interface.
+        raise ConfigurationError(
+            f"visionaccel-flexmlrt was built with FlexMLRT {built}, and {library} is of {found}.",
+            hint=f"Build it again with the SDK of {found}, or pass the option any_version=true at your own risk.",
+        )
+    return module
+
+
+def find_library() -> Path | None:
+    """AMD's library where the environment says that it is; None if it is nowhere there."""
+    return next((folder / _LIBRARY for folder in _folders() if (folder / _LIBRARY).is_file()), None)
+
+
+def library_version(library: Path) -> str | None:
+    """Version of the SDK that a library belongs to, from the `__init__.py` of a folder above it; None if unknown."""
+    for folder in library.resolve().parents[:3]:
+        stated = folder / "__init__.py"
+        if stated.is_file():
+            found = _VERSION.search(stated.read_text(encoding="utf-8", errors="replace"))
+            if found is not None:
+                return found[1]
+    return None
+
+
+def openvino_library() -> Path | None:
+    """OpenVINO's C library in the installed package of that name; None if it is not installed."""
+    spec = find_spec("openvino")
+    for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
+        for library in sorted(Path(folder, "libs").glob("libopenvino_c.so*")):
+            return library
+    return None
+
+
+def _missing_for_simulator() -> Missing | None:
+    if find_spec("visionaccel_flexmlrt._simulator") is None:
+        return Missing(
+            "this build of visionaccel-flexmlrt has no simulator: it was built without OpenVINO's headers.",
+            "Build it in an environment with openvino.",
+        )
+    if openvino_library() is None:
+        return Missing(
+            "the simulator computes with OpenVINO, which is not installed.",
+            "Install it: pip install 'visionaccel-flexmlrt[simulator]'.",
+        )
+    return None
+
+
+def _folders() -> Iterator[Path]:
+    for variable, below in _PLACES:
+        if value := os.environ.get(variable):
+            yield Path(value, below)
+    for folder in filter(None, os.environ.get("LD_LIBRARY_PATH", "").split(":")):
+        yield Path(folder)

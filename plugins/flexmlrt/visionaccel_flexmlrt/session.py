@@ -1,0 +1,94 @@
+"""An open model behind visionaccel's contract: names, contiguity, and what the device failed to write."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from visionaccel.arrays import Array
+from visionaccel.backends import Capabilities, Session
+from visionaccel.contracts import TensorSpec
+from visionaccel.errors import DeviceError, OutputError
+from visionaccel_flexmlrt.host_graphs import HostGraphs
+
+__all__ = ["FlexMLRTSession", "check_written"]
+
+
+class FlexMLRTSession(Session):
+    """One model of FlexMLRT.
+
+    Args:
+        model: The compiled module's `Model`.
+        failure: Its exception.
+        capabilities: What the session is.
+        inputs: The device's inputs in the model's order, by the names that `run` gets; likewise the outputs.
+        host: Graphs that run on the host around the device's; None where the core does the host's part.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        failure: type[Exception],
+        capabilities: Capabilities,
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[TensorSpec],
+        host: HostGraphs | None,
+    ) -> None:
+        self.capabilities = capabilities
+        self._model, self._failure = model, failure
+        self._inputs, self._outputs, self._host = inputs, outputs, host
+
+    def run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        if self._host is None:
+            return self._on_device(inputs)
+        return self._host.after(self._on_device(self._host.before(inputs)), inputs)
+
+    def close(self) -> None:
+        self._model.close()
+
+    def _on_device(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        # No copy of what is contiguous already.
+        given = [np.ascontiguousarray(inputs[spec.name]) for spec in self._inputs]
+        try:
+            arrays = self._model.run(given)
+        except self._failure as error:
+            raise DeviceError(
+                f"{self.capabilities.device}: {error}",
+                hint="Run `visionaccel doctor`; the kernel's log (dmesg) may say more of the device.",
+            ) from error
+        found = {spec.name: array for spec, array in zip(self._outputs, arrays, strict=True)}
+        for name, array in found.items():
+            check_written(self.capabilities.device, name, array)
+        return found
+
+
+def check_written(device: str, name: str, array: NDArray[Any]) -> None:
+    """Refuse an output that the device did not write, or cleared: aborted runs leave both.
+
+    Only the ends of each row are looked at unless one is suspicious; the encoder looks for NaN everywhere later.
+
+    Args:
+        device: What ran, for the message.
+        name: The output's name.
+        array: Any dtype [rows, ...], C-contiguous, handed to the device with all bits set.
+
+    Raises:
+        OutputError: If rows were left as they were, or hold nothing but zeros.
+    """
+    bits = array.reshape(len(array), -1).view(np.dtype(f"u{array.itemsize}"))
+    ends = bits[:, [0, -1]]
+    poison = np.iinfo(bits.dtype).max
+    if not ((ends == poison) | (ends == 0)).any():
+        return
+    hint = "The device aborted the run; see the kernel's log (dmesg), and amdxdna's timeout_in_sec for long encodes."
+    unwritten = (bits == poison).any(axis=1)
+    if unwritten.any():
+        raise OutputError(
+            f"{device} left {int(unwritten.sum())} of {len(bits)} rows of {name!r} unwritten.", hint=hint
+        )
+    cleared = (bits == 0).all(axis=1)
+    if cleared.any():
+        raise OutputError(f"{device} returned zeros in {int(cleared.sum())} of {len(bits)} rows of {name!r}.", hint=hint)
