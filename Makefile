@@ -3,11 +3,13 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+DOCTEST := $(VENV)/debian/usr
 INSTALLED := $(VENV)/installed
 
-PACKAGES := . plugins/onnxrt plugins/torch_ref examples/digits_vlm
+PACKAGES := . plugins/onnxrt plugins/torch_ref plugins/flexmlrt examples/digits_vlm
+NATIVE := $(wildcard cpp/*.txt cpp/*/*.txt cpp/cmake/* cpp/bridge/* cpp/simulator/*.* cpp/simulator/include/*)
 MANIFESTS := Makefile hatch_build.py tools/constraints.txt tools/requirements.txt $(wildcard tools/vllm_cpu/*) \
-	$(PACKAGES:%=%/pyproject.toml)
+	$(PACKAGES:%=%/pyproject.toml) $(NATIVE)
 
 # Caches of every tool stay inside the environment, so that nothing is left outside the repository.
 export XDG_CACHE_HOME := $(CURDIR)/$(VENV)/cache
@@ -20,11 +22,12 @@ export VLLM_CONFIG_ROOT := $(XDG_CONFIG_HOME)/vllm
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_CACHE_DIR := 1
 
-.PHONY: help install demo test lint types unit e2e bench dist format clean
+.PHONY: help install demo test lint types native unit e2e bench dist format clean
 
 help:
 	@echo "make demo    install, then compare stock vLLM with a backend on handwritten digits"
 	@echo "make test    install, then lint, type-check and run every test"
+	@echo "make native  install, then build the C++ tests with sanitizers and run them"
 	@echo "make bench   install, then run the benchmarks (random weights of the 7B tower's shape; minutes)"
 	@echo "make dist    build the distributions for publishing into dist/"
 	@echo "make clean   remove .venv and every cache"
@@ -45,7 +48,7 @@ $(INSTALLED): $(MANIFESTS)
 demo: $(INSTALLED)
 	$(BIN)/visionaccel demo
 
-test: lint types
+test: lint types native
 	$(BIN)/python -m pytest
 
 lint: $(INSTALLED)
@@ -54,6 +57,18 @@ lint: $(INSTALLED)
 
 types: $(INSTALLED)
 	$(BIN)/mypy
+
+# The C++ tests under sanitizers. doctest is taken from the system, or unpacked from Debian's package.
+native: $(INSTALLED)
+	@test -e /usr/include/doctest/doctest.h || test -e $(DOCTEST)/include/doctest/doctest.h || { \
+		mkdir -p $(VENV)/debian && cd $(VENV)/debian && \
+		{ apt-get download --quiet doctest-dev || { apt-get update --quiet && apt-get download --quiet doctest-dev; } } && \
+		dpkg --extract doctest-dev_*.deb . ; } || { echo "The C++ tests need doctest (Debian: doctest-dev)."; exit 1; }
+	$(BIN)/cmake -S cpp -B $(VENV)/native -G Ninja -D CMAKE_BUILD_TYPE=Debug -D CMAKE_CXX_FLAGS=-O1 -D VISIONACCEL_PYTHON=OFF \
+		-D VISIONACCEL_TESTS=ON -D VISIONACCEL_SANITIZE=ON -D CMAKE_PREFIX_PATH=$(abspath $(DOCTEST)) \
+		-D Python_EXECUTABLE=$(abspath $(BIN))/python > $(VENV)/native.log || { cat $(VENV)/native.log; exit 1; }
+	$(BIN)/cmake --build $(VENV)/native
+	$(BIN)/ctest --test-dir $(VENV)/native --output-on-failure
 
 unit: $(INSTALLED)
 	$(BIN)/python -m pytest --ignore tests/e2e

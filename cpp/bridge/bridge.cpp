@@ -269,6 +269,11 @@ class Bridge::Impl {
 Bridge::Bridge(
     const OpenOptions& options, std::vector<TensorSpec> inputs, std::vector<TensorSpec> outputs, const LogSink& log)
     : inputs_(std::move(inputs)), outputs_(std::move(outputs)) {
+  for (const auto* specs : {&inputs_, &outputs_}) {
+    for (const auto& spec : *specs) {
+      static_cast<void>(spec.bytes());  // before the device is asked for anything
+    }
+  }
   if (had_a_model.exchange(true)) {
     log(LogLevel::kWarning,
         "this process had a FlexMLRT model before; the SDK is known to crash when one is opened after another");

@@ -9,3 +9,6 @@ if(Python_EXECUTABLE)
     OUTPUT_VARIABLE hint OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
 endif()
 find_path(OPENVINO_C_INCLUDE_DIR openvino/c/openvino.h HINTS "${hint}/include")
+
+# The package has the library under its versioned name only; the tests load it by its path.
+file(GLOB OPENVINO_C_LIBRARY "${hint}/libs/libopenvino_c.so*")
