@@ -5,7 +5,7 @@ from pathlib import Path
 
 from hatchling.metadata.plugin.interface import MetadataHookInterface
 
-PLUGINS = {"onnxrt": "visionaccel-onnxrt", "torch_ref": "visionaccel-torch-ref"}
+PLUGINS = {"flexmlrt": "visionaccel-flexmlrt", "onnxrt": "visionaccel-onnxrt", "torch_ref": "visionaccel-torch-ref"}
 
 
 class PluginExtras(MetadataHookInterface):

@@ -83,7 +83,7 @@ py::dtype numpy_dtype(const std::string& name) {
 /// Logs to Python's logger of this package; the calling thread need not hold the GIL.
 void log(LogLevel level, const std::string& text) {
   const py::gil_scoped_acquire held;
-  py::module_::import("logging").attr("getLogger")("visionaccel_flexmlrt").attr("log")(static_cast<int>(level), text);
+  py::module_::import("logging").attr("getLogger")("visionaccel.flexmlrt").attr("log")(static_cast<int>(level), text);
 }
 
 class Model {

@@ -5,11 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
-from visionaccel.backends import Accepted, Capabilities, Finding, Isolation, Options, Rejected, Session, Verdict, VisionBackend
+from visionaccel.backends import (
+    Accepted,
+    Capabilities,
+    Finding,
+    Isolation,
+    Options,
+    Rejected,
+    Session,
+    Verdict,
+    VisionBackend,
+)
 from visionaccel.contracts import TensorSpec
 from visionaccel.errors import ArtifactError, ConfigurationError, DeviceError
 from visionaccel.program import FLEXMLRT_DIRECTORY, FLEXMLRT_RAI, Program
@@ -41,15 +51,15 @@ class FlexMLRTBackend(VisionBackend):
     name = "flexmlrt"
     formats = frozenset({FLEXMLRT_RAI, FLEXMLRT_DIRECTORY})
     options = FlexMLRTOptions
-    isolation: Isolation = "process"
+    isolation: ClassVar[Isolation] = "process"
 
     def devices(self) -> Sequence[str]:
         return tuple(device for device in (NPU, SIMULATOR) if missing(device) is None)
 
-    def checks(self) -> Sequence[Finding]:
-        from visionaccel_flexmlrt.checks import check_machine
+    def checks(self, programs: Sequence[Program]) -> Sequence[Finding]:
+        from visionaccel_flexmlrt.checks import check_artifacts, check_machine
 
-        return check_machine()
+        return [*check_machine(), *check_artifacts(programs)]
 
     def probe(self, program: Program, device: str | None) -> Verdict:
         device = device or NPU
@@ -61,7 +71,9 @@ class FlexMLRTBackend(VisionBackend):
             return Rejected(error.message, error.hint or "")
         if artifact.simulated != (device == SIMULATOR):
             made_for = SIMULATOR if artifact.simulated else NPU
-            return Rejected(f"program {program.name!r} was made for device {made_for!r}.", f"Set VISIONACCEL_DEVICE={made_for}.")
+            return Rejected(
+                f"program {program.name!r} was made for device {made_for!r}.", f"Set VISIONACCEL_DEVICE={made_for}."
+            )
         lacking = missing(device)
         if lacking is not None:
             return Rejected(lacking.reason, lacking.hint)
@@ -76,7 +88,9 @@ class FlexMLRTBackend(VisionBackend):
         if device == SIMULATOR and options.simulator_script is not None:
             os.environ[SCRIPT_VARIABLE] = str(options.simulator_script)
         elif options.simulator_script is not None:
-            raise ConfigurationError("simulator_script is for the simulator.", hint=f"Set VISIONACCEL_DEVICE={SIMULATOR}.")
+            raise ConfigurationError(
+                "simulator_script is for the simulator.", hint=f"Set VISIONACCEL_DEVICE={SIMULATOR}."
+            )
         apart = device_tensors(program)
         inputs, outputs = apart or (program.inputs, program.outputs)
         host = HostGraphs(program) if apart is not None else None

@@ -86,9 +86,9 @@ def check_written(device: str, name: str, array: NDArray[Any]) -> None:
     hint = "The device aborted the run; see the kernel's log (dmesg), and amdxdna's timeout_in_sec for long encodes."
     unwritten = (bits == poison).any(axis=1)
     if unwritten.any():
-        raise OutputError(
-            f"{device} left {int(unwritten.sum())} of {len(bits)} rows of {name!r} unwritten.", hint=hint
-        )
+        raise OutputError(f"{device} left {int(unwritten.sum())} of {len(bits)} rows of {name!r} unwritten.", hint=hint)
     cleared = (bits == 0).all(axis=1)
     if cleared.any():
-        raise OutputError(f"{device} returned zeros in {int(cleared.sum())} of {len(bits)} rows of {name!r}.", hint=hint)
+        raise OutputError(
+            f"{device} returned zeros in {int(cleared.sum())} of {len(bits)} rows of {name!r}.", hint=hint
+        )

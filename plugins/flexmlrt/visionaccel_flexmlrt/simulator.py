@@ -17,9 +17,7 @@ _ALIGNMENT = 4096
 _PRECISIONS = {"float32": 0, "bfloat16": 1}
 
 
-def compile_partition(
-    partition: Path, target: Path, precision: Literal["float32", "bfloat16"] = "float32"
-) -> None:
+def compile_partition(partition: Path, target: Path, precision: Literal["float32", "bfloat16"] = "float32") -> None:
     """Write the simulated artifact of a partition.
 
     The file holds the partition as an OpenVINO model and its weights, uncompressed and aligned, so that the simulator

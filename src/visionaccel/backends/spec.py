@@ -155,10 +155,13 @@ class VisionBackend(ABC):
         """Devices of this machine that the backend could use, for display; must not allocate any."""
         return ("cpu",)
 
-    def checks(self) -> Sequence[Finding]:
+    def checks(self, programs: Sequence[Program]) -> Sequence[Finding]:  # noqa: ARG002
         """What `visionaccel doctor` reports of this machine for this backend: drivers, libraries, settings.
 
         Must allocate no device and end within seconds, whatever is broken or missing.
+
+        Args:
+            programs: Programs in this backend's formats that the user named, if any, to look at too.
         """
         return ()
 

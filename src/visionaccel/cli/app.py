@@ -10,9 +10,11 @@ import typer
 from visionaccel import __version__
 from visionaccel.cli.backends import backends, explain
 from visionaccel.cli.demo import demo
+from visionaccel.cli.doctor import doctor
 from visionaccel.cli.encode import encode
 from visionaccel.cli.export import export
 from visionaccel.cli.hub import pull, push
+from visionaccel.cli.import_vitisai import import_vitisai
 from visionaccel.cli.inspect import inspect
 from visionaccel.cli.output import messages
 from visionaccel.cli.strip import strip
@@ -43,7 +45,7 @@ def _root(
     pass
 
 
-for command in (backends, explain, export, inspect, validate, push, pull, strip, encode, demo):
+for command in (backends, explain, export, import_vitisai, inspect, validate, push, pull, strip, encode, doctor, demo):
     app.command()(command)
 
 

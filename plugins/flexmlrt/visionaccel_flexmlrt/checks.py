@@ -1,0 +1,190 @@
+"""What a Ryzen AI machine needs for FlexMLRT, looked at without touching the device."""
+
+from __future__ import annotations
+
+import configparser
+import os
+import platform
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from visionaccel.backends import Finding
+from visionaccel.errors import ArtifactError
+from visionaccel.program import Program
+from visionaccel_flexmlrt.artifact import Artifact
+from visionaccel_flexmlrt.runtime import NPU, SIMULATOR, find_library, library_version, missing
+
+__all__ = ["check_artifacts", "check_machine"]
+
+_ROOT = Path("/")
+_AMD = "0x1022"
+_NPUS: Mapping[tuple[str, str], tuple[str, bool]] = {
+    ("0x1502", "*"): ("Phoenix or Hawk Point", False),
+    ("0x17f0", "0x00"): ("Strix", True),
+    ("0x17f0", "0x10"): ("Strix", True),
+    ("0x17f0", "0x11"): ("Strix", True),
+    ("0x17f0", "0x20"): ("Krackan", True),
+}
+"""PCI device and revision of each NPU: its name, and whether it computes in bfloat16."""
+
+_KERNEL = (6, 10)
+_SHORT_TIMEOUT = 10
+_HEAP_PAGES = 8
+
+
+def check_machine(
+    root: Path = _ROOT, environment: Mapping[str, str] = os.environ, kernel: str | None = None
+) -> Sequence[Finding]:
+    """What this machine has and lacks; a check that cannot be made is a warning.
+
+    Args:
+        root: Where `/sys`, `/dev` and `/opt` are.
+        environment: The environment variables.
+        kernel: The running kernel's release; None to ask the system.
+    """
+    checks: Sequence[Callable[[], Finding]] = (
+        lambda: _npu(root),
+        lambda: _kernel(kernel or platform.release()),
+        lambda: _driver(root),
+        lambda: _timeout(root),
+        lambda: _node(root),
+        lambda: _xrt(root),
+        lambda: _heap(environment),
+        _library,
+        _simulator,
+    )
+    return [_made(check) for check in checks]
+
+
+def check_artifacts(programs: Iterable[Program]) -> Sequence[Finding]:
+    """Whether compiled artifacts are really there, or only stand for them."""
+    found = []
+    for program in programs:
+        try:
+            artifact = Artifact.of(program)
+        except ArtifactError as error:
+            found.append(Finding(f"artifact {program.name}", "failure", error.message, error.hint or ""))
+            continue
+        made_for = "the SIMULATOR" if artifact.simulated else "the NPU"
+        found.append(Finding(f"artifact {program.name}", "pass", f"{artifact.path}, made for {made_for}"))
+    return found
+
+
+def _made(check: Callable[[], Finding]) -> Finding:
+    try:
+        return check()
+    except Exception as error:  # A broken machine is what this is for.
+        return Finding("a check", "warning", f"{type(error).__name__}: {error}", "Look at it by hand.")
+
+
+def _npu(root: Path) -> Finding:
+    name = "NPU on the PCI bus"
+    for device in sorted((root / "sys/bus/pci/devices").glob("*")):
+        vendor, kind, revision = (_read(device / field) for field in ("vendor", "device", "revision"))
+        if vendor != _AMD or kind not in {known for known, _ in _NPUS}:
+            continue
+        model, computes = _NPUS.get((kind, revision)) or _NPUS.get((kind, "*")) or ("an unknown revision", True)
+        detail = f"{model} at {device.name} (1022:{kind[2:]} rev {revision[2:]})"
+        if computes:
+            return Finding(name, "pass", detail)
+        return Finding(name, "failure", f"{detail}, which has no bfloat16", "Use a machine with Strix or Krackan.")
+    return Finding(
+        name, "failure", "none was found", "Use a Ryzen AI machine, and enable the NPU (IPU) in its firmware setup."
+    )
+
+
+def _kernel(release: str) -> Finding:
+    numbers = tuple(int(number) for number in re.findall(r"\d+", release)[:2])
+    if numbers >= _KERNEL:
+        return Finding("kernel", "pass", release)
+    wanted = ".".join(map(str, _KERNEL))
+    return Finding(
+        "kernel", "failure", release, f"Boot Linux {wanted} or later, such as Ubuntu 24.04 with its HWE kernel."
+    )
+
+
+def _driver(root: Path) -> Finding:
+    if (root / "sys/module/amdxdna").is_dir():
+        return Finding("amdxdna module", "pass", "loaded")
+    return Finding(
+        "amdxdna module",
+        "failure",
+        "not loaded",
+        "Install the XDNA driver (xrt_plugin-amdxdna) and run: modprobe amdxdna",
+    )
+
+
+def _timeout(root: Path) -> Finding:
+    name, value = "amdxdna timeout", _read(root / "sys/module/amdxdna/parameters/timeout_in_sec")
+    fix = (
+        "For encodes of seconds, put into /etc/modprobe.d/amdxdna.conf: options amdxdna timeout_in_sec=120, and reboot."
+    )
+    if not value:
+        return Finding(name, "warning", "timeout_in_sec cannot be read", fix)
+    seconds = int(value)
+    if 0 < seconds < _SHORT_TIMEOUT:
+        return Finding(name, "warning", f"{seconds} s; a longer run is aborted and can leave zeros behind", fix)
+    return Finding(name, "pass", f"{seconds} s" if seconds else "none")
+
+
+def _node(root: Path) -> Finding:
+    nodes = sorted((root / "dev/accel").glob("accel*"))
+    if not nodes:
+        return Finding(
+            "device node", "failure", "/dev/accel/accel0 is missing", "Load amdxdna; see dmesg for why it has none."
+        )
+    if not os.access(nodes[0], os.R_OK | os.W_OK):
+        fix = "Add the user to the group render, and log in again."
+        return Finding("device node", "failure", f"{nodes[0]} may not be opened", fix)
+    return Finding("device node", "pass", str(nodes[0]))
+
+
+def _xrt(root: Path) -> Finding:
+    installed = root / "opt/xilinx/xrt/bin/xrt-smi"
+    found = shutil.which("xrt-smi") or (str(installed) if installed.exists() else None)
+    if found is None:
+        fix = "Install XRT from Ryzen AI Software, and run: source /opt/xilinx/xrt/setup.sh"
+        return Finding("XRT", "failure", "xrt-smi was not found", fix)
+    return Finding("XRT", "pass", f"{found}; `xrt-smi examine` lists the NPU")
+
+
+def _heap(environment: Mapping[str, str]) -> Finding:
+    name, path = "XRT heap", environment.get("XRT_INI_PATH")
+    fix = f"Set XRT_INI_PATH to a file with the lines [Debug] and num_heap_pages={_HEAP_PAGES}."
+    lacking = "without it a large model fails with DRM_IOCTL_AMDXDNA_CREATE_BO: Invalid argument"
+    if not path:
+        return Finding(name, "failure", f"XRT_INI_PATH is not set; {lacking}", fix)
+    parser = configparser.ConfigParser()
+    try:
+        if not parser.read(path):
+            return Finding(name, "failure", f"XRT_INI_PATH={path} cannot be read; {lacking}", fix)
+        pages = parser.getint("Debug", "num_heap_pages", fallback=0)
+    except (configparser.Error, ValueError) as error:
+        return Finding(name, "failure", f"XRT_INI_PATH={path} cannot be understood: {error}", fix)
+    if pages < _HEAP_PAGES:
+        return Finding(name, "failure", f"num_heap_pages is {pages or 'not set'} in {path}; {lacking}", fix)
+    return Finding(name, "pass", f"num_heap_pages={pages} in {path}")
+
+
+def _library() -> Finding:
+    lacking, library = missing(NPU), find_library()
+    if lacking is not None or library is None:
+        reason, hint = (lacking.reason, lacking.hint) if lacking is not None else ("not found", "")
+        return Finding("FlexMLRT library", "failure", reason, hint)
+    return Finding("FlexMLRT library", "pass", f"{library}, version {library_version(library) or 'unknown'}")
+
+
+def _simulator() -> Finding:
+    lacking = missing(SIMULATOR)
+    if lacking is None:
+        return Finding("simulator", "pass", "available as device 'simulator'; it is no NPU")
+    return Finding("simulator", "warning", lacking.reason, lacking.hint)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip().lower()
+    except OSError:
+        return ""

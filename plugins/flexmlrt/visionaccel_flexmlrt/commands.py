@@ -1,0 +1,93 @@
+"""`visionaccel-flexmlrt`: artifacts for the simulator, as AMD's compiler would leave them for the NPU."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from visionaccel.cli.output import messages, results
+from visionaccel.encoder import open_tower
+from visionaccel.errors import ConfigurationError, VisionAccelError
+from visionaccel.grid import Grid
+from visionaccel.testing.vitisai import write_vitisai_folder
+from visionaccel_flexmlrt.runtime import SIMULATOR, missing
+from visionaccel_flexmlrt.simulator import compile_partition
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="visionaccel-flexmlrt",
+    help="Tools around the FlexMLRT backend.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+class Layout(StrEnum):
+    """How AMD's compiler lays out what it writes."""
+
+    RAI = "rai"
+    DIRECTORY = "directory"
+
+
+class SimulatedPrecision(StrEnum):
+    """What the simulator computes in."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+@app.callback()
+def _root() -> None:
+    pass
+
+
+@app.command()
+def simulate(
+    source: Annotated[str, typer.Argument(help="Checkpoint folder or Hugging Face repository, or a bundle's folder.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write: the artifact, the ONNX model and their metadata.")],
+    grid: Annotated[str, typer.Option(help="The grid to compile for, height x width in patches: 58x74.")],
+    layout: Annotated[Layout, typer.Option(help="A single .rai file, or a folder for each partition.")] = Layout.RAI,
+    precision: Annotated[
+        SimulatedPrecision, typer.Option(help="What the simulator computes in; the NPU computes in bfloat16.")
+    ] = SimulatedPrecision.BFLOAT16,
+) -> None:
+    """Compile an encoder for the SIMULATOR, in the layout that AMD's compiler leaves.
+
+    Make a bundle of it with `visionaccel import-vitisai`, and run that with device `simulator`.
+    """
+    lacking = missing(SIMULATOR)
+    if lacking is not None:
+        raise ConfigurationError(lacking.reason, hint=lacking.hint)
+    tower = open_tower(source)
+    frame = Grid.parse(grid)
+    frame.check_divisible(tower.merge_size)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigurationError(f"{output} exists.", hint="Name a new folder.")
+    with messages.status("compiling for the simulator"):
+        write_vitisai_folder(
+            tower,
+            output,
+            frame,
+            layout=layout.value,
+            compile=partial(compile_partition, precision=precision.value),
+        )
+    results.print(
+        f"{output} holds an artifact for the SIMULATOR, in {precision.value}. Import it: "
+        f"visionaccel import-vitisai {output} BUNDLE --checkpoint {source}",
+        soft_wrap=True,
+    )
+
+
+def main() -> None:
+    """Run the command. Errors of visionaccel become one message on stderr and exit status 2."""
+    try:
+        app()
+    except VisionAccelError as error:
+        messages.print(f"{type(error).__name__} {error}", markup=False, highlight=False, soft_wrap=True)
+        raise SystemExit(2) from None

@@ -1,0 +1,53 @@
+"""Programs for FlexMLRT's simulator, made from a tower without a bundle around them."""
+
+from pathlib import Path
+from typing import Literal
+
+from visionaccel.families import Tower
+from visionaccel.grid import Grid
+from visionaccel.program import FLEXMLRT_DIRECTORY, FLEXMLRT_RAI, FixedGrid, HostSplit, Program
+from visionaccel_flexmlrt.simulator import compile_partition
+
+GRID = Grid(1, 8, 12)
+SPLIT = HostSplit("grouped")
+
+
+def simulated_program(
+    tower: Tower,
+    folder: Path,
+    grid: Grid,
+    *,
+    layout: Literal["rai", "directory"] = "rai",
+    precision: Literal["float32", "bfloat16"] = "float32",
+) -> Program:
+    """A program of one grid for the simulator; the weights must lie in one folder."""
+    coverage = FixedGrid(grid)
+    partition = folder / "partition.onnx"
+    for file in {tensor.file for tensor in tower.weights.values()}:
+        (folder / file.name).hardlink_to(file)
+    partition.write_bytes(tower.onnx_model(coverage=coverage, host=SPLIT))
+    if layout == "rai":
+        artifact = binary = folder / "vision.rai"
+    else:
+        place = folder / "vaiml_par_0"
+        place.mkdir()
+        artifact, binary = place / "partition-info.json", place / "simulator.rai"
+        artifact.write_text("{}")
+    compile_partition(partition, binary, precision)
+    inputs, outputs = tower.signature(coverage, SPLIT)
+    return Program(
+        name="simulated",
+        family=tower.family,
+        format=FLEXMLRT_RAI if layout == "rai" else FLEXMLRT_DIRECTORY,
+        folder=folder,
+        inputs=inputs,
+        outputs=outputs,
+        config=tower.checkpoint.config["vision_config"],
+        weights={},
+        uniform_frames=True,
+        coverage=coverage,
+        precision=precision,
+        host=SPLIT,
+        device="simulator",
+        artifact=artifact,
+    )
