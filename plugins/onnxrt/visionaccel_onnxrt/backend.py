@@ -1,18 +1,22 @@
-"""Sessions of ONNX Runtime behind visionaccel's contract."""
+"""The ONNX Runtime backend: which programs it takes, and how it opens them."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
-from visionaccel.arrays import Array
 from visionaccel.backends import Accepted, Capabilities, Options, Rejected, Session, Verdict, VisionBackend
 from visionaccel.errors import ArtifactError, ConfigurationError, DeviceError
-from visionaccel.program import ONNX, Program
+from visionaccel.program import EP_CONTEXT, ONNX, Program
 from visionaccel_onnxrt.bfloat16 import emulate_bfloat16
-from visionaccel_onnxrt.providers import CPU_PROVIDER, DEVICES, provider_for
+from visionaccel_onnxrt.ep_context import offload_of_context, verified_context
+from visionaccel_onnxrt.offload import RECORD_ASSIGNMENT, assigned, require_offload
+from visionaccel_onnxrt.providers import CPU_PROVIDER, DEVICES, VITISAI_PROVIDER, provider_for
+from visionaccel_onnxrt.session import OnnxRuntimeSession
+from visionaccel_onnxrt.vitisai import SUMMARIES, compiler_options, pass_summaries
 
-__all__ = ["OnnxRuntimeBackend", "OnnxRuntimeOptions", "OnnxRuntimeSession"]
+__all__ = ["OnnxRuntimeBackend", "OnnxRuntimeOptions"]
 
 EXTERNAL_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 CAST_CHAIN_ELIMINATION = "optimization.enable_cast_chain_elimination"
@@ -26,13 +30,22 @@ class OnnxRuntimeOptions(Options):
     provider_options: dict[str, str] = Field(default_factory=dict, description="Options of the execution provider.")
     threads: int | None = Field(None, ge=1, description="Threads within an operator. Unset: one for each core.")
     optimization: Literal["all", "extended", "basic", "none"] = Field("all", description="Graph optimisation level.")
+    allow_cpu: bool = Field(
+        False, description="Go on if the execution provider leaves the work to the CPU, or that cannot be ruled out."
+    )
+    cache_dir: Path | None = Field(
+        None, description="Where the npu's compiled programs are kept. Unset: a folder in the user's cache."
+    )
+    context_dir: Path | None = Field(
+        None, description="Folder to write the npu's compiled programs to, as NAME.onnx with what it refers to."
+    )
 
 
 class OnnxRuntimeBackend(VisionBackend):
     """Runs ONNX programs with ONNX Runtime: on the CPU, or on the execution provider of the device."""
 
     name = "onnxrt"
-    formats = frozenset({ONNX})
+    formats = frozenset({ONNX, EP_CONTEXT})
     options = OnnxRuntimeOptions
 
     def devices(self) -> Sequence[str]:
@@ -46,6 +59,8 @@ class OnnxRuntimeBackend(VisionBackend):
         if known is None:
             return Rejected(f"it knows no device {device!r}.", f"Name one of {', '.join(DEVICES)}, such as cuda:0.")
         provider, _ = known
+        if program.format == EP_CONTEXT and provider.name != VITISAI_PROVIDER:
+            return Rejected(f"program {program.name!r} was compiled for an npu.", "Choose device npu.")
         try:
             import onnxruntime
         except ImportError as error:
@@ -67,43 +82,22 @@ class OnnxRuntimeBackend(VisionBackend):
     def open(self, program: Program, device: str | None, options: OnnxRuntimeOptions) -> Session:
         import onnxruntime
 
-        known = provider_for(device)
-        by_device, defaults = known if known is not None else (DEVICES["cpu"], {})
-        provider = options.provider or by_device.name
-        if provider != by_device.name:
-            defaults = {}
-        available = onnxruntime.get_available_providers()
-        if provider not in available:
-            raise ConfigurationError(
-                f"this ONNX Runtime {onnxruntime.__version__} has no execution provider {provider!r}.",
-                hint=f"Available: {', '.join(available)}.",
-            )
-        if _is_dynamic(program) and any(p.static_only and p.name == provider for p in DEVICES.values()):
-            raise ConfigurationError(
-                f"{provider} takes programs of fixed shapes only, and this one serves every grid.",
-                hint="Leave out the option `provider`.",
-            )
-        levels = onnxruntime.GraphOptimizationLevel
-        settings = onnxruntime.SessionOptions()
-        settings.log_severity_level = _ERRORS_ONLY
-        settings.graph_optimization_level = {
-            "all": levels.ORT_ENABLE_ALL,
-            "extended": levels.ORT_ENABLE_EXTENDED,
-            "basic": levels.ORT_ENABLE_BASIC,
-            "none": levels.ORT_DISABLE_ALL,
-        }[options.optimization]
-        if options.threads is not None:
-            settings.intra_op_num_threads = options.threads
-        settings.add_session_config_entry(EXTERNAL_DATA_FOLDER, str(program.folder))
-        if program.model is None:
-            raise ArtifactError(f"the ONNX program in {program.folder} has no model.", hint="Write it again.")
-        model = program.model()
-        if _is_emulated(program, provider):
-            model = emulate_bfloat16(model)
-            # Off by default; it would take a Cast to bfloat16 and back, which is the rounding, for a detour.
-            settings.add_session_config_entry(CAST_CHAIN_ELIMINATION, "0")
+        provider, given = _provider(program, device, options, onnxruntime)
+        context = _context_file(program, options.context_dir) if options.context_dir is not None else None
+        if provider == VITISAI_PROVIDER:
+            given = compiler_options(program, given, options.cache_dir, onnxruntime.__version__)
+        settings = _session_options(options, onnxruntime)
+        if context is not None:
+            settings.add_session_config_entry("ep.context_enable", "1")
+            settings.add_session_config_entry("ep.context_file_path", str(context))
+            settings.add_session_config_entry("ep.context_embed_mode", "0")
+        if provider != CPU_PROVIDER:
+            settings.add_session_config_entry(RECORD_ASSIGNMENT, "1")
         session = onnxruntime.InferenceSession(
-            model, settings, providers=[(provider, {**defaults, **options.provider_options})]
+            _model(program, provider, settings),
+            settings,
+            providers=[(provider, given)],
+            enable_fallback=0,  # else what the provider fails at, now or in a later run, is done by the CPU
         )
         # ONNX Runtime only warns when a provider cannot be had and goes on with the CPU.
         active = session.get_providers()
@@ -112,8 +106,129 @@ class OnnxRuntimeBackend(VisionBackend):
                 f"ONNX Runtime did not activate {provider}; it would run on {active[0]} instead.",
                 hint="Check the provider's driver and libraries, or choose device cpu.",
             )
-        shown = device or "cpu" if provider == by_device.name else provider
-        return OnnxRuntimeSession(session, program, shown, on_cpu=provider == CPU_PROVIDER)
+        known = provider_for(device)
+        shown = device or "cpu" if known is not None and provider == known[0].name else provider
+        if provider == CPU_PROVIDER:
+            return OnnxRuntimeSession(session, program, _on_cpu(program, shown, thread_safe=True))
+        summaries = list(pass_summaries(given)) if provider == VITISAI_PROVIDER else []
+        written = context or (program.artifact if program.format == EP_CONTEXT else None)
+        offload = require_offload(
+            [
+                assigned(session, provider),
+                *(summary.offload for summary in summaries),
+                offload_of_context(written) if written is not None else None,
+            ],
+            provider,
+            allow_cpu=options.allow_cpu,
+            must_know=provider == VITISAI_PROVIDER,
+            unknown=_unknown(provider, given, onnxruntime.__version__),
+        )
+        if offload is not None and offload.device_nodes == 0:
+            return OnnxRuntimeSession(session, program, _on_cpu(program, "cpu", thread_safe=False))
+        precision: str = program.precision
+        if provider == VITISAI_PROVIDER:
+            # Its compiler makes bfloat16 of float32; the device has no float32.
+            stated = next((summary.precision for summary in summaries if summary.precision), None)
+            precision = stated or ("bfloat16" if precision == "float32" else precision)
+        # InferenceSession.run is documented as thread-safe; providers of single-owner devices are not trusted with it.
+        return OnnxRuntimeSession(session, program, Capabilities(device=shown, precision=precision))
+
+
+def _provider(
+    program: Program, device: str | None, options: OnnxRuntimeOptions, onnxruntime: Any
+) -> tuple[str, dict[str, str]]:
+    """The execution provider to use, and its options as far as they do not depend on the program."""
+    known = provider_for(device)
+    by_device, defaults = known if known is not None else (DEVICES["cpu"], {})
+    provider = options.provider or by_device.name
+    if provider != by_device.name:
+        defaults = {}
+    available = onnxruntime.get_available_providers()
+    if provider not in available:
+        raise ConfigurationError(
+            f"this ONNX Runtime {onnxruntime.__version__} has no execution provider {provider!r}.",
+            hint=f"Available: {', '.join(available)}.",
+        )
+    if _is_dynamic(program) and any(p.static_only and p.name == provider for p in DEVICES.values()):
+        raise ConfigurationError(
+            f"{provider} takes programs of fixed shapes only, and this one serves every grid.",
+            hint="Leave out the option `provider`.",
+        )
+    if program.format == EP_CONTEXT and provider != VITISAI_PROVIDER:
+        raise ConfigurationError(
+            f"program {program.name!r} was compiled for {VITISAI_PROVIDER}, and {provider} cannot run it.",
+            hint="Choose device npu, and leave out the option `provider`.",
+        )
+    if options.context_dir is not None and provider != VITISAI_PROVIDER:
+        raise ConfigurationError(
+            f"{provider} compiles nothing that the option context_dir could keep.",
+            hint="Choose device npu, or leave out the option `context_dir`.",
+        )
+    return provider, {**defaults, **options.provider_options}
+
+
+def _session_options(options: OnnxRuntimeOptions, onnxruntime: Any) -> Any:
+    levels = onnxruntime.GraphOptimizationLevel
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = _ERRORS_ONLY
+    settings.graph_optimization_level = {
+        "all": levels.ORT_ENABLE_ALL,
+        "extended": levels.ORT_ENABLE_EXTENDED,
+        "basic": levels.ORT_ENABLE_BASIC,
+        "none": levels.ORT_DISABLE_ALL,
+    }[options.optimization]
+    if options.threads is not None:
+        settings.intra_op_num_threads = options.threads
+    return settings
+
+
+def _model(program: Program, provider: str, settings: Any) -> bytes | str:
+    """What the session loads: the model's bytes, or the path of a model that refers to files beside it."""
+    if program.format == EP_CONTEXT:
+        return str(verified_context(program, provider))
+    if program.model is None:
+        raise ArtifactError(f"the ONNX program in {program.folder} has no model.", hint="Write it again.")
+    settings.add_session_config_entry(EXTERNAL_DATA_FOLDER, str(program.folder))
+    model = program.model()
+    if not _is_emulated(program, provider):
+        return model
+    # Off by default; it would take a Cast to bfloat16 and back, which is the rounding, for a detour.
+    settings.add_session_config_entry(CAST_CHAIN_ELIMINATION, "0")
+    return emulate_bfloat16(model)
+
+
+def _context_file(program: Program, folder: Path) -> Path:
+    """Where the compiled program is to be written."""
+    if program.format == EP_CONTEXT:
+        raise ConfigurationError(
+            f"program {program.name!r} is compiled already.", hint="Leave out the option `context_dir`."
+        )
+    folder = folder.expanduser().absolute()
+    path = folder / f"{program.name}.onnx"
+    if path.parent != folder:  # a bundle names its programs as it likes
+        raise ConfigurationError(
+            f"program {program.name!r} has a name that is no file name.", hint="Leave out the option `context_dir`."
+        )
+    if path.exists():
+        raise ConfigurationError(f"{path} exists.", hint="Remove it, or name another context_dir.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"{folder} cannot be made: {error}", hint="Name another context_dir.") from error
+    return path
+
+
+def _on_cpu(program: Program, device: str, *, thread_safe: bool) -> Capabilities:
+    # The CPU provider computes float16 operators in float32, and drops most of the roundings between them.
+    precision = "float32" if program.precision == "float16" else program.precision
+    return Capabilities(device=device, precision=precision, thread_safe=thread_safe)
+
+
+def _unknown(provider: str, given: Mapping[str, str], runtime: str) -> str:
+    reason = f"ONNX Runtime {runtime} does not say which nodes it gave to it"
+    if provider != VITISAI_PROVIDER or "cache_key" not in given:
+        return reason
+    return f"{reason}, and {Path(given['cache_dir'], given['cache_key'])} has no {' or '.join(SUMMARIES)}"
 
 
 def _is_dynamic(program: Program) -> bool:
@@ -121,22 +236,4 @@ def _is_dynamic(program: Program) -> bool:
 
 
 def _is_emulated(program: Program, provider: str) -> bool:
-    return provider == CPU_PROVIDER and program.precision == "bfloat16"
-
-
-class OnnxRuntimeSession(Session):
-    """One ONNX Runtime inference session. Inputs and outputs are host arrays; outputs are fresh with every call."""
-
-    def __init__(self, session: Any, program: Program, device: str, *, on_cpu: bool) -> None:
-        # InferenceSession.run is documented as thread-safe; providers of single-owner devices are not trusted with it.
-        # The CPU provider computes float16 operators in float32, and drops most of the roundings between them.
-        precision = "float32" if on_cpu and program.precision == "float16" else program.precision
-        self.capabilities = Capabilities(device=device, precision=precision, thread_safe=on_cpu)
-        self._session: Any = session
-        self._outputs = [spec.name for spec in program.outputs]
-
-    def run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-        return dict(zip(self._outputs, self._session.run(self._outputs, dict(inputs)), strict=True))
-
-    def close(self) -> None:
-        self._session = None
+    return provider == CPU_PROVIDER and program.precision == "bfloat16" and program.format == ONNX

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["CPU_PROVIDER", "DEVICES", "Provider", "provider_for"]
+__all__ = ["CPU_PROVIDER", "DEVICES", "VITISAI_PROVIDER", "Provider", "provider_for"]
 
 CPU_PROVIDER = "CPUExecutionProvider"
+VITISAI_PROVIDER = "VitisAIExecutionProvider"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ DEVICES = {
         options={"use_tf32": "0"},  # else float32 products are rounded to 10 bits on Ampere and later
     ),
     "npu": Provider(
-        "VitisAIExecutionProvider",
+        VITISAI_PROVIDER,
         100,
         "the ONNX Runtime of AMD's Ryzen AI Software; PyPI's has none",
         static_only=True,

@@ -1,0 +1,134 @@
+"""Programs that an execution provider compiled: ONNX models around what only that provider can read.
+
+Such a model (https://onnxruntime.ai/docs/execution-providers/EP-Context-Design.html) has nodes `EPContext` in the place
+of what was compiled. A node names the compiled part by a file that the provider then opens, so that name is checked
+before the provider sees the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from visionaccel.errors import ArtifactError
+from visionaccel.program import Program
+from visionaccel_onnxrt.offload import EP_CONTEXT_OPERATOR, Offload, counted
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["offload_of_context", "verified_context"]
+
+_AGAIN = "Compile the program again, and state its files in the bundle."
+
+
+def verified_context(program: Program, provider: str) -> Path:
+    """The file of a compiled program, once everything it refers to is known to be a verified file beside it.
+
+    Args:
+        program: Its artifact is the ONNX model; the files beside it are its companions.
+        provider: The execution provider that must have compiled it.
+
+    Raises:
+        ArtifactError: If it is no such model, was compiled by another provider, or refers to any other file.
+    """
+    if program.artifact is None:
+        raise ArtifactError(f"the compiled program {program.name!r} has no file.", hint=_AGAIN)
+    model = _parsed(program.model() if program.model is not None else program.artifact.read_bytes(), program.artifact)
+    if model.functions:
+        raise ArtifactError(f"{program.artifact} has functions, and compiled programs have none.", hint=_AGAIN)
+    contexts = 0
+    for graph in _graphs(model.graph):
+        for node in graph.node:
+            if node.op_type == EP_CONTEXT_OPERATOR:
+                contexts += 1
+                _check_node(node, program, provider)
+        for tensor in _tensors(graph):
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    _check_file(entry.value, program, "its weights")
+    if not contexts:
+        raise ArtifactError(f"{program.artifact} holds nothing that is compiled: it has no EPContext.", hint=_AGAIN)
+    return program.artifact
+
+
+def offload_of_context(path: Path) -> Offload | None:
+    """What a provider kept and what it left outside, from a model that it wrote; None if that cannot be read.
+
+    The CPU has no kernel for `EPContext`, so each one runs on the device.
+    """
+    try:
+        model = _parsed(path.read_bytes(), path)
+    except (OSError, ArtifactError):
+        return None
+    kinds = [node.op_type for node in model.graph.node]
+    outside = [kind for kind in kinds if kind != EP_CONTEXT_OPERATOR]
+    return counted([EP_CONTEXT_OPERATOR] * (len(kinds) - len(outside)), outside, f"the nodes of {path.name}")
+
+
+def _parsed(data: bytes, path: Path) -> onnx.ModelProto:
+    import onnx
+
+    try:
+        return onnx.load_model_from_string(data)
+    except Exception as error:  # protobuf's decoding error is not part of its public interface
+        raise ArtifactError(f"{path} is no ONNX model: {error}", hint=_AGAIN) from error
+
+
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _graphs(inner)
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    attributes = [attribute for node in graph.node for attribute in node.attribute]
+    yield from graph.initializer
+    for attribute in attributes:
+        yield from (attribute.t, *attribute.tensors)
+    for sparse in (*graph.sparse_initializer, *(s for a in attributes for s in (a.sparse_tensor, *a.sparse_tensors))):
+        yield from (sparse.values, sparse.indices)
+
+
+def _check_node(node: onnx.NodeProto, program: Program, provider: str) -> None:
+    from onnx import AttributeProto
+
+    attributes = {attribute.name: attribute for attribute in node.attribute}
+    known = {
+        "source": AttributeProto.STRING,
+        "ep_cache_context": AttributeProto.STRING,
+        "embed_mode": AttributeProto.INT,
+        "main_context": AttributeProto.INT,
+    }
+    for name, kind in known.items():
+        if name in attributes and attributes[name].type != kind:
+            raise ArtifactError(f"{program.artifact}: {name} of an EPContext is of another type.", hint=_AGAIN)
+    source = attributes["source"].s.decode(errors="replace") if "source" in attributes else ""
+    if source != provider:
+        raise ArtifactError(
+            f"{program.artifact} was compiled by {source or 'an unnamed execution provider'!r}, not by {provider}.",
+            hint="Open it with the execution provider that compiled it.",
+        )
+    embedded = attributes["embed_mode"].i if "embed_mode" in attributes else 1
+    main = attributes["main_context"].i if "main_context" in attributes else 1
+    named = attributes["ep_cache_context"].s if "ep_cache_context" in attributes else b""
+    # A node that is no main context shares the file of one that is, and may name none.
+    if embedded != 1 and (main != 0 or named):
+        _check_file(named.decode(errors="replace"), program, "its compiled part")
+
+
+def _check_file(name: str, program: Program, what: str) -> None:
+    """A plain name, of a file beside the model that was verified with it."""
+    assert program.artifact is not None
+    if not name or name in (".", "..") or any(character in name for character in "/\\:\0"):
+        raise ArtifactError(
+            f"{program.artifact} names {what} {name!r}, which is no plain file name.", hint="Do not use this program."
+        )
+    beside = program.artifact.parent / name
+    if beside not in program.companions.values() or not beside.is_file():
+        raise ArtifactError(
+            f"{program.artifact} needs {name} beside it, which is not among the program's verified files.", hint=_AGAIN
+        )
