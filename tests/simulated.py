@@ -3,6 +3,9 @@
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+import onnx
+
 from visionaccel.families import Tower
 from visionaccel.grid import Grid
 from visionaccel.program import FLEXMLRT_DIRECTORY, FLEXMLRT_RAI, FixedGrid, HostSplit, Program
@@ -51,3 +54,16 @@ def simulated_program(
         device="simulator",
         artifact=artifact,
     )
+
+
+def small_model(rows: int, outputs: int) -> onnx.ModelProto:
+    """A model of one product with ones: float32 `x` [rows, 16] in, `y` [rows, outputs] out."""
+    float32 = onnx.TensorProto.FLOAT
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "small",
+        [onnx.helper.make_tensor_value_info("x", float32, (rows, 16))],
+        [onnx.helper.make_tensor_value_info("y", float32, (rows, outputs))],
+        [onnx.numpy_helper.from_array(np.ones((16, outputs), np.float32), "w")],
+    )
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)])

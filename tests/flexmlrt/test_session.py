@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 
-from simulated import GRID, simulated_program
+from simulated import GRID, simulated_program, small_model
 from towers import random_patches, reference
 from visionaccel.contracts import TensorSpec
 from visionaccel.errors import ArtifactError, ConfigurationError, DeviceError, OutputError
@@ -224,15 +224,7 @@ def test_a_thousand_cycles_grow_memory_by_less_than_a_megabyte(tmp_path, script,
 def small_program(folder):
     """A program of one product, so that a thousand openings take seconds."""
     inputs, outputs = (TensorSpec("x", "float32", (8, 16)),), (TensorSpec("y", "float32", (8, 4)),)
-    graph = onnx.helper.make_graph(
-        [onnx.helper.make_node("MatMul", ["x", "w"], ["y"])],
-        "small",
-        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, (8, 16))],
-        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, (8, 4))],
-        [onnx.numpy_helper.from_array(np.ones((16, 4), np.float32), "w")],
-    )
-    opsets = [onnx.helper.make_opsetid("", 17)]
-    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets), folder / "small.onnx")
+    onnx.save(small_model(rows=8, outputs=4), folder / "small.onnx")
     compile_partition(folder / "small.onnx", folder / "small.rai")
     return Program(
         name="small",

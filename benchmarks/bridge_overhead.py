@@ -1,0 +1,56 @@
+"""The C++ bridge's own cost: a call through bridge and simulator, minus the simulator's own computation.
+
+The edges are those of the 7B tower at 58x74, float32 [1073, 4, 1280] in and [1073, 3584] out; in between lies one block
+instead of 32, which is not counted. Floor: the bridge touches the output once, to poison it (15 MB, half a millisecond
+at 30 GB/s), and does that while the host works; what is left is the description of two tensors.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+
+from visionaccel.arrays import Array
+from visionaccel.bundle.vitisai import ImportRequest, import_vitisai
+from visionaccel.encoder import open_encoder, open_tower
+from visionaccel.grid import Grid
+from visionaccel.testing.checkpoints import QWEN2_5_VL_7B, random_checkpoint
+from visionaccel.testing.vitisai import write_vitisai_folder
+from visionaccel_flexmlrt.runtime import SIMULATOR, load
+from visionaccel_flexmlrt.simulator import compile_partition
+
+GRID = Grid(1, 58, 74)
+RUNS = 15
+
+
+def measure() -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = {**QWEN2_5_VL_7B, "depth": 1, "fullatt_block_indexes": []}
+        tower = open_tower(random_checkpoint(folder / "checkpoint", config, dtype="bfloat16"))
+        write_vitisai_folder(tower, folder / "compiled", GRID, layout="rai", compile=compile_partition)
+        imported = import_vitisai(tower, ImportRequest(folder / "compiled"), folder / "bundle")
+        patches = np.random.default_rng(0).standard_normal((GRID.patches, tower.patch_width), dtype=np.float32)
+        simulator = load(SIMULATOR)
+        own: list[float] = []
+        with open_encoder(imported.bundle, backend="flexmlrt", device=SIMULATOR, isolation="none") as encoder:
+            session = encoder.programs[0].session
+            run = session.run
+
+            def timed(inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+                start = time.perf_counter()
+                outputs = run(inputs)
+                own.append(time.perf_counter() - start - simulator.last_forward_seconds())
+                return outputs
+
+            with patch.object(session, "run", timed):
+                for _ in range(RUNS):
+                    encoder.encode(patches, [GRID])
+    return {
+        "bridge's own, ms (median)": 1e3 * statistics.median(own),
+        "bridge's own, ms (worst)": 1e3 * max(own),
+    }

@@ -1,0 +1,162 @@
+"""Building the plug-in as users do: with and without an SDK, from a clone and from its source distribution.
+
+AMD's SDK cannot be had here. The simulator stands in for it, built as the library and laid out as the SDK is.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import onnx
+import pytest
+
+from simulated import small_model
+from visionaccel_flexmlrt.runtime import openvino_library
+from visionaccel_flexmlrt.simulator import compile_partition
+
+ROOT = Path(__file__).parents[2]
+OPENVINO = openvino_library().parents[1]
+CMAKE = Path(sys.executable).with_name("cmake")
+CONFIG = """
+add_library(flexmlrt::flexmlrt SHARED IMPORTED)
+get_filename_component(root "${CMAKE_CURRENT_LIST_DIR}/../../.." ABSOLUTE)
+set_target_properties(flexmlrt::flexmlrt PROPERTIES
+  IMPORTED_LOCATION "${root}/lib/libflexmlrt.so" INTERFACE_INCLUDE_DIRECTORIES "${root}/include")
+"""
+
+
+MODEL = """
+import numpy
+model = runtime.load('npu').Model(
+    path={path!r}, single_file=True, inputs=[('x', 'float32', [1, 16])], outputs=[('y', 'float32', [1, 2])],
+    device_name='', subgraph='', cache_dir='.', execute_mode=2, preemption=True)
+print(model.run([numpy.ones((1, 16), 'float32')])[0].tolist())
+"""
+REFUSED = """
+from visionaccel.errors import ConfigurationError
+try:
+    runtime.load('npu')
+except ConfigurationError as error:
+    print(error)
+"""
+
+
+@pytest.fixture(scope="module")
+def sdk(tmp_path_factory):
+    """What stands in for an installed SDK of version 9.9.9."""
+    root = tmp_path_factory.mktemp("sdk")
+    for folder in ("include", "lib", "share/cmake/FlexmlRT"):
+        (root / folder).mkdir(parents=True)
+    sources = ROOT / "cpp" / "simulator"
+    shutil.copy(sources / "include" / "FlexMLClient.h", root / "include")
+    (root / "__init__.py").write_text('"""The SDK."""\nVERSION = "9.9.9"\n')
+    (root / "share/cmake/FlexmlRT/FlexmlRTConfig.cmake").write_text(CONFIG)
+    (root / "lib" / "libopenvino_c.so").symlink_to(openvino_library())
+    options = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wl,-soname,libflexmlrt.so", f"-I{sources}/include"]
+    command = ["c++", *options, f"-I{OPENVINO}/include", *map(str, sources.glob("*.cpp")), "-ldl"]
+    subprocess.run([*command, "-o", root / "lib" / "libflexmlrt.so"], check=True)
+    return root
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """The tracked files of the plug-in and the C++ sources, as a clone has them."""
+    root = tmp_path_factory.mktemp("clone")
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "cpp", "plugins/flexmlrt"], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    for name in filter(None, listed.stdout.split("\0")):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, root / name, follow_symlinks=False)
+    return root
+
+
+def environment(**given):
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("FLEXMLRT_", "RYZEN_AI_"))}
+    return {**kept, **{name: str(value) for name, value in given.items()}}
+
+
+def wheel(source, output, **given):
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", output]
+    done = subprocess.run([*command, source], env=environment(**given), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (found,) = Path(output).glob("*.whl")
+    return found
+
+
+@pytest.mark.parametrize("way", ["package", "root", "folders"])
+def test_the_sdk_is_found_in_each_documented_way(sdk, tmp_path, way):
+    root = tmp_path / "sdk"
+    shutil.copytree(sdk, root)
+    if way != "package":
+        shutil.rmtree(root / "share")
+    given = {
+        "package": {"CMAKE_PREFIX_PATH": root},
+        "root": {"FLEXMLRT_ROOT": root},
+        "folders": {"FLEXMLRT_INCLUDE_DIR": root / "include", "FLEXMLRT_LIB_DIR": root / "lib"},
+    }[way]
+    pybind11 = Path(sysconfig.get_path("purelib"), "pybind11", "share", "cmake", "pybind11")
+    command = [CMAKE, "-S", ROOT / "cpp", "-B", tmp_path / "build", f"-Dpybind11_DIR={pybind11}"]
+    done = subprocess.run(
+        [*command, f"-DPython_EXECUTABLE={sys.executable}"], env=environment(**given), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "FlexMLRT bridge for simulator;SDK 9.9.9" in done.stdout
+
+
+def test_a_wheel_with_the_sdk_imports_without_it_and_says_what_is_missing(sdk, clone, tmp_path):
+    built = wheel(clone / "plugins" / "flexmlrt", tmp_path, FLEXMLRT_ROOT=sdk)
+    with zipfile.ZipFile(built) as archive:
+        archive.extractall(tmp_path / "unpacked")
+    package = tmp_path / "unpacked" / "visionaccel_flexmlrt"
+    assert {path.name.partition(".")[0] for path in package.glob("*.so")} == {"_sdk", "_simulator"}
+
+    said = run(tmp_path / "unpacked", "print(runtime.missing('npu').reason, runtime.missing('npu').hint)")
+    assert "libflexmlrt.so was not found" in said
+    assert "set RYZEN_AI_INSTALLATION_PATH" in said
+
+    linked = {"LD_LIBRARY_PATH": f"{sdk / 'lib'}:{OPENVINO / 'libs'}"}
+    said = run(tmp_path / "unpacked", "m = runtime.load('npu'); print(m.sdk_version, m.features)", **linked)
+    assert said == "9.9.9 good, getIOTensors, subgraphName, extOptions\n"
+
+    ran = run(tmp_path / "unpacked", MODEL.format(path=str(small_artifact(tmp_path))), **linked)
+    assert ran == "[[16.0, 16.0]]\n"
+
+    other = tmp_path / "other"
+    shutil.copytree(sdk, other, symlinks=True)
+    (other / "__init__.py").write_text('VERSION = "1.0.0"\n')
+    said = run(tmp_path / "unpacked", REFUSED, FLEXMLRT_ROOT=other, LD_LIBRARY_PATH=OPENVINO / "libs")
+    assert "was built with FlexMLRT 9.9.9" in said
+    assert "is of 1.0.0" in said
+
+
+def test_the_source_distribution_holds_the_sources_and_builds(clone, tmp_path):
+    code = f"from scikit_build_core.build import build_sdist; build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=clone / "plugins" / "flexmlrt", check=True, capture_output=True)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"cpp/CMakeLists.txt", "cpp/bridge/bridge.cpp", "visionaccel_flexmlrt/backend.py", "README.md"} <= names
+    with zipfile.ZipFile(wheel(sdist, tmp_path / "wheel")) as archive:
+        assert any("_simulator" in name for name in archive.namelist())
+
+
+def small_artifact(folder):
+    model = small_model(rows=1, outputs=2)
+    onnx.save(model, folder / "small.onnx")
+    compile_partition(folder / "small.onnx", folder / "small.rai")
+    return folder / "small.rai"
+
+
+def run(unpacked, code, **given):
+    """What some code prints where the plug-in comes from an unpacked wheel and not from this environment."""
+    paths = [str(unpacked), str(ROOT / "src"), sysconfig.get_path("purelib")]
+    lines = f"import sys\nsys.path[:0] = {paths}\nfrom visionaccel_flexmlrt import runtime\n{code}"
+    done = subprocess.run([sys.executable, "-S", "-c", lines], env=environment(**given), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
