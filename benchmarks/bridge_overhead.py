@@ -33,7 +33,7 @@ def measure() -> dict[str, float]:
         config = {**QWEN2_5_VL_7B, "depth": 1, "fullatt_block_indexes": []}
         tower = open_tower(random_checkpoint(folder / "checkpoint", config, dtype="bfloat16"))
         write_vitisai_folder(tower, folder / "compiled", GRID, layout="rai", compile=compile_partition)
-        imported = import_vitisai(tower, ImportRequest(folder / "compiled"), folder / "bundle")
+        imported = import_vitisai(tower, [ImportRequest(folder / "compiled")], folder / "bundle")
         patches = np.random.default_rng(0).standard_normal((GRID.patches, tower.patch_width), dtype=np.float32)
         simulator = load(SIMULATOR)
         own: list[float] = []

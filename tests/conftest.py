@@ -1,12 +1,16 @@
 """Fixtures shared by all tests."""
 
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
+from numpy.typing import NDArray
 
-from visionaccel.testing.checkpoints import random_checkpoint
+from visionaccel.testing.checkpoints import QWEN2_5_VL_7B, random_checkpoint
 
 # Examples run real sessions on a shared machine, so no deadline; the same examples every time.
 settings.register_profile(
@@ -29,6 +33,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of a tiny random vision tower, float32."""
     return random_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def seven(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A checkpoint of the 7B tower's shape with random bfloat16 weights."""
+    folder = tmp_path_factory.mktemp("7b")
+    if shutil.disk_usage(folder).free < 8 * 2**30:
+        pytest.fail("the 7B tower needs 8 GiB of disk")
+    yield random_checkpoint(folder / "checkpoint", QWEN2_5_VL_7B, dtype="bfloat16")
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def seven_answer(seven: Path) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Patches of grid 58x74, and what the reference makes of them with the 7B tower's shape."""
+    from towers import random_patches
+    from visionaccel import open_encoder
+
+    patches = random_patches([(1, 58, 74)], QWEN2_5_VL_7B)
+    with open_encoder(seven, backend="torch_ref") as encoder:
+        return patches, encoder.encode(patches, [(1, 58, 74)])
 
 
 @pytest.fixture(scope="session")

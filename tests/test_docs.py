@@ -23,7 +23,7 @@ def test_every_command_and_option_in_a_page_exists():
     mentioned = set()
     for page in PAGES:
         for line in page.read_text().splitlines():
-            for name, rest in re.findall(r"\bvisionaccel ([a-z]+)\b((?: [^`|]*)?)", line):
+            for name, rest in re.findall(r"\bvisionaccel ([a-z]+(?:-[a-z]+)*)\b((?: [^`|]*)?)", line):
                 if name in commands:
                     mentioned.add(name)
                     known = {option for parameter in commands[name].params for option in parameter.opts}

@@ -26,6 +26,11 @@ def random_patches(
     return rng.standard_normal((total_patches(as_grids(grids)), width), dtype=np.float32)
 
 
+def lowest_cosine(ours: NDArray[np.float32], exact: NDArray[np.float32]) -> float:
+    """The lowest cosine of two arrays' rows."""
+    return float(((ours * exact).sum(axis=1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(exact, axis=1)).min())
+
+
 @cache
 def _reference_tower(folder: Path) -> torch.nn.Module:
     checkpoint = Checkpoint(folder)

@@ -60,10 +60,14 @@ class Artifact:
                 f"{binary} is a Git LFS pointer of {size} bytes, not the artifact.",
                 hint="Run `git lfs pull` where it was cloned, and import it again.",
             )
-        simulated = head.startswith(SIMULATOR_MAGIC)
-        if not simulated and size < _SMALLEST_REAL:
-            raise ArtifactError(f"{binary} has only {size} bytes, too few for a compiled encoder.", hint=again)
-        return cls(binary if single_file else folder, single_file, simulated)
+        if size == 0:
+            raise ArtifactError(f"{binary} is empty.", hint=again)
+        return cls(binary if single_file else folder, single_file, head.startswith(SIMULATOR_MAGIC))
+
+    @property
+    def suspicious(self) -> bool:
+        """Whether it is smaller than any compiled encoder that is known."""
+        return self.single_file and not self.simulated and self.path.stat().st_size < _SMALLEST_REAL
 
 
 def open_settings(artifact: Artifact, sdk_version: str) -> Mapping[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -93,14 +93,15 @@ class FlexMLRTBackend(VisionBackend):
             )
         apart = device_tensors(program)
         inputs, outputs = apart or (program.inputs, program.outputs)
+        names = program.stored_names if apart is None else {}
         host = HostGraphs(program) if apart is not None else None
         settings = open_settings(artifact, getattr(module, "sdk_version", "unknown"))
         try:
             model = module.Model(
                 path=str(artifact.path),
                 single_file=artifact.single_file,
-                inputs=[_as_stored(spec, program) for spec in inputs],
-                outputs=[_as_stored(spec, program) for spec in outputs],
+                inputs=[_as_stored(spec, names) for spec in inputs],
+                outputs=[_as_stored(spec, names) for spec in outputs],
                 device_name=settings["device_name"] if options.device_name is None else options.device_name,
                 subgraph=settings["subgraph"] if options.subgraph is None else options.subgraph,
                 cache_dir=str(options.cache_dir or artifact.path.parent),
@@ -116,9 +117,9 @@ class FlexMLRTBackend(VisionBackend):
         return FlexMLRTSession(model, module.BridgeError, capabilities, inputs, outputs, host)
 
 
-def _as_stored(spec: TensorSpec, program: Program) -> tuple[str, str, list[Any]]:
+def _as_stored(spec: TensorSpec, names: Mapping[str, str]) -> tuple[str, str, list[Any]]:
     """A tensor as the compiled module takes it, by its name inside the artifact."""
-    return program.stored_names.get(spec.name, spec.name), spec.dtype, list(spec.shape)
+    return names.get(spec.name, spec.name), spec.dtype, list(spec.shape)
 
 
 def _layout(artifact: Artifact) -> str:

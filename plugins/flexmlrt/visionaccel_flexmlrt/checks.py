@@ -67,6 +67,11 @@ def check_artifacts(programs: Iterable[Program]) -> Sequence[Finding]:
         except ArtifactError as error:
             found.append(Finding(f"artifact {program.name}", "failure", error.message, error.hint or ""))
             continue
+        if artifact.suspicious:
+            detail = f"{artifact.path} has only {artifact.path.stat().st_size} bytes"
+            fix = "Compare its size with where it came from; a Git LFS file that was not fetched is as small."
+            found.append(Finding(f"artifact {program.name}", "warning", detail, fix))
+            continue
         made_for = "the SIMULATOR" if artifact.simulated else "the NPU"
         found.append(Finding(f"artifact {program.name}", "pass", f"{artifact.path}, made for {made_for}"))
     return found

@@ -25,12 +25,18 @@ from visionaccel.families import Tower, tower_of
 from visionaccel.program import ONNX, AnyGrid, Bucket, Coverage, FixedGrid, Precision
 from visionaccel.tensor_files import write_safetensors
 
-__all__ = ["Progress", "ProgramRequest", "export_bundle", "program_name", "rewrite_manifest", "toolchain"]
+__all__ = [
+    "WEIGHT_PREFIX", "Progress", "ProgramRequest", "appearing", "as_json", "counter", "export_bundle",
+    "external_checkpoint", "program_name", "rewrite_manifest", "stated_file", "toolchain", "write_description",
+    "write_file", "write_manifest",
+]  # fmt: skip
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage, how much of it is done, and how much it is in all: bytes of weights, or programs."""
 
-_PREFIX = "visual."
+WEIGHT_PREFIX = "visual."
+"""What the names of packed weights start with."""
+
 _TOOLS = ("onnx", "numpy", "ml_dtypes")
 
 
@@ -57,6 +63,7 @@ def export_bundle(
     self_contained: bool = False,
     precision: Precision = "float32",
     device: str | None = None,
+    companions: Mapping[str, bytes] | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -71,6 +78,8 @@ def export_bundle(
         self_contained: Pack the weights into the bundle, in `precision`; otherwise they stay in the checkpoint.
         precision: Dtype of the programs' weights and activations.
         device: Kind of device that the programs are for; None for any.
+        companions: JSON files that a backend needs beside each program, such as a compiler's configuration, by their
+            role; `NAME.json` is written for role `NAME`.
         force: Replace an existing bundle.
         progress: Told how far it is.
 
@@ -98,36 +107,68 @@ def export_bundle(
             hint="Name another folder, or pack the weights with --self-contained.",
         )
     total = sum(tensor.length for tensor in tower.weights.values())
-    with _appearing(output, force=force) as folder:
-        digest = tower_digest(tower, progress=_counter("digest of the weights", total, tell))
+    with appearing(output, force=force) as folder:
+        digest = tower_digest(tower, progress=counter("digest of the weights", total, tell))
         files: list[Path] = []
         if self_contained:
             packed = _pack(tower, folder, precision, total, tell)
             files = sorted(folder.iterdir())
         else:
             packed = tower
+        beside = {role: folder / f"{role}.json" for role in companions or {}}
+        for role, data in (companions or {}).items():
+            write_file(beside[role], data)
         entries = []
         for number, (request, name) in enumerate(zip(requests, names, strict=True)):
             tell("programs", number, len(requests))
-            entries.append(_write_program(packed, folder, name, request, precision, device))
+            entries.append(_write_program(packed, folder, name, request, precision, device, beside))
         tell("programs", len(requests), len(requests))
-        place = source or str(tower.checkpoint.folder.absolute())
-        manifest = seal(
-            {
-                "schema_version": SCHEMA_VERSION,
-                "family": tower.family,
-                "vision_config": tower.checkpoint.config["vision_config"],
-                "weights_digest": digest,
-                "processor_digest": processor_digest(tower.checkpoint.folder),
-                "checkpoint": None if self_contained else {"source": place, "revision": revision},
-                "files": [_stated(folder, file) for file in files],
-                "programs": entries,
-                "toolchain": toolchain(_TOOLS),
-                "certificate": None,
-            }
-        )
-        _write(folder / MANIFEST, _json(manifest.model_dump(mode="json")))
+        checkpoint = None if self_contained else external_checkpoint(tower, source, revision)
+        write_manifest(folder, tower, digest, files, entries, checkpoint)
     return open_bundle(output, checkpoint=tower.checkpoint)
+
+
+def external_checkpoint(tower: Tower, source: str | None, revision: str | None) -> dict[str, Any]:
+    """The manifest's word of the checkpoint that holds a bundle's weights."""
+    return {"source": source or str(tower.checkpoint.folder.absolute()), "revision": revision}
+
+
+def write_manifest(
+    folder: Path,
+    tower: Tower,
+    digest: str,
+    files: Iterable[Path],
+    programs: Sequence[Mapping[str, Any]],
+    checkpoint: Mapping[str, Any] | None,
+) -> None:
+    """Seal what was written into a bundle's folder.
+
+    Args:
+        folder: The folder.
+        tower: The tower that the programs compute.
+        digest: Digest of its weights.
+        files: Files that all programs share.
+        programs: The manifest's entries of the programs.
+        checkpoint: As `external_checkpoint`; None for a bundle that holds the weights.
+
+    Raises:
+        BundleError: If the result is no manifest.
+    """
+    manifest = seal(
+        {
+            "schema_version": SCHEMA_VERSION,
+            "family": tower.family,
+            "vision_config": tower.checkpoint.config["vision_config"],
+            "weights_digest": digest,
+            "processor_digest": processor_digest(tower.checkpoint.folder),
+            "checkpoint": checkpoint,
+            "files": [stated_file(folder, file) for file in files],
+            "programs": programs,
+            "toolchain": toolchain(_TOOLS),
+            "certificate": None,
+        }
+    )
+    write_file(folder / MANIFEST, as_json(manifest.model_dump(mode="json")))
 
 
 def program_name(coverage: Coverage) -> str:
@@ -164,7 +205,7 @@ def rewrite_manifest(bundle: Bundle, changes: Mapping[str, Any]) -> Bundle:
     target = bundle.folder / MANIFEST
     partial = target.with_name(f".{MANIFEST}.partial")
     try:
-        _write(partial, _json(manifest.model_dump(mode="json")))
+        write_file(partial, as_json(manifest.model_dump(mode="json")))
         partial.replace(target)
     except OSError as error:
         raise ConfigurationError(f"{target} cannot be written: {error}", hint="Copy the bundle elsewhere.") from error
@@ -188,7 +229,7 @@ def _check_size(coverage: Coverage) -> None:
 
 
 @contextmanager
-def _appearing(output: Path, *, force: bool) -> Iterator[Path]:
+def appearing(output: Path, *, force: bool) -> Iterator[Path]:
     """A folder beside `output` that takes its place in the end, and leaves no trace if anything fails before.
 
     A bundle that is there already is moved aside first and deleted last, so that there is always the old one, none, or
@@ -237,24 +278,29 @@ def _pack(tower: Tower, folder: Path, precision: Precision, total: int, tell: Pr
             f"the weights need {needed / 2**30:.2f} GiB, and {folder.parent} has {free / 2**30:.2f} GiB left.",
             hint="Free some space, or leave the weights in the checkpoint.",
         )
-    named = {_PREFIX + name: tensor for name, tensor in tower.weights.items()}
+    named = {WEIGHT_PREFIX + name: tensor for name, tensor in tower.weights.items()}
     write_safetensors(
         folder / SINGLE_FILE,
         named,
         dtype=precision,
         metadata={"format": "pt"},
-        progress=_counter("weights", total, tell),
+        progress=counter("weights", total, tell),
     )
-    kept = {name: tower.checkpoint.config[name] for name in ("architectures", "model_type", "vision_config")
-            if name in tower.checkpoint.config}  # fmt: skip
-    _write(folder / "config.json", _json(kept))
-    for name in PROCESSOR_FILES:
-        if (tower.checkpoint.folder / name).exists():
-            _write(folder / name, (tower.checkpoint.folder / name).read_bytes())
+    write_description(tower, folder)
     return tower_of(Checkpoint(folder))
 
 
-def _counter(stage: str, total: int, tell: Progress) -> Callable[[int], None]:
+def write_description(tower: Tower, folder: Path) -> None:
+    """Write what says which tower it is and what makes its patches: configuration and image processor."""
+    kept = {name: tower.checkpoint.config[name] for name in ("architectures", "model_type", "vision_config")
+            if name in tower.checkpoint.config}  # fmt: skip
+    write_file(folder / "config.json", as_json(kept))
+    for name in PROCESSOR_FILES:
+        if (tower.checkpoint.folder / name).exists():
+            write_file(folder / name, (tower.checkpoint.folder / name).read_bytes())
+
+
+def counter(stage: str, total: int, tell: Progress) -> Callable[[int], None]:
     """A function that adds up pieces and tells the sum."""
     done = 0
 
@@ -267,18 +313,25 @@ def _counter(stage: str, total: int, tell: Progress) -> Callable[[int], None]:
 
 
 def _write_program(
-    tower: Tower, folder: Path, name: str, request: ProgramRequest, precision: Precision, device: str | None
+    tower: Tower,
+    folder: Path,
+    name: str,
+    request: ProgramRequest,
+    precision: Precision,
+    device: str | None,
+    companions: Mapping[str, Path],
 ) -> dict[str, Any]:
     split = tower.split(request.coverage) if request.split_host else None
     model = tower.onnx_model(coverage=request.coverage, precision=precision, host=split)
     path = folder / f"{name}.onnx"
-    _write(path, model)
+    write_file(path, model)
     inputs, outputs = tower.signature(request.coverage, split)
     return {
         "name": name,
         "format": ONNX,
         "model": path.name,
-        "files": [_stated(folder, path)],
+        "files": [stated_file(folder, file) for file in (path, *companions.values())],
+        "companions": {role: file.name for role, file in companions.items()},
         "inputs": [{"name": t.name, "dtype": t.dtype, "shape": list(t.shape)} for t in inputs],
         "outputs": [{"name": t.name, "dtype": t.dtype, "shape": list(t.shape)} for t in outputs],
         "coverage": stated_coverage(request.coverage).model_dump(mode="json"),
@@ -288,7 +341,8 @@ def _write_program(
     }
 
 
-def _stated(folder: Path, path: Path) -> dict[str, Any]:
+def stated_file(folder: Path, path: Path) -> dict[str, Any]:
+    """A file of a bundle in `folder` as the manifest states it."""
     return {
         "path": path.relative_to(folder).as_posix(),
         "bytes": path.stat().st_size,
@@ -296,11 +350,13 @@ def _stated(folder: Path, path: Path) -> dict[str, Any]:
     }
 
 
-def _json(value: Mapping[str, Any]) -> bytes:
+def as_json(value: Mapping[str, Any]) -> bytes:
+    """An object as the text of a JSON file."""
     return (json.dumps(value, indent=1) + "\n").encode()
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file that is on the disk when this returns."""
     with path.open("wb") as file:
         file.write(data)
         file.flush()

@@ -60,9 +60,12 @@ class Bundle:
         return tuple(dict.fromkeys(file.path for file in self.manifest.every_file()))
 
     def programs(self, formats: Iterable[str]) -> tuple[Program, ...]:
-        """Its programs in the wanted formats, and the weights themselves where the format `checkpoint` is wanted."""
+        """Its programs in the wanted formats, and the weights themselves where the format `checkpoint` is wanted.
+
+        A bundle whose programs bring their weights may hold those of the host alone, which are no program.
+        """
         wanted = set(formats)
-        plain = self.tower.programs([CHECKPOINT]) if CHECKPOINT in wanted else ()
+        plain = self.tower.programs([CHECKPOINT]) if CHECKPOINT in wanted and self.tower.complete else ()
         return (*(program for program in self._programs if program.format in wanted), *plain)
 
     def _program(self, entry: ProgramEntry) -> Program:
@@ -84,6 +87,10 @@ class Bundle:
             raise BundleError(f"{where}: the host of a split program needs {needed}, no more and no less.", hint=_AGAIN)
         if entry.format == CHECKPOINT:
             raise BundleError(f"{where}: the weights themselves are no program of a bundle.", hint=_AGAIN)
+        if entry.format == ONNX and not self.tower.complete:
+            raise BundleError(
+                f"{where}: it reads its weights from the bundle, which does not hold all of them.", hint=_AGAIN
+            )
         if (inputs, outputs) != self.tower.signature(coverage, split):
             expected = "; ".join(str(spec) for specs in self.tower.signature(coverage, split) for spec in specs)
             raise BundleError(

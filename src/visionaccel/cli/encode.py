@@ -61,6 +61,8 @@ def encode(
         backend=backend or settings.backend or AUTO,
         device=device or settings.device,
         options=chosen_options,
+        isolation=settings.isolation,
+        deadline=settings.deadline,
     ) as encoder:
         fitter = None
         if settings.fit != "none":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from enum import StrEnum
 from pathlib import Path
@@ -28,6 +29,32 @@ class PrecisionName(StrEnum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
+
+
+class Target(StrEnum):
+    """A compiler that the programs are for."""
+
+    VITISAI = "vitisai"
+
+
+VITISAI_DEVICE = "npu"
+VITISAI_CONFIG = {
+    "passes": [
+        {"name": "init", "plugin": "vaip-pass_init"},
+        {
+            "name": "vaiml_partition",
+            "plugin": "vaip-pass_vaiml_partition",
+            # 1 is the compiler's own default; "unvectorized" is what AMD names for transformers.
+            "vaiml_config": {"optimize_level": 1, "preferred_data_storage": "unvectorized"},
+        },
+    ],
+    "target": "VAIML",
+    "targets": [{"name": "VAIML", "pass": ["init", "vaiml_partition"]}],
+}
+"""Has AMD's Vitis AI compiler make bfloat16 of a float32 program.
+
+Source: https://github.com/amd/RyzenAI-SW, `Transformer-examples/DistilBERT_text_classification_bf16`.
+"""
 
 
 def export(
@@ -57,6 +84,12 @@ def export(
     precision: Annotated[
         PrecisionName, typer.Option(help="Dtype of weights and activations; inputs and outputs stay float32.")
     ] = PrecisionName.FLOAT32,
+    target: Annotated[
+        Target | None,
+        typer.Option(
+            help="Compiler that the programs are for: fixed shapes, its device, and its configuration beside."
+        ),
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help="Kind of device that the programs are for, such as npu. Default: any.")
     ] = None,
@@ -71,6 +104,14 @@ def export(
     largest = [_grid(text, "--bucket", tower.merge_size) for text in bucket or ()]
     if split_host and not (fixed or largest):
         raise ConfigurationError("--split-host needs a program of fixed shapes.", hint="Add --grid or --bucket.")
+    if target is not None and (dynamic or not (fixed or largest)):
+        raise ConfigurationError(
+            f"--target {target} takes programs of fixed shapes only.", hint="Name them with --grid or --bucket."
+        )
+    if target is not None and device not in (None, VITISAI_DEVICE):
+        raise ConfigurationError(
+            f"--target {target} is for device {VITISAI_DEVICE}, not {device}.", hint="Leave out --device."
+        )
     requests = [
         *(ProgramRequest(FixedGrid(each), split_host) for each in fixed),
         *(ProgramRequest(tower.bucket(each), split_host) for each in largest),
@@ -86,7 +127,8 @@ def export(
             revision=revision,
             self_contained=self_contained,
             precision=precision.value,
-            device=device,
+            device=VITISAI_DEVICE if target is not None else device,
+            companions={"vitisai_config": _json(VITISAI_CONFIG)} if target is not None else None,
             force=force,
             progress=tell,
         )
@@ -110,6 +152,10 @@ def _grid(text: str, option: str, merge_size: int) -> Grid:
         raise ConfigurationError(f"{option} {text}: a program takes one frame.", hint="Write height x width, 58x74.")
     grid.check_divisible(merge_size)
     return grid
+
+
+def _json(value: object) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()
 
 
 def _size(files: tuple[BundleFile, ...]) -> str:

@@ -66,6 +66,8 @@ def _row(bundle: Bundle, program: Program) -> dict[str, Any]:
         "bytes": sum(file.bytes for file in entry.files),
         "inputs": [str(spec) for spec in program.inputs],
         "outputs": [str(spec) for spec in program.outputs],
+        "stored_names": dict(program.stored_names),
+        "companions": dict(entry.companions),
         **(_graph(program) if program.format == ONNX else {}),
     }
 
@@ -88,6 +90,8 @@ def _print_summary(bundle: Bundle) -> None:
     manifest = bundle.manifest
     table = Table(title=f"Bundle {bundle.folder}", show_header=False)
     weights = "in the bundle" if manifest.checkpoint is None else f"in checkpoint {manifest.checkpoint.source}"
+    if not bundle.tower.complete:
+        weights += ", the host's alone"
     table.add_row("family", manifest.family)
     table.add_row("weights", f"{weights}, {manifest.weights_digest}")
     table.add_row("image processor", manifest.processor_digest or "not stated")
@@ -102,10 +106,16 @@ def _print_program(row: dict[str, Any]) -> None:
     table.add_row("takes", row["takes"])
     table.add_row("format", f"{row['format']}, {row['precision']}, device {row['device']}")
     split = f"window reorder and {', '.join(row['host'])}" if row["host"] else "nothing but tables"
+    if {"host_before", "host_after"} <= set(row["companions"]):
+        split = "the operators around the device's part, on ONNX Runtime"
     table.add_row("left to the host", split)
     table.add_row("size", f"{row['bytes'] / 1e6:.2f} MB")
     table.add_row("inputs", "\n".join(row["inputs"]))
     table.add_row("outputs", "\n".join(row["outputs"]))
+    if row["stored_names"]:
+        table.add_row("in the file", "\n".join(f"{name}: {stored}" for name, stored in row["stored_names"].items()))
+    if row["companions"]:
+        table.add_row("beside it", "\n".join(f"{role}: {path}" for role, path in row["companions"].items()))
     if "nodes" in row:
         table.add_row("opset", ", ".join(f"{domain} {version}" for domain, version in row["opset"].items()))
         table.add_row("nodes", f"{row['nodes']}: " + ", ".join(f"{op} {n}" for op, n in row["operators"].items()))

@@ -1,11 +1,18 @@
-"""What a family of vision towers knows: its geometry, its programs, and how patches become a program's inputs."""
+"""What a family of vision towers knows: its geometry, its programs, and how patches become a program's inputs.
+
+And how to know its own host part again in a graph that others exported, cut and compiled.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from visionaccel.arrays import Array
 from visionaccel.checkpoint import Checkpoint, StoredTensor
@@ -13,7 +20,87 @@ from visionaccel.contracts import TensorSpec
 from visionaccel.grid import Grid
 from visionaccel.program import AnyGrid, Bucket, Coverage, HostSplit, Precision, Program
 
-__all__ = ["Family", "Host", "Tower"]
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["Family", "Host", "HostPart", "OperatorGraph", "Tower", "UnrecognisedHost", "WindowMatch"]
+
+
+class OperatorGraph(Protocol):
+    """An ONNX graph as a recogniser looks at it. Nodes are in their order; a node is meant by its place."""
+
+    @property
+    def nodes(self) -> Sequence[onnx.NodeProto]:
+        """Its nodes."""
+
+    @property
+    def inputs(self) -> Sequence[TensorSpec]:
+        """What is fed; unknown sizes are names."""
+
+    @property
+    def outputs(self) -> Sequence[TensorSpec]:
+        """What comes out; unknown sizes are names."""
+
+    def producer(self, tensor: str) -> int | None:
+        """The node that makes a tensor; None for inputs, weights, and what is not there."""
+
+    def constant(self, tensor: str) -> NDArray[Any] | None:
+        """The values of a tensor that depends on no input and is simply made; None for any other.
+
+        Raises:
+            BundleError: If its data are damaged, missing or elsewhere.
+        """
+
+    def ancestors(self, tensors: Iterable[str], cut: Iterable[str] = ()) -> frozenset[int]:
+        """Nodes that tensors depend on, not looking behind those of `cut`."""
+
+    def descendants(self, tensors: Iterable[str], cut: Iterable[str] = ()) -> frozenset[int]:
+        """Nodes that depend on tensors, not looking behind those of `cut`."""
+
+
+@dataclass(frozen=True)
+class HostPart:
+    """The host's part of a compiled program, as it was found around the device's.
+
+    Attributes:
+        weights: The host's weights by their names below the checkpoint's prefix, float32, float16 or bfloat16.
+        window_index: int64 [tokens]; the token that goes to each place, a permutation.
+        input: What the device takes, by its own name.
+        output: What the device gives, by its own name.
+    """
+
+    weights: Mapping[str, NDArray[Any]]
+    window_index: NDArray[np.int64]
+    input: TensorSpec
+    output: TensorSpec
+
+
+@dataclass(frozen=True)
+class UnrecognisedHost:
+    """Why operators around a device's part are not the family's host part.
+
+    Attributes:
+        reason: What is different.
+        operators: Type and name of the host's operators, as far as they are known.
+    """
+
+    reason: str
+    operators: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class WindowMatch:
+    """Which grids have an order of windows.
+
+    Attributes:
+        found: The grids that have exactly it, each with how the host is split then.
+        nearest: The grid whose order is most like it; None if no grid has as many tokens.
+        differing: Places in which that one differs.
+    """
+
+    found: tuple[tuple[Grid, HostSplit], ...]
+    nearest: Grid | None
+    differing: int
 
 
 class Host(ABC):
@@ -65,6 +152,11 @@ class Tower(ABC):
         Raises:
             CheckpointError: If the checkpoint holds none.
         """
+
+    @property
+    @abstractmethod
+    def complete(self) -> bool:
+        """Whether every weight that the family needs is there; without, programs that bring none cannot run."""
 
     @abstractmethod
     def programs(self, formats: Iterable[str]) -> tuple[Program, ...]:
@@ -126,6 +218,26 @@ class Tower(ABC):
 
         Raises:
             CheckpointError: If a weight that the host needs is missing or cannot be read.
+        """
+
+    @abstractmethod
+    def recognise_host(self, graph: OperatorGraph, boundary: tuple[str, str] | None) -> HostPart | UnrecognisedHost:
+        """The host's part of a program of one grid that leaves the patch embedding and the reorders to the host.
+
+        Args:
+            graph: The whole tower.
+            boundary: Names of what the device takes and gives; None to find them.
+
+        Raises:
+            BundleError: If it is the host's part of another tower, or a reorder is none or is not undone.
+        """
+
+    @abstractmethod
+    def match_windows(self, window_index: NDArray[np.int64]) -> WindowMatch:
+        """Grids of one frame whose tokens come in that order, in either order of windows.
+
+        Args:
+            window_index: int64 [tokens]; the token that goes to each place.
         """
 
 

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,10 +112,7 @@ def validate_bundle(
     trials = _trials(reference, images)
     with open_encoder(reference, backend=REFERENCE_BACKEND, registry=registry) as exact:
         run = _Run(bundle, _Reference(exact), trials, registry, backend, device, options)
-        results = tuple(
-            run.program(entry, demanded[entry.precision], partial(tell, entry.name))
-            for entry in bundle.manifest.programs
-        )
+        results = tuple(run.program(entry, demanded, partial(tell, entry.name)) for entry in bundle.manifest.programs)
         read = run.answers(digits, digest, partial(tell, "digits"))
     plugins = {registry.entry(result.backend).distribution for result in results if result.backend != _NOT_RUN}
     return Certificate(
@@ -197,6 +194,8 @@ class _Run:
         self._merge = bundle.tower.merge_size
         packed = bundle.manifest.checkpoint is None
         source = reference.encoder.tower.weights
+        if not bundle.tower.complete:  # it holds what the host needs beside compiled programs, and no more
+            source = {name: source[name] for name in bundle.tower.host_weights}
         self._wrong_weights = differing_weights(bundle.tower.weights, source) if packed else ()
         self._opened: list[ProgramEntry] = []
         self._shown: set[Trial] = set()
@@ -208,8 +207,11 @@ class _Run:
         generated = [trial for trial in self._shown if not trial.photograph]
         return {"generated": sum(len(trial.grids) for trial in generated), "real": len(real)}
 
-    def program(self, entry: ProgramEntry, threshold: float, tell: Callable[[int, int], None]) -> ProgramResult:
+    def program(
+        self, entry: ProgramEntry, thresholds: Mapping[Precision, float], tell: Callable[[int, int], None]
+    ) -> ProgramResult:
         """Run one program on its trials."""
+        threshold = thresholds[entry.precision]
         trials = self._trials.of(entry.covers())
         tell(0, len(trials))
         try:
@@ -223,6 +225,9 @@ class _Run:
         with encoder:
             opened = encoder.programs[0]
             opened.session = watched = _Watched(opened.session)
+            # A compiler may make a program of low precision of a float32 one, and the session says so.
+            computed = cast("Precision", watched.capabilities.precision)
+            threshold = min(threshold, thresholds.get(computed, threshold))
             for number, trial in enumerate(trials):
                 patches = trial.patches()
                 expected = self._reference.embeddings(trial, patches)

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from visionaccel.checkpoint import Checkpoint, StoredTensor
 from visionaccel.contracts import TensorSpec
 from visionaccel.errors import CheckpointError, ConfigurationError
-from visionaccel.families.base import Family, Host, Tower
+from visionaccel.families.base import Family, Host, HostPart, OperatorGraph, Tower, UnrecognisedHost, WindowMatch
 from visionaccel.families.qwen2_5_vl.config import VisionConfig
 from visionaccel.families.qwen2_5_vl.host import open_host
+from visionaccel.families.qwen2_5_vl.host_part import match_windows, recognise_host
 from visionaccel.families.qwen2_5_vl.signature import EMBEDDINGS, PATCH_KERNEL, Signature, signature
+from visionaccel.families.qwen2_5_vl.weight_names import weight_names
 from visionaccel.grid import Grid
 from visionaccel.program import CHECKPOINT, ONNX, AnyGrid, Bucket, Coverage, FixedGrid, HostSplit, Precision, Program
 
@@ -61,6 +66,14 @@ class Qwen25VLTower(Tower):
             )
         return found
 
+    @property
+    def complete(self) -> bool:
+        try:
+            weights = self.weights
+        except CheckpointError:
+            return False
+        return all(name in weights for name in weight_names(self.config))
+
     def programs(self, formats: Iterable[str]) -> tuple[Program, ...]:
         known = {ONNX: self._onnx_program, CHECKPOINT: self._checkpoint_program}
         return tuple(known[wanted]() for wanted in sorted(set(formats)) if wanted in known)
@@ -103,6 +116,12 @@ class Qwen25VLTower(Tower):
 
     def host(self, program: Program) -> Host:
         return open_host(self.config, program, self.weights.get(PATCH_KERNEL) if program.host else None)
+
+    def recognise_host(self, graph: OperatorGraph, boundary: tuple[str, str] | None) -> HostPart | UnrecognisedHost:
+        return recognise_host(self.config, graph, boundary)
+
+    def match_windows(self, window_index: NDArray[np.int64]) -> WindowMatch:
+        return match_windows(self.config, window_index)
 
     def onnx_model(
         self,

@@ -2,8 +2,9 @@
 
 Standard operators of opset 17 only, and no shape that varies. Rows are patches in window order; heads are the leading
 axis of attention, so that a run of windows is a reshape away from a batch of them. `FixedGrid` bakes the tables in and
-runs the windows of one size as one batch, without any mask; `Bucket` takes the tables as inputs, gathers the rows into
-windows of full size, and adds a mask term to the scores.
+runs the windows of one size as one batch, without any mask. That takes window order `grouped`; a split program with
+`raster` order at its edges gathers into it and back. `Bucket` takes the tables as inputs, gathers the rows into windows
+of full size, and adds a mask term to the scores.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import numpy as np
 import onnx
 
 from visionaccel.checkpoint import StoredTensor
-from visionaccel.errors import ConfigurationError
 from visionaccel.families.qwen2_5_vl.config import VisionConfig
 from visionaccel.families.qwen2_5_vl.signature import (
     EMBEDDINGS,
@@ -29,12 +29,10 @@ from visionaccel.families.qwen2_5_vl.weights import TowerWeights
 from visionaccel.onnx_writer import GraphWriter
 from visionaccel.program import Bucket, FixedGrid, HostSplit
 
-__all__ = ["GROUPED", "write_static_graph"]
+__all__ = ["write_static_graph"]
 
 OPSET = 17
 NORM_EPSILON = 1e-6
-GROUPED = "grouped"
-"""Order of the windows inside the graph of a `FixedGrid`."""
 
 
 def write_static_graph(
@@ -56,15 +54,10 @@ def write_static_graph(
 
     Raises:
         CheckpointError: If a weight is missing, or has another shape or dtype than the configuration demands.
-        ConfigurationError: If the host's window order is not the one that this graph computes in.
     """
-    if host is not None and isinstance(coverage, FixedGrid) and host.window_order != GROUPED:
-        raise ConfigurationError(
-            f"a graph of a fixed grid computes in window order {GROUPED!r}, not {host.window_order!r}."
-        )
     tables: StaticTables
     if isinstance(coverage, FixedGrid):
-        tables = BakedTables(config, writer, coverage)
+        tables = BakedTables(config, writer, coverage, host)
     else:
         tables = FedTables(config, writer, coverage)
     tower = _StaticTower(config, TowerWeights(config, weights, writer), writer, tables)
@@ -93,6 +86,8 @@ class _StaticTower:
             x = g.node("Gather", [x, self.tables.window_index], axis=0)
         else:
             x = g.narrow(PATCH_EMBEDDINGS)
+            if self.tables.regroup_index is not None:
+                x = g.node("Gather", [x, self.tables.regroup_index], axis=0)
         x = g.node("Reshape", [x, rows])
         for block in range(config.depth):
             normed = self.norm(x, self.w.norm(f"blocks.{block}.norm1.weight"))
@@ -106,6 +101,8 @@ class _StaticTower:
         x = self.w.linear(x, "merger.mlp.2", config.out_hidden_size, hidden * merged)
         if host is None:
             x = g.node("Gather", [x, self.tables.reverse_index], axis=0)
+        elif self.tables.ungroup_index is not None:
+            x = g.node("Gather", [x, self.tables.ungroup_index], axis=0)
         g.rename(g.widen(x), WINDOW_EMBEDDINGS if host else EMBEDDINGS)
 
     def norm(self, x: str, scale: str) -> str:

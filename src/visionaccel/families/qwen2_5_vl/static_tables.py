@@ -8,9 +8,9 @@ from itertools import groupby
 import numpy as np
 
 from visionaccel.families.qwen2_5_vl.config import VisionConfig
-from visionaccel.families.qwen2_5_vl.geometry import make_tables
+from visionaccel.families.qwen2_5_vl.geometry import make_tables, window_order
 from visionaccel.onnx_writer import GraphWriter
-from visionaccel.program import Bucket, FixedGrid
+from visionaccel.program import Bucket, FixedGrid, HostSplit
 
 __all__ = ["BakedTables", "FedTables", "StaticTables", "attend"]
 
@@ -24,6 +24,9 @@ class StaticTables(ABC):
         sin: float32 [patches, head_dim]; the first half negated, so that a rotation swaps halves and negates none.
         window_index: int64 [tokens]; where each token in window order stands in input order.
         reverse_index: int64 [tokens]; its inverse.
+        regroup_index: int64 [tokens]; where each token of the graph's own order stands in the order at the edges of a
+            split program, or None where these are the same.
+        ungroup_index: int64 [tokens]; its inverse, or None.
         frame_bias: float32 [patches] that is added to the scores of full attention, or None.
     """
 
@@ -32,6 +35,8 @@ class StaticTables(ABC):
     sin: str
     window_index: str
     reverse_index: str
+    regroup_index: str | None
+    ungroup_index: str | None
     frame_bias: str | None
 
     @abstractmethod
@@ -49,9 +54,16 @@ def attend(g: GraphWriter, query: str, key: str, value: str, *, axes: int, bias:
 
 
 class BakedTables(StaticTables):
-    """The constant tables of one grid. Windows of one size stand together and are one batch, so none is masked."""
+    """The constant tables of one grid. Windows of one size stand together and are one batch, so none is masked.
 
-    def __init__(self, config: VisionConfig, g: GraphWriter, coverage: FixedGrid) -> None:
+    Args:
+        config: Sizes of the tower.
+        g: The graph.
+        coverage: The grid.
+        host: What is left to the host. The graph's own order is `grouped`; that at its edges may be another.
+    """
+
+    def __init__(self, config: VisionConfig, g: GraphWriter, coverage: FixedGrid, host: HostSplit | None) -> None:
         tables = make_tables(config, [coverage.grid], grouped=True)
         self._config, self._g = config, g
         self._groups = [(size, len(list(same))) for size, same in groupby(tables.window_lengths.tolist())]
@@ -60,6 +72,12 @@ class BakedTables(StaticTables):
         self.sin = g.constant(np.concatenate([-tables.rotary_sin, tables.rotary_sin], axis=1))
         self.window_index = g.constant(tables.window_index)
         self.reverse_index = g.constant(tables.reverse_index)
+        self.regroup_index = self.ungroup_index = None
+        if host is not None and host.window_order == "raster":
+            raster, _ = window_order(config, [coverage.grid])
+            if not np.array_equal(raster, tables.window_index):
+                self.regroup_index = g.constant(np.argsort(raster)[tables.window_index])
+                self.ungroup_index = g.constant(tables.reverse_index[raster])
         self.frame_bias = None
 
     def within_windows(self, query: str, key: str, value: str) -> str:
@@ -87,6 +105,7 @@ class FedTables(StaticTables):
         self.cos = g.node("Concat", ["rotary_cos", "rotary_cos"], axis=1)
         self.sin = g.node("Concat", [g.node("Neg", ["rotary_sin"]), "rotary_sin"], axis=1)
         self.window_index, self.reverse_index, self.frame_bias = "window_index", "reverse_index", "frame_bias"
+        self.regroup_index = self.ungroup_index = None
         self._rows = g.node("Reshape", ["window_patches", g.constant([coverage.windows * config.window_patches])])
 
     def within_windows(self, query: str, key: str, value: str) -> str:

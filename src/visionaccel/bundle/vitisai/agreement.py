@@ -1,0 +1,128 @@
+"""Whether an artifact was made from a checkpoint, and for which grid: what its window order and its kernel tell."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from visionaccel.arrays import FLOATS
+from visionaccel.bundle.manifest import MOST_PATCHES
+from visionaccel.checkpoint import StoredTensor
+from visionaccel.errors import BundleError, CheckpointError, ConfigurationError
+from visionaccel.families import Tower
+from visionaccel.families.base import HostPart
+from visionaccel.grid import Grid
+from visionaccel.program import HostSplit
+
+__all__ = ["check_weights", "matching_grid", "narrowest"]
+
+_TOLERANCE = 1e-6
+"""Of the largest element. Exporters that fold operators into a weight move its last float32 bits, by some 1e-7 of it;
+training moves a weight by more than that in its first steps."""
+
+
+def matching_grid(tower: Tower, window_index: NDArray[np.int64], wanted: Grid | None) -> tuple[Grid, HostSplit]:
+    """The grid whose tokens come in that order, and in which order its windows are.
+
+    Args:
+        tower: The tower.
+        window_index: int64 [tokens]; a permutation.
+        wanted: The grid to choose where several have that order.
+
+    Raises:
+        BundleError: If no grid has that order.
+        ConfigurationError: If several have and none was chosen, or the chosen one has another.
+    """
+    tokens = len(window_index)
+    if tokens * tower.merge_size**2 > MOST_PATCHES:
+        raise BundleError(
+            f"the model is for {tokens * tower.merge_size**2} patches; a program takes at most {MOST_PATCHES}.",
+            hint="Compile the tower for a smaller grid.",
+        )
+    match = tower.match_windows(window_index)
+    if not match.found:
+        nearest = f"{match.nearest.h}x{match.nearest.w}" if match.nearest else "none"
+        raise BundleError(
+            f"the model's window order is that of no grid of {tokens} tokens; the nearest is {nearest}, which differs "
+            f"in {match.differing} places.",
+            hint="Export the tower with transformers' window order, and compile it again.",
+        )
+    fitting = dict(match.found)
+    names = ", ".join(f"{grid.h}x{grid.w}" for grid in fitting)
+    if wanted is not None:
+        if wanted not in fitting:
+            raise ConfigurationError(
+                f"the artifact is not for grid {wanted.h}x{wanted.w}: its window order is that of {names}.",
+                hint="Leave --grid out, or name one of these.",
+            )
+        return wanted, fitting[wanted]
+    if len(fitting) > 1:
+        raise ConfigurationError(
+            f"grids {names} have the same window order, and nothing else in the model tells which it is for.",
+            hint="Name the one that it was compiled for with --grid.",
+        )
+    return match.found[0]
+
+
+def check_weights(part: HostPart, weights: Mapping[str, StoredTensor]) -> None:
+    """Refuse an artifact whose host weights are not the checkpoint's.
+
+    Args:
+        part: The host's part of the artifact.
+        weights: The checkpoint's weights; those that are missing are not compared.
+
+    Raises:
+        BundleError: If one differs.
+        CheckpointError: If one cannot be read.
+    """
+    for name, found in part.weights.items():
+        stored = weights.get(name)
+        if stored is None:
+            continue
+        exact = _read(stored)
+        difference = "it has another shape"
+        if exact.shape == found.shape:
+            ours, theirs = found.astype(np.float32), exact.astype(np.float32)
+            if any(np.array_equal(ours, rounded) for rounded in _roundings(theirs)):
+                continue
+            with np.errstate(all="ignore"):
+                largest = float(np.abs(ours - theirs).max())
+            if largest <= _TOLERANCE * float(np.abs(theirs).max()):
+                continue
+            difference = f"they differ by up to {largest:g}"
+        raise BundleError(
+            f"the artifact's {name} is not that of {stored.file}: {difference}. It was compiled from other weights.",
+            hint="Pass the checkpoint that it was compiled from.",
+        )
+
+
+def narrowest(values: NDArray[Any]) -> NDArray[Any]:
+    """The values in the narrowest float dtype that holds them exactly, as they were before an exporter widened them."""
+    for dtype in (ml_dtypes.bfloat16, np.float16):
+        with np.errstate(all="ignore"):
+            narrow = values.astype(np.float32).astype(dtype)
+        if np.array_equal(narrow.astype(np.float32), values.astype(np.float32)):
+            return narrow
+    return values.astype(np.float32)
+
+
+def _roundings(values: NDArray[np.float32]) -> tuple[NDArray[np.float32], ...]:
+    """The values, and what they are in the dtypes of exports."""
+    with np.errstate(all="ignore"):
+        return values, *(values.astype(dtype).astype(np.float32) for dtype in (ml_dtypes.bfloat16, np.float16))
+
+
+def _read(stored: StoredTensor) -> NDArray[Any]:
+    hint = "The file was changed or truncated; download it again."
+    if stored.dtype not in FLOATS:
+        raise CheckpointError(f"{stored.file}: {stored.name!r} is {stored.dtype}.", hint="Pass a plain checkpoint.")
+    try:
+        values = np.fromfile(stored.file, FLOATS[stored.dtype], math.prod(stored.shape), offset=stored.offset)
+        return values.reshape(stored.shape)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{stored.file} cannot be read: {error}", hint=hint) from error

@@ -1,0 +1,110 @@
+"""The host's operators around a device's part as ONNX models of their own, for hosts that no family recognises."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import onnx
+from onnx import TensorProto, helper
+
+from visionaccel.bundle.vitisai.graph import OnnxGraph, external_files
+from visionaccel.bundle.vitisai.layout import Boundary
+from visionaccel.contracts import TensorSpec
+from visionaccel.errors import BundleError
+
+__all__ = ["extract_host", "host_operators"]
+
+_AGAIN = "Export and compile the tower again."
+_MOST_BYTES = 2**30
+"""Most weights of one side of the host, which are stored within its model; a patch embedding has 6 MB."""
+
+
+def host_operators(graph: OnnxGraph, boundary: Boundary) -> tuple[tuple[str, str], ...]:
+    """Type and name of the operators around a device's part."""
+    before, after = _sides(graph, boundary)
+    return tuple((graph.nodes[place].op_type, graph.nodes[place].name) for place in sorted(before | after))
+
+
+def extract_host(graph: OnnxGraph, boundary: Boundary) -> tuple[bytes | None, bytes | None]:
+    """The models before and after a device's part.
+
+    Args:
+        graph: The whole model.
+        boundary: What the device takes and gives.
+
+    Returns:
+        A model from the graph's inputs to what the device takes, and one from what it gives to the graph's outputs,
+        weights within; None where the device takes the inputs or gives the outputs themselves.
+
+    Raises:
+        BundleError: If the parts touch each other elsewhere, or are no models.
+    """
+    before, after = _sides(graph, boundary)
+    given, taken = [s.name for s in boundary.inputs], [s.name for s in boundary.outputs]
+    fed = graph.descendants([spec.name for spec in graph.inputs])
+    stray = sorted(graph.descendants([spec.name for spec in graph.inputs], given) & after)
+    direct = {spec.name for spec in graph.inputs} & graph.reads(after)
+    if stray or direct or before & graph.descendants(taken):
+        names = sorted(direct) or [graph.nodes[place].name for place in stray]
+        raise BundleError(
+            f"{graph.path}: the operators after the device take from those before it, at {names}.",
+            hint="Compile so that everything between the host's two parts is one partition.",
+        )
+    if any(graph.producer(name) not in fed for name in given) and not set(given) <= {s.name for s in graph.inputs}:
+        raise BundleError(f"{graph.path}: what the device takes does not depend on the input.", hint=_AGAIN)
+    return (
+        _extract(graph, before, graph.inputs, boundary.inputs, "host_before") if before else None,
+        _extract(graph, after, boundary.outputs, graph.outputs, "host_after") if after else None,
+    )
+
+
+def _sides(graph: OnnxGraph, boundary: Boundary) -> tuple[frozenset[int], frozenset[int]]:
+    given, taken = ([s.name for s in specs] for specs in (boundary.inputs, boundary.outputs))
+    return graph.ancestors(given), graph.ancestors([spec.name for spec in graph.outputs], taken)
+
+
+def _extract(
+    graph: OnnxGraph, places: Iterable[int], inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], name: str
+) -> bytes:
+    nodes = [graph.nodes[place] for place in sorted(places)]
+    wanted = graph.reads(places) | {spec.name for spec in outputs}
+    weights = [tensor for tensor in (graph.initializer(each) for each in sorted(wanted)) if tensor is not None]
+    model = helper.make_model(
+        helper.make_graph(
+            nodes,
+            name,
+            [_value(spec) for spec in inputs],
+            [_value(spec) for spec in outputs],
+            [_inline(graph, tensor) for tensor in weights],
+        ),
+        opset_imports=graph.model.opset_import,
+        ir_version=graph.model.ir_version,
+        functions=graph.model.functions,
+        producer_name="visionaccel",
+    )
+    if sum(len(tensor.raw_data) for tensor in model.graph.initializer) > _MOST_BYTES:
+        raise BundleError(f"{graph.path}: the host's part has more than {_MOST_BYTES} bytes of weights.", hint=_AGAIN)
+    if external_files(model):
+        raise BundleError(f"{graph.path}: a constant of the host's part has external data.", hint=_AGAIN)
+    try:
+        onnx.checker.check_model(model)
+        return bytes(model.SerializeToString())
+    except Exception as error:  # protobuf's errors too, which are not part of its public interface
+        raise BundleError(f"{graph.path}: the host's part is no model: {error}", hint=_AGAIN) from error
+
+
+def _inline(graph: OnnxGraph, tensor: onnx.TensorProto) -> onnx.TensorProto:
+    """A weight with its data within."""
+    if tensor.data_location != TensorProto.EXTERNAL:
+        return tensor
+    values = graph.values(tensor)
+    if values is None:
+        kind = TensorProto.DataType.Name(tensor.data_type)
+        raise BundleError(f"{graph.path}: weight {tensor.name!r} of the host is {kind}.", hint=_AGAIN)
+    return TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, raw_data=values.tobytes())
+
+
+def _value(spec: TensorSpec) -> onnx.ValueInfoProto:
+    if spec.dtype != "float32":
+        raise BundleError(f"{spec} is at the edge of the host's part and not float32.", hint=_AGAIN)
+    return helper.make_tensor_value_info(spec.name, TensorProto.FLOAT, spec.shape)

@@ -1,0 +1,231 @@
+"""What an artifact is: which tensors the device takes and gives, what is the host's, which grid, whose weights.
+
+All of it is found out before anything is written, from the compiler's tables where they say it and from the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+
+from visionaccel.bundle.vitisai.agreement import check_weights, matching_grid
+from visionaccel.bundle.vitisai.extraction import host_operators
+from visionaccel.bundle.vitisai.graph import OnnxGraph, external_files, plain_file
+from visionaccel.bundle.vitisai.layout import Boundary, VitisFolder, read_layout
+from visionaccel.checkpoint import StoredTensor
+from visionaccel.contracts import TensorSpec
+from visionaccel.errors import BundleError, ConfigurationError
+from visionaccel.families import Tower
+from visionaccel.families.base import HostPart, UnrecognisedHost
+from visionaccel.grid import Grid
+from visionaccel.program import EP_CONTEXT, HostSplit, Precision
+
+__all__ = ["Findings", "ImportRequest", "find"]
+
+_PROVIDER = "VitisAIExecutionProvider"
+_ONE_PARTITION = "Compile so that everything between the window gathers is one partition."
+_ORIENTATION = "The wrong orientation has the same shapes: run `visionaccel validate` before you use the bundle."
+_NOT_COMPARED = (
+    "the checkpoint has no vision weights to compare the artifact's with: run `visionaccel validate` against the whole "
+    "checkpoint before you trust it."
+)
+_MOST_LISTED = 40
+
+
+@dataclass(frozen=True, slots=True)
+class ImportRequest:
+    """What to import, and how.
+
+    Attributes:
+        path: The folder that the compiler left.
+        artifact: The `.rai` or the cache in it, where there are several.
+        model: The `.onnx`, where there are several or it lies elsewhere.
+        grid: The grid that it was compiled for, where the model does not tell.
+        precision: What the device computes in.
+        host_on_onnxrt: Take a host part that the family does not recognise, to be run by ONNX Runtime.
+    """
+
+    path: Path
+    artifact: Path | None = None
+    model: Path | None = None
+    grid: Grid | None = None
+    precision: Precision = "bfloat16"
+    host_on_onnxrt: bool = False
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was found.
+
+    Attributes:
+        folder: The files.
+        graph: The model that was compiled.
+        grid: The grid that it is for.
+        split: What is left to the host's own code; None if ONNX Runtime runs the host's operators.
+        part: The host's part, if the family recognised it.
+        boundary: What the device takes and gives, as far as anything but the recogniser says.
+        warnings: What the user should know.
+    """
+
+    folder: VitisFolder
+    graph: OnnxGraph
+    grid: Grid
+    split: HostSplit | None
+    part: HostPart | None
+    boundary: Boundary | None
+    warnings: tuple[str, ...]
+
+
+def find(tower: Tower, request: ImportRequest, weights: Mapping[str, StoredTensor]) -> Findings:
+    """Look at an artifact and check it against a tower.
+
+    Args:
+        tower: The checkpoint's tower.
+        request: What to look at.
+        weights: The checkpoint's vision weights, as far as they are there.
+
+    Raises:
+        BundleError: If it is damaged, of another tower, or its host part is not recognised where it must be.
+        CheckpointError: If a weight cannot be read.
+        ConfigurationError: If something is missing or ambiguous.
+    """
+    folder = read_layout(request.path, artifact=request.artifact, model=request.model)
+    graph = OnnxGraph.load(folder.model)
+    contexts = _contexts(graph)
+    if folder.format == EP_CONTEXT:
+        folder = _embedded(folder, graph, contexts)
+    boundary = _boundary(folder, graph, contexts)
+    pair = _pair(boundary)
+    part = (
+        UnrecognisedHost("the device takes or gives several tensors", ())
+        if boundary is not None and pair is None
+        else tower.recognise_host(graph, pair)
+    )
+    warnings = folder.warnings
+    if isinstance(part, HostPart):
+        _check_boundary(part, boundary, folder)
+        check_weights(part, weights)
+        grid, split = matching_grid(tower, part.window_index, request.grid)
+        if not set(part.weights) <= set(weights):
+            warnings += (_NOT_COMPARED,)
+        whole = folder.format == EP_CONTEXT  # ONNX Runtime runs the host's operators with the device's
+        return Findings(folder, graph, grid, None if whole else split, part, boundary, warnings)
+    if folder.format != EP_CONTEXT:
+        if not request.host_on_onnxrt or boundary is None:
+            raise _unrecognised(folder, graph, boundary, part)
+        warnings += ("the host's operators run on ONNX Runtime; nothing in them was compared with the checkpoint.",)
+    if request.grid is None:
+        raise ConfigurationError(
+            f"{folder.model}: nothing that is known tells which grid it was compiled for: {part.reason}.",
+            hint=f"Name the grid with --grid. {_ORIENTATION}",
+        )
+    warnings += (f"grid {request.grid.h}x{request.grid.w} was taken on trust. {_ORIENTATION}",)
+    return Findings(folder, graph, request.grid, None, None, boundary, warnings)
+
+
+def _contexts(graph: OnnxGraph) -> list[onnx.NodeProto]:
+    """The nodes that the VitisAI execution provider compiled."""
+    found = []
+    for node in graph.nodes:
+        if node.op_type == "EPContext":
+            source = next((a.s.decode(errors="replace") for a in node.attribute if a.name == "source"), "")
+            if source != _PROVIDER:
+                raise BundleError(
+                    f"{graph.path}: node {node.name!r} was compiled by provider {source[:100]!r}, not {_PROVIDER}.",
+                    hint="Import what the Vitis AI compiler wrote.",
+                )
+            found.append(node)
+    return found
+
+
+def _embedded(folder: VitisFolder, graph: OnnxGraph, contexts: Iterable[onnx.NodeProto]) -> VitisFolder:
+    """The files of a model that holds its compiled program, or names its file."""
+    names = set(external_files(graph.model))
+    nodes = list(contexts)
+    if not nodes:
+        raise ConfigurationError(
+            f"{folder.folder} holds {folder.model.name} and nothing that was compiled from it: no .rai, no "
+            "vaiml_par_0, and no EPContext node in the model.",
+            hint="Compile the model first, or name the artifact with --artifact.",
+        )
+    for node in nodes:
+        attributes = {attribute.name: attribute for attribute in node.attribute}
+        embedded, main = (attributes[n].i if n in attributes else 1 for n in ("embed_mode", "main_context"))
+        named = attributes["ep_cache_context"].s if "ep_cache_context" in attributes else b""
+        # A node that is no main context shares the file of one that is, and may name none.
+        if embedded != 1 and (main != 0 or named):
+            names.add(named.decode(errors="replace"))
+    where = f"{folder.model}: the model"
+    files = [(name, plain_file(folder.model.parent, name, where)) for name in sorted(names)]
+    model = (folder.model.name, folder.model)
+    return VitisFolder(
+        folder.folder, EP_CONTEXT, folder.model, folder.model, (model, *files), None, folder.device, folder.warnings
+    )
+
+
+def _boundary(folder: VitisFolder, graph: OnnxGraph, contexts: list[onnx.NodeProto]) -> Boundary | None:
+    """What the device takes and gives: from the compiler's table, else from the node that stands for it."""
+    if len(contexts) > 1:
+        if folder.format == EP_CONTEXT:
+            return None
+        names = ", ".join(repr(node.name) for node in contexts)
+        raise BundleError(
+            f"{folder.model}: the device's part is cut into several partitions ({names}), and one alone is no tower.",
+            hint=_ONE_PARTITION,
+        )
+    node = None
+    if contexts:
+        sides = ([name for name in names if name] for names in (contexts[0].input, contexts[0].output))
+        inputs, outputs = (tuple(graph.declared(n) or TensorSpec(n, "float32", ()) for n in names) for names in sides)
+        node = Boundary(inputs, outputs)
+    if folder.boundary is None:
+        return node
+    for side in ("inputs", "outputs"):
+        for spec in getattr(folder.boundary, side):
+            if spec.name not in graph or (node and spec.name not in {s.name for s in getattr(node, side)}):
+                raise BundleError(
+                    f"{folder.artifact}: the device's tensor {spec.name!r} is not in {folder.model}.",
+                    hint="Name the model that was compiled with --onnx.",
+                )
+    return folder.boundary
+
+
+def _pair(boundary: Boundary | None) -> tuple[str, str] | None:
+    if boundary is None or len(boundary.inputs) != 1 or len(boundary.outputs) != 1:
+        return None
+    return boundary.inputs[0].name, boundary.outputs[0].name
+
+
+def _check_boundary(part: HostPart, boundary: Boundary | None, folder: VitisFolder) -> None:
+    if boundary is None:
+        return
+    for ours, theirs in ((part.input, boundary.inputs[0]), (part.output, boundary.outputs[0])):
+        shapes = [tuple(size for size in spec.shape if size != 1) for spec in (ours, theirs)]
+        if theirs.shape and (shapes[0] != shapes[1] or ours.dtype != theirs.dtype):
+            raise BundleError(
+                f"{folder.artifact}: the device has {theirs}, and the model and the checkpoint's configuration make "
+                f"{list(ours.shape)} of it.",
+                hint="Pass the checkpoint and the model that the artifact was compiled from.",
+            )
+
+
+def _unrecognised(
+    folder: VitisFolder, graph: OnnxGraph, boundary: Boundary | None, part: UnrecognisedHost
+) -> BundleError:
+    operators = part.operators or (host_operators(graph, boundary) if boundary else ())
+    listed = ", ".join(f"{kind} {name!r}" for kind, name in operators[:_MOST_LISTED]) or "none"
+    more = f" and {len(operators) - _MOST_LISTED} more" if len(operators) > _MOST_LISTED else ""
+    hint = (
+        "Let ONNX Runtime run them with --host-on-onnxrt, or export the tower as transformers has it."
+        if boundary is not None
+        else "Add the compiler's flexmlrt-hsi.json to the folder, which names the device's tensors, and pass "
+        "--host-on-onnxrt; or export the tower as transformers has it."
+    )
+    return BundleError(
+        f"{folder.model}: the operators around the device's part are not this family's: {part.reason}. "
+        f"They are: {listed}{more}.",
+        hint=hint,
+    )

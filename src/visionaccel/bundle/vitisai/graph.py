@@ -1,0 +1,339 @@
+"""An ONNX graph as a foreign file holds it: who makes what from what, and the few constants that are asked for.
+
+Weights stay where they are. External data are read tensor by tensor, from plain names in the model's own folder.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import AttributeProto, TensorProto
+
+from visionaccel.contracts import TensorSpec
+from visionaccel.errors import BundleError
+
+__all__ = ["OnnxGraph", "external_files", "plain_file"]
+
+_AGAIN = "Fetch the folder again, or export and compile the tower again."
+_MOST_MODEL_BYTES = 2**31
+"""Protobuf's own limit."""
+
+_MOST_CONSTANT_BYTES = 2**30
+_MOST_FOLDS = 32
+
+_TYPES: Mapping[int, np.dtype[Any]] = {
+    TensorProto.FLOAT: np.dtype(np.float32),
+    TensorProto.FLOAT16: np.dtype(np.float16),
+    TensorProto.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
+    TensorProto.INT32: np.dtype(np.int32),
+    TensorProto.INT64: np.dtype(np.int64),
+}
+_NAMES = {**{kind: dtype.name for kind, dtype in _TYPES.items()}, TensorProto.BOOL: "bool"}
+
+
+class OnnxGraph:
+    """A model's main graph.
+
+    Args:
+        model: The model; it is not changed.
+        path: Where it was read from; external data lie beside it.
+
+    Attributes:
+        model: The model.
+        path: Its file.
+
+    Raises:
+        BundleError: If two nodes make one tensor.
+    """
+
+    def __init__(self, model: onnx.ModelProto, path: Path) -> None:
+        self.model, self.path = model, path
+        self._initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+        self._made: dict[str, int] = {}
+        self._readers: dict[str, list[int]] = defaultdict(list)
+        for place, node in enumerate(model.graph.node):
+            for name in filter(None, node.output):
+                if self._made.setdefault(name, place) != place:
+                    raise BundleError(f"{path}: two nodes make {name!r}.", hint=_AGAIN)
+            for name in _reads(node):
+                self._readers[name].append(place)
+
+    @classmethod
+    def load(cls, path: Path) -> OnnxGraph:
+        """Read a model without its external data.
+
+        Raises:
+            BundleError: If it cannot be read or is no ONNX model.
+        """
+        try:
+            if path.stat().st_size >= _MOST_MODEL_BYTES:
+                raise BundleError(f"{path} is larger than an ONNX model can be.", hint=_AGAIN)
+            model = onnx.load_model_from_string(path.read_bytes())
+        except BundleError:
+            raise
+        except Exception as error:  # protobuf's decoding error is not part of its public interface
+            raise BundleError(f"{path} is no ONNX model: {error}", hint=_AGAIN) from error
+        # Protobuf gives bytes where a text is no UTF-8.
+        if any(isinstance(text, bytes) for text in _texts(model)):
+            raise BundleError(f"{path} holds names that are no text.", hint=_AGAIN)
+        if not model.graph.node:
+            raise BundleError(f"{path} holds no operators.", hint=_AGAIN)
+        return cls(model, path)
+
+    @property
+    def nodes(self) -> Sequence[onnx.NodeProto]:
+        """Its nodes."""
+        return self.model.graph.node  # type: ignore[no-any-return]
+
+    @cached_property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What is fed; unknown sizes are names."""
+        return tuple(_spec(value) for value in self.model.graph.input if value.name not in self._initializers)
+
+    @cached_property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """What comes out; unknown sizes are names."""
+        return tuple(_spec(value) for value in self.model.graph.output)
+
+    @cached_property
+    def _declared(self) -> Mapping[str, onnx.ValueInfoProto]:
+        graph = self.model.graph
+        return {value.name: value for value in (*graph.value_info, *graph.output, *graph.input)}
+
+    def __contains__(self, tensor: str) -> bool:
+        return tensor in self._made or tensor in self._declared or tensor in self._initializers
+
+    def declared(self, tensor: str) -> TensorSpec | None:
+        """What the model says of a tensor; None if nothing."""
+        value = self._declared.get(tensor)
+        return None if value is None else _spec(value)
+
+    def producer(self, tensor: str) -> int | None:
+        """The node that makes a tensor; None for inputs, weights, and what is not there."""
+        return self._made.get(tensor)
+
+    def ancestors(self, tensors: Iterable[str], cut: Iterable[str] = ()) -> frozenset[int]:
+        """Nodes that tensors depend on, not looking behind those of `cut`."""
+        found: set[int] = set()
+        seen = set(cut)
+        ahead = [name for name in tensors if name not in seen]
+        while ahead:
+            place = self._made.get(ahead.pop())
+            if place is not None and place not in found:
+                found.add(place)
+                ahead += [name for name in _reads(self.nodes[place]) if name not in seen]
+        return frozenset(found)
+
+    def descendants(self, tensors: Iterable[str], cut: Iterable[str] = ()) -> frozenset[int]:
+        """Nodes that depend on tensors, not looking behind those of `cut`."""
+        found: set[int] = set()
+        seen = set(cut)
+        ahead = [name for name in tensors if name not in seen]
+        while ahead:
+            for place in self._readers.get(ahead.pop(), ()):
+                if place not in found:
+                    found.add(place)
+                    ahead += [name for name in self.nodes[place].output if name and name not in seen]
+        return frozenset(found)
+
+    def reads(self, places: Iterable[int]) -> frozenset[str]:
+        """Every tensor that these nodes read, within their subgraphs too."""
+        return frozenset(name for place in places for name in _reads(self.nodes[place]))
+
+    def initializer(self, name: str) -> onnx.TensorProto | None:
+        """A weight by its name."""
+        return self._initializers.get(name)
+
+    def constant(self, tensor: str) -> NDArray[Any] | None:
+        """The values of a tensor that depends on no input and is simply made; None for any other.
+
+        Raises:
+            BundleError: If its data are damaged, missing or elsewhere.
+        """
+        return self._constant(tensor, _MOST_FOLDS)
+
+    def values(self, tensor: onnx.TensorProto) -> NDArray[Any] | None:
+        """The values of a stored tensor; None for a dtype that no host part has.
+
+        Raises:
+            BundleError: If its data are damaged, missing or elsewhere.
+        """
+        dtype = _TYPES.get(tensor.data_type)
+        if dtype is None:
+            return None
+        where = f"{self.path}: tensor {tensor.name!r}"
+        shape = tuple(tensor.dims)
+        items = math.prod(shape)
+        if min(shape, default=1) < 0 or items * dtype.itemsize > _MOST_CONSTANT_BYTES:
+            raise BundleError(f"{where} has the impossible shape {list(shape)}.", hint=_AGAIN)
+        try:
+            if tensor.data_location == TensorProto.EXTERNAL:
+                found = self._external(tensor, dtype, items, where)
+            elif tensor.HasField("raw_data"):
+                found = np.frombuffer(tensor.raw_data, dtype)
+            elif dtype.name in ("float16", "bfloat16"):
+                found = np.array(tensor.int32_data, np.uint16).view(dtype)
+            else:
+                typed = {"float32": tensor.float_data, "int32": tensor.int32_data, "int64": tensor.int64_data}
+                found = np.array(typed[dtype.name], dtype)
+        except (ValueError, OverflowError, OSError) as error:
+            raise BundleError(f"{where} cannot be read: {error}", hint=_AGAIN) from error
+        if len(found) != items:
+            raise BundleError(f"{where} has {len(found)} elements for shape {list(shape)}.", hint=_AGAIN)
+        return found.reshape(shape)
+
+    def _external(self, tensor: onnx.TensorProto, dtype: np.dtype[Any], items: int, where: str) -> NDArray[Any]:
+        entry = {item.key: item.value for item in tensor.external_data}
+        file = plain_file(self.path.parent, entry.get("location", ""), where)
+        offset, size = int(entry.get("offset", 0)), file.stat().st_size
+        length = int(entry.get("length", items * dtype.itemsize))
+        if offset < 0 or length != items * dtype.itemsize or offset + length > size:
+            raise BundleError(f"{where} lies outside of {file.name} or has another size.", hint=_AGAIN)
+        return np.fromfile(file, dtype, items, offset=offset)
+
+    def _constant(self, tensor: str, folds: int) -> NDArray[Any] | None:
+        if tensor in self._initializers:
+            return self.values(self._initializers[tensor])
+        place = self._made.get(tensor)
+        if place is None or not folds:
+            return None
+        node = self.nodes[place]
+        if node.domain not in ("", "ai.onnx"):
+            return None
+        if node.op_type == "Constant":
+            return self._of_constant(node)
+        if node.op_type not in ("Identity", "Cast", "Reshape", "Transpose") or not node.input:
+            return None
+        found = self._constant(node.input[0], folds - 1)
+        if found is None:
+            return None
+        attributes = {attribute.name: attribute for attribute in node.attribute}
+        try:
+            match node.op_type:
+                case "Cast":
+                    target = _TYPES.get(attributes["to"].i)
+                    with np.errstate(all="ignore"):
+                        return None if target is None else found.astype(target)
+                case "Transpose":
+                    order = tuple(attributes["perm"].ints) if "perm" in attributes else None
+                    return np.transpose(found, order)
+                case "Reshape":
+                    sizes = self._constant(node.input[1], folds - 1)
+                    if sizes is None or "allowzero" in attributes:
+                        return None
+                    kept = [found.shape[i] if size == 0 else size for i, size in enumerate(sizes.tolist())]
+                    return found.reshape(kept)
+        except (ValueError, TypeError, KeyError, IndexError) as error:
+            where = f"{self.path}: {node.op_type} {node.name!r}"
+            raise BundleError(f"{where} is malformed: {error}", hint=_AGAIN) from error
+        return found
+
+    def _of_constant(self, node: onnx.NodeProto) -> NDArray[Any] | None:
+        for attribute in node.attribute:
+            match attribute.name:
+                case "value":
+                    return self.values(attribute.t)
+                case "value_int":
+                    return np.array(attribute.i, np.int64)
+                case "value_ints":
+                    return np.array(attribute.ints, np.int64)
+                case "value_float":
+                    return np.array(attribute.f, np.float32)
+                case "value_floats":
+                    return np.array(attribute.floats, np.float32)
+        return None
+
+
+def plain_file(folder: Path, name: str, where: str) -> Path:
+    """A file that something in `folder` names, if it is a plain name of a file there.
+
+    Raises:
+        BundleError: If it leads elsewhere, or is not there.
+    """
+    if not name or name != Path(name).name or name in (".", "..") or any(c in name for c in "\\/:\0"):
+        raise BundleError(
+            f"{where} refers to {name[:200]!r}, which is no plain name of a file beside it.",
+            hint="Do not use this folder, or put all files side by side and compile again.",
+        )
+    path = folder / name
+    if not path.is_file():
+        raise BundleError(f"{where} refers to {path}, which is not there.", hint="Fetch the missing file.")
+    return path
+
+
+def external_files(model: onnx.ModelProto) -> frozenset[str]:
+    """Every location that the tensors of a model name, in subgraphs and attributes too."""
+    return frozenset(
+        item.value
+        for graph in _graphs(model.graph)
+        for tensor in _tensors(graph)
+        if tensor.data_location == TensorProto.EXTERNAL
+        for item in tensor.external_data
+        if item.key == "location"
+    )
+
+
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    yield graph
+    for attribute in (attribute for node in graph.node for attribute in node.attribute):
+        for inner in _bodies(attribute):
+            yield from _graphs(inner)
+
+
+def _bodies(attribute: AttributeProto) -> Iterator[onnx.GraphProto]:
+    if attribute.type == AttributeProto.GRAPH:
+        yield attribute.g
+    yield from attribute.graphs
+
+
+def _texts(model: onnx.ModelProto) -> Iterator[object]:
+    """Every name in a model."""
+    for opset in model.opset_import:
+        yield opset.domain
+    for graph in _graphs(model.graph):
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            yield value.name
+            yield from (dim.dim_param for dim in value.type.tensor_type.shape.dim)
+        for node in graph.node:
+            yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
+            yield from (attribute.name for attribute in node.attribute)
+        for tensor in _tensors(graph):
+            yield tensor.name
+            yield from (text for item in tensor.external_data for text in (item.key, item.value))
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Weights of a graph and constants of its nodes, but not of graphs within."""
+    yield from graph.initializer
+    for attribute in (attribute for node in graph.node for attribute in node.attribute):
+        if attribute.HasField("t"):
+            yield attribute.t
+        yield from attribute.tensors
+
+
+def _reads(node: onnx.NodeProto) -> Iterator[str]:
+    """What a node reads; names within its subgraphs count, whether they are theirs or from around."""
+    yield from filter(None, node.input)
+    for attribute in node.attribute:
+        for body in _bodies(attribute):
+            yield from (value.name for value in body.output)
+            for inner in body.node:
+                yield from _reads(inner)
+
+
+def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
+    kind = value.type.tensor_type
+    shape: list[int | str] = []
+    for number, size in enumerate(kind.shape.dim):
+        known = size.HasField("dim_value") and size.dim_value > 0
+        shape.append(size.dim_value if known else size.dim_param or f"size{number}")
+    return TensorSpec(value.name, _NAMES.get(kind.elem_type, f"type{kind.elem_type}"), tuple(shape))

@@ -1,0 +1,317 @@
+"""Makes a bundle of what AMD's Vitis AI compiler left, once it is known for which grid and from which weights it is."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from visionaccel.bundle.export import (
+    WEIGHT_PREFIX,
+    Progress,
+    appearing,
+    as_json,
+    counter,
+    external_checkpoint,
+    program_name,
+    stated_file,
+    write_description,
+    write_file,
+    write_manifest,
+)
+from visionaccel.bundle.manifest import stated_coverage
+from visionaccel.bundle.opening import Bundle, open_bundle, tower_digest
+from visionaccel.bundle.vitisai.agreement import narrowest
+from visionaccel.bundle.vitisai.extraction import extract_host
+from visionaccel.bundle.vitisai.findings import Findings, ImportRequest, find
+from visionaccel.bundle.vitisai.graph import OnnxGraph
+from visionaccel.bundle.vitisai.layout import Boundary
+from visionaccel.checkpoint import SINGLE_FILE, StoredTensor
+from visionaccel.contracts import TensorSpec
+from visionaccel.errors import BundleError, CheckpointError, ConfigurationError
+from visionaccel.families import Tower
+from visionaccel.families.base import HostPart
+from visionaccel.grid import Grid
+from visionaccel.program import EP_CONTEXT, FixedGrid, Precision
+from visionaccel.stripping import read_strip_note
+from visionaccel.tensor_files import write_safetensors
+
+__all__ = ["Imported", "import_vitisai"]
+
+_AGAIN = "Export and compile the tower again."
+HOST_BEFORE, HOST_AFTER, DEVICE_TENSORS = "host_before", "host_after", "device_tensors"
+"""Roles of the companions of a program whose host part runs on ONNX Runtime."""
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """A bundle that was written.
+
+    Attributes:
+        bundle: The bundle, open.
+        warnings: What its user should know.
+    """
+
+    bundle: Bundle
+    warnings: tuple[str, ...]
+
+
+def import_vitisai(
+    tower: Tower,
+    requests: Sequence[ImportRequest],
+    output: Path,
+    *,
+    self_contained: bool = False,
+    source: str | None = None,
+    revision: str | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Imported:
+    """Check artifacts against the checkpoint that they were made from, write a bundle of them and open that.
+
+    Args:
+        tower: The checkpoint's tower; its vision weights may have been stripped.
+        requests: What to import, each for another grid.
+        output: The folder to write; it appears whole or not at all.
+        self_contained: Put the host's weights into the bundle, so that it does not refer to the checkpoint.
+        source: Where users find the checkpoint again: a folder or a Hugging Face repository. Default: its folder.
+        revision: That repository's revision.
+        force: Replace an existing bundle.
+        progress: Told how far it is.
+
+    Raises:
+        BundleError: If a file is damaged, the artifact is of another checkpoint, grid or window order, or its host part
+            is not recognised and may not run on ONNX Runtime.
+        CheckpointError: If a weight that is needed cannot be read.
+        ConfigurationError: If something is missing or ambiguous, or `output` exists or cannot be written.
+    """
+    tell = progress or (lambda *_: None)
+    weights = _weights(tower)
+    found = [find(tower, request, weights) for request in requests]
+    _check_together(found)
+    output = Path(os.path.realpath(output))
+    sources = {tensor.file for tensor in weights.values()}
+    for each in found:
+        sources |= {each.folder.model.resolve(), *(file.resolve() for _, file in each.folder.files)}
+    if any(file.is_relative_to(output) for file in sources):
+        raise ConfigurationError(
+            f"{output} holds what would be imported, or the weights, and would be replaced.",
+            hint="Name another folder.",
+        )
+    if not self_contained and not tower.complete:
+        raise ConfigurationError(
+            f"{tower.checkpoint.folder} holds no complete vision weights, so the bundle cannot refer to it for them.",
+            hint="Add --self-contained, or pass the whole checkpoint.",
+        )
+    with appearing(output, force=force) as folder:
+        digest = _digest(tower, weights, tell)
+        shared: list[Path] = []
+        if self_contained:
+            write_description(tower, folder)
+            part = next((each.part for each in found if each.part is not None), None)
+            _write_weights(tower, part, weights, folder)
+            shared = sorted(folder.iterdir())
+        entries = [
+            _write_program(tower, each, request.precision, folder, tell)
+            for each, request in zip(found, requests, strict=True)
+        ]
+        checkpoint = None if self_contained else external_checkpoint(tower, source, revision)
+        write_manifest(folder, tower, digest, shared, entries, checkpoint)
+    warnings = dict.fromkeys(warning for each in found for warning in each.warnings)
+    return Imported(open_bundle(output, checkpoint=tower.checkpoint), tuple(warnings))
+
+
+def _check_together(found: Sequence[Findings]) -> None:
+    """Refuse artifacts that are for one grid, or of towers that differ in what the host computes with."""
+    if not found:
+        raise ConfigurationError("there is nothing to import.", hint="Name a folder that the compiler left.")
+    places: dict[Grid, Path] = {}
+    first = None
+    for each in found:
+        if each.grid in places:
+            raise ConfigurationError(
+                f"{places[each.grid]} and {each.folder.artifact} are both for grid {each.grid.h}x{each.grid.w}.",
+                hint="Import one of them.",
+            )
+        places[each.grid] = each.folder.artifact
+        if each.part is None:
+            continue
+        first = first or each
+        assert first.part is not None
+        if any(not np.array_equal(each.part.weights[name], first.part.weights[name]) for name in each.part.weights):
+            raise BundleError(
+                f"{first.folder.model} and {each.folder.model} hold different patch embeddings.",
+                hint="Import artifacts of one checkpoint, exported in one way.",
+            )
+
+
+def _weights(tower: Tower) -> Mapping[str, StoredTensor]:
+    """The checkpoint's vision weights; none if they were stripped."""
+    _ = tower.checkpoint.tensors  # a damaged checkpoint is refused here, so what is refused below is only their absence
+    try:
+        return tower.weights
+    except CheckpointError:
+        return {}
+
+
+def _digest(tower: Tower, weights: Mapping[str, StoredTensor], tell: Progress) -> str:
+    """Digest of the vision weights, from the note of what stripped them where they are gone."""
+    if tower.complete:
+        total = sum(tensor.length for tensor in weights.values())
+        return tower_digest(tower, progress=counter("digest of the weights", total, tell))
+    noted = read_strip_note(tower.checkpoint.folder)
+    if noted is None:
+        raise ConfigurationError(
+            f"{tower.checkpoint.folder} has no complete vision weights, and no note of `visionaccel strip` says which "
+            "they were.",
+            hint="Pass the whole checkpoint, or one that `visionaccel strip` wrote.",
+        )
+    return noted
+
+
+def _write_weights(tower: Tower, part: HostPart | None, weights: Mapping[str, StoredTensor], folder: Path) -> None:
+    """Write the host's weights alone: those in the artifact, or the checkpoint's where it has none that are known."""
+    named: dict[str, StoredTensor] = {}
+    with tempfile.TemporaryDirectory() as work:
+        for name in tower.host_weights:
+            if part is not None:
+                values, file = narrowest(part.weights[name]), Path(work, f"{len(named)}")
+                values.tofile(file)
+                named[name] = StoredTensor(name, file, 0, values.nbytes, values.dtype.name, values.shape)
+            elif name in weights:
+                named[name] = weights[name]
+            else:
+                raise ConfigurationError(
+                    f"{tower.checkpoint.folder} lacks {name}, and it was not found in the artifact either.",
+                    hint="Pass the whole checkpoint.",
+                )
+        packed = {WEIGHT_PREFIX + name: tensor for name, tensor in named.items()}
+        write_safetensors(folder / SINGLE_FILE, packed, metadata={"format": "pt"})
+
+
+def _write_program(tower: Tower, found: Findings, precision: Precision, folder: Path, tell: Progress) -> dict[str, Any]:
+    coverage = FixedGrid(found.grid)
+    name = program_name(coverage)
+    home = folder / name
+    home.mkdir()
+    files = [home / path for path, _ in found.folder.files]
+    # What a runtime opens as external data of an ONNX model must not be a hard link: it would be refused as an attack.
+    _bring(home, found.folder.files, link=found.folder.format != EP_CONTEXT, tell=tell)
+    companions: dict[str, Path] = {}
+    inputs, outputs = tower.signature(coverage, found.split)
+    if found.split is not None:
+        assert found.part is not None
+        stored = {inputs[0].name: found.part.input.name, outputs[0].name: found.part.output.name}
+    else:
+        stored = _ends(found, inputs, outputs)
+        if found.folder.format == EP_CONTEXT:
+            # What the model refers to must be stated to whoever opens it, so that it can be told from any other file.
+            companions = {path: home / path for path, file in found.folder.files if file != found.folder.artifact}
+        else:
+            assert found.boundary is not None
+            companions = _write_host(found.graph, found.boundary, home)
+    main = next(path for path, file in found.folder.files if file == found.folder.artifact)
+    return {
+        "name": name,
+        "format": found.folder.format,
+        "model": (home / main).relative_to(folder).as_posix(),
+        "files": [stated_file(folder, file) for file in dict.fromkeys([*files, *companions.values()])],
+        "companions": {role: file.relative_to(folder).as_posix() for role, file in companions.items()},
+        "inputs": [_stated_tensor(spec, stored) for spec in inputs],
+        "outputs": [_stated_tensor(spec, stored) for spec in outputs],
+        "coverage": stated_coverage(coverage).model_dump(mode="json"),
+        "precision": precision,
+        "device": found.folder.device,
+        "host": None
+        if found.split is None
+        else {"window_order": found.split.window_order, "tensors": list(tower.host_weights)},
+    }
+
+
+def _stated_tensor(spec: TensorSpec, stored: Mapping[str, str]) -> dict[str, Any]:
+    name = stored[spec.name]
+    return {
+        "name": spec.name,
+        "dtype": spec.dtype,
+        "shape": list(spec.shape),
+        "stored_name": None if name == spec.name else name,
+    }
+
+
+def _ends(found: Findings, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> dict[str, str]:
+    """The graph's own names of its input and output, whose shapes must be those of the grid where they are stated."""
+    stored = {}
+    for wanted, stated in ((inputs, found.graph.inputs), (outputs, found.graph.outputs)):
+        if len(wanted) != 1 or len(stated) != 1:
+            raise BundleError(
+                f"{found.graph.path}: the model has {len(found.graph.inputs)} inputs and {len(found.graph.outputs)} "
+                "outputs, and a tower of one grid has one each.",
+                hint=_AGAIN,
+            )
+        known = zip(wanted[0].shape, stated[0].shape, strict=False)
+        differ = any(isinstance(size, int) and size != expected for expected, size in known)
+        if differ or len(stated[0].shape) != len(wanted[0].shape) or stated[0].dtype != wanted[0].dtype:
+            raise BundleError(
+                f"{found.graph.path}: the model has {stated[0]}, and a program of grid {found.grid.h}x{found.grid.w} "
+                f"has {wanted[0]}.",
+                hint="Name the grid and the checkpoint that it was compiled for.",
+            )
+        stored[wanted[0].name] = stated[0].name
+    return stored
+
+
+def _write_host(graph: OnnxGraph, boundary: Boundary, home: Path) -> dict[str, Path]:
+    before, after = extract_host(graph, boundary)
+    sides = {"inputs": boundary.inputs, "outputs": boundary.outputs}
+    tensors = {
+        side: [{"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)} for spec in specs]
+        for side, specs in sides.items()
+    }
+    if any(isinstance(size, str) for specs in sides.values() for spec in specs for size in spec.shape) or not all(
+        spec.shape for specs in sides.values() for spec in specs
+    ):
+        raise BundleError(
+            f"{graph.path}: the shapes of the device's tensors are not known.",
+            hint="Add the compiler's flexmlrt-hsi.json to the folder.",
+        )
+    written = {}
+    contents = {HOST_BEFORE: ("onnx", before), HOST_AFTER: ("onnx", after), DEVICE_TENSORS: ("json", as_json(tensors))}
+    for role, (suffix, data) in contents.items():
+        if data is None:
+            continue
+        written[role] = home / f"{role}.{suffix}"
+        if written[role].exists():
+            raise BundleError(f"{written[role].name} is among the artifact's files.", hint="Rename that file.")
+        write_file(written[role], data)
+    return written
+
+
+def _bring(home: Path, files: Iterable[tuple[str, Path]], *, link: bool, tell: Progress) -> None:
+    """Hard links of files where the disk allows, copies elsewhere."""
+    left: list[tuple[Path, Path]] = []
+    for path, file in files:
+        (home / path).parent.mkdir(parents=True, exist_ok=True)
+        if link:
+            with suppress(OSError):
+                os.link(file.resolve(), home / path)
+                continue
+        left.append((file, home / path))
+    needed, free = sum(file.stat().st_size for file, _ in left), shutil.disk_usage(home).free
+    if needed > free:
+        raise ConfigurationError(
+            f"the artifact needs {needed / 2**30:.2f} GiB, and {home.parent.parent} has {free / 2**30:.2f} GiB left.",
+            hint="Free some space, or write the bundle to the artifact's own disk.",
+        )
+    done = 0
+    for file, target in left:
+        tell("artifact", done, needed)
+        shutil.copyfile(file, target)
+        done += file.stat().st_size
+        tell("artifact", done, needed)

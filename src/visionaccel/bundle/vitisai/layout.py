@@ -1,0 +1,282 @@
+"""What lies in a folder that AMD's Vitis AI compiler left: the artifact, the model, and the tensors at its edges.
+
+Two layouts are known. A single `.rai` beside the `.onnx` that it was compiled from; or a cache directory with
+`vaiml_par_<N>/partition-info.json` and `vaiml_par_<N>/<part>/flexmlrt-hsi.json`. Where there is neither, the `.onnx`
+may hold the compiled program itself, in a node of the VitisAI execution provider.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+
+from visionaccel.bundle.vitisai.metadata import Connectivity, PartitionInfo, TensorTable, read_metadata
+from visionaccel.contracts import TensorSpec
+from visionaccel.errors import BundleError, ConfigurationError
+from visionaccel.program import EP_CONTEXT, FLEXMLRT_DIRECTORY, FLEXMLRT_RAI
+
+__all__ = ["SIMULATOR_MAGIC", "Boundary", "VitisFolder", "read_layout"]
+
+SIMULATOR_MAGIC = b"VASIMRAI"
+"""First bytes of an artifact for the FlexMLRT simulator, which is no device."""
+
+_INFO, _TABLE, _CONNECTIVITY = "partition-info.json", "flexmlrt-hsi.json", "connectivity_metadata.json"
+_PARTITION, _SIMULATOR = "vaiml_par_", "simulator.rai"
+_LFS_POINTER = b"version https://git-lfs"
+_SMALL = 10**6
+"""A real `.rai` holds a tower's weights; what is smaller is most likely something else."""
+
+_MOST_FILES = 4096
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """Tensors at the device's edges, by the names that they have in the model."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class VitisFolder:
+    """What was found.
+
+    Attributes:
+        folder: Where.
+        format: The program format.
+        model: The ONNX model that was compiled.
+        artifact: The file to open: the `.rai`, `partition-info.json`, or the model itself.
+        files: Every file of the artifact, by its path in the program's folder of the bundle.
+        boundary: What the device takes and gives; None where no file says.
+        device: `npu`, or `simulator`.
+        warnings: What a user should know.
+    """
+
+    folder: Path
+    format: str
+    model: Path
+    artifact: Path
+    files: tuple[tuple[str, Path], ...]
+    boundary: Boundary | None
+    device: str
+    warnings: tuple[str, ...]
+
+
+def read_layout(path: Path, *, artifact: Path | None = None, model: Path | None = None) -> VitisFolder:
+    """Look at a folder.
+
+    Args:
+        path: The folder, or the `.rai` or `.onnx` in it.
+        artifact: The `.rai`, the cache or the partition's folder in it, where there are several.
+        model: The `.onnx`, where there are several or it lies elsewhere.
+
+    Raises:
+        ConfigurationError: If something is not there, or there are several.
+        BundleError: If a file is damaged, the compilation did not end, or there are several device partitions.
+    """
+    try:
+        return _read(path, artifact, model)
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be read: {error}", hint="Check its permissions.") from error
+
+
+def _read(path: Path, artifact: Path | None, model: Path | None) -> VitisFolder:
+    if path.is_file():
+        path, artifact, model = (
+            (path.parent, artifact, model or Path(path.name))
+            if path.suffix.lower() == ".onnx"
+            else (path.parent, artifact or Path(path.name), model)
+        )
+    if not path.is_dir():
+        raise ConfigurationError(f"{path} does not exist.", hint="Pass the folder with the compiled tower.")
+    found = _given(path, artifact) if artifact is not None else _only(_artifacts(path), path, "--artifact")
+    places = [path] if found is None or found.is_file() else [path, found, found.parent]
+    onnx = _model(path, model, places)
+    if found is None:
+        return VitisFolder(path, EP_CONTEXT, onnx, onnx, (), None, "npu", ())
+    return _directory(path, found, onnx) if found.is_dir() else _single(path, found, onnx)
+
+
+def _artifacts(folder: Path) -> list[Path]:
+    entries = sorted(folder.iterdir())
+    singles = [entry for entry in entries if entry.suffix.lower() == ".rai" and entry.is_file()]
+    caches = [entry for entry in entries if entry.is_dir() and _partitions(entry)]
+    return [*singles, *([folder] if _partitions(folder) else caches)]
+
+
+def _partitions(folder: Path) -> list[Path]:
+    return sorted(each for each in folder.glob(f"{_PARTITION}*") if each.is_dir())
+
+
+def _given(folder: Path, named: Path) -> Path:
+    found = folder / named if (folder / named).exists() else named
+    if not found.exists():
+        raise ConfigurationError(f"{named} does not exist.", hint="Name the .rai or the cache directory.")
+    if found.is_dir() and not _partitions(found):
+        found = found.parent
+        if not _partitions(found):
+            raise ConfigurationError(f"{named} holds no {_PARTITION}0.", hint="Name the .rai or the cache directory.")
+    return found
+
+
+def _only(found: Sequence[Path], folder: Path, option: str) -> Path | None:
+    if len(found) > 1:
+        names = ", ".join(str(each.relative_to(folder)) for each in found)
+        raise ConfigurationError(f"{folder} holds several to choose from: {names}.", hint=f"Name one with {option}.")
+    return found[0] if found else None
+
+
+def _model(folder: Path, named: Path | None, places: Sequence[Path]) -> Path:
+    if named is not None:
+        found = folder / named if (folder / named).exists() else named
+        if not found.is_file():
+            raise ConfigurationError(f"{named} is not a file.", hint="Name the .onnx that was compiled.")
+        return found
+    for place in places:
+        models = sorted(each for each in place.glob("*.onnx") if each.is_file())
+        if (only := _only(models, place, "--onnx")) is not None:
+            return only
+    raise ConfigurationError(
+        f"{folder} holds no .onnx, by which an artifact's grid and weights are checked.",
+        hint="Name the model that was compiled with --onnx.",
+    )
+
+
+def _single(folder: Path, artifact: Path, model: Path) -> VitisFolder:
+    size = artifact.stat().st_size
+    with artifact.open("rb") as file:
+        start = file.read(len(_LFS_POINTER))
+    warnings: tuple[str, ...] = ()
+    simulated = start.startswith(SIMULATOR_MAGIC)
+    if size < _SMALL and start == _LFS_POINTER:
+        raise BundleError(
+            f"{artifact} is a Git LFS pointer of {size} bytes, not the artifact.", hint="Run `git lfs pull` there."
+        )
+    if not size:
+        raise BundleError(f"{artifact} is empty.", hint="Fetch the file again.")
+    if size < _SMALL and not simulated:
+        warnings = (
+            f"{artifact} has {size} bytes only, which is little for a vision tower: check that it was fetched whole.",
+        )
+    table = folder / _TABLE
+    return VitisFolder(
+        folder=folder,
+        format=FLEXMLRT_RAI,
+        model=model,
+        artifact=artifact,
+        files=((artifact.name, artifact),),
+        boundary=_boundary(table) if table.exists() else None,
+        device="simulator" if simulated else "npu",
+        warnings=warnings,
+    )
+
+
+def _directory(folder: Path, cache: Path, model: Path) -> VitisFolder:
+    partitions = _partitions(cache)
+    infos = {}
+    for each in partitions:
+        infos[each] = info = read_metadata(each / _INFO, PartitionInfo)
+        if info.status != "completed":
+            raise BundleError(
+                f"{each / _INFO}: status is {info.status!r}, not 'completed': the compilation did not end.",
+                hint="Compile the tower again.",
+            )
+    device = [each for each, info in infos.items() if info.runner_type == "hw"]
+    if not device:
+        raise BundleError(
+            f"{cache}: no partition runs on the device: runner_type is "
+            + ", ".join(f"{info.runner_type!r} in {each.name}" for each, info in infos.items()),
+            hint="Compile the tower for the device.",
+        )
+    parts = sorted(device[0].glob(f"*/{_TABLE}"))
+    cut = [f"{each.parent.relative_to(cache)}" for each in parts]
+    if len(device) > 1 or len(parts) > 1 or infos[device[0]].num_aie_partitions > 1:
+        names = ", ".join(each.name for each in device) if len(device) > 1 else ", ".join(cut) or device[0].name
+        raise BundleError(
+            f"{cache}: the device's part is cut into several partitions ({names}), and one alone is no tower.",
+            hint="Compile so that everything between the window gathers is one partition.",
+        )
+    (partition,) = device
+    if not parts:
+        raise BundleError(
+            f"{partition} holds no {_TABLE} in a folder of a part: the device's tensors are not known.",
+            hint="Fetch the whole cache directory, or compile the tower again.",
+        )
+    boundary = _boundary(parts[0])
+    if (cache / _CONNECTIVITY).exists():
+        elsewhere = {each.name for each in partitions} - {partition.name}
+        _check_connectivity(cache / _CONNECTIVITY, partition.name, elsewhere, boundary)
+    simulated = partition / _SIMULATOR
+    return VitisFolder(
+        folder=folder,
+        format=FLEXMLRT_DIRECTORY,
+        model=model,
+        artifact=partition / _INFO,
+        files=_files(partition),
+        boundary=boundary,
+        device="simulator" if simulated.is_file() else "npu",
+        warnings=(),
+    )
+
+
+def _boundary(path: Path) -> Boundary:
+    table = read_metadata(path, TensorTable)
+    for field in ("inputs", "outputs"):
+        tensors = getattr(table, field)
+        for number, tensor in enumerate(tensors):
+            if tensor.cpu_dtype != "fp32":
+                raise BundleError(
+                    f"{path}: {field}.{number}.cpu_dtype is {tensor.cpu_dtype!r}, and the host speaks fp32.",
+                    hint="Compile the tower with float32 inputs and outputs.",
+                )
+        if len({tensor.tensor_name for tensor in tensors}) != len(tensors):
+            raise BundleError(f"{path}: {field} name one tensor twice.", hint="Compile the tower again.")
+    return Boundary(tuple(t.spec for t in table.inputs), tuple(t.spec for t in table.outputs))
+
+
+def _check_connectivity(path: Path, partition: str, elsewhere: Set[str], boundary: Boundary) -> None:
+    """The partitions must be those that are there, and what goes in and out of the device what its table says."""
+    connectivity = read_metadata(path, Connectivity)
+    named = [name for name in connectivity.execution_order if name.startswith(_PARTITION)]
+    device = [name for name in named if name not in elsewhere]
+    if device != [partition]:
+        raise BundleError(
+            f"{path}: execution_order names the device partitions {', '.join(device) or 'none'}, and {partition} is "
+            "there.",
+            hint="Compile so that everything between the window gathers is one partition.",
+        )
+    sides = {
+        "takes": ({e.shape for e in connectivity.graph_edges if e.destination_partition == partition}, boundary.inputs),
+        "gives": ({e.shape for e in connectivity.graph_edges if e.source_partition == partition}, boundary.outputs),
+    }
+    for verb, (shapes, tensors) in sides.items():
+        stated = {tuple(size for size in shape if size != 1) for shape in shapes}
+        for tensor in tensors:
+            if tuple(size for size in tensor.shape if size != 1) not in stated:
+                raise BundleError(
+                    f"{path}: graph_edges know nothing of {tensor}, which {partition} {verb}.",
+                    hint="The files are of different compilations; fetch or compile the tower again.",
+                )
+
+
+def _files(partition: Path) -> tuple[tuple[str, Path], ...]:
+    """Every file of a partition's folder, by its path below the cache."""
+    files: list[tuple[str, Path]] = []
+    for folder, _, names in os.walk(partition):
+        for name in sorted(names):
+            file = Path(folder, name)
+            try:
+                regular = stat.S_ISREG(file.stat().st_mode)
+            except OSError as error:
+                raise BundleError(
+                    f"{file} cannot be read: {error.strerror}.", hint="Fetch the folder again."
+                ) from error
+            if not regular:
+                raise BundleError(f"{file} is not a file.", hint="Do not use this folder.")
+            files.append((file.relative_to(partition.parent).as_posix(), file))
+        if len(files) > _MOST_FILES:
+            raise BundleError(f"{partition} holds more than {_MOST_FILES} files.", hint="Do not use this folder.")
+    return tuple(sorted(files))

@@ -1,0 +1,119 @@
+"""`visionaccel import-vitisai`: a bundle of what AMD's Vitis AI compiler left."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import TextColumn
+
+from visionaccel.cli.export import PrecisionName
+from visionaccel.cli.output import Json, messages, print_json, progress, results
+from visionaccel.encoder import open_tower
+from visionaccel.errors import ConfigurationError
+from visionaccel.grid import Grid
+
+__all__ = ["import_vitisai"]
+
+
+def import_vitisai(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="PATH...", help="Folders that the compiler left, one a grid: a .rai beside its .onnx, or its cache."
+        ),
+    ],
+    bundle: Annotated[Path, typer.Argument(help="Folder of the bundle to write.")],
+    checkpoint: Annotated[
+        str, typer.Option(help="Checkpoint folder or Hugging Face repository that the artifact was made from.")
+    ],
+    grid: Annotated[
+        str | None,
+        typer.Option(help="Grid that it was compiled for, in patches: 58x74. Needed only where the model cannot tell."),
+    ] = None,
+    artifact: Annotated[
+        Path | None, typer.Option(help="The .rai or cache directory in PATH, where there are several.")
+    ] = None,
+    onnx: Annotated[
+        Path | None, typer.Option(help="The .onnx that was compiled, where there are several or it lies elsewhere.")
+    ] = None,
+    precision: Annotated[PrecisionName, typer.Option(help="What the device computes in.")] = PrecisionName.BFLOAT16,
+    host_on_onnxrt: Annotated[
+        bool,
+        typer.Option(
+            "--host-on-onnxrt",
+            help="Let ONNX Runtime run the operators around the device's part if they are not recognised.",
+        ),
+    ] = False,
+    self_contained: Annotated[
+        bool,
+        typer.Option("--self-contained", help="Put the host's weights into the bundle: it then needs no checkpoint."),
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="Revision of the Hugging Face repository.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make a bundle of what AMD's Vitis AI compiler left, checked against the checkpoint that it was made from."""
+    # onnx takes a noticeable time to import, and other commands need not wait for it.
+    from visionaccel.bundle.vitisai import ImportRequest
+    from visionaccel.bundle.vitisai import import_vitisai as run_import
+
+    started = time.perf_counter()
+    tower = open_tower(checkpoint, revision)
+    if len(paths) > 1 and (artifact, onnx, grid) != (None, None, None):
+        raise ConfigurationError(
+            "--artifact, --onnx and --grid say something of one folder, and several are named.",
+            hint="Give each artifact a folder of its own that tells everything, or import one.",
+        )
+    requests = [
+        ImportRequest(
+            path=path,
+            artifact=artifact,
+            model=onnx,
+            grid=None if grid is None else _grid(grid, tower.merge_size),
+            precision=precision.value,
+            host_on_onnxrt=host_on_onnxrt,
+        )
+        for path in paths
+    ]
+    with progress(TextColumn("{task.percentage:>3.0f} %", markup=False)) as tell:
+        imported = run_import(
+            tower,
+            requests,
+            bundle,
+            self_contained=self_contained,
+            source=None if Path(checkpoint).is_dir() else checkpoint,
+            revision=revision,
+            force=force,
+            progress=tell,
+        )
+    manifest = imported.bundle.manifest
+    seconds = round(time.perf_counter() - started, 3)
+    for warning in imported.warnings:
+        messages.print(f"Warning: {warning}", markup=False, highlight=False, soft_wrap=True, style="yellow")
+    if as_json:
+        print_json(
+            {
+                "bundle": str(bundle),
+                "seconds": seconds,
+                "warnings": list(imported.warnings),
+                "manifest": manifest.model_dump(mode="json"),
+            }
+        )
+        return
+    for program in manifest.programs:
+        host = f"windows in {program.host.window_order} order" if program.host else "by ONNX Runtime"
+        results.print(
+            f"Grid {program.name}: {program.format} for {program.device}, {program.precision}; host part: {host}."
+        )
+    results.print(f"Bundle {bundle}, written in {seconds} s.")
+
+
+def _grid(text: str, merge_size: int) -> Grid:
+    grid = Grid.parse(text)
+    if grid.t != 1:
+        raise ConfigurationError(f"--grid {text}: a program takes one frame.", hint="Write height x width, 58x74.")
+    grid.check_divisible(merge_size)
+    return grid

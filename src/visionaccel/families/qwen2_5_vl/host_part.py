@@ -1,0 +1,297 @@
+"""Recognises the host's part of a tower that was exported, cut and compiled elsewhere.
+
+transformers' tower is: patches, one product with the kernel of the patch embedding, the tokens gathered into window
+order, blocks and merger, the embeddings gathered back. What lies between the gathers is the device's. The product may
+be a convolution or a matrix product, and exporters scatter operators around that move nothing: reshapes, casts of
+float32 to float32, identities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from visionaccel.contracts import TensorSpec
+from visionaccel.errors import BundleError
+from visionaccel.families.base import HostPart, OperatorGraph, UnrecognisedHost, WindowMatch
+from visionaccel.families.qwen2_5_vl.config import VisionConfig
+from visionaccel.families.qwen2_5_vl.geometry import by_window_size, window_order
+from visionaccel.families.qwen2_5_vl.operators import (
+    PRODUCTS,
+    STILL,
+    StrangeError,
+    check_gathers,
+    is_plain,
+    moved,
+    named,
+    product,
+    squeezed,
+)
+from visionaccel.families.qwen2_5_vl.signature import PATCH_KERNEL
+from visionaccel.grid import Grid
+from visionaccel.program import HostSplit
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["match_windows", "recognise_host"]
+
+_MOST_STEPS = 64
+"""Operators of one chain; the host's part of a real export has about ten."""
+
+_GATHER = frozenset({"Gather"})
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """From the graph's input to the device: nodes, kernel [hidden, patch_width], order, and the shape handed over."""
+
+    nodes: tuple[int, ...]
+    kernel: NDArray[Any]
+    window_index: NDArray[np.int64]
+    shape: tuple[int, ...]
+
+
+def recognise_host(
+    config: VisionConfig, graph: OperatorGraph, boundary: tuple[str, str] | None
+) -> HostPart | UnrecognisedHost:
+    """The host's part around a device's, of a tower of that configuration.
+
+    Args:
+        config: Sizes of the tower.
+        graph: The whole tower.
+        boundary: Names of what the device takes and gives; None to find them: what comes out of the first gather, and
+            what goes into the last.
+
+    Raises:
+        BundleError: If the sizes are another tower's, an order is no permutation, or the second gather does not undo
+            the first.
+    """
+    try:
+        pixels, embeddings = _ends(config, graph)
+        if boundary is None:
+            given, entry = _find_entry(config, graph, pixels)
+        else:
+            given, entry = boundary[0], _entry(config, graph, pixels, _chain(graph, boundary[0], pixels.name))
+        taken = _find_taken(graph, embeddings.name) if boundary is None else boundary[1]
+        exit_nodes, reverse_index = _exit(config, graph, embeddings, taken, len(entry.window_index))
+        _check_cut(graph, pixels.name, given, taken, {*entry.nodes, *exit_nodes})
+    except StrangeError as strange:
+        return UnrecognisedHost(str(strange), _operators(graph, boundary))
+    _check_orders(entry.window_index, reverse_index)
+    tokens = len(entry.window_index)
+    kernel = entry.kernel.reshape(
+        config.hidden_size, config.in_channels, config.temporal_patch_size, config.patch_size, config.patch_size
+    )
+    return HostPart(
+        weights={PATCH_KERNEL: kernel},
+        window_index=entry.window_index,
+        input=TensorSpec(given, "float32", entry.shape),
+        output=TensorSpec(taken, "float32", (tokens, config.out_hidden_size)),
+    )
+
+
+def match_windows(config: VisionConfig, window_index: NDArray[np.int64]) -> WindowMatch:
+    """Grids of one frame whose tokens come in that order, in raster order or with windows of one size together.
+
+    Args:
+        config: Sizes of the tower.
+        window_index: int64 [tokens]; the token that goes to each place.
+    """
+    tokens, merge = len(window_index), config.spatial_merge_size
+    found: list[tuple[Grid, HostSplit]] = []
+    nearest, least = None, tokens + 1
+    for height in _divisors(tokens):
+        grid = Grid(1, height * merge, tokens // height * merge)
+        raster, lengths = window_order(config, [grid])
+        grouped, _ = by_window_size(config, raster, lengths)
+        # Where both are the same it is called raster, as the reference has it.
+        differing = [int((order != window_index).sum()) for order in (raster, grouped)]
+        if 0 in differing:
+            found.append((grid, HostSplit("grouped" if differing[0] else "raster")))
+        if min(differing) < least:
+            nearest, least = grid, min(differing)
+    return WindowMatch(tuple(found), nearest, least)
+
+
+def _divisors(number: int) -> Iterator[int]:
+    return (each for each in range(1, number + 1) if number % each == 0)
+
+
+def _ends(config: VisionConfig, graph: OperatorGraph) -> tuple[TensorSpec, TensorSpec]:
+    """The graph's only input and only output."""
+    if len(graph.inputs) != 1 or len(graph.outputs) != 1:
+        raise StrangeError(f"the graph has {len(graph.inputs)} inputs and {len(graph.outputs)} outputs, not one each")
+    pixels, embeddings = graph.inputs[0], graph.outputs[0]
+    for spec, width in ((pixels, config.patch_width), (embeddings, config.out_hidden_size)):
+        if spec.dtype != "float32":
+            raise StrangeError(f"{spec.name!r} is {spec.dtype} and not float32")
+        if spec.shape and isinstance(spec.shape[-1], int) and spec.shape[-1] != width:
+            raise BundleError(
+                f"the model's {spec} is of another width than the checkpoint's {width}.",
+                hint="Pass the checkpoint that the artifact was compiled from.",
+            )
+    return pixels, embeddings
+
+
+def _chain(graph: OperatorGraph, tensor: str, start: str) -> tuple[int, ...]:
+    """The nodes from `start` to a tensor, each by its first input, if all of them may be the host's."""
+    nodes: list[int] = []
+    while tensor != start:
+        place = graph.producer(tensor)
+        if place is None or len(nodes) == _MOST_STEPS:
+            raise StrangeError(f"{tensor!r} is not made from {start!r} by the host's operators")
+        node = graph.nodes[place]
+        if not is_plain(node, STILL | PRODUCTS | _GATHER):
+            raise StrangeError(f"{named(node)} is none of the host's operators")
+        nodes.append(place)
+        tensor = node.input[0]
+    return tuple(reversed(nodes))
+
+
+def _find_entry(config: VisionConfig, graph: OperatorGraph, pixels: TensorSpec) -> tuple[str, _Entry]:
+    """The first gather that patches reach embedded, and what comes out of it."""
+    first: StrangeError | None = None
+    for place in sorted(graph.descendants([pixels.name])):
+        if graph.nodes[place].op_type != "Gather" or not graph.nodes[place].output:
+            continue
+        tensor = graph.nodes[place].output[0]
+        try:
+            return tensor, _entry(config, graph, pixels, _chain(graph, tensor, pixels.name))
+        except StrangeError as strange:
+            first = first or strange
+    raise first or StrangeError("no gather puts the tokens into window order")
+
+
+def _entry(config: VisionConfig, graph: OperatorGraph, pixels: TensorSpec, chain: Sequence[int]) -> _Entry:
+    """Follow the shapes through the chain from the patches to the device."""
+    gathers = [place for place in chain if graph.nodes[place].op_type == "Gather"]
+    products = [place for place in chain if graph.nodes[place].op_type in PRODUCTS]
+    if len(gathers) != 1 or len(products) != 1 or products[0] > gathers[0]:
+        raise StrangeError("the patches are not embedded once and then gathered once")
+    index = _index(graph, graph.nodes[gathers[0]])
+    tokens, merged = len(index), config.merged_patches
+    shape: tuple[int, ...] = (tokens * merged, config.patch_width)
+    kernel: NDArray[Any] | None = None
+    if not pixels.fits(shape, {str(size): fed for size, fed in zip(pixels.shape, shape, strict=False)}):
+        raise StrangeError(f"{tokens} tokens of {merged} patches are gathered from {pixels}")
+    for place in chain:
+        node = graph.nodes[place]
+        if place == products[0]:
+            kernel, shape = product(graph, node, shape)
+            _check_kernel(config, kernel, named(node))
+        elif place == gathers[0]:
+            check_gathers(node, shape, tokens)
+        else:
+            shape = moved(graph, node, shape)
+    assert kernel is not None
+    if squeezed(shape) != squeezed((tokens, merged, config.hidden_size)):
+        raise StrangeError(f"the device would take {list(shape)} for {tokens} tokens of {merged} patches")
+    return _Entry(tuple(chain), kernel, index, shape)
+
+
+def _check_kernel(config: VisionConfig, kernel: NDArray[Any], where: str) -> None:
+    expected = config.hidden_size, config.patch_width
+    if kernel.shape != expected:
+        raise BundleError(
+            f"{where} embeds patches with a kernel of {list(kernel.shape)}, and the checkpoint's is {list(expected)}.",
+            hint="Pass the checkpoint that the artifact was compiled from.",
+        )
+
+
+def _find_taken(graph: OperatorGraph, embeddings: str) -> str:
+    """What goes into the last gather."""
+    tensor = embeddings
+    for _ in range(_MOST_STEPS):
+        place = graph.producer(tensor)
+        if place is None:
+            break
+        node = graph.nodes[place]
+        if not is_plain(node, STILL | _GATHER):
+            raise StrangeError(f"{named(node)} is none of the host's operators")
+        tensor = node.input[0]
+        if node.op_type == "Gather":
+            return str(tensor)
+    raise StrangeError(f"{embeddings!r} is not gathered from what a device gives")
+
+
+def _exit(
+    config: VisionConfig, graph: OperatorGraph, embeddings: TensorSpec, taken: str, tokens: int
+) -> tuple[tuple[int, ...], NDArray[np.int64]]:
+    """The nodes from what the device gives to the graph's output, and the order that they gather by."""
+    chain = _chain(graph, embeddings.name, taken)
+    gathers = [place for place in chain if graph.nodes[place].op_type == "Gather"]
+    if len(gathers) != 1 or any(graph.nodes[place].op_type in PRODUCTS for place in chain):
+        raise StrangeError("the embeddings are not gathered once and nothing else")
+    index = _index(graph, graph.nodes[gathers[0]])
+    shape: tuple[int, ...] = (tokens, config.out_hidden_size)
+    for place in chain:
+        if place == gathers[0]:
+            check_gathers(graph.nodes[place], shape, tokens)
+        else:
+            shape = moved(graph, graph.nodes[place], shape)
+    if squeezed(shape) != squeezed((tokens, config.out_hidden_size)):
+        raise StrangeError(f"the embeddings come out as {list(shape)}")
+    return chain, index
+
+
+def _index(graph: OperatorGraph, node: onnx.NodeProto) -> NDArray[np.int64]:
+    index = graph.constant(node.input[1]) if len(node.input) == 2 else None
+    if index is None or index.dtype.name not in ("int32", "int64") or index.ndim != 1 or not len(index):
+        raise StrangeError(f"{named(node)} does not gather by a constant index")
+    return index.astype(np.int64)
+
+
+def _check_orders(window_index: NDArray[np.int64], reverse_index: NDArray[np.int64]) -> None:
+    tokens = len(window_index)
+    if not np.array_equal(np.sort(window_index), np.arange(tokens)):
+        raise BundleError(
+            f"the model's window order of {tokens} tokens is no permutation: tokens are lost or repeated.",
+            hint="Export and compile the tower again.",
+        )
+    expected = np.argsort(window_index)
+    if not np.array_equal(reverse_index, expected):
+        wrong = int((reverse_index != expected).sum()) if len(reverse_index) == tokens else max(tokens, 1)
+        raise BundleError(
+            f"the model does not put its embeddings back: {wrong} of {tokens} places of the reverse order are not the "
+            "inverse of the window order.",
+            hint="Export and compile the tower again.",
+        )
+
+
+def _check_cut(graph: OperatorGraph, pixels: str, given: str, taken: str, host: set[int]) -> None:
+    """Whether the device's part touches the rest of the graph in these two tensors only."""
+    ends = [spec.name for spec in graph.outputs]
+    needed, fed = graph.ancestors(ends), graph.descendants([pixels])
+    for place in sorted(graph.descendants([pixels], [given]) & needed - host):
+        raise StrangeError(f"{named(graph.nodes[place])} takes from the patches and is not the device's")
+    for place in sorted(graph.ancestors(ends, [taken]) & fed - host):
+        raise StrangeError(f"{named(graph.nodes[place])} gives to the embeddings and is not the device's")
+    if graph.producer(taken) not in graph.descendants([given]):
+        raise StrangeError(f"{taken!r} does not depend on {given!r}")
+
+
+def _operators(graph: OperatorGraph, boundary: tuple[str, str] | None) -> tuple[tuple[str, str], ...]:
+    """The host's operators: those around the boundary, or those at the ends up to the first that is not known."""
+    pixels, embeddings = [spec.name for spec in graph.inputs], [spec.name for spec in graph.outputs]
+    if boundary is not None:
+        around = graph.ancestors([boundary[0]]) | graph.ancestors(embeddings, [boundary[1]])
+        return tuple((graph.nodes[place].op_type, graph.nodes[place].name) for place in sorted(around))
+    before: list[int] = []
+    for place in sorted(graph.descendants(pixels)):
+        before.append(place)
+        if not is_plain(graph.nodes[place], STILL | PRODUCTS):
+            break
+    after: list[int] = []
+    tensor = embeddings[0] if embeddings else ""
+    while (last := graph.producer(tensor)) is not None and len(after) < _MOST_STEPS:
+        after.append(last)
+        if not is_plain(graph.nodes[last], STILL):
+            break
+        tensor = graph.nodes[last].input[0]
+    places = [*before, *(place for place in reversed(after) if place not in before)]
+    return tuple((graph.nodes[place].op_type, graph.nodes[place].name) for place in places)

@@ -1,0 +1,184 @@
+"""Operators that exporters put on the host's side of a tower: their shapes, and whether they move elements."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from visionaccel.families.base import OperatorGraph
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["PRODUCTS", "STILL", "StrangeError", "check_gathers", "is_plain", "moved", "named", "product", "squeezed"]
+
+STILL = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Cast", "Transpose"})
+"""Operators that move nothing, if their attributes say so."""
+
+PRODUCTS = frozenset({"Conv", "Gemm", "MatMul"})
+
+_FLOAT32 = 1
+_MOST_AXES = 16
+
+
+class StrangeError(Exception):
+    """The graph is not what is looked for; the message says where."""
+
+
+def is_plain(node: onnx.NodeProto, kinds: frozenset[str]) -> bool:
+    """Whether a node is one of those standard operators."""
+    return node.op_type in kinds and node.domain in ("", "ai.onnx") and bool(node.input) and bool(node.output)
+
+
+def named(node: onnx.NodeProto) -> str:
+    """A node in a message."""
+    return f"{node.op_type} {node.name!r}"
+
+
+def squeezed(shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape without its ones."""
+    return tuple(size for size in shape if size != 1)
+
+
+def product(graph: OperatorGraph, node: onnx.NodeProto, shape: tuple[int, ...]) -> tuple[NDArray[Any], tuple[int, ...]]:
+    """The matrix [outputs, inputs] that a product multiplies rows by, and the shape of what comes out.
+
+    Args:
+        graph: The graph.
+        node: A `Conv` whose kernel covers its whole input, a `Gemm` or a `MatMul`.
+        shape: What goes in.
+
+    Raises:
+        StrangeError: If it is anything more than that product.
+    """
+    weight = graph.constant(node.input[1]) if len(node.input) > 1 else None
+    if weight is None or weight.ndim < 2 or weight.dtype.name not in ("float32", "float16", "bfloat16"):
+        raise StrangeError(f"{named(node)} does not multiply by a constant kernel")
+    if len(node.input) > 2 and node.input[2]:
+        bias = graph.constant(node.input[2])
+        if bias is None or bias.astype(np.float32).any():
+            raise StrangeError(f"{named(node)} adds a bias, and the tower has none")
+    if node.op_type == "Conv":
+        matrix = weight.reshape(len(weight), -1)
+        plain = (
+            len(shape) == weight.ndim
+            and shape[1:] == weight.shape[1:]
+            and _integer(node, "group", 1) == 1
+            and not any(_integers(node, "pads") or ())
+            and set(_integers(node, "dilations") or (1,)) <= {1}
+            and (_integers(node, "kernel_shape") or weight.shape[2:]) == weight.shape[2:]
+            and all(a.s in (b"NOTSET", b"VALID") for a in node.attribute if a.name == "auto_pad")
+        )
+        result: tuple[int, ...] = (shape[0], len(weight), *(1,) * (len(shape) - 2))
+    else:
+        matrix = weight if node.op_type == "Gemm" and _integer(node, "transB", 0) == 1 else weight.T
+        plain = (
+            weight.ndim == 2
+            and matrix.shape[1] == shape[-1]
+            and (node.op_type == "MatMul" or len(shape) == 2)
+            and _integer(node, "transA", 0) == 0
+            and all(a.f == 1.0 for a in node.attribute if a.name in ("alpha", "beta"))
+        )
+        result = (*shape[:-1], len(matrix))
+    if not plain:
+        raise StrangeError(f"{named(node)} is no product of {list(shape)} with the kernel")
+    return matrix, result
+
+
+def check_gathers(node: onnx.NodeProto, shape: tuple[int, ...], tokens: int) -> None:
+    """Refuse a gather that does not take whole tokens, with nothing but ones before them.
+
+    Raises:
+        StrangeError: If it does not.
+    """
+    axis = _integer(node, "axis", 0)
+    if not -len(shape) <= axis < len(shape) or shape[axis] != tokens or math.prod(shape[: axis % len(shape)]) != 1:
+        raise StrangeError(f"{named(node)} does not gather {tokens} tokens of {list(shape)}")
+
+
+def moved(graph: OperatorGraph, node: onnx.NodeProto, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape after an operator of `STILL`.
+
+    Raises:
+        StrangeError: If it does move elements, leaves float32, or does not fit the shape.
+    """
+    result: tuple[int, ...] | None = None
+    match node.op_type:
+        case "Identity":
+            result = shape
+        case "Cast":
+            result = shape if _integer(node, "to", 0) == _FLOAT32 else None
+        case "Transpose":
+            result = _transposed(node, shape)
+        case "Flatten":
+            axis = _integer(node, "axis", 1)
+            if -len(shape) <= axis <= len(shape):
+                axis += len(shape) * (axis < 0)
+                result = math.prod(shape[:axis]), math.prod(shape[axis:])
+        case "Reshape":
+            result = _reshaped(node, shape, _second(graph, node))
+        case "Squeeze":
+            wanted = _axes(graph, node, len(shape))
+            result = tuple(s for axis, s in enumerate(shape) if (axis not in wanted if wanted is not None else s != 1))
+        case "Unsqueeze":
+            result = _unsqueezed(graph, node, shape)
+    if result is None or math.prod(result) != math.prod(shape) or min(result, default=1) < 1:
+        raise StrangeError(f"{named(node)} does more to {list(shape)} than to reshape it")
+    return result
+
+
+def _transposed(node: onnx.NodeProto, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    order = _integers(node, "perm") or tuple(range(len(shape)))[::-1]
+    if sorted(order) != list(range(len(shape))):
+        return None
+    real = [axis for axis in order if shape[axis] != 1]
+    return None if any(a > b for a, b in pairwise(real)) else tuple(shape[axis] for axis in order)
+
+
+def _reshaped(node: onnx.NodeProto, shape: tuple[int, ...], wanted: Sequence[int] | None) -> tuple[int, ...] | None:
+    if wanted is None:
+        return None
+    sizes = list(wanted)
+    if not _integer(node, "allowzero", 0):
+        sizes = [shape[i] if size == 0 and i < len(shape) else size for i, size in enumerate(sizes)]
+    if sizes.count(-1) == 1:
+        known = math.prod(size for size in sizes if size != -1)
+        sizes[sizes.index(-1)] = math.prod(shape) // known if known > 0 else 0
+    return tuple(sizes)
+
+
+def _unsqueezed(graph: OperatorGraph, node: onnx.NodeProto, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    given = _integers(node, "axes") or _second(graph, node) or ()
+    rank = len(shape) + len(given)
+    axes = {axis % rank for axis in given}
+    sizes = iter(shape)
+    return tuple(1 if axis in axes else next(sizes, 0) for axis in range(rank))
+
+
+def _axes(graph: OperatorGraph, node: onnx.NodeProto, rank: int) -> set[int] | None:
+    """The axes that a squeeze names, in its attribute (until opset 12) or its second input; None for all of size 1."""
+    given = _integers(node, "axes") or _second(graph, node)
+    return None if given is None or not rank else {axis % rank for axis in given}
+
+
+def _second(graph: OperatorGraph, node: onnx.NodeProto) -> tuple[int, ...] | None:
+    """The integers in the second input; None where there is none."""
+    if len(node.input) < 2 or not node.input[1]:
+        return None
+    values = graph.constant(node.input[1])
+    if values is None or values.dtype.kind != "i" or values.ndim > 1 or values.size > _MOST_AXES:
+        raise StrangeError(f"{named(node)} has a shape that is not constant")
+    return tuple(values.reshape(-1).tolist())
+
+
+def _integer(node: onnx.NodeProto, name: str, default: int) -> int:
+    return next((a.i for a in node.attribute if a.name == name), default)
+
+
+def _integers(node: onnx.NodeProto, name: str) -> tuple[int, ...] | None:
+    return next((tuple(a.ints) for a in node.attribute if a.name == name), None)

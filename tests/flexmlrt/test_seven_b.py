@@ -1,0 +1,27 @@
+"""The published geometry: a 7B-shaped tower compiled for 58x74, imported, and run in bfloat16 on the simulator."""
+
+from functools import partial
+
+from towers import lowest_cosine
+from visionaccel import open_encoder
+from visionaccel.bundle.vitisai import ImportRequest, import_vitisai
+from visionaccel.encoder import open_tower
+from visionaccel.grid import Grid
+from visionaccel.testing.vitisai import write_vitisai_folder
+from visionaccel_flexmlrt.simulator import compile_partition
+
+GRID = Grid(1, 58, 74)
+
+
+def test_the_imported_artifact_of_the_7b_tower_is_right_in_bfloat16(seven, seven_answer, tmp_path):
+    tower = open_tower(seven)
+    write_vitisai_folder(
+        tower, tmp_path / "compiled", GRID, layout="rai", compile=partial(compile_partition, precision="bfloat16")
+    )
+    bundle = import_vitisai(tower, [ImportRequest(tmp_path / "compiled")], tmp_path / "bundle").bundle
+    assert bundle.grids == (GRID,)
+    patches, exact = seven_answer
+    with open_encoder(bundle, backend="flexmlrt", device="simulator") as encoder:
+        assert encoder.capabilities.simulated
+        assert encoder.capabilities.precision == "bfloat16"
+        assert lowest_cosine(encoder.encode(patches, [GRID]), exact) > 0.995
