@@ -37,6 +37,8 @@ def test_every_setting_is_read(monkeypatch):
         "MODE": "inline",
         "FALLBACK": "torch_ref",
         "OPTIONS": '{"threads": 2}',
+        "ISOLATION": "process",
+        "DEADLINE": "2.5",
         "TIMING": "1",
     }
     assert {name.lower() for name in values} == set(Settings.model_fields)
@@ -50,6 +52,8 @@ def test_every_setting_is_read(monkeypatch):
         mode="inline",
         fallback="torch_ref",
         options={"threads": 2},
+        isolation="process",
+        deadline=2.5,
         timing=True,
     )
 
@@ -117,6 +121,9 @@ def test_the_current_name_wins_over_the_former(monkeypatch):
     [
         ("MODE", "pipelined?", "VISIONACCEL_MODE='pipelined.'.*'auto' or 'inline'"),
         ("TIMING", "perhaps", "VISIONACCEL_TIMING='perhaps'"),
+        ("ISOLATION", "thread", "VISIONACCEL_ISOLATION='thread'.*'process' or 'none'"),
+        ("DEADLINE", "0", "VISIONACCEL_DEADLINE='0'"),
+        ("DEADLINE", "inf", "VISIONACCEL_DEADLINE='inf'"),
         ("OPTIONS", "threads", "'threads' is not of the form name=value"),
         ("OPTIONS", '{"threads": ', "VISIONACCEL_OPTIONS"),
     ],

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from pydantic import ValidationError
@@ -283,6 +283,8 @@ def open_encoder(
     device: str | None = None,
     options: Mapping[str, Any] | None = None,
     registry: Registry | None = None,
+    isolation: Literal["auto", "process", "none"] = "auto",
+    deadline: float = 120.0,
 ) -> Encoder:
     """Open a vision encoder on a backend.
 
@@ -292,7 +294,9 @@ def open_encoder(
         backend: Name of an installed backend, or `auto` for the best that accepts.
         device: The backend's device; None for its default.
         options: The backend's options by name.
-        registry: Where backends are found; the installed ones by default.
+        registry: Where backends are found; the installed ones by default. Child processes look in the installed ones.
+        isolation: Whether each session lives in a child process of its own; `auto` for what the backend declares.
+        deadline: Seconds that a call in a child process may take before that is ended.
 
     Raises:
         ConfigurationError: If the backend is unknown, broken, refuses the program, or does not know an option.
@@ -316,7 +320,11 @@ def open_encoder(
     try:
         for program in programs:
             host = _host(tower, program)
-            opened.append(OpenProgram(program, host, _open(chosen, program, device, checked)))
+            if (chosen.isolation_on(device) if isolation == AUTO else isolation) == "process":
+                session = _open_isolated(chosen, program, device, checked, deadline)
+            else:
+                session = _open(chosen, program, device, checked)
+            opened.append(OpenProgram(program, host, session))
     except BaseException:
         with suppress(Exception):  # What failed to open says more than what then failed to close.
             _close(opened)
@@ -354,6 +362,16 @@ def _open(backend: VisionBackend, program: Program, device: str | None, options:
             f"{type(error).__name__}: {error}",
             hint="Run `visionaccel explain` for what it needs.",
         ) from error
+
+
+def _open_isolated(
+    backend: VisionBackend, program: Program, device: str | None, options: Options, deadline: float
+) -> Session:
+    from visionaccel.isolation import IsolatedSession, Limits  # needed by few, and it imports subprocess
+
+    # Validated once more in the child, so under the names and with the values that the user gave.
+    given = options.model_dump(by_alias=True, exclude_unset=True)
+    return IsolatedSession(backend.name, program, device, given, limits=Limits(run=deadline))
 
 
 def _generality(opened: OpenProgram) -> tuple[int, int]:

@@ -12,6 +12,7 @@ __all__ = [
     "CheckpointError",
     "ConfigurationError",
     "DeviceError",
+    "DeviceLostError",
     "DuplicateBackendError",
     "GridError",
     "InputError",
@@ -114,6 +115,10 @@ class UnsupportedArchitectureError(ArtifactError):
 
 class DeviceError(VisionAccelError, RuntimeError):
     """A backend or its device failed on valid input."""
+
+
+class DeviceLostError(DeviceError):
+    """A device's process died, or was ended because it hung. A new one is started."""
 
 
 class OutputError(DeviceError):

@@ -86,6 +86,17 @@ class Settings(BaseSettings):
         description="Options of the backend, which `visionaccel backends` lists: `name=value,name=value` or a JSON "
         "object.",
     )
+    isolation: Literal["auto", "process", "none"] = Field(
+        "auto",
+        description="Whether the device lives in a child process, which is started anew when it crashes or hangs. "
+        "`auto`: where the backend wants it.",
+    )
+    deadline: float = Field(
+        120.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds that one call of a device in a child process may take before that is ended.",
+    )
     timing: bool = Field(False, description="Log the time of each part of every encode.")
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from visionaccel.backends import Accepted, Capabilities, Options, Rejected, Session, Verdict, VisionBackend
+from visionaccel.backends import Accepted, Capabilities, Isolation, Options, Rejected, Session, Verdict, VisionBackend
 from visionaccel.errors import ArtifactError, ConfigurationError, DeviceError
 from visionaccel.program import EP_CONTEXT, ONNX, Program
 from visionaccel_onnxrt.bfloat16 import emulate_bfloat16
@@ -53,6 +53,10 @@ class OnnxRuntimeBackend(VisionBackend):
 
         available = onnxruntime.get_available_providers()
         return tuple(device for device, provider in DEVICES.items() if provider.name in available)
+
+    def isolation_on(self, device: str | None) -> Isolation:
+        # AMD's provider is known to abort the process, and to spoil one model's output with another's.
+        return "process" if device == "npu" else "none"
 
     def probe(self, program: Program, device: str | None) -> Verdict:
         known = provider_for(device)

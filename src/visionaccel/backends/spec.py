@@ -142,8 +142,8 @@ class VisionBackend(ABC):
         name: What users select; equal to the name of the entry point.
         formats: Program formats it takes, such as `onnx` or `checkpoint` (see `visionaccel.program`).
         options: The options that `open` takes.
-        isolation: Where its sessions live unless the user says otherwise. Choose `process` for vendor code that may
-            crash, hang, or hold one model for each process; then whatever `open` raises must survive pickling.
+        isolation: Where its sessions live unless the user says otherwise (see `isolation_on`). Choose `process` for
+            vendor code that may crash, hang, or hold one model for each process.
     """
 
     name: ClassVar[str]
@@ -154,6 +154,10 @@ class VisionBackend(ABC):
     def devices(self) -> Sequence[str]:
         """Devices of this machine that the backend could use, for display; must not allocate any."""
         return ("cpu",)
+
+    def isolation_on(self, device: str | None) -> Isolation:  # noqa: ARG002
+        """Where sessions on a device live unless the user says otherwise; by default the same on every device."""
+        return self.isolation
 
     def checks(self, programs: Sequence[Program]) -> Sequence[Finding]:  # noqa: ARG002
         """What `visionaccel doctor` reports of this machine for this backend: drivers, libraries, settings.

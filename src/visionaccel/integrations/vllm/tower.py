@@ -108,11 +108,16 @@ def open_guarded(source: Tower | Bundle, settings: Settings) -> GuardedEncoder:
     tower = source.tower if isinstance(source, Bundle) else source
 
     def open_fallback() -> Encoder:
-        return open_encoder(tower, backend=name or AUTO)
+        return open_encoder(tower, backend=name or AUTO, isolation=settings.isolation, deadline=settings.deadline)
 
     try:
         primary = open_encoder(
-            source, backend=settings.backend or AUTO, device=settings.device, options=settings.options
+            source,
+            backend=settings.backend or AUTO,
+            device=settings.device,
+            options=settings.options,
+            isolation=settings.isolation,
+            deadline=settings.deadline,
         )
         second = open_fallback if name is not None else None
     except (BackendUnavailableError, PluginError, DeviceError) as error:

@@ -1,0 +1,6 @@
+"""Sessions in a process of their own: what kills or hangs vendor code costs the calls in progress, and nothing else."""
+
+from visionaccel.isolation.limits import Limits
+from visionaccel.isolation.session import IsolatedSession
+
+__all__ = ["IsolatedSession", "Limits"]

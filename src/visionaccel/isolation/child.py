@@ -1,0 +1,143 @@
+"""The child: `python -m visionaccel.isolation.child PARENT SOCKET INPUTS OUTPUTS RECORDS`, started by `process`.
+
+The arguments are the parent's process id and inherited file descriptors: a socket for small messages, two memory files
+for arrays, and a pipe for log records. The first memory file holds what is to be opened.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import logging
+import os
+import pickle
+import signal
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection
+
+from visionaccel.arrays import Array
+from visionaccel.backends import Session, default_registry
+from visionaccel.errors import DeviceError, VisionAccelError
+from visionaccel.isolation.log_records import RecordSender
+from visionaccel.isolation.messages import Answer, Failure, Opened, OpenRequest, Places, Surroundings
+from visionaccel.isolation.shared_arrays import SharedArrays
+
+_PR_SET_PDEATHSIG = 1
+_LINE_BUFFERED = 1
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Open what the parent asks for, then run it until the parent hangs up."""
+    parent, *fds = map(int, arguments)
+    _end_with(parent)
+    # Not for programs that the vendor's code starts: they would keep the socket open after this process died.
+    for fd in fds:
+        os.set_inheritable(fd, False)
+    # Ctrl-C is for the parent, which ends this process in its own time.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    faulthandler.enable()  # Python's stack at a crash is among the last lines that the parent quotes.
+    _flush_lines()
+    socket, inputs, outputs, records = fds
+    with Connection(socket) as connection:
+        _serve(connection, SharedArrays(inputs), SharedArrays(outputs), records)
+
+
+def _end_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends.
+
+    Nothing that runs Python could do so: a thread that waits for the parent's end gets no turn while vendor code hangs
+    with the interpreter's lock held. The signal comes when the parent's thread that started this process ends, which is
+    why a thread that outlives this process starts it.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # It ended before the line above.
+        os._exit(1)
+
+
+def _flush_lines() -> None:
+    """Make C's stdout flush each line, although it is a pipe: what is in its buffer is lost when a process aborts."""
+    libc = ctypes.CDLL(None)
+    libc.setvbuf(ctypes.c_void_p.in_dll(libc, "stdout"), None, _LINE_BUFFERED, 0)
+
+
+def _serve(connection: Connection, inputs: SharedArrays, outputs: SharedArrays, records: int) -> None:
+    try:
+        request, session = _open(inputs.fd, records)
+    except Exception as error:
+        _answer(connection, _failure(error, "the device's process could not open the program"))
+        return
+    _answer(connection, Opened(session.capabilities))
+    while True:
+        try:
+            call = connection.recv()
+        except (EOFError, OSError):
+            break
+        if call is None:
+            break
+        try:
+            answer: Answer = _run(session, call, inputs, outputs)
+        except Exception as error:
+            answer = _failure(error, f"backend {request.backend!r} failed")
+        _answer(connection, answer)
+    try:
+        session.close()
+    except Exception:  # Nobody waits for an answer any more.
+        logging.getLogger(__name__).exception("Backend %r failed to close.", request.backend)
+
+
+def _run(session: Session, call: Places, inputs: SharedArrays, outputs: SharedArrays) -> Places:
+    given: Mapping[str, Array] = {place.name: inputs.view(place) for place in call.arrays}
+    return Places(outputs.write(session.run(given)))
+
+
+def _open(inputs: int, records: int) -> tuple[OpenRequest, Session]:
+    """Open what the memory file holds: first the surroundings, without which the rest may not unpickle."""
+    with open(inputs, "rb", closefd=False) as file:
+        file.seek(0)  # The parent, whose descriptor this is, wrote to the end.
+        surroundings: Surroundings = pickle.load(file)  # noqa: S301 - from the parent
+        _adopt(surroundings, records)
+        request: OpenRequest = pickle.load(file)  # noqa: S301
+    backend = default_registry().load(request.backend)
+    options = backend.options.model_validate(dict(request.options))
+    try:
+        return request, backend.open(request.program, request.device, options)
+    except VisionAccelError:
+        raise
+    except Exception as error:
+        raise DeviceError(
+            f"backend {request.backend!r} could not open program {request.program.name!r} of "
+            f"{request.program.family}: {type(error).__name__}: {error}",
+            hint="Run `visionaccel explain` for what it needs.",
+        ) from error
+
+
+def _adopt(surroundings: Surroundings, records: int) -> None:
+    sys.path[:] = surroundings.search_path
+    # Set for this interpreter's start only; another one that the vendor's code starts would choke on these modules.
+    os.environ.pop("PYTHONPATH", None)
+    if surroundings.python_path is not None:
+        os.environ["PYTHONPATH"] = surroundings.python_path
+    logging.basicConfig(level=surroundings.log_level, handlers=[RecordSender(records)], force=True)
+
+
+def _failure(error: Exception, what: str) -> Failure:
+    trace = "".join(traceback.format_exception(error))
+    if not isinstance(error, VisionAccelError):
+        error = DeviceError(
+            f"{what}: {type(error).__name__}: {error}",
+            hint="Set VISIONACCEL_FALLBACK to let another backend take over.",
+        )
+    return Failure.of(error, trace)
+
+
+def _answer(connection: Connection, answer: Answer) -> None:
+    try:
+        connection.send(answer)
+    except OSError:  # The parent hung up; the next receive says so.
+        return
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

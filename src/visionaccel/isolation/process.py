@@ -1,0 +1,290 @@
+"""The parent's side of one child process, from its start to its end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from multiprocessing.connection import Connection
+from typing import Any
+
+from numpy.typing import NDArray
+
+from visionaccel.arrays import Array
+from visionaccel.backends import Capabilities
+from visionaccel.errors import DeviceLostError
+from visionaccel.isolation.log_records import OutputReader
+from visionaccel.isolation.messages import Answer, Failure, Opened, OpenRequest, Places, Surroundings
+from visionaccel.isolation.shared_arrays import SharedArrays
+
+__all__ = ["DeviceProcess", "packed"]
+
+logger = logging.getLogger(__name__)
+
+_SLICE = 0.5
+_LINGERING = 1.0
+_REAPING = 3.0
+_DOCTOR = "Run `visionaccel doctor`; the kernel's log (dmesg) may say more of the device."
+_FALLBACK = (
+    "It is started again in the background; set VISIONACCEL_FALLBACK to let another backend take over meanwhile."
+)
+
+
+def packed(request: OpenRequest) -> bytes:
+    """A request as bytes, which start children any number of times.
+
+    Raises:
+        Exception: If the program or an option cannot be pickled.
+    """
+    return pickle.dumps(request)
+
+
+class _SilentError(Exception):
+    """The child did not answer in time."""
+
+
+class _HungUpError(Exception):
+    """The child will not answer: it died, or closed the connection."""
+
+
+class DeviceProcess:
+    """A child process with a session. The thread that makes one must call `reap`, and must not end before.
+
+    The kernel ends the child with the thread that started it (see `child`), so a short-lived thread would take it away.
+
+    Args:
+        backend: The backend's name.
+        request: What to open, packed.
+
+    Attributes:
+        pid: The child's process id, and that of its group.
+        dead: Set once it has been reaped and what it said has been read.
+
+    Raises:
+        OSError: If it cannot be started.
+    """
+
+    def __init__(self, backend: str, request: bytes) -> None:
+        self._what = f"the process of backend {backend!r}"
+        self._exchange = threading.Lock()
+        self._reaping = threading.Lock()
+        self._killed = False
+        self.dead = threading.Event()
+        with ExitStack() as ours, ExitStack() as theirs:
+            # The request is read from memory: sending it would block for good if the child hung before reading.
+            self._inputs = SharedArrays.create("visionaccel-inputs", pickle.dumps(_surroundings()) + request)
+            ours.callback(self._inputs.close)
+            self._outputs = SharedArrays.create("visionaccel-outputs")
+            ours.callback(self._outputs.close)
+            near, far = socket.socketpair()
+            theirs.callback(far.close)
+            self._connection = Connection(near.detach())
+            ours.callback(self._connection.close)
+            (printed, prints), (records, logs) = os.pipe(), os.pipe()
+            for stack, fd in ((ours, printed), (theirs, prints), (ours, records), (theirs, logs)):
+                stack.callback(os.close, fd)
+            self._process = _popen((far.fileno(), self._inputs.fd, self._outputs.fd, logs), prints)
+            self.pid = self._process.pid
+            ours.callback(self._process.wait)
+            ours.callback(self.kill)
+            self._output = OutputReader(backend, printed, records)
+            ours.pop_all()
+
+    def opened(self, seconds: float) -> Capabilities:
+        """Wait for the session to be open; called once, by the thread that reaps. If it fails, the child is reaped.
+
+        Raises:
+            VisionAccelError: What the backend raised.
+            DeviceLostError: If the child died, or took longer and was killed.
+        """
+        try:
+            with self._exchange:
+                answer = self._answer(seconds)
+            assert isinstance(answer, Opened)
+            return answer.capabilities
+        except BaseException as error:
+            if isinstance(error, _HungUpError):
+                self._linger()
+            self.kill()
+            self.reap()
+            if isinstance(error, _SilentError):
+                raise DeviceLostError(
+                    f"{self._what} did not open the program within {seconds:g} s and was ended.{self._last_words()}",
+                    hint=_DOCTOR,
+                ) from None
+            if isinstance(error, _HungUpError):
+                raise DeviceLostError(self.fate(), hint=_DOCTOR) from None
+            raise
+
+    def run(self, inputs: Mapping[str, Array], seconds: float) -> dict[str, NDArray[Any]]:
+        """Run the session once.
+
+        Args:
+            inputs: Read only; not kept.
+            seconds: When to kill the child if it has not answered.
+
+        Returns:
+            Fresh arrays of the caller's.
+
+        Raises:
+            VisionAccelError: What the session raised; the child lives on.
+            DeviceLostError: If the child died, or took longer and was killed.
+        """
+        with self._exchange:
+            call = Places(self._inputs.write(inputs))
+            try:
+                with suppress(OSError):  # If the child is dead, there is no answer either.
+                    self._connection.send(call)
+                answer = self._answer(seconds)
+            except _SilentError:
+                raise DeviceLostError(
+                    f"{self._what} did not answer within {seconds:g} s; its process was ended.{self._last_words()}",
+                    hint=f"Set VISIONACCEL_DEADLINE if the device needs longer. {_FALLBACK}",
+                ) from None
+            except _HungUpError:
+                self._linger()
+                self.kill()
+                self.dead.wait(_REAPING)
+                raise DeviceLostError(self.fate(), hint=_FALLBACK) from None
+            try:
+                assert isinstance(answer, Places)
+                return {place.name: self._outputs.view(place).copy() for place in answer.arrays}
+            except BaseException:
+                self.kill()  # What it sent makes no sense.
+                raise
+
+    def exited(self) -> bool:
+        """Whether the child is dead, reaped or not, or has been killed and will be."""
+        if self._killed or self._process.returncode is not None:
+            return True
+        try:
+            return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+        except ChildProcessError:  # Somebody else's wait for any child got it.
+            return True
+
+    def kill(self) -> None:
+        """End the child and what it started, at once; a call in progress raises DeviceLostError."""
+        # Its number is its own until it is reaped, which waits for this lock.
+        with self._reaping:
+            if self._process.returncode is None:
+                self._killed = True
+                with suppress(ProcessLookupError):
+                    os.killpg(self.pid, signal.SIGKILL)
+
+    def end(self, seconds: float) -> None:
+        """Let the child close its session, then kill it; at once if a call is in progress."""
+        if self._exchange.acquire(blocking=False):
+            try:
+                with suppress(OSError):
+                    self._connection.send(None)
+            finally:
+                self._exchange.release()
+            if not self.dead.wait(seconds):
+                logger.warning("%s did not close within %g s and was killed.", self._what, seconds)
+        self.kill()
+
+    def reap(self) -> None:
+        """Wait for the child to die, end what it started, and give back everything that was its."""
+        try:
+            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+            with self._reaping, suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)  # what it started; its number is still taken
+        except ChildProcessError:  # Somebody else's wait for any child got it.
+            pass
+        with self._reaping:
+            self._process.wait()
+        self._output.close()
+        self.dead.set()
+        with self._exchange:  # A call that was in flight still uses them, until it sees the end.
+            self._connection.close()
+            self._inputs.close()
+            self._outputs.close()
+
+    def fate(self) -> str:
+        """How the child ended, and its last words."""
+        status = self._process.returncode
+        if status is None:
+            ended = "hung up"
+        elif status < 0:
+            ended = f"was ended by {_signal_name(-status)}"
+        else:
+            ended = f"ended with status {status}"
+        return f"{self._what} {ended}.{self._last_words()}"
+
+    def _answer(self, seconds: float) -> Answer:
+        """The next answer. If its time is over or the wait is interrupted, the child is killed.
+
+        A later call must never take this one's answer.
+
+        Raises:
+            VisionAccelError: If that is the answer.
+            _SilentError: If there is none in time.
+            _HungUpError: If there will be none.
+        """
+        limit = time.monotonic() + seconds
+        try:
+            # In slices, because a process that the child forked may hold the socket open after the child's death.
+            while not self._connection.poll(max(0.0, min(limit - time.monotonic(), _SLICE))):
+                if self.exited() and not self._connection.poll(0):
+                    raise EOFError
+                if time.monotonic() >= limit:
+                    raise _SilentError
+            answer: Answer = self._connection.recv()
+        except (EOFError, ConnectionError, pickle.UnpicklingError) as error:
+            raise _HungUpError from error
+        except BaseException:
+            self.kill()
+            raise
+        if isinstance(answer, Failure):
+            raise answer.error()
+        return answer
+
+    def _linger(self) -> None:
+        """Let a child that hung up die of what it is dying of, which its status then tells."""
+        limit = time.monotonic() + _LINGERING
+        while not self.exited() and time.monotonic() < limit:
+            time.sleep(0.005)
+
+    def _last_words(self) -> str:
+        lines = self._output.tail()
+        return "" if not lines else "\nIts last output:\n" + "\n".join(f"  {line}" for line in lines) + "\n"
+
+
+def _popen(fds: tuple[int, int, int, int], output: int) -> subprocess.Popen[bytes]:
+    path = os.pathsep.join(folder for folder in _search_path() if os.pathsep not in folder)
+    return subprocess.Popen(  # noqa: S603 - this interpreter and this package
+        [sys.executable, "-P", "-u", "-m", "visionaccel.isolation.child", str(os.getpid()), *map(str, fds)],
+        env={**os.environ, "PYTHONPATH": path},
+        pass_fds=fds,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        # A session and group of its own: a terminal's Ctrl-C and hang-up, and those who kill the parent's group, do not
+        # reach it before the parent decides; and what vendor code starts can be killed with it.
+        start_new_session=True,
+    )
+
+
+def _surroundings() -> Surroundings:
+    levels = (logging.getLogger(name).getEffectiveLevel() for name in (None, "visionaccel"))
+    return Surroundings(tuple(_search_path()), os.environ.get("PYTHONPATH"), min(levels))
+
+
+def _search_path() -> list[str]:
+    """Where this process looks for modules, also what was put there while it ran."""
+    return [os.path.abspath(folder) for folder in sys.path]  # noqa: PTH100 - "" is the current folder
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
