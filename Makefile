@@ -83,6 +83,8 @@ dist: $(INSTALLED)
 	for folder in . plugins/onnxrt plugins/torch_ref; do \
 		(cd $$folder && PLAIN_EXTRAS=1 $(CURDIR)/$(BIN)/python -m hatchling build -d $(CURDIR)/dist) || exit 1; \
 	done
+	cd plugins/flexmlrt && $(CURDIR)/$(BIN)/python -c \
+		"from scikit_build_core import build; build.build_sdist('$(CURDIR)/dist'); build.build_wheel('$(CURDIR)/dist')"
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

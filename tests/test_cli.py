@@ -29,6 +29,7 @@ def test_backends_lists_devices_and_options():
 def test_explain_gives_each_verdict(tiny):
     answer = json.loads(run("explain", tiny, "--json").stdout)
     assert [(row["backend"], row["verdict"]) for row in answer["candidates"]] == [
+        ("flexmlrt", "refused"),
         ("onnxrt", "chosen"),
         ("torch_ref", "accepted"),
     ]
