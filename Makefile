@@ -65,7 +65,7 @@ native: $(INSTALLED)
 		{ apt-get download --quiet doctest-dev || { apt-get update --quiet && apt-get download --quiet doctest-dev; } } && \
 		dpkg --extract doctest-dev_*.deb . ; } || { echo "The C++ tests need doctest (Debian: doctest-dev)."; exit 1; }
 	$(BIN)/cmake -S cpp -B $(VENV)/native -G Ninja -D CMAKE_BUILD_TYPE=Debug -D CMAKE_CXX_FLAGS=-O1 -D VISIONACCEL_PYTHON=OFF \
-		-D VISIONACCEL_TESTS=ON -D VISIONACCEL_SANITIZE=ON -D CMAKE_PREFIX_PATH=$(abspath $(DOCTEST)) \
+		-D VISIONACCEL_TESTS=ON -D VISIONACCEL_SANITIZE=ON -D VISIONACCEL_WERROR=ON -D CMAKE_PREFIX_PATH=$(abspath $(DOCTEST)) \
 		-D Python_EXECUTABLE=$(abspath $(BIN))/python > $(VENV)/native.log || { cat $(VENV)/native.log; exit 1; }
 	$(BIN)/cmake --build $(VENV)/native
 	$(BIN)/ctest --test-dir $(VENV)/native --output-on-failure

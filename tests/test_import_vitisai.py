@@ -29,14 +29,26 @@ from visionaccel.families import tower_of
 from visionaccel.families.qwen2_5_vl.config import VisionConfig
 from visionaccel.families.qwen2_5_vl.geometry import make_tables
 from visionaccel.grid import Grid
-from visionaccel.program import CHECKPOINT, FLEXMLRT_DIRECTORY, FLEXMLRT_RAI, ONNX, FixedGrid, HostSplit, Program
+from visionaccel.program import (
+    CHECKPOINT,
+    FLEXMLRT_DIRECTORY,
+    FLEXMLRT_RAI,
+    ONNX,
+    SIMULATOR_MAGIC,
+    FixedGrid,
+    HostSplit,
+    Program,
+)
 from visionaccel.stripping import strip_checkpoint
 from visionaccel.testing.checkpoints import QWEN2_5_VL_7B, hollow_checkpoint, random_checkpoint
-from visionaccel.testing.vitisai import SIMULATOR_MAGIC, VitisNames, write_vitisai_folder
+from visionaccel.testing.vitisai import VitisNames, write_vitisai_folder
 from visionaccel.validation.packed_weights import differing_weights
 
 PORTRAIT, LANDSCAPE = Grid(1, 20, 12), Grid(1, 12, 20)
 """Both have windows of four sizes, so that raster and grouped order differ."""
+
+PUBLISHED = VitisNames(device_input="/blocks/Gather_output_0", device_output="/merger/merger/mlp/mlp.2/Gemm_output_0")
+"""Tensors of the published artifact."""
 
 FORMATS = {"rai": FLEXMLRT_RAI, "directory": FLEXMLRT_DIRECTORY}
 
@@ -312,7 +324,7 @@ def test_a_bundle_with_the_hosts_weights_alone_takes_no_onnx_program(tiny, tmp_p
 
 
 def test_the_command_imports_and_inspect_shows_the_files_names(tiny, tmp_path):
-    folder = folder_of(tiny, tmp_path / "folder")
+    folder = folder_of(tiny, tmp_path / "folder", names=PUBLISHED)
     runner = CliRunner()
     arguments = ["import-vitisai", str(folder), str(tmp_path / "bundle"), "--checkpoint", str(tiny)]
     assert "20x12" in runner.invoke(app, arguments, catch_exceptions=False).stdout
@@ -321,9 +333,9 @@ def test_the_command_imports_and_inspect_shows_the_files_names(tiny, tmp_path):
     assert (program["precision"], program["device"]) == ("float16", "simulator")
     shown = runner.invoke(app, ["inspect", str(tmp_path / "bundle"), "--json"], catch_exceptions=False)
     (row,) = json.loads(shown.stdout)["programs"]
-    assert row["stored_names"]["patch_embeddings"] == VitisNames().device_input
+    assert row["stored_names"]["patch_embeddings"] == PUBLISHED.device_input
     table = runner.invoke(app, ["inspect", str(tmp_path / "bundle")], catch_exceptions=False, env={"COLUMNS": "200"})
-    assert VitisNames().device_input in table.stdout
+    assert PUBLISHED.device_input in table.stdout
 
 
 def test_paths_of_single_files_are_taken_too(tiny, tmp_path):

@@ -210,7 +210,6 @@ WRONG = {
     "not ended": (INFO, lambda v: v.update(status="failed"), "status is 'failed'"),
     "on the CPU": (INFO, lambda v: v.update(runner_type="cpu"), "no partition runs on the device"),
     "no runner": (INFO, lambda v: v.pop("runner_type"), r"partition-info\.json.*runner_type: Field required"),
-    "cut": (INFO, lambda v: v.update(num_aie_partitions=2), "cut into several partitions"),
     "dtype": (TABLE, lambda v: v["inputs"][0].update(cpu_dtype="bf16"), r"inputs\.0\.cpu_dtype is 'bf16'"),
     "no name": (TABLE, lambda v: v["outputs"][0].pop("tensor_name"), r"outputs\.0\.tensor_name: Field required"),
     "no output": (TABLE, lambda v: v.update(outputs=[]), "outputs: "),
@@ -261,6 +260,63 @@ def test_files_that_are_none_and_folders_without_an_artifact_are_refused(tiny, f
     refused(tiny, folder, "nothing that was compiled from it", ConfigurationError)
     (cache / "vision.onnx").unlink()
     refused(tiny, cache, r"holds no \.onnx", ConfigurationError)
+
+
+def linked(file, target):
+    """A link in the place of a file, which is moved."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    file.rename(target)
+    file.symlink_to(target)
+
+
+@pytest.mark.parametrize("name", ["vision.rai", "vision.onnx", "vision.onnx.data"])
+def test_links_out_of_the_folder_are_refused(tiny, folder, tmp_path, name):
+    linked(folder / name, tmp_path / "elsewhere" / name)
+    refused(tiny, folder, rf"{name} leads to .*elsewhere/{name}, outside of")
+    (folder / name).unlink()
+    (tmp_path / "elsewhere" / name).rename(folder / name)
+    linked(folder / name, folder / "inner" / name)
+    imported(tiny, folder, tmp_path / "bundle")
+    assert not list((tmp_path / "bundle").rglob("*.onnx"))
+
+
+def test_links_out_of_a_partition_are_refused(tiny, cache, tmp_path):
+    partition = cache / "vision_cache" / "vaiml_par_0"
+    (tmp_path / "hostname").write_text("this machine")
+    (partition / "0" / "name").symlink_to(tmp_path / "hostname")
+    refused(tiny, cache, "name leads to .*hostname, outside of")
+    refused(tiny, cache, "name leads to .*hostname, outside of", artifact=partition)
+    (partition / "0" / "name").unlink()
+    (partition / "0" / "name").symlink_to(cache / "vision.onnx")
+    imported(tiny, cache, tmp_path / "bundle")
+    copy = tmp_path / "bundle" / "20x12" / "vaiml_par_0" / "0" / "name"
+    assert not copy.is_symlink()
+    assert copy.read_bytes() == (cache / "vision.onnx").read_bytes()
+
+
+@pytest.mark.parametrize("where", ["vaiml_par_0", "vaiml_par_0/0", "vaiml_par_0/more"])
+def test_links_to_folders_are_refused(tiny, cache, tmp_path, where):
+    folder, target = cache / "vision_cache" / where, cache / "other" / "inner"
+    folder.mkdir(exist_ok=True)
+    linked(folder, target)
+    refused(tiny, cache, "is a link to another folder")
+
+
+@pytest.mark.parametrize("layout", ["rai", "directory"])
+def test_the_links_of_a_hugging_face_cache_are_followed_into_its_own_blobs_only(tiny, tmp_path, layout):
+    repository = tmp_path / "models--amd--tower"
+    made = folder_of(tiny, repository / "snapshots" / "12ab" / "npu", layout=layout)
+    for number, file in enumerate([file for file in made.rglob("*") if file.is_file()]):
+        linked(file, repository / "blobs" / f"{number}")
+    bundle = imported(tiny, made, tmp_path / "bundle")
+    assert not [file for file in bundle.folder.rglob("*") if file.is_symlink()]
+    linked(repository / "blobs" / "0", tmp_path / "models--amd--other" / "blobs" / "0")
+    for number in range(1, 3):
+        linked(repository / "blobs" / f"{number}", tmp_path / "models--amd--other" / "blobs" / f"{number}")
+    output = tmp_path / "refused"
+    with pytest.raises(BundleError, match=r"leads to .*models--amd--other"):
+        imported(tiny, made, output)
+    assert not output.exists()
 
 
 def test_weights_elsewhere_than_beside_the_model_are_not_read(tiny, folder):

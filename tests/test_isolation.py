@@ -27,6 +27,9 @@ from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError, DeviceError, DeviceLostError, InputError, SettingsError
 from visionaccel.grid import Grid
 from visionaccel.isolation import IsolatedSession, Limits
+from visionaccel.isolation.messages import OpenRequest
+from visionaccel.isolation.process import DeviceProcess, packed
+from visionaccel.isolation.shared_arrays import SharedArrays
 from visionaccel.program import CHECKPOINT, ONNX, FixedGrid, Program
 from visionaccel.runtime.guarded import GuardedEncoder
 
@@ -413,6 +416,40 @@ def test_arrays_of_objects_are_refused_on_both_sides(device):
     assert session.pid == former
 
 
+def test_a_call_that_comes_after_the_end_writes_into_no_file_that_was_opened_since(device, tmp_path):
+    process = DeviceProcess("tricks", packed(OpenRequest("tricks", PROGRAM, None, device.options)))
+    process.opened(60)
+    same(process.run(X, 20), X)
+    numbers = {process._inputs.fd, process._outputs.fd}
+    process.kill()
+    process.reap()
+    with contextlib.ExitStack() as files:
+        paths = [tmp_path / f"file{number}" for number in range(max(numbers) + 1)]
+        taken = {files.enter_context(path.open("w+b")).fileno() for path in paths}
+        assert numbers <= taken
+        with pytest.raises(DeviceLostError, match="was ended by SIGKILL") as caught:
+            process.run(X, 20)
+        process.end(0.1)
+    assert "VISIONACCEL_FALLBACK" in caught.value.hint
+    assert {path.read_bytes() for path in paths} == {b""}
+
+
+def test_shared_memory_is_of_no_use_once_closed(tmp_path):
+    memory = SharedArrays.create("test")
+    (place,) = memory.write(X)
+    number = memory.fd
+    memory.close()
+    with (tmp_path / "file").open("w+b") as file:
+        assert file.fileno() == number
+        with pytest.raises(ValueError, match="closed"):
+            memory.write(X)
+        with pytest.raises(ValueError, match="closed"):
+            memory.view(place)
+        memory.close()
+        file.write(b"still open")
+    assert (tmp_path / "file").read_bytes() == b"still open"
+
+
 def test_a_death_harms_no_other_session(device):
     session, other = device.open(), device.open()
     untouched = other.pid
@@ -442,8 +479,9 @@ def test_an_exception_in_opening_says_what_could_not_be_opened(device):
 @pytest.mark.parametrize(("trick", "text"), [*DEADLY.items(), ("hang in C", "did not open the program within 3 s")])
 def test_a_child_that_dies_or_hangs_in_opening_is_an_error_at_once(device, trick, text):
     device.will(trick, at="open")
-    with pytest.raises(DeviceLostError, match=text):
+    with pytest.raises(DeviceLostError, match=text) as caught:
         device.open(Limits(opening=3))
+    assert ("VISIONACCEL_OPEN_DEADLINE" in caught.value.hint) == (trick == "hang in C")
     assert is_gone(device.wait_for("open"))
     assert len(device.events("open")) == 1
 
@@ -789,6 +827,20 @@ def test_the_deadline_reaches_the_device(device, tiny):
         device.will("hang")
         with pytest.raises(DeviceLostError, match="within 1 s"):
             encoder.encode(random_patches([(1, 4, 4)]), [(1, 4, 4)])
+
+
+def test_the_deadline_of_opening_reaches_the_device(device, tiny):
+    device.will("hang", at="open")
+    with pytest.raises(DeviceLostError, match="did not open the program within 2 s"):
+        encoder_of(device, tiny, open_deadline=2.0)
+    assert is_gone(device.wait_for("open"))
+
+
+@pytest.mark.parametrize("isolation", ["proces", "Process", "", "thread"])
+def test_an_isolation_that_there_is_not_is_refused(device, tiny, isolation):
+    with pytest.raises(SettingsError, match=f"no isolation '{isolation}'. Name one of: auto, process, none"):
+        encoder_of(device, tiny, isolation=isolation)
+    assert device.events("open") == []
 
 
 def test_a_fallback_takes_over_while_the_device_is_down_and_the_device_after_it(device, tiny):

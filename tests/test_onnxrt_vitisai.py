@@ -129,7 +129,7 @@ def test_a_runtime_without_the_provider_is_refused():
     assert f"has no {VITISAI}" in verdict.reason
     assert "Ryzen AI" in verdict.hint
     with pytest.raises(ConfigurationError, match=f"no execution provider '{VITISAI}'"):
-        OnnxRuntimeBackend().open(program_of(), None, OnnxRuntimeOptions(provider=VITISAI))
+        OnnxRuntimeBackend().open(program_of(), "npu", OnnxRuntimeOptions(provider=VITISAI))
 
 
 def test_tensors_go_by_the_names_that_the_artifact_has_for_them():
@@ -452,6 +452,59 @@ def test_a_bundle_of_compiled_programs_is_refused_with_a_reason(tiny, tmp_path):
 def test_nothing_is_written_where_nothing_is_compiled(tmp_path):
     with pytest.raises(ConfigurationError, match="compiles nothing that the option context_dir could keep"):
         OnnxRuntimeBackend().open(program_of(), "cpu", OnnxRuntimeOptions(context_dir=tmp_path))
+
+
+class Compiling:
+    """Stands for a session of AMD's build, which writes what it compiled when it is made."""
+
+    written = context_model()
+
+    def __init__(self, model, settings, **_):
+        path = Path(settings.get_session_config_entry("ep.context_file_path"))
+        path.write_bytes(self.written.SerializeToString())
+        path.with_name(f"{path.name}_VITISAI.bin").write_bytes(b"compiled")
+
+    def get_providers(self):
+        return [VITISAI]
+
+
+def open_compiling(monkeypatch, folder, **options):
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [VITISAI, CPU])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Compiling)
+    chosen = OnnxRuntimeOptions(context_dir=folder / "kept", cache_dir=folder / "cache", **options)
+    return OnnxRuntimeBackend().open(program_of(), "npu", chosen)
+
+
+def test_a_session_that_starts_again_replaces_what_it_kept(monkeypatch, tmp_path):
+    for _ in range(2):
+        assert open_compiling(monkeypatch, tmp_path).capabilities.device == "npu"
+        names = sorted(path.name for path in (tmp_path / "kept").iterdir())
+        assert names == ["10x18.onnx", "10x18.onnx_VITISAI.bin"]
+        assert (tmp_path / "kept" / "10x18.onnx").read_bytes() == Compiling.written.SerializeToString()
+        (tmp_path / "kept" / "10x18.onnx_VITISAI.bin").write_bytes(b"old")
+
+
+def test_what_is_no_compiled_program_is_not_replaced(monkeypatch, tmp_path):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "10x18.onnx").write_bytes(model_bytes())
+    with pytest.raises(ConfigurationError, match=r"10x18\.onnx exists and is no compiled program"):
+        open_compiling(monkeypatch, tmp_path)
+    assert (tmp_path / "kept" / "10x18.onnx").read_bytes() == model_bytes()
+
+
+def test_a_session_that_is_refused_keeps_nothing(monkeypatch, tmp_path):
+    monkeypatch.setattr(Compiling, "written", parser.parse_model(MODEL))
+    with pytest.raises(DeviceError, match="leaves too much of the program to the CPU"):
+        open_compiling(monkeypatch, tmp_path)
+    assert not list((tmp_path / "kept").iterdir())
+
+
+@pytest.mark.parametrize("device", [None, "cpu", "cuda:0"])
+def test_amds_provider_is_to_be_had_on_its_own_device_only(device):
+    # By the device it is decided that the session gets a process of its own.
+    with pytest.raises(ConfigurationError, match=f"{VITISAI} does not run on device") as refusal:
+        OnnxRuntimeBackend().open(program_of(), device, OnnxRuntimeOptions(provider=VITISAI))
+    assert "device npu" in refusal.value.hint
 
 
 # Bundles for the compiler

@@ -39,6 +39,7 @@ def test_every_setting_is_read(monkeypatch):
         "OPTIONS": '{"threads": 2}',
         "ISOLATION": "process",
         "DEADLINE": "2.5",
+        "OPEN_DEADLINE": "1800",
         "TIMING": "1",
     }
     assert {name.lower() for name in values} == set(Settings.model_fields)
@@ -54,6 +55,7 @@ def test_every_setting_is_read(monkeypatch):
         options={"threads": 2},
         isolation="process",
         deadline=2.5,
+        open_deadline=1800.0,
         timing=True,
     )
 
@@ -124,6 +126,8 @@ def test_the_current_name_wins_over_the_former(monkeypatch):
         ("ISOLATION", "thread", "VISIONACCEL_ISOLATION='thread'.*'process' or 'none'"),
         ("DEADLINE", "0", "VISIONACCEL_DEADLINE='0'"),
         ("DEADLINE", "inf", "VISIONACCEL_DEADLINE='inf'"),
+        ("OPEN_DEADLINE", "0", "VISIONACCEL_OPEN_DEADLINE='0'"),
+        ("OPEN_DEADLINE", "nan", "VISIONACCEL_OPEN_DEADLINE='nan'"),
         ("OPTIONS", "threads", "'threads' is not of the form name=value"),
         ("OPTIONS", '{"threads": ', "VISIONACCEL_OPTIONS"),
     ],

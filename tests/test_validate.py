@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import shutil
+import sys
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -26,6 +29,7 @@ from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError, InputError, SettingsError, UnknownBackendError
 from visionaccel.grid import Grid
 from visionaccel.images import image_processor
+from visionaccel.isolation import IsolatedSession
 from visionaccel.program import AnyGrid, Bucket, FixedGrid
 from visionaccel.tensor_files import write_safetensors
 from visionaccel.testing.checkpoints import random_checkpoint
@@ -114,6 +118,39 @@ def test_programs_that_leave_work_to_the_host_pass(tiny, tmp_path, precision):
 def test_a_bundle_with_its_own_weights_passes(tiny, tmp_path):
     folder = write_bundle(tiny, tmp_path / "bundle", "6x10", self_contained=True, precision="bfloat16")
     assert run(folder, tiny)["passed"] is True
+
+
+class Recorded(IsolatedSession):
+    """An isolated session that tells its process and limits."""
+
+    made: ClassVar[list["Recorded"]] = []
+    calls: ClassVar[set[int | None]] = set()
+
+    def __init__(self, backend, program, device, options, *, limits):
+        super().__init__(backend, program, device, options, limits=limits)
+        self.program, self.limits = program, limits
+        self.made.append(self)
+
+    def run(self, inputs):
+        self.calls.add(self.pid)
+        return super().run(inputs)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="devices live in processes of their own on Linux only")
+def test_programs_run_where_and_as_long_as_the_settings_say(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("visionaccel.isolation.IsolatedSession", Recorded)
+    monkeypatch.setattr(Recorded, "made", [])
+    monkeypatch.setattr(Recorded, "calls", set())
+    folder = write_bundle(tiny, tmp_path / "bundle", "6x10", "10x6")
+    assert run(folder, tiny, "--digits", "0", "--no-write")["passed"] is True
+    assert Recorded.made == []
+    for name, value in (("ISOLATION", "process"), ("DEADLINE", "45"), ("OPEN_DEADLINE", "90")):
+        monkeypatch.setenv(f"VISIONACCEL_{name}", value)
+    assert run(folder, tiny, "--digits", "0")["passed"] is True
+    assert [session.program.name for session in Recorded.made] == ["6x10", "10x6"]
+    assert {(session.limits.run, session.limits.opening) for session in Recorded.made} == {(45, 90)}
+    assert len(Recorded.calls) == 2
+    assert not {None, os.getpid()} & Recorded.calls
 
 
 def test_no_write_leaves_every_byte(bundle, tiny):

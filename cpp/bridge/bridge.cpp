@@ -1,9 +1,9 @@
 #include "bridge.h"
 
 #include <FlexMLClient.h>
+#include <unistd.h>
 
 #include <algorithm>
-#include <any>
 #include <atomic>
 #include <mutex>
 #include <numeric>
@@ -83,7 +83,9 @@ sdk::Options sdk_options(const OpenOptions& options, const MappedFile* file) {
     made.extOptions["fbs_buffer_size"] = std::size_t{file->bytes()};
     made.extOptions["cache_dir"] = std::string(options.cache_dir);
   }
-  made.extOptions["enable_preemption"] = bool{options.preemption};
+  if (options.preemption.has_value()) {
+    made.extOptions["enable_preemption"] = bool{*options.preemption};
+  }
 #else
   if (file != nullptr) {
     throw BridgeError("this FlexMLRT SDK takes no .rai files (its options have no extOptions); use a newer one");
@@ -116,14 +118,15 @@ std::string dtype_of(Type type) {
       return "int32";
     case Type::UInt32:
       return "uint32";
+    default:  // of a later SDK
+      return "unknown";
   }
-  return "unknown";
 }
 
 /// What the model says of its inputs or outputs, in its own order, as the host sees them.
 std::vector<TensorSpec> model_tensors(sdk::Model& model, const char* direction, std::vector<std::size_t>& sizes) {
   std::vector<TensorSpec> found;
-  for (const auto& tensor : model.getIOTensors(direction, false)) {
+  for (auto&& tensor : model.getIOTensors(direction, false)) {
     const auto& about = tensor.getMetadata();
     TensorSpec spec;
     spec.name = about.name;
@@ -268,24 +271,26 @@ class Bridge::Impl {
 
 Bridge::Bridge(
     const OpenOptions& options, std::vector<TensorSpec> inputs, std::vector<TensorSpec> outputs, const LogSink& log)
-    : inputs_(std::move(inputs)), outputs_(std::move(outputs)) {
+    : owner_(getpid()), inputs_(std::move(inputs)), outputs_(std::move(outputs)) {
   for (const auto* specs : {&inputs_, &outputs_}) {
     for (const auto& spec : *specs) {
       static_cast<void>(spec.bytes());  // before the device is asked for anything
     }
   }
-  if (had_a_model.exchange(true)) {
+  if (had_a_model) {
     log(LogLevel::kWarning,
         "this process had a FlexMLRT model before; the SDK is known to crash when one is opened after another");
   }
   log(LogLevel::kDebug, "opening " + options.path + "; the SDK has " + sdk_features());
   impl_ = std::make_unique<Impl>(options, inputs_, outputs_);
+  had_a_model = true;
   log(LogLevel::kInfo, "opened " + options.path);
 }
 
-Bridge::~Bridge() = default;
+Bridge::~Bridge() { close(); }
 
 void Bridge::run(const std::vector<const void*>& inputs, const std::vector<void*>& outputs) {
+  check_process();
   const std::lock_guard<std::mutex> turn(turn_);
   if (impl_ == nullptr) {
     throw BridgeError("the FlexMLRT model is closed");
@@ -293,7 +298,17 @@ void Bridge::run(const std::vector<const void*>& inputs, const std::vector<void*
   impl_->run(inputs, outputs);
 }
 
+void Bridge::check_process() const {
+  if (getpid() != owner_) {
+    throw BridgeError("the FlexMLRT model was opened by another process; open it after the fork");
+  }
+}
+
 void Bridge::close() {
+  if (getpid() != owner_) {
+    static_cast<void>(impl_.release());
+    return;
+  }
   const std::lock_guard<std::mutex> turn(turn_);
   impl_.reset();
 }

@@ -4,10 +4,13 @@
 // CMake's feature tests say what the header at hand has (FLEXMLRT_HAS_GOOD and so on).
 #pragma once
 
+#include <sys/types.h>
+
 #include <cstdint>
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -24,7 +27,7 @@ struct OpenOptions {
   std::string subgraph;     ///< empty: not set
   std::string cache_dir;    ///< where the SDK may write, for a `.rai` file
   std::uint32_t execute_mode = 2;
-  bool preemption = true;
+  std::optional<bool> preemption;  ///< not given: the SDK's default
 };
 
 enum class LogLevel { kDebug = 10, kInfo = 20, kWarning = 30 };
@@ -42,7 +45,7 @@ class Bridge {
   /// Opens the model and checks that its tensors are the expected ones, by name, dtype, squeezed shape and size.
   ///
   /// Throws BridgeError, with the SDK's text, if the SDK refuses or the tensors are others. `log` is called from the
-  /// thread that opens or closes.
+  /// thread that opens.
   Bridge(const OpenOptions& options, std::vector<TensorSpec> inputs, std::vector<TensorSpec> outputs,
          const LogSink& log);
   ~Bridge();
@@ -55,14 +58,20 @@ class Bridge {
   /// Runs once. Buffers are in the order of inputs() and outputs(), have their sizes and belong to the caller; inputs
   /// are only read. What the SDK leaves unwritten in an output stays as it was.
   ///
-  /// Throws BridgeError if the SDK throws or reports a status, or the bridge is closed.
+  /// Throws BridgeError if the SDK throws or reports a status, the bridge is closed, or this is a fork of the process
+  /// that opened it.
   void run(const std::vector<const void*>& inputs, const std::vector<void*>& outputs);
 
-  /// Gives the model back, then unmaps its file. Waits for a run in progress. May be called again.
+  /// Throws BridgeError in a fork of the process that opened the model.
+  void check_process() const;
+
+  /// Gives the model back, then unmaps its file. Waits for a run in progress. May be called again. In a fork it does
+  /// nothing: the model's threads are in the process that opened it.
   void close();
 
  private:
   class Impl;
+  const pid_t owner_;
   std::mutex turn_;
   std::vector<TensorSpec> inputs_;
   std::vector<TensorSpec> outputs_;

@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -46,14 +47,17 @@ class Taken {
       void* buffer;
     };
     py::list arrays;
-    auto buffers = std::exchange(buffers_, {});
-    for (std::size_t i = 0; i < buffers.size(); ++i) {
-      auto* lease = new Lease{buffers[i].first, buffers[i].second};
-      const py::capsule owner(lease, [](void* held) {
+    // From the last, so that what is left when something fails is what this object still gives back.
+    for (std::size_t i = buffers_.size(); i-- > 0;) {
+      auto lease = std::make_unique<Lease>(Lease{buffers_[i].first, buffers_[i].second});
+      const py::capsule owner(lease.get(), [](void* held) {
         const std::unique_ptr<Lease> ended(static_cast<Lease*>(held));
         ended->pool->give_back(ended->buffer);
       });
-      arrays.append(py::array(dtypes[i], specs[i].shape, buffers[i].second, owner));
+      lease.release();
+      void* buffer = buffers_[i].second;
+      buffers_.pop_back();
+      arrays.insert(0, py::array(dtypes[i], specs[i].shape, buffer, owner));
     }
     return arrays;
   }
@@ -90,7 +94,8 @@ class Model {
  public:
   Model(
       std::string path, bool single_file, const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs,
-      std::string device_name, std::string subgraph, std::string cache_dir, std::uint32_t execute_mode, bool preemption) {
+      std::string device_name, std::string subgraph, std::string cache_dir, std::uint32_t execute_mode,
+      std::optional<bool> preemption) {
     OpenOptions options;
     options.path = std::move(path);
     options.single_file = single_file;
@@ -106,7 +111,7 @@ class Model {
     }
     for (const auto& spec : outs) {
       output_dtypes_.push_back(numpy_dtype(spec.dtype));
-      pools_.push_back(std::make_shared<OutputPool>(spec.bytes()));
+      pools_.push_back(OutputPool::create(spec.bytes()));
     }
     const py::gil_scoped_release released;
     bridge_ = std::make_unique<Bridge>(options, std::move(ins), std::move(outs), log);
@@ -117,6 +122,7 @@ class Model {
   Model& operator=(const Model&) = delete;
 
   py::list run(const std::vector<py::array>& inputs) {
+    bridge_->check_process();  // before a buffer is taken from a pool whose thread a fork does not have
     const auto& specs = bridge_->inputs();
     if (inputs.size() != specs.size()) {
       throw py::value_error("expected " + std::to_string(specs.size()) + " inputs");
@@ -178,7 +184,7 @@ PYBIND11_MODULE(VISIONACCEL_MODULE, module) {
       .def(
           py::init<
               std::string, bool, const std::vector<Tensor>&, const std::vector<Tensor>&, std::string, std::string,
-              std::string, std::uint32_t, bool>(),
+              std::string, std::uint32_t, std::optional<bool>>(),
           py::kw_only(), py::arg("path"), py::arg("single_file"), py::arg("inputs"), py::arg("outputs"),
           py::arg("device_name"), py::arg("subgraph"), py::arg("cache_dir"), py::arg("execute_mode"),
           py::arg("preemption"))

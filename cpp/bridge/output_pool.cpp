@@ -1,5 +1,7 @@
 #include "output_pool.h"
 
+#include <unistd.h>
+
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -13,6 +15,14 @@ constexpr std::size_t kMostIdle = 2;  // one that is being read while the next c
 constexpr int kPoison = 0xFF;
 
 }  // namespace
+
+std::shared_ptr<OutputPool> OutputPool::create(std::size_t bytes) {
+  return {new OutputPool(bytes), [owner = getpid()](OutputPool* pool) {
+            if (getpid() == owner) {
+              delete pool;
+            }
+          }};
+}
 
 OutputPool::OutputPool(std::size_t bytes) : bytes_(bytes) {
   ready_.reserve(kMostIdle + 1);

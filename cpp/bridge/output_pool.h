@@ -3,6 +3,7 @@
 
 #include <condition_variable>
 #include <cstddef>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -15,6 +16,10 @@ namespace visionaccel {
 /// the system to find pages, nor for the poison. Safe to use from several threads.
 class OutputPool {
  public:
+  /// A pool that is not destroyed in a fork of this process, which has a copy of it without its thread and would wait for
+  /// that for good.
+  static std::shared_ptr<OutputPool> create(std::size_t bytes);
+
   /// Allocates and poisons the first buffers. Throws std::bad_alloc.
   explicit OutputPool(std::size_t bytes);
   /// Buffers must have come back before.

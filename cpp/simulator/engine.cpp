@@ -4,8 +4,6 @@
 #include <dlfcn.h>
 #include <openvino/c/openvino.h>
 
-#include <mutex>
-
 namespace simulator {
 
 namespace {
@@ -23,7 +21,7 @@ struct Api {
   use(ov_model_outputs_size) use(ov_model_const_input_by_index) use(ov_model_const_output_by_index)                   \
   use(ov_model_free) use(ov_const_port_get_shape) use(ov_port_get_any_name) use(ov_port_get_element_type)             \
   use(ov_output_const_port_free) use(ov_compiled_model_create_infer_request) use(ov_compiled_model_free)              \
-  use(ov_infer_request_set_tensor) use(ov_infer_request_infer) use(ov_infer_request_free) use(ov_tensor_free)         \
+  use(ov_compiled_model_get_property) use(ov_infer_request_set_tensor) use(ov_infer_request_infer) use(ov_infer_request_free) use(ov_tensor_free)         \
   use(ov_tensor_create_from_host_ptr) use(ov_shape_free) use(ov_free) use(ov_get_last_err_msg)
 #define DECLARE(name) decltype(&::name) name = nullptr;
   OPENVINO_FUNCTIONS(DECLARE)
@@ -167,15 +165,21 @@ Engine::Engine(const Container& container) : handles_(std::make_unique<Handles>(
           container.bfloat16 ? "bf16" : "f32", "PERFORMANCE_HINT", "LATENCY", "SNIPPETS_MODE", "DISABLE"),
       "compile the model");
   handles_->compiled = {compiled, api().ov_compiled_model_free};
+  char* precision = nullptr;
+  check<LoaderException>(
+      api().ov_compiled_model_get_property(compiled, "INFERENCE_PRECISION_HINT", &precision), "tell its precision");
+  const bool as_asked = std::string(precision) == (container.bfloat16 ? "bf16" : "f32");
+  api().ov_free(precision);
+  if (!as_asked) {
+    throw LoaderException(
+        "simulator: this processor does not compute in bfloat16; make the artifact with --precision float32");
+  }
   ov_infer_request_t* request = nullptr;
   check<LoaderException>(api().ov_compiled_model_create_infer_request(compiled, &request), "create a request");
   handles_->request = {request, api().ov_infer_request_free};
 }
 
-Engine::~Engine() {
-  handles_->request.reset();
-  handles_->compiled.reset();
-}
+Engine::~Engine() = default;
 
 void Engine::infer(const std::vector<void*>& inputs, const std::vector<void*>& outputs) {
   std::vector<Owned<ov_tensor_t>> bound;

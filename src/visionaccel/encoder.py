@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeAlias, get_args
 
 import numpy as np
 from pydantic import ValidationError
@@ -36,9 +36,12 @@ from visionaccel.families import Host, Tower, tower_of
 from visionaccel.grid import Grid, GridLike, as_grids, total_patches
 from visionaccel.program import AnyGrid, Bucket, FixedGrid, Program
 
-__all__ = ["Encoder", "OpenProgram", "open_encoder", "open_source", "open_tower"]
+__all__ = ["Encoder", "OpenProgram", "WantedIsolation", "open_encoder", "open_source", "open_tower"]
 
 logger = logging.getLogger(__name__)
+
+WantedIsolation: TypeAlias = Literal["auto", "process", "none"]
+"""Whether sessions live in child processes of their own; `auto` for what the backend declares."""
 
 
 @dataclass
@@ -283,8 +286,9 @@ def open_encoder(
     device: str | None = None,
     options: Mapping[str, Any] | None = None,
     registry: Registry | None = None,
-    isolation: Literal["auto", "process", "none"] = "auto",
+    isolation: WantedIsolation = "auto",
     deadline: float = 120.0,
+    open_deadline: float = 600.0,
 ) -> Encoder:
     """Open a vision encoder on a backend.
 
@@ -297,12 +301,18 @@ def open_encoder(
         registry: Where backends are found; the installed ones by default. Child processes look in the installed ones.
         isolation: Whether each session lives in a child process of its own; `auto` for what the backend declares.
         deadline: Seconds that a call in a child process may take before that is ended.
+        open_deadline: Seconds that starting such a process and opening a program may take, compilation included.
 
     Raises:
-        ConfigurationError: If the backend is unknown, broken, refuses the program, or does not know an option.
+        ConfigurationError: If the backend is unknown, broken, refuses the program, or does not know an option; or if
+            the isolation is none of these.
         ArtifactError: If the bundle or checkpoint is broken or of an unsupported architecture.
         DeviceError: If the device fails to open a program.
     """
+    if isolation not in get_args(WantedIsolation):
+        raise SettingsError(
+            f"there is no isolation {isolation!r}.", hint=f"Name one of: {', '.join(get_args(WantedIsolation))}."
+        )
     registry = registry or default_registry()
     source = open_source(source)
     name, programs = select(registry, source, backend, device).require()
@@ -321,7 +331,7 @@ def open_encoder(
         for program in programs:
             host = _host(tower, program)
             if (chosen.isolation_on(device) if isolation == AUTO else isolation) == "process":
-                session = _open_isolated(chosen, program, device, checked, deadline)
+                session = _open_isolated(chosen, program, device, checked, deadline, open_deadline)
             else:
                 session = _open(chosen, program, device, checked)
             opened.append(OpenProgram(program, host, session))
@@ -365,13 +375,19 @@ def _open(backend: VisionBackend, program: Program, device: str | None, options:
 
 
 def _open_isolated(
-    backend: VisionBackend, program: Program, device: str | None, options: Options, deadline: float
+    backend: VisionBackend,
+    program: Program,
+    device: str | None,
+    options: Options,
+    deadline: float,
+    open_deadline: float,
 ) -> Session:
     from visionaccel.isolation import IsolatedSession, Limits  # needed by few, and it imports subprocess
 
     # Validated once more in the child, so under the names and with the values that the user gave.
     given = options.model_dump(by_alias=True, exclude_unset=True)
-    return IsolatedSession(backend.name, program, device, given, limits=Limits(run=deadline))
+    limits = Limits(run=deadline, opening=open_deadline)
+    return IsolatedSession(backend.name, program, device, given, limits=limits)
 
 
 def _generality(opened: OpenProgram) -> tuple[int, int]:

@@ -12,7 +12,8 @@ from visionaccel.contracts import TensorSpec
 from visionaccel.grid import Grid
 
 __all__ = [
-    "CHECKPOINT", "EP_CONTEXT", "FLEXMLRT_DIRECTORY", "FLEXMLRT_RAI", "ONNX",
+    "CHECKPOINT", "DEVICE_TENSORS", "EP_CONTEXT", "FLEXMLRT_DIRECTORY", "FLEXMLRT_RAI", "HOST_AFTER", "HOST_BEFORE",
+    "ONNX", "SIMULATOR_FILE", "SIMULATOR_MAGIC",
     "AnyGrid", "Bucket", "Coverage", "FixedGrid", "HostSplit", "Precision", "Program",
 ]  # fmt: skip
 
@@ -30,6 +31,21 @@ FLEXMLRT_RAI = "flexmlrt.rai"
 
 FLEXMLRT_DIRECTORY = "flexmlrt.directory"
 """A partition's folder in the cache of AMD's Vitis AI compiler; the artifact is its `partition-info.json`."""
+
+HOST_BEFORE = "host_before"
+"""Role of the companion that ONNX Runtime runs before the device's part: an ONNX model of host operators."""
+
+HOST_AFTER = "host_after"
+"""Role of the companion that ONNX Runtime runs after the device's part."""
+
+DEVICE_TENSORS = "device_tensors"
+"""Role of the companion that states, in JSON, what goes between these two and the device."""
+
+SIMULATOR_MAGIC = b"VASIMRAI"
+"""First bytes of an artifact for the FlexMLRT simulator, which is no device."""
+
+SIMULATOR_FILE = "simulator.rai"
+"""Such an artifact's name in the folder of a partition (`FLEXMLRT_DIRECTORY`)."""
 
 Precision: TypeAlias = Literal["float32", "bfloat16", "float16"]
 """Dtype of a program's weights and activations; its inputs and outputs are float32 whatever it computes in."""

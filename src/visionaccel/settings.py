@@ -97,6 +97,12 @@ class Settings(BaseSettings):
         allow_inf_nan=False,
         description="Seconds that one call of a device in a child process may take before that is ended.",
     )
+    open_deadline: float = Field(
+        600.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds that starting such a process and opening a program may take, compilation included.",
+    )
     timing: bool = Field(False, description="Log the time of each part of every encode.")
 
 

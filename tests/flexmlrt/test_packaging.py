@@ -89,7 +89,7 @@ def wheel(source, output, **given):
     return found
 
 
-@pytest.mark.parametrize("way", ["package", "root", "folders"])
+@pytest.mark.parametrize("way", ["package", "folders"])
 def test_the_sdk_is_found_in_each_documented_way(sdk, tmp_path, way):
     root = tmp_path / "sdk"
     shutil.copytree(sdk, root)
@@ -97,16 +97,36 @@ def test_the_sdk_is_found_in_each_documented_way(sdk, tmp_path, way):
         shutil.rmtree(root / "share")
     given = {
         "package": {"CMAKE_PREFIX_PATH": root},
-        "root": {"FLEXMLRT_ROOT": root},
         "folders": {"FLEXMLRT_INCLUDE_DIR": root / "include", "FLEXMLRT_LIB_DIR": root / "lib"},
     }[way]
     pybind11 = Path(sysconfig.get_path("purelib"), "pybind11", "share", "cmake", "pybind11")
     command = [CMAKE, "-S", ROOT / "cpp", "-B", tmp_path / "build", f"-Dpybind11_DIR={pybind11}"]
-    done = subprocess.run(
-        [*command, f"-DPython_EXECUTABLE={sys.executable}"], env=environment(**given), capture_output=True, text=True
+    command.append(f"-DPython_EXECUTABLE={sys.executable}")
+    # First without: a build folder must not remember that.
+    for variables, modules in (({}, "simulator"), (given, "simulator;SDK 9.9.9")):
+        done = subprocess.run(command, env=environment(**variables), capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"FlexMLRT bridge for {modules}\n" in done.stdout
+
+
+def test_an_sdk_that_is_named_and_not_there_is_an_error(tmp_path):
+    command = [CMAKE, "-S", ROOT / "cpp", "-B", tmp_path / "build", "-DVISIONACCEL_PYTHON=OFF"]
+    done = subprocess.run(command, env=environment(FLEXMLRT_ROOT=tmp_path), capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "holds no FlexMLClient.h" in " ".join(done.stderr.split())
+
+
+def test_a_header_with_more_dtypes_and_other_getters_compiles(sdk, tmp_path):
+    """Of the bridge alone, as with a later SDK: more enumerators, and a getter that is not const."""
+    header = (sdk / "include" / "FlexMLClient.h").read_text()
+    changed = header.replace("UInt32 }", "UInt32, Int64, Int4 }").replace(
+        "& getMetadata() const {", "& getMetadata() {"
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "FlexMLRT bridge for simulator;SDK 9.9.9" in done.stdout
+    assert changed != header
+    (tmp_path / "FlexMLClient.h").write_text(changed)
+    features = [f"-DFLEXMLRT_HAS_{name}" for name in ("GOOD", "GET_IO_TENSORS", "SUBGRAPH_NAME", "EXT_OPTIONS")]
+    command = ["c++", "-std=c++17", "-fsyntax-only", "-Wall", "-Werror", f"-I{tmp_path}", *features]
+    subprocess.run([*command, ROOT / "cpp" / "bridge" / "bridge.cpp"], check=True)
 
 
 def test_a_wheel_with_the_sdk_imports_without_it_and_says_what_is_missing(sdk, clone, tmp_path):

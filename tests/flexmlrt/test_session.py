@@ -2,6 +2,8 @@
 
 import gc
 import logging
+import os
+import signal
 import threading
 import time
 from contextlib import closing
@@ -60,11 +62,20 @@ def test_the_caller_owns_what_it_got(session, inputs):
     first[:] = 0  # writable
 
 
-def test_contiguous_input_is_passed_as_it_is(session, inputs):
+def test_contiguous_input_is_passed_as_it_is(session, inputs, monkeypatch):
     (array,) = inputs.values()
     array.flags.writeable = False
-    before = array.copy()
+    before, passed, model = array.copy(), [], session._model
+
+    class Watched:
+        def run(self, arrays):
+            passed.extend(arrays)
+            return model.run(arrays)
+
+    monkeypatch.setattr(session, "_model", Watched())
     session.run(inputs)
+    monkeypatch.undo()
+    assert passed[0] is array
     np.testing.assert_array_equal(array, before)
     with pytest.raises(ValueError, match="C-contiguous"):
         session._model.run([np.asfortranarray(array)])
@@ -171,6 +182,24 @@ def test_messages_go_to_python_s_logging_and_nothing_to_the_terminal(program, in
         session.run(inputs)
     assert any("opened" in record.message for record in caplog.records)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_fork_may_drop_a_model_of_its_parent_but_not_run_it(session, inputs):
+    child = os.fork()
+    if child == 0:
+        try:
+            session.run(inputs)
+        except DeviceError as error:
+            refused = "open it after the fork" in str(error)
+            session._model = None  # dropped
+            os._exit(0 if refused else 1)
+        os._exit(2)
+    deadline = time.monotonic() + 20
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.05)
+    assert os.waitstatus_to_exitcode(ended[1]) == 0
 
 
 def test_a_git_lfs_pointer_is_named_as_one(program, tmp_path):

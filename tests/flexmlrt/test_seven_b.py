@@ -24,4 +24,5 @@ def test_the_imported_artifact_of_the_7b_tower_is_right_in_bfloat16(seven, seven
     with open_encoder(bundle, backend="flexmlrt", device="simulator") as encoder:
         assert encoder.capabilities.simulated
         assert encoder.capabilities.precision == "bfloat16"
-        assert lowest_cosine(encoder.encode(patches, [GRID]), exact) > 0.995
+        lowest = lowest_cosine(encoder.encode(patches, [GRID]), exact)
+    assert 0.999 < lowest < 0.999999, "right, and not in float32, which comes closer"

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from visionaccel.errors import ArtifactError
-from visionaccel.program import FLEXMLRT_RAI, Program
+from visionaccel.program import FLEXMLRT_RAI, SIMULATOR_FILE, SIMULATOR_MAGIC, Program
 
 __all__ = ["SIMULATOR_FILE", "SIMULATOR_MAGIC", "Artifact", "open_settings"]
 
-SIMULATOR_MAGIC = b"VASIMRAI"
-SIMULATOR_FILE = "simulator.rai"
-"""The simulated binary in the folder of a partition."""
+logger = logging.getLogger(__name__)
 
 _LFS_POINTER = b"version https://git-lfs"
 _SMALLEST_REAL = 1 << 20
@@ -70,7 +69,7 @@ class Artifact:
         return self.single_file and not self.simulated and self.path.stat().st_size < _SMALLEST_REAL
 
 
-def open_settings(artifact: Artifact, sdk_version: str) -> Mapping[str, str]:
+def open_settings(artifact: Artifact, sdk_version: str | None) -> Mapping[str, str]:
     """Names of device and subgraph that the SDK needs for an artifact; empty where it must not be given one.
 
     From public callers: a folder is opened as subgraph "0"; a `.rai` file before 1.8 as "vaiml_par_0" on "stx", and
@@ -78,7 +77,12 @@ def open_settings(artifact: Artifact, sdk_version: str) -> Mapping[str, str]:
     """
     if not artifact.single_file:
         return {"device_name": "stx", "subgraph": "0"}
-    numbers = tuple(int(part) for part in re.findall(r"\d+", sdk_version)[:2])
+    if sdk_version is None:
+        logger.warning(
+            "The FlexMLRT SDK does not tell its version; opening as before 1.8, as device 'stx' and subgraph "
+            "'vaiml_par_0'. Set the options device_name and subgraph if that fails."
+        )
+    numbers = tuple(int(part) for part in re.findall(r"\d+", sdk_version or "")[:2])
     if numbers >= (1, 8):
         return {"device_name": "", "subgraph": ""}
     return {"device_name": "stx", "subgraph": "vaiml_par_0"}

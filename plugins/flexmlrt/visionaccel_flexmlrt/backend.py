@@ -25,7 +25,7 @@ from visionaccel.errors import ArtifactError, ConfigurationError, DeviceError
 from visionaccel.program import FLEXMLRT_DIRECTORY, FLEXMLRT_RAI, Program
 from visionaccel_flexmlrt.artifact import Artifact, open_settings
 from visionaccel_flexmlrt.host_graphs import HostGraphs, device_tensors
-from visionaccel_flexmlrt.runtime import NPU, SIMULATOR, load, missing
+from visionaccel_flexmlrt.runtime import NPU, SIMULATOR, load, missing, sdk_version
 from visionaccel_flexmlrt.session import FlexMLRTSession
 
 __all__ = ["FlexMLRTBackend", "FlexMLRTOptions"]
@@ -39,7 +39,7 @@ class FlexMLRTOptions(Options):
     device_name: str | None = Field(None, description="The SDK's name of the device. Unset: what its version needs.")
     subgraph: str | None = Field(None, description="The subgraph to open. Unset: what the artifact's layout needs.")
     execute_mode: int = Field(2, ge=0, description="The SDK's executeMode.")
-    preemption: bool = Field(True, description="Let other users of the device in between.")
+    preemption: bool | None = Field(None, description="The SDK's enable_preemption. Unset: the SDK's default.")
     cache_dir: Path | None = Field(None, description="Where the SDK may write. Unset: the artifact's folder.")
     any_version: bool = Field(False, description="Accept another version of the SDK than this was built with.")
     simulator_script: Path | None = Field(None, description="What the simulator does wrong; see the documentation.")
@@ -95,7 +95,7 @@ class FlexMLRTBackend(VisionBackend):
         inputs, outputs = apart or (program.inputs, program.outputs)
         names = program.stored_names if apart is None else {}
         host = HostGraphs(program) if apart is not None else None
-        settings = open_settings(artifact, getattr(module, "sdk_version", "unknown"))
+        settings = open_settings(artifact, sdk_version(device, module))
         try:
             model = module.Model(
                 path=str(artifact.path),

@@ -44,18 +44,18 @@ def check_machine(
         environment: The environment variables.
         kernel: The running kernel's release; None to ask the system.
     """
-    checks: Sequence[Callable[[], Finding]] = (
-        lambda: _npu(root),
-        lambda: _kernel(kernel or platform.release()),
-        lambda: _driver(root),
-        lambda: _timeout(root),
-        lambda: _node(root),
-        lambda: _xrt(root),
-        lambda: _heap(environment),
-        _library,
-        _simulator,
-    )
-    return [_made(check) for check in checks]
+    checks: Mapping[str, Callable[[], Finding]] = {
+        "NPU on the PCI bus": lambda: _npu(root),
+        "kernel": lambda: _kernel(kernel or platform.release()),
+        "amdxdna module": lambda: _driver(root),
+        "amdxdna timeout": lambda: _timeout(root),
+        "device node": lambda: _node(root),
+        "XRT": lambda: _xrt(root),
+        "XRT heap": lambda: _heap(environment),
+        "FlexMLRT library": _library,
+        "simulator": _simulator,
+    }
+    return [_made(name, check) for name, check in checks.items()]
 
 
 def check_artifacts(programs: Iterable[Program]) -> Sequence[Finding]:
@@ -77,11 +77,11 @@ def check_artifacts(programs: Iterable[Program]) -> Sequence[Finding]:
     return found
 
 
-def _made(check: Callable[[], Finding]) -> Finding:
+def _made(name: str, check: Callable[[], Finding]) -> Finding:
     try:
         return check()
     except Exception as error:  # A broken machine is what this is for.
-        return Finding("a check", "warning", f"{type(error).__name__}: {error}", "Look at it by hand.")
+        return Finding(name, "warning", f"{type(error).__name__}: {error}", "Look at it by hand.")
 
 
 def _npu(root: Path) -> Finding:

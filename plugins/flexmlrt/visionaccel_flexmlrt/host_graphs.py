@@ -12,12 +12,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from visionaccel.arrays import Array
 from visionaccel.contracts import TensorSpec
 from visionaccel.errors import ArtifactError, ConfigurationError
-from visionaccel.program import Program
+from visionaccel.program import DEVICE_TENSORS, HOST_AFTER, HOST_BEFORE, Program
 
 __all__ = ["HostGraphs", "device_tensors"]
-
-BEFORE, AFTER, DEVICE_TENSORS = "host_before", "host_after", "device_tensors"
-"""Roles of the companions of such a program."""
 
 
 class _Tensor(BaseModel):
@@ -64,8 +61,8 @@ class HostGraphs:
 
     def __init__(self, program: Program) -> None:
         self._program = program
-        self._before = self._session(program.companions.get(BEFORE))
-        self._after = self._session(program.companions.get(AFTER))
+        self._before = self._session(program.companions.get(HOST_BEFORE))
+        self._after = self._session(program.companions.get(HOST_AFTER))
 
     def before(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         """The device's inputs, from the program's."""

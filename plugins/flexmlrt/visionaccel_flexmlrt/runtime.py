@@ -18,7 +18,17 @@ from types import ModuleType
 
 from visionaccel.errors import ConfigurationError
 
-__all__ = ["NPU", "SIMULATOR", "Missing", "find_library", "library_version", "load", "missing", "openvino_library"]
+__all__ = [
+    "NPU",
+    "SIMULATOR",
+    "Missing",
+    "find_library",
+    "library_version",
+    "load",
+    "missing",
+    "openvino_library",
+    "sdk_version",
+]
 
 NPU, SIMULATOR = "npu", "simulator"
 _LIBRARY = "libflexmlrt.so"
@@ -48,8 +58,7 @@ def missing(device: str) -> Missing | None:
     if find_spec("visionaccel_flexmlrt._sdk") is None:
         return Missing(
             "this build of visionaccel-flexmlrt was made without AMD's FlexMLRT SDK.",
-            "Build it with the SDK: FLEXMLRT_ROOT=/path/to/flexmlrt pip install --no-binary visionaccel-flexmlrt "
-            "visionaccel-flexmlrt.",
+            "Build it with the SDK, as its README says: FLEXMLRT_ROOT=/path/to/flexmlrt pip install ./plugins/flexmlrt",
         )
     if find_library() is None:
         searched = ", ".join(dict.fromkeys(map(str, _folders()))) or "no folder, since none of them is set"
@@ -113,6 +122,15 @@ def library_version(library: Path) -> str | None:
             if found is not None:
                 return found[1]
     return None
+
+
+def sdk_version(device: str, module: ModuleType) -> str | None:
+    """Version of the SDK that runs a device: its library's, else the one that the module was built with, if known."""
+    if device == SIMULATOR:
+        return "1.7"  # whose interface the simulator has
+    library = find_library()
+    built = str(module.sdk_version)
+    return (library_version(library) if library is not None else None) or (None if built == "unknown" else built)
 
 
 def openvino_library() -> Path | None:

@@ -1,6 +1,9 @@
 """The ONNX Runtime backend: which programs it takes, and how it opens them."""
 
-from collections.abc import Mapping, Sequence
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,7 +40,9 @@ class OnnxRuntimeOptions(Options):
         None, description="Where the npu's compiled programs are kept. Unset: a folder in the user's cache."
     )
     context_dir: Path | None = Field(
-        None, description="Folder to write the npu's compiled programs to, as NAME.onnx with what it refers to."
+        None,
+        description="Folder to write the npu's compiled programs to, as NAME.onnx with what it refers to; those that "
+        "are there are replaced.",
     )
 
 
@@ -87,7 +92,22 @@ class OnnxRuntimeBackend(VisionBackend):
         import onnxruntime
 
         provider, given = _provider(program, device, options, onnxruntime)
-        context = _context_file(program, options.context_dir) if options.context_dir is not None else None
+        if options.context_dir is None:
+            return self._open(program, device, options, provider, given, None)
+        with _kept_context(program, options.context_dir) as context:
+            return self._open(program, device, options, provider, given, context)
+
+    def _open(
+        self,
+        program: Program,
+        device: str | None,
+        options: OnnxRuntimeOptions,
+        provider: str,
+        given: dict[str, str],
+        context: Path | None,
+    ) -> Session:
+        import onnxruntime
+
         if provider == VITISAI_PROVIDER:
             given = compiler_options(program, given, options.cache_dir, onnxruntime.__version__)
         settings = _session_options(options, onnxruntime)
@@ -147,6 +167,12 @@ def _provider(
     provider = options.provider or by_device.name
     if provider != by_device.name:
         defaults = {}
+    if provider == VITISAI_PROVIDER != by_device.name:
+        # By the device it is decided whether the session gets a process of its own.
+        raise ConfigurationError(
+            f"{provider} does not run on device {device or 'cpu'}.",
+            hint="Choose device npu, and leave out the option `provider`.",
+        )
     available = onnxruntime.get_available_providers()
     if provider not in available:
         raise ConfigurationError(
@@ -201,25 +227,47 @@ def _model(program: Program, provider: str, settings: Any) -> bytes | str:
     return emulate_bfloat16(model)
 
 
-def _context_file(program: Program, folder: Path) -> Path:
-    """Where the compiled program is to be written."""
+@contextmanager
+def _kept_context(program: Program, folder: Path) -> Iterator[Path]:
+    """Where the compiled program is to be written; once all went well, it takes the place of an earlier one.
+
+    It is written under its own name in a folder that is gone afterwards, because the model refers to the file beside it
+    by its name.
+    """
     if program.format == EP_CONTEXT:
         raise ConfigurationError(
             f"program {program.name!r} is compiled already.", hint="Leave out the option `context_dir`."
         )
     folder = folder.expanduser().absolute()
-    path = folder / f"{program.name}.onnx"
-    if path.parent != folder:  # a bundle names its programs as it likes
+    target = folder / f"{program.name}.onnx"
+    if target.parent != folder:  # a bundle names its programs as it likes
         raise ConfigurationError(
             f"program {program.name!r} has a name that is no file name.", hint="Leave out the option `context_dir`."
         )
-    if path.exists():
-        raise ConfigurationError(f"{path} exists.", hint="Remove it, or name another context_dir.")
+    if target.exists():
+        earlier = offload_of_context(target)
+        if earlier is None or not earlier.device_nodes:
+            raise ConfigurationError(
+                f"{target} exists and is no compiled program.", hint="Remove it, or name another context_dir."
+            )
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{program.name}.partial-", dir=folder))
     except OSError as error:
-        raise ConfigurationError(f"{folder} cannot be made: {error}", hint="Name another context_dir.") from error
-    return path
+        raise _unwritable(folder, error) from error
+    try:
+        yield work / target.name
+        try:
+            for file in sorted(work.iterdir(), key=lambda each: each.name == target.name):  # the model last
+                file.replace(folder / file.name)
+        except OSError as error:
+            raise _unwritable(folder, error) from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _unwritable(folder: Path, error: OSError) -> ConfigurationError:
+    return ConfigurationError(f"{folder} cannot be written: {error}", hint="Name another context_dir.")
 
 
 def _on_cpu(program: Program, device: str, *, thread_safe: bool) -> Capabilities:

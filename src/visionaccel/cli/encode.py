@@ -63,6 +63,7 @@ def encode(
         options=chosen_options,
         isolation=settings.isolation,
         deadline=settings.deadline,
+        open_deadline=settings.open_deadline,
     ) as encoder:
         fitter = None
         if settings.fit != "none":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from enum import StrEnum
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.progress import TextColumn
 from rich.table import Table
 
 from visionaccel.bundle.export import ProgramRequest, export_bundle
+from visionaccel.bundle.export import as_json as json_file
 from visionaccel.bundle.manifest import BundleFile
 from visionaccel.cli.output import Json, print_json, progress, results
 from visionaccel.encoder import open_tower
@@ -128,7 +128,7 @@ def export(
             self_contained=self_contained,
             precision=precision.value,
             device=VITISAI_DEVICE if target is not None else device,
-            companions={"vitisai_config": _json(VITISAI_CONFIG)} if target is not None else None,
+            companions={"vitisai_config": json_file(VITISAI_CONFIG)} if target is not None else None,
             force=force,
             progress=tell,
         )
@@ -152,10 +152,6 @@ def _grid(text: str, option: str, merge_size: int) -> Grid:
         raise ConfigurationError(f"{option} {text}: a program takes one frame.", hint="Write height x width, 58x74.")
     grid.check_divisible(merge_size)
     return grid
-
-
-def _json(value: object) -> bytes:
-    return (json.dumps(value, indent=1) + "\n").encode()
 
 
 def _size(files: tuple[BundleFile, ...]) -> str:

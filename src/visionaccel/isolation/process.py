@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 _SLICE = 0.5
 _LINGERING = 1.0
 _REAPING = 3.0
+_SLOW = "Set VISIONACCEL_OPEN_DEADLINE if it needs longer, such as to compile."
 _DOCTOR = "Run `visionaccel doctor`; the kernel's log (dmesg) may say more of the device."
 _FALLBACK = (
     "It is started again in the background; set VISIONACCEL_FALLBACK to let another backend take over meanwhile."
@@ -118,7 +119,7 @@ class DeviceProcess:
             if isinstance(error, _SilentError):
                 raise DeviceLostError(
                     f"{self._what} did not open the program within {seconds:g} s and was ended.{self._last_words()}",
-                    hint=_DOCTOR,
+                    hint=f"{_SLOW} {_DOCTOR}",
                 ) from None
             if isinstance(error, _HungUpError):
                 raise DeviceLostError(self.fate(), hint=_DOCTOR) from None
@@ -139,6 +140,8 @@ class DeviceProcess:
             DeviceLostError: If the child died, or took longer and was killed.
         """
         with self._exchange:
+            if self.dead.is_set():  # What `reap` then closes is no longer this call's to use.
+                raise DeviceLostError(self.fate(), hint=_FALLBACK)
             call = Places(self._inputs.write(inputs))
             try:
                 with suppress(OSError):  # If the child is dead, there is no answer either.

@@ -46,6 +46,9 @@ class SharedArrays:
 
     Args:
         fd: The file; it belongs to this object from then on.
+
+    Attributes:
+        fd: The file; -1 once closed, as its number may soon be that of another file.
     """
 
     def __init__(self, fd: int) -> None:
@@ -78,6 +81,7 @@ class SharedArrays:
 
         Raises:
             TypeError: If an array holds Python objects.
+            ValueError: If it is closed.
         """
         values = {name: as_numpy(array) for name, array in arrays.items()}
         places, end = [], 0
@@ -86,7 +90,7 @@ class SharedArrays:
                 raise TypeError(f"array {name!r} holds Python objects; only numbers can be given to another process.")
             places.append(ArrayPlace(name, value.dtype, value.shape, end))
             end += math.ceil(value.nbytes / _ALIGNMENT) * _ALIGNMENT
-        size = os.fstat(self.fd).st_size
+        size = self._size()
         if end > size:
             os.ftruncate(self.fd, _whole_pages(max(end, _GROWTH * size)))
         for place, value in zip(places, values.values(), strict=True):
@@ -98,8 +102,9 @@ class SharedArrays:
 
         Raises:
             TypeError: If it does not lie within the memory.
+            ValueError: If it is closed.
         """
-        size = os.fstat(self.fd).st_size
+        size = self._size()
         if self._map is None or len(self._map) < size:
             # Views of the former mapping keep it alive as long as they need it.
             self._map = mmap.mmap(self.fd, size)
@@ -111,7 +116,14 @@ class SharedArrays:
             with suppress(BufferError):
                 self._map.close()
             self._map = None
-        os.close(self.fd)
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _size(self) -> int:
+        if self.fd < 0:
+            raise ValueError("the shared memory is closed.")
+        return os.fstat(self.fd).st_size
 
 
 def _whole_pages(size: float) -> int:

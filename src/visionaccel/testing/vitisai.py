@@ -36,12 +36,9 @@ from visionaccel.families.qwen2_5_vl.config import VisionConfig
 from visionaccel.families.qwen2_5_vl.geometry import make_tables
 from visionaccel.families.qwen2_5_vl.signature import PATCH_KERNEL, PIXELS
 from visionaccel.grid import Grid
-from visionaccel.program import FixedGrid, HostSplit, Precision
+from visionaccel.program import SIMULATOR_FILE, FixedGrid, HostSplit, Precision
 
-__all__ = ["SIMULATOR_MAGIC", "VitisNames", "write_vitisai_folder"]
-
-SIMULATOR_MAGIC = b"VASIMRAI"
-"""First bytes of what a simulator's compiler writes in place of a `.rai`."""
+__all__ = ["VitisNames", "write_vitisai_folder"]
 
 _Row: TypeAlias = tuple[str, list[str], str, dict[str, Any]]
 """An operator, its inputs, its output and its attributes."""
@@ -52,7 +49,7 @@ _CHUNK = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class VitisNames:
-    """Names in a folder; the defaults are those of the published artifact, where they are known.
+    """Names in a folder.
 
     Attributes:
         stem: Name of the `.rai`, `.onnx` and `.onnx.data`.
@@ -64,8 +61,8 @@ class VitisNames:
 
     stem: str = "vision"
     pixels: str = PIXELS
-    device_input: str = "/blocks/Gather_output_0"
-    device_output: str = "/merger/merger/mlp/mlp.2/Gemm_output_0"
+    device_input: str = "device_input"
+    device_output: str = "device_output"
     embeddings: str = "image_embeddings"
 
 
@@ -110,7 +107,7 @@ def write_vitisai_folder(
     artifact = target = folder / f"{names.stem}.rai"
     if layout == "directory":
         cache = folder / f"{names.stem}_cache"
-        artifact, target = (cache / "vaiml_par_0" / name for name in ("partition-info.json", "simulator.rai"))
+        artifact, target = (cache / "vaiml_par_0" / name for name in ("partition-info.json", SIMULATOR_FILE))
         _write_cache(cache, whole, partition, tensors, names)
     elif metadata:
         _write_json(folder / "flexmlrt-hsi.json", tensors)

@@ -24,7 +24,7 @@ from visionaccel.bundle.export import Progress, toolchain
 from visionaccel.bundle.manifest import Answers, Certificate, ProgramEntry, ProgramResult
 from visionaccel.bundle.opening import Bundle, tower_digest
 from visionaccel.bundle.processor import processor_digest, require_processor
-from visionaccel.encoder import Encoder, open_encoder
+from visionaccel.encoder import Encoder, WantedIsolation, open_encoder
 from visionaccel.errors import (
     ConfigurationError,
     OutputError,
@@ -68,6 +68,9 @@ def validate_bundle(
     thresholds: Mapping[Precision, float] = THRESHOLDS,
     digits: int = 60,
     registry: Registry | None = None,
+    isolation: WantedIsolation = "auto",
+    deadline: float = 120.0,
+    open_deadline: float = 600.0,
     progress: Progress | None = None,
 ) -> Certificate:
     """Run every program of a bundle beside the reference.
@@ -83,6 +86,9 @@ def validate_bundle(
         thresholds: The lowest cosine that passes, by precision.
         digits: Images for the digits model to read, if it is the reference; 0 for none.
         registry: Where backends are found; the installed ones by default.
+        isolation: Where the programs run, as for `open_encoder`; the reference always runs in this process.
+        deadline: Seconds that a call in a child process may take.
+        open_deadline: Seconds that starting such a process and opening a program may take, compilation included.
         progress: Told a stage, how much of it is done and how much it is.
 
     Returns:
@@ -110,8 +116,17 @@ def validate_bundle(
     registry = registry or default_registry()
     tell = progress or (lambda *_: None)
     trials = _trials(reference, images)
-    with open_encoder(reference, backend=REFERENCE_BACKEND, registry=registry) as exact:
-        run = _Run(bundle, _Reference(exact), trials, registry, backend, device, options)
+    open_programs = partial(
+        open_encoder,
+        backend=backend,
+        options=options,
+        registry=registry,
+        isolation=isolation,
+        deadline=deadline,
+        open_deadline=open_deadline,
+    )
+    with open_encoder(reference, backend=REFERENCE_BACKEND, registry=registry, isolation="none") as exact:
+        run = _Run(bundle, _Reference(exact), trials, open_programs, backend, device)
         results = tuple(run.program(entry, demanded, partial(tell, entry.name)) for entry in bundle.manifest.programs)
         read = run.answers(digits, digest, partial(tell, "digits"))
     plugins = {registry.entry(result.backend).distribution for result in results if result.backend != _NOT_RUN}
@@ -184,13 +199,12 @@ class _Run:
         bundle: Bundle,
         reference: _Reference,
         trials: Trials,
-        registry: Registry,
+        open_programs: Callable[..., Encoder],
         backend: str,
         device: str | None,
-        options: Mapping[str, Any] | None,
     ) -> None:
-        self._bundle, self._reference, self._trials, self._registry = bundle, reference, trials, registry
-        self._backend, self._device, self._options = backend, device, options
+        self._bundle, self._reference, self._trials, self._open_programs = bundle, reference, trials, open_programs
+        self._backend, self._device = backend, device
         self._merge = bundle.tower.merge_size
         packed = bundle.manifest.checkpoint is None
         source = reference.encoder.tower.weights
@@ -277,13 +291,7 @@ class _Run:
             return read_digits(folder, encoder, self._reference.encoder, count, tell)
 
     def _open(self, entries: Sequence[ProgramEntry]) -> Encoder:
-        return open_encoder(
-            _Own(self._bundle, entries),
-            backend=self._backend,
-            device=self._device or entries[0].device,
-            options=self._options,
-            registry=self._registry,
-        )
+        return self._open_programs(_Own(self._bundle, entries), device=self._device or entries[0].device)
 
     def _verdict(self, comparison: Comparison, trials: Sequence[Trial], threshold: float) -> str | None:
         """What is wrong with the numbers, and where."""

@@ -6,6 +6,7 @@ Weights stay where they are. External data are read tensor by tensor, from plain
 from __future__ import annotations
 
 import math
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -21,7 +22,7 @@ from onnx import AttributeProto, TensorProto
 from visionaccel.contracts import TensorSpec
 from visionaccel.errors import BundleError
 
-__all__ = ["OnnxGraph", "external_files", "plain_file"]
+__all__ = ["OnnxGraph", "check_link", "external_files", "plain_file"]
 
 _AGAIN = "Fetch the folder again, or export and compile the tower again."
 _MOST_MODEL_BYTES = 2**31
@@ -267,7 +268,29 @@ def plain_file(folder: Path, name: str, where: str) -> Path:
     path = folder / name
     if not path.is_file():
         raise BundleError(f"{where} refers to {path}, which is not there.", hint="Fetch the missing file.")
+    check_link(path, folder)
     return path
+
+
+def check_link(file: Path, folder: Path) -> None:
+    """Refuse a file that lies elsewhere than in a folder, by whatever links.
+
+    In a Hugging Face cache, `<repository>/snapshots/<revision>` holds links to `<repository>/blobs`; those are taken.
+
+    Raises:
+        BundleError: If it lies elsewhere.
+    """
+    real = Path(os.path.realpath(file))
+    if real.is_relative_to(os.path.realpath(folder)):
+        return
+    link = Path(os.path.realpath(file.parent), file.name)
+    for place, name in enumerate(link.parts[:-2]):
+        if name == "snapshots" and real.is_relative_to(Path(*link.parts[:place], "blobs")):
+            return
+    raise BundleError(
+        f"{file} leads to {real}, outside of {folder}.",
+        hint="Do not use this folder, or put the file itself in the place of the link.",
+    )
 
 
 def external_files(model: onnx.ModelProto) -> frozenset[str]:

@@ -39,15 +39,13 @@ from visionaccel.errors import BundleError, CheckpointError, ConfigurationError
 from visionaccel.families import Tower
 from visionaccel.families.base import HostPart
 from visionaccel.grid import Grid
-from visionaccel.program import EP_CONTEXT, FixedGrid, Precision
+from visionaccel.program import DEVICE_TENSORS, EP_CONTEXT, HOST_AFTER, HOST_BEFORE, FixedGrid, Precision
 from visionaccel.stripping import read_strip_note
 from visionaccel.tensor_files import write_safetensors
 
 __all__ = ["Imported", "import_vitisai"]
 
 _AGAIN = "Export and compile the tower again."
-HOST_BEFORE, HOST_AFTER, DEVICE_TENSORS = "host_before", "host_after", "device_tensors"
-"""Roles of the companions of a program whose host part runs on ONNX Runtime."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,18 +13,16 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
+from visionaccel.bundle.vitisai.graph import check_link
 from visionaccel.bundle.vitisai.metadata import Connectivity, PartitionInfo, TensorTable, read_metadata
 from visionaccel.contracts import TensorSpec
 from visionaccel.errors import BundleError, ConfigurationError
-from visionaccel.program import EP_CONTEXT, FLEXMLRT_DIRECTORY, FLEXMLRT_RAI
+from visionaccel.program import EP_CONTEXT, FLEXMLRT_DIRECTORY, FLEXMLRT_RAI, SIMULATOR_FILE, SIMULATOR_MAGIC
 
-__all__ = ["SIMULATOR_MAGIC", "Boundary", "VitisFolder", "read_layout"]
-
-SIMULATOR_MAGIC = b"VASIMRAI"
-"""First bytes of an artifact for the FlexMLRT simulator, which is no device."""
+__all__ = ["Boundary", "VitisFolder", "read_layout"]
 
 _INFO, _TABLE, _CONNECTIVITY = "partition-info.json", "flexmlrt-hsi.json", "connectivity_metadata.json"
-_PARTITION, _SIMULATOR = "vaiml_par_", "simulator.rai"
+_PARTITION = "vaiml_par_"
 _LFS_POINTER = b"version https://git-lfs"
 _SMALL = 10**6
 """A real `.rai` holds a tower's weights; what is smaller is most likely something else."""
@@ -75,7 +73,8 @@ def read_layout(path: Path, *, artifact: Path | None = None, model: Path | None 
 
     Raises:
         ConfigurationError: If something is not there, or there are several.
-        BundleError: If a file is damaged, the compilation did not end, or there are several device partitions.
+        BundleError: If a file is damaged or a link that leads out of the folder, the compilation did not end, or there
+            are several device partitions.
     """
     try:
         return _read(path, artifact, model)
@@ -95,9 +94,20 @@ def _read(path: Path, artifact: Path | None, model: Path | None) -> VitisFolder:
     found = _given(path, artifact) if artifact is not None else _only(_artifacts(path), path, "--artifact")
     places = [path] if found is None or found.is_file() else [path, found, found.parent]
     onnx = _model(path, model, places)
+    check_link(onnx, _home(onnx, path))
     if found is None:
         return VitisFolder(path, EP_CONTEXT, onnx, onnx, (), None, "npu", ())
     return _directory(path, found, onnx) if found.is_dir() else _single(path, found, onnx)
+
+
+def _home(found: Path, folder: Path) -> Path:
+    """The folder that the files of what was found must lie in: the imported one, unless something elsewhere is named.
+
+    Links count for nothing here: a link in the folder is of the folder.
+    """
+    there, here = (os.path.normpath(each.absolute()) for each in (found, folder))
+    inside = Path(there).is_relative_to(here)
+    return folder if inside else found if found.is_dir() else found.parent
 
 
 def _artifacts(folder: Path) -> list[Path]:
@@ -146,6 +156,7 @@ def _model(folder: Path, named: Path | None, places: Sequence[Path]) -> Path:
 
 
 def _single(folder: Path, artifact: Path, model: Path) -> VitisFolder:
+    check_link(artifact, _home(artifact, folder))
     size = artifact.stat().st_size
     with artifact.open("rb") as file:
         start = file.read(len(_LFS_POINTER))
@@ -193,8 +204,8 @@ def _directory(folder: Path, cache: Path, model: Path) -> VitisFolder:
         )
     parts = sorted(device[0].glob(f"*/{_TABLE}"))
     cut = [f"{each.parent.relative_to(cache)}" for each in parts]
-    if len(device) > 1 or len(parts) > 1 or infos[device[0]].num_aie_partitions > 1:
-        names = ", ".join(each.name for each in device) if len(device) > 1 else ", ".join(cut) or device[0].name
+    if len(device) > 1 or len(parts) > 1:
+        names = ", ".join(each.name for each in device) if len(device) > 1 else ", ".join(cut)
         raise BundleError(
             f"{cache}: the device's part is cut into several partitions ({names}), and one alone is no tower.",
             hint="Compile so that everything between the window gathers is one partition.",
@@ -209,13 +220,13 @@ def _directory(folder: Path, cache: Path, model: Path) -> VitisFolder:
     if (cache / _CONNECTIVITY).exists():
         elsewhere = {each.name for each in partitions} - {partition.name}
         _check_connectivity(cache / _CONNECTIVITY, partition.name, elsewhere, boundary)
-    simulated = partition / _SIMULATOR
+    simulated = partition / SIMULATOR_FILE
     return VitisFolder(
         folder=folder,
         format=FLEXMLRT_DIRECTORY,
         model=model,
         artifact=partition / _INFO,
-        files=_files(partition),
+        files=_files(partition, _home(cache, folder)),
         boundary=boundary,
         device="simulator" if simulated.is_file() else "npu",
         warnings=(),
@@ -262,10 +273,16 @@ def _check_connectivity(path: Path, partition: str, elsewhere: Set[str], boundar
                 )
 
 
-def _files(partition: Path) -> tuple[tuple[str, Path], ...]:
-    """Every file of a partition's folder, by its path below the cache."""
+def _files(partition: Path, home: Path) -> tuple[tuple[str, Path], ...]:
+    """Every file of a partition's folder, by its path below the cache; none may lie outside of `home`."""
     files: list[tuple[str, Path]] = []
-    for folder, _, names in os.walk(partition):
+    for folder, folders, names in os.walk(partition):
+        for inner in (partition, *(Path(folder, name) for name in folders)):
+            if inner.is_symlink():
+                raise BundleError(
+                    f"{inner} is a link to another folder, whose files would be missing.",
+                    hint="Put the folder itself in the place of the link.",
+                )
         for name in sorted(names):
             file = Path(folder, name)
             try:
@@ -276,6 +293,7 @@ def _files(partition: Path) -> tuple[tuple[str, Path], ...]:
                 ) from error
             if not regular:
                 raise BundleError(f"{file} is not a file.", hint="Do not use this folder.")
+            check_link(file, home)
             files.append((file.relative_to(partition.parent).as_posix(), file))
         if len(files) > _MOST_FILES:
             raise BundleError(f"{partition} holds more than {_MOST_FILES} files.", hint="Do not use this folder.")

@@ -48,7 +48,6 @@ class PartitionInfo(_Model):
 
     runner_type: _Name
     status: _Name
-    num_aie_partitions: Annotated[int, Field(ge=0)] = 1
 
 
 class Edge(_Model):

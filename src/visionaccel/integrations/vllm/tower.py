@@ -108,7 +108,13 @@ def open_guarded(source: Tower | Bundle, settings: Settings) -> GuardedEncoder:
     tower = source.tower if isinstance(source, Bundle) else source
 
     def open_fallback() -> Encoder:
-        return open_encoder(tower, backend=name or AUTO, isolation=settings.isolation, deadline=settings.deadline)
+        return open_encoder(
+            tower,
+            backend=name or AUTO,
+            isolation=settings.isolation,
+            deadline=settings.deadline,
+            open_deadline=settings.open_deadline,
+        )
 
     try:
         primary = open_encoder(
@@ -118,6 +124,7 @@ def open_guarded(source: Tower | Bundle, settings: Settings) -> GuardedEncoder:
             options=settings.options,
             isolation=settings.isolation,
             deadline=settings.deadline,
+            open_deadline=settings.open_deadline,
         )
         second = open_fallback if name is not None else None
     except (BackendUnavailableError, PluginError, DeviceError) as error:
