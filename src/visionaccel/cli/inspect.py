@@ -15,7 +15,7 @@ from visionaccel.checkpoint import locate_checkpoint
 from visionaccel.cli.output import Json, print_json, results
 from visionaccel.cli.validate import print_certificate
 from visionaccel.errors import ConfigurationError
-from visionaccel.program import ONNX, Program
+from visionaccel.program import HOST_AFTER, HOST_BEFORE, ONNX, Program
 
 __all__ = ["inspect"]
 
@@ -106,7 +106,7 @@ def _print_program(row: dict[str, Any]) -> None:
     table.add_row("takes", row["takes"])
     table.add_row("format", f"{row['format']}, {row['precision']}, device {row['device']}")
     split = f"window reorder and {', '.join(row['host'])}" if row["host"] else "nothing but tables"
-    if {"host_before", "host_after"} <= set(row["companions"]):
+    if {HOST_BEFORE, HOST_AFTER} <= set(row["companions"]):
         split = "the operators around the device's part, on ONNX Runtime"
     table.add_row("left to the host", split)
     table.add_row("size", f"{row['bytes'] / 1e6:.2f} MB")
