@@ -804,7 +804,9 @@ def test_the_child_imports_no_framework(device):
     session = device.open()
     maps = Path(f"/proc/{session.pid}/maps").read_text()
     assert "numpy" in maps
-    assert not any(f"/{name}/" in maps for name in ("torch", "onnx", "onnxruntime", "vllm"))
+    # By their modules: vLLM may have put a library from torch's folder into LD_PRELOAD.
+    modules = ("libtorch_python", "onnx_cpp2py_export", "onnxruntime_pybind11_state", "/vllm/_C")
+    assert not [name for name in modules if name in maps]
 
 
 # Encoders
