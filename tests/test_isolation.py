@@ -804,7 +804,7 @@ def test_the_child_imports_no_framework(device):
     session = device.open()
     maps = Path(f"/proc/{session.pid}/maps").read_text()
     assert "numpy" in maps
-    # By their modules: vLLM may have put a library from torch's folder into LD_PRELOAD.
+    # By their modules: vLLM puts a library of its own into LD_PRELOAD, which children inherit.
     modules = ("libtorch_python", "onnx_cpp2py_export", "onnxruntime_pybind11_state", "/vllm/_C")
     assert not [name for name in modules if name in maps]
 
