@@ -20,7 +20,7 @@ from visionaccel.errors import ConfigurationError
 from visionaccel.grid import Grid
 from visionaccel.program import AnyGrid, FixedGrid
 
-__all__ = ["export"]
+__all__ = ["PrecisionName", "export", "frame_grid"]
 
 
 class PrecisionName(StrEnum):
@@ -100,8 +100,8 @@ def export(
     """Write a bundle: programs of a checkpoint's vision encoder with a manifest that states all of them."""
     started = time.perf_counter()
     tower = open_tower(checkpoint, revision)
-    fixed = [_grid(text, "--grid", tower.merge_size) for text in grid or ()]
-    largest = [_grid(text, "--bucket", tower.merge_size) for text in bucket or ()]
+    fixed = [frame_grid(text, "--grid", tower.merge_size) for text in grid or ()]
+    largest = [frame_grid(text, "--bucket", tower.merge_size) for text in bucket or ()]
     if split_host and not (fixed or largest):
         raise ConfigurationError("--split-host needs a program of fixed shapes.", hint="Add --grid or --bucket.")
     if target is not None and (dynamic or not (fixed or largest)):
@@ -146,7 +146,13 @@ def export(
     results.print(f"Weights {weights}. Written in {seconds} s.")
 
 
-def _grid(text: str, option: str, merge_size: int) -> Grid:
+def frame_grid(text: str, option: str, merge_size: int) -> Grid:
+    """The grid of one frame from an option's text, such as `58x74`.
+
+    Raises:
+        ConfigurationError: If it has several frames.
+        GridError: If it is no grid, or not divisible by the merge size.
+    """
     grid = Grid.parse(text)
     if grid.t != 1:
         raise ConfigurationError(f"{option} {text}: a program takes one frame.", hint="Write height x width, 58x74.")

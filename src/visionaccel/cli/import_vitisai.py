@@ -9,11 +9,10 @@ from typing import Annotated
 import typer
 from rich.progress import TextColumn
 
-from visionaccel.cli.export import PrecisionName
+from visionaccel.cli.export import PrecisionName, frame_grid
 from visionaccel.cli.output import Json, messages, print_json, progress, results
 from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError
-from visionaccel.grid import Grid
 
 __all__ = ["import_vitisai"]
 
@@ -72,7 +71,7 @@ def import_vitisai(
             path=path,
             artifact=artifact,
             model=onnx,
-            grid=None if grid is None else _grid(grid, tower.merge_size),
+            grid=None if grid is None else frame_grid(grid, "--grid", tower.merge_size),
             precision=precision.value,
             host_on_onnxrt=host_on_onnxrt,
         )
@@ -109,11 +108,3 @@ def import_vitisai(
             f"Grid {program.name}: {program.format} for {program.device}, {program.precision}; host part: {host}."
         )
     results.print(f"Bundle {bundle}, written in {seconds} s.")
-
-
-def _grid(text: str, merge_size: int) -> Grid:
-    grid = Grid.parse(text)
-    if grid.t != 1:
-        raise ConfigurationError(f"--grid {text}: a program takes one frame.", hint="Write height x width, 58x74.")
-    grid.check_divisible(merge_size)
-    return grid
