@@ -31,10 +31,12 @@ def test_nothing_set_means_nothing_asked():
 def test_every_setting_is_read(monkeypatch):
     values = {
         "BACKEND": "onnxrt",
-        "DEVICE": "cpu",
         "BUNDLE": "/models/tower",
         "FIT": "stretch",
-        "MODE": "inline",
+        "MODE": "pipelined",
+        "DEVICES": "npu:0, npu:1",
+        "QUEUE_SIZE": "8",
+        "CACHE_SIZE": "2GiB",
         "FALLBACK": "torch_ref",
         "OPTIONS": '{"threads": 2}',
         "ISOLATION": "process",
@@ -42,15 +44,17 @@ def test_every_setting_is_read(monkeypatch):
         "OPEN_DEADLINE": "1800",
         "TIMING": "1",
     }
-    assert {name.lower() for name in values} == set(Settings.model_fields)
+    assert {name.lower() for name in values} | {"device"} == set(Settings.model_fields)
     for name, value in values.items():
         monkeypatch.setenv("VISIONACCEL_" + name, value)
     assert load_settings() == Settings(
         backend="onnxrt",
-        device="cpu",
         bundle=Path("/models/tower"),
         fit="stretch",
-        mode="inline",
+        mode="pipelined",
+        devices=("npu:0", "npu:1"),
+        queue_size=8,
+        cache_size=2 * 2**30,
         fallback="torch_ref",
         options={"threads": 2},
         isolation="process",
@@ -121,7 +125,9 @@ def test_the_current_name_wins_over_the_former(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("MODE", "pipelined?", "VISIONACCEL_MODE='pipelined.'.*'auto' or 'inline'"),
+        ("MODE", "pipelined?", "VISIONACCEL_MODE='pipelined.'.*'auto', 'pipelined' or 'inline'"),
+        ("CACHE_SIZE", "-1", "VISIONACCEL_CACHE_SIZE='-1'"),
+        ("QUEUE_SIZE", "0", "VISIONACCEL_QUEUE_SIZE='0'"),
         ("TIMING", "perhaps", "VISIONACCEL_TIMING='perhaps'"),
         ("ISOLATION", "thread", "VISIONACCEL_ISOLATION='thread'.*'process' or 'none'"),
         ("DEADLINE", "0", "VISIONACCEL_DEADLINE='0'"),
@@ -135,6 +141,15 @@ def test_the_current_name_wins_over_the_former(monkeypatch):
 def test_invalid_values_name_the_variable(monkeypatch, name, value, message):
     monkeypatch.setenv("VISIONACCEL_" + name, value)
     with pytest.raises(SettingsError, match=message):
+        load_settings()
+
+
+def test_one_device_or_several_are_named_not_both(monkeypatch):
+    assert load_settings().wanted_devices == (None,)
+    monkeypatch.setenv("VISIONACCEL_DEVICE", "npu")
+    assert load_settings().wanted_devices == ("npu",)
+    monkeypatch.setenv("VISIONACCEL_DEVICES", "npu:0,npu:1")
+    with pytest.raises(SettingsError, match="VISIONACCEL_DEVICE or VISIONACCEL_DEVICES, not both"):
         load_settings()
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, ByteSize, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from visionaccel.errors import SettingsError
@@ -44,6 +44,11 @@ def parse_options(value: Any) -> Any:
     return options
 
 
+def _names(value: Any) -> Any:
+    """Names from text, separated by commas."""
+    return tuple(filter(None, (name.strip() for name in value.split(",")))) if isinstance(value, str) else value
+
+
 def _none_by_name(value: Any) -> Any:
     return None if isinstance(value, str) and value.strip().lower() == "none" else value
 
@@ -61,6 +66,11 @@ class Settings(BaseSettings):
     device: str | None = Field(
         None, description="Device of that backend, such as `cpu`, `cuda:0` or `npu`. Unset: the backend's default."
     )
+    devices: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)] = Field(
+        (),
+        description="Several such devices, separated by commas, in the place of `VISIONACCEL_DEVICE`: each has an "
+        "encoder of its own, and images go to the one that is free. In-line, only the first is used.",
+    )
     bundle: Path | None = Field(
         None,
         description="Folder that the encoder comes from, if it is not the served checkpoint itself: a bundle, or a "
@@ -71,10 +81,20 @@ class Settings(BaseSettings):
         description="How images get the grids of a bundle whose programs do not take every grid: padded, distorted, or "
         "not at all. An image that then fits no program goes to the fallback, or its request ends with an error.",
     )
-    mode: Literal["auto", "inline"] = Field(
+    mode: Literal["auto", "pipelined", "inline"] = Field(
         "auto",
-        description="How the encoder runs beside the language model. `inline`: inside the engine's step. `auto`: the "
-        "best mode that is available.",
+        description="How the encoder runs beside the language model. `pipelined`: while it decodes for other requests. "
+        "`inline`: inside the engine's step. `auto`: pipelined where that can be done; the choice is logged with its "
+        "reason.",
+    )
+    queue_size: int = Field(
+        64, gt=0, description="Pipelined: most images that wait for the encoder at a time; further ones are held back."
+    )
+    cache_size: ByteSize = Field(
+        ByteSize(512 * 2**20),
+        ge=0,
+        description="Pipelined: memory of the host for embeddings of images that were seen before, such as `2GiB`; as "
+        "much again may be held for requests that wait for their turn.",
     )
     fallback: Annotated[str | None, BeforeValidator(_none_by_name)] = Field(
         None,
@@ -95,7 +115,8 @@ class Settings(BaseSettings):
         120.0,
         gt=0,
         allow_inf_nan=False,
-        description="Seconds that one call of a device in a child process may take before that is ended.",
+        description="Seconds that one call of a device may take; then its image counts as failed, and the child process "
+        "that the device lives in, if any, is ended. An in-line call without a child process is not limited.",
     )
     open_deadline: float = Field(
         600.0,
@@ -104,6 +125,17 @@ class Settings(BaseSettings):
         description="Seconds that starting such a process and opening a program may take, compilation included.",
     )
     timing: bool = Field(False, description="Log the time of each part of every encode.")
+
+    @model_validator(mode="after")
+    def _one_way_to_name_devices(self) -> Self:
+        if self.device is not None and self.devices:
+            raise ValueError("set VISIONACCEL_DEVICE or VISIONACCEL_DEVICES, not both")
+        return self
+
+    @property
+    def wanted_devices(self) -> tuple[str | None, ...]:
+        """The devices that get an encoder, at least one; None stands for the backend's default."""
+        return self.devices or (self.device,)
 
 
 @dataclass(frozen=True)
@@ -167,8 +199,14 @@ def _warn_unknown_once(name: str, near: str | None) -> None:
 
 
 def _describe(problem: Mapping[str, Any]) -> str:
-    field = str(problem["loc"][0]) if problem["loc"] else "?"
-    return f"{PREFIX}{field.upper()}={problem['input']!r}: {problem['msg']}"
+    if not problem["loc"]:  # of several settings together
+        return str(problem["msg"]).removeprefix("Value error, ")
+    return f"{PREFIX}{str(problem['loc'][0]).upper()}={problem['input']!r}: {problem['msg']}"
+
+
+def _written(value: Any) -> str:
+    """A default as one would write it into the environment."""
+    return value.human_readable().replace(".0", "") if isinstance(value, ByteSize) else str(value)
 
 
 def settings_table() -> str:
@@ -177,6 +215,6 @@ def settings_table() -> str:
     rows = ["| variable | default | meaning | former name |", "|---|---|---|---|"]
     for name, field in Settings.model_fields.items():
         default = field.get_default(call_default_factory=True)
-        shown = f"`{default}`" if default not in (None, {}) else "unset"
+        shown = f"`{_written(default)}`" if default not in (None, {}, ()) else "unset"
         rows.append(f"| `{PREFIX}{name.upper()}` | {shown} | {field.description} | {former.get(name, '')} |")
     return "\n".join(rows)

@@ -63,7 +63,10 @@ def test_a_stripped_checkpoint_alone_is_refused(ask, stripped):
     [
         ({"VISIONACCEL_BACKEND": "onnxtr"}, ["no installed backend is named 'onnxtr'", "Did you mean 'onnxrt'"]),
         ({"VISIONACCEL_BACKEND": "onnxrt", "VISIONACCEL_FALLBACK": "torch"}, ["no installed backend is named 'torch'"]),
-        ({"VISIONACCEL_BACKEND": "onnxrt", "VISIONACCEL_MODE": "x"}, ["VISIONACCEL_MODE='x'", "'auto' or 'inline'"]),
+        (
+            {"VISIONACCEL_BACKEND": "onnxrt", "VISIONACCEL_MODE": "x"},
+            ["VISIONACCEL_MODE='x'", "'auto', 'pipelined' or 'inline'"],
+        ),
         (
             {"VISIONACCEL_BACKEND": "onnxrt", "VISIONACCEL_DEVICE": "npu"},
             ["has no VitisAIExecutionProvider", "Ryzen AI Software"],

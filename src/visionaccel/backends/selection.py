@@ -109,6 +109,8 @@ def _ask(
         if strict:
             raise
         return Candidate(entry, Rejected(error.message, error.hint or ""), ())
+    if backend.only_by_name and not strict:
+        return Candidate(entry, Rejected("it is only used by name.", f"Set VISIONACCEL_BACKEND={entry.name}."), ())
     programs = source.programs(backend.formats)
     if not programs:
         formats = ", ".join(sorted(backend.formats))

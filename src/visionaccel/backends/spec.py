@@ -91,6 +91,10 @@ class Capabilities:
         precision: Arithmetic of the matrix products, such as `float32` or `bfloat16`.
         deterministic: The same inputs give the same bits.
         thread_safe: `run` may be called from several threads at once. Otherwise the core calls one at a time.
+        max_in_flight: How many calls an encode service keeps in progress, because that is faster than one after the
+            other; 1 unless `thread_safe`.
+        batch_patches: An encode service puts waiting items of up to this many patches in all into one call, because
+            that is faster than a call for each; 0 for every item alone.
         takes_tensors: `run` takes torch tensors of any device as they are and may return tensors; otherwise every input
             is a C-contiguous numpy array on the host.
         simulated: The device is a simulator; every report says so.
@@ -100,6 +104,8 @@ class Capabilities:
     precision: str
     deterministic: bool = True
     thread_safe: bool = False
+    max_in_flight: int = 1
+    batch_patches: int = 0
     takes_tensors: bool = False
     simulated: bool = False
 
@@ -144,12 +150,14 @@ class VisionBackend(ABC):
         options: The options that `open` takes.
         isolation: Where its sessions live unless the user says otherwise (see `isolation_on`). Choose `process` for
             vendor code that may crash, hang, or hold one model for each process.
+        only_by_name: `auto` never takes it. For simulators, which must not answer where nobody asked for them.
     """
 
     name: ClassVar[str]
     formats: ClassVar[frozenset[str]]
     options: ClassVar[type[Options]] = Options
     isolation: ClassVar[Isolation] = "none"
+    only_by_name: ClassVar[bool] = False
 
     def devices(self) -> Sequence[str]:
         """Devices of this machine that the backend could use, for display; must not allocate any."""

@@ -226,7 +226,7 @@ class Supervisor:
         finally:
             with self._changed:
                 self._starting = None
-        return process, replace(found, thread_safe=False, takes_tensors=False)
+        return process, replace(found, thread_safe=False, max_in_flight=1, takes_tensors=False)
 
     def _publish(self, process: DeviceProcess) -> None:
         with self._changed:
