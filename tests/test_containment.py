@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from visionaccel.grid import Grid
 from visionaccel.integrations.vllm import faults
-from visionaccel.integrations.vllm.faults import Fault, item_key, report_fault
+from visionaccel.integrations.vllm.faults import Fault, report_fault
+from visionaccel.runtime.keys import item_key
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own deprecations
 

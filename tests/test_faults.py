@@ -12,7 +12,8 @@ import torch
 
 from visionaccel.grid import Grid
 from visionaccel.integrations.vllm import faults
-from visionaccel.integrations.vllm.faults import Fault, FaultReader, item_key, report_fault
+from visionaccel.integrations.vllm.faults import Fault, FaultReader, report_fault
+from visionaccel.runtime.keys import item_key
 
 
 @pytest.fixture

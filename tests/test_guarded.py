@@ -46,7 +46,7 @@ def failing(tiny):
 def test_without_faults_one_call_serves_all(failing):
     grids = [(1, 4, 4), (2, 4, 4)]
     answers = GuardedEncoder(failing).encode_items(random_patches(grids), grids)
-    assert [len(answer) for answer in answers] == [4, 8]
+    assert [len(answer.rows) for answer in answers] == [4, 8]
     assert failing.programs[0].session.calls == 1
 
 
@@ -56,8 +56,8 @@ def test_only_the_item_at_fault_fails(failing, healthy):
     first, second, third = guarded.encode_items(patches, GRIDS)
     assert isinstance(second, DeviceError)
     assert "the device went away" in str(second)
-    np.testing.assert_allclose(first, healthy.encode(patches[:16], GRIDS[:1]), rtol=0, atol=2e-5)
-    np.testing.assert_allclose(third, healthy.encode(patches[40:], GRIDS[2:]), rtol=0, atol=2e-5)
+    np.testing.assert_allclose(first.rows, healthy.encode(patches[:16], GRIDS[:1]), rtol=0, atol=2e-5)
+    np.testing.assert_allclose(third.rows, healthy.encode(patches[40:], GRIDS[2:]), rtol=0, atol=2e-5)
     assert guarded.failed_items == 1
 
 
@@ -72,7 +72,9 @@ def test_the_fallback_takes_over_what_the_device_could_not_do(failing, healthy, 
     guarded = GuardedEncoder(failing, fallback)
     for _ in range(2):
         answers = guarded.encode_items(patches, GRIDS)
-        np.testing.assert_allclose(np.concatenate(answers), healthy.encode(patches, GRIDS), rtol=0, atol=2e-5)
+        assert [answer.fallback for answer in answers] == [False, True, False]
+        rows = np.concatenate([answer.rows for answer in answers])
+        np.testing.assert_allclose(rows, healthy.encode(patches, GRIDS), rtol=0, atol=2e-5)
     assert (guarded.fallback_items, guarded.failed_items, opened) == (2, 0, [True])
     assert "the fallback took over, for the 2. time" in caplog.text
 

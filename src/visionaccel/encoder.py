@@ -75,11 +75,20 @@ class Encoder:
         tower: Sizes and tables of the vision tower.
         backend: Name of the backend.
         programs: What it runs, each open on the device; for a grid that several take, the most specific is used.
+        options: The backend's options that were given.
         capabilities: Those of the first program's session: device and precision.
     """
 
-    def __init__(self, tower: Tower, backend: str, programs: Sequence[OpenProgram], registry: Registry) -> None:
+    def __init__(
+        self,
+        tower: Tower,
+        backend: str,
+        programs: Sequence[OpenProgram],
+        registry: Registry,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
         self.tower, self.backend, self.programs = tower, backend, tuple(programs)
+        self.options = dict(options or {})
         self._hooks = registry.plugins.hook
         safe = all(program.session.capabilities.thread_safe for program in self.programs)
         self._most_running = sys.maxsize if safe else 1
@@ -339,7 +348,7 @@ def open_encoder(
         with suppress(Exception):  # What failed to open says more than what then failed to close.
             _close(opened)
         raise
-    return Encoder(tower, name, opened, registry)
+    return Encoder(tower, name, opened, registry, options)
 
 
 def _close(programs: Iterable[OpenProgram]) -> None:

@@ -11,6 +11,7 @@ __all__ = [
     "BundleError",
     "CheckpointError",
     "ConfigurationError",
+    "DeadlineError",
     "DeviceError",
     "DeviceLostError",
     "DuplicateBackendError",
@@ -20,6 +21,8 @@ __all__ = [
     "OutputError",
     "PatchesError",
     "PluginError",
+    "QueueFullError",
+    "ServiceClosedError",
     "SettingsError",
     "UnfitGridError",
     "UnknownBackendError",
@@ -119,6 +122,18 @@ class DeviceError(VisionAccelError, RuntimeError):
 
 class DeviceLostError(DeviceError):
     """A device's process died, or was ended because it hung. A new one is started."""
+
+
+class DeadlineError(DeviceError, TimeoutError):
+    """An item's embedding was not there by its deadline."""
+
+
+class QueueFullError(DeviceError):
+    """As many items wait for the encoder as may. Nothing was begun; try again later."""
+
+
+class ServiceClosedError(DeviceError):
+    """The encode service was closed before the item was encoded."""
 
 
 class OutputError(DeviceError):

@@ -115,8 +115,8 @@ class Settings(BaseSettings):
         120.0,
         gt=0,
         allow_inf_nan=False,
-        description="Seconds that one call of a device may take; then its image counts as failed, and the child process "
-        "that the device lives in, if any, is ended. An in-line call without a child process is not limited.",
+        description="Seconds that one call of a device may take; then its image counts as failed, and the process "
+        "that the device lives in, if it has its own, is ended. In-line calls without such a process have no limit.",
     )
     open_deadline: float = Field(
         600.0,

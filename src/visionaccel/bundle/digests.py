@@ -19,7 +19,7 @@ from typing import Any
 
 from visionaccel.errors import BundleError
 
-__all__ = ["file_digest", "remembered_digest"]
+__all__ = ["file_digest", "file_states", "remembered_digest"]
 
 _MOST_ENTRIES = 4096
 _SETTLED_SECONDS = 2.0
@@ -57,7 +57,7 @@ def remembered_digest(
     # From before the state was read: what was written just then may have been overwritten without its times changing.
     started = time.time_ns()
     try:
-        state = _state(files)
+        state = file_states(files)
     except OSError:
         return compute()
     key = json.dumps([kind, *sorted(map(str, files))])
@@ -70,12 +70,17 @@ def remembered_digest(
     digest = compute()
     settled = all(started - times[-1] > _SETTLED_SECONDS * 1e9 for times in state)
     with suppress(OSError):
-        if settled and _state(files) == state:
+        if settled and file_states(files) == state:
             _store({**known, key: {"state": state, "digest": digest}})
     return digest
 
 
-def _state(files: Sequence[Path]) -> list[list[int]]:
+def file_states(files: Sequence[Path]) -> list[list[int]]:
+    """What changes when a file does, for each file in the order of their names: place, size and times.
+
+    Raises:
+        OSError: If one is not there.
+    """
     stats = [file.stat() for file in sorted(files)]
     return [[s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for s in stats]
 

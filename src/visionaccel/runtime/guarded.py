@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,9 +14,22 @@ from visionaccel.encoder import Encoder
 from visionaccel.errors import DeviceError, InputError, UnfitGridError, VisionAccelError
 from visionaccel.grid import Grid, GridLike, as_grids, total_patches
 
-__all__ = ["GuardedEncoder"]
+__all__ = ["Embedded", "GuardedEncoder"]
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """One item's embeddings and where they come from.
+
+    Attributes:
+        rows: float32 [tokens, out_width], numpy or torch; the caller's.
+        fallback: The fallback computed them.
+    """
+
+    rows: Array
+    fallback: bool = False
 
 
 class GuardedEncoder:
@@ -40,7 +54,7 @@ class GuardedEncoder:
         self.fallback_items = 0
         self.failed_items = 0
 
-    def encode_items(self, patches: Array, grids: Sequence[GridLike]) -> list[Array | VisionAccelError]:
+    def encode_items(self, patches: Array, grids: Sequence[GridLike]) -> list[Embedded | VisionAccelError]:
         """Embeddings of each item, or the error that this item alone must answer for. Never raises for bad data.
 
         Args:
@@ -48,21 +62,23 @@ class GuardedEncoder:
             grids: (t, h, w) of each item.
 
         Returns:
-            One entry for each grid: float32 [tokens, out_width], or the error.
+            One entry for each grid: its embeddings, or the error.
         """
         merge = self.primary.tower.merge_size
         try:
             checked = as_grids(grids, merge)
             if total_patches(checked) != len(patches):
                 # Which rows belong to which item is unknown, so the error is everybody's.
-                return self._failed(self._attempt(self.primary, patches, checked), len(checked))
+                found = self._attempt(self.primary, patches, checked)
+                assert isinstance(found, VisionAccelError)  # the encoder refuses what disagrees
+                return self._failed(found, len(checked))
         except InputError as error:
             return self._failed(error, len(grids))
         whole = self._attempt(self.primary, patches, checked)
         ends = np.cumsum([grid.patches for grid in checked]).tolist()
         if not isinstance(whole, VisionAccelError):
             stops = np.cumsum([grid.tokens(merge) for grid in checked]).tolist()
-            return [whole[start:stop] for start, stop in zip([0, *stops], stops, strict=False)]
+            return [Embedded(whole[start:stop]) for start, stop in zip([0, *stops], stops, strict=False)]
         return [
             self._one(patches[start:end], grid, whole if len(checked) == 1 else None)
             for start, end, grid in zip([0, *ends], ends, checked, strict=False)
@@ -74,11 +90,11 @@ class GuardedEncoder:
         if isinstance(self._fallback, Encoder):
             self._fallback.close()
 
-    def _one(self, patches: Array, grid: Grid, known: VisionAccelError | None) -> Array | VisionAccelError:
+    def _one(self, patches: Array, grid: Grid, known: VisionAccelError | None) -> Embedded | VisionAccelError:
         """One item alone: the primary unless its error is known, then the fallback unless the item is at fault."""
         answer = known or self._attempt(self.primary, patches, [grid])
         if not isinstance(answer, VisionAccelError):
-            return answer
+            return Embedded(answer)
         wrong_input = isinstance(answer, InputError) and not isinstance(answer, UnfitGridError)
         if wrong_input or self._open_fallback is None:
             return self._failed(answer, 1)[0]
@@ -95,7 +111,7 @@ class GuardedEncoder:
             self.fallback_items,
             answer,
         )
-        return second
+        return Embedded(second, fallback=True)
 
     def _second(self) -> Encoder | VisionAccelError:
         with self._lock:
@@ -109,7 +125,7 @@ class GuardedEncoder:
                     self._fallback = DeviceError(f"opening the fallback failed with {type(error).__name__}: {error}")
             return self._fallback
 
-    def _failed(self, error: Array | VisionAccelError, items: int) -> list[Array | VisionAccelError]:
+    def _failed(self, error: VisionAccelError, items: int) -> list[Embedded | VisionAccelError]:
         self.failed_items += items
         return [error] * items
 

@@ -8,7 +8,6 @@ the scheduler looks there, after a step with encoder inputs, before it accepts a
 from __future__ import annotations
 
 import atexit
-import hashlib
 import json
 import os
 import shutil
@@ -16,12 +15,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from visionaccel.arrays import Array, as_numpy
-from visionaccel.grid import Grid
-
-__all__ = ["Fault", "FaultReader", "item_key", "make_board", "report_fault"]
+__all__ = ["Fault", "FaultReader", "make_board", "report_fault"]
 
 _FOLDER = "_VISIONACCEL_FAULT_BOARD"
 
@@ -31,7 +25,7 @@ class Fault:
     """One item that could not be encoded.
 
     Attributes:
-        key: What `item_key` gives for the item's pixels and grid.
+        key: What `visionaccel.runtime.keys.item_key` gives for the item's pixels and grid.
         message: Why.
     """
 
@@ -40,13 +34,6 @@ class Fault:
 
 
 _LOST = Fault("", "the file on which workers report faults went away during a step.")
-
-
-def item_key(patches: Array, grid: Grid) -> str:
-    """A digest of one item's patches and grid, equal in the worker and in the scheduler."""
-    digest = hashlib.blake2b(repr((grid.t, grid.h, grid.w)).encode(), digest_size=16)
-    digest.update(np.ascontiguousarray(as_numpy(patches)).tobytes())
-    return digest.hexdigest()
 
 
 def make_board() -> None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from visionaccel.grid import as_grids
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.compat import AsyncScheduler, Scheduler
-from visionaccel.integrations.vllm.faults import Fault, FaultReader, item_key
+from visionaccel.integrations.vllm.faults import Fault, FaultReader
+from visionaccel.runtime.keys import item_key
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput

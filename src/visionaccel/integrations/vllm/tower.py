@@ -24,9 +24,10 @@ from visionaccel.errors import (
 from visionaccel.families import Tower
 from visionaccel.grid import as_grids
 from visionaccel.integrations.vllm import compat
-from visionaccel.integrations.vllm.faults import Fault, item_key, report_fault
+from visionaccel.integrations.vllm.faults import Fault, report_fault
 from visionaccel.integrations.vllm.source import open_served_source
 from visionaccel.runtime.guarded import GuardedEncoder
+from visionaccel.runtime.keys import item_key
 from visionaccel.runtime.timing import TimingLog
 from visionaccel.settings import Settings, load_settings
 

@@ -1,0 +1,148 @@
+"""The threads that keep one encoder of a service busy, and what becomes of calls that do not return."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+
+from visionaccel.arrays import FLOATS, Array, as_numpy, is_tensor
+from visionaccel.errors import DeadlineError, DeviceError, VisionAccelError
+from visionaccel.runtime.alarms import Alarms
+from visionaccel.runtime.embedding_cache import EmbeddingCache
+from visionaccel.runtime.guarded import Embedded, GuardedEncoder
+from visionaccel.runtime.ledger import Ledger
+from visionaccel.runtime.queue import Embedding, Item
+
+__all__ = ["DeviceThreads"]
+
+logger = logging.getLogger(__name__)
+
+
+class DeviceThreads:
+    """Takes items from the ledger, as many at a time as the backend declares, until there are none any more.
+
+    Args:
+        encoder: The encoder of one device.
+        ledger: Where items come from and go to.
+        cache: Where embeddings are kept.
+        alarms: Watches the deadline of each call.
+        deadline: Seconds that a call may take.
+        dtype: Dtype of the embeddings.
+        stuck: Called, from another thread, when a call is past its deadline.
+    """
+
+    def __init__(
+        self,
+        encoder: GuardedEncoder,
+        ledger: Ledger,
+        cache: EmbeddingCache,
+        alarms: Alarms,
+        deadline: float,
+        dtype: str,
+        stuck: Callable[[], None],
+    ) -> None:
+        self.encoder = encoder
+        self._ledger, self._cache, self._alarms = ledger, cache, alarms
+        self._deadline, self._dtype, self._on_stuck = deadline, dtype, stuck
+        capabilities = encoder.primary.capabilities
+        self._device, self._most_patches = capabilities.device, capabilities.batch_patches
+        self._lock = threading.Lock()
+        self._calls: dict[int, list[Item]] = {}
+        self._late: set[int] = set()
+        calls = max(1, capabilities.max_in_flight) if capabilities.thread_safe else 1
+        self._threads = [
+            threading.Thread(target=self._run, args=(call,), name=f"visionaccel-{self._device}-{call}", daemon=True)
+            for call in range(calls)
+        ]
+
+    @property
+    def stuck(self) -> bool:
+        """Every call that the device may have in progress is past its deadline."""
+        return len(self._late) == len(self._threads)
+
+    def start(self) -> None:
+        """Start the threads."""
+        for thread in self._threads:
+            thread.start()
+
+    def end(self, until: float | None) -> None:
+        """Wait until the threads have ended and close the encoder; one that is in a call after that time is left to it.
+
+        Args:
+            until: On the monotonic clock; None for as long as it takes.
+        """
+        for thread in self._threads:
+            thread.join(None if until is None else max(0.0, until - time.monotonic()))
+        if any(thread.is_alive() for thread in self._threads):
+            logger.warning("A call of device %r does not return; it keeps the device and a thread.", self._device)
+        else:
+            self.encoder.close()
+
+    def _run(self, call: int) -> None:
+        while items := self._ledger.take(self._most_patches):
+            with self._lock:
+                self._calls[call] = items
+            alarm = self._alarms.set(self._deadline, partial(self._overdue, call, items))
+            started = time.monotonic()
+            answers = self._encode(items)
+            results = [self._keep(item, answer, len(items)) for item, answer in zip(items, answers, strict=True)]
+            seconds = time.monotonic() - started
+            self._alarms.forget(alarm)
+            with self._lock:
+                del self._calls[call]
+                self._late.discard(call)
+            embedded = [answer for answer in answers if isinstance(answer, Embedded)]
+            fallback = sum(answer.fallback for answer in embedded)
+            self._ledger.finish(items, results, encoded=len(embedded), fallback=fallback, busy_seconds=seconds)
+
+    def _encode(self, items: Sequence[Item]) -> list[Embedded | VisionAccelError]:
+        try:
+            return self.encoder.encode_items(_joined([item.patches for item in items]), [item.grid for item in items])
+        except Exception as error:  # The thread must survive what was not foreseen; its items answer for it.
+            logger.exception("Encoding failed in a way that it should not.")
+            return [DeviceError(f"encoding failed with {type(error).__name__}: {error}")] * len(items)
+
+    def _keep(self, item: Item, answer: Embedded | VisionAccelError, together: int) -> Embedding | VisionAccelError:
+        """The embedding as the service hands it out, kept in the cache if it has the numbers that its key says."""
+        if isinstance(answer, VisionAccelError):
+            return answer
+        try:
+            # A view of what several items were encoded into would keep all of it in memory.
+            rows = np.array(
+                as_numpy(answer.rows), dtype=FLOATS[self._dtype], order="C", copy=True if together > 1 else None
+            )
+        except Exception as error:
+            return DeviceError(f"the embeddings cannot be kept: {type(error).__name__}: {error}")
+        rows.flags.writeable = False
+        if item.key is not None and not answer.fallback:
+            self._cache.put(item.key, rows)
+        return rows
+
+    def _overdue(self, call: int, items: list[Item]) -> None:
+        with self._lock:
+            if self._calls.get(call) is not items:
+                return
+            self._late.add(call)
+        error = DeadlineError(
+            f"device {self._device!r} did not answer within {self._deadline:g} s.",
+            hint="Raise VISIONACCEL_DEADLINE, or set VISIONACCEL_ISOLATION=process, which ends a device that hangs.",
+        )
+        logger.error("%s", error)
+        self._ledger.fail_running(items, error)
+        self._on_stuck()
+
+
+def _joined(patches: Sequence[Array]) -> Array:
+    """The patches of several items as one array."""
+    if len(patches) == 1:
+        return patches[0]
+    if all(is_tensor(each) for each in patches):
+        import torch
+
+        return torch.cat(list(patches))
+    return np.concatenate([as_numpy(each) for each in patches])

@@ -1,0 +1,63 @@
+"""Keys of items and of their embeddings: what must be equal for two embeddings to be the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+
+from visionaccel.arrays import Array, as_numpy, dtype_name
+from visionaccel.bundle.digests import file_states
+from visionaccel.encoder import Encoder
+from visionaccel.grid import Grid
+from visionaccel.program import Program
+
+__all__ = ["embedding_key", "item_key", "numerics"]
+
+
+def item_key(patches: Array, grid: Grid, context: str = "") -> str:
+    """A digest of one item's patches and grid, the same in every process. It lets go of the GIL while it computes.
+
+    Args:
+        patches: [P, patch_width], numpy or torch.
+        grid: The item's grid.
+        context: What else must be equal.
+    """
+    digest = hashlib.blake2b(repr((grid.t, grid.h, grid.w, context)).encode(), digest_size=16)
+    digest.update(np.ascontiguousarray(as_numpy(patches)).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def embedding_key(patches: Array, grid: Grid, numbers: str) -> str:
+    """What an item's embedding is kept under: its patches, their dtype, its grid, and what computes it (`numerics`)."""
+    return item_key(patches, grid, f"{dtype_name(patches)} {numbers}")
+
+
+def numerics(encoder: Encoder, dtype: str) -> str:
+    """What decides an encoder's numbers: backend, kind of device, precision, options, and the programs' digests.
+
+    A program whose digest is not known is told by its weights' files and their last changes.
+
+    Args:
+        encoder: An open encoder.
+        dtype: The dtype that embeddings are kept in.
+    """
+    capabilities = encoder.capabilities
+    parts = {
+        "family": encoder.tower.family,
+        "backend": encoder.backend,
+        "device": capabilities.device.partition(":")[0],
+        "precision": capabilities.precision,
+        "options": encoder.options,
+        "dtype": dtype,
+        "programs": sorted(_identity(opened.program) for opened in encoder.programs),
+    }
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+
+
+def _identity(program: Program) -> str:
+    if program.digest is not None:
+        return program.digest
+    files = sorted({weight.file for weight in program.weights.values()})
+    return f"{program.name} {program.format} {program.precision} {program.coverage} {files} {file_states(files)}"

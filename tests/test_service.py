@@ -1,0 +1,615 @@
+"""The encode service: order, bounds, sharing, deadlines, cancellation, faults and shutdown."""
+
+import asyncio
+import gc
+import threading
+import time
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from gated import gated, image, wait_until
+from visionaccel import open_encoder
+from visionaccel.encoder import open_tower
+from visionaccel.errors import (
+    ConfigurationError,
+    DeadlineError,
+    DeviceError,
+    DeviceLostError,
+    GridError,
+    NonFiniteError,
+    PatchesError,
+    QueueFullError,
+    ServiceClosedError,
+)
+from visionaccel.runtime.embedding_cache import EmbeddingCache
+from visionaccel.runtime.opening import open_guarded, open_service
+from visionaccel.runtime.service import EncodeService
+from visionaccel.settings import Settings
+
+GRID = (1, 4, 4)
+SIZE = 4 * 24 * 4  # bytes of the embedding of a 4x4 grid: 4 tokens, 24 wide, float32
+
+
+@pytest.fixture
+def device(tiny):
+    return gated(tiny)
+
+
+@pytest.fixture
+def reference(tiny):
+    with open_encoder(tiny, backend="torch_ref") as encoder:
+        yield encoder
+
+
+def threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("visionaccel-")]
+
+
+# What comes out
+
+
+def test_embeddings_are_the_encoders(device, reference):
+    with EncodeService([device[0]]) as service:
+        grids = [GRID, (1, 6, 4), (2, 4, 4)]
+        patches = np.concatenate([image(i, grid) for i, grid in enumerate(grids)])
+        answers = service.encode(patches, grids)
+        assert [len(answer) for answer in answers] == [4, 6, 8]
+        np.testing.assert_allclose(np.concatenate(answers), reference.encode(patches, grids), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_embeddings_have_the_wanted_dtype_and_cannot_be_written_to(device, reference, dtype):
+    with EncodeService([device[0]], dtype=dtype) as service:
+        (answer,) = service.encode(image(1), [GRID])
+        assert str(answer.dtype) == dtype
+        exact = reference.encode(image(1), [GRID])
+        np.testing.assert_array_equal(answer, exact.astype(answer.dtype))
+        with pytest.raises(ValueError, match="read-only"):
+            answer[0] = 0
+
+
+def test_torch_tensors_are_taken_in_the_language_models_dtype(device, reference):
+    with EncodeService([device[0]]) as service:
+        patches = torch.from_numpy(image(1)).bfloat16()
+        (answer,) = service.encode(patches, [GRID])
+        assert isinstance(answer, np.ndarray)
+        np.testing.assert_array_equal(answer, reference.encode(patches, [GRID]).numpy())
+
+
+def test_from_a_coroutine(device, reference):
+    async def ask(service):
+        pair = np.concatenate([image(1), image(2)])
+        both, one = await asyncio.gather(service.encode_async(pair, [GRID, GRID]), service.submit_async(image(3), GRID))
+        return [*both, one]
+
+    with EncodeService([device[0]]) as service:
+        answers = asyncio.run(ask(service))
+    for seed, answer in zip((1, 2, 3), answers, strict=True):
+        np.testing.assert_allclose(answer, reference.encode(image(seed), [GRID]), rtol=0, atol=2e-5)
+
+
+# Order and bounds
+
+
+def test_the_earliest_arrival_goes_first(device):
+    guarded, gate = device
+    gate.shut()
+    with EncodeService([guarded]) as service:
+        service.submit(image(0), GRID)
+        gate.wait_for_calls(1)
+        late = service.submit(image(1, (1, 6, 4)), (1, 6, 4), arrival=50.0)
+        early = service.submit(image(2, (1, 8, 4)), (1, 8, 4), arrival=20.0)
+        wait_until(lambda: service.counters.waiting == 2 and not service._ledger._incoming)
+        gate.let_in()
+        late.result()
+        early.result()
+    assert gate.calls == [16, 32, 24]
+
+
+def test_a_full_queue_refuses_or_makes_wait(device):
+    guarded, gate = device
+    gate.shut()
+    with EncodeService([guarded], queue_size=1) as service:
+        service.submit(image(0), GRID)
+        gate.wait_for_calls(1)
+        service.submit(image(1), GRID)
+        assert not service.room
+        with pytest.raises(QueueFullError, match="VISIONACCEL_QUEUE_SIZE"):
+            service.submit(image(2), GRID, timeout=0)
+        started = time.monotonic()
+        with pytest.raises(QueueFullError, match=r"since 0\.05 s"):
+            service.submit(image(2), GRID, timeout=0.05)
+        assert time.monotonic() - started >= 0.05
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(service.submit, image(3), GRID)
+            with pytest.raises(FutureTimeoutError):
+                waiting.result(0.05)
+            gate.let_in()
+            assert waiting.result(20).result(20).shape == (4, 24)
+        assert service.counters.submitted == 3
+
+
+def test_a_coroutine_waits_for_room_without_blocking_the_loop_and_may_give_up(device):
+    guarded, gate = device
+    gate.shut()
+
+    async def ask(service):
+        first = asyncio.create_task(service.submit_async(image(0), GRID))
+        second = asyncio.create_task(service.submit_async(image(1), GRID))
+        await asyncio.sleep(0.05)
+        gate.wait_for_calls(1)
+        gives_up = asyncio.create_task(service.submit_async(image(2), GRID))
+        third = asyncio.create_task(service.submit_async(image(3), GRID))
+        await asyncio.sleep(0.05)
+        assert not any(task.done() for task in (first, second, gives_up, third))
+        gives_up.cancel()
+        gate.let_in()
+        answers = await asyncio.gather(first, second, third)
+        with pytest.raises(asyncio.CancelledError):
+            await gives_up
+        return answers
+
+    with EncodeService([guarded], queue_size=1) as service:
+        assert len(asyncio.run(ask(service))) == 3
+        assert service.room
+        assert service.counters.submitted == 3
+
+
+# Sharing
+
+
+def test_equal_items_in_flight_are_encoded_once(device):
+    guarded, gate = device
+    gate.shut()
+    with EncodeService([guarded], cache=0) as service:
+        first = service.submit(image(0), GRID)
+        gate.wait_for_calls(1)
+        same_running = service.submit(image(0), GRID)
+        queued = service.submit(image(1), GRID)
+        same_queued = service.submit(image(1), GRID)
+        wait_until(lambda: service.counters.merged == 2)
+        assert service.counters.waiting == 1
+        gate.let_in()
+        assert first.result() is same_running.result()
+        assert queued.result() is same_queued.result()
+    assert gate.calls == [16, 16]
+
+
+def test_an_equal_item_that_arrived_earlier_takes_its_equal_along(device):
+    guarded, gate = device
+    gate.shut()
+    with EncodeService([guarded]) as service:
+        service.submit(image(0), GRID)
+        gate.wait_for_calls(1)
+        other = service.submit(image(1, (1, 6, 4)), (1, 6, 4), arrival=5.0)
+        late = service.submit(image(2, (1, 8, 4)), (1, 8, 4), arrival=9.0)
+        early = service.submit(image(2, (1, 8, 4)), (1, 8, 4), arrival=1.0)
+        wait_until(lambda: service.counters.merged == 1)
+        gate.let_in()
+        for future in (other, late, early):
+            future.result()
+    assert gate.calls == [16, 32, 24]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: (image(8), GRID),
+        lambda: (image(7), (1, 2, 8)),
+        lambda: (image(7).astype(ml_dtypes.bfloat16), GRID),
+    ],
+    ids=["other pixels", "other grid", "other dtype"],
+)
+def test_what_differs_in_pixels_grid_or_dtype_is_encoded_itself(device, other):
+    guarded, gate = device
+    with EncodeService([guarded]) as service:
+        service.encode(image(7), [GRID])
+        service.submit(*other()).result()
+        assert service.counters.cached == 0
+        service.encode(image(7), [GRID])
+        assert service.counters.cached == 1
+    assert len(gate.calls) == 2
+
+
+def test_two_backends_never_share_an_embedding(tiny):
+    cache = EmbeddingCache(2**20)
+    tower = open_tower(tiny)
+    for backend, hits in (("torch_ref", 0), ("onnxrt", 0), ("torch_ref", 1)):
+        with EncodeService(open_guarded(tower, Settings(backend=backend), (None,)), cache=cache) as service:
+            service.encode(image(1), [GRID])
+            assert service.counters.cached == hits, backend
+
+
+def test_other_options_or_weights_share_no_embedding(tiny, tmp_path_factory):
+    from visionaccel.testing.checkpoints import random_checkpoint
+
+    cache = EmbeddingCache(2**20)
+    other = random_checkpoint(tmp_path_factory.mktemp("other"), seed=5)
+    for checkpoint, options in ((tiny, {}), (tiny, {"dtype": "bfloat16"}), (tiny, {"attention": "eager"}), (other, {})):
+        settings = Settings(backend="torch_ref", options=options)
+        with EncodeService(open_guarded(open_tower(checkpoint), settings, (None,)), cache=cache) as service:
+            service.encode(image(1), [GRID])
+            assert service.counters.cached == 0
+
+
+def test_the_fallbacks_embeddings_are_not_kept_under_the_devices_name(tiny, reference):
+    guarded, gate = gated(tiny, fallback=lambda: reference)
+    gate.fail = lambda patches: OSError("gone")
+    with EncodeService([guarded]) as service:
+        service.encode(image(1), [GRID])
+        assert service.counters.fallback == 1
+        gate.fail = lambda patches: None
+        service.encode(image(1), [GRID])
+        assert (service.counters.fallback, service.counters.cached) == (1, 0)
+        service.encode(image(1), [GRID])
+        assert service.counters.cached == 1
+
+
+def test_the_cache_keeps_what_was_used_last_within_its_bytes():
+    cache = EmbeddingCache(3 * SIZE)
+    rows = {name: np.zeros((4, 24), np.float32) for name in "abcd"}
+    for name in "abc":
+        cache.put(name, rows[name])
+    assert cache.get("a") is rows["a"]
+    cache.put("d", rows["d"])
+    assert [cache.get(name) is not None for name in "abcd"] == [True, False, True, True]
+    assert (cache.held, cache.evicted, len(cache)) == (3 * SIZE, 1, 3)
+    cache.put("d", np.zeros((8, 24), np.float32))
+    assert cache.held == 3 * SIZE
+    cache.put("huge", np.zeros((100, 24), np.float32))
+    assert (cache.held, cache.get("huge")) == (0, None)
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(1, 8)), max_size=40), st.integers(0, 20))
+def test_the_cache_is_always_within_its_bytes(puts, size):
+    cache = EmbeddingCache(size * 16)
+    for name, tokens in puts:
+        cache.put(name, np.zeros((tokens, 4), np.float32))
+        assert cache.held <= size * 16
+        assert cache.held == sum(entry.nbytes for entry in cache._entries.values())
+
+
+# Devices
+
+
+def test_items_go_to_the_device_that_is_free(tiny):
+    (one, first), (two, second) = gated(tiny), gated(tiny)
+    first.shut()
+    with EncodeService([one, two]) as service:
+        blocked = service.submit(image(0), GRID)
+        wait_until(lambda: first.inside or second.calls)
+        answers = [service.submit(image(i), GRID) for i in range(1, 5)]
+        while not first.inside:  # the other one took it
+            answers.append(service.submit(image(len(answers) + 10), GRID))
+            time.sleep(0.01)
+        done = [answer for answer in answers if not answer.done()]
+        wait_until(lambda: sum(not future.done() for future in [blocked, *answers]) == 1)
+        assert len(first.calls) == 1
+        assert len(second.calls) >= 4
+        first.let_in()
+        assert all(future.result() is not None for future in [blocked, *done])
+
+
+def test_as_many_calls_are_in_progress_as_the_session_declares(tiny):
+    guarded, gate = gated(tiny, thread_safe=True, max_in_flight=3)
+    gate.shut()
+    with EncodeService([guarded]) as service:
+        futures = [service.submit(image(i), GRID) for i in range(6)]
+        gate.wait_for_calls(3)
+        time.sleep(0.05)
+        assert gate.inside == 3
+        gate.let_in()
+        assert all(future.result() is not None for future in futures)
+    assert gate.most_inside == 3
+
+
+def test_a_session_that_is_not_thread_safe_gets_one_call_at_a_time_whatever_else_it_says(tiny):
+    guarded, gate = gated(tiny, thread_safe=False, max_in_flight=3)
+    with EncodeService([guarded]) as service:
+        assert [future.result() is not None for future in [service.submit(image(i), GRID) for i in range(6)]]
+    assert gate.most_inside == 1
+
+
+def test_small_items_share_a_call_where_the_backend_declares_that_it_pays(tiny, reference):
+    guarded, gate = gated(tiny, batch_patches=64)
+    gate.shut()
+    with EncodeService([guarded]) as service:
+        service.submit(image(0), GRID)
+        gate.wait_for_calls(1)
+        grids = [GRID, (1, 4, 6), (1, 4, 4), (1, 8, 8), GRID]
+        futures = [service.submit(image(i, grid), grid) for i, grid in enumerate(grids, 1)]
+        wait_until(lambda: service.counters.waiting == 5 and not service._ledger._incoming)
+        gate.let_in()
+        for i, (grid, future) in enumerate(zip(grids, futures, strict=True), 1):
+            exact = reference.encode(image(i, grid), [grid])
+            np.testing.assert_allclose(future.result(), exact, rtol=0, atol=2e-5)
+        assert all(future.result().base is None for future in futures[:3]), "a view would keep the others' memory"
+    assert gate.calls == [16, 16 + 24 + 16, 64, 16]
+
+
+def test_devices_that_compute_different_numbers_are_refused(tiny):
+    with open_encoder(tiny, backend="onnxrt"):
+        one, _ = gated(tiny)
+        two, _ = gated(tiny, precision="bfloat16")
+        with pytest.raises(ConfigurationError, match="all devices of an encode service must run the same"):
+            EncodeService([one, two])
+    with pytest.raises(ConfigurationError, match="needs an encoder"):
+        EncodeService([])
+
+
+def test_the_settings_open_an_encoder_on_each_device(tiny):
+    before = set(threads())
+    settings = Settings(backend="onnxrt", devices=("cpu", "cpu"), queue_size=7, deadline=3.0)
+    with open_service(open_tower(tiny), settings) as service:
+        assert [encoder.primary.capabilities.device for encoder in service.encoders] == ["cpu", "cpu"]
+        assert len(service.encode(np.concatenate([image(1), image(2)]), [GRID, GRID])) == 2
+    assert set(threads()) == before
+
+
+def test_a_device_that_cannot_start_leaves_nothing_open_and_the_fallback_takes_its_place(tiny, caplog):
+    settings = Settings(backend="onnxrt", devices=("cpu", "npu"))
+    with pytest.raises(ConfigurationError, match="VitisAI"):
+        open_service(open_tower(tiny), settings)
+    with open_service(open_tower(tiny), Settings(**dict(settings) | {"fallback": "torch_ref"})) as service:
+        assert [encoder.primary.backend for encoder in service.encoders] == ["torch_ref"]
+    assert "Starting with the fallback 'torch_ref', because" in caplog.text
+
+
+# Faults
+
+
+def test_an_item_that_fails_fails_alone_and_may_be_tried_again(device):
+    guarded, gate = device
+    gate.fail = lambda patches: OSError("DRM_IOCTL failed") if patches[0, 0] == image(1)[0, 0] else None
+    with EncodeService([guarded]) as service:
+        futures = [service.submit(image(i), GRID) for i in range(3)]
+        assert futures[0].result().shape == futures[2].result().shape == (4, 24)
+        with pytest.raises(DeviceError, match="DRM_IOCTL failed"):
+            futures[1].result()
+        gate.fail = lambda patches: None
+        assert service.submit(image(1), GRID).result().shape == (4, 24)
+        counters = service.counters
+        assert (counters.submitted, counters.encoded, counters.failed) == (4, 3, 1)
+
+
+def test_one_bad_item_of_a_shared_call_fails_alone(tiny):
+    guarded, gate = gated(tiny, batch_patches=1000)
+    gate.shut()
+    bad = image(2)
+    bad[3, 5] = np.nan
+    with EncodeService([guarded]) as service:
+        service.submit(image(0), GRID)
+        gate.wait_for_calls(1)
+        futures = [service.submit(patches, GRID) for patches in (image(1), bad, image(3))]
+        wait_until(lambda: service.counters.waiting == 3 and not service._ledger._incoming)
+        gate.let_in()
+        assert futures[0].result().shape == futures[2].result().shape == (4, 24)
+        with pytest.raises(NonFiniteError):
+            futures[1].result()
+
+
+def test_wrong_input_is_refused_by_type(device):
+    with EncodeService([device[0]]) as service:
+        with pytest.raises(GridError):
+            service.submit(image(1), (1, 3, 4))
+        with pytest.raises(PatchesError, match="16 patches were given, but grid 1x4x8 has 32"):
+            service.submit(image(1), (1, 4, 8))
+        with pytest.raises(PatchesError, match="describe 32"):
+            service.encode(image(1), [GRID, GRID])
+        with pytest.raises(PatchesError, match="cannot be read"):
+            service.submit([None] * 16, GRID).result()
+        with pytest.raises(PatchesError, match="take"):
+            service.submit(image(1)[:, :50], GRID).result()
+        assert service.encode(image(1), [GRID])[0].shape == (4, 24)
+
+
+# Deadlines
+
+
+def test_a_call_past_the_deadline_fails_its_item_and_the_device_goes_on_when_it_returns(device, caplog):
+    guarded, gate = device
+    gate.shut()
+    with EncodeService([guarded], deadline=0.1) as service:
+        hung = service.submit(image(0), GRID)
+        behind = service.submit(image(1), GRID)
+        with pytest.raises(DeadlineError, match=r"within 0\.1 s"):
+            hung.result(20)
+        assert not behind.done()
+        gate.let_in()
+        assert behind.result(20).shape == (4, 24)
+        # What came late was right all the same, and is kept.
+        assert service.submit(image(0), GRID).result(20).shape == (4, 24)
+        counters = service.counters
+        assert (counters.failed, counters.expired, counters.cached) == (1, 1, 1)
+    assert "did not answer within 0.1 s" in caplog.text
+
+
+def test_while_every_device_hangs_nothing_waits_for_ever(device):
+    guarded, gate = device
+    gate.shut()
+    service = EncodeService([guarded], deadline=0.1)
+    futures = [service.submit(image(i), GRID) for i in range(3)]
+    for future, kind in zip(futures, (DeadlineError, DeviceLostError, DeviceLostError), strict=True):
+        with pytest.raises(kind):
+            future.result(20)
+    later = service.submit(image(5), GRID)
+    with pytest.raises(DeviceLostError, match="Restart the server"):
+        later.result(20)
+    gate.let_in()
+    assert service.submit(image(6), GRID).result(20).shape == (4, 24)
+    service.close()
+
+
+def test_an_items_own_deadline_counts_from_its_submission(device):
+    guarded, gate = device
+    gate.shut()
+    with EncodeService([guarded]) as service:
+        patient = service.submit(image(0), GRID)
+        gate.wait_for_calls(1)
+        hurried = service.submit(image(1), GRID, deadline=0.05)
+        shared = service.submit(image(0), GRID, deadline=0.05)
+        for future in (hurried, shared):
+            with pytest.raises(DeadlineError, match=r"within 0\.05 s of its submission"):
+                future.result(20)
+        assert service.counters.waiting == 0, "nobody wants it any more"
+        gate.let_in()
+        assert patient.result(20).shape == (4, 24)
+        assert service.submit(image(2), GRID, deadline=30).result(20).shape == (4, 24)
+    assert gate.calls == [16, 16]
+
+
+# Cancellation
+
+
+def test_what_nobody_wants_any_more_is_not_encoded(device):
+    guarded, gate = device
+    gate.shut()
+    with EncodeService([guarded], queue_size=2) as service:
+        service.submit(image(0), GRID)
+        gate.wait_for_calls(1)
+        dropped = service.submit(image(1, (1, 6, 4)), (1, 6, 4))
+        halved = [service.submit(image(2, (1, 8, 4)), (1, 8, 4)) for _ in range(1)]
+        assert dropped.cancel()
+        wait_until(lambda: service.room)
+        halved.append(service.submit(image(2, (1, 8, 4)), (1, 8, 4)))
+        wait_until(lambda: service.counters.merged == 1)
+        assert halved[0].cancel()
+        gate.let_in()
+        assert halved[1].result().shape == (8, 24)
+        with pytest.raises(CancelledError):
+            dropped.result()
+        assert service.counters.cancelled == 1
+    assert gate.calls == [16, 32]
+
+
+def test_cancelling_what_a_device_works_on_keeps_the_answer_for_others(device):
+    guarded, gate = device
+    gate.shut()
+    with EncodeService([guarded]) as service:
+        future = service.submit(image(0), GRID)
+        gate.wait_for_calls(1)
+        assert future.cancel()
+        gate.let_in()
+        assert service.submit(image(0), GRID).result().shape == (4, 24)
+    assert gate.calls == [16]
+
+
+# Shutdown
+
+
+def test_closing_answers_everybody_and_ends_every_thread(device):
+    guarded, gate = device
+    before = set(threads())
+    gate.shut()
+    service = EncodeService([guarded], queue_size=2)
+    running = service.submit(image(0), GRID)
+    gate.wait_for_calls(1)
+    waiting = [service.submit(image(i), GRID) for i in (1, 2)]
+    with ThreadPoolExecutor(2) as pool:
+        wants_in = pool.submit(service.submit, image(3), GRID)
+        closing = pool.submit(service.close)
+        for future in (*waiting, wants_in):
+            with pytest.raises(ServiceClosedError):
+                future.result(20)
+        gate.let_in()
+        closing.result(20)
+    assert running.result().shape == (4, 24)
+    assert gate.closed
+    assert set(threads()) == before
+    with pytest.raises(ServiceClosedError):
+        service.submit(image(0), GRID)
+    service.close()
+
+
+def test_draining_encodes_what_waits_first(device):
+    guarded, gate = device
+    gate.shut()
+    service = EncodeService([guarded])
+    futures = [service.submit(image(i), GRID) for i in range(4)]
+    with ThreadPoolExecutor(1) as pool:
+        closing = pool.submit(service.close, drain=True)
+        gate.let_in()
+        closing.result(20)
+    assert [future.result().shape for future in futures] == [(4, 24)] * 4
+
+
+def test_a_call_that_never_returns_does_not_hold_up_the_end(device, caplog):
+    guarded, gate = device
+    gate.shut()
+    service = EncodeService([guarded])
+    running = service.submit(image(0), GRID)
+    gate.wait_for_calls(1)
+    service.close(wait=0.1)
+    with pytest.raises(ServiceClosedError, match="while the item was encoded"):
+        running.result(20)
+    assert "does not return" in caplog.text
+    gate.let_in()
+
+
+# All of it at once
+
+
+@hypothesis_settings(max_examples=25)
+@given(
+    actions=st.lists(
+        st.tuples(st.integers(0, 7), st.sampled_from(["keep", "keep", "keep", "cancel", "hurry"])), max_size=40
+    ),
+    broken=st.sets(st.integers(0, 7), max_size=2),
+    cache=st.sampled_from([0, SIZE, 2**20]),
+    batch=st.sampled_from([0, 40]),
+    calls=st.sampled_from([1, 3]),
+)
+def test_every_future_ends_with_its_own_answer(tiny, actions, broken, cache, batch, calls):
+    guarded, gate = gated(tiny, thread_safe=True, max_in_flight=calls, batch_patches=batch)
+    firsts = {seed: image(seed)[0, 0] for seed in broken}
+    gate.fail = lambda patches: OSError("broken") if set(patches[::16, 0]) & set(firsts.values()) else None
+    exact = {seed: guarded.primary.encode(image(seed), [GRID]) for seed in set(range(8)) - broken}
+    with EncodeService([guarded], queue_size=4, cache=cache) as service:
+        futures = []
+        for seed, action in actions:
+            future = service.submit(image(seed), GRID, deadline=1e-4 if action == "hurry" else None)
+            if action == "cancel":
+                future.cancel()
+            futures.append((seed, action, future))
+        for seed, action, future in futures:
+            try:
+                answer = future.result(20)
+            except CancelledError:
+                assert action == "cancel"
+            except DeadlineError:
+                assert action == "hurry"
+            except DeviceError:
+                assert seed in broken
+            else:
+                assert seed not in broken
+                np.testing.assert_allclose(answer, exact[seed], rtol=0, atol=2e-5)
+        wait_until(lambda: service.counters.running == 0)
+        counters = service.counters
+        assert (counters.waiting, service._ledger._items, service._ledger._by_key) == (0, {}, {})
+        assert service._ledger._slots.free == 4
+
+
+def test_nothing_is_left_after_many_services(tiny):
+    def files():
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    tower = open_tower(tiny)
+    before = set(threads()), files()
+    for _ in range(10):
+        with open_service(tower, Settings(backend="torch_ref", cache_size=4 * SIZE)) as service:
+            futures = [service.submit(image(i % 9), GRID) for i in range(60)]
+            for future in futures[::3]:
+                future.cancel()
+            for future in futures[1::3]:
+                future.result(20)
+    gc.collect()
+    assert (set(threads()), files()) == before
