@@ -35,11 +35,13 @@ class Candidate:
         entry: The installed backend.
         verdict: Its answer.
         programs: The programs it accepted; of several for the same grids, the source's first.
+        asked: It was; False for a backend that is only used by name, and was not named.
     """
 
     entry: BackendEntry
     verdict: Verdict
     programs: tuple[Program, ...]
+    asked: bool = True
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Selection:
     Attributes:
         requested: A backend's name or `auto`.
         device: The requested device, or None for each backend's default.
-        candidates: Every backend that was asked.
+        candidates: Every backend that was asked, or only had to be named.
         chosen: The one to use, or None if all refused.
     """
 
@@ -66,13 +68,14 @@ class Selection:
         """
         if self.chosen is not None:
             return self.chosen.entry.name, self.chosen.programs
-        if not self.candidates:
+        asked = [candidate for candidate in self.candidates if candidate.asked]
+        if not asked:
             raise BackendUnavailableError(
                 "no backend is installed.", hint="Install one, for example: pip install 'visionaccel[onnxrt]'."
             )
         refusals = [
             f"{candidate.entry.name}: {candidate.verdict.reason} {candidate.verdict.hint}"
-            for candidate in self.candidates
+            for candidate in asked
             if isinstance(candidate.verdict, Rejected)
         ]
         where = f" on device {self.device!r}" if self.device else ""
@@ -110,10 +113,12 @@ def _ask(
             raise
         return Candidate(entry, Rejected(error.message, error.hint or ""), ())
     if backend.only_by_name and not strict:
-        return Candidate(entry, Rejected("it is only used by name.", f"Set VISIONACCEL_BACKEND={entry.name}."), ())
-    programs = source.programs(backend.formats)
+        unnamed = Rejected("it is only used by name.", f"Set VISIONACCEL_BACKEND={entry.name}.")
+        return Candidate(entry, unnamed, (), asked=False)
+    taken = backend.formats_on(device)
+    programs = source.programs(taken)
     if not programs:
-        formats = ", ".join(sorted(backend.formats))
+        formats = ", ".join(sorted(taken)) or "no format"
         reason = f"it takes programs in {formats}; this encoder of family {source.family} offers none of these."
         return Candidate(entry, Rejected(reason, "Name another backend."), ())
     accepted: dict[Coverage, Program] = {}
@@ -133,8 +138,7 @@ def _ask(
 
 
 def _verdict(backend: VisionBackend, entry: BackendEntry, program: Program, device: str | None) -> Verdict:
-    kind = (device or "").partition(":")[0]
-    if program.device is not None and kind != program.device:
+    if program.device is not None and backend.kind_of(device) != program.device:
         reason = f"program {program.name!r} was made for device {program.device!r}."
         return Rejected(reason, f"Set VISIONACCEL_DEVICE={program.device}.")
     try:

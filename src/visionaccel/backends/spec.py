@@ -167,6 +167,14 @@ class VisionBackend(ABC):
         """Where sessions on a device live unless the user says otherwise; by default the same on every device."""
         return self.isolation
 
+    def formats_on(self, device: str | None) -> frozenset[str]:  # noqa: ARG002
+        """Program formats it takes on a device, some of `formats`; by default the same on every device."""
+        return self.formats
+
+    def kind_of(self, device: str | None) -> str:
+        """The kind of a device as `Program.device` names it; by default what is before its colon."""
+        return (device or "").partition(":")[0]
+
     def checks(self, programs: Sequence[Program]) -> Sequence[Finding]:  # noqa: ARG002
         """What `visionaccel doctor` reports of this machine for this backend: drivers, libraries, settings.
 

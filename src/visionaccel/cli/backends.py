@@ -29,9 +29,11 @@ def backends(as_json: Json = False) -> None:
             "devices": [],
             "options": {},
             "problem": None,
+            "only_by_name": False,
         }
         try:
             backend = registry.load(entry.name)
+            row["only_by_name"] = backend.only_by_name
             row["formats"] = sorted(backend.formats)
             row["options"] = {
                 name: {"default": field.get_default(call_default_factory=True), "description": field.description}
@@ -53,7 +55,9 @@ def backends(as_json: Json = False) -> None:
         table.add_row(
             row["name"], f"{row['distribution']} {row['version']}", ", ".join(row["formats"]), devices, options
         )
-    results.print(table if rows else "No backend is installed. Try: pip install 'visionaccel[onnxrt]'")
+    results.print(table)
+    if all(row["only_by_name"] for row in rows):
+        results.print("No backend is installed that would be chosen. Try: pip install 'visionaccel[onnxrt]'")
 
 
 def explain(

@@ -1,0 +1,132 @@
+"""The simulated backend: which programs it takes, and how it opens them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from visionaccel.backends import (
+    AUTO,
+    Accepted,
+    Isolation,
+    Options,
+    Rejected,
+    Session,
+    Verdict,
+    VisionBackend,
+    default_registry,
+)
+from visionaccel.errors import ConfigurationError, SettingsError, VisionAccelError
+from visionaccel.program import CHECKPOINT, EP_CONTEXT, FLEXMLRT_DIRECTORY, FLEXMLRT_RAI, ONNX, Program
+from visionaccel.testing.simulated.answers import RememberedAnswers
+from visionaccel.testing.simulated.faults import FaultRule, FaultScript
+from visionaccel.testing.simulated.latency import Latency, read_recorded
+from visionaccel.testing.simulated.problems import problems
+from visionaccel.testing.simulated.session import SimulatedSession
+from visionaccel.testing.simulated.target import NAME, Target
+
+__all__ = ["SimulatedBackend", "SimulatedOptions"]
+
+
+class SimulatedOptions(Options):
+    """Options of the `simulated` backend."""
+
+    latency: float = Field(0.0, ge=0, allow_inf_nan=False, description="Seconds of each call.")
+    per_patch: float = Field(0.0, ge=0, allow_inf_nan=False, description="Seconds of each patch, added to it.")
+    recorded: Path | None = Field(
+        None,
+        description='JSON file of measured seconds by a frame\'s height and width in patches, `{"58x74": [7.4, 7.6]}`, '
+        "used in turn in the place of the two above.",
+    )
+    faults: tuple[FaultRule, ...] = Field(
+        (), description='What goes wrong, the first rule that applies: `[{"every": 3, "do": "raise"}]`.'
+    )
+    switch: Path | None = Field(
+        None, description="File of further such rules, read at each call; missing or empty: none."
+    )
+    max_in_flight: int = Field(1, ge=1, description="Calls that it works on at a time.")
+    batch_patches: int = Field(0, ge=0, description="Most patches of several images that are put into one call.")
+    replay: bool = Field(
+        False, description="Remember answers, up to 512 MiB, so that the same input is not computed again."
+    )
+    inner: dict[str, Any] = Field(default_factory=dict, description="Options of the backend that computes the answers.")
+
+
+class SimulatedBackend(VisionBackend):
+    """A device that answers what the backend named by its device answers, after a wished time, asleep."""
+
+    name = NAME
+    formats = frozenset({CHECKPOINT, EP_CONTEXT, FLEXMLRT_DIRECTORY, FLEXMLRT_RAI, ONNX})
+    options = SimulatedOptions
+    only_by_name = True
+
+    def devices(self) -> Sequence[str]:
+        return tuple(entry.name for entry in default_registry().entries if entry.name != self.name)
+
+    def formats_on(self, device: str | None) -> frozenset[str]:
+        try:
+            return Target.parse(device).formats()
+        except VisionAccelError:  # The probe says what is wrong.
+            return self.formats
+
+    def kind_of(self, device: str | None) -> str:
+        try:
+            target = Target.parse(device)
+            inner = target.named_backend()
+            return super().kind_of(target.device) if inner is None else inner.kind_of(target.device)
+        except VisionAccelError:  # The probe says what is wrong.
+            return ""
+
+    def isolation_on(self, device: str | None) -> Isolation:
+        target = Target.parse(device)
+        inner = target.named_backend()
+        return self.isolation if inner is None else inner.isolation_on(target.device)
+
+    def probe(self, program: Program, device: str | None) -> Verdict:
+        try:
+            target = Target.parse(device)
+            selection = target.backend_for(program)
+            name, _ = selection.require()
+        except ConfigurationError as error:
+            return Rejected(f"nothing can compute its answers: {error.message}", error.hint or "Name another device.")
+        if target.backend == AUTO and default_registry().load(name).isolation_on(target.device) != self.isolation:
+            return Rejected(f"{name}, the best here, lives in a process of its own.", f"Set VISIONACCEL_DEVICE={name}.")
+        assert selection.chosen is not None
+        assert isinstance(selection.chosen.verdict, Accepted)
+        notes = selection.chosen.verdict.notes
+        return Accepted(1, f"SIMULATED device, no hardware; answers by {name}" + (f" ({notes})" if notes else ""))
+
+    def open(self, program: Program, device: str | None, options: SimulatedOptions) -> Session:
+        target = Target.parse(device)
+        name, _ = target.backend_for(program).require()
+        latency = Latency(
+            options.latency, options.per_patch, {} if options.recorded is None else read_recorded(options.recorded)
+        )
+        script = FaultScript(options.faults, options.switch)
+        backend = default_registry().load(name)
+        inner = backend.open(program, target.device, _options_of(backend, options.inner))
+        capabilities = replace(
+            inner.capabilities,
+            device=target.shown(name, inner.capabilities.device),
+            thread_safe=options.max_in_flight > 1 or inner.capabilities.thread_safe,
+            max_in_flight=options.max_in_flight,
+            batch_patches=options.batch_patches,
+            simulated=True,
+        )
+        answers = RememberedAnswers() if options.replay else None
+        return SimulatedSession(inner, capabilities, program, latency, script, answers)
+
+
+def _options_of(backend: VisionBackend, given: dict[str, Any]) -> Options:
+    try:
+        return backend.options.model_validate(given)
+    except ValidationError as error:
+        known = ", ".join(backend.options.model_fields) or "none"
+        raise SettingsError(
+            f"option inner, for the wrapped backend {backend.name!r}: {problems(error)}.",
+            hint=f"Options it takes: {known}.",
+        ) from error

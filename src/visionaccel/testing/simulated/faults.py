@@ -1,0 +1,210 @@
+"""What a simulated device does wrong, when it is told to."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from visionaccel.arrays import Array, as_numpy
+from visionaccel.errors import DeviceError, SettingsError
+from visionaccel.testing.simulated.frames import Frame
+from visionaccel.testing.simulated.problems import problems
+
+__all__ = ["Fault", "FaultRule", "FaultScript", "struck"]
+
+_DEADLY = ("exit", "abort")
+_CHILD = "visionaccel.isolation.child"
+_WANTED = "It is wanted: see the options `faults` and `switch` of the simulated device."
+_APART = "Set VISIONACCEL_ISOLATION=process."
+
+
+class FaultRule(BaseModel):
+    """Which calls of a session fail, by exactly one of `patches`, `call`, `every`, `share` and `all`, and how."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    patches: int | None = Field(None, ge=1, description="Calls with that many patches.")
+    call: int | None = Field(
+        None, ge=1, description="The call of that number, from 1; a process that is started anew counts anew."
+    )
+    every: int | None = Field(None, ge=1, description="Every call whose number is a multiple of it.")
+    share: float | None = Field(
+        None, ge=0, le=1, description="That share of frames, by a digest of their patches (see `struck`)."
+    )
+    seed: int = Field(0, description="Which frames `share` picks.")
+    all: bool = Field(False, description="Every call.")
+    do: Literal["raise", "nan", "zeros", "hang", "exit", "abort"] = Field(
+        description="`raise` a DeviceError; answer NaN or zeros; `hang`; end the process by `exit` or `abort`, in a "
+        "child process only."
+    )
+    seconds: float = Field(
+        3600.0, ge=0, allow_inf_nan=False, description="How long a `hang` takes; the call then goes on."
+    )
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> Self:
+        ways = [self.patches, self.call, self.every, self.share, self.all or None]
+        if sum(way is not None for way in ways) != 1:
+            raise ValueError("name exactly one of patches, call, every, share and all")
+        if "seed" in self.model_fields_set and self.share is None:
+            raise ValueError("seed goes with share")
+        if "seconds" in self.model_fields_set and self.do != "hang":
+            raise ValueError("seconds go with hang")
+        return self
+
+    def hits(self, call: int, frames: Sequence[Frame]) -> tuple[bool, ...]:
+        """Which frames of a call it is about; all or none, unless it is about a share.
+
+        Args:
+            call: The call's number, from 1.
+            frames: What the call holds.
+        """
+        if self.share is not None:
+            return tuple(struck(frame.rows, self) for frame in frames)
+        hit = (
+            self.all
+            or (self.patches is not None and sum(frame.patches for frame in frames) == self.patches)
+            or (self.call is not None and call == self.call)
+            or (self.every is not None and call % self.every == 0)
+        )
+        return (hit,) * len(frames)
+
+    def __str__(self) -> str:
+        return self.model_dump_json(exclude_unset=True)
+
+
+def struck(patches: Array, rule: FaultRule) -> bool:
+    """Whether a rule about a share is about an image, the same in every process, batch and dtype.
+
+    A video is struck with any of its frames, each of which is decided by its own patches. A split program's session
+    gets patches that the host embedded, so for such a program ask with those.
+
+    Args:
+        patches: [patches, patch_width] of one image or frame, numpy or torch, of any floating dtype. Their values
+            count, as float32: rounding them to bfloat16 first makes another image of them.
+        rule: A rule with a `share`.
+
+    Raises:
+        ValueError: If the rule has none.
+    """
+    if rule.share is None:
+        raise ValueError(f"rule {rule} is not about a share.")
+    digest = hashlib.blake2b(f"{rule.seed} ".encode(), digest_size=8)
+    digest.update(np.ascontiguousarray(as_numpy(patches), dtype=np.float32).reshape(-1).view(np.uint8).data)
+    return int.from_bytes(digest.digest()) < rule.share * 2**64
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A rule that is about a call.
+
+    Attributes:
+        rule: The rule.
+        call: The call's number, from 1.
+        hits: Which of the call's frames it is about, at least one.
+    """
+
+    rule: FaultRule
+    call: int
+    hits: tuple[bool, ...]
+
+    def happen(self) -> None:
+        """What happens when the call begins; nothing for what spoils the answer.
+
+        Raises:
+            DeviceError: If that is the fault; or if the process was to be ended and is no device's child process.
+        """
+        match self.rule.do:
+            case "raise":
+                raise DeviceError(f"simulated fault: call {self.call} failed by rule {self.rule}.", hint=_WANTED)
+            case "hang":
+                time.sleep(self.rule.seconds)
+            case "exit" | "abort" if not _in_device_process():
+                raise DeviceError(
+                    f"simulated fault: rule {self.rule} would end a process that is not the device's.", hint=_APART
+                )
+            case "exit":
+                os._exit(1)
+            case "abort":
+                os.abort()
+
+    @property
+    def value(self) -> float | None:
+        """What the answer is overwritten with; None if it is not."""
+        return {"nan": float("nan"), "zeros": 0.0}.get(self.rule.do)
+
+
+class FaultScript:
+    """The rules of a session: those it was opened with, then those of a file that may change while it is open.
+
+    Args:
+        rules: The first.
+        switch: A file with a JSON list of rules, read at each call; missing or empty: none.
+
+    Raises:
+        SettingsError: If the file holds none; or a rule ends the process and that is not a device's child process.
+    """
+
+    def __init__(self, rules: Sequence[FaultRule], switch: Path | None) -> None:
+        self._rules, self._switch = tuple(rules), switch
+        for rule in self.rules():
+            if rule.do in _DEADLY and not _in_device_process():
+                raise SettingsError(
+                    f"the simulated fault {rule} ends the process, which is not the device's own.", hint=_APART
+                )
+
+    def rules(self) -> tuple[FaultRule, ...]:
+        """The rules that hold now.
+
+        Raises:
+            SettingsError: If the file holds none.
+        """
+        if self._switch is None:
+            return self._rules
+        try:
+            text = self._switch.read_bytes()
+        except FileNotFoundError:
+            return self._rules
+        except OSError as error:
+            raise SettingsError(
+                f"simulated faults cannot be read: {error}.", hint="See the option `switch`."
+            ) from error
+        if not text.strip():
+            return self._rules
+        try:
+            return (*self._rules, *_RULES.validate_json(text))
+        except ValidationError as error:
+            raise SettingsError(
+                f"{self._switch} holds no simulated faults: {problems(error)}.",
+                hint='Write a JSON list of rules, such as [{"every": 3, "do": "raise"}].',
+            ) from error
+
+    def fault(self, call: int, frames: Sequence[Frame]) -> Fault | None:
+        """The fault of the first rule that is about a call, if any.
+
+        Raises:
+            SettingsError: If the file holds no rules.
+        """
+        for rule in self.rules():
+            hits = rule.hits(call, frames)
+            if True in hits:
+                return Fault(rule, call, hits)
+        return None
+
+
+_RULES = TypeAdapter(tuple[FaultRule, ...])
+
+
+def _in_device_process() -> bool:
+    """Whether this is a device's child process, which its parent starts anew."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return spec is not None and spec.name == _CHILD

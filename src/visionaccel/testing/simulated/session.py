@@ -1,0 +1,135 @@
+"""A session that takes as long as it is told to, and sleeps for most of it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from itertools import pairwise
+
+import numpy as np
+
+from visionaccel.arrays import Array
+from visionaccel.backends import Capabilities, Session
+from visionaccel.program import Program
+from visionaccel.testing.simulated.answers import RememberedAnswers, copied, input_digest
+from visionaccel.testing.simulated.faults import Fault, FaultScript
+from visionaccel.testing.simulated.frames import Frame, frames_of
+from visionaccel.testing.simulated.latency import Latency
+
+__all__ = ["SimulatedSession"]
+
+logger = logging.getLogger(__name__)
+
+
+class SimulatedSession(Session):
+    """Runs a wrapped session and sleeps for what is left of the call's time. Safe to use from several threads.
+
+    It is one device: of more calls at once than `capabilities.max_in_flight`, the others wait, and their time begins
+    when they are let in. A wrapped session that is not thread-safe computes one call at a time while others sleep.
+
+    Args:
+        inner: The wrapped session, this one's from then on.
+        capabilities: What this session says of itself.
+        program: What is run.
+        latency: How long calls take.
+        script: What goes wrong.
+        answers: Where answers are remembered, if they are.
+
+    Attributes:
+        calls: Calls so far.
+        overruns: Calls for which the computation took longer than it was to take, so far: their time is not what was
+            wished.
+    """
+
+    def __init__(
+        self,
+        inner: Session,
+        capabilities: Capabilities,
+        program: Program,
+        latency: Latency,
+        script: FaultScript,
+        answers: RememberedAnswers | None = None,
+    ) -> None:
+        self.capabilities = capabilities
+        self._inner, self._program, self._latency, self._script, self._answers = (
+            inner,
+            program,
+            latency,
+            script,
+            answers,
+        )
+        self._places = threading.BoundedSemaphore(capabilities.max_in_flight)
+        self._turn = nullcontext() if inner.capabilities.thread_safe else threading.Lock()
+        self._counting = threading.Lock()
+        self.calls = 0
+        self.overruns = 0
+
+    def run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        with self._places:
+            started = time.monotonic()
+            with self._counting:
+                self.calls += 1
+                call = self.calls
+            frames = frames_of(self._program, inputs)
+            seconds = self._latency.seconds(frames)
+            fault = self._script.fault(call, frames)
+            if fault is not None:
+                fault.happen()
+            answer = self._answer(inputs)
+            if fault is not None and fault.value is not None:
+                answer = _spoilt(answer, fault, fault.value, frames)
+            self._sleep_until(started + seconds, seconds)
+            return answer
+
+    def close(self) -> None:
+        self._inner.close()
+
+    def _answer(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        if self._answers is None:
+            return self._computed(inputs)
+        digest = input_digest(inputs)
+        answer = self._answers.get(digest)
+        if answer is None:
+            answer = self._computed(inputs)
+            self._answers.put(digest, answer)
+        return answer
+
+    def _computed(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        with self._turn:
+            return self._inner.run(inputs)
+
+    def _sleep_until(self, end: float, seconds: float) -> None:
+        """Sleep until then; a call that was to take some time and is late is counted, the first also logged."""
+        left = end - time.monotonic()
+        if left > 0:
+            time.sleep(left)
+        elif seconds > 0:
+            with self._counting:
+                self.overruns += 1
+                first = self.overruns == 1
+            if first:
+                logger.warning(
+                    "Simulated device %s was to take %.3f s and computed for %.3f s: times that are measured with it "
+                    "are not what was wished. Further such calls are not logged.",
+                    self.capabilities.device,
+                    seconds,
+                    seconds - left,
+                )
+
+
+def _spoilt(answer: Mapping[str, Array], fault: Fault, value: float, frames: Sequence[Frame]) -> Mapping[str, Array]:
+    """An answer with the rows of the frames that a fault is about overwritten."""
+    spoilt = copied(answer)
+    ends = np.cumsum([0, *(frame.patches for frame in frames)]).tolist()
+    for array in spoilt.values():
+        if all(fault.hits):
+            array[...] = value  # padding too
+            continue
+        rows = len(array)
+        for (start, end), hit in zip(pairwise(ends), fault.hits, strict=True):
+            if hit:
+                array[start * rows // ends[-1] : end * rows // ends[-1]] = value
+    return spoilt
