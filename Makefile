@@ -57,6 +57,7 @@ lint: $(INSTALLED)
 
 types: $(INSTALLED)
 	$(BIN)/mypy
+	$(BIN)/mypy examples/disaggregated
 
 # The C++ tests under sanitizers. doctest is taken from the system, or unpacked from Debian's package.
 native: $(INSTALLED)
