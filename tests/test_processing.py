@@ -15,7 +15,7 @@ from visionaccel.encoder import open_tower
 from visionaccel.errors import BundleError, ConfigurationError, InputError, UnfitGridError
 from visionaccel.families import tower_of
 from visionaccel.grid import Grid
-from visionaccel.integrations.vllm.source import open_served_source
+from visionaccel.integrations.vllm.source import open_served_encoder, open_served_source
 from visionaccel.program import AnyGrid, FixedGrid
 from visionaccel.settings import load_settings
 from visionaccel.stripping import strip_checkpoint
@@ -28,7 +28,6 @@ with warnings.catch_warnings():
     from vllm.tokenizers import cached_tokenizer_from_config
 
     from visionaccel.integrations.vllm.processing import FittedProcessingInfo, FittedProcessor
-    from visionaccel.integrations.vllm.tower import _check_fit
 
 pytestmark = pytest.mark.filterwarnings("default")
 GRIDS = ("8x16", "16x8", "12x12")
@@ -205,7 +204,7 @@ def test_an_encoder_of_other_sizes_is_refused_even_where_no_digest_is_known(tiny
         out_hidden_size=128, spatial_merge_size=2, in_channels=3, temporal_patch_size=2, patch_size=14
     )
     with pytest.raises(ConfigurationError, match=r"the served model needs \(128, 2, 1176\)"):
-        _check_fit(open_tower(tiny), vision, "tiny")
+        open_served_encoder(SimpleNamespace(source=str(tiny), revision=None, vision=vision), load_settings())
 
 
 def test_a_bundle_for_another_image_processor_is_refused(digits, other, bundles, monkeypatch):

@@ -60,3 +60,9 @@ class EmbeddingCache:
                 _, oldest = self._entries.popitem(last=False)
                 self._held -= oldest.nbytes
                 self.evicted += 1
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._entries.clear()
+            self._held = 0

@@ -54,6 +54,11 @@ class GuardedEncoder:
         self.fallback_items = 0
         self.failed_items = 0
 
+    @property
+    def has_fallback(self) -> bool:
+        """Whether another encoder would take over."""
+        return self._open_fallback is not None
+
     def encode_items(self, patches: Array, grids: Sequence[GridLike]) -> list[Embedded | VisionAccelError]:
         """Embeddings of each item, or the error that this item alone must answer for. Never raises for bad data.
 

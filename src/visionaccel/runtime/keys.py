@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 
 import numpy as np
 
@@ -47,7 +48,7 @@ def numerics(encoder: Encoder, dtype: str) -> str:
     parts = {
         "family": encoder.tower.family,
         "backend": encoder.backend,
-        "device": capabilities.device.partition(":")[0],
+        "device": re.sub(r"[:@]\d+$", "", capabilities.device),  # the kind; several of a kind compute the same
         "precision": capabilities.precision,
         "options": encoder.options,
         "dtype": dtype,

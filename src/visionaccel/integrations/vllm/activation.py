@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from visionaccel.backends import AUTO, default_registry
 from visionaccel.errors import ConfigurationError, SettingsError
 from visionaccel.integrations.vllm import compat, faults
+from visionaccel.integrations.vllm.mode import choose_mode
 from visionaccel.settings import load_settings
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ __all__ = ["MODELS", "activate"]
 
 MODELS = {"Qwen2_5_VLForConditionalGeneration": "visionaccel.integrations.vllm.model:AcceleratedQwen25VL"}
 """Architectures and the model classes that replace vLLM's, as vLLM resolves them lazily."""
+
+_HOW = {"pipelined": "while the language model decodes (pipelined)", "inline": "in the engine's step (in-line)"}
 
 
 @cache
@@ -41,11 +44,15 @@ def activate() -> None:
     compat.on_engine_config(_prepare)
 
 
-def _prepare(config: VllmConfig) -> None:
-    """Called with each engine configuration that vLLM builds: refuse models whose tower would not be replaced.
+def _prepare(config: VllmConfig, client_embeds: bool) -> None:
+    """Called with each engine configuration that vLLM builds: refuse what cannot work, and choose how to encode.
+
+    Args:
+        config: The configuration; changed where the encoder needs it.
+        client_embeds: The user lets clients send embeddings.
 
     Raises:
-        ConfigurationError: If vLLM would run a vision encoder of its own.
+        ConfigurationError: If vLLM would run a vision encoder of its own, or cannot encode in the mode that is set.
     """
     served = compat.served_model(config)
     named = ", ".join(served.architectures)
@@ -62,5 +69,11 @@ def _prepare(config: VllmConfig) -> None:
             "VISIONACCEL_BACKEND is set, but --model-impl asks for another library's implementation of the model.",
             hint="Leave --model-impl at auto, or unset VISIONACCEL_BACKEND.",
         )
+    if served.takes_media:
+        choice = choose_mode(config, load_settings())
+        compat.logger().info("visionaccel: images are encoded %s, because %s.", _HOW[choice.mode], choice.reason)
+        if choice.mode == "pipelined":
+            compat.use_connector(config, client_embeds)
     if compat.use_contained_scheduler(config):
         faults.make_board()
+    compat.explain_errors()

@@ -39,7 +39,9 @@ class AcceleratedQwen25VL(Qwen2_5_VLForConditionalGeneration):  # type: ignore[m
         def make(*_: Any, **__: Any) -> nn.Module:
             # The stock tower's arguments drift between releases, so none is looked at.
             served = compat.served_model(vllm_config)
-            return AcceleratedTower(served) if served.takes_media else AbsentTower()
+            if not served.takes_media:
+                return AbsentTower()
+            return AcceleratedTower(served, receives=compat.receives_embeddings(vllm_config))
 
         with compat.swapped_tower(Qwen2_5_VLForConditionalGeneration, make):
             super().__init__(vllm_config=vllm_config, prefix=prefix)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from visionaccel.grid import as_grids
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.compat import AsyncScheduler, Scheduler
+from visionaccel.integrations.vllm.connector import VisionAccelConnector
 from visionaccel.integrations.vllm.faults import Fault, FaultReader
 from visionaccel.runtime.keys import item_key
 
@@ -31,6 +33,10 @@ class _Containment:
         self._faults = FaultReader()
         self._in_flight: list[compat.StepInFlight] = []
         self._forgotten: set[str] = set()
+        connector: Any = self.ec_connector  # type: ignore[attr-defined]
+        self._connector = connector if isinstance(connector, VisionAccelConnector) else None
+        if self._connector is not None:
+            self._connector.attach(partial(compat.encoder_cache_state, self))
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         step: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
@@ -43,28 +49,41 @@ class _Containment:
         return step
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
-        failed: list[Request] = []
+        failed, reasons = self._fail_unencoded()
         place = next((i for i, record in enumerate(self._in_flight) if record.step is scheduler_output), None)
         if place is not None:
             del self._in_flight[:place]  # Outputs come in order: earlier steps have none.
             faults = self._faults.new() if self._in_flight[0].items else []
-            failed = self._contain(faults) if faults else []
+            if faults:
+                failed += self._contain(faults, reasons)
             del self._in_flight[0]
         outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
-        compat.append_errors(outputs, failed)
+        compat.append_errors(outputs, failed, reasons)
         return outputs
 
     def shutdown(self) -> None:
         self._faults.close()
         super().shutdown()  # type: ignore[misc]
 
-    def _contain(self, faults: list[Fault]) -> list[Request]:
-        """End every request that stands on a faulty encoder output, and forget that output everywhere."""
+    def _fail_unencoded(self) -> tuple[list[Request], dict[str, str]]:
+        """End the requests that wait for an image which could not be encoded; and what to tell their clients."""
+        failures = self._connector.take_failures() if self._connector is not None else {}
+        reasons = {name: failure.message for name, failure in failures.items()}
+        return compat.fail_requests(self, failures) if failures else [], reasons
+
+    def _contain(self, faults: list[Fault], reasons: dict[str, str]) -> list[Request]:
+        """End every request that stands on a faulty encoder output, and forget that output everywhere.
+
+        Args:
+            faults: What the workers reported.
+            reasons: Gets what to tell the clients, by request.
+        """
         faulty = _faulty((item for step in self._in_flight for item in step.items), faults)
         at_stake = compat.requests_at_stake(self, self._in_flight, faulty)
         for name, identifiers in at_stake.items():
-            reasons = " ".join(sorted({faulty[identifier] for identifier in identifiers}))
-            compat.logger().error("Request %s ends with an error: %s", name, reasons)
+            messages = " ".join(sorted({faulty[identifier] for identifier in identifiers}))
+            reasons[name] = f"an image of the prompt could not be encoded: {messages}"
+            compat.logger().error("Request %s ends with an error: %s", name, messages)
         failed = compat.fail_requests(self, at_stake)
         compat.forget_prefixes(self)
         for identifier in faulty:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +13,14 @@ from visionaccel.bundle.processor import processor_digest, require_processor
 from visionaccel.checkpoint import Checkpoint, locate_checkpoint
 from visionaccel.errors import CheckpointError, ConfigurationError
 from visionaccel.families import Tower, tower_of
+from visionaccel.integrations.vllm import compat
+from visionaccel.integrations.vllm.compat import ServedModel
 from visionaccel.program import AnyGrid, Coverage
+from visionaccel.runtime.guarded import GuardedEncoder
 from visionaccel.settings import Settings
 from visionaccel.stripping import read_strip_note
 
-__all__ = ["Grids", "grids_of", "open_served_source"]
+__all__ = ["Grids", "announce", "grids_of", "open_served_encoder", "open_served_source"]
 
 
 def open_served_source(model: str, revision: str | None, settings: Settings) -> Tower | Bundle:
@@ -48,6 +52,48 @@ def open_served_source(model: str, revision: str | None, settings: Settings) -> 
     _require_weights(served, bundle.manifest.weights_digest, bundle.folder)
     require_processor(bundle.manifest.processor_digest, served.folder, bundle.folder)
     return bundle
+
+
+def open_served_encoder(served: ServedModel, settings: Settings) -> Tower | Bundle:
+    """As `open_served_source`, and its sizes are those that the served model needs.
+
+    Raises:
+        ConfigurationError: If the encoder was made for another model.
+        ArtifactError: If the bundle or checkpoint is broken.
+    """
+    source = open_served_source(served.source, served.revision, settings)
+    tower = source.tower if isinstance(source, Bundle) else source
+    vision = served.vision
+    wanted = (
+        vision.out_hidden_size,
+        vision.spatial_merge_size,
+        vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
+    )
+    ours = (tower.out_width, tower.merge_size, tower.patch_width)
+    if ours != wanted:
+        raise ConfigurationError(
+            f"the encoder in {settings.bundle or served.source} has embedding width, merge size and patch width "
+            f"{ours}; the served model needs {wanted}.",
+            hint="Point VISIONACCEL_BUNDLE at the encoder of the served model.",
+        )
+    return source
+
+
+def announce(encoders: Iterable[GuardedEncoder], settings: Settings, how: str) -> None:
+    """Log what encodes, and how."""
+    for encoder in encoders:
+        primary = encoder.primary
+        compat.logger().info(
+            "visionaccel: the vision encoder runs on backend %r, device %s%s, %s arithmetic, %s, and takes %s; "
+            "fallback: %s",
+            primary.backend,
+            primary.capabilities.device,
+            " (simulated)" if primary.capabilities.simulated else "",
+            primary.capabilities.precision,
+            how,
+            ", ".join(str(opened.program.coverage) for opened in primary.programs),
+            settings.fallback if encoder.has_fallback else "none",
+        )
 
 
 def _require_weights(served: Checkpoint, stated: str, folder: Path) -> None:

@@ -1,0 +1,98 @@
+"""Every private name of vLLM that this package relies on.
+
+Run on the releases of `TRIED_RELEASES`, on the last of them in every test. The classes that this package subclasses are
+attributes of this module, imported on first use: it must cost nothing in vLLM's processes that need none of them.
+
+Two private methods can only be overridden under their own names, in `processing`: `_get_vision_info` of the processing
+information, whose arguments drift between releases and pass through by keyword, and `_get_prompt_updates` of the
+processor.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from visionaccel.integrations.vllm.compat.configuration import (
+    CONNECTOR,
+    ServedModel,
+    ec_connector,
+    is_pipelined,
+    obstacles_to_pipelining,
+    on_engine_config,
+    receives_embeddings,
+    register_model,
+    served_model,
+    takes_media,
+    use_connector,
+    use_contained_scheduler,
+)
+from visionaccel.integrations.vllm.compat.processing import (
+    convert_images,
+    pixel_bounds,
+    refuse_videos,
+)
+from visionaccel.integrations.vllm.compat.releases import (
+    TRIED_RELEASES,
+    logger,
+    release,
+    share_log_handlers,
+    tried,
+    warn_of_untried_release,
+)
+from visionaccel.integrations.vllm.compat.scheduling import (
+    CacheState,
+    ScheduledItem,
+    StepInFlight,
+    append_errors,
+    encoder_cache_state,
+    fail_requests,
+    forget_encoder_output,
+    forget_prefixes,
+    free_in_worker,
+    requests_at_stake,
+    scheduled_item,
+    step_in_flight,
+)
+from visionaccel.integrations.vllm.compat.serving import (
+    explain_errors,
+)
+from visionaccel.integrations.vllm.compat.worker import (
+    in_step,
+    swapped_tower,
+    worker_connector,
+)
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.scheduler import Scheduler as Scheduler
+
+__all__ = [
+    "CONNECTOR", "CacheState", "ScheduledItem", "ServedModel", "StepInFlight", "TRIED_RELEASES", "append_errors",
+    "convert_images", "ec_connector", "encoder_cache_state", "explain_errors", "fail_requests",
+    "forget_encoder_output", "forget_prefixes", "free_in_worker", "in_step", "is_pipelined", "logger",
+    "obstacles_to_pipelining", "on_engine_config", "pixel_bounds", "receives_embeddings", "refuse_videos",
+    "register_model", "release", "requests_at_stake", "scheduled_item", "served_model", "share_log_handlers",
+    "step_in_flight", "swapped_tower", "takes_media", "tried", "use_connector", "use_contained_scheduler",
+    "warn_of_untried_release", "worker_connector",
+]  # fmt: skip
+
+_QWEN = "vllm.model_executor.models.qwen2_5_vl"
+_HOMES = {
+    "AsyncScheduler": "vllm.v1.core.sched.async_scheduler",
+    "ECConnectorBase": "vllm.distributed.ec_transfer.ec_connector.base",
+    "ECConnectorMetadata": "vllm.distributed.ec_transfer.ec_connector.base",
+    "ECConnectorRole": "vllm.distributed.ec_transfer.ec_connector.base",
+    "ImageSize": "vllm.multimodal.parse",
+    "MULTIMODAL_REGISTRY": "vllm.multimodal",
+    "Qwen2_5_VLDummyInputsBuilder": _QWEN,
+    "Qwen2_5_VLForConditionalGeneration": _QWEN,
+    "Qwen2_5_VLMultiModalProcessor": _QWEN,
+    "Qwen2_5_VLProcessingInfo": _QWEN,
+    "Scheduler": "vllm.v1.core.sched.scheduler",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,45 @@
+"""The multi-modal processor's insides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["convert_images", "pixel_bounds", "refuse_videos"]
+
+
+def pixel_bounds(info: Any) -> tuple[int, int]:
+    """Smallest and largest area in pixels that a Qwen-VL processor gives an image, the user's options included."""
+    size = dict(info.get_image_processor().size)
+    given = info.ctx.get_mm_config().mm_processor_kwargs or {}
+    for options in (given, given.get("images_kwargs") or {}):
+        size |= {name: value for name, value in dict(options.get("size") or {}).items() if value is not None}
+        for edge, name in (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels")):
+            if options.get(name) is not None:
+                size[edge] = options[name]
+    return int(size["shortest_edge"]), int(size["longest_edge"])
+
+
+def convert_images(parser: Any, convert: Callable[[Any], Any]) -> None:
+    """Have a data parser convert each image; embeddings and images known by their identifier pass as they are."""
+    parse = parser._parse_image_data
+
+    def parse_image_data(data: Any) -> Any:
+        if data is None or isinstance(data, dict) or parser.is_embeddings(data):
+            return parse(data)
+        items = parse(data)
+        return parse([item if item is None else convert(item) for item in items.data])
+
+    parser._parse_image_data = parse_image_data
+
+
+def refuse_videos(parser: Any, refuse: Callable[[], None]) -> None:
+    """Have a data parser call `refuse`, which raises, for each prompt with a video."""
+    parse = parser._parse_video_data
+
+    def parse_video_data(data: Any) -> Any:
+        if data is not None and not isinstance(data, dict) and not parser.is_embeddings(data) and len(data):
+            refuse()
+        return parse(data)
+
+    parser._parse_video_data = parse_video_data

@@ -1,0 +1,164 @@
+"""The scheduler's insides: what a step encodes and computes, and how a request ends with an error."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    from vllm.multimodal.inputs import MultiModalFeatureSpec
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.request import Request
+
+__all__ = [
+    "CacheState", "ScheduledItem", "StepInFlight", "append_errors", "encoder_cache_state", "fail_requests",
+    "forget_encoder_output", "forget_prefixes", "free_in_worker", "requests_at_stake", "scheduled_item",
+    "step_in_flight",
+]  # fmt: skip
+
+CacheState: TypeAlias = Literal["absent", "evictable", "held"]
+"""Whether an encoder output is in the scheduler's encoder cache, and whether the same step may evict it."""
+
+
+def encoder_cache_state(scheduler: Scheduler, identifier: str) -> CacheState:
+    """Where an encoder output stands in a scheduler's encoder cache."""
+    holders = scheduler.encoder_cache_manager.cached.get(identifier)
+    if holders is None:
+        return "absent"
+    return "held" if holders else "evictable"
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledItem:
+    """An image or video that a step encodes.
+
+    Attributes:
+        identifier: Its key in the encoder cache.
+        pixels: Pixel values [P, patch_width] as the worker gets them; None if this process does not hold them.
+        grid: Its (t, h, w).
+    """
+
+    identifier: str
+    pixels: Any
+    grid: Any
+
+
+@dataclass(frozen=True, slots=True)
+class StepInFlight:
+    """What must be known of a step until its output is back, whatever becomes of its requests meanwhile.
+
+    Attributes:
+        step: The scheduler's output, by identity.
+        items: What it encodes.
+        touched: Requests with media that it computes tokens of, each with the first token whose keys may be new: 0 for
+            a request that was just admitted, because the prefix cache may have served it from another step in flight.
+    """
+
+    step: SchedulerOutput
+    items: tuple[ScheduledItem, ...]
+    touched: tuple[tuple[Request, int], ...]
+
+
+def step_in_flight(scheduler: Scheduler, step: SchedulerOutput) -> StepInFlight:
+    """Record a step that was just scheduled."""
+    items = tuple(
+        scheduled_item(scheduler.requests[name].mm_features[index])
+        for name, indices in step.scheduled_encoder_inputs.items()
+        for index in indices
+    )
+    admitted = {request.req_id for request in step.scheduled_new_reqs} | step.scheduled_cached_reqs.resumed_req_ids
+    touched = tuple(
+        (request, 0 if name in admitted else request.num_computed_tokens - tokens)
+        for name, tokens in step.num_scheduled_tokens.items()
+        if (request := scheduler.requests[name]).mm_features
+    )
+    return StepInFlight(step, items, touched)
+
+
+def scheduled_item(feature: MultiModalFeatureSpec) -> ScheduledItem:
+    """An image or video of a request."""
+    data = feature.data or {}
+    for pixels, grid in (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")):
+        if pixels in data and grid in data:
+            return ScheduledItem(feature.identifier, data[pixels].data, data[grid].data.reshape(-1, 3))
+    return ScheduledItem(feature.identifier, None, None)
+
+
+def requests_at_stake(
+    scheduler: Scheduler, steps: Iterable[StepInFlight], identifiers: Collection[str]
+) -> dict[str, list[str]]:
+    """Live requests that steps in flight computed from encoder outputs of `identifiers`, and from which."""
+    found: dict[str, set[str]] = {}
+    for request, start in (entry for step in steps for entry in step.touched):
+        if scheduler.requests.get(request.request_id) is not request or request.is_finished():
+            continue
+        for feature in request.mm_features:
+            end = feature.mm_position.offset + feature.mm_position.length
+            if feature.identifier in identifiers and start < end:
+                found.setdefault(request.request_id, set()).add(feature.identifier)
+    return {name: sorted(used) for name, used in found.items()}
+
+
+def fail_requests(scheduler: Scheduler, names: Iterable[str]) -> list[Request]:
+    """End requests with an error."""
+    from vllm.v1.request import RequestStatus
+
+    failed: list[Request] = scheduler.finish_requests(list(names), RequestStatus.FINISHED_ERROR)
+    return failed
+
+
+def forget_prefixes(scheduler: Scheduler) -> None:
+    """Empty the prefix cache; blocks in use stay with their requests.
+
+    All of it, because which blocks were computed from a faulty output is not recorded for requests that are gone.
+    """
+    manager = scheduler.kv_cache_manager
+    manager.evict_blocks(set(range(manager.block_pool.num_gpu_blocks)))
+
+
+def forget_encoder_output(scheduler: Scheduler, identifier: str) -> None:
+    """Take an encoder output out of the scheduler's cache; requests that wait with it in hand will encode it again."""
+    cache = scheduler.encoder_cache_manager
+    for request in scheduler.requests.values():
+        for index in sorted(cache.get_cached_input_ids(request)):
+            if request.mm_features[index].identifier == identifier:
+                cache.free_encoder_input(request, index)
+    size = cache.freeable.pop(identifier, None)
+    if size is not None:
+        del cache.cached[identifier]
+        del cache.num_embeds_by_hash[identifier]
+        cache.num_free_slots += size
+
+
+def free_in_worker(step: SchedulerOutput, identifiers: Iterable[str]) -> None:
+    """Have the workers drop encoder outputs before they encode anything in this step.
+
+    The scheduler's own list will not do: it leaves out what the same step allocates again, and a worker that still has
+    the output need not encode it anew.
+    """
+    listed = step.free_encoder_mm_hashes
+    listed.extend(identifier for identifier in identifiers if identifier not in listed)
+
+
+def append_errors(outputs: dict[int, Any], failed: Iterable[Request], reasons: Mapping[str, str]) -> None:
+    """Add the answer of each failed request to a step's outputs, by client.
+
+    Args:
+        outputs: The step's outputs.
+        failed: The requests.
+        reasons: Why, by request; it goes out as the stop reason.
+    """
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+
+    for request in failed:
+        answer = EngineCoreOutput(
+            request_id=request.request_id,
+            new_token_ids=[],
+            finish_reason=request.get_finished_reason(),
+            stop_reason=reasons.get(request.request_id),
+            events=request.take_events(),
+            trace_headers=request.trace_headers,
+        )
+        outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(answer)

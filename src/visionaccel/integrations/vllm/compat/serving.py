@@ -1,0 +1,53 @@
+"""The API server's insides: how a request's error reaches its client."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+from visionaccel.integrations.vllm.compat.releases import logger
+
+__all__ = ["explain_errors"]
+
+
+class _Explained(str):
+    """The finish reason `error`, with what happened."""
+
+    reason: str
+
+    def __new__(cls, reason: str) -> _Explained:
+        explained = super().__new__(cls, "error")
+        explained.reason = reason
+        return explained
+
+
+def explain_errors() -> None:
+    """Have the API server of this process answer a failed request with its stop reason, where there is one.
+
+    vLLM answers every failed request with "Internal server error". Where its classes are not what they were, that
+    stays.
+    """
+    serving: Any = sys.modules.get("vllm.entrypoints.generate.base.serving")
+    processing: Any = sys.modules.get("vllm.v1.engine.output_processor")
+    kind, state = getattr(serving, "GenerateBaseServing", None), getattr(processing, "RequestState", None)
+    finish, complain = getattr(state, "_new_completion_output", None), getattr(kind, "_raise_if_error", None)
+    if finish is None or complain is None or hasattr(complain, "__wrapped__"):
+        return
+
+    @functools.wraps(finish)
+    def new_completion_output(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = finish(self, *args, **kwargs)
+        if output.finish_reason == "error" and isinstance(output.stop_reason, str):
+            output.finish_reason = _Explained(output.stop_reason)
+        return output
+
+    @functools.wraps(complain)
+    def raise_if_error(self: Any, finish_reason: str | None, request_id: str) -> None:
+        if isinstance(finish_reason, _Explained):
+            logger().error("Request %s failed: %s", request_id, finish_reason.reason)
+            raise serving.GenerationError(finish_reason.reason)
+        complain(self, finish_reason, request_id)
+
+    processing.RequestState._new_completion_output = new_completion_output
+    serving.GenerateBaseServing._raise_if_error = raise_if_error

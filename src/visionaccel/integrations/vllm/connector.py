@@ -1,0 +1,222 @@
+"""The pipelined mode: an EC connector that owns the encode service, so that vLLM decodes while images are encoded.
+
+vLLM makes one in the engine's process, beside the scheduler, and one in each worker. The scheduler asks the first
+whether a request's images are there and leaves the request in its queue, without memory for keys, until they are; then
+the embeddings travel with the step's metadata to the workers, which put them where vLLM's own encoder would have put
+them. Nothing of this waits for the encoder.
+
+Named by itself, or by `--ec-transfer-config '{"ec_connector": "VisionAccelConnector", "ec_role": "ec_consumer",
+"ec_connector_module_path": "visionaccel.integrations.vllm.connector"}'`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from visionaccel.arrays import as_numpy
+from visionaccel.grid import as_grids
+from visionaccel.integrations.vllm import compat
+from visionaccel.integrations.vllm.bookings import Bookings, Failure, Wanted
+from visionaccel.integrations.vllm.compat import CacheState, ECConnectorBase, ECConnectorMetadata, ECConnectorRole
+from visionaccel.integrations.vllm.source import announce, open_served_encoder
+from visionaccel.runtime.opening import open_service
+from visionaccel.runtime.service import EncodeService
+from visionaccel.settings import load_settings
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+__all__ = ["EmbeddingsForStep", "VisionAccelConnector"]
+
+_CLOSING_SECONDS = 5.0
+
+
+@dataclass
+class EmbeddingsForStep(ECConnectorMetadata):  # type: ignore[misc]
+    """What the workers put into their encoder caches before a step.
+
+    Attributes:
+        rows: [tokens, width] of each encoder output, by its identifier. numpy, because its bytes travel beside the
+            pickled step and not inside it; bfloat16 as uint16, since ml_dtypes' types do not.
+    """
+
+    rows: dict[str, NDArray[Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """An image or video of a request: where its tokens end in the prompt, and what to encode if that is known here."""
+
+    identifier: str
+    end: int
+    wanted: Wanted | None
+
+
+class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
+    """Gives requests their embeddings from an encode service in the engine's process."""
+
+    def __init__(self, vllm_config: VllmConfig, role: ECConnectorRole) -> None:
+        super().__init__(vllm_config=vllm_config, role=role)
+        served = compat.served_model(vllm_config)
+        self._device, self._dtype = served.device, served.dtype
+        self._service: EncodeService | None = None
+        if role == ECConnectorRole.SCHEDULER and served.takes_media:
+            settings = load_settings()
+            source = open_served_encoder(served, settings)
+            self._service = open_service(source, settings, str(served.dtype).removeprefix("torch."))
+            announce(self._service.encoders, settings, "pipelined")
+            self._bookings = Bookings(self._service, settings.cache_size)
+            self._items: dict[str, tuple[_Item, ...]] = {}
+            self._loads: dict[str, NDArray[Any]] = {}
+            self._cached: set[str] = set()
+            self._state: Callable[[str], CacheState] = self._guessed_state
+            self._inline = 0
+
+    @property
+    def service(self) -> EncodeService | None:
+        """The encode service; None in workers, and where prompts may hold no media."""
+        return self._service
+
+    def attach(self, state: Callable[[str], CacheState]) -> None:
+        """Learn from the scheduler what is in its encoder cache, instead of keeping a list that is one step behind."""
+        self._state = state
+
+    # In the engine's process:
+
+    def ensure_cache_available(self, request: Request, num_computed_tokens: int) -> bool:
+        """Whether a request may be scheduled; if an embedding is missing, it is being encoded from now on."""
+        if self._service is None:
+            return True
+        needed = [item for item in self._items_of(request) if item.end > num_computed_tokens]
+        states = [self._state(item.identifier) for item in needed]
+        if "absent" not in states:
+            return True
+        # Making room for what is absent may evict the others, unless some request holds them.
+        wanted = [
+            item.wanted
+            for item, state in zip(needed, states, strict=True)
+            if state != "held" and item.wanted is not None
+        ]
+        return self._bookings.ready(request.request_id, wanted, request.arrival_time)
+
+    def has_cache_item(self, identifier: str) -> bool:
+        """Whether an embedding is here; what is not, the workers encode in the step."""
+        return self._service is not None and self._bookings.has(identifier)
+
+    def update_state_after_alloc(self, request: Request, index: int) -> None:
+        """An encoder output got its place in the workers' caches."""
+        if self._service is None:
+            return
+        identifier = request.mm_features[index].identifier
+        self._cached.add(identifier)
+        rows = self._bookings.take(identifier)
+        if rows is None:
+            self._encodes_inline(identifier)
+        else:
+            self._loads[identifier] = rows.view(np.uint16) if rows.dtype == ml_dtypes.bfloat16 else rows
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> EmbeddingsForStep:
+        """What a step's workers are sent."""
+        if self._service is None:
+            return EmbeddingsForStep()
+        self._cached.difference_update(scheduler_output.free_encoder_mm_hashes)
+        loads, self._loads = self._loads, {}
+        return EmbeddingsForStep(loads)
+
+    def take_failures(self) -> dict[str, Failure]:
+        """Requests that cannot be served, and why, since the last call; the log has them then."""
+        if self._service is None:
+            return {}
+        failures = self._bookings.failures()
+        for name, failure in failures.items():
+            compat.logger().error("Request %s ends with an error: %s: %s", name, failure.label, failure.error)
+        return failures
+
+    def take_unavailable_requests(self) -> set[str]:
+        """As `take_failures`, for vLLM's own scheduler."""
+        return set(self.take_failures())
+
+    def request_finished(self, request: Request) -> tuple[bool, dict[str, Any] | None]:
+        """A request has ended or was aborted: what only it has booked is not encoded any more."""
+        if self._service is not None:
+            self._items.pop(request.request_id, None)
+            self._bookings.release(request.request_id)
+        return False, None
+
+    def shutdown(self) -> None:
+        """Give back the devices."""
+        if self._service is not None:
+            counters, cache = self._service.counters, self._service.cache
+            compat.logger().info(
+                "visionaccel: %d images and videos were encoded (%d by the fallback), %d came from the cache and %d "
+                "from an equal one in flight, %d failed, %d were cancelled, %d were encoded in-line; %d embeddings "
+                "left the cache for others.",
+                counters.encoded,
+                counters.fallback,
+                counters.cached,
+                counters.merged,
+                counters.failed,
+                counters.cancelled,
+                self._inline,
+                cache.evicted,
+            )
+            self._service.close(wait=_CLOSING_SECONDS)
+
+    def _items_of(self, request: Request) -> tuple[_Item, ...]:
+        known = self._items.get(request.request_id)
+        features = request.mm_features or ()
+        if known is None or len(known) != len(features):  # a streaming session gets more as it goes on
+            known = self._items[request.request_id] = tuple(map(self._item, features, _labels(features)))
+        return known
+
+    def _item(self, feature: Any, label: str) -> _Item:
+        item = compat.scheduled_item(feature)
+        place = feature.mm_position
+        wanted = None
+        if item.pixels is not None and isinstance(item.pixels, torch.Tensor):
+            wanted = Wanted(item.identifier, label, item.pixels, as_grids(item.grid)[0])
+        return _Item(item.identifier, place.offset + place.length, wanted)
+
+    def _guessed_state(self, identifier: str) -> CacheState:
+        return "evictable" if identifier in self._cached else "absent"
+
+    def _encodes_inline(self, identifier: str) -> None:
+        self._inline += 1
+        if self._inline == 1:
+            compat.logger().warning(
+                "The encoder output %s is computed in the engine's step, because its pixels do not pass the scheduler.",
+                identifier,
+            )
+
+    # In a worker:
+
+    def start_load_caches(self, encoder_cache: dict[str, torch.Tensor], **_: Any) -> None:
+        """Put the step's embeddings into the worker's encoder cache."""
+        for identifier, rows in self._get_connector_metadata().rows.items():
+            if identifier not in encoder_cache:
+                # Copied: the array belongs to the message, or to the service where the worker is in its process.
+                tensor = torch.empty(rows.shape, dtype=self._dtype)
+                np.copyto(as_numpy(tensor).view(rows.dtype), rows)
+                encoder_cache[identifier] = tensor.to(self._device)
+
+    def save_caches(self, encoder_cache: dict[str, torch.Tensor], mm_hash: str, **_: Any) -> None:
+        """Nothing is given to other engines."""
+
+
+def _labels(features: Any) -> list[str]:
+    """`image 1`, `image 2`, `video 1`: what a prompt's items are called in errors."""
+    seen: dict[str, int] = {}
+    labels = []
+    for feature in features:
+        seen[feature.modality] = seen.get(feature.modality, 0) + 1
+        labels.append(f"{feature.modality} {seen[feature.modality]}")
+    return labels

@@ -1,0 +1,299 @@
+"""The pipelined mode under every order of scheduling, aborts, preemption and caching.
+
+vLLM's real schedulers with the EC connector and a real encode service drive a worker that is modelled by what it holds.
+"""
+
+import io
+import os
+import time
+from dataclasses import dataclass, field
+from pickle import PickleBuffer, Pickler, loads
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from gated import Gate, wait_until
+from modelled_engine import GOOD, GRID, IMAGES, TAINTED, Engine, Worker, depth, forget, make_scheduler, pixels
+from visionaccel import open_encoder
+from visionaccel.integrations.vllm import faults
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own deprecations
+
+
+@dataclass
+class PipelinedWorker(Worker):
+    """A worker that is sent its embeddings, and whose own encoder works; it knows what each image's must be."""
+
+    exact: list = field(default_factory=list)
+    encoded_inline: int = 0
+
+    def run(self, scheduler, step):
+        for identifier in step.free_encoder_mm_hashes:
+            self.outputs.pop(identifier, None)
+        for identifier, rows in step.ec_connector_metadata.rows.items():
+            image = int(identifier.removeprefix("image"))
+            self.outputs[identifier] = bool(np.allclose(rows, self.exact[image], rtol=0, atol=1e-4))
+        return super().run(scheduler, step)
+
+    def encode(self, identifier):
+        self.encoded_inline += 1
+        super().encode(identifier)
+
+
+class PipelinedEngine(Engine):
+    def __init__(self, scheduler, exact):
+        super().__init__(scheduler, depth(scheduler))
+        self.worker = PipelinedWorker(exact=exact)
+
+    def step(self):
+        super().step()
+        self.check_waiting()
+
+    def check_waiting(self):
+        """What waits for an image holds no memory for keys."""
+        scheduler = self.scheduler
+        for request in (*scheduler.waiting, *getattr(scheduler, "skipped_waiting", ())):
+            assert not any(map(len, scheduler.kv_cache_manager.get_block_ids(request.request_id)))
+
+    def drain(self, seconds=30):
+        end = time.monotonic() + seconds
+        while self.queue or self.scheduler.has_unfinished_requests():
+            assert time.monotonic() < end, "the engine does not come to an end"
+            self.step()
+            if not self.scheduler.running:
+                time.sleep(0.0005)
+
+
+@pytest.fixture(scope="module")
+def exact(digits):
+    """Each image's embedding."""
+    with open_encoder(digits, backend="onnxrt") as encoder:
+        return [encoder.encode(pixels(image), [GRID]) for image in range(IMAGES)]
+
+
+def make_pipelined(kind, digits, folder, **settings):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(faults._FOLDER, f"{os.getpid()}:{folder}")
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        patch.setenv("VISIONACCEL_BACKEND", "onnxrt")
+        for name, value in settings.items():
+            patch.setenv("VISIONACCEL_" + name, str(value))
+        scheduler = make_scheduler(digits, kind, pipelined=True)
+        opened = scheduler.ec_connector.service.encoders[0].primary.programs[0]
+        opened.session = Gate(opened.session)
+        return scheduler, opened.session
+
+
+@pytest.fixture(scope="module", params=["sync", "async"])
+def pipelined(request, digits, tmp_path_factory):
+    """A scheduler in the pipelined mode with almost no cache of embeddings, and the gate of its device."""
+    scheduler, gate = make_pipelined(request.param, digits, tmp_path_factory.mktemp("board"), CACHE_SIZE=10_000)
+    yield scheduler, gate
+    scheduler.shutdown()
+
+
+def fresh(scheduler, gate, exact):
+    """An engine whose caches are empty and whose device is well."""
+    gate.fail = lambda patches: None
+    forget(scheduler)
+    scheduler.ec_connector.service.cache.clear()
+    scheduler.ec_connector._cached.clear()
+    return PipelinedEngine(scheduler, exact)
+
+
+@pytest.fixture
+def engine(pipelined, exact):
+    return fresh(*pipelined, exact)
+
+
+def breaks(images):
+    firsts = {float(pixels(image)[0, 0]) for image in images}
+    return lambda patches: OSError("DRM_IOCTL failed") if float(patches[0, 0]) in firsts else None
+
+
+def assert_nothing_is_left(connector):
+    assert (len(connector._bookings), connector._bookings.held) == (0, 0)
+    assert (connector._items, connector._loads, connector._bookings._requests) == ({}, {}, {})
+    wait_until(lambda: connector.service.counters.running == 0)
+    assert connector.service.counters.waiting == 0
+
+
+ACTIONS = st.one_of(
+    st.tuples(st.just("add"), st.lists(st.integers(0, IMAGES - 1), max_size=3), st.integers(1, 20)),
+    st.tuples(st.just("step"), st.integers(1, 4)),
+    st.tuples(st.just("abort"), st.integers(0, 5)),
+    st.tuples(st.just("break"), st.sets(st.integers(0, IMAGES - 1))),
+    st.tuples(st.just("pause"), st.sampled_from([0.001, 0.01])),
+)
+
+
+@given(actions=st.lists(ACTIONS, min_size=4, max_size=40))
+@hypothesis_settings(max_examples=100)
+def test_every_request_ends_and_reads_its_own_images(pipelined, exact, actions):
+    scheduler, gate = pipelined
+    engine = fresh(scheduler, gate, exact)
+    names, ever_broken = {}, set()
+    for action, *values in actions:
+        if action == "add":
+            names[engine.add(*values)] = values[0]
+        elif action == "step":
+            for _ in range(values[0]):
+                engine.step()
+        elif action == "abort" and names:
+            engine.abort(list(names)[values[0] % len(names)])
+        elif action == "break":
+            ever_broken |= values[0]
+            gate.fail = breaks(values[0])
+        elif action == "pause":
+            time.sleep(values[0])
+    engine.drain()
+    assert not any(TAINTED in tokens for tokens in engine.answers.values())
+    assert engine.worker.encoded_inline == 0
+    assert set(engine.endings) == set(names)
+    for name, ending in engine.endings.items():
+        if ending == "length":
+            assert engine.answers[name] == [GOOD] * 3
+        else:
+            assert ending == "abort" or (ending == "error" and ever_broken & set(names[name]))
+    assert_nothing_is_left(scheduler.ec_connector)
+
+    # With the device well again, every image is right again, whatever the caches hold.
+    gate.fail = lambda patches: None
+    again = [engine.add([image, image], 5) for image in range(IMAGES)]
+    engine.drain()
+    assert all(engine.answers[name] == [GOOD] * 3 and engine.endings[name] == "length" for name in again)
+
+
+def test_only_requests_with_the_faulty_image_fail_and_say_why(engine, pipelined):
+    pipelined[1].fail = breaks({1})
+    names = [engine.add([0], 3), engine.add([1], 3), engine.add([2, 1], 3), engine.add([], 6)]
+    engine.drain()
+    assert [engine.endings[name] for name in names] == ["length", "error", "error", "length"]
+    assert [engine.answers[name] for name in names] == [[GOOD] * 3, [], [], [GOOD] * 3]
+    assert engine.reasons[names[1]].startswith("image 1 of the prompt could not be encoded: backend 'onnxrt' failed")
+    assert engine.reasons[names[2]].startswith("image 2 of the prompt could not be encoded")
+    assert "DRM_IOCTL failed" in engine.reasons[names[1]]
+
+
+def test_others_decode_while_an_image_is_encoded(engine, pipelined):
+    _, gate = pipelined
+    gate.shut()
+    waits = engine.add([3], 3)
+    decodes = engine.add([], 6)
+    while decodes not in engine.endings:
+        engine.step()
+    assert engine.answers[waits] == []
+    gate.let_in()
+    engine.drain()
+    assert engine.answers[waits] == [GOOD] * 3
+
+
+def test_an_aborted_request_takes_its_queued_image_along(engine, pipelined):
+    scheduler, gate = pipelined
+    service = scheduler.ec_connector.service
+    gate.shut()
+    engine.add([0], 3)
+    wait_until(lambda: engine.step() or gate.inside)
+    before = len(gate.calls)
+    dropped = engine.add([1], 3)
+    shared = [engine.add([2], 3), engine.add([2], 3)]
+    wait_until(lambda: engine.step() or service.counters.waiting == 2)
+    engine.abort(dropped)
+    engine.abort(shared[0])
+    assert service.counters.waiting == 1
+    gate.let_in()
+    engine.drain()
+    assert engine.answers[shared[1]] == [GOOD] * 3
+    assert len(gate.calls) == before + 1
+    assert_nothing_is_left(scheduler.ec_connector)
+
+
+def test_what_the_encoder_cache_evicted_is_encoded_again_by_the_service(engine, pipelined):
+    scheduler, gate = pipelined
+    service = scheduler.ec_connector.service
+    evicted, before = service.cache.evicted, len(gate.calls)
+    for _ in range(2):  # four images go round in a cache for three, and the service keeps two
+        for image in range(IMAGES):
+            name = engine.add([image], 3 + image)
+            engine.drain()
+            assert engine.answers[name] == [GOOD] * 3
+        assert scheduler.reset_prefix_cache()
+    assert len(gate.calls) > before + IMAGES
+    assert service.cache.evicted > evicted
+    assert engine.worker.encoded_inline == 0
+
+
+def test_what_the_connector_cannot_see_is_encoded_in_line(engine, pipelined, caplog):
+    scheduler, _ = pipelined
+    blind = engine.add([0, 1], 3)
+    for feature in scheduler.requests[blind].mm_features[:1]:
+        object.__setattr__(feature, "data", None)
+    engine.drain()
+    assert engine.answers[blind] == [GOOD] * 3
+    assert engine.worker.encoded_inline == 1
+
+
+def test_without_this_packages_scheduler_the_race_for_an_evicted_output_ends_in_line(digits, exact, tmp_path):
+    scheduler, _ = make_pipelined("sync", digits, tmp_path, CACHE_SIZE=0)
+    connector = scheduler.ec_connector
+    connector._state = connector._guessed_state  # as with a scheduler of the user's own
+    engine = PipelinedEngine(scheduler, exact)
+    for images in ([0], [1], [2]):
+        engine.add(images, 3)
+        engine.drain()
+    scheduler.reset_prefix_cache()
+    names = [engine.add([3], 3)]
+    engine.step()
+    wait_until(lambda: connector.has_cache_item("image3"))
+    # One step admits both: the first evicts image 0, which the second was just told is there.
+    names.append(engine.add([0], 3))
+    engine.drain()
+    assert all(engine.answers[name] == [GOOD] * 3 for name in names)
+    assert engine.worker.encoded_inline == 1
+    scheduler.shutdown()
+
+
+def test_a_full_queue_and_a_full_house_hold_requests_back_in_order(digits, exact, tmp_path):
+    scheduler, gate = make_pipelined("sync", digits, tmp_path, CACHE_SIZE=0, QUEUE_SIZE=1)
+    service, bookings = scheduler.ec_connector.service, scheduler.ec_connector._bookings
+    engine = PipelinedEngine(scheduler, exact)
+    gate.shut()
+    names = [engine.add([image], 3) for image in range(IMAGES)]
+    wait_until(lambda: engine.step() or gate.inside)
+    for _ in range(20):
+        engine.step()
+    assert service.counters.submitted <= 2
+    assert bookings.held <= 2 * exact[0].nbytes
+    gate.let_in()
+    engine.drain()
+    assert [engine.endings[name] for name in names] == ["length"] * IMAGES
+    assert list(engine.endings) == names, "first come, first served"
+    scheduler.shutdown()
+
+
+def test_embeddings_arrive_in_a_worker_as_they_left(digits, exact, monkeypatch):
+    from visionaccel.integrations.vllm.connector import EmbeddingsForStep, VisionAccelConnector
+
+    rows = exact[1].astype(ml_dtypes.bfloat16)
+    rows.flags.writeable = False
+    step = EmbeddingsForStep({"image1": rows.view(np.uint16)})
+    beside = []
+    with io.BytesIO() as stream:
+        Pickler(stream, protocol=5, buffer_callback=beside.append).dump(step)
+        inside = stream.getvalue()
+    assert len(inside) < 600, "the numbers travel beside the pickled step"
+    assert [isinstance(each, PickleBuffer) for each in beside] == [True]
+    arrived = loads(inside, buffers=[bytes(each.raw()) for each in beside])
+
+    connector = object.__new__(VisionAccelConnector)
+    connector._connector_metadata, connector._dtype, connector._device = arrived, torch.bfloat16, "cpu"
+    cache = {"image0": torch.ones(1)}
+    connector.start_load_caches(cache)
+    assert cache["image1"].dtype == torch.bfloat16
+    np.testing.assert_array_equal(cache["image1"].float().numpy(), rows.astype(np.float32))
+    cache["image1"][0] = 0  # the worker's own
