@@ -1,4 +1,4 @@
-"""Asks an offline vLLM engine a fixed set of questions in float32: `python ask.py CHECKPOINT PART ANSWERS`.
+"""Asks an offline vLLM engine a fixed set of questions in float32: `python ask.py CHECKPOINT PART ANSWERS [EC]`.
 
 Run as a process of its own, because vLLM starts processes and its settings are read from the environment.
 """
@@ -62,6 +62,8 @@ def answers(llm: LLM, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "tokens": list(completion.token_ids),
                 "logprobs": [logprobs[token].logprob for token, logprobs in chosen],
                 "finish_reason": completion.finish_reason,
+                "prompt_tokens": len(output.prompt_token_ids),
+                "cached_tokens": output.num_cached_tokens,
             }
         )
     return found
@@ -87,6 +89,7 @@ def matrix(llm: LLM) -> dict[str, Any]:
         "video": answers(llm, [video_request(7)]),
         "repeated": answers(llm, singles[:4]),
         "first": answers(llm, [image_request(image) for image in images[:6]]),
+        "crowd": answers(llm, crowd()),
     }
     read = answers(llm, [image_request(image) for image in images])
     right = sum(answer["text"] == image.truth for answer, image in zip(read, images, strict=True))
@@ -96,6 +99,19 @@ def matrix(llm: LLM) -> dict[str, Any]:
         "accuracy": right / ACCURACY,
         "grids": [grid(image) for image in different],
     }
+
+
+def crowd() -> list[dict[str, Any]]:
+    """Twenty images, and prompts of up to four of them, some twice, that are longer than a small engine's step."""
+    images = held_out_images(320)[300:]
+    several = [images[0:4], images[4:8], [images[0], images[0]], [images[9], images[1], images[9]], images[8:11]]
+    return [*(image_request(image) for image in images), *(image_request(*group) for group in several)]
+
+
+def pressed(llm: LLM) -> dict[str, Any]:
+    """The crowd twice, in an engine whose steps and encoder cache are small."""
+    once, again = answers(llm, crowd()), answers(llm, crowd())
+    return {"parts": {"crowd": once, "again": again}}
 
 
 def few(llm: LLM) -> dict[str, Any]:
@@ -123,22 +139,42 @@ def read(llm: LLM) -> dict[str, Any]:
     }
 
 
+PRESSED = {
+    "max_num_batched_tokens": 136,  # prompts of several images are computed in chunks, and few images are in the cache
+    "max_num_seqs": 8,
+    "limit_mm_per_prompt": {"image": 4, "video": 0},
+    "mm_processor_kwargs": {"max_pixels": 130 * 28 * 28},
+}
+ENGINES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "matrix": (matrix, {}),
+    "few": (few, {}),
+    "read": (read, {}),
+    "text": (text, {"limit_mm_per_prompt": {"image": 0, "video": 0}}),
+    "pressed": (pressed, PRESSED),
+    "pressed-tp2": (pressed, {**PRESSED, "tensor_parallel_size": 2}),
+    "blind": (few, {"mm_processor_cache_type": "shm"}),
+}
+"""What is asked of an engine, and how it differs from the usual one."""
+
+
 def main() -> None:
-    """Start the engine, ask, write. Part `text` starts it without room for images and videos."""
+    """Start the engine, ask, write."""
     checkpoint, part, target = sys.argv[1], sys.argv[2], Path(sys.argv[3])
-    most = 0 if part == "text" else 4
+    ask, arguments = ENGINES[part]
+    usual = {"max_num_seqs": 16, "limit_mm_per_prompt": {"image": 4, "video": 4}}
     llm = LLM(
         model=checkpoint,
         dtype="float32",
         enforce_eager=True,
         max_model_len=4096,
-        max_num_seqs=16,
-        limit_mm_per_prompt={"image": most, "video": most},
         disable_log_stats=True,
+        ec_transfer_config=json.loads(sys.argv[4]) if len(sys.argv) > 4 else None,
+        **{**usual, **arguments},
     )
-    found = {"matrix": matrix, "few": few, "text": text, "read": read}[part](llm)
+    found = ask(llm)
     found["scheduler"] = str(llm.llm_engine.vllm_config.scheduler_config.scheduler_cls)
     found["model"] = ModelRegistry.models["Qwen2_5_VLForConditionalGeneration"].module_name
+    found["client_embeds"] = llm.llm_engine.vllm_config.model_config.multimodal_config.enable_mm_embeds
     target.write_text(json.dumps(found))
 
 

@@ -15,7 +15,8 @@ def test_with_no_backend_named_vllm_is_left_alone(stock):
 
 
 def test_the_backend_is_really_in_use(accelerated):
-    assert f"the vision encoder runs on backend '{accelerated['backend']}', device cpu" in accelerated["log"]
+    runs = f"the vision encoder runs on backend '{accelerated['backend']}', device cpu, float32 arithmetic"
+    assert accelerated["log"].count(f"{runs}, {accelerated['mode']}, and") == 1, "one encoder, in one process"
     assert accelerated["model"].startswith("visionaccel.")
 
 
@@ -24,7 +25,7 @@ def test_a_former_name_is_deprecated_in_one_line_for_all_processes(accelerated):
     assert lines == (1 if accelerated["variable"].startswith("VLLM_") else 0)
 
 
-@pytest.mark.parametrize("part", ["singles", "others", "mixed", "repeated"])
+@pytest.mark.parametrize("part", ["singles", "others", "mixed", "repeated", "crowd"])
 def test_tokens_are_equal_and_log_probabilities_within_1e_4(stock, accelerated, part):
     theirs, ours = stock["parts"][part], accelerated["parts"][part]
     assert len(theirs) == len(ours)

@@ -108,7 +108,7 @@ def test_a_fault_of_the_device_ends_its_request_and_the_engine_goes_on(server, s
     running, script = server
     number, another = ON_DEVICE[2 * list(FAULTS).index(fault) :][:2]  # fresh ones, which no cache holds
     script.write_text(f"forward {fault}")
-    with pytest.raises(InternalServerError):
+    with pytest.raises(InternalServerError, match="image 1 of the prompt could not be encoded"):
         read(running, number)
     assert running.healthy()
     assert FAULTS[fault] in running.log.read_text()
