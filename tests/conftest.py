@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -27,6 +28,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("ryzen_ai") is not None:
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def records_reach_the_test() -> None:
+    """A test before may have activated vLLM's plug-in in this process, which takes the package's log for vLLM's."""
+    logging.getLogger("visionaccel").propagate = True
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+import visionaccel
 from gated import gated, image, wait_until
 from visionaccel import open_encoder
 from visionaccel.encoder import open_tower
@@ -29,9 +30,10 @@ from visionaccel.errors import (
     PatchesError,
     QueueFullError,
     ServiceClosedError,
+    SettingsError,
 )
 from visionaccel.runtime.embedding_cache import EmbeddingCache
-from visionaccel.runtime.opening import open_guarded, open_service
+from visionaccel.runtime.opening import open_guarded, open_service, open_wanted_service
 from visionaccel.runtime.service import EncodeService
 from visionaccel.settings import Settings
 
@@ -349,19 +351,29 @@ def test_devices_that_compute_different_numbers_are_refused(tiny):
 def test_the_settings_open_an_encoder_on_each_device(tiny):
     before = set(threads())
     settings = Settings(backend="onnxrt", devices=("cpu", "cpu"), queue_size=7, deadline=3.0)
-    with open_service(open_tower(tiny), settings) as service:
+    with open_wanted_service(open_tower(tiny), settings) as service:
         assert [encoder.primary.capabilities.device for encoder in service.encoders] == ["cpu", "cpu"]
         assert len(service.encode(np.concatenate([image(1), image(2)]), [GRID, GRID])) == 2
     assert set(threads()) == before
 
 
 def test_a_device_that_cannot_start_leaves_nothing_open_and_the_fallback_takes_its_place(tiny, caplog):
-    settings = Settings(backend="onnxrt", devices=("cpu", "npu"))
     with pytest.raises(ConfigurationError, match="VitisAI"):
-        open_service(open_tower(tiny), settings)
-    with open_service(open_tower(tiny), Settings(**dict(settings) | {"fallback": "torch_ref"})) as service:
+        open_service(tiny, backend="onnxrt", devices=["cpu", "npu"])
+    with open_service(tiny, backend="onnxrt", devices=["cpu", "npu"], fallback="torch_ref") as service:
         assert [encoder.primary.backend for encoder in service.encoders] == ["torch_ref"]
     assert "Starting with the fallback 'torch_ref', because" in caplog.text
+
+
+def test_a_service_is_opened_by_name_and_refuses_what_makes_no_sense(tiny, monkeypatch):
+    monkeypatch.setenv("VISIONACCEL_DEVICE", "npu")  # the environment has no say
+    with visionaccel.open_service(tiny, backend="torch_ref", options={"dtype": "bfloat16"}, dtype="float16") as service:
+        assert service.encoders[0].primary.capabilities.precision == "bfloat16"
+        assert service.encode(image(1), [GRID])[0].dtype == np.float16
+    with pytest.raises(SettingsError, match="QUEUE_SIZE=0"):
+        visionaccel.open_service(tiny, queue_size=0)
+    with pytest.raises(ConfigurationError, match="embeddings cannot be int8"):
+        visionaccel.open_service(tiny, dtype="int8")
 
 
 # Faults
@@ -605,7 +617,7 @@ def test_nothing_is_left_after_many_services(tiny):
     tower = open_tower(tiny)
     before = set(threads()), files()
     for _ in range(10):
-        with open_service(tower, Settings(backend="torch_ref", cache_size=4 * SIZE)) as service:
+        with open_service(tower, backend="torch_ref", cache_size=4 * SIZE) as service:
             futures = [service.submit(image(i % 9), GRID) for i in range(60)]
             for future in futures[::3]:
                 future.cancel()

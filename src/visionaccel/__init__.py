@@ -1,6 +1,7 @@
 """A pluggable accelerator-backend framework for vision encoders.
 
 `open_encoder` opens a checkpoint's vision tower on a backend; `Encoder.encode` turns patches and grids into embeddings.
+`open_service` puts a queue in front of one or several of them, for callers that have something else to do meanwhile.
 Names are imported on first use, so that importing the package costs next to nothing.
 """
 
@@ -11,14 +12,20 @@ if TYPE_CHECKING:
     from visionaccel.encoder import Encoder, open_encoder, open_tower
     from visionaccel.errors import VisionAccelError
     from visionaccel.grid import Grid
+    from visionaccel.runtime.opening import open_service
+    from visionaccel.runtime.service import EncodeService
 
-__all__ = ["Encoder", "Grid", "VisionAccelError", "__version__", "open_encoder", "open_tower"]
+__all__ = [
+    "EncodeService", "Encoder", "Grid", "VisionAccelError", "__version__", "open_encoder", "open_service", "open_tower",
+]  # fmt: skip
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Encoder": "visionaccel.encoder",
+    "EncodeService": "visionaccel.runtime.service",
     "open_encoder": "visionaccel.encoder",
+    "open_service": "visionaccel.runtime.opening",
     "open_tower": "visionaccel.encoder",
     "Grid": "visionaccel.grid",
     "VisionAccelError": "visionaccel.errors",

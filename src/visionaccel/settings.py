@@ -17,7 +17,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from visionaccel.errors import SettingsError
 
-__all__ = ["PREFIX", "Settings", "load_settings", "parse_options", "settings_table"]
+__all__ = ["PREFIX", "Settings", "load_settings", "make_settings", "parse_options", "settings_table"]
 
 logger = logging.getLogger(__name__)
 
@@ -176,6 +176,15 @@ def load_settings() -> Settings:
         _warn_once(alias.old, new)
         if not os.environ.get(new):
             given[alias.field] = alias.values.get(value.strip().lower(), value)
+    return make_settings(**given)
+
+
+def make_settings(**given: Any) -> Settings:
+    """Settings of given values; what is not given comes from the environment.
+
+    Raises:
+        SettingsError: If a value is invalid; the message names the variable and what it takes.
+    """
     try:
         return Settings(**given)
     except ValidationError as error:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 from visionaccel.backends import AUTO
 from visionaccel.bundle import Bundle
-from visionaccel.encoder import Encoder, open_encoder
+from visionaccel.encoder import Encoder, WantedIsolation, open_encoder, open_source
 from visionaccel.errors import BackendUnavailableError, DeviceError, PluginError
 from visionaccel.families import Tower
 from visionaccel.runtime.guarded import GuardedEncoder
 from visionaccel.runtime.service import EncodeService
 from visionaccel.runtime.timing import TimingLog
-from visionaccel.settings import Settings
+from visionaccel.settings import Settings, make_settings
 
-__all__ = ["open_guarded", "open_service"]
+__all__ = ["open_guarded", "open_service", "open_wanted_service"]
 
 logger = logging.getLogger(__name__)
 
@@ -70,8 +72,57 @@ def open_guarded(source: Tower | Bundle, settings: Settings, devices: tuple[str 
     return guarded
 
 
-def open_service(source: Tower | Bundle, settings: Settings, dtype: str = "float32") -> EncodeService:
-    """An encode service on the devices that the settings name.
+def open_service(
+    source: str | os.PathLike[str] | Tower | Bundle,
+    *,
+    backend: str = AUTO,
+    devices: Sequence[str] = (),
+    fallback: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    isolation: WantedIsolation = "auto",
+    deadline: float = 120.0,
+    open_deadline: float = 600.0,
+    queue_size: int = 64,
+    cache_size: int = 512 * 2**20,
+    dtype: str = "float32",
+) -> EncodeService:
+    """An encode service, to be used by itself from Python.
+
+    Args:
+        source: As for `open_encoder`.
+        backend: Name of an installed backend, or `auto`.
+        devices: The backend's devices, each of which gets an encoder; its default if none is named.
+        fallback: Backend that takes over what the devices fail on, or their place if they cannot start.
+        options: The backend's options by name.
+        isolation: Whether each device lives in a child process; `auto` for what the backend declares.
+        deadline: Seconds that a device may take for one call.
+        open_deadline: Seconds that opening a device in a child process may take.
+        queue_size: Most items that wait for a device.
+        cache_size: Bytes of embeddings that are kept.
+        dtype: Dtype of the embeddings.
+
+    Raises:
+        ConfigurationError: If a value is invalid, or the backend cannot run.
+        ArtifactError: If the bundle or checkpoint is broken.
+        DeviceError: If a device fails to open.
+    """
+    settings = make_settings(
+        backend=backend,
+        device=None,
+        devices=tuple(devices),
+        fallback=fallback,
+        options=dict(options or {}),
+        isolation=isolation,
+        deadline=deadline,
+        open_deadline=open_deadline,
+        queue_size=queue_size,
+        cache_size=cache_size,
+    )
+    return open_wanted_service(open_source(source), settings, dtype)
+
+
+def open_wanted_service(source: Tower | Bundle, settings: Settings, dtype: str = "float32") -> EncodeService:
+    """An encode service as the settings want it.
 
     Args:
         source: The encoder.

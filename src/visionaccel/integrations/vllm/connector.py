@@ -26,7 +26,7 @@ from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.bookings import Bookings, Failure, Wanted
 from visionaccel.integrations.vllm.compat import CacheState, ECConnectorBase, ECConnectorMetadata, ECConnectorRole
 from visionaccel.integrations.vllm.source import announce, open_served_encoder
-from visionaccel.runtime.opening import open_service
+from visionaccel.runtime.opening import open_wanted_service
 from visionaccel.runtime.service import EncodeService
 from visionaccel.settings import load_settings
 
@@ -72,7 +72,7 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
         if role == ECConnectorRole.SCHEDULER and served.takes_media:
             settings = load_settings()
             source = open_served_encoder(served, settings)
-            self._service = open_service(source, settings, str(served.dtype).removeprefix("torch."))
+            self._service = open_wanted_service(source, settings, str(served.dtype).removeprefix("torch."))
             announce(self._service.encoders, settings, "pipelined")
             self._bookings = Bookings(self._service, settings.cache_size)
             self._items: dict[str, tuple[_Item, ...]] = {}

@@ -16,14 +16,22 @@ def logger() -> logging.Logger:
     return logging.getLogger("vllm.visionaccel")
 
 
+class _AmongVllms(logging.Handler):
+    """Gives the core's records to vLLM's logger, whatever handlers and level that has by then."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        theirs = logging.getLogger("vllm")
+        if theirs.isEnabledFor(record.levelno):
+            theirs.handle(record)
+
+
 def share_log_handlers() -> None:
-    """Let the core's log lines appear among vLLM's."""
-    ours, theirs = logging.getLogger("visionaccel"), logging.getLogger("vllm")
-    for handler in theirs.handlers:
-        if handler not in ours.handlers:
-            ours.addHandler(handler)
-    ours.setLevel(theirs.level)
-    ours.propagate = not ours.handlers
+    """Let the core's log lines appear among vLLM's, which sets up its logging after its plug-ins are loaded."""
+    ours = logging.getLogger("visionaccel")
+    if not any(isinstance(handler, _AmongVllms) for handler in ours.handlers):
+        ours.addHandler(_AmongVllms())
+    ours.setLevel(logging.DEBUG)
+    ours.propagate = False
 
 
 def release() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from importlib import import_module
 from typing import Any
 
 from visionaccel.integrations.vllm.compat.releases import logger
@@ -28,19 +29,29 @@ def explain_errors() -> None:
     vLLM answers every failed request with "Internal server error". Where its classes are not what they were, that
     stays.
     """
-    serving: Any = sys.modules.get("vllm.entrypoints.generate.base.serving")
-    processing: Any = sys.modules.get("vllm.v1.engine.output_processor")
-    kind, state = getattr(serving, "GenerateBaseServing", None), getattr(processing, "RequestState", None)
-    finish, complain = getattr(state, "_new_completion_output", None), getattr(kind, "_raise_if_error", None)
-    if finish is None or complain is None or hasattr(complain, "__wrapped__"):
+    state = getattr(import_module("vllm.v1.engine.output_processor"), "RequestState", None)
+    finish = getattr(state, "_new_completion_output", None)
+    if state is None or finish is None or hasattr(finish, "__wrapped__"):
         return
 
     @functools.wraps(finish)
     def new_completion_output(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = finish(self, *args, **kwargs)
         if output.finish_reason == "error" and isinstance(output.stop_reason, str):
+            _explain_to_clients()
             output.finish_reason = _Explained(output.stop_reason)
         return output
+
+    state._new_completion_output = new_completion_output
+
+
+def _explain_to_clients() -> None:
+    """Once an output has an explanation, have what answers HTTP requests look for it; nothing if nothing does here."""
+    serving: Any = sys.modules.get("vllm.entrypoints.generate.base.serving")
+    kind = getattr(serving, "GenerateBaseServing", None)
+    complain = getattr(kind, "_raise_if_error", None)
+    if kind is None or complain is None or hasattr(complain, "__wrapped__"):
+        return
 
     @functools.wraps(complain)
     def raise_if_error(self: Any, finish_reason: str | None, request_id: str) -> None:
@@ -49,5 +60,4 @@ def explain_errors() -> None:
             raise serving.GenerationError(finish_reason.reason)
         complain(self, finish_reason, request_id)
 
-    processing.RequestState._new_completion_output = new_completion_output
-    serving.GenerateBaseServing._raise_if_error = raise_if_error
+    kind._raise_if_error = raise_if_error
