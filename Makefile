@@ -48,8 +48,9 @@ $(INSTALLED): $(MANIFESTS)
 demo: $(INSTALLED)
 	$(BIN)/visionaccel demo
 
+# The two halves leave each other enough of two cores: starting vLLM is mostly waiting for one.
 test: lint types native
-	$(BIN)/python -m pytest
+	$(MAKE) --jobs=2 --output-sync=line unit e2e
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -75,7 +76,7 @@ unit: $(INSTALLED)
 	$(BIN)/python -m pytest --ignore tests/e2e
 
 e2e: $(INSTALLED)
-	$(BIN)/python -m pytest tests/e2e
+	$(BIN)/python -m pytest tests/e2e --basetemp=.pytest_tmp_e2e
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks
@@ -92,4 +93,4 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .pytest_cache .pytest_tmp .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .pytest_cache .pytest_tmp .pytest_tmp_e2e .mypy_cache .ruff_cache .hypothesis

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import adapter_overhead, bridge_overhead, graph_writer, host_part, import_time
+from benchmarks import adapter_overhead, bridge_overhead, graph_writer, host_part, import_time, soak
 
 BENCHMARKS = {
     "import_time": import_time.measure,
@@ -15,6 +15,7 @@ BENCHMARKS = {
     "host_part": host_part.measure,
     "adapter_overhead": adapter_overhead.measure,
     "bridge_overhead": bridge_overhead.measure,
+    "soak": soak.measure,
 }
 
 BOUNDS = {
@@ -26,6 +27,9 @@ BOUNDS = {
     "host part in bfloat16, times the fastest way": 1.5,
     "adapter's own, % of the encode (median)": 1,
     "bridge's own, ms (median)": 1,
+    "memory growth once settled, MB": 20,
+    "descriptors gained once settled": 0,
+    "connector calls of a step, ms (p99)": 1,
 }
 """Figures that the project promises to stay under; beyond one, the exit status is 1."""
 

@@ -461,6 +461,26 @@ def test_while_every_device_hangs_nothing_waits_for_ever(device):
     service.close()
 
 
+def test_a_device_that_hangs_again_and_again_but_returns_harms_nobody_else(device):
+    guarded, gate = device
+    with EncodeService([guarded], deadline=0.1) as service:
+        gate.shut()
+        waits = service.submit(image(9), GRID, arrival=float("inf"))
+        gate.wait_for_calls(1)  # it went first all the same, for nobody else was there
+        with pytest.raises(DeadlineError):
+            waits.result(20)
+        patient = service.submit(image(8), GRID, arrival=float("inf"))
+        for i in range(6):  # longer than the deadline in all
+            hangs = service.submit(image(i), GRID)
+            gate.let_in(1)
+            gate.wait_for_calls(i + 2)
+            with pytest.raises(DeadlineError, match="did not answer"):
+                hangs.result(20)
+            assert not patient.done()
+        gate.let_in()
+        assert patient.result(20).shape == (4, 24)
+
+
 def test_an_items_own_deadline_counts_from_its_submission(device):
     guarded, gate = device
     gate.shut()

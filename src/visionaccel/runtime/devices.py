@@ -54,16 +54,17 @@ class DeviceThreads:
         self._lock = threading.Lock()
         self._calls: dict[int, list[Item]] = {}
         self._late: set[int] = set()
+        self._stuck_since: float | None = None
         calls = max(1, capabilities.max_in_flight) if capabilities.thread_safe else 1
         self._threads = [
             threading.Thread(target=self._run, args=(call,), name=f"visionaccel-{self._device}-{call}", daemon=True)
             for call in range(calls)
         ]
 
-    @property
-    def stuck(self) -> bool:
-        """Every call that the device may have in progress is past its deadline."""
-        return len(self._late) == len(self._threads)
+    def stuck_for(self) -> float:
+        """Seconds since every call that the device may have in progress is past its deadline; 0 if one is not."""
+        since = self._stuck_since
+        return 0.0 if since is None else time.monotonic() - since
 
     def start(self) -> None:
         """Start the threads."""
@@ -96,6 +97,7 @@ class DeviceThreads:
             with self._lock:
                 del self._calls[call]
                 self._late.discard(call)
+                self._stuck_since = None
             embedded = [answer for answer in answers if isinstance(answer, Embedded)]
             fallback = sum(answer.fallback for answer in embedded)
             self._ledger.finish(items, results, encoded=len(embedded), fallback=fallback, busy_seconds=seconds)
@@ -128,6 +130,8 @@ class DeviceThreads:
             if self._calls.get(call) is not items:
                 return
             self._late.add(call)
+            if len(self._late) == len(self._threads):
+                self._stuck_since = time.monotonic()
         error = DeadlineError(
             f"device {self._device!r} did not answer within {self._deadline:g} s.",
             hint="Raise VISIONACCEL_DEADLINE, or set VISIONACCEL_ISOLATION=process, which ends a device that hangs.",

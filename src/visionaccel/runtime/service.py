@@ -282,7 +282,7 @@ class EncodeService:
 
     def _fail_waiting_if_all_are_stuck(self) -> None:
         """While no device takes anything, what waits does not wait for ever; what has just come gets its time, too."""
-        if all(device.stuck for device in self._devices):
+        if min(device.stuck_for() for device in self._devices) >= self._deadline:
             error = DeviceLostError(
                 f"no device has taken an item for {self._deadline:g} s: all are past their deadline.",
                 hint="Restart the server. VISIONACCEL_ISOLATION=process ends and restarts a device that hangs.",

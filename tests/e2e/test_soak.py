@@ -1,0 +1,25 @@
+"""A short run of the soak: faults, hangs and aborts, and every request ends as it may."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+REQUESTS = 240
+
+
+def test_every_request_ends_with_its_answer_its_own_error_or_its_abort(tmp_path):
+    target = tmp_path / "figures.json"
+    command = [sys.executable, "-m", "benchmarks.soak", "--requests", str(REQUESTS), "--json", str(target)]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-4000:]
+    figures = json.loads(target.read_text())
+    endings = {name: number for name, number in figures.items() if name.startswith("ended: ")}
+    assert set(endings) == {"ended: right answer", "ended: its own error", "ended: aborted"}
+    assert sum(endings.values()) == REQUESTS
+    assert endings["ended: its own error"] >= 10
+    assert endings["ended: aborted"] >= 10
+    assert figures["of these past the deadline"] >= 5
+    assert figures["images taken back"] >= 5
+    assert figures["descriptors gained once settled"] == 0
