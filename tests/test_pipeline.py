@@ -20,7 +20,10 @@ from hypothesis import strategies as st
 from gated import Gate, wait_until
 from modelled_engine import GOOD, GRID, IMAGES, TAINTED, Engine, Worker, depth, forget, make_scheduler, pixels
 from visionaccel import open_encoder
-from visionaccel.integrations.vllm import faults
+from visionaccel.errors import ConfigurationError
+from visionaccel.integrations.vllm import compat, faults
+from visionaccel.integrations.vllm.mode import choose_mode
+from visionaccel.settings import load_settings
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own deprecations
 
@@ -274,6 +277,71 @@ def test_a_full_queue_and_a_full_house_hold_requests_back_in_order(digits, exact
     assert [engine.endings[name] for name in names] == ["length"] * IMAGES
     assert list(engine.endings) == names, "first come, first served"
     scheduler.shutdown()
+
+
+def test_without_the_plug_in_the_connector_refuses_to_encode(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(compat, "is_replaced", lambda architecture: False)
+    with pytest.raises(ConfigurationError, match="plug-in is not active"):
+        make_pipelined("sync", digits, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "config", "mode", "reason"),
+    [
+        ({}, {}, "pipelined", "nothing is in its way"),
+        ({"MODE": "inline"}, {}, "inline", "VISIONACCEL_MODE=inline"),
+        ({"MODE": "pipelined"}, {}, "pipelined", "VISIONACCEL_MODE=pipelined"),
+        ({}, {"connector": "VisionAccelConnector"}, "pipelined", "--ec-transfer-config names VisionAccelConnector"),
+        ({}, {"connector": "ECExampleConnector"}, "inline", "another EC connector is configured (ECExampleConnector)"),
+        ({}, {"cache": "shm"}, "inline", "--mm-processor-cache-type shm"),
+        ({}, {"backend": "ray"}, "inline", "it was not tried with Ray"),
+        ({}, {"release": "0.27.1"}, "inline", "it needs vLLM 0.28 to 0.32, and this is 0.27.1"),
+        ({}, {"release": "0.29.0", "scheduler": "their.own"}, "inline", "before vLLM 0.30"),
+        ({}, {"release": "0.30.1", "scheduler": "their.own"}, "pipelined", "nothing is in its way"),
+        ({"DEVICE": "cuda:1"}, {"device": "cuda"}, "inline", "cuda:1 belongs to the language model"),
+        ({"DEVICE": "npu"}, {"device": "cuda"}, "pipelined", "nothing is in its way"),
+    ],
+)
+def test_the_mode_is_chosen_for_a_reason(digits, monkeypatch, settings, config, mode, reason):
+    choice = choose_mode(*engine_config(digits, monkeypatch, settings, config))
+    assert choice.mode == mode
+    assert reason in choice.reason
+
+
+@pytest.mark.parametrize(
+    ("settings", "config", "message"),
+    [
+        ({"MODE": "pipelined"}, {"release": "0.33.0"}, "needs vLLM 0.28 to 0.32, and this is 0.33.0"),
+        ({"MODE": "pipelined"}, {"connector": "ECExampleConnector"}, "another EC connector"),
+        ({"MODE": "inline"}, {"connector": "VisionAccelConnector"}, "--ec-transfer-config names VisionAccelConnector"),
+    ],
+)
+def test_a_mode_that_cannot_be_had_is_refused(digits, monkeypatch, settings, config, message):
+    with pytest.raises(ConfigurationError, match=message):
+        choose_mode(*engine_config(digits, monkeypatch, settings, config))
+
+
+def engine_config(checkpoint, monkeypatch, settings, config):
+    """A real engine configuration, changed where the test says so, and the settings."""
+    import vllm
+    from vllm.config import ECTransferConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+    made = EngineArgs(model=str(checkpoint), dtype="float32", max_model_len=160).create_engine_config()
+    made.ec_transfer_config = None
+    made.scheduler_config.scheduler_cls = config.get("scheduler")
+    if "connector" in config:
+        made.ec_transfer_config = ECTransferConfig(ec_connector=config["connector"], ec_role="ec_consumer")
+    if "cache" in config:
+        made.model_config.multimodal_config.mm_processor_cache_type = config["cache"]
+    if "backend" in config:
+        made.parallel_config.distributed_executor_backend = config["backend"]
+    if "device" in config:
+        made.device_config.device = config["device"]
+    monkeypatch.setattr(vllm, "__version__", config.get("release", "0.32.0"))
+    for name, value in settings.items():
+        monkeypatch.setenv("VISIONACCEL_" + name, value)
+    return made, load_settings()
 
 
 def test_embeddings_arrive_in_a_worker_as_they_left(digits, exact, monkeypatch):

@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from visionaccel.arrays import as_numpy
+from visionaccel.errors import ConfigurationError
 from visionaccel.grid import as_grids
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.bookings import Bookings, Failure, Wanted
@@ -71,6 +72,12 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
         self._service: EncodeService | None = None
         if role == ECConnectorRole.SCHEDULER and served.takes_media:
             settings = load_settings()
+            if not any(map(compat.is_replaced, served.architectures)):
+                # vLLM's own model class may leave the normalisation of pixels to its tower.
+                raise ConfigurationError(
+                    f"{compat.CONNECTOR} is configured, but visionaccel's plug-in is not active in this engine.",
+                    hint="Set VISIONACCEL_BACKEND, and list visionaccel in VLLM_PLUGINS if that is set.",
+                )
             source = open_served_encoder(served, settings)
             self._service = open_wanted_service(source, settings, str(served.dtype).removeprefix("torch."))
             announce(self._service.encoders, settings, "pipelined")

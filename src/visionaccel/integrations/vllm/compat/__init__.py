@@ -18,6 +18,7 @@ from visionaccel.integrations.vllm.compat.configuration import (
     ServedModel,
     ec_connector,
     is_pipelined,
+    is_replaced,
     obstacles_to_pipelining,
     on_engine_config,
     receives_embeddings,
@@ -69,7 +70,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CONNECTOR", "CacheState", "ScheduledItem", "ServedModel", "StepInFlight", "TRIED_RELEASES", "append_errors",
     "convert_images", "ec_connector", "encoder_cache_state", "explain_errors", "fail_requests",
-    "forget_encoder_output", "forget_prefixes", "free_in_worker", "in_step", "is_pipelined", "logger",
+    "forget_encoder_output", "forget_prefixes", "free_in_worker", "in_step", "is_pipelined", "is_replaced", "logger",
     "obstacles_to_pipelining", "on_engine_config", "pixel_bounds", "receives_embeddings", "refuse_videos",
     "register_model", "release", "requests_at_stake", "scheduled_item", "served_model", "share_log_handlers",
     "step_in_flight", "swapped_tower", "takes_media", "tried", "use_connector", "use_contained_scheduler",

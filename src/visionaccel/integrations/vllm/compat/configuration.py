@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
 __all__ = [
-    "CONNECTOR", "ServedModel", "ec_connector", "is_pipelined", "obstacles_to_pipelining", "on_engine_config",
+    "CONNECTOR", "ServedModel", "ec_connector", "is_pipelined", "is_replaced", "obstacles_to_pipelining",
+    "on_engine_config",
     "receives_embeddings", "register_model", "served_model", "takes_media", "use_connector", "use_contained_scheduler",
 ]  # fmt: skip
 
@@ -35,6 +36,13 @@ def register_model(architecture: str, model: str) -> None:
     from vllm import ModelRegistry
 
     ModelRegistry.register_model(architecture, model)
+
+
+def is_replaced(architecture: str) -> bool:
+    """Whether vLLM will make a model of that architecture from a class of this package."""
+    from vllm import ModelRegistry
+
+    return str(getattr(ModelRegistry.models.get(architecture), "module_name", "")).startswith("visionaccel.")
 
 
 def on_engine_config(prepare: Callable[[VllmConfig, bool], None]) -> None:
