@@ -13,7 +13,7 @@ from visionaccel.runtime.guarded import GuardedEncoder
 
 
 class Gate(Session):
-    """Wraps a session. While it is shut, calls wait in it; each call leaves its number of patches in `calls`."""
+    """Wraps a session. While it is shut, calls wait in it, as those that `block` names; `calls` has their patches."""
 
     def __init__(self, session, **capabilities):
         self.session = session
@@ -23,6 +23,7 @@ class Gate(Session):
         self.most_inside = 0
         self.closed = False
         self.fail = lambda patches: None
+        self.block = lambda patches: False
         self._changed = threading.Condition()
         self._passes = float("inf")
 
@@ -42,7 +43,7 @@ class Gate(Session):
             self.inside += 1
             self.most_inside = max(self.most_inside, self.inside)
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._passes > 0)
+            self._changed.wait_for(lambda: self._passes > 0 and not self.block(patches))
             self._passes -= 1
             self.inside -= 1
         error = self.fail(patches)

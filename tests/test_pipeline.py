@@ -121,7 +121,8 @@ def breaks(images):
 
 def assert_nothing_is_left(connector):
     assert (len(connector._bookings), connector._bookings.held) == (0, 0)
-    assert (connector._items, connector._loads, connector._bookings._requests) == ({}, {}, {})
+    assert (connector._items, connector._requests, connector._loads) == ({}, {}, {})
+    assert (connector._bookings._requests, connector._bookings._waiting) == ({}, {})
     wait_until(lambda: connector.service.counters.running == 0)
     assert connector.service.counters.waiting == 0
 
@@ -231,6 +232,35 @@ def test_what_the_encoder_cache_evicted_is_encoded_again_by_the_service(engine, 
     assert engine.worker.encoded_inline == 0
 
 
+def test_what_a_request_has_read_is_not_held_while_it_decodes(engine, pipelined):
+    scheduler, _ = pipelined
+    bookings = scheduler.ec_connector._bookings
+    first = engine.add([0, 1], 3)
+    engine.drain()
+    # Image 0 is in vLLM's cache, and may be evicted for image 2: so both are booked.
+    scheduler.reset_prefix_cache()
+    second = engine.add([0, 2], 3)
+    wait_until(lambda: engine.step() or engine.answers[second])
+    assert (len(bookings), bookings.held) == (0, 0)
+    assert bookings.requests() == []
+    engine.drain()
+    assert engine.answers[first] == engine.answers[second] == [GOOD] * 3
+
+
+def test_an_identifier_of_two_images_fails_the_second_alone(engine, pipelined):
+    scheduler, gate = pipelined
+    gate.shut()
+    first = engine.add([0], 3)
+    other = engine.add([0], 3)
+    scheduler.requests[other].mm_features[0].data["image_grid_thw"].data[:] = torch.tensor([1, 4, 9])
+    for _ in range(3):
+        engine.step()
+    gate.let_in()
+    engine.drain()
+    assert engine.endings == {first: "length", other: "error"}
+    assert "also names one of grid 1x6x6" in engine.reasons[other]
+
+
 def test_what_the_connector_cannot_see_is_encoded_in_line(engine, pipelined, caplog):
     scheduler, _ = pipelined
     blind = engine.add([0, 1], 3)
@@ -298,6 +328,7 @@ def test_without_the_plug_in_the_connector_refuses_to_encode(digits, tmp_path, m
         ({}, {"release": "0.27.1"}, "inline", "it needs vLLM 0.28 to 0.32, and this is 0.27.1"),
         ({}, {"release": "0.29.0", "scheduler": "their.own"}, "inline", "before vLLM 0.30"),
         ({}, {"release": "0.30.1", "scheduler": "their.own"}, "pipelined", "nothing is in its way"),
+        ({}, {"pruning": 0.5}, "inline", "--video-pruning-rate"),
         ({"DEVICE": "cuda:1"}, {"device": "cuda"}, "inline", "cuda:1 belongs to the language model"),
         ({"DEVICE": "npu"}, {"device": "cuda"}, "pipelined", "nothing is in its way"),
     ],
@@ -313,6 +344,9 @@ def test_the_mode_is_chosen_for_a_reason(digits, monkeypatch, settings, config, 
     [
         ({"MODE": "pipelined"}, {"release": "0.33.0"}, "needs vLLM 0.28 to 0.32, and this is 0.33.0"),
         ({"MODE": "pipelined"}, {"connector": "ECExampleConnector"}, "another EC connector"),
+        ({}, {"connector": "VisionAccelConnector", "role": "ec_both"}, "its ec_role is ec_consumer"),
+        ({}, {"connector": "VisionAccelConnector", "pruning": 0.5}, "--video-pruning-rate"),
+        ({}, {"connector": "VisionAccelConnector", "release": "0.29.0", "scheduler": "their.own"}, "before vLLM 0.30"),
         ({"MODE": "inline"}, {"connector": "VisionAccelConnector"}, "--ec-transfer-config names VisionAccelConnector"),
     ],
 )
@@ -331,9 +365,13 @@ def engine_config(checkpoint, monkeypatch, settings, config):
     made.ec_transfer_config = None
     made.scheduler_config.scheduler_cls = config.get("scheduler")
     if "connector" in config:
-        made.ec_transfer_config = ECTransferConfig(ec_connector=config["connector"], ec_role="ec_consumer")
+        made.ec_transfer_config = ECTransferConfig(
+            ec_connector=config["connector"], ec_role=config.get("role", "ec_consumer")
+        )
     if "cache" in config:
         made.model_config.multimodal_config.mm_processor_cache_type = config["cache"]
+    if "pruning" in config:
+        made.model_config.multimodal_config.video_pruning_rate = config["pruning"]
     if "backend" in config:
         made.parallel_config.distributed_executor_backend = config["backend"]
     if "device" in config:

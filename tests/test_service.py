@@ -430,10 +430,10 @@ def test_wrong_input_is_refused_by_type(device):
 def test_a_call_past_the_deadline_fails_its_item_and_the_device_goes_on_when_it_returns(device, caplog):
     guarded, gate = device
     gate.shut()
-    with EncodeService([guarded], deadline=0.1) as service:
+    with EncodeService([guarded], deadline=1.0) as service:
         hung = service.submit(image(0), GRID)
         behind = service.submit(image(1), GRID)
-        with pytest.raises(DeadlineError, match=r"within 0\.1 s"):
+        with pytest.raises(DeadlineError, match=r"within 1 s"):
             hung.result(20)
         assert not behind.done()
         gate.let_in()
@@ -442,13 +442,13 @@ def test_a_call_past_the_deadline_fails_its_item_and_the_device_goes_on_when_it_
         assert service.submit(image(0), GRID).result(20).shape == (4, 24)
         counters = service.counters
         assert (counters.failed, counters.expired, counters.cached) == (1, 1, 1)
-    assert "did not answer within 0.1 s" in caplog.text
+    assert "did not answer within 1 s" in caplog.text
 
 
 def test_while_every_device_hangs_nothing_waits_for_ever(device):
     guarded, gate = device
     gate.shut()
-    service = EncodeService([guarded], deadline=0.1)
+    service = EncodeService([guarded], deadline=0.5)
     futures = [service.submit(image(i), GRID) for i in range(3)]
     for future, kind in zip(futures, (DeadlineError, DeviceLostError, DeviceLostError), strict=True):
         with pytest.raises(kind):
@@ -457,20 +457,21 @@ def test_while_every_device_hangs_nothing_waits_for_ever(device):
     with pytest.raises(DeviceLostError, match="Restart the server"):
         later.result(20)
     gate.let_in()
+    wait_until(lambda: service.counters.running == 0)
     assert service.submit(image(6), GRID).result(20).shape == (4, 24)
     service.close()
 
 
 def test_a_device_that_hangs_again_and_again_but_returns_harms_nobody_else(device):
     guarded, gate = device
-    with EncodeService([guarded], deadline=0.1) as service:
+    with EncodeService([guarded], deadline=2.0) as service:
         gate.shut()
         waits = service.submit(image(9), GRID, arrival=float("inf"))
         gate.wait_for_calls(1)  # it went first all the same, for nobody else was there
         with pytest.raises(DeadlineError):
             waits.result(20)
         patient = service.submit(image(8), GRID, arrival=float("inf"))
-        for i in range(6):  # longer than the deadline in all
+        for i in range(2):  # longer than the deadline in all
             hangs = service.submit(image(i), GRID)
             gate.let_in(1)
             gate.wait_for_calls(i + 2)
@@ -479,6 +480,47 @@ def test_a_device_that_hangs_again_and_again_but_returns_harms_nobody_else(devic
             assert not patient.done()
         gate.let_in()
         assert patient.result(20).shape == (4, 24)
+
+
+def test_one_item_that_hangs_takes_none_of_a_shared_call_along(tiny):
+    guarded, gate = gated(tiny, batch_patches=1000, thread_safe=True, max_in_flight=2)
+    hangs = float(image(3)[0, 0])  # not before the others, or it would keep the last thread
+    gate.block = lambda patches: hangs in patches[:, 0]
+    with EncodeService([guarded], deadline=1.5) as service:
+        gate.shut()
+        service.submit(image(0), GRID)
+        service.submit(image(9), GRID)
+        gate.wait_for_calls(2)
+        futures = [service.submit(image(i), GRID) for i in (1, 2, 3)]
+        wait_until(lambda: service.counters.waiting == 3 and not service._ledger._incoming)
+        gate.let_in()
+        assert futures[0].result(20).shape == futures[1].result(20).shape == (4, 24)
+        with pytest.raises(DeadlineError):
+            futures[2].result(20)
+        gate.block = lambda patches: False
+        gate.let_in(0)
+        wait_until(lambda: service.counters.running == 0)
+        assert service.counters.waiting == 0
+    assert gate.calls[2:] == [48, 16, 16, 16]
+
+
+def test_a_device_that_hangs_in_a_process_of_its_own_leaves_the_item_to_the_fallback(tiny, reference, tmp_path):
+    switch = tmp_path / "faults.json"
+    options = {"latency": 0.01, "switch": str(switch)}
+    service = open_service(
+        tiny,
+        backend="simulated",
+        devices=["onnxrt"],
+        options=options,
+        isolation="process",
+        fallback="torch_ref",
+        deadline=2.0,
+    )
+    with service:
+        switch.write_text('[{"all": true, "do": "hang"}]')
+        (answer,) = service.encode(image(1), [GRID])
+        np.testing.assert_allclose(answer, reference.encode(image(1), [GRID]), rtol=0, atol=2e-5)
+        assert (service.counters.fallback, service.counters.failed) == (1, 0)
 
 
 def test_an_items_own_deadline_counts_from_its_submission(device):
@@ -521,6 +563,22 @@ def test_what_nobody_wants_any_more_is_not_encoded(device):
             dropped.result()
         assert service.counters.cancelled == 1
     assert gate.calls == [16, 32]
+
+
+def test_what_is_taken_back_leaves_no_pixels_behind(device):
+    guarded, gate = device
+    gate.shut()
+    with EncodeService([guarded], queue_size=2) as service:
+        service.submit(image(0), GRID)
+        gate.wait_for_calls(1)
+        for i in range(300):
+            future = service.submit(image(i), GRID)
+            wait_until(lambda: not service._ledger._incoming)
+            future.cancel()
+        left = [item for _, _, item in service._ledger._queue._heap]
+        assert len(left) < 150
+        assert all(item.patches is None for item in left)
+        gate.let_in()
 
 
 def test_cancelling_what_a_device_works_on_keeps_the_answer_for_others(device):

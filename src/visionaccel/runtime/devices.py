@@ -12,6 +12,7 @@ import numpy as np
 
 from visionaccel.arrays import FLOATS, Array, as_numpy, is_tensor
 from visionaccel.errors import DeadlineError, DeviceError, VisionAccelError
+from visionaccel.isolation import IsolatedSession
 from visionaccel.runtime.alarms import Alarms
 from visionaccel.runtime.embedding_cache import EmbeddingCache
 from visionaccel.runtime.guarded import Embedded, GuardedEncoder
@@ -31,7 +32,8 @@ class DeviceThreads:
         ledger: Where items come from and go to.
         cache: Where embeddings are kept.
         alarms: Watches the deadline of each call.
-        deadline: Seconds that a call may take.
+        deadline: Seconds that a call may take. Not for a device in a child process, which is ended by a limit of its
+            own: what comes then, a restart and a fallback, may take its time.
         dtype: Dtype of the embeddings.
         stuck: Called, from another thread, when a call is past its deadline.
     """
@@ -51,6 +53,7 @@ class DeviceThreads:
         self._deadline, self._dtype, self._on_stuck = deadline, dtype, stuck
         capabilities = encoder.primary.capabilities
         self._device, self._most_patches = capabilities.device, capabilities.batch_patches
+        self._isolated = all(isinstance(opened.session, IsolatedSession) for opened in encoder.primary.programs)
         self._lock = threading.Lock()
         self._calls: dict[int, list[Item]] = {}
         self._late: set[int] = set()
@@ -88,12 +91,15 @@ class DeviceThreads:
         while items := self._ledger.take(self._most_patches):
             with self._lock:
                 self._calls[call] = items
-            alarm = self._alarms.set(self._deadline, partial(self._overdue, call, items))
+            alarm = None
+            if not self._isolated:
+                alarm = self._alarms.set(self._deadline, partial(self._overdue, call, items))
             started = time.monotonic()
             answers = self._encode(items)
             results = [self._keep(item, answer, len(items)) for item, answer in zip(items, answers, strict=True)]
             seconds = time.monotonic() - started
-            self._alarms.forget(alarm)
+            if alarm is not None:
+                self._alarms.forget(alarm)
             with self._lock:
                 del self._calls[call]
                 self._late.discard(call)
@@ -137,7 +143,7 @@ class DeviceThreads:
             hint="Raise VISIONACCEL_DEADLINE, or set VISIONACCEL_ISOLATION=process, which ends a device that hangs.",
         )
         logger.error("%s", error)
-        self._ledger.fail_running(items, error)
+        self._ledger.overdue(items, error)
         self._on_stuck()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
@@ -80,7 +80,8 @@ class Ledger:
     @property
     def room(self) -> bool:
         """Whether an item would be taken in at once."""
-        return self._slots.free > 0 and not self._closed
+        with self._lock:
+            return self._slots.room and not self._closed
 
     def slot(self) -> bool:
         """Take a slot for an item; False if none is free.
@@ -178,21 +179,37 @@ class Ledger:
         return items
 
     def finish(self, items: Sequence[Item], results: Sequence[Embedding | VisionAccelError], **counted: float) -> None:
-        """A call of a device has returned; items that were failed meanwhile have nobody left to tell."""
+        """A call of a device has returned. Items that were failed meanwhile are done; what waits again need not."""
         with self._lock:
             failed = sum(
-                isinstance(result, VisionAccelError) and item.state != "done"
+                isinstance(result, VisionAccelError) and bool(item.futures)
                 for item, result in zip(items, results, strict=True)
             )
             self._count(running=-len(items), failed=failed, **counted)
+            given = self._leave_queue([item for item in items if item.state == "waiting"])
             answers = self._done(items, results)
+        _complete(given)
         _answer(answers)
 
-    def fail_running(self, items: Sequence[Item], error: VisionAccelError) -> None:
-        """Tell those that wait for items of a call that it is past its deadline. Later equal items start anew."""
+    def overdue(self, items: Sequence[Item], error: VisionAccelError) -> None:
+        """A call of a device is past its deadline.
+
+        An item that it had alone fails; equal ones that come later start anew. Which of several it hangs on is not
+        known, so each gets a call of its own.
+        """
         with self._lock:
-            self._count(failed=len(items), expired=len(items))
-            answers = self._done(items, [error] * len(items))
+            late = [item for item in items if item.state == "running"]
+            answers: Answers = []
+            if len(items) > 1:
+                for item in late:
+                    item.state, item.alone = "waiting", True
+                    self._slots.free -= 1
+                    self._queue.push(item)
+                self._count(waiting=len(late))
+                self._ready.notify_all()
+            else:
+                self._count(failed=len(late), expired=len(late))
+                answers = self._done(late, [error] * len(late))
         _answer(answers)
 
     def fail_waiting(self, longer_than: float, error: VisionAccelError) -> None:
@@ -240,6 +257,7 @@ class Ledger:
         error = ServiceClosedError("the encode service was closed while the item was encoded.", hint="Open a new one.")
         with self._lock:
             items = list(dict.fromkeys(self._items.values()))
+            self._leave_queue([item for item in items if item.state == "waiting"])
             answers = self._done(items, [error] * len(items))
         _answer(answers)
 
@@ -278,10 +296,9 @@ class Ledger:
         self._done([item], [])
         return given
 
-    def _leave_queue(self, items: Iterable[Item]) -> Turns:
-        left = sum(1 for _ in items)
-        self._count(waiting=-left)
-        return self._free_slots(left)
+    def _leave_queue(self, items: Sequence[Item]) -> Turns:
+        self._count(waiting=-len(items))
+        return self._free_slots(len(items))
 
     def _free_slots(self, number: int) -> Turns:
         self._slots.free += number
@@ -292,6 +309,7 @@ class Ledger:
         answers: Answers = []
         for place, item in enumerate(items):
             item.state = "done"
+            item.patches = None  # the queue may still have an entry of it
             if item.key is not None and self._by_key.get(item.key) is item:
                 del self._by_key[item.key]
             for future in item.futures:

@@ -19,19 +19,22 @@ __all__ = ["Embedding", "Item", "ItemQueue", "Slots"]
 Embedding: TypeAlias = NDArray[Any]
 """[tokens, out_width] of one item, read-only."""
 
+_FEW = 64
+
 
 @dataclass(eq=False)
 class Item:
     """One image or video on its way through a service.
 
     Attributes:
-        patches: [P, patch_width], as submitted.
+        patches: [P, patch_width], as submitted; None once it is done.
         grid: Its grid.
         arrival: Items that arrived earlier go first; any clock, the same for all of a service.
         submitted: When it was submitted, on the monotonic clock.
         futures: Those that wait for it.
         key: What its embedding is kept under, once that is known.
         state: Where it is.
+        alone: It shares no call with others: one that it shared did not return in time.
     """
 
     patches: Array
@@ -41,6 +44,7 @@ class Item:
     futures: set[Future[Embedding]] = field(default_factory=set)
     key: str | None = None
     state: Literal["waiting", "running", "done"] = "waiting"
+    alone: bool = False
 
 
 class ItemQueue:
@@ -49,10 +53,15 @@ class ItemQueue:
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, Item]] = []
         self._order = itertools.count()
+        self._tidy_at = _FEW
 
     def push(self, item: Item) -> None:
         """Add an item, or add it once more at an earlier place."""
         heapq.heappush(self._heap, (item.arrival, next(self._order), item))
+        if len(self._heap) > self._tidy_at:  # or what was cancelled would stay until the items before it are taken
+            self._heap = [entry for entry in self._heap if entry[2].state == "waiting"]
+            heapq.heapify(self._heap)
+            self._tidy_at = 2 * len(self._heap) + _FEW
 
     def pop(self, most_patches: int) -> list[Item]:
         """Take the next item, and those after it that fit into `most_patches` with it; they are running then."""
@@ -60,7 +69,7 @@ class ItemQueue:
         patches = 0
         while (head := self._head()) is not None:
             patches += head.grid.patches
-            if taken and patches > most_patches:
+            if taken and (patches > most_patches or head.alone or taken[0].alone):
                 break
             heapq.heappop(self._heap)
             head.state = "running"
@@ -91,9 +100,14 @@ class Slots:
         self.free = size
         self._turns: deque[Future[None]] = deque()
 
+    @property
+    def room(self) -> bool:
+        """Whether a slot is free and nobody has asked for it before."""
+        return self.free > 0 and not self._turns
+
     def take(self) -> bool:
-        """Take a slot, unless none is free or others have asked before."""
-        if self.free <= 0 or self._turns:
+        """Take a slot, if there is room."""
+        if not self.room:
             return False
         self.free -= 1
         return True
@@ -107,7 +121,7 @@ class Slots:
     def give(self) -> list[Future[None]]:
         """Hand free slots to those that asked first; for the owner to complete once it has let go of its lock."""
         given = []
-        while self.free and self._turns:
+        while self.free > 0 and self._turns:
             turn = self._turns.popleft()
             if turn.set_running_or_notify_cancel():
                 self.free -= 1

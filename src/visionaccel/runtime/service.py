@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
 from typing import Self
@@ -48,9 +49,10 @@ class EncodeService:
         encoders: One for each device, which the service closes. All must compute the same numbers.
         queue_size: Most items that wait for a device.
         cache: Where embeddings are kept: a number of bytes for a cache of its own, or one that is shared.
-        deadline: Seconds that a device may take for one call. Then its items fail with DeadlineError. A device in a
-            child process is ended by the same limit of its own; one in this process cannot be, and takes no other items
-            until it returns. While all devices are past their deadline, items that have waited for as long fail too.
+        deadline: Seconds that a device may take for one call. One in a child process is ended then, and the fallback
+            has its turn. One in this process cannot be ended: its item fails with DeadlineError (of several, each is
+            tried alone), and it takes no other until it returns. While all devices are past their deadline, items that
+            have waited for as long fail too.
         dtype: Dtype of the embeddings: `float32`, `bfloat16` (through ml_dtypes) or `float16`.
 
     Raises:
@@ -143,9 +145,11 @@ class EncodeService:
             turn = self._ledger.turn()
             try:
                 turn.result(timeout)
-            except TimeoutError:
+            except BaseException as error:
                 self._ledger.give_back(turn)
-                raise _full(timeout) from None
+                if isinstance(error, TimeoutError):
+                    raise _full(timeout) from None
+                raise
         return self._enter(item, deadline)
 
     async def submit_async(
@@ -220,12 +224,11 @@ class EncodeService:
                 wait = self._deadline
             until = None if wait is None else time.monotonic() + wait
             self._intake.join()
-            try:
-                for device in self._devices:
-                    device.end(until)
-            finally:
-                self._ledger.abandon()
-                self._alarms.close()
+            with ExitStack() as stack:
+                stack.callback(self._alarms.close)
+                stack.callback(self._ledger.abandon)
+                for device in reversed(self._devices):
+                    stack.callback(device.end, until)
 
     def __enter__(self) -> Self:
         return self

@@ -6,12 +6,12 @@ none waits, and each takes microseconds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from visionaccel.arrays import Array
-from visionaccel.errors import DeviceError, QueueFullError, VisionAccelError
+from visionaccel.errors import DeviceError, GridError, QueueFullError, VisionAccelError
 from visionaccel.grid import Grid
 from visionaccel.runtime.queue import Embedding
 from visionaccel.runtime.service import EncodeService
@@ -56,19 +56,20 @@ class Failure:
 
 @dataclass(eq=False)
 class _Booking:
-    """One item that some requests wait for, and the embedding once it is there."""
+    """One item that some requests want, and the embedding once it is there."""
 
     future: Future[Embedding]
+    grid: Grid
     size: int
     requests: set[str] = field(default_factory=set)
 
 
 class Bookings:
-    """Books items for requests, holds their embeddings until they are taken, and knows whose item failed.
+    """Books items for requests, holds their embeddings until they are used, and knows whose item failed.
 
     An embedding that was booked is held whatever the service's cache does, or two requests with several images each
     could take one another's away for ever. What is held, being encoded included, is bounded: beyond the bound, only the
-    request that has waited longest books more.
+    request that has waited longest books more, and those that hold memory for keys.
 
     Args:
         service: The service.
@@ -81,14 +82,15 @@ class Bookings:
     def __init__(self, service: EncodeService, size: int) -> None:
         self._service, self._size = service, size
         self._bookings: dict[str, _Booking] = {}
-        self._requests: dict[str, set[str]] = {}  # in the order of their first booking
+        self._requests: dict[str, set[str]] = {}
+        self._waiting: dict[str, None] = {}  # requests that miss something, the one that has waited longest first
         self._failures: dict[str, Failure] = {}
         self.held = 0
 
     def __len__(self) -> int:
         return len(self._bookings)
 
-    def ready(self, request: str, items: Sequence[Wanted], arrival: float) -> bool:
+    def ready(self, request: str, items: Sequence[Wanted], arrival: float, *, urgent: bool = False) -> bool:
         """Whether the embeddings of all these items are here for a request; those that are not, are booked.
 
         A request whose item failed is never ready; see `failures`.
@@ -97,40 +99,49 @@ class Bookings:
             request: Its identifier.
             items: What it needs next.
             arrival: When it arrived; earlier ones are served first.
+            urgent: It books whatever is held already, because others may wait for what it holds.
         """
+        self._waiting.setdefault(request)
         ready = True
         for item in items:
             booking = self._bookings.get(item.identifier)
             if booking is None:
-                booking = self._book(request, item, arrival)
+                booking = self._book(request, item, arrival, urgent)
                 if booking is None:
                     ready = False
                     continue
             if request not in booking.requests:
                 booking.requests.add(request)
                 self._requests.setdefault(request, set()).add(item.identifier)
-            if not booking.future.done():
-                ready = False
-            elif (error := booking.future.exception()) is not None:
-                if not isinstance(error, VisionAccelError):
-                    error = DeviceError(f"{type(error).__name__}: {error}")
+            error = _error(booking, item)
+            if error is not None:
                 self._failures.setdefault(request, Failure(item.label, error))
-                ready = False
+            ready = ready and error is None and booking.future.done()
+        if ready:
+            del self._waiting[request]
         return ready
 
-    def has(self, identifier: str) -> bool:
-        """Whether an item's embedding is here."""
-        return self._outcome(identifier) is not None
+    def get(self, identifier: str) -> Embedding | None:
+        """An item's embedding, if it is here."""
+        booking = self._bookings.get(identifier)
+        if booking is None or not booking.future.done() or booking.future.exception() is not None:
+            return None
+        return booking.future.result()
 
-    def take(self, identifier: str) -> Embedding | None:
-        """An item's embedding, for a step that needs it; the requests that booked it find it in vLLM's cache now."""
-        embedding = self._outcome(identifier)
-        if embedding is not None:
-            booking = self._bookings[identifier]
-            for request in booking.requests:
-                self._forget(request, identifier)
-            self._drop(identifier, booking)
-        return embedding
+    def requests(self) -> list[str]:
+        """Requests that have booked something."""
+        return list(self._requests)
+
+    def settle(self, request: str, identifiers: Iterable[str]) -> None:
+        """A request does not need these any more: it has them in vLLM's cache, or has read them."""
+        booked = self._requests.get(request)
+        if booked is None:
+            return
+        for identifier in booked.intersection(identifiers):
+            booked.discard(identifier)
+            self._unbook(request, identifier)
+        if not booked:
+            del self._requests[request]
 
     def failures(self) -> dict[str, Failure]:
         """Requests whose item failed since the last call, and why."""
@@ -140,15 +151,12 @@ class Bookings:
     def release(self, request: str) -> None:
         """A request has ended, or was aborted: what nobody else booked is not encoded, or not held any more."""
         self._failures.pop(request, None)
+        self._waiting.pop(request, None)
         for identifier in self._requests.pop(request, ()):
-            booking = self._bookings[identifier]
-            booking.requests.discard(request)
-            if not booking.requests:
-                booking.future.cancel()
-                self._drop(identifier, booking)
+            self._unbook(request, identifier)
 
-    def _book(self, request: str, item: Wanted, arrival: float) -> _Booking | None:
-        if self.held > self._size and next(iter(self._requests), request) != request:
+    def _book(self, request: str, item: Wanted, arrival: float, urgent: bool) -> _Booking | None:
+        if self.held > self._size and not urgent and next(iter(self._waiting)) != request:
             return None
         size = 0
         try:
@@ -159,23 +167,25 @@ class Bookings:
         except VisionAccelError as error:
             future = Future()
             future.set_exception(error)
-        booking = _Booking(future, size)
-        self._bookings[item.identifier] = booking
-        self.held += booking.size
+        booking = self._bookings[item.identifier] = _Booking(future, item.grid, size)
+        self.held += size
         return booking
 
-    def _outcome(self, identifier: str) -> Embedding | None:
-        booking = self._bookings.get(identifier)
-        if booking is None or not booking.future.done() or booking.future.exception() is not None:
-            return None
-        return booking.future.result()
+    def _unbook(self, request: str, identifier: str) -> None:
+        booking = self._bookings[identifier]
+        booking.requests.discard(request)
+        if not booking.requests:
+            booking.future.cancel()
+            del self._bookings[identifier]
+            self.held -= booking.size
 
-    def _forget(self, request: str, identifier: str) -> None:
-        booked = self._requests[request]
-        booked.discard(identifier)
-        if not booked:
-            del self._requests[request]
 
-    def _drop(self, identifier: str, booking: _Booking) -> None:
-        del self._bookings[identifier]
-        self.held -= booking.size
+def _error(booking: _Booking, item: Wanted) -> VisionAccelError | None:
+    """Why a booking is of no use for an item, if that is known."""
+    if booking.grid != item.grid:  # its rows would not be as many as vLLM has places for
+        return GridError(
+            f"its identifier {item.identifier!r} also names one of grid {booking.grid}, and it has grid {item.grid}.",
+            hint="A client gave one uuid to different images.",
+        )
+    error = booking.future.exception() if booking.future.done() else None
+    return error if error is None or isinstance(error, VisionAccelError) else DeviceError(f"{error!r}")

@@ -55,11 +55,19 @@ class EmbeddingsForStep(ECConnectorMetadata):  # type: ignore[misc]
 
 @dataclass(frozen=True, slots=True)
 class _Item:
-    """An image or video of a request: where its tokens end in the prompt, and what to encode if that is known here."""
+    """An image or video of a request.
+
+    Attributes:
+        identifier: vLLM's key of its encoder output.
+        end: Where its tokens end in the prompt.
+        wanted: What to encode, if that is known here.
+        given: Its embeddings come with the request.
+    """
 
     identifier: str
     end: int
     wanted: Wanted | None
+    given: bool
 
 
 class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
@@ -70,6 +78,12 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
         served = compat.served_model(vllm_config)
         self._device, self._dtype = served.device, served.dtype
         self._service: EncodeService | None = None
+        self._requests: dict[str, Request] = {}
+        self._items: dict[str, tuple[_Item, ...]] = {}
+        self._loads: dict[str, NDArray[Any]] = {}
+        self._cached: set[str] = set()
+        self._state: Callable[[str, str], CacheState] = self._guessed_state
+        self._inline = 0
         if role == ECConnectorRole.SCHEDULER and served.takes_media:
             settings = load_settings()
             if not any(map(compat.is_replaced, served.architectures)):
@@ -82,19 +96,18 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
             self._service = open_wanted_service(source, settings, str(served.dtype).removeprefix("torch."))
             announce(self._service.encoders, settings, "pipelined")
             self._bookings = Bookings(self._service, settings.cache_size)
-            self._items: dict[str, tuple[_Item, ...]] = {}
-            self._loads: dict[str, NDArray[Any]] = {}
-            self._cached: set[str] = set()
-            self._state: Callable[[str], CacheState] = self._guessed_state
-            self._inline = 0
 
     @property
     def service(self) -> EncodeService | None:
         """The encode service; None in workers, and where prompts may hold no media."""
         return self._service
 
-    def attach(self, state: Callable[[str], CacheState]) -> None:
-        """Learn from the scheduler what is in its encoder cache, instead of keeping a list that is one step behind."""
+    def attach(self, state: Callable[[str, str], CacheState]) -> None:
+        """Learn from the scheduler what is in its encoder cache, instead of keeping a list that is one step behind.
+
+        Args:
+            state: Tells of an encoder output, by its identifier, for a request, by its own.
+        """
         self._state = state
 
     # In the engine's process:
@@ -103,21 +116,23 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
         """Whether a request may be scheduled; if an embedding is missing, it is being encoded from now on."""
         if self._service is None:
             return True
+        name = request.request_id
         needed = [item for item in self._items_of(request) if item.end > num_computed_tokens]
-        states = [self._state(item.identifier) for item in needed]
+        states = [self._state(item.identifier, name) for item in needed]
         if "absent" not in states:
             return True
-        # Making room for what is absent may evict the others, unless some request holds them.
+        # Making room for what is absent may evict what no request holds.
         wanted = [
             item.wanted
             for item, state in zip(needed, states, strict=True)
-            if state != "held" and item.wanted is not None
+            if state in ("absent", "evictable") and item.wanted is not None
         ]
-        return self._bookings.ready(request.request_id, wanted, request.arrival_time)
+        running = request.num_computed_tokens > 0
+        return self._bookings.ready(name, wanted, request.arrival_time, urgent=running)
 
     def has_cache_item(self, identifier: str) -> bool:
         """Whether an embedding is here; what is not, the workers encode in the step."""
-        return self._service is not None and self._bookings.has(identifier)
+        return self._service is not None and self._bookings.get(identifier) is not None
 
     def update_state_after_alloc(self, request: Request, index: int) -> None:
         """An encoder output got its place in the workers' caches."""
@@ -125,9 +140,9 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
             return
         identifier = request.mm_features[index].identifier
         self._cached.add(identifier)
-        rows = self._bookings.take(identifier)
+        rows = self._bookings.get(identifier)
         if rows is None:
-            self._encodes_inline(identifier)
+            self._encodes_inline(self._items_of(request)[index])
         else:
             self._loads[identifier] = rows.view(np.uint16) if rows.dtype == ml_dtypes.bfloat16 else rows
 
@@ -136,6 +151,11 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
         if self._service is None:
             return EmbeddingsForStep()
         self._cached.difference_update(scheduler_output.free_encoder_mm_hashes)
+        for name in self._bookings.requests():
+            tokens = scheduler_output.num_scheduled_tokens.get(name)
+            if tokens is not None:
+                computed = self._requests[name].num_computed_tokens + tokens
+                self._bookings.settle(name, self._used(name, computed))
         loads, self._loads = self._loads, {}
         return EmbeddingsForStep(loads)
 
@@ -156,6 +176,7 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
         """A request has ended or was aborted: what only it has booked is not encoded any more."""
         if self._service is not None:
             self._items.pop(request.request_id, None)
+            self._requests.pop(request.request_id, None)
             self._bookings.release(request.request_id)
         return False, None
 
@@ -183,7 +204,16 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
         features = request.mm_features or ()
         if known is None or len(known) != len(features):  # a streaming session gets more as it goes on
             known = self._items[request.request_id] = tuple(map(self._item, features, _labels(features)))
+            self._requests[request.request_id] = request
         return known
+
+    def _used(self, name: str, computed: int) -> list[str]:
+        """What a request that is scheduled has in the encoder cache, or has read."""
+        return [
+            item.identifier
+            for item in self._items[name]
+            if item.end <= computed or self._state(item.identifier, name) == "own"
+        ]
 
     def _item(self, feature: Any, label: str) -> _Item:
         item = compat.scheduled_item(feature)
@@ -191,18 +221,18 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
         wanted = None
         if item.pixels is not None and isinstance(item.pixels, torch.Tensor):
             wanted = Wanted(item.identifier, label, item.pixels, as_grids(item.grid)[0])
-        return _Item(item.identifier, place.offset + place.length, wanted)
+        return _Item(item.identifier, place.offset + place.length, wanted, compat.has_embeddings(feature))
 
-    def _guessed_state(self, identifier: str) -> CacheState:
+    def _guessed_state(self, identifier: str, _: str) -> CacheState:
         return "evictable" if identifier in self._cached else "absent"
 
-    def _encodes_inline(self, identifier: str) -> None:
+    def _encodes_inline(self, item: _Item) -> None:
+        if item.given:
+            return
         self._inline += 1
         if self._inline == 1:
-            compat.logger().warning(
-                "The encoder output %s is computed in the engine's step, because its pixels do not pass the scheduler.",
-                identifier,
-            )
+            why = "its pixels do not pass the scheduler" if item.wanted is None else "it left the cache just now"
+            compat.logger().warning("An image is encoded in the engine's step, because %s: %s.", why, item.identifier)
 
     # In a worker:
 
@@ -211,7 +241,7 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
         for identifier, rows in self._get_connector_metadata().rows.items():
             if identifier not in encoder_cache:
                 # Copied: the array belongs to the message, or to the service where the worker is in its process.
-                tensor = torch.empty(rows.shape, dtype=self._dtype)
+                tensor = torch.empty(rows.shape, dtype=self._dtype, device="cpu")
                 np.copyto(as_numpy(tensor).view(rows.dtype), rows)
                 encoder_cache[identifier] = tensor.to(self._device)
 

@@ -42,10 +42,16 @@ def choose_mode(config: VllmConfig, settings: Settings) -> Choice:
                 hint="Drop one of them.",
             )
         return Choice("inline", "VISIONACCEL_MODE=inline")
-    obstacles = compat.obstacles_to_pipelining(config)
+    impossible = compat.impossible_with_connector(config)
     if named:
+        if impossible:
+            raise ConfigurationError(
+                f"--ec-transfer-config names {compat.CONNECTOR}, but that cannot work: {'; '.join(impossible)}.",
+                hint="Change that, or leave the choice to visionaccel.",
+            )
         # The user's own choice of vLLM's means: what the connector cannot see, it leaves to the step.
         return Choice("pipelined", f"--ec-transfer-config names {compat.CONNECTOR}")
+    obstacles = impossible + compat.obstacles_to_pipelining(config)
     if settings.mode == "pipelined":
         if obstacles:
             raise ConfigurationError(

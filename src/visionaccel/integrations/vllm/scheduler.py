@@ -35,7 +35,7 @@ class _Containment:
         self._forgotten: set[str] = set()
         connector: Any = self.ec_connector  # type: ignore[attr-defined]
         self._connector = connector if isinstance(connector, VisionAccelConnector) else None
-        if self._connector is not None:
+        if self._connector is not None and compat.shows_encoder_cache(self):
             self._connector.attach(partial(compat.encoder_cache_state, self))
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:

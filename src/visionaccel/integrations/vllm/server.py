@@ -106,7 +106,9 @@ def serve(
                     env={**quiet_environment(settings), "VLLM_RPC_BASE_PATH": folder},
                     stdout=out,
                     stderr=subprocess.STDOUT,
-                    start_new_session=True,
+                    # A group to end it by. Not a session: Linux shares the processor out by sessions, and a busy server
+                    # in one of its own keeps its clients in this one from running for seconds.
+                    process_group=0,
                 )
             except FileNotFoundError as error:
                 raise ConfigurationError(f"{command[0]} cannot be started: {error}", hint="Install vLLM.") from error
@@ -130,7 +132,7 @@ def serve(
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the server and the engine processes of its session."""
+    """End the server and the engine processes of its group."""
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
         process.wait(timeout=20)

@@ -16,7 +16,7 @@ from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.faults import Fault, report_fault
 from visionaccel.integrations.vllm.producer import guard_saving
 from visionaccel.integrations.vllm.source import announce, open_served_encoder
-from visionaccel.runtime.guarded import GuardedEncoder
+from visionaccel.runtime.guarded import Embedded, GuardedEncoder
 from visionaccel.runtime.keys import item_key
 from visionaccel.runtime.opening import open_guarded
 from visionaccel.settings import load_settings
@@ -52,15 +52,22 @@ class AcceleratedTower(nn.Module):
         self.out_hidden_size = tower.out_width
         self.dtype = served.dtype
         self.device = torch.device(served.device)
-        self._encoder: GuardedEncoder | None = None
-        if not receives:
-            self._encoder = self._open("in-line")
+        self._encoder: GuardedEncoder | VisionAccelError | None = None if receives else self._open("in-line")
 
     @property
     def encoder(self) -> GuardedEncoder:
-        """The encoder, opened now if it was not needed before."""
+        """The encoder, opened now if it was not needed before.
+
+        Raises:
+            VisionAccelError: If it cannot be opened, or could not be when it was needed first.
+        """
         if self._encoder is None:
-            self._encoder = self._open("in-line, for what comes through no EC connector")
+            try:
+                self._encoder = self._open("in-line, for what comes through no EC connector")
+            except VisionAccelError as error:
+                self._encoder = error
+        if isinstance(self._encoder, VisionAccelError):
+            raise self._encoder
         return self._encoder
 
     def forward(self, x: torch.Tensor, grid_thw: Any, **_: Any) -> torch.Tensor:
@@ -82,13 +89,19 @@ class AcceleratedTower(nn.Module):
             tokens = len(x) // self.spatial_merge_size**2
             return torch.zeros(tokens, self.out_hidden_size, dtype=self.dtype, device=self.device)
         rows = []
-        for item, answer in enumerate(self.encoder.encode_items(x, grid_thw)):
+        for item, answer in enumerate(self._encode(x, grid_thw)):
             if isinstance(answer, VisionAccelError):
                 embeddings = self._contain(x, grid_thw, item, answer)
             else:
                 embeddings = answer.rows if is_tensor(answer.rows) else as_host_tensor(answer.rows, dtype_name(self))
             rows.append(embeddings.to(self.device, self.dtype))
         return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+    def _encode(self, x: torch.Tensor, grid_thw: Sequence[Any]) -> Sequence[Embedded | VisionAccelError]:
+        try:
+            return self.encoder.encode_items(x, grid_thw)
+        except VisionAccelError as error:  # A step must survive that the encoder cannot be opened.
+            return [error] * len(grid_thw)
 
     def _contain(self, x: torch.Tensor, grid_thw: Sequence[Any], item: int, error: VisionAccelError) -> torch.Tensor:
         try:

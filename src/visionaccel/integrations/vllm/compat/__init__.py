@@ -17,6 +17,7 @@ from visionaccel.integrations.vllm.compat.configuration import (
     CONNECTOR,
     ServedModel,
     ec_connector,
+    impossible_with_connector,
     is_pipelined,
     is_replaced,
     obstacles_to_pipelining,
@@ -51,8 +52,10 @@ from visionaccel.integrations.vllm.compat.scheduling import (
     forget_encoder_output,
     forget_prefixes,
     free_in_worker,
+    has_embeddings,
     requests_at_stake,
     scheduled_item,
+    shows_encoder_cache,
     step_in_flight,
 )
 from visionaccel.integrations.vllm.compat.serving import (
@@ -70,11 +73,12 @@ if TYPE_CHECKING:
 __all__ = [
     "CONNECTOR", "CacheState", "ScheduledItem", "ServedModel", "StepInFlight", "TRIED_RELEASES", "append_errors",
     "convert_images", "ec_connector", "encoder_cache_state", "explain_errors", "fail_requests",
-    "forget_encoder_output", "forget_prefixes", "free_in_worker", "in_step", "is_pipelined", "is_replaced", "logger",
-    "obstacles_to_pipelining", "on_engine_config", "pixel_bounds", "receives_embeddings", "refuse_videos",
-    "register_model", "release", "requests_at_stake", "scheduled_item", "served_model", "share_log_handlers",
-    "step_in_flight", "swapped_tower", "takes_media", "tried", "use_connector", "use_contained_scheduler",
-    "warn_of_untried_release", "worker_connector",
+    "forget_encoder_output", "forget_prefixes", "free_in_worker", "has_embeddings", "impossible_with_connector",
+    "in_step", "is_pipelined", "is_replaced", "logger", "obstacles_to_pipelining", "on_engine_config",
+    "pixel_bounds", "receives_embeddings", "refuse_videos", "register_model", "release", "requests_at_stake",
+    "scheduled_item", "served_model", "share_log_handlers", "shows_encoder_cache", "step_in_flight",
+    "swapped_tower", "takes_media", "tried", "use_connector", "use_contained_scheduler", "warn_of_untried_release",
+    "worker_connector",
 ]  # fmt: skip
 
 _QWEN = "vllm.model_executor.models.qwen2_5_vl"

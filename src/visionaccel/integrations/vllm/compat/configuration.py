@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
 __all__ = [
-    "CONNECTOR", "ServedModel", "ec_connector", "is_pipelined", "is_replaced", "obstacles_to_pipelining",
-    "on_engine_config",
-    "receives_embeddings", "register_model", "served_model", "takes_media", "use_connector", "use_contained_scheduler",
+    "CONNECTOR", "ServedModel", "ec_connector", "impossible_with_connector", "is_pipelined", "is_replaced",
+    "obstacles_to_pipelining", "on_engine_config", "receives_embeddings", "register_model", "served_model",
+    "takes_media", "use_connector", "use_contained_scheduler",
 ]  # fmt: skip
 
 CONNECTOR = "VisionAccelConnector"
@@ -171,8 +171,22 @@ def use_connector(config: VllmConfig, client_embeds: bool) -> None:
         media.allow_missing_mm_embeddings = False
 
 
+def impossible_with_connector(config: VllmConfig) -> list[str]:
+    """Why an engine would answer wrongly, or not at all, with this package's EC connector; empty if it would not."""
+    found = []
+    media = config.model_config.get_multimodal_config()
+    if getattr(media, "video_pruning_rate", None):
+        found.append("with --video-pruning-rate, vLLM prunes what its own encoder returns")
+    if is_pipelined(config) and (config.ec_transfer_config.ec_role != "ec_consumer"):
+        found.append(f"{CONNECTOR} gives embeddings to no other engine: its ec_role is ec_consumer")
+    custom = config.scheduler_config.scheduler_cls not in (None, *SCHEDULERS.values())
+    if release().startswith(("0.28.", "0.29.")) and (custom or getattr(config, "kv_transfer_config", None) is not None):
+        found.append("before vLLM 0.30, a request whose image failed can be ended by this package's scheduler only")
+    return found
+
+
 def obstacles_to_pipelining(config: VllmConfig) -> list[str]:
-    """Why an engine cannot get its embeddings from this package's EC connector; empty if it can."""
+    """Why this package's EC connector should not be taken unless the user names it; empty if it can be."""
     found = []
     if not tried():
         releases = f"{TRIED_RELEASES[0].rstrip('.')} to {TRIED_RELEASES[-1].rstrip('.')}"
@@ -184,8 +198,4 @@ def obstacles_to_pipelining(config: VllmConfig) -> list[str]:
         found.append("with --mm-processor-cache-type shm, pixels do not pass the engine's scheduler")
     if config.parallel_config.distributed_executor_backend == "ray":
         found.append("it was not tried with Ray")
-    early = release().startswith(("0.28.", "0.29."))
-    custom = config.scheduler_config.scheduler_cls not in (None, *SCHEDULERS.values())
-    if early and (custom or getattr(config, "kv_transfer_config", None) is not None):
-        found.append("before vLLM 0.30, a failed image can end its request alone only with this package's scheduler")
     return found

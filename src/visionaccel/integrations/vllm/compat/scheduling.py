@@ -14,20 +14,28 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CacheState", "ScheduledItem", "StepInFlight", "append_errors", "encoder_cache_state", "fail_requests",
-    "forget_encoder_output", "forget_prefixes", "free_in_worker", "requests_at_stake", "scheduled_item",
-    "step_in_flight",
+    "forget_encoder_output", "forget_prefixes", "free_in_worker", "has_embeddings", "requests_at_stake",
+    "scheduled_item", "shows_encoder_cache", "step_in_flight",
 ]  # fmt: skip
 
-CacheState: TypeAlias = Literal["absent", "evictable", "held"]
-"""Whether an encoder output is in the scheduler's encoder cache, and whether the same step may evict it."""
+CacheState: TypeAlias = Literal["absent", "evictable", "held", "own"]
+"""Whether an encoder output is in the scheduler's encoder cache: if so, whether a step may evict it, because no request
+holds it, or others hold it, or the request that asks."""
 
 
-def encoder_cache_state(scheduler: Scheduler, identifier: str) -> CacheState:
-    """Where an encoder output stands in a scheduler's encoder cache."""
+def encoder_cache_state(scheduler: Scheduler, identifier: str, request: str) -> CacheState:
+    """Where an encoder output stands in a scheduler's encoder cache for a request."""
     holders = scheduler.encoder_cache_manager.cached.get(identifier)
     if holders is None:
         return "absent"
+    if request in holders:
+        return "own"
     return "held" if holders else "evictable"
+
+
+def shows_encoder_cache(scheduler: Scheduler) -> bool:
+    """Whether a scheduler's encoder cache can be looked into; not if the user configured another one."""
+    return isinstance(getattr(scheduler.encoder_cache_manager, "cached", None), dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +94,11 @@ def scheduled_item(feature: MultiModalFeatureSpec) -> ScheduledItem:
     return ScheduledItem(feature.identifier, None, None)
 
 
+def has_embeddings(feature: MultiModalFeatureSpec) -> bool:
+    """Whether an item of a request comes as embeddings, which need no encoder."""
+    return any(name.endswith("embeds") or name == "embedding" for name in feature.data or ())
+
+
 def requests_at_stake(
     scheduler: Scheduler, steps: Iterable[StepInFlight], identifiers: Collection[str]
 ) -> dict[str, list[str]]:
@@ -128,7 +141,7 @@ def forget_encoder_output(scheduler: Scheduler, identifier: str) -> None:
     size = cache.freeable.pop(identifier, None)
     if size is not None:
         del cache.cached[identifier]
-        del cache.num_embeds_by_hash[identifier]
+        getattr(cache, "num_embeds_by_hash", {}).pop(identifier, None)  # from vLLM 0.31 on
         cache.num_free_slots += size
 
 
