@@ -12,7 +12,10 @@ class PluginExtras(MetadataHookInterface):
     """`pip install '.[onnxrt]'` takes the plug-in of the same checkout; `make dist` sets PLAIN_EXTRAS."""
 
     def update(self, metadata: dict) -> None:
-        extras = {"images": ["pillow>=10", "scikit-image>=0.24", "torch>=2.5", "transformers>=5.16"]}
+        extras = {
+            "bench": ["matplotlib>=3.9", "openai>=1.60", "pillow>=10"],
+            "images": ["pillow>=10", "scikit-image>=0.24", "torch>=2.5", "transformers>=5.16"],
+        }
         for extra, distribution in PLUGINS.items():
             folder = Path(self.root, "plugins", extra)
             by_path = folder.is_dir() and not os.environ.get("PLAIN_EXTRAS")

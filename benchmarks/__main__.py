@@ -27,9 +27,7 @@ BOUNDS = {
     "host part in bfloat16, times the fastest way": 1.5,
     "adapter's own, % of the encode (median)": 1,
     "bridge's own, ms (median)": 1,
-    "memory growth once settled, MB": 20,
-    "descriptors gained once settled": 0,
-    "connector calls of a step, ms (p99)": 1,
+    **soak.BOUNDS,
 }
 """Figures that the project promises to stay under; beyond one, the exit status is 1."""
 

@@ -38,3 +38,8 @@ def test_public_names_resolve_and_unknown_ones_do_not():
     assert all(getattr(visionaccel, name) for name in visionaccel.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = visionaccel.nonsense
+
+
+def test_the_command_loads_no_runtime_client_or_plotter():
+    loaded = modules_after("import visionaccel.cli.app")
+    assert not loaded & {"torch", "vllm", "onnxruntime", "transformers", "openai", "matplotlib", "PIL"}

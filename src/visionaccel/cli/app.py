@@ -9,6 +9,7 @@ import typer
 
 from visionaccel import __version__
 from visionaccel.cli.backends import backends, explain
+from visionaccel.cli.bench import bench
 from visionaccel.cli.demo import demo
 from visionaccel.cli.doctor import doctor
 from visionaccel.cli.encode import encode
@@ -47,6 +48,7 @@ def _root(
 
 for command in (backends, explain, export, import_vitisai, inspect, validate, push, pull, strip, encode, doctor, demo):
     app.command()(command)
+app.add_typer(bench)
 
 
 def main() -> None:

@@ -1,0 +1,184 @@
+"""The device under measurement: how servers are told to use it, and how long it takes for an image."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from visionaccel.bundle import Bundle, is_bundle, open_bundle
+from visionaccel.checkpoint import locate_checkpoint
+from visionaccel.encoder import Encoder, open_encoder, open_source
+from visionaccel.errors import ConfigurationError
+from visionaccel.families import Tower
+from visionaccel.fitting import Fitter
+from visionaccel.images import image_processor
+from visionaccel.testing.simulated.target import NAME as SIMULATED
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from PIL.Image import Image
+
+    from visionaccel.grid import Grid
+
+__all__ = ["SIMULATED", "Accelerator", "DeviceTime", "Mode", "measured", "with_latency"]
+
+_TIMES = ("latency", "per_patch", "recorded")
+"""Options of the simulated backend that say how long it takes."""
+
+
+class Mode(StrEnum):
+    """How a server that is started encodes."""
+
+    STOCK = "stock"
+    INLINE = "inline"
+    PIPELINED = "pipelined"
+
+
+@dataclass(frozen=True, slots=True)
+class Accelerator:
+    """What encodes in every mode but stock.
+
+    Attributes:
+        backend: Name of the backend.
+        device: Its device; None for its default.
+        options: Its options.
+        bundle: Folder of the programs, if they are not made of the checkpoint.
+    """
+
+    backend: str
+    device: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    bundle: Path | None = None
+
+    @property
+    def simulated(self) -> bool:
+        """Whether it is no hardware."""
+        return self.backend == SIMULATED
+
+    def settings(self, mode: Mode) -> dict[str, str]:
+        """The environment variables of a server; none for stock vLLM."""
+        if mode is Mode.STOCK:
+            return {}
+        optional = {
+            "VISIONACCEL_DEVICE": self.device,
+            "VISIONACCEL_OPTIONS": json.dumps(dict(self.options)) if self.options else None,
+            "VISIONACCEL_BUNDLE": None if self.bundle is None else str(self.bundle),
+        }
+        return {
+            "VISIONACCEL_BACKEND": self.backend,
+            "VISIONACCEL_MODE": mode.value,
+            "VISIONACCEL_TIMING": "1",
+            **{name: value for name, value in optional.items() if value is not None},
+        }
+
+    def at_no_cost(self) -> Accelerator:
+        """The simulated device without its latency: what the wrapped backend computes is all that is left.
+
+        Raises:
+            ValueError: If it is not simulated.
+        """
+        if not self.simulated:
+            raise ValueError(f"only a simulated device can take no time, and {self.backend} is none")
+        return replace(self, options={name: value for name, value in self.options.items() if name not in _TIMES})
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceTime:
+    """How long the device takes for one image of the load.
+
+    Attributes:
+        seconds_each: Seconds of one image when the device is kept busy; None if unknown.
+        how: Where that comes from.
+    """
+
+    seconds_each: float | None
+    how: str
+
+
+def with_latency(
+    checkpoint: Path, accelerator: Accelerator, image: Image, latency: float
+) -> tuple[Accelerator, DeviceTime]:
+    """A simulated device that takes the same time for every image of a size, also for several in one call.
+
+    The backend's option `latency` would charge a call of several images once, and in-line vLLM passes those that arrive
+    together in one call. So the time goes into `per_patch`.
+
+    Args:
+        checkpoint: The served checkpoint.
+        accelerator: The simulated device.
+        image: An image of the load's size.
+        latency: Seconds of one image.
+
+    Raises:
+        ConfigurationError: If it is not simulated, or its options say already how long it takes.
+        VisionAccelError: If the checkpoint's image processor or the bundle cannot be opened.
+    """
+    given = [name for name in _TIMES if name in accelerator.options]
+    if not accelerator.simulated or given:
+        reason = f"--options says {given[0]!r}" if given else f"backend {accelerator.backend!r} is not simulated"
+        raise ConfigurationError(f"--latency cannot be used: {reason}.", hint="Leave --latency out.")
+    if accelerator.bundle is None:
+        _, grid = image_processor(checkpoint)(image)
+    else:
+        with _opened(checkpoint, accelerator) as (prepare, _):
+            _, grid = prepare(image)
+    timed = replace(accelerator, options={**accelerator.options, "per_patch": latency / grid.patches})
+    at_a_time = accelerator.options.get("max_in_flight", 1)
+    return timed, DeviceTime(latency / at_a_time, "the simulated device's, as asked for")
+
+
+def measured(checkpoint: Path, accelerator: Accelerator, images: Sequence[Image]) -> DeviceTime:
+    """The device time of an image, from encoding some in this process, one at a time, after one that is not counted.
+
+    A device that works on several calls at a time is taken to divide that time by their number.
+
+    Args:
+        checkpoint: The served checkpoint.
+        accelerator: The device. It is given back before this returns.
+        images: At least two; the first is not counted.
+
+    Raises:
+        VisionAccelError: If the encoder cannot be opened, or fails.
+    """
+    with _opened(checkpoint, accelerator) as (prepare, encoder):
+        seconds = []
+        for image in images:
+            patches, grid = prepare(image)
+            started = time.perf_counter()
+            encoder.encode(patches, [grid])
+            seconds.append(time.perf_counter() - started)
+        at_a_time = encoder.capabilities.max_in_flight
+    counted = seconds[1:]
+    return DeviceTime(
+        sum(counted) / len(counted) / at_a_time, f"{len(counted)} images encoded one at a time beforehand"
+    )
+
+
+@contextmanager
+def _opened(
+    checkpoint: Path, accelerator: Accelerator
+) -> Iterator[tuple[Callable[[Image], tuple[NDArray[np.float32], Grid]], Encoder]]:
+    """The encoder as a server would open it, and what makes patches of an image for it."""
+    located = locate_checkpoint(checkpoint)
+    folder = accelerator.bundle
+    source: Tower | Bundle
+    if folder is not None and is_bundle(folder):
+        source = open_bundle(folder, checkpoint=located)
+    else:
+        source = open_source(folder or checkpoint)
+    process = image_processor(located.folder)
+    with open_encoder(
+        source, backend=accelerator.backend, device=accelerator.device, options=accelerator.options
+    ) as encoder:
+        coverages = tuple(opened.program.coverage for opened in encoder.programs)
+        tower = source.tower if isinstance(source, Bundle) else source
+        fitter = Fitter(tower, coverages, "letterbox", process.min_pixels, process.max_pixels)
+        fitter.check_bounds()
+        yield (lambda image: process(fitter.fit(image))), encoder

@@ -1,0 +1,277 @@
+"""From time stamps of requests to figures: latencies, stalls, throughput, and the bounds they are held against.
+
+All times are seconds. Those of a `Trace` count from the start of its load.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, Self
+
+__all__ = [
+    "PRIOR_ART_RATIO", "PRIOR_ART_REQUESTS", "STALL", "Bound", "Figures", "Kind", "Latencies", "Overlap", "Run",
+    "Spread", "Stalls", "Trace", "bound", "device_finish", "figures", "overlap", "stalls", "wall_seconds",
+]  # fmt: skip
+
+STALL = 0.1
+"""A text stream stalls where its next token takes longer than this."""
+
+PRIOR_ART_RATIO, PRIOR_ART_REQUESTS = 1.66, 3
+"""Published: three concurrent image requests, 120.29 s one after the other and 72.42 s with encoding and decoding
+overlapped by a rewritten vLLM scheduler (on a real NPU, with another model)."""
+
+Kind = Literal["text", "image"]
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """One request, as its client saw it.
+
+    Attributes:
+        name: Such as `text 0` or `image 3`.
+        kind: Whether it is a text stream or has an image.
+        sent: When it was sent.
+        arrivals: When tokens arrived, ascending. One server event is one arrival, even if it brings several tokens.
+        tokens: Tokens of the answer, as the server counts them.
+    """
+
+    name: str
+    kind: Kind
+    sent: float
+    arrivals: tuple[float, ...]
+    tokens: int
+
+    @property
+    def ttft(self) -> float:
+        """Time to the first token."""
+        return self.arrivals[0] - self.sent
+
+    @property
+    def gaps(self) -> list[float]:
+        """Inter-token latencies: from each arrival to the next."""
+        return [later - earlier for earlier, later in pairwise(self.arrivals)]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The requests of one load, sent once.
+
+    Attributes:
+        traces: The requests, at least one, each with an arrival.
+        client_pauses: Start and length of times of more than `STALL` in which the client itself did not run, because
+            the machine was too busy: what arrived meanwhile got its time stamp late, and looks like a stall of the
+            server.
+    """
+
+    traces: tuple[Trace, ...]
+    client_pauses: tuple[tuple[float, float], ...] = ()
+
+    def of(self, kind: Kind) -> list[Trace]:
+        """The requests of one kind."""
+        return [trace for trace in self.traces if trace.kind == kind]
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Percentiles of some times, interpolated linearly between the nearest two."""
+
+    p50: float
+    p90: float
+    p99: float
+    max: float
+
+    @classmethod
+    def of(cls, times: Iterable[float]) -> Self | None:
+        """The percentiles; None of no times."""
+        ordered = sorted(times)
+        if not ordered:
+            return None
+        return cls(*(_percentile(ordered, share) for share in (0.5, 0.9, 0.99, 1.0)))
+
+
+@dataclass(frozen=True, slots=True)
+class Latencies:
+    """Of all requests of one kind.
+
+    Attributes:
+        ttft_seconds: Time to first token.
+        itl_seconds: Inter-token latency; None if every answer is one token.
+    """
+
+    ttft_seconds: Spread | None
+    itl_seconds: Spread | None
+
+
+@dataclass(frozen=True, slots=True)
+class Stalls:
+    """Gaps of text streams over `STALL`.
+
+    Attributes:
+        seconds: Their sum, over all streams; the mean of the repetitions.
+        number: How many; the mean of the repetitions.
+        longest_seconds: The longest gap of all, also if it is no stall.
+    """
+
+    seconds: float
+    number: float
+    longest_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Of the repetitions of one load.
+
+    Attributes:
+        wall_seconds: From the first request sent to the last token; the median of the repetitions.
+        wall_seconds_each: Of each repetition.
+        tokens_per_second: Tokens of all requests by the wall seconds of all repetitions.
+        image_requests_per_second: Image requests by the seconds from the first one sent to the last one's last token.
+        text: Of the text streams of all repetitions together; None without any.
+        images: Of the image requests, likewise.
+        stalls: Of the text streams; None without any.
+        covered: Whether in each repetition a text stream lasted until every image request had its first token. If
+            not, some stalls had no stream to show in. None unless there are both.
+        client_pause_seconds: The client's own pauses of more than `STALL`; the mean of the repetitions. Stalls of
+            about that length are not the server's.
+    """
+
+    wall_seconds: float
+    wall_seconds_each: tuple[float, ...]
+    tokens_per_second: float
+    image_requests_per_second: float | None
+    text: Latencies | None
+    images: Latencies | None
+    stalls: Stalls | None
+    covered: bool | None
+    client_pause_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """What an ideal server would need for a load: no schedule on the same device and language model takes less.
+
+    Attributes:
+        device_seconds: When the device is done at the earliest, see `device_finish`.
+        decode_seconds: The load's wall seconds where images cost the device nothing.
+        seconds: The greater of the two.
+    """
+
+    device_seconds: float
+    decode_seconds: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """How much faster image requests are together than one after the other.
+
+    Attributes:
+        sequential_seconds: Wall of the requests, each sent when the one before was answered.
+        concurrent_seconds: Wall of as many requests, all sent at once.
+        ratio: The former by the latter, which is the ratio of throughputs.
+        bound: The ratio that an ideal server would reach, `sequential / max(device, decode)`; None if unknown.
+    """
+
+    sequential_seconds: float
+    concurrent_seconds: float
+    ratio: float
+    bound: float | None
+
+
+def figures(runs: Sequence[Run]) -> Figures:
+    """Figures of the repetitions of one load, of which there is at least one."""
+    walls = tuple(wall_seconds(run.traces) for run in runs)
+    text = [trace for run in runs for trace in run.of("text")]
+    images = [trace for run in runs for trace in run.of("image")]
+    image_walls = [wall_seconds(found) for run in runs if (found := run.of("image"))]
+    tokens = sum(trace.tokens for run in runs for trace in run.traces)
+    return Figures(
+        wall_seconds=statistics.median(walls),
+        wall_seconds_each=walls,
+        tokens_per_second=tokens / sum(walls),
+        image_requests_per_second=len(images) / sum(image_walls) if images else None,
+        text=_latencies(text),
+        images=_latencies(images),
+        stalls=stalls(text, len(runs)) if text else None,
+        covered=all(_covered(run) for run in runs) if text and images else None,
+        client_pause_seconds=math.fsum(length for run in runs for _, length in run.client_pauses) / len(runs),
+    )
+
+
+def stalls(text: Iterable[Trace], repetitions: int = 1) -> Stalls:
+    """The stalls of the text streams of some repetitions."""
+    gaps = [gap for trace in text for gap in trace.gaps]
+    long = [gap for gap in gaps if gap > STALL]
+    return Stalls(math.fsum(long) / repetitions, len(long) / repetitions, max(gaps, default=0.0))
+
+
+def wall_seconds(traces: Sequence[Trace]) -> float:
+    """From the first request sent to the last token."""
+    return max(trace.arrivals[-1] for trace in traces) - min(trace.sent for trace in traces)
+
+
+def device_finish(run: Run, seconds_each: float) -> float:
+    """When a device that starts each image at once, and is idle only while none waits, is done with a run's images.
+
+    It counts from the first request sent, as the wall does. With images that come faster than they are encoded it is
+    the time until the first one is sent plus all encodes.
+
+    Args:
+        run: One repetition.
+        seconds_each: Device time of one image.
+    """
+    start = min(trace.sent for trace in run.traces)
+    finish = 0.0
+    for sent in sorted(trace.sent for trace in run.of("image")):
+        finish = max(finish, sent - start) + seconds_each
+    return finish
+
+
+def bound(runs: Sequence[Run], seconds_each: float, decode_seconds: float) -> Bound:
+    """The ideal bound of a load.
+
+    It is optimistic: the last image is also prefilled and answered after the device is done, which is not added.
+
+    Args:
+        runs: The repetitions; the median of their device times counts.
+        seconds_each: Device time of one image.
+        decode_seconds: The load's wall seconds where images cost the device nothing.
+    """
+    device = statistics.median(device_finish(run, seconds_each) for run in runs)
+    return Bound(device, decode_seconds, max(device, decode_seconds))
+
+
+def overlap(sequential: float, concurrent: float, device: float | None, decode: float | None) -> Overlap:
+    """The gain of concurrent image requests, and its bound.
+
+    Args:
+        sequential: Wall seconds of the requests one after the other.
+        concurrent: Wall seconds of as many requests sent at once.
+        device: Device seconds of all of them; None if unknown.
+        decode: Their wall seconds, sent at once, where images cost the device nothing; None if unknown.
+    """
+    ideal = None if device is None or decode is None else max(device, decode)
+    return Overlap(sequential, concurrent, sequential / concurrent, sequential / ideal if ideal else None)
+
+
+def _latencies(traces: Sequence[Trace]) -> Latencies | None:
+    if not traces:
+        return None
+    gaps = Spread.of(gap for trace in traces for gap in trace.gaps)
+    return Latencies(Spread.of(trace.ttft for trace in traces), gaps)
+
+
+def _covered(run: Run) -> bool:
+    last_token = max(trace.arrivals[-1] for trace in run.of("text"))
+    return last_token >= max(trace.arrivals[0] for trace in run.of("image"))
+
+
+def _percentile(ordered: Sequence[float], share: float) -> float:
+    place = share * (len(ordered) - 1)
+    below = math.floor(place)
+    above = min(below + 1, len(ordered) - 1)
+    return min(ordered[below] + (place - below) * (ordered[above] - ordered[below]), ordered[above])
