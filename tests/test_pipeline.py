@@ -22,6 +22,7 @@ from modelled_engine import GOOD, GRID, IMAGES, TAINTED, Engine, Worker, depth, 
 from visionaccel import open_encoder
 from visionaccel.errors import ConfigurationError
 from visionaccel.integrations.vllm import compat, faults
+from visionaccel.integrations.vllm.activation import MODELS
 from visionaccel.integrations.vllm.mode import choose_mode
 from visionaccel.settings import load_settings
 
@@ -86,6 +87,8 @@ def make_pipelined(kind, digits, folder, **settings):
         patch.setenv("VISIONACCEL_BACKEND", "onnxrt")
         for name, value in settings.items():
             patch.setenv("VISIONACCEL_" + name, str(value))
+        for architecture, model in MODELS.items():  # vLLM loads its plug-ins once, maybe for a test before
+            compat.register_model(architecture, model)
         scheduler = make_scheduler(digits, kind, pipelined=True)
         opened = scheduler.ec_connector.service.encoders[0].primary.programs[0]
         opened.session = Gate(opened.session)
