@@ -51,7 +51,7 @@ def test_pixels_that_pass_the_scheduler_by_are_encoded_in_the_step(ask, stock):
     answers = ask(BACKEND, "blind", connector=CONNECTOR)
     assert answers["status"] == 0, answers["log"][-4000:]
     assert "--ec-transfer-config names VisionAccelConnector" in answers["log"]
-    assert "is computed in the engine's step, because its pixels do not pass the scheduler" in answers["log"]
+    assert "is encoded in the engine's step, because its pixels do not pass the scheduler" in answers["log"]
     assert "float32 arithmetic, in-line, for what comes through no EC connector" in answers["log"]
     for part in ("first", "video"):
         assert tokens(answers["parts"][part]) == tokens(stock["parts"][part])
