@@ -11,6 +11,7 @@ the time that its scheduler spends in the connector is measured where it is spen
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -200,6 +201,7 @@ def _soak(engine: Any, switch: Path, requests: int) -> dict[str, float]:
     def at(finished: int) -> None:
         if finished % max(1, requests // 40) == 0:
             gc.collect()
+            _return_free_memory()
             memory.append((finished, _memory()))
             descriptors.append(len(list(Path("/proc/self/fd").iterdir())))
 
@@ -332,6 +334,16 @@ def _verdict(request: Asked, right: list[int]) -> str:
             return "aborted"
         case other:
             return f"wrong: {other}, {'right' if answered else 'another'} answer"
+
+
+def _return_free_memory() -> None:
+    """Have the C library return what it holds free, or its growing collection of odd sizes would look like a leak.
+
+    Without this, resident memory grows by about 30 MB over the same requests, in steps, and stays there.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # glibc's
+        trim(0)
 
 
 def _memory() -> float:
