@@ -73,10 +73,10 @@ native: $(INSTALLED)
 	$(BIN)/ctest --test-dir $(VENV)/native --output-on-failure
 
 unit: $(INSTALLED)
-	$(BIN)/python -m pytest --ignore tests/e2e
+	$(BIN)/python -m pytest --ignore tests/e2e --durations=25
 
 e2e: $(INSTALLED)
-	$(BIN)/python -m pytest tests/e2e --basetemp=.pytest_tmp_e2e
+	$(BIN)/python -m pytest tests/e2e --basetemp=.pytest_tmp_e2e --durations=25
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks
