@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DOCTEST := $(VENV)/debian/usr
 INSTALLED := $(VENV)/installed
 
-PACKAGES := . plugins/onnxrt plugins/torch_ref plugins/flexmlrt examples/digits_vlm
+PACKAGES := . plugins/onnxrt plugins/openvino plugins/torch_ref plugins/flexmlrt examples/digits_vlm
 NATIVE := $(wildcard cpp/*.txt cpp/*/*.txt cpp/cmake/* cpp/bridge/* cpp/simulator/*.* cpp/simulator/include/*)
 MANIFESTS := Makefile hatch_build.py tools/constraints.txt tools/requirements.txt $(wildcard tools/vllm_cpu/*) \
 	$(PACKAGES:%=%/pyproject.toml) $(NATIVE)
@@ -82,7 +82,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks
 
 dist: $(INSTALLED)
-	for folder in . plugins/onnxrt plugins/torch_ref; do \
+	for folder in . plugins/onnxrt plugins/openvino plugins/torch_ref; do \
 		(cd $$folder && PLAIN_EXTRAS=1 $(CURDIR)/$(BIN)/python -m hatchling build -d $(CURDIR)/dist) || exit 1; \
 	done
 	cd plugins/flexmlrt && $(CURDIR)/$(BIN)/python -c \

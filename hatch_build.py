@@ -5,7 +5,7 @@ from pathlib import Path
 
 from hatchling.metadata.plugin.interface import MetadataHookInterface
 
-PLUGINS = {"flexmlrt": "visionaccel-flexmlrt", "onnxrt": "visionaccel-onnxrt", "torch_ref": "visionaccel-torch-ref"}
+PLUGINS = {name: f"visionaccel-{name.replace('_', '-')}" for name in ("flexmlrt", "onnxrt", "openvino", "torch_ref")}
 
 
 class PluginExtras(MetadataHookInterface):

@@ -15,7 +15,7 @@ from visionaccel.bundle.manifest import seal
 from visionaccel.checkpoint import read_header
 from visionaccel.encoder import open_tower
 from visionaccel.grid import Grid
-from visionaccel.program import AnyGrid, FixedGrid
+from visionaccel.program import AnyGrid, FixedGrid, OperatorDialect
 
 Change = Callable[[dict[str, Any]], object]
 
@@ -27,6 +27,7 @@ def write_bundle(
     bucket: str | None = None,
     dynamic: bool = False,
     split_host: bool = False,
+    dialect: OperatorDialect | None = None,
     **settings: Any,
 ) -> Path:
     """Export a bundle with programs for those grids, a bucket and any grid; `settings` are `export_bundle`'s."""
@@ -35,7 +36,7 @@ def write_bundle(
     if bucket is not None:
         requests.append(ProgramRequest(tower.bucket(Grid.parse(bucket)), split_host))
     if dynamic:
-        requests.append(ProgramRequest(AnyGrid()))
+        requests.append(ProgramRequest(AnyGrid(), dialect=dialect))
     export_bundle(tower, folder, requests, **settings)
     return folder
 

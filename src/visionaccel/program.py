@@ -13,12 +13,20 @@ from visionaccel.grid import Grid
 
 __all__ = [
     "CHECKPOINT", "DEVICE_TENSORS", "EP_CONTEXT", "FLEXMLRT_DIRECTORY", "FLEXMLRT_RAI", "HOST_AFTER", "HOST_BEFORE",
-    "ONNX", "SIMULATOR_FILE", "SIMULATOR_MAGIC",
-    "AnyGrid", "Bucket", "Coverage", "FixedGrid", "HostSplit", "Precision", "Program",
+    "ONNX", "ONNX_MODELS", "ONNX_STANDARD", "SIMULATOR_FILE", "SIMULATOR_MAGIC",
+    "AnyGrid", "Bucket", "Coverage", "FixedGrid", "HostSplit", "OperatorDialect",
+    "Precision", "Program",
 ]  # fmt: skip
 
 ONNX = "onnx"
-"""An ONNX model as bytes; its external data lies under `Program.folder`."""
+"""An ONNX model as bytes; its external data lies under `Program.folder`. One for any grid is written in ONNX Runtime's
+operators (`com.microsoft`), those of fixed shapes in standard ones."""
+
+ONNX_STANDARD = "onnx.standard"
+"""The same for any grid, in standard operators alone (opset 23)."""
+
+ONNX_MODELS = frozenset({ONNX, ONNX_STANDARD})
+"""Formats that read the tower's weights by name, where the bundle or the checkpoint has them."""
 
 CHECKPOINT = "checkpoint"
 """A Hugging Face checkpoint folder, for a backend that builds the tower from its weights."""
@@ -49,6 +57,9 @@ SIMULATOR_FILE = "simulator.rai"
 
 Precision: TypeAlias = Literal["float32", "bfloat16", "float16"]
 """Dtype of a program's weights and activations; its inputs and outputs are float32 whatever it computes in."""
+
+OperatorDialect: TypeAlias = Literal["microsoft", "standard"]
+"""Whose operators an ONNX model is written in: ONNX Runtime's own where it has faster ones, or the standard's alone."""
 
 
 @dataclass(frozen=True, slots=True)

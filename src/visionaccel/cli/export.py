@@ -37,6 +37,13 @@ class Target(StrEnum):
     VITISAI = "vitisai"
 
 
+class DialectName(StrEnum):
+    """Whose operators programs are written in."""
+
+    STANDARD = "standard"
+    MICROSOFT = "microsoft"
+
+
 VITISAI_DEVICE = "npu"
 VITISAI_CONFIG = {
     "passes": [
@@ -78,6 +85,13 @@ def export(
             help="Leave the patch embedding and the window reorder of fixed-shape programs to the host.",
         ),
     ] = False,
+    dialect: Annotated[
+        DialectName | None,
+        typer.Option(
+            help="Whose operators the program for every grid is written in: ONNX Runtime's own (microsoft, the "
+            "default), or the standard's, which OpenVINO takes."
+        ),
+    ] = None,
     self_contained: Annotated[
         bool, typer.Option("--self-contained", help="Pack the weights into the bundle instead of referencing them.")
     ] = False,
@@ -117,7 +131,7 @@ def export(
         *(ProgramRequest(tower.bucket(each), split_host) for each in largest),
     ]
     if dynamic or not requests:
-        requests.append(ProgramRequest(AnyGrid()))
+        requests.append(ProgramRequest(AnyGrid(), dialect=dialect.value if dialect is not None else None))
     with progress(TextColumn("{task.percentage:>3.0f} %", markup=False)) as tell:
         bundle = export_bundle(
             tower,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,19 @@ from visionaccel.families.qwen2_5_vl.host_part import match_windows, recognise_h
 from visionaccel.families.qwen2_5_vl.signature import EMBEDDINGS, PATCH_KERNEL, Signature, signature
 from visionaccel.families.qwen2_5_vl.weight_names import weight_names
 from visionaccel.grid import Grid
-from visionaccel.program import CHECKPOINT, ONNX, AnyGrid, Bucket, Coverage, FixedGrid, HostSplit, Precision, Program
+from visionaccel.program import (
+    CHECKPOINT,
+    ONNX,
+    ONNX_STANDARD,
+    AnyGrid,
+    Bucket,
+    Coverage,
+    FixedGrid,
+    HostSplit,
+    OperatorDialect,
+    Precision,
+    Program,
+)
 
 __all__ = ["WEIGHT_PREFIXES", "Qwen25VL", "Qwen25VLTower"]
 
@@ -75,7 +88,11 @@ class Qwen25VLTower(Tower):
         return all(name in weights for name in weight_names(self.config))
 
     def programs(self, formats: Iterable[str]) -> tuple[Program, ...]:
-        known = {ONNX: self._onnx_program, CHECKPOINT: self._checkpoint_program}
+        known: dict[str, Callable[[], Program]] = {
+            ONNX: partial(self._onnx_program, ONNX, "microsoft"),
+            ONNX_STANDARD: partial(self._onnx_program, ONNX_STANDARD, "standard"),
+            CHECKPOINT: self._checkpoint_program,
+        }
         return tuple(known[wanted]() for wanted in sorted(set(formats)) if wanted in known)
 
     def signature(self, coverage: Coverage, host: HostSplit | None) -> Signature:
@@ -130,6 +147,7 @@ class Qwen25VLTower(Tower):
         coverage: Coverage = AnyGrid(),  # noqa: B008 - frozen and without state
         precision: Precision = "float32",
         host: HostSplit | None = None,
+        dialect: OperatorDialect | None = None,
     ) -> bytes:
         # onnx takes a noticeable time to import and only a backend that opens this program needs it.
         from visionaccel.families.qwen2_5_vl.graph import write_graph
@@ -140,7 +158,7 @@ class Qwen25VLTower(Tower):
         if isinstance(coverage, AnyGrid):
             if host is not None:
                 self.split(coverage)
-            model = write_graph(self.config, self.weights, writer)
+            model = write_graph(self.config, self.weights, writer, dialect or "microsoft")
         else:
             model = write_static_graph(self.config, self.weights, writer, coverage, host)
         return bytes(model.SerializeToString())
@@ -149,19 +167,19 @@ class Qwen25VLTower(Tower):
         side = self.config.window_tokens * self.merge_size
         return -(-frame.h // side) * -(-frame.w // side)
 
-    def _onnx_program(self) -> Program:
+    def _onnx_program(self, stored_as: str, dialect: OperatorDialect) -> Program:
         inputs, outputs = self.signature(AnyGrid(), None)
         return Program(
             name="dynamic",
             family=self.family,
-            format=ONNX,
+            format=stored_as,
             folder=self.checkpoint.weights_folder,
             inputs=inputs,
             outputs=outputs,
             config=self.checkpoint.config["vision_config"],
             weights=self.weights,
             uniform_frames=True,
-            model=self.onnx_model,
+            model=partial(self.onnx_model, dialect=dialect),
         )
 
     def _checkpoint_program(self) -> Program:

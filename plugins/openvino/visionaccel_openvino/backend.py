@@ -1,0 +1,189 @@
+"""The OpenVINO backend: which programs it takes, and how it opens them."""
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from visionaccel.backends import Accepted, Capabilities, Options, Rejected, Session, Verdict, VisionBackend
+from visionaccel.errors import ConfigurationError, DeviceError
+from visionaccel.program import ONNX, ONNX_STANDARD, AnyGrid, Program
+
+if TYPE_CHECKING:
+    import openvino
+
+__all__ = ["OpenVinoBackend", "OpenVinoOptions"]
+
+_SCORES = {"cpu": 55, "gpu": 80, "npu": 100, "auto": 55}
+_PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+_CAPABILITIES = {"float32": "FP32", "bfloat16": "BF16", "float16": "FP16"}
+
+
+class OpenVinoOptions(Options):
+    """Options of the `openvino` backend."""
+
+    precision: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None,
+        description="Arithmetic of the device. Unset: that of the program on cpu and auto, float16 on gpu and npu.",
+    )
+    threads: int | None = Field(None, ge=1, description="cpu: threads of a call. Unset: one for each core.")
+    requests: int = Field(1, ge=1, le=64, description="Calls in flight at a time; each takes memory of its own.")
+    cache_dir: Path | None = Field(
+        None,
+        description="gpu, npu: folder where compiled programs are kept, for compilers that take long. Unset: nowhere.",
+    )
+    properties: dict[str, str] = Field(
+        default_factory=dict, description="Further properties of OpenVINO's device by their names, as texts."
+    )
+
+
+class OpenVinoBackend(VisionBackend):
+    """Compiles ONNX programs with OpenVINO for the CPU, Intel's GPUs and NPUs, or whichever it finds best (`auto`)."""
+
+    name = "openvino"
+    formats = frozenset({ONNX, ONNX_STANDARD})
+    options = OpenVinoOptions
+
+    def devices(self) -> Sequence[str]:
+        import openvino
+
+        return (*(_ours(name) for name in openvino.Core().available_devices), "auto")
+
+    def probe(self, program: Program, device: str | None) -> Verdict:
+        kind = self.kind_of(device) or "cpu"
+        if kind not in _SCORES:
+            return Rejected(f"it knows no device {device!r}.", f"Name one of {', '.join(_SCORES)}, such as gpu:1.")
+        if isinstance(program.coverage, AnyGrid) and program.format == ONNX:
+            return Rejected(
+                f"program {program.name!r} is written in ONNX Runtime's operators.",
+                "Export it with --dialect standard, or leave out the bundle.",
+            )
+        if isinstance(program.coverage, AnyGrid) and kind == "npu":
+            return Rejected(
+                f"an npu takes programs of fixed shapes only, and {program.name!r} serves every grid.",
+                "Export a bundle with --grid and set VISIONACCEL_BUNDLE, or use device cpu or gpu.",
+            )
+        missing = [module for module in ("openvino", "onnx") if importlib.util.find_spec(module) is None]
+        if missing:
+            return Rejected(f"{' and '.join(missing)} is not installed.", f"pip install {' '.join(missing)}.")
+        import openvino
+
+        available = [_ours(name) for name in openvino.Core().available_devices]
+        wanted = device or "cpu"
+        if kind != "auto" and wanted not in available and f"{wanted}:0" not in available:
+            return Rejected(
+                f"OpenVINO {openvino.__version__} finds no device {wanted!r} here; it finds {', '.join(available)}.",
+                "Check the device's driver, or use device cpu.",
+            )
+        return Accepted(_SCORES[kind], f"OpenVINO {openvino.__version__}, device {_theirs(wanted)}")
+
+    def open(self, program: Program, device: str | None, options: OpenVinoOptions) -> Session:
+        import openvino
+
+        from visionaccel_openvino.model import read_model
+        from visionaccel_openvino.session import OpenVinoSession
+
+        shown = device or "cpu"
+        if options.cache_dir is not None and self.kind_of(shown) not in ("gpu", "npu"):
+            # A program that OpenVINO 2026.4 loads from its cache for the CPU answers with NaN, or worse, with numbers.
+            raise ConfigurationError(
+                f"compiled programs for device {shown!r} are not kept: OpenVINO gives wrong answers from them.",
+                hint="Leave out the option cache_dir; the cpu compiles within seconds.",
+            )
+        core = openvino.Core()
+        precision = _precision(core, program, shown, options)
+        model, mapped = read_model(core, program)
+        properties = _properties(program, shown, precision, options)
+        try:
+            compiled = core.compile_model(model, _theirs(shown), properties)
+        except RuntimeError as error:
+            raise DeviceError(
+                f"OpenVINO {openvino.__version__} cannot compile program {program.name!r} for device {shown!r}: "
+                f"{error}",
+                hint="Check the backend's options; `visionaccel backends` lists them.",
+            ) from error
+        _check_precision(compiled, shown, precision)
+        capabilities = Capabilities(device=shown, precision=precision, thread_safe=True, max_in_flight=options.requests)
+        return OpenVinoSession(compiled, program, capabilities, mapped)
+
+
+def _ours(name: str) -> str:
+    """Our name of a device of OpenVINO: `gpu:1` for `GPU.1`."""
+    return name.lower().replace(".", ":")
+
+
+def _theirs(device: str) -> str:
+    return device.upper().replace(":", ".")
+
+
+def _precision(core: "openvino.Core", program: Program, device: str, options: OpenVinoOptions) -> str:
+    """The arithmetic to ask for, once the device is known to have it.
+
+    Raises:
+        ConfigurationError: If it has not. OpenVINO itself would silently take another one.
+    """
+    kind = device.partition(":")[0]
+    wanted = options.precision or ("float16" if kind in ("gpu", "npu") else program.precision)
+    if kind == "auto":
+        if _needs_no_snippets(program, wanted):
+            raise ConfigurationError(
+                f"device 'auto' may compute program {program.name!r}, of fixed shapes, wrongly in {wanted}.",
+                hint="Name the device, such as cpu, or set the option precision=float32.",
+            )
+        return wanted
+    known = core.get_property(_theirs(device), "OPTIMIZATION_CAPABILITIES")
+    if _CAPABILITIES[wanted] in known:
+        return wanted
+    if options.precision is None and "FP32" in known:
+        return "float32"
+    offered = ", ".join(name for name, theirs in _CAPABILITIES.items() if theirs in known)
+    raise ConfigurationError(
+        f"OpenVINO's device {device!r} does not compute in {wanted} here; it offers {offered}.",
+        hint="Name one of these as the option precision, or leave it out.",
+    )
+
+
+def _needs_no_snippets(program: Program, precision: str) -> bool:
+    """Whether OpenVINO's code generator for attention (snippets) must be off on the CPU.
+
+    For fixed shapes in bfloat16, OpenVINO 2026.4's gives wrong answers without a word: where masks are added to the
+    scores, rows with a cosine of 0.4 to 0.9 to the right ones. Its other implementations are right, and graphs for any
+    grid do not go through it. Device `auto` does not hand the property that turns it off to the CPU.
+    """
+    return precision != "float32" and not isinstance(program.coverage, AnyGrid)
+
+
+def _properties(program: Program, device: str, precision: str, options: OpenVinoOptions) -> dict[str, Any]:
+    """What to compile with. The user's own properties come last, and win."""
+    kind = device.partition(":")[0]
+    properties: dict[str, Any] = {
+        "PERFORMANCE_HINT": "LATENCY" if options.requests == 1 else "THROUGHPUT",
+        "PERFORMANCE_HINT_NUM_REQUESTS": options.requests,
+        "INFERENCE_PRECISION_HINT": _PRECISIONS[precision],
+    }
+    if kind == "cpu":
+        if options.threads is not None:
+            properties["INFERENCE_NUM_THREADS"] = options.threads
+        if _needs_no_snippets(program, precision):
+            properties["SNIPPETS_MODE"] = "DISABLE"
+    if options.cache_dir is not None:
+        properties["CACHE_DIR"] = str(options.cache_dir.expanduser().absolute())
+    return {**properties, **options.properties}
+
+
+def _check_precision(compiled: "openvino.CompiledModel", device: str, precision: str) -> None:
+    """That the device computes in what was asked for.
+
+    Raises:
+        DeviceError: If it does not.
+    """
+    if device.partition(":")[0] != "cpu":
+        return  # other devices do not report what they made of the hint
+    actual = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    if actual != _PRECISIONS[precision]:
+        raise DeviceError(
+            f"OpenVINO computes in {actual} where {precision} was asked for.",
+            hint="Choose another value of the option precision.",
+        )
