@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 __all__ = ["ImageBackend", "ImageProcessor", "as_rgb", "image_processor", "load_image"]
 
 ImageBackend: TypeAlias = Literal["pil", "torchvision"]
-"""What transformers computes on: Pillow and numpy, or torch. They resize differently, by up to two grey levels."""
+"""What transformers computes on: Pillow and numpy, or torch.
+
+They resize differently: by a grey level or two in pictures, by up to 30 in noise that is clipped at black and white.
+"""
 
 _BICUBIC = 3
 """Pillow's number of the filter."""
