@@ -7,12 +7,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import adapter_overhead, bridge_overhead, graph_writer, host_part, import_time, soak
+from benchmarks import adapter_overhead, bridge_overhead, graph_writer, host_part, image_patches, import_time, soak
 
 BENCHMARKS = {
     "import_time": import_time.measure,
     "graph_writer": graph_writer.measure,
     "host_part": host_part.measure,
+    "image_patches": image_patches.measure,
     "adapter_overhead": adapter_overhead.measure,
     "bridge_overhead": bridge_overhead.measure,
     "soak": soak.measure,
@@ -25,6 +26,8 @@ BOUNDS = {
     "peak memory above the interpreter's own, GiB": 0.5,
     "host part in float32, times the fastest way": 1.5,
     "host part in bfloat16, times the fastest way": 1.5,
+    "pil 1036x812, fused, times the processor": 0.75,
+    "pil 1920x1080, fused, times the processor": 0.75,
     "adapter's own, % of the encode (median)": 1,
     "bridge's own, ms (median)": 1,
     **soak.BOUNDS,

@@ -18,7 +18,7 @@ from visionaccel.program import AnyGrid, Bucket, Coverage, FixedGrid
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["FitPolicy", "Fitter", "grid_cost", "natural_grid"]
+__all__ = ["FitPolicy", "Fitter", "fitted", "grid_cost", "natural_grid", "require_area"]
 
 FitPolicy: TypeAlias = Literal["letterbox", "stretch"]
 """How an image gets another aspect ratio: padded at the right or bottom, or distorted."""
@@ -73,6 +73,20 @@ def grid_cost(height: int, width: int, natural: Grid, grid: Grid) -> float:
     return aspect + (_ADDED_AREA * area if area > 0 else -_LOST_AREA * area)
 
 
+def require_area(what: str, pixels: int, min_pixels: int, max_pixels: int) -> None:
+    """Refuse what needs images of an area that the processor gives none.
+
+    Raises:
+        ConfigurationError: If the area lies outside the bounds.
+    """
+    if not min_pixels <= pixels <= max_pixels:
+        raise ConfigurationError(
+            f"{what} needs images of {pixels} pixels; the processor makes them of {min_pixels} to {max_pixels}.",
+            hint="Set the processor's min_pixels and max_pixels, for vLLM with --mm-processor-kwargs, or export other "
+            "grids.",
+        )
+
+
 @dataclass(frozen=True)
 class Fitter:
     """Chooses a grid for each image and resizes images to it.
@@ -111,14 +125,7 @@ class Fitter:
         side = self.tower.patch_size
         for coverage in self.coverages:
             grid = coverage.grid if isinstance(coverage, FixedGrid) else self._fullest(coverage)
-            pixels = grid.patches * side**2
-            if not self.min_pixels <= pixels <= self.max_pixels:
-                raise ConfigurationError(
-                    f"the program for {coverage} needs images of {pixels} pixels; the processor makes them of "
-                    f"{self.min_pixels} to {self.max_pixels}.",
-                    hint="Set the processor's min_pixels and max_pixels, for vLLM with --mm-processor-kwargs, or "
-                    "export other grids.",
-                )
+            require_area(f"the program for {coverage}", grid.patches * side**2, self.min_pixels, self.max_pixels)
 
     def grid_for(self, height: int, width: int) -> Grid:
         """The grid that an image of that size in pixels gets.
@@ -149,7 +156,7 @@ class Fitter:
         own = natural_grid(image.height, image.width, patch * merge, self.min_pixels, self.max_pixels, merge)
         if image.size == size or grid == own:
             return image
-        return _stretched(image, size) if self.policy == "stretch" else _letterboxed(image, size)
+        return fitted(image, size, self.policy)
 
     @property
     def _buckets(self) -> Iterable[Bucket | AnyGrid]:
@@ -198,6 +205,17 @@ class Fitter:
             if columns >= rows and rows * columns * merge**2 >= best.patches:
                 best = self._grid(rows, columns, upright=False)
         return best
+
+
+def fitted(image: Image, size: tuple[int, int], policy: FitPolicy) -> Image:
+    """A new image of another size.
+
+    Args:
+        image: In RGB.
+        size: Width and height to come to.
+        policy: How it gets another aspect ratio.
+    """
+    return _stretched(image, size) if policy == "stretch" else _letterboxed(image, size)
 
 
 def _stretched(image: Image, size: tuple[int, int]) -> Image:

@@ -2,32 +2,49 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from visionaccel.arrays import as_numpy
 from visionaccel.errors import CheckpointError, ConfigurationError, InputError
 from visionaccel.grid import Grid, as_grids
+from visionaccel.level_table import LevelTable, read_levels
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["ImageProcessor", "image_processor", "load_image"]
+__all__ = ["ImageBackend", "ImageProcessor", "as_rgb", "image_processor", "load_image"]
+
+ImageBackend: TypeAlias = Literal["pil", "torchvision"]
+"""What transformers computes on: Pillow and numpy, or torch.
+
+They resize differently: by a grey level or two in pictures, by up to 30 in noise that is clipped at black and white.
+"""
+
+_BICUBIC = 3
+"""Pillow's number of the filter."""
 
 
 class ImageProcessor:
-    """The image processor that a checkpoint configures, on Pillow and numpy.
+    """The image processor that a checkpoint configures.
 
     Attributes:
+        backend: What it computes on.
         min_pixels: Smallest area that it gives an image.
         max_pixels: Largest area that it gives an image.
+        patch_size: Side of a patch in pixels.
+        merge_size: Patches along a side of a merged token.
     """
 
     def __init__(self, processor: Any) -> None:
         self._processor = processor
+        self.backend: ImageBackend = processor.backend
         self.min_pixels, self.max_pixels = int(processor.size.shortest_edge), int(processor.size.longest_edge)
+        self.patch_size, self.merge_size = int(processor.patch_size), int(processor.merge_size)
 
     def __call__(self, image: Image, *, resize: bool = True) -> tuple[NDArray[np.float32], Grid]:
         """Patches of one image.
@@ -44,35 +61,103 @@ class ImageProcessor:
             InputError: If the processor refuses the image.
         """
         chosen = {} if resize else {"do_resize": False}
+        tensors = "np" if self.backend == "pil" else "pt"
+        rgb = as_rgb(image)
         try:
-            inputs = self._processor(images=[image.convert("RGB")], return_tensors="np", **chosen)
+            inputs = self._processor(images=[rgb], return_tensors=tensors, **chosen)
         except (OSError, ValueError) as error:
             raise InputError(
                 f"the image processor refuses an image of {image.width}x{image.height} pixels: {error}",
                 hint="Pass an image that the model's own processor takes.",
             ) from error
-        return np.asarray(inputs["pixel_values"], dtype=np.float32), as_grids(inputs["image_grid_thw"])[0]
+        patches: NDArray[np.float32] = np.asarray(as_numpy(inputs["pixel_values"]), dtype=np.float32)
+        return patches, as_grids(inputs["image_grid_thw"])[0]
+
+    @cached_property
+    def levels(self) -> LevelTable:
+        """What it makes of grey levels, for those who resize by themselves or by `resized`.
+
+        Raises:
+            ConfigurationError: If it does more than to resize with the bicubic filter, normalise and make patches.
+        """
+        if not self._processor.do_resize or int(self._processor.resample) != _BICUBIC:
+            raise ConfigurationError(
+                "the image processor does not resize with the bicubic filter.",
+                hint="Use visionaccel.images.image_processor, which runs it as it is.",
+            )
+        from PIL import Image as pillow
+
+        return read_levels(
+            lambda pixels: self(pillow.fromarray(pixels), resize=False)[0], self.patch_size, self.merge_size
+        )
+
+    def resized(self, image: Image, size: tuple[int, int]) -> NDArray[np.uint8]:
+        """An image as this processor resizes it: bicubic and antialiased, by the library that it computes on.
+
+        Args:
+            image: In RGB.
+            size: Width and height to come to.
+
+        Returns:
+            uint8 [height, width, 3]; perhaps read-only.
+        """
+        from PIL.Image import Resampling
+
+        if self.backend == "pil" or image.size == size:
+            return np.asarray(image if image.size == size else image.resize(size, Resampling.BICUBIC))
+        import torch
+
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+        scaled = torch.nn.functional.interpolate(pixels, size[::-1], mode="bicubic", antialias=True)
+        return np.asarray(as_numpy(scaled[0].permute(1, 2, 0)))
 
 
-def image_processor(folder: Path) -> ImageProcessor:
-    """The image processor of a checkpoint folder.
+def as_rgb(image: Image) -> Image:
+    """An image in RGB; the same object if it is that already.
 
     Raises:
-        ConfigurationError: If transformers or Pillow is missing.
+        InputError: If it is no image, its file is damaged, or its mode has no way to RGB.
+    """
+    try:
+        if image.mode == "RGB":
+            image.load()  # a file that is opened and not read yet is damaged or not only now
+            return image
+        return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, AttributeError) as error:
+        raise InputError(
+            f"{type(image).__name__} {getattr(image, 'mode', '')} cannot be read as an image: {error}.",
+            hint="Pass a complete image of Pillow's.",
+        ) from error
+
+
+def image_processor(folder: Path, backend: ImageBackend = "pil") -> ImageProcessor:
+    """The image processor of a checkpoint folder.
+
+    Args:
+        folder: The checkpoint's.
+        backend: What it computes on. `torchvision` needs torch and torchvision; it is what vLLM uses.
+
+    Raises:
+        ConfigurationError: If transformers or Pillow is missing, or the backend's library.
         CheckpointError: If the folder has none, or it cannot be loaded.
     """
     try:
-        import PIL.Image  # noqa: F401 - the processor of the pil backend needs it, and says so less clearly
+        import PIL.Image  # noqa: F401 - the processor needs it, and says so less clearly
         from transformers import AutoImageProcessor
     except ImportError as error:
         raise _missing(error) from error
     try:
-        return ImageProcessor(AutoImageProcessor.from_pretrained(folder, backend="pil"))
+        processor = ImageProcessor(AutoImageProcessor.from_pretrained(folder, backend=backend))
     except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
         raise CheckpointError(
             f"the image processor of {folder} cannot be loaded: {error}",
             hint="The folder needs preprocessor_config.json or processor_config.json.",
         ) from error
+    if processor.backend != backend:  # transformers takes another one with a mere warning
+        raise ConfigurationError(
+            f"transformers offers no image processor on {backend} here.", hint="Install torch and torchvision."
+        )
+    return processor
 
 
 def load_image(path: Path) -> Image:

@@ -17,6 +17,7 @@ from visionaccel.encoder import Encoder, open_encoder, open_source
 from visionaccel.errors import ConfigurationError
 from visionaccel.families import Tower
 from visionaccel.fitting import Fitter
+from visionaccel.fixed_grid import FittingProcessor
 from visionaccel.images import image_processor
 from visionaccel.testing.simulated.target import NAME as SIMULATED
 
@@ -181,4 +182,4 @@ def _opened(
         tower = source.tower if isinstance(source, Bundle) else source
         fitter = Fitter(tower, coverages, "letterbox", process.min_pixels, process.max_pixels)
         fitter.check_bounds()
-        yield (lambda image: process(fitter.fit(image))), encoder
+        yield FittingProcessor(process, fitter), encoder

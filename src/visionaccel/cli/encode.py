@@ -19,6 +19,7 @@ from visionaccel.cli.output import Backend, Device, Json, OptionsText, backend_o
 from visionaccel.encoder import open_encoder, open_source
 from visionaccel.errors import ConfigurationError
 from visionaccel.fitting import Fitter
+from visionaccel.fixed_grid import FittingProcessor
 from visionaccel.images import image_processor, load_image
 from visionaccel.settings import load_settings
 
@@ -70,11 +71,11 @@ def encode(
             coverages = tuple(opened.program.coverage for opened in encoder.programs)
             fitter = Fitter(tower, coverages, settings.fit, process.min_pixels, process.max_pixels)
             fitter.check_bounds()
+        prepare = FittingProcessor(process, fitter)
         rows: list[dict[str, Any]] = []
         arrays: dict[str, NDArray[np.float32]] = {}
         for number, path in enumerate(images):
-            image = load_image(path)
-            patches, grid = process(image if fitter is None else fitter.fit(image))
+            patches, grid = prepare(load_image(path))
             started = time.perf_counter()
             embeddings = encoder.encode(patches, [grid])
             seconds = time.perf_counter() - started
