@@ -13,12 +13,18 @@ from visionaccel.grid import Grid
 
 __all__ = [
     "CHECKPOINT", "DEVICE_TENSORS", "EP_CONTEXT", "FLEXMLRT_DIRECTORY", "FLEXMLRT_RAI", "HOST_AFTER", "HOST_BEFORE",
-    "ONNX", "SIMULATOR_FILE", "SIMULATOR_MAGIC",
-    "AnyGrid", "Bucket", "Coverage", "FixedGrid", "HostSplit", "Precision", "Program",
+    "ONNX", "ONNX_FUSED", "ONNX_MODELS", "SIMULATOR_FILE", "SIMULATOR_MAGIC",
+    "AnyGrid", "Bucket", "Coverage", "FixedGrid", "HostSplit", "OperatorDialect", "Precision", "Program",
 ]  # fmt: skip
 
 ONNX = "onnx"
 """An ONNX model as bytes; its external data lies under `Program.folder`."""
+
+ONNX_FUSED = "onnx.fused"
+"""The same of fixed shapes in ONNX Runtime's own operators (`com.microsoft`), which nothing else runs."""
+
+ONNX_MODELS = frozenset({ONNX, ONNX_FUSED})
+"""Formats that read the tower's weights by name, where the bundle or the checkpoint has them."""
 
 CHECKPOINT = "checkpoint"
 """A Hugging Face checkpoint folder, for a backend that builds the tower from its weights."""
@@ -49,6 +55,9 @@ SIMULATOR_FILE = "simulator.rai"
 
 Precision: TypeAlias = Literal["float32", "bfloat16", "float16"]
 """Dtype of a program's weights and activations; its inputs and outputs are float32 whatever it computes in."""
+
+OperatorDialect: TypeAlias = Literal["microsoft", "standard"]
+"""Whose operators an ONNX model is written in: ONNX Runtime's own where it has faster ones, or the standard's alone."""
 
 
 @dataclass(frozen=True, slots=True)

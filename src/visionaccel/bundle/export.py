@@ -22,7 +22,7 @@ from visionaccel.bundle.processor import PROCESSOR_FILES, processor_digest
 from visionaccel.checkpoint import SINGLE_FILE, Checkpoint
 from visionaccel.errors import ConfigurationError
 from visionaccel.families import Tower, tower_of
-from visionaccel.program import ONNX, AnyGrid, Bucket, Coverage, FixedGrid, Precision
+from visionaccel.program import ONNX, ONNX_FUSED, AnyGrid, Bucket, Coverage, FixedGrid, OperatorDialect, Precision
 from visionaccel.tensor_files import write_safetensors
 
 __all__ = [
@@ -47,10 +47,12 @@ class ProgramRequest:
     Attributes:
         coverage: Which grids it takes.
         split_host: Leave the patch embedding and the window reorder to the host; fixed shapes only.
+        dialect: Whose operators; None for standard ones in a program of fixed shapes, else ONNX Runtime's own.
     """
 
     coverage: Coverage
     split_host: bool = False
+    dialect: OperatorDialect | None = None
 
 
 def export_bundle(
@@ -322,13 +324,14 @@ def _write_program(
     companions: Mapping[str, Path],
 ) -> dict[str, Any]:
     split = tower.split(request.coverage) if request.split_host else None
-    model = tower.onnx_model(coverage=request.coverage, precision=precision, host=split)
+    fused = request.dialect == "microsoft" and not isinstance(request.coverage, AnyGrid)
+    model = tower.onnx_model(coverage=request.coverage, precision=precision, host=split, dialect=request.dialect)
     path = folder / f"{name}.onnx"
     write_file(path, model)
     inputs, outputs = tower.signature(request.coverage, split)
     return {
         "name": name,
-        "format": ONNX,
+        "format": ONNX_FUSED if fused else ONNX,
         "model": path.name,
         "files": [stated_file(folder, file) for file in (path, *companions.values())],
         "companions": {role: file.name for role, file in companions.items()},

@@ -21,7 +21,7 @@ from visionaccel.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, locate_c
 from visionaccel.errors import ArtifactError, BundleError, ConfigurationError, GridError
 from visionaccel.families import Tower, tower_of
 from visionaccel.grid import Grid
-from visionaccel.program import CHECKPOINT, ONNX, Bucket, FixedGrid, Program
+from visionaccel.program import CHECKPOINT, ONNX_MODELS, Bucket, FixedGrid, Program
 from visionaccel.tensor_files import weights_digest
 
 __all__ = ["Bundle", "is_bundle", "open_bundle", "tower_digest"]
@@ -87,7 +87,7 @@ class Bundle:
             raise BundleError(f"{where}: the host of a split program needs {needed}, no more and no less.", hint=_AGAIN)
         if entry.format == CHECKPOINT:
             raise BundleError(f"{where}: the weights themselves are no program of a bundle.", hint=_AGAIN)
-        if entry.format == ONNX and not self.tower.complete:
+        if entry.format in ONNX_MODELS and not self.tower.complete:
             raise BundleError(
                 f"{where}: it reads its weights from the bundle, which does not hold all of them.", hint=_AGAIN
             )
@@ -96,7 +96,7 @@ class Bundle:
             raise BundleError(
                 f"{where}: its tensors are not those of its coverage, {coverage}: {expected}.", hint=_AGAIN
             )
-        external = entry.format == ONNX
+        external = entry.format in ONNX_MODELS
         return Program(
             name=entry.name,
             family=self.family,
@@ -133,7 +133,7 @@ class Bundle:
             raise BundleError(f"{path} cannot be read: {error}", hint=_AGAIN) from error
         if "sha256:" + hashlib.sha256(model).hexdigest() != stated.sha256:
             raise BundleError(f"{path} changed since the bundle was opened.", hint=_AGAIN)
-        if entry.format != ONNX:
+        if entry.format not in ONNX_MODELS:
             return model
         from visionaccel.bundle.external_data import point_at_weights
 

@@ -37,6 +37,13 @@ class Target(StrEnum):
     VITISAI = "vitisai"
 
 
+class DialectName(StrEnum):
+    """Whose operators programs of fixed shapes are written in."""
+
+    STANDARD = "standard"
+    MICROSOFT = "microsoft"
+
+
 VITISAI_DEVICE = "npu"
 VITISAI_CONFIG = {
     "passes": [
@@ -84,6 +91,13 @@ def export(
     precision: Annotated[
         PrecisionName, typer.Option(help="Dtype of weights and activations; inputs and outputs stay float32.")
     ] = PrecisionName.FLOAT32,
+    dialect: Annotated[
+        DialectName,
+        typer.Option(
+            help="Operators of fixed-shape programs: standard ones, or ONNX Runtime's own, which backend onnxrt runs "
+            "faster on cpu and cuda and nothing else runs."
+        ),
+    ] = DialectName.STANDARD,
     target: Annotated[
         Target | None,
         typer.Option(
@@ -112,9 +126,13 @@ def export(
         raise ConfigurationError(
             f"--target {target} is for device {VITISAI_DEVICE}, not {device}.", hint="Leave out --device."
         )
+    if dialect is DialectName.MICROSOFT and (target is not None or device == VITISAI_DEVICE):
+        raise ConfigurationError(
+            f"device {VITISAI_DEVICE} does not run ONNX Runtime's own operators.", hint="Leave out --dialect."
+        )
     requests = [
-        *(ProgramRequest(FixedGrid(each), split_host) for each in fixed),
-        *(ProgramRequest(tower.bucket(each), split_host) for each in largest),
+        *(ProgramRequest(FixedGrid(each), split_host, dialect.value) for each in fixed),
+        *(ProgramRequest(tower.bucket(each), split_host, dialect.value) for each in largest),
     ]
     if dynamic or not requests:
         requests.append(ProgramRequest(AnyGrid()))

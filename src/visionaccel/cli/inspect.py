@@ -15,7 +15,7 @@ from visionaccel.checkpoint import locate_checkpoint
 from visionaccel.cli.output import Json, print_json, results
 from visionaccel.cli.validate import print_certificate
 from visionaccel.errors import ConfigurationError
-from visionaccel.program import HOST_AFTER, HOST_BEFORE, ONNX, Program
+from visionaccel.program import HOST_AFTER, HOST_BEFORE, ONNX_MODELS, Program
 
 __all__ = ["inspect"]
 
@@ -68,7 +68,7 @@ def _row(bundle: Bundle, program: Program) -> dict[str, Any]:
         "outputs": [str(spec) for spec in program.outputs],
         "stored_names": dict(program.stored_names),
         "companions": dict(entry.companions),
-        **(_graph(program) if program.format == ONNX else {}),
+        **(_graph(program) if program.format in ONNX_MODELS else {}),
     }
 
 

@@ -18,7 +18,7 @@ from visionaccel.arrays import Array
 from visionaccel.checkpoint import Checkpoint, StoredTensor
 from visionaccel.contracts import TensorSpec
 from visionaccel.grid import Grid
-from visionaccel.program import AnyGrid, Bucket, Coverage, HostSplit, Precision, Program
+from visionaccel.program import AnyGrid, Bucket, Coverage, HostSplit, OperatorDialect, Precision, Program
 
 if TYPE_CHECKING:
     import onnx
@@ -170,6 +170,7 @@ class Tower(ABC):
         coverage: Coverage = AnyGrid(),  # noqa: B008 - frozen and without state
         precision: Precision = "float32",
         host: HostSplit | None = None,
+        dialect: OperatorDialect | None = None,
     ) -> bytes:
         """The tower as an ONNX model, its weights referenced in the checkpoint's own shards.
 
@@ -179,7 +180,8 @@ class Tower(ABC):
             coverage: Which grids it takes. `FixedGrid` and `Bucket` give fixed shapes in standard operators of opset
                 17; `AnyGrid` gives ONNX Runtime's fused operators.
             precision: Dtype of weights and activations; inputs and outputs are float32.
-            host: What is left to the host, with fixed shapes only.
+            host: What is left to the host, with fixed shapes and in standard operators only.
+            dialect: Whose operators; None for what its coverage says above.
 
         Raises:
             CheckpointError: If a weight is missing or does not fit the configuration.

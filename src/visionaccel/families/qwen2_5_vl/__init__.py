@@ -18,7 +18,18 @@ from visionaccel.families.qwen2_5_vl.host_part import match_windows, recognise_h
 from visionaccel.families.qwen2_5_vl.signature import EMBEDDINGS, PATCH_KERNEL, Signature, signature
 from visionaccel.families.qwen2_5_vl.weight_names import weight_names
 from visionaccel.grid import Grid
-from visionaccel.program import CHECKPOINT, ONNX, AnyGrid, Bucket, Coverage, FixedGrid, HostSplit, Precision, Program
+from visionaccel.program import (
+    CHECKPOINT,
+    ONNX,
+    AnyGrid,
+    Bucket,
+    Coverage,
+    FixedGrid,
+    HostSplit,
+    OperatorDialect,
+    Precision,
+    Program,
+)
 
 __all__ = ["WEIGHT_PREFIXES", "Qwen25VL", "Qwen25VLTower"]
 
@@ -130,8 +141,10 @@ class Qwen25VLTower(Tower):
         coverage: Coverage = AnyGrid(),  # noqa: B008 - frozen and without state
         precision: Precision = "float32",
         host: HostSplit | None = None,
+        dialect: OperatorDialect | None = None,
     ) -> bytes:
         # onnx takes a noticeable time to import and only a backend that opens this program needs it.
+        from visionaccel.families.qwen2_5_vl.bound_graph import write_bound_graph
         from visionaccel.families.qwen2_5_vl.graph import write_graph
         from visionaccel.families.qwen2_5_vl.static_graph import write_static_graph
         from visionaccel.onnx_writer import GraphWriter
@@ -140,7 +153,19 @@ class Qwen25VLTower(Tower):
         if isinstance(coverage, AnyGrid):
             if host is not None:
                 self.split(coverage)
+            if dialect == "standard":
+                raise ConfigurationError(
+                    "a program for any grid is written in ONNX Runtime's operators only.",
+                    hint="Write programs of fixed shapes.",
+                )
             model = write_graph(self.config, self.weights, writer)
+        elif dialect == "microsoft":
+            if host is not None:
+                raise ConfigurationError(
+                    "a program in ONNX Runtime's operators leaves nothing but the tables to the host.",
+                    hint="Split programs in standard operators only.",
+                )
+            model = write_bound_graph(self.config, self.weights, writer, coverage)
         else:
             model = write_static_graph(self.config, self.weights, writer, coverage, host)
         return bytes(model.SerializeToString())
