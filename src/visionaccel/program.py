@@ -133,6 +133,7 @@ class Program:
         coverage: Which grids it takes.
         precision: Dtype of its weights and activations.
         host: What it leaves to the host; None for nothing but the tables.
+        quantization: Integer type of its products where that is not `precision`, such as `int8`; None for no such.
         device: Kind of device that it was made for, such as `npu`; None for any.
         model: Returns the artifact's bytes where it has any; called when a session opens, never by a probe.
         artifact: The verified file to open, for a backend that maps or reads it itself; None where there is none.
@@ -153,6 +154,7 @@ class Program:
     coverage: Coverage = AnyGrid()
     precision: Precision = "float32"
     host: HostSplit | None = None
+    quantization: Literal["int8"] | None = None
     device: str | None = None
     model: Callable[[], bytes] | None = field(default=None, compare=False, repr=False)
     artifact: Path | None = None

@@ -2,14 +2,25 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
-from visionaccel.backends import Accepted, Capabilities, Isolation, Options, Rejected, Session, Verdict, VisionBackend
+from visionaccel.arrays import Array
+from visionaccel.backends import (
+    Accepted,
+    Capabilities,
+    Isolation,
+    Options,
+    QuantizedModel,
+    Rejected,
+    Session,
+    Verdict,
+    VisionBackend,
+)
 from visionaccel.errors import ArtifactError, ConfigurationError, DeviceError
 from visionaccel.program import EP_CONTEXT, ONNX, ONNX_FUSED, ONNX_MODELS, Program
 from visionaccel_onnxrt.bfloat16 import emulate_bfloat16
@@ -72,6 +83,11 @@ class OnnxRuntimeBackend(VisionBackend):
     def isolation_on(self, device: str | None) -> Isolation:
         # AMD's provider is known to abort the process, and to spoil one model's output with another's.
         return "process" if device == "npu" else "none"
+
+    def quantize(self, program: Program, calibration: Iterable[Mapping[str, Array]], folder: Path) -> QuantizedModel:
+        from visionaccel_onnxrt.quantization import quantize
+
+        return quantize(program, calibration, folder)
 
     def probe(self, program: Program, device: str | None) -> Verdict:
         known = provider_for(device)
@@ -164,7 +180,7 @@ class OnnxRuntimeBackend(VisionBackend):
         )
         if offload is not None and offload.device_nodes == 0:
             return OnnxRuntimeSession(session, program, _on_cpu(program, "cpu", thread_safe=False))
-        precision: str = program.precision
+        precision: str = program.quantization or program.precision
         if provider == VITISAI_PROVIDER:
             # Its compiler makes bfloat16 of float32; the device has no float32.
             stated = next((summary.precision for summary in summaries if summary.precision), None)
@@ -289,7 +305,7 @@ def _unwritable(folder: Path, error: OSError) -> ConfigurationError:
 
 def _on_cpu(program: Program, device: str, *, thread_safe: bool) -> Capabilities:
     # The CPU provider computes float16 operators in float32, and drops most of the roundings between them.
-    precision = "float32" if program.precision == "float16" else program.precision
+    precision = program.quantization or ("float32" if program.precision == "float16" else program.precision)
     return Capabilities(device=device, precision=precision, thread_safe=thread_safe)
 
 
