@@ -3,8 +3,7 @@
 Weights get one scale for each output channel, activations one that is found when they are there. A single channel, or a
 single row, that is much larger than the others would leave these a few steps of 256. Therefore each product's input is
 divided, channel by channel, by what its weight is multiplied by (SmoothQuant, https://arxiv.org/abs/2211.10438,
-equation 4), and where rows differ much in size, each is divided by its own largest value and its result multiplied by
-it.
+equation 4), and then each row is divided by its own largest value and its result multiplied by it.
 """
 
 from __future__ import annotations
@@ -24,18 +23,15 @@ from visionaccel.backends import QuantizedModel
 from visionaccel.checkpoint import StoredTensor
 from visionaccel.errors import ConfigurationError
 from visionaccel.program import ONNX_MODELS, Program
-from visionaccel_onnxrt.activations import Activation, observe
+from visionaccel_onnxrt.activations import largest_by_channel
 
 __all__ = ["quantize"]
 
 SMOOTHING = 0.5
 """Exponent of the activations in the smoothing factors; the paper's for most models."""
 
-EVEN_ROWS = 0.5
-"""Evenness of rows from which on one scale serves all of them."""
-
 METHOD = (
-    "int8 products: weights by channel, activations at run time, smoothed by the images; uneven rows by row "
+    "int8 products: weights by channel, activations at run time, smoothed by the images, row by row "
     "(onnxruntime.quantization)"
 )
 
@@ -70,12 +66,12 @@ def quantize(program: Program, calibration: Iterable[Mapping[str, Array]], folde
     groups: dict[str, list[_Product]] = {}
     for product in products:
         groups.setdefault(product.rows, []).append(product)
-    activations = observe(model, list(groups), str(program.folder), calibration)
+    largest = largest_by_channel(model, list(groups), str(program.folder), calibration)
     replaced: dict[str, list[onnx.NodeProto]] = {}
     initializers: list[onnx.TensorProto] = []
     for number, (rows, group) in enumerate(groups.items()):
         weights = [_read(program.weights[product.weight]) for product in group]
-        prepared, factors, sizes = _prepare(rows, activations[rows], weights, number, initializers)
+        prepared, factors, sizes = _prepare(rows, largest[rows], weights, number, initializers)
         for place, (product, weight) in enumerate(zip(group, weights, strict=True)):
             nodes, tensors = _quantized(product, prepared[-1].output[0], weight * factors, sizes)
             replaced[product.node.name] = [*(prepared if place == 0 else []), *nodes]
@@ -113,23 +109,21 @@ def _read(stored: StoredTensor) -> NDArray[np.float32]:
 
 def _prepare(
     rows: str,
-    activation: Activation,
+    channels: NDArray[np.float32],
     weights: list[NDArray[np.float32]],
     number: int,
     initializers: list[onnx.TensorProto],
-) -> tuple[list[onnx.NodeProto], NDArray[np.float32], str | None]:
-    """Nodes that smooth a matrix, the factors of the weights' channels, and the rows' sizes where these are divided by.
+) -> tuple[list[onnx.NodeProto], NDArray[np.float32], str]:
+    """Nodes that smooth a matrix, the factors of the weights' channels, and the rows' sizes, which they are divided by.
 
     The last node gives the matrix.
     """
     name = f"smooth.{number}"
     largest = np.max([np.abs(weight).max(axis=0) for weight in weights], axis=0)
-    seen = np.maximum(activation.channels, 1e-5 * max(float(activation.channels.max()), 1e-30))
+    seen = np.maximum(channels, 1e-5 * max(float(channels.max()), 1e-30))
     factors = (seen**SMOOTHING / np.maximum(largest, 1e-8) ** (1 - SMOOTHING)).astype(np.float32)
     initializers.append(numpy_helper.from_array(1 / factors, f"{name}.inverse"))
     nodes = [helper.make_node("Mul", [rows, f"{name}.inverse"], [f"{name}.smoothed"], name=f"{name}.smoothed")]
-    if float(activation.evenness) >= EVEN_ROWS:
-        return nodes, factors, None
     initializers.append(numpy_helper.from_array(np.array(1e-20, np.float32), f"{name}.least"))
     sizes = f"{name}.sizes"
     nodes += [
@@ -142,7 +136,7 @@ def _prepare(
 
 
 def _quantized(
-    product: _Product, rows: str, weight: NDArray[np.float32], sizes: str | None
+    product: _Product, rows: str, weight: NDArray[np.float32], sizes: str
 ) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
     """The nodes that stand for a product, and their constants.
 
@@ -169,12 +163,10 @@ def _quantized(
         written = Path(work, "product.onnx")
         quantize_dynamic(alone, written, per_channel=True, weight_type=QuantType.QInt8)
         found = onnx.load_model(written)
-    nodes, last = list(found.graph.node), raw
-    if sizes is not None:
-        nodes.append(helper.make_node("Mul", [last, sizes], [f"{raw}.scaled"], name=f"{raw}.scaled"))
-        last = f"{raw}.scaled"
+    scaled = f"{raw}.scaled"
+    nodes = [*found.graph.node, helper.make_node("Mul", [raw, sizes], [scaled], name=scaled)]
     if len(product.node.input) > 2:
-        nodes.append(helper.make_node("Add", [last, product.node.input[2]], [result], name=f"{raw}.biased"))
+        nodes.append(helper.make_node("Add", [scaled, product.node.input[2]], [result], name=f"{raw}.biased"))
     else:
         nodes[-1].output[0] = result
     return nodes, list(found.graph.initializer)
