@@ -6,6 +6,7 @@ fetch it again) and a device that failed (`DeviceError`: retry or fall back).
 """
 
 __all__ = [
+    "AccuracyError",
     "ArtifactError",
     "BackendUnavailableError",
     "BundleError",
@@ -110,6 +111,10 @@ class CheckpointError(ArtifactError):
 
 class BundleError(ArtifactError):
     """A bundle's manifest or one of its files is missing, damaged, or not what the manifest says."""
+
+
+class AccuracyError(ArtifactError):
+    """A program that was just made is too far from the float32 reference; it was not kept."""
 
 
 class UnsupportedArchitectureError(ArtifactError):

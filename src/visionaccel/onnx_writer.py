@@ -18,7 +18,7 @@ from visionaccel.contracts import TensorSpec
 from visionaccel.errors import CheckpointError
 from visionaccel.program import Precision
 
-__all__ = ["MICROSOFT", "GraphWriter"]
+__all__ = ["MICROSOFT", "GraphWriter", "value_info"]
 
 MICROSOFT = "com.microsoft"
 """Domain of ONNX Runtime's fused operators."""
@@ -45,6 +45,11 @@ class GraphWriter:
         self._constants: dict[tuple[str, bytes, tuple[int, ...]], str] = {}
         self._casts: dict[str, str] = {}
         self._types: list[onnx.ValueInfoProto] = []
+
+    @property
+    def written(self) -> int:
+        """Nodes written so far."""
+        return len(self._nodes)
 
     def node(self, operator: str, inputs: Sequence[str], *, domain: str = "", **attributes: Any) -> str:
         """A node with one output."""
@@ -146,8 +151,8 @@ class GraphWriter:
         graph = helper.make_graph(
             self._nodes,
             name,
-            [_value_info(spec) for spec in inputs],
-            [_value_info(spec) for spec in outputs],
+            [value_info(spec) for spec in inputs],
+            [value_info(spec) for spec in outputs],
             list(self._initializers.values()),
             value_info=self._types,
         )
@@ -159,5 +164,6 @@ class GraphWriter:
         )
 
 
-def _value_info(spec: TensorSpec) -> onnx.ValueInfoProto:
+def value_info(spec: TensorSpec) -> onnx.ValueInfoProto:
+    """An input or output of a graph as ONNX declares it."""
     return helper.make_tensor_value_info(spec.name, _TYPES[spec.dtype], spec.shape)

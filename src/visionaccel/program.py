@@ -13,9 +13,8 @@ from visionaccel.grid import Grid
 
 __all__ = [
     "CHECKPOINT", "DEVICE_TENSORS", "EP_CONTEXT", "FLEXMLRT_DIRECTORY", "FLEXMLRT_RAI", "HOST_AFTER", "HOST_BEFORE",
-    "ONNX", "ONNX_MODELS", "ONNX_STANDARD", "SIMULATOR_FILE", "SIMULATOR_MAGIC",
-    "AnyGrid", "Bucket", "Coverage", "FixedGrid", "HostSplit", "OperatorDialect",
-    "Precision", "Program",
+    "ONNX", "ONNX_FUSED", "ONNX_MODELS", "ONNX_STANDARD", "SIMULATOR_FILE", "SIMULATOR_MAGIC",
+    "AnyGrid", "Bucket", "Coverage", "FixedGrid", "HostSplit", "OperatorDialect", "Precision", "Program",
 ]  # fmt: skip
 
 ONNX = "onnx"
@@ -25,7 +24,10 @@ operators (`com.microsoft`), those of fixed shapes in standard ones."""
 ONNX_STANDARD = "onnx.standard"
 """The same for any grid, in standard operators alone (opset 23)."""
 
-ONNX_MODELS = frozenset({ONNX, ONNX_STANDARD})
+ONNX_FUSED = "onnx.fused"
+"""The same of fixed shapes in ONNX Runtime's own operators (`com.microsoft`), which nothing else runs."""
+
+ONNX_MODELS = frozenset({ONNX, ONNX_FUSED, ONNX_STANDARD})
 """Formats that read the tower's weights by name, where the bundle or the checkpoint has them."""
 
 CHECKPOINT = "checkpoint"
@@ -135,6 +137,7 @@ class Program:
         coverage: Which grids it takes.
         precision: Dtype of its weights and activations.
         host: What it leaves to the host; None for nothing but the tables.
+        quantization: Integer type of its products where that is not `precision`, such as `int8`; None for no such.
         device: Kind of device that it was made for, such as `npu`; None for any.
         model: Returns the artifact's bytes where it has any; called when a session opens, never by a probe.
         artifact: The verified file to open, for a backend that maps or reads it itself; None where there is none.
@@ -155,6 +158,7 @@ class Program:
     coverage: Coverage = AnyGrid()
     precision: Precision = "float32"
     host: HostSplit | None = None
+    quantization: Literal["int8"] | None = None
     device: str | None = None
     model: Callable[[], bytes] | None = field(default=None, compare=False, repr=False)
     artifact: Path | None = None

@@ -2,16 +2,27 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
-from visionaccel.backends import Accepted, Capabilities, Isolation, Options, Rejected, Session, Verdict, VisionBackend
+from visionaccel.arrays import Array
+from visionaccel.backends import (
+    Accepted,
+    Capabilities,
+    Isolation,
+    Options,
+    QuantizedModel,
+    Rejected,
+    Session,
+    Verdict,
+    VisionBackend,
+)
 from visionaccel.errors import ArtifactError, ConfigurationError, DeviceError
-from visionaccel.program import EP_CONTEXT, ONNX, Program
+from visionaccel.program import EP_CONTEXT, ONNX, ONNX_FUSED, ONNX_MODELS, Program
 from visionaccel_onnxrt.bfloat16 import emulate_bfloat16
 from visionaccel_onnxrt.ep_context import offload_of_context, verified_context
 from visionaccel_onnxrt.offload import RECORD_ASSIGNMENT, assigned, require_offload
@@ -23,6 +34,8 @@ __all__ = ["OnnxRuntimeBackend", "OnnxRuntimeOptions"]
 
 EXTERNAL_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 CAST_CHAIN_ELIMINATION = "optimization.enable_cast_chain_elimination"
+SPINNING = "session.intra_op.allow_spinning"
+UNPACKED = "session.disable_prepacking"
 _ERRORS_ONLY = 3
 
 
@@ -32,6 +45,14 @@ class OnnxRuntimeOptions(Options):
     provider: str | None = Field(None, description="Execution provider by its full name; overrides the device.")
     provider_options: dict[str, str] = Field(default_factory=dict, description="Options of the execution provider.")
     threads: int | None = Field(None, ge=1, description="Threads within an operator. Unset: one for each core.")
+    spinning: bool = Field(
+        False, description="Let idle threads wait by spinning, which takes cores from everything else that runs."
+    )
+    share_weights: bool = Field(
+        False,
+        description="Read float32 weights where they are mapped, so that processes share their pages, instead of "
+        "packing a copy for each. Small grids take somewhat longer.",
+    )
     optimization: Literal["all", "extended", "basic", "none"] = Field("all", description="Graph optimisation level.")
     allow_cpu: bool = Field(
         False, description="Go on if the execution provider leaves the work to the CPU, or that cannot be ruled out."
@@ -50,7 +71,7 @@ class OnnxRuntimeBackend(VisionBackend):
     """Runs ONNX programs with ONNX Runtime: on the CPU, or on the execution provider of the device."""
 
     name = "onnxrt"
-    formats = frozenset({ONNX, EP_CONTEXT})
+    formats = frozenset({ONNX, ONNX_FUSED, EP_CONTEXT})
     options = OnnxRuntimeOptions
 
     def devices(self) -> Sequence[str]:
@@ -63,11 +84,21 @@ class OnnxRuntimeBackend(VisionBackend):
         # AMD's provider is known to abort the process, and to spoil one model's output with another's.
         return "process" if device == "npu" else "none"
 
+    def quantize(self, program: Program, calibration: Iterable[Mapping[str, Array]], folder: Path) -> QuantizedModel:
+        from visionaccel_onnxrt.quantization import quantize
+
+        return quantize(program, calibration, folder)
+
     def probe(self, program: Program, device: str | None) -> Verdict:
         known = provider_for(device)
         if known is None:
             return Rejected(f"it knows no device {device!r}.", f"Name one of {', '.join(DEVICES)}, such as cuda:0.")
         provider, _ = known
+        if program.format == ONNX_FUSED and provider.name == VITISAI_PROVIDER:
+            return Rejected(
+                f"program {program.name!r} is written in ONNX Runtime's own operators, which an npu does not run.",
+                "Export the bundle without --dialect microsoft.",
+            )
         if program.format == EP_CONTEXT and provider.name != VITISAI_PROVIDER:
             return Rejected(f"program {program.name!r} was compiled for an npu.", "Choose device npu.")
         try:
@@ -149,7 +180,7 @@ class OnnxRuntimeBackend(VisionBackend):
         )
         if offload is not None and offload.device_nodes == 0:
             return OnnxRuntimeSession(session, program, _on_cpu(program, "cpu", thread_safe=False))
-        precision: str = program.precision
+        precision: str = program.quantization or program.precision
         if provider == VITISAI_PROVIDER:
             # Its compiler makes bfloat16 of float32; the device has no float32.
             stated = next((summary.precision for summary in summaries if summary.precision), None)
@@ -207,6 +238,8 @@ def _session_options(options: OnnxRuntimeOptions, onnxruntime: Any) -> Any:
         "basic": levels.ORT_ENABLE_BASIC,
         "none": levels.ORT_DISABLE_ALL,
     }[options.optimization]
+    settings.add_session_config_entry(SPINNING, str(int(options.spinning)))
+    settings.add_session_config_entry(UNPACKED, str(int(options.share_weights)))
     if options.threads is not None:
         settings.intra_op_num_threads = options.threads
     return settings
@@ -272,7 +305,7 @@ def _unwritable(folder: Path, error: OSError) -> ConfigurationError:
 
 def _on_cpu(program: Program, device: str, *, thread_safe: bool) -> Capabilities:
     # The CPU provider computes float16 operators in float32, and drops most of the roundings between them.
-    precision = "float32" if program.precision == "float16" else program.precision
+    precision = program.quantization or ("float32" if program.precision == "float16" else program.precision)
     return Capabilities(device=device, precision=precision, thread_safe=thread_safe)
 
 
@@ -288,4 +321,4 @@ def _is_dynamic(program: Program) -> bool:
 
 
 def _is_emulated(program: Program, provider: str) -> bool:
-    return provider == CPU_PROVIDER and program.precision == "bfloat16" and program.format == ONNX
+    return provider == CPU_PROVIDER and program.precision == "bfloat16" and program.format in ONNX_MODELS

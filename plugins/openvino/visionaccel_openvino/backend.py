@@ -60,6 +60,11 @@ class OpenVinoBackend(VisionBackend):
                 f"program {program.name!r} is written in ONNX Runtime's operators.",
                 "Export it with --dialect standard, or leave out the bundle.",
             )
+        if program.quantization is not None and program.format == ONNX:
+            return Rejected(
+                f"program {program.name!r} was quantized for ONNX Runtime.",
+                "Name backend onnxrt, or quantize for openvino.",
+            )
         if isinstance(program.coverage, AnyGrid) and kind == "npu":
             return Rejected(
                 f"an npu takes programs of fixed shapes only, and {program.name!r} serves every grid.",

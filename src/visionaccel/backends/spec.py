@@ -8,18 +8,20 @@ measures, and falls back. A plug-in is a subclass of each of the two classes bel
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict
 
 from visionaccel.arrays import Array
+from visionaccel.errors import ConfigurationError
 from visionaccel.program import Program
 
 __all__ = [
-    "Accepted", "Capabilities", "Finding", "Isolation", "Options", "Rejected", "Session", "Status", "Verdict",
-    "VisionBackend",
+    "Accepted", "Capabilities", "Finding", "Isolation", "Options", "QuantizedModel", "Rejected", "Session", "Status",
+    "Verdict", "VisionBackend",
 ]  # fmt: skip
 
 
@@ -74,6 +76,23 @@ class Finding:
     status: Status
     detail: str
     fix: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedModel:
+    """A quantized program as a backend wrote it.
+
+    Attributes:
+        format: Its program format.
+        model: The file to open.
+        method: What was done, in words of one line, for the manifest.
+        companions: Further files that it needs, by their role.
+    """
+
+    format: str
+    model: Path
+    method: str
+    companions: Mapping[str, Path] = field(default_factory=dict)
 
 
 class Options(BaseModel):
@@ -184,6 +203,35 @@ class VisionBackend(ABC):
             programs: Programs in this backend's formats that the user named, if any, to look at too.
         """
         return ()
+
+    def quantize(
+        self,
+        program: Program,
+        calibration: Iterable[Mapping[str, Array]],  # noqa: ARG002
+        folder: Path,  # noqa: ARG002
+    ) -> QuantizedModel:
+        """Make a program whose products are of int8, with the same inputs and outputs. Optional.
+
+        Called by `visionaccel quantize`, for one program at a time. Whether the result is good enough is not for the
+        backend to judge: it is run beside the float32 reference, and thrown away if it is not.
+
+        Args:
+            program: A float32 program in one of `formats`.
+            calibration: Inputs of real images, as `Session.run` takes them. May be iterated several times; each array
+                is made anew for that.
+            folder: An existing folder to write to, under names that start with the program's; other programs' files
+                are there too. The result may refer to weights of the program by name where its format does.
+
+        Returns:
+            What was written.
+
+        Raises:
+            ConfigurationError: If this backend does not quantize, or not such a program.
+            ArtifactError: If the program's files are broken.
+        """
+        raise ConfigurationError(
+            f"backend {self.name!r} does not quantize program {program.name!r}.", hint="Name another target."
+        )
 
     @abstractmethod
     def probe(self, program: Program, device: str | None) -> Verdict:

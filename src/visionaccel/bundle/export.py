@@ -22,7 +22,17 @@ from visionaccel.bundle.processor import PROCESSOR_FILES, processor_digest
 from visionaccel.checkpoint import SINGLE_FILE, Checkpoint
 from visionaccel.errors import ConfigurationError
 from visionaccel.families import Tower, tower_of
-from visionaccel.program import ONNX, ONNX_STANDARD, AnyGrid, Bucket, Coverage, FixedGrid, OperatorDialect, Precision
+from visionaccel.program import (
+    ONNX,
+    ONNX_FUSED,
+    ONNX_STANDARD,
+    AnyGrid,
+    Bucket,
+    Coverage,
+    FixedGrid,
+    OperatorDialect,
+    Precision,
+)
 from visionaccel.tensor_files import write_safetensors
 
 __all__ = [
@@ -324,14 +334,13 @@ def _write_program(
     companions: Mapping[str, Path],
 ) -> dict[str, Any]:
     split = tower.split(request.coverage) if request.split_host else None
-    standard = request.dialect == "standard" and isinstance(request.coverage, AnyGrid)
     model = tower.onnx_model(coverage=request.coverage, precision=precision, host=split, dialect=request.dialect)
     path = folder / f"{name}.onnx"
     write_file(path, model)
     inputs, outputs = tower.signature(request.coverage, split)
     return {
         "name": name,
-        "format": ONNX_STANDARD if standard else ONNX,
+        "format": _format(request),
         "model": path.name,
         "files": [stated_file(folder, file) for file in (path, *companions.values())],
         "companions": {role: file.name for role, file in companions.items()},
@@ -342,6 +351,12 @@ def _write_program(
         "device": device,
         "host": {"window_order": split.window_order, "tensors": list(tower.host_weights)} if split else None,
     }
+
+
+def _format(request: ProgramRequest) -> str:
+    if isinstance(request.coverage, AnyGrid):
+        return ONNX_STANDARD if request.dialect == "standard" else ONNX
+    return ONNX_FUSED if request.dialect == "microsoft" else ONNX
 
 
 def stated_file(folder: Path, path: Path) -> dict[str, Any]:

@@ -32,6 +32,7 @@ __all__ = [
     "Manifest",
     "ProgramEntry",
     "ProgramResult",
+    "QuantizationEntry",
     "Tensor",
     "json_schema",
     "parse_manifest",
@@ -143,6 +144,15 @@ class HostEntry(_Model):
     tensors: tuple[Name, ...] = Field(description="The tower's weights that the host needs.")
 
 
+class QuantizationEntry(_Model):
+    """How a program's products became integer ones."""
+
+    dtype: Literal["int8"] = Field(description="Integer type of the products' operands.")
+    method: Text = Field(description="What was done, in words.")
+    target: Name = Field(description="Backend whose quantizer it was.")
+    calibration_images: int = Field(ge=1, description="Images that were shown for it.")
+
+
 class ProgramEntry(_Model):
     """One program."""
 
@@ -157,6 +167,9 @@ class ProgramEntry(_Model):
     outputs: tuple[Tensor, ...] = Field(min_length=1)
     coverage: Annotated[FixedCoverage | BucketCoverage | DynamicCoverage, Field(discriminator="kind")]
     precision: Precision
+    quantization: QuantizationEntry | None = Field(
+        None, description="null: products are of `precision`, which otherwise is that of everything else."
+    )
     device: Name | None = Field(None, description="Kind of device that it was made for, such as `npu`; null for any.")
     host: HostEntry | None = Field(None, description="null: nothing but the tables is left to the host.")
 

@@ -110,6 +110,7 @@ class Bundle:
             coverage=coverage,
             precision=entry.precision,
             host=split,
+            quantization=entry.quantization.dtype if entry.quantization else None,
             device=entry.device,
             model=partial(self._model, entry),
             artifact=self.folder / entry.model,

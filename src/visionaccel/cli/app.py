@@ -18,6 +18,7 @@ from visionaccel.cli.hub import pull, push
 from visionaccel.cli.import_vitisai import import_vitisai
 from visionaccel.cli.inspect import inspect
 from visionaccel.cli.output import messages
+from visionaccel.cli.quantize import quantize
 from visionaccel.cli.strip import strip
 from visionaccel.cli.validate import validate
 from visionaccel.errors import VisionAccelError
@@ -46,7 +47,10 @@ def _root(
     pass
 
 
-for command in (backends, explain, export, import_vitisai, inspect, validate, push, pull, strip, encode, doctor, demo):
+for command in (
+    *(backends, explain, export, import_vitisai, quantize, inspect, validate),
+    *(push, pull, strip, encode, doctor, demo),
+):
     app.command()(command)
 app.add_typer(bench)
 

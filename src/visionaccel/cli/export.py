@@ -18,7 +18,7 @@ from visionaccel.cli.output import Json, print_json, progress, results
 from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError
 from visionaccel.grid import Grid
-from visionaccel.program import AnyGrid, FixedGrid
+from visionaccel.program import AnyGrid, FixedGrid, OperatorDialect
 
 __all__ = ["PrecisionName", "export", "frame_grid"]
 
@@ -85,19 +85,19 @@ def export(
             help="Leave the patch embedding and the window reorder of fixed-shape programs to the host.",
         ),
     ] = False,
-    dialect: Annotated[
-        DialectName | None,
-        typer.Option(
-            help="Whose operators the program for every grid is written in: ONNX Runtime's own (microsoft, the "
-            "default), or the standard's, which OpenVINO takes."
-        ),
-    ] = None,
     self_contained: Annotated[
         bool, typer.Option("--self-contained", help="Pack the weights into the bundle instead of referencing them.")
     ] = False,
     precision: Annotated[
         PrecisionName, typer.Option(help="Dtype of weights and activations; inputs and outputs stay float32.")
     ] = PrecisionName.FLOAT32,
+    dialect: Annotated[
+        DialectName | None,
+        typer.Option(
+            help="Whose operators to write. standard: what every runtime knows, the default for fixed shapes. "
+            "microsoft: ONNX Runtime's own, the default for every grid, which onnxrt runs faster on cpu and cuda."
+        ),
+    ] = None,
     target: Annotated[
         Target | None,
         typer.Option(
@@ -126,12 +126,17 @@ def export(
         raise ConfigurationError(
             f"--target {target} is for device {VITISAI_DEVICE}, not {device}.", hint="Leave out --device."
         )
+    if dialect is DialectName.MICROSOFT and (target is not None or device == VITISAI_DEVICE):
+        raise ConfigurationError(
+            f"device {VITISAI_DEVICE} does not run ONNX Runtime's own operators.", hint="Leave out --dialect."
+        )
+    operators: OperatorDialect | None = dialect.value if dialect is not None else None
     requests = [
-        *(ProgramRequest(FixedGrid(each), split_host) for each in fixed),
-        *(ProgramRequest(tower.bucket(each), split_host) for each in largest),
+        *(ProgramRequest(FixedGrid(each), split_host, operators) for each in fixed),
+        *(ProgramRequest(tower.bucket(each), split_host, operators) for each in largest),
     ]
     if dynamic or not requests:
-        requests.append(ProgramRequest(AnyGrid(), dialect=dialect.value if dialect is not None else None))
+        requests.append(ProgramRequest(AnyGrid(), dialect=operators))
     with progress(TextColumn("{task.percentage:>3.0f} %", markup=False)) as tell:
         bundle = export_bundle(
             tower,

@@ -180,7 +180,7 @@ class Tower(ABC):
             coverage: Which grids it takes. `FixedGrid` and `Bucket` give fixed shapes in standard operators of opset
                 17; `AnyGrid` gives ONNX Runtime's fused operators.
             precision: Dtype of weights and activations; inputs and outputs are float32.
-            host: What is left to the host, with fixed shapes only.
+            host: What is left to the host, with fixed shapes and in standard operators only.
             dialect: Whose operators; None for what its coverage says above. The standard's for `AnyGrid` are of opset
                 23.
 

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +35,7 @@ from visionaccel.errors import (
 )
 from visionaccel.families import Tower
 from visionaccel.images import image_processor
-from visionaccel.program import Precision, Program
+from visionaccel.program import Program
 from visionaccel.validation.answers import LEAST_AGREEMENT, digits_checkpoint, read_digits
 from visionaccel.validation.comparison import Comparison, Place
 from visionaccel.validation.packed_weights import differing_weights
@@ -46,8 +46,10 @@ __all__ = ["REFERENCE_BACKEND", "THRESHOLDS", "validate_bundle"]
 logger = logging.getLogger(__name__)
 
 REFERENCE_BACKEND = "torch_ref"
-THRESHOLDS: Mapping[Precision, float] = MappingProxyType({"float32": 0.9999, "float16": 0.999, "bfloat16": 0.99})
-"""The lowest cosine of a token that passes, by the precision of its program.
+THRESHOLDS: Mapping[str, float] = MappingProxyType(
+    {"float32": 0.9999, "float16": 0.999, "bfloat16": 0.99, "int8": 0.99}
+)
+"""The lowest cosine of a token that passes, by the precision of its program, or by what it was quantized to.
 
 A cosine allows any length, so lengths may differ by as much as that angle moves the end of an embedding: by
 sqrt(2 - 2 cosine) of the reference's length, which is 14 % in bfloat16.
@@ -65,7 +67,7 @@ def validate_bundle(
     device: str | None = None,
     options: Mapping[str, Any] | None = None,
     images: Sequence[Path] = (),
-    thresholds: Mapping[Precision, float] = THRESHOLDS,
+    thresholds: Mapping[str, float] = THRESHOLDS,
     digits: int = 60,
     registry: Registry | None = None,
     isolation: WantedIsolation = "auto",
@@ -222,10 +224,10 @@ class _Run:
         return {"generated": sum(len(trial.grids) for trial in generated), "real": len(real)}
 
     def program(
-        self, entry: ProgramEntry, thresholds: Mapping[Precision, float], tell: Callable[[int, int], None]
+        self, entry: ProgramEntry, thresholds: Mapping[str, float], tell: Callable[[int, int], None]
     ) -> ProgramResult:
         """Run one program on its trials."""
-        threshold = thresholds[entry.precision]
+        threshold = thresholds[entry.quantization.dtype if entry.quantization else entry.precision]
         trials = self._trials.of(entry.covers())
         tell(0, len(trials))
         try:
@@ -240,7 +242,7 @@ class _Run:
             opened = encoder.programs[0]
             opened.session = watched = _Watched(opened.session)
             # A compiler may make a program of low precision of a float32 one, and the session says so.
-            computed = cast("Precision", watched.capabilities.precision)
+            computed = watched.capabilities.precision
             threshold = min(threshold, thresholds.get(computed, threshold))
             for number, trial in enumerate(trials):
                 patches = trial.patches()
@@ -305,7 +307,8 @@ class _Run:
         low = int((comparison.cosines < threshold).sum())
         return (
             f"lowest cosine {comparison.lowest:.6f} is under {threshold}, at "
-            f"{self._where(trials, comparison.lowest_at)}; so are {low} of {comparison.tokens} tokens."
+            f"{self._where(trials, comparison.lowest_at)}; so are {low} of {comparison.tokens} tokens. "
+            f"Worst: {', '.join(f'{trials[at]} ({cosine:.6f})' for at, cosine in comparison.worst(3))}."
         )
 
     def _weights_verdict(self) -> str | None:

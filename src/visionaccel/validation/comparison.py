@@ -81,6 +81,11 @@ class Comparison:
         """The lowest cosine."""
         return float(self.cosines.min())
 
+    def worst(self, count: int) -> list[tuple[int, float]]:
+        """The encodes with the lowest cosines, at most `count`: number and lowest cosine of each, the lowest first."""
+        lowest = [float(cosines.min()) for cosines in self._cosines]
+        return sorted(enumerate(lowest), key=lambda each: each[1])[:count]
+
     @property
     def lowest_at(self) -> Place:
         """Where the lowest cosine is; of equals, the first."""

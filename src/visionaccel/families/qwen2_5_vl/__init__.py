@@ -150,6 +150,7 @@ class Qwen25VLTower(Tower):
         dialect: OperatorDialect | None = None,
     ) -> bytes:
         # onnx takes a noticeable time to import and only a backend that opens this program needs it.
+        from visionaccel.families.qwen2_5_vl.bound_graph import write_bound_graph
         from visionaccel.families.qwen2_5_vl.graph import write_graph
         from visionaccel.families.qwen2_5_vl.static_graph import write_static_graph
         from visionaccel.onnx_writer import GraphWriter
@@ -159,6 +160,13 @@ class Qwen25VLTower(Tower):
             if host is not None:
                 self.split(coverage)
             model = write_graph(self.config, self.weights, writer, dialect or "microsoft")
+        elif dialect == "microsoft":
+            if host is not None:
+                raise ConfigurationError(
+                    "a program in ONNX Runtime's operators leaves nothing but the tables to the host.",
+                    hint="Split programs in standard operators only.",
+                )
+            model = write_bound_graph(self.config, self.weights, writer, coverage)
         else:
             model = write_static_graph(self.config, self.weights, writer, coverage, host)
         return bytes(model.SerializeToString())

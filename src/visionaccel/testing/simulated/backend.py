@@ -21,7 +21,7 @@ from visionaccel.backends import (
     default_registry,
 )
 from visionaccel.errors import ConfigurationError, SettingsError, VisionAccelError
-from visionaccel.program import CHECKPOINT, EP_CONTEXT, FLEXMLRT_DIRECTORY, FLEXMLRT_RAI, ONNX, Program
+from visionaccel.program import CHECKPOINT, EP_CONTEXT, FLEXMLRT_DIRECTORY, FLEXMLRT_RAI, ONNX_MODELS, Program
 from visionaccel.testing.simulated.answers import RememberedAnswers
 from visionaccel.testing.simulated.faults import FaultRule, FaultScript
 from visionaccel.testing.simulated.latency import Latency, read_recorded
@@ -60,7 +60,7 @@ class SimulatedBackend(VisionBackend):
     """A device that answers what the backend named by its device answers, after a wished time, asleep."""
 
     name = NAME
-    formats = frozenset({CHECKPOINT, EP_CONTEXT, FLEXMLRT_DIRECTORY, FLEXMLRT_RAI, ONNX})
+    formats = ONNX_MODELS | {CHECKPOINT, EP_CONTEXT, FLEXMLRT_DIRECTORY, FLEXMLRT_RAI}
     options = SimulatedOptions
     only_by_name = True
 

@@ -1,0 +1,176 @@
+"""A bundle of int8 programs from one of float32: a backend quantizes, the float32 reference judges."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from visionaccel.backends import QuantizedModel, Registry, VisionBackend, default_registry
+from visionaccel.bundle.export import (
+    Progress,
+    appearing,
+    as_json,
+    rewrite_manifest,
+    stated_file,
+    toolchain,
+    write_file,
+)
+from visionaccel.bundle.manifest import MANIFEST, Certificate, ProgramEntry, seal
+from visionaccel.bundle.opening import Bundle, open_bundle
+from visionaccel.bundle.processor import require_processor
+from visionaccel.errors import AccuracyError, ConfigurationError, PluginError
+from visionaccel.families import Tower
+from visionaccel.images import image_processor
+from visionaccel.program import Program
+from visionaccel.quantization.calibration import Calibration
+from visionaccel.validation.certificate import THRESHOLDS, validate_bundle
+from visionaccel.validation.trials import Trials, find_images
+
+__all__ = ["QUANTIZED", "quantize_bundle"]
+
+QUANTIZED = "int8"
+"""What programs are quantized to."""
+
+
+def quantize_bundle(
+    bundle: Bundle,
+    output: Path,
+    images: Sequence[Path],
+    *,
+    target: str,
+    reference: Tower | None = None,
+    device: str | None = None,
+    threshold: float = THRESHOLDS[QUANTIZED],
+    judged_by: Sequence[Path] = (),
+    digits: int = 60,
+    force: bool = False,
+    registry: Registry | None = None,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Quantize every program of a bundle, validate the result, and keep it if it is good enough.
+
+    Args:
+        bundle: Of float32 programs; nothing in it is changed.
+        output: The folder to write; it appears whole with its certificate, or not at all.
+        images: Files, and folders of them, to calibrate with.
+        target: Name of the backend that quantizes and that runs the result.
+        reference: The tower of the checkpoint that the bundle was exported from; by default over the bundle's weights.
+        device: The backend's device to validate on.
+        threshold: The lowest cosine of a token that is good enough.
+        judged_by: Images to validate with; by default those of the calibration.
+        digits: Images for the digits model to read, if it is the reference; 0 for none.
+        force: Replace an existing bundle.
+        registry: Where backends are found; the installed ones by default.
+        progress: Told a stage, how much of it is done and how much it is.
+
+    Raises:
+        ConfigurationError: If the target does not quantize these programs, or there are no images or no processor to
+            make patches of them.
+        AccuracyError: If a program is too far from the reference; it says how far and on which images.
+        InputError: If an image cannot be read.
+    """
+    tell = progress or (lambda *_: None)
+    registry = registry or default_registry()
+    backend = registry.load(target)
+    programs = _programs(bundle, backend)
+    reference = reference or bundle.tower
+    require_processor(bundle.manifest.processor_digest, reference.checkpoint.folder, bundle.folder)
+    files = find_images(images)
+    if not files:
+        raise ConfigurationError("there are no images to calibrate with.", hint="Name some with --calibrate.")
+    trials = Trials(reference, image_processor(reference.checkpoint.folder), files)
+    output = Path(os.path.realpath(output))
+    if output == bundle.folder.resolve():
+        raise ConfigurationError("a bundle cannot be quantized into itself.", hint="Name another folder.")
+    with appearing(output, force=force) as folder:
+        for file in bundle.manifest.files:
+            (folder / file.path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(bundle.folder / file.path, folder / file.path)
+        entries = []
+        for number, (entry, program) in enumerate(zip(bundle.manifest.programs, programs, strict=True)):
+            tell("programs", number, len(programs))
+            calibration = Calibration(program, bundle.tower.host(program), trials)
+            model = backend.quantize(program, calibration, folder)
+            entries.append(_entry(folder, entry, model, target, len(calibration)))
+        tell("programs", len(programs), len(programs))
+        _write_manifest(folder, bundle, entries, registry.entry(target).distribution)
+        quantized = open_bundle(folder, checkpoint=bundle.tower.checkpoint)
+        certificate = validate_bundle(
+            quantized,
+            reference,
+            backend=target,
+            device=device,
+            images=judged_by or images,
+            thresholds={QUANTIZED: threshold},
+            digits=digits,
+            registry=registry,
+            progress=progress,
+        )
+        if not certificate.passed:
+            raise AccuracyError(_shortfall(certificate), hint="Show other images, or accept less with --threshold.")
+        rewrite_manifest(quantized, {"certificate": certificate.model_dump(mode="json")})
+    return open_bundle(output, checkpoint=bundle.tower.checkpoint)
+
+
+def _programs(bundle: Bundle, backend: VisionBackend) -> tuple[Program, ...]:
+    """The programs in the manifest's order, if the backend takes all of them."""
+    found = {program.name: program for program in bundle.programs(backend.formats)}
+    for entry in bundle.manifest.programs:
+        if entry.name not in found:
+            raise ConfigurationError(
+                f"backend {backend.name!r} does not take program {entry.name!r} of format {entry.format!r}.",
+                hint="Name another target.",
+            )
+        if entry.precision != "float32" or entry.quantization is not None:
+            raise ConfigurationError(
+                f"program {entry.name!r} is not of float32.", hint="Export the bundle in float32 and quantize that."
+            )
+    return tuple(found[entry.name] for entry in bundle.manifest.programs)
+
+
+def _entry(folder: Path, entry: ProgramEntry, model: QuantizedModel, target: str, images: int) -> dict[str, Any]:
+    """The manifest's entry of a quantized program; companions of the other may be of no use to it, and are left out."""
+    written = (model.model, *model.companions.values())
+    if any(not file.is_relative_to(folder) or not file.is_file() for file in written):
+        raise PluginError(
+            f"backend {target!r} names files that it did not write into the bundle.", hint="Report it to its authors."
+        )
+    return {
+        **entry.model_dump(mode="json"),
+        "format": model.format,
+        "model": model.model.relative_to(folder).as_posix(),
+        "files": [stated_file(folder, file) for file in dict.fromkeys(written)],
+        "companions": {role: file.relative_to(folder).as_posix() for role, file in model.companions.items()},
+        "quantization": {
+            "dtype": QUANTIZED,
+            "method": model.method,
+            "target": target,
+            "calibration_images": images,
+        },
+    }
+
+
+def _write_manifest(folder: Path, bundle: Bundle, entries: Sequence[Mapping[str, Any]], distribution: str) -> None:
+    stated = bundle.manifest.model_dump(mode="json")
+    tools = {**stated["toolchain"], **toolchain(("onnx", "onnxruntime", "numpy", distribution))}
+    manifest = seal({**stated, "programs": list(entries), "toolchain": tools, "certificate": None})
+    write_file(folder / MANIFEST, as_json(manifest.model_dump(mode="json")))
+
+
+def _shortfall(certificate: Certificate) -> str:
+    """What was not good enough, in figures."""
+    found = [
+        f"{result.program} has lowest cosine {result.lowest_cosine:.6f}, mean {result.mean_cosine:.6f}, relative error "
+        f"{result.relative_error:.1e}: {result.failure}"
+        for result in certificate.programs
+        if result.failure is not None
+    ]
+    found += [
+        f"the digits model reads {read.agreement:.1%} of {read.images} images ({read.fit}) as with the reference."
+        for read in certificate.answers
+        if not found
+    ]
+    return "the quantized programs are too far from the float32 reference, and nothing was kept: " + " ".join(found)

@@ -1,0 +1,191 @@
+"""Quantized bundles: int8 products, close to float32, stated as such, and never kept if they are too far from it."""
+
+import json
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+from transformers import Qwen2VLImageProcessor
+from typer.testing import CliRunner
+
+from bundles import document, entry, write_bundle
+from towers import lowest_cosine, random_patches, reference
+from visionaccel import open_encoder
+from visionaccel.backends import QuantizedModel, default_registry
+from visionaccel.bundle import open_bundle
+from visionaccel.cli.app import app
+from visionaccel.encoder import open_tower
+from visionaccel.errors import AccuracyError, ConfigurationError, PluginError
+from visionaccel.program import CHECKPOINT
+from visionaccel.quantization import quantize_bundle
+from visionaccel.testing.checkpoints import TINY, random_checkpoint
+from visionaccel.validation.certificate import THRESHOLDS
+from visionaccel.validation.comparison import Comparison
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The tiny tower with an image processor, and outliers: a channel that is large after a norm, as trained ones have.
+
+    The channel's weights are as much smaller, so that the tower computes what it computed without.
+    """
+    folder = random_checkpoint(tmp_path_factory.mktemp("quantize") / "checkpoint")
+    weights = load_file(folder / "model.safetensors")
+    for norm, linears in (("norm1", ["attn.qkv"]), ("norm2", ["mlp.gate_proj", "mlp.up_proj"])):
+        weights[f"visual.blocks.0.{norm}.weight"][3] *= 200
+        for linear in linears:
+            weights[f"visual.blocks.0.{linear}.weight"][:, 3] /= 200
+    save_file(weights, folder / "model.safetensors")
+    processor = Qwen2VLImageProcessor(
+        patch_size=TINY["patch_size"], merge_size=2, temporal_patch_size=2, min_pixels=64, max_pixels=96 * 96
+    )
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for number, size in enumerate([(60, 40), (40, 72), (64, 64)]):
+        pixels = np.kron(rng.integers(0, 256, (size[1] // 4, size[0] // 4, 3)), np.ones((4, 4, 1)))
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("float32") / "bundle"
+    return open_bundle(write_bundle(checkpoint, folder, "10x18", bucket="14x22", dynamic=True))
+
+
+@pytest.fixture(scope="module")
+def quantized(bundle, images, tmp_path_factory):
+    return quantize_bundle(bundle, tmp_path_factory.mktemp("int8") / "bundle", [images], target="onnxrt")
+
+
+@pytest.mark.parametrize("grid", [(1, 10, 18), (1, 6, 10), (2, 30, 26)], ids=["fixed", "bucket", "dynamic"])
+def test_embeddings_are_close_to_transformers_but_not_those_of_float32(checkpoint, quantized, grid):
+    patches = random_patches([grid])
+    exact = reference(checkpoint, patches, [grid])
+    with open_encoder(quantized, backend="onnxrt") as encoder:
+        assert {opened.session.capabilities.precision for opened in encoder.programs} == {"int8"}
+        ours = encoder.encode(patches, [grid])
+    assert 0.99 < lowest_cosine(ours, exact) < 0.999999
+
+
+def test_every_product_but_that_of_the_patches_is_of_int8(quantized):
+    for program in quantized.programs(["onnx"]):
+        model = onnx.load_model_from_string(program.model())
+        kinds = [node.op_type for node in model.graph.node]
+        assert kinds.count("MatMulInteger") == 3 * 5 + 2
+        assert kinds.count("Gemm") == 1
+        assert kinds.count("ReduceMax") == 3 * 4 + 2, "rows of every activation are scaled one by one"
+        stored = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+        assert stored["blocks.0.mlp.up_proj.weight_quantized"] == onnx.TensorProto.INT8
+        assert "blocks.0.mlp.up_proj.weight" not in stored, "the float32 weight is not referred to any more"
+        assert "blocks.0.mlp.up_proj.bias" in stored
+
+
+def test_the_bundle_states_what_was_done_and_holds_its_certificate(quantized, bundle):
+    for stated in quantized.manifest.programs:
+        assert stated.quantization.dtype == "int8"
+        assert stated.quantization.target == "onnxrt"
+        assert stated.quantization.calibration_images == 3
+        assert "smoothed" in stated.quantization.method
+    certificate = quantized.manifest.certificate
+    assert certificate.passed
+    assert {result.threshold for result in certificate.programs} == {THRESHOLDS["int8"]}
+    assert certificate.images["real"] == 3
+    assert bundle.manifest.certificate is None
+    assert all(program.quantization is None for program in bundle.manifest.programs)
+    assert {program.quantization for program in quantized.programs(["onnx"])} == {"int8"}
+
+
+def test_what_is_too_far_from_the_reference_is_not_kept(bundle, images, tmp_path):
+    with pytest.raises(
+        AccuracyError, match=r"lowest cosine 0\.99\d+.*mean 0\.99\d+.*Worst: \w[^,]* at grid .*, "
+    ) as caught:
+        quantize_bundle(bundle, tmp_path / "bundle", [images], target="onnxrt", threshold=0.99999)
+    assert "nothing was kept" in caught.value.message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_program_is_quantized_once_and_from_float32(quantized, checkpoint, images, tmp_path):
+    with pytest.raises(ConfigurationError, match="is not of float32"):
+        quantize_bundle(quantized, tmp_path / "again", [images], target="onnxrt")
+    half = open_bundle(write_bundle(checkpoint, tmp_path / "half", "6x6", precision="float16"))
+    with pytest.raises(ConfigurationError, match="is not of float32"):
+        quantize_bundle(half, tmp_path / "again", [images], target="onnxrt")
+
+
+def test_a_backend_that_does_not_quantize_says_so(bundle, images, tmp_path, monkeypatch):
+    with pytest.raises(ConfigurationError, match="'torch_ref' does not take program '10x18'"):
+        quantize_bundle(bundle, tmp_path / "bundle", [images], target="torch_ref")
+    backend = default_registry().load("torch_ref")
+    monkeypatch.setattr(type(backend), "formats", frozenset({"onnx", CHECKPOINT}))
+    with pytest.raises(ConfigurationError, match="'torch_ref' does not quantize program '10x18'"):
+        quantize_bundle(bundle, tmp_path / "bundle", [images], target="torch_ref")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_backend_gets_real_images_and_must_write_into_the_bundle(bundle, images, tmp_path, monkeypatch):
+    backend, seen = default_registry().load("onnxrt"), {}
+
+    def record(self, program, calibration, folder):
+        seen[program.name] = [[dict(inputs) for inputs in calibration] for _ in range(2)]
+        return QuantizedModel("onnx", tmp_path / "elsewhere.onnx", "nothing")
+
+    monkeypatch.setattr(type(backend), "quantize", record)
+    with pytest.raises(PluginError, match="did not write into the bundle"):
+        quantize_bundle(bundle, tmp_path / "bundle", [images], target="onnxrt")
+    first, second = seen["10x18"]
+    assert len(first) == 3
+    assert all(inputs["pixel_values"].shape == (180, 96) for inputs in first)
+    for one, other in zip(first, second, strict=True):
+        np.testing.assert_array_equal(one["pixel_values"], other["pixel_values"])
+
+
+def test_the_command_writes_a_bundle(bundle, images, tmp_path, checkpoint):
+    command = ["quantize", str(bundle.folder), "--output", str(tmp_path / "int8"), "--calibrate", str(images)]
+    done = CliRunner().invoke(app, [*command, "--target", "onnxrt", "--reference", str(checkpoint), "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["manifest"] == document(tmp_path / "int8")
+    shutil.rmtree(tmp_path / "int8")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    command[-1] = str(empty)
+    assert isinstance(CliRunner().invoke(app, [*command, "--target", "onnxrt"]).exception, ConfigurationError)
+
+
+def test_a_bundle_that_holds_its_weights_keeps_them(checkpoint, images, tmp_path):
+    packed = open_bundle(write_bundle(checkpoint, tmp_path / "packed", "6x10", self_contained=True))
+    made = quantize_bundle(
+        packed, tmp_path / "int8", [images], target="onnxrt", reference=open_tower(checkpoint), digits=0
+    )
+    assert made.manifest.checkpoint is None
+    assert made.files() == packed.files()
+    assert entry(document(tmp_path / "int8"), "6x10")["quantization"]["dtype"] == "int8"
+
+
+def test_answers_of_the_digits_model_are_those_of_float32(digits, tmp_path):
+    from digits_vlm.samples import held_out_images
+
+    (tmp_path / "images").mkdir()
+    for number, sample in enumerate(held_out_images(8)):
+        Image.fromarray(np.asarray(sample.image)).save(tmp_path / "images" / f"{number}.png")
+    bundle = open_bundle(write_bundle(digits, tmp_path / "float32", dynamic=True))
+    made = quantize_bundle(bundle, tmp_path / "int8", [tmp_path / "images"], target="onnxrt", digits=100)
+    assert made.manifest.certificate.answers
+    for read in made.manifest.certificate.answers:
+        assert read.agreement >= 0.99, "one point of float32"
+
+
+def test_the_worst_encodes_come_first():
+    comparison, exact = Comparison(), np.eye(4, dtype=np.float32)
+    for tilt in (0.1, 0.5, 0.0, 0.3):
+        comparison.add(exact + np.float32(tilt) * np.roll(exact, 1, axis=1), exact)
+    assert [encode for encode, _ in comparison.worst(3)] == [1, 3, 0]
