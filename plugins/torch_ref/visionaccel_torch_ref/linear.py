@@ -74,7 +74,8 @@ class PackedLinear(Linear):
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACKED_FOR)
-        self._bias = bias
+        # A copy: as it was read it may keep the whole file mapped, with every weight that was packed.
+        self._bias = None if bias is None else bias.clone()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self._unary(x, "none", "")

@@ -64,7 +64,8 @@ class FastTower:
         full = frozenset(program.config["fullatt_block_indexes"])
 
         def norm(name: str) -> torch.Tensor:
-            return weights.read(f"{name}.weight", (hidden,))
+            # A copy, so that it does not keep the whole file mapped.
+            return weights.read(f"{name}.weight", (hidden,)).clone()
 
         def linear(name: str, rows: int, columns: int) -> Linear:
             return make_linear(weights.read(f"{name}.weight", (rows, columns)), weights.read(f"{name}.bias", (rows,)))
