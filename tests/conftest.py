@@ -57,9 +57,10 @@ def seven_answer(seven: Path) -> tuple[NDArray[np.float32], NDArray[np.float32]]
     """Patches of grid 58x74, and what the reference makes of them with the 7B tower's shape."""
     from towers import random_patches
     from visionaccel import open_encoder
+    from visionaccel.validation import REFERENCE_OPTIONS
 
     patches = random_patches([(1, 58, 74)], QWEN2_5_VL_7B)
-    with open_encoder(seven, backend="torch_ref") as encoder:
+    with open_encoder(seven, backend="torch_ref", options=REFERENCE_OPTIONS) as encoder:
         return patches, encoder.encode(patches, [(1, 58, 74)])
 
 

@@ -34,7 +34,7 @@ from visionaccel.program import AnyGrid, Bucket, FixedGrid
 from visionaccel.tensor_files import write_safetensors
 from visionaccel.testing.checkpoints import random_checkpoint
 from visionaccel.validation.answers import digits_checkpoint, read_digits
-from visionaccel.validation.certificate import THRESHOLDS
+from visionaccel.validation.certificate import REFERENCE_OPTIONS, THRESHOLDS
 from visionaccel.validation.comparison import Comparison, length_errors, token_cosines
 from visionaccel.validation.packed_weights import differing_weights
 from visionaccel.validation.trials import Trials, bundled_photographs, find_images, trial_calls
@@ -354,6 +354,17 @@ def test_bare_weights_never_stand_in_for_a_program(tiny, tmp_path):
     assert "takes programs in checkpoint" in failed(certificate)["10x18"]
 
 
+def test_a_fault_in_the_fast_tower_does_not_reach_the_reference(tiny, tmp_path, monkeypatch):
+    from visionaccel_torch_ref.tower import FastTower
+
+    def refuse(*_):
+        raise AssertionError("the fast tower stood in for the reference")
+
+    monkeypatch.setattr(FastTower, "__init__", refuse)
+    folder = write_bundle(tiny, tmp_path / "bundle", "10x18")
+    assert run(folder, tiny)["passed"]
+
+
 def test_one_program_that_cannot_be_opened_does_not_cost_the_others_theirs(tiny, tmp_path):
     folder = write_bundle(tiny, tmp_path / "bundle", "10x18", "18x10")
     edit_model(folder, "10x18", lambda model: setattr(model.graph.node[3], "op_type", "Abacus"))
@@ -508,7 +519,8 @@ def test_answers_are_those_of_transformers(digits):
             do_sample=False,
         )
         right += tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True) == sample.truth
-    with open_encoder(digits, backend="onnxrt") as ours, open_encoder(digits, backend="torch_ref") as reference:
+    exact = open_encoder(digits, backend="torch_ref", options=REFERENCE_OPTIONS)
+    with open_encoder(digits, backend="onnxrt") as ours, exact as reference:
         (read,) = read_digits(digits, ours, reference, 8)
     assert read.accuracy == right / 8
     assert read.agreement == 1

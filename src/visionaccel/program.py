@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from visionaccel.checkpoint import StoredTensor
 from visionaccel.contracts import TensorSpec
 from visionaccel.grid import Grid
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 __all__ = [
     "CHECKPOINT", "DEVICE_TENSORS", "EP_CONTEXT", "FLEXMLRT_DIRECTORY", "FLEXMLRT_RAI", "HOST_AFTER", "HOST_BEFORE",
@@ -131,7 +134,7 @@ class Program:
         folder: The checkpoint folder (`checkpoint`), or the folder that external-data locations start from (`onnx`).
         inputs: Tensors that a session takes.
         outputs: Tensors that a session returns.
-        config: Sizes of the tower, as the checkpoint's configuration names them.
+        config: Sizes of the tower, as the checkpoint's configuration names them; complete for a checkpoint's program.
         weights: Where the tower's tensors lie, by their names below the checkpoint's prefix.
         uniform_frames: All frames of one call must have the same height and width in patches.
         coverage: Which grids it takes.
@@ -140,6 +143,9 @@ class Program:
         quantization: Integer type of its products where that is not `precision`, such as `int8`; None for no such.
         device: Kind of device that it was made for, such as `npu`; None for any.
         model: Returns the artifact's bytes where it has any; called when a session opens, never by a probe.
+        tables: Returns the grid-dependent tables of one call by their names in the family's own order of tokens, for a
+            backend that builds the tower from its weights; None where a program has its tables or gets them as inputs.
+            It can be pickled, so that it goes to a process of its own with the program.
         artifact: The verified file to open, for a backend that maps or reads it itself; None where there is none.
         companions: Further verified files by their role, such as a compiler's configuration.
         stored_names: Names of inputs and outputs inside the artifact, by their names here, where they differ.
@@ -161,6 +167,9 @@ class Program:
     quantization: Literal["int8"] | None = None
     device: str | None = None
     model: Callable[[], bytes] | None = field(default=None, compare=False, repr=False)
+    tables: Callable[[Sequence[Grid]], Mapping[str, NDArray[Any]]] | None = field(
+        default=None, compare=False, repr=False
+    )
     artifact: Path | None = None
     companions: Mapping[str, Path] = field(default_factory=dict, compare=False, repr=False)
     stored_names: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)

@@ -1,4 +1,4 @@
-"""PyTorch reference backend for visionaccel: transformers' own vision tower."""
+"""PyTorch backend for visionaccel: a fast vision tower, and transformers' own as the numerical reference."""
 
 from collections.abc import Sequence
 

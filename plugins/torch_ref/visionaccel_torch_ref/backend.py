@@ -1,14 +1,15 @@
-"""The numerical reference behind visionaccel's contract."""
+"""PyTorch behind visionaccel's contract: a fast tower, and transformers' own as the numerical reference."""
 
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
-import numpy as np
 from pydantic import Field
 
 from visionaccel.arrays import Array, is_tensor
 from visionaccel.backends import Accepted, Capabilities, Options, Rejected, Session, Verdict, VisionBackend
+from visionaccel.errors import BackendUnavailableError
+from visionaccel.grid import Grid, as_grids
 from visionaccel.program import CHECKPOINT, Program
 
 if TYPE_CHECKING:
@@ -22,12 +23,21 @@ FAMILIES = frozenset({"qwen2_5_vl"})
 class TorchReferenceOptions(Options):
     """Options of the `torch_ref` backend."""
 
+    implementation: Literal["fast", "transformers"] = Field(
+        "fast",
+        description="This package's own tower, or transformers': slower, and independent of what is measured against.",
+    )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Dtype of the weights and of the arithmetic.")
-    attention: Literal["sdpa", "eager"] = Field("sdpa", description="transformers' attention implementation.")
+    attention: Literal["sdpa", "eager"] = Field(
+        "sdpa", description="torch's fused attention, or products and a softmax that hold every score in memory."
+    )
+    threads: int | None = Field(
+        None, ge=1, description="Threads of a call on the CPU; by default as many as torch uses in the process."
+    )
 
 
 class TorchReferenceBackend(VisionBackend):
-    """Runs the tower as transformers defines it. Others are measured against it; it is not meant to be fast."""
+    """Runs the tower in PyTorch, its own form of it or transformers', which others are measured against."""
 
     name = "torch_ref"
     formats = frozenset({CHECKPOINT})
@@ -39,9 +49,8 @@ class TorchReferenceBackend(VisionBackend):
         return ("cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())))
 
     def probe(self, program: Program, device: str | None) -> Verdict:
-        missing = [module for module in ("torch", "transformers") if find_spec(module) is None]
-        if missing:
-            return Rejected(f"{' and '.join(missing)} is not installed.", f"pip install {' '.join(missing)}.")
+        if find_spec("torch") is None:
+            return Rejected("torch is not installed.", "pip install torch.")
         if program.family not in FAMILIES:
             return Rejected(f"it has no tower of family {program.family!r}.", "Name another backend.")
         kind, _, index = (device or "cpu").partition(":")
@@ -55,37 +64,64 @@ class TorchReferenceBackend(VisionBackend):
                     f"torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices.",
                     "Install a CUDA build of torch and check nvidia-smi, or use device cpu.",
                 )
-        return Accepted(10, "the numerical reference: transformers' tower")
+        return Accepted(10, "PyTorch, and the numerical reference")
 
     def open(self, program: Program, device: str | None, options: TorchReferenceOptions) -> Session:
-        from visionaccel_torch_ref.tower import load_tower
+        import torch
 
-        where = device or "cpu"
-        tower = load_tower(program, dtype=options.dtype, attention=options.attention, device=where)
-        return TorchReferenceSession(tower, where, options.dtype)
+        where, dtype = device or "cpu", getattr(torch, options.dtype)
+        tower: _Tower
+        if options.implementation == "fast":
+            from visionaccel_torch_ref import attention
+            from visionaccel_torch_ref.tower import load_fast_tower
+
+            attend = attention.sdpa if options.attention == "sdpa" else attention.eager
+            tower = load_fast_tower(program, dtype=dtype, attention=attend, device=where)
+        else:
+            if find_spec("transformers") is None:
+                raise BackendUnavailableError(
+                    "torch_ref's implementation 'transformers' needs transformers, which is not installed.",
+                    hint="pip install transformers.",
+                )
+            from visionaccel_torch_ref.yardstick import TransformersTower
+
+            tower = TransformersTower(program, dtype=dtype, attention=options.attention, device=where)
+        return TorchReferenceSession(tower, where, dtype, options.threads)
+
+
+class _Tower(Protocol):
+    def __call__(self, patches: "torch.Tensor", grids: Sequence[Grid]) -> "torch.Tensor":
+        """Embeddings [N, out_width] of patches [P, patch_width] of the tower's dtype and device."""
 
 
 class TorchReferenceSession(Session):
-    """transformers' tower with its weights. Takes numpy arrays or tensors and answers in kind."""
+    """A tower with its weights. Takes numpy arrays or tensors and answers in kind."""
 
-    def __init__(self, tower: "torch.nn.Module", device: str, dtype: str) -> None:
-        self.capabilities = Capabilities(device=device, precision=dtype, takes_tensors=True)
-        self._tower: torch.nn.Module | None = tower
+    def __init__(self, tower: _Tower, device: str, dtype: "torch.dtype", threads: int | None = None) -> None:
+        precision = str(dtype).removeprefix("torch.")
+        self.capabilities = Capabilities(device=device, precision=precision, takes_tensors=True)
+        self._tower: _Tower | None = tower
+        self._dtype, self._threads = dtype, threads
 
     def run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         import torch
 
         assert self._tower is not None
-        weight = next(self._tower.parameters())
         patches, given_tensor = inputs["pixel_values"], is_tensor(inputs["pixel_values"])
         if not given_tensor:
             # torch warns of read-only arrays because it could write to them; the tower does not, but must not be noisy.
             patches = torch.from_numpy(patches if patches.flags.writeable else patches.copy())
-        grids = torch.from_numpy(np.array(inputs["grid_thw"]))
+        before = torch.get_num_threads()
         # no_grad rather than inference_mode: the caller owns the result and may write to it.
         with torch.no_grad():
-            out = self._tower(patches.to(weight.device, weight.dtype), grids.to(weight.device)).pooler_output
-        out = out.to(torch.float32)
+            try:
+                if self._threads is not None:
+                    torch.set_num_threads(self._threads)
+                moved = patches.to(self.capabilities.device, self._dtype)
+                out = self._tower(moved, as_grids(inputs["grid_thw"])).to(torch.float32)
+            finally:
+                if self._threads is not None:
+                    torch.set_num_threads(before)
         return {"embeddings": out if given_tensor else out.cpu().numpy()}
 
     def close(self) -> None:

@@ -1,5 +1,5 @@
 """Validation: a bundle's programs beside the float32 reference. It opens encoders, so it stands above them."""
 
-from visionaccel.validation.certificate import REFERENCE_BACKEND, THRESHOLDS, validate_bundle
+from visionaccel.validation.certificate import REFERENCE_BACKEND, REFERENCE_OPTIONS, THRESHOLDS, validate_bundle
 
-__all__ = ["REFERENCE_BACKEND", "THRESHOLDS", "validate_bundle"]
+__all__ = ["REFERENCE_BACKEND", "REFERENCE_OPTIONS", "THRESHOLDS", "validate_bundle"]

@@ -41,11 +41,14 @@ from visionaccel.validation.comparison import Comparison, Place
 from visionaccel.validation.packed_weights import differing_weights
 from visionaccel.validation.trials import Trial, Trials, bundled_photographs, find_images
 
-__all__ = ["REFERENCE_BACKEND", "THRESHOLDS", "validate_bundle"]
+__all__ = ["REFERENCE_BACKEND", "REFERENCE_OPTIONS", "THRESHOLDS", "validate_bundle"]
 
 logger = logging.getLogger(__name__)
 
 REFERENCE_BACKEND = "torch_ref"
+REFERENCE_OPTIONS: Mapping[str, Any] = MappingProxyType({"implementation": "transformers", "dtype": "float32"})
+"""transformers' own tower, which shares no arithmetic with this package: the backend's fast form is checked by it too.
+"""
 THRESHOLDS: Mapping[str, float] = MappingProxyType(
     {"float32": 0.9999, "float16": 0.999, "bfloat16": 0.99, "int8": 0.99}
 )
@@ -127,7 +130,9 @@ def validate_bundle(
         deadline=deadline,
         open_deadline=open_deadline,
     )
-    with open_encoder(reference, backend=REFERENCE_BACKEND, registry=registry, isolation="none") as exact:
+    with open_encoder(
+        reference, backend=REFERENCE_BACKEND, options=REFERENCE_OPTIONS, registry=registry, isolation="none"
+    ) as exact:
         run = _Run(bundle, _Reference(exact), trials, open_programs, backend, device)
         results = tuple(run.program(entry, demanded, partial(tell, entry.name)) for entry in bundle.manifest.programs)
         read = run.answers(digits, digest, partial(tell, "digits"))

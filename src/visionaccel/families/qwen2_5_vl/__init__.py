@@ -13,7 +13,8 @@ from visionaccel.checkpoint import Checkpoint, StoredTensor
 from visionaccel.contracts import TensorSpec
 from visionaccel.errors import CheckpointError, ConfigurationError
 from visionaccel.families.base import Family, Host, HostPart, OperatorGraph, Tower, UnrecognisedHost, WindowMatch
-from visionaccel.families.qwen2_5_vl.config import VisionConfig
+from visionaccel.families.qwen2_5_vl.config import DEFAULTS, VisionConfig
+from visionaccel.families.qwen2_5_vl.geometry import tower_tables
 from visionaccel.families.qwen2_5_vl.host import open_host
 from visionaccel.families.qwen2_5_vl.host_part import match_windows, recognise_host
 from visionaccel.families.qwen2_5_vl.signature import EMBEDDINGS, PATCH_KERNEL, Signature, signature
@@ -201,7 +202,8 @@ class Qwen25VLTower(Tower):
                 TensorSpec("grid_thw", "int64", ("images", 3)),
             ),
             outputs=(TensorSpec(EMBEDDINGS, "float32", ("tokens", self.out_width)),),
-            config=self.checkpoint.config["vision_config"],
+            config={**DEFAULTS, **self.checkpoint.config["vision_config"]},
             weights=self.weights,
             uniform_frames=False,
+            tables=partial(tower_tables, self.config),
         )

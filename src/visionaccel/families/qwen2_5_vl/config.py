@@ -9,12 +9,12 @@ from typing import Any
 from visionaccel.checkpoint import Checkpoint
 from visionaccel.errors import CheckpointError, UnsupportedArchitectureError
 
-__all__ = ["VisionConfig"]
+__all__ = ["DEFAULTS", "VisionConfig"]
 
 _MOST, _MOST_WINDOW = 2**20, 2**14
 """Far above every real tower's: a forged configuration must not decide how much memory the host's tables take."""
 
-_DEFAULTS = {
+DEFAULTS = {
     "depth": 32,
     "intermediate_size": 3420,
     "num_heads": 16,
@@ -84,7 +84,7 @@ class VisionConfig:
         raw = checkpoint.config.get("vision_config")
         if not isinstance(raw, dict):
             raise CheckpointError(f"{where} is missing.", hint="Pass a vision-language checkpoint.")
-        values: dict[str, Any] = {**_DEFAULTS, **raw}
+        values: dict[str, Any] = {**DEFAULTS, **raw}
         if values["hidden_act"] != "silu":
             raise UnsupportedArchitectureError(
                 f"{where}.hidden_act is {values['hidden_act']!r}; only 'silu' is implemented.",

@@ -7,8 +7,9 @@ embeddings back at the end. The formulas are those of transformers' `vision_util
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from visionaccel.families.qwen2_5_vl.config import VisionConfig
 from visionaccel.grid import Grid
 
-__all__ = ["Tables", "by_window_size", "make_tables", "rotary_angles", "window_order"]
+__all__ = ["Tables", "by_window_size", "make_tables", "rotary_angles", "tower_tables", "window_order"]
 
 Indices = NDArray[np.int64]
 
@@ -133,3 +134,30 @@ def make_tables(config: VisionConfig, grids: Sequence[Grid], *, grouped: bool = 
         rotary_cos=np.cos(angles),
         rotary_sin=np.sin(angles),
     )
+
+
+def tower_tables(config: VisionConfig, grids: Sequence[Grid]) -> Mapping[str, NDArray[Any]]:
+    """The tables of a call for a backend that builds the tower itself, by their names in `Tables`.
+
+    Windows of one size lie together, largest first, so that those of a size are one batch of attention without any
+    padding. Frames are then not contiguous: `frame_order` brings them together for full attention.
+
+    Returns:
+        `window_index`, `reverse_index`, `window_lengths`, `frame_lengths`, `rotary_cos` and `rotary_sin` as in
+        `Tables`, and `frame_order`: int64 [P]; row `frame_order[i]` of the window order stands at place i when the
+        frames, in their own order, are each contiguous.
+    """
+    tables = make_tables(config, grids, grouped=True)
+    merged = config.merged_patches
+    frame_ends = np.cumsum(tables.frame_lengths // merged)
+    frame_of_token = np.searchsorted(frame_ends, tables.window_index, side="right")
+    tokens = np.argsort(frame_of_token, kind="stable")
+    return {
+        "window_index": tables.window_index,
+        "reverse_index": tables.reverse_index,
+        "window_lengths": tables.window_lengths,
+        "frame_lengths": tables.frame_lengths,
+        "frame_order": (tokens[:, None] * merged + np.arange(merged)).ravel(),
+        "rotary_cos": tables.rotary_cos,
+        "rotary_sin": tables.rotary_sin,
+    }

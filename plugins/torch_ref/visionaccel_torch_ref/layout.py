@@ -1,0 +1,104 @@
+"""Where the rows of a call stand in the tower: order, attention segments and rotary angles, kept by grids."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from visionaccel.errors import PluginError
+from visionaccel.grid import Grid
+from visionaccel.program import Program
+
+__all__ = ["Layout", "Layouts", "Run"]
+
+_MOST_KEPT = 16
+"""Lists of grids whose layout is kept: images of one size follow each other in practice."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Attention segments of one length that follow each other: rows `start` to `start + count * length`."""
+
+    start: int
+    count: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        """The row behind the last."""
+        return self.start + self.count * self.length
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One call's rows: P patches in window order, those of a token together; N tokens.
+
+    Attributes:
+        window_index: int64 [N]; the input token at each place.
+        reverse_index: int64 [N]; its inverse.
+        rotation: complex64 [P, 1, head_dim / 2]; what each pair of a head's values is multiplied by.
+        windows: The attention windows, those of one size as one run.
+        frames: The frames, for full attention, in frame order.
+        frame_order: int64 [P]; the row of the window order at each place of the frame order. None for a single frame,
+            whose order does not matter.
+        frame_reverse: Its inverse.
+    """
+
+    window_index: torch.Tensor
+    reverse_index: torch.Tensor
+    rotation: torch.Tensor
+    windows: tuple[Run, ...]
+    frames: tuple[Run, ...]
+    frame_order: torch.Tensor | None
+    frame_reverse: torch.Tensor | None
+
+
+class Layouts:
+    """Makes layouts from a program's tables and keeps the latest on the device.
+
+    Raises:
+        PluginError: If the program brings no tables.
+    """
+
+    def __init__(self, program: Program, device: str) -> None:
+        if program.tables is None:
+            raise PluginError(
+                f"program {program.name!r} brings no tables.", hint="Use a visionaccel of the same release."
+            )
+        self._tables, self._device = program.tables, device
+        self._of = lru_cache(maxsize=_MOST_KEPT)(self._make)
+
+    def of(self, grids: Sequence[Grid]) -> Layout:
+        """The layout of a call."""
+        return self._of(tuple(grids))
+
+    def _make(self, grids: tuple[Grid, ...]) -> Layout:
+        tables = self._tables(grids)
+        frames = _runs(tables, "frame_lengths")
+        several = sum(run.count for run in frames) > 1
+        order = self._put(tables["frame_order"]) if several else None
+        rotation = torch.complex(self._put(tables["rotary_cos"]), self._put(tables["rotary_sin"]))
+        return Layout(
+            window_index=self._put(tables["window_index"]),
+            reverse_index=self._put(tables["reverse_index"]),
+            rotation=rotation[:, None, :],
+            windows=_runs(tables, "window_lengths"),
+            frames=frames,
+            frame_order=order,
+            frame_reverse=None if order is None else torch.argsort(order),
+        )
+
+    def _put(self, table: Any) -> torch.Tensor:
+        return torch.from_numpy(table).to(self._device)
+
+
+def _runs(tables: Mapping[str, Any], name: str) -> tuple[Run, ...]:
+    runs, start = [], 0
+    for length, alike in groupby(tables[name].tolist()):
+        run = Run(start, len(list(alike)), length)
+        runs.append(run)
+        start = run.end
+    return tuple(runs)

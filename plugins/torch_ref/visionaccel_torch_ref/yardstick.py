@@ -1,0 +1,56 @@
+"""transformers' Qwen2.5-VL vision tower, loaded alone from a checkpoint: what every other form is measured against.
+
+It shares no arithmetic and no table with this package or the core, so that a fault of theirs cannot hide in it.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+
+from visionaccel.grid import Grid
+from visionaccel.program import Program
+from visionaccel_torch_ref.weights import WeightReader
+
+__all__ = ["TransformersTower"]
+
+
+class TransformersTower:
+    """The tower in evaluation mode on a device.
+
+    Args:
+        program: Its configuration and where its weights lie; the language model's are not read.
+        dtype: For weights and arithmetic; rotary frequencies stay float32.
+        attention: transformers' attention implementation, `sdpa` or `eager`.
+        device: `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        CheckpointError: If the weights do not fit the configuration.
+    """
+
+    def __init__(self, program: Program, *, dtype: torch.dtype, attention: str, device: str) -> None:
+        config = Qwen2_5_VLVisionConfig.from_dict(dict(program.config))
+        config._attn_implementation = attention
+        # Built on the meta device, so that nothing is allocated twice; the weights are then assigned, not copied.
+        with torch.device("meta"):
+            tower = Qwen2_5_VisionTransformerPretrainedModel(config)
+        tower.rotary_pos_emb = type(tower.rotary_pos_emb)(config)
+        with WeightReader(program, dtype, device) as reader:
+            weights = {name: reader.read(name) for name in program.weights}
+            try:
+                tower.load_state_dict(weights, assign=True)
+            except RuntimeError as error:
+                raise reader.unfit(str(error)) from error
+        self._tower: torch.nn.Module = tower.to(device).eval().requires_grad_(False)
+
+    def __call__(self, patches: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
+        """Embeddings [N, out_width] in the order of the grids.
+
+        Args:
+            patches: [P, patch_width], of the tower's dtype and on its device.
+            grids: The grids of the call.
+        """
+        triples = torch.tensor([(grid.t, grid.h, grid.w) for grid in grids]).to(patches.device)
+        embeddings: torch.Tensor = self._tower(patches, triples).pooler_output
+        return embeddings
