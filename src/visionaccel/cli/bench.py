@@ -33,12 +33,13 @@ from visionaccel.benchmarking.serving import (
     started,
 )
 from visionaccel.checkpoint import locate_checkpoint
+from visionaccel.cli.bench_encode import encode, placement
 from visionaccel.cli.output import Json, OptionsText, backend_options, messages, print_json, results
 from visionaccel.errors import ConfigurationError, SettingsError
 
 __all__ = ["bench", "serve"]
 
-bench = typer.Typer(name="bench", help="Measure servers under load.", no_args_is_help=True)
+bench = typer.Typer(name="bench", help="Measure encodes, and servers under load.", no_args_is_help=True)
 
 _LATENCY = 0.5
 _SIZE = re.compile(r"([1-9]\d{1,3})x([1-9]\d{1,3})")
@@ -48,6 +49,10 @@ _NAMED_URL = re.compile(r"(?:(?P<name>[\w.-]+)=)?(?P<url>https?://\S+)")
 @bench.callback()
 def _group() -> None:
     pass
+
+
+bench.command()(encode)
+bench.command()(placement)
 
 
 @bench.command()

@@ -23,7 +23,17 @@ from visionaccel.program import AnyGrid, Bucket, Coverage, HostSplit, OperatorDi
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["Family", "Host", "HostPart", "OperatorGraph", "Tower", "UnrecognisedHost", "WindowMatch"]
+__all__ = [
+    "Family",
+    "Host",
+    "HostPart",
+    "MatrixProduct",
+    "OperatorGraph",
+    "Operations",
+    "Tower",
+    "UnrecognisedHost",
+    "WindowMatch",
+]
 
 
 class OperatorGraph(Protocol):
@@ -101,6 +111,58 @@ class WindowMatch:
     found: tuple[tuple[Grid, HostSplit], ...]
     nearest: Grid | None
     differing: int
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixProduct:
+    """Products of one shape: [rows, inner] by [inner, columns].
+
+    Attributes:
+        rows: Patches or tokens.
+        inner: Width of the input.
+        columns: Width of the output.
+        count: How many of them a call has.
+    """
+
+    rows: int
+    inner: int
+    columns: int
+    count: int = 1
+
+    @property
+    def operations(self) -> int:
+        """Floating-point operations of all of them."""
+        return 2 * self.rows * self.inner * self.columns * self.count
+
+
+@dataclass(frozen=True, slots=True)
+class Operations:
+    """Floating-point operations of one call of a tower.
+
+    Attributes:
+        patch_embedding: Those of the patch embedding.
+        linears: The products in the blocks.
+        full_attention: Those of attention over whole frames.
+        window_attention: Those of attention within windows.
+        merger: The products that make tokens of patches.
+    """
+
+    patch_embedding: int
+    linears: tuple[MatrixProduct, ...]
+    full_attention: int
+    window_attention: int
+    merger: tuple[MatrixProduct, ...]
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        products = sum(product.operations for product in (*self.linears, *self.merger))
+        return self.patch_embedding + products + self.full_attention + self.window_attention
+
+    @property
+    def full_attention_share(self) -> float:
+        """What of them is attention over whole frames: the part that grows with the square of the patches."""
+        return self.full_attention / self.total
 
 
 class Host(ABC):
@@ -222,6 +284,10 @@ class Tower(ABC):
         Raises:
             CheckpointError: If a weight that the host needs is missing or cannot be read.
         """
+
+    def operations(self, grids: Sequence[Grid]) -> Operations | None:  # noqa: ARG002
+        """Floating-point operations of one call; None if the family does not count them."""
+        return None
 
     @abstractmethod
     def recognise_host(self, graph: OperatorGraph, boundary: tuple[str, str] | None) -> HostPart | UnrecognisedHost:

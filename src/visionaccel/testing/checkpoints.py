@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from visionaccel.arrays import FLOATS
 
-__all__ = ["QWEN2_5_VL_7B", "TINY", "hollow_checkpoint", "random_checkpoint", "tower_shapes"]
+__all__ = ["LIVELY", "QWEN2_5_VL_7B", "TINY", "hollow_checkpoint", "random_checkpoint", "tower_shapes"]
 
 QWEN2_5_VL_7B: Mapping[str, Any] = MappingProxyType(
     {
@@ -48,6 +48,21 @@ TINY: Mapping[str, Any] = MappingProxyType(
     }
 )
 """A tower of milliseconds with every structural trait of the released ones: windows of 64 patches, full attention."""
+
+LIVELY: Mapping[str, float] = MappingProxyType(
+    {
+        "attn.qkv.weight": 1.4,
+        "attn.qkv.bias": 2.0,
+        "attn.proj.weight": 0.5,
+        "attn.proj.bias": 0.4,
+        "mlp.down_proj.weight": 0.6,
+        "mlp.down_proj.bias": 0.4,
+        "merger.mlp.0.bias": 0.4,
+        "merger.mlp.2.bias": 0.4,
+    }
+)
+"""Scales of `random_checkpoint` for deep towers. Attention then prefers some patches to others, and each block adds
+less to the residual stream than that holds already, as in trained towers: rounding shows as it would there."""
 
 
 def tower_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -87,6 +102,7 @@ def random_checkpoint(
     prefix: str = "visual.",
     shards: int = 1,
     seed: int = 0,
+    scales: Mapping[str, float] = MappingProxyType({}),
 ) -> Path:
     """Write a checkpoint of a vision tower alone, with random weights.
 
@@ -97,6 +113,7 @@ def random_checkpoint(
         prefix: What the tensors' names start with.
         shards: Number of safetensors files; more than one come with an index.
         seed: Seed of the weights.
+        scales: What tensors are multiplied by, by the ends of their names; others by 1.
 
     Returns:
         The folder.
@@ -110,7 +127,8 @@ def random_checkpoint(
     for shard in range(shards):
         file = "model.safetensors" if shards == 1 else f"model-{shard + 1:05}-of-{shards:05}.safetensors"
         part = shapes[shard::shards]
-        save_file({prefix + name: _draw(rng, name, shape, dtype) for name, shape in part}, folder / file)
+        drawn = {prefix + name: _draw(rng, name, shape, dtype, _scale(name, scales)) for name, shape in part}
+        save_file(drawn, folder / file)
         weight_map |= dict.fromkeys((prefix + name for name, _ in part), file)
     if shards > 1:
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
@@ -145,7 +163,11 @@ def _write_config(folder: Path, config: Mapping[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps(document, indent=1))
 
 
-def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
+def _scale(name: str, scales: Mapping[str, float]) -> float:
+    return next((scale for end, scale in scales.items() if name.endswith(end)), 1.0)
+
+
+def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...], dtype: str, scale: float) -> NDArray[Any]:
     values = rng.standard_normal(shape, dtype=np.float32)
     if "norm" in name or "ln_q" in name:
         values = 1 + np.float32(0.15) * values
@@ -153,4 +175,6 @@ def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...], dtype: st
         values *= np.float32(0.05)
     else:
         values *= np.float32(1 / math.sqrt(math.prod(shape[1:])))
+    if scale != 1:
+        values *= np.float32(scale)
     return values.astype(FLOATS[dtype])

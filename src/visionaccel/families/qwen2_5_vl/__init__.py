@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,11 +12,21 @@ from numpy.typing import NDArray
 from visionaccel.checkpoint import Checkpoint, StoredTensor
 from visionaccel.contracts import TensorSpec
 from visionaccel.errors import CheckpointError, ConfigurationError
-from visionaccel.families.base import Family, Host, HostPart, OperatorGraph, Tower, UnrecognisedHost, WindowMatch
+from visionaccel.families.base import (
+    Family,
+    Host,
+    HostPart,
+    Operations,
+    OperatorGraph,
+    Tower,
+    UnrecognisedHost,
+    WindowMatch,
+)
 from visionaccel.families.qwen2_5_vl.config import DEFAULTS, VisionConfig
 from visionaccel.families.qwen2_5_vl.geometry import tower_tables
 from visionaccel.families.qwen2_5_vl.host import open_host
 from visionaccel.families.qwen2_5_vl.host_part import match_windows, recognise_host
+from visionaccel.families.qwen2_5_vl.operations import count_operations
 from visionaccel.families.qwen2_5_vl.signature import EMBEDDINGS, PATCH_KERNEL, Signature, signature
 from visionaccel.families.qwen2_5_vl.weight_names import weight_names
 from visionaccel.grid import Grid
@@ -134,6 +144,9 @@ class Qwen25VLTower(Tower):
 
     def host(self, program: Program) -> Host:
         return open_host(self.config, program, self.weights.get(PATCH_KERNEL) if program.host else None)
+
+    def operations(self, grids: Sequence[Grid]) -> Operations:
+        return count_operations(self.config, grids)
 
     def recognise_host(self, graph: OperatorGraph, boundary: tuple[str, str] | None) -> HostPart | UnrecognisedHost:
         return recognise_host(self.config, graph, boundary)

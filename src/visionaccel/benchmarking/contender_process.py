@@ -1,0 +1,143 @@
+"""The measuring side of one contender's process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from visionaccel.benchmarking.contenders import Contender
+from visionaccel.errors import DeadlineError, DeviceError
+from visionaccel.integrations.vllm.server import quiet_environment
+
+__all__ = ["ContenderProcess"]
+
+_MAIN = "visionaccel.benchmarking.contender_main"
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+_LOG_LINES = 15
+
+
+class ContenderProcess:
+    """A process for one contender, or for what measures the machine; it is idle unless it was asked something.
+
+    Args:
+        log: File that its output goes to.
+        threads: Cores that it may run on, if those are fewer than the machine's, and threads of its pools.
+        python: Its interpreter; None for this one.
+
+    Attributes:
+        started: When it was started, by the system's monotonic clock.
+        alive: Whether it can be asked.
+
+    Raises:
+        DeviceError: If it cannot be started.
+    """
+
+    def __init__(self, log: Path, threads: int, python: str | None = None) -> None:
+        self._log = log
+        near, far = socket.socketpair()
+        self._lines = near.makefile("rw", encoding="utf-8")
+        self._connection = near
+        environment = quiet_environment(dict.fromkeys(_THREADS, str(threads)) | {"VLLM_PLUGINS": ""})
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        self.started = time.monotonic()
+        self.alive = True
+        with far, log.open("wb") as out:
+            try:
+                self._process = subprocess.Popen(  # noqa: S603
+                    [python or sys.executable, "-m", _MAIN, str(far.fileno())],
+                    env=environment,
+                    pass_fds=(far.fileno(),),
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    process_group=0,
+                )
+            except OSError as error:
+                raise DeviceError(f"{python} cannot be started: {error}.", hint="Check the interpreter.") from error
+            if threads < len(cores):
+                # Some runtimes count cores and not the variables; its own threads inherit this.
+                with suppress(OSError):
+                    os.sched_setaffinity(self._process.pid, cores[:threads])
+
+    def open(self, contender: Contender, source: Path, threads: int, seconds: float) -> dict[str, Any]:
+        """Open the contender's tower.
+
+        Returns:
+            `device`, `precision`, `about` and `simulated`.
+
+        Raises:
+            DeviceError: As `ask`.
+        """
+        given = asdict(contender)
+        given["options"] = {name: value for name, value in given["options"].items() if name != "python"}
+        return self.ask({"do": "open", **given, "source": str(source), "threads": threads}, seconds)
+
+    def ask(self, request: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+        """Send a request and wait for its answer.
+
+        Raises:
+            DeviceError: If it answers that it failed, or dies. After that it is not `alive` in the second case.
+            DeadlineError: If it does not answer in time; it has been ended then.
+        """
+        try:
+            self._connection.settimeout(seconds)
+            self._lines.write(json.dumps(request) + "\n")
+            self._lines.flush()
+            line = self._lines.readline()
+        except TimeoutError as error:
+            self.close()
+            raise DeadlineError(
+                f"it took longer than {seconds:g} s and was ended.", hint="Pass a longer --deadline."
+            ) from error
+        except OSError:
+            line = ""
+        if not line:
+            self.close()
+            raise DeviceError(f"its process ended {self._ending()}. The end of its output: {self._end_of_log()}")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise DeviceError(answer["error"])
+        return answer
+
+    def close(self) -> None:
+        """End the process and whatever it started."""
+        if not self.alive:
+            return
+        self.alive = False
+        with suppress(OSError):
+            self._lines.close()
+        self._connection.close()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=2.0)
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _ending(self) -> str:
+        status = self._process.returncode
+        if status >= 0:
+            return f"with status {status}"
+        name = signal.Signals(-status).name
+        return f"by {name}" + (" (the machine may have run out of memory)" if name == "SIGKILL" else "")
+
+    def _end_of_log(self) -> str:
+        return "\n".join(self._log.read_text(errors="replace").splitlines()[-_LOG_LINES:])

@@ -1,0 +1,151 @@
+"""Towers that are not this package's, built alone with a checkpoint's weights. Runs in a contender's own process only.
+
+A peer is measured as its own users run it: its own layers, its own preparation of weights, its own defaults. Patches
+are given to it in its dtype, as its own models give them, and its answer is taken as it is.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from visionaccel.arrays import as_numpy
+from visionaccel.errors import ConfigurationError
+from visionaccel.families import Tower
+from visionaccel.grid import Grid
+
+__all__ = ["Opened", "open_peer"]
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A tower that is ready.
+
+    Attributes:
+        device: What it runs on.
+        precision: Dtype of its products.
+        about: Releases and settings that decide how fast it is.
+        prepare: Patches float32 [P, patch_width] as `run` takes them. Not timed.
+        run: Embeddings of prepared patches of one grid, in whatever dtype and library. Timed.
+        close: Gives back what it holds.
+        simulated: Whether the device is simulated.
+    """
+
+    device: str
+    precision: str
+    about: str
+    prepare: Callable[[NDArray[np.float32]], Any]
+    run: Callable[[Any, Grid], Any]
+    close: Callable[[], None] = lambda: None
+    simulated: bool = False
+
+    def read(self, output: Any) -> NDArray[np.float32]:
+        """What `run` returned as float32 [N, out_width]. Not timed."""
+        return np.ascontiguousarray(as_numpy(output), dtype=np.float32)
+
+
+def open_peer(name: str, tower: Tower, options: Mapping[str, Any], threads: int) -> Opened:
+    """Build a peer's tower and load its weights.
+
+    Args:
+        name: `transformers` or `vllm`.
+        tower: The tower, whose checkpoint has the weights.
+        options: `dtype`, and the peer's own.
+        threads: Threads of its products.
+
+    Raises:
+        ConfigurationError: If it cannot run this tower.
+        Exception: Whatever the peer's own code raises.
+    """
+    import torch
+
+    torch.set_num_threads(threads)
+    if tower.family != "qwen2_5_vl":
+        raise ConfigurationError(f"no peer runs towers of family {tower.family!r}.", hint="Leave the peers out.")
+    openers = {"transformers": _transformers, "vllm": _vllm}
+    return openers[name](tower, options)
+
+
+def _transformers(tower: Tower, options: Mapping[str, Any]) -> Opened:
+    import torch
+    import transformers
+    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+
+    dtype = getattr(torch, options["dtype"])
+    config = Qwen2_5_VLVisionConfig.from_dict(dict(tower.checkpoint.config["vision_config"]))
+    config._attn_implementation = options.get("attention", "sdpa")
+    with torch.device("meta"):
+        module = Qwen2_5_VisionTransformerPretrainedModel(config)
+    module.rotary_pos_emb = type(module.rotary_pos_emb)(config)  # what no checkpoint holds
+    module.load_state_dict({name: weight.to(dtype) for name, weight in _weights(tower)}, assign=True)
+    module.eval()
+
+    def run(patches: Any, grid: Grid) -> Any:
+        with torch.inference_mode():
+            return module(patches, torch.tensor([[grid.t, grid.h, grid.w]])).pooler_output
+
+    about = f"transformers {transformers.__version__}, torch {torch.__version__}, {config._attn_implementation}"
+    return Opened("cpu", options["dtype"], about, lambda patches: torch.from_numpy(patches).to(dtype), run)
+
+
+def _vllm(tower: Tower, options: Mapping[str, Any]) -> Opened:
+    import torch
+    import vllm
+    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import parallel_state
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader.utils import process_weights_after_loading
+    from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VisionTransformer
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    name, dtype = options["dtype"], getattr(torch, options["dtype"])
+    eager = bool(options.get("enforce_eager", False))
+    # The configuration of an engine for this checkpoint: it decides which implementation of each layer is taken.
+    arguments = EngineArgs(
+        model=str(tower.checkpoint.folder), dtype=name, skip_tokenizer_init=True, enforce_eager=eager
+    )
+    settings = arguments.create_engine_config()
+    priority = getattr(getattr(settings, "kernel_config", None), "ir_op_priority", None)
+    if priority is not None:  # as its workers do at start, since 0.31
+        priority.set_default()
+    held = ExitStack()
+    folder = held.enter_context(tempfile.TemporaryDirectory())
+    held.enter_context(set_current_vllm_config(settings))
+    # Its layers ask for the process groups even where there is one process.
+    parallel_state.init_distributed_environment(1, 0, f"file://{Path(folder, 'store')}", 0, "gloo")
+    parallel_state.initialize_model_parallel(1, 1)
+    config = Qwen2_5_VLVisionConfig.from_dict(dict(tower.checkpoint.config["vision_config"]))
+    epsilon = getattr(settings.model_config.hf_config, "rms_norm_eps", 1e-6)
+    with set_default_torch_dtype(dtype):
+        module = Qwen2_5_VisionTransformer(config, norm_eps=epsilon, prefix="visual")
+    module.load_weights((name, weight.to(dtype)) for name, weight in _weights(tower))
+    process_weights_after_loading(module, settings.model_config, torch.device("cpu"))  # packs weights for its products
+    module.eval()
+
+    def run(patches: Any, grid: Grid) -> Any:
+        with torch.inference_mode():
+            return module(patches, grid_thw=[[grid.t, grid.h, grid.w]])
+
+    attention = getattr(module.attn_backend, "name", str(module.attn_backend))
+    about = f"vLLM {vllm.__version__}, {attention}{', eager' if eager else ''}"
+    return Opened("cpu", name, about, lambda patches: torch.from_numpy(patches).to(dtype), run, held.close)
+
+
+def _weights(tower: Tower) -> Iterator[tuple[str, Any]]:
+    """The tower's tensors by their names below the prefix, one file after the other."""
+    from safetensors import safe_open
+
+    for file in sorted({stored.file for stored in tower.weights.values()}):
+        with safe_open(file, framework="pt") as shard:
+            for name, stored in tower.weights.items():
+                if stored.file == file:
+                    yield name, shard.get_tensor(stored.name)

@@ -1,0 +1,60 @@
+"""Towers of released models' shapes with random weights, for measuring where no checkpoint is at hand."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from visionaccel.errors import ConfigurationError, SettingsError
+from visionaccel.testing.checkpoints import LIVELY, QWEN2_5_VL_7B, random_checkpoint
+
+__all__ = ["PRESETS", "preset_checkpoint"]
+
+PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType({"qwen2.5-vl-7b": QWEN2_5_VL_7B})
+"""Vision configurations by name."""
+
+_EDITION = 1
+"""To be raised when the weights change, so that older ones in a cache are not taken for them."""
+
+
+def preset_checkpoint(name: str, depth: int | None = None, cache: Path | None = None) -> Path:
+    """A checkpoint of a preset's shape in bfloat16, written when it is first asked for.
+
+    Args:
+        name: One of `PRESETS`.
+        depth: Number of blocks, for a shorter tower; those of full attention keep their places.
+        cache: Where it is kept; None for the user's cache.
+
+    Raises:
+        SettingsError: If there is no such preset, or it has fewer blocks.
+        ConfigurationError: If it cannot be written.
+    """
+    if name not in PRESETS:
+        raise SettingsError(f"there is no preset {name!r}.", hint=f"Presets: {', '.join(PRESETS)}.")
+    config = PRESETS[name]
+    blocks = config["depth"] if depth is None else depth
+    if not 1 <= blocks <= config["depth"]:
+        raise SettingsError(f"--depth {blocks}: {name} has {config['depth']} blocks.", hint="Name no more than that.")
+    base = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "visionaccel", "presets")
+    folder = base / f"{name}-depth{blocks}-{_EDITION}"
+    if folder.is_dir():
+        return folder
+    full = [block for block in config["fullatt_block_indexes"] if block < blocks]
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        # Another process may write the same, and this one may be ended half-way.
+        with tempfile.TemporaryDirectory(dir=base, prefix=".writing-") as half:
+            shorter = {**config, "depth": blocks, "fullatt_block_indexes": full}
+            written = random_checkpoint(Path(half, "checkpoint"), shorter, dtype="bfloat16", scales=LIVELY)
+            if not folder.is_dir():
+                written.rename(folder)
+    except OSError as error:
+        raise ConfigurationError(
+            f"the preset's weights cannot be written to {base}: {error}.",
+            hint="Free some space, or set XDG_CACHE_HOME to a folder that can be written to.",
+        ) from error
+    return folder
