@@ -31,6 +31,7 @@ def test_explain_gives_each_verdict(tiny):
     assert [(row["backend"], row["verdict"]) for row in answer["candidates"]] == [
         ("flexmlrt", "refused"),
         ("onnxrt", "chosen"),
+        ("openvino", "accepted"),
         ("simulated", "refused"),
         ("torch_ref", "accepted"),
     ]

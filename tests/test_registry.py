@@ -107,7 +107,7 @@ def test_auto_takes_the_highest_score(site, tiny):
     assert selection.chosen is not None
     assert selection.chosen.entry.name == "best"
     accepted = {c.entry.name for c in selection.candidates if isinstance(c.verdict, Accepted)}
-    assert accepted == {"best", "onnxrt", "torch_ref"}
+    assert accepted == {"best", "onnxrt", "openvino", "torch_ref"}
 
 
 def test_a_probe_that_raises_is_a_refusal(site, tiny):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OpenVinoBackend", "OpenVinoOptions"]
 
-_SCORES = {"cpu": 55, "gpu": 80, "npu": 100, "auto": 55}
+_SCORES = {"cpu": 50, "gpu": 50, "npu": 100, "auto": 50}
 _PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 _CAPABILITIES = {"float32": "FP32", "bfloat16": "BF16", "float16": "FP16"}
 
