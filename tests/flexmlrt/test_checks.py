@@ -106,7 +106,7 @@ def test_doctor_lists_every_backend_and_never_fails_by_itself(monkeypatch):
     run = CliRunner().invoke(app, ["doctor", "--json"])
     assert run.exit_code == 0
     rows = json.loads(run.stdout)
-    assert {row["about"] for row in rows} == {"visionaccel", "flexmlrt", "onnxrt", "simulated", "torch_ref"}
+    assert {row["about"] for row in rows} == {"visionaccel", "flexmlrt", "onnxrt", "openvino", "simulated", "torch_ref"}
     assert all(row["fix"] for row in rows if row["status"] == "failure")
 
 
