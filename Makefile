@@ -72,9 +72,8 @@ native: $(INSTALLED)
 	$(BIN)/cmake --build $(VENV)/native
 	$(BIN)/ctest --test-dir $(VENV)/native --output-on-failure
 
-# Threads of torch that wait by spinning would take the cores from the servers of the other half.
 unit: $(INSTALLED)
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --ignore tests/e2e --durations=25
+	$(BIN)/python -m pytest --ignore tests/e2e --durations=25
 
 e2e: $(INSTALLED)
 	$(BIN)/python -m pytest tests/e2e --basetemp=.pytest_tmp_e2e --durations=25

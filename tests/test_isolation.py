@@ -742,6 +742,12 @@ def test_an_interrupt_of_the_terminal_does_not_reach_the_child(device):
     assert session.restarts == 0
 
 
+def test_the_child_shares_the_processor_with_this_session(device):
+    """Linux gives each session its share, and a child in one of its own may get none beside a busy engine."""
+    session = device.open()
+    assert os.getsid(session.pid) == os.getsid(0)
+
+
 def run_in_daemon(folder, results):
     with contextlib.suppress(Exception):
         session = IsolatedSession("tricks", PROGRAM, None, {"folder": folder})

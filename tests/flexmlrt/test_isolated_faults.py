@@ -16,7 +16,7 @@ from visionaccel.errors import DeviceError, DeviceLostError, OutputError
 from visionaccel.isolation import IsolatedSession, Limits
 
 TRIPLE = [(1, GRID.h, GRID.w)]
-LIMITS = Limits(run=6.0, opening=20.0)
+LIMITS = Limits(run=3.0, opening=20.0)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def encoder(program, tiny, script):
         ("partial", OutputError, "left 1 of 24 rows"),
         ("abort", DeviceLostError, "ended by SIGABRT"),
         ("segv", DeviceLostError, "ended by SIGSEGV"),
-        ("hang", DeviceLostError, "within 6 s"),
+        ("hang", DeviceLostError, "within 3 s"),
     ],
 )
 def test_a_fault_is_an_error_that_names_it_and_the_encoder_goes_on(encoder, tiny, script, fault, error, text):

@@ -270,9 +270,11 @@ def _popen(fds: tuple[int, int, int, int], output: int) -> subprocess.Popen[byte
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT,
-        # A session and group of its own: a terminal's Ctrl-C and hang-up, and those who kill the parent's group, do not
-        # reach it before the parent decides; and what vendor code starts can be killed with it.
-        start_new_session=True,
+        # A group of its own: a terminal's Ctrl-C and hang-up, and those who kill the parent's group, do not reach it
+        # before the parent decides; and what vendor code starts can be killed with it. Not a session: Linux shares the
+        # processor out by sessions, and an engine that waits by yielding it, as vLLM's does, then keeps a child in a
+        # session of its own from running for minutes.
+        process_group=0,
     )
 
 
