@@ -4,23 +4,19 @@ One image has the size of its grid already, as what was fitted has; the other is
 Both ways give the same bits, which is checked here too.
 """
 
-import statistics
-import time
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import numpy as np
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
+from benchmarks.turns import medians
 from visionaccel.fixed_grid import FixedGridProcessor
 from visionaccel.images import ImageProcessor
 
 SIZES = ((1036, 812), (1920, 1080))
 LIMITS = {"shortest_edge": 56 * 56, "longest_edge": 12845056}
-RUNS = 15
 
 
 def measure() -> dict[str, float]:
@@ -34,7 +30,7 @@ def measure() -> dict[str, float]:
             if not np.array_equal(fixed([image]), theirs):
                 raise AssertionError(f"{processor.backend}: patches of {size} differ from the processor's")
             pixels = (grid.w * processor.patch_size, grid.h * processor.patch_size)
-            seconds = _medians(
+            seconds = medians(
                 {
                     "processor": partial(processor, image),
                     "fused": partial(fixed, [image]),
@@ -54,18 +50,3 @@ def _picture(width: int, height: int) -> Image.Image:
     coarse = Image.fromarray(rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
     return Image.fromarray((smooth + rng.integers(-8, 9, smooth.shape)).clip(0, 255).astype(np.uint8))
-
-
-def _medians(ways: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Seconds of each way, measured in turns so that a busy machine slows all alike.
-
-    Each turn begins with a call that is not measured: the threads of the way before may still be spinning.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(RUNS):
-        for name, way in ways.items():
-            way()
-            start = time.perf_counter()
-            way()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}

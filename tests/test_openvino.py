@@ -57,7 +57,7 @@ def test_embeddings_equal_transformers(stored, encoder, triples):
     np.testing.assert_allclose(ours, reference(stored, patches, triples), rtol=0, atol=2e-5)
 
 
-def requires_bfloat16(backend):
+def requires_bfloat16():
     import openvino
 
     if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
@@ -67,10 +67,10 @@ def requires_bfloat16(backend):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("config", [TINY, HEAD_OF_80], ids=["head16", "head80"])
 @pytest.mark.parametrize("side", ["8x8", "10x10", "20x20", "18x26"])
-def test_no_form_of_the_graph_gives_a_wrong_token(tmp_path, backend, config, side, precision):
+def test_no_form_of_the_graph_gives_a_wrong_token(tmp_path, config, side, precision):
     """In bfloat16 OpenVINO's own choice for a bucket gives tokens with a cosine of 0.4 to 0.9, and means above 0.96."""
     if precision == "bfloat16":
-        requires_bfloat16(backend)
+        requires_bfloat16()
     checkpoint = random_checkpoint(tmp_path / "checkpoint", config)
     grid = Grid.parse(side)
     triple = [(1, grid.h, grid.w)]
@@ -165,11 +165,26 @@ def test_properties_reach_the_device_and_wrong_ones_are_named(tiny):
         open_encoder(tiny, backend="openvino", options={"properties": {"NO_SUCH_PROPERTY": "1"}})
 
 
-def test_a_precision_that_was_overruled_is_noticed(tiny, backend):
-    requires_bfloat16(backend)
-    options = {"precision": "float32", "properties": {"INFERENCE_PRECISION_HINT": "bf16"}}
+@pytest.mark.parametrize("name", ["CACHE_DIR", "INFERENCE_PRECISION_HINT", "SNIPPETS_MODE"])
+def test_properties_that_answers_depend_on_are_not_the_users_to_set(tiny, name):
+    with pytest.raises(ConfigurationError, match=f"{name} cannot be set"):
+        open_encoder(tiny, backend="openvino", options={"properties": {name: "x"}})
+
+
+def test_a_device_that_computes_in_another_precision_is_noticed(program):
+    import openvino
+
+    from visionaccel_openvino.backend import _check_precision
+    from visionaccel_openvino.model import read_model
+
+    requires_bfloat16()
+    core = openvino.Core()
+    model, mapped = read_model(core, program)
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
+    assert mapped
+    _check_precision(compiled, "cpu", "bfloat16")
     with pytest.raises(DeviceError, match="computes in bf16 where float32 was asked for"):
-        open_encoder(tiny, backend="openvino", options=options)
+        _check_precision(compiled, "cpu", "float32")
 
 
 @pytest.mark.parametrize(

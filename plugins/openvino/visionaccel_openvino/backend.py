@@ -18,6 +18,14 @@ __all__ = ["OpenVinoBackend", "OpenVinoOptions"]
 
 _SCORES = {"cpu": 50, "gpu": 50, "npu": 100, "auto": 50}
 _PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+_OWN = {
+    "CACHE_DIR": "use the option cache_dir",
+    "INFERENCE_NUM_THREADS": "use the option threads",
+    "INFERENCE_PRECISION_HINT": "use the option precision",
+    "PERFORMANCE_HINT_NUM_REQUESTS": "use the option requests",
+    "SNIPPETS_MODE": "it is off where it gives wrong answers",
+}
+"""Properties that are not the user's to set, and what to do instead: what keeps answers right depends on them."""
 _CAPABILITIES = {"float32": "FP32", "bfloat16": "BF16", "float16": "FP16"}
 
 
@@ -63,7 +71,7 @@ class OpenVinoBackend(VisionBackend):
         if program.quantization is not None and program.format == ONNX:
             return Rejected(
                 f"program {program.name!r} was quantized for ONNX Runtime.",
-                "Name backend onnxrt, or quantize for openvino.",
+                "Name backend onnxrt, or the bundle of float32 that it was made from.",
             )
         if isinstance(program.coverage, AnyGrid) and kind == "npu":
             return Rejected(
@@ -161,7 +169,16 @@ def _needs_no_snippets(program: Program, precision: str) -> bool:
 
 
 def _properties(program: Program, device: str, precision: str, options: OpenVinoOptions) -> dict[str, Any]:
-    """What to compile with. The user's own properties come last, and win."""
+    """What to compile with.
+
+    Raises:
+        ConfigurationError: If the user's own properties name one that an option stands for.
+    """
+    for name in sorted(_OWN.keys() & options.properties.keys()):
+        raise ConfigurationError(
+            f"{name} cannot be set as one of the properties: {_OWN[name]}.",
+            hint="Leave it out of the option properties.",
+        )
     kind = device.partition(":")[0]
     properties: dict[str, Any] = {
         "PERFORMANCE_HINT": "LATENCY" if options.requests == 1 else "THROUGHPUT",

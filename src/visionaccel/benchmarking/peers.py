@@ -6,11 +6,8 @@ are given to it in its dtype, as its own models give them, and its answer is tak
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -99,45 +96,20 @@ def _transformers(tower: Tower, options: Mapping[str, Any]) -> Opened:
 def _vllm(tower: Tower, options: Mapping[str, Any]) -> Opened:
     import torch
     import vllm
-    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
-    from vllm.config import set_current_vllm_config
-    from vllm.distributed import parallel_state
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.model_executor.model_loader.utils import process_weights_after_loading
-    from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VisionTransformer
-    from vllm.utils.torch_utils import set_default_torch_dtype
 
-    name, dtype = options["dtype"], getattr(torch, options["dtype"])
-    eager = bool(options.get("enforce_eager", False))
-    # The configuration of an engine for this checkpoint: it decides which implementation of each layer is taken.
-    arguments = EngineArgs(
-        model=str(tower.checkpoint.folder), dtype=name, skip_tokenizer_init=True, enforce_eager=eager
-    )
-    settings = arguments.create_engine_config()
-    priority = getattr(getattr(settings, "kernel_config", None), "ir_op_priority", None)
-    if priority is not None:  # as its workers do at start, since 0.31
-        priority.set_default()
-    held = ExitStack()
-    folder = held.enter_context(tempfile.TemporaryDirectory())
-    held.enter_context(set_current_vllm_config(settings))
-    # Its layers ask for the process groups even where there is one process.
-    parallel_state.init_distributed_environment(1, 0, f"file://{Path(folder, 'store')}", 0, "gloo")
-    parallel_state.initialize_model_parallel(1, 1)
-    config = Qwen2_5_VLVisionConfig.from_dict(dict(tower.checkpoint.config["vision_config"]))
-    epsilon = getattr(settings.model_config.hf_config, "rms_norm_eps", 1e-6)
-    with set_default_torch_dtype(dtype):
-        module = Qwen2_5_VisionTransformer(config, norm_eps=epsilon, prefix="visual")
-    module.load_weights((name, weight.to(dtype)) for name, weight in _weights(tower))
-    process_weights_after_loading(module, settings.model_config, torch.device("cpu"))  # packs weights for its products
-    module.eval()
+    from visionaccel.integrations.vllm.compat.own_tower import own_tower
+
+    name, eager = options["dtype"], bool(options.get("enforce_eager", False))
+    dtype = getattr(torch, name)
+    weights = ((key, weight.to(dtype)) for key, weight in _weights(tower))
+    own = own_tower(tower.checkpoint.folder, tower.checkpoint.config["vision_config"], weights, dtype=name, eager=eager)
 
     def run(patches: Any, grid: Grid) -> Any:
         with torch.inference_mode():
-            return module(patches, grid_thw=[[grid.t, grid.h, grid.w]])
+            return own.module(patches, grid_thw=[[grid.t, grid.h, grid.w]])
 
-    attention = getattr(module.attn_backend, "name", str(module.attn_backend))
-    about = f"vLLM {vllm.__version__}, {attention}{', eager' if eager else ''}"
-    return Opened("cpu", name, about, lambda patches: torch.from_numpy(patches).to(dtype), run, held.close)
+    about = f"vLLM {vllm.__version__}, {own.attention}{', eager' if eager else ''}"
+    return Opened("cpu", name, about, lambda patches: torch.from_numpy(patches).to(dtype), run, own.close)
 
 
 def _weights(tower: Tower) -> Iterator[tuple[str, Any]]:
