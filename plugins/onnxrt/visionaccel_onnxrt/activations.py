@@ -9,7 +9,9 @@ import onnx
 from numpy.typing import NDArray
 
 from visionaccel.arrays import Array
-from visionaccel.errors import ConfigurationError
+from visionaccel.errors import ArtifactError, ConfigurationError
+from visionaccel_onnxrt.providers import CPU_PROVIDER
+from visionaccel_onnxrt.session_entries import ERRORS_ONLY, EXTERNAL_DATA_FOLDER, SPINNING
 
 __all__ = ["largest_by_channel"]
 
@@ -30,6 +32,7 @@ def largest_by_channel(
 
     Raises:
         ConfigurationError: If there is no call.
+        ArtifactError: If the model cannot be run, or gives no finite numbers.
     """
     import onnxruntime
 
@@ -49,16 +52,23 @@ def largest_by_channel(
         onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in outputs
     )
     settings = onnxruntime.SessionOptions()
-    settings.log_severity_level = 3
-    settings.add_session_config_entry("session.model_external_initializers_file_folder_path", weights_folder)
-    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = onnxruntime.InferenceSession(
-        watching.SerializeToString(), settings, providers=["CPUExecutionProvider"], enable_fallback=0
-    )
+    settings.log_severity_level = ERRORS_ONLY
+    settings.add_session_config_entry(EXTERNAL_DATA_FOLDER, weights_folder)
+    settings.add_session_config_entry(SPINNING, "0")
+    try:
+        session = onnxruntime.InferenceSession(
+            watching.SerializeToString(), settings, providers=[CPU_PROVIDER], enable_fallback=0
+        )
+    except Exception as error:  # ONNX Runtime's own errors have no common base
+        raise ArtifactError(f"the program cannot be run: {error}", hint="Export the bundle again.") from error
     found: dict[str, NDArray[np.float32]] = {}
     for inputs in calibration:
         for tensor, seen in zip(tensors, session.run(outputs, dict(inputs)), strict=True):
             found[tensor] = np.maximum(found.get(tensor, 0), seen)
+    if not all(np.isfinite(seen).all() for seen in found.values()):
+        raise ArtifactError(
+            "the program makes NaN or infinity of the calibration's images.", hint="Export the bundle in float32 again."
+        )
     if not found:
         raise ConfigurationError("there is nothing to calibrate with.", hint="Name images that fit the programs.")
     return found

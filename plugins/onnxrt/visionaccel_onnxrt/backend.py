@@ -28,15 +28,16 @@ from visionaccel_onnxrt.ep_context import offload_of_context, verified_context
 from visionaccel_onnxrt.offload import RECORD_ASSIGNMENT, assigned, require_offload
 from visionaccel_onnxrt.providers import CPU_PROVIDER, DEVICES, VITISAI_PROVIDER, provider_for
 from visionaccel_onnxrt.session import OnnxRuntimeSession
+from visionaccel_onnxrt.session_entries import (
+    CAST_CHAIN_ELIMINATION,
+    ERRORS_ONLY,
+    EXTERNAL_DATA_FOLDER,
+    SPINNING,
+    UNPACKED,
+)
 from visionaccel_onnxrt.vitisai import SUMMARIES, compiler_options, pass_summaries
 
 __all__ = ["OnnxRuntimeBackend", "OnnxRuntimeOptions"]
-
-EXTERNAL_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
-CAST_CHAIN_ELIMINATION = "optimization.enable_cast_chain_elimination"
-SPINNING = "session.intra_op.allow_spinning"
-UNPACKED = "session.disable_prepacking"
-_ERRORS_ONLY = 3
 
 
 class OnnxRuntimeOptions(Options):
@@ -231,7 +232,7 @@ def _provider(
 def _session_options(options: OnnxRuntimeOptions, onnxruntime: Any) -> Any:
     levels = onnxruntime.GraphOptimizationLevel
     settings = onnxruntime.SessionOptions()
-    settings.log_severity_level = _ERRORS_ONLY
+    settings.log_severity_level = ERRORS_ONLY
     settings.graph_optimization_level = {
         "all": levels.ORT_ENABLE_ALL,
         "extended": levels.ORT_ENABLE_EXTENDED,

@@ -15,14 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from visionaccel.arrays import FLOATS, Array
 from visionaccel.backends import QuantizedModel
 from visionaccel.checkpoint import StoredTensor
-from visionaccel.errors import ConfigurationError
-from visionaccel.program import ONNX_MODELS, Program
+from visionaccel.errors import ArtifactError, ConfigurationError
+from visionaccel.program import ONNX, ONNX_FUSED, Program
 from visionaccel_onnxrt.activations import largest_by_channel
 
 __all__ = ["quantize"]
@@ -35,7 +36,9 @@ METHOD = (
     "(onnxruntime.quantization)"
 )
 
-_CARRIES = frozenset({"Cast", "Slice", "Identity"})
+_FORMATS = frozenset({ONNX, ONNX_FUSED})
+_SAME = frozenset({"Cast", "Identity"})
+"""What hands a value on as it is, but for its dtype."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,25 @@ class _Product:
 
 
 def quantize(program: Program, calibration: Iterable[Mapping[str, Array]], folder: Path) -> QuantizedModel:
-    """Write a program with products of int8; see `VisionBackend.quantize`."""
-    if program.format not in ONNX_MODELS or program.precision != "float32" or program.quantization or not program.model:
+    """Write a program with products of int8.
+
+    Args:
+        program: A float32 program in ONNX of opset 17.
+        calibration: Inputs of real images.
+        folder: Where to write `NAME.onnx`, which refers to the weights that it did not quantize.
+
+    Raises:
+        ConfigurationError: If it is no such program, or there is nothing to calibrate with or to quantize.
+        ArtifactError: If the model or its weights cannot be read.
+    """
+    if program.format not in _FORMATS or program.precision != "float32" or program.quantization or not program.model:
         raise ConfigurationError(
             f"program {program.name!r} is no float32 program in ONNX.", hint="Export the bundle in float32."
         )
-    model = onnx.load_model_from_string(program.model())
+    try:
+        model = onnx.load_model_from_string(program.model())
+    except DecodeError as error:
+        raise ArtifactError(f"program {program.name!r} is no ONNX model: {error}", hint="Export it again.") from error
     products = _products(model.graph, program.weights)
     if not products:
         raise ConfigurationError(
@@ -78,7 +94,7 @@ def quantize(program: Program, calibration: Iterable[Mapping[str, Array]], folde
             initializers += tensors
     path = folder / f"{program.name}.onnx"
     path.write_bytes(_rewritten(model, replaced, initializers).SerializeToString())
-    return QuantizedModel(program.format, path, METHOD)
+    return QuantizedModel(program.format, path, METHOD, tools=("onnx", "onnxruntime"))
 
 
 def _products(graph: onnx.GraphProto, weights: Mapping[str, StoredTensor]) -> list[_Product]:
@@ -87,24 +103,30 @@ def _products(graph: onnx.GraphProto, weights: Mapping[str, StoredTensor]) -> li
     inputs = {value.name for value in graph.input}
     found = []
     for node in graph.node:
-        if node.op_type != "Gemm" or not any(a.name == "transB" and a.i == 1 for a in node.attribute):
+        if node.op_type != "Gemm" or {a.name: helper.get_attribute_value(a) for a in node.attribute} != {"transB": 1}:
             continue
-        weight, rows = _origin(node.input[1], makers), _origin(node.input[0], makers)
+        weight = _origin(node.input[1], makers, _SAME)
+        rows = _origin(node.input[0], makers, _SAME | {"Slice"})  # a bucket's patches are cut to the real ones
         if weight in weights and rows not in inputs:
             found.append(_Product(node, weight))
     return found
 
 
-def _origin(name: str, makers: Mapping[str, onnx.NodeProto]) -> str:
-    while name in makers and makers[name].op_type in _CARRIES:
+def _origin(name: str, makers: Mapping[str, onnx.NodeProto], through: frozenset[str]) -> str:
+    while name in makers and makers[name].op_type in through:
         name = makers[name].input[0]
     return name
 
 
 def _read(stored: StoredTensor) -> NDArray[np.float32]:
     count = int(np.prod(stored.shape))
-    values = np.fromfile(stored.file, FLOATS[stored.dtype], count, offset=stored.offset)
-    return values.reshape(stored.shape).astype(np.float32)
+    try:
+        values = np.fromfile(stored.file, FLOATS[stored.dtype], count, offset=stored.offset)
+        return values.reshape(stored.shape).astype(np.float32)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(
+            f"weight {stored.name!r} cannot be read from {stored.file}: {error}", hint="Fetch the file again."
+        ) from error
 
 
 def _prepare(

@@ -32,16 +32,18 @@ class OpenVinoSession(Session):
         self.capabilities = capabilities
         self._program, self._mapped = program, mapped
         self._names = {spec.name: program.stored_names.get(spec.name, spec.name) for spec in program.outputs}
-        self._free: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._free: queue.SimpleQueue[Any] | None = queue.SimpleQueue()
         for _ in range(capabilities.max_in_flight):
             self._free.put(compiled.create_infer_request())
 
     def run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-        request = self._free.get()
+        free = self._free
+        assert free is not None, "not called after close"
+        request = free.get()
         try:
             return self._run(request, inputs)
         finally:
-            self._free.put(request)
+            free.put(request)
 
     def _run(self, request: Any, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         sizes: dict[str, int] = {}
@@ -68,8 +70,7 @@ class OpenVinoSession(Session):
         return outputs
 
     def close(self) -> None:
-        while not self._free.empty():
-            self._free.get()
+        self._free = None
         self._mapped = []
 
 

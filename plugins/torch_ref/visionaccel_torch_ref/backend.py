@@ -32,7 +32,9 @@ class TorchReferenceOptions(Options):
         "sdpa", description="torch's fused attention, or products and a softmax that hold every score in memory."
     )
     threads: int | None = Field(
-        None, ge=1, description="Threads of a call on the CPU; by default as many as torch uses in the process."
+        None,
+        ge=1,
+        description="Threads of torch on the CPU, in the whole process from the first call on. Unset: torch's own number.",
     )
 
 
@@ -111,17 +113,12 @@ class TorchReferenceSession(Session):
         if not given_tensor:
             # torch warns of read-only arrays because it could write to them; the tower does not, but must not be noisy.
             patches = torch.from_numpy(patches if patches.flags.writeable else patches.copy())
-        before = torch.get_num_threads()
         # no_grad rather than inference_mode: the caller owns the result and may write to it.
         with torch.no_grad():
-            try:
-                if self._threads is not None:
-                    torch.set_num_threads(self._threads)
-                moved = patches.to(self.capabilities.device, self._dtype)
-                out = self._tower(moved, as_grids(inputs["grid_thw"])).to(torch.float32)
-            finally:
-                if self._threads is not None:
-                    torch.set_num_threads(before)
+            if self._threads is not None and torch.get_num_threads() != self._threads:
+                torch.set_num_threads(self._threads)
+            moved = patches.to(self.capabilities.device, self._dtype)
+            out = self._tower(moved, as_grids(inputs["grid_thw"])).to(torch.float32)
         return {"embeddings": out if given_tensor else out.cpu().numpy()}
 
     def close(self) -> None:

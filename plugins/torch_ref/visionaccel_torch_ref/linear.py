@@ -105,9 +105,17 @@ class PackedLinear(Linear):
 
 @cache
 def why_not_packed(dtype: torch.dtype, device: str) -> str | None:
-    """Why weights of that dtype are not packed on that device; None where they can be, as a small trial showed."""
+    """Why weights of that dtype are not packed on that device; None where they can be. Says so in the log, once."""
     if torch.device(device).type != "cpu":
         return "only oneDNN on the CPU packs weights"
+    reason = _why_not_packed(dtype)
+    if reason is not None:
+        logger.info("Weights are not packed, which makes products slower: %s.", reason)
+    return reason
+
+
+def _why_not_packed(dtype: torch.dtype) -> str | None:
+    """What a small trial showed."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return "this torch was built without oneDNN"
     rng = torch.Generator().manual_seed(0)

@@ -18,7 +18,7 @@ __all__ = ["GROUP", "BackendEntry", "Registry", "default_registry"]
 GROUP = "visionaccel.backends"
 """Entry-point group of backend plug-ins; the entry point's name is the backend's."""
 
-EXTRAS = ("flexmlrt", "onnxrt", "torch_ref")
+EXTRAS = ("flexmlrt", "onnxrt", "openvino", "torch_ref")
 """Backends that the core distribution offers as extras."""
 
 

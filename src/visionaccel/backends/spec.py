@@ -87,12 +87,14 @@ class QuantizedModel:
         model: The file to open.
         method: What was done, in words of one line, for the manifest.
         companions: Further files that it needs, by their role.
+        tools: Distributions whose releases the manifest should state, beside the backend's own.
     """
 
     format: str
     model: Path
     method: str
     companions: Mapping[str, Path] = field(default_factory=dict)
+    tools: tuple[str, ...] = ()
 
 
 class Options(BaseModel):

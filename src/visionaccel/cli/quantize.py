@@ -31,7 +31,7 @@ def quantize(
     ] = None,
     images: Annotated[
         list[Path] | None,
-        typer.Option(help="Image file or folder to judge by. Repeatable. Default: those of --calibrate."),
+        typer.Option(help="Image file or folder to judge by. Repeatable. Default: those of `visionaccel validate`."),
     ] = None,
     threshold: Annotated[float, typer.Option(help="Lowest cosine of a token that is kept.")] = THRESHOLDS["int8"],
     digits: Annotated[

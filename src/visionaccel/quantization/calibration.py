@@ -16,6 +16,8 @@ __all__ = ["Calibration"]
 class Calibration:
     """The images of some trials as a program's session would be given them, one image in a call.
 
+    Yields numpy arrays by the names of the program's inputs, with the dtypes and shapes declared there.
+
     Args:
         program: Decides to which grids images are fitted.
         host: Its host's part.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from visionaccel.backends import QuantizedModel, Registry, VisionBackend, default_registry
+from visionaccel.backends import QuantizedModel, Registry, VisionBackend, default_registry, select
 from visionaccel.bundle.export import (
     Progress,
     appearing,
@@ -20,13 +20,18 @@ from visionaccel.bundle.export import (
 )
 from visionaccel.bundle.manifest import MANIFEST, Certificate, ProgramEntry, seal
 from visionaccel.bundle.opening import Bundle, open_bundle
-from visionaccel.bundle.processor import require_processor
 from visionaccel.errors import AccuracyError, ConfigurationError, PluginError
 from visionaccel.families import Tower
 from visionaccel.images import image_processor
 from visionaccel.program import Program
 from visionaccel.quantization.calibration import Calibration
-from visionaccel.validation.certificate import THRESHOLDS, validate_bundle
+from visionaccel.validation.answers import LEAST_AGREEMENT
+from visionaccel.validation.certificate import (
+    THRESHOLDS,
+    check_reference,
+    check_thresholds,
+    validate_bundle,
+)
 from visionaccel.validation.trials import Trials, find_images
 
 __all__ = ["QUANTIZED", "quantize_bundle"]
@@ -57,18 +62,23 @@ def quantize_bundle(
         output: The folder to write; it appears whole with its certificate, or not at all.
         images: Files, and folders of them, to calibrate with.
         target: Name of the backend that quantizes and that runs the result.
-        reference: The tower of the checkpoint that the bundle was exported from; by default over the bundle's weights.
+        reference: The tower of the checkpoint that the bundle was exported from; by default over the bundle's weights,
+            which must be in the dtype that the checkpoint has.
         device: The backend's device to validate on.
         threshold: The lowest cosine of a token that is good enough.
-        judged_by: Images to validate with; by default those of the calibration.
+        judged_by: Images to validate with; by default those that `validate_bundle` shows.
         digits: Images for the digits model to read, if it is the reference; 0 for none.
         force: Replace an existing bundle.
         registry: Where backends are found; the installed ones by default.
         progress: Told a stage, how much of it is done and how much it is.
 
     Raises:
-        ConfigurationError: If the target does not quantize these programs, or there are no images or no processor to
-            make patches of them.
+        UnknownBackendError: If the target is not installed.
+        PluginError: If its plug-in is broken.
+        ConfigurationError: If the target does not quantize these programs or cannot run them on the device, there are
+            no images or no processor to make patches of them, the threshold is none, the reference is of other weights,
+            or `output` exists, cannot be written, or holds what is read.
+        ArtifactError: If the bundle's files are broken.
         AccuracyError: If a program is too far from the reference; it says how far and on which images.
         InputError: If an image cannot be read.
     """
@@ -77,33 +87,40 @@ def quantize_bundle(
     backend = registry.load(target)
     programs = _programs(bundle, backend)
     reference = reference or bundle.tower
-    require_processor(bundle.manifest.processor_digest, reference.checkpoint.folder, bundle.folder)
+    # Whatever can be said before the work is: it takes minutes for each program.
+    check_thresholds([threshold])
+    check_reference(bundle, reference)
+    _check_runs(bundle, registry, target, device)
+    find_images(judged_by)
     files = find_images(images)
     if not files:
         raise ConfigurationError("there are no images to calibrate with.", hint="Name some with --calibrate.")
     trials = Trials(reference, image_processor(reference.checkpoint.folder), files)
     output = Path(os.path.realpath(output))
-    if output == bundle.folder.resolve():
-        raise ConfigurationError("a bundle cannot be quantized into itself.", hint="Name another folder.")
+    if any(file.is_relative_to(output) for file in (bundle.folder.resolve(), *_weight_files(bundle))):
+        raise ConfigurationError(
+            f"{output} holds the bundle or its weights, and would be replaced.", hint="Name another folder."
+        )
     with appearing(output, force=force) as folder:
         for file in bundle.manifest.files:
             (folder / file.path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(bundle.folder / file.path, folder / file.path)
-        entries = []
+        entries, tools = [], {registry.entry(target).distribution}
         for number, (entry, program) in enumerate(zip(bundle.manifest.programs, programs, strict=True)):
             tell("programs", number, len(programs))
             calibration = Calibration(program, bundle.tower.host(program), trials)
             model = backend.quantize(program, calibration, folder)
             entries.append(_entry(folder, entry, model, target, len(calibration)))
+            tools.update(model.tools)
         tell("programs", len(programs), len(programs))
-        _write_manifest(folder, bundle, entries, registry.entry(target).distribution)
+        _write_manifest(folder, bundle, entries, tools)
         quantized = open_bundle(folder, checkpoint=bundle.tower.checkpoint)
         certificate = validate_bundle(
             quantized,
             reference,
             backend=target,
             device=device,
-            images=judged_by or images,
+            images=judged_by,
             thresholds={QUANTIZED: threshold},
             digits=digits,
             registry=registry,
@@ -113,6 +130,21 @@ def quantize_bundle(
             raise AccuracyError(_shortfall(certificate), hint="Show other images, or accept less with --threshold.")
         rewrite_manifest(quantized, {"certificate": certificate.model_dump(mode="json")})
     return open_bundle(output, checkpoint=bundle.tower.checkpoint)
+
+
+def _check_runs(bundle: Bundle, registry: Registry, target: str, device: str | None) -> None:
+    """That the target runs the programs as they are, so that what fails later is for what was made of them."""
+    _, taken = select(registry, bundle, target, device).require()
+    left = [entry.name for entry in bundle.manifest.programs if entry.name not in {each.name for each in taken}]
+    if left:
+        raise ConfigurationError(
+            f"backend {target!r} does not run program {left[0]!r} on device {device or 'of its choice'}.",
+            hint="`visionaccel explain` says why. Name another target or --device.",
+        )
+
+
+def _weight_files(bundle: Bundle) -> set[Path]:
+    return {tensor.file for tensor in bundle.tower.weights.values()}
 
 
 def _programs(bundle: Bundle, backend: VisionBackend) -> tuple[Program, ...]:
@@ -153,10 +185,10 @@ def _entry(folder: Path, entry: ProgramEntry, model: QuantizedModel, target: str
     }
 
 
-def _write_manifest(folder: Path, bundle: Bundle, entries: Sequence[Mapping[str, Any]], distribution: str) -> None:
+def _write_manifest(folder: Path, bundle: Bundle, entries: Sequence[Mapping[str, Any]], tools: Iterable[str]) -> None:
     stated = bundle.manifest.model_dump(mode="json")
-    tools = {**stated["toolchain"], **toolchain(("onnx", "onnxruntime", "numpy", distribution))}
-    manifest = seal({**stated, "programs": list(entries), "toolchain": tools, "certificate": None})
+    releases = {**stated["toolchain"], **toolchain(sorted(tools))}
+    manifest = seal({**stated, "programs": list(entries), "toolchain": releases, "certificate": None})
     write_file(folder / MANIFEST, as_json(manifest.model_dump(mode="json")))
 
 
@@ -171,6 +203,6 @@ def _shortfall(certificate: Certificate) -> str:
     found += [
         f"the digits model reads {read.agreement:.1%} of {read.images} images ({read.fit}) as with the reference."
         for read in certificate.answers
-        if not found
+        if not found and read.agreement < LEAST_AGREEMENT
     ]
     return "the quantized programs are too far from the float32 reference, and nothing was kept: " + " ".join(found)

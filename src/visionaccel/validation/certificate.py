@@ -62,6 +62,35 @@ _TOOLS = ("numpy", "onnx", "onnxruntime", "torch", "transformers")
 _NOT_RUN = "none"
 
 
+def check_thresholds(thresholds: Iterable[float]) -> None:
+    """That each may be demanded of a cosine.
+
+    Raises:
+        ConfigurationError: If one is not above 0 and up to 1.
+    """
+    for threshold in thresholds:
+        if not 0 < threshold <= 1:  # not the other way round, which NaN would pass
+            raise ConfigurationError(
+                f"{threshold} is no threshold for a cosine.", hint="Name a number above 0 and up to 1, such as 0.999."
+            )
+
+
+def check_reference(bundle: Bundle, reference: Tower) -> str:
+    """The digest of a tower's weights, if it is the one that a bundle was made from.
+
+    Raises:
+        ConfigurationError: If its weights or its image processor are others.
+    """
+    require_processor(bundle.manifest.processor_digest, reference.checkpoint.folder, bundle.folder)
+    digest = tower_digest(reference)
+    if digest != bundle.manifest.weights_digest:
+        raise ConfigurationError(
+            f"the vision weights of {reference.checkpoint.folder} are not those that {bundle.folder} was made from.",
+            hint="Pass the checkpoint that the bundle was exported from, in the dtype that it had.",
+        )
+    return digest
+
+
 def validate_bundle(
     bundle: Bundle,
     reference: Tower,
@@ -106,18 +135,8 @@ def validate_bundle(
         ArtifactError: If the reference checkpoint is broken.
     """
     demanded = {**THRESHOLDS, **thresholds}
-    for threshold in demanded.values():
-        if not 0 < threshold <= 1:  # not the other way round, which NaN would pass
-            raise ConfigurationError(
-                f"{threshold} is no threshold for a cosine.", hint="Name a number above 0 and up to 1, such as 0.999."
-            )
-    require_processor(bundle.manifest.processor_digest, reference.checkpoint.folder, bundle.folder)
-    digest = tower_digest(reference)
-    if digest != bundle.manifest.weights_digest:
-        raise ConfigurationError(
-            f"the vision weights of {reference.checkpoint.folder} are not those that {bundle.folder} was made from.",
-            hint="Pass the checkpoint that the bundle was exported from, in the dtype that it had.",
-        )
+    check_thresholds(demanded.values())
+    digest = check_reference(bundle, reference)
     registry = registry or default_registry()
     tell = progress or (lambda *_: None)
     trials = _trials(reference, images)

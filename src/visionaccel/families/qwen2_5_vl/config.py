@@ -91,11 +91,12 @@ class VisionConfig:
                 hint="Pass a released Qwen2.5-VL checkpoint or a finetune of one.",
             )
         try:
-            values["rope_theta"] = dict(values.get("rope_parameters") or {}).get("rope_theta", 10000.0)
+            # transformers has written it in both places, and reads both.
+            base = dict(values.get("rope_parameters") or {}).get("rope_theta", values.get("rope_theta", 10000.0))
             config = cls(
-                fullatt_block_indexes=tuple(sorted(int(i) for i in values["fullatt_block_indexes"])),
-                rope_theta=float(values["rope_theta"]),
-                **{name: int(values[name]) for name in cls.__slots__ if name not in _NOT_PLAIN_SIZES},
+                fullatt_block_indexes=tuple(sorted(map(_whole, values["fullatt_block_indexes"]))),
+                rope_theta=float(base),
+                **{name: _whole(values[name]) for name in cls.__slots__ if name not in _NOT_PLAIN_SIZES},
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise CheckpointError(
@@ -125,6 +126,12 @@ class VisionConfig:
         broken = [rule for rule, holds in rules.items() if not holds]
         if broken:
             raise CheckpointError(f"{where}: {'; '.join(broken)}.", hint="The configuration is damaged or foreign.")
+
+
+def _whole(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"whole number where it says {value!r}")
+    return value
 
 
 _NOT_PLAIN_SIZES = frozenset({"fullatt_block_indexes", "rope_theta"})
