@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from bundles import write_bundle
 from fake_plugins import install
 from visionaccel.benchmarking import presets
 from visionaccel.benchmarking.contender_process import ContenderProcess
@@ -22,9 +23,10 @@ from visionaccel.benchmarking.contenders import (
     parse_contender,
 )
 from visionaccel.benchmarking.encode_report import make_encode_report
-from visionaccel.benchmarking.encoding import TABLE, EncodePlan, OnGrid, Peak, Taken
+from visionaccel.benchmarking.encoding import TABLE, EncodePlan, OnGrid, Peak, Taken, measure_encodes
 from visionaccel.benchmarking.presets import preset_checkpoint
 from visionaccel.benchmarking.process_tree import memory, processor_seconds
+from visionaccel.bundle import open_bundle
 from visionaccel.cli.app import app
 from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError, DeadlineError, DeviceError, SettingsError, UnknownBackendError
@@ -101,7 +103,7 @@ def _registry():
 def test_every_contender_is_measured_on_every_grid(measured):
     _, report, folder = measured
     assert report == json.loads((folder / "report.json").read_text())
-    works = {each["label"]: each for each in report["contenders"] if each["error"] is None}
+    works = {each["label"]: each for each in report["contenders"] if each["name"] != "broken"}
     assert list(works) == ["torch_ref", "onnxrt", "transformers float32", "transformers bfloat16"]
     for each in works.values():
         assert each["device"] == "cpu"
@@ -135,10 +137,13 @@ def test_accuracy_is_against_transformers_in_float32(measured):
 def test_a_contender_that_fails_is_a_row_that_says_why(measured):
     _, report, _ = measured
     raising, killed = (each for each in report["contenders"] if each["name"] == "broken")
-    assert "it cannot compute" in raising["error"]
+    assert raising["error"] is None, "it may have taken the second grid, at which it died"
+    first, second = raising["grids"]
+    assert "it cannot compute" in first["error"]
+    assert "SIGKILL" in second["error"]
     assert "SIGKILL" in killed["error"]
     assert "the vendor's last words" in killed["error"]
-    assert raising["grids"] == killed["grids"] == []
+    assert killed["grids"] == []
 
 
 def test_the_plot_is_a_picture(measured):
@@ -208,7 +213,6 @@ def test_a_contender_that_is_there_twice_is_refused():
 def test_a_peer_that_is_not_installed_is_absent_with_the_fix(monkeypatch):
     monkeypatch.setattr("visionaccel.benchmarking.contenders._importable", lambda module: module != "vllm")
     assert "pip install vllm" in absence(STOCK)
-    assert "not measured here" in absence(Contender("peer", "optimum-intel", options={"dtype": "float32"}))
     assert absence(REFERENCE) is None
     elsewhere = Contender("peer", "vllm", options={"dtype": "bfloat16", "python": "/nowhere/python"})
     assert "no interpreter /nowhere/python" in absence(elsewhere)
@@ -224,13 +228,16 @@ def test_a_peer_that_is_not_installed_is_absent_with_the_fix(monkeypatch):
         (("--preset", "qwen2.5-vl-7b", "--depth", "33"), SettingsError, "has 32 blocks"),
         (("x", "--grids", "all"), SettingsError, "'table'"),
         (("x", "--backend", "none", "--peer", "none"), SettingsError, "nothing to compare"),
-        (("x", "--plot", "/nowhere/plot.png"), ConfigurationError, "not a folder"),
+        (("x", "--plot", "/nowhere/plot.png"), ConfigurationError, "no file in a folder"),
+        (("x", "--output", "/tmp"), ConfigurationError, "no file in a folder"),
+        (("x", "--peer", "vllm?enforce_eager=maybe"), SettingsError, "none of true, false"),
+        (("{tiny}", "--threads", "4096"), SettingsError, "more than the"),
         (("/nowhere",), Exception, "not a folder"),
     ],
 )
-def test_what_cannot_work_is_refused_before_a_process_starts(monkeypatch, arguments, error, said):
+def test_what_cannot_work_is_refused_before_a_process_starts(monkeypatch, tiny, arguments, error, said):
     monkeypatch.setattr("visionaccel.cli.bench_encode.measure_encodes", None)
-    done = bench("encode", *arguments)
+    done = bench("encode", *(argument.format(tiny=tiny) for argument in arguments))
     assert isinstance(done.exception, error), done.output
     assert said in str(done.exception)
 
@@ -240,6 +247,53 @@ def test_a_contender_that_takes_too_long_is_ended(tiny, tmp_path):
         with pytest.raises(DeadlineError, match=r"longer than 0\.01 s"):
             process.open(REFERENCE, tiny, 1, 0.01)
         assert not process.alive
+
+
+def test_a_process_that_hangs_up_and_lives_on_is_ended_and_not_blamed_on_memory(tiny, tmp_path):
+    script = tmp_path / "python"
+    script.write_text(f"#!{sys.executable}\nimport os, time\nos.closerange(3, 256)\ntime.sleep(60)\n")
+    script.chmod(0o755)
+    with ContenderProcess(tmp_path / "log", 1, str(script)) as process:
+        with pytest.raises(DeviceError, match="hung up, lived on, and was ended"):
+            process.open(REFERENCE, tiny, 1, 60)
+        assert not process.alive
+
+
+def test_a_contender_that_refuses_the_first_grid_takes_the_others(tiny, tmp_path):
+    bundle = open_bundle(write_bundle(tiny, tmp_path / "bundle", "12x20"))
+    plan = EncodePlan((Grid(1, 8, 8), Grid(1, 12, 20)), rounds=1, threads=1, turn_seconds=0.0)
+    taken, _, missing = measure_encodes(
+        bundle.folder, bundle.tower, [Contender("backend", "onnxrt")], plan, lambda _: None
+    )
+    assert missing is None
+    assert taken[0].error is None
+    refused, done = (taken[0].grids[grid] for grid in plan.grids)
+    assert "no program of this encoder takes grid 1x8x8" in refused.error
+    assert done.error is None
+    assert done.accuracy.lowest_cosine > 0.9999
+    assert len(done.rounds) == 1
+
+
+def test_why_there_is_no_accuracy_is_said(tiny, monkeypatch):
+    monkeypatch.setattr("visionaccel.benchmarking.contenders._importable", lambda module: module != "transformers")
+    plan = EncodePlan((Grid(1, 8, 8),), rounds=1, threads=1, turn_seconds=0.0)
+    contender = Contender("backend", "onnxrt")
+    taken, peak, missing = measure_encodes(tiny, open_tower(tiny), [contender], plan, lambda _: None)
+    assert "transformers not installed" in missing
+    report = make_encode_report("it", open_tower(tiny), plan, taken, peak, missing)
+    assert any("Accuracy is missing" in note and "not installed" in note for note in report.notes)
+
+
+def test_the_peak_leaves_out_what_the_processor_lacks(monkeypatch):
+    import torch
+
+    from visionaccel.benchmarking.matrix_peak import rates
+
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    found = rates([(64, 32, 48)], threads)
+    assert list(found) == ["float32"]
+    assert found["float32"][0] > 0
 
 
 def test_an_interpreter_without_this_package_is_a_row_too(tiny, tmp_path):

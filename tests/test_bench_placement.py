@@ -28,6 +28,25 @@ def placed(tiny, ours, stock, *, processors=4.0, cosine=1.0, error=None, stock_e
     return advise(report, *report.contenders)
 
 
+@pytest.mark.parametrize(
+    ("accuracy", "opened", "said"),
+    [
+        (None, {}, "were not compared with transformers' in float32 (it is not there)"),
+        (Accuracy(1.0, 1.0, 0.0, 0), {"simulated": True}, "SIMULATED"),
+    ],
+)
+def test_times_alone_are_no_reason_to_offload(tiny, accuracy, opened, said):
+    mine = OnGrid([[1.0]], 1.0, accuracy)
+    backend = Taken(Contender("backend", "onnxrt"), OPENED | opened, grids={GRID: mine})
+    theirs = Taken(STOCK, OPENED, grids={GRID: OnGrid([[10.0]], 40.0)})
+    plan = EncodePlan((GRID,), rounds=1, threads=4)
+    report = make_encode_report("it", open_tower(tiny), plan, [backend, theirs], Peak(), "it is not there")
+    found = advise(report, *report.contenders)
+    assert found.inline == found.pipelined
+    assert found.inline.offload is None
+    assert said in found.inline.reason
+
+
 def test_a_faster_backend_on_the_same_cores_is_offloaded_to(tiny):
     found = placed(tiny, 5.0, 10.0)
     assert found.takes_language_models_cores

@@ -225,6 +225,11 @@ def test_a_processor_that_resizes_otherwise_is_refused(change):
         FixedGridProcessor(process, (1, 8, 12))
 
 
+def test_an_unknown_policy_is_refused(processors):
+    with pytest.raises(ConfigurationError, match="no policy 'strech'"):
+        FixedGridProcessor(processors["pil"], (1, 8, 12), "strech")
+
+
 def test_a_processor_that_does_more_than_a_table_is_refused(processors):
     right = processors["pil"]
 
@@ -239,6 +244,8 @@ def test_a_processor_that_does_more_than_a_table_is_refused(processors):
         lambda patches: patches[:, :-1],
         lambda patches: patches.astype(np.float64),
         lambda patches: patches - patches.mean(axis=1, keepdims=True),
+        lambda patches: patches - patches.mean(),
+        lambda patches: (patches - patches.min()) / (patches.max() - patches.min()),
         lambda patches: patches * np.nan,
         lambda patches: patches.ravel(),
     ):

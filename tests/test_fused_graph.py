@@ -19,6 +19,7 @@ from visionaccel.errors import BackendUnavailableError, ConfigurationError
 from visionaccel.families.qwen2_5_vl.signature import EMBEDDINGS
 from visionaccel.grid import Grid
 from visionaccel.program import ONNX_FUSED, FixedGrid, HostSplit
+from visionaccel_onnxrt.session_entries import SPINNING, UNPACKED
 
 GRID, LARGEST = Grid(1, 10, 18), Grid(1, 14, 22)
 
@@ -72,7 +73,7 @@ def test_the_models_are_valid_and_attention_is_one_operator(bundle, tiny, tmp_pa
 
 def test_only_a_backend_that_knows_the_operators_is_offered_them(bundle):
     assert {program.format for program in bundle.manifest.programs} == {ONNX_FUSED}
-    with pytest.raises(BackendUnavailableError):
+    with pytest.raises(BackendUnavailableError, match="offers none of these"):
         open_encoder(bundle, backend="flexmlrt")
     backend = default_registry().load("onnxrt")
     (program, _) = bundle.programs(backend.formats)
@@ -80,6 +81,17 @@ def test_only_a_backend_that_knows_the_operators_is_offered_them(bundle):
     refusal = backend.probe(program, "npu")
     assert isinstance(refusal, Rejected)
     assert "own operators" in refusal.reason
+
+
+@pytest.mark.parametrize("options", [{"spinning": True}, {"share_weights": True}, {}])
+def test_options_of_the_session_reach_it_and_change_no_answer(tiny, options):
+    patches = random_patches([(1, 10, 18)])
+    with open_encoder(tiny, backend="onnxrt", options=options) as encoder:
+        settings = encoder.programs[0].session._session.get_session_options()
+        assert settings.get_session_config_entry(SPINNING) == str(int(options.get("spinning", False)))
+        assert settings.get_session_config_entry(UNPACKED) == str(int(options.get("share_weights", False)))
+        exact = reference(tiny, patches, [(1, 10, 18)])
+        np.testing.assert_allclose(encoder.encode(patches, [(1, 10, 18)]), exact, rtol=0, atol=2e-5)
 
 
 def test_what_is_not_written_is_refused(tiny):

@@ -51,6 +51,22 @@ def test_embeddings_equal_transformers(checkpoint, encoder, triples):
     np.testing.assert_allclose(ours, reference(checkpoint, patches, triples), rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize(
+    "rope",
+    [{"rope_theta": 500.0}, {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}],
+    ids=["beside", "within"],
+)
+def test_the_rotary_base_is_read_where_transformers_reads_it(tmp_path, rope):
+    folder = random_checkpoint(tmp_path, {**TINY, **rope})
+    triples = [(1, 20, 18)]
+    patches = random_patches(triples)
+    with open_encoder(folder, backend="onnxrt") as encoder:
+        ours = encoder.encode(patches, triples)
+    np.testing.assert_allclose(ours, reference(folder, patches, triples), rtol=0, atol=2e-5)
+    with open_encoder(random_checkpoint(tmp_path / "other"), backend="onnxrt") as encoder:
+        assert np.abs(encoder.encode(patches, triples) - ours).max() > 1e-3, "the base matters"
+
+
 def test_the_model_is_valid_onnx_and_holds_no_weight(checkpoint, tmp_path):
     tower = open_tower(checkpoint)
     model = onnx.load_model_from_string(tower.onnx_model())

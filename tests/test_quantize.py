@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -18,12 +20,13 @@ from visionaccel.backends import QuantizedModel, default_registry
 from visionaccel.bundle import open_bundle
 from visionaccel.cli.app import app
 from visionaccel.encoder import open_tower
-from visionaccel.errors import AccuracyError, ConfigurationError, PluginError
-from visionaccel.program import CHECKPOINT
+from visionaccel.errors import AccuracyError, ArtifactError, ConfigurationError, InputError, PluginError
+from visionaccel.program import CHECKPOINT, ONNX_STANDARD
 from visionaccel.quantization import quantize_bundle
 from visionaccel.testing.checkpoints import TINY, random_checkpoint
 from visionaccel.validation.certificate import THRESHOLDS
 from visionaccel.validation.comparison import Comparison
+from visionaccel.validation.trials import bundled_photographs
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +80,58 @@ def test_embeddings_are_close_to_transformers_but_not_those_of_float32(checkpoin
     assert 0.99 < lowest_cosine(ours, exact) < 0.999999
 
 
+def test_each_row_has_a_scale_of_its_own(checkpoint, quantized):
+    """With one scale for all rows, the lowest cosine here is 0.9976."""
+    patches = random_patches([(1, 10, 18)])
+    with open_encoder(quantized, backend="onnxrt") as encoder:
+        ours = encoder.encode(patches, [(1, 10, 18)])
+    assert lowest_cosine(ours, reference(checkpoint, patches, [(1, 10, 18)])) > 0.9985
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "said"),
+    [
+        ({"threshold": 2.0}, ConfigurationError, "no threshold"),
+        ({"threshold": float("nan")}, ConfigurationError, "no threshold"),
+        ({"device": "tpu"}, ConfigurationError, "knows no device 'tpu'"),
+        ({"judged_by": ["/nowhere.png"]}, InputError, "nowhere"),
+    ],
+)
+def test_what_cannot_end_well_is_refused_before_the_work(bundle, images, tmp_path, monkeypatch, given, error, said):
+    backend = default_registry().load("onnxrt")
+    monkeypatch.setattr(type(backend), "quantize", lambda *_: pytest.fail("it has begun"))
+    if "judged_by" in given:
+        given = {"judged_by": [Path(name) for name in given["judged_by"]]}
+    with pytest.raises(error, match=said):
+        quantize_bundle(bundle, tmp_path / "int8", [images], target="onnxrt", **given)
+
+
+def test_nothing_that_is_read_is_replaced(checkpoint, bundle, images, tmp_path):
+    outer = tmp_path / "outer"
+    write_bundle(checkpoint, outer, "6x10")
+    inner = open_bundle(write_bundle(checkpoint, outer / "inner", "6x10"))
+    with pytest.raises(ConfigurationError, match="holds the bundle or its weights"):
+        quantize_bundle(inner, outer, [images], target="onnxrt", force=True)
+    with pytest.raises(ConfigurationError, match="holds the bundle or its weights"):
+        quantize_bundle(bundle, checkpoint, [images], target="onnxrt", force=True)
+    assert (outer / "inner").is_dir()
+
+
+def test_broken_programs_are_artifact_errors(bundle, tmp_path):
+    backend = default_registry().load("onnxrt")
+    program = bundle.programs(["onnx"])[0]
+    with pytest.raises(ArtifactError, match="no ONNX model"):
+        backend.quantize(replace(program, model=lambda: b"\xff nonsense"), [], tmp_path)
+    with pytest.raises(ArtifactError, match="cannot be run"):
+        backend.quantize(replace(program, folder=tmp_path), [], tmp_path)
+    (standard,) = bundle.tower.programs([ONNX_STANDARD])
+    with pytest.raises(ConfigurationError, match="no float32 program in ONNX"):
+        backend.quantize(standard, [], tmp_path)
+    inputs = {spec.name: np.full(spec.shape, np.nan, spec.dtype) for spec in program.inputs}
+    with pytest.raises(ArtifactError, match="NaN or infinity"):
+        backend.quantize(program, [inputs], tmp_path)
+
+
 def test_every_product_but_that_of_the_patches_is_of_int8(quantized):
     for program in quantized.programs(["onnx"]):
         model = onnx.load_model_from_string(program.model())
@@ -99,7 +154,7 @@ def test_the_bundle_states_what_was_done_and_holds_its_certificate(quantized, bu
     certificate = quantized.manifest.certificate
     assert certificate.passed
     assert {result.threshold for result in certificate.programs} == {THRESHOLDS["int8"]}
-    assert certificate.images["real"] == 3
+    assert certificate.images["real"] == len(bundled_photographs()) > 3
     assert bundle.manifest.certificate is None
     assert all(program.quantization is None for program in bundle.manifest.programs)
     assert {program.quantization for program in quantized.programs(["onnx"])} == {"int8"}

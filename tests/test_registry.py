@@ -1,6 +1,7 @@
 """Backends are found without importing them, and chosen with reasons."""
 
 import ast
+import runpy
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,13 @@ def test_a_broken_plug_in_is_named_when_it_is_wanted_and_only_then(site, tiny, s
     assert isinstance(verdicts["broken"], Rejected)
     assert selection.chosen is not None
     assert selection.chosen.entry.name == "onnxrt"
+
+
+def test_every_extra_is_known():
+    from visionaccel.backends.registry import EXTRAS
+
+    build = runpy.run_path(str(Path(__file__).parents[1] / "hatch_build.py"))
+    assert set(EXTRAS) == set(build["PLUGINS"])
 
 
 def test_auto_takes_the_highest_score(site, tiny):

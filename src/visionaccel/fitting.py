@@ -6,7 +6,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from visionaccel.program import AnyGrid, Bucket, Coverage, FixedGrid
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["FitPolicy", "Fitter", "fitted", "grid_cost", "natural_grid", "require_area"]
+__all__ = ["FitPolicy", "Fitter", "check_policy", "fitted", "grid_cost", "natural_grid", "require_area"]
 
 FitPolicy: TypeAlias = Literal["letterbox", "stretch"]
 """How an image gets another aspect ratio: padded at the right or bottom, or distorted."""
@@ -214,8 +214,22 @@ def fitted(image: Image, size: tuple[int, int], policy: FitPolicy) -> Image:
         image: In RGB.
         size: Width and height to come to.
         policy: How it gets another aspect ratio.
+
+    Raises:
+        ConfigurationError: If there is no such policy.
     """
+    check_policy(policy)
     return _stretched(image, size) if policy == "stretch" else _letterboxed(image, size)
+
+
+def check_policy(policy: str) -> None:
+    """That there is such a way to fit images.
+
+    Raises:
+        ConfigurationError: If there is none.
+    """
+    if policy not in get_args(FitPolicy):
+        raise ConfigurationError(f"there is no policy {policy!r}.", hint=f"Name {' or '.join(get_args(FitPolicy))}.")
 
 
 def _stretched(image: Image, size: tuple[int, int]) -> Image:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from visionaccel.errors import ConfigurationError, GridError, InputError
 from visionaccel.families import Tower
-from visionaccel.fitting import FitPolicy, Fitter, fitted, natural_grid, require_area
+from visionaccel.fitting import FitPolicy, Fitter, check_policy, fitted, natural_grid, require_area
 from visionaccel.grid import Grid, GridLike, as_grids
 from visionaccel.images import ImageBackend, ImageProcessor, as_rgb, image_processor
 
@@ -42,11 +42,12 @@ class FixedGridProcessor:
 
     Raises:
         GridError: If the grid is not one frame's, or not divisible by the merge size.
-        ConfigurationError: If the grid's area lies outside the processor's bounds, or the processor does more than to
-            resize with the bicubic filter, to normalise and to make patches.
+        ConfigurationError: If there is no such policy, the grid's area lies outside the processor's bounds, or the
+            processor does more than to resize with the bicubic filter, to normalise and to make patches.
     """
 
     def __init__(self, processor: ImageProcessor, grid: GridLike, policy: FitPolicy = "letterbox") -> None:
+        check_policy(policy)
         (self.grid,) = as_grids([grid], processor.merge_size)
         if self.grid.t != 1:
             raise GridError(f"grid {self.grid} is a video's.", hint="Pass the grid of one image, such as 58x74.")

@@ -65,7 +65,7 @@ class LevelTable:
 
 
 def read_levels(process: Callable[[NDArray[np.uint8]], NDArray[Any]], patch_size: int, merge_size: int) -> LevelTable:
-    """The table of a processor, from its patches of one picture in which every level of every channel occurs.
+    """The table of a processor, from its patches of a picture with every level of every channel and of a darker one.
 
     Args:
         process: From pixels uint8 [height, width, 3], as they are, to patches float32 [P, patch_width].
@@ -97,7 +97,11 @@ def read_levels(process: Callable[[NDArray[np.uint8]], NDArray[Any]], patch_size
         table, again = LevelTable(values, patch_size, merge_size, frames), np.empty_like(given)
         table.fill(pixels, again)
         if np.array_equal(again, given):
-            return table
+            # What depends on the picture as a whole shows on one of other levels.
+            darker = pixels // 2
+            table.fill(darker, again)
+            if np.array_equal(again, np.asarray(process(darker))):
+                return table
     raise ConfigurationError(
         "the image processor does more to pixels than to normalise them and put them in patches "
         f"(its answer to a picture of {width}x{height} pixels is {given.dtype} {list(given.shape)}).",

@@ -34,7 +34,7 @@ class TorchReferenceOptions(Options):
     threads: int | None = Field(
         None,
         ge=1,
-        description="Threads of torch on the CPU, in the whole process from the first call on. Unset: torch's own number.",
+        description="Threads of torch on the CPU, in the whole process from the first call on. Unset: torch's own.",
     )
 
 

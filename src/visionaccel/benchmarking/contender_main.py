@@ -1,8 +1,8 @@
 """A contender's own process: opens one way to run the tower, and encodes when it is asked to.
 
-Started as `python -m visionaccel.benchmarking.contender_main FD`. Over the socket FD it reads one JSON object a line
-and answers each with one: what was asked for, or `error`. It ends when the socket is closed. What libraries print goes
-to its standard output, which nobody reads unless it dies.
+Started as `python -m visionaccel.benchmarking.contender_main PARENT FD`, and ended with its parent. Over the socket FD
+it reads one JSON object a line and answers each with one: what was asked for, or `error`. It ends when the socket is
+closed. What libraries print goes to its standard output, which nobody reads unless it dies.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from visionaccel.benchmarking.process_tree import memory, processor_seconds
+from visionaccel.isolation.parent import end_with_parent
 
 __all__ = ["main"]
 
@@ -30,7 +31,7 @@ class _Work:
 
     def __init__(self) -> None:
         self._opened: Any = None
-        self._grids: dict[str, Any] = {}
+        self._prepared: tuple[str, Any] = ("", None)
 
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         kinds: dict[str, Callable[..., dict[str, Any]]] = {
@@ -41,14 +42,21 @@ class _Work:
         return kinds[request["do"]](**{name: value for name, value in request.items() if name != "do"})
 
     def _open(
-        self, kind: str, name: str, device: str | None, options: dict[str, Any], source: str, threads: int
+        self,
+        kind: str,
+        name: str,
+        device: str | None,
+        options: dict[str, Any],
+        source: str,
+        threads: int,
+        deadline: float,
     ) -> dict[str, Any]:
         from visionaccel.bundle import Bundle
         from visionaccel.encoder import open_source
 
         opened = open_source(source)
         if kind == "backend":
-            self._opened = _open_backend(name, opened, device, options, threads)
+            self._opened = _open_backend(name, opened, device, options, threads, deadline)
         else:
             from visionaccel.benchmarking.peers import open_peer
 
@@ -67,9 +75,9 @@ class _Work:
 
         from visionaccel.grid import Grid
 
-        if patches not in self._grids:  # a turn must not begin with reading a file
-            self._grids = {patches: self._opened.prepare(np.load(patches))}
-        prepared, wanted = self._grids[patches], Grid(*grid)
+        if self._prepared[0] != patches:  # a turn must not begin with reading a file
+            self._prepared = (patches, self._opened.prepare(np.load(patches)))
+        prepared, wanted = self._prepared[1], Grid(*grid)
         seconds: list[float] = []
         used = processor_seconds()
         output = None
@@ -90,13 +98,20 @@ class _Work:
             "peak_bytes": held.peak,
         }
 
+    def close(self) -> None:
+        """Give back what is open."""
+        if self._opened is not None:
+            self._opened.close()
+
     def _products(self, shapes: list[list[int]], threads: int) -> dict[str, Any]:
         from visionaccel.benchmarking.matrix_peak import rates
 
         return {"rates": rates([(rows, inner, columns) for rows, inner, columns in shapes], threads)}
 
 
-def _open_backend(name: str, source: Any, device: str | None, options: dict[str, Any], threads: int) -> Any:
+def _open_backend(
+    name: str, source: Any, device: str | None, options: dict[str, Any], threads: int, deadline: float
+) -> Any:
     from visionaccel.backends import default_registry
     from visionaccel.benchmarking.peers import Opened
     from visionaccel.encoder import open_encoder
@@ -104,7 +119,9 @@ def _open_backend(name: str, source: Any, device: str | None, options: dict[str,
     backend = default_registry().load(name)
     if "threads" in backend.options.model_fields:
         options = {"threads": threads, **options}
-    encoder = open_encoder(source, backend=name, device=device, options=options)
+    encoder = open_encoder(
+        source, backend=name, device=device, options=options, deadline=deadline, open_deadline=deadline
+    )
     entry, found = default_registry().entry(name), encoder.capabilities
     return Opened(
         device=found.device,
@@ -121,8 +138,10 @@ def main() -> None:
     """Answer until the socket is closed."""
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(_SPARED)
+    parent, descriptor = map(int, sys.argv[1:])
+    end_with_parent(parent)
     work = _Work()
-    with socket.socket(fileno=int(sys.argv[1])) as connection, connection.makefile("rw", encoding="utf-8") as lines:
+    with socket.socket(fileno=descriptor) as connection, connection.makefile("rw", encoding="utf-8") as lines:
         for line in lines:
             try:
                 answer = work.answer(json.loads(line))
@@ -130,6 +149,8 @@ def main() -> None:
                 answer = {"error": f"{type(error).__name__}: {error}"}
             lines.write(json.dumps(answer) + "\n")
             lines.flush()
+    with suppress(Exception):
+        work.close()
     # Runtimes are known to hang or crash in their own clean-up; nothing is left to be written.
     sys.stdout.flush()
     os._exit(0)

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from visionaccel.benchmarking.contenders import Contender
+from visionaccel.benchmarking.machine import cores
 from visionaccel.errors import DeadlineError, DeviceError
 from visionaccel.integrations.vllm.server import quiet_environment
 
@@ -25,6 +26,8 @@ __all__ = ["ContenderProcess"]
 _MAIN = "visionaccel.benchmarking.contender_main"
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _LOG_LINES = 15
+_GRACE = 2.0
+"""Seconds that a process has to end by itself when it is let go."""
 
 
 class ContenderProcess:
@@ -48,14 +51,15 @@ class ContenderProcess:
         near, far = socket.socketpair()
         self._lines = near.makefile("rw", encoding="utf-8")
         self._connection = near
-        environment = quiet_environment(dict.fromkeys(_THREADS, str(threads)) | {"VLLM_PLUGINS": ""})
-        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        own = {"VLLM_PLUGINS": "", "TMPDIR": str(log.parent)}  # what it leaves behind goes with the run's folder
+        environment = quiet_environment(dict.fromkeys(_THREADS, str(threads)) | own)
         self.started = time.monotonic()
         self.alive = True
+        self._killed = False
         with far, log.open("wb") as out:
             try:
                 self._process = subprocess.Popen(  # noqa: S603
-                    [python or sys.executable, "-m", _MAIN, str(far.fileno())],
+                    [python or sys.executable, "-m", _MAIN, str(os.getpid()), str(far.fileno())],
                     env=environment,
                     pass_fds=(far.fileno(),),
                     stdin=subprocess.DEVNULL,
@@ -65,10 +69,10 @@ class ContenderProcess:
                 )
             except OSError as error:
                 raise DeviceError(f"{python} cannot be started: {error}.", hint="Check the interpreter.") from error
-            if threads < len(cores):
+            if threads < len(cores()):
                 # Some runtimes count cores and not the variables; its own threads inherit this.
                 with suppress(OSError):
-                    os.sched_setaffinity(self._process.pid, cores[:threads])
+                    os.sched_setaffinity(self._process.pid, cores()[:threads])
 
     def open(self, contender: Contender, source: Path, threads: int, seconds: float) -> dict[str, Any]:
         """Open the contender's tower.
@@ -81,7 +85,8 @@ class ContenderProcess:
         """
         given = asdict(contender)
         given["options"] = {name: value for name, value in given["options"].items() if name != "python"}
-        return self.ask({"do": "open", **given, "source": str(source), "threads": threads}, seconds)
+        request = {"do": "open", **given, "source": str(source), "threads": threads, "deadline": seconds}
+        return self.ask(request, seconds)
 
     def ask(self, request: Mapping[str, Any], seconds: float) -> dict[str, Any]:
         """Send a request and wait for its answer.
@@ -102,9 +107,9 @@ class ContenderProcess:
             ) from error
         except OSError:
             line = ""
-        if not line:
+        if not line.endswith("\n"):  # nothing, or what it had written of a line when it died
             self.close()
-            raise DeviceError(f"its process ended {self._ending()}. The end of its output: {self._end_of_log()}")
+            raise DeviceError(f"its process {self._ending()}. The end of its output: {self._end_of_log()}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise DeviceError(answer["error"])
@@ -118,8 +123,11 @@ class ContenderProcess:
         with suppress(OSError):
             self._lines.close()
         self._connection.close()
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=2.0)
+        until = time.monotonic() + _GRACE
+        while not (ended := self._exited()) and time.monotonic() < until:
+            time.sleep(0.01)
+        self._killed = not ended
+        # Before it is reaped: afterwards its number may be another's.
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -132,12 +140,18 @@ class ContenderProcess:
     ) -> None:
         self.close()
 
+    def _exited(self) -> bool:
+        """Whether it has ended; it is not reaped."""
+        return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
     def _ending(self) -> str:
+        if self._killed:
+            return "hung up, lived on, and was ended"
         status = self._process.returncode
         if status >= 0:
-            return f"with status {status}"
+            return f"ended with status {status}"
         name = signal.Signals(-status).name
-        return f"by {name}" + (" (the machine may have run out of memory)" if name == "SIGKILL" else "")
+        return f"was ended by {name}" + (" (the machine may have run out of memory)" if name == "SIGKILL" else "")
 
     def _end_of_log(self) -> str:
         return "\n".join(self._log.read_text(errors="replace").splitlines()[-_LOG_LINES:])

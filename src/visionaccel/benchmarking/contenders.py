@@ -24,7 +24,6 @@ PEERS: Mapping[str, tuple[tuple[str, ...], str, frozenset[str]]] = MappingProxyT
     {
         "transformers": (("torch", "transformers"), "transformers torch", frozenset({"attention"})),
         "vllm": (("vllm",), "vllm", frozenset({"enforce_eager"})),
-        "optimum-intel": (("optimum.intel", "openvino"), "'optimum-intel[openvino]'", frozenset()),
     }
 )
 """Peers: the modules that each needs, what pip installs for it, and its options beside those of every peer."""
@@ -55,7 +54,7 @@ class Contender:
     def label(self) -> str:
         """What reports call it. The environment of a peer is no part of it."""
         options = dict(self.options)
-        dtype = options.pop("dtype") if self.kind == "peer" else None
+        dtype = options.pop("dtype", None) if self.kind == "peer" else None
         if self.kind == "peer":
             options.pop("python", None)
         at = f"@{self.device}" if self.device else ""
@@ -134,9 +133,6 @@ def absence(contender: Contender) -> str | None:
     if contender.kind == "backend":
         return None
     modules, install, _ = PEERS[contender.name]
-    if contender.name == "optimum-intel":
-        installed = "is installed" if all(map(_importable, modules)) else f"not installed (pip install {install})"
-        return f"absent: {installed}; and its export of a vision tower alone is not measured here."
     if contender.python is not None:
         missing = not Path(contender.python).is_file()
         return f"absent: there is no interpreter {contender.python}." if missing else None
@@ -163,8 +159,11 @@ def _check_peer(text: str, name: str, device: str, options: Mapping[str, Any]) -
         raise SettingsError(
             f"--peer {text!r}: {name} has no option {unknown[0]!r}.", hint=f"Its options: {', '.join(sorted(known))}."
         )
-    if options.get("dtype", DTYPES[0]) not in DTYPES:
-        raise SettingsError(f"--peer {text!r}: no such dtype.", hint=f"Choose one of {', '.join(DTYPES)}.")
+    for option, choices in (("dtype", DTYPES), ("attention", ("sdpa", "eager")), ("enforce_eager", ("true", "false"))):
+        if option in options and options[option] not in choices:
+            raise SettingsError(
+                f"--peer {text!r}: {option} is none of {', '.join(choices)}.", hint=f"Choose one, as {choices[0]}."
+            )
 
 
 def _installed() -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from visionaccel.benchmarking.contenders import STOCK
 from visionaccel.benchmarking.encoding import Accuracy, EncodePlan, OnGrid, Peak, Taken
+from visionaccel.benchmarking.machine import cores
 from visionaccel.families import Tower
 from visionaccel.grid import Grid
 
@@ -142,6 +142,7 @@ class EncodeReport:
         grids: What each grid takes.
         contenders: The figures of each.
         notes: What a reader must know.
+        reference_error: Why there is no accuracy; None if there is.
     """
 
     source: str
@@ -150,17 +151,26 @@ class EncodeReport:
     grids: tuple[GridOperations, ...]
     contenders: tuple[ContenderReport, ...]
     notes: tuple[str, ...]
+    reference_error: str | None = None
 
 
-def make_encode_report(source: str, tower: Tower, plan: EncodePlan, taken: Sequence[Taken], peak: Peak) -> EncodeReport:
+def make_encode_report(
+    source: str,
+    tower: Tower,
+    plan: EncodePlan,
+    taken: Sequence[Taken],
+    peak: Peak,
+    reference_error: str | None = None,
+) -> EncodeReport:
     """Figures from what `measure_encodes` took."""
     grids = tuple(_operations(tower, grid) for grid in plan.grids)
     by_label = {each.contender.label: each for each in taken}
     contenders = tuple(_contender(each, by_label, grids, plan, peak) for each in taken)
     rates = {precision: best for precision in peak.rates if (best := peak.best(precision)) is not None}
     system = f"{platform.platform()}, Python {platform.python_version()}"
-    machine = Machine(_processor(), _cores(), system, rates)
-    return EncodeReport(source, plan, machine, grids, contenders, _notes(contenders, peak, plan))
+    machine = Machine(_processor(), len(cores()), system, rates)
+    notes = _notes(contenders, peak, plan, reference_error)
+    return EncodeReport(source, plan, machine, grids, contenders, notes, reference_error)
 
 
 def _operations(tower: Tower, grid: Grid) -> GridOperations:
@@ -237,7 +247,9 @@ def _ratio(turns: Sequence[float], other: OnGrid | None) -> float | None:
     return statistics.median(ratios) if ratios else None
 
 
-def _notes(contenders: Sequence[ContenderReport], peak: Peak, plan: EncodePlan) -> tuple[str, ...]:
+def _notes(
+    contenders: Sequence[ContenderReport], peak: Peak, plan: EncodePlan, reference_error: str | None
+) -> tuple[str, ...]:
     notes = [
         f"{each.label}: the device is SIMULATED; no hardware encodes, and its times are those that were asked for."
         for each in contenders
@@ -245,10 +257,10 @@ def _notes(contenders: Sequence[ContenderReport], peak: Peak, plan: EncodePlan) 
     ]
     if peak.error is not None:
         notes.append(f"The machine's peak is not known, or only in part: {peak.error}")
-    if all(grid.accuracy is None for each in contenders for grid in each.grids):
-        notes.append("There is no accuracy: transformers in float32, the reference, did not encode.")
-    if plan.threads < _cores():
-        notes.append(f"Each contender had {plan.threads} of {_cores()} cores.")
+    if reference_error is not None:
+        notes.append(f"Accuracy is missing: transformers in float32, the reference, did not encode: {reference_error}")
+    if plan.threads < len(cores()):
+        notes.append(f"Each contender had {plan.threads} of {len(cores())} cores.")
     for each in contenders:
         spread = [max(grid.rounds_seconds) / min(grid.rounds_seconds) for grid in each.grids if grid.rounds_seconds]
         if max(spread, default=1.0) > _BUSY:
@@ -257,10 +269,6 @@ def _notes(contenders: Sequence[ContenderReport], peak: Peak, plan: EncodePlan) 
                 "machine was busy with other work; trust the ratios more than the times, and pass more --rounds."
             )
     return tuple(notes)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _processor() -> str:

@@ -129,7 +129,7 @@ class Peak:
 
 def measure_encodes(
     source: Path, tower: Tower, contenders: Sequence[Contender], plan: EncodePlan, tell: Progress
-) -> tuple[list[Taken], Peak]:
+) -> tuple[list[Taken], Peak, str | None]:
     """Measure every contender; what fails is said in its own place.
 
     The reference encodes each grid once even if it is none of the contenders, and is not timed then.
@@ -140,6 +140,9 @@ def measure_encodes(
         contenders: Who takes part.
         plan: What each gets.
         tell: Told what is being done.
+
+    Returns:
+        What each contender did, the machine's peak, and why the reference did not encode if it did not.
     """
     taken = [Taken(contender, error=absence(contender)) for contender in contenders]
     with ExitStack() as stack:
@@ -147,12 +150,17 @@ def measure_encodes(
         run = _Run(source, tower, plan, folder, tell, stack)
         for each in taken:
             run.start(each)
-        if all(each.contender.label != REFERENCE.label for each in taken):
-            run.start(Taken(REFERENCE, error=absence(REFERENCE)), timed=False)
+        reference = next((each for each in taken if each.contender.label == REFERENCE.label), None)
+        if not run.entrants:
+            return taken, run.peak, None if reference is None else reference.error
+        if reference is None:
+            reference = Taken(REFERENCE, error=absence(REFERENCE))
+            run.start(reference, timed=False)
         run.start_products()
         for grid in plan.grids:
             run.on_grid(grid)
-        return taken, run.peak
+        failed = (on_grid.error for on_grid in reference.grids.values() if on_grid.error is not None)
+        return taken, run.peak, reference.error or next(failed, None)
 
 
 @dataclass(slots=True)
@@ -163,14 +171,19 @@ class _Entrant:
 
 
 class _Run:
-    """The processes of a run, and whose turn it is."""
+    """The processes of a run, and whose turn it is.
+
+    Attributes:
+        entrants: Who was opened.
+        peak: The machine's.
+    """
 
     def __init__(
         self, source: Path, tower: Tower, plan: EncodePlan, folder: Path, tell: Progress, stack: ExitStack
     ) -> None:
         self._source, self._tower, self._plan, self._folder, self._tell = source, tower, plan, folder, tell
         self._stack = stack
-        self._entrants: list[_Entrant] = []
+        self.entrants: list[_Entrant] = []
         self._products: ContenderProcess | None = None
         self._first = self._patches(plan.grids[0])
         self.peak = Peak()
@@ -188,14 +201,23 @@ class _Run:
             return
         try:
             taken.opened = process.open(taken.contender, self._source, self._plan.threads, deadline)
-            answer = self._encode(process, self._plan.grids[0], at_least=0.0, save=self._embeddings(label))
         except DeviceError as error:
             taken.error = str(error)
             process.close()
             return
-        taken.startup_seconds = answer["ended"] - process.started
-        self._note_memory(taken, answer)
-        self._entrants.append(_Entrant(taken, process, timed))
+        first = taken.grids.setdefault(self._plan.grids[0], OnGrid())
+        try:
+            answer = self._encode(process, self._plan.grids[0], at_least=0.0, save=self._embeddings(label))
+        except DeviceError as error:
+            if not process.alive:
+                taken.error = str(error)
+                taken.grids.clear()
+                return
+            first.error = str(error)  # it may take the other grids
+        else:
+            taken.startup_seconds = answer["ended"] - process.started
+            self._note_memory(taken, answer)
+        self.entrants.append(_Entrant(taken, process, timed))
 
     def start_products(self) -> None:
         """Start what measures the machine, if the tower's operations are known."""
@@ -211,12 +233,12 @@ class _Run:
         """Warm everybody up on a grid, compare what came out, and measure in turns."""
         patches = self._patches(grid)
         self._products_turn(grid)
-        for entrant in self._entrants:
+        for entrant in self.entrants:
             self._warm_up(entrant, grid)
         self._compare(grid)
         for number in range(self._plan.rounds):
             self._products_turn(grid)
-            for entrant in self._entrants:
+            for entrant in self.entrants:
                 if entrant.timed:
                     self._turn(entrant, grid, number)
         if grid != self._plan.grids[-1]:
@@ -258,11 +280,11 @@ class _Run:
         return found.error is None
 
     def _compare(self, grid: Grid) -> None:
-        labels = [entrant.taken.contender.label for entrant in self._entrants]
+        labels = [entrant.taken.contender.label for entrant in self.entrants]
         files = {label: self._embeddings(label) for label in labels}
         exact = files.get(REFERENCE.label)
         reference = None if exact is None or not exact.exists() else np.load(exact)
-        for label, entrant in zip(labels, self._entrants, strict=True):
+        for label, entrant in zip(labels, self.entrants, strict=True):
             file, found = files[label], entrant.taken.grids[grid]
             if reference is None or found.error is not None or not file.exists():
                 continue

@@ -7,21 +7,22 @@ Runs in a process of its own only.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["MOST_ROWS", "rates"]
 
 MOST_ROWS = 4096
 """Products of more rows are no faster."""
 
-_packed: dict[tuple[str, int, int, int], Callable[[], Any]] = {}
-
 
 def rates(shapes: Sequence[tuple[int, int, int]], threads: int) -> dict[str, list[float]]:
-    """Operations a second of one product of each shape, by dtype.
+    """Operations a second of one product of each shape, by dtype; without those that this processor does not have.
 
-    Weights are packed at the first call with a shape, whose rate therefore does not count.
+    Weights are packed, and a first product is done, before the one that is timed. Nothing is kept between calls.
 
     Args:
         shapes: Rows, inner width and columns of each product.
@@ -33,32 +34,23 @@ def rates(shapes: Sequence[tuple[int, int, int]], threads: int) -> dict[str, lis
     import torch
 
     torch.set_num_threads(threads)
-    found: dict[str, list[float]] = {}
-    for dtype in ("float32", "bfloat16"):
-        for rows, inner, columns in shapes:
-            product = _product(dtype, rows, inner, columns)
-            started = time.perf_counter()
-            product()
-            seconds = time.perf_counter() - started
-            found.setdefault(dtype, []).append(2 * rows * inner * columns / seconds)
+    found = {"float32": [_rate(torch.float32, *shape) for shape in shapes]}
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        found["bfloat16"] = [_rate(torch.bfloat16, *shape) for shape in shapes]
     return found
 
 
-def _product(dtype: str, rows: int, inner: int, columns: int) -> Callable[[], Any]:
+def _rate(dtype: torch.dtype, rows: int, inner: int, columns: int) -> float:
     import torch
 
-    key = dtype, rows, inner, columns
-    if key not in _packed:
-        generator = torch.Generator().manual_seed(0)
-        kind = getattr(torch, dtype)
-        left = torch.randn(rows, inner, generator=generator).to(kind)
-        right = torch.randn(columns, inner, generator=generator).to(kind)
-        packed = torch.ops.mkldnn._reorder_linear_weight(right, rows)
-
-        def product() -> Any:
-            with torch.inference_mode():
-                return torch.ops.mkldnn._linear_pointwise(left, packed, None, "none", [], "")
-
-        product()
-        _packed[key] = product
-    return _packed[key]
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(rows, inner, generator=generator).to(dtype)
+    right = torch.randn(columns, inner, generator=generator).to(dtype)
+    packed = torch.ops.mkldnn._reorder_linear_weight(right, rows)
+    seconds = 0.0
+    with torch.inference_mode():
+        for _ in range(2):
+            started = time.perf_counter()
+            torch.ops.mkldnn._linear_pointwise(left, packed, None, "none", [], "")
+            seconds = time.perf_counter() - started
+    return 2 * rows * inner * columns / seconds

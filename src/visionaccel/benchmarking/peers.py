@@ -99,7 +99,7 @@ def _vllm(tower: Tower, options: Mapping[str, Any]) -> Opened:
 
     from visionaccel.integrations.vllm.compat.own_tower import own_tower
 
-    name, eager = options["dtype"], bool(options.get("enforce_eager", False))
+    name, eager = options["dtype"], options.get("enforce_eager") == "true"
     dtype = getattr(torch, name)
     weights = ((key, weight.to(dtype)) for key, weight in _weights(tower))
     own = own_tower(tower.checkpoint.folder, tower.checkpoint.config["vision_config"], weights, dtype=name, eager=eager)

@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from visionaccel.benchmarking.encode_report import ContenderReport, EncodeReport, GridReport
+from visionaccel.validation.certificate import THRESHOLDS
 
 __all__ = ["LEAST_COSINE", "MARGIN", "GridPlacement", "ModeAdvice", "Placement", "advise"]
 
 MARGIN = 0.1
 """What must be gained, as a share of stock's seconds: less is within the spread of such measurements."""
 
-LEAST_COSINE = 0.99
+LEAST_COSINE = THRESHOLDS["bfloat16"]
 """Below it, for any token, embeddings are not the model's."""
 
 _OFF_HOST = 0.25
@@ -103,10 +104,9 @@ def advise(report: EncodeReport, backend: ContenderReport, stock: ContenderRepor
     wall = sum(grid.offloaded_seconds for grid in grids)
     processors = report.plan.threads * sum(grid.host_seconds for grid in grids) / wall
     takes = processors >= _OFF_HOST * report.plan.threads
-    refusal = _refusal(backend, [ours for ours, _ in pairs])
-    if refusal is not None:
-        advice = ModeAdvice(False, refusal)
-        return Placement(backend.label, grids, processors, takes, advice, advice)
+    against = _refusal(backend, [ours for ours, _ in pairs]) or _doubt(backend, [ours for ours, _ in pairs], report)
+    if against is not None:
+        return Placement(backend.label, grids, processors, takes, against, against)
     inline, pipelined = _inline(grids), _pipelined(grids, processors, report.plan.threads, takes)
     return Placement(backend.label, grids, processors, takes, inline, pipelined)
 
@@ -135,18 +135,30 @@ def _unknown(backend: ContenderReport, stock: ContenderReport) -> Placement:
     return Placement(backend.label, (), None, None, advice, advice)
 
 
-def _refusal(backend: ContenderReport, grids: Sequence[GridReport]) -> str | None:
-    """Why not to offload whatever the times are; None if there is no such reason."""
+def _refusal(backend: ContenderReport, grids: Sequence[GridReport]) -> ModeAdvice | None:
+    """Not to offload whatever the times are, and why; None if there is no such reason."""
     failed = next((grid for grid in backend.grids if grid.error is not None), None)
     if failed is not None:
-        return f"do not: it fails on grid {failed.grid}: {failed.error}"
+        return ModeAdvice(False, f"do not: it fails on grid {failed.grid}: {failed.error}")
     for grid in grids:
-        if grid.accuracy is not None and grid.accuracy.lowest_cosine < LEAST_COSINE:
-            return (
+        if grid.accuracy is not None and not grid.accuracy.lowest_cosine >= LEAST_COSINE:  # NaN is not
+            return ModeAdvice(
+                False,
                 f"do not: its embeddings are wrong. The lowest cosine of a token to transformers in float32 is "
-                f"{grid.accuracy.lowest_cosine:.4f} on grid {grid.grid}, and {LEAST_COSINE} is the least."
+                f"{grid.accuracy.lowest_cosine:.4f} on grid {grid.grid}, and {LEAST_COSINE} is the least.",
             )
     return None
+
+
+def _doubt(backend: ContenderReport, grids: Sequence[GridReport], report: EncodeReport) -> ModeAdvice | None:
+    """Why times say nothing; None if they do."""
+    if backend.simulated:
+        return ModeAdvice(None, "its device is SIMULATED, and takes the time that was asked for.")
+    unknown = next((grid.grid for grid in grids if grid.accuracy is None), None)
+    if unknown is None:
+        return None
+    why = f" ({report.reference_error})" if report.reference_error else ""
+    return ModeAdvice(None, f"its embeddings on grid {unknown} were not compared with transformers' in float32{why}.")
 
 
 def _inline(grids: Sequence[GridPlacement]) -> ModeAdvice:

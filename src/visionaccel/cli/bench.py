@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 import shlex
@@ -34,7 +33,17 @@ from visionaccel.benchmarking.serving import (
 )
 from visionaccel.checkpoint import locate_checkpoint
 from visionaccel.cli.bench_encode import encode, placement
-from visionaccel.cli.output import Json, OptionsText, backend_options, messages, print_json, results
+from visionaccel.cli.output import (
+    Json,
+    OptionsText,
+    backend_options,
+    check_writable,
+    messages,
+    number,
+    print_json,
+    results,
+    write_json,
+)
 from visionaccel.errors import ConfigurationError, SettingsError
 
 __all__ = ["bench", "serve"]
@@ -141,9 +150,7 @@ def serve(
     plan = Plan(images, image_tokens, gap, streams, stream_tokens, _size(size), repeats, sequential, seed)
     arguments = _words(server_arguments)
     require("openai", "PIL", *(["matplotlib"] if timeline is not None else []))
-    for file in (timeline, output):
-        if file is not None and not file.parent.is_dir():
-            raise ConfigurationError(f"{file.parent} is not a folder.", hint="Name a file in a folder that exists.")
+    check_writable(timeline, output)
     chosen = list(dict.fromkeys(mode or Mode))
     if url:
         if checkpoint is not None or mode:
@@ -161,12 +168,11 @@ def serve(
         folder = _checkpoint(checkpoint)
         accelerator, device_time = _timed(plan, folder, accelerator, chosen, latency, device_seconds)
         report, taken = _started(plan, folder, accelerator, chosen, device_time, arguments)
+    document = {**asdict(report), "timeline": timeline}
+    write_json(document, output)  # before what may fail
     if timeline is not None:
         about = " (device SIMULATED)" if report.simulated else ""
         plot_timeline({name: each.mixed[0] for name, each in taken.items()}, timeline, f"Text and images{about}")
-    document = {**asdict(report), "timeline": timeline}
-    if output is not None:
-        output.write_text(json.dumps(document, indent=1, default=str) + "\n")
     if as_json:
         print_json(document)
     else:
@@ -299,9 +305,9 @@ def _print(report: Report) -> None:
     def row(name: str, cells: Iterable[str]) -> None:
         table.add_row(name, *cells)
 
-    row("wall, s", (_number(mode.mixed.wall_seconds) for mode in modes))
+    row("wall, s", (number(mode.mixed.wall_seconds) for mode in modes))
     row("tokens/s", (f"{mode.mixed.tokens_per_second:.1f}" for mode in modes))
-    row("image requests/s", (_number(mode.mixed.image_requests_per_second) for mode in modes))
+    row("image requests/s", (number(mode.mixed.image_requests_per_second) for mode in modes))
     row("image TTFT, s: p50 p90 p99", (_ttft(mode.mixed.images) for mode in modes))
     row("image ITL, ms: p50 p99 max", (_itl(mode.mixed.images) for mode in modes))
     row("text TTFT, s: p50 p90 p99", (_ttft(mode.mixed.text) for mode in modes))
@@ -309,11 +315,11 @@ def _print(report: Report) -> None:
     row(f"text stalls {limit}, s", (_stalls(mode.mixed.stalls) for mode in modes))
     row("the same without images, s", (_stalls(mode.text_only.stalls) for mode in modes))
     row("text alone: tokens/s", (f"{mode.text_only.tokens_per_second:.1f}" for mode in modes))
-    row("client's own pauses, s", (_number(mode.mixed.client_pause_seconds) for mode in modes))
-    row("device, s", (_number(mode.bound.device_seconds if mode.bound else None) for mode in modes))
-    row("decode, s", (_number(mode.decode_seconds) for mode in modes))
-    row("ideal bound, s", (_number(mode.bound.seconds if mode.bound else None) for mode in modes))
-    row("times the ideal bound", (_number(mode.times_bound) for mode in modes))
+    row("client's own pauses, s", (number(mode.mixed.client_pause_seconds) for mode in modes))
+    row("device, s", (number(mode.bound.device_seconds if mode.bound else None) for mode in modes))
+    row("decode, s", (number(mode.decode_seconds) for mode in modes))
+    row("ideal bound, s", (number(mode.bound.seconds if mode.bound else None) for mode in modes))
+    row("times the ideal bound", (number(mode.times_bound) for mode in modes))
     results.print(table)
     if report.concurrency is not None:
         _print_concurrency(report)
@@ -332,14 +338,10 @@ def _print_concurrency(report: Report) -> None:
     table = Table("", "one by one, s", "at once, s", "times as fast", "an ideal server", title=title)
     for name, gain in found.modes.items():
         cells = (gain.sequential_seconds, gain.concurrent_seconds, gain.ratio, gain.bound)
-        table.add_row(name, *map(_number, cells))
+        table.add_row(name, *map(number, cells))
     prior = f"prior art, {found.prior_art_requests} requests, other model and device"
-    table.add_row(prior, "", "", _number(found.prior_art_ratio), "")
+    table.add_row(prior, "", "", number(found.prior_art_ratio), "")
     results.print(table)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
 
 
 def _milliseconds(seconds: float) -> str:

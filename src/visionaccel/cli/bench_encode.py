@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -19,14 +17,17 @@ from visionaccel.benchmarking.encode_plot import plot_latency
 from visionaccel.benchmarking.encode_report import ContenderReport, EncodeReport, GridOperations, make_encode_report
 from visionaccel.benchmarking.encoding import TABLE, EncodePlan, Progress, measure_encodes
 from visionaccel.benchmarking.load import require
+from visionaccel.benchmarking.machine import cores
 from visionaccel.benchmarking.placement import ModeAdvice, Placement, advise
 from visionaccel.benchmarking.presets import PRESETS, preset_checkpoint
 from visionaccel.bundle import Bundle
 from visionaccel.checkpoint import locate_checkpoint
-from visionaccel.cli.output import Json, messages, print_json, results
+from visionaccel.cli.output import Json, check_writable, messages, number, print_json, results, write_json
 from visionaccel.encoder import open_source
-from visionaccel.errors import ConfigurationError, SettingsError
+from visionaccel.errors import SettingsError
+from visionaccel.families import Tower
 from visionaccel.grid import Grid, as_grids
+from visionaccel.program import FixedGrid
 
 __all__ = ["encode", "placement"]
 
@@ -59,7 +60,7 @@ Threads = Annotated[
     int | None, typer.Option(min=1, help="Cores and threads of each contender. Default: all cores.", show_default=False)
 ]
 Deadline = Annotated[
-    float, typer.Option(min=1, help="Seconds that opening, or a turn, may take; then a contender is out.")
+    float, typer.Option(min=1, max=86_400, help="Seconds that opening, or a turn, may take; then a contender is out.")
 ]
 Output = Annotated[Path | None, typer.Option(help="Write the JSON to this file too.")]
 Plot = Annotated[Path | None, typer.Option(help="Write a PNG of seconds against patches.")]
@@ -78,7 +79,7 @@ def encode(
         list[str] | None,
         typer.Option(
             metavar="NAME[?NAME=VALUE,...]",
-            help="transformers, vllm or optimum-intel, in float32 and bfloat16 unless 'dtype' says which; repeatable. "
+            help="transformers or vllm, in float32 and bfloat16 unless 'dtype' says which; repeatable. "
             "Default: all. 'none' for none, also of --backend, whose default is every installed one.",
         ),
     ] = None,
@@ -97,17 +98,17 @@ def encode(
 
     A contender that fails, or is not installed, is a row that says why.
     """
-    _check_files(plot, output)
+    check_writable(plot, output)
     if plot is not None:
         require("matplotlib")
     contenders = (*named_backends(backend or ()), *named_peers(peer or ()))
     if not contenders:
         raise SettingsError("there is nothing to compare.", hint="Name a --backend or a --peer.")
     report = _measured(source, preset, depth, _grids(grid, grids), contenders, rounds, threads, deadline)
+    document = {**asdict(report), "plot": plot}
+    write_json(document, output)  # before what may fail
     if plot is not None:
         plot_latency(report, plot)
-    document = {**asdict(report), "plot": plot}
-    _write(document, output)
     if as_json:
         print_json(document)
         return
@@ -135,16 +136,15 @@ def placement(
 
     Compares a backend's encode (default: every installed one) with that of stock vLLM's own tower in bfloat16.
     """
-    _check_files(output)
+    check_writable(output)
     contenders = (*named_backends(backend or ()), STOCK)
     if len(contenders) == 1:
         raise SettingsError("no backend is there to offload to.", hint="Name a --backend, or install one.")
-    chosen = tuple(map(Grid.parse, grid or _FEW))
-    report = _measured(source, preset, depth, chosen, contenders, rounds, threads, deadline)
+    report = _measured(source, preset, depth, tuple(map(Grid.parse, grid or ())), contenders, rounds, threads, deadline)
     *ours, stock = report.contenders
     placements = [advise(report, each, stock) for each in ours]
     document = {"placements": [asdict(each) for each in placements], "measured": asdict(report)}
-    _write(document, output)
+    write_json(document, output)
     if as_json:
         print_json(document)
         return
@@ -166,10 +166,21 @@ def _measured(
     folder, name = _folder(source, preset, depth)
     opened = open_source(folder)
     tower = opened.tower if isinstance(opened, Bundle) else opened
-    plan = EncodePlan(as_grids(grids, tower.merge_size), rounds, threads or _cores(), deadline=deadline)
+    most = len(cores())
+    if threads is not None and threads > most:
+        raise SettingsError(f"--threads {threads} are more than the {most} cores here.", hint=f"Pass at most {most}.")
+    chosen = as_grids(grids or _own_grids(opened), tower.merge_size)
+    plan = EncodePlan(chosen, rounds, threads or most, deadline=deadline)
     with _progress() as tell:
-        taken, peak = measure_encodes(folder, tower, contenders, plan, tell)
-    return make_encode_report(name, tower, plan, taken, peak)
+        taken, peak, reference_error = measure_encodes(folder, tower, contenders, plan, tell)
+    return make_encode_report(name, tower, plan, taken, peak, reference_error)
+
+
+def _own_grids(source: Tower | Bundle) -> tuple[Grid, ...]:
+    """The grids of a bundle that takes no others; a few for what takes every grid."""
+    covered = [entry.covers() for entry in source.manifest.programs] if isinstance(source, Bundle) else []
+    fixed = [each.grid for each in covered if isinstance(each, FixedGrid)]
+    return tuple(fixed) if fixed and len(fixed) == len(covered) else tuple(map(Grid.parse, _FEW))
 
 
 def _folder(source: str | None, preset: str | None, depth: int | None) -> tuple[Path, str]:
@@ -193,21 +204,6 @@ def _grids(named: Sequence[str] | None, table: str | None) -> tuple[Grid, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _check_files(*files: Path | None) -> None:
-    for file in files:
-        if file is not None and not file.parent.is_dir():
-            raise ConfigurationError(f"{file.parent} is not a folder.", hint="Name a file in a folder that exists.")
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _write(document: object, output: Path | None) -> None:
-    if output is not None:
-        output.write_text(json.dumps(document, indent=1, default=str) + "\n")
-
-
 @contextmanager
 def _progress() -> Iterator[Progress]:
     with messages.status("starting") as status:
@@ -220,8 +216,8 @@ def _print_contenders(report: EncodeReport) -> None:
         if each.error is None:
             about = " (SIMULATED)" if each.simulated else ""
             runs = f"{each.device}, {each.precision}{about}; {each.about}"
-            memory = (_number(_gib(each.resident_bytes)), _number(_gib(each.peak_bytes)))
-            table.add_row(each.label, runs, _number(each.startup_seconds), *memory)
+            memory = (number(_gib(each.resident_bytes)), number(_gib(each.peak_bytes)))
+            table.add_row(each.label, runs, number(each.startup_seconds), *memory)
         else:
             table.add_row(each.label, each.error, "-", "-", "-")
     results.print(table)
@@ -247,8 +243,8 @@ def _print_grid(report: EncodeReport, needs: GridOperations) -> None:
             f"{_seconds(found.least_seconds)} to {_seconds(found.most_seconds)}",
             "-" if found.patches_per_second is None else f"{found.patches_per_second:.0f}",
             "-" if found.share_of_peak is None else f"{100 * found.share_of_peak:.0f}",
-            _number(found.times_stock),
-            _number(found.times_transformers),
+            number(found.times_stock),
+            number(found.times_transformers),
         )
         if found.accuracy is not None:
             cosines = (found.accuracy.lowest_cosine, found.accuracy.mean_cosine)
@@ -309,10 +305,6 @@ def _print_notes(report: EncodeReport) -> None:
 
 def _gib(value: int | None) -> float | None:
     return None if value is None else value / _GIB
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
 
 
 def _seconds(value: float | None) -> str:

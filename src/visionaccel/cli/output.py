@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
 
-from visionaccel.errors import SettingsError
+from visionaccel.errors import ConfigurationError, SettingsError
 from visionaccel.settings import parse_options
 
 __all__ = [
-    "Backend", "Device", "Json", "OptionsText", "backend_options", "messages", "print_json", "progress", "results",
+    "Backend", "Device", "Json", "OptionsText", "backend_options", "check_writable", "messages", "number", "print_json",
+    "progress", "results", "write_json",
 ]  # fmt: skip
 
 results = Console(soft_wrap=False, markup=False, emoji=False)
@@ -68,6 +70,38 @@ def backend_options(text: str | None, default: Mapping[str, Any]) -> Mapping[str
     except ValueError as error:
         raise SettingsError(f"--options {text!r}: {error}.", hint="Write name=value,name=value.") from error
     return options
+
+
+def check_writable(*files: Path | None) -> None:
+    """That files can be written, before the work is done whose result goes there.
+
+    Raises:
+        ConfigurationError: If one is in no folder, or is one.
+    """
+    for file in files:
+        if file is not None and (file.is_dir() or not file.parent.is_dir()):
+            raise ConfigurationError(
+                f"{file} is no file in a folder that exists.", hint="Name a file in a folder that exists."
+            )
+
+
+def write_json(value: Any, file: Path | None) -> None:
+    """The document that `print_json` prints, into a file if there is one.
+
+    Raises:
+        ConfigurationError: If it cannot be written.
+    """
+    if file is None:
+        return
+    try:
+        file.write_text(json.dumps(value, indent=1, default=str) + "\n")
+    except OSError as error:
+        raise ConfigurationError(f"{file} cannot be written: {error}", hint="Name another file.") from error
+
+
+def number(value: float | None) -> str:
+    """Two places after the point; a dash for nothing."""
+    return "-" if value is None else f"{value:.2f}"
 
 
 def print_json(value: Any) -> None:

@@ -22,16 +22,16 @@ from visionaccel.backends import Session, default_registry
 from visionaccel.errors import DeviceError, VisionAccelError
 from visionaccel.isolation.log_records import RecordSender
 from visionaccel.isolation.messages import Answer, Failure, Opened, OpenRequest, Places, Surroundings
+from visionaccel.isolation.parent import end_with_parent
 from visionaccel.isolation.shared_arrays import SharedArrays
 
-_PR_SET_PDEATHSIG = 1
 _LINE_BUFFERED = 1
 
 
 def main(arguments: Sequence[str]) -> None:
     """Open what the parent asks for, then run it until the parent hangs up."""
     parent, *fds = map(int, arguments)
-    _end_with(parent)
+    end_with_parent(parent)
     # Not for programs that the vendor's code starts: they would keep the socket open after this process died.
     for fd in fds:
         os.set_inheritable(fd, False)
@@ -42,18 +42,6 @@ def main(arguments: Sequence[str]) -> None:
     socket, inputs, outputs, records = fds
     with Connection(socket) as connection:
         _serve(connection, SharedArrays(inputs), SharedArrays(outputs), records)
-
-
-def _end_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent ends.
-
-    Nothing that runs Python could do so: a thread that waits for the parent's end gets no turn while vendor code hangs
-    with the interpreter's lock held. The signal comes when the parent's thread that started this process ends, which is
-    why a thread that outlives this process starts it.
-    """
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # It ended before the line above.
-        os._exit(1)
 
 
 def _flush_lines() -> None:

@@ -20,7 +20,7 @@ from visionaccel.bundle.export import (
 )
 from visionaccel.bundle.manifest import MANIFEST, Certificate, ProgramEntry, seal
 from visionaccel.bundle.opening import Bundle, open_bundle
-from visionaccel.errors import AccuracyError, ConfigurationError, PluginError
+from visionaccel.errors import AccuracyError, ConfigurationError, InputError, PluginError
 from visionaccel.families import Tower
 from visionaccel.images import image_processor
 from visionaccel.program import Program
@@ -91,10 +91,12 @@ def quantize_bundle(
     check_thresholds([threshold])
     check_reference(bundle, reference)
     _check_runs(bundle, registry, target, device)
-    find_images(judged_by)
     files = find_images(images)
     if not files:
         raise ConfigurationError("there are no images to calibrate with.", hint="Name some with --calibrate.")
+    for image in (*files, *find_images(judged_by)):
+        if not image.is_file():
+            raise InputError(f"{image} is no file.", hint="Name image files, or folders of them.")
     trials = Trials(reference, image_processor(reference.checkpoint.folder), files)
     output = Path(os.path.realpath(output))
     if any(file.is_relative_to(output) for file in (bundle.folder.resolve(), *_weight_files(bundle))):
