@@ -1,4 +1,4 @@
-"""Extras that name the plug-in distributions: those beside this file in a checkout, plain names when publishing."""
+"""Extras that name the plug-in distributions: those beside this file in a checkout, published ones otherwise."""
 
 import os
 from pathlib import Path
@@ -15,9 +15,12 @@ class PluginExtras(MetadataHookInterface):
         extras = {
             "bench": ["matplotlib>=3.9", "openai>=1.60", "pillow>=10"],
             "images": ["pillow>=10", "scikit-image>=0.24", "torch>=2.5", "transformers>=5.16"],
+            "testing": ["pytest>=8", "hypothesis>=6.100"],
         }
         for extra, distribution in PLUGINS.items():
             folder = Path(self.root, "plugins", extra)
             by_path = folder.is_dir() and not os.environ.get("PLAIN_EXTRAS")
-            extras[extra] = [f"{distribution} @ {folder.as_uri()}" if by_path else distribution]
+            extras[extra] = [
+                f"{distribution} @ {folder.as_uri()}" if by_path else f"{distribution}~={metadata['version']}"
+            ]
         metadata["optional-dependencies"] = extras
