@@ -14,7 +14,7 @@ class PluginExtras(MetadataHookInterface):
     def update(self, metadata: dict) -> None:
         extras = {
             "bench": ["matplotlib>=3.9", "openai>=1.60", "pillow>=10"],
-            "images": ["pillow>=10", "scikit-image>=0.24", "torch>=2.5", "transformers>=5.17"],
+            "images": ["pillow>=10", "scikit-image>=0.24", "torch>=2.5", "transformers>=5.18"],
             "testing": ["pytest>=8", "hypothesis>=6.100"],
         }
         for extra, distribution in PLUGINS.items():
