@@ -48,8 +48,10 @@ $(INSTALLED): $(MANIFESTS)
 demo: $(INSTALLED)
 	$(BIN)/visionaccel demo
 
-# The two halves leave each other enough of two cores: starting vLLM is mostly waiting for one.
-test: lint types native
+# Types keep one core busy while the C++ tests are built. The two halves leave each other enough of two cores: starting
+# vLLM is mostly waiting for one.
+test: $(INSTALLED)
+	$(MAKE) --jobs=2 --output-sync=target lint types native
 	$(MAKE) --jobs=2 --output-sync=line unit e2e
 
 lint: $(INSTALLED)
