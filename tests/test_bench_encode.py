@@ -198,6 +198,7 @@ def test_without_names_every_installed_backend_but_simulators_and_every_peer_tak
         ("onnxrt?", "backend", SettingsError, "NAME"),
         ("onnxrt@", "backend", SettingsError, "NAME"),
         ("onnxrt?{1", "backend", SettingsError, "NAME"),
+        ("onnxrt?bundle=/nowhere", "backend", SettingsError, "/nowhere is no bundle"),
         ("timm", "peer", SettingsError, "transformers"),
         ("vllm@cuda:0", "peer", SettingsError, "CPU"),
         ("vllm?attention=sdpa", "peer", SettingsError, "enforce_eager"),
@@ -244,6 +245,14 @@ def test_what_cannot_work_is_refused_before_a_process_starts(monkeypatch, tiny, 
     done = bench("encode", *(argument.format(tiny=tiny) for argument in arguments))
     assert isinstance(done.exception, error), done.output
     assert said in str(done.exception)
+
+
+def test_a_backend_may_open_a_bundle_in_the_place_of_the_source(tiny, tmp_path):
+    bundle = write_bundle(tiny, tmp_path / "half", dynamic=True, precision="bfloat16")
+    contender = parse_contender(f"onnxrt?bundle={bundle},spinning=true", "backend")
+    assert contender.bundle == bundle
+    with ContenderProcess(tmp_path / "log", 1) as process:
+        assert process.open(contender, tiny, 1, 300)["precision"] == "bfloat16", "the source is of float32"
 
 
 def test_a_contender_that_takes_too_long_is_ended(tiny, tmp_path):

@@ -33,6 +33,7 @@ from visionaccel_onnxrt.session_entries import (
     CAST_CHAIN_ELIMINATION,
     ERRORS_ONLY,
     EXTERNAL_DATA_FOLDER,
+    INT8_IN_FULL,
     SPINNING,
     UNPACKED,
 )
@@ -242,6 +243,7 @@ def _session_options(options: OnnxRuntimeOptions, onnxruntime: Any) -> Any:
     }[options.optimization]
     settings.add_session_config_entry(SPINNING, str(int(options.spinning)))
     settings.add_session_config_entry(UNPACKED, str(int(options.share_weights)))
+    settings.add_session_config_entry(INT8_IN_FULL, "1")
     threads = options.threads or thread_limit()
     if threads is not None:  # without a number, it makes a thread for each core of the machine and binds it there
         settings.intra_op_num_threads = threads
