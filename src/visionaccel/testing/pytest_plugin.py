@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
@@ -70,7 +70,7 @@ class _Reporter:
 
         for name, value in report.user_properties:
             if name == PROPERTY:
-                label, outcome = value
+                label, outcome = cast("tuple[str, Outcome]", value)
                 self._found.setdefault(label, []).append(outcome)
 
     def pytest_sessionfinish(self) -> None:

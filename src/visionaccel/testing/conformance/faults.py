@@ -80,8 +80,8 @@ def nan_output(kit: Kit) -> None:
             return
         shown = np.asarray(as_numpy(found))[0, :4]
         raise CheckFailedError(
-            f"a layer's weights are NaN, and the answer is {shown}...: NaN is replaced by numbers somewhere, so a broken "
-            "device would answer, too."
+            f"a layer's weights are NaN, and the answer is {shown}...: NaN is replaced by numbers somewhere, so a "
+            "broken device would answer, too."
         )
 
 
@@ -217,9 +217,11 @@ def _fail_inside(subject: Subject) -> None:
             for what, given in _broken(inputs):
                 try:
                     opened.session.run(given)
-                except Exception:
-                    pass
+                except Exception as error:
+                    failed: Exception | None = error
                 else:
+                    failed = None
+                if failed is None:
                     raise CheckFailedError(f"a session runs on inputs where {what}.")
                 found = np.asarray(as_numpy(encoder.encode(patches, grids)))
                 if not np.array_equal(found, exact) and encoder.capabilities.deterministic:

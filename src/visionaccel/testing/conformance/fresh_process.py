@@ -7,7 +7,7 @@ import signal
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 from visionaccel.testing.conformance.check import CheckFailedError, NotApplicableError
 
@@ -66,8 +66,7 @@ def in_fresh_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
         )
     if code != 0 or kind == "silent":
         raise CheckFailedError(f"a process that did nothing but {function.__name__} {_end(code)}.")
-    result: T = value
-    return result
+    return cast("T", value)
 
 
 def _answer(answers: Connection, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -48,9 +48,7 @@ def registration(kit: Kit) -> None:
     name = kit.declared.backend
     first, again = Registry().load(name), Registry().load(name)
     if type(first) is not type(again):
-        raise CheckFailedError(
-            f"registering {name!r} twice gives two classes: make the class once, not in the hook `visionaccel_backends`."
-        )
+        raise CheckFailedError(f"registering {name!r} twice gives two classes: make the class once, not in the hook.")
     kind = type(first)
     if kind.__init__ is not object.__init__ and kind.__init__ is not VisionBackend.__init__:
         kind()  # The core calls it without arguments; anything else fails here.

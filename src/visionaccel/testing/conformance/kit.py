@@ -223,14 +223,16 @@ class Kit:
                 "Capabilities."
             )
 
-    def grid_lists(self, most: int = 3) -> st.SearchStrategy[tuple[Grid, ...]]:
-        """Grids of one call, of any that the encoder takes."""
+    def grid_lists(self, least: int = 1, most: int = 3) -> st.SearchStrategy[tuple[Grid, ...]]:
+        """Grids of one call, of any that the encoder takes; often some are alike, which may share a session's call."""
         if self.any_grid:
             side = st.integers(1, 11).map(lambda half: 2 * half)
             grid = st.builds(Grid, st.integers(1, 3), side, side)
         else:
             grid = st.sampled_from(sorted({grid for call in self.calls for grid in call}))
-        return st.lists(grid, min_size=1, max_size=most).map(tuple)
+        return st.lists(grid, min_size=1, max_size=2).flatmap(
+            lambda pool: st.lists(st.sampled_from(pool), min_size=least, max_size=most).map(tuple)
+        )
 
     def holds(self, *strategies: st.SearchStrategy[Any]) -> Callable[[F], None]:
         """Decorator: try a property on generated examples, at once; the smallest that fails is reported."""

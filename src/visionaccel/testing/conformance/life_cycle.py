@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,9 @@ from numpy.typing import NDArray
 
 from visionaccel.arrays import as_numpy
 from visionaccel.backends import Accepted, Registry
+from visionaccel.benchmarking.process_tree import memory
 from visionaccel.encoder import Encoder, open_source
 from visionaccel.errors import DeviceError
-from visionaccel.benchmarking.process_tree import memory
 from visionaccel.testing.conformance.check import CheckFailedError, Checks
 from visionaccel.testing.conformance.fresh_process import in_fresh_process
 from visionaccel.testing.conformance.kit import Kit
@@ -43,7 +44,12 @@ def concurrent_calls(kit: Kit) -> None:
     alone = [kit.encode(kit.patches(grids, number), grids).copy() for grids, number in jobs]
     with ThreadPoolExecutor(_THREADS) as pool:
         for _ in range(3):
-            together = list(pool.map(lambda job: kit.encode(kit.patches(job[0], job[1]), job[0]), jobs))
+            try:
+                together = list(pool.map(lambda job: kit.encode(kit.patches(job[0], job[1]), job[0]), jobs))
+            except DeviceError as error:
+                raise CheckFailedError(
+                    f"a call fails while other threads encode: {error} Calls share memory."
+                ) from error
             for (grids, _number), found, exact in zip(jobs, together, alone, strict=True):
                 kit.same(
                     found, exact,
@@ -117,7 +123,8 @@ def memory_slope(kit: Kit) -> None:
     if min(growths) > _NOISE:
         listed = ", ".join(f"{growth / 1024:.0f}" for growth in growths)
         raise CheckFailedError(
-            f"memory grows in each of {_ROUNDS} rounds of {_ENCODES} encodes, by {listed} KiB: something of each call is kept."
+            f"memory grows in each of {_ROUNDS} rounds of {_ENCODES} encodes, by {listed} KiB: something of each call "
+            "is kept."
         )
 
 
@@ -154,21 +161,7 @@ def _close_during_encode(subject: Subject) -> None:
         encode = _first(encoder, subject)
         exact = encode()
         wrong: list[str] = []
-
-        def work(encode: Callable[[], NDArray[np.float32]] = encode, exact: NDArray[np.float32] = exact) -> None:
-            while True:
-                try:
-                    found = encode()
-                except DeviceError:
-                    return
-                except BaseException as error:
-                    wrong.append(f"{type(error).__name__} instead of DeviceError: {error}")
-                    return
-                if not np.allclose(found, exact, rtol=1e-2, atol=1e-2 * float(np.abs(exact).max())):
-                    wrong.append("a call that was in progress when the encoder was closed got a wrong answer.")
-                    return
-
-        threads = [threading.Thread(target=work) for _ in range(_THREADS)]
+        threads = [threading.Thread(target=_encode_until_closed, args=(encode, exact, wrong)) for _ in range(_THREADS)]
         for thread in threads:
             thread.start()
         time.sleep(pause)
@@ -179,6 +172,23 @@ def _close_during_encode(subject: Subject) -> None:
             raise CheckFailedError("calls in progress when the encoder was closed do not end.")
         if wrong:
             raise CheckFailedError(wrong[0])
+
+
+def _encode_until_closed(
+    encode: Callable[[], NDArray[np.float32]], exact: NDArray[np.float32], wrong: list[str]
+) -> None:
+    """Encodes in a loop; notes what ends it, but for the error that a closed encoder raises."""
+    while True:
+        try:
+            found = encode()
+        except DeviceError:
+            return
+        except BaseException as error:
+            wrong.append(f"{type(error).__name__} instead of DeviceError: {error}")
+            return
+        if not np.allclose(found, exact, rtol=1e-2, atol=1e-2 * float(np.abs(exact).max())):
+            wrong.append("a call that was in progress when the encoder was closed got a wrong answer.")
+            return
 
 
 def _leave_open(subject: Subject) -> None:
@@ -263,7 +273,7 @@ def _memory_growths(subject: Subject) -> list[int]:
 
         use()
         sizes = [use() for _ in range(_ROUNDS + 1)]
-    return [last - first for first, last in zip(sizes, sizes[1:], strict=False)]
+    return [last - first for first, last in pairwise(sizes)]
 
 
 def _left_by_openings(subject: Subject) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -16,8 +16,15 @@ __all__ = ["SPEED"]
 SPEED = Checks(6)
 
 _ROUNDS = 4
-_SMALL_7B = {**QWEN2_5_VL_7B, "depth": 2, "hidden_size": 320, "num_heads": 4, "intermediate_size": 856, "out_hidden_size": 896,
-             "fullatt_block_indexes": [1]}  # fmt: skip
+_SMALL_7B = {
+    **QWEN2_5_VL_7B,
+    "depth": 2,
+    "hidden_size": 320,
+    "num_heads": 4,
+    "intermediate_size": 856,
+    "out_hidden_size": 896,
+    "fullatt_block_indexes": [1],
+}
 """Layers of a sixteenth of the 7B tower's products, so that a call is work and not overhead, and takes little time."""
 
 
