@@ -61,44 +61,56 @@ def windows() -> str:
     index, lengths = window_order(sizes, [GRID])
     height, width = GRID.h // sizes.spatial_merge_size, GRID.w // sizes.spatial_merge_size
     place = np.argsort(index)  # place[token] is where the token stands
-    tokens = lengths // sizes.merged_patches
-    window_of_place = np.repeat(np.arange(len(tokens)), tokens)
+    tokens = (lengths // sizes.merged_patches).tolist()
+    window_of_place = np.repeat(np.arange(len(tokens)), tokens).tolist()
     cell, left, top = 34, 24, 54
-    body = text(left, 30, f"Grid {GRID} in patches is {height}x{width} tokens; each window has up to 4x4 of them.", size=15)
-    for row in range(height):
-        for column in range(width):
-            at = int(place[row * width + column])
-            shade = SHADES[int(window_of_place[at]) % 4 if window_of_place[at] // 4 % 2 == 0 else 3 - window_of_place[at] % 4]
-            x, y = left + column * cell, top + row * cell
-            body += box(x, y, cell, cell, shade)
-            body += text(x + cell / 2, y + cell / 2 + 5, str(at), anchor="middle")
+    body = text(left, 30, f"Grid {GRID} in patches is {height}x{width} tokens, in windows of up to 4x4.", size=15)
+    for token, at in enumerate(place.tolist()):
+        x, y = left + token % width * cell, top + token // width * cell
+        body += box(x, y, cell, cell, shade(window_of_place[at]))
+        body += text(x + cell / 2, y + cell / 2 + 5, str(at), anchor="middle")
     side = sizes.window_tokens * cell
     for down in range(0, height * cell, side):
         for across in range(0, width * cell, side):
-            w, h = min(side, width * cell - across), min(side, height * cell - down)
-            body += f'<rect x="{left + across}" y="{top + down}" width="{w}" height="{h}" fill="none" stroke="{INK}" stroke-width="2"/>\n'
+            right, bottom = min(across + side, width * cell), min(down + side, height * cell)
+            corners = f"M{left + across} {top + down}H{left + right}V{top + bottom}H{left + across}Z"
+            body += f'<path d="{corners}" fill="none" stroke="{INK}" stroke-width="2"/>\n'
     y = top + height * cell + 34
     body += text(left, y - 8, "A token's number is its place in raster order. The windows, one after the other:")
-    body += _strip(left, y + 14, "raster", list(range(len(tokens))), tokens.tolist())
+    body += strip(left, y + 14, "raster", range(len(tokens)), tokens)
     _, grouped = by_window_size(sizes, index, lengths)
-    order = np.argsort(-lengths, kind="stable").tolist()
+    order = np.argsort(-lengths, kind="stable")
     assert grouped.tolist() == lengths[order].tolist()
-    body += _strip(left, y + 64, "grouped", order, tokens.tolist())
+    body += strip(left, y + 64, "grouped", order.tolist(), tokens)
     body += text(left, y + 130, "Numbers are windows; widths are their tokens: 16, 8 or 4.", colour=FAINT)
-    return document("Window order of a grid of 20x28 patches", 680, int(y) + 150, body)
+    return document("Window order of a grid of 20x28 patches", 680, y + 150, body)
 
 
-def _strip(left: float, y: float, name: str, order: Sequence[int], tokens: Sequence[int]) -> str:
+def shade(window: int) -> str:
+    """A colour that differs from the neighbours'."""
+    return SHADES[window % 4 if window // 4 % 2 == 0 else 3 - window % 4]
+
+
+def strip(left: float, y: float, name: str, order: Sequence[int], tokens: Sequence[int]) -> str:
+    """Windows in an order, as wide as they have tokens."""
     body, x = text(left, y + 22, name), left + 66.0
     for window in order:
         width = tokens[window] * 3.6
-        shade = SHADES[window % 4 if window // 4 % 2 == 0 else 3 - window % 4]
-        body += box(x, y, width, 32, shade) + text(x + width / 2, y + 21, str(window), anchor="middle")
+        body += box(x, y, width, 32, shade(window)) + text(x + width / 2, y + 21, str(window), anchor="middle")
         x += width
     return body
 
 
-STEPS = ("checks", "tables", "patch embedding", "into window order", "blocks", "merger", "back to input order", "checks")
+STEPS = (
+    ("checks",),
+    ("tables",),
+    ("patch", "embedding"),
+    ("into window", "order"),
+    ("blocks",),
+    ("merger",),
+    ("back to", "input order"),
+    ("checks",),
+)
 SIDES: Mapping[str, str] = {
     "checkpoint (torch_ref)": "hhdddddh",
     "any grid (--dynamic)": "hhdddddh",
@@ -114,20 +126,19 @@ def split() -> str:
     """Who does what for each kind of program."""
     left, top, wide, high = 196, 96, 92, 36
     body = text(24, 32, "Who does each step of an encode", size=15)
-    for column, step in enumerate(STEPS):
-        words = step.split()
-        half = (len(words) + 1) // 2
-        lines = [" ".join(words[:half]), " ".join(words[half:])]
-        for number, line in enumerate(filter(None, lines)):
+    for column, lines in enumerate(STEPS):
+        for number, line in enumerate(lines):
             body += text(left + column * wide + wide / 2, 66 + number * 16, line, anchor="middle", size=12)
+    looks = {"h": (HOST, "host"), "d": (DEVICE, "device"), "-": ("#ffffff", "baked in")}
     for row, (kind, sides) in enumerate(SIDES.items()):
         y = top + row * high
         body += text(24, y + 22, kind)
-        for column, side in enumerate(sides):
-            fill, word = {"h": (HOST, "host"), "d": (DEVICE, "device"), "-": ("#ffffff", "baked in")}[side]
+        for column, (fill, word) in enumerate(looks[side] for side in sides):
             x = left + column * wide
-            body += box(x, y, wide, high, fill) + text(x + wide / 2, y + 23, word, anchor="middle", size=12, colour=FAINT)
-    return document("Who does each step of an encode", left + len(STEPS) * wide + 24, top + len(SIDES) * high + 24, body)
+            body += box(x, y, wide, high, fill)
+            body += text(x + wide / 2, y + 23, word, anchor="middle", size=12, colour=FAINT)
+    width, height = left + len(STEPS) * wide + 24, top + len(SIDES) * high + 24
+    return document("Who does each step of an encode", width, height, body)
 
 
 def flow() -> str:
@@ -159,7 +170,10 @@ def flow() -> str:
             body += arrow(x + wide, y + 28, gap)
             body += text(x + wide + gap / 2, y + 18, edges[number], anchor="middle", size=10, colour=FAINT)
         x += wide + gap
-    body += text(24, 152, "Yellow runs on the host, blue on the device. Sizes are the 7B tower's; everything at the edges is float32.", colour=FAINT)
+    legend = (
+        "Yellow runs on the host, blue on the device. Sizes are the 7B tower's; everything at the edges is float32."
+    )
+    body += text(24, 152, legend, colour=FAINT)
     return document("A split program and the host's part around it", x - gap + 24, 170, body)
 
 

@@ -4,8 +4,8 @@ Four branches tell apart whose fault it is, because callers treat them different
 fail that request), a wrong set-up (`ConfigurationError`: refuse to start), a broken or foreign file (`ArtifactError`:
 fetch it again) and a device that failed (`DeviceError`: retry or fall back).
 
-The first paragraph of each class says when it is raised, and the one that begins with `To do:` what helps. The hint of an
-error says the same of its own case, with the names in it.
+The first paragraph of each class says when it is raised, and the one that begins with `To do:` what helps. The hint of
+an error says the same of its own case, with the names in it.
 """
 
 __all__ = [

@@ -28,7 +28,9 @@ def explained(kind: type[VisionAccelError]) -> tuple[str, str]:
     first, *others = [" ".join(part.split()) for part in inspect.cleandoc(kind.__doc__ or "").split("\n\n")]
     to_do = [part.removeprefix(TO_DO) for part in others if part.startswith(TO_DO)]
     if not first or len(to_do) != 1:
-        raise ValueError(f"the docstring of {kind.__name__} must say when it is raised and, after {TO_DO!r}, what helps")
+        raise ValueError(
+            f"the docstring of {kind.__name__} must say when it is raised and, after {TO_DO!r}, what helps"
+        )
     return first, to_do[0]
 
 

@@ -1,5 +1,6 @@
 """The command line, command by command, from the real tree of commands."""
 
+import html
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,9 +33,14 @@ def _section(name: str, command: Any) -> str:
     parts += [" ".join(more.split()) for more in (command.help or "").split("\n\n")[1:]]
     parts.append(f"```text\n{usage}\n```")
     records = [record for parameter in command.params if (record := parameter.get_help_record(context)) is not None]
-    rows = [f"| `{_cell(what)}` | {_cell(meaning)} |" for what, meaning in records]
+    rows = [f"| `{_cell(what)}` | {_escaped(meaning)} |" for what, meaning in records]
     return "\n\n".join([*parts, "\n".join(["| argument or option | meaning |", "|---|---|", *rows])])
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|").replace("[", "\\[")
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _escaped(text: str) -> str:
+    """A sentence of the help as it is: its brackets and angles are no markup."""
+    return html.escape(_cell(text).replace("[", "\\["), quote=False)

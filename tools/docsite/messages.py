@@ -1,7 +1,6 @@
 """Every message in the sources as a template, and those of the package's errors with their hints."""
 
 import ast
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -34,28 +33,29 @@ class Raised:
 
 @cache
 def raised_errors() -> tuple[Raised, ...]:
-    """The errors whose message is written where they are raised, without repetitions, in the order of their messages."""
+    """The errors whose message is written where they are raised, without repetitions, ordered by their messages."""
     found = set()
-    for tree in _trees():
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in errors.__all__:
-                message = _template(node.args[0]) if node.args else None
-                hints = [_template(keyword.value) for keyword in node.keywords if keyword.arg == "hint"]
-                if message is not None and message.strip(f"{GAP} :"):
-                    found.add(Raised(node.func.id, message, next(filter(None, hints), "")))
+    for node in _nodes():
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in errors.__all__:
+            message = _template(node.args[0]) if node.args else None
+            hints = [_template(keyword.value) for keyword in node.keywords if keyword.arg == "hint"]
+            if message is not None and message.strip(f"{GAP} :"):
+                found.add(Raised(node.func.id, message, next(filter(None, hints), "")))
     return tuple(sorted(found))
 
 
 @cache
 def templates() -> frozenset[str]:
-    """Every text in the sources, gaps included."""
-    return frozenset(text for tree in _trees() for node in ast.walk(tree) if (text := _template(node)) is not None)
+    """Every text in the sources but docstrings, gaps included."""
+    documentation = {id(node.value) for node in _nodes() if isinstance(node, ast.Expr)}
+    texts = (_template(node) for node in _nodes() if id(node) not in documentation)
+    return frozenset(text for text in texts if text is not None)
 
 
-def _trees() -> Iterator[ast.Module]:
-    for source in SOURCES:
-        for path in sorted((ROOT / source).rglob("*.py")):
-            yield ast.parse(path.read_text(), filename=str(path))
+@cache
+def _nodes() -> tuple[ast.AST, ...]:
+    paths = [path for source in SOURCES for path in sorted((ROOT / source).rglob("*.py"))]
+    return tuple(node for path in paths for node in ast.walk(ast.parse(path.read_text(), filename=str(path))))
 
 
 def _template(node: ast.AST) -> str | None:

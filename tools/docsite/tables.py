@@ -10,9 +10,12 @@ __all__ = ["backend_options", "backend_table"]
 
 def backend_table() -> str:
     """Every installed backend: program formats, where its sessions live, whether `auto` takes it."""
-    rows = ["| backend | distribution | program formats | sessions live in | taken by `auto` |", "|---|---|---|---|---|"]
+    rows = [
+        "| backend | distribution | program formats | sessions live in | taken by `auto` |",
+        "|---|---|---|---|---|",
+    ]
     for name, backend in _loaded(default_registry()):
-        formats = ", ".join(f"`{name}`" for name in sorted(backend.formats)) or "those of the backend that it wraps"
+        formats = ", ".join(f"`{name}`" for name in sorted(backend.formats))
         home = "a child process" if backend.isolation == "process" else "the caller's process"
         auto = "no" if backend.only_by_name else "yes"
         distribution = default_registry().entry(name).distribution
