@@ -74,7 +74,10 @@ def test_a_pages_command_runs(words, workplace, monkeypatch):
 
 def test_marked_commands_are_executed_somewhere():
     marked = [place(block) for page in PAGES for block in blocks(page) if block.language == "console" and block.mark]
-    assert marked == [("docs/quick-start.md", "executed")] * 2
+    assert marked == [
+        *[("docs/quick-start.md", "executed")] * 2,
+        *[("docs/writing-a-backend.md", "executed in tests/e2e")] * 2,
+    ]
 
 
 def test_the_backend_of_the_page_is_right(tmp_path, tiny, monkeypatch):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from docsite.catalogue import error_catalogue, error_table
 from docsite.commands import command_reference
+from docsite.conformance import check_table, support_table
 from docsite.links import ELSEWHERE, site_links
 from docsite.tables import backend_options, backend_table
 from mkdocs.config.defaults import MkDocsConfig
@@ -21,7 +22,9 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "settings": settings_table,
     "backends": backend_table,
     "backend options": backend_options,
+    "checks": check_table,
     "commands": command_reference,
+    "conformance": support_table,
     "errors": error_table,
     "error catalogue": error_catalogue,
 }
