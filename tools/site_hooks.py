@@ -4,16 +4,16 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from docsite.catalogue import error_catalogue, error_table
-from docsite.commands import command_reference
-from docsite.conformance import check_table, support_table
-from docsite.links import ELSEWHERE, site_links
-from docsite.tables import backend_options, backend_table
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+from docsite.catalogue import error_catalogue, error_table
+from docsite.commands import command_reference
+from docsite.conformance import check_table, support_table
+from docsite.links import ELSEWHERE, site_links
+from docsite.tables import backend_options, backend_table
 from visionaccel.settings import settings_table
 
 ROOT = Path(__file__).parents[1]
@@ -28,9 +28,9 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "errors": error_table,
     "error catalogue": error_catalogue,
 }
-"""What stands in a page for `<!-- generated: NAME -->`."""
+"""What takes the place of `<!-- generated: NAME -->` and of the line after it, which readers of the repository see."""
 
-_PLACE = re.compile(r"^<!-- generated: (.+) -->$", re.MULTILINE)
+_PLACE = re.compile(r"^<!-- generated: (.+) -->\n.*$", re.MULTILINE)
 _FOREIGN = re.compile(r"<(?:script|img|iframe|link)\b[^>]*?\b(?:src|href)=[\"']?((?:https?:)?//[^\"'\s>]+)")
 
 
