@@ -6,9 +6,9 @@ import sys
 import xml.etree.ElementTree as ElementTree
 
 import pytest
-from docsite.conformance import check_table, support_table
 from typer.testing import CliRunner
 
+from docsite.conformance import check_table, support_table
 from visionaccel.cli.app import app
 from visionaccel.errors import ConfigurationError
 from visionaccel.templates import write_backend_project

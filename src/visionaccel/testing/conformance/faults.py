@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visionaccel.arrays import as_numpy
+from visionaccel.backends import Accepted, Registry
+from visionaccel.bundle import Bundle
 from visionaccel.encoder import Encoder, open_source
 from visionaccel.errors import ArtifactError, DeviceError, DeviceLostError, OutputError, VisionAccelError
 from visionaccel.isolation import IsolatedSession
@@ -182,24 +184,31 @@ def _poisoned(checkpoint: Path) -> None:
 
 
 def _open_truncated(subject: Subject) -> None:
-    """Opens a checkpoint whose weights, or a bundle whose largest file, lost their second half after a first look."""
-    source = open_source(subject.source)  # what is damaged later no check at this point can see
+    """Opens and runs a program whose largest file lost its second half after the core had looked at it."""
+    backend = Registry().load(subject.backend)
+    source = open_source(subject.source)
+    tower = source.tower if isinstance(source, Bundle) else source
+    programs = source.programs(backend.formats_on(subject.device))
+    program = next(each for each in programs if isinstance(backend.probe(each, subject.device), Accepted))
+    host = tower.host(program)
+    with subject.open() as encoder:
+        grid = next(
+            call[0].frame
+            for call in grids_of(encoder)
+            if encoder.program_for(call[0].frame).program.coverage == program.coverage
+        )
+    inputs = host.inputs(patches_for([grid], subject.seed), [grid])
     files = [path for path in subject.source.rglob("*") if path.is_file() and path.suffix != ".json"]
     largest = max(files, key=lambda path: path.stat().st_size)
     with largest.open("r+b") as file:
         file.truncate(largest.stat().st_size // 2)
     try:
-        encoder = subject.open(source)  # type: ignore[arg-type]
-    except (ArtifactError, DeviceError):
-        return
-    with encoder:
-        grids = list(grids_of(encoder)[0])
-        try:
-            encoder.encode(patches_for(grids, subject.seed), grids)
-        except (ArtifactError, DeviceError):
-            return
+        session = backend.open(program, subject.device, backend.options.model_validate(dict(subject.options)))
+        session.run(inputs)
+    except Exception:
+        return  # Any: the core makes a DeviceError of what is none of its own.
     raise CheckFailedError(
-        f"half of {largest.name} is gone, and the encoder answers: what is not there is read as something."
+        f"half of {largest.name} is gone, and the program answers: what is not there is read as something."
     )
 
 
