@@ -87,13 +87,11 @@ def probe(kit: Kit) -> None:
     """A probe answers with a verdict, twice the same, and refuses what it does not know with a reason and a hint."""
     backend, program = _backend_and_program(kit)
     device = kit.declared.device
-    answers = [backend.probe(program, device) for _ in range(2)]
-    if not isinstance(answers[0], Accepted):
-        raise CheckFailedError(f"the kit's own program is refused: {answers[0]!r}.")
-    if answers[0] != answers[1]:
-        raise CheckFailedError(f"two probes of one program differ: {answers[0]!r}, {answers[1]!r}.")
-    if not 0 < answers[0].score <= 100:
-        raise CheckFailedError(f"its score is {answers[0].score}; see `Accepted` for what numbers mean.")
+    first, second = (backend.probe(program, device) for _ in range(2))
+    if first != second:
+        raise CheckFailedError(f"two probes of one program differ: {first!r}, {second!r}.")
+    if isinstance(first, Accepted) and not 0 < first.score <= 100:
+        raise CheckFailedError(f"its score is {first.score}; see `Accepted` for what numbers mean.")
     _refused(backend, program, "no-such-device:7", "a device that does not exist")
 
 
@@ -147,6 +145,7 @@ def capabilities(kit: Kit) -> None:
 
 
 def _backend_and_program(kit: Kit) -> tuple[VisionBackend, Program]:
+    """The backend, and the first of the kit's programs that it accepts."""
     backend = kit.registry.load(kit.declared.backend)
     source = open_source(kit.subject.source)
     formats = backend.formats_on(kit.declared.device)
@@ -157,7 +156,12 @@ def _backend_and_program(kit: Kit) -> tuple[VisionBackend, Program]:
             f"a {what} has no program of {', '.join(sorted(formats))}; say what the backend opens with "
             "BackendUnderTest(source=...)."
         )
-    return backend, programs[0]
+    verdicts = [backend.probe(program, kit.declared.device) for program in programs]
+    for program, verdict in zip(programs, verdicts, strict=True):
+        if isinstance(verdict, Accepted):
+            return backend, program
+    refused = "; ".join(f"{program.name}: {verdict!r}" for program, verdict in zip(programs, verdicts, strict=True))
+    raise CheckFailedError(f"each of the kit's own programs is refused: {refused}.")
 
 
 def _refused(backend: VisionBackend, program: Program, device: str | None, what: str) -> None:
