@@ -1,8 +1,12 @@
 """The encode benchmark: who takes part, real processes in turns, and what is made of their times."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -326,6 +330,24 @@ def test_ratios_are_of_turns_of_the_same_round(tiny):
     assert found.times_transformers == 0.25
     assert found.share_of_peak == pytest.approx(report.grids[0].operations / 2.0 / 2e9)
     assert any("busy with other work" in note for note in report.notes)
+
+
+def test_a_terminated_benchmark_ends_its_processes_and_leaves_no_folder(tiny, tmp_path):
+    code = "from visionaccel.cli import main; main()"
+    wanted = ("bench", "encode", tiny, "--backend", "torch_ref", "--peer", "none", "--grid", "8x8", "--rounds", "999")
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen([sys.executable, "-c", code, *map(str, wanted)], env=environment) as process:
+        until = time.monotonic() + 100
+        while not list(tmp_path.glob("visionaccel-bench-*/*.log")) and time.monotonic() < until:
+            time.sleep(0.05)
+        (log, *_) = tmp_path.glob("visionaccel-bench-*/*.log")
+        children = set(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
+        assert children
+        process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM
+    assert not log.exists()
+    assert list(tmp_path.iterdir()) == []
+    assert not any(Path("/proc", child).exists() for child in children)
 
 
 def test_memory_and_processor_time_are_those_of_child_processes_too():

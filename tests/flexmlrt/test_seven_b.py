@@ -1,4 +1,4 @@
-"""The published geometry: a 7B-shaped tower compiled for 58x74, imported, and run in bfloat16 on the simulator."""
+"""The published geometry: the 7B tower's blocks compiled for 58x74, imported, and run in bfloat16 on the simulator."""
 
 from functools import partial
 
@@ -13,7 +13,7 @@ from visionaccel_flexmlrt.simulator import compile_partition
 GRID = Grid(1, 58, 74)
 
 
-def test_the_imported_artifact_of_the_7b_tower_is_right_in_bfloat16(seven, seven_answer, tmp_path):
+def test_the_imported_artifact_of_the_7b_towers_blocks_is_right_in_bfloat16(seven, seven_answer, tmp_path):
     tower = open_tower(seven)
     write_vitisai_folder(
         tower, tmp_path / "compiled", GRID, layout="rai", compile=partial(compile_partition, precision="bfloat16")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from visionaccel.backends import Accepted, Capabilities, Options, Rejected, Session, Verdict, VisionBackend
+from visionaccel.cores import thread_limit
 from visionaccel.errors import ConfigurationError, DeviceError
 from visionaccel.program import ONNX, ONNX_STANDARD, AnyGrid, Program
 
@@ -36,7 +37,7 @@ class OpenVinoOptions(Options):
         None,
         description="Arithmetic of the device. Unset: that of the program on cpu and auto, float16 on gpu and npu.",
     )
-    threads: int | None = Field(None, ge=1, description="cpu: threads of a call. Unset: one for each core.")
+    threads: int | None = Field(None, ge=1, description="cpu: threads of a call. Unset: one for each core it has.")
     requests: int = Field(1, ge=1, le=64, description="Calls in flight at a time; each takes memory of its own.")
     cache_dir: Path | None = Field(
         None,
@@ -186,6 +187,10 @@ def _properties(program: Program, device: str, precision: str, options: OpenVino
         "INFERENCE_PRECISION_HINT": _PRECISIONS[precision],
     }
     if kind == "cpu":
+        limit = thread_limit()
+        if limit is not None:
+            # It counts the cores of the process and binds its threads to some of them, be they this thread's or not.
+            properties |= {"INFERENCE_NUM_THREADS": limit, "ENABLE_CPU_PINNING": "NO"}
         if options.threads is not None:
             properties["INFERENCE_NUM_THREADS"] = options.threads
         if _needs_no_snippets(program, precision):
