@@ -50,8 +50,7 @@ demo: $(INSTALLED)
 	$(BIN)/visionaccel demo
 
 # The site shows what the tests found of our backends, so it comes last. Types keep one core busy while the C++ tests are
-# built. The two halves leave each other enough of two cores: starting
-# vLLM is mostly waiting for one.
+# built. The two halves leave each other enough of two cores: starting vLLM is mostly waiting for one.
 test: $(INSTALLED)
 	$(MAKE) --jobs=2 --output-sync=target lint types native
 	$(MAKE) --jobs=2 --output-sync=line unit e2e
