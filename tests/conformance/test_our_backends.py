@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from simulated import simulated_precision
 from visionaccel.bundle.export import ProgramRequest, export_bundle
 from visionaccel.bundle.vitisai import ImportRequest, import_vitisai
 from visionaccel.encoder import open_tower
@@ -19,12 +20,12 @@ FIXED = (Grid(1, 8, 12), Grid(1, 20, 16))
 
 def simulated_npu(checkpoint: Path, folder: Path) -> Path:
     """A bundle of what AMD's compiler would leave for two grids, compiled for the simulator."""
-    tower = open_tower(checkpoint)
+    tower, precision = open_tower(checkpoint), simulated_precision()
     requests = []
     for grid in FIXED:
         left = folder.with_name(f"{folder.name}-{grid}")
-        write_vitisai_folder(tower, left, grid, layout="rai", compile=partial(compile_partition, precision="bfloat16"))
-        requests.append(ImportRequest(path=left, precision="bfloat16"))
+        write_vitisai_folder(tower, left, grid, layout="rai", compile=partial(compile_partition, precision=precision))
+        requests.append(ImportRequest(path=left, precision=precision))
     import_vitisai(tower, requests, folder)
     return folder
 
@@ -45,7 +46,7 @@ TestFlexMLRT = conformance_suite(
         "flexmlrt",
         device="simulator",
         source=simulated_npu,
-        capabilities={"simulated": True, "precision": "bfloat16"},
+        capabilities={"simulated": True, "precision": simulated_precision()},
         speed_floor=None,  # it simulates what an NPU computes, not how fast
     )
 )

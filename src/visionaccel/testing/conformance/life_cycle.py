@@ -29,8 +29,8 @@ __all__ = ["LIFE_CYCLE"]
 LIFE_CYCLE = Checks(4)
 
 _THREADS, _CALLS = 4, 12
-_ROUNDS, _ENCODES, _OPENINGS = 6, 60, 6
-_NOISE = 192 * 1024
+_ROUNDS, _ENCODES, _OPENINGS = 4, 40, 6
+_NOISE = 128 * 1024
 """Bytes that an allocator may keep in a round of encodes without anything being lost."""
 
 _FORKED = 120.0
