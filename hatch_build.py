@@ -14,6 +14,13 @@ class PluginExtras(MetadataHookInterface):
     def update(self, metadata: dict) -> None:
         extras = {
             "bench": ["matplotlib>=3.9", "openai>=1.60", "pillow>=10"],
+            "testing": [
+                "hypothesis>=6.100",
+                "packaging>=23",
+                "pytest>=8.3",
+                "transformers>=5.16",
+                "visionaccel-torch-ref",
+            ],
             "images": ["pillow>=10", "scikit-image>=0.24", "torch>=2.5", "transformers>=5.16"],
         }
         for extra, distribution in PLUGINS.items():
