@@ -38,7 +38,9 @@ class DistributionError(Exception):
 def call(command: Sequence[str | Path], *, cwd: Path = ROOT) -> str:
     """What a command prints; its whole output is the error where it fails."""
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    run = subprocess.run(command, cwd=cwd, env={**kept, "PLAIN_EXTRAS": "1", "NO_COLOR": "1"}, capture_output=True, text=True)
+    run = subprocess.run(
+        command, cwd=cwd, env={**kept, "PLAIN_EXTRAS": "1", "NO_COLOR": "1"}, capture_output=True, text=True
+    )
     if run.returncode != 0:
         raise DistributionError(f"{' '.join(map(str, command))}\n{run.stdout}{run.stderr}")
     return run.stdout
