@@ -5,6 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 DOCTEST := $(VENV)/debian/usr
 INSTALLED := $(VENV)/installed
+TWINE := $(VENV)/twine/bin/twine
+MINIMUM := .venv-minimum
+VLLM_RELEASES ?= 0.28.0 0.30.0 0.32.0
+
+# What needs vLLM: real engines, and its classes around a modelled one.
+NEEDS_VLLM := tests/e2e
 
 PACKAGES := . plugins/onnxrt plugins/openvino plugins/torch_ref plugins/flexmlrt examples/digits_vlm
 NATIVE := $(wildcard cpp/*.txt cpp/*/*.txt cpp/cmake/* cpp/bridge/* cpp/simulator/*.* cpp/simulator/include/*)
@@ -22,7 +28,7 @@ export VLLM_CONFIG_ROOT := $(XDG_CONFIG_HOME)/vllm
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_CACHE_DIR := 1
 
-.PHONY: help install demo test lint types docs native unit e2e bench dist format clean
+.PHONY: help install demo test lint types docs native unit e2e bench dist minimum vllm-matrix format clean
 
 help:
 	@echo "make demo    install, then compare stock vLLM with a backend on handwritten digits"
@@ -30,7 +36,9 @@ help:
 	@echo "make docs    install, then build the documentation into $(VENV)/site"
 	@echo "make native  install, then build the C++ tests with sanitizers and run them"
 	@echo "make bench   install, then run the benchmarks (random weights of the 7B tower's shape; minutes)"
-	@echo "make dist    build the distributions for publishing into dist/"
+	@echo "make dist    build the distributions for publishing into dist/, check them and install them once"
+	@echo "make minimum run the unit tests that need no vLLM on the lowest versions allowed, in .venv-minimum"
+	@echo "make vllm-matrix  compare answers on other releases of vLLM (VLLM_RELEASES=\"$(VLLM_RELEASES)\")"
 	@echo "make clean   remove .venv and every cache"
 
 install: $(INSTALLED)
@@ -89,16 +97,29 @@ e2e: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks
 
-dist: $(INSTALLED)
-	for folder in . plugins/onnxrt plugins/openvino plugins/torch_ref; do \
-		(cd $$folder && PLAIN_EXTRAS=1 $(CURDIR)/$(BIN)/python -m hatchling build -d $(CURDIR)/dist) || exit 1; \
-	done
-	cd plugins/flexmlrt && $(CURDIR)/$(BIN)/python -c \
-		"from scikit_build_core import build; build.build_sdist('$(CURDIR)/dist'); build.build_wheel('$(CURDIR)/dist')"
+# In an environment of its own: it brings much that nothing else here needs.
+$(TWINE): tools/constraints.txt | $(INSTALLED)
+	$(PYTHON) -m venv $(VENV)/twine
+	$(VENV)/twine/bin/python -m pip install --quiet --constraint tools/constraints.txt twine
+	@touch $@
+
+dist: $(INSTALLED) $(TWINE)
+	$(BIN)/python tools/distributions/run.py $(abspath $(TWINE))
+
+# Installed as users install them, not editable, and built by the lowest versions of what builds them.
+minimum:
+	$(PYTHON) -m venv --clear $(MINIMUM)
+	$(MINIMUM)/bin/python -m pip install --no-compile --constraint tools/minimum.txt --requirement tools/minimum_requirements.txt
+	$(MINIMUM)/bin/python -m pip install --no-compile --constraint tools/minimum.txt --no-build-isolation \
+		--config-settings=build-dir=$(CURDIR)/$(MINIMUM)/build $(PACKAGES:%=./%)
+	$(MINIMUM)/bin/python -m pytest $(NEEDS_VLLM:%=--ignore %) --basetemp=.pytest_tmp_minimum
+
+vllm-matrix:
+	$(PYTHON) tools/vllm_matrix/run.py $(VLLM_RELEASES)
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .pytest_cache .pytest_tmp .pytest_tmp_e2e .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(MINIMUM) .venv-vllm-* .pytest_cache .pytest_tmp* .mypy_cache .ruff_cache .hypothesis

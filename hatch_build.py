@@ -1,4 +1,4 @@
-"""Extras that name the plug-in distributions: those beside this file in a checkout, plain names when publishing."""
+"""Extras that name the plug-in distributions: those beside this file in a checkout, published ones otherwise."""
 
 import os
 from pathlib import Path
@@ -12,19 +12,19 @@ class PluginExtras(MetadataHookInterface):
     """`pip install '.[onnxrt]'` takes the plug-in of the same checkout; `make dist` sets PLAIN_EXTRAS."""
 
     def update(self, metadata: dict) -> None:
-        extras = {
+        plugins = {extra: self._requirement(extra, metadata["version"]) for extra in PLUGINS}
+        metadata["optional-dependencies"] = {
             "bench": ["matplotlib>=3.9", "openai>=1.60", "pillow>=10"],
+            "images": ["pillow>=10", "scikit-image>=0.24", "torch>=2.5", "transformers>=5.17"],
+            # The reference that conformance is measured against is transformers' tower in torch_ref.
             "testing": [
-                "hypothesis>=6.100",
-                "packaging>=23",
-                "pytest>=8.3",
-                "transformers>=5.16",
-                "visionaccel-torch-ref",
+                "hypothesis>=6.100", "packaging>=23", "pytest>=8.3", "transformers>=5.17", plugins["torch_ref"],
             ],
-            "images": ["pillow>=10", "scikit-image>=0.24", "torch>=2.5", "transformers>=5.16"],
-        }
-        for extra, distribution in PLUGINS.items():
-            folder = Path(self.root, "plugins", extra)
-            by_path = folder.is_dir() and not os.environ.get("PLAIN_EXTRAS")
-            extras[extra] = [f"{distribution} @ {folder.as_uri()}" if by_path else distribution]
-        metadata["optional-dependencies"] = extras
+            **{extra: [requirement] for extra, requirement in plugins.items()},
+        }  # fmt: skip
+
+    def _requirement(self, extra: str, version: str) -> str:
+        folder = Path(self.root, "plugins", extra)
+        if folder.is_dir() and not os.environ.get("PLAIN_EXTRAS"):
+            return f"{PLUGINS[extra]} @ {folder.as_uri()}"
+        return f"{PLUGINS[extra]}~={version}"

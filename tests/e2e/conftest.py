@@ -48,7 +48,7 @@ def _in_processes(arguments: list[str], environment: dict[str, str], log: Path) 
         command = [sys.executable, str(ASK), *arguments]
         process = subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT, process_group=0)
         try:
-            return process.wait(600)
+            return process.wait(1800)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)  # vLLM's other processes would outlive it
             process.wait()

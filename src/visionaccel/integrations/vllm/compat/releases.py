@@ -4,11 +4,64 @@ from __future__ import annotations
 
 import logging
 import sys
+from dataclasses import dataclass
 
-__all__ = ["TRIED_RELEASES", "logger", "release", "share_log_handlers", "tried", "warn_of_untried_release"]
+__all__ = [
+    "RELEASES",
+    "TRIED_RELEASES",
+    "Release",
+    "compatibility_table",
+    "logger",
+    "release",
+    "share_log_handlers",
+    "tried",
+    "warn_of_untried_release",
+]
 
-TRIED_RELEASES = ("0.28.", "0.29.", "0.30.", "0.31.", "0.32.")
-"""Releases that this package was run on."""
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """A minor release of vLLM that this package was run on.
+
+    Attributes:
+        version: The release that ran; those of other patch levels are taken to be alike.
+        inline: What was seen of the in-line mode.
+        pipelined: What was seen of the pipelined mode.
+        how: What ran.
+    """
+
+    version: str
+    inline: str
+    pipelined: str
+    how: str
+
+    @property
+    def prefix(self) -> str:
+        """What versions of this minor release begin with: `0.32.`."""
+        return self.version[: self.version.rindex(".") + 1]
+
+
+_EQUAL, _RAN = "equal to stock", "ran"
+_MATRIX, _BY_HAND = "`make vllm-matrix`", "by hand, once"
+_BEFORE_0_30 = "; not with another scheduler or a KV connector"
+
+RELEASES = (
+    Release("0.28.0", _EQUAL, _EQUAL + _BEFORE_0_30, _MATRIX),
+    Release("0.29.0", _RAN, _RAN + _BEFORE_0_30, _BY_HAND),
+    Release("0.30.0", _EQUAL, _EQUAL, _MATRIX),
+    Release("0.31.0", _RAN, _RAN, _BY_HAND),
+    Release("0.32.0", _EQUAL, _EQUAL, "every test of `make test`"),
+)
+"""Releases that this package was run on, oldest first. docs/compatibility.md shows them, and a test compares."""
+
+TRIED_RELEASES = tuple(release.prefix for release in RELEASES)
+"""What the versions of these releases begin with."""
+
+
+def compatibility_table() -> str:
+    """The releases as a Markdown table."""
+    rows = [f"| {one.version} | {one.inline} | {one.pipelined} | {one.how} |" for one in RELEASES]
+    return "\n".join(["| vLLM | in-line | pipelined | how it was run |", "|---|---|---|---|", *rows, ""])
 
 
 def logger() -> logging.Logger:

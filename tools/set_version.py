@@ -1,0 +1,40 @@
+"""Gives every distribution a version: `python tools/set_version.py 0.2.0`.
+
+The version is `visionaccel.__version__`. The plug-ins are released with the core and have its version; their own
+pyproject.toml repeats it, so that each can be built from its source distribution alone, and asks for the core of the
+same minor release. A test holds them together.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+VERSION = re.compile(r"\d+\.\d+\.\d+((a|b|rc)\d+)?")
+PLUGINS = ("flexmlrt", "onnxrt", "openvino", "torch_ref")
+
+
+def replace(path: Path, pattern: str, new: str) -> None:
+    """Replace the one line that matches in a file."""
+    text, count = re.subn(pattern, new, path.read_text(), flags=re.MULTILINE)
+    if count != 1:
+        raise SystemExit(f"{path} has {count} places for {new}")
+    path.write_text(text)
+
+
+def set_version(root: Path, version: str) -> None:
+    """Write a version into the core's package and the plug-ins' projects below a folder."""
+    if VERSION.fullmatch(version) is None:
+        raise SystemExit(f"{version} is no version such as 0.2.0 or 0.2.0rc1")
+    minor = ".".join(version.split(".")[:2])
+    replace(root / "src/visionaccel/__init__.py", r'^__version__ = ".*"$', f'__version__ = "{version}"')
+    for plugin in PLUGINS:
+        project = root / "plugins" / plugin / "pyproject.toml"
+        replace(project, r'^version = ".*"$', f'version = "{version}"')
+        # A pre-release comes before its release, which `~=` would else leave out.
+        core = version if VERSION.fullmatch(version)[1] else f"{minor}.0"
+        replace(project, r'"visionaccel~=[^"]+"', f'"visionaccel~={core}"')
+
+
+if __name__ == "__main__":
+    set_version(ROOT, sys.argv[1])

