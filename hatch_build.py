@@ -18,7 +18,7 @@ class PluginExtras(MetadataHookInterface):
             "images": ["pillow>=10", "scikit-image>=0.24", "torch>=2.5", "transformers>=5.17"],
             # The reference that conformance is measured against is transformers' tower in torch_ref.
             "testing": [
-                "hypothesis>=6.100", "packaging>=23", "pytest>=8.3", "transformers>=5.17", plugins["torch_ref"],
+                "hypothesis>=6.100", "packaging>=24.2", "pytest>=8", "transformers>=5.17", plugins["torch_ref"],
             ],
             **{extra: [requirement] for extra, requirement in plugins.items()},
         }  # fmt: skip

@@ -22,7 +22,7 @@ _PLACES: Mapping[str, str] = MappingProxyType(
         "gitignore.txt": ".gitignore",
         "package/__init__.py.txt": "visionaccel_$name/__init__.py",
         "package/py.typed": "visionaccel_$name/py.typed",
-        "tests/test_conformance.py.txt": "tests/test_conformance.py",
+        "test_conformance.py.txt": "tests/test_conformance.py",
         "workflows/test.yml.txt": ".github/workflows/test.yml",
     }
 )
