@@ -211,7 +211,7 @@ def _computes_integers(program: Program, device: str) -> bool:
         )
     logger.warning(
         "Program %r is of int8, which OpenVINO computes wrongly on a CPU without VNNI. Its products are computed in "
-        "float32, as right as int8 would be, but slower than the program of float32 that it was made from.",
+        "float32, as right as int8 would be, and about as fast as the program of float32 that it was made from.",
         program.name,
     )
     return False
