@@ -15,10 +15,10 @@ class PluginExtras(MetadataHookInterface):
         plugins = {extra: self._requirement(extra, metadata["version"]) for extra in PLUGINS}
         metadata["optional-dependencies"] = {
             "bench": ["matplotlib>=3.9", "openai>=1.60", "pillow>=10"],
-            "images": ["pillow>=10", "scikit-image>=0.24", "torch>=2.5", "transformers>=5.17"],
+            "images": ["pillow>=10", "scikit-image>=0.24", "torch>=2.5", "transformers>=5.18"],
             # The reference that conformance is measured against is transformers' tower in torch_ref.
             "testing": [
-                "hypothesis>=6.100", "packaging>=24.2", "pytest>=8", "transformers>=5.17", plugins["torch_ref"],
+                "hypothesis>=6.100", "packaging>=24.2", "pytest>=8", "transformers>=5.18", plugins["torch_ref"],
             ],
             **{extra: [requirement] for extra, requirement in plugins.items()},
         }  # fmt: skip
