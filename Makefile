@@ -30,11 +30,12 @@ export VLLM_CONFIG_ROOT := $(XDG_CONFIG_HOME)/vllm
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_CACHE_DIR := 1
 
-.PHONY: help install demo test lint types native unit e2e bench dist minimum vllm-matrix format clean
+.PHONY: help install demo test lint types docs native unit e2e bench dist minimum vllm-matrix format clean
 
 help:
 	@echo "make demo    install, then compare stock vLLM with a backend on handwritten digits"
-	@echo "make test    install, then lint, type-check and run every test"
+	@echo "make test    install, then lint, type-check, build the documentation and run every test"
+	@echo "make docs    install, then build the documentation into $(VENV)/site"
 	@echo "make native  install, then build the C++ tests with sanitizers and run them"
 	@echo "make bench   install, then run the benchmarks (random weights of the 7B tower's shape; minutes)"
 	@echo "make dist    build the distributions for publishing into dist/, check them and install them once"
@@ -58,9 +59,12 @@ $(INSTALLED): $(MANIFESTS)
 demo: $(INSTALLED)
 	$(BIN)/visionaccel demo
 
-# The two halves leave each other enough of two cores: starting vLLM is mostly waiting for one.
-test: lint types native
+# The site shows what the tests found of our backends, so it comes last. Types keep one core busy while the C++ tests are
+# built. The two halves leave each other enough of two cores: starting vLLM is mostly waiting for one.
+test: $(INSTALLED)
+	$(MAKE) --jobs=2 --output-sync=target lint types native
 	$(MAKE) --jobs=2 --output-sync=line unit e2e
+	$(MAKE) docs
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -69,6 +73,10 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/mypy examples/disaggregated
+
+# The site of docs/, without a network; a warning is an error. The variable quiets an announcement of the theme's.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir $(VENV)/site
 
 # The C++ tests under sanitizers. doctest is taken from the system, or unpacked from Debian's package.
 native: $(INSTALLED)
@@ -83,7 +91,7 @@ native: $(INSTALLED)
 	$(BIN)/ctest --test-dir $(VENV)/native --output-on-failure
 
 unit: $(INSTALLED)
-	$(BIN)/python -m pytest --ignore tests/e2e --durations=25
+	$(BIN)/python -m pytest --ignore tests/e2e --visionaccel-report=$(VENV)/conformance --durations=25
 
 e2e: $(INSTALLED)
 	$(BIN)/python -m pytest tests/e2e --basetemp=.pytest_tmp_e2e --durations=25

@@ -12,15 +12,19 @@ class PluginExtras(MetadataHookInterface):
     """`pip install '.[onnxrt]'` takes the plug-in of the same checkout; `make dist` sets PLAIN_EXTRAS."""
 
     def update(self, metadata: dict) -> None:
-        extras = {
+        plugins = {extra: self._requirement(extra, metadata["version"]) for extra in PLUGINS}
+        metadata["optional-dependencies"] = {
             "bench": ["matplotlib>=3.9", "openai>=1.60", "pillow>=10"],
             "images": ["pillow>=10", "scikit-image>=0.24", "torch>=2.5", "transformers>=5.18"],
-            "testing": ["pytest>=8", "hypothesis>=6.100"],
-        }
-        for extra, distribution in PLUGINS.items():
-            folder = Path(self.root, "plugins", extra)
-            by_path = folder.is_dir() and not os.environ.get("PLAIN_EXTRAS")
-            extras[extra] = [
-                f"{distribution} @ {folder.as_uri()}" if by_path else f"{distribution}~={metadata['version']}"
-            ]
-        metadata["optional-dependencies"] = extras
+            # The reference that conformance is measured against is transformers' tower in torch_ref.
+            "testing": [
+                "hypothesis>=6.100", "packaging>=24.2", "pytest>=8", "transformers>=5.18", plugins["torch_ref"],
+            ],
+            **{extra: [requirement] for extra, requirement in plugins.items()},
+        }  # fmt: skip
+
+    def _requirement(self, extra: str, version: str) -> str:
+        folder = Path(self.root, "plugins", extra)
+        if folder.is_dir() and not os.environ.get("PLAIN_EXTRAS"):
+            return f"{PLUGINS[extra]} @ {folder.as_uri()}"
+        return f"{PLUGINS[extra]}~={version}"

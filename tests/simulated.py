@@ -5,6 +5,7 @@ from typing import Literal
 
 import numpy as np
 import onnx
+import openvino
 
 from visionaccel.families import Tower
 from visionaccel.grid import Grid
@@ -13,6 +14,12 @@ from visionaccel_flexmlrt.simulator import compile_partition
 
 GRID = Grid(1, 8, 12)
 SPLIT = HostSplit("grouped")
+
+
+def simulated_precision() -> Literal["float32", "bfloat16"]:
+    """What the simulator computes in here: bfloat16 as the NPU does, where the processor can."""
+    known = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "bfloat16" if "BF16" in known else "float32"
 
 
 def simulated_program(

@@ -1,8 +1,12 @@
 """The encode benchmark: who takes part, real processes in turns, and what is made of their times."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -115,8 +119,13 @@ def test_every_contender_is_measured_on_every_grid(measured):
             assert len(found["rounds_seconds"]) == 2 <= found["encodes"]
             assert found["least_seconds"] <= found["median_seconds"] <= found["most_seconds"]
             assert found["patches_per_second"] == pytest.approx(grid["patches"] / found["median_seconds"])
-            peak = report["machine"]["peak_operations_per_second"][each["precision"]]
-            assert found["share_of_peak"] == pytest.approx(grid["operations"] / found["median_seconds"] / peak)
+            peaks = report["machine"]["peak_operations_per_second"]
+            if each["precision"] in peaks:
+                rate = grid["operations"] / found["median_seconds"]
+                assert found["share_of_peak"] == pytest.approx(rate / peaks[each["precision"]])
+            else:
+                assert each["precision"] == "bfloat16", "which not every processor has"
+                assert found["share_of_peak"] is None
             assert found["times_transformers"] > 0
             assert found["times_stock"] is None, "vLLM was not there"
     assert [grid["patches"] for grid in report["grids"]] == [64, 240]
@@ -194,6 +203,7 @@ def test_without_names_every_installed_backend_but_simulators_and_every_peer_tak
         ("onnxrt?", "backend", SettingsError, "NAME"),
         ("onnxrt@", "backend", SettingsError, "NAME"),
         ("onnxrt?{1", "backend", SettingsError, "NAME"),
+        ("onnxrt?bundle=/nowhere", "backend", SettingsError, "/nowhere is no bundle"),
         ("timm", "peer", SettingsError, "transformers"),
         ("vllm@cuda:0", "peer", SettingsError, "CPU"),
         ("vllm?attention=sdpa", "peer", SettingsError, "enforce_eager"),
@@ -240,6 +250,14 @@ def test_what_cannot_work_is_refused_before_a_process_starts(monkeypatch, tiny, 
     done = bench("encode", *(argument.format(tiny=tiny) for argument in arguments))
     assert isinstance(done.exception, error), done.output
     assert said in str(done.exception)
+
+
+def test_a_backend_may_open_a_bundle_in_the_place_of_the_source(tiny, tmp_path):
+    bundle = write_bundle(tiny, tmp_path / "half", dynamic=True, precision="bfloat16")
+    contender = parse_contender(f"onnxrt?bundle={bundle},spinning=true", "backend")
+    assert contender.bundle == bundle
+    with ContenderProcess(tmp_path / "log", 1) as process:
+        assert process.open(contender, tiny, 1, 300)["precision"] == "bfloat16", "the source is of float32"
 
 
 def test_a_contender_that_takes_too_long_is_ended(tiny, tmp_path):
@@ -326,6 +344,24 @@ def test_ratios_are_of_turns_of_the_same_round(tiny):
     assert found.times_transformers == 0.25
     assert found.share_of_peak == pytest.approx(report.grids[0].operations / 2.0 / 2e9)
     assert any("busy with other work" in note for note in report.notes)
+
+
+def test_a_terminated_benchmark_ends_its_processes_and_leaves_no_folder(tiny, tmp_path):
+    code = "from visionaccel.cli import main; main()"
+    wanted = ("bench", "encode", tiny, "--backend", "torch_ref", "--peer", "none", "--grid", "8x8", "--rounds", "999")
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen([sys.executable, "-c", code, *map(str, wanted)], env=environment) as process:
+        until = time.monotonic() + 100
+        while not list(tmp_path.glob("visionaccel-bench-*/*.log")) and time.monotonic() < until:
+            time.sleep(0.05)
+        (log, *_) = tmp_path.glob("visionaccel-bench-*/*.log")
+        children = set(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
+        assert children
+        process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM
+    assert not log.exists()
+    assert list(tmp_path.iterdir()) == []
+    assert not any(Path("/proc", child).exists() for child in children)
 
 
 def test_memory_and_processor_time_are_those_of_child_processes_too():

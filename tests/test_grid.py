@@ -23,6 +23,7 @@ def test_every_form_of_the_same_grids_is_equal(triples):
         list(np.array(triples)),
     )
     assert all(as_grids(form, 2) == expected for form in forms)
+    assert [grid.thw for grid in expected] == triples
     assert total_patches(expected) == int(np.prod(triples, axis=1).sum())
     assert sum(grid.tokens(2) for grid in expected) * 4 == total_patches(expected)
 

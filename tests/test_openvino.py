@@ -165,7 +165,7 @@ def test_properties_reach_the_device_and_wrong_ones_are_named(tiny):
         open_encoder(tiny, backend="openvino", options={"properties": {"NO_SUCH_PROPERTY": "1"}})
 
 
-@pytest.mark.parametrize("name", ["CACHE_DIR", "INFERENCE_PRECISION_HINT", "SNIPPETS_MODE"])
+@pytest.mark.parametrize("name", ["CACHE_DIR", "INFERENCE_PRECISION_HINT", "LP_TRANSFORMS_MODE", "SNIPPETS_MODE"])
 def test_properties_that_answers_depend_on_are_not_the_users_to_set(tiny, name):
     with pytest.raises(ConfigurationError, match=f"{name} cannot be set"):
         open_encoder(tiny, backend="openvino", options={"properties": {name: "x"}})

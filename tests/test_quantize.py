@@ -9,11 +9,10 @@ import numpy as np
 import onnx
 import pytest
 from PIL import Image
-from safetensors.numpy import load_file, save_file
-from transformers import Qwen2VLImageProcessor
 from typer.testing import CliRunner
 
 from bundles import document, entry, write_bundle
+from outliers import checkpoint_with_outliers, coarse_noise
 from towers import lowest_cosine, random_patches, reference
 from visionaccel import open_encoder
 from visionaccel.backends import QuantizedModel, default_registry
@@ -23,7 +22,6 @@ from visionaccel.encoder import open_tower
 from visionaccel.errors import AccuracyError, ArtifactError, ConfigurationError, InputError, PluginError
 from visionaccel.program import CHECKPOINT, ONNX_STANDARD
 from visionaccel.quantization import quantize_bundle
-from visionaccel.testing.checkpoints import TINY, random_checkpoint
 from visionaccel.validation.certificate import THRESHOLDS
 from visionaccel.validation.comparison import Comparison
 from visionaccel.validation.trials import bundled_photographs
@@ -31,32 +29,12 @@ from visionaccel.validation.trials import bundled_photographs
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """The tiny tower with an image processor, and outliers: a channel that is large after a norm, as trained ones have.
-
-    The channel's weights are as much smaller, so that the tower computes what it computed without.
-    """
-    folder = random_checkpoint(tmp_path_factory.mktemp("quantize") / "checkpoint")
-    weights = load_file(folder / "model.safetensors")
-    for norm, linears in (("norm1", ["attn.qkv"]), ("norm2", ["mlp.gate_proj", "mlp.up_proj"])):
-        weights[f"visual.blocks.0.{norm}.weight"][3] *= 200
-        for linear in linears:
-            weights[f"visual.blocks.0.{linear}.weight"][:, 3] /= 200
-    save_file(weights, folder / "model.safetensors")
-    processor = Qwen2VLImageProcessor(
-        patch_size=TINY["patch_size"], merge_size=2, temporal_patch_size=2, min_pixels=64, max_pixels=96 * 96
-    )
-    processor.save_pretrained(folder)
-    return folder
+    return checkpoint_with_outliers(tmp_path_factory.mktemp("quantize") / "checkpoint")
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for number, size in enumerate([(60, 40), (40, 72), (64, 64)]):
-        pixels = np.kron(rng.integers(0, 256, (size[1] // 4, size[0] // 4, 3)), np.ones((4, 4, 1)))
-        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
-    return folder
+    return coarse_noise(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")

@@ -42,6 +42,7 @@ def test_every_setting_is_read(monkeypatch):
         "ISOLATION": "process",
         "DEADLINE": "2.5",
         "OPEN_DEADLINE": "1800",
+        "CPU_CORES": "0-3,8",
         "TIMING": "1",
     }
     assert {name.lower() for name in values} | {"device"} == set(Settings.model_fields)
@@ -60,6 +61,7 @@ def test_every_setting_is_read(monkeypatch):
         isolation="process",
         deadline=2.5,
         open_deadline=1800.0,
+        cpu_cores=frozenset({0, 1, 2, 3, 8}),
         timing=True,
     )
 

@@ -31,6 +31,7 @@ from visionaccel.backends import (
 from visionaccel.bundle import Bundle, is_bundle, open_bundle
 from visionaccel.checkpoint import locate_checkpoint
 from visionaccel.contracts import check_output, check_patches
+from visionaccel.cores import on_cores
 from visionaccel.errors import DeviceError, SettingsError, UnfitGridError, VisionAccelError
 from visionaccel.families import Host, Tower, tower_of
 from visionaccel.grid import Grid, GridLike, as_grids, total_patches
@@ -86,9 +87,11 @@ class Encoder:
         programs: Sequence[OpenProgram],
         registry: Registry,
         options: Mapping[str, Any] | None = None,
+        cores: frozenset[int] | None = None,
     ) -> None:
         self.tower, self.backend, self.programs = tower, backend, tuple(programs)
         self.options = dict(options or {})
+        self._cores = cores
         self._hooks = registry.plugins.hook
         safe = all(program.session.capabilities.thread_safe for program in self.programs)
         self._most_running = sys.maxsize if safe else 1
@@ -133,6 +136,27 @@ class Encoder:
                 takes a grid.
             DeviceError: If the backend failed or returned something wrong.
         """
+        with on_cores(self._cores):  # a runtime's pool computes on the thread that calls it, too
+            return self._encode(patches, grids)
+
+    def close(self) -> None:
+        """Give back the device once no call is in progress. Later calls of `encode` raise DeviceError."""
+        with self._idle:
+            if self._closed:
+                return
+            self._closed = True
+            self._idle.wait_for(lambda: self._running == 0)
+            _close(self.programs)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _encode(self, patches: Array, grids: Iterable[GridLike]) -> Array:
         started = time.perf_counter()
         checked = as_grids(grids, self.tower.merge_size)
         check_patches(patches, checked, self.tower.patch_width)
@@ -169,23 +193,6 @@ class Encoder:
             )
         )
         return embeddings
-
-    def close(self) -> None:
-        """Give back the device once no call is in progress. Later calls of `encode` raise DeviceError."""
-        with self._idle:
-            if self._closed:
-                return
-            self._closed = True
-            self._idle.wait_for(lambda: self._running == 0)
-            _close(self.programs)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _calls(self, grids: Sequence[Grid]) -> list[tuple[OpenProgram, list[_Part]]]:
         """What each session call holds.
@@ -298,6 +305,7 @@ def open_encoder(
     isolation: WantedIsolation = "auto",
     deadline: float = 120.0,
     open_deadline: float = 600.0,
+    cores: Iterable[int] | None = None,
 ) -> Encoder:
     """Open a vision encoder on a backend.
 
@@ -311,10 +319,12 @@ def open_encoder(
         isolation: Whether each session lives in a child process of its own; `auto` for what the backend declares.
         deadline: Seconds that a call in a child process may take before that is ended.
         open_deadline: Seconds that starting such a process and opening a program may take, compilation included.
+        cores: Cores of the CPU that its threads run on, and as many threads unless the options say otherwise. The
+            calling thread runs there during this call and those of `encode`. None for where that thread may run.
 
     Raises:
-        ConfigurationError: If the backend is unknown, broken, refuses the program, or does not know an option; or if
-            the isolation is none of these.
+        ConfigurationError: If the backend is unknown, broken, refuses the program, or does not know an option; if the
+            isolation is none of these; or if there is no such core.
         ArtifactError: If the bundle or checkpoint is broken or of an unsupported architecture.
         DeviceError: If the device fails to open a program.
     """
@@ -324,6 +334,22 @@ def open_encoder(
         )
     registry = registry or default_registry()
     source = open_source(source)
+    wanted = None if cores is None else frozenset(cores)
+    with on_cores(wanted, strict=True):
+        return _opened(source, registry, backend, device, options, isolation, (deadline, open_deadline), wanted)
+
+
+def _opened(
+    source: Tower | Bundle,
+    registry: Registry,
+    backend: str,
+    device: str | None,
+    options: Mapping[str, Any] | None,
+    isolation: WantedIsolation,
+    deadlines: tuple[float, float],
+    cores: frozenset[int] | None,
+) -> Encoder:
+    """An encoder, opened by a thread that runs on its cores: backends count them when they are first asked."""
     name, programs = select(registry, source, backend, device).require()
     chosen = registry.load(name)
     try:
@@ -340,7 +366,7 @@ def open_encoder(
         for program in programs:
             host = _host(tower, program)
             if (chosen.isolation_on(device) if isolation == AUTO else isolation) == "process":
-                session = _open_isolated(chosen, program, device, checked, deadline, open_deadline)
+                session = _open_isolated(chosen, program, device, checked, *deadlines)
             else:
                 session = _open(chosen, program, device, checked)
             opened.append(OpenProgram(program, host, session))
@@ -348,7 +374,7 @@ def open_encoder(
         with suppress(Exception):  # What failed to open says more than what then failed to close.
             _close(opened)
         raise
-    return Encoder(tower, name, opened, registry, options)
+    return Encoder(tower, name, opened, registry, options, cores)
 
 
 def _close(programs: Iterable[OpenProgram]) -> None:

@@ -3,6 +3,9 @@
 Four branches tell apart whose fault it is, because callers treat them differently: bad data of one call (`InputError`:
 fail that request), a wrong set-up (`ConfigurationError`: refuse to start), a broken or foreign file (`ArtifactError`:
 fetch it again) and a device that failed (`DeviceError`: retry or fall back).
+
+The first paragraph of each class says when it is raised, and the one that begins with `To do:` what helps. The hint of
+an error says the same of its own case, with the names in it.
 """
 
 __all__ = [
@@ -58,88 +61,158 @@ def _rebuild(kind: type[VisionAccelError], message: str, hint: str | None) -> Vi
 
 
 class InputError(VisionAccelError, ValueError):
-    """The caller's data is wrong. Only this call fails; the encoder stays usable."""
+    """The caller's data is wrong. Only this call fails; the encoder stays usable.
+
+    To do: Fail that request and go on. Pass what the model's own processor returns, unchanged.
+    """
 
 
 class GridError(InputError):
-    """A grid is malformed, empty, or not divisible by the merge size."""
+    """A grid is malformed, empty, or not divisible by the merge size.
+
+    To do: Pass the `image_grid_thw` or `video_grid_thw` that came with the patches, as integers (t, h, w).
+    """
 
 
 class UnfitGridError(GridError):
-    """No program of the encoder takes the grid. Another encoder may, so a fallback is asked."""
+    """No program of the encoder takes the grid. Another encoder may, so a fallback is asked.
+
+    To do: Fit the image to a grid that the message lists (`VISIONACCEL_FIT` in vLLM), name a
+    `VISIONACCEL_FALLBACK`, or export a program for it.
+    """
 
 
 class PatchesError(InputError):
-    """Patches have the wrong shape or dtype, or disagree with their grids."""
+    """Patches have the wrong shape or dtype, or disagree with their grids.
+
+    To do: Pass `pixel_values` and grids of one and the same call of the processor.
+    """
 
 
 class NonFiniteError(InputError):
-    """Patches hold NaN or infinity."""
+    """Patches hold NaN or infinity.
+
+    To do: Look at the image that the message names, and at its normalisation.
+    """
 
 
 class ConfigurationError(VisionAccelError):
-    """The set-up cannot work; nothing was started."""
+    """The set-up cannot work; nothing was started.
+
+    To do: Change the setting, option or argument that the message names. Trying again changes nothing.
+    """
 
 
 class SettingsError(ConfigurationError):
-    """A setting or option is unknown or has an invalid value."""
+    """A setting or option is unknown or has an invalid value.
+
+    To do: Write one that the table of settings, `visionaccel backends` or `--help` lists.
+    """
 
 
 class UnknownBackendError(ConfigurationError):
-    """No installed distribution provides the named backend."""
+    """No installed distribution provides the named backend.
+
+    To do: Install its plug-in into the same environment, or name one that `visionaccel backends` lists.
+    """
 
 
 class DuplicateBackendError(ConfigurationError):
-    """Two installed distributions provide a backend of one name."""
+    """Two installed distributions provide a backend of one name.
+
+    To do: Uninstall one of the two that the message names.
+    """
 
 
 class PluginError(ConfigurationError):
-    """A plug-in could not be imported or does not honour the contract."""
+    """A plug-in could not be imported or does not honour the contract.
+
+    To do: Reinstall the distribution that the message names; if that does not help, tell its authors.
+    """
 
 
 class BackendUnavailableError(ConfigurationError):
-    """The named backend, or every candidate, refused the program on this machine."""
+    """The named backend, or every candidate, refused the program on this machine.
+
+    To do: Follow the hint behind each refusal; `visionaccel explain` and `visionaccel doctor` tell more.
+    """
 
 
 class ArtifactError(VisionAccelError):
-    """A model file is broken, incomplete, or not what it should be."""
+    """A model file is broken, incomplete, or not what it should be.
+
+    To do: Fetch or make the file again. Do not edit it: that it was refused is what the checks are for.
+    """
 
 
 class CheckpointError(ArtifactError):
-    """A checkpoint folder or one of its files is missing, truncated or inconsistent."""
+    """A checkpoint folder or one of its files is missing, truncated or inconsistent.
+
+    To do: Download the checkpoint again, whole and of one revision; run `git lfs pull` where it was cloned.
+    """
 
 
 class BundleError(ArtifactError):
-    """A bundle's manifest or one of its files is missing, damaged, or not what the manifest says."""
+    """A bundle's manifest or one of its files is missing, damaged, or not what the manifest says.
+
+    To do: Export, import or pull the bundle again. One that leads out of its folder should not be used at all.
+    """
 
 
 class AccuracyError(ArtifactError):
-    """A program that was just made is too far from the float32 reference; it was not kept."""
+    """A program that was just made is too far from the float32 reference; it was not kept.
+
+    To do: Calibrate with images like those that will be encoded, or stay with the precision that the bundle has.
+    """
 
 
 class UnsupportedArchitectureError(ArtifactError):
-    """The checkpoint's vision tower is of a family that is not implemented."""
+    """The checkpoint's vision tower is of a family that is not implemented.
+
+    To do: Unset `VISIONACCEL_BACKEND`, which leaves the model to vLLM, or take a checkpoint of a family that the
+    hint lists.
+    """
 
 
 class DeviceError(VisionAccelError, RuntimeError):
-    """A backend or its device failed on valid input."""
+    """A backend or its device failed on valid input.
+
+    To do: Try again, or name a `VISIONACCEL_FALLBACK`. If it stays, `visionaccel doctor` looks at drivers and
+    libraries.
+    """
 
 
 class DeviceLostError(DeviceError):
-    """A device's process died, or was ended because it hung. A new one is started."""
+    """A device's process died, or was ended because it hung. A new one is started.
+
+    To do: Try again. A device that only is slow needs a longer `VISIONACCEL_DEADLINE` or
+    `VISIONACCEL_OPEN_DEADLINE`.
+    """
 
 
 class DeadlineError(DeviceError, TimeoutError):
-    """An item's embedding was not there by its deadline."""
+    """An item's embedding was not there by its deadline.
+
+    To do: Try again, raise the deadline, or give a device that hangs a process (`VISIONACCEL_ISOLATION=process`).
+    """
 
 
 class QueueFullError(DeviceError):
-    """As many items wait for the encoder as may. Nothing was begun; try again later."""
+    """As many items wait for the encoder as may. Nothing was begun.
+
+    To do: Try again later, raise the queue's size, or add devices.
+    """
 
 
 class ServiceClosedError(DeviceError):
-    """The encode service was closed before the item was encoded."""
+    """The encode service was closed before the item was encoded.
+
+    To do: Open a new one.
+    """
 
 
 class OutputError(DeviceError):
-    """A backend returned something other than it promised: shape, dtype, or non-finite values."""
+    """A backend returned something other than it promised: shape, dtype, or non-finite values.
+
+    To do: Do not use that backend for this program before `visionaccel validate` passes; report it to its authors.
+    """

@@ -47,6 +47,11 @@ class Grid:
         return cls(int(t), int(h), int(w))
 
     @property
+    def thw(self) -> tuple[int, int, int]:
+        """(t, h, w), the row of `grid_thw` that models take."""
+        return self.t, self.h, self.w
+
+    @property
     def frame(self) -> Grid:
         """The grid of one of its frames: itself for a still image."""
         return self if self.t == 1 else Grid(1, self.h, self.w)

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, ByteSize, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from visionaccel.cores import WantedCores, parse_cores
 from visionaccel.errors import SettingsError
 
 __all__ = ["PREFIX", "Settings", "load_settings", "make_settings", "parse_options", "settings_table"]
@@ -47,6 +48,10 @@ def parse_options(value: Any) -> Any:
 def _names(value: Any) -> Any:
     """Names from text, separated by commas."""
     return tuple(filter(None, (name.strip() for name in value.split(",")))) if isinstance(value, str) else value
+
+
+def _cores(value: Any) -> Any:
+    return parse_cores(value) if isinstance(value, str) else value
 
 
 def _none_by_name(value: Any) -> Any:
@@ -123,6 +128,12 @@ class Settings(BaseSettings):
         gt=0,
         allow_inf_nan=False,
         description="Seconds that starting such a process and opening a program may take, compilation included.",
+    )
+    cpu_cores: Annotated[WantedCores, NoDecode, BeforeValidator(_cores)] = Field(
+        None,
+        description="Cores of the CPU that the encoder's threads run on, such as `0-3,8`, or `all` that the process "
+        "may use. Unset: beside a language model on the CPU, [those left to it](docs/pipelined.md#cores); elsewhere as "
+        "the runtime chooses.",
     )
     timing: bool = Field(False, description="Log the time of each part of every encode.")
 

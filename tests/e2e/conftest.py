@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -11,48 +12,68 @@ from typing import Any
 
 import pytest
 
+import forked
 from visionaccel.integrations.vllm.server import quiet_environment
 
 ASK = Path(__file__).with_name("ask.py")
-TESTS = Path(__file__).parents[1]
+
+Ask = Callable[..., dict[str, Any]]
 
 
-@pytest.fixture(scope="session")
-def ask(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Callable[..., dict[str, Any]]:
-    """Run `ask.py` with some settings; returns what it wrote, and its output as `log`."""
-
-    def run(
+def _asking(
+    folders: pytest.TempPathFactory, digits: Path, run: Callable[[list[str], dict[str, str], Path], int]
+) -> Ask:
+    def ask(
         settings: dict[str, str],
         part: str = "matrix",
         checkpoint: Path = digits,
-        site: Path | None = None,
         connector: dict[str, str] | None = None,
     ) -> dict[str, Any]:
-        target = tmp_path_factory.mktemp("answers") / "answers.json"
-        paths = [str(path) for path in (site, TESTS) if path is not None]
-        command = [sys.executable, str(ASK), str(checkpoint), part, str(target)]
+        folder = folders.mktemp("answers")
+        target, log = folder / "answers.json", folder / "log"
+        arguments = [str(checkpoint), part, str(target)]
         if connector is not None:
-            command.append(json.dumps(connector))
-        with tempfile.TemporaryDirectory() as sockets:  # short, as socket names must be, and vLLM leaves them behind
-            own = {"PYTHONPATH": os.pathsep.join(paths), "VLLM_RPC_BASE_PATH": sockets}
-            done = subprocess.run(
-                command,
-                env=quiet_environment(settings) | own,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                timeout=600,
-            )
+            arguments.append(json.dumps(connector))
+        status = run(arguments, quiet_environment(settings), log)
         answers = json.loads(target.read_text()) if target.exists() else {}
-        return {**answers, "status": done.returncode, "log": done.stdout}
+        return {**answers, "status": status, "log": log.read_text(errors="replace")}
 
-    return run
+    return ask
+
+
+def _in_processes(arguments: list[str], environment: dict[str, str], log: Path) -> int:
+    # Short, as socket names must be, and vLLM leaves them behind.
+    with tempfile.TemporaryDirectory() as sockets, log.open("wb") as out:
+        environment = environment | {"VLLM_RPC_BASE_PATH": sockets}
+        command = [sys.executable, str(ASK), *arguments]
+        process = subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT, process_group=0)
+        try:
+            return process.wait(1800)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # vLLM's other processes would outlive it
+            process.wait()
+            raise
 
 
 @pytest.fixture(scope="session")
-def stock(ask: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+def ask(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Ask:
+    """Run `ask.py` with some settings; returns what it wrote, its exit status, and its output as `log`.
+
+    All of vLLM is in one process, which starts several times faster: for what does not hang on its processes.
+    """
+    return _asking(tmp_path_factory, digits, forked.answer)
+
+
+@pytest.fixture(scope="session")
+def ask_processes(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Ask:
+    """As `ask`, and scheduler and workers have processes of their own, as vLLM has them on a CPU."""
+    return _asking(tmp_path_factory, digits, _in_processes)
+
+
+@pytest.fixture(scope="session")
+def stock(ask_processes: Ask) -> dict[str, Any]:
     """The answers of vLLM with no backend named."""
-    answers = ask({})
+    answers = ask_processes({})
     assert answers["status"] == 0, answers["log"][-4000:]
     return answers
 
@@ -62,12 +83,12 @@ def stock(ask: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     params=[("VISIONACCEL_BACKEND", "onnxrt", "pipelined"), ("VLLM_VISION_NPU_BACKEND", "torch_ref", "in-line")],
     ids=lambda param: param[1],
 )
-def accelerated(request: pytest.FixtureRequest, ask: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+def accelerated(request: pytest.FixtureRequest, ask_processes: Ask) -> dict[str, Any]:
     """The answers of vLLM with its encoder on a backend, named by the current or the former variable, in each mode.
 
     Pipelined is what one gets without asking.
     """
     variable, backend, mode = request.param
-    answers = ask({variable: backend} | ({"VISIONACCEL_MODE": "inline"} if mode == "in-line" else {}))
+    answers = ask_processes({variable: backend} | ({"VISIONACCEL_MODE": "inline"} if mode == "in-line" else {}))
     assert answers["status"] == 0, answers["log"][-4000:]
     return {**answers, "variable": variable, "backend": backend, "mode": mode}

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from digits_vlm.samples import held_out_images
 from fake_plugins import install
+from forked import WORKER_IN_ENGINE
 
 START = Path(__file__).parents[2] / "examples" / "disaggregated" / "start.py"
 WATCHED = '''
@@ -74,7 +75,11 @@ def deployment(digits, watched, tmp_path_factory):
     start = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(start)
     site = install(tmp_path_factory.mktemp("site"), "acme-watched", "watched", WATCHED)
-    settings = {"VISIONACCEL_BACKEND": "watched", "WATCHED_FOLDER": str(watched), "PYTHONPATH": str(site)}
+    settings = {
+        "VISIONACCEL_BACKEND": "watched",
+        "WATCHED_FOLDER": str(watched),
+        "PYTHONPATH": str(site),
+    } | WORKER_IN_ENGINE
     with start.disaggregated(digits, settings, ARGUMENTS, encoder_settings={"WATCHED_SIDE": "encoder"}) as running:
         yield running
 

@@ -10,6 +10,7 @@ import pytest
 from openai import InternalServerError, OpenAI
 
 from digits_vlm.samples import held_out_images
+from forked import WORKER_IN_ENGINE
 from visionaccel.bundle.vitisai import ImportRequest, import_vitisai
 from visionaccel.encoder import open_tower
 from visionaccel.grid import Grid
@@ -78,7 +79,9 @@ def server(digits, bundle, tmp_path_factory):
     """A server on the simulator without a fallback, and the file that switches faults."""
     script = tmp_path_factory.mktemp("script") / "script"
     script.write_text("print vendor")
-    environment = settings(bundle, DEADLINE=str(DEADLINE)) | {"FLEXMLRT_SIMULATOR_SCRIPT": str(script)}
+    environment = (
+        settings(bundle, DEADLINE=str(DEADLINE)) | {"FLEXMLRT_SIMULATOR_SCRIPT": str(script)} | WORKER_IN_ENGINE
+    )
     arguments = ("--enforce-eager", "--max-model-len", "4096", "--max-num-seqs", "16", "--dtype", "float32")
     with serve(digits, environment, arguments) as running:
         yield running, script

@@ -9,6 +9,7 @@ from openai import BadRequestError, OpenAI
 from PIL import Image
 
 from digits_vlm.samples import held_out_images
+from forked import WORKER_IN_ENGINE
 from visionaccel.bundle.export import ProgramRequest, export_bundle
 from visionaccel.encoder import open_tower
 from visionaccel.grid import Grid
@@ -98,7 +99,7 @@ def encoded(image, kind="PNG", **options):
 
 
 def test_no_image_crashes_a_server_and_what_it_refuses_it_refuses_alone(digits, bundles):
-    settings = {"VISIONACCEL_BACKEND": "onnxrt", "VISIONACCEL_BUNDLE": str(bundles / "fixed")}
+    settings = {"VISIONACCEL_BACKEND": "onnxrt", "VISIONACCEL_BUNDLE": str(bundles / "fixed")} | WORKER_IN_ENGINE
     arguments = (
         "--dtype", "float32", "--enforce-eager", "--max-model-len", "4096", "--max-num-seqs", "16",
         "--trust-request-mm-kwargs",

@@ -26,12 +26,17 @@ def encodes(log):
 
 
 @pytest.mark.parametrize(
-    ("part", "size", "threads"),
-    [("pressed", "32KiB", "auto"), ("pressed-tp2", "512MiB", "0|1")],
+    ("part", "size", "threads", "cores"),
+    [
+        ("pressed", "32KiB", "0", "VLLM_CPU_OMP_THREADS_BIND=0 binds the language model to 0"),
+        ("pressed-tp2", "512MiB", "0|1", "VLLM_CPU_OMP_THREADS_BIND=0|1 binds the language model to 0-1"),
+    ],
     ids=["evicting", "tp2"],
 )
-def test_chunks_shared_prefixes_evictions_and_two_workers_change_no_token(ask, stock, part, size, threads):
-    answers = ask(BACKEND | {"VISIONACCEL_CACHE_SIZE": size, "VLLM_CPU_OMP_THREADS_BIND": threads}, part)
+def test_chunks_shared_prefixes_evictions_and_two_workers_change_no_token(
+    ask_processes, stock, part, size, threads, cores
+):
+    answers = ask_processes(BACKEND | {"VISIONACCEL_CACHE_SIZE": size, "VLLM_CPU_OMP_THREADS_BIND": threads}, part)
     assert answers["status"] == 0, answers["log"][-4000:]
     crowd, again = answers["parts"]["crowd"], answers["parts"]["again"]
     assert tokens(crowd) == tokens(stock["parts"]["crowd"])
@@ -43,12 +48,13 @@ def test_chunks_shared_prefixes_evictions_and_two_workers_change_no_token(ask, s
     else:
         assert encodes(answers["log"]) == DIFFERENT_IMAGES, "each image was encoded once, for both workers"
         assert answers["log"].count("Creating connector with name: VisionAccelConnector") == 3
+    assert f"of the CPU: {cores}" in answers["log"]
     assert "in-line, for what comes through no EC connector" not in answers["log"]
     assert not answers["client_embeds"], "clients may not send embeddings"
 
 
-def test_pixels_that_pass_the_scheduler_by_are_encoded_in_the_step(ask, stock):
-    answers = ask(BACKEND, "blind", connector=CONNECTOR)
+def test_pixels_that_pass_the_scheduler_by_are_encoded_in_the_step(ask_processes, stock):
+    answers = ask_processes(BACKEND, "blind", connector=CONNECTOR)
     assert answers["status"] == 0, answers["log"][-4000:]
     assert "--ec-transfer-config names VisionAccelConnector" in answers["log"]
     assert "is encoded in the engine's step, because its pixels do not pass the scheduler" in answers["log"]

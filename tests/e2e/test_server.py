@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +12,7 @@ from openai import InternalServerError, OpenAI
 
 from digits_vlm.samples import held_out_images
 from fake_plugins import install
+from visionaccel.cores import process_cores, shown_cores
 from visionaccel.integrations.vllm.server import serve
 
 FLAKY = '''
@@ -37,7 +39,12 @@ class Switched:
 class Flaky(OnnxRuntimeBackend):
     name = "flaky"
     def open(self, program, device, options):
-        return Switched(super().open(program, device, options))
+        before = set(os.listdir("/proc/self/task"))
+        session = super().open(program, device, options)
+        new = (Path("/proc/self/task", thread, "status") for thread in set(os.listdir("/proc/self/task")) - before)
+        lines = [line for file in new for line in file.read_text().splitlines() if line.startswith("Cpus_allowed_list")]
+        print(f"flaky computes on {sorted(os.sched_getaffinity(0))}, and its pool on", *lines, flush=True)
+        return Switched(session)
 
 @hookimpl
 def visionaccel_backends():
@@ -138,6 +145,14 @@ def test_text_alone_is_served_while_the_device_is_down(client, switch):
     reply = client.chat.completions.create(model="visionaccel", messages=messages, temperature=0, max_tokens=4)
     assert reply.usage.completion_tokens > 0
     switch.write_text("off")
+
+
+def test_the_encoders_threads_are_not_bound_to_a_core_of_the_language_models(flaky):
+    log, allowed = flaky[0].log.read_text(), sorted(process_cores())
+    assert f"The encoder's threads run on cores {shown_cores(allowed)} of the CPU: " in log
+    assert set(re.findall(r"flaky computes on (.*), and its pool on Cpus_allowed_list:\t(.*)", log)) == {
+        (str(allowed), shown_cores(allowed))
+    }
 
 
 def test_a_truncated_image_is_refused_before_the_engine(flaky, client):

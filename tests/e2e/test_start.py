@@ -51,11 +51,11 @@ def test_a_stripped_checkpoint_loads_with_a_bundle(ask, stock, stripped, digits,
         assert tokens(answers["parts"][part]) == tokens(stock["parts"][part])
 
 
-def test_a_stripped_checkpoint_alone_is_refused(ask, stripped):
-    answers = ask({"VISIONACCEL_BACKEND": "onnxrt"}, "few", stripped)
+def test_a_stripped_checkpoint_alone_is_refused(ask_processes, stripped):
+    answers = ask_processes({"VISIONACCEL_BACKEND": "onnxrt"}, "few", stripped)
     assert answers["status"] != 0
     assert "holds no vision weights" in answers["log"]
-    assert "set VISIONACCEL_BUNDLE" in answers["log"]
+    assert "set VISIONACCEL_BUNDLE" in answers["log"], "from the worker, through the engine's process"
 
 
 @pytest.mark.parametrize(
@@ -72,9 +72,13 @@ def test_a_stripped_checkpoint_alone_is_refused(ask, stripped):
             ["has no VitisAIExecutionProvider", "Ryzen AI Software"],
         ),
         ({"VISIONACCEL_BACKEND": "onnxrt", "VISIONACCEL_BUNDLE": "no/such"}, ["'no/such' is not a folder"]),
+        (
+            {"VISIONACCEL_BACKEND": "onnxrt", "VISIONACCEL_CPU_CORES": "4096"},
+            ["VISIONACCEL_CPU_CORES=4096: this process may not use 4096", "It may use 0"],
+        ),
         ({"VISIONACCEL_BACKEND": "onnxrt", "VISIONACCEL_FALLBACK": "auto"}, ["a fallback must be named"]),
     ],
-    ids=["backend", "fallback", "setting", "device", "bundle", "automatic fallback"],
+    ids=["backend", "fallback", "setting", "device", "bundle", "cores", "automatic fallback"],
 )
 def test_what_cannot_run_is_refused_with_the_reason(ask, settings, messages):
     answers = ask(settings, "few")

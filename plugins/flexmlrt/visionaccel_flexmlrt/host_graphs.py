@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from visionaccel.arrays import Array
 from visionaccel.contracts import TensorSpec
+from visionaccel.cores import thread_limit
 from visionaccel.errors import ArtifactError, ConfigurationError
 from visionaccel.program import DEVICE_TENSORS, HOST_AFTER, HOST_BEFORE, Program
 
@@ -89,8 +90,10 @@ class HostGraphs:
                 "the host's part of this artifact runs on ONNX Runtime, which is not installed.",
                 hint="Install it: pip install 'visionaccel-flexmlrt[onnxrt]'.",
             ) from error
+        settings = onnxruntime.SessionOptions()
+        settings.intra_op_num_threads = thread_limit() or 0  # 0 leaves the number to it
         try:
-            return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+            return onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
         except Exception as error:  # its exceptions have no common base
             raise ArtifactError(f"{path} cannot be loaded: {error}", hint="Import the artifact again.") from error
 

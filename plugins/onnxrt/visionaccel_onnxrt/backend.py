@@ -21,6 +21,7 @@ from visionaccel.backends import (
     Verdict,
     VisionBackend,
 )
+from visionaccel.cores import thread_limit
 from visionaccel.errors import ArtifactError, ConfigurationError, DeviceError
 from visionaccel.program import EP_CONTEXT, ONNX, ONNX_FUSED, ONNX_MODELS, Program
 from visionaccel_onnxrt.bfloat16 import emulate_bfloat16
@@ -32,6 +33,7 @@ from visionaccel_onnxrt.session_entries import (
     CAST_CHAIN_ELIMINATION,
     ERRORS_ONLY,
     EXTERNAL_DATA_FOLDER,
+    INT8_IN_FULL,
     SPINNING,
     UNPACKED,
 )
@@ -45,7 +47,7 @@ class OnnxRuntimeOptions(Options):
 
     provider: str | None = Field(None, description="Execution provider by its full name; overrides the device.")
     provider_options: dict[str, str] = Field(default_factory=dict, description="Options of the execution provider.")
-    threads: int | None = Field(None, ge=1, description="Threads within an operator. Unset: one for each core.")
+    threads: int | None = Field(None, ge=1, description="Threads within an operator. Unset: one for each core it has.")
     spinning: bool = Field(
         False, description="Let idle threads wait by spinning, which takes cores from everything else that runs."
     )
@@ -241,8 +243,10 @@ def _session_options(options: OnnxRuntimeOptions, onnxruntime: Any) -> Any:
     }[options.optimization]
     settings.add_session_config_entry(SPINNING, str(int(options.spinning)))
     settings.add_session_config_entry(UNPACKED, str(int(options.share_weights)))
-    if options.threads is not None:
-        settings.intra_op_num_threads = options.threads
+    settings.add_session_config_entry(INT8_IN_FULL, "1")
+    threads = options.threads or thread_limit()
+    if threads is not None:  # without a number, it makes a thread for each core of the machine and binds it there
+        settings.intra_op_num_threads = threads
     return settings
 
 

@@ -1,13 +1,25 @@
 """The OpenVINO backend: which programs it takes, and how it opens them."""
 
 import importlib.util
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from visionaccel.backends import Accepted, Capabilities, Options, Rejected, Session, Verdict, VisionBackend
+from visionaccel.arrays import Array
+from visionaccel.backends import (
+    Accepted,
+    Capabilities,
+    Options,
+    QuantizedModel,
+    Rejected,
+    Session,
+    Verdict,
+    VisionBackend,
+)
+from visionaccel.cores import thread_limit
 from visionaccel.errors import ConfigurationError, DeviceError
 from visionaccel.program import ONNX, ONNX_STANDARD, AnyGrid, Program
 
@@ -16,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["OpenVinoBackend", "OpenVinoOptions"]
 
+logger = logging.getLogger(__name__)
+
 _SCORES = {"cpu": 50, "gpu": 50, "npu": 100, "auto": 50}
 _PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 _OWN = {
@@ -23,6 +37,7 @@ _OWN = {
     "INFERENCE_NUM_THREADS": "use the option threads",
     "INFERENCE_PRECISION_HINT": "use the option precision",
     "PERFORMANCE_HINT_NUM_REQUESTS": "use the option requests",
+    "LP_TRANSFORMS_MODE": "it is off where int8 products would be wrong",
     "SNIPPETS_MODE": "it is off where it gives wrong answers",
 }
 """Properties that are not the user's to set, and what to do instead: what keeps answers right depends on them."""
@@ -34,9 +49,10 @@ class OpenVinoOptions(Options):
 
     precision: Literal["float32", "bfloat16", "float16"] | None = Field(
         None,
-        description="Arithmetic of the device. Unset: that of the program on cpu and auto, float16 on gpu and npu.",
+        description="Arithmetic of the device, but for a quantized program's products. Unset: that of the program on "
+        "cpu and auto, float16 on gpu and npu.",
     )
-    threads: int | None = Field(None, ge=1, description="cpu: threads of a call. Unset: one for each core.")
+    threads: int | None = Field(None, ge=1, description="cpu: threads of a call. Unset: one for each core it has.")
     requests: int = Field(1, ge=1, le=64, description="Calls in flight at a time; each takes memory of its own.")
     cache_dir: Path | None = Field(
         None,
@@ -59,6 +75,11 @@ class OpenVinoBackend(VisionBackend):
 
         return (*(_ours(name) for name in openvino.Core().available_devices), "auto")
 
+    def quantize(self, program: Program, calibration: Iterable[Mapping[str, Array]], folder: Path) -> QuantizedModel:
+        from visionaccel_openvino.quantization import quantize
+
+        return quantize(program, calibration, folder)
+
     def probe(self, program: Program, device: str | None) -> Verdict:
         kind = self.kind_of(device) or "cpu"
         if kind not in _SCORES:
@@ -71,7 +92,7 @@ class OpenVinoBackend(VisionBackend):
         if program.quantization is not None and program.format == ONNX:
             return Rejected(
                 f"program {program.name!r} was quantized for ONNX Runtime.",
-                "Name backend onnxrt, or the bundle of float32 that it was made from.",
+                "Name backend onnxrt, or quantize the bundle of float32 that it was made from with --target openvino.",
             )
         if isinstance(program.coverage, AnyGrid) and kind == "npu":
             return Rejected(
@@ -108,7 +129,8 @@ class OpenVinoBackend(VisionBackend):
         core = openvino.Core()
         precision = _precision(core, program, shown, options)
         model, mapped = read_model(core, program)
-        properties = _properties(program, shown, precision, options)
+        integers = program.quantization is not None and _computes_integers(program, shown)
+        properties = _properties(program, shown, precision, integers, options)
         try:
             compiled = core.compile_model(model, _theirs(shown), properties)
         except RuntimeError as error:
@@ -118,7 +140,10 @@ class OpenVinoBackend(VisionBackend):
                 hint="Check the backend's options; `visionaccel backends` lists them.",
             ) from error
         _check_precision(compiled, shown, precision)
-        capabilities = Capabilities(device=shown, precision=precision, thread_safe=True, max_in_flight=options.requests)
+        arithmetic = str(program.quantization) if integers else precision
+        capabilities = Capabilities(
+            device=shown, precision=arithmetic, thread_safe=True, max_in_flight=options.requests
+        )
         return OpenVinoSession(compiled, program, capabilities, mapped)
 
 
@@ -168,7 +193,33 @@ def _needs_no_snippets(program: Program, precision: str) -> bool:
     return precision != "float32" and not isinstance(program.coverage, AnyGrid)
 
 
-def _properties(program: Program, device: str, precision: str, options: OpenVinoOptions) -> dict[str, Any]:
+def _computes_integers(program: Program, device: str) -> bool:
+    """Whether a quantized program's products are to be computed in integers, and not in floats that hold the same.
+
+    Raises:
+        ConfigurationError: If that cannot be told the device, and must be.
+    """
+    from visionaccel_openvino.integer_products import integer_products_saturate
+
+    kind = device.partition(":")[0]
+    if kind not in ("cpu", "auto") or not integer_products_saturate():
+        return True
+    if kind == "auto":
+        raise ConfigurationError(
+            f"device 'auto' may compute program {program.name!r}, of int8, wrongly: this CPU has no VNNI.",
+            hint="Name the device, such as cpu.",
+        )
+    logger.warning(
+        "Program %r is of int8, which OpenVINO computes wrongly on a CPU without VNNI. Its products are computed in "
+        "float32, as right as int8 would be, and about as fast as the program of float32 that it was made from.",
+        program.name,
+    )
+    return False
+
+
+def _properties(
+    program: Program, device: str, precision: str, integers: bool, options: OpenVinoOptions
+) -> dict[str, Any]:
     """What to compile with.
 
     Raises:
@@ -186,10 +237,16 @@ def _properties(program: Program, device: str, precision: str, options: OpenVino
         "INFERENCE_PRECISION_HINT": _PRECISIONS[precision],
     }
     if kind == "cpu":
+        limit = thread_limit()
+        if limit is not None:
+            # It counts the cores of the process and binds its threads to some of them, be they this thread's or not.
+            properties |= {"INFERENCE_NUM_THREADS": limit, "ENABLE_CPU_PINNING": "NO"}
         if options.threads is not None:
             properties["INFERENCE_NUM_THREADS"] = options.threads
         if _needs_no_snippets(program, precision):
             properties["SNIPPETS_MODE"] = "DISABLE"
+        if program.quantization is not None:
+            properties["LP_TRANSFORMS_MODE"] = integers
     if options.cache_dir is not None:
         properties["CACHE_DIR"] = str(options.cache_dir.expanduser().absolute())
     return {**properties, **options.properties}

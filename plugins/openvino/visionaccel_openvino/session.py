@@ -31,6 +31,9 @@ class OpenVinoSession(Session):
     ) -> None:
         self.capabilities = capabilities
         self._program, self._mapped = program, mapped
+        read = {name for port in compiled.inputs for name in port.names}  # what nothing reads, OpenVINO leaves out
+        stored = {spec.name: program.stored_names.get(spec.name, spec.name) for spec in program.inputs}
+        self._inputs = {name: inner for name, inner in stored.items() if inner in read}
         self._names = {spec.name: program.stored_names.get(spec.name, spec.name) for spec in program.outputs}
         self._free: queue.SimpleQueue[Any] | None = queue.SimpleQueue()
         for _ in range(capabilities.max_in_flight):
@@ -50,7 +53,8 @@ class OpenVinoSession(Session):
         for spec in self._program.inputs:
             array = inputs[spec.name]
             sizes |= {name: size for name, size in zip(spec.shape, array.shape, strict=True) if isinstance(name, str)}
-            request.set_tensor(self._program.stored_names.get(spec.name, spec.name), _shared(array))
+            if spec.name in self._inputs:
+                request.set_tensor(self._inputs[spec.name], _shared(array))
         outputs: dict[str, Array] = {}
         for spec in self._program.outputs:
             shape = [size if isinstance(size, int) else sizes[size] for size in spec.shape]

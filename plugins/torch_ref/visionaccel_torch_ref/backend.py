@@ -8,6 +8,7 @@ from pydantic import Field
 
 from visionaccel.arrays import Array, is_tensor
 from visionaccel.backends import Accepted, Capabilities, Options, Rejected, Session, Verdict, VisionBackend
+from visionaccel.cores import thread_limit
 from visionaccel.errors import BackendUnavailableError
 from visionaccel.grid import Grid, as_grids
 from visionaccel.program import CHECKPOINT, Program
@@ -34,7 +35,8 @@ class TorchReferenceOptions(Options):
     threads: int | None = Field(
         None,
         ge=1,
-        description="Threads of torch on the CPU, in the whole process from the first call on. Unset: torch's own.",
+        description="Threads of torch on the CPU, in the whole process from the first call on. Unset: one for each "
+        "core that it was given; torch's own if it was given none.",
     )
 
 
@@ -88,7 +90,8 @@ class TorchReferenceBackend(VisionBackend):
             from visionaccel_torch_ref.yardstick import TransformersTower
 
             tower = TransformersTower(program, dtype=dtype, attention=options.attention, device=where)
-        return TorchReferenceSession(tower, where, dtype, options.threads)
+        threads = options.threads or (thread_limit() if where == "cpu" else None)
+        return TorchReferenceSession(tower, where, dtype, threads)
 
 
 class _Tower(Protocol):
@@ -117,6 +120,8 @@ class TorchReferenceSession(Session):
         with torch.no_grad():
             if self._threads is not None and torch.get_num_threads() != self._threads:
                 torch.set_num_threads(self._threads)
+                if torch.get_num_threads() != self._threads:
+                    self._threads = None  # vLLM's workers keep the number to themselves, and log each attempt
             moved = patches.to(self.capabilities.device, self._dtype)
             out = self._tower(moved, as_grids(inputs["grid_thw"])).to(torch.float32)
         return {"embeddings": out if given_tensor else out.cpu().numpy()}

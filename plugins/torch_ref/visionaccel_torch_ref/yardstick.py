@@ -51,6 +51,6 @@ class TransformersTower:
             patches: [P, patch_width], of the tower's dtype and on its device.
             grids: The grids of the call.
         """
-        triples = torch.tensor([(grid.t, grid.h, grid.w) for grid in grids]).to(patches.device)
+        triples = torch.tensor([grid.thw for grid in grids]).to(patches.device)
         embeddings: torch.Tensor = self._tower(patches, triples).pooler_output
         return embeddings

@@ -1,6 +1,7 @@
 """What a backend plug-in implements, and how the core finds and chooses one.
 
-Plug-ins import from here and from the core types (`visionaccel.arrays`, `contracts`, `errors`, `grid`, `program`) only.
+Plug-ins import from here and from the core types (`visionaccel.arrays`, `contracts`, `cores`, `errors`, `grid`,
+`program`) only; those that quantize ONNX programs, from `visionaccel.onnx_products` too.
 """
 
 from visionaccel.backends.hooks import EncodeReport, hookimpl

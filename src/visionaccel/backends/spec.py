@@ -145,8 +145,7 @@ class Session(ABC):
 
         Args:
             inputs: One array for each of `Program.inputs`, with the dtypes and shapes declared there. They belong to
-            the
-                caller: do not write to them, and copy what outlives the call.
+                the caller: do not write to them, and copy what outlives the call.
 
         Returns:
             One array for each of `Program.outputs`. They belong to the caller from then on: never return a buffer that

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from visionaccel.benchmarking.contenders import Contender
+from visionaccel.benchmarking.contenders import BUNDLE, Contender
 from visionaccel.benchmarking.machine import cores
 from visionaccel.errors import DeadlineError, DeviceError
 from visionaccel.integrations.vllm.server import quiet_environment
@@ -84,7 +84,8 @@ class ContenderProcess:
             DeviceError: As `ask`.
         """
         given = asdict(contender)
-        given["options"] = {name: value for name, value in given["options"].items() if name != "python"}
+        given["options"] = {name: value for name, value in given["options"].items() if name not in ("python", BUNDLE)}
+        source = contender.bundle or source
         request = {"do": "open", **given, "source": str(source), "threads": threads, "deadline": seconds}
         return self.ask(request, seconds)
 

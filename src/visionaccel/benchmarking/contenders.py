@@ -11,11 +11,13 @@ from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 from visionaccel.backends import default_registry
+from visionaccel.bundle import is_bundle
 from visionaccel.errors import PluginError, SettingsError
 from visionaccel.settings import parse_options
 
 __all__ = [
-    "NONE", "PEERS", "REFERENCE", "STOCK", "Contender", "absence", "named_backends", "named_peers", "parse_contender",
+    "BUNDLE", "NONE", "PEERS", "REFERENCE", "STOCK", "Contender", "absence", "named_backends", "named_peers",
+    "parse_contender",
 ]  # fmt: skip
 
 Kind: TypeAlias = Literal["backend", "peer"]
@@ -30,6 +32,8 @@ PEERS: Mapping[str, tuple[tuple[str, ...], str, frozenset[str]]] = MappingProxyT
 
 DTYPES = ("float32", "bfloat16")
 NONE = "none"
+BUNDLE = "bundle"
+"""Option of a backend's contender, which does not reach the backend: a bundle to open in the place of the source."""
 _OF_EVERY_PEER = frozenset({"dtype", "python"})
 
 
@@ -41,8 +45,9 @@ class Contender:
         kind: A backend of this package, or a peer.
         name: The backend's or the peer's name.
         device: The backend's device; None for its default. Peers run on the CPU.
-        options: The backend's options. Of a peer: `dtype`, `python` (an interpreter of another environment that has
-            the peer and this package), and the peer's own.
+        options: The backend's options, and `bundle`, a folder that it opens in the place of the source. Of a peer:
+            `dtype`, `python` (an interpreter of another environment that has the peer and this package), and the
+            peer's own.
     """
 
     kind: Kind
@@ -67,6 +72,12 @@ class Contender:
         """The interpreter of a peer that lives in another environment."""
         given = self.options.get("python")
         return None if self.kind == "backend" or given is None else str(given)
+
+    @property
+    def bundle(self) -> Path | None:
+        """The bundle that a backend opens in the place of what the others do, such as one of int8."""
+        given = self.options.get(BUNDLE)
+        return None if self.kind == "peer" or given is None else Path(str(given))
 
 
 REFERENCE = Contender("peer", "transformers", options={"dtype": "float32"})
@@ -93,6 +104,10 @@ def parse_contender(text: str, kind: Kind) -> Contender:
         raise SettingsError(f"--{kind} {text!r} is none.", hint=_FORM)
     if kind == "backend":
         default_registry().entry(name)
+        if BUNDLE in options and not is_bundle(str(options[BUNDLE])):
+            raise SettingsError(
+                f"--{kind} {text!r}: {options[BUNDLE]} is no bundle.", hint="Name a folder that holds visionaccel.json."
+            )
     else:
         _check_peer(text, name, device, options)
     return Contender(kind, name, device or None, options)

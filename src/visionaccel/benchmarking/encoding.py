@@ -321,7 +321,7 @@ class _Run:
         request = {
             "do": "encode",
             "patches": str(self._patches(grid)),
-            "grid": [grid.t, grid.h, grid.w],
+            "grid": list(grid.thw),
             "at_least": at_least,
             "save": None if save is None else str(save),
         }

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from visionaccel.arrays import as_numpy
 from visionaccel.errors import ConfigurationError
 from visionaccel.families import Tower
+from visionaccel.families.qwen2_5_vl import Qwen25VL
 from visionaccel.grid import Grid
 
 __all__ = ["Opened", "open_peer"]
@@ -64,7 +65,7 @@ def open_peer(name: str, tower: Tower, options: Mapping[str, Any], threads: int)
     import torch
 
     torch.set_num_threads(threads)
-    if tower.family != "qwen2_5_vl":
+    if tower.family != Qwen25VL.name:
         raise ConfigurationError(f"no peer runs towers of family {tower.family!r}.", hint="Leave the peers out.")
     openers = {"transformers": _transformers, "vllm": _vllm}
     return openers[name](tower, options)
@@ -87,7 +88,7 @@ def _transformers(tower: Tower, options: Mapping[str, Any]) -> Opened:
 
     def run(patches: Any, grid: Grid) -> Any:
         with torch.inference_mode():
-            return module(patches, torch.tensor([[grid.t, grid.h, grid.w]])).pooler_output
+            return module(patches, torch.tensor([grid.thw])).pooler_output
 
     about = f"transformers {transformers.__version__}, torch {torch.__version__}, {config._attn_implementation}"
     return Opened("cpu", options["dtype"], about, lambda patches: torch.from_numpy(patches).to(dtype), run)
@@ -106,7 +107,7 @@ def _vllm(tower: Tower, options: Mapping[str, Any]) -> Opened:
 
     def run(patches: Any, grid: Grid) -> Any:
         with torch.inference_mode():
-            return own.module(patches, grid_thw=[[grid.t, grid.h, grid.w]])
+            return own.module(patches, grid_thw=[list(grid.thw)])
 
     about = f"vLLM {vllm.__version__}, {own.attention}{', eager' if eager else ''}"
     return Opened("cpu", name, about, lambda patches: torch.from_numpy(patches).to(dtype), run, own.close)

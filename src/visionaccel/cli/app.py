@@ -16,6 +16,7 @@ from visionaccel.cli.encode import encode
 from visionaccel.cli.export import export
 from visionaccel.cli.hub import pull, push
 from visionaccel.cli.import_vitisai import import_vitisai
+from visionaccel.cli.init import init
 from visionaccel.cli.inspect import inspect
 from visionaccel.cli.output import messages
 from visionaccel.cli.quantize import quantize
@@ -53,6 +54,7 @@ for command in (
 ):
     app.command()(command)
 app.add_typer(bench)
+app.add_typer(init)
 
 
 def main() -> None:

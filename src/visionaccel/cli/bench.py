@@ -44,6 +44,7 @@ from visionaccel.cli.output import (
     results,
     write_json,
 )
+from visionaccel.cli.termination import tidy_if_terminated
 from visionaccel.errors import ConfigurationError, SettingsError
 
 __all__ = ["bench", "serve"]
@@ -197,7 +198,7 @@ def _started(
 ) -> tuple[Report, dict[str, Taken]]:
     taken: dict[str, Taken] = {}
     at_no_cost: dict[str, Taken] = {}
-    with _progress() as tell:
+    with tidy_if_terminated(), _progress() as tell:
         for mode in modes:
             again = mode is not Mode.STOCK and not accelerator.simulated
             with started(mode, checkpoint, accelerator, plan, arguments, tell) as subject:

@@ -23,6 +23,7 @@ from visionaccel.benchmarking.presets import PRESETS, preset_checkpoint
 from visionaccel.bundle import Bundle
 from visionaccel.checkpoint import locate_checkpoint
 from visionaccel.cli.output import Json, check_writable, messages, number, print_json, results, write_json
+from visionaccel.cli.termination import tidy_if_terminated
 from visionaccel.encoder import open_source
 from visionaccel.errors import SettingsError
 from visionaccel.families import Tower
@@ -171,7 +172,7 @@ def _measured(
         raise SettingsError(f"--threads {threads} are more than the {most} cores here.", hint=f"Pass at most {most}.")
     chosen = as_grids(grids or _own_grids(opened), tower.merge_size)
     plan = EncodePlan(chosen, rounds, threads or most, deadline=deadline)
-    with _progress() as tell:
+    with tidy_if_terminated(), _progress() as tell:
         taken, peak, reference_error = measure_encodes(folder, tower, contenders, plan, tell)
     return make_encode_report(name, tower, plan, taken, peak, reference_error)
 

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from visionaccel.backends import default_registry
 from visionaccel.cli.output import Json, messages, print_json, results
+from visionaccel.cli.termination import tidy_if_terminated
 from visionaccel.errors import ConfigurationError, DeviceError
 from visionaccel.integrations.vllm.server import VllmServer, serve
 from visionaccel.runtime.timing import TIMING_PREFIX
@@ -95,7 +96,7 @@ def _ask(title: str, checkpoint: Path, settings: dict[str, str], pictures: Seque
         from openai import OpenAI
     except ImportError as error:
         raise ConfigurationError(f"the demo needs the openai client ({error}).", hint="pip install openai.") from error
-    with ExitStack() as stack:
+    with tidy_if_terminated(), ExitStack() as stack:
         with messages.status(f"{title}: starting") as status:
 
             def waiting(seconds: float) -> None:

@@ -11,8 +11,10 @@ from rich.table import Table
 from visionaccel import __version__
 from visionaccel.backends import Finding, ProgramSource, Registry, default_registry
 from visionaccel.cli.output import Json, print_json, results
+from visionaccel.cores import choose_cores, process_cores, shown_cores
 from visionaccel.encoder import open_source
 from visionaccel.errors import VisionAccelError
+from visionaccel.settings import load_settings
 
 __all__ = ["doctor"]
 
@@ -52,6 +54,7 @@ def doctor(
 def _open(source: str | None) -> tuple[ProgramSource | None, list[tuple[str, Finding]]]:
     machine = f"Python {platform.python_version()} on {platform.system()} {platform.release()}, {platform.machine()}"
     findings = [("visionaccel", Finding("versions", "pass", f"visionaccel {__version__}, {machine}"))]
+    findings.append(("visionaccel", _cores()))
     if source is None:
         return None, findings
     try:
@@ -60,6 +63,15 @@ def _open(source: str | None) -> tuple[ProgramSource | None, list[tuple[str, Fin
         findings.append(("visionaccel", Finding(source, "failure", error.message, error.hint or "")))
         return None, findings
     return opened, [*findings, ("visionaccel", Finding(source, "pass", f"family {opened.family}"))]
+
+
+def _cores() -> Finding:
+    """Cores of the CPU that encoders may use here."""
+    try:
+        chosen = choose_cores(load_settings().cpu_cores).cores
+    except VisionAccelError as error:
+        return Finding("cores", "failure", error.message, error.hint or "")
+    return Finding("cores", "pass", shown_cores(chosen or process_cores()))
 
 
 def _findings(registry: Registry, name: str, source: ProgramSource | None) -> list[Finding]:

@@ -16,6 +16,7 @@ from visionaccel.bundle import Bundle, open_bundle
 from visionaccel.bundle.processor import require_processor
 from visionaccel.checkpoint import locate_checkpoint
 from visionaccel.cli.output import Backend, Device, Json, OptionsText, backend_options, print_json, results
+from visionaccel.cores import choose_cores
 from visionaccel.encoder import open_encoder, open_source
 from visionaccel.errors import ConfigurationError
 from visionaccel.fitting import Fitter
@@ -65,6 +66,7 @@ def encode(
         isolation=settings.isolation,
         deadline=settings.deadline,
         open_deadline=settings.open_deadline,
+        cores=choose_cores(settings.cpu_cores).cores,
     ) as encoder:
         fitter = None
         if settings.fit != "none":

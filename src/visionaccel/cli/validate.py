@@ -26,6 +26,7 @@ from visionaccel.cli.output import (
     progress,
     results,
 )
+from visionaccel.cores import choose_cores, on_cores
 from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError
 from visionaccel.settings import load_settings
@@ -72,7 +73,7 @@ def validate(
     opened = open_bundle(bundle, checkpoint=tower.checkpoint, trust_unchanged=False)
     if not no_write:
         _check_writable(opened)
-    with progress(MofNCompleteColumn()) as tell:
+    with on_cores(choose_cores(settings.cpu_cores).cores, strict=True), progress(MofNCompleteColumn()) as tell:
         certificate = validate_bundle(
             opened,
             tower,

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from visionaccel.arrays import Array
 from visionaccel.backends import Capabilities
+from visionaccel.cores import child_environment
 from visionaccel.errors import DeviceLostError
 from visionaccel.isolation.log_records import OutputReader
 from visionaccel.isolation.messages import Answer, Failure, Opened, OpenRequest, Places, Surroundings
@@ -265,7 +266,7 @@ def _popen(fds: tuple[int, int, int, int], output: int) -> subprocess.Popen[byte
     path = os.pathsep.join(folder for folder in _search_path() if os.pathsep not in folder)
     return subprocess.Popen(  # noqa: S603 - this interpreter and this package
         [sys.executable, "-P", "-u", "-m", "visionaccel.isolation.child", str(os.getpid()), *map(str, fds)],
-        env={**os.environ, "PYTHONPATH": path},
+        env={**child_environment(), "PYTHONPATH": path},
         pass_fds=fds,
         stdin=subprocess.DEVNULL,
         stdout=output,

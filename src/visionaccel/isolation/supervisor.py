@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from visionaccel.arrays import Array
 from visionaccel.backends import Capabilities
+from visionaccel.cores import cores_here, on_cores
 from visionaccel.errors import ConfigurationError, DeviceError, DeviceLostError, VisionAccelError
 from visionaccel.isolation.limits import Limits
 from visionaccel.isolation.process import DeviceProcess
@@ -31,7 +32,8 @@ class Supervisor:
     """One process at a time, started anew whenever it dies, after a delay that grows while no call succeeds.
 
     The thread that starts the processes lives until the last of them is dead, as the kernel ends them with it; it is a
-    daemon, so that a program which forgets to close can end, and the device's process with it.
+    daemon, so that a program which forgets to close can end, and the device's process with it. It runs on the cores of
+    the thread that makes it, and the processes inherit them.
 
     Args:
         backend: The backend's name.
@@ -44,6 +46,7 @@ class Supervisor:
 
     def __init__(self, backend: str, request: bytes, limits: Limits) -> None:
         self._backend, self._request, self._limits = backend, request, limits
+        self._cores = cores_here()
         self._owner = os.getpid()
         self._changed = threading.Condition()
         self._turn = threading.Lock()
@@ -157,6 +160,10 @@ class Supervisor:
                 self._start_began = time.monotonic()
 
     def _supervise(self) -> None:
+        with on_cores(self._cores):
+            self._keep_running()
+
+    def _keep_running(self) -> None:
         try:
             process, capabilities = self._open()
         except BaseException as error:

@@ -25,7 +25,7 @@ def item_key(patches: Array, grid: Grid, context: str = "") -> str:
         grid: The item's grid.
         context: What else must be equal.
     """
-    digest = hashlib.blake2b(repr((grid.t, grid.h, grid.w, context)).encode(), digest_size=16)
+    digest = hashlib.blake2b(repr((*grid.thw, context)).encode(), digest_size=16)
     digest.update(np.ascontiguousarray(as_numpy(patches)).view(np.uint8).data)
     return digest.hexdigest()
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 from visionaccel.backends import AUTO
 from visionaccel.bundle import Bundle
+from visionaccel.cores import Host, choose_cores, shown_cores
 from visionaccel.encoder import Encoder, WantedIsolation, open_encoder, open_source
 from visionaccel.errors import BackendUnavailableError, DeviceError, PluginError
 from visionaccel.families import Tower
@@ -24,16 +25,27 @@ __all__ = ["open_guarded", "open_service", "open_wanted_service"]
 logger = logging.getLogger(__name__)
 
 
-def open_guarded(source: Tower | Bundle, settings: Settings, devices: tuple[str | None, ...]) -> list[GuardedEncoder]:
+def open_guarded(
+    source: Tower | Bundle, settings: Settings, devices: tuple[str | None, ...], host: Host | None = None
+) -> list[GuardedEncoder]:
     """An encoder on each device, or the fallback alone if they cannot all run here and one is set.
 
     The fallback runs on the weights, so that it takes every grid whatever programs a bundle has; all devices share it.
+
+    Args:
+        source: The encoder.
+        settings: The settings.
+        devices: The devices; None among them for the backend's default.
+        host: What else computes on the machine's cores, which the encoders' threads then leave to it if they can.
 
     Raises:
         VisionAccelError: If neither can start, or a setting is wrong; the message says why and what to do.
     """
     name = settings.fallback
     tower = source.tower if isinstance(source, Bundle) else source
+    choice = choose_cores(settings.cpu_cores, host)
+    if choice.cores is not None:
+        logger.info("The encoder's threads run on cores %s of the CPU: %s.", shown_cores(choice.cores), choice.why)
 
     def open_fallback() -> Encoder:
         return open_encoder(
@@ -42,6 +54,7 @@ def open_guarded(source: Tower | Bundle, settings: Settings, devices: tuple[str 
             isolation=settings.isolation,
             deadline=settings.deadline,
             open_deadline=settings.open_deadline,
+            cores=choice.cores,
         )
 
     try:
@@ -56,6 +69,7 @@ def open_guarded(source: Tower | Bundle, settings: Settings, devices: tuple[str 
                     isolation=settings.isolation,
                     deadline=settings.deadline,
                     open_deadline=settings.open_deadline,
+                    cores=choice.cores,
                 )
                 opened.append(stack.enter_context(encoder))
             stack.pop_all()
@@ -85,6 +99,7 @@ def open_service(
     queue_size: int = 64,
     cache_size: int = 512 * 2**20,
     dtype: str = "float32",
+    cores: Iterable[int] | None = None,
 ) -> EncodeService:
     """An encode service, to be used by itself from Python.
 
@@ -100,6 +115,7 @@ def open_service(
         queue_size: Most items that wait for a device.
         cache_size: Bytes of embeddings that are kept.
         dtype: Dtype of the embeddings.
+        cores: Cores of the CPU that the devices' threads run on; None for where the runtimes like.
 
     Raises:
         ConfigurationError: If a value is invalid, or the backend cannot run.
@@ -117,22 +133,26 @@ def open_service(
         open_deadline=open_deadline,
         queue_size=queue_size,
         cache_size=cache_size,
+        cpu_cores=None if cores is None else frozenset(cores),
     )
     return open_wanted_service(open_source(source), settings, dtype)
 
 
-def open_wanted_service(source: Tower | Bundle, settings: Settings, dtype: str = "float32") -> EncodeService:
+def open_wanted_service(
+    source: Tower | Bundle, settings: Settings, dtype: str = "float32", host: Host | None = None
+) -> EncodeService:
     """An encode service as the settings want it.
 
     Args:
         source: The encoder.
         settings: The settings.
         dtype: Dtype of the embeddings.
+        host: As for `open_guarded`.
 
     Raises:
         VisionAccelError: As `open_guarded`.
     """
-    encoders = open_guarded(source, settings, settings.wanted_devices)
+    encoders = open_guarded(source, settings, settings.wanted_devices, host)
     try:
         return EncodeService(
             encoders,

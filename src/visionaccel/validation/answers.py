@@ -198,7 +198,7 @@ class _Reader:
             "input_ids": prompt,
             "mm_token_type_ids": (prompt == config.image_token_id).int(),
             "pixel_values": torch.from_numpy(patches),
-            "image_grid_thw": torch.tensor([[grid.t, grid.h, grid.w]]),
+            "image_grid_thw": torch.tensor([grid.thw]),
         }
         answer: list[int] = []
         # A loop instead of `generate`, which takes as long to set up as so small a model to answer.

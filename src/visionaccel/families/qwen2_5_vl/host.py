@@ -79,7 +79,7 @@ class _Plain(Host):
     """A program that makes its own tables."""
 
     def inputs(self, patches: Array, grids: Sequence[Grid]) -> Mapping[str, Array]:
-        return {PIXELS: patches, "grid_thw": np.array([(g.t, g.h, g.w) for g in grids], dtype=np.int64)}
+        return {PIXELS: patches, "grid_thw": np.array([grid.thw for grid in grids], dtype=np.int64)}
 
     def embeddings(self, outputs: Mapping[str, Array], grids: Sequence[Grid]) -> Array:  # noqa: ARG002
         return outputs[EMBEDDINGS]

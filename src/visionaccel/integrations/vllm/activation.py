@@ -6,6 +6,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from visionaccel.backends import AUTO, default_registry
+from visionaccel.cores import Host, choose_cores
 from visionaccel.errors import ConfigurationError, SettingsError
 from visionaccel.integrations.vllm import compat, faults
 from visionaccel.integrations.vllm.mode import choose_mode
@@ -38,6 +39,7 @@ def activate() -> None:
     for name in (settings.backend, settings.fallback):
         if name not in (None, AUTO):
             default_registry().entry(name)
+    choose_cores(settings.cpu_cores, Host(compat.started_cores(), frozenset(), ""))  # refused before models are loaded
     compat.warn_of_untried_release()
     for architecture, model in MODELS.items():
         compat.register_model(architecture, model)

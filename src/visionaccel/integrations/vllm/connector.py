@@ -93,7 +93,8 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
                     hint="Set VISIONACCEL_BACKEND, and list visionaccel in VLLM_PLUGINS if that is set.",
                 )
             source = open_served_encoder(served, settings)
-            self._service = open_wanted_service(source, settings, str(served.dtype).removeprefix("torch."))
+            dtype, host = str(served.dtype).removeprefix("torch."), compat.encoder_host(served.device, in_step=False)
+            self._service = open_wanted_service(source, settings, dtype, host)
             announce(self._service.encoders, settings, "pipelined")
             self._bookings = Bookings(self._service, settings.cache_size)
 

@@ -11,6 +11,7 @@ from visionaccel.bundle import Bundle, is_bundle, open_bundle
 from visionaccel.bundle.opening import tower_digest
 from visionaccel.bundle.processor import processor_digest, require_processor
 from visionaccel.checkpoint import Checkpoint, locate_checkpoint
+from visionaccel.cores import on_cores
 from visionaccel.errors import CheckpointError, ConfigurationError
 from visionaccel.families import Tower, tower_of
 from visionaccel.integrations.vllm import compat
@@ -148,7 +149,8 @@ def grids_of(model: str, revision: str | None, settings: Settings) -> Grids | No
         return None  # An encoder from a checkpoint's weights takes every grid.
     source = open_served_source(model, revision, settings)
     tower = source.tower if isinstance(source, Bundle) else source
-    chosen = select(default_registry(), source, settings.backend or AUTO, settings.device).chosen
+    with on_cores(compat.started_cores()):  # backends count cores when they are first asked, for good
+        chosen = select(default_registry(), source, settings.backend or AUTO, settings.device).chosen
     if chosen is None:
         return None  # The engine will not start, or start with the fallback, which takes every grid.
     coverages = tuple(program.coverage for program in chosen.programs)

@@ -123,6 +123,7 @@ class AcceleratedTower(nn.Module):
             compat.logger().warning("In-line, only device %s is used.", self._settings.devices[0])
         # vLLM builds models under a default device, which is no business of the backend's.
         with torch.device("cpu"):
-            (encoder,) = open_guarded(self._source, self._settings, self._settings.wanted_devices[:1])
+            host = compat.encoder_host(str(self.device), in_step=True)
+            (encoder,) = open_guarded(self._source, self._settings, self._settings.wanted_devices[:1], host)
         announce([encoder], self._settings, how)
         return encoder

@@ -29,6 +29,10 @@ from visionaccel.integrations.vllm.compat.configuration import (
     use_connector,
     use_contained_scheduler,
 )
+from visionaccel.integrations.vllm.compat.cores import (
+    encoder_host,
+    started_cores,
+)
 from visionaccel.integrations.vllm.compat.processing import (
     convert_images,
     pixel_bounds,
@@ -72,11 +76,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CONNECTOR", "CacheState", "ScheduledItem", "ServedModel", "StepInFlight", "TRIED_RELEASES", "append_errors",
-    "convert_images", "ec_connector", "encoder_cache_state", "explain_errors", "fail_requests",
+    "convert_images", "ec_connector", "encoder_cache_state", "encoder_host", "explain_errors", "fail_requests",
     "forget_encoder_output", "forget_prefixes", "free_in_worker", "has_embeddings", "impossible_with_connector",
     "in_step", "is_pipelined", "is_replaced", "logger", "obstacles_to_pipelining", "on_engine_config",
     "pixel_bounds", "receives_embeddings", "refuse_videos", "register_model", "release", "requests_at_stake",
-    "scheduled_item", "served_model", "share_log_handlers", "shows_encoder_cache", "step_in_flight",
+    "scheduled_item", "served_model", "share_log_handlers", "shows_encoder_cache", "started_cores", "step_in_flight",
     "swapped_tower", "takes_media", "tried", "use_connector", "use_contained_scheduler", "warn_of_untried_release",
     "worker_connector",
 ]  # fmt: skip

@@ -1,12 +1,15 @@
 """The serving benchmark, with real servers."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from forked import WORKER_IN_ENGINE
 
 LATENCY = 0.4
 
@@ -24,7 +27,9 @@ def test_pipelined_and_in_line_are_measured_and_held_against_the_bound(tmp_path)
     ]
     load = ["--images", "4", "--gap", "0.6", "--image-tokens", "4", "--stream-tokens", "500", "--device", "onnxrt"]
     ours = ["--latency", str(LATENCY), "--timeline", timeline, "--json"]
-    done = subprocess.run([*command, *load, *ours], capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [*command, *load, *ours], env=os.environ | WORKER_IN_ENGINE, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["simulated"] is True

@@ -1,0 +1,223 @@
+"""Cores of the processor: which ones an encoder's threads run on, beside what else computes on the machine.
+
+The runtimes' pools inherit the cores of the thread that makes them, and their sizes follow from how many those are. So
+an encoder is opened and called by threads that have its cores meanwhile (`on_cores`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from visionaccel.errors import SettingsError
+
+__all__ = [
+    "ALL", "CoreChoice", "Host", "WantedCores", "child_environment", "choose_cores", "cores_here", "on_cores",
+    "parse_cores", "process_cores", "shown_cores", "thread_limit",
+]  # fmt: skip
+
+ALL: Literal["all"] = "all"
+
+WantedCores: TypeAlias = frozenset[int] | Literal["all"] | None
+"""Cores by their numbers, all that may be used, or None for those that nothing else is known to compute on."""
+
+_MOST = 1 << 16
+_BINDING = ("OMP_PLACES", "OMP_PROC_BIND", "GOMP_CPU_AFFINITY", "KMP_AFFINITY", "KMP_HW_SUBSET")
+_BOUND_THREADS = "OMP_NUM_THREADS"
+_TOPOLOGY = Path("/sys/devices/system/cpu")
+
+_here = threading.local()
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """The machine as an encoder finds it beside a language model.
+
+    Attributes:
+        usable: Cores that this process may use.
+        taken: Cores that the language model computes on while images are encoded.
+        why: What says so, for people, as a clause.
+    """
+
+    usable: frozenset[int]
+    taken: frozenset[int]
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class CoreChoice:
+    """The cores of an encoder.
+
+    Attributes:
+        cores: Their numbers; None to leave every thread where it is, and the sizes of pools to the runtimes.
+        why: The reason, as a clause; empty where there is no choice.
+    """
+
+    cores: frozenset[int] | None = None
+    why: str = ""
+
+
+def parse_cores(text: str) -> frozenset[int] | Literal["all"]:
+    """Cores from a list of numbers and ranges such as `0-3,8`, or `all`.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if text.strip().lower() == ALL:
+        return ALL
+    cores: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([0-9]{1,9})\s*(?:-\s*([0-9]{1,9})\s*)?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if not first <= last < _MOST:
+            raise ValueError(f"{part.strip()!r} is no core and no range of cores; write 0-3,8 or all")
+        cores.update(range(first, last + 1))
+    return frozenset(cores)
+
+
+def shown_cores(cores: Iterable[int]) -> str:
+    """Cores as `parse_cores` reads them, such as `0-3,8`."""
+    runs: list[list[int]] = []
+    for core in sorted(cores):
+        if runs and runs[-1][-1] == core - 1:
+            runs[-1][1:] = [core]
+        else:
+            runs.append([core])
+    return ",".join("-".join(map(str, run)) for run in runs)
+
+
+def process_cores(pid: int | None = None) -> frozenset[int]:
+    """Cores that the main thread of a process may run on; of this one by default.
+
+    Raises:
+        OSError: If there is no such process.
+    """
+    return _allowed(os.getpid() if pid is None else pid)
+
+
+def choose_cores(wanted: WantedCores, host: Host | None = None) -> CoreChoice:
+    """The cores that a setting names, or those that the language model leaves, if any.
+
+    Threads that share a physical core with the language model's slow it down, so such hardware threads are left to it
+    too, as long as others remain.
+
+    Args:
+        wanted: The setting `cpu_cores`.
+        host: What is known of the machine; None if no language model computes on it.
+
+    Raises:
+        SettingsError: If a core is named that this process may not use.
+    """
+    if wanted is None and host is None:
+        return CoreChoice()
+    usable = process_cores() if host is None else host.usable
+    if wanted is None:
+        assert host is not None
+        beside = frozenset(core for core in usable if not _physical(core) & host.taken)
+        left = beside or usable - host.taken
+        return CoreChoice(left or usable, host.why if left else f"{host.why}, which leaves no other")
+    if wanted == ALL:
+        return CoreChoice(usable, "VISIONACCEL_CPU_CORES=all")
+    shown = f"VISIONACCEL_CPU_CORES={shown_cores(wanted)}"
+    if beyond := wanted - usable:
+        raise SettingsError(
+            f"{shown}: this process may not use {shown_cores(beyond)}, or there is no such core.",
+            hint=f"It may use {shown_cores(usable)}.",
+        )
+    return CoreChoice(wanted, shown)
+
+
+@contextmanager
+def on_cores(cores: frozenset[int] | None, *, strict: bool = False) -> Iterator[None]:
+    """Have this thread, and what it starts meanwhile, run on some cores; afterwards it has its own back.
+
+    Args:
+        cores: The cores; None to change nothing.
+        strict: Insist on all of them. Otherwise what the system took away since is done without: an image that can be
+            encoded is encoded.
+
+    Raises:
+        SettingsError: If strict, and the system does not give this thread each of them.
+    """
+    if cores is None:
+        yield
+        return
+    before, outer = _allowed(), cores_here()
+    _here.cores = cores
+    try:
+        _move(cores)
+        if strict and _allowed() != cores:
+            raise SettingsError(
+                f"threads of this process cannot be kept on cores {shown_cores(cores)}.",
+                hint=f"They may run on {shown_cores(_allowed())}.",
+            )
+        yield
+    finally:
+        _here.cores = outer
+        _move(before)
+
+
+def cores_here() -> frozenset[int] | None:
+    """The cores of the innermost `on_cores` of this thread, to open another thread's with; None outside."""
+    cores: frozenset[int] | None = getattr(_here, "cores", None)
+    return cores
+
+
+def thread_limit() -> int | None:
+    """How many threads a pool that is made by this thread should have: one for each core that it may run on.
+
+    Hardware threads of one core count once.
+
+    Returns:
+        The number; None where this thread may run everywhere and nobody chose its cores. Then the runtime's own choice
+        is as good.
+    """
+    allowed = _allowed()
+    if cores_here() is None and len(allowed) >= (os.cpu_count() or 1):
+        return None
+    return len({_physical(core) for core in allowed})
+
+
+def child_environment() -> dict[str, str]:
+    """The environment for a process that this thread starts, which inherits its cores.
+
+    Where they were chosen, OpenMP's variables that bind threads to others are not among it, nor the number of threads
+    that goes with them.
+    """
+    environment = dict(os.environ)
+    if cores_here() is not None and not environment.keys().isdisjoint(_BINDING):
+        for name in (*_BINDING, _BOUND_THREADS):
+            environment.pop(name, None)
+    return environment
+
+
+@cache
+def _physical(core: int) -> frozenset[int]:
+    """The hardware threads of a core's physical core, itself included."""
+    try:
+        listed = (_TOPOLOGY / f"cpu{core}" / "topology" / "thread_siblings_list").read_text()
+        found = parse_cores(listed)
+    except (OSError, ValueError):  # offline, or a system that does not tell
+        found = frozenset()
+    return frozenset({core}) if found == ALL else frozenset({core}) | found
+
+
+def _allowed(thread: int = 0) -> frozenset[int]:
+    """Cores that a thread may run on; by default this one."""
+    if hasattr(os, "sched_getaffinity"):
+        return frozenset(os.sched_getaffinity(thread))
+    return frozenset(range(os.cpu_count() or 1))
+
+
+def _move(cores: frozenset[int]) -> None:
+    """Have this thread run on those of some cores that there are."""
+    if hasattr(os, "sched_setaffinity"):
+        with suppress(OSError):
+            os.sched_setaffinity(0, cores)

@@ -1,0 +1,65 @@
+"""Checks by name: each finds one kind of fault, and says in its failure what to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from visionaccel.testing.conformance.kit import Kit
+
+__all__ = ["LEVELS", "Check", "CheckFailedError", "Checks", "NotApplicableError"]
+
+LEVELS = (
+    "interface",
+    "shapes",
+    "numbers",
+    "determinism",
+    "concurrency and life cycle",
+    "faults",
+    "speed",
+)
+"""What the levels 0 to 6 are about."""
+
+
+class CheckFailedError(AssertionError):
+    """The backend does not keep the contract; the message says where and what that may come from."""
+
+
+class NotApplicableError(Exception):
+    """A check has nothing to look at in this backend; the message says why."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check.
+
+    Attributes:
+        level: 0 to 6.
+        name: Its name, such as `L1-rows`.
+        title: What is right if it passes, in one sentence.
+        run: Runs it.
+
+    `run` raises CheckFailedError, NotApplicableError, or whatever the backend raised where nothing should be raised.
+    """
+
+    level: int
+    name: str
+    title: str
+    run: Callable[[Kit], None]
+
+
+class Checks:
+    """The checks of one level, in the order of their definition."""
+
+    def __init__(self, level: int) -> None:
+        self.level = level
+        self.found: list[Check] = []
+
+    def add(self, function: Callable[[Kit], None]) -> Callable[[Kit], None]:
+        """Decorator: the function is a check, named after itself; the first line of its docstring is the title."""
+        name = f"L{self.level}-{function.__name__.replace('_', '-')}"
+        title = (function.__doc__ or "").splitlines()[0].removesuffix(".")
+        self.found.append(Check(self.level, name, title, function))
+        return function

@@ -1,0 +1,87 @@
+"""Level 3: the same images give the same embeddings, whenever, wherever and beside whatever they are encoded."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from visionaccel.arrays import as_numpy
+from visionaccel.grid import Grid
+from visionaccel.testing.conformance.check import CheckFailedError, Checks
+from visionaccel.testing.conformance.fresh_process import in_fresh_process
+from visionaccel.testing.conformance.kit import Kit
+from visionaccel.testing.conformance.subject import Subject, patches_for
+
+__all__ = ["DETERMINISM"]
+
+DETERMINISM = Checks(3)
+
+CALLS = 5
+
+
+@DETERMINISM.add
+def calls(kit: Kit) -> None:
+    """Repeated calls agree, with other calls between them."""
+    for grids in kit.calls:
+        patches = kit.patches(grids)
+        first = kit.encode(patches, grids).copy()
+        for number in range(CALLS):
+            between = kit.calls[number % len(kit.calls)]
+            kit.encode(kit.patches(between, 50 + number), between)
+            kit.same(kit.encode(patches, grids), first, f"grids {', '.join(map(str, grids))}, encoded again")
+
+
+@DETERMINISM.add
+def processes(kit: Kit) -> None:
+    """Another process, started from nothing, gives the same embeddings."""
+    found = in_fresh_process(_encode, kit.subject, kit.calls)
+    for grids, embeddings in zip(kit.calls, found, strict=True):
+        here = kit.encode(patches_for(grids, kit.seed), grids)
+        kit.same(embeddings, here, f"grids {', '.join(map(str, grids))} in another process")
+
+
+@DETERMINISM.add
+def neighbours(kit: Kit) -> None:
+    """An image's embeddings do not depend on the other images of its call."""
+    for grids in kit.calls:
+        image = grids[0]
+        patches = kit.patches([image], 60)
+        alone = kit.encode(patches, [image]).copy()
+        for number, other in enumerate((image, grids[-1])):
+            beside = 10.0 * kit.patches([other], 61 + number)
+            both = kit.encode(np.concatenate([patches, beside]), [image, other])
+            kit.compare(both[: len(alone)], alone, f"grid {image} alone and before one of {other} with larger values")
+            both = kit.encode(np.concatenate([beside, patches]), [other, image])
+            kit.compare(both[-len(alone) :], alone, f"grid {image} alone and behind one of {other} with larger values")
+
+
+@DETERMINISM.add
+def threads(kit: Kit) -> None:
+    """A thread that did not open the session gives the same embeddings."""
+    grids = kit.calls[0]
+    patches = kit.patches(grids)
+    here = kit.encode(patches, grids).copy()
+    outcomes: list[NDArray[np.float32] | BaseException] = []
+
+    def encode() -> None:
+        try:
+            outcomes.append(kit.encode(patches, grids))
+        except BaseException as error:
+            outcomes.append(error)
+
+    for _ in range(3):
+        thread = threading.Thread(target=encode)
+        thread.start()
+        thread.join()
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            raise CheckFailedError(f"a thread that did not open the session cannot encode: {outcome}") from outcome
+        kit.same(outcome, here, "the same patches in another thread")
+
+
+def _encode(subject: Subject, calls_: Sequence[tuple[Grid, ...]]) -> list[NDArray[np.float32]]:
+    with subject.open() as encoder:
+        return [np.array(as_numpy(encoder.encode(patches_for(grids, subject.seed), list(grids)))) for grids in calls_]

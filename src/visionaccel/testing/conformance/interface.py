@@ -1,0 +1,194 @@
+"""Level 0: a plug-in can be found, asked and refused on any machine, with its device or without."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from dataclasses import fields, replace
+from importlib.machinery import EXTENSION_SUFFIXES
+
+from visionaccel.backends import (
+    GROUP,
+    Accepted,
+    Capabilities,
+    Options,
+    Registry,
+    Rejected,
+    VisionBackend,
+)
+from visionaccel.bundle import Bundle
+from visionaccel.encoder import open_encoder, open_source
+from visionaccel.errors import SettingsError
+from visionaccel.program import Program
+from visionaccel.testing.conformance.check import CheckFailedError, Checks
+from visionaccel.testing.conformance.fresh_process import in_fresh_process
+from visionaccel.testing.conformance.kit import Kit
+
+__all__ = ["INTERFACE"]
+
+INTERFACE = Checks(0)
+
+_HEAVY = ("torch", "vllm", "onnxruntime", "openvino", "transformers", "tensorflow", "jax")
+
+
+@INTERFACE.add
+def light_import(kit: Kit) -> None:
+    """Importing the plug-in loads no vendor's library and touches no device."""
+    loaded = in_fresh_process(_loaded_by, kit.declared.backend)
+    if loaded:
+        raise CheckFailedError(
+            f"importing the plug-in loads {', '.join(loaded[:5])}. Import a vendor's library in `probe` and `open`: "
+            "every command that lists backends imports the plug-in, also where the library is broken or missing."
+        )
+
+
+@INTERFACE.add
+def registration(kit: Kit) -> None:
+    """The hook gives one class of the entry point's name, the same each time, and making one does nothing."""
+    name = kit.declared.backend
+    first, again = Registry().load(name), Registry().load(name)
+    if type(first) is not type(again):
+        raise CheckFailedError(f"registering {name!r} twice gives two classes: make the class once, not in the hook.")
+    kind = type(first)
+    if kind.__init__ is not object.__init__ and kind.__init__ is not VisionBackend.__init__:
+        kind()  # The core calls it without arguments; anything else fails here.
+    if not isinstance(kind.formats, frozenset) or not kind.formats:
+        raise CheckFailedError(f"`formats` is {kind.formats!r}; it must be a frozenset of program formats.")
+    for device in (None, "cpu"):
+        if not first.formats_on(device) <= kind.formats:
+            raise CheckFailedError(f"`formats_on({device!r})` names formats that `formats` does not.")
+
+
+@INTERFACE.add
+def options(kit: Kit) -> None:
+    """Options are described, cannot change, and unknown ones are refused."""
+    backend = kit.registry.load(kit.declared.backend)
+    kind = backend.options
+    if not issubclass(kind, Options):
+        raise CheckFailedError(f"`options` is {kind!r}; it must be a subclass of visionaccel.backends.Options.")
+    if not kind.model_config.get("frozen") or kind.model_config.get("extra") != "forbid":
+        raise CheckFailedError("options must be frozen and forbid unknown names, as the base class has it.")
+    bare = [name for name, field in kind.model_fields.items() if not field.description]
+    if bare:
+        raise CheckFailedError(f"options without a description: {', '.join(bare)}; `visionaccel backends` prints it.")
+    subject = kit.subject
+    try:
+        open_encoder(
+            subject.source, backend=subject.backend, device=subject.device, options={"no_such_option": 1},
+            registry=kit.registry,
+        ).close()  # fmt: skip
+    except SettingsError:
+        return
+    raise CheckFailedError("an option that does not exist was taken instead of refused.")
+
+
+@INTERFACE.add
+def probe(kit: Kit) -> None:
+    """A probe answers with a verdict, twice the same, and refuses what it does not know with a reason and a hint."""
+    backend, program = _backend_and_program(kit)
+    device = kit.declared.device
+    first, second = (backend.probe(program, device) for _ in range(2))
+    if first != second:
+        raise CheckFailedError(f"two probes of one program differ: {first!r}, {second!r}.")
+    if isinstance(first, Accepted) and not 0 < first.score <= 100:
+        raise CheckFailedError(f"its score is {first.score}; see `Accepted` for what numbers mean.")
+    _refused(backend, program, "no-such-device:7", "a device that does not exist")
+
+
+@INTERFACE.add
+def foreign_programs(kit: Kit) -> None:
+    """A program of another family, for any grid, is refused or needs nothing of the family."""
+    backend, program = _backend_and_program(kit)
+    if program.model is not None or program.artifact is not None:
+        return  # What is in a file is all that counts: its inputs and outputs have names.
+    _refused(backend, replace(program, family="no_such_family"), kit.declared.device, "a family that does not exist")
+
+
+@INTERFACE.add
+def requirement(kit: Kit) -> None:
+    """The distribution says which releases of visionaccel it is for, and this is one of them."""
+    from packaging.requirements import Requirement
+
+    name = kit.declared.backend
+    (point,) = (point for point in importlib.metadata.entry_points(group=GROUP) if point.name == name)
+    if point.dist is None or point.dist.name == "visionaccel":
+        return
+    wanted = [Requirement(text) for text in point.dist.requires or ()]
+    core = [each for each in wanted if each.name == "visionaccel" and each.marker is None]
+    here = importlib.metadata.version("visionaccel")
+    if not core or not any(clause.operator in ("<", "<=", "~=", "==") for clause in core[0].specifier):
+        raise CheckFailedError(
+            f"{point.dist.name} must require visionaccel with an upper bound, such as visionaccel>=0.1,<0.2, so that a "
+            "release with another contract does not run it."
+        )
+    if not core[0].specifier.contains(here, prereleases=True):
+        raise CheckFailedError(f"{point.dist.name} requires {core[0]}, and visionaccel {here} is installed.")
+
+
+@INTERFACE.add
+def capabilities(kit: Kit) -> None:
+    """An open session says what it is, and that is what the author declared."""
+    for opened in kit.encoder.programs:
+        found = opened.session.capabilities
+        if not isinstance(found, Capabilities):
+            raise CheckFailedError(f"a session's `capabilities` is {found!r}.")
+        if found.max_in_flight > 1 and not found.thread_safe:
+            raise CheckFailedError("max_in_flight is over 1 and thread_safe is False: then calls come one at a time.")
+        if not found.device or not found.precision:
+            raise CheckFailedError("`device` and `precision` say what it really runs on and in; one of them is empty.")
+        known = {field.name for field in fields(Capabilities)}
+        for name, value in kit.declared.capabilities.items():
+            if name not in known:
+                raise CheckFailedError(f"Capabilities have no {name!r}; they have {', '.join(sorted(known))}.")
+            if getattr(found, name) != value:
+                raise CheckFailedError(f"the session says {name}={getattr(found, name)!r}; declared is {value!r}.")
+
+
+def _backend_and_program(kit: Kit) -> tuple[VisionBackend, Program]:
+    """The backend, and the first of the kit's programs that it accepts."""
+    backend = kit.registry.load(kit.declared.backend)
+    source = open_source(kit.subject.source)
+    formats = backend.formats_on(kit.declared.device)
+    programs = source.programs(formats)
+    if not programs:
+        what = "bundle" if isinstance(source, Bundle) else "checkpoint"
+        raise CheckFailedError(
+            f"a {what} has no program of {', '.join(sorted(formats))}; say what the backend opens with "
+            "BackendUnderTest(source=...)."
+        )
+    verdicts = [backend.probe(program, kit.declared.device) for program in programs]
+    for program, verdict in zip(programs, verdicts, strict=True):
+        if isinstance(verdict, Accepted):
+            return backend, program
+    refused = "; ".join(f"{program.name}: {verdict!r}" for program, verdict in zip(programs, verdicts, strict=True))
+    raise CheckFailedError(f"each of the kit's own programs is refused: {refused}.")
+
+
+def _refused(backend: VisionBackend, program: Program, device: str | None, what: str) -> None:
+    verdict = backend.probe(program, device)
+    if not isinstance(verdict, Rejected):
+        raise CheckFailedError(f"{what} is accepted: {verdict!r}.")
+    if not verdict.reason or not verdict.hint:
+        raise CheckFailedError(f"{what} is refused without a reason or without a hint what to do: {verdict!r}.")
+
+
+def _loaded_by(name: str) -> list[str]:
+    """Extension modules and runtimes that loading a backend imports, beyond what the core has."""
+    registry = Registry()
+    before = set(sys.modules)
+    backend = registry.load(name)
+    _ = (backend.name, backend.formats, backend.options.model_json_schema())
+    new = sorted(set(sys.modules) - before)
+    native = tuple(EXTENSION_SUFFIXES)
+    return [
+        module
+        for module in new
+        if module in _HEAVY
+        or (str(getattr(sys.modules[module], "__file__", "") or "").endswith(native) and not _of_the_core(module))
+    ]
+
+
+def _of_the_core(module: str) -> bool:
+    """Whether an extension module is Python's own or of what the core itself needs."""
+    root = module.partition(".")[0]
+    return root in sys.stdlib_module_names or root in ("numpy", "ml_dtypes", "pydantic_core")

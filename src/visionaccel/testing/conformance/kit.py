@@ -1,0 +1,253 @@
+"""What checks work with: the backend open on generated programs, and the reference's answers."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import numpy as np
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from visionaccel.arrays import as_numpy
+from visionaccel.backends import Registry
+from visionaccel.encoder import Encoder, open_encoder
+from visionaccel.errors import BackendUnavailableError
+from visionaccel.grid import Grid
+from visionaccel.program import AnyGrid
+from visionaccel.testing.checkpoints import LIVELY, TINY, random_checkpoint
+from visionaccel.testing.conformance.check import CheckFailedError
+from visionaccel.testing.conformance.declaration import BackendUnderTest, Tolerance
+from visionaccel.testing.conformance.subject import Subject, grids_of, patches_for
+from visionaccel.validation import REFERENCE_BACKEND, REFERENCE_OPTIONS
+from visionaccel.validation.comparison import Comparison
+
+__all__ = ["Kit"]
+
+Embeddings = NDArray[np.float32]
+F = TypeVar("F", bound=Callable[..., None])
+
+EXAMPLES = 12
+"""Calls that a property is tried with."""
+
+
+class Kit:
+    """One backend under test. Use as a context manager, which closes what it opened.
+
+    Args:
+        declared: The backend.
+        folder: An empty folder to work in.
+        seed: Of the weights, patches and grids.
+
+    Attributes:
+        declared: The backend.
+        registry: Where it is found.
+        seed: Of all that is generated.
+        figures: What the running check measured.
+    """
+
+    def __init__(self, declared: BackendUnderTest, folder: Path, seed: int = 0) -> None:
+        self.declared, self.seed = declared, seed
+        self.registry = Registry()
+        self.figures: dict[str, float] = {}
+        self._folder = folder
+        self._open = ExitStack()
+        self._answers: dict[bytes, Embeddings] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.close()
+
+    @cached_property
+    def subject(self) -> Subject:
+        """The backend on a small tower with every trait of the released ones."""
+        return self.subject_of("tiny")
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """The subject, open; for checks that leave it as it is."""
+        return self._open.enter_context(self.subject.open(registry=self.registry))
+
+    @cached_property
+    def reference(self) -> Encoder:
+        """The float32 reference on the same weights."""
+        return self.reference_of(self.subject.checkpoint)
+
+    @cached_property
+    def calls(self) -> tuple[tuple[Grid, ...], ...]:
+        """Calls that the encoder takes, chosen to show faults."""
+        return grids_of(self.encoder)
+
+    @property
+    def any_grid(self) -> bool:
+        """Whether the encoder takes every grid."""
+        return any(isinstance(opened.program.coverage, AnyGrid) for opened in self.encoder.programs)
+
+    @property
+    def precision(self) -> str:
+        """What its products are computed in."""
+        return self.encoder.capabilities.precision
+
+    @property
+    def tolerance(self) -> Tolerance:
+        """How near to the reference it must be."""
+        return self.declared.tolerance(self.precision)
+
+    def subject_of(
+        self, name: str, config: Mapping[str, Any] = TINY, edit: Callable[[Path], None] | None = None
+    ) -> Subject:
+        """The backend on a tower of random weights.
+
+        Args:
+            name: What its folder is named after; one is made once.
+            config: Of the tower.
+            edit: Changes the checkpoint before anything is made from it.
+        """
+        checkpoint, source = self._folder / name / "checkpoint", self._folder / name / "source"
+        if not checkpoint.exists():
+            random_checkpoint(checkpoint, config, seed=self.seed, scales=LIVELY)
+            if edit is not None:
+                edit(checkpoint)
+        if self.declared.source is None:
+            source = checkpoint
+        elif not source.exists():
+            source = self.declared.source(checkpoint, source)
+        declared = self.declared
+        return Subject(
+            declared.backend, declared.device, declared.options, declared.isolation, source, checkpoint, self.seed
+        )
+
+    def work(self, name: str) -> Path:
+        """A new folder of that name to work in."""
+        place = self._folder / name
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        return place
+
+    def copy_of(self, subject: Subject, name: str) -> Subject:
+        """The same backend on a copy of its files, which a check may damage."""
+        place = self.work(name)
+        checkpoint = Path(shutil.copytree(subject.checkpoint, place / "checkpoint"))
+        source = checkpoint
+        if subject.source != subject.checkpoint:
+            assert self.declared.source is not None
+            source = self.declared.source(checkpoint, place / "source")
+        return subject.at(source, checkpoint)
+
+    def reference_of(self, checkpoint: Path) -> Encoder:
+        """The float32 reference on a checkpoint.
+
+        Raises:
+            BackendUnavailableError: If it is not installed.
+        """
+        if find_spec("transformers") is None or REFERENCE_BACKEND not in {
+            entry.name for entry in self.registry.entries
+        }:
+            raise BackendUnavailableError(
+                "the conformance kit measures against the reference, which is not installed.",
+                hint="pip install 'visionaccel[testing]'.",
+            )
+        encoder = open_encoder(
+            checkpoint, backend=REFERENCE_BACKEND, options=REFERENCE_OPTIONS, registry=self.registry, isolation="none"
+        )
+        return self._open.enter_context(encoder)
+
+    def patches(self, grids: Sequence[Grid], number: int = 0) -> NDArray[np.float32]:
+        """Random patches of grids; another number gives others."""
+        return patches_for(tuple(grids), self.seed * 1000 + number)
+
+    def encode(self, patches: Any, grids: Sequence[Grid]) -> Embeddings:
+        """What the backend makes of patches."""
+        return np.asarray(as_numpy(self.encoder.encode(patches, grids)))
+
+    def expected(self, patches: NDArray[np.float32], grids: Sequence[Grid]) -> Embeddings:
+        """What the reference makes of them; computed once."""
+        key = repr(tuple(grids)).encode() + patches.tobytes()
+        if key not in self._answers:
+            self._answers[key] = np.array(as_numpy(self.reference.encode(patches, grids)))
+        return self._answers[key]
+
+    def compare(self, found: Embeddings, exact: Embeddings, what: str, slack: float = 1.0) -> None:
+        """Fail unless embeddings are within the tolerance.
+
+        Args:
+            found: [tokens, width].
+            exact: [tokens, width]; what they should be.
+            what: What was encoded, for the message.
+            slack: Times the distance from 1 that cosines may have.
+        """
+        if found.shape != exact.shape:
+            raise CheckFailedError(f"{what}: {list(found.shape)} embeddings instead of {list(exact.shape)}.")
+        comparison = Comparison()
+        comparison.add(found, exact)
+        wanted = self.tolerance
+        figures = (
+            ("lowest cosine", comparison.lowest, 1 - slack * (1 - wanted.lowest)),
+            ("first percentile of cosines", comparison.first_percentile, 1 - slack * (1 - wanted.first_percentile)),
+            ("mean cosine", comparison.mean, 1 - slack * (1 - wanted.mean)),
+        )
+        for name, figure, least in figures:
+            if not figure >= least:
+                place = comparison.lowest_at.token
+                raise CheckFailedError(
+                    f"{what}: {name} {figure:.6f}, not {least:.6f}; the worst token is {place} of {len(found)}."
+                )
+        if not comparison.relative_error <= slack * wanted.relative_error:
+            raise CheckFailedError(
+                f"{what}: relative error {comparison.relative_error:.2e}, over {slack * wanted.relative_error:.1e}, "
+                "at good cosines: embeddings are too long or too short."
+            )
+
+    def same(self, found: Embeddings, other: Embeddings, what: str) -> None:
+        """Fail unless two answers to one question agree: to the bit if the session says that it is deterministic."""
+        if found.shape != other.shape:
+            raise CheckFailedError(f"{what}: {list(found.shape)} embeddings, then {list(other.shape)}.")
+        if not self.encoder.capabilities.deterministic:
+            self.compare(found, other, what)
+        elif not np.array_equal(found, other):
+            rows = int((found != other).any(axis=1).sum())
+            raise CheckFailedError(
+                f"{what}: {rows} of {len(found)} embeddings differ in some bits, by up to "
+                f"{float(np.abs(found - other).max()):.1e}. If the device is so, say deterministic=False in its "
+                "Capabilities."
+            )
+
+    def grid_lists(self, least: int = 1, most: int = 3) -> st.SearchStrategy[tuple[Grid, ...]]:
+        """Grids of one call, of any that the encoder takes; often some are alike, which may share a session's call."""
+        if self.any_grid:
+            side = st.integers(1, 11).map(lambda half: 2 * half)
+            grid = st.builds(Grid, st.integers(1, 3), side, side)
+        else:
+            grid = st.sampled_from(sorted({grid for call in self.calls for grid in call}))
+        return st.lists(grid, min_size=1, max_size=2).flatmap(
+            lambda pool: st.lists(st.sampled_from(pool), min_size=least, max_size=most).map(tuple)
+        )
+
+    def holds(self, *strategies: st.SearchStrategy[Any]) -> Callable[[F], None]:
+        """Decorator: try a property on generated examples, at once; the smallest that fails is reported."""
+
+        def try_it(function: F) -> None:
+            tried = given(*strategies)(function)
+            tried = settings(
+                max_examples=EXAMPLES,
+                deadline=None,
+                database=None,
+                print_blob=False,
+                phases=(Phase.generate, Phase.shrink),
+                suppress_health_check=list(HealthCheck),
+                derandomize=False,
+            )(tried)
+            seed(self.seed)(tried)()
+
+        return try_it

@@ -1,0 +1,293 @@
+"""Level 4: many threads, closing at any moment, forks, and nothing that grows with use."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from visionaccel.arrays import as_numpy
+from visionaccel.backends import Registry
+from visionaccel.benchmarking.process_tree import memory
+from visionaccel.encoder import Encoder, open_source
+from visionaccel.errors import DeviceError
+from visionaccel.testing.conformance.check import CheckFailedError, Checks
+from visionaccel.testing.conformance.fresh_process import in_fresh_process
+from visionaccel.testing.conformance.kit import Kit
+from visionaccel.testing.conformance.subject import Subject, grids_of, patches_for
+
+__all__ = ["LIFE_CYCLE"]
+
+LIFE_CYCLE = Checks(4)
+
+_THREADS, _CALLS = 4, 12
+_ROUNDS, _ENCODES, _OPENINGS = 4, 40, 6
+_NOISE = 128 * 1024
+"""Bytes that an allocator may keep in a round of encodes without anything being lost."""
+
+_FORKED = 120.0
+"""Seconds for a forked process to open and encode."""
+
+
+@LIFE_CYCLE.add
+def concurrent_calls(kit: Kit) -> None:
+    """Calls from many threads at once get each its own right answer."""
+    jobs = [(grids, 70 + number) for number in range(_CALLS) for grids in (kit.calls[number % len(kit.calls)],)]
+    alone = [kit.encode(kit.patches(grids, number), grids).copy() for grids, number in jobs]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for _ in range(3):
+            try:
+                together = list(pool.map(lambda job: kit.encode(kit.patches(job[0], job[1]), job[0]), jobs))
+            except DeviceError as error:
+                raise CheckFailedError(
+                    f"a call fails while other threads encode: {error} Calls share memory."
+                ) from error
+            for (grids, _number), found, exact in zip(jobs, together, alone, strict=True):
+                kit.same(
+                    found, exact,
+                    f"grids {', '.join(map(str, grids))} while other threads encode (thread_safe="
+                    f"{kit.encoder.capabilities.thread_safe}): calls share memory that they write to",
+                )  # fmt: skip
+
+
+@LIFE_CYCLE.add
+def two_sessions(kit: Kit) -> None:
+    """Two open encoders of different weights do not touch each other, and closing one leaves the other."""
+    grids = kit.calls[0]
+    patches = kit.patches(grids, 80)
+    here = kit.encode(patches, grids).copy()
+    other = kit.subject_of("other", edit=_negated)
+    with other.open(registry=kit.registry) as second:
+        there = np.asarray(as_numpy(second.encode(patches, grids)))
+        kit.compare(
+            there, np.asarray(as_numpy(kit.reference_of(other.checkpoint).encode(patches, grids))),
+            "a second encoder with other weights, beside a first",
+        )  # fmt: skip
+        kit.same(kit.encode(patches, grids), here, "an encoder beside a second one with other weights")
+    kit.same(kit.encode(patches, grids), here, "an encoder after another one was closed")
+
+
+@LIFE_CYCLE.add
+def close_during_encode(kit: Kit) -> None:
+    """Closing while threads encode lets calls end, refuses later ones with DeviceError, and crashes nothing."""
+    in_fresh_process(_close_during_encode, kit.subject)
+
+
+@LIFE_CYCLE.add
+def double_close(kit: Kit) -> None:
+    """An encoder may be closed twice, refuses calls afterwards, and can be opened again."""
+    grids = kit.calls[0]
+    patches = kit.patches(grids)
+    for _ in range(2):
+        encoder = kit.subject.open(registry=kit.registry)
+        found = np.array(as_numpy(encoder.encode(patches, grids)))
+        encoder.close()
+        encoder.close()
+        try:
+            encoder.encode(patches, grids)
+        except DeviceError:
+            pass
+        else:
+            raise CheckFailedError("an encode after `close` is answered.")
+        kit.same(kit.encode(patches, grids), found, "an encoder after another one on its files was closed twice")
+
+
+@LIFE_CYCLE.add
+def left_open(kit: Kit) -> None:
+    """A process that ends with an encoder open ends well."""
+    in_fresh_process(_leave_open, kit.subject)
+
+
+@LIFE_CYCLE.add
+def fork(kit: Kit) -> None:
+    """After a probe, a forked process can open and encode; a fork of an encoding process leaves that as it was."""
+    here, there = in_fresh_process(_fork, kit.subject)
+    grids = kit.calls[0]
+    exact = kit.encode(patches_for(grids, kit.seed), grids)
+    kit.same(there, exact, "a process that was forked after a probe")
+    kit.same(here, exact, "a process after a fork of it had ended")
+
+
+@LIFE_CYCLE.add
+def memory_slope(kit: Kit) -> None:
+    """Memory does not grow with the number of encodes."""
+    growths = in_fresh_process(_memory_growths, kit.subject)
+    if min(growths) > _NOISE:
+        listed = ", ".join(f"{growth / 1024:.0f}" for growth in growths)
+        raise CheckFailedError(
+            f"memory grows in each of {_ROUNDS} rounds of {_ENCODES} encodes, by {listed} KiB: something of each call "
+            "is kept."
+        )
+
+
+@LIFE_CYCLE.add
+def descriptors(kit: Kit) -> None:
+    """No file descriptor and no thread is left by encodes or by closed encoders."""
+    before, after = in_fresh_process(_left_by_openings, kit.subject)
+    for what, first, last in zip(("file descriptors", "threads"), before, after, strict=True):
+        if last - first >= _OPENINGS // 2:
+            raise CheckFailedError(
+                f"{_OPENINGS} encoders that were opened, used and closed left {last - first} {what}; `close` must give "
+                "back all that `open` took."
+            )
+
+
+def _negated(checkpoint: Path) -> None:
+    """Gives a checkpoint other weights."""
+    from safetensors.numpy import load_file, save_file
+
+    file = checkpoint / "model.safetensors"
+    save_file({name: -weight if weight.ndim > 1 else weight for name, weight in load_file(file).items()}, file)
+
+
+def _first(encoder: Encoder, subject: Subject) -> Callable[[], NDArray[np.float32]]:
+    """Encodes the first call that an encoder takes."""
+    grids = grids_of(encoder)[0]
+    patches = patches_for(grids, subject.seed)
+    return lambda: np.array(as_numpy(encoder.encode(patches, list(grids))))
+
+
+def _close_during_encode(subject: Subject) -> None:
+    for pause in (0.0, 0.002, 0.02):
+        encoder = subject.open()
+        encode = _first(encoder, subject)
+        exact = encode()
+        wrong: list[str] = []
+        threads = [threading.Thread(target=_encode_until_closed, args=(encode, exact, wrong)) for _ in range(_THREADS)]
+        for thread in threads:
+            thread.start()
+        time.sleep(pause)
+        encoder.close()
+        for thread in threads:
+            thread.join(60)
+        if any(thread.is_alive() for thread in threads):
+            raise CheckFailedError("calls in progress when the encoder was closed do not end.")
+        if wrong:
+            raise CheckFailedError(wrong[0])
+
+
+def _encode_until_closed(
+    encode: Callable[[], NDArray[np.float32]], exact: NDArray[np.float32], wrong: list[str]
+) -> None:
+    """Encodes in a loop; notes what ends it, but for the error that a closed encoder raises."""
+    while True:
+        try:
+            found = encode()
+        except DeviceError:
+            return
+        except BaseException as error:
+            wrong.append(f"{type(error).__name__} instead of DeviceError: {error}")
+            return
+        if not np.allclose(found, exact, rtol=1e-2, atol=1e-2 * float(np.abs(exact).max())):
+            wrong.append("a call that was in progress when the encoder was closed got a wrong answer.")
+            return
+
+
+def _leave_open(subject: Subject) -> None:
+    encoder = subject.open()
+    _first(encoder, subject)()
+    _KEPT.append(encoder)
+
+
+_KEPT: list[Encoder] = []
+"""Keeps an encoder until the interpreter ends."""
+
+
+def _fork(subject: Subject) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Embeddings of this process after a fork, and of a process that was forked after a probe."""
+    registry = Registry()
+    backend = registry.load(subject.backend)
+    for program in open_source(subject.source).programs(backend.formats_on(subject.device)):
+        backend.probe(program, subject.device)
+
+    def forked() -> NDArray[np.float32]:
+        with subject.open() as encoder:
+            return _first(encoder, subject)()
+
+    there = _in_fork(forked)
+    with subject.open() as encoder:
+        encode = _first(encoder, subject)
+        encode()
+        _in_fork(lambda: np.zeros(0, np.float32))
+        return encode(), there
+
+
+def _in_fork(function: Callable[[], NDArray[np.float32]]) -> NDArray[np.float32]:
+    """What a function returns in a fork of this process."""
+    import pickle
+
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:  # Never return into the caller's code, whatever happens.
+        status = 1
+        try:
+            os.close(read)
+            try:
+                answer: object = function()
+            except BaseException as error:
+                answer = f"{type(error).__name__}: {error}"
+            with os.fdopen(write, "wb") as pipe:
+                pipe.write(pickle.dumps(answer))
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(write)
+    timer = threading.Timer(_FORKED, os.kill, (pid, 9))
+    timer.start()
+    with os.fdopen(read, "rb") as pipe:
+        data = pipe.read()
+    _, status = os.waitpid(pid, 0)
+    timer.cancel()
+    if status or not data:
+        raise CheckFailedError(
+            f"a forked process ended with status {os.waitstatus_to_exitcode(status)} before it answered: threads or "
+            "locks of a library that the probe loaded do not survive a fork."
+        )
+    answer = pickle.loads(data)  # noqa: S301 - from the process that was just forked
+    if isinstance(answer, str):
+        raise CheckFailedError(f"a process that was forked after a probe cannot encode: {answer}")
+    assert isinstance(answer, np.ndarray)
+    return answer
+
+
+def _memory_growths(subject: Subject) -> list[int]:
+    """Bytes that resident memory of this process and its children grew by, round by round."""
+    with subject.open() as encoder:
+        calls = [(list(grids), patches_for(grids, subject.seed)) for grids in grids_of(encoder)]
+
+        def use() -> int:
+            for number in range(_ENCODES):
+                grids, patches = calls[number % len(calls)]
+                encoder.encode(patches, grids)
+            gc.collect()
+            return memory().resident or 0
+
+        use()
+        sizes = [use() for _ in range(_ROUNDS + 1)]
+    return [last - first for first, last in pairwise(sizes)]
+
+
+def _left_by_openings(subject: Subject) -> tuple[tuple[int, int], tuple[int, int]]:
+    """File descriptors and threads of this process after one encoder, and after several more."""
+
+    def use() -> tuple[int, int]:
+        with subject.open() as encoder:
+            encode = _first(encoder, subject)
+            for _ in range(3):
+                encode()
+        gc.collect()
+        return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))  # noqa: PTH208
+
+    use()
+    before = use()
+    for _ in range(_OPENINGS):
+        after = use()
+    return before, after

@@ -1,0 +1,155 @@
+"""Level 2: the right numbers, token by token, and what they are worth to a language model."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+
+from visionaccel.arrays import as_numpy
+from visionaccel.grid import Grid
+from visionaccel.testing.checkpoints import TINY
+from visionaccel.testing.conformance.check import CheckFailedError, Checks, NotApplicableError
+from visionaccel.testing.conformance.kit import Kit
+from visionaccel.testing.conformance.subject import Subject, grids_of
+from visionaccel.validation.answers import LEAST_AGREEMENT, read_digits
+from visionaccel.validation.comparison import token_cosines
+
+__all__ = ["NUMBERS"]
+
+NUMBERS = Checks(2)
+
+IMAGES = 60
+"""Digits images that are read: enough for the least agreement to allow one other answer."""
+
+_MOVED, _STILL = 0.05, 0.02
+"""Shares of a row's length: what a token changes by whose own patch was replaced, and what others may by rounding."""
+
+
+@NUMBERS.add
+def cosines(kit: Kit) -> None:
+    """Every token is as near to the float32 reference as its precision promises."""
+    for number, grids in enumerate(kit.calls):
+        patches = kit.patches(grids, 10 + number)
+        kit.compare(
+            kit.encode(patches, grids),
+            kit.expected(patches, grids),
+            f"grids {', '.join(map(str, grids))} in {kit.precision}",
+        )
+
+
+@NUMBERS.add
+def generated_grids(kit: Kit) -> None:
+    """The same for any grids."""
+
+    @kit.holds(kit.grid_lists())
+    def tried(grids: tuple[Grid, ...]) -> None:
+        patches = kit.patches(grids)
+        kit.compare(kit.encode(patches, grids), kit.expected(patches, grids), f"grids {', '.join(map(str, grids))}")
+
+
+@NUMBERS.add
+def silent_rows(kit: Kit) -> None:
+    """No embedding is zero, constant, or that of another token."""
+    for grids in kit.calls:
+        found = kit.encode(kit.patches(grids, 20), grids)
+        constant = np.flatnonzero((found == found[:, :1]).all(axis=1))
+        if len(constant):
+            raise CheckFailedError(
+                f"grids {', '.join(map(str, grids))}: {len(constant)} of {len(found)} embeddings hold one number only, "
+                f"first row {constant[0]}, all {found[constant[0], 0]}: rows that were never written."
+            )
+        _, first = np.unique(found, axis=0, return_index=True)
+        if len(first) < len(found):
+            raise CheckFailedError(
+                f"grids {', '.join(map(str, grids))}: {len(found) - len(first)} embeddings repeat another one: rows "
+                "are copied to make a count fit."
+            )
+
+
+@NUMBERS.add
+def axes(kit: Kit) -> None:
+    """Height and width of a grid are not mixed up."""
+    uneven = [call for call in kit.calls if len(call) == 1 and call[0].h != call[0].w]
+    if not uneven:
+        raise NotApplicableError("all grids that it takes are square.")
+    for grids in uneven:
+        patches, (grid,) = kit.patches(grids, 30), grids
+        found = kit.encode(patches, grids)
+        right, turned = (
+            float(token_cosines(found, kit.expected(patches, [each])).mean())
+            for each in (grid, Grid(grid.t, grid.w, grid.h))
+        )
+        if turned > right:
+            raise CheckFailedError(
+                f"grid {grid}: embeddings are those of grid {grid.t}x{grid.w}x{grid.h} (mean cosine {turned:.4f}, and "
+                f"{right:.4f} to its own): height and width are swapped."
+            )
+
+
+@NUMBERS.add
+def windows(kit: Kit) -> None:
+    """Where no layer attends beyond its window, a patch changes the tokens of its own window and no others."""
+    subject = kit.subject_of("windows", {**TINY, "fullatt_block_indexes": []})
+    with subject.open(registry=kit.registry) as encoder:
+        several = [
+            call for call in grids_of(encoder) if len(call) == 1 and call[0].t == 1 and max(call[0].h, call[0].w) > 8
+        ]
+        if not several:
+            raise NotApplicableError("no grid that it takes has more than one window.")
+        merge = encoder.tower.merge_size
+        for (grid,) in several:
+            columns = grid.w // merge
+            window = np.array([(t // columns // 4, t % columns // 4) for t in range(grid.tokens(merge))])
+            patches = kit.patches([grid], 40)
+            before = np.array(as_numpy(encoder.encode(patches, [grid])))
+            for token in (0, len(window) // 2, len(window) - 1):
+                changed = patches.copy()
+                changed[token * merge**2] = 3 * kit.patches([grid], 41)[0]
+                after = np.asarray(as_numpy(encoder.encode(changed, [grid])))
+                moved = np.linalg.norm(after - before, axis=1) / np.linalg.norm(before, axis=1)
+                within = (window == window[token]).all(axis=1)
+                if moved[token] < _MOVED:
+                    raise CheckFailedError(
+                        f"grid {grid}: a changed patch of token {token} leaves that token as it was: its embedding is "
+                        "in another row."
+                    )
+                if (moved[~within] > _STILL).any():
+                    other = int(np.flatnonzero(~within & (moved > _STILL))[0])
+                    raise CheckFailedError(
+                        f"grid {grid}: a changed patch of token {token} also changes token {other}, which is in "
+                        "another window: windows are cut in the wrong places."
+                    )
+                if not (moved[within] > 0).all():
+                    raise CheckFailedError(
+                        f"grid {grid}: a changed patch of token {token} leaves other tokens of its window as they "
+                        "were: attention does not reach all of the window."
+                    )
+
+
+@NUMBERS.add
+def digits(kit: Kit) -> None:
+    """A small model that reads handwritten digits reads through it what it reads through the reference."""
+    if find_spec("digits_vlm") is None or find_spec("sklearn") is None:
+        raise NotApplicableError("the digits model (examples/digits_vlm) and scikit-learn are not installed.")
+    from digits_vlm import checkpoint_path
+
+    folder: Path = checkpoint_path()
+    subject = _on_digits(kit, folder)
+    with subject.open(registry=kit.registry) as encoder:
+        for answers in read_digits(folder, encoder, kit.reference_of(folder), IMAGES):
+            if answers.agreement < LEAST_AGREEMENT:
+                raise CheckFailedError(
+                    f"the digits model reads {answers.agreement:.1%} of {IMAGES} images ({answers.fit}) as through the "
+                    f"reference, not {LEAST_AGREEMENT:.0%}; {answers.accuracy:.1%} are right."
+                )
+
+
+def _on_digits(kit: Kit, folder: Path) -> Subject:
+    """The backend on the digits checkpoint, which has its image processor beside it."""
+    source = folder
+    if kit.declared.source is not None:
+        place = kit.work("digits")
+        source = kit.declared.source(folder, place / "source")
+    return kit.subject.at(source, folder)

@@ -1,0 +1,179 @@
+"""Reports of a backend's conformance: JSON for tables, Markdown for people, an SVG badge for a README."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import re
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from visionaccel.backends import Registry
+from visionaccel.testing.conformance.check import LEVELS
+from visionaccel.testing.conformance.suite import CHECKS, Outcome
+
+__all__ = ["Badge", "ConformanceReport", "badge_of", "write_report"]
+
+Badge = Literal["Gold", "Silver", "Bronze", "none"]
+
+_NEEDED: tuple[tuple[Badge, int], ...] = (("Bronze", 1), ("Silver", 3), ("Gold", 6))
+"""The last level that must be passed whole."""
+
+_COLOURS = {"Gold": "#b8860b", "Silver": "#708090", "Bronze": "#a0522d", "none": "#8b0000"}
+_DISTRIBUTIONS = ("numpy", "onnx", "onnxruntime", "openvino", "torch", "transformers")
+
+
+class Result(BaseModel):
+    """What one check found."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    check: str
+    level: int
+    status: str
+    detail: str
+    figures: dict[str, float]
+
+
+class ConformanceReport(BaseModel):
+    """What the kit found of one backend.
+
+    Attributes:
+        backend: Its name, device and options.
+        distribution: The distribution that provides it, and its version.
+        badge: The best badge that it holds.
+        missing: Why it does not hold the next better one; empty for Gold.
+        results: Of each check that was run.
+        versions: Releases of what took part.
+        machine: Processor architecture and system.
+        written: When, in UTC.
+        digest: SHA-256 of all of the above but the time, as hexadecimal digits.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    backend: str
+    distribution: str
+    badge: Badge
+    missing: str
+    results: tuple[Result, ...]
+    versions: dict[str, str]
+    machine: str
+    written: str
+    digest: str
+
+
+def badge_of(outcomes: Sequence[Outcome]) -> Badge:
+    """Bronze for levels 0 and 1 passed whole, Silver for 2 and 3 too, Gold for all.
+
+    A known failure is a failure here. A level of which a check was not run is not passed.
+    """
+    held: Badge = "none"
+    for badge, last in _NEEDED:
+        if _missing(outcomes, last):
+            return held
+        held = badge
+    return held
+
+
+def write_report(label: str, outcomes: Sequence[Outcome], folder: Path) -> ConformanceReport:
+    """Write a report as `conformance-NAME.json`, `.md` and `.svg`.
+
+    Args:
+        label: Name, device and options of the backend.
+        outcomes: What the checks found.
+        folder: Where to; made if it does not exist.
+    """
+    badge = badge_of(outcomes)
+    following = next((last for _, last in _NEEDED if _missing(outcomes, last)), None)
+    stated: dict[str, Any] = {
+        "backend": label,
+        "distribution": _distribution(re.split(r"[/?]", label)[0]),
+        "badge": badge,
+        "missing": "" if following is None else "; ".join(_missing(outcomes, following)),
+        "results": [
+            {"check": o.check, "level": o.level, "status": o.status, "detail": o.detail, "figures": o.figures}
+            for o in outcomes
+        ],
+        "versions": _versions(),
+        "machine": f"{platform.machine()} {platform.system()}",
+    }
+    digest = hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()
+    written = datetime.now(UTC).isoformat(timespec="seconds")
+    report = ConformanceReport.model_validate({**stated, "written": written, "digest": digest})
+    folder.mkdir(parents=True, exist_ok=True)
+    name = "conformance-" + re.sub(r"[^A-Za-z0-9.=_-]+", "-", label)
+    (folder / f"{name}.json").write_text(report.model_dump_json(indent=1) + "\n")
+    (folder / f"{name}.md").write_text(_markdown(report, f"{name}.svg"))
+    (folder / f"{name}.svg").write_text(_svg(badge))
+    return report
+
+
+def _missing(outcomes: Sequence[Outcome], last: int) -> list[str]:
+    """What keeps the levels up to one from being passed whole."""
+    run = {outcome.check: outcome for outcome in outcomes}
+    found = []
+    for check in CHECKS:
+        if check.level > last:
+            continue
+        outcome = run.get(check.name)
+        if outcome is None:
+            found.append(f"{check.name} was not run")
+        elif outcome.status in ("failed", "known failure"):
+            found.append(f"{check.name}: {outcome.detail.splitlines()[0] if outcome.detail else outcome.status}")
+    return found
+
+
+def _distribution(backend: str) -> str:
+    for entry in Registry().entries:
+        if entry.name == backend:
+            return f"{entry.distribution} {entry.version}"
+    return "unknown"
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "visionaccel": importlib.metadata.version("visionaccel")}
+    for name in _DISTRIBUTIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _markdown(report: ConformanceReport, picture: str) -> str:
+    lines = [f"![visionaccel conformance: {report.badge}]({picture})", "", f"# Conformance of {report.backend}", ""]
+    lines += [f"{report.distribution} on {report.machine}, {report.written}, digest `{report.digest[:16]}`.", ""]
+    if report.missing:
+        lines += [f"For the next badge: {report.missing}.", ""]
+    titles = {check.name: check.title for check in CHECKS}
+    for level, about in enumerate(LEVELS):
+        lines += [f"## Level {level}: {about}", "", "| check | outcome | what is right |", "|---|---|---|"]
+        for result in report.results:
+            if result.level == level:
+                detail = " ".join(result.detail.split()).replace("|", "\\|")
+                figures = ", ".join(f"{name} {value:g}" for name, value in result.figures.items())
+                shown = f"{result.status}{f': {detail}' if detail else ''}{f' ({figures})' if figures else ''}"
+                lines.append(f"| {result.check} | {shown} | {titles[result.check]} |")
+        lines.append("")
+    lines.append(", ".join(f"{name} {version}" for name, version in report.versions.items()) + ".")
+    return "\n".join(lines) + "\n"
+
+
+def _svg(badge: Badge) -> str:
+    left, right = 82, 52
+    width = left + right
+    text = 'font-family="Verdana,sans-serif" font-size="11" fill="#fff" text-anchor="middle"'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="20" role="img" '
+        f'aria-label="visionaccel: {badge}"><title>visionaccel: {badge}</title>'
+        f'<rect width="{left}" height="20" fill="#444"/><rect x="{left}" width="{right}" height="20" '
+        f'fill="{_COLOURS[badge]}"/><text x="{left / 2:g}" y="14" {text}>visionaccel</text>'
+        f'<text x="{left + right / 2:g}" y="14" {text}>{badge}</text></svg>\n'
+    )

@@ -1,0 +1,266 @@
+"""Level 1: the right rows for every grid, whatever is in a call, and arrays that belong to whom the contract says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import ml_dtypes
+import numpy as np
+from hypothesis import strategies as st
+
+from visionaccel.arrays import Array, as_numpy, is_tensor
+from visionaccel.backends import Session
+from visionaccel.encoder import Encoder
+from visionaccel.errors import GridError, InputError, NonFiniteError, PatchesError
+from visionaccel.grid import Grid, total_patches
+from visionaccel.program import Bucket
+from visionaccel.testing.conformance.check import CheckFailedError, Checks, NotApplicableError
+from visionaccel.testing.conformance.kit import Kit
+from visionaccel.testing.conformance.subject import PATCH_WIDTH
+
+__all__ = ["SHAPES"]
+
+SHAPES = Checks(1)
+
+
+@SHAPES.add
+def rows(kit: Kit) -> None:
+    """Embeddings are float32 [sum of t*h*w / merge_size**2, out_width] for every list of grids."""
+    tower = kit.encoder.tower
+
+    @kit.holds(kit.grid_lists())
+    def tried(grids: tuple[Grid, ...]) -> None:
+        found = kit.encode(kit.patches(grids), grids)
+        wanted = (total_patches(grids) // tower.merge_size**2, tower.out_width)
+        if found.shape != wanted or found.dtype != np.float32:
+            raise CheckFailedError(
+                f"grids {_listed(grids)}: {found.dtype}{list(found.shape)}, not float32{list(wanted)}."
+            )
+
+
+@SHAPES.add
+def permutation(kit: Kit) -> None:
+    """Images in another order give the same embeddings in that order."""
+
+    @kit.holds(kit.grid_lists(2, 4), st.randoms(use_true_random=False))
+    def tried(grids: tuple[Grid, ...], random: Mapping[str, object]) -> None:
+        order = list(range(len(grids)))
+        random.shuffle(order)  # type: ignore[attr-defined]
+        patches = kit.patches(grids)
+        pieces, outputs = _split(patches, grids), _split(kit.encode(patches, grids), grids, kit)
+        shuffled = [grids[i] for i in order]
+        found = kit.encode(np.concatenate([pieces[i] for i in order]), shuffled)
+        kit.compare(
+            found, np.concatenate([outputs[i] for i in order]),
+            f"images of grids {_listed(grids)} put into the order {order}: images of one call see each other, or come "
+            "back in another order",
+        )  # fmt: skip
+
+
+@SHAPES.add
+def addition(kit: Kit) -> None:
+    """Encoding two lists of images together gives what encoding each gives."""
+
+    @kit.holds(kit.grid_lists(1, 2), kit.grid_lists(1, 2))
+    def tried(first: tuple[Grid, ...], second: tuple[Grid, ...]) -> None:
+        one, two = kit.patches(first, 1), kit.patches(second, 2)
+        together = kit.encode(np.concatenate([one, two]), [*first, *second])
+        apart = np.concatenate([kit.encode(one, first), kit.encode(two, second)])
+        kit.compare(
+            together, apart,
+            f"grids {_listed(first)} and {_listed(second)} in one call and in two: images of one call see each other",
+        )  # fmt: skip
+
+
+@SHAPES.add
+def partial_windows(kit: Kit) -> None:
+    """Windows at the right and lower edges, which hold fewer patches, are as right as whole ones."""
+    side = 8
+    partial = [call for call in kit.calls if any(grid.h % side or grid.w % side for grid in call)]
+    if not partial:
+        raise NotApplicableError("all grids that it takes are of whole windows.")
+    for grids in partial:
+        patches = kit.patches(grids)
+        kit.compare(
+            kit.encode(patches, grids), kit.expected(patches, grids), f"grids {_listed(grids)} of partial windows"
+        )
+
+
+@SHAPES.add
+def padding(kit: Kit) -> None:
+    """What fills a bucket up beside an image does not change the image's embeddings."""
+    buckets = [opened for opened in kit.encoder.programs if isinstance(opened.program.coverage, Bucket)]
+    if not buckets:
+        raise NotApplicableError("it has no program for a bucket of grids.")
+    for grids in kit.calls:
+        patches = kit.patches(grids)
+        kit.compare(
+            kit.encode(patches, grids), kit.expected(patches, grids), f"grids {_listed(grids)} in a larger bucket"
+        )
+    opened = buckets[0]
+    small = min((grid for call in kit.calls for grid in call), key=lambda grid: grid.patches).frame
+    if kit.encoder.program_for(small) is not opened:
+        return
+    inputs = dict(opened.host.inputs(kit.patches([small]), [small]))
+    clean = opened.session.run(inputs)
+    pixels = np.array(inputs["pixel_values"])
+    pixels[small.patches :] = 1000.0
+    dirty = opened.session.run({**inputs, "pixel_values": pixels})
+    found, exact = (np.asarray(as_numpy(opened.host.embeddings(each, [small]))) for each in (dirty, clean))
+    kit.compare(found, exact, f"grid {small} in a bucket whose unused patches are not zero: padding is not masked")
+
+
+@SHAPES.add
+def memory_layout(kit: Kit) -> None:
+    """Patches that are read-only, not contiguous or of a shorter dtype give what their values give."""
+    grids = kit.calls[0]
+    patches = kit.patches(grids)
+    exact = kit.encode(patches, grids)
+    frozen = patches.copy()
+    frozen.flags.writeable = False
+    wide = np.zeros((len(patches), 2 * PATCH_WIDTH), np.float32)
+    wide[:, ::2] = patches
+    layouts = {
+        "read-only": frozen,
+        "every other column of a wider array": wide[:, ::2],
+        "in Fortran order": np.asfortranarray(patches),
+        "rows in reverse": patches[::-1].copy()[::-1],
+    }
+    for name, given in layouts.items():
+        kit.same(kit.encode(given, grids), exact, f"patches that are {name}")
+    for dtype in (np.float16, ml_dtypes.bfloat16):
+        short = patches.astype(dtype)
+        kit.same(
+            kit.encode(short, grids), kit.encode(short.astype(np.float32), grids),
+            f"patches of {np.dtype(dtype).name} and the same values in float32",
+        )  # fmt: skip
+
+
+@SHAPES.add
+def inputs_untouched(kit: Kit) -> None:
+    """A session writes to none of its inputs, and takes them read-only."""
+    for grids in kit.calls:
+        with _watched(kit.encoder) as seen:
+            kit.encode(kit.patches(grids), grids)
+        for call in seen:
+            for name, (before, after) in call.inputs.items():
+                if not np.array_equal(before, after):
+                    raise CheckFailedError(f"grids {_listed(grids)}: the session wrote to its input {name!r}.")
+
+
+@SHAPES.add
+def outputs_owned(kit: Kit) -> None:
+    """What a call returns is the caller's: no later call writes to it, and the caller may."""
+    grids = kit.calls[0]
+    with _watched(kit.encoder) as seen:
+        first = kit.encode(kit.patches(grids, 1), grids)
+        kept = first.copy()
+        kit.encode(kit.patches(grids, 2), grids)
+    if not np.array_equal(first, kept):
+        raise CheckFailedError(
+            "embeddings of one call were overwritten by the next: the session returns its own buffer."
+        )
+    half = len(seen) // 2
+    for early, late in zip(seen[:half], seen[half:], strict=True):
+        for name, returned in early.outputs.items():
+            if not np.array_equal(returned, early.copies[name]):
+                raise CheckFailedError(f"output {name!r} of one call was overwritten by the next: return a copy of it.")
+            if np.shares_memory(returned, late.outputs[name]):
+                raise CheckFailedError(f"output {name!r} of two calls is the same memory: return a copy of it.")
+    writable = np.asarray(first)
+    if not writable.flags.writeable:
+        raise CheckFailedError("embeddings are read-only; they belong to the caller.")
+    writable[:] = np.nan
+    again = kit.encode(kit.patches(grids, 1), grids)
+    kit.same(again, kept, "a call after the caller wrote to an earlier answer")
+
+
+@SHAPES.add
+def refusals(kit: Kit) -> None:
+    """Wrong patches and grids are refused with an error of the right type, and the next call is right."""
+    grids = kit.calls[0]
+    patches = kit.patches(grids)
+    exact = kit.encode(patches, grids)
+    odd = Grid(1, grids[0].h + 1, grids[0].w)
+    nan = patches.copy()
+    nan[len(nan) // 2, 3] = np.nan
+    wrong: Sequence[tuple[str, type[InputError], Array, Sequence[Grid]]] = (
+        ("one patch too few", PatchesError, patches[:-1], grids),
+        ("patches one value too narrow", PatchesError, patches[:, :-1], grids),
+        ("patches of float64", PatchesError, patches.astype(np.float64), grids),
+        ("uint8 pixels", PatchesError, patches.astype(np.uint8), grids),
+        ("flat patches", PatchesError, patches.ravel(), grids),
+        ("no grid", GridError, patches, ()),
+        ("a grid that does not merge", GridError, kit.patches([odd]), (odd,)),
+        ("NaN in a patch", NonFiniteError, nan, grids),
+    )
+    for what, kind, given, of in wrong:
+        try:
+            kit.encode(given, of)
+        except kind:
+            pass
+        except Exception as error:
+            raise CheckFailedError(f"{what}: {type(error).__name__} instead of {kind.__name__}: {error}") from error
+        else:
+            raise CheckFailedError(f"{what} is encoded instead of refused with {kind.__name__}.")
+    kit.same(kit.encode(patches, grids), exact, "a right call after refused ones")
+
+
+class _Call:
+    """What went into one call of a session and came out."""
+
+    def __init__(self) -> None:
+        self.inputs: dict[str, tuple[Array, Array]] = {}
+        self.outputs: dict[str, Array] = {}
+        self.copies: dict[str, Array] = {}
+
+
+class _Watching(Session):
+    """Hands a session read-only inputs and notes what becomes of them, and what it returns."""
+
+    def __init__(self, inner: Session, seen: list[_Call]) -> None:
+        self.capabilities, self._inner, self._seen = inner.capabilities, inner, seen
+
+    def run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        call = _Call()
+        given, before = {}, {}
+        for name, array in inputs.items():
+            if not is_tensor(array):
+                array = array.view()
+                array.flags.writeable = False
+            given[name], before[name] = array, np.array(as_numpy(array))
+        outputs = self._inner.run(given)
+        call.inputs = {name: (before[name], np.array(as_numpy(array))) for name, array in given.items()}
+        call.outputs = {name: np.asarray(as_numpy(array)) for name, array in outputs.items()}
+        call.copies = {name: array.copy() for name, array in call.outputs.items()}
+        self._seen.append(call)
+        return outputs
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+@contextmanager
+def _watched(encoder: Encoder) -> Iterator[list[_Call]]:
+    """Notes the calls of an encoder's sessions meanwhile."""
+    seen: list[_Call] = []
+    inner = [opened.session for opened in encoder.programs]
+    for opened in encoder.programs:
+        opened.session = _Watching(opened.session, seen)
+    try:
+        yield seen
+    finally:
+        for opened, session in zip(encoder.programs, inner, strict=True):
+            opened.session = session
+
+
+def _split(rows_: Array, grids: Sequence[Grid], kit: Kit | None = None) -> list[Array]:
+    """Rows of each image: of its patches, or of its tokens if a kit is given."""
+    merge = 1 if kit is None else kit.encoder.tower.merge_size
+    ends = np.cumsum([grid.tokens(merge) for grid in grids])[:-1]
+    return list(np.split(rows_, ends))
+
+
+def _listed(grids: Sequence[Grid]) -> str:
+    return ", ".join(map(str, grids))

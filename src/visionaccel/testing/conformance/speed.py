@@ -1,0 +1,60 @@
+"""Level 6: not slower, beside the reference on this machine, than its author says."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+from visionaccel.grid import Grid
+from visionaccel.testing.checkpoints import QWEN2_5_VL_7B, TINY
+from visionaccel.testing.conformance.check import CheckFailedError, Checks, NotApplicableError
+from visionaccel.testing.conformance.kit import Kit
+from visionaccel.testing.conformance.subject import grids_of, patches_for
+
+__all__ = ["SPEED"]
+
+SPEED = Checks(6)
+
+_ROUNDS = 4
+_SMALL_7B = {
+    **QWEN2_5_VL_7B,
+    "depth": 2,
+    "hidden_size": 320,
+    "num_heads": 4,
+    "intermediate_size": 856,
+    "out_hidden_size": 896,
+    "fullatt_block_indexes": [1],
+}
+"""Layers of a sixteenth of the 7B tower's products, so that a call is work and not overhead, and takes little time."""
+
+
+@SPEED.add
+def floor(kit: Kit) -> None:
+    """Its median time is within the declared ratio of the reference's, in turns on the same grid."""
+    wanted = kit.declared.speed_floor
+    if wanted is None:
+        raise NotApplicableError("its author claims no speed.")
+    config = _SMALL_7B if kit.declared.source is None else TINY
+    subject = kit.subject_of("speed", config)
+    width = config["in_channels"] * config["temporal_patch_size"] * config["patch_size"] ** 2
+    reference = kit.reference_of(subject.checkpoint)
+    with subject.open(registry=kit.registry) as encoder:
+        grids = [Grid(1, 32, 32)] if kit.declared.source is None else [max(grids_of(encoder), key=_patches)[0]]
+        patches = patches_for(grids, kit.seed, width)
+        seconds: dict[str, list[float]] = {"ours": [], "reference": []}
+        for number in range(_ROUNDS + 1):
+            for name, each in (("ours", encoder), ("reference", reference)):
+                began = time.perf_counter()
+                each.encode(patches, grids)
+                if number:  # the first is to warm up
+                    seconds[name].append(time.perf_counter() - began)
+    ratio = statistics.median(seconds["reference"]) / statistics.median(seconds["ours"])
+    kit.figures["speed_ratio"] = round(ratio, 3)
+    if ratio < wanted:
+        raise CheckFailedError(
+            f"grid {grids[0]}: {ratio:.2f} times as fast as the float32 reference; declared is {wanted:g}."
+        )
+
+
+def _patches(call: tuple[Grid, ...]) -> int:
+    return call[0].patches

@@ -1,0 +1,126 @@
+"""All checks, as a plain function and as a class of tests for pytest."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from visionaccel.testing.conformance.check import Check, CheckFailedError, NotApplicableError
+from visionaccel.testing.conformance.declaration import BackendUnderTest
+from visionaccel.testing.conformance.determinism import DETERMINISM
+from visionaccel.testing.conformance.faults import FAULTS
+from visionaccel.testing.conformance.interface import INTERFACE
+from visionaccel.testing.conformance.kit import Kit
+from visionaccel.testing.conformance.life_cycle import LIFE_CYCLE
+from visionaccel.testing.conformance.numbers import NUMBERS
+from visionaccel.testing.conformance.shapes import SHAPES
+from visionaccel.testing.conformance.speed import SPEED
+
+if TYPE_CHECKING:
+    import pytest
+
+__all__ = ["CHECKS", "PROPERTY", "Outcome", "Status", "conformance_suite", "outcome_of", "run_checks"]
+
+CHECKS: tuple[Check, ...] = tuple(
+    check for level in (INTERFACE, SHAPES, NUMBERS, DETERMINISM, LIFE_CYCLE, FAULTS, SPEED) for check in level.found
+)
+"""Every check, level by level."""
+
+PROPERTY = "visionaccel-conformance"
+"""Name of the property of a pytest report that holds the backend's label and the outcome."""
+
+Status: TypeAlias = Literal["passed", "failed", "known failure", "not applicable"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a check found.
+
+    Attributes:
+        check: Its name.
+        level: 0 to 6.
+        status: `known failure` for one that was declared; `failed` also if a declared one passes.
+        detail: Why, unless it passed.
+        figures: What it measured.
+        trace: Where an unexpected exception came from.
+    """
+
+    check: str
+    level: int
+    status: Status
+    detail: str = ""
+    figures: dict[str, float] = field(default_factory=dict)
+    trace: str = ""
+
+
+def outcome_of(check: Check, kit: Kit) -> Outcome:
+    """Run one check. Whatever is raised in it is its failure."""
+    kit.figures = {}
+    known = kit.declared.known_failure(check.name)
+    try:
+        check.run(kit)
+    except NotApplicableError as reason:
+        return Outcome(check.name, check.level, "not applicable", str(reason))
+    except Exception as error:
+        expected = isinstance(error, CheckFailedError)
+        what = str(error) if expected else f"{type(error).__name__}: {error}"
+        if known is not None:
+            return Outcome(check.name, check.level, "known failure", f"{known} ({what})", kit.figures)
+        trace = "" if expected else "".join(traceback.format_exception(error))
+        return Outcome(check.name, check.level, "failed", what, kit.figures, trace)
+    if known is not None:
+        return Outcome(
+            check.name,
+            check.level,
+            "failed",
+            f"it passes, but is declared as failing ({known}); remove that.",
+            kit.figures,
+        )
+    return Outcome(check.name, check.level, "passed", figures=kit.figures)
+
+
+def run_checks(
+    declared: BackendUnderTest, folder: Path, *, checks: Sequence[Check] = CHECKS, seed: int = 0
+) -> tuple[Outcome, ...]:
+    """Run checks on a backend, without pytest.
+
+    Args:
+        declared: The backend.
+        folder: An empty folder to work in.
+        checks: Which checks.
+        seed: Of the weights, patches and grids.
+    """
+    with Kit(declared, folder, seed) as kit:
+        return tuple(outcome_of(check, kit) for check in checks)
+
+
+def conformance_suite(declared: BackendUnderTest | Callable[[pytest.Config], BackendUnderTest]) -> type:
+    """A class with a test for each check, to be bound in a test file to a name that starts with `Test`.
+
+    Args:
+        declared: The backend, or what makes it of pytest's configuration.
+    """
+    import pytest
+
+    class TestConformance:
+        """The checks of the kit on one backend. `conformance_kit` is a fixture of this package's pytest plug-in."""
+
+        under_test = staticmethod(declared if callable(declared) else lambda _: declared)
+
+        @pytest.mark.parametrize("check", [pytest.param(check, id=check.name) for check in CHECKS])
+        def test_check(
+            self, check: Check, conformance_kit: Kit, record_property: Callable[[str, object], None]
+        ) -> None:
+            outcome = outcome_of(check, conformance_kit)
+            record_property(PROPERTY, (conformance_kit.declared.label, outcome))
+            if outcome.status == "failed":
+                pytest.fail(f"NOT SO: {check.title}.\n{outcome.detail}\n{outcome.trace}", pytrace=False)
+            if outcome.status == "known failure":
+                pytest.xfail(outcome.detail)
+            if outcome.status == "not applicable":
+                pytest.skip(outcome.detail)
+
+    return TestConformance

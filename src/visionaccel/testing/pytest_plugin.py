@@ -1,0 +1,86 @@
+"""pytest plug-in: options to check an installed backend, and a report of what was found. Imports little."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import pytest
+
+if TYPE_CHECKING:
+    from visionaccel.testing.conformance.kit import Kit
+    from visionaccel.testing.conformance.suite import Outcome
+
+__all__ = ["conformance_kit", "pytest_addoption", "pytest_configure"]
+
+_SUITE = Path(__file__).parent / "conformance" / "installed_suite.py"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of the kit."""
+    group = parser.getgroup("visionaccel", "conformance of visionaccel's backends")
+    group.addoption(
+        "--visionaccel-backend", metavar="NAME", help="Run the conformance suite on this installed backend."
+    )
+    group.addoption("--visionaccel-device", metavar="DEVICE", help="One of its devices, such as npu:0.")
+    group.addoption(
+        "--visionaccel-options", metavar="OPTIONS", help="Its options: name=value,name=value or a JSON object."
+    )
+    group.addoption("--visionaccel-seed", metavar="N", type=int, default=0, help="Seed of weights, images and grids.")
+    group.addoption(
+        "--visionaccel-report",
+        metavar="FOLDER",
+        type=Path,
+        help="Write a report of each backend as JSON, Markdown and SVG.",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Collects the suite in the place of the current folder's tests, or beside those that were named."""
+    if config.getoption("--visionaccel-backend"):
+        named = config.args if config.args_source is pytest.Config.ArgsSource.ARGS else []
+        config.args = [*named, str(_SUITE)]
+    folder = config.getoption("--visionaccel-report")
+    if folder is not None:
+        config.pluginmanager.register(_Reporter(folder), "visionaccel-report")
+
+
+@pytest.fixture(scope="class")
+def conformance_kit(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kit]:
+    """The kit on the backend that a class made by `conformance_suite` declares."""
+    from visionaccel.testing.conformance.kit import Kit
+
+    declared = request.cls.under_test(request.config)
+    with Kit(declared, tmp_path_factory.mktemp("conformance"), request.config.getoption("--visionaccel-seed")) as kit:
+        yield kit
+
+
+class _Reporter:
+    """Writes what the tests of the kit found."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._found: dict[str, list[Outcome]] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when != "call":
+            return
+        from visionaccel.testing.conformance.suite import PROPERTY
+
+        for name, value in report.user_properties:
+            if name == PROPERTY:
+                label, outcome = cast("tuple[str, Outcome]", value)
+                self._found.setdefault(label, []).append(outcome)
+
+    def pytest_sessionfinish(self) -> None:
+        from visionaccel.testing.conformance.report import write_report
+
+        for label, outcomes in self._found.items():
+            write_report(label, outcomes, self._folder)
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        from visionaccel.testing.conformance.report import badge_of
+
+        for label, outcomes in self._found.items():
+            terminalreporter.write_line(f"visionaccel conformance of {label}: {badge_of(outcomes)}")

@@ -1,0 +1,38 @@
+"""What makes quantizing hard: a tower with a channel much larger than the others, and images to calibrate with."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+from transformers import Qwen2VLImageProcessor
+
+from visionaccel.testing.checkpoints import TINY, random_checkpoint
+
+
+def checkpoint_with_outliers(folder: Path) -> Path:
+    """The tiny tower with an image processor, and outliers: a channel that is large after a norm, as trained ones have.
+
+    The channel's weights are as much smaller, so that the tower computes what it computed without.
+    """
+    random_checkpoint(folder)
+    weights = load_file(folder / "model.safetensors")
+    for norm, linears in (("norm1", ["attn.qkv"]), ("norm2", ["mlp.gate_proj", "mlp.up_proj"])):
+        weights[f"visual.blocks.0.{norm}.weight"][3] *= 200
+        for linear in linears:
+            weights[f"visual.blocks.0.{linear}.weight"][:, 3] /= 200
+    save_file(weights, folder / "model.safetensors")
+    processor = Qwen2VLImageProcessor(
+        patch_size=TINY["patch_size"], merge_size=2, temporal_patch_size=2, min_pixels=64, max_pixels=96 * 96
+    )
+    processor.save_pretrained(folder)
+    return folder
+
+
+def coarse_noise(folder: Path) -> Path:
+    """Writes three small images of coarse noise."""
+    rng = np.random.default_rng(0)
+    for number, size in enumerate([(60, 40), (40, 72), (64, 64)]):
+        pixels = np.kron(rng.integers(0, 256, (size[1] // 4, size[0] // 4, 3)), np.ones((4, 4, 1)))
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
+    return folder

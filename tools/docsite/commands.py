@@ -1,0 +1,46 @@
+"""The command line, command by command, from the real tree of commands."""
+
+import html
+from collections.abc import Iterator
+from typing import Any
+
+import typer
+from typer.main import get_command
+
+from visionaccel.cli.app import app
+
+__all__ = ["command_reference", "commands_of"]
+
+
+def commands_of(group: Any, before: str = "") -> Iterator[tuple[str, Any]]:
+    """The commands of a group, in the order of their declaration, with those of a group in it below its name."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands_of(command, f"{before}{name} ")
+        else:
+            yield before + name, command
+
+
+def command_reference() -> str:
+    """A section for each command: what it does, its usage, its arguments and options."""
+    return "\n\n".join(_section(name, command) for name, command in commands_of(get_command(app)))
+
+
+def _section(name: str, command: Any) -> str:
+    context = typer.Context(command, info_name=f"visionaccel {name}")
+    usage = " ".join([context.info_name or "", *command.collect_usage_pieces(context)])
+    parts = [f"## {name}", " ".join((command.help or "").split("\n\n")[0].split())]
+    parts += [" ".join(more.split()) for more in (command.help or "").split("\n\n")[1:]]
+    parts.append(f"```text\n{usage}\n```")
+    records = [record for parameter in command.params if (record := parameter.get_help_record(context)) is not None]
+    rows = [f"| `{_cell(what)}` | {_escaped(meaning)} |" for what, meaning in records]
+    return "\n\n".join([*parts, "\n".join(["| argument or option | meaning |", "|---|---|", *rows])])
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _escaped(text: str) -> str:
+    """A sentence of the help as it is: its brackets and angles are no markup."""
+    return html.escape(_cell(text).replace("[", "\\["), quote=False)
