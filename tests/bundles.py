@@ -13,8 +13,8 @@ from visionaccel.bundle import MANIFEST
 from visionaccel.bundle.export import ProgramRequest, export_bundle
 from visionaccel.bundle.manifest import seal
 from visionaccel.checkpoint import read_header
-from visionaccel.encoder import open_tower
 from visionaccel.grid import Grid
+from visionaccel.opening import open_tower
 from visionaccel.program import AnyGrid, FixedGrid, OperatorDialect
 
 Change = Callable[[dict[str, Any]], object]

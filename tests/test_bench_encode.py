@@ -32,9 +32,9 @@ from visionaccel.benchmarking.presets import preset_checkpoint
 from visionaccel.benchmarking.process_tree import memory, processor_seconds
 from visionaccel.bundle import open_bundle
 from visionaccel.cli.app import app
-from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError, DeadlineError, DeviceError, SettingsError, UnknownBackendError
 from visionaccel.grid import Grid
+from visionaccel.opening import open_tower
 from visionaccel.testing.checkpoints import TINY, tower_shapes
 
 GRIDS = ("8x8", "12x20")

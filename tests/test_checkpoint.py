@@ -9,8 +9,8 @@ import pytest
 from safetensors import safe_open
 
 from visionaccel.checkpoint import Checkpoint, locate_checkpoint
-from visionaccel.encoder import open_tower
 from visionaccel.errors import CheckpointError, UnsupportedArchitectureError
+from visionaccel.opening import open_tower
 from visionaccel.testing.checkpoints import TINY, random_checkpoint, tower_shapes
 
 

@@ -28,9 +28,9 @@ from visionaccel.cores import (
     shown_cores,
     thread_limit,
 )
-from visionaccel.encoder import open_tower
 from visionaccel.errors import SettingsError
 from visionaccel.integrations.vllm import compat
+from visionaccel.opening import open_tower
 from visionaccel.runtime.opening import open_guarded
 from visionaccel.settings import Settings, load_settings
 

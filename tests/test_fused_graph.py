@@ -14,10 +14,10 @@ from visionaccel.backends import Accepted, Rejected, default_registry
 from visionaccel.bundle import open_bundle
 from visionaccel.bundle.export import ProgramRequest, export_bundle
 from visionaccel.cli.app import app
-from visionaccel.encoder import open_tower
 from visionaccel.errors import BackendUnavailableError, ConfigurationError
 from visionaccel.families.qwen2_5_vl.signature import EMBEDDINGS
 from visionaccel.grid import Grid
+from visionaccel.opening import open_tower
 from visionaccel.program import ONNX_FUSED, FixedGrid, HostSplit
 from visionaccel_onnxrt.session_entries import SPINNING, UNPACKED
 

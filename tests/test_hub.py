@@ -17,8 +17,8 @@ from hub_server import ATTRIBUTES, TOKEN, HubServer, Repository
 from visionaccel.bundle import MANIFEST, open_bundle
 from visionaccel.bundle.export import ProgramRequest, export_bundle, rewrite_manifest
 from visionaccel.bundle.manifest import parse_manifest, seal
-from visionaccel.encoder import open_tower
 from visionaccel.grid import Grid
+from visionaccel.opening import open_tower
 from visionaccel.program import FixedGrid
 from visionaccel.testing.checkpoints import random_checkpoint
 

@@ -23,12 +23,12 @@ from visionaccel.bundle.vitisai import ImportRequest
 from visionaccel.bundle.vitisai import import_vitisai as import_artifact
 from visionaccel.checkpoint import Checkpoint
 from visionaccel.cli.app import app
-from visionaccel.encoder import open_tower
 from visionaccel.errors import BundleError, ConfigurationError
 from visionaccel.families import tower_of
 from visionaccel.families.qwen2_5_vl.config import VisionConfig
 from visionaccel.families.qwen2_5_vl.geometry import make_tables
 from visionaccel.grid import Grid
+from visionaccel.opening import open_tower
 from visionaccel.program import (
     CHECKPOINT,
     FLEXMLRT_DIRECTORY,

@@ -23,13 +23,13 @@ from towers import random_patches
 from visionaccel import open_encoder
 from visionaccel.backends import Registry
 from visionaccel.bundle.export import ProgramRequest, export_bundle
-from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError, DeviceError, DeviceLostError, InputError, SettingsError
 from visionaccel.grid import Grid
 from visionaccel.isolation import IsolatedSession, Limits
 from visionaccel.isolation.messages import OpenRequest
 from visionaccel.isolation.process import DeviceProcess, packed
 from visionaccel.isolation.shared_arrays import SharedArrays
+from visionaccel.opening import open_tower
 from visionaccel.program import CHECKPOINT, ONNX, FixedGrid, Program
 from visionaccel.runtime.guarded import GuardedEncoder
 

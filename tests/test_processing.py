@@ -11,11 +11,11 @@ from PIL import Image
 from visionaccel.bundle import open_bundle
 from visionaccel.bundle.export import ProgramRequest, export_bundle
 from visionaccel.checkpoint import Checkpoint
-from visionaccel.encoder import open_tower
 from visionaccel.errors import BundleError, ConfigurationError, InputError, UnfitGridError
 from visionaccel.families import tower_of
 from visionaccel.grid import Grid
 from visionaccel.integrations.vllm.source import open_served_encoder, open_served_source
+from visionaccel.opening import open_tower
 from visionaccel.program import AnyGrid, FixedGrid
 from visionaccel.settings import load_settings
 from visionaccel.stripping import strip_checkpoint

@@ -9,7 +9,6 @@ import pytest
 from fake_plugins import ECHO, install
 from visionaccel import open_encoder
 from visionaccel.backends import Accepted, Registry, Rejected, select
-from visionaccel.encoder import open_tower
 from visionaccel.errors import (
     BackendUnavailableError,
     DeviceError,
@@ -18,6 +17,7 @@ from visionaccel.errors import (
     SettingsError,
     UnknownBackendError,
 )
+from visionaccel.opening import open_tower
 
 PLUGINS = Path(__file__).parents[1] / "plugins"
 

@@ -9,10 +9,10 @@ import pytest
 from towers import lowest_cosine, random_patches
 from visionaccel import open_encoder
 from visionaccel.bundle.export import ProgramRequest, export_bundle
-from visionaccel.encoder import open_tower
 from visionaccel.errors import CheckpointError, ConfigurationError, UnfitGridError
 from visionaccel.families.qwen2_5_vl.patch_embedding import PatchEmbedding
 from visionaccel.grid import Grid
+from visionaccel.opening import open_tower
 from visionaccel.program import AnyGrid, FixedGrid, HostSplit
 from visionaccel.testing.checkpoints import QWEN2_5_VL_7B, TINY, hollow_checkpoint, random_checkpoint
 

@@ -15,11 +15,11 @@ from strategies import grid_lists
 from towers import lowest_cosine, random_patches, reference
 from visionaccel import open_encoder
 from visionaccel.checkpoint import Checkpoint
-from visionaccel.encoder import open_tower
 from visionaccel.errors import BackendUnavailableError, CheckpointError, PluginError, SettingsError
 from visionaccel.families.qwen2_5_vl.config import DEFAULTS, VisionConfig
 from visionaccel.families.qwen2_5_vl.geometry import make_tables, tower_tables
 from visionaccel.grid import as_grids
+from visionaccel.opening import open_tower
 from visionaccel.program import CHECKPOINT
 from visionaccel.testing.checkpoints import TINY, random_checkpoint
 from visionaccel_torch_ref import linear

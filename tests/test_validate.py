@@ -25,11 +25,11 @@ from visionaccel.bundle import open_bundle
 from visionaccel.bundle.opening import tower_digest
 from visionaccel.checkpoint import read_header
 from visionaccel.cli.validate import validate
-from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError, InputError, SettingsError, UnknownBackendError
 from visionaccel.grid import Grid
 from visionaccel.images import image_processor
 from visionaccel.isolation import IsolatedSession
+from visionaccel.opening import open_tower
 from visionaccel.program import AnyGrid, Bucket, FixedGrid
 from visionaccel.tensor_files import write_safetensors
 from visionaccel.testing.checkpoints import random_checkpoint

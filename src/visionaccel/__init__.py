@@ -9,9 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from visionaccel.encoder import Encoder, open_encoder, open_tower
+    from visionaccel.encoder import Encoder
     from visionaccel.errors import VisionAccelError
     from visionaccel.grid import Grid
+    from visionaccel.opening import open_encoder, open_tower
     from visionaccel.runtime.opening import open_service
     from visionaccel.runtime.service import EncodeService
 
@@ -24,9 +25,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "Encoder": "visionaccel.encoder",
     "EncodeService": "visionaccel.runtime.service",
-    "open_encoder": "visionaccel.encoder",
+    "open_encoder": "visionaccel.opening",
     "open_service": "visionaccel.runtime.opening",
-    "open_tower": "visionaccel.encoder",
+    "open_tower": "visionaccel.opening",
     "Grid": "visionaccel.grid",
     "VisionAccelError": "visionaccel.errors",
 }

@@ -3,46 +3,34 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Self, TypeAlias, get_args
+from typing import Any, Self
 
 import numpy as np
-from pydantic import ValidationError
 
 from visionaccel.arrays import Array, as_numpy, dtype_name, is_tensor
 from visionaccel.backends import (
-    AUTO,
     Capabilities,
     EncodeReport,
-    Options,
     Registry,
     Session,
-    VisionBackend,
-    default_registry,
-    select,
 )
-from visionaccel.bundle import Bundle, is_bundle, open_bundle
-from visionaccel.checkpoint import locate_checkpoint
 from visionaccel.contracts import check_output, check_patches
 from visionaccel.cores import on_cores
-from visionaccel.errors import DeviceError, SettingsError, UnfitGridError, VisionAccelError
-from visionaccel.families import Host, Tower, tower_of
+from visionaccel.errors import DeviceError, UnfitGridError, VisionAccelError
+from visionaccel.families import Host, Tower
 from visionaccel.grid import Grid, GridLike, as_grids, total_patches
 from visionaccel.program import AnyGrid, Bucket, FixedGrid, Program
 
-__all__ = ["Encoder", "OpenProgram", "WantedIsolation", "open_encoder", "open_source", "open_tower"]
+__all__ = ["Encoder", "OpenProgram", "close_programs"]
 
 logger = logging.getLogger(__name__)
-
-WantedIsolation: TypeAlias = Literal["auto", "process", "none"]
-"""Whether sessions live in child processes of their own; `auto` for what the backend declares."""
 
 
 @dataclass
@@ -146,7 +134,7 @@ class Encoder:
                 return
             self._closed = True
             self._idle.wait_for(lambda: self._running == 0)
-            _close(self.programs)
+            close_programs(self.programs)
 
     def __enter__(self) -> Self:
         return self
@@ -272,157 +260,11 @@ class Encoder:
             logger.exception("An observer of encodes failed.")
 
 
-def open_tower(source: str | os.PathLike[str], revision: str | None = None) -> Tower:
-    """The vision tower of a checkpoint folder or Hugging Face repository.
-
-    Raises:
-        CheckpointError: If the checkpoint cannot be had, is incomplete or damaged.
-        UnsupportedArchitectureError: If its vision tower is not implemented.
-    """
-    return tower_of(locate_checkpoint(source, revision))
-
-
-def open_source(source: str | os.PathLike[str] | Tower | Bundle) -> Tower | Bundle:
-    """A bundle from a folder that is one, otherwise the tower of a checkpoint; what is open already stays as it is.
-
-    Raises:
-        BundleError: If the bundle is broken.
-        CheckpointError: If the checkpoint is broken, or there is neither.
-        UnsupportedArchitectureError: If the vision tower is not implemented.
-    """
-    if isinstance(source, Tower | Bundle):
-        return source
-    return open_bundle(source) if is_bundle(source) else open_tower(source)
-
-
-def open_encoder(
-    source: str | os.PathLike[str] | Tower | Bundle,
-    *,
-    backend: str = AUTO,
-    device: str | None = None,
-    options: Mapping[str, Any] | None = None,
-    registry: Registry | None = None,
-    isolation: WantedIsolation = "auto",
-    deadline: float = 120.0,
-    open_deadline: float = 600.0,
-    cores: Iterable[int] | None = None,
-) -> Encoder:
-    """Open a vision encoder on a backend.
-
-    Args:
-        source: A bundle folder, a checkpoint folder, a Hugging Face repository of a checkpoint, or an opened bundle or
-            tower.
-        backend: Name of an installed backend, or `auto` for the best that accepts.
-        device: The backend's device; None for its default.
-        options: The backend's options by name.
-        registry: Where backends are found; the installed ones by default. Child processes look in the installed ones.
-        isolation: Whether each session lives in a child process of its own; `auto` for what the backend declares.
-        deadline: Seconds that a call in a child process may take before that is ended.
-        open_deadline: Seconds that starting such a process and opening a program may take, compilation included.
-        cores: Cores of the CPU that its threads run on, and as many threads unless the options say otherwise. The
-            calling thread runs there during this call and those of `encode`. None for where that thread may run.
-
-    Raises:
-        ConfigurationError: If the backend is unknown, broken, refuses the program, or does not know an option; if the
-            isolation is none of these; or if there is no such core.
-        ArtifactError: If the bundle or checkpoint is broken or of an unsupported architecture.
-        DeviceError: If the device fails to open a program.
-    """
-    if isolation not in get_args(WantedIsolation):
-        raise SettingsError(
-            f"there is no isolation {isolation!r}.", hint=f"Name one of: {', '.join(get_args(WantedIsolation))}."
-        )
-    registry = registry or default_registry()
-    source = open_source(source)
-    wanted = None if cores is None else frozenset(cores)
-    with on_cores(wanted, strict=True):
-        return _opened(source, registry, backend, device, options, isolation, (deadline, open_deadline), wanted)
-
-
-def _opened(
-    source: Tower | Bundle,
-    registry: Registry,
-    backend: str,
-    device: str | None,
-    options: Mapping[str, Any] | None,
-    isolation: WantedIsolation,
-    deadlines: tuple[float, float],
-    cores: frozenset[int] | None,
-) -> Encoder:
-    """An encoder, opened by a thread that runs on its cores: backends count them when they are first asked."""
-    name, programs = select(registry, source, backend, device).require()
-    chosen = registry.load(name)
-    try:
-        checked = chosen.options.model_validate(dict(options or {}))
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors())
-        known = ", ".join(chosen.options.model_fields) or "none"
-        raise SettingsError(
-            f"invalid options of backend {name!r}: {problems}.", hint=f"Options it takes: {known}."
-        ) from error
-    tower = source.tower if isinstance(source, Bundle) else source
-    opened: list[OpenProgram] = []
-    try:
-        for program in programs:
-            host = _host(tower, program)
-            if (chosen.isolation_on(device) if isolation == AUTO else isolation) == "process":
-                session = _open_isolated(chosen, program, device, checked, *deadlines)
-            else:
-                session = _open(chosen, program, device, checked)
-            opened.append(OpenProgram(program, host, session))
-    except BaseException:
-        with suppress(Exception):  # What failed to open says more than what then failed to close.
-            _close(opened)
-        raise
-    return Encoder(tower, name, opened, registry, options, cores)
-
-
-def _close(programs: Iterable[OpenProgram]) -> None:
+def close_programs(programs: Iterable[OpenProgram]) -> None:
     """Close every session, even if one fails to."""
     with ExitStack() as stack:
         for opened in programs:
             stack.callback(opened.session.close)
-
-
-def _host(tower: Tower, program: Program) -> Host:
-    try:
-        return tower.host(program)
-    except VisionAccelError:
-        raise
-    except Exception as error:
-        raise DeviceError(
-            f"the host's part of program {program.name!r} cannot be prepared: {type(error).__name__}: {error}",
-            hint="Export the program without --split-host.",
-        ) from error
-
-
-def _open(backend: VisionBackend, program: Program, device: str | None, options: Options) -> Session:
-    try:
-        return backend.open(program, device, options)
-    except VisionAccelError:
-        raise
-    except Exception as error:
-        raise DeviceError(
-            f"backend {backend.name!r} could not open program {program.name!r} of {program.family}: "
-            f"{type(error).__name__}: {error}",
-            hint="Run `visionaccel explain` for what it needs.",
-        ) from error
-
-
-def _open_isolated(
-    backend: VisionBackend,
-    program: Program,
-    device: str | None,
-    options: Options,
-    deadline: float,
-    open_deadline: float,
-) -> Session:
-    from visionaccel.isolation import IsolatedSession, Limits  # needed by few, and it imports subprocess
-
-    # Validated once more in the child, so under the names and with the values that the user gave.
-    given = options.model_dump(by_alias=True, exclude_unset=True)
-    limits = Limits(run=deadline, opening=open_deadline)
-    return IsolatedSession(backend.name, program, device, given, limits=limits)
 
 
 def _generality(opened: OpenProgram) -> tuple[int, int]:

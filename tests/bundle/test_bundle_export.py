@@ -19,9 +19,9 @@ from visionaccel.bundle.manifest import MOST_PATCHES
 from visionaccel.bundle.opening import tower_digest
 from visionaccel.bundle.processor import processor_digest
 from visionaccel.checkpoint import Checkpoint
-from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError, UnfitGridError
 from visionaccel.grid import Grid
+from visionaccel.opening import open_tower
 from visionaccel.program import AnyGrid, Bucket, FixedGrid
 from visionaccel.testing.checkpoints import random_checkpoint
 

@@ -16,8 +16,8 @@ from visionaccel.bundle import open_bundle
 from visionaccel.bundle.export import export_bundle
 from visionaccel.bundle.external_data import point_at_weights
 from visionaccel.checkpoint import Checkpoint
-from visionaccel.encoder import open_tower
 from visionaccel.errors import BundleError
+from visionaccel.opening import open_tower
 from visionaccel.testing.checkpoints import random_checkpoint
 
 

@@ -15,8 +15,8 @@ from towers import random_patches, reference
 from visionaccel.bundle import MANIFEST, open_bundle
 from visionaccel.bundle.export import export_bundle, rewrite_manifest
 from visionaccel.bundle.manifest import json_schema
-from visionaccel.encoder import open_tower
 from visionaccel.errors import BundleError, ConfigurationError
+from visionaccel.opening import open_tower
 from visionaccel.testing.checkpoints import QWEN2_5_VL_7B, hollow_checkpoint, random_checkpoint
 
 
@@ -83,7 +83,7 @@ KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
 from visionaccel.bundle.export import ProgramRequest, export_bundle
-from visionaccel.encoder import open_tower
+from visionaccel.opening import open_tower
 from visionaccel.grid import Grid
 from visionaccel.program import AnyGrid, FixedGrid
 

@@ -6,11 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from textwrap import dedent
 
+from visionaccel.bundle.export import ProgramRequest, export_bundle
+from visionaccel.grid import Grid
+from visionaccel.opening import open_tower
+from visionaccel.program import FixedGrid
 from visionaccel.templates import write_backend_project
+from visionaccel.testing.conformance.declaration import Source
 
-__all__ = ["GOOD", "PLANTED", "Planted", "install"]
+__all__ = ["FIXED", "GOOD", "PLANTED", "Planted", "fixed_shapes", "install"]
 
 GOOD = "kit_good"
+FIXED = (Grid(1, 8, 12), Grid(1, 20, 16))
 
 _HEAD = """
 import os, threading, time
@@ -27,6 +33,14 @@ def on_output(change):
 """
 
 
+def fixed_shapes(checkpoint: Path, folder: Path) -> Path:
+    """A bundle of one grid and of a bucket, in standard operators."""
+    tower = open_tower(checkpoint)
+    requests = [ProgramRequest(FixedGrid(FIXED[0])), ProgramRequest(tower.bucket(Grid(1, 24, 24)))]
+    export_bundle(tower, folder, requests)
+    return folder
+
+
 @dataclass(frozen=True)
 class Planted:
     """A fault.
@@ -37,6 +51,7 @@ class Planted:
         says: What its failure must mention.
         source: Python that is put behind the good backend's.
         requires: The core as its metadata asks for it.
+        opens: Makes what it opens of a checkpoint; None if that itself.
     """
 
     name: str
@@ -44,6 +59,7 @@ class Planted:
     says: str
     source: str
     requires: str = "visionaccel>=0.1,<0.2"
+    opens: Source | None = None
 
 
 PLANTED = (
@@ -76,6 +92,19 @@ PLANTED = (
     Planted(
         "any_device", "L0-probe", "a device that does not exist",
         "Backend.probe = lambda self, program, device: Accepted(20)",
+    ),
+    Planted(
+        "any_family", "L0-foreign-families", "a family that does not exist",
+        """
+        from visionaccel_torch_ref import TorchReferenceBackend
+        class Anything(TorchReferenceBackend):
+            name = Backend.name
+            def probe(self, program, device):
+                return Accepted(20)
+        @hookimpl
+        def visionaccel_backends():
+            return [Anything]
+        """,
     ),
     Planted("any_core", "L0-requirement", "upper bound", "", requires="visionaccel"),
     Planted("other_core", "L0-requirement", "is installed", "", requires="visionaccel>=7,<8"),
@@ -112,6 +141,17 @@ PLANTED = (
             return _run(self, {**inputs, "window_mask": np.ones_like(inputs["window_mask"])})
         Session.run = run
         """,
+    ),
+    Planted(
+        "unmasked_padding", "L1-padding", "in a bucket of",
+        """
+        def run(self, inputs):
+            if "frame_bias" in inputs:
+                inputs = {**inputs, "frame_bias": np.zeros_like(inputs["frame_bias"])}
+            return _run(self, inputs)
+        Session.run = run
+        """,
+        opens=fixed_shapes,
     ),
     Planted(
         "writable_only", "L1-memory-layout", "read-only",

@@ -5,17 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from conformance.planted import FIXED, fixed_shapes
 from simulated import simulated_precision
-from visionaccel.bundle.export import ProgramRequest, export_bundle
 from visionaccel.bundle.vitisai import ImportRequest, import_vitisai
-from visionaccel.encoder import open_tower
-from visionaccel.grid import Grid
-from visionaccel.program import FixedGrid
+from visionaccel.opening import open_tower
 from visionaccel.testing.conformance import CHECKS, BackendUnderTest, conformance_suite, run_checks
 from visionaccel.testing.vitisai import write_vitisai_folder
 from visionaccel_flexmlrt.simulator import compile_partition
-
-FIXED = (Grid(1, 8, 12), Grid(1, 20, 16))
 
 
 def simulated_npu(checkpoint: Path, folder: Path) -> Path:
@@ -27,14 +23,6 @@ def simulated_npu(checkpoint: Path, folder: Path) -> Path:
         write_vitisai_folder(tower, left, grid, layout="rai", compile=partial(compile_partition, precision=precision))
         requests.append(ImportRequest(path=left, precision=precision))
     import_vitisai(tower, requests, folder)
-    return folder
-
-
-def fixed_shapes(checkpoint: Path, folder: Path) -> Path:
-    """A bundle of one grid and of a bucket, in standard operators."""
-    tower = open_tower(checkpoint)
-    requests = [ProgramRequest(FixedGrid(FIXED[0])), ProgramRequest(tower.bucket(Grid(1, 24, 24)))]
-    export_bundle(tower, folder, requests)
     return folder
 
 

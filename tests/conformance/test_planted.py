@@ -24,7 +24,7 @@ def test_a_planted_fault_is_found_by_the_check_that_names_it(planted: Planted, s
     name = f"kit_{planted.name}"
     install(site, name, planted.source, planted.requires)
     (check,) = (check for check in CHECKS if check.name == planted.check)
-    (outcome,) = run_checks(BackendUnderTest(name), tmp_path / "work", checks=[check])
+    (outcome,) = run_checks(BackendUnderTest(name, source=planted.opens), tmp_path / "work", checks=[check])
     assert outcome.status == "failed"
     assert planted.says in outcome.detail
 
@@ -37,7 +37,8 @@ def test_nothing_is_found_in_a_good_backend(seed, site, tmp_path):
     outcomes = run_checks(BackendUnderTest(GOOD), tmp_path / "work", checks=checks, seed=seed)
     assert {outcome.check: outcome.detail for outcome in outcomes if outcome.status == "failed"} == {}
     inapplicable = {outcome.check for outcome in outcomes if outcome.status == "not applicable"}
-    assert inapplicable == {"L1-padding", "L5-tampered"}  # it opens checkpoints, and programs for any grid
+    # It opens checkpoints, as models in files, for any grid.
+    assert inapplicable == {"L0-foreign-families", "L1-padding", "L5-tampered"}
 
 
 def test_every_level_finds_something():

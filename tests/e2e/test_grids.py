@@ -11,9 +11,9 @@ from PIL import Image
 from digits_vlm.samples import held_out_images
 from forked import WORKER_IN_ENGINE
 from visionaccel.bundle.export import ProgramRequest, export_bundle
-from visionaccel.encoder import open_tower
 from visionaccel.grid import Grid
 from visionaccel.integrations.vllm.server import serve
+from visionaccel.opening import open_tower
 from visionaccel.program import FixedGrid
 
 GRIDS = ("8x16", "16x8", "12x22", "22x12", "12x12")

@@ -8,7 +8,7 @@ import pytest
 
 from visionaccel.bundle.export import ProgramRequest, export_bundle
 from visionaccel.checkpoint import Checkpoint
-from visionaccel.encoder import open_tower
+from visionaccel.opening import open_tower
 from visionaccel.program import AnyGrid
 from visionaccel.stripping import strip_checkpoint
 

@@ -248,6 +248,9 @@ class VisionBackend(ABC):
     def open(self, program: Program, device: str | None, options: Any) -> Session:
         """Open an accepted program.
 
+        The calling thread runs on the encoder's cores, here as in `probe` and `Session.run`, and threads that it makes
+        inherit them. A pool that counts or binds cores by itself gets its size from `visionaccel.cores.thread_limit`.
+
         Args:
             program: What to run.
             device: The device that was probed.

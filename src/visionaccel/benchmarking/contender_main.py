@@ -52,7 +52,7 @@ class _Work:
         deadline: float,
     ) -> dict[str, Any]:
         from visionaccel.bundle import Bundle
-        from visionaccel.encoder import open_source
+        from visionaccel.opening import open_source
 
         opened = open_source(source)
         if kind == "backend":
@@ -114,7 +114,7 @@ def _open_backend(
 ) -> Any:
     from visionaccel.backends import default_registry
     from visionaccel.benchmarking.peers import Opened
-    from visionaccel.encoder import open_encoder
+    from visionaccel.opening import open_encoder
 
     backend = default_registry().load(name)
     if "threads" in backend.options.model_fields:

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from visionaccel.bundle import Bundle, is_bundle, open_bundle
 from visionaccel.checkpoint import locate_checkpoint
-from visionaccel.encoder import Encoder, open_encoder, open_source
+from visionaccel.encoder import Encoder
 from visionaccel.errors import ConfigurationError
 from visionaccel.families import Tower
 from visionaccel.fitting import Fitter
 from visionaccel.fixed_grid import FittingProcessor
 from visionaccel.images import image_processor
+from visionaccel.opening import open_encoder, open_source
 from visionaccel.testing.simulated.target import NAME as SIMULATED
 
 if TYPE_CHECKING:

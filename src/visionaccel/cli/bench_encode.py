@@ -24,10 +24,10 @@ from visionaccel.bundle import Bundle
 from visionaccel.checkpoint import locate_checkpoint
 from visionaccel.cli.output import Json, check_writable, messages, number, print_json, results, write_json
 from visionaccel.cli.termination import tidy_if_terminated
-from visionaccel.encoder import open_source
 from visionaccel.errors import SettingsError
 from visionaccel.families import Tower
 from visionaccel.grid import Grid, as_grids
+from visionaccel.opening import open_source
 from visionaccel.program import FixedGrid
 
 __all__ = ["encode", "placement"]

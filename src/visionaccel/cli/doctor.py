@@ -12,8 +12,8 @@ from visionaccel import __version__
 from visionaccel.backends import Finding, ProgramSource, Registry, default_registry
 from visionaccel.cli.output import Json, print_json, results
 from visionaccel.cores import choose_cores, process_cores, shown_cores
-from visionaccel.encoder import open_source
 from visionaccel.errors import VisionAccelError
+from visionaccel.opening import open_source
 from visionaccel.settings import load_settings
 
 __all__ = ["doctor"]

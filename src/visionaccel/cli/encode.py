@@ -17,11 +17,11 @@ from visionaccel.bundle.processor import require_processor
 from visionaccel.checkpoint import locate_checkpoint
 from visionaccel.cli.output import Backend, Device, Json, OptionsText, backend_options, print_json, results
 from visionaccel.cores import choose_cores
-from visionaccel.encoder import open_encoder, open_source
 from visionaccel.errors import ConfigurationError
 from visionaccel.fitting import Fitter
 from visionaccel.fixed_grid import FittingProcessor
 from visionaccel.images import image_processor, load_image
+from visionaccel.opening import open_encoder, open_source
 from visionaccel.settings import load_settings
 
 __all__ = ["encode"]

@@ -27,8 +27,8 @@ from visionaccel.cli.output import (
     results,
 )
 from visionaccel.cores import choose_cores, on_cores
-from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError
+from visionaccel.opening import open_tower
 from visionaccel.settings import load_settings
 from visionaccel.validation.answers import LEAST_AGREEMENT
 from visionaccel.validation.certificate import THRESHOLDS, validate_bundle

@@ -12,9 +12,10 @@ from typing import Any
 from visionaccel.backends import AUTO
 from visionaccel.bundle import Bundle
 from visionaccel.cores import Host, choose_cores, shown_cores
-from visionaccel.encoder import Encoder, WantedIsolation, open_encoder, open_source
+from visionaccel.encoder import Encoder
 from visionaccel.errors import BackendUnavailableError, DeviceError, PluginError
 from visionaccel.families import Tower
+from visionaccel.opening import WantedIsolation, open_encoder, open_source
 from visionaccel.runtime.guarded import GuardedEncoder
 from visionaccel.runtime.service import EncodeService
 from visionaccel.runtime.timing import TimingLog

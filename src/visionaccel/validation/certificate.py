@@ -24,7 +24,7 @@ from visionaccel.bundle.export import Progress, toolchain
 from visionaccel.bundle.manifest import Answers, Certificate, ProgramEntry, ProgramResult
 from visionaccel.bundle.opening import Bundle, tower_digest
 from visionaccel.bundle.processor import processor_digest, require_processor
-from visionaccel.encoder import Encoder, WantedIsolation, open_encoder
+from visionaccel.encoder import Encoder
 from visionaccel.errors import (
     ConfigurationError,
     OutputError,
@@ -35,6 +35,7 @@ from visionaccel.errors import (
 )
 from visionaccel.families import Tower
 from visionaccel.images import image_processor
+from visionaccel.opening import WantedIsolation, open_encoder
 from visionaccel.program import Program
 from visionaccel.validation.answers import LEAST_AGREEMENT, digits_checkpoint, read_digits
 from visionaccel.validation.comparison import Comparison, Place

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
-from visionaccel.encoder import WantedIsolation
+from visionaccel.opening import WantedIsolation
 
 __all__ = ["TOLERANCES", "BackendUnderTest", "KnownFailure", "Source", "Tolerance"]
 

@@ -17,10 +17,10 @@ from visionaccel.backends import (
     VisionBackend,
 )
 from visionaccel.bundle import Bundle
-from visionaccel.encoder import open_encoder, open_source
 from visionaccel.errors import SettingsError
+from visionaccel.opening import open_encoder, open_source
 from visionaccel.program import Program
-from visionaccel.testing.conformance.check import CheckFailedError, Checks
+from visionaccel.testing.conformance.check import CheckFailedError, Checks, NotApplicableError
 from visionaccel.testing.conformance.fresh_process import in_fresh_process
 from visionaccel.testing.conformance.kit import Kit
 
@@ -50,8 +50,7 @@ def registration(kit: Kit) -> None:
     if type(first) is not type(again):
         raise CheckFailedError(f"registering {name!r} twice gives two classes: make the class once, not in the hook.")
     kind = type(first)
-    if kind.__init__ is not object.__init__ and kind.__init__ is not VisionBackend.__init__:
-        kind()  # The core calls it without arguments; anything else fails here.
+    kind()  # as the core does in each process
     if not isinstance(kind.formats, frozenset) or not kind.formats:
         raise CheckFailedError(f"`formats` is {kind.formats!r}; it must be a frozenset of program formats.")
     for device in (None, "cpu"):
@@ -96,11 +95,11 @@ def probe(kit: Kit) -> None:
 
 
 @INTERFACE.add
-def foreign_programs(kit: Kit) -> None:
-    """A program of another family, for any grid, is refused or needs nothing of the family."""
+def foreign_families(kit: Kit) -> None:
+    """A backend that builds the tower itself refuses a family that it does not know."""
     backend, program = _backend_and_program(kit)
     if program.model is not None or program.artifact is not None:
-        return  # What is in a file is all that counts: its inputs and outputs have names.
+        raise NotApplicableError("what it runs is in a file, whose inputs and outputs have names.")
     _refused(backend, replace(program, family="no_such_family"), kit.declared.device, "a family that does not exist")
 
 

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from visionaccel.arrays import as_numpy
 from visionaccel.backends import Registry
-from visionaccel.encoder import Encoder, open_encoder
+from visionaccel.encoder import Encoder
 from visionaccel.errors import BackendUnavailableError
 from visionaccel.grid import Grid
+from visionaccel.opening import open_encoder
 from visionaccel.program import AnyGrid
 from visionaccel.testing.checkpoints import LIVELY, TINY, random_checkpoint
 from visionaccel.testing.conformance.check import CheckFailedError

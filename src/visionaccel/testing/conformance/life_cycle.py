@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import pickle
 import threading
 import time
 from collections.abc import Callable
@@ -17,8 +18,9 @@ from numpy.typing import NDArray
 from visionaccel.arrays import as_numpy
 from visionaccel.backends import Registry
 from visionaccel.benchmarking.process_tree import memory
-from visionaccel.encoder import Encoder, open_source
+from visionaccel.encoder import Encoder
 from visionaccel.errors import DeviceError
+from visionaccel.opening import open_source
 from visionaccel.testing.conformance.check import CheckFailedError, Checks
 from visionaccel.testing.conformance.fresh_process import in_fresh_process
 from visionaccel.testing.conformance.kit import Kit
@@ -222,8 +224,6 @@ def _fork(subject: Subject) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
 
 def _in_fork(function: Callable[[], NDArray[np.float32]]) -> NDArray[np.float32]:
     """What a function returns in a fork of this process."""
-    import pickle
-
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:  # Never return into the caller's code, whatever happens.

@@ -12,7 +12,7 @@ from visionaccel.grid import Grid
 from visionaccel.testing.checkpoints import TINY
 from visionaccel.testing.conformance.check import CheckFailedError, Checks, NotApplicableError
 from visionaccel.testing.conformance.kit import Kit
-from visionaccel.testing.conformance.subject import Subject, grids_of
+from visionaccel.testing.conformance.subject import WINDOW_SIDE, Subject, grids_of
 from visionaccel.validation.answers import LEAST_AGREEMENT, read_digits
 from visionaccel.validation.comparison import token_cosines
 
@@ -93,15 +93,14 @@ def windows(kit: Kit) -> None:
     """Where no layer attends beyond its window, a patch changes the tokens of its own window and no others."""
     subject = kit.subject_of("windows", {**TINY, "fullatt_block_indexes": []})
     with subject.open(registry=kit.registry) as encoder:
-        several = [
-            call for call in grids_of(encoder) if len(call) == 1 and call[0].t == 1 and max(call[0].h, call[0].w) > 8
-        ]
+        still = [call for call in grids_of(encoder) if len(call) == 1 and call[0].t == 1]
+        several = [call for call in still if max(call[0].h, call[0].w) > WINDOW_SIDE]
         if not several:
             raise NotApplicableError("no grid that it takes has more than one window.")
         merge = encoder.tower.merge_size
         for (grid,) in several:
-            columns = grid.w // merge
-            window = np.array([(t // columns // 4, t % columns // 4) for t in range(grid.tokens(merge))])
+            columns, side = grid.w // merge, WINDOW_SIDE // merge
+            window = np.array([(t // columns // side, t % columns // side) for t in range(grid.tokens(merge))])
             patches = kit.patches([grid], 40)
             before = np.array(as_numpy(encoder.encode(patches, [grid])))
             for token in (0, len(window) // 2, len(window) - 1):

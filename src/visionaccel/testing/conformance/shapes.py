@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from random import Random
 
 import ml_dtypes
 import numpy as np
@@ -17,7 +18,7 @@ from visionaccel.grid import Grid, total_patches
 from visionaccel.program import Bucket
 from visionaccel.testing.conformance.check import CheckFailedError, Checks, NotApplicableError
 from visionaccel.testing.conformance.kit import Kit
-from visionaccel.testing.conformance.subject import PATCH_WIDTH
+from visionaccel.testing.conformance.subject import PATCH_WIDTH, WINDOW_SIDE
 
 __all__ = ["SHAPES"]
 
@@ -44,9 +45,9 @@ def permutation(kit: Kit) -> None:
     """Images in another order give the same embeddings in that order."""
 
     @kit.holds(kit.grid_lists(2, 4), st.randoms(use_true_random=False))
-    def tried(grids: tuple[Grid, ...], random: Mapping[str, object]) -> None:
+    def tried(grids: tuple[Grid, ...], random: Random) -> None:
         order = list(range(len(grids)))
-        random.shuffle(order)  # type: ignore[attr-defined]
+        random.shuffle(order)
         patches = kit.patches(grids)
         pieces, outputs = _split(patches, grids), _split(kit.encode(patches, grids), grids, kit)
         shuffled = [grids[i] for i in order]
@@ -76,8 +77,7 @@ def addition(kit: Kit) -> None:
 @SHAPES.add
 def partial_windows(kit: Kit) -> None:
     """Windows at the right and lower edges, which hold fewer patches, are as right as whole ones."""
-    side = 8
-    partial = [call for call in kit.calls if any(grid.h % side or grid.w % side for grid in call)]
+    partial = [call for call in kit.calls if any(grid.h % WINDOW_SIDE or grid.w % WINDOW_SIDE for grid in call)]
     if not partial:
         raise NotApplicableError("all grids that it takes are of whole windows.")
     for grids in partial:
@@ -90,25 +90,22 @@ def partial_windows(kit: Kit) -> None:
 @SHAPES.add
 def padding(kit: Kit) -> None:
     """What fills a bucket up beside an image does not change the image's embeddings."""
-    buckets = [opened for opened in kit.encoder.programs if isinstance(opened.program.coverage, Bucket)]
-    if not buckets:
+    frames = {grid.frame: kit.encoder.program_for(grid.frame) for call in kit.calls for grid in call}
+    padded = {frame: each for frame, each in frames.items() if isinstance(each.program.coverage, Bucket)}
+    if not padded:
         raise NotApplicableError("it has no program for a bucket of grids.")
-    for grids in kit.calls:
-        patches = kit.patches(grids)
-        kit.compare(
-            kit.encode(patches, grids), kit.expected(patches, grids), f"grids {_listed(grids)} in a larger bucket"
-        )
-    opened = buckets[0]
-    small = min((grid for call in kit.calls for grid in call), key=lambda grid: grid.patches).frame
-    if kit.encoder.program_for(small) is not opened:
-        return
-    inputs = dict(opened.host.inputs(kit.patches([small]), [small]))
-    clean = opened.session.run(inputs)
-    pixels = np.array(inputs["pixel_values"])
-    pixels[small.patches :] = 1000.0
-    dirty = opened.session.run({**inputs, "pixel_values": pixels})
-    found, exact = (np.asarray(as_numpy(opened.host.embeddings(each, [small]))) for each in (dirty, clean))
-    kit.compare(found, exact, f"grid {small} in a bucket whose unused patches are not zero: padding is not masked")
+    for frame, opened in padded.items():
+        patches = kit.patches([frame])
+        what = f"grid {frame} in a bucket of {opened.program.coverage}"
+        kit.compare(kit.encode(patches, [frame]), kit.expected(patches, [frame]), what)
+        inputs = dict(opened.host.inputs(patches, [frame]))
+        name = opened.program.inputs[0].name  # patches, as they come or embedded by the host
+        clean = opened.session.run(inputs)
+        rows = np.array(inputs[name])
+        rows[len(rows) * frame.patches // opened.program.coverage.patches :] = 1000.0  # type: ignore[union-attr]
+        dirty = opened.session.run({**inputs, name: rows})
+        found, exact = (np.asarray(as_numpy(opened.host.embeddings(each, [frame]))) for each in (dirty, clean))
+        kit.compare(found, exact, f"{what} whose unused patches are not zero: padding is not masked")
 
 
 @SHAPES.add

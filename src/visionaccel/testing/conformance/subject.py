@@ -11,15 +11,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visionaccel.backends import Registry
-from visionaccel.encoder import Encoder, WantedIsolation, open_encoder, open_source
-from visionaccel.families import Tower
+from visionaccel.encoder import Encoder
 from visionaccel.grid import Grid, total_patches
+from visionaccel.opening import WantedIsolation, open_encoder, open_source
 from visionaccel.program import AnyGrid, Coverage, FixedGrid
 from visionaccel.testing.checkpoints import TINY
 
-__all__ = ["PATCH_WIDTH", "Subject", "grids_of", "patches_for"]
+__all__ = ["PATCH_WIDTH", "WINDOW_SIDE", "Subject", "grids_of", "patches_for"]
 
 PATCH_WIDTH = TINY["in_channels"] * TINY["temporal_patch_size"] * TINY["patch_size"] ** 2
+"""Values of a patch of the kit's small towers."""
+
+WINDOW_SIDE = TINY["window_size"] // TINY["patch_size"]
+"""Patches along a side of an attention window of theirs."""
 
 DEADLINE = 20.0
 """Seconds of a call in a process of its own."""
@@ -60,7 +64,6 @@ class Subject:
 
     def open(
         self,
-        source: Path | Tower | None = None,
         *,
         isolation: WantedIsolation | None = None,
         registry: Registry | None = None,
@@ -69,13 +72,12 @@ class Subject:
         """An encoder of its own, to be closed by the caller.
 
         Args:
-            source: Another source than its own.
             isolation: Another isolation than its own.
             registry: Where the backend is found.
             deadline: Seconds of a call in a process of its own.
         """
         return open_encoder(
-            open_source(source or self.source),
+            open_source(self.source),
             backend=self.backend,
             device=self.device,
             options=self.options,
@@ -101,12 +103,8 @@ def grids_of(encoder: Encoder) -> tuple[tuple[Grid, ...], ...]:
     if any(isinstance(coverage, AnyGrid) for coverage in coverages):
         return tuple(call for call in _ANY if all(_taken(encoder, coverages, grid) for grid in call))
     fixed = [coverage.grid for coverage in coverages if isinstance(coverage, FixedGrid)]
-    within = [
-        Grid(1, h, w)
-        for h in _SIDES
-        for w in _SIDES
-        if not isinstance(coverages[0], FixedGrid) and _taken(encoder, coverages, Grid(1, h, w))
-    ]
+    within = [grid for h in _SIDES for w in _SIDES if _taken(encoder, coverages, grid := Grid(1, h, w))]
+    within = [grid for grid in within if grid not in fixed]
     # Of the many grids in a bucket, some of each size.
     chosen = [*fixed, *within[:: max(1, len(within) // 6)]]
     calls: list[tuple[Grid, ...]] = [(grid,) for grid in chosen]
