@@ -199,7 +199,8 @@ def _open_truncated(subject: Subject) -> None:
             if encoder.program_for(call[0].frame).program.coverage == program.coverage
         )
     inputs = host.inputs(patches_for([grid], subject.seed), [grid])
-    files = [path for path in subject.source.rglob("*") if path.is_file() and path.suffix != ".json"]
+    # What the program itself reads: its artifact, or the weights.
+    files = [program.artifact] if program.artifact else sorted({stored.file for stored in program.weights.values()})
     largest = max(files, key=lambda path: path.stat().st_size)
     with largest.open("r+b") as file:
         file.truncate(largest.stat().st_size // 2)

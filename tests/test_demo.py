@@ -1,27 +1,12 @@
-"""The demo, as `make demo` runs it."""
+"""What the demo makes of answers. It asks two real servers in the test of an author's first ten minutes."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 import visionaccel.cli.demo as module
 from visionaccel.cli.app import app
-
-
-def test_the_demo_compares_two_real_servers():
-    command = [Path(sys.executable).with_name("visionaccel"), "demo", "--images", "4", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
-    assert result["agreement"] == 1.0
-    assert len(result["images"]) == 4
-    for row in result["images"]:
-        assert row["stock"] == row["onnxrt"]
-        assert row["encode_ms"] > 0
 
 
 @pytest.mark.parametrize(("ours", "status"), [("42", 0), ("43", 1)])
@@ -33,3 +18,9 @@ def test_any_different_answer_fails_the_demo(monkeypatch, ours, status):
     result = CliRunner().invoke(app, ["demo", "--images", "3"])
     assert result.exit_code == status
     assert f"agreement: {0 if status else 3} of 3" in result.stdout
+    printed = CliRunner().invoke(app, ["demo", "--images", "3", "--json"])
+    assert printed.exit_code == status
+    found = json.loads(printed.stdout)
+    assert found["agreement"] == 1 - status
+    assert [row["onnxrt"] for row in found["images"]] == [ours] * 3
+    assert all(row["encode_ms"] > 0 for row in found["images"])
