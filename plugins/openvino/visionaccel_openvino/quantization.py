@@ -5,6 +5,8 @@ that is much larger than the others would leave these a few steps of 256, and an
 than all that were. Therefore each product's input is divided, channel by channel, by what its weight is multiplied by
 (SmoothQuant), and then each row by its own largest value: whatever the image, its values lie between -1 and 1 and reach
 one of them. That is the scale, so nothing is left for a calibration of ranges, and each row has in effect its own.
+
+The last product, which is the merger's, stays as it is.
 """
 
 from __future__ import annotations
@@ -72,6 +74,10 @@ def quantize(program: Program, calibration: Iterable[Mapping[str, Array]], folde
         )
     model = parse_model(program)
     groups = find_products(model, program)
+    if len(groups) > 1:
+        # From a graph's end back to the first product that is not of int8, OpenVINO computes in float32 whatever
+        # precision it is asked for. With this one left, what lies between the products is in bfloat16 if asked.
+        groups.popitem()
     watching, outputs = add_largest(model, list(groups))
     largest = largest_by_channel(list(groups), _answers(program, watching, outputs, calibration))
     replaced: dict[str, list[onnx.NodeProto]] = {}

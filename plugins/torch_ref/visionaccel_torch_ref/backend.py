@@ -9,7 +9,7 @@ from pydantic import Field
 from visionaccel.arrays import Array, is_tensor
 from visionaccel.backends import Accepted, Capabilities, Options, Rejected, Session, Verdict, VisionBackend
 from visionaccel.cores import thread_limit
-from visionaccel.errors import BackendUnavailableError
+from visionaccel.errors import BackendUnavailableError, ConfigurationError
 from visionaccel.grid import Grid, as_grids
 from visionaccel.program import CHECKPOINT, Program
 
@@ -31,6 +31,10 @@ class TorchReferenceOptions(Options):
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Dtype of the weights and of the arithmetic.")
     attention: Literal["sdpa", "eager"] = Field(
         "sdpa", description="torch's fused attention, or products and a softmax that hold every score in memory."
+    )
+    graphs: bool = Field(
+        False,
+        description="cuda, fast: launch the kernels of grids that came before as one CUDA graph.",
     )
     threads: int | None = Field(
         None,
@@ -74,6 +78,11 @@ class TorchReferenceBackend(VisionBackend):
         import torch
 
         where, dtype = device or "cpu", getattr(torch, options.dtype)
+        if options.graphs and (options.implementation != "fast" or not where.startswith("cuda")):
+            raise ConfigurationError(
+                f"torch_ref has no CUDA graphs for implementation {options.implementation!r} on device {where!r}.",
+                hint="Leave out the option graphs, or use implementation fast on device cuda.",
+            )
         tower: _Tower
         if options.implementation == "fast":
             from visionaccel_torch_ref import attention
@@ -81,6 +90,10 @@ class TorchReferenceBackend(VisionBackend):
 
             attend = attention.sdpa if options.attention == "sdpa" else attention.eager
             tower = load_fast_tower(program, dtype=dtype, attention=attend, device=where)
+            if options.graphs:
+                from visionaccel_torch_ref.graphs import GraphedTower, cuda_capture
+
+                tower = GraphedTower(tower, cuda_capture(where))
         else:
             if find_spec("transformers") is None:
                 raise BackendUnavailableError(

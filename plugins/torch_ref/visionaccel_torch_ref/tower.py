@@ -99,7 +99,14 @@ class FastTower:
             patches: [P, patch_width], of the tower's dtype and on its device.
             grids: The grids of the call.
         """
-        layout = self._layouts.of(grids)
+        return self.forward(patches, self.layout(grids))
+
+    def layout(self, grids: Sequence[Grid]) -> Layout:
+        """Where the rows of a call stand, on the device."""
+        return self._layouts.of(grids)
+
+    def forward(self, patches: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """The call of that layout: the same kernels on the same tables each time, without a word to the host."""
         rows = self._reorder(self._embed(patches), layout.window_index)
         for block in self._blocks:
             attended = self._attend(block, _rms_norm(rows, block.norm1), layout)

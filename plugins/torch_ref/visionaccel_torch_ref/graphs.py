@@ -1,0 +1,137 @@
+"""CUDA graphs: the kernels of a call, captured for a list of grids that came again, and launched as one from then on.
+
+Small images are where it helps: launching the kernels of a block one by one then takes longer than computing them.
+"""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+import torch
+
+from visionaccel.grid import Grid
+from visionaccel_torch_ref.layout import Layout
+
+__all__ = ["Capture", "GraphedTower", "Replay", "cuda_capture"]
+
+logger = logging.getLogger(__name__)
+
+_MOST_KEPT = 16
+"""Lists of grids whose graphs are kept. Each holds its inputs and its answer; what lies between is shared."""
+
+Replay: TypeAlias = Callable[[], None]
+"""Computes again what was captured, from and into the same memory."""
+
+Capture: TypeAlias = Callable[[Callable[[], torch.Tensor]], tuple[Replay, torch.Tensor]]
+"""From a computation, which it may run, its replay and the tensor that this writes."""
+
+
+class _Tower(Protocol):
+    def layout(self, grids: Sequence[Grid]) -> Layout: ...
+
+    def forward(self, patches: torch.Tensor, layout: Layout) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """A graph and the memory that it reads and writes.
+
+    Attributes:
+        replay: Computes `answer` from `patches`.
+        patches: [P, patch_width]
+        layout: Its tables are read in each replay, so they must live as long.
+        answer: [N, out_width]
+    """
+
+    replay: Replay
+    patches: torch.Tensor
+    layout: Layout
+    answer: torch.Tensor
+
+
+class GraphedTower:
+    """A tower whose calls are replayed. Calls must not overlap, nor run on different streams.
+
+    The first call of a list of grids is computed as it comes. The second is too, and is captured; the graph is kept
+    only if its answer to the same patches is the same to the last bit, so that one never sees which calls are replayed.
+
+    Args:
+        tower: Computes the calls.
+        capture: How they are captured.
+    """
+
+    def __init__(self, tower: _Tower, capture: Capture) -> None:
+        self._tower, self._capture = tower, capture
+        self._known: OrderedDict[tuple[Grid, ...], _Captured | None] = OrderedDict()
+        self._refused = False
+
+    def __call__(self, patches: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
+        """Embeddings [N, out_width] in the order of the grids, in memory of their own.
+
+        Args:
+            patches: [P, patch_width], of the tower's dtype and on its device.
+            grids: The grids of the call.
+        """
+        key = tuple(grids)
+        captured = self._known.get(key)
+        if captured is not None:
+            self._known.move_to_end(key)
+            captured.patches.copy_(patches)
+            captured.replay()
+            return captured.answer.clone()
+        layout = self._tower.layout(grids)
+        answer = self._tower.forward(patches, layout)
+        if not self._refused:
+            self._known[key] = self._captured(patches, layout, answer) if key in self._known else None
+            self._known.move_to_end(key)
+            if len(self._known) > _MOST_KEPT:
+                self._known.popitem(last=False)
+        return answer
+
+    def _captured(self, patches: torch.Tensor, layout: Layout, answer: torch.Tensor) -> _Captured | None:
+        """The call's graph; None, for this and for all that come later, if it is not what was computed."""
+        held = patches.clone()
+        try:
+            replay, replayed = self._capture(lambda: self._tower.forward(held, layout))
+            replay()
+            same = torch.equal(replayed, answer)
+        except RuntimeError as error:
+            self._refuse(f"torch {torch.__version__} cannot capture the tower: {error}")
+            return None
+        if not same:
+            self._refuse("a replayed graph's answer is not that of the call that it was captured from")
+            return None
+        return _Captured(replay, held, layout, replayed)
+
+    def _refuse(self, reason: str) -> None:
+        self._refused = True
+        logger.warning("Calls are computed without CUDA graphs from now on: %s.", reason)
+
+
+def cuda_capture(device: str) -> Capture:
+    """Captures on a CUDA device, all graphs in one pool of memory.
+
+    They may share it because each answer is copied before the next replay begins.
+    """
+    pool = torch.cuda.graph_pool_handle()
+
+    def capture(compute: Callable[[], torch.Tensor]) -> tuple[Replay, torch.Tensor]:
+        with torch.cuda.device(device):
+            # Libraries allocate on their first use on a stream, which a capture does not allow.
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                compute()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                answer = compute()
+
+        def replay() -> None:
+            graph.replay()
+
+        return replay, answer
+
+    return capture
