@@ -9,10 +9,10 @@ TWINE := $(VENV)/twine/bin/twine
 MINIMUM := .venv-minimum
 VLLM_RELEASES ?= 0.28.0 0.30.0 0.32.0
 
-# What needs vLLM, or torchvision, which comes with it; how well a later hypothesis varies damaged bytes; and the schema as a
-# later pydantic words it.
+# What needs vLLM, or torchvision, which comes with it; how well a later hypothesis varies damaged bytes; and the schema and
+# the commands' pages as a later pydantic and typer word them.
 NOT_MINIMUM := --ignore tests/e2e $(patsubst %,--ignore tests/test_%.py,bench_encode bench_placement bench_serve containment \
-	faults fitting fixed_grid pipeline processing producer) -k "not damaged_bytes and not published_schema"
+	faults fitting fixed_grid pipeline processing producer) -k "not damaged_bytes and not published_schema and not tables_show"
 
 PACKAGES := . plugins/onnxrt plugins/openvino plugins/torch_ref plugins/flexmlrt examples/digits_vlm
 NATIVE := $(wildcard cpp/*.txt cpp/*/*.txt cpp/cmake/* cpp/bridge/* cpp/simulator/*.* cpp/simulator/include/*)
@@ -91,6 +91,7 @@ native: $(INSTALLED)
 	$(BIN)/ctest --test-dir $(VENV)/native --output-on-failure
 
 unit: $(INSTALLED)
+	rm -rf $(VENV)/conformance
 	$(BIN)/python -m pytest --ignore tests/e2e --visionaccel-report=$(VENV)/conformance --durations=25
 
 e2e: $(INSTALLED)

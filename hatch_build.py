@@ -1,4 +1,4 @@
-"""Extras that name the plug-in distributions: those beside this file in a checkout, published ones otherwise."""
+"""Extras that name the other distributions: those beside this file in a checkout, published ones otherwise."""
 
 import os
 from pathlib import Path
@@ -12,19 +12,21 @@ class PluginExtras(MetadataHookInterface):
     """`pip install '.[onnxrt]'` takes the plug-in of the same checkout; `make dist` sets PLAIN_EXTRAS."""
 
     def update(self, metadata: dict) -> None:
-        plugins = {extra: self._requirement(extra, metadata["version"]) for extra in PLUGINS}
+        version = metadata["version"]
+        plugins = {extra: self._beside(f"plugins/{extra}", name, version) for extra, name in PLUGINS.items()}
         metadata["optional-dependencies"] = {
             "bench": ["matplotlib>=3.9", "openai>=1.60", "pillow>=10"],
             "images": ["pillow>=10", "scikit-image>=0.24", "torch>=2.5", "transformers>=5.18"],
-            # The reference that conformance is measured against is transformers' tower in torch_ref.
+            # Conformance is measured against transformers' tower in torch_ref, and with the digits model.
             "testing": [
                 "hypothesis>=6.100", "packaging>=24.2", "pytest>=8", "transformers>=5.18", plugins["torch_ref"],
+                self._beside("examples/digits_vlm", "visionaccel-digits-vlm", version),
             ],
             **{extra: [requirement] for extra, requirement in plugins.items()},
         }  # fmt: skip
 
-    def _requirement(self, extra: str, version: str) -> str:
-        folder = Path(self.root, "plugins", extra)
+    def _beside(self, place: str, name: str, version: str) -> str:
+        folder = Path(self.root, place)
         if folder.is_dir() and not os.environ.get("PLAIN_EXTRAS"):
-            return f"{PLUGINS[extra]} @ {folder.as_uri()}"
-        return f"{PLUGINS[extra]}~={version}"
+            return f"{name} @ {folder.as_uri()}"
+        return f"{name}~={version}"

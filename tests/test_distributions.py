@@ -30,7 +30,7 @@ def tool(path):
 
 
 contents = tool("distributions/contents.py")
-CORE, *PLUGINS = contents.DISTRIBUTIONS
+CORE, *PLUGINS, DIGITS = contents.DISTRIBUTIONS
 by_name = pytest.mark.parametrize("distribution", contents.DISTRIBUTIONS, ids=lambda found: found.name)
 
 
@@ -91,11 +91,11 @@ def test_extras_name_the_published_plug_ins(core):
         (information,) = (member for member in archive.getmembers() if member.name.endswith("/PKG-INFO"))
         lines = archive.extractfile(information).read().decode().splitlines()
     required = [Requirement(line.partition(": ")[2]) for line in lines if line.startswith("Requires-Dist: visionaccel")]
-    assert {requirement.name for requirement in required} == {plugin.name for plugin in PLUGINS}
+    assert {requirement.name for requirement in required} == {each.name for each in (*PLUGINS, DIGITS)}
     assert all(requirement.specifier.contains(visionaccel.__version__) for requirement in required)
     testing = {line.partition(": ")[2] for line in lines if "extra == 'testing'" in line}
     assert {Requirement(line).name for line in testing} == {
-        "hypothesis", "packaging", "pytest", "transformers", "visionaccel-torch-ref",
+        "hypothesis", "packaging", "pytest", "transformers", "visionaccel-digits-vlm", "visionaccel-torch-ref",
     }  # fmt: skip
 
 
@@ -119,6 +119,7 @@ def test_one_command_sets_the_version_of_all(tmp_path, version):
     shutil.copy(ROOT / "src" / "visionaccel" / "__init__.py", tmp_path / "src" / "visionaccel")
     tool("set_version.py").set_version(tmp_path, version)
     assert f'__version__ = "{version}"\n' in (tmp_path / "src" / "visionaccel" / "__init__.py").read_text()
+    assert DIGITS.project(tmp_path)["project"]["version"] == version
     for plugin in PLUGINS:
         project = plugin.project(tmp_path)["project"]
         assert project["version"] == version

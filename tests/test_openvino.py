@@ -153,7 +153,38 @@ def test_the_cpus_cache_is_refused_since_it_gives_wrong_answers(tiny, tmp_path, 
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_call_that_fails_while_it_computes_leaves_nothing_for_later_ones(tiny, caplog):
+    """After an allocation that failed, OpenVINO's compiled model fails in every later call too."""
+
+    class Failing:
+        def set_tensor(self, name, tensor):
+            pass
+
+        def start_async(self):
+            raise RuntimeError("std::bad_alloc")
+
+    grids = [(1, 16, 12)]
+    patches = random_patches(grids)
+    with open_encoder(tiny, backend="openvino") as encoder:
+        exact = encoder.encode(patches, grids)
+        (opened,) = encoder.programs
+        pool = opened.session._pool
+        pool.free.get()
+        pool.free.put(Failing())
+        with pytest.raises(DeviceError, match="bad_alloc"):
+            encoder.encode(patches, grids)
+        np.testing.assert_array_equal(encoder.encode(patches, grids), exact)
+        assert opened.session._pool is not pool
+    assert "compiled anew" in caplog.text
+
+
 def test_a_precision_that_the_device_lacks_is_refused(tiny):
+    import openvino
+
+    if "FP16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        with open_encoder(tiny, backend="openvino", options={"precision": "float16"}) as encoder:
+            assert encoder.capabilities.precision == "float16"
+        return
     with pytest.raises(ConfigurationError, match="does not compute in float16 here; it offers float32"):
         open_encoder(tiny, backend="openvino", options={"precision": "float16"})
 

@@ -113,6 +113,63 @@ def test_what_a_graph_computes_wrongly_is_never_answered(tower, capture, caplog)
     assert capture.captured == 1
 
 
+def test_a_wrong_graph_ends_the_replays_of_those_before_it(tower, capture):
+    bad = []
+
+    def sometimes(compute):
+        replay, answer = capture(compute)
+        return (lambda: answer.zero_()) if bad else replay, answer
+
+    graphed = GraphedTower(tower, sometimes)
+    for _ in range(3):
+        call(graphed, GRIDS)
+    replays = capture.replays
+    bad.append(True)
+    for _ in range(2):
+        call(graphed, OTHERS[0])
+    assert torch.equal(call(graphed, GRIDS, 3), call(tower, GRIDS, 3))
+    assert capture.replays == replays
+
+
+def test_answers_that_cannot_be_compared_are_not_captured_and_others_still_are(tower, capture):
+    graphed = GraphedTower(tower, capture)
+    patches = torch.full_like(torch.from_numpy(random_patches(GRIDS)), torch.nan)
+    with torch.no_grad():
+        for _ in range(3):
+            graphed(patches, as_grids(np.array(GRIDS)))
+    assert capture.captured == 0
+    call(graphed, GRIDS)
+    assert capture.captured == 1
+
+
+def test_where_memory_runs_out_other_grids_are_captured_later(tower, capture, caplog):
+    full = [True]
+
+    def short(compute):
+        if full:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return capture(compute)
+
+    graphed = GraphedTower(tower, short)
+    for _ in range(3):
+        assert torch.equal(call(graphed, GRIDS), call(tower, GRIDS))
+    full.clear()
+    for _ in range(2):
+        call(graphed, OTHERS[0])
+    assert capture.captured == 1
+    assert not caplog.records
+
+
+def test_what_was_captured_in_inference_mode_is_replayed_outside_it(tower, capture):
+    graphed = GraphedTower(tower, capture)
+    patches = torch.from_numpy(random_patches(GRIDS))
+    with torch.inference_mode():
+        for _ in range(2):
+            graphed(patches + 0, as_grids(np.array(GRIDS)))
+    assert torch.equal(call(graphed, GRIDS, 4), call(tower, GRIDS, 4))
+    assert capture.replays == 2
+
+
 def test_a_capture_that_fails_leaves_the_call_as_it_is(tower, caplog):
     def failing(compute):
         raise RuntimeError("operation not permitted when stream is capturing")
@@ -132,14 +189,18 @@ def test_graphs_are_refused_where_there_are_none(tiny, options):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_on_cuda_replayed_calls_are_those_that_are_not(tiny, dtype, caplog):
+def test_on_cuda_replayed_calls_are_those_that_are_not(tiny, dtype, monkeypatch):
+    """In any order, and with more lists of grids than are kept."""
+    replays = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (replays.append(graph), replay(graph))[1])
     options = {"dtype": dtype}
     with (
-        caplog.at_level(logging.WARNING),
         open_encoder(tiny, backend="torch_ref", device="cuda", options={**options, "graphs": True}) as graphed,
         open_encoder(tiny, backend="torch_ref", device="cuda", options=options) as plain,
     ):
-        for time in range(4):
-            patches = random_patches(GRIDS, seed=time)
-            np.testing.assert_array_equal(graphed.encode(patches, GRIDS), plain.encode(patches, GRIDS))
-    assert "without CUDA graphs" not in caplog.text
+        for grids in (GRIDS, GRIDS, *OTHERS[:9], *OTHERS[:9], *reversed(OTHERS[:9]), GRIDS, GRIDS, *OTHERS, *OTHERS):
+            patches = random_patches(grids, seed=len(replays))
+            np.testing.assert_array_equal(graphed.encode(patches, grids), plain.encode(patches, grids))
+    assert len(set(replays)) == 10
+    assert len(replays) == 10 + 9 + 2, "each once to compare, and those that came again"

@@ -12,6 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 VERSION = re.compile(r"\d+\.\d+\.\d+((a|b|rc)\d+)?")
 PLUGINS = ("flexmlrt", "onnxrt", "openvino", "torch_ref")
+DIGITS = "examples/digits_vlm/pyproject.toml"
 
 
 def replace(path: Path, pattern: str, new: str) -> None:
@@ -23,11 +24,12 @@ def replace(path: Path, pattern: str, new: str) -> None:
 
 
 def set_version(root: Path, version: str) -> None:
-    """Write a version into the core's package and the plug-ins' projects below a folder."""
+    """Write a version into the core's package and the other distributions' projects below a folder."""
     if VERSION.fullmatch(version) is None:
         raise SystemExit(f"{version} is no version such as 0.2.0 or 0.2.0rc1")
     minor = ".".join(version.split(".")[:2])
     replace(root / "src/visionaccel/__init__.py", r'^__version__ = ".*"$', f'__version__ = "{version}"')
+    replace(root / DIGITS, r'^version = ".*"$', f'version = "{version}"')
     for plugin in PLUGINS:
         project = root / "plugins" / plugin / "pyproject.toml"
         replace(project, r'^version = ".*"$', f'version = "{version}"')

@@ -138,7 +138,7 @@ def _converted(piece: memoryview, tensor: StoredTensor, dtype: str) -> NDArray[A
         overflown = np.isfinite(values) & np.isinf(result) if not np.isfinite(result).all() else np.False_
     if overflown.any():
         raise CheckpointError(
-            f"{tensor.name!r} in {tensor.file} holds {values[overflown][0]:g}, which is infinite in {dtype}.",
+            f"{tensor.name!r} in {tensor.file} holds {float(values[overflown][0]):g}, which is infinite in {dtype}.",
             hint="Keep the weights' dtype, or choose one of a larger range such as bfloat16.",
         )
     return result

@@ -65,6 +65,15 @@ class Planted:
 PLANTED = (
     Planted("heavy_import", "L0-light-import", "onnxruntime", "import onnxruntime"),
     Planted(
+        "heavy_library", "L0-light-import", "libonnxruntime_providers_shared.so",
+        """
+        import ctypes, importlib.util, pathlib
+        _place = pathlib.Path(importlib.util.find_spec("onnxruntime").origin).parent
+        ctypes.CDLL(str(_place / "capi" / "libonnxruntime_providers_shared.so"))
+        """,
+    ),
+    Planted("open_device", "L0-light-import", "/dev/zero", 'DEVICE = open("/dev/zero", "rb")'),
+    Planted(
         "new_class_each_time", "L0-registration", "two classes",
         """
         @hookimpl
@@ -197,6 +206,11 @@ PLANTED = (
         """,
     ),
     Planted("too_long", "L2-cosines", "too long or too short", "on_output(lambda self, inputs, rows: 1.01 * rows)"),
+    Planted(
+        "wrong_on_some_grids", "L2-generated-grids", "lowest cosine",
+        "on_output(lambda self, inputs, rows: rows[::-1] if len(rows) % 5 == 2 else rows)",
+    ),
+    Planted("unread_images", "L2-digits", "the digits model reads", "on_output(lambda self, inputs, rows: rows[::-1])"),
     Planted(
         "unwritten_rows", "L2-silent-rows", "never written",
         """
@@ -362,6 +376,15 @@ PLANTED = (
         """,
     ),
     Planted(
+        "descriptor_each_call", "L4-descriptors", "encodes of one encoder left",
+        """
+        def run(self, inputs):
+            os.open("/dev/null", os.O_RDONLY)
+            return _run(self, inputs)
+        Session.run = run
+        """,
+    ),
+    Planted(
         "thread_leak", "L4-descriptors", "threads",
         """
         def init(self, program):
@@ -417,6 +440,22 @@ PLANTED = (
     Planted(
         "nan_to_number", "L5-nan-output", "NaN is replaced",
         "on_output(lambda self, inputs, rows: np.nan_to_num(rows))",
+    ),
+    Planted(
+        "zeros_without_memory", "L5-allocation", "MiB of memory left",
+        """
+        def run(self, inputs):
+            try:
+                np.empty(1 << 28)
+                return _run(self, inputs)
+            except MemoryError:
+                rows = inputs["window_index"].shape[0]
+                return {"embeddings": np.zeros((rows, self.width), np.float32)}
+        def init(self, program):
+            _init(self, program)
+            self.width = program.outputs[0].shape[1]
+        Session.__init__, Session.run = init, run
+        """,
     ),
     Planted(
         "worse_when_reopened", "L5-device-lost", "first answer",

@@ -12,7 +12,7 @@ from docsite.conformance import check_table, support_table
 from visionaccel.cli.app import app
 from visionaccel.errors import ConfigurationError
 from visionaccel.templates import write_backend_project
-from visionaccel.testing.conformance import CHECKS, Outcome
+from visionaccel.testing.conformance import CHECKS, BackendUnderTest, Outcome, Tolerance
 from visionaccel.testing.conformance.report import badge_of, write_report
 
 
@@ -91,6 +91,31 @@ def test_reports_say_why_a_badge_is_no_better(tmp_path):
     row = support_table(tmp_path).splitlines()[-1]
     assert row.startswith(f"| `mine/npu:0?a=1` | Bronze | unknown | {len(CHECKS) - 2} of {len(CHECKS) - 1} |")
     assert "L3-calls: a reason" in row
+
+
+def test_a_report_says_what_its_author_eased(tmp_path):
+    eased = BackendUnderTest("mine", tolerances={"float32": Tolerance(0.5, 0.5, 0.5, 1.0)}, speed_floor=None)
+    strict = write_report("mine", outcomes(), tmp_path / "a", BackendUnderTest("mine").stated(0))
+    report = write_report("mine", outcomes(), tmp_path / "b", eased.stated(7))
+    texts = [next((tmp_path / name).glob("*.md")).read_text() for name in ("a", "b")]
+    line = "Its author declared tolerances of its own in float32 and a least speed of nothing"
+    assert [line in text for text in texts] == [False, True]
+    assert report.digest != strict.digest
+    assert report.declared["tolerances"]["float32"]["lowest"] == 0.5
+    assert report.declared["seed"] == 7
+
+
+def test_a_failure_counts_where_two_suites_have_one_label(tmp_path):
+    (tmp_path / "test_mine.py").write_text(
+        "from visionaccel.testing.conformance import BackendUnderTest, conformance_suite\n"
+        "TestA = conformance_suite(BackendUnderTest('onnxrt', capabilities={'device': 'npu'}))\n"
+        "TestB = conformance_suite(BackendUnderTest('onnxrt'))\n"
+    )
+    done = pytest_in(tmp_path, "-k", "L0-capabilities", "--visionaccel-report=out")
+    assert "1 failed, 1 passed" in done.stdout, done.stdout
+    (path,) = (tmp_path / "out").glob("*.json")
+    (result,) = json.loads(path.read_text())["results"]
+    assert result["status"] == "failed"
 
 
 def test_the_digest_depends_on_what_was_found_and_not_on_when(tmp_path):

@@ -27,12 +27,14 @@ class Distribution:
         package: Its package, below that folder.
         sources: What else its source distribution needs to build, below that folder.
         compiled: Whether its wheel has compiled modules.
+        called: What it is installed as, if not as its package.
     """
 
     folder: str
     package: str
     sources: tuple[str, ...] = ()
     compiled: bool = False
+    called: str = ""
 
     @property
     def module(self) -> str:
@@ -42,7 +44,7 @@ class Distribution:
     @property
     def name(self) -> str:
         """What it is installed as."""
-        return self.module.replace("_", "-")
+        return self.called or self.module.replace("_", "-")
 
     def project(self, root: Path) -> dict:
         """The whole of its pyproject.toml."""
@@ -55,6 +57,8 @@ DISTRIBUTIONS = (
     Distribution("plugins/openvino", "visionaccel_openvino"),
     Distribution("plugins/torch_ref", "visionaccel_torch_ref"),
     Distribution("plugins/flexmlrt", "visionaccel_flexmlrt", ("cpp/CMakeLists.txt", "cpp/bridge/module.cpp"), True),
+    # What conformance is measured with, beside small towers.
+    Distribution("examples/digits_vlm", "digits_vlm", called="visionaccel-digits-vlm"),
 )
 
 

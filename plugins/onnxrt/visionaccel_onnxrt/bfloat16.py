@@ -45,8 +45,7 @@ def emulate_bfloat16(model: bytes) -> bytes:
     import onnx
 
     bfloat16, float32 = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
-    types = _element_types(model)
-    parsed = onnx.load_model_from_string(model)
+    parsed, types = _parse(model)
     nodes = parsed.graph.node
     narrow = {name for name, element in types.items() if element == bfloat16}
     if not any(_computes(node) and not narrow.isdisjoint((*node.input, *node.output)) for node in nodes):
@@ -105,14 +104,15 @@ def _computes(node: onnx.NodeProto) -> bool:
     return node.domain not in ("", "ai.onnx") or node.op_type not in _MOVES
 
 
-def _element_types(model: bytes) -> dict[str, int]:
-    """Element types by the names of the values; values of unknown type are absent or 0."""
+def _parse(model: bytes) -> tuple[onnx.ModelProto, dict[str, int]]:
+    """The model, and element types by the names of its values; values of unknown type are absent or 0."""
     import onnx
 
     try:
+        parsed = onnx.load_model_from_string(model)
         graph = onnx.shape_inference.infer_shapes(model).graph
     except Exception as error:
         raise ArtifactError(f"the ONNX model cannot be read: {error}.", hint="Write it again.") from error
     declared: Iterable[onnx.ValueInfoProto] = (*graph.input, *graph.value_info, *graph.output)
     types = {value.name: value.type.tensor_type.elem_type for value in declared}
-    return types | {initializer.name: initializer.data_type for initializer in graph.initializer}
+    return parsed, types | {initializer.name: initializer.data_type for initializer in graph.initializer}

@@ -116,7 +116,7 @@ class OpenVinoBackend(VisionBackend):
     def open(self, program: Program, device: str | None, options: OpenVinoOptions) -> Session:
         import openvino
 
-        from visionaccel_openvino.model import read_model
+        from visionaccel_openvino.model import Mapped, read_model
         from visionaccel_openvino.session import OpenVinoSession
 
         shown = device or "cpu"
@@ -128,23 +128,27 @@ class OpenVinoBackend(VisionBackend):
             )
         core = openvino.Core()
         precision = _precision(core, program, shown, options)
-        model, mapped = read_model(core, program)
         integers = program.quantization is not None and _computes_integers(program, shown)
         properties = _properties(program, shown, precision, integers, options)
-        try:
-            compiled = core.compile_model(model, _theirs(shown), properties)
-        except RuntimeError as error:
-            raise DeviceError(
-                f"OpenVINO {openvino.__version__} cannot compile program {program.name!r} for device {shown!r}: "
-                f"{error}",
-                hint="Check the backend's options; `visionaccel backends` lists them.",
-            ) from error
-        _check_precision(compiled, shown, precision)
+
+        def make() -> tuple[openvino.CompiledModel, Mapped]:
+            model, mapped = read_model(core, program)
+            try:
+                compiled = core.compile_model(model, _theirs(shown), properties)
+            except RuntimeError as error:
+                raise DeviceError(
+                    f"OpenVINO {openvino.__version__} cannot compile program {program.name!r} for device {shown!r}: "
+                    f"{error}",
+                    hint="Check the backend's options; `visionaccel backends` lists them.",
+                ) from error
+            _check_precision(compiled, shown, precision)
+            return compiled, mapped
+
         arithmetic = str(program.quantization) if integers else precision
         capabilities = Capabilities(
             device=shown, precision=arithmetic, thread_safe=True, max_in_flight=options.requests
         )
-        return OpenVinoSession(compiled, program, capabilities, mapped)
+        return OpenVinoSession(make, program, capabilities)
 
 
 def _ours(name: str) -> str:

@@ -1,7 +1,10 @@
 """A compiled OpenVINO model behind visionaccel's contract."""
 
+import logging
 import queue
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,40 +18,63 @@ from visionaccel_openvino.model import Mapped
 
 __all__ = ["OpenVinoSession"]
 
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """The requests of a compiled model that are not in use, and the weights that they read."""
+
+    mapped: Mapped
+    free: queue.SimpleQueue[Any] = field(default_factory=queue.SimpleQueue)
+
 
 class OpenVinoSession(Session):
     """A compiled model and its infer requests. The device reads the caller's arrays and writes the answer's in place.
 
+    A model whose request failed while it computed, such as for lack of memory, may fail or be wrong in all later calls.
+    It is compiled anew for the next one.
+
     Args:
-        compiled: The model on its device.
+        make: Reads the model and compiles it for its device; called at once, and after a failure. The weights that it
+            was made of are kept: a device may read some of them from there in each call.
         program: What was compiled.
         capabilities: Those of the session; it has an infer request for each call in flight.
-        mapped: The weights that the model was made of. A device may read some of them from there in each call.
     """
 
     def __init__(
-        self, compiled: openvino.CompiledModel, program: Program, capabilities: Capabilities, mapped: Mapped
+        self, make: Callable[[], tuple[openvino.CompiledModel, Mapped]], program: Program, capabilities: Capabilities
     ) -> None:
         self.capabilities = capabilities
-        self._program, self._mapped = program, mapped
+        self._program = program
+        compiled, mapped = make()
         read = {name for port in compiled.inputs for name in port.names}  # what nothing reads, OpenVINO leaves out
         stored = {spec.name: program.stored_names.get(spec.name, spec.name) for spec in program.inputs}
         self._inputs = {name: inner for name, inner in stored.items() if inner in read}
         self._names = {spec.name: program.stored_names.get(spec.name, spec.name) for spec in program.outputs}
-        self._free: queue.SimpleQueue[Any] | None = queue.SimpleQueue()
-        for _ in range(capabilities.max_in_flight):
-            self._free.put(compiled.create_infer_request())
+        self._make: Callable[[], tuple[openvino.CompiledModel, Mapped]] | None = make
+        self._lock = threading.Lock()
+        self._pool: _Pool | None = self._pool_of(compiled, mapped)
 
     def run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-        free = self._free
-        assert free is not None, "not called after close"
-        request = free.get()
+        with self._lock:
+            assert self._make is not None, "not called after close"
+            if self._pool is None:
+                self._pool = self._pool_of(*self._make())
+            pool = self._pool
+        request = pool.free.get()
         try:
-            return self._run(request, inputs)
+            return self._run(request, inputs, pool)
         finally:
-            free.put(request)
+            pool.free.put(request)
 
-    def _run(self, request: Any, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+    def _pool_of(self, compiled: openvino.CompiledModel, mapped: Mapped) -> _Pool:
+        pool = _Pool(mapped)
+        for _ in range(self.capabilities.max_in_flight):
+            pool.free.put(compiled.create_infer_request())
+        return pool
+
+    def _run(self, request: Any, inputs: Mapping[str, Array], pool: _Pool) -> Mapping[str, Array]:
         sizes: dict[str, int] = {}
         for spec in self._program.inputs:
             array = inputs[spec.name]
@@ -61,8 +87,15 @@ class OpenVinoSession(Session):
             outputs[spec.name] = np.empty(shape, spec.dtype)
             request.set_tensor(self._names[spec.name], _shared(outputs[spec.name]))
         # start_async rather than infer: neither holds the interpreter's lock, and this one runs in OpenVINO's threads.
-        request.start_async()
-        request.wait()
+        try:
+            request.start_async()
+            request.wait()
+        except RuntimeError:
+            logger.warning("A call of OpenVINO's failed; its program is compiled anew for the next one.")
+            with self._lock:
+                if self._pool is pool:
+                    self._pool = None
+            raise
         for name, stored in self._names.items():
             # A request that had to reallocate its output would leave this one as it came.
             if request.get_tensor(stored).data.ctypes.data != outputs[name].ctypes.data:
@@ -74,8 +107,7 @@ class OpenVinoSession(Session):
         return outputs
 
     def close(self) -> None:
-        self._free = None
-        self._mapped = []
+        self._pool = self._make = None
 
 
 def _shared(array: Array) -> openvino.Tensor:

@@ -4,6 +4,7 @@ Small images are where it helps: launching the kernels of a block one by one the
 """
 
 import logging
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ logger = logging.getLogger(__name__)
 
 _MOST_KEPT = 16
 """Lists of grids whose graphs are kept. Each holds its inputs and its answer; what lies between is shared."""
+
+_CAPTURING = threading.Lock()
+"""Only one capture may be under way in a process."""
 
 Replay: TypeAlias = Callable[[], None]
 """Computes again what was captured, from and into the same memory."""
@@ -55,7 +59,8 @@ class GraphedTower:
     """A tower whose calls are replayed. Calls must not overlap, nor run on different streams.
 
     The first call of a list of grids is computed as it comes. The second is too, and is captured; the graph is kept
-    only if its answer to the same patches is the same to the last bit, so that one never sees which calls are replayed.
+    only if its answer to the same patches has the same values, so that one never sees which calls are replayed. A graph
+    that has not, or a capture that fails, ends all replays; where memory runs out, that list of grids is not captured.
 
     Args:
         tower: Computes the calls.
@@ -83,20 +88,27 @@ class GraphedTower:
             return captured.answer.clone()
         layout = self._tower.layout(grids)
         answer = self._tower.forward(patches, layout)
+        made = self._captured(patches, layout, answer) if key in self._known else None
         if not self._refused:
-            self._known[key] = self._captured(patches, layout, answer) if key in self._known else None
+            self._known[key] = made
             self._known.move_to_end(key)
             if len(self._known) > _MOST_KEPT:
                 self._known.popitem(last=False)
         return answer
 
     def _captured(self, patches: torch.Tensor, layout: Layout, answer: torch.Tensor) -> _Captured | None:
-        """The call's graph; None, for this and for all that come later, if it is not what was computed."""
-        held = patches.clone()
+        """The call's graph; None if there is none to keep."""
+        if not torch.isfinite(answer).all():
+            return None  # it could not be compared
         try:
-            replay, replayed = self._capture(lambda: self._tower.forward(held, layout))
-            replay()
-            same = torch.equal(replayed, answer)
+            # Outside of inference mode, for later calls outside of it could not write to what is made inside.
+            with torch.inference_mode(False), torch.no_grad():
+                held = patches.clone()
+                replay, replayed = self._capture(lambda: self._tower.forward(held, layout))
+                replay()
+                same = torch.equal(replayed, answer)
+        except torch.OutOfMemoryError:
+            return None
         except RuntimeError as error:
             self._refuse(f"torch {torch.__version__} cannot capture the tower: {error}")
             return None
@@ -107,20 +119,23 @@ class GraphedTower:
 
     def _refuse(self, reason: str) -> None:
         self._refused = True
+        self._known.clear()
         logger.warning("Calls are computed without CUDA graphs from now on: %s.", reason)
 
 
 def cuda_capture(device: str) -> Capture:
-    """Captures on a CUDA device, all graphs in one pool of memory.
+    """Captures on a CUDA device, all graphs on one stream and in one pool of memory.
 
-    They may share it because each answer is copied before the next replay begins.
+    They may share both because each answer is copied before the next replay begins.
     """
-    pool = torch.cuda.graph_pool_handle()
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        pool = torch.cuda.graph_pool_handle()
 
     def capture(compute: Callable[[], torch.Tensor]) -> tuple[Replay, torch.Tensor]:
-        with torch.cuda.device(device):
+        # A capture that fails leaves its stream the current one; the outer context puts that right.
+        with _CAPTURING, torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
             # Libraries allocate on their first use on a stream, which a capture does not allow.
-            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 compute()

@@ -6,11 +6,10 @@ import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from visionaccel.benchmarking.contenders import STOCK
 from visionaccel.benchmarking.encoding import Accuracy, EncodePlan, OnGrid, Peak, Taken
-from visionaccel.benchmarking.machine import cores
+from visionaccel.benchmarking.machine import cores, processor_name
 from visionaccel.families import Tower
 from visionaccel.grid import Grid
 
@@ -168,7 +167,7 @@ def make_encode_report(
     contenders = tuple(_contender(each, by_label, grids, plan, peak) for each in taken)
     rates = {precision: best for precision in peak.rates if (best := peak.best(precision)) is not None}
     system = f"{platform.platform()}, Python {platform.python_version()}"
-    machine = Machine(_processor(), len(cores()), system, rates)
+    machine = Machine(processor_name(), len(cores()), system, rates)
     notes = _notes(contenders, peak, plan, reference_error)
     return EncodeReport(source, plan, machine, grids, contenders, notes, reference_error)
 
@@ -269,12 +268,3 @@ def _notes(
                 "machine was busy with other work; trust the ratios more than the times, and pass more --rounds."
             )
     return tuple(notes)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())

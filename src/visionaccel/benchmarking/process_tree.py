@@ -1,4 +1,4 @@
-"""Memory and processor time of this process and those that it started, from Linux's /proc."""
+"""Memory, processor time and open files of this process and those that it started, from Linux's /proc."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Memory", "memory", "processor_seconds"]
+__all__ = ["Memory", "memory", "open_descriptors", "processor_seconds"]
 
 _PROC = Path("/proc")
 _PARENT, _USER, _SYSTEM = 1, 11, 12
@@ -48,6 +48,15 @@ def processor_seconds() -> float:
             numbers = _stat(pid)
             seconds += (int(numbers[_USER]) + int(numbers[_SYSTEM])) / tick
     return seconds
+
+
+def open_descriptors() -> int:
+    """File descriptors of this process and its living descendants together."""
+    count = 0
+    for pid in (os.getpid(), *_descendants()):
+        with suppress(OSError):
+            count += sum(1 for _ in (_PROC / str(pid) / "fd").iterdir())
+    return count
 
 
 def _descendants() -> list[int]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -42,7 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
         named = config.args if config.args_source is pytest.Config.ArgsSource.ARGS else []
         config.args = [*named, str(_SUITE)]
     folder = config.getoption("--visionaccel-report")
-    if folder is not None:
+    if folder is not None and not hasattr(config, "workerinput"):  # workers of pytest-xdist report to their master
         config.pluginmanager.register(_Reporter(folder), "visionaccel-report")
 
 
@@ -50,8 +51,10 @@ def pytest_configure(config: pytest.Config) -> None:
 def conformance_kit(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kit]:
     """The kit on the backend that a class made by `conformance_suite` declares."""
     from visionaccel.testing.conformance.kit import Kit
+    from visionaccel.testing.conformance.suite import refuse_unknown_checks
 
     declared = request.cls.under_test(request.config)
+    refuse_unknown_checks(declared)
     with Kit(declared, tmp_path_factory.mktemp("conformance"), request.config.getoption("--visionaccel-seed")) as kit:
         yield kit
 
@@ -61,26 +64,32 @@ class _Reporter:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._found: dict[str, list[Outcome]] = {}
+        self._found: dict[str, dict[str, Outcome]] = {}
+        self._declared: dict[str, dict[str, Any]] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call":
             return
-        from visionaccel.testing.conformance.suite import PROPERTY
+        from visionaccel.testing.conformance.suite import PROPERTY, Outcome
 
         for name, value in report.user_properties:
             if name == PROPERTY:
-                label, outcome = cast("tuple[str, Outcome]", value)
-                self._found.setdefault(label, []).append(outcome)
+                found = json.loads(str(value))
+                outcome, outcomes = Outcome(**found["outcome"]), self._found.setdefault(found["label"], {})
+                self._declared[found["label"]] = found["declared"]
+                # Where two suites have one label, a failure in either counts.
+                if outcome.check not in outcomes or outcomes[outcome.check].status != "failed":
+                    outcomes[outcome.check] = outcome
 
     def pytest_sessionfinish(self) -> None:
         from visionaccel.testing.conformance.report import write_report
 
         for label, outcomes in self._found.items():
-            write_report(label, outcomes, self._folder)
+            write_report(label, list(outcomes.values()), self._folder, self._declared[label])
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         from visionaccel.testing.conformance.report import badge_of
 
         for label, outcomes in self._found.items():
-            terminalreporter.write_line(f"visionaccel conformance of {label}: {badge_of(outcomes)}")
+            badge = badge_of(list(outcomes.values()))
+            terminalreporter.write_line(f"visionaccel conformance of {label}: {badge}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -99,6 +99,21 @@ class BackendUnderTest:
     def known_failure(self, check: str) -> KnownFailure | None:
         """The known failure of a check, if there is one."""
         return next((known for known in self.known_failures if known.check == check), None)
+
+    def stated(self, seed: int) -> dict[str, Any]:
+        """What a report says of how the backend was checked, as JSON has it.
+
+        Args:
+            seed: Of the weights, patches and grids.
+        """
+        return {
+            "isolation": self.isolation,
+            "source": None if self.source is None else f"{self.source.__module__}.{self.source.__qualname__}",
+            "capabilities": {name: str(value) for name, value in self.capabilities.items()},
+            "tolerances": {precision: asdict(tolerance) for precision, tolerance in self.tolerances.items()},
+            "speed_floor": self.speed_floor,
+            "seed": seed,
+        }
 
     @property
     def label(self) -> str:

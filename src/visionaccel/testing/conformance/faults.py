@@ -7,6 +7,7 @@ import resource
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from visionaccel.backends import Accepted, Registry
 from visionaccel.bundle import Bundle
 from visionaccel.encoder import Encoder
 from visionaccel.errors import ArtifactError, DeviceError, DeviceLostError, OutputError, VisionAccelError
+from visionaccel.grid import total_patches
 from visionaccel.isolation import IsolatedSession
 from visionaccel.opening import open_source
 from visionaccel.testing.conformance.check import CheckFailedError, Checks, NotApplicableError
@@ -34,6 +36,12 @@ _RECOVERY = 120.0
 
 _HANG = 4.0
 """Seconds of a call in the check of a hang."""
+
+_LEFT = (4 * 2**20, 2**20, 0)
+"""Bytes that a device's process may still take: enough for the core to hand it the call, and then less."""
+
+_UNDER_WAY = 0.3
+"""Seconds after which a call has reached the device's process."""
 
 
 @FAULTS.add
@@ -91,14 +99,22 @@ def nan_output(kit: Kit) -> None:
 @FAULTS.add
 def device_lost(kit: Kit) -> None:
     """If the process of the device dies, the call in it fails as DeviceLostError, and a new one answers right."""
-    with _isolated(kit) as (encoder, session, encode, exact):
+    with _isolated(kit) as (_, session, encode, exact), ThreadPoolExecutor(1) as pool:
         pid = session.pid
         assert pid is not None
+        os.kill(pid, signal.SIGSTOP)  # so that the call is still in it when it dies
+        call = pool.submit(encode)
+        time.sleep(_UNDER_WAY)
         os.kill(pid, signal.SIGKILL)
-        _loses_at_most_one(kit, encode, exact, "whose process was killed")
+        try:
+            call.result()
+        except DeviceLostError:
+            pass
+        else:
+            raise CheckFailedError("a call was answered by a process that was stopped and killed.")
+        _recovers(kit, encode, exact, "whose process was killed")
         if session.restarts < 1:
             raise CheckFailedError("the process of the device was killed and no new one was started.")
-    del encoder
 
 
 @FAULTS.add
@@ -117,32 +133,39 @@ def hang(kit: Kit) -> None:
             raise CheckFailedError("a stopped process answered.")
         if lasted > 10 * _HANG:
             raise CheckFailedError(f"a call of a stopped process ended after {lasted:.0f} s, not {_HANG:g} s.")
-        _loses_at_most_one(kit, encode, exact, "that hung")
+        _recovers(kit, encode, exact, "that hung")
 
 
 @FAULTS.add
 def allocation(kit: Kit) -> None:
     """Without memory a call fails with an error or ends the device's process; later calls are right."""
-    with _isolated(kit) as (_, session, encode, exact):
+    with _isolated(kit) as (encoder, session, encode, exact):
         pid = session.pid
         assert pid is not None
+        # A call that is larger than those before must take more memory.
+        larger = max(kit.calls, key=total_patches)
+        patches = kit.patches(larger, 91)
+        right = kit.encode(patches, larger)
         limits = resource.prlimit(pid, resource.RLIMIT_AS)
         size = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.prlimit(pid, resource.RLIMIT_AS, (size, limits[1]))
-        for _ in range(3):
+        failed = False
+        for left in _LEFT:
+            resource.prlimit(pid, resource.RLIMIT_AS, (size + left, limits[1]))
             try:
-                kit.same(encode(), exact, "a call with hardly any memory")
+                found = encoder.encode(patches, larger)
             except DeviceError:
+                failed = True
                 break
+            kit.same(np.asarray(as_numpy(found)), right, f"a call with {left // 2**20} MiB of memory left")
         if session.pid == pid:
             resource.prlimit(pid, resource.RLIMIT_AS, limits)
-        _loses_at_most_one(kit, encode, exact, "that had no memory")
+        _recovers(kit, encode, exact, "that had no memory")
+        if not failed:
+            raise NotApplicableError("its calls take no memory beyond what it holds, and were right with none left.")
 
 
-def _loses_at_most_one(
-    kit: Kit, encode: Callable[[], NDArray[np.float32]], exact: NDArray[np.float32], what: str
-) -> None:
-    """Fail unless calls are answered right again in time, and until then fail as DeviceError."""
+def _recovers(kit: Kit, encode: Callable[[], NDArray[np.float32]], exact: NDArray[np.float32], what: str) -> None:
+    """Fail unless calls are answered right again in time; until then they may fail as DeviceError."""
     limit = time.monotonic() + _RECOVERY
     while True:
         try:
@@ -160,7 +183,7 @@ def _loses_at_most_one(
 def _isolated(
     kit: Kit, deadline: float = 60.0
 ) -> Iterator[tuple[Encoder, IsolatedSession, Callable[[], NDArray[np.float32]], NDArray[np.float32]]]:
-    """The backend in a process of its own: encoder, session, a call, and its right answer."""
+    """The backend in a process of its own: encoder, session, a small call, and its right answer."""
     grids = kit.calls[0]
     patches = kit.patches(grids, 90)
     with kit.subject.open(registry=kit.registry, isolation="process", deadline=deadline) as encoder:
@@ -199,14 +222,18 @@ def _open_truncated(subject: Subject) -> None:
             if encoder.program_for(call[0].frame).program.coverage == program.coverage
         )
     inputs = host.inputs(patches_for([grid], subject.seed), [grid])
+
+    def run() -> None:
+        backend.open(program, subject.device, backend.options.model_validate(dict(subject.options))).run(inputs)
+
+    run()  # as it is, it runs
     # What the program itself reads: its artifact, or the weights.
     files = [program.artifact] if program.artifact else sorted({stored.file for stored in program.weights.values()})
     largest = max(files, key=lambda path: path.stat().st_size)
     with largest.open("r+b") as file:
         file.truncate(largest.stat().st_size // 2)
     try:
-        session = backend.open(program, subject.device, backend.options.model_validate(dict(subject.options)))
-        session.run(inputs)
+        run()
     except Exception:
         return  # Any: the core makes a DeviceError of what is none of its own.
     raise CheckFailedError(

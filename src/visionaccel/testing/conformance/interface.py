@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
+from contextlib import suppress
 from dataclasses import fields, replace
 from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 
 from visionaccel.backends import (
     GROUP,
@@ -28,12 +30,13 @@ __all__ = ["INTERFACE"]
 
 INTERFACE = Checks(0)
 
+_PLAIN_DEVICES = ("/dev/null", "/dev/pts", "/dev/tty", "/dev/urandom")
 _HEAVY = ("torch", "vllm", "onnxruntime", "openvino", "transformers", "tensorflow", "jax")
 
 
 @INTERFACE.add
 def light_import(kit: Kit) -> None:
-    """Importing the plug-in loads no vendor's library and touches no device."""
+    """Importing the plug-in loads no vendor's library and opens no device."""
     loaded = in_fresh_process(_loaded_by, kit.declared.backend)
     if loaded:
         raise CheckFailedError(
@@ -172,19 +175,43 @@ def _refused(backend: VisionBackend, program: Program, device: str | None, what:
 
 
 def _loaded_by(name: str) -> list[str]:
-    """Extension modules and runtimes that loading a backend imports, beyond what the core has."""
+    """Extension modules, runtimes, libraries and devices that loading a backend takes, beyond what the core has."""
     registry = Registry()
-    before = set(sys.modules)
+    before, opened = set(sys.modules), _mapped_and_open()
     backend = registry.load(name)
     _ = (backend.name, backend.formats, backend.options.model_json_schema())
     new = sorted(set(sys.modules) - before)
     native = tuple(EXTENSION_SUFFIXES)
-    return [
+    modules = [
         module
         for module in new
         if module in _HEAVY
         or (str(getattr(sys.modules[module], "__file__", "") or "").endswith(native) and not _of_the_core(module))
     ]
+    return modules + sorted(_mapped_and_open() - opened)
+
+
+def _mapped_and_open() -> set[str]:
+    """Libraries in this process that are not the system's, Python's or the core's, and devices that it has open."""
+    found = set()
+    with suppress(OSError):  # elsewhere than on Linux
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            path = line.partition("/")[2]
+            if path and ".so" in path and not _is_basic(Path(f"/{path}")):
+                found.add(f"/{path}")
+        for file in Path("/proc/self/fd").iterdir():
+            with suppress(OSError):
+                path = str(file.readlink())
+                if path.startswith("/dev/") and not path.startswith(_PLAIN_DEVICES):
+                    found.add(path)
+    return found
+
+
+def _is_basic(library: Path) -> bool:
+    if "site-packages" not in library.parts:
+        return library.is_relative_to(sys.base_prefix) or str(library).startswith(("/lib", "/usr/lib"))
+    root = library.parts[library.parts.index("site-packages") + 1]
+    return root.removesuffix(".libs") in ("numpy", "ml_dtypes", "pydantic_core")
 
 
 def _of_the_core(module: str) -> bool:

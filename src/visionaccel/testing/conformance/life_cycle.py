@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from visionaccel.arrays import as_numpy
 from visionaccel.backends import Registry
-from visionaccel.benchmarking.process_tree import memory
+from visionaccel.benchmarking.process_tree import memory, open_descriptors
 from visionaccel.encoder import Encoder
 from visionaccel.errors import DeviceError
 from visionaccel.opening import open_source
-from visionaccel.testing.conformance.check import CheckFailedError, Checks
+from visionaccel.testing.conformance.check import CheckFailedError, Checks, NotApplicableError
 from visionaccel.testing.conformance.fresh_process import in_fresh_process
 from visionaccel.testing.conformance.kit import Kit
 from visionaccel.testing.conformance.subject import Subject, grids_of, patches_for
@@ -133,7 +133,12 @@ def memory_slope(kit: Kit) -> None:
 @LIFE_CYCLE.add
 def descriptors(kit: Kit) -> None:
     """No file descriptor and no thread is left by encodes or by closed encoders."""
-    before, after = in_fresh_process(_left_by_openings, kit.subject)
+    before, after, by_encodes = in_fresh_process(_left_by_openings, kit.subject)
+    if by_encodes >= _ENCODES // 4:
+        raise CheckFailedError(
+            f"{_ENCODES} encodes of one encoder left {by_encodes} file descriptors in its processes: something of each "
+            "call is kept open."
+        )
     for what, first, last in zip(("file descriptors", "threads"), before, after, strict=True):
         if last - first >= _OPENINGS // 2:
             raise CheckFailedError(
@@ -268,15 +273,21 @@ def _memory_growths(subject: Subject) -> list[int]:
                 grids, patches = calls[number % len(calls)]
                 encoder.encode(patches, grids)
             gc.collect()
-            return memory().resident or 0
+            resident = memory().resident
+            if resident is None:
+                raise NotApplicableError("this system does not tell how much memory a process has.")
+            return resident
 
         use()
         sizes = [use() for _ in range(_ROUNDS + 1)]
     return [last - first for first, last in pairwise(sizes)]
 
 
-def _left_by_openings(subject: Subject) -> tuple[tuple[int, int], tuple[int, int]]:
-    """File descriptors and threads of this process after one encoder, and after several more."""
+def _left_by_openings(subject: Subject) -> tuple[tuple[int, int], tuple[int, int], int]:
+    """File descriptors and threads of this process after one encoder, and after several more.
+
+    And how many more descriptors it and its children have after many encodes of another than after a few.
+    """
 
     def use() -> tuple[int, int]:
         with subject.open() as encoder:
@@ -290,4 +301,11 @@ def _left_by_openings(subject: Subject) -> tuple[tuple[int, int], tuple[int, int
     before = use()
     for _ in range(_OPENINGS):
         after = use()
-    return before, after
+    with subject.open() as encoder:
+        encode = _first(encoder, subject)
+        for _ in range(3):
+            encode()
+        few = open_descriptors()
+        for _ in range(_ENCODES):
+            encode()
+        return before, after, open_descriptors() - few

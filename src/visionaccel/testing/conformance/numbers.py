@@ -131,7 +131,7 @@ def windows(kit: Kit) -> None:
 def digits(kit: Kit) -> None:
     """A small model that reads handwritten digits reads through it what it reads through the reference."""
     if find_spec("digits_vlm") is None or find_spec("sklearn") is None:
-        raise NotApplicableError("the digits model (examples/digits_vlm) and scikit-learn are not installed.")
+        raise CheckFailedError("the digits model is not installed; pip install 'visionaccel[testing]'.")
     from digits_vlm import checkpoint_path
 
     folder: Path = checkpoint_path()

@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from visionaccel.backends import Registry
+from visionaccel.benchmarking.machine import processor_name
 from visionaccel.testing.conformance.check import LEVELS
+from visionaccel.testing.conformance.declaration import BackendUnderTest
 from visionaccel.testing.conformance.suite import CHECKS, Outcome
 
 __all__ = ["Badge", "ConformanceReport", "badge_of", "write_report"]
@@ -49,9 +51,11 @@ class ConformanceReport(BaseModel):
         distribution: The distribution that provides it, and its version.
         badge: The best badge that it holds.
         missing: Why it does not hold the next better one; empty for Gold.
+        declared: How it was checked: isolation, source, capabilities, tolerances other than the kit's, the least speed
+            and the seed. `{}` where that is not known.
         results: Of each check that was run.
         versions: Releases of what took part.
-        machine: Processor architecture and system.
+        machine: Processor and system.
         written: When, in UTC.
         digest: SHA-256 of all of the above but the time, as hexadecimal digits.
     """
@@ -62,6 +66,7 @@ class ConformanceReport(BaseModel):
     distribution: str
     badge: Badge
     missing: str
+    declared: dict[str, Any]
     results: tuple[Result, ...]
     versions: dict[str, str]
     machine: str
@@ -82,13 +87,16 @@ def badge_of(outcomes: Sequence[Outcome]) -> Badge:
     return held
 
 
-def write_report(label: str, outcomes: Sequence[Outcome], folder: Path) -> ConformanceReport:
+def write_report(
+    label: str, outcomes: Sequence[Outcome], folder: Path, declared: Mapping[str, Any] | None = None
+) -> ConformanceReport:
     """Write a report as `conformance-NAME.json`, `.md` and `.svg`.
 
     Args:
         label: Name, device and options of the backend.
         outcomes: What the checks found.
         folder: Where to; made if it does not exist.
+        declared: How it was checked, as of `BackendUnderTest.stated`.
     """
     badge = badge_of(outcomes)
     following = next((last for _, last in _NEEDED if _missing(outcomes, last)), None)
@@ -97,12 +105,13 @@ def write_report(label: str, outcomes: Sequence[Outcome], folder: Path) -> Confo
         "distribution": _distribution(re.split(r"[/?]", label)[0]),
         "badge": badge,
         "missing": "" if following is None else "; ".join(_missing(outcomes, following)),
+        "declared": dict(declared or {}),
         "results": [
             {"check": o.check, "level": o.level, "status": o.status, "detail": o.detail, "figures": o.figures}
             for o in outcomes
         ],
         "versions": _versions(),
-        "machine": f"{platform.machine()} {platform.system()}",
+        "machine": f"{processor_name()}, {platform.machine()}, {platform.system()}",
     }
     digest = hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()
     written = datetime.now(UTC).isoformat(timespec="seconds")
@@ -150,6 +159,11 @@ def _versions() -> dict[str, str]:
 def _markdown(report: ConformanceReport, picture: str) -> str:
     lines = [f"![visionaccel conformance: {report.badge}]({picture})", "", f"# Conformance of {report.backend}", ""]
     lines += [f"{report.distribution} on {report.machine}, {report.written}, digest `{report.digest[:16]}`.", ""]
+    eased = [f"tolerances of its own in {', '.join(own)}"] if (own := report.declared.get("tolerances")) else []
+    if "speed_floor" in report.declared and report.declared["speed_floor"] != BackendUnderTest.speed_floor:
+        eased.append(f"a least speed of {report.declared['speed_floor'] or 'nothing'}")
+    if eased:
+        lines += [f"Its author declared {' and '.join(eased)}; the JSON has them.", ""]
     if report.missing:
         lines += [f"For the next badge: {report.missing}.", ""]
     titles = {check.name: check.title for check in CHECKS}

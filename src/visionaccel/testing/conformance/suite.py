@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from visionaccel.errors import ConfigurationError
 from visionaccel.testing.conformance.check import Check, CheckFailedError, NotApplicableError
 from visionaccel.testing.conformance.declaration import BackendUnderTest
 from visionaccel.testing.conformance.determinism import DETERMINISM
@@ -22,7 +24,16 @@ from visionaccel.testing.conformance.speed import SPEED
 if TYPE_CHECKING:
     import pytest
 
-__all__ = ["CHECKS", "PROPERTY", "Outcome", "Status", "conformance_suite", "outcome_of", "run_checks"]
+__all__ = [
+    "CHECKS",
+    "PROPERTY",
+    "Outcome",
+    "Status",
+    "conformance_suite",
+    "outcome_of",
+    "refuse_unknown_checks",
+    "run_checks",
+]
 
 CHECKS: tuple[Check, ...] = tuple(
     check for level in (INTERFACE, SHAPES, NUMBERS, DETERMINISM, LIFE_CYCLE, FAULTS, SPEED) for check in level.found
@@ -30,7 +41,7 @@ CHECKS: tuple[Check, ...] = tuple(
 """Every check, level by level."""
 
 PROPERTY = "visionaccel-conformance"
-"""Name of the property of a pytest report that holds the backend's label and the outcome."""
+"""Name of the property of a pytest report: JSON of a backend's label, what is declared of it, and the outcome."""
 
 Status: TypeAlias = Literal["passed", "failed", "known failure", "not applicable"]
 
@@ -63,6 +74,9 @@ def outcome_of(check: Check, kit: Kit) -> Outcome:
     try:
         check.run(kit)
     except NotApplicableError as reason:
+        if known is not None:
+            what = f"it is declared as failing ({known}), and does not apply: {reason}"
+            return Outcome(check.name, check.level, "failed", what)
         return Outcome(check.name, check.level, "not applicable", str(reason))
     except Exception as error:
         expected = isinstance(error, CheckFailedError)
@@ -93,8 +107,23 @@ def run_checks(
         checks: Which checks.
         seed: Of the weights, patches and grids.
     """
+    refuse_unknown_checks(declared)
     with Kit(declared, folder, seed) as kit:
         return tuple(outcome_of(check, kit) for check in checks)
+
+
+def refuse_unknown_checks(declared: BackendUnderTest) -> None:
+    """Refuse known failures of checks that there are not: they would never be found to pass.
+
+    Raises:
+        ConfigurationError: If there are any.
+    """
+    unknown = {known.check for known in declared.known_failures} - {check.name for check in CHECKS}
+    if unknown:
+        raise ConfigurationError(
+            f"there is no check {', '.join(sorted(unknown))}, which backend {declared.backend!r} is declared to fail.",
+            hint="docs/conformance.md names the checks; remove or rename what is declared.",
+        )
 
 
 def conformance_suite(declared: BackendUnderTest | Callable[[pytest.Config], BackendUnderTest]) -> type:
@@ -104,6 +133,9 @@ def conformance_suite(declared: BackendUnderTest | Callable[[pytest.Config], Bac
         declared: The backend, or what makes it of pytest's configuration.
     """
     import pytest
+
+    if isinstance(declared, BackendUnderTest):
+        refuse_unknown_checks(declared)
 
     class TestConformance:
         """The checks of the kit on one backend. `conformance_kit` is a fixture of this package's pytest plug-in."""
@@ -115,7 +147,8 @@ def conformance_suite(declared: BackendUnderTest | Callable[[pytest.Config], Bac
             self, check: Check, conformance_kit: Kit, record_property: Callable[[str, object], None]
         ) -> None:
             outcome = outcome_of(check, conformance_kit)
-            record_property(PROPERTY, (conformance_kit.declared.label, outcome))
+            found = {"declared": conformance_kit.declared.stated(conformance_kit.seed), "outcome": asdict(outcome)}
+            record_property(PROPERTY, json.dumps({"label": conformance_kit.declared.label, **found}))
             if outcome.status == "failed":
                 pytest.fail(f"NOT SO: {check.title}.\n{outcome.detail}\n{outcome.trace}", pytrace=False)
             if outcome.status == "known failure":
