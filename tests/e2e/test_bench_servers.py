@@ -48,8 +48,8 @@ def test_pipelined_and_in_line_are_measured_and_held_against_the_bound(tmp_path)
         assert mode["bound"]["device_seconds"] >= 0.5 + 4 * LATENCY
         assert mode["times_bound"] == pytest.approx(mixed["wall_seconds"] / mode["bound"]["seconds"])
         assert mode["decode_seconds"] > 0
-    # In-line, the step that encodes an image gives the text stream no token. How much shorter stalls are pipelined is not
-    # asserted: on a machine with other work that decides.
+    # In-line, the step that encodes an image gives the text stream no token. How much shorter stalls are when pipelined
+    # is not asserted: on a machine with other work that decides.
     assert inline["mixed"]["stalls"]["longest_seconds"] >= LATENCY
     with Image.open(timeline) as picture:
         picture.load()
