@@ -102,8 +102,8 @@ def test_kernels_that_saturate_are_found_by_what_they_compute():
     assert saturates() is not bool(flags & {"avx512_vnni", "avx_vnni"})
 
 
-def test_every_product_but_the_first_and_the_last_becomes_an_int8_kernel(quantized):
-    """In the graph that OpenVINO compiles where int8 is right; its kernels are not run here."""
+def compiled_operations(quantized, precision):
+    """What OpenVINO makes of the program for any grid where int8 is right, whether it is here or not: not run."""
     import openvino
 
     from visionaccel_openvino.model import read_model
@@ -111,39 +111,28 @@ def test_every_product_but_the_first_and_the_last_becomes_an_int8_kernel(quantiz
     (program,) = (each for each in quantized.programs([ONNX_STANDARD]) if each.name == "dynamic")
     core = openvino.Core()
     model, mapped = read_model(core, program)
-    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "LP_TRANSFORMS_MODE": True})
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision, "LP_TRANSFORMS_MODE": True})
     assert mapped
+    names = ("layerType", "runtimePrecision", "outputPrecisions")
     stated = [operation.get_rt_info() for operation in compiled.get_runtime_model().get_ops()]
-    kinds = [
-        each["runtimePrecision"].astype(str) for each in stated if each["layerType"].astype(str) == "FullyConnected"
-    ]
+    return [tuple(each[name].astype(str) for name in names) for each in stated]
+
+
+def test_every_product_but_the_first_and_the_last_becomes_an_int8_kernel(quantized):
+    operations = compiled_operations(quantized, "f32")
+    kinds = [precision for kind, precision, _ in operations if kind == "FullyConnected"]
     assert sorted(kinds) == ["f32"] * 2 + ["i8"] * (3 * 5 + 1)
-    makers = [each for each in stated if each["outputPrecisions"].astype(str) == "i8"]
-    quantizing = [each for each in makers if each["layerType"].astype(str) != "Const"]
-    assert {each["layerType"].astype(str) for each in quantizing} == {"Eltwise"}, "fused with the division"
+    quantizing = [kind for kind, _, output in operations if output == "i8" and kind != "Const"]
+    assert set(quantizing) == {"Eltwise"}, "fused with the division"
     assert len(quantizing) == 3 * 4 + 1, "gate and up read one matrix"
 
 
 @pytest.mark.usefixtures("bfloat16")
 def test_what_lies_between_the_products_is_in_bfloat16_if_asked(quantized):
     """Were the last product of int8 too, OpenVINO would compute most of it in float32."""
-    import openvino
-
-    from visionaccel_openvino.model import read_model
-
-    (program,) = (each for each in quantized.programs([ONNX_STANDARD]) if each.name == "dynamic")
-    core = openvino.Core()
-    model, mapped = read_model(core, program)
-    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "bf16", "LP_TRANSFORMS_MODE": True})
-    assert mapped
-    stated = [operation.get_rt_info() for operation in compiled.get_runtime_model().get_ops()]
-    wide = [each["originalLayersNames"].astype(str) for each in stated if _is(each, "Eltwise", "f32")]
-    assert wide == []
-    assert sum(_is(each, "Eltwise", "bf16") for each in stated) > 3 * 4 + 1
-
-
-def _is(stated, kind, precision):
-    return stated["layerType"].astype(str) == kind and stated["runtimePrecision"].astype(str) == precision
+    between = [precision for kind, precision, _ in compiled_operations(quantized, "bf16") if kind == "Eltwise"]
+    assert between.count("f32") == 0
+    assert between.count("bf16") > 3 * 4 + 1
 
 
 def test_int8_weights_take_the_place_of_those_in_float32(quantized):

@@ -95,14 +95,14 @@ def test_reports_say_why_a_badge_is_no_better(tmp_path):
 
 def test_a_report_says_what_its_author_eased(tmp_path):
     eased = BackendUnderTest("mine", tolerances={"float32": Tolerance(0.5, 0.5, 0.5, 1.0)}, speed_floor=None)
-    strict = write_report("mine", outcomes(), tmp_path / "a", BackendUnderTest("mine").stated(0))
-    report = write_report("mine", outcomes(), tmp_path / "b", eased.stated(7))
+    strict = write_report("mine", outcomes(), tmp_path / "a", [BackendUnderTest("mine").stated(0)])
+    report = write_report("mine", outcomes(), tmp_path / "b", [eased.stated(7)])
     texts = [next((tmp_path / name).glob("*.md")).read_text() for name in ("a", "b")]
     line = "Its author declared tolerances of its own in float32 and a least speed of nothing"
     assert [line in text for text in texts] == [False, True]
     assert report.digest != strict.digest
-    assert report.declared["tolerances"]["float32"]["lowest"] == 0.5
-    assert report.declared["seed"] == 7
+    assert report.declared[0]["tolerances"]["float32"]["lowest"] == 0.5
+    assert report.declared[0]["seed"] == 7
 
 
 def test_a_failure_counts_where_two_suites_have_one_label(tmp_path):

@@ -62,6 +62,14 @@ def test_a_known_failure_is_told_apart_and_must_fail(site, tmp_path):
     assert "remove that" in found["L0-options"].detail
 
 
+def test_without_the_digits_model_its_check_fails_and_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr("visionaccel.testing.conformance.numbers.find_spec", lambda name: None)
+    (digits,) = (check for check in CHECKS if check.name == "L2-digits")
+    (outcome,) = run_checks(BackendUnderTest("torch_ref"), tmp_path / "work", checks=[digits])
+    assert outcome.status == "failed"
+    assert "pip install 'visionaccel[testing]'" in outcome.detail
+
+
 def test_a_known_failure_must_be_of_a_check_that_there_is_and_applies(tmp_path):
     since = date(2026, 11, 1)
     (padding,) = (check for check in CHECKS if check.name == "L1-padding")

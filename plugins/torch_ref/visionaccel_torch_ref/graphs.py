@@ -8,6 +8,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Protocol, TypeAlias
 
 import torch
@@ -55,6 +56,14 @@ class _Captured:
     answer: torch.Tensor
 
 
+class _Seen(Enum):
+    """What is known of grids that have no graph."""
+
+    ONCE = auto()
+    TOO_LARGE = auto()
+    """Memory ran out when they were captured."""
+
+
 class GraphedTower:
     """A tower whose calls are replayed. Calls must not overlap, nor run on different streams.
 
@@ -69,7 +78,7 @@ class GraphedTower:
 
     def __init__(self, tower: _Tower, capture: Capture) -> None:
         self._tower, self._capture = tower, capture
-        self._known: OrderedDict[tuple[Grid, ...], _Captured | None] = OrderedDict()
+        self._known: OrderedDict[tuple[Grid, ...], _Captured | _Seen] = OrderedDict()
         self._refused = False
 
     def __call__(self, patches: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
@@ -80,26 +89,29 @@ class GraphedTower:
             grids: The grids of the call.
         """
         key = tuple(grids)
-        captured = self._known.get(key)
-        if captured is not None:
+        known = self._known.get(key)
+        if isinstance(known, _Captured):
             self._known.move_to_end(key)
-            captured.patches.copy_(patches)
-            captured.replay()
-            return captured.answer.clone()
+            known.patches.copy_(patches)
+            known.replay()
+            return known.answer.clone()
         layout = self._tower.layout(grids)
         answer = self._tower.forward(patches, layout)
-        made = self._captured(patches, layout, answer) if key in self._known else None
+        if known is None:
+            known = _Seen.ONCE
+        elif known is _Seen.ONCE:
+            known = self._captured(patches, layout, answer)
         if not self._refused:
-            self._known[key] = made
+            self._known[key] = known
             self._known.move_to_end(key)
             if len(self._known) > _MOST_KEPT:
                 self._known.popitem(last=False)
         return answer
 
-    def _captured(self, patches: torch.Tensor, layout: Layout, answer: torch.Tensor) -> _Captured | None:
-        """The call's graph; None if there is none to keep."""
+    def _captured(self, patches: torch.Tensor, layout: Layout, answer: torch.Tensor) -> _Captured | _Seen:
+        """The call's graph, or why there is none."""
         if not torch.isfinite(answer).all():
-            return None  # it could not be compared
+            return _Seen.ONCE  # it could not be compared
         try:
             # Outside of inference mode, for later calls outside of it could not write to what is made inside.
             with torch.inference_mode(False), torch.no_grad():
@@ -108,19 +120,18 @@ class GraphedTower:
                 replay()
                 same = torch.equal(replayed, answer)
         except torch.OutOfMemoryError:
-            return None
+            return _Seen.TOO_LARGE
         except RuntimeError as error:
-            self._refuse(f"torch {torch.__version__} cannot capture the tower: {error}")
-            return None
+            return self._refuse(f"torch {torch.__version__} cannot capture the tower: {error}")
         if not same:
-            self._refuse("a replayed graph's answer is not that of the call that it was captured from")
-            return None
+            return self._refuse("a replayed graph's answer is not that of the call that it was captured from")
         return _Captured(replay, held, layout, replayed)
 
-    def _refuse(self, reason: str) -> None:
+    def _refuse(self, reason: str) -> _Seen:
         self._refused = True
         self._known.clear()
         logger.warning("Calls are computed without CUDA graphs from now on: %s.", reason)
+        return _Seen.ONCE
 
 
 def cuda_capture(device: str) -> Capture:
@@ -143,10 +154,6 @@ def cuda_capture(device: str) -> Capture:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 answer = compute()
-
-        def replay() -> None:
-            graph.replay()
-
-        return replay, answer
+        return graph.replay, answer
 
     return capture

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 __all__ = ["conformance_kit", "pytest_addoption", "pytest_configure"]
 
+_WORSE = ("not applicable", "passed", "known failure", "failed")
+"""What a check may have found, the worst last."""
+
 _SUITE = Path(__file__).parent / "conformance" / "installed_suite.py"
 
 
@@ -65,7 +68,7 @@ class _Reporter:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._found: dict[str, dict[str, Outcome]] = {}
-        self._declared: dict[str, dict[str, Any]] = {}
+        self._declared: dict[str, list[dict[str, Any]]] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call":
@@ -76,10 +79,12 @@ class _Reporter:
             if name == PROPERTY:
                 found = json.loads(str(value))
                 outcome, outcomes = Outcome(**found["outcome"]), self._found.setdefault(found["label"], {})
-                self._declared[found["label"]] = found["declared"]
-                # Where two suites have one label, a failure in either counts.
-                if outcome.check not in outcomes or outcomes[outcome.check].status != "failed":
-                    outcomes[outcome.check] = outcome
+                declared = self._declared.setdefault(found["label"], [])
+                if found["declared"] not in declared:
+                    declared.append(found["declared"])
+                # Where two suites have one label, the worse outcome counts.
+                before = outcomes.get(outcome.check, outcome)
+                outcomes[outcome.check] = max(before, outcome, key=lambda each: _WORSE.index(each.status))
 
     def pytest_sessionfinish(self) -> None:
         from visionaccel.testing.conformance.report import write_report

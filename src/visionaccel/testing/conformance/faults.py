@@ -40,8 +40,8 @@ _HANG = 4.0
 _LEFT = (4 * 2**20, 2**20, 0)
 """Bytes that a device's process may still take: enough for the core to hand it the call, and then less."""
 
-_UNDER_WAY = 0.3
-"""Seconds after which a call has reached the device's process."""
+_UNDER_WAY = 1.0
+"""Seconds after which a call has surely reached the device's process; it takes milliseconds."""
 
 
 @FAULTS.add

@@ -30,6 +30,9 @@ __all__ = ["INTERFACE"]
 
 INTERFACE = Checks(0)
 
+_NEEDED = ("numpy", "ml_dtypes", "pydantic_core")
+"""Packages with compiled modules that the core imports."""
+
 _PLAIN_DEVICES = ("/dev/null", "/dev/pts", "/dev/tty", "/dev/urandom")
 _HEAVY = ("torch", "vllm", "onnxruntime", "openvino", "transformers", "tensorflow", "jax")
 
@@ -208,13 +211,14 @@ def _mapped_and_open() -> set[str]:
 
 
 def _is_basic(library: Path) -> bool:
-    if "site-packages" not in library.parts:
-        return library.is_relative_to(sys.base_prefix) or str(library).startswith(("/lib", "/usr/lib"))
-    root = library.parts[library.parts.index("site-packages") + 1]
-    return root.removesuffix(".libs") in ("numpy", "ml_dtypes", "pydantic_core")
+    """Whether a library is the system's, Python's, or of what the core itself needs."""
+    folders = [place for place, part in enumerate(library.parts) if part in ("site-packages", "dist-packages")]
+    if folders:
+        return library.parts[folders[-1] + 1].removesuffix(".libs") in _NEEDED
+    return library.is_relative_to(sys.base_prefix) or str(library).startswith(("/lib/", "/lib64/", "/usr/lib"))
 
 
 def _of_the_core(module: str) -> bool:
     """Whether an extension module is Python's own or of what the core itself needs."""
     root = module.partition(".")[0]
-    return root in sys.stdlib_module_names or root in ("numpy", "ml_dtypes", "pydantic_core")
+    return root in sys.stdlib_module_names or root in _NEEDED

@@ -51,8 +51,8 @@ class ConformanceReport(BaseModel):
         distribution: The distribution that provides it, and its version.
         badge: The best badge that it holds.
         missing: Why it does not hold the next better one; empty for Gold.
-        declared: How it was checked: isolation, source, capabilities, tolerances other than the kit's, the least speed
-            and the seed. `{}` where that is not known.
+        declared: How it was checked, for each suite that it was checked with: isolation, source, capabilities,
+            tolerances other than the kit's, the least speed and the seed.
         results: Of each check that was run.
         versions: Releases of what took part.
         machine: Processor and system.
@@ -66,7 +66,7 @@ class ConformanceReport(BaseModel):
     distribution: str
     badge: Badge
     missing: str
-    declared: dict[str, Any]
+    declared: tuple[dict[str, Any], ...]
     results: tuple[Result, ...]
     versions: dict[str, str]
     machine: str
@@ -88,7 +88,7 @@ def badge_of(outcomes: Sequence[Outcome]) -> Badge:
 
 
 def write_report(
-    label: str, outcomes: Sequence[Outcome], folder: Path, declared: Mapping[str, Any] | None = None
+    label: str, outcomes: Sequence[Outcome], folder: Path, declared: Sequence[Mapping[str, Any]] = ()
 ) -> ConformanceReport:
     """Write a report as `conformance-NAME.json`, `.md` and `.svg`.
 
@@ -96,7 +96,7 @@ def write_report(
         label: Name, device and options of the backend.
         outcomes: What the checks found.
         folder: Where to; made if it does not exist.
-        declared: How it was checked, as of `BackendUnderTest.stated`.
+        declared: How it was checked, as of `BackendUnderTest.stated`; several if suites share the label.
     """
     badge = badge_of(outcomes)
     following = next((last for _, last in _NEEDED if _missing(outcomes, last)), None)
@@ -105,7 +105,7 @@ def write_report(
         "distribution": _distribution(re.split(r"[/?]", label)[0]),
         "badge": badge,
         "missing": "" if following is None else "; ".join(_missing(outcomes, following)),
-        "declared": dict(declared or {}),
+        "declared": [dict(each) for each in declared],
         "results": [
             {"check": o.check, "level": o.level, "status": o.status, "detail": o.detail, "figures": o.figures}
             for o in outcomes
@@ -159,9 +159,16 @@ def _versions() -> dict[str, str]:
 def _markdown(report: ConformanceReport, picture: str) -> str:
     lines = [f"![visionaccel conformance: {report.badge}]({picture})", "", f"# Conformance of {report.backend}", ""]
     lines += [f"{report.distribution} on {report.machine}, {report.written}, digest `{report.digest[:16]}`.", ""]
-    eased = [f"tolerances of its own in {', '.join(own)}"] if (own := report.declared.get("tolerances")) else []
-    if "speed_floor" in report.declared and report.declared["speed_floor"] != BackendUnderTest.speed_floor:
-        eased.append(f"a least speed of {report.declared['speed_floor'] or 'nothing'}")
+    eased = [
+        f"tolerances of its own in {', '.join(declared['tolerances'])}"
+        for declared in report.declared
+        if declared["tolerances"]
+    ]
+    eased += [
+        f"a least speed of {declared['speed_floor'] or 'nothing'}"
+        for declared in report.declared
+        if declared["speed_floor"] != BackendUnderTest.speed_floor
+    ]
     if eased:
         lines += [f"Its author declared {' and '.join(eased)}; the JSON has them.", ""]
     if report.missing:
