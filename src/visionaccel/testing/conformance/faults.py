@@ -224,7 +224,11 @@ def _open_truncated(subject: Subject) -> None:
     inputs = host.inputs(patches_for([grid], subject.seed), [grid])
 
     def run() -> None:
-        backend.open(program, subject.device, backend.options.model_validate(dict(subject.options))).run(inputs)
+        session = backend.open(program, subject.device, backend.options.model_validate(dict(subject.options)))
+        try:
+            session.run(inputs)
+        finally:
+            session.close()
 
     run()  # as it is, it runs
     # What the program itself reads: its artifact, or the weights.
