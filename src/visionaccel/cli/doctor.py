@@ -1,93 +1,59 @@
-"""`visionaccel doctor`: what this machine has and lacks for each installed backend, with the fix."""
+"""`visionaccel doctor`: what this machine has and lacks, with the fix."""
 
 from __future__ import annotations
 
-import platform
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from visionaccel import __version__
-from visionaccel.backends import Finding, ProgramSource, Registry, default_registry
+from visionaccel.backends.spec import Status
 from visionaccel.cli.output import Json, print_json, results
-from visionaccel.cores import choose_cores, process_cores, shown_cores
-from visionaccel.errors import VisionAccelError
-from visionaccel.opening import open_source
-from visionaccel.settings import load_settings
+from visionaccel.diagnosis import Diagnosis, diagnose
+from visionaccel.diagnosis.diagnosing import LIMIT, VLLM
 
 __all__ = ["doctor"]
+
+_WORDS: Mapping[Status, str] = {"failure": "failed", "warning": "with a warning", "pass": "passed"}
+_STYLES: Mapping[Status, str] = {"pass": "green", "warning": "yellow", "failure": "bold red"}
 
 
 def doctor(
     source: Annotated[
-        str | None, typer.Argument(help="Bundle or checkpoint whose programs to look at too; default: none.")
+        str | None, typer.Argument(help="Bundle or checkpoint to look at too. Default: VISIONACCEL_BUNDLE, if set.")
     ] = None,
     backend: Annotated[
         str | None, typer.Option(help="Look at this backend only. Default: every installed one.")
     ] = None,
+    no_vllm: Annotated[bool, typer.Option("--no-vllm", help="Leave vLLM out, which takes seconds to import.")] = False,
+    limit: Annotated[
+        float, typer.Option(min=1, max=3600, help="Seconds that a backend may take; vLLM may take twice as long.")
+    ] = LIMIT,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit status 1 if anything at all is a failure.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Look at this machine for each installed backend: drivers, libraries, settings, artifacts.
+    """Look at this machine: versions, settings, drivers and libraries of each backend, a bundle, and vLLM.
 
-    Exit status 1 if a backend was named and something that it needs is missing.
+    Each backend, and vLLM, is looked at in a process of its own: one that crashes or hangs there is a finding.
+
+    Exit status 1 if a backend was named and something that it needs is missing; with --strict, after any failure.
     """
-    registry = default_registry()
-    opened, findings = _open(source)
-    names = [registry.entry(backend).name] if backend else [entry.name for entry in registry.entries]
-    for name in names:
-        findings += [(name, finding) for finding in _findings(registry, name, opened)]
+    found = diagnose(source, backend, limit=limit, vllm=not no_vllm)
     if as_json:
-        print_json([{"about": about, **_row(finding)} for about, finding in findings])
+        print_json(found.document())
     else:
-        table = Table("about", "what", "status", "found", "what to do")
-        styles = {"pass": "green", "warning": "yellow", "failure": "bold red"}
-        for about, finding in findings:
-            table.add_row(
-                about, finding.name, finding.status, finding.detail, finding.fix, style=styles[finding.status]
-            )
-        results.print(table)
-    if backend and any(finding.status == "failure" for _, finding in findings):
+        _print(found)
+    failed = [each.about for each in found.findings if each.finding.status == "failure"]
+    if (strict and failed) or (backend and any(about != VLLM for about in failed)):
         raise typer.Exit(1)
 
 
-def _open(source: str | None) -> tuple[ProgramSource | None, list[tuple[str, Finding]]]:
-    machine = f"Python {platform.python_version()} on {platform.system()} {platform.release()}, {platform.machine()}"
-    findings = [("visionaccel", Finding("versions", "pass", f"visionaccel {__version__}, {machine}"))]
-    findings.append(("visionaccel", _cores()))
-    if source is None:
-        return None, findings
-    try:
-        opened = open_source(source)
-    except VisionAccelError as error:
-        findings.append(("visionaccel", Finding(source, "failure", error.message, error.hint or "")))
-        return None, findings
-    return opened, [*findings, ("visionaccel", Finding(source, "pass", f"family {opened.family}"))]
-
-
-def _cores() -> Finding:
-    """Cores of the CPU that encoders may use here."""
-    try:
-        chosen = choose_cores(load_settings().cpu_cores).cores
-    except VisionAccelError as error:
-        return Finding("cores", "failure", error.message, error.hint or "")
-    return Finding("cores", "pass", shown_cores(chosen or process_cores()))
-
-
-def _findings(registry: Registry, name: str, source: ProgramSource | None) -> list[Finding]:
-    """What a backend finds; one that is broken is itself a finding."""
-    try:
-        backend = registry.load(name)
-        programs = source.programs(backend.formats) if source is not None else ()
-        found = list(backend.checks(programs))
-        devices = ", ".join(backend.devices())
-    except VisionAccelError as error:
-        return [Finding("plug-in", "failure", error.message, error.hint or "")]
-    except Exception as error:  # Whatever a vendor's stack raises, the other backends are still to be looked at.
-        return [Finding("plug-in", "failure", f"{type(error).__name__}: {error}", "Reinstall it, or tell its authors.")]
-    none = Finding("devices", "failure", "none", "See `visionaccel explain` with a bundle for why.")
-    return [Finding("devices", "pass", devices) if devices else none, *found]
-
-
-def _row(finding: Finding) -> dict[str, Any]:
-    return {"what": finding.name, "status": finding.status, "found": finding.detail, "fix": finding.fix}
+def _print(found: Diagnosis) -> None:
+    table = Table("about", "what", "status", "found", "what to do")
+    for each in found.findings:
+        of = each.finding
+        table.add_row(each.about, of.name, of.status, of.detail, of.fix, style=_STYLES[of.status])
+    results.print(table)
+    counts = ", ".join(f"{found.count(status)} {word}" for status, word in _WORDS.items())
+    results.print(f"{counts}.")

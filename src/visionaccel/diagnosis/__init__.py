@@ -1,0 +1,10 @@
+"""What `visionaccel doctor` looks at: the machine, what is installed, the settings, each backend, a bundle, and vLLM.
+
+Each look is isolated: one that raises is itself a finding. What imports a vendor's code runs in a child process with a
+time limit, so that a crash, an exit or a hang there is a finding too.
+"""
+
+from visionaccel.diagnosis.diagnosing import diagnose
+from visionaccel.diagnosis.findings import Diagnosis, Found
+
+__all__ = ["Diagnosis", "Found", "diagnose"]

@@ -1,0 +1,102 @@
+"""The whole diagnosis, group by group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+
+from visionaccel import __version__
+from visionaccel.backends import AUTO, Finding, Registry, default_registry
+from visionaccel.diagnosis.backends import no_backend, of_backend
+from visionaccel.diagnosis.configuration import of_settings
+from visionaccel.diagnosis.environment import of_environment
+from visionaccel.diagnosis.findings import Diagnosis, Found, looked
+from visionaccel.diagnosis.source import OPENED, Wanted, of_source
+from visionaccel.diagnosis.versions import of_versions
+from visionaccel.diagnosis.vllm import of_vllm
+from visionaccel.errors import SettingsError
+from visionaccel.settings import Settings, load_settings
+
+__all__ = ["LIMIT", "SOURCE", "VLLM", "diagnose"]
+
+LIMIT = 60.0
+"""Seconds that a backend may take to say what it finds; vLLM, which imports more, may take twice as long."""
+
+SOURCE, VLLM = "source", "vLLM"
+_AT_ONCE = 2
+
+
+def diagnose(
+    source: str | None = None, backend: str | None = None, *, limit: float = LIMIT, vllm: bool = True
+) -> Diagnosis:
+    """Look at this machine, and at what is installed and set on it. Nothing that is broken here makes it raise.
+
+    Args:
+        source: A bundle or checkpoint to look at too; by default the bundle that the settings name, if any.
+        backend: Look at this backend only; by default at every installed one.
+        limit: Seconds that a backend may take; vLLM may take twice as long.
+        vllm: Whether to import vLLM, in a child process.
+
+    Raises:
+        UnknownBackendError: If the named backend is not installed.
+    """
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    registry, found = _registry()
+    names: list[str] = []
+    plugins: set[str] = set()
+    if registry is not None:
+        entries = [registry.entry(backend)] if backend else list(registry.entries)
+        names, plugins = [entry.name for entry in entries], {entry.distribution for entry in entries}
+        found += looked("backends", "backends", lambda: no_backend(registry))
+    settings = _settings()
+    source = source or (str(settings.bundle) if settings and settings.bundle and settings.bundle.is_dir() else None)
+    findings = [
+        *looked("environment", "environment", of_environment),
+        *looked("versions", "versions", lambda: of_versions(plugins)),
+        *looked("settings", "settings", lambda: of_settings(registry)),
+        *found,
+    ]
+    opens: str | None = None
+    if source is not None:
+        wanted = _wanted(backend, settings, registry)
+        of_it = looked(SOURCE, source, lambda: of_source(source, wanted))
+        findings += of_it
+        # A source that does not open has its finding; each backend would only repeat it.
+        opens = source if any(each.finding.name in OPENED for each in of_it) else None
+    looks: list[Callable[[], Sequence[Found]]] = [
+        lambda name=name: of_backend(name, opens, limit)  # type: ignore[misc]
+        for name in names
+    ]
+    if vllm:
+        looks.append(lambda: looked(VLLM, VLLM, lambda: of_vllm(2 * limit)))
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for more in pool.map(lambda look: look(), looks):
+            findings += more
+    return Diagnosis(__version__, created, tuple(findings))
+
+
+def _registry() -> tuple[Registry | None, list[Found]]:
+    """The installed backends, or why they are not known."""
+    opened: list[Registry] = []
+
+    def look() -> Sequence[Finding]:
+        opened.append(default_registry())
+        return ()
+
+    problems = looked("backends", "backends", look)
+    return (opened[0] if opened else None), problems
+
+
+def _settings() -> Settings | None:
+    try:
+        return load_settings()
+    except SettingsError:  # the settings have a finding of their own
+        return None
+
+
+def _wanted(backend: str | None, settings: Settings | None, registry: Registry | None) -> Wanted:
+    named = backend or (settings.backend if settings is not None else None)
+    devices = tuple(device for device in (settings.wanted_devices if settings else ()) if device is not None)
+    installed = [] if registry is None else [entry.name for entry in registry.entries]
+    return Wanted(None if named == AUTO else named, devices, installed)

@@ -1,0 +1,110 @@
+"""A bundle or checkpoint: whether it is whole, proven, and proven where it is to run."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from visionaccel.backends import Finding
+from visionaccel.bundle import Bundle, is_bundle, open_bundle
+from visionaccel.bundle.manifest import Certificate
+from visionaccel.opening import open_tower
+
+__all__ = ["GOLDEN", "OPENED", "Wanted", "of_source"]
+
+GOLDEN = "golden.safetensors"
+"""What the path of a bundle's golden images ends in: patches with the reference's embeddings."""
+
+OPENED = ("checkpoint", "manifest")
+"""Names of the findings that say that a checkpoint or a bundle could be opened."""
+
+_PROVE = "Run `visionaccel validate`."
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is to run the programs.
+
+    Attributes:
+        backend: Name of the backend; None if none is named.
+        devices: Its devices; none if none is named.
+        installed: Names of the installed backends.
+    """
+
+    backend: str | None
+    devices: tuple[str, ...]
+    installed: Collection[str]
+
+
+def of_source(source: str, wanted: Wanted) -> Iterator[Finding]:
+    """What is found of a bundle or checkpoint. Every file of a bundle is read again, whatever is remembered of it.
+
+    Args:
+        source: Its folder, or the Hugging Face repository of a checkpoint.
+        wanted: What is to run it.
+
+    Raises:
+        ArtifactError: If it is broken.
+    """
+    if not is_bundle(source):
+        tower = open_tower(source)
+        yield Finding(OPENED[0], "pass", f"{source}, family {tower.family}")
+        return
+    bundle = open_bundle(source, trust_unchanged=False)
+    yield Finding(OPENED[1], "pass", f"{source}, family {bundle.family}, {_programs(bundle)}")
+    files = bundle.manifest.every_file()
+    size = sum({file.path: file.bytes for file in files}.values())
+    yield Finding("digests", "pass", f"{len({f.path for f in files})} files of {size / 2**20:.1f} MiB are as stated")
+    yield from _certificate(bundle.manifest.certificate, wanted)
+    yield _golden(bundle)
+
+
+def _programs(bundle: Bundle) -> str:
+    names = [program.name for program in bundle.manifest.programs]
+    return f"{len(names)} {'program' if len(names) == 1 else 'programs'}: {', '.join(names)}"
+
+
+def _certificate(found: Certificate | None, wanted: Wanted) -> Iterator[Finding]:
+    if found is None:
+        yield Finding("certificate", "warning", "none: nobody proved the programs", _PROVE)
+        return
+    failed = [each.program for each in found.programs if each.failure is not None]
+    if not found.passed:
+        detail = f"not passed on {found.created}: {', '.join(failed) or 'its answers differ'}"
+        yield Finding("certificate", "failure", detail, "Do not serve it. Export or import it again, and validate it.")
+    else:
+        lowest = min(each.lowest_cosine for each in found.programs)
+        yield Finding("certificate", "pass", f"passed on {found.created}, lowest cosine {lowest:.6f}")
+    yield _ran_on(found, wanted)
+
+
+def _ran_on(found: Certificate, wanted: Wanted) -> Finding:
+    """Whether the certificate was made by what is to run the programs."""
+    name = "certificate's device"
+    places = list(dict.fromkeys((each.backend, each.device, each.simulated) for each in found.programs))
+    told = "; ".join(f"{backend}, {device}{' (SIMULATED)' * simulated}" for backend, device, simulated in places)
+    here = "here" if wanted.backend is None else f"with `--backend {wanted.backend}`"
+    fix = f"Run `visionaccel validate` {here}."
+    backends = {backend for backend, _, _ in places}
+    if wanted.backend is not None and backends != {wanted.backend}:
+        return Finding(name, "warning", f"made on {told}; {wanted.backend} is to run it", fix)
+    kinds = {_kind(device) for _, device, _ in places}
+    if wanted.devices and kinds != {_kind(device) for device in wanted.devices}:
+        return Finding(name, "warning", f"made on {told}; {', '.join(wanted.devices)} is to run it", fix)
+    if not backends <= set(wanted.installed):
+        return Finding(name, "warning", f"made on {told}, which is not installed here", fix)
+    if any(simulated for _, _, simulated in places):
+        return Finding(name, "warning", f"made on {told}, which is no hardware", "Validate it on the hardware too.")
+    return Finding(name, "pass", f"made on {told}")
+
+
+def _kind(device: str) -> str:
+    return device.partition(":")[0].strip().casefold()
+
+
+def _golden(bundle: Bundle) -> Finding:
+    stated = [path for path in bundle.files() if Path(path).name.endswith(GOLDEN)]
+    if stated:
+        return Finding("golden images", "pass", ", ".join(stated))
+    return Finding("golden images", "warning", "none: an encoder cannot be tried when it is opened", _PROVE)

@@ -1,0 +1,64 @@
+"""vLLM with its plug-ins, in a process of its own: `python -m visionaccel.diagnosis.vllm_child FILE LIMIT`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+from visionaccel.backends import Finding
+from visionaccel.diagnosis.child_process import answer_with, give_up_after
+from visionaccel.errors import VisionAccelError
+
+__all__ = ["ACTIVATION", "main"]
+
+ACTIVATION = "activation"
+
+
+def main(file: str, limit: str) -> None:
+    """Load vLLM's plug-ins as its processes do, and write which class it would make the model of.
+
+    Args:
+        file: Where the answer goes.
+        limit: Seconds after which nobody waits for it.
+    """
+    give_up_after(float(limit))
+    answer_with(file, list(_findings()))
+
+
+def _findings() -> Iterator[Finding]:
+    try:
+        import vllm
+        from vllm.plugins import load_general_plugins
+    except Exception as error:
+        yield Finding(
+            "import", "failure", f"vllm cannot be imported: {type(error).__name__}: {error}", "Reinstall vLLM."
+        )
+        return
+    yield Finding("import", "pass", f"vllm {vllm.__version__}")
+    from visionaccel.integrations.vllm import compat
+    from visionaccel.integrations.vllm.activation import MODELS
+
+    try:
+        load_general_plugins()
+    except VisionAccelError as error:
+        yield Finding(ACTIVATION, "failure", f"vLLM would not start: {error.message}", error.hint or "")
+        return
+    except Exception as error:
+        detail = f"vLLM's plug-ins cannot be loaded: {type(error).__name__}: {error}"
+        yield Finding(ACTIVATION, "failure", detail, "Uninstall the plug-in that the message names.")
+        return
+    replaced = [name for name in MODELS if compat.is_replaced(name)]
+    if len(replaced) == len(MODELS):
+        yield Finding(ACTIVATION, "pass", f"vLLM makes {', '.join(replaced)} from visionaccel's class")
+        return
+    left = ", ".join(name for name in MODELS if name not in replaced)
+    yield Finding(
+        ACTIVATION,
+        "failure",
+        f"vLLM makes {left} from its own class",
+        "Install visionaccel into vLLM's environment: `pip show visionaccel` with vLLM's Python shows it.",
+    )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

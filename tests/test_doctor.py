@@ -1,0 +1,345 @@
+"""`visionaccel doctor`: whatever is broken is a finding with a fix, and nothing that is broken ends the command."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bundle_tools import CERTIFICATE, forge
+from bundles import document, write_bundle
+from fake_plugins import ECHO, install
+from visionaccel.bundle import MANIFEST
+from visionaccel.diagnosis.environment import of_environment
+from visionaccel.diagnosis.findings import as_finding, printable
+
+PLUGIN = """
+import os, signal, sys, time
+from visionaccel.backends import Finding, VisionBackend, hookimpl
+
+class Broken(VisionBackend):
+    name = "broken"
+    formats = frozenset({{"onnx"}})
+    def probe(self, program, device): ...
+    def open(self, program, device, options): ...
+    def devices(self):
+        return {devices}
+    def checks(self, programs):
+        {checks}
+
+@hookimpl
+def visionaccel_backends():
+    return [Broken]
+"""
+
+
+def doctor(*arguments, site=None, status=0, **environment):
+    """The command in a process of its own; its findings."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("VISIONACCEL_")}
+    path = {} if site is None else {"PYTHONPATH": str(site)}
+    done = subprocess.run(
+        [sys.executable, "-c", "from visionaccel.cli import main; main()", "doctor", "--no-vllm", "--json", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**inherited, **path, **environment},
+        cwd=site,
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    answer = json.loads(done.stdout)
+    assert set(answer) == {"version", "created", "findings"}
+    assert all(set(row) == {"about", "what", "status", "found", "fix"} for row in answer["findings"])
+    return answer["findings"]
+
+
+def broken(tmp_path, checks="return ()", devices='("cpu",)'):
+    """A site with a plug-in that is broken in some way."""
+    return install(tmp_path / "site", "broken-plugin", "broken", PLUGIN.format(checks=checks, devices=devices))
+
+
+def of(findings, about, what=None):
+    return [row for row in findings if row["about"] == about and what in (None, row["what"])]
+
+
+def the(findings, about, what):
+    (row,) = of(findings, about, what)
+    return row
+
+
+# Plug-ins
+
+
+@pytest.mark.parametrize(
+    ("checks", "expected"),
+    [
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "died of SIGSEGV (a segmentation fault)"),
+        ("import ctypes; ctypes.string_at(0)", "died of SIGSEGV (a segmentation fault)"),
+        ("os.abort()", "died of SIGABRT (an abort)"),
+        ("os._exit(0)", "ended with status 0 before it answered"),
+        ("sys.exit(3)", "ended with status 3 before it answered"),
+        ("raise OSError('libnpu.so.1: cannot open')", "OSError: libnpu.so.1: cannot open"),
+        ("return [{'status': 'excellent'}]", "is no finding"),
+    ],
+)
+def test_a_backend_that_breaks_in_its_checks_is_a_failure_and_the_others_are_still_looked_at(
+    tmp_path, checks, expected
+):
+    findings = doctor(site=broken(tmp_path, checks))
+    failures = [row for row in of(findings, "broken") if row["status"] == "failure"]
+    assert [expected in row["found"] for row in failures] == [True], failures
+    assert all(row["fix"] for row in failures)
+    assert the(findings, "onnxrt", "devices")["found"] == "cpu"
+
+
+def test_a_backend_that_hangs_is_ended_in_time(tmp_path):
+    # It has to be ended by force: SIGTERM does nothing to it.
+    checks = "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    findings = doctor("--backend", "broken", "--limit", "4", site=broken(tmp_path, checks), status=1)
+    assert "did not end within 4 s" in the(findings, "broken", "plug-in")["found"]
+
+
+def test_a_backend_that_crashes_when_its_process_ends_has_answered(tmp_path):
+    site = broken(tmp_path, "import atexit; atexit.register(os.abort); return ()")
+    findings = doctor("--backend", "broken", site=site)
+    assert the(findings, "broken", "devices")["status"] == "pass"
+    end = the(findings, "broken", "end of plug-in")
+    assert end["status"] == "warning"
+    assert "SIGABRT" in end["found"]
+
+
+def test_what_a_backend_prints_does_not_reach_the_answer(tmp_path):
+    noise = "print('[]{garbage' * 9999, flush=True); os.write(1, b'\\xff\\x00' * 99999); os.write(2, b'noise\\n')"
+    findings = doctor("--backend", "broken", site=broken(tmp_path, f"{noise}; return [Finding('noise', 'pass', 'ok')]"))
+    assert the(findings, "broken", "noise") == {
+        "about": "broken", "what": "noise", "status": "pass", "found": "ok", "fix": "",
+    }  # fmt: skip
+
+
+def test_the_last_words_of_a_crash_are_told(tmp_path):
+    checks = "os.write(2, b'undefined symbol: npu_open\\x1b[31m\\n'); os.abort()"
+    found = the(doctor(site=broken(tmp_path, checks)), "broken", "plug-in")["found"]
+    assert found.endswith("it last printed: undefined symbol: npu_open?[31m")
+
+
+def test_a_plug_in_that_cannot_be_imported_is_a_failure_that_names_it(tmp_path):
+    site = install(tmp_path / "site", "broken-plugin", "broken", "raise RuntimeError('no driver')")
+    found = the(doctor(site=site), "broken", "plug-in")
+    assert found["status"] == "failure"
+    assert "broken-plugin 1.0 cannot be loaded: RuntimeError: no driver" in found["found"]
+    assert "Reinstall broken-plugin" in found["fix"]
+
+
+def test_a_backend_without_devices_fails(tmp_path):
+    findings = doctor("--backend", "broken", site=broken(tmp_path, devices="()"), status=1)
+    assert the(findings, "broken", "devices")["status"] == "failure"
+
+
+def test_two_distributions_of_one_backend_are_a_failure_of_their_own(tmp_path):
+    site = install(tmp_path / "site", "other-onnxrt", "onnxrt", ECHO.format(name="onnxrt", score=1))
+    found = the(doctor(site=site), "backends", "backends")
+    assert "provided by both" in found["found"]
+    assert found["fix"] == "Uninstall one of them."
+
+
+def test_options_that_the_backend_does_not_take_are_a_failure():
+    settings = {"VISIONACCEL_BACKEND": "onnxrt", "VISIONACCEL_OPTIONS": "thread=2"}
+    found = the(doctor("--backend", "onnxrt", status=1, **settings), "onnxrt", "VISIONACCEL_OPTIONS")
+    assert "thread" in found["found"]
+    assert "threads" in found["fix"]
+
+
+# Versions
+
+
+def test_a_requirement_that_is_not_met_is_a_failure_with_the_command_that_mends_it(tmp_path):
+    site = broken(tmp_path)
+    (metadata,) = site.glob("*.dist-info/METADATA")
+    needs = (
+        "numpy<1,>=0.9",
+        "pydantic>=2",
+        "absent-library>=1",
+        "six<0.1; python_version < '3'",
+        "rich<1; extra == 'x'",
+    )
+    lines = "".join(f"Requires-Dist: {one}\n" for one in needs)
+    metadata.write_text(f"{metadata.read_text()}Provides-Extra: x\n{lines}")
+    rows = {row["found"]: row for row in of(doctor("--backend", "broken", site=site, status=1), "versions")}
+    (numpy,) = (row for found, row in rows.items() if "needs numpy<1,>=0.9, and " in found)
+    assert numpy["status"] == "failure"
+    assert numpy["fix"] == "pip install 'numpy<1,>=0.9'"
+    absent = rows["broken-plugin 1.0 needs absent-library>=1, and it is not installed"]
+    assert absent["fix"] == "pip install 'absent-library>=1'"
+    (extra,) = (row for found, row in rows.items() if "needs rich<1" in found)
+    assert extra["status"] == "warning"
+    assert not any("pydantic" in found or "six" in found for found in rows)
+
+
+def test_versions_of_what_answers_depend_on_are_told():
+    findings = doctor("--backend", "onnxrt")
+    assert {"visionaccel", "visionaccel-onnxrt", "numpy", "onnxruntime", "vllm"} <= {
+        row["what"] for row in of(findings, "versions")
+    }
+    assert the(findings, "versions", "visionaccel")["status"] == "pass"
+
+
+# Settings
+
+
+def test_a_mistyped_setting_is_a_warning_with_the_right_name():
+    found = the(doctor("--backend", "onnxrt", VISIONACCEL_BACKNED="onnxrt"), "settings", "VISIONACCEL_BACKNED")
+    assert found["status"] == "warning"
+    assert found["fix"] == "Did you mean VISIONACCEL_BACKEND?"
+
+
+def test_a_wrong_value_is_a_failure_and_does_not_hide_a_mistyped_name():
+    settings = {"VISIONACCEL_DEADLINE": "soon", "VISIONACCEL_BACKNED": "onnxrt"}
+    rows = of(doctor(**settings), "settings")
+    assert [row["status"] for row in rows] == ["warning", "failure"]
+    assert "VISIONACCEL_DEADLINE='soon'" in rows[1]["found"]
+
+
+def test_settings_that_name_what_is_not_there_are_failures():
+    settings = {"VISIONACCEL_BACKEND": "onnxtr", "VISIONACCEL_BUNDLE": "/nowhere", "VISIONACCEL_FALLBACK": "auto"}
+    rows = {row["what"]: row for row in of(doctor(**settings), "settings") if row["status"] == "failure"}
+    assert set(rows) == set(settings)
+    assert rows["VISIONACCEL_BACKEND"]["fix"] == "Did you mean 'onnxrt'?"
+
+
+# Bundles
+
+
+@pytest.fixture(scope="module")
+def exported(tiny, tmp_path_factory):
+    return write_bundle(tiny, tmp_path_factory.mktemp("doctor") / "bundle", "10x18", self_contained=True)
+
+
+@pytest.fixture
+def bundle(exported, tmp_path):
+    return shutil.copytree(exported, tmp_path / "bundle")
+
+
+def certify(bundle, **changes):
+    def change(stated):
+        stated["certificate"] = {**CERTIFICATE, **changes}
+        stated["certificate"]["programs"][0] |= {"failure": None}
+
+    forge(bundle, change)
+
+
+def test_a_bundle_without_certificate_and_golden_images_is_told_to_be_validated(bundle):
+    findings = doctor(str(bundle), "--backend", "onnxrt")
+    assert the(findings, "source", "digests")["status"] == "pass"
+    for name in ("certificate", "golden images"):
+        found = the(findings, "source", name)
+        assert (found["status"], found["fix"]) == ("warning", "Run `visionaccel validate`.")
+
+
+def test_golden_images_are_a_file_that_the_manifest_states(bundle):
+    (bundle / "golden.safetensors").write_bytes(b"golden")
+    golden = {"path": "golden.safetensors", "bytes": 6, "sha256": ""}
+    forge(bundle, lambda stated: stated["files"].append(golden))
+    assert the(doctor(str(bundle), "--backend", "onnxrt"), "source", "golden images")["status"] == "pass"
+
+
+def test_an_edited_file_is_a_failure(bundle):
+    model = bundle / document(bundle)["programs"][0]["model"]
+    data = bytearray(model.read_bytes())
+    data[len(data) // 2] ^= 1
+    model.write_bytes(data)
+    found = the(doctor(str(bundle), "--backend", "onnxrt", status=1), "source", str(bundle))
+    assert "is damaged" in found["found"]
+    assert found["fix"]
+
+
+def test_an_edited_manifest_is_a_failure(bundle):
+    manifest = bundle / MANIFEST
+    manifest.write_text(manifest.read_text().replace('"family"', '"Family"'))
+    assert the(doctor(str(bundle), "--backend", "onnxrt", status=1), "source", str(bundle))["status"] == "failure"
+
+
+def test_a_certificate_says_where_it_was_made(bundle):
+    certify(bundle)
+    here = doctor(str(bundle), "--backend", "onnxrt")
+    assert the(here, "source", "certificate")["status"] == "pass"
+    assert the(here, "source", "certificate's device")["found"] == "made on onnxrt, cpu"
+    other = the(doctor(str(bundle), "--backend", "openvino"), "source", "certificate's device")
+    assert (other["status"], other["found"]) == ("warning", "made on onnxrt, cpu; openvino is to run it")
+    npu = doctor(str(bundle), "--backend", "onnxrt", VISIONACCEL_DEVICE="npu")
+    assert "npu is to run it" in the(npu, "source", "certificate's device")["found"]
+
+
+def test_a_certificate_that_was_not_passed_is_a_failure(bundle):
+    certify(bundle, passed=False)
+    found = the(doctor(str(bundle), "--backend", "onnxrt", status=1), "source", "certificate")
+    assert found["status"] == "failure"
+    assert "Do not serve it" in found["fix"]
+
+
+def test_the_bundle_of_the_settings_is_looked_at(bundle):
+    findings = doctor("--backend", "onnxrt", VISIONACCEL_BUNDLE=str(bundle))
+    assert str(bundle) in the(findings, "source", "manifest")["found"]
+
+
+# The machine, and the command
+
+
+def test_the_machine_is_described():
+    rows = {row["what"]: row for row in of(doctor("--backend", "onnxrt"), "environment")}
+    assert set(rows) == {"Python", "system", "kernel", "processor", "memory", "disk", "cores"}
+    assert sys.executable in rows["Python"]["found"]
+
+
+def test_what_cannot_be_read_of_the_machine_is_a_finding_and_the_rest_is_found(tmp_path):
+    rows = {finding.name: finding for finding in of_environment(tmp_path)}
+    assert rows["memory"].status == rows["processor"].status == "failure"
+    assert rows["Python"].status == "pass"
+
+
+def test_little_memory_and_an_old_processor_are_warnings(tmp_path):
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/cpuinfo").write_text("processor : 0\nflags : fpu sse4_2 f16c\n")
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 67108864 kB\nMemAvailable: 67000000 kB\n")
+    (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
+    (tmp_path / "sys/fs/cgroup/memory.max").write_text(f"{2**30}\n")
+    rows = {finding.name: finding for finding in of_environment(tmp_path)}
+    assert rows["processor"].status == "warning"
+    assert rows["processor"].detail.endswith("; f16c")
+    assert rows["memory"].status == "warning"
+    assert "may use 1.0 GiB" in rows["memory"].detail
+
+
+def test_strict_makes_any_failure_the_status(tmp_path):
+    site = broken(tmp_path, "raise OSError")
+    doctor(site=site)
+    doctor("--strict", site=site, status=1)
+
+
+def test_the_table_has_every_finding_and_their_number(monkeypatch):
+    from typer.testing import CliRunner
+
+    from visionaccel.cli.app import app
+
+    monkeypatch.setenv("COLUMNS", "200")
+    run = CliRunner().invoke(app, ["doctor", "--no-vllm", "--backend", "onnxrt"])
+    assert run.exit_code == 0
+    assert "visionaccel-onnxrt 0.1.0 loads" in run.stdout
+    assert " failed, " in run.stdout
+
+
+def test_findings_are_bounded_and_printable():
+    row = as_finding({"name": "a\x1b]0;b\n", "status": "pass", "detail": "x" * 99_999})
+    assert row.name == "a?]0;b"
+    assert len(row.detail) == 2000
+    assert printable("\u202ereversed") == "?reversed"
+    with pytest.raises(ValueError, match="is no finding"):
+        as_finding({"name": "no status"})
+
+
+def test_no_child_or_folder_is_left_behind(tmp_path):
+    doctor(
+        "--backend", "broken", "--limit", "3", site=broken(tmp_path, "time.sleep(60)"), status=1, TMPDIR=str(tmp_path)
+    )
+    assert not list(Path(tmp_path).glob("visionaccel-doctor-*"))
