@@ -10,6 +10,7 @@ from visionaccel import open_encoder
 from visionaccel.backends import Session, default_registry
 from visionaccel.encoder import Encoder, OpenProgram
 from visionaccel.runtime.guarded import GuardedEncoder
+from visionaccel.runtime.stage import Stage
 
 
 class Gate(Session):
@@ -66,7 +67,8 @@ def gated(checkpoint, fallback=None, **capabilities) -> tuple[GuardedEncoder, Ga
     (opened,) = encoder.programs
     gate = Gate(opened.session, **capabilities)
     programs = [OpenProgram(opened.program, opened.host, gate)]
-    guarded = GuardedEncoder(Encoder(encoder.tower, "gated", programs, default_registry()), fallback)
+    others = [] if fallback is None else [Stage("fallback", fallback)]
+    guarded = GuardedEncoder(Encoder(encoder.tower, "gated", programs, default_registry()), others)
     return guarded, gate
 
 

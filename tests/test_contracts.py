@@ -100,5 +100,6 @@ def test_wrong_outputs_are_the_backends_fault(output, message):
 
 
 def test_right_outputs_pass():
-    check_output("someone", SPEC, np.zeros((10, 8), np.float32), {"tokens": 10})
-    check_output("someone", SPEC, torch.zeros(10, 8), {"tokens": 10})
+    rows = np.arange(80, dtype=np.float32).reshape(10, 8)
+    check_output("someone", SPEC, rows, {"tokens": 10})
+    check_output("someone", SPEC, torch.from_numpy(rows), {"tokens": 10})

@@ -7,6 +7,7 @@ from towers import random_patches
 from visionaccel import open_encoder
 from visionaccel.errors import DeviceError, InputError, NonFiniteError, PatchesError, VisionAccelError
 from visionaccel.runtime.guarded import GuardedEncoder
+from visionaccel.runtime.stage import Stage
 
 GRIDS = [(1, 4, 4), (1, 6, 4), (2, 4, 4)]
 ENDS = [16, 40, 72]
@@ -69,14 +70,14 @@ def test_the_fallback_takes_over_what_the_device_could_not_do(failing, healthy, 
         return healthy
 
     patches = random_patches(GRIDS)
-    guarded = GuardedEncoder(failing, fallback)
+    guarded = GuardedEncoder(failing, [Stage("torch_ref", fallback)])
     for _ in range(2):
         answers = guarded.encode_items(patches, GRIDS)
         assert [answer.fallback for answer in answers] == [False, True, False]
         rows = np.concatenate([answer.rows for answer in answers])
         np.testing.assert_allclose(rows, healthy.encode(patches, GRIDS), rtol=0, atol=2e-5)
     assert (guarded.fallback_items, guarded.failed_items, opened) == (2, 0, [True])
-    assert "the fallback took over, for the 2. time" in caplog.text
+    assert "the fallback took over, for the 2. time, on 'torch_ref'" in caplog.text
 
 
 @pytest.mark.parametrize("kind", [DeviceError, MemoryError])
@@ -87,7 +88,7 @@ def test_a_failing_fallback_is_reported_with_both_reasons_and_not_tried_again(fa
         opened.append(True)
         raise kind("no memory for a second encoder.")
 
-    guarded = GuardedEncoder(failing, fallback)
+    guarded = GuardedEncoder(failing, [Stage("torch_ref", fallback)])
     for _ in range(2):
         (answer,) = guarded.encode_items(random_patches([(1, 6, 4)]), [(1, 6, 4)])
         assert isinstance(answer, DeviceError)
@@ -103,7 +104,7 @@ def test_bad_pixels_are_not_sent_to_the_fallback(healthy):
     def fallback():
         raise AssertionError("not for bad input")
 
-    first, second, third = GuardedEncoder(healthy, fallback).encode_items(patches, GRIDS)
+    first, second, third = GuardedEncoder(healthy, [Stage("torch_ref", fallback)]).encode_items(patches, GRIDS)
     assert isinstance(second, NonFiniteError)
     assert not isinstance(first, VisionAccelError)
     assert not isinstance(third, VisionAccelError)
@@ -120,7 +121,7 @@ def test_where_rows_cannot_be_told_apart_the_error_is_everybodys(healthy, count,
 
 
 def test_closing_closes_both(failing, healthy):
-    guarded = GuardedEncoder(failing, lambda: healthy)
+    guarded = GuardedEncoder(failing, [Stage("torch_ref", healthy)])
     guarded.encode_items(random_patches([(1, 6, 4)]), [(1, 6, 4)])
     guarded.close()
     for encoder in (failing, healthy):

@@ -18,12 +18,12 @@ from visionaccel import open_encoder
 from visionaccel.backends import QuantizedModel, default_registry
 from visionaccel.bundle import open_bundle
 from visionaccel.cli.app import app
+from visionaccel.comparison import Comparison
 from visionaccel.errors import AccuracyError, ArtifactError, ConfigurationError, InputError, PluginError
 from visionaccel.opening import open_tower
 from visionaccel.program import CHECKPOINT, ONNX_STANDARD
 from visionaccel.quantization import quantize_bundle
 from visionaccel.validation.certificate import THRESHOLDS
-from visionaccel.validation.comparison import Comparison
 from visionaccel.validation.trials import bundled_photographs
 
 

@@ -37,13 +37,21 @@ def test_every_setting_is_read(monkeypatch):
         "DEVICES": "npu:0, npu:1",
         "QUEUE_SIZE": "8",
         "CACHE_SIZE": "2GiB",
-        "FALLBACK": "torch_ref",
+        "FALLBACK": "onnxrt, torch_ref",
+        "CANARY": "strict",
+        "CANARY_INTERVAL": "60",
+        "SHADOW": "0.01",
+        "SHADOW_LIMIT": "0.999",
+        "BREAKER_FAILURES": "3",
+        "BREAKER_SECONDS": "0.5",
         "OPTIONS": '{"threads": 2}',
         "ISOLATION": "process",
         "DEADLINE": "2.5",
         "OPEN_DEADLINE": "1800",
         "CPU_CORES": "0-3,8",
         "TIMING": "1",
+        "TRACE": "/tmp/trace.json",
+        "METRICS": "0",
     }
     assert {name.lower() for name in values} | {"device"} == set(Settings.model_fields)
     for name, value in values.items():
@@ -56,13 +64,21 @@ def test_every_setting_is_read(monkeypatch):
         devices=("npu:0", "npu:1"),
         queue_size=8,
         cache_size=2 * 2**30,
-        fallback="torch_ref",
+        fallback=("onnxrt", "torch_ref"),
+        canary="strict",
+        canary_interval=60.0,
+        shadow=0.01,
+        shadow_limit=0.999,
+        breaker_failures=3,
+        breaker_seconds=0.5,
         options={"threads": 2},
         isolation="process",
         deadline=2.5,
         open_deadline=1800.0,
         cpu_cores=frozenset({0, 1, 2, 3, 8}),
         timing=True,
+        trace=Path("/tmp/trace.json"),
+        metrics=False,
     )
 
 
@@ -75,7 +91,7 @@ def test_empty_variables_count_as_unset(monkeypatch):
 @pytest.mark.parametrize("value", ["none", "None", "NONE"])
 def test_no_fallback_can_be_said(monkeypatch, value):
     monkeypatch.setenv("VISIONACCEL_FALLBACK", value)
-    assert load_settings().fallback is None
+    assert load_settings().fallback == ()
 
 
 @pytest.mark.parametrize(

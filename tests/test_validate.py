@@ -25,6 +25,7 @@ from visionaccel.bundle import open_bundle
 from visionaccel.bundle.opening import tower_digest
 from visionaccel.checkpoint import read_header
 from visionaccel.cli.validate import validate
+from visionaccel.comparison import Comparison, length_errors, token_cosines
 from visionaccel.errors import ConfigurationError, InputError, SettingsError, UnknownBackendError
 from visionaccel.grid import Grid
 from visionaccel.images import image_processor
@@ -35,7 +36,6 @@ from visionaccel.tensor_files import write_safetensors
 from visionaccel.testing.checkpoints import random_checkpoint
 from visionaccel.validation.answers import digits_checkpoint, read_digits
 from visionaccel.validation.certificate import REFERENCE_OPTIONS, THRESHOLDS
-from visionaccel.validation.comparison import Comparison, length_errors, token_cosines
 from visionaccel.validation.packed_weights import differing_weights
 from visionaccel.validation.trials import Trials, bundled_photographs, find_images, trial_calls
 
@@ -294,7 +294,7 @@ def spoiled(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("spoil", "reason", "most"),
     [
-        ("rows[:] = 0", "lowest cosine -1.0", -1),
+        ("rows[:] = 0", "one number throughout in", -1),
         ("rows[3] = rows[2]", "row 0, column 3 of its tokens", 0.9),
         ("rows[4] = np.nan", "NaN or infinity in 1 of", -1),
         ("rows[5, 0] = np.inf", "NaN or infinity in 1 of", -1),

@@ -15,7 +15,9 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["FLOATS", "Array", "as_host_tensor", "as_numpy", "dtype_name", "finite_rows", "is_tensor"]
+__all__ = [
+    "FLOATS", "Array", "as_host_tensor", "as_numpy", "constant_rows", "dtype_name", "finite_rows", "is_tensor",
+]  # fmt: skip
 
 FLOATS: Mapping[str, Any] = MappingProxyType(
     {"float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -24,6 +26,8 @@ FLOATS: Mapping[str, Any] = MappingProxyType(
 
 Array: TypeAlias = Any
 """A numpy array, or a torch tensor where a session declares that it takes them."""
+
+_SAMPLED_COLUMNS = 16
 
 
 def is_tensor(array: Array) -> bool:
@@ -61,14 +65,40 @@ def as_host_tensor(array: Array, dtype: str) -> Any:
 
 
 def finite_rows(array: Array) -> NDArray[np.bool_]:
-    """Which rows of a 2-D array hold only finite numbers: bool [rows], on the host."""
+    """Which rows of a 2-D array hold only finite numbers: bool [rows], on the host.
+
+    Float32 is read once, by a product with ones: NaN and infinity spread to their row's sum. A row whose sum is neither
+    may still have overflowed, so it is looked at again.
+    """
     if is_tensor(array):
         if array.device.type != "cpu":
             return np.asarray(sys.modules["torch"].isfinite(array).all(dim=1).cpu().numpy())
-        # numpy on the host: it needs no threads, which right after an encode wait for those of the runtime.
         array = as_numpy(array)
     if array.dtype == ml_dtypes.bfloat16:
         # bfloat16 is the upper half of float32: exponent bits all set mean NaN or infinity.
         exponent = np.uint16(0x7F80)
         return np.asarray(((array.view(np.uint16) & exponent) != exponent).all(axis=1))
-    return np.asarray(np.isfinite(array).all(axis=1))
+    if array.dtype != np.float32:
+        return np.asarray(np.isfinite(array).all(axis=1))
+    with np.errstate(invalid="ignore", over="ignore"):
+        finite = np.isfinite(array @ np.ones(array.shape[1], np.float32))
+    suspects = np.flatnonzero(~finite)
+    finite[suspects] = np.isfinite(array[suspects]).all(axis=1)
+    return np.asarray(finite)
+
+
+def constant_rows(array: Array) -> NDArray[np.bool_]:
+    """Which rows of a 2-D array repeat one number, zero or another, throughout: bool [rows], on the host.
+
+    A few columns rule out nearly every row; what they leave is read whole.
+    """
+    width = array.shape[1]
+    if width < 2:
+        return np.zeros(len(array), bool)
+    sample = as_numpy(array[:, :: max(1, width // _SAMPLED_COLUMNS)])
+    constant = (sample == sample[:, :1]).all(axis=1)
+    suspects = np.flatnonzero(constant)
+    if len(suspects):
+        rows = as_numpy(array[suspects.tolist()])
+        constant[suspects] = (rows == rows[:, :1]).all(axis=1)
+    return np.asarray(constant)

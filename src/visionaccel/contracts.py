@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from visionaccel.arrays import Array, dtype_name, finite_rows
+from visionaccel.arrays import Array, constant_rows, dtype_name, finite_rows
 from visionaccel.errors import NonFiniteError, OutputError, PatchesError
 from visionaccel.grid import Grid, total_patches
 
@@ -83,8 +83,11 @@ def check_patches(patches: Array, grids: Sequence[Grid], patch_width: int) -> No
 def check_output(backend: str, spec: TensorSpec, array: Array | None, sizes: Mapping[str, int]) -> None:
     """Check what a backend returned for one tensor.
 
+    No row of an encoder's output repeats one number: where it does, a device wrote nothing, zeros, or a filling. A
+    backend whose device writes into the host's memory fills that with NaN beforehand, so that unwritten rows are found.
+
     Raises:
-        OutputError: If it is missing, has another shape or dtype, or holds NaN or infinity.
+        OutputError: If it is missing, has another shape or dtype, holds NaN or infinity, or has constant rows.
     """
     report = "This is a defect of the backend or its device; run `visionaccel explain` and report it with the program."
     if array is None:
@@ -96,10 +99,11 @@ def check_output(backend: str, spec: TensorSpec, array: Array | None, sizes: Map
             f"the program promises {spec.dtype}{wanted}.",
             hint=report,
         )
-    finite = finite_rows(array)
-    if not finite.all():
-        raise OutputError(
-            f"backend {backend!r} returned NaN or infinity in {int((~finite).sum())} of {len(finite)} rows of "
-            f"{spec.name!r}.",
-            hint=report,
-        )
+    for found, what in ((~finite_rows(array), "NaN or infinity"), (constant_rows(array), "one number throughout")):
+        if found.any():
+            rows = np.flatnonzero(found)
+            raise OutputError(
+                f"backend {backend!r} returned {what} in {len(rows)} of {len(found)} rows of {spec.name!r}, first in "
+                f"row {rows[0]}.",
+                hint=report,
+            )

@@ -15,12 +15,7 @@ from typing import Any, Self
 import numpy as np
 
 from visionaccel.arrays import Array, as_numpy, dtype_name, is_tensor
-from visionaccel.backends import (
-    Capabilities,
-    EncodeReport,
-    Registry,
-    Session,
-)
+from visionaccel.backends import CallParts, Capabilities, EncodeReport, Purpose, Registry, Session, watch_parts
 from visionaccel.contracts import check_output, check_patches
 from visionaccel.cores import on_cores
 from visionaccel.errors import DeviceError, UnfitGridError, VisionAccelError
@@ -66,6 +61,7 @@ class Encoder:
         programs: What it runs, each open on the device; for a grid that several take, the most specific is used.
         options: The backend's options that were given.
         capabilities: Those of the first program's session: device and precision.
+        hooks: Where observers of encodes are told.
     """
 
     def __init__(
@@ -80,7 +76,7 @@ class Encoder:
         self.tower, self.backend, self.programs = tower, backend, tuple(programs)
         self.options = dict(options or {})
         self._cores = cores
-        self._hooks = registry.plugins.hook
+        self.hooks = registry.plugins.hook
         safe = all(program.session.capabilities.thread_safe for program in self.programs)
         self._most_running = sys.maxsize if safe else 1
         self._running = 0
@@ -107,13 +103,22 @@ class Encoder:
             )
         return min(fitting, key=_generality)
 
-    def encode(self, patches: Array, grids: Iterable[GridLike]) -> Array:
+    def encode(
+        self,
+        patches: Array,
+        grids: Iterable[GridLike],
+        *,
+        purpose: Purpose = "request",
+        queue_seconds: float | None = None,
+    ) -> Array:
         """Embeddings of images and videos.
 
         Args:
             patches: float32, float16 or bfloat16 [P, patch_width], numpy or torch: the HF processor's `pixel_values`.
                 Read only; not kept.
             grids: (t, h, w) in patches of each image or video, such as the processor's `image_grid_thw`.
+            purpose: What it is for, which observers are told.
+            queue_seconds: How long it waited before this call, which observers are told.
 
         Returns:
             float32 [N, out_width] with N = P / merge_size**2, in the order of the grids. numpy, or a torch tensor if
@@ -125,7 +130,13 @@ class Encoder:
             DeviceError: If the backend failed or returned something wrong.
         """
         with on_cores(self._cores):  # a runtime's pool computes on the thread that calls it, too
-            return self._encode(patches, grids)
+            if not self.hooks.visionaccel_encoded.get_hookimpls():
+                return self._encode(patches, grids, None)
+            clock = _Clock()
+            with watch_parts() as parts:
+                embeddings = self._encode(patches, grids, clock)
+            self._report(clock, parts, purpose, queue_seconds, len(embeddings))
+            return embeddings
 
     def close(self) -> None:
         """Give back the device once no call is in progress. Later calls of `encode` raise DeviceError."""
@@ -144,42 +155,32 @@ class Encoder:
     ) -> None:
         self.close()
 
-    def _encode(self, patches: Array, grids: Iterable[GridLike]) -> Array:
-        started = time.perf_counter()
+    def _encode(self, patches: Array, grids: Iterable[GridLike], clock: _Clock | None) -> Array:
         checked = as_grids(grids, self.tower.merge_size)
         check_patches(patches, checked, self.tower.patch_width)
-        check_ended = time.perf_counter()
+        if clock is not None:
+            clock.lap("check")
         calls = self._calls(checked)
-        run_seconds = finish_seconds = 0.0
         outputs: list[Array] = []
         for opened, parts in calls:
             call_grids = [part.grid for part in parts]
             rows = _rows(patches, checked, parts)
             with self._as_device_error(call_grids):
                 inputs = opened.host.inputs(_to_session(rows, opened), call_grids)
-            run_started = time.perf_counter()
+            if clock is not None:
+                clock.lap("prepare")
             found = self._run(opened, inputs, call_grids)
-            run_ended = time.perf_counter()
+            if clock is not None:
+                clock.lap("run")
             outputs.append(self._checked(opened, found, call_grids))
-            run_seconds += run_ended - run_started
-            finish_seconds += time.perf_counter() - run_ended
-        joined_from = time.perf_counter()
+            if clock is not None:
+                clock.bytes_in += sum(int(array.nbytes) for array in inputs.values())
+                clock.bytes_out += sum(int(array.nbytes) for array in found.values())
+                clock.lap("finish")
         embeddings = outputs[0] if len(calls) == 1 else self._in_item_order(outputs, [parts for _, parts in calls])
-        ended = time.perf_counter()
-        finish_seconds += ended - joined_from
-        self._report(
-            EncodeReport(
-                backend=self.backend,
-                device=self.capabilities.device,
-                grids=checked,
-                patches=total_patches(checked),
-                tokens=len(embeddings),
-                check_seconds=check_ended - started,
-                prepare_seconds=ended - check_ended - run_seconds - finish_seconds,
-                run_seconds=run_seconds,
-                finish_seconds=finish_seconds,
-            )
-        )
+        if clock is not None:
+            clock.grids = checked
+            clock.lap("finish")
         return embeddings
 
     def _calls(self, grids: Sequence[Grid]) -> list[tuple[OpenProgram, list[_Part]]]:
@@ -253,11 +254,48 @@ class Encoder:
         with self._as_device_error(grids):
             return opened.host.embeddings(outputs, grids)
 
-    def _report(self, report: EncodeReport) -> None:
+    def _report(
+        self, clock: _Clock, parts: CallParts, purpose: Purpose, queue_seconds: float | None, tokens: int
+    ) -> None:
+        laps = clock.laps
+        report = EncodeReport(
+            backend=self.backend,
+            device=self.capabilities.device,
+            grids=clock.grids,
+            patches=total_patches(clock.grids),
+            tokens=tokens,
+            purpose=purpose,
+            started=clock.started,
+            queue_seconds=queue_seconds,
+            check_seconds=laps["check"],
+            prepare_seconds=laps["prepare"],
+            run_seconds=laps["run"],
+            transfer_in_seconds=parts.transfer_in,
+            device_seconds=max(0.0, laps["run"] - parts.transfer_in - parts.transfer_out),
+            transfer_out_seconds=parts.transfer_out,
+            finish_seconds=laps["finish"],
+            bytes_in=clock.bytes_in,
+            bytes_out=clock.bytes_out,
+        )
         try:
-            self._hooks.visionaccel_encoded(report=report)
+            self.hooks.visionaccel_encoded(report=report)
         except Exception:  # An observer's fault must not cost the caller a finished encode.
             logger.exception("An observer of encodes failed.")
+
+
+class _Clock:
+    """Times the parts of one encode: each lap goes to the part that has just ended."""
+
+    def __init__(self) -> None:
+        self.started = self._lap = time.monotonic()
+        self.laps = {"check": 0.0, "prepare": 0.0, "run": 0.0, "finish": 0.0}
+        self.grids: tuple[Grid, ...] = ()
+        self.bytes_in = self.bytes_out = 0
+
+    def lap(self, part: str) -> None:
+        now = time.monotonic()
+        self.laps[part] += now - self._lap
+        self._lap = now
 
 
 def close_programs(programs: Iterable[OpenProgram]) -> None:

@@ -54,8 +54,11 @@ def _cores(value: Any) -> Any:
     return parse_cores(value) if isinstance(value, str) else value
 
 
-def _none_by_name(value: Any) -> Any:
-    return None if isinstance(value, str) and value.strip().lower() == "none" else value
+def _chain(value: Any) -> Any:
+    """Names of a chain from text; none by the word `none`, and by None."""
+    if value is None or (isinstance(value, str) and value.strip().lower() == "none"):
+        return ()
+    return _names(value)
 
 
 class Settings(BaseSettings):
@@ -101,10 +104,42 @@ class Settings(BaseSettings):
         description="Pipelined: memory of the host for embeddings of images that were seen before, such as `2GiB`; as "
         "much again may be held for requests that wait for their turn.",
     )
-    fallback: Annotated[str | None, BeforeValidator(_none_by_name)] = Field(
+    fallback: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_chain)] = Field(
+        (),
+        description="Backend that takes over when the chosen one cannot start, fails on an image or answers wrongly; or "
+        "several, separated by commas, each of which takes over from those before it. Unset or `none`: no other "
+        "backend is ever used.",
+    )
+    canary: Literal["on", "strict", "off"] = Field(
+        "on",
+        description="Golden images are encoded before the first request, on a timer, and after each restart of a "
+        "device's process. A device that gets them wrong is taken out of work; `strict`: and the server does not start, "
+        "fallback or not. See [Trust](docs/trust.md).",
+    )
+    canary_interval: float = Field(
+        600.0, ge=0, allow_inf_nan=False, description="Seconds between two canaries on the timer; `0`: none."
+    )
+    shadow: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the images that `torch_ref` encodes too, in the background, to compare with.",
+    )
+    shadow_limit: float | None = Field(
         None,
-        description="Backend that takes over when the chosen one cannot start or fails on an image. Unset or `none`: "
-        "no other backend is ever used.",
+        gt=0,
+        le=1,
+        description="Lowest cosine of a token in that comparison; an answer under it takes the device out of work. "
+        "Unset: the certificate's threshold, or that of the device's precision.",
+    )
+    breaker_failures: int = Field(
+        5, gt=0, description="Failures in a row after which a device is out of work until its canary passes again."
+    )
+    breaker_seconds: float = Field(
+        1.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds until that is tried, twice as many after each time that it fails, up to a minute.",
     )
     options: Annotated[dict[str, Any], NoDecode, BeforeValidator(parse_options)] = Field(
         default_factory=dict,
@@ -136,6 +171,12 @@ class Settings(BaseSettings):
         "the runtime chooses.",
     )
     timing: bool = Field(False, description="Log the time of each part of every encode.")
+    trace: Path | None = Field(
+        None,
+        description="File for a timeline of the processor, the queue, the devices and the engine's steps, to be opened "
+        "in Perfetto. It grows as long as the server runs.",
+    )
+    metrics: bool = Field(True, description="Show what the encoder does in vLLM's `/metrics`.")
 
     @model_validator(mode="after")
     def _one_way_to_name_devices(self) -> Self:

@@ -1,5 +1,6 @@
 """PyTorch behind visionaccel's contract: a fast tower, and transformers' own as the numerical reference."""
 
+import time
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from pydantic import Field
 
 from visionaccel.arrays import Array, is_tensor
-from visionaccel.backends import Accepted, Capabilities, Options, Rejected, Session, Verdict, VisionBackend
+from visionaccel.backends import Accepted, Capabilities, Options, Rejected, Session, Verdict, VisionBackend, call_parts
 from visionaccel.cores import thread_limit
 from visionaccel.errors import BackendUnavailableError, ConfigurationError
 from visionaccel.grid import Grid, as_grids
@@ -135,9 +136,20 @@ class TorchReferenceSession(Session):
                 torch.set_num_threads(self._threads)
                 if torch.get_num_threads() != self._threads:
                     self._threads = None  # vLLM's workers keep the number to themselves, and log each attempt
+            parts = None if given_tensor or self.capabilities.device == "cpu" else call_parts()
+            started = time.monotonic()
             moved = patches.to(self.capabilities.device, self._dtype)
+            if parts is not None:
+                torch.cuda.synchronize(self.capabilities.device)  # or the copy's time would count as the kernels'
+                parts.transfer_in += time.monotonic() - started
             out = self._tower(moved, as_grids(inputs["grid_thw"])).to(torch.float32)
-        return {"embeddings": out if given_tensor else out.cpu().numpy()}
+            if parts is not None:
+                torch.cuda.synchronize(self.capabilities.device)
+            started = time.monotonic()
+            embeddings = out if given_tensor else out.cpu().numpy()
+            if parts is not None:
+                parts.transfer_out += time.monotonic() - started
+        return {"embeddings": embeddings}
 
     def close(self) -> None:
         self._tower = None

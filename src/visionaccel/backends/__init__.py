@@ -4,7 +4,8 @@ Plug-ins import from here and from the core types (`visionaccel.arrays`, `contra
 `program`) only; those that quantize ONNX programs, from `visionaccel.onnx_products` too.
 """
 
-from visionaccel.backends.hooks import EncodeReport, hookimpl
+from visionaccel.backends.hooks import BreakerReport, DriftReport, EncodeReport, FailureReport, Purpose, hookimpl
+from visionaccel.backends.parts import CallParts, call_parts, watch_parts
 from visionaccel.backends.registry import GROUP, BackendEntry, Registry, default_registry
 from visionaccel.backends.selection import AUTO, Candidate, ProgramSource, Selection, select
 from visionaccel.backends.spec import (
@@ -22,24 +23,31 @@ from visionaccel.backends.spec import (
 
 __all__ = [
     "AUTO",
-    "GROUP",
     "Accepted",
     "BackendEntry",
+    "BreakerReport",
+    "CallParts",
     "Candidate",
     "Capabilities",
+    "DriftReport",
     "EncodeReport",
+    "FailureReport",
     "Finding",
+    "GROUP",
     "Isolation",
     "Options",
-    "QuantizedModel",
     "ProgramSource",
+    "Purpose",
+    "QuantizedModel",
     "Registry",
     "Rejected",
     "Selection",
     "Session",
     "Verdict",
     "VisionBackend",
+    "call_parts",
     "default_registry",
     "hookimpl",
     "select",
+    "watch_parts",
 ]

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import pluggy
 
 from visionaccel.backends.spec import VisionBackend
 from visionaccel.grid import Grid
 
-__all__ = ["PROJECT", "EncodeReport", "HookSpecs", "hookimpl", "hookspec"]
+__all__ = [
+    "PROJECT", "BreakerReport", "DriftReport", "EncodeReport", "FailureReport", "HookSpecs", "Purpose", "hookimpl",
+    "hookspec",
+]  # fmt: skip
 
 PROJECT = "visionaccel"
 
@@ -18,9 +22,16 @@ hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
 
+Purpose: TypeAlias = Literal["request", "canary", "shadow"]
+"""What an encode is for: somebody's answer, or a check of the device."""
+
+
 @dataclass(frozen=True, slots=True)
 class EncodeReport:
     """One finished encode.
+
+    Times are in seconds. What a session does not tell of transfers (see `visionaccel.backends.call_parts`) counts as
+    the device's.
 
     Attributes:
         backend: Name of the backend.
@@ -28,10 +39,18 @@ class EncodeReport:
         grids: The grids that were encoded.
         patches: Rows in.
         tokens: Rows out.
+        purpose: What it was for.
+        started: When it began, on the clock of `time.monotonic`.
+        queue_seconds: How long its first item waited for a device; None where there is no queue.
         check_seconds: Checking patches against grids.
         prepare_seconds: Host tables, casts and packing.
-        run_seconds: The backend's own calls.
+        run_seconds: The backend's own calls: the two transfers and the device.
+        transfer_in_seconds: Bringing inputs to the device, or into its process.
+        device_seconds: Computing.
+        transfer_out_seconds: Bringing outputs back.
         finish_seconds: Checking and unpacking what came back.
+        bytes_in: Bytes of the inputs of all calls.
+        bytes_out: Bytes of their outputs.
     """
 
     backend: str
@@ -39,10 +58,79 @@ class EncodeReport:
     grids: tuple[Grid, ...]
     patches: int
     tokens: int
+    purpose: Purpose
+    started: float
+    queue_seconds: float | None
     check_seconds: float
     prepare_seconds: float
     run_seconds: float
+    transfer_in_seconds: float
+    device_seconds: float
+    transfer_out_seconds: float
     finish_seconds: float
+    bytes_in: int
+    bytes_out: int
+
+
+@dataclass(frozen=True, slots=True)
+class FailureReport:
+    """One attempt to encode that failed through the fault of a device.
+
+    Attributes:
+        backend: Name of the backend.
+        device: What its session runs on.
+        grids: What was to be encoded.
+        kind: Name of the error's class, such as `OutputError`.
+        message: What it says.
+        following: What has its turn now: `retry`, the name of another backend, or None for nothing: the items fail.
+    """
+
+    backend: str
+    device: str
+    grids: tuple[Grid, ...]
+    kind: str
+    message: str
+    following: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class DriftReport:
+    """A comparison of an encoder with known or computed answers of the reference.
+
+    Attributes:
+        backend: Name of the backend.
+        device: What its session runs on.
+        source: `canary` for golden images, `shadow` for a request that the reference encoded too.
+        lowest_cosine: The lowest cosine of a token; -1 if the encode failed.
+        limit: The lowest that passes.
+        passed: Whether it did.
+        seconds: How long the comparison took, encodes included.
+    """
+
+    backend: str
+    device: str
+    source: Literal["canary", "shadow"]
+    lowest_cosine: float
+    limit: float
+    passed: bool
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class BreakerReport:
+    """An encoder's breaker changed its state.
+
+    Attributes:
+        backend: Name of the backend.
+        device: What its session runs on.
+        state: `closed`, `open` or `half-open`.
+        reason: Why.
+    """
+
+    backend: str
+    device: str
+    state: str
+    reason: str
 
 
 class HookSpecs:
@@ -55,3 +143,15 @@ class HookSpecs:
     @hookspec
     def visionaccel_encoded(self, report: EncodeReport) -> None:
         """Called after each encode, in the thread that encoded. What it raises is logged and has no other effect."""
+
+    @hookspec
+    def visionaccel_failed(self, report: FailureReport) -> None:
+        """Called after each attempt that a device failed, in the thread that encoded."""
+
+    @hookspec
+    def visionaccel_compared(self, report: DriftReport) -> None:
+        """Called after each canary and each shadow encode, in any thread."""
+
+    @hookspec
+    def visionaccel_breaker(self, report: BreakerReport) -> None:
+        """Called when an encoder is taken out of work, probed, or put back to work, in any thread."""

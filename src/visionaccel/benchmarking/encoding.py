@@ -16,10 +16,10 @@ import numpy as np
 from visionaccel.benchmarking.contender_process import ContenderProcess
 from visionaccel.benchmarking.contenders import REFERENCE, Contender, absence
 from visionaccel.benchmarking.matrix_peak import MOST_ROWS
+from visionaccel.comparison import Comparison
 from visionaccel.errors import DeviceError
 from visionaccel.families import Tower
 from visionaccel.grid import Grid
-from visionaccel.validation.comparison import Comparison
 
 __all__ = ["TABLE", "Accuracy", "EncodePlan", "OnGrid", "Peak", "Progress", "Taken", "measure_encodes"]
 

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from visionaccel.backends import AUTO
 from visionaccel.bundle import MANIFEST, Bundle, open_bundle
-from visionaccel.bundle.export import rewrite_manifest
+from visionaccel.bundle.golden import Golden, write_golden
 from visionaccel.bundle.manifest import Certificate
 from visionaccel.cli.output import (
     Backend,
@@ -73,6 +73,7 @@ def validate(
     opened = open_bundle(bundle, checkpoint=tower.checkpoint, trust_unchanged=False)
     if not no_write:
         _check_writable(opened)
+    golden: list[Golden] = []
     with on_cores(choose_cores(settings.cpu_cores).cores, strict=True), progress(MofNCompleteColumn()) as tell:
         certificate = validate_bundle(
             opened,
@@ -87,17 +88,20 @@ def validate(
             thresholds=THRESHOLDS if threshold is None else dict.fromkeys(THRESHOLDS, threshold),
             digits=digits,
             progress=tell,
+            golden=golden,
         )
     if not certificate.images.get("real"):
         messages.print("No real image was shown: pass --images, or install scikit-image.", style="yellow")
     if not no_write:
-        rewrite_manifest(opened, {"certificate": certificate.model_dump(mode="json")})
+        write_golden(opened, golden, {"certificate": certificate.model_dump(mode="json")})
     if as_json:
         print_json({"bundle": str(bundle), "written": not no_write, "certificate": certificate.model_dump(mode="json")})
     else:
         print_certificate(certificate, f"{bundle} beside the float32 reference")
         if not no_write:
-            results.print(f"The certificate is in {bundle / MANIFEST}.", soft_wrap=True)
+            results.print(
+                f"The certificate is in {bundle / MANIFEST}, and {len(golden)} golden images beside it.", soft_wrap=True
+            )
     if not certificate.passed:
         raise typer.Exit(1)
 

@@ -13,6 +13,7 @@ import os
 import pickle
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
@@ -77,7 +78,10 @@ def _serve(connection: Connection, inputs: SharedArrays, outputs: SharedArrays, 
 
 def _run(session: Session, call: Places, inputs: SharedArrays, outputs: SharedArrays) -> Places:
     given: Mapping[str, Array] = {place.name: inputs.view(place) for place in call.arrays}
-    return Places(outputs.write(session.run(given)))
+    found = session.run(given)
+    started = time.monotonic()
+    places = outputs.write(found)
+    return Places(places, time.monotonic() - started)
 
 
 def _open(inputs: int, records: int) -> tuple[OpenRequest, Session]:

@@ -56,9 +56,15 @@ class Opened:
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Where arrays of a call lie: its inputs as a request, its outputs as an answer."""
+    """Where arrays of a call lie: its inputs as a request, its outputs as an answer.
+
+    Attributes:
+        arrays: Their places.
+        writing_seconds: How long the child took to put an answer there.
+    """
 
     arrays: tuple[ArrayPlace, ...]
+    writing_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

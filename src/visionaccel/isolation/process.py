@@ -19,7 +19,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from visionaccel.arrays import Array
-from visionaccel.backends import Capabilities
+from visionaccel.backends import Capabilities, call_parts
 from visionaccel.cores import child_environment
 from visionaccel.errors import DeviceLostError
 from visionaccel.isolation.log_records import OutputReader
@@ -143,7 +143,10 @@ class DeviceProcess:
         with self._exchange:
             if self.dead.is_set():  # What `reap` then closes is no longer this call's to use.
                 raise DeviceLostError(self.fate(), hint=_FALLBACK)
+            parts, started = call_parts(), time.monotonic()
             call = Places(self._inputs.write(inputs))
+            if parts is not None:
+                parts.transfer_in += time.monotonic() - started
             try:
                 with suppress(OSError):  # If the child is dead, there is no answer either.
                     self._connection.send(call)
@@ -160,7 +163,11 @@ class DeviceProcess:
                 raise DeviceLostError(self.fate(), hint=_FALLBACK) from None
             try:
                 assert isinstance(answer, Places)
-                return {place.name: self._outputs.view(place).copy() for place in answer.arrays}
+                started = time.monotonic()
+                outputs = {place.name: self._outputs.view(place).copy() for place in answer.arrays}
+                if parts is not None:
+                    parts.transfer_out += answer.writing_seconds + time.monotonic() - started
+                return outputs
             except BaseException:
                 self.kill()  # What it sent makes no sense.
                 raise

@@ -13,11 +13,11 @@ from visionaccel.bundle.export import (
     Progress,
     appearing,
     as_json,
-    rewrite_manifest,
     stated_file,
     toolchain,
     write_file,
 )
+from visionaccel.bundle.golden import Golden, write_golden
 from visionaccel.bundle.manifest import MANIFEST, Certificate, ProgramEntry, seal
 from visionaccel.bundle.opening import Bundle, open_bundle
 from visionaccel.errors import AccuracyError, ConfigurationError, InputError, PluginError
@@ -117,6 +117,7 @@ def quantize_bundle(
         tell("programs", len(programs), len(programs))
         _write_manifest(folder, bundle, entries, tools)
         quantized = open_bundle(folder, checkpoint=bundle.tower.checkpoint)
+        golden: list[Golden] = []
         certificate = validate_bundle(
             quantized,
             reference,
@@ -127,10 +128,11 @@ def quantize_bundle(
             digits=digits,
             registry=registry,
             progress=progress,
+            golden=golden,
         )
         if not certificate.passed:
             raise AccuracyError(_shortfall(certificate), hint="Show other images, or accept less with --threshold.")
-        rewrite_manifest(quantized, {"certificate": certificate.model_dump(mode="json")})
+        write_golden(quantized, golden, {"certificate": certificate.model_dump(mode="json")})
     return open_bundle(output, checkpoint=bundle.tower.checkpoint)
 
 

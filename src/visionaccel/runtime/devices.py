@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
@@ -59,10 +60,9 @@ class DeviceThreads:
         self._late: set[int] = set()
         self._stuck_since: float | None = None
         calls = max(1, capabilities.max_in_flight) if capabilities.thread_safe else 1
-        self._threads = [
-            threading.Thread(target=self._run, args=(call,), name=f"visionaccel-{self._device}-{call}", daemon=True)
-            for call in range(calls)
-        ]
+        self._most_calls, self._numbers = calls, itertools.count()
+        self._replaced: set[int] = set()
+        self._threads: list[threading.Thread] = []
 
     def stuck_for(self) -> float:
         """Seconds since every call that the device may have in progress is past its deadline; 0 if one is not."""
@@ -71,17 +71,21 @@ class DeviceThreads:
 
     def start(self) -> None:
         """Start the threads."""
-        for thread in self._threads:
-            thread.start()
+        with self._lock:
+            for _ in range(self._most_calls):
+                self._start_one()
 
-    def end(self, until: float | None) -> None:
-        """Wait until the threads have ended and close the encoder; one that is in a call after that time is left to it.
+    def join(self, until: float | None) -> None:
+        """Wait until the threads have ended; one that is in a call after that time is left to it.
 
         Args:
             until: On the monotonic clock; None for as long as it takes.
         """
         for thread in self._threads:
             thread.join(None if until is None else max(0.0, until - time.monotonic()))
+
+    def close(self) -> None:
+        """Close the encoder, unless a call is in progress; no thread of the service uses it any more otherwise."""
         if any(thread.is_alive() for thread in self._threads):
             logger.warning("A call of device %r does not return; it keeps the device and a thread.", self._device)
         else:
@@ -93,9 +97,9 @@ class DeviceThreads:
                 self._calls[call] = items
             alarm = None
             if not self._isolated:
-                alarm = self._alarms.set(self._deadline, partial(self._overdue, call, items))
+                alarm = self._alarms.set(self._deadline, partial(self._overdue, call, items, threading.get_ident()))
             started = time.monotonic()
-            answers = self._encode(items)
+            answers = self._encode(items, max(0.0, started - min(item.submitted for item in items)))
             results = [self._keep(item, answer, len(items)) for item, answer in zip(items, answers, strict=True)]
             seconds = time.monotonic() - started
             if alarm is not None:
@@ -104,13 +108,17 @@ class DeviceThreads:
                 del self._calls[call]
                 self._late.discard(call)
                 self._stuck_since = None
+                replaced = call in self._replaced
             embedded = [answer for answer in answers if isinstance(answer, Embedded)]
             fallback = sum(answer.fallback for answer in embedded)
             self._ledger.finish(items, results, encoded=len(embedded), fallback=fallback, busy_seconds=seconds)
+            if replaced:
+                return
 
-    def _encode(self, items: Sequence[Item]) -> list[Embedded | VisionAccelError]:
+    def _encode(self, items: Sequence[Item], waited: float) -> list[Embedded | VisionAccelError]:
         try:
-            return self.encoder.encode_items(_joined([item.patches for item in items]), [item.grid for item in items])
+            patches = _joined([item.patches for item in items])
+            return self.encoder.encode_items(patches, [item.grid for item in items], waited)
         except Exception as error:  # The thread must survive what was not foreseen; its items answer for it.
             logger.exception("Encoding failed in a way that it should not.")
             return [DeviceError(f"encoding failed with {type(error).__name__}: {error}")] * len(items)
@@ -131,18 +139,34 @@ class DeviceThreads:
             self._cache.put(item.key, rows)
         return rows
 
-    def _overdue(self, call: int, items: list[Item]) -> None:
-        with self._lock:
-            if self._calls.get(call) is not items:
-                return
-            self._late.add(call)
-            if len(self._late) == len(self._threads):
-                self._stuck_since = time.monotonic()
+    def _start_one(self) -> None:
+        call = next(self._numbers)
+        name = f"visionaccel-{self._device}-{call}"
+        self._threads.append(threading.Thread(target=self._run, args=(call,), name=name, daemon=True))
+        self._threads[-1].start()
+
+    def _overdue(self, call: int, items: list[Item], thread: int) -> None:
+        """A call is late. Where another encoder can take over, it gets the items, on another thread."""
         error = DeadlineError(
             f"device {self._device!r} did not answer within {self._deadline:g} s.",
             hint="Raise VISIONACCEL_DEADLINE, or set VISIONACCEL_ISOLATION=process, which ends a device that hangs.",
         )
+        with self._lock:
+            if self._calls.get(call) is not items:
+                return
+            leave = not self._ledger.closed and self.encoder.leave_hung(thread, error.message)
+            if leave:
+                self._replaced.add(call)
+            else:
+                self._late.add(call)
+            if len(self._late) == self._most_calls:
+                self._stuck_since = time.monotonic()
         logger.error("%s", error)
+        if leave:
+            self._ledger.again(items)
+            with self._lock:
+                self._start_one()
+            return
         self._ledger.overdue(items, error)
         self._on_stuck()
 

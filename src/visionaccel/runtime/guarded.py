@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from visionaccel.arrays import Array
 from visionaccel.encoder import Encoder
-from visionaccel.errors import DeviceError, InputError, UnfitGridError, VisionAccelError
+from visionaccel.errors import DeadlineError, DeviceError, InputError, OutputError, UnfitGridError, VisionAccelError
 from visionaccel.grid import Grid, GridLike, as_grids, total_patches
+from visionaccel.runtime.shadow import Shadow
+from visionaccel.runtime.stage import Stage
 
 __all__ = ["Embedded", "GuardedEncoder"]
 
@@ -25,7 +27,7 @@ class Embedded:
 
     Attributes:
         rows: float32 [tokens, out_width], numpy or torch; the caller's.
-        fallback: The fallback computed them.
+        fallback: A fallback computed them, in other arithmetic than the chosen encoder's.
     """
 
     rows: Array
@@ -33,38 +35,65 @@ class Embedded:
 
 
 class GuardedEncoder:
-    """Encodes several items in one call where that works, and one by one where it does not.
+    """A chain of encoders: each item gets its answer from the first that is healthy and can give it.
+
+    Several items are encoded in one call where that works, and one by one where it does not. What a device answers
+    wrongly (`OutputError`) is tried once more there, and then goes down the chain; so does what it fails on. Where
+    nothing follows, a failed item is tried once more in any case.
 
     Args:
         primary: The chosen encoder.
-        fallback: Opens the encoder that takes over items on which the primary's device fails, and those that none of
-            its programs takes; None for no other. Called at most once, when first needed, and a failure to open is
-            remembered.
+        others: What takes over, the preferred first: other devices that compute the same, then fallbacks.
+        shadow: Has the reference look at a share of what the chosen encoder answers.
 
     Attributes:
-        fallback_items: Items that the fallback encoded so far.
+        primary: The chosen encoder.
+        stages: All of the chain, the chosen one first.
+        fallback_items: Items that a fallback encoded so far.
         failed_items: Items that no encoder could encode so far.
     """
 
-    def __init__(self, primary: Encoder, fallback: Callable[[], Encoder] | None = None) -> None:
-        self.primary = primary
-        self._open_fallback = fallback
-        self._fallback: Encoder | VisionAccelError | None = None
-        self._lock = threading.Lock()
+    def __init__(self, primary: Encoder | Stage, others: Sequence[Stage] = (), shadow: Shadow | None = None) -> None:
+        first = primary if isinstance(primary, Stage) else Stage(primary.backend, primary)
+        encoder = first.encoder_if_open
+        assert encoder is not None, "the first of a chain is open"
+        self.primary = encoder
+        self.stages = (first, *others)
+        self._shadow = shadow
+        self._busy: dict[int, Stage] = {}
         self.fallback_items = 0
         self.failed_items = 0
 
     @property
     def has_fallback(self) -> bool:
         """Whether another encoder would take over."""
-        return self._open_fallback is not None
+        return len(self.stages) > 1
 
-    def encode_items(self, patches: Array, grids: Sequence[GridLike]) -> list[Embedded | VisionAccelError]:
+    def leave_hung(self, thread: int, reason: str) -> bool:
+        """A call in that thread does not return. If another encoder can take over, the one that hangs is out of work.
+
+        Args:
+            thread: The thread's identifier.
+            reason: Why, for the log.
+
+        Returns:
+            Whether another takes over.
+        """
+        hung = self._busy.get(thread)
+        if hung is None or not any(stage.ready for stage in self.stages if stage is not hung):
+            return False
+        hung.breaker.trip(reason)
+        return True
+
+    def encode_items(
+        self, patches: Array, grids: Sequence[GridLike], queue_seconds: float | None = None
+    ) -> list[Embedded | VisionAccelError]:
         """Embeddings of each item, or the error that this item alone must answer for. Never raises for bad data.
 
         Args:
             patches: float32, float16 or bfloat16 [P, patch_width] of all items.
             grids: (t, h, w) of each item.
+            queue_seconds: How long the first of them waited, for reports.
 
         Returns:
             One entry for each grid: its embeddings, or the error.
@@ -74,70 +103,148 @@ class GuardedEncoder:
             checked = as_grids(grids, merge)
             if total_patches(checked) != len(patches):
                 # Which rows belong to which item is unknown, so the error is everybody's.
-                found = self._attempt(self.primary, patches, checked)
+                found = self._ask(self.stages[0], patches, checked)
                 assert isinstance(found, VisionAccelError)  # the encoder refuses what disagrees
                 return self._failed(found, len(checked))
         except InputError as error:
             return self._failed(error, len(grids))
-        whole = self._attempt(self.primary, patches, checked)
+        stage = next(iter(self._turns()), None)
+        if stage is None:
+            return self._failed(self._nobody(), len(checked))
         ends = np.cumsum([grid.patches for grid in checked]).tolist()
+        starts = [0, *ends[:-1]]
+        following = self._following(stage) or "retry"
+        whole = self._ask(stage, patches, checked, queue_seconds, following)
         if not isinstance(whole, VisionAccelError):
             stops = np.cumsum([grid.tokens(merge) for grid in checked]).tolist()
-            return [Embedded(whole[start:stop]) for start, stop in zip([0, *stops], stops, strict=False)]
+            rows = [whole[start:stop] for start, stop in zip([0, *stops[:-1]], stops, strict=True)]
+            items = [patches[start:end] for start, end in zip(starts, ends, strict=True)]
+            return [self._done(stage, *each) for each in zip(items, checked, rows, strict=True)]
+        first = (stage, whole) if len(checked) == 1 else None
+        again = not isinstance(whole, OutputError)  # of several, encoding each alone is the second try
         return [
-            self._one(patches[start:end], grid, whole if len(checked) == 1 else None)
-            for start, end, grid in zip([0, *ends], ends, checked, strict=False)
+            self._one(patches[start:end], grid, first, again or first is not None)
+            for start, end, grid in zip(starts, ends, checked, strict=True)
         ]
 
     def close(self) -> None:
         """Close every encoder that was opened."""
-        self.primary.close()
-        if isinstance(self._fallback, Encoder):
-            self._fallback.close()
+        if self._shadow is not None:
+            self._shadow.close()
+        for stage in self.stages:
+            stage.close()
 
-    def _one(self, patches: Array, grid: Grid, known: VisionAccelError | None) -> Embedded | VisionAccelError:
-        """One item alone: the primary unless its error is known, then the fallback unless the item is at fault."""
-        answer = known or self._attempt(self.primary, patches, [grid])
-        if not isinstance(answer, VisionAccelError):
-            return Embedded(answer)
-        wrong_input = isinstance(answer, InputError) and not isinstance(answer, UnfitGridError)
-        if wrong_input or self._open_fallback is None:
-            return self._failed(answer, 1)[0]
-        fallback = self._second()
-        second = fallback if isinstance(fallback, VisionAccelError) else self._attempt(fallback, patches, [grid])
-        if isinstance(second, VisionAccelError):
-            both = DeviceError(f"{answer.message} The fallback failed too: {second.message}", hint=second.hint)
-            return self._failed(both, 1)[0]
-        self.fallback_items += 1
-        logger.warning(
-            "Backend %r failed on grid %s; the fallback took over, for the %d. time: %s",
-            self.primary.backend,
-            grid,
-            self.fallback_items,
-            answer,
+    def _one(
+        self, patches: Array, grid: Grid, known: tuple[Stage, VisionAccelError] | None, retry: bool
+    ) -> Embedded | VisionAccelError:
+        """One item alone, down the chain.
+
+        Args:
+            patches: Its patches.
+            grid: Its grid.
+            known: An encoder that has tried already, and what went wrong.
+            retry: Whether what comes out wrong is tried a second time.
+        """
+        errors: list[tuple[Stage, VisionAccelError]] = []
+        if known is not None:
+            errors.append(known)
+            if _is_own_fault(known[1]):
+                return self._failed(known[1], 1)[0]
+            again = self._again(patches, grid, *known) if retry else known[1]
+            if not isinstance(again, VisionAccelError):
+                return self._done(known[0], patches, grid, again)
+        for stage in self._turns():
+            if known is not None and stage is known[0]:
+                continue
+            answer = self._ask(stage, patches, [grid], following=self._following(stage))
+            if isinstance(answer, VisionAccelError) and retry:
+                answer = self._again(patches, grid, stage, answer)
+            if not isinstance(answer, VisionAccelError):
+                return self._done(stage, patches, grid, answer, errors)
+            errors.append((stage, answer))
+            if _is_own_fault(answer):
+                break
+        return self._failed(self._together(errors) if errors else self._nobody(), 1)[0]
+
+    def _again(self, patches: Array, grid: Grid, stage: Stage, error: VisionAccelError) -> Array | VisionAccelError:
+        """A second try where the first went wrong, if that makes sense."""
+        following = self._following(stage)
+        hopeless = isinstance(error, DeadlineError | InputError) or not isinstance(error, DeviceError)
+        if hopeless or stage not in self._turns() or not (isinstance(error, OutputError) or following is None):
+            return error
+        return self._ask(stage, patches, [grid], following=following)
+
+    def _ask(
+        self,
+        stage: Stage,
+        patches: Array,
+        grids: Sequence[Grid],
+        queue_seconds: float | None = None,
+        following: str | None = None,
+    ) -> Array | VisionAccelError:
+        thread = threading.get_ident()
+        self._busy[thread] = stage
+        try:
+            return stage.encode(patches, grids, queue_seconds, following)
+        finally:
+            del self._busy[thread]
+
+    def _turns(self) -> list[Stage]:
+        """Who may be asked now, in turn: the healthy, or where nobody is, those that only failed often."""
+        ready = [stage for stage in self.stages if stage.ready]
+        return ready or [stage for stage in self.stages if stage.last_resort]
+
+    def _following(self, stage: Stage) -> str | None:
+        """The encoder that would have its turn after this one."""
+        turns = self._turns()
+        after = turns[turns.index(stage) + 1 :] if stage in turns else turns
+        return next((other.name for other in after), None)
+
+    def _done(
+        self,
+        stage: Stage,
+        patches: Array,
+        grid: Grid,
+        rows: Array,
+        errors: Sequence[tuple[Stage, VisionAccelError]] = (),
+    ) -> Embedded:
+        first = self.stages[0]
+        fallback = not (stage is first or stage.same)
+        if fallback:
+            self.fallback_items += 1
+            why = str(errors[0][1]) if errors else first.why_not
+            logger.warning(
+                "Backend %r failed on grid %s; the fallback took over, for the %d. time, on %r: %s",
+                self.primary.backend,
+                grid,
+                self.fallback_items,
+                stage.name,
+                why,
+            )
+        elif self._shadow is not None:
+            self._shadow.offer(stage, patches, grid, rows)
+        return Embedded(rows, fallback)
+
+    def _together(self, errors: Sequence[tuple[Stage, VisionAccelError]]) -> VisionAccelError:
+        """What to tell of an item that every encoder failed on."""
+        (_, first), *others = errors
+        more = [f"The fallback {stage.name!r} failed too: {error.message}" for stage, error in others]
+        asked = {stage for stage, _ in errors}
+        if not _is_own_fault(errors[-1][1]):
+            more += [stage.why_not for stage in self.stages if stage not in asked and not stage.ready]
+        return DeviceError(" ".join([first.message, *more]), hint=errors[-1][1].hint) if more else first
+
+    def _nobody(self) -> DeviceError:
+        return DeviceError(
+            f"no encoder is healthy: {'; '.join(stage.why_not for stage in self.stages)}",
+            hint="It is probed again soon; see the log, or set VISIONACCEL_FALLBACK.",
         )
-        return Embedded(second, fallback=True)
-
-    def _second(self) -> Encoder | VisionAccelError:
-        with self._lock:
-            if self._fallback is None:
-                assert self._open_fallback is not None
-                try:
-                    self._fallback = self._open_fallback()
-                except VisionAccelError as error:
-                    self._fallback = error
-                except Exception as error:  # Opened in the engine's step, which must survive it.
-                    self._fallback = DeviceError(f"opening the fallback failed with {type(error).__name__}: {error}")
-            return self._fallback
 
     def _failed(self, error: VisionAccelError, items: int) -> list[Embedded | VisionAccelError]:
         self.failed_items += items
         return [error] * items
 
-    def _attempt(self, encoder: Encoder, patches: Array, grids: Sequence[Grid]) -> Array | VisionAccelError:
-        try:
-            return encoder.encode(patches, grids)
-        except VisionAccelError as error:
-            return error
-        except Exception as error:  # The engine's step must survive whatever a vendor's stack raises.
-            return DeviceError(f"encoding failed with {type(error).__name__}: {error}")
+
+def _is_own_fault(error: VisionAccelError) -> bool:
+    """Whether an item's own data is wrong, which no other encoder mends."""
+    return isinstance(error, InputError) and not isinstance(error, UnfitGridError)

@@ -83,6 +83,11 @@ class Ledger:
         with self._lock:
             return self._slots.room and not self._closed
 
+    @property
+    def closed(self) -> bool:
+        """Whether nothing is taken in any more."""
+        return self._closed
+
     def slot(self) -> bool:
         """Take a slot for an item; False if none is free.
 
@@ -201,16 +206,16 @@ class Ledger:
             late = [item for item in items if item.state == "running"]
             answers: Answers = []
             if len(items) > 1:
-                for item in late:
-                    item.state, item.alone = "waiting", True
-                    self._slots.free -= 1
-                    self._queue.push(item)
-                self._count(waiting=len(late))
-                self._ready.notify_all()
+                self._wait_again(late)
             else:
                 self._count(failed=len(late), expired=len(late))
                 answers = self._done(late, [error] * len(late))
         _answer(answers)
+
+    def again(self, items: Sequence[Item]) -> None:
+        """A call of a device does not return: its items wait once more, each for a call of its own."""
+        with self._lock:
+            self._wait_again([item for item in items if item.state == "running"])
 
     def fail_waiting(self, longer_than: float, error: VisionAccelError) -> None:
         """Fail what has waited for longer than that many seconds."""
@@ -285,6 +290,14 @@ class Ledger:
         if item.arrival < twin.arrival and twin.state == "waiting":
             twin.arrival = item.arrival
             self._queue.push(twin)
+
+    def _wait_again(self, items: Sequence[Item]) -> None:
+        for item in items:
+            item.state, item.alone = "waiting", True
+            self._slots.free -= 1
+            self._queue.push(item)
+        self._count(waiting=len(items))
+        self._ready.notify_all()
 
     def _let_go(self, item: Item, future: Future[Embedding]) -> Turns:
         """One that waited for an item does so no more; an item that waits for a device and for nobody else is done."""

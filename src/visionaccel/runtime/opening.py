@@ -1,23 +1,30 @@
-"""Opens what the settings ask for: an encoder for each device, with a fallback, and a service in front of them."""
+"""Opens what the settings ask for: an encoder for each device, what takes over from it, and a service in front."""
 
 from __future__ import annotations
 
 import logging
 import os
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from visionaccel.backends import AUTO
 from visionaccel.bundle import Bundle
+from visionaccel.bundle.golden import Golden, read_golden
+from visionaccel.comparison import THRESHOLDS
 from visionaccel.cores import Host, choose_cores, shown_cores
 from visionaccel.encoder import Encoder
-from visionaccel.errors import BackendUnavailableError, DeviceError, PluginError
+from visionaccel.errors import BackendUnavailableError, DeviceError, PluginError, VisionAccelError
 from visionaccel.families import Tower
+from visionaccel.isolation import IsolatedSession
 from visionaccel.opening import WantedIsolation, open_encoder, open_source
+from visionaccel.runtime.canary import Canary
 from visionaccel.runtime.guarded import GuardedEncoder
+from visionaccel.runtime.once import Once
 from visionaccel.runtime.service import EncodeService
+from visionaccel.runtime.shadow import Shadow
+from visionaccel.runtime.stage import Stage
 from visionaccel.runtime.timing import TimingLog
 from visionaccel.settings import Settings, make_settings
 
@@ -25,66 +32,175 @@ __all__ = ["open_guarded", "open_service", "open_wanted_service"]
 
 logger = logging.getLogger(__name__)
 
+_REFERENCE = "torch_ref"
+"""What shadow encodes are compared with."""
+
 
 def open_guarded(
-    source: Tower | Bundle, settings: Settings, devices: tuple[str | None, ...], host: Host | None = None
+    source: Tower | Bundle,
+    settings: Settings,
+    devices: tuple[str | None, ...],
+    host: Host | None = None,
+    *,
+    watched: bool = False,
 ) -> list[GuardedEncoder]:
-    """An encoder on each device, or the fallback alone if they cannot all run here and one is set.
+    """A chain of encoders for each device, or the fallbacks alone if the devices cannot all run here.
 
-    The fallback runs on the weights, so that it takes every grid whatever programs a bundle has; all devices share it.
+    A device's chain is its own encoder, those of the other devices, and then the fallbacks, which run on the weights,
+    so that they take every grid whatever programs a bundle has. All chains share them.
+
+    Every device encodes the bundle's golden images first; one that gets them wrong cannot run here.
 
     Args:
         source: The encoder.
         settings: The settings.
         devices: The devices; None among them for the backend's default.
         host: What else computes on the machine's cores, which the encoders' threads then leave to it if they can.
+        watched: Calls in this process get the settings' deadline: nobody else watches them.
 
     Raises:
         VisionAccelError: If neither can start, or a setting is wrong; the message says why and what to do.
     """
-    name = settings.fallback
-    tower = source.tower if isinstance(source, Bundle) else source
-    choice = choose_cores(settings.cpu_cores, host)
-    if choice.cores is not None:
-        logger.info("The encoder's threads run on cores %s of the CPU: %s.", shown_cores(choice.cores), choice.why)
+    return _Opening(source, settings, host, watched).chains(devices)
 
-    def open_fallback() -> Encoder:
+
+class _Opening:
+    """What the encoders of one source have in common."""
+
+    def __init__(self, source: Tower | Bundle, settings: Settings, host: Host | None, watched: bool) -> None:
+        self._source, self._settings, self._watched = source, settings, watched
+        self._tower = source.tower if isinstance(source, Bundle) else source
+        choice = choose_cores(settings.cpu_cores, host)
+        self._cores = choice.cores
+        if choice.cores is not None:
+            logger.info("The encoder's threads run on cores %s of the CPU: %s.", shown_cores(choice.cores), choice.why)
+        wanted = settings.canary != "off" and isinstance(source, Bundle)
+        self._golden: tuple[Golden, ...] = read_golden(source) if wanted and isinstance(source, Bundle) else ()
+        self._fallbacks = {name: Once(partial(self._open, self._tower, name)) for name in settings.fallback}
+
+    def chains(self, devices: tuple[str | None, ...]) -> list[GuardedEncoder]:
+        settings = self._settings
+        if settings.timing:
+            TimingLog.install()
+        fallbacks = [self._stage(name, once) for name, once in self._fallbacks.items()]
+        try:
+            with ExitStack() as stack:
+                stages = []
+                for device in devices:
+                    encoder = stack.enter_context(
+                        self._open(self._source, settings.backend or AUTO, device, settings.options)
+                    )
+                    stage = self._stage(encoder.backend, encoder, same=True)
+                    stack.callback(stage.close)
+                    self._try(stage)
+                    stages.append(stage)
+                stack.pop_all()
+        except (BackendUnavailableError, PluginError, DeviceError) as error:
+            if not fallbacks or (settings.canary == "strict" and isinstance(error, _CanaryError)):
+                raise
+            return [self._without_devices(fallbacks, error)]
+        shadow = self._shadow(stages[0])
+        return [
+            GuardedEncoder(stage, [*(other for other in stages if other is not stage), *fallbacks], shadow)
+            for stage in stages
+        ]
+
+    def _without_devices(self, fallbacks: Sequence[Stage], error: VisionAccelError) -> GuardedEncoder:
+        """The chain of the fallbacks that can start."""
+        for number, stage in enumerate(fallbacks):
+            logger.error("Starting with the fallback %r, because %s", stage.name, error)
+            try:
+                self._try(stage)
+            except VisionAccelError as another:
+                stage.close()
+                error = another
+                continue
+            return GuardedEncoder(stage, fallbacks[number + 1 :])
+        raise error
+
+    def _try(self, stage: Stage) -> None:
+        """Open an encoder and have it encode the golden images.
+
+        Raises:
+            VisionAccelError: If it cannot be opened.
+            DeviceError: If it gets them wrong.
+        """
+        opened = stage.open()
+        if isinstance(opened, VisionAccelError):
+            raise opened
+        if self._settings.canary == "off":
+            return
+        result = stage.check()
+        if isinstance(result, VisionAccelError):
+            raise result
+        if result.failure is not None:
+            raise _CanaryError(
+                f"backend {stage.name!r} failed its canary and is not to be trusted: {result.failure}",
+                hint="Run `visionaccel validate` and `visionaccel doctor`; VISIONACCEL_CANARY=off trusts it all the same.",
+            )
+
+    def _stage(self, name: str, encoder: Encoder | Callable[[], Encoder], *, same: bool = False) -> Stage:
+        settings = self._settings
+        watched = self._watched and isinstance(encoder, Encoder) and _may_be_left(encoder)
+        return Stage(
+            name,
+            encoder,
+            canary=Canary(self._golden),
+            canary_on=settings.canary != "off",
+            interval=settings.canary_interval,
+            deadline=settings.deadline if watched else None,
+            failures=settings.breaker_failures,
+            cool_down=settings.breaker_seconds,
+            same=same,
+        )
+
+    def _shadow(self, stage: Stage) -> Shadow | None:
+        settings = self._settings
+        if not settings.shadow:
+            return None
+        reference = self._fallbacks.get(_REFERENCE) or Once(partial(self._open, self._tower, _REFERENCE))
+        encoder = stage.encoder_if_open
+        assert encoder is not None
+        limits = [image.threshold for image in self._golden] or [
+            THRESHOLDS.get(opened.program.quantization or opened.session.capabilities.precision, THRESHOLDS["bfloat16"])
+            for opened in encoder.programs
+        ]
+        return Shadow(settings.shadow, settings.shadow_limit or min(limits), reference)
+
+    def _open(
+        self,
+        source: Tower | Bundle,
+        backend: str,
+        device: str | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Encoder:
+        settings = self._settings
         return open_encoder(
-            tower,
-            backend=name or AUTO,
+            source,
+            backend=backend,
+            device=device,
+            options=options,
             isolation=settings.isolation,
             deadline=settings.deadline,
             open_deadline=settings.open_deadline,
-            cores=choice.cores,
+            cores=self._cores,
         )
 
-    try:
-        with ExitStack() as stack:
-            opened = []
-            for device in devices:
-                encoder = open_encoder(
-                    source,
-                    backend=settings.backend or AUTO,
-                    device=device,
-                    options=settings.options,
-                    isolation=settings.isolation,
-                    deadline=settings.deadline,
-                    open_deadline=settings.open_deadline,
-                    cores=choice.cores,
-                )
-                opened.append(stack.enter_context(encoder))
-            stack.pop_all()
-    except (BackendUnavailableError, PluginError, DeviceError) as error:
-        if name is None:
-            raise
-        logger.error("Starting with the fallback %r, because %s", name, error)
-        guarded = [GuardedEncoder(open_fallback())]
-    else:
-        shared = _Once(open_fallback) if name is not None else None
-        guarded = [GuardedEncoder(encoder, shared) for encoder in opened]
-    if settings.timing:
-        TimingLog.install()
-    return guarded
+
+class _CanaryError(DeviceError):
+    """A device encodes, and wrongly."""
+
+
+def _may_be_left(encoder: Encoder) -> bool:
+    """Whether its calls may run on a thread that can be left behind.
+
+    Those of a process of its own have a limit already; those that take a GPU's tensors belong to the caller's stream.
+    """
+    sessions = [opened.session for opened in encoder.programs]
+    isolated = all(isinstance(session, IsolatedSession) for session in sessions)
+    return not isolated and all(
+        session.capabilities.device == "cpu" or not session.capabilities.takes_tensors for session in sessions
+    )
 
 
 def open_service(
@@ -92,7 +208,7 @@ def open_service(
     *,
     backend: str = AUTO,
     devices: Sequence[str] = (),
-    fallback: str | None = None,
+    fallback: str | Sequence[str] | None = None,
     options: Mapping[str, Any] | None = None,
     isolation: WantedIsolation = "auto",
     deadline: float = 120.0,
@@ -108,7 +224,7 @@ def open_service(
         source: As for `open_encoder`.
         backend: Name of an installed backend, or `auto`.
         devices: The backend's devices, each of which gets an encoder; its default if none is named.
-        fallback: Backend that takes over what the devices fail on, or their place if they cannot start.
+        fallback: Backend that takes over what the devices fail on, or their place if they cannot start; or several.
         options: The backend's options by name.
         isolation: Whether each device lives in a child process; `auto` for what the backend declares.
         deadline: Seconds that a device may take for one call.
@@ -127,7 +243,7 @@ def open_service(
         backend=backend,
         device=None,
         devices=tuple(devices),
-        fallback=fallback,
+        fallback=fallback if isinstance(fallback, str | None) else tuple(fallback),
         options=dict(options or {}),
         isolation=isolation,
         deadline=deadline,
@@ -166,23 +282,3 @@ def open_wanted_service(
         for encoder in encoders:
             encoder.close()
         raise
-
-
-class _Once:
-    """Opens an encoder when it is first asked for; later askers get the same one, or the same error."""
-
-    def __init__(self, make: Callable[[], Encoder]) -> None:
-        self._make = make
-        self._lock = threading.Lock()
-        self._outcome: Encoder | Exception | None = None
-
-    def __call__(self) -> Encoder:
-        with self._lock:
-            if self._outcome is None:
-                try:
-                    self._outcome = self._make()
-                except Exception as error:
-                    self._outcome = error
-        if isinstance(self._outcome, Exception):
-            raise self._outcome
-        return self._outcome

@@ -78,6 +78,8 @@ class EncodeService:
             DeviceThreads(encoder, self._ledger, self.cache, self._alarms, deadline, dtype, self._one_is_stuck)
             for encoder in encoders
         ]
+        for stage in {stage for encoder in encoders for stage in encoder.stages}:
+            stage.on_drift(self.cache.clear)
         self._closing = threading.Lock()
         self._closed = False
         self._intake = threading.Thread(target=self._take_in, name="visionaccel-intake", daemon=True)
@@ -227,8 +229,10 @@ class EncodeService:
             with ExitStack() as stack:
                 stack.callback(self._alarms.close)
                 stack.callback(self._ledger.abandon)
-                for device in reversed(self._devices):
-                    stack.callback(device.end, until)
+                for device in self._devices:
+                    stack.callback(device.close)
+                for device in self._devices:
+                    stack.callback(device.join, until)
 
     def __enter__(self) -> Self:
         return self

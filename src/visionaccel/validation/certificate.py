@@ -21,9 +21,11 @@ from numpy.typing import NDArray
 from visionaccel.arrays import Array, as_numpy, finite_rows, is_tensor
 from visionaccel.backends import AUTO, Registry, Session, default_registry
 from visionaccel.bundle.export import Progress, toolchain
+from visionaccel.bundle.golden import Golden
 from visionaccel.bundle.manifest import Answers, Certificate, ProgramEntry, ProgramResult
 from visionaccel.bundle.opening import Bundle, tower_digest
 from visionaccel.bundle.processor import processor_digest, require_processor
+from visionaccel.comparison import THRESHOLDS, Comparison, Place
 from visionaccel.encoder import Encoder
 from visionaccel.errors import (
     ConfigurationError,
@@ -34,11 +36,11 @@ from visionaccel.errors import (
     VisionAccelError,
 )
 from visionaccel.families import Tower
+from visionaccel.grid import total_patches
 from visionaccel.images import image_processor
 from visionaccel.opening import WantedIsolation, open_encoder
 from visionaccel.program import Program
 from visionaccel.validation.answers import LEAST_AGREEMENT, digits_checkpoint, read_digits
-from visionaccel.validation.comparison import Comparison, Place
 from visionaccel.validation.packed_weights import differing_weights
 from visionaccel.validation.trials import Trial, Trials, bundled_photographs, find_images
 
@@ -49,14 +51,6 @@ logger = logging.getLogger(__name__)
 REFERENCE_BACKEND = "torch_ref"
 REFERENCE_OPTIONS: Mapping[str, Any] = MappingProxyType({"implementation": "transformers", "dtype": "float32"})
 """transformers' own tower, which shares no arithmetic with this package: the backend's fast form is checked by it too.
-"""
-THRESHOLDS: Mapping[str, float] = MappingProxyType(
-    {"float32": 0.9999, "float16": 0.999, "bfloat16": 0.99, "int8": 0.99}
-)
-"""The lowest cosine of a token that passes, by the precision of its program, or by what it was quantized to.
-
-A cosine allows any length, so lengths may differ by as much as that angle moves the end of an embedding: by
-sqrt(2 - 2 cosine) of the reference's length, which is 14 % in bfloat16.
 """
 
 _TOOLS = ("numpy", "onnx", "onnxruntime", "torch", "transformers")
@@ -107,6 +101,7 @@ def validate_bundle(
     deadline: float = 120.0,
     open_deadline: float = 600.0,
     progress: Progress | None = None,
+    golden: list[Golden] | None = None,
 ) -> Certificate:
     """Run every program of a bundle beside the reference.
 
@@ -125,6 +120,7 @@ def validate_bundle(
         deadline: Seconds that a call in a child process may take.
         open_deadline: Seconds that starting such a process and opening a program may take, compilation included.
         progress: Told a stage, how much of it is done and how much it is.
+        golden: Gets the golden images of each program, for `visionaccel.bundle.golden.write_golden`.
 
     Returns:
         The certificate. Encodes that fail count as compared, each token with cosine -1.
@@ -156,6 +152,8 @@ def validate_bundle(
         run = _Run(bundle, _Reference(exact), trials, open_programs, backend, device)
         results = tuple(run.program(entry, demanded, partial(tell, entry.name)) for entry in bundle.manifest.programs)
         read = run.answers(digits, digest, partial(tell, "digits"))
+        if golden is not None:
+            golden.extend(run.golden)
     plugins = {registry.entry(result.backend).distribution for result in results if result.backend != _NOT_RUN}
     return Certificate(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -239,6 +237,7 @@ class _Run:
             source = {name: source[name] for name in bundle.tower.host_weights}
         self._wrong_weights = differing_weights(bundle.tower.weights, source) if packed else ()
         self._opened: list[ProgramEntry] = []
+        self.golden: list[Golden] = []
         self._shown: set[Trial] = set()
 
     @property
@@ -269,6 +268,7 @@ class _Run:
             # A compiler may make a program of low precision of a float32 one, and the session says so.
             computed = watched.capabilities.precision
             threshold = min(threshold, thresholds.get(computed, threshold))
+            self._keep_golden(entry, trials, threshold)
             for number, trial in enumerate(trials):
                 patches = trial.patches()
                 expected = self._reference.embeddings(trial, patches)
@@ -303,6 +303,17 @@ class _Run:
             threshold=threshold,
             failure=None if failure is None else _printable(failure),
         )
+
+    def _keep_golden(self, entry: ProgramEntry, trials: Sequence[Trial], threshold: float) -> None:
+        """Keep what a canary is to encode with a program: a picture, and of a program for many grids a large one too."""
+        # Pictures have what a device that misreads images gets wrong; noise is what there is without a processor.
+        pictures = [t for t in trials if t.photograph is None and t.name != "noise"] or list(trials)
+        by_size = sorted(pictures, key=lambda trial: total_patches(trial.grids))
+        usual = next(trial for trial in pictures if trial.grids == trials[0].grids)
+        for trial in dict.fromkeys([usual, by_size[-1]]):
+            patches = trial.patches()
+            rows = self._reference.embeddings(trial, patches)
+            self.golden.append(Golden(str(trial), entry.name, trial.grids, patches, rows, threshold))
 
     def answers(self, count: int, digest: str, tell: Callable[[int, int], None]) -> tuple[Answers, ...]:
         """What the digits model reads through the programs that could be opened, if it is the reference."""

@@ -32,11 +32,11 @@ def activate() -> None:
     """
     compat.share_log_handlers()
     settings = load_settings()
-    if settings.fallback == AUTO:
+    if AUTO in settings.fallback:
         raise SettingsError(
             "VISIONACCEL_FALLBACK='auto': a fallback must be named.", hint="Name a backend, such as torch_ref."
         )
-    for name in (settings.backend, settings.fallback):
+    for name in (settings.backend, *settings.fallback):
         if name not in (None, AUTO):
             default_registry().entry(name)
     choose_cores(settings.cpu_cores, Host(compat.started_cores(), frozenset(), ""))  # refused before models are loaded

@@ -95,7 +95,7 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
             source = open_served_encoder(served, settings)
             dtype, host = str(served.dtype).removeprefix("torch."), compat.encoder_host(served.device, in_step=False)
             self._service = open_wanted_service(source, settings, dtype, host)
-            announce(self._service.encoders, settings, "pipelined")
+            announce(self._service.encoders, "pipelined")
             self._bookings = Bookings(self._service, settings.cache_size)
 
     @property

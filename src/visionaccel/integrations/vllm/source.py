@@ -80,7 +80,7 @@ def open_served_encoder(served: ServedModel, settings: Settings) -> Tower | Bund
     return source
 
 
-def announce(encoders: Iterable[GuardedEncoder], settings: Settings, how: str) -> None:
+def announce(encoders: Iterable[GuardedEncoder], how: str) -> None:
     """Log what encodes, and how."""
     for encoder in encoders:
         primary = encoder.primary
@@ -93,7 +93,7 @@ def announce(encoders: Iterable[GuardedEncoder], settings: Settings, how: str) -
             primary.capabilities.precision,
             how,
             ", ".join(str(opened.program.coverage) for opened in primary.programs),
-            settings.fallback if encoder.has_fallback else "none",
+            ", ".join(stage.name for stage in encoder.stages[1:] if not stage.same) or "none",
         )
 
 
@@ -154,4 +154,4 @@ def grids_of(model: str, revision: str | None, settings: Settings) -> Grids | No
     if chosen is None:
         return None  # The engine will not start, or start with the fallback, which takes every grid.
     coverages = tuple(program.coverage for program in chosen.programs)
-    return None if AnyGrid() in coverages else Grids(tower, coverages, settings.fallback is not None)
+    return None if AnyGrid() in coverages else Grids(tower, coverages, bool(settings.fallback))

@@ -124,6 +124,7 @@ class AcceleratedTower(nn.Module):
         # vLLM builds models under a default device, which is no business of the backend's.
         with torch.device("cpu"):
             host = compat.encoder_host(str(self.device), in_step=True)
-            (encoder,) = open_guarded(self._source, self._settings, self._settings.wanted_devices[:1], host)
-        announce([encoder], self._settings, how)
+            devices = self._settings.wanted_devices[:1]
+            (encoder,) = open_guarded(self._source, self._settings, devices, host, watched=True)
+        announce([encoder], how)
         return encoder

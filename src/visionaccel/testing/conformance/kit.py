@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from visionaccel.arrays import as_numpy
 from visionaccel.backends import Registry
+from visionaccel.comparison import Comparison
 from visionaccel.encoder import Encoder
 from visionaccel.errors import BackendUnavailableError
 from visionaccel.grid import Grid
@@ -28,7 +29,6 @@ from visionaccel.testing.conformance.check import CheckFailedError
 from visionaccel.testing.conformance.declaration import BackendUnderTest, Tolerance
 from visionaccel.testing.conformance.subject import Subject, grids_of, patches_for
 from visionaccel.validation import REFERENCE_BACKEND, REFERENCE_OPTIONS
-from visionaccel.validation.comparison import Comparison
 
 __all__ = ["Kit"]
 

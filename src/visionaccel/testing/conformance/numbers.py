@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from visionaccel.arrays import as_numpy
+from visionaccel.comparison import token_cosines
 from visionaccel.grid import Grid
 from visionaccel.testing.checkpoints import TINY
 from visionaccel.testing.conformance.check import CheckFailedError, Checks, NotApplicableError
 from visionaccel.testing.conformance.kit import Kit
 from visionaccel.testing.conformance.subject import WINDOW_SIDE, Subject, grids_of
 from visionaccel.validation.answers import LEAST_AGREEMENT, read_digits
-from visionaccel.validation.comparison import token_cosines
 
 __all__ = ["NUMBERS"]
 

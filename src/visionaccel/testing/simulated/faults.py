@@ -9,9 +9,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from visionaccel.arrays import Array, as_numpy
@@ -42,9 +43,9 @@ class FaultRule(BaseModel):
     )
     seed: int = Field(0, description="Which frames `share` picks.")
     all: bool = Field(False, description="Every call.")
-    do: Literal["raise", "nan", "zeros", "hang", "exit", "abort"] = Field(
-        description="`raise` a DeviceError; answer NaN or zeros; `hang`; end the process by `exit` or `abort`, in a "
-        "child process only."
+    do: Literal["raise", "nan", "zeros", "drift", "hang", "exit", "abort"] = Field(
+        description="`raise` a DeviceError; answer NaN or zeros; `drift`: answer wrongly, with numbers that look right; "
+        "`hang`; end the process by `exit` or `abort`, in a child process only."
     )
     seconds: float = Field(
         3600.0, ge=0, allow_inf_nan=False, description="How long a `hang` takes; the call then goes on."
@@ -138,9 +139,19 @@ class Fault:
                 os.abort()
 
     @property
-    def value(self) -> float | None:
-        """What the answer is overwritten with; None if it is not."""
-        return {"nan": float("nan"), "zeros": 0.0}.get(self.rule.do)
+    def spoils(self) -> bool:
+        """Whether it is about the answer."""
+        return self.rule.do in ("nan", "zeros", "drift")
+
+    def spoil(self, rows: NDArray[Any]) -> None:
+        """Overwrite rows of an answer."""
+        match self.rule.do:
+            case "nan":
+                rows[...] = np.nan
+            case "zeros":
+                rows[...] = 0
+            case "drift":
+                rows[..., ::2] *= -1
 
 
 class FaultScript:

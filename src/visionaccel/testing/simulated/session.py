@@ -79,8 +79,8 @@ class SimulatedSession(Session):
             if fault is not None:
                 fault.happen()
             answer = self._answer(inputs)
-            if fault is not None and fault.value is not None:
-                answer = _spoilt(answer, fault, fault.value, frames)
+            if fault is not None and fault.spoils:
+                answer = _spoilt(answer, fault, frames)
             self._sleep_until(started + seconds, seconds)
             return answer
 
@@ -120,16 +120,16 @@ class SimulatedSession(Session):
                 )
 
 
-def _spoilt(answer: Mapping[str, Array], fault: Fault, value: float, frames: Sequence[Frame]) -> Mapping[str, Array]:
+def _spoilt(answer: Mapping[str, Array], fault: Fault, frames: Sequence[Frame]) -> Mapping[str, Array]:
     """An answer with the rows of the frames that a fault is about overwritten."""
     spoilt = copied(answer)
     ends = np.cumsum([0, *(frame.patches for frame in frames)]).tolist()
     for array in spoilt.values():
         if all(fault.hits):
-            array[...] = value  # padding too
+            fault.spoil(array)  # padding too
             continue
         rows = len(array)
         for (start, end), hit in zip(pairwise(ends), fault.hits, strict=True):
             if hit:
-                array[start * rows // ends[-1] : end * rows // ends[-1]] = value
+                fault.spoil(array[start * rows // ends[-1] : end * rows // ends[-1]])
     return spoilt

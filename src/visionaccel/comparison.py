@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from visionaccel.arrays import finite_rows
 
-__all__ = ["Comparison", "Place", "length_errors", "token_cosines"]
+__all__ = ["THRESHOLDS", "Comparison", "Place", "length_errors", "token_cosines"]
+
+THRESHOLDS: Mapping[str, float] = MappingProxyType(
+    {"float32": 0.9999, "float16": 0.999, "bfloat16": 0.99, "int8": 0.99}
+)
+"""The lowest cosine of a token that passes, by the precision of its program, or by what it was quantized to.
+
+A cosine allows any length, so lengths may differ by as much as that angle moves the end of an embedding: by
+sqrt(2 - 2 cosine) of the reference's length, which is 14 % in bfloat16.
+"""
 
 _WRONG = -1.0
 """Cosine of a token that has no direction, so that a device that returns zeros, or NaN, cannot pass."""

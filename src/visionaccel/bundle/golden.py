@@ -1,0 +1,146 @@
+"""Golden images of a bundle: patches with the embeddings that the float32 reference makes of them.
+
+`visionaccel validate` writes them beside the certificate, and a canary encodes them on the device before it is trusted
+with a request. They are kept as patches and not as pictures, so that nothing but the encoder has a part in them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from visionaccel.bundle.export import rewrite_manifest, stated_file
+from visionaccel.bundle.opening import Bundle
+from visionaccel.errors import BundleError, ConfigurationError, GridError
+from visionaccel.grid import Grid, as_grids, total_patches
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["GOLDEN_FILE", "Golden", "read_golden", "write_golden"]
+
+GOLDEN_FILE = "golden.safetensors"
+"""Its name in the bundle's folder."""
+
+_KEY = "golden"
+_MOST = 256
+_AGAIN = "Run `visionaccel validate` again."
+
+
+@dataclass(frozen=True, eq=False)
+class Golden:
+    """One encode with a known answer.
+
+    Attributes:
+        name: What it shows, and at which grids.
+        program: The program it was chosen for.
+        grids: The images of the call.
+        patches: float32 [P, patch_width], read-only.
+        embeddings: float32 [N, out_width], the reference's, read-only.
+        threshold: The lowest cosine of a token that passes: the one that the certificate was given with.
+    """
+
+    name: str
+    program: str
+    grids: tuple[Grid, ...]
+    patches: NDArray[np.float32]
+    embeddings: NDArray[np.float32]
+    threshold: float
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(max_length=256)
+    program: str = Field(max_length=256)
+    grids: tuple[tuple[int, int, int], ...] = Field(min_length=1, max_length=64)
+    threshold: float = Field(gt=0, le=1)
+
+
+_ENTRIES = TypeAdapter(list[_Entry])
+
+
+def write_golden(bundle: Bundle, images: Sequence[Golden], changes: Mapping[str, Any]) -> Bundle:
+    """Put golden images into a bundle in the place of those it had, and seal its manifest anew.
+
+    Args:
+        bundle: The bundle.
+        images: The images; with none, the bundle has none afterwards.
+        changes: Further fields of the manifest that change, such as the certificate.
+
+    Raises:
+        BundleError: If the result is no manifest.
+        ConfigurationError: If the folder cannot be written to.
+    """
+    from safetensors.numpy import save_file
+
+    kept = [file for file in bundle.manifest.model_dump(mode="json")["files"] if file["path"] != GOLDEN_FILE]
+    path = bundle.folder / GOLDEN_FILE
+    partial = path.with_name(f".{GOLDEN_FILE}.partial")
+    try:
+        if images:
+            entries = [
+                {"name": each.name[:256], "program": each.program, "grids": [grid.thw for grid in each.grids],
+                 "threshold": each.threshold}
+                for each in images
+            ]  # fmt: skip
+            tensors: dict[str, NDArray[Any]] = {}
+            for number, each in enumerate(images):
+                tensors[f"{number}.patches"] = np.ascontiguousarray(each.patches, np.float32)
+                tensors[f"{number}.embeddings"] = np.ascontiguousarray(each.embeddings, np.float32)
+            save_file(tensors, partial, {_KEY: json.dumps(entries)})
+            partial.replace(path)
+            kept.append(stated_file(bundle.folder, path))
+        sealed = rewrite_manifest(bundle, {**changes, "files": kept})
+        if not images:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be written: {error}", hint="Copy the bundle elsewhere.") from error
+    return sealed
+
+
+def read_golden(bundle: Bundle) -> tuple[Golden, ...]:
+    """The golden images of a bundle, whose file was verified when it was opened; none if it has none.
+
+    Raises:
+        BundleError: If they are not what they should be.
+    """
+    if all(file.path != GOLDEN_FILE for file in bundle.manifest.files):
+        return ()
+    path = bundle.folder / GOLDEN_FILE
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "numpy") as file:
+            entries = _ENTRIES.validate_json((file.metadata() or {}).get(_KEY, ""))
+            if len(entries) > _MOST:
+                raise ValueError(f"it has {len(entries)} images, over {_MOST}")
+            return tuple(_images(bundle, file, entries))
+    except (SafetensorError, ValidationError, GridError, OSError, ValueError, TypeError) as error:
+        raise BundleError(f"{path} holds no golden images of this bundle: {error}", hint=_AGAIN) from error
+
+
+def _images(bundle: Bundle, file: Any, entries: Sequence[_Entry]) -> Iterator[Golden]:
+    tower = bundle.tower
+    for number, entry in enumerate(entries):
+        grids = as_grids(entry.grids, tower.merge_size)
+        tokens = sum(grid.tokens(tower.merge_size) for grid in grids)
+        expected = {"patches": (total_patches(grids), tower.patch_width), "embeddings": (tokens, tower.out_width)}
+        arrays = {}
+        for what, shape in expected.items():
+            stored = file.get_slice(f"{number}.{what}")
+            if (tuple(stored.get_shape()), stored.get_dtype()) != (shape, "F32"):
+                raise ValueError(
+                    f"its {what} of {entry.name!r} are {stored.get_dtype()} {stored.get_shape()}, not F32 {list(shape)}"
+                )
+            arrays[what] = file.get_tensor(f"{number}.{what}")
+            arrays[what].flags.writeable = False
+            if not np.isfinite(arrays[what]).all():
+                raise ValueError(f"its {what} of {entry.name!r} hold NaN or infinity")
+        yield Golden(entry.name, entry.program, grids, arrays["patches"], arrays["embeddings"], entry.threshold)

@@ -1,0 +1,123 @@
+"""The shadow: a share of what the device answers is computed again by the reference, in the background."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from visionaccel.arrays import Array, as_numpy
+from visionaccel.backends import DriftReport
+from visionaccel.encoder import Encoder
+from visionaccel.errors import VisionAccelError
+from visionaccel.grid import Grid
+from visionaccel.runtime.canary import drift_of
+from visionaccel.runtime.stage import Stage
+
+__all__ = ["Shadow"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class _Sample:
+    stage: Stage
+    patches: NDArray[np.float32]
+    grid: Grid
+    rows: NDArray[np.float32]
+
+
+class Shadow:
+    """Compares answers with the reference's. Nobody waits for it: what it has no time for is not compared.
+
+    An answer beyond the limit takes the encoder out of work, and has what came from it forgotten.
+
+    Args:
+        share: The share of items that it looks at, from 0 to 1.
+        limit: The lowest cosine of a token that passes.
+        reference: Opens the reference, when first needed. It belongs to whoever opens it.
+        waiting: Most answers that wait for it; each is a copy of an item's patches and embeddings.
+        seed: Which items it looks at; by default others each time.
+
+    Attributes:
+        compared: Answers compared so far.
+        skipped: Answers that it was to look at and had no time for.
+        drifted: Answers beyond the limit.
+    """
+
+    def __init__(
+        self,
+        share: float,
+        limit: float,
+        reference: Callable[[], Encoder],
+        *,
+        waiting: int = 2,
+        seed: int | None = None,
+    ) -> None:
+        self._share, self._limit, self._reference = share, limit, reference
+        self._random = random.Random(seed)  # noqa: S311 - which items to look at is no secret
+        self._samples: queue.Queue[_Sample | None] = queue.Queue(waiting)
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._closed = False
+        self.compared = self.skipped = self.drifted = 0
+
+    def offer(self, stage: Stage, patches: Array, grid: Grid, rows: Array) -> None:
+        """Perhaps look at an answer. Takes microseconds, and the time of two copies for what is looked at.
+
+        Args:
+            stage: What answered.
+            patches: [P, patch_width], as the encoder took them.
+            grid: The item's grid.
+            rows: [tokens, out_width], as it answered.
+        """
+        if self._closed or self._random.random() >= self._share:
+            return
+        with self._lock:
+            if self._closed or self._samples.full():
+                self.skipped += 1
+                return
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="visionaccel-shadow", daemon=True)
+                self._thread.start()
+            copies = (np.array(as_numpy(each), dtype=np.float32) for each in (patches, rows))
+            self._samples.put_nowait(_Sample(stage, next(copies), grid, next(copies)))
+
+    def close(self) -> None:
+        """Look at nothing any more."""
+        with self._lock:
+            self._closed = True
+            while not self._samples.empty():
+                self._samples.get_nowait()
+            self._samples.put_nowait(None)
+
+    def _run(self) -> None:
+        while (sample := self._samples.get()) is not None:
+            try:
+                self._compare(sample)
+            except VisionAccelError as error:
+                logger.error("The reference could not encode what it was to compare: %s", error)
+            except Exception:
+                logger.exception("Comparing with the reference failed.")
+
+    def _compare(self, sample: _Sample) -> None:
+        started = time.perf_counter()
+        expected = as_numpy(self._reference().encode(sample.patches, [sample.grid], purpose="shadow"))
+        cosine, failure = drift_of(sample.rows, expected, self._limit)
+        self.compared += 1
+        encoder = sample.stage.encoder_if_open
+        if encoder is not None:
+            seconds = time.perf_counter() - started
+            device = encoder.capabilities.device
+            report = DriftReport(encoder.backend, device, "shadow", cosine, self._limit, failure is None, seconds)
+            encoder.hooks.visionaccel_compared(report=report)
+        if failure is not None and not self._closed:
+            self.drifted += 1
+            sample.stage.distrust(f"the reference does not agree on an image of grid {sample.grid}: {failure}")

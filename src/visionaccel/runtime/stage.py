@@ -1,0 +1,285 @@
+"""One encoder of a chain: opened when it is needed, held to its canary, and taken out of work while it fails."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from visionaccel.arrays import Array
+from visionaccel.backends import BreakerReport, DriftReport, FailureReport
+from visionaccel.encoder import Encoder
+from visionaccel.errors import DeadlineError, DeviceError, InputError, VisionAccelError
+from visionaccel.grid import Grid
+from visionaccel.isolation import IsolatedSession
+from visionaccel.runtime.breaker import Breaker, BreakerState
+from visionaccel.runtime.canary import Canary, CanaryResult
+from visionaccel.runtime.watched import WatchedCalls
+
+__all__ = ["Stage"]
+
+logger = logging.getLogger(__name__)
+
+_LONGEST_SLEEP = 3600.0
+_PROBING = 0.05
+
+
+class Stage:
+    """An encoder with its breaker and its canary. Safe to use from several threads; several chains may share one.
+
+    Args:
+        name: What to call it before it is open, such as the backend's name.
+        encoder: The open encoder, or what opens it, called at most once; a failure to open is remembered.
+        canary: What it is tried with; by default its own first answer, once it is to be put back to work.
+        canary_on: Whether the canary also runs when the device's process was started anew, and on the timer.
+        interval: Seconds between two canaries on a timer; 0 for none.
+        deadline: Seconds for one call, which then runs on a thread that can be left behind; None for no limit, as where
+            somebody else watches.
+        failures: As for `Breaker`.
+        cool_down: As for `Breaker`.
+        same: It computes the same numbers as the first of its chain.
+
+    Attributes:
+        breaker: Whether it gets work.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        encoder: Encoder | Callable[[], Encoder],
+        *,
+        canary: Canary | None = None,
+        canary_on: bool = False,
+        interval: float = 0.0,
+        deadline: float | None = None,
+        failures: int = 5,
+        cool_down: float = 1.0,
+        same: bool = False,
+    ) -> None:
+        self.name, self.same = name, same
+        self._make = encoder if callable(encoder) else None
+        self._encoder: Encoder | VisionAccelError | None = None if callable(encoder) else encoder
+        self._canary, self._canary_on, self._interval = canary or Canary(), canary_on, interval
+        self.breaker = Breaker(failures=failures, cool_down=cool_down, changed=self._breaker_changed)
+        self._deadline, self._calls = deadline, WatchedCalls()
+        self._opening, self._checking = threading.Lock(), threading.RLock()
+        self._keeping = threading.Condition()
+        self._keeper: threading.Thread | None = None
+        self._closed = False
+        self._drifted: list[Callable[[], None]] = []
+        self._checked_restarts: int | None = None
+
+    @property
+    def encoder_if_open(self) -> Encoder | None:
+        """The encoder, if it is open."""
+        return self._encoder if isinstance(self._encoder, Encoder) else None
+
+    @property
+    def ready(self) -> bool:
+        """Whether it may be given work; it may have to be opened first."""
+        return self.breaker.closed and not isinstance(self._encoder, VisionAccelError)
+
+    @property
+    def last_resort(self) -> bool:
+        """Whether it may be given what would fail otherwise: it failed often, but it neither hangs nor answers wrongly."""
+        return not self.breaker.for_sure and not isinstance(self._encoder, VisionAccelError)
+
+    @property
+    def why_not(self) -> str:
+        """Why it is given no work."""
+        if isinstance(self._encoder, VisionAccelError):
+            return f"{self.name} cannot be opened: {self._encoder.message}"
+        return f"{self.name} is out of work ({self.breaker.state.value}): {self.breaker.reason}"
+
+    @property
+    def restarts(self) -> int:
+        """How often a process of its device was started anew."""
+        encoder = self.encoder_if_open
+        sessions = [opened.session for opened in encoder.programs] if encoder is not None else []
+        return sum(session.restarts for session in sessions if isinstance(session, IsolatedSession))
+
+    def on_drift(self, forget: Callable[[], None]) -> None:
+        """Have something called when it turns out that it answered wrongly: what came from it is not to be kept."""
+        self._drifted.append(forget)
+
+    def encode(
+        self, patches: Array, grids: Sequence[Grid], queue_seconds: float | None = None, following: str | None = None
+    ) -> Array | VisionAccelError:
+        """Embeddings as `Encoder.encode`, or what went wrong; never raises.
+
+        Args:
+            patches: [P, patch_width].
+            grids: Checked grids.
+            queue_seconds: How long the first item waited.
+            following: What would have its turn if this fails, for reports.
+        """
+        encoder = self.open()
+        if isinstance(encoder, VisionAccelError):
+            return encoder
+        answer = self._verified(lambda: self._attempt(encoder, patches, grids, queue_seconds), encoder)
+        if not isinstance(answer, VisionAccelError):
+            self.breaker.succeeded()
+        elif not isinstance(answer, InputError):
+            report = FailureReport(
+                encoder.backend, encoder.capabilities.device, tuple(grids), type(answer).__name__, answer.message,
+                following,
+            )  # fmt: skip
+            _tell(partial(encoder.hooks.visionaccel_failed, report=report))
+            if isinstance(answer, DeadlineError):
+                self.breaker.trip(answer.message)
+            else:
+                self.breaker.failed(answer.message)
+        return answer
+
+    def check(self, *, quick: bool = False) -> CanaryResult | VisionAccelError:
+        """Run the canary now; what fails it is taken out of work.
+
+        Returns:
+            What it found, or why the encoder cannot be opened.
+        """
+        encoder = self.open()
+        return encoder if isinstance(encoder, VisionAccelError) else self._check(encoder, quick=quick)
+
+    def open(self) -> Encoder | VisionAccelError:
+        """The encoder, opened now if it was not, or why it cannot be."""
+        if self._encoder is None:
+            with self._opening:
+                if self._encoder is None:
+                    self._encoder = self._made()
+        return self._encoder
+
+    def distrust(self, reason: str) -> None:
+        """It answered wrongly: take it out of work, and have what came from it forgotten."""
+        self.breaker.trip(reason)
+        for forget in self._drifted:
+            forget()
+
+    def close(self) -> None:
+        """Give back the device, and end what looks after it."""
+        with self._keeping:
+            self._closed = True
+            self._keeping.notify_all()
+        self._calls.close()
+        encoder = self.encoder_if_open
+        if encoder is not None:
+            encoder.close()
+        if self._keeper is not None and self._keeper is not threading.current_thread():
+            self._keeper.join(_PROBING)  # one in a call that hangs is left to it
+
+    def _made(self) -> Encoder | VisionAccelError:
+        assert self._make is not None
+        try:
+            return self._make()
+        except VisionAccelError as error:
+            return error
+        except Exception as error:  # Opened in the engine's step, which must survive it.
+            return DeviceError(f"opening {self.name} failed with {type(error).__name__}: {error}")
+
+    def _verified(self, attempt: Callable[[], Array | VisionAccelError], encoder: Encoder) -> Array | VisionAccelError:
+        """An attempt on a device that has passed a canary since it, or its process, was started."""
+        if not self._canary_on:
+            return attempt()
+        answer: Array | VisionAccelError | None = None
+        while answer is None:
+            with self._checking:
+                untried = self.restarts != self._checked_restarts
+                result = self._check(encoder, quick=self._checked_restarts is not None) if untried else None
+            if result is not None and result.failure is not None:
+                return DeviceError(f"{self.name} failed its canary: {result.failure}")
+            before = self.restarts
+            answer = attempt()
+            if self.restarts != before and not isinstance(answer, VisionAccelError):
+                answer = None  # by a new process, which has not been tried
+        return answer
+
+    def _attempt(
+        self, encoder: Encoder, patches: Array, grids: Sequence[Grid], queue_seconds: float | None
+    ) -> Array | VisionAccelError:
+        def encode() -> Array:
+            return encoder.encode(patches, grids, queue_seconds=queue_seconds)
+
+        try:
+            return encode() if self._deadline is None else self._calls.call(encode, self._deadline)
+        except VisionAccelError as error:
+            return error
+        except TimeoutError:
+            return DeadlineError(
+                f"device {encoder.capabilities.device!r} did not answer within {self._deadline:g} s.",
+                hint="Raise VISIONACCEL_DEADLINE, or set VISIONACCEL_ISOLATION=process, which ends a device that hangs.",
+            )
+        except Exception as error:  # The engine's step must survive whatever a vendor's stack raises.
+            return DeviceError(f"encoding failed with {type(error).__name__}: {error}")
+
+    def _check(self, encoder: Encoder, *, quick: bool, probing: bool = False) -> CanaryResult:
+        with self._checking:
+            restarts = self.restarts
+            result = self._canary.check(encoder, quick=quick)
+            if self._checked_restarts is None and self._interval:
+                self._keep()
+            self._checked_restarts = restarts
+        report = DriftReport(
+            encoder.backend, encoder.capabilities.device, "canary", result.lowest_cosine, result.limit, result.passed,
+            result.seconds,
+        )  # fmt: skip
+        _tell(partial(encoder.hooks.visionaccel_compared, report=report))
+        if result.failure is not None and not probing and not self._closed:
+            self.distrust(f"its canary failed: {result.failure}")
+        return result
+
+    def _breaker_changed(self, state: BreakerState, reason: str) -> None:
+        level = logging.INFO if state is BreakerState.HALF_OPEN else logging.WARNING
+        words = {
+            BreakerState.OPEN: "is taken out of work",
+            BreakerState.HALF_OPEN: "is probed; it was out of work",
+            BreakerState.CLOSED: "works again",
+        }
+        logger.log(level, "Encoder %r %s: %s", self.name, words[state], reason)
+        encoder = self.encoder_if_open
+        if encoder is not None:
+            report = BreakerReport(encoder.backend, encoder.capabilities.device, state.value, reason)
+            _tell(partial(encoder.hooks.visionaccel_breaker, report=report))
+        if state is BreakerState.OPEN:
+            self._keep()
+
+    def _keep(self) -> None:
+        """Have a thread look after it: probe it while it is out of work, and run its canary on the timer."""
+        with self._keeping:
+            if self._keeper is None and not self._closed:
+                self._keeper = threading.Thread(target=self._look_after, name="visionaccel-canary", daemon=True)
+                self._keeper.start()
+            self._keeping.notify_all()
+
+    def _look_after(self) -> None:
+        checked = time.monotonic()
+        while True:
+            with self._keeping:
+                if not self._closed:
+                    self._keeping.wait(self._until(checked))
+                if self._closed:
+                    return
+            encoder = self.encoder_if_open
+            if encoder is None:
+                continue
+            if not self.breaker.closed:
+                if self.breaker.begin_probe():
+                    self.breaker.end_probe(self._check(encoder, quick=True, probing=True).failure)
+                    checked = time.monotonic()
+            elif self._canary_on and self._interval and time.monotonic() - checked >= self._interval:
+                self._check(encoder, quick=True)
+                checked = time.monotonic()
+
+    def _until(self, checked: float) -> float:
+        if not self.breaker.closed:
+            return _PROBING
+        if self._canary_on and self._interval:
+            return min(_LONGEST_SLEEP, max(0.0, checked + self._interval - time.monotonic()))
+        return _LONGEST_SLEEP
+
+
+def _tell(hook: Callable[[], object]) -> None:
+    try:
+        hook()
+    except Exception:  # An observer's fault must not cost the caller an encode.
+        logger.exception("An observer of encodes failed.")
