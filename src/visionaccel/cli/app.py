@@ -20,6 +20,7 @@ from visionaccel.cli.init import init
 from visionaccel.cli.inspect import inspect
 from visionaccel.cli.output import messages
 from visionaccel.cli.quantize import quantize
+from visionaccel.cli.report import report
 from visionaccel.cli.strip import strip
 from visionaccel.cli.validate import validate
 from visionaccel.errors import VisionAccelError
@@ -50,7 +51,7 @@ def _root(
 
 for command in (
     *(backends, explain, export, import_vitisai, quantize, inspect, validate),
-    *(push, pull, strip, encode, doctor, demo),
+    *(push, pull, strip, encode, doctor, report, demo),
 ):
     app.command()(command)
 app.add_typer(bench)

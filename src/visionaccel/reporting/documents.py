@@ -1,0 +1,118 @@
+"""JSON files to report on: files of strangers, read whole or refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import stat
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from visionaccel.diagnosis.findings import printable
+from visionaccel.errors import ConfigurationError, InputError
+
+__all__ = ["checked", "parsed", "read_document", "read_text"]
+
+_MIB = 2**20
+_MOST_DIGITS = 18
+_SHOWN_PROBLEMS = 3
+
+T = TypeVar("T")
+
+
+def read_text(path: Path, most_bytes: int) -> str:
+    """The text of a file.
+
+    Args:
+        path: The file.
+        most_bytes: How large it may be.
+
+    Raises:
+        ConfigurationError: If it cannot be read.
+        InputError: If it is larger, no file, or not UTF-8.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # to open a named pipe would wait for ever
+            raise InputError(f"{path} is not a file.", hint="Name a JSON file.")
+        with path.open("rb") as file:
+            data = file.read(most_bytes + 1)
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be read: {error}", hint="Name a file that is there.") from error
+    if len(data) > most_bytes:
+        raise InputError(
+            f"{path} is larger than {most_bytes // _MIB} MiB, which is as much as a page is made of.",
+            hint="Record or measure less.",
+        )
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is no text in UTF-8: {error}", hint="Name a JSON file.") from error
+
+
+def read_document(path: Path, most_bytes: int = 8 * _MIB) -> Any:
+    """The JSON document in a file.
+
+    Raises:
+        ConfigurationError: If it cannot be read.
+        InputError: If it is larger than allowed or no JSON.
+    """
+    text = read_text(path, most_bytes)
+    try:
+        return parsed(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{path} is no JSON: {printable(str(error))}", hint="Name a file that visionaccel wrote."
+        ) from error
+
+
+def parsed(text: str) -> Any:
+    """A JSON document whose numbers are finite and of a size that figures have.
+
+    Raises:
+        ValueError: If it is none.
+        RecursionError: If it is nested deeper than anything that visionaccel writes.
+    """
+    return json.loads(text, parse_constant=_no_number, parse_float=_finite, parse_int=_integer)
+
+
+def checked(kind: type[T], document: Any, path: Path, what: str) -> T:
+    """A value of a dataclass or model from its JSON document.
+
+    Args:
+        kind: The class.
+        document: What was read.
+        path: Where, for messages.
+        what: What it should be, for messages.
+
+    Raises:
+        InputError: If it is not.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(document)
+    except (ValidationError, RecursionError, ArithmeticError) as error:
+        problems = str(error)
+        if isinstance(error, ValidationError):
+            listed = error.errors(include_url=False, include_input=False, include_context=False)
+            problems = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in listed[:_SHOWN_PROBLEMS])
+        raise InputError(
+            f"{path} is not {what}: {printable(problems)}.", hint="Name a file that this visionaccel wrote."
+        ) from error
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is not a number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is too large a number")
+    return number
+
+
+def _integer(text: str) -> int:
+    if len(text) > _MOST_DIGITS:
+        raise ValueError(f"{text[:20]}… is too large a number")
+    return int(text)

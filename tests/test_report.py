@@ -1,0 +1,474 @@
+"""`visionaccel report`: a page with everything that it was given, which loads nothing and takes text for text."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import asdict
+from html.parser import HTMLParser
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from typer.testing import CliRunner
+
+import report_inputs as made
+from bundle_tools import CERTIFICATE, forge
+from bundles import write_bundle
+from report_inputs import HOSTILE
+from visionaccel.backends import Finding
+from visionaccel.cli.app import app
+from visionaccel.diagnosis import Diagnosis, Found
+from visionaccel.errors import ConfigurationError, InputError
+from visionaccel.reporting import make_report, read_inputs
+from visionaccel.reporting.benchmarks import read_benchmark
+from visionaccel.reporting.charts import Bar, draw_bars
+from visionaccel.reporting.documents import read_document
+from visionaccel.reporting.faults import read_faults
+from visionaccel.reporting.intervals import intersection, length, union
+from visionaccel.reporting.markup import element, html
+from visionaccel.reporting.timeline import MOST_RECTANGLES, draw_timeline, rectangles
+from visionaccel.reporting.trace import Event, Lane, Trace, overlap, read_trace
+
+SECTIONS = ("summary", "doctor", "certificate", "benchmarks", "timelines", "faults")
+VOID = {"meta", "br"}
+
+
+class Page(HTMLParser):
+    """A page's elements with their attributes, its text by section, and whether its elements are nested rightly."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.elements, self.texts, self.open = [], {}, []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append((tag, dict(attrs).get("id")))
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        opened, _ = self.open.pop()
+        assert opened == tag
+
+    def handle_data(self, data):
+        section = next((key for tag, key in reversed(self.open) if tag == "section"), None)
+        self.texts[section] = self.texts.get(section, "") + data
+
+
+@pytest.fixture(scope="module")
+def certified(tiny, tmp_path_factory):
+    """A bundle whose certificate has hostile names where names may be anything that can be printed."""
+    folder = write_bundle(tiny, tmp_path_factory.mktemp("report") / "bundle", "10x18", self_contained=True)
+
+    def change(stated):
+        result = {**CERTIFICATE["programs"][0], "device": "<script>alert(2)</script>", "failure": None}
+        stated["certificate"] = {**CERTIFICATE, "programs": [result]}
+
+    forge(folder, change)
+    return folder
+
+
+def diagnosis(name=""):
+    findings = (
+        Found("environment", Finding("Python", "pass", f"3.11{name}")),
+        Found(f"odd{name}", Finding(f"plug-in{name}", "failure", f"it died of SIGSEGV{name}", f"Reinstall it{name}.")),
+        Found("vLLM", Finding("VISIONACCEL_BACKEND", "warning", "unset", "Set it.")),
+    )
+    return Diagnosis("0.1.0", "2026-01-02T03:04:05+00:00", findings)
+
+
+def inputs(folder, certified, name=""):
+    """Every kind of input, in files whose names are hostile too if `name` is."""
+    label = "<script>" if name else "plain"
+    bench = [
+        made.write(folder / f"{label}-encode.json", asdict(made.encode_report(name))),
+        made.write(folder / f"{label}-placement.json", made.placement(name)),
+        made.write(folder / f"{label}-serve.json", asdict(made.serve_report(name))),
+    ]
+    trace = folder / f"{label}-trace.json"
+    trace.write_text(made.trace_text(made.trace_events(name)))
+    return read_inputs(str(certified), bench, [trace], made.write(folder / "faults.json", made.fault_suite(name)))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory, certified):
+    return make_report(inputs(tmp_path_factory.mktemp("plain"), certified), diagnosis(), "A machine").page()
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory, certified):
+    folder = tmp_path_factory.mktemp("hostile")
+    return make_report(inputs(folder, certified, HOSTILE), diagnosis(HOSTILE), f"A machine{HOSTILE}").page()
+
+
+# What is on the page
+
+
+def test_every_section_is_there_with_what_was_given(plain):
+    texts = Page(plain).texts
+    assert tuple(key for key in texts if key) == SECTIONS
+    assert "it died of SIGSEGV" in texts["doctor"]
+    assert "1 failed, 1 with a warning, 1 passed." in texts["doctor"]
+    assert "10x18" in texts["certificate"]
+    assert "letterbox" in texts["certificate"]
+    for expected in (
+        "vllm bfloat16",
+        "not compared: not installed",
+        "failed: no answer",
+        "Whether to offload",
+        "times vLLM bf16",
+    ):
+        assert expected in texts["benchmarks"], expected
+    for expected in ("what an ideal server needs", "times the ideal bound", "prior art, 3 requests", "SIMULATED"):
+        assert expected in texts["benchmarks"], expected
+    for expected in ("encoder: device 0", "engine: thread 3", "decode", "50.0%", "6.000 s", "3.000 s"):
+        assert expected in texts["timelines"], expected
+    assert "1 of 2 faults went as they should" in texts["faults"]
+    assert "recovery took at most 1.25 s" in texts["faults"]
+
+
+def test_the_summary_has_the_worst_first(plain):
+    summary = Page(plain).texts["summary"]
+    places = [summary.index(word) for word in ("Doctor", "Faults", "Benchmarks", "Timelines")]
+    assert places == sorted(places)
+    assert summary.startswith("Summaryfailure")
+
+
+def test_what_was_not_given_has_no_section():
+    page = make_report(read_inputs(), diagnosis(), "t").page()
+    assert tuple(key for key in Page(page).texts if key) == ("summary", "doctor")
+
+
+def test_a_bundle_without_certificate_and_a_broken_one_are_told(tiny, tmp_path):
+    folder = write_bundle(tiny, tmp_path / "bundle", "10x18", self_contained=True)
+
+    def said(source):
+        report = make_report(read_inputs(str(source)), diagnosis(), "t")
+        (section,) = (each for each in report.sections if each.key == "certificate")
+        return section.status, section.summary
+
+    assert said(folder)[0] == "warning"
+    assert "only bundles are certified" in said(tiny)[1]
+    (folder / "visionaccel.json").write_text("{")
+    assert said(folder)[0] == "failure"
+
+
+# Text is text, and nothing is loaded
+
+
+def test_hostile_text_is_text(hostile, plain):
+    page, expected = Page(hostile), Page(plain)
+    assert not {tag for tag, _ in page.elements} & {"script", "img", "iframe", "link", "object", "base", "form"}
+    assert {tag for tag, _ in page.elements} == {tag for tag, _ in expected.elements}
+    for tag, attributes in page.elements:
+        assert not [name for name in attributes if name.startswith("on") or name in ("src", "srcset", "style")], tag
+    for section in SECTIONS:
+        assert "<script>" in page.texts[section], f"{section} shows what it was given"
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", hostile)
+    hostile.encode("utf-8")
+
+
+def test_the_page_loads_nothing(plain, hostile):
+    for text in (plain, hostile):
+        for tag, attributes in Page(text).elements:
+            href = attributes.get("href")
+            assert href is None or re.fullmatch(r"#[a-z]+", href), tag
+            assert not [value for value in attributes.values() if value and re.search(r"https?:|//", value)], tag
+        assert not re.search(r"https?:|@import|url\(", text)
+        policies = {a.get("http-equiv"): a.get("content") for tag, a in Page(text).elements if tag == "meta"}
+        assert policies["Content-Security-Policy"] == "default-src 'none'; style-src 'unsafe-inline'"
+
+
+def test_fragments_lead_to_sections(plain):
+    elements = Page(plain).elements
+    wanted = {attributes["href"][1:] for tag, attributes in elements if tag == "a"}
+    assert wanted <= {attributes.get("id") for tag, attributes in elements if tag == "section"}
+    assert wanted == set(SECTIONS) - {"summary"}
+
+
+@given(st.text())
+def test_any_text_becomes_one_piece_of_text(text):
+    page = Page(element("p", text, title=text))
+    ((tag, attributes),) = page.elements
+    assert tag == "p"
+    shown = "".join(page.texts.values())
+    assert attributes["title"] == shown
+    assert len(shown) <= 2000
+    assert html(html(text)) == html(text)
+
+
+# Traces
+
+
+TIMES = st.integers(0, 60)
+INTERVALS = st.lists(st.tuples(TIMES, TIMES))
+
+
+def cells(intervals):
+    """The unit times that intervals of whole numbers cover."""
+    return {time for start, end in intervals for time in range(start, end)}
+
+
+@given(INTERVALS, INTERVALS)
+def test_unions_and_intersections_are_those_of_sets(one, other):
+    first, second = union(one), union(other)
+    assert cells(first) == cells(one)
+    assert all(before[1] < after[0] for before, after in pairwise(first))
+    assert cells(intersection(first, second)) == cells(one) & cells(other)
+    assert length(first) == len(cells(one))
+
+
+@given(INTERVALS, INTERVALS)
+def test_the_overlap_is_the_share_of_the_devices_time_in_which_decode_steps_ran(device, decode):
+    events = [
+        Event("x", category, start, max(end - start, 0))
+        for category, intervals in (("device", device), ("decode", decode), ("host", [(0, 99)]))
+        for start, end in intervals
+    ]
+    found, busy, both = overlap(events), cells(device), cells(device) & cells(decode)
+    assert found.device == pytest.approx(len(busy) / 1e6)
+    assert found.decode == pytest.approx(len(cells(decode)) / 1e6)
+    assert found.both == pytest.approx(len(both) / 1e6)
+    assert found.share == (pytest.approx(len(both) / len(busy)) if busy else None)
+
+
+@pytest.mark.parametrize("ending", ["]", "\n]\n", "", ",", ",\n", ',\n{"ph":"X","name":"to', ',\n{"ph":"X"'])
+def test_a_trace_may_lack_its_end(tmp_path, ending):
+    file = tmp_path / "trace.json"
+    file.write_text("[\n" + ",\n".join(map(json.dumps, made.trace_events())) + ending)
+    assert len(read_trace(file).events) == 12 * 54
+
+
+def test_lanes_have_the_names_of_their_threads(tmp_path):
+    file = tmp_path / "trace.json"
+    file.write_text(made.trace_text(made.trace_events(), closed=False))
+    names = [lane.name for lane in read_trace(file).lanes]
+    assert names == ["encoder: waiting", "encoder: device 0", "process 9: thread 9", "engine: thread 3"]
+
+
+EVENT = {"ph": "X", "name": "a", "cat": "device", "ts": 1, "dur": 1, "pid": 1, "tid": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is no trace"),
+        ("hello", "is no trace"),
+        ("{}", "is no JSON array"),
+        ("[]", "no event that took time"),
+        ("[1]", "event 0: it is no JSON object"),
+        (json.dumps([{**EVENT, "ts": "now"}]), "its ts is no number"),
+        (json.dumps([{**EVENT, "dur": -1}]), "its dur is no time"),
+        (json.dumps([{**EVENT, "dur": 1e30}]), "its dur is no time"),
+        (json.dumps([{**EVENT, "dur": None}]), "its dur is no number"),
+        (json.dumps([{**EVENT, "ts": True}]), "its ts is no number"),
+        (json.dumps([{**EVENT, "name": 3}]), "its name or cat is no text"),
+        (json.dumps([{**EVENT, "pid": [1]}]), "its pid is no number"),
+        ('[{"ph":"X","name":"a","cat":"device","ts":NaN,"dur":1}]', "is no trace"),
+        ('[{"ph":"X","name":"a","cat":"device","ts":1e999,"dur":1}]', "is no trace"),
+        ("[" * 100_000, "is no trace"),
+    ],
+)
+def test_what_is_no_trace_is_refused(tmp_path, text, message):
+    file = tmp_path / "trace.json"
+    file.write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_trace(file)
+
+
+def test_many_short_events_are_a_few_thousand_rectangles_that_cover_their_time():
+    categories = ("device", "decode", "host")
+    events = [Event("e", categories[i % 3], 10.0 * i, 9.0) for i in range(50_000)]
+    lanes = tuple(Lane(f"lane {i}", tuple(events)) for i in range(6))
+    picture = draw_timeline(Trace(lanes))
+    drawn = [tag for tag, attributes in Page(picture).elements if tag == "rect"]
+    assert 6 * 3 < len(drawn) <= MOST_RECTANGLES + 6 + 3
+    found = rectangles(lanes[0], 0.0, 800 / 500_000, 1 / 3)
+    assert sum(each.width for each in found) == pytest.approx(800, abs=1)
+
+
+def test_events_at_the_same_time_are_in_rows_below_one_another():
+    lane = Lane("a", (Event("x", "queue", 0, 10), Event("y", "queue", 5, 10), Event("z", "queue", 10, 5)))
+    found = rectangles(lane, 0.0, 10.0, 1 / 3)
+    assert [(each.row, each.left, each.width) for each in found] == [(0, 0, 100), (1, 50, 100), (0, 100, 50)]
+    assert "y: queue, 0.010 ms from 0.005 ms" in found[1].told
+
+
+@given(
+    st.lists(
+        st.tuples(st.floats(-1e9, 1e9), st.floats(0, 1e9), st.sampled_from(["device", "decode", "odd"])), min_size=1
+    )
+)
+def test_any_trace_is_drawn_inside_its_picture(events):
+    found = sorted((Event("e", category, start, took) for start, took, category in events), key=lambda e: e.start)
+    picture = draw_timeline(Trace((Lane("a lane", tuple(found)),)))
+    for tag, attributes in Page(picture).elements:
+        if tag == "rect":
+            left, width = float(attributes["x"]), float(attributes["width"])
+            assert left >= 0
+            assert left + width <= 1120
+
+
+# Bars
+
+
+def test_bars_are_as_long_as_their_values_and_marks_stand_where_they_belong():
+    picture = Page(
+        draw_bars([Bar("a", 2.0, "2 s", mark=1.0), Bar("b", 1.0, "1 s"), Bar("c", None, "-")], "seconds", "bound")
+    )
+    bars = [float(a["width"]) for tag, a in picture.elements if tag == "rect"]
+    assert bars[0] == pytest.approx(2 * bars[1])
+    assert len(bars) == 2
+    marks = [float(a["x1"]) for tag, a in picture.elements if tag == "line" and a["class"] == "mark"]
+    assert marks[1] == pytest.approx(250 + bars[1])
+
+
+# Files that are not what they should be
+
+
+def wrong_benchmarks():
+    good = asdict(made.encode_report())
+    serve = asdict(made.serve_report())
+    yield [], "no benchmark"
+    yield {"contenders": 1, "grids": 1}, "is not what `bench encode` writes"
+    yield {**good, "plan": {**good["plan"], "grids": [{"t": 0, "h": 1, "w": 1}]}}, "is not what `bench encode` writes"
+    yield {**good, "notes": [3]}, "notes.0"
+    yield {**serve, "modes": {"a": {}}}, "is not what `bench serve` writes"
+    yield {**made.placement(), "placements": [{"label": 1}]}, "is not what `bench placement` writes"
+
+
+@pytest.mark.parametrize(("document", "message"), list(wrong_benchmarks()))
+def test_what_is_no_benchmark_is_refused(tmp_path, document, message):
+    with pytest.raises(InputError, match=message):
+        read_benchmark(made.write(tmp_path / "bench.json", document))
+
+
+@pytest.mark.parametrize(
+    "change", [{"rows": []}, {"rows": [{}]}, {"rows": 3}, {"created": None}, {"rows": [{"mode": "sideways"}]}]
+)
+def test_what_is_no_fault_suite_is_refused(tmp_path, change):
+    with pytest.raises(InputError, match="is not what a fault suite writes"):
+        read_faults(made.write(tmp_path / "faults.json", {**made.fault_suite(), **change}))
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\xff\xfe", b"{", b"[" * 100_000, b"[NaN]", b"[1e400]", b"[" + b"9" * 5000 + b"]", b"[-Infinity]"]
+)
+def test_what_is_no_json_is_refused(tmp_path, data):
+    (tmp_path / "x.json").write_bytes(data)
+    with pytest.raises(InputError, match=r"x\.json is no"):
+        read_document(tmp_path / "x.json")
+
+
+def test_files_that_cannot_be_read_or_are_too_large_are_told(tmp_path):
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        read_document(tmp_path / "absent.json")
+    with pytest.raises(InputError, match="is not a file"):
+        read_document(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="is not a file"):
+        read_document(tmp_path / "pipe")
+    (tmp_path / "large.json").write_bytes(b" " * (2**20 + 1))
+    with pytest.raises(InputError, match="larger than 1 MiB"):
+        read_document(tmp_path / "large.json", 2**20)
+
+
+# The command, and a browser
+
+
+def run(*arguments, status=0):
+    done = CliRunner().invoke(app, ["report", "--no-vllm", *map(str, arguments)])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    assert done.exit_code == status, done.output
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory, certified):
+    """The page that the command writes of this machine and of every kind of input, and what it printed."""
+    folder = tmp_path_factory.mktemp("written")
+    encode = made.write(folder / "encode.json", asdict(made.encode_report(HOSTILE)))
+    serve = made.write(folder / "serve.json", asdict(made.serve_report(HOSTILE)))
+    faults = made.write(folder / "faults.json", made.fault_suite(HOSTILE))
+    trace = folder / "trace.json"
+    trace.write_text(made.trace_text(made.trace_events(HOSTILE), closed=False))
+    page = folder / "report.html"
+    arguments = ("--bench", encode, "--bench", serve, "--trace", trace, "--faults", faults, "--source", certified)
+    return page, json.loads(run(page, *arguments, "--title", "A <machine>", "--json"))
+
+
+def test_the_command_writes_the_page_and_says_how_it_stands(written):
+    page, said = written
+    assert said["report"] == str(page)
+    assert said["status"] == "failure"
+    assert tuple(each["section"] for each in said["sections"]) == SECTIONS[1:]
+    texts = Page(page.read_text()).texts
+    assert "torch_ref" in texts["doctor"]
+    assert "A <machine>" in "".join(texts[None])
+
+
+def test_the_command_reads_its_files_before_it_looks_at_the_machine(tmp_path):
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        run(tmp_path / "out.html", "--trace", tmp_path / "absent")
+    with pytest.raises(ConfigurationError, match="is no file in a folder that exists"):
+        run(tmp_path / "absent" / "out.html")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def browser():
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if found is None:
+        if os.environ.get("VISIONACCEL_BROWSER") == "1":
+            pytest.fail("no chromium is installed")
+        pytest.skip("no chromium is installed; VISIONACCEL_BROWSER=1 makes that a failure")
+    return found
+
+
+def browse(browser, tmp_path, page, *arguments):
+    """Run the browser on a page without a network; what it printed on stdout and stderr."""
+    command = [
+        browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
+        "--enable-logging=stderr", "--proxy-server=127.0.0.1:9", f"--user-data-dir={tmp_path / 'profile'}",
+        "--window-size=1200,3600", *arguments, page.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert "CONSOLE" not in done.stderr, done.stderr
+    return done.stdout
+
+
+def test_a_browser_shows_every_section_and_runs_nothing(browser, tmp_path, written):
+    dom = browse(browser, tmp_path, written[0], "--dump-dom")
+    page = Page(re.sub(r"<(rect|line)([^>]*)></\1>", r"<\1\2/>", dom.strip()))
+    assert tuple(key for key in page.texts if key) == SECTIONS
+    tags = [tag for tag, _ in page.elements]
+    assert not {"script", "img"} & set(tags)
+    assert tags.count("svg") == len([tag for tag, _ in Page(written[0].read_text()).elements if tag == "svg"]) >= 4
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_picture_of_the_page_is_not_blank(browser, tmp_path, written, dark):
+    picture = tmp_path / "page.png"
+    scheme = ("--blink-settings=preferredColorScheme=0", "--force-dark-mode") if dark else ()
+    browse(browser, tmp_path, written[0], f"--screenshot={picture}", *scheme)
+    with Image.open(picture) as opened:
+        pixels = np.asarray(opened.convert("RGB"))
+    assert pixels.shape[1] == 1200
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
+    background = pixels[2, 2].mean()
+    assert background < 60 if dark else background > 200
+    # The device's colour in the timeline, which no other part of the page has, is there as an area.
+    blue = np.array([0x5B, 0x93, 0xF0] if dark else [0x2F, 0x6F, 0xDE])
+    assert (np.abs(pixels.astype(int) - blue).max(axis=2) <= 3).sum() > 500
