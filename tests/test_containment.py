@@ -12,7 +12,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from modelled_engine import GOOD, IMAGE_TOKENS, IMAGES, TAINTED, Engine, depth, forget, make_scheduler
-from visionaccel.integrations.vllm import faults
+from visionaccel.integrations.vllm.board import _FOLDER as BOARD
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own deprecations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own deprecations
 def scheduler(request, digits, tmp_path_factory):
     """A contained scheduler of vLLM's."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(faults._FOLDER, f"{os.getpid()}:{tmp_path_factory.mktemp('board')}")
+        patch.setenv(BOARD, f"{os.getpid()}:{tmp_path_factory.mktemp('board')}")
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
         scheduler = make_scheduler(digits, request.param, pipelined=False)
         yield scheduler

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from visionaccel.grid import Grid
-from visionaccel.integrations.vllm import faults
+from visionaccel.integrations.vllm.board import _FOLDER as BOARD
 from visionaccel.integrations.vllm.faults import Fault, FaultReader, report_fault
 from visionaccel.runtime.keys import item_key
 
 
 @pytest.fixture
 def board(monkeypatch, tmp_path):
-    monkeypatch.setenv(faults._FOLDER, f"{os.getpid()}:{tmp_path}")
+    monkeypatch.setenv(BOARD, f"{os.getpid()}:{tmp_path}")
     return tmp_path
 
 
@@ -29,7 +29,7 @@ def test_nobody_listens_before_a_reader_is_made(board):
 
 
 def test_nobody_listens_without_a_board(monkeypatch):
-    monkeypatch.delenv(faults._FOLDER, raising=False)
+    monkeypatch.delenv(BOARD, raising=False)
     assert FaultReader().new() == []
     assert not report_fault(Fault("k", "m"))
 
@@ -90,22 +90,22 @@ def test_a_cleaner_of_temporary_files_costs_no_fault(board):
 def test_the_board_is_private_is_not_adopted_by_another_launcher_and_is_removed_at_exit():
     code = """
 import os, stat, subprocess, sys
-from visionaccel.integrations.vllm import faults
-faults.make_board()
-named = os.environ[faults._FOLDER]
-faults.make_board()
-assert os.environ[faults._FOLDER] == named
+from visionaccel.integrations.vllm import board, faults
+board.make_board()
+named = os.environ[board._FOLDER]
+board.make_board()
+assert os.environ[board._FOLDER] == named
 folder = named.partition(":")[2]
 assert stat.S_IMODE(os.stat(folder).st_mode) == 0o700
 faults.FaultReader()
 assert stat.S_IMODE(os.stat(os.path.join(folder, str(os.getpid()))).st_mode) == 0o600
-child = "import os; from visionaccel.integrations.vllm import faults as f; f.make_board(); print(os.environ[f._FOLDER])"
+child = "import os; from visionaccel.integrations.vllm import board as f; f.make_board(); print(os.environ[f._FOLDER])"
 other = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True).stdout.strip()
 assert other and other != named
 assert os.path.isdir(folder) and not os.path.exists(other.partition(":")[2])
 print(folder)
 """
-    environment = {name: value for name, value in os.environ.items() if name != faults._FOLDER}
+    environment = {name: value for name, value in os.environ.items() if name != BOARD}
     run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment)
     assert not Path(run.stdout.strip()).exists()
 

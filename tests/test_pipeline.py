@@ -21,8 +21,9 @@ from gated import Gate, wait_until
 from modelled_engine import GOOD, GRID, IMAGES, TAINTED, Engine, Worker, depth, forget, make_scheduler, pixels
 from visionaccel import open_encoder
 from visionaccel.errors import ConfigurationError
-from visionaccel.integrations.vllm import compat, faults
+from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.activation import MODELS
+from visionaccel.integrations.vllm.board import _FOLDER as BOARD
 from visionaccel.integrations.vllm.mode import choose_mode
 from visionaccel.settings import load_settings
 
@@ -82,7 +83,7 @@ def exact(digits):
 
 def make_pipelined(kind, digits, folder, **settings):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(faults._FOLDER, f"{os.getpid()}:{folder}")
+        patch.setenv(BOARD, f"{os.getpid()}:{folder}")
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
         patch.setenv("VISIONACCEL_BACKEND", "onnxrt")
         for name, value in settings.items():

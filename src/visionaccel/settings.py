@@ -106,15 +106,15 @@ class Settings(BaseSettings):
     )
     fallback: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_chain)] = Field(
         (),
-        description="Backend that takes over when the chosen one cannot start, fails on an image or answers wrongly; or "
-        "several, separated by commas, each of which takes over from those before it. Unset or `none`: no other "
+        description="Backend that takes over when the chosen one cannot start, fails on an image or answers wrongly; "
+        "or several, separated by commas, each of which takes over from those before it. Unset or `none`: no other "
         "backend is ever used.",
     )
     canary: Literal["on", "strict", "off"] = Field(
         "on",
         description="Golden images are encoded before the first request, on a timer, and after each restart of a "
-        "device's process. A device that gets them wrong is taken out of work; `strict`: and the server does not start, "
-        "fallback or not. See [Trust](docs/trust.md).",
+        "device's process. A device that gets them wrong is taken out of work; `strict`: and the server does not "
+        "start, fallback or not. See [Trust](docs/trust.md).",
     )
     canary_interval: float = Field(
         600.0, ge=0, allow_inf_nan=False, description="Seconds between two canaries on the timer; `0`: none."

@@ -1,10 +1,8 @@
 """The pipelined mode where it is hard: small steps and caches, two workers, and pixels that pass the scheduler by."""
 
-import json
-
 import pytest
 
-from visionaccel.runtime.timing import TIMING_PREFIX
+from visionaccel.runtime.timing import timed_encodes
 
 BACKEND = {"VISIONACCEL_BACKEND": "onnxrt", "VISIONACCEL_TIMING": "1"}
 CONNECTOR = {
@@ -21,8 +19,7 @@ def tokens(answers):
 
 def encodes(log):
     """Items that were encoded, from the log of times."""
-    lines = [json.loads(line.partition(TIMING_PREFIX)[2]) for line in log.splitlines() if TIMING_PREFIX in line]
-    return sum(len(line["grids"]) for line in lines)
+    return sum(len(encode["grids"]) for encode in timed_encodes(log))
 
 
 @pytest.mark.parametrize(

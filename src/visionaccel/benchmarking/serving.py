@@ -16,7 +16,7 @@ from visionaccel.benchmarking.figures import Run
 from visionaccel.benchmarking.load import Endpoint, Load, first_model, one_by_one, picture, send
 from visionaccel.errors import DeviceError
 from visionaccel.integrations.vllm.server import VllmServer, serve
-from visionaccel.runtime.timing import TIMING_PREFIX
+from visionaccel.runtime.timing import timed_encodes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -118,8 +118,7 @@ class Subject:
         """Images that it has encoded so far on a backend; None if that is not known."""
         if self.server is None or self.name == Mode.STOCK:
             return None
-        lines = [line.partition(TIMING_PREFIX)[2] for line in self._log().splitlines() if TIMING_PREFIX in line]
-        return sum(len(json.loads(line)["grids"]) for line in lines)
+        return sum(len(encode["grids"]) for encode in timed_encodes(self._log()))
 
     def encoder(self) -> str | None:
         """What encodes, as its log says; None for stock vLLM and for a server that runs."""

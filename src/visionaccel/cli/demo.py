@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from visionaccel.cli.output import Json, messages, print_json, results
 from visionaccel.cli.termination import tidy_if_terminated
 from visionaccel.errors import ConfigurationError, DeviceError
 from visionaccel.integrations.vllm.server import VllmServer, serve
-from visionaccel.runtime.timing import TIMING_PREFIX
+from visionaccel.runtime.timing import timed_encodes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -127,11 +126,10 @@ def _one(client: Any, server: VllmServer, picture: Image, *, timed: bool) -> _An
         encodes = _encodes(server.log)[before:]
         if not encodes:
             raise DeviceError(f"the server answered without the backend. The end of its log:\n{server.log_end()}")
-        encode_ms = round(sum(sum(encode["ms"].values()) for encode in encodes), 2)
+        encode_ms = round(sum(ms for encode in encodes for part, ms in encode["ms"].items() if part != "queue"), 2)
     return _Answer(reply.choices[0].message.content or "", encode_ms)
 
 
 def _encodes(log: Path) -> list[dict[str, Any]]:
     """Timing lines that the server has logged so far."""
-    lines = log.read_text(errors="replace").splitlines()
-    return [json.loads(line.partition(TIMING_PREFIX)[2]) for line in lines if TIMING_PREFIX in line]
+    return timed_encodes(log.read_text(errors="replace"))

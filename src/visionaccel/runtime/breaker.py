@@ -93,7 +93,7 @@ class Breaker:
         self._changed(BreakerState.OPEN, message)
 
     def trip(self, reason: str) -> None:
-        """Open it, whatever the count, because of what leaves no doubt; if it is open already, the probe's time stays."""
+        """Open it, whatever the count, for what leaves no doubt; if it is open already, the probe's time stays."""
         with self._lock:
             known, self._for_sure = self._for_sure, True
             if self._state is BreakerState.OPEN:

@@ -49,6 +49,7 @@ class GuardedEncoder:
     Attributes:
         primary: The chosen encoder.
         stages: All of the chain, the chosen one first.
+        shadow: What compares, if anything does.
         fallback_items: Items that a fallback encoded so far.
         failed_items: Items that no encoder could encode so far.
     """
@@ -59,7 +60,7 @@ class GuardedEncoder:
         assert encoder is not None, "the first of a chain is open"
         self.primary = encoder
         self.stages = (first, *others)
-        self._shadow = shadow
+        self.shadow = shadow
         self._busy: dict[int, Stage] = {}
         self.fallback_items = 0
         self.failed_items = 0
@@ -129,8 +130,8 @@ class GuardedEncoder:
 
     def close(self) -> None:
         """Close every encoder that was opened."""
-        if self._shadow is not None:
-            self._shadow.close()
+        if self.shadow is not None:
+            self.shadow.close()
         for stage in self.stages:
             stage.close()
 
@@ -221,8 +222,8 @@ class GuardedEncoder:
                 stage.name,
                 why,
             )
-        elif self._shadow is not None:
-            self._shadow.offer(stage, patches, grid, rows)
+        elif self.shadow is not None:
+            self.shadow.offer(stage, patches, grid, rows)
         return Embedded(rows, fallback)
 
     def _together(self, errors: Sequence[tuple[Stage, VisionAccelError]]) -> VisionAccelError:

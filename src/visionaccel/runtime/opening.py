@@ -26,6 +26,7 @@ from visionaccel.runtime.service import EncodeService
 from visionaccel.runtime.shadow import Shadow
 from visionaccel.runtime.stage import Stage
 from visionaccel.runtime.timing import TimingLog
+from visionaccel.runtime.trace import TraceLog
 from visionaccel.settings import Settings, make_settings
 
 __all__ = ["open_guarded", "open_service", "open_wanted_service"]
@@ -82,6 +83,8 @@ class _Opening:
         settings = self._settings
         if settings.timing:
             TimingLog.install()
+        if settings.trace is not None:
+            TraceLog.install(settings.trace)
         fallbacks = [self._stage(name, once) for name, once in self._fallbacks.items()]
         try:
             with ExitStack() as stack:
@@ -136,7 +139,7 @@ class _Opening:
         if result.failure is not None:
             raise _CanaryError(
                 f"backend {stage.name!r} failed its canary and is not to be trusted: {result.failure}",
-                hint="Run `visionaccel validate` and `visionaccel doctor`; VISIONACCEL_CANARY=off trusts it all the same.",
+                hint="Run `visionaccel validate` and `visionaccel doctor`; VISIONACCEL_CANARY=off trusts it blindly.",
             )
 
     def _stage(self, name: str, encoder: Encoder | Callable[[], Encoder], *, same: bool = False) -> Stage:

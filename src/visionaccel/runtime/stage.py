@@ -83,7 +83,7 @@ class Stage:
 
     @property
     def last_resort(self) -> bool:
-        """Whether it may be given what would fail otherwise: it failed often, but it neither hangs nor answers wrongly."""
+        """Whether it may be given what would fail otherwise: it failed often, but neither hangs nor answers wrongly."""
         return not self.breaker.for_sure and not isinstance(self._encoder, VisionAccelError)
 
     @property
@@ -207,7 +207,7 @@ class Stage:
         except TimeoutError:
             return DeadlineError(
                 f"device {encoder.capabilities.device!r} did not answer within {self._deadline:g} s.",
-                hint="Raise VISIONACCEL_DEADLINE, or set VISIONACCEL_ISOLATION=process, which ends a device that hangs.",
+                hint="Raise VISIONACCEL_DEADLINE, or set VISIONACCEL_ISOLATION=process to end a device that hangs.",
             )
         except Exception as error:  # The engine's step must survive whatever a vendor's stack raises.
             return DeviceError(f"encoding failed with {type(error).__name__}: {error}")

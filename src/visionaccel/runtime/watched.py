@@ -14,7 +14,7 @@ _T = TypeVar("_T")
 
 
 class WatchedCalls:
-    """Runs calls one after the other on a thread of its own. A call that is late keeps that thread; the next gets another.
+    """Runs calls one after the other on a thread of its own. One that is late keeps that thread; the next gets another.
 
     The thread is a daemon: a call that never returns must not keep the program from ending. Used by one thread at a
     time, such as an engine's.

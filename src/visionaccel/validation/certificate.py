@@ -305,7 +305,7 @@ class _Run:
         )
 
     def _keep_golden(self, entry: ProgramEntry, trials: Sequence[Trial], threshold: float) -> None:
-        """Keep what a canary is to encode with a program: a picture, and of a program for many grids a large one too."""
+        """Keep what a canary is to encode with a program: a picture, and for many grids a large one too."""
         # Pictures have what a device that misreads images gets wrong; noise is what there is without a processor.
         pictures = [t for t in trials if t.photograph is None and t.name != "noise"] or list(trials)
         by_size = sorted(pictures, key=lambda trial: total_patches(trial.grids))

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 from visionaccel.backends import AUTO, default_registry
 from visionaccel.cores import Host, choose_cores
 from visionaccel.errors import ConfigurationError, SettingsError
-from visionaccel.integrations.vllm import compat, faults
+from visionaccel.integrations.vllm import compat
+from visionaccel.integrations.vllm.board import make_board
 from visionaccel.integrations.vllm.mode import choose_mode
 from visionaccel.settings import load_settings
 
 if TYPE_CHECKING:
+    from prometheus_client.registry import Collector
     from vllm.config import VllmConfig
 
 __all__ = ["MODELS", "activate"]
@@ -44,6 +46,14 @@ def activate() -> None:
     for architecture, model in MODELS.items():
         compat.register_model(architecture, model)
     compat.on_engine_config(_prepare)
+    if settings.metrics:
+        compat.on_metrics(_collector)
+
+
+def _collector() -> Collector:
+    from visionaccel.integrations.vllm.published import PublishedCollector  # only where `/metrics` is answered
+
+    return PublishedCollector()
 
 
 def _prepare(config: VllmConfig, client_embeds: bool) -> None:
@@ -76,6 +86,6 @@ def _prepare(config: VllmConfig, client_embeds: bool) -> None:
         compat.logger().info("visionaccel: images are encoded %s, because %s.", _HOW[choice.mode], choice.reason)
         if choice.mode == "pipelined":
             compat.use_connector(config, client_embeds)
-    if compat.use_contained_scheduler(config):
-        faults.make_board()
+    compat.use_contained_scheduler(config)
+    make_board()
     compat.explain_errors()

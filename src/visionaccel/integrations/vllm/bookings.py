@@ -148,6 +148,15 @@ class Bookings:
         failures, self._failures = self._failures, {}
         return failures
 
+    def forget_done(self) -> None:
+        """Let go of the embeddings that are here: they may be wrong. Who wants one books it anew."""
+        for identifier, booking in list(self._bookings.items()):
+            if booking.future.done():
+                for request in booking.requests:
+                    self._requests[request].discard(identifier)
+                del self._bookings[identifier]
+                self.held -= booking.size
+
     def release(self, request: str) -> None:
         """A request has ended, or was aborted: what nobody else booked is not encoded, or not held any more."""
         self._failures.pop(request, None)

@@ -11,6 +11,7 @@ Named by itself, or by `--ec-transfer-config '{"ec_connector": "VisionAccelConne
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from visionaccel.grid import as_grids
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.bookings import Bookings, Failure, Wanted
 from visionaccel.integrations.vllm.compat import CacheState, ECConnectorBase, ECConnectorMetadata, ECConnectorRole
+from visionaccel.integrations.vllm.published import publish
 from visionaccel.integrations.vllm.source import announce, open_served_encoder
 from visionaccel.runtime.opening import open_wanted_service
 from visionaccel.runtime.service import EncodeService
@@ -84,6 +86,7 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
         self._cached: set[str] = set()
         self._state: Callable[[str, str], CacheState] = self._guessed_state
         self._inline = 0
+        self._distrust = threading.Event()
         if role == ECConnectorRole.SCHEDULER and served.takes_media:
             settings = load_settings()
             if not any(map(compat.is_replaced, served.architectures)):
@@ -94,9 +97,14 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
                 )
             source = open_served_encoder(served, settings)
             dtype, host = str(served.dtype).removeprefix("torch."), compat.encoder_host(served.device, in_step=False)
+            metrics = publish() if settings.metrics else None  # before the canary, which counts too
             self._service = open_wanted_service(source, settings, dtype, host)
             announce(self._service.encoders, "pipelined")
             self._bookings = Bookings(self._service, settings.cache_size)
+            for stage in {stage for encoder in self._service.encoders for stage in encoder.stages}:
+                stage.on_drift(self._distrust.set)
+            if metrics is not None:
+                metrics.watch_service(self._service)
 
     @property
     def service(self) -> EncodeService | None:
@@ -159,6 +167,17 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
                 self._bookings.settle(name, self._used(name, computed))
         loads, self._loads = self._loads, {}
         return EmbeddingsForStep(loads)
+
+    def take_distrust(self) -> bool:
+        """Whether it turned out, since the last call, that embeddings may be wrong that were given before.
+
+        Those that wait here to be used are encoded anew; what vLLM keeps is for the scheduler to forget.
+        """
+        if not self._distrust.is_set():
+            return False
+        self._distrust.clear()
+        self._bookings.forget_done()
+        return True
 
     def take_failures(self) -> dict[str, Failure]:
         """Requests that cannot be served, and why, since the last call; the log has them then."""

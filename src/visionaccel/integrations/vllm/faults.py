@@ -7,17 +7,14 @@ the scheduler looks there, after a step with encoder inputs, before it accepts a
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Fault", "FaultReader", "make_board", "report_fault"]
+from visionaccel.integrations.vllm.board import board
 
-_FOLDER = "_VISIONACCEL_FAULT_BOARD"
+__all__ = ["EVERYTHING", "LOST", "Fault", "FaultReader", "report_fault"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +22,7 @@ class Fault:
     """One item that could not be encoded.
 
     Attributes:
-        key: What `visionaccel.runtime.keys.item_key` gives for the item's pixels and grid.
+        key: What `visionaccel.runtime.keys.item_key` gives for the item's pixels and grid; or `EVERYTHING`.
         message: Why.
     """
 
@@ -33,28 +30,20 @@ class Fault:
     message: str
 
 
-_LOST = Fault("", "the file on which workers report faults went away during a step.")
+EVERYTHING = "*"
+"""Key of a fault that is about all that was encoded so far: the device answered wrongly for an unknown time."""
 
-
-def make_board() -> None:
-    """Name a new folder, readable by this user only, to the child processes; removed when this process exits.
-
-    A folder that this process inherited belongs to another engine's launcher, which may end first, so it is not used.
-    """
-    owner, _, _ = os.environ.get(_FOLDER, "").partition(":")
-    if owner != str(os.getpid()):
-        folder = tempfile.mkdtemp(prefix="visionaccel-")
-        os.environ[_FOLDER] = f"{os.getpid()}:{folder}"
-        atexit.register(_remove, folder, os.getpid())
+LOST = Fault("", "the file on which workers report faults went away during a step.")
+"""What is said where the file is missing."""
 
 
 def report_fault(fault: Fault) -> bool:
     """Tell the scheduler of this process's engine. False if none listens: then the caller must raise instead."""
     # The engine's process is this one or, with vLLM's multiprocess executor, the parent of this worker.
-    for board in map(_board, (os.getpid(), os.getppid())):
-        if board is not None and board.exists():
+    for file in map(_board, (os.getpid(), os.getppid())):
+        if file is not None and file.exists():
             line = json.dumps({"key": fault.key, "message": fault.message}) + "\n"
-            descriptor = os.open(board, os.O_WRONLY | os.O_APPEND)
+            descriptor = os.open(file, os.O_WRONLY | os.O_APPEND)
             try:
                 os.write(descriptor, line.encode())
             finally:
@@ -90,7 +79,7 @@ class FaultReader:
                 file.seek(self._read)
                 text = file.read()
         except FileNotFoundError:
-            return [_LOST]
+            return [LOST]
         # A line that is still being written is left for the next call.
         whole = text[: text.rfind(b"\n") + 1]
         self._read += len(whole)
@@ -103,11 +92,5 @@ class FaultReader:
 
 
 def _board(process: int) -> Path | None:
-    _, _, folder = os.environ.get(_FOLDER, "").partition(":")
-    return Path(folder, str(process)) if folder else None
-
-
-def _remove(folder: str, owner: int) -> None:
-    # A forked child inherits the exit handler but must not take the folder from its parent.
-    if os.getpid() == owner:
-        shutil.rmtree(folder, ignore_errors=True)
+    folder = board()
+    return None if folder is None else folder / str(process)

@@ -6,6 +6,7 @@ image or video that no program takes is refused here, with its request alone, un
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from visionaccel.fitting import Fitter
 from visionaccel.grid import as_grids
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.compat import Qwen2_5_VLMultiModalProcessor, Qwen2_5_VLProcessingInfo
+from visionaccel.integrations.vllm.processor_times import ProcessorObserver
 from visionaccel.integrations.vllm.source import Grids, grids_of
 from visionaccel.settings import Settings, load_settings
 
@@ -129,6 +131,20 @@ class FittedProcessingInfo(Qwen2_5_VLProcessingInfo):  # type: ignore[misc]
 
 class FittedProcessor(Qwen2_5_VLMultiModalProcessor):  # type: ignore[misc]
     """vLLM's processor; what has a grid that no program takes is refused before the engine hears of it."""
+
+    @cached_property
+    def _observer(self) -> ProcessorObserver | None:
+        return ProcessorObserver.wanted_by(load_settings())
+
+    def apply(self, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's, timed where somebody looks."""
+        observer = self._observer
+        if observer is None:
+            return super().apply(*args, **kwargs)
+        started = time.monotonic()
+        result = super().apply(*args, **kwargs)
+        observer.processed(started, time.monotonic() - started, result)
+        return result
 
     def _get_prompt_updates(
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any

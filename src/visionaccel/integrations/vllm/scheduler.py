@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,10 @@ from visionaccel.grid import as_grids
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.compat import AsyncScheduler, Scheduler
 from visionaccel.integrations.vllm.connector import VisionAccelConnector
-from visionaccel.integrations.vllm.faults import Fault, FaultReader
+from visionaccel.integrations.vllm.faults import EVERYTHING, LOST, Fault, FaultReader
 from visionaccel.runtime.keys import item_key
+from visionaccel.runtime.trace import TraceLog
+from visionaccel.settings import load_settings
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -32,13 +35,19 @@ class _Containment:
         super().__init__(*args, **kwargs)
         self._faults = FaultReader()
         self._in_flight: list[compat.StepInFlight] = []
+        self._pending: list[Fault] = []
         self._forgotten: set[str] = set()
+        trace = load_settings().trace
+        self._trace = None if trace is None else TraceLog.install(trace)
+        self._begun: dict[int, float] = {}
         connector: Any = self.ec_connector  # type: ignore[attr-defined]
         self._connector = connector if isinstance(connector, VisionAccelConnector) else None
         if self._connector is not None and compat.shows_encoder_cache(self):
             self._connector.attach(partial(compat.encoder_cache_state, self))
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        began = time.monotonic()
+        self._forget_what_is_distrusted()
         step: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
         compat.free_in_worker(step, self._forgotten)
         self._forgotten.clear()
@@ -46,6 +55,8 @@ class _Containment:
         if record.items:
             self._faults.listen()
         self._in_flight.append(record)
+        if self._trace is not None:
+            self._begun[id(step)] = began
         return step
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
@@ -53,17 +64,47 @@ class _Containment:
         place = next((i for i, record in enumerate(self._in_flight) if record.step is scheduler_output), None)
         if place is not None:
             del self._in_flight[:place]  # Outputs come in order: earlier steps have none.
-            faults = self._faults.new() if self._in_flight[0].items else []
+            faults = self._new_faults() if self._in_flight[0].items else []
             if faults:
                 failed += self._contain(faults, reasons)
             del self._in_flight[0]
         outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
         compat.append_errors(outputs, failed, reasons)
+        if self._trace is not None:
+            self._note_step(self._trace, scheduler_output)
         return outputs
 
     def shutdown(self) -> None:
         self._faults.close()
         super().shutdown()  # type: ignore[misc]
+
+    def _new_faults(self) -> list[Fault]:
+        found = [*self._pending, *self._faults.new()]
+        self._pending = [fault for fault in found if fault.key == EVERYTHING]  # for the next step to be scheduled
+        return [fault for fault in found if fault.key != EVERYTHING]
+
+    def _forget_what_is_distrusted(self) -> None:
+        """Keep nothing that was computed from embeddings which may be wrong, once that has turned out.
+
+        What waits is then encoded anew. Requests that were answered, or are being answered from keys computed before,
+        cannot be told apart from others and go on.
+        """
+        encoding = any(record.items for record in self._in_flight)
+        self._pending += [fault for fault in self._faults.new() if encoding or fault is not LOST]
+        distrusted = any(fault.key == EVERYTHING for fault in self._pending)
+        self._pending = [fault for fault in self._pending if fault.key != EVERYTHING]
+        distrusted |= self._connector is not None and self._connector.take_distrust()
+        if distrusted:
+            compat.logger().error("The vision encoder answered wrongly: prefixes and encoder outputs are forgotten.")
+            compat.forget_prefixes(self)
+            self._forgotten |= compat.forget_all_encoder_outputs(self)
+
+    def _note_step(self, trace: TraceLog, step: SchedulerOutput) -> None:
+        """Put a step on the timeline, from its scheduling to its tokens."""
+        began, tokens = self._begun.pop(id(step), None), step.num_scheduled_tokens
+        if began is not None and tokens:
+            what = f"{sum(tokens.values())} tokens of {len(tokens)} requests"
+            trace.slice("engine steps", "decode", what, began, time.monotonic() - began)
 
     def _fail_unencoded(self) -> tuple[list[Request], dict[str, str]]:
         """End the requests that wait for an image which could not be encoded; and what to tell their clients."""

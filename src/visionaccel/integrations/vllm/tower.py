@@ -13,8 +13,9 @@ from visionaccel.bundle import Bundle
 from visionaccel.errors import InputError, VisionAccelError
 from visionaccel.grid import as_grids
 from visionaccel.integrations.vllm import compat
-from visionaccel.integrations.vllm.faults import Fault, report_fault
+from visionaccel.integrations.vllm.faults import EVERYTHING, Fault, report_fault
 from visionaccel.integrations.vllm.producer import guard_saving
+from visionaccel.integrations.vllm.published import publish
 from visionaccel.integrations.vllm.source import announce, open_served_encoder
 from visionaccel.runtime.guarded import Embedded, GuardedEncoder
 from visionaccel.runtime.keys import item_key
@@ -124,7 +125,19 @@ class AcceleratedTower(nn.Module):
         # vLLM builds models under a default device, which is no business of the backend's.
         with torch.device("cpu"):
             host = compat.encoder_host(str(self.device), in_step=True)
+            shown = self._settings.metrics and compat.first_of_its_group()
+            metrics = publish() if shown else None  # before the canary, which counts too
             devices = self._settings.wanted_devices[:1]
             (encoder,) = open_guarded(self._source, self._settings, devices, host, watched=True)
         announce([encoder], how)
+        for stage in encoder.stages:
+            stage.on_drift(_distrust)
+        if metrics is not None:
+            metrics.watch_encoder(encoder)
         return encoder
+
+
+def _distrust() -> None:
+    """Have the engine forget what it keeps of embeddings: any may be wrong."""
+    if not report_fault(Fault(EVERYTHING, "the vision encoder answered wrongly.")):
+        compat.logger().error("What vLLM keeps of wrong embeddings cannot be forgotten: restart the server.")

@@ -44,8 +44,8 @@ class FaultRule(BaseModel):
     seed: int = Field(0, description="Which frames `share` picks.")
     all: bool = Field(False, description="Every call.")
     do: Literal["raise", "nan", "zeros", "drift", "hang", "exit", "abort"] = Field(
-        description="`raise` a DeviceError; answer NaN or zeros; `drift`: answer wrongly, with numbers that look right; "
-        "`hang`; end the process by `exit` or `abort`, in a child process only."
+        description="`raise` a DeviceError; answer NaN or zeros; `drift`: answer wrongly, with numbers that look "
+        "right; `hang`; end the process by `exit` or `abort`, in a child process only."
     )
     seconds: float = Field(
         3600.0, ge=0, allow_inf_nan=False, description="How long a `hang` takes; the call then goes on."

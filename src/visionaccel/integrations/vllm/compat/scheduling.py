@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 __all__ = [
-    "CacheState", "ScheduledItem", "StepInFlight", "append_errors", "encoder_cache_state", "fail_requests",
+    "append_errors", "CacheState", "encoder_cache_state", "fail_requests", "forget_all_encoder_outputs",
     "forget_encoder_output", "forget_prefixes", "free_in_worker", "has_embeddings", "requests_at_stake",
-    "scheduled_item", "shows_encoder_cache", "step_in_flight",
+    "scheduled_item", "ScheduledItem", "shows_encoder_cache", "step_in_flight", "StepInFlight",
 ]  # fmt: skip
 
 CacheState: TypeAlias = Literal["absent", "evictable", "held", "own"]
@@ -143,6 +143,14 @@ def forget_encoder_output(scheduler: Scheduler, identifier: str) -> None:
         del cache.cached[identifier]
         getattr(cache, "num_embeds_by_hash", {}).pop(identifier, None)  # from vLLM 0.31 on
         cache.num_free_slots += size
+
+
+def forget_all_encoder_outputs(scheduler: Scheduler) -> set[str]:
+    """Take every encoder output out of the scheduler's cache, as `forget_encoder_output` does; and which they were."""
+    identifiers = set(scheduler.encoder_cache_manager.cached)
+    for identifier in identifiers:
+        forget_encoder_output(scheduler, identifier)
+    return identifiers
 
 
 def free_in_worker(step: SchedulerOutput, identifiers: Iterable[str]) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from visionaccel.integrations.vllm.compat.releases import logger
 
-__all__ = ["explain_errors"]
+if TYPE_CHECKING:
+    from prometheus_client.registry import Collector
+
+__all__ = ["explain_errors", "on_metrics"]
 
 
 class _Explained(str):
@@ -43,6 +47,37 @@ def explain_errors() -> None:
         return output
 
     state._new_completion_output = new_completion_output
+
+
+def on_metrics(make: Callable[[], Collector]) -> None:
+    """Show a collector's metrics in the `/metrics` of this process, if it answers any.
+
+    Args:
+        make: Makes the collector, once for each registry that vLLM answers from.
+    """
+    module: Any = sys.modules.get("vllm.v1.metrics.prometheus")
+    if module is None:  # imported only by what records or serves metrics
+        try:
+            module = import_module("vllm.v1.metrics.prometheus")
+        except ImportError:
+            return
+    registry_of = getattr(module, "get_prometheus_registry", None)
+    if registry_of is None or hasattr(registry_of, "__wrapped__"):
+        return
+    known: list[object] = []
+
+    @functools.wraps(registry_of)
+    def get_prometheus_registry() -> Any:
+        registry = registry_of()
+        if all(registry is not other for other in known):
+            known.append(registry)
+            registry.register(make())
+        return registry
+
+    module.get_prometheus_registry = get_prometheus_registry
+    serving: Any = sys.modules.get("vllm.entrypoints.serve.instrumentator.metrics")
+    if serving is not None:  # it has the function by name already
+        serving.get_prometheus_registry = get_prometheus_registry
 
 
 def _explain_to_clients() -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["in_step", "swapped_tower", "worker_connector"]
+__all__ = ["first_of_its_group", "in_step", "swapped_tower", "worker_connector"]
 
 
 @contextmanager
@@ -37,3 +37,10 @@ def worker_connector() -> Any:
     from vllm.distributed.ec_transfer import get_ec_transfer, has_ec_transfer
 
     return get_ec_transfer() if has_ec_transfer() else None
+
+
+def first_of_its_group() -> bool:
+    """Whether this worker is the first of those that share a model's layers, and that all encode the same images."""
+    from vllm.distributed import parallel_state
+
+    return not parallel_state.model_parallel_is_initialized() or parallel_state.get_tensor_model_parallel_rank() == 0

@@ -1,0 +1,188 @@
+"""Metrics of this process's encoders: an observer that counts, and what is read off services when somebody asks."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from visionaccel.backends import BreakerReport, DriftReport, EncodeReport, FailureReport, default_registry, hookimpl
+from visionaccel.runtime.tally import Series, Snapshot, Tally, families
+
+if TYPE_CHECKING:
+    from visionaccel.runtime.guarded import GuardedEncoder
+    from visionaccel.runtime.service import EncodeService
+
+__all__ = ["SERIES", "EncoderMetrics", "MetricsCollector"]
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_PATCHES = (64.0, 256.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0, 32768.0, 65536.0)
+_DRIFT = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+_WHO = ("backend", "device")
+_STATES = {"closed": 0.0, "half-open": 1.0, "open": 2.0}
+
+SERIES = (
+    Series("visionaccel_encode_seconds", "histogram", "Seconds of an encode, without its wait.",
+           (*_WHO, "purpose"), _SECONDS),
+    Series("visionaccel_queue_seconds", "histogram", "Seconds that images waited for a device.", _WHO, _SECONDS),
+    Series("visionaccel_processor_seconds", "histogram", "Seconds of the image processor for a prompt.", (), _SECONDS),
+    Series("visionaccel_encode_patches", "histogram", "Patches of an encode.", _WHO, _PATCHES),
+    Series("visionaccel_part_seconds", "counter", "Seconds by part of an encode.", (*_WHO, "part")),
+    Series("visionaccel_patches", "counter", "Patches encoded for requests.", _WHO),
+    Series("visionaccel_tokens", "counter", "Embeddings computed for requests.", _WHO),
+    Series("visionaccel_bytes", "counter", "Bytes given to devices and got back.", (*_WHO, "direction")),
+    Series("visionaccel_failures", "counter", "Attempts that a device failed, by the error's type.", (*_WHO, "kind")),
+    Series("visionaccel_failed_items", "counter", "Images that no encoder could encode.", ()),
+    Series("visionaccel_fallback_items", "counter", "Images that a fallback encoded.", ()),
+    Series("visionaccel_breaker_state", "gauge", "0: a device gets work, 1: it is probed, 2: it gets none.", _WHO),
+    Series("visionaccel_breaker_openings", "counter", "How often a device was taken out of work.", _WHO),
+    Series("visionaccel_drift", "histogram", "1 - the lowest cosine with the reference of a compared encode.",
+           (*_WHO, "source"), _DRIFT),
+    Series("visionaccel_lowest_cosine", "gauge", "Lowest cosine of the last comparison.", (*_WHO, "source")),
+    Series("visionaccel_comparisons", "counter", "Comparisons with the reference.", (*_WHO, "source", "outcome")),
+    Series("visionaccel_shadow_skipped", "counter", "Answers that were to be compared and were not, for want of time."),
+    Series("visionaccel_device_restarts", "counter", "How often a device's process was started anew.", _WHO),
+    Series("visionaccel_cache_hits", "counter", "Images whose embeddings were in the cache."),
+    Series("visionaccel_cache_bytes", "gauge", "Bytes of embeddings in the cache."),
+    Series("visionaccel_cache_evictions", "counter", "Embeddings that left the cache for others."),
+    Series("visionaccel_merged_items", "counter", "Images equal to one in the queue, encoded with it."),
+    Series("visionaccel_cancelled_items", "counter", "Images that nobody wanted any more before their turn."),
+    Series("visionaccel_waiting_items", "gauge", "Images that wait for a device."),
+    Series("visionaccel_running_items", "gauge", "Images that devices encode now."),
+)  # fmt: skip
+"""Every metric. docs/metrics.md shows them, and a test compares."""
+
+_PARTS = ("check", "prepare", "transfer_in", "device", "transfer_out", "finish")
+
+
+class EncoderMetrics:
+    """Counts what the encoders of this process do."""
+
+    def __init__(self) -> None:
+        self._tally = Tally(SERIES)
+        self._services: weakref.WeakSet[EncodeService] = weakref.WeakSet()
+        self._encoders: weakref.WeakSet[GuardedEncoder] = weakref.WeakSet()
+
+    @classmethod
+    def install(cls) -> EncoderMetrics:
+        """Start counting in this process; the same for every caller."""
+        plugins = default_registry().plugins
+        found = plugins.get_plugin(cls.__name__)
+        if not isinstance(found, cls):
+            found = cls()
+            plugins.register(found, cls.__name__)
+        return found
+
+    def watch_encoder(self, encoder: GuardedEncoder) -> None:
+        """Show an encoder's counters while it lives."""
+        self._encoders.add(encoder)
+        for stage in encoder.stages:
+            opened = stage.encoder_if_open
+            if opened is not None:
+                device = opened.capabilities.device
+                self._tally.set("visionaccel_breaker_state", opened.backend, device, value=_STATES[stage.breaker.state])
+
+    def watch_service(self, service: EncodeService) -> None:
+        """Show a service's counters, and those of its encoders, while it lives."""
+        self._services.add(service)
+        for encoder in service.encoders:
+            self.watch_encoder(encoder)
+
+    def processed(self, seconds: float) -> None:
+        """The image processor has run."""
+        self._tally.observe("visionaccel_processor_seconds", value=seconds)
+
+    def snapshot(self) -> Snapshot:
+        """Everything so far."""
+        self._read_encoders()
+        self._read_services()
+        return self._tally.snapshot()
+
+    @hookimpl
+    def visionaccel_encoded(self, report: EncodeReport) -> None:
+        """Count an encode."""
+        tally, who = self._tally, (report.backend, report.device)
+        seconds = report.check_seconds + report.prepare_seconds + report.run_seconds + report.finish_seconds
+        tally.observe("visionaccel_encode_seconds", *who, report.purpose, value=seconds)
+        if report.purpose != "request":
+            return
+        if report.queue_seconds is not None:
+            tally.observe("visionaccel_queue_seconds", *who, value=report.queue_seconds)
+        tally.observe("visionaccel_encode_patches", *who, value=report.patches)
+        tally.count("visionaccel_patches", *who, amount=report.patches)
+        tally.count("visionaccel_tokens", *who, amount=report.tokens)
+        tally.count("visionaccel_bytes", *who, "in", amount=report.bytes_in)
+        tally.count("visionaccel_bytes", *who, "out", amount=report.bytes_out)
+        for part in _PARTS:
+            tally.count("visionaccel_part_seconds", *who, part, amount=getattr(report, f"{part}_seconds"))
+
+    @hookimpl
+    def visionaccel_failed(self, report: FailureReport) -> None:
+        """Count a failed attempt."""
+        self._tally.count("visionaccel_failures", report.backend, report.device, report.kind)
+
+    @hookimpl
+    def visionaccel_compared(self, report: DriftReport) -> None:
+        """Count a comparison."""
+        who = (report.backend, report.device, report.source)
+        self._tally.observe("visionaccel_drift", *who, value=1.0 - report.lowest_cosine)
+        self._tally.set("visionaccel_lowest_cosine", *who, value=report.lowest_cosine)
+        self._tally.count("visionaccel_comparisons", *who, "passed" if report.passed else "failed")
+
+    @hookimpl
+    def visionaccel_breaker(self, report: BreakerReport) -> None:
+        """Note a breaker's state."""
+        who = (report.backend, report.device)
+        self._tally.set("visionaccel_breaker_state", *who, value=_STATES[report.state])
+        if report.state == "open":
+            self._tally.count("visionaccel_breaker_openings", *who)
+
+    def _read_encoders(self) -> None:
+        encoders = list(self._encoders)
+        tally = self._tally
+        tally.set("visionaccel_failed_items", value=sum(encoder.failed_items for encoder in encoders))
+        tally.set("visionaccel_fallback_items", value=sum(encoder.fallback_items for encoder in encoders))
+        shadows = {encoder.shadow for encoder in encoders if encoder.shadow is not None}
+        tally.set("visionaccel_shadow_skipped", value=sum(shadow.skipped for shadow in shadows))
+        restarts: dict[tuple[str, str], int] = {}
+        for stage in {stage for encoder in encoders for stage in encoder.stages}:
+            opened = stage.encoder_if_open
+            if opened is not None:
+                who = (opened.backend, opened.capabilities.device)
+                restarts[who] = restarts.get(who, 0) + stage.restarts
+        for who, number in restarts.items():
+            tally.set("visionaccel_device_restarts", *who, value=number)
+
+    def _read_services(self) -> None:
+        services = list(self._services)
+        if not services:
+            return
+        counters = [service.counters for service in services]
+        caches = {service.cache for service in services}
+        for name, value in {
+            "visionaccel_cache_hits": sum(each.cached for each in counters),
+            "visionaccel_cache_bytes": sum(cache.held for cache in caches),
+            "visionaccel_cache_evictions": sum(cache.evicted for cache in caches),
+            "visionaccel_merged_items": sum(each.merged for each in counters),
+            "visionaccel_cancelled_items": sum(each.cancelled for each in counters),
+            "visionaccel_waiting_items": sum(each.waiting for each in counters),
+            "visionaccel_running_items": sum(each.running for each in counters),
+        }.items():
+            self._tally.set(name, value=value)
+
+
+class MetricsCollector(Collector):
+    """This process's metrics for a registry of prometheus_client's, for those who use the service from Python.
+
+    `prometheus_client.REGISTRY.register(MetricsCollector(EncoderMetrics.install()))`
+    """
+
+    def __init__(self, metrics: EncoderMetrics) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterator[Metric]:
+        """The families, as they are now."""
+        return families(SERIES, self._metrics.snapshot())

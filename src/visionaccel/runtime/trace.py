@@ -1,0 +1,149 @@
+"""A timeline of encodes and steps in Chrome's trace format, on when `VISIONACCEL_TRACE` names a file.
+
+Every process of a server appends to one file, whose times are of one clock, so it shows what ran beside what. Open it
+at https://ui.perfetto.dev or in chrome://tracing. The format's array may lack its end: the file is whole at any time.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import tempfile
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+from visionaccel.backends import EncodeReport, default_registry, hookimpl
+from visionaccel.errors import ConfigurationError
+
+__all__ = ["Category", "TraceLog"]
+
+Category = Literal["queue", "device", "host", "decode", "processor"]
+
+
+class TraceLog:
+    """Appends events to a file. Safe to use from several threads and processes.
+
+    Args:
+        path: The file; begun if it is not there.
+        process: What to call this process; by default as multiprocessing does.
+
+    Raises:
+        ConfigurationError: If it cannot be written.
+    """
+
+    def __init__(self, path: Path, process: str | None = None) -> None:
+        try:
+            _begin(path)
+            self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        except OSError as error:
+            raise ConfigurationError(
+                f"VISIONACCEL_TRACE: {path} cannot be written: {error}", hint="Name a file in an existing folder."
+            ) from error
+        self._lock = threading.Lock()
+        self._lanes: dict[str, list[tuple[int, float]]] = {}
+        self._numbers = 0
+        name = process or multiprocessing.current_process().name
+        self._write({"ph": "M", "name": "process_name", "pid": os.getpid(), "args": {"name": name}})
+
+    @classmethod
+    def install(cls, path: Path, process: str | None = None) -> TraceLog:
+        """Start tracing in this process; the same for every caller."""
+        plugins = default_registry().plugins
+        found = plugins.get_plugin(cls.__name__)
+        if not isinstance(found, cls):
+            found = cls(path, process)
+            plugins.register(found, cls.__name__)
+        return found
+
+    def slice(
+        self, lane: str, category: Category, name: str, start: float, seconds: float, **details: Any
+    ) -> tuple[int, float]:
+        """Note what took some time.
+
+        Args:
+            lane: What it ran on. What overlaps on one gets a second lane of that name.
+            category: Its kind.
+            name: What it was.
+            start: When it began, on the clock of `time.monotonic`.
+            seconds: How long it took.
+            details: What else is to be shown of it.
+
+        Returns:
+            The lane's number and the start, for `within`.
+        """
+        thread = self._lane(lane, start, start + seconds)
+        self._event(thread, category, name, start, seconds, details)
+        return thread, start
+
+    def within(self, thread: int, category: Category, name: str, start: float, seconds: float) -> None:
+        """Note a part of a slice, in its lane."""
+        self._event(thread, category, name, start, seconds, {})
+
+    @hookimpl
+    def visionaccel_encoded(self, report: EncodeReport) -> None:
+        """Note an encode with its parts, and how long it waited."""
+        what = ", ".join(map(str, report.grids[:8]))
+        host_before = report.check_seconds + report.prepare_seconds
+        total = host_before + report.run_seconds + report.finish_seconds
+        if report.queue_seconds:
+            self.slice("queue", "queue", what, report.started - report.queue_seconds, report.queue_seconds)
+        name = f"{report.purpose} {what}"
+        details = {"patches": report.patches, "tokens": report.tokens, "bytes_in": report.bytes_in,
+                   "bytes_out": report.bytes_out}  # fmt: skip
+        thread, at = self.slice(
+            f"device {report.backend} {report.device}", "device", name, report.started, total, **details
+        )
+        # Of several calls in one encode, the parts of a kind are shown as one.
+        parts: tuple[tuple[str, Category, float], ...] = (
+            ("host before", "host", host_before),
+            ("transfer in", "host", report.transfer_in_seconds),
+            ("compute", "device", report.device_seconds),
+            ("transfer out", "host", report.transfer_out_seconds),
+            ("host after", "host", report.finish_seconds),
+        )
+        for part, category, seconds in parts:
+            if seconds > 0:
+                self.within(thread, category, part, at, seconds)
+            at += seconds
+
+    def _lane(self, name: str, start: float, end: float) -> int:
+        """A lane of that name that is free from then on; events of one must not overlap."""
+        with self._lock:
+            lanes = self._lanes.setdefault(name, [])
+            for place, (number, busy_until) in enumerate(lanes):
+                if busy_until <= start:
+                    lanes[place] = (number, end)
+                    return number
+            self._numbers += 1
+            number = self._numbers
+            lanes.append((number, end))
+            shown = name if len(lanes) == 1 else f"{name} ({len(lanes)})"
+        self._write({"ph": "M", "name": "thread_name", "pid": os.getpid(), "tid": number, "args": {"name": shown}})
+        return number
+
+    def _event(
+        self, thread: int, category: Category, name: str, start: float, seconds: float, details: dict[str, Any]
+    ) -> None:
+        event = {"ph": "X", "name": name, "cat": category, "ts": round(1e6 * start, 1), "dur": round(1e6 * seconds, 1),
+                 "pid": os.getpid(), "tid": thread, "args": details}  # fmt: skip
+        self._write(event)
+
+    def _write(self, event: dict[str, Any]) -> None:
+        os.write(self._file, (json.dumps(event) + ",\n").encode())  # one call: what processes append is not mixed
+
+
+def _begin(path: Path) -> None:
+    """Begin the array, once for all processes: a file appears with its first line in it, or was there."""
+    if path.exists():
+        return
+    descriptor, begun = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        os.write(descriptor, b"[\n")
+        with suppress(FileExistsError):
+            os.link(begun, path)
+    finally:
+        os.close(descriptor)
+        Path(begun).unlink()
