@@ -14,6 +14,7 @@ from visionaccel.cli.demo import demo
 from visionaccel.cli.doctor import doctor
 from visionaccel.cli.encode import encode
 from visionaccel.cli.export import export
+from visionaccel.cli.faults import faults
 from visionaccel.cli.hub import pull, push
 from visionaccel.cli.import_vitisai import import_vitisai
 from visionaccel.cli.init import init
@@ -51,7 +52,7 @@ def _root(
 
 for command in (
     *(backends, explain, export, import_vitisai, quantize, inspect, validate),
-    *(push, pull, strip, encode, doctor, report, demo),
+    *(push, pull, strip, encode, doctor, report, faults, demo),
 ):
     app.command()(command)
 app.add_typer(bench)
