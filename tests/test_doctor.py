@@ -3,18 +3,23 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bundle_tools import CERTIFICATE, forge
 from bundles import document, write_bundle
 from fake_plugins import ECHO, install
-from visionaccel.bundle import MANIFEST
+from visionaccel.bundle import MANIFEST, open_bundle
+from visionaccel.bundle.golden import GOLDEN_FILE, Golden, write_golden
 from visionaccel.diagnosis.environment import of_environment
 from visionaccel.diagnosis.findings import as_finding, printable
+from visionaccel.grid import Grid
 
 PLUGIN = """
 import os, signal, sys, time
@@ -84,14 +89,18 @@ def the(findings, about, what):
         ("return [{'status': 'excellent'}]", "is no finding"),
     ],
 )
-def test_a_backend_that_breaks_in_its_checks_is_a_failure_and_the_others_are_still_looked_at(
-    tmp_path, checks, expected
-):
-    findings = doctor(site=broken(tmp_path, checks))
+def test_a_backend_that_breaks_in_its_checks_is_a_failure(tmp_path, checks, expected):
+    findings = doctor("--backend", "broken", site=broken(tmp_path, checks), status=1)
     failures = [row for row in of(findings, "broken") if row["status"] == "failure"]
     assert [expected in row["found"] for row in failures] == [True], failures
     assert all(row["fix"] for row in failures)
+
+
+def test_after_a_crash_the_others_are_still_looked_at_and_the_status_is_0(tmp_path):
+    findings = doctor(site=broken(tmp_path, "os.kill(os.getpid(), signal.SIGSEGV)"))
+    assert "SIGSEGV" in the(findings, "broken", "plug-in")["found"]
     assert the(findings, "onnxrt", "devices")["found"] == "cpu"
+    assert the(findings, "torch_ref", "plug-in")["status"] == "pass"
 
 
 def test_a_backend_that_hangs_is_ended_in_time(tmp_path):
@@ -120,13 +129,13 @@ def test_what_a_backend_prints_does_not_reach_the_answer(tmp_path):
 
 def test_the_last_words_of_a_crash_are_told(tmp_path):
     checks = "os.write(2, b'undefined symbol: npu_open\\x1b[31m\\n'); os.abort()"
-    found = the(doctor(site=broken(tmp_path, checks)), "broken", "plug-in")["found"]
+    found = the(doctor("--backend", "broken", site=broken(tmp_path, checks), status=1), "broken", "plug-in")["found"]
     assert found.endswith("it last printed: undefined symbol: npu_open?[31m")
 
 
 def test_a_plug_in_that_cannot_be_imported_is_a_failure_that_names_it(tmp_path):
     site = install(tmp_path / "site", "broken-plugin", "broken", "raise RuntimeError('no driver')")
-    found = the(doctor(site=site), "broken", "plug-in")
+    found = the(doctor("--backend", "broken", site=site, status=1), "broken", "plug-in")
     assert found["status"] == "failure"
     assert "broken-plugin 1.0 cannot be loaded: RuntimeError: no driver" in found["found"]
     assert "Reinstall broken-plugin" in found["fix"]
@@ -196,14 +205,18 @@ def test_a_mistyped_setting_is_a_warning_with_the_right_name():
 
 def test_a_wrong_value_is_a_failure_and_does_not_hide_a_mistyped_name():
     settings = {"VISIONACCEL_DEADLINE": "soon", "VISIONACCEL_BACKNED": "onnxrt"}
-    rows = of(doctor(**settings), "settings")
+    rows = of(doctor("--backend", "onnxrt", status=1, **settings), "settings")
     assert [row["status"] for row in rows] == ["warning", "failure"]
     assert "VISIONACCEL_DEADLINE='soon'" in rows[1]["found"]
 
 
 def test_settings_that_name_what_is_not_there_are_failures():
     settings = {"VISIONACCEL_BACKEND": "onnxtr", "VISIONACCEL_BUNDLE": "/nowhere", "VISIONACCEL_FALLBACK": "auto"}
-    rows = {row["what"]: row for row in of(doctor(**settings), "settings") if row["status"] == "failure"}
+    rows = {
+        row["what"]: row
+        for row in of(doctor("--backend", "onnxrt", status=1, **settings), "settings")
+        if row["status"] == "failure"
+    }
     assert set(rows) == set(settings)
     assert rows["VISIONACCEL_BACKEND"]["fix"] == "Did you mean 'onnxrt'?"
 
@@ -237,11 +250,17 @@ def test_a_bundle_without_certificate_and_golden_images_is_told_to_be_validated(
         assert (found["status"], found["fix"]) == ("warning", "Run `visionaccel validate`.")
 
 
-def test_golden_images_are_a_file_that_the_manifest_states(bundle):
-    (bundle / "golden.safetensors").write_bytes(b"golden")
-    golden = {"path": "golden.safetensors", "bytes": 6, "sha256": ""}
-    forge(bundle, lambda stated: stated["files"].append(golden))
-    assert the(doctor(str(bundle), "--backend", "onnxrt"), "source", "golden images")["status"] == "pass"
+def test_golden_images_are_counted_and_broken_ones_are_a_failure(bundle):
+    opened = open_bundle(bundle)
+    tower, program = opened.tower, opened.manifest.programs[0].name
+    patches, embeddings = np.zeros((180, tower.patch_width), np.float32), np.ones((45, tower.out_width), np.float32)
+    write_golden(opened, [Golden("zeros", program, (Grid(1, 10, 18),), patches, embeddings, 0.99)], {})
+    found = the(doctor(str(bundle), "--backend", "onnxrt"), "source", "golden images")
+    assert (found["status"], found["found"][:2]) == ("pass", "1,")
+    (bundle / GOLDEN_FILE).write_bytes(b"golden")
+    forge(bundle)
+    broken = the(doctor(str(bundle), "--backend", "onnxrt", status=1), "source", str(bundle))
+    assert "holds no golden images" in broken["found"]
 
 
 def test_an_edited_file_is_a_failure(bundle):
@@ -312,9 +331,7 @@ def test_little_memory_and_an_old_processor_are_warnings(tmp_path):
 
 
 def test_strict_makes_any_failure_the_status(tmp_path):
-    site = broken(tmp_path, "raise OSError")
-    doctor(site=site)
-    doctor("--strict", site=site, status=1)
+    doctor("--strict", site=broken(tmp_path, "raise OSError"), status=1)
 
 
 def test_the_table_has_every_finding_and_their_number(monkeypatch):
@@ -339,7 +356,41 @@ def test_findings_are_bounded_and_printable():
 
 
 def test_no_child_or_folder_is_left_behind(tmp_path):
-    doctor(
-        "--backend", "broken", "--limit", "3", site=broken(tmp_path, "time.sleep(60)"), status=1, TMPDIR=str(tmp_path)
-    )
+    # The child's own child, which holds its pipe, goes with it.
+    note = f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))"
+    checks = f"import subprocess; subprocess.Popen(['sleep', '987']); {note}; time.sleep(60)"
+    doctor("--backend", "broken", "--limit", "4", site=broken(tmp_path, checks), status=1, TMPDIR=str(tmp_path))
     assert not list(Path(tmp_path).glob("visionaccel-doctor-*"))
+    assert not group_of(int((tmp_path / "pid").read_text()))
+
+
+def test_an_interrupted_command_ends_its_children(tmp_path):
+    checks = f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    command = "from visionaccel.cli import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", command, "doctor", "--no-vllm", "--backend", "broken"],
+        env={**os.environ, "PYTHONPATH": str(broken(tmp_path, checks)), "TMPDIR": str(tmp_path)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) != 0
+    assert not group_of(int((tmp_path / "pid").read_text()))
+    assert not list(Path(tmp_path).glob("visionaccel-doctor-*"))
+
+
+def group_of(leader):
+    """Processes of a process group that still run."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, group = status.read_text().rpartition(")")[2].split()[:3]
+        except OSError:  # it ended meanwhile
+            continue
+        if int(group) == leader and state != "Z":
+            found.append(status)
+    return found

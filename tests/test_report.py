@@ -29,7 +29,7 @@ from visionaccel.reporting.benchmarks import read_benchmark
 from visionaccel.reporting.charts import Bar, draw_bars
 from visionaccel.reporting.documents import read_document
 from visionaccel.reporting.faults import read_faults
-from visionaccel.reporting.intervals import intersection, length, union
+from visionaccel.reporting.intervals import difference, intersection, length, union
 from visionaccel.reporting.markup import element, html
 from visionaccel.reporting.timeline import MOST_RECTANGLES, draw_timeline, rectangles
 from visionaccel.reporting.trace import Event, Lane, Trace, overlap, read_trace
@@ -225,21 +225,46 @@ def test_unions_and_intersections_are_those_of_sets(one, other):
     assert cells(first) == cells(one)
     assert all(before[1] < after[0] for before, after in pairwise(first))
     assert cells(intersection(first, second)) == cells(one) & cells(other)
+    assert cells(difference(first, second)) == cells(one) - cells(other)
     assert length(first) == len(cells(one))
 
 
-@given(INTERVALS, INTERVALS)
-def test_the_overlap_is_the_share_of_the_devices_time_in_which_decode_steps_ran(device, decode):
-    events = [
-        Event("x", category, start, max(end - start, 0))
-        for category, intervals in (("device", device), ("decode", decode), ("host", [(0, 99)]))
-        for start, end in intervals
-    ]
-    found, busy, both = overlap(events), cells(device), cells(device) & cells(decode)
+@given(INTERVALS, INTERVALS, INTERVALS, INTERVALS)
+def test_the_overlap_is_the_share_of_the_devices_time_in_which_decode_steps_ran(device, host, other, decode):
+    def lane(**kinds):
+        return Lane(
+            "a lane",
+            tuple(
+                Event("x", category, start, max(end - start, 0))
+                for category, intervals in kinds.items()
+                for start, end in intervals
+            ),
+        )
+
+    found = overlap([lane(device=device, host=host), lane(device=other), lane(decode=decode, queue=[(0, 99)])])
+    busy = (cells(device) - cells(host)) | cells(other)
+    both = busy & cells(decode)
     assert found.device == pytest.approx(len(busy) / 1e6)
     assert found.decode == pytest.approx(len(cells(decode)) / 1e6)
     assert found.both == pytest.approx(len(both) / 1e6)
     assert found.share == (pytest.approx(len(both) / len(busy)) if busy else None)
+
+
+def test_a_trace_that_an_encode_service_wrote_is_read(tiny, tmp_path):
+    """The file that `VISIONACCEL_TRACE` names, written by the package's own tracing."""
+    from visionaccel.runtime.trace import TraceLog
+
+    log = TraceLog(tmp_path / "trace.json", "server")
+    thread, at = log.slice("device onnxrt cpu", "device", "request 1x16x16", 10.0, 2.0, patches=256)
+    for part, category, start, seconds in (("host before", "host", at, 0.5), ("compute", "device", at + 0.5, 1.5)):
+        log.within(thread, category, part, start, seconds)
+    log.slice("steps", "decode", "step", 10.0, 1.0)
+    trace = read_trace(tmp_path / "trace.json")
+    assert [lane.name for lane in trace.lanes] == ["server: device onnxrt cpu", "server: steps"]
+    found = overlap(trace.lanes)
+    assert (found.device, found.decode, found.both) == pytest.approx((1.5, 1.0, 0.5))
+    first = rectangles(trace.lanes[0], 10e6, 1e-4, 1 / 3)
+    assert [each.row for each in first] == [0, 1, 1], "parts are below what they are parts of"
 
 
 @pytest.mark.parametrize("ending", ["]", "\n]\n", "", ",", ",\n", ',\n{"ph":"X","name":"to', ',\n{"ph":"X"'])

@@ -50,7 +50,9 @@ def doctor(
 
 
 def _print(found: Diagnosis) -> None:
-    table = Table("about", "what", "status", "found", "what to do")
+    table = Table("about")
+    for name in ("what", "status", "found", "what to do"):
+        table.add_column(name, overflow="fold")
     for each in found.findings:
         of = each.finding
         table.add_row(each.about, of.name, of.status, of.detail, of.fix, style=_STYLES[of.status])

@@ -5,24 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from visionaccel.backends import Finding, Registry
-from visionaccel.diagnosis.child_process import ask_child
-from visionaccel.diagnosis.findings import Found
+from visionaccel.diagnosis.child_process import Child
 
-__all__ = ["no_backend", "of_backend"]
+__all__ = ["no_backend", "start_backend"]
 
 _CHILD = "visionaccel.diagnosis.backend_child"
 
 
-def of_backend(name: str, source: str | None, limit: float) -> list[Found]:
-    """What a backend has and lacks here.
+def start_backend(name: str, source: str | None, limit: float) -> Child:
+    """Start to look at a backend.
 
     Args:
         name: Its name.
         source: A bundle or checkpoint whose programs to look at too; one that opens.
         limit: Seconds that it may take.
     """
-    findings = ask_child("plug-in", _CHILD, [name] if source is None else [name, source], limit)
-    return [Found(name, finding) for finding in findings]
+    return Child("plug-in", _CHILD, [name] if source is None else [name, source], limit)
 
 
 def no_backend(registry: Registry) -> Iterable[Finding]:

@@ -13,16 +13,18 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from types import TracebackType
+from typing import IO, Any, Self
 
 from visionaccel.backends import Finding
 from visionaccel.diagnosis.findings import as_finding, printable
 
-__all__ = ["ask_child"]
+__all__ = ["Child", "answer_with", "give_up_after"]
 
 _MOST_ANSWER = 4 * 2**20
 _KEPT = 4096
@@ -39,56 +41,80 @@ class _End:
     printed: str
 
 
-def ask_child(
-    name: str, module: str, arguments: Sequence[str], limit: float, environment: Mapping[str, str] | None = None
-) -> list[Finding]:
-    """Run a module in a child process, and take its findings.
+class Child:
+    """A module that runs in a child process, and answers with findings. Leaving the context ends it.
 
     Args:
         name: What is looked at, for findings about the child itself.
-        module: Run as `python -m`; it gets the answer's file, the limit and the arguments, see `child_main`.
+        module: Run as `python -m`; it gets the answer's file, the limit and the arguments, see `answer_with`.
         arguments: What else it gets.
-        limit: Seconds until it is ended.
+        limit: Seconds from now until it is ended.
         environment: Its environment; None for this process's.
-
-    Returns:
-        The child's findings, and one more if it did not end as it should.
     """
-    with tempfile.TemporaryDirectory(prefix="visionaccel-doctor-") as folder:
-        answer = Path(folder, "answer.json")
-        command = [sys.executable, "-P", "-m", module, str(answer), f"{limit:g}", *arguments]
+
+    def __init__(
+        self,
+        name: str,
+        module: str,
+        arguments: Sequence[str],
+        limit: float,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self._name, self._limit, self._started = name, limit, time.monotonic()
+        self._tail = bytearray()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._problem, self._ended = "", False
+        self._folder = tempfile.TemporaryDirectory(prefix="visionaccel-doctor-")
+        self._answer = Path(self._folder.name, "answer.json")
         try:
-            end = _run(command, limit, environment)
+            self._process = subprocess.Popen(  # noqa: S603
+                [sys.executable, "-P", "-m", module, str(self._answer), f"{limit:g}", *arguments],
+                env=None if environment is None else dict(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                process_group=0,
+            )
         except OSError as error:
-            return [Finding(name, "failure", f"a process to look in cannot be started: {error}", "Free memory.")]
-        return _findings(name, answer, end, limit)
+            self._problem = str(error)
+            return
+        assert self._process.stdout is not None
+        self._reader = threading.Thread(target=_keep_end, args=(self._process.stdout, self._tail), daemon=True)
+        self._reader.start()
 
+    def __enter__(self) -> Self:
+        return self
 
-def _run(command: list[str], limit: float, environment: Mapping[str, str] | None) -> _End:
-    process = subprocess.Popen(  # noqa: S603
-        command,
-        env=None if environment is None else dict(environment),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        process_group=0,
-    )
-    assert process.stdout is not None
-    tail = bytearray()
-    reader = threading.Thread(target=_keep_end, args=(process.stdout, tail), daemon=True)
-    reader.start()
-    try:
-        status = process.wait(limit)
-    except subprocess.TimeoutExpired:
-        status = None
-    finally:
-        # Its whole group: what it started in turn must not stay behind either.
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
+        self._folder.cleanup()
+
+    def findings(self) -> list[Finding]:
+        """Its findings, once it has ended or its time is over; and one more if it did not end as it should."""
+        if self._process is None:
+            detail = f"a process to look in cannot be started: {self._problem}"
+            return [Finding(self._name, "failure", detail, "Look at the limits of this machine and its user.")]
+        status: int | None
+        try:
+            status = self._process.wait(max(0.0, self._started + self._limit - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            status = None
+        self._end()
+        lines = bytes(self._tail).decode(errors="replace").strip().splitlines()
+        end = _End(status, printable(lines[-1])[:_SHOWN] if lines else "")
+        return _findings(self._name, self._answer, end, self._limit)
+
+    def _end(self) -> None:
+        """End its whole group: what it started in turn must not stay behind either."""
+        if self._process is None or self._ended:
+            return
+        self._ended = True
         with suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        reader.join(_READER_SECONDS)
-    lines = bytes(tail).decode(errors="replace").strip().splitlines()
-    return _End(status, printable(lines[-1])[:_SHOWN] if lines else "")
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._reader.join(_READER_SECONDS)
 
 
 def _keep_end(stream: IO[bytes], tail: bytearray) -> None:

@@ -26,12 +26,11 @@ def of_settings(registry: Registry | None) -> Iterator[Finding]:
     settings = load_settings()
     given = [f"{name}={os.environ[name]}" for name in sorted(_known()) if os.environ.get(name)]
     yield Finding("variables", "pass", ", ".join(given) or "none is set")
-    fallbacks = _names(settings.fallback)
-    for field, names in (("BACKEND", _names(settings.backend)), ("FALLBACK", fallbacks)):
-        for name in names:
-            if registry is not None and name != AUTO:
-                yield from _named(registry, f"{PREFIX}{field}", name)
-    if AUTO in fallbacks:
+    wanted = [("BACKEND", settings.backend), *(("FALLBACK", name) for name in settings.fallback)]
+    for field, name in wanted:
+        if registry is not None and name not in (None, AUTO):
+            yield from _named(registry, f"{PREFIX}{field}", name)
+    if AUTO in settings.fallback:
         fix = "Name a backend, such as torch_ref."
         yield Finding(f"{PREFIX}FALLBACK", "failure", f"{AUTO!r}: a fallback must be named", fix)
     if settings.bundle is not None and not settings.bundle.is_dir():
@@ -50,11 +49,6 @@ def unknown_variables(environment: Mapping[str, str]) -> Iterator[Finding]:
 
 def _known() -> set[str]:
     return {PREFIX + name.upper() for name in Settings.model_fields}
-
-
-def _names(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The names in a setting of one name or of several."""
-    return (value,) if isinstance(value, str) else value or ()
 
 
 def _named(registry: Registry, variable: str, backend: str) -> Iterator[Finding]:

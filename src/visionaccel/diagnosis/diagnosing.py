@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime
 
 from visionaccel import __version__
 from visionaccel.backends import AUTO, Finding, Registry, default_registry
-from visionaccel.diagnosis.backends import no_backend, of_backend
+from visionaccel.diagnosis.backends import no_backend, start_backend
 from visionaccel.diagnosis.configuration import of_settings
 from visionaccel.diagnosis.environment import of_environment
 from visionaccel.diagnosis.findings import Diagnosis, Found, looked
@@ -24,7 +24,6 @@ LIMIT = 60.0
 """Seconds that a backend may take to say what it finds; vLLM, which imports more, may take twice as long."""
 
 SOURCE, VLLM = "source", "vLLM"
-_AT_ONCE = 2
 
 
 def diagnose(
@@ -60,19 +59,16 @@ def diagnose(
     opens: str | None = None
     if source is not None:
         wanted = _wanted(backend, settings, registry)
-        of_it = looked(SOURCE, source, lambda: of_source(source, wanted))
-        findings += of_it
+        in_source = looked(SOURCE, source, lambda: of_source(source, wanted))
+        findings += in_source
         # A source that does not open has its finding; each backend would only repeat it.
-        opens = source if any(each.finding.name in OPENED for each in of_it) else None
-    looks: list[Callable[[], Sequence[Found]]] = [
-        lambda name=name: of_backend(name, opens, limit)  # type: ignore[misc]
-        for name in names
-    ]
-    if vllm:
-        looks.append(lambda: looked(VLLM, VLLM, lambda: of_vllm(2 * limit)))
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        for more in pool.map(lambda look: look(), looks):
-            findings += more
+        opens = source if any(each.finding.name in OPENED for each in in_source) else None
+    with ExitStack() as running:  # all at once: a backend that hangs must not delay the others
+        children = [(name, running.enter_context(start_backend(name, opens, limit))) for name in names]
+        in_vllm = looked(VLLM, VLLM, lambda: of_vllm(2 * limit)) if vllm else []
+        for name, child in children:
+            findings += [Found(name, finding) for finding in child.findings()]
+    findings += in_vllm
     return Diagnosis(__version__, created, tuple(findings))
 
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from visionaccel.backends import Finding
 from visionaccel.bundle import Bundle, is_bundle, open_bundle
+from visionaccel.bundle.golden import read_golden
 from visionaccel.bundle.manifest import Certificate
 from visionaccel.opening import open_tower
 
-__all__ = ["GOLDEN", "OPENED", "Wanted", "of_source"]
-
-GOLDEN = "golden.safetensors"
-"""What the path of a bundle's golden images ends in: patches with the reference's embeddings."""
+__all__ = ["OPENED", "Wanted", "of_source"]
 
 OPENED = ("checkpoint", "manifest")
 """Names of the findings that say that a checkpoint or a bundle could be opened."""
@@ -104,7 +101,7 @@ def _kind(device: str) -> str:
 
 
 def _golden(bundle: Bundle) -> Finding:
-    stated = [path for path in bundle.files() if Path(path).name.endswith(GOLDEN)]
-    if stated:
-        return Finding("golden images", "pass", ", ".join(stated))
-    return Finding("golden images", "warning", "none: an encoder cannot be tried when it is opened", _PROVE)
+    images = read_golden(bundle)
+    if images:
+        return Finding("golden images", "pass", f"{len(images)}, for a canary to encode before the first request")
+    return Finding("golden images", "warning", "none, so that no canary can encode any", _PROVE)

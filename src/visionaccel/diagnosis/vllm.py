@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 
 from visionaccel.backends import AUTO, Finding
-from visionaccel.diagnosis.child_process import ask_child
+from visionaccel.diagnosis.child_process import Child
 from visionaccel.diagnosis.versions import installed
 from visionaccel.diagnosis.vllm_child import ACTIVATION
 from visionaccel.integrations.vllm import BACKEND_VARIABLES
@@ -37,7 +37,9 @@ def of_vllm(limit: float) -> Iterable[Finding]:
         yield excluded
         return
     environment = os.environ if wanted else {**os.environ, BACKEND_VARIABLES[0]: AUTO}
-    for finding in ask_child("vLLM", _CHILD, [], limit, environment):
+    with Child("vLLM", _CHILD, [], limit, environment) as child:
+        found = child.findings()
+    for finding in found:
         if wanted or finding.name != ACTIVATION or finding.status != "pass":
             yield finding
         else:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
-__all__ = ["Interval", "intersection", "length", "union"]
+__all__ = ["Interval", "difference", "intersection", "length", "union"]
 
 Interval: TypeAlias = tuple[float, float]
 """Start and end."""
@@ -37,6 +38,13 @@ def intersection(one: Sequence[Interval], other: Sequence[Interval]) -> list[Int
         else:
             j += 1
     return found
+
+
+def difference(one: Sequence[Interval], other: Sequence[Interval]) -> list[Interval]:
+    """The times of one union that are not in another."""
+    edges = [time for start, end in other for time in (start, end)]
+    gaps = zip([-math.inf, *edges[1::2]], [*edges[::2], math.inf], strict=True)
+    return intersection(one, list(gaps))
 
 
 def length(intervals: Iterable[Interval]) -> float:

@@ -21,6 +21,9 @@ _MOST_ROWS = 6
 _NARROW = 1 / 3
 """Pixels: what is narrower is merged with what is beside it."""
 
+_ROUNDED = 0.2
+"""Microseconds by which one event may seem to begin before the one ahead of it ends: times are written rounded."""
+
 _NAME_LETTERS = 36
 _TICKS = 8
 
@@ -102,7 +105,7 @@ def _rows(events: Sequence[Event]) -> Iterator[tuple[int, Event]]:
     """Each event in the first row that is free when it begins; the last row takes what finds none."""
     ends: list[float] = []
     for event in events:
-        row = next((i for i, end in enumerate(ends) if end <= event.start), len(ends))
+        row = next((i for i, end in enumerate(ends) if end <= event.start + _ROUNDED), len(ends))
         if row == len(ends) and row < _MOST_ROWS:
             ends.append(event.end)
         row = min(row, _MOST_ROWS - 1)

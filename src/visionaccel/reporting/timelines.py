@@ -21,7 +21,7 @@ def timelines_section(traces: Sequence[tuple[str, Trace]]) -> Section:
     parts: list[Html] = []
     said = []
     for name, trace in traces:
-        found = overlap(trace.events)
+        found = overlap(trace.lanes)
         said.append(f"{name}: {_share(found)}")
         parts += [element("h3", name), draw_timeline(trace), _figures(trace, found)]
     return Section("timelines", "Timelines", "pass", "; ".join(said) + ".", joined(parts))
@@ -43,5 +43,5 @@ def _figures(trace: Trace, found: Overlap) -> Html:
         (len(trace.events), "events"),
     )
     figures = [element("div", element("b", value), element("span", words)) for value, words in shown]
-    note = "What several threads did at once of either kind counts once."
+    note = "What several threads did at once of either kind counts once; what the host did of an encode does not count."
     return joined([element("div", *figures, class_="figures"), paragraph(note, class_="faint")])

@@ -15,7 +15,7 @@ from typing import Any
 from visionaccel.diagnosis.findings import printable
 from visionaccel.errors import InputError
 from visionaccel.reporting.documents import parsed, read_text
-from visionaccel.reporting.intervals import intersection, length, union
+from visionaccel.reporting.intervals import Interval, difference, intersection, length, union
 
 __all__ = ["CATEGORIES", "Event", "Lane", "Overlap", "Trace", "overlap", "read_trace"]
 
@@ -58,7 +58,7 @@ class Lane:
 
     Attributes:
         name: Of its process and thread.
-        events: Ordered by their start.
+        events: Ordered by their start, the longer first.
     """
 
     name: str
@@ -101,14 +101,22 @@ class Overlap:
         return self.both / self.device if self.device else None
 
 
-def overlap(events: Iterable[Event]) -> Overlap:
-    """The overlap of device and decode; several at once of either count once."""
-    times: dict[str, list[tuple[float, float]]] = {"device": [], "decode": []}
-    for event in events:
-        if event.category in times:
-            times[event.category].append((event.start, event.end))
-    device, decode = union(times["device"]), union(times["decode"])
-    return Overlap(*(length(each) / 1e6 for each in (device, decode, intersection(device, decode))))
+def overlap(lanes: Iterable[Lane]) -> Overlap:
+    """The overlap of device and decode; several at once of either count once.
+
+    A device's event may hold the parts that the host does of it, in the same lane: those are not the device's time.
+    """
+    device: list[Interval] = []
+    decode: list[Interval] = []
+    for lane in lanes:
+        device += difference(_times(lane, "device"), _times(lane, "host"))
+        decode += _times(lane, "decode")
+    busy, steps = union(device), union(decode)
+    return Overlap(*(length(each) / 1e6 for each in (busy, steps, intersection(busy, steps))))
+
+
+def _times(lane: Lane, category: str) -> list[Interval]:
+    return union((event.start, event.end) for event in lane.events if event.category == category)
 
 
 def read_trace(path: Path) -> Trace:
@@ -137,7 +145,8 @@ def read_trace(path: Path) -> Trace:
         raise InputError(f"{path} holds no event that took time.", hint="Record a trace while images are encoded.")
     return Trace(
         tuple(
-            Lane(_lane_name(key, named), tuple(sorted(events, key=lambda event: event.start)))
+            # What holds others comes before them.
+            Lane(_lane_name(key, named), tuple(sorted(events, key=lambda event: (event.start, -event.duration))))
             for key, events in lanes.items()
         )
     )
