@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from visionaccel.bounded_files import MOST_JSON_BYTES, open_regular, read_bounded
 from visionaccel.errors import CheckpointError
 
 __all__ = [
@@ -39,7 +40,7 @@ ITEM_BYTES: Mapping[str, int] = {
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _NAMES = {plain: name for name, plain in _DTYPES.items()}
-_MAX_HEADER = 100_000_000
+_MOST_DIMENSIONS = 64
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -189,7 +190,7 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: If the file is missing or unreadable, or holds something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_bounded(path).decode("utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist.", hint="Pass a complete checkpoint folder.") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -208,14 +209,19 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     again = "The file is truncated or damaged; download it again."
     try:
         resolved = path.resolve(strict=True)
-        size = resolved.stat().st_size
-        with resolved.open("rb") as file:
+        with open_regular(resolved) as file:
+            size = os.fstat(file.fileno()).st_size
             start = file.read(8)
             if start + file.read(len(_LFS_POINTER) - 8) == _LFS_POINTER:
                 raise CheckpointError(f"{path} is a Git LFS pointer, not weights.", hint="Run `git lfs pull` there.")
             length = int.from_bytes(start, "little")
-            if len(start) < 8 or not 2 <= length <= min(_MAX_HEADER, size - 8):
+            if len(start) < 8 or not 2 <= length <= size - 8:
                 raise CheckpointError(f"{path} ({size} bytes) has no complete safetensors header.", hint=again)
+            if length > MOST_JSON_BYTES:
+                raise CheckpointError(
+                    f"{path} states a safetensors header of {length} bytes, and {MOST_JSON_BYTES} are read at most.",
+                    hint="Keep the weights in several files, with an index.",
+                )
             file.seek(8)
             header = json.loads(file.read(length))
     except FileNotFoundError:
@@ -229,12 +235,20 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     return tensors, {key: str(text) for key, text in metadata.items()} if isinstance(metadata, dict) else {}
 
 
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError("no number of bytes or elements")
+    return value
+
+
 def _stored(path: Path, resolved: Path, size: int, base: int, name: str, entry: Any) -> StoredTensor:
     try:
-        begin, end = (int(offset) for offset in entry["data_offsets"])
-        shape, dtype = tuple(int(s) for s in entry["shape"]), str(entry["dtype"])
+        begin, end = map(_count, entry["data_offsets"])
+        if len(entry["shape"]) > _MOST_DIMENSIONS:  # the product of very many sizes alone takes minutes
+            raise ValueError("a tensor of too many dimensions")
+        shape, dtype = tuple(map(_count, entry["shape"])), str(entry["dtype"])
         expected = math.prod(shape) * ITEM_BYTES[dtype] if dtype in ITEM_BYTES else end - begin
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path}: the header entry of {name!r} is malformed.", hint="Download the file again."
         ) from error

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from visionaccel.arrays import Array
+from visionaccel.bounded_files import read_bounded
 from visionaccel.contracts import TensorSpec
 from visionaccel.cores import thread_limit
 from visionaccel.errors import ArtifactError, ConfigurationError
@@ -43,7 +44,7 @@ def device_tensors(program: Program) -> tuple[tuple[TensorSpec, ...], tuple[Tens
     if path is None:
         return None
     try:
-        stated = _Tensors.model_validate(json.loads(path.read_text()))
+        stated = _Tensors.model_validate(json.loads(read_bounded(path)))
     except (OSError, ValueError, ValidationError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}", hint="Import the artifact again.") from error
     return (

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from visionaccel.bounded_files import read_bounded
 from visionaccel.errors import ArtifactError
 from visionaccel.program import Program
 from visionaccel_onnxrt.offload import EP_CONTEXT_OPERATOR, Offload, counted
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["offload_of_context", "verified_context"]
 
 _AGAIN = "Compile the program again, and state its files in the bundle."
+_MOST_MODEL_BYTES = 2**31 - 1
+"""Protobuf's own limit."""
 
 
 def verified_context(program: Program, provider: str) -> Path:
@@ -35,7 +38,7 @@ def verified_context(program: Program, provider: str) -> Path:
     """
     if program.artifact is None:
         raise ArtifactError(f"the compiled program {program.name!r} has no file.", hint=_AGAIN)
-    model = _parsed(program.model() if program.model is not None else program.artifact.read_bytes(), program.artifact)
+    model = _parsed(_content(program), program.artifact)
     if model.functions:
         raise ArtifactError(f"{program.artifact} has functions, and compiled programs have none.", hint=_AGAIN)
     contexts = 0
@@ -59,12 +62,22 @@ def offload_of_context(path: Path) -> Offload | None:
     The CPU has no kernel for `EPContext`, so each one runs on the device.
     """
     try:
-        model = _parsed(path.read_bytes(), path)
-    except (OSError, ArtifactError):
+        model = _parsed(read_bounded(path, _MOST_MODEL_BYTES), path)
+    except (OSError, ValueError, ArtifactError):
         return None
     kinds = [node.op_type for node in model.graph.node]
     outside = [kind for kind in kinds if kind != EP_CONTEXT_OPERATOR]
     return counted([EP_CONTEXT_OPERATOR] * (len(kinds) - len(outside)), outside, f"the nodes of {path.name}")
+
+
+def _content(program: Program) -> bytes:
+    assert program.artifact is not None
+    if program.model is not None:
+        return program.model()
+    try:
+        return read_bounded(program.artifact, _MOST_MODEL_BYTES)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{program.artifact} cannot be read: {error}", hint=_AGAIN) from error
 
 
 def _parsed(data: bytes, path: Path) -> onnx.ModelProto:

@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from visionaccel.bounded_files import read_bounded
 from visionaccel.errors import BundleError
 
 __all__ = ["file_digest", "file_states", "remembered_digest"]
@@ -92,7 +93,7 @@ def _memory() -> Path:
 
 def _load() -> dict[str, Any]:
     try:
-        known = json.loads(_memory().read_text(encoding="utf-8"))
+        known = json.loads(read_bounded(_memory()))
     except (OSError, ValueError, RecursionError, RuntimeError):  # RuntimeError: there is no home folder.
         return {}
     return known if isinstance(known, dict) else {}

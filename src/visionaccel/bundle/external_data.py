@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from visionaccel.errors import BundleError
 __all__ = ["point_at_weights"]
 
 _AGAIN = "Export the bundle again."
+_MOST_DIMENSIONS = 32
 _DTYPES: Mapping[int, str] = {
     onnx.TensorProto.FLOAT: "float32",
     onnx.TensorProto.FLOAT16: "float16",
@@ -54,14 +56,16 @@ def _point(initializer: onnx.TensorProto, weights: Mapping[str, StoredTensor], f
     stored = weights.get(initializer.name)
     if stored is None:
         raise BundleError(f"a program needs weight {initializer.name!r}, which is not there.", hint=_AGAIN)
-    elements, expected = 1, 1
-    for size in initializer.dims:
-        elements *= size
-    for size in stored.shape:
-        expected *= size
-    if _DTYPES.get(initializer.data_type) != stored.dtype or elements != expected:
+    sizes = list(initializer.dims[:_MOST_DIMENSIONS])
+    whole = len(sizes) == len(initializer.dims)  # the product of very many sizes alone takes minutes
+    if (
+        _DTYPES.get(initializer.data_type) != stored.dtype
+        or not whole
+        or min(sizes, default=1) < 0
+        or math.prod(sizes) != math.prod(stored.shape)
+    ):
         raise BundleError(
-            f"a program needs weight {initializer.name!r} as {list(initializer.dims)} of another dtype or size than "
+            f"a program needs weight {initializer.name!r} as {sizes} of another dtype or size than "
             f"{stored.dtype}{list(stored.shape)}.",
             hint=_AGAIN,
         )

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
+from visionaccel.bounded_files import read_bounded
 from visionaccel.contracts import TensorSpec
 from visionaccel.errors import BundleError, GridError
 from visionaccel.grid import Grid
@@ -44,8 +45,6 @@ MANIFEST = "visionaccel.json"
 SCHEMA_VERSION = 1
 MOST_PATCHES = 2**20
 """Most patches of a frame of fixed size, about 200 megapixels: a manifest decides how large the host's tables are."""
-
-_MOST_BYTES = 16 * 2**20
 
 
 def _inside(path: str) -> str:
@@ -317,14 +316,11 @@ def parse_manifest(path: Path) -> Manifest:
         BundleError: If it is missing, damaged, of another schema version, or states what this reader does not know.
     """
     try:
-        if path.exists() and not path.is_file():
-            raise ValueError("it is not a file")  # to open a named pipe would wait for ever
-        with path.open("rb") as file:
-            data = file.read(_MOST_BYTES + 1)
-        if len(data) > _MOST_BYTES:
-            raise ValueError(f"it is larger than {_MOST_BYTES} bytes")
         document = json.loads(
-            data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite
+            read_bounded(path).decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=_no_constant,
+            parse_float=_finite,
         )
     except FileNotFoundError:
         raise BundleError(

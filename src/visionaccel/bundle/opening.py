@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from functools import cached_property, partial
 from pathlib import Path
 
+from visionaccel.bounded_files import read_bounded
 from visionaccel.bundle.digests import file_digest, remembered_digest
 from visionaccel.bundle.manifest import MANIFEST, BundleFile, Manifest, ProgramEntry, parse_manifest
 from visionaccel.bundle.processor import PROCESSOR_FILES
@@ -129,8 +130,8 @@ class Bundle:
         (stated,) = {file for file in entry.files if file.path == entry.model}
         path = self.folder / stated.path
         try:
-            model = path.read_bytes()
-        except OSError as error:
+            model = read_bounded(path, stated.bytes)
+        except (OSError, ValueError) as error:
             raise BundleError(f"{path} cannot be read: {error}", hint=_AGAIN) from error
         if "sha256:" + hashlib.sha256(model).hexdigest() != stated.sha256:
             raise BundleError(f"{path} changed since the bundle was opened.", hint=_AGAIN)

@@ -19,6 +19,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import AttributeProto, TensorProto
 
+from visionaccel.bounded_files import read_bounded
 from visionaccel.contracts import TensorSpec
 from visionaccel.errors import BundleError
 
@@ -28,8 +29,15 @@ _AGAIN = "Fetch the folder again, or export and compile the tower again."
 _MOST_MODEL_BYTES = 2**31
 """Protobuf's own limit."""
 
-_MOST_CONSTANT_BYTES = 2**30
-_MOST_FOLDS = 32
+_MOST_PARTS = 200_000
+"""The tower of the 72B model has some thousands, and looking at each takes microseconds."""
+
+_MOST_CONSTANT_BYTES = 2**28
+"""Of one constant on the host's side; a patch embedding has 6 MB."""
+
+_MOST_DIMENSIONS = 32
+_MOST_FOLDS = 64
+"""Operators that one constant is made by, all of them counted: a graph may hand each on to the next one twice."""
 
 _TYPES: Mapping[int, np.dtype[Any]] = {
     TensorProto.FLOAT: np.dtype(np.float32),
@@ -76,13 +84,11 @@ class OnnxGraph:
             BundleError: If it cannot be read or is no ONNX model.
         """
         try:
-            if path.stat().st_size >= _MOST_MODEL_BYTES:
-                raise BundleError(f"{path} is larger than an ONNX model can be.", hint=_AGAIN)
-            model = onnx.load_model_from_string(path.read_bytes())
-        except BundleError:
-            raise
+            model = onnx.load_model_from_string(read_bounded(path, _MOST_MODEL_BYTES - 1))
         except Exception as error:  # protobuf's decoding error is not part of its public interface
             raise BundleError(f"{path} is no ONNX model: {error}", hint=_AGAIN) from error
+        if any(count > _MOST_PARTS for count in _parts(model.graph)):
+            raise BundleError(f"{path} has more than {_MOST_PARTS} operators, weights and tensors.", hint=_AGAIN)
         # Protobuf gives bytes where a text is no UTF-8.
         if any(isinstance(text, bytes) for text in _texts(model)):
             raise BundleError(f"{path} holds names that are no text.", hint=_AGAIN)
@@ -160,7 +166,7 @@ class OnnxGraph:
         Raises:
             BundleError: If its data are damaged, missing or elsewhere.
         """
-        return self._constant(tensor, _MOST_FOLDS)
+        return self._constant(tensor, iter(range(_MOST_FOLDS)))
 
     def values(self, tensor: onnx.TensorProto) -> NDArray[Any] | None:
         """The values of a stored tensor; None for a dtype that no host part has.
@@ -172,6 +178,8 @@ class OnnxGraph:
         if dtype is None:
             return None
         where = f"{self.path}: tensor {tensor.name!r}"
+        if len(tensor.dims) > _MOST_DIMENSIONS:  # the product of very many sizes alone takes minutes
+            raise BundleError(f"{where} has {len(tensor.dims)} dimensions.", hint=_AGAIN)
         shape = tuple(tensor.dims)
         items = math.prod(shape)
         if min(shape, default=1) < 0 or items * dtype.itemsize > _MOST_CONSTANT_BYTES:
@@ -201,11 +209,11 @@ class OnnxGraph:
             raise BundleError(f"{where} lies outside of {file.name} or has another size.", hint=_AGAIN)
         return np.fromfile(file, dtype, items, offset=offset)
 
-    def _constant(self, tensor: str, folds: int) -> NDArray[Any] | None:
+    def _constant(self, tensor: str, folds: Iterator[int]) -> NDArray[Any] | None:
         if tensor in self._initializers:
             return self.values(self._initializers[tensor])
         place = self._made.get(tensor)
-        if place is None or not folds:
+        if place is None or next(folds, None) is None:
             return None
         node = self.nodes[place]
         if node.domain not in ("", "ai.onnx"):
@@ -214,7 +222,7 @@ class OnnxGraph:
             return self._of_constant(node)
         if node.op_type not in ("Identity", "Cast", "Reshape", "Transpose") or not node.input:
             return None
-        found = self._constant(node.input[0], folds - 1)
+        found = self._constant(node.input[0], folds)
         if found is None:
             return None
         attributes = {attribute.name: attribute for attribute in node.attribute}
@@ -228,7 +236,7 @@ class OnnxGraph:
                     order = tuple(attributes["perm"].ints) if "perm" in attributes else None
                     return np.transpose(found, order)
                 case "Reshape":
-                    sizes = self._constant(node.input[1], folds - 1)
+                    sizes = self._constant(node.input[1], folds)
                     if sizes is None or "allowzero" in attributes:
                         return None
                     kept = [found.shape[i] if size == 0 else size for i, size in enumerate(sizes.tolist())]
@@ -310,6 +318,14 @@ def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
     for attribute in (attribute for node in graph.node for attribute in node.attribute):
         for inner in _bodies(attribute):
             yield from _graphs(inner)
+
+
+def _parts(graph: onnx.GraphProto) -> Iterator[int]:
+    """How much there is in a graph and in those within, added up as they are looked at."""
+    count = 0
+    for each in _graphs(graph):
+        count += len(each.node) + len(each.initializer) + len(each.value_info) + len(each.input) + len(each.output)
+        yield count
 
 
 def _bodies(attribute: AttributeProto) -> Iterator[onnx.GraphProto]:

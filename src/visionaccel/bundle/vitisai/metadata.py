@@ -7,12 +7,11 @@ from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from visionaccel.bounded_files import read_bounded
 from visionaccel.contracts import TensorSpec
 from visionaccel.errors import BundleError
 
 __all__ = ["Connectivity", "DeviceTensor", "Edge", "PartitionInfo", "TensorTable", "read_metadata"]
-
-_MOST_BYTES = 16 * 2**20
 
 _Name = Annotated[str, Field(min_length=1, max_length=1024)]
 _Shape = Annotated[tuple[Annotated[int, Field(ge=1, le=2**31)], ...], Field(max_length=8)]
@@ -73,12 +72,10 @@ def read_metadata(path: Path, kind: type[_M]) -> _M:
     """
     hint = "Fetch the folder again, or compile the tower again."
     try:
-        with path.open("rb") as file:
-            data = file.read(_MOST_BYTES + 1)
-    except OSError as error:
-        raise BundleError(f"{path} cannot be read: {error.strerror}.", hint=hint) from error
-    if len(data) > _MOST_BYTES:
-        raise BundleError(f"{path} is larger than {_MOST_BYTES} bytes.", hint=hint)
+        data = read_bounded(path)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise BundleError(f"{path} cannot be read: {reason}.", hint=hint) from error
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:

@@ -181,4 +181,7 @@ def _integer(node: onnx.NodeProto, name: str, default: int) -> int:
 
 
 def _integers(node: onnx.NodeProto, name: str) -> tuple[int, ...] | None:
-    return next((tuple(a.ints) for a in node.attribute if a.name == name), None)
+    found = next((a.ints for a in node.attribute if a.name == name), None)
+    if found is not None and len(found) > _MOST_AXES:
+        raise StrangeError(f"{named(node)} has {len(found)} {name}")
+    return None if found is None else tuple(found)

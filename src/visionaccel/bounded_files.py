@@ -1,0 +1,50 @@
+"""Reading files of strangers: regular ones only, and never more of one than a stated number of bytes."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+__all__ = ["MOST_JSON_BYTES", "open_regular", "read_bounded"]
+
+MOST_JSON_BYTES = 8 * 2**20
+"""Most bytes of a JSON document. As Python's objects it takes up to twenty-five times as many, and two seconds."""
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading, if it is one: to open a named pipe would wait for ever, a device has no end.
+
+    Raises:
+        OSError: If it cannot be opened.
+        ValueError: If it is something else than a file.
+    """
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise ValueError("it is not a file")
+        return os.fdopen(fd, "rb")
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def read_bounded(path: Path, most: int = MOST_JSON_BYTES) -> bytes:
+    """The content of a file.
+
+    Args:
+        path: The file.
+        most: How many bytes it may have.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is no file, or larger; the text says the limit.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        # No more is set aside than the file has; what is appended meanwhile is not read, but for one byte that tells.
+        data = file.read(size + 1) if size <= most else b""
+    if size > most or len(data) > most:
+        raise ValueError(f"it is larger than {most} bytes")
+    return data

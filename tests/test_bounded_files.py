@@ -1,0 +1,150 @@
+"""Files of strangers: what is no file, or larger than may be, is refused before it is read."""
+
+import json
+import os
+import time
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from visionaccel.bounded_files import MOST_JSON_BYTES, open_regular, read_bounded
+from visionaccel.bundle import MANIFEST, open_bundle
+from visionaccel.bundle.external_data import point_at_weights
+from visionaccel.bundle.vitisai.graph import OnnxGraph
+from visionaccel.bundle.vitisai.metadata import PartitionInfo, read_metadata
+from visionaccel.checkpoint import Checkpoint, read_header, read_json
+from visionaccel.errors import BundleError, CheckpointError
+from visionaccel.opening import open_tower
+
+
+def test_a_file_is_read_up_to_its_limit(tmp_path):
+    file = tmp_path / "file"
+    file.write_bytes(b"12345")
+    assert read_bounded(file, 5) == b"12345"
+    with pytest.raises(ValueError, match="larger than 4 bytes"):
+        read_bounded(file, 4)
+
+
+def test_reading_sets_aside_no_more_than_the_file_has(tmp_path):
+    file = tmp_path / "file"
+    file.write_bytes(b"12345")
+    assert read_bounded(file, 2**62) == b"12345"
+
+
+def test_a_hole_of_terabytes_is_not_read(tmp_path):
+    file = tmp_path / "file"
+    with file.open("wb") as hole:
+        hole.truncate(2**43)
+    with pytest.raises(ValueError, match="larger than"):
+        read_bounded(file)
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "pipe", "folder"])
+def test_what_is_no_file_is_not_opened(tmp_path, path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match="not a file"):
+        open_regular(tmp_path / path)
+
+
+READERS = {
+    "config.json": lambda path: read_json(path),
+    "model.safetensors": lambda path: read_header(path),
+    MANIFEST: lambda path: open_bundle(path.parent),
+    "partition-info.json": lambda path: read_metadata(path, PartitionInfo),
+    "vision.onnx": lambda path: OnnxGraph.load(path),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_named_pipe_is_refused_at_once(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises((BundleError, CheckpointError), match="not a file"):
+        READERS[name](tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["config.json", MANIFEST, "partition-info.json"])
+def test_a_document_that_is_too_large_is_not_parsed(tmp_path, name):
+    (tmp_path / name).write_bytes(b"{" + b" " * MOST_JSON_BYTES + b"}")
+    with pytest.raises((BundleError, CheckpointError), match=f"larger than {MOST_JSON_BYTES}"):
+        READERS[name](tmp_path / name)
+
+
+def weights(folder, header, length=None):
+    text = json.dumps(header).encode()
+    file = folder / "model.safetensors"
+    file.write_bytes((length or len(text)).to_bytes(8, "little") + text + bytes(64))
+    return file
+
+
+def test_a_header_that_is_too_large_is_not_read(tmp_path):
+    file = weights(tmp_path, {}, MOST_JSON_BYTES + 1)
+    with file.open("r+b") as hole:
+        hole.truncate(2**40)
+    with pytest.raises(CheckpointError, match=rf"states a safetensors header of {MOST_JSON_BYTES + 1} bytes"):
+        read_header(file)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"shape": [-2, -2]}, {"shape": [2.0, 2]}, {"shape": ["2", "2"]}, {"shape": [True, 4]}, {"shape": [2**63, 0]},
+        {"data_offsets": ["0", "16"]}, {"data_offsets": [0.0, 16]}, {"data_offsets": [-16, 0]},
+    ],
+)  # fmt: skip
+def test_sizes_and_offsets_are_whole_numbers_and_not_negative(tmp_path, changes):
+    entry = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
+    assert read_header(weights(tmp_path, {"w": entry}))[0]["w"].shape == (2, 2)
+    with pytest.raises(CheckpointError, match="malformed"):
+        read_header(weights(tmp_path, {"w": {**entry, **changes}}))
+
+
+MANY = [2**62] * 300_000
+"""Sizes whose product takes minutes."""
+
+
+def test_very_many_dimensions_are_refused_before_they_are_multiplied(tiny, tmp_path):
+    started = time.process_time()
+    with pytest.raises(CheckpointError, match="malformed"):
+        read_header(weights(tmp_path, {"w": {"dtype": "F32", "shape": MANY[:60_000], "data_offsets": [0, 16]}}))
+    tower = open_tower(tiny)
+    name = next(name for name, stored in tower.weights.items() if len(stored.shape) > 1)
+    tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, data_location=TensorProto.EXTERNAL, dims=MANY)
+    model = helper.make_model(helper.make_graph([], "g", [], [], [tensor]))
+    with pytest.raises(BundleError, match="another dtype or size"):
+        point_at_weights(model.SerializeToString(), tower.weights, Checkpoint(tiny).weights_folder)
+    inline = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=MANY, raw_data=b"1234")
+    with pytest.raises(BundleError, match="300000 dimensions"):
+        OnnxGraph(model, tmp_path / "vision.onnx").values(inline)
+    assert time.process_time() - started < 20
+
+
+def test_a_constant_that_is_made_of_one_twice_and_so_on_ends(tmp_path):
+    """Sixty-four operators, each of which reads the one before twice, would otherwise be computed 2**64 times."""
+    first = numpy_helper.from_array(np.array([1], np.int64), "d0")
+    nodes = [helper.make_node("Reshape", [f"d{n}", f"d{n}"], [f"d{n + 1}"]) for n in range(64)]
+    model = helper.make_model(helper.make_graph(nodes, "g", [], [], [first]))
+    graph = OnnxGraph(model, tmp_path / "vision.onnx")
+    assert graph.constant("d3").tolist() == [1]
+    assert graph.constant("d40") is None
+
+
+def test_external_data_is_no_larger_than_a_host_part_can_be(tmp_path):
+    """The file may be a hole, which takes no disk and all of the memory."""
+    with (tmp_path / "data").open("wb") as hole:
+        hole.truncate(2**40)
+    tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, data_location=TensorProto.EXTERNAL, dims=[2**20, 2**8])
+    tensor.external_data.add(key="location", value="data")
+    model = helper.make_model(helper.make_graph([], "g", [], [], [tensor]))
+    with pytest.raises(BundleError, match="impossible shape"):
+        OnnxGraph(onnx.load_model_from_string(model.SerializeToString()), tmp_path / "vision.onnx").constant("w")
+
+
+def test_a_model_of_very_many_operators_is_refused_before_they_are_looked_at(tmp_path):
+    nodes = [helper.make_node("Identity", ["x"], [f"y{number}"]) for number in range(200_001)]
+    file = tmp_path / "vision.onnx"
+    file.write_bytes(helper.make_model(helper.make_graph(nodes, "g", [], [])).SerializeToString())
+    with pytest.raises(BundleError, match="more than 200000 operators"):
+        OnnxGraph.load(file)
