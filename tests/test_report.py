@@ -28,7 +28,7 @@ from visionaccel.reporting import make_report, read_inputs
 from visionaccel.reporting.benchmarks import read_benchmark
 from visionaccel.reporting.charts import Bar, draw_bars
 from visionaccel.reporting.documents import read_document
-from visionaccel.reporting.faults import read_faults
+from visionaccel.reporting.faults import faults_section, read_faults
 from visionaccel.reporting.intervals import difference, intersection, length, union
 from visionaccel.reporting.markup import element, html
 from visionaccel.reporting.timeline import MOST_RECTANGLES, draw_timeline, rectangles
@@ -384,6 +384,22 @@ def test_what_is_no_benchmark_is_refused(tmp_path, document, message):
 def test_what_is_no_fault_suite_is_refused(tmp_path, change):
     with pytest.raises(InputError, match="is not what a fault suite writes"):
         read_faults(made.write(tmp_path / "faults.json", {**made.fault_suite(), **change}))
+
+
+def test_what_the_fault_suite_writes_is_shown(tmp_path):
+    from visionaccel.faultsuite.matrix import cells_of, every_serving
+    from visionaccel.faultsuite.suite import Outcome, as_document
+
+    cells = list(cells_of(every_serving()[0]))
+    outcomes = [Outcome(cells[0], "error", 0, 0, 0.5, ()), Outcome(cells[1], "nothing", 1, 2, None, ("It hung.",))]
+    suite = read_faults(made.write(tmp_path / "faults.json", as_document(outcomes, "2026-01-02T03:04:05")))
+    section = faults_section(suite)
+    assert section.status == "failure"
+    assert "1 of 2 faults went as they should on 2026-01-02T03:04:05, in a SIMULATED device" in section.summary
+    assert "1 requests lost, 2 answers wrong" in section.summary
+    shown = "".join(Page(section.body).texts.values())
+    assert "It hung." in shown
+    assert shown.index("nothing") < shown.index("0.50"), "what failed is first"
 
 
 @pytest.mark.parametrize(

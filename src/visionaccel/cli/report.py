@@ -24,9 +24,9 @@ def report(
         typer.Option(help="JSON of `bench encode`, `bench placement` or `bench serve`; repeatable."),
     ] = None,
     trace: Annotated[
-        list[Path] | None, typer.Option(help="Trace in Chrome's format, to draw as a timeline; repeatable.")
+        list[Path] | None, typer.Option(help="What VISIONACCEL_TRACE wrote, to draw as a timeline; repeatable.")
     ] = None,
-    faults: Annotated[Path | None, typer.Option(help="JSON of a fault suite.")] = None,
+    faults: Annotated[Path | None, typer.Option(help="JSON of `faults --output`.")] = None,
     title: Annotated[str, typer.Option(help="What stands above the page.")] = "visionaccel report",
     no_vllm: Annotated[bool, typer.Option("--no-vllm", help="Leave vLLM out, which takes seconds to import.")] = False,
     as_json: Json = False,
