@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from visionaccel.bounded_files import open_regular
 from visionaccel.errors import ArtifactError
 from visionaccel.program import FLEXMLRT_RAI, SIMULATOR_FILE, SIMULATOR_MAGIC, Program
+from visionaccel_flexmlrt.runtime import NPU, SIMULATOR
 
 __all__ = ["SIMULATOR_FILE", "SIMULATOR_MAGIC", "Artifact", "open_settings"]
 
@@ -49,10 +52,10 @@ class Artifact:
         if not single_file and not binary.is_file():
             return cls(folder, single_file, simulated=False)
         try:
-            with binary.open("rb") as file:
+            with open_regular(binary) as file:
                 head = file.read(len(_LFS_POINTER))
-            size = binary.stat().st_size
-        except OSError as error:
+                size = os.fstat(file.fileno()).st_size
+        except (OSError, ValueError) as error:
             raise ArtifactError(f"{binary} cannot be read: {error}", hint=again) from error
         if head.startswith(_LFS_POINTER):
             raise ArtifactError(
@@ -62,6 +65,11 @@ class Artifact:
         if size == 0:
             raise ArtifactError(f"{binary} is empty.", hint=again)
         return cls(binary if single_file else folder, single_file, head.startswith(SIMULATOR_MAGIC))
+
+    @property
+    def device(self) -> str:
+        """What it was made for: `npu` or `simulator`."""
+        return SIMULATOR if self.simulated else NPU
 
     @property
     def suspicious(self) -> bool:

@@ -69,11 +69,8 @@ class FlexMLRTBackend(VisionBackend):
             artifact = Artifact.of(program)
         except ArtifactError as error:
             return Rejected(error.message, error.hint or "")
-        if artifact.simulated != (device == SIMULATOR):
-            made_for = SIMULATOR if artifact.simulated else NPU
-            return Rejected(
-                f"program {program.name!r} was made for device {made_for!r}.", f"Set VISIONACCEL_DEVICE={made_for}."
-            )
+        if artifact.device != device:
+            return Rejected(_elsewhere(program, artifact), f"Set VISIONACCEL_DEVICE={artifact.device}.")
         lacking = missing(device)
         if lacking is not None:
             return Rejected(lacking.reason, lacking.hint)
@@ -84,6 +81,8 @@ class FlexMLRTBackend(VisionBackend):
     def open(self, program: Program, device: str | None, options: FlexMLRTOptions) -> Session:
         device = device or NPU
         artifact = Artifact.of(program)
+        if artifact.device != device:  # it may have changed since it was probed
+            raise ConfigurationError(_elsewhere(program, artifact), hint=f"Set VISIONACCEL_DEVICE={artifact.device}.")
         module = load(device, any_version=options.any_version)
         if device == SIMULATOR and options.simulator_script is not None:
             os.environ[SCRIPT_VARIABLE] = str(options.simulator_script)
@@ -120,6 +119,10 @@ class FlexMLRTBackend(VisionBackend):
 def _as_stored(spec: TensorSpec, names: Mapping[str, str]) -> tuple[str, str, list[Any]]:
     """A tensor as the compiled module takes it, by its name inside the artifact."""
     return names.get(spec.name, spec.name), spec.dtype, list(spec.shape)
+
+
+def _elsewhere(program: Program, artifact: Artifact) -> str:
+    return f"program {program.name!r} was made for device {artifact.device!r}."
 
 
 def _layout(artifact: Artifact) -> str:
