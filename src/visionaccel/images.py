@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -10,14 +12,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visionaccel.arrays import as_numpy
+from visionaccel.bounded_files import open_regular
 from visionaccel.errors import CheckpointError, ConfigurationError, InputError
 from visionaccel.grid import Grid, as_grids
 from visionaccel.level_table import LevelTable, read_levels
+from visionaccel.webp_header import WEBP_HEADER, webp_size
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["ImageBackend", "ImageProcessor", "as_rgb", "image_processor", "load_image"]
+__all__ = [
+    "FORMATS", "MOST_FILE_BYTES", "MOST_PIXELS", "ImageBackend", "ImageProcessor", "as_rgb", "image_processor",
+    "load_image",
+]  # fmt: skip
+
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+"""Pillow's names of the formats that `load_image` reads. Each decoder is native code, so there are no others."""
+
+MOST_PIXELS = 2**26
+"""Most pixels of an image file, 8192x8192: they take 256 MiB once decoded, and as much again to be turned."""
+
+MOST_FILE_BYTES = 256 * 2**20
+"""Most bytes of an image file, as vLLM has it for what it downloads."""
 
 ImageBackend: TypeAlias = Literal["pil", "torchvision"]
 """What transformers computes on: Pillow and numpy, or torch.
@@ -123,7 +139,7 @@ def as_rgb(image: Image) -> Image:
             image.load()  # a file that is opened and not read yet is damaged or not only now
             return image
         return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, AttributeError) as error:
+    except Exception as error:  # Pillow's decoders raise whatever damaged bytes lead them to, zlib's and struct's too
         raise InputError(
             f"{type(image).__name__} {getattr(image, 'mode', '')} cannot be read as an image: {error}.",
             hint="Pass a complete image of Pillow's.",
@@ -161,21 +177,52 @@ def image_processor(folder: Path, backend: ImageBackend = "pil") -> ImageProcess
 
 
 def load_image(path: Path) -> Image:
-    """The image in a file, decoded, turned as it is to be shown, in RGB.
+    """The image in a file, decoded, turned as it is to be shown, in RGB; of several frames or pages the first.
+
+    Its format, its size in bytes and the size that it states are looked at before any pixel is decoded.
+
+    Args:
+        path: A file of one of `FORMATS`, of at most `MOST_FILE_BYTES` bytes and `MOST_PIXELS` pixels.
 
     Raises:
         ConfigurationError: If Pillow is missing.
-        InputError: If the file cannot be read as an image.
+        InputError: If the file cannot be read as an image, is too large, or states too large a size.
     """
     try:
         from PIL import Image, ImageOps, UnidentifiedImageError
     except ImportError as error:
         raise _missing(error) from error
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
+        with open_regular(path) as file:
+            if (size := os.fstat(file.fileno()).st_size) > MOST_FILE_BYTES:
+                raise InputError(
+                    f"{path} has {size} bytes, and image files may have {MOST_FILE_BYTES}.",
+                    hint="Pass the image in a smaller file.",
+                )
+            _check_pixels(path, *webp_size(file.read(WEBP_HEADER)))
+            file.seek(0)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of sizes that are refused below, and of metadata that is not used
+                with Image.open(file, formats=FORMATS) as image:
+                    _check_pixels(path, image.width, image.height)
+                    return ImageOps.exif_transpose(image).convert("RGB")
+    except InputError:
+        raise
+    except UnidentifiedImageError as error:
+        raise InputError(
+            f"{path} cannot be read as an image: it is none of {', '.join(FORMATS)}.",
+            hint="Pass a complete image file of one of these formats.",
+        ) from error
+    except Exception as error:  # as in `as_rgb`; a size of twice Pillow's own limit is an error of its own
         raise InputError(f"{path} cannot be read as an image: {error}", hint="Pass a complete image file.") from error
+
+
+def _check_pixels(path: Path, width: int, height: int) -> None:
+    if width * height > MOST_PIXELS:
+        raise InputError(
+            f"{path} states {width}x{height} pixels, and images may have {MOST_PIXELS} in all.",
+            hint="Pass the image scaled down; the model's processor would scale it down as well.",
+        )
 
 
 def _missing(error: ImportError) -> ConfigurationError:
