@@ -21,8 +21,9 @@ from multiprocessing.connection import Connection
 from visionaccel.arrays import Array
 from visionaccel.backends import Session, default_registry
 from visionaccel.errors import DeviceError, VisionAccelError
+from visionaccel.isolation.answers import encoded, failure_of
 from visionaccel.isolation.log_records import RecordSender
-from visionaccel.isolation.messages import Answer, Failure, Opened, OpenRequest, Places, Surroundings
+from visionaccel.isolation.messages import Opened, OpenRequest, Places, Surroundings
 from visionaccel.isolation.parent import end_with_parent
 from visionaccel.isolation.shared_arrays import SharedArrays
 
@@ -57,7 +58,11 @@ def _serve(connection: Connection, inputs: SharedArrays, outputs: SharedArrays, 
     except Exception as error:
         _answer(connection, _failure(error, "the device's process could not open the program"))
         return
-    _answer(connection, Opened(session.capabilities))
+    try:
+        _answer(connection, encoded(Opened(session.capabilities)))
+    except Exception as error:
+        _answer(connection, _failure(error, f"backend {request.backend!r} does not say what its session is"))
+        return
     while True:
         try:
             call = connection.recv()
@@ -66,7 +71,7 @@ def _serve(connection: Connection, inputs: SharedArrays, outputs: SharedArrays, 
         if call is None:
             break
         try:
-            answer: Answer = _run(session, call, inputs, outputs)
+            answer = encoded(_run(session, call, inputs, outputs))
         except Exception as error:
             answer = _failure(error, f"backend {request.backend!r} failed")
         _answer(connection, answer)
@@ -88,9 +93,9 @@ def _open(inputs: int, records: int) -> tuple[OpenRequest, Session]:
     """Open what the memory file holds: first the surroundings, without which the rest may not unpickle."""
     with open(inputs, "rb", closefd=False) as file:
         file.seek(0)  # The parent, whose descriptor this is, wrote to the end.
-        surroundings: Surroundings = pickle.load(file)  # noqa: S301 - from the parent
+        surroundings: Surroundings = pickle.load(file)  # noqa: S301  # nosec B301 # from the parent
         _adopt(surroundings, records)
-        request: OpenRequest = pickle.load(file)  # noqa: S301
+        request: OpenRequest = pickle.load(file)  # noqa: S301  # nosec B301 # from the parent
     backend = default_registry().load(request.backend)
     options = backend.options.model_validate(dict(request.options))
     try:
@@ -114,19 +119,19 @@ def _adopt(surroundings: Surroundings, records: int) -> None:
     logging.basicConfig(level=surroundings.log_level, handlers=[RecordSender(records)], force=True)
 
 
-def _failure(error: Exception, what: str) -> Failure:
+def _failure(error: Exception, what: str) -> bytes:
     trace = "".join(traceback.format_exception(error))
     if not isinstance(error, VisionAccelError):
         error = DeviceError(
             f"{what}: {type(error).__name__}: {error}",
             hint="Set VISIONACCEL_FALLBACK to let another backend take over.",
         )
-    return Failure.of(error, trace)
+    return encoded(failure_of(error, trace))
 
 
-def _answer(connection: Connection, answer: Answer) -> None:
+def _answer(connection: Connection, answer: bytes) -> None:
     try:
-        connection.send(answer)
+        connection.send_bytes(answer)
     except OSError:  # The parent hung up; the next receive says so.
         return
 

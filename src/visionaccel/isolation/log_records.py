@@ -15,6 +15,7 @@ __all__ = ["OutputReader", "RecordSender"]
 
 _TAIL = 20
 _LONGEST_LINE = 16_384
+_LONGEST_RECORD = 2**20
 _CHUNK = 65_536
 
 
@@ -92,7 +93,7 @@ class OutputReader:
                     *lines, rest = (partial[fd] + chunk).split(b"\n")
                     if len(rest) > _LONGEST_LINE and fd == printed:
                         lines, rest = [*lines, rest], b""
-                    partial[fd] = rest
+                    partial[fd] = rest if len(rest) <= _LONGEST_RECORD else b""  # a record that long is none of ours
                     for line in lines:
                         self._forward(line, logged=fd == records)
         if partial[printed]:

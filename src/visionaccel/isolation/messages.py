@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from visionaccel.backends import Capabilities
-from visionaccel.errors import DeviceError, VisionAccelError
 from visionaccel.isolation.shared_arrays import ArrayPlace
 from visionaccel.program import Program
 
@@ -72,35 +70,17 @@ class Failure:
     """An error of a process that lives on.
 
     Attributes:
-        pickled: The error; bytes, because its class may be one that the other process cannot import.
-        text: What it says.
+        kinds: Its classes as `module:name`, the nearest first; the other process may not have loaded each.
+        message: What was wrong and where.
+        hint: What to do about it.
         trace: Where it was raised, for people.
     """
 
-    pickled: bytes
-    text: str
+    kinds: tuple[str, ...]
+    message: str
+    hint: str | None
     trace: str
-
-    @classmethod
-    def of(cls, error: VisionAccelError, trace: str) -> Failure:
-        """The message that carries an error, as a DeviceError if its class does not survive pickling."""
-        try:
-            pickled = pickle.dumps(error)
-            pickle.loads(pickled)  # noqa: S301 - its own bytes
-        except Exception:
-            pickled = pickle.dumps(DeviceError(f"{type(error).__name__}: {error.message}", hint=error.hint))
-        return cls(pickled, str(error), trace)
-
-    def error(self) -> VisionAccelError:
-        """The error, of the type it was raised with, and with the child's traceback as a note."""
-        try:
-            found: object = pickle.loads(self.pickled)  # noqa: S301 - from the child, which runs this user's code
-        except Exception:
-            found = None
-        error = found if isinstance(found, VisionAccelError) else DeviceError(self.text)
-        error.add_note(f"In the device's process:\n{self.trace}")
-        return error
 
 
 Answer: TypeAlias = Opened | Places | Failure
-"""What the child may send."""
+"""What the child may send; see `answers` for how."""

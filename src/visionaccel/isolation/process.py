@@ -7,6 +7,7 @@ import os
 import pickle
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ from visionaccel.arrays import Array
 from visionaccel.backends import Capabilities, call_parts
 from visionaccel.cores import child_environment
 from visionaccel.errors import DeviceLostError
+from visionaccel.isolation.answers import MOST_BYTES, decoded, restored
 from visionaccel.isolation.log_records import OutputReader
 from visionaccel.isolation.messages import Answer, Failure, Opened, OpenRequest, Places, Surroundings
 from visionaccel.isolation.shared_arrays import SharedArrays
@@ -33,6 +35,7 @@ logger = logging.getLogger(__name__)
 _SLICE = 0.5
 _LINGERING = 1.0
 _REAPING = 3.0
+_UNFINISHED = 5
 _SLOW = "Set VISIONACCEL_OPEN_DEADLINE if it needs longer, such as to compile."
 _DOCTOR = "Run `visionaccel doctor`; the kernel's log (dmesg) may say more of the device."
 _FALLBACK = (
@@ -87,6 +90,8 @@ class DeviceProcess:
             self._outputs = SharedArrays.create("visionaccel-outputs")
             ours.callback(self._outputs.close)
             near, far = socket.socketpair()
+            # An answer that is begun and not ended must not be waited for for ever.
+            near.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", _UNFINISHED, 0))
             theirs.callback(far.close)
             self._connection = Connection(near.detach())
             ours.callback(self._connection.close)
@@ -248,14 +253,18 @@ class DeviceProcess:
                     raise EOFError
                 if time.monotonic() >= limit:
                     raise _SilentError
-            answer: Answer = self._connection.recv()
-        except (EOFError, ConnectionError, pickle.UnpicklingError) as error:
+            answer = decoded(self._connection.recv_bytes(MOST_BYTES))
+        except (EOFError, ConnectionError) as error:
+            raise _HungUpError from error
+        except (ValueError, OSError) as error:  # OSError: it is too long, or does not end
+            logger.error("%s was ended, because it sent what is no answer: %s", self._what, error)
+            self.kill()
             raise _HungUpError from error
         except BaseException:
             self.kill()
             raise
         if isinstance(answer, Failure):
-            raise answer.error()
+            raise restored(answer)
         return answer
 
     def _linger(self) -> None:

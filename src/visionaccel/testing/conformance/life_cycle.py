@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
-import pickle
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 
@@ -235,12 +235,13 @@ def _in_fork(function: Callable[[], NDArray[np.float32]]) -> NDArray[np.float32]
         status = 1
         try:
             os.close(read)
+            said = BytesIO()
             try:
-                answer: object = function()
+                np.save(said, function(), allow_pickle=False)
             except BaseException as error:
-                answer = f"{type(error).__name__}: {error}"
+                said = BytesIO(f"{type(error).__name__}: {error}".encode(errors="backslashreplace"))
             with os.fdopen(write, "wb") as pipe:
-                pipe.write(pickle.dumps(answer))
+                pipe.write(said.getvalue())
             status = 0
         finally:
             os._exit(status)
@@ -256,10 +257,10 @@ def _in_fork(function: Callable[[], NDArray[np.float32]]) -> NDArray[np.float32]
             f"a forked process ended with status {os.waitstatus_to_exitcode(status)} before it answered: threads or "
             "locks of a library that the probe loaded do not survive a fork."
         )
-    answer = pickle.loads(data)  # noqa: S301 - from the process that was just forked
-    if isinstance(answer, str):
-        raise CheckFailedError(f"a process that was forked after a probe cannot encode: {answer}")
-    assert isinstance(answer, np.ndarray)
+    if not data.startswith(np.lib.format.MAGIC_PREFIX):
+        text = data.decode(errors="backslashreplace")
+        raise CheckFailedError(f"a process that was forked after a probe cannot encode: {text}")
+    answer: NDArray[np.float32] = np.load(BytesIO(data), allow_pickle=False)
     return answer
 
 

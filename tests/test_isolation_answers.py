@@ -1,0 +1,197 @@
+"""What a device's process sends is taken for numbers, texts and errors; a process that sends anything else is ended."""
+
+import base64
+import json
+import os
+import pickle
+import sys
+import time
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fake_plugins import install
+from mutations import damage, damaged, mutations
+from test_isolation import QUICK, TRICKS, Device, X, runs
+from visionaccel import errors
+from visionaccel.backends import Capabilities
+from visionaccel.errors import DeviceError, DeviceLostError, InputError, UnfitGridError
+from visionaccel.isolation import Limits
+from visionaccel.isolation.answers import MOST_BYTES, decoded, encoded, failure_of, restored
+from visionaccel.isolation.messages import Failure, Opened, Places
+from visionaccel.isolation.shared_arrays import ArrayPlace
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="devices live in processes of their own on Linux only")
+
+DTYPES = ["float32", "float16", "float64", "int8", "uint8", "int64", "bool", "complex64", ">f4"]
+PLACES = Places(tuple(ArrayPlace(name, np.dtype(name), (2, 3), 64) for name in DTYPES))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Opened(Capabilities("npu", "bfloat16", deterministic=False, batch_patches=7, simulated=True)),
+        PLACES,
+        Places((ArrayPlace("x", np.dtype(ml_dtypes.bfloat16), (), 0),)),
+        Places(()),
+        failure_of(UnfitGridError("no program.", hint="Fit it."), "a trace"),
+    ],
+)
+def test_answers_arrive_as_they_were_sent(answer):
+    assert decoded(encoded(answer)) == answer
+
+
+def test_errors_arrive_with_their_type_message_hint_and_trace():
+    error = restored(decoded(encoded(failure_of(UnfitGridError("no \udcff program.", hint="Fit it."), "at line 3"))))
+    assert type(error) is UnfitGridError
+    assert (error.message, error.hint) == ("no \\udcff program.", "Fit it.")
+    assert error.__notes__ == ["In the device's process:\nat line 3"]
+
+
+def test_an_error_of_a_class_that_is_not_loaded_arrives_as_its_nearest_base():
+    kind = type("Own", (InputError,), {"__module__": "a_vendor_that_is_not_here"})
+    assert type(restored(failure_of(kind("no."), ""))) is InputError
+
+
+@pytest.mark.parametrize(
+    "kind", ["os:system", "builtins:eval", "visionaccel.errors:_rebuild", "builtins:Exception", "nowhere:X", "", "os"]
+)
+def test_a_name_of_something_else_than_an_error_of_ours_makes_nothing(kind):
+    found = restored(Failure((kind,), "touch /tmp/never", None, ""))
+    assert type(found) is DeviceError
+
+
+def test_every_error_of_this_package_can_be_sent():
+    for name in errors.__all__:
+        kind = getattr(errors, name)
+        assert type(restored(decoded(encoded(failure_of(kind("a.", hint="b."), ""))))) is kind
+
+
+@pytest.mark.parametrize("dtype", ["O", "|O", "object", "V8", "M8[s]", "S8", "f3", "u1,O", "finfo", "__name__", "V"])
+def test_a_dtype_of_anything_but_numbers_is_no_answer(dtype):
+    place = {"name": "x", "dtype": dtype, "shape": [1], "offset": 0}
+    with pytest.raises(ValueError, match="dtype"):
+        decoded(json.dumps({"places": [place]}).encode())
+
+
+def test_arrays_of_anything_but_numbers_are_not_sent():
+    with pytest.raises(TypeError, match="only numbers"):
+        encoded(Places((ArrayPlace("x", np.dtype("M8[s]"), (1,), 0),)))
+
+
+SENT = [
+    encoded(PLACES),
+    encoded(Opened(Capabilities("cpu", "float32"))),
+    encoded(failure_of(InputError("no."), "here")),
+]
+
+
+@given(st.sampled_from(SENT).flatmap(lambda sent: mutations(json.loads(sent)).map(lambda d: json.dumps(d).encode())))
+def test_a_changed_answer_is_an_answer_or_none(data):
+    try:
+        answer = decoded(data)
+    except ValueError:
+        return
+    assert isinstance(answer, Opened | Places | Failure)
+    if isinstance(answer, Places):
+        assert all(not place.dtype.hasobject and min(place.shape, default=0) >= 0 for place in answer.arrays)
+
+
+@given(st.binary(max_size=200) | damage(len(SENT[0]) - 1).map(lambda how: damaged(SENT[0], *how)))
+def test_any_bytes_are_an_answer_or_none(data):
+    try:
+        decoded(data)
+    except ValueError:
+        return
+
+
+class Bomb:
+    """What runs a command when it is unpickled."""
+
+    def __init__(self, file):
+        self._file = file
+
+    def __reduce__(self):
+        return os.mkdir, (str(self._file),)
+
+
+HOSTILE = TRICKS.replace(
+    '    elif trick == "objects":',
+    """    elif trick.startswith("send "):
+        import base64
+        os.write(int(sys.argv[2]), base64.b64decode(trick.removeprefix("send ")))
+        time.sleep(100)
+    elif trick == "log on":
+        while True:
+            os.write(int(sys.argv[5]), b"x" * 65536)
+    elif trick == "objects":""",
+)
+
+
+@pytest.fixture
+def device(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(install(tmp_path / "site", "acme-tricks", "tricks", HOSTILE))
+    device = Device(tmp_path)
+    yield device
+    for session in device.opened:
+        session.close()
+
+
+def framed(data, length=None):
+    """A message as `multiprocessing` sends it: its length before it."""
+    return (len(data) if length is None else length).to_bytes(4, "big", signed=True) + data
+
+
+def will_send(device, data):
+    device.will("send " + base64.b64encode(data).decode())
+
+
+OBJECTS = json.dumps({"places": [{"name": "x", "dtype": "|O", "shape": [1], "offset": 0}]}).encode()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        framed(b"{}"), framed(b"\x80\x05."), framed(OBJECTS), framed(b"", MOST_BYTES + 1), framed(b"", 2**31 - 1),
+        framed(b"half", 100), b"\xff\xff\xff\xff" + (2**62).to_bytes(8, "big"),
+    ],
+    ids=["empty", "pickle", "pointers", "too long", "longest", "cut off", "longer than memory"],
+)  # fmt: skip
+def test_a_process_that_sends_no_answer_is_ended_and_started_anew(device, data, caplog):
+    session = device.open()
+    former = session.pid
+    will_send(device, data)
+    started = time.monotonic()
+    with pytest.raises(DeviceLostError, match="was ended by SIGKILL"):
+        session.run(X)
+    assert time.monotonic() - started < QUICK.run, "the deadline was not needed"
+    assert "sent what is no answer" in caplog.text
+    runs(session)
+    assert session.pid != former
+
+
+def test_what_would_run_a_command_when_unpickled_runs_none(device, tmp_path):
+    session = device.open()
+    will_send(device, framed(pickle.dumps(Bomb(tmp_path / "owned"))))
+    with pytest.raises(DeviceLostError):
+        session.run(X)
+    assert not (tmp_path / "owned").exists()
+    pickle.loads(pickle.dumps(Bomb(tmp_path / "owned")))
+    assert (tmp_path / "owned").exists(), "it would have"
+
+
+def test_a_record_without_an_end_takes_no_memory_of_the_parent(device):
+    session = device.open(Limits(run=4, opening=60, closing=5))
+    before = resident()
+    device.will("log on")
+    with pytest.raises(DeviceLostError, match="did not answer within 4 s"):
+        session.run(X)
+    assert resident() - before < 64 * 2**20
+
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
