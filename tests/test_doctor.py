@@ -367,18 +367,21 @@ def test_no_child_or_folder_is_left_behind(tmp_path):
 def test_an_interrupted_command_ends_its_children(tmp_path):
     checks = f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     command = "from visionaccel.cli import main; main()"
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", command, "doctor", "--no-vllm", "--backend", "broken"],
         env={**os.environ, "PYTHONPATH": str(broken(tmp_path, checks)), "TMPDIR": str(tmp_path)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(20) != 0
+    ) as process:
+        try:
+            deadline = time.monotonic() + 60
+            while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) != 0
+        finally:
+            process.kill()
     assert not group_of(int((tmp_path / "pid").read_text()))
     assert not list(Path(tmp_path).glob("visionaccel-doctor-*"))
 

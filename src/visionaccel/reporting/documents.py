@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import stat
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from visionaccel.bounded_files import read_bounded
 from visionaccel.diagnosis.findings import printable
 from visionaccel.errors import ConfigurationError, InputError
 
@@ -34,17 +34,13 @@ def read_text(path: Path, most_bytes: int) -> str:
         InputError: If it is larger, no file, or not UTF-8.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # to open a named pipe would wait for ever
-            raise InputError(f"{path} is not a file.", hint="Name a JSON file.")
-        with path.open("rb") as file:
-            data = file.read(most_bytes + 1)
+        data = read_bounded(path, most_bytes)
     except OSError as error:
         raise ConfigurationError(f"{path} cannot be read: {error}", hint="Name a file that is there.") from error
-    if len(data) > most_bytes:
+    except ValueError as error:
         raise InputError(
-            f"{path} is larger than {most_bytes // _MIB} MiB, which is as much as a page is made of.",
-            hint="Record or measure less.",
-        )
+            f"{path} cannot be shown: {error}.", hint="Name a JSON file, of a shorter run if it is too large."
+        ) from error
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
