@@ -88,6 +88,11 @@ class Encoder:
         """What the sessions are: their device and precision."""
         return self.programs[0].session.capabilities
 
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._closed
+
     def program_for(self, grid: Grid) -> OpenProgram:
         """The program that runs frames of a grid: one made for it, else the smallest bucket, else one for any grid.
 

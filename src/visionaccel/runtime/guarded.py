@@ -66,6 +66,11 @@ class GuardedEncoder:
         self.failed_items = 0
 
     @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self.primary.closed
+
+    @property
     def has_fallback(self) -> bool:
         """Whether another encoder would take over."""
         return len(self.stages) > 1

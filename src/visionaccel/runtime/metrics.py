@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from visionaccel.backends import BreakerReport, DriftReport, EncodeReport, FailureReport, default_registry, hookimpl
+from visionaccel.runtime.guarded import GuardedEncoder
+from visionaccel.runtime.service import EncodeService
 from visionaccel.runtime.tally import Series, Snapshot, Tally, families
-
-if TYPE_CHECKING:
-    from visionaccel.runtime.guarded import GuardedEncoder
-    from visionaccel.runtime.service import EncodeService
 
 __all__ = ["SERIES", "EncoderMetrics", "MetricsCollector"]
 
@@ -63,8 +61,11 @@ class EncoderMetrics:
 
     def __init__(self) -> None:
         self._tally = Tally(SERIES)
-        self._services: weakref.WeakSet[EncodeService] = weakref.WeakSet()
-        self._encoders: weakref.WeakSet[GuardedEncoder] = weakref.WeakSet()
+        self._services: list[EncodeService] = []
+        self._encoders: list[GuardedEncoder] = []
+        self._any_service = False
+        self._ended: Counter[tuple[str, ...]] = Counter()
+        self._reading = threading.Lock()
 
     @classmethod
     def install(cls) -> EncoderMetrics:
@@ -77,8 +78,8 @@ class EncoderMetrics:
         return found
 
     def watch_encoder(self, encoder: GuardedEncoder) -> None:
-        """Show an encoder's counters while it lives."""
-        self._encoders.add(encoder)
+        """Show an encoder's counters, until it is closed and read once more."""
+        self._encoders.append(encoder)
         for stage in encoder.stages:
             opened = stage.encoder_if_open
             if opened is not None:
@@ -86,8 +87,9 @@ class EncoderMetrics:
                 self._tally.set("visionaccel_breaker_state", opened.backend, device, value=_STATES[stage.breaker.state])
 
     def watch_service(self, service: EncodeService) -> None:
-        """Show a service's counters, and those of its encoders, while it lives."""
-        self._services.add(service)
+        """Show a service's counters, and those of its encoders, until it is closed and read once more."""
+        self._any_service = True
+        self._services.append(service)
         for encoder in service.encoders:
             self.watch_encoder(encoder)
 
@@ -97,8 +99,7 @@ class EncoderMetrics:
 
     def snapshot(self) -> Snapshot:
         """Everything so far."""
-        self._read_encoders()
-        self._read_services()
+        self._read_watched()
         return self._tally.snapshot()
 
     @hookimpl
@@ -140,38 +141,50 @@ class EncoderMetrics:
         if report.state == "open":
             self._tally.count("visionaccel_breaker_openings", *who)
 
-    def _read_encoders(self) -> None:
-        encoders = list(self._encoders)
-        tally = self._tally
-        tally.set("visionaccel_failed_items", value=sum(encoder.failed_items for encoder in encoders))
-        tally.set("visionaccel_fallback_items", value=sum(encoder.fallback_items for encoder in encoders))
-        shadows = {encoder.shadow for encoder in encoders if encoder.shadow is not None}
-        tally.set("visionaccel_shadow_skipped", value=sum(shadow.skipped for shadow in shadows))
-        restarts: dict[tuple[str, str], int] = {}
-        for stage in {stage for encoder in encoders for stage in encoder.stages}:
-            opened = stage.encoder_if_open
-            if opened is not None:
-                who = (opened.backend, opened.capabilities.device)
-                restarts[who] = restarts.get(who, 0) + stage.restarts
-        for who, number in restarts.items():
-            tally.set("visionaccel_device_restarts", *who, value=number)
+    def _read_watched(self) -> None:
+        """Read off what is counted elsewhere. What is closed is read once more, and let go."""
+        with self._reading:
+            every: list[GuardedEncoder | EncodeService] = [*self._encoders, *self._services]
+            ended = [each for each in every if each.closed]  # before their counts are read, which are final then
+            now = Counter(self._ended)
+            for watched in every:
+                counts = _counts_of(watched)
+                now.update(counts)
+                if watched in ended:
+                    self._ended.update(counts)
+            self._encoders = [encoder for encoder in self._encoders if encoder not in ended]
+            self._services = [service for service in self._services if service not in ended]
+            for (name, *labels), value in now.items():
+                self._tally.set(name, *labels, value=value)
+            if self._any_service:
+                self._read_levels(list(self._services))
 
-    def _read_services(self) -> None:
-        services = list(self._services)
-        if not services:
-            return
+    def _read_levels(self, services: Sequence[EncodeService]) -> None:
         counters = [service.counters for service in services]
-        caches = {service.cache for service in services}
-        for name, value in {
-            "visionaccel_cache_hits": sum(each.cached for each in counters),
-            "visionaccel_cache_bytes": sum(cache.held for cache in caches),
-            "visionaccel_cache_evictions": sum(cache.evicted for cache in caches),
-            "visionaccel_merged_items": sum(each.merged for each in counters),
-            "visionaccel_cancelled_items": sum(each.cancelled for each in counters),
-            "visionaccel_waiting_items": sum(each.waiting for each in counters),
-            "visionaccel_running_items": sum(each.running for each in counters),
-        }.items():
-            self._tally.set(name, value=value)
+        held = sum(cache.held for cache in {service.cache for service in services})
+        self._tally.set("visionaccel_cache_bytes", value=held)
+        self._tally.set("visionaccel_waiting_items", value=sum(each.waiting for each in counters))
+        self._tally.set("visionaccel_running_items", value=sum(each.running for each in counters))
+
+
+def _counts_of(watched: GuardedEncoder | EncodeService) -> dict[tuple[str, ...], int]:
+    """What an encoder or a service has counted, by a series' name and label values."""
+    if isinstance(watched, EncodeService):
+        counters = watched.counters
+        return {
+            ("visionaccel_cache_hits",): counters.cached,
+            ("visionaccel_cache_evictions",): watched.cache.evicted,
+            ("visionaccel_merged_items",): counters.merged,
+            ("visionaccel_cancelled_items",): counters.cancelled,
+        }
+    device = watched.primary.capabilities.device
+    return {
+        ("visionaccel_failed_items",): watched.failed_items,
+        ("visionaccel_fallback_items",): watched.fallback_items,
+        ("visionaccel_shadow_skipped",): watched.shadow.skipped if watched.shadow is not None else 0,
+        # The other stages are the first of another chain, or fallbacks.
+        ("visionaccel_device_restarts", watched.primary.backend, device): watched.stages[0].restarts,
+    }
 
 
 class MetricsCollector(Collector):

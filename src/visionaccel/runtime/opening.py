@@ -78,6 +78,7 @@ class _Opening:
         wanted = settings.canary != "off" and isinstance(source, Bundle)
         self._golden: tuple[Golden, ...] = read_golden(source) if wanted and isinstance(source, Bundle) else ()
         self._fallbacks = {name: Once(partial(self._open, self._tower, name)) for name in settings.fallback}
+        self._reference: Once | None = None
 
     def chains(self, devices: tuple[str | None, ...]) -> list[GuardedEncoder]:
         settings = self._settings
@@ -102,9 +103,8 @@ class _Opening:
             if not fallbacks or (settings.canary == "strict" and isinstance(error, _CanaryError)):
                 raise
             return [self._without_devices(fallbacks, error)]
-        shadow = self._shadow(stages[0])
         return [
-            GuardedEncoder(stage, [*(other for other in stages if other is not stage), *fallbacks], shadow)
+            GuardedEncoder(stage, [*(other for other in stages if other is not stage), *fallbacks], self._shadow(stage))
             for stage in stages
         ]
 
@@ -161,14 +161,15 @@ class _Opening:
         settings = self._settings
         if not settings.shadow:
             return None
-        reference = self._fallbacks.get(_REFERENCE) or Once(partial(self._open, self._tower, _REFERENCE))
+        if self._reference is None:
+            self._reference = self._fallbacks.get(_REFERENCE) or Once(partial(self._open, self._tower, _REFERENCE))
         encoder = stage.encoder_if_open
         assert encoder is not None
         limits = [image.threshold for image in self._golden] or [
             THRESHOLDS.get(opened.program.quantization or opened.session.capabilities.precision, THRESHOLDS["bfloat16"])
             for opened in encoder.programs
         ]
-        return Shadow(settings.shadow, settings.shadow_limit or min(limits), reference)
+        return Shadow(settings.shadow, settings.shadow_limit or min(limits), self._reference)
 
     def _open(
         self,

@@ -93,6 +93,11 @@ class EncodeService:
         return self._ledger.counters
 
     @property
+    def closed(self) -> bool:
+        """Whether it takes nothing in any more."""
+        return self._closed
+
+    @property
     def room(self) -> bool:
         """Whether an item would be taken in at once."""
         return self._ledger.room

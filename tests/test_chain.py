@@ -1,0 +1,402 @@
+"""Chains of encoders: no item is lost while a healthy encoder remains, and what is out of work is not asked."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from gated import Gate, gated, wait_until
+from towers import random_patches, reference
+from visionaccel import open_encoder
+from visionaccel.backends import default_registry, hookimpl
+from visionaccel.encoder import Encoder, OpenProgram
+from visionaccel.errors import DeadlineError, DeviceError, OutputError, UnfitGridError, VisionAccelError
+from visionaccel.grid import Grid
+from visionaccel.opening import open_tower
+from visionaccel.runtime.breaker import BreakerState
+from visionaccel.runtime.guarded import GuardedEncoder
+from visionaccel.runtime.opening import open_guarded, open_service
+from visionaccel.runtime.service import EncodeService
+from visionaccel.runtime.shadow import Shadow
+from visionaccel.runtime.stage import Stage
+from visionaccel.runtime.watched import WatchedCalls
+from visionaccel.settings import Settings
+
+GRID = (1, 4, 4)
+
+
+class Scripted(Gate):
+    """A session that does what the test says, call by call: an error, a spoilt answer, or a right one."""
+
+    def __init__(self, session):
+        super().__init__(session)
+        self.script = []
+
+    def run(self, inputs):
+        outputs = {name: np.array(rows) for name, rows in super().run(inputs).items()}
+        action = self.script.pop(0) if self.script else "right"
+        if isinstance(action, Exception):
+            raise action
+        if action == "nan":
+            outputs["embeddings"][0] = np.nan
+        elif action == "drift":
+            outputs["embeddings"][:, ::2] *= -1
+        return outputs
+
+
+def scripted(checkpoint, name, **settings):
+    """A stage on a scripted session, and the session."""
+    encoder = open_encoder(checkpoint, backend="torch_ref")
+    (opened,) = encoder.programs
+    session = Scripted(opened.session)
+    programs = [OpenProgram(opened.program, opened.host, session)]
+    return Stage(name, Encoder(encoder.tower, name, programs, default_registry()), **settings), session
+
+
+class Told:
+    def __init__(self):
+        self.failures, self.compared = [], []
+
+    @hookimpl
+    def visionaccel_failed(self, report):
+        self.failures.append((report.backend, report.kind, report.following))
+
+    @hookimpl
+    def visionaccel_compared(self, report):
+        self.compared.append((report.source, report.passed))
+
+
+@pytest.fixture
+def told():
+    observer = Told()
+    default_registry().plugins.register(observer)
+    yield observer
+    default_registry().plugins.unregister(observer)
+
+
+def right(checkpoint, patches, grids):
+    return reference(checkpoint, patches, grids)
+
+
+# What is tried, and in what order
+
+
+def test_a_wrong_output_is_tried_once_more_and_then_goes_down_the_chain(tiny, told):
+    first, device = scripted(tiny, "first")
+    second, other = scripted(tiny, "second")
+    guarded = GuardedEncoder(first, [second])
+    patches = random_patches([GRID])
+    device.script = ["nan"]
+    (answer,) = guarded.encode_items(patches, [GRID])
+    assert (answer.fallback, len(device.calls), len(other.calls)) == (False, 2, 0)
+    device.script = ["nan", "nan"]
+    (answer,) = guarded.encode_items(patches, [GRID])
+    assert (answer.fallback, len(device.calls), len(other.calls)) == (True, 4, 1)
+    np.testing.assert_allclose(answer.rows, right(tiny, patches, [GRID]), rtol=0, atol=2e-5)
+    assert told.failures == [("first", "OutputError", "second")] * 3
+    guarded.close()
+
+
+def test_of_several_items_encoding_each_alone_is_the_second_try(tiny):
+    first, device = scripted(tiny, "first")
+    second, other = scripted(tiny, "second")
+    guarded = GuardedEncoder(first, [second])
+    grids = [GRID, (1, 4, 6)]
+    device.script = ["nan", "right", "nan"]
+    answers = guarded.encode_items(random_patches(grids), grids)
+    assert [answer.fallback for answer in answers] == [False, True]
+    assert (len(device.calls), len(other.calls)) == (3, 1)
+    guarded.close()
+
+
+def test_where_nothing_follows_any_failure_is_tried_once_more(tiny, told):
+    first, device = scripted(tiny, "first")
+    guarded = GuardedEncoder(first)
+    device.script = [OSError("the device went away")]
+    (answer,) = guarded.encode_items(random_patches([GRID]), [GRID])
+    assert not isinstance(answer, VisionAccelError)
+    device.script = [OSError("the device went away")] * 2
+    (answer,) = guarded.encode_items(random_patches([GRID]), [GRID])
+    assert isinstance(answer, DeviceError)
+    assert len(device.calls) == 4
+    assert told.failures[0] == ("first", "DeviceError", "retry")
+    guarded.close()
+
+
+def test_a_chain_is_asked_in_its_order_and_every_reason_is_told(tiny):
+    stages, devices = zip(*(scripted(tiny, name) for name in ("first", "second", "third")), strict=True)
+    guarded = GuardedEncoder(stages[0], stages[1:])
+    for device in devices:
+        device.script = [OSError(f"device {id(device)} is gone")] * 3
+    (answer,) = guarded.encode_items(random_patches([GRID]), [GRID])
+    assert isinstance(answer, DeviceError)
+    assert all(str(id(device)) in answer.message for device in devices)
+    devices[2].script = []
+    (answer,) = guarded.encode_items(random_patches([GRID]), [GRID])
+    assert answer.fallback
+    assert guarded.fallback_items == 1
+    guarded.close()
+
+
+def test_a_grid_that_fits_nothing_is_no_failure_of_the_device(tiny, told):
+    first, device = scripted(tiny, "first", failures=1)
+    encoder = first.encoder_if_open
+
+    def unfit(grid):
+        raise UnfitGridError("no program takes it.")
+
+    encoder.program_for = unfit
+    second, _ = scripted(tiny, "second")
+    guarded = GuardedEncoder(first, [second])
+    (answer,) = guarded.encode_items(random_patches([GRID]), [GRID])
+    assert answer.fallback
+    assert first.breaker.closed
+    assert told.failures == []
+    assert device.calls == []
+    guarded.close()
+
+
+# Out of work
+
+
+def test_what_fails_in_a_row_is_out_of_work_until_a_probe_passes(tiny, caplog):
+    first, device = scripted(tiny, "first", failures=3, cool_down=30.0)
+    second, other = scripted(tiny, "second")
+    guarded = GuardedEncoder(first, [second])
+    patches = random_patches([GRID])
+    device.script = [OSError("gone")] * 3
+    for _ in range(5):
+        (answer,) = guarded.encode_items(patches, [GRID])
+        assert answer.fallback
+    assert first.breaker.state is BreakerState.OPEN
+    assert (len(device.calls), len(other.calls)) == (3, 5), "it is not asked any more"
+    assert "Encoder 'first' is taken out of work: 3 encodes in a row failed" in caplog.text
+    guarded.close()
+
+
+def test_where_nothing_else_is_healthy_what_only_failed_often_is_asked_all_the_same(tiny):
+    first, device = scripted(tiny, "first", failures=1, cool_down=30.0)
+    guarded = GuardedEncoder(first)
+    device.script = [OSError("gone")] * 2
+    (answer,) = guarded.encode_items(random_patches([GRID]), [GRID])
+    assert isinstance(answer, DeviceError)
+    assert not first.breaker.closed
+    (answer,) = guarded.encode_items(random_patches([GRID]), [GRID])
+    assert not isinstance(answer, VisionAccelError)
+    guarded.close()
+
+
+def test_what_answers_wrongly_is_never_asked_and_the_reason_is_told(tiny):
+    first, device = scripted(tiny, "first", cool_down=30.0)
+    guarded = GuardedEncoder(first)
+    first.distrust("the reference does not agree")
+    (answer,) = guarded.encode_items(random_patches([GRID]), [GRID])
+    assert isinstance(answer, DeviceError)
+    assert "first is out of work (open): the reference does not agree" in answer.message
+    assert device.calls == []
+    guarded.close()
+
+
+def test_another_device_of_the_same_kind_takes_over_and_its_answers_are_no_fallbacks(tiny):
+    first, device = scripted(tiny, "first", same=True)
+    sibling, other = scripted(tiny, "sibling", same=True)
+    guarded = GuardedEncoder(first, [sibling])
+    device.script = [OSError("gone")]
+    (answer,) = guarded.encode_items(random_patches([GRID]), [GRID])
+    assert not answer.fallback
+    assert guarded.fallback_items == 0
+    assert len(other.calls) == 1
+    guarded.close()
+
+
+def test_devices_of_one_service_take_over_from_each_other(tiny, tmp_path):
+    switch = tmp_path / "switch.json"
+    service = open_service(
+        tiny, backend="simulated", devices=["onnxrt@0", "onnxrt@1"], options={"switch": str(switch)}, cache_size=0
+    )
+    with service:
+        one, other = (encoder.stages[0] for encoder in service.encoders)
+        one.distrust("for the test")
+        for seed in range(6):
+            patches = random_patches([GRID], seed=seed)
+            (rows,) = service.encode(patches, [GRID])
+            np.testing.assert_allclose(rows, right(tiny, patches, [GRID]), rtol=0, atol=2e-5)
+        assert service.counters.fallback == 0
+        assert {stage.name for stage in service.encoders[0].stages} == {"simulated"}
+        assert service.encoders[0].stages[1] is other
+
+
+# Hangs
+
+
+def test_a_hang_in_the_servers_process_leaves_the_item_and_those_behind_it_to_the_fallback(tiny):
+    stages = []
+
+    def fallback():
+        stages.append(threading.get_ident())
+        return open_encoder(tiny, backend="onnxrt")
+
+    guarded, gate = gated(tiny, fallback)
+    gate.shut()
+    with EncodeService([guarded], deadline=0.5) as service:
+        futures = [service.submit(random_patches([GRID], seed=seed), GRID) for seed in range(4)]
+        for seed, future in enumerate(futures):
+            exact = right(tiny, random_patches([GRID], seed=seed), [GRID])
+            np.testing.assert_allclose(future.result(30), exact, rtol=0, atol=2e-5)
+        assert (service.counters.failed, service.counters.fallback) == (0, 4)
+        assert not guarded.stages[0].breaker.closed
+        gate.let_in()
+        wait_until(lambda: guarded.stages[0].breaker.closed)
+        before = service.counters.fallback
+        service.submit(random_patches([GRID], seed=9), GRID).result(30)
+        assert service.counters.fallback == before, "the device works again"
+        wait_until(lambda: service.counters.running == 0)
+
+
+def test_a_fallback_that_hangs_too_is_left_as_well_and_the_item_fails(tiny):
+    encoder = open_encoder(tiny, backend="torch_ref")
+    (opened,) = encoder.programs
+    stuck = Gate(opened.session)
+    stuck.shut()
+    second = Encoder(encoder.tower, "stuck", [OpenProgram(opened.program, opened.host, stuck)], default_registry())
+    guarded, gate = gated(tiny, lambda: second)
+    gate.shut()
+    with EncodeService([guarded], deadline=0.3) as service:
+        future = service.submit(random_patches([GRID]), GRID)
+        with pytest.raises(DeviceError):
+            future.result(30)
+        gate.let_in()
+        stuck.let_in()
+
+
+def test_in_line_a_hang_ends_after_the_deadline_and_the_fallback_answers(tiny, tmp_path):
+    switch = tmp_path / "switch.json"
+    settings = Settings(
+        backend="simulated",
+        device="onnxrt",
+        options={"switch": str(switch)},
+        fallback="torch_ref",
+        deadline=0.5,
+        breaker_seconds=0.05,
+    )
+    (guarded,) = open_guarded(open_tower(tiny), settings, ("onnxrt",), watched=True)
+    patches = random_patches([GRID])
+    switch.write_text('[{"all": true, "do": "hang", "seconds": 1.5}]')
+    started = time.monotonic()
+    (answer,) = guarded.encode_items(patches, [GRID])
+    assert 0.5 <= time.monotonic() - started < 1.5 + 5
+    assert answer.fallback
+    switch.write_text("")
+    wait_until(lambda: guarded.stages[0].breaker.closed)
+    (answer,) = guarded.encode_items(patches, [GRID])
+    assert not answer.fallback
+    guarded.close()
+
+
+def test_a_call_that_is_left_behind_does_not_hold_up_the_next():
+    calls, gate = WatchedCalls(), threading.Event()
+    with pytest.raises(TimeoutError):
+        calls.call(gate.wait, 0.05)
+    assert calls.call(lambda: 7, 5) == 7
+    with pytest.raises(TimeoutError, match="of its own"):
+        calls.call(lambda: (_ for _ in ()).throw(TimeoutError("of its own")), 5)
+    assert calls.call(lambda: 8, 5) == 8
+    gate.set()
+    calls.close()
+
+
+# The shadow
+
+
+def test_a_shadow_that_agrees_only_counts(tiny, told):
+    first, _ = scripted(tiny, "first")
+    with open_encoder(tiny, backend="onnxrt") as exact:
+        shadow = Shadow(1.0, 0.9999, lambda: exact, waiting=8)
+        guarded = GuardedEncoder(first, (), shadow)
+        grids = [GRID, (1, 4, 6)]
+        guarded.encode_items(random_patches(grids), grids)
+        wait_until(lambda: shadow.compared == 2)
+        assert told.compared == [("shadow", True)] * 2
+        assert first.breaker.closed
+        guarded.close()
+
+
+def test_a_shadow_that_disagrees_takes_the_device_out_of_work_and_forgets_what_it_answered(tiny):
+    first, device = scripted(tiny, "first", cool_down=0.05)
+    second, _ = scripted(tiny, "second")
+    with open_encoder(tiny, backend="onnxrt") as exact:
+        shadow = Shadow(1.0, 0.9999, lambda: exact)
+        with EncodeService([GuardedEncoder(first, [second], shadow)]) as service:
+            patches = random_patches([GRID])
+            device.script = ["drift"] * 100
+            wrong = service.submit(patches, GRID).result(30)
+            wait_until(lambda: not first.breaker.closed)
+            wait_until(lambda: service.cache.held == 0)
+            rows = service.submit(patches, GRID).result(30)
+            np.testing.assert_allclose(rows, right(tiny, patches, [GRID]), rtol=0, atol=2e-5)
+            assert np.abs(wrong - rows).max() > 0.1
+            assert (service.counters.fallback, service.counters.cached) == (1, 0)
+
+
+def test_a_shadow_looks_at_its_share_and_skips_what_it_has_no_time_for(tiny):
+    first, _ = scripted(tiny, "first")
+    entered = threading.Event()
+
+    def busy():
+        entered.wait(20)
+        raise DeviceError("the reference is gone.")
+
+    none, some, busy_one = (
+        Shadow(0.0, 0.99, busy),
+        Shadow(0.3, 0.99, busy, waiting=1000, seed=1),
+        Shadow(1.0, 0.99, busy),
+    )
+    patches = random_patches([GRID])
+    for _ in range(200):
+        none.offer(first, patches, GRID, patches)
+        some.offer(first, patches, GRID, patches)
+    for _ in range(10):
+        busy_one.offer(first, patches, GRID, patches)
+    assert none._samples.qsize() == 0
+    assert 40 <= some._samples.qsize() <= 80
+    assert busy_one.skipped >= 10 - 3
+    for shadow in (none, some, busy_one):
+        shadow.close()
+    entered.set()
+    assert first.breaker.closed, "a reference that fails says nothing of the device"
+    first.close()
+
+
+# The settings
+
+
+def test_settings_make_the_chain_the_breaker_and_the_shadow(tiny):
+    settings = Settings(backend="onnxrt", fallback="openvino, torch_ref", shadow=0.5, breaker_failures=2)
+    guarded = open_guarded(open_tower(tiny), settings, (None, None))
+    assert [[stage.name for stage in each.stages] for each in guarded] == [
+        ["onnxrt", "onnxrt", "openvino", "torch_ref"]
+    ] * 2
+    assert guarded[0].stages[2:] == guarded[1].stages[2:], "fallbacks are shared"
+    assert all(each.shadow is not None for each in guarded)
+    assert guarded[0].shadow is not guarded[1].shadow, "one does not hold up the other"
+    for each in guarded:
+        each.close()
+
+
+def test_a_chain_starts_with_the_first_fallback_that_can(tiny, caplog):
+    settings = Settings(backend="flexmlrt", fallback="flexmlrt,onnxrt,torch_ref")
+    (guarded,) = open_guarded(open_tower(tiny), settings, (None,))
+    assert guarded.primary.backend == "onnxrt"
+    assert [stage.name for stage in guarded.stages] == ["onnxrt", "torch_ref"]
+    guarded.close()
+
+
+def test_the_errors_of_attempts_keep_their_types(tiny):
+    first, device = scripted(tiny, "first", deadline=0.2)
+    device.script = ["nan"]
+    assert isinstance(first.encode(random_patches([GRID]), [Grid(*GRID)]), OutputError)
+    device.shut()
+    assert isinstance(first.encode(random_patches([GRID]), [Grid(*GRID)]), DeadlineError)
+    device.let_in()
+    first.close()

@@ -1,0 +1,357 @@
+"""What can be seen of encodes: their parts, the metrics, the timeline, the log of times."""
+
+import json
+import logging
+import multiprocessing
+import threading
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from gated import gated, wait_until
+from towers import random_patches
+from visionaccel import open_encoder
+from visionaccel.backends import call_parts, default_registry, hookimpl, watch_parts
+from visionaccel.errors import ConfigurationError
+from visionaccel.integrations.vllm import board, published
+from visionaccel.runtime.guarded import GuardedEncoder
+from visionaccel.runtime.metrics import SERIES, EncoderMetrics, MetricsCollector
+from visionaccel.runtime.service import EncodeService
+from visionaccel.runtime.stage import Stage
+from visionaccel.runtime.tally import Series, Tally, families, merged
+from visionaccel.runtime.timing import TIMING_PREFIX, TimingLog, timed_encodes
+from visionaccel.runtime.trace import TraceLog
+
+GRID = (1, 4, 6)
+
+
+@pytest.fixture
+def observed():
+    """Registers observers for the test alone."""
+    plugins, added = default_registry().plugins, []
+
+    def register(observer):
+        plugins.register(observer)
+        added.append(observer)
+        return observer
+
+    yield register
+    for observer in added:
+        plugins.unregister(observer)
+
+
+class Reports:
+    def __init__(self):
+        self.all = []
+
+    @hookimpl
+    def visionaccel_encoded(self, report):
+        self.all.append(report)
+
+
+# The parts of an encode
+
+
+@pytest.mark.parametrize("isolation", ["none", "process"])
+def test_the_parts_of_an_encode_add_up(tiny, observed, isolation):
+    reports = observed(Reports())
+    patches = random_patches([GRID])
+    with open_encoder(tiny, backend="onnxrt", isolation=isolation) as encoder:
+        started = time.monotonic()
+        encoder.encode(patches, [GRID], queue_seconds=1.5)
+        ended = time.monotonic()
+    (report,) = reports.all
+    assert started <= report.started <= ended
+    assert report.queue_seconds == 1.5
+    assert report.purpose == "request"
+    parts = report.transfer_in_seconds + report.device_seconds + report.transfer_out_seconds
+    assert report.run_seconds == pytest.approx(parts)
+    total = report.check_seconds + report.prepare_seconds + report.run_seconds + report.finish_seconds
+    assert 0 < total <= ended - started
+    assert report.bytes_in >= patches.nbytes
+    assert report.bytes_out == report.tokens * encoder.tower.out_width * 4
+    moved = report.transfer_in_seconds > 0 and report.transfer_out_seconds > 0
+    assert moved == (isolation == "process"), "only a process of its own tells of transfers here"
+
+
+def test_nobody_is_told_and_nothing_is_timed_where_nobody_looks(tiny, monkeypatch):
+    monkeypatch.setattr("visionaccel.encoder._Clock", None)
+    with open_encoder(tiny, backend="onnxrt") as encoder:
+        assert encoder.encode(random_patches([GRID]), [GRID]).shape[0] == 6
+    assert call_parts() is None
+
+
+def test_parts_are_those_of_the_thread_that_looks():
+    with watch_parts() as outer:
+        call_parts().transfer_in += 1
+        with watch_parts() as inner:
+            call_parts().transfer_in += 2
+        seen = []
+        thread = threading.Thread(target=lambda: seen.append(call_parts()))
+        thread.start()
+        thread.join()
+        call_parts().transfer_out += 4
+    assert (outer.transfer_in, outer.transfer_out, inner.transfer_in, seen) == (1, 4, 2, [None])
+    assert call_parts() is None
+
+
+# The log of times
+
+
+def test_the_log_of_times_has_every_part_with_sizes_and_bandwidth(tiny, observed, caplog):
+    observed(TimingLog())
+    caplog.set_level(logging.INFO)
+    with open_encoder(tiny, backend="onnxrt", isolation="process") as encoder:
+        encoder.encode(random_patches([GRID]), [GRID], queue_seconds=0.25)
+        encoder.encode(random_patches([GRID]), [GRID], purpose="canary")
+    lines = [record.getMessage() for record in caplog.records if TIMING_PREFIX in record.getMessage()]
+    first, second = (json.loads(line.partition(TIMING_PREFIX)[2]) for line in lines)
+    assert set(first["ms"]) == {"queue", "check", "host_pre", "transfer_in", "device", "transfer_out", "host_post"}
+    assert first["ms"]["queue"] == 250
+    assert first["grids"] == ["1x4x6"]
+    assert first["gb_per_s_in"] > 0
+    assert first["gb_per_s_out"] > 0
+    assert "queue" not in second["ms"]
+    assert timed_encodes("\n".join(lines)) == [first], "canaries are nobody's request"
+
+
+# Counting
+
+
+TABLE = (
+    Series("a", "counter", "A.", ("who",)),
+    Series("b", "gauge", "B."),
+    Series("c", "histogram", "C.", ("who",), (1.0, 2.0)),
+)
+EVENTS = st.lists(
+    st.tuples(st.integers(0, 2), st.sampled_from(["x", 'quote"d', "new\nline"]), st.floats(0, 4)), max_size=30
+)
+
+
+@given(events=EVENTS)
+def test_several_processes_counts_add_up_to_what_one_would_have_counted(events):
+    alone, apart = Tally(TABLE), [Tally(TABLE) for _ in range(3)]
+    for process, label, value in events:
+        for tally in (alone, apart[process]):
+            tally.count("a", label, amount=value)
+            tally.observe("c", label, value=value)
+    snapshots = [json.loads(json.dumps(tally.snapshot())) for tally in apart]
+    registries = []
+    for snapshot in (alone.snapshot(), merged(TABLE, snapshots)):
+        registry = CollectorRegistry()
+        registry.register(type("Shown", (), {"collect": lambda self, found=snapshot: families(TABLE, found)})())
+        text = generate_latest(registry).decode()
+        samples = {}
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                samples[sample.name, tuple(sorted(sample.labels.items()))] = pytest.approx(sample.value, abs=1e-6)
+        registries.append(samples)
+    assert registries[0] == registries[1]
+
+
+def test_buckets_hold_what_is_up_to_their_bound():
+    tally = Tally(TABLE)
+    for value in (0.5, 1.0, 1.5, 2.0, 9.0):
+        tally.observe("c", "x", value=value)
+    (family,) = [family for family in families(TABLE, tally.snapshot()) if family.name == "c"]
+    counts = {sample.labels["le"]: sample.value for sample in family.samples if sample.name == "c_bucket"}
+    assert counts == {"1.0": 2, "2.0": 4, "+Inf": 5}
+    (total,) = [sample.value for sample in family.samples if sample.name == "c_sum"]
+    assert total == 14
+
+
+def test_of_gauges_the_largest_is_shown_and_what_is_unknown_is_left_out():
+    low, high = Tally(TABLE), Tally(TABLE)
+    low.set("b", value=1)
+    high.set("b", value=3)
+    odd = {"b": [(["label"], 9)], "z": [([], 1)]}
+    assert merged(TABLE, [low.snapshot(), high.snapshot(), odd])["b"] == [([], 3)]
+
+
+# Metrics
+
+
+def values(metrics):
+    registry = CollectorRegistry()
+    registry.register(MetricsCollector(metrics))
+    return {
+        (sample.name, *sorted(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(generate_latest(registry).decode())
+        for sample in family.samples
+    }
+
+
+def test_metrics_tell_of_encodes_failures_fallbacks_breakers_the_queue_and_the_cache(tiny, observed):
+    metrics = observed(EncoderMetrics())
+    with open_encoder(tiny, backend="onnxrt") as healthy:
+        guarded, gate = gated(tiny)
+        guarded = GuardedEncoder(guarded.stages[0], [Stage("onnxrt", healthy)])
+        gate.fail = lambda patches: OSError("gone") if len(patches) == 32 else None
+        with EncodeService([guarded]) as service:
+            metrics.watch_service(service)
+            for seed in (1, 1, 2):
+                service.encode(random_patches([(1, 4, 4)], seed=seed), [(1, 4, 4)])
+            for seed in range(6):
+                service.encode(random_patches([(1, 4, 8)], seed=seed), [(1, 4, 8)])
+            service.encode(random_patches([(1, 4, 4)], seed=3), [(1, 4, 4)])
+            wait_until(lambda: service.counters.running == 0)
+            found = values(metrics)
+    device, fallback = (("backend", "gated"), ("device", "cpu")), (("backend", "onnxrt"), ("device", "cpu"))
+    assert found["visionaccel_encode_seconds_count", *device, ("purpose", "request")] == 2
+    assert found["visionaccel_encode_seconds_count", *fallback, ("purpose", "request")] == 7
+    assert found["visionaccel_queue_seconds_count", *device] == 2
+    assert found["visionaccel_patches_total", *device] == 32
+    assert found["visionaccel_tokens_total", *fallback] == 6 * 8 + 4
+    assert found["visionaccel_failures_total", *device, ("kind", "DeviceError")] == 5
+    assert found["visionaccel_breaker_openings_total", *device] == 1
+    assert found["visionaccel_breaker_state", *device] in (1, 2)
+    assert found["visionaccel_breaker_state", *fallback] == 0
+    assert found["visionaccel_fallback_items_total",] == 7
+    assert found["visionaccel_failed_items_total",] == 0
+    assert found["visionaccel_cache_hits_total",] == 1
+    assert found["visionaccel_cache_bytes",] == 2 * 4 * 24 * 4
+    assert found["visionaccel_bytes_total", *fallback, ("direction", "out")] == (6 * 8 + 4) * 24 * 4
+    assert found["visionaccel_waiting_items",] == 0
+
+
+def test_every_metric_is_shown_with_what_it_means_before_anything_happens():
+    text = generate_latest(_registry_of(EncoderMetrics())).decode()
+    for series in SERIES:
+        assert f"# HELP {series.name}" in text
+        assert series.help.endswith(".")
+
+
+def _registry_of(metrics):
+    registry = CollectorRegistry()
+    registry.register(MetricsCollector(metrics))
+    return registry
+
+
+def _count_in_a_process(folder, number):
+    import os
+
+    os.environ[board._FOLDER] = f"{os.getpid()}:{folder}"
+    metrics = published.publish()
+    metrics._tally.count("visionaccel_patches", "someone", "cpu", amount=number)
+    time.sleep(1.5)
+
+
+def test_what_processes_publish_is_added_up_and_stays_when_they_end(tmp_path, monkeypatch):
+    monkeypatch.setenv(board._FOLDER, f"0:{tmp_path}")
+    collector = published.PublishedCollector()
+    assert all(not family.samples for family in collector.collect())
+    spawn = multiprocessing.get_context("spawn")
+    processes = [spawn.Process(target=_count_in_a_process, args=(str(tmp_path), number)) for number in (3, 4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    (tmp_path / "metrics-7.json").write_text("{ this is none")
+    (family,) = [family for family in collector.collect() if family.name == "visionaccel_patches"]
+    assert [sample.value for sample in family.samples] == [7]
+
+
+def test_metrics_show_in_vllms_registry_also_when_it_is_of_several_processes(monkeypatch, tmp_path):
+    pytest.importorskip("vllm")
+    from vllm.v1.metrics import prometheus
+
+    from visionaccel.integrations.vllm import compat
+
+    monkeypatch.setattr(prometheus, "get_prometheus_registry", _unwrapped(prometheus.get_prometheus_registry))
+    monkeypatch.setenv(board._FOLDER, f"0:{tmp_path}")
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    compat.on_metrics(published.PublishedCollector)
+    compat.on_metrics(published.PublishedCollector)
+    for _ in range(2):
+        text = generate_latest(prometheus.get_prometheus_registry()).decode()
+        assert text.count("# HELP visionaccel_encode_seconds ") == 1
+
+
+def _unwrapped(function):
+    return getattr(function, "__wrapped__", function)
+
+
+# The timeline
+
+
+def events(path):
+    lines = path.read_text().splitlines()
+    assert lines[0] == "["
+    assert all(line.endswith(",") for line in lines[1:])
+    return [json.loads(line[:-1]) for line in lines[1:]]
+
+
+def test_a_timeline_shows_the_queue_the_device_and_its_parts(tiny, observed, tmp_path):
+    path = tmp_path / "trace.json"
+    observed(TraceLog(path, "tests"))
+    started = time.monotonic()
+    with open_encoder(tiny, backend="onnxrt", isolation="process") as encoder:
+        for seed in range(3):
+            encoder.encode(random_patches([GRID], seed=seed), [GRID], queue_seconds=0.5)
+    found = events(path)
+    names = {(event["pid"], event["tid"]): event["args"]["name"] for event in found if event["name"] == "thread_name"}
+    assert {name.partition(" (")[0] for name in names.values()} == {"queue", "device onnxrt cpu"}
+    slices = [event for event in found if event["ph"] == "X"]
+    encodes = [event for event in slices if event["name"] == "request 1x4x6"]
+    assert len(encodes) == 3
+    assert {event["cat"] for event in slices} == {"queue", "device", "host"}
+    for encode in encodes:
+        parts = [
+            event
+            for event in slices
+            if event["tid"] == encode["tid"]
+            and event is not encode
+            and encode["ts"] - 1 <= event["ts"] <= encode["ts"] + encode["dur"]
+        ]
+        assert [part["name"] for part in parts] == [
+            "host before", "transfer in", "compute", "transfer out", "host after",
+        ]  # fmt: skip
+        assert sum(part["dur"] for part in parts) == pytest.approx(encode["dur"], abs=2)
+        assert encode["ts"] >= 1e6 * started
+
+
+@given(slices=st.lists(st.tuples(st.floats(0, 50), st.floats(0.001, 10)), max_size=30))
+def test_what_overlaps_is_in_lanes_of_its_own(tmp_path_factory, slices):
+    path = tmp_path_factory.mktemp("trace") / "trace.json"
+    trace = TraceLog(path, "tests")
+    for start, seconds in slices:
+        trace.slice("queue", "queue", "x", start, seconds)
+    lanes = {}
+    for event in events(path):
+        if event["ph"] == "X":
+            lanes.setdefault(event["tid"], []).append((event["ts"], event["ts"] + event["dur"]))
+    assert sum(map(len, lanes.values())) == len(slices)
+    for times in lanes.values():
+        times.sort()
+        assert all(end <= start + 0.2 for (_, end), (start, _) in zip(times, times[1:], strict=False))
+
+
+def _trace_in_a_process(path, number):
+    trace = TraceLog(path, f"process {number}")
+    for i in range(200):
+        trace.slice("queue", "queue", "x" * 200, float(i), 0.5)
+
+
+def test_several_processes_write_one_whole_file(tmp_path):
+    path = tmp_path / "trace.json"
+    spawn = multiprocessing.get_context("spawn")
+    processes = [spawn.Process(target=_trace_in_a_process, args=(path, number)) for number in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    found = events(path)
+    assert sum(event["ph"] == "X" for event in found) == 600
+    assert len({event["pid"] for event in found}) == 3
+    assert [file.name for file in tmp_path.iterdir()] == ["trace.json"]
+
+
+def test_a_file_that_cannot_be_written_is_refused(tmp_path):
+    with pytest.raises(ConfigurationError, match="VISIONACCEL_TRACE"):
+        TraceLog(tmp_path / "missing" / "trace.json", "tests")

@@ -1,0 +1,282 @@
+"""Golden images and the canary: a device that gets them wrong is not given a request, at the start or later."""
+
+import json
+import logging
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from typer.testing import CliRunner
+
+from bundles import reseal, write_bundle
+from gated import wait_until
+from towers import random_patches, reference
+from visionaccel import open_encoder
+from visionaccel.backends import default_registry, hookimpl
+from visionaccel.bundle import open_bundle
+from visionaccel.bundle.golden import GOLDEN_FILE, read_golden, write_golden
+from visionaccel.cli.app import app
+from visionaccel.errors import BundleError, DeviceError
+from visionaccel.runtime.canary import Canary, drift_of
+from visionaccel.runtime.opening import open_guarded
+from visionaccel.settings import Settings
+
+GRID = (1, 6, 10)
+
+
+def validated(checkpoint, folder, *grids, status=0, **kinds):
+    """A bundle with a certificate and golden images."""
+    write_bundle(checkpoint, folder, *grids, self_contained=True, **kinds)
+    command = ["validate", str(folder), "--reference", str(checkpoint), "--backend", "onnxrt", "--digits", "0"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == status, done.output
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny, tmp_path_factory):
+    return validated(tiny, tmp_path_factory.mktemp("golden") / "bundle", "6x10", dynamic=True)
+
+
+class Told:
+    """Observes comparisons and breakers."""
+
+    def __init__(self):
+        self.compared, self.breakers = [], []
+
+    @hookimpl
+    def visionaccel_compared(self, report):
+        self.compared.append(report)
+
+    @hookimpl
+    def visionaccel_breaker(self, report):
+        self.breakers.append((report.state, report.reason))
+
+
+@pytest.fixture
+def told():
+    observer = Told()
+    default_registry().plugins.register(observer)
+    yield observer
+    default_registry().plugins.unregister(observer)
+
+
+def opened(bundle, tmp_path, rules=(), **settings):
+    """A guarded encoder on a simulated device that obeys a switch, and the switch."""
+    switch = tmp_path / "switch.json"
+    switch.write_text(json.dumps(list(rules)))
+    wanted = {"canary_interval": 0.0, "breaker_seconds": 0.05, "isolation": "none", **settings}
+    options = {"switch": str(switch)}
+    chosen = Settings(backend="simulated", device="onnxrt", options=options, **wanted)
+    (guarded,) = open_guarded(open_bundle(bundle), chosen, (chosen.device,))
+    return guarded, switch
+
+
+DRIFT = [{"all": True, "do": "drift"}]
+
+
+# Golden images
+
+
+def test_validate_puts_golden_images_of_every_program_into_the_bundle(bundle, tiny):
+    images = read_golden(open_bundle(bundle))
+    assert {image.program for image in images} == {"6x10", "dynamic"}
+    for image in images:
+        grids = [grid.thw for grid in image.grids]
+        np.testing.assert_allclose(image.embeddings, reference(tiny, image.patches, grids), rtol=0, atol=2e-5)
+        assert image.threshold == 0.9999
+        assert not image.patches.flags.writeable
+    patches = sorted(len(image.patches) for image in images if image.program == "dynamic")
+    assert patches[-1] > 4 * patches[0], "a usual one and a large one"
+
+
+def test_validating_again_replaces_them_and_a_bundle_can_lose_them(tiny, tmp_path):
+    folder = validated(tiny, tmp_path / "bundle", "6x10")
+    before = (folder / GOLDEN_FILE).read_bytes()
+    assert CliRunner().invoke(app, ["validate", str(folder), "--reference", str(tiny), "--digits", "0"]).exit_code == 0
+    assert (folder / GOLDEN_FILE).read_bytes() == before
+    stated = [file.path for file in open_bundle(folder).manifest.files]
+    assert stated.count(GOLDEN_FILE) == 1
+    assert read_golden(write_golden(open_bundle(folder), [], {})) == ()
+    assert not (folder / GOLDEN_FILE).exists()
+    assert read_golden(open_bundle(folder)) == ()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda tensors, entries: tensors.pop("0.patches"), "0.patches"),
+        (lambda tensors, entries: tensors.update({"0.patches": tensors["0.patches"][:-4]}), "not F32"),
+        (lambda tensors, entries: tensors.update({"0.embeddings": tensors["0.embeddings"] * np.nan}), "NaN"),
+        (lambda tensors, entries: entries[0].update(grids=[[1, 5, 5]]), "grid"),
+        (lambda tensors, entries: entries[0].update(grids=[]), "grids"),
+        (lambda tensors, entries: entries[0].update(threshold=2), "threshold"),
+        (lambda tensors, entries: entries[0].update(code="import os"), "code"),
+        (lambda tensors, entries: entries.extend(entries * 300), "over 256"),
+        (lambda tensors, entries: entries.append("x"), "golden images"),
+    ],
+    ids=["missing", "cut", "NaN", "odd grid", "no grid", "threshold", "unknown", "too many", "no entry"],
+)
+def test_golden_images_that_are_none_are_refused(tiny, tmp_path, spoil, message):
+    folder = validated(tiny, tmp_path / "bundle", "6x10")
+    path = folder / GOLDEN_FILE
+    tensors = load_file(path)
+    entries = [
+        {"name": image.name, "program": image.program, "grids": [grid.thw for grid in image.grids], "threshold": 0.99}
+        for image in read_golden(open_bundle(folder))
+    ]
+    spoil(tensors, entries)
+    save_file(tensors, path, {"golden": json.dumps(entries)})
+    reseal(folder)
+    with pytest.raises(BundleError, match=message):
+        read_golden(open_bundle(folder))
+
+
+def test_changed_golden_images_are_found_when_the_bundle_is_opened(tiny, tmp_path):
+    folder = validated(tiny, tmp_path / "bundle", "6x10")
+    data = bytearray((folder / GOLDEN_FILE).read_bytes())
+    data[-1] ^= 1
+    (folder / GOLDEN_FILE).write_bytes(data)
+    with pytest.raises(BundleError, match="digest|SHA"):
+        open_bundle(folder)
+
+
+# At the start
+
+
+def test_a_device_that_passes_is_taken_and_the_comparison_is_told(bundle, tmp_path, told):
+    guarded, _ = opened(bundle, tmp_path, fallback="torch_ref")
+    assert guarded.primary.backend == "simulated"
+    (report,) = told.compared
+    assert report.passed
+    assert report.source == "canary"
+    assert 0.9999 < report.lowest_cosine <= 1
+    guarded.close()
+
+
+@pytest.mark.parametrize("canary", ["on", "strict"])
+@pytest.mark.parametrize("fallback", ["none", "torch_ref"])
+def test_a_device_that_misreads_images_is_refused_with_the_numbers_or_replaced(
+    bundle, tiny, tmp_path, caplog, canary, fallback
+):
+    if fallback == "torch_ref" and canary == "on":
+        guarded, _ = opened(bundle, tmp_path, DRIFT, fallback=fallback, canary=canary)
+        assert guarded.primary.backend == "torch_ref"
+        assert "Starting with the fallback 'torch_ref', because backend 'simulated' failed its canary" in caplog.text
+        patches = random_patches([GRID])
+        (answer,) = guarded.encode_items(patches, [GRID])
+        np.testing.assert_allclose(answer.rows, reference(tiny, patches, [GRID]), rtol=0, atol=2e-5)
+        guarded.close()
+        return
+    with pytest.raises(DeviceError, match=r"golden image .* lowest cosine -?0\.\d+ is under 0\.9999; so are \d+ of"):
+        opened(bundle, tmp_path, DRIFT, fallback=fallback, canary=canary)
+
+
+@pytest.mark.parametrize("do", ["raise", "nan", "zeros"])
+def test_a_device_that_cannot_encode_them_is_refused(bundle, tmp_path, do):
+    with pytest.raises(DeviceError, match="could not be encoded"):
+        opened(bundle, tmp_path, [{"all": True, "do": do}])
+
+
+def test_without_a_canary_it_is_trusted_blindly(bundle, tmp_path, told):
+    guarded, _ = opened(bundle, tmp_path, DRIFT, canary="off")
+    assert guarded.primary.backend == "simulated"
+    assert told.compared == []
+    guarded.close()
+
+
+# Later
+
+
+def test_a_device_that_goes_wrong_later_is_found_on_the_timer_and_comes_back(bundle, tiny, tmp_path, told):
+    guarded, switch = opened(bundle, tmp_path, canary_interval=0.05, fallback="torch_ref")
+    patches = random_patches([GRID])
+    exact = reference(tiny, patches, [GRID])
+    switch.write_text(json.dumps(DRIFT))
+    wait_until(lambda: not guarded.stages[0].breaker.closed)
+    (answer,) = guarded.encode_items(patches, [GRID])
+    assert answer.fallback
+    np.testing.assert_allclose(answer.rows, exact, rtol=0, atol=2e-5)
+    switch.write_text("")
+    wait_until(lambda: guarded.stages[0].breaker.closed)
+    (answer,) = guarded.encode_items(patches, [GRID])
+    assert not answer.fallback
+    np.testing.assert_allclose(answer.rows, exact, rtol=0, atol=2e-5)
+    states = [state for state, _ in told.breakers]
+    assert states[0] == "open"
+    assert states[-2:] == ["half-open", "closed"]
+    assert "its canary failed: golden image" in told.breakers[0][1]
+    guarded.close()
+
+
+@pytest.mark.parametrize("golden", [True, False], ids=["golden images", "its own answer"])
+def test_a_process_that_came_back_wrong_answers_nobody(bundle, tiny, tmp_path, told, golden):
+    source = bundle if golden else write_bundle(tiny, tmp_path / "plain", "6x10", self_contained=True)
+    guarded, switch = opened(source, tmp_path, isolation="process", fallback="torch_ref")
+    patches = random_patches([GRID])
+    exact = reference(tiny, patches, [GRID])
+    (answer,) = guarded.encode_items(patches, [GRID])
+    assert not answer.fallback
+    (session, *_) = {opened.session for opened in guarded.primary.programs}
+    switch.write_text(json.dumps(DRIFT))
+    for each in {opened.session for opened in guarded.primary.programs}:
+        os.kill(each.pid, signal.SIGKILL)
+    for _ in range(3):
+        (answer,) = guarded.encode_items(patches, [GRID])
+        assert answer.fallback
+        np.testing.assert_allclose(answer.rows, exact, rtol=0, atol=2e-5)
+    wait_until(lambda: session.restarts >= 1)
+    (answer,) = guarded.encode_items(patches, [GRID])
+    assert answer.fallback
+    assert any(report.source == "canary" and not report.passed for report in told.compared)
+    switch.write_text("")
+    wait_until(lambda: guarded.stages[0].breaker.closed)
+    (answer,) = guarded.encode_items(patches, [GRID])
+    assert not answer.fallback
+    guarded.close()
+
+
+def test_a_canary_without_golden_images_holds_a_device_to_its_first_answer(tiny, tmp_path):
+    switch = tmp_path / "switch.json"
+    with open_encoder(tiny, backend="simulated", device="onnxrt", options={"switch": str(switch)}) as encoder:
+        canary = Canary()
+        assert not canary.golden
+        assert canary.check(encoder).passed
+        assert canary.check(encoder, quick=True).passed
+        switch.write_text(json.dumps(DRIFT))
+        result = canary.check(encoder)
+        assert "comes out differently" in result.failure
+        assert result.lowest_cosine < 0.9
+        switch.write_text("")
+        assert canary.check(encoder).passed
+
+
+def test_a_quick_canary_encodes_one_image_of_each_program(bundle):
+    opened_bundle = open_bundle(bundle)
+    with open_encoder(opened_bundle, backend="onnxrt") as encoder:
+        canary = Canary(read_golden(opened_bundle))
+        assert canary.golden
+        whole, quick = canary.check(encoder), canary.check(encoder, quick=True)
+    assert (whole.images, quick.images) == (len(read_golden(opened_bundle)), 2)
+    assert whole.passed
+    assert quick.passed
+
+
+def test_lengths_count_too_and_shapes():
+    rows = np.random.default_rng(0).standard_normal((4, 32), dtype=np.float32)
+    assert drift_of(rows, rows, 0.99)[1] is None
+    cosine, failure = drift_of(2 * rows, rows, 0.99)
+    assert cosine > 0.999
+    assert "length is off by 100.00%, over 14.14%" in failure
+    assert "embeddings [3, 32]" in drift_of(rows[:3], rows, 0.99)[1]
+
+
+def test_closing_ends_what_looks_after_the_device(bundle, tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    guarded, _ = opened(bundle, tmp_path, canary_interval=0.01)
+    guarded.close()
+    time.sleep(0.1)
+    assert "taken out of work" not in caplog.text
