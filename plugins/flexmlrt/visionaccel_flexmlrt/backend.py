@@ -107,7 +107,7 @@ class FlexMLRTBackend(VisionBackend):
                 execute_mode=options.execute_mode,
                 preemption=options.preemption,
             )
-        except module.BridgeError as error:
+        except (module.BridgeError, UnicodeDecodeError) as error:  # its text may quote bytes of the artifact
             raise DeviceError(
                 f"{device} cannot open program {program.name!r}: {error}",
                 hint="Run `visionaccel doctor` for what this machine lacks.",

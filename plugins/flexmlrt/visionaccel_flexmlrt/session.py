@@ -54,7 +54,7 @@ class FlexMLRTSession(Session):
         given = [np.ascontiguousarray(inputs[spec.name]) for spec in self._inputs]
         try:
             arrays = self._model.run(given)
-        except self._failure as error:
+        except (self._failure, UnicodeDecodeError) as error:  # its text may quote bytes of the artifact
             raise DeviceError(
                 f"{self.capabilities.device}: {error}",
                 hint="Run `visionaccel doctor`; the kernel's log (dmesg) may say more of the device.",
