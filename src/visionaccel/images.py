@@ -163,7 +163,8 @@ def image_processor(folder: Path, backend: ImageBackend = "pil") -> ImageProcess
     except ImportError as error:
         raise _missing(error) from error
     try:
-        processor = ImageProcessor(AutoImageProcessor.from_pretrained(folder, backend=backend))
+        loaded = AutoImageProcessor.from_pretrained(folder, backend=backend)  # nosec B615 # a folder of this machine
+        processor = ImageProcessor(loaded)
     except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
         raise CheckpointError(
             f"the image processor of {folder} cannot be loaded: {error}",

@@ -159,8 +159,11 @@ class _Reader:
         bars = transformers_logging.is_progress_bar_enabled()
         transformers_logging.disable_progress_bar()
         try:
-            self._model: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+            model: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(  # nosec B615 # a folder of this machine
+                folder, dtype=torch.float32, use_safetensors=True
+            )
+            self._model: Any = model.eval()
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)  # nosec B615 # the same
         except (OSError, ValueError) as error:
             raise CheckpointError(f"the digits model in {folder} cannot be loaded: {error}") from error
         finally:

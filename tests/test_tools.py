@@ -1,0 +1,42 @@
+"""What `make lint` and `make audit` decide by."""
+
+import json
+
+from audit import verdict
+from check_pins import differences, pins
+
+
+def test_what_no_file_pins_and_what_is_of_another_version_differs():
+    pinned = pins("# a comment\nNumPy==2.0  # why\nruamel.yaml==1.0\n")
+    assert differences({"numpy": "2.0", "ruamel-yaml": "1.0", "pip": "1"}, pinned) == []
+    found = differences({"numpy": "2.1", "new": "3"}, pinned)
+    assert [line.split(",")[0] for line in found] == ["new 3 is installed", "numpy 2.1 is installed"]
+
+
+def audit_of(*dependencies):
+    return json.dumps({"dependencies": list(dependencies)})
+
+
+GOOD = {"name": "good", "version": "1", "vulns": []}
+BAD = {"name": "bad", "version": "2", "vulns": [{"id": "CVE-1", "fix_versions": ["3"]}]}
+UNKNOWN = {"name": "unknown", "skip_reason": "not found"}
+
+
+def test_a_vulnerability_fails_the_audit_and_is_named():
+    failed, text = verdict(audit_of(GOOD, BAD), "")
+    assert failed
+    assert "bad 2: CVE-1, fixed in 3" in text
+
+
+def test_an_audit_without_vulnerabilities_passes_and_says_what_was_not_looked_at():
+    failed, text = verdict(audit_of(GOOD, UNKNOWN), "")
+    assert not failed
+    assert "1 distributions audited, 0 vulnerabilities. The service does not know unknown." in text
+
+
+def test_an_audit_without_a_service_is_skipped_and_says_so():
+    for output, errors in (("", "Traceback\nConnectionError: no route"), (audit_of(UNKNOWN), "")):
+        failed, text = verdict(output, errors)
+        assert not failed
+        assert text.startswith("AUDIT SKIPPED")
+    assert "no route" in verdict("", "Traceback\nConnectionError: no route")[1]

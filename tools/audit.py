@@ -1,0 +1,56 @@
+"""Asks an advisory service for known vulnerabilities of what is installed: `python tools/audit.py SITE_PACKAGES`.
+
+It runs in an environment of its own that has pip-audit. Where no service can be reached it says so and does not fail;
+where one answers, a vulnerability fails.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+_MOST_LISTED = 10
+
+
+def main() -> int:
+    """Prints the verdict; returns 1 if there are vulnerabilities."""
+    options = ["--format", "json", "--progress-spinner", "off"]
+    command = [sys.executable, "-m", "pip_audit", "--path", sys.argv[1], *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    failed, text = verdict(done.stdout, done.stderr)
+    print(text)
+    return 1 if failed else 0
+
+
+def verdict(output: str, errors: str) -> tuple[bool, str]:
+    """Whether an audit failed, and what to say of it.
+
+    Args:
+        output: What pip-audit printed: JSON, or nothing if it could not ask.
+        errors: What it said to the user.
+    """
+    try:
+        every: Sequence[dict[str, Any]] = json.loads(output)["dependencies"]
+    except (ValueError, KeyError, TypeError):
+        reason = (errors.strip().splitlines() or ["no reason given"])[-1]
+        return False, f"AUDIT SKIPPED: no advisory service could be asked: {reason}"
+    audited = [each for each in every if "skip_reason" not in each]
+    unknown = [each["name"] for each in every if "skip_reason" in each]
+    if not audited:
+        return False, f"AUDIT SKIPPED: no advisory service answers for any of the {len(every)} distributions."
+    lines = [
+        f"{each['name']} {each['version']}: {found['id']}, fixed in {', '.join(found['fix_versions']) or 'no version'}"
+        for each in audited
+        for found in each["vulns"]
+    ]
+    more = f" and {len(unknown) - _MOST_LISTED} more" if len(unknown) > _MOST_LISTED else ""
+    beside = f" The service does not know {', '.join(unknown[:_MOST_LISTED])}{more}." if unknown else ""
+    summary = f"{len(audited)} distributions audited, {len(lines)} vulnerabilities.{beside}"
+    return bool(lines), "\n".join([*lines, summary])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
