@@ -30,6 +30,7 @@ class Worker:
     """What a worker computes from what. Like vLLM's newer runner, it does not encode again what it still holds."""
 
     broken: set = field(default_factory=set)
+    lying: set = field(default_factory=set)  # encoded wrongly, and nobody is told
     outputs: dict = field(default_factory=dict)  # identifier -> whether its encode went well
     tainted: set = field(default_factory=set)  # (block, slot)
 
@@ -49,7 +50,7 @@ class Worker:
     def encode(self, identifier):
         if identifier not in self.outputs:
             image = int(identifier.removeprefix("image"))
-            self.outputs[identifier] = image not in self.broken
+            self.outputs[identifier] = image not in self.broken | self.lying
             if image in self.broken:
                 assert report_fault(Fault(item_key(pixels(image), GRID), f"image {image} is broken"))
 

@@ -407,3 +407,46 @@ def test_embeddings_arrive_in_a_worker_as_they_left(digits, exact, monkeypatch):
     assert cache["image1"].dtype == torch.bfloat16
     np.testing.assert_array_equal(cache["image1"].float().numpy(), rows.astype(np.float32))
     cache["image1"][0] = 0  # the worker's own
+
+
+def test_embeddings_of_a_distrusted_device_are_encoded_anew(engine, pipelined, exact):
+    scheduler, gate = pipelined
+    connector = scheduler.ec_connector
+    spoilt = [True]
+
+    class Lying:
+        """Answers wrongly, and nothing about it looks wrong."""
+
+        capabilities = gate.capabilities
+
+        def run(self, inputs):
+            rows = dict(gate.run(inputs))
+            return {name: -value for name, value in rows.items()} if spoilt[0] else rows
+
+        def close(self):
+            gate.close()
+
+    opened = connector.service.encoders[0].primary.programs[0]
+    opened.session = Lying()
+    try:
+        first = engine.add([0, 1], 3)
+        while not engine.answers[first]:
+            engine.step()
+        waiting = engine.add([2], 3)
+        wait_until(lambda: (engine.step(), connector.service.counters.encoded >= 3)[1])
+        assert engine.answers[first][0] == TAINTED
+        spoilt[0] = False
+        connector.service.encoders[0].stages[0].distrust("its canary failed")
+        again = [engine.add([image], 3) for image in range(IMAGES)]
+        wait_until(lambda: connector.service.encoders[0].stages[0].breaker.closed)
+        engine.drain()
+    finally:
+        opened.session = gate
+    for name in (*again, waiting, first):
+        if engine.endings[name] == "length":
+            assert engine.answers[name][-1] == GOOD
+    assert {engine.endings[name] for name in again} <= {"length", "error"}
+    third = [engine.add([image], 3) for image in range(IMAGES)]
+    engine.drain()
+    assert all(engine.answers[name] == [GOOD] * 3 for name in third)
+    assert_nothing_is_left(connector)

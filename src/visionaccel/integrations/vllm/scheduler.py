@@ -86,8 +86,7 @@ class _Containment:
     def _forget_what_is_distrusted(self) -> None:
         """Keep nothing that was computed from embeddings which may be wrong, once that has turned out.
 
-        What waits is then encoded anew. Requests that were answered, or are being answered from keys computed before,
-        cannot be told apart from others and go on.
+        What waits or runs is computed anew, from the images up. Tokens that were given out cannot be taken back.
         """
         encoding = any(record.items for record in self._in_flight)
         self._pending += [fault for fault in self._faults.new() if encoding or fault is not LOST]
@@ -95,9 +94,8 @@ class _Containment:
         self._pending = [fault for fault in self._pending if fault.key != EVERYTHING]
         distrusted |= self._connector is not None and self._connector.take_distrust()
         if distrusted:
-            compat.logger().error("The vision encoder answered wrongly: prefixes and encoder outputs are forgotten.")
-            compat.forget_prefixes(self)
-            self._forgotten |= compat.forget_all_encoder_outputs(self)
+            compat.logger().error("The vision encoder answered wrongly: what was computed from it is forgotten.")
+            self._forgotten |= compat.start_anew(self)
 
     def _note_step(self, trace: TraceLog, step: SchedulerOutput) -> None:
         """Put a step on the timeline, from its scheduling to its tokens."""

@@ -53,7 +53,6 @@ from visionaccel.integrations.vllm.compat.scheduling import (
     append_errors,
     encoder_cache_state,
     fail_requests,
-    forget_all_encoder_outputs,
     forget_encoder_output,
     forget_prefixes,
     free_in_worker,
@@ -61,6 +60,7 @@ from visionaccel.integrations.vllm.compat.scheduling import (
     requests_at_stake,
     scheduled_item,
     shows_encoder_cache,
+    start_anew,
     step_in_flight,
 )
 from visionaccel.integrations.vllm.compat.serving import (
@@ -78,14 +78,14 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler as Scheduler
 
 __all__ = [
-    "append_errors", "CacheState", "CONNECTOR", "convert_images", "ec_connector", "encoder_cache_state", "encoder_host",
-    "explain_errors", "fail_requests", "first_of_its_group", "forget_all_encoder_outputs", "forget_encoder_output",
+    "append_errors", "CacheState", "CONNECTOR", "convert_images", "ec_connector", "encoder_cache_state",
+    "encoder_host", "explain_errors", "fail_requests", "first_of_its_group", "forget_encoder_output",
     "forget_prefixes", "free_in_worker", "has_embeddings", "impossible_with_connector", "in_step", "is_pipelined",
     "is_replaced", "logger", "obstacles_to_pipelining", "on_engine_config", "on_metrics", "pixel_bounds",
     "receives_embeddings", "refuse_videos", "register_model", "release", "requests_at_stake", "scheduled_item",
-    "ScheduledItem", "served_model", "ServedModel", "share_log_handlers", "shows_encoder_cache", "started_cores",
-    "step_in_flight", "StepInFlight", "swapped_tower", "takes_media", "tried", "TRIED_RELEASES", "use_connector",
-    "use_contained_scheduler", "warn_of_untried_release", "worker_connector",
+    "ScheduledItem", "served_model", "ServedModel", "share_log_handlers", "shows_encoder_cache", "start_anew",
+    "started_cores", "step_in_flight", "StepInFlight", "swapped_tower", "takes_media", "tried", "TRIED_RELEASES",
+    "use_connector", "use_contained_scheduler", "warn_of_untried_release", "worker_connector",
 ]  # fmt: skip
 
 _QWEN = "vllm.model_executor.models.qwen2_5_vl"

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 __all__ = [
-    "append_errors", "CacheState", "encoder_cache_state", "fail_requests", "forget_all_encoder_outputs",
-    "forget_encoder_output", "forget_prefixes", "free_in_worker", "has_embeddings", "requests_at_stake",
-    "scheduled_item", "ScheduledItem", "shows_encoder_cache", "step_in_flight", "StepInFlight",
+    "append_errors", "CacheState", "encoder_cache_state", "fail_requests", "forget_encoder_output", "forget_prefixes",
+    "free_in_worker", "has_embeddings", "requests_at_stake", "scheduled_item", "ScheduledItem", "shows_encoder_cache",
+    "start_anew", "step_in_flight", "StepInFlight",
 ]  # fmt: skip
 
 CacheState: TypeAlias = Literal["absent", "evictable", "held", "own"]
@@ -145,11 +145,23 @@ def forget_encoder_output(scheduler: Scheduler, identifier: str) -> None:
         cache.num_free_slots += size
 
 
-def forget_all_encoder_outputs(scheduler: Scheduler) -> set[str]:
-    """Take every encoder output out of the scheduler's cache, as `forget_encoder_output` does; and which they were."""
+def start_anew(scheduler: Scheduler) -> set[str]:
+    """Forget every key and every encoder output: running requests wait once more, and are computed from the images up.
+
+    As vLLM does it when a model's weights have changed. Tokens that a request was given stay its own.
+
+    Returns:
+        Identifiers of the encoder outputs, which the workers are to drop.
+    """
     identifiers = set(scheduler.encoder_cache_manager.cached)
-    for identifier in identifiers:
-        forget_encoder_output(scheduler, identifier)
+    try:
+        scheduler.reset_prefix_cache(reset_running_requests=True)
+    except (TypeError, RuntimeError):  # not in this release, or keys come from elsewhere: those in use stay
+        forget_prefixes(scheduler)
+        for identifier in identifiers:
+            forget_encoder_output(scheduler, identifier)
+        return identifiers
+    scheduler.encoder_cache_manager.reset()
     return identifiers
 
 
