@@ -432,9 +432,7 @@ def test_embeddings_of_a_distrusted_device_are_encoded_anew(engine, pipelined, e
         first = engine.add([0, 1], 3)
         while not engine.answers[first]:
             engine.step()
-        waiting = engine.add([2], 3)
-        wait_until(lambda: (engine.step(), connector.service.counters.encoded >= 3)[1])
-        assert engine.answers[first][0] == TAINTED
+        assert engine.answers[first][0] == TAINTED, "nobody could know"
         spoilt[0] = False
         connector.service.encoders[0].stages[0].distrust("its canary failed")
         again = [engine.add([image], 3) for image in range(IMAGES)]
@@ -442,10 +440,8 @@ def test_embeddings_of_a_distrusted_device_are_encoded_anew(engine, pipelined, e
         engine.drain()
     finally:
         opened.session = gate
-    for name in (*again, waiting, first):
-        if engine.endings[name] == "length":
-            assert engine.answers[name][-1] == GOOD
-    assert {engine.endings[name] for name in again} <= {"length", "error"}
+    for name in again:  # at once, or with an error while the device was out of work
+        assert (engine.answers[name], engine.endings[name]) in (([GOOD] * 3, "length"), ([], "error"))
     third = [engine.add([image], 3) for image in range(IMAGES)]
     engine.drain()
     assert all(engine.answers[name] == [GOOD] * 3 for name in third)
