@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from hostile.every_kind import KINDS
+from hostile.fuzz_runs import TARGETS, fuzz_all, fuzz_table
 from hostile.harness import elapsed, findings, run, shares, table
 from hostile.seeds import make_seeds
 
@@ -26,10 +27,12 @@ def main() -> int:
     make_seeds(work / "seeds")
     kinds = {name: kind.share for name, kind in KINDS.items() if given.kind is None or name in given.kind}
     accounts = run(work / "seeds", work, shares(given.cases, kinds), workers=given.workers, seed=given.seed)
-    found = findings(accounts)
-    done = sum(account.cases for account in accounts.values())
+    found = list(findings(accounts))
+    fuzzed = {} if given.kind else fuzz_all(work, TARGETS, workers=given.workers)
+    found = [*found, *(f"fuzz_{name}: {each.finding}" for name, each in fuzzed.items() if each.finding)]
+    done = sum(account.cases for account in accounts.values()) + sum(each.runs for each in fuzzed.values())
     ending = f"{done} cases in {elapsed(started)}, {len(found)} findings."
-    sys.stdout.write("\n\n".join([table(accounts), *found, ending]) + "\n")
+    sys.stdout.write("\n\n".join([table(accounts), fuzz_table(fuzzed), *found, ending]) + "\n")
     return 1 if found else 0
 
 

@@ -115,6 +115,14 @@ def _stating(stated: dict[str, object], name: str, data: bytes) -> dict[str, obj
     return forged
 
 
+def resealed(data: bytes) -> bytes:
+    """A manifest with the right seal; what is no document stays as it is."""
+    try:
+        return json.dumps(sealed(json.loads(data))).encode()
+    except (ValueError, RecursionError):
+        return data
+
+
 def _headed(header: object, body: bytes) -> bytes:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + body
@@ -152,7 +160,7 @@ def _weights(folder: Path) -> st.SearchStrategy[Files]:
     return _headers(folder / WEIGHTS).map(lambda data: {WEIGHTS: data})
 
 
-def _crafted_headers(folder: Path) -> list[Files]:
+def crafted_headers(folder: Path) -> list[Files]:
     data = (folder / WEIGHTS).read_bytes()
     length = int.from_bytes(data[:8], "little")
     header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
@@ -188,7 +196,7 @@ def _descriptions(folder: Path) -> st.SearchStrategy[Files]:
 KINDS = (
     Kind("bundle: manifest", BUNDLE, lambda _: _crafted_json(MANIFEST), _manifests, read_bundle, 1500),
     Kind("bundle: stated files", BUNDLE, lambda _: [], _stated_files, read_bundle, 600),
-    Kind("safetensors header", CHECKPOINT, _crafted_headers, _weights, read_weights, 1300),
+    Kind("safetensors header", CHECKPOINT, crafted_headers, _weights, read_weights, 1300),
     Kind("golden images", BUNDLE, lambda _: [], _golden_images, read_golden_images, 400),
     Kind(
         "checkpoint: JSON",

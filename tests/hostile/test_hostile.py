@@ -3,14 +3,18 @@
 `make hostile` reads ten times as many.
 """
 
+from pathlib import Path
+
 import pytest
 
 from hostile import planted
 from hostile.every_kind import KINDS
+from hostile.fuzz_runs import TARGETS, fuzz_all
 from hostile.harness import findings, run, shares, table
 from hostile.seeds import make_seeds
 
 CASES = 1000
+FOLDER = Path(__file__).parent
 REFUSED_WHOLE = {"image: other formats"}
 
 
@@ -42,6 +46,19 @@ def test_every_kind_has_input_that_is_refused_and_nearly_every_one_has_some_that
 def test_memory_stays_within_its_bound(accounts):
     assert all(account.peak < 1.5 * 2**30 for account in accounts.values())
     assert any(account.peak > 2**26 for account in accounts.values()), "it is measured"
+
+
+def test_fuzz_targets_end_without_a_finding(tmp_path):
+    fuzzed = fuzz_all(tmp_path, {"images": 100, "contexts": 100})
+    assert [each.finding for each in fuzzed.values()] == ["", ""]
+    assert all(each.runs >= 100 for each in fuzzed.values())
+    assert {path.stem.removeprefix("fuzz_") for path in FOLDER.glob("fuzz_*.py")} - {"runs", "planted"} == set(TARGETS)
+
+
+def test_a_fault_that_a_fuzz_target_meets_is_a_finding(tmp_path):
+    fuzzed = fuzz_all(tmp_path, {"planted": 100})
+    assert "KeyError: 'none of ours'" in fuzzed["planted"].finding
+    assert fuzzed["planted"].finding.startswith("status 77 after")
 
 
 @pytest.fixture(scope="module")
