@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <fstream>
 #include <random>
 
 #include "container.h"
@@ -152,4 +153,36 @@ TEST_CASE("a damaged container is refused, and never read beyond its end") {
       continue;
     }
   }
+}
+
+TEST_CASE("a damaged artifact opens or is refused, wherever it is damaged") {
+  const Workshop workshop;
+  const auto whole = small_artifact();
+  const auto path = std::filesystem::path(workshop.directory().path) / "simulator.rai";
+  std::mt19937 random(2);
+  int opened = 0;
+  int refused = 0;
+  for (int trial = 0; trial < 300; ++trial) {
+    auto changed = whole;
+    // The header, the model's text behind it, or any place, of which most are padding; a part that is cut off, too.
+    const std::size_t end = trial % 3 == 0 ? 48 : trial % 3 == 1 ? 2500 : changed.size();
+    for (int flips = 1 + trial % 3; flips > 0; --flips) {
+      changed[random() % end] = static_cast<std::uint8_t>(random());
+    }
+    if (trial % 10 == 9) {
+      changed.resize(random() % changed.size());
+    }
+    {
+      std::ofstream file(path, std::ios::binary | std::ios::trunc);
+      file.write(reinterpret_cast<const char*>(changed.data()), static_cast<std::streamsize>(changed.size()));
+    }
+    try {
+      const sdk::Model model(options_of(workshop));
+      ++opened;
+    } catch (const sdk::Exception&) {
+      ++refused;
+    }
+  }
+  CHECK(opened > 10);
+  CHECK(refused > 10);
 }
