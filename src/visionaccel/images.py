@@ -30,7 +30,7 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 """Pillow's names of the formats that `load_image` reads. Each decoder is native code, so there are no others."""
 
 MOST_PIXELS = 2**26
-"""Most pixels of an image file, 8192x8192: 256 MiB once decoded, as much again to be turned, and while a WebP is decoded 1.3 GiB."""
+"""Most pixels of an image file, 8192x8192: 256 MiB once decoded, as much again to be turned; a WebP takes 1.3 GiB."""
 
 MOST_FILE_BYTES = 256 * 2**20
 """Most bytes of an image file, as vLLM has it for what it downloads."""
