@@ -33,7 +33,7 @@ export VLLM_CONFIG_ROOT := $(XDG_CONFIG_HOME)/vllm
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_CACHE_DIR := 1
 
-.PHONY: help install demo test lint types docs native unit e2e hostile audit bench dist minimum vllm-matrix format clean
+.PHONY: help install demo test lint types docs native observers unit e2e hostile audit bench dist minimum vllm-matrix format clean
 
 help:
 	@echo "make demo    install, then compare stock vLLM with a backend on handwritten digits"
@@ -67,7 +67,7 @@ demo: $(INSTALLED)
 # The site shows what the tests found of our backends, so it comes last. Types keep one core busy while the C++ tests are
 # built. The two halves leave each other enough of two cores: starting vLLM is mostly waiting for one.
 test: $(INSTALLED)
-	$(MAKE) --jobs=2 --output-sync=target lint types native
+	$(MAKE) --jobs=2 --output-sync=target lint types native observers
 	$(MAKE) --jobs=2 --output-sync=line unit e2e
 	$(MAKE) docs
 
@@ -97,9 +97,19 @@ native: $(INSTALLED)
 	$(BIN)/cmake --build $(VENV)/native
 	$(BIN)/ctest --test-dir $(VENV)/native --output-on-failure
 
-unit: $(INSTALLED)
+# Programs that tests look through: Prometheus unpacked from Debian's package, a browser installed where this may do so.
+# Without one, its tests are skipped.
+observers: $(INSTALLED)
+	@command -v prometheus > /dev/null || test -e $(DOCTEST)/bin/prometheus || { mkdir -p $(VENV)/debian && cd $(VENV)/debian && \
+		{ apt-get download --quiet prometheus || { apt-get update --quiet && apt-get download --quiet prometheus; } } && \
+		dpkg --extract prometheus_*.deb . ; } || echo "The dashboard's tests need Prometheus (Debian: prometheus)."
+	@command -v chromium > /dev/null || { test $$(id -u) = 0 && { apt-get install --quiet --yes --no-install-recommends chromium || \
+		{ apt-get update --quiet && apt-get install --quiet --yes --no-install-recommends chromium; } } > $(VENV)/chromium.log 2>&1 ; } \
+		|| echo "The report's tests need a browser (Debian: chromium)."
+
+unit: observers
 	rm -rf $(VENV)/conformance
-	$(BIN)/python -m pytest --ignore tests/e2e --visionaccel-report=$(VENV)/conformance --durations=25
+	VISIONACCEL_BROWSER=$$(command -v chromium > /dev/null && echo 1) $(BIN)/python -m pytest --ignore tests/e2e --visionaccel-report=$(VENV)/conformance --durations=25
 
 e2e: $(INSTALLED)
 	$(BIN)/python -m pytest tests/e2e --basetemp=.pytest_tmp_e2e --durations=25

@@ -14,6 +14,7 @@ from docsite.commands import command_reference
 from docsite.conformance import check_table, support_table
 from docsite.links import ELSEWHERE, site_links
 from docsite.tables import backend_options, backend_table
+from visionaccel.runtime.metrics import metrics_table
 from visionaccel.settings import settings_table
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +27,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "commands": command_reference,
     "conformance": support_table,
     "errors": error_table,
+    "metrics": metrics_table,
     "error catalogue": error_catalogue,
 }
 """What takes the place of `<!-- generated: NAME -->` and of the line after it, which readers of the repository see."""

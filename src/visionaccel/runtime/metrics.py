@@ -14,7 +14,7 @@ from visionaccel.runtime.guarded import GuardedEncoder
 from visionaccel.runtime.service import EncodeService
 from visionaccel.runtime.tally import Series, Snapshot, Tally, families
 
-__all__ = ["SERIES", "EncoderMetrics", "MetricsCollector"]
+__all__ = ["SERIES", "EncoderMetrics", "MetricsCollector", "metrics_table"]
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _PATCHES = (64.0, 256.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0, 32768.0, 65536.0)
@@ -51,9 +51,18 @@ SERIES = (
     Series("visionaccel_waiting_items", "gauge", "Images that wait for a device."),
     Series("visionaccel_running_items", "gauge", "Images that devices encode now."),
 )  # fmt: skip
-"""Every metric. docs/metrics.md shows them, and a test compares."""
+"""Every metric; docs/observe.md shows them."""
 
 _PARTS = ("check", "prepare", "transfer_in", "device", "transfer_out", "finish")
+
+
+def metrics_table() -> str:
+    """The metrics as a Markdown table."""
+    rows = [
+        f"| `{one.name}{'_total' if one.kind == 'counter' else ''}` | {one.kind} | {', '.join(one.labels)} | {one.help} |"
+        for one in SERIES
+    ]
+    return "\n".join(["| metric | kind | labels | what it is |", "|---|---|---|---|", *rows, ""])
 
 
 class EncoderMetrics:
