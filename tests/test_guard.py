@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from visionaccel.arrays import constant_rows, finite_rows
-from visionaccel.contracts import TensorSpec, check_output
+from visionaccel.contracts import TensorSpec, check_embeddings, check_output
 from visionaccel.errors import OutputError
 
 SPOILS = {
@@ -43,8 +43,20 @@ def test_exactly_the_spoilt_rows_are_found(rows, width, spoil, dtype, tensor, da
     constant = spoil in ("zeros", "one number")
     np.testing.assert_array_equal(finite_rows(given_array), ~expected | constant)
     np.testing.assert_array_equal(constant_rows(given_array), expected & constant)
-    with pytest.raises(OutputError, match=f"in {len(hit)} of {rows} rows of 'x', first in row {min(hit)}"):
+
+    def look():
         check_output("someone", TensorSpec("x", dtype, ("n", width)), given_array, {"n": rows})
+        check_embeddings("someone", given_array)
+
+    with pytest.raises(OutputError, match=f"in {len(hit)} of {rows} rows of '\\w+', first in row {min(hit)}"):
+        look()
+
+
+def test_padding_may_be_zeros_and_embeddings_may_not():
+    rows = np.zeros((4, 8), np.float32)
+    check_output("someone", TensorSpec("padded", "float32", (4, 8)), rows, {})
+    with pytest.raises(OutputError, match="one number throughout in 4 of 4 rows of 'embeddings', first in row 0"):
+        check_embeddings("someone", rows)
 
 
 def test_rows_whose_sums_overflow_are_finite():

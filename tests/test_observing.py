@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import threading
 import time
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -328,7 +329,7 @@ def test_what_overlaps_is_in_lanes_of_its_own(tmp_path_factory, slices):
     assert sum(map(len, lanes.values())) == len(slices)
     for times in lanes.values():
         times.sort()
-        assert all(end <= start + 0.2 for (_, end), (start, _) in zip(times, times[1:], strict=False))
+        assert all(end <= start + 0.2 for (_, end), (start, _) in pairwise(times))
 
 
 def _trace_in_a_process(path, number):

@@ -140,7 +140,7 @@ def test_changed_golden_images_are_found_when_the_bundle_is_opened(tiny, tmp_pat
     data = bytearray((folder / GOLDEN_FILE).read_bytes())
     data[-1] ^= 1
     (folder / GOLDEN_FILE).write_bytes(data)
-    with pytest.raises(BundleError, match="digest|SHA"):
+    with pytest.raises(BundleError, match=r"digest|SHA"):
         open_bundle(folder)
 
 

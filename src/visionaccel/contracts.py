@@ -6,15 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from visionaccel.arrays import Array, constant_rows, dtype_name, finite_rows
 from visionaccel.errors import NonFiniteError, OutputError, PatchesError
 from visionaccel.grid import Grid, total_patches
 
-__all__ = ["PATCH_DTYPES", "TensorSpec", "check_output", "check_patches"]
+__all__ = ["PATCH_DTYPES", "TensorSpec", "check_embeddings", "check_output", "check_patches"]
 
 PATCH_DTYPES = frozenset({"float32", "float16", "bfloat16"})
 """Dtypes in which patches are accepted."""
+
+_DEFECT = "This is a defect of the backend or its device; run `visionaccel explain` and report it with the program."
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,27 +86,41 @@ def check_patches(patches: Array, grids: Sequence[Grid], patch_width: int) -> No
 def check_output(backend: str, spec: TensorSpec, array: Array | None, sizes: Mapping[str, int]) -> None:
     """Check what a backend returned for one tensor.
 
-    No row of an encoder's output repeats one number: where it does, a device wrote nothing, zeros, or a filling. A
-    backend whose device writes into the host's memory fills that with NaN beforehand, so that unwritten rows are found.
-
     Raises:
-        OutputError: If it is missing, has another shape or dtype, holds NaN or infinity, or has constant rows.
+        OutputError: If it is missing, has another shape or dtype, or holds NaN or infinity.
     """
-    report = "This is a defect of the backend or its device; run `visionaccel explain` and report it with the program."
     if array is None:
-        raise OutputError(f"backend {backend!r} returned no tensor named {spec.name!r}.", hint=report)
+        raise OutputError(f"backend {backend!r} returned no tensor named {spec.name!r}.", hint=_DEFECT)
     if not spec.fits(tuple(array.shape), sizes) or dtype_name(array) != spec.dtype:
         wanted = [sizes.get(s, s) if isinstance(s, str) else s for s in spec.shape]
         raise OutputError(
             f"backend {backend!r} returned {spec.name!r} as {dtype_name(array)}{list(array.shape)}; "
             f"the program promises {spec.dtype}{wanted}.",
-            hint=report,
+            hint=_DEFECT,
         )
-    for found, what in ((~finite_rows(array), "NaN or infinity"), (constant_rows(array), "one number throughout")):
-        if found.any():
-            rows = np.flatnonzero(found)
-            raise OutputError(
-                f"backend {backend!r} returned {what} in {len(rows)} of {len(found)} rows of {spec.name!r}, first in "
-                f"row {rows[0]}.",
-                hint=report,
-            )
+    _refuse(backend, spec.name, ~finite_rows(array), "NaN or infinity")
+
+
+def check_embeddings(backend: str, rows: Array) -> None:
+    """Check the embeddings of a call, without the padding that a program may have left around them.
+
+    No embedding repeats one number: where it does, a device wrote nothing, zeros, or a filling. A backend whose device
+    writes into the host's memory fills that with NaN beforehand, so that `check_output` finds what was not written.
+
+    Args:
+        backend: The backend's name.
+        rows: [tokens, out_width], finite.
+
+    Raises:
+        OutputError: If a row is constant.
+    """
+    _refuse(backend, "embeddings", constant_rows(rows), "one number throughout")
+
+
+def _refuse(backend: str, name: str, wrong: NDArray[np.bool_], what: str) -> None:
+    if wrong.any():
+        raise OutputError(
+            f"backend {backend!r} returned {what} in {int(wrong.sum())} of {len(wrong)} rows of {name!r}, first in row "
+            f"{int(np.argmax(wrong))}.",
+            hint=_DEFECT,
+        )

@@ -16,7 +16,7 @@ import numpy as np
 
 from visionaccel.arrays import Array, as_numpy, dtype_name, is_tensor
 from visionaccel.backends import CallParts, Capabilities, EncodeReport, Purpose, Registry, Session, watch_parts
-from visionaccel.contracts import check_output, check_patches
+from visionaccel.contracts import check_embeddings, check_output, check_patches
 from visionaccel.cores import on_cores
 from visionaccel.errors import DeviceError, UnfitGridError, VisionAccelError
 from visionaccel.families import Host, Tower
@@ -257,7 +257,9 @@ class Encoder:
         for spec in opened.program.outputs:
             check_output(self.backend, spec, outputs.get(spec.name), sizes)
         with self._as_device_error(grids):
-            return opened.host.embeddings(outputs, grids)
+            rows = opened.host.embeddings(outputs, grids)
+        check_embeddings(self.backend, rows)
+        return rows
 
     def _report(
         self, clock: _Clock, parts: CallParts, purpose: Purpose, queue_seconds: float | None, tokens: int

@@ -1,7 +1,8 @@
 """What a backend plug-in implements, and how the core finds and chooses one.
 
 Plug-ins import from here and from the core types (`visionaccel.arrays`, `contracts`, `cores`, `errors`, `grid`,
-`program`) only; those that quantize ONNX programs, from `visionaccel.onnx_products` too.
+`program`) only; those that read files of strangers, from `visionaccel.bounded_files` too, and those that quantize ONNX
+programs, from `visionaccel.onnx_products`.
 """
 
 from visionaccel.backends.hooks import BreakerReport, DriftReport, EncodeReport, FailureReport, Purpose, hookimpl

@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from visionaccel.bundle.export import rewrite_manifest, stated_file
 from visionaccel.bundle.opening import Bundle
-from visionaccel.errors import BundleError, ConfigurationError, GridError
+from visionaccel.checkpoint import read_header
+from visionaccel.errors import BundleError, CheckpointError, ConfigurationError, GridError
 from visionaccel.grid import Grid, as_grids, total_patches
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ GOLDEN_FILE = "golden.safetensors"
 """Its name in the bundle's folder."""
 
 _KEY = "golden"
-_MOST = 256
+_MOST, _MOST_BYTES = 256, 2**30
 _AGAIN = "Run `visionaccel validate` again."
 
 
@@ -117,12 +118,15 @@ def read_golden(bundle: Bundle) -> tuple[Golden, ...]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise ValueError(f"it is larger than {_MOST_BYTES} bytes")
+        read_header(path)  # which bounds the header, as safetensors' own reader does not
         with safe_open(path, "numpy") as file:
             entries = _ENTRIES.validate_json((file.metadata() or {}).get(_KEY, ""))
             if len(entries) > _MOST:
                 raise ValueError(f"it has {len(entries)} images, over {_MOST}")
             return tuple(_images(bundle, file, entries))
-    except (SafetensorError, ValidationError, GridError, OSError, ValueError, TypeError) as error:
+    except (SafetensorError, ValidationError, CheckpointError, GridError, OSError, ValueError, TypeError) as error:
         raise BundleError(f"{path} holds no golden images of this bundle: {error}", hint=_AGAIN) from error
 
 

@@ -58,9 +58,10 @@ _PARTS = ("check", "prepare", "transfer_in", "device", "transfer_out", "finish")
 
 def metrics_table() -> str:
     """The metrics as a Markdown table."""
+    names = [one.name + ("_total" if one.kind == "counter" else "") for one in SERIES]
     rows = [
-        f"| `{one.name}{'_total' if one.kind == 'counter' else ''}` | {one.kind} | {', '.join(one.labels)} | {one.help} |"
-        for one in SERIES
+        f"| `{name}` | {one.kind} | {', '.join(one.labels)} | {one.help} |"
+        for name, one in zip(names, SERIES, strict=True)
     ]
     return "\n".join(["| metric | kind | labels | what it is |", "|---|---|---|---|", *rows, ""])
 
