@@ -15,6 +15,7 @@ from visionaccel.errors import DeadlineError, DeviceError, OutputError, UnfitGri
 from visionaccel.grid import Grid
 from visionaccel.opening import open_tower
 from visionaccel.runtime.breaker import BreakerState
+from visionaccel.runtime.embedding_cache import EmbeddingCache
 from visionaccel.runtime.guarded import GuardedEncoder
 from visionaccel.runtime.opening import open_guarded, open_service
 from visionaccel.runtime.service import EncodeService
@@ -399,4 +400,72 @@ def test_the_errors_of_attempts_keep_their_types(tiny):
     device.shut()
     assert isinstance(first.encode(random_patches([GRID]), [Grid(*GRID)]), DeadlineError)
     device.let_in()
+    first.close()
+
+
+# Races
+
+
+def test_an_answer_that_was_under_way_when_its_device_was_found_to_lie_is_not_used(tiny):
+    first, device = scripted(tiny, "first")
+    second, _ = scripted(tiny, "second")
+    patches = random_patches([GRID])
+    with EncodeService([GuardedEncoder(first, [second])]) as service:
+        device.script = ["drift"]
+        device.shut()
+        future = service.submit(patches, GRID)
+        device.wait_for_calls(1)
+        first.distrust("its canary failed")
+        device.let_in()
+        np.testing.assert_allclose(future.result(30), right(tiny, patches, [GRID]), rtol=0, atol=2e-5)
+        assert service.counters.fallback == 1
+        assert service.cache.held == 0, "nor kept"
+
+
+def test_what_was_forgotten_while_it_was_computed_is_not_kept():
+
+    cache, rows = EmbeddingCache(10_000), np.ones((4, 24), np.float32)
+    before = cache.generation
+    cache.clear()
+    cache.put("late", rows, before)
+    assert cache.get("late") is None
+    cache.put("late", rows, cache.generation)
+    assert cache.get("late") is not None
+
+
+def test_a_canary_that_hangs_holds_up_no_request_and_no_closing(tiny, monkeypatch):
+    monkeypatch.setattr("visionaccel.runtime.stage._CLOSING", 0.1)
+    first, device = scripted(tiny, "first", canary_on=True, interval=0.05, deadline=0.3)
+    second, _ = scripted(tiny, "second")
+    guarded = GuardedEncoder(first, [second])
+    patches = random_patches([GRID])
+    (answer,) = guarded.encode_items(patches, [GRID])
+    assert not answer.fallback
+    device.shut()
+    device.wait_for_calls(len(device.calls) + 1)  # the canary's
+    started = time.monotonic()
+    (answer,) = guarded.encode_items(patches, [GRID])
+    assert answer.fallback
+    assert time.monotonic() - started < 10
+    assert not first.breaker.closed
+    device.let_in()
+    wait_until(lambda: first.breaker.closed)
+    guarded.close()
+
+
+def test_a_canary_that_cannot_be_encoded_is_a_failure_and_not_a_lie(tiny):
+    first, device = scripted(tiny, "first", canary_on=True, failures=2)
+    forgotten = []
+    first.on_drift(lambda: forgotten.append(True))
+    device.script = ["right", OSError("gone")]
+    assert first.check().passed
+    result = first.check()
+    assert not result.passed
+    assert not result.wrong
+    assert first.breaker.closed
+    assert forgotten == []
+    device.script = ["drift"]
+    assert first.check().wrong
+    assert first.breaker.for_sure
+    assert forgotten == [True]
     first.close()

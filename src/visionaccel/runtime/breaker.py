@@ -111,14 +111,15 @@ class Breaker:
         self._changed(BreakerState.HALF_OPEN, self._reason)
         return True
 
-    def end_probe(self, failure: str | None) -> None:
-        """A probe is over: None closes it, a reason opens it again."""
+    def end_probe(self, failure: str | None, *, for_sure: bool = False) -> None:
+        """A probe is over: None closes it, a reason opens it again, perhaps one that leaves no doubt."""
         with self._lock:
             if self._state is not BreakerState.HALF_OPEN:
                 return  # opened meanwhile, for a reason that the probe knows nothing of
             if failure is None:
-                self._state, self._in_a_row = BreakerState.CLOSED, 0
+                self._state, self._in_a_row, self._for_sure = BreakerState.CLOSED, 0, False
             else:
+                self._for_sure |= for_sure
                 self._open(failure)
         self._changed(self._state, failure or "the probe passed")
 

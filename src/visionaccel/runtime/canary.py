@@ -37,6 +37,7 @@ class CanaryResult:
         limit: The lowest that passes.
         seconds: How long it took.
         failure: What is wrong, with the numbers; None if nothing is.
+        wrong: It encoded, and answered wrongly; otherwise what failed could not be encoded at all.
     """
 
     images: int
@@ -44,6 +45,7 @@ class CanaryResult:
     limit: float
     seconds: float
     failure: str | None
+    wrong: bool = False
 
     @property
     def passed(self) -> bool:
@@ -83,13 +85,13 @@ class Canary:
         if not images:
             return self._repeat(encoder, started)
         lowest, limit = 1.0, min(image.threshold for image in images)
-        failure: str | None = None
+        failure, wrong = None, False
         for image in images:
-            found, reason = self._compared(encoder, image)
+            found, reason, encoded = self._compared(encoder, image)
             if found < lowest:
                 lowest, limit = found, image.threshold
-            failure = failure or reason
-        return CanaryResult(len(images), lowest, limit, time.perf_counter() - started, failure)
+            failure, wrong = failure or reason, wrong or (encoded and reason is not None)
+        return CanaryResult(len(images), lowest, limit, time.perf_counter() - started, failure, wrong)
 
     def _fitting(self, encoder: Encoder, quick: bool) -> list[Golden]:
         """The images that this encoder takes, at the start the smallest first; only that of each program if quick."""
@@ -104,13 +106,14 @@ class Canary:
                 fitting.append(image)
         return fitting
 
-    def _compared(self, encoder: Encoder, image: Golden) -> tuple[float, str | None]:
+    def _compared(self, encoder: Encoder, image: Golden) -> tuple[float, str | None, bool]:
+        """The lowest cosine, what is wrong, and whether it was encoded."""
         try:
             found = as_numpy(encoder.encode(image.patches, image.grids, purpose="canary"))
         except VisionAccelError as error:
-            return -1.0, f"golden image {image.name} could not be encoded: {error.message}"
+            return -1.0, f"golden image {image.name} could not be encoded: {error.message}", False
         cosine, failure = drift_of(found, image.embeddings, image.threshold)
-        return cosine, None if failure is None else f"golden image {image.name}: {failure}"
+        return cosine, None if failure is None else f"golden image {image.name}: {failure}", True
 
     def _repeat(self, encoder: Encoder, started: float) -> CanaryResult:
         """Hold the encoder to what it answered first."""
@@ -126,7 +129,7 @@ class Canary:
                 self._own = Golden(image.name, "", image.grids, image.patches, np.array(rows, np.float32), _SAME)
             cosine, reason = drift_of(rows, rows if first else image.embeddings, _SAME)
         failure = None if reason is None else f"a picture that was encoded before comes out differently: {reason}"
-        return CanaryResult(1, cosine, _SAME, time.perf_counter() - started, failure)
+        return CanaryResult(1, cosine, _SAME, time.perf_counter() - started, failure, failure is not None)
 
 
 def drift_of(found: NDArray[np.float32], reference: NDArray[np.float32], threshold: float) -> tuple[float, str | None]:

@@ -99,8 +99,14 @@ class DeviceThreads:
             if not self._isolated:
                 alarm = self._alarms.set(self._deadline, partial(self._overdue, call, items, threading.get_ident()))
             started = time.monotonic()
+            generation = self._cache.generation
             answers = self._encode(items, max(0.0, started - min(item.submitted for item in items)))
-            results = [self._keep(item, answer, len(items)) for item, answer in zip(items, answers, strict=True)]
+            if generation != self._cache.generation:  # a device turned out to answer wrongly, and perhaps did so here
+                generation = self._cache.generation
+                answers = self._encode(items, 0.0)
+            results = [
+                self._keep(item, answer, len(items), generation) for item, answer in zip(items, answers, strict=True)
+            ]
             seconds = time.monotonic() - started
             if alarm is not None:
                 self._alarms.forget(alarm)
@@ -123,7 +129,9 @@ class DeviceThreads:
             logger.exception("Encoding failed in a way that it should not.")
             return [DeviceError(f"encoding failed with {type(error).__name__}: {error}")] * len(items)
 
-    def _keep(self, item: Item, answer: Embedded | VisionAccelError, together: int) -> Embedding | VisionAccelError:
+    def _keep(
+        self, item: Item, answer: Embedded | VisionAccelError, together: int, generation: int
+    ) -> Embedding | VisionAccelError:
         """The embedding as the service hands it out, kept in the cache if it has the numbers that its key says."""
         if isinstance(answer, VisionAccelError):
             return answer
@@ -136,7 +144,7 @@ class DeviceThreads:
             return DeviceError(f"the embeddings cannot be kept: {type(error).__name__}: {error}")
         rows.flags.writeable = False
         if item.key is not None and not answer.fallback:
-            self._cache.put(item.key, rows)
+            self._cache.put(item.key, rows, generation)
         return rows
 
     def _start_one(self) -> None:

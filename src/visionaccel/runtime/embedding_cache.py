@@ -20,12 +20,14 @@ class EmbeddingCache:
         size: Most bytes of embeddings that it keeps; 0 for none.
 
     Attributes:
+        generation: How often everything was forgotten.
         hits: Questions that it could answer.
         evicted: Embeddings that made room for others, or were too large to be kept.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
+        self.generation = 0
         self.hits = 0
         self.evicted = 0
         self._held = 0
@@ -49,10 +51,18 @@ class EmbeddingCache:
                 self.hits += 1
             return found
 
-    def put(self, key: str, embedding: NDArray[Any]) -> None:
-        """Keep an embedding, [tokens, width]; it must not be written to from now on."""
+    def put(self, key: str, embedding: NDArray[Any], generation: int | None = None) -> None:
+        """Keep an embedding.
+
+        Args:
+            key: Its key.
+            embedding: [tokens, width]; it must not be written to from now on.
+            generation: The generation in which it began to be computed: if everything was forgotten since, so is this.
+        """
         embedding.flags.writeable = False
         with self._lock:
+            if generation not in (None, self.generation):
+                return
             self._held -= getattr(self._entries.pop(key, None), "nbytes", 0)
             self._entries[key] = embedding
             self._held += embedding.nbytes
@@ -64,5 +74,6 @@ class EmbeddingCache:
     def clear(self) -> None:
         """Forget everything."""
         with self._lock:
+            self.generation += 1
             self._entries.clear()
             self._held = 0

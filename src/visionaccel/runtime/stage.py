@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 _LONGEST_SLEEP = 3600.0
 _PROBING = 0.05
+_CLOSING = 5.0
 
 
 class Stage:
@@ -63,11 +64,12 @@ class Stage:
         self._encoder: Encoder | VisionAccelError | None = None if callable(encoder) else encoder
         self._canary, self._canary_on, self._interval = canary or Canary(), canary_on, interval
         self.breaker = Breaker(failures=failures, cool_down=cool_down, changed=self._breaker_changed)
-        self._deadline, self._calls = deadline, WatchedCalls()
+        self._deadline, self._calls, self._canary_calls = deadline, WatchedCalls(), WatchedCalls()
         self._opening, self._checking = threading.Lock(), threading.RLock()
         self._keeping = threading.Condition()
         self._keeper: threading.Thread | None = None
         self._closed = False
+        self._distrusted = 0
         self._drifted: list[Callable[[], None]] = []
         self._checked_restarts: int | None = None
 
@@ -118,7 +120,10 @@ class Stage:
         encoder = self.open()
         if isinstance(encoder, VisionAccelError):
             return encoder
+        distrusted = self._distrusted
         answer = self._verified(lambda: self._attempt(encoder, patches, grids, queue_seconds), encoder)
+        if self._distrusted != distrusted and not isinstance(answer, InputError):
+            answer = DeviceError(f"{self.name} turned out to answer wrongly meanwhile: {self.breaker.reason}")
         if not isinstance(answer, VisionAccelError):
             self.breaker.succeeded()
         elif not isinstance(answer, InputError):
@@ -151,10 +156,13 @@ class Stage:
         return self._encoder
 
     def distrust(self, reason: str) -> None:
-        """It answered wrongly: take it out of work, and have what came from it forgotten."""
+        """It answered wrongly: take it out of work, and have what came from it forgotten.
+
+        What it answers at this moment is not used either.
+        """
+        self._distrusted += 1
         self.breaker.trip(reason)
-        for forget in self._drifted:
-            forget()
+        self._forget()
 
     def close(self) -> None:
         """Give back the device, and end what looks after it."""
@@ -162,11 +170,15 @@ class Stage:
             self._closed = True
             self._keeping.notify_all()
         self._calls.close()
+        self._canary_calls.close()
+        if self._keeper is not None and self._keeper is not threading.current_thread():
+            self._keeper.join(_CLOSING)
+            if self._keeper.is_alive():
+                logger.warning("The canary of encoder %r does not return; it keeps the device and a thread.", self.name)
+                return
         encoder = self.encoder_if_open
         if encoder is not None:
             encoder.close()
-        if self._keeper is not None and self._keeper is not threading.current_thread():
-            self._keeper.join(_PROBING)  # one in a call that hangs is left to it
 
     def _made(self) -> Encoder | VisionAccelError:
         assert self._make is not None
@@ -183,11 +195,12 @@ class Stage:
             return attempt()
         answer: Array | VisionAccelError | None = None
         while answer is None:
-            with self._checking:
-                untried = self.restarts != self._checked_restarts
-                result = self._check(encoder, quick=self._checked_restarts is not None) if untried else None
-            if result is not None and result.failure is not None:
-                return DeviceError(f"{self.name} failed its canary: {result.failure}")
+            if self.restarts != self._checked_restarts:  # without the lock, which a canary on the timer may hold
+                with self._checking:
+                    untried = self.restarts != self._checked_restarts
+                    result = self._check(encoder, quick=self._checked_restarts is not None) if untried else None
+                if result is not None and result.failure is not None:
+                    return DeviceError(f"{self.name} failed its canary: {result.failure}")
             before = self.restarts
             answer = attempt()
             if self.restarts != before and not isinstance(answer, VisionAccelError):
@@ -215,18 +228,37 @@ class Stage:
     def _check(self, encoder: Encoder, *, quick: bool, probing: bool = False) -> CanaryResult:
         with self._checking:
             restarts = self.restarts
-            result = self._canary.check(encoder, quick=quick)
+            result = self._canary_result(encoder, quick)
             if self._checked_restarts is None and self._interval:
                 self._keep()
-            self._checked_restarts = restarts
+            if result.passed:
+                self._checked_restarts = restarts
         report = DriftReport(
             encoder.backend, encoder.capabilities.device, "canary", result.lowest_cosine, result.limit, result.passed,
             result.seconds,
         )  # fmt: skip
         _tell(partial(encoder.hooks.visionaccel_compared, report=report))
-        if result.failure is not None and not probing and not self._closed:
-            self.distrust(f"its canary failed: {result.failure}")
+        if result.wrong and not self._closed:
+            if probing:
+                self._forget()  # it may have been asked all the same, where nothing else was healthy
+            else:
+                self.distrust(f"its canary failed: {result.failure}")
         return result
+
+    def _canary_result(self, encoder: Encoder, quick: bool) -> CanaryResult:
+        if self._deadline is None:
+            return self._canary.check(encoder, quick=quick)
+        started = time.perf_counter()
+        try:
+            return self._canary_calls.call(partial(self._canary.check, encoder, quick=quick), self._deadline)
+        except TimeoutError:
+            failure = f"its canary did not return within {self._deadline:g} s"
+            self.breaker.trip(failure)
+            return CanaryResult(0, -1.0, 1.0, time.perf_counter() - started, failure)
+
+    def _forget(self) -> None:
+        for forget in self._drifted:
+            forget()
 
     def _breaker_changed(self, state: BreakerState, reason: str) -> None:
         level = logging.INFO if state is BreakerState.HALF_OPEN else logging.WARNING
@@ -264,10 +296,13 @@ class Stage:
                 continue
             if not self.breaker.closed:
                 if self.breaker.begin_probe():
-                    self.breaker.end_probe(self._check(encoder, quick=True, probing=True).failure)
+                    result = self._check(encoder, quick=True, probing=True)
+                    self.breaker.end_probe(result.failure, for_sure=result.wrong)
                     checked = time.monotonic()
             elif self._canary_on and self._interval and time.monotonic() - checked >= self._interval:
-                self._check(encoder, quick=True)
+                result = self._check(encoder, quick=True)
+                if result.failure is not None and not result.wrong:
+                    self.breaker.failed(f"its canary failed: {result.failure}")
                 checked = time.monotonic()
 
     def _until(self, checked: float) -> float:
