@@ -11,6 +11,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 from numpy.typing import NDArray
 
+from observers import Told
+from visionaccel.backends import default_registry
 from visionaccel.testing.checkpoints import QWEN2_5_VL_7B, random_checkpoint
 
 # Examples run real sessions on a shared machine, so no deadline; the same examples every time.
@@ -74,3 +76,12 @@ def digits() -> Path:
     from digits_vlm import checkpoint_path
 
     return checkpoint_path()
+
+
+@pytest.fixture
+def told() -> Iterator[Told]:
+    """What observers are told while the test runs."""
+    plugins, observer = default_registry().plugins, Told()
+    plugins.register(observer)
+    yield observer
+    plugins.unregister(observer)

@@ -43,12 +43,11 @@ ACTIONS = st.one_of(
 )
 
 
-@given(actions=st.lists(ACTIONS, min_size=4, max_size=40))
-@hypothesis_settings(max_examples=150)
-def test_no_token_of_a_faulty_encode_is_ever_delivered(scheduler, actions):
+def play(scheduler, actions):
+    """An engine that has been through some actions; its requests, and the images whose encode ever failed."""
     forget(scheduler)
     engine = Engine(scheduler, depth(scheduler))
-    names = []
+    names, ever_broken = [], set()
     for action, *values in actions:
         if action == "add":
             names.append(engine.add(*values))
@@ -59,6 +58,16 @@ def test_no_token_of_a_faulty_encode_is_ever_delivered(scheduler, actions):
             engine.abort(names[values[0] % len(names)])
         elif action == "break":
             engine.worker.broken = values[0]
+            ever_broken |= values[0]
+        elif action == "lie":
+            engine.worker.lying = values[0]
+    return engine, names, ever_broken
+
+
+@given(actions=st.lists(ACTIONS, min_size=4, max_size=40))
+@hypothesis_settings(max_examples=150)
+def test_no_token_of_a_faulty_encode_is_ever_delivered(scheduler, actions):
+    engine, names, _ = play(scheduler, actions)
     engine.drain()
     assert not any(TAINTED in tokens for tokens in engine.answers.values())
     assert set(engine.endings) == set(names)
@@ -118,22 +127,7 @@ LIES = st.one_of(ACTIONS, st.tuples(st.just("lie"), st.sets(st.integers(0, IMAGE
 @given(actions=st.lists(LIES, min_size=4, max_size=40))
 @hypothesis_settings(max_examples=100)
 def test_after_distrust_every_later_request_is_right_whatever_the_caches_held(scheduler, actions):
-    forget(scheduler)
-    engine = Engine(scheduler, depth(scheduler))
-    names, ever_broken = [], set()
-    for action, *values in actions:
-        if action == "add":
-            names.append(engine.add(*values))
-        elif action == "step":
-            for _ in range(values[0]):
-                engine.step()
-        elif action == "abort" and names:
-            engine.abort(names[values[0] % len(names)])
-        elif action == "break":
-            engine.worker.broken = values[0]
-            ever_broken |= values[0]
-        elif action == "lie":
-            engine.worker.lying = values[0]
+    engine, names, ever_broken = play(scheduler, actions)
     engine.worker.broken = engine.worker.lying = set()
     assert report_fault(Fault(EVERYTHING, "its canary failed"))
     again = [engine.add([image, image], 5) for image in range(IMAGES)]

@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from gated import gated, wait_until
 from towers import random_patches
 from visionaccel import open_encoder
-from visionaccel.backends import call_parts, default_registry, hookimpl, watch_parts
+from visionaccel.backends import call_parts, default_registry, watch_parts
 from visionaccel.errors import ConfigurationError
 from visionaccel.integrations.vllm import board, published
 from visionaccel.runtime.guarded import GuardedEncoder
@@ -45,27 +45,17 @@ def observed():
         plugins.unregister(observer)
 
 
-class Reports:
-    def __init__(self):
-        self.all = []
-
-    @hookimpl
-    def visionaccel_encoded(self, report):
-        self.all.append(report)
-
-
 # The parts of an encode
 
 
 @pytest.mark.parametrize("isolation", ["none", "process"])
-def test_the_parts_of_an_encode_add_up(tiny, observed, isolation):
-    reports = observed(Reports())
+def test_the_parts_of_an_encode_add_up(tiny, told, isolation):
     patches = random_patches([GRID])
     with open_encoder(tiny, backend="onnxrt", isolation=isolation) as encoder:
         started = time.monotonic()
         encoder.encode(patches, [GRID], queue_seconds=1.5)
         ended = time.monotonic()
-    (report,) = reports.all
+    (report,) = told.encoded
     assert started <= report.started <= ended
     assert report.queue_seconds == 1.5
     assert report.purpose == "request"

@@ -15,7 +15,6 @@ from bundles import reseal, write_bundle
 from gated import wait_until
 from towers import random_patches, reference
 from visionaccel import open_encoder
-from visionaccel.backends import default_registry, hookimpl
 from visionaccel.bundle import open_bundle
 from visionaccel.bundle.golden import GOLDEN_FILE, read_golden, write_golden
 from visionaccel.cli.app import app
@@ -39,29 +38,6 @@ def validated(checkpoint, folder, *grids, status=0, **kinds):
 @pytest.fixture(scope="module")
 def bundle(tiny, tmp_path_factory):
     return validated(tiny, tmp_path_factory.mktemp("golden") / "bundle", "6x10", dynamic=True)
-
-
-class Told:
-    """Observes comparisons and breakers."""
-
-    def __init__(self):
-        self.compared, self.breakers = [], []
-
-    @hookimpl
-    def visionaccel_compared(self, report):
-        self.compared.append(report)
-
-    @hookimpl
-    def visionaccel_breaker(self, report):
-        self.breakers.append((report.state, report.reason))
-
-
-@pytest.fixture
-def told():
-    observer = Told()
-    default_registry().plugins.register(observer)
-    yield observer
-    default_registry().plugins.unregister(observer)
 
 
 def opened(bundle, tmp_path, rules=(), **settings):
@@ -205,10 +181,10 @@ def test_a_device_that_goes_wrong_later_is_found_on_the_timer_and_comes_back(bun
     (answer,) = guarded.encode_items(patches, [GRID])
     assert not answer.fallback
     np.testing.assert_allclose(answer.rows, exact, rtol=0, atol=2e-5)
-    states = [state for state, _ in told.breakers]
+    states = [report.state for report in told.breakers]
     assert states[0] == "open"
     assert states[-2:] == ["half-open", "closed"]
-    assert "its canary failed: golden image" in told.breakers[0][1]
+    assert "its canary failed: golden image" in told.breakers[0].reason
     guarded.close()
 
 
