@@ -296,7 +296,7 @@ def test_a_call_that_is_left_behind_does_not_hold_up_the_next():
 def test_a_shadow_that_agrees_only_counts(tiny, told):
     first, _ = scripted(tiny, "first")
     with open_encoder(tiny, backend="onnxrt") as exact:
-        shadow = Shadow(1.0, 0.9999, lambda: exact, waiting=8)
+        shadow = Shadow(1.0, 0.9999, Stage("exact", exact), waiting=8)
         guarded = GuardedEncoder(first, (), shadow)
         grids = [GRID, (1, 4, 6)]
         guarded.encode_items(random_patches(grids), grids)
@@ -310,17 +310,21 @@ def test_a_shadow_that_disagrees_takes_the_device_out_of_work_and_forgets_what_i
     first, device = scripted(tiny, "first", cool_down=0.05)
     second, _ = scripted(tiny, "second")
     with open_encoder(tiny, backend="onnxrt") as exact:
-        shadow = Shadow(1.0, 0.9999, lambda: exact)
+        shadow = Shadow(1.0, 0.9999, Stage("exact", exact))
         with EncodeService([GuardedEncoder(first, [second], shadow)]) as service:
             patches = random_patches([GRID])
             device.script = ["drift"] * 100
             wrong = service.submit(patches, GRID).result(30)
             wait_until(lambda: not first.breaker.closed)
             wait_until(lambda: service.cache.held == 0)
+            time.sleep(0.5)
+            assert not first.breaker.closed, "it must get that image right before it works again"
             rows = service.submit(patches, GRID).result(30)
             np.testing.assert_allclose(rows, right(tiny, patches, [GRID]), rtol=0, atol=2e-5)
             assert np.abs(wrong - rows).max() > 0.1
             assert (service.counters.fallback, service.counters.cached) == (1, 0)
+            device.script = []
+            wait_until(lambda: first.breaker.closed)
 
 
 def test_a_shadow_looks_at_its_share_and_skips_what_it_has_no_time_for(tiny):
@@ -332,9 +336,9 @@ def test_a_shadow_looks_at_its_share_and_skips_what_it_has_no_time_for(tiny):
         raise DeviceError("the reference is gone.")
 
     none, some, busy_one = (
-        Shadow(0.0, 0.99, busy),
-        Shadow(0.3, 0.99, busy, waiting=1000, seed=1),
-        Shadow(1.0, 0.99, busy),
+        Shadow(0.0, 0.99, Stage("busy", busy)),
+        Shadow(0.3, 0.99, Stage("busy", busy), waiting=1000, seed=1),
+        Shadow(1.0, 0.99, Stage("busy", busy)),
     )
     patches = random_patches([GRID])
     for _ in range(200):
@@ -452,3 +456,95 @@ def test_a_canary_that_cannot_be_encoded_is_a_failure_and_not_a_lie(tiny):
     assert first.breaker.for_sure
     assert forgotten == [True]
     first.close()
+
+
+def test_a_device_that_keeps_lying_is_forgotten_once(tiny):
+    first, device = scripted(tiny, "first", canary_on=True, cool_down=0.01)
+    forgotten = []
+    first.on_drift(lambda: forgotten.append(True))
+    assert first.check().passed
+    device.script = ["drift"] * 100
+    assert first.check().wrong
+    wait_until(lambda: len(device.calls) >= 6)
+    assert forgotten == [True]
+    assert not first.breaker.closed
+    first.close()
+
+
+@pytest.mark.parametrize("answer", [None, {"embeddings": None}, 7])
+def test_a_session_that_breaks_its_contract_is_a_failed_device_and_comes_back(tiny, answer):
+    first, device = scripted(tiny, "first", canary_on=True, failures=1, cool_down=0.01)
+    second, _ = scripted(tiny, "second")
+    guarded = GuardedEncoder(first, [second])
+    right_run, patches = device.run, random_patches([GRID])
+    device.run = lambda inputs: answer
+    (found,) = guarded.encode_items(patches, [GRID])
+    assert found.fallback
+    assert not first.check().passed
+    device.run = right_run
+    wait_until(lambda: first.breaker.closed)
+    (found,) = guarded.encode_items(patches, [GRID])
+    assert not found.fallback
+    guarded.close()
+
+
+def test_in_line_the_deadline_is_of_each_image(tiny):
+    first, device = scripted(tiny, "first", deadline=0.4)
+    slow = device.run
+
+    def run(inputs):
+        time.sleep(0.1 * len(inputs["pixel_values"]) / 16)
+        return slow(inputs)
+
+    device.run = run
+    guarded = GuardedEncoder(first)
+    answers = guarded.encode_items(random_patches([GRID] * 8), [GRID] * 8)
+    assert not any(isinstance(answer, VisionAccelError) for answer in answers)
+    assert first.breaker.closed
+    guarded.close()
+
+
+def test_a_service_of_two_devices_closes_although_one_hangs(tiny):
+    one, other = gated(tiny)[0], gated(tiny)[0]
+    stages = one.stages[0], other.stages[0]
+    hung, well = (stage.encoder_if_open.programs[0].session for stage in stages)
+    service = EncodeService(
+        [GuardedEncoder(stages[0], [stages[1]]), GuardedEncoder(stages[1], [stages[0]])], deadline=60.0
+    )
+    hung.shut()
+    well.shut()
+    futures = [service.submit(random_patches([GRID], seed=seed), GRID) for seed in range(2)]
+    hung.wait_for_calls(1)
+    well.wait_for_calls(1)
+    well.let_in()
+    started = time.monotonic()
+    service.close(wait=0.5)
+    assert time.monotonic() - started < 8
+    assert all(future.done() for future in futures)
+    assert (well.closed, hung.closed) == (True, False)
+    hung.let_in()
+    wait_until(lambda: hung.closed)
+
+
+def test_a_hang_without_a_fallback_is_told_and_counted(tiny, told):
+    guarded, gate = gated(tiny)
+    gate.shut()
+    with EncodeService([guarded], deadline=0.3) as service:
+        with pytest.raises(DeadlineError):
+            service.submit(random_patches([GRID]), GRID).result(20)
+        assert [(report.kind, report.following) for report in told.failed] == [("DeadlineError", None)]
+        assert service.counters.failed == 1
+        gate.let_in()
+
+
+def test_closing_closes_the_reference_of_a_shadow_and_opens_nothing_any_more(tiny):
+    settings = Settings(backend="onnxrt", shadow=1.0)
+    (guarded,) = open_guarded(open_tower(tiny), settings, (None,))
+    guarded.encode_items(random_patches([GRID]), [GRID])
+    wait_until(lambda: guarded.shadow.compared == 1)
+    reference_stage = guarded.shadow._reference
+    guarded.close()
+    assert reference_stage.encoder_if_open.closed
+    late = Stage("late", lambda: open_encoder(tiny, backend="onnxrt"))
+    late.close()
+    assert isinstance(late.open(), DeviceError)

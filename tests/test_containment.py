@@ -111,14 +111,28 @@ def test_what_was_computed_from_a_device_that_lied_is_computed_anew_once_that_tu
     assert engine.answers[running][0] == TAINTED, "nobody could know"
     engine.worker.lying = set()
     assert report_fault(Fault(EVERYTHING, "its canary failed"))
-    known = {name: len(tokens) for name, tokens in engine.answers.items()}
+    known = {name: list(tokens) for name, tokens in engine.answers.items()}
     again = [engine.add([image], 3) for image in range(IMAGES)]
+    waiting = engine.add([], 6)
     engine.drain()
-    assert all(engine.answers[name] == [GOOD] * 3 for name in again)
-    in_flight = depth(engine.scheduler) - 1
-    for name, count in known.items():
-        assert TAINTED not in engine.answers[name][count + in_flight :]
-        assert (len(engine.answers[name]), engine.endings[name]) == (3, "length")
+    assert all(engine.answers[name] == [GOOD] * 3 for name in (*again, waiting))
+    for name, tokens in known.items():
+        assert engine.endings[name] == "error", "what was said cannot be taken back"
+        assert "was found to answer wrongly" in engine.reasons[name]
+        assert engine.answers[name] == tokens, "and nothing follows"
+
+
+def test_what_has_no_token_yet_is_computed_anew_and_text_alone_goes_on(engine):
+    engine.worker.lying = {0}
+    text, image = engine.add([], 6), engine.add([0], 40)
+    while not engine.answers[text]:
+        engine.step()
+    assert engine.answers[image] == []
+    engine.worker.lying = set()
+    assert report_fault(Fault(EVERYTHING, "its canary failed"))
+    engine.drain()
+    assert (engine.answers[text], engine.endings[text]) == ([GOOD] * 3, "length")
+    assert (engine.answers[image], engine.endings[image]) == ([GOOD] * 3, "length")
 
 
 LIES = st.one_of(ACTIONS, st.tuples(st.just("lie"), st.sets(st.integers(0, IMAGES - 1))))

@@ -19,6 +19,8 @@ from visionaccel import open_encoder
 from visionaccel.backends import call_parts, default_registry, watch_parts
 from visionaccel.errors import ConfigurationError
 from visionaccel.integrations.vllm import board, published
+from visionaccel.isolation.answers import decoded, encoded
+from visionaccel.isolation.messages import Places
 from visionaccel.runtime.guarded import GuardedEncoder
 from visionaccel.runtime.metrics import SERIES, EncoderMetrics, MetricsCollector
 from visionaccel.runtime.service import EncodeService
@@ -90,6 +92,11 @@ def test_parts_are_those_of_the_thread_that_looks():
     assert call_parts() is None
 
 
+def test_what_a_process_of_its_own_took_to_write_its_answer_comes_back():
+    answer = Places((), 1.5)
+    assert decoded(encoded(answer)) == answer
+
+
 # The log of times
 
 
@@ -155,12 +162,14 @@ def test_buckets_hold_what_is_up_to_their_bound():
     assert total == 14
 
 
-def test_of_gauges_the_largest_is_shown_and_what_is_unknown_is_left_out():
-    low, high = Tally(TABLE), Tally(TABLE)
+@pytest.mark.parametrize(("rule", "shown"), [("sum", 4), ("max", 3), ("min", 1)])
+def test_of_gauges_what_the_series_says_is_shown_and_what_is_unknown_is_left_out(rule, shown):
+    table = (Series("b", "gauge", "B.", merge=rule),)
+    low, high = Tally(table), Tally(table)
     low.set("b", value=1)
     high.set("b", value=3)
     odd = {"b": [(["label"], 9)], "z": [([], 1)]}
-    assert merged(TABLE, [low.snapshot(), high.snapshot(), odd])["b"] == [([], 3)]
+    assert merged(table, [low.snapshot(), high.snapshot(), odd])["b"] == [([], shown)]
 
 
 # Metrics
@@ -228,6 +237,7 @@ def _count_in_a_process(folder, number):
     os.environ[board._FOLDER] = f"{os.getpid()}:{folder}"
     metrics = published.publish()
     metrics._tally.count("visionaccel_patches", "someone", "cpu", amount=number)
+    metrics._tally.set("visionaccel_waiting_items", value=number)
     time.sleep(1.5)
 
 
@@ -243,8 +253,9 @@ def test_what_processes_publish_is_added_up_and_stays_when_they_end(tmp_path, mo
         process.join(60)
         assert process.exitcode == 0
     (tmp_path / "metrics-7.json").write_text("{ this is none")
-    (family,) = [family for family in collector.collect() if family.name == "visionaccel_patches"]
-    assert [sample.value for sample in family.samples] == [7]
+    found = {family.name: [sample.value for sample in family.samples] for family in collector.collect()}
+    assert found["visionaccel_patches"] == [7]
+    assert found["visionaccel_waiting_items"] == [], "how things stood in a process that is gone is nobody's business"
 
 
 def test_metrics_show_in_vllms_registry_also_when_it_is_of_several_processes(monkeypatch, tmp_path):
@@ -346,3 +357,34 @@ def test_several_processes_write_one_whole_file(tmp_path):
 def test_a_file_that_cannot_be_written_is_refused(tmp_path):
     with pytest.raises(ConfigurationError, match="VISIONACCEL_TRACE"):
         TraceLog(tmp_path / "missing" / "trace.json", "tests")
+
+
+def test_a_full_disk_ends_the_timeline_and_nothing_else(tmp_path, monkeypatch, caplog):
+    trace = TraceLog(tmp_path / "trace.json", "tests")
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("visionaccel.runtime.trace.os.write", full)
+    trace.slice("queue", "queue", "x", 0.0, 1.0)
+    trace.slice("queue", "queue", "x", 1.0, 1.0)
+    assert caplog.text.count("The timeline ends here: No space left") == 1
+
+
+def _installed_in_a_fork(queue):
+    inherited = default_registry().plugins.get_plugin("EncoderMetrics")
+    made = EncoderMetrics.install()
+    queue.put((made is inherited, made.snapshot()["visionaccel_patches"]))
+
+
+def test_a_fork_counts_anew():
+    plugins = default_registry().plugins
+    metrics = EncoderMetrics.install()
+    metrics._tally.count("visionaccel_patches", "someone", "cpu", amount=5)
+    fork = multiprocessing.get_context("fork")
+    queue = fork.SimpleQueue()
+    process = fork.Process(target=_installed_in_a_fork, args=(queue,))
+    process.start()
+    assert queue.get() == (False, [])
+    process.join(60)
+    plugins.unregister(metrics)

@@ -81,7 +81,7 @@ class Encoder:
         self._most_running = sys.maxsize if safe else 1
         self._running = 0
         self._idle = threading.Condition()
-        self._closed = False
+        self._closed = self._left = False
 
     @property
     def capabilities(self) -> Capabilities:
@@ -143,14 +143,23 @@ class Encoder:
             self._report(clock, parts, purpose, queue_seconds, len(embeddings))
             return embeddings
 
-    def close(self) -> None:
-        """Give back the device once no call is in progress. Later calls of `encode` raise DeviceError."""
+    def close(self, wait: float | None = None) -> bool:
+        """Give back the device once no call is in progress. Later calls of `encode` raise DeviceError.
+
+        Args:
+            wait: Seconds to wait for calls in progress; after that, the last of them gives it back when it returns.
+                None for as long as it takes.
+
+        Returns:
+            Whether the device was given back.
+        """
         with self._idle:
-            if self._closed:
-                return
-            self._closed = True
-            self._idle.wait_for(lambda: self._running == 0)
-            close_programs(self.programs)
+            if not self._closed:
+                self._closed = True
+                self._left = not self._idle.wait_for(lambda: self._running == 0, wait)
+                if not self._left:
+                    close_programs(self.programs)
+            return not self._left
 
     def __enter__(self) -> Self:
         return self
@@ -180,7 +189,7 @@ class Encoder:
             outputs.append(self._checked(opened, found, call_grids))
             if clock is not None:
                 clock.bytes_in += sum(int(array.nbytes) for array in inputs.values())
-                clock.bytes_out += sum(int(array.nbytes) for array in found.values())
+                clock.bytes_out += sum(int(found[spec.name].nbytes) for spec in opened.program.outputs)
                 clock.lap("finish")
         embeddings = outputs[0] if len(calls) == 1 else self._in_item_order(outputs, [parts for _, parts in calls])
         if clock is not None:
@@ -247,6 +256,9 @@ class Encoder:
             with self._idle:
                 self._running -= 1
                 self._idle.notify_all()
+                if self._left and self._running == 0:
+                    self._left = False
+                    close_programs(self.programs)
 
     def _checked(self, opened: OpenProgram, outputs: Mapping[str, Array], grids: Sequence[Grid]) -> Array:
         """The embeddings of one call, once every output is what the program promises."""
@@ -254,9 +266,9 @@ class Encoder:
             "patches": total_patches(grids),
             "tokens": sum(grid.tokens(self.tower.merge_size) for grid in grids),
         }
-        for spec in opened.program.outputs:
-            check_output(self.backend, spec, outputs.get(spec.name), sizes)
         with self._as_device_error(grids):
+            for spec in opened.program.outputs:
+                check_output(self.backend, spec, outputs.get(spec.name), sizes)
             rows = opened.host.embeddings(outputs, grids)
         check_embeddings(self.backend, rows)
         return rows

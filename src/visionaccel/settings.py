@@ -156,7 +156,7 @@ class Settings(BaseSettings):
         gt=0,
         allow_inf_nan=False,
         description="Seconds that one call of a device may take; then its image counts as failed, and the process "
-        "that the device lives in, if it has its own, is ended. In-line calls without such a process have no limit.",
+        "that the device lives in, if it has its own, is ended. In-line, for each image of the call.",
     )
     open_deadline: float = Field(
         600.0,

@@ -101,6 +101,7 @@ class DriftReport:
         backend: Name of the backend.
         device: What its session runs on.
         source: `canary` for golden images, `shadow` for a request that the reference encoded too.
+        encoded: Something could be compared; otherwise nothing was encoded, and the cosine means nothing.
         lowest_cosine: The lowest cosine of a token; -1 if the encode failed.
         limit: The lowest that passes.
         passed: Whether it did.
@@ -110,6 +111,7 @@ class DriftReport:
     backend: str
     device: str
     source: Literal["canary", "shadow"]
+    encoded: bool
     lowest_cosine: float
     limit: float
     passed: bool

@@ -41,7 +41,7 @@ class Opened:
     about: str
     prepare: Callable[[NDArray[np.float32]], Any]
     run: Callable[[Any, Grid], Any]
-    close: Callable[[], None] = lambda: None
+    close: Callable[[], object] = lambda: None
     simulated: bool = False
 
     def read(self, output: Any) -> NDArray[np.float32]:

@@ -65,9 +65,14 @@ class Cell:
 
 
 def every_serving() -> tuple[Serving, ...]:
-    """All kinds of server: both modes and both isolations with a fallback, and one of each without."""
+    """All kinds of server: both modes and both isolations with a fallback, and three of them without."""
     with_fallback = [Serving(mode, isolation, True) for mode in get_args(Mode) for isolation in get_args(Isolation)]
-    return (*with_fallback, Serving("inline", "none", False), Serving("pipelined", "process", False))
+    without = (
+        Serving("inline", "none", False),
+        Serving("pipelined", "none", False),
+        Serving("pipelined", "process", False),
+    )
+    return (*with_fallback, *without)
 
 
 def cells_of(serving: Serving) -> Iterator[Cell]:

@@ -125,7 +125,7 @@ class SuiteImages:
         for seed in range(10_000):
             rule = FaultRule(share=_SHARE, seed=seed, do="raise")
             if struck(patches, rule) and not any(struck(other, rule) for other in spared):
-                return {"share": _SHARE, "seed": seed, "do": fault} | _duration(fault)
+                return {"share": _SHARE, "seed": seed, "do": fault}
         raise AssertionError("one of so many seeds strikes the victim alone")
 
     def _patches(self, number: int) -> Any:
@@ -187,10 +187,6 @@ def _settings(serving: Serving, switch: Path) -> dict[str, str]:
     }
 
 
-def _duration(fault: str) -> dict[str, float]:
-    return {"seconds": _HANG} if fault == "hang" else {}
-
-
 @dataclass
 class _CellRun:
     """One cell on a running server."""
@@ -233,7 +229,7 @@ class _CellRun:
 
     def _struck(self, victims: Sequence[int], neighbours: Sequence[int]) -> list[tuple[int, Answer]]:
         fault, moment = self.cell.fault, self.cell.moment
-        everything = {"all": True, "do": fault} | _duration(fault)
+        everything = {"all": True, "do": fault}
         if fault == "drift":
             self._plant([everything])
             self._wait_for_breaker()  # nobody who asks can tell; the canary can
@@ -259,7 +255,8 @@ class _CellRun:
 
     def _plant(self, rules: Sequence[dict[str, Any]]) -> None:
         partial = self.switch.with_suffix(".partial")
-        partial.write_text(json.dumps(rules))
+        hangs = {"seconds": _HANG} if self.cell.serving.isolation == "none" else {}  # a process is ended: for good
+        partial.write_text(json.dumps([rule | (hangs if rule["do"] == "hang" else {}) for rule in rules]))
         partial.replace(self.switch)  # whole at any time
 
     def _ask(self, number: int) -> Answer:

@@ -56,6 +56,7 @@ class _Answer(_Model):
 
     opened: dict[str, Any] | None = None
     places: list[_Place] | None = None
+    writing_seconds: float = Field(0.0, ge=0, allow_inf_nan=False)
     failure: _Failure | None = None
 
 
@@ -68,12 +69,13 @@ def encoded(answer: Answer) -> bytes:
     match answer:
         case Opened(capabilities=capabilities):
             document: dict[str, Any] = {"opened": dataclasses.asdict(capabilities)}
-        case Places(arrays=arrays):
+        case Places(arrays=arrays, writing_seconds=seconds):
             document = {
                 "places": [
                     {"name": each.name, "dtype": _name(each.dtype), "shape": each.shape, "offset": each.offset}
                     for each in arrays
-                ]
+                ],
+                "writing_seconds": seconds,
             }
         case Failure():
             document = {"failure": dataclasses.asdict(answer)}
@@ -90,7 +92,8 @@ def decoded(data: bytes) -> Answer:
     if answer.opened is not None:
         return Opened(_CAPABILITIES.validate_python(answer.opened))
     if answer.places is not None:
-        return Places(tuple(ArrayPlace(p.name, _dtype(p.dtype), tuple(p.shape), p.offset) for p in answer.places))
+        places = tuple(ArrayPlace(p.name, _dtype(p.dtype), tuple(p.shape), p.offset) for p in answer.places)
+        return Places(places, answer.writing_seconds)
     if answer.failure is not None:
         stated = answer.failure
         return Failure(tuple(stated.kinds), stated.message, stated.hint, stated.trace)

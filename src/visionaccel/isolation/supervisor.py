@@ -206,8 +206,7 @@ class Supervisor:
                     return None
                 self._failed(error.message if isinstance(error, VisionAccelError) else f"{error}")
                 continue
-            self._publish(process)
-            self.restarts += 1
+            self._publish(process, again=True)
             logger.info("The process of backend %r runs again, as %d.", self._backend, process.pid)
             return process
 
@@ -235,8 +234,9 @@ class Supervisor:
                 self._starting = None
         return process, replace(found, thread_safe=False, max_in_flight=1, takes_tensors=False)
 
-    def _publish(self, process: DeviceProcess) -> None:
+    def _publish(self, process: DeviceProcess, *, again: bool = False) -> None:
         with self._changed:
+            self.restarts += again  # before a call that waits can be answered by it
             self._process = process
             if self._closed:
                 process.kill()

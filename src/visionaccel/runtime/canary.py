@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from visionaccel.arrays import as_numpy
+from visionaccel.arrays import Array, as_numpy
 from visionaccel.bundle.golden import Golden
 from visionaccel.comparison import length_errors, token_cosines
 from visionaccel.encoder import Encoder
@@ -25,6 +27,10 @@ _SAME = 0.9999
 """The lowest cosine at which an encoder repeats its own answer: threads add in another order, and no more."""
 
 _SIDE = 6
+_MOST_EVIDENCE = 4
+
+Encode: TypeAlias = Callable[[NDArray[np.float32], Sequence[Grid]], Array]
+"""Embeddings of patches, as `Encoder.encode`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +43,7 @@ class CanaryResult:
         limit: The lowest that passes.
         seconds: How long it took.
         failure: What is wrong, with the numbers; None if nothing is.
+        encoded: Something could be encoded; otherwise the cosine means nothing.
         wrong: It encoded, and answered wrongly; otherwise what failed could not be encoded at all.
     """
 
@@ -45,6 +52,7 @@ class CanaryResult:
     limit: float
     seconds: float
     failure: str | None
+    encoded: bool = True
     wrong: bool = False
 
     @property
@@ -65,6 +73,7 @@ class Canary:
 
     def __init__(self, images: Sequence[Golden] = ()) -> None:
         self._images = tuple(images)
+        self._evidence: tuple[Golden, ...] = ()
         self._own: Golden | None = None
         self._lock = threading.Lock()
 
@@ -73,63 +82,78 @@ class Canary:
         """Whether it has golden images, and not only the encoder's own first answer."""
         return bool(self._images)
 
-    def check(self, encoder: Encoder, *, quick: bool = False) -> CanaryResult:
+    def remember(self, image: Golden) -> None:
+        """Try this image, too, from now on: the encoder got it wrong. The last few are kept."""
+        with self._lock:
+            self._evidence = (*self._evidence, image)[-_MOST_EVIDENCE:]
+
+    def check(self, encoder: Encoder, encode: Encode | None = None, *, quick: bool = False) -> CanaryResult:
         """Encode and compare. Never raises for what the encoder does.
 
         Args:
             encoder: What to try.
-            quick: Encode only the smallest image of each program, as on a timer.
+            encode: How to encode with it, if not by its own method, such as with a deadline.
+            quick: Encode only the smallest image of each program, as on a timer, and what it got wrong before.
         """
         started = time.perf_counter()
+        encode = encode or partial(encoder.encode, purpose="canary")
         images = self._fitting(encoder, quick)
         if not images:
-            return self._repeat(encoder, started)
+            return self._repeat(encoder, encode, started)
         lowest, limit = 1.0, min(image.threshold for image in images)
-        failure, wrong = None, False
+        failure, encoded, wrong = None, False, False
         for image in images:
-            found, reason, encoded = self._compared(encoder, image)
-            if found < lowest:
-                lowest, limit = found, image.threshold
-            failure, wrong = failure or reason, wrong or (encoded and reason is not None)
-        return CanaryResult(len(images), lowest, limit, time.perf_counter() - started, failure, wrong)
+            rows = _encoded(encode, image)
+            if isinstance(rows, str):
+                failure = failure or f"golden image {image.name} could not be encoded: {rows}"
+                continue
+            cosine, reason = drift_of(rows, image.embeddings, image.threshold)
+            encoded, wrong = True, wrong or reason is not None
+            if cosine < lowest:
+                lowest, limit = cosine, image.threshold
+            if reason is not None:
+                failure = failure or f"golden image {image.name}: {reason}"
+        seconds = time.perf_counter() - started
+        return CanaryResult(len(images), lowest if encoded else -1.0, limit, seconds, failure, encoded, wrong)
 
     def _fitting(self, encoder: Encoder, quick: bool) -> list[Golden]:
         """The images that this encoder takes, at the start the smallest first; only that of each program if quick."""
-        fitting: list[Golden] = []
+        fitting = list(self._evidence)
         for image in sorted(self._images, key=lambda image: len(image.patches)):
             try:
                 for grid in image.grids:
                     encoder.program_for(grid)
             except UnfitGridError:
                 continue
-            if not quick or image.program not in {other.program for other in fitting}:
+            if not quick or image.program not in {other.program for other in fitting[len(self._evidence) :]}:
                 fitting.append(image)
         return fitting
 
-    def _compared(self, encoder: Encoder, image: Golden) -> tuple[float, str | None, bool]:
-        """The lowest cosine, what is wrong, and whether it was encoded."""
-        try:
-            found = as_numpy(encoder.encode(image.patches, image.grids, purpose="canary"))
-        except VisionAccelError as error:
-            return -1.0, f"golden image {image.name} could not be encoded: {error.message}", False
-        cosine, failure = drift_of(found, image.embeddings, image.threshold)
-        return cosine, None if failure is None else f"golden image {image.name}: {failure}", True
-
-    def _repeat(self, encoder: Encoder, started: float) -> CanaryResult:
+    def _repeat(self, encoder: Encoder, encode: Encode, started: float) -> CanaryResult:
         """Hold the encoder to what it answered first."""
         with self._lock:
             first = self._own is None
             image = self._own or _picture(encoder)
-            try:
-                rows = as_numpy(encoder.encode(image.patches, image.grids, purpose="canary"))
-            except VisionAccelError as error:
-                refused = f"a picture of grid {image.grids[0]} could not be encoded: {error.message}"
-                return CanaryResult(1, -1.0, _SAME, time.perf_counter() - started, refused)
+            rows = _encoded(encode, image)
+            seconds = time.perf_counter() - started
+            if isinstance(rows, str):
+                refused = f"a picture of grid {image.grids[0]} could not be encoded: {rows}"
+                return CanaryResult(1, -1.0, _SAME, seconds, refused, encoded=False)
             if first:
                 self._own = Golden(image.name, "", image.grids, image.patches, np.array(rows, np.float32), _SAME)
             cosine, reason = drift_of(rows, rows if first else image.embeddings, _SAME)
         failure = None if reason is None else f"a picture that was encoded before comes out differently: {reason}"
-        return CanaryResult(1, cosine, _SAME, time.perf_counter() - started, failure, failure is not None)
+        return CanaryResult(1, cosine, _SAME, seconds, failure, wrong=failure is not None)
+
+
+def _encoded(encode: Encode, image: Golden) -> NDArray[np.float32] | str:
+    """The embeddings of an image, or why there are none."""
+    try:
+        return as_numpy(encode(image.patches, image.grids))
+    except VisionAccelError as error:
+        return error.message
+    except Exception as error:  # Whatever a vendor's stack raises, it is a canary that failed.
+        return f"{type(error).__name__}: {error}"
 
 
 def drift_of(found: NDArray[np.float32], reference: NDArray[np.float32], threshold: float) -> tuple[float, str | None]:

@@ -24,6 +24,9 @@ __all__ = ["DeviceThreads"]
 
 logger = logging.getLogger(__name__)
 
+_TRIES = 3
+_CLOSING = 1.0
+
 
 class DeviceThreads:
     """Takes items from the ledger, as many at a time as the backend declares, until there are none any more.
@@ -85,11 +88,11 @@ class DeviceThreads:
             thread.join(None if until is None else max(0.0, until - time.monotonic()))
 
     def close(self) -> None:
-        """Close the encoder, unless a call is in progress; no thread of the service uses it any more otherwise."""
-        if any(thread.is_alive() for thread in self._threads):
+        """Close the encoders of the chain. A call that is still in progress keeps its own until it returns."""
+        alive = any(thread.is_alive() for thread in self._threads)
+        if alive:
             logger.warning("A call of device %r does not return; it keeps the device and a thread.", self._device)
-        else:
-            self.encoder.close()
+        self.encoder.close(0.0 if alive else _CLOSING)
 
     def _run(self, call: int) -> None:
         while items := self._ledger.take(self._most_patches):
@@ -99,14 +102,8 @@ class DeviceThreads:
             if not self._isolated:
                 alarm = self._alarms.set(self._deadline, partial(self._overdue, call, items, threading.get_ident()))
             started = time.monotonic()
-            generation = self._cache.generation
-            answers = self._encode(items, max(0.0, started - min(item.submitted for item in items)))
-            if generation != self._cache.generation:  # a device turned out to answer wrongly, and perhaps did so here
-                generation = self._cache.generation
-                answers = self._encode(items, 0.0)
-            results = [
-                self._keep(item, answer, len(items), generation) for item, answer in zip(items, answers, strict=True)
-            ]
+            waited = max(0.0, started - min(item.submitted for item in items))
+            answers, results = self._trusted(items, waited)
             seconds = time.monotonic() - started
             if alarm is not None:
                 self._alarms.forget(alarm)
@@ -120,6 +117,21 @@ class DeviceThreads:
             self._ledger.finish(items, results, encoded=len(embedded), fallback=fallback, busy_seconds=seconds)
             if replaced:
                 return
+
+    def _trusted(
+        self, items: Sequence[Item], waited: float
+    ) -> tuple[list[Embedded | VisionAccelError], list[Embedding | VisionAccelError]]:
+        """Answers, and what the service hands out, of no device that turned out meanwhile to answer wrongly."""
+        for _ in range(_TRIES):
+            generation = self._cache.generation
+            answers = self._encode(items, waited)
+            results = [
+                self._keep(item, answer, len(items), generation) for item, answer in zip(items, answers, strict=True)
+            ]
+            devices = any(isinstance(answer, Embedded) and not answer.fallback for answer in answers)
+            if generation == self._cache.generation or not devices:
+                break
+        return answers, results
 
     def _encode(self, items: Sequence[Item], waited: float) -> list[Embedded | VisionAccelError]:
         try:
@@ -162,7 +174,8 @@ class DeviceThreads:
         with self._lock:
             if self._calls.get(call) is not items:
                 return
-            leave = not self._ledger.closed and self.encoder.leave_hung(thread, error.message)
+            leave = self.encoder.leave_hung(thread, error.message, [item.grid for item in items])
+            leave = leave and not self._ledger.closed
             if leave:
                 self._replaced.add(call)
             else:

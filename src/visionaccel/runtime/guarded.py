@@ -75,18 +75,23 @@ class GuardedEncoder:
         """Whether another encoder would take over."""
         return len(self.stages) > 1
 
-    def leave_hung(self, thread: int, reason: str) -> bool:
+    def leave_hung(self, thread: int, reason: str, grids: Sequence[Grid]) -> bool:
         """A call in that thread does not return. If another encoder can take over, the one that hangs is out of work.
 
         Args:
             thread: The thread's identifier.
             reason: Why, for the log.
+            grids: What the call was to encode.
 
         Returns:
             Whether another takes over.
         """
         hung = self._busy.get(thread)
-        if hung is None or not any(stage.ready for stage in self.stages if stage is not hung):
+        if hung is None:
+            return False
+        others = [stage for stage in self.stages if stage is not hung and stage.ready]
+        hung.note_failure(DeadlineError(reason), grids, others[0].name if others else None)
+        if not others:
             return False
         hung.breaker.trip(reason)
         return True
@@ -129,19 +134,28 @@ class GuardedEncoder:
         first = (stage, whole) if len(checked) == 1 else None
         again = not isinstance(whole, OutputError)  # of several, encoding each alone is the second try
         return [
-            self._one(patches[start:end], grid, first, again or first is not None)
+            self._one(patches[start:end], grid, first, again or first is not None, queue_seconds)
             for start, end, grid in zip(starts, ends, checked, strict=True)
         ]
 
-    def close(self) -> None:
-        """Close every encoder that was opened."""
+    def close(self, wait: float | None = None) -> None:
+        """Close every encoder that was opened.
+
+        Args:
+            wait: As for `Stage.close`.
+        """
         if self.shadow is not None:
             self.shadow.close()
         for stage in self.stages:
-            stage.close()
+            stage.close(wait)
 
     def _one(
-        self, patches: Array, grid: Grid, known: tuple[Stage, VisionAccelError] | None, retry: bool
+        self,
+        patches: Array,
+        grid: Grid,
+        known: tuple[Stage, VisionAccelError] | None,
+        retry: bool,
+        queue_seconds: float | None,
     ) -> Embedded | VisionAccelError:
         """One item alone, down the chain.
 
@@ -150,6 +164,7 @@ class GuardedEncoder:
             grid: Its grid.
             known: An encoder that has tried already, and what went wrong.
             retry: Whether what comes out wrong is tried a second time.
+            queue_seconds: How long it waited.
         """
         errors: list[tuple[Stage, VisionAccelError]] = []
         if known is not None:
@@ -162,7 +177,7 @@ class GuardedEncoder:
         for stage in self._turns():
             if known is not None and stage is known[0]:
                 continue
-            answer = self._ask(stage, patches, [grid], following=self._following(stage))
+            answer = self._ask(stage, patches, [grid], queue_seconds, self._following(stage))
             if isinstance(answer, VisionAccelError) and retry:
                 answer = self._again(patches, grid, stage, answer)
             if not isinstance(answer, VisionAccelError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,8 @@ _STATES = {"closed": 0.0, "half-open": 1.0, "open": 2.0}
 SERIES = (
     Series("visionaccel_encode_seconds", "histogram", "Seconds of an encode, without its wait.",
            (*_WHO, "purpose"), _SECONDS),
-    Series("visionaccel_queue_seconds", "histogram", "Seconds that images waited for a device.", _WHO, _SECONDS),
+    Series("visionaccel_queue_seconds", "histogram", "Seconds that the first image of an encode waited.", _WHO,
+           _SECONDS),
     Series("visionaccel_processor_seconds", "histogram", "Seconds of the image processor for a prompt.", (), _SECONDS),
     Series("visionaccel_encode_patches", "histogram", "Patches of an encode.", _WHO, _PATCHES),
     Series("visionaccel_part_seconds", "counter", "Seconds by part of an encode.", (*_WHO, "part")),
@@ -35,11 +37,13 @@ SERIES = (
     Series("visionaccel_failures", "counter", "Attempts that a device failed, by the error's type.", (*_WHO, "kind")),
     Series("visionaccel_failed_items", "counter", "Images that no encoder could encode.", ()),
     Series("visionaccel_fallback_items", "counter", "Images that a fallback encoded.", ()),
-    Series("visionaccel_breaker_state", "gauge", "0: a device gets work, 1: it is probed, 2: it gets none.", _WHO),
+    Series("visionaccel_breaker_state", "gauge", "0: a device gets work, 1: it is probed, 2: it gets none.", _WHO,
+           merge="max"),
     Series("visionaccel_breaker_openings", "counter", "How often a device was taken out of work.", _WHO),
     Series("visionaccel_drift", "histogram", "1 - the lowest cosine with the reference of a compared encode.",
            (*_WHO, "source"), _DRIFT),
-    Series("visionaccel_lowest_cosine", "gauge", "Lowest cosine of the last comparison.", (*_WHO, "source")),
+    Series("visionaccel_lowest_cosine", "gauge", "Lowest cosine of the last comparison.", (*_WHO, "source"),
+           merge="min"),
     Series("visionaccel_comparisons", "counter", "Comparisons with the reference.", (*_WHO, "source", "outcome")),
     Series("visionaccel_shadow_skipped", "counter", "Answers that were to be compared and were not, for want of time."),
     Series("visionaccel_device_restarts", "counter", "How often a device's process was started anew.", _WHO),
@@ -67,10 +71,16 @@ def metrics_table() -> str:
 
 
 class EncoderMetrics:
-    """Counts what the encoders of this process do."""
+    """Counts what the encoders of this process do.
+
+    Attributes:
+        counts_work: Encodes count, and not only what goes wrong: of several workers that all encode the same images,
+            one counts them.
+    """
 
     def __init__(self) -> None:
-        self._tally = Tally(SERIES)
+        self._tally, self._process = Tally(SERIES), os.getpid()
+        self.counts_work = True
         self._services: list[EncodeService] = []
         self._encoders: list[GuardedEncoder] = []
         self._any_service = False
@@ -79,17 +89,21 @@ class EncoderMetrics:
 
     @classmethod
     def install(cls) -> EncoderMetrics:
-        """Start counting in this process; the same for every caller."""
+        """Start counting in this process; the same for every caller, and not for a fork of theirs."""
         plugins = default_registry().plugins
         found = plugins.get_plugin(cls.__name__)
-        if not isinstance(found, cls):
-            found = cls()
-            plugins.register(found, cls.__name__)
-        return found
+        if isinstance(found, cls) and found._process == os.getpid():
+            return found
+        if found is not None:
+            plugins.unregister(found)
+        made = cls()
+        plugins.register(made, cls.__name__)
+        return made
 
     def watch_encoder(self, encoder: GuardedEncoder) -> None:
         """Show an encoder's counters, until it is closed and read once more."""
-        self._encoders.append(encoder)
+        with self._reading:
+            self._encoders.append(encoder)
         for stage in encoder.stages:
             opened = stage.encoder_if_open
             if opened is not None:
@@ -98,8 +112,9 @@ class EncoderMetrics:
 
     def watch_service(self, service: EncodeService) -> None:
         """Show a service's counters, and those of its encoders, until it is closed and read once more."""
-        self._any_service = True
-        self._services.append(service)
+        with self._reading:
+            self._any_service = True
+            self._services.append(service)
         for encoder in service.encoders:
             self.watch_encoder(encoder)
 
@@ -115,6 +130,8 @@ class EncoderMetrics:
     @hookimpl
     def visionaccel_encoded(self, report: EncodeReport) -> None:
         """Count an encode."""
+        if not self.counts_work:
+            return
         tally, who = self._tally, (report.backend, report.device)
         seconds = report.check_seconds + report.prepare_seconds + report.run_seconds + report.finish_seconds
         tally.observe("visionaccel_encode_seconds", *who, report.purpose, value=seconds)
@@ -139,9 +156,11 @@ class EncoderMetrics:
     def visionaccel_compared(self, report: DriftReport) -> None:
         """Count a comparison."""
         who = (report.backend, report.device, report.source)
-        self._tally.observe("visionaccel_drift", *who, value=1.0 - report.lowest_cosine)
-        self._tally.set("visionaccel_lowest_cosine", *who, value=report.lowest_cosine)
-        self._tally.count("visionaccel_comparisons", *who, "passed" if report.passed else "failed")
+        if report.encoded:
+            self._tally.observe("visionaccel_drift", *who, value=1.0 - report.lowest_cosine)
+            self._tally.set("visionaccel_lowest_cosine", *who, value=report.lowest_cosine)
+        outcome = "passed" if report.passed else "failed" if report.encoded else "not encoded"
+        self._tally.count("visionaccel_comparisons", *who, outcome)
 
     @hookimpl
     def visionaccel_breaker(self, report: BreakerReport) -> None:
@@ -157,8 +176,9 @@ class EncoderMetrics:
             every: list[GuardedEncoder | EncodeService] = [*self._encoders, *self._services]
             ended = [each for each in every if each.closed]  # before their counts are read, which are final then
             now = Counter(self._ended)
+            served = {id(encoder) for service in self._services for encoder in service.encoders}
             for watched in every:
-                counts = _counts_of(watched)
+                counts = _counts_of(watched, served=id(watched) in served)
                 now.update(counts)
                 if watched in ended:
                     self._ended.update(counts)
@@ -177,11 +197,17 @@ class EncoderMetrics:
         self._tally.set("visionaccel_running_items", value=sum(each.running for each in counters))
 
 
-def _counts_of(watched: GuardedEncoder | EncodeService) -> dict[tuple[str, ...], int]:
-    """What an encoder or a service has counted, by a series' name and label values."""
+def _counts_of(watched: GuardedEncoder | EncodeService, *, served: bool) -> dict[tuple[str, ...], int]:
+    """What an encoder or a service has counted, by a series' name and label values.
+
+    Args:
+        watched: The encoder or the service.
+        served: It is the encoder of a service, which counts the items that failed, those past a deadline included.
+    """
     if isinstance(watched, EncodeService):
         counters = watched.counters
         return {
+            ("visionaccel_failed_items",): counters.failed,
             ("visionaccel_cache_hits",): counters.cached,
             ("visionaccel_cache_evictions",): watched.cache.evicted,
             ("visionaccel_merged_items",): counters.merged,
@@ -189,7 +215,7 @@ def _counts_of(watched: GuardedEncoder | EncodeService) -> dict[tuple[str, ...],
         }
     device = watched.primary.capabilities.device
     return {
-        ("visionaccel_failed_items",): watched.failed_items,
+        ("visionaccel_failed_items",): 0 if served else watched.failed_items,
         ("visionaccel_fallback_items",): watched.fallback_items,
         ("visionaccel_shadow_skipped",): watched.shadow.skipped if watched.shadow is not None else 0,
         # The other stages are the first of another chain, or fallbacks.

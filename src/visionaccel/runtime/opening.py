@@ -21,7 +21,6 @@ from visionaccel.isolation import IsolatedSession
 from visionaccel.opening import WantedIsolation, open_encoder, open_source
 from visionaccel.runtime.canary import Canary
 from visionaccel.runtime.guarded import GuardedEncoder
-from visionaccel.runtime.once import Once
 from visionaccel.runtime.service import EncodeService
 from visionaccel.runtime.shadow import Shadow
 from visionaccel.runtime.stage import Stage
@@ -77,8 +76,10 @@ class _Opening:
             logger.info("The encoder's threads run on cores %s of the CPU: %s.", shown_cores(choice.cores), choice.why)
         wanted = settings.canary != "off" and isinstance(source, Bundle)
         self._golden: tuple[Golden, ...] = read_golden(source) if wanted and isinstance(source, Bundle) else ()
-        self._fallbacks = {name: Once(partial(self._open, self._tower, name)) for name in settings.fallback}
-        self._reference: Once | None = None
+        self._fallbacks = {
+            name: self._stage(name, partial(self._open, self._tower, name)) for name in settings.fallback
+        }
+        self._reference: Stage | None = None
 
     def chains(self, devices: tuple[str | None, ...]) -> list[GuardedEncoder]:
         settings = self._settings
@@ -86,7 +87,7 @@ class _Opening:
             TimingLog.install()
         if settings.trace is not None:
             TraceLog.install(settings.trace)
-        fallbacks = [self._stage(name, once) for name, once in self._fallbacks.items()]
+        fallbacks = list(self._fallbacks.values())
         try:
             with ExitStack() as stack:
                 stages = []
@@ -144,14 +145,15 @@ class _Opening:
 
     def _stage(self, name: str, encoder: Encoder | Callable[[], Encoder], *, same: bool = False) -> Stage:
         settings = self._settings
-        watched = self._watched and isinstance(encoder, Encoder) and _may_be_left(encoder)
+        left = isinstance(encoder, Encoder) and _may_be_left(encoder)
         return Stage(
             name,
             encoder,
             canary=Canary(self._golden),
             canary_on=settings.canary != "off",
             interval=settings.canary_interval,
-            deadline=settings.deadline if watched else None,
+            deadline=settings.deadline if left and self._watched else None,
+            first_deadline=settings.open_deadline if left else None,
             failures=settings.breaker_failures,
             cool_down=settings.breaker_seconds,
             same=same,
@@ -162,7 +164,8 @@ class _Opening:
         if not settings.shadow:
             return None
         if self._reference is None:
-            self._reference = self._fallbacks.get(_REFERENCE) or Once(partial(self._open, self._tower, _REFERENCE))
+            opener = partial(self._open, self._tower, _REFERENCE)
+            self._reference = self._fallbacks.get(_REFERENCE) or Stage(_REFERENCE, opener)
         encoder = stage.encoder_if_open
         assert encoder is not None
         limits = [image.threshold for image in self._golden] or [

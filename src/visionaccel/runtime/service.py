@@ -81,7 +81,7 @@ class EncodeService:
         for stage in {stage for encoder in encoders for stage in encoder.stages}:
             stage.on_drift(self.cache.clear)
         self._closing = threading.Lock()
-        self._closed = False
+        self._closed = self._ended = False
         self._intake = threading.Thread(target=self._take_in, name="visionaccel-intake", daemon=True)
         self._intake.start()
         for device in self._devices:
@@ -94,8 +94,8 @@ class EncodeService:
 
     @property
     def closed(self) -> bool:
-        """Whether it takes nothing in any more."""
-        return self._closed
+        """Whether it was closed, and every future is answered."""
+        return self._ended
 
     @property
     def room(self) -> bool:
@@ -232,12 +232,16 @@ class EncodeService:
             until = None if wait is None else time.monotonic() + wait
             self._intake.join()
             with ExitStack() as stack:
+                stack.callback(self._end)
                 stack.callback(self._alarms.close)
                 stack.callback(self._ledger.abandon)
                 for device in self._devices:
                     stack.callback(device.close)
                 for device in self._devices:
                     stack.callback(device.join, until)
+
+    def _end(self) -> None:
+        self._ended = True
 
     def __enter__(self) -> Self:
         return self

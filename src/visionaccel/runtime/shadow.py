@@ -7,7 +7,6 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 
 from visionaccel.arrays import Array, as_numpy
 from visionaccel.backends import DriftReport
-from visionaccel.encoder import Encoder
+from visionaccel.bundle.golden import Golden
 from visionaccel.errors import VisionAccelError
 from visionaccel.grid import Grid
 from visionaccel.runtime.canary import drift_of
@@ -42,7 +41,7 @@ class Shadow:
     Args:
         share: The share of items that it looks at, from 0 to 1.
         limit: The lowest cosine of a token that passes.
-        reference: Opens the reference, when first needed. It belongs to whoever opens it.
+        reference: The reference, opened when first needed; closed with this.
         waiting: Most answers that wait for it; each is a copy of an item's patches and embeddings.
         seed: Which items it looks at; by default others each time.
 
@@ -56,7 +55,7 @@ class Shadow:
         self,
         share: float,
         limit: float,
-        reference: Callable[[], Encoder],
+        reference: Stage,
         *,
         waiting: int = 2,
         seed: int | None = None,
@@ -91,33 +90,42 @@ class Shadow:
             self._samples.put_nowait(_Sample(stage, next(copies), grid, next(copies)))
 
     def close(self) -> None:
-        """Look at nothing any more."""
+        """Look at nothing any more, and close the reference."""
         with self._lock:
+            if self._closed:
+                return
             self._closed = True
             while not self._samples.empty():
                 self._samples.get_nowait()
             self._samples.put_nowait(None)
+        self._reference.close(0.0)
 
     def _run(self) -> None:
         while (sample := self._samples.get()) is not None:
             try:
                 self._compare(sample)
             except VisionAccelError as error:
-                logger.error("The reference could not encode what it was to compare: %s", error)
+                if not self._closed:
+                    logger.error("The reference could not encode what it was to compare: %s", error)
             except Exception:
                 logger.exception("Comparing with the reference failed.")
 
     def _compare(self, sample: _Sample) -> None:
         started = time.perf_counter()
-        expected = as_numpy(self._reference().encode(sample.patches, [sample.grid], purpose="shadow"))
+        reference = self._reference.open()
+        if isinstance(reference, VisionAccelError):
+            raise reference
+        expected = as_numpy(reference.encode(sample.patches, [sample.grid], purpose="shadow"))
         cosine, failure = drift_of(sample.rows, expected, self._limit)
         self.compared += 1
         encoder = sample.stage.encoder_if_open
         if encoder is not None:
             seconds = time.perf_counter() - started
             device = encoder.capabilities.device
-            report = DriftReport(encoder.backend, device, "shadow", cosine, self._limit, failure is None, seconds)
+            report = DriftReport(encoder.backend, device, "shadow", True, cosine, self._limit, failure is None, seconds)
             encoder.hooks.visionaccel_compared(report=report)
         if failure is not None and not self._closed:
             self.drifted += 1
-            sample.stage.distrust(f"the reference does not agree on an image of grid {sample.grid}: {failure}")
+            name = f"an image of grid {sample.grid} that a client sent"
+            evidence = Golden(name, "", (sample.grid,), sample.patches, np.array(expected, np.float32), self._limit)
+            sample.stage.distrust(f"the reference does not agree on {name}: {failure}", evidence)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 from visionaccel.arrays import Array
 from visionaccel.backends import BreakerReport, DriftReport, FailureReport
+from visionaccel.bundle.golden import Golden
 from visionaccel.encoder import Encoder
 from visionaccel.errors import DeadlineError, DeviceError, InputError, VisionAccelError
 from visionaccel.grid import Grid
@@ -34,10 +36,12 @@ class Stage:
         name: What to call it before it is open, such as the backend's name.
         encoder: The open encoder, or what opens it, called at most once; a failure to open is remembered.
         canary: What it is tried with; by default its own first answer, once it is to be put back to work.
-        canary_on: Whether the canary also runs when the device's process was started anew, and on the timer.
+        canary_on: Whether the canary also runs before its first encode, when the device's process was started anew, and
+            on the timer.
         interval: Seconds between two canaries on a timer; 0 for none.
-        deadline: Seconds for one call, which then runs on a thread that can be left behind; None for no limit, as where
-            somebody else watches.
+        deadline: Seconds for one image, whose call then runs on a thread that can be left behind; None for no limit, as
+            where somebody else watches.
+        first_deadline: The same for each image of the first canary, which may compile; None for no limit.
         failures: As for `Breaker`.
         cool_down: As for `Breaker`.
         same: It computes the same numbers as the first of its chain.
@@ -55,6 +59,7 @@ class Stage:
         canary_on: bool = False,
         interval: float = 0.0,
         deadline: float | None = None,
+        first_deadline: float | None = None,
         failures: int = 5,
         cool_down: float = 1.0,
         same: bool = False,
@@ -64,8 +69,9 @@ class Stage:
         self._encoder: Encoder | VisionAccelError | None = None if callable(encoder) else encoder
         self._canary, self._canary_on, self._interval = canary or Canary(), canary_on, interval
         self.breaker = Breaker(failures=failures, cool_down=cool_down, changed=self._breaker_changed)
-        self._deadline, self._calls, self._canary_calls = deadline, WatchedCalls(), WatchedCalls()
-        self._opening, self._checking = threading.Lock(), threading.RLock()
+        self._deadline, self._first_deadline = deadline, first_deadline
+        self._calls, self._canary_calls = WatchedCalls(), WatchedCalls()
+        self._opening, self._checking, self._telling = threading.Lock(), threading.RLock(), threading.Lock()
         self._keeping = threading.Condition()
         self._keeper: threading.Thread | None = None
         self._closed = False
@@ -121,25 +127,38 @@ class Stage:
         if isinstance(encoder, VisionAccelError):
             return encoder
         distrusted = self._distrusted
-        answer = self._verified(lambda: self._attempt(encoder, patches, grids, queue_seconds), encoder)
+        try:
+            answer = self._verified(lambda: self._attempt(encoder, patches, grids, queue_seconds), encoder)
+        except Exception as error:  # The engine's step must survive whatever a vendor's stack raises.
+            answer = DeviceError(f"encoding failed with {type(error).__name__}: {error}")
         if self._distrusted != distrusted and not isinstance(answer, InputError):
             answer = DeviceError(f"{self.name} turned out to answer wrongly meanwhile: {self.breaker.reason}")
         if not isinstance(answer, VisionAccelError):
             self.breaker.succeeded()
         elif not isinstance(answer, InputError):
-            report = FailureReport(
-                encoder.backend, encoder.capabilities.device, tuple(grids), type(answer).__name__, answer.message,
-                following,
-            )  # fmt: skip
-            _tell(partial(encoder.hooks.visionaccel_failed, report=report))
+            self.note_failure(answer, grids, following)
             if isinstance(answer, DeadlineError):
                 self.breaker.trip(answer.message)
             else:
                 self.breaker.failed(answer.message)
         return answer
 
+    def note_failure(self, error: VisionAccelError, grids: Sequence[Grid], following: str | None) -> None:
+        """Tell observers of an attempt that failed."""
+        encoder = self.encoder_if_open
+        if encoder is not None:
+            report = FailureReport(
+                encoder.backend,
+                encoder.capabilities.device,
+                tuple(grids),
+                type(error).__name__,
+                error.message,
+                following,
+            )
+            _tell(partial(encoder.hooks.visionaccel_failed, report=report))
+
     def check(self, *, quick: bool = False) -> CanaryResult | VisionAccelError:
-        """Run the canary now; what fails it is taken out of work.
+        """Run the canary now; what answers wrongly is taken out of work.
 
         Returns:
             What it found, or why the encoder cannot be opened.
@@ -155,32 +174,45 @@ class Stage:
                     self._encoder = self._made()
         return self._encoder
 
-    def distrust(self, reason: str) -> None:
+    def distrust(self, reason: str, evidence: Golden | None = None) -> None:
         """It answered wrongly: take it out of work, and have what came from it forgotten.
 
         What it answers at this moment is not used either.
+
+        Args:
+            reason: Why.
+            evidence: What it answered wrongly: it must get that right before it is put back to work.
         """
+        if evidence is not None:
+            self._canary.remember(evidence)
         self._distrusted += 1
         self.breaker.trip(reason)
         self._forget()
 
-    def close(self) -> None:
-        """Give back the device, and end what looks after it."""
+    def close(self, wait: float | None = None) -> None:
+        """Give back the device, and end what looks after it.
+
+        Args:
+            wait: Seconds to wait for a call in progress; one that does not return by then keeps the device until it
+                does. None for as long as it takes.
+        """
         with self._keeping:
             self._closed = True
             self._keeping.notify_all()
         self._calls.close()
         self._canary_calls.close()
         if self._keeper is not None and self._keeper is not threading.current_thread():
-            self._keeper.join(_CLOSING)
+            self._keeper.join(_CLOSING if wait is None else min(wait, _CLOSING))
             if self._keeper.is_alive():
-                logger.warning("The canary of encoder %r does not return; it keeps the device and a thread.", self.name)
-                return
-        encoder = self.encoder_if_open
-        if encoder is not None:
-            encoder.close()
+                wait = 0.0  # its canary may hang; the device is given back when that returns
+        with self._opening:
+            encoder = self.encoder_if_open
+        if encoder is not None and not encoder.close(wait):
+            logger.warning("A call of encoder %r does not return; it keeps its device.", self.name)
 
     def _made(self) -> Encoder | VisionAccelError:
+        if self._closed:
+            return DeviceError(f"{self.name} is closed.", hint="Open a new one.")
         assert self._make is not None
         try:
             return self._make()
@@ -213,65 +245,72 @@ class Stage:
         def encode() -> Array:
             return encoder.encode(patches, grids, queue_seconds=queue_seconds)
 
+        seconds = None if self._deadline is None else self._deadline * max(1, len(grids))
         try:
-            return encode() if self._deadline is None else self._calls.call(encode, self._deadline)
+            return encode() if seconds is None else self._calls.call(encode, seconds)
         except VisionAccelError as error:
             return error
         except TimeoutError:
             return DeadlineError(
-                f"device {encoder.capabilities.device!r} did not answer within {self._deadline:g} s.",
+                f"device {encoder.capabilities.device!r} did not answer within {seconds:g} s.",
                 hint="Raise VISIONACCEL_DEADLINE, or set VISIONACCEL_ISOLATION=process to end a device that hangs.",
             )
-        except Exception as error:  # The engine's step must survive whatever a vendor's stack raises.
-            return DeviceError(f"encoding failed with {type(error).__name__}: {error}")
 
     def _check(self, encoder: Encoder, *, quick: bool, probing: bool = False) -> CanaryResult:
         with self._checking:
-            restarts = self.restarts
-            result = self._canary_result(encoder, quick)
-            if self._checked_restarts is None and self._interval:
+            restarts, first = self.restarts, self._checked_restarts is None
+            limit = self._first_deadline if first else self._deadline
+            result = self._canary.check(encoder, partial(self._encode_canary, encoder, limit), quick=quick)
+            if first and self._interval:
                 self._keep()
             if result.passed:
                 self._checked_restarts = restarts
         report = DriftReport(
-            encoder.backend, encoder.capabilities.device, "canary", result.lowest_cosine, result.limit, result.passed,
-            result.seconds,
+            encoder.backend, encoder.capabilities.device, "canary", result.encoded, result.lowest_cosine, result.limit,
+            result.passed, result.seconds,
         )  # fmt: skip
         _tell(partial(encoder.hooks.visionaccel_compared, report=report))
         if result.wrong and not self._closed:
-            if probing:
-                self._forget()  # it may have been asked all the same, where nothing else was healthy
-            else:
+            if not probing:
                 self.distrust(f"its canary failed: {result.failure}")
+            elif not self.breaker.for_sure:
+                self._forget()  # it was asked all the same, where nothing else was healthy
         return result
 
-    def _canary_result(self, encoder: Encoder, quick: bool) -> CanaryResult:
-        if self._deadline is None:
-            return self._canary.check(encoder, quick=quick)
-        started = time.perf_counter()
+    def _encode_canary(self, encoder: Encoder, limit: float | None, patches: Array, grids: Sequence[Grid]) -> Array:
+        """One image of a canary.
+
+        Raises:
+            VisionAccelError: What the encoder raises, and DeadlineError after the limit.
+        """
+        encode = partial(encoder.encode, patches, grids, purpose="canary")
+        if limit is None:
+            return encode()
         try:
-            return self._canary_calls.call(partial(self._canary.check, encoder, quick=quick), self._deadline)
+            return self._canary_calls.call(encode, limit * len(grids))
         except TimeoutError:
-            failure = f"its canary did not return within {self._deadline:g} s"
-            self.breaker.trip(failure)
-            return CanaryResult(0, -1.0, 1.0, time.perf_counter() - started, failure)
+            error = DeadlineError(f"its canary did not return within {limit * len(grids):g} s.")
+            self.breaker.trip(error.message)
+            raise error from None
 
     def _forget(self) -> None:
         for forget in self._drifted:
             forget()
 
-    def _breaker_changed(self, state: BreakerState, reason: str) -> None:
-        level = logging.INFO if state is BreakerState.HALF_OPEN else logging.WARNING
+    def _breaker_changed(self, _: BreakerState, reason: str) -> None:
         words = {
             BreakerState.OPEN: "is taken out of work",
             BreakerState.HALF_OPEN: "is probed; it was out of work",
             BreakerState.CLOSED: "works again",
         }
-        logger.log(level, "Encoder %r %s: %s", self.name, words[state], reason)
-        encoder = self.encoder_if_open
-        if encoder is not None:
-            report = BreakerReport(encoder.backend, encoder.capabilities.device, state.value, reason)
-            _tell(partial(encoder.hooks.visionaccel_breaker, report=report))
+        with self._telling:  # several changes may come at once: what is told last is the state that there is
+            state = self.breaker.state
+            level = logging.INFO if state is BreakerState.HALF_OPEN else logging.WARNING
+            logger.log(level, "Encoder %r %s: %s", self.name, words[state], reason)
+            encoder = self.encoder_if_open
+            if encoder is not None:
+                report = BreakerReport(encoder.backend, encoder.capabilities.device, state.value, reason)
+                _tell(partial(encoder.hooks.visionaccel_breaker, report=report))
         if state is BreakerState.OPEN:
             self._keep()
 
@@ -296,14 +335,26 @@ class Stage:
                 continue
             if not self.breaker.closed:
                 if self.breaker.begin_probe():
-                    result = self._check(encoder, quick=True, probing=True)
-                    self.breaker.end_probe(result.failure, for_sure=result.wrong)
+                    with self._whatever_comes(probing=True):
+                        result = self._check(encoder, quick=True, probing=True)
+                        self.breaker.end_probe(result.failure, for_sure=result.wrong)
                     checked = time.monotonic()
             elif self._canary_on and self._interval and time.monotonic() - checked >= self._interval:
-                result = self._check(encoder, quick=True)
-                if result.failure is not None and not result.wrong:
-                    self.breaker.failed(f"its canary failed: {result.failure}")
+                with self._whatever_comes(probing=False):
+                    result = self._check(encoder, quick=True)
+                    if result.failure is not None and not result.wrong:
+                        self.breaker.failed(f"its canary failed: {result.failure}")
                 checked = time.monotonic()
+
+    @contextmanager
+    def _whatever_comes(self, *, probing: bool) -> Iterator[None]:
+        """The thread must live on, and a probe that was begun must end."""
+        try:
+            yield
+        except Exception as error:
+            logger.exception("Looking after encoder %r failed.", self.name)
+            if probing:
+                self.breaker.end_probe(f"the probe failed with {type(error).__name__}: {error}")
 
     def _until(self, checked: float) -> float:
         if not self.breaker.closed:

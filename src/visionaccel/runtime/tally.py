@@ -15,7 +15,7 @@ from typing import Any, Literal
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 
-__all__ = ["Series", "Snapshot", "Tally", "families", "merged"]
+__all__ = ["Series", "Snapshot", "Tally", "families", "merged", "without_levels"]
 
 Snapshot = dict[str, list[tuple[list[str], Any]]]
 """By a series' name: label values, and a number, or of a distribution the counts of its buckets and its sum."""
@@ -27,10 +27,11 @@ class Series:
 
     Attributes:
         name: Its name, as Prometheus shows it; a counter's without `_total`.
-        kind: A counter only grows; of a gauge, several processes show the largest.
+        kind: A counter only grows, and several processes' are added, as histograms are.
         help: What it is.
         labels: Names of its labels.
         buckets: Upper bounds of a histogram's buckets, without infinity.
+        merge: What several processes show of a gauge.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Series:
     help: str
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
+    merge: Literal["sum", "max", "min"] = "sum"
 
 
 class Tally:
@@ -88,7 +90,7 @@ class Tally:
 
 
 def merged(table: Iterable[Series], snapshots: Iterable[Snapshot]) -> Snapshot:
-    """Several processes' counts as one: counters and distributions are added, of gauges the largest is taken.
+    """Several processes' counts as one.
 
     What a snapshot holds that the table does not know, or not in that form, is left out.
     """
@@ -105,6 +107,12 @@ def merged(table: Iterable[Series], snapshots: Iterable[Snapshot]) -> Snapshot:
                     before = sums[name].get(key)
                     sums[name][key] = value if before is None else _together(series, before, value)
     return {name: [(list(labels), value) for labels, value in values.items()] for name, values in sums.items()}
+
+
+def without_levels(table: Iterable[Series], snapshot: Snapshot) -> Snapshot:
+    """A snapshot of a process that has ended: what it counted stays, and how things stood does not."""
+    levels = {series.name for series in table if series.kind == "gauge"}
+    return {name: rows for name, rows in snapshot.items() if name not in levels}
 
 
 def families(table: Iterable[Series], snapshot: Snapshot) -> Iterator[Metric]:
@@ -134,6 +142,6 @@ def _together(series: Series, one: Any, other: Any) -> Any:
         case "counter":
             return one + other
         case "gauge":
-            return max(one, other)
+            return {"sum": one + other, "max": max(one, other), "min": min(one, other)}[series.merge]
         case "histogram":
             return [a + b for a, b in zip(one, other, strict=True)]

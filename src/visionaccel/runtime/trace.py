@@ -7,6 +7,7 @@ at https://ui.perfetto.dev or in chrome://tracing. The format's array may lack i
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import tempfile
@@ -19,6 +20,8 @@ from visionaccel.backends import EncodeReport, default_registry, hookimpl
 from visionaccel.errors import ConfigurationError
 
 __all__ = ["Category", "TraceLog"]
+
+logger = logging.getLogger(__name__)
 
 Category = Literal["queue", "device", "host", "decode", "processor"]
 
@@ -42,7 +45,7 @@ class TraceLog:
             raise ConfigurationError(
                 f"VISIONACCEL_TRACE: {path} cannot be written: {error}", hint="Name a file in an existing folder."
             ) from error
-        self._lock = threading.Lock()
+        self._lock, self._process, self._full = threading.Lock(), os.getpid(), False
         self._lanes: dict[str, list[tuple[int, float]]] = {}
         self._numbers = 0
         name = process or multiprocessing.current_process().name
@@ -50,13 +53,16 @@ class TraceLog:
 
     @classmethod
     def install(cls, path: Path, process: str | None = None) -> TraceLog:
-        """Start tracing in this process; the same for every caller."""
+        """Start tracing in this process; the same for every caller, and not for a fork of theirs."""
         plugins = default_registry().plugins
         found = plugins.get_plugin(cls.__name__)
-        if not isinstance(found, cls):
-            found = cls(path, process)
-            plugins.register(found, cls.__name__)
-        return found
+        if isinstance(found, cls) and found._process == os.getpid():
+            return found
+        if found is not None:
+            plugins.unregister(found)
+        made = cls(path, process)
+        plugins.register(made, cls.__name__)
+        return made
 
     def slice(
         self, lane: str, category: Category, name: str, start: float, seconds: float, **details: Any
@@ -132,7 +138,13 @@ class TraceLog:
         self._write(event)
 
     def _write(self, event: dict[str, Any]) -> None:
-        os.write(self._file, (json.dumps(event) + ",\n").encode())  # one call: what processes append is not mixed
+        if self._full:
+            return
+        try:
+            os.write(self._file, (json.dumps(event) + ",\n").encode())  # one call: what processes append is not mixed
+        except OSError as error:
+            self._full = True
+            logger.error("The timeline ends here: %s", error)
 
 
 def _begin(path: Path) -> None:
@@ -142,8 +154,14 @@ def _begin(path: Path) -> None:
     descriptor, begun = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         os.write(descriptor, b"[\n")
-        with suppress(FileExistsError):
+        try:
             os.link(begun, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            with suppress(FileExistsError):
+                os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+                path.write_bytes(b"[\n")
     finally:
         os.close(descriptor)
         Path(begun).unlink()

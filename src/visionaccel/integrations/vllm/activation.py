@@ -87,5 +87,5 @@ def _prepare(config: VllmConfig, client_embeds: bool) -> None:
         if choice.mode == "pipelined":
             compat.use_connector(config, client_embeds)
     compat.use_contained_scheduler(config)
-    make_board()
+    make_board(inherit=compat.is_one_of_several_api_servers(config))
     compat.explain_errors()

@@ -13,13 +13,15 @@ __all__ = ["board", "make_board"]
 _FOLDER = "_VISIONACCEL_BOARD"
 
 
-def make_board() -> None:
+def make_board(*, inherit: bool = False) -> None:
     """Name a new folder, readable by this user only, to the child processes; removed when this process exits.
 
-    A folder that this process inherited belongs to another engine's launcher, which may end first, so it is not used.
+    Args:
+        inherit: Use one that this process inherited, as where several API servers ask the same engines. Otherwise such
+            a folder belongs to another engine's launcher, which may end first.
     """
     owner, _, _ = os.environ.get(_FOLDER, "").partition(":")
-    if owner != str(os.getpid()):
+    if owner != str(os.getpid()) and not (inherit and owner):
         folder = tempfile.mkdtemp(prefix="visionaccel-")
         os.environ[_FOLDER] = f"{os.getpid()}:{folder}"
         atexit.register(_remove, folder, os.getpid())

@@ -73,7 +73,11 @@ class _Item:
 
 
 class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
-    """Gives requests their embeddings from an encode service in the engine's process."""
+    """Gives requests their embeddings from an encode service in the engine's process.
+
+    Attributes:
+        scheduler_forgets: The scheduler asks `take_distrust`, and forgets what was computed from wrong embeddings.
+    """
 
     def __init__(self, vllm_config: VllmConfig, role: ECConnectorRole) -> None:
         super().__init__(vllm_config=vllm_config, role=role)
@@ -86,6 +90,7 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
         self._cached: set[str] = set()
         self._state: Callable[[str, str], CacheState] = self._guessed_state
         self._inline = 0
+        self.scheduler_forgets = False
         self._distrust = threading.Event()
         if role == ECConnectorRole.SCHEDULER and served.takes_media:
             settings = load_settings()
@@ -189,7 +194,12 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
         return failures
 
     def take_unavailable_requests(self) -> set[str]:
-        """As `take_failures`, for vLLM's own scheduler."""
+        """As `take_failures`, for vLLM's own scheduler, whose caches nobody empties."""
+        if not self.scheduler_forgets and self.take_distrust():
+            compat.logger().error(
+                "The vision encoder answered wrongly. What vLLM keeps of wrong embeddings cannot be forgotten with "
+                "this scheduler: restart the server."
+            )
         return set(self.take_failures())
 
     def request_finished(self, request: Request) -> tuple[bool, dict[str, Any] | None]:

@@ -143,7 +143,10 @@ class FittedProcessor(Qwen2_5_VLMultiModalProcessor):  # type: ignore[misc]
             return super().apply(*args, **kwargs)
         started = time.monotonic()
         result = super().apply(*args, **kwargs)
-        observer.processed(started, time.monotonic() - started, result)
+        try:
+            observer.processed(started, time.monotonic() - started, result)
+        except Exception:  # What is only looked at must not fail a request.
+            compat.logger().exception("Timing the image processor failed.")
         return result
 
     def _get_prompt_updates(

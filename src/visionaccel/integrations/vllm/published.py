@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -21,7 +22,7 @@ from prometheus_client.registry import Collector
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.board import board
 from visionaccel.runtime.metrics import SERIES, EncoderMetrics
-from visionaccel.runtime.tally import Snapshot, families, merged
+from visionaccel.runtime.tally import Snapshot, families, merged, without_levels
 
 __all__ = ["PublishedCollector", "publish"]
 
@@ -34,6 +35,7 @@ def publish() -> EncoderMetrics:
     """Start counting in this process, and writing the counts into the server's folder; once."""
     metrics = EncoderMetrics.install()
     if os.getpid() not in _publishers and board() is not None:
+        _publishers.clear()  # those of the process that this one is a fork of
         _publishers[os.getpid()] = _Publisher(metrics)
     return metrics
 
@@ -43,16 +45,18 @@ class _Publisher:
 
     def __init__(self, metrics: EncoderMetrics) -> None:
         self._metrics, self._written = metrics, b""
+        self._name = f"{_PREFIX}{os.getpid()}-{time.monotonic_ns()}.json"  # numbers of processes come again
         threading.Thread(target=self._run, name="visionaccel-metrics", daemon=True).start()
 
     def _run(self) -> None:
-        idle = threading.Event()
+        idle, said = threading.Event(), ""
         while True:
             try:
                 self._write()
-            except OSError as error:
-                compat.logger().warning("Metrics are no longer shown: %s", error)
-                return
+            except Exception as error:  # what comes later is shown all the same
+                if str(error) != said:
+                    said = str(error)
+                    compat.logger().warning("Metrics could not be written for /metrics: %s", error)
             idle.wait(_PERIOD)
 
     def _write(self) -> None:
@@ -60,7 +64,7 @@ class _Publisher:
         content = json.dumps(self._metrics.snapshot()).encode()
         if folder is None or content == self._written:
             return
-        target = folder / f"{_PREFIX}{os.getpid()}.json"
+        target = folder / self._name
         partial = target.with_suffix(".partial")
         partial.write_bytes(content)
         partial.replace(target)
@@ -80,4 +84,5 @@ def _read(folder: Path) -> Iterator[Snapshot]:
     for file in sorted(folder.glob(f"{_PREFIX}*.json")):
         with suppress(OSError, ValueError):
             found: Any = json.loads(file.read_bytes())
-            yield found
+            process = file.stem.removeprefix(_PREFIX).partition("-")[0]
+            yield found if Path("/proc", process).exists() else without_levels(SERIES, found)

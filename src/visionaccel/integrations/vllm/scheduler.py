@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 
 __all__ = ["ContainedAsyncScheduler", "ContainedScheduler"]
 
+_MISREAD = (
+    "an image of the prompt could not be encoded rightly: the vision encoder was found to answer wrongly while this "
+    "answer was under way. Ask again."
+)
+
 
 class _Containment:
     """Mixed in before a scheduler: looks for faults after a step, before the step's tokens are accepted.
@@ -36,12 +41,16 @@ class _Containment:
         self._faults = FaultReader()
         self._in_flight: list[compat.StepInFlight] = []
         self._pending: list[Fault] = []
+        self._ended: list[Request] = []
+        self._reasons: dict[str, str] = {}
         self._forgotten: set[str] = set()
         trace = load_settings().trace
         self._trace = None if trace is None else TraceLog.install(trace)
         self._begun: dict[int, float] = {}
         connector: Any = self.ec_connector  # type: ignore[attr-defined]
         self._connector = connector if isinstance(connector, VisionAccelConnector) else None
+        if self._connector is not None:
+            self._connector.scheduler_forgets = True
         if self._connector is not None and compat.shows_encoder_cache(self):
             self._connector.attach(partial(compat.encoder_cache_state, self))
 
@@ -61,6 +70,9 @@ class _Containment:
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
         failed, reasons = self._fail_unencoded()
+        failed += self._ended
+        reasons |= self._reasons
+        self._ended, self._reasons = [], {}
         place = next((i for i, record in enumerate(self._in_flight) if record.step is scheduler_output), None)
         if place is not None:
             del self._in_flight[:place]  # Outputs come in order: earlier steps have none.
@@ -86,7 +98,8 @@ class _Containment:
     def _forget_what_is_distrusted(self) -> None:
         """Keep nothing that was computed from embeddings which may be wrong, once that has turned out.
 
-        What waits or runs is computed anew, from the images up. Tokens that were given out cannot be taken back.
+        What waits or runs is computed anew, from the images up. A request whose image may have been misread and whose
+        answer has begun ends with an error: its tokens cannot be taken back.
         """
         encoding = any(record.items for record in self._in_flight)
         self._pending += [fault for fault in self._faults.new() if encoding or fault is not LOST]
@@ -95,6 +108,9 @@ class _Containment:
         distrusted |= self._connector is not None and self._connector.take_distrust()
         if distrusted:
             compat.logger().error("The vision encoder answered wrongly: what was computed from it is forgotten.")
+            begun = compat.answered_with_media(self)
+            self._ended += compat.fail_requests(self, begun)
+            self._reasons |= dict.fromkeys(begun, _MISREAD)
             self._forgotten |= compat.start_anew(self)
 
     def _note_step(self, trace: TraceLog, step: SchedulerOutput) -> None:

@@ -125,8 +125,9 @@ class AcceleratedTower(nn.Module):
         # vLLM builds models under a default device, which is no business of the backend's.
         with torch.device("cpu"):
             host = compat.encoder_host(str(self.device), in_step=True)
-            shown = self._settings.metrics and compat.first_of_its_group()
-            metrics = publish() if shown else None  # before the canary, which counts too
+            metrics = publish() if self._settings.metrics else None  # before the canary, which counts too
+            if metrics is not None:
+                metrics.counts_work = compat.first_of_its_group()
             devices = self._settings.wanted_devices[:1]
             (encoder,) = open_guarded(self._source, self._settings, devices, host, watched=True)
         announce([encoder], how)

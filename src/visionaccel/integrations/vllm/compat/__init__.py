@@ -18,6 +18,7 @@ from visionaccel.integrations.vllm.compat.configuration import (
     ServedModel,
     ec_connector,
     impossible_with_connector,
+    is_one_of_several_api_servers,
     is_pipelined,
     is_replaced,
     obstacles_to_pipelining,
@@ -50,6 +51,7 @@ from visionaccel.integrations.vllm.compat.scheduling import (
     CacheState,
     ScheduledItem,
     StepInFlight,
+    answered_with_media,
     append_errors,
     encoder_cache_state,
     fail_requests,
@@ -78,14 +80,15 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler as Scheduler
 
 __all__ = [
-    "append_errors", "CacheState", "CONNECTOR", "convert_images", "ec_connector", "encoder_cache_state",
-    "encoder_host", "explain_errors", "fail_requests", "first_of_its_group", "forget_encoder_output",
-    "forget_prefixes", "free_in_worker", "has_embeddings", "impossible_with_connector", "in_step", "is_pipelined",
-    "is_replaced", "logger", "obstacles_to_pipelining", "on_engine_config", "on_metrics", "pixel_bounds",
-    "receives_embeddings", "refuse_videos", "register_model", "release", "requests_at_stake", "scheduled_item",
-    "ScheduledItem", "served_model", "ServedModel", "share_log_handlers", "shows_encoder_cache", "start_anew",
-    "started_cores", "step_in_flight", "StepInFlight", "swapped_tower", "takes_media", "tried", "TRIED_RELEASES",
-    "use_connector", "use_contained_scheduler", "warn_of_untried_release", "worker_connector",
+    "answered_with_media", "append_errors", "CacheState", "CONNECTOR", "convert_images", "ec_connector",
+    "encoder_cache_state", "encoder_host", "explain_errors", "fail_requests", "first_of_its_group",
+    "forget_encoder_output", "forget_prefixes", "free_in_worker", "has_embeddings", "impossible_with_connector",
+    "in_step", "is_one_of_several_api_servers", "is_pipelined", "is_replaced", "logger", "obstacles_to_pipelining",
+    "on_engine_config", "on_metrics", "pixel_bounds", "receives_embeddings", "refuse_videos", "register_model",
+    "release", "requests_at_stake", "scheduled_item", "ScheduledItem", "served_model", "ServedModel",
+    "share_log_handlers", "shows_encoder_cache", "start_anew", "started_cores", "step_in_flight", "StepInFlight",
+    "swapped_tower", "takes_media", "tried", "TRIED_RELEASES", "use_connector", "use_contained_scheduler",
+    "warn_of_untried_release", "worker_connector",
 ]  # fmt: skip
 
 _QWEN = "vllm.model_executor.models.qwen2_5_vl"

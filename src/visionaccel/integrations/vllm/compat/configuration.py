@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
 __all__ = [
-    "CONNECTOR", "ServedModel", "ec_connector", "impossible_with_connector", "is_pipelined", "is_replaced",
-    "obstacles_to_pipelining", "on_engine_config", "receives_embeddings", "register_model", "served_model",
-    "takes_media", "use_connector", "use_contained_scheduler",
+    "CONNECTOR", "ec_connector", "impossible_with_connector", "is_one_of_several_api_servers", "is_pipelined",
+    "is_replaced", "obstacles_to_pipelining", "on_engine_config", "receives_embeddings", "register_model",
+    "served_model", "ServedModel", "takes_media", "use_connector", "use_contained_scheduler",
 ]  # fmt: skip
 
 CONNECTOR = "VisionAccelConnector"
@@ -131,6 +131,13 @@ def use_contained_scheduler(config: VllmConfig) -> bool:
     reason = "With kv_transfer_config," if connected else f"With the custom scheduler {chosen},"
     logger().warning("%s an image that cannot be encoded in the engine's step ends the engine.", reason)
     return False
+
+
+def is_one_of_several_api_servers(config: VllmConfig) -> bool:
+    """Whether this process is an API server whose engines were started by another process, which has more like it."""
+    parallel = config.parallel_config
+    count, rank = getattr(parallel, "_api_process_count", 1), getattr(parallel, "_api_process_rank", 0)
+    return bool(count > 1 and rank >= 0)
 
 
 def ec_connector(config: VllmConfig) -> str | None:

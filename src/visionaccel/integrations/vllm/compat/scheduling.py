@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 __all__ = [
-    "append_errors", "CacheState", "encoder_cache_state", "fail_requests", "forget_encoder_output", "forget_prefixes",
-    "free_in_worker", "has_embeddings", "requests_at_stake", "scheduled_item", "ScheduledItem", "shows_encoder_cache",
-    "start_anew", "step_in_flight", "StepInFlight",
+    "answered_with_media", "append_errors", "CacheState", "encoder_cache_state", "fail_requests",
+    "forget_encoder_output", "forget_prefixes", "free_in_worker", "has_embeddings", "requests_at_stake",
+    "scheduled_item", "ScheduledItem", "shows_encoder_cache", "start_anew", "step_in_flight", "StepInFlight",
 ]  # fmt: skip
 
 CacheState: TypeAlias = Literal["absent", "evictable", "held", "own"]
@@ -145,15 +145,22 @@ def forget_encoder_output(scheduler: Scheduler, identifier: str) -> None:
         cache.num_free_slots += size
 
 
+def answered_with_media(scheduler: Scheduler) -> list[str]:
+    """Live requests with media that have tokens of their answer already."""
+    return [
+        name for name, request in scheduler.requests.items() if request.mm_features and request.num_output_tokens > 0
+    ]
+
+
 def start_anew(scheduler: Scheduler) -> set[str]:
     """Forget every key and every encoder output: running requests wait once more, and are computed from the images up.
 
-    As vLLM does it when a model's weights have changed. Tokens that a request was given stay its own.
+    As vLLM does it when a model's weights have changed.
 
     Returns:
         Identifiers of the encoder outputs, which the workers are to drop.
     """
-    identifiers = set(scheduler.encoder_cache_manager.cached)
+    identifiers = set(scheduler.encoder_cache_manager.cached) if shows_encoder_cache(scheduler) else set()
     try:
         scheduler.reset_prefix_cache(reset_running_requests=True)
     except (TypeError, RuntimeError):  # not in this release, or keys come from elsewhere: those in use stay

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import weakref
 from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -64,13 +65,13 @@ def on_metrics(make: Callable[[], Collector]) -> None:
     registry_of = getattr(module, "get_prometheus_registry", None)
     if registry_of is None or hasattr(registry_of, "__wrapped__"):
         return
-    known: list[object] = []
+    known: weakref.WeakSet[Any] = weakref.WeakSet()
 
     @functools.wraps(registry_of)
     def get_prometheus_registry() -> Any:
         registry = registry_of()
-        if all(registry is not other for other in known):
-            known.append(registry)
+        if registry not in known:
+            known.add(registry)
             registry.register(make())
         return registry
 
