@@ -33,7 +33,7 @@ export VLLM_CONFIG_ROOT := $(XDG_CONFIG_HOME)/vllm
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_CACHE_DIR := 1
 
-.PHONY: help install demo test lint types docs native observers unit e2e hostile audit bench dist minimum vllm-matrix format clean
+.PHONY: help install demo test lint types docs native observers unit e2e faults hostile audit bench dist minimum vllm-matrix format clean
 
 help:
 	@echo "make demo    install, then compare stock vLLM with a backend on handwritten digits"
@@ -42,6 +42,7 @@ help:
 	@echo "make native  install, then build the C++ tests with sanitizers and run them"
 	@echo "make hostile read more than 10,000 hostile files and fuzz every reader, in a few minutes"
 	@echo "make audit   ask an advisory service for known vulnerabilities of what is installed, if one can be reached"
+	@echo "make faults  install, then plant faults behind real vLLM servers (ten minutes)"
 	@echo "make bench   install, then run the benchmarks (random weights of the 7B tower's shape; minutes)"
 	@echo "make dist    build the distributions for publishing into dist/, check them and install them once"
 	@echo "make minimum run the unit tests that need no vLLM on the lowest versions allowed, in .venv-minimum"
@@ -113,6 +114,10 @@ unit: observers
 
 e2e: $(INSTALLED)
 	$(BIN)/python -m pytest tests/e2e --basetemp=.pytest_tmp_e2e --durations=25
+
+# Every fault of the suite behind real servers; about ten minutes. `make e2e` plants some of them.
+faults: $(INSTALLED)
+	$(BIN)/visionaccel faults --output $(VENV)/faults.json
 
 hostile: $(INSTALLED)
 	PYTHONPATH=tests $(BIN)/python -m hostile

@@ -40,3 +40,13 @@ def test_an_audit_without_a_service_is_skipped_and_says_so():
         assert not failed
         assert text.startswith("AUDIT SKIPPED")
     assert "no route" in verdict("", "Traceback\nConnectionError: no route")[1]
+
+
+def test_an_audit_that_cannot_run_fails():
+    for errors in (
+        "usage: pip-audit [-h]\npip-audit: error: no such option",
+        "Traceback (most recent call last):\nTypeError: x",
+    ):
+        failed, text = verdict("", errors)
+        assert failed
+        assert text.startswith("AUDIT FAILED TO RUN")

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 _MOST_LISTED = 10
+_UNREACHED = ("ConnectionError", "ServiceError", "Max retries", "timed out", "NameResolutionError")
 
 
 def main() -> int:
@@ -36,6 +37,8 @@ def verdict(output: str, errors: str) -> tuple[bool, str]:
         every: Sequence[dict[str, Any]] = json.loads(output)["dependencies"]
     except (ValueError, KeyError, TypeError):
         reason = (errors.strip().splitlines() or ["no reason given"])[-1]
+        if "usage:" in errors or ("Traceback" in errors and not any(word in errors for word in _UNREACHED)):
+            return True, f"AUDIT FAILED TO RUN: {reason}"
         return False, f"AUDIT SKIPPED: no advisory service could be asked: {reason}"
     audited = [each for each in every if "skip_reason" not in each]
     unknown = [each["name"] for each in every if "skip_reason" in each]
