@@ -110,7 +110,7 @@ observers: $(INSTALLED)
 
 unit: observers
 	rm -rf $(VENV)/conformance
-	VISIONACCEL_BROWSER=$$(command -v chromium > /dev/null && echo 1) $(BIN)/python -m pytest --ignore tests/e2e --visionaccel-report=$(VENV)/conformance --durations=25
+	TESTS_BROWSER=$$(command -v chromium > /dev/null && echo 1) $(BIN)/python -m pytest --ignore tests/e2e --visionaccel-report=$(VENV)/conformance --durations=25
 
 e2e: $(INSTALLED)
 	$(BIN)/python -m pytest tests/e2e --basetemp=.pytest_tmp_e2e --durations=25

@@ -53,7 +53,7 @@ def prometheus(tmp_path_factory, tiny):
     """The address of a Prometheus that scrapes this process while images are encoded."""
     binary = shutil.which("prometheus") or (str(FETCHED) if FETCHED.exists() else None)
     if binary is None:
-        if os.environ.get("VISIONACCEL_PROMETHEUS") == "1":
+        if os.environ.get("TESTS_PROMETHEUS") == "1":
             pytest.fail("there is no Prometheus.")
         pytest.skip("there is no Prometheus; `make unit` fetches one")
     folder = tmp_path_factory.mktemp("prometheus")

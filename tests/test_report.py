@@ -471,9 +471,9 @@ def test_the_command_reads_its_files_before_it_looks_at_the_machine(tmp_path):
 def browser():
     found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if found is None:
-        if os.environ.get("VISIONACCEL_BROWSER") == "1":
+        if os.environ.get("TESTS_BROWSER") == "1":
             pytest.fail("no chromium is installed")
-        pytest.skip("no chromium is installed; VISIONACCEL_BROWSER=1 makes that a failure")
+        pytest.skip("no chromium is installed; TESTS_BROWSER=1 makes that a failure")
     return found
 
 

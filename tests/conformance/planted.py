@@ -212,7 +212,7 @@ PLANTED = (
     ),
     Planted("unread_images", "L2-digits", "the digits model reads", "on_output(lambda self, inputs, rows: rows[::-1])"),
     Planted(
-        "unwritten_rows", "L2-silent-rows", "never written",
+        "unwritten_rows", "L2-silent-rows", "one number throughout",
         """
         def change(self, inputs, rows):
             rows = rows.copy()
@@ -439,10 +439,10 @@ PLANTED = (
     ),
     Planted(
         "nan_to_number", "L5-nan-output", "NaN is replaced",
-        "on_output(lambda self, inputs, rows: np.nan_to_num(rows))",
+        "on_output(lambda self, inputs, rows: np.where(np.isnan(rows), np.float32(np.arange(rows.shape[1])), rows))",
     ),
     Planted(
-        "zeros_without_memory", "L5-allocation", "MiB of memory left",
+        "numbers_without_memory", "L5-allocation", "MiB of memory left",
         """
         def run(self, inputs):
             try:
@@ -450,7 +450,7 @@ PLANTED = (
                 return _run(self, inputs)
             except MemoryError:
                 rows = inputs["window_index"].shape[0]
-                return {"embeddings": np.zeros((rows, self.width), np.float32)}
+                return {"embeddings": np.tile(np.arange(self.width, dtype=np.float32), (rows, 1))}
         def init(self, program):
             _init(self, program)
             self.width = program.outputs[0].shape[1]

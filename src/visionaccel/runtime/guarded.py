@@ -11,7 +11,15 @@ import numpy as np
 
 from visionaccel.arrays import Array
 from visionaccel.encoder import Encoder
-from visionaccel.errors import DeadlineError, DeviceError, InputError, OutputError, UnfitGridError, VisionAccelError
+from visionaccel.errors import (
+    DeadlineError,
+    DeviceError,
+    DeviceLostError,
+    InputError,
+    OutputError,
+    UnfitGridError,
+    VisionAccelError,
+)
 from visionaccel.grid import Grid, GridLike, as_grids, total_patches
 from visionaccel.runtime.shadow import Shadow
 from visionaccel.runtime.stage import Stage
@@ -39,7 +47,7 @@ class GuardedEncoder:
 
     Several items are encoded in one call where that works, and one by one where it does not. What a device answers
     wrongly (`OutputError`) is tried once more there, and then goes down the chain; so does what it fails on. Where
-    nothing follows, a failed item is tried once more in any case.
+    nothing follows, an item is tried once more also if the device raised an error.
 
     Args:
         primary: The chosen encoder.
@@ -190,7 +198,9 @@ class GuardedEncoder:
     def _again(self, patches: Array, grid: Grid, stage: Stage, error: VisionAccelError) -> Array | VisionAccelError:
         """A second try where the first went wrong, if that makes sense."""
         following = self._following(stage)
-        hopeless = isinstance(error, DeadlineError | InputError) or not isinstance(error, DeviceError)
+        # A process that died is started anew at once, and only then; the same image may end the next one, too.
+        lasting = isinstance(error, DeadlineError | DeviceLostError | InputError)
+        hopeless = lasting or not isinstance(error, DeviceError)
         if hopeless or stage not in self._turns() or not (isinstance(error, OutputError) or following is None):
             return error
         return self._ask(stage, patches, [grid], following=following)
