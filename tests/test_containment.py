@@ -154,3 +154,21 @@ def test_after_distrust_every_later_request_is_right_whatever_the_caches_held(sc
             assert image in ever_broken
         else:
             assert (engine.answers[name], engine.endings[name]) == ([GOOD] * 3, "length")
+
+
+def test_a_request_whose_first_token_is_under_way_is_computed_anew_and_does_not_fail(engine):
+    """As where a restarted device is found to lie in the step that was to answer."""
+    engine.worker.lying = {0}
+    encode, told = engine.worker.encode, []
+
+    def found_out(identifier):
+        encode(identifier)
+        if not told:
+            told.append(report_fault(Fault(EVERYTHING, "its canary failed")))
+            engine.worker.lying = set()
+
+    engine.worker.encode = found_out
+    name = engine.add([0], 3)
+    engine.drain()
+    assert told == [True]
+    assert (engine.answers[name], engine.endings[name]) == ([GOOD] * 3, "length")

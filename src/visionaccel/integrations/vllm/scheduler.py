@@ -56,7 +56,10 @@ class _Containment:
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         began = time.monotonic()
-        self._forget_what_is_distrusted()
+        encoding = any(record.items for record in self._in_flight)
+        self._pending += [fault for fault in self._faults.new() if encoding or fault is not LOST]
+        if self._distrusted():
+            self._start_anew()
         step: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
         compat.free_in_worker(step, self._forgotten)
         self._forgotten.clear()
@@ -70,9 +73,6 @@ class _Containment:
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
         failed, reasons = self._fail_unencoded()
-        failed += self._ended
-        reasons |= self._reasons
-        self._ended, self._reasons = [], {}
         place = next((i for i, record in enumerate(self._in_flight) if record.step is scheduler_output), None)
         if place is not None:
             del self._in_flight[:place]  # Outputs come in order: earlier steps have none.
@@ -80,6 +80,12 @@ class _Containment:
             if faults:
                 failed += self._contain(faults, reasons)
             del self._in_flight[0]
+        # Before this step's tokens are accepted: they are then computed anew, and need not end with an error.
+        if compat.drops_tokens_in_flight(self) and self._distrusted():
+            self._start_anew()
+        failed += self._ended
+        reasons |= self._reasons
+        self._ended, self._reasons = [], {}
         outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
         compat.append_errors(outputs, failed, reasons)
         if self._trace is not None:
@@ -92,26 +98,26 @@ class _Containment:
 
     def _new_faults(self) -> list[Fault]:
         found = [*self._pending, *self._faults.new()]
-        self._pending = [fault for fault in found if fault.key == EVERYTHING]  # for the next step to be scheduled
+        self._pending = [fault for fault in found if fault.key == EVERYTHING]  # for `_distrusted`
         return [fault for fault in found if fault.key != EVERYTHING]
 
-    def _forget_what_is_distrusted(self) -> None:
-        """Keep nothing that was computed from embeddings which may be wrong, once that has turned out.
+    def _distrusted(self) -> bool:
+        """Whether it turned out since the last call that the encoder answered wrongly, nobody knows for how long."""
+        told = any(fault.key == EVERYTHING for fault in self._pending)
+        self._pending = [fault for fault in self._pending if fault.key != EVERYTHING]
+        return (self._connector is not None and self._connector.take_distrust()) or told
+
+    def _start_anew(self) -> None:
+        """Keep nothing that was computed from embeddings which may be wrong.
 
         What waits or runs is computed anew, from the images up. A request whose image may have been misread and whose
         answer has begun ends with an error: its tokens cannot be taken back.
         """
-        encoding = any(record.items for record in self._in_flight)
-        self._pending += [fault for fault in self._faults.new() if encoding or fault is not LOST]
-        distrusted = any(fault.key == EVERYTHING for fault in self._pending)
-        self._pending = [fault for fault in self._pending if fault.key != EVERYTHING]
-        distrusted |= self._connector is not None and self._connector.take_distrust()
-        if distrusted:
-            compat.logger().error("The vision encoder answered wrongly: what was computed from it is forgotten.")
-            begun = compat.answered_with_media(self)
-            self._ended += compat.fail_requests(self, begun)
-            self._reasons |= dict.fromkeys(begun, _MISREAD)
-            self._forgotten |= compat.start_anew(self)
+        compat.logger().error("The vision encoder answered wrongly: what was computed from it is forgotten.")
+        begun = compat.answered_with_media(self)
+        self._ended += compat.fail_requests(self, begun)
+        self._reasons |= dict.fromkeys(begun, _MISREAD)
+        self._forgotten |= compat.start_anew(self)
 
     def _note_step(self, trace: TraceLog, step: SchedulerOutput) -> None:
         """Put a step on the timeline, from its scheduling to its tokens."""

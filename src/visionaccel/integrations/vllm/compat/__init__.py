@@ -53,6 +53,7 @@ from visionaccel.integrations.vllm.compat.scheduling import (
     StepInFlight,
     answered_with_media,
     append_errors,
+    drops_tokens_in_flight,
     encoder_cache_state,
     fail_requests,
     forget_encoder_output,
@@ -80,8 +81,8 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler as Scheduler
 
 __all__ = [
-    "answered_with_media", "append_errors", "CacheState", "CONNECTOR", "convert_images", "ec_connector",
-    "encoder_cache_state", "encoder_host", "explain_errors", "fail_requests", "first_of_its_group",
+    "answered_with_media", "append_errors", "CacheState", "CONNECTOR", "convert_images", "drops_tokens_in_flight",
+    "ec_connector", "encoder_cache_state", "encoder_host", "explain_errors", "fail_requests", "first_of_its_group",
     "forget_encoder_output", "forget_prefixes", "free_in_worker", "has_embeddings", "impossible_with_connector",
     "in_step", "is_one_of_several_api_servers", "is_pipelined", "is_replaced", "logger", "obstacles_to_pipelining",
     "on_engine_config", "on_metrics", "pixel_bounds", "receives_embeddings", "refuse_videos", "register_model",

@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 __all__ = [
-    "answered_with_media", "append_errors", "CacheState", "encoder_cache_state", "fail_requests",
-    "forget_encoder_output", "forget_prefixes", "free_in_worker", "has_embeddings", "requests_at_stake",
-    "scheduled_item", "ScheduledItem", "shows_encoder_cache", "start_anew", "step_in_flight", "StepInFlight",
+    "answered_with_media", "append_errors", "CacheState", "drops_tokens_in_flight", "encoder_cache_state",
+    "fail_requests", "forget_encoder_output", "forget_prefixes", "free_in_worker", "has_embeddings",
+    "requests_at_stake", "scheduled_item", "ScheduledItem", "shows_encoder_cache", "start_anew", "step_in_flight",
+    "StepInFlight",
 ]  # fmt: skip
 
 CacheState: TypeAlias = Literal["absent", "evictable", "held", "own"]
@@ -143,6 +144,11 @@ def forget_encoder_output(scheduler: Scheduler, identifier: str) -> None:
         del cache.cached[identifier]
         getattr(cache, "num_embeds_by_hash", {}).pop(identifier, None)  # from vLLM 0.31 on
         cache.num_free_slots += size
+
+
+def drops_tokens_in_flight(scheduler: Scheduler) -> bool:
+    """Whether `start_anew` makes this release drop the tokens of steps in flight; other releases would accept them."""
+    return any(hasattr(request, "drop_stale_output") for request in scheduler.requests.values())
 
 
 def answered_with_media(scheduler: Scheduler) -> list[str]:
