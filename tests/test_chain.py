@@ -9,9 +9,16 @@ import pytest
 from gated import Gate, gated, wait_until
 from towers import random_patches, reference
 from visionaccel import open_encoder
-from visionaccel.backends import default_registry
+from visionaccel.backends import Registry, default_registry
 from visionaccel.encoder import Encoder, OpenProgram
-from visionaccel.errors import DeadlineError, DeviceError, OutputError, UnfitGridError, VisionAccelError
+from visionaccel.errors import (
+    DeadlineError,
+    DeviceError,
+    OutputError,
+    UnfitGridError,
+    UnknownBackendError,
+    VisionAccelError,
+)
 from visionaccel.grid import Grid
 from visionaccel.opening import open_tower
 from visionaccel.runtime.breaker import BreakerState
@@ -548,3 +555,31 @@ def test_closing_closes_the_reference_of_a_shadow_and_opens_nothing_any_more(tin
     late = Stage("late", lambda: open_encoder(tiny, backend="onnxrt"))
     late.close()
     assert isinstance(late.open(), DeviceError)
+
+
+def test_a_shadow_needs_its_reference_and_says_so_at_the_start(tiny, monkeypatch):
+    known = default_registry()
+
+    def entry(name):
+        if name == "torch_ref":
+            raise UnknownBackendError("no backend is named 'torch_ref'.")
+        return Registry.entry(known, name)
+
+    monkeypatch.setattr(known, "entry", entry)
+    with pytest.raises(UnknownBackendError, match="torch_ref"):
+        open_guarded(open_tower(tiny), Settings(backend="onnxrt", shadow=0.5), (None,))
+
+
+def test_in_line_a_fallback_that_hangs_is_left_behind_too(tiny, tmp_path):
+    settings = Settings(backend="onnxrt", fallback="openvino, torch_ref", deadline=0.3, canary="off")
+    (guarded,) = open_guarded(open_tower(tiny), settings, (None,), watched=True)
+    patches = random_patches([GRID])
+    guarded.stages[0].distrust("for the test")
+    hung = guarded.stages[1].open().programs[0]
+    gate = hung.session = Gate(hung.session)
+    gate.shut()
+    (answer,) = guarded.encode_items(patches, [GRID])
+    assert answer.fallback
+    assert not guarded.stages[1].breaker.closed
+    gate.let_in()
+    guarded.close()

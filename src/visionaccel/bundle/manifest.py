@@ -20,6 +20,7 @@ from visionaccel.contracts import TensorSpec
 from visionaccel.errors import BundleError, GridError
 from visionaccel.grid import Grid
 from visionaccel.program import AnyGrid, Bucket, Coverage, FixedGrid, HostSplit, Precision
+from visionaccel.strict_json import parse_json
 
 __all__ = [
     "MANIFEST",
@@ -316,12 +317,7 @@ def parse_manifest(path: Path) -> Manifest:
         BundleError: If it is missing, damaged, of another schema version, or states what this reader does not know.
     """
     try:
-        document = json.loads(
-            read_bounded(path).decode("utf-8"),
-            object_pairs_hook=_unique,
-            parse_constant=_no_constant,
-            parse_float=_finite,
-        )
+        document = parse_json(read_bounded(path).decode("utf-8"))
     except FileNotFoundError:
         raise BundleError(
             f"{path} does not exist.", hint="Pass a bundle folder; `visionaccel export` writes one."
@@ -373,21 +369,3 @@ def _validated(document: dict[str, Any], where: str) -> Manifest:
 def _digest(document: dict[str, Any]) -> str:
     text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name is given twice in one object")
-    return found
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a number")
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text[:20]} is too large a number")
-    return number

@@ -28,7 +28,6 @@ def main(file: str, limit: str) -> None:
 def _findings() -> Iterator[Finding]:
     try:
         import vllm
-        from vllm.plugins import load_general_plugins
     except Exception as error:
         yield Finding(
             "import", "failure", f"vllm cannot be imported: {type(error).__name__}: {error}", "Reinstall vLLM."
@@ -39,7 +38,7 @@ def _findings() -> Iterator[Finding]:
     from visionaccel.integrations.vllm.activation import MODELS
 
     try:
-        load_general_plugins()
+        compat.load_plugins()
     except VisionAccelError as error:
         yield Finding(ACTIVATION, "failure", f"vLLM would not start: {error.message}", error.hint or "")
         return

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from visionaccel.bounded_files import read_bounded
 from visionaccel.diagnosis.findings import printable
 from visionaccel.errors import ConfigurationError, InputError
+from visionaccel.strict_json import parse_json
 
 __all__ = ["checked", "parsed", "read_document", "read_text"]
 
@@ -64,13 +63,13 @@ def read_document(path: Path, most_bytes: int = 8 * _MIB) -> Any:
 
 
 def parsed(text: str) -> Any:
-    """A JSON document whose numbers are finite and of a size that figures have.
+    """A JSON document with integers of a size that figures have.
 
     Raises:
         ValueError: If it is none.
-        RecursionError: If it is nested deeper than anything that visionaccel writes.
+        RecursionError: If it is nested too deeply.
     """
-    return json.loads(text, parse_constant=_no_number, parse_float=_finite, parse_int=_integer)
+    return parse_json(text, most_digits=_MOST_DIGITS)
 
 
 def checked(kind: type[T], document: Any, path: Path, what: str) -> T:
@@ -95,20 +94,3 @@ def checked(kind: type[T], document: Any, path: Path, what: str) -> T:
         raise InputError(
             f"{path} is not {what}: {printable(problems)}.", hint="Name a file that this visionaccel wrote."
         ) from error
-
-
-def _no_number(name: str) -> Any:
-    raise ValueError(f"{name} is not a number")
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text[:20]} is too large a number")
-    return number
-
-
-def _integer(text: str) -> int:
-    if len(text) > _MOST_DIGITS:
-        raise ValueError(f"{text[:20]}… is too large a number")
-    return int(text)

@@ -77,11 +77,6 @@ class Canary:
         self._own: Golden | None = None
         self._lock = threading.Lock()
 
-    @property
-    def golden(self) -> bool:
-        """Whether it has golden images, and not only the encoder's own first answer."""
-        return bool(self._images)
-
     def remember(self, image: Golden) -> None:
         """Try this image, too, from now on: the encoder got it wrong. The last few are kept."""
         with self._lock:

@@ -171,11 +171,14 @@ class DeviceThreads:
             f"device {self._device!r} did not answer within {self._deadline:g} s.",
             hint="Raise VISIONACCEL_DEADLINE, or set VISIONACCEL_ISOLATION=process, which ends a device that hangs.",
         )
+        if self._calls.get(call) is not items:
+            return
+        # Tells observers, so without the lock. Should the call return at this moment, one that works is probed.
+        leave = self.encoder.leave_hung(thread, error.message, [item.grid for item in items])
+        leave = leave and not self._ledger.closed
         with self._lock:
             if self._calls.get(call) is not items:
                 return
-            leave = self.encoder.leave_hung(thread, error.message, [item.grid for item in items])
-            leave = leave and not self._ledger.closed
             if leave:
                 self._replaced.add(call)
             else:

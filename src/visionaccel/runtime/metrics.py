@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -10,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from visionaccel.backends import BreakerReport, DriftReport, EncodeReport, FailureReport, default_registry, hookimpl
+from visionaccel.backends import BreakerReport, DriftReport, EncodeReport, FailureReport, hookimpl
 from visionaccel.runtime.guarded import GuardedEncoder
+from visionaccel.runtime.observers import installed
 from visionaccel.runtime.service import EncodeService
 from visionaccel.runtime.tally import Series, Snapshot, Tally, families
 
@@ -79,7 +79,7 @@ class EncoderMetrics:
     """
 
     def __init__(self) -> None:
-        self._tally, self._process = Tally(SERIES), os.getpid()
+        self._tally = Tally(SERIES)
         self.counts_work = True
         self._services: list[EncodeService] = []
         self._encoders: list[GuardedEncoder] = []
@@ -90,15 +90,7 @@ class EncoderMetrics:
     @classmethod
     def install(cls) -> EncoderMetrics:
         """Start counting in this process; the same for every caller, and not for a fork of theirs."""
-        plugins = default_registry().plugins
-        found = plugins.get_plugin(cls.__name__)
-        if isinstance(found, cls) and found._process == os.getpid():
-            return found
-        if found is not None:
-            plugins.unregister(found)
-        made = cls()
-        plugins.register(made, cls.__name__)
-        return made
+        return installed(cls, cls)
 
     def watch_encoder(self, encoder: GuardedEncoder) -> None:
         """Show an encoder's counters, until it is closed and read once more."""

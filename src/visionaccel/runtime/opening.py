@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-from visionaccel.backends import AUTO
+from visionaccel.backends import AUTO, default_registry
 from visionaccel.bundle import Bundle
 from visionaccel.bundle.golden import Golden, read_golden
 from visionaccel.comparison import THRESHOLDS
@@ -17,7 +17,6 @@ from visionaccel.cores import Host, choose_cores, shown_cores
 from visionaccel.encoder import Encoder
 from visionaccel.errors import BackendUnavailableError, DeviceError, PluginError, VisionAccelError
 from visionaccel.families import Tower
-from visionaccel.isolation import IsolatedSession
 from visionaccel.opening import WantedIsolation, open_encoder, open_source
 from visionaccel.runtime.canary import Canary
 from visionaccel.runtime.guarded import GuardedEncoder
@@ -74,8 +73,11 @@ class _Opening:
         self._cores = choice.cores
         if choice.cores is not None:
             logger.info("The encoder's threads run on cores %s of the CPU: %s.", shown_cores(choice.cores), choice.why)
-        wanted = settings.canary != "off" and isinstance(source, Bundle)
-        self._golden: tuple[Golden, ...] = read_golden(source) if wanted and isinstance(source, Bundle) else ()
+        self._golden: tuple[Golden, ...] = ()
+        if isinstance(source, Bundle) and settings.canary != "off":
+            self._golden = read_golden(source)
+        if settings.shadow:
+            default_registry().entry(_REFERENCE)  # refused now rather than with the first comparison
         self._fallbacks = {
             name: self._stage(name, partial(self._open, self._tower, name)) for name in settings.fallback
         }
@@ -145,15 +147,14 @@ class _Opening:
 
     def _stage(self, name: str, encoder: Encoder | Callable[[], Encoder], *, same: bool = False) -> Stage:
         settings = self._settings
-        left = isinstance(encoder, Encoder) and _may_be_left(encoder)
         return Stage(
             name,
             encoder,
             canary=Canary(self._golden),
             canary_on=settings.canary != "off",
             interval=settings.canary_interval,
-            deadline=settings.deadline if left and self._watched else None,
-            first_deadline=settings.open_deadline if left else None,
+            deadline=settings.deadline if self._watched else None,
+            first_deadline=settings.open_deadline,
             failures=settings.breaker_failures,
             cool_down=settings.breaker_seconds,
             same=same,
@@ -196,18 +197,6 @@ class _Opening:
 
 class _CanaryError(DeviceError):
     """A device encodes, and wrongly."""
-
-
-def _may_be_left(encoder: Encoder) -> bool:
-    """Whether its calls may run on a thread that can be left behind.
-
-    Those of a process of its own have a limit already; those that take a GPU's tensors belong to the caller's stream.
-    """
-    sessions = [opened.session for opened in encoder.programs]
-    isolated = all(isinstance(session, IsolatedSession) for session in sessions)
-    return not isolated and all(
-        session.capabilities.device == "cpu" or not session.capabilities.takes_tensors for session in sessions
-    )
 
 
 def open_service(

@@ -39,8 +39,8 @@ class Stage:
         canary_on: Whether the canary also runs before its first encode, when the device's process was started anew, and
             on the timer.
         interval: Seconds between two canaries on a timer; 0 for none.
-        deadline: Seconds for one image, whose call then runs on a thread that can be left behind; None for no limit, as
-            where somebody else watches.
+        deadline: Seconds for one image, whose call then runs on a thread that can be left behind, if it may; None for
+            no limit, as where somebody else watches.
         first_deadline: The same for each image of the first canary, which may compile; None for no limit.
         failures: As for `Breaker`.
         cool_down: As for `Breaker`.
@@ -245,7 +245,9 @@ class Stage:
         def encode() -> Array:
             return encoder.encode(patches, grids, queue_seconds=queue_seconds)
 
-        seconds = None if self._deadline is None else self._deadline * max(1, len(grids))
+        seconds = None
+        if self._deadline is not None and _may_be_left(encoder):
+            seconds = self._deadline * max(1, len(grids))
         try:
             return encode() if seconds is None else self._calls.call(encode, seconds)
         except VisionAccelError as error:
@@ -259,7 +261,7 @@ class Stage:
     def _check(self, encoder: Encoder, *, quick: bool, probing: bool = False) -> CanaryResult:
         with self._checking:
             restarts, first = self.restarts, self._checked_restarts is None
-            limit = self._first_deadline if first else self._deadline
+            limit = (self._first_deadline if first else self._deadline) if _may_be_left(encoder) else None
             result = self._canary.check(encoder, partial(self._encode_canary, encoder, limit), quick=quick)
             if first and self._interval:
                 self._keep()
@@ -362,6 +364,18 @@ class Stage:
         if self._canary_on and self._interval:
             return min(_LONGEST_SLEEP, max(0.0, checked + self._interval - time.monotonic()))
         return _LONGEST_SLEEP
+
+
+def _may_be_left(encoder: Encoder) -> bool:
+    """Whether its calls may run on a thread that can be left behind.
+
+    Those of a process of its own have a limit already; those that take a GPU's tensors belong to the caller's stream.
+    """
+    sessions = [opened.session for opened in encoder.programs]
+    isolated = all(isinstance(session, IsolatedSession) for session in sessions)
+    return not isolated and all(
+        session.capabilities.device == "cpu" or not session.capabilities.takes_tensors for session in sessions
+    )
 
 
 def _tell(hook: Callable[[], object]) -> None:

@@ -6,7 +6,8 @@ import json
 import logging
 from typing import Any
 
-from visionaccel.backends import EncodeReport, default_registry, hookimpl
+from visionaccel.backends import EncodeReport, hookimpl
+from visionaccel.runtime.observers import installed
 
 __all__ = ["TIMING_PREFIX", "TimingLog", "timed_encodes"]
 
@@ -32,9 +33,7 @@ class TimingLog:
     @classmethod
     def install(cls) -> None:
         """Start logging in this process; once."""
-        plugins = default_registry().plugins
-        if not plugins.has_plugin(cls.__name__):
-            plugins.register(cls(), cls.__name__)
+        installed(cls, cls)
 
     @hookimpl
     def visionaccel_encoded(self, report: EncodeReport) -> None:

@@ -16,8 +16,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from visionaccel.backends import EncodeReport, default_registry, hookimpl
+from visionaccel.backends import EncodeReport, hookimpl
 from visionaccel.errors import ConfigurationError
+from visionaccel.runtime.observers import installed
 
 __all__ = ["Category", "TraceLog"]
 
@@ -45,7 +46,7 @@ class TraceLog:
             raise ConfigurationError(
                 f"VISIONACCEL_TRACE: {path} cannot be written: {error}", hint="Name a file in an existing folder."
             ) from error
-        self._lock, self._process, self._full = threading.Lock(), os.getpid(), False
+        self._lock, self._full = threading.Lock(), False
         self._lanes: dict[str, list[tuple[int, float]]] = {}
         self._numbers = 0
         name = process or multiprocessing.current_process().name
@@ -54,15 +55,7 @@ class TraceLog:
     @classmethod
     def install(cls, path: Path, process: str | None = None) -> TraceLog:
         """Start tracing in this process; the same for every caller, and not for a fork of theirs."""
-        plugins = default_registry().plugins
-        found = plugins.get_plugin(cls.__name__)
-        if isinstance(found, cls) and found._process == os.getpid():
-            return found
-        if found is not None:
-            plugins.unregister(found)
-        made = cls(path, process)
-        plugins.register(made, cls.__name__)
-        return made
+        return installed(cls, lambda: cls(path, process))
 
     def slice(
         self, lane: str, category: Category, name: str, start: float, seconds: float, **details: Any

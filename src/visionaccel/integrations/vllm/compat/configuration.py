@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CONNECTOR", "ec_connector", "impossible_with_connector", "is_one_of_several_api_servers", "is_pipelined",
-    "is_replaced", "obstacles_to_pipelining", "on_engine_config", "receives_embeddings", "register_model",
-    "served_model", "ServedModel", "takes_media", "use_connector", "use_contained_scheduler",
+    "is_replaced", "load_plugins", "obstacles_to_pipelining", "on_engine_config", "receives_embeddings",
+    "register_model", "served_model", "ServedModel", "takes_media", "use_connector", "use_contained_scheduler",
 ]  # fmt: skip
 
 CONNECTOR = "VisionAccelConnector"
@@ -29,6 +29,17 @@ SCHEDULERS = {
     True: "visionaccel.integrations.vllm.scheduler.ContainedAsyncScheduler",
 }
 """The scheduler in the place of vLLM's synchronous and of its asynchronous one."""
+
+
+def load_plugins() -> None:
+    """Load vLLM's general plug-ins, as its processes do when they start.
+
+    Raises:
+        Exception: What a plug-in raises that vLLM does not catch.
+    """
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
 
 
 def register_model(architecture: str, model: str) -> None:
