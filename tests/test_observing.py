@@ -258,20 +258,28 @@ def test_what_processes_publish_is_added_up_and_stays_when_they_end(tmp_path, mo
     assert found["visionaccel_waiting_items"] == [], "how things stood in a process that is gone is nobody's business"
 
 
-def test_metrics_show_in_vllms_registry_also_when_it_is_of_several_processes(monkeypatch, tmp_path):
+@pytest.mark.parametrize("several", [False, True], ids=["one API server", "several"])
+def test_metrics_show_in_vllms_registry_also_when_it_is_of_several_processes(monkeypatch, tmp_path, several):
     pytest.importorskip("vllm")
+    from prometheus_client import multiprocess
     from vllm.v1.metrics import prometheus
 
     from visionaccel.integrations.vllm import compat
 
     monkeypatch.setattr(prometheus, "get_prometheus_registry", _unwrapped(prometheus.get_prometheus_registry))
+    monkeypatch.setattr(prometheus, "REGISTRY", CollectorRegistry())
+    collect = _unwrapped(multiprocess.MultiProcessCollector.collect)
+    monkeypatch.setattr(multiprocess.MultiProcessCollector, "collect", collect)
     monkeypatch.setenv(board._FOLDER, f"0:{tmp_path}")
-    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
-    compat.on_metrics(published.PublishedCollector)
-    compat.on_metrics(published.PublishedCollector)
+    if several:
+        monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     for _ in range(2):
-        text = generate_latest(prometheus.get_prometheus_registry()).decode()
-        assert text.count("# HELP visionaccel_encode_seconds ") == 1
+        compat.on_metrics(published.PublishedCollector)
+        registry = prometheus.get_prometheus_registry()
+        if several:  # as the route does that answers
+            registry = CollectorRegistry()
+            multiprocess.MultiProcessCollector(registry)
+        assert generate_latest(registry).decode().count("# HELP visionaccel_encode_seconds ") == 1
 
 
 def _unwrapped(function):

@@ -4,6 +4,7 @@ import base64
 import io
 import re
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from openai import InternalServerError, OpenAI
 from digits_vlm.samples import held_out_images
 from fake_plugins import install
 from visionaccel.cores import process_cores, shown_cores
+from visionaccel.faultsuite.asking import metric, metrics_of
 from visionaccel.integrations.vllm.server import serve
 
 FLAKY = '''
@@ -65,12 +67,14 @@ def switch(tmp_path_factory):
 
 @pytest.fixture(
     scope="module",
-    params=[("none", "bfloat16", "inline"), ("torch_ref", "float32", "pipelined")],
+    params=[("none", "bfloat16", "inline", "1"), ("torch_ref", "float32", "pipelined", "2")],
     ids="-".join,
 )
 def flaky(request, digits, switch, tmp_path_factory):
-    """A server on the flaky backend, with and without a fallback, in two modes; and whether it has a fallback."""
-    fallback, dtype, mode = request.param
+    """A server on the flaky backend, with and without a fallback, in two modes, of one and of two API servers; and
+    whether it has a fallback.
+    """
+    fallback, dtype, mode, servers = request.param
     site = install(tmp_path_factory.mktemp("site"), "acme-flaky", "flaky", FLAKY)
     settings = {
         "VISIONACCEL_BACKEND": "flaky",
@@ -80,7 +84,9 @@ def flaky(request, digits, switch, tmp_path_factory):
         "PYTHONPATH": str(site),
     }
     switch.write_text("off")
-    with serve(digits, settings, ("--dtype", dtype, *ARGUMENTS), command=VLLM_SERVE) as server:
+    with serve(
+        digits, settings, ("--dtype", dtype, "--api-server-count", servers, *ARGUMENTS), command=VLLM_SERVE
+    ) as server:
         yield server, fallback != "none"
 
 
@@ -165,3 +171,16 @@ def test_a_truncated_image_is_refused_before_the_engine(flaky, client):
     with pytest.raises(BadRequestError):
         client.chat.completions.create(model="visionaccel", messages=[{"role": "user", "content": content}])
     assert flaky[0].healthy()
+
+
+def test_every_api_server_shows_the_metrics_of_all_processes(flaky, client):
+    server, has_fallback = flaky
+    text(client, held_out_images(20)[-1])
+    time.sleep(1.5)
+    several = [metrics_of(server.url) for _ in range(6)]
+    encoded = {metric(each, "visionaccel_encode_seconds_count", backend="flaky", purpose="request") for each in several}
+    assert len(encoded) == 1, "whichever answers"
+    assert encoded.pop() >= 1
+    assert metric(several[0], "visionaccel_processor_seconds_count") >= 1
+    assert (metric(several[0], "visionaccel_fallback_items_total") > 0) == has_fallback
+    assert all(each.count("# HELP visionaccel_encode_seconds ") == 1 for each in several)
