@@ -84,7 +84,7 @@ def the(findings, about, what):
         ("import ctypes; ctypes.string_at(0)", "died of SIGSEGV (a segmentation fault)"),
         ("os.abort()", "died of SIGABRT (an abort)"),
         ("os._exit(0)", "ended with status 0 before it answered"),
-        ("sys.exit(3)", "ended with status 3 before it answered"),
+        ("sys.exit(3)", "SystemExit: 3"),
         ("raise OSError('libnpu.so.1: cannot open')", "OSError: libnpu.so.1: cannot open"),
         ("return [{'status': 'excellent'}]", "is no finding"),
     ],

@@ -2,8 +2,11 @@
 
 import ast
 import runpy
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fake_plugins import ECHO, install
@@ -77,6 +80,10 @@ def test_a_known_plug_in_that_is_not_installed_says_what_to_install(monkeypatch)
         ECHO.format(name="broken", score=1).replace("(VisionBackend)", ""),
         ECHO.format(name="broken", score=1).replace("return [Echo]", "return Echo"),
         ECHO.format(name="broken", score=1).replace("return [Echo]", "return 1 / 0"),
+        "import sys; sys.exit(3)",
+        "class Odd(BaseException): pass\nraise Odd('neither error nor exit')",
+        "raise KeyboardInterrupt",
+        ECHO.format(name="broken", score=1).replace("return [Echo]", "raise SystemExit"),
     ],
     ids=[
         "import error",
@@ -88,6 +95,10 @@ def test_a_known_plug_in_that_is_not_installed_says_what_to_install(monkeypatch)
         "no backend class",
         "no list",
         "hook raises",
+        "exits",
+        "raises no Exception",
+        "interrupts",
+        "hook exits",
     ],
 )
 def test_a_broken_plug_in_is_named_when_it_is_wanted_and_only_then(site, tiny, source):
@@ -98,6 +109,42 @@ def test_a_broken_plug_in_is_named_when_it_is_wanted_and_only_then(site, tiny, s
     selection = select(registry, open_tower(tiny))
     verdicts = {candidate.entry.name: candidate.verdict for candidate in selection.candidates}
     assert isinstance(verdicts["broken"], Rejected)
+    assert selection.chosen is not None
+    assert selection.chosen.entry.name == "onnxrt"
+
+
+HANGS = "import threading\nthreading.Event().wait(60)"
+
+
+def test_a_plug_in_that_hangs_is_named_in_time_and_leaves_the_others_alone(site, tiny, monkeypatch):
+    monkeypatch.setattr("visionaccel.backends.registry.IMPORT_SECONDS", 1.0)
+    install(site, "acme-hanging", "broken", HANGS)
+    registry = Registry()
+    started = time.monotonic()
+    with pytest.raises(PluginError, match=r"acme-hanging 1\.0 cannot be loaded: .* did not end within 1 s"):
+        registry.load("broken")
+    selection = select(registry, open_tower(tiny))  # does not wait for it once more
+    assert time.monotonic() - started < 5
+    assert selection.chosen is not None
+    assert selection.chosen.entry.name == "onnxrt"
+
+
+def test_threads_that_load_a_backend_at_once_get_one_object(site):
+    slow = "import time; time.sleep(0.3)\n" + ECHO.format(name="slow", score=1)
+    install(site, "acme-slow", "slow", slow)
+    registry = Registry()
+    with ThreadPoolExecutor(8) as threads:
+        assert len({id(backend) for backend in threads.map(registry.load, ["slow"] * 8)}) == 1
+
+
+@pytest.mark.parametrize("place", ["formats_on(self, device)", "probe(self, program, device)"])
+def test_a_backend_that_exits_when_it_is_asked_is_refused_and_the_others_are_used(site, tiny, place):
+    source = ECHO.format(name="broken", score=99).replace("def open", f"def {place}: raise SystemExit(0)\n    def open")
+    install(site, f"acme-exits-{abs(hash(place))}", "broken", source)
+    selection = select(Registry(), open_tower(tiny))
+    (asked,) = [candidate for candidate in selection.candidates if candidate.entry.name == "broken"]
+    assert isinstance(asked.verdict, Rejected)
+    assert "SystemExit: 0" in asked.verdict.reason
     assert selection.chosen is not None
     assert selection.chosen.entry.name == "onnxrt"
 
@@ -180,11 +227,21 @@ def test_a_provider_that_is_not_there_is_refused_rather_than_replaced_by_the_cpu
         open_encoder(tiny, backend="onnxrt", options={"provider": "CUDAExecutionProvider"})
 
 
-def test_whatever_open_raises_becomes_a_device_error_with_the_backends_name(site, tiny):
-    source = ECHO.format(name="stuck", score=1).replace("return EchoSession()", "raise MemoryError('no room')")
-    install(site, "acme-stuck", "stuck", source)
-    with pytest.raises(DeviceError, match=r"'stuck' could not open .*MemoryError: no room"):
+@pytest.mark.parametrize("raised", ["MemoryError: no room", "SystemExit: no room"])
+def test_whatever_open_raises_becomes_a_device_error_with_the_backends_name(site, tiny, raised):
+    kind, _, said = raised.partition(": ")
+    source = ECHO.format(name="stuck", score=1).replace("return EchoSession()", f"raise {kind}({said!r})")
+    install(site, f"acme-stuck-{kind}", "stuck", source)
+    with pytest.raises(DeviceError, match=f"'stuck' could not open .*{raised}"):
         open_encoder(tiny, backend="stuck", registry=Registry())
+
+
+def test_a_session_that_exits_is_a_device_error(site, tiny):
+    source = ECHO.format(name="quits", score=1).replace('RuntimeError("echo cannot compute")', "SystemExit(0)")
+    install(site, "acme-quits", "quits", source)
+    with open_encoder(tiny, backend="quits", registry=Registry()) as encoder:
+        with pytest.raises(DeviceError, match="'quits' failed on grids .*SystemExit: 0"):
+            encoder.encode(np.zeros((16, encoder.tower.patch_width), np.float32), [(1, 4, 4)])
 
 
 MODULES = [file for file in sorted(PLUGINS.glob("*/visionaccel_*/*.py")) if file.name != "commands.py"]

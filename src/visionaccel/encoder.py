@@ -15,7 +15,16 @@ from typing import Any, Self
 import numpy as np
 
 from visionaccel.arrays import Array, as_numpy, dtype_name, is_tensor
-from visionaccel.backends import CallParts, Capabilities, EncodeReport, Purpose, Registry, Session, watch_parts
+from visionaccel.backends import (
+    CallParts,
+    Capabilities,
+    EncodeReport,
+    Purpose,
+    Registry,
+    Session,
+    contained,
+    watch_parts,
+)
 from visionaccel.contracts import check_embeddings, check_output, check_patches
 from visionaccel.cores import on_cores
 from visionaccel.errors import DeviceError, UnfitGridError, VisionAccelError
@@ -232,7 +241,8 @@ class Encoder:
     def _as_device_error(self, grids: Sequence[Grid]) -> Iterator[None]:
         """Whatever a backend or the host's part raises, as a DeviceError that says where."""
         try:
-            yield
+            with contained():
+                yield
         except VisionAccelError:
             raise
         except Exception as error:

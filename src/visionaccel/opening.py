@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from pydantic import ValidationError
 
-from visionaccel.backends import AUTO, Options, Registry, Session, VisionBackend, default_registry, select
+from visionaccel.backends import AUTO, Options, Registry, Session, VisionBackend, contained, default_registry, select
 from visionaccel.bundle import Bundle, is_bundle, open_bundle
 from visionaccel.checkpoint import locate_checkpoint
 from visionaccel.cores import on_cores
@@ -143,7 +143,8 @@ def _host(tower: Tower, program: Program) -> Host:
 
 def _open(backend: VisionBackend, program: Program, device: str | None, options: Options) -> Session:
     try:
-        return backend.open(program, device, options)
+        with contained():
+            return backend.open(program, device, options)
     except VisionAccelError:
         raise
     except Exception as error:

@@ -5,6 +5,7 @@ Plug-ins import from here and from the core types (`visionaccel.arrays`, `contra
 programs, from `visionaccel.onnx_products`.
 """
 
+from visionaccel.backends.containment import contained
 from visionaccel.backends.hooks import BreakerReport, DriftReport, EncodeReport, FailureReport, Purpose, hookimpl
 from visionaccel.backends.parts import CallParts, call_parts, watch_parts
 from visionaccel.backends.registry import GROUP, BackendEntry, Registry, default_registry
@@ -47,6 +48,7 @@ __all__ = [
     "Verdict",
     "VisionBackend",
     "call_parts",
+    "contained",
     "default_registry",
     "hookimpl",
     "select",

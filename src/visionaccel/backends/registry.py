@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import threading
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -20,6 +22,9 @@ GROUP = "visionaccel.backends"
 
 EXTRAS = ("flexmlrt", "onnxrt", "openvino", "torch_ref")
 """Backends that the core distribution offers as extras."""
+
+IMPORT_SECONDS = 120.0
+"""How long a plug-in may take to be imported. Ours take milliseconds; vendors' runtimes over a network, many seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +51,9 @@ class Registry:
         self.plugins = pluggy.PluginManager(PROJECT)
         self.plugins.add_hookspecs(HookSpecs)
         self._points: dict[str, EntryPoint] = {}
-        self._loaded: dict[str, VisionBackend] = {}
+        self._lock = threading.Lock()
+        self._loading: dict[str, Future[VisionBackend]] = {}
+        self._late: set[str] = set()
         for point in entry_points(group=GROUP):
             other = self._points.get(point.name)
             if other is not None:
@@ -87,37 +94,65 @@ class Registry:
         )
 
     def load(self, name: str) -> VisionBackend:
-        """The backend of that name, its plug-in imported.
+        """The backend of that name, its plug-in imported. Safe to call from several threads; each gets the same object.
+
+        The import runs in a separate thread, so that a plug-in that hangs, exits or raises something that is not an
+        `Exception` ends neither this thread nor the process.
 
         Raises:
             UnknownBackendError: If it is not installed.
-            PluginError: If its module cannot be imported or does not provide it.
+            PluginError: If its module cannot be imported, takes longer than `IMPORT_SECONDS`, or does not provide it.
         """
-        if name in self._loaded:
-            return self._loaded[name]
         entry = self.entry(name)
         origin = f"backend {name!r} of {entry.distribution} {entry.version}"
         advice = f"Reinstall {entry.distribution}, or report this to its authors."
+        with self._lock:
+            loading = self._loading.get(name)
+            # A failed import may be tried again, as Python does; one that still runs is not started twice.
+            if loading is None or (loading.done() and loading.exception() is not None):
+                loading = self._loading[name] = Future()
+                what = f"visionaccel-import-{name}"
+                threading.Thread(target=self._load, args=(entry, loading), name=what, daemon=True).start()
+                late = False
+            else:
+                late = name in self._late
         try:
-            plugin = self._points[name].load()
+            error = loading.exception(0 if late else IMPORT_SECONDS)
+        except TimeoutError:
+            self._late.add(name)
+            raise PluginError(
+                f"{origin} cannot be loaded: importing module {entry.module} did not end within {IMPORT_SECONDS:g} s.",
+                hint=advice,
+            ) from None
+        if isinstance(error, PluginError):
+            raise error
+        if error is not None:  # Whatever a plug-in's code raises, the user must learn which plug-in it was.
+            raise PluginError(f"{origin} cannot be loaded: {type(error).__name__}: {error}", hint=advice) from error
+        return loading.result()
+
+    def _load(self, entry: BackendEntry, loading: Future[VisionBackend]) -> None:
+        try:
+            loading.set_result(self._loaded(entry))
+        except BaseException as error:  # SystemExit too: a plug-in does not decide when this process ends.
+            loading.set_exception(error)
+
+    def _loaded(self, entry: BackendEntry) -> VisionBackend:
+        plugin = self._points[entry.name].load()
+        with self._lock:
             if not self.plugins.is_registered(plugin):
                 self.plugins.register(plugin)
                 self.plugins.check_pending()
             hook = self.plugins.subset_hook_caller(
                 "visionaccel_backends", [other for other in self.plugins.get_plugins() if other is not plugin]
             )
-            provided = [kind for answer in hook() for kind in answer if kind.name == name]
-            if len(provided) != 1 or not issubclass(provided[0], VisionBackend):
-                raise PluginError(
-                    f"{origin}: module {entry.module} must provide exactly one VisionBackend named {name!r}.",
-                    hint="Return it from the hook visionaccel_backends, with `name` equal to the entry point's name.",
-                )
-            self._loaded[name] = provided[0]()
-        except PluginError:
-            raise
-        except Exception as error:  # Whatever a plug-in's code raises, the user must learn which plug-in it was.
-            raise PluginError(f"{origin} cannot be loaded: {type(error).__name__}: {error}", hint=advice) from error
-        return self._loaded[name]
+        provided = [kind for answer in hook() for kind in answer if kind.name == entry.name]
+        if len(provided) != 1 or not issubclass(provided[0], VisionBackend):
+            raise PluginError(
+                f"backend {entry.name!r} of {entry.distribution} {entry.version}: module {entry.module} must provide "
+                f"exactly one VisionBackend named {entry.name!r}.",
+                hint="Return it from the hook visionaccel_backends, with `name` equal to the entry point's name.",
+            )
+        return provided[0]()
 
 
 @cache

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
+from visionaccel.backends.containment import contained
 from visionaccel.backends.registry import BackendEntry, Registry
 from visionaccel.backends.spec import Accepted, Rejected, Verdict, VisionBackend
 from visionaccel.errors import BackendUnavailableError, PluginError
@@ -108,6 +109,7 @@ def _ask(
 ) -> Candidate:
     try:
         backend = registry.load(entry.name)
+        taken = _formats(backend, entry, device)
     except PluginError as error:
         if strict:
             raise
@@ -115,7 +117,6 @@ def _ask(
     if backend.only_by_name and not strict:
         unnamed = Rejected("it is only used by name.", f"Set VISIONACCEL_BACKEND={entry.name}.")
         return Candidate(entry, unnamed, (), asked=False)
-    taken = backend.formats_on(device)
     programs = source.programs(taken)
     if not programs:
         formats = ", ".join(sorted(taken)) or "no format"
@@ -137,12 +138,25 @@ def _ask(
     return Candidate(entry, best, tuple(accepted.values()))
 
 
-def _verdict(backend: VisionBackend, entry: BackendEntry, program: Program, device: str | None) -> Verdict:
-    if program.device is not None and backend.kind_of(device) != program.device:
-        reason = f"program {program.name!r} was made for device {program.device!r}."
-        return Rejected(reason, f"Set VISIONACCEL_DEVICE={program.device}.")
+def _formats(backend: VisionBackend, entry: BackendEntry, device: str | None) -> frozenset[str]:
     try:
-        return backend.probe(program, device)
+        with contained():
+            return frozenset(backend.formats_on(device))
+    except Exception as error:
+        raise PluginError(
+            f"backend {entry.name!r} of {entry.distribution} {entry.version} does not say which formats it takes: "
+            f"{type(error).__name__}: {error}",
+            hint=f"Report this to the authors of {entry.distribution}.",
+        ) from error
+
+
+def _verdict(backend: VisionBackend, entry: BackendEntry, program: Program, device: str | None) -> Verdict:
+    try:
+        with contained():
+            if program.device is not None and backend.kind_of(device) != program.device:
+                reason = f"program {program.name!r} was made for device {program.device!r}."
+                return Rejected(reason, f"Set VISIONACCEL_DEVICE={program.device}.")
+            return backend.probe(program, device)
     except Exception as error:  # A probe that raises is a defect of one plug-in; the others must still be asked.
         reason = f"its probe failed with {type(error).__name__}: {error}."
         return Rejected(reason, f"Report this to the authors of {entry.distribution}.")

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from visionaccel.backends import AUTO, Accepted, Candidate, default_registry, select
+from visionaccel.backends import AUTO, Accepted, Candidate, contained, default_registry, select
 from visionaccel.cli.output import Backend, Device, Json, print_json, results
 from visionaccel.errors import PluginError
 from visionaccel.opening import open_source
@@ -39,7 +39,8 @@ def backends(as_json: Json = False) -> None:
                 name: {"default": field.get_default(call_default_factory=True), "description": field.description}
                 for name, field in backend.options.model_fields.items()
             }
-            row["devices"] = list(backend.devices())
+            with contained():
+                row["devices"] = list(backend.devices())
         except PluginError as error:
             row["problem"] = str(error)
         except Exception as error:  # Listing devices may import a vendor's runtime; one that is broken is a finding.

@@ -20,10 +20,16 @@ def tidy_if_terminated() -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
         yield
+    except _Terminated:
+        raise SystemExit(128 + signal.SIGTERM) from None
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
+class _Terminated(KeyboardInterrupt):
+    """Passes through whatever lets Ctrl-C pass."""
+
+
 def _terminated(number: int, _: FrameType | None) -> None:
     signal.signal(number, lambda *_: None)  # a second one must not end the tidying
-    raise SystemExit(128 + number)
+    raise _Terminated

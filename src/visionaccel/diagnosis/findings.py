@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from visionaccel.backends import Finding
+from visionaccel.backends import Finding, contained
 from visionaccel.backends.spec import Status
 from visionaccel.errors import VisionAccelError
 
@@ -74,7 +74,8 @@ def looked(about: str, name: str, look: Callable[[], Iterable[Finding]]) -> list
     """
     findings: list[Finding] = []
     try:
-        findings.extend(look())  # what was found before it raises is kept
+        with contained():
+            findings.extend(look())  # what was found before it raises is kept
     except VisionAccelError as error:
         findings.append(Finding(name, "failure", error.message, error.hint or ""))
     except Exception as error:  # A broken machine is what this is for: the other looks are still to be made.
