@@ -239,9 +239,11 @@ def test_whatever_open_raises_becomes_a_device_error_with_the_backends_name(site
 def test_a_session_that_exits_is_a_device_error(site, tiny):
     source = ECHO.format(name="quits", score=1).replace('RuntimeError("echo cannot compute")', "SystemExit(0)")
     install(site, "acme-quits", "quits", source)
-    with open_encoder(tiny, backend="quits", registry=Registry()) as encoder:
-        with pytest.raises(DeviceError, match="'quits' failed on grids .*SystemExit: 0"):
-            encoder.encode(np.zeros((16, encoder.tower.patch_width), np.float32), [(1, 4, 4)])
+    with (
+        open_encoder(tiny, backend="quits", registry=Registry()) as encoder,
+        pytest.raises(DeviceError, match=r"'quits' failed on grids .*SystemExit: 0"),
+    ):
+        encoder.encode(np.zeros((16, encoder.tower.patch_width), np.float32), [(1, 4, 4)])
 
 
 MODULES = [file for file in sorted(PLUGINS.glob("*/visionaccel_*/*.py")) if file.name != "commands.py"]

@@ -24,7 +24,7 @@ EXTRAS = ("flexmlrt", "onnxrt", "openvino", "torch_ref")
 """Backends that the core distribution offers as extras."""
 
 IMPORT_SECONDS = 120.0
-"""How long a plug-in may take to be imported. Ours take milliseconds; vendors' runtimes over a network, many seconds."""
+"""How long a plug-in may take to be imported: generous, as a vendor's runtime may lie on a slow network drive."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +152,8 @@ class Registry:
                 f"exactly one VisionBackend named {entry.name!r}.",
                 hint="Return it from the hook visionaccel_backends, with `name` equal to the entry point's name.",
             )
-        return provided[0]()
+        backend: VisionBackend = provided[0]()
+        return backend
 
 
 @cache
