@@ -6,6 +6,11 @@ import sys
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
+
+from visionaccel.cli.app import app
+from visionaccel.cli.output import backend_options
+from visionaccel.errors import SettingsError
 
 
 def run(*arguments, check=None):
@@ -127,3 +132,24 @@ def test_the_version_is_printed():
     import visionaccel
 
     assert run("--version").stdout.strip() == visionaccel.__version__
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (("bench", "serve", "--gap", "nan"), "--gap"),
+        (("bench", "serve", "--gap", "1e10"), "--gap"),
+        (("bench", "serve", "--latency", "inf"), "--latency"),
+        (("bench", "encode", "--deadline", "nan"), "--deadline"),
+        (("doctor", "--limit", "nan"), "--limit"),
+    ],
+)
+def test_times_on_the_command_line_are_finite(arguments, option):
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert f"Invalid value for '{option}'" in result.stderr
+
+
+def test_options_that_are_nested_too_deeply_are_a_settings_error(tiny):
+    with pytest.raises(SettingsError, match="nested too deeply"):
+        backend_options("a=" + "[" * 100_000, {})

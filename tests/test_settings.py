@@ -140,26 +140,79 @@ def test_the_current_name_wins_over_the_former(monkeypatch):
     assert load_settings().backend == "new"
 
 
+SECONDS = r"it must be a number that is above 0 and at most 86400"
+UNPRINTABLE = "characters that cannot be printed"
+NOT_A_SIZE = "a size is a number with a unit, such as 512MiB"
+BAD_VALUES = {
+    "backend": {"onnx\x1b[31mrt": UNPRINTABLE, "onnxrt\u202e": UNPRINTABLE, "a\nb": UNPRINTABLE},
+    "device": {"npu\x07": UNPRINTABLE},
+    "devices": {"npu:0,npu\x9b1": UNPRINTABLE},
+    "bundle": {"/models/\x1b]0;owned": UNPRINTABLE},
+    "fit": {"crop": "'letterbox', 'stretch' or 'none'"},
+    "mode": {"pipelined?": "'auto', 'pipelined' or 'inline'"},
+    "queue_size": {
+        **dict.fromkeys(["0", "-1", "65537"], "it must be a number that is above 0 and at most 65536"),
+        **dict.fromkeys(["1.5", "many", "nan", "1e3"], "integer"),
+    },
+    "cache_size": {
+        **dict.fromkeys(["1,5GiB", "5-1", "-1", "1.5.5MiB", "GiB", "2 GiB each", "nan", "inf", "1e9"], NOT_A_SIZE),
+        "2PiB": "at most 1125899906842624",
+    },
+    "fallback": {"onnxrt,torch\x1bref": UNPRINTABLE},
+    "canary": {"sometimes": "'on', 'strict' or 'off'"},
+    "canary_interval": dict.fromkeys(["-1", "inf", "nan", "1e10"], "at least 0 and at most 86400"),
+    "shadow": dict.fromkeys(["-0.1", "1.1", "nan", "inf"], "at least 0 and at most 1"),
+    "shadow_limit": dict.fromkeys(["0", "-1", "1.5", "nan"], "above 0 and at most 1"),
+    "breaker_failures": {
+        **dict.fromkeys(["0", "-3", "1000001"], "above 0 and at most 1000000"), "2.5": "integer", "inf": "integer",
+    },
+    "breaker_seconds": dict.fromkeys(["0", "-1", "nan", "inf", "1e10"], SECONDS),
+    "options": {
+        "threads": "'threads' is not of the form name=value",
+        "threads=1,threads=2": "'threads' is given twice",
+        '{"threads": ': "Expecting value",
+        '{"threads": 1, "threads": 2}': "given twice",
+        '{"rate": NaN}': "NaN is not a number",
+        "rate=nan": "nan",
+        '{"a":' * 100_000: "nested too deeply",
+        "a=" + "[" * 100_000: "nested too deeply",
+        "a=" + "[" * 100 + "]" * 100: "nested too deeply",
+    },
+    "isolation": {"thread": "'process' or 'none'"},
+    "deadline": {**dict.fromkeys(["0", "-1", "nan", "inf", "-inf", "1e10", "86401"], SECONDS), "2 minutes": "number"},
+    "open_deadline": {**dict.fromkeys(["0", "-1", "nan", "inf", "1e10"], SECONDS), "1,5": "number"},
+    "cpu_cores": dict.fromkeys(["3-1", "-1", "a", "0,", "0-", "1e9", "99999999"], "write 0-3,8 or all"),
+    "timing": {"perhaps": "boolean"},
+    "trace": {"/tmp/\u2066trace": UNPRINTABLE},
+    "metrics": {"2": "boolean"},
+}  # fmt: skip
+"""For each setting, values that it does not take, and what the error says of them."""
+
+
+def test_every_setting_has_bad_values():
+    assert {name for name, rows in BAD_VALUES.items() if rows} == set(Settings.model_fields)
+
+
 @pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("MODE", "pipelined?", "VISIONACCEL_MODE='pipelined.'.*'auto', 'pipelined' or 'inline'"),
-        ("CACHE_SIZE", "-1", "VISIONACCEL_CACHE_SIZE='-1'"),
-        ("QUEUE_SIZE", "0", "VISIONACCEL_QUEUE_SIZE='0'"),
-        ("TIMING", "perhaps", "VISIONACCEL_TIMING='perhaps'"),
-        ("ISOLATION", "thread", "VISIONACCEL_ISOLATION='thread'.*'process' or 'none'"),
-        ("DEADLINE", "0", "VISIONACCEL_DEADLINE='0'"),
-        ("DEADLINE", "inf", "VISIONACCEL_DEADLINE='inf'"),
-        ("OPEN_DEADLINE", "0", "VISIONACCEL_OPEN_DEADLINE='0'"),
-        ("OPEN_DEADLINE", "nan", "VISIONACCEL_OPEN_DEADLINE='nan'"),
-        ("OPTIONS", "threads", "'threads' is not of the form name=value"),
-        ("OPTIONS", '{"threads": ', "VISIONACCEL_OPTIONS"),
-    ],
+    ("name", "value"), [pytest.param(n, v, id=f"{n}-{v[:24]!a}") for n, values in BAD_VALUES.items() for v in values]
 )
-def test_invalid_values_name_the_variable(monkeypatch, name, value, message):
-    monkeypatch.setenv("VISIONACCEL_" + name, value)
-    with pytest.raises(SettingsError, match=message):
+def test_a_bad_value_is_refused_with_its_variable_and_what_it_takes(monkeypatch, name, value):
+    monkeypatch.setenv("VISIONACCEL_" + name.upper(), value)
+    with pytest.raises(SettingsError) as raised:
         load_settings()
+    assert f"VISIONACCEL_{name.upper()}=" in raised.value.message
+    assert BAD_VALUES[name][value] in raised.value.message
+    assert raised.value.message.isprintable()
+    assert len(raised.value.message) < 600
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("0", 0), ("512MiB", 512 << 20), ("1.5 GiB", 3 << 29), ("2GB", 2 * 10**9), ("64k", 64_000), (" 7b ", 7)],
+)
+def test_sizes_have_units(monkeypatch, text, size):
+    monkeypatch.setenv("VISIONACCEL_CACHE_SIZE", text)
+    assert load_settings().cache_size == size
 
 
 def test_one_device_or_several_are_named_not_both(monkeypatch):

@@ -21,7 +21,7 @@ from visionaccel.grid import Grid
 from visionaccel.isolation import IsolatedSession
 from visionaccel.opening import open_tower
 from visionaccel.program import FixedGrid, HostSplit
-from visionaccel.settings import parse_options
+from visionaccel.setting_values import parse_options
 from visionaccel.testing.simulated import FaultRule, SimulatedBackend, SimulatedOptions, Target, struck
 
 GRIDS = [(1, 4, 6)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Mapping
@@ -12,53 +11,30 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, ByteSize, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from visionaccel.cores import WantedCores, parse_cores
+from visionaccel.cores import WantedCores
 from visionaccel.errors import SettingsError
+from visionaccel.setting_values import parse_options, printable_only, read_bytes, read_chain, read_cores, read_names
 
-__all__ = ["PREFIX", "Settings", "load_settings", "make_settings", "parse_options", "settings_table"]
+__all__ = ["LONGEST_SECONDS", "PREFIX", "Settings", "load_settings", "make_settings", "settings_table"]
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "VISIONACCEL_"
+LONGEST_SECONDS = 86_400.0
+"""The longest time that a setting takes, a day: systems cannot wait for any number of seconds."""
+
+_MOST_BYTES = 2**50
+_OUT_OF_RANGE = frozenset({"greater_than", "greater_than_equal", "less_than_equal", "finite_number"})
+_MOST_SHOWN = 200
 _SAID = "_VISIONACCEL_DEPRECATIONS_SAID"
 
 
-def parse_options(value: Any) -> Any:
-    """Backend options from text: a JSON object, or `name=value,name=value` where values are JSON or plain text."""
-    if not isinstance(value, str):
-        return value
-    text = value.strip()
-    if text.startswith("{"):
-        return json.loads(text)
-    options: dict[str, Any] = {}
-    for part in filter(None, (p.strip() for p in text.split(","))):
-        name, equals, item = part.partition("=")
-        if not equals:
-            raise ValueError(f"{part!r} is not of the form name=value")
-        try:
-            options[name.strip()] = json.loads(item)
-        except ValueError:
-            options[name.strip()] = item.strip()
-    return options
-
-
-def _names(value: Any) -> Any:
-    """Names from text, separated by commas."""
-    return tuple(filter(None, (name.strip() for name in value.split(",")))) if isinstance(value, str) else value
-
-
-def _cores(value: Any) -> Any:
-    return parse_cores(value) if isinstance(value, str) else value
-
-
-def _chain(value: Any) -> Any:
-    """Names of a chain from text; none by the word `none`, and by None."""
-    if value is None or (isinstance(value, str) and value.strip().lower() == "none"):
-        return ()
-    return _names(value)
+_Text = Annotated[str, AfterValidator(printable_only)]
+_Path = Annotated[Path, AfterValidator(printable_only)]
+_Seconds = Annotated[float, Field(gt=0, le=LONGEST_SECONDS, allow_inf_nan=False)]
 
 
 class Settings(BaseSettings):
@@ -66,20 +42,20 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, frozen=True, extra="forbid")
 
-    backend: str | None = Field(
+    backend: _Text | None = Field(
         None,
         description="Backend that runs the vision encoder: a name that `visionaccel backends` lists, or `auto` for the "
         "best one here. Unset: vLLM is left alone.",
     )
-    device: str | None = Field(
+    device: _Text | None = Field(
         None, description="Device of that backend, such as `cpu`, `cuda:0` or `npu`. Unset: the backend's default."
     )
-    devices: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)] = Field(
+    devices: Annotated[tuple[_Text, ...], NoDecode, BeforeValidator(read_names)] = Field(
         (),
         description="Several such devices, separated by commas, in the place of `VISIONACCEL_DEVICE`: each has an "
         "encoder of its own, and images go to the one that is free. In-line, only the first is used.",
     )
-    bundle: Path | None = Field(
+    bundle: _Path | None = Field(
         None,
         description="Folder that the encoder comes from, if it is not the served checkpoint itself: a bundle, or a "
         "checkpoint with the vision weights.",
@@ -96,15 +72,19 @@ class Settings(BaseSettings):
         "reason.",
     )
     queue_size: int = Field(
-        64, gt=0, description="Pipelined: most images that wait for the encoder at a time; further ones are held back."
+        64,
+        gt=0,
+        le=65_536,
+        description="Pipelined: most images that wait for the encoder at a time; further ones are held back.",
     )
-    cache_size: ByteSize = Field(
+    cache_size: Annotated[ByteSize, BeforeValidator(read_bytes)] = Field(
         ByteSize(512 * 2**20),
         ge=0,
+        le=_MOST_BYTES,
         description="Pipelined: memory of the host for embeddings of images that were seen before, such as `2GiB`; as "
         "much again may be held for requests that wait for their turn.",
     )
-    fallback: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_chain)] = Field(
+    fallback: Annotated[tuple[_Text, ...], NoDecode, BeforeValidator(read_chain)] = Field(
         (),
         description="Backend that takes over when the chosen one cannot start, fails on an image or answers wrongly; "
         "or several, separated by commas, each of which takes over from those before it. Unset or `none`: no other "
@@ -117,28 +97,35 @@ class Settings(BaseSettings):
         "start, fallback or not. See [Trust](docs/trust.md).",
     )
     canary_interval: float = Field(
-        600.0, ge=0, allow_inf_nan=False, description="Seconds between two canaries on the timer; `0`: none."
+        600.0,
+        ge=0,
+        le=LONGEST_SECONDS,
+        allow_inf_nan=False,
+        description="Seconds between two canaries on the timer; `0`: none.",
     )
     shadow: float = Field(
         0.0,
         ge=0,
         le=1,
+        allow_inf_nan=False,
         description="Share of the images that `torch_ref` encodes too, in the background, to compare with.",
     )
     shadow_limit: float | None = Field(
         None,
         gt=0,
         le=1,
+        allow_inf_nan=False,
         description="Lowest cosine of a token in that comparison; an answer under it takes the device out of work. "
         "Unset: the certificate's threshold, or that of the device's precision.",
     )
     breaker_failures: int = Field(
-        5, gt=0, description="Failures in a row after which a device is out of work until its canary passes again."
-    )
-    breaker_seconds: float = Field(
-        1.0,
+        5,
         gt=0,
-        allow_inf_nan=False,
+        le=1_000_000,
+        description="Failures in a row after which a device is out of work until its canary passes again.",
+    )
+    breaker_seconds: _Seconds = Field(
+        1.0,
         description="Seconds until that is tried, twice as many after each time that it fails, up to a minute.",
     )
     options: Annotated[dict[str, Any], NoDecode, BeforeValidator(parse_options)] = Field(
@@ -151,27 +138,23 @@ class Settings(BaseSettings):
         description="Whether the device lives in a child process, which is started anew when it crashes or hangs. "
         "`auto`: where the backend wants it.",
     )
-    deadline: float = Field(
+    deadline: _Seconds = Field(
         120.0,
-        gt=0,
-        allow_inf_nan=False,
         description="Seconds that one call of a device may take; then its image counts as failed, and the process "
         "that the device lives in, if it has its own, is ended. In-line, for each image of the call.",
     )
-    open_deadline: float = Field(
+    open_deadline: _Seconds = Field(
         600.0,
-        gt=0,
-        allow_inf_nan=False,
         description="Seconds that starting such a process and opening a program may take, compilation included.",
     )
-    cpu_cores: Annotated[WantedCores, NoDecode, BeforeValidator(_cores)] = Field(
+    cpu_cores: Annotated[WantedCores, NoDecode, BeforeValidator(read_cores)] = Field(
         None,
         description="Cores of the CPU that the encoder's threads run on, such as `0-3,8`, or `all` that the process "
         "may use. Unset: beside a language model on the CPU, [those left to it](docs/pipelined.md#cores); elsewhere as "
         "the runtime chooses.",
     )
     timing: bool = Field(False, description="Log the time of each part of every encode.")
-    trace: Path | None = Field(
+    trace: _Path | None = Field(
         None,
         description="File for a timeline of the processor, the queue, the devices and the engine's steps, to be opened "
         "in Perfetto. It grows as long as the server runs.",
@@ -262,7 +245,24 @@ def _warn_unknown_once(name: str, near: str | None) -> None:
 def _describe(problem: Mapping[str, Any]) -> str:
     if not problem["loc"]:  # of several settings together
         return str(problem["msg"]).removeprefix("Value error, ")
-    return f"{PREFIX}{str(problem['loc'][0]).upper()}={problem['input']!r}: {problem['msg']}"
+    name = str(problem["loc"][0])
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    if problem["type"] in _OUT_OF_RANGE:
+        message = _range(name)
+    shown = repr(problem["input"])
+    return f"{PREFIX}{name.upper()}={shown if len(shown) <= _MOST_SHOWN else shown[:_MOST_SHOWN] + '…'}: {message}"
+
+
+def _range(name: str) -> str:
+    """What a number's setting takes, as a clause."""
+    limits = Settings.model_fields[name].metadata
+    bounds = [
+        f"{words} {float(bound):.16g}"
+        for attribute, words in (("gt", "above"), ("ge", "at least"), ("le", "at most"))
+        for limit in limits
+        if (bound := getattr(limit, attribute, None)) is not None
+    ]
+    return f"it must be a number that is {' and '.join(bounds)}"
 
 
 def _written(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""JSON of strangers: what a document cannot mean in two ways, and numbers that are some."""
+"""JSON from untrusted files: each name once in an object, and numbers that are finite."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ def parse_json(text: str, *, most_digits: int | None = None) -> Any:
         most_digits: How long an integer may be, its sign included; None for what Python takes.
 
     Raises:
-        ValueError: If it is none.
-        RecursionError: If it is nested too deeply.
+        ValueError: If it is none, or nested too deeply.
     """
 
     def integer(digits: str) -> int:
@@ -26,9 +25,12 @@ def parse_json(text: str, *, most_digits: int | None = None) -> Any:
             raise ValueError(f"{digits[:20]}… is too large a number")
         return int(digits)
 
-    return json.loads(
-        text, object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_finite, parse_int=integer
-    )
+    try:
+        return json.loads(
+            text, object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_finite, parse_int=integer
+        )
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

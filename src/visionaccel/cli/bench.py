@@ -38,6 +38,7 @@ from visionaccel.cli.output import (
     OptionsText,
     backend_options,
     check_writable,
+    finite,
     messages,
     number,
     print_json,
@@ -84,7 +85,10 @@ def serve(
     ] = None,
     images: Annotated[int, typer.Option(min=1, max=999, help="Image requests of the load.")] = 6,
     gap: Annotated[
-        float, typer.Option(min=0, help="Seconds from one image request to the next; 0: all at once.")
+        float,
+        typer.Option(
+            min=0, max=86_400, callback=finite, help="Seconds from one image request to the next; 0: all at once."
+        ),
     ] = 0.3,
     image_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer about an image.")] = 8,
     streams: Annotated[int, typer.Option(min=1, help="Text streams.")] = 1,
@@ -99,6 +103,8 @@ def serve(
         float | None,
         typer.Option(
             min=0.001,
+            max=86_400,
+            callback=finite,
             help="Seconds of an image on the simulated device, whatever call it is in. Default: "
             f"{_LATENCY}, if --options does not say how long it takes.",
             show_default=False,
@@ -111,6 +117,8 @@ def serve(
         float | None,
         typer.Option(
             min=0,
+            max=86_400,
+            callback=finite,
             help="Seconds of the device for one image. Default: the simulated device's; for another backend, measured "
             "by encoding images one at a time before servers start; unknown for running servers.",
             show_default=False,

@@ -22,7 +22,7 @@ from visionaccel.benchmarking.placement import ModeAdvice, Placement, advise
 from visionaccel.benchmarking.presets import PRESETS, preset_checkpoint
 from visionaccel.bundle import Bundle
 from visionaccel.checkpoint import locate_checkpoint
-from visionaccel.cli.output import Json, check_writable, messages, number, print_json, results, write_json
+from visionaccel.cli.output import Json, check_writable, finite, messages, number, print_json, results, write_json
 from visionaccel.cli.termination import tidy_if_terminated
 from visionaccel.errors import SettingsError
 from visionaccel.families import Tower
@@ -61,7 +61,13 @@ Threads = Annotated[
     int | None, typer.Option(min=1, help="Cores and threads of each contender. Default: all cores.", show_default=False)
 ]
 Deadline = Annotated[
-    float, typer.Option(min=1, max=86_400, help="Seconds that opening, or a turn, may take; then a contender is out.")
+    float,
+    typer.Option(
+        min=1,
+        max=86_400,
+        callback=finite,
+        help="Seconds that opening, or a turn, may take; then a contender is out.",
+    ),
 ]
 Output = Annotated[Path | None, typer.Option(help="Write the JSON to this file too.")]
 Plot = Annotated[Path | None, typer.Option(help="Write a PNG of seconds against patches.")]

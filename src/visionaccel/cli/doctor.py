@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from visionaccel.backends.spec import Status
-from visionaccel.cli.output import Json, print_json, results
+from visionaccel.cli.output import Json, finite, print_json, results
 from visionaccel.diagnosis import Diagnosis, diagnose
 from visionaccel.diagnosis.diagnosing import LIMIT, VLLM
 
@@ -28,7 +28,10 @@ def doctor(
     ] = None,
     no_vllm: Annotated[bool, typer.Option("--no-vllm", help="Leave vLLM out, which takes seconds to import.")] = False,
     limit: Annotated[
-        float, typer.Option(min=1, max=3600, help="Seconds that a backend may take; vLLM may take twice as long.")
+        float,
+        typer.Option(
+            min=1, max=3600, callback=finite, help="Seconds that a backend may take; vLLM may take twice as long."
+        ),
     ] = LIMIT,
     strict: Annotated[bool, typer.Option("--strict", help="Exit status 1 if anything at all is a failure.")] = False,
     as_json: Json = False,

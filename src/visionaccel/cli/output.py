@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,11 +14,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
 
 from visionaccel.errors import ConfigurationError, SettingsError
-from visionaccel.settings import parse_options
+from visionaccel.setting_values import parse_options
 
 __all__ = [
-    "Backend", "Device", "Json", "OptionsText", "backend_options", "check_writable", "messages", "number", "print_json",
-    "progress", "results", "write_json",
+    "Backend", "Device", "Json", "OptionsText", "backend_options", "check_writable", "finite", "messages", "number",
+    "print_json", "progress", "results", "write_json",
 ]  # fmt: skip
 
 results = Console(soft_wrap=False, markup=False, emoji=False)
@@ -70,6 +71,17 @@ def backend_options(text: str | None, default: Mapping[str, Any]) -> Mapping[str
     except ValueError as error:
         raise SettingsError(f"--options {text!r}: {error}.", hint="Write name=value,name=value.") from error
     return options
+
+
+def finite(value: float | None) -> float | None:
+    """Refuses NaN and infinity, which a command-line option's range lets pass.
+
+    Raises:
+        BadParameter: If it is one of these.
+    """
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number.")
+    return value
 
 
 def check_writable(*files: Path | None) -> None:

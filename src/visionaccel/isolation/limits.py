@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from visionaccel.errors import SettingsError
+from visionaccel.settings import LONGEST_SECONDS
 
 __all__ = ["Limits"]
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Times in seconds, each above 0 and finite.
+    """Times in seconds, each above 0 and at most `LONGEST_SECONDS`.
 
     Attributes:
         run: For one call. A process that does not answer by then is killed.
@@ -34,9 +35,10 @@ class Limits:
     def __post_init__(self) -> None:
         for field in fields(self):
             seconds = getattr(self, field.name)
-            if not 0 < seconds < float("inf"):  # not the other way round, which NaN would pass
+            if not 0 < seconds <= LONGEST_SECONDS:  # not the other way round, which NaN would pass
                 raise SettingsError(
-                    f"{seconds} is no time limit for {field.name!r}.", hint="Give a number of seconds above 0."
+                    f"{seconds} is not a time limit for {field.name!r}.",
+                    hint=f"Give a number of seconds above 0 and at most {LONGEST_SECONDS:.0f}.",
                 )
 
     def delay(self, failures: int) -> float:
