@@ -5,12 +5,17 @@ import os
 import shutil
 from pathlib import Path
 
+import ml_dtypes
+import numpy as np
 import pytest
 from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from visionaccel.checkpoint import Checkpoint, locate_checkpoint
 from visionaccel.errors import CheckpointError, UnsupportedArchitectureError
+from visionaccel.families import tower_of
 from visionaccel.opening import open_tower
+from visionaccel.tensor_files import weights_digest
 from visionaccel.testing.checkpoints import TINY, random_checkpoint, tower_shapes
 
 
@@ -49,6 +54,16 @@ def test_shards_behind_symbolic_links_are_resolved_to_one_folder(tmp_path):
     assert all(not stored.file.is_symlink() for stored in checkpoint.tensors.values())
 
 
+def edit_header(file, change):
+    """Change the header of a safetensors file in place of its own."""
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+
+
 @pytest.mark.parametrize("keep", [0, 5, 8, 100, 5000])
 def test_truncated_weights_are_refused(copy, keep):
     weights = copy / "model.safetensors"
@@ -72,17 +87,11 @@ def test_one_missing_byte_is_enough(copy):
         ({"data_offsets": [0]}, "malformed"),
         ({"data_offsets": "ab"}, "malformed"),
         ({"shape": None}, "malformed"),
-        ({"shape": [float("inf")]}, "malformed"),
+        ({"shape": [float("inf")]}, "not a number"),
     ],
 )
 def test_inconsistent_headers_are_refused(copy, change, message):
-    weights = copy / "model.safetensors"
-    raw = weights.read_bytes()
-    length = int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8 : 8 + length])
-    header["visual.merger.mlp.0.weight"] |= change
-    text = json.dumps(header).encode()
-    weights.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+    edit_header(copy / "model.safetensors", lambda header: header["visual.merger.mlp.0.weight"].update(change))
     with pytest.raises(CheckpointError, match=message):
         _ = Checkpoint(copy).tensors
 
@@ -115,7 +124,7 @@ def test_a_git_lfs_pointer_is_recognised(copy):
 
 def test_missing_files_are_named(copy, tmp_path):
     (copy / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor"):
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors\.index\.json nor"):
         _ = Checkpoint(copy).tensors
     (copy / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"config\.json does not exist"):
@@ -137,7 +146,7 @@ def test_an_index_and_shards_of_different_revisions_are_refused(tmp_path):
     weight_map = json.loads(index.read_text())["weight_map"]
     edit_json(index, weight_map={**weight_map, "visual.extra": "model-00001-of-00002.safetensors"})
     with pytest.raises(CheckpointError, match=r"no shard holds, such as 'visual\.extra'"):
-        _ = Checkpoint(folder).tensors
+        _ = open_tower(folder).weights
 
 
 @pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/passwd", "sub/x.safetensors", 7, ["a"]])
@@ -149,6 +158,144 @@ def test_an_index_cannot_name_files_outside_its_folder(tmp_path, shard):
     )
     with pytest.raises(CheckpointError, match="outside its folder"):
         _ = Checkpoint(folder).tensors
+
+
+def test_a_language_tensor_that_the_index_lists_and_no_shard_holds_is_ignored(tmp_path):
+    folder = random_checkpoint(tmp_path, shards=2)
+    index = folder / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    edit_json(index, weight_map={**weight_map, "lm_head.weight": "model-00001-of-00002.safetensors"})
+    assert open_tower(folder).complete
+
+
+def test_an_index_and_a_single_file_that_it_does_not_name_are_refused(tmp_path):
+    folder = random_checkpoint(tmp_path, shards=2)
+    random_checkpoint(tmp_path / "stale", seed=1)
+    shutil.move(tmp_path / "stale" / "model.safetensors", folder)
+    with pytest.raises(CheckpointError, match=r"has model\.safetensors and also model\.safetensors\.index\.json"):
+        _ = open_tower(folder).weights
+
+
+def test_an_index_that_names_the_single_file_is_fine(copy):
+    names = Checkpoint(copy).tensors
+    (copy / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(names, "model.safetensors")})
+    )
+    assert open_tower(copy).complete
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_without_an_index_the_weights_are_in_every_safetensors_file_whatever_its_name(tmp_path, shards):
+    folder = random_checkpoint(tmp_path / "indexed", shards=shards)
+    expected = weights_digest(open_tower(folder).weights)
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    for number, file in enumerate(sorted(folder.glob("*.safetensors"))):
+        file.rename(folder / f"part-{number}.safetensors")
+    (folder / "original").mkdir()
+    (folder / "original" / "model.safetensors").write_text("another layout")
+    for other in ("adapter_model.safetensors", "consolidated.safetensors"):
+        (folder / other).write_text("something else")
+    assert weights_digest(open_tower(folder).weights) == expected
+
+
+def test_only_the_given_files_are_read(tmp_path):
+    folder = random_checkpoint(tmp_path / "model", shards=2)
+    expected = weights_digest(open_tower(folder).weights)
+    (folder / "model.safetensors").write_text("stale")
+    files = sorted(folder.glob("model-*.safetensors"))
+    assert weights_digest(tower_of(Checkpoint(folder, files=files)).weights) == expected
+
+
+def test_a_vision_tensor_in_two_files_must_be_the_same_in_both(tmp_path):
+    folder = random_checkpoint(tmp_path, shards=2)
+    name, bias = "visual.merger.mlp.0.bias", open_tower(folder).weights["merger.mlp.0.bias"].read()
+    index = folder / "model.safetensors.index.json"
+    for values in (bias, bias + 1):
+        save_file({name: values}, folder / "again.safetensors")
+        weight_map = json.loads(index.read_text())["weight_map"]
+        edit_json(index, weight_map={**weight_map, "lm_head.weight": "again.safetensors"})
+        if values is bias:
+            assert open_tower(folder).complete
+    with pytest.raises(CheckpointError, match=r"merger\.mlp\.0\.bias.*are the same weight with different values"):
+        _ = open_tower(folder).weights
+
+
+def test_tensors_that_overlap_are_refused(copy):
+    def shift(header):
+        one, other = sorted(header, key=lambda name: header[name]["data_offsets"])[:2]
+        size = header[one]["data_offsets"][1]
+        header[other] = {"dtype": "U8", "shape": [size], "data_offsets": [1, size + 1]}
+
+    edit_header(copy / "model.safetensors", shift)
+    with pytest.raises(CheckpointError, match=r"tensors 'visual.* and 'visual.* overlap"):
+        _ = Checkpoint(copy).tensors
+
+
+def test_a_tensor_that_is_named_twice_is_refused(copy):
+    weights = copy / "model.safetensors"
+    raw = weights.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    name, entry = next(iter(json.loads(raw[8 : 8 + length]).items()))
+    text = raw[8 : 8 + length].rstrip()[:-1] + f", {json.dumps(name)}: {json.dumps(entry)}}}".encode()
+    weights.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+    with pytest.raises(CheckpointError, match="given twice"):
+        _ = Checkpoint(copy).tensors
+
+
+def rewrite(folder, change):
+    """Change the tensors of a checkpoint in one file."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+BLOCK = "visual.blocks.1."
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "message"),
+    [
+        ("attn.proj.weight_scale", np.float32, "quantised: .*weight_scale' is float32"),
+        ("attn.proj.weight_scale_inv", np.float32, "quantised: .*weight_scale_inv'"),
+        ("attn.proj.input_scale", np.float32, "quantised: .*input_scale'"),
+        ("attn.proj.qweight", np.int32, "quantised: .*qweight' is I32.*packed 4-bit"),
+        ("attn.proj.qzeros", np.int32, "quantised: .*qzeros'"),
+        ("attn.proj.scales", np.float16, "quantised: .*scales' is float16"),
+        ("attn.proj.g_idx", np.int32, "quantised: .*g_idx'"),
+        ("attn.proj.weight.absmax", np.float32, "quantised: .*absmax'"),
+        ("attn.proj.weight.quant_map", np.float32, "quantised: .*quant_map'"),
+        ("attn.proj.weight.quant_state.bitsandbytes__nf4", np.uint8, "quantised: .*bitsandbytes__nf4' is U8"),
+        ("attn.proj.weight_packed", np.uint8, "quantised: .*weight_packed' is U8"),
+        ("attn.proj.weight_global_scale", np.float32, "quantised: .*weight_global_scale'"),
+        ("attn.proj.weight", ml_dtypes.float8_e4m3fn, r"quantised: .*attn\.proj\.weight' is F8_E4M3.*FP8"),
+        ("attn.proj.weight", np.uint8, r"quantised: .*attn\.proj\.weight' is U8.*packed 4-bit"),
+        ("attn.proj.weight", np.int8, r"quantised: .*attn\.proj\.weight' is I8"),
+        ("attn.proj.lora_A.weight", np.float32, "lora_A.* is part of an adapter"),
+        ("attn.proj.lora_B.default.weight", np.float32, "lora_B.* is part of an adapter"),
+        ("attn.proj.base_layer.weight", np.float32, "base_layer.* is part of an adapter"),
+        ("attn.proj.gamma", np.float32, "has no place for 'visual.*gamma'"),
+    ],
+)
+def test_what_the_tower_cannot_take_is_refused_by_name(copy, name, dtype, message):
+    rewrite(copy, lambda tensors: tensors.update({BLOCK + name: np.ones((4, 4), dtype)}))
+    tower = open_tower(copy)
+    with pytest.raises(CheckpointError, match=message) as refusal:
+        _ = tower.complete
+    if "quantised" in message:
+        assert "unquantised checkpoint of the same model" in refusal.value.hint
+    with pytest.raises(CheckpointError, match=message):
+        tower.programs(["onnx"])
+
+
+def test_quantised_language_weights_and_buffers_of_the_tower_are_no_obstacle(copy):
+    expected = weights_digest(open_tower(copy).weights)
+    others = {
+        "language_model.layers.0.mlp.up_proj.qweight": np.ones(4, np.int32),
+        "language_model.layers.0.mlp.up_proj.scales": np.ones(4, np.float16),
+        "visual.rotary_pos_emb.inv_freq": np.ones(4, np.float32),
+    }
+    rewrite(copy, lambda tensors: tensors.update(others))
+    assert weights_digest(open_tower(copy).weights) == expected
 
 
 def test_other_architectures_are_refused_with_the_supported_ones(copy):

@@ -138,11 +138,44 @@ def test_the_index_is_rewritten(sharded, tmp_path):
     }
 
 
-def test_a_vision_tensor_that_the_index_has_elsewhere_is_removed_everywhere(sharded, tmp_path):
-    tensors = load_file(sharded / LANGUAGE_ONLY)
-    twice = {**tensors, "visual.merger.mlp.0.bias": np.ones(3, np.float32)}
-    save_file(twice, sharded / LANGUAGE_ONLY)
+def test_a_vision_tensor_that_two_shards_hold_is_removed_from_both_if_they_agree(sharded, tmp_path):
+    tensors, weights = load_file(sharded / LANGUAGE_ONLY), tower_of(Checkpoint(sharded)).weights
+    bias = weights["merger.mlp.0.bias"].read()
+    save_file({**tensors, "visual.merger.mlp.0.bias": bias}, sharded / LANGUAGE_ONLY)
     strip_checkpoint(Checkpoint(sharded), tmp_path / "out")
+    assert set(raw(tmp_path / "out")) == set(language_model())
+    save_file({**tensors, "visual.merger.mlp.0.bias": bias + 1}, sharded / LANGUAGE_ONLY)
+    with pytest.raises(CheckpointError, match=r"merger\.mlp\.0\.bias.*same weight with different values"):
+        strip_checkpoint(Checkpoint(sharded), tmp_path / "again")
+
+
+def test_a_stale_single_file_next_to_an_index_is_not_stripped_instead_of_the_model(sharded, tmp_path):
+    stale = {name: np.asarray(array + 1) for name, array in language_model().items()}
+    save_file(stale, sharded / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"has model\.safetensors and also model\.safetensors\.index\.json"):
+        strip_checkpoint(Checkpoint(sharded), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_shards_without_an_index_are_stripped(sharded, tmp_path):
+    (sharded / INDEX).unlink()
+    report = strip_checkpoint(Checkpoint(sharded), tmp_path / "out")
+    assert report.shards == (LANGUAGE_ONLY, MIXED)
+    assert set(raw(tmp_path / "out")) == set(language_model())
+
+
+def test_a_language_tensor_that_no_shard_holds_does_not_keep_a_checkpoint_from_being_stripped(sharded, tmp_path):
+    index = json.loads((sharded / INDEX).read_text())
+    index["weight_map"]["lm_head.weight"] = LANGUAGE_ONLY
+    (sharded / INDEX).write_text(json.dumps(index))
+    strip_checkpoint(Checkpoint(sharded), tmp_path / "out")
+    assert set(raw(tmp_path / "out")) == set(language_model())
+
+
+def test_buffers_of_the_tower_are_stripped_too(whole, tmp_path):
+    tensors = load_file(whole / "model.safetensors")
+    save_file({**tensors, "visual.rotary_pos_emb.inv_freq": np.ones(4, np.float32)}, whole / "model.safetensors")
+    strip_checkpoint(Checkpoint(whole), tmp_path / "out")
     assert set(raw(tmp_path / "out")) == set(language_model())
 
 
@@ -173,14 +206,13 @@ def test_files_are_copied_but_hidden_ones_and_further_weights(whole, tmp_path):
         "sub/model.safetensors",
         "tower.onnx",
     ]
-    for name in [*wanted, *unwanted, ".cache/x", INDEX]:
+    for name in [*wanted, *unwanted, ".cache/x"]:
         (whole / name).parent.mkdir(parents=True, exist_ok=True)
         (whole / name).write_text(wanted.get(name, "weights"))
     (whole / "vocab.json").symlink_to(os.path.relpath(store / "blob", whole))
     (whole / "linked").symlink_to(store)
     report = strip_checkpoint(Checkpoint(whole), tmp_path / "out")
-    # The index is not in use beside a single file, and would name shards that are not there.
-    assert set(report.skipped) == {*unwanted, ".cache/", INDEX}
+    assert set(report.skipped) == {*unwanted, ".cache/"}
     texts = {**wanted, "vocab.json": "linked", "linked/blob": "linked", "tokenizer.json": '{"a": 1}'}
     assert {name: (tmp_path / "out" / name).read_text() for name in texts} == texts
     found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
@@ -243,9 +275,13 @@ def test_vision_weights_under_both_prefixes_are_not_left_behind(whole, tmp_path)
     tensors = load_file(whole / "model.safetensors")
     twins = {f"model.{name}": array for name, array in tensors.items() if name.startswith("visual.")}
     save_file({**tensors, **twins}, whole / "model.safetensors")
-    with pytest.raises(CheckpointError, match="holds vision weights twice"):
-        strip_checkpoint(Checkpoint(whole), tmp_path / "out")
-    assert list(tmp_path.iterdir()) == [whole]
+    strip_checkpoint(Checkpoint(whole), tmp_path / "out")
+    assert set(raw(tmp_path / "out")) == set(language_model())
+    twins["model.visual.merger.mlp.0.bias"] = twins["model.visual.merger.mlp.0.bias"] + 1
+    save_file({**tensors, **twins}, whole / "model.safetensors")
+    with pytest.raises(CheckpointError, match="are the same weight with different values"):
+        strip_checkpoint(Checkpoint(whole), tmp_path / "again")
+    assert not (tmp_path / "again").exists()
 
 
 def test_a_damaged_shard_is_refused_as_damaged(sharded, tmp_path):

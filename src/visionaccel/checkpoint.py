@@ -1,4 +1,4 @@
-"""Reading Hugging Face checkpoint folders: configuration and where each tensor's bytes lie. No weight is read here.
+"""Reading Hugging Face checkpoint folders: configuration, where each tensor's bytes lie, and those bytes.
 
 The safetensors layout is eight bytes of header length, a JSON header, then the tensors' bytes
 (https://github.com/huggingface/safetensors#format). The safetensors library does not tell a tensor's offset in its
@@ -10,26 +10,25 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from visionaccel.arrays import FLOATS
 from visionaccel.bounded_files import MOST_JSON_BYTES, open_regular, read_bounded
 from visionaccel.errors import CheckpointError
+from visionaccel.strict_json import parse_json
 
 __all__ = [
-    "INDEX_FILE",
-    "ITEM_BYTES",
-    "SINGLE_FILE",
-    "Checkpoint",
-    "StoredTensor",
-    "locate_checkpoint",
-    "read_header",
-    "read_json",
-    "safetensors_dtype",
-]
+    "CHUNK_BYTES", "INDEX_FILE", "ITEM_BYTES", "SINGLE_FILE", "Checkpoint", "StoredTensor", "locate_checkpoint",
+    "read_header", "read_json", "safetensors_dtype",
+]  # fmt: skip
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 ITEM_BYTES: Mapping[str, int] = {
@@ -37,6 +36,12 @@ ITEM_BYTES: Mapping[str, int] = {
     "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "U32": 4, "U64": 8, "C64": 8,
 }  # fmt: skip
 """Bytes of an element by safetensors' name of its dtype; of others, only a tensor's own number of bytes is known."""
+
+CHUNK_BYTES = 1 << 20
+"""Bytes read at once, a multiple of every element's size; larger pieces leave the cache before they are hashed."""
+
+_OTHER_FILES = ("adapter_model", "consolidated")
+"""How the names of safetensors files start that hold something else: an adapter, or the weights in another layout."""
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _NAMES = {plain: name for name, plain in _DTYPES.items()}
@@ -63,22 +68,81 @@ class StoredTensor:
     dtype: str
     shape: tuple[int, ...]
 
+    def chunks(self, buffer: memoryview) -> Iterator[memoryview]:
+        """The tensor's bytes in order, at most a buffer at a time; each chunk is overwritten by the next.
+
+        Raises:
+            CheckpointError: If the file cannot be read or ends too early.
+        """
+        try:
+            with self.file.open("rb") as file:
+                file.seek(self.offset)
+                left = self.length
+                while left:
+                    piece = buffer[: min(left, len(buffer))]
+                    if file.readinto(piece) < len(piece):
+                        raise CheckpointError(
+                            f"{self.file} ended in the middle of {self.name!r}.",
+                            hint="The file was changed or truncated; download it again.",
+                        )
+                    yield piece
+                    left -= len(piece)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.name!r} cannot be read from {self.file}: {error}",
+                hint="Check the disk, or download the file again.",
+            ) from error
+
+    def read(self) -> NDArray[Any]:
+        """The tensor as an array of its shape and dtype, in memory that no file backs.
+
+        Raises:
+            CheckpointError: If its dtype is not a float that numpy has, or the file cannot be read or ends too early.
+        """
+        if self.dtype not in FLOATS:
+            raise CheckpointError(
+                f"{self.file}: {self.name!r} is {self.dtype}, and {', '.join(FLOATS)} are read.",
+                hint="Use an unquantised checkpoint of the same model.",
+            )
+        data = np.empty(self.length, np.uint8)
+        for _ in self.chunks(data.data):
+            pass  # the buffer holds the whole tensor, so there is one chunk
+        values: NDArray[Any] = data.view(FLOATS[self.dtype]).reshape(self.shape)
+        return values
+
+    def holds_the_same_as(self, other: StoredTensor) -> bool:
+        """Whether dtype, shape and every byte are equal, wherever the two lie.
+
+        Raises:
+            CheckpointError: As `chunks`.
+        """
+        if (self.dtype, self.shape, self.length) != (other.dtype, other.shape, other.length):
+            return False
+        ours, theirs = (tensor.chunks(memoryview(bytearray(CHUNK_BYTES))) for tensor in (self, other))
+        return (self.file, self.offset) == (other.file, other.offset) or all(map(memoryview.__eq__, ours, theirs))
+
 
 class Checkpoint:
-    """A checkpoint folder with `config.json` and safetensors weights, in one file or in shards with an index.
+    """A checkpoint folder with `config.json` and safetensors weights.
 
     Args:
         folder: The folder. Files may be symbolic links, as in the Hugging Face cache.
+        files: The files that hold the weights, in any folder, where another program decided that: exactly these are
+            read. Default: the shards that the index names; without an index, every safetensors file in the folder.
+        config: The configuration. Default: `config.json`.
 
     Raises:
         CheckpointError: If the folder or its configuration is missing or unreadable.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self, folder: Path, *, files: Iterable[Path] | None = None, config: Mapping[str, Any] | None = None
+    ) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise CheckpointError(f"{self.folder} is not a folder.", hint="Pass the folder that holds config.json.")
-        self.config: Mapping[str, Any] = read_json(self.folder / "config.json")
+        self.config: Mapping[str, Any] = read_json(self.folder / "config.json") if config is None else config
+        self._given = None if files is None else tuple(map(Path, files))
 
     @property
     def architectures(self) -> tuple[str, ...]:
@@ -88,19 +152,14 @@ class Checkpoint:
 
     @cached_property
     def weight_map(self) -> Mapping[str, str] | None:
-        """The index: name of the shard by name of tensor. None for weights in a single file, which needs no index.
+        """The index: name of the shard by name of tensor. None without an index, and where the files were given.
 
         Raises:
-            CheckpointError: If there are neither, or the index is malformed.
+            CheckpointError: If the index is malformed.
         """
         index = self.folder / INDEX_FILE
-        if (self.folder / SINGLE_FILE).exists():
+        if self._given is not None or not index.exists():
             return None
-        if not index.exists():
-            raise CheckpointError(
-                f"{self.folder} has neither {SINGLE_FILE} nor {INDEX_FILE}.",
-                hint="Download the checkpoint's safetensors files; other weight formats are not read.",
-            )
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index} has no weight_map.", hint="Download the file again.")
@@ -111,51 +170,92 @@ class Checkpoint:
                 )
         return weight_map
 
-    @property
-    def shards(self) -> tuple[str, ...]:
-        """The names of the files that hold the weights.
+    @cached_property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold the weights.
 
         Raises:
-            CheckpointError: As `weight_map`.
+            CheckpointError: If there are none, the index is malformed, or the index does not name a `model.safetensors`
+                that is there too: some programs read the one, some the other.
         """
-        return (SINGLE_FILE,) if self.weight_map is None else tuple(sorted(set(self.weight_map.values())))
+        if self._given is not None:
+            return self._given
+        if self.weight_map is None:
+            found = [path for path in self.folder.glob("*.safetensors") if not path.name.startswith(_OTHER_FILES)]
+            if not found:
+                raise CheckpointError(
+                    f"{self.folder} has neither {INDEX_FILE} nor weights in *.safetensors files.",
+                    hint="Download the checkpoint's safetensors files; other weight formats are not read.",
+                )
+            return tuple(sorted(found))
+        shards = sorted(set(self.weight_map.values()))
+        if SINGLE_FILE not in shards and (self.folder / SINGLE_FILE).exists():
+            raise CheckpointError(
+                f"{self.folder} has {SINGLE_FILE} and also {INDEX_FILE}, which names other files, such as "
+                f"{shards[0]!r}: which of them are the weights is not known.",
+                hint="Remove the one that is out of date. vLLM reads what the index names, transformers the single "
+                "file.",
+            )
+        return tuple(self.folder / shard for shard in shards)
+
+    @cached_property
+    def _every_tensor(self) -> tuple[StoredTensor, ...]:
+        """Every tensor of every file, in the order of the files; a name may come twice."""
+        return tuple(tensor for file in self.files for tensor in read_header(file)[0].values())
 
     @cached_property
     def tensors(self) -> Mapping[str, StoredTensor]:
-        """Every tensor of every shard by name.
+        """Every tensor of every file by name; of one that several files hold, that of the last.
 
         Raises:
-            CheckpointError: If a shard is missing, truncated or inconsistent with its header or the index.
+            CheckpointError: If a file is missing, truncated or inconsistent with its header, or as `files`.
         """
-        found: dict[str, StoredTensor] = {}
-        for shard in self.shards:
-            found |= read_header(self.folder / shard)[0]
-        missing = sorted(set(self.weight_map or ()) - set(found))
-        if missing:
-            raise CheckpointError(
-                f"{self.folder / INDEX_FILE} lists {len(missing)} tensors that no shard holds, such as {missing[0]!r}.",
-                hint="Download the checkpoint again; index and shards are of different revisions.",
-            )
-        return found
+        return {tensor.name: tensor for tensor in self._every_tensor}
 
     @cached_property
     def weights_folder(self) -> Path:
-        """The deepest folder that holds every shard, symbolic links resolved: the base of external-data locations."""
+        """The deepest folder that holds every file, symbolic links resolved: the base of external-data locations."""
         files = {tensor.file for tensor in self.tensors.values()}
         return Path(os.path.commonpath([file.parent for file in files]))
 
     def with_prefix(self, prefixes: tuple[str, ...]) -> dict[str, StoredTensor]:
-        """Tensors whose name starts with one of `prefixes`, keyed by the rest of the name; the first match counts."""
+        """Tensors whose name starts with one of `prefixes`, keyed by the rest of the name.
+
+        Raises:
+            CheckpointError: As `tensors`; or if the index lists one that no file holds, or one is stored twice, in two
+                files or with two prefixes, with different content.
+        """
         found: dict[str, StoredTensor] = {}
-        for name, tensor in self.tensors.items():
-            prefix = next((p for p in prefixes if name.startswith(p)), None)
-            if prefix is not None:
-                found[name.removeprefix(prefix)] = tensor
+        for tensor in self._every_tensor:
+            prefix = next((p for p in prefixes if tensor.name.startswith(p)), None)
+            if prefix is None:
+                continue
+            other = found.setdefault(tensor.name.removeprefix(prefix), tensor)
+            if not other.holds_the_same_as(tensor):
+                raise CheckpointError(
+                    f"{other.name!r} in {other.file} and {tensor.name!r} in {tensor.file} are the same weight with "
+                    "different values.",
+                    hint="Remove the file that is out of date.",
+                )
+        missing = sorted(n for n in self.weight_map or () if n.startswith(prefixes) and n not in self.tensors)
+        if missing:
+            raise CheckpointError(
+                f"{self.folder / INDEX_FILE} lists {len(missing)} vision tensors that no shard holds, such as "
+                f"{missing[0]!r}.",
+                hint="Download the checkpoint again; index and shards are of different revisions.",
+            )
         return found
 
 
-def locate_checkpoint(source: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
+def locate_checkpoint(
+    source: str | os.PathLike[str], revision: str | None = None, *, download: bool = True
+) -> Checkpoint:
     """The checkpoint in a folder, or of a repository on the Hugging Face Hub (from the local cache where it is there).
+
+    Args:
+        source: The folder or repository.
+        revision: The repository's revision.
+        download: Whether the hub may be contacted; otherwise only its local cache is read.
 
     Raises:
         CheckpointError: If neither a folder nor a repository of that name can be had.
@@ -168,11 +268,17 @@ def locate_checkpoint(source: str | os.PathLike[str], revision: str | None = Non
     from huggingface_hub.errors import HFValidationError
 
     try:
-        patterns = ["*.safetensors", "*.json"]
-        folder = snapshot_download(os.fspath(source), revision=revision, allow_patterns=patterns)
+        folder = snapshot_download(
+            os.fspath(source),
+            revision=revision,
+            allow_patterns=["*.safetensors", "*.json"],
+            ignore_patterns=["*/*", *(f"{start}*.safetensors" for start in _OTHER_FILES)],
+            local_files_only=not download,
+        )
     except (OSError, ValueError, HFValidationError) as error:
         raise CheckpointError(
-            f"{os.fspath(source)!r} is neither a folder nor a repository that could be had: {error}",
+            f"{os.fspath(source)!r} is neither a folder nor a repository "
+            + (f"that could be had: {error}" if download else "in the Hugging Face cache of this machine."),
             hint="Pass a local checkpoint folder, or check the name and the network.",
         ) from error
     return Checkpoint(Path(folder))
@@ -204,7 +310,8 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """What one safetensors file says it holds: its tensors by name, and its `__metadata__`, empty if it has none.
 
     Raises:
-        CheckpointError: If the file is missing, or any tensor disagrees with the file's real size.
+        CheckpointError: If the file is missing, any tensor disagrees with the file's real size, or two overlap or have
+            one name.
     """
     again = "The file is truncated or damaged; download it again."
     try:
@@ -223,7 +330,7 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
                     hint="Keep the weights in several files, with an index.",
                 )
             file.seek(8)
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length).decode("utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist.", hint="Download the missing shard.") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -232,6 +339,10 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         raise CheckpointError(f"{path}: the safetensors header is not a JSON object.", hint=again)
     metadata = header.pop("__metadata__", None)
     tensors = {name: _stored(path, resolved, size, 8 + length, name, entry) for name, entry in header.items()}
+    filled = sorted((tensor.offset, tensor.offset + tensor.length, name) for name, tensor in tensors.items())
+    for (_, end, one), (begin, _, other) in pairwise(each for each in filled if each[0] < each[1]):
+        if begin < end:
+            raise CheckpointError(f"{path}: tensors {one!r} and {other!r} overlap.", hint=again)
     return tensors, {key: str(text) for key, text in metadata.items()} if isinstance(metadata, dict) else {}
 
 

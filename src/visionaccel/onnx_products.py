@@ -14,14 +14,12 @@ from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from visionaccel.arrays import FLOATS
-from visionaccel.checkpoint import StoredTensor
 from visionaccel.errors import ArtifactError, ConfigurationError
 from visionaccel.program import Program
 
 __all__ = [
     "SMOOTHING", "Product", "add_largest", "find_products", "largest_by_channel", "largest_in_row", "parse_model",
-    "read_weight", "replace_nodes", "smoothing_factors",
+    "replace_nodes", "smoothing_factors",
 ]  # fmt: skip
 
 SMOOTHING = 0.5
@@ -93,22 +91,6 @@ def _origin(name: str, makers: Mapping[str, onnx.NodeProto], through: frozenset[
     while name in makers and makers[name].op_type in through:
         name = makers[name].input[0]
     return name
-
-
-def read_weight(stored: StoredTensor) -> NDArray[np.float32]:
-    """A stored tensor in float32.
-
-    Raises:
-        ArtifactError: If its file cannot be read.
-    """
-    count = int(np.prod(stored.shape))
-    try:
-        values = np.fromfile(stored.file, FLOATS[stored.dtype], count, offset=stored.offset)
-        return values.reshape(stored.shape).astype(np.float32)
-    except (OSError, ValueError) as error:
-        raise ArtifactError(
-            f"weight {stored.name!r} cannot be read from {stored.file}: {error}", hint="Fetch the file again."
-        ) from error
 
 
 def add_largest(model: onnx.ModelProto, tensors: Sequence[str]) -> tuple[onnx.ModelProto, list[str]]:

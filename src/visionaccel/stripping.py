@@ -10,7 +10,7 @@ import math
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,20 +85,22 @@ def strip_checkpoint(
     """
     try:
         out = _free_place(checkpoint, out)
-        family, vision = tower_of(checkpoint).family, _vision_weights(checkpoint)
-        if not vision:
+        tower = tower_of(checkpoint)
+        removed = tower.stored_names
+        if not removed:
             raise CheckpointError(
                 f"{checkpoint.folder} holds no vision weights: there is nothing to strip.",
                 hint="Use it as it is, with VISIONACCEL_BUNDLE naming a folder that has the vision weights.",
             )
-        removed = {tensor.name for tensor in vision.values()}
         kept = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in removed}
         if not kept:
             raise CheckpointError(
                 f"{checkpoint.folder} holds nothing but vision weights: nothing would be left.",
                 hint="Strip a checkpoint that has a language model.",
             )
-        kept_bytes, removed_bytes = _bytes(kept), _bytes(vision)
+        vision = tower.weights
+        kept_bytes = _bytes(kept.values())
+        removed_bytes = _bytes(tensor for name, tensor in checkpoint.tensors.items() if name in removed)
         files, skipped = _other_files(checkpoint)
         _check_space(out, checkpoint, files, removed_bytes)
         with _complete_or_absent(out) as partial:
@@ -107,8 +109,7 @@ def strip_checkpoint(
             for name, source in files.items():
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, partial / name)
-            _write_json(partial / STRIP_NOTE, {"family": family, _DIGEST_KEY: digest})
-            _check_stripped(checkpoint, Checkpoint(partial))
+            _write_json(partial / STRIP_NOTE, {"family": tower.family, _DIGEST_KEY: digest})
     except OSError as error:
         raise ConfigurationError(
             f"{checkpoint.folder} cannot be copied to {out}: {error}",
@@ -116,7 +117,7 @@ def strip_checkpoint(
         ) from error
     return StripReport(
         folder=out,
-        family=family,
+        family=tower.family,
         digest=digest,
         kept_tensors=len(kept),
         kept_bytes=kept_bytes,
@@ -172,19 +173,9 @@ def _complete_or_absent(out: Path) -> Iterator[Path]:
         raise
 
 
-def _vision_weights(checkpoint: Checkpoint) -> Mapping[str, StoredTensor]:
-    """The tower's tensors by their names below the prefix; none if the checkpoint has none."""
-    tower = tower_of(checkpoint)
-    _ = checkpoint.tensors  # a damaged checkpoint is refused here, so what is refused below is only their absence
-    try:
-        return tower.weights
-    except CheckpointError:
-        return {}
-
-
 def _other_files(checkpoint: Checkpoint) -> tuple[dict[str, Path], tuple[str, ...]]:
     """Files to be copied by their path in the folder, and the paths that are not."""
-    written_anew = {*checkpoint.shards, STRIP_NOTE}
+    written_anew = {STRIP_NOTE, *(file.name for file in checkpoint.files)}
     if checkpoint.weight_map is not None:
         written_anew.add(INDEX_FILE)
     entries = [(name, source) for name, source in _walk(checkpoint.folder) if name not in written_anew]
@@ -217,7 +208,7 @@ def _walk(folder: Path, below: str = "", within: frozenset[Path] = frozenset()) 
 def _check_space(out: Path, checkpoint: Checkpoint, files: Mapping[str, Path], removed_bytes: int) -> None:
     """Refuse before anything is written if the copy cannot fit the file system."""
     parent = next(folder for folder in out.parents if folder.exists())
-    sources = [*files.values(), *(checkpoint.folder / shard for shard in checkpoint.shards)]
+    sources = [*files.values(), *checkpoint.files]
     needed = sum(source.stat().st_size for source in sources) - removed_bytes
     free = shutil.disk_usage(parent).free
     if free < needed:
@@ -228,39 +219,31 @@ def _check_space(out: Path, checkpoint: Checkpoint, files: Mapping[str, Path], r
 
 
 def _write_shards(
-    checkpoint: Checkpoint, out: Path, removed: set[str], progress: Callable[[int], None] | None
+    checkpoint: Checkpoint, out: Path, removed: frozenset[str], progress: Callable[[int], None] | None
 ) -> tuple[str, ...]:
     """Write the shards of which something is left, and the index if there is one; the shards' names."""
     written = []
-    for shard in checkpoint.shards:
-        tensors, metadata = read_header(checkpoint.folder / shard)
+    for shard in checkpoint.files:
+        tensors, metadata = read_header(shard)
         left = {name: tensor for name, tensor in tensors.items() if name not in removed}
         if left:
-            write_safetensors(out / shard, left, metadata=metadata, progress=progress)
-            written.append(shard)
+            write_safetensors(out / shard.name, left, metadata=metadata, progress=progress)
+            written.append(shard.name)
     if checkpoint.weight_map is not None:
         index = read_json(checkpoint.folder / INDEX_FILE)
-        index["weight_map"] = {name: shard for name, shard in checkpoint.weight_map.items() if name not in removed}
+        index["weight_map"] = {
+            name: shard for name, shard in checkpoint.weight_map.items() if name not in removed and shard in written
+        }
         totals = dict(index["metadata"]) if isinstance(index.get("metadata"), dict) else {}
-        totals["total_size"] = _bytes({name: t for name, t in checkpoint.tensors.items() if name not in removed})
+        totals["total_size"] = _bytes(t for name, t in checkpoint.tensors.items() if name not in removed)
         if isinstance(totals.get("total_parameters"), int):
             totals["total_parameters"] -= sum(math.prod(checkpoint.tensors[name].shape) for name in removed)
         _write_json(out / INDEX_FILE, {**index, "metadata": totals})
     return tuple(written)
 
 
-def _check_stripped(original: Checkpoint, stripped: Checkpoint) -> None:
-    left = _vision_weights(stripped)
-    if left:
-        example = next(iter(left.values())).name
-        raise CheckpointError(
-            f"{original.folder} holds vision weights twice, by names such as {example!r}; one would be left.",
-            hint="Make a checkpoint in which each tensor has one name.",
-        )
-
-
-def _bytes(tensors: Mapping[str, StoredTensor]) -> int:
-    return sum(tensor.length for tensor in tensors.values())
+def _bytes(tensors: Iterable[StoredTensor]) -> int:
+    return sum(tensor.length for tensor in tensors)
 
 
 def _write_json(path: Path, value: Mapping[str, object]) -> None:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,13 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visionaccel.arrays import FLOATS
-from visionaccel.checkpoint import ITEM_BYTES, StoredTensor, safetensors_dtype
+from visionaccel.checkpoint import CHUNK_BYTES, ITEM_BYTES, StoredTensor, safetensors_dtype
 from visionaccel.errors import CheckpointError, ConfigurationError
 
-__all__ = ["CHUNK_BYTES", "weights_digest", "write_safetensors"]
-
-CHUNK_BYTES = 1 << 20
-"""Bytes read at once, a multiple of every element's size; larger pieces leave the cache before they are hashed."""
+__all__ = ["weights_digest", "write_safetensors"]
 
 _TARGETS = ("float32", "bfloat16", "float16")
 
@@ -51,7 +48,7 @@ def weights_digest(tensors: Mapping[str, StoredTensor], progress: Callable[[int]
             # JSON headers can hold unpaired surrogates, which plain UTF-8 cannot.
             field = text.encode("utf-8", "surrogatepass")
             digest.update(len(field).to_bytes(8, "little") + field)
-        for piece in _pieces(tensor, buffer):
+        for piece in tensor.chunks(buffer):
             digest.update(piece)
             if progress is not None:
                 progress(len(piece))
@@ -124,7 +121,7 @@ def _stream(
     buffer = memoryview(bytearray(CHUNK_BYTES))
     for tensor in tensors.values():
         written = _written_dtype(tensor, dtype)
-        for piece in _pieces(tensor, buffer):
+        for piece in tensor.chunks(buffer):
             file.write(piece if written == tensor.dtype else _converted(piece, tensor, written).view(np.uint8).data)
             if progress is not None:
                 progress(len(piece))
@@ -157,25 +154,3 @@ def _item_bytes(tensor: StoredTensor, dtype: str | None) -> int:
     """Size of an element as written; of a dtype that is not in the table, from the tensor's own, 0 below a byte."""
     known = ITEM_BYTES.get(safetensors_dtype(_written_dtype(tensor, dtype)))
     return tensor.length // max(1, math.prod(tensor.shape)) if known is None else known
-
-
-def _pieces(tensor: StoredTensor, buffer: memoryview) -> Iterator[memoryview]:
-    """The tensor's bytes in order, at most a buffer at a time; each piece is overwritten by the next."""
-    try:
-        with tensor.file.open("rb") as file:
-            file.seek(tensor.offset)
-            left = tensor.length
-            while left:
-                piece = buffer[: min(left, len(buffer))]
-                if file.readinto(piece) < len(piece):
-                    raise CheckpointError(
-                        f"{tensor.file} ended in the middle of {tensor.name!r}.",
-                        hint="The file was changed or truncated; download it again.",
-                    )
-                yield piece
-                left -= len(piece)
-    except OSError as error:
-        raise CheckpointError(
-            f"{tensor.name!r} cannot be read from {tensor.file}: {error}",
-            hint="Check the disk, or download the file again.",
-        ) from error

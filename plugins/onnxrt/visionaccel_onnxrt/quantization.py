@@ -25,7 +25,6 @@ from visionaccel.onnx_products import (
     find_products,
     largest_in_row,
     parse_model,
-    read_weight,
     replace_nodes,
     smoothing_factors,
 )
@@ -66,7 +65,7 @@ def quantize(program: Program, calibration: Iterable[Mapping[str, Array]], folde
     replaced: dict[str, list[onnx.NodeProto]] = {}
     initializers: list[onnx.TensorProto] = []
     for number, (rows, group) in enumerate(groups.items()):
-        weights = [read_weight(program.weights[product.weight]) for product in group]
+        weights = [program.weights[product.weight].read().astype(np.float32) for product in group]
         factors = smoothing_factors(largest[rows], weights)
         prepared, sizes = _prepare(model, rows, factors, f"smooth.{number}", initializers)
         for place, (product, weight) in enumerate(zip(group, weights, strict=True)):

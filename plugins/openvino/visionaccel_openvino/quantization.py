@@ -32,7 +32,6 @@ from visionaccel.onnx_products import (
     largest_by_channel,
     largest_in_row,
     parse_model,
-    read_weight,
     replace_nodes,
     smoothing_factors,
 )
@@ -86,7 +85,7 @@ def quantize(program: Program, calibration: Iterable[Mapping[str, Array]], folde
         numpy_helper.from_array(np.array(0, np.int8), _ZERO),
     ]
     for number, (rows, group) in enumerate(groups.items()):
-        weights = [read_weight(program.weights[product.weight]) for product in group]
+        weights = [program.weights[product.weight].read().astype(np.float32) for product in group]
         factors = smoothing_factors(largest[rows], weights)
         prepared, sizes = _prepare(model, rows, factors, f"smooth.{number}", initializers)
         for place, (product, weight) in enumerate(zip(group, weights, strict=True)):

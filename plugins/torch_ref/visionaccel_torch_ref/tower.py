@@ -64,8 +64,10 @@ class FastTower:
         full = frozenset(program.config["fullatt_block_indexes"])
 
         def norm(name: str) -> torch.Tensor:
-            # A copy, so that it does not keep the whole file mapped.
-            return weights.read(f"{name}.weight", (hidden,)).clone()
+            return weights.read(f"{name}.weight", (hidden,))
+
+        def qkv(name: str, kind: str, shape: tuple[int, ...]) -> torch.Tensor:
+            return weights.read_joint(f"{name}.qkv.{kind}", [f"{name}.{part}.{kind}" for part in "qkv"], shape)
 
         def linear(name: str, rows: int, columns: int) -> Linear:
             return make_linear(weights.read(f"{name}.weight", (rows, columns)), weights.read(f"{name}.bias", (rows,)))
@@ -75,8 +77,8 @@ class FastTower:
             _Block(
                 norm1=norm(f"blocks.{block}.norm1"),
                 qkv=make_linear(
-                    _paired(weights.read(f"blocks.{block}.attn.qkv.weight", (3 * hidden, hidden)), self._heads),
-                    _paired(weights.read(f"blocks.{block}.attn.qkv.bias", (3 * hidden,)), self._heads),
+                    _paired(qkv(f"blocks.{block}.attn", "weight", (3 * hidden, hidden)), self._heads),
+                    _paired(qkv(f"blocks.{block}.attn", "bias", (3 * hidden,)), self._heads),
                 ),
                 proj=linear(f"blocks.{block}.attn.proj", hidden, hidden),
                 norm2=norm(f"blocks.{block}.norm2"),
@@ -144,8 +146,8 @@ class FastTower:
 
 def load_fast_tower(program: Program, *, dtype: torch.dtype, attention: Attention, device: str) -> FastTower:
     """The tower with its weights; raises what `FastTower` does."""
-    with WeightReader(program, dtype, device) as weights, torch.no_grad():
-        return FastTower(program, weights, attention, device)
+    with torch.no_grad():
+        return FastTower(program, WeightReader(program, dtype, device), attention, device)
 
 
 def _paired(rows: torch.Tensor, heads: int) -> torch.Tensor:

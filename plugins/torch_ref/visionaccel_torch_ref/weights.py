@@ -1,13 +1,11 @@
 """A tower's weights, read one by one from the shards of its checkpoint."""
 
 import math
-from contextlib import ExitStack
-from types import TracebackType
-from typing import Any, Self
+from collections.abc import Sequence
 
 import torch
-from safetensors import safe_open
 
+from visionaccel.arrays import as_host_tensor
 from visionaccel.errors import CheckpointError
 from visionaccel.program import Program
 
@@ -15,7 +13,7 @@ __all__ = ["WeightReader"]
 
 
 class WeightReader:
-    """Reads weights by their names below the checkpoint's prefix; a context manager. It keeps none.
+    """Reads weights by their names below the checkpoint's prefix. It keeps none.
 
     Args:
         program: Where the weights lie.
@@ -26,16 +24,6 @@ class WeightReader:
     def __init__(self, program: Program, dtype: torch.dtype, device: str) -> None:
         self._program, self._dtype, self._device = program, dtype, device
         self._left = set(program.weights)
-        self._shards: dict[str, Any] = {}
-        self._stack = ExitStack()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.close()
 
     @property
     def left(self) -> frozenset[str]:
@@ -58,13 +46,25 @@ class WeightReader:
         wanted = stored.shape if shape is None else shape
         if stored.shape[:1] != wanted[:1] or math.prod(stored.shape) != math.prod(wanted):
             raise self.unfit(f"{name!r} is {list(stored.shape)} and not {list(wanted)}")
-        file = str(stored.file)
-        if file not in self._shards:
-            opened = safe_open(file, framework="pt", device=self._device)
-            self._shards[file] = self._stack.enter_context(opened)
         self._left.discard(name)
-        tensor: torch.Tensor = self._shards[file].get_tensor(stored.name)
-        return tensor.to(self._dtype).view(wanted)
+        tensor: torch.Tensor = as_host_tensor(stored.read(), stored.dtype)
+        return tensor.to(self._device, self._dtype).view(wanted)
+
+    def read_joint(self, name: str, parts: Sequence[str], shape: tuple[int, ...]) -> torch.Tensor:
+        """A weight that may also be stored as several parts, whose rows follow each other in it.
+
+        Args:
+            name: Its name below the prefix.
+            parts: The names of its parts, of equal sizes.
+            shape: Its shape.
+
+        Raises:
+            CheckpointError: As `read`.
+        """
+        if not set(parts) <= set(self._program.weights):
+            return self.read(name, shape)
+        part_shape = (shape[0] // len(parts), *shape[1:])
+        return torch.cat([self.read(part, part_shape) for part in parts])
 
     def unfit(self, what: str) -> CheckpointError:
         """The error for weights that are not those of the configuration."""

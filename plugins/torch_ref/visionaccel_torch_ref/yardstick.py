@@ -36,12 +36,17 @@ class TransformersTower:
         with torch.device("meta"):
             tower = Qwen2_5_VisionTransformerPretrainedModel(config)
         tower.rotary_pos_emb = type(tower.rotary_pos_emb)(config)
-        with WeightReader(program, dtype, device) as reader:
-            weights = {name: reader.read(name) for name in program.weights}
-            try:
-                tower.load_state_dict(weights, assign=True)
-            except RuntimeError as error:
-                raise reader.unfit(str(error)) from error
+        reader = WeightReader(program, dtype, device)
+        weights = {name: reader.read(name) for name in program.weights}
+        for block in range(config.depth):
+            for kind in ("weight", "bias"):
+                parts = [f"blocks.{block}.attn.{part}.{kind}" for part in "qkv"]
+                if weights.keys() >= set(parts):
+                    weights[f"blocks.{block}.attn.qkv.{kind}"] = torch.cat([weights.pop(part) for part in parts])
+        try:
+            tower.load_state_dict(weights, assign=True)
+        except RuntimeError as error:
+            raise reader.unfit(str(error)) from error
         self._tower: torch.nn.Module = tower.to(device).eval().requires_grad_(False)
 
     def __call__(self, patches: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:

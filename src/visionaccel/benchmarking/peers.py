@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from visionaccel.arrays import as_numpy
+from visionaccel.arrays import as_host_tensor, as_numpy
 from visionaccel.errors import ConfigurationError
 from visionaccel.families import Tower
 from visionaccel.families.qwen2_5_vl import Qwen25VL
@@ -114,11 +114,6 @@ def _vllm(tower: Tower, options: Mapping[str, Any]) -> Opened:
 
 
 def _weights(tower: Tower) -> Iterator[tuple[str, Any]]:
-    """The tower's tensors by their names below the prefix, one file after the other."""
-    from safetensors import safe_open
-
-    for file in sorted({stored.file for stored in tower.weights.values()}):
-        with safe_open(file, framework="pt") as shard:
-            for name, stored in tower.weights.items():
-                if stored.file == file:
-                    yield name, shard.get_tensor(stored.name)
+    """The tower's tensors by their names below the prefix."""
+    for name, stored in tower.weights.items():
+        yield name, as_host_tensor(stored.read(), stored.dtype)

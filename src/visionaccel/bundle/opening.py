@@ -214,8 +214,9 @@ def _tower(folder: Path, manifest: Manifest, given: Checkpoint | None, *, trust_
     if manifest.checkpoint is None:
         stated = {(folder / file.path).resolve() for file in manifest.every_file()}
         _require_stated(folder, {(folder / name).resolve() for name in _READ if (folder / name).exists()} - stated)
-        checkpoint = Checkpoint(folder)
-        _require_stated(folder, {(folder / shard).resolve() for shard in checkpoint.shards} - stated)
+        # Without an index, what else lies in the folder, such as golden images, holds no weights.
+        checkpoint = Checkpoint(folder, files=None if (folder / INDEX_FILE).exists() else [folder / SINGLE_FILE])
+        _require_stated(folder, {file.resolve() for file in checkpoint.files} - stated)
         tower = tower_of(checkpoint)
     else:
         tower = _external_tower(folder, manifest, given, trust_unchanged=trust_unchanged)
@@ -243,7 +244,9 @@ def _external_tower(folder: Path, manifest: Manifest, given: Checkpoint | None, 
     refusals = []
     for place in ("given", "named"):
         try:
-            checkpoint = given if place == "given" else locate_checkpoint(external.source, external.revision)
+            checkpoint = (
+                given if place == "given" else locate_checkpoint(external.source, external.revision, download=False)
+            )
             if checkpoint is None:
                 continue
             tower = tower_of(checkpoint)

@@ -209,16 +209,32 @@ class Tower(ABC):
     @property
     @abstractmethod
     def weights(self) -> Mapping[str, StoredTensor]:
-        """The tower's tensors by their names below the checkpoint's prefix.
+        """The tower's tensors, plain floats, by their names below the checkpoint's prefix.
 
         Raises:
-            CheckpointError: If the checkpoint holds none.
+            CheckpointError: If the checkpoint holds none, or they are quantised, stored twice with different values, or
+                among others that the tower has no place for.
+        """
+
+    @property
+    @abstractmethod
+    def stored_names(self) -> frozenset[str]:
+        """Full names of all that the checkpoint stores for the tower, buffers and unknown tensors too.
+
+        None if its vision weights were stripped.
+
+        Raises:
+            CheckpointError: If the checkpoint is damaged.
         """
 
     @property
     @abstractmethod
     def complete(self) -> bool:
-        """Whether every weight that the family needs is there; without, programs that bring none cannot run."""
+        """Whether every weight that the family needs is there; without, programs that bring none cannot run.
+
+        Raises:
+            CheckpointError: As `weights`, but not where there are none.
+        """
 
     @abstractmethod
     def programs(self, formats: Iterable[str]) -> tuple[Program, ...]:

@@ -12,9 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visionaccel.arrays import FLOATS
-from visionaccel.checkpoint import StoredTensor
-from visionaccel.errors import CheckpointError
-from visionaccel.tensor_files import CHUNK_BYTES
+from visionaccel.checkpoint import CHUNK_BYTES, StoredTensor
 
 __all__ = ["differing_weights"]
 
@@ -56,22 +54,5 @@ def _same(packed: StoredTensor, source: StoredTensor) -> bool:
 
 def _pieces(tensor: StoredTensor, dtype: Any) -> Iterator[NDArray[Any]]:
     """The tensor's elements in order, one-dimensional, a fixed number at a time."""
-    size = np.dtype(dtype).itemsize
-    try:
-        with tensor.file.open("rb") as file:
-            file.seek(tensor.offset)
-            left = tensor.length // size
-            while left:
-                count = min(left, _MOST_ITEMS)
-                piece = np.fromfile(file, dtype, count)
-                if len(piece) < count:
-                    raise CheckpointError(
-                        f"{tensor.file} ended in the middle of {tensor.name!r}.",
-                        hint="The file was changed or truncated; fetch it again.",
-                    )
-                yield piece
-                left -= count
-    except OSError as error:
-        raise CheckpointError(
-            f"{tensor.name!r} cannot be read from {tensor.file}: {error}", hint="Check the disk, or fetch it again."
-        ) from error
+    buffer = memoryview(bytearray(_MOST_ITEMS * np.dtype(dtype).itemsize))
+    return (np.frombuffer(piece, dtype) for piece in tensor.chunks(buffer))

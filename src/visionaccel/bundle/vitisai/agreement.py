@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,10 +9,9 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from visionaccel.arrays import FLOATS
 from visionaccel.bundle.manifest import MOST_PATCHES
 from visionaccel.checkpoint import StoredTensor
-from visionaccel.errors import BundleError, CheckpointError, ConfigurationError
+from visionaccel.errors import BundleError, ConfigurationError
 from visionaccel.families import Tower
 from visionaccel.families.base import HostPart
 from visionaccel.grid import Grid
@@ -84,7 +82,7 @@ def check_weights(part: HostPart, weights: Mapping[str, StoredTensor]) -> None:
         stored = weights.get(name)
         if stored is None:
             continue
-        exact = _read(stored)
+        exact = stored.read()
         difference = "it has another shape"
         if exact.shape == found.shape:
             ours, theirs = found.astype(np.float32), exact.astype(np.float32)
@@ -115,14 +113,3 @@ def _roundings(values: NDArray[np.float32]) -> tuple[NDArray[np.float32], ...]:
     """The values, and what they are in the dtypes of exports."""
     with np.errstate(all="ignore"):
         return values, *(values.astype(dtype).astype(np.float32) for dtype in (ml_dtypes.bfloat16, np.float16))
-
-
-def _read(stored: StoredTensor) -> NDArray[Any]:
-    hint = "The file was changed or truncated; download it again."
-    if stored.dtype not in FLOATS:
-        raise CheckpointError(f"{stored.file}: {stored.name!r} is {stored.dtype}.", hint="Pass a plain checkpoint.")
-    try:
-        values = np.fromfile(stored.file, FLOATS[stored.dtype], math.prod(stored.shape), offset=stored.offset)
-        return values.reshape(stored.shape)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{stored.file} cannot be read: {error}", hint=hint) from error

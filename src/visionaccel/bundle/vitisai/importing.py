@@ -35,7 +35,7 @@ from visionaccel.bundle.vitisai.graph import OnnxGraph
 from visionaccel.bundle.vitisai.layout import Boundary
 from visionaccel.checkpoint import SINGLE_FILE, StoredTensor
 from visionaccel.contracts import TensorSpec
-from visionaccel.errors import BundleError, CheckpointError, ConfigurationError
+from visionaccel.errors import BundleError, ConfigurationError
 from visionaccel.families import Tower
 from visionaccel.families.base import HostPart
 from visionaccel.grid import Grid
@@ -152,11 +152,7 @@ def _check_together(found: Sequence[Findings]) -> None:
 
 def _weights(tower: Tower) -> Mapping[str, StoredTensor]:
     """The checkpoint's vision weights; none if they were stripped."""
-    _ = tower.checkpoint.tensors  # a damaged checkpoint is refused here, so what is refused below is only their absence
-    try:
-        return tower.weights
-    except CheckpointError:
-        return {}
+    return tower.weights if tower.stored_names else {}
 
 
 def _digest(tower: Tower, weights: Mapping[str, StoredTensor], tell: Progress) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,8 @@ from visionaccel.families.qwen2_5_vl.host import open_host
 from visionaccel.families.qwen2_5_vl.host_part import match_windows, recognise_host
 from visionaccel.families.qwen2_5_vl.operations import count_operations
 from visionaccel.families.qwen2_5_vl.signature import EMBEDDINGS, PATCH_KERNEL, Signature, signature
-from visionaccel.families.qwen2_5_vl.weight_names import weight_names
+from visionaccel.families.qwen2_5_vl.weight_names import by_own_names, has_every_weight, weight_names
+from visionaccel.families.stored_form import plain_weights
 from visionaccel.grid import Grid
 from visionaccel.program import (
     CHECKPOINT,
@@ -75,12 +76,11 @@ class Qwen25VLTower(Tower):
         self.out_width = self.config.out_hidden_size
 
     @property
-    def weights(self) -> Mapping[str, StoredTensor]:
-        """The tower's tensors by their names below the prefix.
+    def stored_names(self) -> frozenset[str]:
+        return frozenset(name for name in self.checkpoint.tensors if name.startswith(WEIGHT_PREFIXES))
 
-        Raises:
-            CheckpointError: If the checkpoint holds none.
-        """
+    @cached_property
+    def weights(self) -> Mapping[str, StoredTensor]:
         found = self.checkpoint.with_prefix(WEIGHT_PREFIXES)
         if not found:
             raise CheckpointError(
@@ -88,15 +88,11 @@ class Qwen25VLTower(Tower):
                 f"{' or '.join(map(repr, WEIGHT_PREFIXES))}).",
                 hint="The checkpoint was stripped; set VISIONACCEL_BUNDLE to a folder that has the vision weights.",
             )
-        return found
+        return plain_weights(by_own_names(found), frozenset(weight_names(self.config)))
 
     @property
     def complete(self) -> bool:
-        try:
-            weights = self.weights
-        except CheckpointError:
-            return False
-        return all(name in weights for name in weight_names(self.config))
+        return bool(self.stored_names) and has_every_weight(self.config, self.weights)
 
     def programs(self, formats: Iterable[str]) -> tuple[Program, ...]:
         known: dict[str, Callable[[], Program]] = {

@@ -91,8 +91,7 @@ class _Tower:
     def attention(self, x: str, name: str, *, full: bool) -> str:
         """Self-attention within each frame (`full`) or within each window."""
         g, hidden = self.g, self.config.hidden_size
-        qkv = self.w.linear(x, f"{name}.qkv", 3 * hidden, hidden)
-        query, key, value = g.nodes("Split", [qkv, g.constant([hidden] * 3)], [True] * 3, axis=1)
+        query, key, value = self.w.projections(x, name)
         query, key = self.operators.rotate(query), self.operators.rotate(key)
         if full:
             batch = [g.node("Reshape", [part, self.frame_batch]) for part in (query, key, value)]

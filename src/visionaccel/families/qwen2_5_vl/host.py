@@ -68,11 +68,7 @@ def read_matrix(stored: StoredTensor, shape: tuple[int, int]) -> NDArray[Any]:
             f"{stored.file}: {stored.name!r} is {stored.dtype}{list(stored.shape)}, which is no {list(shape)} matrix.",
             hint="Configuration and weights are of different models.",
         )
-    try:
-        flat = np.fromfile(stored.file, FLOATS[stored.dtype], shape[0] * shape[1], offset=stored.offset)
-        return flat.reshape(shape)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{stored.file} cannot be read: {error}", hint="Fetch the file again.") from error
+    return stored.read().reshape(shape)
 
 
 class _Plain(Host):

@@ -116,8 +116,7 @@ class _StaticTower:
     def attention(self, x: str, name: str, *, full: bool) -> str:
         """Self-attention within the frame (`full`) or within each window, of [patches, hidden]."""
         g, hidden, heads, head = self.g, self.config.hidden_size, self.config.num_heads, self.config.head_dim
-        qkv = self.w.linear(x, f"{name}.qkv", 3 * hidden, hidden)
-        qkv = g.node("Reshape", [qkv, g.constant([self.patches, 3 * heads, head])])
+        qkv = g.node("Reshape", [self.w.joint_projections(x, name), g.constant([self.patches, 3 * heads, head])])
         qkv = g.node("Transpose", [qkv], perm=[1, 0, 2])
         turned, value = g.nodes("Split", [qkv, g.constant([2 * heads, heads])], [True] * 2, axis=0)
         turned = self.rotate(g.widen(turned))

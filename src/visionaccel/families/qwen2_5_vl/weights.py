@@ -50,6 +50,20 @@ class TowerWeights:
         matrix = self.weight(PATCH_KERNEL, kernel, (config.hidden_size, config.patch_width))
         return self.g.node("Gemm", [patches, matrix], transB=1)
 
+    def joint_projections(self, x: str, name: str) -> str:
+        """Queries, keys and values side by side, [rows, 3 * hidden], of the attention of that name."""
+        hidden = self.config.hidden_size
+        if f"{name}.qkv.weight" in self.weights:
+            return self.linear(x, f"{name}.qkv", 3 * hidden, hidden)
+        return self.g.node("Concat", self.projections(x, name), axis=1)
+
+    def projections(self, x: str, name: str) -> list[str]:
+        """Queries, keys and values, each [rows, hidden], of the attention of that name."""
+        g, hidden = self.g, self.config.hidden_size
+        if f"{name}.q.weight" in self.weights:
+            return [self.linear(x, f"{name}.{part}", hidden, hidden) for part in "qkv"]
+        return g.nodes("Split", [self.joint_projections(x, name), g.constant([hidden] * 3)], [True] * 3, axis=1)
+
     def linear(self, x: str, name: str, outputs: int, inputs: int) -> str:
         """A linear layer of [rows, inputs]; `transB` takes the stored layout as it is."""
         weight, bias = self.weight(f"{name}.weight", (outputs, inputs)), self.weight(f"{name}.bias", (outputs,))
