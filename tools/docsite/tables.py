@@ -1,11 +1,14 @@
-"""Tables of the installed backends and of their options."""
+"""Tables of the installed backends, of their options, and of what is relied on in vLLM."""
 
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from visionaccel.backends import Registry, VisionBackend, default_registry
+from visionaccel.integrations.vllm.compat.contract import ENTRIES, WITHOUT, AnyOf, Feature, Need, needs
 
-__all__ = ["backend_options", "backend_table"]
+__all__ = ["backend_options", "backend_table", "contract_table", "feature_table"]
+
+_CHANGING = ("patch", "subclass", "override")
 
 
 def backend_table() -> str:
@@ -35,6 +38,51 @@ def backend_options() -> str:
             rows.append(f"| `{field.alias or option}` | `{kind}` | {shown} | {_cell(field.description or '')} |")
         sections.append("\n".join(rows))
     return "\n\n".join(sections)
+
+
+def feature_table() -> str:
+    """What happens without each feature of the integration with vLLM."""
+    rows = [f"| {feature} | {WITHOUT[feature]} |" for feature in Feature]
+    return "\n".join(["| feature | if its part of the contract does not hold |", "|---|---|", *rows, ""])
+
+
+def contract_table(*, changing: bool) -> str:
+    """What is relied on in vLLM.
+
+    Args:
+        changing: What is patched, subclassed or overridden; otherwise what is called or read.
+    """
+    users: dict[tuple[Need, str], list[str]] = {}
+    for feature, entry in ENTRIES:
+        for need in needs(entry):
+            if (need.use in _CHANGING) == changing:
+                users.setdefault((need, _way(entry, need)), []).append(feature)
+    order = sorted(users, key=lambda row: (row[0].target, row[0].use))
+    rows = [
+        f"| `{need.module}` | `{need.name}` | {need.use} | {_conditions(need, way)} | {', '.join(users[need, way])} |"
+        for need, way in order
+    ]
+    return "\n".join(["| module | name | use | what must hold | for |", "|---|---|---|---|---|", *rows, ""])
+
+
+def _way(entry: Need | AnyOf, need: Need) -> str:
+    """Which of several ways a need belongs to."""
+    if isinstance(entry, Need):
+        return ""
+    return next(f"{entry.end}: {name}" for name, way in entry.ways.items() if need in way)
+
+
+def _conditions(need: Need, way: str) -> str:
+    parts = (
+        ("takes", need.parameters),
+        ("has", need.attributes),
+        ("uses", need.mentions),
+        ("abstract at most", need.implements),
+    )
+    shown = [f"{word} {', '.join(f'`{name}`' for name in names)}" for word, names in parts if names]
+    shown += ["used if it exists"] if need.optional else []
+    shown += [f"one way of: {way}"] if way else []
+    return "; ".join(shown) or "exists"
 
 
 def _loaded(registry: Registry) -> list[tuple[str, VisionBackend]]:

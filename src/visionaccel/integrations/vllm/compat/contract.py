@@ -1,0 +1,348 @@
+"""What each feature relies on in vLLM, as data: names that vLLM does not promise to keep.
+
+This table feeds the check at the start (`checking`), `visionaccel doctor`, the tests and docs/compatibility.md. A row
+that differs between releases names alternatives instead of version numbers: one of them is enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal, TypeAlias
+
+__all__ = ["CONTRACT", "ENTRIES", "WITHOUT", "AnyOf", "Entry", "Feature", "Need", "Use", "needs"]
+
+Use: TypeAlias = Literal["call", "read", "subclass", "override", "patch"]
+"""How a name is used: called, read, subclassed, overridden in such a subclass, or replaced by a function of ours."""
+
+
+class Feature(StrEnum):
+    """A part of the integration that is on or off as a whole."""
+
+    INLINE = "in-line"
+    FITTING = "fitting"
+    CONTAINMENT = "containment"
+    PIPELINED = "pipelined"
+    REASONS = "reasons"
+    METRICS = "metrics"
+
+
+WITHOUT = {
+    Feature.INLINE: "vLLM does not start with VISIONACCEL_BACKEND set",
+    Feature.FITTING: "vLLM does not start with a bundle whose programs take some image sizes only",
+    Feature.CONTAINMENT: "an image that cannot be encoded in the engine's step ends the engine, and what was computed "
+    "from a device that answered wrongly is not discarded",
+    Feature.PIPELINED: "images are encoded in the engine's step",
+    Feature.REASONS: "clients get vLLM's own error for a failed image; the reason is in the log only",
+    Feature.METRICS: "the metrics of the encoder are not in /metrics",
+}
+"""What happens without each feature."""
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """One name of vLLM, and what must be true of it.
+
+    Attributes:
+        use: How it is used.
+        target: `module:Class.attribute`.
+        parameters: Parameters that it must take. Another one without a default breaks the contract too where it is
+            called or overridden.
+        attributes: Attributes of its instances: fields, class attributes, or what its constructor sets.
+        mentions: Names that its code, or that of one of a class's methods, must use.
+        implements: Methods that a subclass of ours has; another abstract one breaks the contract.
+        optional: Used where it exists; nothing is missing without it.
+    """
+
+    use: Use
+    target: str
+    parameters: tuple[str, ...] = ()
+    attributes: tuple[str, ...] = ()
+    mentions: tuple[str, ...] = ()
+    implements: tuple[str, ...] = ()
+    optional: bool = False
+
+    @property
+    def module(self) -> str:
+        return self.target.partition(":")[0]
+
+    @property
+    def name(self) -> str:
+        """Dotted name in the module."""
+        return self.target.partition(":")[2]
+
+
+@dataclass(frozen=True, slots=True)
+class AnyOf:
+    """Ways to the same end. The first whose needs all hold is taken.
+
+    Attributes:
+        end: What for.
+        ways: The ways, by a short name.
+    """
+
+    end: str
+    ways: Mapping[str, tuple[Need, ...]]
+
+
+Entry: TypeAlias = Need | AnyOf
+
+
+def needs(entry: Entry) -> tuple[Need, ...]:
+    """The names of an entry, all ways together."""
+    if isinstance(entry, Need):
+        return (entry,)
+    return tuple(need for way in entry.ways.values() for need in way)
+
+
+def _need(
+    use: Use,
+    target: str,
+    parameters: str = "",
+    *,
+    has: str = "",
+    mentions: str = "",
+    implements: str = "",
+    optional: bool = False,
+) -> Need:
+    takes, attributes, used, methods = (tuple(text.split()) for text in (parameters, has, mentions, implements))
+    return Need(use, target, takes, attributes, used, methods, optional)
+
+
+_ARGUMENTS = "vllm.engine.arg_utils:EngineArgs"
+_QWEN = "vllm.model_executor.models.qwen2_5_vl"
+_MODEL = f"{_QWEN}:Qwen2_5_VLForConditionalGeneration"
+_INFO = f"{_QWEN}:Qwen2_5_VLProcessingInfo"
+_PROCESSOR = f"{_QWEN}:Qwen2_5_VLMultiModalProcessor"
+_REGISTRY = "vllm.model_executor.models.registry"
+_PARSER = "vllm.multimodal.parse:MultiModalDataParser"
+_SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+_ASYNC = "vllm.v1.core.sched.async_scheduler:AsyncScheduler"
+_STEP = "vllm.v1.core.sched.output"
+_CACHE = "vllm.v1.core.encoder_cache_manager:EncoderCacheManager"
+_KEYS = "vllm.v1.core.kv_cache_manager:KVCacheManager"
+_REQUEST = "vllm.v1.request:Request"
+_STATUS = "vllm.v1.request:RequestStatus"
+_ENGINE = "vllm.v1.engine"
+_CONNECTOR = "vllm.distributed.ec_transfer.ec_connector.base"
+_TRANSFER = "vllm.distributed.ec_transfer"
+_PARALLEL = "vllm.distributed.parallel_state"
+
+_CONFIGURATION: tuple[Entry, ...] = (
+    _need("patch", f"{_ARGUMENTS}.create_engine_config"),
+    _need("read", _ARGUMENTS, has="enable_mm_embeds"),
+    _need(
+        "read",
+        "vllm.config:VllmConfig",
+        has="model_config device_config scheduler_config parallel_config ec_transfer_config kv_transfer_config",
+    ),
+    _need(
+        "read",
+        "vllm.config:ModelConfig",
+        has="model revision architectures is_multimodal_model model_impl dtype hf_config",
+    ),
+    _need("call", "vllm.config:ModelConfig.get_multimodal_config"),
+    _need("call", "vllm.config.multimodal:MultiModalConfig.get_limit_per_prompt", "modality"),
+    _need("read", "vllm.config:DeviceConfig", has="device"),
+    _need(
+        "read",
+        "vllm.config:ParallelConfig",
+        has="_api_process_count _api_process_rank",
+        optional=True,
+    ),
+)
+
+_ITEMS: tuple[Entry, ...] = (
+    _need("read", "vllm.multimodal.inputs:MultiModalFeatureSpec", has="data modality identifier mm_position"),
+    _need("read", "vllm.multimodal.inputs:MultiModalFieldElem", has="data"),
+    _need("read", "vllm.multimodal.inputs:PlaceholderRange", has="offset length"),
+    _need("read", _REQUEST, has="request_id mm_features num_computed_tokens arrival_time"),
+    _need(
+        "read",
+        f"{_STEP}:SchedulerOutput",
+        has="scheduled_encoder_inputs num_scheduled_tokens free_encoder_mm_hashes",
+    ),
+)
+
+_INLINE: tuple[Entry, ...] = (
+    *_CONFIGURATION,
+    _need("call", f"{_REGISTRY}:_ModelRegistry.register_model", "model_arch model_cls"),
+    _need("read", f"{_REGISTRY}:_ModelRegistry", has="models"),
+    _need("read", f"{_REGISTRY}:_LazyRegisteredModel", has="module_name"),
+    _need("subclass", _MODEL, mentions="visual"),
+    _need("override", f"{_MODEL}.__init__", "vllm_config prefix", mentions="Qwen2_5_VisionTransformer"),
+    _need("override", f"{_MODEL}.load_weights", "weights"),
+    _need("override", f"{_MODEL}.supports_mm_device_do_normalize"),
+    _need("override", f"{_MODEL}.supports_encoder_tp_data", optional=True),
+    _need("override", f"{_MODEL}.supports_encoder_cudagraph", optional=True),
+    _need("override", f"{_MODEL}.supports_tower_connector_lora", optional=True),
+    _need("patch", f"{_QWEN}:Qwen2_5_VisionTransformer"),
+    _need("call", "vllm.multimodal:MULTIMODAL_REGISTRY.register_processor", "processor info dummy_inputs"),
+    _need("subclass", _INFO),
+    _need("subclass", _PROCESSOR),
+    _need("read", f"{_QWEN}:Qwen2_5_VLDummyInputsBuilder"),
+    _need("call", f"{_PARALLEL}:model_parallel_is_initialized"),
+    _need("call", f"{_PARALLEL}:get_tensor_model_parallel_rank"),
+    _need("call", f"{_TRANSFER}:has_ec_transfer"),
+    _need("call", f"{_TRANSFER}:get_ec_transfer"),
+    _need("read", f"{_CONNECTOR}:ECConnectorBase", has="_connector_metadata is_producer"),
+)
+
+_FITTING: tuple[Entry, ...] = (
+    _need("override", f"{_INFO}.get_supported_mm_limits"),
+    _need("override", f"{_INFO}.validate_num_items", "modality num_items"),
+    _need("override", f"{_INFO}.get_data_parser"),
+    _need("override", f"{_INFO}.get_image_size_with_most_features"),
+    AnyOf(
+        "the size that vLLM plans an image with",
+        {
+            "modality": (
+                _need(
+                    "override",
+                    f"{_INFO}._get_vision_info",
+                    "image_width image_height num_frames do_resize image_processor mm_kwargs modality",
+                ),
+            ),
+            "no modality": (
+                _need(
+                    "override",
+                    f"{_INFO}._get_vision_info",
+                    "image_width image_height num_frames do_resize image_processor mm_kwargs",
+                ),
+            ),
+        },
+    ),
+    _need("call", f"{_INFO}.get_image_processor"),
+    _need("read", _INFO, has="ctx"),
+    _need("call", "vllm.multimodal.processing:InputProcessingContext.get_mm_config"),
+    _need("read", "vllm.multimodal.processing:InputProcessingContext", has="model_config"),
+    _need("read", "vllm.config.multimodal:MultiModalConfig", has="mm_processor_kwargs"),
+    _need("call", "vllm.multimodal.parse:ImageSize", "width height"),
+    _need("patch", f"{_PARSER}._parse_image_data", "data"),
+    _need("patch", f"{_PARSER}._parse_video_data", "data"),
+    _need("call", f"{_PARSER}.is_embeddings", "data"),
+    _need("read", "vllm.multimodal.parse:ImageProcessorItems", has="data"),
+    _need("override", f"{_PROCESSOR}.apply"),
+    _need("override", f"{_PROCESSOR}._get_prompt_updates", "mm_items hf_processor_mm_kwargs out_mm_kwargs"),
+)
+
+_CONTAINMENT: tuple[Entry, ...] = (
+    *_ITEMS,
+    _need("read", "vllm.config:SchedulerConfig", has="scheduler_cls async_scheduling"),
+    _need("subclass", _SCHEDULER, has="requests encoder_cache_manager kv_cache_manager ec_connector"),
+    _need("subclass", _ASYNC),
+    _need("override", f"{_SCHEDULER}.schedule"),
+    _need("override", f"{_SCHEDULER}.update_from_output", "scheduler_output model_runner_output"),
+    _need("override", f"{_SCHEDULER}.shutdown"),
+    _need("call", f"{_SCHEDULER}.finish_requests", "request_ids finished_status"),
+    _need("call", f"{_SCHEDULER}.reset_prefix_cache", "reset_running_requests", optional=True),
+    _need("read", _STATUS, has="FINISHED_ERROR"),
+    _need("read", _REQUEST, has="num_output_tokens trace_headers client_index"),
+    _need("read", _REQUEST, has="drop_stale_output", optional=True),
+    _need("call", f"{_REQUEST}.is_finished"),
+    _need("call", f"{_REQUEST}.get_finished_reason"),
+    _need("call", f"{_REQUEST}.take_events"),
+    _need("read", f"{_STEP}:SchedulerOutput", has="scheduled_new_reqs scheduled_cached_reqs"),
+    _need("read", f"{_STEP}:NewRequestData", has="req_id"),
+    _need("read", f"{_STEP}:CachedRequestData", has="resumed_req_ids"),
+    _need("read", _CACHE, has="cached freeable num_free_slots"),
+    _need("read", _CACHE, has="num_embeds_by_hash", optional=True),
+    _need("call", f"{_CACHE}.get_cached_input_ids", "request"),
+    _need("call", f"{_CACHE}.free_encoder_input", "request input_id"),
+    _need("call", f"{_CACHE}.reset"),
+    _need("call", f"{_KEYS}.evict_blocks", "block_ids"),
+    _need("read", _KEYS, has="block_pool"),
+    _need("read", "vllm.v1.core.block_pool:BlockPool", has="num_gpu_blocks"),
+    _need(
+        "call",
+        f"{_ENGINE}:EngineCoreOutput",
+        has="request_id new_token_ids finish_reason stop_reason events trace_headers",
+    ),
+    _need("call", f"{_ENGINE}:EngineCoreOutputs", has="outputs"),
+    _need("patch", f"{_CONNECTOR}:ECConnectorBase.save_caches", "encoder_cache mm_hash"),
+    _need("patch", f"{_CONNECTOR}:ECConnectorBase.start_save_caches", optional=True),
+)
+
+_PIPELINED: tuple[Entry, ...] = (
+    *_ITEMS,
+    _need(
+        "call",
+        "vllm.config:ECTransferConfig",
+        has="ec_connector ec_role ec_connector_module_path is_ec_consumer",
+    ),
+    _need(
+        "read",
+        "vllm.config.multimodal:MultiModalConfig",
+        has="enable_mm_embeds video_pruning_rate mm_processor_cache_type",
+    ),
+    _need("read", "vllm.config.multimodal:MultiModalConfig", has="allow_missing_mm_embeddings", optional=True),
+    _need("read", "vllm.config:ParallelConfig", has="distributed_executor_backend"),
+    _need(
+        "subclass",
+        f"{_CONNECTOR}:ECConnectorBase",
+        implements="start_load_caches save_caches has_cache_item update_state_after_alloc build_connector_meta",
+    ),
+    _need("subclass", f"{_CONNECTOR}:ECConnectorMetadata"),
+    _need("read", f"{_CONNECTOR}:ECConnectorRole", has="SCHEDULER"),
+    _need("override", f"{_CONNECTOR}:ECConnectorBase.__init__", "vllm_config role"),
+    _need("override", f"{_CONNECTOR}:ECConnectorBase.ensure_cache_available", "request num_computed_tokens"),
+    _need("override", f"{_CONNECTOR}:ECConnectorBase.has_cache_item", "identifier"),
+    _need("override", f"{_CONNECTOR}:ECConnectorBase.update_state_after_alloc", "request index"),
+    _need("override", f"{_CONNECTOR}:ECConnectorBase.build_connector_meta", "scheduler_output"),
+    _need("override", f"{_CONNECTOR}:ECConnectorBase.request_finished", "request"),
+    _need("override", f"{_CONNECTOR}:ECConnectorBase.start_load_caches", "encoder_cache"),
+    _need("override", f"{_CONNECTOR}:ECConnectorBase.save_caches", "encoder_cache mm_hash"),
+    _need("override", f"{_CONNECTOR}:ECConnectorBase.shutdown", optional=True),
+    _need("call", f"{_CONNECTOR}:ECConnectorBase._get_connector_metadata"),
+    _need(
+        "read",
+        _SCHEDULER,
+        mentions="ensure_cache_available has_cache_item update_state_after_alloc build_connector_meta",
+    ),
+    _need(
+        "read",
+        "vllm.v1.worker.ec_connector_model_runner_mixin:ECConnectorModelRunnerMixin",
+        mentions="bind_connector_metadata start_load_caches",
+    ),
+    AnyOf(
+        "how a request ends whose image failed",
+        {
+            "the connector names it": (
+                _need("override", f"{_CONNECTOR}:ECConnectorBase.take_unavailable_requests"),
+                _need("read", _SCHEDULER, mentions="take_unavailable_requests"),
+            ),
+            "the contained scheduler ends it": (
+                _need("subclass", _SCHEDULER),
+                _need("call", f"{_SCHEDULER}.finish_requests", "request_ids finished_status"),
+            ),
+        },
+    ),
+)
+
+_REASONS: tuple[Entry, ...] = (
+    _need("patch", "vllm.v1.engine.output_processor:RequestState._new_completion_output"),
+    _need(
+        "patch",
+        "vllm.entrypoints.generate.base.serving:GenerateBaseServing._raise_if_error",
+        "finish_reason request_id",
+    ),
+    _need("call", "vllm.entrypoints.generate.base.serving:GenerationError"),
+)
+
+_METRICS: tuple[Entry, ...] = (_need("patch", "vllm.v1.metrics.prometheus:get_prometheus_registry"),)
+
+CONTRACT: Mapping[Feature, tuple[Entry, ...]] = {
+    Feature.INLINE: _INLINE,
+    Feature.FITTING: _FITTING,
+    Feature.CONTAINMENT: _CONTAINMENT,
+    Feature.PIPELINED: _PIPELINED,
+    Feature.REASONS: _REASONS,
+    Feature.METRICS: _METRICS,
+}
+"""What each feature needs of vLLM. Every feature needs those of `in-line` as well."""
+
+ENTRIES: tuple[tuple[Feature, Entry], ...] = tuple(
+    (feature, entry) for feature, entries in CONTRACT.items() for entry in entries
+)
+"""The table, row by row."""

@@ -1,0 +1,152 @@
+"""What is relied on in vLLM stands in one table, and each row of it can be found missing."""
+
+import ast
+import dataclasses
+import importlib
+import inspect
+
+import pytest
+
+from doc_pages import ROOT
+from docsite.tables import contract_table
+from visionaccel.integrations.vllm.compat.checking import missing_of, way_of
+from visionaccel.integrations.vllm.compat.contract import CONTRACT, ENTRIES, AnyOf, Feature, Need, needs
+from write_tables import PAGE, with_tables
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own deprecations
+
+NEEDS = list(dict.fromkeys(need for _, entry in ENTRIES for need in needs(entry)))
+INTEGRATION = ROOT / "src" / "visionaccel" / "integrations" / "vllm"
+
+
+def lacks(feature):
+    """What a feature misses now; looked up each time."""
+    return tuple(text for entry in CONTRACT[feature] for text in missing_of(entry))
+
+
+@pytest.mark.parametrize("feature", Feature)
+def test_the_contract_holds_on_this_vllm(feature):
+    assert lacks(feature) == ()
+
+
+def homes_of(need):
+    """What has a need's name: its module, or the classes that an instance would find it in; and its last part."""
+    found = importlib.import_module(need.module)
+    *path, last = need.name.split(".")
+    for part in path:
+        found = getattr(found, part)
+    if inspect.ismodule(found):
+        return [found], last
+    kind = found if isinstance(found, type) else type(found)
+    return [base for base in kind.__mro__[:-1] if last in vars(base)], last
+
+
+@pytest.mark.parametrize(
+    "need",
+    [need for need in NEEDS if not need.name.endswith(".__init__")],  # which every class has
+    ids=lambda need: f"{need.use} {need.target}",
+)
+def test_each_name_is_missed_when_it_is_gone(need, monkeypatch):
+    homes, name = homes_of(need)
+    for home in homes:
+        monkeypatch.delattr(home, name)
+    assert missing_of(dataclasses.replace(need, optional=False)) == (f"{need.target.replace(':', '.')} does not exist",)
+
+
+@pytest.mark.parametrize("need", [need for need in NEEDS if not need.optional], ids=lambda need: need.target)
+def test_each_condition_of_a_name_can_fail(need):
+    for field, text in (
+        ("parameters", "takes no parameter never_heard_of"),
+        ("attributes", "has no attribute never_heard_of"),
+        ("mentions", "does not use never_heard_of"),
+    ):
+        if getattr(need, field):
+            changed = dataclasses.replace(need, **{field: (*getattr(need, field), "never_heard_of")})
+            takes_any = field == "parameters" and takes_keywords(need)
+            assert takes_any or any(text in found for found in missing_of(changed)), (need, field)
+    if need.implements:
+        changed = dataclasses.replace(need, implements=need.implements[1:])
+        assert missing_of(changed) == (
+            f"{need.target.replace(':', '.')} has a new abstract method {need.implements[0]}",
+        )
+
+
+def takes_keywords(need):
+    homes, name = homes_of(need)
+    parameters = inspect.signature(getattr(homes[0], name)).parameters.values()
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def test_a_new_parameter_without_a_default_breaks_what_is_called_or_overridden(monkeypatch):
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    def finish_requests(self, request_ids, finished_status, why): ...
+
+    finish_requests.__module__ = Scheduler.__module__
+    monkeypatch.setattr(Scheduler, "finish_requests", finish_requests)
+    assert lacks(Feature.CONTAINMENT) == (
+        "vllm.v1.core.sched.scheduler.Scheduler.finish_requests has a new parameter why",
+    )
+    assert not any(lacks(feature) for feature in Feature if feature is not Feature.CONTAINMENT)
+
+
+def test_the_first_way_that_holds_is_taken_and_one_is_enough(monkeypatch):
+    from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorBase
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    (ending,) = (entry for entry in CONTRACT[Feature.PIPELINED] if isinstance(entry, AnyOf))
+    assert way_of(ending) == "the connector names it"
+    monkeypatch.delattr(ECConnectorBase, "take_unavailable_requests")
+    assert (way_of(ending), lacks(Feature.PIPELINED)) == ("the contained scheduler ends it", ())
+    monkeypatch.delattr(Scheduler, "finish_requests")
+    assert way_of(ending) is None
+    (text,) = lacks(Feature.PIPELINED)
+    assert text.startswith("how a request ends whose image failed: (the connector names it) ")
+    assert text.endswith("vllm.v1.core.sched.scheduler.Scheduler.finish_requests is abstract")
+
+
+def imported():
+    """Modules and names of vLLM that the integration's sources import, but for what only types name."""
+    for path in INTEGRATION.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        types = {
+            id(inner)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+            for inner in ast.walk(node)
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and id(node) not in types and (node.module or "").startswith("vllm"):
+                yield from ((path.name, node.module, alias.name) for alias in node.names)
+
+
+PUBLIC = {("vllm", "ModelRegistry"), ("vllm.plugins", "load_general_plugins")}
+"""What vLLM documents for plug-ins, and the contract's rows name by another path."""
+
+OF_BENCHMARKS = {"own_tower.py"}
+"""Builds vLLM's own tower to measure it; nothing that is served depends on it."""
+
+
+def test_what_the_sources_import_of_vllm_is_in_the_contract():
+    tabled = {(need.module, need.name.partition(".")[0]) for need in NEEDS}
+    modules = {module for module, _ in tabled}
+    found = {(file, module, name) for file, module, name in imported() if file not in OF_BENCHMARKS}
+    assert len(found) >= 8
+    unknown = {
+        (file, module, name)
+        for file, module, name in found
+        if (module, name) not in tabled | PUBLIC and f"{module}.{name}" not in modules
+    }
+    assert unknown == set()
+
+
+def test_the_page_shows_the_tables_as_they_are():
+    assert with_tables(PAGE.read_text()) == PAGE.read_text(), "run `python tools/write_tables.py`"
+
+
+def test_every_row_is_in_one_of_the_two_tables():
+    tables = contract_table(changing=True) + contract_table(changing=False)
+    for need in NEEDS:
+        assert f"| `{need.module}` | `{need.name}` | {need.use} |" in tables
+    assert not any(f" {use} |" in contract_table(changing=False) for use in ("patch", "subclass", "override"))
+    assert isinstance(NEEDS[0], Need)
