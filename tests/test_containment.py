@@ -4,25 +4,25 @@ vLLM's real schedulers, synchronous and asynchronous, drive a worker that is mod
 encoder outputs it holds, and which slots of the key-value cache were computed from a faulty one.
 """
 
-import os
-
 import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from modelled_engine import GOOD, IMAGE_TOKENS, IMAGES, TAINTED, Engine, depth, forget, make_scheduler
-from visionaccel.integrations.vllm.board import _FOLDER as BOARD
+from visionaccel.integrations.vllm.board import _VARIABLE as BOARD
+from visionaccel.integrations.vllm.board import FAULTS, board, make_board
 from visionaccel.integrations.vllm.faults import EVERYTHING, Fault, report_fault
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own deprecations
 
 
 @pytest.fixture(scope="module", params=["sync", "async"])
-def scheduler(request, digits, tmp_path_factory):
+def scheduler(request, digits):
     """A contained scheduler of vLLM's."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(BOARD, f"{os.getpid()}:{tmp_path_factory.mktemp('board')}")
+        patch.setenv(BOARD, "")
+        make_board()
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
         scheduler = make_scheduler(digits, request.param, pipelined=False)
         yield scheduler
@@ -101,6 +101,25 @@ def test_a_request_that_read_the_image_before_its_device_broke_goes_on(engine):
     second = engine.add([3, 1], 3)
     engine.drain()
     assert (engine.endings[first], engine.endings[second]) == ("length", "error")
+
+
+def test_a_report_that_cannot_be_read_ends_what_is_in_flight_and_nothing_later(engine):
+    encode = engine.worker.encode
+
+    def garbled(identifier):
+        encode(identifier)
+        for area in board().areas(FAULTS):
+            board().memory[area.start : area.start + FAULTS.area_bytes] = bytes(FAULTS.area_bytes)
+
+    engine.worker.encode, engine.worker.broken = garbled, {1}
+    names = [engine.add([1], 3), engine.add([], 6)]
+    engine.drain()
+    assert [engine.answers[name] for name in names] == [[], [GOOD] * 3]
+    assert "could not be read" in engine.reasons[names[0]]
+    engine.worker.encode, engine.worker.broken = encode, set()
+    again = engine.add([1], 3)
+    engine.drain()
+    assert (engine.answers[again], engine.endings[again]) == ([GOOD] * 3, "length")
 
 
 def test_what_was_computed_from_a_device_that_lied_is_computed_anew_once_that_turns_out(engine):

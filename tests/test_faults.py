@@ -1,7 +1,7 @@
-"""The board on which a worker tells the scheduler of items it could not encode."""
+"""The memory in which a worker tells the scheduler of items it could not encode."""
 
 import os
-import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,104 +10,243 @@ import numpy as np
 import pytest
 import torch
 
+from visionaccel.errors import ConfigurationError
 from visionaccel.grid import Grid
-from visionaccel.integrations.vllm.board import _FOLDER as BOARD
-from visionaccel.integrations.vllm.faults import Fault, FaultReader, report_fault
+from visionaccel.integrations.vllm.board import _VARIABLE as BOARD
+from visionaccel.integrations.vllm.board import FAULTS, METRICS, Area, board, make_board
+from visionaccel.integrations.vllm.faults import EVERYTHING, LOST, Fault, FaultReader, report_fault
 from visionaccel.runtime.keys import item_key
+
+WORKER = "from visionaccel.integrations.vllm.faults import Fault, report_fault\n"
 
 
 @pytest.fixture
-def board(monkeypatch, tmp_path):
-    monkeypatch.setenv(BOARD, f"{os.getpid()}:{tmp_path}")
-    return tmp_path
+def shared(monkeypatch):
+    monkeypatch.setenv(BOARD, "")
+    make_board()
+    return board()
 
 
-def test_nobody_listens_before_a_reader_is_made(board):
+def run(code, **settings):
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | settings).stdout
+
+
+def test_no_scheduler_listens_before_a_reader_is_made(shared):
     assert not report_fault(Fault("k", "m"))
-    FaultReader()
+    reader = FaultReader()
     assert report_fault(Fault("k", "m"))
+    reader.close()
+    assert not report_fault(Fault("k", "m"))
 
 
-def test_nobody_listens_without_a_board(monkeypatch):
+def test_no_scheduler_listens_without_memory(monkeypatch):
     monkeypatch.delenv(BOARD, raising=False)
     assert FaultReader().new() == []
     assert not report_fault(Fault("k", "m"))
 
 
-def test_each_fault_is_read_once(board):
+def test_each_fault_is_read_once(shared):
     reader = FaultReader()
     assert reader.new() == []
     report_fault(Fault("a", "first\nline"))
-    report_fault(Fault("b", "naïve"))
-    assert reader.new() == [Fault("a", "first\nline"), Fault("b", "naïve")]
+    report_fault(Fault("b", "naïve \udc80"))
+    assert reader.new() == [Fault("a", "first\nline"), Fault("b", "naïve ?")]
     assert reader.new() == []
     report_fault(Fault("c", "third"))
     assert reader.new() == [Fault("c", "third")]
 
 
-def test_a_line_still_being_written_waits(board):
+def test_a_long_message_is_cut(shared):
     reader = FaultReader()
-    report_fault(Fault("a", "whole"))
-    file = board / str(os.getpid())
-    with file.open("ab") as partial:
-        partial.write(b'{"key": "b", ')
-    assert reader.new() == [Fault("a", "whole")]
-    assert reader.new() == []
-    with file.open("ab") as partial:
-        partial.write(b'"message": "late"}\n')
-    assert reader.new() == [Fault("b", "late")]
+    report_fault(Fault("k", "é" * 100_000))
+    (fault,) = reader.new()
+    assert fault.key == "k"
+    assert 2000 < len(fault.message) < FAULTS.capacity
+    assert set(fault.message) == {"é"}
 
 
-def test_a_child_process_reaches_its_parents_reader(board):
+def test_a_worker_process_reaches_its_parents_reader(shared):
     reader = FaultReader()
-    code = (
-        "from visionaccel.integrations.vllm.faults import *; assert report_fault(Fault('k', 'from a worker')), 'deaf'"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run(WORKER + "assert report_fault(Fault('k', 'from a worker'))")
     assert reader.new() == [Fault("k", "from a worker")]
 
 
-def test_what_an_earlier_engine_left_is_not_read(board):
+def test_several_workers_and_threads_lose_no_report(shared):
+    reader = FaultReader()
+    code = WORKER + (
+        "import sys\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "with ThreadPoolExecutor(4) as pool:\n"
+        "    assert all(pool.map(lambda i: report_fault(Fault(f'{sys.argv[1]}-{i}', 'm' * i)), range(100)))\n"
+    )
+    workers = [subprocess.Popen([sys.executable, "-c", code, str(number)]) for number in range(3)]
+    found = []
+    while any(worker.poll() is None for worker in workers):
+        found += reader.new()
+    found += reader.new()
+    assert [worker.returncode for worker in workers] == [0, 0, 0]
+    assert sorted(fault.key for fault in found) == sorted(f"{n}-{i}" for n in range(3) for i in range(100))
+
+
+def test_a_fault_is_reported_whole_where_no_file_can_be_written(shared, tmp_path):
+    reader = FaultReader()
+    run(
+        WORKER + "import resource\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))\n"
+        "for i in range(40):\n"
+        "    assert report_fault(Fault(f'k{i}', 'no file of this process may be larger than 20 bytes'))\n",
+        TMPDIR=str(tmp_path / "absent"),
+    )
+    assert [fault.key for fault in reader.new()] == [f"k{i}" for i in range(40)]
+
+
+def test_a_report_that_cannot_be_read_is_a_fault_of_everything(shared):
+    reader = FaultReader()
+    (area,) = shared.areas(FAULTS)
+    for number in range(3):
+        report_fault(Fault(f"k{number}", "m"))
+    place = area.start + FAULTS.slot_bytes + 17
+    shared.memory[place] ^= 1
+    found = reader.new()
+    assert found[:3] == [Fault("k0", "m"), Fault("k2", "m"), LOST]
+    assert [fault.key for fault in found[3:]] == [EVERYTHING]
+    report_fault(Fault("later", "m"))
+    assert reader.new() == [Fault("later", "m")]
+
+
+def test_more_reports_than_there_is_room_for_are_a_fault_of_everything(shared):
+    reader = FaultReader()
+    for number in range(FAULTS.slots):
+        report_fault(Fault(f"k{number}", "m"))
+    assert len(reader.new()) == FAULTS.slots
+    for number in range(FAULTS.slots + 1):
+        report_fault(Fault(f"k{number}", "m"))
+    found = reader.new()
+    assert found[0] == Fault("k1", "m")
+    assert found[-2] is LOST
+    assert found[-1].key == EVERYTHING
+
+
+def test_what_an_earlier_engine_left_is_not_read(shared):
     FaultReader()
-    report_fault(Fault("old", "of an engine that is gone"))
+    report_fault(Fault("old", "of an engine that has ended"))
     reader = FaultReader()
     assert reader.new() == []
-    reader.close()
-    assert not report_fault(Fault("k", "nobody listens any more"))
+    report_fault(Fault("new", "m"))
+    assert reader.new() == [Fault("new", "m")]
 
 
-def test_a_cleaner_of_temporary_files_costs_no_fault(board):
+def test_the_place_of_a_killed_engine_is_used_again(shared):
+    run("import os, signal\nfrom visionaccel.integrations.vllm.faults import FaultReader\nFaultReader()")
+    (area,) = shared.areas(FAULTS)
+    assert area.ended
+    FaultReader()
+    assert [area.owner for area in shared.areas(FAULTS)] == [os.getpid()]
+
+
+def test_each_engine_of_a_server_reads_its_own_workers_alone(shared):
     reader = FaultReader()
-    shutil.rmtree(board)
-    reader.listen()
-    assert report_fault(Fault("k", "after the cleaning"))
-    assert reader.new() == [Fault("k", "after the cleaning")]
-    shutil.rmtree(board)
-    (lost,) = reader.new()
-    assert "went away" in lost.message
+    code = (
+        "import subprocess, sys\n"
+        "from visionaccel.integrations.vllm.faults import FaultReader\n"
+        "reader = FaultReader()\n"
+        f"subprocess.run([sys.executable, '-c', {WORKER + chr(10)!r} + 'assert report_fault(Fault(\"k\", \"m\"))'])\n"
+        "print([fault.key for fault in reader.new()])\n"
+    )
+    assert run(code) == "['k']\n"
+    assert reader.new() == []
 
 
-def test_the_board_is_private_is_not_adopted_by_another_launcher_and_is_removed_at_exit():
-    code = """
-import os, stat, subprocess, sys
-from visionaccel.integrations.vllm import board, faults
-board.make_board()
-named = os.environ[board._FOLDER]
-board.make_board()
-assert os.environ[board._FOLDER] == named
-folder = named.partition(":")[2]
-assert stat.S_IMODE(os.stat(folder).st_mode) == 0o700
-faults.FaultReader()
-assert stat.S_IMODE(os.stat(os.path.join(folder, str(os.getpid()))).st_mode) == 0o600
-child = "import os; from visionaccel.integrations.vllm import board as f; f.make_board(); print(os.environ[f._FOLDER])"
-other = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True).stdout.strip()
-assert other and other != named
-assert os.path.isdir(folder) and not os.path.exists(other.partition(":")[2])
-print(folder)
-"""
-    environment = {name: value for name, value in os.environ.items() if name != BOARD}
-    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment)
-    assert not Path(run.stdout.strip()).exists()
+def test_more_engines_than_there_is_room_for_are_refused(shared):
+    for index in range(FAULTS.areas):
+        Area(shared, FAULTS, index).give_to(os.getppid())
+    with pytest.raises(ConfigurationError, match="all 64 places for the faults"):
+        FaultReader()
+
+
+def test_of_processes_with_the_same_number_the_last_is_the_one_that_runs(shared):
+    areas = [shared.claim(METRICS) for _ in range(2)]
+    assert [area.ended for area in areas] == [True, False]
+
+
+def test_memory_is_not_inherited_by_another_launcher_unless_it_asks(shared):
+    named = os.environ[BOARD]
+    make_board()
+    assert os.environ[BOARD] == named
+    code = "import os\nfrom visionaccel.integrations.vllm.board import *\nmake_board({})\nprint(os.environ['{}'])"
+    other = run(code.format("", BOARD)).strip()
+    assert other
+    assert other != named
+    assert run(code.format("inherit=True", BOARD)).strip() == named
+    os.environ[BOARD] = other
+    with pytest.raises(ConfigurationError, match="cannot be opened"):
+        board()
+
+
+def test_memory_of_another_process_with_the_same_number_is_refused(shared, monkeypatch):
+    owner, _, device, inode = os.environ[BOARD].split(":")
+    with Path("/dev/zero").open("rb") as other:
+        monkeypatch.setenv(BOARD, f"{owner}:{other.fileno()}:{device}:{inode}")
+        with pytest.raises(ConfigurationError, match="does not hold it"):
+            board()
+
+
+def test_memory_that_the_system_does_not_give_refuses_the_start(monkeypatch):
+    monkeypatch.setenv(BOARD, "")
+
+    def refuse(*_):
+        raise PermissionError("Operation not permitted")
+
+    monkeypatch.setattr(os, "memfd_create", refuse)
+    with pytest.raises(ConfigurationError, match="cannot be made: Operation not permitted"):
+        make_board()
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT], ids=["killed", "stopped"])
+def test_a_launcher_that_ends_leaves_no_file_and_its_processes_go_on_without_a_warning(tmp_path, end):
+    worker = WORKER + (
+        "import sys, time\n"
+        "from visionaccel.integrations.vllm.faults import FaultReader\n"
+        "from visionaccel.integrations.vllm.published import publish\n"
+        "metrics = publish()\n"
+        "reader = FaultReader()\n"
+        "print('ready', flush=True)\n"
+        "sys.stdin.readline()\n"
+        "metrics.processed(1.0)\n"
+        "assert report_fault(Fault('k', 'm'))\n"
+        "print(reader.new()[0].key, flush=True)\n"
+        "time.sleep(1.5)\n"
+        "print('the end', flush=True)\n"
+    )
+    launcher = (
+        "import subprocess, sys, time\n"
+        "from visionaccel.integrations.vllm.board import make_board\n"
+        "make_board()\n"
+        f"subprocess.Popen([sys.executable, '-c', {worker!r}], start_new_session=True)\n"
+        "time.sleep(600)\n"
+    )
+    temporary, log = tmp_path / "temporary", tmp_path / "log"
+    temporary.mkdir()
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-c", launcher],
+            env=os.environ | {"TMPDIR": str(temporary), BOARD: ""},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+    with process.stdin, process.stdout:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(end)
+        process.wait()
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "k\n"
+        assert process.stdout.readline() == "the end\n"
+    assert list(temporary.iterdir()) == []
+    assert "metrics" not in log.read_text()
 
 
 def test_keys_depend_on_pixels_and_grid_and_on_nothing_else():

@@ -231,55 +231,87 @@ def _registry_of(metrics):
     return registry
 
 
-def _count_in_a_process(folder, number):
-    import os
+@pytest.fixture
+def shared(monkeypatch):
+    """Memory of this process and those that it starts."""
+    monkeypatch.setenv(board._VARIABLE, "")
+    board.make_board()
+    return board.board()
 
-    os.environ[board._FOLDER] = f"{os.getpid()}:{folder}"
+
+def _count_in_a_process(number):
     metrics = published.publish()
     metrics._tally.count("visionaccel_patches", "someone", "cpu", amount=number)
     metrics._tally.set("visionaccel_waiting_items", value=number)
     time.sleep(1.5)
 
 
-def test_what_processes_publish_is_added_up_and_stays_when_they_end(tmp_path, monkeypatch):
-    monkeypatch.setenv(board._FOLDER, f"0:{tmp_path}")
+def test_what_processes_publish_is_added_up_and_stays_when_they_end(shared):
     collector = published.PublishedCollector()
     assert all(not family.samples for family in collector.collect())
     spawn = multiprocessing.get_context("spawn")
-    processes = [spawn.Process(target=_count_in_a_process, args=(str(tmp_path), number)) for number in (3, 4)]
+    processes = [spawn.Process(target=_count_in_a_process, args=(number,)) for number in (3, 4)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
-    (tmp_path / "metrics-7.json").write_text("{ this is none")
     found = {family.name: [sample.value for sample in family.samples] for family in collector.collect()}
     assert found["visionaccel_patches"] == [7]
-    assert found["visionaccel_waiting_items"] == [], "how things stood in a process that is gone is nobody's business"
+    assert found["visionaccel_waiting_items"] == [], "how things stood in a process that has ended no longer matters"
+
+
+def test_metrics_are_shown_while_they_are_being_written(shared):
+    metrics = EncoderMetrics()
+    area = shared.claim(board.METRICS)
+    stop = threading.Event()
+
+    def write():
+        while not stop.is_set():
+            metrics._tally.count("visionaccel_patches", "someone", "cpu")
+            area.append(json.dumps(metrics.snapshot()).encode())
+            stop.wait(0.001)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    while not area.written:
+        time.sleep(0.001)
+    try:
+        seen = []
+        for _ in range(200):
+            found = {family.name: family for family in published.PublishedCollector().collect()}
+            seen += [sample.value for sample in found["visionaccel_patches"].samples]
+    finally:
+        stop.set()
+        thread.join()
+    assert len(seen) == 200
+    assert seen == sorted(seen), "a counter never goes back"
 
 
 @pytest.mark.parametrize("several", [False, True], ids=["one API server", "several"])
-def test_metrics_show_in_vllms_registry_also_when_it_is_of_several_processes(monkeypatch, tmp_path, several):
+def test_metrics_show_in_what_vllm_answers_from_also_when_it_is_of_several_processes(
+    shared, monkeypatch, tmp_path, several
+):
     pytest.importorskip("vllm")
+    import prometheus_client
     from prometheus_client import multiprocess
     from vllm.v1.metrics import prometheus
 
     from visionaccel.integrations.vllm import compat
 
-    monkeypatch.setattr(prometheus, "get_prometheus_registry", _unwrapped(prometheus.get_prometheus_registry))
-    monkeypatch.setattr(prometheus, "REGISTRY", CollectorRegistry())
+    registry = CollectorRegistry(auto_describe=True)  # as prometheus_client's own
+    monkeypatch.setattr(prometheus_client, "REGISTRY", registry)
+    monkeypatch.setattr(prometheus, "REGISTRY", registry)
     collect = _unwrapped(multiprocess.MultiProcessCollector.collect)
     monkeypatch.setattr(multiprocess.MultiProcessCollector, "collect", collect)
-    monkeypatch.setenv(board._FOLDER, f"0:{tmp_path}")
     if several:
         monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     for _ in range(2):
         compat.on_metrics(published.PublishedCollector)
-        registry = prometheus.get_prometheus_registry()
-        if several:  # as the route does that answers
-            registry = CollectorRegistry()
-            multiprocess.MultiProcessCollector(registry)
-        assert generate_latest(registry).decode().count("# HELP visionaccel_encode_seconds ") == 1
+        shown = generate_latest(prometheus.get_prometheus_registry()).decode()
+        assert shown.count("# HELP visionaccel_encode_seconds ") == 1
+    assert prometheus.get_prometheus_registry.__module__ == prometheus.__name__, "nothing of vLLM is replaced"
+    registry.register(MetricsCollector(EncoderMetrics()))  # as a program may do with those of its own encoders
 
 
 def _unwrapped(function):

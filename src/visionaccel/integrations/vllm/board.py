@@ -1,39 +1,261 @@
-"""A private folder that the processes of one server share, for what vLLM has no channel for."""
+"""Memory that the processes of one server share, for what vLLM has no channel for.
+
+It is an anonymous file (memfd): no disk can be full, no cleaner of temporary files and no other user finds it, and the
+system frees it with the last process that holds it, however that process ends. What must not fail later is allocated
+when it is claimed, at the start.
+"""
 
 from __future__ import annotations
 
-import atexit
+import mmap
 import os
-import shutil
-import tempfile
+import struct
+import threading
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["board", "make_board"]
+from visionaccel.errors import ConfigurationError
 
-_FOLDER = "_VISIONACCEL_BOARD"
+__all__ = ["FAULTS", "METRICS", "Area", "Board", "Section", "board", "make_board"]
+
+_VARIABLE = "_VISIONACCEL_BOARD"
+_NUMBER = struct.Struct("@Q")  # native, so that it is stored at once
+_RECORD = struct.Struct("@QII")  # number, length, checksum
+_ENDED = 2**64 - 1
+"""Owner of an area that is kept though its process has ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A table of equal areas, each claimed by one process.
+
+    Attributes:
+        name: What an area is for, in errors.
+        table: Where it begins in the memory; two numbers for each area, its owner and how many records were written.
+        start: Where its first area begins.
+        areas: How many there are.
+        slots: Records that an area holds; a later record overwrites the one of `slots` records before.
+        slot_bytes: Size of a record with its header.
+        kept: What is in an area stays when its process ends.
+    """
+
+    name: str
+    table: int
+    start: int
+    areas: int
+    slots: int
+    slot_bytes: int
+    kept: bool
+
+    @property
+    def area_bytes(self) -> int:
+        """Size of an area."""
+        return self.slots * self.slot_bytes
+
+    @property
+    def capacity(self) -> int:
+        """Bytes that a record can hold."""
+        return self.slot_bytes - _RECORD.size
+
+
+_TABLES = 8192
+FAULTS = Section("faults of encodes", 0, _TABLES, areas=64, slots=512, slot_bytes=5120, kept=False)
+METRICS = Section(
+    "metrics", 4096, _TABLES + FAULTS.areas * FAULTS.area_bytes, areas=256, slots=2, slot_bytes=2**17, kept=True
+)
+_SIZE = METRICS.start + METRICS.areas * METRICS.area_bytes
+"""Bytes that are mapped; only the tables and claimed areas take memory."""
+
+
+class Board:
+    """The memory, mapped into this process.
+
+    Args:
+        fd: Its file, which stays open.
+
+    Attributes:
+        memory: All of it.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self.memory = mmap.mmap(fd, _SIZE)
+        self._threads = threading.Lock()
+
+    def claim(self, section: Section) -> Area:
+        """Take an area for this process, with all its memory.
+
+        Raises:
+            ConfigurationError: If every area is taken.
+            OSError: If there is no memory.
+        """
+        with self.alone(section.table, 2 * _NUMBER.size * section.areas):
+            found = None
+            for area in (Area(self, section, index) for index in range(section.areas)):
+                owner = area.owner
+                if owner == os.getpid() and section.kept:  # of another process, which had this one's number before
+                    area.give_to(_ENDED)
+                elif owner in (0, os.getpid()) or (not section.kept and _ended(owner)):
+                    found = found or area
+            if found is not None:
+                os.posix_fallocate(self._fd, found.start, section.area_bytes)
+                found.give_to(os.getpid())
+                return found
+        raise ConfigurationError(
+            f"all {section.areas} places for the {section.name} of a server's processes are taken.",
+            hint="Start fewer engines from one process.",
+        )
+
+    def areas(self, section: Section) -> Iterator[Area]:
+        """The areas of a section that processes have claimed."""
+        return (area for index in range(section.areas) if (area := Area(self, section, index)).owner)
+
+    @contextmanager
+    def alone(self, start: int, size: int) -> Iterator[None]:
+        """Keep other threads and processes out of this method for a range of the memory."""
+        import fcntl  # not on every system, where importing this package must not fail
+
+        with self._threads:
+            fcntl.lockf(self._fd, fcntl.LOCK_EX, size, start)  # given back when this process is killed, too
+            try:
+                yield
+            finally:
+                fcntl.lockf(self._fd, fcntl.LOCK_UN, size, start)
+
+
+class Area:
+    """A ring of records.
+
+    Attributes:
+        start: Where it begins in the memory.
+    """
+
+    def __init__(self, board: Board, section: Section, index: int) -> None:
+        self._board, self._memory, self._section = board, board.memory, section
+        self._entry = section.table + 2 * _NUMBER.size * index
+        self.start = section.start + section.area_bytes * index
+
+    @property
+    def owner(self) -> int:
+        """The process that claimed it; 0 if none has."""
+        owner: int = _NUMBER.unpack_from(self._memory, self._entry)[0]
+        return owner
+
+    @property
+    def ended(self) -> bool:
+        """Whether the process that claimed it has ended."""
+        return _ended(self.owner)
+
+    @property
+    def written(self) -> int:
+        """How many records were written so far. The last `slots` of them can be read."""
+        written: int = _NUMBER.unpack_from(self._memory, self._entry + _NUMBER.size)[0]
+        return written
+
+    def give_to(self, process: int) -> None:
+        """Change the owner; 0 frees the area."""
+        _NUMBER.pack_into(self._memory, self._entry, process)
+
+    def append(self, content: bytes) -> None:
+        """Write a record, whole.
+
+        Raises:
+            ValueError: If it is larger than a slot.
+        """
+        if len(content) > self._section.capacity:
+            raise ValueError(f"{len(content)} bytes do not fit into the {self._section.capacity} of a record.")
+        with self._board.alone(self._entry, 2 * _NUMBER.size):
+            number = self.written
+            place = self._place(number)
+            header = _RECORD.pack(number, len(content), _checksum(number, content))
+            self._memory[place : place + _RECORD.size + len(content)] = header + content
+            _NUMBER.pack_into(self._memory, self._entry + _NUMBER.size, number + 1)
+
+    def record(self, number: int) -> bytes | None:
+        """A record by its number, from 0; None if it is broken, overwritten or not written yet."""
+        if not 0 <= number < self.written:
+            return None
+        place = self._place(number)
+        found, length, checksum = _RECORD.unpack_from(self._memory, place)
+        if found != number or length > self._section.capacity:
+            return None
+        content = self._memory[place + _RECORD.size : place + _RECORD.size + length]
+        return content if checksum == _checksum(number, content) else None
+
+    def _place(self, number: int) -> int:
+        return self.start + number % self._section.slots * self._section.slot_bytes
 
 
 def make_board(*, inherit: bool = False) -> None:
-    """Name a new folder, readable by this user only, to the child processes; removed when this process exits.
+    """Make memory for this process and those that it starts.
 
     Args:
-        inherit: Use one that this process inherited, as where several API servers ask the same engines. Otherwise such
-            a folder belongs to another engine's launcher, which may end first.
+        inherit: Use that which this process inherited, as where several API servers ask the same engines. Otherwise
+            it belongs to another engine's launcher, which may end first.
+
+    Raises:
+        ConfigurationError: If the system gives none.
     """
-    owner, _, _ = os.environ.get(_FOLDER, "").partition(":")
-    if owner != str(os.getpid()) and not (inherit and owner):
-        folder = tempfile.mkdtemp(prefix="visionaccel-")
-        os.environ[_FOLDER] = f"{os.getpid()}:{folder}"
-        atexit.register(_remove, folder, os.getpid())
+    owner = os.environ.get(_VARIABLE, "").partition(":")[0]
+    if owner == str(os.getpid()) or (inherit and owner):
+        return
+    try:
+        import fcntl
+
+        fd = os.memfd_create("visionaccel", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(fd, _SIZE)
+        # Reading behind the end of a file that another process cut off would kill this one.
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        os.posix_fallocate(fd, 0, _TABLES)
+        state = os.fstat(fd)
+        named = f"{os.getpid()}:{fd}:{state.st_dev}:{state.st_ino}"
+        _boards[named] = Board(fd)
+    except (AttributeError, ImportError, OSError) as error:
+        raise ConfigurationError(
+            f"memory that vLLM's processes share cannot be made: {error}.",
+            hint="visionaccel in vLLM needs Linux and its memfd_create, which a sandbox may forbid.",
+        ) from error
+    os.environ[_VARIABLE] = named
 
 
-def board() -> Path | None:
-    """The folder; None where none was made."""
-    _, _, folder = os.environ.get(_FOLDER, "").partition(":")
-    return Path(folder) if folder else None
+def board() -> Board | None:
+    """The memory of this server, opened on the first call; None where none was made.
+
+    Raises:
+        ConfigurationError: If it cannot be opened, as when the process that made it has ended.
+    """
+    named = os.environ.get(_VARIABLE)
+    if not named:
+        return None
+    if named not in _boards:
+        try:
+            _boards[named] = Board(_opened(*map(int, named.split(":"))))
+        except (OSError, TypeError, ValueError) as error:
+            raise ConfigurationError(
+                f"the memory that vLLM's processes share cannot be opened ({_VARIABLE}={named}): {error}.",
+                hint="Check that the process that started the engine still runs and that /proc is mounted.",
+            ) from error
+    return _boards[named]
 
 
-def _remove(folder: str, owner: int) -> None:
-    # A forked child inherits the exit handler but must not take the folder from its parent.
-    if os.getpid() == owner:
-        shutil.rmtree(folder, ignore_errors=True)
+_boards: dict[str, Board] = {}
+
+
+def _opened(owner: int, fd: int, device: int, inode: int) -> int:
+    opened = os.open(f"/proc/{owner}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+    state = os.fstat(opened)
+    if (state.st_dev, state.st_ino) != (device, inode):  # that process has ended, and another has its number
+        os.close(opened)
+        raise FileNotFoundError(f"process {owner} does not hold it")
+    return opened
+
+
+def _ended(process: int) -> bool:
+    return process == _ENDED or not Path("/proc", str(process)).exists()
+
+
+def _checksum(number: int, content: bytes) -> int:
+    return zlib.crc32(content, number & 0xFFFFFFFF)

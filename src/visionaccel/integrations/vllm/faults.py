@@ -1,20 +1,22 @@
 """How a worker process tells the engine's scheduler that it could not encode an item.
 
-vLLM's step has no channel for it: an exception in the vision tower ends the engine, and an embedding that is wrong on
-purpose would be answered from. So the worker appends a line to a file in a private folder before its step returns, and
-the scheduler looks there, after a step with encoder inputs, before it accepts any token of that step.
+vLLM's step has no channel for it that every configuration has: an exception in the vision tower ends the engine, and an
+embedding that is wrong on purpose would be answered from. So the worker writes into memory that both share before its
+step returns, and the scheduler looks there, after a step with encoder inputs, before it accepts any token of that step.
+
+The memory is allocated before the first step, so writing cannot fail. What the scheduler cannot read, because more was
+written than there is room for, it takes for a fault of all that may have been meant.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
-from visionaccel.integrations.vllm.board import board
+from visionaccel.errors import ConfigurationError
+from visionaccel.integrations.vllm.board import FAULTS, Area, board
 
-__all__ = ["EVERYTHING", "LOST", "Fault", "FaultReader", "report_fault"]
+__all__ = ["EVERYTHING", "LOST", "Fault", "FaultReader", "open_channel", "report_fault"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +25,7 @@ class Fault:
 
     Attributes:
         key: What `visionaccel.runtime.keys.item_key` gives for the item's pixels and grid; or `EVERYTHING`.
-        message: Why.
+        message: Why; cut after about 5000 bytes.
     """
 
     key: str
@@ -33,64 +35,82 @@ class Fault:
 EVERYTHING = "*"
 """Key of a fault that is about all that was encoded so far: the device answered wrongly for an unknown time."""
 
-LOST = Fault("", "the file on which workers report faults went away during a step.")
-"""What is said where the file is missing."""
+LOST = Fault("", "a worker's report about its encodes could not be read.")
+"""Read in the place of a report that cannot be read: any item in flight may be meant."""
+
+
+def open_channel() -> None:
+    """Open what `report_fault` needs at the start, where an error refuses it, and not in a step, where one ends it.
+
+    Raises:
+        ConfigurationError: If it cannot be opened.
+    """
+    board()
 
 
 def report_fault(fault: Fault) -> bool:
     """Tell the scheduler of this process's engine. False if none listens: then the caller must raise instead."""
-    # The engine's process is this one or, with vLLM's multiprocess executor, the parent of this worker.
-    for file in map(_board, (os.getpid(), os.getppid())):
-        if file is not None and file.exists():
-            line = json.dumps({"key": fault.key, "message": fault.message}) + "\n"
-            descriptor = os.open(file, os.O_WRONLY | os.O_APPEND)
-            try:
-                os.write(descriptor, line.encode())
-            finally:
-                os.close(descriptor)
-            return True
-    return False
+    area = _listener()
+    if area is None:
+        return False
+    content = f"{fault.key}\n{fault.message}".encode(errors="replace")
+    area.append(content[: FAULTS.capacity])
+    return True
 
 
 class FaultReader:
-    """The scheduler's end; making it starts the listening."""
+    """The scheduler's end; making it starts the listening.
+
+    Raises:
+        ConfigurationError: If there is no memory for what workers report.
+    """
 
     def __init__(self) -> None:
-        self._board = _board(os.getpid())
-        self._read = 0
-        self.close()  # What an earlier engine of this process left says nothing about this one.
-        self.listen()
-
-    def listen(self) -> None:
-        """Make the file if it is not there: at the start, and when a cleaner of temporary files took it."""
-        if self._board is not None and not self._board.exists():
-            self._board.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._board.touch(mode=0o600)
-            self._read = 0
+        shared = board()
+        self._area: Area | None = None
+        if shared is not None:
+            try:
+                self._area = shared.claim(FAULTS)
+            except OSError as error:
+                raise ConfigurationError(
+                    f"there is no memory for the {FAULTS.area_bytes} bytes in which workers report faults: {error}.",
+                    hint="Give the server more memory.",
+                ) from error
+            # What an earlier engine left says nothing about this one.
+            self._read = self._area.written
 
     def new(self) -> list[Fault]:
-        """Faults since the last call; one `stat` if there are none. If the file went away, a fault of unknown key."""
-        if self._board is None:
+        """Faults since the last call. Costs less than a microsecond if there are none."""
+        if self._area is None:
             return []
-        try:
-            if self._board.stat().st_size == self._read:
-                return []
-            with self._board.open("rb") as file:
-                file.seek(self._read)
-                text = file.read()
-        except FileNotFoundError:
-            return [LOST]
-        # A line that is still being written is left for the next call.
-        whole = text[: text.rfind(b"\n") + 1]
-        self._read += len(whole)
-        return [Fault(**json.loads(line)) for line in whole.splitlines()]
+        written = self._area.written
+        if written == self._read:
+            return []
+        records = [self._area.record(number) for number in range(max(self._read, written - FAULTS.slots), written)]
+        complete = written - self._read == len(records)
+        self._read = written
+        faults = [_fault(record) for record in records if record is not None]
+        if not complete or len(faults) < len(records):
+            faults += [LOST, Fault(EVERYTHING, LOST.message)]
+        return faults
 
     def close(self) -> None:
         """Stop listening."""
-        if self._board is not None:
-            self._board.unlink(missing_ok=True)
+        if self._area is not None:
+            self._area.give_to(0)
+            self._area = None
 
 
-def _board(process: int) -> Path | None:
-    folder = board()
-    return None if folder is None else folder / str(process)
+def _listener() -> Area | None:
+    """The area that the scheduler of this process's engine reads."""
+    shared = board()
+    if shared is None:
+        return None
+    # The engine's process is this one or, with vLLM's multiprocess executor, the parent of this worker.
+    by_owner = {area.owner: area for area in shared.areas(FAULTS)}
+    return by_owner.get(os.getpid()) or by_owner.get(os.getppid())
+
+
+def _fault(record: bytes) -> Fault:
+    key, _, message = record.decode(errors="ignore").partition("\n")
+    return Fault(key, message)

@@ -64,8 +64,6 @@ class _Containment:
         compat.free_in_worker(step, self._forgotten)
         self._forgotten.clear()
         record = compat.step_in_flight(self, step)
-        if record.items:
-            self._faults.listen()
         self._in_flight.append(record)
         if self._trace is not None:
             self._begun[id(step)] = began

@@ -13,7 +13,7 @@ from visionaccel.bundle import Bundle
 from visionaccel.errors import InputError, VisionAccelError
 from visionaccel.grid import as_grids
 from visionaccel.integrations.vllm import compat
-from visionaccel.integrations.vllm.faults import EVERYTHING, Fault, report_fault
+from visionaccel.integrations.vllm.faults import EVERYTHING, Fault, open_channel, report_fault
 from visionaccel.integrations.vllm.producer import guard_saving
 from visionaccel.integrations.vllm.published import publish
 from visionaccel.integrations.vllm.source import announce, open_served_encoder
@@ -47,6 +47,7 @@ class AcceleratedTower(nn.Module):
     def __init__(self, served: compat.ServedModel, *, receives: bool = False) -> None:
         super().__init__()
         self._settings, self._receives = load_settings(), receives
+        open_channel()
         self._source = open_served_encoder(served, self._settings)
         tower = self._source.tower if isinstance(self._source, Bundle) else self._source
         self.spatial_merge_size = tower.merge_size

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import os
 import sys
-import weakref
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -55,40 +53,25 @@ def on_metrics(make: Callable[[], Collector]) -> None:
     """Show a collector's metrics in the `/metrics` of this process, if it answers any.
 
     One API server answers from prometheus_client's own registry. Several answer each request from what the processes
-    have in files, by a collector that is made anew each time: there it is that collector which brings these metrics.
+    have in files, by a collector that is made for it: there it is that collector which brings these metrics.
 
     Args:
         make: Makes the collector.
     """
-    try:
-        module: Any = import_module("vllm.v1.metrics.prometheus")
-        from prometheus_client.multiprocess import MultiProcessCollector
-    except ImportError:
-        return
-    registry_of = getattr(module, "get_prometheus_registry", None)
-    if registry_of is None or hasattr(registry_of, "__wrapped__"):
-        return
-    known: weakref.WeakSet[Any] = weakref.WeakSet()
-    of_files: Any = MultiProcessCollector.collect
+    from prometheus_client import REGISTRY
+    from prometheus_client.multiprocess import MultiProcessCollector
 
-    @functools.wraps(registry_of)
-    def get_prometheus_registry() -> Any:
-        registry = registry_of()
-        if registry not in known and "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
-            known.add(registry)
-            registry.register(make())
-        return registry
+    of_files: Any = MultiProcessCollector.collect
+    if hasattr(of_files, "__wrapped__"):
+        return
 
     @functools.wraps(of_files)
     def collect(self: Any) -> Iterator[Any]:
         yield from of_files(self)
         yield from make().collect()
 
-    module.get_prometheus_registry = get_prometheus_registry
     MultiProcessCollector.collect = collect  # type: ignore[method-assign]
-    serving: Any = sys.modules.get("vllm.entrypoints.serve.instrumentator.metrics")
-    if serving is not None:  # it has the function by name already
-        serving.get_prometheus_registry = get_prometheus_registry
+    REGISTRY.register(make())
 
 
 def _explain_to_clients() -> None:
