@@ -72,8 +72,9 @@ def switch(tmp_path_factory):
 )
 def flaky(request, digits, switch, tmp_path_factory):
     """A server on the flaky backend, with and without a fallback, in two modes, of one and of two API servers; and
-    whether it has a fallback.
+    whether it has a fallback. It makes no file of visionaccel's, so that it leaves none when it is killed.
     """
+    temporary = tmp_path_factory.mktemp("temporary")
     fallback, dtype, mode, servers = request.param
     site = install(tmp_path_factory.mktemp("site"), "acme-flaky", "flaky", FLAKY)
     settings = {
@@ -82,12 +83,16 @@ def flaky(request, digits, switch, tmp_path_factory):
         "VISIONACCEL_MODE": mode,
         "FLAKY_SWITCH": str(switch),
         "PYTHONPATH": str(site),
+        "TMPDIR": str(temporary),
     }
     switch.write_text("off")
     with serve(
         digits, settings, ("--dtype", dtype, "--api-server-count", servers, *ARGUMENTS), command=VLLM_SERVE
     ) as server:
         yield server, fallback != "none"
+        server.process.kill()
+        server.process.wait()
+        assert list(temporary.glob("visionaccel*")) == []
 
 
 @pytest.fixture
