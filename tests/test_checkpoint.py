@@ -313,7 +313,6 @@ def test_other_architectures_are_refused_with_the_supported_ones(copy):
         ({"window_size": 33}, CheckpointError, "window_size must be a multiple"),
         ({"window_size": 2**25}, CheckpointError, "no size may be over"),
         ({"window_size": 8 * 1024}, CheckpointError, "no more than 16384 patches"),
-        ({"fullatt_block_indexes": [9]}, CheckpointError, "below depth"),
         ({"depth": None}, CheckpointError, "lacks a usable"),
         ({"hidden_size": "wide"}, CheckpointError, "lacks a usable"),
         ({"rope_parameters": "fast"}, CheckpointError, "lacks a usable"),

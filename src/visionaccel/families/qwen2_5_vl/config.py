@@ -93,8 +93,12 @@ class VisionConfig:
         try:
             # transformers has written it in both places, and reads both.
             base = dict(values.get("rope_parameters") or {}).get("rope_theta", values.get("rope_theta", 10000.0))
+            # Those of blocks that do not exist are ignored, as by the reference: a tower may be cut to fewer blocks.
+            full = {_whole(index) for index in values["fullatt_block_indexes"]}.intersection(
+                range(_whole(values["depth"]))
+            )
             config = cls(
-                fullatt_block_indexes=tuple(sorted(map(_whole, values["fullatt_block_indexes"]))),
+                fullatt_block_indexes=tuple(sorted(full)),
                 rope_theta=float(base),
                 **{name: _whole(values[name]) for name in cls.__slots__ if name not in _NOT_PLAIN_SIZES},
             )
@@ -121,7 +125,6 @@ class VisionConfig:
             % (self.patch_size * self.spatial_merge_size)
             == 0,
             "rope_theta must be positive": 0 < self.rope_theta < math.inf,
-            "fullatt_block_indexes must lie below depth": all(0 <= i < self.depth for i in self.fullatt_block_indexes),
         }
         broken = [rule for rule, holds in rules.items() if not holds]
         if broken:
