@@ -18,8 +18,9 @@ from fake_plugins import ECHO, install
 from visionaccel.bundle import MANIFEST, open_bundle
 from visionaccel.bundle.golden import GOLDEN_FILE, Golden, write_golden
 from visionaccel.diagnosis.environment import of_environment
-from visionaccel.diagnosis.findings import as_finding, printable
+from visionaccel.diagnosis.findings import as_finding
 from visionaccel.grid import Grid
+from visionaccel.safe_text import one_line
 
 PLUGIN = """
 import os, signal, sys, time
@@ -350,7 +351,7 @@ def test_findings_are_bounded_and_printable():
     row = as_finding({"name": "a\x1b]0;b\n", "status": "pass", "detail": "x" * 99_999})
     assert row.name == "a?]0;b"
     assert len(row.detail) == 2000
-    assert printable("\u202ereversed") == "?reversed"
+    assert one_line("\u202ereversed") == "?reversed"
     with pytest.raises(ValueError, match="is no finding"):
         as_finding({"name": "no status"})
 

@@ -48,7 +48,7 @@ def test_answers_arrive_as_they_were_sent(answer):
 def test_errors_arrive_with_their_type_message_hint_and_trace():
     error = restored(decoded(encoded(failure_of(UnfitGridError("no \udcff program.", hint="Fit it."), "at line 3"))))
     assert type(error) is UnfitGridError
-    assert (error.message, error.hint) == ("no \\udcff program.", "Fit it.")
+    assert (error.message, error.hint) == ("no ? program.", "Fit it.")
     assert error.__notes__ == ["In the device's process:\nat line 3"]
 
 

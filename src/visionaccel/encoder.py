@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import threading
 import time
@@ -31,10 +30,11 @@ from visionaccel.errors import DeviceError, UnfitGridError, VisionAccelError
 from visionaccel.families import Host, Tower
 from visionaccel.grid import Grid, GridLike, as_grids, total_patches
 from visionaccel.program import AnyGrid, Bucket, FixedGrid, Program
+from visionaccel.safe_text import safe_logger
 
 __all__ = ["Encoder", "OpenProgram", "close_programs"]
 
-logger = logging.getLogger(__name__)
+logger = safe_logger(__name__)
 
 
 @dataclass

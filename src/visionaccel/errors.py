@@ -8,6 +8,8 @@ The first paragraph of each class says when it is raised, and the one that begin
 an error says the same of its own case, with the names in it.
 """
 
+from visionaccel.safe_text import lines
+
 __all__ = [
     "AccuracyError",
     "ArtifactError",
@@ -38,12 +40,15 @@ __all__ = [
 class VisionAccelError(Exception):
     """Base of all errors of this package.
 
+    Both texts are made safe to show, as they quote files and devices: see `visionaccel.safe_text`.
+
     Args:
         message: What was wrong and where.
         hint: What to do about it; printed after the message.
     """
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
+        message, hint = lines(message), None if hint is None else lines(hint)
         super().__init__(message, hint)
         self.message = message
         self.hint = hint

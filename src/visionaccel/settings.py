@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,11 +15,12 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from visionaccel.cores import WantedCores
 from visionaccel.errors import SettingsError
+from visionaccel.safe_text import safe_logger
 from visionaccel.setting_values import parse_options, printable_only, read_bytes, read_chain, read_cores, read_names
 
 __all__ = ["LONGEST_SECONDS", "PREFIX", "Settings", "load_settings", "make_settings", "settings_table"]
 
-logger = logging.getLogger(__name__)
+logger = safe_logger(__name__)
 
 PREFIX = "VISIONACCEL_"
 LONGEST_SECONDS = 86_400.0

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from visionaccel.cli.output import messages, results
+from visionaccel.cli.output import messages, results, status
 from visionaccel.errors import ConfigurationError, VisionAccelError
 from visionaccel.grid import Grid
 from visionaccel.opening import open_tower
@@ -69,7 +69,7 @@ def simulate(
     frame.check_divisible(tower.merge_size)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigurationError(f"{output} exists.", hint="Name a new folder.")
-    with messages.status("compiling for the simulator"):
+    with status("compiling for the simulator"):
         write_vitisai_folder(
             tower,
             output,
@@ -89,5 +89,5 @@ def main() -> None:
     try:
         app()
     except VisionAccelError as error:
-        messages.print(f"{type(error).__name__} {error}", markup=False, highlight=False, soft_wrap=True)
+        messages.print(f"{type(error).__name__} {error}", highlight=False, soft_wrap=True)
         raise SystemExit(2) from None

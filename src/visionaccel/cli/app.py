@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 import typer
@@ -19,7 +18,7 @@ from visionaccel.cli.hub import pull, push
 from visionaccel.cli.import_vitisai import import_vitisai
 from visionaccel.cli.init import init
 from visionaccel.cli.inspect import inspect
-from visionaccel.cli.output import messages
+from visionaccel.cli.output import messages, own_stdout, print_json, prints_results
 from visionaccel.cli.quantize import quantize
 from visionaccel.cli.report import report
 from visionaccel.cli.strip import strip
@@ -54,18 +53,19 @@ for command in (
     *(backends, explain, export, import_vitisai, quantize, inspect, validate),
     *(push, pull, strip, encode, doctor, report, faults, demo),
 ):
-    app.command()(command)
+    app.command()(prints_results(command))
 app.add_typer(bench)
 app.add_typer(init)
 
 
 def main() -> None:
     """Run the command. Errors of this package become one message on stderr and exit status 2."""
+    own_stdout()
     try:
         app()
     except VisionAccelError as error:
         if "--json" in sys.argv:
-            typer.echo(json.dumps({"error": type(error).__name__, "message": error.message, "hint": error.hint}))
-        messages.print(f"[bold red]{type(error).__name__}[/]", end=" ")
-        messages.print(str(error), markup=False, highlight=False, soft_wrap=True)
+            print_json({"error": type(error).__name__, "message": error.message, "hint": error.hint})
+        messages.print(type(error).__name__, style="bold red", end=" ")
+        messages.print(str(error), highlight=False, soft_wrap=True)
         raise SystemExit(2) from None

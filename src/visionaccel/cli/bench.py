@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from visionaccel.backends import default_registry
@@ -42,7 +41,9 @@ from visionaccel.cli.output import (
     messages,
     number,
     print_json,
+    prints_results,
     results,
+    status,
     write_json,
 )
 from visionaccel.cli.termination import tidy_if_terminated
@@ -62,11 +63,12 @@ def _group() -> None:
     pass
 
 
-bench.command()(encode)
-bench.command()(placement)
+bench.command()(prints_results(encode))
+bench.command()(prints_results(placement))
 
 
 @bench.command()
+@prints_results
 def serve(
     checkpoint: Annotated[
         str | None,
@@ -233,7 +235,7 @@ def _timed(
         return timed, time if stated is None else DeviceTime(stated, "as stated")
     if stated is not None or modes == [Mode.STOCK]:
         return accelerator, DeviceTime(stated, "as stated" if stated is not None else "not used")
-    with messages.status("measuring the device"):
+    with status("measuring the device"):
         return accelerator, measured(checkpoint, accelerator, plan.device_images)
 
 
@@ -290,12 +292,12 @@ def _require_inline(sequential: bool, names: Iterable[str]) -> None:
 
 @contextmanager
 def _progress() -> Iterator[Progress]:
-    with messages.status("starting") as status:
-        yield lambda text: status.update(escape(text))
+    with status("starting") as tell:
+        yield tell
 
 
 def _say(subject: Subject) -> None:
-    messages.print(f"{subject.name}: serving on {subject.endpoint.url}", markup=False, highlight=False)
+    messages.print(f"{subject.name}: serving on {subject.endpoint.url}", highlight=False)
 
 
 def _print(report: Report) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from visionaccel.benchmarking.contenders import STOCK, Contender, named_backends, named_peers
@@ -22,7 +21,7 @@ from visionaccel.benchmarking.placement import ModeAdvice, Placement, advise
 from visionaccel.benchmarking.presets import PRESETS, preset_checkpoint
 from visionaccel.bundle import Bundle
 from visionaccel.checkpoint import locate_checkpoint
-from visionaccel.cli.output import Json, check_writable, finite, messages, number, print_json, results, write_json
+from visionaccel.cli.output import Json, check_writable, finite, number, print_json, results, status, write_json
 from visionaccel.cli.termination import tidy_if_terminated
 from visionaccel.errors import SettingsError
 from visionaccel.families import Tower
@@ -195,7 +194,7 @@ def _folder(source: str | None, preset: str | None, depth: int | None) -> tuple[
     if (source is None) == (preset is None):
         raise SettingsError("name a source or a --preset, and not both.", hint=f"Presets: {', '.join(PRESETS)}.")
     if preset is not None:
-        with messages.status("writing the preset's random weights, if they are not there"):
+        with status("writing the preset's random weights, if they are not there"):
             folder = preset_checkpoint(preset, depth)
         return folder, preset if depth is None else f"{preset}, {depth} blocks"
     if depth is not None:
@@ -213,8 +212,8 @@ def _grids(named: Sequence[str] | None, table: str | None) -> tuple[Grid, ...]:
 
 @contextmanager
 def _progress() -> Iterator[Progress]:
-    with messages.status("starting") as status:
-        yield lambda text: status.update(escape(text))
+    with status("starting") as tell:
+        yield tell
 
 
 def _print_contenders(report: EncodeReport) -> None:

@@ -14,7 +14,7 @@ import typer
 from rich.table import Table
 
 from visionaccel.backends import default_registry
-from visionaccel.cli.output import Json, messages, print_json, results
+from visionaccel.cli.output import Json, messages, print_json, results, status
 from visionaccel.cli.termination import tidy_if_terminated
 from visionaccel.errors import ConfigurationError, DeviceError
 from visionaccel.integrations.vllm.server import VllmServer, serve
@@ -96,18 +96,18 @@ def _ask(title: str, checkpoint: Path, settings: dict[str, str], pictures: Seque
     except ImportError as error:
         raise ConfigurationError(f"the demo needs the openai client ({error}).", hint="pip install openai.") from error
     with tidy_if_terminated(), ExitStack() as stack:
-        with messages.status(f"{title}: starting") as status:
+        with status(f"{title}: starting") as tell:
 
             def waiting(seconds: float) -> None:
-                status.update(f"{title}: starting, {seconds:.0f} s (usually under a minute)")
+                tell(f"{title}: starting, {seconds:.0f} s (usually under a minute)")
 
             server = stack.enter_context(serve(checkpoint, settings, ARGUMENTS, waiting=waiting))
-        messages.print(f"{title}: serving on {server.url}", markup=False, highlight=False)
+        messages.print(f"{title}: serving on {server.url}", highlight=False)
         client = stack.enter_context(OpenAI(base_url=server.url, api_key="none"))
         answers = []
-        with messages.status(f"{title}: asking") as status:
+        with status(f"{title}: asking") as tell:
             for number, picture in enumerate(pictures, 1):
-                status.update(f"{title}: image {number} of {len(pictures)}")
+                tell(f"{title}: image {number} of {len(pictures)}")
                 answers.append(_one(client, server, picture, timed=bool(settings)))
     return answers
 

@@ -10,7 +10,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from visionaccel.cli.output import Json, check_writable, messages, print_json, results, write_json
+from visionaccel.cli.output import Json, check_writable, messages, print_json, results, status, write_json
 from visionaccel.cli.termination import tidy_if_terminated
 from visionaccel.errors import ConfigurationError
 from visionaccel.faultsuite.matrix import FAULTS, MOMENTS, Cell, cells_of, every_serving
@@ -64,20 +64,19 @@ def faults(
     if not count:
         raise ConfigurationError("no cell is like that.", hint="Leave out some of the options.")
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    with tidy_if_terminated(), messages.status("starting") as status:
+    with tidy_if_terminated(), status("starting") as tell:
 
         def done(outcome: Outcome) -> None:
             if outcome.problems:
                 cell = outcome.cell
                 messages.print(
                     f"FAILED {cell.fault}, {cell.moment}: {cell.serving}: {' '.join(outcome.problems)}",
-                    markup=False,
                     highlight=False,
                     soft_wrap=True,
                 )
 
-        images = SuiteImages.asked_of_stock(count, status.update)
-        outcomes = run_suite(servings, images, wanted=wanted, tell=status.update, done=done)
+        images = SuiteImages.asked_of_stock(count, tell)
+        outcomes = run_suite(servings, images, wanted=wanted, tell=tell, done=done)
     document = as_document(outcomes, created)
     write_json(document, output)
     failed = [outcome for outcome in outcomes if outcome.problems]

@@ -91,7 +91,7 @@ def import_vitisai(
     manifest = imported.bundle.manifest
     seconds = round(time.perf_counter() - started, 3)
     for warning in imported.warnings:
-        messages.print(f"Warning: {warning}", markup=False, highlight=False, soft_wrap=True, style="yellow")
+        messages.print(f"Warning: {warning}", highlight=False, soft_wrap=True, style="yellow")
     if as_json:
         print_json(
             {

@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ParamSpec, TypeVar
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from visionaccel.errors import ConfigurationError, SettingsError
+from visionaccel.safe_text import visible
 from visionaccel.setting_values import parse_options
 
 __all__ = [
     "Backend", "Device", "Json", "OptionsText", "backend_options", "check_writable", "finite", "messages", "number",
-    "print_json", "progress", "results", "write_json",
+    "own_stdout", "print_json", "prints_results", "progress", "results", "status", "write_json",
 ]  # fmt: skip
 
-results = Console(soft_wrap=False, markup=False, emoji=False)
-"""Tables and answers. Text is printed as it is: names and messages from files and plug-ins are no markup."""
 
-messages = Console(stderr=True)
+class _SafeConsole(Console):
+    """Shows text from files and plug-ins as text: it is not markup, and has no control characters."""
+
+    def render_str(self, text: str, **given: Any) -> Text:
+        return super().render_str(visible(text), **given)
+
+
+results = _SafeConsole(soft_wrap=False, markup=False, emoji=False)
+"""Tables and answers."""
+
+messages = _SafeConsole(stderr=True, markup=False, emoji=False)
 """Progress, warnings and errors."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -37,6 +50,60 @@ Device = Annotated[
 OptionsText = Annotated[
     str | None, typer.Option("--options", help="Backend options: name=value,name=value or a JSON object.")
 ]
+
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+_STDOUT = 1
+
+
+class _Process:
+    """Whether stdout is this command's to keep: in a process that it does not own, others print there afterwards."""
+
+    owned = False
+
+
+def own_stdout() -> None:
+    """From the next `prints_results` on, keep the file descriptor of stdout for results until the process ends."""
+    _Process.owned = True
+
+
+def prints_results(command: Callable[_P, _T]) -> Callable[_P, _T]:
+    """A command during which stdout is for results only: what else prints there, such as a plug-in, prints to stderr.
+
+    What vendors' libraries print is written by C, some of it when the process ends. So if this process is the command's
+    own, the descriptor is exchanged for good.
+    """
+
+    @functools.wraps(command)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        stdout = sys.stdout
+        if stdout is None or sys.stderr is None:  # closed by who started this process
+            return command(*args, **kwargs)
+        if _Process.owned:
+            stdout.flush()
+            stdout = os.fdopen(os.dup(_STDOUT), "w", encoding=stdout.encoding, errors=stdout.errors)
+            os.dup2(sys.stderr.fileno(), _STDOUT)
+            results.file, sys.stdout = stdout, sys.stderr
+            try:
+                return command(*args, **kwargs)
+            finally:
+                stdout.flush()
+        results.file, sys.stdout = stdout, sys.stderr
+        try:
+            return command(*args, **kwargs)
+        finally:
+            sys.stdout = stdout
+            results.file = None  # type: ignore[assignment] # rich's word for the stdout of the moment
+
+    return run
+
+
+@contextmanager
+def status(text: str) -> Iterator[Callable[[str], None]]:
+    """A line on stderr that says what is being done; the function changes it."""
+    with messages.status(Text(visible(text))) as shown:
+        yield lambda text: shown.update(Text(visible(text)))
 
 
 @contextmanager
@@ -52,7 +119,7 @@ def progress(amount: ProgressColumn) -> Iterator[Callable[[str, int, int], None]
 
         def tell(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
+                tasks[stage] = bars.add_task(visible(stage), total=total)
             bars.update(tasks[stage], completed=done)
 
         yield tell
@@ -118,4 +185,4 @@ def number(value: float | None) -> str:
 
 def print_json(value: Any) -> None:
     """One JSON document on stdout."""
-    typer.echo(json.dumps(value, indent=1, default=str))
+    print(json.dumps(value, indent=1, default=str), file=results.file, flush=True)

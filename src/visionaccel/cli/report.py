@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from visionaccel.cli.output import Json, check_writable, messages, print_json, results
+from visionaccel.cli.output import Json, check_writable, print_json, results, status
 from visionaccel.diagnosis import diagnose
 from visionaccel.errors import ConfigurationError
 
@@ -40,7 +40,7 @@ def report(
 
     check_writable(output)
     inputs = read_inputs(source, bench or (), trace or (), faults)
-    with messages.status("looking at this machine"):
+    with status("looking at this machine"):
         found = diagnose(source, vllm=not no_vllm)
     made = make_report(inputs, found, title)
     try:

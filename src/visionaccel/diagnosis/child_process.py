@@ -22,7 +22,8 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from visionaccel.backends import Finding
-from visionaccel.diagnosis.findings import as_finding, printable
+from visionaccel.diagnosis.findings import as_finding
+from visionaccel.safe_text import one_line
 
 __all__ = ["Child", "answer_with", "give_up_after"]
 
@@ -103,7 +104,7 @@ class Child:
             status = None
         self._end()
         lines = bytes(self._tail).decode(errors="replace").strip().splitlines()
-        end = _End(status, printable(lines[-1])[:_SHOWN] if lines else "")
+        end = _End(status, one_line(lines[-1])[:_SHOWN] if lines else "")
         return _findings(self._name, self._answer, end, self._limit)
 
     def _end(self) -> None:
@@ -130,7 +131,7 @@ def _findings(name: str, answer: Path, end: _End, limit: float) -> list[Finding]
     except FileNotFoundError:
         return [Finding(name, "failure", f"{_how(end, limit)} before it answered{_last_words(end)}", _fix(end))]
     except (OSError, ValueError, RecursionError) as error:
-        return [Finding(name, "failure", f"its answer cannot be read: {printable(str(error))}", _fix(end))]
+        return [Finding(name, "failure", f"its answer cannot be read: {one_line(str(error))}", _fix(end))]
     if end.status != 0:
         detail = f"it answered, and then {_how(end, limit)}{_last_words(end)}"
         found.append(Finding(f"end of {name}", "warning", detail, _fix(end)))

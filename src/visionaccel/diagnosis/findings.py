@@ -9,11 +9,11 @@ from typing import Any
 from visionaccel.backends import Finding, contained
 from visionaccel.backends.spec import Status
 from visionaccel.errors import VisionAccelError
+from visionaccel.safe_text import one_line
 
-__all__ = ["Diagnosis", "Found", "as_finding", "looked", "printable"]
+__all__ = ["Diagnosis", "Found", "as_finding", "looked"]
 
 _STATUSES: tuple[Status, ...] = ("pass", "warning", "failure")
-_MOST_TEXT = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +92,6 @@ def as_finding(row: Any) -> Finding:
     if isinstance(row, Finding):
         row = {"name": row.name, "status": row.status, "detail": row.detail, "fix": row.fix}
     if not isinstance(row, Mapping) or row.get("status") not in _STATUSES:
-        raise ValueError(f"{printable(repr(row))} is no finding")
-    name, detail, fix = (printable(str(row.get(field, ""))) for field in ("name", "detail", "fix"))
+        raise ValueError(f"{one_line(repr(row))} is no finding")
+    name, detail, fix = (one_line(str(row.get(field, ""))) for field in ("name", "detail", "fix"))
     return Finding(name, row["status"], detail, fix)
-
-
-def printable(text: str) -> str:
-    """Text that a terminal shows and does not obey, of bounded length, in one line."""
-    line = " ".join(text[: 4 * _MOST_TEXT].split())
-    shown = "".join(each if each.isprintable() else "?" for each in line)
-    return shown if len(shown) <= _MOST_TEXT else shown[: _MOST_TEXT - 1] + "…"

@@ -11,6 +11,8 @@ import traceback
 from collections import deque
 from typing import Any
 
+from visionaccel.safe_text import safe_logger
+
 __all__ = ["OutputReader", "RecordSender"]
 
 _TAIL = 20
@@ -51,7 +53,7 @@ class OutputReader:
     """
 
     def __init__(self, backend: str, printed: int, records: int) -> None:
-        self._logger = logging.getLogger(f"visionaccel.device.{backend}")
+        self._logger = safe_logger(f"visionaccel.device.{backend}")
         self._tail: deque[str] = deque(maxlen=_TAIL)
         self._fds = (printed, records)
         # Some process that the vendor's code started may keep the pipes open, so their end cannot be waited for.

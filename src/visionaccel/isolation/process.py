@@ -27,10 +27,11 @@ from visionaccel.isolation.answers import MOST_BYTES, decoded, restored
 from visionaccel.isolation.log_records import OutputReader
 from visionaccel.isolation.messages import Answer, Failure, Opened, OpenRequest, Places, Surroundings
 from visionaccel.isolation.shared_arrays import SharedArrays
+from visionaccel.safe_text import safe_logger
 
 __all__ = ["DeviceProcess", "packed"]
 
-logger = logging.getLogger(__name__)
+logger = safe_logger(__name__)
 
 _SLICE = 0.5
 _LINGERING = 1.0

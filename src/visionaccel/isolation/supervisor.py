@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
@@ -19,10 +18,11 @@ from visionaccel.cores import cores_here, on_cores
 from visionaccel.errors import ConfigurationError, DeviceError, DeviceLostError, VisionAccelError
 from visionaccel.isolation.limits import Limits
 from visionaccel.isolation.process import DeviceProcess
+from visionaccel.safe_text import safe_logger
 
 __all__ = ["Supervisor"]
 
-logger = logging.getLogger(__name__)
+logger = safe_logger(__name__)
 
 _FALLBACK = "Set VISIONACCEL_FALLBACK to let another backend take over meanwhile."
 _LONGEST_WAIT = 3600.0

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from visionaccel.bounded_files import read_bounded
-from visionaccel.diagnosis.findings import printable
 from visionaccel.errors import ConfigurationError, InputError
+from visionaccel.safe_text import one_line
 from visionaccel.strict_json import parse_json
 
 __all__ = ["checked", "parsed", "read_document", "read_text"]
@@ -58,7 +58,7 @@ def read_document(path: Path, most_bytes: int = 8 * _MIB) -> Any:
         return parsed(text)
     except (ValueError, RecursionError) as error:
         raise InputError(
-            f"{path} is no JSON: {printable(str(error))}", hint="Name a file that visionaccel wrote."
+            f"{path} is no JSON: {one_line(str(error))}", hint="Name a file that visionaccel wrote."
         ) from error
 
 
@@ -92,5 +92,5 @@ def checked(kind: type[T], document: Any, path: Path, what: str) -> T:
             listed = error.errors(include_url=False, include_input=False, include_context=False)
             problems = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in listed[:_SHOWN_PROBLEMS])
         raise InputError(
-            f"{path} is not {what}: {printable(problems)}.", hint="Name a file that this visionaccel wrote."
+            f"{path} is not {what}: {one_line(problems)}.", hint="Name a file that this visionaccel wrote."
         ) from error

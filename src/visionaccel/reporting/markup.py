@@ -7,7 +7,7 @@ from html import escape
 from typing import TypeAlias
 
 from visionaccel.backends.spec import Status
-from visionaccel.diagnosis.findings import printable
+from visionaccel.safe_text import one_line
 
 __all__ = ["Content", "Html", "chip", "element", "html", "joined", "paragraph", "table"]
 
@@ -28,7 +28,7 @@ def html(value: Content) -> Html:
     """A value as HTML. Text is escaped, quotes too; what cannot be printed is replaced, and long text is cut off."""
     if isinstance(value, Html):
         return value
-    return Html("" if value is None else escape(printable(str(value)), quote=True))
+    return Html("" if value is None else escape(one_line(str(value)), quote=True))
 
 
 def joined(parts: Iterable[Content]) -> Html:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from visionaccel.diagnosis.findings import printable
 from visionaccel.errors import InputError
 from visionaccel.reporting.documents import parsed, read_text
 from visionaccel.reporting.intervals import Interval, difference, intersection, length, union
+from visionaccel.safe_text import one_line
 
 __all__ = ["CATEGORIES", "Event", "Lane", "Overlap", "Trace", "overlap", "read_trace"]
 
@@ -165,7 +165,7 @@ def _entries(path: Path) -> list[Any]:
             problem = problem or error
     else:
         raise InputError(
-            f"{path} is no trace: {printable(str(problem))}", hint="Name a trace that visionaccel wrote."
+            f"{path} is no trace: {one_line(str(problem))}", hint="Name a trace that visionaccel wrote."
         ) from problem
     if not isinstance(found, list):
         raise InputError(f"{path} is no trace: it is no JSON array.", hint="Name a trace that visionaccel wrote.")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import logging
 import threading
 import time
 from collections.abc import Callable
 
+from visionaccel.safe_text import safe_logger
+
 __all__ = ["Alarms"]
 
-logger = logging.getLogger(__name__)
+logger = safe_logger(__name__)
 
 
 class Alarms:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,10 +18,11 @@ from visionaccel.runtime.embedding_cache import EmbeddingCache
 from visionaccel.runtime.guarded import Embedded, GuardedEncoder
 from visionaccel.runtime.ledger import Ledger
 from visionaccel.runtime.queue import Embedding, Item
+from visionaccel.safe_text import safe_logger
 
 __all__ = ["DeviceThreads"]
 
-logger = logging.getLogger(__name__)
+logger = safe_logger(__name__)
 
 _TRIES = 3
 _CLOSING = 1.0

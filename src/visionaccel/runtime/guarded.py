@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,10 +22,11 @@ from visionaccel.errors import (
 from visionaccel.grid import Grid, GridLike, as_grids, total_patches
 from visionaccel.runtime.shadow import Shadow
 from visionaccel.runtime.stage import Stage
+from visionaccel.safe_text import safe_logger
 
 __all__ = ["Embedded", "GuardedEncoder"]
 
-logger = logging.getLogger(__name__)
+logger = safe_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)

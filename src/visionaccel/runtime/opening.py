@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -25,11 +24,12 @@ from visionaccel.runtime.shadow import Shadow
 from visionaccel.runtime.stage import Stage
 from visionaccel.runtime.timing import TimingLog
 from visionaccel.runtime.trace import TraceLog
+from visionaccel.safe_text import safe_logger
 from visionaccel.settings import Settings, make_settings
 
 __all__ = ["open_guarded", "open_service", "open_wanted_service"]
 
-logger = logging.getLogger(__name__)
+logger = safe_logger(__name__)
 
 _REFERENCE = "torch_ref"
 """What shadow encodes are compared with."""

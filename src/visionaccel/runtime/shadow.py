@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import queue
 import random
 import threading
@@ -19,10 +18,11 @@ from visionaccel.errors import VisionAccelError
 from visionaccel.grid import Grid
 from visionaccel.runtime.canary import drift_of
 from visionaccel.runtime.stage import Stage
+from visionaccel.safe_text import safe_logger
 
 __all__ = ["Shadow"]
 
-logger = logging.getLogger(__name__)
+logger = safe_logger(__name__)
 
 
 @dataclass(frozen=True, eq=False)

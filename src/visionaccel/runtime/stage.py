@@ -19,10 +19,11 @@ from visionaccel.isolation import IsolatedSession
 from visionaccel.runtime.breaker import Breaker, BreakerState
 from visionaccel.runtime.canary import Canary, CanaryResult
 from visionaccel.runtime.watched import WatchedCalls
+from visionaccel.safe_text import safe_logger
 
 __all__ = ["Stage"]
 
-logger = logging.getLogger(__name__)
+logger = safe_logger(__name__)
 
 _LONGEST_SLEEP = 3600.0
 _PROBING = 0.05

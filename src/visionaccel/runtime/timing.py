@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import logging
 from typing import Any
 
 from visionaccel.backends import EncodeReport, hookimpl
 from visionaccel.runtime.observers import installed
+from visionaccel.safe_text import safe_logger
 
 __all__ = ["TIMING_PREFIX", "TimingLog", "timed_encodes"]
 
-logger = logging.getLogger(__name__)
+logger = safe_logger(__name__)
 
 TIMING_PREFIX = "visionaccel encode "
 """What a timing line starts with; a JSON object follows."""

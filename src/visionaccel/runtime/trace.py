@@ -7,7 +7,6 @@ at https://ui.perfetto.dev or in chrome://tracing. The format's array may lack i
 from __future__ import annotations
 
 import json
-import logging
 import multiprocessing
 import os
 import tempfile
@@ -19,10 +18,11 @@ from typing import Any, Literal
 from visionaccel.backends import EncodeReport, hookimpl
 from visionaccel.errors import ConfigurationError
 from visionaccel.runtime.observers import installed
+from visionaccel.safe_text import safe_logger
 
 __all__ = ["Category", "TraceLog"]
 
-logger = logging.getLogger(__name__)
+logger = safe_logger(__name__)
 
 Category = Literal["queue", "device", "host", "decode", "processor"]
 

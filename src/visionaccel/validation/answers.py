@@ -6,7 +6,6 @@ transformers, in float32 and greedily, on embeddings that come from elsewhere.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,13 +25,14 @@ from visionaccel.fitting import Fitter
 from visionaccel.grid import Grid
 from visionaccel.images import ImageProcessor, image_processor
 from visionaccel.program import AnyGrid
+from visionaccel.safe_text import safe_logger
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = ["LEAST_AGREEMENT", "digits_checkpoint", "read_digits"]
 
-logger = logging.getLogger(__name__)
+logger = safe_logger(__name__)
 
 LEAST_AGREEMENT = 0.98
 """Share of answers that must be those of the reference encoder on the same images."""

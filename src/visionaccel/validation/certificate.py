@@ -6,7 +6,6 @@ one input has not passed.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -40,13 +39,16 @@ from visionaccel.grid import total_patches
 from visionaccel.images import image_processor
 from visionaccel.opening import WantedIsolation, open_encoder
 from visionaccel.program import Program
+from visionaccel.safe_text import one_line, safe_logger
 from visionaccel.validation.answers import LEAST_AGREEMENT, digits_checkpoint, read_digits
 from visionaccel.validation.packed_weights import differing_weights
 from visionaccel.validation.trials import Trial, Trials, bundled_photographs, find_images
 
 __all__ = ["REFERENCE_BACKEND", "REFERENCE_OPTIONS", "THRESHOLDS", "validate_bundle"]
 
-logger = logging.getLogger(__name__)
+logger = safe_logger(__name__)
+
+_LONGEST_FAILURE = 4096
 
 REFERENCE_BACKEND = "torch_ref"
 REFERENCE_OPTIONS: Mapping[str, Any] = MappingProxyType({"implementation": "transformers", "dtype": "float32"})
@@ -301,7 +303,7 @@ class _Run:
             relative_error=comparison.relative_error,
             nonfinite_rows=comparison.nonfinite_rows,
             threshold=threshold,
-            failure=None if failure is None else _printable(failure),
+            failure=None if failure is None else one_line(failure, _LONGEST_FAILURE),
         )
 
     def _keep_golden(self, entry: ProgramEntry, trials: Sequence[Trial], threshold: float) -> None:
@@ -373,10 +375,5 @@ class _Run:
             relative_error=1.0,
             nonfinite_rows=0,
             threshold=threshold,
-            failure=_printable(f"not run: {reason}"),
+            failure=one_line(f"not run: {reason}", _LONGEST_FAILURE),
         )
-
-
-def _printable(text: str) -> str:
-    """A message in one line, as a manifest may hold it: what devices say has line breaks, and sometimes worse."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:4096]

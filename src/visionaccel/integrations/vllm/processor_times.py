@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import logging
 from typing import Any, Self
 
 from visionaccel.integrations.vllm.published import publish
 from visionaccel.runtime.metrics import EncoderMetrics
 from visionaccel.runtime.trace import TraceLog
+from visionaccel.safe_text import safe_logger
 from visionaccel.settings import Settings
 
 __all__ = ["PROCESSOR_PREFIX", "ProcessorObserver"]
 
-logger = logging.getLogger(__name__)
+logger = safe_logger(__name__)
 
 PROCESSOR_PREFIX = "visionaccel processor "
 """What a timing line of the processor starts with; a JSON object follows."""

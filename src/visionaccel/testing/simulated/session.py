@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ import numpy as np
 from visionaccel.arrays import Array
 from visionaccel.backends import Capabilities, Session
 from visionaccel.program import Program
+from visionaccel.safe_text import safe_logger
 from visionaccel.testing.simulated.answers import RememberedAnswers, copied, input_digest
 from visionaccel.testing.simulated.faults import Fault, FaultScript
 from visionaccel.testing.simulated.frames import Frame, frames_of
@@ -21,7 +21,7 @@ from visionaccel.testing.simulated.latency import Latency
 
 __all__ = ["SimulatedSession"]
 
-logger = logging.getLogger(__name__)
+logger = safe_logger(__name__)
 
 
 class SimulatedSession(Session):

@@ -6,6 +6,8 @@ import logging
 import sys
 from dataclasses import dataclass
 
+from visionaccel.safe_text import safe_logger
+
 __all__ = [
     "RELEASES",
     "TRIED_RELEASES",
@@ -66,7 +68,7 @@ def compatibility_table() -> str:
 
 def logger() -> logging.Logger:
     """A logger below `vllm`, so that vLLM's handlers and levels apply in each of its processes."""
-    return logging.getLogger("vllm.visionaccel")
+    return safe_logger("vllm.visionaccel")
 
 
 class _AmongVllms(logging.Handler):
