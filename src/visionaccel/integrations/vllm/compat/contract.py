@@ -330,7 +330,11 @@ _REASONS: tuple[Entry, ...] = (
     _need("call", "vllm.entrypoints.generate.base.serving:GenerationError"),
 )
 
-_METRICS: tuple[Entry, ...] = (_need("patch", "vllm.v1.metrics.prometheus:get_prometheus_registry"),)
+# Where vLLM answers /metrics from prometheus_client's registry, or its collector for several processes, ours are there.
+_METRICS: tuple[Entry, ...] = (
+    _need("read", "vllm.v1.metrics.prometheus:get_prometheus_registry", mentions="REGISTRY MultiProcessCollector"),
+    _need("patch", "prometheus_client.multiprocess:MultiProcessCollector.collect"),
+)
 
 CONTRACT: Mapping[Feature, tuple[Entry, ...]] = {
     Feature.INLINE: _INLINE,
