@@ -1,5 +1,6 @@
 """The memory in which a worker tells the scheduler of items it could not encode."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -168,6 +169,22 @@ def test_more_engines_than_there_is_room_for_are_refused(shared):
 def test_of_processes_with_the_same_number_the_last_is_the_one_that_runs(shared):
     areas = [shared.claim(METRICS) for _ in range(2)]
     assert [area.ended for area in areas] == [True, False]
+
+
+def _report_from_a_fork():
+    assert report_fault(Fault("k", "from a fork"))
+
+
+def test_a_fork_does_not_wait_for_a_lock_that_its_parent_held(shared):
+    reader = FaultReader()
+    with shared.alone(FAULTS.start, 1):
+        fork = multiprocessing.get_context("fork").Process(target=_report_from_a_fork)
+        fork.start()
+        fork.join(20)
+        fork.kill()
+    fork.join()
+    assert fork.exitcode == 0
+    assert reader.new() == [Fault("k", "from a fork")]
 
 
 def test_memory_is_not_inherited_by_another_launcher_unless_it_asks(shared):

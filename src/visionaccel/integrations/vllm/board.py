@@ -83,7 +83,7 @@ class Board:
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self.memory = mmap.mmap(fd, _SIZE)
-        self._threads = threading.Lock()
+        self._threads: dict[int, threading.Lock] = {}  # by process: a fork's copy of a lock may be held for good
 
     def claim(self, section: Section) -> Area:
         """Take an area for this process, with all its memory.
@@ -118,7 +118,7 @@ class Board:
         """Keep other threads and processes out of this method for a range of the memory."""
         import fcntl  # not on every system, where importing this package must not fail
 
-        with self._threads:
+        with self._threads.setdefault(os.getpid(), threading.Lock()):
             fcntl.lockf(self._fd, fcntl.LOCK_EX, size, start)  # given back when this process is killed, too
             try:
                 yield
