@@ -103,7 +103,7 @@ def _settings(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     """Each setting that patches depend on, in one notation."""
     found: dict[str, Any] = {}
     for name, default in _DEFAULTS.items():
-        value = default if config.get(name) is None else config[name]
+        value: Any = default if config.get(name) is None else config[name]
         try:
             match default:
                 case bool():
