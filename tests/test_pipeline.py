@@ -329,9 +329,11 @@ def test_without_the_plug_in_the_connector_refuses_to_encode(digits, tmp_path, m
         ({}, {"connector": "ECExampleConnector"}, "inline", "another EC connector is configured (ECExampleConnector)"),
         ({}, {"cache": "shm"}, "inline", "--mm-processor-cache-type shm"),
         ({}, {"backend": "ray"}, "inline", "it was not tried with Ray"),
-        ({}, {"release": "0.27.1"}, "inline", "it needs vLLM 0.28 to 0.32, and this is 0.27.1"),
+        ({}, {"release": "0.27.1"}, "inline", "it needs vLLM 0.28 to 0.33, and this is 0.27.1"),
         ({}, {"release": "0.29.0", "scheduler": "their.own"}, "inline", "before vLLM 0.30"),
         ({}, {"release": "0.30.1", "scheduler": "their.own"}, "pipelined", "nothing is in its way"),
+        ({}, {"runner": "pooling"}, "pipelined", "nothing is in its way"),
+        ({}, {"runner": "pooling", "scheduler": "their.own"}, "inline", "a pooling request whose image failed"),
         ({}, {"pruning": 0.5}, "inline", "--video-pruning-rate"),
         ({"DEVICE": "cuda:1"}, {"device": "cuda"}, "inline", "cuda:1 belongs to the language model"),
         ({"DEVICE": "npu"}, {"device": "cuda"}, "pipelined", "nothing is in its way"),
@@ -346,7 +348,7 @@ def test_the_mode_is_chosen_for_a_reason(digits, monkeypatch, settings, config, 
 @pytest.mark.parametrize(
     ("settings", "config", "message"),
     [
-        ({"MODE": "pipelined"}, {"release": "0.33.0"}, "needs vLLM 0.28 to 0.32, and this is 0.33.0"),
+        ({"MODE": "pipelined"}, {"release": "0.34.0"}, "needs vLLM 0.28 to 0.33, and this is 0.34.0"),
         ({"MODE": "pipelined"}, {"connector": "ECExampleConnector"}, "another EC connector"),
         ({}, {"connector": "VisionAccelConnector", "role": "ec_both"}, "its ec_role is ec_consumer"),
         ({}, {"connector": "VisionAccelConnector", "pruning": 0.5}, "--video-pruning-rate"),
@@ -365,7 +367,8 @@ def engine_config(checkpoint, monkeypatch, settings, config):
     from vllm.config import ECTransferConfig
     from vllm.engine.arg_utils import EngineArgs
 
-    made = EngineArgs(model=str(checkpoint), dtype="float32", max_model_len=160).create_engine_config()
+    runner = config.get("runner", "auto")
+    made = EngineArgs(model=str(checkpoint), dtype="float32", max_model_len=160, runner=runner).create_engine_config()
     made.ec_transfer_config = None
     made.scheduler_config.scheduler_cls = config.get("scheduler")
     if "connector" in config:

@@ -10,6 +10,8 @@ from visionaccel.cores import Host, choose_cores
 from visionaccel.errors import ConfigurationError, SettingsError
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.board import make_board
+from visionaccel.integrations.vllm.compat.checking import missing
+from visionaccel.integrations.vllm.compat.contract import Feature
 from visionaccel.integrations.vllm.mode import choose_mode
 from visionaccel.settings import load_settings
 
@@ -80,6 +82,11 @@ def _prepare(config: VllmConfig, client_embeds: bool) -> None:
         raise ConfigurationError(
             "VISIONACCEL_BACKEND is set, but --model-impl asks for another library's implementation of the model.",
             hint="Leave --model-impl at auto, or unset VISIONACCEL_BACKEND.",
+        )
+    if compat.pools(config) and (lacking := missing(Feature.POOLING)):
+        raise ConfigurationError(
+            f"pooling models cannot be served on vLLM {compat.release()}: {'; '.join(lacking)}.",
+            hint="Unset VISIONACCEL_BACKEND to serve this model with vLLM's own encoder.",
         )
     if served.takes_media:
         choice = choose_mode(config, load_settings())

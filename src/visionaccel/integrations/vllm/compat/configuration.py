@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CONNECTOR", "ec_connector", "impossible_with_connector", "is_one_of_several_api_servers", "is_pipelined",
-    "is_replaced", "load_plugins", "obstacles_to_pipelining", "on_engine_config", "receives_embeddings",
+    "is_replaced", "load_plugins", "obstacles_to_pipelining", "on_engine_config", "pools", "receives_embeddings",
     "register_model", "served_model", "ServedModel", "takes_media", "use_connector", "use_contained_scheduler",
 ]  # fmt: skip
 
@@ -119,6 +119,11 @@ def served_model(config: VllmConfig) -> ServedModel:
     )
 
 
+def pools(config: VllmConfig) -> bool:
+    """Whether an engine answers with what a pooler makes of the hidden states, and not with text."""
+    return bool(config.model_config.runner_type == "pooling")
+
+
 def takes_media(model: ModelConfig) -> bool:
     """Whether prompts may hold an image or a video."""
     limits = model.get_multimodal_config() if model.is_multimodal_model else None
@@ -198,8 +203,12 @@ def impossible_with_connector(config: VllmConfig) -> list[str]:
     if is_pipelined(config) and (config.ec_transfer_config.ec_role != "ec_consumer"):
         found.append(f"{CONNECTOR} gives embeddings to no other engine: its ec_role is ec_consumer")
     custom = config.scheduler_config.scheduler_cls not in (None, *SCHEDULERS.values())
-    if release().startswith(("0.28.", "0.29.")) and (custom or getattr(config, "kv_transfer_config", None) is not None):
-        found.append("before vLLM 0.30, a request whose image failed can be ended by this package's scheduler only")
+    if custom or getattr(config, "kv_transfer_config", None) is not None:
+        ends = "request whose image failed can be ended by this package's scheduler only"
+        if release().startswith(("0.28.", "0.29.")):
+            found.append(f"before vLLM 0.30, a {ends}")
+        elif pools(config):
+            found.append(f"a pooling {ends}")
     return found
 
 

@@ -26,6 +26,7 @@ class Feature(StrEnum):
     PIPELINED = "pipelined"
     REASONS = "reasons"
     METRICS = "metrics"
+    POOLING = "pooling"
 
 
 WITHOUT = {
@@ -36,6 +37,7 @@ WITHOUT = {
     Feature.PIPELINED: "images are encoded in the engine's step",
     Feature.REASONS: "clients get vLLM's own error for a failed image; the reason is in the log only",
     Feature.METRICS: "the metrics of the encoder are not in /metrics",
+    Feature.POOLING: "vLLM does not start with a pooling model",
 }
 """What happens without each feature."""
 
@@ -125,6 +127,7 @@ _KEYS = "vllm.v1.core.kv_cache_manager:KVCacheManager"
 _REQUEST = "vllm.v1.request:Request"
 _STATUS = "vllm.v1.request:RequestStatus"
 _ENGINE = "vllm.v1.engine"
+_RESULT = f"{_ENGINE}.output_processor:RequestState.make_request_output"
 _CONNECTOR = "vllm.distributed.ec_transfer.ec_connector.base"
 _TRANSFER = "vllm.distributed.ec_transfer"
 _PARALLEL = "vllm.distributed.parallel_state"
@@ -321,13 +324,43 @@ _PIPELINED: tuple[Entry, ...] = (
 )
 
 _REASONS: tuple[Entry, ...] = (
-    _need("patch", "vllm.v1.engine.output_processor:RequestState._new_completion_output"),
-    _need(
-        "patch",
-        "vllm.entrypoints.generate.base.serving:GenerateBaseServing._raise_if_error",
-        "finish_reason request_id",
+    AnyOf(
+        "how a failed request's reason reaches its client",
+        {
+            "the engine's output holds an error": (
+                _need("call", f"{_ENGINE}:EngineCoreOutput", has="error"),
+                _need("call", "vllm.outputs:RequestError", "code message"),
+            ),
+            "the API server looks at the stop reason": (
+                _need("patch", "vllm.v1.engine.output_processor:RequestState._new_completion_output"),
+                _need(
+                    "patch",
+                    "vllm.entrypoints.generate.base.serving:GenerateBaseServing._raise_if_error",
+                    "finish_reason request_id",
+                ),
+                _need("call", "vllm.entrypoints.generate.base.serving:GenerationError"),
+            ),
+        },
     ),
-    _need("call", "vllm.entrypoints.generate.base.serving:GenerationError"),
+)
+
+_POOLING: tuple[Entry, ...] = (
+    _need("read", _REQUEST, has="pooling_params"),
+    _need("read", "vllm.config:ModelConfig", mentions="runner_type"),
+    _need("call", f"{_ENGINE}:EngineCoreOutput", has="pooling_output"),
+    AnyOf(
+        "how a failed pooling request ends",
+        {
+            "with its error": (
+                _need("patch", _RESULT, "new_token_ids pooling_output finish_reason stop_reason error"),
+                _need("call", "vllm.outputs:RequestError", "code message"),
+            ),
+            "with a result that raises": (
+                _need("patch", _RESULT, "new_token_ids pooling_output finish_reason stop_reason"),
+                _need("call", "vllm.entrypoints.generate.base.serving:GenerationError"),
+            ),
+        },
+    ),
 )
 
 # Where vLLM answers /metrics from prometheus_client's registry, or its collector for several processes, ours are there.
@@ -343,6 +376,7 @@ CONTRACT: Mapping[Feature, tuple[Entry, ...]] = {
     Feature.PIPELINED: _PIPELINED,
     Feature.REASONS: _REASONS,
     Feature.METRICS: _METRICS,
+    Feature.POOLING: _POOLING,
 }
 """What each feature needs of vLLM. Every feature needs those of `in-line` as well."""
 

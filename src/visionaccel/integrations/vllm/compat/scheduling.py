@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from visionaccel.integrations.vllm.compat.serving import request_error, takes_request_errors
+
 if TYPE_CHECKING:
     from vllm.multimodal.inputs import MultiModalFeatureSpec
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -194,17 +196,23 @@ def append_errors(outputs: dict[int, Any], failed: Iterable[Request], reasons: M
     Args:
         outputs: The step's outputs.
         failed: The requests.
-        reasons: Why, by request; it goes out as the stop reason.
+        reasons: Why, by request; it goes out as the stop reason, and as the request's error where vLLM has one.
     """
+    from torch import empty
     from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 
     for request in failed:
+        reason = reasons.get(request.request_id, "an image of the prompt could not be encoded.")
         answer = EngineCoreOutput(
             request_id=request.request_id,
             new_token_ids=[],
             finish_reason=request.get_finished_reason(),
-            stop_reason=reasons.get(request.request_id),
+            stop_reason=reason,
             events=request.take_events(),
             trace_headers=request.trace_headers,
         )
+        if takes_request_errors():
+            answer.error = request_error(reason)
+        if request.pooling_params is not None:  # without a result, vLLM's output processor takes it for a completion
+            answer.pooling_output = empty(0)
         outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(answer)

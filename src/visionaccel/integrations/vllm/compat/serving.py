@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -13,7 +14,9 @@ from visionaccel.integrations.vllm.compat.releases import logger
 if TYPE_CHECKING:
     from prometheus_client.registry import Collector
 
-__all__ = ["explain_errors", "on_metrics"]
+__all__ = ["explain_errors", "on_metrics", "request_error", "takes_request_errors"]
+
+_SERVING = "vllm.entrypoints.generate.base.serving"
 
 
 class _Explained(str):
@@ -28,25 +31,28 @@ class _Explained(str):
 
 
 def explain_errors() -> None:
-    """Have the API server of this process answer a failed request with its stop reason, where there is one.
+    """Have this process answer a failed request with its stop reason, where there is one.
 
-    vLLM answers every failed request with "Internal server error". Where its classes are not what they were, that
-    stays.
+    Before 0.33, vLLM answers every failed request with "Internal server error". From 0.33 on its API server gives the
+    reason itself, and only failed pooling requests of the offline `LLM` need this. Where vLLM's classes are not what
+    they were, they are left alone.
     """
     state = getattr(import_module("vllm.v1.engine.output_processor"), "RequestState", None)
-    finish = getattr(state, "_new_completion_output", None)
-    if state is None or finish is None or hasattr(finish, "__wrapped__"):
+    if state is None:
         return
+    if not takes_request_errors():
+        _explain_completions(state)
+    _explain_pooling(state)
 
-    @functools.wraps(finish)
-    def new_completion_output(self: Any, *args: Any, **kwargs: Any) -> Any:
-        output = finish(self, *args, **kwargs)
-        if output.finish_reason == "error" and isinstance(output.stop_reason, str):
-            _explain_to_clients()
-            output.finish_reason = _Explained(output.stop_reason)
-        return output
 
-    state._new_completion_output = new_completion_output
+def request_error(reason: str) -> Any:
+    """Describe a request that failed on the server's side, as vLLM does: its API server answers 500 with the reason."""
+    return import_module("vllm.outputs").RequestError("vision_encoder", reason)
+
+
+def takes_request_errors() -> bool:
+    """Whether outputs of the engine have a field for a request's error, which the API server gives the client."""
+    return hasattr(import_module("vllm.v1.engine").EngineCoreOutput, "error")
 
 
 def on_metrics(make: Callable[[], Collector]) -> None:
@@ -74,9 +80,67 @@ def on_metrics(make: Callable[[], Collector]) -> None:
     REGISTRY.register(make())
 
 
+def _explain_completions(state: Any) -> None:
+    finish = getattr(state, "_new_completion_output", None)
+    if finish is None or hasattr(finish, "__wrapped__"):
+        return
+
+    @functools.wraps(finish)
+    def new_completion_output(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = finish(self, *args, **kwargs)
+        if output.finish_reason == "error" and isinstance(output.stop_reason, str):
+            _explain_to_clients()
+            output.finish_reason = _Explained(output.stop_reason)
+        return output
+
+    state._new_completion_output = new_completion_output
+
+
+def _explain_pooling(state: Any) -> None:
+    """A failed pooling request has an empty result (see `append_errors`), which must not reach the client as one."""
+    finish = getattr(state, "make_request_output", None)
+    if finish is None or hasattr(finish, "__wrapped__"):
+        return
+    takes_error = "error" in inspect.signature(finish).parameters  # from vLLM 0.32 on
+
+    @functools.wraps(finish)
+    def make_request_output(
+        self: Any,
+        new_token_ids: Any,
+        pooling_output: Any,
+        finish_reason: Any,
+        stop_reason: Any,
+        *args: Any,
+        **named: Any,
+    ) -> Any:
+        failed = pooling_output is not None and isinstance(stop_reason, str) and str(finish_reason) == "error"
+        if failed and takes_error:
+            named["error"] = request_error(stop_reason)
+        output = finish(self, new_token_ids, pooling_output, finish_reason, stop_reason, *args, **named)
+        if failed and not takes_error:
+            output.outputs = _FailedPooling(stop_reason)
+        return output
+
+    state.make_request_output = make_request_output
+
+
+class _FailedPooling:
+    """Stands in for the result of a failed pooling request: reading it raises vLLM's error for failed requests."""
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    @property
+    def data(self) -> Any:
+        raise import_module(_SERVING).GenerationError(self._reason)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._reason!r})"
+
+
 def _explain_to_clients() -> None:
     """Once an output has an explanation, have what answers HTTP requests look for it; nothing if nothing does here."""
-    serving: Any = sys.modules.get("vllm.entrypoints.generate.base.serving")
+    serving: Any = sys.modules.get(_SERVING)
     kind = getattr(serving, "GenerateBaseServing", None)
     complain = getattr(kind, "_raise_if_error", None)
     if kind is None or complain is None or hasattr(complain, "__wrapped__"):
