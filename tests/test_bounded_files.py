@@ -9,14 +9,19 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from visionaccel.bounded_files import MOST_JSON_BYTES, open_regular, read_bounded
+from bundles import document
+from visionaccel.bounded_files import MOST_JSON_BYTES, hole_bytes, open_regular, read_bounded
 from visionaccel.bundle import MANIFEST, open_bundle
+from visionaccel.bundle.export import ProgramRequest, export_bundle
 from visionaccel.bundle.external_data import point_at_weights
+from visionaccel.bundle.manifest import seal
 from visionaccel.bundle.vitisai.graph import OnnxGraph
 from visionaccel.bundle.vitisai.metadata import PartitionInfo, read_metadata
 from visionaccel.checkpoint import Checkpoint, read_header, read_json
 from visionaccel.errors import BundleError, CheckpointError
 from visionaccel.opening import open_tower
+from visionaccel.program import AnyGrid
+from visionaccel.tensor_files import weights_digest
 
 
 def test_a_file_is_read_up_to_its_limit(tmp_path):
@@ -103,6 +108,103 @@ def test_sizes_and_offsets_are_whole_numbers_and_not_negative(tmp_path, changes)
 
 MANY = [2**62] * 300_000
 """Sizes whose product takes minutes."""
+
+
+def external(name, offset, length=16, location="w.data"):
+    """A weight of four floats in a file."""
+    tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, data_location=TensorProto.EXTERNAL, dims=[4])
+    places = {"location": location, "offset": offset, **({} if length is None else {"length": length})}
+    for key, value in places.items():
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor
+
+
+def graph_of(*weights, nodes=()):
+    return helper.make_model(helper.make_graph(list(nodes), "g", [], [], list(weights)))
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        [external("a", 0), external("b", 8)],
+        [external("a", 0), external("b", 0)],
+        [external("b", 8, None), external("a", 0, location="./w.data")],
+    ],
+)
+def test_tensors_of_an_artifact_that_share_bytes_of_a_file_are_refused(tmp_path, weights):
+    with pytest.raises(BundleError, match=r"tensors '.' and '.' overlap in 'w\.data'"):
+        OnnxGraph(graph_of(*weights), tmp_path / "vision.onnx")
+    OnnxGraph(graph_of(external("a", 0), external("b", 16), external("c", 0, location="v")), tmp_path / "vision.onnx")
+
+
+def test_overlaps_are_found_in_constants_and_graphs_within(tmp_path):
+    body = helper.make_graph([], "body", [], [], [external("inner", 8)])
+    nodes = [
+        helper.make_node("If", ["c"], ["x"], then_branch=body, else_branch=body),
+        helper.make_node("Constant", [], ["y"], value=external("constant", 40)),
+    ]
+    for weight in (external("w", 16), external("w", 48)):
+        with pytest.raises(BundleError, match="overlap"):
+            OnnxGraph(graph_of(weight, nodes=nodes), tmp_path / "vision.onnx")
+
+
+ADD = helper.make_node("Add", ["x", "x"], ["w"])
+
+
+@pytest.mark.parametrize(
+    ("weights", "nodes"),
+    [
+        ([numpy_helper.from_array(np.zeros(n, np.float32), "w") for n in (1, 2)], []),
+        ([numpy_helper.from_array(np.zeros(1, np.float32), "w")], [ADD]),
+        ([], [ADD, helper.make_node("Mul", ["x", "x"], ["w"])]),
+        ([], [helper.make_node("Split", ["x"], ["w", "w"])]),
+    ],
+)
+def test_a_tensor_that_is_named_twice_is_refused_in_artifacts_and_in_programs(tiny, tmp_path, weights, nodes):
+    model = graph_of(*weights, nodes=nodes)
+    with pytest.raises(BundleError, match="'w'"):
+        OnnxGraph(model, tmp_path / "vision.onnx")
+    with pytest.raises(BundleError, match="'w'"):
+        point_at_weights(model.SerializeToString(), open_tower(tiny).weights, tiny)
+
+
+TERABYTE = 2**40
+
+
+def test_a_sparse_file_of_terabytes_is_not_hashed(tmp_path, tiny):
+    started = time.process_time()
+    entry = {"dtype": "U8", "shape": [TERABYTE], "data_offsets": [0, TERABYTE]}
+    path = weights(tmp_path, {"w": entry})
+    os.truncate(path, path.stat().st_size + TERABYTE)
+    stored, _ = read_header(path)
+    with pytest.raises(CheckpointError, match="is sparse: more than 4 GiB"):
+        weights_digest(stored)
+    folder = export_bundle(
+        open_tower(tiny), tmp_path / "bundle", [ProgramRequest(AnyGrid())], self_contained=True
+    ).folder
+    stated = document(folder)
+    model = folder / "model.safetensors"
+    os.truncate(model, TERABYTE)
+    for file in stated["files"]:
+        if file["path"] == model.name:
+            file["bytes"] = TERABYTE
+    (folder / MANIFEST).write_text(json.dumps(seal(stated).model_dump(mode="json")))
+    with pytest.raises(BundleError, match="is sparse: more than 4 GiB"):
+        open_bundle(folder)
+    assert time.process_time() - started < 10
+
+
+def test_holes_are_counted_where_they_are(tmp_path):
+    path = tmp_path / "file"
+    with path.open("wb") as file:
+        file.write(bytes([1]) * 2**16)
+        file.seek(2**20, os.SEEK_CUR)
+        file.write(bytes([1]) * 2**16)
+    size = path.stat().st_size
+    assert hole_bytes(path, 0, size) == pytest.approx(2**20, abs=2**16)
+    assert hole_bytes(path, 0, 2**15) == hole_bytes(path, size - 2**15, size) == 0
+    (tmp_path / "plain").write_bytes(bytes(100))
+    assert hole_bytes(tmp_path / "plain", 0, 100) == 0
 
 
 def test_very_many_dimensions_are_refused_before_they_are_multiplied(tiny, tmp_path):

@@ -339,3 +339,21 @@ def test_a_bundle_over_a_checkpoint_on_the_hub_is_pushed(run, hub, tiny, tmp_pat
     commit = run("push", tmp_path / "bundle", REPOSITORY)["commit"]
     assert "model.safetensors" not in hub.repositories[REPOSITORY].commits[commit]
     assert contents(Path(run("pull", REPOSITORY)["folder"])) == contents(tmp_path / "bundle")
+
+
+def test_a_manifest_alone_does_not_have_a_repository_contacted(run, hub, tiny, tmp_path):
+    hub.repositories["someone/whole"] = repository = Repository(private=False)
+    revision = repository.commit("main", {path.name: path.read_bytes() for path in tiny.iterdir()})
+    run("-c", EXPORT_OVER, "someone/whole", revision, tmp_path / "bundle")
+    run("push", tmp_path / "bundle", REPOSITORY)
+    elsewhere = {"HF_HOME": str(tmp_path / "elsewhere")}
+    hub.requests.clear()
+    for command in (["pull", REPOSITORY], ["inspect", tmp_path / "bundle"]):
+        error = run(*command, status=2, **elsewhere)
+        assert "'someone/whole' is neither a folder nor a repository in the Hugging Face cache" in error["message"]
+        assert "--checkpoint" in error["hint"]
+    assert not [request for request in hub.requests if "someone/whole" in request]
+    pulled = run("pull", REPOSITORY, "--checkpoint", "someone/whole", **elsewhere)["folder"]
+    assert contents(Path(pulled)) == contents(tmp_path / "bundle")
+    assert [request for request in hub.requests if f"someone/whole/resolve/{revision}/model.safetensors" in request]
+    assert run("pull", REPOSITORY, **elsewhere)["folder"] == pulled, "the weights are in the cache by now"

@@ -800,7 +800,7 @@ def test_output_and_records_arrive_in_logging_and_nowhere_else(device, capfd, ca
     printed = [r.getMessage() for r in caplog.records if r.name == "visionaccel.device.tricks"]
     assert sorted(printed) == ["from C", "from Python", "half a line and its end", "to stderr"]
     warning, error = (record for record in caplog.records if record.name == "vendor.sdk")
-    assert (warning.levelname, warning.getMessage(), warning.core) == ("WARNING", "90 degrees", 3)
+    assert (warning.levelname, warning.getMessage(), warning.funcName) == ("WARNING", "90 degrees", "do")
     assert error.levelname == "ERROR"
     assert "ZeroDivisionError" in error.getMessage()
     assert warning.process == device.events("open")[0]

@@ -7,7 +7,11 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["MOST_JSON_BYTES", "open_regular", "read_bounded"]
+__all__ = ["MOST_HOLE_BYTES", "MOST_JSON_BYTES", "hole_bytes", "open_regular", "read_bounded"]
+
+MOST_HOLE_BYTES = 4 * 2**30
+"""Most bytes that are hashed although they are nowhere on the disk. A sparse file of terabytes takes no space to send
+and hours to hash; weights have no holes, and what is on the disk was paid for by whoever sent it."""
 
 MOST_JSON_BYTES = 8 * 2**20
 """Most bytes of a JSON document. As Python's objects it takes up to twenty-five times as many, and two seconds."""
@@ -48,3 +52,28 @@ def read_bounded(path: Path, most: int = MOST_JSON_BYTES) -> bytes:
     if size > most or len(data) > most:
         raise ValueError(f"it is larger than {most} bytes")
     return data
+
+
+def hole_bytes(path: Path, begin: int, end: int) -> int:
+    """How many of a file's bytes from `begin` to `end` lie in holes, which take no space on the disk and read as zeros.
+
+    Counted until there are more than `MOST_HOLE_BYTES`. File systems that do not know holes say that there are none.
+
+    Raises:
+        OSError: If the file cannot be opened.
+        ValueError: If it is not a file.
+    """
+    holes = 0
+    with open_regular(path) as file:
+        fd = file.fileno()
+        while begin < end and holes <= MOST_HOLE_BYTES:
+            try:
+                hole = os.lseek(fd, begin, os.SEEK_HOLE)
+            except OSError:
+                break
+            try:
+                begin = os.lseek(fd, hole, os.SEEK_DATA)
+            except OSError:  # there are no data behind it
+                begin = end
+            holes += max(0, min(begin, end) - hole)
+    return holes

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visionaccel.arrays import FLOATS
+from visionaccel.bounded_files import MOST_HOLE_BYTES, hole_bytes
 from visionaccel.checkpoint import CHUNK_BYTES, ITEM_BYTES, StoredTensor, safetensors_dtype
 from visionaccel.errors import CheckpointError, ConfigurationError
 
@@ -40,8 +41,10 @@ def weights_digest(tensors: Mapping[str, StoredTensor], progress: Callable[[int]
         `sha256:` and 64 hexadecimal digits.
 
     Raises:
-        CheckpointError: If a file cannot be read or ends too early.
+        CheckpointError: If a file cannot be read or ends too early, or more than `MOST_HOLE_BYTES` of the tensors lie
+            in holes.
     """
+    _refuse_holes(tensors.values())
     digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES))
     for name, tensor in sorted(tensors.items()):
         for text in (name, tensor.dtype, ",".join(map(str, tensor.shape)), str(tensor.length)):
@@ -53,6 +56,21 @@ def weights_digest(tensors: Mapping[str, StoredTensor], progress: Callable[[int]
             if progress is not None:
                 progress(len(piece))
     return f"sha256:{digest.hexdigest()}"
+
+
+def _refuse_holes(tensors: Iterable[StoredTensor]) -> None:
+    """Refuse tensors that take next to no space and hours to read."""
+    holes = 0
+    for tensor in tensors:
+        try:
+            holes += hole_bytes(tensor.file, tensor.offset, tensor.offset + tensor.length)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{tensor.file} cannot be read: {error}", hint="Download the file again.") from error
+        if holes > MOST_HOLE_BYTES:
+            raise CheckpointError(
+                f"{tensor.file} is sparse: more than {MOST_HOLE_BYTES >> 30} GiB of the weights are not on the disk.",
+                hint="Download the file again.",
+            )
 
 
 def write_safetensors(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import onnx
 
+from visionaccel.bundle.onnx_tensors import check_tensor_names
 from visionaccel.checkpoint import StoredTensor
 from visionaccel.errors import BundleError
 
@@ -32,12 +33,13 @@ def point_at_weights(model: bytes, weights: Mapping[str, StoredTensor], folder: 
 
     Raises:
         BundleError: If the model cannot be parsed, or names a weight that is not there or is of another size or dtype,
-            or has external data anywhere else than in the initializers of its graph.
+            or has external data anywhere else than in the initializers of its graph, or gives a name twice.
     """
     try:
         proto = onnx.load_model_from_string(model)
     except Exception as error:  # protobuf's decoding error is not part of its public interface
         raise BundleError(f"a program is no ONNX model: {error}", hint=_AGAIN) from error
+    check_tensor_names(proto.graph, "a program")
     initializers = list(proto.graph.initializer)
     proto.graph.ClearField("initializer")
     if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in _tensors(proto)):

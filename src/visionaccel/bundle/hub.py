@@ -22,6 +22,7 @@ from pathlib import Path
 
 from visionaccel.bundle.manifest import MANIFEST, ExternalCheckpoint, Manifest, parse_manifest
 from visionaccel.bundle.opening import Bundle, open_bundle
+from visionaccel.checkpoint import Checkpoint, locate_checkpoint
 from visionaccel.errors import ArtifactError, BundleError, ConfigurationError, VisionAccelError
 
 __all__ = ["PullReport", "PushReport", "pull_bundle", "push_bundle"]
@@ -111,7 +112,11 @@ def push_bundle(
 
 
 def pull_bundle(
-    repository: str, *, revision: str | None = None, output: str | os.PathLike[str] | None = None
+    repository: str,
+    *,
+    revision: str | None = None,
+    output: str | os.PathLike[str] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> PullReport:
     """Download and verify the bundle of a repository. From the hub's cache if it is there or HF_HUB_OFFLINE is set.
 
@@ -120,6 +125,9 @@ def pull_bundle(
         revision: Branch, tag or commit. Default: `main`.
         output: A folder that does not exist yet, for copies of the files. It appears complete or not at all. Default: a
             folder in the hub's cache, not to be changed.
+        checkpoint: Folder or repository of the checkpoint whose weights the bundle needs, if it does not hold them. A
+            repository is fetched. Default: what the manifest names, if that is on this machine: a manifest does not
+            decide whom this machine contacts.
 
     Raises:
         BundleError: If the revision holds no bundle, or one that is incomplete or fails its verification.
@@ -138,11 +146,13 @@ def pull_bundle(
         )
     folder = target or storage / "visionaccel" / commit
     try:
-        if target is None and (bundle := _cached(folder, snapshot)) is not None:
+        manifest = parse_manifest(snapshot / MANIFEST)
+        weights = None if checkpoint is None else _weights_of(manifest, checkpoint)
+        if target is None and (bundle := _cached(folder, snapshot, weights)) is not None:
             return PullReport(repository, commit, bundle)
-        names = _names(parse_manifest(snapshot / MANIFEST))
+        names = _names(manifest)
         _download(repository, commit, names)
-        bundle = _place(snapshot, names, folder, link=target is None)
+        bundle = _place(snapshot, names, folder, weights, link=target is None)
     except BundleError as error:
         raise BundleError(
             f"{repository!r} at commit {commit}: {error.message}",
@@ -154,6 +164,14 @@ def pull_bundle(
             hint="Pass an output folder where there is space and permission.",
         ) from error
     return PullReport(repository, commit, bundle)
+
+
+def _weights_of(manifest: Manifest, checkpoint: str | os.PathLike[str]) -> Checkpoint | None:
+    """The checkpoint that was given for a bundle that holds no weights, at the manifest's revision if it names it."""
+    stated = manifest.checkpoint
+    if stated is None:
+        return None
+    return locate_checkpoint(checkpoint, stated.revision if os.fspath(checkpoint) == stated.source else None)
 
 
 def _names(manifest: Manifest) -> tuple[str, ...]:
@@ -192,19 +210,19 @@ def _download(repository: str, revision: str | None, names: Sequence[str]) -> Pa
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
 
 
-def _cached(folder: Path, snapshot: Path) -> Bundle | None:
+def _cached(folder: Path, snapshot: Path, weights: Checkpoint | None) -> Bundle | None:
     """The bundle that an earlier pull placed, if it is still as the hub has it."""
     if not folder.is_dir():
         return None
     try:
-        bundle = open_bundle(folder)
+        bundle = open_bundle(folder, checkpoint=weights)
         unchanged = (folder / MANIFEST).read_bytes() == (snapshot / MANIFEST).read_bytes()
     except (ArtifactError, OSError):
         return None
     return bundle if unchanged else None
 
 
-def _place(snapshot: Path, names: Sequence[str], folder: Path, *, link: bool) -> Bundle:
+def _place(snapshot: Path, names: Sequence[str], folder: Path, weights: Checkpoint | None, *, link: bool) -> Bundle:
     """Build and verify the bundle in a folder beside `folder`, then rename it."""
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
@@ -215,18 +233,18 @@ def _place(snapshot: Path, names: Sequence[str], folder: Path, *, link: bool) ->
             file.parent.mkdir(parents=True, exist_ok=True)
             if not (link and _linked(blob, file)):
                 shutil.copyfile(blob, file)
-        open_bundle(partial)
+        open_bundle(partial, checkpoint=weights)
         try:
             partial.rename(folder)
         except OSError:
             if not (link and folder.is_dir()):
                 raise
             # Another process was faster with the same commit, or what is there was changed since.
-            if (bundle := _cached(folder, snapshot)) is not None:
+            if (bundle := _cached(folder, snapshot, weights)) is not None:
                 return bundle
             shutil.rmtree(folder)
             partial.rename(folder)
-        return open_bundle(folder)
+        return open_bundle(folder, checkpoint=weights)
     except BundleError as error:
         raise BundleError(error.message.replace(f"{partial}{os.sep}", ""), hint=error.hint) from error
     finally:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from functools import cached_property, partial
 from pathlib import Path
 
-from visionaccel.bounded_files import read_bounded
+from visionaccel.bounded_files import MOST_HOLE_BYTES, hole_bytes, read_bounded
 from visionaccel.bundle.digests import file_digest, remembered_digest
 from visionaccel.bundle.manifest import MANIFEST, BundleFile, Manifest, ProgramEntry, parse_manifest
 from visionaccel.bundle.processor import PROCESSOR_FILES
@@ -154,8 +154,9 @@ def open_bundle(
 
     Args:
         folder: The bundle.
-        checkpoint: Where the weights are, if the manifest declares its checkpoint external; what it names is tried
-            next. Ignored for a bundle that holds its weights.
+        checkpoint: Where the weights are, if the manifest declares its checkpoint external. What it names is tried
+            next: a folder, or a repository that is in the Hugging Face cache of this machine; the network is not used.
+            Ignored for a bundle that holds its weights.
         trust_unchanged: Take the digest of files that did not change since they were last verified from memory; False
             reads every byte again.
 
@@ -168,8 +169,7 @@ def open_bundle(
     folder = Path(folder)
     manifest = parse_manifest(folder / MANIFEST)
     try:
-        for file in manifest.every_file():
-            _verify(folder, file, trust_unchanged=trust_unchanged)
+        _verify(folder, manifest, trust_unchanged=trust_unchanged)
         tower = _tower(folder, manifest, checkpoint, trust_unchanged=trust_unchanged)
         return Bundle(folder, manifest, tower)
     except (OSError, ConfigurationError, GridError) as error:
@@ -190,7 +190,26 @@ def tower_digest(tower: Tower, *, trust_unchanged: bool = True, progress: Callab
     return remembered_digest(kind, files, lambda: weights_digest(weights, progress), trust_unchanged=trust_unchanged)
 
 
-def _verify(folder: Path, file: BundleFile, *, trust_unchanged: bool) -> None:
+def _verify(folder: Path, manifest: Manifest, *, trust_unchanged: bool) -> None:
+    """Refuse a bundle with a file that is not as stated; none is read before the place and size of all are known."""
+    places = [(_place(folder, file), file) for file in manifest.every_file()]
+    holes = 0
+    for path, file in dict(places).items():
+        holes += hole_bytes(path, 0, file.bytes)
+        if holes > MOST_HOLE_BYTES:
+            raise BundleError(
+                f"{path} is sparse: more than {MOST_HOLE_BYTES >> 30} GiB of the bundle's files are not on the disk.",
+                hint="Do not use this bundle.",
+            )
+    for path, file in places:
+        if file_digest(path, trust_unchanged=trust_unchanged) != file.sha256:
+            raise BundleError(
+                f"{folder / file.path} is damaged: its SHA-256 is not what the manifest states.", hint=_AGAIN
+            )
+
+
+def _place(folder: Path, file: BundleFile) -> Path:
+    """Where a file lies, links resolved; it is a plain file within the folder, of the stated size."""
     path = folder / file.path
     try:
         resolved = path.resolve(strict=True)
@@ -206,8 +225,7 @@ def _verify(folder: Path, file: BundleFile, *, trust_unchanged: bool) -> None:
             f"{path} has {status.st_size} bytes, and the manifest states {file.bytes}: it is truncated or another.",
             hint=_AGAIN,
         )
-    if file_digest(resolved, trust_unchanged=trust_unchanged) != file.sha256:
-        raise BundleError(f"{path} is damaged: its SHA-256 is not what the manifest states.", hint=_AGAIN)
+    return resolved
 
 
 def _tower(folder: Path, manifest: Manifest, given: Checkpoint | None, *, trust_unchanged: bool) -> Tower:
@@ -260,5 +278,6 @@ def _external_tower(folder: Path, manifest: Manifest, given: Checkpoint | None, 
     raise BundleError(
         f"{folder} needs the vision weights of the checkpoint {external.source!r} that it was exported from: "
         + " ".join(refusals),
-        hint="Bring that checkpoint back, or export the bundle with --self-contained.",
+        hint="Pass that checkpoint with --checkpoint or to open_bundle: what a manifest names is not downloaded. "
+        "Or export the bundle with --self-contained.",
     )

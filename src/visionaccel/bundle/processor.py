@@ -1,19 +1,48 @@
-"""The image processor's configuration: what turns pixels into patches, and must be the same for all who share them."""
+"""The image processor's configuration: what turns pixels into patches, and must be the same for all who share them.
+
+A bundle is bound to the settings that patches of a given grid depend on, with the defaults of the processor's class
+where a file says nothing, and not to a file: releases of transformers write the same processor in different ways.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from visionaccel.checkpoint import read_json
-from visionaccel.errors import ConfigurationError
+from visionaccel.errors import CheckpointError, ConfigurationError
 
 __all__ = ["PROCESSOR_FILES", "processor_digest", "require_processor"]
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 """Where checkpoints keep it: since transformers 5 within the whole processor's file, which counts first, or alone."""
+
+_DEFAULTS = MappingProxyType(
+    {
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": (0.48145466, 0.4578275, 0.40821073),
+        "image_std": (0.26862954, 0.26130258, 0.27577711),
+    }
+)
+"""What patches depend on, with the defaults of the image processor that every implemented family uses.
+
+The least and most pixels of an image are not among them: they decide its grid, and patches come with theirs.
+"""
+
+_CHANNELS = 3
+_FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
+"""Pillow's names of its filters, by their numbers."""
 
 _NAMES_OF_CLASSES = frozenset(
     {"feature_extractor_type", "image_processor_type", "processor_class", "_processor_class", "transformers_version"}
@@ -21,13 +50,44 @@ _NAMES_OF_CLASSES = frozenset(
 
 
 def processor_digest(folder: Path) -> str | None:
-    """Digest of the image processor's configuration in a checkpoint folder; None if there is none.
-
-    Names of Python classes are left out: they change between releases of transformers, and the patches do not.
+    """Digest of the image processor's settings that patches depend on; None if a checkpoint folder has none.
 
     Raises:
-        CheckpointError: If the file is malformed.
+        CheckpointError: If the file is malformed, or a setting is not of its kind.
     """
+    found = _configuration(folder)
+    return None if found is None else _digest(_settings(*found))
+
+
+def require_processor(stated: str | None, folder: Path, bundle: Path) -> None:
+    """Refuse to make patches for a bundle with another image processor than it was exported for.
+
+    Bundles of earlier releases state a digest of everything in the processor's file. It counts too: where it is that of
+    the folder's file, or that of the bundle's own, whose settings are then compared.
+
+    Args:
+        stated: The digest in the bundle's manifest; None if it was exported without one.
+        folder: The checkpoint whose processor will be used; one without is not refused here.
+        bundle: The bundle's or checkpoint's folder.
+
+    Raises:
+        ConfigurationError: If the settings differ.
+        CheckpointError: If a folder's configuration is malformed.
+    """
+    found = processor_digest(folder)
+    if stated is None or found is None or stated in (found, _file_digest(folder)):
+        return
+    if stated == _file_digest(bundle) and processor_digest(bundle) == found:
+        return
+    raise ConfigurationError(
+        f"the encoder in {bundle} was made for another image processor than that of {folder}: patch sizes, resampling, "
+        "rescaling or normalisation differ, or the bundle is of an earlier release and the processor was saved again.",
+        hint="Export a bundle from that checkpoint, or restore its preprocessor_config.json.",
+    )
+
+
+def _configuration(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The file that has the image processor's configuration, and that."""
     for name in PROCESSOR_FILES:
         if not (folder / name).exists():
             continue
@@ -35,27 +95,53 @@ def processor_digest(folder: Path) -> str | None:
         if name == PROCESSOR_FILES[0]:
             config = config.get("image_processor")
         if isinstance(config, dict):
-            kept = {key: value for key, value in config.items() if key not in _NAMES_OF_CLASSES}
-            text = json.dumps(kept, sort_keys=True, separators=(",", ":"))
-            return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+            return folder / name, config
     return None
 
 
-def require_processor(stated: str | None, folder: Path, bundle: Path) -> None:
-    """Refuse to make patches for a bundle with another image processor than it was exported for.
+def _settings(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Each setting that patches depend on, in one notation."""
+    found: dict[str, Any] = {}
+    for name, default in _DEFAULTS.items():
+        value: Any = default if config.get(name) is None else config[name]
+        try:
+            match default:
+                case bool():
+                    found[name] = {True: True, False: False}[value]
+                case int():
+                    found[name] = _FILTERS.index(value.lower()) if isinstance(value, str) else _whole(value)
+                case float():
+                    found[name] = float(value)
+                case _:
+                    several = value if isinstance(value, list | tuple) else [value] * _CHANNELS
+                    found[name] = [float(each) for each in several]
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise CheckpointError(
+                f"{path}: the image processor's {name} cannot be {str(value)[:40]!r}.", hint="Download the file again."
+            ) from error
+    # What is switched off has no say.
+    for switch, names in {
+        "do_resize": ("resample",), "do_rescale": ("rescale_factor",), "do_normalize": ("image_mean", "image_std")
+    }.items():  # fmt: skip
+        if not found[switch]:
+            found |= dict.fromkeys(names)
+    return found
 
-    Args:
-        stated: The digest in the bundle's manifest; None if it was exported without one.
-        folder: The checkpoint whose processor will be used; one without is not refused here.
-        bundle: The bundle's or checkpoint's folder, for the message.
 
-    Raises:
-        ConfigurationError: If the digests differ.
-        CheckpointError: If the folder's configuration is malformed.
-    """
-    found = processor_digest(folder)
-    if stated is not None and found is not None and stated != found:
-        raise ConfigurationError(
-            f"the encoder in {bundle} was made for another image processor than that of {folder}.",
-            hint="Export a bundle from that checkpoint, or restore its preprocessor_config.json.",
-        )
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or value != int(value):
+        raise ValueError("not a whole number")
+    return int(value)
+
+
+def _file_digest(folder: Path) -> str | None:
+    """Digest of the whole configuration but the names of Python classes, as manifests of earlier releases have it."""
+    found = _configuration(folder)
+    if found is None:
+        return None
+    return _digest({key: value for key, value in found[1].items() if key not in _NAMES_OF_CLASSES})
+
+
+def _digest(value: dict[str, Any]) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()

@@ -44,10 +44,14 @@ def pull(
             help="A folder to make, with copies of the files. Default: one in the hub's cache; change no file."
         ),
     ] = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(help="Folder or repository of the weights, for a bundle that does not hold them."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Download the bundle of a repository and verify it."""
-    report = pull_bundle(repository, revision=revision, output=output)
+    report = pull_bundle(repository, revision=revision, output=output, checkpoint=checkpoint)
     answer = {"repository": report.repository, "commit": report.commit, "folder": str(report.folder)}
     if as_json:
         print_json(answer)

@@ -170,7 +170,7 @@ class DeviceProcess:
             try:
                 assert isinstance(answer, Places)
                 started = time.monotonic()
-                outputs = {place.name: self._outputs.view(place).copy() for place in answer.arrays}
+                outputs = self._outputs.copies(answer.arrays)
                 if parts is not None:
                     parts.transfer_out += answer.writing_seconds + time.monotonic() - started
                 return outputs

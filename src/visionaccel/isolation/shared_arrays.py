@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,8 @@ __all__ = ["ArrayPlace", "SharedArrays"]
 
 _ALIGNMENT = 64
 _GROWTH = 1.5
+_BLOCK = 512
+"""The unit of `st_blocks`, whatever the file system's is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +111,19 @@ class SharedArrays:
             # Views of the former mapping keep it alive as long as they need it.
             self._map = mmap.mmap(self.fd, size)
         return np.ndarray(place.shape, place.dtype, buffer=self._map, offset=place.offset)
+
+    def copies(self, places: Sequence[ArrayPlace]) -> dict[str, NDArray[Any]]:
+        """Copies of what the other side wrote, by name.
+
+        Raises:
+            ValueError: If the places are larger together than what was written. The file's size says little: it may be
+                any number, and places may overlap, without that anything was allocated for them.
+        """
+        wanted = sum(math.prod(place.shape) * place.dtype.itemsize for place in places)
+        written = os.fstat(self.fd).st_blocks * _BLOCK
+        if wanted > written:
+            raise ValueError(f"arrays of {wanted} bytes in {written} bytes of memory")
+        return {place.name: self.view(place).copy() for place in places}
 
     def close(self) -> None:
         """Give back the file and the mapping, or leave the mapping to the last view of it."""

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from onnx import AttributeProto, TensorProto
 
 from visionaccel.bounded_files import read_bounded
+from visionaccel.bundle.onnx_tensors import check_tensors
 from visionaccel.contracts import TensorSpec
 from visionaccel.errors import BundleError
 
@@ -61,18 +62,18 @@ class OnnxGraph:
         path: Its file.
 
     Raises:
-        BundleError: If two nodes make one tensor.
+        BundleError: If two tensors have one name, or share bytes of a file.
     """
 
     def __init__(self, model: onnx.ModelProto, path: Path) -> None:
         self.model, self.path = model, path
+        check_tensors(model, path)
         self._initializers = {tensor.name: tensor for tensor in model.graph.initializer}
         self._made: dict[str, int] = {}
         self._readers: dict[str, list[int]] = defaultdict(list)
         for place, node in enumerate(model.graph.node):
             for name in filter(None, node.output):
-                if self._made.setdefault(name, place) != place:
-                    raise BundleError(f"{path}: two nodes make {name!r}.", hint=_AGAIN)
+                self._made[name] = place
             for name in _reads(node):
                 self._readers[name].append(place)
 

@@ -1,0 +1,101 @@
+"""Refuses ONNX models in which one tensor could stand for another: names given twice, external data that overlap."""
+
+from __future__ import annotations
+
+import math
+import posixpath
+from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
+
+import onnx
+
+from visionaccel.errors import BundleError
+
+__all__ = ["check_tensor_names", "check_tensors"]
+
+_AGAIN = "Export the model again."
+_MOST_DIMENSIONS = 32
+
+
+def check_tensors(model: onnx.ModelProto, where: object) -> None:
+    """Refuse names that are given twice, and external data that overlap.
+
+    Args:
+        model: The model.
+        where: What the error names it by.
+
+    Raises:
+        BundleError: If two tensors have one name, or share bytes of a file.
+    """
+    for graph in _graphs(model.graph):
+        check_tensor_names(graph, where)
+    ranges: dict[str, list[tuple[int, int, str]]] = {}
+    for graph in _graphs(model.graph):
+        for tensor in _tensors(graph):
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                location, begin, end = _range(tensor, where)
+                if begin < end:
+                    ranges.setdefault(location, []).append((begin, end, tensor.name))
+    for location, places in ranges.items():
+        for (_, end, one), (begin, _, other) in pairwise(sorted(places)):
+            if begin < end:
+                raise BundleError(f"{where}: tensors {one!r} and {other!r} overlap in {location!r}.", hint=_AGAIN)
+
+
+def check_tensor_names(graph: onnx.GraphProto, where: object) -> None:
+    """Refuse a graph in which two weights, or a weight and what a node makes, have one name.
+
+    Raises:
+        BundleError: If so.
+    """
+    weights = Counter(tensor.name for tensor in graph.initializer)
+    weights.update(tensor.values.name for tensor in graph.sparse_initializer)
+    twice = next((name for name, count in weights.items() if count > 1), None)
+    if twice is not None:
+        raise BundleError(f"{where}: two weights are named {twice!r}.", hint=_AGAIN)
+    made = Counter(name for node in graph.node for name in node.output if name)
+    made.update(value.name for value in graph.input if value.name not in weights)
+    twice = next((name for name, count in made.items() if count > 1 or name in weights), None)
+    if twice is not None:
+        raise BundleError(f"{where}: more than one input, weight or operator gives {twice!r}.", hint=_AGAIN)
+
+
+def _range(tensor: onnx.TensorProto, where: object) -> tuple[str, int, int]:
+    """The file of a tensor's data and which of its bytes they are."""
+    keys = [item.key for item in tensor.external_data]
+    entry = {item.key: item.value for item in tensor.external_data}
+    try:
+        if len(entry) != len(keys):
+            raise ValueError("a field is given twice")
+        begin = int(entry.get("offset", 0))
+        length = int(entry["length"]) if "length" in entry else _bytes(tensor)
+        if begin < 0 or length < 0:
+            raise ValueError("a place in a file is not negative")
+    except (ValueError, KeyError) as error:
+        raise BundleError(f"{where}: external data of {tensor.name!r}: {error}.", hint=_AGAIN) from error
+    return posixpath.normpath(entry.get("location", "")), begin, begin + length
+
+
+def _bytes(tensor: onnx.TensorProto) -> int:
+    if len(tensor.dims) > _MOST_DIMENSIONS:  # the product of very many sizes alone takes minutes
+        raise ValueError(f"{len(tensor.dims)} dimensions")
+    items: int = math.prod(tensor.dims)
+    return items * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+
+
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    ahead = [graph]
+    while ahead:
+        each = ahead.pop()
+        yield each
+        for attribute in (attribute for node in each.node for attribute in node.attribute):
+            ahead += [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    for attribute in (attribute for node in graph.node for attribute in node.attribute):
+        yield from (*([attribute.t] if attribute.HasField("t") else []), *attribute.tensors)
