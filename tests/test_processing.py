@@ -143,6 +143,27 @@ def test_a_grid_that_options_of_a_request_forced_is_refused(made):
     made("fixed", fallback="torch_ref").check_fits("image", torch.tensor([1, 20, 20]))
 
 
+@pytest.mark.parametrize("kind", ["grid", "aspect ratio", "video", "not an image"])
+def test_what_is_refused_is_a_validation_error_of_vllm_with_our_text(made, kind):
+    from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+    from vllm.exceptions import VLLMValidationError
+
+    info = made("fixed")
+    refuse = {
+        "grid": lambda: info.check_fits("image", torch.tensor([1, 20, 20])),
+        "aspect ratio": lambda: info.data_parser.parse_mm_data({"image": [Image.new("RGB", (402, 2))]}),
+        "video": lambda: info.validate_num_items("video", 1),
+        "not an image": lambda: info.data_parser.parse_mm_data({"image": [np.zeros((3, 5, 5, 5))]}),
+    }[kind]
+    with pytest.raises(InputError) as caught:
+        refuse()
+    assert isinstance(caught.value, VLLMValidationError)
+    error = create_error_response(caught.value).error
+    assert (error.code, error.type) == (400, "BadRequestError")
+    assert error.message == str(caught.value)
+    assert caught.value.hint in error.message
+
+
 def test_a_grid_that_the_processor_would_resize_is_refused_at_start(made):
     with pytest.raises(ConfigurationError, match=r"2x2 needs images of 784 pixels; the processor makes them of 3136"):
         _ = made("tiny").fitter

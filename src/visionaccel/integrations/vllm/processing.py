@@ -100,6 +100,7 @@ class FittedProcessingInfo(Qwen2_5_VLProcessingInfo):  # type: ignore[misc]
             kwargs |= {"image_height": grid.h * side, "image_width": grid.w * side}
         return super()._get_vision_info(**kwargs)
 
+    @compat.errors_for_clients
     def check_fits(self, kind: str, grid_thw: Any) -> None:
         """Refuse an item whose grid no program takes, whatever gave it that grid.
 
@@ -117,10 +118,12 @@ class FittedProcessingInfo(Qwen2_5_VLProcessingInfo):  # type: ignore[misc]
                 "VISIONACCEL_FALLBACK.",
             )
 
+    @compat.errors_for_clients
     def _fit(self, image: Any) -> Image:
         assert self.fitter is not None
         return self.fitter.fit(_as_picture(image))
 
+    @compat.errors_for_clients
     def _refuse_video(self) -> None:
         taken = "; ".join(map(str, self.grids.coverages if self.grids is not None else ()))
         raise UnfitGridError(

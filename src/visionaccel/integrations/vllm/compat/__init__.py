@@ -38,6 +38,7 @@ from visionaccel.integrations.vllm.compat.cores import (
 )
 from visionaccel.integrations.vllm.compat.processing import (
     convert_images,
+    errors_for_clients,
     pixel_bounds,
     refuse_videos,
 )
@@ -84,14 +85,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "answered_with_media", "append_errors", "CacheState", "CONNECTOR", "convert_images", "drops_tokens_in_flight",
-    "ec_connector", "encoder_cache_state", "encoder_host", "explain_errors", "fail_requests", "first_of_its_group",
-    "forget_encoder_output", "forget_prefixes", "free_in_worker", "has_embeddings", "impossible_with_connector",
-    "in_step", "is_one_of_several_api_servers", "is_pipelined", "is_replaced", "load_plugins", "logger",
-    "obstacles_to_pipelining", "on_engine_config", "on_metrics", "pixel_bounds", "pools", "receives_embeddings",
-    "refuse_videos", "register_model", "release", "requests_at_stake", "scheduled_item", "ScheduledItem",
-    "served_model", "ServedModel", "share_log_handlers", "shows_encoder_cache", "start_anew", "started_cores",
-    "step_in_flight", "StepInFlight", "swapped_tower", "takes_media", "tried", "TRIED_RELEASES", "use_connector",
-    "use_contained_scheduler", "warn_of_untried_release", "worker_connector",
+    "ec_connector", "encoder_cache_state", "encoder_host", "errors_for_clients", "explain_errors", "fail_requests",
+    "first_of_its_group", "forget_encoder_output", "forget_prefixes", "free_in_worker", "has_embeddings",
+    "impossible_with_connector", "in_step", "is_one_of_several_api_servers", "is_pipelined", "is_replaced",
+    "load_plugins", "logger", "obstacles_to_pipelining", "on_engine_config", "on_metrics", "pixel_bounds", "pools",
+    "receives_embeddings", "refuse_videos", "register_model", "release", "requests_at_stake", "scheduled_item",
+    "ScheduledItem", "served_model", "ServedModel", "share_log_handlers", "shows_encoder_cache", "start_anew",
+    "started_cores", "step_in_flight", "StepInFlight", "swapped_tower", "takes_media", "tried", "TRIED_RELEASES",
+    "use_connector", "use_contained_scheduler", "warn_of_untried_release", "worker_connector",
 ]  # fmt: skip
 
 _QWEN = "vllm.model_executor.models.qwen2_5_vl"

@@ -226,6 +226,7 @@ _FITTING: tuple[Entry, ...] = (
     _need("patch", f"{_PARSER}._parse_video_data", "data"),
     _need("call", f"{_PARSER}.is_embeddings", "data"),
     _need("read", "vllm.multimodal.parse:ImageProcessorItems", has="data"),
+    _need("subclass", "vllm.exceptions:VLLMValidationError", optional=True),
     _need("override", f"{_PROCESSOR}.apply"),
     _need("override", f"{_PROCESSOR}._get_prompt_updates", "mm_items hf_processor_mm_kwargs out_mm_kwargs"),
 )

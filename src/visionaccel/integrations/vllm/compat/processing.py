@@ -2,10 +2,41 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from importlib import import_module
+from typing import Any, ParamSpec, TypeVar
 
-__all__ = ["convert_images", "pixel_bounds", "refuse_videos"]
+from visionaccel.errors import InputError
+
+__all__ = ["convert_images", "errors_for_clients", "pixel_bounds", "refuse_videos"]
+
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
+
+
+def errors_for_clients(check: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
+    """Decorate what looks at a request: an `InputError` that it raises is a validation error of vLLM's as well.
+
+    The API server answers that with 400 and its text. Other kinds of ValueError it does so only until all of vLLM's
+    errors are of its own kinds.
+    """
+
+    @functools.wraps(check)
+    def checked(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
+        try:
+            return check(*args, **kwargs)
+        except InputError as error:
+            raise _for_clients(type(error))(error.message, hint=error.hint) from error
+
+    return checked
+
+
+def _for_clients(kind: type[InputError]) -> type[InputError]:
+    theirs = getattr(import_module("vllm.exceptions"), "VLLMValidationError", None)
+    if theirs is None or issubclass(kind, theirs):
+        return kind
+    return type(kind.__name__, (kind, theirs), {"parameter": None, "value": None})
 
 
 def pixel_bounds(info: Any) -> tuple[int, int]:
