@@ -61,15 +61,17 @@ class Gate(Session):
         self.session.close()
 
 
-def gated(checkpoint, fallback=None, **capabilities) -> tuple[GuardedEncoder, Gate]:
+def gated(checkpoint, fallback=None, deadline=120.0, **capabilities) -> tuple[GuardedEncoder, Gate]:
     """A guarded encoder of a checkpoint, and the gate in it."""
     encoder = open_encoder(checkpoint, backend="torch_ref")
     (opened,) = encoder.programs
     gate = Gate(opened.session, **capabilities)
     programs = [OpenProgram(opened.program, opened.host, gate)]
-    others = [] if fallback is None else [Stage("fallback", fallback)]
-    guarded = GuardedEncoder(Encoder(encoder.tower, "gated", programs, default_registry()), others)
-    return guarded, gate
+    others = [] if fallback is None else [Stage("fallback", fallback, deadline=deadline, cool_down=0.2)]
+    first = Stage(
+        "gated", Encoder(encoder.tower, "gated", programs, default_registry()), deadline=deadline, cool_down=0.2
+    )
+    return GuardedEncoder(first, others), gate
 
 
 def wait_until(condition, seconds=20):

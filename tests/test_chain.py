@@ -28,7 +28,7 @@ from visionaccel.runtime.opening import open_guarded, open_service
 from visionaccel.runtime.service import EncodeService
 from visionaccel.runtime.shadow import Shadow
 from visionaccel.runtime.stage import Stage
-from visionaccel.runtime.watched import WatchedCalls
+from visionaccel.runtime.watched import LateError, WatchedCalls
 from visionaccel.settings import Settings
 
 GRID = (1, 4, 4)
@@ -228,9 +228,9 @@ def test_a_hang_in_the_servers_process_leaves_the_item_and_those_behind_it_to_th
         stages.append(threading.get_ident())
         return open_encoder(tiny, backend="onnxrt")
 
-    guarded, gate = gated(tiny, fallback)
+    guarded, gate = gated(tiny, fallback, deadline=0.5)
     gate.shut()
-    with EncodeService([guarded], deadline=0.5) as service:
+    with EncodeService([guarded]) as service:
         futures = [service.submit(random_patches([GRID], seed=seed), GRID) for seed in range(4)]
         for seed, future in enumerate(futures):
             exact = right(tiny, random_patches([GRID], seed=seed), [GRID])
@@ -251,9 +251,9 @@ def test_a_fallback_that_hangs_too_is_left_as_well_and_the_item_fails(tiny):
     stuck = Gate(opened.session)
     stuck.shut()
     second = Encoder(encoder.tower, "stuck", [OpenProgram(opened.program, opened.host, stuck)], default_registry())
-    guarded, gate = gated(tiny, lambda: second)
+    guarded, gate = gated(tiny, lambda: second, deadline=0.3)
     gate.shut()
-    with EncodeService([guarded], deadline=0.3) as service:
+    with EncodeService([guarded]) as service:
         future = service.submit(random_patches([GRID]), GRID)
         with pytest.raises(DeviceError):
             future.result(30)
@@ -271,7 +271,7 @@ def test_in_line_a_hang_ends_after_the_deadline_and_the_fallback_answers(tiny, t
         deadline=0.5,
         breaker_seconds=0.05,
     )
-    (guarded,) = open_guarded(open_tower(tiny), settings, ("onnxrt",), watched=True)
+    (guarded,) = open_guarded(open_tower(tiny), settings, ("onnxrt",))
     patches = random_patches([GRID])
     switch.write_text('[{"all": true, "do": "hang", "seconds": 1.5}]')
     started = time.monotonic()
@@ -287,12 +287,12 @@ def test_in_line_a_hang_ends_after_the_deadline_and_the_fallback_answers(tiny, t
 
 def test_a_call_that_is_left_behind_does_not_hold_up_the_next():
     calls, gate = WatchedCalls(), threading.Event()
-    with pytest.raises(TimeoutError):
-        calls.call(gate.wait, 0.05)
-    assert calls.call(lambda: 7, 5) == 7
+    with pytest.raises(LateError):
+        calls.call(gate.wait, 0.05, places=2)
+    assert calls.call(lambda: 7, 5, places=2) == 7
     with pytest.raises(TimeoutError, match="of its own"):
-        calls.call(lambda: (_ for _ in ()).throw(TimeoutError("of its own")), 5)
-    assert calls.call(lambda: 8, 5) == 8
+        calls.call(lambda: (_ for _ in ()).throw(TimeoutError("of its own")), 5, places=2)
+    assert calls.call(lambda: 8, 5, places=2) == 8
     gate.set()
     calls.close()
 
@@ -512,12 +512,10 @@ def test_in_line_the_deadline_is_of_each_image(tiny):
 
 
 def test_a_service_of_two_devices_closes_although_one_hangs(tiny):
-    one, other = gated(tiny)[0], gated(tiny)[0]
+    one, other = gated(tiny, deadline=60.0)[0], gated(tiny, deadline=60.0)[0]
     stages = one.stages[0], other.stages[0]
     hung, well = (stage.encoder_if_open.programs[0].session for stage in stages)
-    service = EncodeService(
-        [GuardedEncoder(stages[0], [stages[1]]), GuardedEncoder(stages[1], [stages[0]])], deadline=60.0
-    )
+    service = EncodeService([GuardedEncoder(stages[0], [stages[1]]), GuardedEncoder(stages[1], [stages[0]])])
     hung.shut()
     well.shut()
     futures = [service.submit(random_patches([GRID], seed=seed), GRID) for seed in range(2)]
@@ -534,9 +532,9 @@ def test_a_service_of_two_devices_closes_although_one_hangs(tiny):
 
 
 def test_a_hang_without_a_fallback_is_told_and_counted(tiny, told):
-    guarded, gate = gated(tiny)
+    guarded, gate = gated(tiny, deadline=0.3)
     gate.shut()
-    with EncodeService([guarded], deadline=0.3) as service:
+    with EncodeService([guarded]) as service:
         with pytest.raises(DeadlineError):
             service.submit(random_patches([GRID]), GRID).result(20)
         assert [(report.kind, report.following) for report in told.failed] == [("DeadlineError", None)]
@@ -571,8 +569,10 @@ def test_a_shadow_needs_its_reference_and_says_so_at_the_start(tiny, monkeypatch
 
 
 def test_in_line_a_fallback_that_hangs_is_left_behind_too(tiny, tmp_path):
-    settings = Settings(backend="onnxrt", fallback="openvino, torch_ref", deadline=0.3, canary="off")
-    (guarded,) = open_guarded(open_tower(tiny), settings, (None,), watched=True)
+    settings = Settings(
+        backend="onnxrt", fallback="openvino, torch_ref", deadline=0.3, canary="off", breaker_seconds=60
+    )
+    (guarded,) = open_guarded(open_tower(tiny), settings, (None,))
     patches = random_patches([GRID])
     guarded.stages[0].distrust("for the test")
     hung = guarded.stages[1].open().programs[0]

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from bundles import document, edit_index, edit_model, entry, replace_model, write_bundle, zero_tensor
 from fake_plugins import install
 from visionaccel import open_encoder
-from visionaccel.backends import default_registry
+from visionaccel.backends.registry import _default
 from visionaccel.bundle import open_bundle
 from visionaccel.bundle.opening import tower_digest
 from visionaccel.checkpoint import read_header
@@ -285,10 +285,10 @@ def spoiled(tmp_path, monkeypatch):
     def make(spoil):
         name = f"acme-spoiled-{abs(hash(spoil))}"
         monkeypatch.syspath_prepend(install(tmp_path / "site", name, "spoiled", SPOILED.format(spoil=spoil)))
-        default_registry.cache_clear()
+        _default.cache_clear()
 
     yield make
-    default_registry.cache_clear()
+    _default.cache_clear()
 
 
 @pytest.mark.parametrize(

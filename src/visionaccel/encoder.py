@@ -88,9 +88,9 @@ class Encoder:
         self.hooks = registry.plugins.hook
         safe = all(program.session.capabilities.thread_safe for program in self.programs)
         self._most_running = sys.maxsize if safe else 1
-        self._running = 0
+        self._running = self._closers = 0
         self._idle = threading.Condition()
-        self._closed = self._left = False
+        self._closed = self._giving_back = self._given_back = False
 
     @property
     def capabilities(self) -> Capabilities:
@@ -155,20 +155,40 @@ class Encoder:
     def close(self, wait: float | None = None) -> bool:
         """Give back the device once no call is in progress. Later calls of `encode` raise DeviceError.
 
+        May be called again, and while another thread closes: one of them gives it back, the others wait for that.
+
         Args:
-            wait: Seconds to wait for calls in progress; after that, the last of them gives it back when it returns.
-                None for as long as it takes.
+            wait: Seconds to wait for calls in progress, or for another thread that gives it back; after that, the last
+                call does when it returns. None for as long as it takes.
 
         Returns:
             Whether the device was given back.
         """
         with self._idle:
-            if not self._closed:
-                self._closed = True
-                self._left = not self._idle.wait_for(lambda: self._running == 0, wait)
-                if not self._left:
-                    close_programs(self.programs)
-            return not self._left
+            self._closed = True
+            self._idle.notify_all()
+            self._closers += 1
+            try:
+                idle = self._idle.wait_for(lambda: self._given_back or self._free(), wait)
+            finally:
+                self._closers -= 1
+            if not idle or self._given_back:
+                return self._given_back
+            self._giving_back = True
+        self._give_back()
+        return True
+
+    def _free(self) -> bool:
+        """With the lock held: whether the device may be given back, and nobody does it yet."""
+        return self._running == 0 and not self._giving_back
+
+    def _give_back(self) -> None:
+        try:
+            close_programs(self.programs)
+        finally:
+            with self._idle:
+                self._given_back = True
+                self._idle.notify_all()
 
     def __enter__(self) -> Self:
         return self
@@ -266,9 +286,10 @@ class Encoder:
             with self._idle:
                 self._running -= 1
                 self._idle.notify_all()
-                if self._left and self._running == 0:
-                    self._left = False
-                    close_programs(self.programs)
+                last = self._closed and self._closers == 0 and self._free()
+                self._giving_back |= last
+            if last:
+                self._give_back()
 
     def _checked(self, opened: OpenProgram, outputs: Mapping[str, Array], grids: Sequence[Grid]) -> Array:
         """The embeddings of one call, once every output is what the program promises."""

@@ -145,8 +145,13 @@ class OpenVinoBackend(VisionBackend):
             return compiled, mapped
 
         arithmetic = str(program.quantization) if integers else precision
+        model = str(core.get_property(_theirs(shown), "FULL_DEVICE_NAME")) if self.kind_of(shown) == "gpu" else ""
         capabilities = Capabilities(
-            device=shown, precision=arithmetic, thread_safe=True, max_in_flight=options.requests
+            device=shown,
+            precision=arithmetic,
+            thread_safe=True,
+            max_in_flight=options.requests,
+            hardware=model,
         )
         return OpenVinoSession(make, program, capabilities)
 

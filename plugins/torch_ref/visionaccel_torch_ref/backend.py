@@ -108,6 +108,13 @@ class TorchReferenceBackend(VisionBackend):
         return TorchReferenceSession(tower, where, dtype, threads)
 
 
+def _hardware(device: str) -> str:
+    """The model of a GPU: kernels, and so the last bits, are chosen by it."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else ""
+
+
 class _Tower(Protocol):
     def __call__(self, patches: "torch.Tensor", grids: Sequence[Grid]) -> "torch.Tensor":
         """Embeddings [N, out_width] of patches [P, patch_width] of the tower's dtype and device."""
@@ -118,7 +125,9 @@ class TorchReferenceSession(Session):
 
     def __init__(self, tower: _Tower, device: str, dtype: "torch.dtype", threads: int | None = None) -> None:
         precision = str(dtype).removeprefix("torch.")
-        self.capabilities = Capabilities(device=device, precision=precision, takes_tensors=True)
+        self.capabilities = Capabilities(
+            device=device, precision=precision, takes_tensors=True, hardware=_hardware(device)
+        )
         self._tower: _Tower | None = tower
         self._dtype, self._threads = dtype, threads
 

@@ -44,6 +44,9 @@ class BackendEntry:
     module: str
 
 
+_making = threading.RLock()
+
+
 class Registry:
     """Installed backends and the plug-in manager that holds those that were loaded."""
 
@@ -156,9 +159,14 @@ class Registry:
         return backend
 
 
-@cache
 def default_registry() -> Registry:
     """The process's registry of installed backends."""
+    with _making:  # one for all threads: observers of another would be forgotten
+        return _default()
+
+
+@cache
+def _default() -> Registry:
     return Registry()
 
 

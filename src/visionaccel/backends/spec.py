@@ -119,6 +119,8 @@ class Capabilities:
         takes_tensors: `run` takes torch tensors of any device as they are and may return tensors; otherwise every input
             is a C-contiguous numpy array on the host.
         simulated: The device is a simulator; every report says so.
+        hardware: The device's model, such as `NVIDIA H200`, where devices of one kind may compute other numbers; empty
+            where the kind decides them.
     """
 
     device: str
@@ -129,6 +131,7 @@ class Capabilities:
     batch_patches: int = 0
     takes_tensors: bool = False
     simulated: bool = False
+    hardware: str = ""
 
 
 class Session(ABC):

@@ -94,6 +94,10 @@ class IsolatedSession(Session):
         """
         return self._supervisor.run(inputs)
 
+    def end_process(self) -> None:
+        """End the child at once: a call in progress raises DeviceLostError, and another child is started."""
+        self._supervisor.end_process()
+
     def close(self) -> None:
         """End the child: politely, or at once if a call is in progress, which then raises DeviceLostError."""
         self._finalizer()

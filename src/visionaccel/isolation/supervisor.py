@@ -99,6 +99,12 @@ class Supervisor:
                 self._failures = 0
             return outputs
 
+    def end_process(self) -> None:
+        """End the process that takes calls, if there is one; the next is started."""
+        process = self._process
+        if process is not None:
+            process.kill()
+
     def close(self) -> None:
         """End the process, politely unless it is busy, and the thread. Takes no longer than closing may."""
         if os.getpid() != self._owner:

@@ -102,6 +102,11 @@ class Breaker:
             self._open(reason)
         self._changed(BreakerState.OPEN, reason)
 
+    def hasten(self) -> None:
+        """Something happened after which a probe may pass: if it is open, the next one is due."""
+        with self._lock:
+            self._probe_at = min(self._probe_at, self._clock())
+
     def begin_probe(self) -> bool:
         """Whether a probe is due; it is half-open then, and `end_probe` must be called."""
         with self._lock:

@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeAlias
 
@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 
 from visionaccel.arrays import Array, as_numpy
 from visionaccel.bundle.golden import Golden
-from visionaccel.comparison import length_errors, token_cosines
+from visionaccel.comparison import THRESHOLDS, length_errors, token_cosines
 from visionaccel.encoder import Encoder
-from visionaccel.errors import UnfitGridError, VisionAccelError
+from visionaccel.errors import DeadlineError, DeviceError, UnfitGridError, VisionAccelError
 from visionaccel.grid import Grid
 from visionaccel.program import FixedGrid
 
-__all__ = ["Canary", "CanaryResult", "drift_of"]
+__all__ = ["Canary", "CanaryResult", "FirstAnswer", "drift_of"]
 
 _SAME = 0.9999
 """The lowest cosine at which an encoder repeats its own answer: threads add in another order, and no more."""
@@ -61,18 +61,51 @@ class CanaryResult:
         return self.failure is None
 
 
+class FirstAnswer:
+    """What the first encoder of a source answered to a picture: the reference of every encoder that opens later.
+
+    For sources without golden images. The first encoder is the one that opened at the start, from files that had just
+    been verified; one that opens later may find other files.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._image: Golden | None = None
+        self._limit = 0.0
+
+    def offer(self, image: Golden, encoder: Encoder) -> None:
+        """Keep an encoder's answer, if it is the first."""
+        with self._lock:
+            if self._image is None:
+                self._image, self._limit = image, _precision_limit(encoder)
+
+    def image_for(self, encoder: Encoder) -> Golden | None:
+        """The picture and its answer, with the limit for that encoder; None if there is none that it takes."""
+        image = self._image
+        if image is None or not _takes(encoder, image):
+            return None
+        # Each may be as far from the exact answer as its precision allows.
+        angle = math.acos(self._limit) + math.acos(_precision_limit(encoder))
+        return replace(image, threshold=math.cos(angle))
+
+
 class Canary:
     """Encodes golden images and compares. May be asked from several threads.
 
-    An encoder without golden images (it has no bundle, or one that was never validated) is held to its own first
-    answer instead: that finds a device that changes its mind, and not one that was wrong from the start.
+    An encoder without golden images (it has no bundle, or one that was never validated) is held to the first encoder's
+    answer when it is tried first, and from then on to what it answered then: that finds an encoder of other weights and
+    a device whose results change, and not a first encoder that was wrong from the start.
 
     Args:
         images: The golden images; those that no program of the encoder takes are left out.
+        first: The answer of the first encoder of this source.
+        fallback: The encoder runs on the weights in its own precision, which the golden images' limits are not for.
     """
 
-    def __init__(self, images: Sequence[Golden] = ()) -> None:
-        self._images = tuple(images)
+    def __init__(
+        self, images: Sequence[Golden] = (), first: FirstAnswer | None = None, *, fallback: bool = False
+    ) -> None:
+        self._images, self._first, self._fallback = tuple(images), first or FirstAnswer(), fallback
         self._evidence: tuple[Golden, ...] = ()
         self._own: Golden | None = None
         self._lock = threading.Lock()
@@ -92,63 +125,78 @@ class Canary:
         """
         started = time.perf_counter()
         encode = encode or partial(encoder.encode, purpose="canary")
-        images = self._fitting(encoder, quick)
-        if not images:
-            return self._repeat(encoder, encode, started)
-        lowest, limit = 1.0, min(image.threshold for image in images)
-        failure, encoded, wrong = None, False, False
-        for image in images:
+        golden = self._fitting(encoder, quick)
+        images = [(f"golden image {image.name}", image) for image in (*self._evidence, *golden)]
+        if not golden:
+            images.append(self._answered(encoder))
+        lowest, limit = 1.0, min(image.threshold for _, image in images)
+        failure, encoded, wrong, rows = None, False, False, None
+        for what, image in images:
             rows = _encoded(encode, image)
-            if isinstance(rows, str):
-                failure = failure or f"golden image {image.name} could not be encoded: {rows}"
+            if isinstance(rows, VisionAccelError):
+                failure = failure or f"{what} could not be encoded: {rows.message}"
+                if isinstance(rows, DeadlineError):
+                    break  # the others would wait as long
                 continue
-            cosine, reason = drift_of(rows, image.embeddings, image.threshold)
+            expected = image.embeddings if len(image.embeddings) else rows
+            cosine, reason = drift_of(rows, expected, image.threshold)
             encoded, wrong = True, wrong or reason is not None
             if cosine < lowest:
                 lowest, limit = cosine, image.threshold
             if reason is not None:
-                failure = failure or f"golden image {image.name}: {reason}"
+                failure = failure or f"{what} comes out differently: {reason}"
+        if not golden and failure is None and self._own is None and isinstance(rows, np.ndarray):
+            self._own = replace(images[-1][1], embeddings=np.array(rows, np.float32), threshold=_SAME)
+            self._first.offer(self._own, encoder)
         seconds = time.perf_counter() - started
         return CanaryResult(len(images), lowest if encoded else -1.0, limit, seconds, failure, encoded, wrong)
 
+    def _answered(self, encoder: Encoder) -> tuple[str, Golden]:
+        """The picture in the place of golden images, and what to call it; without an answer for the first encoder."""
+        if self._own is not None:
+            return "a picture that it encoded before", self._own
+        first = self._first.image_for(encoder)
+        if first is not None:
+            return "a picture that the first encoder encoded at the start", first
+        return "a picture", _picture(encoder)
+
     def _fitting(self, encoder: Encoder, quick: bool) -> list[Golden]:
-        """The images that this encoder takes, at the start the smallest first; only that of each program if quick."""
-        fitting = list(self._evidence)
+        """The golden images that this encoder takes, the smallest first; only that of each program if quick."""
+        fitting: list[Golden] = []
         for image in sorted(self._images, key=lambda image: len(image.patches)):
-            try:
-                for grid in image.grids:
-                    encoder.program_for(grid)
-            except UnfitGridError:
-                continue
-            if not quick or image.program not in {other.program for other in fitting[len(self._evidence) :]}:
-                fitting.append(image)
+            if _takes(encoder, image) and not (quick and image.program in {other.program for other in fitting}):
+                limit = min(image.threshold, _precision_limit(encoder)) if self._fallback else image.threshold
+                fitting.append(replace(image, threshold=limit))
         return fitting
 
-    def _repeat(self, encoder: Encoder, encode: Encode, started: float) -> CanaryResult:
-        """Hold the encoder to what it answered first."""
-        with self._lock:
-            first = self._own is None
-            image = self._own or _picture(encoder)
-            rows = _encoded(encode, image)
-            seconds = time.perf_counter() - started
-            if isinstance(rows, str):
-                refused = f"a picture of grid {image.grids[0]} could not be encoded: {rows}"
-                return CanaryResult(1, -1.0, _SAME, seconds, refused, encoded=False)
-            if first:
-                self._own = Golden(image.name, "", image.grids, image.patches, np.array(rows, np.float32), _SAME)
-            cosine, reason = drift_of(rows, rows if first else image.embeddings, _SAME)
-        failure = None if reason is None else f"a picture that was encoded before comes out differently: {reason}"
-        return CanaryResult(1, cosine, _SAME, seconds, failure, wrong=failure is not None)
+
+def _takes(encoder: Encoder, image: Golden) -> bool:
+    """Whether some program of an encoder takes an image."""
+    try:
+        for grid in image.grids:
+            encoder.program_for(grid)
+    except UnfitGridError:
+        return False
+    return True
 
 
-def _encoded(encode: Encode, image: Golden) -> NDArray[np.float32] | str:
+def _precision_limit(encoder: Encoder) -> float:
+    """The lowest cosine with the exact answer that the encoder's precision allows."""
+    lowest = THRESHOLDS["bfloat16"]
+    return min(
+        THRESHOLDS.get(opened.program.quantization or opened.session.capabilities.precision, lowest)
+        for opened in encoder.programs
+    )
+
+
+def _encoded(encode: Encode, image: Golden) -> NDArray[np.float32] | VisionAccelError:
     """The embeddings of an image, or why there are none."""
     try:
         return as_numpy(encode(image.patches, image.grids))
     except VisionAccelError as error:
-        return error.message
+        return error
     except Exception as error:  # Whatever a vendor's stack raises, it is a canary that failed.
-        return f"{type(error).__name__}: {error}"
+        return DeviceError(f"{type(error).__name__}: {error}")
 
 
 def drift_of(found: NDArray[np.float32], reference: NDArray[np.float32], threshold: float) -> tuple[float, str | None]:

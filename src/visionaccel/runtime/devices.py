@@ -1,19 +1,15 @@
-"""The threads that keep one encoder of a service busy, and what becomes of calls that do not return."""
+"""The threads that keep one encoder of a service busy."""
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import numpy as np
 
 from visionaccel.arrays import FLOATS, Array, as_numpy, is_tensor
 from visionaccel.errors import DeadlineError, DeviceError, VisionAccelError
-from visionaccel.isolation import IsolatedSession
-from visionaccel.runtime.alarms import Alarms
 from visionaccel.runtime.embedding_cache import EmbeddingCache
 from visionaccel.runtime.guarded import Embedded, GuardedEncoder
 from visionaccel.runtime.ledger import Ledger
@@ -25,6 +21,7 @@ __all__ = ["DeviceThreads"]
 logger = safe_logger(__name__)
 
 _TRIES = 3
+_PERIOD = 0.02
 _CLOSING = 1.0
 
 
@@ -35,11 +32,8 @@ class DeviceThreads:
         encoder: The encoder of one device.
         ledger: Where items come from and go to.
         cache: Where embeddings are kept.
-        alarms: Watches the deadline of each call.
-        deadline: Seconds that a call may take. Not for a device in a child process, which is ended by a limit of its
-            own: what comes then, a restart and a fallback, may take its time.
         dtype: Dtype of the embeddings.
-        stuck: Called, from another thread, when a call is past its deadline.
+        stuck: Called when no encoder of the chain can answer because one hangs.
     """
 
     def __init__(
@@ -47,36 +41,31 @@ class DeviceThreads:
         encoder: GuardedEncoder,
         ledger: Ledger,
         cache: EmbeddingCache,
-        alarms: Alarms,
-        deadline: float,
         dtype: str,
         stuck: Callable[[], None],
     ) -> None:
         self.encoder = encoder
-        self._ledger, self._cache, self._alarms = ledger, cache, alarms
-        self._deadline, self._dtype, self._on_stuck = deadline, dtype, stuck
+        self._ledger, self._cache = ledger, cache
+        self._dtype, self._on_stuck = dtype, stuck
         capabilities = encoder.primary.capabilities
         self._device, self._most_patches = capabilities.device, capabilities.batch_patches
-        self._isolated = all(isinstance(opened.session, IsolatedSession) for opened in encoder.primary.programs)
         self._lock = threading.Lock()
-        self._calls: dict[int, list[Item]] = {}
-        self._late: set[int] = set()
         self._stuck_since: float | None = None
         calls = max(1, capabilities.max_in_flight) if capabilities.thread_safe else 1
-        self._most_calls, self._numbers = calls, itertools.count()
-        self._replaced: set[int] = set()
-        self._threads: list[threading.Thread] = []
+        self._threads = [
+            threading.Thread(target=self._run, name=f"visionaccel-{self._device}-{call}", daemon=True)
+            for call in range(calls)
+        ]
 
     def stuck_for(self) -> float:
-        """Seconds since every call that the device may have in progress is past its deadline; 0 if one is not."""
+        """Seconds since nothing of the chain can answer because an encoder hangs; 0 if something can."""
         since = self._stuck_since
         return 0.0 if since is None else time.monotonic() - since
 
     def start(self) -> None:
         """Start the threads."""
-        with self._lock:
-            for _ in range(self._most_calls):
-                self._start_one()
+        for thread in self._threads:
+            thread.start()
 
     def join(self, until: float | None) -> None:
         """Wait until the threads have ended; one that is in a call after that time is left to it.
@@ -94,29 +83,31 @@ class DeviceThreads:
             logger.warning("A call of device %r does not return; it keeps the device and a thread.", self._device)
         self.encoder.close(0.0 if alive else _CLOSING)
 
-    def _run(self, call: int) -> None:
-        while items := self._ledger.take(self._most_patches):
-            with self._lock:
-                self._calls[call] = items
-            alarm = None
-            if not self._isolated:
-                alarm = self._alarms.set(self._deadline, partial(self._overdue, call, items, threading.get_ident()))
+    def _run(self) -> None:
+        while self._wait_for_chain() and (items := self._ledger.take(self._most_patches)):
+            if self.encoder.hangs and not self._ledger.closed:  # since this thread began to wait for items
+                self._ledger.finish(items, [None] * len(items))
+                continue
             started = time.monotonic()
             waited = max(0.0, started - min(item.submitted for item in items))
             answers, results = self._trusted(items, waited)
             seconds = time.monotonic() - started
-            if alarm is not None:
-                self._alarms.forget(alarm)
-            with self._lock:
-                del self._calls[call]
-                self._late.discard(call)
-                self._stuck_since = None
-                replaced = call in self._replaced
             embedded = [answer for answer in answers if isinstance(answer, Embedded)]
             fallback = sum(answer.fallback for answer in embedded)
-            self._ledger.finish(items, results, encoded=len(embedded), fallback=fallback, busy_seconds=seconds)
-            if replaced:
-                return
+            # Which of several items a call hangs on is not known, so each gets a call of its own.
+            ended = [None if len(items) > 1 and isinstance(result, DeadlineError) else result for result in results]
+            self._ledger.finish(items, ended, encoded=len(embedded), fallback=fallback, busy_seconds=seconds)
+
+    def _wait_for_chain(self) -> bool:
+        """Take nothing while nothing can answer because an encoder hangs: what waits may be answered later."""
+        while self.encoder.hangs and not self._ledger.closed:
+            with self._lock:
+                stuck, self._stuck_since = self._stuck_since, self._stuck_since or time.monotonic()
+            if stuck is None:
+                self._on_stuck()
+            time.sleep(_PERIOD)
+        self._stuck_since = None
+        return True
 
     def _trusted(
         self, items: Sequence[Item], waited: float
@@ -158,41 +149,6 @@ class DeviceThreads:
         if item.key is not None and not answer.fallback:
             self._cache.put(item.key, rows, generation)
         return rows
-
-    def _start_one(self) -> None:
-        call = next(self._numbers)
-        name = f"visionaccel-{self._device}-{call}"
-        self._threads.append(threading.Thread(target=self._run, args=(call,), name=name, daemon=True))
-        self._threads[-1].start()
-
-    def _overdue(self, call: int, items: list[Item], thread: int) -> None:
-        """A call is late. Where another encoder can take over, it gets the items, on another thread."""
-        error = DeadlineError(
-            f"device {self._device!r} did not answer within {self._deadline:g} s.",
-            hint="Raise VISIONACCEL_DEADLINE, or set VISIONACCEL_ISOLATION=process, which ends a device that hangs.",
-        )
-        if self._calls.get(call) is not items:
-            return
-        # Tells observers, so without the lock. Should the call return at this moment, one that works is probed.
-        leave = self.encoder.leave_hung(thread, error.message, [item.grid for item in items])
-        leave = leave and not self._ledger.closed
-        with self._lock:
-            if self._calls.get(call) is not items:
-                return
-            if leave:
-                self._replaced.add(call)
-            else:
-                self._late.add(call)
-            if len(self._late) == self._most_calls:
-                self._stuck_since = time.monotonic()
-        logger.error("%s", error)
-        if leave:
-            self._ledger.again(items)
-            with self._lock:
-                self._start_one()
-            return
-        self._ledger.overdue(items, error)
-        self._on_stuck()
 
 
 def _joined(patches: Sequence[Array]) -> Array:

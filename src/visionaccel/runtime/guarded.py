@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,12 +22,14 @@ from visionaccel.errors import (
 )
 from visionaccel.grid import Grid, GridLike, as_grids, total_patches
 from visionaccel.runtime.shadow import Shadow
-from visionaccel.runtime.stage import Stage
+from visionaccel.runtime.stage import RETRY, Stage
 from visionaccel.safe_text import safe_logger
 
 __all__ = ["Embedded", "GuardedEncoder"]
 
 logger = safe_logger(__name__)
+
+_STEP = "Lower VISIONACCEL_DEADLINE, send fewer images at a time, or raise vLLM's VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS."
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +72,7 @@ class GuardedEncoder:
         self.primary = encoder
         self.stages = (first, *others)
         self.shadow = shadow
-        self._busy: dict[int, Stage] = {}
+        self._counting = threading.Lock()
         self.fallback_items = 0
         self.failed_items = 0
 
@@ -83,36 +86,29 @@ class GuardedEncoder:
         """Whether another encoder would take over."""
         return len(self.stages) > 1
 
-    def leave_hung(self, thread: int, reason: str, grids: Sequence[Grid]) -> bool:
-        """A call in that thread does not return. If another encoder can take over, the one that hangs is out of work.
-
-        Args:
-            thread: The thread's identifier.
-            reason: Why, for the log.
-            grids: What the call was to encode.
-
-        Returns:
-            Whether another takes over.
-        """
-        hung = self._busy.get(thread)
-        if hung is None:
-            return False
-        others = [stage for stage in self.stages if stage is not hung and stage.ready]
-        hung.note_failure(DeadlineError(reason), grids, others[0].name if others else None)
-        if not others:
-            return False
-        hung.breaker.trip(reason)
-        return True
+    @property
+    def hangs(self) -> bool:
+        """Whether nothing may be asked now because a call does not return: what waits may be answered later."""
+        return not self._turns() and any(stage.hangs for stage in self.stages)
 
     def encode_items(
-        self, patches: Array, grids: Sequence[GridLike], queue_seconds: float | None = None
+        self,
+        patches: Array,
+        grids: Sequence[GridLike],
+        queue_seconds: float | None = None,
+        *,
+        until: float | None = None,
     ) -> list[Embedded | VisionAccelError]:
         """Embeddings of each item, or the error that this item alone must answer for. Never raises for bad data.
+
+        Each encoder that is asked has its deadline for each call, and nothing else takes long.
 
         Args:
             patches: float32, float16 or bfloat16 [P, patch_width] of all items.
             grids: (t, h, w) of each item.
             queue_seconds: How long the first of them waited, for reports.
+            until: When all items must have their answers, on the monotonic clock, whatever encoders do: an item that
+                has none by then gets a DeadlineError. None for no such time.
 
         Returns:
             One entry for each grid: its embeddings, or the error.
@@ -122,7 +118,7 @@ class GuardedEncoder:
             checked = as_grids(grids, merge)
             if total_patches(checked) != len(patches):
                 # Which rows belong to which item is unknown, so the error is everybody's.
-                found = self._ask(self.stages[0], patches, checked)
+                found = self.stages[0].encode(patches, checked, until=until)
                 assert isinstance(found, VisionAccelError)  # the encoder refuses what disagrees
                 return self._failed(found, len(checked))
         except InputError as error:
@@ -132,17 +128,17 @@ class GuardedEncoder:
             return self._failed(self._nobody(), len(checked))
         ends = np.cumsum([grid.patches for grid in checked]).tolist()
         starts = [0, *ends[:-1]]
-        following = self._following(stage) or "retry"
-        whole = self._ask(stage, patches, checked, queue_seconds, following)
+        following = self._following(stage) or RETRY
+        whole = stage.encode(patches, checked, queue_seconds, following, until=until)
         if not isinstance(whole, VisionAccelError):
             stops = np.cumsum([grid.tokens(merge) for grid in checked]).tolist()
             rows = [whole[start:stop] for start, stop in zip([0, *stops[:-1]], stops, strict=True)]
             items = [patches[start:end] for start, end in zip(starts, ends, strict=True)]
             return [self._done(stage, *each) for each in zip(items, checked, rows, strict=True)]
-        first = (stage, whole) if len(checked) == 1 else None
+        known = (stage, whole) if len(checked) == 1 or isinstance(whole, DeadlineError) else None
         again = not isinstance(whole, OutputError)  # of several, encoding each alone is the second try
         return [
-            self._one(patches[start:end], grid, first, again or first is not None, queue_seconds)
+            self._one(patches[start:end], grid, known, again or known is not None, queue_seconds, until)
             for start, end, grid in zip(starts, ends, checked, strict=True)
         ]
 
@@ -164,6 +160,7 @@ class GuardedEncoder:
         known: tuple[Stage, VisionAccelError] | None,
         retry: bool,
         queue_seconds: float | None,
+        until: float | None,
     ) -> Embedded | VisionAccelError:
         """One item alone, down the chain.
 
@@ -173,21 +170,25 @@ class GuardedEncoder:
             known: An encoder that has tried already, and what went wrong.
             retry: Whether what comes out wrong is tried a second time.
             queue_seconds: How long it waited.
+            until: As for `encode_items`.
         """
         errors: list[tuple[Stage, VisionAccelError]] = []
         if known is not None:
             errors.append(known)
             if _is_own_fault(known[1]):
                 return self._failed(known[1], 1)[0]
-            again = self._again(patches, grid, *known) if retry else known[1]
+            again = self._again(patches, grid, *known, until) if retry else known[1]
             if not isinstance(again, VisionAccelError):
                 return self._done(known[0], patches, grid, again)
         for stage in self._turns():
             if known is not None and stage is known[0]:
                 continue
-            answer = self._ask(stage, patches, [grid], queue_seconds, self._following(stage))
+            if until is not None and time.monotonic() >= until:
+                errors.append((stage, DeadlineError("the step has no time left for it.", hint=_STEP)))
+                break
+            answer = stage.encode(patches, [grid], queue_seconds, self._following(stage), until=until)
             if isinstance(answer, VisionAccelError) and retry:
-                answer = self._again(patches, grid, stage, answer)
+                answer = self._again(patches, grid, stage, answer, until)
             if not isinstance(answer, VisionAccelError):
                 return self._done(stage, patches, grid, answer, errors)
             errors.append((stage, answer))
@@ -195,7 +196,9 @@ class GuardedEncoder:
                 break
         return self._failed(self._together(errors) if errors else self._nobody(), 1)[0]
 
-    def _again(self, patches: Array, grid: Grid, stage: Stage, error: VisionAccelError) -> Array | VisionAccelError:
+    def _again(
+        self, patches: Array, grid: Grid, stage: Stage, error: VisionAccelError, until: float | None
+    ) -> Array | VisionAccelError:
         """A second try where the first went wrong, if that makes sense."""
         following = self._following(stage)
         # A process that died is started anew at once, and only then; the same image may end the next one, too.
@@ -203,22 +206,7 @@ class GuardedEncoder:
         hopeless = lasting or not isinstance(error, DeviceError)
         if hopeless or stage not in self._turns() or not (isinstance(error, OutputError) or following is None):
             return error
-        return self._ask(stage, patches, [grid], following=following)
-
-    def _ask(
-        self,
-        stage: Stage,
-        patches: Array,
-        grids: Sequence[Grid],
-        queue_seconds: float | None = None,
-        following: str | None = None,
-    ) -> Array | VisionAccelError:
-        thread = threading.get_ident()
-        self._busy[thread] = stage
-        try:
-            return stage.encode(patches, grids, queue_seconds, following)
-        finally:
-            del self._busy[thread]
+        return stage.encode(patches, [grid], following=following, until=until)
 
     def _turns(self) -> list[Stage]:
         """Who may be asked now, in turn: the healthy, or where nobody is, those that only failed often."""
@@ -242,13 +230,15 @@ class GuardedEncoder:
         first = self.stages[0]
         fallback = not (stage is first or stage.same)
         if fallback:
-            self.fallback_items += 1
+            with self._counting:
+                self.fallback_items += 1
+                number = self.fallback_items
             why = str(errors[0][1]) if errors else first.why_not
             logger.warning(
                 "Backend %r failed on grid %s; the fallback took over, for the %d. time, on %r: %s",
                 self.primary.backend,
                 grid,
-                self.fallback_items,
+                number,
                 stage.name,
                 why,
             )
@@ -272,7 +262,8 @@ class GuardedEncoder:
         )
 
     def _failed(self, error: VisionAccelError, items: int) -> list[Embedded | VisionAccelError]:
-        self.failed_items += items
+        with self._counting:
+            self.failed_items += items
         return [error] * items
 
 

@@ -36,7 +36,7 @@ def embedding_key(patches: Array, grid: Grid, numbers: str) -> str:
 
 
 def numerics(encoder: Encoder, dtype: str) -> str:
-    """What decides an encoder's numbers: backend, kind of device, precision, options, and the programs' digests.
+    """What decides an encoder's numbers: backend, kind and model of the device, precision, options and programs.
 
     A program whose digest is not known is told by its weights' files and their last changes.
 
@@ -48,7 +48,8 @@ def numerics(encoder: Encoder, dtype: str) -> str:
     parts = {
         "family": encoder.tower.family,
         "backend": encoder.backend,
-        "device": re.sub(r"[:@]\d+$", "", capabilities.device),  # the kind; several of a kind compute the same
+        "device": re.sub(r"[:@]\d+$", "", capabilities.device),  # the kind
+        "hardware": sorted({opened.session.capabilities.hardware for opened in encoder.programs}),
         "precision": capabilities.precision,
         "options": encoder.options,
         "dtype": dtype,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
-from visionaccel.errors import ServiceClosedError, VisionAccelError
+from visionaccel.errors import DeadlineError, ServiceClosedError, VisionAccelError
 from visionaccel.runtime.queue import Embedding, Item, ItemQueue, Slots
 
 __all__ = ["Ledger", "ServiceCounters"]
@@ -183,39 +183,29 @@ class Ledger:
         _complete(given)
         return items
 
-    def finish(self, items: Sequence[Item], results: Sequence[Embedding | VisionAccelError], **counted: float) -> None:
-        """A call of a device has returned. Items that were failed meanwhile are done; what waits again need not."""
-        with self._lock:
-            failed = sum(
-                isinstance(result, VisionAccelError) and bool(item.futures)
-                for item, result in zip(items, results, strict=True)
-            )
-            self._count(running=-len(items), failed=failed, **counted)
-            given = self._leave_queue([item for item in items if item.state == "waiting"])
-            answers = self._done(items, results)
-        _complete(given)
-        _answer(answers)
+    def finish(
+        self, items: Sequence[Item], results: Sequence[Embedding | VisionAccelError | None], **counted: float
+    ) -> None:
+        """A call of a device has returned.
 
-    def overdue(self, items: Sequence[Item], error: VisionAccelError) -> None:
-        """A call of a device is past its deadline.
-
-        An item that it had alone fails; equal ones that come later start anew. Which of several it hangs on is not
-        known, so each gets a call of its own.
+        Args:
+            items: What it was given.
+            results: The answer of each; None for one that is to wait once more, for a call of its own.
+            counted: What it adds to the counters.
         """
         with self._lock:
-            late = [item for item in items if item.state == "running"]
-            answers: Answers = []
-            if len(items) > 1:
-                self._wait_again(late)
-            else:
-                self._count(failed=len(late), expired=len(late))
-                answers = self._done(late, [error] * len(late))
+            self._count(running=-len(items), **counted)
+            again = [item for item, result in zip(items, results, strict=True) if result is None]
+            self._wait_again([item for item in again if item.futures])
+            unwanted = [item for item in again if not item.futures]
+            self._count(cancelled=len(unwanted))
+            self._done(unwanted, [])
+            ended = [(item, result) for item, result in zip(items, results, strict=True) if result is not None]
+            failed = sum(isinstance(result, VisionAccelError) and bool(item.futures) for item, result in ended)
+            late = sum(isinstance(result, DeadlineError) and bool(item.futures) for item, result in ended)
+            self._count(failed=failed, expired=late)
+            answers = self._done([item for item, _ in ended], [result for _, result in ended])
         _answer(answers)
-
-    def again(self, items: Sequence[Item]) -> None:
-        """A call of a device does not return: its items wait once more, each for a call of its own."""
-        with self._lock:
-            self._wait_again([item for item in items if item.state == "running"])
 
     def fail_waiting(self, longer_than: float, error: VisionAccelError) -> None:
         """Fail what has waited for longer than that many seconds."""
@@ -226,7 +216,7 @@ class Ledger:
             self._count(failed=len(items), expired=len(items))
             answers = self._done(items, [error] * len(items))
         _complete(given)
-        _answer(answers)
+        _answer_apart(answers)
 
     def expire(self, future: Future[Embedding], error: VisionAccelError) -> None:
         """The deadline of one that waits for an item has passed."""
@@ -237,7 +227,7 @@ class Ledger:
             self._count(failed=1, expired=1)
             given = self._let_go(item, future)
         _complete(given)
-        _answer([(future, error)])
+        _answer_apart([(future, error)])
 
     def close(self, *, drain: bool) -> None:
         """Take nothing in any more; what waits is failed, or left for the devices."""
@@ -339,6 +329,12 @@ class Ledger:
 def _complete(turns: Turns) -> None:
     for turn in turns:
         turn.set_result(None)
+
+
+def _answer_apart(answers: Answers) -> None:
+    """Answer from another thread: callbacks of futures may take their time, and the thread of deadlines has none."""
+    if answers:
+        threading.Thread(target=_answer, args=(answers,), name="visionaccel-answers", daemon=True).start()
 
 
 def _answer(answers: Answers) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -12,6 +13,8 @@ __all__ = ["installed"]
 
 _T = TypeVar("_T")
 _owners: dict[str, int] = {}
+_installing = [threading.RLock()]
+os.register_at_fork(after_in_child=lambda: _installing.__setitem__(0, threading.RLock()))
 
 
 def installed(kind: type[_T], make: Callable[[], _T]) -> _T:
@@ -24,12 +27,13 @@ def installed(kind: type[_T], make: Callable[[], _T]) -> _T:
         make: Makes one.
     """
     plugins, name = default_registry().plugins, kind.__name__
-    found = plugins.get_plugin(name)
-    if isinstance(found, kind) and _owners.get(name) == os.getpid():
-        return found
-    if found is not None:
-        plugins.unregister(found)
-    made = make()
-    plugins.register(made, name)
-    _owners[name] = os.getpid()
-    return made
+    with _installing[0]:
+        found = plugins.get_plugin(name)
+        if isinstance(found, kind) and _owners.get(name) == os.getpid():
+            return found
+        if found is not None:
+            plugins.unregister(found)
+        made = make()
+        plugins.register(made, name)
+        _owners[name] = os.getpid()
+        return made

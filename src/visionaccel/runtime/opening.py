@@ -17,7 +17,7 @@ from visionaccel.encoder import Encoder
 from visionaccel.errors import BackendUnavailableError, DeviceError, PluginError, VisionAccelError
 from visionaccel.families import Tower
 from visionaccel.opening import WantedIsolation, open_encoder, open_source
-from visionaccel.runtime.canary import Canary
+from visionaccel.runtime.canary import Canary, FirstAnswer
 from visionaccel.runtime.guarded import GuardedEncoder
 from visionaccel.runtime.service import EncodeService
 from visionaccel.runtime.shadow import Shadow
@@ -40,8 +40,6 @@ def open_guarded(
     settings: Settings,
     devices: tuple[str | None, ...],
     host: Host | None = None,
-    *,
-    watched: bool = False,
 ) -> list[GuardedEncoder]:
     """A chain of encoders for each device, or the fallbacks alone if the devices cannot all run here.
 
@@ -55,24 +53,24 @@ def open_guarded(
         settings: The settings.
         devices: The devices; None among them for the backend's default.
         host: What else computes on the machine's cores, which the encoders' threads then leave to it if they can.
-        watched: Calls in this process get the settings' deadline: nobody else watches them.
 
     Raises:
         VisionAccelError: If neither can start, or a setting is wrong; the message says why and what to do.
     """
-    return _Opening(source, settings, host, watched).chains(devices)
+    return _Opening(source, settings, host).chains(devices)
 
 
 class _Opening:
     """What the encoders of one source have in common."""
 
-    def __init__(self, source: Tower | Bundle, settings: Settings, host: Host | None, watched: bool) -> None:
-        self._source, self._settings, self._watched = source, settings, watched
+    def __init__(self, source: Tower | Bundle, settings: Settings, host: Host | None) -> None:
+        self._source, self._settings = source, settings
         self._tower = source.tower if isinstance(source, Bundle) else source
         choice = choose_cores(settings.cpu_cores, host)
         self._cores = choice.cores
         if choice.cores is not None:
             logger.info("The encoder's threads run on cores %s of the CPU: %s.", shown_cores(choice.cores), choice.why)
+        self._first_answer = FirstAnswer()
         self._golden: tuple[Golden, ...] = ()
         if isinstance(source, Bundle) and settings.canary != "off":
             self._golden = read_golden(source)
@@ -94,10 +92,9 @@ class _Opening:
             with ExitStack() as stack:
                 stages = []
                 for device in devices:
-                    encoder = stack.enter_context(
-                        self._open(self._source, settings.backend or AUTO, device, settings.options)
-                    )
-                    stage = self._stage(encoder.backend, encoder, same=True)
+                    name = settings.backend or AUTO
+                    opener = partial(self._open, self._source, name, device, settings.options)
+                    stage = self._stage(name, opener, same=True)
                     stack.callback(stage.close)
                     self._try(stage)
                     stages.append(stage)
@@ -134,6 +131,7 @@ class _Opening:
         opened = stage.open()
         if isinstance(opened, VisionAccelError):
             raise opened
+        stage.name = opened.backend  # it may have been `auto`
         if self._settings.canary == "off":
             return
         result = stage.check()
@@ -150,11 +148,11 @@ class _Opening:
         return Stage(
             name,
             encoder,
-            canary=Canary(self._golden),
+            canary=Canary(self._golden, self._first_answer, fallback=not same),
             canary_on=settings.canary != "off",
             interval=settings.canary_interval,
-            deadline=settings.deadline if self._watched else None,
-            first_deadline=settings.open_deadline,
+            deadline=settings.deadline,
+            open_deadline=settings.open_deadline,
             failures=settings.breaker_failures,
             cool_down=settings.breaker_seconds,
             same=same,
@@ -166,7 +164,7 @@ class _Opening:
             return None
         if self._reference is None:
             opener = partial(self._open, self._tower, _REFERENCE)
-            self._reference = self._fallbacks.get(_REFERENCE) or Stage(_REFERENCE, opener)
+            self._reference = self._fallbacks.get(_REFERENCE) or self._stage(_REFERENCE, opener)
         encoder = stage.encoder_if_open
         assert encoder is not None
         limits = [image.threshold for image in self._golden] or [
@@ -271,7 +269,6 @@ def open_wanted_service(
             encoders,
             queue_size=settings.queue_size,
             cache=settings.cache_size,
-            deadline=settings.deadline,
             dtype=dtype,
         )
     except BaseException:

@@ -45,14 +45,14 @@ class EncodeService:
     how many calls it wants in progress at a time, and whether small items should share one
     (`Capabilities.max_in_flight`, `batch_patches`).
 
+    A call of a device has its encoder's deadline. The items of one that does not return in time get the next encoder of
+    the chain; where there is none, an item that the call was for alone fails with DeadlineError, and others get a call
+    each once the encoder works again. What waits then waits for that, too, but for no longer than the deadline.
+
     Args:
         encoders: One for each device, which the service closes. All must compute the same numbers.
         queue_size: Most items that wait for a device.
         cache: Where embeddings are kept: a number of bytes for a cache of its own, or one that is shared.
-        deadline: Seconds that a device may take for one call. One in a child process is ended then, and the fallback
-            has its turn. One in this process cannot be ended: its item fails with DeadlineError (of several, each is
-            tried alone), and it takes no other until it returns. While all devices are past their deadline, items that
-            have waited for as long fail too.
         dtype: Dtype of the embeddings: `float32`, `bfloat16` (through ml_dtypes) or `float16`.
 
     Raises:
@@ -65,18 +65,17 @@ class EncodeService:
         *,
         queue_size: int = 64,
         cache: int | EmbeddingCache = 512 * 2**20,
-        deadline: float = 120.0,
         dtype: str = "float32",
     ) -> None:
         self._numbers = _one_numerics(encoders, dtype)
         self.tower = encoders[0].primary.tower
         self.cache = cache if isinstance(cache, EmbeddingCache) else EmbeddingCache(cache)
-        self._dtype, self._deadline = dtype, deadline
+        self._dtype = dtype
+        self._deadline = max(stage.deadline for encoder in encoders for stage in encoder.stages)
         self._ledger = Ledger(queue_size)
         self._alarms = Alarms("visionaccel-deadlines")
         self._devices = [
-            DeviceThreads(encoder, self._ledger, self.cache, self._alarms, deadline, dtype, self._one_is_stuck)
-            for encoder in encoders
+            DeviceThreads(encoder, self._ledger, self.cache, dtype, self._one_is_stuck) for encoder in encoders
         ]
         for stage in {stage for encoder in encoders for stage in encoder.stages}:
             stage.on_drift(self.cache.clear)

@@ -1,16 +1,17 @@
-"""One encoder of a chain: opened when it is needed, held to its canary, and taken out of work while it fails."""
+"""One link of a chain: an encoder with a deadline and a canary, opened when needed, and disabled while it fails."""
 
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TypeVar
 
 from visionaccel.arrays import Array
-from visionaccel.backends import BreakerReport, DriftReport, FailureReport
+from visionaccel.backends import Purpose
 from visionaccel.bundle.golden import Golden
 from visionaccel.encoder import Encoder
 from visionaccel.errors import DeadlineError, DeviceError, InputError, VisionAccelError
@@ -18,31 +19,44 @@ from visionaccel.grid import Grid
 from visionaccel.isolation import IsolatedSession
 from visionaccel.runtime.breaker import Breaker, BreakerState
 from visionaccel.runtime.canary import Canary, CanaryResult
-from visionaccel.runtime.watched import WatchedCalls
+from visionaccel.runtime.keeper import Keeper
+from visionaccel.runtime.on_demand import OnDemand
+from visionaccel.runtime.reports import report_breaker, report_canary, report_failure
+from visionaccel.runtime.watched import LateError, WatchedCalls, in_callers_stream, seconds_until
 from visionaccel.safe_text import safe_logger
 
-__all__ = ["Stage"]
+__all__ = ["RETRY", "Stage"]
 
 logger = safe_logger(__name__)
 
-_LONGEST_SLEEP = 3600.0
-_PROBING = 0.05
+_T = TypeVar("_T")
+
+RETRY = "retry"
+"""What has its turn after a link that is asked a second time, in reports."""
+
 _CLOSING = 5.0
+_GIVING_BACK = 15.0
+_ENDING = 2.0
+"""How much longer than its own limit the call of a device's process may take: for that process to be ended."""
 
 
 class Stage:
     """An encoder with its breaker and its canary. Safe to use from several threads; several chains may share one.
 
+    Every call through a link, be it for a request, a canary or to open it, in this process or in a child, returns
+    within its deadline from the moment that it has its turn, or the link is disabled; nobody waits for it any longer,
+    not even to close it. The turn comes after at most one deadline for each call before it. A disabled link is tried
+    again in the background, after a delay that doubles each time; it gets work once its canary has passed.
+
     Args:
-        name: What to call it before it is open, such as the backend's name.
-        encoder: The open encoder, or what opens it, called at most once; a failure to open is remembered.
+        name: What to call it, such as the backend's name.
+        encoder: The open encoder, or what opens it. A failure to open disables the link.
         canary: What it is tried with; by default its own first answer, once it is to be put back to work.
         canary_on: Whether the canary also runs before its first encode, when the device's process was started anew, and
             on the timer.
         interval: Seconds between two canaries on a timer; 0 for none.
-        deadline: Seconds for one image, whose call then runs on a thread that can be left behind, if it may; None for
-            no limit, as where somebody else watches.
-        first_deadline: The same for each image of the first canary, which may compile; None for no limit.
+        deadline: Seconds for each image of a call.
+        open_deadline: Seconds for opening, and for each image of the first canary, which may compile.
         failures: As for `Breaker`.
         cool_down: As for `Breaker`.
         same: It computes the same numbers as the first of its chain.
@@ -59,23 +73,22 @@ class Stage:
         canary: Canary | None = None,
         canary_on: bool = False,
         interval: float = 0.0,
-        deadline: float | None = None,
-        first_deadline: float | None = None,
+        deadline: float = 120.0,
+        open_deadline: float = 600.0,
         failures: int = 5,
         cool_down: float = 1.0,
         same: bool = False,
     ) -> None:
         self.name, self.same = name, same
-        self._make = encoder if callable(encoder) else None
-        self._encoder: Encoder | VisionAccelError | None = None if callable(encoder) else encoder
-        self._canary, self._canary_on, self._interval = canary or Canary(), canary_on, interval
+        self.deadline, self._open_deadline = deadline, open_deadline
+        self._canary, self._canary_on = canary or Canary(), canary_on
         self.breaker = Breaker(failures=failures, cool_down=cool_down, changed=self._breaker_changed)
-        self._deadline, self._first_deadline = deadline, first_deadline
-        self._calls, self._canary_calls = WatchedCalls(), WatchedCalls()
-        self._opening, self._checking, self._telling = threading.Lock(), threading.RLock(), threading.Lock()
-        self._keeping = threading.Condition()
-        self._keeper: threading.Thread | None = None
-        self._closed = False
+        self._keeper = Keeper(self.breaker, self._probe, self._check_on_timer, interval if canary_on else 0.0)
+        self._calls = WatchedCalls(self.breaker.hasten)
+        self._source = OnDemand(encoder, self._calls, open_deadline)
+        self._lock = threading.Lock()
+        self._checking, self._telling = threading.RLock(), threading.Lock()
+        self._closed = self._hangs = False
         self._distrusted = 0
         self._drifted: list[Callable[[], None]] = []
         self._checked_restarts: int | None = None
@@ -83,38 +96,46 @@ class Stage:
     @property
     def encoder_if_open(self) -> Encoder | None:
         """The encoder, if it is open."""
-        return self._encoder if isinstance(self._encoder, Encoder) else None
+        return self._source.if_open
 
     @property
     def ready(self) -> bool:
         """Whether it may be given work; it may have to be opened first."""
-        return self.breaker.closed and not isinstance(self._encoder, VisionAccelError)
+        return self.breaker.closed
 
     @property
     def last_resort(self) -> bool:
         """Whether it may be given what would fail otherwise: it failed often, but neither hangs nor answers wrongly."""
-        return not self.breaker.for_sure and not isinstance(self._encoder, VisionAccelError)
+        return not self.breaker.for_sure and self._source.if_open is not None
+
+    @property
+    def hangs(self) -> bool:
+        """Whether it is disabled because a call did not return in time."""
+        return self._hangs
 
     @property
     def why_not(self) -> str:
         """Why it is given no work."""
-        if isinstance(self._encoder, VisionAccelError):
-            return f"{self.name} cannot be opened: {self._encoder.message}"
         return f"{self.name} is out of work ({self.breaker.state.value}): {self.breaker.reason}"
 
     @property
     def restarts(self) -> int:
         """How often a process of its device was started anew."""
-        encoder = self.encoder_if_open
-        sessions = [opened.session for opened in encoder.programs] if encoder is not None else []
-        return sum(session.restarts for session in sessions if isinstance(session, IsolatedSession))
+        return sum(session.restarts for session in self._processes())
 
     def on_drift(self, forget: Callable[[], None]) -> None:
         """Have something called when it turns out that it answered wrongly: what came from it is not to be kept."""
         self._drifted.append(forget)
 
     def encode(
-        self, patches: Array, grids: Sequence[Grid], queue_seconds: float | None = None, following: str | None = None
+        self,
+        patches: Array,
+        grids: Sequence[Grid],
+        queue_seconds: float | None = None,
+        following: str | None = None,
+        *,
+        until: float | None = None,
+        purpose: Purpose = "request",
     ) -> Array | VisionAccelError:
         """Embeddings as `Encoder.encode`, or what went wrong; never raises.
 
@@ -123,13 +144,16 @@ class Stage:
             grids: Checked grids.
             queue_seconds: How long the first item waited.
             following: What would have its turn if this fails, for reports.
+            until: When it must have returned in any case, on the monotonic clock.
+            purpose: What it is for.
         """
-        encoder = self.open()
+        encoder = self._source.if_open or self._opened(until, twice=True)
         if isinstance(encoder, VisionAccelError):
             return encoder
         distrusted = self._distrusted
+        encode = partial(encoder.encode, patches, grids, purpose=purpose, queue_seconds=queue_seconds)
         try:
-            answer = self._verified(lambda: self._attempt(encoder, patches, grids, queue_seconds), encoder)
+            answer = self._verified(partial(self._attempt, encoder, encode, patches, len(grids), until), encoder, until)
         except Exception as error:  # The engine's step must survive whatever a vendor's stack raises.
             answer = DeviceError(f"encoding failed with {type(error).__name__}: {error}")
         if self._distrusted != distrusted and not isinstance(answer, InputError):
@@ -137,26 +161,11 @@ class Stage:
         if not isinstance(answer, VisionAccelError):
             self.breaker.succeeded()
         elif not isinstance(answer, InputError):
-            self.note_failure(answer, grids, following)
-            if isinstance(answer, DeadlineError):
-                self.breaker.trip(answer.message)
-            else:
+            late = isinstance(answer, DeadlineError)
+            report_failure(encoder, answer, grids, None if late and following == RETRY else following)
+            if not late:  # which has disabled it already
                 self.breaker.failed(answer.message)
         return answer
-
-    def note_failure(self, error: VisionAccelError, grids: Sequence[Grid], following: str | None) -> None:
-        """Tell observers of an attempt that failed."""
-        encoder = self.encoder_if_open
-        if encoder is not None:
-            report = FailureReport(
-                encoder.backend,
-                encoder.capabilities.device,
-                tuple(grids),
-                type(error).__name__,
-                error.message,
-                following,
-            )
-            _tell(partial(encoder.hooks.visionaccel_failed, report=report))
 
     def check(self, *, quick: bool = False) -> CanaryResult | VisionAccelError:
         """Run the canary now; what answers wrongly is taken out of work.
@@ -168,12 +177,8 @@ class Stage:
         return encoder if isinstance(encoder, VisionAccelError) else self._check(encoder, quick=quick)
 
     def open(self) -> Encoder | VisionAccelError:
-        """The encoder, opened now if it was not, or why it cannot be."""
-        if self._encoder is None:
-            with self._opening:
-                if self._encoder is None:
-                    self._encoder = self._made()
-        return self._encoder
+        """The encoder, opened now if it was not, or why there is none."""
+        return self._source.if_open or self._opened()
 
     def distrust(self, reason: str, evidence: Golden | None = None) -> None:
         """It answered wrongly: take it out of work, and have what came from it forgotten.
@@ -186,7 +191,8 @@ class Stage:
         """
         if evidence is not None:
             self._canary.remember(evidence)
-        self._distrusted += 1
+        with self._lock:
+            self._distrusted += 1
         self.breaker.trip(reason)
         self._forget()
 
@@ -194,44 +200,54 @@ class Stage:
         """Give back the device, and end what looks after it.
 
         Args:
-            wait: Seconds to wait for a call in progress; one that does not return by then keeps the device until it
-                does. None for as long as it takes.
+            wait: Seconds to wait for a call in progress, at most its deadline. One that does not return by then keeps
+                the device until it does. Nobody waits for one that is late already.
         """
-        with self._keeping:
-            self._closed = True
-            self._keeping.notify_all()
-        self._calls.close()
-        self._canary_calls.close()
-        if self._keeper is not None and self._keeper is not threading.current_thread():
-            self._keeper.join(_CLOSING if wait is None else min(wait, _CLOSING))
-            if self._keeper.is_alive():
-                wait = 0.0  # its canary may hang; the device is given back when that returns
-        with self._opening:
-            encoder = self.encoder_if_open
-        if encoder is not None and not encoder.close(wait):
+        self._closed = True
+        encoder = self._source.close()
+        wait = self.deadline if wait is None else min(wait, self.deadline)
+        self._keeper.close(min(wait, _CLOSING))
+        self._calls.close(wait)
+        if encoder is not None and not _closed(encoder):
             logger.warning("A call of encoder %r does not return; it keeps its device.", self.name)
 
-    def _made(self) -> Encoder | VisionAccelError:
-        if self._closed:
-            return DeviceError(f"{self.name} is closed.", hint="Open a new one.")
-        assert self._make is not None
-        try:
-            return self._make()
-        except VisionAccelError as error:
-            return error
-        except Exception as error:  # Opened in the engine's step, which must survive it.
-            return DeviceError(f"opening {self.name} failed with {type(error).__name__}: {error}")
+    def _opened(
+        self, until: float | None = None, *, probing: bool = False, twice: bool = False
+    ) -> Encoder | VisionAccelError:
+        """The encoder, opened by one caller while the others wait; only a probe opens what could not be opened before.
 
-    def _verified(self, attempt: Callable[[], Array | VisionAccelError], encoder: Encoder) -> Array | VisionAccelError:
+        Args:
+            until: When to wait no longer, on the monotonic clock; the opening then goes on.
+            probing: The caller is a probe.
+            twice: Try once more what failed, for a request that nothing else may be able to serve.
+        """
+        try:
+            return self._source.open(self.name, lambda: probing or self.breaker.closed, until, twice=twice)
+        except LateError as late:
+            return DeviceError(
+                f"{self.name}: {late}. {self.breaker.reason}".strip(), hint="It is tried again soon; see the log."
+            )
+        except VisionAccelError as error:
+            if not (probing or self._closed):
+                self.breaker.trip(f"it cannot be opened: {error.message}")
+            return DeviceError(f"{self.name} cannot be opened: {error.message}", hint=error.hint) if twice else error
+
+    def _verified(
+        self, attempt: Callable[[], Array | VisionAccelError], encoder: Encoder, until: float | None
+    ) -> Array | VisionAccelError:
         """An attempt on a device that has passed a canary since it, or its process, was started."""
         if not self._canary_on:
             return attempt()
         answer: Array | VisionAccelError | None = None
         while answer is None:
             if self.restarts != self._checked_restarts:  # without the lock, which a canary on the timer may hold
-                with self._checking:
+                if not self._checking.acquire(timeout=-1 if until is None else seconds_until(until)):
+                    return DeadlineError(f"{self.name} is still being tried with its canary.", hint="Try again later.")
+                try:
                     untried = self.restarts != self._checked_restarts
-                    result = self._check(encoder, quick=self._checked_restarts is not None) if untried else None
+                    result = self._check(encoder, quick=self._was_checked, until=until) if untried else None
+                finally:
+                    self._checking.release()
                 if result is not None and result.failure is not None:
                     return DeviceError(f"{self.name} failed its canary: {result.failure}")
             before = self.restarts
@@ -241,38 +257,53 @@ class Stage:
         return answer
 
     def _attempt(
-        self, encoder: Encoder, patches: Array, grids: Sequence[Grid], queue_seconds: float | None
+        self, encoder: Encoder, encode: Callable[[], Array], patches: Array, images: int, until: float | None
     ) -> Array | VisionAccelError:
-        def encode() -> Array:
-            return encoder.encode(patches, grids, queue_seconds=queue_seconds)
-
-        seconds = None
-        if self._deadline is not None and _may_be_left(encoder):
-            seconds = self._deadline * max(1, len(grids))
         try:
-            return encode() if seconds is None else self._calls.call(encode, seconds)
+            return self._within(encoder, in_callers_stream(patches, encode), self.deadline * max(1, images), until)
         except VisionAccelError as error:
             return error
-        except TimeoutError:
-            return DeadlineError(
-                f"device {encoder.capabilities.device!r} did not answer within {seconds:g} s.",
-                hint="Raise VISIONACCEL_DEADLINE, or set VISIONACCEL_ISOLATION=process to end a device that hangs.",
-            )
 
-    def _check(self, encoder: Encoder, *, quick: bool, probing: bool = False) -> CanaryResult:
+    def _within(self, encoder: Encoder, call: Callable[[], _T], seconds: float, until: float | None) -> _T:
+        """What a call of the encoder returns or raises.
+
+        Raises:
+            DeadlineError: If it does not return in time; the link is disabled then.
+        """
+        safe = all(opened.session.capabilities.thread_safe for opened in encoder.programs)
+        slack = _ENDING if self._processes() else 0.0
+        if until is not None and (left := until - time.monotonic()) < seconds:
+            seconds, slack = max(0.0, left), 0.0
+        try:
+            return self._calls.call(call, seconds + slack, places=sys.maxsize if safe else 1, until=until)
+        except LateError as late:
+            if self._closed:
+                raise DeviceError("the encoder is closed.", hint="Open a new one.") from None
+            for session in self._processes():
+                session.end_process()  # or it would go on with what nobody waits for
+            device = encoder.capabilities.device
+            message = f"device {device!r} did not answer within {seconds:.3g} s."
+            error = DeadlineError(
+                f"{message} {late}.".removesuffix(" It did not return."),
+                hint="Raise VISIONACCEL_DEADLINE, or set VISIONACCEL_ISOLATION=process, which ends what hangs.",
+            )
+        self._hangs = True
+        self.breaker.trip(error.message)
+        raise error
+
+    def _check(
+        self, encoder: Encoder, *, quick: bool, probing: bool = False, until: float | None = None
+    ) -> CanaryResult:
         with self._checking:
-            restarts, first = self.restarts, self._checked_restarts is None
-            limit = (self._first_deadline if first else self._deadline) if _may_be_left(encoder) else None
-            result = self._canary.check(encoder, partial(self._encode_canary, encoder, limit), quick=quick)
-            if first and self._interval:
-                self._keep()
+            restarts, first = self.restarts, not self._was_checked
+            limit = self._open_deadline if first else self.deadline
+            encode = partial(self._encode_canary, encoder, limit, until)
+            result = self._canary.check(encoder, encode, quick=quick)
             if result.passed:
                 self._checked_restarts = restarts
-        report = DriftReport(
-            encoder.backend, encoder.capabilities.device, "canary", result.encoded, result.lowest_cosine, result.limit,
-            result.passed, result.seconds,
-        )  # fmt: skip
-        _tell(partial(encoder.hooks.visionaccel_compared, report=report))
+        if first:
+            self._keeper.wake()
+        report_canary(encoder, result)
         if result.wrong and not self._closed:
             if not probing:
                 self.distrust(f"its canary failed: {result.failure}")
@@ -280,21 +311,40 @@ class Stage:
                 self._forget()  # it was asked all the same, where nothing else was healthy
         return result
 
-    def _encode_canary(self, encoder: Encoder, limit: float | None, patches: Array, grids: Sequence[Grid]) -> Array:
+    def _encode_canary(
+        self, encoder: Encoder, limit: float, until: float | None, patches: Array, grids: Sequence[Grid]
+    ) -> Array:
         """One image of a canary.
 
         Raises:
             VisionAccelError: What the encoder raises, and DeadlineError after the limit.
         """
         encode = partial(encoder.encode, patches, grids, purpose="canary")
-        if limit is None:
-            return encode()
-        try:
-            return self._canary_calls.call(encode, limit * len(grids))
-        except TimeoutError:
-            error = DeadlineError(f"its canary did not return within {limit * len(grids):g} s.")
-            self.breaker.trip(error.message)
-            raise error from None
+        return self._within(encoder, encode, limit * len(grids), until)
+
+    def _probe(self) -> tuple[str | None, bool]:
+        encoder = self._source.if_open or self._opened(probing=True)
+        if isinstance(encoder, VisionAccelError):
+            return f"it cannot be opened: {encoder.message}", False
+        result = self._check(encoder, quick=self._was_checked, probing=True)
+        return result.failure, result.wrong
+
+    def _check_on_timer(self) -> None:
+        if self._source.if_open is None:
+            return
+        result = self._check(self._source.if_open, quick=True)
+        if result.failure is not None and not result.wrong:
+            self.breaker.failed(f"its canary failed: {result.failure}")
+
+    @property
+    def _was_checked(self) -> bool:
+        return self._checked_restarts is not None
+
+    def _processes(self) -> list[IsolatedSession]:
+        sessions = (
+            [opened.session for opened in self._source.if_open.programs] if self._source.if_open is not None else []
+        )
+        return [session for session in sessions if isinstance(session, IsolatedSession)]
 
     def _forget(self) -> None:
         for forget in self._drifted:
@@ -308,79 +358,22 @@ class Stage:
         }
         with self._telling:  # several changes may come at once: what is told last is the state that there is
             state = self.breaker.state
+            if state is BreakerState.CLOSED:
+                self._hangs = False
             level = logging.INFO if state is BreakerState.HALF_OPEN else logging.WARNING
             logger.log(level, "Encoder %r %s: %s", self.name, words[state], reason)
-            encoder = self.encoder_if_open
-            if encoder is not None:
-                report = BreakerReport(encoder.backend, encoder.capabilities.device, state.value, reason)
-                _tell(partial(encoder.hooks.visionaccel_breaker, report=report))
+            if self._source.if_open is not None:
+                report_breaker(self._source.if_open, state, reason)
         if state is BreakerState.OPEN:
-            self._keep()
-
-    def _keep(self) -> None:
-        """Have a thread look after it: probe it while it is out of work, and run its canary on the timer."""
-        with self._keeping:
-            if self._keeper is None and not self._closed:
-                self._keeper = threading.Thread(target=self._look_after, name="visionaccel-canary", daemon=True)
-                self._keeper.start()
-            self._keeping.notify_all()
-
-    def _look_after(self) -> None:
-        checked = time.monotonic()
-        while True:
-            with self._keeping:
-                if not self._closed:
-                    self._keeping.wait(self._until(checked))
-                if self._closed:
-                    return
-            encoder = self.encoder_if_open
-            if encoder is None:
-                continue
-            if not self.breaker.closed:
-                if self.breaker.begin_probe():
-                    with self._whatever_comes(probing=True):
-                        result = self._check(encoder, quick=True, probing=True)
-                        self.breaker.end_probe(result.failure, for_sure=result.wrong)
-                    checked = time.monotonic()
-            elif self._canary_on and self._interval and time.monotonic() - checked >= self._interval:
-                with self._whatever_comes(probing=False):
-                    result = self._check(encoder, quick=True)
-                    if result.failure is not None and not result.wrong:
-                        self.breaker.failed(f"its canary failed: {result.failure}")
-                checked = time.monotonic()
-
-    @contextmanager
-    def _whatever_comes(self, *, probing: bool) -> Iterator[None]:
-        """The thread must live on, and a probe that was begun must end."""
-        try:
-            yield
-        except Exception as error:
-            logger.exception("Looking after encoder %r failed.", self.name)
-            if probing:
-                self.breaker.end_probe(f"the probe failed with {type(error).__name__}: {error}")
-
-    def _until(self, checked: float) -> float:
-        if not self.breaker.closed:
-            return _PROBING
-        if self._canary_on and self._interval:
-            return min(_LONGEST_SLEEP, max(0.0, checked + self._interval - time.monotonic()))
-        return _LONGEST_SLEEP
+            self._keeper.wake()
 
 
-def _may_be_left(encoder: Encoder) -> bool:
-    """Whether its calls may run on a thread that can be left behind.
-
-    Those of a process of its own have a limit already; those that take a GPU's tensors belong to the caller's stream.
-    """
-    sessions = [opened.session for opened in encoder.programs]
-    isolated = all(isinstance(session, IsolatedSession) for session in sessions)
-    return not isolated and all(
-        session.capabilities.device == "cpu" or not session.capabilities.takes_tensors for session in sessions
-    )
-
-
-def _tell(hook: Callable[[], object]) -> None:
+def _closed(encoder: Encoder) -> bool:
+    """Whether an encoder gave back its device in time; its backend may hang in closing, too."""
+    calls = WatchedCalls()
     try:
-        hook()
-    except Exception:  # An observer's fault must not cost the caller an encode.
-        logger.exception("An observer of encodes failed.")
+        return calls.call(partial(encoder.close, 0.0), _GIVING_BACK)
+    except LateError:
+        return False
+    finally:
+        calls.close()

@@ -130,7 +130,7 @@ class AcceleratedTower(nn.Module):
             if metrics is not None:
                 metrics.counts_work = compat.first_of_its_group()
             devices = self._settings.wanted_devices[:1]
-            (encoder,) = open_guarded(self._source, self._settings, devices, host, watched=True)
+            (encoder,) = open_guarded(self._source, self._settings, devices, host)
         announce([encoder], how)
         for stage in encoder.stages:
             stage.on_drift(_distrust)

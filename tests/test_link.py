@@ -1,0 +1,456 @@
+"""A link of a chain: every call ends in time or the link is disabled, and what failed to open may work later."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from gated import Gate, gated, image, wait_until
+from towers import random_patches, reference
+from visionaccel import open_encoder
+from visionaccel.backends import default_registry
+from visionaccel.encoder import Encoder, OpenProgram
+from visionaccel.errors import ConfigurationError, DeadlineError, DeviceError, VisionAccelError
+from visionaccel.opening import open_tower
+from visionaccel.runtime import opening
+from visionaccel.runtime.guarded import GuardedEncoder
+from visionaccel.runtime.opening import open_guarded, open_service
+from visionaccel.runtime.service import EncodeService
+from visionaccel.runtime.stage import Stage
+from visionaccel.settings import Settings
+
+GRID = (1, 4, 4)
+
+
+def gate_of(encoder):
+    """Puts a gate into an open encoder."""
+    (opened,) = encoder.programs
+    opened.session = Gate(opened.session)
+    return opened.session
+
+
+@pytest.fixture
+def openings(monkeypatch):
+    """What `open_guarded` opens, one list of what happens for each backend: an error to raise, or a function of the
+    encoder; and the names of what was opened."""
+    scripts, opened = {}, []
+
+    def open_scripted(source, *, backend, **kinds):
+        opened.append(backend)
+        script = scripts.get(backend, [])
+        action = script.pop(0) if script else None
+        if isinstance(action, Exception):
+            raise action
+        encoder = open_encoder(source, backend=backend, **kinds)
+        if action is not None:
+            action(encoder)
+        return encoder
+
+    monkeypatch.setattr(opening, "open_encoder", open_scripted)
+    return scripts, opened
+
+
+# A hang
+
+
+@pytest.mark.parametrize("mode", ["in-line", "pipelined"])
+def test_an_in_process_fallback_that_hangs_behind_an_isolated_device_is_left_and_its_successor_answers(
+    tiny, tmp_path, mode, openings
+):
+    switch, gates = tmp_path / "switch.json", []
+    scripts, _ = openings
+    scripts["onnxrt"] = [lambda encoder: (gates.append(gate_of(encoder)), gates[0].shut())]
+    settings = Settings(
+        backend="simulated", device="torch_ref", options={"switch": str(switch)}, isolation="process",
+        fallback="onnxrt, torch_ref", deadline=1.0, breaker_seconds=60, canary="off",
+    )  # fmt: skip
+    real = opening.open_encoder
+
+    def in_this_process(source, *, backend, isolation, **kinds):
+        return real(source, backend=backend, isolation=isolation if backend == "simulated" else "none", **kinds)
+
+    opening.open_encoder = in_this_process  # put back by the fixture
+    (guarded,) = open_guarded(open_tower(tiny), settings, settings.wanted_devices)
+    switch.write_text('[{"all": true, "do": "exit"}]')
+    patches = image(3)
+    if mode == "in-line":
+        (answer,) = guarded.encode_items(patches, [GRID])
+        rows = answer.rows
+    else:
+        with EncodeService([guarded]) as service:
+            rows = service.submit(patches, GRID).result(20)
+    np.testing.assert_allclose(rows, reference(tiny, patches, [GRID]), rtol=0, atol=2e-5)
+    assert not guarded.stages[1].breaker.closed, "the one that hangs is disabled"
+    started = time.monotonic()
+    guarded.close()
+    assert time.monotonic() - started < 8
+    assert gates[0].inside == 1, "its call never returned"
+    gates[0].let_in()
+
+
+def test_a_canary_of_a_service_that_hangs_disables_the_device(tiny, tmp_path):
+    switch = tmp_path / "switch.json"
+    settings = Settings(
+        backend="simulated", device="onnxrt", options={"switch": str(switch)}, fallback="torch_ref", deadline=0.5,
+        canary_interval=0.05,
+    )  # fmt: skip
+    (guarded,) = open_guarded(open_tower(tiny), settings, settings.wanted_devices)
+    switch.write_text('[{"all": true, "do": "hang", "seconds": 3}]')
+    wait_until(lambda: not guarded.stages[0].breaker.closed, 10)
+    assert guarded.stages[0].hangs
+    switch.write_text("")
+    wait_until(lambda: guarded.stages[0].breaker.closed, 30)
+    guarded.close()
+
+
+def test_an_opening_that_hangs_ends_with_an_error_at_the_start(tiny, openings):
+    scripts, _ = openings
+    held = threading.Event()
+    scripts["onnxrt"] = [lambda _: held.wait(30)]
+    started = time.monotonic()
+    with pytest.raises(DeadlineError, match=r"was not opened within 0\.5 s"):
+        open_guarded(open_tower(tiny), Settings(backend="onnxrt", open_deadline=0.5), (None,))
+    assert time.monotonic() - started < 10
+    held.set()
+
+
+def test_a_fallback_that_hangs_in_opening_is_disabled_and_used_once_it_is_open(tiny):
+    held = threading.Event()
+
+    def slow():
+        held.wait(30)
+        return open_encoder(tiny, backend="onnxrt")
+
+    guarded, gate = gated(tiny)
+    gate.fail = lambda patches: OSError("gone")
+    chain = GuardedEncoder(guarded.stages[0], [Stage("slow", slow, open_deadline=0.3, cool_down=0.05)])
+    (answer,) = chain.encode_items(image(1), [GRID])
+    assert isinstance(answer, DeviceError)
+    assert "was not opened within 0.3 s" in answer.message
+    held.set()
+    wait_until(lambda: chain.stages[1].ready)
+    (answer,) = chain.encode_items(image(1), [GRID])
+    assert answer.fallback
+    chain.close()
+
+
+def test_a_backend_that_hangs_in_closing_does_not_hold_up_the_end(tiny, monkeypatch):
+    monkeypatch.setattr("visionaccel.runtime.stage._GIVING_BACK", 0.2)
+    guarded, gate = gated(tiny)
+    held = threading.Event()
+    gate.close = lambda: held.wait(30)
+    started = time.monotonic()
+    guarded.close()
+    assert time.monotonic() - started < 10
+    held.set()
+
+
+def test_many_callers_of_one_slow_device_wait_for_their_turn_and_none_counts_as_late(tiny):
+    guarded, gate = gated(tiny, deadline=2.0)
+    slow = gate.run
+
+    def run(inputs):
+        time.sleep(0.7)
+        return slow(inputs)
+
+    gate.run = run
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(guarded.encode_items, image(seed), [GRID]) for seed in range(4)]
+        answers = [each.result(30)[0] for each in asked]
+    assert not any(isinstance(answer, VisionAccelError) for answer in answers)
+    assert guarded.stages[0].breaker.closed
+    guarded.close()
+
+
+def test_threads_that_hang_do_not_add_up(tiny):
+    guarded, gate = gated(tiny, deadline=0.1)
+    stage = guarded.stages[0]
+    gate.shut()
+    before = threading.active_count()
+    for _ in range(5):
+        assert isinstance(guarded.encode_items(image(1), [GRID])[0], DeviceError)
+    time.sleep(1.0)  # several probes
+    assert threading.active_count() - before <= 2, "the one that hangs, and the one that probes"
+    assert not stage.ready
+    gate.let_in()
+    wait_until(lambda: stage.ready)
+    guarded.close()
+
+
+@hypothesis_settings(max_examples=15)
+@given(
+    schedule=st.lists(st.sampled_from(["right", "error", "hang"]), min_size=1, max_size=6),
+    links=st.integers(1, 3),
+    together=st.integers(1, 2),
+)
+def test_every_call_returns_within_its_deadline_or_its_link_is_disabled(tiny, schedule, links, together):
+    limit, held, todo = 0.15, threading.Event(), list(schedule)
+    stages = []
+    for number in range(links):
+        encoder = open_encoder(tiny, backend="torch_ref")
+        (opened,) = encoder.programs
+        gate = Gate(opened.session)
+        gate.fail = lambda _: _happen(todo.pop(0) if todo else "right", held)
+        session = [OpenProgram(opened.program, opened.host, gate)]
+        device = Encoder(encoder.tower, str(number), session, default_registry())
+        stages.append(Stage(str(number), device, deadline=limit, cool_down=60.0))
+    chain = GuardedEncoder(stages[0], stages[1:])
+    grids = [GRID] * together
+    while todo:
+        started = time.monotonic()
+        left = len(todo)
+        answers = chain.encode_items(random_patches(grids), grids)
+        # A retry and each item alone, on each link; what a busy machine adds to that.
+        assert time.monotonic() - started < limit * together * links * 2 + 5
+        assert len(answers) == together
+        if left == len(todo):
+            assert not any(stage.ready or stage.last_resort for stage in stages)
+            break
+    hung = schedule[: len(schedule) - len(todo)].count("hang")
+    assert sum(stage.hangs for stage in stages) == hung, "each hang disables its own link"
+    assert not any(stage.ready for stage in stages if stage.hangs)
+    started = time.monotonic()
+    chain.close()
+    assert time.monotonic() - started < 8
+    held.set()
+
+
+def _happen(action, held):
+    if action == "hang":
+        held.wait(60)
+    return OSError("gone") if action == "error" else None
+
+
+# What failed once
+
+
+def test_a_fallback_that_fails_to_open_once_answers_all_the_same(tiny, openings):
+    scripts, opened = openings
+    scripts["torch_ref"] = [DeviceError("out of memory.")]
+    (guarded,) = open_guarded(open_tower(tiny), Settings(backend="onnxrt", fallback="torch_ref"), (None,))
+    guarded.stages[0].distrust("for the test")
+    (answer,) = guarded.encode_items(image(1), [GRID])
+    assert answer.fallback
+    assert opened.count("torch_ref") == 2
+    guarded.close()
+
+
+def test_a_fallback_that_fails_to_open_again_and_again_is_opened_in_the_background_later(tiny, openings):
+    scripts, opened = openings
+    scripts["torch_ref"] = [DeviceError("out of memory.")] * 4
+    settings = Settings(backend="onnxrt", fallback="torch_ref", breaker_seconds=0.1)
+    (guarded,) = open_guarded(open_tower(tiny), settings, (None,))
+    primary, fallback = guarded.stages
+    primary._keeper.close(0)  # it stays disabled
+    primary.distrust("for the test")
+    (answer,) = guarded.encode_items(image(1), [GRID])
+    assert isinstance(answer, DeviceError)
+    assert "torch_ref" in answer.message
+    assert "out of memory" in answer.message
+    wait_until(lambda: fallback.ready)
+    assert opened.count("torch_ref") == 5
+    (answer,) = guarded.encode_items(image(1), [GRID])
+    assert answer.fallback
+    guarded.close()
+
+
+def test_a_configuration_that_is_wrong_is_not_tried_twice_by_one_request(tiny, openings):
+    scripts, opened = openings
+    scripts["torch_ref"] = [ConfigurationError("no such option.")] * 2
+    settings = Settings(backend="onnxrt", fallback="torch_ref", breaker_seconds=60)
+    (guarded,) = open_guarded(open_tower(tiny), settings, (None,))
+    guarded.stages[0].distrust("for the test")
+    (answer,) = guarded.encode_items(image(1), [GRID])
+    assert isinstance(answer, DeviceError)
+    assert opened.count("torch_ref") == 1
+    guarded.close()
+
+
+# Which encoder answers
+
+
+def test_a_fallback_that_opens_from_other_weights_is_found_before_it_answers(tiny, tmp_path_factory, openings):
+    from visionaccel.testing.checkpoints import random_checkpoint
+
+    other = open_tower(random_checkpoint(tmp_path_factory.mktemp("other"), seed=5))
+    real = opening.open_encoder
+
+    def replaced(source, *, backend, **kinds):
+        return real(other if backend == "torch_ref" else source, backend=backend, **kinds)
+
+    opening.open_encoder = replaced
+    settings = Settings(backend="onnxrt", fallback="torch_ref, openvino", breaker_seconds=60)
+    tower = open_tower(tiny)
+    (guarded,) = open_guarded(tower, settings, (None,))
+    guarded.stages[0].distrust("for the test")
+    (answer,) = guarded.encode_items(image(1), [GRID])
+    np.testing.assert_allclose(answer.rows, reference(tiny, image(1), [GRID]), rtol=0, atol=2e-5)
+    assert "the first encoder encoded at the start comes out differently" in guarded.stages[1].breaker.reason
+    guarded.close()
+
+
+def test_the_reference_of_a_shadow_that_opens_from_other_weights_convicts_no_healthy_device(
+    tiny, tmp_path_factory, openings, caplog
+):
+    from visionaccel.testing.checkpoints import random_checkpoint
+
+    other = open_tower(random_checkpoint(tmp_path_factory.mktemp("other"), seed=5))
+    real = opening.open_encoder
+
+    def replaced(source, *, backend, **kinds):
+        return real(other if backend == "torch_ref" else source, backend=backend, **kinds)
+
+    opening.open_encoder = replaced
+    (guarded,) = open_guarded(open_tower(tiny), Settings(backend="onnxrt", shadow=1.0), (None,))
+    guarded.encode_items(image(1), [GRID])
+    wait_until(lambda: "The reference could not encode" in caplog.text or guarded.shadow.compared)
+    assert guarded.stages[0].breaker.closed
+    assert guarded.shadow.compared == 0
+    guarded.close()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_fallback_in_another_precision_passes_the_first_encoders_answer(tiny, dtype, openings):
+    real = opening.open_encoder
+
+    def chosen(source, *, backend, options=None, **kinds):
+        options = {"dtype": dtype} if backend == "torch_ref" else options
+        return real(source, backend=backend, options=options, **kinds)
+
+    opening.open_encoder = chosen
+    (guarded,) = open_guarded(open_tower(tiny), Settings(backend="onnxrt", fallback="torch_ref"), (None,))
+    guarded.stages[0].distrust("for the test")
+    (answer,) = guarded.encode_items(image(1), [GRID])
+    assert answer.fallback
+    guarded.close()
+
+
+# Races
+
+
+def test_closing_an_encoder_twice_at_once_tells_both_the_truth(tiny):
+    guarded, gate = gated(tiny)
+    encoder = guarded.primary
+    gate.shut()
+    with ThreadPoolExecutor(3) as pool:
+        call = pool.submit(encoder.encode, image(1), [GRID])
+        gate.wait_for_calls(1)
+        first = pool.submit(encoder.close)
+        wait_until(lambda: encoder.closed)
+        assert encoder.close(0.05) is False, "the first one still waits for the call"
+        second = pool.submit(encoder.close)
+        time.sleep(0.05)
+        assert not second.done()
+        gate.let_in()
+        assert first.result(20)
+        assert second.result(20)
+        assert call.result(20).shape == (4, 24)
+    assert gate.closed
+    assert encoder.close() is True
+
+
+class Slow(int):
+    """A number that another thread can overtake while one is added to it."""
+
+    def __add__(self, other):
+        time.sleep(0.002)
+        return Slow(int(self) + other)
+
+
+def test_counters_of_a_chain_count_every_thread(tiny):
+    guarded, gate = gated(tiny, fallback=lambda: open_encoder(tiny, backend="onnxrt"))
+    gate.fail = lambda patches: OSError("gone")
+    guarded.encode_items(image(0), [GRID])
+    guarded.fallback_items, guarded.failed_items = Slow(0), Slow(0)
+    with ThreadPoolExecutor(4) as pool:
+        for asked in [pool.submit(guarded.encode_items, image(seed), [GRID]) for seed in range(20)]:
+            asked.result(30)
+        for asked in [pool.submit(guarded.encode_items, image(0), [(1, 3, 3)]) for _ in range(20)]:
+            asked.result(30)
+    assert (guarded.fallback_items, guarded.failed_items) == (20, 20)
+    guarded.close()
+
+
+def test_a_slow_callback_of_one_future_stops_no_deadline_of_another(tiny):
+    guarded, gate = gated(tiny)
+    gate.shut()
+    held = threading.Event()
+    with EncodeService([guarded]) as service:
+        service.submit(image(0), GRID)
+        gate.wait_for_calls(1)
+        service.submit(image(1), GRID, deadline=0.05).add_done_callback(lambda _: held.wait(10))
+        hurried = service.submit(image(2), GRID, deadline=0.2)
+        with pytest.raises(DeadlineError):
+            hurried.result(5)
+        held.set()
+        gate.let_in()
+
+
+def test_a_late_call_counts_for_nothing_once_its_item_was_taken_back(tiny):
+    guarded, gate = gated(tiny, fallback=lambda: open_encoder(tiny, backend="onnxrt"), deadline=0.5)
+    gate.shut()
+    with EncodeService([guarded]) as service:
+        service.submit(image(0), GRID).result(20)
+        gate.let_in()
+        wait_until(lambda: gate.inside == 0 and guarded.stages[0].ready)
+        wait_until(lambda: service.counters.running == 0)
+        time.sleep(0.05)
+        counters = service.counters
+        assert (counters.submitted, counters.encoded, counters.fallback) == (1, 1, 1)
+        assert service._ledger._slots.free == 64
+
+
+def test_devices_of_two_models_do_not_share_embeddings_and_two_of_one_model_do(tiny):
+    def with_device(device, hardware):
+        guarded, gate = gated(tiny)
+        gate.capabilities = replace(gate.capabilities, device=device, hardware=hardware)
+        return guarded
+
+    EncodeService([with_device("cuda:0", "H200"), with_device("cuda:1", "H200")]).close()
+    with pytest.raises(ConfigurationError, match="must run the same"):
+        EncodeService([with_device("cuda:0", "H200"), with_device("cuda:1", "T4")])
+
+
+def test_two_threads_get_one_registry_and_one_observer(monkeypatch):
+    from visionaccel.backends import registry
+    from visionaccel.runtime import observers
+
+    class Observer:
+        def __init__(self):
+            time.sleep(0.05)
+
+    made = []
+    slow = registry.Registry
+
+    class SlowRegistry(slow):
+        def __init__(self):
+            time.sleep(0.05)
+            made.append(self)
+            super().__init__()
+
+    monkeypatch.setattr(registry, "Registry", SlowRegistry)
+    default = default_registry()
+    registry._default.cache_clear()
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = {id(each.result()) for each in [pool.submit(default_registry) for _ in range(4)]}
+        assert len(found) == len(made) == 1
+    finally:
+        registry._default.cache_clear()
+        monkeypatch.setattr(registry, "Registry", lambda: default)
+        assert default_registry() is default
+    with ThreadPoolExecutor(4) as pool:
+        each = [pool.submit(observers.installed, Observer, Observer) for _ in range(4)]
+        assert len({id(one.result()) for one in each}) == 1
+    default.plugins.unregister(each[0].result())
+
+
+def test_settings_open_a_service_whose_devices_have_the_deadline(tiny):
+    with open_service(tiny, backend="onnxrt", fallback="torch_ref", deadline=7.0) as service:
+        assert {stage.deadline for encoder in service.encoders for stage in encoder.stages} == {7.0}
