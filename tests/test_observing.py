@@ -261,6 +261,22 @@ def test_what_processes_publish_is_added_up_and_stays_when_they_end(shared):
     assert found["visionaccel_waiting_items"] == [], "how things stood in a process that has ended no longer matters"
 
 
+def test_counts_that_do_not_fit_are_warned_of_once_and_the_last_that_did_are_shown(shared, caplog, monkeypatch):
+    from visionaccel.integrations.vllm import compat
+
+    monkeypatch.setattr(compat, "logger", lambda: logging.getLogger("visionaccel"))
+    metrics = EncoderMetrics()
+    publisher = published._Publisher(metrics, shared)
+    metrics._tally.count("visionaccel_patches", "someone", "cpu", amount=3)
+    wait_until(lambda: publisher._written.count(b"someone") == 1)
+    for number in range(3):
+        metrics._tally.count("visionaccel_patches", f"{number}" * 200_000, "cpu")
+        time.sleep(0.8)
+    found = {family.name: family for family in published.PublishedCollector().collect()}
+    assert [sample.value for sample in found["visionaccel_patches"].samples] == [3]
+    assert caplog.text.count("a record for metrics holds at most") == 1
+
+
 def test_metrics_are_shown_while_they_are_being_written(shared):
     metrics = EncoderMetrics()
     area = shared.claim(board.METRICS)

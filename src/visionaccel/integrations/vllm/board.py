@@ -166,7 +166,7 @@ class Area:
             ValueError: If it is larger than a slot.
         """
         if len(content) > self._section.capacity:
-            raise ValueError(f"{len(content)} bytes do not fit into the {self._section.capacity} of a record.")
+            raise ValueError(f"a record for {self._section.name} holds at most {self._section.capacity} bytes.")
         with self._board.alone(self._entry, 2 * _NUMBER.size):
             number = self.written
             place = self._place(number)
