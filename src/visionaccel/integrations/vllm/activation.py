@@ -12,6 +12,7 @@ from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.board import make_board
 from visionaccel.integrations.vllm.compat.checking import missing
 from visionaccel.integrations.vllm.compat.contract import Feature
+from visionaccel.integrations.vllm.features import is_on, require_features
 from visionaccel.integrations.vllm.mode import choose_mode
 from visionaccel.settings import load_settings
 
@@ -48,7 +49,7 @@ def activate() -> None:
     for architecture, model in MODELS.items():
         compat.register_model(architecture, model)
     compat.on_engine_config(_prepare)
-    if settings.metrics:
+    if settings.metrics and is_on(Feature.METRICS):
         compat.on_metrics(_collector)
 
 
@@ -68,6 +69,7 @@ def _prepare(config: VllmConfig, client_embeds: bool) -> None:
     Raises:
         ConfigurationError: If vLLM would run a vision encoder of its own, or cannot encode in the mode that is set.
     """
+    require_features(lambda: _limits_grids(config))
     served = compat.served_model(config)
     named = ", ".join(served.architectures)
     if not served.multimodal:
@@ -95,4 +97,13 @@ def _prepare(config: VllmConfig, client_embeds: bool) -> None:
             compat.use_connector(config, client_embeds)
     compat.use_contained_scheduler(config)
     make_board(inherit=compat.is_one_of_several_api_servers(config))
-    compat.explain_errors()
+    if is_on(Feature.REASONS):
+        compat.explain_errors()
+
+
+def _limits_grids(config: VllmConfig) -> bool:
+    """Whether the encoder takes some grids only, so that images are fitted to them."""
+    from visionaccel.integrations.vllm.source import grids_of  # only where fitting is off
+
+    served = compat.served_model(config)
+    return served.takes_media and grids_of(served.source, served.revision, load_settings()) is not None

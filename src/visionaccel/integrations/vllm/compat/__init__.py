@@ -13,9 +13,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from visionaccel.integrations.vllm.compat.checking import missing
 from visionaccel.integrations.vllm.compat.configuration import (
     CONNECTOR,
     ServedModel,
+    can_contain,
     ec_connector,
     impossible_with_connector,
     is_one_of_several_api_servers,
@@ -31,6 +33,8 @@ from visionaccel.integrations.vllm.compat.configuration import (
     takes_media,
     use_connector,
     use_contained_scheduler,
+    use_ec_connector,
+    use_model_in_process,
 )
 from visionaccel.integrations.vllm.compat.cores import (
     encoder_host,
@@ -81,18 +85,20 @@ from visionaccel.integrations.vllm.compat.worker import (
 )
 
 if TYPE_CHECKING:
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler as AsyncScheduler
     from vllm.v1.core.sched.scheduler import Scheduler as Scheduler
 
 __all__ = [
-    "answered_with_media", "append_errors", "CacheState", "CONNECTOR", "convert_images", "drops_tokens_in_flight",
-    "ec_connector", "encoder_cache_state", "encoder_host", "errors_for_clients", "explain_errors", "fail_requests",
-    "first_of_its_group", "forget_encoder_output", "forget_prefixes", "free_in_worker", "has_embeddings",
-    "impossible_with_connector", "in_step", "is_one_of_several_api_servers", "is_pipelined", "is_replaced",
-    "load_plugins", "logger", "obstacles_to_pipelining", "on_engine_config", "on_metrics", "pixel_bounds", "pools",
-    "receives_embeddings", "refuse_videos", "register_model", "release", "requests_at_stake", "scheduled_item",
-    "ScheduledItem", "served_model", "ServedModel", "share_log_handlers", "shows_encoder_cache", "start_anew",
-    "started_cores", "step_in_flight", "StepInFlight", "swapped_tower", "takes_media", "tried", "TRIED_RELEASES",
-    "use_connector", "use_contained_scheduler", "warn_of_untried_release", "worker_connector",
+    "answered_with_media", "append_errors", "CacheState", "can_contain", "CONNECTOR", "convert_images",
+    "drops_tokens_in_flight", "ec_connector", "encoder_cache_state", "encoder_host", "errors_for_clients",
+    "explain_errors", "fail_requests", "first_of_its_group", "forget_encoder_output", "forget_prefixes",
+    "free_in_worker", "has_embeddings", "impossible_with_connector", "in_step", "is_one_of_several_api_servers",
+    "is_pipelined", "is_replaced", "load_plugins", "logger", "missing", "obstacles_to_pipelining", "on_engine_config",
+    "on_metrics", "pixel_bounds", "pools", "receives_embeddings", "refuse_videos", "register_model", "release",
+    "requests_at_stake", "scheduled_item", "ScheduledItem", "served_model", "ServedModel", "share_log_handlers",
+    "shows_encoder_cache", "start_anew", "started_cores", "step_in_flight", "StepInFlight", "swapped_tower",
+    "takes_media", "tried", "TRIED_RELEASES", "use_connector", "use_contained_scheduler", "use_ec_connector",
+    "use_model_in_process", "warn_of_untried_release", "worker_connector",
 ]  # fmt: skip
 
 _QWEN = "vllm.model_executor.models.qwen2_5_vl"

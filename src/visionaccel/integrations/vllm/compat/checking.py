@@ -31,7 +31,8 @@ def missing(feature: Feature) -> tuple[str, ...]:
 def missing_of(entry: Entry) -> tuple[str, ...]:
     """What an entry needs that this vLLM does not have."""
     if isinstance(entry, Need):
-        return () if entry.optional else tuple(_missing(entry))
+        unused = entry.optional or (entry.where_loaded and entry.module not in sys.modules)
+        return () if unused else tuple(_missing(entry))
     found = {name: _all_missing(way) for name, way in entry.ways.items()}
     if not all(found.values()):
         return ()

@@ -8,16 +8,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from visionaccel.integrations.vllm.compat.releases import TRIED_RELEASES, logger, release, tried
+from visionaccel.integrations.vllm.compat.checking import missing, way_of
+from visionaccel.integrations.vllm.compat.contract import BY_OUR_SCHEDULER, FAILED_REQUESTS, Feature
+from visionaccel.integrations.vllm.compat.releases import logger
 
 if TYPE_CHECKING:
     import torch
     from vllm.config import ModelConfig, VllmConfig
 
 __all__ = [
-    "CONNECTOR", "ec_connector", "impossible_with_connector", "is_one_of_several_api_servers", "is_pipelined",
-    "is_replaced", "load_plugins", "obstacles_to_pipelining", "on_engine_config", "pools", "receives_embeddings",
-    "register_model", "served_model", "ServedModel", "takes_media", "use_connector", "use_contained_scheduler",
+    "can_contain", "CONNECTOR", "ec_connector", "impossible_with_connector", "is_one_of_several_api_servers",
+    "is_pipelined", "is_replaced", "load_plugins", "obstacles_to_pipelining", "on_engine_config", "pools",
+    "receives_embeddings", "register_model", "served_model", "ServedModel", "takes_media", "use_connector",
+    "use_contained_scheduler", "use_ec_connector", "use_model_in_process",
 ]  # fmt: skip
 
 CONNECTOR = "VisionAccelConnector"
@@ -47,6 +50,15 @@ def register_model(architecture: str, model: str) -> None:
     from vllm import ModelRegistry
 
     ModelRegistry.register_model(architecture, model)
+
+
+def use_model_in_process(architecture: str) -> None:
+    """Let vLLM look at one of its model classes in this process, instead of in a child that imports it."""
+    from vllm import ModelRegistry
+
+    found = ModelRegistry.models.get(architecture)
+    if found is not None:
+        ModelRegistry.register_model(architecture, found.load_model_cls())
 
 
 def is_replaced(architecture: str) -> bool:
@@ -134,9 +146,12 @@ def use_contained_scheduler(config: VllmConfig) -> bool:
     """Choose the scheduler that ends the requests whose image could not be encoded, where that can be done.
 
     Returns:
-        Whether it was chosen. Not if the user chose another, nor if keys leave this engine before the scheduler hears
-        of a fault: then a fault of an in-line encode must end the engine, or others would compute with it.
+        Whether it was chosen. Not if vLLM lacks what that needs, if the user chose another, nor if keys leave this
+        engine before the scheduler hears of a fault: then a fault of an in-line encode must end the engine, or others
+        would compute with it.
     """
+    if missing(Feature.CONTAINMENT):  # the log has what is missing
+        return False
     chosen = config.scheduler_config.scheduler_cls
     connected = getattr(config, "kv_transfer_config", None) is not None
     if chosen is None and not connected:
@@ -172,6 +187,15 @@ def receives_embeddings(config: VllmConfig) -> bool:
     return ec_connector(config) is not None and bool(config.ec_transfer_config.is_ec_consumer)
 
 
+def use_ec_connector(config: VllmConfig, name: str, module: str) -> None:
+    """Have an engine get its embeddings from an EC connector of that name in that module."""
+    from vllm.config import ECTransferConfig
+
+    config.ec_transfer_config = ECTransferConfig(
+        ec_connector=name, ec_role="ec_consumer", ec_connector_module_path=module
+    )
+
+
 def use_connector(config: VllmConfig, client_embeds: bool) -> None:
     """Give an engine this package's EC connector.
 
@@ -182,16 +206,18 @@ def use_connector(config: VllmConfig, client_embeds: bool) -> None:
         config: The engine's configuration.
         client_embeds: The user lets clients send embeddings.
     """
-    from vllm.config import ECTransferConfig
-
     if config.ec_transfer_config is None:
-        config.ec_transfer_config = ECTransferConfig(
-            ec_connector=CONNECTOR, ec_role="ec_consumer", ec_connector_module_path=CONNECTOR_MODULE
-        )
+        use_ec_connector(config, CONNECTOR, CONNECTOR_MODULE)
     media = config.model_config.get_multimodal_config()
     media.enable_mm_embeds = client_embeds
     if hasattr(media, "allow_missing_mm_embeddings"):
         media.allow_missing_mm_embeddings = False
+
+
+def can_contain(config: VllmConfig) -> bool:
+    """Whether an engine can have the scheduler that ends the requests whose image could not be encoded."""
+    custom = config.scheduler_config.scheduler_cls not in (None, *SCHEDULERS.values())
+    return not (custom or missing(Feature.CONTAINMENT) or getattr(config, "kv_transfer_config", None) is not None)
 
 
 def impossible_with_connector(config: VllmConfig) -> list[str]:
@@ -202,11 +228,10 @@ def impossible_with_connector(config: VllmConfig) -> list[str]:
         found.append("with --video-pruning-rate, vLLM prunes what its own encoder returns")
     if is_pipelined(config) and (config.ec_transfer_config.ec_role != "ec_consumer"):
         found.append(f"{CONNECTOR} gives embeddings to no other engine: its ec_role is ec_consumer")
-    custom = config.scheduler_config.scheduler_cls not in (None, *SCHEDULERS.values())
-    if custom or getattr(config, "kv_transfer_config", None) is not None:
+    if not can_contain(config):
         ends = "request whose image failed can be ended by this package's scheduler only"
-        if release().startswith(("0.28.", "0.29.")):
-            found.append(f"before vLLM 0.30, a {ends}")
+        if way_of(FAILED_REQUESTS) == BY_OUR_SCHEDULER:
+            found.append(f"in this vLLM, a {ends}")
         elif pools(config):
             found.append(f"a pooling {ends}")
     return found
@@ -215,9 +240,6 @@ def impossible_with_connector(config: VllmConfig) -> list[str]:
 def obstacles_to_pipelining(config: VllmConfig) -> list[str]:
     """Why this package's EC connector should not be taken unless the user names it; empty if it can be."""
     found = []
-    if not tried():
-        releases = f"{TRIED_RELEASES[0].rstrip('.')} to {TRIED_RELEASES[-1].rstrip('.')}"
-        found.append(f"it needs vLLM {releases}, and this is {release()}")
     other = ec_connector(config)
     if other not in (None, CONNECTOR):
         found.append(f"another EC connector is configured ({other})")

@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal, TypeAlias
 
-__all__ = ["CONTRACT", "ENTRIES", "WITHOUT", "AnyOf", "Entry", "Feature", "Need", "Use", "needs"]
+__all__ = [
+    "BY_OUR_SCHEDULER", "CONTRACT", "ENTRIES", "FAILED_REQUESTS", "WITHOUT", "AnyOf", "Entry", "Feature", "Need", "Use",
+    "needs",
+]  # fmt: skip
 
 Use: TypeAlias = Literal["call", "read", "subclass", "override", "patch"]
 """How a name is used: called, read, subclassed, overridden in such a subclass, or replaced by a function of ours."""
@@ -55,6 +58,8 @@ class Need:
         mentions: Names that its code, or that of one of a class's methods, must use.
         implements: Methods that a subclass of ours has; another abstract one breaks the contract.
         optional: Used where it exists; nothing is missing without it.
+        where_loaded: Looked at only in a process that has loaded the module: others never use it, and would import it
+            for nothing.
     """
 
     use: Use
@@ -64,6 +69,7 @@ class Need:
     mentions: tuple[str, ...] = ()
     implements: tuple[str, ...] = ()
     optional: bool = False
+    where_loaded: bool = False
 
     @property
     def module(self) -> str:
@@ -107,9 +113,10 @@ def _need(
     mentions: str = "",
     implements: str = "",
     optional: bool = False,
+    where_loaded: bool = False,
 ) -> Need:
     takes, attributes, used, methods = (tuple(text.split()) for text in (parameters, has, mentions, implements))
-    return Need(use, target, takes, attributes, used, methods, optional)
+    return Need(use, target, takes, attributes, used, methods, optional, where_loaded)
 
 
 _ARGUMENTS = "vllm.engine.arg_utils:EngineArgs"
@@ -130,6 +137,7 @@ _ENGINE = "vllm.v1.engine"
 _RESULT = f"{_ENGINE}.output_processor:RequestState.make_request_output"
 _CONNECTOR = "vllm.distributed.ec_transfer.ec_connector.base"
 _TRANSFER = "vllm.distributed.ec_transfer"
+_SERVING = "vllm.entrypoints.generate.base.serving"
 _PARALLEL = "vllm.distributed.parallel_state"
 
 _CONFIGURATION: tuple[Entry, ...] = (
@@ -268,6 +276,22 @@ _CONTAINMENT: tuple[Entry, ...] = (
     _need("patch", f"{_CONNECTOR}:ECConnectorBase.start_save_caches", optional=True),
 )
 
+BY_OUR_SCHEDULER = "the contained scheduler ends it"
+FAILED_REQUESTS = AnyOf(
+    "how a request ends whose image failed",
+    {
+        "the connector names it": (
+            _need("override", f"{_CONNECTOR}:ECConnectorBase.take_unavailable_requests"),
+            _need("read", _SCHEDULER, mentions="take_unavailable_requests"),
+        ),
+        BY_OUR_SCHEDULER: (
+            _need("subclass", _SCHEDULER),
+            _need("call", f"{_SCHEDULER}.finish_requests", "request_ids finished_status"),
+        ),
+    },
+)
+"""Before 0.30, vLLM's own schedulers do not ask a connector which requests have failed."""
+
 _PIPELINED: tuple[Entry, ...] = (
     *_ITEMS,
     _need(
@@ -309,19 +333,7 @@ _PIPELINED: tuple[Entry, ...] = (
         "vllm.v1.worker.ec_connector_model_runner_mixin:ECConnectorModelRunnerMixin",
         mentions="bind_connector_metadata start_load_caches",
     ),
-    AnyOf(
-        "how a request ends whose image failed",
-        {
-            "the connector names it": (
-                _need("override", f"{_CONNECTOR}:ECConnectorBase.take_unavailable_requests"),
-                _need("read", _SCHEDULER, mentions="take_unavailable_requests"),
-            ),
-            "the contained scheduler ends it": (
-                _need("subclass", _SCHEDULER),
-                _need("call", f"{_SCHEDULER}.finish_requests", "request_ids finished_status"),
-            ),
-        },
-    ),
+    FAILED_REQUESTS,
 )
 
 _REASONS: tuple[Entry, ...] = (
@@ -336,10 +348,11 @@ _REASONS: tuple[Entry, ...] = (
                 _need("patch", "vllm.v1.engine.output_processor:RequestState._new_completion_output"),
                 _need(
                     "patch",
-                    "vllm.entrypoints.generate.base.serving:GenerateBaseServing._raise_if_error",
+                    f"{_SERVING}:GenerateBaseServing._raise_if_error",
                     "finish_reason request_id",
+                    where_loaded=True,
                 ),
-                _need("call", "vllm.entrypoints.generate.base.serving:GenerationError"),
+                _need("call", f"{_SERVING}:GenerationError", where_loaded=True),
             ),
         },
     ),
@@ -358,7 +371,7 @@ _POOLING: tuple[Entry, ...] = (
             ),
             "with a result that raises": (
                 _need("patch", _RESULT, "new_token_ids pooling_output finish_reason stop_reason"),
-                _need("call", "vllm.entrypoints.generate.base.serving:GenerationError"),
+                _need("call", f"{_SERVING}:GenerationError", where_loaded=True),
             ),
         },
     ),

@@ -1,0 +1,234 @@
+"""The pipelined mode is tested on the vLLM that is there, whatever its number; the verdict is kept for that build."""
+
+import json
+import logging
+
+import pytest
+
+from visionaccel.errors import ConfigurationError
+from visionaccel.integrations.vllm import activation, compat, self_test
+from visionaccel.integrations.vllm.compat import checking
+from visionaccel.integrations.vllm.compat.contract import Feature
+from visionaccel.integrations.vllm.mode import choose_mode
+from visionaccel.settings import load_settings
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own deprecations
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """A cache of the test's own, and a contract that is looked up again."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("VISIONACCEL_BACKEND", "onnxrt")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    monkeypatch.delenv("VISIONACCEL_MODE", raising=False)
+    checking.missing.cache_clear()
+    yield tmp_path
+    checking.missing.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def built(digits):
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(model=str(digits), dtype="float32", max_model_len=160).create_engine_config()
+
+
+@pytest.fixture
+def config(built):
+    """A real engine configuration that nothing of ours has changed."""
+    built.ec_transfer_config = None
+    built.scheduler_config.scheduler_cls = None
+    return built
+
+
+def runs_again(*_):
+    raise AssertionError("the self-test runs again")
+
+
+def test_a_release_that_was_never_tried_pipelines_once_its_self_test_has_passed(config, monkeypatch, own_folder):
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", "0.99.0")
+    assert not compat.tried()
+    choice = choose_mode(config, load_settings())
+    assert (choice.mode, choice.reason) == ("pipelined", "nothing is in its way")
+    (kept,) = own_folder.glob("visionaccel/self-test/*.json")
+    assert json.loads(kept.read_bytes())["problem"] == ""
+
+    # The second start has the verdict; a damaged one is not believed.
+    with monkeypatch.context() as patch:
+        patch.setattr(self_test, "_run", runs_again)
+        assert choose_mode(config, load_settings()).mode == "pipelined"
+        patch.setattr(vllm, "__version__", "0.99.1")
+        with pytest.raises(AssertionError, match="runs again"):
+            choose_mode(config, load_settings())
+    kept.write_text('{"problem": nul')
+    monkeypatch.setattr(self_test, "_run", lambda kind: ("it lost a request", True))
+    assert "failed: it lost a request" in choose_mode(config, load_settings()).reason
+
+
+BROKEN = {
+    "loses a request": (
+        """
+        def schedule(self, *args, **kwargs):
+            if len(self.requests) > 3:  # the last of the queue is never looked at again
+                self.waiting.remove_requests([next(iter(self.requests.values()))])
+            return schedule_of_vllm(self, *args, **kwargs)
+        """,
+        "does not end",
+    ),
+    "never asks the connector": (
+        """
+        def _try_schedule_encoder_inputs(self, *args, **kwargs):
+            connector, self.ec_connector = self.ec_connector, None
+            try:
+                return try_of_vllm(self, *args, **kwargs)
+            finally:
+                self.ec_connector = connector
+        """,
+        "were encoded in the step",
+    ),
+    "gives other arguments": (
+        """
+        def _update_request_with_output(self, *args, **kwargs):
+            self.ec_connector.update_state_after_alloc("request")
+            return update_of_vllm(self, *args, **kwargs)
+        """,
+        "TypeError",
+    ),
+}
+"""Changes to vLLM's scheduler, as a release might make them, and what the self-test says of each."""
+
+
+@pytest.mark.parametrize("change", BROKEN)
+def test_a_scheduler_that_works_otherwise_fails(change, monkeypatch):
+    """In this process, as the child would play it."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    from visionaccel.integrations.vllm.rehearsal import rehearse
+    from visionaccel.integrations.vllm.scheduler import ContainedScheduler
+
+    source, message = BROKEN[change]
+    space = {
+        "schedule_of_vllm": Scheduler.schedule,
+        "try_of_vllm": Scheduler._try_schedule_encoder_inputs,
+        "update_of_vllm": Scheduler._update_request_with_output,
+    }
+    exec("class Changed:\n" + source, space)
+    (name,) = (name for name in vars(space["Changed"]) if not name.startswith("__"))
+    monkeypatch.setattr(Scheduler, name, vars(space["Changed"])[name])
+    assert message in rehearse(ContainedScheduler, asynchronous=False)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_vllms_own_schedulers_pass_with_and_without_containment(asynchronous):
+    from visionaccel.integrations.vllm.rehearsal import rehearse
+    from visionaccel.integrations.vllm.scheduler import ContainedAsyncScheduler, ContainedScheduler
+
+    ours = ContainedAsyncScheduler if asynchronous else ContainedScheduler
+    assert rehearse(ours, asynchronous=asynchronous) is None
+    stock = compat.AsyncScheduler if asynchronous else compat.Scheduler
+    assert rehearse(stock, asynchronous=asynchronous) is None
+
+
+def test_a_failed_self_test_means_in_line_and_refuses_what_names_the_pipelined_mode(config, monkeypatch):
+    monkeypatch.setattr(self_test, "_run", lambda kind: ("request3 does not end", True))
+    choice = choose_mode(config, load_settings())
+    assert choice.mode == "inline"
+    assert choice.reason == f"its self-test on vLLM {compat.release()} failed: request3 does not end"
+    monkeypatch.setattr(self_test, "_run", runs_again)
+    monkeypatch.setenv("VISIONACCEL_MODE", "pipelined")
+    with pytest.raises(ConfigurationError, match=r"VISIONACCEL_MODE=pipelined.*self-test.*request3 does not end"):
+        choose_mode(config, load_settings())
+    monkeypatch.delenv("VISIONACCEL_MODE")
+    compat.use_connector(config, client_embeds=False)
+    with pytest.raises(ConfigurationError, match=r"--ec-transfer-config.*self-test.*request3 does not end"):
+        choose_mode(config, load_settings())
+
+
+def test_a_self_test_that_could_not_be_run_is_not_kept(config, monkeypatch, own_folder):
+    monkeypatch.setattr(self_test, "_MODULE", "visionaccel.no_such_module")
+    choice = choose_mode(config, load_settings())
+    assert choice.mode == "inline"
+    assert "the self-test could not be run: its process ended with status 1" in choice.reason
+    assert not list(own_folder.rglob("*.json"))
+
+
+def test_the_verdict_is_of_the_scheduler_that_will_run(config, monkeypatch):
+    asked = []
+    monkeypatch.setattr(self_test, "_run", lambda kind: (asked.append(kind), ("", True))[1])
+    for asynchronous in (False, True):
+        monkeypatch.setattr(config.scheduler_config, "async_scheduling", asynchronous)
+        choose_mode(config, load_settings())
+    monkeypatch.setattr(config.scheduler_config, "scheduler_cls", "their.own")
+    choose_mode(config, load_settings())
+    assert asked == [("own", "sync"), ("own", "async"), ("stock", "async")]
+
+
+def gone(monkeypatch, target):
+    """Take a name away from vLLM."""
+    module, _, name = target.partition(":")
+    owner = __import__(module, fromlist=["*"])
+    *path, last = name.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    monkeypatch.delattr(owner, last)
+
+
+@pytest.fixture
+def log():
+    """What is logged below vLLM's logger, which hands nothing up."""
+    records = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    logger = logging.getLogger("vllm.visionaccel")
+    logger.addHandler(handler)
+    yield records
+    logger.removeHandler(handler)
+
+
+CONNECTOR = "vllm.distributed.ec_transfer.ec_connector.base:ECConnectorBase"
+MODELS = "vllm.model_executor.models.qwen2_5_vl"
+
+
+@pytest.mark.parametrize(
+    ("target", "off", "pipelined", "contained"),
+    [
+        ("vllm.v1.core.encoder_cache_manager:EncoderCacheManager.free_encoder_input", Feature.CONTAINMENT, True, False),
+        (f"{CONNECTOR}.ensure_cache_available", Feature.PIPELINED, False, True),
+        ("vllm.v1.engine.output_processor:RequestState._new_completion_output", Feature.REASONS, True, True),
+        ("vllm.multimodal.parse:MultiModalDataParser._parse_image_data", Feature.FITTING, True, True),
+    ],
+)
+def test_a_feature_that_misses_a_name_is_off_alone_and_the_log_names_it(
+    config, monkeypatch, log, target, off, pipelined, contained
+):
+    gone(monkeypatch, target)
+    monkeypatch.setattr(self_test, "_run", lambda kind: ("", True))
+    activation._prepare(config, False)
+    (warning,) = (line for line in log if "Without it, " in line)
+    assert f"is not what the {off} feature needs: " in warning
+    assert f"{target.replace(':', '.')} does not exist" in warning
+    assert (compat.is_pipelined(config), config.scheduler_config.scheduler_cls is not None) == (pipelined, contained)
+
+
+def test_without_the_contract_of_the_in_line_mode_vllm_does_not_start(config, monkeypatch):
+    gone(monkeypatch, f"{MODELS}:Qwen2_5_VisionTransformer")
+    with pytest.raises(ConfigurationError, match=r"cannot be replaced: .*Qwen2_5_VisionTransformer does not"):
+        activation._prepare(config, False)
+
+
+def test_images_that_must_be_fitted_and_cannot_be_are_no_start(config, monkeypatch):
+    gone(monkeypatch, "vllm.multimodal.parse:MultiModalDataParser._parse_image_data")
+    monkeypatch.setattr(activation, "_limits_grids", lambda config: True)
+    with pytest.raises(ConfigurationError, match=r"images cannot be fitted to them: .*_parse_image_data does not"):
+        activation._prepare(config, False)
+
+
+def test_pipelined_by_name_is_refused_where_its_contract_does_not_hold(config, monkeypatch):
+    gone(monkeypatch, f"{CONNECTOR}.ensure_cache_available")
+    monkeypatch.setattr(self_test, "_run", runs_again)
+    monkeypatch.setenv("VISIONACCEL_MODE", "pipelined")
+    with pytest.raises(ConfigurationError, match="ensure_cache_available does not exist"):
+        choose_mode(config, load_settings())
