@@ -51,7 +51,7 @@ def test_a_step_that_needs_the_encoder_opens_it(receiving, monkeypatch):
     assert made.encoder is made.encoder
 
 
-def test_an_encoder_that_cannot_be_opened_is_the_items_fault_and_is_not_tried_again(receiving, monkeypatch):
+def test_an_encoder_that_cannot_be_opened_is_the_items_fault_and_is_not_tried_again_at_once(receiving, monkeypatch):
     faults = []
     monkeypatch.setattr(compat, "in_step", lambda: True)
     monkeypatch.setattr(compat, "worker_connector", lambda: None)

@@ -128,6 +128,8 @@ class GuardedEncoder:
             return self._failed(self._nobody(), len(checked))
         ends = np.cumsum([grid.patches for grid in checked]).tolist()
         starts = [0, *ends[:-1]]
+        if until is not None and time.monotonic() >= until:
+            return self._failed(_no_time(), len(checked))
         following = self._following(stage) or RETRY
         whole = stage.encode(patches, checked, queue_seconds, following, until=until)
         if not isinstance(whole, VisionAccelError):
@@ -184,7 +186,7 @@ class GuardedEncoder:
             if known is not None and stage is known[0]:
                 continue
             if until is not None and time.monotonic() >= until:
-                errors.append((stage, DeadlineError("the step has no time left for it.", hint=_STEP)))
+                errors.append((stage, _no_time()))
                 break
             answer = stage.encode(patches, [grid], queue_seconds, self._following(stage), until=until)
             if isinstance(answer, VisionAccelError) and retry:
@@ -265,6 +267,10 @@ class GuardedEncoder:
         with self._counting:
             self.failed_items += items
         return [error] * items
+
+
+def _no_time() -> DeadlineError:
+    return DeadlineError("the engine's step has no time left for it.", hint=_STEP)
 
 
 def _is_own_fault(error: VisionAccelError) -> bool:

@@ -22,7 +22,7 @@ from visionaccel.runtime.canary import Canary, CanaryResult
 from visionaccel.runtime.keeper import Keeper
 from visionaccel.runtime.on_demand import OnDemand
 from visionaccel.runtime.reports import report_breaker, report_canary, report_failure
-from visionaccel.runtime.watched import LateError, WatchedCalls, in_callers_stream, seconds_until
+from visionaccel.runtime.watched import LateError, NoTimeError, WatchedCalls, in_callers_stream, seconds_until
 from visionaccel.safe_text import safe_logger
 
 __all__ = ["RETRY", "Stage"]
@@ -276,6 +276,10 @@ class Stage:
             seconds, slack = max(0.0, left), 0.0
         try:
             return self._calls.call(call, seconds + slack, places=sys.maxsize if safe else 1, until=until)
+        except NoTimeError:
+            raise DeadlineError(
+                f"{self.name} was busy for as long as there was time.", hint="Try again later."
+            ) from None
         except LateError as late:
             if self._closed:
                 raise DeviceError("the encoder is closed.", hint="Open a new one.") from None

@@ -11,7 +11,7 @@ from typing import TypeAlias, TypeVar
 
 from visionaccel.arrays import Array, is_tensor
 
-__all__ = ["LateError", "WatchedCalls", "in_callers_stream", "seconds_until"]
+__all__ = ["LateError", "NoTimeError", "WatchedCalls", "in_callers_stream", "seconds_until"]
 
 _T = TypeVar("_T")
 _Work: TypeAlias = tuple[Future[object], Callable[[], object]]
@@ -22,6 +22,10 @@ _ENDING = 1.0
 
 class LateError(Exception):
     """A call did not return in time, or waited for one that did not."""
+
+
+class NoTimeError(LateError):
+    """A call had no time left before it could begin."""
 
 
 class WatchedCalls:
@@ -62,6 +66,7 @@ class WatchedCalls:
 
         Raises:
             LateError: If it does not return in time, or none can begin.
+            NoTimeError: If it had no time left when it could begin.
         """
         caller = self._begin(places, until)
         limit = time.monotonic() + seconds
@@ -102,8 +107,8 @@ class WatchedCalls:
             in_time = self._changed.wait_for(settled, None if until is None else seconds_until(until))
             if self._closed:
                 raise LateError("It is closed")
-            if not in_time:
-                raise LateError("Other calls took its time")
+            if not in_time or (until is not None and time.monotonic() >= until):
+                raise NoTimeError("Other calls took its time")
             if self._late >= most_late or self._left_behind != before:
                 raise LateError("An earlier call has not returned")
             caller = self._idle.pop() if self._idle else _Caller()

@@ -46,6 +46,13 @@ class AcceleratedQwen25VL(Qwen2_5_VLForConditionalGeneration):  # type: ignore[m
         with compat.swapped_tower(Qwen2_5_VLForConditionalGeneration, make):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
 
+    def embed_input_ids(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As vLLM's. It is called in each step after the step's images were encoded."""
+        if isinstance(self.visual, AcceleratedTower):
+            self.visual.budget.end_step()
+        embedded: torch.Tensor = super().embed_input_ids(*args, **kwargs)
+        return embedded
+
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load the language model's weights; the tower's are skipped if the checkpoint has them at all."""
         loaded: set[str] = super().load_weights(_without_tower(weights))

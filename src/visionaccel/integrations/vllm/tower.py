@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from visionaccel.integrations.vllm.faults import EVERYTHING, Fault, open_channel
 from visionaccel.integrations.vllm.producer import guard_saving
 from visionaccel.integrations.vllm.published import publish
 from visionaccel.integrations.vllm.source import announce, open_served_encoder
+from visionaccel.integrations.vllm.step_budget import LateOpening, StepBudget
 from visionaccel.runtime.guarded import Embedded, GuardedEncoder
 from visionaccel.runtime.keys import item_key
 from visionaccel.runtime.opening import open_guarded
@@ -41,6 +43,7 @@ class AcceleratedTower(nn.Module):
         spatial_merge_size: Patches merged into one token along each side.
         out_hidden_size: Width of an embedding.
         dtype: Dtype of the embeddings: the language model's.
+        budget: How long the encodes of a step may take.
         device: Device of the embeddings: the language model's.
     """
 
@@ -54,23 +57,22 @@ class AcceleratedTower(nn.Module):
         self.out_hidden_size = tower.out_width
         self.dtype = served.dtype
         self.device = torch.device(served.device)
-        self._encoder: GuardedEncoder | VisionAccelError | None = None if receives else self._open("in-line")
+        self.budget = StepBudget()
+        warning = self.budget.warning(self._settings)
+        if warning is not None:
+            compat.logger().warning("%s", warning)
+        self._opener = LateOpening(partial(self._open, "in-line, for what comes through no EC connector"))
+        self._encoder = None if receives else self._open("in-line")
 
     @property
     def encoder(self) -> GuardedEncoder:
-        """The encoder, opened now if it was not needed before.
+        """The encoder, opened now if it was not needed before, in the time that a step has.
 
         Raises:
-            VisionAccelError: If it cannot be opened, or could not be when it was needed first.
+            VisionAccelError: If it cannot be opened, or not in that time, or if it could not be a moment ago.
         """
-        if self._encoder is None:
-            try:
-                self._encoder = self._open("in-line, for what comes through no EC connector")
-            except VisionAccelError as error:
-                self._encoder = error
-        if isinstance(self._encoder, VisionAccelError):
-            raise self._encoder
-        return self._encoder
+        with self.budget.encode() as until:
+            return self._opened(until)
 
     def forward(self, x: torch.Tensor, grid_thw: Any, **_: Any) -> torch.Tensor:
         """Embeddings of the items of one step.
@@ -101,9 +103,15 @@ class AcceleratedTower(nn.Module):
 
     def _encode(self, x: torch.Tensor, grid_thw: Sequence[Any]) -> Sequence[Embedded | VisionAccelError]:
         try:
-            return self.encoder.encode_items(x, grid_thw)
+            with self.budget.encode() as until:
+                return self._opened(until).encode_items(x, grid_thw, until=until)
         except VisionAccelError as error:  # A step must survive that the encoder cannot be opened.
             return [error] * len(grid_thw)
+
+    def _opened(self, until: float) -> GuardedEncoder:
+        if self._encoder is None:
+            self._encoder = self._opener.result(until)
+        return self._encoder
 
     def _contain(self, x: torch.Tensor, grid_thw: Sequence[Any], item: int, error: VisionAccelError) -> torch.Tensor:
         try:

@@ -80,6 +80,8 @@ from visionaccel.integrations.vllm.compat.serving import (
 from visionaccel.integrations.vllm.compat.worker import (
     first_of_its_group,
     in_step,
+    step_metadata,
+    step_timeout,
     swapped_tower,
     worker_connector,
 )
@@ -96,9 +98,10 @@ __all__ = [
     "is_pipelined", "is_replaced", "load_plugins", "logger", "missing", "obstacles_to_pipelining", "on_engine_config",
     "on_metrics", "pixel_bounds", "pools", "receives_embeddings", "refuse_videos", "register_model", "release",
     "requests_at_stake", "scheduled_item", "ScheduledItem", "served_model", "ServedModel", "share_log_handlers",
-    "shows_encoder_cache", "start_anew", "started_cores", "step_in_flight", "StepInFlight", "swapped_tower",
-    "takes_media", "tried", "TRIED_RELEASES", "use_connector", "use_contained_scheduler", "use_ec_connector",
-    "use_model_in_process", "warn_of_untried_release", "worker_connector",
+    "shows_encoder_cache", "start_anew", "started_cores", "step_in_flight", "step_metadata", "step_timeout",
+    "StepInFlight", "swapped_tower", "takes_media", "tried", "TRIED_RELEASES", "use_connector",
+    "use_contained_scheduler", "use_ec_connector", "use_model_in_process", "warn_of_untried_release",
+    "worker_connector",
 ]  # fmt: skip
 
 _QWEN = "vllm.model_executor.models.qwen2_5_vl"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["first_of_its_group", "in_step", "swapped_tower", "worker_connector"]
+__all__ = ["first_of_its_group", "in_step", "step_metadata", "step_timeout", "swapped_tower", "worker_connector"]
 
 
 @contextmanager
@@ -30,6 +30,21 @@ def in_step() -> bool:
     from vllm.distributed.ec_transfer import get_ec_transfer, has_ec_transfer
 
     return has_ec_transfer() and get_ec_transfer()._connector_metadata is not None
+
+
+def step_metadata() -> Any:
+    """In a worker with an EC connector: what the scheduler sent it for this step, a new object each time."""
+    transfer: Any = sys.modules.get("vllm.distributed.ec_transfer")
+    if transfer is None or not transfer.has_ec_transfer():  # a worker with a connector has imported it
+        return None
+    return transfer.get_ec_transfer()._connector_metadata
+
+
+def step_timeout() -> float:
+    """Seconds after which vLLM ends an engine whose workers have not ended a step."""
+    from vllm import envs
+
+    return float(envs.environment_variables["VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"]())
 
 
 def worker_connector() -> Any:

@@ -1,0 +1,146 @@
+"""The encodes of one step end before vLLM ends the engine, however many images it has and whatever hangs."""
+
+import time
+
+import pytest
+import torch
+
+from gated import Gate, gated
+from test_tower import receiving
+from towers import random_patches
+from visionaccel import open_encoder
+from visionaccel.errors import DeadlineError, DeviceError
+from visionaccel.integrations.vllm import compat, step_budget, tower
+from visionaccel.integrations.vllm.step_budget import LateOpening, StepBudget
+from visionaccel.runtime.guarded import GuardedEncoder
+from visionaccel.settings import Settings
+
+__all__ = ["receiving"]
+
+GRID = (1, 4, 4)
+
+
+@pytest.fixture
+def step(receiving, monkeypatch):
+    """A tower whose steps may take some seconds, and what it reports."""
+
+    def make(seconds, **settings):
+        faults = []
+        monkeypatch.setattr(compat, "in_step", lambda: True)
+        monkeypatch.setattr(compat, "worker_connector", lambda: None)
+        monkeypatch.setattr(compat, "step_timeout", lambda: seconds / 0.8)
+        monkeypatch.setattr(tower, "report_fault", lambda fault: faults.append(fault.message) or True)
+        return receiving(**settings), faults
+
+    return make
+
+
+@pytest.mark.parametrize("images", [1, 8])
+@pytest.mark.parametrize("fallback", ["none", "openvino,torch_ref"])
+def test_a_hang_costs_no_more_than_the_budget_whatever_the_number_of_images(step, images, fallback):
+    made, faults = step(1.0, BACKEND="onnxrt", FALLBACK=fallback, DEADLINE="60", CANARY="off")
+    made._encoder, gates = made._opener.result(time.monotonic() + 60), []
+    for stage in made.encoder.stages:
+        (opened,) = stage.open().programs
+        gates.append(Gate(opened.session))
+        opened.session = gates[-1]
+        gates[-1].shut()
+    made.budget.end_step()
+    started = time.monotonic()
+    rows = made(torch.from_numpy(random_patches([GRID] * images)), [list(GRID)] * images)
+    assert time.monotonic() - started < 1.0 + 3.0
+    assert rows.shape == (4 * images, 24)
+    assert len(faults) == images
+    for gate in gates:
+        gate.let_in()
+    made.encoder.close()
+
+
+def test_several_encodes_of_a_step_share_its_budget_and_the_next_step_has_its_own(step):
+    made, _ = step(50.0, BACKEND="torch_ref")
+    with made.budget.encode() as first:
+        pass
+    with made.budget.encode() as second:
+        pass
+    assert first == second
+    made.budget.end_step()
+    with made.budget.encode() as third:
+        assert third > second
+
+
+def test_a_server_that_only_encodes_tells_steps_apart_by_their_metadata(monkeypatch):
+    steps = [object()]
+    monkeypatch.setattr(compat, "step_metadata", lambda: steps[-1])
+    budget = StepBudget()
+    with budget.encode() as first:
+        pass
+    with budget.encode() as same:
+        pass
+    steps.append(object())
+    with budget.encode() as other:
+        assert other > same == first
+
+
+def test_what_a_dummy_run_left_is_no_limit_of_the_first_step(monkeypatch):
+    monkeypatch.setattr(step_budget, "_PAUSE", 0.05)
+    budget = StepBudget()
+    with budget.encode() as dummy:
+        pass
+    time.sleep(0.1)
+    with budget.encode() as first:
+        assert first > dummy
+
+
+def test_an_item_for_which_the_step_has_no_time_is_not_encoded(tiny):
+    guarded, gate = gated(tiny)
+    answers = guarded.encode_items(random_patches([GRID] * 2), [GRID] * 2, until=time.monotonic() - 1)
+    assert all(isinstance(answer, DeadlineError) for answer in answers)
+    assert gate.calls == []
+    guarded.close()
+
+
+def test_settings_that_leave_no_time_for_the_fallback_are_told_with_numbers():
+    budget = StepBudget()
+    assert budget.seconds == 240
+    assert budget.warning(Settings(backend="onnxrt", fallback="torch_ref")) is None
+    said = budget.warning(Settings(backend="onnxrt", fallback="torch_ref", deadline=200.0))
+    assert "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS=300" in said
+    assert "VISIONACCEL_DEADLINE to at most 120" in said
+
+
+def test_an_encoder_that_opens_slowly_holds_up_a_step_for_its_budget_and_is_used_by_a_later_one(tiny):
+    made = []
+
+    def slow():
+        time.sleep(1.0)
+        made.append(GuardedEncoder(open_encoder(tiny, backend="onnxrt")))
+        return made[0]
+
+    opening = LateOpening(slow)
+    started = time.monotonic()
+    with pytest.raises(DeadlineError, match="still being opened"):
+        opening.result(started + 0.1)
+    assert time.monotonic() - started < 0.9
+    with pytest.raises(DeadlineError):
+        opening.result(time.monotonic() + 0.1)
+    while not made:
+        time.sleep(0.05)
+    assert opening.result(time.monotonic() + 5) is made[0]
+
+
+def test_an_encoder_that_could_not_be_opened_is_opened_again_after_a_pause(monkeypatch):
+    monkeypatch.setattr(step_budget, "_FIRST_PAUSE", 0.1)
+    answers = [DeviceError("out of memory."), "open"]
+
+    def make():
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    opening = LateOpening(make)
+    for _ in range(2):
+        with pytest.raises(DeviceError, match="out of memory"):
+            opening.result(time.monotonic() + 5)
+    time.sleep(0.15)
+    assert opening.result(time.monotonic() + 5) == "open"
