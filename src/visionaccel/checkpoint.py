@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from visionaccel.arrays import FLOATS
 from visionaccel.bounded_files import MOST_JSON_BYTES, open_regular, read_bounded
 from visionaccel.errors import CheckpointError
+from visionaccel.memory_files import FileState, MemoryFile
 from visionaccel.strict_json import parse_json
 
 __all__ = [
@@ -59,6 +60,7 @@ class StoredTensor:
         length: Number of bytes.
         dtype: `float32`, `bfloat16`, ... or safetensors' own name where it is not a float.
         shape: The tensor's shape.
+        origin: The state of `file` when its header was read, or the memory file that it is; None if it is not known.
     """
 
     name: str
@@ -67,6 +69,7 @@ class StoredTensor:
     length: int
     dtype: str
     shape: tuple[int, ...]
+    origin: FileState | MemoryFile | None = field(default=None, compare=False, repr=False)
 
     def chunks(self, buffer: memoryview) -> Iterator[memoryview]:
         """The tensor's bytes in order, at most a buffer at a time; each chunk is overwritten by the next.
@@ -317,7 +320,8 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     try:
         resolved = path.resolve(strict=True)
         with open_regular(resolved) as file:
-            size = os.fstat(file.fileno()).st_size
+            state = FileState.of(file.fileno())
+            size = state.size
             start = file.read(8)
             if start + file.read(len(_LFS_POINTER) - 8) == _LFS_POINTER:
                 raise CheckpointError(f"{path} is a Git LFS pointer, not weights.", hint="Run `git lfs pull` there.")
@@ -338,7 +342,7 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the safetensors header is not a JSON object.", hint=again)
     metadata = header.pop("__metadata__", None)
-    tensors = {name: _stored(path, resolved, size, 8 + length, name, entry) for name, entry in header.items()}
+    tensors = {name: _stored(path, resolved, state, 8 + length, name, entry) for name, entry in header.items()}
     filled = sorted((tensor.offset, tensor.offset + tensor.length, name) for name, tensor in tensors.items())
     for (_, end, one), (begin, _, other) in pairwise(each for each in filled if each[0] < each[1]):
         if begin < end:
@@ -352,7 +356,8 @@ def _count(value: Any) -> int:
     return value
 
 
-def _stored(path: Path, resolved: Path, size: int, base: int, name: str, entry: Any) -> StoredTensor:
+def _stored(path: Path, resolved: Path, state: FileState, base: int, name: str, entry: Any) -> StoredTensor:
+    size = state.size
     try:
         begin, end = map(_count, entry["data_offsets"])
         if len(entry["shape"]) > _MOST_DIMENSIONS:  # the product of very many sizes alone takes minutes
@@ -370,4 +375,4 @@ def _stored(path: Path, resolved: Path, size: int, base: int, name: str, entry: 
             else f"{path}: tensor {name!r} of {dtype}{list(shape)} does not fit its {end - begin} bytes.",
             hint="The file is truncated or damaged; download it again.",
         )
-    return StoredTensor(name, resolved, base + begin, end - begin, _DTYPES.get(dtype, dtype), shape)
+    return StoredTensor(name, resolved, base + begin, end - begin, _DTYPES.get(dtype, dtype), shape, state)

@@ -15,6 +15,7 @@ __all__ = [
     "ArtifactError",
     "BackendUnavailableError",
     "BundleError",
+    "ChangedFileError",
     "CheckpointError",
     "ConfigurationError",
     "DeadlineError",
@@ -161,6 +162,14 @@ class BundleError(ArtifactError):
     """A bundle's manifest or one of its files is missing, damaged, or not what the manifest says.
 
     To do: Export, import or pull the bundle again. One that leads out of its folder should not be used at all.
+    """
+
+
+class ChangedFileError(ArtifactError):
+    """A file of the encoder changed after it was verified, so nothing was opened from it.
+
+    To do: Restart the server or open the encoder again, which verifies the files as they are now. Put new files into a
+    new folder rather than into one that is in use.
     """
 
 

@@ -1,0 +1,132 @@
+"""Files that stay what they were when they were verified: how a file on disk is recognised, and copies in memory."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, NoReturn
+
+from visionaccel.errors import ConfigurationError
+
+__all__ = ["FileState", "MemoryFile"]
+
+_FIRST_DESCRIPTOR = 3
+"""The three below are standard input and output, which every child process gets replaced."""
+
+_MAPPED = "Set VISIONACCEL_WEIGHTS=mapped to read the weights where they lie."
+
+
+@dataclass(frozen=True, slots=True)
+class FileState:
+    """What changes when a file is written, replaced or cut short. Programs cannot set the change time.
+
+    Attributes:
+        device: The device that it lies on.
+        inode: Its number there.
+        size: Bytes.
+        modified: When its content changed last, in nanoseconds.
+        changed: When anything of it changed last, its number of links included.
+    """
+
+    device: int
+    inode: int
+    size: int
+    modified: int
+    changed: int
+
+    @classmethod
+    def of(cls, file: Path | int) -> FileState:
+        """The state of a file, or of an open descriptor.
+
+        Raises:
+            OSError: If it is not there.
+        """
+        found = os.stat(file)  # noqa: PTH116 - of a descriptor too
+        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+class MemoryFile:
+    """Bytes in an anonymous file (memfd) that the kernel lets nobody change, this process included.
+
+    No path on disk leads to it, so it cannot be replaced, rewritten or truncated. It counts as memory of the process
+    that made it, and is gone with the last object or mapping that uses it. Whatever opens files by their path can open
+    it, in this process and in a child that inherits the descriptor.
+
+    Args:
+        fd: The descriptor of a sealed file; it belongs to this object from then on.
+        digest: What identifies its content.
+
+    Attributes:
+        fd: The descriptor.
+        digest: What identifies its content.
+        path: Where any code of a process that has the descriptor can open it.
+
+    Raises:
+        ValueError: If the file could still change.
+    """
+
+    def __init__(self, fd: int, digest: str) -> None:
+        import fcntl
+
+        sealed = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK
+        if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & sealed != sealed:
+            raise ValueError(f"descriptor {fd} is not a sealed memory file")
+        self.fd, self.digest = fd, digest
+        self.path = Path("/proc/self/fd", str(fd))
+        # Not at the end of the program, when something else may still read from it.
+        weakref.finalize(self, os.close, fd).atexit = False
+
+    @classmethod
+    def write(cls, name: str, size: int, fill: Callable[[BinaryIO], str]) -> MemoryFile:
+        """A new one.
+
+        Args:
+            name: What it is called in /proc, for people only.
+            size: Its bytes.
+            fill: Writes all of them, in any order, and returns the digest.
+
+        Raises:
+            ConfigurationError: If there is no memory for it, or the system has no such files.
+        """
+        try:
+            import fcntl
+
+            made = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        except (ImportError, AttributeError, OSError) as error:
+            raise ConfigurationError(
+                f"weights cannot be copied into memory on this system: {error}", hint=_MAPPED
+            ) from error
+        fd = made
+        try:
+            fd = fcntl.fcntl(made, fcntl.F_DUPFD_CLOEXEC, _FIRST_DESCRIPTOR)
+            os.ftruncate(fd, size)
+            with open(fd, "r+b", buffering=0, closefd=False) as file:
+                digest = fill(file)
+            sealed = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, sealed)
+            return cls(fd, digest)
+        except BaseException as error:
+            if fd != made:
+                os.close(fd)
+            if isinstance(error, OSError):
+                raise ConfigurationError(f"{size} bytes cannot be copied into memory: {error}", hint=_MAPPED) from error
+            raise
+        finally:
+            os.close(made)
+
+    @classmethod
+    def inherited(cls, fd: int, digest: str) -> MemoryFile:
+        """The one behind a descriptor that a parent process left open; processes started later do not get it.
+
+        Raises:
+            ValueError: If it is not a sealed memory file.
+            OSError: If there is no such descriptor.
+        """
+        os.set_inheritable(fd, False)
+        return cls(fd, digest)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a memory file cannot be pickled; another process gets it by its descriptor")
