@@ -17,7 +17,7 @@ from visionaccel.bundle.external_data import point_at_weights
 from visionaccel.bundle.manifest import seal
 from visionaccel.bundle.vitisai.graph import OnnxGraph
 from visionaccel.bundle.vitisai.metadata import PartitionInfo, read_metadata
-from visionaccel.checkpoint import Checkpoint, read_header, read_json
+from visionaccel.checkpoint import read_header, read_json
 from visionaccel.errors import BundleError, CheckpointError
 from visionaccel.opening import open_tower
 from visionaccel.program import AnyGrid
@@ -216,7 +216,7 @@ def test_very_many_dimensions_are_refused_before_they_are_multiplied(tiny, tmp_p
     tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, data_location=TensorProto.EXTERNAL, dims=MANY)
     model = helper.make_model(helper.make_graph([], "g", [], [], [tensor]))
     with pytest.raises(BundleError, match="another dtype or size"):
-        point_at_weights(model.SerializeToString(), tower.weights, Checkpoint(tiny).weights_folder)
+        point_at_weights(model.SerializeToString(), tower.weights, tower.weights_folder)
     inline = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=MANY, raw_data=b"1234")
     with pytest.raises(BundleError, match="300000 dimensions"):
         OnnxGraph(model, tmp_path / "vision.onnx").values(inline)

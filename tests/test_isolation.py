@@ -27,7 +27,8 @@ from visionaccel.errors import ConfigurationError, DeviceError, DeviceLostError,
 from visionaccel.grid import Grid
 from visionaccel.isolation import IsolatedSession, Limits
 from visionaccel.isolation.messages import OpenRequest
-from visionaccel.isolation.process import DeviceProcess, packed
+from visionaccel.isolation.packing import packed
+from visionaccel.isolation.process import DeviceProcess
 from visionaccel.isolation.shared_arrays import SharedArrays
 from visionaccel.opening import open_tower
 from visionaccel.program import CHECKPOINT, ONNX, FixedGrid, Program

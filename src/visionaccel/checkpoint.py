@@ -215,12 +215,6 @@ class Checkpoint:
         """
         return {tensor.name: tensor for tensor in self._every_tensor}
 
-    @cached_property
-    def weights_folder(self) -> Path:
-        """The deepest folder that holds every file, symbolic links resolved: the base of external-data locations."""
-        files = {tensor.file for tensor in self.tensors.values()}
-        return Path(os.path.commonpath([file.parent for file in files]))
-
     def with_prefix(self, prefixes: tuple[str, ...]) -> dict[str, StoredTensor]:
         """Tensors whose name starts with one of `prefixes`, keyed by the rest of the name.
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
-from visionaccel.errors import ConfigurationError
+from visionaccel.errors import ChangedFileError, ConfigurationError
 
-__all__ = ["FileState", "MemoryFile"]
+__all__ = ["FileState", "MemoryFile", "changed_file"]
 
 _FIRST_DESCRIPTOR = 3
 """The three below are standard input and output, which every child process gets replaced."""
@@ -46,6 +46,35 @@ class FileState:
         """
         found = os.stat(file)  # noqa: PTH116 - of a descriptor too
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+    @classmethod
+    def of_named(cls, file: Path) -> FileState:
+        """The state of a file that was verified before.
+
+        Raises:
+            ChangedFileError: If it is not there.
+        """
+        try:
+            return cls.of(file)
+        except OSError as error:
+            raise changed_file(file) from error
+
+    def require(self, file: Path) -> None:
+        """Require that a file is in this state.
+
+        Raises:
+            ChangedFileError: If it is not, or is not there.
+        """
+        if self.of_named(file) != self:
+            raise changed_file(file)
+
+
+def changed_file(file: Path) -> ChangedFileError:
+    """The error for a file that is not what was verified."""
+    return ChangedFileError(
+        f"{file} changed after it was verified, and nothing is opened from it.",
+        hint="Restart to verify and use the files that are there now.",
+    )
 
 
 class MemoryFile:

@@ -9,16 +9,21 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from pydantic import ValidationError
 
-from visionaccel.backends import AUTO, Options, Registry, Session, VisionBackend, contained, default_registry, select
+from visionaccel.backends import AUTO, Options, Registry, Session, VisionBackend, default_registry, select
 from visionaccel.bundle import Bundle, is_bundle, open_bundle
 from visionaccel.checkpoint import locate_checkpoint
 from visionaccel.cores import on_cores
 from visionaccel.encoder import Encoder, OpenProgram, close_programs
 from visionaccel.errors import DeviceError, SettingsError, VisionAccelError
 from visionaccel.families import Host, Tower, tower_of
-from visionaccel.program import Program
+from visionaccel.holding import WantedWeights, hold_source
+from visionaccel.program import EP_CONTEXT, FLEXMLRT_DIRECTORY, FLEXMLRT_RAI, Program
+from visionaccel.session_opening import open_session
 
 __all__ = ["WantedIsolation", "open_encoder", "open_source", "open_tower"]
+
+_COMPILED = frozenset({EP_CONTEXT, FLEXMLRT_DIRECTORY, FLEXMLRT_RAI})
+"""Formats with their weights inside: of the tower's own, at most the host reads some, once."""
 
 WantedIsolation: TypeAlias = Literal["auto", "process", "none"]
 """Whether sessions live in child processes of their own; `auto` for what the backend declares."""
@@ -58,6 +63,7 @@ def open_encoder(
     deadline: float = 120.0,
     open_deadline: float = 600.0,
     cores: Iterable[int] | None = None,
+    weights: WantedWeights = "private",
 ) -> Encoder:
     """Open a vision encoder on a backend.
 
@@ -73,11 +79,15 @@ def open_encoder(
         open_deadline: Seconds that starting such a process and opening a program may take, compilation included.
         cores: Cores of the CPU that its threads run on, and as many threads unless the options say otherwise. The
             calling thread runs there during this call and those of `encode`. None for where that thread may run.
+        weights: Where sessions read the weights: from a `private` copy in memory, which nothing changes that happens to
+            the files, or `mapped` from the files, whose memory processes share. Who maps them must see to it that they
+            are neither written nor cut short while an encoder is open.
 
     Raises:
         ConfigurationError: If the backend is unknown, broken, refuses the program, or does not know an option; if the
             isolation is none of these; or if there is no such core.
-        ArtifactError: If the bundle or checkpoint is broken or of an unsupported architecture.
+        ArtifactError: If the bundle or checkpoint is broken or of an unsupported architecture, or changed since it was
+            opened.
         DeviceError: If the device fails to open a program.
     """
     if isolation not in get_args(WantedIsolation):
@@ -88,7 +98,9 @@ def open_encoder(
     source = open_source(source)
     wanted = None if cores is None else frozenset(cores)
     with on_cores(wanted, strict=True):
-        return _opened(source, registry, backend, device, options, isolation, (deadline, open_deadline), wanted)
+        return _opened(
+            source, registry, backend, device, options, isolation, (deadline, open_deadline), wanted, weights
+        )
 
 
 def _opened(
@@ -100,6 +112,7 @@ def _opened(
     isolation: WantedIsolation,
     deadlines: tuple[float, float],
     cores: frozenset[int] | None,
+    weights: WantedWeights,
 ) -> Encoder:
     """An encoder, opened by a thread that runs on its cores: backends count them when they are first asked."""
     name, programs = select(registry, source, backend, device).require()
@@ -112,21 +125,30 @@ def _opened(
         raise SettingsError(
             f"invalid options of backend {name!r}: {problems}.", hint=f"Options it takes: {known}."
         ) from error
-    tower = source.tower if isinstance(source, Bundle) else source
+    tower, programs_read = _tower(source), list(programs)
+    if any(program.format not in _COMPILED for program in programs):
+        source = hold_source(source, weights)
+        same = {(each.format, each.name): each for each in source.programs({each.format for each in programs})}
+        programs_read = [same[each.format, each.name] for each in programs]
     opened: list[OpenProgram] = []
     try:
-        for program in programs:
-            host = _host(tower, program)
+        for program, read in zip(programs, programs_read, strict=True):
+            host = _host(_tower(source), read)
             if (chosen.isolation_on(device) if isolation == AUTO else isolation) == "process":
-                session = _open_isolated(chosen, program, device, checked, *deadlines)
+                session = _open_isolated(chosen, read, device, checked, *deadlines)
             else:
-                session = _open(chosen, program, device, checked)
+                session = open_session(chosen, read, device, checked)
+            # Not the program over the copies: what reads those keeps them, and nothing else should.
             opened.append(OpenProgram(program, host, session))
     except BaseException:
         with suppress(Exception):  # What failed to open says more than what then failed to close.
             close_programs(opened)
         raise
     return Encoder(tower, name, opened, registry, options, cores)
+
+
+def _tower(source: Tower | Bundle) -> Tower:
+    return source.tower if isinstance(source, Bundle) else source
 
 
 def _host(tower: Tower, program: Program) -> Host:
@@ -138,20 +160,6 @@ def _host(tower: Tower, program: Program) -> Host:
         raise DeviceError(
             f"the host's part of program {program.name!r} cannot be prepared: {type(error).__name__}: {error}",
             hint="Export the program without --split-host.",
-        ) from error
-
-
-def _open(backend: VisionBackend, program: Program, device: str | None, options: Options) -> Session:
-    try:
-        with contained():
-            return backend.open(program, device, options)
-    except VisionAccelError:
-        raise
-    except Exception as error:
-        raise DeviceError(
-            f"backend {backend.name!r} could not open program {program.name!r} of {program.family}: "
-            f"{type(error).__name__}: {error}",
-            hint="Run `visionaccel explain` for what it needs.",
         ) from error
 
 

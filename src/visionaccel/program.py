@@ -150,6 +150,7 @@ class Program:
         artifact: The verified file to open, for a backend that maps or reads it itself; None where there is none.
         companions: Further verified files by their role, such as a compiler's configuration.
         stored_names: Names of inputs and outputs inside the artifact, by their names here, where they differ.
+        files: Digests of the artifact and the companions, as `sha256:` and hexadecimal digits; empty if not known.
         digest: What identifies the artifact and its weights, for caches; None where that is not known.
     """
 
@@ -174,4 +175,5 @@ class Program:
     artifact: Path | None = None
     companions: Mapping[str, Path] = field(default_factory=dict, compare=False, repr=False)
     stored_names: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    files: Mapping[Path, str] = field(default_factory=dict, compare=False, repr=False)
     digest: str | None = None

@@ -133,6 +133,12 @@ class Settings(BaseSettings):
         description="Options of the backend, which `visionaccel backends` lists: `name=value,name=value` or a JSON "
         "object.",
     )
+    weights: Literal["private", "mapped"] = Field(
+        "private",
+        description="Where the encoder reads its weights. `private`: in a copy in memory, which stays what it was when "
+        "the server started, whatever happens to the files. `mapped`: in the files, whose memory processes share; "
+        "nothing may write to them while the server runs. See [Files that change](docs/trust.md#files-that-change).",
+    )
     isolation: Literal["auto", "process", "none"] = Field(
         "auto",
         description="Whether the device lives in a child process, which is started anew when it crashes or hangs. "

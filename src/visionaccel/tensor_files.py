@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,8 +21,9 @@ from visionaccel.arrays import FLOATS
 from visionaccel.bounded_files import MOST_HOLE_BYTES, hole_bytes
 from visionaccel.checkpoint import CHUNK_BYTES, ITEM_BYTES, StoredTensor, safetensors_dtype
 from visionaccel.errors import CheckpointError, ConfigurationError
+from visionaccel.memory_files import MemoryFile
 
-__all__ = ["weights_digest", "write_safetensors"]
+__all__ = ["copy_to_memory", "weights_digest", "write_safetensors"]
 
 _TARGETS = ("float32", "bfloat16", "float16")
 
@@ -44,18 +46,51 @@ def weights_digest(tensors: Mapping[str, StoredTensor], progress: Callable[[int]
         CheckpointError: If a file cannot be read or ends too early, or more than `MOST_HOLE_BYTES` of the tensors lie
             in holes.
     """
-    _refuse_holes(tensors.values())
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES))
-    for name, tensor in sorted(tensors.items()):
-        for text in (name, tensor.dtype, ",".join(map(str, tensor.shape)), str(tensor.length)):
-            # JSON headers can hold unpaired surrogates, which plain UTF-8 cannot.
-            field = text.encode("utf-8", "surrogatepass")
-            digest.update(len(field).to_bytes(8, "little") + field)
-        for piece in tensor.chunks(buffer):
-            digest.update(piece)
-            if progress is not None:
-                progress(len(piece))
-    return f"sha256:{digest.hexdigest()}"
+
+    def take(name: str, piece: memoryview) -> None:  # noqa: ARG001
+        if progress is not None:
+            progress(len(piece))
+
+    return _digest(tensors, take)
+
+
+def copy_to_memory(tensors: Mapping[str, StoredTensor], copied: MemoryFile | None = None) -> dict[str, StoredTensor]:
+    """Copies of tensors in one sealed memory file, which is a safetensors file of them.
+
+    They are read once: the memory file's digest is the `weights_digest` of the bytes that were copied.
+
+    Args:
+        tensors: The tensors by the names they get.
+        copied: The memory file that copies of the same tensors lie in; nothing is read then.
+
+    Returns:
+        Where the copies lie, by the same names; each keeps the memory file alive.
+
+    Raises:
+        CheckpointError: If a file cannot be read or ends too early.
+        ConfigurationError: If there is no memory for them.
+    """
+    ordered = _in_file_order(tensors, None)
+    header = _header(ordered, None, None)
+    starts, end = {}, len(header)
+    for name, tensor in ordered.items():
+        starts[name], end = end, end + tensor.length
+
+    def fill(file: BinaryIO) -> str:
+        places = dict(starts)
+        _write_all(file, 0, memoryview(header))
+
+        def take(name: str, piece: memoryview) -> None:
+            _write_all(file, places[name], piece)
+            places[name] += len(piece)
+
+        return _digest(tensors, take)
+
+    memory = copied or MemoryFile.write("visionaccel-weights", end, fill)
+    return {
+        name: replace(tensor, name=name, file=memory.path, offset=starts[name], origin=memory)
+        for name, tensor in tensors.items()
+    }
 
 
 def _refuse_holes(tensors: Iterable[StoredTensor]) -> None:
@@ -101,9 +136,7 @@ def write_safetensors(
         raise ConfigurationError(
             f"Weights cannot be converted to {dtype!r}.", hint=f"Choose one of {', '.join(_TARGETS)}."
         )
-    # Largest elements first, as the safetensors library orders them: everything is aligned without holes.
-    order = sorted(tensors, key=lambda name: (-_item_bytes(tensors[name], dtype), name))
-    ordered = {name: tensors[name] for name in order}
+    ordered = _in_file_order(tensors, dtype)
     try:
         with path.open("xb") as file:
             try:
@@ -118,6 +151,33 @@ def write_safetensors(
         raise ConfigurationError(
             f"{path} cannot be written: {error}", hint="Choose a new file in a folder with enough space."
         ) from error
+
+
+def _digest(tensors: Mapping[str, StoredTensor], take: Callable[[str, memoryview], None]) -> str:
+    """What `weights_digest` returns; `take` is called with each piece and the name of its tensor."""
+    _refuse_holes(tensors.values())
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES))
+    for name, tensor in sorted(tensors.items()):
+        for text in (name, tensor.dtype, ",".join(map(str, tensor.shape)), str(tensor.length)):
+            # JSON headers can hold unpaired surrogates, which plain UTF-8 cannot.
+            field = text.encode("utf-8", "surrogatepass")
+            digest.update(len(field).to_bytes(8, "little") + field)
+        for piece in tensor.chunks(buffer):
+            digest.update(piece)
+            take(name, piece)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _write_all(file: BinaryIO, place: int, data: memoryview) -> None:
+    file.seek(place)
+    while data:
+        data = data[file.write(data) :]
+
+
+def _in_file_order(tensors: Mapping[str, StoredTensor], dtype: str | None) -> dict[str, StoredTensor]:
+    """Largest elements first, as the safetensors library orders them: everything is aligned without holes."""
+    order = sorted(tensors, key=lambda name: (-_item_bytes(tensors[name], dtype), name))
+    return {name: tensors[name] for name in order}
 
 
 def _header(tensors: Mapping[str, StoredTensor], dtype: str | None, metadata: Mapping[str, str] | None) -> bytes:

@@ -79,7 +79,7 @@ def read_program(folder: Path) -> None:
         model = read_bounded(folder / MODEL_OF_BUNDLE)
     except (OSError, ValueError) as error:
         raise BundleError("no file") from error
-    point_at_weights(model, tower.weights, tower.checkpoint.weights_folder)
+    point_at_weights(model, tower.weights, tower.weights_folder)
 
 
 def read_context(folder: Path) -> None:

@@ -32,12 +32,12 @@ from visionaccel_onnxrt.session import OnnxRuntimeSession
 from visionaccel_onnxrt.session_entries import (
     CAST_CHAIN_ELIMINATION,
     ERRORS_ONLY,
-    EXTERNAL_DATA_FOLDER,
     INT8_IN_FULL,
     SPINNING,
     UNPACKED,
 )
 from visionaccel_onnxrt.vitisai import SUMMARIES, compiler_options, pass_summaries
+from visionaccel_onnxrt.weights import bind_weights
 
 __all__ = ["OnnxRuntimeBackend", "OnnxRuntimeOptions"]
 
@@ -151,8 +151,10 @@ class OnnxRuntimeBackend(VisionBackend):
             settings.add_session_config_entry("ep.context_embed_mode", "0")
         if provider != CPU_PROVIDER:
             settings.add_session_config_entry(RECORD_ASSIGNMENT, "1")
+        model = _model(program, provider, settings)
+        weights = bind_weights(model, program.folder, settings) if isinstance(model, bytes) else []
         session = onnxruntime.InferenceSession(
-            _model(program, provider, settings),
+            model,
             settings,
             providers=[(provider, given)],
             enable_fallback=0,  # else what the provider fails at, now or in a later run, is done by the CPU
@@ -167,7 +169,7 @@ class OnnxRuntimeBackend(VisionBackend):
         known = provider_for(device)
         shown = device or "cpu" if known is not None and provider == known[0].name else provider
         if provider == CPU_PROVIDER:
-            return OnnxRuntimeSession(session, program, _on_cpu(program, shown, thread_safe=True))
+            return OnnxRuntimeSession(session, weights, program, _on_cpu(program, shown, thread_safe=True))
         summaries = list(pass_summaries(given)) if provider == VITISAI_PROVIDER else []
         written = context or (program.artifact if program.format == EP_CONTEXT else None)
         offload = require_offload(
@@ -182,14 +184,14 @@ class OnnxRuntimeBackend(VisionBackend):
             unknown=_unknown(provider, given, onnxruntime.__version__),
         )
         if offload is not None and offload.device_nodes == 0:
-            return OnnxRuntimeSession(session, program, _on_cpu(program, "cpu", thread_safe=False))
+            return OnnxRuntimeSession(session, weights, program, _on_cpu(program, "cpu", thread_safe=False))
         precision: str = program.quantization or program.precision
         if provider == VITISAI_PROVIDER:
             # Its compiler makes bfloat16 of float32; the device has no float32.
             stated = next((summary.precision for summary in summaries if summary.precision), None)
             precision = stated or ("bfloat16" if precision == "float32" else precision)
         # InferenceSession.run is documented as thread-safe; providers of single-owner devices are not trusted with it.
-        return OnnxRuntimeSession(session, program, Capabilities(device=shown, precision=precision))
+        return OnnxRuntimeSession(session, weights, program, Capabilities(device=shown, precision=precision))
 
 
 def _provider(
@@ -256,7 +258,6 @@ def _model(program: Program, provider: str, settings: Any) -> bytes | str:
         return str(verified_context(program, provider))
     if program.model is None:
         raise ArtifactError(f"the ONNX program in {program.folder} has no model.", hint="Write it again.")
-    settings.add_session_config_entry(EXTERNAL_DATA_FOLDER, str(program.folder))
     model = program.model()
     if not _is_emulated(program, provider):
         return model

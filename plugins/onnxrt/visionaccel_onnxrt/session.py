@@ -1,6 +1,6 @@
 """An open inference session behind visionaccel's contract."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from visionaccel.arrays import Array
@@ -11,11 +11,19 @@ __all__ = ["OnnxRuntimeSession"]
 
 
 class OnnxRuntimeSession(Session):
-    """One ONNX Runtime inference session. Inputs and outputs are host arrays; outputs are fresh with every call."""
+    """One ONNX Runtime inference session. Inputs and outputs are host arrays; outputs are fresh with every call.
 
-    def __init__(self, session: Any, program: Program, capabilities: Capabilities) -> None:
+    Args:
+        session: The inference session.
+        weights: What it reads its weights from, and does not keep alive.
+        program: What it runs.
+        capabilities: Those of the session.
+    """
+
+    def __init__(self, session: Any, weights: Sequence[Any], program: Program, capabilities: Capabilities) -> None:
         self.capabilities = capabilities
         self._session: Any = session
+        self._weights = weights
         self._stored = program.stored_names
         self._outputs = [spec.name for spec in program.outputs]
 
@@ -26,3 +34,4 @@ class OnnxRuntimeSession(Session):
 
     def close(self) -> None:
         self._session = None
+        self._weights = ()

@@ -2,7 +2,7 @@
 
 Plug-ins import from here and from the core types (`visionaccel.arrays`, `contracts`, `cores`, `errors`, `grid`,
 `program`) only; those that read files of strangers, from `visionaccel.bounded_files` too, and those that quantize ONNX
-programs, from `visionaccel.onnx_products`.
+programs, from `visionaccel.onnx_products`; those that run them, from `visionaccel.onnx_weights`.
 """
 
 from visionaccel.backends.containment import contained

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from visionaccel.bounded_files import MOST_HOLE_BYTES, hole_bytes, read_bounded
 from visionaccel.bundle.digests import file_digest, remembered_digest
 from visionaccel.bundle.manifest import MANIFEST, BundleFile, Manifest, ProgramEntry, parse_manifest
 from visionaccel.bundle.processor import PROCESSOR_FILES
-from visionaccel.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, locate_checkpoint
+from visionaccel.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, StoredTensor, locate_checkpoint
 from visionaccel.errors import ArtifactError, BundleError, ConfigurationError, GridError
 from visionaccel.families import Tower, tower_of
 from visionaccel.grid import Grid
@@ -44,6 +44,10 @@ class Bundle:
     def __init__(self, folder: Path, manifest: Manifest, tower: Tower) -> None:
         self.folder, self.manifest, self.tower = folder, manifest, tower
         self._programs = tuple(self._program(entry) for entry in manifest.programs)
+
+    def over(self, weights: Mapping[str, StoredTensor]) -> Bundle:
+        """The same bundle with its weights in another place, from where everything reads them."""
+        return Bundle(self.folder, self.manifest, self.tower.over(weights))
 
     @property
     def family(self) -> str:
@@ -102,7 +106,7 @@ class Bundle:
             name=entry.name,
             family=self.family,
             format=entry.format,
-            folder=self.tower.checkpoint.weights_folder if external else self.folder,
+            folder=self.tower.weights_folder if external else self.folder,
             inputs=inputs,
             outputs=outputs,
             config=self.manifest.vision_config,
@@ -117,6 +121,7 @@ class Bundle:
             artifact=self.folder / entry.model,
             companions={role: self.folder / path for role, path in entry.companions.items()},
             stored_names={t.name: t.stored_name for t in (*entry.inputs, *entry.outputs) if t.stored_name is not None},
+            files={self.folder / file.path: file.sha256 for file in entry.files},
             digest=self._digest(entry),
         )
 
@@ -139,7 +144,7 @@ class Bundle:
             return model
         from visionaccel.bundle.external_data import point_at_weights
 
-        return point_at_weights(model, self.tower.weights, self.tower.checkpoint.weights_folder)
+        return point_at_weights(model, self.tower.weights, self.tower.weights_folder)
 
 
 def is_bundle(source: str | os.PathLike[str] | Path) -> bool:

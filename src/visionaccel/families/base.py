@@ -5,11 +5,12 @@ And how to know its own host part again in a graph that others exported, cut and
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -228,6 +229,15 @@ class Tower(ABC):
         """
 
     @property
+    def weights_folder(self) -> Path:
+        """The deepest folder that holds the weights' files: the base of external-data locations."""
+        return Path(os.path.commonpath({tensor.file.parent for tensor in self.weights.values()}))
+
+    @abstractmethod
+    def over(self, weights: Mapping[str, StoredTensor]) -> Self:
+        """The same tower with its weights in another place, from where everything reads them."""
+
+    @property
     @abstractmethod
     def complete(self) -> bool:
         """Whether every weight that the family needs is there; without, programs that bring none cannot run.
@@ -250,7 +260,7 @@ class Tower(ABC):
         host: HostSplit | None = None,
         dialect: OperatorDialect | None = None,
     ) -> bytes:
-        """The tower as an ONNX model, its weights referenced in the checkpoint's own shards.
+        """The tower as an ONNX model, its weights referenced in the files where they lie.
 
         Args:
             folder: External-data locations are relative to it; it must hold all shards, at any depth. Default: the

@@ -24,8 +24,10 @@ from visionaccel.errors import DeviceError, VisionAccelError
 from visionaccel.isolation.answers import encoded, failure_of
 from visionaccel.isolation.log_records import RecordSender
 from visionaccel.isolation.messages import Opened, OpenRequest, Places, Surroundings
+from visionaccel.isolation.packing import unpacked
 from visionaccel.isolation.parent import end_with_parent
 from visionaccel.isolation.shared_arrays import SharedArrays
+from visionaccel.session_opening import open_session
 
 _LINE_BUFFERED = 1
 
@@ -95,19 +97,10 @@ def _open(inputs: int, records: int) -> tuple[OpenRequest, Session]:
         file.seek(0)  # The parent, whose descriptor this is, wrote to the end.
         surroundings: Surroundings = pickle.load(file)  # noqa: S301  # nosec B301 # from the parent
         _adopt(surroundings, records)
-        request: OpenRequest = pickle.load(file)  # noqa: S301  # nosec B301 # from the parent
+        request: OpenRequest = unpacked(file)
     backend = default_registry().load(request.backend)
     options = backend.options.model_validate(dict(request.options))
-    try:
-        return request, backend.open(request.program, request.device, options)
-    except VisionAccelError:
-        raise
-    except Exception as error:
-        raise DeviceError(
-            f"backend {request.backend!r} could not open program {request.program.name!r} of "
-            f"{request.program.family}: {type(error).__name__}: {error}",
-            hint="Run `visionaccel explain` for what it needs.",
-        ) from error
+    return request, open_session(backend, request.program, request.device, options)
 
 
 def _adopt(surroundings: Surroundings, records: int) -> None:

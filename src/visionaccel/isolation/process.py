@@ -25,11 +25,12 @@ from visionaccel.cores import child_environment
 from visionaccel.errors import DeviceLostError
 from visionaccel.isolation.answers import MOST_BYTES, decoded, restored
 from visionaccel.isolation.log_records import OutputReader
-from visionaccel.isolation.messages import Answer, Failure, Opened, OpenRequest, Places, Surroundings
+from visionaccel.isolation.messages import Answer, Failure, Opened, Places, Surroundings
+from visionaccel.isolation.packing import PackedRequest
 from visionaccel.isolation.shared_arrays import SharedArrays
 from visionaccel.safe_text import safe_logger
 
-__all__ = ["DeviceProcess", "packed"]
+__all__ = ["DeviceProcess"]
 
 logger = safe_logger(__name__)
 
@@ -42,15 +43,6 @@ _DOCTOR = "Run `visionaccel doctor`; the kernel's log (dmesg) may say more of th
 _FALLBACK = (
     "It is started again in the background; set VISIONACCEL_FALLBACK to let another backend take over meanwhile."
 )
-
-
-def packed(request: OpenRequest) -> bytes:
-    """A request as bytes, which start children any number of times.
-
-    Raises:
-        Exception: If the program or an option cannot be pickled.
-    """
-    return pickle.dumps(request)
 
 
 class _SilentError(Exception):
@@ -78,7 +70,7 @@ class DeviceProcess:
         OSError: If it cannot be started.
     """
 
-    def __init__(self, backend: str, request: bytes) -> None:
+    def __init__(self, backend: str, request: PackedRequest) -> None:
         self._what = f"the process of backend {backend!r}"
         self._exchange = threading.Lock()
         self._reaping = threading.Lock()
@@ -86,7 +78,7 @@ class DeviceProcess:
         self.dead = threading.Event()
         with ExitStack() as ours, ExitStack() as theirs:
             # The request is read from memory: sending it would block for good if the child hung before reading.
-            self._inputs = SharedArrays.create("visionaccel-inputs", pickle.dumps(_surroundings()) + request)
+            self._inputs = SharedArrays.create("visionaccel-inputs", pickle.dumps(_surroundings()) + request.data)
             ours.callback(self._inputs.close)
             self._outputs = SharedArrays.create("visionaccel-outputs")
             ours.callback(self._outputs.close)
@@ -99,7 +91,8 @@ class DeviceProcess:
             (printed, prints), (records, logs) = os.pipe(), os.pipe()
             for stack, fd in ((ours, printed), (theirs, prints), (ours, records), (theirs, logs)):
                 stack.callback(os.close, fd)
-            self._process = _popen((far.fileno(), self._inputs.fd, self._outputs.fd, logs), prints)
+            pipes = (far.fileno(), self._inputs.fd, self._outputs.fd, logs)
+            self._process = _popen(pipes, tuple(file.fd for file in request.files), prints)
             self.pid = self._process.pid
             ours.callback(self._process.wait)
             ours.callback(self.kill)
@@ -279,12 +272,12 @@ class DeviceProcess:
         return "" if not lines else "\nIts last output:\n" + "\n".join(f"  {line}" for line in lines) + "\n"
 
 
-def _popen(fds: tuple[int, int, int, int], output: int) -> subprocess.Popen[bytes]:
+def _popen(fds: tuple[int, int, int, int], weights: tuple[int, ...], output: int) -> subprocess.Popen[bytes]:
     path = os.pathsep.join(folder for folder in _search_path() if os.pathsep not in folder)
     return subprocess.Popen(  # noqa: S603 - this interpreter and this package
         [sys.executable, "-P", "-u", "-m", "visionaccel.isolation.child", str(os.getpid()), *map(str, fds)],
         env={**child_environment(), "PYTHONPATH": path},
-        pass_fds=fds,
+        pass_fds=(*fds, *weights),
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT,

@@ -12,7 +12,7 @@ from visionaccel.backends import Session
 from visionaccel.errors import ConfigurationError, VisionAccelError
 from visionaccel.isolation.limits import Limits
 from visionaccel.isolation.messages import OpenRequest
-from visionaccel.isolation.process import packed
+from visionaccel.isolation.packing import packed
 from visionaccel.isolation.supervisor import Supervisor
 from visionaccel.program import Program
 

@@ -17,6 +17,7 @@ from visionaccel.backends import Capabilities
 from visionaccel.cores import cores_here, on_cores
 from visionaccel.errors import ConfigurationError, DeviceError, DeviceLostError, VisionAccelError
 from visionaccel.isolation.limits import Limits
+from visionaccel.isolation.packing import PackedRequest
 from visionaccel.isolation.process import DeviceProcess
 from visionaccel.safe_text import safe_logger
 
@@ -44,7 +45,7 @@ class Supervisor:
         restarts: Processes started so far after the first.
     """
 
-    def __init__(self, backend: str, request: bytes, limits: Limits) -> None:
+    def __init__(self, backend: str, request: PackedRequest, limits: Limits) -> None:
         self._backend, self._request, self._limits = backend, request, limits
         self._cores = cores_here()
         self._owner = os.getpid()

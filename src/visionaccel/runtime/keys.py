@@ -9,7 +9,6 @@ import re
 import numpy as np
 
 from visionaccel.arrays import Array, as_numpy, dtype_name
-from visionaccel.bundle.digests import file_states
 from visionaccel.encoder import Encoder
 from visionaccel.grid import Grid
 from visionaccel.program import Program
@@ -38,7 +37,7 @@ def embedding_key(patches: Array, grid: Grid, numbers: str) -> str:
 def numerics(encoder: Encoder, dtype: str) -> str:
     """What decides an encoder's numbers: backend, kind and model of the device, precision, options and programs.
 
-    A program whose digest is not known is told by its weights' files and their last changes.
+    A program whose digest is not known is told by its weights' files and their states when they were verified.
 
     Args:
         encoder: An open encoder.
@@ -61,5 +60,5 @@ def numerics(encoder: Encoder, dtype: str) -> str:
 def _identity(program: Program) -> str:
     if program.digest is not None:
         return program.digest
-    files = sorted({weight.file for weight in program.weights.values()})
-    return f"{program.name} {program.format} {program.precision} {program.coverage} {files} {file_states(files)}"
+    files = sorted({f"{weight.file} {weight.origin}" for weight in program.weights.values()})
+    return f"{program.name} {program.format} {program.precision} {program.coverage} {files}"

@@ -16,6 +16,7 @@ from visionaccel.cores import Host, choose_cores, shown_cores
 from visionaccel.encoder import Encoder
 from visionaccel.errors import BackendUnavailableError, DeviceError, PluginError, VisionAccelError
 from visionaccel.families import Tower
+from visionaccel.holding import WantedWeights, hold_source
 from visionaccel.opening import WantedIsolation, open_encoder, open_source
 from visionaccel.runtime.canary import Canary, FirstAnswer
 from visionaccel.runtime.guarded import GuardedEncoder
@@ -64,6 +65,8 @@ class _Opening:
     """What the encoders of one source have in common."""
 
     def __init__(self, source: Tower | Bundle, settings: Settings, host: Host | None) -> None:
+        if settings.fallback or settings.shadow:  # they may open when something else lies at these paths
+            source = hold_source(source, settings.weights)
         self._source, self._settings = source, settings
         self._tower = source.tower if isinstance(source, Bundle) else source
         choice = choose_cores(settings.cpu_cores, host)
@@ -190,6 +193,7 @@ class _Opening:
             deadline=settings.deadline,
             open_deadline=settings.open_deadline,
             cores=self._cores,
+            weights=settings.weights,
         )
 
 
@@ -211,6 +215,7 @@ def open_service(
     cache_size: int = 512 * 2**20,
     dtype: str = "float32",
     cores: Iterable[int] | None = None,
+    weights: WantedWeights = "private",
 ) -> EncodeService:
     """An encode service, to be used by itself from Python.
 
@@ -227,6 +232,7 @@ def open_service(
         cache_size: Bytes of embeddings that are kept.
         dtype: Dtype of the embeddings.
         cores: Cores of the CPU that the devices' threads run on; None for where the runtimes like.
+        weights: Where the weights are read, as for `open_encoder`.
 
     Raises:
         ConfigurationError: If a value is invalid, or the backend cannot run.
@@ -245,6 +251,7 @@ def open_service(
         queue_size=queue_size,
         cache_size=cache_size,
         cpu_cores=None if cores is None else frozenset(cores),
+        weights=weights,
     )
     return open_wanted_service(open_source(source), settings, dtype)
 

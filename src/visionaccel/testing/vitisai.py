@@ -101,7 +101,7 @@ def write_vitisai_folder(
     folder.mkdir(parents=True, exist_ok=True)
     partition = _partition(tower, grid, window_order, precision, names)
     whole = _whole(tower, grid, window_order, partition, names)
-    _pack_weights(whole, tower.checkpoint.weights_folder, folder / f"{names.stem}.onnx.data")
+    _pack_weights(whole, tower.weights_folder, folder / f"{names.stem}.onnx.data")
     (folder / f"{names.stem}.onnx").write_bytes(whole.SerializeToString())
     tensors = _device_tensors(partition)
     artifact = target = folder / f"{names.stem}.rai"
@@ -113,7 +113,7 @@ def write_vitisai_folder(
         _write_json(folder / "flexmlrt-hsi.json", tensors)
     with tempfile.TemporaryDirectory(prefix=".compile-", dir=folder) as work:
         model = Path(work, "partition.onnx")
-        _pack_weights(partition, tower.checkpoint.weights_folder, model.with_suffix(".onnx.data"))
+        _pack_weights(partition, tower.weights_folder, model.with_suffix(".onnx.data"))
         model.write_bytes(partition.SerializeToString())
         compile(model, target)
     return artifact
@@ -151,7 +151,7 @@ def _whole(
         "window_index": tables.window_index,
         "reverse_index": tables.reverse_index,
     }
-    weight = _external(PATCH_KERNEL, kernel, tower.checkpoint.weights_folder)
+    weight = _external(PATCH_KERNEL, kernel, tower.weights_folder)
     exact, widened = kernel.dtype == "float32", "/patch_embed/proj/Cast_output_0"
     before: list[_Row] = [
         *([] if exact else [("Cast", [PATCH_KERNEL], widened, {"to": TensorProto.FLOAT})]),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,6 +92,11 @@ class Qwen25VLTower(Tower):
             )
         return plain_weights(by_own_names(found), frozenset(weight_names(self.config)))
 
+    def over(self, weights: Mapping[str, StoredTensor]) -> Self:
+        other = copy(self)
+        other.weights = weights
+        return other
+
     @property
     def complete(self) -> bool:
         return bool(self.stored_names) and has_every_weight(self.config, self.weights)
@@ -165,7 +172,7 @@ class Qwen25VLTower(Tower):
         from visionaccel.families.qwen2_5_vl.static_graph import write_static_graph
         from visionaccel.onnx_writer import GraphWriter
 
-        writer = GraphWriter(folder or self.checkpoint.weights_folder, precision)
+        writer = GraphWriter(folder or self.weights_folder, precision)
         if isinstance(coverage, AnyGrid):
             if host is not None:
                 self.split(coverage)
@@ -191,7 +198,7 @@ class Qwen25VLTower(Tower):
             name="dynamic",
             family=self.family,
             format=stored_as,
-            folder=self.checkpoint.weights_folder,
+            folder=self.weights_folder,
             inputs=inputs,
             outputs=outputs,
             config=self.checkpoint.config["vision_config"],

@@ -1,0 +1,87 @@
+"""Copies of the weights in memory, which everything reads that opens now or later.
+
+A fallback, a reference and a device's restarted process open when they are first needed. By then something else may lie
+at the checkpoint's path, and a file that is mapped can be rewritten or cut short at any time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, TypeAlias, get_args
+from weakref import WeakValueDictionary
+
+from visionaccel.bundle import Bundle
+from visionaccel.checkpoint import StoredTensor
+from visionaccel.errors import ChangedFileError, SettingsError
+from visionaccel.families import Tower
+from visionaccel.memory_files import FileState, MemoryFile
+from visionaccel.tensor_files import copy_to_memory
+
+__all__ = ["WantedWeights", "hold_source", "is_held"]
+
+WantedWeights: TypeAlias = Literal["private", "mapped"]
+"""Where sessions read the weights: in a private copy in memory, or in the files, whose memory processes share."""
+
+_copies: WeakValueDictionary[object, MemoryFile] = WeakValueDictionary()
+"""Memory files that are in use, by what they hold: one process needs one copy of the same files."""
+
+
+def hold_source(
+    source: Tower | Bundle, weights: WantedWeights = "private", digest: str | None = None
+) -> Tower | Bundle:
+    """The same tower or bundle over a copy of its weights in memory; itself if they are to stay where they lie.
+
+    Args:
+        source: What is to be opened. Where its weights are a copy already, it is returned as it is.
+        weights: Where the weights are to be read.
+        digest: The `weights_digest` that they must have; None for that of the bundle, if it is one of an external
+            checkpoint.
+
+    Raises:
+        SettingsError: If `weights` is neither.
+        ChangedFileError: If the files changed since their headers were read, or have another digest.
+        CheckpointError: If they cannot be read.
+        ConfigurationError: If there is no memory for a copy.
+    """
+    if weights not in get_args(WantedWeights):
+        known = ", ".join(get_args(WantedWeights))
+        raise SettingsError(f"weights cannot be {weights!r}.", hint=f"Name one of: {known}.")
+    if weights == "mapped" or is_held(source):
+        return source
+    found = _tower(source).weights
+    copies, memory = _copied(found)
+    if digest is None and isinstance(source, Bundle) and source.manifest.checkpoint is not None:
+        digest = source.manifest.weights_digest
+    if digest is not None and memory.digest != digest:
+        raise ChangedFileError(
+            f"the vision weights in {_folder(found)} have the digest {memory.digest}, and {digest} is needed.",
+            hint="Bring back the checkpoint that the encoder was made from.",
+        )
+    return source.over(copies)
+
+
+def is_held(source: Tower | Bundle) -> bool:
+    """Whether the weights are copies in memory."""
+    return all(isinstance(tensor.origin, MemoryFile) for tensor in _tower(source).weights.values())
+
+
+def _copied(weights: Mapping[str, StoredTensor]) -> tuple[dict[str, StoredTensor], MemoryFile]:
+    key = tuple((name, each.file, each.offset, each.origin) for name, each in sorted(weights.items()))
+    known = _copies.get(key)
+    copies = copy_to_memory(weights, known)
+    memory = next(each.origin for each in copies.values() if isinstance(each.origin, MemoryFile))
+    if known is None:
+        for file, state in {each.file: each.origin for each in weights.values()}.items():
+            if isinstance(state, FileState):
+                state.require(file)
+        _copies[key] = memory
+    return copies, memory
+
+
+def _tower(source: Tower | Bundle) -> Tower:
+    return source.tower if isinstance(source, Bundle) else source
+
+
+def _folder(weights: Mapping[str, StoredTensor]) -> Path:
+    return next(iter(weights.values())).file.parent

@@ -1,0 +1,74 @@
+"""What a child process is to open, as bytes and descriptors: a program's copies of weights are inherited, not sent."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from visionaccel.isolation.messages import OpenRequest
+from visionaccel.memory_files import MemoryFile
+
+__all__ = ["PackedRequest", "packed", "unpacked"]
+
+
+@dataclass(frozen=True)
+class PackedRequest:
+    """A request that starts children any number of times.
+
+    Attributes:
+        data: The request, without the memory files.
+        files: The memory files that it refers to, kept for as long as a child may be started.
+    """
+
+    data: bytes
+    files: tuple[MemoryFile, ...]
+
+
+def packed(request: OpenRequest) -> PackedRequest:
+    """A request to start children with.
+
+    Raises:
+        Exception: If the program or an option cannot be pickled.
+    """
+    stream = io.BytesIO()
+    pickler = _Pickler(stream, pickle.HIGHEST_PROTOCOL)
+    pickler.dump(request)
+    return PackedRequest(stream.getvalue(), tuple(pickler.files.values()))
+
+
+def unpacked(file: BinaryIO) -> OpenRequest:
+    """The request, in a child that has the memory files' descriptors under the numbers of its parent.
+
+    Raises:
+        ValueError: If a descriptor is not that of a memory file.
+    """
+    request: OpenRequest = _Unpickler(file).load()
+    return request
+
+
+class _Pickler(pickle.Pickler):
+    def __init__(self, file: BinaryIO, protocol: int) -> None:
+        super().__init__(file, protocol)
+        self.files: dict[int, MemoryFile] = {}
+
+    def persistent_id(self, obj: Any) -> tuple[int, str] | None:
+        if not isinstance(obj, MemoryFile):
+            return None
+        self.files[obj.fd] = obj
+        return obj.fd, obj.digest
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads what the parent wrote, which is to be trusted."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(file)
+        self._files: dict[int, MemoryFile] = {}
+
+    def persistent_load(self, pid: tuple[int, str]) -> MemoryFile:
+        fd, digest = pid
+        if fd not in self._files:
+            self._files[fd] = MemoryFile.inherited(fd, digest)
+        return self._files[fd]

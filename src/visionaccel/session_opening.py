@@ -1,0 +1,77 @@
+"""Opening a session from the files that were verified, in the process that opens it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from visionaccel.backends import Options, Session, VisionBackend, contained
+from visionaccel.bundle.digests import file_digest
+from visionaccel.errors import DeviceError, VisionAccelError
+from visionaccel.memory_files import FileState, changed_file
+from visionaccel.program import Program
+
+__all__ = ["check_files", "open_session"]
+
+
+def open_session(backend: VisionBackend, program: Program, device: str | None, options: Options) -> Session:
+    """A session of a program, opened by its backend between two looks at the files that it reads.
+
+    Raises:
+        ChangedFileError: If one is not what was verified, or changed in between.
+        VisionAccelError: What the backend raises.
+        DeviceError: If it raises anything else.
+    """
+    before = check_files(program)
+    try:
+        with contained():
+            session = backend.open(program, device, options)
+    except VisionAccelError:
+        raise
+    except Exception as error:
+        raise DeviceError(
+            f"backend {backend.name!r} could not open program {program.name!r} of {program.family}: "
+            f"{type(error).__name__}: {error}",
+            hint="Run `visionaccel explain` for what it needs.",
+        ) from error
+    try:
+        check_files(program, before)
+    except BaseException:
+        with suppress(Exception):
+            session.close()
+        raise
+    return session
+
+
+def check_files(program: Program, before: Mapping[Path, FileState] | None = None) -> Mapping[Path, FileState]:
+    """Compare the files that a program is opened from with what was verified.
+
+    Weights must be in the state in which their header was read; copies in memory always are. The artifact and its
+    companions must have the digests that their bundle states, and the state that they had before, where that is given.
+
+    Args:
+        program: The program.
+        before: What this function returned before.
+
+    Returns:
+        The state of each file of the artifact.
+
+    Raises:
+        ChangedFileError: If a file changed or is gone.
+        BundleError: If an artifact cannot be read.
+    """
+    for file, state in {each.file: each.origin for each in program.weights.values()}.items():
+        if isinstance(state, FileState):
+            state.require(file)
+    if before is not None:
+        for file, state in before.items():
+            state.require(file)
+        return before
+    states = {}
+    for file, digest in program.files.items():
+        states[file] = FileState.of_named(file)
+        if file_digest(file) != digest:
+            raise changed_file(file)
+        states[file].require(file)
+    return states
