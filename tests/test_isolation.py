@@ -478,7 +478,17 @@ def test_an_exception_in_opening_says_what_could_not_be_opened(device):
         device.open()
 
 
-@pytest.mark.parametrize(("trick", "text"), [*DEADLY.items(), ("hang in C", "did not open the program within 3 s")])
+def test_a_backend_that_exits_in_opening_is_an_error_at_once(device):
+    device.will("quit", at="open")
+    with pytest.raises(DeviceError, match="SystemExit: 4"):
+        device.open()
+    assert is_gone(device.wait_for("open"))
+
+
+@pytest.mark.parametrize(
+    ("trick", "text"),
+    [*((t, text) for t, text in DEADLY.items() if t != "quit"), ("hang in C", "did not open the program within 3 s")],
+)
 def test_a_child_that_dies_or_hangs_in_opening_is_an_error_at_once(device, trick, text):
     device.will(trick, at="open")
     with pytest.raises(DeviceLostError, match=text) as caught:

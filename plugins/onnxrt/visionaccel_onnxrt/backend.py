@@ -53,8 +53,8 @@ class OnnxRuntimeOptions(Options):
     )
     share_weights: bool = Field(
         False,
-        description="Read float32 weights where they are mapped, so that processes share their pages, instead of "
-        "packing a copy for each. Small grids take somewhat longer.",
+        description="Read float32 weights where they are held or mapped, instead of packing another copy for each "
+        "process. Small grids take somewhat longer.",
     )
     optimization: Literal["all", "extended", "basic", "none"] = Field("all", description="Graph optimisation level.")
     allow_cpu: bool = Field(
