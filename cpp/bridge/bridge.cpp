@@ -11,7 +11,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "mapped_file.h"
+#include "file_content.h"
 
 namespace visionaccel {
 
@@ -68,7 +68,7 @@ void forward(Model& model, Tensors& inputs, Tensors& outputs, Tensors& weights) 
   }
 }
 
-sdk::Options sdk_options(const OpenOptions& options, const MappedFile* file) {
+sdk::Options sdk_options(const OpenOptions& options, const FileContent* file) {
   sdk::Options made;
   made.modelPath = options.path;
   made.deviceName = options.device_name;
@@ -263,7 +263,7 @@ class Bridge::Impl {
   // Destroyed from the last to the first: the model before the file that it reads from, and the place in the process
   // after both.
   OnlyModel only_;
-  std::optional<MappedFile> file_;
+  std::optional<FileContent> file_;
   std::unique_ptr<sdk::Model> model_;
   std::vector<sdk::ErtIoTypeNew> inputs_;
   std::vector<sdk::ErtIoTypeNew> outputs_;

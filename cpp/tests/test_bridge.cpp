@@ -79,8 +79,13 @@ TEST_CASE("a single file runs, or is refused where the SDK takes none") {
   const Workshop workshop;
 #ifdef FLEXMLRT_HAS_EXT_OPTIONS
   Bridge bridge(workshop.single_file(), small_inputs(), small_outputs(), quiet);
-  // Mapped: the file may go while the model computes from it.
-  std::filesystem::remove(workshop.single_file().path);
+  // Read once: the file may be rewritten, cut short or removed while the model computes from it.
+  const std::filesystem::path file = workshop.single_file().path;
+  std::ofstream(file, std::ios::in | std::ios::binary) << std::string(std::filesystem::file_size(file), 'x');
+  CHECK(run(bridge).sum == kSum);
+  std::filesystem::resize_file(file, 1);
+  CHECK(run(bridge).sum == kSum);
+  std::filesystem::remove(file);
   CHECK(run(bridge).sum == kSum);
 #else
   CHECK(has(refusal(workshop.single_file(), small_inputs(), small_outputs()), "takes no .rai files"));
