@@ -5,7 +5,7 @@ vLLM's real schedulers with the EC connector and a real encode service drive a w
 
 import io
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pickle import PickleBuffer, Pickler, loads
 
 import ml_dtypes
@@ -297,7 +297,13 @@ def test_a_full_queue_and_a_full_house_hold_requests_back_in_order(digits, exact
 
 
 def test_without_the_plug_in_the_connector_refuses_to_encode(digits, monkeypatch):
-    monkeypatch.setattr(compat, "is_replaced", lambda architecture: False)
+    served_model = compat.served_model
+
+    def elsewhere(config):  # the process that made the configuration had the plug-in; the one of the connector has not
+        served = served_model(config)
+        return served if config.ec_transfer_config is None else replace(served, replaces=None)
+
+    monkeypatch.setattr(compat, "served_model", elsewhere)
     with pytest.raises(ConfigurationError, match="plug-in is not active"):
         make_pipelined("sync", digits)
 

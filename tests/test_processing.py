@@ -14,11 +14,12 @@ from visionaccel.checkpoint import Checkpoint
 from visionaccel.errors import BundleError, ConfigurationError, InputError, UnfitGridError
 from visionaccel.families import tower_of
 from visionaccel.grid import Grid
-from visionaccel.integrations.vllm.source import open_served_encoder, open_served_source
+from visionaccel.integrations.vllm import compat
+from visionaccel.integrations.vllm.source import open_served_source
 from visionaccel.opening import open_tower
 from visionaccel.program import AnyGrid, FixedGrid
 from visionaccel.settings import load_settings
-from visionaccel.stripping import strip_checkpoint
+from visionaccel.stripping import STRIP_NOTE, strip_checkpoint
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM and what it imports use deprecated parts of torch
@@ -42,6 +43,22 @@ def bundles(digits, tmp_path_factory):
     export_bundle(tower, folder / "bucket", [ProgramRequest(tower.bucket(Grid(1, 16, 16)))])
     export_bundle(tower, folder / "both", [*fixed, ProgramRequest(AnyGrid())])
     return folder
+
+
+def served(folder, vision=None):
+    """The served model of a digits checkpoint, with that vision configuration or its own."""
+    return compat.ServedModel(
+        source=str(folder),
+        revision=None,
+        architectures=("Qwen2_5_VLForConditionalGeneration",),
+        replaces="Qwen2_5_VLForConditionalGeneration",
+        multimodal=True,
+        takes_media=True,
+        own_implementation=True,
+        dtype=torch.float32,
+        device="cpu",
+        vision=vision or Checkpoint(folder).config["vision_config"],
+    )
 
 
 @pytest.fixture
@@ -204,28 +221,39 @@ def other(digits, tmp_path):
 def test_a_bundle_of_other_vision_weights_is_refused(digits, other, bundles, tmp_path, monkeypatch):
     bundle = export_bundle(open_tower(digits), tmp_path / "packed", [ProgramRequest(AnyGrid())], self_contained=True)
     monkeypatch.setenv("VISIONACCEL_BUNDLE", str(bundle.folder))
-    assert open_served_source(str(digits), None, load_settings()).manifest == bundle.manifest
+    assert open_served_source(served(digits), load_settings()).manifest == bundle.manifest
     with pytest.raises(ConfigurationError, match="made from other vision weights"):
-        open_served_source(str(other), None, load_settings())
+        open_served_source(served(other), load_settings())
     strip_checkpoint(Checkpoint(other), tmp_path / "stripped")
     for encoder in (bundle.folder, digits):  # a plain checkpoint as the encoder must be the right one too
         monkeypatch.setenv("VISIONACCEL_BUNDLE", str(encoder))
-        for served in ("stripped", "other"):
+        for name in ("stripped", "other"):
             with pytest.raises(ConfigurationError, match="made from other vision weights"):
-                open_served_source(str(tmp_path / served), None, load_settings())
+                open_served_source(served(tmp_path / name), load_settings())
     monkeypatch.setenv("VISIONACCEL_BUNDLE", str(other))
-    assert open_served_source(str(tmp_path / "stripped"), None, load_settings()).checkpoint.folder == other
+    assert open_served_source(served(tmp_path / "stripped"), load_settings()).checkpoint.folder == other
     monkeypatch.setenv("VISIONACCEL_BUNDLE", str(bundle.folder))
     with pytest.raises(ConfigurationError, match="made from other vision weights"):
-        open_served_source(str(tmp_path / "stripped"), None, load_settings())
+        open_served_source(served(tmp_path / "stripped"), load_settings())
 
 
-def test_an_encoder_of_other_sizes_is_refused_even_where_no_digest_is_known(tiny):
-    vision = SimpleNamespace(
-        out_hidden_size=128, spatial_merge_size=2, in_channels=3, temporal_patch_size=2, patch_size=14
-    )
-    with pytest.raises(ConfigurationError, match=r"the served model needs \(128, 2, 1176\)"):
-        open_served_encoder(SimpleNamespace(source=str(tiny), revision=None, vision=vision), load_settings())
+def test_an_encoder_of_other_sizes_is_refused_even_where_no_digest_is_known(digits, tiny, tmp_path, monkeypatch):
+    strip_checkpoint(Checkpoint(digits), tmp_path / "stripped")
+    (tmp_path / "stripped" / STRIP_NOTE).unlink()
+    monkeypatch.setenv("VISIONACCEL_BUNDLE", str(tiny))
+    with pytest.raises(ConfigurationError, match="made for another vision configuration"):
+        open_served_source(served(tmp_path / "stripped"), load_settings())
+
+
+def test_the_configuration_that_is_served_decides(digits, bundles, monkeypatch):
+    changed = {**Checkpoint(digits).config["vision_config"], "fullatt_block_indexes": [1]}
+    assert open_served_source(served(digits, changed), load_settings()).sizes.fullatt_block_indexes == (1,)
+    monkeypatch.setenv("VISIONACCEL_BUNDLE", str(bundles / "fixed"))
+    with pytest.raises(ConfigurationError, match=r"made for another vision configuration.*fullatt_block_indexes"):
+        open_served_source(served(digits, changed), load_settings())
+    monkeypatch.setenv("VISIONACCEL_BUNDLE", str(digits))
+    with pytest.raises(ConfigurationError, match="made for another vision configuration"):
+        open_served_source(served(digits, changed), load_settings())
 
 
 def test_a_bundle_for_another_image_processor_is_refused(digits, other, bundles, monkeypatch):
@@ -234,7 +262,7 @@ def test_a_bundle_for_another_image_processor_is_refused(digits, other, bundles,
     (other / "model.safetensors").write_bytes((digits / "model.safetensors").read_bytes())
     monkeypatch.setenv("VISIONACCEL_BUNDLE", str(bundles / "fixed"))
     with pytest.raises(ConfigurationError, match="another image processor"):
-        open_served_source(str(other), None, load_settings())
+        open_served_source(served(other), load_settings())
 
 
 def test_the_served_checkpoint_stands_in_for_one_that_moved(digits, tmp_path, monkeypatch):
@@ -245,7 +273,7 @@ def test_the_served_checkpoint_stands_in_for_one_that_moved(digits, tmp_path, mo
     bundle = export_bundle(open_tower(moved), tmp_path / "bundle", [ProgramRequest(AnyGrid())])
     moved.rename(tmp_path / "elsewhere")
     monkeypatch.setenv("VISIONACCEL_BUNDLE", str(bundle.folder))
-    source = open_served_source(str(digits), None, load_settings())
+    source = open_served_source(served(digits), load_settings())
     assert source.tower.checkpoint.folder == digits
     with pytest.raises(BundleError, match="needs the vision weights"):
         open_bundle(bundle.folder)

@@ -1,7 +1,5 @@
 """The module in the place of vLLM's vision tower, where embeddings come from elsewhere."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -23,12 +21,13 @@ def receiving(tiny, monkeypatch):
             source=str(tiny),
             revision=None,
             architectures=("Qwen2_5_VLForConditionalGeneration",),
+            replaces="Qwen2_5_VLForConditionalGeneration",
             multimodal=True,
             takes_media=True,
             own_implementation=True,
             dtype=torch.float32,
             device="cpu",
-            vision=SimpleNamespace(**TINY),
+            vision=TINY,
         )
         return tower.AcceleratedTower(served, receives=True)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
@@ -206,6 +206,11 @@ class Tower(ABC):
     merge_size: int
     out_width: int
     checkpoint: Checkpoint
+
+    @property
+    @abstractmethod
+    def sizes(self) -> Hashable:
+        """What its programs depend on besides weights: equal for towers whose programs are the same."""
 
     @property
     @abstractmethod

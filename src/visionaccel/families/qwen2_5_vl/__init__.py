@@ -78,6 +78,10 @@ class Qwen25VLTower(Tower):
         self.out_width = self.config.out_hidden_size
 
     @property
+    def sizes(self) -> VisionConfig:
+        return self.config
+
+    @property
     def stored_names(self) -> frozenset[str]:
         return frozenset(name for name in self.checkpoint.tensors if name.startswith(WEIGHT_PREFIXES))
 

@@ -14,16 +14,19 @@ from visionaccel.integrations.vllm.compat.checking import missing
 from visionaccel.integrations.vllm.compat.contract import Feature
 from visionaccel.integrations.vllm.features import is_on, require_features
 from visionaccel.integrations.vllm.mode import choose_mode
-from visionaccel.settings import load_settings
+from visionaccel.settings import Settings, load_settings
 
 if TYPE_CHECKING:
     from prometheus_client.registry import Collector
     from vllm.config import VllmConfig
 
-__all__ = ["MODELS", "activate"]
+__all__ = ["MODELS", "activate", "check_engine"]
 
 MODELS = {"Qwen2_5_VLForConditionalGeneration": "visionaccel.integrations.vllm.model:AcceleratedQwen25VL"}
 """Architectures and the model classes that replace vLLM's, as vLLM resolves them lazily."""
+
+_NORM_EPS = 1e-6
+"""What the implemented towers add to variances."""
 
 _HOW = {"pipelined": "while the language model decodes (pipelined)", "inline": "in the engine's step (in-line)"}
 
@@ -75,11 +78,61 @@ def _prepare(config: VllmConfig, client_embeds: bool) -> None:
     if not served.multimodal:
         compat.logger().warning("VISIONACCEL_BACKEND has no effect: %s has no vision encoder.", named)
         return
-    if not set(MODELS).intersection(served.architectures):
-        raise ConfigurationError(
-            f"VISIONACCEL_BACKEND is set, but the vision encoder of {named} is not implemented.",
-            hint=f"Unset it to serve this model with vLLM's own encoder. Implemented: {', '.join(MODELS)}.",
+    settings = load_settings()
+    _check(config, served, settings)
+    if served.takes_media:
+        choice = choose_mode(config, settings)
+        compat.logger().info("visionaccel: images are encoded %s, because %s.", _HOW[choice.mode], choice.reason)
+        if choice.mode == "pipelined":
+            compat.use_connector(config, client_embeds)
+    compat.use_contained_scheduler(config)
+    make_board(inherit=compat.is_one_of_several_api_servers(config))
+    if is_on(Feature.REASONS):
+        compat.explain_errors()
+    compat.mark_prepared(config)
+
+
+def _limits_grids(config: VllmConfig) -> bool:
+    """Whether the encoder takes some grids only, so that images are fitted to them."""
+    from visionaccel.integrations.vllm.source import grids_of  # only where fitting is off
+
+    served = compat.served_model(config)
+    return served.takes_media and grids_of(served, load_settings()) is not None
+
+
+def check_engine(config: VllmConfig) -> None:
+    """Called where a model of this package is made: check a configuration that `_prepare` may never have seen.
+
+    `EngineArgs` is not the only way to a configuration, and in a process that has made its own before this package was
+    loaded, it passes this package by.
+
+    Raises:
+        ConfigurationError: If this engine would answer wrongly.
+    """
+    served, settings = compat.served_model(config), load_settings()
+    _check(config, served, settings)
+    if not compat.is_prepared(config) and served.takes_media:
+        _refuse_fitting(
+            served,
+            settings,
+            "this engine's configuration was not made by vLLM's EngineArgs, so it is not known whether images are "
+            "fitted to them",
         )
+        compat.logger().warning(
+            "visionaccel: this engine's configuration was not made by vLLM's EngineArgs and could not be adjusted. "
+            "Images are encoded in the engine's step unless the configuration names %s, and an image that cannot be "
+            "encoded ends the engine.",
+            compat.CONNECTOR,
+        )
+
+
+def _check(config: VllmConfig, served: compat.ServedModel, settings: Settings) -> None:
+    """Refuse an engine that would run another vision encoder than the one that is asked for.
+
+    Raises:
+        ConfigurationError: With the reason.
+    """
+    named = ", ".join(served.architectures)
     if not served.own_implementation:
         raise ConfigurationError(
             "VISIONACCEL_BACKEND is set, but --model-impl asks for another library's implementation of the model.",
@@ -90,20 +143,43 @@ def _prepare(config: VllmConfig, client_embeds: bool) -> None:
             f"pooling models cannot be served on vLLM {compat.release()}: {'; '.join(lacking)}.",
             hint="Unset VISIONACCEL_BACKEND to serve this model with vLLM's own encoder.",
         )
-    if served.takes_media:
-        choice = choose_mode(config, load_settings())
-        compat.logger().info("visionaccel: images are encoded %s, because %s.", _HOW[choice.mode], choice.reason)
-        if choice.mode == "pipelined":
-            compat.use_connector(config, client_embeds)
-    compat.use_contained_scheduler(config)
-    make_board(inherit=compat.is_one_of_several_api_servers(config))
-    if is_on(Feature.REASONS):
-        compat.explain_errors()
+    if served.replaces is None:
+        raise ConfigurationError(
+            f"VISIONACCEL_BACKEND is set, but the vision encoder of {named} is not implemented.",
+            hint=f"Unset it to serve this model with vLLM's own encoder. Implemented: {', '.join(MODELS)}.",
+        )
+    if served.norm_eps not in (None, _NORM_EPS):
+        raise ConfigurationError(
+            f"the served configuration sets rms_norm_eps={served.norm_eps} for the vision encoder too, and only "
+            f"{_NORM_EPS} is implemented.",
+            hint="Drop that override, or unset VISIONACCEL_BACKEND.",
+        )
+    if not served.takes_media:
+        return
+    if compat.adapts_tower(config):
+        raise ConfigurationError(
+            "--enable-tower-connector-lora applies LoRA adapters to vLLM's own vision encoder, and "
+            "VISIONACCEL_BACKEND replaces that encoder.",
+            hint="Drop --enable-tower-connector-lora: adapters then apply to the language model alone. Or merge the "
+            "adapter into the checkpoint, or unset VISIONACCEL_BACKEND.",
+        )
+    if compat.without_python_processor():
+        _refuse_fitting(served, settings, "with VLLM_USE_RUST_FRONTEND, images are not fitted to them")
 
 
-def _limits_grids(config: VllmConfig) -> bool:
-    """Whether the encoder takes some grids only, so that images are fitted to them."""
-    from visionaccel.integrations.vllm.source import grids_of  # only where fitting is off
+def _refuse_fitting(served: compat.ServedModel, settings: Settings, reason: str) -> None:
+    """Refuse a bundle whose programs need images to be fitted, where they would not be.
 
-    served = compat.served_model(config)
-    return served.takes_media and grids_of(served.source, served.revision, load_settings()) is not None
+    Raises:
+        ConfigurationError: If it does.
+    """
+    from visionaccel.integrations.vllm.source import grids_of  # only where images may not be fitted
+
+    grids = grids_of(served, settings)
+    if grids is not None and not (grids.rest and settings.fit == "none"):
+        taken = "; ".join(map(str, grids.coverages))
+        raise ConfigurationError(
+            f"the programs of {settings.bundle} take {taken} (height x width in patches), but {reason}.",
+            hint="Start vLLM by `vllm serve` or `LLM(...)` with its Python front end, use a bundle with a dynamic "
+            "program, or set VISIONACCEL_FIT=none and VISIONACCEL_FALLBACK.",
+        )

@@ -28,7 +28,7 @@ from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.bookings import Bookings, Failure, Wanted
 from visionaccel.integrations.vllm.compat import CacheState, ECConnectorBase, ECConnectorMetadata, ECConnectorRole
 from visionaccel.integrations.vllm.published import publish
-from visionaccel.integrations.vllm.source import announce, open_served_encoder
+from visionaccel.integrations.vllm.source import announce, open_served_source
 from visionaccel.runtime.opening import open_wanted_service
 from visionaccel.runtime.service import EncodeService
 from visionaccel.settings import load_settings
@@ -94,13 +94,13 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
         self._distrust = threading.Event()
         if role == ECConnectorRole.SCHEDULER and served.takes_media:
             settings = load_settings()
-            if not any(map(compat.is_replaced, served.architectures)):
+            if served.replaces is None:
                 # vLLM's own model class may leave the normalisation of pixels to its tower.
                 raise ConfigurationError(
                     f"{compat.CONNECTOR} is configured, but visionaccel's plug-in is not active in this engine.",
                     hint="Set VISIONACCEL_BACKEND, and list visionaccel in VLLM_PLUGINS if that is set.",
                 )
-            source = open_served_encoder(served, settings)
+            source = open_served_source(served, settings)
             dtype, host = str(served.dtype).removeprefix("torch."), compat.encoder_host(served.device, in_step=False)
             metrics = publish() if settings.metrics else None  # before the canary, which counts too
             self._service = open_wanted_service(source, settings, dtype, host)

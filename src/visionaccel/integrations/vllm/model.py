@@ -1,4 +1,7 @@
-"""vLLM's Qwen2.5-VL with its vision tower on a visionaccel backend. Resolved lazily by vLLM's model registry."""
+"""vLLM's Qwen2.5-VL with its vision tower on a visionaccel backend. Resolved lazily by vLLM's model registry.
+
+The registry asks for the class by a name that `compat.register_model` has extended.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from visionaccel.families.qwen2_5_vl import WEIGHT_PREFIXES
 from visionaccel.integrations.vllm import compat
+from visionaccel.integrations.vllm.activation import check_engine
 from visionaccel.integrations.vllm.compat import (
     MULTIMODAL_REGISTRY,
     Qwen2_5_VLDummyInputsBuilder,
@@ -29,13 +33,17 @@ __all__ = ["AcceleratedQwen25VL"]
 class AcceleratedQwen25VL(Qwen2_5_VLForConditionalGeneration):  # type: ignore[misc]
     """Allocates no vision weights and skips them while loading; all else is vLLM's."""
 
-    # The backend takes normalised patches, has no CUDA graph, no tensor-parallel split and no LoRA of vLLM's.
+    # The backend takes normalised patches, has no CUDA graph, no tensor-parallel split and no LoRA of vLLM's. The
+    # vision part of an adapter is ignored, as vLLM does without --enable-tower-connector-lora.
     supports_mm_device_do_normalize = False
     supports_encoder_cudagraph = False
     supports_encoder_tp_data = False
     supports_tower_connector_lora = False
+    lora_skip_prefixes = ("visual.",)
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        check_engine(vllm_config)
+
         def make(*_: Any, **__: Any) -> nn.Module:
             # The stock tower's arguments drift between releases, so none is looked at.
             served = compat.served_model(vllm_config)
@@ -63,3 +71,9 @@ def _without_tower(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tupl
     for name, weight in weights:
         if not name.startswith(WEIGHT_PREFIXES):
             yield name, weight
+
+
+def __getattr__(name: str) -> Any:
+    if name.partition("__")[0] == AcceleratedQwen25VL.__name__:
+        return AcceleratedQwen25VL
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -40,7 +40,7 @@ class FittedProcessingInfo(Qwen2_5_VLProcessingInfo):  # type: ignore[misc]
     def grids(self) -> Grids | None:
         """Which grids the encoder takes; None where it takes every one, and where prompts may hold no media."""
         model = self.ctx.model_config
-        return grids_of(model.model, model.revision, self._settings) if compat.takes_media(model) else None
+        return grids_of(compat.served_by(model), self._settings) if compat.takes_media(model) else None
 
     @property
     def limited(self) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from visionaccel.bundle.opening import tower_digest
 from visionaccel.bundle.processor import processor_digest, require_processor
 from visionaccel.checkpoint import Checkpoint, locate_checkpoint
 from visionaccel.cores import on_cores
-from visionaccel.errors import CheckpointError, ConfigurationError
+from visionaccel.errors import ArtifactError, CheckpointError, ConfigurationError
 from visionaccel.families import Tower, tower_of
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.compat import ServedModel
@@ -21,63 +23,64 @@ from visionaccel.runtime.guarded import GuardedEncoder
 from visionaccel.settings import Settings
 from visionaccel.stripping import read_strip_note
 
-__all__ = ["Grids", "announce", "grids_of", "open_served_encoder", "open_served_source"]
+__all__ = ["Grids", "announce", "grids_of", "open_served_source", "served_tower"]
 
 
-def open_served_source(model: str, revision: str | None, settings: Settings) -> Tower | Bundle:
+def served_tower(served: ServedModel, stored: Checkpoint) -> Tower:
+    """The vision tower that vLLM serves: the checkpoint's files under the configuration that vLLM has resolved.
+
+    An override of the configuration (`--hf-overrides`) counts, and config.json only where nothing overrides it.
+
+    Args:
+        served: The served model.
+        stored: Its checkpoint.
+
+    Raises:
+        ArtifactError: If the checkpoint is broken, or the configuration that is served is not a tower's.
+    """
+    if served.replaces is None or served.vision is None:
+        return tower_of(stored)
+    resolved = copy(stored)
+    resolved.config = {**stored.config, "architectures": [served.replaces], "vision_config": dict(served.vision)}
+    tower = tower_of(resolved)
+    with suppress(ArtifactError):
+        unchanged = tower_of(stored)
+        if unchanged.sizes == tower.sizes:
+            return unchanged
+    return tower
+
+
+def open_served_source(served: ServedModel, settings: Settings) -> Tower | Bundle:
     """The encoder that the settings name for a served model: a bundle, another checkpoint's, or its own.
 
     Args:
-        model: Checkpoint folder or Hugging Face repository that is served.
-        revision: That repository's revision.
+        served: The served model.
         settings: The settings.
 
     Raises:
         ConfigurationError: If `VISIONACCEL_BUNDLE` is no folder, or is a bundle of another model.
         ArtifactError: If the bundle or checkpoint is broken.
     """
+    stored = locate_checkpoint(served.source, served.revision)
+    wanted = served_tower(served, stored)
     if settings.bundle is None:
-        return tower_of(locate_checkpoint(model, revision))
+        return wanted
     if not settings.bundle.is_dir():
         raise ConfigurationError(
             f"VISIONACCEL_BUNDLE={str(settings.bundle)!r} is not a folder.",
             hint="Name an existing folder; `visionaccel pull` fetches a bundle from the hub.",
         )
-    served = locate_checkpoint(model, revision)
     if not is_bundle(settings.bundle):
         tower = tower_of(locate_checkpoint(settings.bundle))
-        _require_weights(served, tower_digest(tower), settings.bundle)
-        require_processor(processor_digest(tower.checkpoint.folder), served.folder, settings.bundle)
+        _require_weights(wanted, tower_digest(tower), settings.bundle)
+        require_processor(processor_digest(tower.checkpoint.folder), stored.folder, settings.bundle)
+        _require_sizes(wanted, tower, settings.bundle)
         return tower
-    bundle = open_bundle(settings.bundle, checkpoint=served)
-    _require_weights(served, bundle.manifest.weights_digest, bundle.folder)
-    require_processor(bundle.manifest.processor_digest, served.folder, bundle.folder)
+    bundle = open_bundle(settings.bundle, checkpoint=stored)
+    _require_weights(wanted, bundle.manifest.weights_digest, bundle.folder)
+    require_processor(bundle.manifest.processor_digest, stored.folder, bundle.folder)
+    _require_sizes(wanted, bundle.tower, bundle.folder)
     return bundle
-
-
-def open_served_encoder(served: ServedModel, settings: Settings) -> Tower | Bundle:
-    """As `open_served_source`, and its sizes are those that the served model needs.
-
-    Raises:
-        ConfigurationError: If the encoder was made for another model.
-        ArtifactError: If the bundle or checkpoint is broken.
-    """
-    source = open_served_source(served.source, served.revision, settings)
-    tower = source.tower if isinstance(source, Bundle) else source
-    vision = served.vision
-    wanted = (
-        vision.out_hidden_size,
-        vision.spatial_merge_size,
-        vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
-    )
-    ours = (tower.out_width, tower.merge_size, tower.patch_width)
-    if ours != wanted:
-        raise ConfigurationError(
-            f"the encoder in {settings.bundle or served.source} has embedding width, merge size and patch width "
-            f"{ours}; the served model needs {wanted}.",
-            hint="Point VISIONACCEL_BUNDLE at the encoder of the served model.",
-        )
-    return source
 
 
 def announce(encoders: Iterable[GuardedEncoder], how: str) -> None:
@@ -97,22 +100,33 @@ def announce(encoders: Iterable[GuardedEncoder], how: str) -> None:
         )
 
 
-def _require_weights(served: Checkpoint, stated: str, folder: Path) -> None:
+def _require_weights(served: Tower, stated: str, folder: Path) -> None:
     """Refuse an encoder of other vision weights than the served checkpoint's.
 
     A checkpoint stripped of its vision weights keeps a note of their digest. One that has neither cannot be told apart
     from another of the same shape, and is taken at its word.
     """
-    found = read_strip_note(served.folder)
+    found = read_strip_note(served.checkpoint.folder)
     if found is None:
         try:
-            found = tower_digest(tower_of(served))
+            found = tower_digest(served)
         except CheckpointError:
             return
     if found != stated:
         raise ConfigurationError(
-            f"the encoder in {folder} was made from other vision weights than those of {served.folder}.",
+            f"the encoder in {folder} was made from other vision weights than those of {served.checkpoint.folder}.",
             hint="Export a bundle from the served checkpoint.",
+        )
+
+
+def _require_sizes(served: Tower, tower: Tower, folder: Path) -> None:
+    """Refuse an encoder that was made for another vision configuration than the one that is served."""
+    if served.sizes != tower.sizes:
+        raise ConfigurationError(
+            f"the encoder in {folder} was made for another vision configuration than the one that is served: "
+            f"{tower.sizes} and not {served.sizes}.",
+            hint="Point VISIONACCEL_BUNDLE at the encoder of the served model, or drop --hf-overrides that change its "
+            "vision_config.",
         )
 
 
@@ -131,14 +145,13 @@ class Grids:
     rest: bool
 
 
-def grids_of(model: str, revision: str | None, settings: Settings) -> Grids | None:
+def grids_of(served: ServedModel, settings: Settings) -> Grids | None:
     """What the encoder of a served model will take, without opening it; None if that is every grid.
 
     Every process of vLLM that prepares images asks, and all come to the same answer: probes allocate nothing.
 
     Args:
-        model: Checkpoint folder or Hugging Face repository that is served.
-        revision: That repository's revision.
+        served: The served model.
         settings: The settings.
 
     Raises:
@@ -147,7 +160,7 @@ def grids_of(model: str, revision: str | None, settings: Settings) -> Grids | No
     """
     if settings.bundle is None or not is_bundle(settings.bundle):
         return None  # An encoder from a checkpoint's weights takes every grid.
-    source = open_served_source(model, revision, settings)
+    source = open_served_source(served, settings)
     tower = source.tower if isinstance(source, Bundle) else source
     with on_cores(compat.started_cores()):  # backends count cores when they are first asked, for good
         chosen = select(default_registry(), source, settings.backend or AUTO, settings.device).chosen

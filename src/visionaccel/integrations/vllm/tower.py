@@ -17,7 +17,7 @@ from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.faults import EVERYTHING, Fault, open_channel, report_fault
 from visionaccel.integrations.vllm.producer import guard_saving
 from visionaccel.integrations.vllm.published import publish
-from visionaccel.integrations.vllm.source import announce, open_served_encoder
+from visionaccel.integrations.vllm.source import announce, open_served_source
 from visionaccel.integrations.vllm.step_budget import LateOpening, StepBudget
 from visionaccel.runtime.guarded import Embedded, GuardedEncoder
 from visionaccel.runtime.keys import item_key
@@ -51,7 +51,7 @@ class AcceleratedTower(nn.Module):
         super().__init__()
         self._settings, self._receives = load_settings(), receives
         open_channel()
-        self._source = open_served_encoder(served, self._settings)
+        self._source = open_served_source(served, self._settings)
         tower = self._source.tower if isinstance(self._source, Bundle) else self._source
         self.spatial_merge_size = tower.merge_size
         self.out_hidden_size = tower.out_width

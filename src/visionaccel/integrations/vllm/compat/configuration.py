@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visionaccel.integrations.vllm.compat.checking import missing, way_of
 from visionaccel.integrations.vllm.compat.contract import BY_OUR_SCHEDULER, FAILED_REQUESTS, Feature
-from visionaccel.integrations.vllm.compat.releases import logger
+from visionaccel.integrations.vllm.compat.releases import logger, release
 
 if TYPE_CHECKING:
     import torch
     from vllm.config import ModelConfig, VllmConfig
 
 __all__ = [
-    "can_contain", "CONNECTOR", "ec_connector", "impossible_with_connector", "is_one_of_several_api_servers",
-    "is_pipelined", "is_replaced", "load_plugins", "obstacles_to_pipelining", "on_engine_config", "pools",
-    "receives_embeddings", "register_model", "served_model", "ServedModel", "takes_media", "use_connector",
-    "use_contained_scheduler", "use_ec_connector", "use_model_in_process",
+    "adapts_tower", "can_contain", "CONNECTOR", "ec_connector", "impossible_with_connector",
+    "is_one_of_several_api_servers", "is_pipelined", "is_prepared", "is_replaced", "load_plugins", "mark_prepared",
+    "obstacles_to_pipelining", "on_engine_config", "pools", "receives_embeddings", "register_model", "served_by",
+    "served_model", "ServedModel", "takes_media", "use_connector", "use_contained_scheduler", "use_ec_connector",
+    "use_model_in_process", "without_python_processor",
 ]  # fmt: skip
 
 CONNECTOR = "VisionAccelConnector"
@@ -46,10 +50,35 @@ def load_plugins() -> None:
 
 
 def register_model(architecture: str, model: str) -> None:
-    """Register a model class, as `module:Class`, in the place of vLLM's own."""
+    """Register a model class in the place of vLLM's own.
+
+    vLLM caches on disk what it learns about a lazily registered class, by the class's name and its file's bytes alone.
+    So the name is extended by what else those flags depend on: vLLM's release and its own model's source.
+
+    Args:
+        architecture: Its architecture.
+        model: The class, as `module:Class`; the module has it by the extended name `Class__key` too.
+    """
     from vllm import ModelRegistry
 
-    ModelRegistry.register_model(architecture, model)
+    if is_replaced(architecture):
+        return
+    stock: Any = ModelRegistry.models.get(architecture)
+    _replaced[model.partition(":")[2]] = architecture
+    ModelRegistry.register_model(architecture, f"{model}__{_flags_key(str(getattr(stock, 'module_name', '')))}")
+
+
+_replaced: dict[str, str] = {}
+"""Architecture by name of the class of this package that replaces it."""
+
+
+def _flags_key(module: str) -> str:
+    """Names the vLLM whose flags a derived class has: an identifier of its release and of the module's source."""
+    import vllm
+
+    source = Path(vllm.__path__[0], *module.split(".")[1:]).with_suffix(".py")
+    digest = hashlib.sha256(source.read_bytes() if source.is_file() else b"").hexdigest()
+    return re.sub(r"\W", "_", release()) + "_" + digest[:12]
 
 
 def use_model_in_process(architecture: str) -> None:
@@ -74,10 +103,16 @@ def on_engine_config(prepare: Callable[[VllmConfig, bool], None]) -> None:
     Args:
         prepare: Gets the configuration, and whether the user lets clients send embeddings (`--enable-mm-embeds`).
     """
+    if not _hook_engine_args(prepare):
+        _on_loading_plugins(functools.partial(_hook_engine_args, prepare))
+
+
+def _hook_engine_args(prepare: Callable[[VllmConfig, bool], None]) -> bool:
+    """Wrap `EngineArgs.create_engine_config`, once its module is there; whether it is."""
     arguments = sys.modules.get("vllm.engine.arg_utils")
-    if arguments is None:  # A process that is handed its configuration: engine core, worker, registry inspection.
-        return
-    build = arguments.EngineArgs.create_engine_config
+    if not hasattr(arguments, "EngineArgs"):
+        return False
+    build = arguments.EngineArgs.create_engine_config  # type: ignore[union-attr]
 
     @functools.wraps(build)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> VllmConfig:
@@ -85,7 +120,50 @@ def on_engine_config(prepare: Callable[[VllmConfig, bool], None]) -> None:
         prepare(config, bool(getattr(self, "enable_mm_embeds", False)))
         return config
 
-    arguments.EngineArgs.create_engine_config = create_engine_config
+    arguments.EngineArgs.create_engine_config = create_engine_config  # type: ignore[union-attr]
+    return True
+
+
+def _on_loading_plugins(hook: Callable[[], bool]) -> None:
+    """Try a hook each time that vLLM asks for its plug-ins, until it holds.
+
+    `EngineArgs` asks for them whenever it is made, whether or not they were loaded before. A process that is handed its
+    configuration, such as a worker, never makes one.
+    """
+    import vllm.plugins as plugins
+
+    load = plugins.load_general_plugins
+    held = False
+
+    @functools.wraps(load)
+    def load_general_plugins() -> None:
+        nonlocal held
+        load()
+        held = held or hook()
+
+    plugins.load_general_plugins = load_general_plugins
+
+
+_MARK = "visionaccel"
+
+
+def mark_prepared(config: VllmConfig) -> None:
+    """Note in a configuration, for the processes that it is handed to, that this package has seen it."""
+    if isinstance(config.additional_config, dict):
+        config.additional_config = {**config.additional_config, _MARK: "prepared"}
+
+
+def is_prepared(config: VllmConfig) -> bool:
+    """Whether a configuration was marked; it is taken to be if it has no place for a mark."""
+    given = config.additional_config
+    return _MARK in given if isinstance(given, dict) else True
+
+
+def without_python_processor() -> bool:
+    """Whether vLLM's front end prepares images in another process than Python's, where this package has no part."""
+    import vllm.envs as environment
+
+    return bool(getattr(environment, "VLLM_USE_RUST_FRONTEND", False))
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,39 +173,51 @@ class ServedModel:
     Attributes:
         source: Checkpoint folder or Hugging Face repository.
         revision: The repository's revision.
-        architectures: Its model classes.
+        architectures: Its model classes, as the configuration names them.
+        replaces: The architecture whose class of this package vLLM makes the model from; None if from another class.
         multimodal: It takes images or other media.
         takes_media: At least one image or video a prompt is allowed.
         own_implementation: vLLM's own model class serves it, not another library's.
         dtype: Dtype of the language model.
-        device: Device of the language model.
-        vision: The vision tower's configuration, or None.
+        device: Device of the language model; where only the model's configuration is known, `cpu`.
+        vision: The vision tower's configuration after every override, or None.
+        norm_eps: What vLLM's tower adds to variances, if the configuration states it.
     """
 
     source: str
     revision: str | None
     architectures: tuple[str, ...]
+    replaces: str | None
     multimodal: bool
     takes_media: bool
     own_implementation: bool
     dtype: torch.dtype
     device: str
-    vision: Any
+    vision: Mapping[str, Any] | None
+    norm_eps: float | None = None
 
 
 def served_model(config: VllmConfig) -> ServedModel:
     """The model of an engine configuration."""
-    model = config.model_config
+    return served_by(config.model_config, str(config.device_config.device))
+
+
+def served_by(model: ModelConfig, device: str = "cpu") -> ServedModel:
+    """The model of a model configuration."""
+    vision = getattr(model.hf_config, "vision_config", None)
+    eps = getattr(model.hf_config, "rms_norm_eps", None)
     return ServedModel(
         source=model.model,
         revision=model.revision,
         architectures=tuple(model.architectures),
+        replaces=_replaced.get(model._model_info.architecture),  # of the class, after suffixes and conversions
         multimodal=bool(model.is_multimodal_model),
         takes_media=takes_media(model),
         own_implementation=str(getattr(model.model_impl, "value", model.model_impl)) in ("auto", "vllm"),
         dtype=model.dtype,
-        device=str(config.device_config.device),
-        vision=getattr(model.hf_config, "vision_config", None),
+        device=device,
+        vision=None if vision is None else vision.to_dict(),
+        norm_eps=None if eps is None else float(eps),
     )
 
 
@@ -140,6 +230,11 @@ def takes_media(model: ModelConfig) -> bool:
     """Whether prompts may hold an image or a video."""
     limits = model.get_multimodal_config() if model.is_multimodal_model else None
     return limits is not None and any(limits.get_limit_per_prompt(kind) for kind in ("image", "video"))
+
+
+def adapts_tower(config: VllmConfig) -> bool:
+    """Whether LoRA adapters are applied to the vision tower too (`--enable-tower-connector-lora`)."""
+    return bool(getattr(getattr(config, "lora_config", None), "enable_tower_connector_lora", False))
 
 
 def use_contained_scheduler(config: VllmConfig) -> bool:

@@ -142,17 +142,22 @@ _PARALLEL = "vllm.distributed.parallel_state"
 
 _CONFIGURATION: tuple[Entry, ...] = (
     _need("patch", f"{_ARGUMENTS}.create_engine_config"),
+    _need("patch", "vllm.plugins:load_general_plugins"),
     _need("read", _ARGUMENTS, has="enable_mm_embeds"),
     _need(
         "read",
         "vllm.config:VllmConfig",
-        has="model_config device_config scheduler_config parallel_config ec_transfer_config kv_transfer_config",
+        has="model_config device_config scheduler_config parallel_config ec_transfer_config kv_transfer_config "
+        "lora_config additional_config",
     ),
+    _need("read", "vllm.config:LoRAConfig", has="enable_tower_connector_lora", optional=True),
     _need(
         "read",
         "vllm.config:ModelConfig",
         has="model revision architectures is_multimodal_model model_impl dtype hf_config",
+        mentions="_model_info",
     ),
+    _need("read", f"{_REGISTRY}:_ModelInfo", has="architecture"),
     _need("call", "vllm.config:ModelConfig.get_multimodal_config"),
     _need("call", "vllm.config.multimodal:MultiModalConfig.get_limit_per_prompt", "modality"),
     _need("read", "vllm.config:DeviceConfig", has="device"),
@@ -190,6 +195,7 @@ _INLINE: tuple[Entry, ...] = (
     _need("override", f"{_MODEL}.supports_encoder_tp_data", optional=True),
     _need("override", f"{_MODEL}.supports_encoder_cudagraph", optional=True),
     _need("override", f"{_MODEL}.supports_tower_connector_lora", optional=True),
+    _need("override", f"{_MODEL}.lora_skip_prefixes", optional=True),
     _need("patch", f"{_QWEN}:Qwen2_5_VisionTransformer"),
     _need("call", "vllm.multimodal:MULTIMODAL_REGISTRY.register_processor", "processor info dummy_inputs"),
     _need("subclass", _INFO),

@@ -1,0 +1,162 @@
+"""However an engine's configuration is made, this package has seen it, or the model that is made from it says so."""
+
+import json
+import subprocess
+import sys
+import warnings
+from copy import copy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from visionaccel.bundle.export import ProgramRequest, export_bundle
+from visionaccel.errors import ConfigurationError
+from visionaccel.grid import Grid
+from visionaccel.integrations.vllm.server import quiet_environment
+from visionaccel.opening import open_tower
+from visionaccel.program import FixedGrid
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # vLLM and what it imports use deprecated parts of torch
+    import vllm
+    from vllm import ModelRegistry
+    from vllm.config import LoRAConfig
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.models.registry import _LazyRegisteredModel, _ModelInfo
+
+    from visionaccel.integrations.vllm import activation, compat
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+EARLY = """
+import json, sys
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+from vllm.engine.arg_utils import EngineArgs
+for keywords in json.loads(sys.argv[2]):
+    config = EngineArgs(model=sys.argv[1], dtype="float32", max_model_len=512, **keywords).create_engine_config()
+    found = {
+        "scheduler": str(config.scheduler_config.scheduler_cls),
+        "prepared": "visionaccel" in config.additional_config,
+        "model": config.model_config._model_info.architecture,
+    }
+    print("FOUND", json.dumps(found))
+"""
+"""Loads vLLM's plug-ins before the module that builds configurations is imported, then builds some."""
+
+
+@pytest.fixture(scope="module")
+def early(digits):
+    """Configurations of a process that loads vLLM's plug-ins first: the usual one, and those of other architectures."""
+    overrides = [{"architectures": [name]} for name in ("Qwen2_5_VLForSequenceClassification", "Qwen2_5_VLModel")]
+    keywords = [{}, *({"hf_overrides": override, "runner": "pooling"} for override in overrides)]
+    done = subprocess.run(
+        [sys.executable, "-c", EARLY, str(digits), json.dumps(keywords)],
+        env=quiet_environment({"VISIONACCEL_BACKEND": "onnxrt"}),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    lines = [line.removeprefix("FOUND ") for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    assert len(lines) == len(keywords), done.stdout[-2000:] + done.stderr[-2000:]
+    return [json.loads(line) for line in lines]
+
+
+def test_configurations_are_prepared_when_plug_ins_are_loaded_before_engine_args_is_imported(early):
+    assert early[0]["prepared"]
+    assert early[0]["scheduler"].startswith("visionaccel.")
+
+
+def test_an_architecture_is_resolved_as_vllm_resolves_it(early):
+    for found in early[1:]:
+        assert found["prepared"]
+        assert found["model"] == "AcceleratedQwen25VL"
+
+
+def test_flags_that_vllm_cached_under_another_release_are_not_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    ((architecture, model),) = activation.MODELS.items()
+
+    def entry():
+        """vLLM's registration of the class, as a process of the release that `vllm.__version__` names makes it."""
+        stock = _LazyRegisteredModel("vllm.model_executor.models.qwen2_5_vl", architecture)
+        monkeypatch.setitem(ModelRegistry.models, architecture, stock)
+        compat.register_model(architecture, model)
+        return ModelRegistry.models[architecture]
+
+    ours = entry()
+    source = Path(sys.modules[ours.load_model_cls().__module__].__file__)
+    flags = replace(_ModelInfo.from_model_cls(ours.load_model_cls()), supports_multimodal=False)
+    ours._save_modelinfo_to_cache(flags, ours._get_modelinfo_module_hash(source))
+    assert not ours.inspect_model_cls().supports_multimodal, "the file is what vLLM believes"
+    monkeypatch.setattr(vllm, "__version__", "0.99.0")
+    theirs = entry()
+    assert theirs.load_model_cls() is ours.load_model_cls()
+    assert theirs._load_modelinfo_from_cache(theirs._get_modelinfo_module_hash(source)) is None
+
+
+@pytest.fixture(scope="module")
+def prepared(digits):
+    """An engine's configuration, prepared by this package."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VISIONACCEL_BACKEND", "onnxrt")
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        for architecture, model in activation.MODELS.items():
+            compat.register_model(architecture, model)
+        found = EngineArgs(model=str(digits), dtype="float32", max_model_len=512).create_engine_config()
+        compat.mark_prepared(found)
+        return found
+
+
+@pytest.fixture
+def config(prepared, monkeypatch):
+    """A copy of it."""
+    monkeypatch.setenv("VISIONACCEL_BACKEND", "onnxrt")
+    return copy(prepared)
+
+
+@pytest.fixture
+def limited(digits, tmp_path, monkeypatch):
+    """A bundle of one grid is set."""
+    export_bundle(open_tower(digits), tmp_path / "fixed", [ProgramRequest(FixedGrid(Grid(1, 12, 12)))])
+    monkeypatch.setenv("VISIONACCEL_BUNDLE", str(tmp_path / "fixed"))
+
+
+def test_a_configuration_that_was_not_prepared_is_said_where_its_model_is_made(config, caplog):
+    activation.check_engine(config)
+    assert "was not made by vLLM's EngineArgs" not in caplog.text
+    config.additional_config = {}
+    activation.check_engine(config)
+    assert "was not made by vLLM's EngineArgs" in caplog.text
+
+
+def test_without_preparation_a_bundle_that_needs_fitted_images_is_refused(config, limited, monkeypatch):
+    activation.check_engine(config)
+    config.additional_config = {}
+    with pytest.raises(ConfigurationError, match="was not made by vLLM's EngineArgs"):
+        activation.check_engine(config)
+    monkeypatch.setenv("VISIONACCEL_FALLBACK", "torch_ref")
+    monkeypatch.setenv("VISIONACCEL_FIT", "none")
+    activation.check_engine(config)
+
+
+def test_the_rust_front_end_with_a_bundle_that_needs_fitted_images_is_refused(config, limited, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with pytest.raises(ConfigurationError, match="with VLLM_USE_RUST_FRONTEND, images are not fitted"):
+        activation.check_engine(config)
+
+
+def test_adapters_for_the_vision_tower_are_refused_at_the_start(config):
+    config.lora_config = LoRAConfig(enable_tower_connector_lora=False)
+    activation.check_engine(config)
+    config.lora_config = LoRAConfig(enable_tower_connector_lora=True)
+    with pytest.raises(ConfigurationError, match="--enable-tower-connector-lora applies LoRA adapters to vLLM's own"):
+        activation.check_engine(config)
+
+
+def test_an_override_of_the_towers_epsilon_is_refused(config, monkeypatch):
+    served_model = compat.served_model
+    monkeypatch.setattr(compat, "served_model", lambda given: replace(served_model(given), norm_eps=1e-5))
+    with pytest.raises(ConfigurationError, match=r"rms_norm_eps=1e-05"):
+        activation.check_engine(config)
