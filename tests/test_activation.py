@@ -99,8 +99,7 @@ def test_flags_that_vllm_cached_under_another_release_are_not_used(tmp_path, mon
 @pytest.fixture(scope="module")
 def prepared(digits):
     """An engine's configuration, prepared by this package."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VISIONACCEL_BACKEND", "onnxrt")
+    with pytest.MonkeyPatch.context() as patch:  # without a backend: vLLM would activate us for every later test
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
         for architecture, model in activation.MODELS.items():
             compat.register_model(architecture, model)

@@ -24,8 +24,9 @@ from visionaccel.stripping import STRIP_NOTE, strip_checkpoint
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM and what it imports use deprecated parts of torch
     from vllm.config import ModelConfig
+    from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLDummyInputsBuilder
     from vllm.multimodal.media import MediaWithBytes
-    from vllm.multimodal.processing import InputProcessingContext
+    from vllm.multimodal.processing import InputProcessingContext, ProcessorInputs, TimingContext
     from vllm.tokenizers import cached_tokenizer_from_config
 
     from visionaccel.integrations.vllm.processing import FittedProcessingInfo, FittedProcessor
@@ -108,6 +109,68 @@ def test_images_known_by_their_identifier_stay_unknown(made):
 def test_what_is_no_image_is_an_input_error(made):
     with pytest.raises(InputError, match="cannot be read"):
         parsed(made("fixed"), np.zeros((3, 4, 5, 6, 7)))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_an_image_with_a_value_that_is_not_finite_is_an_input_error(made, bad):
+    info = made("fixed")
+    grey = np.full((30, 40, 3), 128, np.float32)
+    grey[3, 4, 0] = bad
+    kinds = [
+        grey,
+        grey.transpose(2, 0, 1),
+        grey.astype(np.float64),
+        grey.astype(np.float16),
+        torch.from_numpy(grey),
+        torch.from_numpy(grey).bfloat16(),
+    ]
+    for image in kinds:
+        with pytest.raises(InputError, match="1 values that are NaN or infinite"):
+            parsed(info, image)
+
+
+@pytest.fixture
+def processed(made):
+    """Makes what vLLM's processor makes of an image, with options of a request."""
+
+    def process(options, *, switched_off=False):
+        info = made("both")
+        if switched_off:
+            info.ctx.model_config.multimodal_config.mm_device_do_normalize = None
+        processor = FittedProcessor(info, Qwen2_5_VLDummyInputsBuilder(info))
+        image = np.random.default_rng(3).integers(0, 256, (56, 84, 3), np.uint8)
+        token = info.get_tokenizer().convert_tokens_to_ids("<|image_pad|>")
+        items = info.parse_mm_data({"image": [image]})
+        inputs = ProcessorInputs([token], items, hf_processor_mm_kwargs=options)
+        (item,) = processor.apply(inputs, TimingContext())["mm_kwargs"]["image"]
+        return item["pixel_values"].data
+
+    return process
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"patch_size": 16},
+        {"merge_size": 4},
+        {"temporal_patch_size": 1},
+        {"patch_size": 7, "temporal_patch_size": 8},  # rows of the same width
+        {"images_kwargs": {"patch_size": 16}},
+        {"videos_kwargs": {"merge_size": None}},
+    ],
+)
+def test_options_of_a_request_that_cut_images_in_another_way_are_an_input_error(processed, options):
+    with pytest.raises(InputError, match=r"mm_processor_kwargs sets (patch_size|merge_size|temporal_patch_size)="):
+        processed(options)
+
+
+def test_options_of_a_request_count_as_they_do_with_vllms_own_encoder(processed):
+    usual = processed({})
+    assert torch.equal(processed({"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}), usual)
+    for ignored in ({"do_normalize": False}, {"do_rescale": False}, {"images_kwargs": {"image_mean": [0.0, 0.0, 0.0]}}):
+        assert torch.equal(processed(ignored), usual), "vLLM normalises on its device, whatever a request says"
+        assert not torch.equal(processed(ignored, switched_off=True), usual)
+    assert len(processed({"max_pixels": 3136})) < len(usual)
 
 
 def test_the_largest_image_is_the_largest_program(made):

@@ -1,7 +1,11 @@
 """The module in the place of vLLM's vision tower, where embeddings come from elsewhere."""
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
+import vllm
 
 from visionaccel.errors import BackendUnavailableError
 from visionaccel.integrations.vllm import compat, tower
@@ -34,15 +38,50 @@ def receiving(tiny, monkeypatch):
     return make
 
 
-def test_dummy_runs_get_zeros_and_open_nothing(receiving, monkeypatch):
-    monkeypatch.setattr(compat, "in_step", lambda: False)
-    made = receiving(BACKEND="torch_ref")
-    assert torch.equal(made(torch.ones(40, 96), GRIDS), torch.zeros(10, 24))
-    assert made._encoder is None
+class Runner:
+    """Calls a tower as vLLM's model runners do."""
+
+    def __init__(self, tower):
+        self.tower = tower
+
+    def execute_model(self):
+        return self.tower(torch.ones(40, 96), GRIDS)
+
+    def profile_run(self):
+        return self.execute_model()
 
 
-def test_a_step_that_needs_the_encoder_opens_it(receiving, monkeypatch):
-    monkeypatch.setattr(compat, "in_step", lambda: True)
+class TheirRunner(Runner):
+    """One of vLLM's, whichever platform's."""
+
+    __module__ = "vllm.v1.worker.gpu_model_runner"
+
+
+class CPURunner(TheirRunner):
+    """A platform's of its own."""
+
+
+def test_vllms_profiling_run_gets_zeros_and_opens_nothing(receiving):
+    for kind in (TheirRunner, CPURunner):
+        made = receiving(BACKEND="torch_ref")
+        assert torch.equal(kind(made).profile_run(), torch.zeros(10, 24))
+        assert made._encoder is None
+
+
+def test_whatever_is_not_known_to_be_profiling_is_encoded(receiving):
+    for call in (lambda tower: TheirRunner(tower).execute_model(), lambda tower: Runner(tower).profile_run()):
+        assert call(receiving(BACKEND="torch_ref")).abs().sum() > 0
+
+
+@pytest.mark.parametrize("module", ["vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner"])
+def test_vllms_runners_encode_dummies_in_the_profiling_run(module):
+    source = Path(vllm.__path__[0], *module.split(".")[1:]).with_suffix(".py").read_text()
+    (runner,) = (n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == "GPUModelRunner")
+    (method,) = (n for n in runner.body if isinstance(n, ast.FunctionDef) and n.name == "profile_run")
+    assert "embed_multimodal" in ast.unparse(method) or "profile_encoder_cache" in ast.unparse(method)
+
+
+def test_a_step_that_needs_the_encoder_opens_it(receiving):
     made = receiving(BACKEND="torch_ref")
     rows = made(torch.ones(40, 96), GRIDS)
     assert rows.shape == (10, 24)
@@ -52,7 +91,6 @@ def test_a_step_that_needs_the_encoder_opens_it(receiving, monkeypatch):
 
 def test_an_encoder_that_cannot_be_opened_is_the_items_fault_and_is_not_tried_again_at_once(receiving, monkeypatch):
     faults = []
-    monkeypatch.setattr(compat, "in_step", lambda: True)
     monkeypatch.setattr(compat, "worker_connector", lambda: None)
     monkeypatch.setattr(tower, "report_fault", lambda fault: faults.append(fault) or True)
     made = receiving(BACKEND="onnxrt", DEVICE="npu")

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from visionaccel.arrays import as_numpy
 from visionaccel.errors import InputError, UnfitGridError
@@ -19,6 +20,7 @@ from visionaccel.fitting import Fitter
 from visionaccel.grid import as_grids
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.compat import Qwen2_5_VLMultiModalProcessor, Qwen2_5_VLProcessingInfo
+from visionaccel.integrations.vllm.options import changed_size, without_normalisation
 from visionaccel.integrations.vllm.processor_times import ProcessorObserver
 from visionaccel.integrations.vllm.source import Grids, grids_of
 from visionaccel.settings import Settings, load_settings
@@ -101,6 +103,23 @@ class FittedProcessingInfo(Qwen2_5_VLProcessingInfo):  # type: ignore[misc]
         return super()._get_vision_info(**kwargs)
 
     @compat.errors_for_clients
+    def obeyed(self, options: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The options of a request's `mm_processor_kwargs` that count.
+
+        Raises:
+            InputError: If one would cut images in another way than the encoder takes them.
+        """
+        if not options:
+            return options
+        changed = changed_size(options, self.get_hf_config().vision_config.to_dict())
+        if changed is not None:
+            raise InputError(
+                f"mm_processor_kwargs sets {changed}, which is not what the served model's vision encoder takes.",
+                hint="Leave patch_size, temporal_patch_size and merge_size alone.",
+            )
+        return without_normalisation(options) if compat.normalises_itself(self.ctx.model_config) else options
+
+    @compat.errors_for_clients
     def check_fits(self, kind: str, grid_thw: Any) -> None:
         """Refuse an item whose grid no program takes, whatever gave it that grid.
 
@@ -139,13 +158,18 @@ class FittedProcessor(Qwen2_5_VLMultiModalProcessor):  # type: ignore[misc]
     def _observer(self) -> ProcessorObserver | None:
         return ProcessorObserver.wanted_by(load_settings())
 
-    def apply(self, *args: Any, **kwargs: Any) -> Any:
-        """vLLM's, timed where somebody looks."""
+    def apply(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's, with the options of a request that vLLM's own encoder would obey, timed where that is observed.
+
+        Raises:
+            InputError: If an option would cut images in another way than the encoder takes them.
+        """
+        inputs.hf_processor_mm_kwargs = self.info.obeyed(inputs.hf_processor_mm_kwargs)
         observer = self._observer
         if observer is None:
-            return super().apply(*args, **kwargs)
+            return super().apply(inputs, *args, **kwargs)
         started = time.monotonic()
-        result = super().apply(*args, **kwargs)
+        result = super().apply(inputs, *args, **kwargs)
         try:
             observer.processed(started, time.monotonic() - started, result)
         except Exception:  # What is only looked at must not fail a request.
@@ -167,7 +191,7 @@ def _as_picture(image: Any) -> Image:
     """An image of any kind that vLLM takes, as RGB.
 
     Raises:
-        InputError: If it is none.
+        InputError: If it is not one, or has values that are not finite.
     """
     from PIL import Image as pillow
 
@@ -179,11 +203,29 @@ def _as_picture(image: Any) -> Image:
         if pixels.ndim == 3 and pixels.shape[-1] not in (1, 3, 4):
             pixels = pixels.transpose(1, 2, 0)
         if pixels.dtype != np.uint8:
-            # The processor takes numbers of other types as grey levels of 0 to 255 too.
-            pixels = np.clip(np.rint(np.asarray(pixels, dtype=np.float32)), 0, 255).astype(np.uint8)
+            pixels = _as_levels(pixels)
         return pillow.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).convert("RGB")
+    except InputError:
+        raise
     except (TypeError, ValueError, AttributeError, IndexError) as error:
         raise InputError(
             f"an image of type {type(image).__name__} cannot be read: {error}.",
             hint="Pass a PIL image, or an array of shape [height, width, 3].",
         ) from error
+
+
+def _as_levels(pixels: NDArray[Any]) -> NDArray[np.uint8]:
+    """Numbers of another type than uint8, which the processor takes as grey levels of 0 to 255 too.
+
+    Raises:
+        InputError: If one is not finite.
+    """
+    if np.iscomplexobj(pixels):
+        raise TypeError("its numbers are complex")
+    levels = np.asarray(pixels, dtype=np.float64)
+    if not np.isfinite(levels).all():
+        raise InputError(
+            f"an image has {np.count_nonzero(~np.isfinite(levels))} values that are NaN or infinite.",
+            hint="Pass finite grey levels of 0 to 255.",
+        )
+    return np.clip(np.rint(levels), 0, 255).astype(np.uint8)

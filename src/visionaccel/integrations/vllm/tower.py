@@ -37,7 +37,7 @@ class AcceleratedTower(nn.Module):
     Args:
         served: The served model.
         receives: Embeddings come through an EC connector. The encoder is then opened when a step needs it all the same,
-            for what the connector did not have, and dummy runs at the start get zeros.
+            for what the connector did not have, and vLLM's profiling run gets zeros.
 
     Attributes:
         spatial_merge_size: Patches merged into one token along each side.
@@ -89,7 +89,7 @@ class AcceleratedTower(nn.Module):
             VisionAccelError: If an item could not be encoded and no scheduler of this package listens, as at start-up;
                 or if patches and grids disagree so that no item's rows are known, which vLLM's processor rules out.
         """
-        if self._receives and not compat.in_step():
+        if self._receives and compat.profiling():
             tokens = len(x) // self.spatial_merge_size**2
             return torch.zeros(tokens, self.out_hidden_size, dtype=self.dtype, device=self.device)
         rows = []

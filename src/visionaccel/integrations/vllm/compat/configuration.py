@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 __all__ = [
     "adapts_tower", "can_contain", "CONNECTOR", "ec_connector", "impossible_with_connector",
     "is_one_of_several_api_servers", "is_pipelined", "is_prepared", "is_replaced", "load_plugins", "mark_prepared",
-    "obstacles_to_pipelining", "on_engine_config", "pools", "receives_embeddings", "register_model", "served_by",
-    "served_model", "ServedModel", "takes_media", "use_connector", "use_contained_scheduler", "use_ec_connector",
-    "use_model_in_process", "without_python_processor",
+    "normalises_itself", "obstacles_to_pipelining", "on_engine_config", "pools", "receives_embeddings",
+    "register_model", "served_by", "served_model", "ServedModel", "takes_media", "use_connector",
+    "use_contained_scheduler", "use_ec_connector", "use_model_in_process", "without_python_processor",
 ]  # fmt: skip
 
 CONNECTOR = "VisionAccelConnector"
@@ -117,6 +117,8 @@ def _hook_engine_args(prepare: Callable[[VllmConfig, bool], None]) -> bool:
     @functools.wraps(build)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> VllmConfig:
         config: VllmConfig = build(self, *args, **kwargs)
+        if getattr(self, "mm_device_do_normalize", None) is False:
+            _note_normalisation_off(config.model_config)
         prepare(config, bool(getattr(self, "enable_mm_embeds", False)))
         return config
 
@@ -142,6 +144,20 @@ def _on_loading_plugins(hook: Callable[[], bool]) -> None:
         held = held or hook()
 
     plugins.load_general_plugins = load_general_plugins
+
+
+def _note_normalisation_off(model: ModelConfig) -> None:
+    """Keep in a configuration that the user turned off vLLM's normalisation of pixels on the device.
+
+    vLLM sets False for every model of this package. None has the same meaning to vLLM, and here that the user set it.
+    """
+    if model.is_multimodal_model:
+        model.get_multimodal_config().mm_device_do_normalize = None
+
+
+def normalises_itself(model: ModelConfig) -> bool:
+    """Whether vLLM's own model would normalise pixels on its device and so ignore a request's options for that."""
+    return getattr(model.get_multimodal_config(), "mm_device_do_normalize", None) is not None
 
 
 _MARK = "visionaccel"

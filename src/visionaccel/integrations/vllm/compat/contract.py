@@ -237,13 +237,15 @@ _FITTING: tuple[Entry, ...] = (
     _need("call", "vllm.multimodal.processing:InputProcessingContext.get_mm_config"),
     _need("read", "vllm.multimodal.processing:InputProcessingContext", has="model_config"),
     _need("read", "vllm.config.multimodal:MultiModalConfig", has="mm_processor_kwargs"),
+    _need("read", "vllm.config.multimodal:MultiModalConfig", has="mm_device_do_normalize", optional=True),
+    _need("read", "vllm.multimodal.processing:ProcessorInputs", has="hf_processor_mm_kwargs"),
     _need("call", "vllm.multimodal.parse:ImageSize", "width height"),
     _need("patch", f"{_PARSER}._parse_image_data", "data"),
     _need("patch", f"{_PARSER}._parse_video_data", "data"),
     _need("call", f"{_PARSER}.is_embeddings", "data"),
     _need("read", "vllm.multimodal.parse:ImageProcessorItems", has="data"),
     _need("subclass", "vllm.exceptions:VLLMValidationError", optional=True),
-    _need("override", f"{_PROCESSOR}.apply"),
+    _need("override", f"{_PROCESSOR}.apply", "inputs timing_ctx"),
     _need("override", f"{_PROCESSOR}._get_prompt_updates", "mm_items hf_processor_mm_kwargs out_mm_kwargs"),
 )
 
