@@ -5,6 +5,7 @@ Run as a process of its own, because vLLM starts processes and its settings are 
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from vllm import LLM, ModelRegistry, SamplingParams
 
 from digits_vlm.samples import digits_video, held_out_images
+from message_parts import picture
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
@@ -139,12 +141,34 @@ def read(llm: LLM) -> dict[str, Any]:
     }
 
 
+def pooled(llm: LLM) -> dict[str, Any]:
+    """What a pooling engine makes of six images in a batch, of the first once more, and its scores of two of them."""
+    images = held_out_images(6)
+    requests = [image_request(image) for image in images]
+    encode = partial(llm.encode, pooling_task=llm.pooling_task, use_tqdm=False)
+    pairs = [llm.score(QUESTION, {"content": [picture(image)]}, use_tqdm=False) for image in images[:2]]
+    outputs = [*encode(requests), *encode(requests[:1])]
+    return {"parts": {"results": list(map(numbers, outputs)), "scores": [pair.outputs.score for (pair,) in pairs]}}
+
+
+def numbers(output: Any) -> list[float] | str:
+    """The numbers of a pooling request, or its error."""
+    error = getattr(output, "error", None)
+    try:
+        return output.outputs.data.flatten().tolist() if error is None else str(error.message)
+    except Exception as raised:
+        return str(raised)
+
+
 PRESSED = {
     "max_num_batched_tokens": 136,  # prompts of several images are computed in chunks, and few images are in the cache
     "max_num_seqs": 8,
     "limit_mm_per_prompt": {"image": 4, "video": 0},
     "mm_processor_kwargs": {"max_pixels": 130 * 28 * 28},
 }
+TWO_WAYS = {"method": "from_2_way_softmax", "classifier_from_token": ["3", "8"]}
+"""Makes a classifier of the language model's last layer: whether the answer begins with one token or the other."""
+
 ENGINES: dict[str, tuple[Any, dict[str, Any]]] = {
     "matrix": (matrix, {}),
     "few": (few, {}),
@@ -152,6 +176,8 @@ ENGINES: dict[str, tuple[Any, dict[str, Any]]] = {
     "text": (text, {"limit_mm_per_prompt": {"image": 0, "video": 0}}),
     "pressed": (pressed, PRESSED),
     "pressed-tp2": (pressed, {**PRESSED, "tensor_parallel_size": 2}),
+    "embed": (pooled, {"runner": "pooling", "convert": "embed"}),
+    "classify": (pooled, {"runner": "pooling", "convert": "classify", "hf_overrides": TWO_WAYS}),
     "blind": (few, {"mm_processor_cache_type": "shm"}),
 }
 """What is asked of an engine, and how it differs from the usual one."""
