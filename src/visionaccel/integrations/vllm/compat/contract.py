@@ -190,7 +190,7 @@ _INLINE: tuple[Entry, ...] = (
     _need("override", f"{_MODEL}.__init__", "vllm_config prefix", mentions="Qwen2_5_VisionTransformer"),
     _need("override", f"{_MODEL}.load_weights", "weights"),
     _need("override", f"{_MODEL}.embed_input_ids", "input_ids multimodal_embeddings is_multimodal"),
-    _need("read", "vllm.envs:environment_variables"),
+    _need("read", "vllm:envs"),
     _need("override", f"{_MODEL}.supports_mm_device_do_normalize"),
     _need("override", f"{_MODEL}.supports_encoder_tp_data", optional=True),
     _need("override", f"{_MODEL}.supports_encoder_cudagraph", optional=True),

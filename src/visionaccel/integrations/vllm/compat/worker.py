@@ -56,7 +56,7 @@ def step_timeout() -> float:
     """Seconds after which vLLM ends an engine whose workers have not ended a step."""
     from vllm import envs
 
-    return float(envs.environment_variables["VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"]())
+    return float(envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS)
 
 
 def worker_connector() -> Any:
