@@ -232,3 +232,15 @@ def test_pipelined_by_name_is_refused_where_its_contract_does_not_hold(config, m
     monkeypatch.setenv("VISIONACCEL_MODE", "pipelined")
     with pytest.raises(ConfigurationError, match="ensure_cache_available does not exist"):
         choose_mode(config, load_settings())
+
+
+def test_doctor_names_what_is_missing(monkeypatch):
+    from visionaccel.diagnosis.vllm_child import _contract
+
+    assert [(each.name, each.status) for each in _contract()] == [("contract", "pass")]
+    checking.missing.cache_clear()
+    gone(monkeypatch, f"{CONNECTOR}.ensure_cache_available")
+    (found,) = _contract()
+    assert (found.name, found.status) == ("contract: pipelined", "warning")
+    assert "ensure_cache_available does not exist" in found.detail
+    assert "Without it, images are encoded in the engine's step" in found.detail

@@ -28,7 +28,7 @@ def of_vllm(**environment):
 def test_vllm_with_a_backend_makes_the_model_from_our_class():
     found = of_vllm(VISIONACCEL_BACKEND="onnxrt")
     assert {name: row["status"] for name, row in found.items()} == dict.fromkeys(
-        ("release", "VISIONACCEL_BACKEND", "import", "activation"), "pass"
+        ("release", "VISIONACCEL_BACKEND", "import", "contract", "activation"), "pass"
     )
     assert "Qwen2_5_VLForConditionalGeneration from visionaccel's class" in found["activation"]["found"]
 

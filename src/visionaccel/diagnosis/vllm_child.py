@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from typing import Literal
 
 from visionaccel.backends import Finding
 from visionaccel.diagnosis.child_process import answer_with, give_up_after
@@ -46,6 +47,7 @@ def _findings() -> Iterator[Finding]:
         detail = f"vLLM's plug-ins cannot be loaded: {type(error).__name__}: {error}"
         yield Finding(ACTIVATION, "failure", detail, "Uninstall the plug-in that the message names.")
         return
+    yield from _contract()
     replaced = [name for name in MODELS if compat.is_replaced(name)]
     if len(replaced) == len(MODELS):
         yield Finding(ACTIVATION, "pass", f"vLLM makes {', '.join(replaced)} from visionaccel's class")
@@ -57,6 +59,20 @@ def _findings() -> Iterator[Finding]:
         f"vLLM makes {left} from its own class",
         "Install visionaccel into vLLM's environment: `pip show visionaccel` with vLLM's Python shows it.",
     )
+
+
+def _contract() -> Iterator[Finding]:
+    """Which features this vLLM lacks a name for."""
+    from visionaccel.integrations.vllm.compat.contract import WITHOUT, Feature
+    from visionaccel.integrations.vllm.features import why_off
+
+    off = [(feature, reason) for feature in Feature if (reason := why_off(feature)) is not None]
+    for feature, reason in off:
+        status: Literal["warning", "failure"] = "failure" if feature is Feature.INLINE else "warning"
+        detail = f"{reason}. Without it, {WITHOUT[feature]}"
+        yield Finding(f"contract: {feature}", status, detail, "Install a release that docs/compatibility.md names.")
+    if not off:
+        yield Finding("contract", "pass", "every name of vLLM that visionaccel relies on is there")
 
 
 if __name__ == "__main__":
