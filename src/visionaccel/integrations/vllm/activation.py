@@ -78,6 +78,7 @@ def _prepare(config: VllmConfig, client_embeds: bool) -> None:
     if not served.multimodal:
         compat.logger().warning("VISIONACCEL_BACKEND has no effect: %s has no vision encoder.", named)
         return
+    compat.remember_load_config(config)
     settings = load_settings()
     _check(config, served, settings)
     if served.takes_media:

@@ -14,7 +14,7 @@ from visionaccel.bundle.opening import tower_digest
 from visionaccel.bundle.processor import processor_digest, require_processor
 from visionaccel.checkpoint import Checkpoint, locate_checkpoint
 from visionaccel.cores import on_cores
-from visionaccel.errors import ArtifactError, CheckpointError, ConfigurationError
+from visionaccel.errors import ArtifactError, ConfigurationError
 from visionaccel.families import Tower, tower_of
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.compat import ServedModel
@@ -61,7 +61,7 @@ def open_served_source(served: ServedModel, settings: Settings) -> Tower | Bundl
         ConfigurationError: If `VISIONACCEL_BUNDLE` is no folder, or is a bundle of another model.
         ArtifactError: If the bundle or checkpoint is broken.
     """
-    stored = locate_checkpoint(served.source, served.revision)
+    stored = _served_checkpoint(served)
     wanted = served_tower(served, stored)
     if settings.bundle is None:
         return wanted
@@ -81,6 +81,12 @@ def open_served_source(served: ServedModel, settings: Settings) -> Tower | Bundl
     require_processor(bundle.manifest.processor_digest, stored.folder, bundle.folder)
     _require_sizes(wanted, bundle.tower, bundle.folder)
     return bundle
+
+
+def _served_checkpoint(served: ServedModel) -> Checkpoint:
+    """The served model's checkpoint: the very files that vLLM loads, downloaded by vLLM if they are not there."""
+    folder = compat.settings_folder(served.source, served.revision)
+    return Checkpoint(folder, files=compat.weight_files(served.source, served.revision, served.load))
 
 
 def announce(encoders: Iterable[GuardedEncoder], how: str) -> None:
@@ -108,10 +114,9 @@ def _require_weights(served: Tower, stated: str, folder: Path) -> None:
     """
     found = read_strip_note(served.checkpoint.folder)
     if found is None:
-        try:
-            found = tower_digest(served)
-        except CheckpointError:
+        if not served.stored_names:
             return
+        found = tower_digest(served)
     if found != stated:
         raise ConfigurationError(
             f"the encoder in {folder} was made from other vision weights than those of {served.checkpoint.folder}.",

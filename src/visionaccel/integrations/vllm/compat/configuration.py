@@ -7,17 +7,18 @@ import hashlib
 import re
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visionaccel.integrations.vllm.compat.checking import missing, way_of
 from visionaccel.integrations.vllm.compat.contract import BY_OUR_SCHEDULER, FAILED_REQUESTS, Feature
 from visionaccel.integrations.vllm.compat.releases import logger, release
+from visionaccel.integrations.vllm.compat.weight_files import load_config_of
 
 if TYPE_CHECKING:
     import torch
-    from vllm.config import ModelConfig, VllmConfig
+    from vllm.config import LoadConfig, ModelConfig, VllmConfig
 
 __all__ = [
     "adapts_tower", "can_contain", "CONNECTOR", "ec_connector", "impossible_with_connector",
@@ -198,6 +199,7 @@ class ServedModel:
         device: Device of the language model; where only the model's configuration is known, `cpu`.
         vision: The vision tower's configuration after every override, or None.
         norm_eps: What vLLM's tower adds to variances, if the configuration states it.
+        load: vLLM's configuration of how the model is loaded, or None where that is not known.
     """
 
     source: str
@@ -211,11 +213,12 @@ class ServedModel:
     device: str
     vision: Mapping[str, Any] | None
     norm_eps: float | None = None
+    load: LoadConfig | None = None
 
 
 def served_model(config: VllmConfig) -> ServedModel:
     """The model of an engine configuration."""
-    return served_by(config.model_config, str(config.device_config.device))
+    return replace(served_by(config.model_config, str(config.device_config.device)), load=config.load_config)
 
 
 def served_by(model: ModelConfig, device: str = "cpu") -> ServedModel:
@@ -234,6 +237,7 @@ def served_by(model: ModelConfig, device: str = "cpu") -> ServedModel:
         device=device,
         vision=None if vision is None else vision.to_dict(),
         norm_eps=None if eps is None else float(eps),
+        load=load_config_of(model),
     )
 
 

@@ -147,8 +147,8 @@ _CONFIGURATION: tuple[Entry, ...] = (
     _need(
         "read",
         "vllm.config:VllmConfig",
-        has="model_config device_config scheduler_config parallel_config ec_transfer_config kv_transfer_config "
-        "lora_config additional_config",
+        has="model_config device_config load_config scheduler_config parallel_config ec_transfer_config "
+        "kv_transfer_config lora_config additional_config",
     ),
     _need("read", "vllm.config:LoRAConfig", has="enable_tower_connector_lora", optional=True),
     _need(
@@ -158,6 +158,18 @@ _CONFIGURATION: tuple[Entry, ...] = (
         mentions="_model_info",
     ),
     _need("read", f"{_REGISTRY}:_ModelInfo", has="architecture"),
+    _need("call", "vllm.config.load:LoadConfig", has="load_format download_dir"),
+    _need("call", "vllm.model_executor.model_loader:get_model_loader", "load_config"),
+    _need(
+        "call",
+        "vllm.model_executor.model_loader.default_loader:DefaultModelLoader._prepare_weights",
+        "model_name_or_path subfolder revision fall_back_to_pt allow_patterns_overrides",
+    ),
+    _need(
+        "call",
+        "vllm.model_executor.model_loader.weight_utils:maybe_download_from_modelscope",
+        "model revision",
+    ),
     _need("call", "vllm.config:ModelConfig.get_multimodal_config"),
     _need("call", "vllm.config.multimodal:MultiModalConfig.get_limit_per_prompt", "modality"),
     _need("read", "vllm.config:DeviceConfig", has="device"),

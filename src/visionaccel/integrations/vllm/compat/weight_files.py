@@ -1,0 +1,90 @@
+"""Which files vLLM loads a model from. Its own loader is asked, which downloads what is not there, where it would."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from visionaccel.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from vllm.config import LoadConfig, ModelConfig, VllmConfig
+
+__all__ = ["load_config_of", "remember_load_config", "settings_folder", "weight_files"]
+
+_REMEMBERED = "_visionaccel_load_config"
+
+
+def remember_load_config(config: VllmConfig) -> None:
+    """Note on an engine's model configuration how it is loaded: where processors are made, there is nothing else."""
+    config.model_config.__dict__[_REMEMBERED] = config.load_config
+
+
+def load_config_of(model: ModelConfig) -> LoadConfig | None:
+    """How a model is loaded; None if its configuration did not come from an engine's."""
+    return model.__dict__.get(_REMEMBERED)
+
+
+def weight_files(source: str, revision: str | None, load: LoadConfig | None) -> tuple[Path, ...]:
+    """The safetensors files that vLLM loads a model's weights from, downloaded if need be, once for all processes.
+
+    Args:
+        source: Checkpoint folder or repository.
+        revision: The repository's revision.
+        load: How vLLM loads it; None for its defaults. Where it takes weights from elsewhere or makes them up, as with
+            `--load-format dummy`, the files are those of its own default.
+
+    Raises:
+        CheckpointError: If there are none, vLLM loads another format, or they cannot be downloaded.
+    """
+    from vllm.config.load import LoadConfig
+    from vllm.model_executor.model_loader import get_model_loader
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    load = load or LoadConfig()
+    loader: Any = get_model_loader(load)
+    if not isinstance(loader, DefaultModelLoader):
+        loader = DefaultModelLoader(LoadConfig(download_dir=load.download_dir))
+    try:
+        found = loader._prepare_weights(source, None, revision, True, None)
+    except Exception as error:  # vLLM's own, the hub client's and its HTTP library's
+        raise CheckpointError(
+            f"vLLM finds no weights of {source!r}: {error}",
+            hint="Check the name, the revision, the network and --load-format.",
+        ) from error
+    files, are_safetensors = found[1], found[2]
+    if not are_safetensors:
+        raise CheckpointError(
+            f"vLLM loads the weights of {source!r} from {files[0]}, which is not a safetensors file.",
+            hint="Serve a checkpoint in safetensors files, with --load-format auto.",
+        )
+    return tuple(sorted(map(Path, files)))
+
+
+def settings_folder(source: str, revision: str | None) -> Path:
+    """The folder with a model's configuration and that of its image processor, downloaded if need be.
+
+    For a repository it is where vLLM has its configuration too, which is not the folder of the weights.
+
+    Args:
+        source: Checkpoint folder or repository.
+        revision: The repository's revision.
+
+    Raises:
+        CheckpointError: If it cannot be downloaded.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+    from vllm.model_executor.model_loader.weight_utils import maybe_download_from_modelscope
+
+    try:
+        folder = maybe_download_from_modelscope(source, revision)
+        if folder is None:
+            folder = snapshot_download(source, revision=revision, allow_patterns="*.json", ignore_patterns="*/*")
+    except Exception as error:  # the hub clients' and their HTTP library's
+        raise CheckpointError(
+            f"the configuration of {source!r} cannot be downloaded: {error}",
+            hint="Check the name, the revision and the network.",
+        ) from error
+    return Path(folder)
