@@ -166,7 +166,7 @@ def test_shards_without_an_index_are_stripped(sharded, tmp_path):
 
 def test_a_language_tensor_that_no_shard_holds_does_not_keep_a_checkpoint_from_being_stripped(sharded, tmp_path):
     index = json.loads((sharded / INDEX).read_text())
-    index["weight_map"]["lm_head.weight"] = LANGUAGE_ONLY
+    index["weight_map"]["model.layers.99.mlp.up_proj.weight"] = LANGUAGE_ONLY
     (sharded / INDEX).write_text(json.dumps(index))
     strip_checkpoint(Checkpoint(sharded), tmp_path / "out")
     assert set(raw(tmp_path / "out")) == set(language_model())
