@@ -261,6 +261,7 @@ BLOCK = "visual.blocks.1."
         ("attn.proj.qzeros", np.int32, "quantised: .*qzeros'"),
         ("attn.proj.scales", np.float16, "quantised: .*scales' is float16"),
         ("attn.proj.g_idx", np.int32, "quantised: .*g_idx'"),
+        ("attn.proj.biases", np.float16, "quantised: .*biases'"),
         ("attn.proj.weight.absmax", np.float32, "quantised: .*absmax'"),
         ("attn.proj.weight.quant_map", np.float32, "quantised: .*quant_map'"),
         ("attn.proj.weight.quant_state.bitsandbytes__nf4", np.uint8, "quantised: .*bitsandbytes__nf4' is U8"),

@@ -19,7 +19,7 @@ _BUFFER = re.compile(r"(^|\.)rotary_(pos_)?emb\.(inv_freq|cos_cached|sin_cached)
 """Tables that older releases of transformers saved with the weights; they are computed from the configuration."""
 
 _COMPANION = re.compile(
-    r"(^|[._])(qweight|qzeros|g_idx|scales?|scale_inv|scale_2|zero_point|absmax|quant_map|SCB|weight_format"
+    r"(^|[._])(qweight|qzeros|g_idx|scales?|biases|scale_inv|scale_2|zero_point|absmax|quant_map|SCB|weight_format"
     r"|weight_packed|weight_shape|weight_scale\w*|input_scale|(weight|input)_global_scale)$|\.quant_state\."
 )
 """What quantisers store next to a weight, or instead of it."""
