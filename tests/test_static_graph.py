@@ -13,6 +13,7 @@ from visionaccel.errors import CheckpointError, ConfigurationError, UnfitGridErr
 from visionaccel.families.qwen2_5_vl.patch_embedding import PatchEmbedding
 from visionaccel.grid import Grid
 from visionaccel.opening import open_tower
+from visionaccel.processor import has_bfloat16
 from visionaccel.program import AnyGrid, FixedGrid, HostSplit
 from visionaccel.testing.checkpoints import QWEN2_5_VL_7B, TINY, hollow_checkpoint, random_checkpoint
 
@@ -105,7 +106,7 @@ def test_the_hosts_patch_embedding_is_the_convolution(given, use_torch):
     blocks = torch.from_numpy(patches.astype(np.float32).reshape(-1, 3, 2, 4, 4))
     exact = torch.nn.functional.conv3d(blocks, torch.from_numpy(kernel), stride=(2, 4, 4)).numpy().reshape(6, 4, 32)
     for precision, tolerance in (("float32", 1e-5), ("float16", 1e-5), ("bfloat16", 2e-2)):
-        if use_torch and precision == "bfloat16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        if use_torch and precision == "bfloat16" and not has_bfloat16():
             continue  # it is numpy that embeds on such a processor
         embedding = PatchEmbedding(kernel.reshape(32, -1), precision, 4, use_torch=use_torch)
         ours = embedding(patches, order)
@@ -114,9 +115,7 @@ def test_the_hosts_patch_embedding_is_the_convolution(given, use_torch):
 
 
 def test_numpy_and_torch_round_alike_in_bfloat16():
-    import torch as library
-
-    if not library.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not has_bfloat16():
         pytest.skip("this CPU has no bfloat16 arithmetic that torch uses")
     rng = np.random.default_rng(1)
     weight, patches = rng.standard_normal((32, 96), np.float32), rng.standard_normal((24, 96), np.float32)

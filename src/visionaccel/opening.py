@@ -18,9 +18,12 @@ from visionaccel.errors import DeviceError, SettingsError, VisionAccelError
 from visionaccel.families import Host, Tower, tower_of
 from visionaccel.holding import WantedWeights, hold_source
 from visionaccel.program import EP_CONTEXT, FLEXMLRT_DIRECTORY, FLEXMLRT_RAI, Program
+from visionaccel.safe_text import safe_logger
 from visionaccel.session_opening import open_session
 
 __all__ = ["WantedIsolation", "open_encoder", "open_source", "open_tower"]
+
+logger = safe_logger(__name__)
 
 _COMPILED = frozenset({EP_CONTEXT, FLEXMLRT_DIRECTORY, FLEXMLRT_RAI})
 """Formats with their weights inside: of the tower's own, at most the host reads some, once."""
@@ -140,6 +143,11 @@ def _opened(
                 session = open_session(chosen, read, device, checked)
             # Not the program over the copies: what reads those keeps them, and nothing else should.
             opened.append(OpenProgram(program, host, session))
+            if session.capabilities.emulated:
+                logger.warning(
+                    "Backend %r emulates %s for program %r, as device %r does not compute in it: float32 is faster.",
+                    name, session.capabilities.precision, program.name, session.capabilities.device,
+                )  # fmt: skip
     except BaseException:
         with suppress(Exception):  # What failed to open says more than what then failed to close.
             close_programs(opened)

@@ -41,6 +41,9 @@ from visionaccel_onnxrt.weights import bind_weights
 
 __all__ = ["OnnxRuntimeBackend", "OnnxRuntimeOptions"]
 
+_EMULATED = 5
+"""The score of a program whose arithmetic is emulated."""
+
 
 class OnnxRuntimeOptions(Options):
     """Options of the `onnxrt` backend."""
@@ -120,6 +123,7 @@ class OnnxRuntimeBackend(VisionBackend):
         notes = f"ONNX Runtime {onnxruntime.__version__}, {provider.name}"
         if _is_emulated(program, provider.name):
             notes += "; bfloat16 emulated: float32 arithmetic, rounded after each operator"
+            return Accepted(_EMULATED, notes)  # slower than what any other backend makes of the program
         return Accepted(provider.score, notes)
 
     def open(self, program: Program, device: str | None, options: OnnxRuntimeOptions) -> Session:
@@ -169,7 +173,9 @@ class OnnxRuntimeBackend(VisionBackend):
         known = provider_for(device)
         shown = device or "cpu" if known is not None and provider == known[0].name else provider
         if provider == CPU_PROVIDER:
-            return OnnxRuntimeSession(session, weights, program, _on_cpu(program, shown, thread_safe=True))
+            emulated = _is_emulated(program, provider)
+            capabilities = _on_cpu(program, shown, thread_safe=True, emulated=emulated)
+            return OnnxRuntimeSession(session, weights, program, capabilities)
         summaries = list(pass_summaries(given)) if provider == VITISAI_PROVIDER else []
         written = context or (program.artifact if program.format == EP_CONTEXT else None)
         offload = require_offload(
@@ -309,10 +315,10 @@ def _unwritable(folder: Path, error: OSError) -> ConfigurationError:
     return ConfigurationError(f"{folder} cannot be written: {error}", hint="Name another context_dir.")
 
 
-def _on_cpu(program: Program, device: str, *, thread_safe: bool) -> Capabilities:
+def _on_cpu(program: Program, device: str, *, thread_safe: bool, emulated: bool = False) -> Capabilities:
     # The CPU provider computes float16 operators in float32, and drops most of the roundings between them.
     precision = program.quantization or ("float32" if program.precision == "float16" else program.precision)
-    return Capabilities(device=device, precision=precision, thread_safe=thread_safe)
+    return Capabilities(device=device, precision=precision, thread_safe=thread_safe, emulated=emulated)
 
 
 def _unknown(provider: str, given: Mapping[str, str], runtime: str) -> str:

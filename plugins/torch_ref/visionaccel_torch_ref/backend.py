@@ -12,6 +12,7 @@ from visionaccel.backends import Accepted, Capabilities, Options, Rejected, Sess
 from visionaccel.cores import thread_limit
 from visionaccel.errors import BackendUnavailableError, ConfigurationError
 from visionaccel.grid import Grid, as_grids
+from visionaccel.processor import has_bfloat16
 from visionaccel.program import CHECKPOINT, Program
 
 if TYPE_CHECKING:
@@ -126,7 +127,11 @@ class TorchReferenceSession(Session):
     def __init__(self, tower: _Tower, device: str, dtype: "torch.dtype", threads: int | None = None) -> None:
         precision = str(dtype).removeprefix("torch.")
         self.capabilities = Capabilities(
-            device=device, precision=precision, takes_tensors=True, hardware=_hardware(device)
+            device=device,
+            precision=precision,
+            takes_tensors=True,
+            hardware=_hardware(device),
+            emulated=device == "cpu" and precision == "bfloat16" and not has_bfloat16(),
         )
         self._tower: _Tower | None = tower
         self._dtype, self._threads = dtype, threads

@@ -121,6 +121,8 @@ class Capabilities:
         simulated: The device is a simulator; every report says so.
         hardware: The device's model, such as `NVIDIA H200`, where devices of one kind may compute other numbers; empty
             where the kind decides them.
+        emulated: The device has no instructions for the precision: it is computed in another way, and slower. The log
+            and the benchmarks say so.
     """
 
     device: str
@@ -132,6 +134,7 @@ class Capabilities:
     takes_tensors: bool = False
     simulated: bool = False
     hardware: str = ""
+    emulated: bool = False
 
 
 class Session(ABC):

@@ -126,7 +126,7 @@ def _open_backend(
     return Opened(
         device=found.device,
         precision=found.precision,
-        about=f"{entry.distribution} {entry.version}",
+        about=f"{entry.distribution} {entry.version}" + f", {found.precision} emulated" * found.emulated,
         prepare=lambda patches: patches,
         run=lambda patches, grid: encoder.encode(patches, [grid]),
         close=encoder.close,

@@ -33,9 +33,11 @@ def rates(shapes: Sequence[tuple[int, int, int]], threads: int) -> dict[str, lis
     """
     import torch
 
+    from visionaccel.packed_products import why_not_packed
+
     torch.set_num_threads(threads)
     found = {"float32": [_rate(torch.float32, *shape) for shape in shapes]}
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if why_not_packed(torch.bfloat16) is None:
         found["bfloat16"] = [_rate(torch.bfloat16, *shape) for shape in shapes]
     return found
 
@@ -43,14 +45,16 @@ def rates(shapes: Sequence[tuple[int, int, int]], threads: int) -> dict[str, lis
 def _rate(dtype: torch.dtype, rows: int, inner: int, columns: int) -> float:
     import torch
 
+    from visionaccel.packed_products import PackedWeight
+
     generator = torch.Generator().manual_seed(0)
     left = torch.randn(rows, inner, generator=generator).to(dtype)
     right = torch.randn(columns, inner, generator=generator).to(dtype)
-    packed = torch.ops.mkldnn._reorder_linear_weight(right, rows)
+    packed = PackedWeight(right, rows=rows)
     seconds = 0.0
     with torch.inference_mode():
         for _ in range(2):
             started = time.perf_counter()
-            torch.ops.mkldnn._linear_pointwise(left, packed, None, "none", [], "")
+            packed.unary(left)
             seconds = time.perf_counter() - started
     return 2 * rows * inner * columns / seconds

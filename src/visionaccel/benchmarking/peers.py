@@ -18,6 +18,7 @@ from visionaccel.errors import ConfigurationError
 from visionaccel.families import Tower
 from visionaccel.families.qwen2_5_vl import Qwen25VL
 from visionaccel.grid import Grid
+from visionaccel.processor import has_bfloat16
 
 __all__ = ["Opened", "open_peer"]
 
@@ -90,7 +91,8 @@ def _transformers(tower: Tower, options: Mapping[str, Any]) -> Opened:
         with torch.inference_mode():
             return module(patches, torch.tensor([grid.thw])).pooler_output
 
-    about = f"transformers {transformers.__version__}, torch {torch.__version__}, {config._attn_implementation}"
+    releases = f"transformers {transformers.__version__}, torch {torch.__version__}"
+    about = f"{releases}, {config._attn_implementation}{_emulated(options['dtype'])}"
     return Opened("cpu", options["dtype"], about, lambda patches: torch.from_numpy(patches).to(dtype), run)
 
 
@@ -109,8 +111,13 @@ def _vllm(tower: Tower, options: Mapping[str, Any]) -> Opened:
         with torch.inference_mode():
             return own.module(patches, grid_thw=[list(grid.thw)])
 
-    about = f"vLLM {vllm.__version__}, {own.attention}{', eager' if eager else ''}"
+    about = f"vLLM {vllm.__version__}, {own.attention}{', eager' if eager else ''}{_emulated(name)}"
     return Opened("cpu", name, about, lambda patches: torch.from_numpy(patches).to(dtype), run, own.close)
+
+
+def _emulated(dtype: str) -> str:
+    """What to add where this CPU has no instructions for a dtype."""
+    return ", bfloat16 emulated" if dtype == "bfloat16" and not has_bfloat16() else ""
 
 
 def _weights(tower: Tower) -> Iterator[tuple[str, Any]]:

@@ -15,6 +15,7 @@ from visionaccel.benchmarking.machine import processor_name
 from visionaccel.cores import choose_cores, process_cores, shown_cores
 from visionaccel.diagnosis.findings import looked
 from visionaccel.errors import SettingsError
+from visionaccel.processor import flags_in
 from visionaccel.settings import load_settings
 
 __all__ = ["of_environment"]
@@ -69,9 +70,7 @@ def _system() -> Finding:
 
 
 def _processor(root: Path) -> Finding:
-    lines = (root / "proc/cpuinfo").read_text().splitlines()
-    listed = {line.partition(":")[2] for line in lines if line.split(":")[0].strip() in ("flags", "Features")}
-    flags = set(" ".join(listed).split())
+    flags = flags_in((root / "proc/cpuinfo").read_text())
     useful = [name for name in USEFUL if name in flags]
     detail = f"{processor_name()}; {' '.join(useful) or 'none of the useful instruction sets'}"
     if not flags & {"avx2", "asimd"}:

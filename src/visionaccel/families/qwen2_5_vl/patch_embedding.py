@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visionaccel.arrays import Array, as_host_tensor, as_numpy
+from visionaccel.processor import has_bfloat16
 from visionaccel.program import Precision
 
 __all__ = ["PatchEmbedding"]
@@ -66,35 +67,21 @@ class PatchEmbedding:
 
 def _torch_can(precision: Precision) -> bool:
     """Whether torch is installed and, for bfloat16, this processor has the instructions that it needs."""
-    if find_spec("torch") is None:
-        return False
-    if precision != "bfloat16":
-        return True
-    import torch
-
-    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return supported is not None and bool(supported())
+    return find_spec("torch") is not None and (precision != "bfloat16" or has_bfloat16())
 
 
 def _torch_product(weight: NDArray[Any], dtype: str) -> Any:
     """A function from [P, patch_width] to [P, hidden], both tensors of `dtype`."""
     import torch
 
+    from visionaccel.packed_products import PackedWeight, why_not_packed
+
     matrix = as_host_tensor(np.ascontiguousarray(weight), dtype)
-    packed_product = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    if packed_product is None or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-
-        def plain(x: Any) -> Any:
-            with torch.inference_mode():
-                return torch.nn.functional.linear(x, matrix)
-
-        return plain
-    # The operators that torch's own compiler uses for linear layers with frozen weights: packed once, and free of MKL,
-    # which on some processors takes twice as long.
-    packed = torch.ops.mkldnn._reorder_linear_weight(matrix, None)
+    # Packed products are free of MKL, which on some processors takes twice as long.
+    packed = PackedWeight(matrix) if why_not_packed(matrix.dtype) is None else None
 
     def product(x: Any) -> Any:
         with torch.inference_mode():
-            return packed_product(x, packed, None, "none", [], "")
+            return torch.nn.functional.linear(x, matrix) if packed is None else packed.unary(x)
 
     return product

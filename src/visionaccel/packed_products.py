@@ -1,0 +1,88 @@
+"""Products with weights that oneDNN packs once: torch's private operators for them, and the trial that they pass first.
+
+torch.compile calls these operators for layers whose weights are frozen; torch declares no public name for them. Of
+another release of torch the names may be gone, or be the same and mean something else.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from visionaccel.processor import has_bfloat16
+from visionaccel.safe_text import safe_logger
+
+__all__ = ["PACKED_FOR", "PackedWeight", "why_not_packed"]
+
+logger = safe_logger(__name__)
+
+PACKED_FOR = 4096
+"""Rows that the packed layout is chosen for. It serves any number; this one only picks between blockings."""
+
+
+class PackedWeight:
+    """A weight [out, in] in a layout of oneDNN's, made once, with a bias [out]. Neither keeps what it was made from.
+
+    Ask `why_not_packed` first.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, rows: int = PACKED_FOR) -> None:
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
+        # A copy: as it was read it may keep the whole file mapped, with every weight that was packed.
+        self._bias = None if bias is None else bias.clone()
+
+    def unary(self, x: torch.Tensor, then: str = "none", algorithm: str = "") -> torch.Tensor:
+        """The product and the bias for x [rows, in], and then `none`, `swish` or, with algorithm `none`, `gelu`."""
+        product: Any = torch.ops.mkldnn._linear_pointwise
+        result: torch.Tensor = product(x, self._weight, self._bias, then, [], algorithm)
+        return result
+
+    def binary(self, x: torch.Tensor, other: torch.Tensor, then: str) -> torch.Tensor:
+        """The product and the bias, and then `add` or `mul` with another [rows, out]."""
+        product: Any = torch.ops.mkldnn._linear_pointwise.binary
+        result: torch.Tensor = product(x, other, self._weight, self._bias, then)
+        return result
+
+
+@cache
+def why_not_packed(dtype: torch.dtype, device: str = "cpu") -> str | None:
+    """Why weights of that dtype are not packed on that device; None where they can be. Says so in the log, once."""
+    if torch.device(device).type != "cpu":
+        return "only oneDNN on the CPU packs weights"
+    reason = _why_not_packed(dtype)
+    if reason is not None:
+        logger.info("Weights of %s are not packed, which makes products slower: %s.", dtype, reason)
+    return reason
+
+
+def _why_not_packed(dtype: torch.dtype) -> str | None:
+    """What a small trial against plain products showed."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return "this torch was built without oneDNN"
+    if dtype == torch.bfloat16 and not has_bfloat16():
+        return "this CPU has no instructions for bfloat16"
+    rng = torch.Generator().manual_seed(0)
+    x, weight, bias, other = (
+        torch.randn(shape, generator=rng).to(dtype) for shape in ((5, 24), (16, 24), (16,), (5, 16))
+    )
+    with torch.inference_mode():
+        plain = functional.linear(x.float(), weight.float(), bias.float())
+        try:
+            packed = PackedWeight(weight, bias)
+            pairs = (
+                (packed.unary(x), plain),
+                (PackedWeight(weight).unary(x), functional.linear(x.float(), weight.float())),
+                (packed.unary(x, "swish"), functional.silu(plain)),
+                (packed.unary(x, "gelu", "none"), functional.gelu(plain)),
+                (packed.binary(x, other, "mul"), plain * other.float()),
+                (packed.binary(x, other, "add"), plain + other.float()),
+            )
+        except (AttributeError, RuntimeError, TypeError) as error:
+            return f"torch {torch.__version__} does not offer oneDNN's packed products: {error}"
+    bound = 1e-4 if dtype == torch.float32 else 3e-2
+    if not all(torch.allclose(ours.float(), exact, rtol=bound, atol=bound) for ours, exact in pairs):
+        return f"oneDNN's packed products of torch {torch.__version__} are not what is expected"
+    return None

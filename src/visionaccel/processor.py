@@ -1,0 +1,41 @@
+"""What this machine's CPU can compute: the one place that is asked, whatever runtime then computes."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+
+__all__ = ["flags_in", "has_bfloat16"]
+
+_INFO = Path("/proc/cpuinfo")
+_FIELDS = ("flags", "Features")
+_BFLOAT16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+"""Linux's names of instructions that multiply bfloat16, on x86 and Arm."""
+
+_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+_WITHOUT_BFLOAT16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
+
+
+def flags_in(cpuinfo: str) -> frozenset[str]:
+    """Names of the instruction sets that a `/proc/cpuinfo` lists."""
+    listed = {line.partition(":")[2] for line in cpuinfo.splitlines() if line.split(":")[0].strip() in _FIELDS}
+    return frozenset(" ".join(listed).split())
+
+
+def has_bfloat16() -> bool:
+    """Whether products of bfloat16 are computed by instructions for them. Otherwise they are emulated, and slower.
+
+    torch and oneDNN say more often that they support bfloat16: they count CPUs on which they convert it to float32.
+    oneDNN's variable that narrows what is used, `ONEDNN_MAX_CPU_ISA`, is heeded.
+    """
+    limit = next((os.environ[name] for name in _LIMITS if os.environ.get(name)), "")
+    return limit.upper() not in _WITHOUT_BFLOAT16 and not _flags().isdisjoint(_BFLOAT16)
+
+
+@cache
+def _flags() -> frozenset[str]:
+    try:
+        return flags_in(_INFO.read_text())
+    except OSError:  # a system without it; nothing is known to be there
+        return frozenset()
