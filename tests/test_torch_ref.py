@@ -20,6 +20,7 @@ from visionaccel.families.qwen2_5_vl.config import DEFAULTS, VisionConfig
 from visionaccel.families.qwen2_5_vl.geometry import make_tables, tower_tables
 from visionaccel.grid import as_grids
 from visionaccel.opening import open_tower
+from visionaccel.packed_products import PackedWeight
 from visionaccel.program import CHECKPOINT
 from visionaccel.testing.checkpoints import TINY, random_checkpoint
 from visionaccel_torch_ref import linear
@@ -180,7 +181,7 @@ def test_a_torch_without_the_packed_products_runs_plain(tiny, monkeypatch):
     def broken(*_):
         raise AttributeError("no such operator")
 
-    monkeypatch.setattr(PackedLinear, "__init__", broken)
+    monkeypatch.setattr(PackedWeight, "__init__", broken)
     why_not_packed.cache_clear()
     try:
         assert "no such operator" in why_not_packed(torch.float32, "cpu")
@@ -194,7 +195,7 @@ def test_a_torch_without_the_packed_products_runs_plain(tiny, monkeypatch):
 
 
 def test_packed_products_with_another_meaning_are_not_used(monkeypatch):
-    monkeypatch.setattr(PackedLinear, "plus", lambda self, x, term: self(x))
+    monkeypatch.setattr(PackedWeight, "binary", lambda self, x, *_: self.unary(x))
     why_not_packed.cache_clear()
     try:
         assert "not what is expected" in why_not_packed(torch.float32, "cpu")

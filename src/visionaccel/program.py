@@ -25,8 +25,8 @@ ONNX = "onnx"
 operators (`com.microsoft`), those of fixed shapes in standard ones."""
 
 ONNX_STANDARD = "onnx.standard"
-"""The same for any grid, in standard operators alone (opset 23); or of any shapes with products of int8, which are
-written as products between `QuantizeLinear` and `DequantizeLinear`."""
+"""The same for any grid, in standard operators alone (opset 23), with a mask for each query; or of any shapes with
+products of int8, which are written as products between `QuantizeLinear` and `DequantizeLinear`."""
 
 ONNX_FUSED = "onnx.fused"
 """The same of fixed shapes in ONNX Runtime's own operators (`com.microsoft`), which nothing else runs."""

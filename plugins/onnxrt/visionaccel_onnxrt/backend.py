@@ -23,7 +23,7 @@ from visionaccel.backends import (
 )
 from visionaccel.cores import thread_limit
 from visionaccel.errors import ArtifactError, ConfigurationError, DeviceError
-from visionaccel.program import EP_CONTEXT, ONNX, ONNX_FUSED, ONNX_MODELS, Program
+from visionaccel.program import EP_CONTEXT, ONNX, ONNX_FUSED, ONNX_MODELS, ONNX_STANDARD, Program
 from visionaccel_onnxrt.bfloat16 import emulate_bfloat16
 from visionaccel_onnxrt.ep_context import offload_of_context, verified_context
 from visionaccel_onnxrt.offload import RECORD_ASSIGNMENT, assigned, require_offload
@@ -41,8 +41,8 @@ from visionaccel_onnxrt.weights import bind_weights
 
 __all__ = ["OnnxRuntimeBackend", "OnnxRuntimeOptions"]
 
-_EMULATED = 5
-"""The score of a program whose arithmetic is emulated."""
+_EMULATED, _STANDARD = 5, 40
+"""Scores of a program whose arithmetic is emulated, and of one in standard operators, which OpenVINO runs faster."""
 
 
 class OnnxRuntimeOptions(Options):
@@ -77,7 +77,7 @@ class OnnxRuntimeBackend(VisionBackend):
     """Runs ONNX programs with ONNX Runtime: on the CPU, or on the execution provider of the device."""
 
     name = "onnxrt"
-    formats = frozenset({ONNX, ONNX_FUSED, EP_CONTEXT})
+    formats = frozenset({ONNX, ONNX_FUSED, ONNX_STANDARD, EP_CONTEXT})
     options = OnnxRuntimeOptions
 
     def devices(self) -> Sequence[str]:
@@ -105,6 +105,16 @@ class OnnxRuntimeBackend(VisionBackend):
                 f"program {program.name!r} is written in ONNX Runtime's own operators, which an npu does not run.",
                 "Export the bundle without --dialect microsoft.",
             )
+        if program.format == ONNX_STANDARD and program.quantization is not None:
+            return Rejected(
+                f"program {program.name!r} was quantized for OpenVINO.",
+                "Name backend openvino, or quantize the bundle of float32 that it was made from with --target onnxrt.",
+            )
+        if program.format == ONNX_STANDARD and provider.name != CPU_PROVIDER:
+            return Rejected(
+                f"program {program.name!r} serves every grid in standard operators, which were tried on the cpu only.",
+                "Export it without --dialect standard, or use device cpu.",
+            )
         if program.format == EP_CONTEXT and provider.name != VITISAI_PROVIDER:
             return Rejected(f"program {program.name!r} was compiled for an npu.", "Choose device npu.")
         try:
@@ -124,6 +134,8 @@ class OnnxRuntimeBackend(VisionBackend):
         if _is_emulated(program, provider.name):
             notes += "; bfloat16 emulated: float32 arithmetic, rounded after each operator"
             return Accepted(_EMULATED, notes)  # slower than what any other backend makes of the program
+        if program.format == ONNX_STANDARD:
+            return Accepted(_STANDARD, notes)
         return Accepted(provider.score, notes)
 
     def open(self, program: Program, device: str | None, options: OnnxRuntimeOptions) -> Session:
@@ -265,11 +277,28 @@ def _model(program: Program, provider: str, settings: Any) -> bytes | str:
     if program.model is None:
         raise ArtifactError(f"the ONNX program in {program.folder} has no model.", hint="Write it again.")
     model = program.model()
+    if program.format == ONNX_STANDARD:
+        _require_whole_masks(model, program)
     if not _is_emulated(program, provider):
         return model
     # Off by default; it would take a Cast to bfloat16 and back, which is the rounding, for a detour.
     settings.add_session_config_entry(CAST_CHAIN_ELIMINATION, "0")
     return emulate_bfloat16(model)
+
+
+def _require_whole_masks(model: bytes, program: Program) -> None:
+    """Refuse what an earlier release wrote: ONNX Runtime's CPU does not broadcast a mask over the queries.
+
+    Raises:
+        ConfigurationError: If its masks are not written out for each query.
+    """
+    import onnx
+
+    if all(node.op_type != "Expand" for node in onnx.load_model_from_string(model).graph.node):
+        raise ConfigurationError(
+            f"program {program.name!r} was written by an earlier release, with masks that ONNX Runtime does not take.",
+            hint="Export the bundle again, or use backend openvino.",
+        )
 
 
 @contextmanager

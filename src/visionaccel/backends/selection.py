@@ -132,7 +132,7 @@ def _ask(
     best = max((v for v in verdicts if isinstance(v, Accepted)), key=lambda v: v.score, default=None)
     if best is None:
         return Candidate(entry, verdicts[0], ())
-    if len(accepted) < len(programs):
+    if len(accepted) < len({program.coverage for program in programs}):
         kept = ", ".join(program.name for program in accepted.values())
         best = Accepted(best.score, f"{best.notes}; programs {kept} of {len(programs)}")
     return Candidate(entry, best, tuple(accepted.values()))

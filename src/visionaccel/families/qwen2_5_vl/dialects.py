@@ -135,8 +135,10 @@ class StandardOperators(Operators):
         one = g.constant([1, -1, half])
         self.rotary = [g.node("Reshape", [g.narrow(name), one]) for name in ("rotary_cos", "rotary_sin")]
         kept = g.node("Cast", ["window_mask"], to=TensorProto.BOOL)
-        # [windows, heads, queries, keys], the same for every head and query.
-        self.mask = g.node("Unsqueeze", [kept, g.constant([1, 2])])
+        # [windows, heads, queries, keys], the same for every head and query. Written out for the queries: the standard
+        # lets it be broadcast, and ONNX Runtime's CPU does so over the heads only.
+        keys = g.node("Unsqueeze", [kept, g.constant([1, 2])])
+        self.mask = g.node("Expand", [keys, g.constant([1, 1, self.config.window_patches, 1])])
 
     def norm(self, x: str, scale: str) -> str:
         return self.g.node("RMSNormalization", [x, scale], axis=-1, epsilon=NORM_EPSILON)
