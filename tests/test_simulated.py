@@ -1,5 +1,6 @@
 """The simulated device: it takes the time it is told to, uses no CPU meanwhile, and fails as it is told to."""
 
+import itertools
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -508,3 +509,23 @@ def test_the_example_in_the_documentation_is_valid():
     for text in written:
         SimulatedOptions.model_validate(parse_options(text.strip("'")))
     assert written
+
+
+def test_an_opening_fails_by_its_number_and_the_next_one_works(tiny, tmp_path, monkeypatch):
+    """In a fallback, which takes no options: the environment names its switch."""
+    monkeypatch.setattr("visionaccel.testing.simulated.faults._OPENINGS", itertools.count(1))
+    switch = tmp_path / "switch.json"
+    switch.write_text('[{"opening": 1, "do": "raise"}]')
+    monkeypatch.setenv("SIMULATED_SWITCH", str(switch))
+    with pytest.raises(DeviceError, match="simulated fault"):
+        open_encoder(tiny, backend="simulated", device="onnxrt")
+    with open_encoder(tiny, backend="simulated", device="onnxrt") as encoder:
+        assert encoder.encode(random_patches([(1, 4, 4)]), [(1, 4, 4)]).shape == (4, 24)
+
+
+def test_a_device_may_want_a_process_while_others_live_in_this_one(tiny):
+    for device, isolated in (("onnxrt@1+process", True), ("onnxrt@1", False)):
+        with simulated(tiny, device) as encoder:
+            (opened,) = encoder.programs
+            assert isinstance(opened.session, IsolatedSession) is isolated
+            assert opened.session.capabilities.device == "simulated:onnxrt/cpu@1"

@@ -12,6 +12,7 @@ SERVINGS = {
     Serving("pipelined", "process", True): {
         ("zeros", "beside"), ("hang", "alone"), ("drift", "beside"), ("exit", "repeated"), ("abort", "restart"),
     },
+    Serving("pipelined", "process", True, faulty=True): {("raise", "unopened"), ("exit", "both")},
 }  # fmt: skip
 
 
@@ -33,7 +34,7 @@ def images():
     return SuiteImages.asked_of_stock(images_needed(SERVINGS, wanted), lambda _: None)
 
 
-@pytest.mark.parametrize("serving", SERVINGS, ids=lambda serving: f"{serving.mode}-{serving.isolation}")
+@pytest.mark.parametrize("serving", SERVINGS, ids=str)
 def test_every_planted_fault_is_answered_rightly_and_nothing_is_lost(images, serving):
     outcomes = run_suite([serving], images, wanted=wanted)
     assert len(outcomes) == len(SERVINGS[serving])

@@ -13,9 +13,10 @@ __all__ = [
 Fault: TypeAlias = Literal["raise", "nan", "zeros", "drift", "hang", "exit", "abort"]
 """What the simulated device does, as the option `faults` of the backend `simulated` names it."""
 
-Moment: TypeAlias = Literal["alone", "beside", "repeated", "restart"]
-"""When: to one request; to one of several while a text stream is decoded; to every encode until the breaker opens; or
-to one request, whereupon the process that takes the place of the one that died answers wrongly."""
+Moment: TypeAlias = Literal["alone", "beside", "repeated", "restart", "unopened", "both"]
+"""When: to one request; to one of several while a text stream is decoded; to every encode until the breaker opens; to
+one request, whereupon the process that takes the place of the one that died answers wrongly; to one request, while the
+fallback fails to open once; or to one request, while the fallback in the server's process hangs."""
 
 Mode: TypeAlias = Literal["inline", "pipelined"]
 Isolation: TypeAlias = Literal["none", "process"]
@@ -33,15 +34,18 @@ class Serving:
         mode: Where it encodes.
         isolation: Where the device lives.
         fallback: Another backend takes over.
+        faulty: The first of two fallbacks is simulated too, in the server's process.
     """
 
     mode: Mode
     isolation: Isolation
     fallback: bool
+    faulty: bool = False
 
     def __str__(self) -> str:
         where = "a process of its own" if self.isolation == "process" else "the server's process"
-        return f"{self.mode}, device in {where}, {'with' if self.fallback else 'without'} a fallback"
+        behind = "with a faulty fallback" if self.faulty else f"{'with' if self.fallback else 'without'} a fallback"
+        return f"{self.mode}, device in {where}, {behind}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +69,15 @@ class Cell:
 
 
 def every_serving() -> tuple[Serving, ...]:
-    """All kinds of server: both modes and both isolations with a fallback, and three of them without."""
+    """All kinds of server: both modes and isolations with a fallback, three without, both modes with a faulty one."""
     with_fallback = [Serving(mode, isolation, True) for mode in get_args(Mode) for isolation in get_args(Isolation)]
     without = (
         Serving("inline", "none", False),
         Serving("pipelined", "none", False),
         Serving("pipelined", "process", False),
     )
-    return (*with_fallback, *without)
+    faulty = (Serving(mode, "process", True, faulty=True) for mode in get_args(Mode))
+    return (*with_fallback, *without, *faulty)
 
 
 def cells_of(serving: Serving) -> Iterator[Cell]:
@@ -81,6 +86,10 @@ def cells_of(serving: Serving) -> Iterator[Cell]:
     A fault that ends a process needs one of the device's own. What looks right and is wrong is found by the canary, not
     by the request, and without a fallback every request fails from then on, which `repeated` is about.
     """
+    if serving.faulty:
+        yield Cell(serving, "raise", "unopened")  # first: the fallback is opened once
+        yield Cell(serving, "exit", "both")
+        return
     for fault in FAULTS:
         if fault in _DEADLY and serving.isolation == "none":
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,7 +37,15 @@ _REPEATS = 6
 _NEIGHBOURS = 2
 _SHARE = 0.3
 _IMAGES_OF_A_CELL = 12
-_DEVICE = "simulated:"
+_DEVICE = {"backend": "simulated", "device": "simulated:onnxrt/cpu@1"}
+_OF_FALLBACK: dict[str, tuple[list[dict[str, Any]], str]] = {
+    "unopened": ([{"opening": 1, "do": "raise"}], r"Opening encoder 'simulated' failed and is tried once more"),
+    "both": (
+        [{"all": True, "do": "hang", "seconds": _HANG}],
+        r"Encoder 'simulated' is taken out of work: device 'simulated:[^@']*' did not answer",
+    ),
+}
+"""What the simulated fallback does, and what the server's log says then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +170,7 @@ def run_suite(
         with tempfile.TemporaryDirectory(prefix="visionaccel-faults-") as folder, ExitStack() as stack:
             switch = Path(folder, "faults.json")
             switch.write_text("")
+            _fallback_switch(switch).write_text("")
             server = stack.enter_context(serve(images.checkpoint, _settings(serving, switch), ARGUMENTS))
             fresh = iter(range(len(images.pictures)))
             for cell in cells:
@@ -174,9 +184,9 @@ def run_suite(
 
 
 def _settings(serving: Serving, switch: Path) -> dict[str, str]:
-    return {
+    settings = {
         "VISIONACCEL_BACKEND": "simulated",
-        "VISIONACCEL_DEVICE": "onnxrt",
+        "VISIONACCEL_DEVICE": "onnxrt@1",
         "VISIONACCEL_OPTIONS": json.dumps({"switch": str(switch)}),
         "VISIONACCEL_MODE": serving.mode,
         "VISIONACCEL_ISOLATION": serving.isolation,
@@ -185,6 +195,18 @@ def _settings(serving: Serving, switch: Path) -> dict[str, str]:
         "VISIONACCEL_CANARY_INTERVAL": str(_CANARY),
         "VISIONACCEL_BREAKER_SECONDS": "0.2",
     }
+    if serving.faulty:
+        settings |= {
+            "VISIONACCEL_DEVICE": "onnxrt@1+process",
+            "VISIONACCEL_ISOLATION": "auto",
+            "VISIONACCEL_FALLBACK": "simulated,torch_ref",
+            "SIMULATED_SWITCH": str(_fallback_switch(switch)),
+        }
+    return settings
+
+
+def _fallback_switch(switch: Path) -> Path:
+    return switch.with_name("fallback.json")
 
 
 @dataclass
@@ -209,12 +231,14 @@ class _CellRun:
             struck_answers = self._struck(victims, neighbours)
         finally:
             self.switch.write_text("")
+            _fallback_switch(self.switch).write_text("")
         lifted = time.monotonic()
         answered = sorted({self._judged(number, answer) for number, answer in struck_answers})
         if answered != [{"answer": "right answer", "error": "error"}[self.cell.expected]]:
             self.problems.append(f"What it struck was answered: {', '.join(answered)}.")
         if not self._grows(self._strikes, before):
             self.problems.append("The fault did not strike.")
+        self._look_at_fallback()
         recovery = self._recovery(lifted)
         for number in (*victims, *neighbours):  # nothing of the fault is kept anywhere
             if self._judged(number, self._ask(number)) != "right answer":
@@ -241,6 +265,9 @@ class _CellRun:
             self._plant([{"all": True, "do": "drift"}])
             return [(victims[0], first), (victims[1], self._ask(victims[1]))]
         else:
+            if moment in _OF_FALLBACK:
+                rules, _ = _OF_FALLBACK[moment]
+                _fallback_switch(self.switch).write_text(json.dumps(rules))
             self._plant([self.images.rule(fault, victims[0], neighbours)])
         if moment != "beside":
             return [(victim, self._ask(victim)) for victim in victims]
@@ -252,6 +279,13 @@ class _CellRun:
             if self._judged(number, answers[number]) != "right answer":
                 self.problems.append(f"Its neighbour {number} was answered: {self._judged(number, answers[number])}.")
         return [(victim, answers[victim]) for victim in victims]
+
+    def _look_at_fallback(self) -> None:
+        """The fallback's fault struck too, as the server's log says."""
+        if self.cell.moment in _OF_FALLBACK:
+            _, said = _OF_FALLBACK[self.cell.moment]
+            if not re.search(said, self.server.log.read_text(errors="replace")):
+                self.problems.append("The fallback's fault did not strike.")
 
     def _plant(self, rules: Sequence[dict[str, Any]]) -> None:
         partial = self.switch.with_suffix(".partial")
@@ -278,7 +312,7 @@ class _CellRun:
 
     def _wait_for_breaker(self) -> None:
         limit = time.monotonic() + _ENOUGH
-        while metric(metrics_of(self.server.url), "visionaccel_breaker_state", backend="simulated") < 1:
+        while metric(metrics_of(self.server.url), "visionaccel_breaker_state", **_DEVICE) < 1:
             if time.monotonic() > limit:
                 self.problems.append("Nothing noticed it.")
                 return
@@ -288,7 +322,7 @@ class _CellRun:
         """Seconds until the device itself answers a picture that nobody has seen."""
         limit = since + _ENOUGH
         while time.monotonic() < limit:
-            if metric(metrics_of(self.server.url), "visionaccel_breaker_state", backend="simulated") == 0:
+            if metric(metrics_of(self.server.url), "visionaccel_breaker_state", **_DEVICE) == 0:
                 before = self._encoded_by_device()
                 number = next(self.fresh)
                 right = self._judged(number, self._ask(number)) == "right answer"
@@ -299,15 +333,13 @@ class _CellRun:
         return None
 
     def _encoded_by_device(self) -> float:
-        return metric(
-            metrics_of(self.server.url), "visionaccel_encode_seconds_count", backend="simulated", purpose="request"
-        )
+        return metric(metrics_of(self.server.url), "visionaccel_encode_seconds_count", **_DEVICE, purpose="request")
 
     def _strikes(self) -> float:
         """How often the device failed, or was taken out of work."""
         text = metrics_of(self.server.url)
         names = ("visionaccel_failures_total", "visionaccel_breaker_openings_total")
-        return sum(metric(text, name, backend="simulated") for name in names)
+        return sum(metric(text, name, **_DEVICE) for name in names)
 
     def _grows(self, count: Callable[[], float], before: float) -> bool:
         """Whether a count is larger than before; metrics come a moment later than answers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,11 @@ from visionaccel.testing.simulated.target import NAME, Target
 __all__ = ["SimulatedBackend", "SimulatedOptions"]
 
 
+def _switch_of_the_environment() -> Path | None:
+    named = os.environ.get("SIMULATED_SWITCH")
+    return Path(named) if named else None
+
+
 class SimulatedOptions(Options):
     """Options of the `simulated` backend."""
 
@@ -46,7 +52,9 @@ class SimulatedOptions(Options):
         (), description='What goes wrong, the first rule that applies: `[{"every": 3, "do": "raise"}]`.'
     )
     switch: Path | None = Field(
-        None, description="File of further such rules, read at each call; missing or empty: none."
+        default_factory=_switch_of_the_environment,
+        description="File of further such rules, read at each call; missing or empty: none. By default the one that "
+        "the environment variable SIMULATED_SWITCH names, for a fallback, which takes no options.",
     )
     max_in_flight: int = Field(1, ge=1, description="Calls that it works on at a time.")
     batch_patches: int = Field(0, ge=0, description="Most patches of several images that are put into one call.")
@@ -84,6 +92,8 @@ class SimulatedBackend(VisionBackend):
     def isolation_on(self, device: str | None) -> Isolation:
         target = Target.parse(device)
         inner = target.named_backend()
+        if target.apart:
+            return "process"
         return self.isolation if inner is None else inner.isolation_on(target.device)
 
     def probe(self, program: Program, device: str | None) -> Verdict:
@@ -107,6 +117,7 @@ class SimulatedBackend(VisionBackend):
             options.latency, options.per_patch, {} if options.recorded is None else read_recorded(options.recorded)
         )
         script = FaultScript(options.faults, options.switch)
+        script.opening()
         backend = default_registry().load(name)
         inner = backend.open(program, target.device, _options_of(backend, options.inner))
         capabilities = replace(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import sys
 import time
@@ -29,7 +30,7 @@ _APART = "Set VISIONACCEL_ISOLATION=process."
 
 
 class FaultRule(BaseModel):
-    """Which calls of a session fail, by exactly one of `patches`, `call`, `every`, `share` and `all`, and how."""
+    """What fails, and how: calls by exactly one of `patches`, `call`, `every`, `share` and `all`, or an `opening`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -43,6 +44,9 @@ class FaultRule(BaseModel):
     )
     seed: int = Field(0, description="Which frames `share` picks.")
     all: bool = Field(False, description="Every call.")
+    opening: int | None = Field(
+        None, ge=1, description="The opening of that number in this process, from 1: it raises or hangs."
+    )
     do: Literal["raise", "nan", "zeros", "drift", "hang", "exit", "abort"] = Field(
         description="`raise` a DeviceError; answer NaN or zeros; `drift`: answer wrongly, with numbers that look "
         "right; `hang`; end the process by `exit` or `abort`, in a child process only."
@@ -53,9 +57,11 @@ class FaultRule(BaseModel):
 
     @model_validator(mode="after")
     def _says_one_thing(self) -> Self:
-        ways = [self.patches, self.call, self.every, self.share, self.all or None]
+        ways = [self.patches, self.call, self.every, self.share, self.all or None, self.opening]
         if sum(way is not None for way in ways) != 1:
-            raise ValueError("name exactly one of patches, call, every, share and all")
+            raise ValueError("name exactly one of patches, call, every, share, all and opening")
+        if self.opening is not None and self.do not in ("raise", "hang"):
+            raise ValueError("an opening raises or hangs")
         if "seed" in self.model_fields_set and self.share is None:
             raise ValueError("seed goes with share")
         if "seconds" in self.model_fields_set and self.do != "hang":
@@ -199,6 +205,18 @@ class FaultScript:
                 hint='Write a JSON list of rules, such as [{"every": 3, "do": "raise"}].',
             ) from error
 
+    def opening(self) -> None:
+        """A session is opened.
+
+        Raises:
+            DeviceError: If that is a fault.
+            SettingsError: If the file holds no rules.
+        """
+        number = next(_OPENINGS)
+        for rule in self.rules():
+            if rule.opening == number:
+                Fault(rule, number, (True,)).happen()
+
     def fault(self, call: int, frames: Sequence[Frame]) -> Fault | None:
         """The fault of the first rule that is about a call, if any.
 
@@ -212,6 +230,7 @@ class FaultScript:
         return None
 
 
+_OPENINGS = itertools.count(1)
 _RULES = TypeAdapter(tuple[FaultRule, ...])
 
 

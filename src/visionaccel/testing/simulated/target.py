@@ -1,4 +1,4 @@
-"""What a simulated device wraps, as its name says: `BACKEND[/DEVICE][@NUMBER]`."""
+"""What a simulated device wraps, as its name says: `BACKEND[/DEVICE][@NUMBER][+process]`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["NAME", "Target"]
 
 NAME = "simulated"
 
-_FORM = re.compile(r"(?P<backend>[^/@\s]+)(?:/(?P<device>[^@\s]+))?(?:@(?P<number>\d+))?")
+_FORM = re.compile(r"(?P<backend>[^/@+\s]+)(?:/(?P<device>[^@+\s]+))?(?:@(?P<number>\d+))?(?P<apart>\+process)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +25,13 @@ class Target:
         backend: Name of the wrapped backend, or `auto` for the best that takes the program it is opened with.
         device: That backend's device; None for its default.
         number: Tells apart simulated devices that wrap the same; None where there is one.
+        apart: It wants a child process, as a vendor's backend may.
     """
 
     backend: str = AUTO
     device: str | None = None
     number: int | None = None
+    apart: bool = False
 
     @classmethod
     def parse(cls, text: str | None) -> Target:
@@ -48,10 +50,11 @@ class Target:
             raise SettingsError(
                 f"there is no simulated device {text!r}.",
                 hint="Name an installed backend that computes the answers, as BACKEND, BACKEND/DEVICE, BACKEND@NUMBER "
-                "or BACKEND/DEVICE@NUMBER; 'auto' is the best one here.",
+                "or BACKEND/DEVICE@NUMBER; 'auto' is the best one here; +process behind it for a child process.",
             )
         number = found["number"]
-        return cls(found["backend"], found["device"], None if number is None else int(number))
+        number = None if number is None else int(number)
+        return cls(found["backend"], found["device"], number, found["apart"] is not None)
 
     def shown(self, backend: str, device: str) -> str:
         """The simulated device's full name, once it is known what it wraps."""
