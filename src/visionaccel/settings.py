@@ -146,12 +146,13 @@ class Settings(BaseSettings):
     )
     deadline: _Seconds = Field(
         120.0,
-        description="Seconds that one call of a device may take; then its image counts as failed, and the process "
-        "that the device lives in, if it has its own, is ended. In-line, for each image of the call.",
+        description="Seconds that a call of a device or a fallback may take for each of its images; then the next one "
+        "has its turn, and the process that the device lives in, if it has its own, is ended.",
     )
     open_deadline: _Seconds = Field(
         600.0,
-        description="Seconds that starting such a process and opening a program may take, compilation included.",
+        description="Seconds that starting such a process and opening a program may take, here or there, compilation "
+        "included, and so each image of the first canary.",
     )
     cpu_cores: Annotated[WantedCores, NoDecode, BeforeValidator(read_cores)] = Field(
         None,
