@@ -8,6 +8,7 @@ import pytest
 from visionaccel.errors import ConfigurationError
 from visionaccel.integrations.vllm import activation, compat
 from visionaccel.integrations.vllm.compat import checking, serving
+from visionaccel.integrations.vllm.compat.contract import Feature
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own deprecations
 
@@ -23,6 +24,7 @@ def explained(monkeypatch):
         found = getattr(RequestState, name)
         monkeypatch.setattr(RequestState, name, getattr(found, "__wrapped__", found))
     compat.explain_errors()
+    compat.explain_pooling_errors()
 
 
 def failed_request(pooling):
@@ -124,6 +126,19 @@ def test_a_failed_completion_of_a_server_brings_its_reason():
 
     with pytest.raises(GenerationError, match="the device is gone"):
         served()
+
+
+def test_failed_pooling_requests_are_noticed_where_reasons_are_off(digits, monkeypatch):
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine.output_processor import RequestState
+
+    monkeypatch.setattr(RequestState, "make_request_output", RequestState.make_request_output.__wrapped__)
+    monkeypatch.setattr(activation, "is_on", lambda feature: feature is not Feature.REASONS)
+    monkeypatch.setattr(activation, "_check", lambda *_: None)
+    monkeypatch.setenv("VISIONACCEL_MODE", "inline")
+    config = EngineArgs(model=str(digits), max_model_len=160, runner="pooling").create_engine_config()
+    activation._prepare(config, client_embeds=False)
+    assert hasattr(RequestState.make_request_output, "__wrapped__")
 
 
 def test_where_pooling_requests_cannot_end_alone_pooling_models_are_refused(digits, monkeypatch):

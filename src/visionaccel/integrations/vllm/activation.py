@@ -90,6 +90,8 @@ def _prepare(config: VllmConfig, client_embeds: bool) -> None:
     make_board(inherit=compat.is_one_of_several_api_servers(config))
     if is_on(Feature.REASONS):
         compat.explain_errors()
+    if compat.pools(config):
+        compat.explain_pooling_errors()
     compat.mark_prepared(config)
 
 

@@ -81,6 +81,7 @@ from visionaccel.integrations.vllm.compat.scheduling import (
 )
 from visionaccel.integrations.vllm.compat.serving import (
     explain_errors,
+    explain_pooling_errors,
     on_metrics,
 )
 from visionaccel.integrations.vllm.compat.weight_files import (
@@ -104,8 +105,8 @@ if TYPE_CHECKING:
 __all__ = [
     "adapts_tower", "answered_with_media", "append_errors", "CacheState", "can_contain", "CONNECTOR",
     "convert_images", "drops_tokens_in_flight", "ec_connector", "encoder_cache_state", "encoder_host",
-    "errors_for_clients", "explain_errors", "fail_requests", "first_of_its_group", "forget_encoder_output",
-    "forget_prefixes", "free_in_worker", "has_embeddings", "impossible_with_connector",
+    "errors_for_clients", "explain_errors", "explain_pooling_errors", "fail_requests", "first_of_its_group",
+    "forget_encoder_output", "forget_prefixes", "free_in_worker", "has_embeddings", "impossible_with_connector",
     "is_one_of_several_api_servers", "is_pipelined", "is_prepared", "is_replaced", "load_plugins", "logger",
     "mark_prepared", "missing", "normalises_itself", "obstacles_to_pipelining", "on_engine_config", "on_metrics",
     "pixel_bounds", "pools", "profiling", "receives_embeddings", "refuse_videos", "register_model", "release",

@@ -14,7 +14,7 @@ from visionaccel.integrations.vllm.compat.releases import logger
 if TYPE_CHECKING:
     from prometheus_client.registry import Collector
 
-__all__ = ["explain_errors", "on_metrics", "request_error", "takes_request_errors"]
+__all__ = ["explain_errors", "explain_pooling_errors", "on_metrics", "request_error", "takes_request_errors"]
 
 _SERVING = "vllm.entrypoints.generate.base.serving"
 
@@ -31,18 +31,58 @@ class _Explained(str):
 
 
 def explain_errors() -> None:
-    """Have this process answer a failed request with its stop reason, where there is one.
+    """Have the API server of this process answer a failed completion with its stop reason, where there is one.
 
-    Before 0.33, vLLM answers every failed request with "Internal server error". From 0.33 on its API server gives the
-    reason itself, and only failed pooling requests of the offline `LLM` need this. Where vLLM's classes are not what
-    they were, they are left alone.
+    Before 0.33, vLLM answers every failed request with "Internal server error". From 0.33 on it gives the reason
+    itself. Where vLLM's classes are not what they were, they are left alone.
     """
     state = getattr(import_module("vllm.v1.engine.output_processor"), "RequestState", None)
-    if state is None:
+    finish = getattr(state, "_new_completion_output", None)
+    if state is None or finish is None or hasattr(finish, "__wrapped__") or takes_request_errors():
         return
-    if not takes_request_errors():
-        _explain_completions(state)
-    _explain_pooling(state)
+
+    @functools.wraps(finish)
+    def new_completion_output(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = finish(self, *args, **kwargs)
+        if output.finish_reason == "error" and isinstance(output.stop_reason, str):
+            _explain_to_clients()
+            output.finish_reason = _Explained(output.stop_reason)
+        return output
+
+    state._new_completion_output = new_completion_output
+
+
+def explain_pooling_errors() -> None:
+    """Have this process give a failed pooling request its error.
+
+    Such a request has an empty result (see `append_errors`), which must not reach the client as one. From 0.33 on the
+    API server looks at the error first, and only the offline `LLM` needs this.
+    """
+    state = import_module("vllm.v1.engine.output_processor").RequestState
+    finish = state.make_request_output
+    if hasattr(finish, "__wrapped__"):
+        return
+    takes_error = "error" in inspect.signature(finish).parameters  # from vLLM 0.32 on
+
+    @functools.wraps(finish)
+    def make_request_output(
+        self: Any,
+        new_token_ids: Any,
+        pooling_output: Any,
+        finish_reason: Any,
+        stop_reason: Any,
+        *args: Any,
+        **named: Any,
+    ) -> Any:
+        failed = pooling_output is not None and isinstance(stop_reason, str) and str(finish_reason) == "error"
+        if failed and takes_error:
+            named["error"] = request_error(stop_reason)
+        output = finish(self, new_token_ids, pooling_output, finish_reason, stop_reason, *args, **named)
+        if failed and not takes_error:
+            output.outputs = _FailedPooling(stop_reason)
+        return output
+
+    state.make_request_output = make_request_output
 
 
 def request_error(reason: str) -> Any:
@@ -78,50 +118,6 @@ def on_metrics(make: Callable[[], Collector]) -> None:
 
     MultiProcessCollector.collect = collect  # type: ignore[method-assign]
     REGISTRY.register(make())
-
-
-def _explain_completions(state: Any) -> None:
-    finish = getattr(state, "_new_completion_output", None)
-    if finish is None or hasattr(finish, "__wrapped__"):
-        return
-
-    @functools.wraps(finish)
-    def new_completion_output(self: Any, *args: Any, **kwargs: Any) -> Any:
-        output = finish(self, *args, **kwargs)
-        if output.finish_reason == "error" and isinstance(output.stop_reason, str):
-            _explain_to_clients()
-            output.finish_reason = _Explained(output.stop_reason)
-        return output
-
-    state._new_completion_output = new_completion_output
-
-
-def _explain_pooling(state: Any) -> None:
-    """A failed pooling request has an empty result (see `append_errors`), which must not reach the client as one."""
-    finish = getattr(state, "make_request_output", None)
-    if finish is None or hasattr(finish, "__wrapped__"):
-        return
-    takes_error = "error" in inspect.signature(finish).parameters  # from vLLM 0.32 on
-
-    @functools.wraps(finish)
-    def make_request_output(
-        self: Any,
-        new_token_ids: Any,
-        pooling_output: Any,
-        finish_reason: Any,
-        stop_reason: Any,
-        *args: Any,
-        **named: Any,
-    ) -> Any:
-        failed = pooling_output is not None and isinstance(stop_reason, str) and str(finish_reason) == "error"
-        if failed and takes_error:
-            named["error"] = request_error(stop_reason)
-        output = finish(self, new_token_ids, pooling_output, finish_reason, stop_reason, *args, **named)
-        if failed and not takes_error:
-            output.outputs = _FailedPooling(stop_reason)
-        return output
-
-    state.make_request_output = make_request_output
 
 
 class _FailedPooling:
