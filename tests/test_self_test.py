@@ -31,6 +31,8 @@ def own_folder(tmp_path, monkeypatch):
 def built(digits):
     from vllm.engine.arg_utils import EngineArgs
 
+    for architecture, model in activation.MODELS.items():
+        compat.register_model(architecture, model)
     return EngineArgs(model=str(digits), dtype="float32", max_model_len=160).create_engine_config()
 
 
@@ -153,6 +155,34 @@ def test_a_self_test_that_could_not_be_run_is_not_kept(config, monkeypatch, own_
     assert choice.mode == "inline"
     assert "the self-test could not be run: its process ended with status 1" in choice.reason
     assert not list(own_folder.rglob("*.json"))
+
+
+def test_the_verdict_is_of_the_files_that_it_stands_on(monkeypatch, tmp_path, own_folder):
+    files = list(self_test._files())
+    names = {path.name for path in files}
+    assert {"scheduler.py", "encoder_cache_manager.py", "base.py", "request.py", "connector.py"} <= names
+    module = tmp_path / "scheduler.py"
+    module.write_text("def schedule(): ...")
+    monkeypatch.setattr(self_test, "_files", lambda: [module])
+    runs = []
+    monkeypatch.setattr(self_test, "_run", lambda kind: (runs.append(kind), ("", True))[1])
+    for _ in range(2):
+        assert self_test.problem(contained=True, asynchronous=False) is None
+    assert len(runs) == 1
+    module.write_text("def schedule(): return 1")
+    assert self_test.problem(contained=True, asynchronous=False) is None
+    assert len(runs) == 2
+
+
+def test_where_no_verdict_can_be_kept_the_self_test_runs_each_time(monkeypatch, tmp_path):
+    file = tmp_path / "no-folder"
+    file.touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file))
+    runs = []
+    monkeypatch.setattr(self_test, "_run", lambda kind: (runs.append(kind), ("it lost a request", True))[1])
+    for _ in range(2):
+        assert self_test.problem(contained=True, asynchronous=False) == "it lost a request"
+    assert len(runs) == 2
 
 
 def test_the_verdict_is_of_the_scheduler_that_will_run(config, monkeypatch):
