@@ -27,7 +27,7 @@ class FileState:
         device: The device that it lies on.
         inode: Its number there.
         size: Bytes.
-        modified: When its content changed last, in nanoseconds.
+        modified: When its content changed last, in units of 1e-9 s.
         changed: When anything of it changed last, its number of links included.
     """
 

@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
+from typing import BinaryIO
 
 from visionaccel.arrays import Array
 from visionaccel.backends import Session, default_registry
@@ -24,9 +25,9 @@ from visionaccel.errors import DeviceError, VisionAccelError
 from visionaccel.isolation.answers import encoded, failure_of
 from visionaccel.isolation.log_records import RecordSender
 from visionaccel.isolation.messages import Opened, OpenRequest, Places, Surroundings
-from visionaccel.isolation.packing import unpacked
 from visionaccel.isolation.parent import end_with_parent
 from visionaccel.isolation.shared_arrays import SharedArrays
+from visionaccel.memory_files import MemoryFile
 from visionaccel.session_opening import open_session
 
 _LINE_BUFFERED = 1
@@ -97,10 +98,24 @@ def _open(inputs: int, records: int) -> tuple[OpenRequest, Session]:
         file.seek(0)  # The parent, whose descriptor this is, wrote to the end.
         surroundings: Surroundings = pickle.load(file)  # noqa: S301  # nosec B301 # from the parent
         _adopt(surroundings, records)
-        request: OpenRequest = unpacked(file)
+        request: OpenRequest = _Unpickler(file).load()
     backend = default_registry().load(request.backend)
     options = backend.options.model_validate(dict(request.options))
     return request, open_session(backend, request.program, request.device, options)
+
+
+class _Unpickler(pickle.Unpickler):  # from the parent
+    """Reads a request, whose memory files this process has inherited under the numbers that they have in its parent."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(file)
+        self._files: dict[int, MemoryFile] = {}
+
+    def persistent_load(self, pid: tuple[int, str]) -> MemoryFile:
+        fd, digest = pid
+        if fd not in self._files:
+            self._files[fd] = MemoryFile.inherited(fd, digest)
+        return self._files[fd]
 
 
 def _adopt(surroundings: Surroundings, records: int) -> None:

@@ -1,4 +1,7 @@
-"""What a child process is to open, as bytes and descriptors: a program's copies of weights are inherited, not sent."""
+"""What a child process is to open, as bytes and descriptors: a program's copies of weights are inherited, not sent.
+
+The child is what unpickles it, see `child`.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any, BinaryIO
 from visionaccel.isolation.messages import OpenRequest
 from visionaccel.memory_files import MemoryFile
 
-__all__ = ["PackedRequest", "packed", "unpacked"]
+__all__ = ["PackedRequest", "packed"]
 
 
 @dataclass(frozen=True)
@@ -38,16 +41,6 @@ def packed(request: OpenRequest) -> PackedRequest:
     return PackedRequest(stream.getvalue(), tuple(pickler.files.values()))
 
 
-def unpacked(file: BinaryIO) -> OpenRequest:
-    """The request, in a child that has the memory files' descriptors under the numbers of its parent.
-
-    Raises:
-        ValueError: If a descriptor is not that of a memory file.
-    """
-    request: OpenRequest = _Unpickler(file).load()
-    return request
-
-
 class _Pickler(pickle.Pickler):
     def __init__(self, file: BinaryIO, protocol: int) -> None:
         super().__init__(file, protocol)
@@ -58,17 +51,3 @@ class _Pickler(pickle.Pickler):
             return None
         self.files[obj.fd] = obj
         return obj.fd, obj.digest
-
-
-class _Unpickler(pickle.Unpickler):
-    """Reads what the parent wrote, which is to be trusted."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        super().__init__(file)
-        self._files: dict[int, MemoryFile] = {}
-
-    def persistent_load(self, pid: tuple[int, str]) -> MemoryFile:
-        fd, digest = pid
-        if fd not in self._files:
-            self._files[fd] = MemoryFile.inherited(fd, digest)
-        return self._files[fd]
