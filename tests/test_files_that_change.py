@@ -21,6 +21,7 @@ from visionaccel import open_encoder
 from visionaccel.bundle import open_bundle
 from visionaccel.checkpoint import SINGLE_FILE
 from visionaccel.errors import ChangedFileError, SettingsError
+from visionaccel.faultsuite.changing import change_weights, copy_checkpoint
 from visionaccel.holding import hold_source, is_held
 from visionaccel.memory_files import MemoryFile
 from visionaccel.opening import open_tower
@@ -155,6 +156,17 @@ def test_a_truncated_checkpoint_does_not_end_the_process(checkpoint, backend, op
     )
     done = subprocess.run([sys.executable, "-c", script, checkpoint], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("how", ["replaced", "rewritten"])
+def test_the_fault_suite_changes_every_vision_weight_of_the_checkpoint_that_it_serves(tiny, tmp_path, how):
+    copy = copy_checkpoint(tiny, tmp_path)
+    inode = (copy / SINGLE_FILE).stat().st_ino
+    change_weights(copy, how)
+    assert ((copy / SINGLE_FILE).stat().st_ino == inode) == (how == "rewritten")
+    before, after = open_tower(tiny).weights, open_tower(copy).weights
+    for name, stored in after.items():
+        np.testing.assert_array_equal(stored.read(), -before[name].read())
 
 
 # Mapped weights

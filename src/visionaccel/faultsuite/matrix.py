@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
+from visionaccel.faultsuite.changing import Change
+
 __all__ = [
     "FAULTS", "MOMENTS", "Cell", "Fault", "Isolation", "Mode", "Moment", "Serving", "cells_of", "every_serving",
 ]  # fmt: skip
@@ -41,6 +43,11 @@ class Serving:
     isolation: Isolation
     fallback: bool
     faulty: bool = False
+
+    @property
+    def change(self) -> Change:
+        """How the served checkpoint's weights change once the server is up; each mode has a server of either."""
+        return "replaced" if self.isolation == "process" else "rewritten"
 
     def __str__(self) -> str:
         where = "a process of its own" if self.isolation == "process" else "the server's process"

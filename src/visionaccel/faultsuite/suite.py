@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from visionaccel.errors import ConfigurationError
 from visionaccel.faultsuite.asking import Answer, ask, metric, metrics_of, text_stream
+from visionaccel.faultsuite.changing import change_weights, copy_checkpoint
 from visionaccel.faultsuite.matrix import Cell, Serving, cells_of
 from visionaccel.images import ImageProcessor, image_processor
 from visionaccel.integrations.vllm.server import VllmServer, serve
@@ -149,7 +150,7 @@ def run_suite(
     tell: Progress = lambda _: None,
     done: Callable[[Outcome], None] = lambda _: None,
 ) -> list[Outcome]:
-    """Plant every fault of the servings.
+    """Plant every fault of the servings, each on a checkpoint whose vision weights changed once its server was up.
 
     Args:
         servings: The kinds of server, each of which is started once.
@@ -171,7 +172,9 @@ def run_suite(
             switch = Path(folder, "faults.json")
             switch.write_text("")
             _fallback_switch(switch).write_text("")
-            server = stack.enter_context(serve(images.checkpoint, _settings(serving, switch), ARGUMENTS))
+            checkpoint = copy_checkpoint(images.checkpoint, Path(folder))
+            server = stack.enter_context(serve(checkpoint, _settings(serving, switch), ARGUMENTS))
+            change_weights(checkpoint, serving.change)  # before any fallback opens or process starts again
             fresh = iter(range(len(images.pictures)))
             for cell in cells:
                 tell(f"{cell.fault}, {cell.moment}: {serving}")

@@ -1,0 +1,38 @@
+"""Checkpoints that change while they are served: nothing that opens later may encode with what lies there by then."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from visionaccel.checkpoint import locate_checkpoint
+from visionaccel.families import tower_of
+
+__all__ = ["Change", "change_weights", "copy_checkpoint"]
+
+Change: TypeAlias = Literal["replaced", "rewritten"]
+"""How files change: other files are renamed to their names, or others' bytes are written into them."""
+
+
+def copy_checkpoint(checkpoint: Path, folder: Path) -> Path:
+    """A copy of a checkpoint, which may be changed, below a folder."""
+    return Path(shutil.copytree(checkpoint, folder / "checkpoint"))
+
+
+def change_weights(checkpoint: Path, change: Change) -> None:
+    """Turn the sign of every vision weight of a checkpoint, so that what reads them encodes wrongly."""
+    weights = tower_of(locate_checkpoint(checkpoint)).weights.values()
+    for file in sorted({tensor.file for tensor in weights}):
+        target = file
+        if change == "replaced":
+            target = file.with_suffix(".new")
+            shutil.copyfile(file, target)
+        with target.open("r+b") as written:
+            for tensor in (each for each in weights if each.file == file):
+                written.seek(tensor.offset)
+                written.write(np.negative(tensor.read()).tobytes())
+        if change == "replaced":
+            target.replace(file)
