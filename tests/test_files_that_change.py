@@ -1,6 +1,7 @@
 """Checkpoints that are replaced, rewritten or cut short while an encoder is open: its answers stay what they were."""
 
 import gc
+import hashlib
 import json
 import os
 import pickle
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from mmap import mmap
 from pathlib import Path
 
@@ -18,15 +20,17 @@ from bundles import write_bundle
 from gated import wait_until
 from towers import random_patches
 from visionaccel import open_encoder
-from visionaccel.bundle import open_bundle
+from visionaccel.bundle import open_bundle, opening
 from visionaccel.checkpoint import SINGLE_FILE
-from visionaccel.errors import ChangedFileError, SettingsError
+from visionaccel.errors import ChangedFileError, DeviceLostError, SettingsError
 from visionaccel.faultsuite.changing import change_weights, copy_checkpoint
 from visionaccel.holding import hold_source, is_held
 from visionaccel.memory_files import MemoryFile
 from visionaccel.opening import open_tower
+from visionaccel.program import CHECKPOINT, ONNX
 from visionaccel.runtime.keys import numerics
 from visionaccel.runtime.opening import open_guarded
+from visionaccel.session_opening import check_files
 from visionaccel.settings import Settings
 from visionaccel.tensor_files import copy_to_memory, weights_digest
 from visionaccel.testing.checkpoints import TINY, random_checkpoint
@@ -201,6 +205,52 @@ def test_a_device_is_not_opened_from_weights_that_change_meanwhile(checkpoint, o
 def test_there_is_no_third_place_for_weights(tiny):
     with pytest.raises(SettingsError, match=r"weights cannot be 'shared'.*private, mapped"):
         open_encoder(tiny, backend="torch_ref", weights="shared")
+
+
+# Bundles
+
+
+def test_a_device_is_not_started_again_from_a_program_that_changed(checkpoint, tmp_path):
+    folder = write_bundle(checkpoint, tmp_path / "bundle", "6x10")
+    bundle = open_bundle(folder)
+    (program,) = bundle.programs([ONNX])
+    with open_encoder(bundle, backend="onnxrt", isolation="process") as encoder:
+        (session,) = (opened.session for opened in encoder.programs)
+        program.artifact.write_bytes(program.artifact.read_bytes() + b"\0")
+        os.kill(session.pid, signal.SIGKILL)
+        wait_until(lambda: session.pid is None)
+        for _ in range(2):  # a call that waits for the second start is told why the first one failed
+            with pytest.raises(DeviceLostError, match="changed after it was verified"):
+                encoder.encode(PATCHES, [GRID])
+
+
+def test_an_artifact_that_changes_while_it_is_opened_is_refused(tiny, tmp_path):
+    artifact = tmp_path / "artifact"
+    artifact.write_bytes(b"program")
+    digest = "sha256:" + hashlib.sha256(b"program").hexdigest()
+    program = replace(open_tower(tiny).programs([CHECKPOINT])[0], artifact=artifact, files={artifact: digest})
+    before = check_files(program)
+    artifact.write_bytes(b"another")
+    for state in (None, before):
+        with pytest.raises(ChangedFileError, match="artifact changed after it was verified"):
+            check_files(program, state)
+    artifact.unlink()
+    with pytest.raises(ChangedFileError, match="artifact changed after it was verified"):
+        check_files(program)
+
+
+def test_weights_of_a_bundle_that_change_once_they_were_verified_are_refused(tiny, others, tmp_path, monkeypatch):
+    folder = write_bundle(tiny, tmp_path / "bundle", "6x10", self_contained=True)
+    other = write_bundle(others, tmp_path / "other", "6x10", self_contained=True)
+    real = opening._tower
+
+    def changing(*given, **named):
+        (other / SINGLE_FILE).replace(folder / SINGLE_FILE)
+        return real(*given, **named)
+
+    monkeypatch.setattr(opening, "_tower", changing)
+    with pytest.raises(ChangedFileError, match=r"model\.safetensors changed after it was verified"):
+        open_bundle(folder)
 
 
 # The copy

@@ -1,15 +1,17 @@
 """The module in the place of vLLM's vision tower, where embeddings come from elsewhere."""
 
 import ast
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import vllm
 
-from visionaccel.errors import BackendUnavailableError
+from visionaccel.checkpoint import SINGLE_FILE
+from visionaccel.errors import BackendUnavailableError, ChangedFileError
 from visionaccel.integrations.vllm import compat, tower
-from visionaccel.testing.checkpoints import TINY
+from visionaccel.testing.checkpoints import TINY, random_checkpoint
 
 GRIDS = [[1, 4, 4], [1, 6, 4]]
 
@@ -18,11 +20,11 @@ GRIDS = [[1, 4, 4], [1, 6, 4]]
 def receiving(tiny, monkeypatch):
     """Makes a tower of an engine that receives its embeddings."""
 
-    def make(**settings):
+    def make(source=tiny, **settings):
         for name, value in settings.items():
             monkeypatch.setenv(f"VISIONACCEL_{name}", value)
         served = compat.ServedModel(
-            source=str(tiny),
+            source=str(source),
             revision=None,
             architectures=("Qwen2_5_VLForConditionalGeneration",),
             replaces="Qwen2_5_VLForConditionalGeneration",
@@ -66,6 +68,15 @@ def test_vllms_profiling_run_gets_zeros_and_opens_nothing(receiving):
         made = receiving(BACKEND="torch_ref")
         assert torch.equal(kind(made).profile_run(), torch.zeros(10, 24))
         assert made._encoder is None
+
+
+def test_what_is_opened_late_is_not_opened_from_another_checkpoint(receiving, tiny, tmp_path):
+    served = Path(shutil.copytree(tiny, tmp_path / "served"))
+    made = receiving(served, BACKEND="torch_ref")
+    random_checkpoint(tmp_path / "other", seed=1)
+    (tmp_path / "other" / SINGLE_FILE).replace(served / SINGLE_FILE)
+    with pytest.raises(ChangedFileError, match="changed after it was verified"):
+        _ = made.encoder
 
 
 def test_whatever_is_not_known_to_be_profiling_is_encoded(receiving):

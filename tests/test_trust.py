@@ -18,7 +18,7 @@ from visionaccel import open_encoder
 from visionaccel.bundle import open_bundle
 from visionaccel.bundle.golden import GOLDEN_FILE, read_golden, write_golden
 from visionaccel.cli.app import app
-from visionaccel.errors import BundleError, DeviceError
+from visionaccel.errors import BundleError, ChangedFileError, DeviceError
 from visionaccel.runtime.canary import Canary, drift_of
 from visionaccel.runtime.opening import open_guarded
 from visionaccel.settings import Settings
@@ -113,11 +113,14 @@ def test_golden_images_that_are_none_are_refused(tiny, tmp_path, spoil, message)
 
 def test_changed_golden_images_are_found_when_the_bundle_is_opened(tiny, tmp_path):
     folder = validated(tiny, tmp_path / "bundle", "6x10")
+    opened_before = open_bundle(folder)
     data = bytearray((folder / GOLDEN_FILE).read_bytes())
     data[-1] ^= 1
     (folder / GOLDEN_FILE).write_bytes(data)
     with pytest.raises(BundleError, match=r"digest|SHA"):
         open_bundle(folder)
+    with pytest.raises(ChangedFileError, match=r"golden\.safetensors changed after it was verified"):
+        read_golden(opened_before)
 
 
 # At the start

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from visionaccel.errors import ArtifactError
 
-__all__ = ["external_weights", "map_weight"]
+__all__ = ["external_weights", "map_weights"]
 
 _STORED: Mapping[int, str] = {
     onnx.TensorProto.FLOAT: "float32",
@@ -26,28 +27,35 @@ def external_weights(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
     return {each.name: each for each in model.graph.initializer if each.data_location == onnx.TensorProto.EXTERNAL}
 
 
-def map_weight(tensor: onnx.TensorProto, folder: Path) -> NDArray[Any]:
-    """An external weight in its own shape, read-only: float32, float16, or uint16 with the bytes of bfloat16.
+def map_weights(tensors: Iterable[onnx.TensorProto], folder: Path) -> dict[str, NDArray[Any]]:
+    """External weights by name, read-only: float32, float16, or uint16 with the bytes of bfloat16.
+
+    Each file is mapped once, however many weights lie in it: a mapping holds a descriptor.
 
     Args:
-        tensor: The initializer.
-        folder: What its location is relative to.
+        tensors: The initializers.
+        folder: What their locations are relative to.
 
     Raises:
-        ArtifactError: If it is of another type, or cannot be read.
+        ArtifactError: If one is of another type, or cannot be read.
     """
-    where = {entry.key: entry.value for entry in tensor.external_data}
-    if tensor.data_type not in _STORED:
-        kind = onnx.TensorProto.DataType.Name(tensor.data_type)
-        raise ArtifactError(f"weight {tensor.name!r} is of type {kind}.", hint="Export the program again.")
-    dtype = np.dtype(_STORED[tensor.data_type])
-    path = folder / where["location"]
-    offset, shape = int(where.get("offset", 0)), tuple(tensor.dims)
-    try:
-        if offset % dtype.itemsize:  # a mapping of it would be misaligned
-            return np.fromfile(path, dtype, int(np.prod(shape)), offset=offset).reshape(shape)
-        return np.memmap(path, dtype, "r", offset, shape)
-    except (OSError, ValueError) as error:
-        raise ArtifactError(
-            f"weight {tensor.name!r} cannot be read from {path}: {error}", hint="Fetch the file again."
-        ) from error
+    files: dict[Path, NDArray[np.uint8]] = {}
+    found: dict[str, NDArray[Any]] = {}
+    for tensor in tensors:
+        where = {entry.key: entry.value for entry in tensor.external_data}
+        if tensor.data_type not in _STORED:
+            kind = onnx.TensorProto.DataType.Name(tensor.data_type)
+            raise ArtifactError(f"weight {tensor.name!r} is of type {kind}.", hint="Export the program again.")
+        dtype, shape = np.dtype(_STORED[tensor.data_type]), tuple(tensor.dims)
+        path, offset = folder / where["location"], int(where.get("offset", 0))
+        try:
+            if path not in files:
+                files[path] = np.memmap(path, np.uint8, "r")
+            stored = files[path][offset : offset + math.prod(shape) * dtype.itemsize]
+            aligned = stored.copy() if offset % dtype.itemsize else stored
+            found[tensor.name] = aligned.view(dtype).reshape(shape)
+        except (OSError, ValueError) as error:
+            raise ArtifactError(
+                f"weight {tensor.name!r} cannot be read from {path}: {error}", hint="Fetch the file again."
+            ) from error
+    return found

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from visionaccel.errors import ArtifactError
-from visionaccel.onnx_weights import external_weights, map_weight
+from visionaccel.onnx_weights import external_weights, map_weights
 
 __all__ = ["bind_weights"]
 
@@ -36,8 +36,8 @@ def bind_weights(model: bytes, folder: Path, settings: Any) -> list[Any]:
     except Exception as error:  # protobuf's decoding error is not part of its public interface
         raise ArtifactError(f"the ONNX model cannot be read: {error}.", hint="Write it again.") from error
     values = [
-        onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(map_weight(tensor, folder), tensor.data_type)
-        for tensor in external.values()
+        onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, external[name].data_type)
+        for name, array in map_weights(external.values(), folder).items()
     ]
     settings.add_external_initializers(list(external), values)
     return values

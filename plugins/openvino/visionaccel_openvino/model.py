@@ -9,7 +9,7 @@ import openvino
 from numpy.typing import NDArray
 
 from visionaccel.errors import ArtifactError
-from visionaccel.onnx_weights import external_weights, map_weight
+from visionaccel.onnx_weights import external_weights, map_weights
 from visionaccel.program import Program
 
 __all__ = ["Mapped", "read_model"]
@@ -57,11 +57,10 @@ def read_model(core: openvino.Core, program: Program) -> tuple[openvino.Model, M
         ) from error
     parameters = {parameter.get_friendly_name(): parameter for parameter in model.get_parameters()}
     mapped: Mapped = []
-    for name, tensor in external.items():
-        array = map_weight(tensor, program.folder)
+    for name, array in map_weights(external.values(), program.folder).items():
         mapped.append(array)
         # Given a type, OpenVINO takes an array that may not be written to.
-        weight = openvino.Tensor(array, list(tensor.dims), _TYPES[array.dtype.name])
+        weight = openvino.Tensor(array, list(array.shape), _TYPES[array.dtype.name])
         parameter = parameters[name]
         parameter.output(0).replace(openvino.op.Constant(weight, shared_memory=True).output(0))
         model.remove_parameter(parameter)

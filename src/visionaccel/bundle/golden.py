@@ -15,11 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from visionaccel.bundle.digests import file_digest
 from visionaccel.bundle.export import rewrite_manifest, stated_file
 from visionaccel.bundle.opening import Bundle
 from visionaccel.checkpoint import read_header
 from visionaccel.errors import BundleError, CheckpointError, ConfigurationError, GridError
 from visionaccel.grid import Grid, as_grids, total_patches
+from visionaccel.memory_files import FileState, changed_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -111,10 +113,15 @@ def read_golden(bundle: Bundle) -> tuple[Golden, ...]:
 
     Raises:
         BundleError: If they are not what they should be.
+        ChangedFileError: If the file changed since then.
     """
-    if all(file.path != GOLDEN_FILE for file in bundle.manifest.files):
+    stated = next((file for file in bundle.manifest.files if file.path == GOLDEN_FILE), None)
+    if stated is None:
         return ()
     path = bundle.folder / GOLDEN_FILE
+    before = FileState.of_named(path)
+    if file_digest(path) != stated.sha256:
+        raise changed_file(path)
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -125,9 +132,11 @@ def read_golden(bundle: Bundle) -> tuple[Golden, ...]:
             entries = _ENTRIES.validate_json((file.metadata() or {}).get(_KEY, ""))
             if len(entries) > _MOST:
                 raise ValueError(f"it has {len(entries)} images, over {_MOST}")
-            return tuple(_images(bundle, file, entries))
+            images = tuple(_images(bundle, file, entries))
     except (SafetensorError, ValidationError, CheckpointError, GridError, OSError, ValueError, TypeError) as error:
         raise BundleError(f"{path} holds no golden images of this bundle: {error}", hint=_AGAIN) from error
+    before.require(path)
+    return images
 
 
 def _images(bundle: Bundle, file: Any, entries: Sequence[_Entry]) -> Iterator[Golden]:

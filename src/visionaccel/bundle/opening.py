@@ -22,6 +22,7 @@ from visionaccel.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, StoredTe
 from visionaccel.errors import ArtifactError, BundleError, ConfigurationError, GridError
 from visionaccel.families import Tower, tower_of
 from visionaccel.grid import Grid
+from visionaccel.memory_files import FileState, changed_file
 from visionaccel.program import CHECKPOINT, ONNX_MODELS, Bucket, FixedGrid, Program
 from visionaccel.tensor_files import weights_digest
 
@@ -174,8 +175,11 @@ def open_bundle(
     folder = Path(folder)
     manifest = parse_manifest(folder / MANIFEST)
     try:
-        _verify(folder, manifest, trust_unchanged=trust_unchanged)
+        verified = _verify(folder, manifest, trust_unchanged=trust_unchanged)
         tower = _tower(folder, manifest, checkpoint, trust_unchanged=trust_unchanged)
+        for tensor in tower.weights.values():
+            if tensor.origin != verified.get(tensor.file, tensor.origin):  # its header was read afterwards
+                raise changed_file(tensor.file)
         return Bundle(folder, manifest, tower)
     except (OSError, ConfigurationError, GridError) as error:
         raise BundleError(f"{folder} cannot be opened: {error}", hint=_AGAIN) from error
@@ -195,9 +199,14 @@ def tower_digest(tower: Tower, *, trust_unchanged: bool = True, progress: Callab
     return remembered_digest(kind, files, lambda: weights_digest(weights, progress), trust_unchanged=trust_unchanged)
 
 
-def _verify(folder: Path, manifest: Manifest, *, trust_unchanged: bool) -> None:
-    """Refuse a bundle with a file that is not as stated; none is read before the place and size of all are known."""
+def _verify(folder: Path, manifest: Manifest, *, trust_unchanged: bool) -> dict[Path, FileState]:
+    """Refuse a bundle with a file that is not as stated; none is read before the place and size of all are known.
+
+    Returns:
+        The state of each file, links resolved, before it was read.
+    """
     places = [(_place(folder, file), file) for file in manifest.every_file()]
+    states = {path: FileState.of(path) for path, _ in places}
     holes = 0
     for path, file in dict(places).items():
         holes += hole_bytes(path, 0, file.bytes)
@@ -211,6 +220,7 @@ def _verify(folder: Path, manifest: Manifest, *, trust_unchanged: bool) -> None:
             raise BundleError(
                 f"{folder / file.path} is damaged: its SHA-256 is not what the manifest states.", hint=_AGAIN
             )
+    return states
 
 
 def _place(folder: Path, file: BundleFile) -> Path:

@@ -64,6 +64,8 @@ def open_served_source(served: ServedModel, settings: Settings) -> Tower | Bundl
     stored = _served_checkpoint(served)
     wanted = served_tower(served, stored)
     if settings.bundle is None:
+        if wanted.stored_names:
+            _ = wanted.weights  # from now on these files are meant, and not what lies there when one is opened late
         return wanted
     if not settings.bundle.is_dir():
         raise ConfigurationError(
