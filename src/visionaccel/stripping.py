@@ -18,6 +18,7 @@ from pathlib import Path
 from visionaccel.checkpoint import INDEX_FILE, Checkpoint, StoredTensor, read_header, read_json
 from visionaccel.errors import CheckpointError, ConfigurationError
 from visionaccel.families import tower_of
+from visionaccel.orphans import guarded_folder
 from visionaccel.tensor_files import weights_digest, write_safetensors
 
 __all__ = ["STRIP_NOTE", "StripReport", "read_strip_note", "strip_checkpoint"]
@@ -166,7 +167,8 @@ def _complete_or_absent(out: Path) -> Iterator[Path]:
     partial = out.with_name(f".{out.name}.partial-{secrets.token_hex(4)}")
     try:
         partial.mkdir()
-        yield partial
+        with guarded_folder(partial):
+            yield partial
         partial.rename(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

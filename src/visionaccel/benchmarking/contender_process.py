@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +20,7 @@ from visionaccel.benchmarking.contenders import BUNDLE, Contender
 from visionaccel.benchmarking.machine import cores
 from visionaccel.errors import DeadlineError, DeviceError
 from visionaccel.integrations.vllm.server import quiet_environment
+from visionaccel.orphans import guarded_group
 
 __all__ = ["ContenderProcess"]
 
@@ -69,6 +70,9 @@ class ContenderProcess:
                 )
             except OSError as error:
                 raise DeviceError(f"{python} cannot be started: {error}.", hint="Check the interpreter.") from error
+            # Its own end comes with this process's, but not that of what it started.
+            self._guard = ExitStack()
+            self._guard.enter_context(guarded_group(self._process.pid))
             if threads < len(cores()):
                 # Some runtimes count cores and not the variables; its own threads inherit this.
                 with suppress(OSError):
@@ -132,6 +136,7 @@ class ContenderProcess:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        self._guard.close()
 
     def __enter__(self) -> Self:
         return self

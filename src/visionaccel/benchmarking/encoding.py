@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -20,6 +19,7 @@ from visionaccel.comparison import Comparison
 from visionaccel.errors import DeviceError
 from visionaccel.families import Tower
 from visionaccel.grid import Grid
+from visionaccel.orphans import temporary_folder
 
 __all__ = ["TABLE", "Accuracy", "EncodePlan", "OnGrid", "Peak", "Progress", "Taken", "measure_encodes"]
 
@@ -146,7 +146,7 @@ def measure_encodes(
     """
     taken = [Taken(contender, error=absence(contender)) for contender in contenders]
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="visionaccel-bench-")))
+        folder = stack.enter_context(temporary_folder("visionaccel-bench-"))
         run = _Run(source, tower, plan, folder, tell, stack)
         for each in taken:
             run.start(each)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from visionaccel.errors import ConfigurationError, SettingsError
+from visionaccel.orphans import temporary_folder
 from visionaccel.testing.checkpoints import LIVELY, QWEN2_5_VL_7B, random_checkpoint
 
 __all__ = ["PRESETS", "preset_checkpoint"]
@@ -47,9 +47,9 @@ def preset_checkpoint(name: str, depth: int | None = None, cache: Path | None = 
     try:
         base.mkdir(parents=True, exist_ok=True)
         # Another process may write the same, and this one may be ended half-way.
-        with tempfile.TemporaryDirectory(dir=base, prefix=".writing-") as half:
+        with temporary_folder(".writing-", base) as half:
             shorter = {**config, "depth": blocks, "fullatt_block_indexes": full}
-            written = random_checkpoint(Path(half, "checkpoint"), shorter, dtype="bfloat16", scales=LIVELY)
+            written = random_checkpoint(half / "checkpoint", shorter, dtype="bfloat16", scales=LIVELY)
             if not folder.is_dir():
                 written.rename(folder)
     except OSError as error:

@@ -22,6 +22,7 @@ from visionaccel.bundle.processor import PROCESSOR_FILES, processor_digest
 from visionaccel.checkpoint import SINGLE_FILE, Checkpoint
 from visionaccel.errors import ConfigurationError
 from visionaccel.families import Tower, tower_of
+from visionaccel.orphans import guarded_folder
 from visionaccel.program import (
     ONNX,
     ONNX_FUSED,
@@ -253,9 +254,10 @@ def appearing(output: Path, *, force: bool) -> Iterator[Path]:
         folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
         aside = folder.with_name(folder.name.replace(".partial-", ".replaced-"))
         try:
-            yield folder
-            folder.chmod(0o755)
-            _sync(folder)
+            with guarded_folder(folder):
+                yield folder
+                folder.chmod(0o755)
+                _sync(folder)
             _check_replaceable(output, force=force)  # it may have appeared meanwhile
             if output.exists():
                 output.rename(aside)

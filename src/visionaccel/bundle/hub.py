@@ -24,6 +24,7 @@ from visionaccel.bundle.manifest import MANIFEST, ExternalCheckpoint, Manifest, 
 from visionaccel.bundle.opening import Bundle, open_bundle
 from visionaccel.checkpoint import Checkpoint, locate_checkpoint
 from visionaccel.errors import ArtifactError, BundleError, ConfigurationError, VisionAccelError
+from visionaccel.orphans import guarded_folder
 
 __all__ = ["PullReport", "PushReport", "pull_bundle", "push_bundle"]
 
@@ -226,14 +227,15 @@ def _place(snapshot: Path, names: Sequence[str], folder: Path, weights: Checkpoi
     """Build and verify the bundle in a folder beside `folder`, then rename it."""
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
-        for name in names:
-            blob, file = (snapshot / name).resolve(), partial / name
-            if not blob.is_file():
-                raise BundleError(f"{name}, which the manifest names, is not there.", hint="Push the bundle again.")
-            file.parent.mkdir(parents=True, exist_ok=True)
-            if not (link and _linked(blob, file)):
-                shutil.copyfile(blob, file)
-        open_bundle(partial, checkpoint=weights)
+        with guarded_folder(partial):
+            for name in names:
+                blob, file = (snapshot / name).resolve(), partial / name
+                if not blob.is_file():
+                    raise BundleError(f"{name}, which the manifest names, is not there.", hint="Push the bundle again.")
+                file.parent.mkdir(parents=True, exist_ok=True)
+                if not (link and _linked(blob, file)):
+                    shutil.copyfile(blob, file)
+            open_bundle(partial, checkpoint=weights)
         try:
             partial.rename(folder)
         except OSError:

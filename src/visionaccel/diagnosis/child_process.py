@@ -11,11 +11,10 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +22,7 @@ from typing import IO, Any, Self
 
 from visionaccel.backends import Finding
 from visionaccel.diagnosis.findings import as_finding
+from visionaccel.orphans import guarded_group, temporary_folder
 from visionaccel.safe_text import one_line
 
 __all__ = ["Child", "answer_with", "give_up_after"]
@@ -65,8 +65,8 @@ class Child:
         self._tail = bytearray()
         self._process: subprocess.Popen[bytes] | None = None
         self._problem, self._ended = "", False
-        self._folder = tempfile.TemporaryDirectory(prefix="visionaccel-doctor-")
-        self._answer = Path(self._folder.name, "answer.json")
+        self._left = ExitStack()
+        self._answer = self._left.enter_context(temporary_folder("visionaccel-doctor-")) / "answer.json"
         try:
             self._process = subprocess.Popen(  # noqa: S603
                 [sys.executable, "-P", "-m", module, str(self._answer), f"{limit:g}", *arguments],
@@ -79,6 +79,7 @@ class Child:
         except OSError as error:
             self._problem = str(error)
             return
+        self._left.enter_context(guarded_group(self._process.pid))
         assert self._process.stdout is not None
         self._reader = threading.Thread(target=_keep_end, args=(self._process.stdout, self._tail), daemon=True)
         self._reader.start()
@@ -90,7 +91,7 @@ class Child:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._end()
-        self._folder.cleanup()
+        self._left.close()
 
     def findings(self) -> list[Finding]:
         """Its findings, once it has ended or its time is over; and one more if it did not end as it should."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from visionaccel.faultsuite.changing import change_weights, copy_checkpoint
 from visionaccel.faultsuite.matrix import Cell, Serving, cells_of
 from visionaccel.images import ImageProcessor, image_processor
 from visionaccel.integrations.vllm.server import VllmServer, serve
+from visionaccel.orphans import temporary_folder
 from visionaccel.testing.simulated import FaultRule, struck
 
 if TYPE_CHECKING:
@@ -168,11 +168,11 @@ def run_suite(
         if not cells:
             continue
         tell(f"{serving}: starting")
-        with tempfile.TemporaryDirectory(prefix="visionaccel-faults-") as folder, ExitStack() as stack:
-            switch = Path(folder, "faults.json")
+        with temporary_folder("visionaccel-faults-") as folder, ExitStack() as stack:
+            switch = folder / "faults.json"
             switch.write_text("")
             _fallback_switch(switch).write_text("")
-            checkpoint = copy_checkpoint(images.checkpoint, Path(folder))
+            checkpoint = copy_checkpoint(images.checkpoint, folder)
             server = stack.enter_context(serve(checkpoint, _settings(serving, switch), ARGUMENTS))
             change_weights(checkpoint, serving.change)  # before any fallback opens or process starts again
             fresh = iter(range(len(images.pictures)))

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from visionaccel.errors import ConfigurationError, DeviceError
+from visionaccel.orphans import guarded_group, temporary_folder
 
 __all__ = ["API_SERVER", "VllmServer", "quiet_environment", "serve"]
 
@@ -95,15 +95,15 @@ def serve(
     with socket.socket() as probe:
         probe.bind((_LOOPBACK, 0))
         port = probe.getsockname()[1]
-    with tempfile.TemporaryDirectory(prefix="visionaccel-serve-") as folder:
-        log = Path(folder, "server.log")
+    with temporary_folder("visionaccel-serve-") as folder:
+        log = folder / "server.log"
         place = ("--host", _LOOPBACK, "--port", str(port), "--served-model-name", "visionaccel")
         with log.open("wb") as out:
             try:
                 process = subprocess.Popen(  # noqa: S603
                     [*command, str(checkpoint), *place, *arguments],
                     # vLLM leaves its sockets behind when it is stopped; here they go with the folder.
-                    env={**quiet_environment(settings), "VLLM_RPC_BASE_PATH": folder},
+                    env={**quiet_environment(settings), "VLLM_RPC_BASE_PATH": str(folder)},
                     stdout=out,
                     stderr=subprocess.STDOUT,
                     # A group to end it by. Not a session: Linux shares the processor out by sessions, and a busy server
@@ -114,19 +114,21 @@ def serve(
                 raise ConfigurationError(f"{command[0]} cannot be started: {error}", hint="Install vLLM.") from error
         server = VllmServer(f"http://{_LOOPBACK}:{port}/v1", "visionaccel", log, process)
         try:
-            started = time.monotonic()
-            while not server.healthy():
-                waited = time.monotonic() - started
-                if process.poll() is not None or waited > timeout:
-                    state = f"ended with status {process.poll()}" if process.poll() is not None else "does not answer"
-                    raise DeviceError(
-                        f"the vLLM server {state} after {waited:.0f} s. The end of its log:\n{server.log_end()}",
-                        hint="The reason is in the log above.",
-                    )
-                if waiting is not None:
-                    waiting(waited)
-                time.sleep(0.5)
-            yield server
+            with guarded_group(process.pid):
+                started = time.monotonic()
+                while not server.healthy():
+                    waited = time.monotonic() - started
+                    if process.poll() is not None or waited > timeout:
+                        status = process.poll()
+                        state = "does not answer" if status is None else f"ended with status {status}"
+                        raise DeviceError(
+                            f"the vLLM server {state} after {waited:.0f} s. The end of its log:\n{server.log_end()}",
+                            hint="The reason is in the log above.",
+                        )
+                    if waiting is not None:
+                        waiting(waited)
+                    time.sleep(0.5)
+                yield server
         finally:
             _stop(process)
 
