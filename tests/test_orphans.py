@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fake_plugins import install
 from visionaccel.orphans import temporary_folder
 
 OWNER = """
@@ -88,3 +89,39 @@ def test_a_killed_export_leaves_no_partial_folder(tiny, tmp_path, number):
         owner.send_signal(number)
         owner.wait(20)
     assert wait_for(lambda: not any(tmp_path.iterdir()))
+
+
+SERVE = """
+import sys
+from pathlib import Path
+from visionaccel.integrations.vllm.server import serve
+child = "import os, subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(99)']); "
+child += f"open({sys.argv[1]!r}, 'w').write(str(os.getpid())); time.sleep(99)"
+with serve(Path("."), {}, command=(sys.executable, "-c", child)):
+    pass
+"""
+
+DOCTOR = """
+import sys
+sys.argv = ["visionaccel", "doctor", "--no-vllm", "--backend", "hanging"]
+from visionaccel.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("program", [SERVE, DOCTOR], ids=["a server", "doctor"])
+def test_a_killed_command_leaves_neither_its_children_nor_its_folders(tmp_path, program):
+    note, temporary = tmp_path / "pid", tmp_path / "temporary"
+    temporary.mkdir()
+    hanging = f"import os, time\nopen({str(note)!r}, 'w').write(str(os.getpid()))\ntime.sleep(99)\n"
+    site = install(tmp_path / "site", "acme-hanging", "hanging", hanging)
+    environment = {**os.environ, "TMPDIR": str(temporary), "PYTHONPATH": str(site)}
+    with subprocess.Popen([sys.executable, "-c", program, str(note)], env=environment) as owner:
+        assert wait_for(lambda: note.exists() and note.read_text(), 60)
+        assert any(entry.name.startswith("visionaccel-") for entry in temporary.iterdir())
+        owner.kill()
+        owner.wait(20)
+    leader = int(note.read_text())
+    assert wait_for(lambda: gone(leader) and not any(temporary.iterdir()))
+    with pytest.raises(ProcessLookupError):
+        os.killpg(leader, 0)
