@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from visionaccel.errors import ArtifactError
 
-__all__ = ["external_weights", "map_weights"]
+__all__ = ["external_weights", "load_weights", "map_weights", "mapped_weights"]
 
 _STORED: Mapping[int, str] = {
     onnx.TensorProto.FLOAT: "float32",
@@ -59,3 +59,29 @@ def map_weights(tensors: Iterable[onnx.TensorProto], folder: Path) -> dict[str, 
                 f"weight {tensor.name!r} cannot be read from {path}: {error}", hint="Fetch the file again."
             ) from error
     return found
+
+
+def mapped_weights(model: bytes, folder: Path) -> dict[str, tuple[NDArray[Any], int]]:
+    """The external weights of a serialized model and their ONNX types, by name, as `map_weights` gives them.
+
+    Raises:
+        ArtifactError: If the model or a weight cannot be read.
+    """
+    try:
+        external = external_weights(onnx.load_model_from_string(model))
+    except Exception as error:  # protobuf's decoding error is not part of its public interface
+        raise ArtifactError(f"the ONNX model cannot be read: {error}.", hint="Write it again.") from error
+    return {name: (array, external[name].data_type) for name, array in map_weights(external.values(), folder).items()}
+
+
+def load_weights(model: onnx.ModelProto, folder: Path) -> None:
+    """Put the external weights of a model into it, for what runs models as they are; protobuf holds 2 GiB at most.
+
+    Raises:
+        ArtifactError: If a weight cannot be read.
+    """
+    external = external_weights(model)
+    for name, array in map_weights(external.values(), folder).items():
+        external[name].raw_data = array.tobytes()
+        external[name].data_location = onnx.TensorProto.DEFAULT
+        del external[name].external_data[:]

@@ -8,9 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from visionaccel.errors import ArtifactError
-from visionaccel.onnx_weights import external_weights, map_weights
-
 __all__ = ["bind_weights"]
 
 
@@ -28,16 +25,11 @@ def bind_weights(model: bytes, folder: Path, settings: Any) -> list[Any]:
     Raises:
         ArtifactError: If the model or a weight cannot be read.
     """
-    import onnx
     import onnxruntime
 
-    try:
-        external = external_weights(onnx.load_model_from_string(model))
-    except Exception as error:  # protobuf's decoding error is not part of its public interface
-        raise ArtifactError(f"the ONNX model cannot be read: {error}.", hint="Write it again.") from error
-    values = [
-        onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, external[name].data_type)
-        for name, array in map_weights(external.values(), folder).items()
-    ]
-    settings.add_external_initializers(list(external), values)
+    from visionaccel.onnx_weights import mapped_weights  # which imports onnx
+
+    weights = mapped_weights(model, folder)
+    values = [onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(*weight) for weight in weights.values()]
+    settings.add_external_initializers(list(weights), values)
     return values
