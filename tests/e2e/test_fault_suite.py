@@ -34,7 +34,11 @@ def images():
     return SuiteImages.asked_of_stock(images_needed(SERVINGS, wanted), lambda _: None)
 
 
-@pytest.mark.parametrize("serving", SERVINGS, ids=str)
+def name_of(serving):
+    return f"{serving.mode}-{serving.isolation}" + ("-faulty" if serving.faulty else "")
+
+
+@pytest.mark.parametrize("serving", SERVINGS, ids=name_of)
 def test_every_planted_fault_is_answered_rightly_and_nothing_is_lost(images, serving):
     outcomes = run_suite([serving], images, wanted=wanted)
     assert len(outcomes) == len(SERVINGS[serving])

@@ -360,6 +360,8 @@ class Stage:
             BreakerState.HALF_OPEN: "is probed; it was out of work",
             BreakerState.CLOSED: "works again",
         }
+        if self._closed:  # a probe that closing has ended says nothing of the device
+            return
         with self._telling:  # several changes may come at once: what is told last is the state that there is
             state = self.breaker.state
             if state is BreakerState.CLOSED:
