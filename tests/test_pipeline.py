@@ -4,8 +4,10 @@ vLLM's real schedulers with the EC connector and a real encode service drive a w
 """
 
 import io
+import shutil
 import time
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from pickle import PickleBuffer, Pickler, loads
 
 import ml_dtypes
@@ -15,6 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 
 from gated import Gate, wait_until
 from modelled_engine import GOOD, GRID, IMAGES, TAINTED, Engine, Worker, forget, make, pixels
@@ -24,7 +27,10 @@ from visionaccel.integrations.vllm import compat, self_test
 from visionaccel.integrations.vllm.activation import MODELS
 from visionaccel.integrations.vllm.board import _VARIABLE as BOARD
 from visionaccel.integrations.vllm.board import make_board
+from visionaccel.integrations.vllm.faults import REPLACED, Fault
 from visionaccel.integrations.vllm.mode import choose_mode
+from visionaccel.integrations.vllm.reloading import Replacement, source_digest
+from visionaccel.opening import open_tower
 from visionaccel.settings import load_settings
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own deprecations
@@ -293,6 +299,58 @@ def test_a_full_queue_and_a_full_house_hold_requests_back_in_order(digits, exact
     engine.drain()
     assert [engine.endings[name] for name in names] == ["length"] * IMAGES
     assert list(engine.endings) == names, "first come, first served"
+    scheduler.shutdown()
+
+
+@pytest.fixture(scope="module")
+def retrained(digits, tmp_path_factory):
+    """The digits checkpoint with other vision weights, and each image's embedding by them."""
+    folder = Path(shutil.copytree(digits, tmp_path_factory.mktemp("retrained") / "checkpoint"))
+    rewrite_weights(folder)
+    with open_encoder(folder, backend="onnxrt") as encoder:
+        return folder, [encoder.encode(pixels(image), [GRID]) for image in range(IMAGES)]
+
+
+def rewrite_weights(folder):
+    """Change the vision weights of a checkpoint in one file."""
+    weights = load_file(folder / "model.safetensors")
+    for name, weight in weights.items():
+        if name.startswith("visual.") and name.endswith("down_proj.weight"):
+            weights[name] = weight * np.float32(1.5)
+    save_file(weights, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_after_new_weights_no_step_uses_the_encoder_before(digits, exact, retrained, kind):
+    folder, exact_anew = retrained
+    scheduler, _ = make_pipelined(kind, digits)
+    engine = PipelinedEngine(scheduler, exact)
+
+    def report(order):  # as a worker does between two steps
+        scheduler._pending.append(Fault(REPLACED, order.dumps()))
+
+    def answers(*requests):
+        names = [engine.add(images, 3) for images in requests]
+        engine.drain()
+        return [engine.answers[name] if engine.endings[name] == "length" else engine.reasons[name] for name in names]
+
+    assert answers([0], [1, 0]) == [[GOOD] * 3] * 2
+    assert not np.allclose(exact[0], exact_anew[0], atol=1e-3)
+    report(Replacement(str(folder), None, source_digest(open_tower(folder))))
+    engine.worker.exact = exact_anew
+    assert answers([0], [1, 0], []) == [[GOOD] * 3] * 3
+
+    report(Replacement(str(folder), None, "", "no files hold the weights."))
+    (image, text) = answers([0], [])
+    assert image == "image 1 of the prompt could not be encoded: no files hold the weights."
+    assert text == [GOOD] * 3
+
+    report(Replacement(str(digits), None, "sha256:" + 64 * "0"))
+    assert "changed while they were loaded" in answers([1])[0]
+    report(Replacement(str(digits), None, source_digest(open_tower(digits))))
+    engine.worker.exact = exact
+    assert answers([0], [2]) == [[GOOD] * 3] * 2
+    assert engine.worker.encoded == 0
     scheduler.shutdown()
 
 

@@ -13,6 +13,7 @@ from visionaccel.errors import BackendUnavailableError, ChangedFileError
 from visionaccel.integrations.vllm import compat, tower
 from visionaccel.testing.checkpoints import TINY, random_checkpoint
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own deprecations
 GRIDS = [[1, 4, 4], [1, 6, 4]]
 
 

@@ -4,6 +4,7 @@ Run as a process of its own, because vLLM starts processes and its settings are 
 """
 
 import json
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -122,6 +123,15 @@ def few(llm: LLM) -> dict[str, Any]:
     return {"parts": {"first": first, "video": answers(llm, [video_request(7)])}}
 
 
+def replaced(llm: LLM) -> dict[str, Any]:
+    """A handful of images, and others once the weights of the checkpoint in `RELOAD_FROM` are loaded."""
+    images = held_out_images(12)
+    before = answers(llm, [image_request(image) for image in images[:6]])
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": os.environ["RELOAD_FROM"]})
+    after = answers(llm, [image_request(image) for image in images[6:]])
+    return {"parts": {"overridden": before, "reloaded": after}}
+
+
 def text(llm: LLM) -> dict[str, Any]:
     """Text alone."""
     return {"parts": {"text": answers(llm, [{"prompt": prompt("", "Read the digits.")}])}}
@@ -173,6 +183,7 @@ ENGINES: dict[str, tuple[Any, dict[str, Any]]] = {
     "matrix": (matrix, {}),
     "few": (few, {}),
     "read": (read, {}),
+    "replaced": (replaced, {"hf_overrides": {"vision_config": {"fullatt_block_indexes": [1]}}}),
     "text": (text, {"limit_mm_per_prompt": {"image": 0, "video": 0}}),
     "pressed": (pressed, PRESSED),
     "pressed-tp2": (pressed, {**PRESSED, "tensor_parallel_size": 2}),

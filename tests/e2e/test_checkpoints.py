@@ -113,3 +113,27 @@ def test_a_checkpoint_is_served_as_by_stock_vllm_or_refused(ask, digits, tmp_pat
         assert [answer["tokens"] for answer in ours["parts"][part]] == [answer["tokens"] for answer in expected]
         for answer, stock in zip(ours["parts"][part], expected, strict=True):
             assert answer["logprobs"] == pytest.approx(stock["logprobs"], rel=0, abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def retrained(digits, tmp_path_factory):
+    """The digits checkpoint with other vision weights."""
+    folder = Path(shutil.copytree(digits, tmp_path_factory.mktemp("retrained") / "checkpoint"))
+    tensors = load_file(folder / SINGLE)
+    for name in tensors:
+        if name.startswith("visual.") and name.endswith("down_proj.weight"):
+            tensors[name] = tensors[name] * np.float32(1.3)
+    save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+    return folder
+
+
+def test_what_is_served_decides_an_overridden_configuration_and_weights_that_were_reloaded(ask, retrained):
+    settings = {"RELOAD_FROM": str(retrained)}
+    theirs = ask(settings, "replaced")
+    assert theirs["status"] == 0, theirs["log"][-4000:]
+    ours = ask({**settings, "VISIONACCEL_BACKEND": "onnxrt"}, "replaced")
+    assert ours["status"] == 0, ours["log"][-4000:]
+    for part, expected in theirs["parts"].items():
+        assert [answer["tokens"] for answer in ours["parts"][part]] == [answer["tokens"] for answer in expected]
+        for answer, stock in zip(ours["parts"][part], expected, strict=True):
+            assert answer["logprobs"] == pytest.approx(stock["logprobs"], rel=0, abs=1e-4)

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from visionaccel.arrays import Array
 from visionaccel.errors import DeviceError, GridError, QueueFullError, VisionAccelError
 from visionaccel.grid import Grid
 from visionaccel.runtime.queue import Embedding
-from visionaccel.runtime.service import EncodeService
 
 __all__ = ["Bookings", "Failure", "Wanted"]
 
@@ -54,6 +54,16 @@ class Failure:
         return f"{self.label} of the prompt could not be encoded: {self.error.message}"
 
 
+class Service(Protocol):
+    """What is asked to encode."""
+
+    def submit(self, patches: Array, grid: Grid, *, arrival: float, timeout: float | None) -> Future[Embedding]:
+        """As `EncodeService.submit`."""
+
+    def bytes_of(self, grid: Grid) -> int:
+        """As `EncodeService.bytes_of`."""
+
+
 @dataclass(eq=False)
 class _Booking:
     """One item that some requests want, and the embedding once it is there."""
@@ -79,7 +89,7 @@ class Bookings:
         held: Bytes of embeddings that are booked.
     """
 
-    def __init__(self, service: EncodeService, size: int) -> None:
+    def __init__(self, service: Service, size: int) -> None:
         self._service, self._size = service, size
         self._bookings: dict[str, _Booking] = {}
         self._requests: dict[str, set[str]] = {}

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -22,12 +22,15 @@ import torch
 from numpy.typing import NDArray
 
 from visionaccel.arrays import as_numpy
-from visionaccel.errors import ConfigurationError
-from visionaccel.grid import as_grids
+from visionaccel.bundle import Bundle
+from visionaccel.errors import ConfigurationError, VisionAccelError
+from visionaccel.families import Tower
+from visionaccel.grid import Grid, as_grids
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.bookings import Bookings, Failure, Wanted
 from visionaccel.integrations.vllm.compat import CacheState, ECConnectorBase, ECConnectorMetadata, ECConnectorRole
 from visionaccel.integrations.vllm.published import publish
+from visionaccel.integrations.vllm.reloading import Replacement, source_digest
 from visionaccel.integrations.vllm.source import announce, open_served_source
 from visionaccel.runtime.opening import open_wanted_service
 from visionaccel.runtime.service import EncodeService
@@ -100,16 +103,51 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
                     f"{compat.CONNECTOR} is configured, but visionaccel's plug-in is not active in this engine.",
                     hint="Set VISIONACCEL_BACKEND, and list visionaccel in VLLM_PLUGINS if that is set.",
                 )
-            source = open_served_source(served, settings)
-            dtype, host = str(served.dtype).removeprefix("torch."), compat.encoder_host(served.device, in_step=False)
-            metrics = publish() if settings.metrics else None  # before the canary, which counts too
-            self._service = open_wanted_service(source, settings, dtype, host)
-            announce(self._service.encoders, "pipelined")
-            self._bookings = Bookings(self._service, settings.cache_size)
-            for stage in {stage for encoder in self._service.encoders for stage in encoder.stages}:
-                stage.on_drift(self._distrust.set)
-            if metrics is not None:
-                metrics.watch_service(self._service)
+            self._served, self._settings = served, settings
+            self._metrics = publish() if settings.metrics else None  # before the canary, which counts too
+            self._open(open_served_source(served, settings))
+
+    def _open(self, source: Tower | Bundle) -> None:
+        """Encode with a source from now on."""
+        served, settings = self._served, self._settings
+        dtype, host = str(served.dtype).removeprefix("torch."), compat.encoder_host(served.device, in_step=False)
+        self._service = open_wanted_service(source, settings, dtype, host)
+        self._digest = source_digest(source)
+        announce(self._service.encoders, "pipelined")
+        self._bookings = Bookings(self._service, settings.cache_size)
+        for stage in {stage for encoder in self._service.encoders for stage in encoder.stages}:
+            stage.on_drift(self._distrust.set)
+        if self._metrics is not None:
+            self._metrics.watch_service(self._service)
+
+    def replace_encoder(self, order: Replacement) -> None:
+        """Encode with the weights that the workers were given, or fail each request with an image until there are some.
+
+        Called between two steps, and waits until the encoder is open: no step may encode with the weights before.
+
+        Args:
+            order: What a worker has reported; each of several workers reports the same.
+        """
+        if self._service is None or (order.refusal is None and order.digest == self._digest):
+            return
+        self._service.close(wait=_CLOSING_SECONDS)  # a device may have room for one encoder only
+        self._digest = ""
+        try:
+            if order.refusal is not None:
+                raise ConfigurationError(order.refusal, hint="Load weights of the vision encoder from files.")
+            source = open_served_source(
+                replace(self._served, source=order.source, revision=order.revision), self._settings
+            )
+            if source_digest(source) != order.digest:
+                raise ConfigurationError(
+                    f"the weights in {order.source} changed while they were loaded.", hint="Load them again."
+                )
+            self._open(source)
+        except VisionAccelError as error:
+            compat.logger().error("Requests with images end with an error from now on: %s", error)
+            self._bookings = Bookings(_Refusing(error), self._settings.cache_size)
+        self._loads.clear()
+        self._cached.clear()
 
     @property
     def service(self) -> EncodeService | None:
@@ -277,6 +315,25 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
 
     def save_caches(self, encoder_cache: dict[str, torch.Tensor], mm_hash: str, **_: Any) -> None:
         """Nothing is given to other engines."""
+
+
+class _Refusing:
+    """Stands for the encode service where no encoder has the weights that are served."""
+
+    def __init__(self, error: VisionAccelError) -> None:
+        self._error = error
+
+    def submit(self, *_: Any, **__: Any) -> Any:
+        """Take in nothing.
+
+        Raises:
+            VisionAccelError: Always.
+        """
+        raise self._error
+
+    def bytes_of(self, grid: Grid) -> int:  # noqa: ARG002 - of nothing that is encoded
+        """Bytes of an item's embedding."""
+        return 0
 
 
 def _labels(features: Any) -> list[str]:

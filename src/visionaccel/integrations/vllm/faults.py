@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from visionaccel.errors import ConfigurationError
 from visionaccel.integrations.vllm.board import FAULTS, Area, board
 
-__all__ = ["EVERYTHING", "LOST", "Fault", "FaultReader", "open_channel", "report_fault"]
+__all__ = ["EVERYTHING", "LOST", "REPLACED", "Fault", "FaultReader", "open_channel", "report_fault"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,9 @@ class Fault:
 
 EVERYTHING = "*"
 """Key of a fault that is about all that was encoded so far: the device answered wrongly for an unknown time."""
+
+REPLACED = "="
+"""Key of a message that is about the encoder: it has other weights from now on, or none has those that are served."""
 
 LOST = Fault("", "a worker's report about its encodes could not be read.")
 """Read in the place of a report that cannot be read: any item in flight may be meant."""

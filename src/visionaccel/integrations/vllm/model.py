@@ -17,6 +17,7 @@ from visionaccel.integrations.vllm.compat import (
     Qwen2_5_VLForConditionalGeneration,
 )
 from visionaccel.integrations.vllm.processing import FittedProcessingInfo, FittedProcessor
+from visionaccel.integrations.vllm.reloading import Comparison
 from visionaccel.integrations.vllm.tower import AbsentTower, AcceleratedTower
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class AcceleratedQwen25VL(Qwen2_5_VLForConditionalGeneration):  # type: ignore[m
 
         with compat.swapped_tower(Qwen2_5_VLForConditionalGeneration, make):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self._served_config = vllm_config  # a reload names other files in it
 
     def embed_input_ids(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As vLLM's. It is called in each step after the step's images were encoded."""
@@ -62,15 +64,30 @@ class AcceleratedQwen25VL(Qwen2_5_VLForConditionalGeneration):  # type: ignore[m
         return embedded
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load the language model's weights; the tower's are skipped if the checkpoint has them at all."""
-        loaded: set[str] = super().load_weights(_without_tower(weights))
+        """Load the language model's weights; the tower's are skipped, and after the start compared with those in use.
+
+        Raises:
+            ConfigurationError: If vLLM is given other weights for the vision encoder than any files hold.
+            VisionAccelError: If the encoder cannot be opened again from the files that hold them.
+        """
+        tower = self.visual
+        if not isinstance(tower, AcceleratedTower) or compat.loading():
+            loaded: set[str] = super().load_weights(_without_tower(weights, None))
+            return loaded
+        comparison = tower.compare(lambda: compat.served_model(self._served_config))
+        loaded = super().load_weights(_without_tower(weights, comparison))
+        tower.settle(comparison, compat.served_model(self._served_config))
         return loaded
 
 
-def _without_tower(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+def _without_tower(
+    weights: Iterable[tuple[str, torch.Tensor]], comparison: Comparison | None
+) -> Iterator[tuple[str, torch.Tensor]]:
     for name, weight in weights:
         if not name.startswith(WEIGHT_PREFIXES):
             yield name, weight
+        elif comparison is not None:
+            comparison.note(name, weight)
 
 
 def __getattr__(name: str) -> Any:

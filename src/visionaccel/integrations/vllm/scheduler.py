@@ -11,7 +11,8 @@ from visionaccel.grid import as_grids
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.compat import AsyncScheduler, Scheduler
 from visionaccel.integrations.vllm.connector import VisionAccelConnector
-from visionaccel.integrations.vllm.faults import EVERYTHING, LOST, Fault, FaultReader
+from visionaccel.integrations.vllm.faults import EVERYTHING, LOST, REPLACED, Fault, FaultReader
+from visionaccel.integrations.vllm.reloading import Replacement
 from visionaccel.runtime.keys import item_key
 from visionaccel.runtime.trace import TraceLog
 from visionaccel.settings import load_settings
@@ -26,6 +27,11 @@ __all__ = ["ContainedAsyncScheduler", "ContainedScheduler"]
 _MISREAD = (
     "an image of the prompt could not be encoded rightly: the vision encoder was found to answer wrongly while this "
     "answer was under way. Ask again."
+)
+
+_REPLACED = (
+    "the vision encoder's weights were replaced while this request was running, so the answer was discarded. Retry the "
+    "request."
 )
 
 
@@ -58,6 +64,7 @@ class _Containment:
         began = time.monotonic()
         encoding = any(record.items for record in self._in_flight)
         self._pending += [fault for fault in self._faults.new() if encoding or fault is not LOST]
+        self._take_replacements()
         if self._distrusted():
             self._start_anew()
         step: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
@@ -96,8 +103,23 @@ class _Containment:
 
     def _new_faults(self) -> list[Fault]:
         found = [*self._pending, *self._faults.new()]
-        self._pending = [fault for fault in found if fault.key == EVERYTHING]  # for `_distrusted`
-        return [fault for fault in found if fault.key != EVERYTHING]
+        self._pending = [fault for fault in found if fault.key in (EVERYTHING, REPLACED)]  # not about single items
+        return [fault for fault in found if fault.key not in (EVERYTHING, REPLACED)]
+
+    def _take_replacements(self) -> None:
+        """Before anything is scheduled: encode with the weights that workers were given since, and forget what was.
+
+        Workers report when vLLM loads new weights into the model, which it does between two steps.
+        """
+        orders = [Replacement.loads(fault.message) for fault in self._pending if fault.key == REPLACED]
+        if not orders:
+            return
+        self._pending = [fault for fault in self._pending if fault.key != REPLACED]
+        if self._connector is not None:
+            for order in orders:
+                self._connector.replace_encoder(order)
+        compat.logger().warning("The vision encoder's weights were replaced: what was computed from it is forgotten.")
+        self._forget_computed(_REPLACED)
 
     def _distrusted(self) -> bool:
         """Whether it turned out since the last call that the encoder answered wrongly, nobody knows for how long."""
@@ -112,9 +134,12 @@ class _Containment:
         answer has begun ends with an error: its tokens cannot be taken back.
         """
         compat.logger().error("The vision encoder answered wrongly: what was computed from it is forgotten.")
+        self._forget_computed(_MISREAD)
+
+    def _forget_computed(self, reason: str) -> None:
         begun = compat.answered_with_media(self)
         self._ended += compat.fail_requests(self, begun)
-        self._reasons |= dict.fromkeys(begun, _MISREAD)
+        self._reasons |= dict.fromkeys(begun, reason)
         self._forgotten |= compat.start_anew(self)
 
     def _note_step(self, trace: TraceLog, step: SchedulerOutput) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,12 +11,14 @@ from torch import nn
 
 from visionaccel.arrays import as_host_tensor, dtype_name, is_tensor
 from visionaccel.bundle import Bundle
-from visionaccel.errors import InputError, VisionAccelError
+from visionaccel.errors import ConfigurationError, InputError, VisionAccelError
+from visionaccel.families import Tower
 from visionaccel.grid import as_grids
 from visionaccel.integrations.vllm import compat
-from visionaccel.integrations.vllm.faults import EVERYTHING, Fault, open_channel, report_fault
+from visionaccel.integrations.vllm.faults import EVERYTHING, REPLACED, Fault, open_channel, report_fault
 from visionaccel.integrations.vllm.producer import guard_saving
 from visionaccel.integrations.vllm.published import publish
+from visionaccel.integrations.vllm.reloading import Comparison, Replacement, StoredWeights, source_digest
 from visionaccel.integrations.vllm.source import announce, open_served_source
 from visionaccel.integrations.vllm.step_budget import LateOpening, StepBudget
 from visionaccel.runtime.guarded import Embedded, GuardedEncoder
@@ -52,6 +54,7 @@ class AcceleratedTower(nn.Module):
         self._settings, self._receives = load_settings(), receives
         open_channel()
         self._source = open_served_source(served, self._settings)
+        self._used: StoredWeights | None = StoredWeights(self._source)
         tower = self._source.tower if isinstance(self._source, Bundle) else self._source
         self.spatial_merge_size = tower.merge_size
         self.out_hidden_size = tower.out_width
@@ -61,8 +64,13 @@ class AcceleratedTower(nn.Module):
         warning = self.budget.warning(self._settings)
         if warning is not None:
             compat.logger().warning("%s", warning)
+        self._refusal: VisionAccelError | None = None
+        self._encoder: GuardedEncoder | None = None
+        self._start("in-line")
+
+    def _start(self, how: str) -> None:
         self._opener = LateOpening(partial(self._open, "in-line, for what comes through no EC connector"))
-        self._encoder = None if receives else self._open("in-line")
+        self._encoder = None if self._receives else self._open(how)
 
     @property
     def encoder(self) -> GuardedEncoder:
@@ -101,6 +109,65 @@ class AcceleratedTower(nn.Module):
             rows.append(embeddings.to(self.device, self.dtype))
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
+    def compare(self, served: Callable[[], compat.ServedModel]) -> Comparison:
+        """Compares weights that vLLM is given after the start with those in use.
+
+        Args:
+            served: Tells what vLLM serves by then.
+        """
+        return Comparison(self._used, lambda: open_served_source(served(), self._settings))
+
+    def settle(self, comparison: Comparison, served: compat.ServedModel) -> None:
+        """Make what was compared true: go on, open the encoder again from vLLM's files, or refuse and encode no more.
+
+        Args:
+            comparison: What `compare` gave, after every tensor of the update.
+            served: What vLLM serves.
+
+        Raises:
+            ConfigurationError: If no files hold the weights that vLLM was given.
+            VisionAccelError: If the encoder cannot be opened from those that do.
+        """
+        if comparison.nothing_new:
+            return
+        try:
+            source = comparison.replacement()
+            self._adopt(source, served)
+        except VisionAccelError as error:
+            self._refuse(error, served)
+            raise
+
+    def _adopt(self, source: Tower | Bundle, served: compat.ServedModel) -> None:
+        """Encode with other weights from now on, here and in the engine's process, which forgets what it keeps."""
+        used = StoredWeights(source)
+        self._close()
+        self._source = source
+        self._start("in-line, with the weights that were loaded now")
+        self._used, self._refusal = used, None
+        order = Replacement(served.source, served.revision, source_digest(source))
+        if report_fault(Fault(REPLACED, order.dumps())):
+            return
+        if type(compat.worker_connector()).__name__ == compat.CONNECTOR:
+            raise ConfigurationError(
+                "the engine's process cannot be told that the vision encoder has new weights.",
+                hint="Restart the server with the new weights.",
+            )
+        compat.logger().warning(
+            "visionaccel: the vision encoder has new weights. Call reset_encoder_cache and reset_prefix_cache: this "
+            "engine's scheduler does not do it by itself."
+        )
+
+    def _refuse(self, error: VisionAccelError, served: compat.ServedModel) -> None:
+        """Encode nothing more: no encoder has the weights that are served."""
+        self._close()
+        self._used, self._refusal = None, error
+        report_fault(Fault(REPLACED, Replacement(served.source, served.revision, "", error.message).dumps()))
+
+    def _close(self) -> None:
+        if self._encoder is not None:
+            self._encoder.close()
+            self._encoder = None
+
     def _encode(self, x: torch.Tensor, grid_thw: Sequence[Any]) -> Sequence[Embedded | VisionAccelError]:
         try:
             with self.budget.encode() as until:
@@ -109,6 +176,8 @@ class AcceleratedTower(nn.Module):
             return [error] * len(grid_thw)
 
     def _opened(self, until: float) -> GuardedEncoder:
+        if self._refusal is not None:
+            raise self._refusal
         if self._encoder is None:
             self._encoder = self._opener.result(until)
         return self._encoder

@@ -98,6 +98,8 @@ _INLINE: tuple[Entry, ...] = (
     _need("subclass", _MODEL, mentions="visual"),
     _need("override", f"{_MODEL}.__init__", "vllm_config prefix", mentions="Qwen2_5_VisionTransformer"),
     _need("override", f"{_MODEL}.load_weights", "weights"),
+    _need("read", "vllm.model_executor.model_loader.base_loader:BaseModelLoader.load_model"),
+    _need("read", "vllm.v1.worker.gpu_model_runner:GPUModelRunner.profile_run"),
     _need("override", f"{_MODEL}.embed_input_ids", "input_ids multimodal_embeddings is_multimodal"),
     _need("read", "vllm:envs"),
     _need("override", f"{_MODEL}.supports_mm_device_do_normalize"),

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["first_of_its_group", "profiling", "step_metadata", "step_timeout", "swapped_tower", "worker_connector"]
+__all__ = [
+    "first_of_its_group", "loading", "profiling", "step_metadata", "step_timeout", "swapped_tower", "worker_connector",
+]  # fmt: skip
 
 
 @contextmanager
@@ -31,17 +33,24 @@ def profiling() -> bool:
     Both runners encode dummy images in `profile_run` alone. Only that frame on the stack proves it: what a connector
     has or has not been told says nothing certain about the step.
     """
+    return _called_by("profile_run", "vllm.v1.worker.")
+
+
+def loading() -> bool:
+    """Whether this call comes from a loader that makes a model, and not from a later update of its weights."""
+    return _called_by("load_model", "vllm.model_executor.model_loader.")
+
+
+def _called_by(method: str, modules: str) -> bool:
+    """Whether a method of a class that derives from one in vLLM's modules of that prefix is on the stack."""
     frame = sys._getframe()
     while frame is not None:
-        if frame.f_code.co_name == "profile_run" and _is_runner(frame.f_locals.get("self")):
+        if frame.f_code.co_name == method and any(
+            kind.__module__.startswith(modules) for kind in type(frame.f_locals.get("self")).__mro__
+        ):
             return True
         frame = frame.f_back  # type: ignore[assignment]
     return False
-
-
-def _is_runner(value: Any) -> bool:
-    """Whether a value is one of vLLM's model runners."""
-    return any(kind.__module__.startswith("vllm.v1.worker.") for kind in type(value).__mro__)
 
 
 def step_metadata() -> Any:

@@ -1,0 +1,172 @@
+"""Vision weights that vLLM is given after the start, as by `reload_weights` or a trainer: never taken without effect.
+
+The encoder runs on its own copy of the weights, so tensors that vLLM is handed do not reach it. What equals the weights
+in use needs nothing. What differs is either found in the files that vLLM reads by then, from which the encoder is
+opened again, or it is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from visionaccel.arrays import FLOATS, as_numpy, dtype_name
+from visionaccel.bundle import Bundle
+from visionaccel.bundle.digests import file_states
+from visionaccel.bundle.opening import tower_digest
+from visionaccel.checkpoint import StoredTensor
+from visionaccel.errors import ArtifactError, ConfigurationError
+from visionaccel.families import Tower
+from visionaccel.families.qwen2_5_vl import WEIGHT_PREFIXES
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Comparison", "Replacement", "StoredWeights", "source_digest"]
+
+_HINT = (
+    "Save the new weights as a checkpoint and call reload_weights with its weights_path, or leave the vision "
+    "encoder's tensors out of the update."
+)
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What the engine's process is told when the weights of the vision encoder change.
+
+    Attributes:
+        source: Checkpoint folder or repository to open the encoder from.
+        revision: The repository's revision.
+        digest: Digest of the weights that it must have.
+        refusal: Why no encoder has the weights that are served; None if one has.
+    """
+
+    source: str
+    revision: str | None
+    digest: str
+    refusal: str | None = None
+
+    def dumps(self) -> str:
+        """As text."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def loads(cls, text: str) -> Replacement:
+        """From text; a refusal if that was cut."""
+        try:
+            return cls(**json.loads(text))
+        except (ValueError, TypeError):
+            return cls("", None, "", "a worker's report about its new weights could not be read.")
+
+
+class StoredWeights:
+    """The vision tensors of a source as they lie in its files, by their names below the prefix.
+
+    Args:
+        source: The source.
+    """
+
+    def __init__(self, source: Tower | Bundle) -> None:
+        checkpoint = (source.tower if isinstance(source, Bundle) else source).checkpoint
+        self._stored: Mapping[str, StoredTensor] = {}
+        with suppress(ArtifactError):  # a bundle whose programs bring their weights: nothing in it equals anything
+            self._stored = checkpoint.with_prefix(WEIGHT_PREFIXES)
+        self._files = sorted({tensor.file for tensor in self._stored.values()})
+        self._states = file_states(self._files)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The tensors' names."""
+        return frozenset(self._stored)
+
+    def unchanged(self) -> bool:
+        """Whether the files are as they were when this was made."""
+        try:
+            return file_states(self._files) == self._states
+        except OSError:
+            return False
+
+    def holds(self, name: str, weight: torch.Tensor) -> bool:
+        """Whether a tensor has exactly the values that are stored under its name, in whichever dtype."""
+        stored = self._stored.get(name)
+        if stored is None or tuple(weight.shape) != stored.shape:
+            return False
+        if dtype_name(weight) not in FLOATS or stored.dtype not in FLOATS:
+            return False
+        values, given = stored.read(), np.ascontiguousarray(as_numpy(weight))
+        if given.dtype == values.dtype and given.tobytes() == values.tobytes():
+            return True
+        return bool(np.array_equal(given.astype(np.float64), values.astype(np.float64), equal_nan=True))
+
+    def same(self, other: StoredWeights, name: str) -> bool:
+        """Whether two sources store the same tensor under a name."""
+        ours, theirs = self._stored.get(name), other._stored.get(name)
+        return ours is not None and theirs is not None and ours.holds_the_same_as(theirs)
+
+
+class Comparison:
+    """Compares vision tensors with the weights in use and, from the first that differs, with those in vLLM's files.
+
+    Args:
+        used: The weights in use; None if no encoder has those that are served.
+        opened: Opens what vLLM's files hold by now.
+    """
+
+    def __init__(self, used: StoredWeights | None, opened: Any) -> None:
+        self._used = used if used is not None and used.unchanged() else None
+        self._opened = opened
+        self._differing: list[str] = []
+        self._new: tuple[Tower | Bundle, StoredWeights] | None = None
+        self._problem: str | None = None
+
+    def note(self, name: str, weight: torch.Tensor) -> None:
+        """One vision tensor, by its full name, that vLLM is given."""
+        below = next(name.removeprefix(prefix) for prefix in WEIGHT_PREFIXES if name.startswith(prefix))
+        if self._used is not None and self._used.holds(below, weight):
+            return
+        self._differing.append(below)
+        if self._problem is not None:
+            return
+        try:
+            if self._new is None:
+                source = self._opened()
+                self._new = source, StoredWeights(source)
+            if not self._new[1].holds(below, weight):
+                self._problem = f"{name!r} has other values there"
+        except (ArtifactError, ConfigurationError) as error:
+            self._problem = error.message
+
+    @property
+    def nothing_new(self) -> bool:
+        """Whether every tensor so far equals the one in use."""
+        return not self._differing
+
+    def replacement(self) -> Tower | Bundle:
+        """The source in vLLM's files whose weights are exactly those that vLLM was given.
+
+        Raises:
+            ConfigurationError: If there is none.
+        """
+        problem = self._problem
+        if problem is None and self._new is not None:
+            source, new = self._new
+            rest = new.names - set(self._differing)
+            odd = [name for name in sorted(rest) if self._used is None or not self._used.same(new, name)]
+            if not odd:
+                return source
+            problem = f"{odd[0]!r} was not given, and has other values there"
+        raise ConfigurationError(
+            f"vLLM was given new weights for the vision encoder, such as {self._differing[0]!r}, which cannot take "
+            f"them: they are not those in the files that vLLM reads ({problem}).",
+            hint=_HINT,
+        )
+
+
+def source_digest(source: Tower | Bundle) -> str:
+    """Digest of a source's weights."""
+    return source.manifest.weights_digest if isinstance(source, Bundle) else tower_digest(source)

@@ -1,0 +1,160 @@
+"""Weights of the vision encoder that vLLM is given after the start have their effect, or are refused."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from visionaccel import open_encoder
+from visionaccel.errors import ConfigurationError, DeviceError
+from visionaccel.integrations.vllm import compat, tower
+from visionaccel.integrations.vllm.faults import REPLACED
+from visionaccel.integrations.vllm.reloading import Replacement, source_digest
+from visionaccel.opening import open_tower
+from visionaccel.testing.checkpoints import TINY, random_checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own deprecations
+GRIDS = [[1, 4, 4], [1, 6, 4]]
+PATCHES = torch.linspace(-1, 1, 40 * 96).reshape(40, 96)
+
+
+class Engine:
+    """A served model's tower, and what vLLM does to it."""
+
+    def __init__(self, folder, faults, *, receives=False):
+        self.faults = faults
+        self.served = compat.ServedModel(
+            source=str(folder),
+            revision=None,
+            architectures=("Qwen2_5_VLForConditionalGeneration",),
+            replaces="Qwen2_5_VLForConditionalGeneration",
+            multimodal=True,
+            takes_media=True,
+            own_implementation=True,
+            dtype=torch.float32,
+            device="cpu",
+            vision=TINY,
+        )
+        self.tower = tower.AcceleratedTower(self.served, receives=receives)
+
+    def load(self, weights, folder=None):
+        """vLLM is given weights, of a folder if it names one."""
+        if folder is not None:
+            self.served = replace(self.served, source=str(folder))
+        comparison = self.tower.compare(lambda: self.served)
+        for name, weight in weights.items():
+            comparison.note(name, weight if isinstance(weight, torch.Tensor) else torch.from_numpy(weight))
+        self.tower.settle(comparison, self.served)
+
+    @property
+    def orders(self):
+        """What the engine's process was told."""
+        return [Replacement.loads(fault.message) for fault in self.faults if fault.key == REPLACED]
+
+
+@pytest.fixture
+def faults(monkeypatch):
+    """What workers report."""
+    found = []
+    monkeypatch.setattr(tower, "report_fault", lambda fault: found.append(fault) or True)
+    monkeypatch.setattr(compat, "worker_connector", lambda: None)
+    monkeypatch.setenv("VISIONACCEL_BACKEND", "torch_ref")
+    return found
+
+
+@pytest.fixture
+def engine(tiny, faults):
+    return Engine(tiny, faults)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """A checkpoint of the same shapes with other weights."""
+    return random_checkpoint(tmp_path_factory.mktemp("other"), seed=7)
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def expected(folder):
+    with open_encoder(folder, backend="torch_ref") as encoder:
+        return torch.from_numpy(encoder.encode(PATCHES.numpy(), GRIDS))
+
+
+def test_weights_that_equal_those_in_use_change_nothing(engine, tiny):
+    engine.load(weights(tiny))
+    engine.load({name: torch.from_numpy(weight).double() for name, weight in weights(tiny).items()})
+    engine.load({"visual.patch_embed.proj.weight": weights(tiny)["visual.patch_embed.proj.weight"]})
+    engine.load({})
+    assert engine.orders == []
+    assert torch.allclose(engine.tower(PATCHES, GRIDS), expected(tiny), atol=1e-5)
+
+
+def test_weights_in_files_are_used_from_then_on(engine, tiny, other):
+    before = engine.tower(PATCHES, GRIDS)
+    engine.load(weights(other), other)
+    assert torch.allclose(engine.tower(PATCHES, GRIDS), expected(other), atol=1e-5)
+    assert not torch.allclose(engine.tower(PATCHES, GRIDS), before, atol=1e-2)
+    assert engine.orders == [Replacement(str(other), None, source_digest(open_tower(other)))]
+    engine.load(weights(tiny), tiny)
+    assert torch.allclose(engine.tower(PATCHES, GRIDS), before, atol=1e-5)
+
+
+def test_files_that_were_rewritten_in_place_are_used_from_then_on(tiny, other, faults, tmp_path):
+    folder = Path(shutil.copytree(tiny, tmp_path / "checkpoint"))
+    engine = Engine(folder, faults)
+    save_file(weights(other), folder / "model.safetensors")
+    engine.load(weights(folder))
+    assert torch.allclose(engine.tower(PATCHES, GRIDS), expected(other), atol=1e-5)
+
+
+@pytest.mark.parametrize("receives", [False, True], ids=["in-line", "pipelined"])
+def test_weights_without_files_are_refused_and_nothing_is_encoded_with_the_ones_before(tiny, other, faults, receives):
+    engine = Engine(tiny, faults, receives=receives)
+    with pytest.raises(ConfigurationError, match="was given new weights for the vision encoder") as caught:
+        engine.load(weights(other))
+    assert "call reload_weights with its weights_path" in caught.value.hint
+    assert [order.refusal for order in engine.orders] == [caught.value.message]
+    assert torch.equal(engine.tower(PATCHES, GRIDS), torch.zeros(10, 24)), "each item is reported as not encoded"
+    assert len(faults) == 1 + len(GRIDS)
+    engine.load({})  # of the language model alone
+    with pytest.raises(ConfigurationError):
+        engine.load({"visual.patch_embed.proj.weight": weights(tiny)["visual.patch_embed.proj.weight"]})
+    engine.load(weights(tiny), tiny)
+    assert torch.allclose(engine.tower(PATCHES, GRIDS), expected(tiny), atol=1e-5)
+
+
+def test_a_part_of_new_weights_is_refused(engine, other):
+    with pytest.raises(ConfigurationError, match="was not given, and has other values there"):
+        engine.load({"visual.patch_embed.proj.weight": weights(other)["visual.patch_embed.proj.weight"]}, other)
+
+
+def test_weights_of_another_shape_or_name_are_refused(engine, tiny):
+    with pytest.raises(ConfigurationError):
+        engine.load({"visual.patch_embed.proj.weight": np.zeros((2, 2), np.float32)})
+    with pytest.raises(ConfigurationError):
+        engine.load({"visual.unknown": np.zeros((2, 2), np.float32)})
+
+
+def test_a_bundle_of_the_weights_before_is_not_used_with_new_ones(tiny, other, faults, monkeypatch):
+    monkeypatch.setenv("VISIONACCEL_BUNDLE", str(tiny))
+    engine = Engine(tiny, faults)
+    with pytest.raises(ConfigurationError, match="made from other vision weights"):
+        engine.load(weights(other), other)
+    assert engine.orders[-1].refusal is not None
+
+
+def test_an_encoder_that_cannot_be_opened_again_encodes_nothing(engine, other, monkeypatch):
+    def fail(*_, **__):
+        raise DeviceError("out of memory", hint="")
+
+    monkeypatch.setattr(tower, "open_guarded", fail)
+    with pytest.raises(DeviceError, match="out of memory"):
+        engine.load(weights(other), other)
+    assert torch.equal(engine.tower(PATCHES, GRIDS), torch.zeros(10, 24))
+    assert engine.orders[-1].refusal == "out of memory"
