@@ -8,7 +8,9 @@ from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from visionaccel.bundle.export import ProgramRequest, export_bundle
 from visionaccel.errors import ConfigurationError
@@ -23,6 +25,8 @@ with warnings.catch_warnings():
     from vllm import ModelRegistry
     from vllm.config import LoRAConfig
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.peft_helper import PEFTHelper
     from vllm.model_executor.models.registry import _LazyRegisteredModel, _ModelInfo
 
     from visionaccel.integrations.vllm import activation, compat
@@ -152,6 +156,36 @@ def test_adapters_for_the_vision_tower_are_refused_at_the_start(config):
     config.lora_config = LoRAConfig(enable_tower_connector_lora=True)
     with pytest.raises(ConfigurationError, match="--enable-tower-connector-lora applies LoRA adapters to vLLM's own"):
         activation.check_engine(config)
+
+
+def test_the_vision_part_of_an_adapter_is_ignored(tmp_path):
+    from visionaccel.integrations.vllm.model import AcceleratedQwen25VL
+
+    tensors = {}
+    for layer in ("model.layers.0.self_attn.q_proj", "visual.blocks.0.attn.qkv", "model.visual.blocks.1.attn.proj"):
+        for part in "AB":
+            tensors[f"base_model.model.{layer}.lora_{part}.weight"] = np.ones((4, 4), np.float32)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q_proj", "qkv", "proj"], "bias": "none"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+
+    def load(prefixes):
+        """The adapter, as a worker loads it for a model whose language model alone has layers for it."""
+        return LoRAModel.from_local_checkpoint(
+            str(tmp_path),
+            {"q_proj"},
+            PEFTHelper.from_local_dir(str(tmp_path), None),
+            lora_model_id=1,
+            device="cpu",
+            weights_mapper=AcceleratedQwen25VL.hf_to_vllm_mapper,
+            skip_prefixes=prefixes,
+        )
+
+    with pytest.raises(ValueError, match="expected target modules in"):
+        load(None)
+    assert list(load(AcceleratedQwen25VL.lora_skip_prefixes).loras) == [
+        "language_model.model.layers.0.self_attn.q_proj"
+    ]
 
 
 def test_an_override_of_the_towers_epsilon_is_refused(config, monkeypatch):
