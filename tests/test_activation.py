@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+import torch
+from safetensors.numpy import load_file, save_file
 
 from visionaccel.bundle.export import ProgramRequest, export_bundle
 from visionaccel.errors import ConfigurationError
@@ -29,7 +30,7 @@ with warnings.catch_warnings():
     from vllm.lora.peft_helper import PEFTHelper
     from vllm.model_executor.models.registry import _LazyRegisteredModel, _ModelInfo
 
-    from visionaccel.integrations.vllm import activation, compat
+    from visionaccel.integrations.vllm import activation, compat, tower
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -186,6 +187,36 @@ def test_the_vision_part_of_an_adapter_is_ignored(tmp_path):
     assert list(load(AcceleratedQwen25VL.lora_skip_prefixes).loras) == [
         "language_model.model.layers.0.self_attn.q_proj"
     ]
+
+
+def test_a_model_compares_vision_weights_after_the_start_and_not_while_it_is_made(config, digits, monkeypatch):
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    from visionaccel.integrations.vllm.model import AcceleratedQwen25VL
+
+    model = AcceleratedQwen25VL.__new__(AcceleratedQwen25VL)
+    torch.nn.Module.__init__(model)
+    model.visual = tower.AcceleratedTower(compat.served_model(config))
+    model._served_config = config
+    taken = []
+    monkeypatch.setattr(
+        AcceleratedQwen25VL.__mro__[1], "load_weights", lambda self, weights: taken.extend(n for n, _ in weights)
+    )
+    weights = {name: torch.from_numpy(weight) for name, weight in load_file(digits / "model.safetensors").items()}
+    changed = {**weights, "visual.blocks.0.attn.qkv.bias": torch.ones(288)}
+    model.load_weights(weights.items())
+    assert taken == [name for name in weights if not name.startswith("visual.")]
+    with pytest.raises(ConfigurationError, match="was given new weights for the vision encoder"):
+        model.load_weights(changed.items())
+
+    class Loader(DefaultModelLoader):
+        def __init__(self):
+            pass
+
+        def load_model(self):
+            return model.load_weights(changed.items())
+
+    Loader().load_model()
 
 
 def test_an_override_of_the_towers_epsilon_is_refused(config, monkeypatch):
