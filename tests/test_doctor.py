@@ -104,6 +104,14 @@ def test_after_a_crash_the_others_are_still_looked_at_and_the_status_is_0(tmp_pa
     assert the(findings, "torch_ref", "plug-in")["status"] == "pass"
 
 
+@pytest.mark.parametrize("ends", ["sys.exit(0)", "raise KeyboardInterrupt"])
+def test_a_plug_in_that_prints_and_ends_on_import_is_a_finding(tmp_path, ends):
+    site = install(tmp_path / "site", "broken-plugin", "broken", f"import sys\nprint('[]')\n{ends}")
+    found = the(doctor("--backend", "broken", site=site, status=1), "broken", "plug-in")
+    assert found["status"] == "failure"
+    assert "backend 'broken' of broken-plugin 1.0 cannot be loaded" in found["found"]
+
+
 def test_a_backend_that_hangs_is_ended_in_time(tmp_path):
     # It has to be ended by force: SIGTERM does nothing to it.
     checks = "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"

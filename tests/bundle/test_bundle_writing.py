@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from contextlib import suppress
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from towers import random_patches, reference
 from visionaccel.bundle import MANIFEST, open_bundle
 from visionaccel.bundle.export import export_bundle, rewrite_manifest
 from visionaccel.bundle.manifest import json_schema
-from visionaccel.errors import BundleError, ConfigurationError
+from visionaccel.errors import ConfigurationError
 from visionaccel.opening import open_tower
 from visionaccel.testing.checkpoints import QWEN2_5_VL_7B, hollow_checkpoint, random_checkpoint
 
@@ -167,7 +167,13 @@ def test_a_killed_export_leaves_no_bundle_or_a_whole_one(tiny, tmp_path):
     assert 8 <= plain < replacing, "the file system changes at many moments"
     patches = random_patches(TRIPLE)
     exact = reference(tiny, patches, TRIPLE)
-    found, leftovers = {}, 0
+    found = {}
+    stages = [folder for folder in tmp_path.iterdir() if folder.name.startswith("stage")]
+    until = time.monotonic() + 20
+    while any(any(stage.iterdir()) for stage in stages) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert stages
+    assert not any(any(stage.iterdir()) for stage in stages), "what was begun goes with a killed export"
     for folder in sorted(tmp_path.iterdir()):
         output = folder / "output"
         if output.exists():
@@ -177,11 +183,7 @@ def test_a_killed_export_leaves_no_bundle_or_a_whole_one(tiny, tmp_path):
         for leftover in folder.iterdir():
             if leftover == output:
                 continue
-            leftovers += 1
             assert leftover.name.startswith((".output.partial-", ".output.replaced-"))
-            with suppress(BundleError):
-                assert not folder.name.startswith("stage"), open_bundle(leftover)
-    assert leftovers > 10
     assert [name for name in found if name.startswith("change-False")] == [f"change-False-{plain + 1}"], "not killed"
     assert set(found.values()) == {"dynamic", "10x18"}
     assert sum(name.startswith("change-True") for name in found) == replacing, "none but between two renames"
@@ -284,7 +286,7 @@ def memory_of_export(*arguments):
     command = [sys.executable, "-c", MEASURED, "export", *arguments, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
-    return int(done.stdout.splitlines()[-1])
+    return int(done.stderr.splitlines()[-1])  # stdout is the command's
 
 
 def test_a_referring_7b_bundle_is_written_in_little_memory(hollow, tmp_path):
