@@ -151,6 +151,16 @@ def test_the_rust_front_end_with_a_bundle_that_needs_fitted_images_is_refused(co
         activation.check_engine(config)
 
 
+def test_options_of_the_server_that_cut_images_in_another_way_are_refused_at_the_start(config, monkeypatch):
+    monkeypatch.setattr(config.model_config.multimodal_config, "mm_processor_kwargs", {"patch_size": 14})
+    activation.check_engine(config)
+    monkeypatch.setattr(
+        config.model_config.multimodal_config, "mm_processor_kwargs", {"images_kwargs": {"merge_size": 1}}
+    )
+    with pytest.raises(ConfigurationError, match=r"--mm-processor-kwargs sets merge_size=1"):
+        activation.check_engine(config)
+
+
 def test_adapters_for_the_vision_tower_are_refused_at_the_start(config):
     config.lora_config = LoRAConfig(enable_tower_connector_lora=False)
     activation.check_engine(config)

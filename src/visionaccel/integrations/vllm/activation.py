@@ -14,6 +14,7 @@ from visionaccel.integrations.vllm.compat.checking import missing
 from visionaccel.integrations.vllm.compat.contract import Feature
 from visionaccel.integrations.vllm.features import is_on, require_features
 from visionaccel.integrations.vllm.mode import choose_mode
+from visionaccel.integrations.vllm.options import changed_size
 from visionaccel.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -159,6 +160,12 @@ def _check(config: VllmConfig, served: compat.ServedModel, settings: Settings) -
         )
     if not served.takes_media:
         return
+    changed = changed_size(compat.processor_options(config), served.vision or {})
+    if changed is not None:
+        raise ConfigurationError(
+            f"--mm-processor-kwargs sets {changed}, which is not what the served model's vision encoder takes.",
+            hint="Leave patch_size, temporal_patch_size and merge_size alone.",
+        )
     if compat.adapts_tower(config):
         raise ConfigurationError(
             "--enable-tower-connector-lora applies LoRA adapters to vLLM's own vision encoder, and "

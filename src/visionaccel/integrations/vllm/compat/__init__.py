@@ -31,6 +31,7 @@ from visionaccel.integrations.vllm.compat.configuration import (
     obstacles_to_pipelining,
     on_engine_config,
     pools,
+    processor_options,
     receives_embeddings,
     register_model,
     served_by,
@@ -110,12 +111,12 @@ __all__ = [
     "forget_prefixes", "free_in_worker", "has_embeddings", "impossible_with_connector", "is_one_of_several_api_servers",
     "is_pipelined", "is_prepared", "is_replaced", "load_plugins", "loading", "logger", "mark_prepared", "missing",
     "normalises_itself", "obstacles_to_pipelining", "on_engine_config", "on_metrics", "pixel_bounds", "pools",
-    "profiling", "receives_embeddings", "refuse_videos", "register_model", "release", "remember_load_config",
-    "requests_at_stake", "scheduled_item", "ScheduledItem", "served_by", "served_model", "ServedModel",
-    "settings_folder", "share_log_handlers", "shows_encoder_cache", "start_anew", "started_cores", "step_in_flight",
-    "step_metadata", "step_timeout", "StepInFlight", "swapped_tower", "takes_media", "tried", "TRIED_RELEASES",
-    "use_connector", "use_contained_scheduler", "use_ec_connector", "use_model_in_process", "warn_of_untried_release",
-    "weight_files", "without_python_processor", "worker_connector",
+    "processor_options", "profiling", "receives_embeddings", "refuse_videos", "register_model", "release",
+    "remember_load_config", "requests_at_stake", "scheduled_item", "ScheduledItem", "served_by", "served_model",
+    "ServedModel", "settings_folder", "share_log_handlers", "shows_encoder_cache", "start_anew", "started_cores",
+    "step_in_flight", "step_metadata", "step_timeout", "StepInFlight", "swapped_tower", "takes_media", "tried",
+    "TRIED_RELEASES", "use_connector", "use_contained_scheduler", "use_ec_connector", "use_model_in_process",
+    "warn_of_untried_release", "weight_files", "without_python_processor", "worker_connector",
 ]  # fmt: skip
 
 _QWEN = "vllm.model_executor.models.qwen2_5_vl"

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 __all__ = [
     "adapts_tower", "can_contain", "CONNECTOR", "ec_connector", "impossible_with_connector",
     "is_one_of_several_api_servers", "is_pipelined", "is_prepared", "is_replaced", "load_plugins", "mark_prepared",
-    "normalises_itself", "obstacles_to_pipelining", "on_engine_config", "pools", "receives_embeddings",
-    "register_model", "served_by", "served_model", "ServedModel", "takes_media", "use_connector",
+    "normalises_itself", "obstacles_to_pipelining", "on_engine_config", "pools", "processor_options",
+    "receives_embeddings", "register_model", "served_by", "served_model", "ServedModel", "takes_media", "use_connector",
     "use_contained_scheduler", "use_ec_connector", "use_model_in_process", "without_python_processor",
 ]  # fmt: skip
 
@@ -154,6 +154,11 @@ def _note_normalisation_off(model: ModelConfig) -> None:
     """
     if model.is_multimodal_model:
         model.get_multimodal_config().mm_device_do_normalize = None
+
+
+def processor_options(config: VllmConfig) -> Mapping[str, Any]:
+    """The image processor's options that are set for all requests (`--mm-processor-kwargs`)."""
+    return config.model_config.get_multimodal_config().mm_processor_kwargs or {}
 
 
 def normalises_itself(model: ModelConfig) -> bool:
