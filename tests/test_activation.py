@@ -229,6 +229,42 @@ def test_a_model_compares_vision_weights_after_the_start_and_not_while_it_is_mad
     Loader().load_model()
 
 
+def test_a_reload_that_is_refused_leaves_the_language_model_whole(config, digits, monkeypatch):
+    from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
+    from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    from visionaccel.integrations.vllm.model import AcceleratedQwen25VL
+
+    def load(self, weights):
+        for name, weight in weights:
+            parameter = self.get_parameter(name)
+            getattr(parameter, "weight_loader", default_weight_loader)(parameter, weight)
+        return set()
+
+    class Runner(GPUModelRunner):
+        def __init__(self, model):
+            self.vllm_config, self.model_config, self.load_config = config, config.model_config, config.load_config
+            self.model = model
+
+        def get_model(self):
+            return self.model
+
+    monkeypatch.setattr(AcceleratedQwen25VL.__mro__[1], "load_weights", load)
+    model = AcceleratedQwen25VL.__new__(AcceleratedQwen25VL)
+    torch.nn.Module.__init__(model)
+    model._served_config = config
+    model.visual = tower.AcceleratedTower(compat.served_model(config))
+    model.head, model.rotary = torch.nn.Linear(2, 2, bias=False), torch.nn.Module()
+    model.rotary.register_buffer("table", torch.full((3,), 5.0))  # no checkpoint has it
+    record_metadata_for_reloading(model)
+    changed = {"head.weight": torch.ones(2, 2), "visual.blocks.0.attn.qkv.bias": torch.ones(288)}
+    with pytest.raises(ConfigurationError, match="was given new weights for the vision encoder"):
+        Runner(model).reload_weights(weights_iterator=iter(changed.items()))
+    assert model.rotary.table.tolist() == [5, 5, 5]
+    assert model.head.weight.tolist() == [[1, 1], [1, 1]]
+
+
 def test_an_override_of_the_towers_epsilon_is_refused(config, monkeypatch):
     served_model = compat.served_model
     monkeypatch.setattr(compat, "served_model", lambda given: replace(served_model(given), norm_eps=1e-5))

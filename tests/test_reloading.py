@@ -113,6 +113,17 @@ def test_files_that_were_rewritten_in_place_are_used_from_then_on(tiny, other, f
     assert torch.allclose(engine.tower(PATCHES, GRIDS), expected(other), atol=1e-5)
 
 
+def test_files_that_go_away_during_an_update_end_it_after_its_last_tensor(tiny, faults, tmp_path):
+    folder = Path(shutil.copytree(tiny, tmp_path / "checkpoint"))
+    engine = Engine(folder, faults)
+    comparison = engine.tower.compare(lambda: engine.served)
+    (folder / "model.safetensors").unlink()
+    for name, weight in weights(tiny).items():
+        comparison.note(name, torch.from_numpy(weight))
+    with pytest.raises(ConfigurationError, match="was given new weights for the vision encoder"):
+        engine.tower.settle(comparison, engine.served)
+
+
 @pytest.mark.parametrize("receives", [False, True], ids=["in-line", "pipelined"])
 def test_weights_without_files_are_refused_and_nothing_is_encoded_with_the_ones_before(tiny, other, faults, receives):
     engine = Engine(tiny, faults, receives=receives)

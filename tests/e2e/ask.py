@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.torch import load_file
 from vllm import LLM, ModelRegistry, SamplingParams
 
 from digits_vlm.samples import digits_video, held_out_images
@@ -124,12 +125,27 @@ def few(llm: LLM) -> dict[str, Any]:
 
 
 def replaced(llm: LLM) -> dict[str, Any]:
-    """A handful of images, and others once the weights of the checkpoint in `RELOAD_FROM` are loaded."""
-    images = held_out_images(12)
-    before = answers(llm, [image_request(image) for image in images[:6]])
-    llm.collective_rpc("reload_weights", kwargs={"weights_path": os.environ["RELOAD_FROM"]})
-    after = answers(llm, [image_request(image) for image in images[6:]])
-    return {"parts": {"overridden": before, "reloaded": after}}
+    """Images before and after the weights of the checkpoint in `RELOAD_FROM` are loaded, and what follows a refusal.
+
+    That is of vision weights which no file holds. Loading the checkpoint once more makes up for it.
+    """
+    folder = os.environ["RELOAD_FROM"]
+    requests = [image_request(image) for image in held_out_images(17)]
+    parts = {"overridden": answers(llm, requests[:6])}
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+    parts["reloaded"] = answers(llm, requests[6:12])
+    weights = load_file(Path(folder) / "model.safetensors")
+    weights["visual.merger.ln_q.weight"] *= 2
+    refusal = None
+    try:
+        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": list(weights.items())})
+    except Exception as error:
+        refusal = str(error)
+    (after,) = llm.generate(requests[12:13], SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
+    parts["text"] = answers(llm, [{"prompt": prompt("", QUESTION)}])
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+    parts["again"] = answers(llm, requests[13:])
+    return {"parts": parts, "refusal": refusal, "after": [after.outputs[0].finish_reason, after.outputs[0].stop_reason]}
 
 
 def text(llm: LLM) -> dict[str, Any]:

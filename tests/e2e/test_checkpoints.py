@@ -137,3 +137,8 @@ def test_what_is_served_decides_an_overridden_configuration_and_weights_that_wer
         assert [answer["tokens"] for answer in ours["parts"][part]] == [answer["tokens"] for answer in expected]
         for answer, stock in zip(ours["parts"][part], expected, strict=True):
             assert answer["logprobs"] == pytest.approx(stock["logprobs"], rel=0, abs=1e-4)
+    assert theirs["refusal"] is None
+    assert "was given new weights for the vision encoder, such as 'merger.ln_q.weight'" in ours["refusal"]
+    finish_reason, reason = ours["after"]
+    assert finish_reason == "error"
+    assert "was given new weights for the vision encoder" in reason

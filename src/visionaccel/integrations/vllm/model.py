@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from visionaccel.errors import VisionAccelError
 from visionaccel.families.qwen2_5_vl import WEIGHT_PREFIXES
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.activation import check_engine
@@ -76,7 +77,11 @@ class AcceleratedQwen25VL(Qwen2_5_VLForConditionalGeneration):  # type: ignore[m
             return loaded
         comparison = tower.compare(lambda: compat.served_model(self._served_config))
         loaded = super().load_weights(_without_tower(weights, comparison))
-        tower.settle(comparison, compat.served_model(self._served_config))
+        try:
+            tower.settle(comparison, compat.served_model(self._served_config))
+        except VisionAccelError:
+            compat.finish_reload(self, self._served_config.model_config)
+            raise
         return loaded
 
 

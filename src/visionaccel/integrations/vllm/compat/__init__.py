@@ -91,6 +91,7 @@ from visionaccel.integrations.vllm.compat.weight_files import (
     weight_files,
 )
 from visionaccel.integrations.vllm.compat.worker import (
+    finish_reload,
     first_of_its_group,
     loading,
     profiling,
@@ -107,15 +108,15 @@ if TYPE_CHECKING:
 __all__ = [
     "adapts_tower", "answered_with_media", "append_errors", "CacheState", "can_contain", "CONNECTOR", "convert_images",
     "drops_tokens_in_flight", "ec_connector", "encoder_cache_state", "encoder_host", "errors_for_clients",
-    "explain_errors", "explain_pooling_errors", "fail_requests", "first_of_its_group", "forget_encoder_output",
-    "forget_prefixes", "free_in_worker", "has_embeddings", "impossible_with_connector", "is_one_of_several_api_servers",
-    "is_pipelined", "is_prepared", "is_replaced", "load_plugins", "loading", "logger", "mark_prepared", "missing",
-    "normalises_itself", "obstacles_to_pipelining", "on_engine_config", "on_metrics", "pixel_bounds", "pools",
-    "processor_options", "profiling", "receives_embeddings", "refuse_videos", "register_model", "release",
-    "remember_load_config", "requests_at_stake", "scheduled_item", "ScheduledItem", "served_by", "served_model",
-    "ServedModel", "settings_folder", "share_log_handlers", "shows_encoder_cache", "start_anew", "started_cores",
-    "step_in_flight", "step_metadata", "step_timeout", "StepInFlight", "swapped_tower", "takes_media", "tried",
-    "TRIED_RELEASES", "use_connector", "use_contained_scheduler", "use_ec_connector", "use_model_in_process",
+    "explain_errors", "explain_pooling_errors", "fail_requests", "finish_reload", "first_of_its_group",
+    "forget_encoder_output", "forget_prefixes", "free_in_worker", "has_embeddings", "impossible_with_connector",
+    "is_one_of_several_api_servers", "is_pipelined", "is_prepared", "is_replaced", "load_plugins", "loading", "logger",
+    "mark_prepared", "missing", "normalises_itself", "obstacles_to_pipelining", "on_engine_config", "on_metrics",
+    "pixel_bounds", "pools", "processor_options", "profiling", "receives_embeddings", "refuse_videos", "register_model",
+    "release", "remember_load_config", "requests_at_stake", "scheduled_item", "ScheduledItem", "served_by",
+    "served_model", "ServedModel", "settings_folder", "share_log_handlers", "shows_encoder_cache", "start_anew",
+    "started_cores", "step_in_flight", "step_metadata", "step_timeout", "StepInFlight", "swapped_tower", "takes_media",
+    "tried", "TRIED_RELEASES", "use_connector", "use_contained_scheduler", "use_ec_connector", "use_model_in_process",
     "warn_of_untried_release", "weight_files", "without_python_processor", "worker_connector",
 ]  # fmt: skip
 

@@ -100,6 +100,8 @@ _INLINE: tuple[Entry, ...] = (
     _need("override", f"{_MODEL}.load_weights", "weights"),
     _need("read", "vllm.model_executor.model_loader.base_loader:BaseModelLoader.load_model"),
     _need("read", "vllm.v1.worker.gpu_model_runner:GPUModelRunner.profile_run"),
+    _need("read", "vllm.v1.worker.gpu_model_runner:GPUModelRunner.reload_weights"),
+    _need("call", "vllm.model_executor.model_loader.reload:finalize_layerwise_reload"),
     _need("override", f"{_MODEL}.embed_input_ids", "input_ids multimodal_embeddings is_multimodal"),
     _need("read", "vllm:envs"),
     _need("override", f"{_MODEL}.supports_mm_device_do_normalize"),

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 __all__ = [
-    "first_of_its_group", "loading", "profiling", "step_metadata", "step_timeout", "swapped_tower", "worker_connector",
+    "finish_reload", "first_of_its_group", "loading", "profiling", "step_metadata", "step_timeout", "swapped_tower",
+    "worker_connector",
 ]  # fmt: skip
 
 
@@ -39,6 +40,22 @@ def profiling() -> bool:
 def loading() -> bool:
     """Whether this call comes from a loader that makes a model, and not from a later update of its weights."""
     return _called_by("load_model", "vllm.model_executor.model_loader.")
+
+
+def finish_reload(model: nn.Module, model_config: Any) -> None:
+    """Before an error leaves `load_weights`: do what vLLM's `reload_weights` does once that has returned.
+
+    It has taken the layers' tensors away, and puts those back that were not loaded. Without them the next step raises,
+    whatever it computes. An update in parts is left alone: its caller ends it by a call of its own.
+
+    Args:
+        model: The model; all of its other weights are loaded.
+        model_config: vLLM's configuration of it.
+    """
+    if _called_by("reload_weights", "vllm.v1.worker."):
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        finalize_layerwise_reload(model, model_config)
 
 
 def _called_by(method: str, modules: str) -> bool:
