@@ -17,6 +17,8 @@ from visionaccel.settings import Settings
 
 __all__ = ["receiving"]
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own deprecations
+
 GRID = (1, 4, 4)
 
 
@@ -26,7 +28,6 @@ def step(receiving, monkeypatch):
 
     def make(seconds, **settings):
         faults = []
-        monkeypatch.setattr(compat, "in_step", lambda: True)
         monkeypatch.setattr(compat, "worker_connector", lambda: None)
         monkeypatch.setattr(compat, "step_timeout", lambda: seconds / 0.8)
         monkeypatch.setattr(tower, "report_fault", lambda fault: faults.append(fault.message) or True)
