@@ -1,6 +1,8 @@
 """How a request that failed in the scheduler ends for its client, through vLLM's own output processor."""
 
 import asyncio
+import functools
+import inspect
 from types import MappingProxyType, SimpleNamespace
 
 import pytest
@@ -21,8 +23,7 @@ def explained(monkeypatch):
     from vllm.v1.engine.output_processor import RequestState
 
     for name in ("_new_completion_output", "make_request_output"):
-        found = getattr(RequestState, name)
-        monkeypatch.setattr(RequestState, name, getattr(found, "__wrapped__", found))
+        monkeypatch.setattr(RequestState, name, inspect.unwrap(getattr(RequestState, name)))
     compat.explain_errors()
     compat.explain_pooling_errors()
 
@@ -128,17 +129,40 @@ def test_a_failed_completion_of_a_server_brings_its_reason():
         served()
 
 
+@pytest.mark.parametrize("pooling", [True, False], ids=["pooling", "completion"])
+def test_a_failed_request_ends_with_its_reason_where_another_plug_in_wrapped_the_method_first(monkeypatch, pooling):
+    from vllm.v1.engine.output_processor import RequestState
+
+    name = "make_request_output" if pooling else "_new_completion_output"
+    stock = inspect.unwrap(getattr(RequestState, name))
+
+    @functools.wraps(stock)
+    def traced(*args, **kwargs):
+        return stock(*args, **kwargs)
+
+    monkeypatch.setattr(RequestState, name, traced)
+    compat.explain_pooling_errors()
+    compat.explain_errors()
+    wrapped = getattr(RequestState, name)
+    assert wrapped is not traced or (not pooling and compat.takes_request_errors())
+    compat.explain_pooling_errors()
+    compat.explain_errors()
+    assert getattr(RequestState, name) is wrapped, "wrapped once"
+    if pooling:
+        assert message_for_client(lambda: processed(pooling=True, queue=True)) == REASON
+
+
 def test_failed_pooling_requests_are_noticed_where_reasons_are_off(digits, monkeypatch):
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.output_processor import RequestState
 
-    monkeypatch.setattr(RequestState, "make_request_output", RequestState.make_request_output.__wrapped__)
+    monkeypatch.setattr(RequestState, "make_request_output", inspect.unwrap(RequestState.make_request_output))
     monkeypatch.setattr(activation, "is_on", lambda feature: feature is not Feature.REASONS)
     monkeypatch.setattr(activation, "_check", lambda *_: None)
     monkeypatch.setenv("VISIONACCEL_MODE", "inline")
     config = EngineArgs(model=str(digits), max_model_len=160, runner="pooling").create_engine_config()
     activation._prepare(config, client_embeds=False)
-    assert hasattr(RequestState.make_request_output, "__wrapped__")
+    assert RequestState.make_request_output is not inspect.unwrap(RequestState.make_request_output)
 
 
 def test_where_pooling_requests_cannot_end_alone_pooling_models_are_refused(digits, monkeypatch):

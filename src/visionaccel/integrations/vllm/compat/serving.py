@@ -18,6 +18,9 @@ __all__ = ["explain_errors", "explain_pooling_errors", "on_metrics", "request_er
 
 _SERVING = "vllm.entrypoints.generate.base.serving"
 
+_OURS = "_wrapped_by_visionaccel"
+"""On each method that this module has wrapped. Other plug-ins wrap methods too, for tracing or metrics."""
+
 
 class _Explained(str):
     """The finish reason `error`, with what happened."""
@@ -38,7 +41,7 @@ def explain_errors() -> None:
     """
     state = getattr(import_module("vllm.v1.engine.output_processor"), "RequestState", None)
     finish = getattr(state, "_new_completion_output", None)
-    if state is None or finish is None or hasattr(finish, "__wrapped__") or takes_request_errors():
+    if state is None or finish is None or hasattr(finish, _OURS) or takes_request_errors():
         return
 
     @functools.wraps(finish)
@@ -49,6 +52,7 @@ def explain_errors() -> None:
             output.finish_reason = _Explained(output.stop_reason)
         return output
 
+    setattr(new_completion_output, _OURS, True)
     state._new_completion_output = new_completion_output
 
 
@@ -60,7 +64,7 @@ def explain_pooling_errors() -> None:
     """
     state = import_module("vllm.v1.engine.output_processor").RequestState
     finish = state.make_request_output
-    if hasattr(finish, "__wrapped__"):
+    if hasattr(finish, _OURS):
         return
     takes_error = "error" in inspect.signature(finish).parameters  # from vLLM 0.32 on
 
@@ -82,6 +86,7 @@ def explain_pooling_errors() -> None:
             output.outputs = _FailedPooling(stop_reason)
         return output
 
+    setattr(make_request_output, _OURS, True)
     state.make_request_output = make_request_output
 
 
@@ -108,7 +113,7 @@ def on_metrics(make: Callable[[], Collector]) -> None:
     from prometheus_client.multiprocess import MultiProcessCollector
 
     of_files: Any = MultiProcessCollector.collect
-    if hasattr(of_files, "__wrapped__"):
+    if hasattr(of_files, _OURS):
         return
 
     @functools.wraps(of_files)
@@ -116,6 +121,7 @@ def on_metrics(make: Callable[[], Collector]) -> None:
         yield from of_files(self)
         yield from make().collect()
 
+    setattr(collect, _OURS, True)
     MultiProcessCollector.collect = collect  # type: ignore[method-assign]
     REGISTRY.register(make())
 
@@ -139,7 +145,7 @@ def _explain_to_clients() -> None:
     serving: Any = sys.modules.get(_SERVING)
     kind = getattr(serving, "GenerateBaseServing", None)
     complain = getattr(kind, "_raise_if_error", None)
-    if kind is None or complain is None or hasattr(complain, "__wrapped__"):
+    if kind is None or complain is None or hasattr(complain, _OURS):
         return
 
     @functools.wraps(complain)
@@ -149,4 +155,5 @@ def _explain_to_clients() -> None:
             raise serving.GenerationError(finish_reason.reason)
         complain(self, finish_reason, request_id)
 
+    setattr(raise_if_error, _OURS, True)
     kind._raise_if_error = raise_if_error
