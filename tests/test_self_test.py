@@ -1,10 +1,18 @@
 """The pipelined mode is tested on the vLLM that is there, whatever its number; the verdict is kept for that build."""
 
+import errno
 import json
 import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
 
 import pytest
 
+from gated import wait_until
+from visionaccel.diagnosis.findings import as_finding
 from visionaccel.errors import ConfigurationError
 from visionaccel.integrations.vllm import activation, compat, self_test
 from visionaccel.integrations.vllm.compat import checking
@@ -120,7 +128,11 @@ def test_a_scheduler_that_works_otherwise_fails(change, monkeypatch):
     exec("class Changed:\n" + source, space)
     (name,) = (name for name in vars(space["Changed"]) if not name.startswith("__"))
     monkeypatch.setattr(Scheduler, name, vars(space["Changed"])[name])
-    assert message in rehearse(ContainedScheduler, asynchronous=False)
+    found = rehearse(ContainedScheduler, asynchronous=False)
+    assert message in found.detail
+    said, certain = self_test._verdict([found])
+    assert message in said
+    assert certain == (change != "gives other arguments"), "what is raised is no verdict"
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
@@ -129,9 +141,9 @@ def test_vllms_own_schedulers_pass_with_and_without_containment(asynchronous):
     from visionaccel.integrations.vllm.scheduler import ContainedAsyncScheduler, ContainedScheduler
 
     ours = ContainedAsyncScheduler if asynchronous else ContainedScheduler
-    assert rehearse(ours, asynchronous=asynchronous) is None
+    assert rehearse(ours, asynchronous=asynchronous).status == "pass"
     stock = compat.AsyncScheduler if asynchronous else compat.Scheduler
-    assert rehearse(stock, asynchronous=asynchronous) is None
+    assert rehearse(stock, asynchronous=asynchronous).status == "pass"
 
 
 def test_a_failed_self_test_means_in_line_and_refuses_what_names_the_pipelined_mode(config, monkeypatch):
@@ -155,6 +167,52 @@ def test_a_self_test_that_could_not_be_run_is_not_kept(config, monkeypatch, own_
     assert choice.mode == "inline"
     assert "the self-test could not be run: its process ended with status 1" in choice.reason
     assert not list(own_folder.rglob("*.json"))
+
+
+def no_space(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_temporary_folder_of_the_child_is_no_verdict(config, monkeypatch, own_folder, tmp_path):
+    """In this process, as the child would meet it."""
+    from visionaccel.integrations.vllm import rehearsal
+
+    answer = tmp_path / "answer.json"
+
+    def run(kind):
+        with monkeypatch.context() as patch:
+            patch.setattr(rehearsal, "give_up_after", lambda _: None)
+            patch.setattr(tempfile, "mkdtemp", no_space)
+            rehearsal.main(str(answer), "60", *kind)
+        return self_test._verdict([as_finding(row) for row in json.loads(answer.read_bytes())])
+
+    monkeypatch.setattr(self_test, "_run", run)
+    choice = choose_mode(config, load_settings())
+    assert choice.mode == "inline"
+    assert "the self-test could not be run: OSError: [Errno 28] No space left on device" in choice.reason
+    assert not list(own_folder.glob("visionaccel/**/*.json"))
+
+
+def test_a_full_temporary_folder_at_the_start_is_told_and_means_in_line(config, monkeypatch, own_folder):
+    monkeypatch.setattr(tempfile, "mkdtemp", no_space)
+    choice = choose_mode(config, load_settings())
+    assert choice.mode == "inline"
+    assert "the self-test could not be run" in choice.reason
+    assert "No space left on device" in choice.reason
+    assert not list(own_folder.rglob("*.json"))
+
+
+def test_the_folder_of_a_self_test_that_is_killed_is_removed(tmp_path):
+    """Where the configuration is made, a second process of the play's is killed, as when its time is over."""
+    code = (
+        "import os, signal\n"
+        "from visionaccel.integrations.vllm import compat, rehearsal\n"
+        "rehearsal.small_config = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "rehearsal.rehearse(compat.Scheduler, asynchronous=False)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)}, check=False)
+    assert ended.returncode == -signal.SIGKILL
+    wait_until(lambda: not [path for path in tmp_path.iterdir() if (path / "config.json").exists()])
 
 
 def test_the_verdict_is_of_the_files_that_it_stands_on(monkeypatch, tmp_path, own_folder):

@@ -66,8 +66,8 @@ class Child:
         self._process: subprocess.Popen[bytes] | None = None
         self._problem, self._ended = "", False
         self._left = ExitStack()
-        self._answer = self._left.enter_context(temporary_folder("visionaccel-doctor-")) / "answer.json"
         try:
+            self._answer = self._left.enter_context(temporary_folder("visionaccel-doctor-")) / "answer.json"
             self._process = subprocess.Popen(  # noqa: S603
                 [sys.executable, "-P", "-m", module, str(self._answer), f"{limit:g}", *arguments],
                 env=None if environment is None else dict(environment),

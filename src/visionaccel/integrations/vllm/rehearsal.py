@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 import traceback
 from collections import deque
 from collections.abc import Callable
@@ -39,6 +38,7 @@ from visionaccel.integrations.vllm.compat.modelled import (
 from visionaccel.integrations.vllm.connector import VisionAccelConnector
 from visionaccel.integrations.vllm.scheduler import ContainedAsyncScheduler, ContainedScheduler
 from visionaccel.integrations.vllm.self_test import NAME
+from visionaccel.orphans import temporary_folder
 from visionaccel.runtime.queue import Embedding
 from visionaccel.runtime.service import EncodeService
 
@@ -122,7 +122,7 @@ class _Worker(ModelledWorker):
         return bool(np.array_equal(rows, rows_of(float(identifier.removeprefix("image")))))
 
 
-def rehearse(kind: type[Scheduler], *, asynchronous: bool) -> str | None:
+def rehearse(kind: type[Scheduler], *, asynchronous: bool) -> Finding:
     """Play the requests.
 
     Args:
@@ -130,20 +130,25 @@ def rehearse(kind: type[Scheduler], *, asynchronous: bool) -> str | None:
         asynchronous: It is vLLM's asynchronous one, or derived from it.
 
     Returns:
-        What went wrong; None if nothing did.
+        The verdict; with a fix if there is none, because something was raised before the requests had ended.
     """
     try:
-        return _rehearsed(kind, asynchronous)
-    except Exception as error:  # Of vLLM's, because it is not what we know.
+        problem = _rehearsed(kind, asynchronous)
+    except Exception as error:  # Of vLLM's, because it is not what we know; or the machine's, such as a full disk.
         place = traceback.extract_tb(error.__traceback__)[-1]
-        return f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
+        said = f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
+        return Finding(NAME, "failure", said, "Mend what the message names; the self-test runs again at each start.")
+    if problem is None:
+        return Finding(NAME, "pass", "every request ended as it should")
+    return Finding(NAME, "failure", problem)
 
 
 def _rehearsed(kind: type[Scheduler], asynchronous: bool) -> str | None:
+    """What went wrong; None if nothing did."""
     compat.use_model_in_process(_ARCHITECTURE)
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(_MODEL), encoding="utf-8")
-        config = small_config(folder, asynchronous=asynchronous, skip_tokenizer_init=True)
+    with temporary_folder("visionaccel-self-test-") as folder:
+        (folder / "config.json").write_text(json.dumps(_MODEL), encoding="utf-8")
+        config = small_config(str(folder), asynchronous=asynchronous, skip_tokenizer_init=True)
         compat.use_ec_connector(config, RehearsedConnector.__name__, __name__)
         return _play(ModelledEngine(make_scheduler(config, kind, 4 * TOKENS), _Worker()))
 
@@ -230,11 +235,7 @@ def main(file: str, limit: str, scheduler: str, timing: str) -> None:
         ("stock", "sync"): compat.Scheduler,
         ("stock", "async"): compat.AsyncScheduler,
     }
-    problem = rehearse(kinds[scheduler, timing], asynchronous=timing == "async")
-    if problem is None:
-        answer_with(file, [Finding(NAME, "pass", "every request ended as it should")])
-    else:
-        answer_with(file, [Finding(NAME, "failure", problem)])
+    answer_with(file, [rehearse(kinds[scheduler, timing], asynchronous=timing == "async")])
 
 
 if __name__ == "__main__":

@@ -12,13 +12,14 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from visionaccel import __version__
+from visionaccel.backends import Finding
 from visionaccel.integrations.vllm import BACKEND_VARIABLES, compat
 from visionaccel.integrations.vllm.compat.contract import CONTRACT, Feature, needs
 
@@ -61,7 +62,11 @@ def _run(kind: tuple[str, str]) -> tuple[str, bool]:
     environment = {name: value for name, value in os.environ.items() if not _ours(name)}
     environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     with Child(NAME, _MODULE, kind, LIMIT, environment) as child:
-        found = child.findings()
+        return _verdict(child.findings())
+
+
+def _verdict(found: Sequence[Finding]) -> tuple[str, bool]:
+    """What a child found, as `_run` returns it: certain is only what the requests came to, so that no fix is known."""
     own = next((finding for finding in found if finding.name == NAME and not finding.fix), None)
     if own is None:
         return f"the self-test could not be run: {found[0].detail}", False
