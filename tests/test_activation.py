@@ -7,6 +7,7 @@ import warnings
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -143,6 +144,15 @@ def test_without_preparation_a_bundle_that_needs_fitted_images_is_refused(config
     monkeypatch.setenv("VISIONACCEL_FALLBACK", "torch_ref")
     monkeypatch.setenv("VISIONACCEL_FIT", "none")
     activation.check_engine(config)
+
+
+@pytest.mark.parametrize("given", [None, SimpleNamespace(compute_hash=lambda: "1")])
+def test_a_configuration_that_has_no_place_for_a_mark_is_not_taken_to_be_prepared(config, limited, given):
+    config.additional_config = given
+    compat.mark_prepared(config)
+    assert not compat.is_prepared(config)
+    with pytest.raises(ConfigurationError, match="has an additional_config that is not a dict, so it is not known"):
+        activation.check_engine(config)
 
 
 def test_the_rust_front_end_with_a_bundle_that_needs_fitted_images_is_refused(config, limited, monkeypatch):

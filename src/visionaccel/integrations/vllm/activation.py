@@ -29,6 +29,10 @@ MODELS = {"Qwen2_5_VLForConditionalGeneration": "visionaccel.integrations.vllm.m
 _NORM_EPS = 1e-6
 """What the implemented towers add to variances."""
 
+_UNPREPARED = (
+    "this engine's configuration was not made by vLLM's EngineArgs, or has an additional_config that is not a dict"
+)
+
 _HOW = {"pipelined": "while the language model decodes (pipelined)", "inline": "in the engine's step (in-line)"}
 
 
@@ -119,13 +123,12 @@ def check_engine(config: VllmConfig) -> None:
         _refuse_fitting(
             served,
             settings,
-            "this engine's configuration was not made by vLLM's EngineArgs, so it is not known whether images are "
-            "fitted to them",
+            f"{_UNPREPARED}, so it is not known whether images are fitted to them",
         )
         compat.logger().warning(
-            "visionaccel: this engine's configuration was not made by vLLM's EngineArgs and could not be adjusted. "
-            "Images are encoded in the engine's step unless the configuration names %s, and an image that cannot be "
-            "encoded ends the engine.",
+            "visionaccel: %s. If it was not adjusted, images are encoded in the engine's step unless the configuration "
+            "names %s, and an image that cannot be encoded ends the engine.",
+            _UNPREPARED,
             compat.CONNECTOR,
         )
 

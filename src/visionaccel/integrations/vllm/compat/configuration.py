@@ -176,9 +176,9 @@ def mark_prepared(config: VllmConfig) -> None:
 
 
 def is_prepared(config: VllmConfig) -> bool:
-    """Whether a configuration was marked; it is taken to be if it has no place for a mark."""
+    """Whether a configuration was marked. One whose `additional_config` is not a dict cannot be."""
     given = config.additional_config
-    return _MARK in given if isinstance(given, dict) else True
+    return isinstance(given, dict) and _MARK in given
 
 
 def without_python_processor() -> bool:
