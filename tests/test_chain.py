@@ -9,7 +9,7 @@ import pytest
 from gated import Gate, gated, wait_until
 from towers import random_patches, reference
 from visionaccel import open_encoder
-from visionaccel.backends import Registry, default_registry
+from visionaccel.backends import Registry, default_registry, hookimpl
 from visionaccel.encoder import Encoder, OpenProgram
 from visionaccel.errors import (
     DeadlineError,
@@ -332,6 +332,43 @@ def test_a_shadow_that_disagrees_takes_the_device_out_of_work_and_forgets_what_i
             assert (service.counters.fallback, service.counters.cached) == (1, 0)
             device.script = []
             wait_until(lambda: first.breaker.closed)
+
+
+class Exits:
+    """An observer that calls `sys.exit` whatever it is told."""
+
+    @hookimpl
+    def visionaccel_failed(self, report):
+        raise SystemExit(f"on {type(report).__name__}")
+
+    visionaccel_compared = visionaccel_breaker = visionaccel_failed
+
+
+@pytest.fixture
+def exits():
+    plugins, observer = default_registry().plugins, Exits()
+    plugins.register(observer)
+    yield
+    plugins.unregister(observer)
+
+
+def test_an_observer_that_exits_costs_no_encode_and_hides_no_wrong_answer(tiny, exits, caplog):
+    first, device = scripted(tiny, "first", failures=1, cool_down=60)
+    second, _ = scripted(tiny, "second")
+    device.script = [OSError("gone")]
+    chain = GuardedEncoder(first, [second])
+    (answer,) = chain.encode_items(random_patches([GRID]), [GRID])
+    assert answer.fallback
+    wait_until(lambda: all(f"SystemExit: on {name}" in caplog.text for name in ("FailureReport", "BreakerReport")))
+    chain.close()
+
+    liar, device = scripted(tiny, "liar", cool_down=60)
+    device.script = ["drift"]
+    chain = GuardedEncoder(liar, [], Shadow(1.0, 0.9999, scripted(tiny, "reference")[0]))
+    chain.encode_items(random_patches([GRID]), [GRID])
+    wait_until(lambda: not liar.breaker.closed)
+    assert "SystemExit: on DriftReport" in caplog.text
+    chain.close()
 
 
 def test_a_shadow_looks_at_its_share_and_skips_what_it_has_no_time_for(tiny):

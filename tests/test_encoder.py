@@ -257,7 +257,8 @@ def test_whatever_a_backend_raises_becomes_a_device_error(tiny, tmp_path, monkey
         encoder.encode(random_patches([(1, 4, 4)]), [(1, 4, 4)])
 
 
-def test_observers_get_a_report_and_cannot_break_an_encode(tiny, caplog):
+@pytest.mark.parametrize("error", [RuntimeError, SystemExit])
+def test_observers_get_a_report_and_cannot_break_an_encode(tiny, caplog, error):
     registry = Registry()
     reports: list[EncodeReport] = []
 
@@ -265,7 +266,7 @@ def test_observers_get_a_report_and_cannot_break_an_encode(tiny, caplog):
         @hookimpl
         def visionaccel_encoded(self, report):
             reports.append(report)
-            raise RuntimeError("observer is broken")
+            raise error("observer is broken")
 
     registry.plugins.register(Observer())
     grids = [(1, 4, 4), (2, 6, 4), (1, 4, 4)]

@@ -14,10 +14,19 @@ BACKEND_VARIABLES = ("VISIONACCEL_BACKEND", "VLLM_VISION_NPU_BACKEND")
 def register() -> None:
     """Called by vLLM in each of its processes. Does nothing unless the environment names a backend.
 
+    vLLM loads its plug-ins once, even if one of them raises. After an error here, it loads them again when it makes its
+    next configuration, so that this raises again, or succeeds if the user has corrected the settings.
+
     Raises:
         ConfigurationError: If a backend is named that cannot be used; vLLM then refuses to start.
     """
     if any(os.environ.get(name, "").strip() for name in BACKEND_VARIABLES):
-        from visionaccel.integrations.vllm.activation import activate
+        try:
+            from visionaccel.integrations.vllm.activation import activate
 
-        activate()
+            activate()
+        except BaseException:
+            from visionaccel.integrations.vllm import compat
+
+            compat.load_plugins_again()
+            raise

@@ -56,9 +56,9 @@ def activate() -> None:
     compat.warn_of_untried_release()
     for architecture, model in MODELS.items():
         compat.register_model(architecture, model)
-    compat.on_engine_config(_prepare)
     if settings.metrics and is_on(Feature.METRICS):
         compat.on_metrics(_collector)
+    compat.on_engine_config(_prepare)  # last: after an error, all of this runs again
 
 
 def _collector() -> Collector:

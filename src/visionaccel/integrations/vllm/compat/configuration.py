@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "adapts_tower", "can_contain", "CONNECTOR", "ec_connector", "impossible_with_connector",
-    "is_one_of_several_api_servers", "is_pipelined", "is_prepared", "is_replaced", "load_plugins", "mark_prepared",
+    "is_one_of_several_api_servers", "is_pipelined", "is_prepared", "is_replaced", "load_plugins", "load_plugins_again", "mark_prepared",
     "normalises_itself", "obstacles_to_pipelining", "on_engine_config", "pools", "processor_options",
     "receives_embeddings", "register_model", "served_by", "served_model", "ServedModel", "takes_media", "use_connector",
     "use_contained_scheduler", "use_ec_connector", "use_model_in_process", "without_python_processor",
@@ -48,6 +48,13 @@ def load_plugins() -> None:
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
+
+
+def load_plugins_again() -> None:
+    """Have vLLM load its general plug-ins again the next time that it asks for them in this process."""
+    import vllm.plugins as plugins
+
+    plugins.plugins_loaded = False
 
 
 def register_model(architecture: str, model: str) -> None:

@@ -40,6 +40,7 @@ _PARALLEL = "vllm.distributed.parallel_state"
 _CONFIGURATION: tuple[Entry, ...] = (
     _need("patch", f"{_ARGUMENTS}.create_engine_config"),
     _need("patch", "vllm.plugins:load_general_plugins"),
+    _need("patch", "vllm.plugins:plugins_loaded"),
     _need("read", _ARGUMENTS, has="enable_mm_embeds"),
     _need(
         "read",
