@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "adapts_tower", "can_contain", "CONNECTOR", "ec_connector", "impossible_with_connector",
-    "is_one_of_several_api_servers", "is_pipelined", "is_prepared", "is_replaced", "load_plugins", "load_plugins_again", "mark_prepared",
+    "is_one_of_several_api_servers", "is_pipelined", "is_prepared", "is_replaced", "load_plugins",
+    "load_plugins_again", "mark_prepared",
     "normalises_itself", "obstacles_to_pipelining", "on_engine_config", "pools", "processor_options",
     "receives_embeddings", "register_model", "served_by", "served_model", "ServedModel", "takes_media", "use_connector",
     "use_contained_scheduler", "use_ec_connector", "use_model_in_process", "without_python_processor",
