@@ -25,7 +25,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM and what it imports use deprecated parts of torch
     import vllm
     from vllm import ModelRegistry
-    from vllm.config import LoRAConfig
+    from vllm.config import LoadConfig, LoRAConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.peft_helper import PEFTHelper
@@ -176,6 +176,14 @@ def test_adapters_for_the_vision_tower_are_refused_at_the_start(config):
     activation.check_engine(config)
     config.lora_config = LoRAConfig(enable_tower_connector_lora=True)
     with pytest.raises(ConfigurationError, match="--enable-tower-connector-lora applies LoRA adapters to vLLM's own"):
+        activation.check_engine(config)
+
+
+def test_a_model_whose_weights_vllm_loads_from_elsewhere_is_refused_before_it_loads_them(config):
+    config.load_config = LoadConfig(load_format="runai_streamer")
+    with pytest.raises(
+        ConfigurationError, match="with --load-format runai_streamer, vLLM loads the weights by its Run"
+    ):
         activation.check_engine(config)
 
 

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from hub_server import ATTRIBUTES, HubServer, Repository
 from visionaccel.bundle.opening import tower_digest
-from visionaccel.errors import CheckpointError
+from visionaccel.errors import CheckpointError, ConfigurationError
 from visionaccel.integrations.vllm.server import quiet_environment
 from visionaccel.opening import open_tower
 from visionaccel.testing.checkpoints import random_checkpoint
@@ -22,6 +22,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM and what it imports use deprecated parts of torch
     from vllm.config.load import LoadConfig
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER, DefaultModelLoader
 
     from visionaccel.integrations.vllm import compat
     from visionaccel.integrations.vllm.source import open_served_source
@@ -116,6 +117,30 @@ def test_weights_that_are_not_in_safetensors_files_are_refused(tmp_path, name, s
         (tmp_path / name).write_bytes(b"pickled")
     with pytest.raises(CheckpointError, match=said):
         compat.weight_files(str(tmp_path), None, None)
+
+
+class DerivedLoader(DefaultModelLoader):
+    """A plug-in's loader, which may read its weights anywhere."""
+
+
+def test_other_loaders_than_the_default_are_refused_because_their_files_are_not_known(tiny, monkeypatch):
+    monkeypatch.setitem(_LOAD_FORMAT_TO_MODEL_LOADER, "derived", DerivedLoader)
+    for name in ("auto", "dummy", "fastsafetensors", "hf", "instanttensor", "safetensors"):
+        assert compat.weight_files(str(tiny), None, LoadConfig(load_format=name)) == (tiny / "model.safetensors",)
+    others = {"derived", "modelexpress", "runai_streamer", "runai_streamer_sharded", "sharded_state", "tensorizer"}
+    assert others < set(_LOAD_FORMAT_TO_MODEL_LOADER)
+    for name, loader in _LOAD_FORMAT_TO_MODEL_LOADER.items():
+        if name != "dummy" and loader is not DefaultModelLoader:
+            with pytest.raises(ConfigurationError, match=f"--load-format {name}[ :,]"):
+                compat.weight_files(str(tiny), None, LoadConfig(load_format=name))
+
+
+def test_weights_from_elsewhere_are_refused_with_a_bundle_too(digits, monkeypatch, config):
+    config.load_config.load_format = "runai_streamer"
+    config.model_config.model_weights = "s3://other/model"
+    monkeypatch.setenv("VISIONACCEL_BUNDLE", str(digits))
+    with pytest.raises(ConfigurationError, match="--load-format runai_streamer"):
+        open_served_source(compat.served_model(config), load_settings())
 
 
 MODELSCOPE = """

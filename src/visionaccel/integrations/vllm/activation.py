@@ -119,6 +119,8 @@ def check_engine(config: VllmConfig) -> None:
     """
     served, settings = compat.served_model(config), load_settings()
     _check(config, served, settings)
+    if served.takes_media:
+        compat.require_default_loader(served.load)
     if not compat.is_prepared(config) and served.takes_media:
         _refuse_fitting(
             served,

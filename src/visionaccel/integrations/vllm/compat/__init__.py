@@ -88,6 +88,7 @@ from visionaccel.integrations.vllm.compat.serving import (
 )
 from visionaccel.integrations.vllm.compat.weight_files import (
     remember_load_config,
+    require_default_loader,
     settings_folder,
     weight_files,
 )
@@ -115,11 +116,11 @@ __all__ = [
     "load_plugins_again", "loading", "logger",
     "mark_prepared", "missing", "normalises_itself", "obstacles_to_pipelining", "on_engine_config", "on_metrics",
     "pixel_bounds", "pools", "processor_options", "profiling", "receives_embeddings", "refuse_videos", "register_model",
-    "release", "remember_load_config", "requests_at_stake", "scheduled_item", "ScheduledItem", "served_by",
-    "served_model", "ServedModel", "settings_folder", "share_log_handlers", "shows_encoder_cache", "start_anew",
-    "started_cores", "step_in_flight", "step_metadata", "step_timeout", "StepInFlight", "swapped_tower", "takes_media",
-    "tried", "TRIED_RELEASES", "use_connector", "use_contained_scheduler", "use_ec_connector", "use_model_in_process",
-    "warn_of_untried_release", "weight_files", "without_python_processor", "worker_connector",
+    "release", "remember_load_config", "require_default_loader", "requests_at_stake", "scheduled_item", "ScheduledItem",
+    "served_by", "served_model", "ServedModel", "settings_folder", "share_log_handlers", "shows_encoder_cache",
+    "start_anew", "started_cores", "step_in_flight", "step_metadata", "step_timeout", "StepInFlight", "swapped_tower",
+    "takes_media", "tried", "TRIED_RELEASES", "use_connector", "use_contained_scheduler", "use_ec_connector",
+    "use_model_in_process", "warn_of_untried_release", "weight_files", "without_python_processor", "worker_connector",
 ]  # fmt: skip
 
 _QWEN = "vllm.model_executor.models.qwen2_5_vl"

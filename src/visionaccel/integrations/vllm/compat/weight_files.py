@@ -5,14 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from visionaccel.errors import CheckpointError
+from visionaccel.errors import CheckpointError, ConfigurationError
 
 if TYPE_CHECKING:
     from vllm.config import LoadConfig, ModelConfig, VllmConfig
 
-__all__ = ["load_config_of", "remember_load_config", "settings_folder", "weight_files"]
+__all__ = ["load_config_of", "remember_load_config", "require_default_loader", "settings_folder", "weight_files"]
 
 _REMEMBERED = "_visionaccel_load_config"
+_OTHER_LOADER = (
+    "Use --load-format auto, hf, safetensors, fastsafetensors or instanttensor with safetensors files, or unset "
+    "VISIONACCEL_BACKEND. With VISIONACCEL_BUNDLE too, the files must be known: the bundle is compared with them."
+)
 
 
 def remember_load_config(config: VllmConfig) -> None:
@@ -31,20 +35,14 @@ def weight_files(source: str, revision: str | None, load: LoadConfig | None) -> 
     Args:
         source: Checkpoint folder or repository.
         revision: The repository's revision.
-        load: How vLLM loads it; None for its defaults. Where it takes weights from elsewhere or makes them up, as with
-            `--load-format dummy`, the files are those of its own default.
+        load: How vLLM loads it; None for its defaults. With `--load-format dummy`, which reads no weights, the files
+            are those of its default.
 
     Raises:
+        ConfigurationError: If vLLM loads them by another loader than its default, whose files are not known.
         CheckpointError: If there are none, vLLM loads another format, or they cannot be downloaded.
     """
-    from vllm.config.load import LoadConfig
-    from vllm.model_executor.model_loader import get_model_loader
-    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-
-    load = load or LoadConfig()
-    loader: Any = get_model_loader(load)
-    if not isinstance(loader, DefaultModelLoader):
-        loader = DefaultModelLoader(LoadConfig(download_dir=load.download_dir))
+    loader = require_default_loader(load)
     try:
         found = loader._prepare_weights(source, None, revision, True, None)
     except Exception as error:  # vLLM's own, the hub client's and its HTTP library's
@@ -59,6 +57,38 @@ def weight_files(source: str, revision: str | None, load: LoadConfig | None) -> 
             hint="Serve a checkpoint in safetensors files, with --load-format auto.",
         )
     return tuple(sorted(map(Path, files)))
+
+
+def require_default_loader(load: LoadConfig | None) -> Any:
+    """The default loader, as an engine uses it. Any other, derived ones too, may read weights from another place.
+
+    Args:
+        load: How vLLM loads the model; None for its defaults.
+
+    Raises:
+        ConfigurationError: If it loads the model by another one that reads weights.
+    """
+    from vllm.config.load import LoadConfig
+    from vllm.model_executor.model_loader import get_model_loader
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    load = load or LoadConfig()
+    if load.load_format == "dummy":
+        return DefaultModelLoader(LoadConfig(download_dir=load.download_dir))
+    try:
+        loader = get_model_loader(load)
+    except Exception as error:  # each loader checks its options in its own way
+        raise ConfigurationError(
+            f"vLLM cannot make the loader of --load-format {load.load_format}: {type(error).__name__}: {error}",
+            hint=_OTHER_LOADER,
+        ) from error
+    if type(loader) is not DefaultModelLoader:
+        raise ConfigurationError(
+            f"with --load-format {load.load_format}, vLLM loads the weights by its {type(loader).__name__}, and it is "
+            "not known from which files: the vision encoder could be another model's.",
+            hint=_OTHER_LOADER,
+        )
+    return loader
 
 
 def settings_folder(source: str, revision: str | None) -> Path:
