@@ -347,6 +347,17 @@ def test_after_new_weights_no_step_uses_the_encoder_before(digits, exact, retrai
 
     report(Replacement(str(digits), None, "sha256:" + 64 * "0"))
     assert "changed while they were loaded" in answers([1])[0]
+
+    def fail(*_, **__):
+        raise RuntimeError("no context on this device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("visionaccel.integrations.vllm.connector.open_wanted_service", fail)
+        report(Replacement(str(digits), None, source_digest(open_tower(digits))))
+        (image, text) = answers([2], [])
+    assert "opening the encoder from the new weights failed with RuntimeError: no context on this device" in image
+    assert text == [GOOD] * 3
+
     report(Replacement(str(digits), None, source_digest(open_tower(digits))))
     engine.worker.exact = exact
     assert answers([0], [2]) == [[GOOD] * 3] * 2

@@ -129,9 +129,12 @@ def test_an_encoder_that_opens_slowly_holds_up_a_step_for_its_budget_and_is_used
     assert opening.result(time.monotonic() + 5) is made[0]
 
 
-def test_an_encoder_that_could_not_be_opened_is_opened_again_after_a_pause(monkeypatch):
+@pytest.mark.parametrize(
+    "error", [DeviceError("out of memory."), RuntimeError("out of memory.")], ids=["ours", "a-vendors"]
+)
+def test_an_encoder_that_could_not_be_opened_is_opened_again_after_a_pause(monkeypatch, error):
     monkeypatch.setattr(step_budget, "_FIRST_PAUSE", 0.1)
-    answers = [DeviceError("out of memory."), "open"]
+    answers = [error, "open"]
 
     def make():
         answer = answers.pop(0)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["contained"]
+from visionaccel.errors import DeviceError, VisionAccelError
+
+__all__ = ["contained", "device_errors"]
 
 
 @contextmanager
@@ -23,3 +25,23 @@ def contained() -> Iterator[None]:
         raise
     except BaseException as error:
         raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def device_errors(doing: str) -> Iterator[None]:
+    """Turn whatever a vendor's stack raises into an error of this package. Ctrl-C stays what it is.
+
+    Args:
+        doing: What the code in the context does, for the message.
+
+    Raises:
+        VisionAccelError: As the code raised it.
+        DeviceError: If it raised anything else.
+    """
+    try:
+        with contained():
+            yield
+    except VisionAccelError:
+        raise
+    except Exception as error:
+        raise DeviceError(f"{doing} failed with {type(error).__name__}: {error}") from error

@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from visionaccel.arrays import as_numpy
+from visionaccel.backends.containment import device_errors
 from visionaccel.bundle import Bundle
 from visionaccel.errors import ConfigurationError, VisionAccelError
 from visionaccel.families import Tower
@@ -130,24 +131,27 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
         """
         if self._service is None or (order.refusal is None and order.digest == self._digest):
             return
-        self._service.close(wait=_CLOSING_SECONDS)  # a device may have room for one encoder only
         self._digest = ""
         try:
-            if order.refusal is not None:
-                raise ConfigurationError(order.refusal, hint="Load weights of the vision encoder from files.")
-            source = open_served_source(
-                replace(self._served, source=order.source, revision=order.revision), self._settings
-            )
-            if source_digest(source) != order.digest:
-                raise ConfigurationError(
-                    f"the weights in {order.source} changed while they were loaded.", hint="Load them again."
-                )
-            self._open(source)
+            with device_errors("opening the encoder from the new weights"):
+                self._service.close(wait=_CLOSING_SECONDS)  # a device may have room for one encoder only
+                self._open(self._source_of(order))
         except VisionAccelError as error:
             compat.logger().error("Requests with images end with an error from now on: %s", error)
+            self._digest = ""
             self._bookings = Bookings(_Refusing(error), self._settings.cache_size)
         self._loads.clear()
         self._cached.clear()
+
+    def _source_of(self, order: Replacement) -> Tower | Bundle:
+        if order.refusal is not None:
+            raise ConfigurationError(order.refusal, hint="Load weights of the vision encoder from files.")
+        source = open_served_source(replace(self._served, source=order.source, revision=order.revision), self._settings)
+        if source_digest(source) != order.digest:
+            raise ConfigurationError(
+                f"the weights in {order.source} changed while they were loaded.", hint="Load them again."
+            )
+        return source
 
     @property
     def service(self) -> EncodeService | None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from visionaccel.backends.containment import device_errors
 from visionaccel.errors import DeadlineError, VisionAccelError
 from visionaccel.integrations.vllm import compat
 from visionaccel.runtime.guarded import GuardedEncoder
@@ -104,7 +105,8 @@ class LateOpening:
 
     def _open(self) -> GuardedEncoder:
         try:
-            self._made = self._make()
+            with device_errors("opening the encoder"):
+                self._made = self._make()
         except VisionAccelError as error:
             self._error, self._again = error, time.monotonic() + self._pause
             self._pause = min(2 * self._pause, _LONGEST_PAUSE)
