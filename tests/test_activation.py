@@ -80,6 +80,32 @@ def test_an_architecture_is_resolved_as_vllm_resolves_it(early):
         assert found["model"] == "AcceleratedQwen25VL"
 
 
+RETRY = """
+import os, sys
+from vllm.engine.arg_utils import EngineArgs
+for backend in ("missing", "missing", "onnxrt"):
+    os.environ["VISIONACCEL_BACKEND"] = backend
+    try:
+        config = EngineArgs(model=sys.argv[1], dtype="float32", max_model_len=512).create_engine_config()
+        print("FOUND", config.model_config._model_info.architecture, "visionaccel" in config.additional_config)
+    except Exception as error:
+        print("FOUND", type(error).__name__)
+"""
+"""What a notebook does in which a wrong setting is corrected after an error."""
+
+
+def test_after_an_activation_that_failed_the_next_one_fails_or_succeeds_and_is_not_left_out(digits):
+    done = subprocess.run(
+        [sys.executable, "-c", RETRY, str(digits)],
+        env=quiet_environment({}),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    found = [line.removeprefix("FOUND ") for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    assert found == ["UnknownBackendError", "UnknownBackendError", "AcceleratedQwen25VL True"], done.stderr[-2000:]
+
+
 def test_flags_that_vllm_cached_under_another_release_are_not_used(tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     ((architecture, model),) = activation.MODELS.items()
