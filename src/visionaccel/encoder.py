@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -24,17 +25,15 @@ from visionaccel.backends import (
     contained,
     watch_parts,
 )
+from visionaccel.backends.containment import tell
 from visionaccel.contracts import check_embeddings, check_output, check_patches
 from visionaccel.cores import on_cores
 from visionaccel.errors import DeviceError, UnfitGridError, VisionAccelError
 from visionaccel.families import Host, Tower
 from visionaccel.grid import Grid, GridLike, as_grids, total_patches
 from visionaccel.program import AnyGrid, Bucket, FixedGrid, Program
-from visionaccel.safe_text import safe_logger
 
 __all__ = ["Encoder", "OpenProgram", "close_programs"]
-
-logger = safe_logger(__name__)
 
 
 @dataclass
@@ -327,10 +326,7 @@ class Encoder:
             bytes_in=clock.bytes_in,
             bytes_out=clock.bytes_out,
         )
-        try:
-            self.hooks.visionaccel_encoded(report=report)
-        except Exception:  # An observer's fault must not cost the caller a finished encode.
-            logger.exception("An observer of encodes failed.")
+        tell(partial(self.hooks.visionaccel_encoded, report=report))
 
 
 class _Clock:

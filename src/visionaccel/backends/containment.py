@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from visionaccel.errors import DeviceError, VisionAccelError
+from visionaccel.safe_text import safe_logger
 
-__all__ = ["contained", "device_errors"]
+__all__ = ["contained", "device_errors", "tell"]
+
+logger = safe_logger(__name__)
 
 
 @contextmanager
@@ -45,3 +48,12 @@ def device_errors(doing: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise DeviceError(f"{doing} failed with {type(error).__name__}: {error}") from error
+
+
+def tell(hook: Callable[[], object]) -> None:
+    """Call observers; what one raises, an exit included, is logged and costs no one an encode."""
+    try:
+        with contained():
+            hook()
+    except Exception:
+        logger.exception("An observer of encodes failed.")

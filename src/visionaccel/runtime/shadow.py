@@ -7,12 +7,14 @@ import random
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from visionaccel.arrays import Array, as_numpy
 from visionaccel.backends import DriftReport
+from visionaccel.backends.containment import tell
 from visionaccel.bundle.golden import Golden
 from visionaccel.errors import VisionAccelError
 from visionaccel.grid import Grid
@@ -123,7 +125,7 @@ class Shadow:
             seconds = time.perf_counter() - started
             device = encoder.capabilities.device
             report = DriftReport(encoder.backend, device, "shadow", True, cosine, self._limit, failure is None, seconds)
-            encoder.hooks.visionaccel_compared(report=report)
+            tell(partial(encoder.hooks.visionaccel_compared, report=report))
         if failure is not None and not self._closed:
             self.drifted += 1
             name = f"an image of grid {sample.grid} that a client sent"
