@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from visionaccel.grid import Grid
+from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.compat.modelled import (
     GOOD,
     TAINTED,
@@ -36,11 +37,12 @@ class Worker(ModelledWorker):
 
     broken: set = field(default_factory=set)
     lying: set = field(default_factory=set)  # encoded wrongly, and nobody is told
+    engine: str = ""
 
     def encode(self, identifier):
         image = int(identifier.removeprefix("image"))
         if image in self.broken:
-            assert report_fault(Fault(item_key(pixels(image), GRID), f"image {image} is broken"))
+            assert report_fault(Fault(item_key(pixels(image), GRID), f"image {image} is broken"), self.engine)
         return image not in self.broken | self.lying
 
 
@@ -49,6 +51,7 @@ class Engine(ModelledEngine):
 
     def __init__(self, scheduler, worker=None):
         super().__init__(scheduler, worker or Worker())
+        self.worker.engine = compat.engine_id(scheduler.vllm_config)
 
     def add(self, images, text):
         grid = (GRID.t, GRID.h, GRID.w)
@@ -65,7 +68,6 @@ class Engine(ModelledEngine):
 
 def make(checkpoint, kind, *, pipelined):
     """A contained scheduler of vLLM's, with caches small enough to be evicted and preempted all the time."""
-    from visionaccel.integrations.vllm import compat
     from visionaccel.integrations.vllm.scheduler import ContainedAsyncScheduler, ContainedScheduler
 
     config = small_config(str(checkpoint), asynchronous=kind == "async")

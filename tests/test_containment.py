@@ -10,6 +10,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from modelled_engine import GOOD, IMAGE_TOKENS, IMAGES, TAINTED, Engine, forget, make
+from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.board import _VARIABLE as BOARD
 from visionaccel.integrations.vllm.board import FAULTS, board, make_board
 from visionaccel.integrations.vllm.faults import EVERYTHING, Fault, report_fault
@@ -82,6 +83,14 @@ def test_no_token_of_a_faulty_encode_is_ever_delivered(scheduler, actions):
     assert all(engine.answers[name] == [GOOD] * 3 and engine.endings[name] == "length" for name in again)
 
 
+def test_workers_report_to_the_engine_of_their_own_configuration(scheduler):
+    config = scheduler.vllm_config
+    assert compat.served_model(config).engine == compat.engine_id(config) != ""
+    assert scheduler._faults.new() == []
+    assert report_fault(Fault("k", "m"), compat.served_model(config).engine)
+    assert scheduler._faults.new() == [Fault("k", "m")]
+
+
 def test_only_requests_with_the_faulty_image_fail(engine):
     engine.worker.broken = {1}
     names = [engine.add([0], 3), engine.add([1], 3), engine.add([2, 1], 3), engine.add([], 6)]
@@ -129,7 +138,7 @@ def test_what_was_computed_from_a_device_that_lied_is_computed_anew_once_that_tu
         engine.step()
     assert engine.answers[running][0] == TAINTED, "nobody could know"
     engine.worker.lying = set()
-    assert report_fault(Fault(EVERYTHING, "its canary failed"))
+    assert report_fault(Fault(EVERYTHING, "its canary failed"), engine.worker.engine)
     known = {name: list(tokens) for name, tokens in engine.answers.items()}
     again = [engine.add([image], 3) for image in range(IMAGES)]
     waiting = engine.add([], 6)
@@ -148,7 +157,7 @@ def test_what_has_no_token_yet_is_computed_anew_and_text_alone_goes_on(engine):
         engine.step()
     assert engine.answers[image] == []
     engine.worker.lying = set()
-    assert report_fault(Fault(EVERYTHING, "its canary failed"))
+    assert report_fault(Fault(EVERYTHING, "its canary failed"), engine.worker.engine)
     engine.drain()
     assert (engine.answers[text], engine.endings[text]) == ([GOOD] * 3, "length")
     assert (engine.answers[image], engine.endings[image]) == ([GOOD] * 3, "length")
@@ -162,7 +171,7 @@ LIES = st.one_of(ACTIONS, st.tuples(st.just("lie"), st.sets(st.integers(0, IMAGE
 def test_after_distrust_every_later_request_is_right_whatever_the_caches_held(scheduler, actions):
     engine, names, ever_broken = play(scheduler, actions)
     engine.worker.broken = engine.worker.lying = set()
-    assert report_fault(Fault(EVERYTHING, "its canary failed"))
+    assert report_fault(Fault(EVERYTHING, "its canary failed"), engine.worker.engine)
     again = [engine.add([image, image], 5) for image in range(IMAGES)]
     engine.drain()
     assert set(engine.endings) == {*names, *again}
@@ -183,7 +192,7 @@ def test_a_request_whose_first_token_is_under_way_is_computed_anew_and_does_not_
     def found_out(identifier):
         right = encode(identifier)
         if not told:
-            told.append(report_fault(Fault(EVERYTHING, "its canary failed")))
+            told.append(report_fault(Fault(EVERYTHING, "its canary failed"), engine.worker.engine))
             engine.worker.lying = set()
         return right
 

@@ -15,7 +15,7 @@ from visionaccel.errors import ConfigurationError
 from visionaccel.grid import Grid
 from visionaccel.integrations.vllm.board import _VARIABLE as BOARD
 from visionaccel.integrations.vllm.board import FAULTS, METRICS, Area, board, make_board
-from visionaccel.integrations.vllm.faults import EVERYTHING, LOST, Fault, FaultReader, report_fault
+from visionaccel.integrations.vllm.faults import EVERYTHING, LOST, REPLACED, Fault, FaultReader, report_fault
 from visionaccel.runtime.keys import item_key
 
 WORKER = "from visionaccel.integrations.vllm.faults import Fault, report_fault\n"
@@ -28,39 +28,39 @@ def shared(monkeypatch):
     return board()
 
 
-def run(code, **settings):
+def run(code, *, check=True, **settings):
     command = [sys.executable, "-c", code]
-    return subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | settings).stdout
+    return subprocess.run(command, check=check, capture_output=True, text=True, env=os.environ | settings).stdout
 
 
 def test_no_scheduler_listens_before_a_reader_is_made(shared):
-    assert not report_fault(Fault("k", "m"))
-    reader = FaultReader()
-    assert report_fault(Fault("k", "m"))
+    assert not report_fault(Fault("k", "m"), "e")
+    reader = FaultReader("e")
+    assert report_fault(Fault("k", "m"), "e")
     reader.close()
-    assert not report_fault(Fault("k", "m"))
+    assert not report_fault(Fault("k", "m"), "e")
 
 
 def test_no_scheduler_listens_without_memory(monkeypatch):
     monkeypatch.delenv(BOARD, raising=False)
-    assert FaultReader().new() == []
-    assert not report_fault(Fault("k", "m"))
+    assert FaultReader("e").new() == []
+    assert not report_fault(Fault("k", "m"), "e")
 
 
 def test_each_fault_is_read_once(shared):
-    reader = FaultReader()
+    reader = FaultReader("e")
     assert reader.new() == []
-    report_fault(Fault("a", "first\nline"))
-    report_fault(Fault("b", "naïve \udc80"))
+    report_fault(Fault("a", "first\nline"), "e")
+    report_fault(Fault("b", "naïve \udc80"), "e")
     assert reader.new() == [Fault("a", "first\nline"), Fault("b", "naïve ?")]
     assert reader.new() == []
-    report_fault(Fault("c", "third"))
+    report_fault(Fault("c", "third"), "e")
     assert reader.new() == [Fault("c", "third")]
 
 
 def test_a_long_message_is_cut(shared):
-    reader = FaultReader()
-    report_fault(Fault("k", "é" * 100_000))
+    reader = FaultReader("e")
+    report_fault(Fault("k", "é" * 100_000), "e")
     (fault,) = reader.new()
     assert fault.key == "k"
     assert 2000 < len(fault.message) < FAULTS.capacity
@@ -68,18 +68,18 @@ def test_a_long_message_is_cut(shared):
 
 
 def test_a_worker_process_reaches_its_parents_reader(shared):
-    reader = FaultReader()
-    run(WORKER + "assert report_fault(Fault('k', 'from a worker'))")
+    reader = FaultReader("e")
+    run(WORKER + "assert report_fault(Fault('k', 'from a worker'), 'e')")
     assert reader.new() == [Fault("k", "from a worker")]
 
 
 def test_several_workers_and_threads_lose_no_report(shared):
-    reader = FaultReader()
+    reader = FaultReader("e")
     code = WORKER + (
         "import sys\n"
         "from concurrent.futures import ThreadPoolExecutor\n"
         "with ThreadPoolExecutor(4) as pool:\n"
-        "    assert all(pool.map(lambda i: report_fault(Fault(f'{sys.argv[1]}-{i}', 'm' * i)), range(100)))\n"
+        "    assert all(pool.map(lambda i: report_fault(Fault(f'{sys.argv[1]}-{i}', 'm' * i), 'e'), range(100)))\n"
     )
     workers = [subprocess.Popen([sys.executable, "-c", code, str(number)]) for number in range(3)]
     found = []
@@ -91,38 +91,38 @@ def test_several_workers_and_threads_lose_no_report(shared):
 
 
 def test_a_fault_is_reported_whole_where_no_file_can_be_written(shared, tmp_path):
-    reader = FaultReader()
+    reader = FaultReader("e")
     run(
         WORKER + "import resource\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))\n"
         "for i in range(40):\n"
-        "    assert report_fault(Fault(f'k{i}', 'no file of this process may be larger than 20 bytes'))\n",
+        "    assert report_fault(Fault(f'k{i}', 'no file of this process may be larger than 20 bytes'), 'e')\n",
         TMPDIR=str(tmp_path / "absent"),
     )
     assert [fault.key for fault in reader.new()] == [f"k{i}" for i in range(40)]
 
 
 def test_a_report_that_cannot_be_read_is_a_fault_of_everything(shared):
-    reader = FaultReader()
+    reader = FaultReader("e")
     (area,) = shared.areas(FAULTS)
     for number in range(3):
-        report_fault(Fault(f"k{number}", "m"))
+        report_fault(Fault(f"k{number}", "m"), "e")
     place = area.start + FAULTS.slot_bytes + 17
     shared.memory[place] ^= 1
     found = reader.new()
     assert found[:3] == [Fault("k0", "m"), Fault("k2", "m"), LOST]
     assert [fault.key for fault in found[3:]] == [EVERYTHING]
-    report_fault(Fault("later", "m"))
+    report_fault(Fault("later", "m"), "e")
     assert reader.new() == [Fault("later", "m")]
 
 
 def test_more_reports_than_there_is_room_for_are_a_fault_of_everything(shared):
-    reader = FaultReader()
+    reader = FaultReader("e")
     for number in range(FAULTS.slots):
-        report_fault(Fault(f"k{number}", "m"))
+        report_fault(Fault(f"k{number}", "m"), "e")
     assert len(reader.new()) == FAULTS.slots
     for number in range(FAULTS.slots + 1):
-        report_fault(Fault(f"k{number}", "m"))
+        report_fault(Fault(f"k{number}", "m"), "e")
     found = reader.new()
     assert found[0] == Fault("k1", "m")
     assert found[-2] is LOST
@@ -130,40 +130,75 @@ def test_more_reports_than_there_is_room_for_are_a_fault_of_everything(shared):
 
 
 def test_what_an_earlier_engine_left_is_not_read(shared):
-    FaultReader()
-    report_fault(Fault("old", "of an engine that has ended"))
-    reader = FaultReader()
+    reader = FaultReader("e")
+    report_fault(Fault("old", "of an engine that has ended"), "e")
+    reader.close()
+    reader = FaultReader("e")
     assert reader.new() == []
-    report_fault(Fault("new", "m"))
+    report_fault(Fault("new", "m"), "e")
     assert reader.new() == [Fault("new", "m")]
 
 
 def test_the_place_of_a_killed_engine_is_used_again(shared):
-    run("import os, signal\nfrom visionaccel.integrations.vllm.faults import FaultReader\nFaultReader()")
+    run(
+        "import os, signal\n"
+        "from visionaccel.integrations.vllm.faults import FaultReader\n"
+        "reader = FaultReader('e')\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n",
+        check=False,
+    )
     (area,) = shared.areas(FAULTS)
     assert area.ended
-    FaultReader()
+    reader = FaultReader("e")
+    assert reader.new() == []
     assert [area.owner for area in shared.areas(FAULTS)] == [os.getpid()]
 
 
 def test_each_engine_of_a_server_reads_its_own_workers_alone(shared):
-    reader = FaultReader()
+    reader = FaultReader("e")
+    worker = WORKER + 'assert report_fault(Fault("k", "m"), "e")'
     code = (
         "import subprocess, sys\n"
         "from visionaccel.integrations.vllm.faults import FaultReader\n"
-        "reader = FaultReader()\n"
-        f"subprocess.run([sys.executable, '-c', {WORKER + chr(10)!r} + 'assert report_fault(Fault(\"k\", \"m\"))'])\n"
+        "reader = FaultReader('e')\n"
+        f"subprocess.run([sys.executable, '-c', {worker!r}])\n"
         "print([fault.key for fault in reader.new()])\n"
     )
     assert run(code) == "['k']\n"
     assert reader.new() == []
 
 
+def test_engines_of_one_process_read_their_own_workers_alone(shared):
+    policy, reference = FaultReader("policy"), FaultReader("reference")
+    assert report_fault(Fault(REPLACED, "new weights"), "policy")
+    assert report_fault(Fault("k", "m"), "reference")
+    assert [fault.key for fault in policy.new()] == [REPLACED]
+    assert [fault.key for fault in reference.new()] == ["k"]
+    policy.close()
+    assert not report_fault(Fault("k", "m"), "policy")
+    assert report_fault(Fault("last", "m"), "reference")
+    assert [fault.key for fault in reference.new()] == ["last"]
+
+
+def test_engines_of_one_process_are_told_apart_by_a_worker_process_too(shared):
+    readers = {name: FaultReader(name) for name in ("policy", "reference")}
+    run(WORKER + "assert report_fault(Fault('k', 'm'), 'reference')")
+    assert {name: len(reader.new()) for name, reader in readers.items()} == {"policy": 0, "reference": 1}
+
+
+def test_a_second_reader_of_one_engine_is_refused_until_the_first_has_ended(shared):
+    reader = FaultReader("e")
+    with pytest.raises(ConfigurationError, match="two engines of process"):
+        FaultReader("e")
+    del reader  # an engine that was given up without a shutdown
+    assert FaultReader("e").new() == []
+
+
 def test_more_engines_than_there_is_room_for_are_refused(shared):
     for index in range(FAULTS.areas):
         Area(shared, FAULTS, index).give_to(os.getppid())
     with pytest.raises(ConfigurationError, match="all 64 places for the faults"):
-        FaultReader()
+        FaultReader("e")
 
 
 def test_of_processes_with_the_same_number_the_last_is_the_one_that_runs(shared):
@@ -172,11 +207,11 @@ def test_of_processes_with_the_same_number_the_last_is_the_one_that_runs(shared)
 
 
 def _report_from_a_fork():
-    assert report_fault(Fault("k", "from a fork"))
+    assert report_fault(Fault("k", "from a fork"), "e")
 
 
 def test_a_fork_does_not_wait_for_a_lock_that_its_parent_held(shared):
-    reader = FaultReader()
+    reader = FaultReader("e")
     with shared.alone(FAULTS.start, 1):
         fork = multiprocessing.get_context("fork").Process(target=_report_from_a_fork)
         fork.start()
@@ -227,11 +262,11 @@ def test_a_launcher_that_ends_leaves_no_file_and_its_processes_go_on_without_a_w
         "from visionaccel.integrations.vllm.faults import FaultReader\n"
         "from visionaccel.integrations.vllm.published import publish\n"
         "metrics = publish()\n"
-        "reader = FaultReader()\n"
+        "reader = FaultReader('e')\n"
         "print('ready', flush=True)\n"
         "sys.stdin.readline()\n"
         "metrics.processed(1.0)\n"
-        "assert report_fault(Fault('k', 'm'))\n"
+        "assert report_fault(Fault('k', 'm'), 'e')\n"
         "print(reader.new()[0].key, flush=True)\n"
         "time.sleep(1.5)\n"
         "print('the end', flush=True)\n"

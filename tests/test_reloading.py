@@ -60,7 +60,7 @@ class Engine:
 def faults(monkeypatch):
     """What workers report."""
     found = []
-    monkeypatch.setattr(tower, "report_fault", lambda fault: found.append(fault) or True)
+    monkeypatch.setattr(tower, "report_fault", lambda fault, _: found.append(fault) or True)
     monkeypatch.setattr(compat, "worker_connector", lambda: None)
     monkeypatch.setenv("VISIONACCEL_BACKEND", "torch_ref")
     return found

@@ -7,6 +7,7 @@ when it is claimed, at the start.
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import os
 import struct
@@ -23,6 +24,7 @@ __all__ = ["FAULTS", "METRICS", "Area", "Board", "Section", "board", "make_board
 
 _VARIABLE = "_VISIONACCEL_BOARD"
 _NUMBER = struct.Struct("@Q")  # native, so that it is stored at once
+_ENTRY_BYTES = 3 * _NUMBER.size
 _RECORD = struct.Struct("@QII")  # number, length, checksum
 _ENDED = 2**64 - 1
 """Owner of an area that is kept though its process has ended."""
@@ -34,7 +36,8 @@ class Section:
 
     Attributes:
         name: What an area is for, in errors.
-        table: Where it begins in the memory; two numbers for each area, its owner and how many records were written.
+        table: Where it begins in the memory; three numbers for each area: its owner, how many records were written, and
+            its name's digest.
         start: Where its first area begins.
         areas: How many there are.
         slots: Records that an area holds; a later record overwrites the one of `slots` records before.
@@ -64,7 +67,7 @@ class Section:
 _TABLES = 8192
 FAULTS = Section("faults of encodes", 0, _TABLES, areas=64, slots=512, slot_bytes=5120, kept=False)
 METRICS = Section(
-    "metrics", 4096, _TABLES + FAULTS.areas * FAULTS.area_bytes, areas=256, slots=2, slot_bytes=2**17, kept=True
+    "metrics", 2048, _TABLES + FAULTS.areas * FAULTS.area_bytes, areas=256, slots=2, slot_bytes=2**17, kept=True
 )
 _SIZE = METRICS.start + METRICS.areas * METRICS.area_bytes
 """Bytes that are mapped; only the tables and claimed areas take memory."""
@@ -84,25 +87,39 @@ class Board:
         self._fd = fd
         self.memory = mmap.mmap(fd, _SIZE)
         self._threads: dict[int, threading.Lock] = {}  # by process: a fork's copy of a lock may be held for good
+        self._claimed: set[tuple[int, int]] = set()  # process and place of each area that was claimed through this
 
-    def claim(self, section: Section) -> Area:
+    def claim(self, section: Section, name: str = "") -> Area:
         """Take an area for this process, with all its memory.
 
+        Args:
+            section: The table.
+            name: Tells the areas of one process apart.
+
         Raises:
-            ConfigurationError: If every area is taken.
+            ConfigurationError: If every area is taken, or this process has one of that name.
             OSError: If there is no memory.
         """
-        with self.alone(section.table, 2 * _NUMBER.size * section.areas):
+        process = os.getpid()
+        with self.alone(section.table, _ENTRY_BYTES * section.areas):
             found = None
             for area in (Area(self, section, index) for index in range(section.areas)):
                 owner = area.owner
-                if owner == os.getpid() and section.kept:  # of another process, which had this one's number before
+                if owner == process and section.kept:  # of another process, which had this one's number before
                     area.give_to(_ENDED)
-                elif owner in (0, os.getpid()) or (not section.kept and _ended(owner)):
+                elif owner == process and (process, area.start) in self._claimed:
+                    if area.is_named(name):
+                        raise ConfigurationError(
+                            f"two engines of process {process} have the same identifier ({name!r}), so reports of "
+                            "their workers cannot be told apart.",
+                            hint="Shut the first one down, or start the second one again.",
+                        )
+                elif owner in (0, process) or (not section.kept and _ended(owner)):
                     found = found or area
             if found is not None:
                 os.posix_fallocate(self._fd, found.start, section.area_bytes)
-                found.give_to(os.getpid())
+                self._claimed.add((process, found.start))
+                found.give_to(process, name)
                 return found
         raise ConfigurationError(
             f"all {section.areas} places for the {section.name} of a server's processes are taken.",
@@ -135,7 +152,7 @@ class Area:
 
     def __init__(self, board: Board, section: Section, index: int) -> None:
         self._board, self._memory, self._section = board, board.memory, section
-        self._entry = section.table + 2 * _NUMBER.size * index
+        self._entry = section.table + _ENTRY_BYTES * index
         self.start = section.start + section.area_bytes * index
 
     @property
@@ -155,9 +172,14 @@ class Area:
         written: int = _NUMBER.unpack_from(self._memory, self._entry + _NUMBER.size)[0]
         return written
 
-    def give_to(self, process: int) -> None:
-        """Change the owner; 0 frees the area."""
+    def give_to(self, process: int, name: str = "") -> None:
+        """Change the owner and the area's name; 0 frees the area."""
+        _NUMBER.pack_into(self._memory, self._entry + 2 * _NUMBER.size, _digest(name))
         _NUMBER.pack_into(self._memory, self._entry, process)
+
+    def is_named(self, name: str) -> bool:
+        """Whether it was claimed under a name."""
+        return bool(_NUMBER.unpack_from(self._memory, self._entry + 2 * _NUMBER.size)[0] == _digest(name))
 
     def append(self, content: bytes) -> None:
         """Write a record, whole.
@@ -167,7 +189,7 @@ class Area:
         """
         if len(content) > self._section.capacity:
             raise ValueError(f"a record for {self._section.name} holds at most {self._section.capacity} bytes.")
-        with self._board.alone(self._entry, 2 * _NUMBER.size):
+        with self._board.alone(self._entry, _ENTRY_BYTES):
             number = self.written
             place = self._place(number)
             header = _RECORD.pack(number, len(content), _checksum(number, content))
@@ -251,6 +273,10 @@ def _opened(owner: int, fd: int, device: int, inode: int) -> int:
         os.close(opened)
         raise FileNotFoundError(f"process {owner} does not hold it")
     return opened
+
+
+def _digest(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[: _NUMBER.size], "little")
 
 
 def _ended(process: int) -> bool:

@@ -11,6 +11,7 @@ written than there is room for, it takes for a fault of all that may have been m
 from __future__ import annotations
 
 import os
+import weakref
 from dataclasses import dataclass
 
 from visionaccel.errors import ConfigurationError
@@ -51,9 +52,14 @@ def open_channel() -> None:
     board()
 
 
-def report_fault(fault: Fault) -> bool:
-    """Tell the scheduler of this process's engine. False if none listens: then the caller must raise instead."""
-    area = _listener()
+def report_fault(fault: Fault, engine: str) -> bool:
+    """Tell the scheduler of an engine. False if it does not listen: then the caller must raise instead.
+
+    Args:
+        fault: What to tell it.
+        engine: Identifier of the engine that this worker belongs to.
+    """
+    area = _listener(engine)
     if area is None:
         return False
     content = f"{fault.key}\n{fault.message}".encode(errors="replace")
@@ -62,18 +68,21 @@ def report_fault(fault: Fault) -> bool:
 
 
 class FaultReader:
-    """The scheduler's end; making it starts the listening.
+    """The scheduler's end; making it starts the listening. It ends with `close`, or when nothing holds the reader.
+
+    Args:
+        engine: The engine's identifier. One process may have several engines.
 
     Raises:
-        ConfigurationError: If there is no memory for what workers report.
+        ConfigurationError: If there is no memory for what workers report, or that engine has a reader.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, engine: str) -> None:
         shared = board()
         self._area: Area | None = None
         if shared is not None:
             try:
-                self._area = shared.claim(FAULTS)
+                self._area = shared.claim(FAULTS, engine)
             except OSError as error:
                 raise ConfigurationError(
                     f"there is no memory for the {FAULTS.area_bytes} bytes in which workers report faults: {error}.",
@@ -81,6 +90,8 @@ class FaultReader:
                 ) from error
             # What an earlier engine left says nothing about this one.
             self._read = self._area.written
+            self._free = weakref.finalize(self, _free, self._area, os.getpid())
+            self._free.atexit = False
 
     def new(self) -> list[Fault]:
         """Faults since the last call. Costs less than a microsecond if there are none."""
@@ -100,17 +111,22 @@ class FaultReader:
     def close(self) -> None:
         """Stop listening."""
         if self._area is not None:
-            self._area.give_to(0)
+            self._free()
             self._area = None
 
 
-def _listener() -> Area | None:
-    """The area that the scheduler of this process's engine reads."""
+def _free(area: Area, process: int) -> None:
+    if process == os.getpid():  # and not of a fork, whose copy of the reader goes
+        area.give_to(0)
+
+
+def _listener(engine: str) -> Area | None:
+    """The area that the scheduler of an engine reads."""
     shared = board()
     if shared is None:
         return None
     # The engine's process is this one or, with vLLM's multiprocess executor, the parent of this worker.
-    by_owner = {area.owner: area for area in shared.areas(FAULTS)}
+    by_owner = {area.owner: area for area in shared.areas(FAULTS) if area.is_named(engine)}
     return by_owner.get(os.getpid()) or by_owner.get(os.getppid())
 
 

@@ -44,7 +44,7 @@ class _Containment:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._faults = FaultReader()
+        self._faults = FaultReader(compat.engine_id(self.vllm_config))  # type: ignore[attr-defined]
         self._in_flight: list[compat.StepInFlight] = []
         self._pending: list[Fault] = []
         self._ended: list[Request] = []

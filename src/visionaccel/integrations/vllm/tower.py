@@ -52,6 +52,7 @@ class AcceleratedTower(nn.Module):
     def __init__(self, served: compat.ServedModel, *, receives: bool = False) -> None:
         super().__init__()
         self._settings, self._receives = load_settings(), receives
+        self._engine = served.engine
         open_channel()
         self._source = open_served_source(served, self._settings)
         self._used: StoredWeights | None = StoredWeights(self._source)
@@ -145,7 +146,7 @@ class AcceleratedTower(nn.Module):
         self._start("in-line, with the weights that were loaded now")
         self._used, self._refusal = used, None
         order = Replacement(served.source, served.revision, source_digest(source))
-        if report_fault(Fault(REPLACED, order.dumps())):
+        if self._report(Fault(REPLACED, order.dumps())):
             return
         if type(compat.worker_connector()).__name__ == compat.CONNECTOR:
             raise ConfigurationError(
@@ -161,7 +162,7 @@ class AcceleratedTower(nn.Module):
         """Encode nothing more: no encoder has the weights that are served."""
         self._close()
         self._used, self._refusal = None, error
-        report_fault(Fault(REPLACED, Replacement(served.source, served.revision, "", error.message).dumps()))
+        self._report(Fault(REPLACED, Replacement(served.source, served.revision, "", error.message).dumps()))
 
     def _close(self) -> None:
         if self._encoder is not None:
@@ -192,7 +193,7 @@ class AcceleratedTower(nn.Module):
         connector = compat.worker_connector()
         if connector is not None and connector.is_producer:
             guard_saving(connector)
-        if not report_fault(Fault(item_key(x[start : start + grid.patches], grid), error.message)):
+        if not self._report(Fault(item_key(x[start : start + grid.patches], grid), error.message)):
             raise error
         compat.logger().error("An image of grid %s could not be encoded: %s", grid, error)
         return torch.zeros(grid.tokens(self.spatial_merge_size), self.out_hidden_size)
@@ -210,13 +211,15 @@ class AcceleratedTower(nn.Module):
             (encoder,) = open_guarded(self._source, self._settings, devices, host)
         announce([encoder], how)
         for stage in encoder.stages:
-            stage.on_drift(_distrust)
+            stage.on_drift(self._distrust)
         if metrics is not None:
             metrics.watch_encoder(encoder)
         return encoder
 
+    def _distrust(self) -> None:
+        """Have the engine forget what it keeps of embeddings: any may be wrong."""
+        if not self._report(Fault(EVERYTHING, "the vision encoder answered wrongly.")):
+            compat.logger().error("What vLLM keeps of wrong embeddings cannot be forgotten: restart the server.")
 
-def _distrust() -> None:
-    """Have the engine forget what it keeps of embeddings: any may be wrong."""
-    if not report_fault(Fault(EVERYTHING, "the vision encoder answered wrongly.")):
-        compat.logger().error("What vLLM keeps of wrong embeddings cannot be forgotten: restart the server.")
+    def _report(self, fault: Fault) -> bool:
+        return report_fault(fault, self._engine)

@@ -20,6 +20,7 @@ from visionaccel.integrations.vllm.compat.configuration import (
     adapts_tower,
     can_contain,
     ec_connector,
+    engine_id,
     impossible_with_connector,
     is_one_of_several_api_servers,
     is_pipelined,
@@ -109,9 +110,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "adapts_tower", "answered_with_media", "append_errors", "CacheState", "can_contain", "CONNECTOR", "convert_images",
-    "drops_tokens_in_flight", "ec_connector", "encoder_cache_state", "encoder_host", "errors_for_clients",
-    "explain_errors", "explain_pooling_errors", "fail_requests", "finish_reload", "first_of_its_group",
-    "forget_encoder_output", "forget_prefixes", "free_in_worker", "has_embeddings", "impossible_with_connector",
+    "drops_tokens_in_flight", "ec_connector", "encoder_cache_state", "encoder_host", "engine_id",
+    "errors_for_clients", "explain_errors", "explain_pooling_errors", "fail_requests", "finish_reload",
+    "first_of_its_group", "forget_encoder_output", "forget_prefixes", "free_in_worker", "has_embeddings",
+    "impossible_with_connector",
     "is_one_of_several_api_servers", "is_pipelined", "is_prepared", "is_replaced", "load_plugins",
     "load_plugins_again", "loading", "logger",
     "mark_prepared", "missing", "normalises_itself", "obstacles_to_pipelining", "on_engine_config", "on_metrics",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vllm.config import LoadConfig, ModelConfig, VllmConfig
 
 __all__ = [
-    "adapts_tower", "can_contain", "CONNECTOR", "ec_connector", "impossible_with_connector",
+    "adapts_tower", "can_contain", "CONNECTOR", "ec_connector", "engine_id", "impossible_with_connector",
     "is_one_of_several_api_servers", "is_pipelined", "is_prepared", "is_replaced", "load_plugins",
     "load_plugins_again", "mark_prepared",
     "normalises_itself", "obstacles_to_pipelining", "on_engine_config", "pools", "processor_options",
@@ -213,6 +213,7 @@ class ServedModel:
         vision: The vision tower's configuration after every override, or None.
         norm_eps: What vLLM's tower adds to variances, if the configuration states it.
         load: vLLM's configuration of how the model is loaded, or None where that is not known.
+        engine: The engine's identifier; empty where only the model's configuration is known.
     """
 
     source: str
@@ -227,11 +228,18 @@ class ServedModel:
     vision: Mapping[str, Any] | None
     norm_eps: float | None = None
     load: LoadConfig | None = None
+    engine: str = ""
+
+
+def engine_id(config: VllmConfig) -> str:
+    """Tells an engine from others of the same process; its workers have the same."""
+    return str(config.instance_id)
 
 
 def served_model(config: VllmConfig) -> ServedModel:
     """The model of an engine configuration."""
-    return replace(served_by(config.model_config, str(config.device_config.device)), load=config.load_config)
+    served = served_by(config.model_config, str(config.device_config.device))
+    return replace(served, load=config.load_config, engine=engine_id(config))
 
 
 def served_by(model: ModelConfig, device: str = "cpu") -> ServedModel:

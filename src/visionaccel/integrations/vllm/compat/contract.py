@@ -46,7 +46,7 @@ _CONFIGURATION: tuple[Entry, ...] = (
         "read",
         "vllm.config:VllmConfig",
         has="model_config device_config load_config scheduler_config parallel_config ec_transfer_config "
-        "kv_transfer_config lora_config additional_config",
+        "kv_transfer_config lora_config additional_config instance_id",
     ),
     _need("read", "vllm.config:LoRAConfig", has="enable_tower_connector_lora", optional=True),
     _need(
