@@ -24,7 +24,12 @@ from visionaccel.stripping import STRIP_NOTE, strip_checkpoint
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM and what it imports use deprecated parts of torch
     from vllm.config import ModelConfig
-    from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLDummyInputsBuilder
+    from vllm.model_executor.layers.fusion.mm_input_norm import _load_norm_params
+    from vllm.model_executor.models.qwen2_5_vl import (
+        Qwen2_5_VLDummyInputsBuilder,
+        Qwen2_5_VLMultiModalProcessor,
+        Qwen2_5_VLProcessingInfo,
+    )
     from vllm.multimodal.media import MediaWithBytes
     from vllm.multimodal.processing import InputProcessingContext, ProcessorInputs, TimingContext
     from vllm.tokenizers import cached_tokenizer_from_config
@@ -66,11 +71,13 @@ def served(folder, vision=None):
 def made(digits, bundles, monkeypatch):
     """Makes the processing information of a served digits model for a bundle and settings."""
 
-    def make(bundle, mm_processor_kwargs=None, **settings):
+    def make(bundle, mm_processor_kwargs=None, *, switched_off=False, **settings):
         named = {"backend": "onnxrt", "bundle": str(bundles / bundle), **settings}
         for name, value in named.items():
             monkeypatch.setenv(f"VISIONACCEL_{name.upper()}", value)
         config = ModelConfig(model=str(digits), dtype="float32", mm_processor_kwargs=mm_processor_kwargs)
+        # As in a model of this package: vLLM sets False, and None is what we note of --no-mm-device-do-normalize.
+        config.multimodal_config.mm_device_do_normalize = None if switched_off else False
         return FittedProcessingInfo(InputProcessingContext(config, cached_tokenizer_from_config(config)))
 
     return make
@@ -129,21 +136,34 @@ def test_an_image_with_a_value_that_is_not_finite_is_an_input_error(made, bad):
             parsed(info, image)
 
 
+def pixels(processor, options):
+    """Pixel values that a processor makes of an image."""
+    image = np.random.default_rng(3).integers(0, 256, (56, 84, 3), np.uint8)
+    token = processor.info.get_tokenizer().convert_tokens_to_ids("<|image_pad|>")
+    items = processor.info.parse_mm_data({"image": [image]})
+    inputs = ProcessorInputs([token], items, hf_processor_mm_kwargs=options)
+    (item,) = processor.apply(inputs, TimingContext())["mm_kwargs"]["image"]
+    return item["pixel_values"].data
+
+
+def stock_pixels(folder, of_server):
+    """What vLLM's own tower gets of that image: raw pixels of its processor, normalised by its parameters."""
+    config = ModelConfig(model=str(folder), dtype="float32", mm_processor_kwargs=of_server)
+    config.multimodal_config.mm_device_do_normalize = True
+    info = Qwen2_5_VLProcessingInfo(InputProcessingContext(config, cached_tokenizer_from_config(config)))
+    raw = pixels(Qwen2_5_VLMultiModalProcessor(info, Qwen2_5_VLDummyInputsBuilder(info)), {})
+    by, channels = _load_norm_params(config), raw.float().reshape(len(raw), 3, -1)
+    mean, std = (torch.tensor(each)[:, None] for each in (by.image_mean, by.image_std))
+    return ((channels * by.rescale_factor - mean) / std).reshape(raw.shape)
+
+
 @pytest.fixture
 def processed(made):
-    """Makes what vLLM's processor makes of an image, with options of a request."""
+    """Makes what vLLM's processor makes of an image, with options of a request and of the server."""
 
-    def process(options, *, switched_off=False):
-        info = made("both")
-        if switched_off:
-            info.ctx.model_config.multimodal_config.mm_device_do_normalize = None
-        processor = FittedProcessor(info, Qwen2_5_VLDummyInputsBuilder(info))
-        image = np.random.default_rng(3).integers(0, 256, (56, 84, 3), np.uint8)
-        token = info.get_tokenizer().convert_tokens_to_ids("<|image_pad|>")
-        items = info.parse_mm_data({"image": [image]})
-        inputs = ProcessorInputs([token], items, hf_processor_mm_kwargs=options)
-        (item,) = processor.apply(inputs, TimingContext())["mm_kwargs"]["image"]
-        return item["pixel_values"].data
+    def process(options, of_server=None, *, switched_off=False):
+        info = made("both", of_server, switched_off=switched_off)
+        return pixels(FittedProcessor(info, Qwen2_5_VLDummyInputsBuilder(info)), options)
 
     return process
 
@@ -171,6 +191,27 @@ def test_options_of_a_request_count_as_they_do_with_vllms_own_encoder(processed)
         assert torch.equal(processed(ignored), usual), "vLLM normalises on its device, whatever a request says"
         assert not torch.equal(processed(ignored, switched_off=True), usual)
     assert len(processed({"max_pixels": 3136})) < len(usual)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_rescale": False},
+        {"do_normalize": False},
+        {"image_mean": [0.0, 0.0, 0.0]},
+        {"image_std": [1.0, 1.0, 1.0]},
+        {"rescale_factor": 0.5},
+        {"images_kwargs": {"do_rescale": False}, "max_pixels": 12544},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_of_the_server_count_as_they_do_with_vllms_own_encoder(processed, digits, caplog, options):
+    ours = processed({}, options)
+    assert "--mm-processor-kwargs sets how pixels are normalised" in caplog.text
+    stock = {name: value for name, value in options.items() if name != "images_kwargs"}
+    torch.testing.assert_close(ours, stock_pixels(digits, stock), rtol=0, atol=1e-5)
+    assert torch.equal(ours, processed({}))
+    assert not torch.equal(processed({}, options, switched_off=True), ours)
 
 
 def test_the_largest_image_is_the_largest_program(made):

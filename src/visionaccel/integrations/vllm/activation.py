@@ -165,7 +165,7 @@ def _check(config: VllmConfig, served: compat.ServedModel, settings: Settings) -
         )
     if not served.takes_media:
         return
-    changed = changed_size(compat.processor_options(config), served.vision or {})
+    changed = changed_size(compat.processor_options(config.model_config), served.vision or {})
     if changed is not None:
         raise ConfigurationError(
             f"--mm-processor-kwargs sets {changed}, which is not what the served model's vision encoder takes.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ["changed_size", "without_normalisation"]
+__all__ = ["changed_size", "normalisation_in", "without_normalisation"]
 
 _SIZES = {"patch_size": "patch_size", "temporal_patch_size": "temporal_patch_size", "merge_size": "spatial_merge_size"}
 """Options that decide what a row of patches is, and what the vision configuration calls them."""
@@ -30,10 +30,16 @@ def changed_size(options: Mapping[str, Any], vision: Mapping[str, Any]) -> str |
 def without_normalisation(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options without those that scale and shift pixel values.
 
-    vLLM's own encoder does that on its device, by the checkpoint's processor configuration alone, and ignores these.
+    vLLM's own encoder does that on its device, by the checkpoint's processor configuration alone, and ignores these,
+    whether the server or a request sets them.
     """
     kept = {name: value for name, value in options.items() if name not in _NORMALISATION}
     return {name: without_normalisation(value) if isinstance(value, Mapping) else value for name, value in kept.items()}
+
+
+def normalisation_in(options: Mapping[str, Any]) -> list[str]:
+    """Names of the options that scale and shift pixel values."""
+    return sorted({name for scope in _scopes(options) for name in _NORMALISATION & scope.keys()})
 
 
 def _scopes(options: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -20,7 +20,7 @@ from visionaccel.fitting import Fitter
 from visionaccel.grid import as_grids
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.compat import Qwen2_5_VLMultiModalProcessor, Qwen2_5_VLProcessingInfo
-from visionaccel.integrations.vllm.options import changed_size, without_normalisation
+from visionaccel.integrations.vllm.options import changed_size, normalisation_in, without_normalisation
 from visionaccel.integrations.vllm.processor_times import ProcessorObserver
 from visionaccel.integrations.vllm.source import Grids, grids_of
 from visionaccel.settings import Settings, load_settings
@@ -33,6 +33,18 @@ __all__ = ["FittedProcessingInfo", "FittedProcessor"]
 
 class FittedProcessingInfo(Qwen2_5_VLProcessingInfo):  # type: ignore[misc]
     """vLLM's processing information, with images of the encoder's grids where its programs do not take every grid."""
+
+    def __init__(self, ctx: Any) -> None:
+        super().__init__(ctx)
+        given = compat.processor_options(ctx.model_config)
+        counting = self._counting(given)
+        if counting != given:
+            compat.set_processor_options(ctx.model_config, counting)
+            compat.logger().warning(
+                "--mm-processor-kwargs sets how pixels are normalised (%s). This has no effect: as in vLLM's own "
+                "encoder, the checkpoint's processor configuration decides.",
+                ", ".join(normalisation_in(given)),
+            )
 
     @cached_property
     def _settings(self) -> Settings:
@@ -117,6 +129,10 @@ class FittedProcessingInfo(Qwen2_5_VLProcessingInfo):  # type: ignore[misc]
                 f"mm_processor_kwargs sets {changed}, which is not what the served model's vision encoder takes.",
                 hint="Leave patch_size, temporal_patch_size and merge_size alone.",
             )
+        return self._counting(options)
+
+    def _counting(self, options: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The options, of the server or a request, that vLLM's own encoder would not ignore."""
         return without_normalisation(options) if compat.normalises_itself(self.ctx.model_config) else options
 
     @compat.errors_for_clients

@@ -25,7 +25,8 @@ __all__ = [
     "is_one_of_several_api_servers", "is_pipelined", "is_prepared", "is_replaced", "load_plugins",
     "load_plugins_again", "mark_prepared",
     "normalises_itself", "obstacles_to_pipelining", "on_engine_config", "pools", "processor_options",
-    "receives_embeddings", "register_model", "served_by", "served_model", "ServedModel", "takes_media", "use_connector",
+    "receives_embeddings", "register_model", "served_by", "served_model", "ServedModel",
+    "set_processor_options", "takes_media", "use_connector",
     "use_contained_scheduler", "use_ec_connector", "use_model_in_process", "without_python_processor",
 ]  # fmt: skip
 
@@ -164,14 +165,20 @@ def _note_normalisation_off(model: ModelConfig) -> None:
         model.get_multimodal_config().mm_device_do_normalize = None
 
 
-def processor_options(config: VllmConfig) -> Mapping[str, Any]:
+def processor_options(model: ModelConfig) -> Mapping[str, Any]:
     """The image processor's options that are set for all requests (`--mm-processor-kwargs`)."""
-    return config.model_config.get_multimodal_config().mm_processor_kwargs or {}
+    return model.get_multimodal_config().mm_processor_kwargs or {}
+
+
+def set_processor_options(model: ModelConfig, options: Mapping[str, Any]) -> None:
+    """Change the options for all requests. Processors that are made from this configuration take them from it."""
+    model.get_multimodal_config().mm_processor_kwargs = dict(options)
 
 
 def normalises_itself(model: ModelConfig) -> bool:
-    """Whether vLLM's own model would normalise pixels on its device and so ignore a request's options for that."""
-    return getattr(model.get_multimodal_config(), "mm_device_do_normalize", None) is not None
+    """Whether vLLM's own model would normalise pixels on its device and so ignore the processor's options for that."""
+    switch = getattr(model.get_multimodal_config(), "mm_device_do_normalize", None)
+    return switch is not None and not without_python_processor()
 
 
 _MARK = "visionaccel"
