@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from visionaccel.checkpoint import Checkpoint
 from visionaccel.cli.strip import strip
-from visionaccel.errors import CheckpointError, ConfigurationError, UnsupportedArchitectureError
+from visionaccel.errors import ChangedFileError, CheckpointError, ConfigurationError, UnsupportedArchitectureError
 from visionaccel.families import tower_of
 from visionaccel.stripping import STRIP_NOTE, read_strip_note, strip_checkpoint
 from visionaccel.tensor_files import weights_digest
@@ -337,8 +337,27 @@ def test_a_source_that_shrinks_meanwhile_leaves_nothing(whole, tmp_path):
     def shrink(read):
         os.truncate(whole / "model.safetensors", 5000)
 
-    with pytest.raises(CheckpointError):
+    with pytest.raises(ChangedFileError, match=r"model\.safetensors changed"):
         strip_checkpoint(Checkpoint(whole), tmp_path / "out", progress=shrink)
+    assert list(tmp_path.iterdir()) == [whole]
+
+
+def test_a_checkpoint_that_is_replaced_between_the_steps_is_not_noted_as_the_one_before(whole, tmp_path):
+    """The digest is read first: the language model that is copied then must be of the same file."""
+    checkpoint = Checkpoint(whole)
+    vision_bytes = sum(tensor.length for tensor in tower_of(checkpoint).weights.values())
+    other = {name: np.array(array * 2) for name, array in load_file(whole / "model.safetensors").items()}
+    save_file(other, tmp_path / "other.safetensors")
+    done = []
+
+    def replace(read):
+        done.append(read)
+        if sum(done) == vision_bytes:
+            (tmp_path / "other.safetensors").replace(whole / "model.safetensors")
+
+    with pytest.raises(ChangedFileError, match=r"model\.safetensors changed"):
+        strip_checkpoint(checkpoint, tmp_path / "out", progress=replace)
+    assert sum(done) == vision_bytes
     assert list(tmp_path.iterdir()) == [whole]
 
 

@@ -7,6 +7,7 @@ import resource
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from visionaccel import tensor_files
 from visionaccel.checkpoint import Checkpoint, read_header
-from visionaccel.errors import CheckpointError, ConfigurationError
+from visionaccel.errors import ChangedFileError, CheckpointError, ConfigurationError
 from visionaccel.tensor_files import weights_digest, write_safetensors
 from visionaccel.testing.checkpoints import random_checkpoint
 
@@ -195,14 +196,59 @@ def test_infinities_of_the_source_and_numbers_that_round_down_are_kept(tmp_path)
 def test_a_source_that_shrank_is_refused(tmp_path, dtype):
     stored = save({"a": torch.ones(1000), "b": torch.ones(1000)}, tmp_path / "source")
     os.truncate(tmp_path / "source", (tmp_path / "source").stat().st_size - 1)
-    with pytest.raises(CheckpointError, match="ended in the middle of 'b'"):
+    with pytest.raises(ChangedFileError, match="source changed"):
         write_safetensors(tmp_path / "copy", stored, dtype=dtype)
+    unknown = {name: replace(tensor, origin=None) for name, tensor in stored.items()}
     with pytest.raises(CheckpointError, match="ended in the middle of 'b'"):
-        weights_digest(stored)
+        write_safetensors(tmp_path / "copy", unknown, dtype=dtype)
+    with pytest.raises(CheckpointError, match="ended in the middle of 'b'"):
+        weights_digest(unknown)
     (tmp_path / "source").unlink()
     with pytest.raises(CheckpointError, match="'a' cannot be read from"):
         write_safetensors(tmp_path / "copy", stored, dtype=dtype)
     assert list(tmp_path.iterdir()) == []
+
+
+def rename(path):
+    save_file({"a": torch.zeros(3000)}, path.with_name("new"))
+    path.with_name("new").replace(path)
+
+
+def rewrite(path):
+    with path.open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"\0\0\0\0")
+
+
+@pytest.mark.parametrize("change", [rename, rewrite])
+def test_no_reader_takes_bytes_of_a_file_that_changed_since_its_header_was_read(tmp_path, change):
+    stored = save({"a": torch.ones(3000)}, tmp_path / "source")
+    same = save({"a": torch.ones(3000)}, tmp_path / "same")
+    change(tmp_path / "source")
+    readers = (
+        lambda: weights_digest(stored),
+        lambda: write_safetensors(tmp_path / "copy", stored),
+        lambda: stored["a"].read(),
+        lambda: stored["a"].holds_the_same_as(same["a"]),
+        lambda: same["a"].holds_the_same_as(stored["a"]),
+    )
+    for reader in readers:
+        with pytest.raises(ChangedFileError, match="source changed"):
+            reader()
+    assert not (tmp_path / "copy").exists()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_file_that_is_rewritten_while_it_is_read_is_found_after_the_last_byte(tmp_path, first):
+    stored = save({"a": torch.ones(3000)}, tmp_path / "source")["a"]
+    chunks = stored.chunks(memoryview(bytearray(1000)))
+    next(chunks)
+    if not first:
+        for _ in range(11):
+            next(chunks)
+    rewrite(tmp_path / "source")
+    with pytest.raises(ChangedFileError, match="source changed"):
+        list(chunks)
 
 
 def test_an_existing_file_is_never_overwritten(tmp_path):

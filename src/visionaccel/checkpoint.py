@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from visionaccel.arrays import FLOATS
 from visionaccel.bounded_files import MOST_JSON_BYTES, open_regular, read_bounded
 from visionaccel.errors import CheckpointError
-from visionaccel.memory_files import FileState, MemoryFile
+from visionaccel.memory_files import FileState, MemoryFile, changed_file
 from visionaccel.strict_json import parse_json
 
 __all__ = [
@@ -75,32 +75,42 @@ class StoredTensor:
         """The tensor's bytes in order, at most a buffer at a time; each chunk is overwritten by the next.
 
         Raises:
+            ChangedFileError: If the file is not in the state in which its header was read. What changes while the
+                tensor is read shows after the last chunk.
             CheckpointError: If the file cannot be read or ends too early.
         """
         try:
             with self.file.open("rb") as file:
+                self._require_unchanged(file.fileno())
                 file.seek(self.offset)
                 left = self.length
                 while left:
                     piece = buffer[: min(left, len(buffer))]
                     if file.readinto(piece) < len(piece):
+                        self._require_unchanged(file.fileno())
                         raise CheckpointError(
                             f"{self.file} ended in the middle of {self.name!r}.",
                             hint="The file was changed or truncated; download it again.",
                         )
                     yield piece
                     left -= len(piece)
+                self._require_unchanged(file.fileno())
         except OSError as error:
             raise CheckpointError(
                 f"{self.name!r} cannot be read from {self.file}: {error}",
                 hint="Check the disk, or download the file again.",
             ) from error
 
+    def _require_unchanged(self, opened: int) -> None:
+        if isinstance(self.origin, FileState) and FileState.of(opened) != self.origin:
+            raise changed_file(self.file)
+
     def read(self) -> NDArray[Any]:
         """The tensor as an array of its shape and dtype, in memory that no file backs.
 
         Raises:
-            CheckpointError: If its dtype is not a float that numpy has, or the file cannot be read or ends too early.
+            CheckpointError: If its dtype is not a float that numpy has, or as `chunks`.
+            ChangedFileError: As `chunks`.
         """
         if self.dtype not in FLOATS:
             raise CheckpointError(
@@ -118,11 +128,13 @@ class StoredTensor:
 
         Raises:
             CheckpointError: As `chunks`.
+            ChangedFileError: As `chunks`.
         """
         if (self.dtype, self.shape, self.length) != (other.dtype, other.shape, other.length):
             return False
         ours, theirs = (tensor.chunks(memoryview(bytearray(CHUNK_BYTES))) for tensor in (self, other))
-        return (self.file, self.offset) == (other.file, other.offset) or all(map(memoryview.__eq__, ours, theirs))
+        same_place = (self.file, self.offset) == (other.file, other.offset)
+        return same_place or all(one == another for one, another in zip(ours, theirs, strict=True))
 
 
 class Checkpoint:
@@ -202,16 +214,25 @@ class Checkpoint:
         return tuple(self.folder / shard for shard in shards)
 
     @cached_property
+    def headers(self) -> Mapping[Path, tuple[Mapping[str, StoredTensor], Mapping[str, str]]]:
+        """What `read_header` found in each file, in the order of the files; each is read once.
+
+        Raises:
+            CheckpointError: If a file is missing, truncated or inconsistent with its header, or as `files`.
+        """
+        return {file: read_header(file) for file in self.files}
+
+    @cached_property
     def _every_tensor(self) -> tuple[StoredTensor, ...]:
         """Every tensor of every file, in the order of the files; a name may come twice."""
-        return tuple(tensor for file in self.files for tensor in read_header(file)[0].values())
+        return tuple(tensor for tensors, _ in self.headers.values() for tensor in tensors.values())
 
     @cached_property
     def tensors(self) -> Mapping[str, StoredTensor]:
         """Every tensor of every file by name; of one that several files hold, that of the last.
 
         Raises:
-            CheckpointError: If a file is missing, truncated or inconsistent with its header, or as `files`.
+            CheckpointError: As `headers`.
         """
         return {tensor.name: tensor for tensor in self._every_tensor}
 

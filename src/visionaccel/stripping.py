@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from visionaccel.checkpoint import INDEX_FILE, Checkpoint, StoredTensor, read_header, read_json
+from visionaccel.checkpoint import INDEX_FILE, Checkpoint, StoredTensor, read_json
 from visionaccel.errors import CheckpointError, ConfigurationError
 from visionaccel.families import tower_of
 from visionaccel.orphans import guarded_folder
@@ -81,7 +81,8 @@ def strip_checkpoint(
 
     Raises:
         ConfigurationError: If `out` exists, lies in the checkpoint's folder, cannot be written or does not fit.
-        CheckpointError: If the checkpoint is damaged, has no vision weights or nothing else, or changes meanwhile.
+        CheckpointError: If the checkpoint is damaged, or has no vision weights or nothing else.
+        ChangedFileError: If its weights change while they are copied.
         UnsupportedArchitectureError: If its vision tower is of an unknown family.
     """
     try:
@@ -225,8 +226,7 @@ def _write_shards(
 ) -> tuple[str, ...]:
     """Write the shards of which something is left, and the index if there is one; the shards' names."""
     written = []
-    for shard in checkpoint.files:
-        tensors, metadata = read_header(shard)
+    for shard, (tensors, metadata) in checkpoint.headers.items():
         left = {name: tensor for name, tensor in tensors.items() if name not in removed}
         if left:
             write_safetensors(out / shard.name, left, metadata=metadata, progress=progress)

@@ -30,9 +30,10 @@ def change_weights(checkpoint: Path, change: Change) -> None:
         if change == "replaced":
             target = file.with_suffix(".new")
             shutil.copyfile(file, target)
+        negated = {each.offset: np.negative(each.read()).tobytes() for each in weights if each.file == file}
         with target.open("r+b") as written:
-            for tensor in (each for each in weights if each.file == file):
-                written.seek(tensor.offset)
-                written.write(np.negative(tensor.read()).tobytes())
+            for offset, data in negated.items():
+                written.seek(offset)
+                written.write(data)
         if change == "replaced":
             target.replace(file)

@@ -38,7 +38,7 @@ def _same(packed: StoredTensor, source: StoredTensor) -> bool:
     if packed.shape != source.shape:
         return False
     if packed.dtype == source.dtype:
-        pairs = zip(_pieces(packed, np.uint8), _pieces(source, np.uint8), strict=False)
+        pairs = zip(_pieces(packed, np.uint8), _pieces(source, np.uint8), strict=True)
         return packed.length == source.length and all(np.array_equal(ours, theirs) for ours, theirs in pairs)
     if packed.dtype not in FLOATS or source.dtype not in FLOATS:
         return False
