@@ -285,6 +285,120 @@ def test_in_line_a_hang_ends_after_the_deadline_and_the_fallback_answers(tiny, t
     guarded.close()
 
 
+# The end of the engine's step
+
+
+def test_a_call_that_the_steps_end_cuts_off_is_no_hang_and_its_device_works_again_once_it_returns(tiny, told):
+    guarded, gate = gated(tiny, deadline=60.0)
+    (stage,) = guarded.stages
+    gate.shut()
+    (answer,) = guarded.encode_items(random_patches([GRID]), [GRID], until=time.monotonic() + 0.5)
+    assert isinstance(answer, DeadlineError)
+    assert "the engine's step had no more time before device 'cpu' answered" in answer.message
+    assert "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS" in answer.hint
+    assert stage.breaker.closed
+    assert not stage.hangs
+
+    # Nothing else is given to it until then, not even what has all the time.
+    assert not stage.ready
+    (answer,) = guarded.encode_items(random_patches([GRID]), [GRID])
+    assert "gated is still busy with what a step of the engine had no more time for" in answer.message
+    assert isinstance(stage.encode(random_patches([GRID]), [Grid(*GRID)]), DeadlineError)
+    assert (len(gate.calls), stage.breaker.closed) == (1, True)
+
+    gate.let_in()
+    wait_until(lambda: stage.ready)
+    (answer,) = guarded.encode_items(random_patches([GRID]), [GRID])
+    np.testing.assert_allclose(answer.rows, right(tiny, random_patches([GRID]), [GRID]), rtol=0, atol=2e-5)
+    assert told.breakers == []
+    guarded.close()
+
+
+def test_a_call_that_the_steps_end_cut_off_is_a_hang_once_its_own_deadline_has_passed(tiny):
+    guarded, gate = gated(tiny, deadline=1.0)
+    (stage,) = guarded.stages
+    gate.shut()
+    (answer,) = guarded.encode_items(random_patches([GRID]), [GRID], until=time.monotonic() + 0.3)
+    assert isinstance(answer, DeadlineError)
+    assert stage.breaker.closed
+    wait_until(lambda: stage.hangs)
+    assert "device 'cpu' did not answer within 1 s" in stage.breaker.reason
+    gate.let_in()
+    wait_until(lambda: stage.ready)
+    guarded.close()
+
+
+def test_a_call_that_the_steps_end_cut_off_counts_as_failed_if_it_fails(tiny):
+    stage, device = scripted(tiny, "first", failures=1, cool_down=60)
+    device.shut()
+    device.script = [OSError("gone")]
+    answer = stage.encode(random_patches([GRID]), [Grid(*GRID)], until=time.monotonic() + 0.3)
+    assert isinstance(answer, DeadlineError)
+    assert stage.breaker.closed
+    device.let_in()
+    wait_until(lambda: not stage.breaker.closed)
+    assert "gone" in stage.breaker.reason
+    stage.close()
+
+
+@pytest.mark.parametrize("left", [0.02, 0.3])
+def test_a_canary_that_the_steps_end_cuts_off_is_no_failure(tiny, left):
+    stage, device = scripted(tiny, "first", canary_on=True, failures=1, cool_down=60)
+    device.shut()
+    answer = stage.encode(random_patches([GRID]), [Grid(*GRID)], until=time.monotonic() + left)
+    assert isinstance(answer, DeadlineError)
+    assert "first is still being tried with its canary" in answer.message
+    assert stage.breaker.closed
+    device.let_in()
+    wait_until(lambda: stage.ready)
+    assert len(stage.encode(random_patches([GRID]), [Grid(*GRID)])) == 4
+    stage.close()
+
+
+def test_no_call_begins_at_the_very_end_of_a_step(tiny):
+    guarded, gate = gated(tiny)
+    (answer,) = guarded.encode_items(random_patches([GRID]), [GRID], until=time.monotonic() + 0.05)
+    assert "the engine's step has no time left for it" in answer.message
+    assert gate.calls == []
+    assert guarded.stages[0].ready
+    guarded.close()
+
+
+def test_a_process_that_computes_when_the_step_ends_is_not_ended(tiny, tmp_path):
+    switch = tmp_path / "switch.json"
+    settings = Settings(
+        backend="simulated", device="onnxrt", options={"switch": str(switch)}, isolation="process", fallback="none",
+        deadline=60.0, canary="off",
+    )  # fmt: skip
+    (guarded,) = open_guarded(open_tower(tiny), settings, ("onnxrt",))
+    (stage,) = guarded.stages
+    switch.write_text('[{"all": true, "do": "hang", "seconds": 2}]')
+    (answer,) = guarded.encode_items(random_patches([GRID]), [GRID], until=time.monotonic() + 0.5)
+    assert isinstance(answer, DeadlineError)
+    switch.write_text("")
+    wait_until(lambda: stage.ready)
+    assert (stage.restarts, stage.breaker.closed) == (0, True)
+    guarded.close()
+
+
+def test_a_fallback_that_the_steps_end_leaves_opening_is_used_once_it_is_open(tiny):
+    held = threading.Event()
+
+    def slow():
+        held.wait(30)
+        return open_encoder(tiny, backend="torch_ref")
+
+    stage = Stage("slow", slow)
+    answer = stage.encode(random_patches([GRID]), [Grid(*GRID)], until=time.monotonic() + 0.3)
+    assert "slow: It is still being opened" in answer.message
+    assert stage.breaker.closed
+    assert not stage.ready
+    held.set()
+    wait_until(lambda: stage.ready)
+    assert len(stage.encode(random_patches([GRID]), [Grid(*GRID)])) == 4
+    stage.close()
+
+
 def test_a_call_that_is_left_behind_does_not_hold_up_the_next():
     calls, gate = WatchedCalls(), threading.Event()
     with pytest.raises(LateError):

@@ -23,13 +23,12 @@ from visionaccel.errors import (
 from visionaccel.grid import Grid, GridLike, as_grids, total_patches
 from visionaccel.runtime.shadow import Shadow
 from visionaccel.runtime.stage import RETRY, Stage
+from visionaccel.runtime.step_end import no_time
 from visionaccel.safe_text import safe_logger
 
 __all__ = ["Embedded", "GuardedEncoder"]
 
 logger = safe_logger(__name__)
-
-_STEP = "Lower VISIONACCEL_DEADLINE, send fewer images at a time, or raise vLLM's VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS."
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +128,7 @@ class GuardedEncoder:
         ends = np.cumsum([grid.patches for grid in checked]).tolist()
         starts = [0, *ends[:-1]]
         if until is not None and time.monotonic() >= until:
-            return self._failed(_no_time(), len(checked))
+            return self._failed(no_time(), len(checked))
         following = self._following(stage) or RETRY
         whole = stage.encode(patches, checked, queue_seconds, following, until=until)
         if not isinstance(whole, VisionAccelError):
@@ -186,7 +185,7 @@ class GuardedEncoder:
             if known is not None and stage is known[0]:
                 continue
             if until is not None and time.monotonic() >= until:
-                errors.append((stage, _no_time()))
+                errors.append((stage, no_time()))
                 break
             answer = stage.encode(patches, [grid], queue_seconds, self._following(stage), until=until)
             if isinstance(answer, VisionAccelError) and retry:
@@ -267,10 +266,6 @@ class GuardedEncoder:
         with self._counting:
             self.failed_items += items
         return [error] * items
-
-
-def _no_time() -> DeadlineError:
-    return DeadlineError("the engine's step has no time left for it.", hint=_STEP)
 
 
 def _is_own_fault(error: VisionAccelError) -> bool:

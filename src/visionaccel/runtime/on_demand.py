@@ -9,7 +9,7 @@ from functools import partial
 
 from visionaccel.encoder import Encoder
 from visionaccel.errors import DeadlineError, DeviceError, DeviceLostError, VisionAccelError
-from visionaccel.runtime.watched import LateError, WatchedCalls, seconds_until
+from visionaccel.runtime.watched import CutError, LateError, NoTimeError, WatchedCalls, seconds_until
 from visionaccel.safe_text import safe_logger
 
 __all__ = ["OnDemand"]
@@ -47,8 +47,7 @@ class OnDemand:
             LateError: If it may not be opened now, or another caller has been opening it for this caller's time.
         """
         limit = time.monotonic() + self._deadline
-        limit = limit if until is None else min(limit, until)
-        if not self._opening.acquire(timeout=seconds_until(limit)):
+        if not self._opening.acquire(timeout=seconds_until(limit if until is None else min(limit, until))):
             raise LateError("It is still being opened")
         try:
             if self._closed:
@@ -59,7 +58,9 @@ class OnDemand:
                 raise LateError("It could not be opened")
             seconds = seconds_until(limit)
             try:
-                return self._calls.call(partial(self._made, name, twice), seconds)
+                return self._calls.call(partial(self._made, name, twice), seconds, until=until)
+            except (CutError, NoTimeError):
+                raise LateError("It is still being opened") from None
             except LateError as late:
                 raise DeadlineError(
                     f"{name} was not opened within {seconds:.3g} s. {late}.".removesuffix(" It did not return."),

@@ -22,7 +22,16 @@ from visionaccel.runtime.canary import Canary, CanaryResult
 from visionaccel.runtime.keeper import Keeper
 from visionaccel.runtime.on_demand import OnDemand
 from visionaccel.runtime.reports import report_breaker, report_canary, report_failure
-from visionaccel.runtime.watched import LateError, NoTimeError, WatchedCalls, in_callers_stream, seconds_until
+from visionaccel.runtime.step_end import cut_off, judge_later, no_time
+from visionaccel.runtime.watched import (
+    CutError,
+    LateError,
+    NoTimeError,
+    WatchedCalls,
+    in_callers_stream,
+    returns_within,
+    seconds_until,
+)
 from visionaccel.safe_text import safe_logger
 
 __all__ = ["RETRY", "Stage"]
@@ -33,6 +42,9 @@ _T = TypeVar("_T")
 
 RETRY = "retry"
 """What has its turn after a link that is asked a second time, in reports."""
+
+_LEAST = 0.1
+"""Seconds of a step below which no call is begun."""
 
 _CLOSING = 5.0
 _GIVING_BACK = 15.0
@@ -45,8 +57,10 @@ class Stage:
 
     Every call through a link, be it for a request, a canary or to open it, in this process or in a child, returns
     within its deadline from the moment that it has its turn, or the link is disabled; nobody waits for it any longer,
-    not even to close it. The turn comes after at most one deadline for each call before it. A disabled link is tried
-    again in the background, after a delay that doubles each time; it gets work once its canary has passed.
+    not even to close it. The turn comes after at most one deadline for each call before it. A call that is cut off by
+    the end of the engine's step goes on unheard: until it returns the link gets no other, and it is disabled if the
+    call's own deadline passes. A disabled link is tried again in the background, after a delay that doubles each time;
+    it gets work once its canary has passed.
 
     Args:
         name: What to call it, such as the backend's name.
@@ -101,12 +115,12 @@ class Stage:
     @property
     def ready(self) -> bool:
         """Whether it may be given work; it may have to be opened first."""
-        return self.breaker.closed
+        return self.breaker.closed and not self._calls.cut
 
     @property
     def last_resort(self) -> bool:
         """Whether it may be given what would fail otherwise: it failed often, but neither hangs nor answers wrongly."""
-        return not self.breaker.for_sure and self._source.if_open is not None
+        return not (self.breaker.for_sure or self._calls.cut) and self._source.if_open is not None
 
     @property
     def hangs(self) -> bool:
@@ -116,6 +130,8 @@ class Stage:
     @property
     def why_not(self) -> str:
         """Why it is given no work."""
+        if self.breaker.closed:
+            return f"{self.name} is still busy with what a step of the engine had no more time for"
         return f"{self.name} is out of work ({self.breaker.state.value}): {self.breaker.reason}"
 
     @property
@@ -208,7 +224,7 @@ class Stage:
         wait = self.deadline if wait is None else min(wait, self.deadline)
         self._keeper.close(min(wait, _CLOSING))
         self._calls.close(wait)
-        if encoder is not None and not _closed(encoder):
+        if encoder is not None and not returns_within(partial(encoder.close, 0.0), _GIVING_BACK):
             logger.warning("A call of encoder %r does not return; it keeps its device.", self.name)
 
     def _opened(
@@ -241,14 +257,17 @@ class Stage:
         answer: Array | VisionAccelError | None = None
         while answer is None:
             if self.restarts != self._checked_restarts:  # without the lock, which a canary on the timer may hold
+                late = DeadlineError(f"{self.name} is still being tried with its canary.", hint="Try again later.")
                 if not self._checking.acquire(timeout=-1 if until is None else seconds_until(until)):
-                    return DeadlineError(f"{self.name} is still being tried with its canary.", hint="Try again later.")
+                    return late
                 try:
                     untried = self.restarts != self._checked_restarts
                     result = self._check(encoder, quick=self._was_checked, until=until) if untried else None
                 finally:
                     self._checking.release()
                 if result is not None and result.failure is not None:
+                    if self._calls.cut or (until is not None and seconds_until(until) < _LEAST):
+                        return late
                     return DeviceError(f"{self.name} failed its canary: {result.failure}")
             before = self.restarts
             answer = attempt()
@@ -268,32 +287,38 @@ class Stage:
         """What a call of the encoder returns or raises.
 
         Raises:
-            DeadlineError: If it does not return in time; the link is disabled then.
+            DeadlineError: If it does not return in time; the link is disabled then, or waits for what was cut off.
         """
+        if until is not None and until - time.monotonic() < min(_LEAST, seconds):
+            raise no_time()
         safe = all(opened.session.capabilities.thread_safe for opened in encoder.programs)
         slack = _ENDING if self._processes() else 0.0
-        if until is not None and (left := until - time.monotonic()) < seconds:
-            seconds, slack = max(0.0, left), 0.0
         try:
             return self._calls.call(call, seconds + slack, places=sys.maxsize if safe else 1, until=until)
         except NoTimeError:
-            raise DeadlineError(
-                f"{self.name} was busy for as long as there was time.", hint="Try again later."
-            ) from None
+            raise DeadlineError(f"{self.name} was busy while there was time.", hint="Try again later.") from None
+        except CutError as cut:
+            if cut.call is not None:
+                judge_later(cut.call, cut.limit, partial(self._hung, encoder, seconds, cut), self.breaker.failed)
+            raise cut_off(encoder.capabilities.device) from None
         except LateError as late:
             if self._closed:
                 raise DeviceError("the encoder is closed.", hint="Open a new one.") from None
-            for session in self._processes():
-                session.end_process()  # or it would go on with what nobody waits for
-            device = encoder.capabilities.device
-            message = f"device {device!r} did not answer within {seconds:.3g} s."
-            error = DeadlineError(
-                f"{message} {late}.".removesuffix(" It did not return."),
-                hint="Raise VISIONACCEL_DEADLINE, or set VISIONACCEL_ISOLATION=process, which ends what hangs.",
-            )
-        self._hangs = True
-        self.breaker.trip(error.message)
-        raise error
+            raise self._hung(encoder, seconds, late) from None
+
+    def _hung(self, encoder: Encoder, seconds: float, late: LateError) -> DeadlineError:
+        """Disable the link, as a call did not return in time; the error that says so."""
+        for session in self._processes():
+            session.end_process()  # or it would go on with what nobody waits for
+        message = f"device {encoder.capabilities.device!r} did not answer within {seconds:.3g} s."
+        error = DeadlineError(
+            f"{message} {late}.".removesuffix(" It did not return."),
+            hint="Raise VISIONACCEL_DEADLINE, or set VISIONACCEL_ISOLATION=process, which ends what hangs.",
+        )
+        if not self._closed:
+            self._hangs = True
+            self.breaker.trip(error.message)
+        return error
 
     def _check(
         self, encoder: Encoder, *, quick: bool, probing: bool = False, until: float | None = None
@@ -334,7 +359,7 @@ class Stage:
         return result.failure, result.wrong
 
     def _check_on_timer(self) -> None:
-        if self._source.if_open is None:
+        if self._source.if_open is None or self._calls.cut:
             return
         result = self._check(self._source.if_open, quick=True)
         if result.failure is not None and not result.wrong:
@@ -372,14 +397,3 @@ class Stage:
                 report_breaker(self._source.if_open, state, reason)
         if state is BreakerState.OPEN:
             self._keeper.wake()
-
-
-def _closed(encoder: Encoder) -> bool:
-    """Whether an encoder gave back its device in time; its backend may hang in closing, too."""
-    calls = WatchedCalls()
-    try:
-        return calls.call(partial(encoder.close, 0.0), _GIVING_BACK)
-    except LateError:
-        return False
-    finally:
-        calls.close()

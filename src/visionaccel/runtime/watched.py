@@ -7,11 +7,14 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import TypeAlias, TypeVar
 
 from visionaccel.arrays import Array, is_tensor
 
-__all__ = ["LateError", "NoTimeError", "WatchedCalls", "in_callers_stream", "seconds_until"]
+__all__ = [
+    "CutError", "LateError", "NoTimeError", "WatchedCalls", "in_callers_stream", "returns_within", "seconds_until",
+]  # fmt: skip
 
 _T = TypeVar("_T")
 _Work: TypeAlias = tuple[Future[object], Callable[[], object]]
@@ -26,6 +29,20 @@ class LateError(Exception):
 
 class NoTimeError(LateError):
     """A call had no time left before it could begin."""
+
+
+class CutError(LateError):
+    """A call was left behind because its caller's time was over and not its own, or it waited for one of that kind.
+
+    Args:
+        message: What happened.
+        call: The call that goes on; None if the caller's never began.
+        limit: When that call's own time is over, on the monotonic clock.
+    """
+
+    def __init__(self, message: str, call: Future[object] | None = None, limit: float = 0.0) -> None:
+        super().__init__(message)
+        self.call, self.limit = call, limit
 
 
 class WatchedCalls:
@@ -47,13 +64,18 @@ class WatchedCalls:
         self._told = returned
         self._changed = threading.Condition()
         self._idle: list[_Caller] = []
-        self._running = self._late = self._left_behind = 0
-        self._closed = False
+        self._running = self._late = self._left_behind = self._cut = 0
+        self._closed = self._last_was_cut = False
 
     @property
     def late(self) -> int:
         """Calls that were left behind and have not returned."""
         return self._late
+
+    @property
+    def cut(self) -> int:
+        """Those of them that were left behind because of `until`."""
+        return self._cut
 
     def call(self, function: Callable[[], _T], seconds: float, *, places: int = 1, until: float | None = None) -> _T:
         """What the function returns or raises.
@@ -66,20 +88,23 @@ class WatchedCalls:
 
         Raises:
             LateError: If it does not return in time, or none can begin.
+            CutError: If that is because of `until`, of this call or of an earlier one.
             NoTimeError: If it had no time left when it could begin.
         """
         caller = self._begin(places, until)
         limit = time.monotonic() + seconds
-        limit = limit if until is None else min(limit, until)
+        end = limit if until is None else min(limit, until)
         future = caller.start(function)
         try:
-            return future.result(seconds_until(limit))  # type: ignore[return-value]
+            return future.result(seconds_until(end))  # type: ignore[return-value]
         except TimeoutError:
             if future.done():  # it raised that itself, or returned at the last moment
                 return future.result()  # type: ignore[return-value]
+            if end < limit:
+                raise CutError("It did not return", future, limit) from None
             raise LateError("It did not return") from None
         finally:
-            self._end(caller, future)
+            self._end(caller, future, cut=end < limit)
 
     def close(self, wait: float = 0.0) -> None:
         """Begin no call any more, and end the threads that no call keeps.
@@ -110,12 +135,13 @@ class WatchedCalls:
             if not in_time or (until is not None and time.monotonic() >= until):
                 raise NoTimeError("Other calls took its time")
             if self._late >= most_late or self._left_behind != before:
-                raise LateError("An earlier call has not returned")
+                kind = CutError if self._last_was_cut else LateError
+                raise kind("An earlier call has not returned")
             caller = self._idle.pop() if self._idle else _Caller()
             self._running += 1
             return caller
 
-    def _end(self, caller: _Caller, future: Future[object]) -> None:
+    def _end(self, caller: _Caller, future: Future[object], *, cut: bool) -> None:
         with self._changed:
             self._running -= 1
             kept = future.done() and not self._closed
@@ -124,14 +150,17 @@ class WatchedCalls:
             elif not future.done():
                 self._late += 1
                 self._left_behind += 1
-                future.add_done_callback(self._returned)
+                self._cut += cut
+                self._last_was_cut = cut
+                future.add_done_callback(partial(self._returned, cut))
             self._changed.notify_all()
         if not kept:
             caller.end()
 
-    def _returned(self, _: Future[object]) -> None:
+    def _returned(self, cut: bool, _: Future[object]) -> None:
         with self._changed:
             self._late -= 1
+            self._cut -= cut
             self._changed.notify_all()
         self._told()
 
@@ -184,3 +213,14 @@ def in_callers_stream(patches: Array, call: Callable[[], _T]) -> Callable[[], _T
 def seconds_until(until: float) -> float:
     """Seconds from now to a time on the monotonic clock, as a lock takes them."""
     return min(max(0.0, until - time.monotonic()), threading.TIMEOUT_MAX)
+
+
+def returns_within(call: Callable[[], bool], seconds: float) -> bool:
+    """What a call returns; False if it takes longer than that, and is left behind."""
+    calls = WatchedCalls()
+    try:
+        return calls.call(call, seconds)
+    except LateError:
+        return False
+    finally:
+        calls.close()
