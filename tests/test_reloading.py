@@ -140,6 +140,30 @@ def test_weights_without_files_are_refused_and_nothing_is_encoded_with_the_ones_
     assert torch.allclose(engine.tower(PATCHES, GRIDS), expected(tiny), atol=1e-5)
 
 
+@pytest.mark.parametrize("in_files", [False, True], ids=["refused", "taken"])
+def test_where_no_scheduler_listens_no_embedding_of_the_weights_before_is_used(
+    tiny, other, faults, monkeypatch, in_files
+):
+    from visionaccel.integrations.vllm.connector import EmbeddingsForStep, VisionAccelConnector
+
+    def step(rows, cache):
+        connector._connector_metadata = EmbeddingsForStep(rows)
+        connector.start_load_caches(cache)
+        return cache
+
+    connector = object.__new__(VisionAccelConnector)
+    connector._dtype, connector._device = torch.float32, "cpu"
+    monkeypatch.setattr(tower, "report_fault", lambda *_: False)  # as with a scheduler of the user's own
+    monkeypatch.setattr(compat, "worker_connector", lambda: connector)
+    engine = Engine(tiny, faults, receives=True)
+    cached = step({"before": np.ones((4, 24), np.float32)}, {})
+    with pytest.raises(ConfigurationError):
+        engine.load(weights(other), other if in_files else None)
+    assert step({}, cached) == {}, "a request that reads what was cached before ends the step"
+    with pytest.raises(ConfigurationError):
+        step({"image": np.ones((4, 24), np.float32)}, {})
+
+
 def test_a_part_of_new_weights_is_refused(engine, other):
     with pytest.raises(ConfigurationError, match="was not given, and has other values there"):
         engine.load({"visual.patch_embed.proj.weight": weights(other)["visual.patch_embed.proj.weight"]}, other)

@@ -83,6 +83,8 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
         scheduler_forgets: The scheduler asks `take_distrust`, and forgets what was computed from wrong embeddings.
     """
 
+    _refusal: VisionAccelError | None = None
+
     def __init__(self, vllm_config: VllmConfig, role: ECConnectorRole) -> None:
         super().__init__(vllm_config=vllm_config, role=role)
         served = compat.served_model(vllm_config)
@@ -308,9 +310,27 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
 
     # In a worker:
 
+    def refuse_loads(self, error: VisionAccelError) -> None:
+        """Take in no embedding any more: they come from weights that are not served, and the scheduler does not know.
+
+        Args:
+            error: Why.
+        """
+        self._refusal = error
+
     def start_load_caches(self, encoder_cache: dict[str, torch.Tensor], **_: Any) -> None:
-        """Put the step's embeddings into the worker's encoder cache."""
-        for identifier, rows in self._get_connector_metadata().rows.items():
+        """Put the step's embeddings into the worker's encoder cache.
+
+        Raises:
+            VisionAccelError: If there are some, and they come from weights that are not served any more. The engine
+                ends by it: no other answer would be right. It ends too if a request reads what was cached before.
+        """
+        rows_of = self._get_connector_metadata().rows
+        if self._refusal is not None:
+            encoder_cache.clear()
+            if rows_of:
+                raise self._refusal
+        for identifier, rows in rows_of.items():
             if identifier not in encoder_cache:
                 # Copied: the array belongs to the message, or to the service where the worker is in its process.
                 tensor = torch.empty(rows.shape, dtype=self._dtype, device="cpu")

@@ -162,7 +162,10 @@ class AcceleratedTower(nn.Module):
         """Encode nothing more: no encoder has the weights that are served."""
         self._close()
         self._used, self._refusal = None, error
-        self._report(Fault(REPLACED, Replacement(served.source, served.revision, "", error.message).dumps()))
+        told = self._report(Fault(REPLACED, Replacement(served.source, served.revision, "", error.message).dumps()))
+        connector = compat.worker_connector()
+        if not told and type(connector).__name__ == compat.CONNECTOR:
+            connector.refuse_loads(error)  # the engine's process goes on encoding with the weights before
 
     def _close(self) -> None:
         if self._encoder is not None:
