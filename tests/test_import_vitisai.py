@@ -301,6 +301,15 @@ def test_a_stripped_checkpoint_without_its_note_is_refused(tiny, tmp_path):
     assert not (tmp_path / "bundle").exists()
 
 
+def test_a_note_says_nothing_of_a_checkpoint_that_holds_vision_weights_again(tiny, tmp_path):
+    whole, bare = stripped(tiny, tmp_path)
+    name = "visual.merger.mlp.0.bias"
+    again = {**load_file(bare / "model.safetensors"), name: load_file(whole / "model.safetensors")[name]}
+    save_file(again, bare / "model.safetensors")
+    with pytest.raises(ConfigurationError, match="no complete vision weights"):
+        imported(bare, folder_of(whole, tmp_path / "folder"), tmp_path / "bundle", self_contained=True)
+
+
 def test_a_bundle_with_the_hosts_weights_alone_offers_no_other_program(tiny, tmp_path):
     bundle = imported(tiny, folder_of(tiny, tmp_path / "folder"), tmp_path / "bundle", self_contained=True)
     assert not bundle.tower.complete

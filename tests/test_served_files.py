@@ -8,6 +8,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -16,6 +17,7 @@ from visionaccel.bundle.opening import tower_digest
 from visionaccel.errors import CheckpointError, ConfigurationError
 from visionaccel.integrations.vllm.server import quiet_environment
 from visionaccel.opening import open_tower
+from visionaccel.stripping import STRIP_NOTE
 from visionaccel.testing.checkpoints import random_checkpoint
 
 with warnings.catch_warnings():
@@ -117,6 +119,28 @@ def test_weights_that_are_not_in_safetensors_files_are_refused(tmp_path, name, s
         (tmp_path / name).write_bytes(b"pickled")
     with pytest.raises(CheckpointError, match=said):
         compat.weight_files(str(tmp_path), None, None)
+
+
+@pytest.mark.parametrize("noted", ["bundle", "served"])
+def test_the_vision_weights_that_are_served_count_and_not_a_note_that_was_left_over(
+    digits, tmp_path, monkeypatch, config, noted
+):
+    """A stripped checkpoint into whose folder a whole one was put keeps the note of what had been taken out."""
+    folder = Path(shutil.copytree(digits, tmp_path / "checkpoint"))
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: values * np.float32(2) for name, values in tensors.items()}, folder / "model.safetensors")
+    of = {"bundle": digits, "served": folder}[noted]
+    note = {"vision_weights_digest": tower_digest(open_tower(of))}
+    (folder / STRIP_NOTE).write_text(json.dumps(note))
+    monkeypatch.setenv("VISIONACCEL_BUNDLE", str(digits))
+    config.model_config.model = str(folder)
+    refusal, said = (
+        (CheckpointError, f"holds other vision weights than those that its {STRIP_NOTE} says")
+        if noted == "bundle"
+        else (ConfigurationError, "was made from other vision weights than those of")
+    )
+    with pytest.raises(refusal, match=said):
+        open_served_source(compat.served_model(config), load_settings())
 
 
 class DerivedLoader(DefaultModelLoader):

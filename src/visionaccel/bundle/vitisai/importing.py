@@ -160,11 +160,11 @@ def _digest(tower: Tower, weights: Mapping[str, StoredTensor], tell: Progress) -
     if tower.complete:
         total = sum(tensor.length for tensor in weights.values())
         return tower_digest(tower, progress=counter("digest of the weights", total, tell))
-    noted = read_strip_note(tower.checkpoint.folder)
+    noted = None if tower.stored_names else read_strip_note(tower.checkpoint.folder)
     if noted is None:
         raise ConfigurationError(
-            f"{tower.checkpoint.folder} has no complete vision weights, and no note of `visionaccel strip` says which "
-            "they were.",
+            f"{tower.checkpoint.folder} has no complete vision weights, and no note of `visionaccel strip` that says "
+            "which all of them were.",
             hint="Pass the whole checkpoint, or one that `visionaccel strip` wrote.",
         )
     return noted

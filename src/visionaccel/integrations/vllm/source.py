@@ -14,14 +14,14 @@ from visionaccel.bundle.opening import tower_digest
 from visionaccel.bundle.processor import processor_digest, require_processor
 from visionaccel.checkpoint import Checkpoint, locate_checkpoint
 from visionaccel.cores import on_cores
-from visionaccel.errors import ArtifactError, ConfigurationError
+from visionaccel.errors import ArtifactError, CheckpointError, ConfigurationError
 from visionaccel.families import Tower, tower_of
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.compat import ServedModel
 from visionaccel.program import AnyGrid, Coverage
 from visionaccel.runtime.guarded import GuardedEncoder
 from visionaccel.settings import Settings
-from visionaccel.stripping import read_strip_note
+from visionaccel.stripping import STRIP_NOTE, read_strip_note
 
 __all__ = ["Grids", "announce", "grids_of", "open_served_source", "served_tower"]
 
@@ -114,11 +114,16 @@ def _require_weights(served: Tower, stated: str, folder: Path) -> None:
     A checkpoint stripped of its vision weights keeps a note of their digest. One that has neither cannot be told apart
     from another of the same shape, and is taken at its word.
     """
-    found = read_strip_note(served.checkpoint.folder)
+    noted = read_strip_note(served.checkpoint.folder)
+    found = tower_digest(served) if served.stored_names else noted
     if found is None:
-        if not served.stored_names:
-            return
-        found = tower_digest(served)
+        return
+    if noted not in (None, found):
+        raise CheckpointError(
+            f"{served.checkpoint.folder} holds other vision weights than those that its {STRIP_NOTE} says were taken "
+            "out.",
+            hint=f"Remove {STRIP_NOTE} if the weights are right, or strip the checkpoint again.",
+        )
     if found != stated:
         raise ConfigurationError(
             f"the encoder in {folder} was made from other vision weights than those of {served.checkpoint.folder}.",
