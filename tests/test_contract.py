@@ -140,6 +140,19 @@ def test_what_the_sources_import_of_vllm_is_in_the_contract():
     assert unknown == set()
 
 
+def test_what_every_image_request_passes_is_needed_by_the_in_line_mode():
+    from visionaccel.integrations.vllm.processing import FittedProcessingInfo, FittedProcessor
+
+    inline = {need.target for entry in CONTRACT[Feature.INLINE] for need in needs(entry)}
+    overridden = set()
+    for ours in (FittedProcessingInfo, FittedProcessor):
+        stock = ours.__mro__[1]
+        methods = [name for name, value in vars(ours).items() if inspect.isfunction(value) and hasattr(stock, name)]
+        overridden |= {f"{stock.__module__}:{stock.__name__}.{name}" for name in methods}
+    assert len(overridden) >= 8
+    assert overridden - inline == set()
+
+
 def test_the_page_shows_the_tables_as_they_are():
     assert with_tables(PAGE.read_text()) == PAGE.read_text(), "run `python tools/write_tables.py`"
 

@@ -1,5 +1,6 @@
 """The pipelined mode is tested on the vLLM that is there, whatever its number; the verdict is kept for that build."""
 
+import dataclasses
 import errno
 import json
 import logging
@@ -304,6 +305,13 @@ def test_a_feature_that_misses_a_name_is_off_alone_and_the_log_names_it(
 def test_without_the_contract_of_the_in_line_mode_vllm_does_not_start(config, monkeypatch):
     gone(monkeypatch, f"{MODELS}:Qwen2_5_VisionTransformer")
     with pytest.raises(ConfigurationError, match=r"cannot be replaced: .*Qwen2_5_VisionTransformer does not"):
+        activation._prepare(config, False)
+
+
+def test_what_every_image_request_passes_must_be_there_at_the_start(config, monkeypatch):
+    renamed = dataclasses.make_dataclass("ProcessorInputs", ["prompt", "mm_data_items", "mm_processor_options"])
+    monkeypatch.setattr("vllm.multimodal.processing.ProcessorInputs", renamed)
+    with pytest.raises(ConfigurationError, match=r"ProcessorInputs has no attribute hf_processor_mm_kwargs"):
         activation._prepare(config, False)
 
 
