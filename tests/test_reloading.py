@@ -10,11 +10,13 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from visionaccel import open_encoder
+from visionaccel.checkpoint import Checkpoint
 from visionaccel.errors import ConfigurationError, DeviceError
 from visionaccel.integrations.vllm import compat, tower
 from visionaccel.integrations.vllm.faults import REPLACED
 from visionaccel.integrations.vllm.reloading import Replacement, source_digest
 from visionaccel.opening import open_tower
+from visionaccel.stripping import strip_checkpoint
 from visionaccel.testing.checkpoints import TINY, random_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own deprecations
@@ -79,6 +81,13 @@ def other(tmp_path_factory):
 
 def weights(folder):
     return load_file(Path(folder) / "model.safetensors")
+
+
+def stripped(folder, into):
+    """A copy of a checkpoint with a language model's tensor and without its vision weights."""
+    whole = Path(shutil.copytree(folder, into / f"{Path(folder).name}-whole"))
+    save_file(weights(folder) | {"model.norm.weight": np.ones(4, np.float32)}, whole / "model.safetensors")
+    return strip_checkpoint(Checkpoint(whole), into / Path(folder).name).folder
 
 
 def expected(folder):
@@ -184,12 +193,42 @@ def test_a_bundle_of_the_weights_before_is_not_used_with_new_ones(tiny, other, f
     assert engine.orders[-1].refusal is not None
 
 
-def test_an_encoder_that_cannot_be_opened_again_encodes_nothing(engine, other, monkeypatch):
+def test_a_stripped_checkpoint_of_the_weights_in_use_changes_nothing(engine, tiny, tmp_path):
+    engine.load({}, stripped(tiny, tmp_path))
+    assert engine.orders == []
+    assert torch.allclose(engine.tower(PATCHES, GRIDS), expected(tiny), atol=1e-5)
+
+
+def test_a_checkpoint_that_was_stripped_of_other_weights_is_refused(engine, tiny, other, tmp_path):
+    with pytest.raises(ConfigurationError, match="was stripped of other vision weights") as caught:
+        engine.load({}, stripped(other, tmp_path))
+    assert [order.refusal for order in engine.orders] == [caught.value.message]
+    assert torch.equal(engine.tower(PATCHES, GRIDS), torch.zeros(10, 24))
+    engine.load(weights(tiny), tiny)
+    assert torch.allclose(engine.tower(PATCHES, GRIDS), expected(tiny), atol=1e-5)
+
+
+def test_a_stripped_checkpoint_gets_the_bundle_of_its_weights_again(tiny, other, faults, tmp_path, monkeypatch):
+    monkeypatch.setenv("VISIONACCEL_BUNDLE", str(other))
+    folder = stripped(other, tmp_path)
+    engine = Engine(folder, faults)
+    with pytest.raises(ConfigurationError, match="made from other vision weights"):
+        engine.load({}, stripped(tiny, tmp_path))
+    assert torch.equal(engine.tower(PATCHES, GRIDS), torch.zeros(10, 24))
+    engine.load({}, folder)
+    assert engine.orders[-1].digest == source_digest(open_tower(other))
+    assert torch.allclose(engine.tower(PATCHES, GRIDS), expected(other), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "error", [DeviceError("out of memory"), RuntimeError("out of memory")], ids=["ours", "a-vendors"]
+)
+def test_an_encoder_that_cannot_be_opened_again_encodes_nothing(engine, other, monkeypatch, error):
     def fail(*_, **__):
-        raise DeviceError("out of memory", hint="")
+        raise error
 
     monkeypatch.setattr(tower, "open_guarded", fail)
     with pytest.raises(DeviceError, match="out of memory"):
         engine.load(weights(other), other)
     assert torch.equal(engine.tower(PATCHES, GRIDS), torch.zeros(10, 24))
-    assert engine.orders[-1].refusal == "out of memory"
+    assert engine.orders[-1].refusal.endswith("out of memory")

@@ -115,17 +115,22 @@ class Comparison:
     Args:
         used: The weights in use; None if no encoder has those that are served.
         opened: Opens what vLLM's files hold by now.
+
+    Attributes:
+        any_given: Whether vLLM was given a vision tensor.
     """
 
     def __init__(self, used: StoredWeights | None, opened: Any) -> None:
         self._used = used if used is not None and used.unchanged() else None
         self._opened = opened
+        self.any_given = False
         self._differing: list[str] = []
         self._new: tuple[Tower | Bundle, StoredWeights] | None = None
         self._problem: str | None = None
 
     def note(self, name: str, weight: torch.Tensor) -> None:
         """One vision tensor, by its full name, that vLLM is given."""
+        self.any_given = True
         below = next(name.removeprefix(prefix) for prefix in WEIGHT_PREFIXES if name.startswith(prefix))
         try:
             if self._used is not None and self._used.holds(below, weight):

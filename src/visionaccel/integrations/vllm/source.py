@@ -18,12 +18,13 @@ from visionaccel.errors import ArtifactError, CheckpointError, ConfigurationErro
 from visionaccel.families import Tower, tower_of
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.compat import ServedModel
+from visionaccel.integrations.vllm.reloading import source_digest
 from visionaccel.program import AnyGrid, Coverage
 from visionaccel.runtime.guarded import GuardedEncoder
 from visionaccel.settings import Settings
 from visionaccel.stripping import STRIP_NOTE, read_strip_note
 
-__all__ = ["Grids", "announce", "grids_of", "open_served_source", "served_tower"]
+__all__ = ["Grids", "announce", "grids_of", "open_served_source", "served_tower", "stated_source"]
 
 
 def served_tower(served: ServedModel, stored: Checkpoint) -> Tower:
@@ -83,6 +84,35 @@ def open_served_source(served: ServedModel, settings: Settings) -> Tower | Bundl
     require_processor(bundle.manifest.processor_digest, stored.folder, bundle.folder)
     _require_sizes(wanted, bundle.tower, bundle.folder)
     return bundle
+
+
+def stated_source(served: ServedModel, settings: Settings, used: Tower | Bundle | None) -> Tower | Bundle | None:
+    """The encoder of a checkpoint that was stripped of other vision weights than those in use.
+
+    Args:
+        served: The served model.
+        settings: The settings.
+        used: What encodes; None if that has not the weights that were served before.
+
+    Returns:
+        None if the checkpoint has vision weights, or no note that names others than those in use.
+
+    Raises:
+        ConfigurationError: If the settings name no encoder of those weights.
+        ArtifactError: If the checkpoint, its note or what encodes is broken.
+    """
+    folder = compat.settings_folder(served.source, served.revision)
+    stated = read_strip_note(folder)
+    if stated is None or (used is not None and stated == source_digest(used)):
+        return None
+    if served_tower(served, _served_checkpoint(served)).stored_names:
+        return None
+    if settings.bundle is None:
+        raise ConfigurationError(
+            f"{folder} was stripped of other vision weights than those that the vision encoder has.",
+            hint="Load the checkpoint with its vision weights, or start the server with VISIONACCEL_BUNDLE.",
+        )
+    return open_served_source(served, settings)
 
 
 def _served_checkpoint(served: ServedModel) -> Checkpoint:

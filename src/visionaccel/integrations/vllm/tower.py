@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from visionaccel.arrays import as_host_tensor, dtype_name, is_tensor
+from visionaccel.backends.containment import device_errors
 from visionaccel.bundle import Bundle
 from visionaccel.errors import ConfigurationError, InputError, VisionAccelError
 from visionaccel.families import Tower
@@ -19,7 +21,7 @@ from visionaccel.integrations.vllm.faults import EVERYTHING, REPLACED, Fault, op
 from visionaccel.integrations.vllm.producer import guard_saving
 from visionaccel.integrations.vllm.published import publish
 from visionaccel.integrations.vllm.reloading import Comparison, Replacement, StoredWeights, source_digest
-from visionaccel.integrations.vllm.source import announce, open_served_source
+from visionaccel.integrations.vllm.source import announce, open_served_source, stated_source
 from visionaccel.integrations.vllm.step_budget import LateOpening, StepBudget
 from visionaccel.runtime.guarded import Embedded, GuardedEncoder
 from visionaccel.runtime.keys import item_key
@@ -52,7 +54,7 @@ class AcceleratedTower(nn.Module):
     def __init__(self, served: compat.ServedModel, *, receives: bool = False) -> None:
         super().__init__()
         self._settings, self._receives = load_settings(), receives
-        self._engine = served.engine
+        self._engine, self._place = served.engine, (served.source, served.revision)
         open_channel()
         self._source = open_served_source(served, self._settings)
         self._used: StoredWeights | None = StoredWeights(self._source)
@@ -126,17 +128,26 @@ class AcceleratedTower(nn.Module):
             served: What vLLM serves.
 
         Raises:
-            ConfigurationError: If no files hold the weights that vLLM was given.
+            ConfigurationError: If no files hold the weights that vLLM was given, or they were stripped of others.
             VisionAccelError: If the encoder cannot be opened from those that do.
         """
-        if comparison.nothing_new:
-            return
         try:
-            source = comparison.replacement()
-            self._adopt(source, served)
+            with device_errors("opening the encoder from the new weights"):
+                source = self._stated(comparison, served) if comparison.nothing_new else comparison.replacement()
+                if source is not None:
+                    self._adopt(source, served)
+                self._place = served.source, served.revision
         except VisionAccelError as error:
             self._refuse(error, served)
             raise
+
+    def _stated(self, comparison: Comparison, served: compat.ServedModel) -> Tower | Bundle | None:
+        """What a stripped checkpoint wants in the place of what encodes; None to go on."""
+        same_repository = (served.source, served.revision) == self._place and not Path(served.source).is_dir()
+        if comparison.any_given or same_repository:
+            return None
+        known = self._used is not None and self._used.unchanged()
+        return stated_source(served, self._settings, self._source if known else None)
 
     def _adopt(self, source: Tower | Bundle, served: compat.ServedModel) -> None:
         """Encode with other weights from now on, here and in the engine's process, which forgets what it keeps."""
