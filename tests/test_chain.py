@@ -726,6 +726,7 @@ def test_in_line_a_fallback_that_hangs_is_left_behind_too(tiny, tmp_path):
     (guarded,) = open_guarded(open_tower(tiny), settings, (None,))
     patches = random_patches([GRID])
     guarded.stages[0].distrust("for the test")
+    guarded.stages[2].deadline = 60.0  # its first encode may take a second where the machine is busy
     hung = guarded.stages[1].open().programs[0]
     gate = hung.session = Gate(hung.session)
     gate.shut()
