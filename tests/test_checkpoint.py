@@ -167,12 +167,34 @@ def test_a_language_tensor_that_the_index_lists_and_no_shard_holds_is_ignored(tm
     assert open_tower(folder).complete
 
 
-def test_an_index_and_a_single_file_that_it_does_not_name_are_refused(tmp_path):
+def test_an_index_and_a_single_file_of_other_values_are_refused(tmp_path):
     folder = random_checkpoint(tmp_path, shards=2)
     random_checkpoint(tmp_path / "stale", seed=1)
     shutil.move(tmp_path / "stale" / "model.safetensors", folder)
-    with pytest.raises(CheckpointError, match=r"has model\.safetensors and also model\.safetensors\.index\.json"):
+    with pytest.raises(CheckpointError, match="are the same weight with different values"):
         _ = open_tower(folder).weights
+
+
+@pytest.mark.parametrize("change", ["name", "dtype", "shape", "less"])
+def test_an_index_and_a_single_file_of_other_tensors_are_refused(tmp_path, change):
+    folder = random_checkpoint(tmp_path, shards=2)
+    tensors = {name: stored.read() for name, stored in Checkpoint(folder).tensors.items()}
+    values = tensors.pop(name := "visual.merger.mlp.0.bias")
+    changed = {"name": {f"{name}_": values}, "dtype": {name: values.astype(np.float16)}, "shape": {name: values[None]}}
+    save_file({**tensors, **changed.get(change, {})}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"has model\.safetensors and also model\.safetensors\.index\.json"):
+        _ = open_tower(folder).stored_names
+
+
+def test_an_index_and_a_single_file_that_agree_are_read_as_the_index_says(tmp_path):
+    folder = random_checkpoint(tmp_path, shards=2)
+    expected = weights_digest(open_tower(folder).weights)
+    save_file(
+        {name: stored.read() for name, stored in Checkpoint(folder).tensors.items()}, folder / "model.safetensors"
+    )
+    weights = open_tower(folder).weights
+    assert weights_digest(weights) == expected
+    assert {stored.file.name for stored in weights.values()} == {path.name for path in Checkpoint(folder).files}
 
 
 def test_an_index_that_names_the_single_file_is_fine(copy):

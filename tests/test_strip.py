@@ -157,6 +157,21 @@ def test_a_stale_single_file_next_to_an_index_is_not_stripped_instead_of_the_mod
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_a_single_file_next_to_an_index_must_hold_the_same_language_model(sharded, tmp_path, same):
+    single = {name: value for path in sharded.glob("*.safetensors") for name, value in load_file(path).items()}
+    if not same:
+        single["lm_head.weight"] = single["lm_head.weight"] + 1
+    save_file(single, sharded / "model.safetensors")
+    if same:
+        out = strip_checkpoint(Checkpoint(sharded), tmp_path / "out").folder
+        assert raw(out).keys() == language_model().keys()
+        return
+    with pytest.raises(CheckpointError, match=r"hold 'lm_head\.weight' with different values"):
+        strip_checkpoint(Checkpoint(sharded), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_shards_without_an_index_are_stripped(sharded, tmp_path):
     (sharded / INDEX).unlink()
     report = strip_checkpoint(Checkpoint(sharded), tmp_path / "out")

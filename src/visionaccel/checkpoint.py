@@ -190,8 +190,7 @@ class Checkpoint:
         """The files that hold the weights.
 
         Raises:
-            CheckpointError: If there are none, the index is malformed, or the index does not name a `model.safetensors`
-                that is there too: some programs read the one, some the other.
+            CheckpointError: If there are none, or the index is malformed.
         """
         if self._given is not None:
             return self._given
@@ -203,15 +202,14 @@ class Checkpoint:
                     hint="Download the checkpoint's safetensors files; other weight formats are not read.",
                 )
             return tuple(sorted(found))
-        shards = sorted(set(self.weight_map.values()))
-        if SINGLE_FILE not in shards and (self.folder / SINGLE_FILE).exists():
-            raise CheckpointError(
-                f"{self.folder} has {SINGLE_FILE} and also {INDEX_FILE}, which names other files, such as "
-                f"{shards[0]!r}: which of them are the weights is not known.",
-                hint="Remove the one that is out of date. vLLM reads what the index names, transformers the single "
-                "file.",
-            )
-        return tuple(self.folder / shard for shard in shards)
+        return tuple(self.folder / shard for shard in sorted(set(self.weight_map.values())))
+
+    @cached_property
+    def second_copy(self) -> Mapping[str, StoredTensor]:
+        """The tensors of a `model.safetensors` that the index does not name; some programs read it instead."""
+        single = self.folder / SINGLE_FILE
+        apart = self.weight_map is not None and SINGLE_FILE not in self.weight_map.values() and single.exists()
+        return read_header(single)[0] if apart else {}
 
     @cached_property
     def headers(self) -> Mapping[Path, tuple[Mapping[str, StoredTensor], Mapping[str, str]]]:
@@ -225,14 +223,22 @@ class Checkpoint:
     @cached_property
     def _every_tensor(self) -> tuple[StoredTensor, ...]:
         """Every tensor of every file, in the order of the files; a name may come twice."""
-        return tuple(tensor for tensors, _ in self.headers.values() for tensor in tensors.values())
+        found = tuple(tensor for tensors, _ in self.headers.values() for tensor in tensors.values())
+        kinds, others = ({(t.name, t.dtype, t.shape) for t in each} for each in (found, self.second_copy.values()))
+        if others and others != kinds:
+            raise CheckpointError(
+                f"{self.folder} has {SINGLE_FILE} and also {INDEX_FILE}, whose files hold other tensors: which of them "
+                "are the weights is not known.",
+                hint="Remove the one that is out of date.",
+            )
+        return found
 
     @cached_property
     def tensors(self) -> Mapping[str, StoredTensor]:
         """Every tensor of every file by name; of one that several files hold, that of the last.
 
         Raises:
-            CheckpointError: As `headers`.
+            CheckpointError: As `headers`, or if the `second_copy` has other names, dtypes or shapes.
         """
         return {tensor.name: tensor for tensor in self._every_tensor}
 
@@ -244,7 +250,7 @@ class Checkpoint:
                 files or with two prefixes, with different content.
         """
         found: dict[str, StoredTensor] = {}
-        for tensor in self._every_tensor:
+        for tensor in (*self._every_tensor, *self.second_copy.values()):
             prefix = next((p for p in prefixes if tensor.name.startswith(p)), None)
             if prefix is None:
                 continue

@@ -105,6 +105,7 @@ def strip_checkpoint(
         removed_bytes = _bytes(tensor for name, tensor in checkpoint.tensors.items() if name in removed)
         files, skipped = _other_files(checkpoint)
         _check_space(out, checkpoint, files, removed_bytes)
+        _require_one_content(checkpoint)
         with _complete_or_absent(out) as partial:
             digest = weights_digest(vision, progress)
             shards = _write_shards(checkpoint, partial, removed, progress)
@@ -159,6 +160,16 @@ def _free_place(checkpoint: Checkpoint, out: Path) -> Path:
     if out.is_relative_to(checkpoint.folder.resolve()):
         raise ConfigurationError(f"{out} lies in the checkpoint's own folder.", hint="Name a folder elsewhere.")
     return out
+
+
+def _require_one_content(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint with two copies of the weights that differ: it is not known which of them is meant."""
+    for name, copy in checkpoint.second_copy.items():
+        if not checkpoint.tensors[name].holds_the_same_as(copy):
+            raise CheckpointError(
+                f"{copy.file} and the shards that {INDEX_FILE} names hold {name!r} with different values.",
+                hint="Remove the file that is out of date.",
+            )
 
 
 @contextmanager
