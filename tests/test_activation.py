@@ -187,6 +187,17 @@ def test_the_rust_front_end_with_a_bundle_that_needs_fitted_images_is_refused(co
         activation.check_engine(config)
 
 
+def test_the_rust_front_end_is_refused_for_pooling_where_only_the_python_one_reports_failed_images(config, monkeypatch):
+    monkeypatch.setattr(config.model_config, "runner_type", "pooling")
+    activation.check_engine(config)
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    monkeypatch.setattr(compat, "takes_request_errors", lambda: True, raising=False)
+    activation.check_engine(config)
+    monkeypatch.setattr(compat, "takes_request_errors", lambda: False)
+    with pytest.raises(ConfigurationError, match="pooling models cannot be served with VLLM_USE_RUST_FRONTEND"):
+        activation.check_engine(config)
+
+
 def test_options_of_the_server_that_cut_images_in_another_way_are_refused_at_the_start(config, monkeypatch):
     monkeypatch.setattr(config.model_config.multimodal_config, "mm_processor_kwargs", {"patch_size": 14})
     activation.check_engine(config)

@@ -315,6 +315,17 @@ def test_what_every_image_request_passes_must_be_there_at_the_start(config, monk
         activation._prepare(config, False)
 
 
+@pytest.mark.parametrize("rust", [True, False])
+def test_what_does_not_apply_with_the_rust_front_end_is_logged_once(config, monkeypatch, log, rust):
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", str(int(rust)))
+    monkeypatch.setattr(self_test, "_run", lambda kind: ("", True))
+    activation._prepare(config, False)
+    warnings = [line for line in log if "VLLM_USE_RUST_FRONTEND" in line]
+    assert len(warnings) == rust
+    for what in ("mm_processor_kwargs", "NaN", "timed", "/metrics"):
+        assert all(what in line for line in warnings)
+
+
 def test_images_that_must_be_fitted_and_cannot_be_are_no_start(config, monkeypatch):
     gone(monkeypatch, "vllm.multimodal.parse:MultiModalDataParser._parse_image_data")
     monkeypatch.setattr(activation, "_limits_grids", lambda config: True)

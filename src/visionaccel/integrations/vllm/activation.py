@@ -88,6 +88,7 @@ def _prepare(config: VllmConfig, client_embeds: bool) -> None:
     _check(config, served, settings)
     if served.takes_media:
         choice = choose_mode(config, settings)
+        _warn_of_rust()
         compat.logger().info("visionaccel: images are encoded %s, because %s.", _HOW[choice.mode], choice.reason)
         if choice.mode == "pipelined":
             compat.use_connector(config, client_embeds)
@@ -180,6 +181,25 @@ def _check(config: VllmConfig, served: compat.ServedModel, settings: Settings) -
         )
     if compat.without_python_processor():
         _refuse_fitting(served, settings, "with VLLM_USE_RUST_FRONTEND, images are not fitted to them")
+        if compat.pools(config) and not compat.takes_request_errors():
+            raise ConfigurationError(
+                "pooling models cannot be served with VLLM_USE_RUST_FRONTEND on vLLM "
+                f"{compat.release()}: only its Python front end reports an image that failed as an error.",
+                hint="Unset VLLM_USE_RUST_FRONTEND, or unset VISIONACCEL_BACKEND.",
+            )
+
+
+def _warn_of_rust() -> None:
+    """Say what this package does not do where vLLM prepares images and answers clients outside of Python."""
+    if not compat.without_python_processor():
+        return
+    reasons = "" if compat.takes_request_errors() else " Clients get no reason for a failed image; it is in the log."
+    compat.logger().warning(
+        "visionaccel: with VLLM_USE_RUST_FRONTEND, requests do not pass the Python front end. Options of requests "
+        "(mm_processor_kwargs) and NaN in images are not checked there, image processing is not timed, and /metrics "
+        "does not show the encoder's metrics.%s",
+        reasons,
+    )
 
 
 def _refuse_fitting(served: compat.ServedModel, settings: Settings, reason: str) -> None:

@@ -87,6 +87,7 @@ from visionaccel.integrations.vllm.compat.serving import (
     explain_errors,
     explain_pooling_errors,
     on_metrics,
+    takes_request_errors,
 )
 from visionaccel.integrations.vllm.compat.weight_files import (
     remember_load_config,
@@ -123,8 +124,9 @@ __all__ = [
     "served_by", "served_model", "ServedModel",
     "set_processor_options", "settings_folder", "share_log_handlers", "shows_encoder_cache",
     "start_anew", "started_cores", "step_in_flight", "step_metadata", "step_timeout", "StepInFlight", "swapped_tower",
-    "takes_media", "tried", "TRIED_RELEASES", "use_connector", "use_contained_scheduler", "use_ec_connector",
-    "use_model_in_process", "warn_of_untried_release", "weight_files", "without_python_processor", "worker_connector",
+    "takes_media", "takes_request_errors", "tried", "TRIED_RELEASES", "use_connector", "use_contained_scheduler",
+    "use_ec_connector", "use_model_in_process", "warn_of_untried_release", "weight_files", "without_python_processor",
+    "worker_connector",
 ]  # fmt: skip
 
 _QWEN = "vllm.model_executor.models.qwen2_5_vl"
