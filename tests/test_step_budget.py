@@ -30,7 +30,7 @@ def step(receiving, monkeypatch):
         faults = []
         monkeypatch.setattr(compat, "worker_connector", lambda: None)
         monkeypatch.setattr(compat, "step_timeout", lambda: seconds / 0.8)
-        monkeypatch.setattr(tower, "report_fault", lambda fault: faults.append(fault.message) or True)
+        monkeypatch.setattr(tower, "report_fault", lambda fault, _: faults.append(fault.message) or True)
         return receiving(**settings), faults
 
     return make

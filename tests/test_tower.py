@@ -104,13 +104,13 @@ def test_a_step_that_needs_the_encoder_opens_it(receiving):
 def test_an_encoder_that_cannot_be_opened_is_the_items_fault_and_is_not_tried_again_at_once(receiving, monkeypatch):
     faults = []
     monkeypatch.setattr(compat, "worker_connector", lambda: None)
-    monkeypatch.setattr(tower, "report_fault", lambda fault: faults.append(fault) or True)
+    monkeypatch.setattr(tower, "report_fault", lambda fault, _: faults.append(fault) or True)
     made = receiving(BACKEND="onnxrt", DEVICE="npu")
     for _ in range(2):
         assert torch.equal(made(torch.ones(40, 96), GRIDS), torch.zeros(10, 24))
     assert len(faults) == 4
     assert len({fault.key for fault in faults}) == 2
     assert "VitisAIExecutionProvider" in faults[0].message
-    monkeypatch.setattr(tower, "report_fault", lambda fault: False)
+    monkeypatch.setattr(tower, "report_fault", lambda *_: False)
     with pytest.raises(BackendUnavailableError):
         made(torch.ones(40, 96), GRIDS)
