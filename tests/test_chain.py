@@ -485,6 +485,35 @@ def test_an_observer_that_exits_costs_no_encode_and_hides_no_wrong_answer(tiny, 
     chain.close()
 
 
+class Hangs:
+    """An observer of breakers that hangs until it is let go."""
+
+    def __init__(self):
+        self.states, self.go_on = [], threading.Event()
+
+    @hookimpl
+    def visionaccel_breaker(self, report):
+        self.go_on.wait(30)
+        self.states.append(report.state)
+
+
+def test_an_observer_of_breakers_that_hangs_holds_up_no_change_and_is_told_in_order(tiny):
+    plugins, observer = default_registry().plugins, Hangs()
+    plugins.register(observer)
+    stage, device = scripted(tiny, "first", failures=1, cool_down=0.05)
+    device.script = [OSError("gone")]
+    started = time.monotonic()
+    assert isinstance(stage.encode(random_patches([GRID]), [Grid(*GRID)]), DeviceError)
+    wait_until(lambda: stage.ready)
+    assert time.monotonic() - started < 20
+    assert len(stage.encode(random_patches([GRID]), [Grid(*GRID)])) == 4
+    assert observer.states == []
+    observer.go_on.set()
+    wait_until(lambda: observer.states == ["open", "half-open", "closed"])
+    plugins.unregister(observer)
+    stage.close()
+
+
 def test_a_shadow_looks_at_its_share_and_skips_what_it_has_no_time_for(tiny):
     first, _ = scripted(tiny, "first")
     entered = threading.Event()

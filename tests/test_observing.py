@@ -199,6 +199,7 @@ def test_metrics_tell_of_encodes_failures_fallbacks_breakers_the_queue_and_the_c
                 service.encode(random_patches([(1, 4, 8)], seed=seed), [(1, 4, 8)])
             service.encode(random_patches([(1, 4, 4)], seed=3), [(1, 4, 4)])
             wait_until(lambda: service.counters.running == 0)
+            wait_until(lambda: any(name[0] == "visionaccel_breaker_openings_total" for name in values(metrics)))
             found = values(metrics)
     device, fallback = (("backend", "gated"), ("device", "cpu")), (("backend", "onnxrt"), ("device", "cpu"))
     assert found["visionaccel_encode_seconds_count", *device, ("purpose", "request")] == 2

@@ -184,6 +184,7 @@ def test_a_device_that_goes_wrong_later_is_found_on_the_timer_and_comes_back(bun
     (answer,) = guarded.encode_items(patches, [GRID])
     assert not answer.fallback
     np.testing.assert_allclose(answer.rows, exact, rtol=0, atol=2e-5)
+    wait_until(lambda: told.breakers[-1].state == "closed")
     states = [report.state for report in told.breakers]
     assert states[0] == "open"
     assert states[-2:] == ["half-open", "closed"]

@@ -21,7 +21,7 @@ from visionaccel.runtime.breaker import Breaker, BreakerState
 from visionaccel.runtime.canary import Canary, CanaryResult
 from visionaccel.runtime.keeper import Keeper
 from visionaccel.runtime.on_demand import OnDemand
-from visionaccel.runtime.reports import report_breaker, report_canary, report_failure
+from visionaccel.runtime.reports import BreakerReports, report_canary, report_failure
 from visionaccel.runtime.step_end import cut_off, judge_later, no_time
 from visionaccel.runtime.watched import (
     CutError,
@@ -101,7 +101,7 @@ class Stage:
         self._calls = WatchedCalls(self.breaker.hasten)
         self._source = OnDemand(encoder, self._calls, open_deadline)
         self._lock = threading.Lock()
-        self._checking, self._telling = threading.RLock(), threading.Lock()
+        self._checking, self._telling, self._reports = threading.RLock(), threading.Lock(), BreakerReports()
         self._closed = self._hangs = False
         self._distrusted = 0
         self._drifted: list[Callable[[], None]] = []
@@ -394,6 +394,6 @@ class Stage:
             level = logging.INFO if state is BreakerState.HALF_OPEN else logging.WARNING
             logger.log(level, "Encoder %r %s: %s", self.name, words[state], reason)
             if self._source.if_open is not None:
-                report_breaker(self._source.if_open, state, reason)
+                self._reports.add(self._source.if_open, state, reason)
         if state is BreakerState.OPEN:
             self._keeper.wake()
