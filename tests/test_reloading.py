@@ -14,7 +14,7 @@ from visionaccel.checkpoint import Checkpoint
 from visionaccel.errors import ConfigurationError, DeviceError
 from visionaccel.integrations.vllm import compat, tower
 from visionaccel.integrations.vllm.faults import REPLACED
-from visionaccel.integrations.vllm.reloading import Replacement, source_digest
+from visionaccel.integrations.vllm.reloading import Replacement, StoredWeights, source_digest
 from visionaccel.opening import open_tower
 from visionaccel.stripping import strip_checkpoint
 from visionaccel.testing.checkpoints import TINY, random_checkpoint
@@ -120,6 +120,15 @@ def test_files_that_were_rewritten_in_place_are_used_from_then_on(tiny, other, f
     save_file(weights(other), folder / "model.safetensors")
     engine.load(weights(folder))
     assert torch.allclose(engine.tower(PATCHES, GRIDS), expected(other), atol=1e-5)
+
+
+def test_files_that_changed_before_their_weights_were_noted_are_not_taken_to_be_those_in_use(tiny, other, tmp_path):
+    folder = Path(shutil.copytree(tiny, tmp_path / "checkpoint"))
+    tower = open_tower(folder)
+    assert tower.weights
+    assert StoredWeights(tower).unchanged()
+    shutil.copyfile(other / "model.safetensors", folder / "model.safetensors")
+    assert not StoredWeights(tower).unchanged()
 
 
 def test_files_that_go_away_during_an_update_end_it_after_its_last_tensor(tiny, faults, tmp_path):

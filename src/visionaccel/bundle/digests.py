@@ -14,13 +14,15 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 from visionaccel.bounded_files import read_bounded
 from visionaccel.errors import BundleError
+from visionaccel.memory_files import FileState
 
-__all__ = ["file_digest", "file_states", "remembered_digest"]
+__all__ = ["file_digest", "remembered_digest"]
 
 _MOST_ENTRIES = 4096
 _SETTLED_SECONDS = 2.0
@@ -58,7 +60,7 @@ def remembered_digest(
     # From before the state was read: what was written just then may have been overwritten without its times changing.
     started = time.time_ns()
     try:
-        state = file_states(files)
+        state = _states(files)
     except OSError:
         return compute()
     key = json.dumps([kind, *sorted(map(str, files))])
@@ -71,19 +73,18 @@ def remembered_digest(
     digest = compute()
     settled = all(started - times[-1] > _SETTLED_SECONDS * 1e9 for times in state)
     with suppress(OSError):
-        if settled and file_states(files) == state:
+        if settled and _states(files) == state:
             _store({**known, key: {"state": state, "digest": digest}})
     return digest
 
 
-def file_states(files: Sequence[Path]) -> list[list[int]]:
-    """What changes when a file does, for each file in the order of their names: place, size and times.
+def _states(files: Sequence[Path]) -> list[list[int]]:
+    """The state of each file in the order of their names, as JSON has it.
 
     Raises:
         OSError: If one is not there.
     """
-    stats = [file.stat() for file in sorted(files)]
-    return [[s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for s in stats]
+    return [list(astuple(FileState.of(file))) for file in sorted(files)]
 
 
 def _memory() -> Path:

@@ -17,12 +17,12 @@ import numpy as np
 
 from visionaccel.arrays import FLOATS, as_numpy, dtype_name
 from visionaccel.bundle import Bundle
-from visionaccel.bundle.digests import file_states
 from visionaccel.bundle.opening import tower_digest
 from visionaccel.checkpoint import StoredTensor
 from visionaccel.errors import ArtifactError, ConfigurationError
 from visionaccel.families import Tower
 from visionaccel.families.qwen2_5_vl import WEIGHT_PREFIXES
+from visionaccel.memory_files import FileState
 
 if TYPE_CHECKING:
     import torch
@@ -76,8 +76,7 @@ class StoredWeights:
         self._stored: Mapping[str, StoredTensor] = {}
         with suppress(ArtifactError):  # a bundle whose programs bring their weights: nothing in it equals anything
             self._stored = checkpoint.with_prefix(WEIGHT_PREFIXES)
-        self._files = sorted({tensor.file for tensor in self._stored.values()})
-        self._states = file_states(self._files)
+        self._states = {tensor.file: tensor.origin for tensor in self._stored.values()}
 
     @property
     def names(self) -> frozenset[str]:
@@ -85,9 +84,9 @@ class StoredWeights:
         return frozenset(self._stored)
 
     def unchanged(self) -> bool:
-        """Whether the files are as they were when this was made."""
+        """Whether the files are as they were when their headers were read."""
         try:
-            return file_states(self._files) == self._states
+            return all(FileState.of(file) == state for file, state in self._states.items())
         except OSError:
             return False
 
