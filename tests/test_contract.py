@@ -162,7 +162,7 @@ def test_what_every_image_request_passes_is_needed_by_the_in_line_mode():
         stock = ours.__mro__[1]
         methods = [name for name, value in vars(ours).items() if inspect.isfunction(value) and hasattr(stock, name)]
         overridden |= {f"{stock.__module__}:{stock.__name__}.{name}" for name in methods}
-    assert len(overridden) >= 8
+    assert len(overridden) >= 7
     assert overridden - inline == set()
 
 

@@ -76,7 +76,10 @@ def made(digits, bundles, monkeypatch):
         for name, value in named.items():
             monkeypatch.setenv(f"VISIONACCEL_{name.upper()}", value)
         config = ModelConfig(model=str(digits), dtype="float32", mm_processor_kwargs=mm_processor_kwargs)
-        # As in a model of this package: vLLM sets False, and None is what we note of --no-mm-device-do-normalize.
+        # As in a model of this package: vLLM sets False, and None is what we note of --no-mm-device-do-normalize, after
+        # vLLM has made processing information for its own use.
+        config.multimodal_config.mm_device_do_normalize = False
+        FittedProcessingInfo(InputProcessingContext(config, None))
         config.multimodal_config.mm_device_do_normalize = None if switched_off else False
         return FittedProcessingInfo(InputProcessingContext(config, cached_tokenizer_from_config(config)))
 

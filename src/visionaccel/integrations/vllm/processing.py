@@ -34,18 +34,6 @@ __all__ = ["FittedProcessingInfo", "FittedProcessor"]
 class FittedProcessingInfo(Qwen2_5_VLProcessingInfo):  # type: ignore[misc]
     """vLLM's processing information, with images of the encoder's grids where its programs do not take every grid."""
 
-    def __init__(self, ctx: Any) -> None:
-        super().__init__(ctx)
-        given = compat.processor_options(ctx.model_config)
-        counting = self._counting(given)
-        if counting != given:
-            compat.set_processor_options(ctx.model_config, counting)
-            compat.logger().warning(
-                "--mm-processor-kwargs sets how pixels are normalised (%s). This has no effect: as in vLLM's own "
-                "encoder, the checkpoint's processor configuration decides.",
-                ", ".join(normalisation_in(given)),
-            )
-
     @cached_property
     def _settings(self) -> Settings:
         return load_settings()
@@ -131,6 +119,19 @@ class FittedProcessingInfo(Qwen2_5_VLProcessingInfo):  # type: ignore[misc]
             )
         return self._counting(options)
 
+    def settle_options_of_server(self) -> None:
+        """Drop the server's options that do not count. Which do is not known yet when vLLM makes this object."""
+        model = self.ctx.model_config
+        given = compat.processor_options(model)
+        counting = self._counting(given)
+        if counting != given:
+            compat.set_processor_options(model, counting)
+            compat.logger().warning(
+                "--mm-processor-kwargs sets how pixels are normalised (%s). This has no effect: as in vLLM's own "
+                "encoder, the checkpoint's processor configuration decides.",
+                ", ".join(normalisation_in(given)),
+            )
+
     def _counting(self, options: Mapping[str, Any]) -> Mapping[str, Any]:
         """The options, of the server or a request, that vLLM's own encoder would not ignore."""
         return without_normalisation(options) if compat.normalises_itself(self.ctx.model_config) else options
@@ -180,6 +181,7 @@ class FittedProcessor(Qwen2_5_VLMultiModalProcessor):  # type: ignore[misc]
         Raises:
             InputError: If an option would cut images in another way than the encoder takes them.
         """
+        self.info.settle_options_of_server()
         inputs.hf_processor_mm_kwargs = self.info.obeyed(inputs.hf_processor_mm_kwargs)
         observer = self._observer
         if observer is None:

@@ -94,7 +94,6 @@ _ITEMS: tuple[Entry, ...] = (
 # Every image request passes these, whether or not images are fitted.
 _REQUESTS: tuple[Entry, ...] = (
     _need("subclass", _INFO, has="ctx"),
-    _need("override", f"{_INFO}.__init__", "ctx"),
     _need("override", f"{_INFO}.get_supported_mm_limits"),
     _need("override", f"{_INFO}.validate_num_items", "modality num_items"),
     _need("override", f"{_INFO}.get_data_parser"),
