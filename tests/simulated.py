@@ -1,5 +1,6 @@
 """Programs for FlexMLRT's simulator, made from a tower without a bundle around them."""
 
+import shutil
 from pathlib import Path
 from typing import Literal
 
@@ -34,7 +35,7 @@ def simulated_program(
     coverage = FixedGrid(grid)
     partition = folder / "partition.onnx"
     for file in {tensor.file for tensor in tower.weights.values()}:
-        (folder / file.name).hardlink_to(file)
+        shutil.copyfile(file, folder / file.name)  # a hard link would change the state of the checkpoint's file
     partition.write_bytes(tower.onnx_model(coverage=coverage, host=SPLIT))
     if layout == "rai":
         artifact = binary = folder / "vision.rai"
