@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from gated import gated, wait_until
 from towers import random_patches
 from visionaccel import open_encoder
-from visionaccel.backends import call_parts, default_registry, watch_parts
+from visionaccel.backends import Registry, call_parts, default_registry, watch_parts
 from visionaccel.errors import ConfigurationError
 from visionaccel.integrations.vllm import board, published
 from visionaccel.isolation.answers import decoded, encoded
@@ -73,7 +73,8 @@ def test_the_parts_of_an_encode_add_up(tiny, told, isolation):
 
 def test_nobody_is_told_and_nothing_is_timed_where_nobody_looks(tiny, monkeypatch):
     monkeypatch.setattr("visionaccel.encoder._Clock", None)
-    with open_encoder(tiny, backend="onnxrt") as encoder:
+    # A registry without observers: that of the process keeps those that tests of vLLM's processes installed.
+    with open_encoder(tiny, backend="onnxrt", registry=Registry()) as encoder:
         assert encoder.encode(random_patches([GRID]), [GRID]).shape[0] == 6
     assert call_parts() is None
 

@@ -19,7 +19,7 @@ GOOD = "kit_good"
 FIXED = (Grid(1, 8, 12), Grid(1, 20, 16))
 
 _HEAD = """
-import os, threading, time
+import os, pathlib, threading, time
 import numpy as np
 Session, Backend = {stem}Session, {stem}Backend
 _init, _run = Session.__init__, Session.run
@@ -397,7 +397,7 @@ PLANTED = (
         "reads_what_is_there", "L5-truncated", "is gone",
         """
         def init(self, program):
-            self.width, self._session = program.outputs[0].shape[1], None
+            self.width, self._session, self._weights = program.outputs[0].shape[1], None, None
             try:
                 _init(self, program)
             except Exception:
@@ -462,7 +462,7 @@ PLANTED = (
         """
         def init(self, program):
             _init(self, program)
-            mark = program.folder / "opened"
+            mark = pathlib.Path(__file__).with_name("opened")
             with mark.open("a") as file:
                 file.write("x")
             self.worn = mark.stat().st_size > 2
