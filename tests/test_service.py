@@ -695,6 +695,7 @@ def test_nothing_is_left_after_many_services(tiny):
         return len(list(Path("/proc/self/fd").iterdir()))
 
     tower = open_tower(tiny)
+    gc.collect()  # what earlier tests left open must not be closed while this one counts
     kept, held = set(threads()), files()
     for _ in range(10):
         with open_service(tower, backend="torch_ref", cache_size=4 * SIZE) as service:
@@ -705,4 +706,4 @@ def test_nothing_is_left_after_many_services(tiny):
                 future.result(20)
     gc.collect()
     wait_until(lambda: set(threads()) <= kept)  # those of earlier tests may end by themselves
-    assert files() == held
+    assert files() <= held
