@@ -47,7 +47,7 @@ FileContent::FileContent(const std::string& path) {
   }
   close(file);
   if (!usable) {
-    throw BridgeError(path + " is no file with anything in it");
+    throw BridgeError(path + " is not a file, or is empty");
   }
   if (error != 0) {
     if (data_ != MAP_FAILED) {

@@ -11,7 +11,7 @@ __all__ = ["MOST_HOLE_BYTES", "MOST_JSON_BYTES", "hole_bytes", "open_regular", "
 
 MOST_HOLE_BYTES = 4 * 2**30
 """Most bytes that are hashed although they are nowhere on the disk. A sparse file of terabytes takes no space to send
-and hours to hash; weights have no holes, and what is on the disk was paid for by whoever sent it."""
+and hours to hash; weights have no holes, and bytes on the disk had to be sent."""
 
 MOST_JSON_BYTES = 8 * 2**20
 """Most bytes of a JSON document. As Python's objects it takes up to twenty-five times as many, and two seconds."""

@@ -32,7 +32,7 @@ def contained() -> Iterator[None]:
 
 @contextmanager
 def device_errors(doing: str) -> Iterator[None]:
-    """Turn whatever a vendor's stack raises into an error of this package. Ctrl-C stays what it is.
+    """Turn any exception of a vendor's stack into an error of this package; Ctrl-C passes through.
 
     Args:
         doing: What the code in the context does, for the message.

@@ -129,7 +129,7 @@ class Registry:
             ) from None
         if isinstance(error, PluginError):
             raise error
-        if error is not None:  # Whatever a plug-in's code raises, the user must learn which plug-in it was.
+        if error is not None:  # The user must learn which plug-in raised it.
             raise PluginError(f"{origin} cannot be loaded: {type(error).__name__}: {error}", hint=advice) from error
         return loading.result()
 

@@ -27,7 +27,7 @@ def tidy_if_terminated() -> Iterator[None]:
 
 
 class _Terminated(KeyboardInterrupt):
-    """Passes through whatever lets Ctrl-C pass."""
+    """Passes through everything that lets Ctrl-C pass."""
 
 
 def _terminated(number: int, _: FrameType | None) -> None:

@@ -170,7 +170,7 @@ class Stage:
         encode = partial(encoder.encode, patches, grids, purpose=purpose, queue_seconds=queue_seconds)
         try:
             answer = self._verified(partial(self._attempt, encoder, encode, patches, len(grids), until), encoder, until)
-        except Exception as error:  # The engine's step must survive whatever a vendor's stack raises.
+        except Exception as error:  # The engine's step must survive any exception of a vendor's stack.
             answer = DeviceError(f"encoding failed with {type(error).__name__}: {error}")
         if self._distrusted != distrusted and not isinstance(answer, InputError):
             answer = DeviceError(f"{self.name} turned out to answer wrongly meanwhile: {self.breaker.reason}")
