@@ -8,13 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
+from served import served_model
 from visionaccel.bundle import open_bundle
 from visionaccel.bundle.export import ProgramRequest, export_bundle
 from visionaccel.checkpoint import Checkpoint
 from visionaccel.errors import BundleError, ConfigurationError, InputError, UnfitGridError
 from visionaccel.families import tower_of
 from visionaccel.grid import Grid
-from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.source import open_served_source
 from visionaccel.opening import open_tower
 from visionaccel.program import AnyGrid, FixedGrid
@@ -49,22 +49,6 @@ def bundles(digits, tmp_path_factory):
     export_bundle(tower, folder / "bucket", [ProgramRequest(tower.bucket(Grid(1, 16, 16)))])
     export_bundle(tower, folder / "both", [*fixed, ProgramRequest(AnyGrid())])
     return folder
-
-
-def served(folder, vision=None):
-    """The served model of a digits checkpoint, with that vision configuration or its own."""
-    return compat.ServedModel(
-        source=str(folder),
-        revision=None,
-        architectures=("Qwen2_5_VLForConditionalGeneration",),
-        replaces="Qwen2_5_VLForConditionalGeneration",
-        multimodal=True,
-        takes_media=True,
-        own_implementation=True,
-        dtype=torch.float32,
-        device="cpu",
-        vision=vision or Checkpoint(folder).config["vision_config"],
-    )
 
 
 @pytest.fixture
@@ -328,20 +312,20 @@ def other(digits, tmp_path):
 def test_a_bundle_of_other_vision_weights_is_refused(digits, other, bundles, tmp_path, monkeypatch):
     bundle = export_bundle(open_tower(digits), tmp_path / "packed", [ProgramRequest(AnyGrid())], self_contained=True)
     monkeypatch.setenv("VISIONACCEL_BUNDLE", str(bundle.folder))
-    assert open_served_source(served(digits), load_settings()).manifest == bundle.manifest
+    assert open_served_source(served_model(digits), load_settings()).manifest == bundle.manifest
     with pytest.raises(ConfigurationError, match="made from other vision weights"):
-        open_served_source(served(other), load_settings())
+        open_served_source(served_model(other), load_settings())
     strip_checkpoint(Checkpoint(other), tmp_path / "stripped")
     for encoder in (bundle.folder, digits):  # a plain checkpoint as the encoder must be the right one too
         monkeypatch.setenv("VISIONACCEL_BUNDLE", str(encoder))
         for name in ("stripped", "other"):
             with pytest.raises(ConfigurationError, match="made from other vision weights"):
-                open_served_source(served(tmp_path / name), load_settings())
+                open_served_source(served_model(tmp_path / name), load_settings())
     monkeypatch.setenv("VISIONACCEL_BUNDLE", str(other))
-    assert open_served_source(served(tmp_path / "stripped"), load_settings()).checkpoint.folder == other
+    assert open_served_source(served_model(tmp_path / "stripped"), load_settings()).checkpoint.folder == other
     monkeypatch.setenv("VISIONACCEL_BUNDLE", str(bundle.folder))
     with pytest.raises(ConfigurationError, match="made from other vision weights"):
-        open_served_source(served(tmp_path / "stripped"), load_settings())
+        open_served_source(served_model(tmp_path / "stripped"), load_settings())
 
 
 def test_an_encoder_of_other_sizes_is_refused_even_where_no_digest_is_known(digits, tiny, tmp_path, monkeypatch):
@@ -349,18 +333,18 @@ def test_an_encoder_of_other_sizes_is_refused_even_where_no_digest_is_known(digi
     (tmp_path / "stripped" / STRIP_NOTE).unlink()
     monkeypatch.setenv("VISIONACCEL_BUNDLE", str(tiny))
     with pytest.raises(ConfigurationError, match="made for another vision configuration"):
-        open_served_source(served(tmp_path / "stripped"), load_settings())
+        open_served_source(served_model(tmp_path / "stripped"), load_settings())
 
 
 def test_the_configuration_that_is_served_decides(digits, bundles, monkeypatch):
     changed = {**Checkpoint(digits).config["vision_config"], "fullatt_block_indexes": [1]}
-    assert open_served_source(served(digits, changed), load_settings()).sizes.fullatt_block_indexes == (1,)
+    assert open_served_source(served_model(digits, changed), load_settings()).sizes.fullatt_block_indexes == (1,)
     monkeypatch.setenv("VISIONACCEL_BUNDLE", str(bundles / "fixed"))
     with pytest.raises(ConfigurationError, match=r"made for another vision configuration.*fullatt_block_indexes"):
-        open_served_source(served(digits, changed), load_settings())
+        open_served_source(served_model(digits, changed), load_settings())
     monkeypatch.setenv("VISIONACCEL_BUNDLE", str(digits))
     with pytest.raises(ConfigurationError, match="made for another vision configuration"):
-        open_served_source(served(digits, changed), load_settings())
+        open_served_source(served_model(digits, changed), load_settings())
 
 
 def test_a_bundle_for_another_image_processor_is_refused(digits, other, bundles, monkeypatch):
@@ -369,7 +353,7 @@ def test_a_bundle_for_another_image_processor_is_refused(digits, other, bundles,
     (other / "model.safetensors").write_bytes((digits / "model.safetensors").read_bytes())
     monkeypatch.setenv("VISIONACCEL_BUNDLE", str(bundles / "fixed"))
     with pytest.raises(ConfigurationError, match="another image processor"):
-        open_served_source(served(other), load_settings())
+        open_served_source(served_model(other), load_settings())
 
 
 def test_the_served_checkpoint_stands_in_for_one_that_moved(digits, tmp_path, monkeypatch):
@@ -380,7 +364,7 @@ def test_the_served_checkpoint_stands_in_for_one_that_moved(digits, tmp_path, mo
     bundle = export_bundle(open_tower(moved), tmp_path / "bundle", [ProgramRequest(AnyGrid())])
     moved.rename(tmp_path / "elsewhere")
     monkeypatch.setenv("VISIONACCEL_BUNDLE", str(bundle.folder))
-    source = open_served_source(served(digits), load_settings())
+    source = open_served_source(served_model(digits), load_settings())
     assert source.tower.checkpoint.folder == digits
     with pytest.raises(BundleError, match="needs the vision weights"):
         open_bundle(bundle.folder)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from served import served_model
 from visionaccel import open_encoder
 from visionaccel.checkpoint import Checkpoint
 from visionaccel.errors import ConfigurationError, DeviceError
@@ -29,18 +30,7 @@ class Engine:
 
     def __init__(self, folder, faults, *, receives=False):
         self.faults = faults
-        self.served = compat.ServedModel(
-            source=str(folder),
-            revision=None,
-            architectures=("Qwen2_5_VLForConditionalGeneration",),
-            replaces="Qwen2_5_VLForConditionalGeneration",
-            multimodal=True,
-            takes_media=True,
-            own_implementation=True,
-            dtype=torch.float32,
-            device="cpu",
-            vision=TINY,
-        )
+        self.served = served_model(folder, TINY)
         self.tower = tower.AcceleratedTower(self.served, receives=receives)
 
     def load(self, weights, folder=None):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import vllm
 
+from served import served_model
 from visionaccel.checkpoint import SINGLE_FILE
 from visionaccel.errors import BackendUnavailableError, ChangedFileError
 from visionaccel.integrations.vllm import compat, tower
@@ -24,18 +25,7 @@ def receiving(tiny, monkeypatch):
     def make(source=tiny, **settings):
         for name, value in settings.items():
             monkeypatch.setenv(f"VISIONACCEL_{name}", value)
-        served = compat.ServedModel(
-            source=str(source),
-            revision=None,
-            architectures=("Qwen2_5_VLForConditionalGeneration",),
-            replaces="Qwen2_5_VLForConditionalGeneration",
-            multimodal=True,
-            takes_media=True,
-            own_implementation=True,
-            dtype=torch.float32,
-            device="cpu",
-            vision=TINY,
-        )
+        served = served_model(source, TINY)
         return tower.AcceleratedTower(served, receives=True)
 
     return make
