@@ -90,6 +90,26 @@ def test_several_workers_and_threads_lose_no_report(shared):
     assert sorted(fault.key for fault in found) == sorted(f"{n}-{i}" for n in range(3) for i in range(100))
 
 
+def test_what_another_process_counts_is_never_read_half_written(shared):
+    reader = shared.claim(FAULTS, "counted")
+    code = (
+        "from contextlib import nullcontext\n"
+        "from visionaccel.integrations.vllm.board import FAULTS, board\n"
+        "(area,) = board().areas(FAULTS)\n"
+        "board().alone = lambda *_: nullcontext()\n"  # nobody else writes, and without locking it writes oftener
+        "for _ in range(100_000):\n"
+        "    area.append(b'')\n"
+    )
+    worker, last, smaller = subprocess.Popen([sys.executable, "-c", code]), 0, 0
+    while worker.poll() is None:
+        for _ in range(1000):
+            written = reader.written
+            smaller += written < last
+            last = written
+    assert worker.returncode == 0
+    assert (smaller, reader.written) == (0, 100_000)
+
+
 def test_a_fault_is_reported_whole_where_no_file_can_be_written(shared, tmp_path):
     reader = FaultReader("e")
     run(

@@ -22,7 +22,7 @@ from towers import random_patches
 from visionaccel import open_encoder
 from visionaccel.bundle import open_bundle, opening
 from visionaccel.checkpoint import SINGLE_FILE
-from visionaccel.errors import ChangedFileError, DeviceLostError, SettingsError
+from visionaccel.errors import ArtifactError, ChangedFileError, DeviceLostError, SettingsError
 from visionaccel.faultsuite.changing import change_weights, copy_checkpoint
 from visionaccel.holding import hold_source, is_held
 from visionaccel.memory_files import MemoryFile
@@ -64,6 +64,20 @@ def rename(checkpoint, others):
 def rewrite(checkpoint, others):
     """Write other weights over a checkpoint's."""
     shutil.copyfile(others / SINGLE_FILE, checkpoint / SINGLE_FILE)
+
+
+def link(file):
+    """Give a file one more name, as a pull of a bundle and a backup do."""
+    before = file.stat().st_ctime_ns
+    while file.stat().st_ctime_ns == before:
+        file.with_name(f"{file.name}.{file.stat().st_nlink}").hardlink_to(file)
+
+
+def protect(file):
+    """Change a file's mode."""
+    before = file.stat().st_ctime_ns
+    while file.stat().st_ctime_ns == before:
+        file.chmod(0o400)
 
 
 def answer_of(folder):
@@ -253,7 +267,73 @@ def test_weights_of_a_bundle_that_change_once_they_were_verified_are_refused(tin
         open_bundle(folder)
 
 
+def test_a_bundle_whose_files_are_linked_while_they_are_verified_is_opened(tiny, tmp_path, monkeypatch):
+    folder = write_bundle(tiny, tmp_path / "bundle", "6x10", self_contained=True)
+    real, left = opening._tower, [2]
+
+    def linking(*given, **named):
+        if left[0]:
+            left[0] -= 1
+            link(folder / SINGLE_FILE)
+        return real(*given, **named)
+
+    monkeypatch.setattr(opening, "_tower", linking)
+    assert open_bundle(folder).manifest
+    left[0] = 1000
+    with pytest.raises(ChangedFileError, match=r"model\.safetensors changed after it was verified"):
+        open_bundle(folder)
+    assert left[0] == 995
+
+
+@pytest.mark.parametrize("touch", [link, protect])
+def test_an_artifact_that_is_only_touched_while_it_is_opened_is_opened_again(tiny, tmp_path, monkeypatch, touch):
+    from visionaccel_onnxrt.backend import OnnxRuntimeBackend
+
+    bundle = open_bundle(write_bundle(tiny, tmp_path / "bundle", "6x10"))
+    (program,) = bundle.programs([ONNX])
+    real, opened = OnnxRuntimeBackend.open, []
+
+    def touching(*given):
+        opened.append(real(*given))
+        if len(opened) == 1:
+            touch(program.artifact)
+        return opened[-1]
+
+    monkeypatch.setattr(OnnxRuntimeBackend, "open", touching)
+    with open_encoder(bundle, backend="onnxrt") as encoder:
+        assert encoder.encode(PATCHES, [GRID]).shape == (15, TINY["out_hidden_size"])
+    assert len(opened) == 2
+
+
 # The copy
+
+
+@pytest.mark.parametrize("touch", [link, protect])
+def test_weights_that_were_only_touched_before_they_were_copied_are_read_again(tiny, checkpoint, touch):
+    tower = open_tower(checkpoint)
+    assert tower.weights
+    touch(checkpoint / SINGLE_FILE)
+    with open_encoder(tower, backend="torch_ref") as encoder:
+        np.testing.assert_array_equal(encoder.encode(PATCHES, [GRID]), answer_of(tiny))
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_weights_of_a_bundle_that_were_touched_are_verified_again(tiny, checkpoint, others, tmp_path, external):
+    folder = write_bundle(checkpoint, tmp_path / "bundle", "6x10", self_contained=not external)
+    file = (checkpoint if external else folder) / SINGLE_FILE
+    other = others if external else write_bundle(others, tmp_path / "other", "6x10", self_contained=True)
+    bundle = open_bundle(folder)
+    link(file)
+    assert is_held(hold_source(bundle))
+    link(file)
+    bundle = open_bundle(folder)
+    state = file.stat()
+    file.write_bytes((other / SINGLE_FILE).read_bytes())
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+    with pytest.raises(
+        ArtifactError, match="have the digest" if external else "SHA-256 is not what the manifest states"
+    ):
+        hold_source(bundle)
 
 
 def test_weights_that_changed_before_they_were_copied_are_refused(checkpoint, others):

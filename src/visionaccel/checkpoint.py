@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from visionaccel.arrays import FLOATS
 from visionaccel.bounded_files import MOST_JSON_BYTES, open_regular, read_bounded
 from visionaccel.errors import CheckpointError
-from visionaccel.memory_files import FileState, MemoryFile, changed_file
+from visionaccel.memory_files import FileState, MemoryFile
 from visionaccel.strict_json import parse_json
 
 __all__ = [
@@ -102,8 +102,8 @@ class StoredTensor:
             ) from error
 
     def _require_unchanged(self, opened: int) -> None:
-        if isinstance(self.origin, FileState) and FileState.of(opened) != self.origin:
-            raise changed_file(self.file)
+        if isinstance(self.origin, FileState):
+            self.origin.require_same(FileState.of(opened), self.file)
 
     def read(self) -> NDArray[Any]:
         """The tensor as an array of its shape and dtype, in memory that no file backs.

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 from weakref import WeakValueDictionary
 
-from visionaccel.bundle import Bundle
-from visionaccel.checkpoint import StoredTensor
+from visionaccel.bundle import MANIFEST, Bundle, open_bundle
+from visionaccel.checkpoint import StoredTensor, read_header
 from visionaccel.errors import ChangedFileError, SettingsError
 from visionaccel.families import Tower
-from visionaccel.memory_files import FileState, MemoryFile
+from visionaccel.memory_files import FileState, MemoryFile, TouchedFileError, changed_file, when_steady
 from visionaccel.tensor_files import copy_to_memory
 
 __all__ = ["WantedWeights", "hold_source", "is_held"]
@@ -50,7 +50,10 @@ def hold_source(
     if weights == "mapped" or is_held(source):
         return source
     found = _tower(source).weights
-    copies, memory = _copied(found)
+    try:
+        copies, memory = _copied(found)
+    except TouchedFileError:
+        copies, memory = when_steady(lambda: _copied(_found_again(source)))
     if digest is None and isinstance(source, Bundle) and source.manifest.checkpoint is not None:
         digest = source.manifest.weights_digest
     if digest is not None and memory.digest != digest:
@@ -77,6 +80,27 @@ def _copied(weights: Mapping[str, StoredTensor]) -> tuple[dict[str, StoredTensor
                 state.require(file)
         _copies[key] = memory
     return copies, memory
+
+
+def _found_again(source: Tower | Bundle) -> Mapping[str, StoredTensor]:
+    """The same tensors in the files as they are now; a bundle that holds them is verified again.
+
+    Raises:
+        ChangedFileError: If one is not there any more, or is another.
+        BundleError: If the bundle is not what its manifest states any more.
+    """
+    if isinstance(source, Bundle) and source.manifest.checkpoint is None:
+        bundle = open_bundle(source.folder)
+        if bundle.manifest != source.manifest:
+            raise changed_file(source.folder / MANIFEST)
+        return bundle.tower.weights
+    weights = _tower(source).weights
+    headers = {file: read_header(file)[0] for file in {tensor.file for tensor in weights.values()}}
+    again = {name: headers[each.file].get(each.name) for name, each in weights.items()}
+    for name, each in weights.items():
+        if again[name] != each:
+            raise changed_file(each.file)
+    return {name: tensor for name, tensor in again.items() if tensor is not None}
 
 
 def _tower(source: Tower | Bundle) -> Tower:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import BinaryIO, NoReturn, TypeVar
 
 from visionaccel.errors import ChangedFileError, ConfigurationError
 
-__all__ = ["FileState", "MemoryFile", "changed_file"]
+__all__ = ["FileState", "MemoryFile", "TouchedFileError", "changed_file", "when_steady"]
+
+_T = TypeVar("_T")
 
 _FIRST_DESCRIPTOR = 3
 """The three below are standard input and output, which every child process gets replaced."""
@@ -65,16 +68,54 @@ class FileState:
         Raises:
             ChangedFileError: If it is not, or is not there.
         """
-        if self.of_named(file) != self:
-            raise changed_file(file)
+        self.require_same(self.of_named(file), file)
+
+    def require_same(self, now: FileState, file: Path) -> None:
+        """Require that another state is this one.
+
+        Args:
+            now: The other state.
+            file: Whose state it is, for the error.
+
+        Raises:
+            TouchedFileError: If the change time alone is another.
+            ChangedFileError: If anything else is.
+        """
+        if now != self:
+            touched = replace(now, changed=self.changed) == self
+            raise changed_file(file, TouchedFileError if touched else ChangedFileError)
 
 
-def changed_file(file: Path) -> ChangedFileError:
+class TouchedFileError(ChangedFileError):
+    """A file has another change time and is the same otherwise.
+
+    A hard link or another mode does that, which leaves the content alone. So does a program that writes to the file and
+    sets its modification time back, and nothing tells the two apart but looking at the content again.
+    """
+
+
+def changed_file(file: Path, error: type[ChangedFileError] = ChangedFileError) -> ChangedFileError:
     """The error for a file that is not what was verified."""
-    return ChangedFileError(
+    return error(
         f"{file} changed after it was verified, and nothing is opened from it.",
         hint="Restart to verify and use the files that are there now.",
     )
+
+
+def when_steady(attempt: Callable[[], _T], times: int = 5) -> _T:
+    """What an attempt to verify and open files returns, made again while one of them is touched meanwhile.
+
+    Args:
+        attempt: Looks at every file anew.
+        times: How often it is made at most.
+
+    Raises:
+        ChangedFileError: If a file changed, or is touched all the time.
+    """
+    for _ in range(times - 1):
+        with suppress(TouchedFileError):
+            return attempt()
+    return attempt()
 
 
 class MemoryFile:

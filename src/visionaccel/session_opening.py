@@ -9,7 +9,7 @@ from pathlib import Path
 from visionaccel.backends import Options, Session, VisionBackend, contained
 from visionaccel.bundle.digests import file_digest
 from visionaccel.errors import DeviceError, VisionAccelError
-from visionaccel.memory_files import FileState, changed_file
+from visionaccel.memory_files import FileState, changed_file, when_steady
 from visionaccel.program import Program
 
 __all__ = ["check_files", "open_session"]
@@ -18,11 +18,17 @@ __all__ = ["check_files", "open_session"]
 def open_session(backend: VisionBackend, program: Program, device: str | None, options: Options) -> Session:
     """A session of a program, opened by its backend between two looks at the files that it reads.
 
+    It is opened again if a file of its artifact was touched in between.
+
     Raises:
         ChangedFileError: If one is not what was verified, or changed in between.
         VisionAccelError: What the backend raises.
         DeviceError: If it raises anything else.
     """
+    return when_steady(lambda: _open(backend, program, device, options))
+
+
+def _open(backend: VisionBackend, program: Program, device: str | None, options: Options) -> Session:
     before = check_files(program)
     try:
         with contained():

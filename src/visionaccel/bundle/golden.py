@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from visionaccel.bundle.opening import Bundle
 from visionaccel.checkpoint import read_header
 from visionaccel.errors import BundleError, CheckpointError, ConfigurationError, GridError
 from visionaccel.grid import Grid, as_grids, total_patches
-from visionaccel.memory_files import FileState, changed_file
+from visionaccel.memory_files import FileState, changed_file, when_steady
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -118,9 +119,12 @@ def read_golden(bundle: Bundle) -> tuple[Golden, ...]:
     stated = next((file for file in bundle.manifest.files if file.path == GOLDEN_FILE), None)
     if stated is None:
         return ()
-    path = bundle.folder / GOLDEN_FILE
+    return when_steady(lambda: _read(bundle, bundle.folder / GOLDEN_FILE, stated.sha256))
+
+
+def _read(bundle: Bundle, path: Path, digest: str) -> tuple[Golden, ...]:
     before = FileState.of_named(path)
-    if file_digest(path) != stated.sha256:
+    if file_digest(path) != digest:
         raise changed_file(path)
     from safetensors import SafetensorError, safe_open
 

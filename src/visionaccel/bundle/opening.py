@@ -22,7 +22,7 @@ from visionaccel.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, StoredTe
 from visionaccel.errors import ArtifactError, BundleError, ConfigurationError, GridError
 from visionaccel.families import Tower, tower_of
 from visionaccel.grid import Grid
-from visionaccel.memory_files import FileState, changed_file
+from visionaccel.memory_files import FileState, when_steady
 from visionaccel.program import CHECKPOINT, ONNX_MODELS, Bucket, FixedGrid, Program
 from visionaccel.tensor_files import weights_digest
 
@@ -175,11 +175,7 @@ def open_bundle(
     folder = Path(folder)
     manifest = parse_manifest(folder / MANIFEST)
     try:
-        verified = _verify(folder, manifest, trust_unchanged=trust_unchanged)
-        tower = _tower(folder, manifest, checkpoint, trust_unchanged=trust_unchanged)
-        for tensor in tower.weights.values():
-            if tensor.origin != verified.get(tensor.file, tensor.origin):  # its header was read afterwards
-                raise changed_file(tensor.file)
+        tower = when_steady(lambda: _verified_tower(folder, manifest, checkpoint, trust_unchanged=trust_unchanged))
         return Bundle(folder, manifest, tower)
     except (OSError, ConfigurationError, GridError) as error:
         raise BundleError(f"{folder} cannot be opened: {error}", hint=_AGAIN) from error
@@ -197,6 +193,15 @@ def tower_digest(tower: Tower, *, trust_unchanged: bool = True, progress: Callab
     files = sorted({tensor.file for tensor in weights.values()})
     kind = "weights " + hashlib.sha256("\0".join(sorted(t.name for t in weights.values())).encode()).hexdigest()
     return remembered_digest(kind, files, lambda: weights_digest(weights, progress), trust_unchanged=trust_unchanged)
+
+
+def _verified_tower(folder: Path, manifest: Manifest, given: Checkpoint | None, *, trust_unchanged: bool) -> Tower:
+    verified = _verify(folder, manifest, trust_unchanged=trust_unchanged)
+    tower = _tower(folder, manifest, given, trust_unchanged=trust_unchanged)
+    for tensor in tower.weights.values():
+        if tensor.file in verified and isinstance(tensor.origin, FileState):  # its header was read afterwards
+            verified[tensor.file].require_same(tensor.origin, tensor.file)
+    return tower
 
 
 def _verify(folder: Path, manifest: Manifest, *, trust_unchanged: bool) -> dict[Path, FileState]:

@@ -23,8 +23,8 @@ from visionaccel.errors import ConfigurationError
 __all__ = ["FAULTS", "METRICS", "Area", "Board", "Section", "board", "make_board"]
 
 _VARIABLE = "_VISIONACCEL_BOARD"
-_NUMBER = struct.Struct("@Q")  # native, so that it is stored at once
-_ENTRY_BYTES = 3 * _NUMBER.size
+_NUMBER_BYTES = 8
+_ENTRY_BYTES = 3 * _NUMBER_BYTES
 _RECORD = struct.Struct("@QII")  # number, length, checksum
 _ENDED = 2**64 - 1
 """Owner of an area that is kept though its process has ended."""
@@ -81,11 +81,14 @@ class Board:
 
     Attributes:
         memory: All of it.
+        numbers: The tables in it.
     """
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self.memory = mmap.mmap(fd, _SIZE)
+        # Stores a number at once, where struct writes zeros first, which another process may read.
+        self.numbers = memoryview(self.memory)[:_TABLES].cast("Q")
         self._threads: dict[int, threading.Lock] = {}  # by process: a fork's copy of a lock may be held for good
         self._claimed: set[tuple[int, int]] = set()  # process and place of each area that was claimed through this
 
@@ -152,14 +155,14 @@ class Area:
 
     def __init__(self, board: Board, section: Section, index: int) -> None:
         self._board, self._memory, self._section = board, board.memory, section
-        self._entry = section.table + _ENTRY_BYTES * index
+        self._numbers, self._entry = board.numbers, section.table + _ENTRY_BYTES * index
+        self._owner, self._written, self._name = (self._entry // _NUMBER_BYTES + place for place in range(3))
         self.start = section.start + section.area_bytes * index
 
     @property
     def owner(self) -> int:
         """The process that claimed it; 0 if none has."""
-        owner: int = _NUMBER.unpack_from(self._memory, self._entry)[0]
-        return owner
+        return self._numbers[self._owner]
 
     @property
     def ended(self) -> bool:
@@ -169,17 +172,16 @@ class Area:
     @property
     def written(self) -> int:
         """How many records were written so far. The last `slots` of them can be read."""
-        written: int = _NUMBER.unpack_from(self._memory, self._entry + _NUMBER.size)[0]
-        return written
+        return self._numbers[self._written]
 
     def give_to(self, process: int, name: str = "") -> None:
         """Change the owner and the area's name; 0 frees the area."""
-        _NUMBER.pack_into(self._memory, self._entry + 2 * _NUMBER.size, _digest(name))
-        _NUMBER.pack_into(self._memory, self._entry, process)
+        self._numbers[self._name] = _digest(name)
+        self._numbers[self._owner] = process
 
     def is_named(self, name: str) -> bool:
         """Whether it was claimed under a name."""
-        return bool(_NUMBER.unpack_from(self._memory, self._entry + 2 * _NUMBER.size)[0] == _digest(name))
+        return self._numbers[self._name] == _digest(name)
 
     def append(self, content: bytes) -> None:
         """Write a record, whole.
@@ -194,7 +196,7 @@ class Area:
             place = self._place(number)
             header = _RECORD.pack(number, len(content), _checksum(number, content))
             self._memory[place : place + _RECORD.size + len(content)] = header + content
-            _NUMBER.pack_into(self._memory, self._entry + _NUMBER.size, number + 1)
+            self._numbers[self._written] = number + 1
 
     def record(self, number: int) -> bytes | None:
         """A record by its number, from 0; None if it is broken, overwritten or not written yet."""
@@ -276,7 +278,7 @@ def _opened(owner: int, fd: int, device: int, inode: int) -> int:
 
 
 def _digest(name: str) -> int:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[: _NUMBER.size], "little")
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:_NUMBER_BYTES], "little")
 
 
 def _ended(process: int) -> bool:
