@@ -16,7 +16,7 @@ from unittest.mock import patch
 
 import torch
 
-from visionaccel.arrays import Array
+from visionaccel.core.arrays import Array
 from visionaccel.testing.checkpoints import QWEN2_5_VL_7B, random_checkpoint
 
 GRID = (1, 32, 32)

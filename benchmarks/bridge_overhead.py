@@ -14,10 +14,10 @@ from unittest.mock import patch
 
 import numpy as np
 
-from visionaccel.arrays import Array
 from visionaccel.bundle.vitisai import ImportRequest, import_vitisai
-from visionaccel.grid import Grid
-from visionaccel.opening import open_encoder, open_tower
+from visionaccel.core.arrays import Array
+from visionaccel.core.grid import Grid
+from visionaccel.encoder import open_encoder, open_tower
 from visionaccel.testing.checkpoints import QWEN2_5_VL_7B, random_checkpoint
 from visionaccel.testing.vitisai import write_vitisai_folder
 from visionaccel_flexmlrt.runtime import SIMULATOR, load

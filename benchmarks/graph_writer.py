@@ -14,12 +14,12 @@ from pathlib import Path
 def peak():  # not ru_maxrss, which a child inherits from its parent
     return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 2**20
 before, start = peak(), time.perf_counter()
-from visionaccel.opening import open_tower
+from visionaccel.encoder import open_tower
 model = open_tower(sys.argv[1]).onnx_model()
 seconds = time.perf_counter() - start
 import onnx
-from visionaccel.grid import Grid
-from visionaccel.program import FixedGrid
+from visionaccel.core.grid import Grid
+from visionaccel.core.program import FixedGrid
 start = time.perf_counter()
 open_tower(sys.argv[1]).onnx_model()
 again = time.perf_counter() - start

@@ -12,8 +12,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
 from benchmarks.turns import medians
-from visionaccel.fixed_grid import FixedGridProcessor
-from visionaccel.images import ImageProcessor
+from visionaccel.images import FixedGridProcessor, ImageProcessor
 
 SIZES = ((1036, 812), (1920, 1080))
 LIMITS = {"shortest_edge": 56 * 56, "longest_edge": 12845056}

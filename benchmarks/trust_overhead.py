@@ -18,14 +18,13 @@ from pathlib import Path
 import numpy as np
 
 from visionaccel import open_encoder
-from visionaccel.arrays import Array
 from visionaccel.backends import Capabilities, Session, default_registry
-from visionaccel.contracts import TensorSpec, check_embeddings, check_output
-from visionaccel.cores import on_cores
-from visionaccel.encoder import Encoder, OpenProgram
-from visionaccel.grid import GridLike
-from visionaccel.opening import open_tower
-from visionaccel.program import ONNX
+from visionaccel.core.arrays import Array
+from visionaccel.core.contracts import TensorSpec, check_embeddings, check_output
+from visionaccel.core.cores import on_cores
+from visionaccel.core.grid import GridLike
+from visionaccel.core.program import ONNX
+from visionaccel.encoder import Encoder, OpenProgram, open_tower
 from visionaccel.runtime.guarded import GuardedEncoder
 from visionaccel.runtime.metrics import EncoderMetrics
 from visionaccel.runtime.stage import Stage

@@ -8,10 +8,9 @@ import numpy as np
 from bundles import document
 from towers import random_patches
 from visionaccel import open_encoder
-from visionaccel.bundle import MANIFEST
-from visionaccel.bundle.export import ProgramRequest
-from visionaccel.grid import Grid
-from visionaccel.program import AnyGrid, FixedGrid
+from visionaccel.bundle import MANIFEST, ProgramRequest
+from visionaccel.core.grid import Grid
+from visionaccel.core.program import AnyGrid, FixedGrid
 
 GRID, LARGEST = Grid(1, 10, 18), Grid(1, 20, 22)
 FIXED, DYNAMIC = ProgramRequest(FixedGrid(GRID)), ProgramRequest(AnyGrid())

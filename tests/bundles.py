@@ -9,13 +9,11 @@ from typing import Any
 import onnx
 from onnx import numpy_helper
 
-from visionaccel.bundle import MANIFEST
-from visionaccel.bundle.export import ProgramRequest, export_bundle
-from visionaccel.bundle.manifest import seal
+from visionaccel.bundle import MANIFEST, ProgramRequest, export_bundle, seal
 from visionaccel.checkpoint import read_header
-from visionaccel.grid import Grid
-from visionaccel.opening import open_tower
-from visionaccel.program import AnyGrid, FixedGrid, OperatorDialect
+from visionaccel.core.grid import Grid
+from visionaccel.core.program import AnyGrid, FixedGrid, OperatorDialect
+from visionaccel.encoder import open_tower
 
 Change = Callable[[dict[str, Any]], object]
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from visionaccel.grid import Grid
+from visionaccel.core.grid import Grid
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.compat.modelled import (
     GOOD,

@@ -16,7 +16,7 @@ from visionaccel.benchmarking.figures import Run, Trace
 from visionaccel.benchmarking.placement import advise
 from visionaccel.benchmarking.report import make_report
 from visionaccel.benchmarking.serving import Plan, Taken
-from visionaccel.grid import Grid
+from visionaccel.core.grid import Grid
 
 HOSTILE = "<script>alert('x')</script>\"'><img src=x onerror=alert(1)>&lt;\ud800\x1b[31m\x00"
 """What a stranger may put wherever a text may be."""

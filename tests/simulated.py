@@ -8,9 +8,9 @@ import numpy as np
 import onnx
 import openvino
 
+from visionaccel.core.grid import Grid
+from visionaccel.core.program import FLEXMLRT_DIRECTORY, FLEXMLRT_RAI, FixedGrid, HostSplit, Program
 from visionaccel.families import Tower
-from visionaccel.grid import Grid
-from visionaccel.program import FLEXMLRT_DIRECTORY, FLEXMLRT_RAI, FixedGrid, HostSplit, Program
 from visionaccel_flexmlrt.simulator import compile_partition
 
 GRID = Grid(1, 8, 12)

@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from visionaccel.bundle.export import ProgramRequest, export_bundle
+from visionaccel.bundle import ProgramRequest, export_bundle
+from visionaccel.core.grid import Grid
+from visionaccel.core.program import FixedGrid
+from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError
-from visionaccel.grid import Grid
 from visionaccel.integrations.vllm.server import quiet_environment
-from visionaccel.opening import open_tower
-from visionaccel.program import FixedGrid
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM and what it imports use deprecated parts of torch

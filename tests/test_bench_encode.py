@@ -32,9 +32,9 @@ from visionaccel.benchmarking.presets import preset_checkpoint
 from visionaccel.benchmarking.process_tree import memory, processor_seconds
 from visionaccel.bundle import open_bundle
 from visionaccel.cli.app import app
+from visionaccel.core.grid import Grid
+from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError, DeadlineError, DeviceError, SettingsError, UnknownBackendError
-from visionaccel.grid import Grid
-from visionaccel.opening import open_tower
 from visionaccel.testing.checkpoints import TINY, tower_shapes
 
 GRIDS = ("8x8", "12x20")
@@ -306,7 +306,7 @@ def test_the_peak_leaves_out_what_the_processor_lacks(monkeypatch):
     import torch
 
     from visionaccel.benchmarking.matrix_peak import rates
-    from visionaccel.packed_products import why_not_packed
+    from visionaccel.core.packed_products import why_not_packed
 
     threads = torch.get_num_threads()
     why_not_packed.cache_clear()

@@ -10,9 +10,9 @@ from visionaccel.benchmarking.encode_report import make_encode_report
 from visionaccel.benchmarking.encoding import Accuracy, EncodePlan, OnGrid, Peak, Taken
 from visionaccel.benchmarking.placement import advise
 from visionaccel.cli.app import app
+from visionaccel.core.grid import Grid
+from visionaccel.encoder import open_tower
 from visionaccel.errors import SettingsError
-from visionaccel.grid import Grid
-from visionaccel.opening import open_tower
 
 GRID = Grid(1, 8, 8)
 OPENED = {"device": "cpu", "precision": "float32", "about": "", "simulated": False}

@@ -10,18 +10,14 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from bundles import document
-from visionaccel.bounded_files import MOST_JSON_BYTES, hole_bytes, open_regular, read_bounded
-from visionaccel.bundle import MANIFEST, open_bundle
-from visionaccel.bundle.export import ProgramRequest, export_bundle
-from visionaccel.bundle.external_data import point_at_weights
-from visionaccel.bundle.manifest import seal
+from visionaccel.bundle import MANIFEST, ProgramRequest, export_bundle, open_bundle, point_at_weights, seal
 from visionaccel.bundle.vitisai.graph import OnnxGraph
 from visionaccel.bundle.vitisai.metadata import PartitionInfo, read_metadata
-from visionaccel.checkpoint import read_header, read_json
+from visionaccel.checkpoint import read_header, read_json, weights_digest
+from visionaccel.core.bounded_files import MOST_JSON_BYTES, hole_bytes, open_regular, read_bounded
+from visionaccel.core.program import AnyGrid
+from visionaccel.encoder import open_tower
 from visionaccel.errors import BundleError, CheckpointError
-from visionaccel.opening import open_tower
-from visionaccel.program import AnyGrid
-from visionaccel.tensor_files import weights_digest
 
 
 def test_a_file_is_read_up_to_its_limit(tmp_path):

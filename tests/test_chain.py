@@ -10,7 +10,8 @@ from gated import Gate, gated, wait_until
 from towers import random_patches, reference
 from visionaccel import open_encoder
 from visionaccel.backends import Registry, default_registry, hookimpl
-from visionaccel.encoder import Encoder, OpenProgram
+from visionaccel.core.grid import Grid
+from visionaccel.encoder import Encoder, OpenProgram, open_tower
 from visionaccel.errors import (
     DeadlineError,
     DeviceError,
@@ -19,8 +20,6 @@ from visionaccel.errors import (
     UnknownBackendError,
     VisionAccelError,
 )
-from visionaccel.grid import Grid
-from visionaccel.opening import open_tower
 from visionaccel.runtime.breaker import BreakerState
 from visionaccel.runtime.embedding_cache import EmbeddingCache
 from visionaccel.runtime.guarded import GuardedEncoder

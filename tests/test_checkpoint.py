@@ -11,11 +11,10 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from visionaccel.checkpoint import Checkpoint, locate_checkpoint
+from visionaccel.checkpoint import Checkpoint, locate_checkpoint, weights_digest
+from visionaccel.encoder import open_tower
 from visionaccel.errors import CheckpointError, UnsupportedArchitectureError
 from visionaccel.families import tower_of
-from visionaccel.opening import open_tower
-from visionaccel.tensor_files import weights_digest
 from visionaccel.testing.checkpoints import TINY, random_checkpoint, tower_shapes
 
 

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from visionaccel.arrays import as_host_tensor, as_numpy, dtype_name, finite_rows
-from visionaccel.contracts import TensorSpec, check_output, check_patches
+from visionaccel.core.arrays import as_host_tensor, as_numpy, dtype_name, finite_rows
+from visionaccel.core.contracts import TensorSpec, check_output, check_patches
+from visionaccel.core.grid import Grid
 from visionaccel.errors import NonFiniteError, OutputError, PatchesError
-from visionaccel.grid import Grid
 
 GRIDS = (Grid(1, 4, 6), Grid(2, 2, 4))
 WIDTH = 12

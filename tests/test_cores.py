@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from towers import random_patches
-from visionaccel import cores as module
 from visionaccel import open_encoder
-from visionaccel.cores import (
+from visionaccel.core import cores as module
+from visionaccel.core.cores import (
     Host,
     child_environment,
     choose_cores,
@@ -28,9 +28,9 @@ from visionaccel.cores import (
     shown_cores,
     thread_limit,
 )
+from visionaccel.encoder import open_tower
 from visionaccel.errors import SettingsError
 from visionaccel.integrations.vllm import compat
-from visionaccel.opening import open_tower
 from visionaccel.runtime.opening import open_guarded
 from visionaccel.settings import Settings, load_settings
 

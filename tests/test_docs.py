@@ -14,7 +14,7 @@ from docsite.links import ELSEWHERE, site_links
 from docsite.messages import GAP, raised_errors, templates
 from docsite.tables import backend_options, backend_table
 from visionaccel.backends import default_registry
-from visionaccel.bundle.manifest import SCHEMA_VERSION, json_schema
+from visionaccel.bundle import SCHEMA_VERSION, json_schema
 from visionaccel.cli.app import app
 from visionaccel.settings import PREFIX, Settings, make_settings
 from visionaccel_flexmlrt.commands import app as flexmlrt_app

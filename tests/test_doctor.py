@@ -15,12 +15,11 @@ import pytest
 from bundle_tools import CERTIFICATE, forge
 from bundles import document, write_bundle
 from fake_plugins import ECHO, install
-from visionaccel.bundle import MANIFEST, open_bundle
-from visionaccel.bundle.golden import GOLDEN_FILE, Golden, write_golden
+from visionaccel.bundle import GOLDEN_FILE, MANIFEST, Golden, open_bundle, write_golden
+from visionaccel.core.grid import Grid
+from visionaccel.core.safe_text import one_line
 from visionaccel.diagnosis.environment import of_environment
 from visionaccel.diagnosis.findings import as_finding
-from visionaccel.grid import Grid
-from visionaccel.safe_text import one_line
 
 PLUGIN = """
 import os, signal, sys, time

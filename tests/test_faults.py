@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from visionaccel.core.grid import Grid
 from visionaccel.errors import ConfigurationError
-from visionaccel.grid import Grid
 from visionaccel.integrations.vllm.board import _VARIABLE as BOARD
 from visionaccel.integrations.vllm.board import FAULTS, METRICS, Area, board, make_board
 from visionaccel.integrations.vllm.faults import EVERYTHING, LOST, REPLACED, Fault, FaultReader, report_fault

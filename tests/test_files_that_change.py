@@ -21,18 +21,15 @@ from gated import wait_until
 from towers import random_patches
 from visionaccel import open_encoder
 from visionaccel.bundle import open_bundle, opening
-from visionaccel.checkpoint import SINGLE_FILE
+from visionaccel.checkpoint import SINGLE_FILE, copy_to_memory, weights_digest
+from visionaccel.core.memory_files import MemoryFile
+from visionaccel.core.program import CHECKPOINT, ONNX
+from visionaccel.encoder import check_files, hold_source, is_held, open_tower
 from visionaccel.errors import ArtifactError, ChangedFileError, DeviceLostError, SettingsError
 from visionaccel.faultsuite.changing import change_weights, copy_checkpoint
-from visionaccel.holding import hold_source, is_held
-from visionaccel.memory_files import MemoryFile
-from visionaccel.opening import open_tower
-from visionaccel.program import CHECKPOINT, ONNX
 from visionaccel.runtime.keys import numerics
 from visionaccel.runtime.opening import open_guarded
-from visionaccel.session_opening import check_files
 from visionaccel.settings import Settings
-from visionaccel.tensor_files import copy_to_memory, weights_digest
 from visionaccel.testing.checkpoints import TINY, random_checkpoint
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="copies in memory are files of Linux")

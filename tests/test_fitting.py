@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
+from visionaccel.core.grid import Grid
+from visionaccel.core.program import AnyGrid, Bucket, FixedGrid
+from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError, InputError, UnfitGridError
-from visionaccel.fitting import Fitter, grid_cost, natural_grid
-from visionaccel.grid import Grid
-from visionaccel.opening import open_tower
-from visionaccel.program import AnyGrid, Bucket, FixedGrid
+from visionaccel.images import Fitter, grid_cost, natural_grid
 from visionaccel.testing.checkpoints import QWEN2_5_VL_7B, hollow_checkpoint
 
 LEAST, MOST = 3136, 12845056

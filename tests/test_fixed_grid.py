@@ -12,14 +12,19 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
+from visionaccel.core.grid import Grid
+from visionaccel.core.program import AnyGrid, FixedGrid
+from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError, GridError, InputError, UnfitGridError
-from visionaccel.fitting import Fitter, natural_grid
-from visionaccel.fixed_grid import FittingProcessor, FixedGridProcessor, fixed_grid_processor
-from visionaccel.grid import Grid
-from visionaccel.images import ImageProcessor
-from visionaccel.level_table import read_levels
-from visionaccel.opening import open_tower
-from visionaccel.program import AnyGrid, FixedGrid
+from visionaccel.images import (
+    Fitter,
+    FittingProcessor,
+    FixedGridProcessor,
+    ImageProcessor,
+    fixed_grid_processor,
+    natural_grid,
+    read_levels,
+)
 
 LIMITS = {"shortest_edge": 3136, "longest_edge": 300000}
 PATCHES = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}

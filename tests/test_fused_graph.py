@@ -11,14 +11,13 @@ from bundles import document, write_bundle
 from towers import random_patches, reference
 from visionaccel import open_encoder
 from visionaccel.backends import Accepted, Rejected, default_registry
-from visionaccel.bundle import open_bundle
-from visionaccel.bundle.export import ProgramRequest, export_bundle
+from visionaccel.bundle import ProgramRequest, export_bundle, open_bundle
 from visionaccel.cli.app import app
+from visionaccel.core.grid import Grid
+from visionaccel.core.program import ONNX_FUSED, FixedGrid, HostSplit
+from visionaccel.encoder import open_tower
 from visionaccel.errors import BackendUnavailableError, ConfigurationError
 from visionaccel.families.qwen2_5_vl.signature import EMBEDDINGS
-from visionaccel.grid import Grid
-from visionaccel.opening import open_tower
-from visionaccel.program import ONNX_FUSED, FixedGrid, HostSplit
 from visionaccel_onnxrt.session_entries import SPINNING, UNPACKED
 
 GRID, LARGEST = Grid(1, 10, 18), Grid(1, 14, 22)

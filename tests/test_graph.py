@@ -14,8 +14,8 @@ from hypothesis import settings as hypothesis_settings
 from strategies import grid_lists
 from towers import random_patches, reference
 from visionaccel import open_encoder
+from visionaccel.encoder import open_tower
 from visionaccel.errors import CheckpointError
-from visionaccel.opening import open_tower
 from visionaccel.testing.checkpoints import QWEN2_5_VL_7B, TINY, hollow_checkpoint, random_checkpoint, tower_shapes
 
 VARIANTS = [
@@ -133,7 +133,7 @@ from pathlib import Path
 def peak():  # not ru_maxrss, which a child inherits from its parent
     return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
 before = peak()
-from visionaccel.opening import open_tower
+from visionaccel.encoder import open_tower
 model = open_tower(sys.argv[1]).onnx_model()
 print(peak() - before, len(model))
 """

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 
 from strategies import grid_lists
+from visionaccel.core.grid import Grid, as_grids, total_patches
 from visionaccel.errors import GridError
-from visionaccel.grid import Grid, as_grids, total_patches
 
 
 @given(grid_lists())

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from visionaccel.arrays import constant_rows, finite_rows
-from visionaccel.contracts import TensorSpec, check_embeddings, check_output
+from visionaccel.core.arrays import constant_rows, finite_rows
+from visionaccel.core.contracts import TensorSpec, check_embeddings, check_output
 from visionaccel.errors import OutputError
 
 SPOILS = {

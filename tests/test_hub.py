@@ -14,23 +14,29 @@ from typing import Any
 import pytest
 
 from hub_server import ATTRIBUTES, TOKEN, HubServer, Repository
-from visionaccel.bundle import MANIFEST, open_bundle
-from visionaccel.bundle.export import ProgramRequest, export_bundle, rewrite_manifest
-from visionaccel.bundle.manifest import parse_manifest, seal
-from visionaccel.grid import Grid
-from visionaccel.opening import open_tower
-from visionaccel.program import FixedGrid
+from visionaccel.bundle import (
+    MANIFEST,
+    ProgramRequest,
+    export_bundle,
+    open_bundle,
+    parse_manifest,
+    rewrite_manifest,
+    seal,
+)
+from visionaccel.core.grid import Grid
+from visionaccel.core.program import FixedGrid
+from visionaccel.encoder import open_tower
 from visionaccel.testing.checkpoints import random_checkpoint
 
 REPOSITORY = "someone/tower"
 EXPORT_OVER = """
 import sys
 from pathlib import Path
-from visionaccel.bundle.export import ProgramRequest, export_bundle
+from visionaccel.bundle import ProgramRequest, export_bundle
 from visionaccel.checkpoint import locate_checkpoint
 from visionaccel.families import tower_of
-from visionaccel.grid import Grid
-from visionaccel.program import FixedGrid
+from visionaccel.core.grid import Grid
+from visionaccel.core.program import FixedGrid
 source, revision, output = sys.argv[1:-1]
 tower = tower_of(locate_checkpoint(source, revision))
 export_bundle(tower, Path(output), [ProgramRequest(FixedGrid(Grid(1, 8, 12)))], source=source, revision=revision)

@@ -13,8 +13,7 @@ from PIL import Image
 from hostile.bombs import bombs
 from hostile.seeds import IMAGE_FORMATS, OTHER_FORMATS, image_bytes, picture
 from visionaccel.errors import InputError
-from visionaccel.images import FORMATS, MOST_FILE_BYTES, MOST_PIXELS, as_rgb, load_image
-from visionaccel.webp_header import WEBP_HEADER, webp_size
+from visionaccel.images import FORMATS, MOST_FILE_BYTES, MOST_PIXELS, WEBP_HEADER, as_rgb, load_image, webp_size
 
 
 def written(folder, data):

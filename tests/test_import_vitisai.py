@@ -18,18 +18,13 @@ from bundles import document, write_bundle
 from strategies import grids
 from towers import random_patches
 from visionaccel import open_encoder
-from visionaccel.bundle import open_bundle
+from visionaccel.bundle import open_bundle, strip_checkpoint
 from visionaccel.bundle.vitisai import ImportRequest
 from visionaccel.bundle.vitisai import import_vitisai as import_artifact
 from visionaccel.checkpoint import Checkpoint
 from visionaccel.cli.app import app
-from visionaccel.errors import BundleError, ConfigurationError
-from visionaccel.families import tower_of
-from visionaccel.families.qwen2_5_vl.config import VisionConfig
-from visionaccel.families.qwen2_5_vl.geometry import make_tables
-from visionaccel.grid import Grid
-from visionaccel.opening import open_tower
-from visionaccel.program import (
+from visionaccel.core.grid import Grid
+from visionaccel.core.program import (
     CHECKPOINT,
     FLEXMLRT_DIRECTORY,
     FLEXMLRT_RAI,
@@ -39,7 +34,11 @@ from visionaccel.program import (
     HostSplit,
     Program,
 )
-from visionaccel.stripping import strip_checkpoint
+from visionaccel.encoder import open_tower
+from visionaccel.errors import BundleError, ConfigurationError
+from visionaccel.families import tower_of
+from visionaccel.families.qwen2_5_vl.config import VisionConfig
+from visionaccel.families.qwen2_5_vl.geometry import make_tables
 from visionaccel.testing.checkpoints import QWEN2_5_VL_7B, hollow_checkpoint, random_checkpoint
 from visionaccel.testing.vitisai import VitisNames, write_vitisai_folder
 from visionaccel.validation.packed_weights import differing_weights

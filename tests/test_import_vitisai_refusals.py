@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
 from test_import_vitisai import PORTRAIT, constant_of, edit, folder_of, imported, node_of, replace
+from visionaccel.core.grid import Grid
 from visionaccel.errors import BundleError, ConfigurationError, VisionAccelError
-from visionaccel.grid import Grid
 from visionaccel.testing.checkpoints import TINY, random_checkpoint
 
 
@@ -189,7 +189,7 @@ def test_a_git_lfs_pointer_is_refused_with_the_cure(tiny, folder):
 
 def test_a_small_artifact_is_taken_with_a_warning_and_an_empty_one_refused(tiny, folder, tmp_path):
     from visionaccel.bundle.vitisai import ImportRequest, import_vitisai
-    from visionaccel.opening import open_tower
+    from visionaccel.encoder import open_tower
 
     (folder / "vision.rai").write_bytes(b"RAI?")
     (warning,) = import_vitisai(open_tower(tiny), [ImportRequest(folder)], tmp_path / "bundle").warnings

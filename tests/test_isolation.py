@@ -22,16 +22,16 @@ from fake_plugins import install
 from towers import random_patches
 from visionaccel import open_encoder
 from visionaccel.backends import Registry
-from visionaccel.bundle.export import ProgramRequest, export_bundle
+from visionaccel.bundle import ProgramRequest, export_bundle
+from visionaccel.core.grid import Grid
+from visionaccel.core.program import CHECKPOINT, ONNX, FixedGrid, Program
+from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError, DeviceError, DeviceLostError, InputError, SettingsError
-from visionaccel.grid import Grid
 from visionaccel.isolation import IsolatedSession, Limits, process
 from visionaccel.isolation.messages import OpenRequest
 from visionaccel.isolation.packing import packed
 from visionaccel.isolation.process import DeviceProcess
 from visionaccel.isolation.shared_arrays import SharedArrays
-from visionaccel.opening import open_tower
-from visionaccel.program import CHECKPOINT, ONNX, FixedGrid, Program
 from visionaccel.runtime.guarded import GuardedEncoder
 from visionaccel.runtime.stage import Stage
 
@@ -697,7 +697,7 @@ import sys, threading
 from pathlib import Path
 import numpy as np
 from visionaccel.isolation import IsolatedSession
-from visionaccel.program import CHECKPOINT, Program
+from visionaccel.core.program import CHECKPOINT, Program
 
 sys.path.insert(0, sys.argv[1])
 program = Program(name="any", family="any", format=CHECKPOINT, folder=Path("/"), inputs=(), outputs=(), config={},

@@ -15,9 +15,8 @@ from gated import Gate, gated, image, wait_until
 from towers import random_patches, reference
 from visionaccel import open_encoder
 from visionaccel.backends import default_registry
-from visionaccel.encoder import Encoder, OpenProgram
+from visionaccel.encoder import Encoder, OpenProgram, open_tower
 from visionaccel.errors import ConfigurationError, DeadlineError, DeviceError, VisionAccelError
-from visionaccel.opening import open_tower
 from visionaccel.runtime import opening
 from visionaccel.runtime.guarded import GuardedEncoder
 from visionaccel.runtime.opening import open_guarded, open_service

@@ -72,7 +72,7 @@ def test_the_parts_of_an_encode_add_up(tiny, told, isolation):
 
 
 def test_nobody_is_told_and_nothing_is_timed_where_nobody_looks(tiny, monkeypatch):
-    monkeypatch.setattr("visionaccel.encoder._Clock", None)
+    monkeypatch.setattr("visionaccel.encoder.encoder._Clock", None)
     # A registry without observers: that of the process keeps those that tests of vLLM's processes installed.
     with open_encoder(tiny, backend="onnxrt", registry=Registry()) as encoder:
         assert encoder.encode(random_patches([GRID]), [GRID]).shape[0] == 6

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch.nn.functional import linear
 
 from visionaccel.backends import Accepted
-from visionaccel.contracts import TensorSpec
+from visionaccel.core.contracts import TensorSpec
+from visionaccel.core.program import ONNX, Program
 from visionaccel.errors import ArtifactError
-from visionaccel.program import ONNX, Program
 from visionaccel_onnxrt import OnnxRuntimeBackend
 from visionaccel_onnxrt.backend import OnnxRuntimeOptions
 from visionaccel_onnxrt.bfloat16 import emulate_bfloat16

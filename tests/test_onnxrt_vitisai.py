@@ -18,7 +18,8 @@ from visionaccel import open_encoder
 from visionaccel.backends import Rejected
 from visionaccel.bundle import open_bundle
 from visionaccel.cli.app import app
-from visionaccel.contracts import TensorSpec
+from visionaccel.core.contracts import TensorSpec
+from visionaccel.core.program import EP_CONTEXT, ONNX, Program
 from visionaccel.errors import (
     ArtifactError,
     BackendUnavailableError,
@@ -26,7 +27,6 @@ from visionaccel.errors import (
     ConfigurationError,
     DeviceError,
 )
-from visionaccel.program import EP_CONTEXT, ONNX, Program
 from visionaccel_onnxrt import OnnxRuntimeBackend
 from visionaccel_onnxrt.backend import OnnxRuntimeOptions
 from visionaccel_onnxrt.ep_context import offload_of_context, verified_context

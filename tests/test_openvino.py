@@ -13,10 +13,10 @@ from strategies import grid_lists
 from towers import lowest_cosine, random_patches, reference
 from visionaccel import open_encoder
 from visionaccel.backends import Accepted, Rejected, default_registry
+from visionaccel.core.grid import Grid
+from visionaccel.core.program import ONNX, ONNX_STANDARD, FixedGrid
+from visionaccel.encoder import open_tower
 from visionaccel.errors import ArtifactError, BackendUnavailableError, ConfigurationError, DeviceError
-from visionaccel.grid import Grid
-from visionaccel.opening import open_tower
-from visionaccel.program import ONNX, ONNX_STANDARD, FixedGrid
 from visionaccel.testing.checkpoints import TINY, random_checkpoint
 
 HEAD_OF_80 = {**TINY, "hidden_size": 160, "num_heads": 2}

@@ -16,6 +16,7 @@ from towers import lowest_cosine, random_patches, reference
 from visionaccel import open_encoder
 from visionaccel.backends import Rejected, default_registry
 from visionaccel.bundle import open_bundle
+from visionaccel.core.program import ONNX, ONNX_FUSED, ONNX_STANDARD
 from visionaccel.errors import (
     AccuracyError,
     ArtifactError,
@@ -23,7 +24,6 @@ from visionaccel.errors import (
     BundleError,
     ConfigurationError,
 )
-from visionaccel.program import ONNX, ONNX_FUSED, ONNX_STANDARD
 from visionaccel.quantization import quantize_bundle
 
 FIXED, BUCKET, DYNAMIC = [(1, 10, 18)], [(1, 6, 10)], [(2, 30, 26)]

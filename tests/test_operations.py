@@ -5,9 +5,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from towers import _reference_tower, random_patches
+from visionaccel.core.grid import Grid
+from visionaccel.encoder import open_tower
 from visionaccel.families.base import Tower
-from visionaccel.grid import Grid
-from visionaccel.opening import open_tower
 from visionaccel.testing.checkpoints import QWEN2_5_VL_7B, hollow_checkpoint
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from fake_plugins import install
-from visionaccel.orphans import temporary_folder
+from visionaccel.core.orphans import temporary_folder
 
 OWNER = """
 import subprocess, sys, time
 from pathlib import Path
-from visionaccel.orphans import guarded_folder, guarded_group, temporary_folder
+from visionaccel.core.orphans import guarded_folder, guarded_group, temporary_folder
 ignoring = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_DFL); print(1, flush=True); time.sleep(60)"
 kept = Path(sys.argv[1]); kept.mkdir()
 with temporary_folder("visionaccel-test-") as folder, guarded_folder(Path(sys.argv[2])):

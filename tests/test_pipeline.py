@@ -22,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 from gated import Gate, wait_until
 from modelled_engine import GOOD, GRID, IMAGES, TAINTED, Engine, Worker, forget, make, pixels
 from visionaccel import open_encoder
+from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError
 from visionaccel.integrations.vllm import compat, self_test
 from visionaccel.integrations.vllm.activation import MODELS
@@ -30,7 +31,6 @@ from visionaccel.integrations.vllm.board import make_board
 from visionaccel.integrations.vllm.faults import REPLACED, Fault
 from visionaccel.integrations.vllm.mode import choose_mode
 from visionaccel.integrations.vllm.reloading import Replacement, source_digest
-from visionaccel.opening import open_tower
 from visionaccel.settings import load_settings
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own deprecations

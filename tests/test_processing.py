@@ -9,17 +9,15 @@ import torch
 from PIL import Image
 
 from served import served_model
-from visionaccel.bundle import open_bundle
-from visionaccel.bundle.export import ProgramRequest, export_bundle
+from visionaccel.bundle import STRIP_NOTE, ProgramRequest, export_bundle, open_bundle, strip_checkpoint
 from visionaccel.checkpoint import Checkpoint
+from visionaccel.core.grid import Grid
+from visionaccel.core.program import AnyGrid, FixedGrid
+from visionaccel.encoder import open_tower
 from visionaccel.errors import BundleError, ConfigurationError, InputError, UnfitGridError
 from visionaccel.families import tower_of
-from visionaccel.grid import Grid
 from visionaccel.integrations.vllm.source import open_served_source
-from visionaccel.opening import open_tower
-from visionaccel.program import AnyGrid, FixedGrid
 from visionaccel.settings import load_settings
-from visionaccel.stripping import STRIP_NOTE, strip_checkpoint
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM and what it imports use deprecated parts of torch

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from visionaccel import open_encoder, packed_products
+from visionaccel import open_encoder
 from visionaccel.backends import Accepted, default_registry, select
-from visionaccel.bundle import open_bundle
-from visionaccel.bundle.export import ProgramRequest, export_bundle
+from visionaccel.bundle import ProgramRequest, export_bundle, open_bundle
+from visionaccel.core import packed_products
+from visionaccel.core.cpu import flags_in, has_bfloat16
+from visionaccel.core.packed_products import why_not_packed
+from visionaccel.core.program import AnyGrid
+from visionaccel.encoder import open_tower
 from visionaccel.families.qwen2_5_vl.patch_embedding import PatchEmbedding
-from visionaccel.opening import open_tower
-from visionaccel.packed_products import why_not_packed
-from visionaccel.processor import flags_in, has_bfloat16
-from visionaccel.program import AnyGrid
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,7 +33,7 @@ def fresh():
 
 @pytest.fixture
 def without_bfloat16(monkeypatch, fresh):
-    monkeypatch.setattr("visionaccel.processor._flags", lambda: frozenset({"avx2", "fma", "avx512f", "avx512_vnni"}))
+    monkeypatch.setattr("visionaccel.core.cpu._flags", lambda: frozenset({"avx2", "fma", "avx512f", "avx512_vnni"}))
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def without_bfloat16(monkeypatch, fresh):
     ],
 )
 def test_bfloat16_is_there_if_the_cpu_multiplies_in_it(monkeypatch, flags, limit, expected):
-    monkeypatch.setattr("visionaccel.processor._flags", lambda: flags_in(flags))
+    monkeypatch.setattr("visionaccel.core.cpu._flags", lambda: flags_in(flags))
     monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
     if limit is None:
         monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
@@ -68,7 +68,7 @@ def test_nothing_else_asks_torch_for_private_operators():
         for file in (ROOT / folder).rglob("*.py")
         if "ops.mkldnn" in file.read_text()
     }
-    assert asking == {"src/visionaccel/packed_products.py"}
+    assert asking == {"src/visionaccel/core/packed_products.py"}
 
 
 @pytest.mark.usefixtures("fresh")
@@ -118,7 +118,7 @@ NARROWED = """
 import json, sys
 import numpy as np
 from visionaccel import open_encoder
-from visionaccel.processor import has_bfloat16
+from visionaccel.core.cpu import has_bfloat16
 rng = np.random.default_rng(0)
 out = {"has": has_bfloat16()}
 for name, backend, options in json.loads(sys.argv[2]):

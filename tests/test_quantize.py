@@ -16,13 +16,12 @@ from outliers import checkpoint_with_outliers, coarse_noise
 from towers import lowest_cosine, random_patches, reference
 from visionaccel import open_encoder
 from visionaccel.backends import QuantizedModel, default_registry
-from visionaccel.bundle import open_bundle
-from visionaccel.bundle.golden import GOLDEN_FILE
+from visionaccel.bundle import GOLDEN_FILE, open_bundle
 from visionaccel.cli.app import app
-from visionaccel.comparison import Comparison
+from visionaccel.core.comparison import Comparison
+from visionaccel.core.program import CHECKPOINT, ONNX_STANDARD
+from visionaccel.encoder import open_tower
 from visionaccel.errors import AccuracyError, ArtifactError, ConfigurationError, InputError, PluginError
-from visionaccel.opening import open_tower
-from visionaccel.program import CHECKPOINT, ONNX_STANDARD
 from visionaccel.quantization import quantize_bundle
 from visionaccel.validation.certificate import THRESHOLDS
 from visionaccel.validation.trials import bundled_photographs

@@ -12,6 +12,7 @@ import pytest
 from fake_plugins import ECHO, install
 from visionaccel import open_encoder
 from visionaccel.backends import Accepted, Registry, Rejected, select
+from visionaccel.encoder import open_tower
 from visionaccel.errors import (
     BackendUnavailableError,
     DeviceError,
@@ -20,7 +21,6 @@ from visionaccel.errors import (
     SettingsError,
     UnknownBackendError,
 )
-from visionaccel.opening import open_tower
 
 PLUGINS = Path(__file__).parents[1] / "plugins"
 

@@ -11,13 +11,13 @@ from safetensors.numpy import load_file, save_file
 
 from served import served_model
 from visionaccel import open_encoder
+from visionaccel.bundle import strip_checkpoint
 from visionaccel.checkpoint import Checkpoint
+from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError, DeviceError
 from visionaccel.integrations.vllm import compat, tower
 from visionaccel.integrations.vllm.faults import REPLACED
 from visionaccel.integrations.vllm.reloading import Replacement, StoredWeights, source_digest
-from visionaccel.opening import open_tower
-from visionaccel.stripping import strip_checkpoint
 from visionaccel.testing.checkpoints import TINY, random_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own deprecations

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 from fake_plugins import ECHO, install
 from visionaccel.cli.app import app
 from visionaccel.cli.output import messages, progress, results, status
+from visionaccel.core.safe_text import lines, one_line, safe_logger, visible
 from visionaccel.errors import BundleError, VisionAccelError
 from visionaccel.reporting.markup import element, html, table
-from visionaccel.safe_text import lines, one_line, safe_logger, visible
 
 HOSTILE = (
     "\x1b[2J\x1b]0;title\x07 [red]red[/red] [/x] :smile: <script>alert('1')</script> \u202edesrever \x9b31m\r\x00\u2028"

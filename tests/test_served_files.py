@@ -13,11 +13,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from hub_server import ATTRIBUTES, HubServer, Repository
-from visionaccel.bundle.opening import tower_digest
+from visionaccel.bundle import STRIP_NOTE, tower_digest
+from visionaccel.encoder import open_tower
 from visionaccel.errors import CheckpointError, ConfigurationError
 from visionaccel.integrations.vllm.server import quiet_environment
-from visionaccel.opening import open_tower
-from visionaccel.stripping import STRIP_NOTE
 from visionaccel.testing.checkpoints import random_checkpoint
 
 with warnings.catch_warnings():
@@ -38,7 +37,7 @@ import json, os, sys
 from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader import get_model_loader
-from visionaccel.bundle.opening import tower_digest
+from visionaccel.bundle import tower_digest
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.source import open_served_source
 from visionaccel.settings import load_settings

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 import visionaccel
 from gated import gated, image, wait_until
 from visionaccel import open_encoder
+from visionaccel.encoder import open_tower
 from visionaccel.errors import (
     ConfigurationError,
     DeadlineError,
@@ -31,7 +32,6 @@ from visionaccel.errors import (
     ServiceClosedError,
     SettingsError,
 )
-from visionaccel.opening import open_tower
 from visionaccel.runtime.embedding_cache import EmbeddingCache
 from visionaccel.runtime.opening import open_guarded, open_service, open_wanted_service
 from visionaccel.runtime.service import EncodeService

@@ -16,13 +16,13 @@ from simulated import GRID, simulated_program
 from towers import random_patches
 from visionaccel import open_encoder
 from visionaccel.backends import AUTO, Accepted, Registry, Rejected, default_registry, select
-from visionaccel.bundle.export import ProgramRequest, export_bundle
+from visionaccel.bundle import ProgramRequest, export_bundle
+from visionaccel.core.grid import Grid
+from visionaccel.core.program import FixedGrid, HostSplit
+from visionaccel.core.setting_values import parse_options
+from visionaccel.encoder import open_tower
 from visionaccel.errors import BackendUnavailableError, DeviceError, DeviceLostError, OutputError, SettingsError
-from visionaccel.grid import Grid
 from visionaccel.isolation import IsolatedSession
-from visionaccel.opening import open_tower
-from visionaccel.program import FixedGrid, HostSplit
-from visionaccel.setting_values import parse_options
 from visionaccel.testing.simulated import FaultRule, SimulatedBackend, SimulatedOptions, Target, struck
 
 GRIDS = [(1, 4, 6)]

@@ -7,11 +7,10 @@ import pytest
 from towers import lowest_cosine, random_patches, reference
 from visionaccel import open_encoder
 from visionaccel.backends import Accepted, Rejected, default_registry, select
-from visionaccel.bundle import open_bundle
-from visionaccel.bundle.export import ProgramRequest, export_bundle
+from visionaccel.bundle import ProgramRequest, export_bundle, open_bundle
+from visionaccel.core.program import ONNX_STANDARD, AnyGrid
+from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError
-from visionaccel.opening import open_tower
-from visionaccel.program import ONNX_STANDARD, AnyGrid
 
 GRIDS = [(1, 8, 8), (1, 10, 6), (2, 20, 14), (1, 2, 2)]
 """Windows that are full, cut off and single, and several in a call."""

@@ -8,13 +8,13 @@ import pytest
 
 from towers import lowest_cosine, random_patches
 from visionaccel import open_encoder
-from visionaccel.bundle.export import ProgramRequest, export_bundle
+from visionaccel.bundle import ProgramRequest, export_bundle
+from visionaccel.core.cpu import has_bfloat16
+from visionaccel.core.grid import Grid
+from visionaccel.core.program import AnyGrid, FixedGrid, HostSplit
+from visionaccel.encoder import open_tower
 from visionaccel.errors import CheckpointError, ConfigurationError, UnfitGridError
 from visionaccel.families.qwen2_5_vl.patch_embedding import PatchEmbedding
-from visionaccel.grid import Grid
-from visionaccel.opening import open_tower
-from visionaccel.processor import has_bfloat16
-from visionaccel.program import AnyGrid, FixedGrid, HostSplit
 from visionaccel.testing.checkpoints import QWEN2_5_VL_7B, TINY, hollow_checkpoint, random_checkpoint
 
 PRIOR_ART_NODES = 3016

@@ -10,14 +10,18 @@ from safetensors.numpy import load_file, save_file
 from bundle_tools import DYNAMIC, GRID, encode
 from towers import random_patches, reference
 from visionaccel import open_encoder
-from visionaccel.bundle import open_bundle
-from visionaccel.bundle.export import ProgramRequest, export_bundle
-from visionaccel.bundle.opening import tower_digest
+from visionaccel.bundle import (
+    ProgramRequest,
+    export_bundle,
+    open_bundle,
+    read_strip_note,
+    strip_checkpoint,
+    tower_digest,
+)
 from visionaccel.checkpoint import Checkpoint
+from visionaccel.core.program import FixedGrid
+from visionaccel.encoder import open_tower
 from visionaccel.errors import CheckpointError
-from visionaccel.opening import open_tower
-from visionaccel.program import FixedGrid
-from visionaccel.stripping import read_strip_note, strip_checkpoint
 from visionaccel.testing.checkpoints import TINY, random_checkpoint
 
 GRIDS = [(1, 10, 18), (2, 12, 16)]

@@ -14,12 +14,11 @@ from safetensors import deserialize, safe_open
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
-from visionaccel.checkpoint import Checkpoint
+from visionaccel.bundle import STRIP_NOTE, read_strip_note, strip_checkpoint
+from visionaccel.checkpoint import Checkpoint, weights_digest
 from visionaccel.cli.strip import strip
 from visionaccel.errors import ChangedFileError, CheckpointError, ConfigurationError, UnsupportedArchitectureError
 from visionaccel.families import tower_of
-from visionaccel.stripping import STRIP_NOTE, read_strip_note, strip_checkpoint
-from visionaccel.tensor_files import weights_digest
 from visionaccel.testing.checkpoints import random_checkpoint
 
 INDEX = "model.safetensors.index.json"
@@ -430,7 +429,7 @@ MEMORY = """
 import sys
 from pathlib import Path
 from visionaccel.checkpoint import Checkpoint
-from visionaccel.stripping import strip_checkpoint
+from visionaccel.bundle import strip_checkpoint
 
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()

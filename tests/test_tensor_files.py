@@ -16,11 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import deserialize, safe_open
 from safetensors.torch import load_file, save_file
+from visionaccel.checkpoint_ import tensors as tensor_files
 
-from visionaccel import tensor_files
-from visionaccel.checkpoint import Checkpoint, read_header
+from visionaccel.checkpoint import Checkpoint, read_header, weights_digest, write_safetensors
 from visionaccel.errors import ChangedFileError, CheckpointError, ConfigurationError
-from visionaccel.tensor_files import weights_digest, write_safetensors
 from visionaccel.testing.checkpoints import random_checkpoint
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -353,7 +352,7 @@ MEMORY = """
 import json, sys
 from pathlib import Path
 from visionaccel.checkpoint import read_header
-from visionaccel.tensor_files import weights_digest, write_safetensors
+from visionaccel.checkpoint import weights_digest, write_safetensors
 
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -9,10 +9,10 @@ import torch
 
 from towers import random_patches
 from visionaccel import open_encoder
+from visionaccel.core.grid import as_grids
+from visionaccel.core.program import CHECKPOINT
+from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError
-from visionaccel.grid import as_grids
-from visionaccel.opening import open_tower
-from visionaccel.program import CHECKPOINT
 from visionaccel_torch_ref import attention
 from visionaccel_torch_ref.graphs import GraphedTower
 from visionaccel_torch_ref.tower import load_fast_tower

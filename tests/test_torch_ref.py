@@ -15,13 +15,13 @@ from strategies import grid_lists
 from towers import lowest_cosine, random_patches, reference
 from visionaccel import open_encoder
 from visionaccel.checkpoint import Checkpoint
+from visionaccel.core.grid import as_grids
+from visionaccel.core.packed_products import PackedWeight
+from visionaccel.core.program import CHECKPOINT
+from visionaccel.encoder import open_tower
 from visionaccel.errors import BackendUnavailableError, CheckpointError, PluginError, SettingsError
 from visionaccel.families.qwen2_5_vl.config import DEFAULTS, VisionConfig
 from visionaccel.families.qwen2_5_vl.geometry import make_tables, tower_tables
-from visionaccel.grid import as_grids
-from visionaccel.opening import open_tower
-from visionaccel.packed_products import PackedWeight
-from visionaccel.program import CHECKPOINT
 from visionaccel.testing.checkpoints import TINY, random_checkpoint
 from visionaccel_torch_ref import linear
 from visionaccel_torch_ref.backend import TorchReferenceBackend, TorchReferenceOptions

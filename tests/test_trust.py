@@ -15,8 +15,7 @@ from bundles import reseal, write_bundle
 from gated import wait_until
 from towers import random_patches, reference
 from visionaccel import open_encoder
-from visionaccel.bundle import open_bundle
-from visionaccel.bundle.golden import GOLDEN_FILE, read_golden, write_golden
+from visionaccel.bundle import GOLDEN_FILE, open_bundle, read_golden, write_golden
 from visionaccel.cli.app import app
 from visionaccel.errors import BundleError, ChangedFileError, DeviceError
 from visionaccel.runtime.canary import Canary, drift_of

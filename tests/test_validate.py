@@ -21,18 +21,16 @@ from bundles import document, edit_index, edit_model, entry, replace_model, writ
 from fake_plugins import install
 from visionaccel import open_encoder
 from visionaccel.backends.registry import _default
-from visionaccel.bundle import open_bundle
-from visionaccel.bundle.opening import tower_digest
-from visionaccel.checkpoint import read_header
+from visionaccel.bundle import open_bundle, tower_digest
+from visionaccel.checkpoint import read_header, write_safetensors
 from visionaccel.cli.validate import validate
-from visionaccel.comparison import Comparison, length_errors, token_cosines
+from visionaccel.core.comparison import Comparison, length_errors, token_cosines
+from visionaccel.core.grid import Grid
+from visionaccel.core.program import AnyGrid, Bucket, FixedGrid
+from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError, InputError, SettingsError, UnknownBackendError
-from visionaccel.grid import Grid
 from visionaccel.images import image_processor
 from visionaccel.isolation import IsolatedSession
-from visionaccel.opening import open_tower
-from visionaccel.program import AnyGrid, Bucket, FixedGrid
-from visionaccel.tensor_files import write_safetensors
 from visionaccel.testing.checkpoints import random_checkpoint
 from visionaccel.validation.answers import digits_checkpoint, read_digits
 from visionaccel.validation.certificate import REFERENCE_OPTIONS, THRESHOLDS

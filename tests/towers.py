@@ -13,7 +13,7 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVi
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
 from visionaccel.checkpoint import Checkpoint
-from visionaccel.grid import as_grids, total_patches
+from visionaccel.core.grid import as_grids, total_patches
 from visionaccel.testing.checkpoints import TINY
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from visionaccel.core.grid import Grid
 from visionaccel.families.qwen2_5_vl.config import DEFAULTS, VisionConfig
 from visionaccel.families.qwen2_5_vl.geometry import by_window_size, window_order
-from visionaccel.grid import Grid
 
 GRID = Grid(1, 20, 28)
 """The picture's grid: 10x14 tokens, with partial windows at both edges."""

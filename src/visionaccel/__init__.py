@@ -9,10 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from visionaccel.encoder import Encoder
+    from visionaccel.core.grid import Grid
+    from visionaccel.encoder import Encoder, open_encoder, open_tower
     from visionaccel.errors import VisionAccelError
-    from visionaccel.grid import Grid
-    from visionaccel.opening import open_encoder, open_tower
     from visionaccel.runtime.opening import open_service
     from visionaccel.runtime.service import EncodeService
 
@@ -25,10 +24,10 @@ __version__ = "0.1.0"
 _HOMES = {
     "Encoder": "visionaccel.encoder",
     "EncodeService": "visionaccel.runtime.service",
-    "open_encoder": "visionaccel.opening",
+    "open_encoder": "visionaccel.encoder",
     "open_service": "visionaccel.runtime.opening",
-    "open_tower": "visionaccel.opening",
-    "Grid": "visionaccel.grid",
+    "open_tower": "visionaccel.encoder",
+    "Grid": "visionaccel.core.grid",
     "VisionAccelError": "visionaccel.errors",
 }
 

@@ -8,7 +8,7 @@ The first paragraph of each class says when it is raised, and the one that begin
 an error says the same of its own case, with the names in it.
 """
 
-from visionaccel.safe_text import lines
+from visionaccel.core.safe_text import lines
 
 __all__ = [
     "AccuracyError",
@@ -41,7 +41,7 @@ __all__ = [
 class VisionAccelError(Exception):
     """Base of all errors of this package.
 
-    Both texts are made safe to show, as they quote files and devices: see `visionaccel.safe_text`.
+    Both texts are made safe to show, as they quote files and devices: see `visionaccel.core.safe_text`.
 
     Args:
         message: What was wrong and where.

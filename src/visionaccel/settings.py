@@ -13,10 +13,17 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from visionaccel.cores import WantedCores
+from visionaccel.core.cores import WantedCores
+from visionaccel.core.safe_text import safe_logger
+from visionaccel.core.setting_values import (
+    parse_options,
+    printable_only,
+    read_bytes,
+    read_chain,
+    read_cores,
+    read_names,
+)
 from visionaccel.errors import SettingsError
-from visionaccel.safe_text import safe_logger
-from visionaccel.setting_values import parse_options, printable_only, read_bytes, read_chain, read_cores, read_names
 
 __all__ = ["LONGEST_SECONDS", "PREFIX", "Settings", "load_settings", "make_settings", "settings_table"]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from bundle_tools import DYNAMIC, FIXED, LARGEST
-from visionaccel.bundle.export import ProgramRequest, export_bundle
-from visionaccel.opening import open_tower
+from visionaccel.bundle import ProgramRequest, export_bundle
+from visionaccel.encoder import open_tower
 
 
 @pytest.fixture(scope="module", autouse=True)

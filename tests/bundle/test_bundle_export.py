@@ -13,16 +13,21 @@ from bundle_tools import DYNAMIC, FIXED, GRID, LARGEST, TRIPLE, assert_close, co
 from strategies import grids
 from towers import random_patches, reference
 from visionaccel import open_encoder
-from visionaccel.bundle import MANIFEST, open_bundle
-from visionaccel.bundle.export import ProgramRequest, export_bundle, program_name
-from visionaccel.bundle.manifest import MOST_PATCHES
-from visionaccel.bundle.opening import tower_digest
-from visionaccel.bundle.processor import processor_digest
+from visionaccel.bundle import (
+    MANIFEST,
+    MOST_PATCHES,
+    ProgramRequest,
+    export_bundle,
+    open_bundle,
+    processor_digest,
+    program_name,
+    tower_digest,
+)
 from visionaccel.checkpoint import Checkpoint
+from visionaccel.core.grid import Grid
+from visionaccel.core.program import AnyGrid, Bucket, FixedGrid
+from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError, UnfitGridError
-from visionaccel.grid import Grid
-from visionaccel.opening import open_tower
-from visionaccel.program import AnyGrid, Bucket, FixedGrid
 from visionaccel.testing.checkpoints import random_checkpoint
 
 

@@ -6,11 +6,10 @@ import pytest
 from transformers import AutoImageProcessor
 
 from bundle_tools import DYNAMIC, forge
-from visionaccel.bundle import open_bundle
-from visionaccel.bundle.export import export_bundle
-from visionaccel.bundle.processor import _file_digest, processor_digest, require_processor
+from visionaccel.bundle import export_bundle, open_bundle, processor_digest, require_processor
+from visionaccel.bundle.processor import _file_digest
+from visionaccel.encoder import open_tower
 from visionaccel.errors import CheckpointError, ConfigurationError
-from visionaccel.opening import open_tower
 
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 RELEASED = {

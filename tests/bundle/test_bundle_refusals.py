@@ -18,12 +18,10 @@ from bundle_tools import (
     state,
 )
 from bundles import document
-from visionaccel.bundle import MANIFEST, is_bundle, open_bundle
-from visionaccel.bundle.export import ProgramRequest, export_bundle, rewrite_manifest
-from visionaccel.bundle.manifest import seal
+from visionaccel.bundle import MANIFEST, ProgramRequest, export_bundle, is_bundle, open_bundle, rewrite_manifest, seal
+from visionaccel.core.grid import Grid
+from visionaccel.encoder import open_tower
 from visionaccel.errors import BundleError
-from visionaccel.grid import Grid
-from visionaccel.opening import open_tower
 from visionaccel.testing.checkpoints import random_checkpoint
 
 

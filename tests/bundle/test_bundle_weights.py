@@ -12,12 +12,10 @@ from safetensors.numpy import load_file, save_file
 
 from bundle_tools import FIXED, encode, forge
 from bundles import edit_model
-from visionaccel.bundle import open_bundle
-from visionaccel.bundle.export import export_bundle
-from visionaccel.bundle.external_data import point_at_weights
+from visionaccel.bundle import export_bundle, open_bundle, point_at_weights
 from visionaccel.checkpoint import Checkpoint
+from visionaccel.encoder import open_tower
 from visionaccel.errors import BundleError
-from visionaccel.opening import open_tower
 from visionaccel.testing.checkpoints import random_checkpoint
 
 

@@ -12,11 +12,9 @@ import pytest
 from bundle_tools import CERTIFICATE, DYNAMIC, FIXED, GRID, TRIPLE, assert_close, encode, forge
 from bundles import document
 from towers import random_patches, reference
-from visionaccel.bundle import MANIFEST, open_bundle
-from visionaccel.bundle.export import export_bundle, rewrite_manifest
-from visionaccel.bundle.manifest import json_schema
+from visionaccel.bundle import MANIFEST, export_bundle, json_schema, open_bundle, rewrite_manifest
+from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError
-from visionaccel.opening import open_tower
 from visionaccel.testing.checkpoints import QWEN2_5_VL_7B, hollow_checkpoint, random_checkpoint
 
 
@@ -82,10 +80,10 @@ def test_an_exception_on_the_way_leaves_the_bundle_that_was_there(tiny, bundle, 
 KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
-from visionaccel.bundle.export import ProgramRequest, export_bundle
-from visionaccel.opening import open_tower
-from visionaccel.grid import Grid
-from visionaccel.program import AnyGrid, FixedGrid
+from visionaccel.bundle import ProgramRequest, export_bundle
+from visionaccel.encoder import open_tower
+from visionaccel.core.grid import Grid
+from visionaccel.core.program import AnyGrid, FixedGrid
 
 checkpoint, root = sys.argv[1], Path(sys.argv[2])
 tower = open_tower(checkpoint)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from textwrap import dedent
 
-from visionaccel.bundle.export import ProgramRequest, export_bundle
-from visionaccel.grid import Grid
-from visionaccel.opening import open_tower
-from visionaccel.program import FixedGrid
+from visionaccel.bundle import ProgramRequest, export_bundle
+from visionaccel.core.grid import Grid
+from visionaccel.core.program import FixedGrid
+from visionaccel.encoder import open_tower
 from visionaccel.templates import write_backend_project
 from visionaccel.testing.conformance.declaration import Source
 

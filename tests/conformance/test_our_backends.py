@@ -8,7 +8,7 @@ import pytest
 from conformance.planted import FIXED, fixed_shapes
 from simulated import simulated_precision
 from visionaccel.bundle.vitisai import ImportRequest, import_vitisai
-from visionaccel.opening import open_tower
+from visionaccel.encoder import open_tower
 from visionaccel.testing.conformance import CHECKS, BackendUnderTest, conformance_suite, run_checks
 from visionaccel.testing.vitisai import write_vitisai_folder
 from visionaccel_flexmlrt.simulator import compile_partition

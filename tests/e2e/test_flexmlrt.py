@@ -12,9 +12,9 @@ from openai import InternalServerError, OpenAI
 from digits_vlm.samples import held_out_images
 from forked import WORKER_IN_ENGINE
 from visionaccel.bundle.vitisai import ImportRequest, import_vitisai
-from visionaccel.grid import Grid
+from visionaccel.core.grid import Grid
+from visionaccel.encoder import open_tower
 from visionaccel.integrations.vllm.server import serve
-from visionaccel.opening import open_tower
 from visionaccel.testing.vitisai import write_vitisai_folder
 from visionaccel_flexmlrt.simulator import compile_partition
 

@@ -10,11 +10,11 @@ from PIL import Image
 
 from digits_vlm.samples import held_out_images
 from forked import WORKER_IN_ENGINE
-from visionaccel.bundle.export import ProgramRequest, export_bundle
-from visionaccel.grid import Grid
+from visionaccel.bundle import ProgramRequest, export_bundle
+from visionaccel.core.grid import Grid
+from visionaccel.core.program import FixedGrid
+from visionaccel.encoder import open_tower
 from visionaccel.integrations.vllm.server import serve
-from visionaccel.opening import open_tower
-from visionaccel.program import FixedGrid
 
 GRIDS = ("8x16", "16x8", "12x22", "22x12", "12x12")
 LARGEST = Grid(1, 22, 22)

@@ -13,7 +13,7 @@ from openai import InternalServerError, OpenAI
 
 from digits_vlm.samples import held_out_images
 from fake_plugins import install
-from visionaccel.cores import process_cores, shown_cores
+from visionaccel.core.cores import process_cores, shown_cores
 from visionaccel.faultsuite.asking import metric, metrics_of
 from visionaccel.integrations.vllm.server import serve
 

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from visionaccel.bundle.export import ProgramRequest, export_bundle
+from visionaccel.bundle import ProgramRequest, export_bundle, strip_checkpoint
 from visionaccel.checkpoint import Checkpoint
-from visionaccel.opening import open_tower
-from visionaccel.program import AnyGrid
-from visionaccel.stripping import strip_checkpoint
+from visionaccel.core.program import AnyGrid
+from visionaccel.encoder import open_tower
 
 
 def tokens(answers):

@@ -5,10 +5,10 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from visionaccel.bundle.export import ProgramRequest, export_bundle
+from visionaccel.bundle import ProgramRequest, export_bundle
 from visionaccel.cli.app import app
-from visionaccel.opening import open_tower
-from visionaccel.program import AnyGrid
+from visionaccel.core.program import AnyGrid
+from visionaccel.encoder import open_tower
 
 LATENCY = 0.3
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from simulated import GRID, simulated_program
-from visionaccel.opening import open_tower
+from visionaccel.encoder import open_tower
 from visionaccel_flexmlrt import FlexMLRTBackend
 from visionaccel_flexmlrt.backend import FlexMLRTOptions
 

@@ -14,10 +14,10 @@ from visionaccel import open_encoder
 from visionaccel.bundle import open_bundle
 from visionaccel.bundle.vitisai import ImportRequest, import_vitisai
 from visionaccel.cli.app import app
+from visionaccel.core.grid import Grid
+from visionaccel.core.program import FixedGrid
+from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError, DeviceError
-from visionaccel.grid import Grid
-from visionaccel.opening import open_tower
-from visionaccel.program import FixedGrid
 from visionaccel.testing.vitisai import write_vitisai_folder
 from visionaccel_flexmlrt.commands import app as tools
 from visionaccel_flexmlrt.simulator import compile_partition

@@ -10,10 +10,9 @@ import pytest
 from simulated import GRID, simulated_program
 from towers import random_patches, reference
 from visionaccel.backends import default_registry
-from visionaccel.encoder import Encoder, OpenProgram
+from visionaccel.encoder import Encoder, OpenProgram, open_tower
 from visionaccel.errors import DeviceError, DeviceLostError, OutputError
 from visionaccel.isolation import IsolatedSession, Limits
-from visionaccel.opening import open_tower
 
 TRIPLE = [(1, GRID.h, GRID.w)]
 LIMITS = Limits(run=3.0, opening=20.0)

@@ -6,8 +6,8 @@ from simulated import simulated_precision
 from towers import lowest_cosine
 from visionaccel import open_encoder
 from visionaccel.bundle.vitisai import ImportRequest, import_vitisai
-from visionaccel.grid import Grid
-from visionaccel.opening import open_tower
+from visionaccel.core.grid import Grid
+from visionaccel.encoder import open_tower
 from visionaccel.testing.vitisai import write_vitisai_folder
 from visionaccel_flexmlrt.simulator import compile_partition
 

@@ -11,15 +11,12 @@ from hypothesis import strategies as st
 from hostile.kinds import PIPE, Files, Kind
 from hostile.seeds import BUNDLE, CHECKPOINT
 from mutations import damage, damaged, mutations, sealed
-from visionaccel.bundle import MANIFEST, open_bundle
-from visionaccel.bundle.golden import GOLDEN_FILE, read_golden
-from visionaccel.bundle.processor import processor_digest
-from visionaccel.checkpoint import Checkpoint
+from visionaccel.bundle import GOLDEN_FILE, MANIFEST, open_bundle, processor_digest, read_golden
+from visionaccel.checkpoint import Checkpoint, weights_digest
+from visionaccel.core.program import AnyGrid
+from visionaccel.encoder import open_tower
 from visionaccel.errors import VisionAccelError
 from visionaccel.families import tower_of
-from visionaccel.opening import open_tower
-from visionaccel.program import AnyGrid
-from visionaccel.tensor_files import weights_digest
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 

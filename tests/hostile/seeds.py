@@ -8,10 +8,9 @@ import onnx
 from PIL import Image
 
 from bundles import write_bundle
-from visionaccel.bundle import open_bundle
-from visionaccel.bundle.golden import Golden, write_golden
-from visionaccel.grid import Grid
-from visionaccel.opening import open_tower
+from visionaccel.bundle import Golden, open_bundle, write_golden
+from visionaccel.core.grid import Grid
+from visionaccel.encoder import open_tower
 from visionaccel.testing.checkpoints import random_checkpoint
 from visionaccel.testing.vitisai import write_vitisai_folder
 from visionaccel_flexmlrt.simulator import compile_partition

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from visionaccel.bounded_files import open_regular
+from visionaccel.core.bounded_files import open_regular
+from visionaccel.core.program import FLEXMLRT_RAI, SIMULATOR_FILE, SIMULATOR_MAGIC, Program
 from visionaccel.errors import ArtifactError
-from visionaccel.program import FLEXMLRT_RAI, SIMULATOR_FILE, SIMULATOR_MAGIC, Program
 from visionaccel_flexmlrt.runtime import NPU, SIMULATOR
 
 __all__ = ["SIMULATOR_FILE", "SIMULATOR_MAGIC", "Artifact", "open_settings"]

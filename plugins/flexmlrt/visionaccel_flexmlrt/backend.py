@@ -20,9 +20,9 @@ from visionaccel.backends import (
     Verdict,
     VisionBackend,
 )
-from visionaccel.contracts import TensorSpec
+from visionaccel.core.contracts import TensorSpec
+from visionaccel.core.program import FLEXMLRT_DIRECTORY, FLEXMLRT_RAI, Program
 from visionaccel.errors import ArtifactError, ConfigurationError, DeviceError
-from visionaccel.program import FLEXMLRT_DIRECTORY, FLEXMLRT_RAI, Program
 from visionaccel_flexmlrt.artifact import Artifact, open_settings
 from visionaccel_flexmlrt.host_graphs import HostGraphs, device_tensors
 from visionaccel_flexmlrt.runtime import NPU, SIMULATOR, load, missing, sdk_version

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from visionaccel.backends import Finding
+from visionaccel.core.program import Program
 from visionaccel.errors import ArtifactError
-from visionaccel.program import Program
 from visionaccel_flexmlrt.artifact import Artifact
 from visionaccel_flexmlrt.runtime import NPU, SIMULATOR, find_library, library_version, missing
 

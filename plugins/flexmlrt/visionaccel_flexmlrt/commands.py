@@ -10,9 +10,9 @@ from typing import Annotated
 import typer
 
 from visionaccel.cli.output import messages, results, status
+from visionaccel.core.grid import Grid
+from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError, VisionAccelError
-from visionaccel.grid import Grid
-from visionaccel.opening import open_tower
 from visionaccel.testing.vitisai import write_vitisai_folder
 from visionaccel_flexmlrt.runtime import SIMULATOR, missing
 from visionaccel_flexmlrt.simulator import compile_partition

@@ -9,12 +9,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from visionaccel.arrays import Array
-from visionaccel.bounded_files import read_bounded
-from visionaccel.contracts import TensorSpec
-from visionaccel.cores import thread_limit
+from visionaccel.core.arrays import Array
+from visionaccel.core.bounded_files import read_bounded
+from visionaccel.core.contracts import TensorSpec
+from visionaccel.core.cores import thread_limit
+from visionaccel.core.program import DEVICE_TENSORS, HOST_AFTER, HOST_BEFORE, Program
 from visionaccel.errors import ArtifactError, ConfigurationError
-from visionaccel.program import DEVICE_TENSORS, HOST_AFTER, HOST_BEFORE, Program
 
 __all__ = ["HostGraphs", "device_tensors"]
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from visionaccel.arrays import FLOATS, Array
 from visionaccel.backends import Capabilities, Session
-from visionaccel.contracts import TensorSpec
+from visionaccel.core.arrays import FLOATS, Array
+from visionaccel.core.contracts import TensorSpec
 from visionaccel.errors import DeviceError, OutputError
 from visionaccel_flexmlrt.host_graphs import HostGraphs
 

@@ -8,9 +8,9 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from visionaccel.arrays import Array
+from visionaccel.backends.onnx_products import add_largest, largest_by_channel
+from visionaccel.core.arrays import Array
 from visionaccel.errors import ArtifactError
-from visionaccel.onnx_products import add_largest, largest_by_channel
 from visionaccel_onnxrt.providers import CPU_PROVIDER
 from visionaccel_onnxrt.session_entries import ERRORS_ONLY, EXTERNAL_DATA_FOLDER, SPINNING
 

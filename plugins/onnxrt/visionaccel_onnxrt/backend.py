@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from visionaccel.arrays import Array
 from visionaccel.backends import (
     Accepted,
     Capabilities,
@@ -21,9 +20,10 @@ from visionaccel.backends import (
     Verdict,
     VisionBackend,
 )
-from visionaccel.cores import thread_limit
+from visionaccel.core.arrays import Array
+from visionaccel.core.cores import thread_limit
+from visionaccel.core.program import EP_CONTEXT, ONNX, ONNX_FUSED, ONNX_MODELS, ONNX_STANDARD, Program
 from visionaccel.errors import ArtifactError, ConfigurationError, DeviceError
-from visionaccel.program import EP_CONTEXT, ONNX, ONNX_FUSED, ONNX_MODELS, ONNX_STANDARD, Program
 from visionaccel_onnxrt.bfloat16 import emulate_bfloat16
 from visionaccel_onnxrt.ep_context import offload_of_context, verified_context
 from visionaccel_onnxrt.offload import RECORD_ASSIGNMENT, assigned, require_offload

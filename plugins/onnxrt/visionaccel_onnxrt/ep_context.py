@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from visionaccel.bounded_files import read_bounded
+from visionaccel.core.bounded_files import read_bounded
+from visionaccel.core.program import Program
 from visionaccel.errors import ArtifactError
-from visionaccel.program import Program
 from visionaccel_onnxrt.offload import EP_CONTEXT_OPERATOR, Offload, counted
 
 if TYPE_CHECKING:

@@ -17,10 +17,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from visionaccel.arrays import Array
 from visionaccel.backends import QuantizedModel
-from visionaccel.errors import ConfigurationError
-from visionaccel.onnx_products import (
+from visionaccel.backends.onnx_products import (
     Product,
     find_products,
     largest_in_row,
@@ -28,7 +26,9 @@ from visionaccel.onnx_products import (
     replace_nodes,
     smoothing_factors,
 )
-from visionaccel.program import ONNX, ONNX_FUSED, Program
+from visionaccel.core.arrays import Array
+from visionaccel.core.program import ONNX, ONNX_FUSED, Program
+from visionaccel.errors import ConfigurationError
 from visionaccel_onnxrt.activations import watch_activations
 
 __all__ = ["quantize"]

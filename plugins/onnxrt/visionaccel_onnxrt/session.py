@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from visionaccel.arrays import Array
 from visionaccel.backends import Capabilities, Session
-from visionaccel.program import Program
+from visionaccel.core.arrays import Array
+from visionaccel.core.program import Program
 
 __all__ = ["OnnxRuntimeSession"]
 

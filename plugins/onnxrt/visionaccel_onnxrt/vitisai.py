@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from visionaccel.core.program import EP_CONTEXT, Program
 from visionaccel.errors import ConfigurationError
-from visionaccel.program import EP_CONTEXT, Program
 from visionaccel_onnxrt.offload import Offload
 
 __all__ = ["SUMMARIES", "PassSummary", "compiler_options", "pass_summaries"]

@@ -27,7 +27,7 @@ def bind_weights(model: bytes, folder: Path, settings: Any) -> list[Any]:
     """
     import onnxruntime
 
-    from visionaccel.onnx_weights import mapped_weights  # which imports onnx
+    from visionaccel.backends.onnx_weights import mapped_weights  # which imports onnx
 
     weights = mapped_weights(model, folder)
     values = [onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(*weight) for weight in weights.values()]

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from visionaccel.arrays import Array
 from visionaccel.backends import (
     Accepted,
     Capabilities,
@@ -19,9 +18,10 @@ from visionaccel.backends import (
     Verdict,
     VisionBackend,
 )
-from visionaccel.cores import thread_limit
+from visionaccel.core.arrays import Array
+from visionaccel.core.cores import thread_limit
+from visionaccel.core.program import ONNX, ONNX_STANDARD, AnyGrid, Program
 from visionaccel.errors import ConfigurationError, DeviceError
-from visionaccel.program import ONNX, ONNX_STANDARD, AnyGrid, Program
 
 if TYPE_CHECKING:
     import openvino

@@ -8,9 +8,9 @@ import onnx
 import openvino
 from numpy.typing import NDArray
 
+from visionaccel.backends.onnx_weights import external_weights, map_weights
+from visionaccel.core.program import Program
 from visionaccel.errors import ArtifactError
-from visionaccel.onnx_weights import external_weights, map_weights
-from visionaccel.program import Program
 
 __all__ = ["Mapped", "read_model"]
 

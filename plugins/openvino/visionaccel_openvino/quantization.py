@@ -22,10 +22,8 @@ import openvino
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from visionaccel.arrays import Array
 from visionaccel.backends import QuantizedModel
-from visionaccel.errors import ArtifactError, ConfigurationError
-from visionaccel.onnx_products import (
+from visionaccel.backends.onnx_products import (
     Product,
     add_largest,
     find_products,
@@ -35,7 +33,9 @@ from visionaccel.onnx_products import (
     replace_nodes,
     smoothing_factors,
 )
-from visionaccel.program import ONNX, ONNX_STANDARD, AnyGrid, Program
+from visionaccel.core.arrays import Array
+from visionaccel.core.program import ONNX, ONNX_STANDARD, AnyGrid, Program
+from visionaccel.errors import ArtifactError, ConfigurationError
 from visionaccel_openvino.model import read_model
 
 __all__ = ["quantize"]

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import openvino
 
-from visionaccel.arrays import Array
 from visionaccel.backends import Capabilities, Session
+from visionaccel.core.arrays import Array
+from visionaccel.core.program import Program
 from visionaccel.errors import DeviceError
-from visionaccel.program import Program
 from visionaccel_openvino.model import Mapped
 
 __all__ = ["OpenVinoSession"]

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from pydantic import Field
 
-from visionaccel.arrays import Array, is_tensor
 from visionaccel.backends import Accepted, Capabilities, Options, Rejected, Session, Verdict, VisionBackend, call_parts
-from visionaccel.cores import thread_limit
+from visionaccel.core.arrays import Array, is_tensor
+from visionaccel.core.cores import thread_limit
+from visionaccel.core.cpu import has_bfloat16
+from visionaccel.core.grid import Grid, as_grids
+from visionaccel.core.program import CHECKPOINT, Program
 from visionaccel.errors import BackendUnavailableError, ConfigurationError
-from visionaccel.grid import Grid, as_grids
-from visionaccel.processor import has_bfloat16
-from visionaccel.program import CHECKPOINT, Program
 
 if TYPE_CHECKING:
     import torch

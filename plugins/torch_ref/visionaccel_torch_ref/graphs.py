@@ -13,7 +13,7 @@ from typing import Protocol, TypeAlias
 
 import torch
 
-from visionaccel.grid import Grid
+from visionaccel.core.grid import Grid
 from visionaccel_torch_ref.layout import Layout
 
 __all__ = ["Capture", "GraphedTower", "Replay", "cuda_capture"]

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from visionaccel.core.grid import Grid
+from visionaccel.core.program import Program
 from visionaccel.errors import PluginError
-from visionaccel.grid import Grid
-from visionaccel.program import Program
 
 __all__ = ["Layout", "Layouts", "Run"]
 

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch.nn import functional
 
-from visionaccel.packed_products import PackedWeight, why_not_packed
+from visionaccel.core.packed_products import PackedWeight, why_not_packed
 
 __all__ = ["Linear", "PackedLinear", "PlainLinear", "make_linear", "why_not_packed"]
 

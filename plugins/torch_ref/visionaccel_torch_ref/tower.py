@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from visionaccel.grid import Grid
-from visionaccel.program import Program
+from visionaccel.core.grid import Grid
+from visionaccel.core.program import Program
 from visionaccel_torch_ref.attention import Attention
 from visionaccel_torch_ref.layout import Layout, Layouts, Run
 from visionaccel_torch_ref.linear import Linear, make_linear

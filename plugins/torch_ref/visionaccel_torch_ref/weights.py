@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import torch
 
-from visionaccel.arrays import as_host_tensor
+from visionaccel.core.arrays import as_host_tensor
+from visionaccel.core.program import Program
 from visionaccel.errors import CheckpointError
-from visionaccel.program import Program
 
 __all__ = ["WeightReader"]
 

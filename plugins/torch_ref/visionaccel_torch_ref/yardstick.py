@@ -9,8 +9,8 @@ import torch
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
-from visionaccel.grid import Grid
-from visionaccel.program import Program
+from visionaccel.core.grid import Grid
+from visionaccel.core.program import Program
 from visionaccel_torch_ref.weights import WeightReader
 
 __all__ = ["TransformersTower"]

@@ -1,9 +1,9 @@
 """What a backend plug-in implements, and how the core finds and chooses one.
 
-Plug-ins import from here and from the core types (`visionaccel.arrays`, `contracts`, `cores`, `errors`, `grid`,
-`processor`, `program`) only; those that read untrusted files, from `visionaccel.bounded_files` too, those that quantize
-ONNX programs, from `visionaccel.onnx_products`, those that run them, from `visionaccel.onnx_weights`, and those that
-compute with torch, from `visionaccel.packed_products`.
+Plug-ins import from here and from the core values (`visionaccel.errors`, and `arrays`, `contracts`, `cores`, `cpu`,
+`grid`, `program` of `visionaccel.core`) only; those that read untrusted files, from `visionaccel.core.bounded_files`
+too, those that quantize ONNX programs, from `visionaccel.backends.onnx_products`, those that run them, from
+`visionaccel.backends.onnx_weights`, and those that compute with torch, from `visionaccel.core.packed_products`.
 """
 
 from visionaccel.backends.containment import contained

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from visionaccel.core.safe_text import safe_logger
 from visionaccel.errors import DeviceError, VisionAccelError
-from visionaccel.safe_text import safe_logger
 
 __all__ = ["contained", "device_errors", "tell"]
 

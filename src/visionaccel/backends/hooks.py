@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 import pluggy
 
 from visionaccel.backends.spec import VisionBackend
-from visionaccel.grid import Grid
+from visionaccel.core.grid import Grid
 
 __all__ = [
     "PROJECT", "BreakerReport", "DriftReport", "EncodeReport", "FailureReport", "HookSpecs", "Purpose", "hookimpl",

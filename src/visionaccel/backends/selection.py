@@ -9,8 +9,8 @@ from typing import Protocol
 from visionaccel.backends.containment import contained
 from visionaccel.backends.registry import BackendEntry, Registry
 from visionaccel.backends.spec import Accepted, Rejected, Verdict, VisionBackend
+from visionaccel.core.program import Coverage, Program
 from visionaccel.errors import BackendUnavailableError, PluginError
-from visionaccel.program import Coverage, Program
 
 __all__ = ["AUTO", "Candidate", "ProgramSource", "Selection", "select"]
 

@@ -15,9 +15,9 @@ from typing import Any, ClassVar, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict
 
-from visionaccel.arrays import Array
+from visionaccel.core.arrays import Array
+from visionaccel.core.program import Program
 from visionaccel.errors import ConfigurationError
-from visionaccel.program import Program
 
 __all__ = [
     "Accepted", "Capabilities", "Finding", "Isolation", "Options", "QuantizedModel", "Rejected", "Session", "Status",
@@ -172,7 +172,7 @@ class VisionBackend(ABC):
 
     Attributes:
         name: What users select; equal to the name of the entry point.
-        formats: Program formats it takes, such as `onnx` or `checkpoint` (see `visionaccel.program`).
+        formats: Program formats it takes, such as `onnx` or `checkpoint` (see `visionaccel.core.program`).
         options: The options that `open` takes.
         isolation: Where its sessions live unless the user says otherwise (see `isolation_on`). Choose `process` for
             vendor code that may crash, hang, or hold one model for each process.
@@ -255,7 +255,8 @@ class VisionBackend(ABC):
         """Open an accepted program.
 
         The calling thread runs on the encoder's cores, here as in `probe` and `Session.run`, and threads that it makes
-        inherit them. A pool that counts or binds cores by itself gets its size from `visionaccel.cores.thread_limit`.
+        inherit them. A pool that counts or binds cores by itself gets its size from
+        `visionaccel.core.cores.thread_limit`.
 
         Args:
             program: What to run.

@@ -52,7 +52,7 @@ class _Work:
         deadline: float,
     ) -> dict[str, Any]:
         from visionaccel.bundle import Bundle
-        from visionaccel.opening import open_source
+        from visionaccel.encoder import open_source
 
         opened = open_source(source)
         if kind == "backend":
@@ -73,7 +73,7 @@ class _Work:
     def _encode(self, patches: str, grid: list[int], at_least: float, save: str | None) -> dict[str, Any]:
         import numpy as np
 
-        from visionaccel.grid import Grid
+        from visionaccel.core.grid import Grid
 
         if self._prepared[0] != patches:  # a turn must not begin with reading a file
             self._prepared = (patches, self._opened.prepare(np.load(patches)))
@@ -114,7 +114,7 @@ def _open_backend(
 ) -> Any:
     from visionaccel.backends import default_registry
     from visionaccel.benchmarking.peers import Opened
-    from visionaccel.opening import open_encoder
+    from visionaccel.encoder import open_encoder
 
     backend = default_registry().load(name)
     if "threads" in backend.options.model_fields:

@@ -18,9 +18,9 @@ from typing import Any, Self
 
 from visionaccel.benchmarking.contenders import BUNDLE, Contender
 from visionaccel.benchmarking.machine import cores
+from visionaccel.core.orphans import guarded_group
 from visionaccel.errors import DeadlineError, DeviceError
 from visionaccel.integrations.vllm.server import quiet_environment
-from visionaccel.orphans import guarded_group
 
 __all__ = ["ContenderProcess"]
 

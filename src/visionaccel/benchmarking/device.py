@@ -13,13 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from visionaccel.bundle import Bundle, is_bundle, open_bundle
 from visionaccel.checkpoint import locate_checkpoint
-from visionaccel.encoder import Encoder
+from visionaccel.encoder import Encoder, open_encoder, open_source
 from visionaccel.errors import ConfigurationError
 from visionaccel.families import Tower
-from visionaccel.fitting import Fitter
-from visionaccel.fixed_grid import FittingProcessor
-from visionaccel.images import image_processor
-from visionaccel.opening import open_encoder, open_source
+from visionaccel.images import Fitter, FittingProcessor, image_processor
 from visionaccel.testing.simulated.target import NAME as SIMULATED
 
 if TYPE_CHECKING:
@@ -27,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL.Image import Image
 
-    from visionaccel.grid import Grid
+    from visionaccel.core.grid import Grid
 
 __all__ = ["SIMULATED", "Accelerator", "DeviceTime", "Mode", "measured", "with_latency"]
 

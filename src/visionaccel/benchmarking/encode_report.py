@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from visionaccel.benchmarking.contenders import STOCK
 from visionaccel.benchmarking.encoding import Accuracy, EncodePlan, OnGrid, Peak, Taken
 from visionaccel.benchmarking.machine import cores, processor_name
+from visionaccel.core.grid import Grid
 from visionaccel.families import Tower
-from visionaccel.grid import Grid
 
 __all__ = ["ContenderReport", "EncodeReport", "GridOperations", "GridReport", "Machine", "make_encode_report"]
 

@@ -15,11 +15,11 @@ import numpy as np
 from visionaccel.benchmarking.contender_process import ContenderProcess
 from visionaccel.benchmarking.contenders import REFERENCE, Contender, absence
 from visionaccel.benchmarking.matrix_peak import MOST_ROWS
-from visionaccel.comparison import Comparison
+from visionaccel.core.comparison import Comparison
+from visionaccel.core.grid import Grid
+from visionaccel.core.orphans import temporary_folder
 from visionaccel.errors import DeviceError
 from visionaccel.families import Tower
-from visionaccel.grid import Grid
-from visionaccel.orphans import temporary_folder
 
 __all__ = ["TABLE", "Accuracy", "EncodePlan", "OnGrid", "Peak", "Progress", "Taken", "measure_encodes"]
 

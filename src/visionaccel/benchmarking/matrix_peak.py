@@ -33,7 +33,7 @@ def rates(shapes: Sequence[tuple[int, int, int]], threads: int) -> dict[str, lis
     """
     import torch
 
-    from visionaccel.packed_products import why_not_packed
+    from visionaccel.core.packed_products import why_not_packed
 
     torch.set_num_threads(threads)
     found = {"float32": [_rate(torch.float32, *shape) for shape in shapes]}
@@ -45,7 +45,7 @@ def rates(shapes: Sequence[tuple[int, int, int]], threads: int) -> dict[str, lis
 def _rate(dtype: torch.dtype, rows: int, inner: int, columns: int) -> float:
     import torch
 
-    from visionaccel.packed_products import PackedWeight
+    from visionaccel.core.packed_products import PackedWeight
 
     generator = torch.Generator().manual_seed(0)
     left = torch.randn(rows, inner, generator=generator).to(dtype)

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from visionaccel.arrays import as_host_tensor, as_numpy
+from visionaccel.core.arrays import as_host_tensor, as_numpy
+from visionaccel.core.cpu import has_bfloat16
+from visionaccel.core.grid import Grid
 from visionaccel.errors import ConfigurationError
 from visionaccel.families import Tower
 from visionaccel.families.qwen2_5_vl import Qwen25VL
-from visionaccel.grid import Grid
-from visionaccel.processor import has_bfloat16
 
 __all__ = ["Opened", "open_peer"]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from visionaccel.core.orphans import temporary_folder
 from visionaccel.errors import ConfigurationError, SettingsError
-from visionaccel.orphans import temporary_folder
 from visionaccel.testing.checkpoints import LIVELY, QWEN2_5_VL_7B, random_checkpoint
 
 __all__ = ["PRESETS", "preset_checkpoint"]

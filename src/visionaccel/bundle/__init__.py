@@ -1,6 +1,78 @@
 """Bundles: folders that state everything needed to run an encoder's programs rightly, or to refuse."""
 
-from visionaccel.bundle.manifest import MANIFEST, SCHEMA_VERSION, Manifest
-from visionaccel.bundle.opening import Bundle, is_bundle, open_bundle
+from visionaccel.bundle.digests import file_digest
+from visionaccel.bundle.export import (
+    ProgramRequest,
+    Progress,
+    appearing,
+    as_json,
+    export_bundle,
+    program_name,
+    rewrite_manifest,
+    stated_file,
+    toolchain,
+    write_file,
+)
+from visionaccel.bundle.external_data import point_at_weights
+from visionaccel.bundle.golden import GOLDEN_FILE, Golden, read_golden, write_golden
+from visionaccel.bundle.hub import pull_bundle, push_bundle
+from visionaccel.bundle.manifest import (
+    MANIFEST,
+    MOST_PATCHES,
+    SCHEMA_VERSION,
+    Answers,
+    BundleFile,
+    Certificate,
+    Manifest,
+    ProgramEntry,
+    ProgramResult,
+    json_schema,
+    parse_manifest,
+    seal,
+)
+from visionaccel.bundle.opening import Bundle, is_bundle, open_bundle, tower_digest
+from visionaccel.bundle.processor import processor_digest, require_processor
+from visionaccel.bundle.stripping import STRIP_NOTE, StripReport, read_strip_note, strip_checkpoint
 
-__all__ = ["MANIFEST", "SCHEMA_VERSION", "Bundle", "Manifest", "is_bundle", "open_bundle"]
+__all__ = [
+    "Answers",
+    "Bundle",
+    "BundleFile",
+    "Certificate",
+    "GOLDEN_FILE",
+    "Golden",
+    "MANIFEST",
+    "Manifest",
+    "MOST_PATCHES",
+    "ProgramEntry",
+    "ProgramRequest",
+    "ProgramResult",
+    "Progress",
+    "SCHEMA_VERSION",
+    "STRIP_NOTE",
+    "StripReport",
+    "appearing",
+    "as_json",
+    "export_bundle",
+    "file_digest",
+    "is_bundle",
+    "json_schema",
+    "open_bundle",
+    "parse_manifest",
+    "point_at_weights",
+    "processor_digest",
+    "program_name",
+    "pull_bundle",
+    "push_bundle",
+    "read_golden",
+    "read_strip_note",
+    "require_processor",
+    "rewrite_manifest",
+    "seal",
+    "stated_file",
+    "strip_checkpoint",
+    "toolchain",
+    "tower_digest",
+    "write_file",
+    "write_golden",
+]

@@ -18,9 +18,9 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-from visionaccel.bounded_files import read_bounded
+from visionaccel.core.bounded_files import read_bounded
+from visionaccel.core.memory_files import FileState
 from visionaccel.errors import BundleError
-from visionaccel.memory_files import FileState
 
 __all__ = ["file_digest", "remembered_digest"]
 

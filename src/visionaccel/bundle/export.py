@@ -19,11 +19,9 @@ from visionaccel.bundle.digests import file_digest
 from visionaccel.bundle.manifest import MANIFEST, MOST_PATCHES, SCHEMA_VERSION, seal, stated_coverage
 from visionaccel.bundle.opening import Bundle, open_bundle, tower_digest
 from visionaccel.bundle.processor import PROCESSOR_FILES, processor_digest
-from visionaccel.checkpoint import SINGLE_FILE, Checkpoint
-from visionaccel.errors import ConfigurationError
-from visionaccel.families import Tower, tower_of
-from visionaccel.orphans import guarded_folder
-from visionaccel.program import (
+from visionaccel.checkpoint import SINGLE_FILE, Checkpoint, write_safetensors
+from visionaccel.core.orphans import guarded_folder
+from visionaccel.core.program import (
     ONNX,
     ONNX_FUSED,
     ONNX_STANDARD,
@@ -34,7 +32,8 @@ from visionaccel.program import (
     OperatorDialect,
     Precision,
 )
-from visionaccel.tensor_files import write_safetensors
+from visionaccel.errors import ConfigurationError
+from visionaccel.families import Tower, tower_of
 
 __all__ = [
     "WEIGHT_PREFIX", "Progress", "ProgramRequest", "appearing", "as_json", "counter", "export_bundle",

@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx
 
 from visionaccel.bundle.onnx_tensors import check_tensor_names
-from visionaccel.checkpoint import StoredTensor
+from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import BundleError
 
 __all__ = ["point_at_weights"]

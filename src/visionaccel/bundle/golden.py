@@ -20,9 +20,9 @@ from visionaccel.bundle.digests import file_digest
 from visionaccel.bundle.export import rewrite_manifest, stated_file
 from visionaccel.bundle.opening import Bundle
 from visionaccel.checkpoint import read_header
+from visionaccel.core.grid import Grid, as_grids, total_patches
+from visionaccel.core.memory_files import FileState, changed_file, when_steady
 from visionaccel.errors import BundleError, CheckpointError, ConfigurationError, GridError
-from visionaccel.grid import Grid, as_grids, total_patches
-from visionaccel.memory_files import FileState, changed_file, when_steady
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

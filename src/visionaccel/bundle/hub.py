@@ -23,8 +23,8 @@ from pathlib import Path
 from visionaccel.bundle.manifest import MANIFEST, ExternalCheckpoint, Manifest, parse_manifest
 from visionaccel.bundle.opening import Bundle, open_bundle
 from visionaccel.checkpoint import Checkpoint, locate_checkpoint
+from visionaccel.core.orphans import guarded_folder
 from visionaccel.errors import ArtifactError, BundleError, ConfigurationError, VisionAccelError
-from visionaccel.orphans import guarded_folder
 
 __all__ = ["PullReport", "PushReport", "pull_bundle", "push_bundle"]
 

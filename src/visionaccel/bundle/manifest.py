@@ -15,12 +15,12 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from visionaccel.bounded_files import read_bounded
-from visionaccel.contracts import TensorSpec
+from visionaccel.core.bounded_files import read_bounded
+from visionaccel.core.contracts import TensorSpec
+from visionaccel.core.grid import Grid
+from visionaccel.core.program import AnyGrid, Bucket, Coverage, FixedGrid, HostSplit, Precision
+from visionaccel.core.strict_json import parse_json
 from visionaccel.errors import BundleError, GridError
-from visionaccel.grid import Grid
-from visionaccel.program import AnyGrid, Bucket, Coverage, FixedGrid, HostSplit, Precision
-from visionaccel.strict_json import parse_json
 
 __all__ = [
     "MANIFEST",

@@ -14,17 +14,17 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 
-from visionaccel.bounded_files import MOST_HOLE_BYTES, hole_bytes, read_bounded
 from visionaccel.bundle.digests import file_digest, remembered_digest
 from visionaccel.bundle.manifest import MANIFEST, BundleFile, Manifest, ProgramEntry, parse_manifest
 from visionaccel.bundle.processor import PROCESSOR_FILES
-from visionaccel.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, StoredTensor, locate_checkpoint
+from visionaccel.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, locate_checkpoint, weights_digest
+from visionaccel.core.bounded_files import MOST_HOLE_BYTES, hole_bytes, read_bounded
+from visionaccel.core.grid import Grid
+from visionaccel.core.memory_files import FileState, when_steady
+from visionaccel.core.program import CHECKPOINT, ONNX_MODELS, Bucket, FixedGrid, Program
+from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import ArtifactError, BundleError, ConfigurationError, GridError
 from visionaccel.families import Tower, tower_of
-from visionaccel.grid import Grid
-from visionaccel.memory_files import FileState, when_steady
-from visionaccel.program import CHECKPOINT, ONNX_MODELS, Bucket, FixedGrid, Program
-from visionaccel.tensor_files import weights_digest
 
 __all__ = ["Bundle", "is_bundle", "open_bundle", "tower_digest"]
 

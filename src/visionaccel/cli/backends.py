@@ -9,8 +9,8 @@ from rich.table import Table
 
 from visionaccel.backends import AUTO, Accepted, Candidate, contained, default_registry, select
 from visionaccel.cli.output import Backend, Device, Json, print_json, results
+from visionaccel.encoder import open_source
 from visionaccel.errors import PluginError
-from visionaccel.opening import open_source
 from visionaccel.settings import load_settings
 
 __all__ = ["backends", "explain"]

@@ -23,11 +23,11 @@ from visionaccel.bundle import Bundle
 from visionaccel.checkpoint import locate_checkpoint
 from visionaccel.cli.output import Json, check_writable, finite, number, print_json, results, status, write_json
 from visionaccel.cli.termination import tidy_if_terminated
+from visionaccel.core.grid import Grid, as_grids
+from visionaccel.core.program import FixedGrid
+from visionaccel.encoder import open_source
 from visionaccel.errors import SettingsError
 from visionaccel.families import Tower
-from visionaccel.grid import Grid, as_grids
-from visionaccel.opening import open_source
-from visionaccel.program import FixedGrid
 
 __all__ = ["encode", "placement"]
 

@@ -12,16 +12,13 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from visionaccel.backends import AUTO
-from visionaccel.bundle import Bundle, open_bundle
-from visionaccel.bundle.processor import require_processor
+from visionaccel.bundle import Bundle, open_bundle, require_processor
 from visionaccel.checkpoint import locate_checkpoint
 from visionaccel.cli.output import Backend, Device, Json, OptionsText, backend_options, print_json, results
-from visionaccel.cores import choose_cores
+from visionaccel.core.cores import choose_cores
+from visionaccel.encoder import open_encoder, open_source
 from visionaccel.errors import ConfigurationError
-from visionaccel.fitting import Fitter
-from visionaccel.fixed_grid import FittingProcessor
-from visionaccel.images import image_processor, load_image
-from visionaccel.opening import open_encoder, open_source
+from visionaccel.images import Fitter, FittingProcessor, image_processor, load_image
 from visionaccel.settings import load_settings
 
 __all__ = ["encode"]

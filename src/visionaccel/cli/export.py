@@ -11,14 +11,13 @@ import typer
 from rich.progress import TextColumn
 from rich.table import Table
 
-from visionaccel.bundle.export import ProgramRequest, export_bundle
-from visionaccel.bundle.export import as_json as json_file
-from visionaccel.bundle.manifest import BundleFile
+from visionaccel.bundle import BundleFile, ProgramRequest, export_bundle
+from visionaccel.bundle import as_json as json_file
 from visionaccel.cli.output import Json, print_json, progress, results
+from visionaccel.core.grid import Grid
+from visionaccel.core.program import AnyGrid, FixedGrid, OperatorDialect
+from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError
-from visionaccel.grid import Grid
-from visionaccel.opening import open_tower
-from visionaccel.program import AnyGrid, FixedGrid, OperatorDialect
 
 __all__ = ["PrecisionName", "export", "frame_grid"]
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from visionaccel.bundle.hub import pull_bundle, push_bundle
+from visionaccel.bundle import pull_bundle, push_bundle
 from visionaccel.cli.output import Json, print_json, results
 
 __all__ = ["pull", "push"]

@@ -11,8 +11,8 @@ from rich.progress import TextColumn
 
 from visionaccel.cli.export import PrecisionName, frame_grid
 from visionaccel.cli.output import Json, messages, print_json, progress, results
+from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError
-from visionaccel.opening import open_tower
 
 __all__ = ["import_vitisai"]
 

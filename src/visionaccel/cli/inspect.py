@@ -9,13 +9,12 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from visionaccel.bundle import Bundle, open_bundle
-from visionaccel.bundle.manifest import json_schema
+from visionaccel.bundle import Bundle, json_schema, open_bundle
 from visionaccel.checkpoint import locate_checkpoint
 from visionaccel.cli.output import Json, print_json, results
 from visionaccel.cli.validate import print_certificate
+from visionaccel.core.program import HOST_AFTER, HOST_BEFORE, ONNX_MODELS, Program
 from visionaccel.errors import ConfigurationError
-from visionaccel.program import HOST_AFTER, HOST_BEFORE, ONNX_MODELS, Program
 
 __all__ = ["inspect"]
 

@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from visionaccel.core.safe_text import visible
+from visionaccel.core.setting_values import parse_options
 from visionaccel.errors import ConfigurationError, SettingsError
-from visionaccel.safe_text import visible
-from visionaccel.setting_values import parse_options
 
 __all__ = [
     "Backend", "Device", "Json", "OptionsText", "backend_options", "check_writable", "finite", "messages", "number",

@@ -12,7 +12,7 @@ from rich.progress import MofNCompleteColumn
 from visionaccel.bundle import open_bundle
 from visionaccel.cli.output import Device, Json, print_json, progress, results
 from visionaccel.cli.validate import print_certificate
-from visionaccel.opening import open_tower
+from visionaccel.encoder import open_tower
 from visionaccel.validation.certificate import THRESHOLDS
 
 __all__ = ["quantize"]

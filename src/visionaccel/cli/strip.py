@@ -10,10 +10,10 @@ import typer
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from visionaccel.bundle import StripReport, strip_checkpoint
 from visionaccel.checkpoint import Checkpoint
 from visionaccel.cli.output import Json, messages, print_json, results
 from visionaccel.errors import ConfigurationError
-from visionaccel.stripping import StripReport, strip_checkpoint
 
 __all__ = ["strip"]
 

@@ -12,9 +12,7 @@ from rich.progress import MofNCompleteColumn
 from rich.table import Table
 
 from visionaccel.backends import AUTO
-from visionaccel.bundle import MANIFEST, Bundle, open_bundle
-from visionaccel.bundle.golden import Golden, write_golden
-from visionaccel.bundle.manifest import Certificate
+from visionaccel.bundle import MANIFEST, Bundle, Certificate, Golden, open_bundle, write_golden
 from visionaccel.cli.output import (
     Backend,
     Device,
@@ -26,9 +24,9 @@ from visionaccel.cli.output import (
     progress,
     results,
 )
-from visionaccel.cores import choose_cores, on_cores
+from visionaccel.core.cores import choose_cores, on_cores
+from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError
-from visionaccel.opening import open_tower
 from visionaccel.settings import load_settings
 from visionaccel.validation.answers import LEAST_AGREEMENT
 from visionaccel.validation.certificate import THRESHOLDS, validate_bundle

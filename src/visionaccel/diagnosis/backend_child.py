@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from visionaccel.backends import Finding, ProgramSource, VisionBackend, default_registry
 from visionaccel.diagnosis.child_process import answer_with, give_up_after
 from visionaccel.diagnosis.findings import as_finding, looked
+from visionaccel.encoder import open_source
 from visionaccel.errors import SettingsError
-from visionaccel.opening import open_source
 from visionaccel.settings import load_settings
 
 __all__ = ["main"]

@@ -8,8 +8,8 @@ from typing import Any
 
 from visionaccel.backends import Finding, contained
 from visionaccel.backends.spec import Status
+from visionaccel.core.safe_text import one_line
 from visionaccel.errors import VisionAccelError
-from visionaccel.safe_text import one_line
 
 __all__ = ["Diagnosis", "Found", "as_finding", "looked"]
 

@@ -6,10 +6,8 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from visionaccel.backends import Finding
-from visionaccel.bundle import Bundle, is_bundle, open_bundle
-from visionaccel.bundle.golden import read_golden
-from visionaccel.bundle.manifest import Certificate
-from visionaccel.opening import open_tower
+from visionaccel.bundle import Bundle, Certificate, is_bundle, open_bundle, read_golden
+from visionaccel.encoder import open_tower
 
 __all__ = ["OPENED", "Wanted", "of_source"]
 

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from visionaccel.arrays import Array
-from visionaccel.checkpoint import Checkpoint, StoredTensor
-from visionaccel.contracts import TensorSpec
-from visionaccel.grid import Grid
-from visionaccel.program import AnyGrid, Bucket, Coverage, HostSplit, OperatorDialect, Precision, Program
+from visionaccel.checkpoint import Checkpoint
+from visionaccel.core.arrays import Array
+from visionaccel.core.contracts import TensorSpec
+from visionaccel.core.grid import Grid
+from visionaccel.core.program import AnyGrid, Bucket, Coverage, HostSplit, OperatorDialect, Precision, Program
+from visionaccel.core.stored_tensor import StoredTensor
 
 if TYPE_CHECKING:
     import onnx

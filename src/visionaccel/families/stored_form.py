@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Mapping
 
-from visionaccel.arrays import FLOATS
-from visionaccel.checkpoint import StoredTensor
+from visionaccel.core.arrays import FLOATS
+from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import CheckpointError
 
 __all__ = ["plain_weights"]

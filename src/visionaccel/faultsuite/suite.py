@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from visionaccel.core.orphans import temporary_folder
 from visionaccel.errors import ConfigurationError
 from visionaccel.faultsuite.asking import Answer, ask, metric, metrics_of, text_stream
 from visionaccel.faultsuite.changing import change_weights, copy_checkpoint
 from visionaccel.faultsuite.matrix import Cell, Serving, cells_of
 from visionaccel.images import ImageProcessor, image_processor
 from visionaccel.integrations.vllm.server import VllmServer, serve
-from visionaccel.orphans import temporary_folder
 from visionaccel.testing.simulated import FaultRule, struck
 
 if TYPE_CHECKING:

@@ -19,16 +19,16 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import BinaryIO
 
-from visionaccel.arrays import Array
 from visionaccel.backends import Session, default_registry
+from visionaccel.core.arrays import Array
+from visionaccel.core.memory_files import MemoryFile
+from visionaccel.encoder import open_session
 from visionaccel.errors import DeviceError, VisionAccelError
 from visionaccel.isolation.answers import encoded, failure_of
 from visionaccel.isolation.log_records import RecordSender
 from visionaccel.isolation.messages import Opened, OpenRequest, Places, Surroundings
 from visionaccel.isolation.parent import end_with_parent
 from visionaccel.isolation.shared_arrays import SharedArrays
-from visionaccel.memory_files import MemoryFile
-from visionaccel.session_opening import open_session
 
 _LINE_BUFFERED = 1
 

@@ -16,7 +16,7 @@ from collections import deque
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from visionaccel.safe_text import lines, one_line, safe_logger
+from visionaccel.core.safe_text import lines, one_line, safe_logger
 
 __all__ = ["OutputReader", "RecordSender"]
 

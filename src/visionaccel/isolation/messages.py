@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from visionaccel.backends import Capabilities
+from visionaccel.core.program import Program
 from visionaccel.isolation.shared_arrays import ArrayPlace
-from visionaccel.program import Program
 
 __all__ = ["Answer", "Failure", "OpenRequest", "Opened", "Places", "Surroundings"]
 

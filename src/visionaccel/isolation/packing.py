@@ -10,8 +10,8 @@ import pickle
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from visionaccel.core.memory_files import MemoryFile
 from visionaccel.isolation.messages import OpenRequest
-from visionaccel.memory_files import MemoryFile
 
 __all__ = ["PackedRequest", "packed"]
 

@@ -19,16 +19,16 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from visionaccel.arrays import Array
 from visionaccel.backends import Capabilities, call_parts
-from visionaccel.cores import child_environment
+from visionaccel.core.arrays import Array
+from visionaccel.core.cores import child_environment
+from visionaccel.core.safe_text import safe_logger
 from visionaccel.errors import DeviceLostError
 from visionaccel.isolation.answers import MOST_BYTES, decoded, restored
 from visionaccel.isolation.log_records import OutputReader
 from visionaccel.isolation.messages import Answer, Failure, Opened, Places, Surroundings
 from visionaccel.isolation.packing import PackedRequest
 from visionaccel.isolation.shared_arrays import SharedArrays
-from visionaccel.safe_text import safe_logger
 
 __all__ = ["DeviceProcess"]
 

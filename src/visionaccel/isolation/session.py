@@ -7,14 +7,14 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
-from visionaccel.arrays import Array
 from visionaccel.backends import Session
+from visionaccel.core.arrays import Array
+from visionaccel.core.program import Program
 from visionaccel.errors import ConfigurationError, VisionAccelError
 from visionaccel.isolation.limits import Limits
 from visionaccel.isolation.messages import OpenRequest
 from visionaccel.isolation.packing import packed
 from visionaccel.isolation.supervisor import Supervisor
-from visionaccel.program import Program
 
 __all__ = ["IsolatedSession"]
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from visionaccel.arrays import Array, as_numpy
+from visionaccel.core.arrays import Array, as_numpy
 
 __all__ = ["ArrayPlace", "SharedArrays"]
 

@@ -12,14 +12,14 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from visionaccel.arrays import Array
 from visionaccel.backends import Capabilities
-from visionaccel.cores import cores_here, on_cores
+from visionaccel.core.arrays import Array
+from visionaccel.core.cores import cores_here, on_cores
+from visionaccel.core.safe_text import safe_logger
 from visionaccel.errors import ConfigurationError, DeviceError, DeviceLostError, VisionAccelError
 from visionaccel.isolation.limits import Limits
 from visionaccel.isolation.packing import PackedRequest
 from visionaccel.isolation.process import DeviceProcess
-from visionaccel.safe_text import safe_logger
 
 __all__ = ["Supervisor"]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from visionaccel.arrays import Array, as_numpy
+from visionaccel.core.arrays import Array, as_numpy
+from visionaccel.core.grid import Grid
+from visionaccel.core.program import AnyGrid, Program
 from visionaccel.families import Host
-from visionaccel.grid import Grid
-from visionaccel.program import AnyGrid, Program
 from visionaccel.validation.trials import Trial, Trials
 
 __all__ = ["Calibration"]

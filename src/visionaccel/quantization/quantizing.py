@@ -9,21 +9,26 @@ from pathlib import Path
 from typing import Any
 
 from visionaccel.backends import QuantizedModel, Registry, VisionBackend, default_registry, select
-from visionaccel.bundle.export import (
+from visionaccel.bundle import (
+    MANIFEST,
+    Bundle,
+    Certificate,
+    Golden,
+    ProgramEntry,
     Progress,
     appearing,
     as_json,
+    open_bundle,
+    seal,
     stated_file,
     toolchain,
     write_file,
+    write_golden,
 )
-from visionaccel.bundle.golden import Golden, write_golden
-from visionaccel.bundle.manifest import MANIFEST, Certificate, ProgramEntry, seal
-from visionaccel.bundle.opening import Bundle, open_bundle
+from visionaccel.core.program import Program
 from visionaccel.errors import AccuracyError, ConfigurationError, InputError, PluginError
 from visionaccel.families import Tower
 from visionaccel.images import image_processor
-from visionaccel.program import Program
 from visionaccel.quantization.calibration import Calibration
 from visionaccel.validation.answers import LEAST_AGREEMENT
 from visionaccel.validation.certificate import (

@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from visionaccel.bounded_files import read_bounded
+from visionaccel.core.bounded_files import read_bounded
+from visionaccel.core.safe_text import one_line
+from visionaccel.core.strict_json import parse_json
 from visionaccel.errors import ConfigurationError, InputError
-from visionaccel.safe_text import one_line
-from visionaccel.strict_json import parse_json
 
 __all__ = ["checked", "parsed", "read_document", "read_text"]
 

@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from visionaccel.backends.spec import Status
-from visionaccel.bundle import MANIFEST, is_bundle
-from visionaccel.bundle.manifest import Certificate, ProgramResult, parse_manifest
+from visionaccel.bundle import MANIFEST, Certificate, ProgramResult, is_bundle, parse_manifest
 from visionaccel.diagnosis import Diagnosis, Found
 from visionaccel.errors import BundleError
 from visionaccel.reporting.markup import Html, chip, element, html, joined, paragraph, table

@@ -7,7 +7,7 @@ from html import escape
 from typing import TypeAlias
 
 from visionaccel.backends.spec import Status
-from visionaccel.safe_text import one_line
+from visionaccel.core.safe_text import one_line
 
 __all__ = ["Content", "Html", "chip", "element", "html", "joined", "paragraph", "table"]
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from visionaccel.core.safe_text import one_line
 from visionaccel.errors import InputError
 from visionaccel.reporting.documents import parsed, read_text
 from visionaccel.reporting.intervals import Interval, difference, intersection, length, union
-from visionaccel.safe_text import one_line
 
 __all__ = ["CATEGORIES", "Event", "Lane", "Overlap", "Trace", "overlap", "read_trace"]
 

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from visionaccel.safe_text import safe_logger
+from visionaccel.core.safe_text import safe_logger
 
 __all__ = ["Alarms"]
 

@@ -13,13 +13,13 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from visionaccel.arrays import Array, as_numpy
-from visionaccel.bundle.golden import Golden
-from visionaccel.comparison import THRESHOLDS, length_errors, token_cosines
+from visionaccel.bundle import Golden
+from visionaccel.core.arrays import Array, as_numpy
+from visionaccel.core.comparison import THRESHOLDS, length_errors, token_cosines
+from visionaccel.core.grid import Grid
+from visionaccel.core.program import FixedGrid
 from visionaccel.encoder import Encoder
 from visionaccel.errors import DeadlineError, DeviceError, UnfitGridError, VisionAccelError
-from visionaccel.grid import Grid
-from visionaccel.program import FixedGrid
 
 __all__ = ["Canary", "CanaryResult", "FirstAnswer", "drift_of"]
 

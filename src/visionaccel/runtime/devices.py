@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from visionaccel.arrays import FLOATS, Array, as_numpy, is_tensor
+from visionaccel.core.arrays import FLOATS, Array, as_numpy, is_tensor
+from visionaccel.core.safe_text import safe_logger
 from visionaccel.errors import DeadlineError, DeviceError, VisionAccelError
 from visionaccel.runtime.embedding_cache import EmbeddingCache
 from visionaccel.runtime.guarded import Embedded, GuardedEncoder
 from visionaccel.runtime.ledger import Ledger
 from visionaccel.runtime.queue import Embedding, Item
-from visionaccel.safe_text import safe_logger
 
 __all__ = ["DeviceThreads"]
 

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from visionaccel.arrays import Array
+from visionaccel.core.arrays import Array
+from visionaccel.core.grid import Grid, GridLike, as_grids, total_patches
+from visionaccel.core.safe_text import safe_logger
 from visionaccel.encoder import Encoder
 from visionaccel.errors import (
     DeadlineError,
@@ -20,11 +22,9 @@ from visionaccel.errors import (
     UnfitGridError,
     VisionAccelError,
 )
-from visionaccel.grid import Grid, GridLike, as_grids, total_patches
 from visionaccel.runtime.shadow import Shadow
 from visionaccel.runtime.stage import RETRY, Stage
 from visionaccel.runtime.step_end import no_time
-from visionaccel.safe_text import safe_logger
 
 __all__ = ["Embedded", "GuardedEncoder"]
 

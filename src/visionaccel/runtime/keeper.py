@@ -6,8 +6,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from visionaccel.core.safe_text import safe_logger
 from visionaccel.runtime.breaker import Breaker
-from visionaccel.safe_text import safe_logger
 
 __all__ = ["Keeper"]
 

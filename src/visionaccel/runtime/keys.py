@@ -8,10 +8,10 @@ import re
 
 import numpy as np
 
-from visionaccel.arrays import Array, as_numpy, dtype_name
+from visionaccel.core.arrays import Array, as_numpy, dtype_name
+from visionaccel.core.grid import Grid
+from visionaccel.core.program import Program
 from visionaccel.encoder import Encoder
-from visionaccel.grid import Grid
-from visionaccel.program import Program
 
 __all__ = ["embedding_key", "item_key", "numerics"]
 

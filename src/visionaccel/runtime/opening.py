@@ -9,15 +9,13 @@ from functools import partial
 from typing import Any
 
 from visionaccel.backends import AUTO, default_registry
-from visionaccel.bundle import Bundle
-from visionaccel.bundle.golden import Golden, read_golden
-from visionaccel.comparison import THRESHOLDS
-from visionaccel.cores import Host, choose_cores, shown_cores
-from visionaccel.encoder import Encoder
+from visionaccel.bundle import Bundle, Golden, read_golden
+from visionaccel.core.comparison import THRESHOLDS
+from visionaccel.core.cores import Host, choose_cores, shown_cores
+from visionaccel.core.safe_text import safe_logger
+from visionaccel.encoder import Encoder, WantedIsolation, WantedWeights, hold_source, open_encoder, open_source
 from visionaccel.errors import BackendUnavailableError, DeviceError, PluginError, VisionAccelError
 from visionaccel.families import Tower
-from visionaccel.holding import WantedWeights, hold_source
-from visionaccel.opening import WantedIsolation, open_encoder, open_source
 from visionaccel.runtime.canary import Canary, FirstAnswer
 from visionaccel.runtime.guarded import GuardedEncoder
 from visionaccel.runtime.service import EncodeService
@@ -25,7 +23,6 @@ from visionaccel.runtime.shadow import Shadow
 from visionaccel.runtime.stage import Stage
 from visionaccel.runtime.timing import TimingLog
 from visionaccel.runtime.trace import TraceLog
-from visionaccel.safe_text import safe_logger
 from visionaccel.settings import Settings, make_settings
 
 __all__ = ["open_guarded", "open_service", "open_wanted_service"]

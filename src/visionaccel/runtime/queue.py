@@ -11,8 +11,8 @@ from typing import Any, Literal, TypeAlias
 
 from numpy.typing import NDArray
 
-from visionaccel.arrays import Array
-from visionaccel.grid import Grid
+from visionaccel.core.arrays import Array
+from visionaccel.core.grid import Grid
 
 __all__ = ["Embedding", "Item", "ItemQueue", "Slots"]
 

@@ -9,9 +9,9 @@ from functools import partial
 
 from visionaccel.backends import BreakerReport, DriftReport, FailureReport
 from visionaccel.backends.containment import tell
+from visionaccel.core.grid import Grid
 from visionaccel.encoder import Encoder
 from visionaccel.errors import VisionAccelError
-from visionaccel.grid import Grid
 from visionaccel.runtime.breaker import BreakerState
 from visionaccel.runtime.canary import CanaryResult
 

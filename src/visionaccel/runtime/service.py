@@ -14,7 +14,8 @@ from typing import Self
 
 import numpy as np
 
-from visionaccel.arrays import FLOATS, Array
+from visionaccel.core.arrays import FLOATS, Array
+from visionaccel.core.grid import Grid, GridLike, as_grids, total_patches
 from visionaccel.errors import (
     ConfigurationError,
     DeadlineError,
@@ -23,7 +24,6 @@ from visionaccel.errors import (
     QueueFullError,
     VisionAccelError,
 )
-from visionaccel.grid import Grid, GridLike, as_grids, total_patches
 from visionaccel.runtime.alarms import Alarms
 from visionaccel.runtime.devices import DeviceThreads
 from visionaccel.runtime.embedding_cache import EmbeddingCache

@@ -12,15 +12,15 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from visionaccel.arrays import Array, as_numpy
 from visionaccel.backends import DriftReport
 from visionaccel.backends.containment import tell
-from visionaccel.bundle.golden import Golden
+from visionaccel.bundle import Golden
+from visionaccel.core.arrays import Array, as_numpy
+from visionaccel.core.grid import Grid
+from visionaccel.core.safe_text import safe_logger
 from visionaccel.errors import VisionAccelError
-from visionaccel.grid import Grid
 from visionaccel.runtime.canary import drift_of
 from visionaccel.runtime.stage import Stage
-from visionaccel.safe_text import safe_logger
 
 __all__ = ["Shadow"]
 

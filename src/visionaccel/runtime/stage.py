@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
-from visionaccel.arrays import Array
 from visionaccel.backends import Purpose
-from visionaccel.bundle.golden import Golden
+from visionaccel.bundle import Golden
+from visionaccel.core.arrays import Array
+from visionaccel.core.grid import Grid
+from visionaccel.core.safe_text import safe_logger
 from visionaccel.encoder import Encoder
 from visionaccel.errors import DeadlineError, DeviceError, InputError, VisionAccelError
-from visionaccel.grid import Grid
 from visionaccel.isolation import IsolatedSession
 from visionaccel.runtime.breaker import Breaker, BreakerState
 from visionaccel.runtime.canary import Canary, CanaryResult
@@ -32,7 +33,6 @@ from visionaccel.runtime.watched import (
     returns_within,
     seconds_until,
 )
-from visionaccel.safe_text import safe_logger
 
 __all__ = ["RETRY", "Stage"]
 

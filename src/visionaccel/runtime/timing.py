@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 from visionaccel.backends import EncodeReport, hookimpl
+from visionaccel.core.safe_text import safe_logger
 from visionaccel.runtime.observers import installed
-from visionaccel.safe_text import safe_logger
 
 __all__ = ["TIMING_PREFIX", "TimingLog", "timed_encodes"]
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from visionaccel.backends import EncodeReport, hookimpl
+from visionaccel.core.safe_text import safe_logger
 from visionaccel.errors import ConfigurationError
 from visionaccel.runtime.observers import installed
-from visionaccel.safe_text import safe_logger
 
 __all__ = ["Category", "TraceLog"]
 

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TypeAlias, TypeVar
 
-from visionaccel.arrays import Array, is_tensor
+from visionaccel.core.arrays import Array, is_tensor
 
 __all__ = [
     "CutError", "LateError", "NoTimeError", "WatchedCalls", "in_callers_stream", "returns_within", "seconds_until",

@@ -31,12 +31,12 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from visionaccel.core.grid import Grid
+from visionaccel.core.program import SIMULATOR_FILE, FixedGrid, HostSplit, Precision
 from visionaccel.families import Tower
 from visionaccel.families.qwen2_5_vl.config import VisionConfig
 from visionaccel.families.qwen2_5_vl.geometry import make_tables
 from visionaccel.families.qwen2_5_vl.signature import PATCH_KERNEL, PIXELS
-from visionaccel.grid import Grid
-from visionaccel.program import SIMULATOR_FILE, FixedGrid, HostSplit, Precision
 
 __all__ = ["VitisNames", "write_vitisai_folder"]
 

@@ -14,18 +14,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from visionaccel.arrays import as_numpy
-from visionaccel.bundle.manifest import Answers
-from visionaccel.bundle.opening import tower_digest
+from visionaccel.bundle import Answers, tower_digest
 from visionaccel.checkpoint import Checkpoint
+from visionaccel.core.arrays import as_numpy
+from visionaccel.core.grid import Grid
+from visionaccel.core.program import AnyGrid
+from visionaccel.core.safe_text import safe_logger
 from visionaccel.encoder import Encoder
 from visionaccel.errors import CheckpointError, VisionAccelError
 from visionaccel.families import tower_of
-from visionaccel.fitting import Fitter
-from visionaccel.grid import Grid
-from visionaccel.images import ImageProcessor, image_processor
-from visionaccel.program import AnyGrid
-from visionaccel.safe_text import safe_logger
+from visionaccel.images import Fitter, ImageProcessor, image_processor
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -17,15 +17,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from visionaccel.arrays import Array, as_numpy, finite_rows, is_tensor
 from visionaccel.backends import AUTO, Registry, Session, default_registry
-from visionaccel.bundle.export import Progress, toolchain
-from visionaccel.bundle.golden import Golden
-from visionaccel.bundle.manifest import Answers, Certificate, ProgramEntry, ProgramResult
-from visionaccel.bundle.opening import Bundle, tower_digest
-from visionaccel.bundle.processor import processor_digest, require_processor
-from visionaccel.comparison import THRESHOLDS, Comparison, Place
-from visionaccel.encoder import Encoder
+from visionaccel.bundle import (
+    Answers,
+    Bundle,
+    Certificate,
+    Golden,
+    ProgramEntry,
+    ProgramResult,
+    Progress,
+    processor_digest,
+    require_processor,
+    toolchain,
+    tower_digest,
+)
+from visionaccel.core.arrays import Array, as_numpy, finite_rows, is_tensor
+from visionaccel.core.comparison import THRESHOLDS, Comparison, Place
+from visionaccel.core.grid import total_patches
+from visionaccel.core.program import Program
+from visionaccel.core.safe_text import one_line, safe_logger
+from visionaccel.encoder import Encoder, WantedIsolation, open_encoder
 from visionaccel.errors import (
     ConfigurationError,
     OutputError,
@@ -35,11 +46,7 @@ from visionaccel.errors import (
     VisionAccelError,
 )
 from visionaccel.families import Tower
-from visionaccel.grid import total_patches
 from visionaccel.images import image_processor
-from visionaccel.opening import WantedIsolation, open_encoder
-from visionaccel.program import Program
-from visionaccel.safe_text import one_line, safe_logger
 from visionaccel.validation.answers import LEAST_AGREEMENT, digits_checkpoint, read_digits
 from visionaccel.validation.packed_weights import differing_weights
 from visionaccel.validation.trials import Trial, Trials, bundled_photographs, find_images

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from visionaccel.arrays import FLOATS
-from visionaccel.checkpoint import CHUNK_BYTES, StoredTensor
+from visionaccel.core.arrays import FLOATS
+from visionaccel.core.stored_tensor import CHUNK_BYTES, StoredTensor
 
 __all__ = ["differing_weights"]
 

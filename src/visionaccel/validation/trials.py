@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from visionaccel.core.grid import Grid, total_patches
+from visionaccel.core.program import AnyGrid, Bucket, Coverage, FixedGrid
 from visionaccel.errors import BundleError, CheckpointError, ConfigurationError
 from visionaccel.families import Tower
-from visionaccel.fitting import MOST_ASPECT_RATIO, Fitter
-from visionaccel.grid import Grid, total_patches
-from visionaccel.images import ImageProcessor, load_image
-from visionaccel.program import AnyGrid, Bucket, Coverage, FixedGrid
+from visionaccel.images import Fitter, ImageProcessor, load_image
+from visionaccel.images.fitting import MOST_ASPECT_RATIO
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visionaccel.bundle.manifest import MOST_PATCHES
-from visionaccel.checkpoint import StoredTensor
+from visionaccel.core.grid import Grid
+from visionaccel.core.program import HostSplit
+from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import BundleError, ConfigurationError
 from visionaccel.families import Tower
 from visionaccel.families.base import HostPart
-from visionaccel.grid import Grid
-from visionaccel.program import HostSplit
 
 __all__ = ["check_weights", "matching_grid", "narrowest"]
 

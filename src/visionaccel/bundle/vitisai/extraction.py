@@ -9,7 +9,7 @@ from onnx import TensorProto, helper
 
 from visionaccel.bundle.vitisai.graph import OnnxGraph, external_files
 from visionaccel.bundle.vitisai.layout import Boundary
-from visionaccel.contracts import TensorSpec
+from visionaccel.core.contracts import TensorSpec
 from visionaccel.errors import BundleError
 
 __all__ = ["extract_host", "host_operators"]

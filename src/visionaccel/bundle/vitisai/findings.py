@@ -15,13 +15,13 @@ from visionaccel.bundle.vitisai.agreement import check_weights, matching_grid
 from visionaccel.bundle.vitisai.extraction import host_operators
 from visionaccel.bundle.vitisai.graph import OnnxGraph, external_files, plain_file
 from visionaccel.bundle.vitisai.layout import Boundary, VitisFolder, read_layout
-from visionaccel.checkpoint import StoredTensor
-from visionaccel.contracts import TensorSpec
+from visionaccel.core.contracts import TensorSpec
+from visionaccel.core.grid import Grid
+from visionaccel.core.program import EP_CONTEXT, HostSplit, Precision
+from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import BundleError, ConfigurationError
 from visionaccel.families import Tower
 from visionaccel.families.base import HostPart, UnrecognisedHost
-from visionaccel.grid import Grid
-from visionaccel.program import EP_CONTEXT, HostSplit, Precision
 
 __all__ = ["Findings", "ImportRequest", "find"]
 

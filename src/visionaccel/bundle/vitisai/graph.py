@@ -19,9 +19,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import AttributeProto, TensorProto
 
-from visionaccel.bounded_files import read_bounded
 from visionaccel.bundle.onnx_tensors import check_tensors
-from visionaccel.contracts import TensorSpec
+from visionaccel.core.bounded_files import read_bounded
+from visionaccel.core.contracts import TensorSpec
 from visionaccel.errors import BundleError
 
 __all__ = ["OnnxGraph", "check_link", "external_files", "plain_file"]

@@ -28,20 +28,20 @@ from visionaccel.bundle.export import (
 )
 from visionaccel.bundle.manifest import stated_coverage
 from visionaccel.bundle.opening import Bundle, open_bundle, tower_digest
+from visionaccel.bundle.stripping import read_strip_note
 from visionaccel.bundle.vitisai.agreement import narrowest
 from visionaccel.bundle.vitisai.extraction import extract_host
 from visionaccel.bundle.vitisai.findings import Findings, ImportRequest, find
 from visionaccel.bundle.vitisai.graph import OnnxGraph
 from visionaccel.bundle.vitisai.layout import Boundary
-from visionaccel.checkpoint import SINGLE_FILE, StoredTensor
-from visionaccel.contracts import TensorSpec
+from visionaccel.checkpoint import SINGLE_FILE, write_safetensors
+from visionaccel.core.contracts import TensorSpec
+from visionaccel.core.grid import Grid
+from visionaccel.core.program import DEVICE_TENSORS, EP_CONTEXT, HOST_AFTER, HOST_BEFORE, FixedGrid, Precision
+from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import BundleError, ConfigurationError
 from visionaccel.families import Tower
 from visionaccel.families.base import HostPart
-from visionaccel.grid import Grid
-from visionaccel.program import DEVICE_TENSORS, EP_CONTEXT, HOST_AFTER, HOST_BEFORE, FixedGrid, Precision
-from visionaccel.stripping import read_strip_note
-from visionaccel.tensor_files import write_safetensors
 
 __all__ = ["Imported", "import_vitisai"]
 

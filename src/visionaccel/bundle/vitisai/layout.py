@@ -15,9 +15,9 @@ from pathlib import Path
 
 from visionaccel.bundle.vitisai.graph import check_link
 from visionaccel.bundle.vitisai.metadata import Connectivity, PartitionInfo, TensorTable, read_metadata
-from visionaccel.contracts import TensorSpec
+from visionaccel.core.contracts import TensorSpec
+from visionaccel.core.program import EP_CONTEXT, FLEXMLRT_DIRECTORY, FLEXMLRT_RAI, SIMULATOR_FILE, SIMULATOR_MAGIC
 from visionaccel.errors import BundleError, ConfigurationError
-from visionaccel.program import EP_CONTEXT, FLEXMLRT_DIRECTORY, FLEXMLRT_RAI, SIMULATOR_FILE, SIMULATOR_MAGIC
 
 __all__ = ["Boundary", "VitisFolder", "read_layout"]
 

@@ -7,8 +7,8 @@ from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from visionaccel.bounded_files import read_bounded
-from visionaccel.contracts import TensorSpec
+from visionaccel.core.bounded_files import read_bounded
+from visionaccel.core.contracts import TensorSpec
 from visionaccel.errors import BundleError
 
 __all__ = ["Connectivity", "DeviceTensor", "Edge", "PartitionInfo", "TensorTable", "read_metadata"]

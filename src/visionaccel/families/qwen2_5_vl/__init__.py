@@ -11,8 +11,23 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from visionaccel.checkpoint import Checkpoint, StoredTensor
-from visionaccel.contracts import TensorSpec
+from visionaccel.checkpoint import Checkpoint
+from visionaccel.core.contracts import TensorSpec
+from visionaccel.core.grid import Grid
+from visionaccel.core.program import (
+    CHECKPOINT,
+    ONNX,
+    ONNX_STANDARD,
+    AnyGrid,
+    Bucket,
+    Coverage,
+    FixedGrid,
+    HostSplit,
+    OperatorDialect,
+    Precision,
+    Program,
+)
+from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import CheckpointError, ConfigurationError
 from visionaccel.families.base import (
     Family,
@@ -32,20 +47,6 @@ from visionaccel.families.qwen2_5_vl.operations import count_operations
 from visionaccel.families.qwen2_5_vl.signature import EMBEDDINGS, PATCH_KERNEL, Signature, signature
 from visionaccel.families.qwen2_5_vl.weight_names import by_own_names, has_every_weight, weight_names
 from visionaccel.families.stored_form import plain_weights
-from visionaccel.grid import Grid
-from visionaccel.program import (
-    CHECKPOINT,
-    ONNX,
-    ONNX_STANDARD,
-    AnyGrid,
-    Bucket,
-    Coverage,
-    FixedGrid,
-    HostSplit,
-    OperatorDialect,
-    Precision,
-    Program,
-)
 
 __all__ = ["WEIGHT_PREFIXES", "Qwen25VL", "Qwen25VLTower"]
 
@@ -174,7 +175,7 @@ class Qwen25VLTower(Tower):
         from visionaccel.families.qwen2_5_vl.bound_graph import write_bound_graph
         from visionaccel.families.qwen2_5_vl.graph import write_graph
         from visionaccel.families.qwen2_5_vl.static_graph import write_static_graph
-        from visionaccel.onnx_writer import GraphWriter
+        from visionaccel.towers.onnx.writer import GraphWriter
 
         writer = GraphWriter(folder or self.weights_folder, precision)
         if isinstance(coverage, AnyGrid):

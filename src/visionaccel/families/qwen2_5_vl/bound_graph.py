@@ -12,13 +12,13 @@ from collections.abc import Mapping
 import numpy as np
 import onnx
 
-from visionaccel.checkpoint import StoredTensor
+from visionaccel.core.program import AnyGrid, Bucket, FixedGrid
+from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.families.qwen2_5_vl.config import VisionConfig
 from visionaccel.families.qwen2_5_vl.geometry import make_tables
 from visionaccel.families.qwen2_5_vl.graph import write_graph
 from visionaccel.families.qwen2_5_vl.signature import EMBEDDINGS, PIXELS, signature
-from visionaccel.onnx_writer import GraphWriter, value_info
-from visionaccel.program import AnyGrid, Bucket, FixedGrid
+from visionaccel.towers.onnx.writer import GraphWriter, value_info
 
 __all__ = ["write_bound_graph"]
 

@@ -14,9 +14,9 @@ from typing import ClassVar
 import numpy as np
 from onnx import TensorProto
 
+from visionaccel.core.program import OperatorDialect
 from visionaccel.families.qwen2_5_vl.config import VisionConfig
-from visionaccel.onnx_writer import MICROSOFT, GraphWriter
-from visionaccel.program import OperatorDialect
+from visionaccel.towers.onnx.writer import MICROSOFT, GraphWriter
 
 __all__ = ["DIALECTS", "Operators"]
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from visionaccel.core.grid import Grid
 from visionaccel.families.qwen2_5_vl.config import VisionConfig
-from visionaccel.grid import Grid
 
 __all__ = ["Tables", "by_window_size", "make_tables", "rotary_angles", "tower_tables", "window_order"]
 

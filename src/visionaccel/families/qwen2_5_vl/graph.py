@@ -12,13 +12,13 @@ from collections.abc import Mapping
 
 import onnx
 
-from visionaccel.checkpoint import StoredTensor
+from visionaccel.core.program import AnyGrid, OperatorDialect
+from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.families.qwen2_5_vl.config import VisionConfig
 from visionaccel.families.qwen2_5_vl.dialects import DIALECTS
 from visionaccel.families.qwen2_5_vl.signature import EMBEDDINGS, PIXELS, signature
 from visionaccel.families.qwen2_5_vl.weights import TowerWeights
-from visionaccel.onnx_writer import GraphWriter
-from visionaccel.program import AnyGrid, OperatorDialect
+from visionaccel.towers.onnx.writer import GraphWriter
 
 __all__ = ["write_graph"]
 

@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from visionaccel.arrays import FLOATS, Array, is_tensor
-from visionaccel.checkpoint import StoredTensor
+from visionaccel.core.arrays import FLOATS, Array, is_tensor
+from visionaccel.core.grid import Grid
+from visionaccel.core.program import CHECKPOINT, Bucket, FixedGrid, Program
+from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import CheckpointError
 from visionaccel.families.base import Host
 from visionaccel.families.qwen2_5_vl.config import VisionConfig
 from visionaccel.families.qwen2_5_vl.geometry import Tables, make_tables
 from visionaccel.families.qwen2_5_vl.patch_embedding import PatchEmbedding
 from visionaccel.families.qwen2_5_vl.signature import EMBEDDINGS, PATCH_EMBEDDINGS, PIXELS, WINDOW_EMBEDDINGS
-from visionaccel.grid import Grid
-from visionaccel.program import CHECKPOINT, Bucket, FixedGrid, Program
 
 __all__ = ["open_host", "read_matrix"]
 

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from visionaccel.contracts import TensorSpec
+from visionaccel.core.contracts import TensorSpec
+from visionaccel.core.grid import Grid
+from visionaccel.core.program import HostSplit
 from visionaccel.errors import BundleError
 from visionaccel.families.base import HostPart, OperatorGraph, UnrecognisedHost, WindowMatch
 from visionaccel.families.qwen2_5_vl.config import VisionConfig
@@ -32,8 +34,6 @@ from visionaccel.families.qwen2_5_vl.operators import (
     squeezed,
 )
 from visionaccel.families.qwen2_5_vl.signature import PATCH_KERNEL
-from visionaccel.grid import Grid
-from visionaccel.program import HostSplit
 
 if TYPE_CHECKING:
     import onnx

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from visionaccel.core.grid import Grid, total_patches
 from visionaccel.families.base import MatrixProduct, Operations
 from visionaccel.families.qwen2_5_vl.config import VisionConfig
 from visionaccel.families.qwen2_5_vl.geometry import window_order
-from visionaccel.grid import Grid, total_patches
 
 __all__ = ["count_operations"]
 

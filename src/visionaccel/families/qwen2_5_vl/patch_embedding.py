@@ -9,9 +9,9 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from visionaccel.arrays import Array, as_host_tensor, as_numpy
-from visionaccel.processor import has_bfloat16
-from visionaccel.program import Precision
+from visionaccel.core.arrays import Array, as_host_tensor, as_numpy
+from visionaccel.core.cpu import has_bfloat16
+from visionaccel.core.program import Precision
 
 __all__ = ["PatchEmbedding"]
 
@@ -74,7 +74,7 @@ def _torch_product(weight: NDArray[Any], dtype: str) -> Any:
     """A function from [P, patch_width] to [P, hidden], both tensors of `dtype`."""
     import torch
 
-    from visionaccel.packed_products import PackedWeight, why_not_packed
+    from visionaccel.core.packed_products import PackedWeight, why_not_packed
 
     matrix = as_host_tensor(np.ascontiguousarray(weight), dtype)
     # Packed products are free of MKL, which on some processors takes twice as long.

@@ -1,8 +1,8 @@
 """Named inputs and outputs of the tower's programs, by what they cover and what they leave to the host."""
 
-from visionaccel.contracts import TensorSpec
+from visionaccel.core.contracts import TensorSpec
+from visionaccel.core.program import AnyGrid, Bucket, Coverage, FixedGrid, HostSplit
 from visionaccel.families.qwen2_5_vl.config import VisionConfig
-from visionaccel.program import AnyGrid, Bucket, Coverage, FixedGrid, HostSplit
 
 __all__ = ["EMBEDDINGS", "PATCH_EMBEDDINGS", "PATCH_KERNEL", "PIXELS", "WINDOW_EMBEDDINGS", "Signature", "signature"]
 

@@ -15,7 +15,8 @@ from collections.abc import Mapping
 import numpy as np
 import onnx
 
-from visionaccel.checkpoint import StoredTensor
+from visionaccel.core.program import Bucket, FixedGrid, HostSplit
+from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.families.qwen2_5_vl.config import VisionConfig
 from visionaccel.families.qwen2_5_vl.signature import (
     EMBEDDINGS,
@@ -26,8 +27,7 @@ from visionaccel.families.qwen2_5_vl.signature import (
 )
 from visionaccel.families.qwen2_5_vl.static_tables import BakedTables, FedTables, StaticTables, attend
 from visionaccel.families.qwen2_5_vl.weights import TowerWeights
-from visionaccel.onnx_writer import GraphWriter
-from visionaccel.program import Bucket, FixedGrid, HostSplit
+from visionaccel.towers.onnx.writer import GraphWriter
 
 __all__ = ["write_static_graph"]
 

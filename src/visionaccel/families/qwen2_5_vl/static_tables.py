@@ -7,10 +7,10 @@ from itertools import groupby
 
 import numpy as np
 
+from visionaccel.core.program import Bucket, FixedGrid, HostSplit
 from visionaccel.families.qwen2_5_vl.config import VisionConfig
 from visionaccel.families.qwen2_5_vl.geometry import make_tables, window_order
-from visionaccel.onnx_writer import GraphWriter
-from visionaccel.program import Bucket, FixedGrid, HostSplit
+from visionaccel.towers.onnx.writer import GraphWriter
 
 __all__ = ["BakedTables", "FedTables", "StaticTables", "attend"]
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
-from visionaccel.checkpoint import StoredTensor
+from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import CheckpointError
 from visionaccel.families.qwen2_5_vl.config import VisionConfig
 from visionaccel.families.qwen2_5_vl.signature import PATCH_KERNEL

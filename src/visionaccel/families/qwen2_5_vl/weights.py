@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from visionaccel.checkpoint import StoredTensor
+from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import CheckpointError
 from visionaccel.families.qwen2_5_vl.config import VisionConfig
 from visionaccel.families.qwen2_5_vl.signature import PATCH_KERNEL
-from visionaccel.onnx_writer import GraphWriter
+from visionaccel.towers.onnx.writer import GraphWriter
 
 __all__ = ["TowerWeights"]
 

@@ -6,7 +6,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from visionaccel.backends import AUTO, default_registry
-from visionaccel.cores import Host, choose_cores
+from visionaccel.core.cores import Host, choose_cores
 from visionaccel.errors import ConfigurationError, SettingsError
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.board import make_board

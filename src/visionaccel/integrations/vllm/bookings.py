@@ -11,9 +11,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from visionaccel.arrays import Array
+from visionaccel.core.arrays import Array
+from visionaccel.core.grid import Grid
 from visionaccel.errors import DeviceError, GridError, QueueFullError, VisionAccelError
-from visionaccel.grid import Grid
 from visionaccel.runtime.queue import Embedding
 
 __all__ = ["Bookings", "Failure", "Wanted"]

@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from visionaccel.arrays import as_numpy
 from visionaccel.backends.containment import device_errors
 from visionaccel.bundle import Bundle
+from visionaccel.core.arrays import as_numpy
+from visionaccel.core.grid import Grid, as_grids
 from visionaccel.errors import ConfigurationError, VisionAccelError
 from visionaccel.families import Tower
-from visionaccel.grid import Grid, as_grids
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.bookings import Bookings, Failure, Wanted
 from visionaccel.integrations.vllm.compat import CacheState, ECConnectorBase, ECConnectorMetadata, ECConnectorRole

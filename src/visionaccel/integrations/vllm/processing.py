@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from visionaccel.arrays import as_numpy
+from visionaccel.core.arrays import as_numpy
+from visionaccel.core.grid import as_grids
 from visionaccel.errors import InputError, UnfitGridError
-from visionaccel.fitting import Fitter
-from visionaccel.grid import as_grids
+from visionaccel.images import Fitter
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.compat import Qwen2_5_VLMultiModalProcessor, Qwen2_5_VLProcessingInfo
 from visionaccel.integrations.vllm.options import changed_size, normalisation_in, without_normalisation

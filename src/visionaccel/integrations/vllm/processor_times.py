@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any, Self
 
+from visionaccel.core.safe_text import safe_logger
 from visionaccel.integrations.vllm.published import publish
 from visionaccel.runtime.metrics import EncoderMetrics
 from visionaccel.runtime.trace import TraceLog
-from visionaccel.safe_text import safe_logger
 from visionaccel.settings import Settings
 
 __all__ = ["PROCESSOR_PREFIX", "ProcessorObserver"]

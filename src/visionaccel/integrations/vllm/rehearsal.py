@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
-from visionaccel.arrays import Array, as_numpy
 from visionaccel.backends import Finding
+from visionaccel.core.arrays import Array, as_numpy
+from visionaccel.core.grid import Grid
+from visionaccel.core.orphans import temporary_folder
 from visionaccel.diagnosis.child_process import answer_with, give_up_after
 from visionaccel.errors import DeviceError
-from visionaccel.grid import Grid
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.bookings import Bookings
 from visionaccel.integrations.vllm.compat import ECConnectorRole
@@ -38,7 +39,6 @@ from visionaccel.integrations.vllm.compat.modelled import (
 from visionaccel.integrations.vllm.connector import VisionAccelConnector
 from visionaccel.integrations.vllm.scheduler import ContainedAsyncScheduler, ContainedScheduler
 from visionaccel.integrations.vllm.self_test import NAME
-from visionaccel.orphans import temporary_folder
 from visionaccel.runtime.queue import Embedding
 from visionaccel.runtime.service import EncodeService
 

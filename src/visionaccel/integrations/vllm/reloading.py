@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from visionaccel.arrays import FLOATS, as_numpy, dtype_name
-from visionaccel.bundle import Bundle
-from visionaccel.bundle.opening import tower_digest
-from visionaccel.checkpoint import StoredTensor
+from visionaccel.bundle import Bundle, tower_digest
+from visionaccel.core.arrays import FLOATS, as_numpy, dtype_name
+from visionaccel.core.memory_files import FileState
+from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import ArtifactError, ConfigurationError
 from visionaccel.families import Tower
 from visionaccel.families.qwen2_5_vl import WEIGHT_PREFIXES
-from visionaccel.memory_files import FileState
 
 if TYPE_CHECKING:
     import torch

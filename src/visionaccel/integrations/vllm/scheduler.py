@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from visionaccel.grid import as_grids
+from visionaccel.core.grid import as_grids
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.compat import AsyncScheduler, Scheduler
 from visionaccel.integrations.vllm.connector import VisionAccelConnector

@@ -15,8 +15,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from visionaccel.core.orphans import guarded_group, temporary_folder
 from visionaccel.errors import ConfigurationError, DeviceError
-from visionaccel.orphans import guarded_group, temporary_folder
 
 __all__ = ["API_SERVER", "VllmServer", "quiet_environment", "serve"]
 

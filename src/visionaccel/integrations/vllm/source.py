@@ -9,20 +9,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from visionaccel.backends import AUTO, default_registry, select
-from visionaccel.bundle import Bundle, is_bundle, open_bundle
-from visionaccel.bundle.opening import tower_digest
-from visionaccel.bundle.processor import processor_digest, require_processor
+from visionaccel.bundle import (
+    STRIP_NOTE,
+    Bundle,
+    is_bundle,
+    open_bundle,
+    processor_digest,
+    read_strip_note,
+    require_processor,
+    tower_digest,
+)
 from visionaccel.checkpoint import Checkpoint, locate_checkpoint
-from visionaccel.cores import on_cores
+from visionaccel.core.cores import on_cores
+from visionaccel.core.program import AnyGrid, Coverage
 from visionaccel.errors import ArtifactError, CheckpointError, ConfigurationError
 from visionaccel.families import Tower, tower_of
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.compat import ServedModel
 from visionaccel.integrations.vllm.reloading import source_digest
-from visionaccel.program import AnyGrid, Coverage
 from visionaccel.runtime.guarded import GuardedEncoder
 from visionaccel.settings import Settings
-from visionaccel.stripping import STRIP_NOTE, read_strip_note
 
 __all__ = ["Grids", "announce", "grids_of", "open_served_source", "served_tower", "stated_source"]
 

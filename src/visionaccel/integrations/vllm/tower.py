@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from visionaccel.arrays import as_host_tensor, dtype_name, is_tensor
 from visionaccel.backends.containment import device_errors
 from visionaccel.bundle import Bundle
+from visionaccel.core.arrays import as_host_tensor, dtype_name, is_tensor
+from visionaccel.core.grid import as_grids
 from visionaccel.errors import ConfigurationError, InputError, VisionAccelError
 from visionaccel.families import Tower
-from visionaccel.grid import as_grids
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.faults import EVERYTHING, REPLACED, Fault, open_channel, report_fault
 from visionaccel.integrations.vllm.producer import guard_saving

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
-from visionaccel.opening import WantedIsolation
+from visionaccel.encoder import WantedIsolation
 
 __all__ = ["TOLERANCES", "BackendUnderTest", "KnownFailure", "Source", "Tolerance"]
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from visionaccel.arrays import as_numpy
-from visionaccel.grid import Grid
+from visionaccel.core.arrays import as_numpy
+from visionaccel.core.grid import Grid
 from visionaccel.testing.conformance.check import CheckFailedError, Checks
 from visionaccel.testing.conformance.fresh_process import in_fresh_process
 from visionaccel.testing.conformance.kit import Kit

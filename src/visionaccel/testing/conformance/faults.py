@@ -14,14 +14,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from visionaccel.arrays import as_numpy
 from visionaccel.backends import Accepted, Registry
 from visionaccel.bundle import Bundle
-from visionaccel.encoder import Encoder
+from visionaccel.core.arrays import as_numpy
+from visionaccel.core.grid import total_patches
+from visionaccel.encoder import Encoder, open_source
 from visionaccel.errors import ArtifactError, DeviceError, DeviceLostError, OutputError, VisionAccelError
-from visionaccel.grid import total_patches
 from visionaccel.isolation import IsolatedSession
-from visionaccel.opening import open_source
 from visionaccel.testing.conformance.check import CheckFailedError, Checks, NotApplicableError
 from visionaccel.testing.conformance.fresh_process import in_fresh_process
 from visionaccel.testing.conformance.kit import Kit

@@ -19,9 +19,9 @@ from visionaccel.backends import (
     VisionBackend,
 )
 from visionaccel.bundle import Bundle
+from visionaccel.core.program import Program
+from visionaccel.encoder import open_encoder, open_source
 from visionaccel.errors import SettingsError
-from visionaccel.opening import open_encoder, open_source
-from visionaccel.program import Program
 from visionaccel.testing.conformance.check import CheckFailedError, Checks, NotApplicableError
 from visionaccel.testing.conformance.fresh_process import in_fresh_process
 from visionaccel.testing.conformance.kit import Kit

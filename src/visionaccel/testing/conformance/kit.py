@@ -16,14 +16,13 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from visionaccel.arrays import as_numpy
 from visionaccel.backends import Registry
-from visionaccel.comparison import Comparison
-from visionaccel.encoder import Encoder
+from visionaccel.core.arrays import as_numpy
+from visionaccel.core.comparison import Comparison
+from visionaccel.core.grid import Grid
+from visionaccel.core.program import AnyGrid
+from visionaccel.encoder import Encoder, open_encoder
 from visionaccel.errors import BackendUnavailableError
-from visionaccel.grid import Grid
-from visionaccel.opening import open_encoder
-from visionaccel.program import AnyGrid
 from visionaccel.testing.checkpoints import LIVELY, TINY, random_checkpoint
 from visionaccel.testing.conformance.check import CheckFailedError
 from visionaccel.testing.conformance.declaration import BackendUnderTest, Tolerance

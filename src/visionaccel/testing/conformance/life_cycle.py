@@ -15,12 +15,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from visionaccel.arrays import as_numpy
 from visionaccel.backends import Registry
 from visionaccel.benchmarking.process_tree import memory, open_descriptors
-from visionaccel.encoder import Encoder
+from visionaccel.core.arrays import as_numpy
+from visionaccel.encoder import Encoder, open_source
 from visionaccel.errors import DeviceError
-from visionaccel.opening import open_source
 from visionaccel.testing.conformance.check import CheckFailedError, Checks, NotApplicableError
 from visionaccel.testing.conformance.fresh_process import in_fresh_process
 from visionaccel.testing.conformance.kit import Kit

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from visionaccel.arrays import as_numpy
-from visionaccel.comparison import token_cosines
-from visionaccel.grid import Grid
+from visionaccel.core.arrays import as_numpy
+from visionaccel.core.comparison import token_cosines
+from visionaccel.core.grid import Grid
 from visionaccel.testing.checkpoints import TINY
 from visionaccel.testing.conformance.check import CheckFailedError, Checks, NotApplicableError
 from visionaccel.testing.conformance.kit import Kit

@@ -10,12 +10,12 @@ import ml_dtypes
 import numpy as np
 from hypothesis import strategies as st
 
-from visionaccel.arrays import Array, as_numpy, is_tensor
 from visionaccel.backends import Session
+from visionaccel.core.arrays import Array, as_numpy, is_tensor
+from visionaccel.core.grid import Grid, total_patches
+from visionaccel.core.program import Bucket
 from visionaccel.encoder import Encoder
 from visionaccel.errors import GridError, InputError, NonFiniteError, PatchesError
-from visionaccel.grid import Grid, total_patches
-from visionaccel.program import Bucket
 from visionaccel.testing.conformance.check import CheckFailedError, Checks, NotApplicableError
 from visionaccel.testing.conformance.kit import Kit
 from visionaccel.testing.conformance.subject import PATCH_WIDTH, WINDOW_SIDE

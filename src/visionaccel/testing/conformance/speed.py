@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 
-from visionaccel.grid import Grid
+from visionaccel.core.grid import Grid
 from visionaccel.testing.checkpoints import QWEN2_5_VL_7B, TINY
 from visionaccel.testing.conformance.check import CheckFailedError, Checks, NotApplicableError
 from visionaccel.testing.conformance.kit import Kit

@@ -11,10 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visionaccel.backends import Registry
-from visionaccel.encoder import Encoder
-from visionaccel.grid import Grid, total_patches
-from visionaccel.opening import WantedIsolation, open_encoder, open_source
-from visionaccel.program import AnyGrid, Coverage, FixedGrid
+from visionaccel.core.grid import Grid, total_patches
+from visionaccel.core.program import AnyGrid, Coverage, FixedGrid
+from visionaccel.encoder import Encoder, WantedIsolation, open_encoder, open_source
 from visionaccel.testing.checkpoints import TINY
 
 __all__ = ["PATCH_WIDTH", "WINDOW_SIDE", "Subject", "grids_of", "patches_for"]

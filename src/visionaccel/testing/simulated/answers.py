@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from visionaccel.arrays import Array, as_numpy, is_tensor
+from visionaccel.core.arrays import Array, as_numpy, is_tensor
 
 __all__ = ["RememberedAnswers", "copied", "input_digest"]
 

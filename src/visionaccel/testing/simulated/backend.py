@@ -21,8 +21,8 @@ from visionaccel.backends import (
     VisionBackend,
     default_registry,
 )
+from visionaccel.core.program import CHECKPOINT, EP_CONTEXT, FLEXMLRT_DIRECTORY, FLEXMLRT_RAI, ONNX_MODELS, Program
 from visionaccel.errors import ConfigurationError, SettingsError, VisionAccelError
-from visionaccel.program import CHECKPOINT, EP_CONTEXT, FLEXMLRT_DIRECTORY, FLEXMLRT_RAI, ONNX_MODELS, Program
 from visionaccel.testing.simulated.answers import RememberedAnswers
 from visionaccel.testing.simulated.faults import FaultRule, FaultScript
 from visionaccel.testing.simulated.latency import Latency, read_recorded

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from visionaccel.arrays import Array, as_numpy
+from visionaccel.core.arrays import Array, as_numpy
 from visionaccel.errors import DeviceError, SettingsError
 from visionaccel.testing.simulated.frames import Frame
 from visionaccel.testing.simulated.problems import problems

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from visionaccel.arrays import Array, as_numpy
-from visionaccel.program import Bucket, FixedGrid, Program
+from visionaccel.core.arrays import Array, as_numpy
+from visionaccel.core.program import Bucket, FixedGrid, Program
 
 __all__ = ["Frame", "frames_of"]
 

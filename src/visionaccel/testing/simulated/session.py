@@ -10,10 +10,10 @@ from itertools import pairwise
 
 import numpy as np
 
-from visionaccel.arrays import Array
 from visionaccel.backends import Capabilities, Session
-from visionaccel.program import Program
-from visionaccel.safe_text import safe_logger
+from visionaccel.core.arrays import Array
+from visionaccel.core.program import Program
+from visionaccel.core.safe_text import safe_logger
 from visionaccel.testing.simulated.answers import RememberedAnswers, copied, input_digest
 from visionaccel.testing.simulated.faults import Fault, FaultScript
 from visionaccel.testing.simulated.frames import Frame, frames_of

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from visionaccel.backends import AUTO, Selection, VisionBackend, default_registry, select
+from visionaccel.core.program import CHECKPOINT, ONNX, Program
 from visionaccel.errors import PluginError, SettingsError
-from visionaccel.program import CHECKPOINT, ONNX, Program
 
 __all__ = ["NAME", "Target"]
 

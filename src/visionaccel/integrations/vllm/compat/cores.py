@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 
-from visionaccel.cores import ALL, Host, parse_cores, process_cores, shown_cores
+from visionaccel.core.cores import ALL, Host, parse_cores, process_cores, shown_cores
 
 __all__ = ["encoder_host", "started_cores"]
 

@@ -6,7 +6,7 @@ import logging
 import sys
 from dataclasses import dataclass
 
-from visionaccel.safe_text import safe_logger
+from visionaccel.core.safe_text import safe_logger
 
 __all__ = [
     "RELEASES",

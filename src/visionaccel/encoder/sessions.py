@@ -7,10 +7,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from visionaccel.backends import Options, Session, VisionBackend, contained
-from visionaccel.bundle.digests import file_digest
+from visionaccel.bundle import file_digest
+from visionaccel.core.memory_files import FileState, changed_file, when_steady
+from visionaccel.core.program import Program
 from visionaccel.errors import DeviceError, VisionAccelError
-from visionaccel.memory_files import FileState, changed_file, when_steady
-from visionaccel.program import Program
 
 __all__ = ["check_files", "open_session"]
 

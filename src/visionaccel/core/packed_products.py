@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from visionaccel.processor import has_bfloat16
-from visionaccel.safe_text import safe_logger
+from visionaccel.core.cpu import has_bfloat16
+from visionaccel.core.safe_text import safe_logger
 
 __all__ = ["PACKED_FOR", "PackedWeight", "why_not_packed"]
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
+from visionaccel.core.grid import Grid
+from visionaccel.core.program import AnyGrid, Bucket, Coverage, FixedGrid
 from visionaccel.errors import ConfigurationError, UnfitGridError
 from visionaccel.families import Tower
-from visionaccel.grid import Grid
-from visionaccel.program import AnyGrid, Bucket, Coverage, FixedGrid
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -12,11 +12,11 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from visionaccel.arrays import FLOATS
-from visionaccel.checkpoint import StoredTensor
-from visionaccel.contracts import TensorSpec
+from visionaccel.core.arrays import FLOATS
+from visionaccel.core.contracts import TensorSpec
+from visionaccel.core.program import Precision
+from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import CheckpointError
-from visionaccel.program import Precision
 
 __all__ = ["MICROSOFT", "GraphWriter", "value_info"]
 

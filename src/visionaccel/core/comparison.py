@@ -9,7 +9,7 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from visionaccel.arrays import finite_rows
+from visionaccel.core.arrays import finite_rows
 
 __all__ = ["THRESHOLDS", "Comparison", "Place", "length_errors", "token_cosines"]
 

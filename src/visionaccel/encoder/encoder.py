@@ -14,7 +14,6 @@ from typing import Any, Self
 
 import numpy as np
 
-from visionaccel.arrays import Array, as_numpy, dtype_name, is_tensor
 from visionaccel.backends import (
     CallParts,
     Capabilities,
@@ -26,12 +25,13 @@ from visionaccel.backends import (
     watch_parts,
 )
 from visionaccel.backends.containment import tell
-from visionaccel.contracts import check_embeddings, check_output, check_patches
-from visionaccel.cores import on_cores
+from visionaccel.core.arrays import Array, as_numpy, dtype_name, is_tensor
+from visionaccel.core.contracts import check_embeddings, check_output, check_patches
+from visionaccel.core.cores import on_cores
+from visionaccel.core.grid import Grid, GridLike, as_grids, total_patches
+from visionaccel.core.program import AnyGrid, Bucket, FixedGrid, Program
 from visionaccel.errors import DeviceError, UnfitGridError, VisionAccelError
 from visionaccel.families import Host, Tower
-from visionaccel.grid import Grid, GridLike, as_grids, total_patches
-from visionaccel.program import AnyGrid, Bucket, FixedGrid, Program
 
 __all__ = ["Encoder", "OpenProgram", "close_programs"]
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from visionaccel.arrays import Array, constant_rows, dtype_name, finite_rows
+from visionaccel.core.arrays import Array, constant_rows, dtype_name, finite_rows
+from visionaccel.core.grid import Grid, total_patches
 from visionaccel.errors import NonFiniteError, OutputError, PatchesError
-from visionaccel.grid import Grid, total_patches
 
 __all__ = ["PATCH_DTYPES", "TensorSpec", "check_embeddings", "check_output", "check_patches"]
 

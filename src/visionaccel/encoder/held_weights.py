@@ -12,11 +12,11 @@ from typing import Literal, TypeAlias, get_args
 from weakref import WeakValueDictionary
 
 from visionaccel.bundle import MANIFEST, Bundle, open_bundle
-from visionaccel.checkpoint import StoredTensor, read_header
+from visionaccel.checkpoint import copy_to_memory, read_header
+from visionaccel.core.memory_files import FileState, MemoryFile, TouchedFileError, changed_file, when_steady
+from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import ChangedFileError, SettingsError
 from visionaccel.families import Tower
-from visionaccel.memory_files import FileState, MemoryFile, TouchedFileError, changed_file, when_steady
-from visionaccel.tensor_files import copy_to_memory
 
 __all__ = ["WantedWeights", "hold_source", "is_held"]
 

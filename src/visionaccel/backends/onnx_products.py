@@ -14,8 +14,8 @@ from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from visionaccel.core.program import Program
 from visionaccel.errors import ArtifactError, ConfigurationError
-from visionaccel.program import Program
 
 __all__ = [
     "SMOOTHING", "Product", "add_largest", "find_products", "largest_by_channel", "largest_in_row", "parse_model",

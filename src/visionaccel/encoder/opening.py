@@ -12,14 +12,14 @@ from pydantic import ValidationError
 from visionaccel.backends import AUTO, Options, Registry, Session, VisionBackend, default_registry, select
 from visionaccel.bundle import Bundle, is_bundle, open_bundle
 from visionaccel.checkpoint import locate_checkpoint
-from visionaccel.cores import on_cores
-from visionaccel.encoder import Encoder, OpenProgram, close_programs
+from visionaccel.core.cores import on_cores
+from visionaccel.core.program import EP_CONTEXT, FLEXMLRT_DIRECTORY, FLEXMLRT_RAI, Program
+from visionaccel.core.safe_text import safe_logger
+from visionaccel.encoder.encoder import Encoder, OpenProgram, close_programs
+from visionaccel.encoder.held_weights import WantedWeights, hold_source
+from visionaccel.encoder.sessions import open_session
 from visionaccel.errors import DeviceError, SettingsError, VisionAccelError
 from visionaccel.families import Host, Tower, tower_of
-from visionaccel.holding import WantedWeights, hold_source
-from visionaccel.program import EP_CONTEXT, FLEXMLRT_DIRECTORY, FLEXMLRT_RAI, Program
-from visionaccel.safe_text import safe_logger
-from visionaccel.session_opening import open_session
 
 __all__ = ["WantedIsolation", "open_encoder", "open_source", "open_tower"]
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from visionaccel.checkpoint import StoredTensor
-from visionaccel.contracts import TensorSpec
-from visionaccel.grid import Grid
+from visionaccel.core.contracts import TensorSpec
+from visionaccel.core.grid import Grid
+from visionaccel.core.stored_tensor import StoredTensor
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

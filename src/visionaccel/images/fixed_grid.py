@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from visionaccel.core.grid import Grid, GridLike, as_grids
 from visionaccel.errors import ConfigurationError, GridError, InputError
 from visionaccel.families import Tower
-from visionaccel.fitting import FitPolicy, Fitter, check_policy, fitted, natural_grid, require_area
-from visionaccel.grid import Grid, GridLike, as_grids
-from visionaccel.images import ImageBackend, ImageProcessor, as_rgb, image_processor
+from visionaccel.images.fitting import FitPolicy, Fitter, check_policy, fitted, natural_grid, require_area
+from visionaccel.images.reading import ImageBackend, ImageProcessor, as_rgb, image_processor
 
 if TYPE_CHECKING:
     from PIL.Image import Image

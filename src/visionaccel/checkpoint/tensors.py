@@ -17,11 +17,12 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from visionaccel.arrays import FLOATS
-from visionaccel.bounded_files import MOST_HOLE_BYTES, hole_bytes
-from visionaccel.checkpoint import CHUNK_BYTES, ITEM_BYTES, StoredTensor, safetensors_dtype
+from visionaccel.checkpoint.reading import ITEM_BYTES, safetensors_dtype
+from visionaccel.core.arrays import FLOATS
+from visionaccel.core.bounded_files import MOST_HOLE_BYTES, hole_bytes
+from visionaccel.core.memory_files import MemoryFile
+from visionaccel.core.stored_tensor import CHUNK_BYTES, StoredTensor
 from visionaccel.errors import CheckpointError, ConfigurationError
-from visionaccel.memory_files import MemoryFile
 
 __all__ = ["copy_to_memory", "weights_digest", "write_safetensors"]
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from visionaccel.arrays import as_numpy
-from visionaccel.bounded_files import open_regular
+from visionaccel.core.arrays import as_numpy
+from visionaccel.core.bounded_files import open_regular
+from visionaccel.core.grid import Grid, as_grids
 from visionaccel.errors import CheckpointError, ConfigurationError, InputError
-from visionaccel.grid import Grid, as_grids
-from visionaccel.level_table import LevelTable, read_levels
-from visionaccel.webp_header import WEBP_HEADER, webp_size
+from visionaccel.images.level_table import LevelTable, read_levels
+from visionaccel.images.webp_header import WEBP_HEADER, webp_size
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -15,11 +15,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from visionaccel.checkpoint import INDEX_FILE, Checkpoint, StoredTensor, read_json
+from visionaccel.checkpoint.reading import INDEX_FILE, Checkpoint, read_json
+from visionaccel.checkpoint.tensors import weights_digest, write_safetensors
+from visionaccel.core.orphans import guarded_folder
+from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import CheckpointError, ConfigurationError
 from visionaccel.families import tower_of
-from visionaccel.orphans import guarded_folder
-from visionaccel.tensor_files import weights_digest, write_safetensors
 
 __all__ = ["STRIP_NOTE", "StripReport", "read_strip_note", "strip_checkpoint"]
 

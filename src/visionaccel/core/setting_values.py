@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from visionaccel.cores import parse_cores
-from visionaccel.strict_json import parse_json
+from visionaccel.core.cores import parse_cores
+from visionaccel.core.strict_json import parse_json
 
 __all__ = ["parse_options", "printable_only", "read_bytes", "read_chain", "read_cores", "read_names"]
 

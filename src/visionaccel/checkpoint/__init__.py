@@ -1,0 +1,23 @@
+"""Checkpoint folders: where each tensor's bytes lie, reading and copying them, and taking the tower's out."""
+
+from visionaccel.checkpoint.reading import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    Checkpoint,
+    locate_checkpoint,
+    read_header,
+    read_json,
+)
+from visionaccel.checkpoint.tensors import copy_to_memory, weights_digest, write_safetensors
+
+__all__ = [
+    "Checkpoint",
+    "INDEX_FILE",
+    "SINGLE_FILE",
+    "copy_to_memory",
+    "locate_checkpoint",
+    "read_header",
+    "read_json",
+    "weights_digest",
+    "write_safetensors",
+]

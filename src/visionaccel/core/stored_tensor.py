@@ -1,0 +1,107 @@
+"""One tensor of a checkpoint: where its bytes lie, and those bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from visionaccel.core.arrays import FLOATS
+from visionaccel.core.memory_files import FileState, MemoryFile
+from visionaccel.errors import CheckpointError
+
+__all__ = ["CHUNK_BYTES", "StoredTensor"]
+
+CHUNK_BYTES = 1 << 20
+"""Bytes read at once, a multiple of every element's size; larger pieces leave the cache before they are hashed."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where one tensor's bytes lie, little-endian and C-contiguous.
+
+    Attributes:
+        file: The shard, with symbolic links resolved.
+        offset: First byte in the file.
+        length: Number of bytes.
+        dtype: `float32`, `bfloat16`, ... or safetensors' own name where it is not a float.
+        shape: The tensor's shape.
+        origin: The state of `file` when its header was read, or the memory file that it is; None if it is not known.
+    """
+
+    name: str
+    file: Path
+    offset: int
+    length: int
+    dtype: str
+    shape: tuple[int, ...]
+    origin: FileState | MemoryFile | None = field(default=None, compare=False, repr=False)
+
+    def chunks(self, buffer: memoryview) -> Iterator[memoryview]:
+        """The tensor's bytes in order, at most a buffer at a time; each chunk is overwritten by the next.
+
+        Raises:
+            ChangedFileError: If the file is not in the state in which its header was read. What changes while the
+                tensor is read shows after the last chunk.
+            CheckpointError: If the file cannot be read or ends too early.
+        """
+        try:
+            with self.file.open("rb") as file:
+                self._require_unchanged(file.fileno())
+                file.seek(self.offset)
+                left = self.length
+                while left:
+                    piece = buffer[: min(left, len(buffer))]
+                    if file.readinto(piece) < len(piece):
+                        self._require_unchanged(file.fileno())
+                        raise CheckpointError(
+                            f"{self.file} ended in the middle of {self.name!r}.",
+                            hint="The file was changed or truncated; download it again.",
+                        )
+                    yield piece
+                    left -= len(piece)
+                self._require_unchanged(file.fileno())
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.name!r} cannot be read from {self.file}: {error}",
+                hint="Check the disk, or download the file again.",
+            ) from error
+
+    def _require_unchanged(self, opened: int) -> None:
+        if isinstance(self.origin, FileState):
+            self.origin.require_same(FileState.of(opened), self.file)
+
+    def read(self) -> NDArray[Any]:
+        """The tensor as an array of its shape and dtype, in memory that no file backs.
+
+        Raises:
+            CheckpointError: If its dtype is not a float that numpy has, or as `chunks`.
+            ChangedFileError: As `chunks`.
+        """
+        if self.dtype not in FLOATS:
+            raise CheckpointError(
+                f"{self.file}: {self.name!r} is {self.dtype}, and {', '.join(FLOATS)} are read.",
+                hint="Use an unquantised checkpoint of the same model.",
+            )
+        data = np.empty(self.length, np.uint8)
+        for _ in self.chunks(data.data):
+            pass  # the buffer holds the whole tensor, so there is one chunk
+        values: NDArray[Any] = data.view(FLOATS[self.dtype]).reshape(self.shape)
+        return values
+
+    def holds_the_same_as(self, other: StoredTensor) -> bool:
+        """Whether dtype, shape and every byte are equal, wherever the two lie.
+
+        Raises:
+            CheckpointError: As `chunks`.
+            ChangedFileError: As `chunks`.
+        """
+        if (self.dtype, self.shape, self.length) != (other.dtype, other.shape, other.length):
+            return False
+        ours, theirs = (tensor.chunks(memoryview(bytearray(CHUNK_BYTES))) for tensor in (self, other))
+        same_place = (self.file, self.offset) == (other.file, other.offset)
+        return same_place or all(one == another for one, another in zip(ours, theirs, strict=True))

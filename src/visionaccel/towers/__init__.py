@@ -1,0 +1,1 @@
+"""What a vision tower is made of."""

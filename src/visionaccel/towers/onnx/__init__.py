@@ -1,0 +1,1 @@
+"""Towers as ONNX graphs."""
