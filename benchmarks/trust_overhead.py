@@ -25,10 +25,9 @@ from visionaccel.core.cores import on_cores
 from visionaccel.core.grid import GridLike
 from visionaccel.core.program import ONNX
 from visionaccel.encoder import Encoder, OpenProgram, open_tower
-from visionaccel.runtime.guarded import GuardedEncoder
-from visionaccel.runtime.metrics import EncoderMetrics
-from visionaccel.runtime.stage import Stage
+from visionaccel.observe import EncoderMetrics
 from visionaccel.testing.checkpoints import QWEN2_5_VL_7B, random_checkpoint
+from visionaccel.trust import GuardedEncoder, Stage
 
 GRID = (1, 32, 32)
 TURNS, ENCODES = 200, 3

@@ -9,8 +9,7 @@ import numpy as np
 from visionaccel import open_encoder
 from visionaccel.backends import Session, default_registry
 from visionaccel.encoder import Encoder, OpenProgram
-from visionaccel.runtime.guarded import GuardedEncoder
-from visionaccel.runtime.stage import Stage
+from visionaccel.trust import GuardedEncoder, Stage
 
 
 class Gate(Session):

@@ -17,7 +17,7 @@ from visionaccel.integrations.vllm.compat.modelled import (
     small_config,
 )
 from visionaccel.integrations.vllm.faults import Fault, report_fault
-from visionaccel.runtime.keys import item_key
+from visionaccel.service import item_key
 
 __all__ = ["GOOD", "GRID", "IMAGES", "IMAGE_TOKENS", "TAINTED", "Engine", "Worker", "forget", "make", "pixels"]
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from visionaccel.runtime.breaker import Breaker, BreakerState
+from visionaccel.trust import Breaker, BreakerState
 
 
 class Clock:

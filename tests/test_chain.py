@@ -20,15 +20,9 @@ from visionaccel.errors import (
     UnknownBackendError,
     VisionAccelError,
 )
-from visionaccel.runtime.breaker import BreakerState
-from visionaccel.runtime.embedding_cache import EmbeddingCache
-from visionaccel.runtime.guarded import GuardedEncoder
-from visionaccel.runtime.opening import open_guarded, open_service
-from visionaccel.runtime.service import EncodeService
-from visionaccel.runtime.shadow import Shadow
-from visionaccel.runtime.stage import Stage
-from visionaccel.runtime.watched import LateError, WatchedCalls
+from visionaccel.service import EmbeddingCache, EncodeService, open_guarded, open_service
 from visionaccel.settings import Settings
+from visionaccel.trust import BreakerState, GuardedEncoder, LateError, Shadow, Stage, WatchedCalls
 
 GRID = (1, 4, 4)
 
@@ -607,7 +601,7 @@ def test_what_was_forgotten_while_it_was_computed_is_not_kept():
 
 
 def test_a_canary_that_hangs_holds_up_no_request_and_no_closing(tiny, monkeypatch):
-    monkeypatch.setattr("visionaccel.runtime.stage._CLOSING", 0.1)
+    monkeypatch.setattr("visionaccel.trust.link._CLOSING", 0.1)
     first, device = scripted(tiny, "first", canary_on=True, interval=0.05, deadline=0.3)
     second, _ = scripted(tiny, "second")
     guarded = GuardedEncoder(first, [second])

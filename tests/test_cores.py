@@ -31,7 +31,7 @@ from visionaccel.core.cores import (
 from visionaccel.encoder import open_tower
 from visionaccel.errors import SettingsError
 from visionaccel.integrations.vllm import compat
-from visionaccel.runtime.opening import open_guarded
+from visionaccel.service import open_guarded
 from visionaccel.settings import Settings, load_settings
 
 pytestmark = pytest.mark.skipif(len(process_cores()) < 2, reason="needs two cores")

@@ -19,11 +19,9 @@ from gated import gated
 from towers import random_patches
 from visionaccel import open_encoder
 from visionaccel.backends import default_registry
-from visionaccel.runtime.guarded import GuardedEncoder
-from visionaccel.runtime.metrics import SERIES, EncoderMetrics, MetricsCollector
-from visionaccel.runtime.service import EncodeService
-from visionaccel.runtime.shadow import Shadow
-from visionaccel.runtime.stage import Stage
+from visionaccel.observe import SERIES, EncoderMetrics, MetricsCollector
+from visionaccel.service import EncodeService
+from visionaccel.trust import GuardedEncoder, Shadow, Stage
 
 ROOT = Path(__file__).parents[1]
 DASHBOARD = json.loads((ROOT / "docs/dashboards/visionaccel.json").read_text())

@@ -16,7 +16,7 @@ from visionaccel.errors import ConfigurationError
 from visionaccel.integrations.vllm.board import _VARIABLE as BOARD
 from visionaccel.integrations.vllm.board import FAULTS, METRICS, Area, board, make_board
 from visionaccel.integrations.vllm.faults import EVERYTHING, LOST, REPLACED, Fault, FaultReader, report_fault
-from visionaccel.runtime.keys import item_key
+from visionaccel.service import item_key
 
 WORKER = "from visionaccel.integrations.vllm.faults import Fault, report_fault\n"
 

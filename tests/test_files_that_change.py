@@ -27,8 +27,7 @@ from visionaccel.core.program import CHECKPOINT, ONNX
 from visionaccel.encoder import check_files, hold_source, is_held, open_tower
 from visionaccel.errors import ArtifactError, ChangedFileError, DeviceLostError, SettingsError
 from visionaccel.faultsuite.changing import change_weights, copy_checkpoint
-from visionaccel.runtime.keys import numerics
-from visionaccel.runtime.opening import open_guarded
+from visionaccel.service import numerics, open_guarded
 from visionaccel.settings import Settings
 from visionaccel.testing.checkpoints import TINY, random_checkpoint
 

@@ -6,8 +6,7 @@ import pytest
 from towers import random_patches
 from visionaccel import open_encoder
 from visionaccel.errors import DeviceError, InputError, NonFiniteError, PatchesError, VisionAccelError
-from visionaccel.runtime.guarded import GuardedEncoder
-from visionaccel.runtime.stage import Stage
+from visionaccel.trust import GuardedEncoder, Stage
 
 GRIDS = [(1, 4, 4), (1, 6, 4), (2, 4, 4)]
 ENDS = [16, 40, 72]

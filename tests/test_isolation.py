@@ -32,8 +32,7 @@ from visionaccel.isolation.messages import OpenRequest
 from visionaccel.isolation.packing import packed
 from visionaccel.isolation.process import DeviceProcess
 from visionaccel.isolation.shared_arrays import SharedArrays
-from visionaccel.runtime.guarded import GuardedEncoder
-from visionaccel.runtime.stage import Stage
+from visionaccel.trust import GuardedEncoder, Stage
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="devices live in processes of their own on Linux only")
 

@@ -17,12 +17,10 @@ from visionaccel import open_encoder
 from visionaccel.backends import default_registry
 from visionaccel.encoder import Encoder, OpenProgram, open_tower
 from visionaccel.errors import ConfigurationError, DeadlineError, DeviceError, VisionAccelError
-from visionaccel.runtime import opening
-from visionaccel.runtime.guarded import GuardedEncoder
-from visionaccel.runtime.opening import open_guarded, open_service
-from visionaccel.runtime.service import EncodeService
-from visionaccel.runtime.stage import Stage
+from visionaccel.service import EncodeService, open_guarded, open_service
+from visionaccel.service import assembly as opening
 from visionaccel.settings import Settings
+from visionaccel.trust import GuardedEncoder, Stage
 
 GRID = (1, 4, 4)
 
@@ -140,7 +138,7 @@ def test_a_fallback_that_hangs_in_opening_is_disabled_and_used_once_it_is_open(t
 
 
 def test_a_backend_that_hangs_in_closing_does_not_hold_up_the_end(tiny, monkeypatch):
-    monkeypatch.setattr("visionaccel.runtime.stage._GIVING_BACK", 0.2)
+    monkeypatch.setattr("visionaccel.trust.link._GIVING_BACK", 0.2)
     guarded, gate = gated(tiny)
     held = threading.Event()
     gate.close = lambda: held.wait(30)
@@ -418,7 +416,7 @@ def test_devices_of_two_models_do_not_share_embeddings_and_two_of_one_model_do(t
 
 def test_two_threads_get_one_registry_and_one_observer(monkeypatch):
     from visionaccel.backends import registry
-    from visionaccel.runtime import observers
+    from visionaccel.observe import observers
 
     class Observer:
         def __init__(self):

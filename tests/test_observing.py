@@ -21,13 +21,21 @@ from visionaccel.errors import ConfigurationError
 from visionaccel.integrations.vllm import board, published
 from visionaccel.isolation.answers import decoded, encoded
 from visionaccel.isolation.messages import Places
-from visionaccel.runtime.guarded import GuardedEncoder
-from visionaccel.runtime.metrics import SERIES, EncoderMetrics, MetricsCollector
-from visionaccel.runtime.service import EncodeService
-from visionaccel.runtime.stage import Stage
-from visionaccel.runtime.tally import Series, Tally, families, merged
-from visionaccel.runtime.timing import TIMING_PREFIX, TimingLog, timed_encodes
-from visionaccel.runtime.trace import TraceLog
+from visionaccel.observe import (
+    SERIES,
+    TIMING_PREFIX,
+    EncoderMetrics,
+    MetricsCollector,
+    Series,
+    Tally,
+    TimingLog,
+    TraceLog,
+    families,
+    merged,
+    timed_encodes,
+)
+from visionaccel.service import EncodeService
+from visionaccel.trust import GuardedEncoder, Stage
 
 GRID = (1, 4, 6)
 
@@ -423,7 +431,7 @@ def test_a_full_disk_ends_the_timeline_and_nothing_else(tmp_path, monkeypatch, c
     def full(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("visionaccel.runtime.trace.os.write", full)
+    monkeypatch.setattr("visionaccel.observe.trace.os.write", full)
     trace.slice("queue", "queue", "x", 0.0, 1.0)
     trace.slice("queue", "queue", "x", 1.0, 1.0)
     assert caplog.text.count("The timeline ends here: No space left") == 1

@@ -252,7 +252,7 @@ def test_the_overlap_is_the_share_of_the_devices_time_in_which_decode_steps_ran(
 
 def test_a_trace_that_an_encode_service_wrote_is_read(tiny, tmp_path):
     """The file that `VISIONACCEL_TRACE` names, written by the package's own tracing."""
-    from visionaccel.runtime.trace import TraceLog
+    from visionaccel.observe import TraceLog
 
     log = TraceLog(tmp_path / "trace.json", "server")
     thread, at = log.slice("device onnxrt cpu", "device", "request 1x16x16", 10.0, 2.0, patches=256)

@@ -32,9 +32,7 @@ from visionaccel.errors import (
     ServiceClosedError,
     SettingsError,
 )
-from visionaccel.runtime.embedding_cache import EmbeddingCache
-from visionaccel.runtime.opening import open_guarded, open_service, open_wanted_service
-from visionaccel.runtime.service import EncodeService
+from visionaccel.service import EmbeddingCache, EncodeService, open_guarded, open_service, open_wanted_service
 from visionaccel.settings import Settings
 
 GRID = (1, 4, 4)

@@ -12,8 +12,8 @@ from visionaccel import open_encoder
 from visionaccel.errors import DeadlineError, DeviceError
 from visionaccel.integrations.vllm import compat, step_budget, tower
 from visionaccel.integrations.vllm.step_budget import LateOpening, StepBudget
-from visionaccel.runtime.guarded import GuardedEncoder
 from visionaccel.settings import Settings
+from visionaccel.trust import GuardedEncoder
 
 __all__ = ["receiving"]
 

@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import deserialize, safe_open
 from safetensors.torch import load_file, save_file
-from visionaccel.checkpoint_ import tensors as tensor_files
 
 from visionaccel.checkpoint import Checkpoint, read_header, weights_digest, write_safetensors
+from visionaccel.checkpoint import tensors as tensor_files
 from visionaccel.errors import ChangedFileError, CheckpointError, ConfigurationError
 from visionaccel.testing.checkpoints import random_checkpoint
 

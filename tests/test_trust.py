@@ -18,9 +18,9 @@ from visionaccel import open_encoder
 from visionaccel.bundle import GOLDEN_FILE, open_bundle, read_golden, write_golden
 from visionaccel.cli.app import app
 from visionaccel.errors import BundleError, ChangedFileError, DeviceError
-from visionaccel.runtime.canary import Canary, drift_of
-from visionaccel.runtime.opening import open_guarded
+from visionaccel.service import open_guarded
 from visionaccel.settings import Settings
+from visionaccel.trust import Canary, drift_of
 
 GRID = (1, 6, 10)
 

@@ -14,7 +14,7 @@ from docsite.commands import command_reference
 from docsite.conformance import check_table, support_table
 from docsite.links import ELSEWHERE, site_links
 from docsite.tables import backend_options, backend_table
-from visionaccel.runtime.metrics import metrics_table
+from visionaccel.observe import metrics_table
 from visionaccel.settings import settings_table
 
 ROOT = Path(__file__).parents[1]

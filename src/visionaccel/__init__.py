@@ -12,8 +12,7 @@ if TYPE_CHECKING:
     from visionaccel.core.grid import Grid
     from visionaccel.encoder import Encoder, open_encoder, open_tower
     from visionaccel.errors import VisionAccelError
-    from visionaccel.runtime.opening import open_service
-    from visionaccel.runtime.service import EncodeService
+    from visionaccel.service import EncodeService, open_service
 
 __all__ = [
     "EncodeService", "Encoder", "Grid", "VisionAccelError", "__version__", "open_encoder", "open_service", "open_tower",
@@ -23,9 +22,9 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Encoder": "visionaccel.encoder",
-    "EncodeService": "visionaccel.runtime.service",
+    "EncodeService": "visionaccel.service",
     "open_encoder": "visionaccel.encoder",
-    "open_service": "visionaccel.runtime.opening",
+    "open_service": "visionaccel.service",
     "open_tower": "visionaccel.encoder",
     "Grid": "visionaccel.core.grid",
     "VisionAccelError": "visionaccel.errors",

@@ -2,7 +2,7 @@
 
 import pytest
 
-from visionaccel.runtime.timing import timed_encodes
+from visionaccel.observe import timed_encodes
 
 BACKEND = {"VISIONACCEL_BACKEND": "onnxrt", "VISIONACCEL_TIMING": "1"}
 CONNECTOR = {

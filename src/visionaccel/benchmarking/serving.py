@@ -16,7 +16,7 @@ from visionaccel.benchmarking.figures import Run
 from visionaccel.benchmarking.load import Endpoint, Load, first_model, one_by_one, picture, send
 from visionaccel.errors import DeviceError
 from visionaccel.integrations.vllm.server import VllmServer, serve
-from visionaccel.runtime.timing import timed_encodes
+from visionaccel.observe import timed_encodes
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -18,7 +18,7 @@ from visionaccel.cli.output import Json, messages, print_json, results, status
 from visionaccel.cli.termination import tidy_if_terminated
 from visionaccel.errors import ConfigurationError, DeviceError
 from visionaccel.integrations.vllm.server import VllmServer, serve
-from visionaccel.runtime.timing import timed_encodes
+from visionaccel.observe import timed_encodes
 
 if TYPE_CHECKING:
     from PIL.Image import Image

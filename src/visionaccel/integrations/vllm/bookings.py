@@ -14,7 +14,7 @@ from typing import Protocol
 from visionaccel.core.arrays import Array
 from visionaccel.core.grid import Grid
 from visionaccel.errors import DeviceError, GridError, QueueFullError, VisionAccelError
-from visionaccel.runtime.queue import Embedding
+from visionaccel.service import Embedding
 
 __all__ = ["Bookings", "Failure", "Wanted"]
 

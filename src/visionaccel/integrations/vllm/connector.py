@@ -33,8 +33,7 @@ from visionaccel.integrations.vllm.compat import CacheState, ECConnectorBase, EC
 from visionaccel.integrations.vllm.published import publish
 from visionaccel.integrations.vllm.reloading import Replacement, source_digest
 from visionaccel.integrations.vllm.source import announce, open_served_source
-from visionaccel.runtime.opening import open_wanted_service
-from visionaccel.runtime.service import EncodeService
+from visionaccel.service import EncodeService, open_wanted_service
 from visionaccel.settings import load_settings
 
 if TYPE_CHECKING:

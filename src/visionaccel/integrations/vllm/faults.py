@@ -25,7 +25,7 @@ class Fault:
     """One item that could not be encoded.
 
     Attributes:
-        key: What `visionaccel.runtime.keys.item_key` gives for the item's pixels and grid; or `EVERYTHING`.
+        key: What `visionaccel.service.keys.item_key` gives for the item's pixels and grid; or `EVERYTHING`.
         message: Why; cut after about 5000 bytes.
     """
 

@@ -7,8 +7,7 @@ from typing import Any, Self
 
 from visionaccel.core.safe_text import safe_logger
 from visionaccel.integrations.vllm.published import publish
-from visionaccel.runtime.metrics import EncoderMetrics
-from visionaccel.runtime.trace import TraceLog
+from visionaccel.observe import EncoderMetrics, TraceLog
 from visionaccel.settings import Settings
 
 __all__ = ["PROCESSOR_PREFIX", "ProcessorObserver"]

@@ -17,8 +17,7 @@ from prometheus_client.registry import Collector
 
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.board import METRICS, Area, Board, board
-from visionaccel.runtime.metrics import SERIES, EncoderMetrics
-from visionaccel.runtime.tally import Snapshot, families, merged, without_levels
+from visionaccel.observe import SERIES, EncoderMetrics, Snapshot, families, merged, without_levels
 
 __all__ = ["PublishedCollector", "publish"]
 

@@ -39,8 +39,7 @@ from visionaccel.integrations.vllm.compat.modelled import (
 from visionaccel.integrations.vllm.connector import VisionAccelConnector
 from visionaccel.integrations.vllm.scheduler import ContainedAsyncScheduler, ContainedScheduler
 from visionaccel.integrations.vllm.self_test import NAME
-from visionaccel.runtime.queue import Embedding
-from visionaccel.runtime.service import EncodeService
+from visionaccel.service import Embedding, EncodeService
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -13,8 +13,8 @@ from visionaccel.integrations.vllm.compat import AsyncScheduler, Scheduler
 from visionaccel.integrations.vllm.connector import VisionAccelConnector
 from visionaccel.integrations.vllm.faults import EVERYTHING, LOST, REPLACED, Fault, FaultReader
 from visionaccel.integrations.vllm.reloading import Replacement
-from visionaccel.runtime.keys import item_key
-from visionaccel.runtime.trace import TraceLog
+from visionaccel.observe import TraceLog
+from visionaccel.service import item_key
 from visionaccel.settings import load_settings
 
 if TYPE_CHECKING:

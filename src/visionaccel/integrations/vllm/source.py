@@ -27,8 +27,8 @@ from visionaccel.families import Tower, tower_of
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.compat import ServedModel
 from visionaccel.integrations.vllm.reloading import source_digest
-from visionaccel.runtime.guarded import GuardedEncoder
 from visionaccel.settings import Settings
+from visionaccel.trust import GuardedEncoder
 
 __all__ = ["Grids", "announce", "grids_of", "open_served_source", "served_tower", "stated_source"]
 

@@ -9,9 +9,8 @@ from contextlib import contextmanager
 from visionaccel.backends.containment import device_errors
 from visionaccel.errors import DeadlineError, VisionAccelError
 from visionaccel.integrations.vllm import compat
-from visionaccel.runtime.guarded import GuardedEncoder
-from visionaccel.runtime.watched import LateError, WatchedCalls
 from visionaccel.settings import Settings
+from visionaccel.trust import GuardedEncoder, LateError, WatchedCalls
 
 __all__ = ["LateOpening", "StepBudget"]
 

@@ -23,10 +23,9 @@ from visionaccel.integrations.vllm.published import publish
 from visionaccel.integrations.vllm.reloading import Comparison, Replacement, StoredWeights, source_digest
 from visionaccel.integrations.vllm.source import announce, open_served_source, stated_source
 from visionaccel.integrations.vllm.step_budget import LateOpening, StepBudget
-from visionaccel.runtime.guarded import Embedded, GuardedEncoder
-from visionaccel.runtime.keys import item_key
-from visionaccel.runtime.opening import open_guarded
+from visionaccel.service import item_key, open_guarded
 from visionaccel.settings import load_settings
+from visionaccel.trust import Embedded, GuardedEncoder
 
 __all__ = ["AbsentTower", "AcceleratedTower"]
 

@@ -13,7 +13,7 @@ _BIND = "VLLM_CPU_OMP_THREADS_BIND"
 
 
 def encoder_host(device: str, *, in_step: bool) -> Host | None:
-    """What an encoder of this process finds on the machine's cores, for `visionaccel.runtime.opening`.
+    """What an encoder of this process finds on the machine's cores, for `visionaccel.service.assembly`.
 
     Args:
         device: The language model's device.

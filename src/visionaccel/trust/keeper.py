@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from visionaccel.core.safe_text import safe_logger
-from visionaccel.runtime.breaker import Breaker
+from visionaccel.trust.breaker import Breaker
 
 __all__ = ["Keeper"]
 

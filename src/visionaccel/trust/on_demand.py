@@ -10,7 +10,7 @@ from functools import partial
 from visionaccel.core.safe_text import safe_logger
 from visionaccel.encoder import Encoder
 from visionaccel.errors import DeadlineError, DeviceError, DeviceLostError, VisionAccelError
-from visionaccel.runtime.watched import CutError, LateError, NoTimeError, WatchedCalls, seconds_until
+from visionaccel.trust.watched import CutError, LateError, NoTimeError, WatchedCalls, seconds_until
 
 __all__ = ["OnDemand"]
 

@@ -19,8 +19,8 @@ from visionaccel.core.arrays import Array, as_numpy
 from visionaccel.core.grid import Grid
 from visionaccel.core.safe_text import safe_logger
 from visionaccel.errors import VisionAccelError
-from visionaccel.runtime.canary import drift_of
-from visionaccel.runtime.stage import Stage
+from visionaccel.trust.canary import drift_of
+from visionaccel.trust.link import Stage
 
 __all__ = ["Shadow"]
 

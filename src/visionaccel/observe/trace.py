@@ -18,7 +18,7 @@ from typing import Any, Literal
 from visionaccel.backends import EncodeReport, hookimpl
 from visionaccel.core.safe_text import safe_logger
 from visionaccel.errors import ConfigurationError
-from visionaccel.runtime.observers import installed
+from visionaccel.observe.observers import installed
 
 __all__ = ["Category", "TraceLog"]
 

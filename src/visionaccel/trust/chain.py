@@ -22,9 +22,9 @@ from visionaccel.errors import (
     UnfitGridError,
     VisionAccelError,
 )
-from visionaccel.runtime.shadow import Shadow
-from visionaccel.runtime.stage import RETRY, Stage
-from visionaccel.runtime.step_end import no_time
+from visionaccel.trust.link import RETRY, Stage
+from visionaccel.trust.shadow import Shadow
+from visionaccel.trust.step_end import no_time
 
 __all__ = ["Embedded", "GuardedEncoder"]
 

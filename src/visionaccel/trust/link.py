@@ -18,13 +18,13 @@ from visionaccel.core.safe_text import safe_logger
 from visionaccel.encoder import Encoder
 from visionaccel.errors import DeadlineError, DeviceError, InputError, VisionAccelError
 from visionaccel.isolation import IsolatedSession
-from visionaccel.runtime.breaker import Breaker, BreakerState
-from visionaccel.runtime.canary import Canary, CanaryResult
-from visionaccel.runtime.keeper import Keeper
-from visionaccel.runtime.on_demand import OnDemand
-from visionaccel.runtime.reports import BreakerReports, report_canary, report_failure
-from visionaccel.runtime.step_end import cut_off, judge_later, no_time
-from visionaccel.runtime.watched import (
+from visionaccel.trust.breaker import Breaker, BreakerState
+from visionaccel.trust.canary import Canary, CanaryResult
+from visionaccel.trust.keeper import Keeper
+from visionaccel.trust.on_demand import OnDemand
+from visionaccel.trust.reports import BreakerReports, report_canary, report_failure
+from visionaccel.trust.step_end import cut_off, judge_later, no_time
+from visionaccel.trust.watched import (
     CutError,
     LateError,
     NoTimeError,

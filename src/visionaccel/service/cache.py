@@ -43,7 +43,7 @@ class EmbeddingCache:
         return len(self._entries)
 
     def get(self, key: str) -> NDArray[Any] | None:
-        """The embedding kept under a key (see `visionaccel.runtime.keys`), or None."""
+        """The embedding kept under a key (see `visionaccel.service.keys`), or None."""
         with self._lock:
             found = self._entries.get(key)
             if found is not None:

@@ -24,13 +24,13 @@ from visionaccel.errors import (
     QueueFullError,
     VisionAccelError,
 )
-from visionaccel.runtime.alarms import Alarms
-from visionaccel.runtime.devices import DeviceThreads
-from visionaccel.runtime.embedding_cache import EmbeddingCache
-from visionaccel.runtime.guarded import GuardedEncoder
-from visionaccel.runtime.keys import embedding_key, numerics
-from visionaccel.runtime.ledger import Ledger, ServiceCounters
-from visionaccel.runtime.queue import Embedding, Item
+from visionaccel.service.alarms import Alarms
+from visionaccel.service.cache import EmbeddingCache
+from visionaccel.service.devices import DeviceThreads
+from visionaccel.service.keys import embedding_key, numerics
+from visionaccel.service.ledger import Ledger, ServiceCounters
+from visionaccel.service.queue import Embedding, Item
+from visionaccel.trust import GuardedEncoder
 
 __all__ = ["EncodeService"]
 

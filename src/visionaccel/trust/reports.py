@@ -12,8 +12,8 @@ from visionaccel.backends.containment import tell
 from visionaccel.core.grid import Grid
 from visionaccel.encoder import Encoder
 from visionaccel.errors import VisionAccelError
-from visionaccel.runtime.breaker import BreakerState
-from visionaccel.runtime.canary import CanaryResult
+from visionaccel.trust.breaker import BreakerState
+from visionaccel.trust.canary import CanaryResult
 
 __all__ = ["BreakerReports", "report_canary", "report_failure"]
 

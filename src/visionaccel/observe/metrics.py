@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from visionaccel.backends import BreakerReport, DriftReport, EncodeReport, FailureReport, hookimpl
-from visionaccel.runtime.guarded import GuardedEncoder
-from visionaccel.runtime.observers import installed
-from visionaccel.runtime.service import EncodeService
-from visionaccel.runtime.tally import Series, Snapshot, Tally, families
+from visionaccel.observe.observers import installed
+from visionaccel.observe.tally import Series, Snapshot, Tally, families
+
+if TYPE_CHECKING:  # which tell their observers, and are read by this one
+    from visionaccel.service import EncodeService
+    from visionaccel.trust import GuardedEncoder
 
 __all__ = ["SERIES", "EncoderMetrics", "MetricsCollector", "metrics_table"]
 
@@ -165,12 +169,14 @@ class EncoderMetrics:
     def _read_watched(self) -> None:
         """Read off what is counted elsewhere. What is closed is read once more, and let go."""
         with self._reading:
-            every: list[GuardedEncoder | EncodeService] = [*self._encoders, *self._services]
-            ended = [each for each in every if each.closed]  # before their counts are read, which are final then
-            now = Counter(self._ended)
             served = {id(encoder) for service in self._services for encoder in service.encoders}
-            for watched in every:
-                counts = _counts_of(watched, served=id(watched) in served)
+            every: list[tuple[Any, Callable[[Any], dict[tuple[str, ...], int]]]]
+            every = [(each, partial(_counts_of_encoder, served=id(each) in served)) for each in self._encoders]
+            every += [(each, _counts_of_service) for each in self._services]
+            ended = [each for each, _ in every if each.closed]  # before their counts are read, which are final then
+            now = Counter(self._ended)
+            for watched, counts_of in every:
+                counts = counts_of(watched)
                 now.update(counts)
                 if watched in ended:
                     self._ended.update(counts)
@@ -189,29 +195,32 @@ class EncoderMetrics:
         self._tally.set("visionaccel_running_items", value=sum(each.running for each in counters))
 
 
-def _counts_of(watched: GuardedEncoder | EncodeService, *, served: bool) -> dict[tuple[str, ...], int]:
-    """What an encoder or a service has counted, by a series' name and label values.
+def _counts_of_service(service: EncodeService) -> dict[tuple[str, ...], int]:
+    """What a service has counted, by a series' name and label values."""
+    counters = service.counters
+    return {
+        ("visionaccel_failed_items",): counters.failed,
+        ("visionaccel_cache_hits",): counters.cached,
+        ("visionaccel_cache_evictions",): service.cache.evicted,
+        ("visionaccel_merged_items",): counters.merged,
+        ("visionaccel_cancelled_items",): counters.cancelled,
+    }
+
+
+def _counts_of_encoder(encoder: GuardedEncoder, *, served: bool) -> dict[tuple[str, ...], int]:
+    """What an encoder has counted, by a series' name and label values.
 
     Args:
-        watched: The encoder or the service.
-        served: It is the encoder of a service, which counts the items that failed, those past a deadline included.
+        encoder: The encoder.
+        served: It belongs to a service, which counts the items that failed, those past a deadline included.
     """
-    if isinstance(watched, EncodeService):
-        counters = watched.counters
-        return {
-            ("visionaccel_failed_items",): counters.failed,
-            ("visionaccel_cache_hits",): counters.cached,
-            ("visionaccel_cache_evictions",): watched.cache.evicted,
-            ("visionaccel_merged_items",): counters.merged,
-            ("visionaccel_cancelled_items",): counters.cancelled,
-        }
-    device = watched.primary.capabilities.device
+    device = encoder.primary.capabilities.device
     return {
-        ("visionaccel_failed_items",): 0 if served else watched.failed_items,
-        ("visionaccel_fallback_items",): watched.fallback_items,
-        ("visionaccel_shadow_skipped",): watched.shadow.skipped if watched.shadow is not None else 0,
+        ("visionaccel_failed_items",): 0 if served else encoder.failed_items,
+        ("visionaccel_fallback_items",): encoder.fallback_items,
+        ("visionaccel_shadow_skipped",): encoder.shadow.skipped if encoder.shadow is not None else 0,
         # The other stages are the first of another chain, or fallbacks.
-        ("visionaccel_device_restarts", watched.primary.backend, device): watched.stages[0].restarts,
+        ("visionaccel_device_restarts", encoder.primary.backend, device): encoder.stages[0].restarts,
     }
 
 

@@ -16,14 +16,10 @@ from visionaccel.core.safe_text import safe_logger
 from visionaccel.encoder import Encoder, WantedIsolation, WantedWeights, hold_source, open_encoder, open_source
 from visionaccel.errors import BackendUnavailableError, DeviceError, PluginError, VisionAccelError
 from visionaccel.families import Tower
-from visionaccel.runtime.canary import Canary, FirstAnswer
-from visionaccel.runtime.guarded import GuardedEncoder
-from visionaccel.runtime.service import EncodeService
-from visionaccel.runtime.shadow import Shadow
-from visionaccel.runtime.stage import Stage
-from visionaccel.runtime.timing import TimingLog
-from visionaccel.runtime.trace import TraceLog
+from visionaccel.observe import TimingLog, TraceLog
+from visionaccel.service.service import EncodeService
 from visionaccel.settings import Settings, make_settings
+from visionaccel.trust import Canary, FirstAnswer, GuardedEncoder, Shadow, Stage
 
 __all__ = ["open_guarded", "open_service", "open_wanted_service"]
 

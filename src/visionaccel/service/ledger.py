@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 from visionaccel.errors import DeadlineError, ServiceClosedError, VisionAccelError
-from visionaccel.runtime.queue import Embedding, Item, ItemQueue, Slots
+from visionaccel.service.queue import Embedding, Item, ItemQueue, Slots
 
 __all__ = ["Ledger", "ServiceCounters"]
 

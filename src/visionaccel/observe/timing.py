@@ -7,7 +7,7 @@ from typing import Any
 
 from visionaccel.backends import EncodeReport, hookimpl
 from visionaccel.core.safe_text import safe_logger
-from visionaccel.runtime.observers import installed
+from visionaccel.observe.observers import installed
 
 __all__ = ["TIMING_PREFIX", "TimingLog", "timed_encodes"]
 

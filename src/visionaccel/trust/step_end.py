@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from visionaccel.errors import DeadlineError, InputError, VisionAccelError
-from visionaccel.runtime.watched import seconds_until
+from visionaccel.trust.watched import seconds_until
 
 __all__ = ["cut_off", "judge_later", "no_time"]
 

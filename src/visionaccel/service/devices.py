@@ -11,10 +11,10 @@ import numpy as np
 from visionaccel.core.arrays import FLOATS, Array, as_numpy, is_tensor
 from visionaccel.core.safe_text import safe_logger
 from visionaccel.errors import DeadlineError, DeviceError, VisionAccelError
-from visionaccel.runtime.embedding_cache import EmbeddingCache
-from visionaccel.runtime.guarded import Embedded, GuardedEncoder
-from visionaccel.runtime.ledger import Ledger
-from visionaccel.runtime.queue import Embedding, Item
+from visionaccel.service.cache import EmbeddingCache
+from visionaccel.service.ledger import Ledger
+from visionaccel.service.queue import Embedding, Item
+from visionaccel.trust import Embedded, GuardedEncoder
 
 __all__ = ["DeviceThreads"]
 

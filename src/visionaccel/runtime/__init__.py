@@ -1,1 +1,0 @@
-"""What keeps encoders serving: isolation of one image's fault, and fallback."""

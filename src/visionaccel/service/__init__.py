@@ -1,0 +1,18 @@
+"""The encode service: a bounded queue in front of encoders, with futures for answers."""
+
+from visionaccel.service.assembly import open_guarded, open_service, open_wanted_service
+from visionaccel.service.cache import EmbeddingCache
+from visionaccel.service.keys import item_key, numerics
+from visionaccel.service.queue import Embedding
+from visionaccel.service.service import EncodeService
+
+__all__ = [
+    "Embedding",
+    "EmbeddingCache",
+    "EncodeService",
+    "item_key",
+    "numerics",
+    "open_guarded",
+    "open_service",
+    "open_wanted_service",
+]
