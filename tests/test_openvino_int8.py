@@ -24,7 +24,7 @@ from visionaccel.errors import (
     BundleError,
     ConfigurationError,
 )
-from visionaccel.quantization import quantize_bundle
+from visionaccel.validation import quantize_bundle
 
 FIXED, BUCKET, DYNAMIC = [(1, 10, 18)], [(1, 6, 10)], [(2, 30, 26)]
 

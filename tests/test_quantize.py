@@ -22,7 +22,7 @@ from visionaccel.core.comparison import Comparison
 from visionaccel.core.program import CHECKPOINT, ONNX_STANDARD
 from visionaccel.encoder import open_tower
 from visionaccel.errors import AccuracyError, ArtifactError, ConfigurationError, InputError, PluginError
-from visionaccel.quantization import quantize_bundle
+from visionaccel.validation import quantize_bundle
 from visionaccel.validation.certificate import THRESHOLDS
 from visionaccel.validation.trials import bundled_photographs
 

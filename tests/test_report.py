@@ -22,7 +22,7 @@ from bundles import write_bundle
 from report_inputs import HOSTILE
 from visionaccel.backends import Finding
 from visionaccel.cli.app import app
-from visionaccel.diagnosis import Diagnosis, Found
+from visionaccel.cli.diagnosis import Diagnosis, Found
 from visionaccel.errors import ConfigurationError, InputError
 from visionaccel.reporting import make_report, read_inputs
 from visionaccel.reporting.benchmarks import read_benchmark

@@ -13,7 +13,7 @@ import tempfile
 import pytest
 
 from gated import wait_until
-from visionaccel.diagnosis.findings import as_finding
+from visionaccel.cli.diagnosis.findings import as_finding
 from visionaccel.errors import ConfigurationError
 from visionaccel.integrations.vllm import activation, compat, self_test
 from visionaccel.integrations.vllm.compat import checking
@@ -342,7 +342,7 @@ def test_pipelined_by_name_is_refused_where_its_contract_does_not_hold(config, m
 
 
 def test_doctor_names_what_is_missing(monkeypatch):
-    from visionaccel.diagnosis.vllm_child import _contract
+    from visionaccel.cli.diagnosis.vllm_child import _contract
 
     assert [(each.name, each.status) for each in _contract()] == [("contract", "pass")]
     checking.missing.cache_clear()

@@ -9,9 +9,9 @@ import typer
 from rich.table import Table
 
 from visionaccel.backends.spec import Status
+from visionaccel.cli.diagnosis import Diagnosis, diagnose
+from visionaccel.cli.diagnosis.diagnosing import LIMIT, VLLM
 from visionaccel.cli.output import Json, finite, print_json, results
-from visionaccel.diagnosis import Diagnosis, diagnose
-from visionaccel.diagnosis.diagnosing import LIMIT, VLLM
 
 __all__ = ["doctor"]
 

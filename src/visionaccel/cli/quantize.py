@@ -42,7 +42,7 @@ def quantize(
     as_json: Json = False,
 ) -> None:
     """Quantize a bundle's programs to int8, prove them beside the float32 reference, and keep them if they pass."""
-    from visionaccel.quantization import quantize_bundle
+    from visionaccel.validation import quantize_bundle
 
     started = time.perf_counter()
     tower = open_tower(reference) if reference is not None else None

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from visionaccel.cli.diagnosis import diagnose
 from visionaccel.cli.output import Json, check_writable, print_json, results, status
-from visionaccel.diagnosis import diagnose
 from visionaccel.errors import ConfigurationError
 
 __all__ = ["report"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from visionaccel.backends.spec import Status
 from visionaccel.bundle import MANIFEST, Certificate, ProgramResult, is_bundle, parse_manifest
-from visionaccel.diagnosis import Diagnosis, Found
+from visionaccel.cli.diagnosis import Diagnosis, Found
 from visionaccel.errors import BundleError
 from visionaccel.reporting.markup import Html, chip, element, html, joined, paragraph, table
 from visionaccel.reporting.page import Section

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from visionaccel.diagnosis import Diagnosis
+from visionaccel.cli.diagnosis import Diagnosis
 from visionaccel.reporting.benchmarks import Benchmark, benchmarks_section, read_benchmark
 from visionaccel.reporting.faults import FaultSuite, faults_section, read_faults
 from visionaccel.reporting.health import certificate_section, doctor_section

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 
 from visionaccel.backends import Finding
+from visionaccel.cli.diagnosis.child_process import answer_with, give_up_after
 from visionaccel.core.arrays import Array, as_numpy
 from visionaccel.core.grid import Grid
 from visionaccel.core.orphans import temporary_folder
-from visionaccel.diagnosis.child_process import answer_with, give_up_after
 from visionaccel.errors import DeviceError
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.bookings import Bookings

@@ -11,7 +11,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.version import InvalidVersion
 
 from visionaccel.backends import Finding
-from visionaccel.diagnosis.findings import looked
+from visionaccel.cli.diagnosis.findings import looked
 
 __all__ = ["installed", "of_versions"]
 

@@ -1,4 +1,4 @@
-"""vLLM with its plug-ins, in a process of its own: `python -m visionaccel.diagnosis.vllm_child FILE LIMIT`."""
+"""vLLM with its plug-ins, in a process of its own: `python -m visionaccel.cli.diagnosis.vllm_child FILE LIMIT`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from visionaccel.backends import Finding
-from visionaccel.diagnosis.child_process import answer_with, give_up_after
+from visionaccel.cli.diagnosis.child_process import answer_with, give_up_after
 from visionaccel.errors import VisionAccelError
 
 __all__ = ["ACTIVATION", "main"]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from visionaccel.backends import Finding, Registry
-from visionaccel.diagnosis.child_process import Child
+from visionaccel.cli.diagnosis.child_process import Child
 
 __all__ = ["no_backend", "start_backend"]
 
-_CHILD = "visionaccel.diagnosis.backend_child"
+_CHILD = "visionaccel.cli.diagnosis.backend_child"
 
 
 def start_backend(name: str, source: str | None, limit: float) -> Child:

@@ -21,9 +21,9 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from visionaccel.backends import Finding
+from visionaccel.cli.diagnosis.findings import as_finding
 from visionaccel.core.orphans import guarded_group, temporary_folder
 from visionaccel.core.safe_text import one_line
-from visionaccel.diagnosis.findings import as_finding
 
 __all__ = ["Child", "answer_with", "give_up_after"]
 

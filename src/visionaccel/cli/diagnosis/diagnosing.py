@@ -8,13 +8,13 @@ from datetime import UTC, datetime
 
 from visionaccel import __version__
 from visionaccel.backends import AUTO, Finding, Registry, default_registry
-from visionaccel.diagnosis.backends import no_backend, start_backend
-from visionaccel.diagnosis.configuration import of_settings
-from visionaccel.diagnosis.environment import of_environment
-from visionaccel.diagnosis.findings import Diagnosis, Found, looked
-from visionaccel.diagnosis.source import OPENED, Wanted, of_source
-from visionaccel.diagnosis.versions import of_versions
-from visionaccel.diagnosis.vllm import of_vllm
+from visionaccel.cli.diagnosis.backends import no_backend, start_backend
+from visionaccel.cli.diagnosis.configuration import of_settings
+from visionaccel.cli.diagnosis.environment import of_environment
+from visionaccel.cli.diagnosis.findings import Diagnosis, Found, looked
+from visionaccel.cli.diagnosis.source import OPENED, Wanted, of_source
+from visionaccel.cli.diagnosis.versions import of_versions
+from visionaccel.cli.diagnosis.vllm import of_vllm
 from visionaccel.errors import SettingsError
 from visionaccel.settings import Settings, load_settings
 

@@ -29,8 +29,8 @@ from visionaccel.core.program import Program
 from visionaccel.errors import AccuracyError, ConfigurationError, InputError, PluginError
 from visionaccel.families import Tower
 from visionaccel.images import image_processor
-from visionaccel.quantization.calibration import Calibration
 from visionaccel.validation.answers import LEAST_AGREEMENT
+from visionaccel.validation.calibration import Calibration
 from visionaccel.validation.certificate import (
     THRESHOLDS,
     check_reference,

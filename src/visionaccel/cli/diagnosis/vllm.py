@@ -6,15 +6,15 @@ import os
 from collections.abc import Iterable
 
 from visionaccel.backends import AUTO, Finding
-from visionaccel.diagnosis.child_process import Child
-from visionaccel.diagnosis.versions import installed
-from visionaccel.diagnosis.vllm_child import ACTIVATION
+from visionaccel.cli.diagnosis.child_process import Child
+from visionaccel.cli.diagnosis.versions import installed
+from visionaccel.cli.diagnosis.vllm_child import ACTIVATION
 from visionaccel.integrations.vllm import BACKEND_VARIABLES
 from visionaccel.integrations.vllm.compat.releases import TRIED_RELEASES
 
 __all__ = ["of_vllm"]
 
-_CHILD = "visionaccel.diagnosis.vllm_child"
+_CHILD = "visionaccel.cli.diagnosis.vllm_child"
 _PLUGINS = "VLLM_PLUGINS"
 _PLUGIN = "visionaccel"
 

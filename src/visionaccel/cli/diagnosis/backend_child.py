@@ -1,4 +1,4 @@
-"""One backend, in a process of its own: `python -m visionaccel.diagnosis.backend_child FILE LIMIT NAME [SOURCE]`."""
+"""One backend in a child process: `python -m visionaccel.cli.diagnosis.backend_child FILE LIMIT NAME [SOURCE]`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pydantic import ValidationError
 
 from visionaccel.backends import Finding, ProgramSource, VisionBackend, default_registry
-from visionaccel.diagnosis.child_process import answer_with, give_up_after
-from visionaccel.diagnosis.findings import as_finding, looked
+from visionaccel.cli.diagnosis.child_process import answer_with, give_up_after
+from visionaccel.cli.diagnosis.findings import as_finding, looked
 from visionaccel.encoder import open_source
 from visionaccel.errors import SettingsError
 from visionaccel.settings import load_settings
