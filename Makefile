@@ -14,8 +14,8 @@ VLLM_RELEASES ?= 0.28.0 0.30.0 0.32.0 0.33.0
 # What needs vLLM, or torchvision, which comes with it; how well a later hypothesis varies damaged bytes; and the schema and
 # the commands' pages as a later pydantic and typer word them.
 NOT_MINIMUM := --ignore tests/e2e --ignore tests/hostile \
-	$(patsubst %,--ignore tests/test_%.py,bench_encode bench_placement bench_serve containment \
-	faults fitting fixed_grid pipeline processing producer) -k "not damaged_bytes and not published_schema and not tables_show"
+	$(patsubst %,--ignore tests/%,integrations/vllm plugins/bench/test_bench_encode.py plugins/bench/test_bench_placement.py \
+	plugins/bench/test_bench_serve.py images/test_fitting.py images/test_fixed_grid.py) -k "not damaged_bytes and not published_schema and not tables_show"
 
 PACKAGES := . plugins/onnxrt plugins/openvino plugins/torch_ref plugins/flexmlrt examples/digits_vlm
 NATIVE := $(wildcard cpp/*.txt cpp/*/*.txt cpp/cmake/* cpp/bridge/* cpp/simulator/*.* cpp/simulator/include/*)
@@ -130,7 +130,7 @@ faults: $(INSTALLED)
 	$(BIN)/visionaccel faults --output $(VENV)/faults.json
 
 hostile: $(INSTALLED)
-	PYTHONPATH=tests $(BIN)/python -m hostile
+	PYTHONPATH=tests/support:tests $(BIN)/python -m hostile
 
 # In an environment of its own, as that of `dist` below.
 $(AUDIT): tools/constraints.txt tools/locked.txt | $(INSTALLED)

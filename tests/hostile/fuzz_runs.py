@@ -49,7 +49,7 @@ def _fuzz(work: Path, name: str, runs: int) -> Fuzzed:
         capture_output=True,
         text=True,
         errors="replace",
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     said = done.stdout + done.stderr
     units, peak = (int(found[1]) if (found := pattern.search(said)) else 0 for pattern in (_UNITS, _PEAK))

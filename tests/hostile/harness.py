@@ -169,13 +169,12 @@ def _note(said: Mapping[str, object], account: Account, begun: str, place: Path)
 
 def _surroundings(place: Path) -> dict[str, str]:
     """No network, no second thread where one would do, nothing remembered from elsewhere."""
-    tests = Path(__file__).parents[1]
     return {
         "HF_HUB_OFFLINE": "1",
         "XDG_CACHE_HOME": str(place / "cache"),
         "OMP_NUM_THREADS": "1",
         "MALLOC_ARENA_MAX": "2",
-        "PYTHONPATH": os.pathsep.join([str(tests), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONPATH": os.pathsep.join(sys.path),
     }
 
 

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 DISTRIBUTIONS = (".", "plugins/onnxrt", "plugins/torch_ref", "examples/digits_vlm")
 """What the tests of answers need of this repository."""
 
-TESTS = ("tests/e2e/test_answers.py", "tests/test_request_errors.py", "tests/e2e/test_pooling.py")
+TESTS = ("tests/e2e/test_answers.py", "tests/integrations/vllm/test_request_errors.py", "tests/e2e/test_pooling.py")
 """Stock vLLM, one backend pipelined and one in-line: their tokens are equal, their log-probabilities close. Failed
 requests reach their clients with their reasons, and pooling models answer as in stock.
 """

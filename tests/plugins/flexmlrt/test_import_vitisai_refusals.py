@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
-
 from test_import_vitisai import PORTRAIT, constant_of, edit, folder_of, imported, node_of, replace
+
 from visionaccel.core.grid import Grid
 from visionaccel.errors import BundleError, ConfigurationError, VisionAccelError
 from visionaccel.testing.checkpoints import TINY, random_checkpoint

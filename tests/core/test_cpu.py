@@ -20,7 +20,7 @@ from visionaccel.core.program import AnyGrid
 from visionaccel.encoder import open_tower
 from visionaccel.families.qwen2_5_vl.patch_embedding import PatchEmbedding
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

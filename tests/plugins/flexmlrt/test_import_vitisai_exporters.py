@@ -5,8 +5,8 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-
 from test_import_vitisai import LANDSCAPE, constant_of, edit, folder_of, imported, node_of, replace
+
 from towers import random_patches
 from visionaccel import open_encoder
 

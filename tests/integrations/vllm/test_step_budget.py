@@ -4,9 +4,9 @@ import time
 
 import pytest
 import torch
+from test_tower import receiving
 
 from gated import Gate, gated
-from test_tower import receiving
 from towers import random_patches
 from visionaccel import open_encoder
 from visionaccel.errors import DeadlineError, DeviceError

@@ -18,7 +18,7 @@ from packaging.version import Version
 import visionaccel
 from visionaccel.integrations.vllm.compat.releases import RELEASES, compatibility_table
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def tool(path):

@@ -8,9 +8,9 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-
 from test_import_vitisai import LANDSCAPE, PORTRAIT, constant_of, edit, folder_of, imported, run_partition
 from test_import_vitisai_refusals import _add, _norm, change_json, refused
+
 from towers import random_patches
 from visionaccel.bundle.vitisai import ImportRequest, import_vitisai
 from visionaccel.core.program import CHECKPOINT, EP_CONTEXT, FLEXMLRT_DIRECTORY, FLEXMLRT_RAI

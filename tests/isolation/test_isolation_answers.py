@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_isolation import QUICK, TRICKS, Device, X, runs
 
 from fake_plugins import install
 from mutations import damage, damaged, mutations
-from test_isolation import QUICK, TRICKS, Device, X, runs
 from visionaccel import errors
 from visionaccel.backends import Capabilities
 from visionaccel.errors import DeviceError, DeviceLostError, InputError, UnfitGridError

@@ -11,7 +11,7 @@ from visionaccel.errors import SettingsError
 from visionaccel.integrations.vllm import BACKEND_VARIABLES
 from visionaccel.settings import Settings, load_settings, settings_table
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 
 
 @pytest.fixture(autouse=True)

@@ -5,10 +5,10 @@ from functools import partial
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
-
 from test_import_vitisai import edit
 from test_import_vitisai_refusals import _add, _norm
+from typer.testing import CliRunner
+
 from towers import random_patches, reference
 from visionaccel import open_encoder
 from visionaccel.bundle import open_bundle

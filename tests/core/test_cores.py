@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -91,7 +90,7 @@ def threads_of(checkpoint, backend, cores, isolation="none", bound=None):
         isolation: As of `open_encoder`.
         bound: OpenMP is told to bind the process to this core, as vLLM tells its workers.
     """
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), *sys.path]))
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
     if bound is not None:
         environment |= {"OMP_NUM_THREADS": "1", "GOMP_CPU_AFFINITY": str(bound)}
     command = [sys.executable, "-c", THREADS, str(checkpoint), backend, json.dumps(sorted(cores)), isolation]

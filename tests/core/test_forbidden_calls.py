@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FOLDERS = ("src", "plugins", "examples", "benchmarks", "tools")
 FILES = sorted(
     path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py") if "build" not in path.relative_to(ROOT).parts

@@ -22,7 +22,7 @@ from visionaccel.errors import (
     UnknownBackendError,
 )
 
-PLUGINS = Path(__file__).parents[1] / "plugins"
+PLUGINS = Path(__file__).parents[2] / "plugins"
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def test_a_backend_that_exits_when_it_is_asked_is_refused_and_the_others_are_use
 def test_every_extra_is_known():
     from visionaccel.backends.registry import EXTRAS
 
-    build = runpy.run_path(str(Path(__file__).parents[1] / "hatch_build.py"))
+    build = runpy.run_path(str(Path(__file__).parents[2] / "hatch_build.py"))
     assert set(EXTRAS) == set(build["PLUGINS"])
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-ROUTER = Path(__file__).parents[1] / "examples" / "disaggregated" / "router.py"
+ROUTER = Path(__file__).parents[2] / "examples" / "disaggregated" / "router.py"
 ENCODERS = ["http://e1", "http://e2", "http://e3"]
 LANGUAGE_MODELS = ["http://l1", "http://l2"]
 CAT = {"type": "image_url", "image_url": {"url": "data:image/png;base64,cat"}}

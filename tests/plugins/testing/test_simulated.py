@@ -504,7 +504,7 @@ def test_a_switch_that_holds_no_rules_is_refused_at_once(tiny, tmp_path):
 
 
 def test_the_example_in_the_documentation_is_valid():
-    page = (Path(__file__).parents[1] / "docs" / "simulated.md").read_text()
+    page = (Path(__file__).parents[3] / "docs" / "simulated.md").read_text()
     written = [line.partition("=")[2] for line in page.splitlines() if line.startswith("VISIONACCEL_OPTIONS=")]
     for text in written:
         SimulatedOptions.model_validate(parse_options(text.strip("'")))

@@ -19,7 +19,7 @@ from simulated import small_model
 from visionaccel_flexmlrt.runtime import openvino_library
 from visionaccel_flexmlrt.simulator import compile_partition
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 OPENVINO = openvino_library().parents[1]
 CMAKE = Path(sys.executable).with_name("cmake")
 CONFIG = """

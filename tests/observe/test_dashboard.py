@@ -23,7 +23,7 @@ from visionaccel.observe import SERIES, EncoderMetrics, MetricsCollector
 from visionaccel.service import EncodeService
 from visionaccel.trust import GuardedEncoder, Shadow, Stage
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DASHBOARD = json.loads((ROOT / "docs/dashboards/visionaccel.json").read_text())
 QUERIES = [target["expr"] for panel in DASHBOARD["panels"] for target in panel.get("targets", ())]
 FETCHED = ROOT / ".venv/debian/usr/bin/prometheus"
