@@ -75,6 +75,7 @@ test: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive src $(wildcard plugins/*/visionaccel_*) examples benchmarks tools
 	$(BIN)/python tools/check_pins.py
 

@@ -20,11 +20,12 @@ from bundles import write_bundle
 from gated import wait_until
 from towers import random_patches
 from visionaccel import open_encoder
+from visionaccel.backends.sessions import check_files
 from visionaccel.bundle import open_bundle, opening
 from visionaccel.checkpoint import SINGLE_FILE, copy_to_memory, weights_digest
 from visionaccel.core.memory_files import MemoryFile
 from visionaccel.core.program import CHECKPOINT, ONNX
-from visionaccel.encoder import check_files, hold_source, is_held, open_tower
+from visionaccel.encoder import hold_source, is_held, open_tower
 from visionaccel.errors import ArtifactError, ChangedFileError, DeviceLostError, SettingsError
 from visionaccel.faultsuite.changing import change_weights, copy_checkpoint
 from visionaccel.service import numerics, open_guarded

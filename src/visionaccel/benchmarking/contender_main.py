@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from visionaccel.benchmarking.process_tree import memory, processor_seconds
-from visionaccel.isolation.parent import end_with_parent
+from visionaccel.isolation import end_with_parent
 
 __all__ = ["main"]
 

@@ -1,6 +1,5 @@
 """Bundles: folders that state everything needed to run an encoder's programs rightly, or to refuse."""
 
-from visionaccel.bundle.digests import file_digest
 from visionaccel.bundle.export import (
     ProgramRequest,
     Progress,
@@ -54,7 +53,6 @@ __all__ = [
     "appearing",
     "as_json",
     "export_bundle",
-    "file_digest",
     "is_bundle",
     "json_schema",
     "open_bundle",

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from visionaccel import __version__
-from visionaccel.bundle.digests import file_digest
 from visionaccel.bundle.manifest import MANIFEST, MOST_PATCHES, SCHEMA_VERSION, seal, stated_coverage
 from visionaccel.bundle.opening import Bundle, open_bundle, tower_digest
 from visionaccel.bundle.processor import PROCESSOR_FILES, processor_digest
 from visionaccel.checkpoint import SINGLE_FILE, Checkpoint, write_safetensors
+from visionaccel.core.digests import file_digest
 from visionaccel.core.orphans import guarded_folder
 from visionaccel.core.program import (
     ONNX,

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from visionaccel.bundle.digests import file_digest
 from visionaccel.bundle.export import rewrite_manifest, stated_file
 from visionaccel.bundle.opening import Bundle
 from visionaccel.checkpoint import read_header
+from visionaccel.core.digests import file_digest
 from visionaccel.core.grid import Grid, as_grids, total_patches
 from visionaccel.core.memory_files import FileState, changed_file, when_steady
 from visionaccel.errors import BundleError, CheckpointError, ConfigurationError, GridError

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 
-from visionaccel.bundle.digests import file_digest, remembered_digest
 from visionaccel.bundle.manifest import MANIFEST, BundleFile, Manifest, ProgramEntry, parse_manifest
 from visionaccel.bundle.processor import PROCESSOR_FILES
 from visionaccel.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, locate_checkpoint, weights_digest
 from visionaccel.core.bounded_files import MOST_HOLE_BYTES, hole_bytes, read_bounded
+from visionaccel.core.digests import file_digest, remembered_digest
 from visionaccel.core.grid import Grid
 from visionaccel.core.memory_files import FileState, when_steady
 from visionaccel.core.program import CHECKPOINT, ONNX_MODELS, Bucket, FixedGrid, Program

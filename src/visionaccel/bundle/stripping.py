@@ -15,8 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from visionaccel.checkpoint.reading import INDEX_FILE, Checkpoint, read_json
-from visionaccel.checkpoint.tensors import weights_digest, write_safetensors
+from visionaccel.checkpoint import INDEX_FILE, Checkpoint, read_json, weights_digest, write_safetensors
 from visionaccel.core.orphans import guarded_folder
 from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import CheckpointError, ConfigurationError

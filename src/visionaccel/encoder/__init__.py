@@ -3,18 +3,15 @@
 from visionaccel.encoder.encoder import Encoder, OpenProgram
 from visionaccel.encoder.held_weights import WantedWeights, hold_source, is_held
 from visionaccel.encoder.opening import WantedIsolation, open_encoder, open_source, open_tower
-from visionaccel.encoder.sessions import check_files, open_session
 
 __all__ = [
     "Encoder",
     "OpenProgram",
     "WantedIsolation",
     "WantedWeights",
-    "check_files",
     "hold_source",
     "is_held",
     "open_encoder",
-    "open_session",
     "open_source",
     "open_tower",
 ]

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from pydantic import ValidationError
 
 from visionaccel.backends import AUTO, Options, Registry, Session, VisionBackend, default_registry, select
+from visionaccel.backends.sessions import open_session
 from visionaccel.bundle import Bundle, is_bundle, open_bundle
 from visionaccel.checkpoint import locate_checkpoint
 from visionaccel.core.cores import on_cores
@@ -17,7 +18,6 @@ from visionaccel.core.program import EP_CONTEXT, FLEXMLRT_DIRECTORY, FLEXMLRT_RA
 from visionaccel.core.safe_text import safe_logger
 from visionaccel.encoder.encoder import Encoder, OpenProgram, close_programs
 from visionaccel.encoder.held_weights import WantedWeights, hold_source
-from visionaccel.encoder.sessions import open_session
 from visionaccel.errors import DeviceError, SettingsError, VisionAccelError
 from visionaccel.families import Host, Tower, tower_of
 

@@ -1,6 +1,6 @@
 """Images: reading them, the checkpoint's own processor, and fitting them to the grids that programs take."""
 
-from visionaccel.images.fitting import Fitter, grid_cost, natural_grid
+from visionaccel.images.fitting import MOST_ASPECT_RATIO, Fitter, grid_cost, natural_grid
 from visionaccel.images.fixed_grid import FittingProcessor, FixedGridProcessor, fixed_grid_processor
 from visionaccel.images.level_table import read_levels
 from visionaccel.images.reading import (
@@ -15,6 +15,7 @@ from visionaccel.images.reading import (
 from visionaccel.images.webp_header import WEBP_HEADER, webp_size
 
 __all__ = [
+    "MOST_ASPECT_RATIO",
     "FORMATS",
     "Fitter",
     "FittingProcessor",

@@ -20,9 +20,9 @@ from multiprocessing.connection import Connection
 from typing import BinaryIO
 
 from visionaccel.backends import Session, default_registry
+from visionaccel.backends.sessions import open_session
 from visionaccel.core.arrays import Array
 from visionaccel.core.memory_files import MemoryFile
-from visionaccel.encoder import open_session
 from visionaccel.errors import DeviceError, VisionAccelError
 from visionaccel.isolation.answers import encoded, failure_of
 from visionaccel.isolation.log_records import RecordSender

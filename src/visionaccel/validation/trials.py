@@ -21,8 +21,7 @@ from visionaccel.core.grid import Grid, total_patches
 from visionaccel.core.program import AnyGrid, Bucket, Coverage, FixedGrid
 from visionaccel.errors import BundleError, CheckpointError, ConfigurationError
 from visionaccel.families import Tower
-from visionaccel.images import Fitter, ImageProcessor, load_image
-from visionaccel.images.fitting import MOST_ASPECT_RATIO
+from visionaccel.images import MOST_ASPECT_RATIO, Fitter, ImageProcessor, load_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from visionaccel.backends import Options, Session, VisionBackend, contained
-from visionaccel.bundle import file_digest
+from visionaccel.core.digests import file_digest
 from visionaccel.core.memory_files import FileState, changed_file, when_steady
 from visionaccel.core.program import Program
 from visionaccel.errors import DeviceError, VisionAccelError

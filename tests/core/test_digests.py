@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from visionaccel.bundle import MANIFEST, digests, open_bundle
+from visionaccel.bundle import MANIFEST, open_bundle
+from visionaccel.core import digests
 from visionaccel.errors import BundleError
 
 
