@@ -4,13 +4,13 @@ from pathlib import Path
 from textwrap import dedent
 
 
-def install(site: Path, distribution: str, backend: str, source: str) -> Path:
-    """Put a distribution that provides `backend` into the folder `site`, which belongs on the Python path."""
+def install(site: Path, distribution: str, name: str, source: str, group: str = "visionaccel.backends") -> Path:
+    """Put a distribution with an entry point into the folder `site`, which belongs on the Python path."""
     module = distribution.replace("-", "_")
     info = site / f"{module}-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[visionaccel.backends]\n{backend} = {module}\n")
+    (info / "entry_points.txt").write_text(f"[{group}]\n{name} = {module}\n")
     (site / f"{module}.py").write_text(dedent(source))
     return site
 

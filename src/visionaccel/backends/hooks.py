@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import pluggy
 
 from visionaccel.backends.spec import VisionBackend
 from visionaccel.core.grid import Grid
+
+if TYPE_CHECKING:  # the command line is an extra
+    import typer
 
 __all__ = [
     "PROJECT", "BreakerReport", "DriftReport", "EncodeReport", "FailureReport", "HookSpecs", "Purpose", "hookimpl",
@@ -157,3 +160,12 @@ class HookSpecs:
     @hookspec
     def visionaccel_breaker(self, report: BreakerReport) -> None:
         """Called when an encoder is taken out of work, probed, or put back to work, in any thread."""
+
+    @hookspec
+    def visionaccel_commands(self, app: typer.Typer) -> None:
+        """Adds commands to `visionaccel`: `app.command()(function)` or `app.add_typer(group)`.
+
+        Called on the modules of the entry-point group `visionaccel.commands`, each time the command line starts. So the
+        module and its commands import what takes long inside the functions that need it. What this raises costs the
+        commands of this plug-in and no others.
+        """

@@ -19,6 +19,7 @@ from visionaccel.cli.import_vitisai import import_vitisai
 from visionaccel.cli.init import init
 from visionaccel.cli.inspect import inspect
 from visionaccel.cli.output import messages, own_stdout, print_json, prints_results
+from visionaccel.cli.plugin_commands import add_plugin_commands
 from visionaccel.cli.quantize import quantize
 from visionaccel.cli.report import report
 from visionaccel.cli.strip import strip
@@ -56,6 +57,7 @@ for command in (
     app.command()(prints_results(command))
 app.add_typer(bench)
 app.add_typer(init)
+add_plugin_commands(app)
 
 
 def main() -> None:
