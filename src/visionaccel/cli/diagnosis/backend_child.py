@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pydantic import ValidationError
 
 from visionaccel.backends import Finding, ProgramSource, VisionBackend, default_registry
-from visionaccel.cli.diagnosis.child_process import answer_with, give_up_after
+from visionaccel.isolation.finding_process import answer_with, give_up_after
 from visionaccel.cli.diagnosis.findings import as_finding, looked
 from visionaccel.encoder import open_source
 from visionaccel.errors import SettingsError

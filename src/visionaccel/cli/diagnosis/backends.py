@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from visionaccel.backends import Finding, Registry
-from visionaccel.cli.diagnosis.child_process import Child
+from visionaccel.isolation.finding_process import Child
 
 __all__ = ["no_backend", "start_backend"]
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 
 from visionaccel.backends import AUTO, Finding
-from visionaccel.cli.diagnosis.child_process import Child
+from visionaccel.isolation.finding_process import Child
 from visionaccel.cli.diagnosis.versions import installed
 from visionaccel.cli.diagnosis.vllm_child import ACTIVATION
 from visionaccel.integrations.vllm import BACKEND_VARIABLES

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from visionaccel.backends import Finding
-from visionaccel.cli.diagnosis.child_process import answer_with, give_up_after
+from visionaccel.isolation.finding_process import answer_with, give_up_after
 from visionaccel.errors import VisionAccelError
 
 __all__ = ["ACTIVATION", "main"]

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from visionaccel.backends import Finding
-from visionaccel.cli.diagnosis.child_process import answer_with, give_up_after
+from visionaccel.isolation.finding_process import answer_with, give_up_after
 from visionaccel.core.arrays import Array, as_numpy
 from visionaccel.core.grid import Grid
 from visionaccel.core.orphans import temporary_folder
