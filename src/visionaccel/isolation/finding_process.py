@@ -21,12 +21,13 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from visionaccel.backends import Finding
-from visionaccel.cli.diagnosis.findings import as_finding
+from visionaccel.backends.spec import Status
 from visionaccel.core.orphans import guarded_group, temporary_folder
 from visionaccel.core.safe_text import one_line
 
-__all__ = ["Child", "answer_with", "give_up_after"]
+__all__ = ["FindingProcess", "answer_with", "as_finding", "give_up_after"]
 
+_STATUSES: tuple[Status, ...] = ("pass", "warning", "failure")
 _MOST_ANSWER = 4 * 2**20
 _KEPT = 4096
 _SHOWN = 200
@@ -42,7 +43,7 @@ class _End:
     printed: str
 
 
-class Child:
+class FindingProcess:
     """A module that runs in a child process, and answers with findings. Leaving the context ends it.
 
     Args:
@@ -186,3 +187,17 @@ def answer_with(file: str, findings: Sequence[Finding]) -> None:
     unfinished = Path(f"{file}.part")
     unfinished.write_text(json.dumps(rows, default=str), encoding="utf-8")
     unfinished.replace(file)
+
+
+def as_finding(row: Any) -> Finding:
+    """A finding that a child process or a plug-in gave, whatever it is, as one that can be printed.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if isinstance(row, Finding):
+        row = {"name": row.name, "status": row.status, "detail": row.detail, "fix": row.fix}
+    if not isinstance(row, Mapping) or row.get("status") not in _STATUSES:
+        raise ValueError(f"{one_line(repr(row))} is no finding")
+    name, detail, fix = (one_line(str(row.get(field, ""))) for field in ("name", "detail", "fix"))
+    return Finding(name, row["status"], detail, fix)

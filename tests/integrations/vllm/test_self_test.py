@@ -13,12 +13,12 @@ import tempfile
 import pytest
 
 from gated import wait_until
-from visionaccel.cli.diagnosis.findings import as_finding
 from visionaccel.errors import ConfigurationError
 from visionaccel.integrations.vllm import activation, compat, self_test
 from visionaccel.integrations.vllm.compat import checking
 from visionaccel.integrations.vllm.compat.contract import Feature
 from visionaccel.integrations.vllm.mode import choose_mode
+from visionaccel.isolation import as_finding
 from visionaccel.settings import load_settings
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own deprecations

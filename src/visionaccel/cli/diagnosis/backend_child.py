@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pydantic import ValidationError
 
 from visionaccel.backends import Finding, ProgramSource, VisionBackend, default_registry
-from visionaccel.isolation.finding_process import answer_with, give_up_after
-from visionaccel.cli.diagnosis.findings import as_finding, looked
+from visionaccel.cli.diagnosis.findings import looked
 from visionaccel.encoder import open_source
 from visionaccel.errors import SettingsError
+from visionaccel.isolation import answer_with, as_finding, give_up_after
 from visionaccel.settings import load_settings
 
 __all__ = ["main"]

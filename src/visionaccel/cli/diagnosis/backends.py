@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from visionaccel.backends import Finding, Registry
-from visionaccel.isolation.finding_process import Child
+from visionaccel.isolation import FindingProcess
 
 __all__ = ["no_backend", "start_backend"]
 
 _CHILD = "visionaccel.cli.diagnosis.backend_child"
 
 
-def start_backend(name: str, source: str | None, limit: float) -> Child:
+def start_backend(name: str, source: str | None, limit: float) -> FindingProcess:
     """Start to look at a backend.
 
     Args:
@@ -20,7 +20,7 @@ def start_backend(name: str, source: str | None, limit: float) -> Child:
         source: A bundle or checkpoint whose programs to look at too; one that opens.
         limit: Seconds that it may take.
     """
-    return Child("plug-in", _CHILD, [name] if source is None else [name, source], limit)
+    return FindingProcess("plug-in", _CHILD, [name] if source is None else [name, source], limit)
 
 
 def no_backend(registry: Registry) -> Iterable[Finding]:

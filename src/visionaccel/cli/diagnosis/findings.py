@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from visionaccel.backends import Finding, contained
 from visionaccel.backends.spec import Status
-from visionaccel.core.safe_text import one_line
 from visionaccel.errors import VisionAccelError
 
-__all__ = ["Diagnosis", "Found", "as_finding", "looked"]
-
-_STATUSES: tuple[Status, ...] = ("pass", "warning", "failure")
+__all__ = ["Diagnosis", "Found", "looked"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,17 +78,3 @@ def looked(about: str, name: str, look: Callable[[], Iterable[Finding]]) -> list
     except Exception as error:  # A broken machine is what this is for: the other looks are still to be made.
         findings.append(Finding(name, "failure", f"{type(error).__name__}: {error}", "Look at it by hand."))
     return [Found(about, finding) for finding in findings]
-
-
-def as_finding(row: Any) -> Finding:
-    """A finding that a child process or a plug-in gave, whatever it is, as one that can be printed.
-
-    Raises:
-        ValueError: If it is none.
-    """
-    if isinstance(row, Finding):
-        row = {"name": row.name, "status": row.status, "detail": row.detail, "fix": row.fix}
-    if not isinstance(row, Mapping) or row.get("status") not in _STATUSES:
-        raise ValueError(f"{one_line(repr(row))} is no finding")
-    name, detail, fix = (one_line(str(row.get(field, ""))) for field in ("name", "detail", "fix"))
-    return Finding(name, row["status"], detail, fix)

@@ -6,11 +6,11 @@ import os
 from collections.abc import Iterable
 
 from visionaccel.backends import AUTO, Finding
-from visionaccel.isolation.finding_process import Child
 from visionaccel.cli.diagnosis.versions import installed
 from visionaccel.cli.diagnosis.vllm_child import ACTIVATION
 from visionaccel.integrations.vllm import BACKEND_VARIABLES
 from visionaccel.integrations.vllm.compat.releases import TRIED_RELEASES
+from visionaccel.isolation import FindingProcess
 
 __all__ = ["of_vllm"]
 
@@ -37,7 +37,7 @@ def of_vllm(limit: float) -> Iterable[Finding]:
         yield excluded
         return
     environment = os.environ if wanted else {**os.environ, BACKEND_VARIABLES[0]: AUTO}
-    with Child("vLLM", _CHILD, [], limit, environment) as child:
+    with FindingProcess("vLLM", _CHILD, [], limit, environment) as child:
         found = child.findings()
     for finding in found:
         if wanted or finding.name != ACTIVATION or finding.status != "pass":

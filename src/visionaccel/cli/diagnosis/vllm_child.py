@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Literal
 
 from visionaccel.backends import Finding
-from visionaccel.isolation.finding_process import answer_with, give_up_after
 from visionaccel.errors import VisionAccelError
+from visionaccel.isolation import answer_with, give_up_after
 
 __all__ = ["ACTIVATION", "main"]
 

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 
 from visionaccel.backends import Finding
-from visionaccel.isolation.finding_process import answer_with, give_up_after
 from visionaccel.core.arrays import Array, as_numpy
 from visionaccel.core.grid import Grid
 from visionaccel.core.orphans import temporary_folder
@@ -39,6 +38,7 @@ from visionaccel.integrations.vllm.compat.modelled import (
 from visionaccel.integrations.vllm.connector import VisionAccelConnector
 from visionaccel.integrations.vllm.scheduler import ContainedAsyncScheduler, ContainedScheduler
 from visionaccel.integrations.vllm.self_test import NAME
+from visionaccel.isolation import answer_with, give_up_after
 from visionaccel.service import Embedding, EncodeService
 
 if TYPE_CHECKING:

@@ -57,11 +57,11 @@ def problem(*, contained: bool, asynchronous: bool) -> str | None:
 
 def _run(kind: tuple[str, str]) -> tuple[str, bool]:
     """Run it: what went wrong, empty if nothing did; and whether that would be the same again."""
-    from visionaccel.isolation.finding_process import Child
+    from visionaccel.isolation import FindingProcess
 
     environment = {name: value for name, value in os.environ.items() if not _ours(name)}
     environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    with Child(NAME, _MODULE, kind, LIMIT, environment) as child:
+    with FindingProcess(NAME, _MODULE, kind, LIMIT, environment) as child:
         return _verdict(child.findings())
 
 
