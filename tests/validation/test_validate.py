@@ -32,7 +32,7 @@ from visionaccel.errors import ConfigurationError, InputError, SettingsError, Un
 from visionaccel.images import image_processor
 from visionaccel.isolation import IsolatedSession
 from visionaccel.testing.checkpoints import random_checkpoint
-from visionaccel.validation.answers import digits_checkpoint, read_digits
+from visionaccel.validation.digits_model import digits_checkpoint, read_digits
 from visionaccel.validation.certificate import REFERENCE_OPTIONS, THRESHOLDS
 from visionaccel.validation.packed_weights import differing_weights
 from visionaccel.validation.trials import Trials, bundled_photographs, find_images, trial_calls

@@ -28,7 +28,7 @@ from visionaccel.core.cores import choose_cores, on_cores
 from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError
 from visionaccel.settings import load_settings
-from visionaccel.validation.answers import LEAST_AGREEMENT
+from visionaccel.validation.digits_model import LEAST_AGREEMENT
 from visionaccel.validation.certificate import THRESHOLDS, validate_bundle
 
 __all__ = ["print_certificate", "validate"]

@@ -11,7 +11,7 @@ from visionaccel.cli.diagnosis import Diagnosis, Found
 from visionaccel.errors import BundleError
 from visionaccel.reporting.markup import Html, chip, element, html, joined, paragraph, table
 from visionaccel.reporting.page import Section
-from visionaccel.validation.answers import LEAST_AGREEMENT
+from visionaccel.validation.digits_model import LEAST_AGREEMENT
 
 __all__ = ["certificate_section", "doctor_section"]
 

@@ -47,7 +47,7 @@ from visionaccel.errors import (
 )
 from visionaccel.families import Tower
 from visionaccel.images import image_processor
-from visionaccel.validation.answers import LEAST_AGREEMENT, digits_checkpoint, read_digits
+from visionaccel.validation.digits_model import LEAST_AGREEMENT, digits_checkpoint, read_digits
 from visionaccel.validation.packed_weights import differing_weights
 from visionaccel.validation.trials import Trial, Trials, bundled_photographs, find_images
 

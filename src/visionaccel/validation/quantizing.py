@@ -29,7 +29,7 @@ from visionaccel.core.program import Program
 from visionaccel.errors import AccuracyError, ConfigurationError, InputError, PluginError
 from visionaccel.families import Tower
 from visionaccel.images import image_processor
-from visionaccel.validation.answers import LEAST_AGREEMENT
+from visionaccel.validation.digits_model import LEAST_AGREEMENT
 from visionaccel.validation.calibration import Calibration
 from visionaccel.validation.certificate import (
     THRESHOLDS,

@@ -14,7 +14,7 @@ from visionaccel.testing.checkpoints import TINY
 from visionaccel.testing.conformance.check import CheckFailedError, Checks, NotApplicableError
 from visionaccel.testing.conformance.kit import Kit
 from visionaccel.testing.conformance.subject import WINDOW_SIDE, Subject, grids_of
-from visionaccel.validation.answers import LEAST_AGREEMENT, read_digits
+from visionaccel.validation.digits_model import LEAST_AGREEMENT, read_digits
 
 __all__ = ["NUMBERS"]
 
