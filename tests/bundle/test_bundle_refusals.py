@@ -340,6 +340,14 @@ def test_a_changed_manifest_keeps_everything_else(bundle):
     assert {file.name: file.read_bytes() for file in bundle.iterdir()} == before
 
 
+def test_what_earlier_releases_certified_of_the_digits_model_is_ignored(bundle):
+    answers = [{"fit": "letterbox", "images": 1, "accuracy": 1, "agreement": 1}]
+    forge(bundle, lambda stated: stated.update(certificate={**CERTIFICATE, "answers": answers}))
+    certificate = open_bundle(bundle).manifest.certificate
+    assert certificate.passed
+    assert "answers" not in certificate.model_dump()
+
+
 def test_a_change_that_makes_no_manifest_changes_nothing(bundle):
     before = (bundle / MANIFEST).read_bytes()
     with pytest.raises(BundleError):

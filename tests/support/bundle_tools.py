@@ -26,7 +26,6 @@ CERTIFICATE = {
             "relative_error": 0, "nonfinite_rows": 0, "threshold": 0.99,
         }
     ],
-    "answers": [{"fit": "letterbox", "images": 1, "accuracy": 1, "agreement": 1}],
     "toolchain": {"onnxruntime": "1"},
     "passed": True,
 }  # fmt: skip

@@ -19,7 +19,6 @@ from visionaccel.bundle.manifest import (
     MANIFEST,
     MOST_PATCHES,
     SCHEMA_VERSION,
-    Answers,
     BundleFile,
     Certificate,
     Manifest,
@@ -34,7 +33,6 @@ from visionaccel.bundle.processor import processor_digest, require_processor
 from visionaccel.bundle.stripping import STRIP_NOTE, StripReport, read_strip_note, strip_checkpoint
 
 __all__ = [
-    "Answers",
     "Bundle",
     "BundleFile",
     "Certificate",

@@ -26,7 +26,6 @@ __all__ = [
     "MANIFEST",
     "MOST_PATCHES",
     "SCHEMA_VERSION",
-    "Answers",
     "BundleFile",
     "Certificate",
     "ExternalCheckpoint",
@@ -77,7 +76,6 @@ Name: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=256)
 Text: TypeAlias = Annotated[str, StringConstraints(max_length=4096), AfterValidator(_printable)]
 Size: TypeAlias = Annotated[int, Field(ge=1, le=2**40)]
 FrameSize: TypeAlias = Annotated[int, Field(ge=1, le=MOST_PATCHES)]
-Share: TypeAlias = Annotated[float, Field(ge=0, le=1)]
 Cosine: TypeAlias = Annotated[float, Field(ge=-1.000001, le=1.000001)]
 
 
@@ -234,15 +232,6 @@ class ProgramResult(_Model):
     failure: Text | None = Field(None, description="Why the backend could not run it, or what is wrong; null: passed.")
 
 
-class Answers(_Model):
-    """What the digits model reads through one way of fitting images to the programs."""
-
-    fit: Literal["natural", "letterbox", "stretch"]
-    images: int = Field(ge=1)
-    accuracy: Share = Field(description="Share of answers equal to the truth.")
-    agreement: Share = Field(description="Share of answers equal to the reference encoder's on the same images.")
-
-
 class Certificate(_Model):
     """How far the programs are from the float32 reference, and on what."""
 
@@ -250,9 +239,9 @@ class Certificate(_Model):
     reference: Digest = Field(description="Digest of the reference's vision weights.")
     images: dict[Name, int] = Field(description="Number of images by kind: generated, real.")
     programs: tuple[ProgramResult, ...] = Field(min_length=1)
-    answers: tuple[Answers, ...] = ()
     toolchain: dict[Name, Name] = Field(description="Versions of what ran.")
     passed: bool
+    failure: Text | None = Field(None, description="Why it did not pass although every program did.")
 
 
 class Manifest(_Model):
@@ -332,7 +321,7 @@ def parse_manifest(path: Path) -> Manifest:
             f"{path} is of schema version {version!r}; this visionaccel reads {SCHEMA_VERSION}.",
             hint="Use the visionaccel that wrote it, or export the bundle again.",
         )
-    manifest = _validated(document, str(path))
+    manifest = _validated(_without_retired(document), str(path))
     stated = {name: value for name, value in document.items() if name != "digest"}
     if manifest.digest != _digest(stated):
         raise BundleError(
@@ -345,6 +334,14 @@ def parse_manifest(path: Path) -> Manifest:
 def json_schema() -> dict[str, Any]:
     """The JSON schema of the manifest; the documentation holds it verbatim."""
     return Manifest.model_json_schema()
+
+
+def _without_retired(document: dict[str, Any]) -> dict[str, Any]:
+    """A manifest without fields that earlier releases wrote; its digest is still that of the whole document."""
+    certificate = document.get("certificate")
+    if not isinstance(certificate, dict):
+        return document
+    return {**document, "certificate": {name: value for name, value in certificate.items() if name != "answers"}}
 
 
 def _validated(document: dict[str, Any], where: str) -> Manifest:

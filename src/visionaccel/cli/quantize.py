@@ -13,7 +13,7 @@ from visionaccel.bundle import open_bundle
 from visionaccel.cli.output import Device, Json, print_json, progress, results
 from visionaccel.cli.validate import print_certificate
 from visionaccel.encoder import open_tower
-from visionaccel.validation.certificate import THRESHOLDS
+from visionaccel.validation.certificate import THRESHOLDS, Validation
 
 __all__ = ["quantize"]
 
@@ -47,6 +47,7 @@ def quantize(
     started = time.perf_counter()
     tower = open_tower(reference) if reference is not None else None
     opened = open_bundle(bundle, checkpoint=tower.checkpoint if tower is not None else None)
+    validations: list[Validation] = []
     with progress(MofNCompleteColumn()) as tell:
         made = quantize_bundle(
             opened,
@@ -60,12 +61,13 @@ def quantize(
             digits=digits,
             force=force,
             progress=tell,
+            report=validations.append,
         )
     seconds = round(time.perf_counter() - started, 3)
     if as_json:
         print_json({"bundle": str(output), "seconds": seconds, "manifest": made.manifest.model_dump(mode="json")})
         return
-    assert made.manifest.certificate is not None
-    print_certificate(made.manifest.certificate, f"{output} beside the float32 reference")
+    for found in validations:
+        print_certificate(found.certificate, f"{output} beside the float32 reference", found.digits)
     size = sum(file.bytes for program in made.manifest.programs for file in program.files) / 2**20
     results.print(f"Bundle {output}: {size:.1f} MiB of int8 programs, in {seconds} s.")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +14,7 @@ from rich.progress import MofNCompleteColumn
 from rich.table import Table
 
 from visionaccel.backends import AUTO
-from visionaccel.bundle import MANIFEST, Bundle, Certificate, Golden, open_bundle, write_golden
+from visionaccel.bundle import MANIFEST, Bundle, Certificate, open_bundle, write_golden
 from visionaccel.cli.output import (
     Backend,
     Device,
@@ -28,8 +30,8 @@ from visionaccel.core.cores import choose_cores, on_cores
 from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError
 from visionaccel.settings import load_settings
-from visionaccel.validation.digits_model import LEAST_AGREEMENT
 from visionaccel.validation.certificate import THRESHOLDS, validate_bundle
+from visionaccel.validation.digits_model import DigitsRead
 
 __all__ = ["print_certificate", "validate"]
 
@@ -71,9 +73,8 @@ def validate(
     opened = open_bundle(bundle, checkpoint=tower.checkpoint, trust_unchanged=False)
     if not no_write:
         _check_writable(opened)
-    golden: list[Golden] = []
     with on_cores(choose_cores(settings.cpu_cores).cores, strict=True), progress(MofNCompleteColumn()) as tell:
-        certificate = validate_bundle(
+        found = validate_bundle(
             opened,
             tower,
             backend=backend or settings.backend or AUTO,
@@ -86,19 +87,21 @@ def validate(
             thresholds=THRESHOLDS if threshold is None else dict.fromkeys(THRESHOLDS, threshold),
             digits=digits,
             progress=tell,
-            golden=golden,
         )
+    certificate = found.certificate
     if not certificate.images.get("real"):
         messages.print("No real image was shown: pass --images, or install scikit-image.", style="yellow")
     if not no_write:
-        write_golden(opened, golden, {"certificate": certificate.model_dump(mode="json")})
+        write_golden(opened, found.golden, {"certificate": certificate.model_dump(mode="json")})
     if as_json:
-        print_json({"bundle": str(bundle), "written": not no_write, "certificate": certificate.model_dump(mode="json")})
+        stated = {**certificate.model_dump(mode="json"), "answers": [asdict(read) for read in found.digits]}
+        print_json({"bundle": str(bundle), "written": not no_write, "certificate": stated})
     else:
-        print_certificate(certificate, f"{bundle} beside the float32 reference")
+        print_certificate(certificate, f"{bundle} beside the float32 reference", found.digits)
         if not no_write:
             results.print(
-                f"The certificate is in {bundle / MANIFEST}, and {len(golden)} golden images beside it.", soft_wrap=True
+                f"The certificate is in {bundle / MANIFEST}, and {len(found.golden)} golden images beside it.",
+                soft_wrap=True,
             )
     if not certificate.passed:
         raise typer.Exit(1)
@@ -116,7 +119,7 @@ def _check_writable(bundle: Bundle) -> None:
         raise ConfigurationError(f"{bundle.folder} cannot be written to.", hint="Pass --no-write.")
 
 
-def print_certificate(certificate: Certificate, title: str) -> None:
+def print_certificate(certificate: Certificate, title: str, digits: Sequence[DigitsRead] = ()) -> None:
     """The certificate as tables: cosines lowest, at the first percentile and mean; and below, what failed and why."""
     images = ", ".join(f"{count} {kind}" for kind, count in certificate.images.items())
     table = Table(title=f"{title}; images: {images}", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
@@ -139,27 +142,28 @@ def print_certificate(certificate: Certificate, title: str) -> None:
             style=None if found.failure is None else "bold red",
         )
     results.print(table)
-    if certificate.answers:
-        _print_answers(certificate)
+    if digits:
+        _print_digits(digits)
     for found in certificate.programs:
         if found.failure is not None:
             results.print(f"FAILED {found.program}: {found.failure}", highlight=False, soft_wrap=True)
+    if certificate.failure is not None:
+        results.print(f"FAILED: {certificate.failure}", highlight=False, soft_wrap=True)
     results.print("Passed." if certificate.passed else "FAILED.", style="green" if certificate.passed else "bold red")
 
 
-def _print_answers(certificate: Certificate) -> None:
+def _print_digits(digits: Sequence[DigitsRead]) -> None:
     columns = ("images", "fit", "accuracy", "as the reference reads them", "encoder")
     table = Table(*columns, title="Digits read", box=SIMPLE_HEAD)
-    for read in certificate.answers:
-        passed = read.agreement >= LEAST_AGREEMENT
+    for read in digits:
         table.add_row(
             str(read.images),
             read.fit,
             f"{read.accuracy:.1%}",
             f"{read.agreement:.1%}",
-            "agrees" if passed else "FAILED",
-            style=None if passed else "bold red",
+            "agrees" if read.passed else "FAILED",
+            style=None if read.passed else "bold red",
         )
     results.print(table)
-    if len(certificate.answers) > 1:
+    if len(digits) > 1:
         results.print("natural: at the images' own sizes; where no program takes every one, read by the reference.")

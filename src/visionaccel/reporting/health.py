@@ -11,7 +11,6 @@ from visionaccel.cli.diagnosis import Diagnosis, Found
 from visionaccel.errors import BundleError
 from visionaccel.reporting.markup import Html, chip, element, html, joined, paragraph, table
 from visionaccel.reporting.page import Section
-from visionaccel.validation.digits_model import LEAST_AGREEMENT
 
 __all__ = ["certificate_section", "doctor_section"]
 
@@ -70,16 +69,8 @@ def _certificate(certificate: Certificate) -> Html:
     for each in certificate.programs:
         if each.failure is not None:
             parts.append(paragraph(f"{each.program}: {each.failure}"))
-    if certificate.answers:
-        parts.append(element("h4", "Digits read"))
-        rows = [
-            (
-                read.fit, read.images, f"{read.accuracy:.1%}", f"{read.agreement:.1%}",
-                chip("pass" if read.agreement >= LEAST_AGREEMENT else "failure"),
-            )
-            for read in certificate.answers
-        ]  # fmt: skip
-        parts.append(table(("fit", "images", "accuracy", "as the reference reads them", ""), rows, numbers=True))
+    if certificate.failure is not None:
+        parts.append(paragraph(certificate.failure))
     tools = ", ".join(f"{name} {version}" for name, version in certificate.toolchain.items())
     parts.append(paragraph(f"Cosines of tokens; made with {tools}.", class_="faint"))
     return joined(parts)

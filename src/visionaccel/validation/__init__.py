@@ -1,6 +1,12 @@
 """Validation: a bundle's programs beside the float32 reference. It opens encoders, so it stands above them."""
 
-from visionaccel.validation.certificate import REFERENCE_BACKEND, REFERENCE_OPTIONS, THRESHOLDS, validate_bundle
+from visionaccel.validation.certificate import (
+    REFERENCE_BACKEND,
+    REFERENCE_OPTIONS,
+    THRESHOLDS,
+    Validation,
+    validate_bundle,
+)
 from visionaccel.validation.quantizing import quantize_bundle
 
-__all__ = ["REFERENCE_BACKEND", "REFERENCE_OPTIONS", "THRESHOLDS", "quantize_bundle", "validate_bundle"]
+__all__ = ["REFERENCE_BACKEND", "REFERENCE_OPTIONS", "THRESHOLDS", "Validation", "quantize_bundle", "validate_bundle"]

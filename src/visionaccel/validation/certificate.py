@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,6 @@ from numpy.typing import NDArray
 
 from visionaccel.backends import AUTO, Registry, Session, default_registry
 from visionaccel.bundle import (
-    Answers,
     Bundle,
     Certificate,
     Golden,
@@ -47,11 +47,11 @@ from visionaccel.errors import (
 )
 from visionaccel.families import Tower
 from visionaccel.images import image_processor
-from visionaccel.validation.digits_model import LEAST_AGREEMENT, digits_checkpoint, read_digits
+from visionaccel.validation.digits_model import DigitsRead, digits_checkpoint, read_digits
 from visionaccel.validation.packed_weights import differing_weights
 from visionaccel.validation.trials import Trial, Trials, bundled_photographs, find_images
 
-__all__ = ["REFERENCE_BACKEND", "REFERENCE_OPTIONS", "THRESHOLDS", "validate_bundle"]
+__all__ = ["REFERENCE_BACKEND", "REFERENCE_OPTIONS", "THRESHOLDS", "Validation", "validate_bundle"]
 
 logger = safe_logger(__name__)
 
@@ -64,6 +64,21 @@ REFERENCE_OPTIONS: Mapping[str, Any] = MappingProxyType({"implementation": "tran
 
 _TOOLS = ("numpy", "onnx", "onnxruntime", "torch", "transformers")
 _NOT_RUN = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """What validating a bundle found.
+
+    Attributes:
+        certificate: What the bundle's manifest may state.
+        golden: The golden images of each program, for `visionaccel.bundle.write_golden`.
+        digits: What the digits model read through the programs; empty if it is not the reference.
+    """
+
+    certificate: Certificate
+    golden: tuple[Golden, ...]
+    digits: tuple[DigitsRead, ...]
 
 
 def check_thresholds(thresholds: Iterable[float]) -> None:
@@ -110,8 +125,7 @@ def validate_bundle(
     deadline: float = 120.0,
     open_deadline: float = 600.0,
     progress: Progress | None = None,
-    golden: list[Golden] | None = None,
-) -> Certificate:
+) -> Validation:
     """Run every program of a bundle beside the reference.
 
     Args:
@@ -129,10 +143,9 @@ def validate_bundle(
         deadline: Seconds that a call in a child process may take.
         open_deadline: Seconds that starting such a process and opening a program may take, compilation included.
         progress: Told a stage, how much of it is done and how much it is.
-        golden: Gets the golden images of each program, for `visionaccel.bundle.golden.write_golden`.
 
     Returns:
-        The certificate. Encodes that fail count as compared, each token with cosine -1.
+        The certificate, and what is not in it. Encodes that fail count as compared, each token with cosine -1.
 
     Raises:
         ConfigurationError: If the reference has other weights than the bundle was made from or cannot be run, or the
@@ -160,19 +173,19 @@ def validate_bundle(
     ) as exact:
         run = _Run(bundle, _Reference(exact), trials, open_programs, backend, device)
         results = tuple(run.program(entry, demanded, partial(tell, entry.name)) for entry in bundle.manifest.programs)
-        read = run.answers(digits, digest, partial(tell, "digits"))
-        if golden is not None:
-            golden.extend(run.golden)
+        read = run.digits(digits, digest, partial(tell, "digits"))
+    disagreeing = [each for each in read if not each.passed]
     plugins = {registry.entry(result.backend).distribution for result in results if result.backend != _NOT_RUN}
-    return Certificate(
+    certificate = Certificate(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         reference=digest,
         images=run.images,
         programs=results,
-        answers=read,
         toolchain=toolchain((*_TOOLS, *sorted(plugins))),
-        passed=all(r.failure is None for r in results) and all(a.agreement >= LEAST_AGREEMENT for a in read),
+        passed=all(r.failure is None for r in results) and not disagreeing,
+        failure=str(disagreeing[0]) if disagreeing else None,
     )
+    return Validation(certificate, tuple(run.golden), read)
 
 
 def _trials(reference: Tower, images: Sequence[Path]) -> Trials:
@@ -324,7 +337,7 @@ class _Run:
             rows = self._reference.embeddings(trial, patches)
             self.golden.append(Golden(str(trial), entry.name, trial.grids, patches, rows, threshold))
 
-    def answers(self, count: int, digest: str, tell: Callable[[int, int], None]) -> tuple[Answers, ...]:
+    def digits(self, count: int, digest: str, tell: Callable[[int, int], None]) -> tuple[DigitsRead, ...]:
         """What the digits model reads through the programs that could be opened, if it is the reference."""
         folder = digits_checkpoint(digest) if count and self._opened else None
         if folder is None:
@@ -333,7 +346,7 @@ class _Run:
             encoder = self._open(self._opened)
         except VisionAccelError as error:
             logger.warning("The programs could be opened one by one but not together: %s", error)
-            return (Answers(fit="natural", images=count, accuracy=0.0, agreement=0.0),)
+            return (DigitsRead(fit="natural", images=count, accuracy=0.0, agreement=0.0),)
         with encoder:
             return read_digits(folder, encoder, self._reference.encoder, count, tell)
 

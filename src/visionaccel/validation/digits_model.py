@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from visionaccel.bundle import Answers, tower_digest
+from visionaccel.bundle import tower_digest
 from visionaccel.checkpoint import Checkpoint
 from visionaccel.core.arrays import as_numpy
 from visionaccel.core.grid import Grid
@@ -28,7 +29,7 @@ from visionaccel.images import Fitter, ImageProcessor, image_processor
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["LEAST_AGREEMENT", "digits_checkpoint", "read_digits"]
+__all__ = ["LEAST_AGREEMENT", "DigitsRead", "digits_checkpoint", "read_digits"]
 
 logger = safe_logger(__name__)
 
@@ -39,6 +40,33 @@ _MOST_TOKENS = 8
 
 Fit = Literal["natural", "letterbox", "stretch"]
 Patches = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class DigitsRead:
+    """What the digits model reads through one way of fitting images to the programs.
+
+    Attributes:
+        fit: That way; `natural` is none.
+        images: Number of images.
+        accuracy: Share of answers equal to the truth.
+        agreement: Share of answers equal to those of the reference encoder on the same images.
+    """
+
+    fit: Fit
+    images: int
+    accuracy: float
+    agreement: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the encoder agrees with the reference often enough."""
+        return self.agreement >= LEAST_AGREEMENT
+
+    def __str__(self) -> str:
+        return (
+            f"the digits model reads {self.agreement:.1%} of {self.images} images ({self.fit}) as with the reference."
+        )
 
 
 def digits_checkpoint(reference_digest: str) -> Path | None:
@@ -58,7 +86,7 @@ def read_digits(
     reference: Encoder,
     count: int,
     progress: Callable[[int, int], None] = lambda *_: None,
-) -> tuple[Answers, ...]:
+) -> tuple[DigitsRead, ...]:
     """What the digits model reads in held-out images through an encoder, beside the truth and the reference's answers.
 
     Images keep their own size, `natural`, on a program for any grid; without one it is the reference that reads them.
@@ -105,7 +133,7 @@ def read_digits(
                 right += answer == sample.truth
                 agreeing += answer == expected
                 progress(number * count + place + 1, len(ways) * count)
-            found.append(Answers(fit=fit, images=count, accuracy=right / count, agreement=agreeing / count))
+            found.append(DigitsRead(fit=fit, images=count, accuracy=right / count, agreement=agreeing / count))
     return tuple(found)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,6 @@ from visionaccel.backends import QuantizedModel, Registry, VisionBackend, defaul
 from visionaccel.bundle import (
     MANIFEST,
     Bundle,
-    Certificate,
-    Golden,
     ProgramEntry,
     Progress,
     appearing,
@@ -29,10 +27,10 @@ from visionaccel.core.program import Program
 from visionaccel.errors import AccuracyError, ConfigurationError, InputError, PluginError
 from visionaccel.families import Tower
 from visionaccel.images import image_processor
-from visionaccel.validation.digits_model import LEAST_AGREEMENT
 from visionaccel.validation.calibration import Calibration
 from visionaccel.validation.certificate import (
     THRESHOLDS,
+    Validation,
     check_reference,
     check_thresholds,
     validate_bundle,
@@ -59,6 +57,7 @@ def quantize_bundle(
     force: bool = False,
     registry: Registry | None = None,
     progress: Progress | None = None,
+    report: Callable[[Validation], None] = lambda _: None,
 ) -> Bundle:
     """Quantize every program of a bundle, validate the result, and keep it if it is good enough.
 
@@ -76,6 +75,7 @@ def quantize_bundle(
         force: Replace an existing bundle.
         registry: Where backends are found; the installed ones by default.
         progress: Told a stage, how much of it is done and how much it is.
+        report: Called with what validating the result found, if it is good enough.
 
     Raises:
         UnknownBackendError: If the target is not installed.
@@ -122,8 +122,7 @@ def quantize_bundle(
         tell("programs", len(programs), len(programs))
         _write_manifest(folder, bundle, entries, tools)
         quantized = open_bundle(folder, checkpoint=bundle.tower.checkpoint)
-        golden: list[Golden] = []
-        certificate = validate_bundle(
+        found = validate_bundle(
             quantized,
             reference,
             backend=target,
@@ -133,11 +132,11 @@ def quantize_bundle(
             digits=digits,
             registry=registry,
             progress=progress,
-            golden=golden,
         )
-        if not certificate.passed:
-            raise AccuracyError(_shortfall(certificate), hint="Show other images, or accept less with --threshold.")
-        write_golden(quantized, golden, {"certificate": certificate.model_dump(mode="json")})
+        if not found.certificate.passed:
+            raise AccuracyError(_shortfall(found), hint="Show other images, or accept less with --threshold.")
+        report(found)
+        write_golden(quantized, found.golden, {"certificate": found.certificate.model_dump(mode="json")})
     return open_bundle(output, checkpoint=bundle.tower.checkpoint)
 
 
@@ -201,17 +200,14 @@ def _write_manifest(folder: Path, bundle: Bundle, entries: Sequence[Mapping[str,
     write_file(folder / MANIFEST, as_json(manifest.model_dump(mode="json")))
 
 
-def _shortfall(certificate: Certificate) -> str:
+def _shortfall(validation: Validation) -> str:
     """What was not good enough, in figures."""
     found = [
         f"{result.program} has lowest cosine {result.lowest_cosine:.6f}, mean {result.mean_cosine:.6f}, relative error "
         f"{result.relative_error:.1e}: {result.failure}"
-        for result in certificate.programs
+        for result in validation.certificate.programs
         if result.failure is not None
     ]
-    found += [
-        f"the digits model reads {read.agreement:.1%} of {read.images} images ({read.fit}) as with the reference."
-        for read in certificate.answers
-        if not found and read.agreement < LEAST_AGREEMENT
-    ]
+    if not found:
+        found = [str(read) for read in validation.digits if not read.passed]
     return "the quantized programs are too far from the float32 reference, and nothing was kept: " + " ".join(found)

@@ -72,7 +72,7 @@ def certified(tiny, tmp_path_factory):
 
     def change(stated):
         result = {**CERTIFICATE["programs"][0], "device": "<script>alert(2)</script>", "failure": None}
-        stated["certificate"] = {**CERTIFICATE, "programs": [result]}
+        stated["certificate"] = {**CERTIFICATE, "programs": [result], "failure": "digits <b>misread</b>"}
 
     forge(folder, change)
     return folder
@@ -120,7 +120,7 @@ def test_every_section_is_there_with_what_was_given(plain):
     assert "it died of SIGSEGV" in texts["doctor"]
     assert "1 failed, 1 with a warning, 1 passed." in texts["doctor"]
     assert "10x18" in texts["certificate"]
-    assert "letterbox" in texts["certificate"]
+    assert "digits <b>misread</b>" in texts["certificate"]
     for expected in (
         "vllm bfloat16",
         "not compared: not installed",
