@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, Validatio
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from visionaccel.core.cores import WantedCores
+from visionaccel.core.invalid_values import problems_of
 from visionaccel.core.safe_text import safe_logger
 from visionaccel.core.setting_values import (
     parse_options,
@@ -237,9 +238,8 @@ def make_settings(**given: Any) -> Settings:
     try:
         return Settings(**given)
     except ValidationError as error:
-        problems = "; ".join(_describe(problem) for problem in error.errors())
         raise SettingsError(
-            f"Invalid settings: {problems}.", hint="See the table of settings in the README."
+            f"Invalid settings: {problems_of(error, _describe)}.", hint="See the table of settings in the README."
         ) from error
 
 

@@ -13,6 +13,7 @@ from visionaccel.core.arrays import Array
 from visionaccel.core.bounded_files import read_bounded
 from visionaccel.core.contracts import TensorSpec
 from visionaccel.core.cores import thread_limit
+from visionaccel.core.invalid_values import problems_of
 from visionaccel.core.program import DEVICE_TENSORS, HOST_AFTER, HOST_BEFORE, Program
 from visionaccel.errors import ArtifactError, ConfigurationError
 
@@ -46,7 +47,9 @@ def device_tensors(program: Program) -> tuple[tuple[TensorSpec, ...], tuple[Tens
     try:
         stated = _Tensors.model_validate(json.loads(read_bounded(path)))
     except (OSError, ValueError, ValidationError) as error:
-        raise ArtifactError(f"{path} cannot be read: {error}", hint="Import the artifact again.") from error
+        raise ArtifactError(
+            f"{path} cannot be read: {problems_of(error)}", hint="Import the artifact again."
+        ) from error
     return (
         tuple(TensorSpec(t.name, t.dtype, t.shape) for t in stated.inputs),
         tuple(TensorSpec(t.name, t.dtype, t.shape) for t in stated.outputs),

@@ -21,6 +21,7 @@ from visionaccel.bundle.opening import Bundle
 from visionaccel.checkpoint import read_header
 from visionaccel.core.digests import file_digest
 from visionaccel.core.grid import Grid, as_grids, total_patches
+from visionaccel.core.invalid_values import problems_of
 from visionaccel.core.memory_files import FileState, changed_file, when_steady
 from visionaccel.errors import BundleError, CheckpointError, ConfigurationError, GridError
 
@@ -138,7 +139,7 @@ def _read(bundle: Bundle, path: Path, digest: str) -> tuple[Golden, ...]:
                 raise ValueError(f"it has {len(entries)} images, over {_MOST}")
             images = tuple(_images(bundle, file, entries))
     except (SafetensorError, ValidationError, CheckpointError, GridError, OSError, ValueError, TypeError) as error:
-        raise BundleError(f"{path} holds no golden images of this bundle: {error}", hint=_AGAIN) from error
+        raise BundleError(f"{path} holds no golden images of this bundle: {problems_of(error)}", hint=_AGAIN) from error
     before.require(path)
     return images
 

@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from visionaccel.core.bounded_files import read_bounded
 from visionaccel.core.contracts import TensorSpec
 from visionaccel.core.grid import Grid
+from visionaccel.core.invalid_values import problems_of
 from visionaccel.core.program import AnyGrid, Bucket, Coverage, FixedGrid, HostSplit, Precision
 from visionaccel.core.strict_json import parse_json
 from visionaccel.errors import BundleError, GridError
@@ -351,13 +352,8 @@ def _validated(document: dict[str, Any], where: str) -> Manifest:
         for program in manifest.programs:
             program.covers()
     except (ValidationError, GridError, ValueError, RecursionError) as error:
-        problems = (
-            "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors()[:5])
-            if isinstance(error, ValidationError)
-            else str(error)
-        )
         raise BundleError(
-            f"{where} is not a manifest that this visionaccel knows: {problems}.",
+            f"{where} is not a manifest that this visionaccel knows: {problems_of(error)}.",
             hint="Export the bundle again, or use the visionaccel that wrote it.",
         ) from error
     return manifest

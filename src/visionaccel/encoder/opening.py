@@ -14,6 +14,7 @@ from visionaccel.backends.sessions import open_session
 from visionaccel.bundle import Bundle, is_bundle, open_bundle
 from visionaccel.checkpoint import locate_checkpoint
 from visionaccel.core.cores import on_cores
+from visionaccel.core.invalid_values import problems_of
 from visionaccel.core.program import EP_CONTEXT, FLEXMLRT_DIRECTORY, FLEXMLRT_RAI, Program
 from visionaccel.core.safe_text import safe_logger
 from visionaccel.encoder.encoder import Encoder, OpenProgram, close_programs
@@ -123,10 +124,9 @@ def _opened(
     try:
         checked = chosen.options.model_validate(dict(options or {}))
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors())
         known = ", ".join(chosen.options.model_fields) or "none"
         raise SettingsError(
-            f"invalid options of backend {name!r}: {problems}.", hint=f"Options it takes: {known}."
+            f"invalid options of backend {name!r}: {problems_of(error)}.", hint=f"Options it takes: {known}."
         ) from error
     tower, programs_read = _tower(source), list(programs)
     if any(program.format not in _COMPILED for program in programs):

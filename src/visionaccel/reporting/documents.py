@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from visionaccel.core.bounded_files import read_bounded
+from visionaccel.core.invalid_values import problems_of
 from visionaccel.core.safe_text import one_line
 from visionaccel.core.strict_json import parse_json
 from visionaccel.errors import ConfigurationError, InputError
@@ -16,7 +17,6 @@ __all__ = ["checked", "parsed", "read_document", "read_text"]
 
 _MIB = 2**20
 _MOST_DIGITS = 18
-_SHOWN_PROBLEMS = 3
 
 T = TypeVar("T")
 
@@ -87,10 +87,6 @@ def checked(kind: type[T], document: Any, path: Path, what: str) -> T:
     try:
         return TypeAdapter(kind).validate_python(document)
     except (ValidationError, RecursionError, ArithmeticError) as error:
-        problems = str(error)
-        if isinstance(error, ValidationError):
-            listed = error.errors(include_url=False, include_input=False, include_context=False)
-            problems = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in listed[:_SHOWN_PROBLEMS])
         raise InputError(
-            f"{path} is not {what}: {one_line(problems)}.", hint="Name a file that this visionaccel wrote."
+            f"{path} is not {what}: {one_line(problems_of(error))}.", hint="Name a file that this visionaccel wrote."
         ) from error

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from visionaccel.core.bounded_files import read_bounded
 from visionaccel.core.contracts import TensorSpec
+from visionaccel.core.invalid_values import problems_of
 from visionaccel.errors import BundleError
 
 __all__ = ["Connectivity", "DeviceTensor", "Edge", "PartitionInfo", "TensorTable", "read_metadata"]
@@ -79,7 +80,4 @@ def read_metadata(path: Path, kind: type[_M]) -> _M:
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, problem['loc'])) or 'document'}: {problem['msg']}" for problem in error.errors()[:5]
-        )
-        raise BundleError(f"{path} is not what the compiler writes: {problems}.", hint=hint) from error
+        raise BundleError(f"{path} is not what the compiler writes: {problems_of(error)}.", hint=hint) from error

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from visionaccel.backends import Finding, ProgramSource, VisionBackend, default_registry
 from visionaccel.cli.diagnosis.findings import looked
+from visionaccel.core.invalid_values import problems_of
 from visionaccel.encoder import open_source
 from visionaccel.errors import SettingsError
 from visionaccel.isolation import answer_with, as_finding, give_up_after
@@ -67,9 +68,8 @@ def _options(backend: VisionBackend) -> Sequence[Finding]:
     try:
         backend.options.model_validate(dict(settings.options))
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors())
         known = ", ".join(backend.options.model_fields) or "none"
-        return [Finding("VISIONACCEL_OPTIONS", "failure", problems, f"Options it takes: {known}.")]
+        return [Finding("VISIONACCEL_OPTIONS", "failure", problems_of(error), f"Options it takes: {known}.")]
     return [Finding("VISIONACCEL_OPTIONS", "pass", ", ".join(settings.options))]
 
 

@@ -21,12 +21,12 @@ from visionaccel.backends import (
     VisionBackend,
     default_registry,
 )
+from visionaccel.core.invalid_values import problems_of
 from visionaccel.core.program import CHECKPOINT, EP_CONTEXT, FLEXMLRT_DIRECTORY, FLEXMLRT_RAI, ONNX_MODELS, Program
 from visionaccel.errors import ConfigurationError, SettingsError, VisionAccelError
 from visionaccel.testing.simulated.answers import RememberedAnswers
 from visionaccel.testing.simulated.faults import FaultRule, FaultScript
 from visionaccel.testing.simulated.latency import Latency, read_recorded
-from visionaccel.testing.simulated.problems import problems
 from visionaccel.testing.simulated.session import SimulatedSession
 from visionaccel.testing.simulated.target import NAME, Target
 
@@ -138,6 +138,6 @@ def _options_of(backend: VisionBackend, given: dict[str, Any]) -> Options:
     except ValidationError as error:
         known = ", ".join(backend.options.model_fields) or "none"
         raise SettingsError(
-            f"option inner, for the wrapped backend {backend.name!r}: {problems(error)}.",
+            f"option inner, for the wrapped backend {backend.name!r}: {problems_of(error)}.",
             hint=f"Options it takes: {known}.",
         ) from error

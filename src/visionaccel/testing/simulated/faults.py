@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from visionaccel.core.arrays import Array, as_numpy
+from visionaccel.core.invalid_values import problems_of
 from visionaccel.errors import DeviceError, SettingsError
 from visionaccel.testing.simulated.frames import Frame
-from visionaccel.testing.simulated.problems import problems
 
 __all__ = ["Fault", "FaultRule", "FaultScript", "struck"]
 
@@ -201,7 +201,7 @@ class FaultScript:
             return (*self._rules, *_RULES.validate_json(text))
         except ValidationError as error:
             raise SettingsError(
-                f"{self._switch} holds no simulated faults: {problems(error)}.",
+                f"{self._switch} holds no simulated faults: {problems_of(error)}.",
                 hint='Write a JSON list of rules, such as [{"every": 3, "do": "raise"}].',
             ) from error
 

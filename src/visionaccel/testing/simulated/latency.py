@@ -9,9 +9,9 @@ from pathlib import Path
 
 from pydantic import NonNegativeFloat, TypeAdapter, ValidationError
 
+from visionaccel.core.invalid_values import problems_of
 from visionaccel.errors import SettingsError
 from visionaccel.testing.simulated.frames import Frame
-from visionaccel.testing.simulated.problems import problems
 
 __all__ = ["Latency", "read_recorded"]
 
@@ -69,7 +69,7 @@ def read_recorded(path: Path) -> dict[tuple[int, int], tuple[float, ...]]:
     except OSError as error:
         raise SettingsError(f"recorded times {path} cannot be read: {error}.", hint=advice) from error
     except ValidationError as error:
-        raise SettingsError(f"recorded times {path}: {problems(error)}.", hint=advice) from error
+        raise SettingsError(f"recorded times {path}: {problems_of(error)}.", hint=advice) from error
     found: dict[tuple[int, int], tuple[float, ...]] = {}
     for name, seconds in stated.items():
         size = _SIZE.fullmatch(name)

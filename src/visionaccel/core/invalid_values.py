@@ -1,0 +1,36 @@
+"""What is wrong with a value that pydantic refused, in one line, for every error of ours that says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+from pydantic import ValidationError
+
+__all__ = ["Problem", "problems_of"]
+
+Problem: TypeAlias = Mapping[str, Any]
+"""One of the entries of `ValidationError.errors()`."""
+
+_MOST_PROBLEMS = 5
+"""Problems that are named; a document of another kind has hundreds."""
+
+
+def _described(problem: Problem) -> str:
+    place = ".".join(map(str, problem["loc"]))
+    return f"{place}: {problem['msg']}" if place else str(problem["msg"])
+
+
+def problems_of(error: Exception, describe: Callable[[Problem], str] = _described) -> str:
+    """Where each problem is and what it is; of an error that is not pydantic's, its message.
+
+    Args:
+        error: What validating raised.
+        describe: Puts one problem in words; by default without the value.
+    """
+    if not isinstance(error, ValidationError):
+        return str(error)
+    problems = error.errors(include_url=False, include_context=False, include_input=describe is not _described)
+    named = "; ".join(map(describe, problems[:_MOST_PROBLEMS]))
+    left = len(problems) - _MOST_PROBLEMS
+    return f"{named}; and {left} more" if left > 0 else named
