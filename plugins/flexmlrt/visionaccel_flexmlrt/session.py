@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visionaccel.backends import Capabilities, Session
-from visionaccel.core.arrays import FLOATS, Array
+from visionaccel.core.arrays import Array
 from visionaccel.core.contracts import TensorSpec
+from visionaccel.core.dtypes import FLOATS
 from visionaccel.errors import DeviceError, OutputError
 from visionaccel_flexmlrt.host_graphs import HostGraphs
 

@@ -11,20 +11,21 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from visionaccel.core.dtypes import DTYPES
+from visionaccel.core.external_data import ExternalData, hold_data, is_external
 from visionaccel.errors import ArtifactError
 
 __all__ = ["external_weights", "load_weights", "map_weights", "mapped_weights"]
 
 _STORED: Mapping[int, str] = {
-    onnx.TensorProto.FLOAT: "float32",
-    onnx.TensorProto.FLOAT16: "float16",
-    onnx.TensorProto.BFLOAT16: "uint16",  # numpy has no bfloat16; runtimes look at the bytes alone
+    **{DTYPES[name].onnx: name for name in ("float32", "float16")},
+    DTYPES["bfloat16"].onnx: "uint16",  # numpy has no bfloat16; runtimes look at the bytes alone
 }
 
 
 def external_weights(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
     """The initializers of a model's graph that lie in other files, by name."""
-    return {each.name: each for each in model.graph.initializer if each.data_location == onnx.TensorProto.EXTERNAL}
+    return {each.name: each for each in model.graph.initializer if is_external(each)}
 
 
 def map_weights(tensors: Iterable[onnx.TensorProto], folder: Path) -> dict[str, NDArray[Any]]:
@@ -42,13 +43,14 @@ def map_weights(tensors: Iterable[onnx.TensorProto], folder: Path) -> dict[str, 
     files: dict[Path, NDArray[np.uint8]] = {}
     found: dict[str, NDArray[Any]] = {}
     for tensor in tensors:
-        where = {entry.key: entry.value for entry in tensor.external_data}
         if tensor.data_type not in _STORED:
             kind = onnx.TensorProto.DataType.Name(tensor.data_type)
             raise ArtifactError(f"weight {tensor.name!r} is of type {kind}.", hint="Export the program again.")
         dtype, shape = np.dtype(_STORED[tensor.data_type]), tuple(tensor.dims)
-        path, offset = folder / where["location"], int(where.get("offset", 0))
+        path = folder
         try:
+            place = ExternalData.of(tensor)
+            path, offset = folder / place.location, place.offset
             if path not in files:
                 files[path] = np.memmap(path, np.uint8, "r")
             stored = files[path][offset : offset + math.prod(shape) * dtype.itemsize]
@@ -82,6 +84,4 @@ def load_weights(model: onnx.ModelProto, folder: Path) -> None:
     """
     external = external_weights(model)
     for name, array in map_weights(external.values(), folder).items():
-        external[name].raw_data = array.tobytes()
-        external[name].data_location = onnx.TensorProto.DEFAULT
-        del external[name].external_data[:]
+        hold_data(external[name], array.tobytes())

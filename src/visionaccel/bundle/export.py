@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -20,6 +21,7 @@ from visionaccel.bundle.opening import Bundle, open_bundle, tower_digest
 from visionaccel.bundle.processor import PROCESSOR_FILES, processor_digest
 from visionaccel.checkpoint import SINGLE_FILE, Checkpoint, write_safetensors
 from visionaccel.core.digests import file_digest
+from visionaccel.core.dtypes import DTYPES
 from visionaccel.core.orphans import guarded_folder
 from visionaccel.core.program import (
     ONNX,
@@ -283,8 +285,7 @@ def _check_replaceable(output: Path, *, force: bool) -> None:
 
 def _pack(tower: Tower, folder: Path, precision: Precision, total: int, tell: Progress) -> Tower:
     """Configuration, processor and weights into the folder; the tower over them."""
-    items = {"float32": 4, "bfloat16": 2, "float16": 2}
-    needed = sum(t.length // items.get(t.dtype, 4) * items[precision] for t in tower.weights.values())
+    needed = sum(math.prod(tensor.shape) for tensor in tower.weights.values()) * DTYPES[precision].bytes
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ConfigurationError(

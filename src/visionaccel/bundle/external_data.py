@@ -9,6 +9,8 @@ from pathlib import Path
 import onnx
 
 from visionaccel.bundle.onnx_tensors import check_tensor_names
+from visionaccel.core.dtypes import DTYPES, FLOATS
+from visionaccel.core.external_data import ExternalData, is_external, point_at
 from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import BundleError
 
@@ -16,11 +18,6 @@ __all__ = ["point_at_weights"]
 
 _AGAIN = "Export the bundle again."
 _MOST_DIMENSIONS = 32
-_DTYPES: Mapping[int, str] = {
-    onnx.TensorProto.FLOAT: "float32",
-    onnx.TensorProto.FLOAT16: "float16",
-    onnx.TensorProto.BFLOAT16: "bfloat16",
-}
 
 
 def point_at_weights(model: bytes, weights: Mapping[str, StoredTensor], folder: Path) -> bytes:
@@ -42,13 +39,13 @@ def point_at_weights(model: bytes, weights: Mapping[str, StoredTensor], folder: 
     check_tensor_names(proto.graph, "a program")
     initializers = list(proto.graph.initializer)
     proto.graph.ClearField("initializer")
-    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in _tensors(proto)):
+    if any(is_external(tensor) for tensor in _tensors(proto)):
         raise BundleError("a program has external data that is no weight of its graph.", hint=_AGAIN)
     if any(node.op_type == "EPContext" for node in proto.graph.node):
         # It names a compiled model by a path that an execution provider follows.
         raise BundleError("a program wraps another one that lies elsewhere (EPContext).", hint="Export it as ONNX.")
     for initializer in initializers:
-        if initializer.data_location == onnx.TensorProto.EXTERNAL:
+        if is_external(initializer):
             _point(initializer, weights, folder)
     proto.graph.initializer.extend(initializers)
     return bytes(proto.SerializeToString())
@@ -61,7 +58,8 @@ def _point(initializer: onnx.TensorProto, weights: Mapping[str, StoredTensor], f
     sizes = list(initializer.dims[:_MOST_DIMENSIONS])
     whole = len(sizes) == len(initializer.dims)  # the product of very many sizes alone takes minutes
     if (
-        _DTYPES.get(initializer.data_type) != stored.dtype
+        stored.dtype not in FLOATS
+        or initializer.data_type != DTYPES[stored.dtype].onnx
         or not whole
         or min(sizes, default=1) < 0
         or math.prod(sizes) != math.prod(stored.shape)
@@ -71,10 +69,7 @@ def _point(initializer: onnx.TensorProto, weights: Mapping[str, StoredTensor], f
             f"{stored.dtype}{list(stored.shape)}.",
             hint=_AGAIN,
         )
-    del initializer.external_data[:]
-    location = stored.file.relative_to(folder).as_posix()
-    for key, value in (("location", location), ("offset", stored.offset), ("length", stored.length)):
-        initializer.external_data.add(key=key, value=str(value))
+    point_at(initializer, ExternalData.at(stored, folder))
 
 
 def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:

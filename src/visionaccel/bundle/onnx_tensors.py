@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import onnx
 
+from visionaccel.core.external_data import ExternalData, is_external
 from visionaccel.errors import BundleError
 
 __all__ = ["check_tensor_names", "check_tensors"]
@@ -33,7 +34,7 @@ def check_tensors(model: onnx.ModelProto, where: object) -> None:
     ranges: dict[str, list[tuple[int, int, str]]] = {}
     for graph in _graphs(model.graph):
         for tensor in _tensors(graph):
-            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            if is_external(tensor):
                 location, begin, end = _range(tensor, where)
                 if begin < end:
                     ranges.setdefault(location, []).append((begin, end, tensor.name))
@@ -63,18 +64,12 @@ def check_tensor_names(graph: onnx.GraphProto, where: object) -> None:
 
 def _range(tensor: onnx.TensorProto, where: object) -> tuple[str, int, int]:
     """The file of a tensor's data and which of its bytes they are."""
-    keys = [item.key for item in tensor.external_data]
-    entry = {item.key: item.value for item in tensor.external_data}
     try:
-        if len(entry) != len(keys):
-            raise ValueError("a field is given twice")
-        begin = int(entry.get("offset", 0))
-        length = int(entry["length"]) if "length" in entry else _bytes(tensor)
-        if begin < 0 or length < 0:
-            raise ValueError("a place in a file is not negative")
+        place = ExternalData.of(tensor)
+        length = _bytes(tensor) if place.length is None else place.length
     except (ValueError, KeyError) as error:
         raise BundleError(f"{where}: external data of {tensor.name!r}: {error}.", hint=_AGAIN) from error
-    return posixpath.normpath(entry.get("location", "")), begin, begin + length
+    return posixpath.normpath(place.location), place.offset, place.offset + length
 
 
 def _bytes(tensor: onnx.TensorProto) -> int:

@@ -17,28 +17,20 @@ from pathlib import Path
 from typing import Any
 
 from visionaccel.core.bounded_files import MOST_JSON_BYTES, open_regular, read_bounded
+from visionaccel.core.dtypes import FLOATS, OF_SAFETENSORS
 from visionaccel.core.memory_files import FileState
 from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.core.strict_json import parse_json
 from visionaccel.errors import CheckpointError
 
 __all__ = [
-    "INDEX_FILE", "ITEM_BYTES", "SINGLE_FILE", "Checkpoint", "locate_checkpoint", "read_header", "read_json",
-    "safetensors_dtype",
+    "INDEX_FILE", "SINGLE_FILE", "Checkpoint", "locate_checkpoint", "read_header", "read_json",
 ]  # fmt: skip
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-ITEM_BYTES: Mapping[str, int] = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
-    "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "U32": 4, "U64": 8, "C64": 8,
-}  # fmt: skip
-"""Bytes of an element by safetensors' name of its dtype; of others, only a tensor's own number of bytes is known."""
-
 _OTHER_FILES = ("adapter_model", "consolidated")
 """How the names of safetensors files start that hold something else: an adapter, or the weights in another layout."""
 
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_NAMES = {plain: name for name, plain in _DTYPES.items()}
 _MOST_DIMENSIONS = 64
 _LFS_POINTER = b"version https://git-lfs"
 
@@ -214,11 +206,6 @@ def locate_checkpoint(
     return Checkpoint(Path(folder))
 
 
-def safetensors_dtype(dtype: str) -> str:
-    """The name safetensors gives a `StoredTensor.dtype`, such as `BF16` of `bfloat16`."""
-    return _NAMES.get(dtype, dtype)
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in one of a checkpoint's files.
 
@@ -290,7 +277,8 @@ def _stored(path: Path, resolved: Path, state: FileState, base: int, name: str, 
         if len(entry["shape"]) > _MOST_DIMENSIONS:  # the product of very many sizes alone takes minutes
             raise ValueError("a tensor of too many dimensions")
         shape, dtype = tuple(map(_count, entry["shape"])), str(entry["dtype"])
-        expected = math.prod(shape) * ITEM_BYTES[dtype] if dtype in ITEM_BYTES else end - begin
+        known = OF_SAFETENSORS.get(dtype)
+        expected = end - begin if known is None else math.prod(shape) * known.bytes
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path}: the header entry of {name!r} is malformed.", hint="Download the file again."
@@ -302,4 +290,5 @@ def _stored(path: Path, resolved: Path, state: FileState, base: int, name: str, 
             else f"{path}: tensor {name!r} of {dtype}{list(shape)} does not fit its {end - begin} bytes.",
             hint="The file is truncated or damaged; download it again.",
         )
-    return StoredTensor(name, resolved, base + begin, end - begin, _DTYPES.get(dtype, dtype), shape, state)
+    plain = known.name if known is not None and known.name in FLOATS else dtype
+    return StoredTensor(name, resolved, base + begin, end - begin, plain, shape, state)

@@ -17,11 +17,10 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from visionaccel.checkpoint.reading import ITEM_BYTES, safetensors_dtype
-from visionaccel.core.arrays import FLOATS
 from visionaccel.core.bounded_files import MOST_HOLE_BYTES, hole_bytes
+from visionaccel.core.dtypes import DTYPES, FLOATS, OF_SAFETENSORS, safetensors_name
 from visionaccel.core.memory_files import MemoryFile
-from visionaccel.core.stored_tensor import CHUNK_BYTES, StoredTensor
+from visionaccel.core.stored_tensor import CHUNK_BYTES, StoredTensor, rounded
 from visionaccel.errors import CheckpointError, ConfigurationError
 
 __all__ = ["copy_to_memory", "weights_digest", "write_safetensors"]
@@ -188,7 +187,7 @@ def _header(tensors: Mapping[str, StoredTensor], dtype: str | None, metadata: Ma
     for name, tensor in tensors.items():
         written = _written_dtype(tensor, dtype)
         begin, end = end, end + _written_bytes(tensor, dtype)
-        header[name] = {"dtype": safetensors_dtype(written), "shape": tensor.shape, "data_offsets": [begin, end]}
+        header[name] = {"dtype": safetensors_name(written), "shape": tensor.shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
@@ -197,20 +196,23 @@ def _header(tensors: Mapping[str, StoredTensor], dtype: str | None, metadata: Ma
 def _stream(
     file: BinaryIO, tensors: Mapping[str, StoredTensor], dtype: str | None, progress: Callable[[int], None] | None
 ) -> None:
-    buffer = memoryview(bytearray(CHUNK_BYTES))
+    tell, buffer = progress or (lambda _: None), memoryview(bytearray(CHUNK_BYTES))
     for tensor in tensors.values():
         written = _written_dtype(tensor, dtype)
-        for piece in tensor.chunks(buffer):
-            file.write(piece if written == tensor.dtype else _converted(piece, tensor, written).view(np.uint8).data)
-            if progress is not None:
-                progress(len(piece))
+        if written == tensor.dtype:
+            for piece in tensor.chunks(buffer):
+                file.write(piece)
+                tell(len(piece))
+            continue
+        for values in tensor.elements(CHUNK_BYTES // DTYPES[tensor.dtype].bytes):
+            file.write(_converted(values, tensor, written).view(np.uint8).data)
+            tell(values.nbytes)
 
 
-def _converted(piece: memoryview, tensor: StoredTensor, dtype: str) -> NDArray[Any]:
-    """The elements in `piece`, one-dimensional, as `dtype`."""
-    values = np.frombuffer(piece, dtype=FLOATS[tensor.dtype])
-    with np.errstate(all="ignore"):  # ml_dtypes' functions report NaN as invalid, also where they only look at it
-        result: NDArray[Any] = values.astype(np.float32, copy=False).astype(FLOATS[dtype], copy=False)
+def _converted(values: NDArray[Any], tensor: StoredTensor, dtype: str) -> NDArray[Any]:
+    """Some of a tensor's elements, one-dimensional, as `dtype`."""
+    result = rounded(values, dtype)
+    with np.errstate(all="ignore"):
         overflown = np.isfinite(values) & np.isinf(result) if not np.isfinite(result).all() else np.False_
     if overflown.any():
         raise CheckpointError(
@@ -231,5 +233,5 @@ def _written_bytes(tensor: StoredTensor, dtype: str | None) -> int:
 
 def _item_bytes(tensor: StoredTensor, dtype: str | None) -> int:
     """Size of an element as written; of a dtype that is not in the table, from the tensor's own, 0 below a byte."""
-    known = ITEM_BYTES.get(safetensors_dtype(_written_dtype(tensor, dtype)))
-    return tensor.length // max(1, math.prod(tensor.shape)) if known is None else known
+    known = OF_SAFETENSORS.get(safetensors_name(_written_dtype(tensor, dtype)))
+    return tensor.length // max(1, math.prod(tensor.shape)) if known is None else known.bytes

@@ -7,22 +7,17 @@ viewed as numpy without a copy.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from visionaccel.core.dtypes import FLOATS
+
 __all__ = [
     "FLOATS", "Array", "as_host_tensor", "as_numpy", "constant_rows", "dtype_name", "finite_rows", "is_tensor",
 ]  # fmt: skip
-
-FLOATS: Mapping[str, Any] = MappingProxyType(
-    {"float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-)
-"""numpy's types of the floating dtypes, by their names."""
 
 Array: TypeAlias = Any
 """A numpy array, or a torch tensor where a session declares that it takes them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,11 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from visionaccel.core.arrays import FLOATS
+from visionaccel.core.dtypes import FLOATS
 from visionaccel.core.memory_files import FileState, MemoryFile
 from visionaccel.errors import CheckpointError
 
-__all__ = ["CHUNK_BYTES", "StoredTensor"]
+__all__ = ["CHUNK_BYTES", "StoredTensor", "rounded"]
 
 CHUNK_BYTES = 1 << 20
 """Bytes read at once, a multiple of every element's size; larger pieces leave the cache before they are hashed."""
@@ -75,8 +76,8 @@ class StoredTensor:
         if isinstance(self.origin, FileState):
             self.origin.require_same(FileState.of(opened), self.file)
 
-    def read(self) -> NDArray[Any]:
-        """The tensor as an array of its shape and dtype, in memory that no file backs.
+    def elements(self, at_once: int) -> Iterator[NDArray[Any]]:
+        """The elements in order, one-dimensional, at most so many at a time; each array is overwritten by the next.
 
         Raises:
             CheckpointError: If its dtype is not a float that numpy has, or as `chunks`.
@@ -87,11 +88,20 @@ class StoredTensor:
                 f"{self.file}: {self.name!r} is {self.dtype}, and {', '.join(FLOATS)} are read.",
                 hint="Use an unquantised checkpoint of the same model.",
             )
-        data = np.empty(self.length, np.uint8)
-        for _ in self.chunks(data.data):
-            pass  # the buffer holds the whole tensor, so there is one chunk
-        values: NDArray[Any] = data.view(FLOATS[self.dtype]).reshape(self.shape)
-        return values
+        values = np.empty(at_once, FLOATS[self.dtype])
+        for piece in self.chunks(values.view(np.uint8).data):
+            yield values[: len(piece) // values.itemsize]
+
+    def read(self) -> NDArray[Any]:
+        """The tensor as an array of its shape and dtype, in memory that no file backs.
+
+        Raises:
+            CheckpointError: As `elements`.
+            ChangedFileError: As `chunks`.
+        """
+        pieces = list(self.elements(max(1, math.prod(self.shape))))  # one, or none of an empty tensor
+        values: NDArray[Any] = pieces[0] if pieces else np.empty(0, FLOATS[self.dtype])
+        return values.reshape(self.shape)
 
     def holds_the_same_as(self, other: StoredTensor) -> bool:
         """Whether dtype, shape and every byte are equal, wherever the two lie.
@@ -105,3 +115,10 @@ class StoredTensor:
         ours, theirs = (tensor.chunks(memoryview(bytearray(CHUNK_BYTES))) for tensor in (self, other))
         same_place = (self.file, self.offset) == (other.file, other.offset)
         return same_place or all(one == another for one, another in zip(ours, theirs, strict=True))
+
+
+def rounded(values: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """Floats as another dtype, rounded to nearest, ties to even, and float64 by way of float32, as in torch."""
+    with np.errstate(all="ignore"):  # ml_dtypes' functions report NaN as invalid, also where they only look at it
+        result: NDArray[Any] = values.astype(np.float32, copy=False).astype(FLOATS[dtype], copy=False)
+    return result

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from visionaccel.core.arrays import FLOATS, Array, as_numpy, is_tensor
+from visionaccel.core.arrays import Array, as_numpy, is_tensor
+from visionaccel.core.dtypes import FLOATS
 from visionaccel.core.safe_text import safe_logger
 from visionaccel.errors import DeadlineError, DeviceError, VisionAccelError
 from visionaccel.service.cache import EmbeddingCache

@@ -14,7 +14,8 @@ from typing import Self
 
 import numpy as np
 
-from visionaccel.core.arrays import FLOATS, Array
+from visionaccel.core.arrays import Array
+from visionaccel.core.dtypes import FLOATS
 from visionaccel.core.grid import Grid, GridLike, as_grids, total_patches
 from visionaccel.errors import (
     ConfigurationError,

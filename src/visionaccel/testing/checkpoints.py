@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from visionaccel.core.arrays import FLOATS
+from visionaccel.core.dtypes import FLOATS
 
 __all__ = ["LIVELY", "QWEN2_5_VL_7B", "TINY", "hollow_checkpoint", "random_checkpoint", "tower_shapes"]
 

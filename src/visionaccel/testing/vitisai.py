@@ -31,6 +31,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from visionaccel.core.dtypes import DTYPES
+from visionaccel.core.external_data import ExternalData, is_external, point_at
 from visionaccel.core.grid import Grid
 from visionaccel.core.program import SIMULATOR_FILE, FixedGrid, HostSplit, Precision
 from visionaccel.families import Tower
@@ -190,37 +192,30 @@ def _whole(
 
 
 def _external(name: str, stored: Any, folder: Path) -> onnx.TensorProto:
-    kinds = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
-    tensor = TensorProto(name=name, data_type=kinds[stored.dtype], data_location=TensorProto.EXTERNAL)
-    tensor.dims.extend(stored.shape)
-    location = stored.file.relative_to(folder).as_posix()
-    for key, value in (("location", location), ("offset", stored.offset), ("length", stored.length)):
-        tensor.external_data.add(key=key, value=str(value))
+    tensor = TensorProto(name=name, data_type=DTYPES[stored.dtype].onnx, dims=stored.shape)
+    point_at(tensor, ExternalData.at(stored, folder))
     return tensor
 
 
 def _pack_weights(model: onnx.ModelProto, source: Path, target: Path) -> None:
     """Copy the weights that a model refers to into one file, and make it refer to that."""
-    places: list[tuple[str, int, int, int]] = []
+    places: list[tuple[ExternalData, int, int]] = []
     end = 0
-    for tensor in model.graph.initializer:
-        if tensor.data_location != TensorProto.EXTERNAL:
-            continue
-        entry = {item.key: item.value for item in tensor.external_data}
-        length = int(entry["length"])
-        places.append((entry["location"], int(entry["offset"]), length, end))
-        del tensor.external_data[:]
-        for key, value in {"location": target.name, "offset": end, "length": length}.items():
-            tensor.external_data.add(key=key, value=str(value))
+    for tensor in filter(is_external, model.graph.initializer):
+        place = ExternalData.of(tensor)
+        assert place.length is not None
+        length = place.length
+        places.append((place, length, end))
+        point_at(tensor, ExternalData(target.name, end, length))
         end += -(-length // _ALIGNMENT) * _ALIGNMENT
     with target.open("wb") as written:
-        for location, offset, length, place in places:
-            with (source / location).open("rb") as read:
+        for origin, length, begin in places:
+            with (source / origin.location).open("rb") as read:
                 for start in range(0, length, _CHUNK):
-                    read.seek(offset + start)
+                    read.seek(origin.offset + start)
                     piece = read.read(min(_CHUNK, length - start))
                     if np.frombuffer(piece, np.uint8).any():
-                        written.seek(place + start)
+                        written.seek(begin + start)
                         written.write(piece)
         written.truncate(end)
 

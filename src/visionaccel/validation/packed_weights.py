@@ -5,14 +5,10 @@ Comparing embeddings does not replace this: without a small bias they can differ
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
 
-import numpy as np
-from numpy.typing import NDArray
-
-from visionaccel.core.arrays import FLOATS
-from visionaccel.core.stored_tensor import CHUNK_BYTES, StoredTensor
+from visionaccel.core.dtypes import FLOATS
+from visionaccel.core.stored_tensor import CHUNK_BYTES, StoredTensor, rounded
 
 __all__ = ["differing_weights"]
 
@@ -37,22 +33,7 @@ def differing_weights(packed: Mapping[str, StoredTensor], source: Mapping[str, S
 def _same(packed: StoredTensor, source: StoredTensor) -> bool:
     if packed.shape != source.shape:
         return False
-    if packed.dtype == source.dtype:
-        pairs = zip(_pieces(packed, np.uint8), _pieces(source, np.uint8), strict=True)
-        return packed.length == source.length and all(np.array_equal(ours, theirs) for ours, theirs in pairs)
-    if packed.dtype not in FLOATS or source.dtype not in FLOATS:
-        return False
-    target = np.dtype(FLOATS[packed.dtype])
-    for ours, theirs in zip(_pieces(packed, target), _pieces(source, FLOATS[source.dtype]), strict=True):
-        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-            # By way of float32, as it was packed.
-            rounded = theirs.astype(np.float32, copy=False).astype(target, copy=False)
-        if rounded.tobytes() != ours.tobytes():
-            return False
-    return True
-
-
-def _pieces(tensor: StoredTensor, dtype: Any) -> Iterator[NDArray[Any]]:
-    """The tensor's elements in order, one-dimensional, a fixed number at a time."""
-    buffer = memoryview(bytearray(_MOST_ITEMS * np.dtype(dtype).itemsize))
-    return (np.frombuffer(piece, dtype) for piece in tensor.chunks(buffer))
+    if packed.dtype == source.dtype or packed.dtype not in FLOATS or source.dtype not in FLOATS:
+        return packed.holds_the_same_as(source)
+    pairs = zip(packed.elements(_MOST_ITEMS), source.elements(_MOST_ITEMS), strict=True)
+    return all(rounded(theirs, packed.dtype).tobytes() == ours.tobytes() for ours, theirs in pairs)

@@ -10,6 +10,7 @@ from onnx import TensorProto, helper
 from visionaccel.bundle.vitisai.graph import OnnxGraph, external_files
 from visionaccel.bundle.vitisai.layout import Boundary
 from visionaccel.core.contracts import TensorSpec
+from visionaccel.core.external_data import is_external
 from visionaccel.errors import BundleError
 
 __all__ = ["extract_host", "host_operators"]
@@ -95,7 +96,7 @@ def _extract(
 
 def _inline(graph: OnnxGraph, tensor: onnx.TensorProto) -> onnx.TensorProto:
     """A weight with its data within."""
-    if tensor.data_location != TensorProto.EXTERNAL:
+    if not is_external(tensor):
         return tensor
     values = graph.values(tensor)
     if values is None:

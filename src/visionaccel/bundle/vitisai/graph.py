@@ -13,15 +13,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import AttributeProto, TensorProto
+from onnx import AttributeProto
 
 from visionaccel.bundle.onnx_tensors import check_tensors
 from visionaccel.core.bounded_files import read_bounded
 from visionaccel.core.contracts import TensorSpec
+from visionaccel.core.dtypes import DTYPES, OF_ONNX
+from visionaccel.core.external_data import ExternalData, is_external
 from visionaccel.errors import BundleError
 
 __all__ = ["OnnxGraph", "check_link", "external_files", "plain_file"]
@@ -40,14 +41,9 @@ _MOST_DIMENSIONS = 32
 _MOST_FOLDS = 64
 """Operators that one constant is made by, all of them counted: a graph may hand each on to the next one twice."""
 
-_TYPES: Mapping[int, np.dtype[Any]] = {
-    TensorProto.FLOAT: np.dtype(np.float32),
-    TensorProto.FLOAT16: np.dtype(np.float16),
-    TensorProto.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
-    TensorProto.INT32: np.dtype(np.int32),
-    TensorProto.INT64: np.dtype(np.int64),
-}
-_NAMES = {**{kind: dtype.name for kind, dtype in _TYPES.items()}, TensorProto.BOOL: "bool"}
+_HOSTS = ("float32", "float16", "bfloat16", "int32", "int64")
+_TYPES: Mapping[int, np.dtype[Any]] = {DTYPES[name].onnx: DTYPES[name].numpy for name in _HOSTS}
+"""Dtypes that a host part has."""
 
 
 class OnnxGraph:
@@ -186,7 +182,7 @@ class OnnxGraph:
         if min(shape, default=1) < 0 or items * dtype.itemsize > _MOST_CONSTANT_BYTES:
             raise BundleError(f"{where} has the impossible shape {list(shape)}.", hint=_AGAIN)
         try:
-            if tensor.data_location == TensorProto.EXTERNAL:
+            if is_external(tensor):
                 found = self._external(tensor, dtype, items, where)
             elif tensor.HasField("raw_data"):
                 found = np.frombuffer(tensor.raw_data, dtype)
@@ -202,13 +198,13 @@ class OnnxGraph:
         return found.reshape(shape)
 
     def _external(self, tensor: onnx.TensorProto, dtype: np.dtype[Any], items: int, where: str) -> NDArray[Any]:
-        entry = {item.key: item.value for item in tensor.external_data}
-        file = plain_file(self.path.parent, entry.get("location", ""), where)
-        offset, size = int(entry.get("offset", 0)), file.stat().st_size
-        length = int(entry.get("length", items * dtype.itemsize))
-        if offset < 0 or length != items * dtype.itemsize or offset + length > size:
+        place = ExternalData.of(tensor)
+        file = plain_file(self.path.parent, place.location, where)
+        wanted = items * dtype.itemsize
+        length = wanted if place.length is None else place.length
+        if length != wanted or place.offset + length > file.stat().st_size:
             raise BundleError(f"{where} lies outside of {file.name} or has another size.", hint=_AGAIN)
-        return np.fromfile(file, dtype, items, offset=offset)
+        return np.fromfile(file, dtype, items, offset=place.offset)
 
     def _constant(self, tensor: str, folds: Iterator[int]) -> NDArray[Any] | None:
         if tensor in self._initializers:
@@ -308,7 +304,7 @@ def external_files(model: onnx.ModelProto) -> frozenset[str]:
         item.value
         for graph in _graphs(model.graph)
         for tensor in _tensors(graph)
-        if tensor.data_location == TensorProto.EXTERNAL
+        if is_external(tensor)
         for item in tensor.external_data
         if item.key == "location"
     )
@@ -376,4 +372,5 @@ def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
     for number, size in enumerate(kind.shape.dim):
         known = size.HasField("dim_value") and size.dim_value > 0
         shape.append(size.dim_value if known else size.dim_param or f"size{number}")
-    return TensorSpec(value.name, _NAMES.get(kind.elem_type, f"type{kind.elem_type}"), tuple(shape))
+    known = OF_ONNX.get(kind.elem_type)
+    return TensorSpec(value.name, known.name if known else f"type{kind.elem_type}", tuple(shape))

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from visionaccel.bundle import Bundle, tower_digest
-from visionaccel.core.arrays import FLOATS, as_numpy, dtype_name
+from visionaccel.core.arrays import as_numpy, dtype_name
+from visionaccel.core.dtypes import FLOATS
 from visionaccel.core.memory_files import FileState
 from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import ArtifactError, ConfigurationError

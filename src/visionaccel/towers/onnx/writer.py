@@ -12,8 +12,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from visionaccel.core.arrays import FLOATS
 from visionaccel.core.contracts import TensorSpec
+from visionaccel.core.dtypes import DTYPES, FLOATS
+from visionaccel.core.external_data import ExternalData, point_at
 from visionaccel.core.program import Precision
 from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import CheckpointError
@@ -23,8 +24,8 @@ __all__ = ["MICROSOFT", "GraphWriter", "value_info"]
 MICROSOFT = "com.microsoft"
 """Domain of ONNX Runtime's fused operators."""
 
-_FLOATS = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
-_TYPES = {**_FLOATS, "int64": TensorProto.INT64, "int32": TensorProto.INT32}
+_WEIGHTS = ("float32", "float16", "bfloat16")
+"""Dtypes of weights that a graph may refer to."""
 
 
 class GraphWriter:
@@ -66,7 +67,7 @@ class GraphWriter:
         if domain == MICROSOFT and self.precision != "float32":
             # onnx infers no types through these operators, and whoever rewrites a graph of low precision needs them.
             self._types += [
-                helper.make_tensor_value_info(name, _FLOATS[self.precision], None) for name in names if name
+                helper.make_tensor_value_info(name, DTYPES[self.precision].onnx, None) for name in names if name
             ]
         return [name for name in names if name]
 
@@ -101,18 +102,15 @@ class GraphWriter:
         Raises:
             CheckpointError: If the stored shape or dtype is not what is demanded.
         """
-        if stored.shape != shape or stored.dtype not in _FLOATS:
+        if stored.shape != shape or stored.dtype not in _WEIGHTS:
             raise CheckpointError(
                 f"{stored.file}: {stored.name!r} is {stored.dtype}{list(stored.shape)}; the configuration demands "
-                f"{list(shape)} in {', '.join(_FLOATS)}.",
+                f"{list(shape)} in {', '.join(_WEIGHTS)}.",
                 hint="Configuration and weights are of different models, or the vision tower is quantized.",
             )
         if name not in self._initializers:
-            tensor = TensorProto(name=name, data_type=_FLOATS[stored.dtype], data_location=TensorProto.EXTERNAL)
-            tensor.dims.extend(view or shape)
-            location = stored.file.relative_to(self._folder).as_posix()
-            for key, value in (("location", location), ("offset", stored.offset), ("length", stored.length)):
-                tensor.external_data.add(key=key, value=str(value))
+            tensor = TensorProto(name=name, data_type=DTYPES[stored.dtype].onnx, dims=view or shape)
+            point_at(tensor, ExternalData.at(stored, self._folder))
             self._initializers[name] = tensor
             assert math.prod(view or shape) == math.prod(shape)
         if stored.dtype == self.precision:
@@ -129,7 +127,7 @@ class GraphWriter:
         """A float32 value in the writer's precision; with `always`, of any float dtype."""
         if self.precision == "float32" and not always:
             return value
-        return self.node("Cast", [value], to=_FLOATS[self.precision])
+        return self.node("Cast", [value], to=DTYPES[self.precision].onnx)
 
     def widen(self, value: str) -> str:
         """A value of the writer's precision in float32."""
@@ -166,4 +164,4 @@ class GraphWriter:
 
 def value_info(spec: TensorSpec) -> onnx.ValueInfoProto:
     """An input or output of a graph as ONNX declares it."""
-    return helper.make_tensor_value_info(spec.name, _TYPES[spec.dtype], spec.shape)
+    return helper.make_tensor_value_info(spec.name, DTYPES[spec.dtype].onnx, spec.shape)

@@ -1,0 +1,76 @@
+"""The dtypes of arrays: what numpy, safetensors and ONNX call each, and its size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+__all__ = ["DTYPES", "FLOATS", "OF_ONNX", "OF_SAFETENSORS", "Dtype", "safetensors_name"]
+
+
+@dataclass(frozen=True, slots=True)
+class Dtype:
+    """One dtype.
+
+    Attributes:
+        name: numpy's or ml_dtypes' name, which is also torch's.
+        safetensors: Its name in safetensors files.
+        onnx: Its number, of `onnx.TensorProto.DataType`.
+        numpy: numpy's dtype.
+    """
+
+    name: str
+    safetensors: str
+    onnx: int
+    numpy: np.dtype[Any]
+
+    @property
+    def bytes(self) -> int:
+        """Size of an element."""
+        return self.numpy.itemsize
+
+
+_ROWS: tuple[tuple[Any, str, int], ...] = (
+    (np.float64, "F64", 11),
+    (np.float32, "F32", 1),
+    (np.float16, "F16", 10),
+    (ml_dtypes.bfloat16, "BF16", 16),
+    (ml_dtypes.float8_e4m3fn, "F8_E4M3", 17),
+    (ml_dtypes.float8_e5m2, "F8_E5M2", 19),
+    (ml_dtypes.float8_e8m0fnu, "F8_E8M0", 24),
+    (np.int64, "I64", 7),
+    (np.int32, "I32", 6),
+    (np.int16, "I16", 5),
+    (np.int8, "I8", 3),
+    (np.uint64, "U64", 13),
+    (np.uint32, "U32", 12),
+    (np.uint16, "U16", 4),
+    (np.uint8, "U8", 2),
+    (np.bool_, "BOOL", 9),
+    (np.complex64, "C64", 14),
+)
+_EACH = tuple(Dtype(np.dtype(kind).name, code, number, np.dtype(kind)) for kind, code, number in _ROWS)
+
+DTYPES: Mapping[str, Dtype] = MappingProxyType({each.name: each for each in _EACH})
+"""Every dtype by its name."""
+
+OF_SAFETENSORS: Mapping[str, Dtype] = MappingProxyType({each.safetensors: each for each in _EACH})
+"""Every dtype by its name in safetensors files."""
+
+OF_ONNX: Mapping[int, Dtype] = MappingProxyType({each.onnx: each for each in _EACH})
+"""Every dtype by its number in ONNX models."""
+
+FLOATS: Mapping[str, Any] = MappingProxyType(
+    {name: DTYPES[name].numpy.type for name in ("float64", "float32", "float16", "bfloat16")}
+)
+"""numpy's types of the floating dtypes that weights are computed with, by their names."""
+
+
+def safetensors_name(dtype: str) -> str:
+    """The name in safetensors files of a `StoredTensor.dtype`, such as `BF16` of `bfloat16`."""
+    return DTYPES[dtype].safetensors if dtype in FLOATS else dtype
