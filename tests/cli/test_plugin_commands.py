@@ -52,7 +52,7 @@ def test_a_distribution_adds_a_command_whose_stdout_is_for_results(tmp_path):
         (COMMAND.format(name="greet", then="raise ValueError('half done')"), "ValueError: half done"),
         (
             COMMAND.format(name="greet", then="def bad(x: int | str): ...\n    app.command()(bad)"),
-            "AssertionError: Typer Currently doesn't support Union types",
+            "AssertionError: Typer currently doesn't support Union types",
         ),
         (COMMAND.format(name="explain", then="pass"), "PluginError: it adds explain, which already exists"),
     ],
