@@ -17,7 +17,7 @@ from unittest.mock import patch
 import torch
 
 from visionaccel.core.arrays import Array
-from visionaccel.testing.checkpoints import QWEN2_5_VL_7B, random_checkpoint
+from visionaccel_testing.checkpoints import QWEN2_5_VL_7B, random_checkpoint
 
 GRID = (1, 32, 32)
 RUNS = 5

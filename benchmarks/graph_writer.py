@@ -6,7 +6,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from visionaccel.testing.checkpoints import QWEN2_5_VL_7B, hollow_checkpoint
+from visionaccel_testing.checkpoints import QWEN2_5_VL_7B, hollow_checkpoint
 
 CODE = """
 import json, sys, time

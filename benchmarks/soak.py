@@ -316,7 +316,7 @@ def _add(engine: Any, name: str, number: int, request: Asked) -> None:
 
 
 def _struck(pixels: Any, rule: dict[str, Any]) -> bool:
-    from visionaccel.testing.simulated import FaultRule, struck
+    from visionaccel_testing.simulated import FaultRule, struck
 
     return struck(pixels, FaultRule(**rule))
 

@@ -26,7 +26,7 @@ from visionaccel.core.grid import GridLike
 from visionaccel.core.program import ONNX
 from visionaccel.encoder import Encoder, OpenProgram, open_tower
 from visionaccel.observe import EncoderMetrics
-from visionaccel.testing.checkpoints import QWEN2_5_VL_7B, random_checkpoint
+from visionaccel_testing.checkpoints import QWEN2_5_VL_7B, random_checkpoint
 from visionaccel.trust import GuardedEncoder, Stage
 
 GRID = (1, 32, 32)

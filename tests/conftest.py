@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from observers import Told
 from visionaccel.backends import default_registry
-from visionaccel.testing.checkpoints import QWEN2_5_VL_7B, random_checkpoint
+from visionaccel_testing.checkpoints import QWEN2_5_VL_7B, random_checkpoint
 
 # Examples run real sessions on a shared machine, so no deadline; the same examples every time.
 settings.register_profile(

@@ -28,7 +28,7 @@ from visionaccel.core.grid import Grid
 from visionaccel.core.program import AnyGrid, Bucket, FixedGrid
 from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError, UnfitGridError
-from visionaccel.testing.checkpoints import random_checkpoint
+from visionaccel_testing.checkpoints import random_checkpoint
 
 
 def test_a_bundle_states_what_it_holds(tiny, contained):

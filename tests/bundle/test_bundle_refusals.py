@@ -22,7 +22,7 @@ from visionaccel.bundle import MANIFEST, ProgramRequest, export_bundle, is_bundl
 from visionaccel.core.grid import Grid
 from visionaccel.encoder import open_tower
 from visionaccel.errors import BundleError
-from visionaccel.testing.checkpoints import random_checkpoint
+from visionaccel_testing.checkpoints import random_checkpoint
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "10x18.onnx", "dynamic.onnx"])

@@ -16,7 +16,7 @@ from visionaccel.bundle import export_bundle, open_bundle, point_at_weights
 from visionaccel.checkpoint import Checkpoint
 from visionaccel.encoder import open_tower
 from visionaccel.errors import BundleError
-from visionaccel.testing.checkpoints import random_checkpoint
+from visionaccel_testing.checkpoints import random_checkpoint
 
 
 def test_weights_are_found_by_name_in_a_checkpoint_that_was_sharded_anew(tmp_path):

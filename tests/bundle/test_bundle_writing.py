@@ -15,7 +15,7 @@ from towers import random_patches, reference
 from visionaccel.bundle import MANIFEST, export_bundle, json_schema, open_bundle, rewrite_manifest
 from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError
-from visionaccel.testing.checkpoints import QWEN2_5_VL_7B, hollow_checkpoint, random_checkpoint
+from visionaccel_testing.checkpoints import QWEN2_5_VL_7B, hollow_checkpoint, random_checkpoint
 
 
 class Interrupted(Exception):  # noqa: N818 - what a caller's own code raises

@@ -26,7 +26,7 @@ from visionaccel.bundle import (
 from visionaccel.core.grid import Grid
 from visionaccel.core.program import FixedGrid
 from visionaccel.encoder import open_tower
-from visionaccel.testing.checkpoints import random_checkpoint
+from visionaccel_testing.checkpoints import random_checkpoint
 
 REPOSITORY = "someone/tower"
 EXPORT_OVER = """

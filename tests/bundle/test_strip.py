@@ -19,7 +19,7 @@ from visionaccel.checkpoint import Checkpoint, weights_digest
 from visionaccel.cli.strip import strip
 from visionaccel.errors import ChangedFileError, CheckpointError, ConfigurationError, UnsupportedArchitectureError
 from visionaccel.families import tower_of
-from visionaccel.testing.checkpoints import random_checkpoint
+from visionaccel_testing.checkpoints import random_checkpoint
 
 INDEX = "model.safetensors.index.json"
 VISION_ONLY, LANGUAGE_ONLY, MIXED = "model-00001.safetensors", "model-00002.safetensors", "model-00003.safetensors"

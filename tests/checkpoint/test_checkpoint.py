@@ -15,7 +15,7 @@ from visionaccel.checkpoint import Checkpoint, locate_checkpoint, weights_digest
 from visionaccel.encoder import open_tower
 from visionaccel.errors import CheckpointError, UnsupportedArchitectureError
 from visionaccel.families import tower_of
-from visionaccel.testing.checkpoints import TINY, random_checkpoint, tower_shapes
+from visionaccel_testing.checkpoints import TINY, random_checkpoint, tower_shapes
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from visionaccel.checkpoint import Checkpoint
 from visionaccel.core.program import FixedGrid
 from visionaccel.encoder import open_tower
 from visionaccel.errors import CheckpointError
-from visionaccel.testing.checkpoints import TINY, random_checkpoint
+from visionaccel_testing.checkpoints import TINY, random_checkpoint
 
 GRIDS = [(1, 10, 18), (2, 12, 16)]
 FIXED = [ProgramRequest(FixedGrid(GRID))]

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from visionaccel.checkpoint import Checkpoint, read_header, weights_digest, write_safetensors
 from visionaccel.checkpoint import tensors as tensor_files
 from visionaccel.errors import ChangedFileError, CheckpointError, ConfigurationError
-from visionaccel.testing.checkpoints import random_checkpoint
+from visionaccel_testing.checkpoints import random_checkpoint
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 TARGETS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -27,7 +27,7 @@ def test_the_vllm_entry_point_loads_neither_torch_nor_vllm_while_no_backend_is_n
 
 def test_plug_in_modules_load_no_runtime_until_probed():
     loaded = modules_after(
-        "import visionaccel_flexmlrt, visionaccel_onnxrt, visionaccel_torch_ref, visionaccel.testing.simulated"
+        "import visionaccel_flexmlrt, visionaccel_onnxrt, visionaccel_torch_ref, visionaccel_testing.simulated"
     )
     assert not loaded & {"torch", "onnxruntime", "openvino", "transformers"}
 

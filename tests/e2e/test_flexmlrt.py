@@ -15,7 +15,7 @@ from visionaccel.bundle.vitisai import ImportRequest, import_vitisai
 from visionaccel.core.grid import Grid
 from visionaccel.encoder import open_tower
 from visionaccel.integrations.vllm.server import serve
-from visionaccel.testing.vitisai import write_vitisai_folder
+from visionaccel_testing.vitisai import write_vitisai_folder
 from visionaccel_flexmlrt.simulator import compile_partition
 
 IMAGES = held_out_images(300)

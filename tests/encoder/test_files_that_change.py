@@ -30,7 +30,7 @@ from visionaccel.errors import ArtifactError, ChangedFileError, DeviceLostError,
 from visionaccel.faultsuite.changing import change_weights, copy_checkpoint
 from visionaccel.service import numerics, open_guarded
 from visionaccel.settings import Settings
-from visionaccel.testing.checkpoints import TINY, random_checkpoint
+from visionaccel_testing.checkpoints import TINY, random_checkpoint
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="copies in memory are files of Linux")
 

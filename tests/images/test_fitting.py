@@ -15,7 +15,7 @@ from visionaccel.core.program import AnyGrid, Bucket, FixedGrid
 from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError, InputError, UnfitGridError
 from visionaccel.images import Fitter, grid_cost, natural_grid
-from visionaccel.testing.checkpoints import QWEN2_5_VL_7B, hollow_checkpoint
+from visionaccel_testing.checkpoints import QWEN2_5_VL_7B, hollow_checkpoint
 
 LEAST, MOST = 3136, 12845056
 SIDES = st.integers(1, 4000)

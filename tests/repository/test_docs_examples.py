@@ -14,7 +14,7 @@ from towers import random_patches
 from visionaccel import open_encoder
 from visionaccel.backends import Registry
 from visionaccel.cli.app import app
-from visionaccel.testing.checkpoints import random_checkpoint
+from visionaccel_testing.checkpoints import random_checkpoint
 
 PYTHON = [block for page in PAGES for block in blocks(page) if block.language == "python"]
 BACKEND_PAGE = ROOT / "docs" / "writing-a-backend.md"

@@ -230,7 +230,7 @@ def test_two_backends_never_share_an_embedding(tiny):
 
 
 def test_other_options_or_weights_share_no_embedding(tiny, tmp_path_factory):
-    from visionaccel.testing.checkpoints import random_checkpoint
+    from visionaccel_testing.checkpoints import random_checkpoint
 
     cache = EmbeddingCache(2**20)
     other = random_checkpoint(tmp_path_factory.mktemp("other"), seed=5)

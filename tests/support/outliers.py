@@ -7,7 +7,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 from transformers import Qwen2VLImageProcessor
 
-from visionaccel.testing.checkpoints import TINY, random_checkpoint
+from visionaccel_testing.checkpoints import TINY, random_checkpoint
 
 
 def checkpoint_with_outliers(folder: Path) -> Path:

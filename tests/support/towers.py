@@ -14,7 +14,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTra
 
 from visionaccel.checkpoint import Checkpoint
 from visionaccel.core.grid import as_grids, total_patches
-from visionaccel.testing.checkpoints import TINY
+from visionaccel_testing.checkpoints import TINY
 
 
 def random_patches(

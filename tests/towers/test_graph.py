@@ -16,7 +16,7 @@ from towers import random_patches, reference
 from visionaccel import open_encoder
 from visionaccel.encoder import open_tower
 from visionaccel.errors import CheckpointError
-from visionaccel.testing.checkpoints import QWEN2_5_VL_7B, TINY, hollow_checkpoint, random_checkpoint, tower_shapes
+from visionaccel_testing.checkpoints import QWEN2_5_VL_7B, TINY, hollow_checkpoint, random_checkpoint, tower_shapes
 
 VARIANTS = [
     ("float32", "visual.", 1),

@@ -8,7 +8,7 @@ from towers import _reference_tower, random_patches
 from visionaccel.core.grid import Grid
 from visionaccel.encoder import open_tower
 from visionaccel.families.base import Tower
-from visionaccel.testing.checkpoints import QWEN2_5_VL_7B, hollow_checkpoint
+from visionaccel_testing.checkpoints import QWEN2_5_VL_7B, hollow_checkpoint
 
 
 @pytest.mark.parametrize("grids", [[(1, 8, 8)], [(1, 12, 20)], [(3, 6, 10)], [(1, 10, 26), (2, 4, 8)]])

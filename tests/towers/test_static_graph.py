@@ -15,7 +15,7 @@ from visionaccel.core.program import AnyGrid, FixedGrid, HostSplit
 from visionaccel.encoder import open_tower
 from visionaccel.errors import CheckpointError, ConfigurationError, UnfitGridError
 from visionaccel.families.qwen2_5_vl.patch_embedding import PatchEmbedding
-from visionaccel.testing.checkpoints import QWEN2_5_VL_7B, TINY, hollow_checkpoint, random_checkpoint
+from visionaccel_testing.checkpoints import QWEN2_5_VL_7B, TINY, hollow_checkpoint, random_checkpoint
 
 PRIOR_ART_NODES = 3016
 """Nodes of the published export of the same tower at the same grid, which also took a copy of the weights."""

@@ -273,7 +273,7 @@ def test_a_configuration_that_is_wrong_is_not_tried_twice_by_one_request(tiny, o
 
 
 def test_a_fallback_that_opens_from_other_weights_is_found_before_it_answers(tiny, tmp_path_factory, openings):
-    from visionaccel.testing.checkpoints import random_checkpoint
+    from visionaccel_testing.checkpoints import random_checkpoint
 
     other = open_tower(random_checkpoint(tmp_path_factory.mktemp("other"), seed=5))
     real = opening.open_encoder
@@ -295,7 +295,7 @@ def test_a_fallback_that_opens_from_other_weights_is_found_before_it_answers(tin
 def test_the_reference_of_a_shadow_that_opens_from_other_weights_convicts_no_healthy_device(
     tiny, tmp_path_factory, openings, caplog
 ):
-    from visionaccel.testing.checkpoints import random_checkpoint
+    from visionaccel_testing.checkpoints import random_checkpoint
 
     other = open_tower(random_checkpoint(tmp_path_factory.mktemp("other"), seed=5))
     real = opening.open_encoder

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from visionaccel.testing.conformance import CHECKS
-from visionaccel.testing.conformance.check import LEVELS
-from visionaccel.testing.conformance.report import ConformanceReport
+from visionaccel_testing.conformance import CHECKS
+from visionaccel_testing.conformance.check import LEVELS
+from visionaccel_testing.conformance.report import ConformanceReport
 
 __all__ = ["REPORTS", "check_table", "support_table"]
 

@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from visionaccel.benchmarking.process_tree import memory, processor_seconds
+from visionaccel_testing.process_tree import memory, processor_seconds
 from visionaccel.isolation import end_with_parent
 
 __all__ = ["main"]

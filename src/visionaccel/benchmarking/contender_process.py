@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from visionaccel.benchmarking.contenders import BUNDLE, Contender
-from visionaccel.benchmarking.machine import cores
+from visionaccel.core.cores import process_cores
 from visionaccel.core.orphans import guarded_group
 from visionaccel.errors import DeadlineError, DeviceError
 from visionaccel.integrations.vllm.server import quiet_environment
@@ -73,10 +73,10 @@ class ContenderProcess:
             # Its own end comes with this process's, but not that of what it started.
             self._guard = ExitStack()
             self._guard.enter_context(guarded_group(self._process.pid))
-            if threads < len(cores()):
+            if threads < len(process_cores()):
                 # Some runtimes count cores and not the variables; its own threads inherit this.
                 with suppress(OSError):
-                    os.sched_setaffinity(self._process.pid, cores()[:threads])
+                    os.sched_setaffinity(self._process.pid, sorted(process_cores())[:threads])
 
     def open(self, contender: Contender, source: Path, threads: int, seconds: float) -> dict[str, Any]:
         """Open the contender's tower.

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from visionaccel.benchmarking.contenders import STOCK
 from visionaccel.benchmarking.encoding import Accuracy, EncodePlan, OnGrid, Peak, Taken
-from visionaccel.benchmarking.machine import cores, processor_name
+from visionaccel.core.cores import process_cores
+from visionaccel.core.cpu import processor_name
 from visionaccel.core.grid import Grid
 from visionaccel.families import Tower
 
@@ -167,7 +168,7 @@ def make_encode_report(
     contenders = tuple(_contender(each, by_label, grids, plan, peak) for each in taken)
     rates = {precision: best for precision in peak.rates if (best := peak.best(precision)) is not None}
     system = f"{platform.platform()}, Python {platform.python_version()}"
-    machine = Machine(processor_name(), len(cores()), system, rates)
+    machine = Machine(processor_name(), len(process_cores()), system, rates)
     notes = _notes(contenders, peak, plan, reference_error)
     return EncodeReport(source, plan, machine, grids, contenders, notes, reference_error)
 
@@ -258,8 +259,8 @@ def _notes(
         notes.append(f"The machine's peak is not known, or only in part: {peak.error}")
     if reference_error is not None:
         notes.append(f"Accuracy is missing: transformers in float32, the reference, did not encode: {reference_error}")
-    if plan.threads < len(cores()):
-        notes.append(f"Each contender had {plan.threads} of {len(cores())} cores.")
+    if plan.threads < len(process_cores()):
+        notes.append(f"Each contender had {plan.threads} of {len(process_cores())} cores.")
     for each in contenders:
         spread = [max(grid.rounds_seconds) / min(grid.rounds_seconds) for grid in each.grids if grid.rounds_seconds]
         if max(spread, default=1.0) > _BUSY:

@@ -10,7 +10,7 @@ from typing import Any
 
 from visionaccel.core.orphans import temporary_folder
 from visionaccel.errors import ConfigurationError, SettingsError
-from visionaccel.testing.checkpoints import LIVELY, QWEN2_5_VL_7B, random_checkpoint
+from visionaccel_testing.checkpoints import LIVELY, QWEN2_5_VL_7B, random_checkpoint
 
 __all__ = ["PRESETS", "preset_checkpoint"]
 

@@ -16,7 +16,7 @@ from visionaccel.benchmarking.encode_plot import plot_latency
 from visionaccel.benchmarking.encode_report import ContenderReport, EncodeReport, GridOperations, make_encode_report
 from visionaccel.benchmarking.encoding import TABLE, EncodePlan, Progress, measure_encodes
 from visionaccel.benchmarking.load import require
-from visionaccel.benchmarking.machine import cores
+from visionaccel.core.cores import process_cores
 from visionaccel.benchmarking.placement import ModeAdvice, Placement, advise
 from visionaccel.benchmarking.presets import PRESETS, preset_checkpoint
 from visionaccel.bundle import Bundle
@@ -172,7 +172,7 @@ def _measured(
     folder, name = _folder(source, preset, depth)
     opened = open_source(folder)
     tower = opened.tower if isinstance(opened, Bundle) else opened
-    most = len(cores())
+    most = len(process_cores())
     if threads is not None and threads > most:
         raise SettingsError(f"--threads {threads} are more than the {most} cores here.", hint=f"Pass at most {most}.")
     chosen = as_grids(grids or _own_grids(opened), tower.merge_size)

@@ -1,12 +1,13 @@
-"""What this machine's CPU can compute: the one place that is asked, whatever runtime then computes."""
+"""What this machine's CPU is and can compute, whatever runtime then computes."""
 
 from __future__ import annotations
 
 import os
+import platform
 from functools import cache
 from pathlib import Path
 
-__all__ = ["flags_in", "has_bfloat16"]
+__all__ = ["flags_in", "has_bfloat16", "processor_name"]
 
 _INFO = Path("/proc/cpuinfo")
 _FIELDS = ("flags", "Features")
@@ -31,6 +32,16 @@ def has_bfloat16() -> bool:
     """
     limit = next((os.environ[name] for name in _LIMITS if os.environ.get(name)), "")
     return limit.upper() not in _WITHOUT_BFLOAT16 and not _flags().isdisjoint(_BFLOAT16)
+
+
+def processor_name() -> str:
+    """The processor's name, as the system has it."""
+    try:
+        lines = _INFO.read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
 
 
 @cache

@@ -19,7 +19,7 @@ from visionaccel.faultsuite.changing import change_weights, copy_checkpoint
 from visionaccel.faultsuite.matrix import Cell, Serving, cells_of
 from visionaccel.images import ImageProcessor, image_processor
 from visionaccel.integrations.vllm.server import VllmServer, serve
-from visionaccel.testing.simulated import FaultRule, struck
+from visionaccel_testing.simulated import FaultRule, struck
 
 if TYPE_CHECKING:
     from PIL.Image import Image

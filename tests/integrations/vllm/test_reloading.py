@@ -18,7 +18,7 @@ from visionaccel.errors import ConfigurationError, DeviceError
 from visionaccel.integrations.vllm import compat, tower
 from visionaccel.integrations.vllm.faults import REPLACED
 from visionaccel.integrations.vllm.reloading import Replacement, StoredWeights, source_digest
-from visionaccel.testing.checkpoints import TINY, random_checkpoint
+from visionaccel_testing.checkpoints import TINY, random_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own deprecations
 GRIDS = [[1, 4, 4], [1, 6, 4]]

@@ -17,7 +17,7 @@ from visionaccel.bundle import STRIP_NOTE, tower_digest
 from visionaccel.encoder import open_tower
 from visionaccel.errors import CheckpointError, ConfigurationError
 from visionaccel.integrations.vllm.server import quiet_environment
-from visionaccel.testing.checkpoints import random_checkpoint
+from visionaccel_testing.checkpoints import random_checkpoint
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM and what it imports use deprecated parts of torch

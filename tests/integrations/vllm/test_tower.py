@@ -12,7 +12,7 @@ from served import served_model
 from visionaccel.checkpoint import SINGLE_FILE
 from visionaccel.errors import BackendUnavailableError, ChangedFileError
 from visionaccel.integrations.vllm import compat, tower
-from visionaccel.testing.checkpoints import TINY, random_checkpoint
+from visionaccel_testing.checkpoints import TINY, random_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own deprecations
 GRIDS = [[1, 4, 4], [1, 6, 4]]

@@ -18,7 +18,7 @@ from visionaccel.core.grid import Grid
 from visionaccel.core.program import FixedGrid
 from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError, DeviceError
-from visionaccel.testing.vitisai import write_vitisai_folder
+from visionaccel_testing.vitisai import write_vitisai_folder
 from visionaccel_flexmlrt.commands import app as tools
 from visionaccel_flexmlrt.simulator import compile_partition
 

@@ -13,7 +13,7 @@ from test_import_vitisai import PORTRAIT, constant_of, edit, folder_of, imported
 
 from visionaccel.core.grid import Grid
 from visionaccel.errors import BundleError, ConfigurationError, VisionAccelError
-from visionaccel.testing.checkpoints import TINY, random_checkpoint
+from visionaccel_testing.checkpoints import TINY, random_checkpoint
 
 
 @pytest.fixture

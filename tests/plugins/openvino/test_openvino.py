@@ -17,7 +17,7 @@ from visionaccel.core.grid import Grid
 from visionaccel.core.program import ONNX, ONNX_STANDARD, FixedGrid
 from visionaccel.encoder import open_tower
 from visionaccel.errors import ArtifactError, BackendUnavailableError, ConfigurationError, DeviceError
-from visionaccel.testing.checkpoints import TINY, random_checkpoint
+from visionaccel_testing.checkpoints import TINY, random_checkpoint
 
 HEAD_OF_80 = {**TINY, "hidden_size": 160, "num_heads": 2}
 GRIDS = [(1, 20, 18), (2, 10, 6), (1, 20, 18)]

@@ -23,7 +23,7 @@ from visionaccel.core.setting_values import parse_options
 from visionaccel.encoder import open_tower
 from visionaccel.errors import BackendUnavailableError, DeviceError, DeviceLostError, OutputError, SettingsError
 from visionaccel.isolation import IsolatedSession
-from visionaccel.testing.simulated import FaultRule, SimulatedBackend, SimulatedOptions, Target, struck
+from visionaccel_testing.simulated import FaultRule, SimulatedBackend, SimulatedOptions, Target, struck
 
 GRIDS = [(1, 4, 6)]
 WRAPPED = ["onnxrt", "torch_ref"]
@@ -52,7 +52,7 @@ def sleeps(monkeypatch):
     """What sessions of this process sleep, which they then do not."""
     wished = []
     clock = SimpleNamespace(monotonic=lambda: 0.0, sleep=wished.append)
-    monkeypatch.setattr("visionaccel.testing.simulated.session.time", clock)
+    monkeypatch.setattr("visionaccel_testing.simulated.session.time", clock)
     return wished
 
 
@@ -513,7 +513,7 @@ def test_the_example_in_the_documentation_is_valid():
 
 def test_an_opening_fails_by_its_number_and_the_next_one_works(tiny, tmp_path, monkeypatch):
     """In a fallback, which takes no options: the environment names its switch."""
-    monkeypatch.setattr("visionaccel.testing.simulated.faults._OPENINGS", itertools.count(1))
+    monkeypatch.setattr("visionaccel_testing.simulated.faults._OPENINGS", itertools.count(1))
     switch = tmp_path / "switch.json"
     switch.write_text('[{"opening": 1, "do": "raise"}]')
     monkeypatch.setenv("SIMULATED_SWITCH", str(switch))

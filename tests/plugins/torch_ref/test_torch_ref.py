@@ -22,7 +22,7 @@ from visionaccel.encoder import open_tower
 from visionaccel.errors import BackendUnavailableError, CheckpointError, PluginError, SettingsError
 from visionaccel.families.qwen2_5_vl.config import DEFAULTS, VisionConfig
 from visionaccel.families.qwen2_5_vl.geometry import make_tables, tower_tables
-from visionaccel.testing.checkpoints import TINY, random_checkpoint
+from visionaccel_testing.checkpoints import TINY, random_checkpoint
 from visionaccel_torch_ref import linear
 from visionaccel_torch_ref.backend import TorchReferenceBackend, TorchReferenceOptions
 from visionaccel_torch_ref.layout import Layouts

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from visionaccel.backends import Finding
-from visionaccel.benchmarking.machine import processor_name
+from visionaccel.core.cpu import processor_name
 from visionaccel.cli.diagnosis.findings import looked
 from visionaccel.core.cores import choose_cores, process_cores, shown_cores
 from visionaccel.core.cpu import flags_in

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 from docsite.conformance import check_table, support_table
 from visionaccel.cli.app import app
 from visionaccel.errors import ConfigurationError
-from visionaccel.templates import write_backend_project
-from visionaccel.testing.conformance import CHECKS, BackendUnderTest, Outcome, Tolerance
-from visionaccel.testing.conformance.report import badge_of, write_report
+from visionaccel_testing.templates import write_backend_project
+from visionaccel_testing.conformance import CHECKS, BackendUnderTest, Outcome, Tolerance
+from visionaccel_testing.conformance.report import badge_of, write_report
 
 
 def outcomes(**changed):
@@ -46,7 +46,7 @@ def test_the_command_line_alone_runs_the_suite_and_writes_a_report(tmp_path):
 
 def test_a_file_of_two_lines_runs_it_too(tmp_path):
     (tmp_path / "test_mine.py").write_text(
-        "from visionaccel.testing.conformance import BackendUnderTest, conformance_suite\n"
+        "from visionaccel_testing.conformance import BackendUnderTest, conformance_suite\n"
         "TestConformance = conformance_suite(BackendUnderTest('onnxrt', capabilities={'device': 'npu'}))\n"
     )
     done = pytest_in(tmp_path, "-k", "L0-capabilities or L0-options")
@@ -107,7 +107,7 @@ def test_a_report_says_what_its_author_eased(tmp_path):
 
 def test_a_failure_counts_where_two_suites_have_one_label(tmp_path):
     (tmp_path / "test_mine.py").write_text(
-        "from visionaccel.testing.conformance import BackendUnderTest, conformance_suite\n"
+        "from visionaccel_testing.conformance import BackendUnderTest, conformance_suite\n"
         "TestA = conformance_suite(BackendUnderTest('onnxrt', capabilities={'device': 'npu'}))\n"
         "TestB = conformance_suite(BackendUnderTest('onnxrt'))\n"
     )

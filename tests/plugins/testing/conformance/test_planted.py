@@ -7,7 +7,7 @@ import pytest
 
 from conformance.planted import GOOD, PLANTED, Planted, install
 from visionaccel.errors import ConfigurationError
-from visionaccel.testing.conformance import CHECKS, BackendUnderTest, KnownFailure, conformance_suite, run_checks
+from visionaccel_testing.conformance import CHECKS, BackendUnderTest, KnownFailure, conformance_suite, run_checks
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_a_known_failure_is_told_apart_and_must_fail(site, tmp_path):
 
 
 def test_without_the_digits_model_its_check_fails_and_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setattr("visionaccel.testing.conformance.numbers.find_spec", lambda name: None)
+    monkeypatch.setattr("visionaccel_testing.conformance.numbers.find_spec", lambda name: None)
     (digits,) = (check for check in CHECKS if check.name == "L2-digits")
     (outcome,) = run_checks(BackendUnderTest("torch_ref"), tmp_path / "work", checks=[digits])
     assert outcome.status == "failed"

@@ -21,10 +21,10 @@ from visionaccel.core.grid import total_patches
 from visionaccel.encoder import Encoder, open_source
 from visionaccel.errors import ArtifactError, DeviceError, DeviceLostError, OutputError, VisionAccelError
 from visionaccel.isolation import IsolatedSession
-from visionaccel.testing.conformance.check import CheckFailedError, Checks, NotApplicableError
-from visionaccel.testing.conformance.fresh_process import in_fresh_process
-from visionaccel.testing.conformance.kit import Kit
-from visionaccel.testing.conformance.subject import Subject, grids_of, patches_for
+from visionaccel_testing.conformance.check import CheckFailedError, Checks, NotApplicableError
+from visionaccel_testing.conformance.fresh_process import in_fresh_process
+from visionaccel_testing.conformance.kit import Kit
+from visionaccel_testing.conformance.subject import Subject, grids_of, patches_for
 
 __all__ = ["FAULTS"]
 

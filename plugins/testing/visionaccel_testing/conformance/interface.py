@@ -22,9 +22,9 @@ from visionaccel.bundle import Bundle
 from visionaccel.core.program import Program
 from visionaccel.encoder import open_encoder, open_source
 from visionaccel.errors import SettingsError
-from visionaccel.testing.conformance.check import CheckFailedError, Checks, NotApplicableError
-from visionaccel.testing.conformance.fresh_process import in_fresh_process
-from visionaccel.testing.conformance.kit import Kit
+from visionaccel_testing.conformance.check import CheckFailedError, Checks, NotApplicableError
+from visionaccel_testing.conformance.fresh_process import in_fresh_process
+from visionaccel_testing.conformance.kit import Kit
 
 __all__ = ["INTERFACE"]
 

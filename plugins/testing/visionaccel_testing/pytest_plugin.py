@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from visionaccel.testing.conformance.kit import Kit
-    from visionaccel.testing.conformance.suite import Outcome
+    from visionaccel_testing.conformance.kit import Kit
+    from visionaccel_testing.conformance.suite import Outcome
 
 __all__ = ["conformance_kit", "pytest_addoption", "pytest_configure"]
 
@@ -53,8 +53,8 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="class")
 def conformance_kit(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kit]:
     """The kit on the backend that a class made by `conformance_suite` declares."""
-    from visionaccel.testing.conformance.kit import Kit
-    from visionaccel.testing.conformance.suite import refuse_unknown_checks
+    from visionaccel_testing.conformance.kit import Kit
+    from visionaccel_testing.conformance.suite import refuse_unknown_checks
 
     declared = request.cls.under_test(request.config)
     refuse_unknown_checks(declared)
@@ -73,7 +73,7 @@ class _Reporter:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call":
             return
-        from visionaccel.testing.conformance.suite import PROPERTY, Outcome
+        from visionaccel_testing.conformance.suite import PROPERTY, Outcome
 
         for name, value in report.user_properties:
             if name == PROPERTY:
@@ -87,13 +87,13 @@ class _Reporter:
                 outcomes[outcome.check] = max(before, outcome, key=lambda each: _WORSE.index(each.status))
 
     def pytest_sessionfinish(self) -> None:
-        from visionaccel.testing.conformance.report import write_report
+        from visionaccel_testing.conformance.report import write_report
 
         for label, outcomes in self._found.items():
             write_report(label, list(outcomes.values()), self._folder, self._declared[label])
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        from visionaccel.testing.conformance.report import badge_of
+        from visionaccel_testing.conformance.report import badge_of
 
         for label, outcomes in self._found.items():
             badge = badge_of(list(outcomes.values()))

@@ -14,10 +14,10 @@ from visionaccel.backends import Capabilities, Session
 from visionaccel.core.arrays import Array
 from visionaccel.core.program import Program
 from visionaccel.core.safe_text import safe_logger
-from visionaccel.testing.simulated.answers import RememberedAnswers, copied, input_digest
-from visionaccel.testing.simulated.faults import Fault, FaultScript
-from visionaccel.testing.simulated.frames import Frame, frames_of
-from visionaccel.testing.simulated.latency import Latency
+from visionaccel_testing.simulated.answers import RememberedAnswers, copied, input_digest
+from visionaccel_testing.simulated.faults import Fault, FaultScript
+from visionaccel_testing.simulated.frames import Frame, frames_of
+from visionaccel_testing.simulated.latency import Latency
 
 __all__ = ["SimulatedSession"]
 

@@ -14,7 +14,7 @@ from visionaccel.backends import Registry
 from visionaccel.core.grid import Grid, total_patches
 from visionaccel.core.program import AnyGrid, Coverage, FixedGrid
 from visionaccel.encoder import Encoder, WantedIsolation, open_encoder, open_source
-from visionaccel.testing.checkpoints import TINY
+from visionaccel_testing.checkpoints import TINY
 
 __all__ = ["PATCH_WIDTH", "WINDOW_SIDE", "Subject", "grids_of", "patches_for"]
 

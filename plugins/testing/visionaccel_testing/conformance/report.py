@@ -15,10 +15,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from visionaccel.backends import Registry
-from visionaccel.benchmarking.machine import processor_name
-from visionaccel.testing.conformance.check import LEVELS
-from visionaccel.testing.conformance.declaration import BackendUnderTest
-from visionaccel.testing.conformance.suite import CHECKS, Outcome
+from visionaccel.core.cpu import processor_name
+from visionaccel_testing.conformance.check import LEVELS
+from visionaccel_testing.conformance.declaration import BackendUnderTest
+from visionaccel_testing.conformance.suite import CHECKS, Outcome
 
 __all__ = ["Badge", "ConformanceReport", "badge_of", "write_report"]
 

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from visionaccel.core.arrays import as_numpy
 from visionaccel.core.grid import Grid
-from visionaccel.testing.conformance.check import CheckFailedError, Checks
-from visionaccel.testing.conformance.fresh_process import in_fresh_process
-from visionaccel.testing.conformance.kit import Kit
-from visionaccel.testing.conformance.subject import Subject, patches_for
+from visionaccel_testing.conformance.check import CheckFailedError, Checks
+from visionaccel_testing.conformance.fresh_process import in_fresh_process
+from visionaccel_testing.conformance.kit import Kit
+from visionaccel_testing.conformance.subject import Subject, patches_for
 
 __all__ = ["DETERMINISM"]
 

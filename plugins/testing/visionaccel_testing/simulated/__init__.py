@@ -9,10 +9,10 @@ nothing. It also fails as it is told to. See `docs/simulated.md`.
 from collections.abc import Sequence
 
 from visionaccel.backends import VisionBackend, hookimpl
-from visionaccel.testing.simulated.backend import SimulatedBackend, SimulatedOptions
-from visionaccel.testing.simulated.faults import FaultRule, struck
-from visionaccel.testing.simulated.session import SimulatedSession
-from visionaccel.testing.simulated.target import Target
+from visionaccel_testing.simulated.backend import SimulatedBackend, SimulatedOptions
+from visionaccel_testing.simulated.faults import FaultRule, struck
+from visionaccel_testing.simulated.session import SimulatedSession
+from visionaccel_testing.simulated.target import Target
 
 __all__ = [
     "FaultRule", "SimulatedBackend", "SimulatedOptions", "SimulatedSession", "Target", "struck", "visionaccel_backends",

@@ -6,10 +6,10 @@ import statistics
 import time
 
 from visionaccel.core.grid import Grid
-from visionaccel.testing.checkpoints import QWEN2_5_VL_7B, TINY
-from visionaccel.testing.conformance.check import CheckFailedError, Checks, NotApplicableError
-from visionaccel.testing.conformance.kit import Kit
-from visionaccel.testing.conformance.subject import grids_of, patches_for
+from visionaccel_testing.checkpoints import QWEN2_5_VL_7B, TINY
+from visionaccel_testing.conformance.check import CheckFailedError, Checks, NotApplicableError
+from visionaccel_testing.conformance.kit import Kit
+from visionaccel_testing.conformance.subject import grids_of, patches_for
 
 __all__ = ["SPEED"]
 

@@ -16,9 +16,9 @@ from visionaccel.core.grid import Grid, total_patches
 from visionaccel.core.program import Bucket
 from visionaccel.encoder import Encoder
 from visionaccel.errors import GridError, InputError, NonFiniteError, PatchesError
-from visionaccel.testing.conformance.check import CheckFailedError, Checks, NotApplicableError
-from visionaccel.testing.conformance.kit import Kit
-from visionaccel.testing.conformance.subject import PATCH_WIDTH, WINDOW_SIDE
+from visionaccel_testing.conformance.check import CheckFailedError, Checks, NotApplicableError
+from visionaccel_testing.conformance.kit import Kit
+from visionaccel_testing.conformance.subject import PATCH_WIDTH, WINDOW_SIDE
 
 __all__ = ["SHAPES"]
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from visionaccel.cli.output import Json, print_json, prints_results, results
-from visionaccel.templates import write_backend_project
+from visionaccel_testing.templates import write_backend_project
 
 __all__ = ["init"]
 

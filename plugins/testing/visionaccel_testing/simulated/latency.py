@@ -11,7 +11,7 @@ from pydantic import NonNegativeFloat, TypeAdapter, ValidationError
 
 from visionaccel.core.invalid_values import problems_of
 from visionaccel.errors import SettingsError
-from visionaccel.testing.simulated.frames import Frame
+from visionaccel_testing.simulated.frames import Frame
 
 __all__ = ["Latency", "read_recorded"]
 

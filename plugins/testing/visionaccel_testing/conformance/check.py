@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from visionaccel.testing.conformance.kit import Kit
+    from visionaccel_testing.conformance.kit import Kit
 
 __all__ = ["LEVELS", "Check", "CheckFailedError", "Checks", "NotApplicableError"]
 

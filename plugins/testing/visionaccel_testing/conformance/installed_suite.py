@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from visionaccel.core.setting_values import parse_options
-from visionaccel.testing.conformance.declaration import BackendUnderTest
-from visionaccel.testing.conformance.suite import conformance_suite
+from visionaccel_testing.conformance.declaration import BackendUnderTest
+from visionaccel_testing.conformance.suite import conformance_suite
 
 if TYPE_CHECKING:
     import pytest

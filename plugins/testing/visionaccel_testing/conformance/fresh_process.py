@@ -9,7 +9,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any, ParamSpec, TypeVar, cast
 
-from visionaccel.testing.conformance.check import CheckFailedError, NotApplicableError
+from visionaccel_testing.conformance.check import CheckFailedError, NotApplicableError
 
 __all__ = ["in_fresh_process"]
 

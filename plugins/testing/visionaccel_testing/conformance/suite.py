@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from visionaccel.errors import ConfigurationError
-from visionaccel.testing.conformance.check import Check, CheckFailedError, NotApplicableError
-from visionaccel.testing.conformance.declaration import BackendUnderTest
-from visionaccel.testing.conformance.determinism import DETERMINISM
-from visionaccel.testing.conformance.faults import FAULTS
-from visionaccel.testing.conformance.interface import INTERFACE
-from visionaccel.testing.conformance.kit import Kit
-from visionaccel.testing.conformance.life_cycle import LIFE_CYCLE
-from visionaccel.testing.conformance.numbers import NUMBERS
-from visionaccel.testing.conformance.shapes import SHAPES
-from visionaccel.testing.conformance.speed import SPEED
+from visionaccel_testing.conformance.check import Check, CheckFailedError, NotApplicableError
+from visionaccel_testing.conformance.declaration import BackendUnderTest
+from visionaccel_testing.conformance.determinism import DETERMINISM
+from visionaccel_testing.conformance.faults import FAULTS
+from visionaccel_testing.conformance.interface import INTERFACE
+from visionaccel_testing.conformance.kit import Kit
+from visionaccel_testing.conformance.life_cycle import LIFE_CYCLE
+from visionaccel_testing.conformance.numbers import NUMBERS
+from visionaccel_testing.conformance.shapes import SHAPES
+from visionaccel_testing.conformance.speed import SPEED
 
 if TYPE_CHECKING:
     import pytest
