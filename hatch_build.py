@@ -5,7 +5,9 @@ from pathlib import Path
 
 from hatchling.metadata.plugin.interface import MetadataHookInterface
 
-PLUGINS = {name: f"visionaccel-{name.replace('_', '-')}" for name in ("flexmlrt", "onnxrt", "openvino", "torch_ref")}
+PLUGINS = {
+    name: f"visionaccel-{name.replace('_', '-')}" for name in ("flexmlrt", "onnxrt", "openvino", "testing", "torch_ref")
+}
 
 
 class PluginExtras(MetadataHookInterface):
@@ -14,16 +16,14 @@ class PluginExtras(MetadataHookInterface):
     def update(self, metadata: dict) -> None:
         version = metadata["version"]
         plugins = {extra: self._beside(f"plugins/{extra}", name, version) for extra, name in PLUGINS.items()}
+        digits = self._beside("examples/digits_vlm", "visionaccel-digits-vlm", version)
         metadata["optional-dependencies"] = {
             "bench": ["matplotlib>=3.9", "openai>=1.60", "pillow>=10"],
             "images": ["pillow>=10", "scikit-image>=0.24", "torch>=2.5", "transformers>=5.18"],
-            # Conformance is measured against transformers' tower in torch_ref, and with the digits model.
-            "testing": [
-                "hypothesis>=6.100", "packaging>=24.2", "pytest>=8", "transformers>=5.18", plugins["torch_ref"],
-                self._beside("examples/digits_vlm", "visionaccel-digits-vlm", version),
-            ],
             **{extra: [requirement] for extra, requirement in plugins.items()},
-        }  # fmt: skip
+            # In a checkout, those of this repository that it requires are taken from there too.
+            "testing": [plugins["testing"], plugins["torch_ref"], digits],
+        }
 
     def _beside(self, place: str, name: str, version: str) -> str:
         folder = Path(self.root, place)

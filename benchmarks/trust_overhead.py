@@ -26,8 +26,8 @@ from visionaccel.core.grid import GridLike
 from visionaccel.core.program import ONNX
 from visionaccel.encoder import Encoder, OpenProgram, open_tower
 from visionaccel.observe import EncoderMetrics
-from visionaccel_testing.checkpoints import QWEN2_5_VL_7B, random_checkpoint
 from visionaccel.trust import GuardedEncoder, Stage
+from visionaccel_testing.checkpoints import QWEN2_5_VL_7B, random_checkpoint
 
 GRID = (1, 32, 32)
 TURNS, ENCODES = 200, 3

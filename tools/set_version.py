@@ -1,8 +1,8 @@
 """Gives every distribution a version: `python tools/set_version.py 0.2.0`.
 
 The version is `visionaccel.__version__`. The plug-ins are released with the core and have its version; their own
-pyproject.toml repeats it, so that each can be built from its source distribution alone, and asks for the core of the
-same minor release. A test holds them together.
+pyproject.toml repeats it, so that each can be built from its source distribution alone, and asks for the core and
+its siblings of the same minor release. A test holds them together.
 """
 
 import re
@@ -11,15 +11,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 VERSION = re.compile(r"\d+\.\d+\.\d+((a|b|rc)\d+)?")
-PLUGINS = ("flexmlrt", "onnxrt", "openvino", "torch_ref")
+PLUGINS = ("flexmlrt", "onnxrt", "openvino", "testing", "torch_ref")
 DIGITS = "examples/digits_vlm/pyproject.toml"
 
 
 def replace(path: Path, pattern: str, new: str) -> None:
-    """Replace the one line that matches in a file."""
+    """Replace what matches in a file."""
     text, count = re.subn(pattern, new, path.read_text(), flags=re.MULTILINE)
-    if count != 1:
-        raise SystemExit(f"{path} has {count} places for {new}")
+    if count == 0:
+        raise SystemExit(f"{path} has no place for {new}")
     path.write_text(text)
 
 
@@ -35,7 +35,7 @@ def set_version(root: Path, version: str) -> None:
         replace(project, r'^version = ".*"$', f'version = "{version}"')
         # A pre-release comes before its release, which `~=` would else leave out.
         core = version if VERSION.fullmatch(version)[1] else f"{minor}.0"
-        replace(project, r'"visionaccel~=[^"]+"', f'"visionaccel~={core}"')
+        replace(project, r'"(visionaccel[a-z-]*)~=[^"]+"', rf'"\1~={core}"')
 
 
 if __name__ == "__main__":

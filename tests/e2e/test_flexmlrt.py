@@ -15,8 +15,8 @@ from visionaccel.bundle.vitisai import ImportRequest, import_vitisai
 from visionaccel.core.grid import Grid
 from visionaccel.encoder import open_tower
 from visionaccel.integrations.vllm.server import serve
-from visionaccel_testing.vitisai import write_vitisai_folder
 from visionaccel_flexmlrt.simulator import compile_partition
+from visionaccel_testing.vitisai import write_vitisai_folder
 
 IMAGES = held_out_images(300)
 DEADLINE = 6

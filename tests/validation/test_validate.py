@@ -31,11 +31,11 @@ from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError, InputError, SettingsError, UnknownBackendError
 from visionaccel.images import image_processor
 from visionaccel.isolation import IsolatedSession
-from visionaccel_testing.checkpoints import random_checkpoint
 from visionaccel.validation.certificate import REFERENCE_OPTIONS, THRESHOLDS
 from visionaccel.validation.digits_model import digits_checkpoint, read_digits
 from visionaccel.validation.packed_weights import differing_weights
 from visionaccel.validation.trials import Trials, bundled_photographs, find_images, trial_calls
+from visionaccel_testing.checkpoints import random_checkpoint
 
 app = typer.Typer(pretty_exceptions_enable=False)
 app.command()(validate)

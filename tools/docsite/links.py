@@ -14,6 +14,7 @@ ELSEWHERE = {
     "plugins/flexmlrt/README.md": "backends/flexmlrt.md",
     "plugins/onnxrt/README.md": "backends/onnxrt.md",
     "plugins/openvino/README.md": "backends/openvino.md",
+    "plugins/testing/README.md": "testing.md",
     "plugins/torch_ref/README.md": "backends/torch_ref.md",
 }
 """Pages of the repository outside of `docs/` by their place in the site. They are read where they are."""

@@ -1,1 +1,1 @@
-"""What tests and benchmarks of encoders need: random checkpoints of real and of tiny shape."""
+"""What tests of encoders and backends need: conformance kit, simulated device, random checkpoints, pytest plug-in."""

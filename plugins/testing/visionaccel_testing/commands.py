@@ -1,4 +1,4 @@
-"""`visionaccel init`: projects to start from."""
+"""The command `visionaccel init`: projects to start from."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
+from visionaccel.backends import hookimpl
 from visionaccel.cli.output import Json, print_json, prints_results, results
 from visionaccel_testing.templates import write_backend_project
 
-__all__ = ["init"]
+__all__ = ["init", "visionaccel_commands"]
 
 init = typer.Typer(name="init", help="Start a project.", no_args_is_help=True)
 
@@ -34,3 +35,9 @@ def backend(
     for path in written:
         results.print(f"  {path.relative_to(folder)}", highlight=False, soft_wrap=True)
     results.print(f"Next: cd {folder}, pip install --editable '.[test]', pytest.", highlight=False, soft_wrap=True)
+
+
+@hookimpl
+def visionaccel_commands(app: typer.Typer) -> None:
+    """Adds `visionaccel init`."""
+    app.add_typer(init)

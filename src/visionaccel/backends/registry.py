@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import threading
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from types import MappingProxyType
 
 import pluggy
 
@@ -20,8 +22,10 @@ __all__ = ["GROUP", "BackendEntry", "Registry", "default_registry"]
 GROUP = "visionaccel.backends"
 """Entry-point group of backend plug-ins; the entry point's name is the backend's."""
 
-EXTRAS = ("flexmlrt", "onnxrt", "openvino", "torch_ref")
-"""Backends that the core distribution offers as extras."""
+EXTRAS: Mapping[str, str] = MappingProxyType(
+    {name: name for name in ("flexmlrt", "onnxrt", "openvino", "torch_ref")} | {"simulated": "testing"}
+)
+"""Backends that the core distribution offers as extras, and the extras."""
 
 IMPORT_SECONDS = 120.0
 """How long a plug-in may take to be imported: generous, as a vendor's runtime may lie on a slow network drive."""
@@ -85,9 +89,9 @@ class Registry:
         installed = [entry.name for entry in self.entries]
         near = difflib.get_close_matches(name, [*installed, *EXTRAS], 1)
         if name in EXTRAS:
-            hint = f"Install it: pip install 'visionaccel[{name}]'."
+            hint = f"Install it: pip install 'visionaccel[{EXTRAS[name]}]'."
         elif near and near[0] in EXTRAS and near[0] not in installed:
-            hint = f"Did you mean {near[0]!r}? Install it: pip install 'visionaccel[{near[0]}]'."
+            hint = f"Did you mean {near[0]!r}? Install it: pip install 'visionaccel[{EXTRAS[near[0]]}]'."
         elif near:
             hint = f"Did you mean {near[0]!r}?"
         else:

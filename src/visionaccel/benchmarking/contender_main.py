@@ -17,8 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from visionaccel_testing.process_tree import memory, processor_seconds
 from visionaccel.isolation import end_with_parent
+from visionaccel_testing.process_tree import memory, processor_seconds
 
 __all__ = ["main"]
 

@@ -16,7 +16,6 @@ from visionaccel.cli.export import export
 from visionaccel.cli.faults import faults
 from visionaccel.cli.hub import pull, push
 from visionaccel.cli.import_vitisai import import_vitisai
-from visionaccel_testing.commands import init
 from visionaccel.cli.inspect import inspect
 from visionaccel.cli.output import messages, own_stdout, print_json, prints_results
 from visionaccel.cli.plugin_commands import add_plugin_commands
@@ -56,7 +55,6 @@ for command in (
 ):
     app.command()(prints_results(command))
 app.add_typer(bench)
-app.add_typer(init)
 add_plugin_commands(app)
 
 

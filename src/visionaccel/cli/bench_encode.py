@@ -16,13 +16,13 @@ from visionaccel.benchmarking.encode_plot import plot_latency
 from visionaccel.benchmarking.encode_report import ContenderReport, EncodeReport, GridOperations, make_encode_report
 from visionaccel.benchmarking.encoding import TABLE, EncodePlan, Progress, measure_encodes
 from visionaccel.benchmarking.load import require
-from visionaccel.core.cores import process_cores
 from visionaccel.benchmarking.placement import ModeAdvice, Placement, advise
 from visionaccel.benchmarking.presets import PRESETS, preset_checkpoint
 from visionaccel.bundle import Bundle
 from visionaccel.checkpoint import locate_checkpoint
 from visionaccel.cli.output import Json, check_writable, finite, number, print_json, results, status, write_json
 from visionaccel.cli.termination import tidy_if_terminated
+from visionaccel.core.cores import process_cores
 from visionaccel.core.grid import Grid, as_grids
 from visionaccel.core.program import FixedGrid
 from visionaccel.encoder import open_source

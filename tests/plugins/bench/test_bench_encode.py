@@ -29,13 +29,13 @@ from visionaccel.benchmarking.contenders import (
 from visionaccel.benchmarking.encode_report import make_encode_report
 from visionaccel.benchmarking.encoding import TABLE, EncodePlan, OnGrid, Peak, Taken, measure_encodes
 from visionaccel.benchmarking.presets import preset_checkpoint
-from visionaccel_testing.process_tree import memory, processor_seconds
 from visionaccel.bundle import open_bundle
 from visionaccel.cli.app import app
 from visionaccel.core.grid import Grid
 from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError, DeadlineError, DeviceError, SettingsError, UnknownBackendError
 from visionaccel_testing.checkpoints import TINY, tower_shapes
+from visionaccel_testing.process_tree import memory, processor_seconds
 
 GRIDS = ("8x8", "12x20")
 

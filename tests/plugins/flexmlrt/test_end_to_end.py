@@ -18,9 +18,9 @@ from visionaccel.core.grid import Grid
 from visionaccel.core.program import FixedGrid
 from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError, DeviceError
-from visionaccel_testing.vitisai import write_vitisai_folder
 from visionaccel_flexmlrt.commands import app as tools
 from visionaccel_flexmlrt.simulator import compile_partition
+from visionaccel_testing.vitisai import write_vitisai_folder
 
 LANDSCAPE, PORTRAIT = Grid(1, 12, 20), Grid(1, 20, 12)
 float32 = partial(compile_partition, precision="float32")

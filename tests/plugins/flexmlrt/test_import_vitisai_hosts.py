@@ -16,8 +16,8 @@ from visionaccel.bundle.vitisai import ImportRequest, import_vitisai
 from visionaccel.core.program import CHECKPOINT, EP_CONTEXT, FLEXMLRT_DIRECTORY, FLEXMLRT_RAI
 from visionaccel.encoder import open_tower
 from visionaccel.errors import BundleError, ConfigurationError
-from visionaccel_testing.vitisai import VitisNames
 from visionaccel_onnxrt.ep_context import verified_context
+from visionaccel_testing.vitisai import VitisNames
 
 NAMES = VitisNames()
 

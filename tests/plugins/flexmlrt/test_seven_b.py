@@ -8,8 +8,8 @@ from visionaccel import open_encoder
 from visionaccel.bundle.vitisai import ImportRequest, import_vitisai
 from visionaccel.core.grid import Grid
 from visionaccel.encoder import open_tower
-from visionaccel_testing.vitisai import write_vitisai_folder
 from visionaccel_flexmlrt.simulator import compile_partition
+from visionaccel_testing.vitisai import write_vitisai_folder
 
 GRID = Grid(1, 58, 74)
 

@@ -23,11 +23,11 @@ from visionaccel.core.grid import Grid
 from visionaccel.core.program import AnyGrid
 from visionaccel.encoder import Encoder, open_encoder
 from visionaccel.errors import BackendUnavailableError
+from visionaccel.validation import REFERENCE_BACKEND, REFERENCE_OPTIONS
 from visionaccel_testing.checkpoints import LIVELY, TINY, random_checkpoint
 from visionaccel_testing.conformance.check import CheckFailedError
 from visionaccel_testing.conformance.declaration import BackendUnderTest, Tolerance
 from visionaccel_testing.conformance.subject import Subject, grids_of, patches_for
-from visionaccel.validation import REFERENCE_BACKEND, REFERENCE_OPTIONS
 
 __all__ = ["Kit"]
 

@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visionaccel.backends import Registry
-from visionaccel_testing.process_tree import memory, open_descriptors
 from visionaccel.core.arrays import as_numpy
 from visionaccel.encoder import Encoder, open_source
 from visionaccel.errors import DeviceError
@@ -24,6 +23,7 @@ from visionaccel_testing.conformance.check import CheckFailedError, Checks, NotA
 from visionaccel_testing.conformance.fresh_process import in_fresh_process
 from visionaccel_testing.conformance.kit import Kit
 from visionaccel_testing.conformance.subject import Subject, grids_of, patches_for
+from visionaccel_testing.process_tree import memory, open_descriptors
 
 __all__ = ["LIFE_CYCLE"]
 

@@ -10,11 +10,11 @@ import numpy as np
 from visionaccel.core.arrays import as_numpy
 from visionaccel.core.comparison import token_cosines
 from visionaccel.core.grid import Grid
+from visionaccel.validation.digits_model import LEAST_AGREEMENT, read_digits
 from visionaccel_testing.checkpoints import TINY
 from visionaccel_testing.conformance.check import CheckFailedError, Checks, NotApplicableError
 from visionaccel_testing.conformance.kit import Kit
 from visionaccel_testing.conformance.subject import WINDOW_SIDE, Subject, grids_of
-from visionaccel.validation.digits_model import LEAST_AGREEMENT, read_digits
 
 __all__ = ["NUMBERS"]
 

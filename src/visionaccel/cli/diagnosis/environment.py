@@ -11,10 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from visionaccel.backends import Finding
-from visionaccel.core.cpu import processor_name
 from visionaccel.cli.diagnosis.findings import looked
 from visionaccel.core.cores import choose_cores, process_cores, shown_cores
-from visionaccel.core.cpu import flags_in
+from visionaccel.core.cpu import flags_in, processor_name
 from visionaccel.errors import SettingsError
 from visionaccel.settings import load_settings
 

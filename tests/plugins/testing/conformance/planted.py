@@ -10,8 +10,8 @@ from visionaccel.bundle import ProgramRequest, export_bundle
 from visionaccel.core.grid import Grid
 from visionaccel.core.program import FixedGrid
 from visionaccel.encoder import open_tower
-from visionaccel_testing.templates import write_backend_project
 from visionaccel_testing.conformance.declaration import Source
+from visionaccel_testing.templates import write_backend_project
 
 __all__ = ["FIXED", "GOOD", "PLANTED", "Planted", "fixed_shapes", "install"]
 

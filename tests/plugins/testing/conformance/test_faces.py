@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 from docsite.conformance import check_table, support_table
 from visionaccel.cli.app import app
 from visionaccel.errors import ConfigurationError
-from visionaccel_testing.templates import write_backend_project
 from visionaccel_testing.conformance import CHECKS, BackendUnderTest, Outcome, Tolerance
 from visionaccel_testing.conformance.report import badge_of, write_report
+from visionaccel_testing.templates import write_backend_project
 
 
 def outcomes(**changed):

@@ -9,9 +9,9 @@ from conformance.planted import FIXED, fixed_shapes
 from simulated import simulated_precision
 from visionaccel.bundle.vitisai import ImportRequest, import_vitisai
 from visionaccel.encoder import open_tower
+from visionaccel_flexmlrt.simulator import compile_partition
 from visionaccel_testing.conformance import CHECKS, BackendUnderTest, conformance_suite, run_checks
 from visionaccel_testing.vitisai import write_vitisai_folder
-from visionaccel_flexmlrt.simulator import compile_partition
 
 
 def simulated_npu(checkpoint: Path, folder: Path) -> Path:
