@@ -10,7 +10,7 @@ import numpy as np
 
 from visionaccel.core.grid import Grid
 from visionaccel.families.qwen2_5_vl.config import DEFAULTS, VisionConfig
-from visionaccel.families.qwen2_5_vl.geometry import by_window_size, window_order
+from visionaccel.towers.tables import by_window_size, window_order
 
 GRID = Grid(1, 20, 28)
 """The picture's grid: 10x14 tokens, with partial windows at both edges."""

@@ -9,7 +9,7 @@ from visionaccel import open_encoder
 from visionaccel.checkpoint import Checkpoint
 from visionaccel.core.grid import as_grids
 from visionaccel.families.qwen2_5_vl.config import VisionConfig
-from visionaccel.families.qwen2_5_vl.geometry import window_order
+from visionaccel.towers.tables import window_order
 from visionaccel.validation import REFERENCE_OPTIONS
 
 

@@ -37,8 +37,8 @@ from visionaccel.core.grid import Grid
 from visionaccel.core.program import SIMULATOR_FILE, FixedGrid, HostSplit, Precision
 from visionaccel.families import Tower
 from visionaccel.families.qwen2_5_vl.config import VisionConfig
-from visionaccel.families.qwen2_5_vl.geometry import make_tables
-from visionaccel.families.qwen2_5_vl.signature import PATCH_KERNEL, PIXELS
+from visionaccel.towers.signature import PATCH_KERNEL, PIXELS
+from visionaccel.towers.tables import make_tables
 
 __all__ = ["VitisNames", "write_vitisai_folder"]
 

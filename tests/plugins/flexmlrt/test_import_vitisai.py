@@ -38,7 +38,7 @@ from visionaccel.encoder import open_tower
 from visionaccel.errors import BundleError, ConfigurationError
 from visionaccel.families import tower_of
 from visionaccel.families.qwen2_5_vl.config import VisionConfig
-from visionaccel.families.qwen2_5_vl.geometry import make_tables
+from visionaccel.towers.tables import make_tables
 from visionaccel.validation.packed_weights import differing_weights
 from visionaccel_testing.checkpoints import QWEN2_5_VL_7B, hollow_checkpoint, random_checkpoint
 from visionaccel_testing.vitisai import VitisNames, write_vitisai_folder

@@ -21,7 +21,7 @@ from visionaccel.core.program import CHECKPOINT
 from visionaccel.encoder import open_tower
 from visionaccel.errors import BackendUnavailableError, CheckpointError, PluginError, SettingsError
 from visionaccel.families.qwen2_5_vl.config import DEFAULTS, VisionConfig
-from visionaccel.families.qwen2_5_vl.geometry import make_tables, tower_tables
+from visionaccel.towers.tables import make_tables, tower_tables
 from visionaccel_testing.checkpoints import TINY, random_checkpoint
 from visionaccel_torch_ref import linear
 from visionaccel_torch_ref.backend import TorchReferenceBackend, TorchReferenceOptions

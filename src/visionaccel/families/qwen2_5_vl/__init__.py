@@ -40,13 +40,13 @@ from visionaccel.families.base import (
     WindowMatch,
 )
 from visionaccel.families.qwen2_5_vl.config import DEFAULTS, VisionConfig
-from visionaccel.families.qwen2_5_vl.geometry import tower_tables
-from visionaccel.families.qwen2_5_vl.host import open_host
-from visionaccel.families.qwen2_5_vl.host_part import match_windows, recognise_host
-from visionaccel.families.qwen2_5_vl.operations import count_operations
-from visionaccel.families.qwen2_5_vl.signature import EMBEDDINGS, PATCH_KERNEL, Signature, signature
 from visionaccel.families.qwen2_5_vl.weight_names import by_own_names, has_every_weight, weight_names
-from visionaccel.families.stored_form import plain_weights
+from visionaccel.towers.host import open_host
+from visionaccel.towers.operations import count_operations
+from visionaccel.towers.recognition import match_windows, recognise_host
+from visionaccel.towers.signature import EMBEDDINGS, PATCH_KERNEL, Signature, signature
+from visionaccel.towers.stored_form import plain_weights
+from visionaccel.towers.tables import tower_tables
 
 __all__ = ["WEIGHT_PREFIXES", "Qwen25VL", "Qwen25VLTower"]
 
@@ -172,9 +172,9 @@ class Qwen25VLTower(Tower):
         dialect: OperatorDialect | None = None,
     ) -> bytes:
         # onnx takes a noticeable time to import and only a backend that opens this program needs it.
-        from visionaccel.families.qwen2_5_vl.bound_graph import write_bound_graph
-        from visionaccel.families.qwen2_5_vl.graph import write_graph
-        from visionaccel.families.qwen2_5_vl.static_graph import write_static_graph
+        from visionaccel.towers.onnx.bound import write_bound_graph
+        from visionaccel.towers.onnx.fixed import write_static_graph
+        from visionaccel.towers.onnx.graph import write_graph
         from visionaccel.towers.onnx.writer import GraphWriter
 
         writer = GraphWriter(folder or self.weights_folder, precision)

@@ -9,8 +9,8 @@ import numpy as np
 
 from visionaccel.core.program import Bucket, FixedGrid, HostSplit
 from visionaccel.families.qwen2_5_vl.config import VisionConfig
-from visionaccel.families.qwen2_5_vl.geometry import make_tables, window_order
 from visionaccel.towers.onnx.writer import GraphWriter
+from visionaccel.towers.tables import make_tables, window_order
 
 __all__ = ["BakedTables", "FedTables", "StaticTables", "attend"]
 

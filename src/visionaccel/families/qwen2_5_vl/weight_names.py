@@ -13,7 +13,7 @@ from dataclasses import replace
 from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import CheckpointError
 from visionaccel.families.qwen2_5_vl.config import VisionConfig
-from visionaccel.families.qwen2_5_vl.signature import PATCH_KERNEL
+from visionaccel.towers.signature import PATCH_KERNEL
 
 __all__ = ["APART", "JOINT", "by_own_names", "has_every_weight", "weight_names"]
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import CheckpointError
 from visionaccel.families.qwen2_5_vl.config import VisionConfig
-from visionaccel.families.qwen2_5_vl.signature import PATCH_KERNEL
 from visionaccel.towers.onnx.writer import GraphWriter
+from visionaccel.towers.signature import PATCH_KERNEL
 
 __all__ = ["TowerWeights"]
 

@@ -16,9 +16,9 @@ from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import CheckpointError
 from visionaccel.families.base import Host
 from visionaccel.families.qwen2_5_vl.config import VisionConfig
-from visionaccel.families.qwen2_5_vl.geometry import Tables, make_tables
-from visionaccel.families.qwen2_5_vl.patch_embedding import PatchEmbedding
-from visionaccel.families.qwen2_5_vl.signature import EMBEDDINGS, PATCH_EMBEDDINGS, PIXELS, WINDOW_EMBEDDINGS
+from visionaccel.towers.patch_embedding import PatchEmbedding
+from visionaccel.towers.signature import EMBEDDINGS, PATCH_EMBEDDINGS, PIXELS, WINDOW_EMBEDDINGS
+from visionaccel.towers.tables import Tables, make_tables
 
 __all__ = ["open_host", "read_matrix"]
 

@@ -18,16 +18,16 @@ import onnx
 from visionaccel.core.program import Bucket, FixedGrid, HostSplit
 from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.families.qwen2_5_vl.config import VisionConfig
-from visionaccel.families.qwen2_5_vl.signature import (
+from visionaccel.families.qwen2_5_vl.static_tables import BakedTables, FedTables, StaticTables, attend
+from visionaccel.families.qwen2_5_vl.weights import TowerWeights
+from visionaccel.towers.onnx.writer import GraphWriter
+from visionaccel.towers.signature import (
     EMBEDDINGS,
     PATCH_EMBEDDINGS,
     PIXELS,
     WINDOW_EMBEDDINGS,
     signature,
 )
-from visionaccel.families.qwen2_5_vl.static_tables import BakedTables, FedTables, StaticTables, attend
-from visionaccel.families.qwen2_5_vl.weights import TowerWeights
-from visionaccel.towers.onnx.writer import GraphWriter
 
 __all__ = ["write_static_graph"]
 

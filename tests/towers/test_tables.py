@@ -13,7 +13,7 @@ from strategies import grid_lists
 from visionaccel.checkpoint import Checkpoint
 from visionaccel.core.grid import as_grids
 from visionaccel.families.qwen2_5_vl.config import VisionConfig
-from visionaccel.families.qwen2_5_vl.geometry import make_tables
+from visionaccel.towers.tables import make_tables
 from visionaccel_testing.checkpoints import QWEN2_5_VL_7B, TINY, random_checkpoint
 
 SHAPES = {"7b": QWEN2_5_VL_7B, "wide windows": {**QWEN2_5_VL_7B, "window_size": 168}, "tiny": TINY}

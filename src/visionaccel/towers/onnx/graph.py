@@ -15,10 +15,10 @@ import onnx
 from visionaccel.core.program import AnyGrid, OperatorDialect
 from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.families.qwen2_5_vl.config import VisionConfig
-from visionaccel.families.qwen2_5_vl.dialects import DIALECTS
-from visionaccel.families.qwen2_5_vl.signature import EMBEDDINGS, PIXELS, signature
 from visionaccel.families.qwen2_5_vl.weights import TowerWeights
+from visionaccel.towers.onnx.operators import DIALECTS
 from visionaccel.towers.onnx.writer import GraphWriter
+from visionaccel.towers.signature import EMBEDDINGS, PIXELS, signature
 
 __all__ = ["write_graph"]
 

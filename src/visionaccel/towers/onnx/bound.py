@@ -15,10 +15,10 @@ import onnx
 from visionaccel.core.program import AnyGrid, Bucket, FixedGrid
 from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.families.qwen2_5_vl.config import VisionConfig
-from visionaccel.families.qwen2_5_vl.geometry import make_tables
-from visionaccel.families.qwen2_5_vl.graph import write_graph
-from visionaccel.families.qwen2_5_vl.signature import EMBEDDINGS, PIXELS, signature
+from visionaccel.towers.onnx.graph import write_graph
 from visionaccel.towers.onnx.writer import GraphWriter, value_info
+from visionaccel.towers.signature import EMBEDDINGS, PIXELS, signature
+from visionaccel.towers.tables import make_tables
 
 __all__ = ["write_bound_graph"]
 

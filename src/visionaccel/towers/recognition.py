@@ -21,8 +21,7 @@ from visionaccel.core.program import HostSplit
 from visionaccel.errors import BundleError
 from visionaccel.families.base import HostPart, OperatorGraph, UnrecognisedHost, WindowMatch
 from visionaccel.families.qwen2_5_vl.config import VisionConfig
-from visionaccel.families.qwen2_5_vl.geometry import by_window_size, window_order
-from visionaccel.families.qwen2_5_vl.operators import (
+from visionaccel.towers.exported_operators import (
     PRODUCTS,
     STILL,
     StrangeError,
@@ -33,7 +32,8 @@ from visionaccel.families.qwen2_5_vl.operators import (
     product,
     squeezed,
 )
-from visionaccel.families.qwen2_5_vl.signature import PATCH_KERNEL
+from visionaccel.towers.signature import PATCH_KERNEL
+from visionaccel.towers.tables import by_window_size, window_order
 
 if TYPE_CHECKING:
     import onnx

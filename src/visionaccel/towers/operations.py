@@ -13,7 +13,7 @@ import numpy as np
 from visionaccel.core.grid import Grid, total_patches
 from visionaccel.families.base import MatrixProduct, Operations
 from visionaccel.families.qwen2_5_vl.config import VisionConfig
-from visionaccel.families.qwen2_5_vl.geometry import window_order
+from visionaccel.towers.tables import window_order
 
 __all__ = ["count_operations"]
 

@@ -14,7 +14,7 @@ from visionaccel.core.grid import Grid
 from visionaccel.core.program import AnyGrid, FixedGrid, HostSplit
 from visionaccel.encoder import open_tower
 from visionaccel.errors import CheckpointError, ConfigurationError, UnfitGridError
-from visionaccel.families.qwen2_5_vl.patch_embedding import PatchEmbedding
+from visionaccel.towers.patch_embedding import PatchEmbedding
 from visionaccel_testing.checkpoints import QWEN2_5_VL_7B, TINY, hollow_checkpoint, random_checkpoint
 
 PRIOR_ART_NODES = 3016
@@ -127,7 +127,7 @@ def test_numpy_and_torch_round_alike_in_bfloat16():
 
 
 def test_a_split_program_without_its_host_weight_is_refused(tmp_path):
-    from visionaccel.families.qwen2_5_vl.host import read_matrix
+    from visionaccel.towers.host import read_matrix
 
     stored = open_tower(random_checkpoint(tmp_path, TINY)).weights["merger.ln_q.weight"]
     with pytest.raises(CheckpointError, match="is no"):
