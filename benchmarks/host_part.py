@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.turns import medians
 from visionaccel.core.program import Precision
-from visionaccel.towers.patch_embedding import PatchEmbedding
+from visionaccel.towers import PatchEmbedding
 
 PATCHES, WIDTH, HIDDEN, MERGED = 58 * 74, 1176, 1280, 4
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from visionaccel.core.grid import Grid
-from visionaccel.families.qwen2_5_vl.config import DEFAULTS, VisionConfig
-from visionaccel.towers.tables import by_window_size, window_order
+from visionaccel.families.qwen2_5_vl import FAMILY
+from visionaccel.towers import TowerSpec, by_window_size, window_order
 
 GRID = Grid(1, 20, 28)
 """The picture's grid: 10x14 tokens, with partial windows at both edges."""
@@ -24,12 +24,9 @@ HEAD = (
 )
 
 
-def config() -> VisionConfig:
-    """Sizes of the 7B tower."""
-    sizes = DEFAULTS | {"hidden_size": 1280, "rope_theta": 10000.0}
-    sizes["fullatt_block_indexes"] = tuple(DEFAULTS["fullatt_block_indexes"])  # type: ignore[arg-type]
-    del sizes["hidden_act"]
-    return VisionConfig(**sizes)  # type: ignore[arg-type]
+def spec() -> TowerSpec:
+    """The 7B tower."""
+    return FAMILY.described({"vision_config": {"hidden_size": 1280}}, "7B")
 
 
 def text(x: float, y: float, words: str, *, anchor: str = "start", size: int = 13, colour: str = INK) -> str:
@@ -57,11 +54,11 @@ def document(title: str, width: int, height: int, body: str) -> str:
 
 def windows() -> str:
     """Where each token of a grid stands in window order, and the windows in both orders."""
-    sizes = config()
+    sizes = spec()
     index, lengths = window_order(sizes, [GRID])
-    height, width = GRID.h // sizes.spatial_merge_size, GRID.w // sizes.spatial_merge_size
+    height, width = GRID.h // sizes.merge, GRID.w // sizes.merge
     place = np.argsort(index)  # place[token] is where the token stands
-    tokens = (lengths // sizes.merged_patches).tolist()
+    tokens = (lengths // sizes.merged).tolist()
     window_of_place = np.repeat(np.arange(len(tokens)), tokens).tolist()
     cell, left, top = 34, 24, 54
     body = text(left, 30, f"Grid {GRID} in patches is {height}x{width} tokens, in windows of up to 4x4.", size=15)
@@ -69,7 +66,7 @@ def windows() -> str:
         x, y = left + token % width * cell, top + token // width * cell
         body += box(x, y, cell, cell, shade(window_of_place[at]))
         body += text(x + cell / 2, y + cell / 2 + 5, str(at), anchor="middle")
-    side = sizes.window_tokens * cell
+    side = (sizes.window or 0) * cell
     for down in range(0, height * cell, side):
         for across in range(0, width * cell, side):
             right, bottom = min(across + side, width * cell), min(down + side, height * cell)
@@ -143,8 +140,8 @@ def split() -> str:
 
 def flow() -> str:
     """A split program of one grid: shapes at each edge."""
-    sizes = config()
-    patches, tokens = GRID.patches, GRID.tokens(sizes.spatial_merge_size)
+    sizes = spec()
+    patches, tokens = GRID.patches, GRID.tokens(sizes.merge)
     stages = (
         ("patches", f"[{patches}, {sizes.patch_width}]", "#ffffff"),
         ("patch embedding", "one product", HOST),
@@ -156,7 +153,7 @@ def flow() -> str:
     edges = (
         "",
         f"[{patches}, {sizes.hidden_size}]",
-        f"[{tokens}, {sizes.merged_patches}, {sizes.hidden_size}]",
+        f"[{tokens}, {sizes.merged}, {sizes.hidden_size}]",
         f"[{tokens}, {sizes.out_hidden_size}]",
         "",
     )

@@ -329,7 +329,7 @@ def test_other_architectures_are_refused_with_the_supported_ones(copy):
     ("change", "kind", "message"),
     [
         ({"hidden_act": "gelu"}, UnsupportedArchitectureError, "hidden_act is 'gelu'"),
-        ({"num_heads": 5}, CheckpointError, "divisible by num_heads"),
+        ({"num_heads": 5}, CheckpointError, "divisible by heads"),
         ({"num_heads": 0}, CheckpointError, "must be positive"),
         ({"window_size": 33}, CheckpointError, "window_size must be a multiple"),
         ({"window_size": 2**25}, CheckpointError, "no size may be over"),
@@ -340,7 +340,7 @@ def test_other_architectures_are_refused_with_the_supported_ones(copy):
         ({"depth": 3.0}, CheckpointError, "lacks a usable whole number where it says 3.0"),
         ({"num_heads": "2"}, CheckpointError, "lacks a usable whole number where it says '2'"),
         ({"fullatt_block_indexes": ["1"]}, CheckpointError, "lacks a usable whole number"),
-        ({"rope_parameters": {"rope_theta": 0}}, CheckpointError, "rope_theta must be positive"),
+        ({"rope_parameters": {"rope_theta": 0}}, CheckpointError, "rotary_base must be positive"),
         ({"depth": float("inf")}, CheckpointError, "lacks a usable"),
         ({"fullatt_block_indexes": 3}, CheckpointError, "lacks a usable"),
     ],

@@ -18,7 +18,7 @@ from visionaccel.core.cpu import flags_in, has_bfloat16
 from visionaccel.core.packed_products import why_not_packed
 from visionaccel.core.program import AnyGrid
 from visionaccel.encoder import open_tower
-from visionaccel.towers.patch_embedding import PatchEmbedding
+from visionaccel.towers import PatchEmbedding
 
 ROOT = Path(__file__).parents[2]
 

@@ -61,7 +61,7 @@ def read_and_run(folder: Path) -> None:
     inputs, outputs = tower.signature(coverage, split)
     program = Program(
         name="hostile", family=tower.family, format=FLEXMLRT_RAI if single else FLEXMLRT_DIRECTORY, folder=folder,
-        inputs=inputs, outputs=outputs, config={}, weights={}, uniform_frames=True, coverage=coverage,
+        inputs=inputs, outputs=outputs, weights={}, uniform_frames=True, coverage=coverage,
         precision="float32", host=split, device="simulator", artifact=artifact,
         stored_names={inputs[0].name: "device_input", outputs[0].name: "device_output"},
     )  # fmt: skip
@@ -86,7 +86,7 @@ def read_context(folder: Path) -> None:
     """Verify a compiled model, and count what is in it."""
     path = folder / MODEL
     program = Program(
-        name="hostile", family="qwen2_5_vl", format=EP_CONTEXT, folder=folder, inputs=(), outputs=(), config={},
+        name="hostile", family="qwen2_5_vl", format=EP_CONTEXT, folder=folder, inputs=(), outputs=(),
         weights={}, uniform_frames=True, coverage=FixedGrid(GRID), precision="float32", artifact=path,
         companions={"context.bin": folder / "context.bin"},
     )  # fmt: skip

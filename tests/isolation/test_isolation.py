@@ -150,7 +150,7 @@ def visionaccel_backends():
 '''
 
 PROGRAM = Program(
-    name="any", family="any", format=CHECKPOINT, folder=Path("/"), inputs=(), outputs=(), config={}, weights={},
+    name="any", family="any", format=CHECKPOINT, folder=Path("/"), inputs=(), outputs=(), weights={},
     uniform_frames=False,
 )  # fmt: skip
 QUICK = Limits(run=20, opening=60, closing=5, first_delay=1.0, longest_delay=2.0)
@@ -699,7 +699,7 @@ from visionaccel.isolation import IsolatedSession
 from visionaccel.core.program import CHECKPOINT, Program
 
 sys.path.insert(0, sys.argv[1])
-program = Program(name="any", family="any", format=CHECKPOINT, folder=Path("/"), inputs=(), outputs=(), config={},
+program = Program(name="any", family="any", format=CHECKPOINT, folder=Path("/"), inputs=(), outputs=(),
                   weights={}, uniform_frames=False)
 
 def open_here():

@@ -6,10 +6,9 @@ import numpy as np
 
 from digits_vlm.samples import _pool, digits_video, held_out_images
 from visionaccel import open_encoder
-from visionaccel.checkpoint import Checkpoint
 from visionaccel.core.grid import as_grids
-from visionaccel.families.qwen2_5_vl.config import VisionConfig
-from visionaccel.towers.tables import window_order
+from visionaccel.encoder import open_tower
+from visionaccel.towers import window_order
 from visionaccel.validation import REFERENCE_OPTIONS
 
 
@@ -43,11 +42,11 @@ def test_the_checkpoint_is_small_and_its_score_recorded(digits):
 
 
 def test_the_tower_has_every_structural_trait(digits):
-    config = VisionConfig.of(Checkpoint(digits))
-    assert 0 < len(config.fullatt_block_indexes) < config.depth
-    assert config.merged_patches == 4
-    assert config.window_patches == 64
-    _, lengths = window_order(config, as_grids([(1, 10, 14)]))
+    spec = open_tower(digits).spec
+    assert 0 < len(spec.full_blocks) < spec.depth
+    assert spec.merged == 4
+    assert spec.window_patches == 64
+    _, lengths = window_order(spec, as_grids([(1, 10, 14)]))
     assert len(lengths) > 1
     assert len(set(lengths.tolist())) > 1, "partial windows"
 

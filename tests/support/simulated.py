@@ -53,7 +53,6 @@ def simulated_program(
         folder=folder,
         inputs=inputs,
         outputs=outputs,
-        config=tower.checkpoint.config["vision_config"],
         weights={},
         uniform_frames=True,
         coverage=coverage,

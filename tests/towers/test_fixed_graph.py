@@ -11,10 +11,10 @@ from visionaccel import open_encoder
 from visionaccel.bundle import ProgramRequest, export_bundle
 from visionaccel.core.cpu import has_bfloat16
 from visionaccel.core.grid import Grid
-from visionaccel.core.program import AnyGrid, FixedGrid, HostSplit
+from visionaccel.core.program import ONNX, AnyGrid, FixedGrid, HostSplit, Program
 from visionaccel.encoder import open_tower
 from visionaccel.errors import CheckpointError, ConfigurationError, UnfitGridError
-from visionaccel.towers.patch_embedding import PatchEmbedding
+from visionaccel.towers import PatchEmbedding
 from visionaccel_testing.checkpoints import QWEN2_5_VL_7B, TINY, hollow_checkpoint, random_checkpoint
 
 PRIOR_ART_NODES = 3016
@@ -127,11 +127,18 @@ def test_numpy_and_torch_round_alike_in_bfloat16():
 
 
 def test_a_split_program_without_its_host_weight_is_refused(tmp_path):
-    from visionaccel.towers.host import read_matrix
-
-    stored = open_tower(random_checkpoint(tmp_path, TINY)).weights["merger.ln_q.weight"]
-    with pytest.raises(CheckpointError, match="is no"):
-        read_matrix(stored, (32, 96))
+    tower, coverage = open_tower(random_checkpoint(tmp_path, TINY)), FixedGrid(Grid(1, 8, 8))
+    split = tower.split(coverage)
+    inputs, outputs = tower.signature(coverage, split)
+    program = Program("p", tower.family, ONNX, tmp_path, inputs, outputs, {}, True, coverage, host=split)
+    (name,) = tower.host_weights
+    weights = dict(tower.weights)
+    other = tower.over({**weights, name: weights["merger.ln_q.weight"]})
+    with pytest.raises(CheckpointError, match=r"is F32\[32\] and not|is float32\[32\] and not"):
+        other.host(program)
+    del weights[name]
+    with pytest.raises(CheckpointError, match="is missing"):
+        tower.over(weights).host(program)
 
 
 def test_many_grids_are_written_without_reading_a_weight(tmp_path):

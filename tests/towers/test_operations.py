@@ -7,7 +7,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from towers import _reference_tower, random_patches
 from visionaccel.core.grid import Grid
 from visionaccel.encoder import open_tower
-from visionaccel.families.base import Tower
 from visionaccel_testing.checkpoints import QWEN2_5_VL_7B, hollow_checkpoint
 
 
@@ -49,7 +48,3 @@ def test_only_full_attention_grows_with_the_square(tmp_path):
 def test_frames_of_a_video_do_not_attend_to_each_other(tiny):
     tower = open_tower(tiny)
     assert tower.operations([Grid(3, 8, 8)]).total == 3 * tower.operations([Grid(1, 8, 8)]).total
-
-
-def test_a_family_need_not_count(tiny):
-    assert Tower.operations(open_tower(tiny), [Grid(1, 8, 8)]) is None

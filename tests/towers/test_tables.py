@@ -12,8 +12,8 @@ from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position
 from strategies import grid_lists
 from visionaccel.checkpoint import Checkpoint
 from visionaccel.core.grid import as_grids
-from visionaccel.families.qwen2_5_vl.config import VisionConfig
-from visionaccel.towers.tables import make_tables
+from visionaccel.families import tower_of
+from visionaccel.towers import make_tables
 from visionaccel_testing.checkpoints import QWEN2_5_VL_7B, TINY, random_checkpoint
 
 SHAPES = {"7b": QWEN2_5_VL_7B, "wide windows": {**QWEN2_5_VL_7B, "window_size": 168}, "tiny": TINY}
@@ -25,7 +25,7 @@ def tower(request, tmp_path_factory):
     # The shape is read from config.json; the weights do not matter, so a shallow tower is written.
     config = {**SHAPES[request.param], "depth": 1, "fullatt_block_indexes": [0], "intermediate_size": 8}
     folder = random_checkpoint(tmp_path_factory.mktemp("config"), config)
-    return VisionConfig.of(Checkpoint(folder)), Qwen2_5_VLVisionConfig(**config)
+    return tower_of(Checkpoint(folder)).spec, Qwen2_5_VLVisionConfig(**config)
 
 
 @given(triples=grid_lists(most_side=14))
@@ -36,14 +36,14 @@ def tower(request, tmp_path_factory):
 @example(triples=[(3, 10, 18), (1, 8, 8), (2, 16, 16)])
 @hypothesis_settings(max_examples=120)
 def test_tables_equal_transformers(tower, triples):
-    config, theirs = tower
+    spec, theirs = tower
     grid_thw = torch.tensor(triples)
-    tables = make_tables(config, as_grids(triples, 2))
+    tables = make_tables(spec, as_grids(triples, 2))
 
     window_index, cu_window = get_vision_window_index(grid_thw, 2, theirs.window_size, theirs.patch_size)
-    np.testing.assert_array_equal(tables.window_index, window_index.numpy())
-    np.testing.assert_array_equal(tables.reverse_index, torch.argsort(window_index).numpy())
-    np.testing.assert_array_equal(tables.window_lengths, np.diff(cu_window.numpy()))
+    np.testing.assert_array_equal(tables.windows.index, window_index.numpy())
+    np.testing.assert_array_equal(tables.windows.reverse, torch.argsort(window_index).numpy())
+    np.testing.assert_array_equal(tables.windows.lengths, np.diff(cu_window.numpy()))
     np.testing.assert_array_equal(tables.frame_lengths, np.diff(get_vision_cu_seqlens(grid_thw).numpy()))
 
     positions = get_vision_position_ids(grid_thw, 2)
@@ -59,12 +59,12 @@ def test_tables_equal_transformers(tower, triples):
 @given(triples=grid_lists())
 @hypothesis_settings(max_examples=60)
 def test_padded_windows_hold_every_row_once_in_order(tower, triples):
-    config, _ = tower
-    tables = make_tables(config, as_grids(triples, 2))
+    spec, _ = tower
+    tables = make_tables(spec, as_grids(triples, 2))
     rows = sum(t * h * w for t, h, w in triples)
-    mask = tables.window_mask.astype(bool)
-    assert tables.window_patches.shape[1] == config.window_patches
-    np.testing.assert_array_equal(tables.window_patches[mask], np.arange(rows))
-    np.testing.assert_array_equal(mask.sum(axis=1), tables.window_lengths)
-    np.testing.assert_array_equal(tables.window_patches.ravel()[tables.window_slots], np.arange(rows))
-    np.testing.assert_array_equal(tables.window_index[tables.reverse_index], np.arange(rows // 4))
+    mask = tables.windows.mask.astype(bool)
+    assert tables.windows.patches.shape[1] == spec.window_patches
+    np.testing.assert_array_equal(tables.windows.patches[mask], np.arange(rows))
+    np.testing.assert_array_equal(mask.sum(axis=1), tables.windows.lengths)
+    np.testing.assert_array_equal(tables.windows.patches.ravel()[tables.windows.slots], np.arange(rows))
+    np.testing.assert_array_equal(tables.windows.index[tables.windows.reverse], np.arange(rows // 4))

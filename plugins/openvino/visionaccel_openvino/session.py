@@ -83,6 +83,8 @@ class OpenVinoSession(Session):
                 request.set_tensor(self._inputs[spec.name], _shared(array))
         outputs: dict[str, Array] = {}
         for spec in self._program.outputs:
+            if any(isinstance(size, str) and size not in sizes for size in spec.shape):
+                continue  # no input tells how large it is
             shape = [size if isinstance(size, int) else sizes[size] for size in spec.shape]
             outputs[spec.name] = np.empty(shape, spec.dtype)
             request.set_tensor(self._names[spec.name], _shared(outputs[spec.name]))
@@ -97,6 +99,9 @@ class OpenVinoSession(Session):
                     self._pool = None
             raise
         for name, stored in self._names.items():
+            if name not in outputs:
+                outputs[name] = request.get_tensor(stored).data.copy()  # the request's own memory, which is used again
+                continue
             # A request that had to reallocate its output would leave this one as it came.
             if request.get_tensor(stored).data.ctypes.data != outputs[name].ctypes.data:
                 raise DeviceError(

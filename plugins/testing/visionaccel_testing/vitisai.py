@@ -36,9 +36,7 @@ from visionaccel.core.external_data import ExternalData, is_external, point_at
 from visionaccel.core.grid import Grid
 from visionaccel.core.program import SIMULATOR_FILE, FixedGrid, HostSplit, Precision
 from visionaccel.families import Tower
-from visionaccel.families.qwen2_5_vl.config import VisionConfig
-from visionaccel.towers.signature import PATCH_KERNEL, PIXELS
-from visionaccel.towers.tables import make_tables
+from visionaccel.towers import PIXELS, make_tables
 
 __all__ = ["VitisNames", "write_vitisai_folder"]
 
@@ -141,26 +139,27 @@ def _whole(
     tower: Tower, grid: Grid, order: Literal["raster", "grouped"], partition: onnx.ModelProto, names: VitisNames
 ) -> onnx.ModelProto:
     """The whole tower around the partition's operators."""
-    config = VisionConfig.of(tower.checkpoint)
-    kernel = tower.weights[PATCH_KERNEL]
-    tables = make_tables(config, [grid], grouped=order == "grouped")
-    patches, hidden, merged = grid.patches, config.hidden_size, config.merged_patches
-    side, steps = config.patch_size, config.temporal_patch_size
+    spec, (kernel_name,) = tower.spec, tower.host_weights
+    kernel = tower.weights[kernel_name]
+    windows = make_tables(spec, [grid], grouped=order == "grouped").windows
+    assert windows is not None, "what compilers were given has windows"
+    patches, hidden, merged = grid.patches, spec.hidden, spec.merged
+    side, steps = spec.patch, spec.temporal
     constants = {
-        "blocks_shape": [-1, config.in_channels, steps, side, side],
+        "blocks_shape": [-1, spec.channels, steps, side, side],
         "rows_shape": [-1, hidden],
         "merged_shape": [patches // merged, merged, hidden],
-        "window_index": tables.window_index,
-        "reverse_index": tables.reverse_index,
+        "window_index": windows.index,
+        "reverse_index": windows.reverse,
     }
-    weight = _external(PATCH_KERNEL, kernel, tower.weights_folder)
+    weight = _external(kernel_name, kernel, tower.weights_folder)
     exact, widened = kernel.dtype == "float32", "/patch_embed/proj/Cast_output_0"
     before: list[_Row] = [
-        *([] if exact else [("Cast", [PATCH_KERNEL], widened, {"to": TensorProto.FLOAT})]),
+        *([] if exact else [("Cast", [kernel_name], widened, {"to": TensorProto.FLOAT})]),
         ("Reshape", [names.pixels, "blocks_shape"], "/patch_embed/Reshape_output_0", {}),
         (
             "Conv",
-            ["/patch_embed/Reshape_output_0", PATCH_KERNEL if exact else widened],
+            ["/patch_embed/Reshape_output_0", kernel_name if exact else widened],
             "/patch_embed/proj/Conv_output_0",
             {"strides": [steps, side, side], "kernel_shape": [steps, side, side]},
         ),
@@ -179,7 +178,7 @@ def _whole(
     graph = helper.make_graph(
         [*nodes(before), *partition.graph.node, *nodes(after)],
         "main_graph",
-        [helper.make_tensor_value_info(names.pixels, TensorProto.FLOAT, [patches, config.patch_width])],
+        [helper.make_tensor_value_info(names.pixels, TensorProto.FLOAT, [patches, spec.patch_width])],
         [helper.make_tensor_value_info(names.embeddings, TensorProto.FLOAT, [patches // merged, tower.out_width])],
         [
             *(numpy_helper.from_array(np.array(value, dtype=np.int64), name) for name, value in constants.items()),

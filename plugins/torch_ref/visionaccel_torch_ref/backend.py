@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["TorchReferenceBackend", "TorchReferenceOptions", "TorchReferenceSession"]
 
-FAMILIES = frozenset({"qwen2_5_vl"})
-
 
 class TorchReferenceOptions(Options):
     """Options of the `torch_ref` backend."""
@@ -61,8 +59,8 @@ class TorchReferenceBackend(VisionBackend):
     def probe(self, program: Program, device: str | None) -> Verdict:
         if find_spec("torch") is None:
             return Rejected("torch is not installed.", "pip install torch.")
-        if program.family not in FAMILIES:
-            return Rejected(f"it has no tower of family {program.family!r}.", "Name another backend.")
+        if program.spec is None:
+            return Rejected(f"it needs the description of the {program.family} tower.", "Name another backend.")
         kind, _, index = (device or "cpu").partition(":")
         if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
             return Rejected(f"it knows no device {device!r}.", "Name cpu, cuda or cuda:N.")

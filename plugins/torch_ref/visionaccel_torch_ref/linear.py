@@ -1,13 +1,25 @@
 """Linear layers: packed once by oneDNN where the CPU has it, otherwise torch's own."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 
 import torch
 from torch.nn import functional
 
 from visionaccel.core.packed_products import PackedWeight, why_not_packed
+from visionaccel.towers import ActivationKind
 
-__all__ = ["Linear", "PackedLinear", "PlainLinear", "make_linear", "why_not_packed"]
+__all__ = ["ACTIVATIONS", "Linear", "PackedLinear", "PlainLinear", "make_linear", "why_not_packed"]
+
+ACTIVATIONS: Mapping[ActivationKind, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: torch.sigmoid(x * 1.702).mul_(x),
+    "silu": functional.silu,
+}
+
+_FUSED: Mapping[ActivationKind, tuple[str, str]] = {"gelu": ("gelu", "none"), "silu": ("swish", "")}
+"""Activations that oneDNN applies within a product."""
 
 
 class Linear(ABC):
@@ -20,13 +32,9 @@ class Linear(ABC):
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """The product and the bias alone: x @ weight.T + bias."""
 
-    @abstractmethod
-    def silu(self, x: torch.Tensor) -> torch.Tensor:
-        """The SiLU of it."""
-
-    @abstractmethod
-    def gelu(self, x: torch.Tensor) -> torch.Tensor:
-        """The exact GELU of it."""
+    def activated(self, x: torch.Tensor, kind: ActivationKind) -> torch.Tensor:
+        """A function of each of its elements."""
+        return ACTIVATIONS[kind](self(x))
 
     @abstractmethod
     def times(self, x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -46,11 +54,8 @@ class PlainLinear(Linear):
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return functional.linear(x, self._weight, self._bias)
 
-    def silu(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.silu(self(x), inplace=True)
-
-    def gelu(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.gelu(self(x))
+    def activated(self, x: torch.Tensor, kind: ActivationKind) -> torch.Tensor:
+        return functional.silu(self(x), inplace=True) if kind == "silu" else super().activated(x, kind)
 
     def times(self, x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
         return self(x).mul_(factor)
@@ -68,11 +73,8 @@ class PackedLinear(Linear):
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self._packed.unary(x)
 
-    def silu(self, x: torch.Tensor) -> torch.Tensor:
-        return self._packed.unary(x, "swish")
-
-    def gelu(self, x: torch.Tensor) -> torch.Tensor:
-        return self._packed.unary(x, "gelu", "none")
+    def activated(self, x: torch.Tensor, kind: ActivationKind) -> torch.Tensor:
+        return self._packed.unary(x, *_FUSED[kind]) if kind in _FUSED else super().activated(x, kind)
 
     def times(self, x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
         return self._packed.binary(x, factor, "mul")

@@ -1,96 +1,65 @@
-"""Qwen2.5-VL's vision tower, written to be fast: windows in batches, rotation in place, packed weights.
+"""Any described vision tower, written to be fast: windows in batches, rotation in place, packed weights.
 
-The mathematics is that of transformers' `Qwen2_5_VisionTransformerPretrainedModel`. What differs is rounding: windows
-of one size are one batch of attention, a head's values are rotated as complex numbers, and oneDNN applies activations
-and sums within its products.
+The mathematics is that of transformers' towers. What differs is rounding: windows of one size are one batch of
+attention, a head's values are rotated as complex numbers, and oneDNN applies activations and sums within its products.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
 
 from visionaccel.core.grid import Grid
 from visionaccel.core.program import Program
+from visionaccel.towers import TowerSpec
 from visionaccel_torch_ref.attention import Attention
 from visionaccel_torch_ref.layout import Layout, Layouts, Run
 from visionaccel_torch_ref.linear import Linear, make_linear
-from visionaccel_torch_ref.weights import WeightReader
+from visionaccel_torch_ref.steps import Steps, in_blocks
+from visionaccel_torch_ref.weights import WeightReader, spec_of
 
 __all__ = ["FastTower", "load_fast_tower"]
-
-_EPSILON = 1e-6
-"""Of every normalisation; transformers has it in code and not in the configuration."""
-
-_CACHED_ROWS = 256
-"""Rows that are normalised or rotated at a time on a CPU: about 1 MB in float32 for the released towers."""
 
 
 @dataclass(frozen=True)
 class _Block:
-    norm1: torch.Tensor
+    norm1: Steps
     qkv: Linear
-    proj: Linear
-    norm2: torch.Tensor
-    gate: Linear
-    up: Linear
-    down: Linear
-    full: bool
+    proj: Steps
+    mlp: Steps
+    """The norm before it included."""
+    windowed: bool
+    levels: tuple[int, ...]
 
 
 class FastTower:
     """The tower of a checkpoint on a device. Calls must not overlap.
 
     Args:
-        program: Its configuration and tables.
+        program: Its description and tables.
         weights: Reads its weights, of the tower's dtype and on its device.
         attention: Computes attention of a batch of segments.
         device: `cpu`, `cuda` or `cuda:N`.
 
     Raises:
-        CheckpointError: If the weights do not fit the configuration.
-        PluginError: If the program brings no tables.
+        CheckpointError: If the weights do not fit the description.
+        PluginError: If the program brings no description or no tables.
     """
 
     def __init__(self, program: Program, weights: WeightReader, attention: Attention, device: str) -> None:
         self._layouts = Layouts(program, device)
         self._attention = attention
-        sizes = {name: int(size) for name, size in program.config.items() if isinstance(size, int)}
-        hidden, inner, self._heads = sizes["hidden_size"], sizes["intermediate_size"], sizes["num_heads"]
-        self._merged = sizes["spatial_merge_size"] ** 2
-        merged, width = hidden * self._merged, program.inputs[0].shape[1]
-        assert isinstance(width, int), "patches have a fixed width"
-        full = frozenset(program.config["fullatt_block_indexes"])
-
-        def norm(name: str) -> torch.Tensor:
-            return weights.read(f"{name}.weight", (hidden,))
-
-        def qkv(name: str, kind: str, shape: tuple[int, ...]) -> torch.Tensor:
-            return weights.read_joint(f"{name}.qkv.{kind}", [f"{name}.{part}.{kind}" for part in "qkv"], shape)
-
-        def linear(name: str, rows: int, columns: int) -> Linear:
-            return make_linear(weights.read(f"{name}.weight", (rows, columns)), weights.read(f"{name}.bias", (rows,)))
-
-        self._embed = make_linear(weights.read("patch_embed.proj.weight", (hidden, width)), None)
-        self._blocks = tuple(
-            _Block(
-                norm1=norm(f"blocks.{block}.norm1"),
-                qkv=make_linear(
-                    _paired(qkv(f"blocks.{block}.attn", "weight", (3 * hidden, hidden)), self._heads),
-                    _paired(qkv(f"blocks.{block}.attn", "bias", (3 * hidden,)), self._heads),
-                ),
-                proj=linear(f"blocks.{block}.attn.proj", hidden, hidden),
-                norm2=norm(f"blocks.{block}.norm2"),
-                gate=linear(f"blocks.{block}.mlp.gate_proj", inner, hidden),
-                up=linear(f"blocks.{block}.mlp.up_proj", inner, hidden),
-                down=linear(f"blocks.{block}.mlp.down_proj", hidden, inner),
-                full=block in full,
-            )
-            for block in range(sizes["depth"])
+        spec = self._spec = spec_of(program)
+        self._embed = Steps(spec, spec.embed, weights)
+        self._positions: torch.Tensor | None = None
+        if spec.positions is not None:
+            shape = spec.positions.side**2, spec.hidden
+            self._positions = weights.read(f"{spec.positions.name}.weight", shape).float()
+        self._blocks = tuple(_block(spec, block, weights) for block in range(spec.depth))
+        self._merger = Steps(spec, spec.merger, weights)
+        self._levels = tuple(
+            Steps(spec, spec.deepstack_merger, weights, f"deepstack.{level}.") for level in range(len(spec.deepstack))
         )
-        self._norm = norm("merger.ln_q")
-        self._merge = linear("merger.mlp.0", merged, merged), linear("merger.mlp.2", sizes["out_hidden_size"], merged)
         if weights.left:
             raise weights.unfit(f"it has no place for {sorted(weights.left)[0]!r}")
 
@@ -109,24 +78,28 @@ class FastTower:
 
     def forward(self, patches: torch.Tensor, layout: Layout) -> torch.Tensor:
         """The call of that layout: the same kernels on the same tables each time, without a word to the host."""
-        rows = self._reorder(self._embed(patches), layout.window_index)
+        rows = self._embed(patches)
+        if self._positions is not None:
+            rows = rows + _interpolated(self._positions, layout).to(rows.dtype)
+        if layout.window_index is not None:
+            tokens = rows.view(len(layout.window_index), -1)
+            rows = tokens.index_select(0, layout.window_index).view(len(rows), -1)
+        levels: list[torch.Tensor] = []
         for block in self._blocks:
-            attended = self._attend(block, _rms_norm(rows, block.norm1), layout)
-            rows = block.proj.plus(attended, rows)
-            normed = _rms_norm(rows, block.norm2)
-            rows = block.down.plus(block.up.times(normed, block.gate.silu(normed)), rows)
-        first, second = self._merge
-        tokens = second(first.gelu(_rms_norm(rows, self._norm).view(len(layout.window_index), -1)))
-        return tokens.index_select(0, layout.reverse_index)
-
-    def _reorder(self, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        return rows.view(len(tokens), -1).index_select(0, tokens).view(len(rows), -1)
+            rows = block.proj.plus(self._attend(block, block.norm1(rows), layout), rows)
+            rows = block.mlp.plus(rows, rows)
+            levels += [self._levels[level](rows) for level in block.levels]
+        merged = self._merger(rows)
+        if levels:
+            merged = torch.cat([merged, *levels], dim=1)
+        return merged if layout.reverse_index is None else merged.index_select(0, layout.reverse_index)
 
     def _attend(self, block: _Block, rows: torch.Tensor, layout: Layout) -> torch.Tensor:
         """Attention of every row within its window, or within its frame."""
         mixed = block.qkv(rows)
-        _rotate(mixed.view(len(rows), 3 * self._heads, -1)[:, : 2 * self._heads], layout.rotation)
-        if not block.full:
+        heads = self._spec.heads
+        _rotate(mixed.view(len(rows), 3 * heads, -1)[:, : 2 * heads], layout.rotation)
+        if block.windowed:
             return self._by_runs(mixed, layout.windows)
         if layout.frame_order is None or layout.frame_reverse is None:
             return self._by_runs(mixed, layout.frames)
@@ -137,7 +110,7 @@ class FastTower:
         """Attention of [rows, 3 * hidden] within the segments of each run: [rows, hidden]."""
         pieces = []
         for run in runs:
-            segments = mixed[run.start : run.end].view(run.count, run.length, 3, self._heads, -1)
+            segments = mixed[run.start : run.end].view(run.count, run.length, 3, self._spec.heads, -1)
             query, key, value = segments.transpose(1, 3).unbind(2)
             attended = self._attention(query, key, value)
             pieces.append(attended.transpose(1, 2).reshape(run.count * run.length, -1))
@@ -148,6 +121,20 @@ def load_fast_tower(program: Program, *, dtype: torch.dtype, attention: Attentio
     """The tower with its weights; raises what `FastTower` does."""
     with torch.no_grad():
         return FastTower(program, WeightReader(program, dtype, device), attention, device)
+
+
+def _block(spec: TowerSpec, number: int, weights: WeightReader) -> _Block:
+    place = f"blocks.{number}."
+    weight, bias = weights.read_linear(spec, spec.qkv, place)
+    qkv = make_linear(_paired(weight, spec.heads), None if bias is None else _paired(bias, spec.heads))
+    return _Block(
+        norm1=Steps(spec, (spec.norm1,), weights, place),
+        qkv=qkv,
+        proj=Steps(spec, (spec.proj,), weights, place),
+        mlp=Steps(spec, (spec.norm2, *spec.mlp), weights, place),
+        windowed=spec.windowed(number),
+        levels=spec.levels_after(number),
+    )
 
 
 def _paired(rows: torch.Tensor, heads: int) -> torch.Tensor:
@@ -165,27 +152,20 @@ def _paired(rows: torch.Tensor, heads: int) -> torch.Tensor:
 
 def _rotate(heads: torch.Tensor, rotation: torch.Tensor) -> None:
     """Rotate [rows, heads, head_dim] in place, each pair as one complex number; in float32 as in transformers."""
-    for block, turn in zip(_blocks(heads), _blocks(rotation), strict=True):
+    for block, turn in zip(in_blocks(heads), in_blocks(rotation), strict=True):
         wide = block.float()
         torch.view_as_complex(wide.view(*wide.shape[:-1], -1, 2)).mul_(turn)
         if wide is not block:
             block.copy_(wide)
 
 
-def _rms_norm(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Rows divided by their root mean square, in float32 as in transformers, times a weight."""
-    if rows.device.type != "cpu":
-        return functional.rms_norm(rows, weight.shape, weight, _EPSILON)
-    normed = torch.empty_like(rows)
-    for block, result in zip(_blocks(rows), _blocks(normed), strict=True):
-        wide = block.float()
-        lengths = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        scales = lengths.square_().div_(wide.shape[-1]).add_(_EPSILON).rsqrt_()
-        # Rounded before the weight is applied, as transformers does.
-        result.copy_(wide * scales).mul_(weight)
-    return normed
-
-
-def _blocks(rows: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Rows in pieces whose float32 copies stay in the cache of a CPU core; on other devices, in one."""
-    return torch.split(rows, _CACHED_ROWS) if rows.device.type == "cpu" else (rows,)
+def _interpolated(table: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Learned positions of every patch, float32 [P, hidden]: one tap after the other, so that not all are held."""
+    assert layout.position_index is not None
+    assert layout.position_weight is not None
+    taps = zip(layout.position_index, layout.position_weight, strict=True)
+    index, weight = next(taps)
+    total = table.index_select(0, index).mul_(weight)
+    for index, weight in taps:
+        total.addcmul_(table.index_select(0, index), weight)
+    return total

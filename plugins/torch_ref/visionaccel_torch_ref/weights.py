@@ -1,19 +1,19 @@
 """A tower's weights, read one by one from the shards of its checkpoint."""
 
 import math
-from collections.abc import Sequence
 
 import torch
 
 from visionaccel.core.arrays import as_host_tensor
 from visionaccel.core.program import Program
-from visionaccel.errors import CheckpointError
+from visionaccel.errors import CheckpointError, PluginError
+from visionaccel.towers import APART, JOINT, Linear, TowerSpec
 
-__all__ = ["WeightReader"]
+__all__ = ["WeightReader", "spec_of"]
 
 
 class WeightReader:
-    """Reads weights by their names below the checkpoint's prefix. It keeps none.
+    """Reads weights by the names of the tower's description. It keeps none.
 
     Args:
         program: Where the weights lie.
@@ -34,7 +34,7 @@ class WeightReader:
         """A weight by its name.
 
         Args:
-            name: Its name below the prefix.
+            name: Its name.
             shape: What it is viewed as, the first size being its own; None for its own shape.
 
         Raises:
@@ -50,21 +50,31 @@ class WeightReader:
         tensor: torch.Tensor = as_host_tensor(stored.read(), stored.dtype)
         return tensor.to(self._device, self._dtype).view(wanted)
 
-    def read_joint(self, name: str, parts: Sequence[str], shape: tuple[int, ...]) -> torch.Tensor:
-        """A weight that may also be stored as several parts, whose rows follow each other in it.
+    def read_linear(self, spec: TowerSpec, linear: Linear, place: str = "") -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The weight of a linear layer as a matrix, and its bias, whichever form they are stored in.
 
         Args:
-            name: Its name below the prefix.
-            parts: The names of its parts, of equal sizes.
-            shape: Its shape.
+            spec: The tower.
+            linear: The layer.
+            place: What the names start with.
 
         Raises:
             CheckpointError: As `read`.
         """
-        if not set(parts) <= set(self._program.weights):
-            return self.read(name, shape)
-        part_shape = (shape[0] // len(parts), *shape[1:])
-        return torch.cat([self.read(part, part_shape) for part in parts])
+        name, shape = place + linear.name, (linear.outputs, linear.inputs)
+        if linear.kernel:  # over merged patches, whose rows have the channels last
+            kernel = self.read(f"{name}.weight", spec.stored_shape(linear))
+            return kernel.permute(0, 2, 3, 1).reshape(shape).contiguous(), self._bias(linear, name)
+        parts = [place + part for part in APART]
+        if linear.name != JOINT or not {f"{part}.weight" for part in parts} <= set(self._program.weights):
+            return self.read(f"{name}.weight", shape), self._bias(linear, name)
+        third = linear.outputs // len(parts)
+        weights = [self.read(f"{part}.weight", (third, linear.inputs)) for part in parts]
+        biases = [self.read(f"{part}.bias", (third,)) for part in parts] if linear.bias else []
+        return torch.cat(weights), torch.cat(biases) if biases else None
+
+    def _bias(self, linear: Linear, name: str) -> torch.Tensor | None:
+        return self.read(f"{name}.bias", (linear.outputs,)) if linear.bias else None
 
     def unfit(self, what: str) -> CheckpointError:
         """The error for weights that are not those of the configuration."""
@@ -72,3 +82,17 @@ class WeightReader:
             f"{self._program.folder}: the vision weights do not fit the configuration: {what}.",
             hint="Configuration and weights are of different models.",
         )
+
+
+def spec_of(program: Program) -> TowerSpec:
+    """The description of a program's tower.
+
+    Raises:
+        PluginError: If it brings none.
+    """
+    if program.spec is None:
+        raise PluginError(
+            f"program {program.name!r} brings no description of its tower.",
+            hint="Use a visionaccel of the same release.",
+        )
+    return program.spec

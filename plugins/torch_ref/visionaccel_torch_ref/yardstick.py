@@ -11,26 +11,31 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTra
 
 from visionaccel.core.grid import Grid
 from visionaccel.core.program import Program
-from visionaccel_torch_ref.weights import WeightReader
+from visionaccel.errors import ConfigurationError
+from visionaccel.towers import Gated
+from visionaccel_torch_ref.weights import WeightReader, spec_of
 
 __all__ = ["TransformersTower"]
+
+FAMILY = "qwen2_5_vl"
 
 
 class TransformersTower:
     """The tower in evaluation mode on a device.
 
     Args:
-        program: Its configuration and where its weights lie; the language model's are not read.
+        program: Its description and where its weights lie; the language model's are not read.
         dtype: For weights and arithmetic; rotary frequencies stay float32.
         attention: transformers' attention implementation, `sdpa` or `eager`.
         device: `cpu`, `cuda` or `cuda:N`.
 
     Raises:
-        CheckpointError: If the weights do not fit the configuration.
+        CheckpointError: If the weights do not fit the description.
+        ConfigurationError: If it is a tower of another family.
     """
 
     def __init__(self, program: Program, *, dtype: torch.dtype, attention: str, device: str) -> None:
-        config = Qwen2_5_VLVisionConfig.from_dict(dict(program.config))
+        config = _configuration(program)
         config._attn_implementation = attention
         # Built on the meta device, so that nothing is allocated twice; the weights are then assigned, not copied.
         with torch.device("meta"):
@@ -59,3 +64,28 @@ class TransformersTower:
         triples = torch.tensor([grid.thw for grid in grids]).to(patches.device)
         embeddings: torch.Tensor = self._tower(patches, triples).pooler_output
         return embeddings
+
+
+def _configuration(program: Program) -> Qwen2_5_VLVisionConfig:
+    """The description in the words of transformers."""
+    spec = spec_of(program)
+    (mlp,) = spec.mlp if program.family == FAMILY else (None,)
+    if not isinstance(mlp, Gated) or spec.window is None:
+        raise ConfigurationError(
+            f"torch_ref's implementation 'transformers' has no tower of family {program.family!r}.",
+            hint="Use implementation fast.",
+        )
+    return Qwen2_5_VLVisionConfig(
+        depth=spec.depth,
+        hidden_size=spec.hidden,
+        intermediate_size=mlp.gate.outputs,
+        num_heads=spec.heads,
+        in_channels=spec.channels,
+        patch_size=spec.patch,
+        temporal_patch_size=spec.temporal,
+        spatial_merge_size=spec.merge,
+        window_size=spec.window * spec.merge * spec.patch,
+        out_hidden_size=spec.out,
+        fullatt_block_indexes=list(spec.full_blocks),
+        rope_parameters={"rope_type": "default", "rope_theta": spec.rotary_base},
+    )

@@ -18,9 +18,11 @@ from visionaccel.core.cpu import has_bfloat16
 from visionaccel.core.grid import Grid
 from visionaccel.errors import ConfigurationError
 from visionaccel.families import Tower
-from visionaccel.families.qwen2_5_vl import Qwen25VL
 
 __all__ = ["Opened", "open_peer"]
+
+_FAMILY = "qwen2_5_vl"
+"""The towers that the peers are written for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,7 @@ def open_peer(name: str, tower: Tower, options: Mapping[str, Any], threads: int)
     import torch
 
     torch.set_num_threads(threads)
-    if tower.family != Qwen25VL.name:
+    if tower.family != _FAMILY:
         raise ConfigurationError(f"no peer runs towers of family {tower.family!r}.", hint="Leave the peers out.")
     openers = {"transformers": _transformers, "vllm": _vllm}
     return openers[name](tower, options)
@@ -79,7 +81,7 @@ def _transformers(tower: Tower, options: Mapping[str, Any]) -> Opened:
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
     dtype = getattr(torch, options["dtype"])
-    config = Qwen2_5_VLVisionConfig.from_dict(dict(tower.checkpoint.config["vision_config"]))
+    config = Qwen2_5_VLVisionConfig.from_dict(dict(tower.configuration))
     config._attn_implementation = options.get("attention", "sdpa")
     with torch.device("meta"):
         module = Qwen2_5_VisionTransformerPretrainedModel(config)
@@ -105,7 +107,7 @@ def _vllm(tower: Tower, options: Mapping[str, Any]) -> Opened:
     name, eager = options["dtype"], options.get("enforce_eager") == "true"
     dtype = getattr(torch, name)
     weights = ((key, weight.to(dtype)) for key, weight in _weights(tower))
-    own = own_tower(tower.checkpoint.folder, tower.checkpoint.config["vision_config"], weights, dtype=name, eager=eager)
+    own = own_tower(tower.checkpoint.folder, tower.configuration, weights, dtype=name, eager=eager)
 
     def run(patches: Any, grid: Grid) -> Any:
         with torch.inference_mode():

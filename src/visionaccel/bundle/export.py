@@ -172,7 +172,7 @@ def write_manifest(
         {
             "schema_version": SCHEMA_VERSION,
             "family": tower.family,
-            "vision_config": tower.checkpoint.config["vision_config"],
+            "vision_config": tower.configuration,
             "weights_digest": digest,
             "processor_digest": processor_digest(tower.checkpoint.folder),
             "checkpoint": checkpoint,
@@ -306,9 +306,7 @@ def _pack(tower: Tower, folder: Path, precision: Precision, total: int, tell: Pr
 
 def write_description(tower: Tower, folder: Path) -> None:
     """Write what says which tower it is and what makes its patches: configuration and image processor."""
-    kept = {name: tower.checkpoint.config[name] for name in ("architectures", "model_type", "vision_config")
-            if name in tower.checkpoint.config}  # fmt: skip
-    write_file(folder / "config.json", as_json(kept))
+    write_file(folder / "config.json", as_json(tower.description))
     for name in PROCESSOR_FILES:
         if (tower.checkpoint.folder / name).exists():
             write_file(folder / name, (tower.checkpoint.folder / name).read_bytes())
@@ -351,7 +349,7 @@ def _write_program(
         "coverage": stated_coverage(request.coverage).model_dump(mode="json"),
         "precision": precision,
         "device": device,
-        "host": {"window_order": split.window_order, "tensors": list(tower.host_weights)} if split else None,
+        "host": {"window_order": split.order, "tensors": list(tower.host_weights)} if split else None,
     }
 
 

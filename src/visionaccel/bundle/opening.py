@@ -110,7 +110,6 @@ class Bundle:
             folder=self.tower.weights_folder if external else self.folder,
             inputs=inputs,
             outputs=outputs,
-            config=self.manifest.vision_config,
             weights=self.tower.weights,
             uniform_frames=True,
             coverage=coverage,
@@ -262,7 +261,7 @@ def _tower(folder: Path, manifest: Manifest, given: Checkpoint | None, *, trust_
         raise BundleError(
             f"{folder} is of family {manifest.family!r}, and its configuration is of {tower.family!r}.", hint=_AGAIN
         )
-    if tower.checkpoint.config["vision_config"] != manifest.vision_config:
+    if tower.configuration != manifest.vision_config:
         raise BundleError(
             f"{folder / MANIFEST} states another vision configuration than {tower.checkpoint.folder}/config.json.",
             hint=_AGAIN,

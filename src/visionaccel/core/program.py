@@ -14,6 +14,8 @@ from visionaccel.core.stored_tensor import StoredTensor
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from visionaccel.towers import TowerSpec
+
 __all__ = [
     "CHECKPOINT", "DEVICE_TENSORS", "EP_CONTEXT", "FLEXMLRT_DIRECTORY", "FLEXMLRT_RAI", "HOST_AFTER", "HOST_BEFORE",
     "ONNX", "ONNX_FUSED", "ONNX_MODELS", "ONNX_STANDARD", "SIMULATOR_FILE", "SIMULATOR_MAGIC",
@@ -114,14 +116,13 @@ Coverage: TypeAlias = AnyGrid | FixedGrid | Bucket
 
 @dataclass(frozen=True, slots=True)
 class HostSplit:
-    """What a program leaves to the host: patch embedding and window reorder before it, the reverse reorder after it.
+    """What a program leaves to the host: patch embedding and a reorder before it, the reverse reorder after it.
 
     Attributes:
-        window_order: Order of the windows at the program's edges: `raster`, rows of windows from the top, as in the
-            reference implementation; or `grouped`, the same but windows of one size together, largest first.
+        order: The order of tokens at the program's edges, in the tower's own word.
     """
 
-    window_order: Literal["raster", "grouped"]
+    order: str
 
 
 @dataclass(frozen=True)
@@ -135,8 +136,7 @@ class Program:
         folder: The checkpoint folder (`checkpoint`), or the folder that external-data locations start from (`onnx`).
         inputs: Tensors that a session takes.
         outputs: Tensors that a session returns.
-        config: Sizes of the tower, as the checkpoint's configuration names them; complete for a checkpoint's program.
-        weights: Where the tower's tensors lie, by their names below the checkpoint's prefix.
+        weights: Where the tower's tensors lie, by the names of its description.
         uniform_frames: All frames of one call must have the same height and width in patches.
         coverage: Which grids it takes.
         precision: Dtype of its weights and activations.
@@ -144,7 +144,8 @@ class Program:
         quantization: Integer type of its products where that is not `precision`, such as `int8`; None for no such.
         device: Kind of device that it was made for, such as `npu`; None for any.
         model: Returns the artifact's bytes where it has any; called when a session opens, never by a probe.
-        tables: Returns the grid-dependent tables of one call by their names in the family's own order of tokens, for a
+        spec: The description of the tower, for a backend that builds it from its weights; None in other programs.
+        tables: Returns the grid-dependent tables of one call by the names of a program's inputs, for a
             backend that builds the tower from its weights; None where a program has its tables or gets them as inputs.
             It can be pickled, so that it goes to a process of its own with the program.
         artifact: The verified file to open, for a backend that maps or reads it itself; None where there is none.
@@ -160,7 +161,6 @@ class Program:
     folder: Path
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    config: Mapping[str, Any] = field(compare=False, repr=False)
     weights: Mapping[str, StoredTensor] = field(compare=False, repr=False)
     uniform_frames: bool
     coverage: Coverage = AnyGrid()
@@ -169,6 +169,7 @@ class Program:
     quantization: Literal["int8"] | None = None
     device: str | None = None
     model: Callable[[], bytes] | None = field(default=None, compare=False, repr=False)
+    spec: TowerSpec | None = field(default=None, compare=False, repr=False)
     tables: Callable[[Sequence[Grid]], Mapping[str, NDArray[Any]]] | None = field(
         default=None, compare=False, repr=False
     )

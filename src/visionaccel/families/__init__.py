@@ -1,18 +1,42 @@
-"""Families of vision towers: one package each, found by the architecture a checkpoint names."""
+"""Families of vision towers: one module each, found by the architecture a checkpoint names."""
+
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 from visionaccel.checkpoint import Checkpoint
 from visionaccel.errors import UnsupportedArchitectureError
-from visionaccel.families.base import Family, Host, Tower
-from visionaccel.families.qwen2_5_vl import Qwen25VL
+from visionaccel.families import qwen2_5_vl
+from visionaccel.towers import Family, Host, Tower
 
-__all__ = ["FAMILIES", "Family", "Host", "Tower", "supported_architectures", "tower_of"]
+__all__ = ["FAMILIES", "Family", "Host", "Tower", "family_of", "supported_architectures", "tower_of", "weight_prefixes"]
 
-FAMILIES: tuple[Family, ...] = (Qwen25VL(),)
+FAMILIES: Mapping[str, Family] = MappingProxyType({"Qwen2_5_VLForConditionalGeneration": qwen2_5_vl.FAMILY})
 
 
 def supported_architectures() -> frozenset[str]:
     """Every architecture name that some family takes."""
-    return frozenset().union(*(family.architectures for family in FAMILIES))
+    return frozenset(FAMILIES)
+
+
+def family_of(checkpoint: Checkpoint) -> Family:
+    """The family that takes a checkpoint.
+
+    Raises:
+        UnsupportedArchitectureError: If no family takes the checkpoint's architecture.
+    """
+    for architecture in checkpoint.architectures:
+        if architecture in FAMILIES:
+            return FAMILIES[architecture]
+    named = ", ".join(checkpoint.architectures) or "none"
+    raise UnsupportedArchitectureError(
+        f"{checkpoint.folder} is of architecture {named}, whose vision tower is not implemented.",
+        hint=f"Supported: {', '.join(sorted(supported_architectures()))}.",
+    )
+
+
+def weight_prefixes(architectures: Iterable[str]) -> tuple[str, ...]:
+    """What the names of vision tensors start with in checkpoints of some architectures."""
+    return tuple(dict.fromkeys(prefix for name in architectures for prefix in FAMILIES[name].prefixes))
 
 
 def tower_of(checkpoint: Checkpoint) -> Tower:
@@ -22,11 +46,4 @@ def tower_of(checkpoint: Checkpoint) -> Tower:
         UnsupportedArchitectureError: If no family takes the checkpoint's architecture.
         CheckpointError: If its configuration is incomplete or its weights do not fit it.
     """
-    for family in FAMILIES:
-        if family.architectures.intersection(checkpoint.architectures):
-            return family.tower(checkpoint)
-    named = ", ".join(checkpoint.architectures) or "none"
-    raise UnsupportedArchitectureError(
-        f"{checkpoint.folder} is of architecture {named}, whose vision tower is not implemented.",
-        hint=f"Supported: {', '.join(sorted(supported_architectures()))}.",
-    )
+    return Tower(family_of(checkpoint), checkpoint)

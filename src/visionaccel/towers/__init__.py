@@ -1,1 +1,55 @@
-"""What a vision tower is made of."""
+"""Vision towers: their description, and all that follows from it for any tower."""
+
+from visionaccel.towers.family import Family, VisionConfiguration
+from visionaccel.towers.host import Host
+from visionaccel.towers.host_embedding import PatchEmbedding
+from visionaccel.towers.operations import MatrixProduct, Operations
+from visionaccel.towers.operator_graph import HostPart, OperatorGraph, UnrecognisedHost, WindowMatch
+from visionaccel.towers.signature import EMBEDDINGS, PIXELS
+from visionaccel.towers.spec import (
+    APART,
+    JOINT,
+    Activation,
+    ActivationKind,
+    Gated,
+    Linear,
+    Merge,
+    Norm,
+    Positions,
+    Step,
+    TowerSpec,
+)
+from visionaccel.towers.tables import Tables, by_window_size, make_tables, tower_tables, window_order
+from visionaccel.towers.tower import Tower
+
+__all__ = [
+    "APART",
+    "EMBEDDINGS",
+    "JOINT",
+    "PIXELS",
+    "Activation",
+    "ActivationKind",
+    "Family",
+    "Gated",
+    "Host",
+    "HostPart",
+    "Linear",
+    "MatrixProduct",
+    "Merge",
+    "Norm",
+    "OperatorGraph",
+    "Operations",
+    "PatchEmbedding",
+    "Positions",
+    "Step",
+    "Tables",
+    "Tower",
+    "TowerSpec",
+    "UnrecognisedHost",
+    "VisionConfiguration",
+    "WindowMatch",
+    "by_window_size",
+    "make_tables",
+    "tower_tables",
+    "window_order",
+]

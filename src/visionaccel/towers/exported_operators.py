@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from visionaccel.families.base import OperatorGraph
+from visionaccel.towers.operator_graph import OperatorGraph
 
 if TYPE_CHECKING:
     import onnx
@@ -45,8 +45,10 @@ def squeezed(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(size for size in shape if size != 1)
 
 
-def product(graph: OperatorGraph, node: onnx.NodeProto, shape: tuple[int, ...]) -> tuple[NDArray[Any], tuple[int, ...]]:
-    """The matrix [outputs, inputs] that a product multiplies rows by, and the shape of what comes out.
+def product(
+    graph: OperatorGraph, node: onnx.NodeProto, shape: tuple[int, ...]
+) -> tuple[NDArray[Any], NDArray[Any] | None, tuple[int, ...]]:
+    """The matrix [outputs, inputs] that a product multiplies rows by, its bias, and the shape of what comes out.
 
     Args:
         graph: The graph.
@@ -59,10 +61,12 @@ def product(graph: OperatorGraph, node: onnx.NodeProto, shape: tuple[int, ...]) 
     weight = graph.constant(node.input[1]) if len(node.input) > 1 else None
     if weight is None or weight.ndim < 2 or weight.dtype.name not in ("float32", "float16", "bfloat16"):
         raise StrangeError(f"{named(node)} does not multiply by a constant kernel")
+    bias: NDArray[Any] | None = None
     if len(node.input) > 2 and node.input[2]:
         bias = graph.constant(node.input[2])
-        if bias is None or bias.astype(np.float32).any():
-            raise StrangeError(f"{named(node)} adds a bias, and the tower has none")
+        if bias is None:
+            raise StrangeError(f"{named(node)} adds a bias that is not constant")
+        bias = bias.reshape(-1) if bias.astype(np.float32).any() else None
     if node.op_type == "Conv":
         matrix = weight.reshape(len(weight), -1)
         plain = (
@@ -87,7 +91,7 @@ def product(graph: OperatorGraph, node: onnx.NodeProto, shape: tuple[int, ...]) 
         result = (*shape[:-1], len(matrix))
     if not plain:
         raise StrangeError(f"{named(node)} is no product of {list(shape)} with the kernel")
-    return matrix, result
+    return matrix, bias, result
 
 
 def check_gathers(node: onnx.NodeProto, shape: tuple[int, ...], tokens: int) -> None:

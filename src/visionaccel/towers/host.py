@@ -1,7 +1,8 @@
-"""What the host does around a program of the tower: tables, and for a split program the embedding and the reorder."""
+"""What the host does around a program of a tower: tables, and for a split program the embedding and the reorder."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -9,73 +10,71 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from visionaccel.core.arrays import FLOATS, Array, is_tensor
+from visionaccel.core.arrays import Array, is_tensor
 from visionaccel.core.grid import Grid
 from visionaccel.core.program import CHECKPOINT, Bucket, FixedGrid, Program
 from visionaccel.core.stored_tensor import StoredTensor
-from visionaccel.errors import CheckpointError
-from visionaccel.families.base import Host
-from visionaccel.families.qwen2_5_vl.config import VisionConfig
-from visionaccel.towers.patch_embedding import PatchEmbedding
-from visionaccel.towers.signature import EMBEDDINGS, PATCH_EMBEDDINGS, PIXELS, WINDOW_EMBEDDINGS
+from visionaccel.towers.host_embedding import HostEmbedding
+from visionaccel.towers.signature import EMBEDDINGS, GRIDS, PATCH_EMBEDDINGS, PIXELS, WINDOW_EMBEDDINGS
+from visionaccel.towers.spec import TowerSpec
 from visionaccel.towers.tables import Tables, make_tables
 
-__all__ = ["open_host", "read_matrix"]
+__all__ = ["GROUPED", "RASTER", "Host", "open_host"]
+
+RASTER, GROUPED = "raster", "grouped"
+"""A tower's orders of tokens at the edges of a split program: windows row by row from the top, as in the reference, or
+the same with windows of one size together, largest first. Without windows, `raster` is the order of the input."""
 
 MASKED = np.float32(-3e4)
 """What hides a padded key in a score: it vanishes in the softmax, and float16 can hold it."""
 
 
-def open_host(config: VisionConfig, program: Program, kernel: StoredTensor | None) -> Host:
+class Host(ABC):
+    """The host's part of one program: patches become its inputs, and its outputs become embeddings."""
+
+    @abstractmethod
+    def inputs(self, patches: Array, grids: Sequence[Grid]) -> Mapping[str, Array]:
+        """The named inputs of one call.
+
+        Args:
+            patches: [P, patch_width], checked against the grids: of the dtype of the program's own patches input, or
+                of any dtype that `Encoder.encode` takes where the host embeds them.
+            grids: The grids of the call; what the program covers decides how many.
+        """
+
+    @abstractmethod
+    def embeddings(self, outputs: Mapping[str, Array], grids: Sequence[Grid]) -> Array:
+        """float32 [tokens, out_width] in the order of the input tokens, from the checked outputs of that call."""
+
+
+def open_host(spec: TowerSpec, program: Program, weights: Mapping[str, StoredTensor]) -> Host:
     """The host's part of a program.
 
     Args:
-        config: Sizes of the tower.
+        spec: The tower.
         program: One of its programs.
-        kernel: The patch embedding's weight, needed by a split program.
+        weights: Its weights, of which a split program needs those that embed patches.
 
     Raises:
-        CheckpointError: If the weight is missing or cannot be read.
+        CheckpointError: If a weight that the host needs is missing or cannot be read.
     """
     if program.format == CHECKPOINT:
         return _Plain()
-    embedding = None
-    if program.host is not None:
-        if kernel is None:
-            raise CheckpointError(
-                f"program {program.name!r} leaves the patch embedding to the host, and its weight is missing.",
-                hint="Export the bundle again from a complete checkpoint.",
-            )
-        matrix = read_matrix(kernel, (config.hidden_size, config.patch_width))
-        embedding = PatchEmbedding(matrix, program.precision, config.merged_patches)
+    embedding = None if program.host is None else HostEmbedding(spec, weights, program.precision)
     match program.coverage:
         case FixedGrid():
-            return _Fixed(config, program, program.coverage, embedding)
+            return _Fixed(spec, program, program.coverage, embedding)
         case Bucket():
-            return _Padded(config, program.coverage, embedding)
+            return _Padded(spec, program.coverage, embedding)
         case _:
-            return _Dynamic(config)
-
-
-def read_matrix(stored: StoredTensor, shape: tuple[int, int]) -> NDArray[Any]:
-    """A stored weight as a matrix in its own dtype.
-
-    Raises:
-        CheckpointError: If its size or dtype does not fit, or the file cannot be read.
-    """
-    if stored.dtype not in FLOATS or np.prod(stored.shape, dtype=np.int64) != shape[0] * shape[1]:
-        raise CheckpointError(
-            f"{stored.file}: {stored.name!r} is {stored.dtype}{list(stored.shape)}, which is no {list(shape)} matrix.",
-            hint="Configuration and weights are of different models.",
-        )
-    return stored.read().reshape(shape)
+            return _Dynamic(spec)
 
 
 class _Plain(Host):
     """A program that makes its own tables."""
 
     def inputs(self, patches: Array, grids: Sequence[Grid]) -> Mapping[str, Array]:
-        return {PIXELS: patches, "grid_thw": np.array([grid.thw for grid in grids], dtype=np.int64)}
+        return {PIXELS: patches, GRIDS: np.array([grid.thw for grid in grids], dtype=np.int64)}
 
     def embeddings(self, outputs: Mapping[str, Array], grids: Sequence[Grid]) -> Array:  # noqa: ARG002
         return outputs[EMBEDDINGS]
@@ -84,22 +83,12 @@ class _Plain(Host):
 class _Dynamic(Host):
     """A program whose tables are inputs of any size."""
 
-    def __init__(self, config: VisionConfig) -> None:
-        self._config = config
+    def __init__(self, spec: TowerSpec) -> None:
+        self._spec = spec
 
     def inputs(self, patches: Array, grids: Sequence[Grid]) -> Mapping[str, Array]:
-        tables = make_tables(self._config, grids)
-        return {
-            PIXELS: patches,
-            "window_index": tables.window_index,
-            "reverse_index": tables.reverse_index,
-            "window_patches": tables.window_patches,
-            "window_mask": tables.window_mask,
-            "window_slots": tables.window_slots,
-            "rotary_cos": tables.rotary_cos,
-            "rotary_sin": tables.rotary_sin,
-            "frames": np.array([len(tables.frame_lengths)], dtype=np.int64),
-        }
+        tables = make_tables(self._spec, grids)
+        return {PIXELS: patches, **tables.fed(), "frames": np.array([len(tables.frame_lengths)], dtype=np.int64)}
 
     def embeddings(self, outputs: Mapping[str, Array], grids: Sequence[Grid]) -> Array:  # noqa: ARG002
         return outputs[EMBEDDINGS]
@@ -108,29 +97,27 @@ class _Dynamic(Host):
 class _Fixed(Host):
     """A program with the tables of one grid baked in."""
 
-    def __init__(
-        self, config: VisionConfig, program: Program, coverage: FixedGrid, embedding: PatchEmbedding | None
-    ) -> None:
-        grouped = program.host is not None and program.host.window_order == "grouped"
+    def __init__(self, spec: TowerSpec, program: Program, coverage: FixedGrid, embedding: HostEmbedding | None) -> None:
+        grouped = program.host is not None and program.host.order == GROUPED
         self._embedding = embedding
-        self._tables = make_tables(config, [coverage.grid], grouped=grouped)
+        self._tables = make_tables(spec, [coverage.grid], grouped=grouped)
 
     def inputs(self, patches: Array, grids: Sequence[Grid]) -> Mapping[str, Array]:  # noqa: ARG002
         if self._embedding is None:
             return {PIXELS: patches}
-        return {PATCH_EMBEDDINGS: self._embedding(patches, self._tables.window_index)}
+        return {PATCH_EMBEDDINGS: self._embedding(patches, self._tables)}
 
     def embeddings(self, outputs: Mapping[str, Array], grids: Sequence[Grid]) -> Array:  # noqa: ARG002
         if self._embedding is None:
             return outputs[EMBEDDINGS]
-        return _take(outputs[WINDOW_EMBEDDINGS], self._tables.reverse_index)
+        return _put_back(outputs[WINDOW_EMBEDDINGS], self._tables)
 
 
 class _Padded(Host):
     """A program of fixed sizes whose tables are inputs: rows, windows and tables are padded, and padding is masked."""
 
-    def __init__(self, config: VisionConfig, bucket: Bucket, embedding: PatchEmbedding | None) -> None:
-        self._config, self._bucket, self._embedding = config, bucket, embedding
+    def __init__(self, spec: TowerSpec, bucket: Bucket, embedding: HostEmbedding | None) -> None:
+        self._spec, self._bucket, self._embedding = spec, bucket, embedding
         # Images of one size follow each other in practice, and both calls of an encode need the tables.
         self._tables = lru_cache(maxsize=16)(self._make)
 
@@ -138,36 +125,37 @@ class _Padded(Host):
         (frame,) = grids
         tables, padded = self._tables(frame.frame)
         if self._embedding is None:
-            rows = _pad(patches, self._bucket.patches)
-            return {PIXELS: rows, **padded}
-        embedded = self._embedding(patches, tables.window_index)
-        fed = {name: table for name, table in padded.items() if name not in ("window_index", "reverse_index")}
-        return {PATCH_EMBEDDINGS: _pad(embedded, self._bucket.patches // self._config.merged_patches), **fed}
+            return {PIXELS: _pad(patches, self._bucket.patches), **padded}
+        embedded = self._embedding(patches, tables)
+        hosts = ("window_index", "reverse_index", "position_index", "position_weight")
+        fed = {name: table for name, table in padded.items() if name not in hosts}
+        return {PATCH_EMBEDDINGS: _pad(embedded, self._bucket.patches // self._spec.merged), **fed}
 
     def embeddings(self, outputs: Mapping[str, Array], grids: Sequence[Grid]) -> Array:
         (frame,) = grids
+        tokens = frame.frame.tokens(self._spec.merge)
         if self._embedding is None:
-            return outputs[EMBEDDINGS][: frame.frame.tokens(self._config.spatial_merge_size)]
-        tables, _ = self._tables(frame.frame)
-        return _take(outputs[WINDOW_EMBEDDINGS], tables.reverse_index)
+            return outputs[EMBEDDINGS][:tokens]
+        return _put_back(outputs[WINDOW_EMBEDDINGS][:tokens], self._tables(frame.frame)[0])
 
     def _make(self, frame: Grid) -> tuple[Tables, Mapping[str, NDArray[Any]]]:
-        tables = make_tables(self._config, [frame])
-        patches, windows = self._bucket.patches, self._bucket.windows
-        tokens = patches // self._config.merged_patches
+        tables, patches = make_tables(self._spec, [frame]), self._bucket.patches
+        padded = tables.fed()
         real = np.arange(patches) < frame.patches
-        spare = np.arange(len(tables.window_index), tokens)
-        mask = _pad(tables.window_mask, windows).astype(bool)
-        padded = {
-            "window_index": np.concatenate([tables.window_index, spare]),
-            "reverse_index": np.concatenate([tables.reverse_index, spare]),
-            "window_patches": _pad(tables.window_patches, windows),
-            "window_slots": _pad(tables.window_slots, patches),
-            "rotary_cos": _pad(tables.rotary_cos, patches),
-            "rotary_sin": _pad(tables.rotary_sin, patches),
-            "window_bias": np.where(mask, np.float32(0), MASKED)[:, None, :],
-            "frame_bias": np.where(real, np.float32(0), MASKED),
-        }
+        for name in ("rotary_cos", "rotary_sin"):
+            padded[name] = _pad(padded[name], patches)
+        for name in {"position_index", "position_weight"} & padded.keys():
+            padded[name] = np.ascontiguousarray(_pad(padded[name].swapaxes(0, 1), patches).swapaxes(0, 1))
+        if tables.windows is not None:
+            windows = self._bucket.windows
+            spare = np.arange(len(tables.windows.index), patches // self._spec.merged)
+            for name in ("window_index", "reverse_index"):
+                padded[name] = np.concatenate([padded[name], spare])
+            mask = _pad(padded.pop("window_mask"), windows).astype(bool)
+            padded["window_patches"] = _pad(tables.windows.patches, windows)
+            padded["window_slots"] = _pad(tables.windows.slots, patches)
+            padded["window_bias"] = np.where(mask, np.float32(0), MASKED)[:, None, :]
+        padded["frame_bias"] = np.where(real, np.float32(0), MASKED)
         return tables, padded
 
 
@@ -178,7 +166,11 @@ def _pad(array: Array, rows: int) -> NDArray[Any]:
     return padded
 
 
-def _take(rows: Array, order: NDArray[np.int64]) -> Array:
+def _put_back(rows: Array, tables: Tables) -> Array:
+    """Rows in the order of the input tokens."""
+    if tables.windows is None:
+        return rows
+    order = tables.windows.reverse
     if is_tensor(rows):
         import torch
 

@@ -8,7 +8,7 @@ float32 to float32, identities.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,6 @@ from visionaccel.core.contracts import TensorSpec
 from visionaccel.core.grid import Grid
 from visionaccel.core.program import HostSplit
 from visionaccel.errors import BundleError
-from visionaccel.families.base import HostPart, OperatorGraph, UnrecognisedHost, WindowMatch
-from visionaccel.families.qwen2_5_vl.config import VisionConfig
 from visionaccel.towers.exported_operators import (
     PRODUCTS,
     STILL,
@@ -32,7 +30,9 @@ from visionaccel.towers.exported_operators import (
     product,
     squeezed,
 )
-from visionaccel.towers.signature import PATCH_KERNEL
+from visionaccel.towers.host import GROUPED, RASTER
+from visionaccel.towers.operator_graph import HostPart, OperatorGraph, UnrecognisedHost, WindowMatch
+from visionaccel.towers.spec import Linear, TowerSpec
 from visionaccel.towers.tables import by_window_size, window_order
 
 if TYPE_CHECKING:
@@ -48,21 +48,21 @@ _GATHER = frozenset({"Gather"})
 
 @dataclass(frozen=True)
 class _Entry:
-    """From the graph's input to the device: nodes, kernel [hidden, patch_width], order, and the shape handed over."""
+    """From the graph's input to the device: nodes, the embedding's weights, order, and the shape handed over."""
 
     nodes: tuple[int, ...]
-    kernel: NDArray[Any]
+    weights: Mapping[str, NDArray[Any]]
     window_index: NDArray[np.int64]
     shape: tuple[int, ...]
 
 
 def recognise_host(
-    config: VisionConfig, graph: OperatorGraph, boundary: tuple[str, str] | None
+    spec: TowerSpec, graph: OperatorGraph, boundary: tuple[str, str] | None
 ) -> HostPart | UnrecognisedHost:
-    """The host's part around a device's, of a tower of that configuration.
+    """The host's part around a device's, of that tower.
 
     Args:
-        config: Sizes of the tower.
+        spec: The tower.
         graph: The whole tower.
         boundary: Names of what the device takes and gives; None to find them: what comes out of the first gather, and
             what goes into the last.
@@ -72,47 +72,46 @@ def recognise_host(
             the first.
     """
     try:
-        pixels, embeddings = _ends(config, graph)
+        if spec.window is None or len(spec.embed) > 1 or spec.positions is not None:
+            raise StrangeError("host parts of towers without windows, or with learned positions, are not known")
+        pixels, embeddings = _ends(spec, graph)
         if boundary is None:
-            given, entry = _find_entry(config, graph, pixels)
+            given, entry = _find_entry(spec, graph, pixels)
         else:
-            given, entry = boundary[0], _entry(config, graph, pixels, _chain(graph, boundary[0], pixels.name))
+            given, entry = boundary[0], _entry(spec, graph, pixels, _chain(graph, boundary[0], pixels.name))
         taken = _find_taken(graph, embeddings.name) if boundary is None else boundary[1]
-        exit_nodes, reverse_index = _exit(config, graph, embeddings, taken, len(entry.window_index))
+        exit_nodes, reverse_index = _exit(spec, graph, embeddings, taken, len(entry.window_index))
         _check_cut(graph, pixels.name, given, taken, {*entry.nodes, *exit_nodes})
     except StrangeError as strange:
         return UnrecognisedHost(str(strange), _operators(graph, boundary))
     _check_orders(entry.window_index, reverse_index)
     tokens = len(entry.window_index)
-    kernel = entry.kernel.reshape(
-        config.hidden_size, config.in_channels, config.temporal_patch_size, config.patch_size, config.patch_size
-    )
     return HostPart(
-        weights={PATCH_KERNEL: kernel},
+        weights=entry.weights,
         window_index=entry.window_index,
         input=TensorSpec(given, "float32", entry.shape),
-        output=TensorSpec(taken, "float32", (tokens, config.out_hidden_size)),
+        output=TensorSpec(taken, "float32", (tokens, spec.out_width)),
     )
 
 
-def match_windows(config: VisionConfig, window_index: NDArray[np.int64]) -> WindowMatch:
+def match_windows(spec: TowerSpec, window_index: NDArray[np.int64]) -> WindowMatch:
     """Grids of one frame whose tokens come in that order, in raster order or with windows of one size together.
 
     Args:
-        config: Sizes of the tower.
+        spec: The tower.
         window_index: int64 [tokens]; the token that goes to each place.
     """
-    tokens, merge = len(window_index), config.spatial_merge_size
+    tokens, merge = len(window_index), spec.merge
     found: list[tuple[Grid, HostSplit]] = []
     nearest, least = None, tokens + 1
     for height in _divisors(tokens):
         grid = Grid(1, height * merge, tokens // height * merge)
-        raster, lengths = window_order(config, [grid])
-        grouped, _ = by_window_size(config, raster, lengths)
+        raster, lengths = window_order(spec, [grid])
+        grouped, _ = by_window_size(spec, raster, lengths)
         # Where both are the same it is called raster, as the reference has it.
         differing = [int((order != window_index).sum()) for order in (raster, grouped)]
         if 0 in differing:
-            found.append((grid, HostSplit("grouped" if differing[0] else "raster")))
+            found.append((grid, HostSplit(GROUPED if differing[0] else RASTER)))
         if min(differing) < least:
             nearest, least = grid, min(differing)
     return WindowMatch(tuple(found), nearest, least)
@@ -122,17 +121,17 @@ def _divisors(number: int) -> Iterator[int]:
     return (each for each in range(1, number + 1) if number % each == 0)
 
 
-def _ends(config: VisionConfig, graph: OperatorGraph) -> tuple[TensorSpec, TensorSpec]:
+def _ends(spec: TowerSpec, graph: OperatorGraph) -> tuple[TensorSpec, TensorSpec]:
     """The graph's only input and only output."""
     if len(graph.inputs) != 1 or len(graph.outputs) != 1:
         raise StrangeError(f"the graph has {len(graph.inputs)} inputs and {len(graph.outputs)} outputs, not one each")
     pixels, embeddings = graph.inputs[0], graph.outputs[0]
-    for spec, width in ((pixels, config.patch_width), (embeddings, config.out_hidden_size)):
-        if spec.dtype != "float32":
-            raise StrangeError(f"{spec.name!r} is {spec.dtype} and not float32")
-        if spec.shape and isinstance(spec.shape[-1], int) and spec.shape[-1] != width:
+    for tensor, width in ((pixels, spec.patch_width), (embeddings, spec.out_width)):
+        if tensor.dtype != "float32":
+            raise StrangeError(f"{tensor.name!r} is {tensor.dtype} and not float32")
+        if tensor.shape and isinstance(tensor.shape[-1], int) and tensor.shape[-1] != width:
             raise BundleError(
-                f"the model's {spec} is of another width than the checkpoint's {width}.",
+                f"the model's {tensor} is of another width than the checkpoint's {width}.",
                 hint="Pass the checkpoint that the artifact was compiled from.",
             )
     return pixels, embeddings
@@ -153,7 +152,7 @@ def _chain(graph: OperatorGraph, tensor: str, start: str) -> tuple[int, ...]:
     return tuple(reversed(nodes))
 
 
-def _find_entry(config: VisionConfig, graph: OperatorGraph, pixels: TensorSpec) -> tuple[str, _Entry]:
+def _find_entry(spec: TowerSpec, graph: OperatorGraph, pixels: TensorSpec) -> tuple[str, _Entry]:
     """The first gather that patches reach embedded, and what comes out of it."""
     first: StrangeError | None = None
     for place in sorted(graph.descendants([pixels.name])):
@@ -161,46 +160,56 @@ def _find_entry(config: VisionConfig, graph: OperatorGraph, pixels: TensorSpec) 
             continue
         tensor = graph.nodes[place].output[0]
         try:
-            return tensor, _entry(config, graph, pixels, _chain(graph, tensor, pixels.name))
+            return tensor, _entry(spec, graph, pixels, _chain(graph, tensor, pixels.name))
         except StrangeError as strange:
             first = first or strange
     raise first or StrangeError("no gather puts the tokens into window order")
 
 
-def _entry(config: VisionConfig, graph: OperatorGraph, pixels: TensorSpec, chain: Sequence[int]) -> _Entry:
+def _entry(spec: TowerSpec, graph: OperatorGraph, pixels: TensorSpec, chain: Sequence[int]) -> _Entry:
     """Follow the shapes through the chain from the patches to the device."""
     gathers = [place for place in chain if graph.nodes[place].op_type == "Gather"]
     products = [place for place in chain if graph.nodes[place].op_type in PRODUCTS]
     if len(gathers) != 1 or len(products) != 1 or products[0] > gathers[0]:
         raise StrangeError("the patches are not embedded once and then gathered once")
     index = _index(graph, graph.nodes[gathers[0]])
-    tokens, merged = len(index), config.merged_patches
-    shape: tuple[int, ...] = (tokens * merged, config.patch_width)
-    kernel: NDArray[Any] | None = None
+    tokens, merged = len(index), spec.merged
+    shape: tuple[int, ...] = (tokens * merged, spec.patch_width)
+    weights: Mapping[str, NDArray[Any]] = {}
     if not pixels.fits(shape, {str(size): fed for size, fed in zip(pixels.shape, shape, strict=False)}):
         raise StrangeError(f"{tokens} tokens of {merged} patches are gathered from {pixels}")
     for place in chain:
         node = graph.nodes[place]
         if place == products[0]:
-            kernel, shape = product(graph, node, shape)
-            _check_kernel(config, kernel, named(node))
+            kernel, bias, shape = product(graph, node, shape)
+            weights = _embedding(spec, kernel, bias, named(node))
         elif place == gathers[0]:
             check_gathers(node, shape, tokens)
         else:
             shape = moved(graph, node, shape)
-    assert kernel is not None
-    if squeezed(shape) != squeezed((tokens, merged, config.hidden_size)):
+    if squeezed(shape) != squeezed((tokens, merged, spec.hidden)):
         raise StrangeError(f"the device would take {list(shape)} for {tokens} tokens of {merged} patches")
-    return _Entry(tuple(chain), kernel, index, shape)
+    return _Entry(tuple(chain), weights, index, shape)
 
 
-def _check_kernel(config: VisionConfig, kernel: NDArray[Any], where: str) -> None:
-    expected = config.hidden_size, config.patch_width
+def _embedding(
+    spec: TowerSpec, kernel: NDArray[Any], bias: NDArray[Any] | None, where: str
+) -> Mapping[str, NDArray[Any]]:
+    """The patch embedding's weights by their names, from the product that embeds patches."""
+    (first,) = spec.embed
+    assert isinstance(first, Linear), "TowerSpec checks it"
+    expected = spec.hidden, spec.patch_width
     if kernel.shape != expected:
         raise BundleError(
             f"{where} embeds patches with a kernel of {list(kernel.shape)}, and the checkpoint's is {list(expected)}.",
             hint="Pass the checkpoint that the artifact was compiled from.",
         )
+    found = {f"{first.name}.weight": kernel.reshape(spec.stored_shape(first))}
+    if bias is not None and not first.bias:
+        raise StrangeError(f"{where} adds a bias, and the tower has none")
+    if first.bias:
+        found[f"{first.name}.bias"] = np.zeros(spec.hidden, np.float32) if bias is None else bias
+    return found
 
 
 def _find_taken(graph: OperatorGraph, embeddings: str) -> str:
@@ -220,7 +229,7 @@ def _find_taken(graph: OperatorGraph, embeddings: str) -> str:
 
 
 def _exit(
-    config: VisionConfig, graph: OperatorGraph, embeddings: TensorSpec, taken: str, tokens: int
+    spec: TowerSpec, graph: OperatorGraph, embeddings: TensorSpec, taken: str, tokens: int
 ) -> tuple[tuple[int, ...], NDArray[np.int64]]:
     """The nodes from what the device gives to the graph's output, and the order that they gather by."""
     chain = _chain(graph, embeddings.name, taken)
@@ -228,13 +237,13 @@ def _exit(
     if len(gathers) != 1 or any(graph.nodes[place].op_type in PRODUCTS for place in chain):
         raise StrangeError("the embeddings are not gathered once and nothing else")
     index = _index(graph, graph.nodes[gathers[0]])
-    shape: tuple[int, ...] = (tokens, config.out_hidden_size)
+    shape: tuple[int, ...] = (tokens, spec.out_width)
     for place in chain:
         if place == gathers[0]:
             check_gathers(graph.nodes[place], shape, tokens)
         else:
             shape = moved(graph, graph.nodes[place], shape)
-    if squeezed(shape) != squeezed((tokens, config.out_hidden_size)):
+    if squeezed(shape) != squeezed((tokens, spec.out_width)):
         raise StrangeError(f"the embeddings come out as {list(shape)}")
     return chain, index
 
@@ -265,7 +274,7 @@ def _check_orders(window_index: NDArray[np.int64], reverse_index: NDArray[np.int
 
 def _check_cut(graph: OperatorGraph, pixels: str, given: str, taken: str, host: set[int]) -> None:
     """Whether the device's part touches the rest of the graph in these two tensors only."""
-    ends = [spec.name for spec in graph.outputs]
+    ends = [tensor.name for tensor in graph.outputs]
     needed, fed = graph.ancestors(ends), graph.descendants([pixels])
     for place in sorted(graph.descendants([pixels], [given]) & needed - host):
         raise StrangeError(f"{named(graph.nodes[place])} takes from the patches and is not the device's")
@@ -277,7 +286,7 @@ def _check_cut(graph: OperatorGraph, pixels: str, given: str, taken: str, host: 
 
 def _operators(graph: OperatorGraph, boundary: tuple[str, str] | None) -> tuple[tuple[str, str], ...]:
     """The host's operators: those around the boundary, or those at the ends up to the first that is not known."""
-    pixels, embeddings = [spec.name for spec in graph.inputs], [spec.name for spec in graph.outputs]
+    pixels, embeddings = [tensor.name for tensor in graph.inputs], [tensor.name for tensor in graph.outputs]
     if boundary is not None:
         around = graph.ancestors([boundary[0]]) | graph.ancestors(embeddings, [boundary[1]])
         return tuple((graph.nodes[place].op_type, graph.nodes[place].name) for place in sorted(around))

@@ -1,8 +1,8 @@
-"""Grid-dependent tables of Qwen2.5-VL's vision tower, in vectorised numpy, for any list of grids.
+"""Grid-dependent tables of any tower, in vectorised numpy, for any list of grids.
 
-The tower reorders merged tokens so that each attention window is contiguous, computes in that order, and puts the
-embeddings back at the end. The formulas are those of transformers' `vision_utils.get_vision_window_index`,
-`get_vision_position_ids` and `Qwen2_5_VLVisionRotaryEmbedding`.
+A tower with windows reorders merged tokens so that each attention window is contiguous, computes in that order, and
+puts the embeddings back at the end. The formulas are those of transformers' `vision_utils` (`get_vision_window_index`,
+`get_vision_position_ids`, interpolation of learned positions) and of its axial rotary embedding.
 """
 
 from __future__ import annotations
@@ -15,149 +15,205 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visionaccel.core.grid import Grid
-from visionaccel.families.qwen2_5_vl.config import VisionConfig
+from visionaccel.towers.spec import Positions, TowerSpec
 
-__all__ = ["Tables", "by_window_size", "make_tables", "rotary_angles", "tower_tables", "window_order"]
+__all__ = ["Tables", "Windows", "by_window_size", "make_tables", "tower_tables", "window_order"]
 
 Indices = NDArray[np.int64]
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The order of a call's tokens and its attention windows: W of at most K patches.
+
+    Attributes:
+        index: int64 [N]; token `index[i]` of the input order stands at place i in window order.
+        reverse: int64 [N]; inverse of `index`.
+        lengths: int64 [W]; patches of each window.
+        patches: int64 [W, K]; rows (in window order) of each window, padded with row 0.
+        mask: int32 [W, K]; 1 for a real patch, 0 for padding.
+        slots: int64 [P]; where each row lies in the flattened [W * K] windows.
+    """
+
+    index: Indices
+    reverse: Indices
+    lengths: Indices
+    patches: Indices
+    mask: NDArray[np.int32]
+    slots: Indices
 
 
 @dataclass(frozen=True)
 class Tables:
-    """Host-made arrays for one call. P patches, N tokens, W windows of at most K patches, F frames.
+    """Host-made arrays for one call. P patches, N tokens, F frames.
 
     Attributes:
-        window_index: int64 [N]; token `window_index[i]` of the input order stands at place i in window order.
-        reverse_index: int64 [N]; inverse of `window_index`.
-        window_lengths: int64 [W]; patches of each window.
-        window_patches: int64 [W, K]; rows (in window order) of each window, padded with row 0.
-        window_mask: int32 [W, K]; 1 for a real patch, 0 for padding.
-        window_slots: int64 [P]; where each row lies in the flattened [W * K] windows.
         frame_lengths: int64 [F]; patches of each frame, the segments of full attention.
-        rotary_cos: float32 [P, head_dim / 2]; in window order.
-        rotary_sin: float32 [P, head_dim / 2]; in window order.
+        rotary_cos: float32 [P, head_dim / 2]; in window order where there are windows, else in input order.
+        rotary_sin: float32 [P, head_dim / 2]; likewise.
+        windows: None for a tower without.
+        position_index: int64 [taps, P]; rows of the learned table, in input order. None for a tower without one.
+        position_weight: float32 [taps, P, 1]; what each is multiplied by.
     """
 
-    window_index: Indices
-    reverse_index: Indices
-    window_lengths: Indices
-    window_patches: Indices
-    window_mask: NDArray[np.int32]
-    window_slots: Indices
     frame_lengths: Indices
-    rotary_cos: NDArray[np.float32]
-    rotary_sin: NDArray[np.float32]
+    rotary_cos: Floats
+    rotary_sin: Floats
+    windows: Windows | None
+    position_index: Indices | None
+    position_weight: Floats | None
+
+    def fed(self) -> dict[str, NDArray[Any]]:
+        """The tables by the names of a program's inputs."""
+        found: dict[str, NDArray[Any]] = {"rotary_cos": self.rotary_cos, "rotary_sin": self.rotary_sin}
+        if self.windows is not None:
+            found["window_index"], found["reverse_index"] = self.windows.index, self.windows.reverse
+            found["window_patches"], found["window_mask"] = self.windows.patches, self.windows.mask
+            found["window_slots"] = self.windows.slots
+        if self.position_index is not None and self.position_weight is not None:
+            found["position_index"], found["position_weight"] = self.position_index, self.position_weight
+        return found
 
 
-def window_order(config: VisionConfig, grids: Sequence[Grid]) -> tuple[Indices, Indices]:
+def make_tables(spec: TowerSpec, grids: Sequence[Grid], *, grouped: bool = False) -> Tables:
+    """Every table of one call. Grids must be divisible by the merge size (`Grid.check_divisible`).
+
+    Args:
+        spec: The tower.
+        grids: The grids of the call.
+        grouped: Windows of one size together instead of in raster order.
+    """
+    half = spec.head_dim // 2
+    exponents = np.arange(0, half, 2, dtype=np.float32) / np.float32(half)
+    frequencies = np.float32(1.0) / np.power(np.float32(spec.rotary_base), exponents)
+    places = [_places(spec.merge, grid) for grid in grids]
+    angles = _each_frame([(p[:, :, None].astype(np.float32) * frequencies).reshape(-1, half) for p in places], grids)
+    windows = None if spec.window is None else _windows(spec, grids, grouped=grouped)
+    if windows is not None:
+        angles = angles.reshape(-1, spec.merged, half)[windows.index].reshape(angles.shape)
+    index, weight = None, None
+    if spec.positions is not None:
+        taps = [_taps(spec.positions, p, grid) for p, grid in zip(places, grids, strict=True)]
+        index = np.ascontiguousarray(_each_frame([rows for rows, _ in taps], grids).T)
+        weight = np.ascontiguousarray(_each_frame([scale for _, scale in taps], grids).T)[:, :, None]
+    return Tables(
+        frame_lengths=np.concatenate([np.full(grid.t, grid.h * grid.w, dtype=np.int64) for grid in grids]),
+        rotary_cos=np.cos(angles),
+        rotary_sin=np.sin(angles),
+        windows=windows,
+        position_index=index,
+        position_weight=weight,
+    )
+
+
+def _places(merge: int, grid: Grid) -> Indices:
+    """Row and column of each patch of a frame [h * w, 2], merge block by merge block as the processor lays them out."""
+    blocks = np.indices((grid.h, grid.w)).reshape(2, grid.h // merge, merge, grid.w // merge, merge)
+    return blocks.transpose(1, 3, 2, 4, 0).reshape(-1, 2)
+
+
+def _each_frame(parts: Sequence[NDArray[Any]], grids: Sequence[Grid]) -> NDArray[Any]:
+    """What belongs to one frame of each grid, for all frames: frames of a video repeat it."""
+    return np.concatenate([np.tile(part, (grid.t, 1)) for part, grid in zip(parts, grids, strict=True)])
+
+
+def window_order(spec: TowerSpec, grids: Sequence[Grid]) -> tuple[Indices, Indices]:
     """Window order of the merged tokens and the windows' lengths.
 
-    A frame's merged rows and columns are cut every `window_tokens`; windows at the bottom and right edges may be
-    smaller.
+    A frame's merged rows and columns are cut every `window`; windows at the bottom and right edges may be smaller.
 
     Returns:
-        `window_index` int64 [N] and `window_lengths` int64 [W] in patches.
+        The token at each place, int64 [N], and the windows' lengths in patches, int64 [W].
     """
-    side, merge = config.window_tokens, config.spatial_merge_size
+    assert spec.window is not None
     orders, lengths, first = [], [], 0
     for grid in grids:
-        height, width = grid.h // merge, grid.w // merge
-        rows, columns = np.arange(height), np.arange(width)
-        windows_across = -(-width // side)
-        window = (rows[:, None] // side) * windows_across + columns[None, :] // side
-        frame_order = np.argsort(window, axis=None, kind="stable")
+        height, width = grid.h // spec.merge, grid.w // spec.merge
+        across = -(-width // spec.window)
+        window = (np.arange(height)[:, None] // spec.window) * across + np.arange(width) // spec.window
+        order = np.argsort(window, axis=None, kind="stable")
         starts = first + np.arange(grid.t) * (height * width)
-        orders.append((starts[:, None] + frame_order).ravel())
-        lengths.append(np.tile(np.bincount(window.ravel()) * config.merged_patches, grid.t))
+        orders.append((starts[:, None] + order).ravel())
+        lengths.append(np.tile(np.bincount(window.ravel()) * spec.merged, grid.t))
         first += grid.t * height * width
     return np.concatenate(orders).astype(np.int64), np.concatenate(lengths).astype(np.int64)
 
 
-def by_window_size(config: VisionConfig, window_index: Indices, window_lengths: Indices) -> tuple[Indices, Indices]:
+def by_window_size(spec: TowerSpec, index: Indices, lengths: Indices) -> tuple[Indices, Indices]:
     """The same windows with those of one size together, largest first: `grouped` order from `raster` order."""
-    order = np.argsort(-window_lengths, kind="stable")
-    tokens = window_lengths // config.merged_patches
+    order = np.argsort(-lengths, kind="stable")
+    tokens = lengths // spec.merged
     starts = np.concatenate([[0], np.cumsum(tokens)[:-1]])
-    pieces = [window_index[starts[i] : starts[i] + tokens[i]] for i in order]
-    return np.concatenate(pieces), window_lengths[order]
+    return np.concatenate([index[starts[i] : starts[i] + tokens[i]] for i in order]), lengths[order]
 
 
-def rotary_angles(config: VisionConfig, grids: Sequence[Grid]) -> NDArray[np.float32]:
-    """Rotary angles of every patch in input order: float32 [P, head_dim / 2], rows' then columns' frequencies.
-
-    Patches come merge block by merge block, as the processor lays them out; frames of a video repeat the positions.
-    """
-    merge, spatial = config.spatial_merge_size, config.head_dim // 2
-    exponents = np.arange(0, spatial, 2, dtype=np.float32) / np.float32(spatial)
-    frequencies = np.float32(1.0) / np.power(np.float32(config.rope_theta), exponents)
-    angles = []
-    for grid in grids:
-        blocks = (grid.h // merge, merge, grid.w // merge, merge)
-        positions = np.indices((grid.h, grid.w), dtype=np.float32).reshape(2, *blocks)
-        positions = positions.transpose(1, 3, 2, 4, 0).reshape(-1, 2)
-        frame = (positions[:, :, None] * frequencies).reshape(len(positions), spatial)
-        angles.append(np.tile(frame, (grid.t, 1)))
-    return np.concatenate(angles)
-
-
-def make_tables(config: VisionConfig, grids: Sequence[Grid], *, grouped: bool = False) -> Tables:
-    """Every table of one call. Grids must be divisible by the merge size (`Grid.check_divisible`).
-
-    Args:
-        config: Sizes of the tower.
-        grids: The grids of the call.
-        grouped: Windows of one size together instead of in raster order.
-    """
-    window_index, window_lengths = window_order(config, grids)
+def _windows(spec: TowerSpec, grids: Sequence[Grid], *, grouped: bool) -> Windows:
+    index, lengths = window_order(spec, grids)
     if grouped:
-        window_index, window_lengths = by_window_size(config, window_index, window_lengths)
-    reverse_index = np.empty_like(window_index)
-    reverse_index[window_index] = np.arange(len(window_index))
-
-    width = config.window_patches
-    offsets = np.concatenate([[0], np.cumsum(window_lengths)[:-1]])
-    within = np.arange(width)
-    mask = within < window_lengths[:, None]
-    rows = np.where(mask, offsets[:, None] + within, 0)
-
-    angles = rotary_angles(config, grids)
-    blocks = angles.reshape(-1, config.merged_patches, angles.shape[1])
-    angles = blocks[window_index].reshape(angles.shape)
-    return Tables(
-        window_index=window_index,
-        reverse_index=reverse_index,
-        window_lengths=window_lengths,
-        window_patches=rows.astype(np.int64),
-        window_mask=mask.astype(np.int32),
-        window_slots=np.flatnonzero(mask).astype(np.int64),
-        frame_lengths=np.concatenate([np.full(g.t, g.h * g.w, dtype=np.int64) for g in grids]),
-        rotary_cos=np.cos(angles),
-        rotary_sin=np.sin(angles),
+        index, lengths = by_window_size(spec, index, lengths)
+    reverse = np.empty_like(index)
+    reverse[index] = np.arange(len(index))
+    within = np.arange(spec.window_patches)
+    mask = within < lengths[:, None]
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    return Windows(
+        index=index,
+        reverse=reverse,
+        lengths=lengths,
+        patches=np.where(mask, starts[:, None] + within, 0).astype(np.int64),
+        mask=mask.astype(np.int32),
+        slots=np.flatnonzero(mask).astype(np.int64),
     )
 
 
-def tower_tables(config: VisionConfig, grids: Sequence[Grid]) -> Mapping[str, NDArray[Any]]:
-    """The tables of a call for a backend that builds the tower itself, by their names in `Tables`.
+def _taps(positions: Positions, places: Indices, grid: Grid) -> tuple[Indices, Floats]:
+    """Rows of the learned table, and their weights, of each patch of a frame: [h * w, taps] each."""
+    rows, row_weights = _axis(positions, places[:, 0], grid.h)
+    columns, column_weights = _axis(positions, places[:, 1], grid.w)
+    index = rows[:, :, None] * positions.side + columns[:, None, :]
+    weight = row_weights[:, :, None] * column_weights[:, None, :]
+    return index.reshape(len(places), -1), weight.reshape(len(places), -1)
+
+
+def _axis(positions: Positions, place: Indices, size: int) -> tuple[Indices, Floats]:
+    """Entries along one axis of the table, and their weights, of each place among `size`."""
+    side, x = np.float32(positions.side), place.astype(np.float32)
+    aligned = positions.align_corners
+    source = x * (side - 1) / np.float32(max(size - 1, 1)) if aligned else (x + 0.5) * side / np.float32(size) - 0.5
+    floor = np.floor(source)
+    offsets = np.arange(2) if positions.mode == "bilinear" else np.arange(-1, 3)
+    distance = np.abs(source[:, None] - floor[:, None] - offsets).astype(np.float32)
+    if positions.mode == "bilinear":
+        weights = np.maximum(1 - distance, 0)
+    else:
+        a = np.float32(-0.75)
+        near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
+        far = ((a * distance - 5 * a) * distance + 8 * a) * distance - 4 * a
+        weights = np.where(distance <= 1, near, far)
+    taps = np.clip(floor.astype(np.int64)[:, None] + offsets, 0, positions.side - 1)
+    return taps, weights.astype(np.float32)
+
+
+def tower_tables(spec: TowerSpec, grids: Sequence[Grid]) -> Mapping[str, NDArray[Any]]:
+    """The tables of a call for a backend that builds the tower itself, by the names of a program's inputs.
 
     Windows of one size lie together, largest first, so that those of a size are one batch of attention without any
     padding. Frames are then not contiguous: `frame_order` brings them together for full attention.
 
     Returns:
-        `window_index`, `reverse_index`, `window_lengths`, `frame_lengths`, `rotary_cos` and `rotary_sin` as in
-        `Tables`, and `frame_order`: int64 [P]; row `frame_order[i]` of the window order stands at place i when the
-        frames, in their own order, are each contiguous.
+        `frame_lengths`, and as `Tables.fed` has them `rotary_cos`, `rotary_sin`, and `position_index` and
+        `position_weight` where the tower has learned positions. With windows also `window_index`, `reverse_index`,
+        `window_lengths`, and `frame_order`: int64 [P]; row `frame_order[i]` of the window order stands at place i when
+        the frames, in their own order, are each contiguous.
     """
-    tables = make_tables(config, grids, grouped=True)
-    merged = config.merged_patches
-    frame_ends = np.cumsum(tables.frame_lengths // merged)
-    frame_of_token = np.searchsorted(frame_ends, tables.window_index, side="right")
-    tokens = np.argsort(frame_of_token, kind="stable")
-    return {
-        "window_index": tables.window_index,
-        "reverse_index": tables.reverse_index,
-        "window_lengths": tables.window_lengths,
-        "frame_lengths": tables.frame_lengths,
-        "frame_order": (tokens[:, None] * merged + np.arange(merged)).ravel(),
-        "rotary_cos": tables.rotary_cos,
-        "rotary_sin": tables.rotary_sin,
-    }
+    tables = make_tables(spec, grids, grouped=True)
+    unused = ("window_patches", "window_mask", "window_slots")
+    found = {name: table for name, table in tables.fed().items() if name not in unused}
+    found["frame_lengths"] = tables.frame_lengths
+    if tables.windows is not None:
+        ends = np.cumsum(tables.frame_lengths // spec.merged)
+        tokens = np.argsort(np.searchsorted(ends, tables.windows.index, side="right"), kind="stable")
+        found["frame_order"] = (tokens[:, None] * spec.merged + np.arange(spec.merged)).ravel()
+        found["window_lengths"] = tables.windows.lengths
+    return found

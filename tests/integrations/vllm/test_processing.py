@@ -336,9 +336,9 @@ def test_an_encoder_of_other_sizes_is_refused_even_where_no_digest_is_known(digi
 
 def test_the_configuration_that_is_served_decides(digits, bundles, monkeypatch):
     changed = {**Checkpoint(digits).config["vision_config"], "fullatt_block_indexes": [1]}
-    assert open_served_source(served_model(digits, changed), load_settings()).sizes.fullatt_block_indexes == (1,)
+    assert open_served_source(served_model(digits, changed), load_settings()).spec.full_blocks == (1,)
     monkeypatch.setenv("VISIONACCEL_BUNDLE", str(bundles / "fixed"))
-    with pytest.raises(ConfigurationError, match=r"made for another vision configuration.*fullatt_block_indexes"):
+    with pytest.raises(ConfigurationError, match=r"made for another vision configuration.*full_blocks"):
         open_served_source(served_model(digits, changed), load_settings())
     monkeypatch.setenv("VISIONACCEL_BUNDLE", str(digits))
     with pytest.raises(ConfigurationError, match="made for another vision configuration"):

@@ -37,8 +37,7 @@ from visionaccel.core.program import (
 from visionaccel.encoder import open_tower
 from visionaccel.errors import BundleError, ConfigurationError
 from visionaccel.families import tower_of
-from visionaccel.families.qwen2_5_vl.config import VisionConfig
-from visionaccel.towers.tables import make_tables
+from visionaccel.towers import make_tables
 from visionaccel.validation.packed_weights import differing_weights
 from visionaccel_testing.checkpoints import QWEN2_5_VL_7B, hollow_checkpoint, random_checkpoint
 from visionaccel_testing.vitisai import VitisNames, write_vitisai_folder
@@ -113,7 +112,7 @@ def run_partition(folder, inputs):
 def test_a_split_program_in_raster_order_computes_the_tower(tiny, grid):
     tower, coverage, split = open_tower(tiny), FixedGrid(grid), HostSplit("raster")
     inputs, outputs = tower.signature(coverage, split)
-    program = Program("p", tower.family, ONNX, tiny, inputs, outputs, {}, tower.weights, True, coverage, host=split)
+    program = Program("p", tower.family, ONNX, tiny, inputs, outputs, tower.weights, True, coverage, host=split)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(tiny))
@@ -220,14 +219,14 @@ def test_the_importer_finds_the_grid_that_a_folder_was_made_for_or_asks(tiny, tm
     work = tmp_path / f"{grid}"
     shutil.rmtree(work, ignore_errors=True)
     folder = folder_of(tiny, work / "folder", grid)
-    config = VisionConfig.of(Checkpoint(tiny))
-    order = make_tables(config, [grid]).window_index
+    spec = open_tower(tiny).spec
+    order = make_tables(spec, [grid]).windows.index
     sides = [side for side in range(1, len(order) + 1) if len(order) % side == 0]
     same = {
         other
         for other in (Grid(1, 2 * side, 2 * len(order) // side) for side in sides)
         for grouped in (False, True)
-        if np.array_equal(make_tables(config, [other], grouped=grouped).window_index, order)
+        if np.array_equal(make_tables(spec, [other], grouped=grouped).windows.index, order)
     }
     if same != {grid}:  # one window wide or one token high: the tokens stay where they are
         with pytest.raises(ConfigurationError) as refused:

@@ -262,7 +262,6 @@ def small_program(folder):
         folder=folder,
         inputs=inputs,
         outputs=outputs,
-        config={},
         weights={},
         uniform_frames=True,
         device="simulator",

@@ -47,7 +47,6 @@ def program_of(model, folder, precision="bfloat16"):
         folder=folder,
         inputs=tuple(TensorSpec(value.name, "float32", (1,)) for value in onnx.load_from_string(model).graph.input),
         outputs=(TensorSpec("out", "float32", (1,)),),
-        config={},
         weights={},
         uniform_frames=True,
         precision=precision,

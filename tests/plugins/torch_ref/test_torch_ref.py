@@ -14,19 +14,18 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVi
 from strategies import grid_lists
 from towers import lowest_cosine, random_patches, reference
 from visionaccel import open_encoder
-from visionaccel.checkpoint import Checkpoint
 from visionaccel.core.grid import as_grids
 from visionaccel.core.packed_products import PackedWeight
 from visionaccel.core.program import CHECKPOINT
 from visionaccel.encoder import open_tower
 from visionaccel.errors import BackendUnavailableError, CheckpointError, PluginError, SettingsError
-from visionaccel.families.qwen2_5_vl.config import DEFAULTS, VisionConfig
-from visionaccel.towers.tables import make_tables, tower_tables
+from visionaccel.families.qwen2_5_vl import DEFAULTS
+from visionaccel.towers import make_tables, tower_tables
 from visionaccel_testing.checkpoints import TINY, random_checkpoint
 from visionaccel_torch_ref import linear
 from visionaccel_torch_ref.backend import TorchReferenceBackend, TorchReferenceOptions
 from visionaccel_torch_ref.layout import Layouts
-from visionaccel_torch_ref.linear import PackedLinear, PlainLinear, make_linear, why_not_packed
+from visionaccel_torch_ref.linear import ACTIVATIONS, PackedLinear, PlainLinear, make_linear, why_not_packed
 from visionaccel_torch_ref.yardstick import TransformersTower
 
 EVERY_TRAIT = [(1, 12, 10), (3, 6, 18), (1, 16, 16), (2, 2, 2), (1, 12, 10)]
@@ -168,8 +167,7 @@ def test_packed_products_are_the_plain_ones(dtype, biased, rows):
     bound = 1e-5 if dtype == torch.float32 else 1e-2
     for ours, expected in (
         (packed(x), exact(x.float())),
-        (packed.silu(x), exact.silu(x.float())),
-        (packed.gelu(x), exact.gelu(x.float())),
+        *((packed.activated(x, kind), exact.activated(x.float(), kind)) for kind in ACTIVATIONS),
         (packed.times(x, other), exact.times(x.float(), other.float())),
         (packed.plus(x, other), exact.plus(x.float(), other.float())),
     ):
@@ -210,13 +208,13 @@ def test_packed_products_with_another_meaning_are_not_used(monkeypatch):
 @example(triples=EVERY_TRAIT)
 @hypothesis_settings(max_examples=40)
 def test_frame_order_brings_the_frames_together_and_in_order(tiny, triples):
-    config = VisionConfig.of(Checkpoint(tiny))
+    spec = open_tower(tiny).spec
     grids = as_grids(triples, 2)
-    tables = tower_tables(config, grids)
-    grouped = make_tables(config, grids, grouped=True)
+    tables = tower_tables(spec, grids)
+    grouped = make_tables(spec, grids, grouped=True).windows
     rows = len(tables["rotary_cos"])
     np.testing.assert_array_equal(np.sort(tables["frame_order"]), np.arange(rows))
-    np.testing.assert_array_equal(tables["window_index"], grouped.window_index)
+    np.testing.assert_array_equal(tables["window_index"], grouped.index)
     # The input row of each place of the frame order: frame after frame, each with its own rows.
     source = (tables["window_index"][:, None] * 4 + np.arange(4)).ravel()[tables["frame_order"]]
     start = 0

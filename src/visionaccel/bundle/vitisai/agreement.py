@@ -15,7 +15,7 @@ from visionaccel.core.program import HostSplit
 from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import BundleError, ConfigurationError
 from visionaccel.families import Tower
-from visionaccel.families.base import HostPart
+from visionaccel.towers import HostPart
 
 __all__ = ["check_weights", "matching_grid", "narrowest"]
 

@@ -21,7 +21,7 @@ from visionaccel.core.program import EP_CONTEXT, HostSplit, Precision
 from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import BundleError, ConfigurationError
 from visionaccel.families import Tower
-from visionaccel.families.base import HostPart, UnrecognisedHost
+from visionaccel.towers import HostPart, UnrecognisedHost
 
 __all__ = ["Findings", "ImportRequest", "find"]
 

@@ -41,7 +41,7 @@ from visionaccel.core.program import DEVICE_TENSORS, EP_CONTEXT, HOST_AFTER, HOS
 from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import BundleError, ConfigurationError
 from visionaccel.families import Tower
-from visionaccel.families.base import HostPart
+from visionaccel.towers import HostPart
 
 __all__ = ["Imported", "import_vitisai"]
 
@@ -225,7 +225,7 @@ def _write_program(tower: Tower, found: Findings, precision: Precision, folder: 
         "device": found.folder.device,
         "host": None
         if found.split is None
-        else {"window_order": found.split.window_order, "tensors": list(tower.host_weights)},
+        else {"window_order": found.split.order, "tensors": list(tower.host_weights)},
     }
 
 

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from visionaccel.errors import VisionAccelError
-from visionaccel.families.qwen2_5_vl import WEIGHT_PREFIXES
+from visionaccel.families import weight_prefixes
 from visionaccel.integrations.vllm import compat
-from visionaccel.integrations.vllm.activation import check_engine
+from visionaccel.integrations.vllm.activation import MODELS, check_engine
 from visionaccel.integrations.vllm.compat import (
     MULTIMODAL_REGISTRY,
     Qwen2_5_VLDummyInputsBuilder,
@@ -88,8 +88,9 @@ class AcceleratedQwen25VL(Qwen2_5_VLForConditionalGeneration):  # type: ignore[m
 def _without_tower(
     weights: Iterable[tuple[str, torch.Tensor]], comparison: Comparison | None
 ) -> Iterator[tuple[str, torch.Tensor]]:
+    prefixes = weight_prefixes(MODELS)
     for name, weight in weights:
-        if not name.startswith(WEIGHT_PREFIXES):
+        if not name.startswith(prefixes):
             yield name, weight
         elif comparison is not None:
             comparison.note(name, weight)

@@ -23,7 +23,7 @@ from visionaccel.checkpoint import Checkpoint, locate_checkpoint
 from visionaccel.core.cores import on_cores
 from visionaccel.core.program import AnyGrid, Coverage
 from visionaccel.errors import ArtifactError, CheckpointError, ConfigurationError
-from visionaccel.families import Tower, tower_of
+from visionaccel.families import Tower, family_of, tower_of
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.compat import ServedModel
 from visionaccel.integrations.vllm.reloading import source_digest
@@ -48,11 +48,12 @@ def served_tower(served: ServedModel, stored: Checkpoint) -> Tower:
     if served.replaces is None or served.vision is None:
         return tower_of(stored)
     resolved = copy(stored)
-    resolved.config = {**stored.config, "architectures": [served.replaces], "vision_config": dict(served.vision)}
+    resolved.config = {**stored.config, "architectures": [served.replaces]}
+    resolved.config = family_of(resolved).with_configuration(resolved.config, served.vision)
     tower = tower_of(resolved)
     with suppress(ArtifactError):
         unchanged = tower_of(stored)
-        if unchanged.sizes == tower.sizes:
+        if unchanged.spec == tower.spec:
             return unchanged
     return tower
 
@@ -169,10 +170,10 @@ def _require_weights(served: Tower, stated: str, folder: Path) -> None:
 
 def _require_sizes(served: Tower, tower: Tower, folder: Path) -> None:
     """Refuse an encoder that was made for another vision configuration than the one that is served."""
-    if served.sizes != tower.sizes:
+    if served.spec != tower.spec:
         raise ConfigurationError(
             f"the encoder in {folder} was made for another vision configuration than the one that is served: "
-            f"{tower.sizes} and not {served.sizes}.",
+            f"{tower.spec.differing(served.spec)}.",
             hint="Point VISIONACCEL_BUNDLE at the encoder of the served model, or drop --hf-overrides that change its "
             "vision_config.",
         )

@@ -1,153 +1,188 @@
-"""The Qwen2.5-VL vision tower as an ONNX graph of fixed shapes, for devices that compile ahead of time.
+"""Operators of a graph of fixed shapes, for devices that compile ahead of time.
 
-Standard operators of opset 17 only, and no shape that varies. Rows are patches in window order; heads are the leading
-axis of attention, so that a run of windows is a reshape away from a batch of them. `FixedGrid` bakes the tables in and
-runs the windows of one size as one batch, without any mask. That takes window order `grouped`; a split program with
-`raster` order at its edges gathers into it and back. `Bucket` takes the tables as inputs, gathers the rows into windows
-of full size, and adds a mask term to the scores.
+Standard operators of opset 17 only, and no shape that varies. Heads are the leading axis of attention, so that a run of
+windows is a reshape away from a batch of them. `FixedGrid` bakes the tables in and runs the windows of one size as one
+batch, without any mask. That takes window order `grouped`; a split program with `raster` order at its edges gathers
+into it and back. `Bucket` takes the tables as inputs, gathers the rows into windows of full size, and adds a mask term
+to the scores.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from itertools import groupby
 
 import numpy as np
-import onnx
 
 from visionaccel.core.program import Bucket, FixedGrid, HostSplit
-from visionaccel.core.stored_tensor import StoredTensor
-from visionaccel.families.qwen2_5_vl.config import VisionConfig
-from visionaccel.families.qwen2_5_vl.static_tables import BakedTables, FedTables, StaticTables, attend
-from visionaccel.families.qwen2_5_vl.weights import TowerWeights
+from visionaccel.towers.host import RASTER
+from visionaccel.towers.onnx.operators import Operators
+from visionaccel.towers.onnx.weights import GraphWeights
 from visionaccel.towers.onnx.writer import GraphWriter
-from visionaccel.towers.signature import (
-    EMBEDDINGS,
-    PATCH_EMBEDDINGS,
-    PIXELS,
-    WINDOW_EMBEDDINGS,
-    signature,
-)
+from visionaccel.towers.spec import ActivationKind, Norm, TowerSpec
+from visionaccel.towers.tables import Windows, make_tables, window_order
 
-__all__ = ["write_static_graph"]
-
-OPSET = 17
-NORM_EPSILON = 1e-6
+__all__ = ["FixedOperators"]
 
 
-def write_static_graph(
-    config: VisionConfig,
-    weights: Mapping[str, StoredTensor],
-    writer: GraphWriter,
-    coverage: FixedGrid | Bucket,
-    host: HostSplit | None,
-) -> onnx.ModelProto:
-    """Write the tower with fixed shapes.
+class FixedOperators(Operators):
+    """Plain operators. Norms, rotary positions and softmax are float32 whatever the precision is, as in the reference.
 
     Args:
-        config: Sizes of the tower.
-        weights: The tower's tensors by their names below the prefix.
-        writer: An empty writer; its precision is that of weights and activations. Normalisation, rotary positions and
-            softmax are float32 whatever it is, as in the reference.
+        spec: The tower.
+        writer: The graph.
+        weights: Its weights.
         coverage: The grid whose tables are baked in, or the sizes that tables are padded to.
         host: What is left to the host; None for the whole tower.
-
-    Raises:
-        CheckpointError: If a weight is missing, or has another shape or dtype than the configuration demands.
     """
-    tables: StaticTables
-    if isinstance(coverage, FixedGrid):
-        tables = BakedTables(config, writer, coverage, host)
-    else:
-        tables = FedTables(config, writer, coverage)
-    tower = _StaticTower(config, TowerWeights(config, weights, writer), writer, tables)
-    inputs, outputs = signature(config, coverage, host)
-    tower.write(host)
-    return writer.model("qwen2_5_vl_vision_tower", inputs, outputs, opset=OPSET, microsoft=False)
 
+    opset = 17
+    microsoft = False
 
-class _StaticTower:
-    """State of one writing."""
+    def __init__(
+        self,
+        spec: TowerSpec,
+        writer: GraphWriter,
+        weights: GraphWeights,
+        coverage: FixedGrid | Bucket,
+        host: HostSplit | None,
+    ) -> None:
+        self._patches = coverage.grid.patches if isinstance(coverage, FixedGrid) else coverage.patches
+        super().__init__(spec, writer, weights, self._patches)
+        self._coverage, self._host = coverage, host
+        self._scale = writer.constant(np.float32(spec.head_dim**-0.5))
+        self._two = writer.constant(np.float32(2.0))
+        self._baked: dict[str, str] = {}
+        self._frame_bias = ""
 
-    def __init__(self, config: VisionConfig, weights: TowerWeights, writer: GraphWriter, tables: StaticTables) -> None:
-        self.config, self.w, self.g, self.tables = config, weights, writer, tables
-        self.patches = tables.patches
-        self.epsilon = writer.constant(np.float32(NORM_EPSILON))
-        self.two = writer.constant(np.float32(2.0))
-        self.scale = writer.constant(np.float32(config.head_dim**-0.5))
+    def table(self, name: str) -> str:
+        return self._baked.get(name, name)
 
-    def write(self, host: HostSplit | None) -> None:
-        config, g = self.config, self.g
-        hidden, merged = config.hidden_size, config.merged_patches
-        rows = g.constant([self.patches, hidden])
-        if host is None:
-            x = self.w.embed(g.narrow(PIXELS))
-            x = g.node("Reshape", [x, g.constant([self.patches // merged, merged * hidden])])
-            x = g.node("Gather", [x, self.tables.window_index], axis=0)
+    def prepare(self) -> None:
+        if isinstance(self._coverage, FixedGrid):
+            self._bake(self._coverage)
         else:
-            x = g.narrow(PATCH_EMBEDDINGS)
-            if self.tables.regroup_index is not None:
-                x = g.node("Gather", [x, self.tables.regroup_index], axis=0)
-        x = g.node("Reshape", [x, rows])
-        for block in range(config.depth):
-            normed = self.norm(x, self.w.norm(f"blocks.{block}.norm1.weight"))
-            full = block in config.fullatt_block_indexes
-            x = g.node("Add", [x, self.attention(normed, f"blocks.{block}.attn", full=full)])
-            normed = self.norm(x, self.w.norm(f"blocks.{block}.norm2.weight"))
-            x = g.node("Add", [x, self.mlp(normed, f"blocks.{block}.mlp")])
-        x = self.norm(x, self.w.norm("merger.ln_q.weight"))
-        x = g.node("Reshape", [x, g.constant([self.patches // merged, merged * hidden])])
-        x = self.gelu(self.w.linear(x, "merger.mlp.0", hidden * merged, hidden * merged))
-        x = self.w.linear(x, "merger.mlp.2", config.out_hidden_size, hidden * merged)
-        if host is None:
-            x = g.node("Gather", [x, self.tables.reverse_index], axis=0)
-        elif self.tables.ungroup_index is not None:
-            x = g.node("Gather", [x, self.tables.ungroup_index], axis=0)
-        g.rename(g.widen(x), WINDOW_EMBEDDINGS if host else EMBEDDINGS)
+            self._take(self._coverage)
 
-    def norm(self, x: str, scale: str) -> str:
-        """RMS normalisation in float32: x / sqrt(mean(x^2) + epsilon), then the scale."""
+    def _bake(self, coverage: FixedGrid) -> None:
+        """Constant tables of one grid. The graph's own order is `grouped`; that at its edges may be another."""
+        g, spec = self.g, self.spec
+        tables = make_tables(spec, [coverage.grid], grouped=spec.window is not None)
+        self._cos = g.constant(np.concatenate([tables.rotary_cos, tables.rotary_cos], axis=1))
+        # The first half is negated, so that a rotation swaps halves and negates none.
+        self._sin = g.constant(np.concatenate([-tables.rotary_sin, tables.rotary_sin], axis=1))
+        if spec.positions is not None and self._host is None:
+            fed = tables.fed()
+            self._baked = {name: g.constant(fed[name]) for name in ("position_index", "position_weight")}
+        if tables.windows is not None:
+            lengths = tables.windows.lengths.tolist()
+            self._groups = [(size, len(list(same))) for size, same in groupby(lengths)]
+            self._order(tables.windows, coverage)
+
+    def _order(self, windows: Windows, coverage: FixedGrid) -> None:
+        """The indices between the graph's own order and that at its edges."""
+        g = self.g
+        if self._host is None:
+            self.order_index, self.reverse_index = g.constant(windows.index), g.constant(windows.reverse)
+        elif self._host.order == RASTER:
+            raster, _ = window_order(self.spec, [coverage.grid])
+            if not np.array_equal(raster, windows.index):
+                self.order_index = g.constant(np.argsort(raster)[windows.index])
+                self.reverse_index = g.constant(windows.reverse[raster])
+
+    def _take(self, bucket: Bucket) -> None:
+        """Tables that are inputs, padded to the sizes of a bucket; masks are terms added to the scores."""
+        g, spec = self.g, self.spec
+        self._cos = g.node("Concat", ["rotary_cos", "rotary_cos"], axis=1)
+        self._sin = g.node("Concat", [g.node("Neg", ["rotary_sin"]), "rotary_sin"], axis=1)
+        self._frame_bias = "frame_bias"
+        if spec.window is not None:
+            if self._host is None:
+                self.order_index, self.reverse_index = "window_index", "reverse_index"
+            shape = g.constant([bucket.windows * spec.window_patches])
+            self._window_rows = g.node("Reshape", ["window_patches", shape])
+
+    def norm(self, norm: Norm, x: str, scale: str, bias: str) -> str:
         g = self.g
         x = g.widen(x)
-        mean = g.node("ReduceMean", [g.node("Pow", [x, self.two])], axes=[-1], keepdims=1)
-        root = g.node("Sqrt", [g.node("Add", [mean, self.epsilon])])
+        if norm.kind == "layer":
+            inputs = [x, *(value if value == "" else g.widen(value) for value in (scale, bias))]
+            return g.narrow(g.node("LayerNormalization", inputs, axis=-1, epsilon=norm.epsilon))
+        mean = g.node("ReduceMean", [g.node("Pow", [x, self._two])], axes=[-1], keepdims=1)
+        root = g.node("Sqrt", [g.node("Add", [mean, g.constant(np.float32(norm.epsilon))])])
         return g.node("Mul", [g.narrow(g.node("Div", [x, root])), scale])
 
-    def attention(self, x: str, name: str, *, full: bool) -> str:
-        """Self-attention within the frame (`full`) or within each window, of [patches, hidden]."""
-        g, hidden, heads, head = self.g, self.config.hidden_size, self.config.num_heads, self.config.head_dim
-        qkv = g.node("Reshape", [self.w.joint_projections(x, name), g.constant([self.patches, 3 * heads, head])])
+    def activation(self, kind: ActivationKind, x: str) -> str:
+        g = self.g
+
+        def real(value: float) -> str:
+            return g.real(np.float32(value))
+
+        match kind:
+            case "silu":
+                return g.node("Mul", [x, g.node("Sigmoid", [x])])
+            case "quick_gelu":
+                return g.node("Mul", [x, g.node("Sigmoid", [g.node("Mul", [x, real(1.702)])])])
+            case "gelu":  # x / 2 * (1 + erf(x / sqrt(2)))
+                bent = g.node("Erf", [g.node("Mul", [x, real(math.sqrt(0.5))])])
+            case "gelu_tanh":  # x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))
+                cube = g.node("Mul", [g.node("Mul", [x, x]), x])
+                inner = g.node("Add", [x, g.node("Mul", [cube, real(0.044715)])])
+                bent = g.node("Tanh", [g.node("Mul", [inner, real(math.sqrt(2 / math.pi))])])
+        return g.node("Mul", [g.node("Mul", [x, real(0.5)]), g.node("Add", [bent, real(1.0)])])
+
+    def attention(self, x: str, place: str, block: int) -> str:
+        g, spec, heads, head = self.g, self.spec, self.spec.heads, self.spec.head_dim
+        qkv = g.node("Reshape", [self.w.joint_projections(x, place), g.constant([self._patches, 3 * heads, head])])
         qkv = g.node("Transpose", [qkv], perm=[1, 0, 2])
         turned, value = g.nodes("Split", [qkv, g.constant([2 * heads, heads])], [True] * 2, axis=0)
-        turned = self.rotate(g.widen(turned))
+        turned = self._rotate(g.widen(turned))
         query, key = g.nodes("Split", [turned, g.constant([heads, heads])], [True] * 2, axis=0)
-        query, key = g.narrow(g.node("Mul", [query, self.scale])), g.narrow(key)
-        if full:
-            out = attend(g, query, key, value, axes=3, bias=self.tables.frame_bias)
+        query, key = g.narrow(g.node("Mul", [query, self._scale])), g.narrow(key)
+        if not spec.windowed(block):
+            out = self._attend(query, key, value, axes=3, bias=self._frame_bias)
+        elif isinstance(self._coverage, FixedGrid):
+            out = self._within_runs(query, key, value)
         else:
-            out = self.tables.within_windows(query, key, value)
-        out = g.node("Transpose", [out], perm=[1, 0, 2])
-        out = g.node("Reshape", [out, g.constant([self.patches, hidden])])
-        return self.w.linear(out, f"{name}.proj", hidden, hidden)
+            out = self._within_padded(query, key, value, self._coverage.windows)
+        return g.node("Reshape", [g.node("Transpose", [out], perm=[1, 0, 2]), self.rows])
 
-    def rotate(self, x: str) -> str:
+    def _rotate(self, x: str) -> str:
         """Rotary position embedding of float32 [heads, patches, head_dim], the two halves of a head as the pair."""
-        g, half = self.g, self.config.head_dim // 2
+        g, half = self.g, self.spec.head_dim // 2
         first, second = g.nodes("Split", [x, g.constant([half, half])], [True] * 2, axis=2)
         swapped = g.node("Concat", [second, first], axis=2)
-        return g.node("Add", [g.node("Mul", [x, self.tables.cos]), g.node("Mul", [swapped, self.tables.sin])])
+        return g.node("Add", [g.node("Mul", [x, self._cos]), g.node("Mul", [swapped, self._sin])])
 
-    def mlp(self, x: str, name: str) -> str:
-        """The gated feed-forward network: down(silu(gate(x)) * up(x))."""
-        g, hidden, inner = self.g, self.config.hidden_size, self.config.intermediate_size
-        gate = self.w.linear(x, f"{name}.gate_proj", inner, hidden)
-        gate = g.node("Mul", [gate, g.node("Sigmoid", [gate])])
-        product = g.node("Mul", [gate, self.w.linear(x, f"{name}.up_proj", inner, hidden)])
-        return self.w.linear(product, f"{name}.down_proj", hidden, inner)
+    def _attend(self, query: str, key: str, value: str, *, axes: int, bias: str) -> str:
+        """softmax(query key^T + bias) value over the last two of `axes` axes; the query comes scaled."""
+        g, (*leading, rows, width) = self.g, range(axes)
+        scores = g.widen(g.node("MatMul", [query, g.node("Transpose", [key], perm=[*leading, width, rows])]))
+        if bias:
+            scores = g.node("Add", [scores, bias])
+        return g.node("MatMul", [g.narrow(g.node("Softmax", [scores], axis=-1)), value])
 
-    def gelu(self, x: str) -> str:
-        """The exact GELU: x / 2 * (1 + erf(x / sqrt(2)))."""
-        g = self.g
-        error = g.node("Erf", [g.node("Mul", [x, g.real(np.float32(math.sqrt(0.5)))])])
-        halved = g.node("Mul", [x, g.real(np.float32(0.5))])
-        return g.node("Mul", [halved, g.node("Add", [error, g.real(np.float32(1.0))])])
+    def _within_runs(self, query: str, key: str, value: str) -> str:
+        """Attention of [heads, patches, head_dim] within windows, those of one size as a batch."""
+        g, heads, width = self.g, self.spec.heads, self.spec.head_dim
+        if len(self._groups) == 1:
+            parts = [[query], [key], [value]]
+        else:
+            rows, wanted = g.constant([size * windows for size, windows in self._groups]), [True] * len(self._groups)
+            parts = [g.nodes("Split", [x, rows], wanted, axis=1) for x in (query, key, value)]
+        found = []
+        for (size, windows), *run in zip(self._groups, *parts, strict=True):
+            batch = [g.node("Reshape", [x, g.constant([heads, windows, size, width])]) for x in run]
+            out = self._attend(*batch, axes=4, bias="")
+            found.append(g.node("Reshape", [out, g.constant([heads, windows * size, width])]))
+        return found[0] if len(found) == 1 else g.node("Concat", found, axis=1)
+
+    def _within_padded(self, query: str, key: str, value: str, windows: int) -> str:
+        """Attention of [heads, patches, head_dim] within windows that are padded to full size."""
+        g, heads, size, width = self.g, self.spec.heads, self.spec.window_patches, self.spec.head_dim
+        shape = g.constant([heads, windows, size, width])
+        gathered = [g.node("Gather", [x, self._window_rows], axis=1) for x in (query, key, value)]
+        batch = [g.node("Reshape", [x, shape]) for x in gathered]
+        out = self._attend(*batch, axes=4, bias="window_bias")
+        out = g.node("Reshape", [out, g.constant([heads, windows * size, width])])
+        return g.node("Gather", [out, "window_slots"], axis=1)

@@ -1,111 +1,144 @@
-"""The Qwen2.5-VL vision tower as one ONNX graph for every grid: the grid-dependent tables are inputs.
+"""Any tower as one ONNX graph: a walk from patches to embeddings, with the operators of a dialect.
 
-Rows are patches in window order from the embedding to the merger. Window attention gathers the rows into windows padded
-to full size, with a key mask; full attention takes the frames of a call as a batch, so all frames of one call must have
-the same height and width. Norms, rotary positions and attention come in the operators of one of two dialects
-(`dialects`).
+Rows are patches from the embedding to the merger, in window order where the tower has windows. `AnyGrid` takes the
+grid-dependent tables as inputs, and the frames of a call as a batch, so all frames of one call must have the same
+height and width. `FixedGrid` and `Bucket` have fixed shapes (`fixed`) in standard operators; in ONNX Runtime's own
+operators they are the graph for any grid with its tables bound (`bound`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import onnx
 
-from visionaccel.core.program import AnyGrid, OperatorDialect
+from visionaccel.core.program import AnyGrid, Coverage, HostSplit, OperatorDialect
 from visionaccel.core.stored_tensor import StoredTensor
-from visionaccel.families.qwen2_5_vl.config import VisionConfig
-from visionaccel.families.qwen2_5_vl.weights import TowerWeights
-from visionaccel.towers.onnx.operators import DIALECTS
+from visionaccel.towers.onnx.bound import bind_tables, pad_embeddings
+from visionaccel.towers.onnx.fixed import FixedOperators
+from visionaccel.towers.onnx.operators import MicrosoftOperators, Operators, StandardOperators
+from visionaccel.towers.onnx.weights import GraphWeights
 from visionaccel.towers.onnx.writer import GraphWriter
-from visionaccel.towers.signature import EMBEDDINGS, PIXELS, signature
+from visionaccel.towers.signature import EMBEDDINGS, PATCH_EMBEDDINGS, PIXELS, WINDOW_EMBEDDINGS, signature
+from visionaccel.towers.spec import Activation, Gated, Linear, Merge, Norm, Step, TowerSpec
 
 __all__ = ["write_graph"]
 
 
 def write_graph(
-    config: VisionConfig, weights: Mapping[str, StoredTensor], writer: GraphWriter, dialect: OperatorDialect
+    spec: TowerSpec,
+    weights: Mapping[str, StoredTensor],
+    writer: GraphWriter,
+    coverage: Coverage,
+    host: HostSplit | None,
+    dialect: OperatorDialect,
 ) -> onnx.ModelProto:
-    """Write the tower.
+    """Write a tower.
 
     Args:
-        config: Sizes of the tower.
-        weights: The tower's tensors by their names below the prefix, such as `blocks.0.norm1.weight`.
-        writer: An empty writer.
+        spec: The tower.
+        weights: Its tensors by the spec's names.
+        writer: An empty writer; its precision is that of weights and activations.
+        coverage: Which grids the program takes.
+        host: What is left to the host, in standard operators of fixed shapes only; None for the whole tower.
         dialect: Whose operators to write.
 
     Raises:
-        CheckpointError: If a weight is missing, or has another shape or dtype than the configuration demands.
+        CheckpointError: If a weight is missing, or has another shape or dtype than the description demands.
     """
-    return _Tower(config, weights, writer, dialect).write()
+    references = GraphWeights(spec, weights, writer)
+    operators: Operators
+    finish = None
+    if isinstance(coverage, AnyGrid):
+        operators = {"microsoft": MicrosoftOperators, "standard": StandardOperators}[dialect](spec, writer, references)
+    elif dialect == "microsoft":
+        tables = bind_tables(spec, writer, coverage)
+        operators = MicrosoftOperators(spec, writer, references, tables)
+        finish = tables.get(EMBEDDINGS)
+    else:
+        operators = FixedOperators(spec, writer, references, coverage, host)
+    out = _Walk(spec, writer, references, operators).write(PATCH_EMBEDDINGS if host else operators.table(PIXELS), host)
+    if finish is not None:
+        out = pad_embeddings(writer, out, finish)
+    writer.rename(out, WINDOW_EMBEDDINGS if host else EMBEDDINGS)
+    inputs, outputs = signature(spec, coverage, host)
+    return writer.model("vision_tower", inputs, outputs, opset=operators.opset, microsoft=operators.microsoft)
 
 
-class _Tower:
-    """State of one writing: the configuration, the weights, and values that every block shares."""
+class _Walk:
+    """One writing: the tower's steps in their order, over values of the graph."""
 
-    def __init__(
-        self,
-        config: VisionConfig,
-        weights: Mapping[str, StoredTensor],
-        writer: GraphWriter,
-        dialect: OperatorDialect,
-    ) -> None:
-        self.config, self.w, self.g = config, TowerWeights(config, weights, writer), writer
-        self.rows = writer.constant([-1, config.hidden_size])
-        self.windows = writer.constant([-1, config.window_patches, config.hidden_size])
-        self.operators = DIALECTS[dialect](config, writer)
+    def __init__(self, spec: TowerSpec, writer: GraphWriter, weights: GraphWeights, operators: Operators) -> None:
+        self.spec, self.g, self.w, self.operators = spec, writer, weights, operators
 
-    def write(self) -> onnx.ModelProto:
-        config, g = self.config, self.g
-        hidden, merged = config.hidden_size, config.merged_patches
-        self.frame_batch = g.node("Concat", ["frames", g.constant([-1, hidden])], axis=0)
-        self.window_rows = g.node("Reshape", ["window_patches", g.constant([-1])])
-        self.operators.prepare()
-
-        x = self.w.embed(g.narrow(PIXELS))
-        x = g.node("Reshape", [x, g.constant([-1, merged, hidden])])
-        x = g.node("Reshape", [g.node("Gather", [x, "window_index"], axis=0), self.rows])
-
-        update = None
-        for block in range(config.depth):
-            x, normed = self.add_norm(x, update, f"blocks.{block}.norm1.weight")
-            attended = self.attention(normed, f"blocks.{block}.attn", full=block in config.fullatt_block_indexes)
-            x, normed = self.add_norm(x, attended, f"blocks.{block}.norm2.weight")
-            update = self.mlp(normed, f"blocks.{block}.mlp")
-
-        _, x = self.add_norm(x, update, "merger.ln_q.weight")
-        x = g.node("Reshape", [x, g.constant([-1, hidden * merged])])
-        x = self.w.linear(x, "merger.mlp.0", hidden * merged, hidden * merged)
-        x = self.operators.gelu(x)
-        x = self.w.linear(x, "merger.mlp.2", config.out_hidden_size, hidden * merged)
-        g.rename(g.widen(g.node("Gather", [x, "reverse_index"], axis=0)), EMBEDDINGS)
-        inputs, outputs = signature(config, AnyGrid(), None)
-        operators = self.operators
-        return g.model("qwen2_5_vl_vision_tower", inputs, outputs, opset=operators.opset, microsoft=operators.microsoft)
-
-    def add_norm(self, x: str, update: str | None, name: str) -> tuple[str, str]:
-        """X + update, and its RMS normalisation."""
-        scale = self.w.norm(name)
-        return (x, self.operators.norm(x, scale)) if update is None else self.operators.add_norm(x, update, scale)
-
-    def attention(self, x: str, name: str, *, full: bool) -> str:
-        """Self-attention within each frame (`full`) or within each window."""
-        g, hidden = self.g, self.config.hidden_size
-        query, key, value = self.w.projections(x, name)
-        query, key = self.operators.rotate(query), self.operators.rotate(key)
-        if full:
-            batch = [g.node("Reshape", [part, self.frame_batch]) for part in (query, key, value)]
+    def write(self, given: str, host: HostSplit | None) -> str:
+        """From patches, or from embedded ones, to float32 embeddings in the order of the program's edge."""
+        spec, g, operators = self.spec, self.g, self.operators
+        operators.prepare()
+        x = g.narrow(given)
+        if host is None:
+            x = self.apply(spec.embed, "", x)
+            if spec.positions is not None:
+                x = g.node("Add", [x, self.positions()])
+        x = operators.ordered(x, split=host is not None)
+        update, levels = "", list[str]()
+        for block in range(spec.depth):
+            place = f"blocks.{block}."
+            x, normed = self.add_norm(x, update, spec.norm1, place)
+            attended = self.w.linear(spec.proj, place, operators.attention(normed, place, block))
+            x, normed = self.add_norm(x, attended, spec.norm2, place)
+            update = self.apply(spec.mlp, place, normed)
+            for level in spec.levels_after(block):
+                x, update = g.node("Add", [x, update]) if update else x, ""
+                levels.append(self.apply(spec.deepstack_merger, f"deepstack.{level}.", x))
+        first, *others = spec.merger
+        if isinstance(first, Norm):
+            _, x = self.add_norm(x, update, first, "")
         else:
-            gathered = [g.node("Gather", [part, self.window_rows], axis=0) for part in (query, key, value)]
-            batch = [g.node("Reshape", [part, self.windows]) for part in gathered]
-        out = g.node("Reshape", [self.operators.attend(*batch, masked=not full), self.rows])
-        if not full:
-            out = g.node("Gather", [out, "window_slots"], axis=0)
-        return self.w.linear(out, f"{name}.proj", hidden, hidden)
+            x, others = g.node("Add", [x, update]) if update else x, [first, *others]
+        x = self.apply(others, "", x)
+        if levels:
+            x = g.node("Concat", [x, *levels], axis=1)
+        if operators.reverse_index:
+            x = g.node("Gather", [x, operators.reverse_index], axis=0)
+        return g.widen(x)
 
-    def mlp(self, x: str, name: str) -> str:
-        """The gated feed-forward network: down(silu(gate(x)) * up(x))."""
-        g, hidden, inner = self.g, self.config.hidden_size, self.config.intermediate_size
-        gate = self.operators.silu(self.w.linear(x, f"{name}.gate_proj", inner, hidden))
-        product = g.node("Mul", [gate, self.w.linear(x, f"{name}.up_proj", inner, hidden)])
-        return self.w.linear(product, f"{name}.down_proj", hidden, inner)
+    def add_norm(self, x: str, update: str, norm: Norm, place: str) -> tuple[str, str]:
+        """X + update, and its normalisation."""
+        scale, bias = self.w.norm(norm, place)
+        if not update:
+            return x, self.operators.norm(norm, x, scale, bias)
+        return self.operators.add_norm(norm, x, update, scale, bias)
+
+    def apply(self, steps: Sequence[Step], place: str, x: str) -> str:
+        """A sequence of steps over rows."""
+        for step in steps:
+            match step:
+                case Norm():
+                    x = self.operators.norm(step, x, *self.w.norm(step, place))
+                case Linear():
+                    x = self.w.linear(step, place, x)
+                case Activation():
+                    x = self.operators.activation(step.kind, x)
+                case Gated():
+                    gate = self.operators.activation(step.activation, self.w.linear(step.gate, place, x))
+                    product = self.g.node("Mul", [gate, self.w.linear(step.up, place, x)])
+                    x = self.w.linear(step.down, place, product)
+                case Merge():
+                    x = self.operators.tokens(x)
+        return x
+
+    def positions(self) -> str:
+        """The learned positions of every patch in input order; one gather a tap: no [P, taps, hidden] is made."""
+        positions, g = self.spec.positions, self.g
+        assert positions is not None
+        index, weight = (self.operators.table(name) for name in ("position_index", "position_weight"))
+        table = self.w.weight(f"{positions.name}.weight", (positions.side**2, self.spec.hidden))
+        total = ""
+        for tap in range(positions.taps):
+            place = g.constant(np.int64(tap))
+            rows = g.widen(g.node("Gather", [table, g.node("Gather", [index, place], axis=0)], axis=0))
+            rows = g.node("Mul", [rows, g.node("Gather", [weight, place], axis=0)])
+            total = g.node("Add", [total, rows]) if total else rows
+        return g.narrow(total)

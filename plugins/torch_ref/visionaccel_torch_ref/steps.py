@@ -1,0 +1,105 @@
+"""The steps of a tower's description as functions of rows, with their weights."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.nn import functional
+
+from visionaccel.towers import Activation, Gated, Merge, Norm, Step, TowerSpec
+from visionaccel.towers import Linear as LinearStep
+from visionaccel_torch_ref.linear import ACTIVATIONS, Linear, make_linear
+from visionaccel_torch_ref.weights import WeightReader
+
+__all__ = ["Steps", "in_blocks"]
+
+_CACHED_ROWS = 256
+"""Rows that are normalised or rotated at a time on a CPU: about 1 MB in float32 for the released towers."""
+
+Rows = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Steps:
+    """A sequence of steps.
+
+    Args:
+        spec: The tower.
+        steps: The steps.
+        weights: Reads their weights.
+        place: What the names of their weights start with.
+    """
+
+    def __init__(self, spec: TowerSpec, steps: Sequence[Step], weights: WeightReader, place: str = "") -> None:
+        self._spec, self._weights, self._place = spec, weights, place
+        self._before: list[Rows] = []
+        self._last: Linear | None = None
+        for number, step in enumerate(steps):
+            follows = steps[number + 1] if number + 1 < len(steps) else None
+            match step:
+                case Norm():
+                    self._before.append(self._norm(step))
+                case LinearStep() if isinstance(follows, Activation):
+                    self._before.append(_activated(self._linear(step), follows))
+                case LinearStep() if follows is None:
+                    self._last = self._linear(step)
+                case LinearStep():
+                    self._before.append(self._linear(step))
+                case Gated():
+                    gate, up, down = (self._linear(each) for each in (step.gate, step.up, step.down))
+                    self._before.append(_gated(gate, up, step))
+                    self._last = down if follows is None else None
+                    self._before += [] if follows is None else [down]
+                case Merge():
+                    self._before.append(lambda x: x.view(-1, spec.merged * x.shape[1]))
+                case Activation() if number == 0 or not isinstance(steps[number - 1], LinearStep):
+                    self._before.append(ACTIVATIONS[step.kind])
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """What the steps make of rows [rows, width]."""
+        for step in self._before:
+            x = step(x)
+        return x if self._last is None else self._last(x)
+
+    def plus(self, x: torch.Tensor, term: torch.Tensor) -> torch.Tensor:
+        """It, plus a term of its shape; the steps end in a linear layer."""
+        assert self._last is not None, "TowerSpec checks it"
+        for step in self._before:
+            x = step(x)
+        return self._last.plus(x, term)
+
+    def _linear(self, step: LinearStep) -> Linear:
+        return make_linear(*self._weights.read_linear(self._spec, step, self._place))
+
+    def _norm(self, step: Norm) -> Rows:
+        name, shape = self._place + step.name, (step.width,)
+        weight = self._weights.read(f"{name}.weight", shape)
+        if step.kind == "rms":
+            return lambda x: _rms_norm(x, weight, step.epsilon)
+        bias = self._weights.read(f"{name}.bias", shape)
+        return lambda x: functional.layer_norm(x, shape, weight, bias, step.epsilon)
+
+
+def _activated(linear: Linear, then: Activation) -> Rows:
+    return lambda x: linear.activated(x, then.kind)
+
+
+def _gated(gate: Linear, up: Linear, step: Gated) -> Rows:
+    return lambda x: up.times(x, gate.activated(x, step.activation))
+
+
+def _rms_norm(rows: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """Rows divided by their root mean square, in float32 as in transformers, times a weight."""
+    if rows.device.type != "cpu":
+        return functional.rms_norm(rows, weight.shape, weight, epsilon)
+    normed = torch.empty_like(rows)
+    for block, result in zip(in_blocks(rows), in_blocks(normed), strict=True):
+        wide = block.float()
+        lengths = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        scales = lengths.square_().div_(wide.shape[-1]).add_(epsilon).rsqrt_()
+        # Rounded before the weight is applied, as transformers does.
+        result.copy_(wide * scales).mul_(weight)
+    return normed
+
+
+def in_blocks(rows: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Rows in pieces whose float32 copies stay in the cache of a CPU core; on other devices, in one."""
+    return torch.split(rows, _CACHED_ROWS) if rows.device.type == "cpu" else (rows,)

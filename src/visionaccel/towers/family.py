@@ -1,0 +1,189 @@
+"""A family of towers: how checkpoints state the sizes of a tower, and in which forms they store its weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from visionaccel.checkpoint import Checkpoint
+from visionaccel.core.stored_tensor import StoredTensor
+from visionaccel.errors import CheckpointError
+from visionaccel.towers.spec import APART, JOINT, TowerSpec
+from visionaccel.towers.stored_form import plain_weights
+
+__all__ = ["Family", "VisionConfiguration", "has_every_weight"]
+
+
+class VisionConfiguration:
+    """The part of a `config.json` that describes a tower, with the defaults for what it leaves out.
+
+    Args:
+        values: What it states.
+        defaults: What files may leave out.
+        where: How errors name it.
+
+    Raises:
+        KeyError, TypeError, ValueError: From its methods, where a value is missing or of another kind.
+    """
+
+    def __init__(self, values: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> None:
+        self._values, self.where = {**defaults, **values}, where
+
+    def __getitem__(self, name: str) -> Any:
+        return self._values[name]
+
+    def whole(self, name: str) -> int:
+        """A whole number."""
+        return _whole(self._values[name])
+
+    def wholes(self, name: str) -> tuple[int, ...]:
+        """A list of whole numbers."""
+        return tuple(_whole(value) for value in self._values[name])
+
+    @property
+    def rotary_base(self) -> float:
+        """Base of the rotary frequencies; transformers has written it in two places, and reads both."""
+        try:
+            nested = dict(self._values.get("rope_parameters") or {})
+            return float(nested.get("rope_theta", self._values.get("rope_theta", 10000.0)))
+        except ValueError as error:
+            raise TypeError(f"rotary base: {error}") from error
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of tower.
+
+    It is installed as entry points of the group `visionaccel.families`: one for each architecture that a `config.json`
+    may name, of that name, for the same object.
+
+    Attributes:
+        name: What bundles and messages call it.
+        spec: The description of a tower from its configuration. A `ValueError` is reported with the configuration's
+            place, a `KeyError` or `TypeError` as a value that is missing or of another kind.
+        config: Where the configuration lies in `config.json`.
+        defaults: What configurations may leave out.
+        prefixes: What the names of the tower's tensors start with, in the order in which they are tried.
+        names: Modules that some checkpoints store under another name: that name to the spec's. `{n}` is a number.
+        fused: Modules stored as one whose rows are those of several: their name to the spec's, in the order of rows.
+    """
+
+    name: str
+    spec: Callable[[VisionConfiguration], TowerSpec]
+    config: tuple[str, ...] = ("vision_config",)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    prefixes: tuple[str, ...] = ("model.visual.", "visual.")
+    names: Mapping[str, str] = field(default_factory=dict)
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def configuration(self, config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+        """The vision configuration within a `config.json`.
+
+        Raises:
+            CheckpointError: If it is not there.
+        """
+        found: Any = config
+        for key in self.config:
+            found = found.get(key) if isinstance(found, Mapping) else None
+        if not isinstance(found, Mapping):
+            raise CheckpointError(f"{where} is missing.", hint="Pass a vision-language checkpoint.")
+        return found
+
+    def described(self, config: Mapping[str, Any], path: str) -> TowerSpec:
+        """The description of the tower of a `config.json`.
+
+        Args:
+            config: The document.
+            path: How errors name it.
+
+        Raises:
+            CheckpointError: If it is incomplete or impossible.
+            UnsupportedArchitectureError: If it asks for something that is not implemented.
+        """
+        where = f"{path}: {'.'.join(self.config)}"
+        found = self.configuration(config, where)
+        try:
+            return self.spec(VisionConfiguration(found, self.defaults, where))
+        except ValueError as error:
+            raise CheckpointError(f"{where}: {error}.", hint="The configuration is damaged or foreign.") from error
+        except (KeyError, TypeError, OverflowError) as error:
+            raise CheckpointError(
+                f"{where} lacks a usable {error}.", hint="Pass a complete checkpoint of this family."
+            ) from error
+
+    def with_configuration(self, config: Mapping[str, Any], vision: Mapping[str, Any]) -> dict[str, Any]:
+        """A `config.json` with another vision configuration."""
+
+        def put(within: Any, keys: tuple[str, ...]) -> dict[str, Any]:
+            below = put(within.get(keys[0], {}), keys[1:]) if len(keys) > 1 else dict(vision)
+            return {**within, keys[0]: below}
+
+        return put(config, self.config)
+
+    def description(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """What of a `config.json` says which tower it is, and nothing of the language model."""
+        kept = {name: config[name] for name in ("architectures", "model_type") if name in config}
+        return self.with_configuration(kept, self.configuration(config, "config.json"))
+
+    def stored_names(self, checkpoint: Checkpoint) -> frozenset[str]:
+        """Full names of all that a checkpoint stores for the tower."""
+        return frozenset(name for name in checkpoint.tensors if name.startswith(self.prefixes))
+
+    def weights(self, checkpoint: Checkpoint, spec: TowerSpec) -> dict[str, StoredTensor]:
+        """A tower's tensors by the spec's names.
+
+        Raises:
+            CheckpointError: If there are none, one is stored in two forms, or one is quantised or has no place.
+        """
+        stored = checkpoint.with_prefix(self.prefixes)
+        if not stored:
+            raise CheckpointError(
+                f"{checkpoint.folder} holds no vision weights (no tensor starts with "
+                f"{' or '.join(map(repr, self.prefixes))}).",
+                hint="The checkpoint was stripped; set VISIONACCEL_BUNDLE to a folder that has the vision weights.",
+            )
+        found: dict[str, StoredTensor] = {}
+        for name, tensor in stored.items():
+            for own, part in self._forms(name, tensor):
+                joint = re.sub(r"attn\.[qkv]\.", f"{JOINT}.", own)
+                if own in found or (joint != own and joint in stored):
+                    raise CheckpointError(
+                        f"{tensor.file}: {tensor.name!r} is stored in another form too, as part of {joint!r}.",
+                        hint="Make a checkpoint in which each weight is stored once.",
+                    )
+                found[own] = part
+        known = set(spec.shapes())
+        return plain_weights(found, known | {name.replace(JOINT, part) for name in known for part in APART})
+
+    def _forms(self, name: str, tensor: StoredTensor) -> Iterator[tuple[str, StoredTensor]]:
+        """A stored tensor by the spec's names: as it is, under another name, or cut into the rows of several."""
+        module, _, leaf = name.rpartition(".")
+        number = re.search(r"(?<=\.)\d+(?=\.)", module)
+        template = module if number is None else f"{module[: number.start()]}{{n}}{module[number.end() :]}"
+
+        def named(own: str) -> str:
+            return f"{own.replace('{n}', number[0]) if number else own}.{leaf}"
+
+        parts = self.fused.get(template, ())
+        if parts and tensor.shape and tensor.shape[0] % len(parts) == 0:
+            length, shape = tensor.length // len(parts), (tensor.shape[0] // len(parts), *tensor.shape[1:])
+            for place, part in enumerate(parts):
+                yield named(part), replace(tensor, offset=tensor.offset + place * length, length=length, shape=shape)
+        else:
+            yield named(self.names.get(module) or self.names.get(template, template)), tensor
+
+
+def has_every_weight(spec: TowerSpec, names: Collection[str]) -> bool:
+    """Whether a tower can be computed from the weights of these names."""
+    return all(
+        name in names or (JOINT in name and all(name.replace(JOINT, part) in names for part in APART))
+        for name in spec.shapes()
+    )
+
+
+def _whole(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"whole number where it says {value!r}")
+    return value

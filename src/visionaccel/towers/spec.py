@@ -1,0 +1,320 @@
+"""A vision tower as a description: every size and every choice, and where its weights stand.
+
+The towers that take patches with a grid are alike: an embedding of the patches, blocks of attention and a feed-forward
+network, and a merger that makes one token of a square of patches. What differs is written down here, the parts between
+as short sequences of steps. Tables, graphs, the host's part and a backend's tower all read the same description.
+
+A step names its weights as the family's checkpoints store them, below the tower's prefix and, in a block, below
+`blocks.N.`, or below `deepstack.N.` in the merger of a deepstack level.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Literal, TypeAlias
+
+__all__ = [
+    "APART", "JOINT", "Activation", "ActivationKind", "Gated", "Linear", "Merge", "Norm", "NormKind", "Positions",
+    "Step", "TowerSpec",
+]  # fmt: skip
+
+NormKind: TypeAlias = Literal["layer", "rms"]
+ActivationKind: TypeAlias = Literal["gelu", "gelu_tanh", "quick_gelu", "silu"]
+
+JOINT, APART = "attn.qkv", ("attn.q", "attn.k", "attn.v")
+"""The projections of a block's attention: one weight and bias, or three whose rows follow each other in it."""
+
+_MOST, _MOST_WINDOW = 2**20, 2**14
+"""Far above every real tower's: a forged configuration must not decide how much memory the host's tables take."""
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A normalisation of rows: `layer` has a bias, `rms` has none."""
+
+    name: str
+    kind: NormKind
+    width: int
+    epsilon: float = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A linear layer.
+
+    Attributes:
+        name: The weight is `name.weight`, the bias `name.bias`.
+        inputs: Width of the rows that go in.
+        outputs: Width of those that come out.
+        bias: Whether there is one.
+        kernel: Side of a convolution's kernel over merged patches, stored as [outputs, hidden, kernel, kernel]; 0 for a
+            matrix.
+    """
+
+    name: str
+    inputs: int
+    outputs: int
+    bias: bool = True
+    kernel: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """A function of each element."""
+
+    kind: ActivationKind
+
+
+@dataclass(frozen=True, slots=True)
+class Gated:
+    """down(activation(gate(x)) * up(x))."""
+
+    gate: Linear
+    up: Linear
+    down: Linear
+    activation: ActivationKind
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """The rows of a token's patches become one row. Where it stands says what the norm next to it acts on."""
+
+
+Step: TypeAlias = Norm | Linear | Activation | Gated | Merge
+
+
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """A learned table that is resampled to the height and width of each frame and added after the embedding.
+
+    Attributes:
+        name: The table is `name.weight`, [side * side, hidden].
+        side: Its rows and columns.
+        mode: How it is interpolated; `bicubic` is Keys' kernel with a = -0.75, as in torch.
+        align_corners: Whether the first and last position lie on the table's edges, as torch has it.
+    """
+
+    name: str
+    side: int
+    mode: Literal["bilinear", "bicubic"]
+    align_corners: bool
+
+    @property
+    def taps(self) -> int:
+        """Entries of the table that make up one position."""
+        return 4 if self.mode == "bilinear" else 16
+
+
+@dataclass(frozen=True, slots=True)
+class TowerSpec:
+    """The description of one tower.
+
+    Attributes:
+        patch: Side of a patch in pixels.
+        temporal: Frames of a patch.
+        channels: Of a pixel.
+        merge: Patches of a token along each side.
+        hidden: Width of a row in the blocks.
+        heads: Of the attention.
+        depth: Number of blocks.
+        out: Width of an embedding, and of each deepstack level.
+        embed: From rows of patches to rows of `hidden`: a linear layer, and norms.
+        norm1: Before the attention.
+        qkv: The attention's projections; they may be stored apart (`APART`).
+        proj: After the attention.
+        norm2: Before the feed-forward network.
+        mlp: The feed-forward network, which ends in a linear layer.
+        merger: From the last block to embeddings; it merges once.
+        positions: Learned positions, besides the rotary ones; None for none.
+        window: Side of an attention window in tokens; None for attention over whole frames alone.
+        full_blocks: The blocks that attend over whole frames where there are windows.
+        deepstack: The blocks whose output the deepstack levels are taken from, by their mergers' numbers. The levels
+            stand next to the embedding in the order of the blocks.
+        deepstack_merger: The merger of each level, as `merger`.
+        rotary_base: Base of the rotary frequencies.
+
+    Raises:
+        ValueError: If a field is impossible or does not fit another; the message names it.
+    """
+
+    patch: int
+    temporal: int
+    channels: int
+    merge: int
+    hidden: int
+    heads: int
+    depth: int
+    out: int
+    embed: tuple[Step, ...]
+    norm1: Norm
+    qkv: Linear
+    proj: Linear
+    norm2: Norm
+    mlp: tuple[Step, ...]
+    merger: tuple[Step, ...]
+    positions: Positions | None = None
+    window: int | None = None
+    full_blocks: tuple[int, ...] = ()
+    deepstack: tuple[int, ...] = ()
+    deepstack_merger: tuple[Step, ...] = ()
+    rotary_base: float = 10000.0
+
+    def __post_init__(self) -> None:
+        """Refuse what no tower can be."""
+        sizes = {f.name: getattr(self, f.name) for f in fields(self) if f.type == "int"}
+        sizes |= {} if self.window is None else {"window": self.window}
+        sizes |= {} if self.positions is None else {"positions.side": self.positions.side}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} must be positive, and is {size}")
+            if size > _MOST:
+                raise ValueError(f"{name} is {size}; no size may be over {_MOST}")
+        levels = range(self.depth)
+        rules = {
+            f"window: windows may have no more than {_MOST_WINDOW} patches": self.window_patches <= _MOST_WINDOW,
+            "hidden must be divisible by heads": self.hidden % self.heads == 0,
+            "hidden: the width of a head must be divisible by 4": self.head_dim % 4 == 0,
+            "rotary_base must be positive": 0 < self.rotary_base < math.inf,
+            "full_blocks must be blocks of the tower": set(self.full_blocks) <= set(levels),
+            "deepstack must be blocks of the tower, each once": set(self.deepstack) <= set(levels)
+            and len(set(self.deepstack)) == len(self.deepstack),
+            "deepstack_merger must be there with deepstack alone": bool(self.deepstack) == bool(self.deepstack_merger),
+        }
+        for rule, holds in rules.items():
+            if not holds:
+                raise ValueError(rule)
+        block = (self.norm1, self.qkv)
+        self._check_steps("embed", self.embed, self.patch_width, self.hidden, merges=False)
+        self._check_steps("norm1, qkv", block, self.hidden, 3 * self.hidden, merges=False)
+        self._check_steps("proj", (self.proj,), self.hidden, self.hidden, merges=False)
+        self._check_steps("norm2, mlp", (self.norm2, *self.mlp), self.hidden, self.hidden, merges=False)
+        for name in ("merger", *(["deepstack_merger"] if self.deepstack else [])):
+            self._check_steps(name, getattr(self, name), self.hidden, self.out, merges=True)
+        if not isinstance(self.embed[0], Linear) or not all(isinstance(step, Norm) for step in self.embed[1:]):
+            raise ValueError("embed must be a linear layer, and norms after it")
+        if not isinstance(self.mlp[-1], Linear | Gated):
+            raise ValueError("mlp must end with a linear layer")
+
+    def _check_steps(self, name: str, steps: Sequence[Step], width: int, wanted: int, *, merges: bool) -> None:
+        """Follow the width of a row through a sequence."""
+        merged = 0
+        for step in steps:
+            given = width
+            match step:
+                case Norm():
+                    needs = step.width
+                case Linear():
+                    needs, width = step.inputs, step.outputs
+                case Gated():
+                    needs, width = step.gate.inputs, step.down.outputs
+                    inner = {step.gate.outputs, step.up.outputs, step.down.inputs}
+                    if step.up.inputs != needs or len(inner) > 1 or not 0 < min(inner) <= _MOST:
+                        raise ValueError(f"{name}: {step.gate.name}, {step.up.name} and {step.down.name} do not fit")
+                case Merge():
+                    needs, width, merged = width, width * self.merged, merged + 1
+                case Activation():
+                    needs = width
+            if needs != given or not 0 < width <= _MOST * self.merged:
+                raise ValueError(f"{name}: {step} is given rows of {given}")
+        if width != wanted or merged != merges:
+            raise ValueError(f"{name} gives rows of {width} and merges {merged} times; {wanted} and {int(merges)} fit")
+
+    @property
+    def patch_width(self) -> int:
+        """Width of a row of patches."""
+        return self.channels * self.temporal * self.patch**2
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden // self.heads
+
+    @property
+    def merged(self) -> int:
+        """Patches that become one token."""
+        return self.merge**2
+
+    @property
+    def window_patches(self) -> int:
+        """Patches of a whole attention window; 0 without windows."""
+        return (self.window or 0) ** 2 * self.merged
+
+    @property
+    def out_width(self) -> int:
+        """Width of what the language model is handed: the embedding, and next to it the deepstack levels."""
+        return self.out * (1 + len(self.deepstack))
+
+    def windowed(self, block: int) -> bool:
+        """Whether a block attends within windows."""
+        return self.window is not None and block not in self.full_blocks
+
+    def levels_after(self, block: int) -> tuple[int, ...]:
+        """The deepstack levels that are taken from a block's output."""
+        return tuple(level for level, after in enumerate(self.deepstack) if after == block)
+
+    @property
+    def embed_weights(self) -> tuple[str, ...]:
+        """Names of the weights that embed patches, those of the learned positions among them."""
+        return (*self._named("", self.embed), *([f"{self.positions.name}.weight"] if self.positions else []))
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of every weight by its name; the attention's projections as one weight."""
+        found = self._named("", self.embed)
+        if self.positions is not None:
+            found[f"{self.positions.name}.weight"] = (self.positions.side**2, self.hidden)
+        for block in range(self.depth):
+            steps = (self.norm1, self.qkv, self.proj, self.norm2, *self.mlp)
+            found |= self._named(f"blocks.{block}.", steps)
+        found |= self._named("", self.merger)
+        for level in range(len(self.deepstack)):
+            found |= self._named(f"deepstack.{level}.", self.deepstack_merger)
+        return found
+
+    def _named(self, prefix: str, steps: Sequence[Step]) -> dict[str, tuple[int, ...]]:
+        found: dict[str, tuple[int, ...]] = {}
+        for step in _weighted(steps):
+            name = prefix + step.name
+            if isinstance(step, Norm):
+                found[f"{name}.weight"] = (step.width,)
+                found |= {f"{name}.bias": (step.width,)} if step.kind == "layer" else {}
+            else:
+                found[f"{name}.weight"] = self.stored_shape(step)
+                found |= {f"{name}.bias": (step.outputs,)} if step.bias else {}
+        return found
+
+    def stored_shape(self, linear: Linear) -> tuple[int, ...]:
+        """The shape in which a linear layer's weight is stored."""
+        if linear == self.embed[0]:
+            return linear.outputs, self.channels, self.temporal, self.patch, self.patch
+        if linear.kernel:
+            return linear.outputs, linear.inputs // linear.kernel**2, linear.kernel, linear.kernel
+        return linear.outputs, linear.inputs
+
+    def document(self) -> dict[str, Any]:
+        """The description as JSON has it; equal for equal towers."""
+        found = _plain(self)
+        assert isinstance(found, dict)
+        return found
+
+    def differing(self, other: TowerSpec) -> str:
+        """The fields in which another tower differs, with both values."""
+        ours, theirs = self.document(), other.document()
+        return "; ".join(f"{name} {ours[name]} and not {theirs[name]}" for name in ours if ours[name] != theirs[name])
+
+
+def _weighted(steps: Sequence[Step]) -> Iterator[Norm | Linear]:
+    """The steps that have weights."""
+    for step in steps:
+        if isinstance(step, Gated):
+            yield from (step.gate, step.up, step.down)
+        elif isinstance(step, Norm | Linear):
+            yield step
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        kind = {} if isinstance(value, TowerSpec | Positions) else {"step": type(value).__name__.lower()}
+        return {**kind, **{f.name: _plain(getattr(value, f.name)) for f in fields(value)}}
+    return [_plain(each) for each in value] if isinstance(value, tuple) else value

@@ -1,0 +1,287 @@
+"""The vision tower of one checkpoint: what a family's description of it comes to."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from visionaccel.checkpoint import Checkpoint
+from visionaccel.core.contracts import TensorSpec
+from visionaccel.core.grid import Grid
+from visionaccel.core.program import (
+    CHECKPOINT,
+    ONNX,
+    ONNX_STANDARD,
+    AnyGrid,
+    Bucket,
+    Coverage,
+    FixedGrid,
+    HostSplit,
+    OperatorDialect,
+    Precision,
+    Program,
+)
+from visionaccel.core.stored_tensor import StoredTensor
+from visionaccel.errors import ConfigurationError
+from visionaccel.towers.family import Family, has_every_weight
+from visionaccel.towers.host import GROUPED, RASTER, Host, open_host
+from visionaccel.towers.operations import Operations, count_operations
+from visionaccel.towers.operator_graph import HostPart, OperatorGraph, UnrecognisedHost, WindowMatch
+from visionaccel.towers.recognition import match_windows, recognise_host
+from visionaccel.towers.signature import checkpoint_signature, signature
+from visionaccel.towers.tables import tower_tables
+
+__all__ = ["Tower"]
+
+
+class Tower:
+    """The vision tower of one checkpoint: sizes, programs and host-side tables. Holds no weights.
+
+    Frames of a video are independent of each other, so that a program of one frame serves videos.
+
+    Args:
+        family: How to read the checkpoint.
+        checkpoint: Where the weights lie.
+
+    Attributes:
+        family: The family's name.
+        spec: The description of the tower. Programs depend on it and on the weights: they are the same for towers whose
+            descriptions and weights are equal.
+        patch_size: Side of a patch in pixels.
+        patch_width: Width of a row of patches: channels * temporal patch size * patch size**2.
+        merge_size: Patches merged into one token along each side.
+        out_width: Width of an embedding as the language model is handed it.
+        host_weights: Names of the weights that the host needs for a split program.
+        checkpoint: Where its weights lie.
+
+    Raises:
+        CheckpointError: If the configuration is incomplete or impossible.
+        UnsupportedArchitectureError: If it asks for something that is not implemented.
+    """
+
+    def __init__(self, family: Family, checkpoint: Checkpoint) -> None:
+        self._family, self.family, self.checkpoint = family, family.name, checkpoint
+        self.spec = family.described(checkpoint.config, f"{checkpoint.folder}/config.json")
+        self.patch_size, self.patch_width = self.spec.patch, self.spec.patch_width
+        self.merge_size, self.out_width = self.spec.merge, self.spec.out_width
+        self.host_weights = self.spec.embed_weights
+
+    @property
+    def configuration(self) -> Mapping[str, Any]:
+        """The tower's part of the checkpoint's `config.json`."""
+        return self._family.configuration(self.checkpoint.config, f"{self.checkpoint.folder}/config.json")
+
+    @property
+    def description(self) -> Mapping[str, Any]:
+        """What of the checkpoint's `config.json` says which tower it is, for a checkpoint of the tower alone."""
+        return self._family.description(self.checkpoint.config)
+
+    @property
+    def stored_names(self) -> frozenset[str]:
+        """Full names of all that the checkpoint stores for the tower, buffers and unknown tensors too.
+
+        None if its vision weights were stripped.
+
+        Raises:
+            CheckpointError: If the checkpoint is damaged.
+        """
+        return self._family.stored_names(self.checkpoint)
+
+    @cached_property
+    def weights(self) -> Mapping[str, StoredTensor]:
+        """The tower's tensors, plain floats, by the names of its description.
+
+        Raises:
+            CheckpointError: If the checkpoint holds none, or they are quantised, stored twice with different values, or
+                among others that the tower has no place for.
+        """
+        return self._family.weights(self.checkpoint, self.spec)
+
+    @property
+    def weights_folder(self) -> Path:
+        """The deepest folder that holds the weights' files: the base of external-data locations."""
+        return Path(os.path.commonpath({tensor.file.parent for tensor in self.weights.values()}))
+
+    def over(self, weights: Mapping[str, StoredTensor]) -> Self:
+        """The same tower with its weights in another place, from where everything reads them."""
+        other = copy(self)
+        other.weights = weights
+        return other
+
+    @property
+    def complete(self) -> bool:
+        """Whether every weight of the description is there; without, programs that bring none cannot run.
+
+        Raises:
+            CheckpointError: As `weights`, but not where there are none.
+        """
+        return bool(self.stored_names) and has_every_weight(self.spec, self.weights)
+
+    def programs(self, formats: Iterable[str]) -> tuple[Program, ...]:
+        """The programs this tower can give in the wanted formats, cheaply: nothing is written or read yet."""
+        known: Mapping[str, Callable[[], Program]] = {
+            ONNX: partial(self._onnx_program, ONNX, "microsoft"),
+            ONNX_STANDARD: partial(self._onnx_program, ONNX_STANDARD, "standard"),
+            CHECKPOINT: self._checkpoint_program,
+        }
+        return tuple(known[wanted]() for wanted in sorted(set(formats)) if wanted in known)
+
+    def signature(
+        self, coverage: Coverage, host: HostSplit | None
+    ) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+        """Inputs and outputs of the ONNX model of that coverage."""
+        return signature(self.spec, coverage, host)
+
+    def split(self, coverage: Coverage) -> HostSplit:
+        """How work is left to the host for a program of that coverage.
+
+        Raises:
+            ConfigurationError: If such programs are not split.
+        """
+        match coverage:
+            case FixedGrid():
+                return HostSplit(RASTER if self.spec.window is None else GROUPED)
+            case Bucket():
+                return HostSplit(RASTER)
+            case _:
+                raise ConfigurationError(
+                    "a program for any grid leaves nothing but the tables to the host.",
+                    hint="Split programs of fixed shapes only.",
+                )
+
+    def takes_split(self, coverage: Coverage, split: HostSplit) -> bool:
+        """Whether the host can stand around a program of that coverage that leaves it that part."""
+        match coverage:
+            case FixedGrid():
+                return split.order == RASTER or split == self.split(coverage)
+            case Bucket():
+                return split == self.split(coverage)
+            case AnyGrid():
+                return False
+
+    def bucket(self, largest: Grid) -> Bucket:
+        """The smallest bucket that takes every frame of at most that height and width."""
+        return Bucket(largest.frame.patches, self._windows(largest.frame))
+
+    def fits(self, coverage: Coverage, frame: Grid) -> bool:
+        """Whether a program of that coverage takes a frame; `frame` has one temporal step."""
+        match coverage:
+            case FixedGrid():
+                return coverage.grid == frame
+            case Bucket():
+                return frame.patches <= coverage.patches and self._windows(frame) <= coverage.windows
+            case AnyGrid():
+                return coverage.most_patches is None or frame.patches <= coverage.most_patches
+
+    def host(self, program: Program) -> Host:
+        """The host's part of one of this tower's programs.
+
+        Raises:
+            CheckpointError: If a weight that the host needs is missing or cannot be read.
+        """
+        return open_host(self.spec, program, self.weights if program.host else {})
+
+    def operations(self, grids: Sequence[Grid]) -> Operations:
+        """Floating-point operations of one call."""
+        return count_operations(self.spec, grids)
+
+    def recognise_host(self, graph: OperatorGraph, boundary: tuple[str, str] | None) -> HostPart | UnrecognisedHost:
+        """The host's part of a program of one grid that leaves the patch embedding and the reorders to the host.
+
+        Args:
+            graph: The whole tower.
+            boundary: Names of what the device takes and gives; None to find them.
+
+        Raises:
+            BundleError: If it is the host's part of another tower, or a reorder is none or is not undone.
+        """
+        return recognise_host(self.spec, graph, boundary)
+
+    def match_windows(self, window_index: NDArray[np.int64]) -> WindowMatch:
+        """Grids of one frame whose tokens come in that order, in either order of windows.
+
+        Args:
+            window_index: int64 [tokens]; the token that goes to each place.
+        """
+        return match_windows(self.spec, window_index)
+
+    def onnx_model(
+        self,
+        folder: Path | None = None,
+        *,
+        coverage: Coverage = AnyGrid(),  # noqa: B008 - frozen and without state
+        precision: Precision = "float32",
+        host: HostSplit | None = None,
+        dialect: OperatorDialect | None = None,
+    ) -> bytes:
+        """The tower as an ONNX model, its weights referenced in the files where they lie.
+
+        Args:
+            folder: External-data locations are relative to it; it must hold all shards, at any depth. Default: the
+                deepest such folder.
+            coverage: Which grids it takes. `FixedGrid` and `Bucket` give fixed shapes in standard operators of opset
+                17; `AnyGrid` gives ONNX Runtime's fused operators.
+            precision: Dtype of weights and activations; inputs and outputs are float32.
+            host: What is left to the host, with fixed shapes and in standard operators only.
+            dialect: Whose operators; None for what its coverage says above. The standard's for `AnyGrid` are of opset
+                23.
+
+        Raises:
+            CheckpointError: If a weight is missing or does not fit the configuration.
+            ConfigurationError: If the combination is not one that is written.
+        """
+        # onnx takes a noticeable time to import and only a backend that opens this program needs it.
+        from visionaccel.towers.onnx.graph import write_graph
+        from visionaccel.towers.onnx.writer import GraphWriter
+
+        chosen = dialect or ("microsoft" if isinstance(coverage, AnyGrid) else "standard")
+        if host is not None:
+            self.split(coverage)
+            if chosen == "microsoft":
+                raise ConfigurationError(
+                    "a program in ONNX Runtime's operators leaves nothing but the tables to the host.",
+                    hint="Split programs in standard operators only.",
+                )
+        writer = GraphWriter(folder or self.weights_folder, precision)
+        model = write_graph(self.spec, self.weights, writer, coverage, host, chosen)
+        return bytes(model.SerializeToString())
+
+    def _windows(self, frame: Grid) -> int:
+        side = (self.spec.window or 0) * self.merge_size
+        return -(-frame.h // side) * -(-frame.w // side) if side else 1
+
+    def _onnx_program(self, stored_as: str, dialect: OperatorDialect) -> Program:
+        inputs, outputs = self.signature(AnyGrid(), None)
+        return Program(
+            name="dynamic",
+            family=self.family,
+            format=stored_as,
+            folder=self.weights_folder,
+            inputs=inputs,
+            outputs=outputs,
+            weights=self.weights,
+            uniform_frames=True,
+            model=partial(self.onnx_model, dialect=dialect),
+        )
+
+    def _checkpoint_program(self) -> Program:
+        inputs, outputs = checkpoint_signature(self.spec)
+        return Program(
+            name="checkpoint",
+            family=self.family,
+            format=CHECKPOINT,
+            folder=self.checkpoint.folder,
+            inputs=inputs,
+            outputs=outputs,
+            weights=self.weights,
+            uniform_frames=False,
+            spec=self.spec,
+            tables=partial(tower_tables, self.spec),
+        )
