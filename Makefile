@@ -17,7 +17,7 @@ NOT_MINIMUM := --ignore tests/e2e --ignore tests/hostile \
 	$(patsubst %,--ignore tests/%,integrations/vllm plugins/bench/test_bench_encode.py plugins/bench/test_bench_placement.py \
 	plugins/bench/test_bench_serve.py images/test_fitting.py images/test_fixed_grid.py) -k "not damaged_bytes and not published_schema and not tables_show"
 
-PACKAGES := . plugins/onnxrt plugins/openvino plugins/torch_ref plugins/flexmlrt plugins/testing examples/digits_vlm
+PACKAGES := . plugins/onnxrt plugins/openvino plugins/torch_ref plugins/flexmlrt plugins/testing plugins/bench examples/digits_vlm
 NATIVE := $(wildcard cpp/*.txt cpp/*/*.txt cpp/cmake/* cpp/bridge/* cpp/simulator/*.* cpp/simulator/include/*)
 MANIFESTS := Makefile hatch_build.py tools/constraints.txt tools/locked.txt tools/requirements.txt $(wildcard tools/vllm_cpu/*) \
 	$(PACKAGES:%=%/pyproject.toml) $(NATIVE)

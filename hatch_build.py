@@ -6,7 +6,8 @@ from pathlib import Path
 from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 PLUGINS = {
-    name: f"visionaccel-{name.replace('_', '-')}" for name in ("flexmlrt", "onnxrt", "openvino", "testing", "torch_ref")
+    name: f"visionaccel-{name.replace('_', '-')}"
+    for name in ("bench", "flexmlrt", "onnxrt", "openvino", "testing", "torch_ref")
 }
 
 
@@ -17,12 +18,13 @@ class PluginExtras(MetadataHookInterface):
         version = metadata["version"]
         plugins = {extra: self._beside(f"plugins/{extra}", name, version) for extra, name in PLUGINS.items()}
         digits = self._beside("examples/digits_vlm", "visionaccel-digits-vlm", version)
+        testing = [plugins["testing"], plugins["torch_ref"], digits]
         metadata["optional-dependencies"] = {
-            "bench": ["matplotlib>=3.9", "openai>=1.60", "pillow>=10"],
             "images": ["pillow>=10", "scikit-image>=0.24", "torch>=2.5", "transformers>=5.18"],
             **{extra: [requirement] for extra, requirement in plugins.items()},
             # In a checkout, those of this repository that it requires are taken from there too.
-            "testing": [plugins["testing"], plugins["torch_ref"], digits],
+            "bench": [plugins["bench"], *testing],
+            "testing": testing,
         }
 
     def _beside(self, place: str, name: str, version: str) -> str:

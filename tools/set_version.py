@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 VERSION = re.compile(r"\d+\.\d+\.\d+((a|b|rc)\d+)?")
-PLUGINS = ("flexmlrt", "onnxrt", "openvino", "testing", "torch_ref")
+PLUGINS = ("bench", "flexmlrt", "onnxrt", "openvino", "testing", "torch_ref")
 DIGITS = "examples/digits_vlm/pyproject.toml"
 
 

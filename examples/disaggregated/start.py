@@ -20,7 +20,7 @@ from typing import Annotated
 
 import typer
 
-from visionaccel.integrations.vllm.server import VllmServer, serve
+from visionaccel_bench.server import VllmServer, serve
 
 ROUTER = Path(__file__).with_name("router.py")
 LOOPBACK = "127.0.0.1"

@@ -99,7 +99,7 @@ def test_a_killed_export_leaves_no_partial_folder(tiny, tmp_path, number):
 SERVE = """
 import sys
 from pathlib import Path
-from visionaccel.integrations.vllm.server import serve
+from visionaccel_bench.server import serve
 child = "import os, subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(99)']); "
 child += f"open({sys.argv[1]!r}, 'w').write(str(os.getpid())); time.sleep(99)"
 with serve(Path("."), {}, command=(sys.executable, "-c", child)):

@@ -16,7 +16,7 @@ from visionaccel.cli.app import app
 from visionaccel.cli.output import messages, progress, results, status
 from visionaccel.core.safe_text import lines, one_line, safe_logger, visible
 from visionaccel.errors import BundleError, VisionAccelError
-from visionaccel.reporting.markup import element, html, table
+from visionaccel_bench.reporting.markup import element, html, table
 
 HOSTILE = (
     "\x1b[2J\x1b]0;title\x07 [red]red[/red] [/x] :smile: <script>alert('1')</script> \u202edesrever \x9b31m\r\x00\u2028"

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import forked
-from visionaccel.integrations.vllm.server import quiet_environment
+from visionaccel_bench.server import quiet_environment
 
 ASK = Path(__file__).with_name("ask.py")
 

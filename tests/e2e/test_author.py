@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from doc_pages import ROOT, Block, blocks
-from visionaccel.integrations.vllm.server import quiet_environment
+from visionaccel_bench.server import quiet_environment
 
 PAGE = ROOT / "docs" / "writing-a-backend.md"
 MOST_LINES = 40

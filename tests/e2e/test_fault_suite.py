@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from visionaccel.faultsuite.matrix import Serving, cells_of, every_serving
-from visionaccel.faultsuite.suite import SuiteImages, as_document, images_needed, run_suite
+from visionaccel_bench.faultsuite.matrix import Serving, cells_of, every_serving
+from visionaccel_bench.faultsuite.suite import SuiteImages, as_document, images_needed, run_suite
 
 SERVINGS = {
     Serving("inline", "none", True): {("nan", "beside"), ("hang", "alone"), ("drift", "alone"), ("raise", "repeated")},

@@ -14,7 +14,7 @@ from forked import WORKER_IN_ENGINE
 from visionaccel.bundle.vitisai import ImportRequest, import_vitisai
 from visionaccel.core.grid import Grid
 from visionaccel.encoder import open_tower
-from visionaccel.integrations.vllm.server import serve
+from visionaccel_bench.server import serve
 from visionaccel_flexmlrt.simulator import compile_partition
 from visionaccel_testing.vitisai import write_vitisai_folder
 

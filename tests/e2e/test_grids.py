@@ -14,7 +14,7 @@ from visionaccel.bundle import ProgramRequest, export_bundle
 from visionaccel.core.grid import Grid
 from visionaccel.core.program import FixedGrid
 from visionaccel.encoder import open_tower
-from visionaccel.integrations.vllm.server import serve
+from visionaccel_bench.server import serve
 
 GRIDS = ("8x16", "16x8", "12x22", "22x12", "12x12")
 LARGEST = Grid(1, 22, 22)

@@ -7,7 +7,7 @@ import tempfile
 
 from digits_vlm.samples import held_out_images
 from doc_pages import ROOT, blocks
-from visionaccel.integrations.vllm.server import quiet_environment
+from visionaccel_bench.server import quiet_environment
 
 
 def test_the_offline_example_reads_an_image(digits, tmp_path):

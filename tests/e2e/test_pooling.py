@@ -9,7 +9,7 @@ import pytest
 from digits_vlm.samples import held_out_images
 from forked import WORKER_IN_ENGINE
 from message_parts import picture
-from visionaccel.integrations.vllm.server import serve
+from visionaccel_bench.server import serve
 
 QUESTION = "Read the digits."
 MODES = ("inline", "pipelined")

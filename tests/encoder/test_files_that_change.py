@@ -27,9 +27,9 @@ from visionaccel.core.memory_files import MemoryFile
 from visionaccel.core.program import CHECKPOINT, ONNX
 from visionaccel.encoder import hold_source, is_held, open_tower
 from visionaccel.errors import ArtifactError, ChangedFileError, DeviceLostError, SettingsError
-from visionaccel.faultsuite.changing import change_weights, copy_checkpoint
 from visionaccel.service import numerics, open_guarded
 from visionaccel.settings import Settings
+from visionaccel_bench.faultsuite.changing import change_weights, copy_checkpoint
 from visionaccel_testing.checkpoints import TINY, random_checkpoint
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="copies in memory are files of Linux")

@@ -3,20 +3,20 @@
 import json
 from dataclasses import asdict, replace
 
-from visionaccel.benchmarking.device import DeviceTime
-from visionaccel.benchmarking.encode_report import (
+from visionaccel.core.grid import Grid
+from visionaccel_bench.encode.encode_report import (
     ContenderReport,
     EncodeReport,
     GridOperations,
     GridReport,
     Machine,
 )
-from visionaccel.benchmarking.encoding import Accuracy, EncodePlan
-from visionaccel.benchmarking.figures import Run, Trace
-from visionaccel.benchmarking.placement import advise
-from visionaccel.benchmarking.report import make_report
-from visionaccel.benchmarking.serving import Plan, Taken
-from visionaccel.core.grid import Grid
+from visionaccel_bench.encode.encoding import Accuracy, EncodePlan
+from visionaccel_bench.encode.placement import advise
+from visionaccel_bench.serve.device import DeviceTime
+from visionaccel_bench.serve.figures import Run, Trace
+from visionaccel_bench.serve.serve_report import make_report
+from visionaccel_bench.serve.serving import Plan, Taken
 
 HOSTILE = "<script>alert('x')</script>\"'><img src=x onerror=alert(1)>&lt;\ud800\x1b[31m\x00"
 """What a stranger may put wherever a text may be."""

@@ -58,6 +58,7 @@ DISTRIBUTIONS = (
     Distribution("plugins/torch_ref", "visionaccel_torch_ref"),
     Distribution("plugins/flexmlrt", "visionaccel_flexmlrt", ("cpp/CMakeLists.txt", "cpp/bridge/module.cpp"), True),
     Distribution("plugins/testing", "visionaccel_testing"),
+    Distribution("plugins/bench", "visionaccel_bench"),
     # What conformance is measured with, beside small towers.
     Distribution("examples/digits_vlm", "digits_vlm", called="visionaccel-digits-vlm"),
 )

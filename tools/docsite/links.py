@@ -11,6 +11,7 @@ ELSEWHERE = {
     "benchmarks/README.md": "benchmarks.md",
     "examples/digits_vlm/README.md": "digits-model.md",
     "examples/disaggregated/README.md": "several-machines.md",
+    "plugins/bench/README.md": "bench.md",
     "plugins/flexmlrt/README.md": "backends/flexmlrt.md",
     "plugins/onnxrt/README.md": "backends/onnxrt.md",
     "plugins/openvino/README.md": "backends/openvino.md",

@@ -8,19 +8,15 @@ import typer
 
 from visionaccel import __version__
 from visionaccel.cli.backends import backends, explain
-from visionaccel.cli.bench import bench
-from visionaccel.cli.demo import demo
 from visionaccel.cli.doctor import doctor
 from visionaccel.cli.encode import encode
 from visionaccel.cli.export import export
-from visionaccel.cli.faults import faults
 from visionaccel.cli.hub import pull, push
 from visionaccel.cli.import_vitisai import import_vitisai
 from visionaccel.cli.inspect import inspect
 from visionaccel.cli.output import messages, own_stdout, print_json, prints_results
 from visionaccel.cli.plugin_commands import add_plugin_commands
 from visionaccel.cli.quantize import quantize
-from visionaccel.cli.report import report
 from visionaccel.cli.strip import strip
 from visionaccel.cli.validate import validate
 from visionaccel.errors import VisionAccelError
@@ -51,10 +47,9 @@ def _root(
 
 for command in (
     *(backends, explain, export, import_vitisai, quantize, inspect, validate),
-    *(push, pull, strip, encode, doctor, report, faults, demo),
+    *(push, pull, strip, encode, doctor),
 ):
     app.command()(prints_results(command))
-app.add_typer(bench)
 add_plugin_commands(app)
 
 

@@ -18,7 +18,14 @@ __all__ = ["GROUP", "add_plugin_commands"]
 GROUP = "visionaccel.commands"
 """Entry-point group of modules that implement the hook `visionaccel_commands`."""
 
-_EXTRAS = {"import-vitisai": "flexmlrt", "init": "testing"}
+_EXTRAS = {
+    "bench": "bench",
+    "demo": "bench",
+    "faults": "bench",
+    "report": "bench",
+    "import-vitisai": "flexmlrt",
+    "init": "testing",
+}
 """Commands of the distributions that the core offers as extras, and the extra."""
 
 

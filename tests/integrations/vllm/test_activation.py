@@ -19,7 +19,7 @@ from visionaccel.core.grid import Grid
 from visionaccel.core.program import FixedGrid
 from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError
-from visionaccel.integrations.vllm.server import quiet_environment
+from visionaccel_bench.server import quiet_environment
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM and what it imports use deprecated parts of torch

@@ -136,8 +136,8 @@ def imported():
 PUBLIC = {("vllm", "ModelRegistry"), ("vllm.plugins", "load_general_plugins")}
 """What vLLM documents for plug-ins, and the contract's rows name by another path."""
 
-OF_TRIALS = {"own_tower.py", "modelled.py"}
-"""Build parts of vLLM to measure or to test them; nothing that is served depends on these names."""
+OF_TRIALS = {"modelled.py"}
+"""Builds parts of vLLM to test them; nothing that is served depends on these names."""
 
 
 def test_what_the_sources_import_of_vllm_is_in_the_contract():

@@ -16,7 +16,7 @@ from hub_server import ATTRIBUTES, HubServer, Repository
 from visionaccel.bundle import STRIP_NOTE, tower_digest
 from visionaccel.encoder import open_tower
 from visionaccel.errors import CheckpointError, ConfigurationError
-from visionaccel.integrations.vllm.server import quiet_environment
+from visionaccel_bench.server import quiet_environment
 from visionaccel_testing.checkpoints import random_checkpoint
 
 with warnings.catch_warnings():

@@ -14,9 +14,14 @@ from typer.testing import CliRunner
 
 from bundles import write_bundle
 from fake_plugins import install
-from visionaccel.benchmarking import presets
-from visionaccel.benchmarking.contender_process import ContenderProcess
-from visionaccel.benchmarking.contenders import (
+from visionaccel.bundle import open_bundle
+from visionaccel.cli.app import app
+from visionaccel.core.grid import Grid
+from visionaccel.encoder import open_tower
+from visionaccel.errors import ConfigurationError, DeadlineError, DeviceError, SettingsError, UnknownBackendError
+from visionaccel_bench.encode import presets
+from visionaccel_bench.encode.contender_process import ContenderProcess
+from visionaccel_bench.encode.contenders import (
     PEERS,
     REFERENCE,
     STOCK,
@@ -26,14 +31,9 @@ from visionaccel.benchmarking.contenders import (
     named_peers,
     parse_contender,
 )
-from visionaccel.benchmarking.encode_report import make_encode_report
-from visionaccel.benchmarking.encoding import TABLE, EncodePlan, OnGrid, Peak, Taken, measure_encodes
-from visionaccel.benchmarking.presets import preset_checkpoint
-from visionaccel.bundle import open_bundle
-from visionaccel.cli.app import app
-from visionaccel.core.grid import Grid
-from visionaccel.encoder import open_tower
-from visionaccel.errors import ConfigurationError, DeadlineError, DeviceError, SettingsError, UnknownBackendError
+from visionaccel_bench.encode.encode_report import make_encode_report
+from visionaccel_bench.encode.encoding import TABLE, EncodePlan, OnGrid, Peak, Taken, measure_encodes
+from visionaccel_bench.encode.presets import preset_checkpoint
 from visionaccel_testing.checkpoints import TINY, tower_shapes
 from visionaccel_testing.process_tree import memory, processor_seconds
 
@@ -90,7 +90,7 @@ def measured(tiny, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(site)
         patch.setenv("PYTHONPATH", ":".join(sys.path))
-        patch.setattr("visionaccel.benchmarking.contenders.default_registry", _registry)
+        patch.setattr("visionaccel_bench.encode.contenders.default_registry", _registry)
         done = bench(
             "encode", tiny, *backends, "--peer", "transformers", *grids(), "--rounds", "2", "--threads", "1", *files
         )
@@ -221,7 +221,7 @@ def test_a_contender_that_is_there_twice_is_refused():
 
 
 def test_a_peer_that_is_not_installed_is_absent_with_the_fix(monkeypatch):
-    monkeypatch.setattr("visionaccel.benchmarking.contenders._importable", lambda module: module != "vllm")
+    monkeypatch.setattr("visionaccel_bench.encode.contenders._importable", lambda module: module != "vllm")
     assert "pip install vllm" in absence(STOCK)
     assert absence(REFERENCE) is None
     elsewhere = Contender("peer", "vllm", options={"dtype": "bfloat16", "python": "/nowhere/python"})
@@ -246,7 +246,7 @@ def test_a_peer_that_is_not_installed_is_absent_with_the_fix(monkeypatch):
     ],
 )
 def test_what_cannot_work_is_refused_before_a_process_starts(monkeypatch, tiny, arguments, error, said):
-    monkeypatch.setattr("visionaccel.cli.bench_encode.measure_encodes", None)
+    monkeypatch.setattr("visionaccel_bench.commands.bench_encode.measure_encodes", None)
     done = bench("encode", *(argument.format(tiny=tiny) for argument in arguments))
     assert isinstance(done.exception, error), done.output
     assert said in str(done.exception)
@@ -293,7 +293,7 @@ def test_a_contender_that_refuses_the_first_grid_takes_the_others(tiny, tmp_path
 
 
 def test_why_there_is_no_accuracy_is_said(tiny, monkeypatch):
-    monkeypatch.setattr("visionaccel.benchmarking.contenders._importable", lambda module: module != "transformers")
+    monkeypatch.setattr("visionaccel_bench.encode.contenders._importable", lambda module: module != "transformers")
     plan = EncodePlan((Grid(1, 8, 8),), rounds=1, threads=1, turn_seconds=0.0)
     contender = Contender("backend", "onnxrt")
     taken, peak, missing = measure_encodes(tiny, open_tower(tiny), [contender], plan, lambda _: None)
@@ -305,8 +305,8 @@ def test_why_there_is_no_accuracy_is_said(tiny, monkeypatch):
 def test_the_peak_leaves_out_what_the_processor_lacks(monkeypatch):
     import torch
 
-    from visionaccel.benchmarking.matrix_peak import rates
     from visionaccel.core.packed_products import why_not_packed
+    from visionaccel_bench.encode.matrix_peak import rates
 
     threads = torch.get_num_threads()
     why_not_packed.cache_clear()

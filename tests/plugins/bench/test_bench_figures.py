@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from visionaccel.benchmarking.figures import Run, Spread, Trace, bound, device_finish, figures, overlap, stalls
+from visionaccel_bench.serve.figures import Run, Spread, Trace, bound, device_finish, figures, overlap, stalls
 
 TIMES = st.lists(st.floats(0, 100), min_size=1, max_size=50)
 

@@ -5,14 +5,14 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from visionaccel.benchmarking.contenders import STOCK, Contender
-from visionaccel.benchmarking.encode_report import make_encode_report
-from visionaccel.benchmarking.encoding import Accuracy, EncodePlan, OnGrid, Peak, Taken
-from visionaccel.benchmarking.placement import advise
 from visionaccel.cli.app import app
 from visionaccel.core.grid import Grid
 from visionaccel.encoder import open_tower
 from visionaccel.errors import SettingsError
+from visionaccel_bench.encode.contenders import STOCK, Contender
+from visionaccel_bench.encode.encode_report import make_encode_report
+from visionaccel_bench.encode.encoding import Accuracy, EncodePlan, OnGrid, Peak, Taken
+from visionaccel_bench.encode.placement import advise
 
 GRID = Grid(1, 8, 8)
 OPENED = {"device": "cpu", "precision": "float32", "about": "", "simulated": False}
@@ -103,7 +103,7 @@ def test_without_stock_nothing_can_be_said(tiny):
 
 
 def test_the_command_says_what_it_cannot_say(tiny, monkeypatch):
-    monkeypatch.setattr("visionaccel.benchmarking.contenders._importable", lambda module: module != "vllm")
+    monkeypatch.setattr("visionaccel_bench.encode.contenders._importable", lambda module: module != "vllm")
     arguments = ["bench", "placement", str(tiny), "--backend", "onnxrt", "--grid", "8x8", "--rounds", "1", "--json"]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output

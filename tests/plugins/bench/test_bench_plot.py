@@ -3,9 +3,9 @@
 import pytest
 from PIL import Image
 
-from visionaccel.benchmarking.figures import Run, Trace
-from visionaccel.benchmarking.plot import plot_timeline
 from visionaccel.errors import ConfigurationError
+from visionaccel_bench.serve.figures import Run, Trace
+from visionaccel_bench.serve.serve_plot import plot_timeline
 
 RUN = Run(
     (

@@ -7,13 +7,13 @@ import pytest
 from typer.testing import CliRunner
 
 from openai_server import answering
-from visionaccel.benchmarking.device import Accelerator, DeviceTime, Mode, measured, with_latency
-from visionaccel.benchmarking.figures import Run, Trace
-from visionaccel.benchmarking.load import Endpoint, Load, one_by_one, picture, send
-from visionaccel.benchmarking.report import make_report
-from visionaccel.benchmarking.serving import Plan, Taken
 from visionaccel.cli.app import app
 from visionaccel.errors import ConfigurationError, DeviceError, SettingsError
+from visionaccel_bench.serve.device import Accelerator, DeviceTime, Mode, measured, with_latency
+from visionaccel_bench.serve.figures import Run, Trace
+from visionaccel_bench.serve.load import Endpoint, Load, one_by_one, picture, send
+from visionaccel_bench.serve.serve_report import make_report
+from visionaccel_bench.serve.serving import Plan, Taken
 
 SMALL = ("--images", "2", "--gap", "0.05", "--image-tokens", "3", "--stream-tokens", "40", "--size", "56x28")
 
@@ -142,7 +142,7 @@ def test_what_is_not_installed_is_an_error_with_the_fix(monkeypatch, module, tmp
     ],
 )
 def test_what_cannot_work_is_refused_before_a_server_starts(monkeypatch, arguments, error, said):
-    monkeypatch.setattr("visionaccel.cli.bench.started", None)
+    monkeypatch.setattr("visionaccel_bench.commands.bench.started", None)
     done = bench(*arguments)
     assert isinstance(done.exception, error), done.output
     assert said in str(done.exception)

@@ -5,7 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-import visionaccel.cli.demo as module
+import visionaccel_bench.commands.demo as module
 from visionaccel.cli.app import app
 
 

@@ -24,15 +24,15 @@ from visionaccel.backends import Finding
 from visionaccel.cli.app import app
 from visionaccel.cli.diagnosis import Diagnosis, Found
 from visionaccel.errors import ConfigurationError, InputError
-from visionaccel.reporting import make_report, read_inputs
-from visionaccel.reporting.benchmarks import read_benchmark
-from visionaccel.reporting.charts import Bar, draw_bars
-from visionaccel.reporting.documents import read_document
-from visionaccel.reporting.faults import faults_section, read_faults
-from visionaccel.reporting.intervals import difference, intersection, length, union
-from visionaccel.reporting.markup import element, html
-from visionaccel.reporting.timeline import MOST_RECTANGLES, draw_timeline, rectangles
-from visionaccel.reporting.trace import Event, Lane, Trace, overlap, read_trace
+from visionaccel_bench.reporting import make_report, read_inputs
+from visionaccel_bench.reporting.benchmarks import read_benchmark
+from visionaccel_bench.reporting.charts import Bar, draw_bars
+from visionaccel_bench.reporting.documents import read_document
+from visionaccel_bench.reporting.faults import faults_section, read_faults
+from visionaccel_bench.reporting.intervals import difference, intersection, length, union
+from visionaccel_bench.reporting.markup import element, html
+from visionaccel_bench.reporting.timeline import MOST_RECTANGLES, draw_timeline, rectangles
+from visionaccel_bench.reporting.trace import Event, Lane, Trace, overlap, read_trace
 
 SECTIONS = ("summary", "doctor", "certificate", "benchmarks", "timelines", "faults")
 VOID = {"meta", "br"}
@@ -387,8 +387,8 @@ def test_what_is_no_fault_suite_is_refused(tmp_path, change):
 
 
 def test_what_the_fault_suite_writes_is_shown(tmp_path):
-    from visionaccel.faultsuite.matrix import cells_of, every_serving
-    from visionaccel.faultsuite.suite import Outcome, as_document
+    from visionaccel_bench.faultsuite.matrix import cells_of, every_serving
+    from visionaccel_bench.faultsuite.suite import Outcome, as_document
 
     cells = list(cells_of(every_serving()[0]))
     outcomes = [Outcome(cells[0], "error", 0, 0, 0.5, ()), Outcome(cells[1], "nothing", 1, 2, None, ("It hung.",))]

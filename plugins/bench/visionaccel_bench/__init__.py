@@ -1,0 +1,1 @@
+"""Measurements of encoders and of vLLM servers, the fault suite, reports and the demo."""

@@ -1,0 +1,374 @@
+"""`visionaccel bench serve`: vLLM servers under text streams and image requests."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from visionaccel.backends import default_registry
+from visionaccel.checkpoint import locate_checkpoint
+from visionaccel.cli.output import (
+    Json,
+    OptionsText,
+    backend_options,
+    check_writable,
+    finite,
+    messages,
+    number,
+    print_json,
+    prints_results,
+    results,
+    status,
+    write_json,
+)
+from visionaccel.errors import ConfigurationError, SettingsError
+from visionaccel_bench.commands.bench_encode import encode, placement
+from visionaccel_bench.commands.termination import tidy_if_terminated
+from visionaccel_bench.serve.device import SIMULATED, Accelerator, DeviceTime, Mode, measured, with_latency
+from visionaccel_bench.serve.figures import STALL, Latencies, Spread, Stalls
+from visionaccel_bench.serve.load import require
+from visionaccel_bench.serve.serve_plot import plot_timeline
+from visionaccel_bench.serve.serve_report import Report, make_report
+from visionaccel_bench.serve.serving import (
+    Plan,
+    Progress,
+    Subject,
+    Taken,
+    measure,
+    measure_at_no_cost,
+    running,
+    started,
+)
+
+__all__ = ["bench", "serve"]
+
+bench = typer.Typer(name="bench", help="Measure encodes, and servers under load.", no_args_is_help=True)
+
+_LATENCY = 0.5
+_SIZE = re.compile(r"([1-9]\d{1,3})x([1-9]\d{1,3})")
+_NAMED_URL = re.compile(r"(?:(?P<name>[\w.-]+)=)?(?P<url>https?://\S+)")
+
+
+@bench.callback()
+def _group() -> None:
+    pass
+
+
+bench.command()(prints_results(encode))
+bench.command()(prints_results(placement))
+
+
+@bench.command()
+@prints_results
+def serve(
+    checkpoint: Annotated[
+        str | None,
+        typer.Argument(help="Checkpoint folder or repository to serve. Default: the digits model.", show_default=False),
+    ] = None,
+    url: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]URL",
+            help="Measure this running server, such as pipelined=http://127.0.0.1:8000/v1, and start none; repeatable. "
+            "One named 'stock' is taken to encode without the device; --sequential needs one named 'inline'.",
+        ),
+    ] = None,
+    mode: Annotated[
+        list[Mode] | None, typer.Option(help="Start a server of this mode and measure it; repeatable. Default: all.")
+    ] = None,
+    images: Annotated[int, typer.Option(min=1, max=999, help="Image requests of the load.")] = 6,
+    gap: Annotated[
+        float,
+        typer.Option(
+            min=0, max=86_400, callback=finite, help="Seconds from one image request to the next; 0: all at once."
+        ),
+    ] = 0.3,
+    image_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer about an image.")] = 8,
+    streams: Annotated[int, typer.Option(min=1, help="Text streams.")] = 1,
+    stream_tokens: Annotated[
+        int, typer.Option(min=2, help="Tokens of each; they should last until the images are answered.")
+    ] = 1800,
+    size: Annotated[str, typer.Option(metavar="WIDTHxHEIGHT", help="Size of the images in pixels.")] = "308x224",
+    backend: Annotated[str, typer.Option(help="Backend that encodes, except in stock vLLM.")] = SIMULATED,
+    device: Annotated[str | None, typer.Option(help="The backend's device. Default: the backend's own.")] = None,
+    options: OptionsText = None,
+    latency: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001,
+            max=86_400,
+            callback=finite,
+            help="Seconds of an image on the simulated device, whatever call it is in. Default: "
+            f"{_LATENCY}, if --options does not say how long it takes.",
+            show_default=False,
+        ),
+    ] = None,
+    bundle: Annotated[
+        Path | None, typer.Option(help="Bundle with the encoder's programs, or a checkpoint with its weights.")
+    ] = None,
+    device_seconds: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=86_400,
+            callback=finite,
+            help="Seconds of the device for one image. Default: the simulated device's; for another backend, measured "
+            "by encoding images one at a time before servers start; unknown for running servers.",
+            show_default=False,
+        ),
+    ] = None,
+    server_arguments: Annotated[
+        str, typer.Option(help="More arguments for vLLM in one string, such as '--dtype bfloat16'.")
+    ] = "",
+    repeats: Annotated[int, typer.Option(min=1, max=999, help="How often each load is sent, with other images.")] = 1,
+    sequential: Annotated[
+        bool,
+        typer.Option(
+            "--sequential",
+            help="Also send image requests without text: in-line one after the other, and in each mode all at once.",
+        ),
+    ] = False,
+    timeline: Annotated[Path | None, typer.Option(help="Write a PNG of each server's first repetition.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the JSON to this file too.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare in-line, pipelined and stock vLLM under text streams and image requests, and with an ideal server.
+
+    Each mode is a real vLLM server that is started in turn. It gets a warm-up, then the text streams alone, then text
+    streams and image requests together, each sent when its time comes, whatever became of those before. Images are
+    the same in every mode, and new to each server.
+
+    The ideal bound is max(device, decode). device: when the device is done at the earliest, if it starts each image as
+    soon as it is sent and is idle only while none waits. decode: the load's wall seconds where images cost the device
+    nothing, the least of all modes. With the simulated device that is measured in a second server of each mode, whose
+    device takes no time; otherwise by sending the load again with the same images, which the prefix cache has then
+    too, so that the true value is greater. But for noise, no server's wall is less than the bound.
+
+    Stalls are the gaps over 100 ms between tokens of the text streams. A request that fails ends the command with
+    status 2.
+    """
+    # A running server may have the images of an earlier benchmark in its caches.
+    seed = secrets.randbelow(2**31) if url else 0
+    plan = Plan(images, image_tokens, gap, streams, stream_tokens, _size(size), repeats, sequential, seed)
+    arguments = _words(server_arguments)
+    require("openai", "PIL", *(["matplotlib"] if timeline is not None else []))
+    check_writable(timeline, output)
+    chosen = list(dict.fromkeys(mode or Mode))
+    if url:
+        if checkpoint is not None or mode:
+            raise ConfigurationError(
+                "--url measures servers that run; a checkpoint or --mode is for those that are started.",
+                hint="Leave one of the two out.",
+            )
+        subjects = _named(url)
+        _require_inline(sequential, subjects)
+        report, taken = _running(plan, subjects, device_seconds)
+    else:
+        _require_inline(sequential, chosen)
+        default_registry().entry(backend)
+        accelerator = Accelerator(backend, device, backend_options(options, {}), bundle)
+        folder = _checkpoint(checkpoint)
+        accelerator, device_time = _timed(plan, folder, accelerator, chosen, latency, device_seconds)
+        report, taken = _started(plan, folder, accelerator, chosen, device_time, arguments)
+    document = {**asdict(report), "timeline": timeline}
+    write_json(document, output)  # before what may fail
+    if timeline is not None:
+        about = " (device SIMULATED)" if report.simulated else ""
+        plot_timeline({name: each.mixed[0] for name, each in taken.items()}, timeline, f"Text and images{about}")
+    if as_json:
+        print_json(document)
+    else:
+        _print(report)
+
+
+def _running(plan: Plan, urls: dict[str, str], device_seconds: float | None) -> tuple[Report, dict[str, Taken]]:
+    subjects = [running(name, url) for name, url in urls.items()]
+    with _progress() as tell:
+        taken = {each.name: measure(each, plan, tell, again=each.name != Mode.STOCK) for each in subjects}
+    device = DeviceTime(device_seconds, "as stated" if device_seconds is not None else "unknown")
+    return make_report(plan, taken, {}, device, None, None), taken
+
+
+def _started(
+    plan: Plan,
+    checkpoint: Path,
+    accelerator: Accelerator,
+    modes: Sequence[Mode],
+    device: DeviceTime,
+    arguments: Sequence[str],
+) -> tuple[Report, dict[str, Taken]]:
+    taken: dict[str, Taken] = {}
+    at_no_cost: dict[str, Taken] = {}
+    with tidy_if_terminated(), _progress() as tell:
+        for mode in modes:
+            again = mode is not Mode.STOCK and not accelerator.simulated
+            with started(mode, checkpoint, accelerator, plan, arguments, tell) as subject:
+                _say(subject)
+                taken[mode.value] = measure(subject, plan, tell, again=again)
+            if mode is not Mode.STOCK and accelerator.simulated:
+                with started(mode, checkpoint, accelerator.at_no_cost(), plan, arguments, tell) as subject:
+                    at_no_cost[mode.value] = measure_at_no_cost(subject, plan, tell)
+    return make_report(plan, taken, at_no_cost, device, accelerator.backend, accelerator.simulated), taken
+
+
+def _timed(
+    plan: Plan,
+    checkpoint: Path,
+    accelerator: Accelerator,
+    modes: Sequence[Mode],
+    latency: float | None,
+    stated: float | None,
+) -> tuple[Accelerator, DeviceTime]:
+    """The device as servers are to use it, and its time for an image."""
+    says = {"latency", "per_patch", "recorded"} & set(accelerator.options)
+    if latency is not None or (accelerator.simulated and not says):
+        timed, time = with_latency(checkpoint, accelerator, plan.device_images[0], latency or _LATENCY)
+        return timed, time if stated is None else DeviceTime(stated, "as stated")
+    if stated is not None or modes == [Mode.STOCK]:
+        return accelerator, DeviceTime(stated, "as stated" if stated is not None else "not used")
+    with status("measuring the device"):
+        return accelerator, measured(checkpoint, accelerator, plan.device_images)
+
+
+def _checkpoint(named: str | None) -> Path:
+    if named is not None:
+        return locate_checkpoint(named).folder
+    try:
+        from digits_vlm import checkpoint_path
+    except ImportError as error:
+        raise ConfigurationError(
+            f"no checkpoint was named, and the digits model is not installed ({error}).",
+            hint="Name a checkpoint. From a checkout, the digits model: pip install ./examples/digits_vlm.",
+        ) from error
+    return Path(checkpoint_path())
+
+
+def _size(text: str) -> tuple[int, int]:
+    found = _SIZE.fullmatch(text)
+    if found is None:
+        raise SettingsError(
+            f"--size {text!r} is no size.", hint="Write WIDTHxHEIGHT in pixels, from 10 to 9999, such as 308x224."
+        )
+    return int(found[1]), int(found[2])
+
+
+def _words(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise SettingsError(f"--server-arguments {text!r}: {error}.", hint="Quote it as for a shell.") from error
+
+
+def _named(urls: Iterable[str]) -> dict[str, str]:
+    """URLs by name; one without a name is named after itself."""
+    named: dict[str, str] = {}
+    for text in urls:
+        found = _NAMED_URL.fullmatch(text)
+        if found is None:
+            raise SettingsError(f"--url {text!r} is none.", hint="Write URL or NAME=URL, http://127.0.0.1:8000/v1.")
+        name = found["name"] or found["url"]
+        if name in named:
+            raise SettingsError(f"--url {text!r}: {name} is there twice.", hint="Give each server a name of its own.")
+        named[name] = found["url"]
+    return named
+
+
+def _require_inline(sequential: bool, names: Iterable[str]) -> None:
+    if sequential and Mode.INLINE.value not in list(names):
+        raise ConfigurationError(
+            "--sequential sends requests one after the other in mode inline, which is not measured.",
+            hint="Add --mode inline, or a server named inline.",
+        )
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    with status("starting") as tell:
+        yield tell
+
+
+def _say(subject: Subject) -> None:
+    messages.print(f"{subject.name}: serving on {subject.endpoint.url}", highlight=False)
+
+
+def _print(report: Report) -> None:
+    plan = report.plan
+    device = "unknown device" if report.backend is None else f"backend {report.backend}"
+    about = " (SIMULATED device)" if report.simulated else ""
+    spaced = f"{plan.gap:g} s apart" if plan.gap else "at once"
+    title = (
+        f"text streams: {plan.streams} of {plan.stream_tokens} tokens; images: {plan.images} of "
+        f"{plan.size[0]}x{plan.size[1]}, {spaced}; {device}{about}"
+    )
+    table = Table("", *report.modes, title=title)
+    modes = list(report.modes.values())
+    limit = f"over {1e3 * STALL:.0f} ms"
+
+    def row(name: str, cells: Iterable[str]) -> None:
+        table.add_row(name, *cells)
+
+    row("wall, s", (number(mode.mixed.wall_seconds) for mode in modes))
+    row("tokens/s", (f"{mode.mixed.tokens_per_second:.1f}" for mode in modes))
+    row("image requests/s", (number(mode.mixed.image_requests_per_second) for mode in modes))
+    row("image TTFT, s: p50 p90 p99", (_ttft(mode.mixed.images) for mode in modes))
+    row("image ITL, ms: p50 p99 max", (_itl(mode.mixed.images) for mode in modes))
+    row("text TTFT, s: p50 p90 p99", (_ttft(mode.mixed.text) for mode in modes))
+    row("text ITL, ms: p50 p99 max", (_itl(mode.mixed.text) for mode in modes))
+    row(f"text stalls {limit}, s", (_stalls(mode.mixed.stalls) for mode in modes))
+    row("the same without images, s", (_stalls(mode.text_only.stalls) for mode in modes))
+    row("text alone: tokens/s", (f"{mode.text_only.tokens_per_second:.1f}" for mode in modes))
+    row("client's own pauses, s", (number(mode.mixed.client_pause_seconds) for mode in modes))
+    row("device, s", (number(mode.bound.device_seconds if mode.bound else None) for mode in modes))
+    row("decode, s", (number(mode.decode_seconds) for mode in modes))
+    row("ideal bound, s", (number(mode.bound.seconds if mode.bound else None) for mode in modes))
+    row("times the ideal bound", (number(mode.times_bound) for mode in modes))
+    results.print(table)
+    if report.concurrency is not None:
+        _print_concurrency(report)
+    each = report.device.seconds_each
+    results.print(f"Device: {'unknown' if each is None else f'{each:.3f} s an image'} ({report.device.how}).")
+    if report.decode_how is not None:
+        results.print(f"Decode: {report.decode_how}; the bound has the least of all modes.")
+    for note in report.notes:
+        results.print(note)
+
+
+def _print_concurrency(report: Report) -> None:
+    found = report.concurrency
+    assert found is not None
+    title = f"{found.requests} image requests without text: one after the other in-line, and at once"
+    table = Table("", "one by one, s", "at once, s", "times as fast", "an ideal server", title=title)
+    for name, gain in found.modes.items():
+        cells = (gain.sequential_seconds, gain.concurrent_seconds, gain.ratio, gain.bound)
+        table.add_row(name, *map(number, cells))
+    prior = f"prior art, {found.prior_art_requests} requests, other model and device"
+    table.add_row(prior, "", "", number(found.prior_art_ratio), "")
+    results.print(table)
+
+
+def _milliseconds(seconds: float) -> str:
+    value = 1e3 * seconds
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def _ttft(found: Latencies | None) -> str:
+    spread = found.ttft_seconds if found else None
+    return "-" if spread is None else f"{spread.p50:.2f}  {spread.p90:.2f}  {spread.p99:.2f}"
+
+
+def _itl(found: Latencies | None) -> str:
+    spread: Spread | None = found.itl_seconds if found else None
+    return "-" if spread is None else "  ".join(_milliseconds(value) for value in (spread.p50, spread.p99, spread.max))
+
+
+def _stalls(found: Stalls | None) -> str:
+    return "-" if found is None else f"{found.seconds:.2f} ({found.number:g}, longest gap {found.longest_seconds:.2f})"

@@ -1,0 +1,317 @@
+"""`visionaccel bench encode` and `bench placement`: the encode itself, beside what else there is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from visionaccel.bundle import Bundle
+from visionaccel.checkpoint import locate_checkpoint
+from visionaccel.cli.output import Json, check_writable, finite, number, print_json, results, status, write_json
+from visionaccel.core.cores import process_cores
+from visionaccel.core.grid import Grid, as_grids
+from visionaccel.core.program import FixedGrid
+from visionaccel.encoder import open_source
+from visionaccel.errors import SettingsError
+from visionaccel.families import Tower
+from visionaccel_bench.commands.termination import tidy_if_terminated
+from visionaccel_bench.encode.contenders import STOCK, Contender, named_backends, named_peers
+from visionaccel_bench.encode.encode_plot import plot_latency
+from visionaccel_bench.encode.encode_report import ContenderReport, EncodeReport, GridOperations, make_encode_report
+from visionaccel_bench.encode.encoding import TABLE, EncodePlan, Progress, measure_encodes
+from visionaccel_bench.encode.placement import ModeAdvice, Placement, advise
+from visionaccel_bench.encode.presets import PRESETS, preset_checkpoint
+from visionaccel_bench.serve.load import require
+
+__all__ = ["encode", "placement"]
+
+_GRID = "58x74"
+_FEW = ("16x16", "32x32", "58x74")
+_GIB = 2**30
+
+Source = Annotated[
+    str | None,
+    typer.Argument(help="Bundle folder, checkpoint folder or Hugging Face repository. Or name a --preset."),
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(help=f"Random weights of a real shape in the place of SOURCE: {', '.join(PRESETS)}."),
+]
+Depth = Annotated[int | None, typer.Option(min=1, help="Blocks of the preset, for a shorter tower.")]
+Grids = Annotated[
+    list[str] | None, typer.Option("--grid", metavar="HxW", help="Height and width in patches; repeatable.")
+]
+Backends = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--backend",
+        metavar="NAME[@DEVICE][?NAME=VALUE,...]",
+        help="A backend with its device and options; repeatable, also with other options.",
+    ),
+]
+Rounds = Annotated[int, typer.Option(min=1, max=999, help="Turns of each contender on each grid.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Cores and threads of each contender. Default: all cores.", show_default=False)
+]
+Deadline = Annotated[
+    float,
+    typer.Option(
+        min=1,
+        max=86_400,
+        callback=finite,
+        help="Seconds that opening, or a turn, may take; then a contender is out.",
+    ),
+]
+Output = Annotated[Path | None, typer.Option(help="Write the JSON to this file too.")]
+Plot = Annotated[Path | None, typer.Option(help="Write a PNG of seconds against patches.")]
+
+
+def encode(
+    source: Source = None,
+    preset: Preset = None,
+    depth: Depth = None,
+    grid: Grids = None,
+    grids: Annotated[
+        str | None, typer.Option(help="'table': 256 to 16,384 patches, each grid twice the one before.")
+    ] = None,
+    backend: Backends = None,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[?NAME=VALUE,...]",
+            help="transformers or vllm, in float32 and bfloat16 unless 'dtype' says which; repeatable. "
+            "Default: all. 'none' for none, also of --backend, whose default is every installed one.",
+        ),
+    ] = None,
+    rounds: Rounds = 5,
+    threads: Threads = None,
+    deadline: Deadline = 600.0,
+    plot: Plot = None,
+    output: Output = None,
+    as_json: Json = False,
+) -> None:
+    """Compare encodes by backends and by other towers: time, memory, accuracy, and the share of the machine's peak.
+
+    Each contender is a process of its own. All are opened and warmed up, and then take turns, round by round, never
+    two at once. Accuracy is against transformers in float32. The machine's peak is what packed matrix products of the
+    tower's shapes reach in turns of the same rounds.
+
+    A contender that fails, or is not installed, is a row that says why.
+    """
+    check_writable(plot, output)
+    if plot is not None:
+        require("matplotlib")
+    contenders = (*named_backends(backend or ()), *named_peers(peer or ()))
+    if not contenders:
+        raise SettingsError("there is nothing to compare.", hint="Name a --backend or a --peer.")
+    report = _measured(source, preset, depth, _grids(grid, grids), contenders, rounds, threads, deadline)
+    document = {**asdict(report), "plot": plot}
+    write_json(document, output)  # before what may fail
+    if plot is not None:
+        plot_latency(report, plot)
+    if as_json:
+        print_json(document)
+        return
+    _print_contenders(report)
+    for needs in report.grids:
+        _print_grid(report, needs)
+    if len(report.grids) > 1:
+        _print_linearity(report)
+    _print_notes(report)
+
+
+def placement(
+    source: Source = None,
+    preset: Preset = None,
+    depth: Depth = None,
+    grid: Grids = None,
+    backend: Backends = None,
+    rounds: Rounds = 5,
+    threads: Threads = None,
+    deadline: Deadline = 600.0,
+    output: Output = None,
+    as_json: Json = False,
+) -> None:
+    """Say whether to offload the encoder on this machine, in-line and pipelined, and why.
+
+    Compares a backend's encode (default: every installed one) with that of stock vLLM's own tower in bfloat16.
+    """
+    check_writable(output)
+    contenders = (*named_backends(backend or ()), STOCK)
+    if len(contenders) == 1:
+        raise SettingsError("no backend is there to offload to.", hint="Name a --backend, or install one.")
+    report = _measured(source, preset, depth, tuple(map(Grid.parse, grid or ())), contenders, rounds, threads, deadline)
+    *ours, stock = report.contenders
+    placements = [advise(report, each, stock) for each in ours]
+    document = {"placements": [asdict(each) for each in placements], "measured": asdict(report)}
+    write_json(document, output)
+    if as_json:
+        print_json(document)
+        return
+    for each in placements:
+        _print_placement(each)
+    _print_notes(report)
+
+
+def _measured(
+    source: str | None,
+    preset: str | None,
+    depth: int | None,
+    grids: tuple[Grid, ...],
+    contenders: Sequence[Contender],
+    rounds: int,
+    threads: int | None,
+    deadline: float,
+) -> EncodeReport:
+    folder, name = _folder(source, preset, depth)
+    opened = open_source(folder)
+    tower = opened.tower if isinstance(opened, Bundle) else opened
+    most = len(process_cores())
+    if threads is not None and threads > most:
+        raise SettingsError(f"--threads {threads} are more than the {most} cores here.", hint=f"Pass at most {most}.")
+    chosen = as_grids(grids or _own_grids(opened), tower.merge_size)
+    plan = EncodePlan(chosen, rounds, threads or most, deadline=deadline)
+    with tidy_if_terminated(), _progress() as tell:
+        taken, peak, reference_error = measure_encodes(folder, tower, contenders, plan, tell)
+    return make_encode_report(name, tower, plan, taken, peak, reference_error)
+
+
+def _own_grids(source: Tower | Bundle) -> tuple[Grid, ...]:
+    """The grids of a bundle that takes no others; a few for what takes every grid."""
+    covered = [entry.covers() for entry in source.manifest.programs] if isinstance(source, Bundle) else []
+    fixed = [each.grid for each in covered if isinstance(each, FixedGrid)]
+    return tuple(fixed) if fixed and len(fixed) == len(covered) else tuple(map(Grid.parse, _FEW))
+
+
+def _folder(source: str | None, preset: str | None, depth: int | None) -> tuple[Path, str]:
+    """The folder that contenders open, and what reports call it."""
+    if (source is None) == (preset is None):
+        raise SettingsError("name a source or a --preset, and not both.", hint=f"Presets: {', '.join(PRESETS)}.")
+    if preset is not None:
+        with status("writing the preset's random weights, if they are not there"):
+            folder = preset_checkpoint(preset, depth)
+        return folder, preset if depth is None else f"{preset}, {depth} blocks"
+    if depth is not None:
+        raise SettingsError("--depth shortens a preset.", hint="Leave it out, or name a --preset.")
+    assert source is not None
+    return (Path(source) if Path(source).is_dir() else locate_checkpoint(source).folder), source
+
+
+def _grids(named: Sequence[str] | None, table: str | None) -> tuple[Grid, ...]:
+    if table not in (None, "table"):
+        raise SettingsError(f"--grids {table!r} is no set of grids.", hint="The only set is 'table'.")
+    found = [*(TABLE if table else ()), *map(Grid.parse, named or (() if table else (_GRID,)))]
+    return tuple(dict.fromkeys(found))
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    with status("starting") as tell:
+        yield tell
+
+
+def _print_contenders(report: EncodeReport) -> None:
+    table = Table("", "runs on", "start-up, s", "resident, GiB", "peak, GiB", title=report.source)
+    for each in report.contenders:
+        if each.error is None:
+            about = " (SIMULATED)" if each.simulated else ""
+            runs = f"{each.device}, {each.precision}{about}; {each.about}"
+            memory = (number(_gib(each.resident_bytes)), number(_gib(each.peak_bytes)))
+            table.add_row(each.label, runs, number(each.startup_seconds), *memory)
+        else:
+            table.add_row(each.label, each.error, "-", "-", "-")
+    results.print(table)
+
+
+def _print_grid(report: EncodeReport, needs: GridOperations) -> None:
+    work = "" if needs.operations is None else f", {needs.operations / 1e12:.3g} TFLOP"
+    times = Table(
+        "", "median, s", "least to most, s", "patches/s", "% of peak", "times vLLM bf16", "times transformers"
+    )
+    accuracy = Table("", "lowest cosine", "mean cosine", "relative error")
+    times.title = f"{needs.grid}: {needs.patches} patches{work}"
+    for each in report.contenders:
+        found = each.on(needs.grid)
+        if found is None:
+            continue
+        if found.error is not None:
+            times.add_row(each.label, found.error)
+            continue
+        times.add_row(
+            each.label,
+            _seconds(found.median_seconds),
+            f"{_seconds(found.least_seconds)} to {_seconds(found.most_seconds)}",
+            "-" if found.patches_per_second is None else f"{found.patches_per_second:.0f}",
+            "-" if found.share_of_peak is None else f"{100 * found.share_of_peak:.0f}",
+            number(found.times_stock),
+            number(found.times_transformers),
+        )
+        if found.accuracy is not None:
+            cosines = (found.accuracy.lowest_cosine, found.accuracy.mean_cosine)
+            accuracy.add_row(
+                each.label, *(f"{cosine:.5f}" for cosine in cosines), f"{found.accuracy.relative_error:.1e}"
+            )
+    results.print(times)
+    if accuracy.row_count:
+        accuracy.title = f"{needs.grid}: against transformers in float32"
+        results.print(accuracy)
+
+
+def _print_linearity(report: EncodeReport) -> None:
+    columns = [f"{grid.patches:,}" for grid in report.grids]
+    table = Table("", *columns, title="microseconds a patch, by patches")
+    for each in report.contenders:
+        if each.grids:
+            table.add_row(each.label, *_per_patch(each, report.grids))
+    shares = (grid.full_attention_share for grid in report.grids)
+    table.add_row("full attention, % of operations", *("-" if s is None else f"{100 * s:.1f}" for s in shares))
+    results.print(table)
+
+
+def _per_patch(each: ContenderReport, grids: Iterable[GridOperations]) -> Iterator[str]:
+    for grid in grids:
+        found = each.on(grid.grid)
+        value = None if found is None else found.microseconds_per_patch
+        yield "-" if value is None else f"{value:.0f}"
+
+
+def _print_placement(found: Placement) -> None:
+    if found.grids:
+        table = Table(
+            "", "stock vLLM, s", "offloaded, s", "of the whole host, s", "gain in-line, s", "gain pipelined, s",
+            title=found.label,
+        )  # fmt: skip
+        for grid in found.grids:
+            values = (grid.stock_seconds, grid.offloaded_seconds, grid.host_seconds)
+            gains = (grid.inline_gain_seconds, grid.pipelined_gain_seconds)
+            table.add_row(grid.grid, *map(_seconds, values), *(f"{gain:+.3f}" for gain in gains))
+        results.print(table)
+    _print_advice(found.label, "in-line", found.inline)
+    _print_advice(found.label, "pipelined", found.pipelined)
+
+
+def _print_advice(label: str, mode: str, advice: ModeAdvice) -> None:
+    results.print(f"{label}, {mode}: {advice.reason}")
+
+
+def _print_notes(report: EncodeReport) -> None:
+    peaks = report.machine.peak_operations_per_second
+    if peaks:
+        said = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {precision}" for precision, rate in peaks.items())
+        results.print(f"Peak of this machine's matrix products, {report.plan.threads} threads: {said}.")
+    for note in report.notes:
+        results.print(note)
+
+
+def _gib(value: int | None) -> float | None:
+    return None if value is None else value / _GIB
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}" if value < 10 else f"{value:.2f}"

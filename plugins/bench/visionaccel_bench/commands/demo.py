@@ -1,0 +1,135 @@
+"""`visionaccel demo`: stock vLLM and a backend read the same held-out handwritten digits."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from visionaccel.backends import default_registry
+from visionaccel.cli.output import Json, messages, print_json, results, status
+from visionaccel.errors import ConfigurationError, DeviceError
+from visionaccel.observe import timed_encodes
+from visionaccel_bench.commands.termination import tidy_if_terminated
+from visionaccel_bench.server import VllmServer, serve
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["demo"]
+
+ARGUMENTS = (
+    "--dtype", "float32", "--enforce-eager", "--max-model-len", "4096", "--max-num-seqs", "16",
+    "--limit-mm-per-prompt", '{"image": 4, "video": 1}',
+)  # fmt: skip
+QUESTION = "Read the digits."
+
+
+@dataclass(frozen=True)
+class _Answer:
+    text: str
+    encode_ms: float | None
+
+
+def demo(
+    backend: Annotated[str, typer.Option(help="The backend to show.")] = "onnxrt",
+    images: Annotated[int, typer.Option(min=1, help="How many held-out images to send.")] = 16,
+    as_json: Json = False,
+) -> None:
+    """Serve the digits model with stock vLLM, then with a backend, and compare their answers.
+
+    Both are real OpenAI-compatible servers on loopback, in float32. Exit status 1 if any answer differs.
+    """
+    try:
+        from digits_vlm import checkpoint_path
+        from digits_vlm.samples import held_out_images
+    except ImportError as error:
+        raise ConfigurationError(
+            f"the digits model is not installed ({error}).",
+            hint="From a checkout: pip install ./examples/digits_vlm, or run `make demo`.",
+        ) from error
+    default_registry().entry(backend)
+    checkpoint, samples = checkpoint_path(), held_out_images(images)
+    pictures = [sample.image for sample in samples]
+    stock = _ask("stock vLLM", checkpoint, {}, pictures)
+    ours = _ask(
+        f"vLLM with {backend}", checkpoint, {"VISIONACCEL_BACKEND": backend, "VISIONACCEL_TIMING": "1"}, pictures
+    )
+
+    rows = [
+        {
+            "image": f"{sample.image.width}x{sample.image.height}",
+            "truth": sample.truth,
+            "stock": theirs.text,
+            backend: mine.text,
+            "encode_ms": mine.encode_ms,
+        }
+        for sample, theirs, mine in zip(samples, stock, ours, strict=True)
+    ]
+    agreeing = sum(row["stock"] == row[backend] for row in rows)
+    right = {name: sum(row[name] == row["truth"] for row in rows) / len(rows) for name in ("stock", backend)}
+    if as_json:
+        print_json({"images": rows, "agreement": agreeing / len(rows), "accuracy": right})
+    else:
+        table = Table("image", "truth", "stock answer", f"{backend} answer", "encode ms", title="Handwritten digits")
+        for row in rows:
+            style = None if row["stock"] == row[backend] else "bold red"
+            table.add_row(*map(str, row.values()), style=style)
+        results.print(table)
+        accuracy = ", ".join(f"{name} {share:.1%}" for name, share in right.items())
+        results.print(f"agreement: {agreeing} of {len(rows)}; accuracy: {accuracy}")
+    if agreeing != len(rows):
+        raise typer.Exit(1)
+
+
+def _ask(title: str, checkpoint: Path, settings: dict[str, str], pictures: Sequence[Image]) -> list[_Answer]:
+    """Start a server, ask it about each picture, and stop it."""
+    try:
+        from openai import OpenAI
+    except ImportError as error:
+        raise ConfigurationError(f"the demo needs the openai client ({error}).", hint="pip install openai.") from error
+    with tidy_if_terminated(), ExitStack() as stack:
+        with status(f"{title}: starting") as tell:
+
+            def waiting(seconds: float) -> None:
+                tell(f"{title}: starting, {seconds:.0f} s (usually under a minute)")
+
+            server = stack.enter_context(serve(checkpoint, settings, ARGUMENTS, waiting=waiting))
+        messages.print(f"{title}: serving on {server.url}", highlight=False)
+        client = stack.enter_context(OpenAI(base_url=server.url, api_key="none"))
+        answers = []
+        with status(f"{title}: asking") as tell:
+            for number, picture in enumerate(pictures, 1):
+                tell(f"{title}: image {number} of {len(pictures)}")
+                answers.append(_one(client, server, picture, timed=bool(settings)))
+    return answers
+
+
+def _one(client: Any, server: VllmServer, picture: Image, *, timed: bool) -> _Answer:
+    png = io.BytesIO()
+    picture.save(png, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": QUESTION}]
+    before = len(_encodes(server.log)) if timed else 0
+    reply = client.chat.completions.create(
+        model=server.model, messages=[{"role": "user", "content": content}], temperature=0, max_tokens=8
+    )
+    encode_ms = None
+    if timed:
+        encodes = _encodes(server.log)[before:]
+        if not encodes:
+            raise DeviceError(f"the server answered without the backend. The end of its log:\n{server.log_end()}")
+        encode_ms = round(sum(ms for encode in encodes for part, ms in encode["ms"].items() if part != "queue"), 2)
+    return _Answer(reply.choices[0].message.content or "", encode_ms)
+
+
+def _encodes(log: Path) -> list[dict[str, Any]]:
+    """Timing lines that the server has logged so far."""
+    return timed_encodes(log.read_text(errors="replace"))

@@ -1,0 +1,59 @@
+"""`visionaccel report`: one page of what was found, proved and measured, to read anywhere and to send."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from visionaccel.cli.diagnosis import diagnose
+from visionaccel.cli.output import Json, check_writable, print_json, results, status
+from visionaccel.errors import ConfigurationError
+
+__all__ = ["report"]
+
+
+def report(
+    output: Annotated[Path, typer.Argument(help="The HTML file to write.")],
+    source: Annotated[
+        str | None, typer.Option(help="Bundle or checkpoint to look at, and whose certificate to show.")
+    ] = None,
+    bench: Annotated[
+        list[Path] | None,
+        typer.Option(help="JSON of `bench encode`, `bench placement` or `bench serve`; repeatable."),
+    ] = None,
+    trace: Annotated[
+        list[Path] | None, typer.Option(help="What VISIONACCEL_TRACE wrote, to draw as a timeline; repeatable.")
+    ] = None,
+    faults: Annotated[Path | None, typer.Option(help="JSON of `faults --output`.")] = None,
+    title: Annotated[str, typer.Option(help="What stands above the page.")] = "visionaccel report",
+    no_vllm: Annotated[bool, typer.Option("--no-vllm", help="Leave vLLM out, which takes seconds to import.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write one HTML page that needs nothing else: doctor's findings, a certificate, benchmarks, timelines, faults.
+
+    The page has no script and loads nothing, so that it can be sent and read anywhere. The summary on top has the worst
+    first. What doctor finds is of the machine that this command runs on.
+    """
+    from visionaccel_bench.reporting import (  # the benchmarks' types are needed for nothing else here
+        make_report,
+        read_inputs,
+    )
+
+    check_writable(output)
+    inputs = read_inputs(source, bench or (), trace or (), faults)
+    with status("looking at this machine"):
+        found = diagnose(source, vllm=not no_vllm)
+    made = make_report(inputs, found, title)
+    try:
+        output.write_text(made.page(), encoding="utf-8")
+    except OSError as error:
+        raise ConfigurationError(f"{output} cannot be written: {error}", hint="Name another file.") from error
+    if as_json:
+        sections = [{"section": each.key, "status": each.status, "summary": each.summary} for each in made.sections]
+        print_json({"report": str(output), "status": made.status, "sections": sections})
+        return
+    for each in made.sections:
+        results.print(f"{each.title}: {each.status}: {each.summary}", soft_wrap=True)
+    results.print(f"The report is in {output}.", soft_wrap=True)

@@ -1,0 +1,1 @@
+"""What `visionaccel bench encode` and `bench placement` measure: encoders side by side, each in its own process."""

@@ -1,0 +1,163 @@
+"""The measuring side of one contender's process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from visionaccel.core.cores import process_cores
+from visionaccel.core.orphans import guarded_group
+from visionaccel.errors import DeadlineError, DeviceError
+from visionaccel_bench.encode.contenders import BUNDLE, Contender
+from visionaccel_bench.server import quiet_environment
+
+__all__ = ["ContenderProcess"]
+
+_MAIN = "visionaccel_bench.encode.contender_main"
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+_LOG_LINES = 15
+_GRACE = 2.0
+"""Seconds that a process has to end by itself when it is let go."""
+
+
+class ContenderProcess:
+    """A process for one contender, or for what measures the machine; it is idle unless it was asked something.
+
+    Args:
+        log: File that its output goes to.
+        threads: Cores that it may run on, if those are fewer than the machine's, and threads of its pools.
+        python: Its interpreter; None for this one.
+
+    Attributes:
+        started: When it was started, by the system's monotonic clock.
+        alive: Whether it can be asked.
+
+    Raises:
+        DeviceError: If it cannot be started.
+    """
+
+    def __init__(self, log: Path, threads: int, python: str | None = None) -> None:
+        self._log = log
+        near, far = socket.socketpair()
+        self._lines = near.makefile("rw", encoding="utf-8")
+        self._connection = near
+        own = {"VLLM_PLUGINS": "", "TMPDIR": str(log.parent)}  # what it leaves behind goes with the run's folder
+        environment = quiet_environment(dict.fromkeys(_THREADS, str(threads)) | own)
+        self.started = time.monotonic()
+        self.alive = True
+        self._killed = False
+        with far, log.open("wb") as out:
+            try:
+                self._process = subprocess.Popen(  # noqa: S603
+                    [python or sys.executable, "-m", _MAIN, str(os.getpid()), str(far.fileno())],
+                    env=environment,
+                    pass_fds=(far.fileno(),),
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    process_group=0,
+                )
+            except OSError as error:
+                raise DeviceError(f"{python} cannot be started: {error}.", hint="Check the interpreter.") from error
+            # Its own end comes with this process's, but not that of what it started.
+            self._guard = ExitStack()
+            self._guard.enter_context(guarded_group(self._process.pid))
+            if threads < len(process_cores()):
+                # Some runtimes count cores and not the variables; its own threads inherit this.
+                with suppress(OSError):
+                    os.sched_setaffinity(self._process.pid, sorted(process_cores())[:threads])
+
+    def open(self, contender: Contender, source: Path, threads: int, seconds: float) -> dict[str, Any]:
+        """Open the contender's tower.
+
+        Returns:
+            `device`, `precision`, `about` and `simulated`.
+
+        Raises:
+            DeviceError: As `ask`.
+        """
+        given = asdict(contender)
+        given["options"] = {name: value for name, value in given["options"].items() if name not in ("python", BUNDLE)}
+        source = contender.bundle or source
+        request = {"do": "open", **given, "source": str(source), "threads": threads, "deadline": seconds}
+        return self.ask(request, seconds)
+
+    def ask(self, request: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+        """Send a request and wait for its answer.
+
+        Raises:
+            DeviceError: If it answers that it failed, or dies. After that it is not `alive` in the second case.
+            DeadlineError: If it does not answer in time; it has been ended then.
+        """
+        try:
+            self._connection.settimeout(seconds)
+            self._lines.write(json.dumps(request) + "\n")
+            self._lines.flush()
+            line = self._lines.readline()
+        except TimeoutError as error:
+            self.close()
+            raise DeadlineError(
+                f"it took longer than {seconds:g} s and was ended.", hint="Pass a longer --deadline."
+            ) from error
+        except OSError:
+            line = ""
+        if not line.endswith("\n"):  # nothing, or what it had written of a line when it died
+            self.close()
+            raise DeviceError(f"its process {self._ending()}. The end of its output: {self._end_of_log()}")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise DeviceError(answer["error"])
+        return answer
+
+    def close(self) -> None:
+        """End the process and whatever it started."""
+        if not self.alive:
+            return
+        self.alive = False
+        with suppress(OSError):
+            self._lines.close()
+        self._connection.close()
+        until = time.monotonic() + _GRACE
+        while not (ended := self._exited()) and time.monotonic() < until:
+            time.sleep(0.01)
+        self._killed = not ended
+        # Before it is reaped: afterwards its number may be another's.
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._guard.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _exited(self) -> bool:
+        """Whether it has ended; it is not reaped."""
+        return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def _ending(self) -> str:
+        if self._killed:
+            return "hung up, lived on, and was ended"
+        status = self._process.returncode
+        if status >= 0:
+            return f"ended with status {status}"
+        name = signal.Signals(-status).name
+        return f"was ended by {name}" + (" (the machine may have run out of memory)" if name == "SIGKILL" else "")
+
+    def _end_of_log(self) -> str:
+        return "\n".join(self._log.read_text(errors="replace").splitlines()[-_LOG_LINES:])

@@ -1,0 +1,271 @@
+"""The report of an encode benchmark: from the turns of every contender to figures, ratios and notes."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from visionaccel.core.cores import process_cores
+from visionaccel.core.cpu import processor_name
+from visionaccel.core.grid import Grid
+from visionaccel.families import Tower
+from visionaccel_bench.encode.contenders import STOCK
+from visionaccel_bench.encode.encoding import Accuracy, EncodePlan, OnGrid, Peak, Taken
+
+__all__ = ["ContenderReport", "EncodeReport", "GridOperations", "GridReport", "Machine", "make_encode_report"]
+
+_BUSY = 1.2
+"""Where a contender's slowest turn is slower than its fastest by more than this, a note says so."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Where it was measured.
+
+    Attributes:
+        processor: Its name.
+        cores: Cores that may be used.
+        system: Operating system and Python.
+        peak_operations_per_second: The most that products of the tower's shapes reached, by dtype.
+    """
+
+    processor: str
+    cores: int
+    system: str
+    peak_operations_per_second: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class GridOperations:
+    """What one encode of a grid takes.
+
+    Attributes:
+        grid: t, height and width in patches.
+        patches: Rows in.
+        tokens: Rows out.
+        operations: Floating-point operations; None where the family does not count them.
+        full_attention_share: What of them is attention over whole frames.
+    """
+
+    grid: str
+    patches: int
+    tokens: int
+    operations: int | None
+    full_attention_share: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class GridReport:
+    """One contender on one grid.
+
+    Attributes:
+        grid: t, height and width in patches.
+        median_seconds: Of an encode: the median of the turns' medians.
+        least_seconds: The fastest encode.
+        most_seconds: The slowest encode.
+        rounds_seconds: The median of each turn.
+        encodes: How many were timed.
+        patches_per_second: By the median.
+        microseconds_per_patch: By the median.
+        processors: Processors that were busy with it on average.
+        share_of_peak: Operations a second by the machine's peak in its precision; None off the processor.
+        times_stock: Its seconds by those of vLLM's tower in bfloat16: the median of the rounds' ratios. Below 1, it is
+            faster.
+        times_transformers: The same by transformers' in its own precision.
+        accuracy: Against transformers in float32.
+        error: What went wrong.
+    """
+
+    grid: str
+    median_seconds: float | None
+    least_seconds: float | None
+    most_seconds: float | None
+    rounds_seconds: tuple[float, ...]
+    encodes: int
+    patches_per_second: float | None
+    microseconds_per_patch: float | None
+    processors: float | None
+    share_of_peak: float | None
+    times_stock: float | None
+    times_transformers: float | None
+    accuracy: Accuracy | None
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ContenderReport:
+    """One contender.
+
+    Attributes:
+        label: What tables call it.
+        kind: `backend` or `peer`.
+        name: The backend's or the peer's name.
+        device: What it ran on, as it says.
+        precision: Dtype of its products.
+        about: Releases and settings.
+        simulated: Whether its device is simulated.
+        startup_seconds: From the start of its process to its first embedding.
+        resident_bytes: Its memory after its last turn.
+        peak_bytes: The most that it had.
+        grids: Its figures, grid by grid.
+        error: Why it is not in the comparison; None if it is.
+    """
+
+    label: str
+    kind: str
+    name: str
+    device: str | None
+    precision: str | None
+    about: str | None
+    simulated: bool
+    startup_seconds: float | None
+    resident_bytes: int | None
+    peak_bytes: int | None
+    grids: tuple[GridReport, ...]
+    error: str | None
+
+    def on(self, grid: str) -> GridReport | None:
+        """Its figures on a grid; None if it did not come to it."""
+        return next((each for each in self.grids if each.grid == grid), None)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeReport:
+    """Everything that was found.
+
+    Attributes:
+        source: What was encoded with.
+        plan: What each contender got.
+        machine: Where.
+        grids: What each grid takes.
+        contenders: The figures of each.
+        notes: What a reader must know.
+        reference_error: Why there is no accuracy; None if there is.
+    """
+
+    source: str
+    plan: EncodePlan
+    machine: Machine
+    grids: tuple[GridOperations, ...]
+    contenders: tuple[ContenderReport, ...]
+    notes: tuple[str, ...]
+    reference_error: str | None = None
+
+
+def make_encode_report(
+    source: str,
+    tower: Tower,
+    plan: EncodePlan,
+    taken: Sequence[Taken],
+    peak: Peak,
+    reference_error: str | None = None,
+) -> EncodeReport:
+    """Figures from what `measure_encodes` took."""
+    grids = tuple(_operations(tower, grid) for grid in plan.grids)
+    by_label = {each.contender.label: each for each in taken}
+    contenders = tuple(_contender(each, by_label, grids, plan, peak) for each in taken)
+    rates = {precision: best for precision in peak.rates if (best := peak.best(precision)) is not None}
+    system = f"{platform.platform()}, Python {platform.python_version()}"
+    machine = Machine(processor_name(), len(process_cores()), system, rates)
+    notes = _notes(contenders, peak, plan, reference_error)
+    return EncodeReport(source, plan, machine, grids, contenders, notes, reference_error)
+
+
+def _operations(tower: Tower, grid: Grid) -> GridOperations:
+    found = tower.operations([grid])
+    return GridOperations(
+        grid=str(grid),
+        patches=grid.patches,
+        tokens=grid.tokens(tower.merge_size),
+        operations=None if found is None else found.total,
+        full_attention_share=None if found is None else found.full_attention_share,
+    )
+
+
+def _contender(
+    taken: Taken, others: Mapping[str, Taken], grids: Sequence[GridOperations], plan: EncodePlan, peak: Peak
+) -> ContenderReport:
+    precision, device = taken.opened.get("precision"), taken.opened.get("device")
+    best = peak.best(precision) if device is not None and precision and device.lower() == "cpu" else None
+    stock, same = others.get(STOCK.label), others.get(f"transformers {precision}")
+    reports = []
+    for grid, needs in zip(plan.grids, grids, strict=True):
+        found = taken.grids.get(grid)
+        if found is not None:
+            theirs = [None if other is None else other.grids.get(grid) for other in (stock, same)]
+            reports.append(_on_grid(found, needs, best, *theirs))
+    return ContenderReport(
+        label=taken.contender.label,
+        kind=taken.contender.kind,
+        name=taken.contender.name,
+        device=device,
+        precision=precision,
+        about=taken.opened.get("about"),
+        simulated=bool(taken.opened.get("simulated")),
+        startup_seconds=taken.startup_seconds,
+        resident_bytes=taken.resident_bytes,
+        peak_bytes=taken.peak_bytes,
+        grids=tuple(reports),
+        error=taken.error,
+    )
+
+
+def _on_grid(
+    found: OnGrid, needs: GridOperations, peak: float | None, stock: OnGrid | None, same: OnGrid | None
+) -> GridReport:
+    every = [seconds for turn in found.rounds for seconds in turn]
+    turns = tuple(statistics.median(turn) for turn in found.rounds)
+    median = statistics.median(turns) if turns else None
+    share = None
+    if median is not None and peak is not None and needs.operations is not None:
+        share = needs.operations / median / peak
+    return GridReport(
+        grid=needs.grid,
+        median_seconds=median,
+        least_seconds=min(every, default=None),
+        most_seconds=max(every, default=None),
+        rounds_seconds=turns,
+        encodes=len(every),
+        patches_per_second=None if median is None else needs.patches / median,
+        microseconds_per_patch=None if median is None else 1e6 * median / needs.patches,
+        processors=found.processor_seconds / sum(every) if every else None,
+        share_of_peak=share,
+        times_stock=_ratio(turns, stock),
+        times_transformers=_ratio(turns, same),
+        accuracy=found.accuracy,
+        error=found.error,
+    )
+
+
+def _ratio(turns: Sequence[float], other: OnGrid | None) -> float | None:
+    """The median of the rounds' ratios: what slows the machine down for a while slows both."""
+    if other is None:
+        return None
+    ratios = [ours / statistics.median(theirs) for ours, theirs in zip(turns, other.rounds, strict=False)]
+    return statistics.median(ratios) if ratios else None
+
+
+def _notes(
+    contenders: Sequence[ContenderReport], peak: Peak, plan: EncodePlan, reference_error: str | None
+) -> tuple[str, ...]:
+    notes = [
+        f"{each.label}: the device is SIMULATED; no hardware encodes, and its times are those that were asked for."
+        for each in contenders
+        if each.simulated
+    ]
+    if peak.error is not None:
+        notes.append(f"The machine's peak is not known, or only in part: {peak.error}")
+    if reference_error is not None:
+        notes.append(f"Accuracy is missing: transformers in float32, the reference, did not encode: {reference_error}")
+    if plan.threads < len(process_cores()):
+        notes.append(f"Each contender had {plan.threads} of {len(process_cores())} cores.")
+    for each in contenders:
+        spread = [max(grid.rounds_seconds) / min(grid.rounds_seconds) for grid in each.grids if grid.rounds_seconds]
+        if max(spread, default=1.0) > _BUSY:
+            notes.append(
+                f"{each.label}: its slowest turn on a grid took {max(spread):.2f} times as long as its fastest, so the "
+                "machine was busy with other work; trust the ratios more than the times, and pass more --rounds."
+            )
+    return tuple(notes)

@@ -1,0 +1,350 @@
+"""Contenders on the same grids in one run: each in a process of its own, all warm, in turns and never at once."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from visionaccel.core.comparison import Comparison
+from visionaccel.core.grid import Grid
+from visionaccel.core.orphans import temporary_folder
+from visionaccel.errors import DeviceError
+from visionaccel.families import Tower
+from visionaccel_bench.encode.contender_process import ContenderProcess
+from visionaccel_bench.encode.contenders import REFERENCE, Contender, absence
+from visionaccel_bench.encode.matrix_peak import MOST_ROWS
+
+__all__ = ["TABLE", "Accuracy", "EncodePlan", "OnGrid", "Peak", "Progress", "Taken", "measure_encodes"]
+
+TABLE = tuple(Grid.parse(text) for text in ("16x16", "16x32", "32x32", "32x64", "64x64", "64x128", "128x128"))
+"""From 256 to 16,384 patches, each twice as many as the one before."""
+
+Progress = Callable[[str], None]
+
+_PAUSE = 0.3
+"""Seconds before each turn: threads of the process before may spin for that long."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodePlan:
+    """What each contender gets.
+
+    Attributes:
+        grids: The grids, in the order of measuring.
+        rounds: Turns of each contender on each grid.
+        threads: Cores and threads of each.
+        turn_seconds: A turn is one encode, or as many as begin within this time.
+        deadline: Seconds that opening, or a turn, may take.
+        seed: Seed of the patches.
+    """
+
+    grids: tuple[Grid, ...]
+    rounds: int
+    threads: int
+    turn_seconds: float = 0.25
+    deadline: float = 600.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """How far embeddings are from transformers' in float32.
+
+    Attributes:
+        lowest_cosine: Of all tokens.
+        mean_cosine: Of all tokens.
+        relative_error: Norm of the difference over the norm of the reference.
+        nonfinite_rows: Tokens with NaN or infinity.
+    """
+
+    lowest_cosine: float
+    mean_cosine: float
+    relative_error: float
+    nonfinite_rows: int
+
+
+@dataclass(slots=True)
+class OnGrid:
+    """One contender on one grid.
+
+    Attributes:
+        rounds: Seconds of each encode, one list for each turn.
+        processor_seconds: Processor time of all its encodes together, of all threads.
+        accuracy: None without a reference.
+        error: What went wrong, if anything did; it has no further turns then.
+    """
+
+    rounds: list[list[float]] = field(default_factory=list)
+    processor_seconds: float = 0.0
+    accuracy: Accuracy | None = None
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class Taken:
+    """One contender's measurements.
+
+    Attributes:
+        contender: Which.
+        opened: `device`, `precision`, `about`, `simulated`, as it said when it was open.
+        startup_seconds: From the start of its process to its first embedding.
+        resident_bytes: Its memory when it was last asked.
+        peak_bytes: The most that it had.
+        grids: By grid, those that it came to.
+        error: Why it is not in the comparison; None if it is.
+    """
+
+    contender: Contender
+    opened: Mapping[str, Any] = field(default_factory=dict)
+    startup_seconds: float | None = None
+    resident_bytes: int | None = None
+    peak_bytes: int | None = None
+    grids: dict[Grid, OnGrid] = field(default_factory=dict)
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class Peak:
+    """What matrix products of the tower's shapes reached, in turns of the same rounds.
+
+    Attributes:
+        rates: The most operations a second, by dtype and shape (rows, inner width, columns).
+        error: Why there are none, or no more.
+    """
+
+    rates: dict[str, dict[tuple[int, int, int], float]] = field(default_factory=dict)
+    error: str | None = None
+
+    def best(self, precision: str) -> float | None:
+        """The most operations a second of any shape; None where that was not measured."""
+        return max(self.rates.get(precision, {}).values(), default=None)
+
+
+def measure_encodes(
+    source: Path, tower: Tower, contenders: Sequence[Contender], plan: EncodePlan, tell: Progress
+) -> tuple[list[Taken], Peak, str | None]:
+    """Measure every contender; what fails is said in its own place.
+
+    The reference encodes each grid once even if it is none of the contenders, and is not timed then.
+
+    Args:
+        source: Folder of a bundle or checkpoint that the contenders open.
+        tower: Its tower.
+        contenders: Who takes part.
+        plan: What each gets.
+        tell: Told what is being done.
+
+    Returns:
+        What each contender did, the machine's peak, and why the reference did not encode if it did not.
+    """
+    taken = [Taken(contender, error=absence(contender)) for contender in contenders]
+    with ExitStack() as stack:
+        folder = stack.enter_context(temporary_folder("visionaccel-bench-"))
+        run = _Run(source, tower, plan, folder, tell, stack)
+        for each in taken:
+            run.start(each)
+        reference = next((each for each in taken if each.contender.label == REFERENCE.label), None)
+        if not run.entrants:
+            return taken, run.peak, None if reference is None else reference.error
+        if reference is None:
+            reference = Taken(REFERENCE, error=absence(REFERENCE))
+            run.start(reference, timed=False)
+        run.start_products()
+        for grid in plan.grids:
+            run.on_grid(grid)
+        failed = (on_grid.error for on_grid in reference.grids.values() if on_grid.error is not None)
+        return taken, run.peak, reference.error or next(failed, None)
+
+
+@dataclass(slots=True)
+class _Entrant:
+    taken: Taken
+    process: ContenderProcess
+    timed: bool
+
+
+class _Run:
+    """The processes of a run, and whose turn it is.
+
+    Attributes:
+        entrants: Who was opened.
+        peak: The machine's.
+    """
+
+    def __init__(
+        self, source: Path, tower: Tower, plan: EncodePlan, folder: Path, tell: Progress, stack: ExitStack
+    ) -> None:
+        self._source, self._tower, self._plan, self._folder, self._tell = source, tower, plan, folder, tell
+        self._stack = stack
+        self.entrants: list[_Entrant] = []
+        self._products: ContenderProcess | None = None
+        self._first = self._patches(plan.grids[0])
+        self.peak = Peak()
+
+    def start(self, taken: Taken, *, timed: bool = True) -> None:
+        """Open a contender and let it encode the first grid."""
+        if taken.error is not None:
+            return
+        label, deadline = taken.contender.label, self._plan.deadline
+        self._tell(f"{label}: starting")
+        try:
+            process = self._process(label, taken.contender.python)
+        except DeviceError as error:
+            taken.error = str(error)
+            return
+        try:
+            taken.opened = process.open(taken.contender, self._source, self._plan.threads, deadline)
+        except DeviceError as error:
+            taken.error = str(error)
+            process.close()
+            return
+        first = taken.grids.setdefault(self._plan.grids[0], OnGrid())
+        try:
+            answer = self._encode(process, self._plan.grids[0], at_least=0.0, save=self._embeddings(label))
+        except DeviceError as error:
+            if not process.alive:
+                taken.error = str(error)
+                taken.grids.clear()
+                return
+            first.error = str(error)  # it may take the other grids
+        else:
+            taken.startup_seconds = answer["ended"] - process.started
+            self._note_memory(taken, answer)
+        self.entrants.append(_Entrant(taken, process, timed))
+
+    def start_products(self) -> None:
+        """Start what measures the machine, if the tower's operations are known."""
+        if self._tower.operations(self._plan.grids[:1]) is None:
+            self.peak.error = f"operations of family {self._tower.family!r} are not counted."
+            return
+        try:
+            self._products = self._process("products", None)
+        except DeviceError as error:
+            self.peak.error = str(error)
+
+    def on_grid(self, grid: Grid) -> None:
+        """Warm everybody up on a grid, compare what came out, and measure in turns."""
+        patches = self._patches(grid)
+        self._products_turn(grid)
+        for entrant in self.entrants:
+            self._warm_up(entrant, grid)
+        self._compare(grid)
+        for number in range(self._plan.rounds):
+            self._products_turn(grid)
+            for entrant in self.entrants:
+                if entrant.timed:
+                    self._turn(entrant, grid, number)
+        if grid != self._plan.grids[-1]:
+            patches.unlink()
+
+    def _warm_up(self, entrant: _Entrant, grid: Grid) -> None:
+        taken = entrant.taken
+        found = taken.grids.setdefault(grid, OnGrid())
+        if grid == self._plan.grids[0] or not self._ready(entrant, grid):
+            return  # The start was its warm-up.
+        label = taken.contender.label
+        self._tell(f"{grid}: {label}, warming up")
+        try:
+            self._encode(entrant.process, grid, at_least=0.0, save=self._embeddings(label))
+        except DeviceError as error:
+            found.error = str(error)
+
+    def _turn(self, entrant: _Entrant, grid: Grid, number: int) -> None:
+        taken = entrant.taken
+        found = taken.grids[grid]
+        if not self._ready(entrant, grid):
+            return
+        self._tell(f"{grid}: {taken.contender.label}, {number + 1} of {self._plan.rounds}")
+        time.sleep(_PAUSE)
+        try:
+            answer = self._encode(entrant.process, grid, at_least=self._plan.turn_seconds, save=None)
+        except DeviceError as error:
+            found.error = str(error)
+            return
+        found.rounds.append(answer["seconds"])
+        found.processor_seconds += answer["processor_seconds"]
+        self._note_memory(taken, answer)
+
+    def _ready(self, entrant: _Entrant, grid: Grid) -> bool:
+        """Whether a contender still takes turns on a grid; one whose process ended on an earlier grid takes none."""
+        found = entrant.taken.grids[grid]
+        if found.error is None and not entrant.process.alive:
+            found.error = "its process ended on a grid before."
+        return found.error is None
+
+    def _compare(self, grid: Grid) -> None:
+        labels = [entrant.taken.contender.label for entrant in self.entrants]
+        files = {label: self._embeddings(label) for label in labels}
+        exact = files.get(REFERENCE.label)
+        reference = None if exact is None or not exact.exists() else np.load(exact)
+        for label, entrant in zip(labels, self.entrants, strict=True):
+            file, found = files[label], entrant.taken.grids[grid]
+            if reference is None or found.error is not None or not file.exists():
+                continue
+            ours = np.load(file)
+            if ours.shape != reference.shape:
+                found.error = f"it returned {list(ours.shape)} in the place of {list(reference.shape)}."
+                continue
+            compared = Comparison()
+            compared.add(ours, reference)
+            found.accuracy = Accuracy(compared.lowest, compared.mean, compared.relative_error, compared.nonfinite_rows)
+        for file in files.values():
+            file.unlink(missing_ok=True)
+
+    def _products_turn(self, grid: Grid) -> None:
+        operations = self._tower.operations([grid])
+        if self._products is None or self.peak.error is not None or operations is None:
+            return
+        products = (*operations.linears, *operations.merger)
+        shapes = list(dict.fromkeys((min(each.rows, MOST_ROWS), each.inner, each.columns) for each in products))
+        time.sleep(_PAUSE)
+        try:
+            answer = self._products.ask(
+                {"do": "products", "shapes": shapes, "threads": self._plan.threads}, self._plan.deadline
+            )
+        except DeviceError as error:
+            self.peak.error = str(error)
+            return
+        for dtype, rates in answer["rates"].items():
+            best = self.peak.rates.setdefault(dtype, {})
+            for shape, rate in zip(shapes, rates, strict=True):
+                best[shape] = max(rate, best.get(shape, 0.0))
+
+    def _encode(self, process: ContenderProcess, grid: Grid, *, at_least: float, save: Path | None) -> dict[str, Any]:
+        request = {
+            "do": "encode",
+            "patches": str(self._patches(grid)),
+            "grid": list(grid.thw),
+            "at_least": at_least,
+            "save": None if save is None else str(save),
+        }
+        return process.ask(request, self._plan.deadline)
+
+    def _patches(self, grid: Grid) -> Path:
+        file = self._folder / f"patches-{grid}.npy"
+        if not file.exists():
+            shape = grid.patches, self._tower.patch_width
+            np.save(file, np.random.default_rng(self._plan.seed).standard_normal(shape, dtype=np.float32))
+        return file
+
+    def _embeddings(self, label: str) -> Path:
+        return self._folder / f"embeddings-{_file_name(label)}.npy"
+
+    def _process(self, label: str, python: str | None) -> ContenderProcess:
+        log = self._folder / f"{_file_name(label)}.log"
+        return self._stack.enter_context(ContenderProcess(log, self._plan.threads, python))
+
+    @staticmethod
+    def _note_memory(taken: Taken, answer: Mapping[str, Any]) -> None:
+        taken.resident_bytes, taken.peak_bytes = answer["resident_bytes"], answer["peak_bytes"]
+
+
+def _file_name(label: str) -> str:
+    return hashlib.sha256(label.encode()).hexdigest()[:16]

@@ -1,0 +1,203 @@
+"""Where the encoder should run on this machine: offloaded to a backend, or left to vLLM.
+
+In-line, the engine's step waits for the encode, whoever makes it: offloading gains what the encode becomes shorter by.
+Pipelined, the language model decodes meanwhile, but an encoder that computes on the host takes processor time that is
+then missing there: offloading gains stock's seconds, in which the engine does nothing else, less the seconds for which
+the encoder's processor time would occupy all the cores. An image's own answer waits for the whole encode in any case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from visionaccel.validation.certificate import THRESHOLDS
+from visionaccel_bench.encode.encode_report import ContenderReport, EncodeReport, GridReport
+
+__all__ = ["LEAST_COSINE", "MARGIN", "GridPlacement", "ModeAdvice", "Placement", "advise"]
+
+MARGIN = 0.1
+"""What must be gained, as a share of stock's seconds: less is within the spread of such measurements."""
+
+LEAST_COSINE = THRESHOLDS["bfloat16"]
+"""Below it, for any token, embeddings are not the model's."""
+
+_OFF_HOST = 0.25
+"""An encoder that takes less than this share of the cores leaves the language model what it needs."""
+
+
+@dataclass(frozen=True, slots=True)
+class GridPlacement:
+    """The encode of one image of a grid.
+
+    Attributes:
+        grid: t, height and width in patches.
+        stock_seconds: By vLLM's own tower.
+        offloaded_seconds: By the backend.
+        host_seconds: Seconds for which the backend's processor time would occupy all the cores.
+        inline_gain_seconds: By how much shorter the engine's step becomes; negative if longer.
+        pipelined_gain_seconds: By how much longer the language model has the machine.
+    """
+
+    grid: str
+    stock_seconds: float
+    offloaded_seconds: float
+    host_seconds: float
+    inline_gain_seconds: float
+    pipelined_gain_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ModeAdvice:
+    """What to do in one mode.
+
+    Attributes:
+        offload: Whether to; None if that cannot be said.
+        reason: Why, with the numbers.
+    """
+
+    offload: bool | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """The advice for one backend.
+
+    Attributes:
+        label: The backend with its device and options.
+        grids: What each grid would gain.
+        processors: Processors that its encodes keep busy; None if it was not measured.
+        takes_language_models_cores: Whether that is a quarter of the machine's or more.
+        inline: What to do in-line.
+        pipelined: What to do pipelined.
+    """
+
+    label: str
+    grids: tuple[GridPlacement, ...]
+    processors: float | None
+    takes_language_models_cores: bool | None
+    inline: ModeAdvice
+    pipelined: ModeAdvice
+
+
+def advise(report: EncodeReport, backend: ContenderReport, stock: ContenderReport) -> Placement:
+    """Whether to offload to a backend, from one run in which it and stock vLLM's tower encoded the same grids.
+
+    All grids count alike, by the sums of their seconds.
+
+    Args:
+        report: The run's report.
+        backend: The backend's figures in it.
+        stock: Those of stock vLLM's tower.
+    """
+    pairs = [
+        (ours, theirs)
+        for ours in backend.grids
+        if ours.median_seconds is not None
+        and (theirs := stock.on(ours.grid)) is not None
+        and theirs.median_seconds is not None
+    ]
+    grids = tuple(_on_grid(ours, theirs, report.plan.threads) for ours, theirs in pairs)
+    if not grids:
+        return _unknown(backend, stock)
+    wall = sum(grid.offloaded_seconds for grid in grids)
+    processors = report.plan.threads * sum(grid.host_seconds for grid in grids) / wall
+    takes = processors >= _OFF_HOST * report.plan.threads
+    against = _refusal(backend, [ours for ours, _ in pairs]) or _doubt(backend, [ours for ours, _ in pairs], report)
+    if against is not None:
+        return Placement(backend.label, grids, processors, takes, against, against)
+    inline, pipelined = _inline(grids), _pipelined(grids, processors, report.plan.threads, takes)
+    return Placement(backend.label, grids, processors, takes, inline, pipelined)
+
+
+def _on_grid(ours: GridReport, stock: GridReport, threads: int) -> GridPlacement:
+    assert ours.median_seconds is not None
+    assert stock.median_seconds is not None
+    host = ours.median_seconds * min((ours.processors or 0.0) / threads, 1.0)
+    return GridPlacement(
+        grid=ours.grid,
+        stock_seconds=stock.median_seconds,
+        offloaded_seconds=ours.median_seconds,
+        host_seconds=host,
+        inline_gain_seconds=stock.median_seconds - ours.median_seconds,
+        pipelined_gain_seconds=stock.median_seconds - host,
+    )
+
+
+def _unknown(backend: ContenderReport, stock: ContenderReport) -> Placement:
+    errors = [
+        f"{each.label}: {error}"
+        for each in (stock, backend)
+        if (error := each.error or next((grid.error for grid in each.grids if grid.error), None)) is not None
+    ]
+    advice = ModeAdvice(None, f"it cannot be compared. {' '.join(errors)}")
+    return Placement(backend.label, (), None, None, advice, advice)
+
+
+def _refusal(backend: ContenderReport, grids: Sequence[GridReport]) -> ModeAdvice | None:
+    """Not to offload whatever the times are, and why; None if there is no such reason."""
+    failed = next((grid for grid in backend.grids if grid.error is not None), None)
+    if failed is not None:
+        return ModeAdvice(False, f"do not: it fails on grid {failed.grid}: {failed.error}")
+    for grid in grids:
+        if grid.accuracy is not None and not grid.accuracy.lowest_cosine >= LEAST_COSINE:  # NaN is not
+            return ModeAdvice(
+                False,
+                f"do not: its embeddings are wrong. The lowest cosine of a token to transformers in float32 is "
+                f"{grid.accuracy.lowest_cosine:.4f} on grid {grid.grid}, and {LEAST_COSINE} is the least.",
+            )
+    return None
+
+
+def _doubt(backend: ContenderReport, grids: Sequence[GridReport], report: EncodeReport) -> ModeAdvice | None:
+    """Why times say nothing; None if they do."""
+    if backend.simulated:
+        return ModeAdvice(None, "its device is SIMULATED, and takes the time that was asked for.")
+    unknown = next((grid.grid for grid in grids if grid.accuracy is None), None)
+    if unknown is None:
+        return None
+    why = f" ({report.reference_error})" if report.reference_error else ""
+    return ModeAdvice(None, f"its embeddings on grid {unknown} were not compared with transformers' in float32{why}.")
+
+
+def _inline(grids: Sequence[GridPlacement]) -> ModeAdvice:
+    stock, ours = sum(grid.stock_seconds for grid in grids), sum(grid.offloaded_seconds for grid in grids)
+    times = f"an encode takes {_seconds(ours)} in the place of vLLM's {_seconds(stock)} ({ours / stock:.2f} times)"
+    over = "" if len(grids) == 1 else f", all {len(grids)} grids together"
+    if ours <= stock * (1 - MARGIN):
+        slower = [grid.grid for grid in grids if grid.inline_gain_seconds < 0]
+        but = f", though not on {', '.join(slower)}" if slower else ""
+        return ModeAdvice(True, f"offload: {times}{over}; each step with an image is that much shorter{but}.")
+    if ours < stock:
+        return ModeAdvice(False, f"do not: {times}{over}, and a gain under {MARGIN:.0%} is within the spread.")
+    return ModeAdvice(False, f"do not: {times}{over}, and the engine's step waits for it.")
+
+
+def _pipelined(grids: Sequence[GridPlacement], processors: float, cores: int, takes: bool) -> ModeAdvice:
+    stock, ours = sum(grid.stock_seconds for grid in grids), sum(grid.offloaded_seconds for grid in grids)
+    host = sum(grid.host_seconds for grid in grids)
+    beside = (
+        f"the encoder takes the language model's cores ({processors:.1f} of {cores})"
+        if takes
+        else f"the encoder leaves the language model its cores (it keeps {processors:.1f} of {cores} busy)"
+    )
+    costs = f"it takes what is worth {_seconds(host)} of the whole machine, stock vLLM's encode {_seconds(stock)}"
+    if host > stock * (1 - MARGIN):
+        why = "is longer" if host > stock else f"gains under {MARGIN:.0%}"
+        return ModeAdvice(
+            False,
+            f"do not: {beside}, and {costs}, so that it {why}. Text streams would no longer stall while an image is "
+            "encoded, but all tokens together come no sooner.",
+        )
+    later = (
+        f" The first token about an image comes later, though: its encode takes {_seconds(ours)} and not "
+        f"{_seconds(stock)}."
+        if ours > stock
+        else ""
+    )
+    return ModeAdvice(True, f"offload: {beside}, and {costs}.{later}")
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 0.1 else f"{1e3 * value:.1f} ms"

@@ -1,0 +1,245 @@
+"""A load of text streams and image requests against an OpenAI-compatible server, with the time of every token."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from visionaccel.errors import ConfigurationError, DeviceError
+from visionaccel_bench.serve.figures import STALL, Kind, Run, Trace
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
+    from PIL.Image import Image
+
+__all__ = ["Endpoint", "Load", "first_model", "one_by_one", "picture", "require", "send"]
+
+_LEAD = 0.5
+"""Seconds that text streams run before the first image is sent."""
+
+_TIMEOUT = 600.0
+_BEAT = 0.01
+_STREAM, _QUESTION = "Stream {number}: read the digits.", "Read the digits."
+_CELLS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """An OpenAI-compatible server.
+
+    Attributes:
+        url: Base URL of its API, ending in `/v1`.
+        model: The model to ask.
+    """
+
+    url: str
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Open loop: requests are sent when their time comes, whatever became of those before.
+
+    Attributes:
+        images: The images, each in a request of its own.
+        image_tokens: Tokens of each answer about an image.
+        gap: Seconds from one image request to the next; 0 for all at once.
+        streams: Text streams, all sent at the start. Image requests begin half a second later; without streams, at
+            once.
+        stream_tokens: Tokens of each text stream.
+    """
+
+    images: tuple[Image, ...]
+    image_tokens: int
+    gap: float = 0.0
+    streams: int = 0
+    stream_tokens: int = 0
+
+
+def require(*modules: str) -> None:
+    """Import what a measurement needs, before anything is started.
+
+    Raises:
+        ConfigurationError: If a module is missing.
+    """
+    from importlib import import_module
+
+    for module in modules:
+        try:
+            import_module(module)
+        except ImportError as error:
+            raise ConfigurationError(
+                f"the benchmark needs {module}, which cannot be imported: {error}.",
+                hint="pip install 'visionaccel[bench]'.",
+            ) from error
+
+
+def picture(seed: Sequence[int], size: tuple[int, int]) -> Image:
+    """A picture of coloured clouds; another one for each seed.
+
+    Args:
+        seed: Numbers from 0.
+        size: Width and height in pixels.
+    """
+    import numpy as np
+    from PIL import Image
+
+    cells = np.random.default_rng(seed).integers(0, 256, (_CELLS, _CELLS, 3), dtype=np.uint8)
+    return Image.fromarray(cells).resize(size, Image.Resampling.BICUBIC)
+
+
+def send(endpoint: Endpoint, load: Load) -> Run:
+    """Send a load and wait for every answer. Answers have exactly as many tokens as asked for.
+
+    Raises:
+        DeviceError: If a request fails; the message names it. The others are given up.
+    """
+    return asyncio.run(_run(endpoint, load, _Sender.open_loop))
+
+
+def one_by_one(endpoint: Endpoint, load: Load) -> Run:
+    """Send the image requests of a load, each when the one before was answered.
+
+    Raises:
+        DeviceError: If a request fails; the message names it.
+    """
+    return asyncio.run(_run(endpoint, load, _Sender.one_by_one))
+
+
+def first_model(url: str) -> str:
+    """The model that a running server serves, the first if there are several.
+
+    Raises:
+        ConfigurationError: If it cannot be asked, or serves none.
+    """
+    from openai import OpenAI, OpenAIError
+
+    try:
+        with OpenAI(base_url=url, api_key="none", timeout=30.0, max_retries=0) as client:
+            models = [model.id for model in client.models.list()]
+    except (OpenAIError, ValueError) as error:
+        raise ConfigurationError(
+            f"the server at {url} cannot be asked for its model: {_said(error)}.",
+            hint="Pass the base URL of a running OpenAI-compatible server, such as http://127.0.0.1:8000/v1.",
+        ) from error
+    if not models:
+        raise ConfigurationError(f"the server at {url} serves no model.", hint="Start it with one.")
+    return models[0]
+
+
+async def _run(
+    endpoint: Endpoint, load: Load, order: Callable[[_Sender], Coroutine[Any, Any, tuple[Trace, ...]]]
+) -> Run:
+    from openai import AsyncOpenAI
+
+    contents = [_content(image) for image in load.images]
+    # A request that is sent again would be measured as one slow request.
+    async with AsyncOpenAI(base_url=endpoint.url, api_key="none", timeout=_TIMEOUT, max_retries=0) as client:
+        sender = _Sender(client, endpoint.model, load, contents)
+        watching = asyncio.create_task(sender.watch())
+        try:
+            traces = await order(sender)
+        finally:
+            watching.cancel()
+    return Run(traces, tuple(sender.pauses))
+
+
+class _Sender:
+    """Sends the requests of a load. Times count from when it was made.
+
+    Attributes:
+        pauses: Start and length of this process's own pauses so far.
+    """
+
+    def __init__(self, client: AsyncOpenAI, model: str, load: Load, contents: Sequence[Any]) -> None:
+        self._client, self._model, self._load, self._contents = client, model, load, contents
+        self._start = time.perf_counter()
+        self.pauses: list[tuple[float, float]] = []
+
+    async def open_loop(self) -> tuple[Trace, ...]:
+        """Every request when its time comes."""
+        load = self._load
+        lead = _LEAD if load.streams else 0.0
+        streams = [
+            self._ask(f"text {i}", "text", _STREAM.format(number=i), load.stream_tokens) for i in range(load.streams)
+        ]
+        images = [self._image(i, lead + i * load.gap) for i in range(len(self._contents))]
+        return await _all([*streams, *images])
+
+    async def one_by_one(self) -> tuple[Trace, ...]:
+        """Each image request when the one before was answered."""
+        return tuple([await self._image(i) for i in range(len(self._contents))])
+
+    async def watch(self) -> None:
+        """Note when this process should have run and did not."""
+        while True:
+            due = self._now() + _BEAT
+            await asyncio.sleep(_BEAT)
+            late = self._now() - due
+            if late > STALL:
+                self.pauses.append((due, late))
+
+    async def _image(self, number: int, due: float = 0.0) -> Trace:
+        await asyncio.sleep(max(due - self._now(), 0.0))
+        return await self._ask(f"image {number}", "image", self._contents[number], self._load.image_tokens)
+
+    async def _ask(self, name: str, kind: Kind, content: Any, tokens: int) -> Trace:
+        from openai import OpenAIError
+
+        sent = self._now()
+        arrivals: list[float] = []
+        counted = 0
+        try:
+            answer = await self._client.chat.completions.create(
+                model=self._model,
+                messages=[{"role": "user", "content": content}],
+                temperature=0,
+                max_tokens=tokens,
+                stream=True,
+                stream_options={"include_usage": True},
+                extra_body={"ignore_eos": True},
+            )
+            async for chunk in answer:
+                now = self._now()
+                if chunk.usage is not None:
+                    counted = chunk.usage.completion_tokens
+                # The first event only tells the role. Later ones are a token each, even if it has no text.
+                if any(choice.delta.content or choice.delta.role is None for choice in chunk.choices):
+                    arrivals.append(now)
+        except OpenAIError as error:
+            raise DeviceError(f"request '{name}' failed: {_said(error)}.") from error
+        except Exception as error:  # The client's HTTP library has errors of its own for streams that break off.
+            raise DeviceError(f"request '{name}' broke off: {type(error).__name__}: {_said(error)}.") from error
+        if not arrivals:
+            raise DeviceError(f"request '{name}' was answered without a token.")
+        return Trace(name, kind, sent, tuple(arrivals), counted or len(arrivals))
+
+    def _now(self) -> float:
+        return time.perf_counter() - self._start
+
+
+async def _all(work: Sequence[Coroutine[Any, Any, Trace]]) -> tuple[Trace, ...]:
+    """The results, in order. With the first error the rest is cancelled."""
+    tasks = [asyncio.create_task(each) for each in work]
+    try:
+        return tuple(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _content(image: Image) -> list[dict[str, Any]]:
+    png = io.BytesIO()
+    image.save(png, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+    return [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": _QUESTION}]
+
+
+def _said(error: Exception) -> str:
+    return str(error).strip().rstrip(".") or type(error).__name__

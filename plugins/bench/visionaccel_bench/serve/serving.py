@@ -1,0 +1,268 @@
+"""What is sent to each server, in which order; and the servers that are started for it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from visionaccel.errors import DeviceError
+from visionaccel.observe import timed_encodes
+from visionaccel_bench.serve.device import Accelerator, Mode
+from visionaccel_bench.serve.figures import Run
+from visionaccel_bench.serve.load import Endpoint, Load, first_model, one_by_one, picture, send
+from visionaccel_bench.server import VllmServer, serve
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["Plan", "Progress", "Subject", "Taken", "measure", "measure_at_no_cost", "running", "started"]
+
+Progress = Callable[[str], None]
+"""Told what is being done."""
+
+_ENCODER = re.compile(r"the vision encoder runs on (backend .*)")
+_OVERRUN = "times that are measured with it are not what was wished"
+_WARM_UP_TOKENS = 16
+_ARGUMENTS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "4096")
+_LEAST_SEQUENCES = 16
+
+
+class _Purpose(IntEnum):
+    """Each has images of its own, so that no load finds another's in a cache."""
+
+    WARM_UP = 0
+    MIXED = 1
+    ONE_BY_ONE = 2
+    TOGETHER = 3
+    DEVICE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What each server gets.
+
+    Attributes:
+        images: Image requests of a load.
+        image_tokens: Tokens of each answer about an image.
+        gap: Seconds from one image request to the next.
+        streams: Text streams.
+        stream_tokens: Tokens of each.
+        size: Width and height of the images in pixels.
+        repeats: How often each load is sent, with other images each time.
+        sequential: Whether image requests are also sent one by one, and all at once without text.
+        seed: Images of another plan with the same seed are the same.
+    """
+
+    images: int
+    image_tokens: int
+    gap: float
+    streams: int
+    stream_tokens: int
+    size: tuple[int, int]
+    repeats: int = 1
+    sequential: bool = False
+    seed: int = 0
+
+    @property
+    def device_images(self) -> list[Image]:
+        """Images of the load's size to measure the device with, one more than the load has."""
+        return list(self._pictures(_Purpose.DEVICE, 0, self.images + 1))
+
+    def warm_up(self) -> Load:
+        """One short text stream and one image."""
+        pictures = self._pictures(_Purpose.WARM_UP, 0, 1)
+        return Load(pictures, self.image_tokens, streams=1, stream_tokens=_WARM_UP_TOKENS)
+
+    def mixed(self, repetition: int) -> Load:
+        """Text streams and image requests: the load that is measured."""
+        pictures = self._pictures(_Purpose.MIXED, repetition, self.images)
+        return Load(pictures, self.image_tokens, self.gap, self.streams, self.stream_tokens)
+
+    def text_only(self) -> Load:
+        """The text streams of the mixed load alone."""
+        return Load((), self.image_tokens, streams=self.streams, stream_tokens=self.stream_tokens)
+
+    def one_by_one(self, repetition: int) -> Load:
+        """As many images as the mixed load has, which are to be sent one after the other."""
+        return Load(self._pictures(_Purpose.ONE_BY_ONE, repetition, self.images), self.image_tokens)
+
+    def together(self, repetition: int) -> Load:
+        """As many images as the mixed load has, all at once and without text."""
+        return Load(self._pictures(_Purpose.TOGETHER, repetition, self.images), self.image_tokens)
+
+    def _pictures(self, purpose: _Purpose, repetition: int, count: int) -> tuple[Image, ...]:
+        return tuple(picture((self.seed, purpose, repetition, i), self.size) for i in range(count))
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A server under measurement.
+
+    Attributes:
+        name: The mode of one that was started, or the name of one that runs.
+        endpoint: How it is asked.
+        server: The one that was started; None for one that runs.
+    """
+
+    name: str
+    endpoint: Endpoint
+    server: VllmServer | None = None
+
+    def encodes(self) -> int | None:
+        """Images that it has encoded so far on a backend; None if that is not known."""
+        if self.server is None or self.name == Mode.STOCK:
+            return None
+        return sum(len(encode["grids"]) for encode in timed_encodes(self._log()))
+
+    def encoder(self) -> str | None:
+        """What encodes, as its log says; None for stock vLLM and for a server that runs."""
+        found = _ENCODER.findall(self._log())
+        return found[-1] if found else None
+
+    def overran(self) -> bool:
+        """Whether its simulated device computed for longer than it was to take."""
+        return _OVERRUN in self._log()
+
+    def _log(self) -> str:
+        return "" if self.server is None else self.server.log.read_text(errors="replace")
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """The runs of every load that a server got; a list has one run for each repetition, or none.
+
+    Attributes:
+        mixed: Text streams and image requests.
+        text_only: The text streams alone.
+        mixed_again: The mixed load once more with the same images, which are then in every cache.
+        one_by_one: The image requests one after the other.
+        together: Image requests all at once, without text.
+        together_again: The same once more with the same images.
+        encoder: What encoded, as the server's log says.
+        overran: Whether a simulated device was slower than it was to be.
+    """
+
+    mixed: list[Run] = field(default_factory=list)
+    text_only: list[Run] = field(default_factory=list)
+    mixed_again: list[Run] = field(default_factory=list)
+    one_by_one: list[Run] = field(default_factory=list)
+    together: list[Run] = field(default_factory=list)
+    together_again: list[Run] = field(default_factory=list)
+    encoder: str | None = None
+    overran: bool = False
+
+
+def measure(subject: Subject, plan: Plan, tell: Progress, *, again: bool) -> Taken:
+    """Send a server everything that is measured, after a warm-up that is not.
+
+    Args:
+        subject: The server.
+        plan: What it gets.
+        tell: Told what is being done.
+        again: Whether loads with images are sent once more, for a server without a twin whose device takes no time.
+
+    Raises:
+        DeviceError: If a request fails, or images were not encoded by the backend. The message names the server and
+            the request, and ends with the end of the server's log.
+    """
+    taken = Taken()
+    _sent(subject, plan.warm_up(), tell, "warming up")
+    for i in range(plan.repeats):
+        part = f", {i + 1} of {plan.repeats}" if plan.repeats > 1 else ""
+        taken.text_only.append(_sent(subject, plan.text_only(), tell, f"text alone{part}"))
+        mixed = plan.mixed(i)
+        taken.mixed.append(_sent(subject, mixed, tell, f"text and images{part}"))
+        if again:
+            taken.mixed_again.append(_sent(subject, mixed, tell, f"the same images again{part}", new=False))
+        if plan.sequential and subject.name == Mode.INLINE:
+            load = plan.one_by_one(i)
+            taken.one_by_one.append(_sent(subject, load, tell, f"images one by one{part}", sender=one_by_one))
+        if plan.sequential and subject.name != Mode.STOCK:
+            load = plan.together(i)
+            taken.together.append(_sent(subject, load, tell, f"images at once{part}"))
+            if again:
+                what = f"images at once, again{part}"
+                taken.together_again.append(_sent(subject, load, tell, what, new=False))
+    return replace(taken, encoder=subject.encoder(), overran=subject.overran())
+
+
+def measure_at_no_cost(subject: Subject, plan: Plan, tell: Progress) -> Taken:
+    """Send the loads with images to a server whose simulated device takes no time, after a warm-up.
+
+    Raises:
+        DeviceError: As `measure`.
+    """
+    taken = Taken()
+    _sent(subject, plan.warm_up(), tell, "warming up, without device time")
+    for i in range(plan.repeats):
+        taken.mixed.append(_sent(subject, plan.mixed(i), tell, "text and images, without device time"))
+        if plan.sequential:
+            taken.together.append(_sent(subject, plan.together(i), tell, "images at once, without device time"))
+    return taken
+
+
+def running(name: str, url: str) -> Subject:
+    """A server that runs already.
+
+    Raises:
+        ConfigurationError: If it cannot be asked for its model.
+    """
+    return Subject(name, Endpoint(url, first_model(url)))
+
+
+@contextmanager
+def started(
+    mode: Mode, checkpoint: Path, accelerator: Accelerator, plan: Plan, arguments: Sequence[str], tell: Progress
+) -> Iterator[Subject]:
+    """A server of a mode while the context lasts.
+
+    Args:
+        mode: How it encodes.
+        checkpoint: What it serves.
+        accelerator: What encodes, except in stock vLLM.
+        plan: What it will get.
+        arguments: More arguments for vLLM; of one that is given twice, these count.
+        tell: Told how long it has been waited for.
+
+    Raises:
+        ConfigurationError: If vLLM is not installed.
+        DeviceError: If the server does not start; the message holds the end of its log.
+    """
+    sequences = max(_LEAST_SEQUENCES, plan.streams + plan.images)
+    fixed = ("--max-num-seqs", str(sequences), "--limit-mm-per-prompt", json.dumps({"image": 1, "video": 0}))
+
+    def waiting(seconds: float) -> None:
+        tell(f"{mode}: starting vLLM, {seconds:.0f} s (usually under a minute)")
+
+    settings = accelerator.settings(mode)
+    with serve(checkpoint, settings, (*_ARGUMENTS, *fixed, *arguments), waiting=waiting) as server:
+        yield Subject(mode, Endpoint(server.url, server.model), server)
+
+
+def _sent(
+    subject: Subject,
+    load: Load,
+    tell: Progress,
+    what: str,
+    *,
+    new: bool = True,
+    sender: Callable[[Endpoint, Load], Run] = send,
+) -> Run:
+    """Send a load; see `measure`. `new` is whether the server has not seen its images before."""
+    tell(f"{subject.name}: {what}")
+    before = subject.encodes()
+    try:
+        run = sender(subject.endpoint, load)
+        after = subject.encodes()
+        if new and before is not None and after is not None and after - before < len(load.images):
+            raise DeviceError(f"the backend encoded {after - before} of {len(load.images)} new images.")
+    except DeviceError as error:
+        log = "" if subject.server is None else f" The end of the server's log:\n{subject.server.log_end()}"
+        raise DeviceError(f"{subject.name}, {what}: {error.message}{log}", hint=error.hint) from error
+    return run
