@@ -23,7 +23,6 @@ from visionaccel.bundle import (
     program_name,
     tower_digest,
 )
-from visionaccel.checkpoint import Checkpoint
 from visionaccel.core.grid import Grid
 from visionaccel.core.program import AnyGrid, Bucket, FixedGrid
 from visionaccel.encoder import open_tower
@@ -36,13 +35,13 @@ def test_a_bundle_states_what_it_holds(tiny, contained):
     assert opened.family == "qwen2_5_vl"
     assert opened.grids == (GRID,)
     assert opened.manifest.weights_digest == tower_digest(open_tower(tiny))
-    assert opened.manifest.vision_config == Checkpoint(tiny).config["vision_config"]
+    assert opened.manifest.spec == open_tower(tiny).spec.document()
     assert opened.manifest.checkpoint is None
     assert sorted((*opened.files(), MANIFEST)) == sorted(file.name for file in contained.iterdir())
     programs = {program.name: program for program in opened.programs(["onnx", "checkpoint"])}
     assert list(programs) == ["10x18", "bucket-440x9", "dynamic", "checkpoint"]
     assert programs["10x18"].coverage == FixedGrid(GRID)
-    assert programs["bucket-440x9"].coverage == Bucket(440, 9)
+    assert programs["bucket-440x9"].coverage == Bucket({"patches": 440, "windows": 9})
     assert programs["dynamic"].coverage == AnyGrid()
     assert str(programs["10x18"].inputs[0]) == "pixel_values: float32[180, 96]"
     assert str(programs["10x18"].outputs[0]) == "embeddings: float32[45, 24]"
@@ -224,7 +223,7 @@ def test_the_processors_digest_is_of_what_makes_patches(tmp_path):
         ([AnyGrid(), AnyGrid(5)], "twice"),
         ([FixedGrid(Grid(2, 10, 18))], "one frame"),
         ([FixedGrid(Grid(1, 999_998, 999_998))], f"at most {MOST_PATCHES} patches"),
-        ([Bucket(2 * MOST_PATCHES, 9)], f"at most {MOST_PATCHES} patches"),
+        ([Bucket({"patches": 2 * MOST_PATCHES, "windows": 9})], f"at most {MOST_PATCHES} patches"),
     ],
 )
 def test_programs_that_cannot_be_are_refused_before_anything_is_written(tiny, tmp_path, coverages, complaint):

@@ -171,7 +171,7 @@ def test_a_field_that_is_not_known_is_refused_wherever_it_is(bundle):
             open_bundle(bundle)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", 1.5, True, None, 10**30])
+@pytest.mark.parametrize("version", [0, 3, "1", 1.5, True, None, 10**30])
 def test_another_schema_version_is_refused_as_such(bundle, version):
     forge(bundle, lambda stated: stated.update(schema_version=version))
     with pytest.raises(BundleError, match="schema version"):
@@ -189,8 +189,12 @@ def test_another_schema_version_is_refused_as_such(bundle, version):
         {"kind": "fixed", "grid": [1, 5, 36]},
         {"kind": "fixed", "grid": [1, 10, 18.0]},
         {"kind": "fixed", "grid": [1, 2**11, 2**11]},
-        {"kind": "bucket", "patches": 181, "windows": 6},
-        {"kind": "bucket", "patches": 2**40, "windows": 6},
+        {"kind": "bucket", "sizes": {"patches": 181, "windows": 6}},
+        {"kind": "bucket", "sizes": {"patches": 2**40, "windows": 6}},
+        {"kind": "bucket", "sizes": {"patches": 180}},
+        {"kind": "bucket", "sizes": {"windows": 6}},
+        {"kind": "bucket", "sizes": {"patches": 180, "windows": 6, "levels": 1}},
+        {"kind": "bucket", "patches": 180, "windows": 6},
         {"kind": "dynamic", "grid": [1, 10, 18]},
     ],
     ids=json.dumps,
@@ -216,11 +220,11 @@ def test_a_coverage_of_the_same_shapes_opens(bundle):
 @pytest.mark.parametrize(
     "host",
     [
-        {"window_order": "raster", "tensors": ["patch_embed.proj.weight"]},
-        {"window_order": "grouped", "tensors": ["patch_embed.proj.weight"]},
-        {"window_order": "spiral", "tensors": []},
+        {"order": "raster", "tensors": ["patch_embed.proj.weight"]},
+        {"order": "grouped", "tensors": ["patch_embed.proj.weight"]},
+        {"order": "spiral", "tensors": []},
     ],
-    ids=lambda host: host["window_order"],
+    ids=lambda host: host["order"],
 )
 def test_a_whole_program_stated_as_split_is_refused(bundle, host):
     for number in range(3):
@@ -285,7 +289,7 @@ def test_programs_and_tensors_and_files_are_stated_once(bundle):
         (lambda text: text.replace('"device": null', '"device": "npu", "device": null', 1), "given twice"),
         (lambda text: text.replace('"most_patches": null', '"most_patches": NaN'), "NaN is not a number"),
         (lambda text: text.replace('"most_patches": null', '"most_patches": -Infinity'), "-Infinity is not a number"),
-        (lambda text: text.replace('"hidden_act": "silu"', '"hidden_act": 1e999'), "1e999 is too large"),
+        (lambda text: text.replace('"activation": "silu"', '"activation": 1e999'), "1e999 is too large"),
         (lambda text: text.replace('"device": null', f'"device": {"[" * 100_000}', 1), "nested too deeply"),
         (lambda text: text.replace('"device": null', f'"device": {"[" * 500}{"]" * 500}', 1), "recursion"),
         (lambda text: text.replace('"silu"', f'{"[" * 990}{"]" * 990}'), "nested too deeply"),
@@ -321,7 +325,7 @@ def test_other_weights_of_the_same_shapes_are_not_this_bundles(bundle, tmp_path)
 
 
 def test_the_configuration_must_be_the_stated_one(bundle):
-    forge(bundle, lambda stated: stated["vision_config"].update(fullatt_block_indexes=[2]))
+    forge(bundle, lambda stated: stated["spec"].update(full_blocks=[2]))
     with pytest.raises(BundleError, match="another vision configuration"):
         open_bundle(bundle)
 

@@ -368,7 +368,7 @@ def test_the_schema_describes_a_manifest(bundle):
     rewrite_manifest(open_bundle(bundle), {"certificate": CERTIFICATE})
     validator.validate(document(bundle))
     assert not validator.is_valid({**document(bundle), "surprise": 1})
-    assert not validator.is_valid({**document(bundle), "schema_version": 2})
+    assert not validator.is_valid({**document(bundle), "schema_version": 3})
 
 
 def test_a_bundle_is_shown_though_its_checkpoint_moved(tiny, tmp_path):

@@ -80,7 +80,11 @@ def test_lost_detail_weighs_more_than_added_area():
 @hypothesis_settings(max_examples=80)
 def test_every_image_gets_a_grid_that_a_program_takes_and_keeps_it(tower, height, width, policy, mixed):
     assume(max(height, width) <= 200 * min(height, width))
-    coverages = [*fixed("8x24", "16x16", "24x8"), Bucket(400, 12)] if mixed else [Bucket(256, 4)]
+    coverages = (
+        [*fixed("8x24", "16x16", "24x8"), Bucket({"patches": 400, "windows": 12})]
+        if mixed
+        else [Bucket({"patches": 256, "windows": 4})]
+    )
     fit = fitter(tower, coverages, policy)
     fitted = fit.fit(Image.new("RGB", (width, height)))
     rows, columns = smart_resize(fitted.height, fitted.width, 28, LEAST, MOST)
@@ -118,7 +122,7 @@ def test_programs_that_no_image_can_get_are_refused(tower):
     with pytest.raises(ConfigurationError, match="2x2 needs images of 784 pixels"):
         fitter(tower, fixed("2x2")).check_bounds()
     with pytest.raises(ConfigurationError, match="up to 12 patches"):
-        fitter(tower, [Bucket(12, 1)]).check_bounds()
+        fitter(tower, [Bucket({"patches": 12, "windows": 1})]).check_bounds()
     with pytest.raises(UnfitGridError, match="is empty"):
         fitter(tower, fixed("8x8")).grid_for(0, 30)
 
@@ -133,7 +137,7 @@ def test_the_largest_grid_is_the_one_with_most_tokens_that_an_image_can_get(towe
     assert fitter(tower, [tower.bucket(Grid(1, 58, 74))]).largest.tokens(2) == 29 * 37
     assert fitter(tower, [tower.bucket(Grid(1, 58, 74))], most=448 * 448).largest == Grid(1, 32, 32)
     # 4 windows of 16 tokens, and room for 90: no grid of 9x10 tokens, nor any other of 65 or more, has so few windows.
-    assert fitter(tower, [Bucket(360, 4)]).largest == Grid(1, 16, 16)
+    assert fitter(tower, [Bucket({"patches": 360, "windows": 4})]).largest == Grid(1, 16, 16)
 
 
 def test_stretching_fills_the_grid(tower):

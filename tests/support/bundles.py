@@ -9,7 +9,7 @@ from typing import Any
 import onnx
 from onnx import numpy_helper
 
-from visionaccel.bundle import MANIFEST, ProgramRequest, export_bundle, seal
+from visionaccel.bundle import MANIFEST, ProgramRequest, export_bundle, open_bundle, seal
 from visionaccel.checkpoint import read_header
 from visionaccel.core.grid import Grid
 from visionaccel.core.program import AnyGrid, FixedGrid, OperatorDialect
@@ -64,6 +64,22 @@ def reseal(folder: Path, change: Change = lambda manifest: None) -> None:
         file |= {"bytes": len(data), "sha256": "sha256:" + hashlib.sha256(data).hexdigest()}
     sealed = seal(manifest)
     (folder / MANIFEST).write_text(json.dumps(sealed.model_dump(mode="json")))
+
+
+def make_version_1(folder: Path) -> None:
+    """Give a bundle the manifest that was written before schema version 2."""
+    manifest = document(folder)
+    tower = open_bundle(folder).tower
+    del manifest["spec"], manifest["digest"]
+    manifest |= {"schema_version": 1, "vision_config": dict(tower.configuration)}
+    for program in manifest["programs"]:
+        if program["coverage"]["kind"] == "bucket":
+            program["coverage"] |= program["coverage"].pop("sizes")
+        if program["host"] is not None:
+            program["host"]["window_order"] = program["host"].pop("order")
+    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    manifest["digest"] = "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+    (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
 def replace_model(folder: Path, program: str, model: bytes) -> None:

@@ -536,7 +536,7 @@ def test_the_digits_model_is_known_by_its_weights(digits, tiny):
 @given(rows=st.integers(1, 30), columns=st.integers(1, 30), windows=st.integers(1, 40))
 def test_trials_of_a_bucket_lie_within_it_and_fill_it(tiny, rows, columns, windows):
     tower = open_tower(tiny)
-    bucket = Bucket(rows * columns * 4, windows)
+    bucket = Bucket({"patches": rows * columns * 4, "windows": windows})
     calls = trial_calls(tower, bucket)
     assert calls
     assert all(len(call) == 1 and tower.fits(bucket, call[0]) for call in calls)

@@ -172,7 +172,7 @@ def write_manifest(
         {
             "schema_version": SCHEMA_VERSION,
             "family": tower.family,
-            "vision_config": tower.configuration,
+            "spec": tower.spec.document(),
             "weights_digest": digest,
             "processor_digest": processor_digest(tower.checkpoint.folder),
             "checkpoint": checkpoint,
@@ -190,8 +190,8 @@ def program_name(coverage: Coverage) -> str:
     match coverage:
         case FixedGrid(grid=grid):
             return f"{grid.h}x{grid.w}"
-        case Bucket(patches=patches, windows=windows):
-            return f"bucket-{patches}x{windows}"
+        case Bucket(sizes=sizes):
+            return "bucket-" + "x".join(map(str, sizes.values()))
         case AnyGrid():
             return "dynamic"
 
@@ -349,7 +349,7 @@ def _write_program(
         "coverage": stated_coverage(request.coverage).model_dump(mode="json"),
         "precision": precision,
         "device": device,
-        "host": {"window_order": split.order, "tensors": list(tower.host_weights)} if split else None,
+        "host": {"order": split.order, "tensors": list(tower.host_weights)} if split else None,
     }
 
 

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
+from visionaccel.bundle.version_1 import upgraded
 from visionaccel.core.bounded_files import read_bounded
 from visionaccel.core.contracts import TensorSpec
 from visionaccel.core.grid import Grid
@@ -43,7 +44,7 @@ __all__ = [
 ]
 
 MANIFEST = "visionaccel.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MOST_PATCHES = 2**20
 """Most patches of a frame of fixed size, about 200 megapixels: a manifest decides how large the host's tables are."""
 
@@ -125,8 +126,15 @@ class BucketCoverage(_Model):
     """Any frame within these sizes, padded to them; tables and masks are inputs."""
 
     kind: Literal["bucket"]
-    patches: FrameSize = Field(description="Most patches of a frame.")
-    windows: FrameSize = Field(description="Most attention windows of a frame.")
+    sizes: dict[Name, FrameSize] = Field(
+        description="Most of each that the tower counts of a frame: always `patches`, and `windows` where it has them."
+    )
+
+    @model_validator(mode="after")
+    def _counts_patches(self) -> BucketCoverage:
+        if "patches" not in self.sizes:
+            raise ValueError("the sizes of a bucket do not state its patches")
+        return self
 
 
 class DynamicCoverage(_Model):
@@ -137,9 +145,9 @@ class DynamicCoverage(_Model):
 
 
 class HostEntry(_Model):
-    """What the program leaves to the host: patch embedding and window reorder before, the reverse reorder after."""
+    """What the program leaves to the host: patch embedding and a reorder before, the reverse reorder after."""
 
-    window_order: Literal["raster", "grouped"]
+    order: Name = Field(description="Order of the tokens at the program's edges, in the tower's own word.")
     tensors: tuple[Name, ...] = Field(description="The tower's weights that the host needs.")
 
 
@@ -194,15 +202,15 @@ class ProgramEntry(_Model):
         match self.coverage:
             case FixedCoverage(grid=grid):
                 return FixedGrid(Grid(*grid))
-            case BucketCoverage(patches=patches, windows=windows):
-                return Bucket(patches, windows)
+            case BucketCoverage(sizes=sizes):
+                return Bucket(sizes)
             case DynamicCoverage(most_patches=most):
                 return AnyGrid(most)
 
     @property
     def split(self) -> HostSplit | None:
         """What is left to the host, as programs have it."""
-        return HostSplit(self.host.window_order) if self.host else None
+        return HostSplit(self.host.order) if self.host else None
 
 
 class ExternalCheckpoint(_Model):
@@ -248,9 +256,9 @@ class Certificate(_Model):
 class Manifest(_Model):
     """A bundle: an encoder's programs with all that is needed to run them rightly, or to refuse."""
 
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     family: Name
-    vision_config: dict[str, Any] = Field(description="The vision tower's configuration, as the checkpoint has it.")
+    spec: dict[str, Any] = Field(description="The description of the vision tower: every size and every choice.")
     weights_digest: Digest = Field(description="Digest of the vision weights that the programs were made from.")
     processor_digest: Digest | None = Field(description="Digest of the image processor's configuration.")
     checkpoint: ExternalCheckpoint | None = Field(description="null: the bundle holds the weights itself.")
@@ -281,8 +289,8 @@ def stated_coverage(coverage: Coverage) -> FixedCoverage | BucketCoverage | Dyna
     match coverage:
         case FixedGrid(grid=grid):
             return FixedCoverage(kind="fixed", grid=(1, grid.h, grid.w))
-        case Bucket(patches=patches, windows=windows):
-            return BucketCoverage(kind="bucket", patches=patches, windows=windows)
+        case Bucket(sizes=sizes):
+            return BucketCoverage(kind="bucket", sizes=dict(sizes))
         case AnyGrid(most_patches=most):
             return DynamicCoverage(kind="dynamic", most_patches=most)
 
@@ -301,10 +309,12 @@ def seal(document: dict[str, Any]) -> Manifest:
 
 
 def parse_manifest(path: Path) -> Manifest:
-    """Read a manifest.
+    """Read a manifest, also one of schema version 1, as one of this version.
 
     Raises:
         BundleError: If it is missing, damaged, of another schema version, or states what this reader does not know.
+        CheckpointError: If a manifest of version 1 states a vision configuration that is incomplete or impossible.
+        UnsupportedArchitectureError: If a manifest of version 1 is of a family that is not known.
     """
     try:
         document = parse_json(read_bounded(path).decode("utf-8"))
@@ -317,19 +327,20 @@ def parse_manifest(path: Path) -> Manifest:
     if not isinstance(document, dict):
         raise BundleError(f"{path} does not hold a JSON object.", hint="Export or fetch the bundle again.")
     version = document.get("schema_version")
-    if version != SCHEMA_VERSION or isinstance(version, bool):
+    if type(version) is not int or version not in (1, SCHEMA_VERSION):
         raise BundleError(
-            f"{path} is of schema version {version!r}; this visionaccel reads {SCHEMA_VERSION}.",
+            f"{path} is of schema version {version!r}; this visionaccel reads 1 to {SCHEMA_VERSION}.",
             hint="Use the visionaccel that wrote it, or export the bundle again.",
         )
-    manifest = _validated(_without_retired(document), str(path))
+    known = _without_retired(document)
+    manifest = _validated(upgraded(known, str(path)) if version == 1 else known, str(path))
     stated = {name: value for name, value in document.items() if name != "digest"}
     if manifest.digest != _digest(stated):
         raise BundleError(
             f"{path} does not have the digest that it states: it was damaged or edited.",
             hint="Export or fetch the bundle again.",
         )
-    return manifest
+    return manifest if version == SCHEMA_VERSION else seal(manifest.model_dump(mode="json"))
 
 
 def json_schema() -> dict[str, Any]:

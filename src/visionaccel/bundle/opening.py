@@ -84,8 +84,12 @@ class Bundle:
                 coverage.grid.check_divisible(merge)
             except GridError as error:
                 raise BundleError(f"{where}: {error.message}", hint=_AGAIN) from error
-        if isinstance(coverage, Bucket) and coverage.patches % merge**2:
-            raise BundleError(f"{where}: {coverage.patches} patches are no whole number of tokens.", hint=_AGAIN)
+        if isinstance(coverage, Bucket):
+            if coverage.patches % merge**2:
+                raise BundleError(f"{where}: {coverage.patches} patches are no whole number of tokens.", hint=_AGAIN)
+            counted = self.tower.sizes_of(Grid(1, merge, merge)).keys()
+            if coverage.sizes.keys() != counted:
+                raise BundleError(f"{where}: its bucket does not state {' and '.join(counted)} alone.", hint=_AGAIN)
         if split is not None and not self.tower.takes_split(coverage, split):
             raise BundleError(f"{where}: this family does not split such programs in that way.", hint=_AGAIN)
         if entry.host is not None and entry.host.tensors != self.tower.host_weights:
@@ -261,9 +265,12 @@ def _tower(folder: Path, manifest: Manifest, given: Checkpoint | None, *, trust_
         raise BundleError(
             f"{folder} is of family {manifest.family!r}, and its configuration is of {tower.family!r}.", hint=_AGAIN
         )
-    if tower.configuration != manifest.vision_config:
+    described = tower.spec.document()
+    if described != manifest.spec:
+        differing = sorted(name for name in described if described[name] != manifest.spec.get(name))
         raise BundleError(
-            f"{folder / MANIFEST} states another vision configuration than {tower.checkpoint.folder}/config.json.",
+            f"{folder / MANIFEST} states another vision configuration than {tower.checkpoint.folder}/config.json: "
+            f"{', '.join(differing) or 'a tower of more fields'} differ.",
             hint=_AGAIN,
         )
     return tower

@@ -103,7 +103,7 @@ def import_vitisai(
         )
         return
     for program in manifest.programs:
-        host = f"windows in {program.host.window_order} order" if program.host else "by ONNX Runtime"
+        host = f"tokens in {program.host.order} order" if program.host else "by ONNX Runtime"
         results.print(
             f"Grid {program.name}: {program.format} for {program.device}, {program.precision}; host part: {host}."
         )

@@ -99,15 +99,22 @@ class Bucket:
     """Fixed sizes with the tables and masks as inputs: one frame of any grid within them, padded.
 
     Attributes:
-        patches: Most patches of a frame.
-        windows: Most attention windows of a frame.
+        sizes: What a tower counts of a frame, in its own words, and the most of each; `patches` is always one of them.
     """
 
-    patches: int
-    windows: int
+    sizes: Mapping[str, int]
+
+    def __hash__(self) -> int:
+        """A mapping has none of its own."""
+        return hash(frozenset(self.sizes.items()))
+
+    @property
+    def patches(self) -> int:
+        """Most patches of a frame."""
+        return self.sizes["patches"]
 
     def __str__(self) -> str:
-        return f"up to {self.patches} patches in {self.windows} windows"
+        return "up to " + " in ".join(f"{size} {name}" for name, size in self.sizes.items())
 
 
 Coverage: TypeAlias = AnyGrid | FixedGrid | Bucket

@@ -8,7 +8,10 @@ from visionaccel.errors import UnsupportedArchitectureError
 from visionaccel.families import qwen2_5_vl
 from visionaccel.towers import Family, Host, Tower
 
-__all__ = ["FAMILIES", "Family", "Host", "Tower", "family_of", "supported_architectures", "tower_of", "weight_prefixes"]
+__all__ = [
+    "FAMILIES", "Family", "Host", "Tower", "family_named", "family_of", "supported_architectures", "tower_of",
+    "weight_prefixes",
+]  # fmt: skip
 
 FAMILIES: Mapping[str, Family] = MappingProxyType({"Qwen2_5_VLForConditionalGeneration": qwen2_5_vl.FAMILY})
 
@@ -31,6 +34,21 @@ def family_of(checkpoint: Checkpoint) -> Family:
     raise UnsupportedArchitectureError(
         f"{checkpoint.folder} is of architecture {named}, whose vision tower is not implemented.",
         hint=f"Supported: {', '.join(sorted(supported_architectures()))}.",
+    )
+
+
+def family_named(name: str) -> Family:
+    """The family of that name.
+
+    Raises:
+        UnsupportedArchitectureError: If there is none.
+    """
+    for family in FAMILIES.values():
+        if family.name == name:
+            return family
+    raise UnsupportedArchitectureError(
+        f"towers of family {name!r} are not implemented.",
+        hint=f"Known: {', '.join(sorted({family.name for family in FAMILIES.values()}))}.",
     )
 
 

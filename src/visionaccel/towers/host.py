@@ -147,7 +147,7 @@ class _Padded(Host):
         for name in {"position_index", "position_weight"} & padded.keys():
             padded[name] = np.ascontiguousarray(_pad(padded[name].swapaxes(0, 1), patches).swapaxes(0, 1))
         if tables.windows is not None:
-            windows = self._bucket.windows
+            windows = self._bucket.sizes["windows"]
             spare = np.arange(len(tables.windows.index), patches // self._spec.merged)
             for name in ("window_index", "reverse_index"):
                 padded[name] = np.concatenate([padded[name], spare])

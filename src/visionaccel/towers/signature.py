@@ -42,7 +42,7 @@ def signature(spec: TowerSpec, coverage: Coverage, host: HostSplit | None) -> Si
     match coverage:
         case Bucket():
             patches, tokens = coverage.patches, coverage.patches // spec.merged
-            windows = coverage.windows
+            windows = coverage.sizes.get("windows", 0)
         case FixedGrid():
             patches, tokens = coverage.grid.patches, coverage.grid.tokens(spec.merge)
     first = (

@@ -168,7 +168,15 @@ class Tower:
 
     def bucket(self, largest: Grid) -> Bucket:
         """The smallest bucket that takes every frame of at most that height and width."""
-        return Bucket(largest.frame.patches, self._windows(largest.frame))
+        return Bucket(self.sizes_of(largest.frame))
+
+    def sizes_of(self, frame: Grid) -> dict[str, int]:
+        """What a bucket has to hold of a frame: its patches, and its attention windows where the tower has them."""
+        found = {"patches": frame.patches}
+        if self.spec.window is not None:
+            side = self.spec.window * self.merge_size
+            found["windows"] = -(-frame.h // side) * -(-frame.w // side)
+        return found
 
     def fits(self, coverage: Coverage, frame: Grid) -> bool:
         """Whether a program of that coverage takes a frame; `frame` has one temporal step."""
@@ -176,7 +184,7 @@ class Tower:
             case FixedGrid():
                 return coverage.grid == frame
             case Bucket():
-                return frame.patches <= coverage.patches and self._windows(frame) <= coverage.windows
+                return all(size <= coverage.sizes.get(name, 0) for name, size in self.sizes_of(frame).items())
             case AnyGrid():
                 return coverage.most_patches is None or frame.patches <= coverage.most_patches
 
@@ -252,10 +260,6 @@ class Tower:
         writer = GraphWriter(folder or self.weights_folder, precision)
         model = write_graph(self.spec, self.weights, writer, coverage, host, chosen)
         return bytes(model.SerializeToString())
-
-    def _windows(self, frame: Grid) -> int:
-        side = (self.spec.window or 0) * self.merge_size
-        return -(-frame.h // side) * -(-frame.w // side) if side else 1
 
     def _onnx_program(self, stored_as: str, dialect: OperatorDialect) -> Program:
         inputs, outputs = self.signature(AnyGrid(), None)

@@ -223,9 +223,7 @@ def _write_program(tower: Tower, found: Findings, precision: Precision, folder: 
         "coverage": stated_coverage(coverage).model_dump(mode="json"),
         "precision": precision,
         "device": found.folder.device,
-        "host": None
-        if found.split is None
-        else {"window_order": found.split.order, "tensors": list(tower.host_weights)},
+        "host": None if found.split is None else {"order": found.split.order, "tensors": list(tower.host_weights)},
     }
 
 

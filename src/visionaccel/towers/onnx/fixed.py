@@ -99,7 +99,7 @@ class FixedOperators(Operators):
         if spec.window is not None:
             if self._host is None:
                 self.order_index, self.reverse_index = "window_index", "reverse_index"
-            shape = g.constant([bucket.windows * spec.window_patches])
+            shape = g.constant([bucket.sizes["windows"] * spec.window_patches])
             self._window_rows = g.node("Reshape", ["window_patches", shape])
 
     def norm(self, norm: Norm, x: str, scale: str, bias: str) -> str:
@@ -144,7 +144,7 @@ class FixedOperators(Operators):
         elif isinstance(self._coverage, FixedGrid):
             out = self._within_runs(query, key, value)
         else:
-            out = self._within_padded(query, key, value, self._coverage.windows)
+            out = self._within_padded(query, key, value, self._coverage.sizes["windows"])
         return g.node("Reshape", [g.node("Transpose", [out], perm=[1, 0, 2]), self.rows])
 
     def _rotate(self, x: str) -> str:

@@ -1,0 +1,56 @@
+"""Manifests of schema version 1, which had the words of one family, as manifests of version 2.
+
+They named a bucket's windows and their order, and held the vision configuration where there is a description now. The
+digest that such a manifest states is that of its own document. `visionaccel validate` writes it back in version 2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from visionaccel.errors import BundleError
+from visionaccel.families import family_named
+
+__all__ = ["upgraded"]
+
+
+def upgraded(document: dict[str, Any], where: str) -> dict[str, Any]:
+    """A document of version 1 as one of version 2; what does not fit version 1 stays, and is refused as version 2.
+
+    Args:
+        document: The manifest.
+        where: How errors name it.
+
+    Raises:
+        BundleError: If it states no family or no vision configuration.
+        CheckpointError: If the vision configuration is incomplete or impossible.
+        UnsupportedArchitectureError: If the family is not known.
+    """
+    changed = {name: value for name, value in document.items() if name != "vision_config"}
+    name, vision = document.get("family"), document.get("vision_config")
+    if not isinstance(name, str) or not isinstance(vision, dict):
+        raise BundleError(
+            f"{where} states no family and vision_config, as schema version 1 has them.",
+            hint="Export or fetch the bundle again.",
+        )
+    family = family_named(name)
+    changed["spec"] = family.described(family.with_configuration({}, vision), where).document()
+    changed["schema_version"] = 2
+    if isinstance(document.get("programs"), list):
+        changed["programs"] = [_program(entry) for entry in document["programs"]]
+    return changed
+
+
+def _program(entry: Any) -> Any:
+    if not isinstance(entry, dict):
+        return entry
+    changed, coverage, host = dict(entry), entry.get("coverage"), entry.get("host")
+    if isinstance(coverage, dict) and coverage.get("kind") == "bucket":
+        sizes = {name: coverage[name] for name in ("patches", "windows") if name in coverage}
+        changed["coverage"] = {**{name: coverage[name] for name in coverage if name not in sizes}, "sizes": sizes}
+    if isinstance(host, dict) and "window_order" in host:
+        changed["host"] = {
+            **{name: host[name] for name in host if name != "window_order"},
+            "order": host["window_order"],
+        }
+    return changed
