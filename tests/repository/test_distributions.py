@@ -100,7 +100,7 @@ def test_a_production_install_has_no_simulated_device_and_no_pytest_plug_in(core
     with ZipFile(core[1]) as wheel:
         (listed,) = (name for name in wheel.namelist() if name.endswith("/entry_points.txt"))
         groups = set(re.findall(r"^\[(.*)\]$", wheel.read(listed).decode(), re.M))
-    assert groups == {"console_scripts", "vllm.general_plugins"}
+    assert groups == {"console_scripts", "visionaccel.families", "vllm.general_plugins"}
 
 
 @pytest.mark.parametrize("plugin", PLUGINS, ids=lambda found: found.name)

@@ -1,0 +1,85 @@
+"""Families are found by entry point, and one that is broken is an error of its own architecture alone."""
+
+import subprocess
+import sys
+
+import pytest
+
+from fake_plugins import install
+from visionaccel.checkpoint import Checkpoint
+from visionaccel.errors import PluginError, UnsupportedArchitectureError
+from visionaccel.families import GROUP, family_named, registry, supported_architectures, tower_of
+from visionaccel.families.qwen2_5_vl import FAMILY
+
+OURS = "Qwen2_5_VLForConditionalGeneration"
+SAME = "from visionaccel.families.qwen2_5_vl import FAMILY"
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """A folder on the Python path; families in it are found from now on."""
+    (tmp_path / "site").mkdir()
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setattr(registry, "_points", registry._points.__wrapped__)
+    monkeypatch.setattr(registry, "_load", registry._load.__wrapped__)
+    return tmp_path / "site"
+
+
+def add(site, distribution, architecture, source):
+    install(site, distribution, architecture, source, GROUP)
+    (info,) = site.glob(f"{distribution.replace('-', '_')}-*.dist-info")
+    (info / "entry_points.txt").write_text(f"[{GROUP}]\n{architecture} = {distribution.replace('-', '_')}:FAMILY\n")
+
+
+def test_ours_is_one_of_them():
+    assert OURS in supported_architectures()
+    assert family_named(FAMILY.name) is FAMILY
+
+
+def test_listing_imports_none():
+    code = (
+        "import sys; from visionaccel.families import supported_architectures as s; s(); "
+        "sys.exit('visionaccel.families.qwen2_5_vl' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+
+
+def test_a_third_partys_family_makes_towers(site, tiny, tmp_path):
+    add(site, "third-party", "OtherForConditionalGeneration", SAME)
+    assert "OtherForConditionalGeneration" in supported_architectures()
+    checkpoint = Checkpoint(tiny)
+    checkpoint.config = {**checkpoint.config, "architectures": ["Unknown", "OtherForConditionalGeneration"]}
+    assert tower_of(checkpoint).spec == tower_of(Checkpoint(tiny)).spec
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [("raise RuntimeError('no such library')", "RuntimeError: no such library"), ("FAMILY = 3", "is not a")],
+)
+def test_a_broken_one_is_an_error_of_its_architecture_alone(site, tiny, source, said):
+    add(site, "broken-family", "BrokenModel", source)
+    assert tower_of(Checkpoint(tiny)).family == FAMILY.name
+    assert family_named(FAMILY.name) is FAMILY
+    checkpoint = Checkpoint(tiny)
+    checkpoint.config = {**checkpoint.config, "architectures": ["BrokenModel"]}
+    with pytest.raises(PluginError, match=rf"broken_family:FAMILY of broken-family 1\.0.*BrokenModel.*{said}"):
+        tower_of(checkpoint)
+
+
+def test_two_for_one_architecture_are_an_error_of_it_alone(site, tiny):
+    add(site, "first-family", "TwiceModel", SAME)
+    add(site, "second-family", "TwiceModel", SAME)
+    assert tower_of(Checkpoint(tiny)).family == FAMILY.name
+    checkpoint = Checkpoint(tiny)
+    checkpoint.config = {**checkpoint.config, "architectures": ["TwiceModel"]}
+    with pytest.raises(PluginError, match=r"provided by both (first|second)-family"):
+        tower_of(checkpoint)
+
+
+def test_an_unknown_architecture_and_an_unknown_name_say_what_is_supported(tiny):
+    checkpoint = Checkpoint(tiny)
+    checkpoint.config = {**checkpoint.config, "architectures": ["UnknownModel"]}
+    with pytest.raises(UnsupportedArchitectureError, match=rf"UnknownModel.*{OURS}"):
+        tower_of(checkpoint)
+    with pytest.raises(UnsupportedArchitectureError, match="'unknown' are not implemented"):
+        family_named("unknown")
