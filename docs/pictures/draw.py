@@ -148,13 +148,13 @@ def flow() -> str:
         ("gather", "window_index", HOST),
         ("program", "blocks, merger", DEVICE),
         ("gather", "reverse_index", HOST),
-        ("embeddings", f"[{tokens}, {sizes.out_hidden_size}]", "#ffffff"),
+        ("embeddings", f"[{tokens}, {sizes.out_width}]", "#ffffff"),
     )
     edges = (
         "",
-        f"[{patches}, {sizes.hidden_size}]",
-        f"[{tokens}, {sizes.merged}, {sizes.hidden_size}]",
-        f"[{tokens}, {sizes.out_hidden_size}]",
+        f"[{patches}, {sizes.hidden}]",
+        f"[{tokens}, {sizes.merged}, {sizes.hidden}]",
+        f"[{tokens}, {sizes.out_width}]",
         "",
     )
     body = text(24, 30, f"A split program of grid {GRID}: what the host does around the device", size=15)
