@@ -18,7 +18,8 @@ from towers import random_patches
 from visionaccel import open_encoder
 from visionaccel.backends import Registry, call_parts, default_registry, watch_parts
 from visionaccel.errors import ConfigurationError
-from visionaccel.integrations.vllm import board, published
+from visionaccel.integrations.vllm import published_metrics as published
+from visionaccel.integrations.vllm import shared_memory as board
 from visionaccel.isolation.answers import decoded, encoded
 from visionaccel.isolation.messages import Places
 from visionaccel.observe import (

@@ -7,7 +7,7 @@ import torch
 
 from visionaccel.core.grid import Grid
 from visionaccel.integrations.vllm import compat
-from visionaccel.integrations.vllm.compat.modelled import (
+from visionaccel.integrations.vllm.compat.modelled_engine import (
     GOOD,
     TAINTED,
     Image,
@@ -16,7 +16,7 @@ from visionaccel.integrations.vllm.compat.modelled import (
     make_scheduler,
     small_config,
 )
-from visionaccel.integrations.vllm.faults import Fault, report_fault
+from visionaccel.integrations.vllm.inline.fault_channel import Fault, report_fault
 from visionaccel.service import item_key
 
 __all__ = ["GOOD", "GRID", "IMAGES", "IMAGE_TOKENS", "TAINTED", "Engine", "Worker", "forget", "make", "pixels"]

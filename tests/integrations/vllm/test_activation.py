@@ -31,7 +31,8 @@ with warnings.catch_warnings():
     from vllm.lora.peft_helper import PEFTHelper
     from vllm.model_executor.models.registry import _LazyRegisteredModel, _ModelInfo
 
-    from visionaccel.integrations.vllm import activation, compat, tower
+    from visionaccel.integrations.vllm import activation, compat
+    from visionaccel.integrations.vllm.inline import tower
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from modelled_engine import GOOD, IMAGE_TOKENS, IMAGES, TAINTED, Engine, forget, make
 from visionaccel.integrations.vllm import compat
-from visionaccel.integrations.vllm.board import _VARIABLE as BOARD
-from visionaccel.integrations.vllm.board import FAULTS, board, make_board
-from visionaccel.integrations.vllm.faults import EVERYTHING, Fault, report_fault
+from visionaccel.integrations.vllm.inline.fault_channel import EVERYTHING, Fault, report_fault
+from visionaccel.integrations.vllm.shared_memory import _VARIABLE as BOARD
+from visionaccel.integrations.vllm.shared_memory import FAULTS, board, make_board
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own deprecations
 

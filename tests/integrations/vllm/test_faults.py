@@ -13,12 +13,19 @@ import torch
 
 from visionaccel.core.grid import Grid
 from visionaccel.errors import ConfigurationError
-from visionaccel.integrations.vllm.board import _VARIABLE as BOARD
-from visionaccel.integrations.vllm.board import FAULTS, METRICS, Area, board, make_board
-from visionaccel.integrations.vllm.faults import EVERYTHING, LOST, REPLACED, Fault, FaultReader, report_fault
+from visionaccel.integrations.vllm.inline.fault_channel import (
+    EVERYTHING,
+    LOST,
+    REPLACED,
+    Fault,
+    FaultReader,
+    report_fault,
+)
+from visionaccel.integrations.vllm.shared_memory import _VARIABLE as BOARD
+from visionaccel.integrations.vllm.shared_memory import FAULTS, METRICS, Area, board, make_board
 from visionaccel.service import item_key
 
-WORKER = "from visionaccel.integrations.vllm.faults import Fault, report_fault\n"
+WORKER = "from visionaccel.integrations.vllm.inline.fault_channel import Fault, report_fault\n"
 
 
 @pytest.fixture
@@ -94,7 +101,7 @@ def test_what_another_process_counts_is_never_read_half_written(shared):
     reader = shared.claim(FAULTS, "counted")
     code = (
         "from contextlib import nullcontext\n"
-        "from visionaccel.integrations.vllm.board import FAULTS, board\n"
+        "from visionaccel.integrations.vllm.shared_memory import FAULTS, board\n"
         "(area,) = board().areas(FAULTS)\n"
         "board().alone = lambda *_: nullcontext()\n"  # nobody else writes, and without locking it writes oftener
         "for _ in range(100_000):\n"
@@ -162,7 +169,7 @@ def test_what_an_earlier_engine_left_is_not_read(shared):
 def test_the_place_of_a_killed_engine_is_used_again(shared):
     run(
         "import os, signal\n"
-        "from visionaccel.integrations.vllm.faults import FaultReader\n"
+        "from visionaccel.integrations.vllm.inline.fault_channel import FaultReader\n"
         "reader = FaultReader('e')\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n",
         check=False,
@@ -179,7 +186,7 @@ def test_each_engine_of_a_server_reads_its_own_workers_alone(shared):
     worker = WORKER + 'assert report_fault(Fault("k", "m"), "e")'
     code = (
         "import subprocess, sys\n"
-        "from visionaccel.integrations.vllm.faults import FaultReader\n"
+        "from visionaccel.integrations.vllm.inline.fault_channel import FaultReader\n"
         "reader = FaultReader('e')\n"
         f"subprocess.run([sys.executable, '-c', {worker!r}])\n"
         "print([fault.key for fault in reader.new()])\n"
@@ -246,7 +253,9 @@ def test_memory_is_not_inherited_by_another_launcher_unless_it_asks(shared):
     named = os.environ[BOARD]
     make_board()
     assert os.environ[BOARD] == named
-    code = "import os\nfrom visionaccel.integrations.vllm.board import *\nmake_board({})\nprint(os.environ['{}'])"
+    code = (
+        "import os\nfrom visionaccel.integrations.vllm.shared_memory import *\nmake_board({})\nprint(os.environ['{}'])"
+    )
     other = run(code.format("", BOARD)).strip()
     assert other
     assert other != named
@@ -279,8 +288,8 @@ def test_memory_that_the_system_does_not_give_refuses_the_start(monkeypatch):
 def test_a_launcher_that_ends_leaves_no_file_and_its_processes_go_on_without_a_warning(tmp_path, end):
     worker = WORKER + (
         "import sys, time\n"
-        "from visionaccel.integrations.vllm.faults import FaultReader\n"
-        "from visionaccel.integrations.vllm.published import publish\n"
+        "from visionaccel.integrations.vllm.inline.fault_channel import FaultReader\n"
+        "from visionaccel.integrations.vllm.published_metrics import publish\n"
         "metrics = publish()\n"
         "reader = FaultReader('e')\n"
         "print('ready', flush=True)\n"
@@ -293,7 +302,7 @@ def test_a_launcher_that_ends_leaves_no_file_and_its_processes_go_on_without_a_w
     )
     launcher = (
         "import subprocess, sys, time\n"
-        "from visionaccel.integrations.vllm.board import make_board\n"
+        "from visionaccel.integrations.vllm.shared_memory import make_board\n"
         "make_board()\n"
         f"subprocess.Popen([sys.executable, '-c', {worker!r}], start_new_session=True)\n"
         "time.sleep(600)\n"

@@ -24,13 +24,14 @@ from modelled_engine import GOOD, GRID, IMAGES, TAINTED, Engine, Worker, forget,
 from visionaccel import open_encoder
 from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError
-from visionaccel.integrations.vllm import compat, self_test
+from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.activation import MODELS
-from visionaccel.integrations.vllm.board import _VARIABLE as BOARD
-from visionaccel.integrations.vllm.board import make_board
-from visionaccel.integrations.vllm.faults import REPLACED, Fault
+from visionaccel.integrations.vllm.inline.fault_channel import REPLACED, Fault
 from visionaccel.integrations.vllm.mode import choose_mode
+from visionaccel.integrations.vllm.pipelined import self_test
 from visionaccel.integrations.vllm.reloading import Replacement, source_digest
+from visionaccel.integrations.vllm.shared_memory import _VARIABLE as BOARD
+from visionaccel.integrations.vllm.shared_memory import make_board
 from visionaccel.settings import load_settings
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own deprecations
@@ -352,7 +353,7 @@ def test_after_new_weights_no_step_uses_the_encoder_before(digits, exact, retrai
         raise RuntimeError("no context on this device")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("visionaccel.integrations.vllm.connector.open_wanted_service", fail)
+        patch.setattr("visionaccel.integrations.vllm.pipelined.connector.open_wanted_service", fail)
         report(Replacement(str(digits), None, source_digest(open_tower(digits))))
         (image, text) = answers([2], [])
     assert "opening the encoder from the new weights failed with RuntimeError: no context on this device" in image
@@ -458,7 +459,7 @@ def engine_config(checkpoint, monkeypatch, settings, config):
 
 
 def test_embeddings_arrive_in_a_worker_as_they_left(digits, exact, monkeypatch):
-    from visionaccel.integrations.vllm.connector import EmbeddingsForStep, VisionAccelConnector
+    from visionaccel.integrations.vllm.pipelined.connector import EmbeddingsForStep, VisionAccelConnector
 
     rows = exact[1].astype(ml_dtypes.bfloat16)
     rows.flags.writeable = False

@@ -16,7 +16,7 @@ from visionaccel.core.program import AnyGrid, FixedGrid
 from visionaccel.encoder import open_tower
 from visionaccel.errors import BundleError, ConfigurationError, InputError, UnfitGridError
 from visionaccel.families import tower_of
-from visionaccel.integrations.vllm.source import open_served_source
+from visionaccel.integrations.vllm.encoder_source import open_served_source
 from visionaccel.settings import load_settings
 
 with warnings.catch_warnings():

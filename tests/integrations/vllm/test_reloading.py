@@ -15,8 +15,9 @@ from visionaccel.bundle import strip_checkpoint
 from visionaccel.checkpoint import Checkpoint
 from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError, DeviceError
-from visionaccel.integrations.vllm import compat, tower
-from visionaccel.integrations.vllm.faults import REPLACED
+from visionaccel.integrations.vllm import compat
+from visionaccel.integrations.vllm.inline import tower
+from visionaccel.integrations.vllm.inline.fault_channel import REPLACED
 from visionaccel.integrations.vllm.reloading import Replacement, StoredWeights, source_digest
 from visionaccel_testing.checkpoints import TINY, random_checkpoint
 
@@ -152,7 +153,7 @@ def test_weights_without_files_are_refused_and_nothing_is_encoded_with_the_ones_
 def test_where_no_scheduler_listens_no_embedding_of_the_weights_before_is_used(
     tiny, other, faults, monkeypatch, in_files
 ):
-    from visionaccel.integrations.vllm.connector import EmbeddingsForStep, VisionAccelConnector
+    from visionaccel.integrations.vllm.pipelined.connector import EmbeddingsForStep, VisionAccelConnector
 
     def step(rows, cache):
         connector._connector_metadata = EmbeddingsForStep(rows)

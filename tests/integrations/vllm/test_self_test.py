@@ -14,10 +14,11 @@ import pytest
 
 from gated import wait_until
 from visionaccel.errors import ConfigurationError
-from visionaccel.integrations.vllm import activation, compat, self_test
+from visionaccel.integrations.vllm import activation, compat
 from visionaccel.integrations.vllm.compat import checking
 from visionaccel.integrations.vllm.compat.contract import Feature
 from visionaccel.integrations.vllm.mode import choose_mode
+from visionaccel.integrations.vllm.pipelined import self_test
 from visionaccel.isolation import as_finding
 from visionaccel.settings import load_settings
 
@@ -117,7 +118,7 @@ def test_a_scheduler_that_works_otherwise_fails(change, monkeypatch):
     """In this process, as the child would play it."""
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    from visionaccel.integrations.vllm.rehearsal import rehearse
+    from visionaccel.integrations.vllm.pipelined.modelled_run import rehearse
     from visionaccel.integrations.vllm.scheduler import ContainedScheduler
 
     source, message = BROKEN[change]
@@ -138,7 +139,7 @@ def test_a_scheduler_that_works_otherwise_fails(change, monkeypatch):
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 def test_vllms_own_schedulers_pass_with_and_without_containment(asynchronous):
-    from visionaccel.integrations.vllm.rehearsal import rehearse
+    from visionaccel.integrations.vllm.pipelined.modelled_run import rehearse
     from visionaccel.integrations.vllm.scheduler import ContainedAsyncScheduler, ContainedScheduler
 
     ours = ContainedAsyncScheduler if asynchronous else ContainedScheduler
@@ -176,7 +177,7 @@ def no_space(*_, **__):
 
 def test_a_full_temporary_folder_of_the_child_is_no_verdict(config, monkeypatch, own_folder, tmp_path):
     """In this process, as the child would meet it."""
-    from visionaccel.integrations.vllm import rehearsal
+    from visionaccel.integrations.vllm.pipelined import modelled_run as rehearsal
 
     answer = tmp_path / "answer.json"
 

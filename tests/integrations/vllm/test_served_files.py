@@ -26,7 +26,7 @@ with warnings.catch_warnings():
     from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER, DefaultModelLoader
 
     from visionaccel.integrations.vllm import compat
-    from visionaccel.integrations.vllm.source import open_served_source
+    from visionaccel.integrations.vllm.encoder_source import open_served_source
     from visionaccel.settings import load_settings
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -39,7 +39,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader import get_model_loader
 from visionaccel.bundle import tower_digest
 from visionaccel.integrations.vllm import compat
-from visionaccel.integrations.vllm.source import open_served_source
+from visionaccel.integrations.vllm.encoder_source import open_served_source
 from visionaccel.settings import load_settings
 revision, folder = sys.argv[1:]
 engine = EngineArgs(model="someone/digits", revision=revision, download_dir=folder, dtype="float32", max_model_len=512)

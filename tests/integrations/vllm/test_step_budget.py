@@ -10,8 +10,9 @@ from gated import Gate, gated
 from towers import random_patches
 from visionaccel import open_encoder
 from visionaccel.errors import DeadlineError, DeviceError
-from visionaccel.integrations.vllm import compat, step_budget, tower
-from visionaccel.integrations.vllm.step_budget import LateOpening, StepBudget
+from visionaccel.integrations.vllm import compat
+from visionaccel.integrations.vllm.inline import step_budget, tower
+from visionaccel.integrations.vllm.inline.step_budget import LateOpening, StepBudget
 from visionaccel.settings import Settings
 from visionaccel.trust import GuardedEncoder
 

@@ -11,7 +11,8 @@ import vllm
 from served import served_model
 from visionaccel.checkpoint import SINGLE_FILE
 from visionaccel.errors import BackendUnavailableError, ChangedFileError
-from visionaccel.integrations.vllm import compat, tower
+from visionaccel.integrations.vllm import compat
+from visionaccel.integrations.vllm.inline import tower
 from visionaccel_testing.checkpoints import TINY, random_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own deprecations

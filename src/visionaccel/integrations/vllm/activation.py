@@ -9,12 +9,12 @@ from visionaccel.backends import AUTO, default_registry
 from visionaccel.core.cores import Host, choose_cores
 from visionaccel.errors import ConfigurationError, SettingsError
 from visionaccel.integrations.vllm import compat
-from visionaccel.integrations.vllm.board import make_board
 from visionaccel.integrations.vllm.compat.checking import missing
 from visionaccel.integrations.vllm.compat.contract import Feature
 from visionaccel.integrations.vllm.features import is_on, require_features
 from visionaccel.integrations.vllm.mode import choose_mode
-from visionaccel.integrations.vllm.options import changed_size
+from visionaccel.integrations.vllm.processor_options import changed_size
+from visionaccel.integrations.vllm.shared_memory import make_board
 from visionaccel.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def activate() -> None:
 
 
 def _collector() -> Collector:
-    from visionaccel.integrations.vllm.published import PublishedCollector  # only where `/metrics` is answered
+    from visionaccel.integrations.vllm.published_metrics import PublishedCollector  # only where `/metrics` is answered
 
     return PublishedCollector()
 
@@ -103,7 +103,7 @@ def _prepare(config: VllmConfig, client_embeds: bool) -> None:
 
 def _limits_grids(config: VllmConfig) -> bool:
     """Whether the encoder takes some grids only, so that images are fitted to them."""
-    from visionaccel.integrations.vllm.source import grids_of  # only where fitting is off
+    from visionaccel.integrations.vllm.encoder_source import grids_of  # only where fitting is off
 
     served = compat.served_model(config)
     return served.takes_media and grids_of(served, load_settings()) is not None
@@ -208,7 +208,7 @@ def _refuse_fitting(served: compat.ServedModel, settings: Settings, reason: str)
     Raises:
         ConfigurationError: If it does.
     """
-    from visionaccel.integrations.vllm.source import grids_of  # only where images may not be fitted
+    from visionaccel.integrations.vllm.encoder_source import grids_of  # only where images may not be fitted
 
     grids = grids_of(served, settings)
     if grids is not None and not (grids.rest and settings.fit == "none"):

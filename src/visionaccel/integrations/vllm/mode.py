@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from visionaccel.errors import ConfigurationError
-from visionaccel.integrations.vllm import compat, self_test
+from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.compat.contract import Feature
 from visionaccel.integrations.vllm.features import why_off
+from visionaccel.integrations.vllm.pipelined import self_test
 from visionaccel.settings import Settings
 
 if TYPE_CHECKING:

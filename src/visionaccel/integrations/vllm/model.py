@@ -17,9 +17,9 @@ from visionaccel.integrations.vllm.compat import (
     Qwen2_5_VLDummyInputsBuilder,
     Qwen2_5_VLForConditionalGeneration,
 )
+from visionaccel.integrations.vllm.inline.tower import AbsentTower, AcceleratedTower
 from visionaccel.integrations.vllm.processing import FittedProcessingInfo, FittedProcessor
 from visionaccel.integrations.vllm.reloading import Comparison
-from visionaccel.integrations.vllm.tower import AbsentTower, AcceleratedTower
 
 if TYPE_CHECKING:
     import torch

@@ -20,9 +20,9 @@ from visionaccel.errors import InputError, UnfitGridError
 from visionaccel.images import Fitter
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.compat import Qwen2_5_VLMultiModalProcessor, Qwen2_5_VLProcessingInfo
-from visionaccel.integrations.vllm.options import changed_size, normalisation_in, without_normalisation
+from visionaccel.integrations.vllm.encoder_source import Grids, grids_of
+from visionaccel.integrations.vllm.processor_options import changed_size, normalisation_in, without_normalisation
 from visionaccel.integrations.vllm.processor_times import ProcessorObserver
-from visionaccel.integrations.vllm.source import Grids, grids_of
 from visionaccel.settings import Settings, load_settings
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import json
 from typing import Any, Self
 
 from visionaccel.core.safe_text import safe_logger
-from visionaccel.integrations.vllm.published import publish
+from visionaccel.integrations.vllm.published_metrics import publish
 from visionaccel.observe import EncoderMetrics, TraceLog
 from visionaccel.settings import Settings
 

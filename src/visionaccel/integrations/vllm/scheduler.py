@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from visionaccel.core.grid import as_grids
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.compat import AsyncScheduler, Scheduler
-from visionaccel.integrations.vllm.connector import VisionAccelConnector
-from visionaccel.integrations.vllm.faults import EVERYTHING, LOST, REPLACED, Fault, FaultReader
+from visionaccel.integrations.vllm.inline.fault_channel import EVERYTHING, LOST, REPLACED, Fault, FaultReader
+from visionaccel.integrations.vllm.pipelined.connector import VisionAccelConnector
 from visionaccel.integrations.vllm.reloading import Replacement
 from visionaccel.observe import TraceLog
 from visionaccel.service import item_key

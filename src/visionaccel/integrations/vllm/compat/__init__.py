@@ -13,8 +13,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from visionaccel.integrations.vllm.compat.bound_cores import (
+    encoder_host,
+    started_cores,
+)
 from visionaccel.integrations.vllm.compat.checking import missing
-from visionaccel.integrations.vllm.compat.configuration import (
+from visionaccel.integrations.vllm.compat.engine_config import (
     CONNECTOR,
     ServedModel,
     adapts_tower,
@@ -46,11 +50,7 @@ from visionaccel.integrations.vllm.compat.configuration import (
     use_model_in_process,
     without_python_processor,
 )
-from visionaccel.integrations.vllm.compat.cores import (
-    encoder_host,
-    started_cores,
-)
-from visionaccel.integrations.vllm.compat.processing import (
+from visionaccel.integrations.vllm.compat.image_processing import (
     convert_images,
     errors_for_clients,
     pixel_bounds,

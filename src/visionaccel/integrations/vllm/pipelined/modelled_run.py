@@ -1,7 +1,7 @@
 """Ten requests through vLLM's scheduler with the EC connector, a modelled device and a modelled worker: the self-test.
 
-Run in a process of its own: `python -m visionaccel.integrations.vllm.rehearsal FILE LIMIT own|stock sync|async`. It
-loads no weights and opens no device.
+Run in its own process: `python -m visionaccel.integrations.vllm.pipelined.modelled_run FILE LIMIT SCHEDULER TIMING`, see
+`main`. It loads no weights and opens no device.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ from visionaccel.core.grid import Grid
 from visionaccel.core.orphans import temporary_folder
 from visionaccel.errors import DeviceError
 from visionaccel.integrations.vllm import compat
-from visionaccel.integrations.vllm.bookings import Bookings
 from visionaccel.integrations.vllm.compat import ECConnectorRole
-from visionaccel.integrations.vllm.compat.modelled import (
+from visionaccel.integrations.vllm.compat.modelled_engine import (
     GOOD,
     Image,
     ModelledEngine,
@@ -35,9 +34,10 @@ from visionaccel.integrations.vllm.compat.modelled import (
     make_scheduler,
     small_config,
 )
-from visionaccel.integrations.vllm.connector import VisionAccelConnector
+from visionaccel.integrations.vllm.pipelined.connector import VisionAccelConnector
+from visionaccel.integrations.vllm.pipelined.pending_images import Bookings
+from visionaccel.integrations.vllm.pipelined.self_test import NAME
 from visionaccel.integrations.vllm.scheduler import ContainedAsyncScheduler, ContainedScheduler
-from visionaccel.integrations.vllm.self_test import NAME
 from visionaccel.isolation import answer_with, give_up_after
 from visionaccel.service import Embedding, EncodeService
 

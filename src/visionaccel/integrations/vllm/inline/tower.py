@@ -17,12 +17,12 @@ from visionaccel.core.grid import as_grids
 from visionaccel.errors import ConfigurationError, InputError, VisionAccelError
 from visionaccel.families import Tower
 from visionaccel.integrations.vllm import compat
-from visionaccel.integrations.vllm.faults import EVERYTHING, REPLACED, Fault, open_channel, report_fault
-from visionaccel.integrations.vllm.producer import guard_saving
-from visionaccel.integrations.vllm.published import publish
+from visionaccel.integrations.vllm.encoder_source import announce, open_served_source, stated_source
+from visionaccel.integrations.vllm.inline.fault_channel import EVERYTHING, REPLACED, Fault, open_channel, report_fault
+from visionaccel.integrations.vllm.inline.saving_guard import guard_saving
+from visionaccel.integrations.vllm.inline.step_budget import LateOpening, StepBudget
+from visionaccel.integrations.vllm.published_metrics import publish
 from visionaccel.integrations.vllm.reloading import Comparison, Replacement, StoredWeights, source_digest
-from visionaccel.integrations.vllm.source import announce, open_served_source, stated_source
-from visionaccel.integrations.vllm.step_budget import LateOpening, StepBudget
 from visionaccel.service import item_key, open_guarded
 from visionaccel.settings import load_settings
 from visionaccel.trust import Embedded, GuardedEncoder

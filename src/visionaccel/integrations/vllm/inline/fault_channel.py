@@ -15,7 +15,7 @@ import weakref
 from dataclasses import dataclass
 
 from visionaccel.errors import ConfigurationError
-from visionaccel.integrations.vllm.board import FAULTS, Area, board
+from visionaccel.integrations.vllm.shared_memory import FAULTS, Area, board
 
 __all__ = ["EVERYTHING", "LOST", "REPLACED", "Fault", "FaultReader", "open_channel", "report_fault"]
 

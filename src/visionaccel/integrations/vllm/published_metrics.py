@@ -16,7 +16,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from visionaccel.integrations.vllm import compat
-from visionaccel.integrations.vllm.board import METRICS, Area, Board, board
+from visionaccel.integrations.vllm.shared_memory import METRICS, Area, Board, board
 from visionaccel.observe import SERIES, EncoderMetrics, Snapshot, families, merged, without_levels
 
 __all__ = ["PublishedCollector", "publish"]

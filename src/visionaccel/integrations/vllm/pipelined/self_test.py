@@ -29,7 +29,7 @@ NAME = "self-test"
 LIMIT = 180.0
 """Seconds that it may take: importing vLLM on a busy machine takes most of a minute."""
 
-_MODULE = "visionaccel.integrations.vllm.rehearsal"
+_MODULE = "visionaccel.integrations.vllm.pipelined.modelled_run"
 _FOLDERS = ("vllm.v1.core", "vllm.distributed.ec_transfer")
 _FEATURES = (Feature.PIPELINED, Feature.CONTAINMENT)
 
@@ -90,7 +90,7 @@ def _kept(kind: tuple[str, str]) -> Path:
 
 def _files() -> Iterator[Path]:
     """Files that the verdict stands on: of vLLM, what the mode relies on and the scheduler's parts; of ours, all."""
-    yield from Path(__file__).parent.rglob("*.py")
+    yield from Path(__file__).parents[1].rglob("*.py")
     for folder in _FOLDERS:
         spec = find_spec(folder)
         for place in (spec.submodule_search_locations or ()) if spec is not None else ():

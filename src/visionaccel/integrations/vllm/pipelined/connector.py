@@ -1,0 +1,366 @@
+"""The pipelined mode: an EC connector that owns the encode service, so that vLLM decodes while images are encoded.
+
+vLLM makes one in the engine's process, beside the scheduler, and one in each worker. The scheduler asks the first
+whether a request's images are there and leaves the request in its queue, without memory for keys, until they are; then
+the embeddings travel with the step's metadata to the workers, which put them where vLLM's own encoder would have put
+them. Nothing of this waits for the encoder.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from visionaccel.backends.containment import device_errors
+from visionaccel.bundle import Bundle
+from visionaccel.core.arrays import as_numpy
+from visionaccel.core.grid import Grid, as_grids
+from visionaccel.errors import ConfigurationError, VisionAccelError
+from visionaccel.families import Tower
+from visionaccel.integrations.vllm import compat
+from visionaccel.integrations.vllm.compat import CacheState, ECConnectorBase, ECConnectorMetadata, ECConnectorRole
+from visionaccel.integrations.vllm.encoder_source import announce, open_served_source
+from visionaccel.integrations.vllm.pipelined.pending_images import Bookings, Failure, Wanted
+from visionaccel.integrations.vllm.published_metrics import publish
+from visionaccel.integrations.vllm.reloading import Replacement, source_digest
+from visionaccel.service import EncodeService, open_wanted_service
+from visionaccel.settings import load_settings
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+__all__ = ["EmbeddingsForStep", "VisionAccelConnector"]
+
+_CLOSING_SECONDS = 5.0
+
+
+@dataclass
+class EmbeddingsForStep(ECConnectorMetadata):  # type: ignore[misc]
+    """What the workers put into their encoder caches before a step.
+
+    Attributes:
+        rows: [tokens, width] of each encoder output, by its identifier. numpy, because its bytes travel beside the
+            pickled step and not inside it; bfloat16 as uint16, since ml_dtypes' types do not.
+    """
+
+    rows: dict[str, NDArray[Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """An image or video of a request.
+
+    Attributes:
+        identifier: vLLM's key of its encoder output.
+        end: Where its tokens end in the prompt.
+        wanted: What to encode, if that is known here.
+        given: Its embeddings come with the request.
+    """
+
+    identifier: str
+    end: int
+    wanted: Wanted | None
+    given: bool
+
+
+class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
+    """Gives requests their embeddings from an encode service in the engine's process.
+
+    Attributes:
+        scheduler_forgets: The scheduler asks `take_distrust`, and forgets what was computed from wrong embeddings.
+    """
+
+    _refusal: VisionAccelError | None = None
+
+    def __init__(self, vllm_config: VllmConfig, role: ECConnectorRole) -> None:
+        super().__init__(vllm_config=vllm_config, role=role)
+        served = compat.served_model(vllm_config)
+        self._device, self._dtype = served.device, served.dtype
+        self._service: EncodeService | None = None
+        self._requests: dict[str, Request] = {}
+        self._items: dict[str, tuple[_Item, ...]] = {}
+        self._loads: dict[str, NDArray[Any]] = {}
+        self._cached: set[str] = set()
+        self._state: Callable[[str, str], CacheState] = self._guessed_state
+        self._inline = 0
+        self.scheduler_forgets = False
+        self._distrust = threading.Event()
+        if role == ECConnectorRole.SCHEDULER and served.takes_media:
+            settings = load_settings()
+            if served.replaces is None:
+                # vLLM's own model class may leave the normalisation of pixels to its tower.
+                raise ConfigurationError(
+                    f"{compat.CONNECTOR} is configured, but visionaccel's plug-in is not active in this engine.",
+                    hint="Set VISIONACCEL_BACKEND, and list visionaccel in VLLM_PLUGINS if that is set.",
+                )
+            self._served, self._settings = served, settings
+            self._metrics = publish() if settings.metrics else None  # before the canary, which counts too
+            self._open(open_served_source(served, settings))
+
+    def _open(self, source: Tower | Bundle) -> None:
+        """Encode with a source from now on."""
+        served, settings = self._served, self._settings
+        dtype, host = str(served.dtype).removeprefix("torch."), compat.encoder_host(served.device, in_step=False)
+        self._service = open_wanted_service(source, settings, dtype, host)
+        self._digest = source_digest(source)
+        announce(self._service.encoders, "pipelined")
+        self._bookings = Bookings(self._service, settings.cache_size)
+        for stage in {stage for encoder in self._service.encoders for stage in encoder.stages}:
+            stage.on_drift(self._distrust.set)
+        if self._metrics is not None:
+            self._metrics.watch_service(self._service)
+
+    def replace_encoder(self, order: Replacement) -> None:
+        """Encode with the weights that the workers were given, or fail each request with an image until there are some.
+
+        Called between two steps, and waits until the encoder is open: no step may encode with the weights before.
+
+        Args:
+            order: What a worker has reported; each of several workers reports the same.
+        """
+        if self._service is None or (order.refusal is None and order.digest == self._digest):
+            return
+        self._digest = ""
+        try:
+            with device_errors("opening the encoder from the new weights"):
+                self._service.close(wait=_CLOSING_SECONDS)  # a device may have room for one encoder only
+                self._open(self._source_of(order))
+        except VisionAccelError as error:
+            compat.logger().error("Requests with images end with an error from now on: %s", error)
+            self._digest = ""
+            self._bookings = Bookings(_Refusing(error), self._settings.cache_size)
+        self._loads.clear()
+        self._cached.clear()
+
+    def _source_of(self, order: Replacement) -> Tower | Bundle:
+        if order.refusal is not None:
+            raise ConfigurationError(order.refusal, hint="Load weights of the vision encoder from files.")
+        source = open_served_source(replace(self._served, source=order.source, revision=order.revision), self._settings)
+        if source_digest(source) != order.digest:
+            raise ConfigurationError(
+                f"the weights in {order.source} changed while they were loaded.", hint="Load them again."
+            )
+        return source
+
+    @property
+    def service(self) -> EncodeService | None:
+        """The encode service; None in workers, and where prompts may hold no media."""
+        return self._service
+
+    def attach(self, state: Callable[[str, str], CacheState]) -> None:
+        """Learn from the scheduler what is in its encoder cache, instead of keeping a list that is one step behind.
+
+        Args:
+            state: Tells of an encoder output, by its identifier, for a request, by its own.
+        """
+        self._state = state
+
+    # In the engine's process:
+
+    def ensure_cache_available(self, request: Request, num_computed_tokens: int) -> bool:
+        """Whether a request may be scheduled; if an embedding is missing, it is being encoded from now on."""
+        if self._service is None:
+            return True
+        name = request.request_id
+        needed = [item for item in self._items_of(request) if item.end > num_computed_tokens]
+        states = [self._state(item.identifier, name) for item in needed]
+        if "absent" not in states:
+            return True
+        # Making room for what is absent may evict what no request holds.
+        wanted = [
+            item.wanted
+            for item, state in zip(needed, states, strict=True)
+            if state in ("absent", "evictable") and item.wanted is not None
+        ]
+        running = request.num_computed_tokens > 0
+        return self._bookings.ready(name, wanted, request.arrival_time, urgent=running)
+
+    def has_cache_item(self, identifier: str) -> bool:
+        """Whether an embedding is here; what is not, the workers encode in the step."""
+        return self._service is not None and self._bookings.get(identifier) is not None
+
+    def update_state_after_alloc(self, request: Request, index: int) -> None:
+        """An encoder output got its place in the workers' caches."""
+        if self._service is None:
+            return
+        identifier = request.mm_features[index].identifier
+        self._cached.add(identifier)
+        rows = self._bookings.get(identifier)
+        if rows is None:
+            self._encodes_inline(self._items_of(request)[index])
+        else:
+            self._loads[identifier] = rows.view(np.uint16) if rows.dtype == ml_dtypes.bfloat16 else rows
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> EmbeddingsForStep:
+        """What a step's workers are sent."""
+        if self._service is None:
+            return EmbeddingsForStep()
+        self._cached.difference_update(scheduler_output.free_encoder_mm_hashes)
+        for name in self._bookings.requests():
+            tokens = scheduler_output.num_scheduled_tokens.get(name)
+            if tokens is not None:
+                computed = self._requests[name].num_computed_tokens + tokens
+                self._bookings.settle(name, self._used(name, computed))
+        loads, self._loads = self._loads, {}
+        return EmbeddingsForStep(loads)
+
+    def take_distrust(self) -> bool:
+        """Whether it turned out, since the last call, that embeddings may be wrong that were given before.
+
+        Those that wait here to be used are encoded anew; what vLLM keeps is for the scheduler to forget.
+        """
+        if not self._distrust.is_set():
+            return False
+        self._distrust.clear()
+        self._bookings.forget_done()
+        return True
+
+    def take_failures(self) -> dict[str, Failure]:
+        """Requests that cannot be served, and why, since the last call; the log has them then."""
+        if self._service is None:
+            return {}
+        failures = self._bookings.failures()
+        for name, failure in failures.items():
+            compat.logger().error("Request %s ends with an error: %s: %s", name, failure.label, failure.error)
+        return failures
+
+    def take_unavailable_requests(self) -> set[str]:
+        """As `take_failures`, for vLLM's own scheduler, whose caches nobody empties."""
+        if not self.scheduler_forgets and self.take_distrust():
+            compat.logger().error(
+                "The vision encoder answered wrongly. What vLLM keeps of wrong embeddings cannot be forgotten with "
+                "this scheduler: restart the server."
+            )
+        return set(self.take_failures())
+
+    def request_finished(self, request: Request) -> tuple[bool, dict[str, Any] | None]:
+        """A request has ended or was aborted: what only it has booked is not encoded any more."""
+        if self._service is not None:
+            self._items.pop(request.request_id, None)
+            self._requests.pop(request.request_id, None)
+            self._bookings.release(request.request_id)
+        return False, None
+
+    def shutdown(self) -> None:
+        """Give back the devices."""
+        if self._service is not None:
+            counters, cache = self._service.counters, self._service.cache
+            compat.logger().info(
+                "visionaccel: %d images and videos were encoded (%d by the fallback), %d came from the cache and %d "
+                "from an equal one in flight, %d failed, %d were cancelled, %d were encoded in-line; %d embeddings "
+                "left the cache for others.",
+                counters.encoded,
+                counters.fallback,
+                counters.cached,
+                counters.merged,
+                counters.failed,
+                counters.cancelled,
+                self._inline,
+                cache.evicted,
+            )
+            self._service.close(wait=_CLOSING_SECONDS)
+
+    def _items_of(self, request: Request) -> tuple[_Item, ...]:
+        known = self._items.get(request.request_id)
+        features = request.mm_features or ()
+        if known is None or len(known) != len(features):  # a streaming session gets more as it goes on
+            known = self._items[request.request_id] = tuple(map(self._item, features, _labels(features)))
+            self._requests[request.request_id] = request
+        return known
+
+    def _used(self, name: str, computed: int) -> list[str]:
+        """What a request that is scheduled has in the encoder cache, or has read."""
+        return [
+            item.identifier
+            for item in self._items[name]
+            if item.end <= computed or self._state(item.identifier, name) == "own"
+        ]
+
+    def _item(self, feature: Any, label: str) -> _Item:
+        item = compat.scheduled_item(feature)
+        place = feature.mm_position
+        wanted = None
+        if item.pixels is not None and isinstance(item.pixels, torch.Tensor):
+            wanted = Wanted(item.identifier, label, item.pixels, as_grids(item.grid)[0])
+        return _Item(item.identifier, place.offset + place.length, wanted, compat.has_embeddings(feature))
+
+    def _guessed_state(self, identifier: str, _: str) -> CacheState:
+        return "evictable" if identifier in self._cached else "absent"
+
+    def _encodes_inline(self, item: _Item) -> None:
+        if item.given:
+            return
+        self._inline += 1
+        if self._inline == 1:
+            why = "its pixels do not pass the scheduler" if item.wanted is None else "it left the cache just now"
+            compat.logger().warning("An image is encoded in the engine's step, because %s: %s.", why, item.identifier)
+
+    # In a worker:
+
+    def refuse_loads(self, error: VisionAccelError) -> None:
+        """Take in no embedding any more: they come from weights that are not served, and the scheduler does not know.
+
+        Args:
+            error: Why.
+        """
+        self._refusal = error
+
+    def start_load_caches(self, encoder_cache: dict[str, torch.Tensor], **_: Any) -> None:
+        """Put the step's embeddings into the worker's encoder cache.
+
+        Raises:
+            VisionAccelError: If there are some, and they come from weights that are not served any more. The engine
+                ends by it: no other answer would be right. It ends too if a request reads what was cached before.
+        """
+        rows_of = self._get_connector_metadata().rows
+        if self._refusal is not None:
+            encoder_cache.clear()
+            if rows_of:
+                raise self._refusal
+        for identifier, rows in rows_of.items():
+            if identifier not in encoder_cache:
+                # Copied: the array belongs to the message, or to the service where the worker is in its process.
+                tensor = torch.empty(rows.shape, dtype=self._dtype, device="cpu")
+                np.copyto(as_numpy(tensor).view(rows.dtype), rows)
+                encoder_cache[identifier] = tensor.to(self._device)
+
+    def save_caches(self, encoder_cache: dict[str, torch.Tensor], mm_hash: str, **_: Any) -> None:
+        """Nothing is given to other engines."""
+
+
+class _Refusing:
+    """Stands for the encode service where no encoder has the weights that are served."""
+
+    def __init__(self, error: VisionAccelError) -> None:
+        self._error = error
+
+    def submit(self, *_: Any, **__: Any) -> Any:
+        """Take in nothing.
+
+        Raises:
+            VisionAccelError: Always.
+        """
+        raise self._error
+
+    def bytes_of(self, grid: Grid) -> int:  # noqa: ARG002 - of nothing that is encoded
+        """Bytes of an item's embedding."""
+        return 0
+
+
+def _labels(features: Any) -> list[str]:
+    """`image 1`, `image 2`, `video 1`: what a prompt's items are called in errors."""
+    seen: dict[str, int] = {}
+    labels = []
+    for feature in features:
+        seen[feature.modality] = seen.get(feature.modality, 0) + 1
+        labels.append(f"{feature.modality} {seen[feature.modality]}")
+    return labels
