@@ -19,7 +19,7 @@ from visionaccel import open_encoder
 from visionaccel.backends import Registry, call_parts, default_registry, watch_parts
 from visionaccel.errors import ConfigurationError
 from visionaccel.integrations.vllm import published_metrics as published
-from visionaccel.integrations.vllm import shared_memory as board
+from visionaccel.integrations.vllm import shared_memory
 from visionaccel.isolation.answers import decoded, encoded
 from visionaccel.isolation.messages import Places
 from visionaccel.observe import (
@@ -245,9 +245,9 @@ def _registry_of(metrics):
 @pytest.fixture
 def shared(monkeypatch):
     """Memory of this process and those that it starts."""
-    monkeypatch.setenv(board._VARIABLE, "")
-    board.make_board()
-    return board.board()
+    monkeypatch.setenv(shared_memory._VARIABLE, "")
+    shared_memory.make_shared_memory()
+    return shared_memory.shared_memory()
 
 
 def _count_in_a_process(number):
@@ -290,7 +290,7 @@ def test_counts_that_do_not_fit_are_warned_of_once_and_the_last_that_did_are_sho
 
 def test_metrics_are_shown_while_they_are_being_written(shared):
     metrics = EncoderMetrics()
-    area = shared.claim(board.METRICS)
+    area = shared.claim(shared_memory.METRICS)
     stop = threading.Event()
 
     def write():

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from modelled_engine import GOOD, IMAGE_TOKENS, IMAGES, TAINTED, Engine, forget, make
 from visionaccel.integrations.vllm import compat
-from visionaccel.integrations.vllm.inline.fault_channel import EVERYTHING, Fault, report_fault
-from visionaccel.integrations.vllm.shared_memory import _VARIABLE as BOARD
-from visionaccel.integrations.vllm.shared_memory import FAULTS, board, make_board
+from visionaccel.integrations.vllm.inline.fault_channel import ALL_ITEMS, Fault, report_fault
+from visionaccel.integrations.vllm.shared_memory import _VARIABLE as MEMORY
+from visionaccel.integrations.vllm.shared_memory import FAULTS, make_shared_memory, shared_memory
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own deprecations
 
@@ -22,8 +22,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own deprecations
 def scheduler(request, digits):
     """A contained scheduler of vLLM's."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(BOARD, "")
-        make_board()
+        patch.setenv(MEMORY, "")
+        make_shared_memory()
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
         scheduler = make(digits, request.param, pipelined=False)
         yield scheduler
@@ -117,8 +117,8 @@ def test_a_report_that_cannot_be_read_ends_what_is_in_flight_and_nothing_later(e
 
     def garbled(identifier):
         encode(identifier)
-        for area in board().areas(FAULTS):
-            board().memory[area.start : area.start + FAULTS.area_bytes] = bytes(FAULTS.area_bytes)
+        for area in shared_memory().areas(FAULTS):
+            shared_memory().memory[area.start : area.start + FAULTS.area_bytes] = bytes(FAULTS.area_bytes)
 
     engine.worker.encode, engine.worker.broken = garbled, {1}
     names = [engine.add([1], 3), engine.add([], 6)]
@@ -138,7 +138,7 @@ def test_what_was_computed_from_a_device_that_lied_is_computed_anew_once_that_tu
         engine.step()
     assert engine.answers[running][0] == TAINTED, "nobody could know"
     engine.worker.lying = set()
-    assert report_fault(Fault(EVERYTHING, "its canary failed"), engine.worker.engine)
+    assert report_fault(Fault(ALL_ITEMS, "its canary failed"), engine.worker.engine)
     known = {name: list(tokens) for name, tokens in engine.answers.items()}
     again = [engine.add([image], 3) for image in range(IMAGES)]
     waiting = engine.add([], 6)
@@ -157,7 +157,7 @@ def test_what_has_no_token_yet_is_computed_anew_and_text_alone_goes_on(engine):
         engine.step()
     assert engine.answers[image] == []
     engine.worker.lying = set()
-    assert report_fault(Fault(EVERYTHING, "its canary failed"), engine.worker.engine)
+    assert report_fault(Fault(ALL_ITEMS, "its canary failed"), engine.worker.engine)
     engine.drain()
     assert (engine.answers[text], engine.endings[text]) == ([GOOD] * 3, "length")
     assert (engine.answers[image], engine.endings[image]) == ([GOOD] * 3, "length")
@@ -171,7 +171,7 @@ LIES = st.one_of(ACTIONS, st.tuples(st.just("lie"), st.sets(st.integers(0, IMAGE
 def test_after_distrust_every_later_request_is_right_whatever_the_caches_held(scheduler, actions):
     engine, names, ever_broken = play(scheduler, actions)
     engine.worker.broken = engine.worker.lying = set()
-    assert report_fault(Fault(EVERYTHING, "its canary failed"), engine.worker.engine)
+    assert report_fault(Fault(ALL_ITEMS, "its canary failed"), engine.worker.engine)
     again = [engine.add([image, image], 5) for image in range(IMAGES)]
     engine.drain()
     assert set(engine.endings) == {*names, *again}
@@ -192,7 +192,7 @@ def test_a_request_whose_first_token_is_under_way_is_computed_anew_and_does_not_
     def found_out(identifier):
         right = encode(identifier)
         if not told:
-            told.append(report_fault(Fault(EVERYTHING, "its canary failed"), engine.worker.engine))
+            told.append(report_fault(Fault(ALL_ITEMS, "its canary failed"), engine.worker.engine))
             engine.worker.lying = set()
         return right
 

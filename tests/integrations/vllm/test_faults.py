@@ -14,15 +14,15 @@ import torch
 from visionaccel.core.grid import Grid
 from visionaccel.errors import ConfigurationError
 from visionaccel.integrations.vllm.inline.fault_channel import (
-    EVERYTHING,
+    ALL_ITEMS,
     LOST,
     REPLACED,
     Fault,
     FaultReader,
     report_fault,
 )
-from visionaccel.integrations.vllm.shared_memory import _VARIABLE as BOARD
-from visionaccel.integrations.vllm.shared_memory import FAULTS, METRICS, Area, board, make_board
+from visionaccel.integrations.vllm.shared_memory import _VARIABLE as MEMORY
+from visionaccel.integrations.vllm.shared_memory import FAULTS, METRICS, Area, make_shared_memory, shared_memory
 from visionaccel.service import item_key
 
 WORKER = "from visionaccel.integrations.vllm.inline.fault_channel import Fault, report_fault\n"
@@ -30,9 +30,9 @@ WORKER = "from visionaccel.integrations.vllm.inline.fault_channel import Fault, 
 
 @pytest.fixture
 def shared(monkeypatch):
-    monkeypatch.setenv(BOARD, "")
-    make_board()
-    return board()
+    monkeypatch.setenv(MEMORY, "")
+    make_shared_memory()
+    return shared_memory()
 
 
 def run(code, *, check=True, **settings):
@@ -49,7 +49,7 @@ def test_no_scheduler_listens_before_a_reader_is_made(shared):
 
 
 def test_no_scheduler_listens_without_memory(monkeypatch):
-    monkeypatch.delenv(BOARD, raising=False)
+    monkeypatch.delenv(MEMORY, raising=False)
     assert FaultReader("e").new() == []
     assert not report_fault(Fault("k", "m"), "e")
 
@@ -101,9 +101,9 @@ def test_what_another_process_counts_is_never_read_half_written(shared):
     reader = shared.claim(FAULTS, "counted")
     code = (
         "from contextlib import nullcontext\n"
-        "from visionaccel.integrations.vllm.shared_memory import FAULTS, board\n"
-        "(area,) = board().areas(FAULTS)\n"
-        "board().alone = lambda *_: nullcontext()\n"  # nobody else writes, and without locking it writes oftener
+        "from visionaccel.integrations.vllm.shared_memory import FAULTS, shared_memory\n"
+        "(area,) = shared_memory().areas(FAULTS)\n"
+        "shared_memory().alone = lambda *_: nullcontext()\n"  # the only writer: without locks it writes faster
         "for _ in range(100_000):\n"
         "    area.append(b'')\n"
     )
@@ -138,7 +138,7 @@ def test_a_report_that_cannot_be_read_is_a_fault_of_everything(shared):
     shared.memory[place] ^= 1
     found = reader.new()
     assert found[:3] == [Fault("k0", "m"), Fault("k2", "m"), LOST]
-    assert [fault.key for fault in found[3:]] == [EVERYTHING]
+    assert [fault.key for fault in found[3:]] == [ALL_ITEMS]
     report_fault(Fault("later", "m"), "e")
     assert reader.new() == [Fault("later", "m")]
 
@@ -153,7 +153,7 @@ def test_more_reports_than_there_is_room_for_are_a_fault_of_everything(shared):
     found = reader.new()
     assert found[0] == Fault("k1", "m")
     assert found[-2] is LOST
-    assert found[-1].key == EVERYTHING
+    assert found[-1].key == ALL_ITEMS
 
 
 def test_what_an_earlier_engine_left_is_not_read(shared):
@@ -250,38 +250,39 @@ def test_a_fork_does_not_wait_for_a_lock_that_its_parent_held(shared):
 
 
 def test_memory_is_not_inherited_by_another_launcher_unless_it_asks(shared):
-    named = os.environ[BOARD]
-    make_board()
-    assert os.environ[BOARD] == named
+    named = os.environ[MEMORY]
+    make_shared_memory()
+    assert os.environ[MEMORY] == named
     code = (
-        "import os\nfrom visionaccel.integrations.vllm.shared_memory import *\nmake_board({})\nprint(os.environ['{}'])"
+        "import os\nfrom visionaccel.integrations.vllm.shared_memory import *\n"
+        "make_shared_memory({})\nprint(os.environ['{}'])"
     )
-    other = run(code.format("", BOARD)).strip()
+    other = run(code.format("", MEMORY)).strip()
     assert other
     assert other != named
-    assert run(code.format("inherit=True", BOARD)).strip() == named
-    os.environ[BOARD] = other
+    assert run(code.format("inherit=True", MEMORY)).strip() == named
+    os.environ[MEMORY] = other
     with pytest.raises(ConfigurationError, match="cannot be opened"):
-        board()
+        shared_memory()
 
 
 def test_memory_of_another_process_with_the_same_number_is_refused(shared, monkeypatch):
-    owner, _, device, inode = os.environ[BOARD].split(":")
+    owner, _, device, inode = os.environ[MEMORY].split(":")
     with Path("/dev/zero").open("rb") as other:
-        monkeypatch.setenv(BOARD, f"{owner}:{other.fileno()}:{device}:{inode}")
+        monkeypatch.setenv(MEMORY, f"{owner}:{other.fileno()}:{device}:{inode}")
         with pytest.raises(ConfigurationError, match="does not hold it"):
-            board()
+            shared_memory()
 
 
 def test_memory_that_the_system_does_not_give_refuses_the_start(monkeypatch):
-    monkeypatch.setenv(BOARD, "")
+    monkeypatch.setenv(MEMORY, "")
 
     def refuse(*_):
         raise PermissionError("Operation not permitted")
 
     monkeypatch.setattr(os, "memfd_create", refuse)
     with pytest.raises(ConfigurationError, match="cannot be made: Operation not permitted"):
-        make_board()
+        make_shared_memory()
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT], ids=["killed", "stopped"])
@@ -302,8 +303,8 @@ def test_a_launcher_that_ends_leaves_no_file_and_its_processes_go_on_without_a_w
     )
     launcher = (
         "import subprocess, sys, time\n"
-        "from visionaccel.integrations.vllm.shared_memory import make_board\n"
-        "make_board()\n"
+        "from visionaccel.integrations.vllm.shared_memory import make_shared_memory\n"
+        "make_shared_memory()\n"
         f"subprocess.Popen([sys.executable, '-c', {worker!r}], start_new_session=True)\n"
         "time.sleep(600)\n"
     )
@@ -312,7 +313,7 @@ def test_a_launcher_that_ends_leaves_no_file_and_its_processes_go_on_without_a_w
     with log.open("w") as errors:
         process = subprocess.Popen(
             [sys.executable, "-c", launcher],
-            env=os.environ | {"TMPDIR": str(temporary), BOARD: ""},
+            env=os.environ | {"TMPDIR": str(temporary), MEMORY: ""},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,

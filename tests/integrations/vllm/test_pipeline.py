@@ -30,8 +30,8 @@ from visionaccel.integrations.vllm.inline.fault_channel import REPLACED, Fault
 from visionaccel.integrations.vllm.mode import choose_mode
 from visionaccel.integrations.vllm.pipelined import self_test
 from visionaccel.integrations.vllm.reloading import Replacement, source_digest
-from visionaccel.integrations.vllm.shared_memory import _VARIABLE as BOARD
-from visionaccel.integrations.vllm.shared_memory import make_board
+from visionaccel.integrations.vllm.shared_memory import _VARIABLE as MEMORY
+from visionaccel.integrations.vllm.shared_memory import make_shared_memory
 from visionaccel.settings import load_settings
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own deprecations
@@ -72,8 +72,8 @@ def exact(digits):
 
 def make_pipelined(kind, digits, **settings):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(BOARD, "")
-        make_board()
+        patch.setenv(MEMORY, "")
+        make_shared_memory()
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
         patch.setenv("VISIONACCEL_BACKEND", "onnxrt")
         for name, value in settings.items():
@@ -114,9 +114,9 @@ def breaks(images):
 
 
 def assert_nothing_is_left(connector):
-    assert (len(connector._bookings), connector._bookings.held) == (0, 0)
+    assert (len(connector._pending_images), connector._pending_images.held) == (0, 0)
     assert (connector._items, connector._requests, connector._loads) == ({}, {}, {})
-    assert (connector._bookings._requests, connector._bookings._waiting) == ({}, {})
+    assert (connector._pending_images._requests, connector._pending_images._waiting) == ({}, {})
     wait_until(lambda: connector.service.counters.running == 0)
     assert connector.service.counters.waiting == 0
 
@@ -228,15 +228,15 @@ def test_what_the_encoder_cache_evicted_is_encoded_again_by_the_service(engine, 
 
 def test_what_a_request_has_read_is_not_held_while_it_decodes(engine, pipelined):
     scheduler, _ = pipelined
-    bookings = scheduler.ec_connector._bookings
+    pending = scheduler.ec_connector._pending_images
     first = engine.add([0, 1], 3)
     engine.drain()
-    # Image 0 is in vLLM's cache, and may be evicted for image 2: so both are booked.
+    # Image 0 is in vLLM's cache, and may be evicted for image 2: so both are requested.
     scheduler.reset_prefix_cache()
     second = engine.add([0, 2], 3)
     wait_until(lambda: engine.step() or engine.answers[second])
-    assert (len(bookings), bookings.held) == (0, 0)
-    assert bookings.requests() == []
+    assert (len(pending), pending.held) == (0, 0)
+    assert pending.requests() == []
     engine.drain()
     assert engine.answers[first] == engine.answers[second] == [GOOD] * 3
 
@@ -287,7 +287,7 @@ def test_without_this_packages_scheduler_the_race_for_an_evicted_output_ends_in_
 
 def test_a_full_queue_and_a_full_house_hold_requests_back_in_order(digits, exact):
     scheduler, gate = make_pipelined("sync", digits, CACHE_SIZE=0, QUEUE_SIZE=1)
-    service, bookings = scheduler.ec_connector.service, scheduler.ec_connector._bookings
+    service, pending = scheduler.ec_connector.service, scheduler.ec_connector._pending_images
     engine = PipelinedEngine(scheduler, exact)
     gate.shut()
     names = [engine.add([image], 3) for image in range(IMAGES)]
@@ -295,7 +295,7 @@ def test_a_full_queue_and_a_full_house_hold_requests_back_in_order(digits, exact
     for _ in range(20):
         engine.step()
     assert service.counters.submitted <= 2
-    assert bookings.held <= 2 * exact[0].nbytes
+    assert pending.held <= 2 * exact[0].nbytes
     gate.let_in()
     engine.drain()
     assert [engine.endings[name] for name in names] == ["length"] * IMAGES

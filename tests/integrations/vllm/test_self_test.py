@@ -118,7 +118,7 @@ def test_a_scheduler_that_works_otherwise_fails(change, monkeypatch):
     """In this process, as the child would play it."""
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    from visionaccel.integrations.vllm.pipelined.modelled_run import rehearse
+    from visionaccel.integrations.vllm.pipelined.modelled_run import run_modelled
     from visionaccel.integrations.vllm.scheduler import ContainedScheduler
 
     source, message = BROKEN[change]
@@ -130,7 +130,7 @@ def test_a_scheduler_that_works_otherwise_fails(change, monkeypatch):
     exec("class Changed:\n" + source, space)
     (name,) = (name for name in vars(space["Changed"]) if not name.startswith("__"))
     monkeypatch.setattr(Scheduler, name, vars(space["Changed"])[name])
-    found = rehearse(ContainedScheduler, asynchronous=False)
+    found = run_modelled(ContainedScheduler, asynchronous=False)
     assert message in found.detail
     said, certain = self_test._verdict([found])
     assert message in said
@@ -139,13 +139,13 @@ def test_a_scheduler_that_works_otherwise_fails(change, monkeypatch):
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 def test_vllms_own_schedulers_pass_with_and_without_containment(asynchronous):
-    from visionaccel.integrations.vllm.pipelined.modelled_run import rehearse
+    from visionaccel.integrations.vllm.pipelined.modelled_run import run_modelled
     from visionaccel.integrations.vllm.scheduler import ContainedAsyncScheduler, ContainedScheduler
 
     ours = ContainedAsyncScheduler if asynchronous else ContainedScheduler
-    assert rehearse(ours, asynchronous=asynchronous).status == "pass"
+    assert run_modelled(ours, asynchronous=asynchronous).status == "pass"
     stock = compat.AsyncScheduler if asynchronous else compat.Scheduler
-    assert rehearse(stock, asynchronous=asynchronous).status == "pass"
+    assert run_modelled(stock, asynchronous=asynchronous).status == "pass"
 
 
 def test_a_failed_self_test_means_in_line_and_refuses_what_names_the_pipelined_mode(config, monkeypatch):
@@ -177,15 +177,15 @@ def no_space(*_, **__):
 
 def test_a_full_temporary_folder_of_the_child_is_no_verdict(config, monkeypatch, own_folder, tmp_path):
     """In this process, as the child would meet it."""
-    from visionaccel.integrations.vllm.pipelined import modelled_run as rehearsal
+    from visionaccel.integrations.vllm.pipelined import modelled_run
 
     answer = tmp_path / "answer.json"
 
     def run(kind):
         with monkeypatch.context() as patch:
-            patch.setattr(rehearsal, "give_up_after", lambda _: None)
+            patch.setattr(modelled_run, "give_up_after", lambda _: None)
             patch.setattr(tempfile, "mkdtemp", no_space)
-            rehearsal.main(str(answer), "60", *kind)
+            modelled_run.main(str(answer), "60", *kind)
         return self_test._verdict([as_finding(row) for row in json.loads(answer.read_bytes())])
 
     monkeypatch.setattr(self_test, "_run", run)
@@ -208,9 +208,9 @@ def test_the_folder_of_a_self_test_that_is_killed_is_removed(tmp_path):
     """Where the configuration is made, a second process of the play's is killed, as when its time is over."""
     code = (
         "import os, signal\n"
-        "from visionaccel.integrations.vllm import compat, rehearsal\n"
-        "rehearsal.small_config = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "rehearsal.rehearse(compat.Scheduler, asynchronous=False)\n"
+        "from visionaccel.integrations.vllm import compat, modelled_run\n"
+        "modelled_run.small_config = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "modelled_run.run_modelled(compat.Scheduler, asynchronous=False)\n"
     )
     ended = subprocess.run([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)}, check=False)
     assert ended.returncode == -signal.SIGKILL

@@ -14,7 +14,7 @@ from visionaccel.integrations.vllm.compat.contract import Feature
 from visionaccel.integrations.vllm.features import is_on, require_features
 from visionaccel.integrations.vllm.mode import choose_mode
 from visionaccel.integrations.vllm.processor_options import changed_size
-from visionaccel.integrations.vllm.shared_memory import make_board
+from visionaccel.integrations.vllm.shared_memory import make_shared_memory
 from visionaccel.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _prepare(config: VllmConfig, client_embeds: bool) -> None:
         if choice.mode == "pipelined":
             compat.use_connector(config, client_embeds)
     compat.use_contained_scheduler(config)
-    make_board(inherit=compat.is_one_of_several_api_servers(config))
+    make_shared_memory(inherit=compat.is_one_of_several_api_servers(config))
     if is_on(Feature.REASONS):
         compat.explain_errors()
     if compat.pools(config):

@@ -16,7 +16,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from visionaccel.integrations.vllm import compat
-from visionaccel.integrations.vllm.shared_memory import METRICS, Area, Board, board
+from visionaccel.integrations.vllm.shared_memory import METRICS, Area, SharedMemory, shared_memory
 from visionaccel.observe import SERIES, EncoderMetrics, Snapshot, families, merged, without_levels
 
 __all__ = ["PublishedCollector", "publish"]
@@ -29,7 +29,7 @@ _publishers: dict[int, _Publisher] = {}
 def publish() -> EncoderMetrics:
     """Start counting in this process, and writing the counts into the server's folder; once."""
     metrics = EncoderMetrics.install()
-    shared = board()
+    shared = shared_memory()
     if os.getpid() not in _publishers and shared is not None:
         _publishers.clear()  # those of the process that this one is a fork of
         _publishers[os.getpid()] = _Publisher(metrics, shared)
@@ -39,7 +39,7 @@ def publish() -> EncoderMetrics:
 class _Publisher:
     """A thread that writes the counts whenever they have changed."""
 
-    def __init__(self, metrics: EncoderMetrics, shared: Board) -> None:
+    def __init__(self, metrics: EncoderMetrics, shared: SharedMemory) -> None:
         self._metrics, self._shared, self._written = metrics, shared, b""
         self._area: Area | None = None
         threading.Thread(target=self._run, name="visionaccel-metrics", daemon=True).start()
@@ -74,11 +74,11 @@ class PublishedCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """The families, as they were less than a second ago."""
-        shared = board()
+        shared = shared_memory()
         return families(SERIES, merged(SERIES, _read(shared) if shared is not None else []))
 
 
-def _read(shared: Board) -> Iterator[Snapshot]:
+def _read(shared: SharedMemory) -> Iterator[Snapshot]:
     for area in shared.areas(METRICS):
         for _ in range(_ATTEMPTS):  # the last record but one is overwritten at most twice a second
             content = area.record(area.written - 1)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from visionaccel.core.grid import as_grids
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.compat import AsyncScheduler, Scheduler
-from visionaccel.integrations.vllm.inline.fault_channel import EVERYTHING, LOST, REPLACED, Fault, FaultReader
+from visionaccel.integrations.vllm.inline.fault_channel import ALL_ITEMS, LOST, REPLACED, Fault, FaultReader
 from visionaccel.integrations.vllm.pipelined.connector import VisionAccelConnector
 from visionaccel.integrations.vllm.reloading import Replacement
 from visionaccel.observe import TraceLog
@@ -103,8 +103,8 @@ class _Containment:
 
     def _new_faults(self) -> list[Fault]:
         found = [*self._pending, *self._faults.new()]
-        self._pending = [fault for fault in found if fault.key in (EVERYTHING, REPLACED)]  # not about single items
-        return [fault for fault in found if fault.key not in (EVERYTHING, REPLACED)]
+        self._pending = [fault for fault in found if fault.key in (ALL_ITEMS, REPLACED)]  # not about single items
+        return [fault for fault in found if fault.key not in (ALL_ITEMS, REPLACED)]
 
     def _take_replacements(self) -> None:
         """Before anything is scheduled: encode with the weights that workers were given since, and forget what was.
@@ -123,8 +123,8 @@ class _Containment:
 
     def _distrusted(self) -> bool:
         """Whether it turned out since the last call that the encoder answered wrongly, nobody knows for how long."""
-        told = any(fault.key == EVERYTHING for fault in self._pending)
-        self._pending = [fault for fault in self._pending if fault.key != EVERYTHING]
+        told = any(fault.key == ALL_ITEMS for fault in self._pending)
+        self._pending = [fault for fault in self._pending if fault.key != ALL_ITEMS]
         return (self._connector is not None and self._connector.take_distrust()) or told
 
     def _start_anew(self) -> None:

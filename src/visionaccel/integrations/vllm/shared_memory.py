@@ -20,9 +20,9 @@ from pathlib import Path
 
 from visionaccel.errors import ConfigurationError
 
-__all__ = ["FAULTS", "METRICS", "Area", "Board", "Section", "board", "make_board"]
+__all__ = ["FAULTS", "METRICS", "Area", "SharedMemory", "Section", "shared_memory", "make_shared_memory"]
 
-_VARIABLE = "_VISIONACCEL_BOARD"
+_VARIABLE = "_VISIONACCEL_MEMORY"
 _NUMBER_BYTES = 8
 _ENTRY_BYTES = 3 * _NUMBER_BYTES
 _RECORD = struct.Struct("@QII")  # number, length, checksum
@@ -73,7 +73,7 @@ _SIZE = METRICS.start + METRICS.areas * METRICS.area_bytes
 """Bytes that are mapped; only the tables and claimed areas take memory."""
 
 
-class Board:
+class SharedMemory:
     """The memory, mapped into this process.
 
     Args:
@@ -153,9 +153,9 @@ class Area:
         start: Where it begins in the memory.
     """
 
-    def __init__(self, board: Board, section: Section, index: int) -> None:
-        self._board, self._memory, self._section = board, board.memory, section
-        self._numbers, self._entry = board.numbers, section.table + _ENTRY_BYTES * index
+    def __init__(self, shared: SharedMemory, section: Section, index: int) -> None:
+        self._shared, self._memory, self._section = shared, shared.memory, section
+        self._numbers, self._entry = shared.numbers, section.table + _ENTRY_BYTES * index
         self._owner, self._written, self._name = (self._entry // _NUMBER_BYTES + place for place in range(3))
         self.start = section.start + section.area_bytes * index
 
@@ -191,7 +191,7 @@ class Area:
         """
         if len(content) > self._section.capacity:
             raise ValueError(f"a record for {self._section.name} holds at most {self._section.capacity} bytes.")
-        with self._board.alone(self._entry, _ENTRY_BYTES):
+        with self._shared.alone(self._entry, _ENTRY_BYTES):
             number = self.written
             place = self._place(number)
             header = _RECORD.pack(number, len(content), _checksum(number, content))
@@ -213,7 +213,7 @@ class Area:
         return self.start + number % self._section.slots * self._section.slot_bytes
 
 
-def make_board(*, inherit: bool = False) -> None:
+def make_shared_memory(*, inherit: bool = False) -> None:
     """Make memory for this process and those that it starts.
 
     Args:
@@ -236,7 +236,7 @@ def make_board(*, inherit: bool = False) -> None:
         os.posix_fallocate(fd, 0, _TABLES)
         state = os.fstat(fd)
         named = f"{os.getpid()}:{fd}:{state.st_dev}:{state.st_ino}"
-        _boards[named] = Board(fd)
+        _opened_memories[named] = SharedMemory(fd)
     except (AttributeError, ImportError, OSError) as error:
         raise ConfigurationError(
             f"memory that vLLM's processes share cannot be made: {error}.",
@@ -245,7 +245,7 @@ def make_board(*, inherit: bool = False) -> None:
     os.environ[_VARIABLE] = named
 
 
-def board() -> Board | None:
+def shared_memory() -> SharedMemory | None:
     """The memory of this server, opened on the first call; None where none was made.
 
     Raises:
@@ -254,18 +254,18 @@ def board() -> Board | None:
     named = os.environ.get(_VARIABLE)
     if not named:
         return None
-    if named not in _boards:
+    if named not in _opened_memories:
         try:
-            _boards[named] = Board(_opened(*map(int, named.split(":"))))
+            _opened_memories[named] = SharedMemory(_opened(*map(int, named.split(":"))))
         except (OSError, TypeError, ValueError) as error:
             raise ConfigurationError(
                 f"the memory that vLLM's processes share cannot be opened ({_VARIABLE}={named}): {error}.",
                 hint="Check that the process that started the engine still runs and that /proc is mounted.",
             ) from error
-    return _boards[named]
+    return _opened_memories[named]
 
 
-_boards: dict[str, Board] = {}
+_opened_memories: dict[str, SharedMemory] = {}
 
 
 def _opened(owner: int, fd: int, device: int, inode: int) -> int:

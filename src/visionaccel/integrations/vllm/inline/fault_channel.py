@@ -15,9 +15,9 @@ import weakref
 from dataclasses import dataclass
 
 from visionaccel.errors import ConfigurationError
-from visionaccel.integrations.vllm.shared_memory import FAULTS, Area, board
+from visionaccel.integrations.vllm.shared_memory import FAULTS, Area, shared_memory
 
-__all__ = ["EVERYTHING", "LOST", "REPLACED", "Fault", "FaultReader", "open_channel", "report_fault"]
+__all__ = ["ALL_ITEMS", "LOST", "REPLACED", "Fault", "FaultReader", "open_channel", "report_fault"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Fault:
     """One item that could not be encoded.
 
     Attributes:
-        key: What `visionaccel.service.keys.item_key` gives for the item's pixels and grid; or `EVERYTHING`.
+        key: What `visionaccel.service.keys.item_key` gives for the item's pixels and grid; or `ALL_ITEMS`.
         message: Why; cut after about 5000 bytes.
     """
 
@@ -33,7 +33,7 @@ class Fault:
     message: str
 
 
-EVERYTHING = "*"
+ALL_ITEMS = "*"
 """Key of a fault that is about all that was encoded so far: the device answered wrongly for an unknown time."""
 
 REPLACED = "="
@@ -49,7 +49,7 @@ def open_channel() -> None:
     Raises:
         ConfigurationError: If it cannot be opened.
     """
-    board()
+    shared_memory()
 
 
 def report_fault(fault: Fault, engine: str) -> bool:
@@ -78,7 +78,7 @@ class FaultReader:
     """
 
     def __init__(self, engine: str) -> None:
-        shared = board()
+        shared = shared_memory()
         self._area: Area | None = None
         if shared is not None:
             try:
@@ -105,7 +105,7 @@ class FaultReader:
         self._read = written
         faults = [_fault(record) for record in records if record is not None]
         if not complete or len(faults) < len(records):
-            faults += [LOST, Fault(EVERYTHING, LOST.message)]
+            faults += [LOST, Fault(ALL_ITEMS, LOST.message)]
         return faults
 
     def close(self) -> None:
@@ -122,7 +122,7 @@ def _free(area: Area, process: int) -> None:
 
 def _listener(engine: str) -> Area | None:
     """The area that the scheduler of an engine reads."""
-    shared = board()
+    shared = shared_memory()
     if shared is None:
         return None
     # The engine's process is this one or, with vLLM's multiprocess executor, the parent of this worker.

@@ -18,7 +18,7 @@ from visionaccel.errors import ConfigurationError, InputError, VisionAccelError
 from visionaccel.families import Tower
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.encoder_source import announce, open_served_source, stated_source
-from visionaccel.integrations.vllm.inline.fault_channel import EVERYTHING, REPLACED, Fault, open_channel, report_fault
+from visionaccel.integrations.vllm.inline.fault_channel import ALL_ITEMS, REPLACED, Fault, open_channel, report_fault
 from visionaccel.integrations.vllm.inline.saving_guard import guard_saving
 from visionaccel.integrations.vllm.inline.step_budget import LateOpening, StepBudget
 from visionaccel.integrations.vllm.published_metrics import publish
@@ -231,7 +231,7 @@ class AcceleratedTower(nn.Module):
 
     def _distrust(self) -> None:
         """Have the engine forget what it keeps of embeddings: any may be wrong."""
-        if not self._report(Fault(EVERYTHING, "the vision encoder answered wrongly.")):
+        if not self._report(Fault(ALL_ITEMS, "the vision encoder answered wrongly.")):
             compat.logger().error("What vLLM keeps of wrong embeddings cannot be forgotten: restart the server.")
 
     def _report(self, fault: Fault) -> bool:

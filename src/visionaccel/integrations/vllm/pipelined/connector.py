@@ -27,7 +27,7 @@ from visionaccel.families import Tower
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.compat import CacheState, ECConnectorBase, ECConnectorMetadata, ECConnectorRole
 from visionaccel.integrations.vllm.encoder_source import announce, open_served_source
-from visionaccel.integrations.vllm.pipelined.pending_images import Bookings, Failure, Wanted
+from visionaccel.integrations.vllm.pipelined.pending_images import Failure, PendingImages, Wanted
 from visionaccel.integrations.vllm.published_metrics import publish
 from visionaccel.integrations.vllm.reloading import Replacement, source_digest
 from visionaccel.service import EncodeService, open_wanted_service
@@ -113,7 +113,7 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
         self._service = open_wanted_service(source, settings, dtype, host)
         self._digest = source_digest(source)
         announce(self._service.encoders, "pipelined")
-        self._bookings = Bookings(self._service, settings.cache_size)
+        self._pending_images = PendingImages(self._service, settings.cache_size)
         for stage in {stage for encoder in self._service.encoders for stage in encoder.stages}:
             stage.on_drift(self._distrust.set)
         if self._metrics is not None:
@@ -137,7 +137,7 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
         except VisionAccelError as error:
             compat.logger().error("Requests with images end with an error from now on: %s", error)
             self._digest = ""
-            self._bookings = Bookings(_Refusing(error), self._settings.cache_size)
+            self._pending_images = PendingImages(_Refusing(error), self._settings.cache_size)
         self._loads.clear()
         self._cached.clear()
 
@@ -182,11 +182,11 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
             if state in ("absent", "evictable") and item.wanted is not None
         ]
         running = request.num_computed_tokens > 0
-        return self._bookings.ready(name, wanted, request.arrival_time, urgent=running)
+        return self._pending_images.ready(name, wanted, request.arrival_time, urgent=running)
 
     def has_cache_item(self, identifier: str) -> bool:
         """Whether an embedding is here; what is not, the workers encode in the step."""
-        return self._service is not None and self._bookings.get(identifier) is not None
+        return self._service is not None and self._pending_images.get(identifier) is not None
 
     def update_state_after_alloc(self, request: Request, index: int) -> None:
         """An encoder output got its place in the workers' caches."""
@@ -194,7 +194,7 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
             return
         identifier = request.mm_features[index].identifier
         self._cached.add(identifier)
-        rows = self._bookings.get(identifier)
+        rows = self._pending_images.get(identifier)
         if rows is None:
             self._encodes_inline(self._items_of(request)[index])
         else:
@@ -205,11 +205,11 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
         if self._service is None:
             return EmbeddingsForStep()
         self._cached.difference_update(scheduler_output.free_encoder_mm_hashes)
-        for name in self._bookings.requests():
+        for name in self._pending_images.requests():
             tokens = scheduler_output.num_scheduled_tokens.get(name)
             if tokens is not None:
                 computed = self._requests[name].num_computed_tokens + tokens
-                self._bookings.settle(name, self._used(name, computed))
+                self._pending_images.settle(name, self._used(name, computed))
         loads, self._loads = self._loads, {}
         return EmbeddingsForStep(loads)
 
@@ -221,14 +221,14 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
         if not self._distrust.is_set():
             return False
         self._distrust.clear()
-        self._bookings.forget_done()
+        self._pending_images.forget_done()
         return True
 
     def take_failures(self) -> dict[str, Failure]:
         """Requests that cannot be served, and why, since the last call; the log has them then."""
         if self._service is None:
             return {}
-        failures = self._bookings.failures()
+        failures = self._pending_images.failures()
         for name, failure in failures.items():
             compat.logger().error("Request %s ends with an error: %s: %s", name, failure.label, failure.error)
         return failures
@@ -243,11 +243,11 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
         return set(self.take_failures())
 
     def request_finished(self, request: Request) -> tuple[bool, dict[str, Any] | None]:
-        """A request has ended or was aborted: what only it has booked is not encoded any more."""
+        """A request has ended or was aborted: what only it wanted is not encoded any more."""
         if self._service is not None:
             self._items.pop(request.request_id, None)
             self._requests.pop(request.request_id, None)
-            self._bookings.release(request.request_id)
+            self._pending_images.release(request.request_id)
         return False, None
 
     def shutdown(self) -> None:

@@ -1,7 +1,7 @@
 """Ten requests through vLLM's scheduler with the EC connector, a modelled device and a modelled worker: the self-test.
 
-Run in its own process: `python -m visionaccel.integrations.vllm.pipelined.modelled_run FILE LIMIT SCHEDULER TIMING`, see
-`main`. It loads no weights and opens no device.
+Run in its own process, `python -m visionaccel.integrations.vllm.pipelined.modelled_run FILE LIMIT SCHEDULER TIMING`.
+It loads no weights and opens no device.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from visionaccel.integrations.vllm.compat.modelled_engine import (
     small_config,
 )
 from visionaccel.integrations.vllm.pipelined.connector import VisionAccelConnector
-from visionaccel.integrations.vllm.pipelined.pending_images import Bookings
+from visionaccel.integrations.vllm.pipelined.pending_images import PendingImages
 from visionaccel.integrations.vllm.pipelined.self_test import NAME
 from visionaccel.integrations.vllm.scheduler import ContainedAsyncScheduler, ContainedScheduler
 from visionaccel.isolation import answer_with, give_up_after
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.scheduler import Scheduler
 
-__all__ = ["RehearsedConnector", "main", "rehearse"]
+__all__ = ["ModelledConnector", "main", "run_modelled"]
 
 GRID, TOKENS, WIDTH, BROKEN = Grid(1, 6, 6), 9, 4, 7
 """Grid of each image, its embeddings and their width, and the number of the image that no device encodes."""
@@ -69,7 +69,7 @@ _MODEL = {
 
 
 class ModelledService:
-    """The encode service without threads: images are encoded when the rehearsal says so, the first come first."""
+    """The encode service without threads: images are encoded when the modelled_run says so, the first come first."""
 
     def __init__(self) -> None:
         self._queue: deque[tuple[float, Future[Embedding]]] = deque()
@@ -106,14 +106,14 @@ def rows_of(number: float) -> Embedding:
     return np.full((TOKENS, WIDTH), number, np.float32)
 
 
-class RehearsedConnector(VisionAccelConnector):
+class ModelledConnector(VisionAccelConnector):
     """The connector with a modelled service."""
 
     def __init__(self, vllm_config: VllmConfig, role: ECConnectorRole) -> None:
         super().__init__(vllm_config, role)  # opens nothing: the configuration is of a language model
         self.modelled = ModelledService()
         self._service = cast("EncodeService", self.modelled)
-        self._bookings = Bookings(self._service, 100 * _BYTES)
+        self._pending_images = PendingImages(self._service, 100 * _BYTES)
 
 
 class _Worker(ModelledWorker):
@@ -121,7 +121,7 @@ class _Worker(ModelledWorker):
         return bool(np.array_equal(rows, rows_of(float(identifier.removeprefix("image")))))
 
 
-def rehearse(kind: type[Scheduler], *, asynchronous: bool) -> Finding:
+def run_modelled(kind: type[Scheduler], *, asynchronous: bool) -> Finding:
     """Play the requests.
 
     Args:
@@ -132,7 +132,7 @@ def rehearse(kind: type[Scheduler], *, asynchronous: bool) -> Finding:
         The verdict; with a fix if there is none, because something was raised before the requests had ended.
     """
     try:
-        problem = _rehearsed(kind, asynchronous)
+        problem = _problem(kind, asynchronous)
     except Exception as error:  # Of vLLM's, because it is not what we know; or the machine's, such as a full disk.
         place = traceback.extract_tb(error.__traceback__)[-1]
         said = f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
@@ -142,19 +142,19 @@ def rehearse(kind: type[Scheduler], *, asynchronous: bool) -> Finding:
     return Finding(NAME, "failure", problem)
 
 
-def _rehearsed(kind: type[Scheduler], asynchronous: bool) -> str | None:
+def _problem(kind: type[Scheduler], asynchronous: bool) -> str | None:
     """What went wrong; None if nothing did."""
     compat.use_model_in_process(_ARCHITECTURE)
     with temporary_folder("visionaccel-self-test-") as folder:
         (folder / "config.json").write_text(json.dumps(_MODEL), encoding="utf-8")
         config = small_config(str(folder), asynchronous=asynchronous, skip_tokenizer_init=True)
-        compat.use_ec_connector(config, RehearsedConnector.__name__, __name__)
+        compat.use_ec_connector(config, ModelledConnector.__name__, __name__)
         return _play(ModelledEngine(make_scheduler(config, kind, 4 * TOKENS), _Worker()))
 
 
 def _play(engine: ModelledEngine) -> str | None:
     connector: Any = engine.scheduler.ec_connector
-    if not isinstance(connector, RehearsedConnector):
+    if not isinstance(connector, ModelledConnector):
         return f"the scheduler has the connector {type(connector).__name__}"
     images = [_image(number) for number in range(4)]
     broken = _image(BROKEN)
@@ -187,7 +187,7 @@ def _play(engine: ModelledEngine) -> str | None:
     return _judged(engine, wanted, connector)
 
 
-def _judged(engine: ModelledEngine, wanted: dict[str, str], connector: RehearsedConnector) -> str | None:
+def _judged(engine: ModelledEngine, wanted: dict[str, str], connector: ModelledConnector) -> str | None:
     """What is wrong with how the requests ended."""
     for name, ending in wanted.items():
         found = engine.endings.get(name)
@@ -198,7 +198,7 @@ def _judged(engine: ModelledEngine, wanted: dict[str, str], connector: Rehearsed
             return f"{name} was answered from other embeddings than its images', or is not whole"
     if engine.worker.encoded:
         return f"{engine.worker.encoded} images that the connector had were encoded in the step"
-    held = connector._bookings.held
+    held = connector._pending_images.held
     return f"{held} bytes of embeddings are held for requests that have ended" if held else None
 
 
@@ -234,7 +234,7 @@ def main(file: str, limit: str, scheduler: str, timing: str) -> None:
         ("stock", "sync"): compat.Scheduler,
         ("stock", "async"): compat.AsyncScheduler,
     }
-    answer_with(file, [rehearse(kinds[scheduler, timing], asynchronous=timing == "async")])
+    answer_with(file, [run_modelled(kinds[scheduler, timing], asynchronous=timing == "async")])
 
 
 if __name__ == "__main__":

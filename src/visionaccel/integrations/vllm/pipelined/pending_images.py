@@ -1,4 +1,4 @@
-"""Which embeddings the requests that wait in vLLM's scheduler have booked from the encode service.
+"""The images that requests in vLLM's scheduler wait for, and their embeddings until they are used.
 
 No vLLM in here: requests and images are known by their identifiers. Every method is called from the engine's step, so
 none waits, and each takes microseconds.
@@ -16,7 +16,7 @@ from visionaccel.core.grid import Grid
 from visionaccel.errors import DeviceError, GridError, QueueFullError, VisionAccelError
 from visionaccel.service import Embedding
 
-__all__ = ["Bookings", "Failure", "Wanted"]
+__all__ = ["PendingImages", "Failure", "Wanted"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class Service(Protocol):
 
 
 @dataclass(eq=False)
-class _Booking:
+class _PendingImage:
     """One item that some requests want, and the embedding once it is there."""
 
     future: Future[Embedding]
@@ -74,34 +74,34 @@ class _Booking:
     requests: set[str] = field(default_factory=set)
 
 
-class Bookings:
-    """Books items for requests, holds their embeddings until they are used, and knows whose item failed.
+class PendingImages:
+    """Submits items for requests, holds their embeddings until they are used, and knows whose item failed.
 
-    An embedding that was booked is held whatever the service's cache does, or two requests with several images each
-    could take one another's away for ever. What is held, being encoded included, is bounded: beyond the bound, only the
-    request that has waited longest books more, and those that hold memory for keys.
+    A requested embedding is held whatever the service's cache does, or two requests with several images each could keep
+    evicting one another's. What is held, being encoded included, is bounded: beyond the bound, only the
+    request that has waited longest submits more, and those that hold memory for keys.
 
     Args:
         service: The service.
         size: The bound, in bytes of embeddings.
 
     Attributes:
-        held: Bytes of embeddings that are booked.
+        held: Bytes of embeddings, those being encoded included.
     """
 
     def __init__(self, service: Service, size: int) -> None:
         self._service, self._size = service, size
-        self._bookings: dict[str, _Booking] = {}
+        self._pending: dict[str, _PendingImage] = {}
         self._requests: dict[str, set[str]] = {}
         self._waiting: dict[str, None] = {}  # requests that miss something, the one that has waited longest first
         self._failures: dict[str, Failure] = {}
         self.held = 0
 
     def __len__(self) -> int:
-        return len(self._bookings)
+        return len(self._pending)
 
     def ready(self, request: str, items: Sequence[Wanted], arrival: float, *, urgent: bool = False) -> bool:
-        """Whether the embeddings of all these items are here for a request; those that are not, are booked.
+        """Whether the embeddings of all these items are here for a request; those that are not are submitted.
 
         A request whose item failed is never ready; see `failures`.
 
@@ -109,48 +109,48 @@ class Bookings:
             request: Its identifier.
             items: What it needs next.
             arrival: When it arrived; earlier ones are served first.
-            urgent: It books whatever is held already, because others may wait for what it holds.
+            urgent: Submit whatever is held already, because others may wait for what it holds.
         """
         self._waiting.setdefault(request)
         ready = True
         for item in items:
-            booking = self._bookings.get(item.identifier)
-            if booking is None:
-                booking = self._book(request, item, arrival, urgent)
-                if booking is None:
+            pending = self._pending.get(item.identifier)
+            if pending is None:
+                pending = self._submit(request, item, arrival, urgent)
+                if pending is None:
                     ready = False
                     continue
-            if request not in booking.requests:
-                booking.requests.add(request)
+            if request not in pending.requests:
+                pending.requests.add(request)
                 self._requests.setdefault(request, set()).add(item.identifier)
-            error = _error(booking, item)
+            error = _error(pending, item)
             if error is not None:
                 self._failures.setdefault(request, Failure(item.label, error))
-            ready = ready and error is None and booking.future.done()
+            ready = ready and error is None and pending.future.done()
         if ready:
             del self._waiting[request]
         return ready
 
     def get(self, identifier: str) -> Embedding | None:
         """An item's embedding, if it is here."""
-        booking = self._bookings.get(identifier)
-        if booking is None or not booking.future.done() or booking.future.exception() is not None:
+        pending = self._pending.get(identifier)
+        if pending is None or not pending.future.done() or pending.future.exception() is not None:
             return None
-        return booking.future.result()
+        return pending.future.result()
 
     def requests(self) -> list[str]:
-        """Requests that have booked something."""
+        """Requests that wait for something or hold it."""
         return list(self._requests)
 
     def settle(self, request: str, identifiers: Iterable[str]) -> None:
         """A request does not need these any more: it has them in vLLM's cache, or has read them."""
-        booked = self._requests.get(request)
-        if booked is None:
+        wanted = self._requests.get(request)
+        if wanted is None:
             return
-        for identifier in booked.intersection(identifiers):
-            booked.discard(identifier)
-            self._unbook(request, identifier)
-        if not booked:
+        for identifier in wanted.intersection(identifiers):
+            wanted.discard(identifier)
+            self._drop(request, identifier)
+        if not wanted:
             del self._requests[request]
 
     def failures(self) -> dict[str, Failure]:
@@ -159,22 +159,22 @@ class Bookings:
         return failures
 
     def forget_done(self) -> None:
-        """Let go of the embeddings that are here: they may be wrong. Who wants one books it anew."""
-        for identifier, booking in list(self._bookings.items()):
-            if booking.future.done():
-                for request in booking.requests:
+        """Drop the embeddings that are here: they may be wrong. A request that needs one submits it again."""
+        for identifier, pending in list(self._pending.items()):
+            if pending.future.done():
+                for request in pending.requests:
                     self._requests[request].discard(identifier)
-                del self._bookings[identifier]
-                self.held -= booking.size
+                del self._pending[identifier]
+                self.held -= pending.size
 
     def release(self, request: str) -> None:
-        """A request has ended, or was aborted: what nobody else booked is not encoded, or not held any more."""
+        """A request has ended or was aborted: drop what no other request wants."""
         self._failures.pop(request, None)
         self._waiting.pop(request, None)
         for identifier in self._requests.pop(request, ()):
-            self._unbook(request, identifier)
+            self._drop(request, identifier)
 
-    def _book(self, request: str, item: Wanted, arrival: float, urgent: bool) -> _Booking | None:
+    def _submit(self, request: str, item: Wanted, arrival: float, urgent: bool) -> _PendingImage | None:
         if self.held > self._size and not urgent and next(iter(self._waiting)) != request:
             return None
         size = 0
@@ -186,25 +186,25 @@ class Bookings:
         except VisionAccelError as error:
             future = Future()
             future.set_exception(error)
-        booking = self._bookings[item.identifier] = _Booking(future, item.grid, size)
+        pending = self._pending[item.identifier] = _PendingImage(future, item.grid, size)
         self.held += size
-        return booking
+        return pending
 
-    def _unbook(self, request: str, identifier: str) -> None:
-        booking = self._bookings[identifier]
-        booking.requests.discard(request)
-        if not booking.requests:
-            booking.future.cancel()
-            del self._bookings[identifier]
-            self.held -= booking.size
+    def _drop(self, request: str, identifier: str) -> None:
+        pending = self._pending[identifier]
+        pending.requests.discard(request)
+        if not pending.requests:
+            pending.future.cancel()
+            del self._pending[identifier]
+            self.held -= pending.size
 
 
-def _error(booking: _Booking, item: Wanted) -> VisionAccelError | None:
-    """Why a booking is of no use for an item, if that is known."""
-    if booking.grid != item.grid:  # its rows would not be as many as vLLM has places for
+def _error(pending: _PendingImage, item: Wanted) -> VisionAccelError | None:
+    """Why a pending image is of no use for an item, if that is known."""
+    if pending.grid != item.grid:  # its rows would not be as many as vLLM has places for
         return GridError(
-            f"its identifier {item.identifier!r} also names one of grid {booking.grid}, and it has grid {item.grid}.",
+            f"its identifier {item.identifier!r} also names one of grid {pending.grid}, and it has grid {item.grid}.",
             hint="A client gave one uuid to different images.",
         )
-    error = booking.future.exception() if booking.future.done() else None
+    error = pending.future.exception() if pending.future.done() else None
     return error if error is None or isinstance(error, VisionAccelError) else DeviceError(f"{error!r}")
