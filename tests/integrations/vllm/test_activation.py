@@ -32,9 +32,13 @@ with warnings.catch_warnings():
     from vllm.model_executor.models.registry import _LazyRegisteredModel, _ModelInfo
 
     from visionaccel.integrations.vllm import activation, compat
+    from visionaccel.integrations.vllm import model as models
     from visionaccel.integrations.vllm.inline import tower
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+Accelerated = models.Qwen2_5_VLForConditionalGeneration__tested
+STOCK = compat.stock_class("Qwen2_5_VLForConditionalGeneration")
 
 EARLY = """
 import json, sys
@@ -78,7 +82,7 @@ def test_configurations_are_prepared_when_plug_ins_are_loaded_before_engine_args
 def test_an_architecture_is_resolved_as_vllm_resolves_it(early):
     for found in early[1:]:
         assert found["prepared"]
-        assert found["model"] == "AcceleratedQwen25VL"
+        assert found["model"].startswith("Qwen2_5_VLForConditionalGeneration__")
 
 
 RETRY = """
@@ -88,7 +92,8 @@ for backend in ("missing", "missing", "onnxrt"):
     os.environ["VISIONACCEL_BACKEND"] = backend
     try:
         config = EngineArgs(model=sys.argv[1], dtype="float32", max_model_len=512).create_engine_config()
-        print("FOUND", config.model_config._model_info.architecture, "visionaccel" in config.additional_config)
+        model = config.model_config._model_info.architecture
+        print("FOUND", model.partition("__")[0], "visionaccel" in config.additional_config)
     except Exception as error:
         print("FOUND", type(error).__name__)
 """
@@ -104,18 +109,20 @@ def test_after_an_activation_that_failed_the_next_one_fails_or_succeeds_and_is_n
         timeout=240,
     )
     found = [line.removeprefix("FOUND ") for line in done.stdout.splitlines() if line.startswith("FOUND ")]
-    assert found == ["UnknownBackendError", "UnknownBackendError", "AcceleratedQwen25VL True"], done.stderr[-2000:]
+    *failed, served = found
+    assert failed == ["UnknownBackendError"] * 2, done.stderr[-2000:]
+    assert served == "Qwen2_5_VLForConditionalGeneration True"
 
 
 def test_flags_that_vllm_cached_under_another_release_are_not_used(tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
-    ((architecture, model),) = activation.MODELS.items()
+    architecture = "Qwen2_5_VLForConditionalGeneration"
 
     def entry():
         """vLLM's registration of the class, as a process of the release that `vllm.__version__` names makes it."""
         stock = _LazyRegisteredModel("vllm.model_executor.models.qwen2_5_vl", architecture)
         monkeypatch.setitem(ModelRegistry.models, architecture, stock)
-        compat.register_model(architecture, model)
+        compat.register_models(activation.MODEL_MODULE)
         return ModelRegistry.models[architecture]
 
     ours = entry()
@@ -125,7 +132,7 @@ def test_flags_that_vllm_cached_under_another_release_are_not_used(tmp_path, mon
     assert not ours.inspect_model_cls().supports_multimodal, "the file is what vLLM believes"
     monkeypatch.setattr(vllm, "__version__", "0.99.0")
     theirs = entry()
-    assert theirs.load_model_cls() is ours.load_model_cls()
+    assert theirs.load_model_cls().__mro__[2] is ours.load_model_cls().__mro__[2], "derived from the same class"
     assert theirs._load_modelinfo_from_cache(theirs._get_modelinfo_module_hash(source)) is None
 
 
@@ -134,8 +141,7 @@ def prepared(digits):
     """An engine's configuration, prepared by this package."""
     with pytest.MonkeyPatch.context() as patch:  # without a backend: vLLM would activate us for every later test
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-        for architecture, model in activation.MODELS.items():
-            compat.register_model(architecture, model)
+        compat.register_models(activation.MODEL_MODULE)
         found = EngineArgs(model=str(digits), dtype="float32", max_model_len=512).create_engine_config()
         compat.mark_prepared(found)
         return found
@@ -226,8 +232,6 @@ def test_a_model_whose_weights_vllm_loads_from_elsewhere_is_refused_before_it_lo
 
 
 def test_the_vision_part_of_an_adapter_is_ignored(tmp_path):
-    from visionaccel.integrations.vllm.model import AcceleratedQwen25VL
-
     tensors = {}
     for layer in ("model.layers.0.self_attn.q_proj", "visual.blocks.0.attn.qkv", "model.visual.blocks.1.attn.proj"):
         for part in "AB":
@@ -244,30 +248,24 @@ def test_the_vision_part_of_an_adapter_is_ignored(tmp_path):
             PEFTHelper.from_local_dir(str(tmp_path), None),
             lora_model_id=1,
             device="cpu",
-            weights_mapper=AcceleratedQwen25VL.hf_to_vllm_mapper,
+            weights_mapper=Accelerated.hf_to_vllm_mapper,
             skip_prefixes=prefixes,
         )
 
     with pytest.raises(ValueError, match="expected target modules in"):
         load(None)
-    assert list(load(AcceleratedQwen25VL.lora_skip_prefixes).loras) == [
-        "language_model.model.layers.0.self_attn.q_proj"
-    ]
+    assert list(load(Accelerated.lora_skip_prefixes).loras) == ["language_model.model.layers.0.self_attn.q_proj"]
 
 
 def test_a_model_compares_vision_weights_after_the_start_and_not_while_it_is_made(config, digits, monkeypatch):
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-    from visionaccel.integrations.vllm.model import AcceleratedQwen25VL
-
-    model = AcceleratedQwen25VL.__new__(AcceleratedQwen25VL)
+    model = Accelerated.__new__(Accelerated)
     torch.nn.Module.__init__(model)
     model.visual = tower.AcceleratedTower(compat.served_model(config))
     model._served_config = config
     taken = []
-    monkeypatch.setattr(
-        AcceleratedQwen25VL.__mro__[1], "load_weights", lambda self, weights: taken.extend(n for n, _ in weights)
-    )
+    monkeypatch.setattr(STOCK, "load_weights", lambda self, weights: taken.extend(n for n, _ in weights))
     weights = {name: torch.from_numpy(weight) for name, weight in load_file(digits / "model.safetensors").items()}
     changed = {**weights, "visual.blocks.0.attn.qkv.bias": torch.ones(288)}
     model.load_weights(weights.items())
@@ -290,8 +288,6 @@ def test_a_reload_that_is_refused_leaves_the_language_model_whole(config, digits
     from vllm.model_executor.model_loader.weight_utils import default_weight_loader
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    from visionaccel.integrations.vllm.model import AcceleratedQwen25VL
-
     def load(self, weights):
         for name, weight in weights:
             parameter = self.get_parameter(name)
@@ -306,8 +302,8 @@ def test_a_reload_that_is_refused_leaves_the_language_model_whole(config, digits
         def get_model(self):
             return self.model
 
-    monkeypatch.setattr(AcceleratedQwen25VL.__mro__[1], "load_weights", load)
-    model = AcceleratedQwen25VL.__new__(AcceleratedQwen25VL)
+    monkeypatch.setattr(STOCK, "load_weights", load)
+    model = Accelerated.__new__(Accelerated)
     torch.nn.Module.__init__(model)
     model._served_config = config
     model.visual = tower.AcceleratedTower(compat.served_model(config))

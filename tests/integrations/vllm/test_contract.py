@@ -9,8 +9,9 @@ import pytest
 
 from doc_pages import ROOT
 from docsite.tables import contract_table
+from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.compat.checking import missing_of, way_of
-from visionaccel.integrations.vllm.compat.contract import CONTRACT, ENTRIES, AnyOf, Feature, Need, needs
+from visionaccel.integrations.vllm.compat.contract import CONTRACT, ENTRIES, AnyOf, Feature, Need, entries_of, needs
 from write_tables import PAGE, with_tables
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own deprecations
@@ -21,7 +22,7 @@ INTEGRATION = ROOT / "src" / "visionaccel" / "integrations" / "vllm"
 
 def lacks(feature):
     """What a feature misses now; looked up each time."""
-    return tuple(text for entry in CONTRACT[feature] for text in missing_of(entry))
+    return tuple(text for each, entry in ENTRIES if each is feature for text in missing_of(entry))
 
 
 @pytest.mark.parametrize("feature", Feature)
@@ -153,15 +154,18 @@ def test_what_the_sources_import_of_vllm_is_in_the_contract():
     assert unknown == set()
 
 
-def test_what_every_image_request_passes_is_needed_by_the_in_line_mode():
-    from visionaccel.integrations.vllm.processing import FittedProcessingInfo, FittedProcessor
+@pytest.mark.parametrize("architecture", compat.ARCHITECTURES)
+def test_what_every_image_request_passes_is_needed_by_the_in_line_mode(architecture):
+    from visionaccel.integrations.vllm.processing import FittedInfo, FittedProcessor
 
-    inline = {need.target for entry in CONTRACT[Feature.INLINE] for need in needs(entry)}
+    row = compat.ARCHITECTURES[architecture]
+    inline = {need.target for entry in entries_of(Feature.INLINE, architecture) for need in needs(entry)}
     overridden = set()
-    for ours in (FittedProcessingInfo, FittedProcessor):
-        stock = ours.__mro__[1]
-        methods = [name for name, value in vars(ours).items() if inspect.isfunction(value) and hasattr(stock, name)]
-        overridden |= {f"{stock.__module__}:{stock.__name__}.{name}" for name in methods}
+    info, processor, _ = compat.processing_of(compat.stock_class(architecture))
+    for part, ours, stock in (("info", FittedInfo, info), ("processor", FittedProcessor, processor)):
+        for kind in ours.__mro__[:-1]:
+            methods = [name for name, value in vars(kind).items() if inspect.isfunction(value) and hasattr(stock, name)]
+            overridden |= {f"{row.model}._processor_factory.{part}.{name}" for name in methods}
     assert len(overridden) >= 7
     assert overridden - inline == set()
 

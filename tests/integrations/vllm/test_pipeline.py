@@ -25,7 +25,7 @@ from visionaccel import open_encoder
 from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError
 from visionaccel.integrations.vllm import compat
-from visionaccel.integrations.vllm.activation import MODELS
+from visionaccel.integrations.vllm.activation import MODEL_MODULE
 from visionaccel.integrations.vllm.inline.fault_channel import REPLACED, Fault
 from visionaccel.integrations.vllm.mode import choose_mode
 from visionaccel.integrations.vllm.pipelined import self_test
@@ -78,8 +78,7 @@ def make_pipelined(kind, digits, **settings):
         patch.setenv("VISIONACCEL_BACKEND", "onnxrt")
         for name, value in settings.items():
             patch.setenv("VISIONACCEL_" + name, str(value))
-        for architecture, model in MODELS.items():  # vLLM loads its plug-ins once, maybe for a test before
-            compat.register_model(architecture, model)
+        compat.register_models(MODEL_MODULE)  # vLLM loads its plug-ins once, maybe for a test before
         scheduler = make(digits, kind, pipelined=True)
         opened = scheduler.ec_connector.service.encoders[0].primary.programs[0]
         opened.session = Gate(opened.session)

@@ -32,8 +32,10 @@ with warnings.catch_warnings():
     from vllm.multimodal.processing import InputProcessingContext, ProcessorInputs, TimingContext
     from vllm.tokenizers import cached_tokenizer_from_config
 
-    from visionaccel.integrations.vllm.processing import FittedProcessingInfo, FittedProcessor
+    from visionaccel.integrations.vllm import model
 
+DerivedInfo = model.Qwen2_5_VLForConditionalGeneration__testedInfo
+DerivedProcessor = model.Qwen2_5_VLForConditionalGeneration__testedProcessor
 pytestmark = pytest.mark.filterwarnings("default")
 GRIDS = ("8x16", "16x8", "12x12")
 
@@ -61,9 +63,9 @@ def made(digits, bundles, monkeypatch):
         # As in a model of this package: vLLM sets False, and None is what we note of --no-mm-device-do-normalize, after
         # vLLM has made processing information for its own use.
         config.multimodal_config.mm_device_do_normalize = False
-        FittedProcessingInfo(InputProcessingContext(config, None))
+        DerivedInfo(InputProcessingContext(config, None))
         config.multimodal_config.mm_device_do_normalize = None if switched_off else False
-        return FittedProcessingInfo(InputProcessingContext(config, cached_tokenizer_from_config(config)))
+        return DerivedInfo(InputProcessingContext(config, cached_tokenizer_from_config(config)))
 
     return make
 
@@ -148,7 +150,7 @@ def processed(made):
 
     def process(options, of_server=None, *, switched_off=False):
         info = made("both", of_server, switched_off=switched_off)
-        return pixels(FittedProcessor(info, Qwen2_5_VLDummyInputsBuilder(info)), options)
+        return pixels(DerivedProcessor(info, Qwen2_5_VLDummyInputsBuilder(info)), options)
 
     return process
 
@@ -219,7 +221,7 @@ def test_token_counts_are_those_of_the_fitted_image(made):
 def test_embeddings_in_the_place_of_images_need_no_program(made):
     info = made("fixed")
     items = {"image": [{"image_embeds": None, "image_grid_thw": None}]}
-    processor = object.__new__(FittedProcessor)
+    processor = object.__new__(DerivedProcessor)
     processor.info = info
     pixels = {"pixel_values": None, "image_grid_thw": SimpleNamespace(data=torch.tensor([1, 20, 20]))}
     with pytest.raises(UnfitGridError):  # the same way refuses pixels

@@ -41,8 +41,7 @@ def own_folder(tmp_path, monkeypatch):
 def built(digits):
     from vllm.engine.arg_utils import EngineArgs
 
-    for architecture, model in activation.MODELS.items():
-        compat.register_model(architecture, model)
+    compat.register_models(activation.MODEL_MODULE)
     return EngineArgs(model=str(digits), dtype="float32", max_model_len=160).create_engine_config()
 
 
@@ -345,10 +344,10 @@ def test_pipelined_by_name_is_refused_where_its_contract_does_not_hold(config, m
 def test_doctor_names_what_is_missing(monkeypatch):
     from visionaccel.cli.diagnosis.vllm_child import _contract
 
-    assert [(each.name, each.status) for each in _contract()] == [("contract", "pass")]
+    assert [(each.name, each.status) for each in _contract(compat.ARCHITECTURES)] == [("contract", "pass")]
     checking.missing.cache_clear()
     gone(monkeypatch, f"{CONNECTOR}.ensure_cache_available")
-    (found,) = _contract()
+    (found,) = _contract(compat.ARCHITECTURES)
     assert (found.name, found.status) == ("contract: pipelined", "warning")
     assert "ensure_cache_available does not exist" in found.detail
     assert "Without it, images are encoded in the engine's step" in found.detail

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from visionaccel.backends import Finding
@@ -36,7 +36,6 @@ def _findings() -> Iterator[Finding]:
         return
     yield Finding("import", "pass", f"vllm {vllm.__version__}")
     from visionaccel.integrations.vllm import compat
-    from visionaccel.integrations.vllm.activation import MODELS
 
     try:
         compat.load_plugins()
@@ -47,27 +46,33 @@ def _findings() -> Iterator[Finding]:
         detail = f"vLLM's plug-ins cannot be loaded: {type(error).__name__}: {error}"
         yield Finding(ACTIVATION, "failure", detail, "Uninstall the plug-in that the message names.")
         return
-    yield from _contract()
-    replaced = [name for name in MODELS if compat.is_replaced(name)]
-    if len(replaced) == len(MODELS):
+    known = [name for name in compat.ARCHITECTURES if compat.is_registered(name)]
+    replaced = [name for name in known if compat.is_replaced(name)]
+    yield from _contract(known)
+    if replaced and replaced == known:
         yield Finding(ACTIVATION, "pass", f"vLLM makes {', '.join(replaced)} from visionaccel's class")
         return
-    left = ", ".join(name for name in MODELS if name not in replaced)
+    left = ", ".join(name for name in known if name not in replaced)
     yield Finding(
         ACTIVATION,
         "failure",
-        f"vLLM makes {left} from its own class",
+        f"vLLM makes {left or 'no model that is implemented'} from its own class",
         "Install visionaccel into vLLM's environment: `pip show visionaccel` with vLLM's Python shows it.",
     )
 
 
-def _contract() -> Iterator[Finding]:
+def _contract(architectures: Sequence[str | None]) -> Iterator[Finding]:
     """Which features this vLLM lacks a name for."""
     from visionaccel.integrations.vllm.compat.contract import WITHOUT, Feature
     from visionaccel.integrations.vllm.features import why_off
 
-    off = [(feature, reason) for feature in Feature if (reason := why_off(feature)) is not None]
-    for feature, reason in off:
+    off = {
+        (feature, reason)
+        for feature in Feature
+        for architecture in (None, *architectures)
+        if (reason := why_off(feature, architecture)) is not None
+    }
+    for feature, reason in sorted(off):
         status: Literal["warning", "failure"] = "failure" if feature is Feature.INLINE else "warning"
         detail = f"{reason}. Without it, {WITHOUT[feature]}"
         yield Finding(f"contract: {feature}", status, detail, "Install a release that docs/compatibility.md names.")

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from prometheus_client.registry import Collector
     from vllm.config import VllmConfig
 
-__all__ = ["MODELS", "activate", "check_engine"]
+__all__ = ["MODEL_MODULE", "activate", "check_engine"]
 
-MODELS = {"Qwen2_5_VLForConditionalGeneration": "visionaccel.integrations.vllm.model:AcceleratedQwen25VL"}
-"""Architectures and the model classes that replace vLLM's, as vLLM resolves them lazily."""
+MODEL_MODULE = "visionaccel.integrations.vllm.model"
+"""Derives the classes that replace vLLM's, as vLLM resolves them lazily."""
 
 _NORM_EPS = 1e-6
 """What the implemented towers add to variances."""
@@ -54,8 +54,7 @@ def activate() -> None:
             default_registry().entry(name)
     choose_cores(settings.cpu_cores, Host(compat.started_cores(), frozenset(), ""))  # refused before models are loaded
     compat.warn_of_untried_release()
-    for architecture, model in MODELS.items():
-        compat.register_model(architecture, model)
+    compat.register_models(MODEL_MODULE)
     if settings.metrics and is_on(Feature.METRICS):
         compat.on_metrics(_collector)
     compat.on_engine_config(_prepare)  # last: after an error, all of this runs again
@@ -77,7 +76,7 @@ def _prepare(config: VllmConfig, client_embeds: bool) -> None:
     Raises:
         ConfigurationError: If vLLM would run a vision encoder of its own, or cannot encode in the mode that is set.
     """
-    require_features(lambda: _limits_grids(config))
+    require_features(lambda: compat.served_model(config).replaces, lambda: _limits_grids(config))
     served = compat.served_model(config)
     named = ", ".join(served.architectures)
     if not served.multimodal:
@@ -156,7 +155,8 @@ def _check(config: VllmConfig, served: compat.ServedModel, settings: Settings) -
     if served.replaces is None:
         raise ConfigurationError(
             f"VISIONACCEL_BACKEND is set, but the vision encoder of {named} is not implemented.",
-            hint=f"Unset it to serve this model with vLLM's own encoder. Implemented: {', '.join(MODELS)}.",
+            hint="Unset it to serve this model with vLLM's own encoder. "
+            f"Implemented: {', '.join(compat.ARCHITECTURES)}.",
         )
     if served.norm_eps not in (None, _NORM_EPS):
         raise ConfigurationError(

@@ -1,24 +1,23 @@
-"""vLLM's Qwen2.5-VL with its vision tower on a visionaccel backend. Resolved lazily by vLLM's model registry.
+"""vLLM's models with their vision tower on a visionaccel backend, each class derived when vLLM asks for it.
 
-The registry asks for the class by a name that `compat.register_model` has extended.
+No model has a class in the source. `compat.register_models` registers a name that is not defined here, and
+`__getattr__` derives that class from the one that vLLM had registered for the architecture. vLLM keeps the flags of a
+class on disk by the bytes of this file, so every flag that a derived class sets stands in it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from visionaccel.errors import VisionAccelError
+from visionaccel.errors import ConfigurationError, VisionAccelError
 from visionaccel.families import weight_prefixes
 from visionaccel.integrations.vllm import compat
-from visionaccel.integrations.vllm.activation import MODELS, check_engine
-from visionaccel.integrations.vllm.compat import (
-    MULTIMODAL_REGISTRY,
-    Qwen2_5_VLDummyInputsBuilder,
-    Qwen2_5_VLForConditionalGeneration,
-)
+from visionaccel.integrations.vllm.activation import check_engine
+from visionaccel.integrations.vllm.compat import ARCHITECTURES, MULTIMODAL_REGISTRY
 from visionaccel.integrations.vllm.inline.tower import AbsentTower, AcceleratedTower
-from visionaccel.integrations.vllm.processing import FittedProcessingInfo, FittedProcessor
+from visionaccel.integrations.vllm.processing import FittedInfo, FittedProcessor
 from visionaccel.integrations.vllm.reloading import Comparison
 
 if TYPE_CHECKING:
@@ -26,14 +25,21 @@ if TYPE_CHECKING:
     from torch import nn
     from vllm.config import VllmConfig
 
-__all__ = ["AcceleratedQwen25VL"]
+    Base: Any = object
+else:
+    Base = object
+
+__all__ = ["Accelerated"]
 
 
-@MULTIMODAL_REGISTRY.register_processor(
-    FittedProcessor, info=FittedProcessingInfo, dummy_inputs=Qwen2_5_VLDummyInputsBuilder
-)
-class AcceleratedQwen25VL(Qwen2_5_VLForConditionalGeneration):  # type: ignore[misc]
-    """Allocates no vision weights and skips them while loading; all else is vLLM's."""
+class Accelerated(Base):  # type: ignore[misc]
+    """Mixed in before a model of vLLM's: allocates no vision weights and skips them while loading; all else is vLLM's.
+
+    Attributes:
+        accelerated: The architecture.
+    """
+
+    accelerated: str
 
     # The backend takes normalised patches, has no CUDA graph, no tensor-parallel split and no LoRA of vLLM's. The
     # vision part of an adapter is ignored, as vLLM does without --enable-tower-connector-lora.
@@ -45,16 +51,26 @@ class AcceleratedQwen25VL(Qwen2_5_VLForConditionalGeneration):  # type: ignore[m
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         check_engine(vllm_config)
+        towers: list[nn.Module] = []
 
         def make(*_: Any, **__: Any) -> nn.Module:
             # The stock tower's arguments drift between releases, so none is looked at.
             served = compat.served_model(vllm_config)
-            if not served.takes_media:
-                return AbsentTower()
-            return AcceleratedTower(served, receives=compat.receives_embeddings(vllm_config))
+            if served.takes_media:
+                towers.append(AcceleratedTower(served, receives=compat.receives_embeddings(vllm_config)))
+            else:
+                towers.append(AbsentTower())
+            return towers[-1]
 
-        with compat.swapped_tower(Qwen2_5_VLForConditionalGeneration, make):
+        known = ARCHITECTURES[self.accelerated].towers
+        with compat.swapped_towers(compat.stock_class(self.accelerated), known, make):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
+        if not towers:
+            raise ConfigurationError(
+                f"vLLM {compat.release()} makes the vision encoder of {self.accelerated} from another class than "
+                f"{' or '.join(known)}, so that it was not replaced.",
+                hint="Install a release of vLLM that docs/compatibility.md names, or unset VISIONACCEL_BACKEND.",
+            )
         self._served_config = vllm_config  # a reload names other files in it
 
     def embed_input_ids(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -73,10 +89,10 @@ class AcceleratedQwen25VL(Qwen2_5_VLForConditionalGeneration):  # type: ignore[m
         """
         tower = self.visual
         if not isinstance(tower, AcceleratedTower) or compat.loading():
-            loaded: set[str] = super().load_weights(_without_tower(weights, None))
+            loaded: set[str] = super().load_weights(self._without_tower(weights, None))
             return loaded
         comparison = tower.compare(lambda: compat.served_model(self._served_config))
-        loaded = super().load_weights(_without_tower(weights, comparison))
+        loaded = super().load_weights(self._without_tower(weights, comparison))
         try:
             tower.settle(comparison, compat.served_model(self._served_config))
         except VisionAccelError:
@@ -84,19 +100,41 @@ class AcceleratedQwen25VL(Qwen2_5_VLForConditionalGeneration):  # type: ignore[m
             raise
         return loaded
 
+    def _without_tower(
+        self, weights: Iterable[tuple[str, torch.Tensor]], comparison: Comparison | None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        prefixes = weight_prefixes((self.accelerated,))
+        for name, weight in weights:
+            if not name.startswith(prefixes):
+                yield name, weight
+            elif comparison is not None:
+                comparison.note(name, weight)
 
-def _without_tower(
-    weights: Iterable[tuple[str, torch.Tensor]], comparison: Comparison | None
-) -> Iterator[tuple[str, torch.Tensor]]:
-    prefixes = weight_prefixes(MODELS)
-    for name, weight in weights:
-        if not name.startswith(prefixes):
-            yield name, weight
-        elif comparison is not None:
-            comparison.note(name, weight)
+
+@cache
+def _derive(name: str, architecture: str) -> None:
+    """Derive the model class of that name, its processing information and its processor, into this module."""
+    stock = compat.stock_class(architecture)
+    info, processor, dummy_inputs = compat.processing_of(stock)
+    model = _derived(name, Accelerated, stock, accelerated=architecture)
+    register = MULTIMODAL_REGISTRY.register_processor(
+        _derived(f"{name}Processor", FittedProcessor, processor),
+        info=_derived(f"{name}Info", FittedInfo, info),
+        dummy_inputs=dummy_inputs,
+    )
+    register(model)
+
+
+def _derived(name: str, ours: type, theirs: type, **attributes: Any) -> type:
+    """A class that can be found, and so pickled, by its name in this module."""
+    globals()[name] = type(name, (ours, theirs), {"__module__": __name__, "__qualname__": name, **attributes})
+    derived: type = globals()[name]
+    return derived
 
 
 def __getattr__(name: str) -> Any:
-    if name.partition("__")[0] == AcceleratedQwen25VL.__name__:
-        return AcceleratedQwen25VL
+    architecture = compat.architecture_of(name)
+    if architecture is not None:
+        _derive(name.removesuffix("Info").removesuffix("Processor"), architecture)
+        return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

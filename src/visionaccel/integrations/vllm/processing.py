@@ -7,7 +7,7 @@ image or video that no program takes is refused here, with its request alone, un
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,6 @@ from visionaccel.core.grid import as_grids
 from visionaccel.errors import InputError, UnfitGridError
 from visionaccel.images import Fitter
 from visionaccel.integrations.vllm import compat
-from visionaccel.integrations.vllm.compat import Qwen2_5_VLMultiModalProcessor, Qwen2_5_VLProcessingInfo
 from visionaccel.integrations.vllm.encoder_source import Grids, grids_of
 from visionaccel.integrations.vllm.processor_options import changed_size, normalisation_in, without_normalisation
 from visionaccel.integrations.vllm.processor_times import ProcessorObserver
@@ -28,11 +27,11 @@ from visionaccel.settings import Settings, load_settings
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["FittedProcessingInfo", "FittedProcessor"]
+__all__ = ["FittedInfo", "FittedProcessor"]
 
 
-class FittedProcessingInfo(Qwen2_5_VLProcessingInfo):  # type: ignore[misc]
-    """vLLM's processing information, with images of the encoder's grids where its programs do not take every grid."""
+class FittedInfo(compat.HookedInfo):
+    """Mixed in before a model's processing information: fits images to the grids that the programs take."""
 
     @cached_property
     def _settings(self) -> Settings:
@@ -93,14 +92,11 @@ class FittedProcessingInfo(Qwen2_5_VLProcessingInfo):  # type: ignore[misc]
         grid, side = self.fitter.largest, self.fitter.tower.patch_size
         return compat.ImageSize(width=grid.w * side, height=grid.h * side)
 
-    def _get_vision_info(self, **kwargs: Any) -> Any:
-        # Releases differ in whether they pass the modality; without it, one frame is an image.
-        image = kwargs.get("modality") or ("image" if kwargs.get("num_frames", 1) == 1 else "video")
-        if self.resizes and image == "image" and self.fitter is not None:
-            grid = self.fitter.grid_for(kwargs["image_height"], kwargs["image_width"])
-            side = self.fitter.tower.patch_size
-            kwargs |= {"image_height": grid.h * side, "image_width": grid.w * side}
-        return super()._get_vision_info(**kwargs)
+    def planned_size(self, kind: str, height: int, width: int) -> tuple[int, int]:
+        if kind != "image" or self.fitter is None or not self.resizes:
+            return height, width
+        grid, side = self.fitter.grid_for(height, width), self.fitter.tower.patch_size
+        return grid.h * side, grid.w * side
 
     @compat.errors_for_clients
     def obeyed(self, options: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -111,7 +107,7 @@ class FittedProcessingInfo(Qwen2_5_VLProcessingInfo):  # type: ignore[misc]
         """
         if not options:
             return options
-        changed = changed_size(options, self.get_hf_config().vision_config.to_dict())
+        changed = changed_size(options, compat.served_by(self.ctx.model_config).vision or {})
         if changed is not None:
             raise InputError(
                 f"mm_processor_kwargs sets {changed}, which is not what the served model's vision encoder takes.",
@@ -168,8 +164,8 @@ class FittedProcessingInfo(Qwen2_5_VLProcessingInfo):  # type: ignore[misc]
         )
 
 
-class FittedProcessor(Qwen2_5_VLMultiModalProcessor):  # type: ignore[misc]
-    """vLLM's processor; what has a grid that no program takes is refused before the engine hears of it."""
+class FittedProcessor(compat.HookedProcessor):
+    """Mixed in before a model's processor: refuses a grid that no program takes before the engine gets the request."""
 
     @cached_property
     def _observer(self) -> ProcessorObserver | None:
@@ -194,15 +190,8 @@ class FittedProcessor(Qwen2_5_VLMultiModalProcessor):  # type: ignore[misc]
             compat.logger().exception("Timing the image processor failed.")
         return result
 
-    def _get_prompt_updates(
-        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any
-    ) -> Sequence[Any]:
-        for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
-            for item in out_mm_kwargs.get(kind, ()):
-                if item is not None and pixels in item:  # what comes as embeddings needs no program
-                    self.info.check_fits(kind, item[f"{kind}_grid_thw"].data)
-        updates: Sequence[Any] = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
-        return updates
+    def processed(self, kind: str, grid: Any) -> None:
+        self.info.check_fits(kind, grid)
 
 
 def _as_picture(image: Any) -> Image:

@@ -22,7 +22,7 @@ from visionaccel.core.memory_files import FileState
 from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import ArtifactError, ConfigurationError
 from visionaccel.families import Tower, weight_prefixes
-from visionaccel.integrations.vllm.activation import MODELS
+from visionaccel.integrations.vllm.compat import ARCHITECTURES
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +75,7 @@ class StoredWeights:
         checkpoint = (source.tower if isinstance(source, Bundle) else source).checkpoint
         self._stored: Mapping[str, StoredTensor] = {}
         with suppress(ArtifactError):  # a bundle whose programs bring their weights: nothing in it equals anything
-            self._stored = checkpoint.with_prefix(weight_prefixes(MODELS))
+            self._stored = checkpoint.with_prefix(weight_prefixes(ARCHITECTURES))
         self._states = {tensor.file: tensor.origin for tensor in self._stored.values()}
 
     @property
@@ -130,7 +130,7 @@ class Comparison:
     def note(self, name: str, weight: torch.Tensor) -> None:
         """One vision tensor, by its full name, that vLLM is given."""
         self.any_given = True
-        below = next(name.removeprefix(prefix) for prefix in weight_prefixes(MODELS) if name.startswith(prefix))
+        below = next(name.removeprefix(prefix) for prefix in weight_prefixes(ARCHITECTURES) if name.startswith(prefix))
         try:
             if self._used is not None and self._used.holds(below, weight):
                 return

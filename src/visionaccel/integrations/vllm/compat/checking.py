@@ -15,7 +15,7 @@ from importlib import import_module
 from types import CodeType, FunctionType
 from typing import Any
 
-from visionaccel.integrations.vllm.compat.contract import CONTRACT, AnyOf, Entry, Feature, Need
+from visionaccel.integrations.vllm.compat.contract import AnyOf, Entry, Feature, Need, entries_of
 
 __all__ = ["missing", "missing_of", "way_of"]
 
@@ -23,9 +23,14 @@ _ABSENT = object()
 
 
 @cache
-def missing(feature: Feature) -> tuple[str, ...]:
-    """What a feature needs that this vLLM does not have; empty if its contract holds. Looked up once in a process."""
-    return tuple(dict.fromkeys(_all_missing(CONTRACT[feature])))
+def missing(feature: Feature, architecture: str | None = None) -> tuple[str, ...]:
+    """What a feature needs that this vLLM does not have; empty if its contract holds. Looked up once in a process.
+
+    Args:
+        feature: The feature.
+        architecture: A model whose own part of the contract counts too.
+    """
+    return tuple(dict.fromkeys(_all_missing(entries_of(feature, architecture))))
 
 
 def missing_of(entry: Entry) -> tuple[str, ...]:

@@ -8,19 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from visionaccel.integrations.vllm.compat.architectures import ARCHITECTURES, Architecture
 from visionaccel.integrations.vllm.compat.contract_rows import WITHOUT, AnyOf, Entry, Feature, Need, Use, needs
 from visionaccel.integrations.vllm.compat.contract_rows import need as _need
 
 __all__ = [
-    "BY_OUR_SCHEDULER", "CONTRACT", "ENTRIES", "FAILED_REQUESTS", "WITHOUT", "AnyOf", "Entry", "Feature", "Need", "Use",
-    "needs",
+    "BY_OUR_SCHEDULER", "CONTRACT", "ENTRIES", "FAILED_REQUESTS", "MODEL_CONTRACT", "WITHOUT", "AnyOf", "Entry",
+    "Feature", "Need", "Use", "entries_of", "needs",
 ]  # fmt: skip
 
 _ARGUMENTS = "vllm.engine.arg_utils:EngineArgs"
-_QWEN = "vllm.model_executor.models.qwen2_5_vl"
-_MODEL = f"{_QWEN}:Qwen2_5_VLForConditionalGeneration"
-_INFO = f"{_QWEN}:Qwen2_5_VLProcessingInfo"
-_PROCESSOR = f"{_QWEN}:Qwen2_5_VLMultiModalProcessor"
 _REGISTRY = "vllm.model_executor.models.registry"
 _PARSER = "vllm.multimodal.parse:MultiModalDataParser"
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
@@ -93,39 +90,12 @@ _ITEMS: tuple[Entry, ...] = (
 
 # Every image request passes these, whether or not images are fitted.
 _REQUESTS: tuple[Entry, ...] = (
-    _need("subclass", _INFO, has="ctx"),
-    _need("override", f"{_INFO}.get_supported_mm_limits"),
-    _need("override", f"{_INFO}.validate_num_items", "modality num_items"),
-    _need("override", f"{_INFO}.get_data_parser"),
-    _need("override", f"{_INFO}.get_image_size_with_most_features"),
-    AnyOf(
-        "the size that vLLM plans an image with",
-        {
-            "modality": (
-                _need(
-                    "override",
-                    f"{_INFO}._get_vision_info",
-                    "image_width image_height num_frames do_resize image_processor mm_kwargs modality",
-                ),
-            ),
-            "no modality": (
-                _need(
-                    "override",
-                    f"{_INFO}._get_vision_info",
-                    "image_width image_height num_frames do_resize image_processor mm_kwargs",
-                ),
-            ),
-        },
-    ),
-    _need("call", f"{_INFO}.get_hf_config"),
-    _need("subclass", _PROCESSOR),
+    _need("read", "vllm.multimodal.processing:BaseProcessingInfo", has="ctx"),
     _need("read", "vllm.multimodal.processing:InputProcessingContext", has="model_config"),
     _need("read", "vllm.config.multimodal:MultiModalConfig", has="mm_processor_kwargs"),
     _need("read", "vllm.config.multimodal:MultiModalConfig", has="mm_device_do_normalize", optional=True),
     _need("read", "vllm.multimodal.processing:ProcessorInputs", has="hf_processor_mm_kwargs"),
     _need("subclass", "vllm.exceptions:VLLMValidationError", optional=True),
-    _need("override", f"{_PROCESSOR}.apply", "inputs timing_ctx"),
-    _need("override", f"{_PROCESSOR}._get_prompt_updates", "mm_items hf_processor_mm_kwargs out_mm_kwargs"),
 )
 
 _INLINE: tuple[Entry, ...] = (
@@ -134,23 +104,14 @@ _INLINE: tuple[Entry, ...] = (
     _need("call", f"{_REGISTRY}:_ModelRegistry.register_model", "model_arch model_cls"),
     _need("read", f"{_REGISTRY}:_ModelRegistry", has="models"),
     _need("read", f"{_REGISTRY}:_LazyRegisteredModel", has="module_name"),
-    _need("subclass", _MODEL, mentions="visual"),
-    _need("override", f"{_MODEL}.__init__", "vllm_config prefix", mentions="Qwen2_5_VisionTransformer"),
-    _need("override", f"{_MODEL}.load_weights", "weights"),
+    _need("call", f"{_REGISTRY}:_LazyRegisteredModel.load_model_cls"),
     _need("read", "vllm.model_executor.model_loader.base_loader:BaseModelLoader.load_model"),
     _need("read", "vllm.v1.worker.gpu_model_runner:GPUModelRunner.profile_run"),
     _need("read", "vllm.v1.worker.gpu_model_runner:GPUModelRunner.reload_weights"),
     _need("call", "vllm.model_executor.model_loader.reload:finalize_layerwise_reload"),
-    _need("override", f"{_MODEL}.embed_input_ids", "input_ids multimodal_embeddings is_multimodal"),
     _need("read", "vllm:envs"),
-    _need("override", f"{_MODEL}.supports_mm_device_do_normalize"),
-    _need("override", f"{_MODEL}.supports_encoder_tp_data", optional=True),
-    _need("override", f"{_MODEL}.supports_encoder_cudagraph", optional=True),
-    _need("override", f"{_MODEL}.supports_tower_connector_lora", optional=True),
-    _need("override", f"{_MODEL}.lora_skip_prefixes", optional=True),
-    _need("patch", f"{_QWEN}:Qwen2_5_VisionTransformer"),
     _need("call", "vllm.multimodal:MULTIMODAL_REGISTRY.register_processor", "processor info dummy_inputs"),
-    _need("read", f"{_QWEN}:Qwen2_5_VLDummyInputsBuilder"),
+    _need("read", "vllm.multimodal.registry:_ProcessorFactories", has="info processor dummy_inputs"),
     _need("call", f"{_PARALLEL}:model_parallel_is_initialized"),
     _need("call", f"{_PARALLEL}:get_tensor_model_parallel_rank"),
     _need("call", f"{_TRANSFER}:has_ec_transfer"),
@@ -159,7 +120,6 @@ _INLINE: tuple[Entry, ...] = (
 )
 
 _FITTING: tuple[Entry, ...] = (
-    _need("call", f"{_INFO}.get_image_processor"),
     _need("call", "vllm.multimodal.processing:InputProcessingContext.get_mm_config"),
     _need("call", "vllm.multimodal.parse:ImageSize", "width height"),
     _need("patch", f"{_PARSER}._parse_image_data", "data"),
@@ -312,6 +272,45 @@ _METRICS: tuple[Entry, ...] = (
     _need("patch", "prometheus_client.multiprocess:MultiProcessCollector.collect"),
 )
 
+
+def _of_model(row: Architecture) -> tuple[Entry, ...]:
+    """What the in-line mode needs of a model's class, and of its processing classes, which every request passes."""
+    model, module = row.model, row.model.partition(":")[0]
+    info, processor = f"{model}._processor_factory.info", f"{model}._processor_factory.processor"
+    planned = "image_width image_height num_frames do_resize image_processor mm_kwargs"
+    return (
+        _need("subclass", model, mentions="visual"),
+        _need("override", f"{model}.__init__", "vllm_config prefix", mentions=" ".join(row.towers)),
+        *(_need("patch", f"{module}:{tower}") for tower in row.towers),
+        _need("override", f"{model}.load_weights", "weights"),
+        _need("override", f"{model}.embed_input_ids", "input_ids multimodal_embeddings is_multimodal"),
+        _need("override", f"{model}.supports_mm_device_do_normalize"),
+        _need("override", f"{model}.supports_encoder_tp_data", optional=True),
+        _need("override", f"{model}.supports_encoder_cudagraph", optional=True),
+        _need("override", f"{model}.supports_tower_connector_lora", optional=True),
+        _need("override", f"{model}.lora_skip_prefixes", optional=True),
+        _need("read", f"{model}._processor_factory"),
+        _need("override", f"{info}.get_supported_mm_limits"),
+        _need("override", f"{info}.validate_num_items", "modality num_items"),
+        _need("override", f"{info}.get_data_parser"),
+        _need("override", f"{info}.get_image_size_with_most_features"),
+        AnyOf(
+            "the size that vLLM plans an image with",
+            {
+                "modality": (_need("override", f"{info}._get_vision_info", f"{planned} modality"),),
+                "no modality": (_need("override", f"{info}._get_vision_info", planned),),
+            },
+        ),
+        _need("override", f"{processor}.apply", "inputs timing_ctx"),
+        _need("override", f"{processor}._get_prompt_updates", "mm_items hf_processor_mm_kwargs out_mm_kwargs"),
+    )
+
+
+def _of_fitting(row: Architecture) -> tuple[Entry, ...]:
+    """What fitting needs of a model's processing classes."""
+    return (_need("call", f"{row.model}._processor_factory.info.get_image_processor"),)
+
+
 CONTRACT: Mapping[Feature, tuple[Entry, ...]] = {
     Feature.INLINE: _INLINE,
     Feature.FITTING: _FITTING,
@@ -321,9 +320,25 @@ CONTRACT: Mapping[Feature, tuple[Entry, ...]] = {
     Feature.METRICS: _METRICS,
     Feature.POOLING: _POOLING,
 }
-"""What each feature needs of vLLM. Every feature needs those of `in-line` as well."""
+"""What each feature needs of vLLM, whatever the model. Every feature needs those of `in-line` as well."""
+
+MODEL_CONTRACT: Mapping[str, Mapping[Feature, tuple[Entry, ...]]] = {
+    architecture: {Feature.INLINE: _of_model(row), Feature.FITTING: _of_fitting(row)}
+    for architecture, row in ARCHITECTURES.items()
+}
+"""What features need of the served model's own classes, by architecture."""
+
+
+def entries_of(feature: Feature, architecture: str | None) -> tuple[Entry, ...]:
+    """What a feature needs of vLLM, and of one model's classes."""
+    of_model = MODEL_CONTRACT[architecture].get(feature, ()) if architecture is not None else ()
+    return (*CONTRACT[feature], *of_model)
+
 
 ENTRIES: tuple[tuple[Feature, Entry], ...] = tuple(
-    (feature, entry) for feature, entries in CONTRACT.items() for entry in entries
+    (feature, entry)
+    for contract in (CONTRACT, *MODEL_CONTRACT.values())
+    for feature, entries in contract.items()
+    for entry in entries
 )
-"""The table, row by row."""
+"""Both tables, row by row."""

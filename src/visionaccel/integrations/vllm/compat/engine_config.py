@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from visionaccel.integrations.vllm.compat.architectures import ARCHITECTURES
 from visionaccel.integrations.vllm.compat.checking import missing, way_of
 from visionaccel.integrations.vllm.compat.contract import BY_OUR_SCHEDULER, FAILED_REQUESTS, Feature
-from visionaccel.integrations.vllm.compat.releases import logger, release
+from visionaccel.integrations.vllm.compat.registering import architecture_of
+from visionaccel.integrations.vllm.compat.releases import logger
 from visionaccel.integrations.vllm.compat.weight_files import load_config_of
 
 if TYPE_CHECKING:
@@ -22,12 +21,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "adapts_tower", "can_contain", "CONNECTOR", "ec_connector", "engine_id", "impossible_with_connector",
-    "is_one_of_several_api_servers", "is_pipelined", "is_prepared", "is_replaced", "load_plugins",
+    "is_one_of_several_api_servers", "is_pipelined", "is_prepared", "load_plugins",
     "load_plugins_again", "mark_prepared",
     "normalises_itself", "obstacles_to_pipelining", "on_engine_config", "pools", "processor_options",
-    "receives_embeddings", "register_model", "served_by", "served_model", "ServedModel",
+    "receives_embeddings", "served_by", "served_model", "ServedModel",
     "set_processor_options", "takes_media", "use_connector",
-    "use_contained_scheduler", "use_ec_connector", "use_model_in_process", "without_python_processor",
+    "use_contained_scheduler", "use_ec_connector", "without_python_processor",
 ]  # fmt: skip
 
 CONNECTOR = "VisionAccelConnector"
@@ -57,54 +56,6 @@ def load_plugins_again() -> None:
     import vllm.plugins as plugins
 
     plugins.plugins_loaded = False
-
-
-def register_model(architecture: str, model: str) -> None:
-    """Register a model class in the place of vLLM's own.
-
-    vLLM caches on disk what it learns about a lazily registered class, by the class's name and its file's bytes alone.
-    So the name is extended by what else those flags depend on: vLLM's release and its own model's source.
-
-    Args:
-        architecture: Its architecture.
-        model: The class, as `module:Class`; the module has it by the extended name `Class__key` too.
-    """
-    from vllm import ModelRegistry
-
-    if is_replaced(architecture):
-        return
-    stock: Any = ModelRegistry.models.get(architecture)
-    _replaced[model.partition(":")[2]] = architecture
-    ModelRegistry.register_model(architecture, f"{model}__{_flags_key(str(getattr(stock, 'module_name', '')))}")
-
-
-_replaced: dict[str, str] = {}
-"""Architecture by name of the class of this package that replaces it."""
-
-
-def _flags_key(module: str) -> str:
-    """Names the vLLM whose flags a derived class has: an identifier of its release and of the module's source."""
-    import vllm
-
-    source = Path(vllm.__path__[0], *module.split(".")[1:]).with_suffix(".py")
-    digest = hashlib.sha256(source.read_bytes() if source.is_file() else b"").hexdigest()
-    return re.sub(r"\W", "_", release()) + "_" + digest[:12]
-
-
-def use_model_in_process(architecture: str) -> None:
-    """Let vLLM look at one of its model classes in this process, instead of in a child that imports it."""
-    from vllm import ModelRegistry
-
-    found = ModelRegistry.models.get(architecture)
-    if found is not None:
-        ModelRegistry.register_model(architecture, found.load_model_cls())
-
-
-def is_replaced(architecture: str) -> bool:
-    """Whether vLLM will make a model of that architecture from a class of this package."""
-    from vllm import ModelRegistry
-
-    return str(getattr(ModelRegistry.models.get(architecture), "module_name", "")).startswith("visionaccel.")
 
 
 def on_engine_config(prepare: Callable[[VllmConfig, bool], None]) -> None:
@@ -251,13 +202,16 @@ def served_model(config: VllmConfig) -> ServedModel:
 
 def served_by(model: ModelConfig, device: str = "cpu") -> ServedModel:
     """The model of a model configuration."""
-    vision = getattr(model.hf_config, "vision_config", None)
+    name = model._model_info.architecture  # of the class, after suffixes and conversions
+    replaces = architecture_of(name)
+    row = ARCHITECTURES.get(replaces or name)
+    vision = None if row is None else functools.reduce(_of, row.vision, model.hf_config)
     eps = getattr(model.hf_config, "rms_norm_eps", None)
     return ServedModel(
         source=model.model,
         revision=model.revision,
         architectures=tuple(model.architectures),
-        replaces=_replaced.get(model._model_info.architecture),  # of the class, after suffixes and conversions
+        replaces=replaces,
         multimodal=bool(model.is_multimodal_model),
         takes_media=takes_media(model),
         own_implementation=str(getattr(model.model_impl, "value", model.model_impl)) in ("auto", "vllm"),
@@ -267,6 +221,10 @@ def served_by(model: ModelConfig, device: str = "cpu") -> ServedModel:
         norm_eps=None if eps is None else float(eps),
         load=load_config_of(model),
     )
+
+
+def _of(config: Any, name: str) -> Any:
+    return getattr(config, name, None)
 
 
 def pools(config: VllmConfig) -> bool:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from visionaccel.errors import InputError
 
-__all__ = ["convert_images", "errors_for_clients", "pixel_bounds", "refuse_videos"]
+if TYPE_CHECKING:
+    Base: Any = object
+else:
+    Base = object
+
+__all__ = ["HookedInfo", "HookedProcessor", "convert_images", "errors_for_clients", "pixel_bounds", "refuse_videos"]
 
 _Parameters = ParamSpec("_Parameters")
 _Result = TypeVar("_Result")
@@ -37,6 +42,48 @@ def _for_clients(kind: type[InputError]) -> type[InputError]:
     if theirs is None or issubclass(kind, theirs):
         return kind
     return type(kind.__name__, (kind, theirs), {"parameter": None, "value": None})
+
+
+class HookedInfo(Base):  # type: ignore[misc]
+    """Mixed in before a model's processing information: asks for the size that vLLM is to plan an image with."""
+
+    def planned_size(self, kind: str, height: int, width: int) -> tuple[int, int]:  # noqa: ARG002
+        """Height and width in pixels that the processor gets.
+
+        Args:
+            kind: `image` or `video`.
+            height: What the prompt has, in pixels.
+            width: As height.
+        """
+        return height, width
+
+    def _get_vision_info(self, **kwargs: Any) -> Any:
+        # Releases differ in whether they pass the modality; without it, one frame is an image.
+        kind = kwargs.get("modality") or ("image" if kwargs.get("num_frames", 1) == 1 else "video")
+        height, width = self.planned_size(kind, kwargs["image_height"], kwargs["image_width"])
+        return super()._get_vision_info(**{**kwargs, "image_height": height, "image_width": width})
+
+
+class HookedProcessor(Base):  # type: ignore[misc]
+    """Mixed in before a model's processor: shows each processed image and video before the engine gets it."""
+
+    def processed(self, kind: str, grid: Any) -> None:
+        """Called for each item that has pixels.
+
+        Args:
+            kind: `image` or `video`.
+            grid: Its (t, h, w).
+        """
+
+    def _get_prompt_updates(
+        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any
+    ) -> Sequence[Any]:
+        for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+            for item in out_mm_kwargs.get(kind, ()):
+                if item is not None and pixels in item:  # what comes as embeddings needs no program
+                    self.processed(kind, item[f"{kind}_grid_thw"].data)
+        updates: Sequence[Any] = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
+        return updates
 
 
 def pixel_bounds(info: Any) -> tuple[int, int]:

@@ -1,31 +1,17 @@
-"""A worker's insides: the vision tower's place in the model, and the EC connector."""
+"""A worker's insides: what it is doing, and its EC connector."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
 
 __all__ = [
-    "finish_reload", "first_of_its_group", "loading", "profiling", "step_metadata", "step_timeout", "swapped_tower",
-    "worker_connector",
+    "connector_metadata", "finish_reload", "first_of_its_group", "loading", "profiling", "step_metadata",
+    "step_timeout", "worker_connector",
 ]  # fmt: skip
-
-
-@contextmanager
-def swapped_tower(base: type, make: Callable[..., nn.Module]) -> Iterator[None]:
-    """While the constructor of `base` runs, `make` makes its vision tower: nothing of the stock one is allocated."""
-    module: Any = sys.modules[base.__module__]
-    stock = module.Qwen2_5_VisionTransformer
-    module.Qwen2_5_VisionTransformer = make
-    try:
-        yield
-    finally:
-        module.Qwen2_5_VisionTransformer = stock
 
 
 def profiling() -> bool:
@@ -76,6 +62,11 @@ def step_metadata() -> Any:
     if transfer is None or not transfer.has_ec_transfer():  # a worker with a connector has imported it
         return None
     return transfer.get_ec_transfer()._connector_metadata
+
+
+def connector_metadata(connector: Any) -> Any:
+    """What the scheduler's end of an EC connector sent to this end for the step."""
+    return connector._get_connector_metadata()
 
 
 def step_timeout() -> float:

@@ -321,7 +321,7 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
             VisionAccelError: If there are some, and they come from weights that are not served any more. The engine
                 ends by it: no other answer would be right. It ends too if a request reads what was cached before.
         """
-        rows_of = self._get_connector_metadata().rows
+        rows_of = compat.connector_metadata(self).rows
         if self._refusal is not None:
             encoder_cache.clear()
             if rows_of:
