@@ -207,7 +207,8 @@ def test_the_folder_of_a_self_test_that_is_killed_is_removed(tmp_path):
     """Where the configuration is made, a second process of the play's is killed, as when its time is over."""
     code = (
         "import os, signal\n"
-        "from visionaccel.integrations.vllm import compat, modelled_run\n"
+        "from visionaccel.integrations.vllm import compat\n"
+        "from visionaccel.integrations.vllm.pipelined import modelled_run\n"
         "modelled_run.small_config = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
         "modelled_run.run_modelled(compat.Scheduler, asynchronous=False)\n"
     )
