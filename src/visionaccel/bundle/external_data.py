@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-
-import onnx
+from typing import TYPE_CHECKING
 
 from visionaccel.bundle.onnx_tensors import check_tensor_names
 from visionaccel.core.dtypes import DTYPES, FLOATS
 from visionaccel.core.external_data import ExternalData, is_external, point_at
 from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import BundleError
+
+if TYPE_CHECKING:
+    import onnx
 
 __all__ = ["point_at_weights"]
 
@@ -32,6 +34,8 @@ def point_at_weights(model: bytes, weights: Mapping[str, StoredTensor], folder: 
         BundleError: If the model cannot be parsed, or names a weight that is not there or is of another size or dtype,
             or has external data anywhere else than in the initializers of its graph, or gives a name twice.
     """
+    import onnx  # an extra: encoders that run no ONNX model do without
+
     try:
         proto = onnx.load_model_from_string(model)
     except Exception as error:  # protobuf's decoding error is not part of its public interface

@@ -7,11 +7,13 @@ import posixpath
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
-
-import onnx
+from typing import TYPE_CHECKING
 
 from visionaccel.core.external_data import ExternalData, is_external
 from visionaccel.errors import BundleError
+
+if TYPE_CHECKING:
+    import onnx
 
 __all__ = ["check_tensor_names", "check_tensors"]
 
@@ -76,7 +78,9 @@ def _bytes(tensor: onnx.TensorProto) -> int:
     if len(tensor.dims) > _MOST_DIMENSIONS:  # the product of very many sizes alone takes minutes
         raise ValueError(f"{len(tensor.dims)} dimensions")
     items: int = math.prod(tensor.dims)
-    return items * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    from onnx import helper
+
+    return items * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
 
 
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:

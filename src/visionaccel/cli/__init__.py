@@ -1,10 +1,19 @@
 """The command `visionaccel`."""
 
+import sys
+
 __all__ = ["main"]
 
 
 def main() -> None:
     """The command's entry point."""
-    from visionaccel.cli.app import main as run  # modules below this one run in child processes that need no command
-
+    try:
+        from visionaccel.cli.app import (
+            main as run,  # modules below this one run in child processes that need no command
+        )
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in ("rich", "typer"):
+            raise
+        sys.exit(f"The command line needs {missing}, which is not installed: pip install 'visionaccel[cli]'.")
     run()

@@ -19,7 +19,7 @@ from visionaccel.cli.plugin_commands import add_plugin_commands
 from visionaccel.cli.quantize import quantize
 from visionaccel.cli.strip import strip
 from visionaccel.cli.validate import validate
-from visionaccel.errors import VisionAccelError
+from visionaccel.errors import ConfigurationError, VisionAccelError
 
 __all__ = ["app", "main"]
 
@@ -57,10 +57,21 @@ def main() -> None:
     """Run the command. Errors of this package become one message on stderr and exit status 2."""
     own_stdout()
     try:
-        app()
+        _run()
     except VisionAccelError as error:
         if "--json" in sys.argv:
             print_json({"error": type(error).__name__, "message": error.message, "hint": error.hint})
         messages.print(type(error).__name__, style="bold red", end=" ")
         messages.print(str(error), highlight=False, soft_wrap=True)
         raise SystemExit(2) from None
+
+
+def _run() -> None:
+    try:
+        app()
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "onnx":
+            raise
+        raise ConfigurationError(
+            "this command needs onnx, which is not installed.", hint="Install it: pip install 'visionaccel[onnx]'."
+        ) from error

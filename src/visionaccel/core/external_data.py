@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-
-from onnx import TensorProto
+from typing import TYPE_CHECKING
 
 from visionaccel.core.stored_tensor import StoredTensor
+
+if TYPE_CHECKING:
+    from onnx import TensorProto
 
 __all__ = ["ExternalData", "hold_data", "is_external", "point_at"]
 
@@ -53,12 +55,12 @@ class ExternalData:
 
 def is_external(tensor: TensorProto) -> bool:
     """Whether a tensor's data lie in another file."""
-    return tensor.data_location == TensorProto.EXTERNAL
+    return tensor.data_location == tensor.EXTERNAL
 
 
 def point_at(tensor: TensorProto, place: ExternalData) -> None:
     """Make a tensor state that its data lie there, and nothing else."""
-    tensor.data_location = TensorProto.EXTERNAL
+    tensor.data_location = tensor.EXTERNAL
     del tensor.external_data[:]
     for key, value in (("location", place.location), ("offset", place.offset), ("length", place.length)):
         if value is not None:
@@ -68,5 +70,5 @@ def point_at(tensor: TensorProto, place: ExternalData) -> None:
 def hold_data(tensor: TensorProto, data: bytes) -> None:
     """Put a tensor's data into the model."""
     tensor.raw_data = data
-    tensor.data_location = TensorProto.DEFAULT
+    tensor.data_location = tensor.DEFAULT
     del tensor.external_data[:]
