@@ -25,9 +25,10 @@ from visionaccel.core.cores import thread_limit
 from visionaccel.core.program import EP_CONTEXT, ONNX, ONNX_FUSED, ONNX_MODELS, ONNX_STANDARD, Program
 from visionaccel.errors import ArtifactError, ConfigurationError, DeviceError
 from visionaccel_onnxrt.bfloat16 import emulate_bfloat16
+from visionaccel_onnxrt.cuda import gpu_model
 from visionaccel_onnxrt.ep_context import offload_of_context, verified_context
 from visionaccel_onnxrt.offload import RECORD_ASSIGNMENT, assigned, require_offload
-from visionaccel_onnxrt.providers import CPU_PROVIDER, DEVICES, VITISAI_PROVIDER, provider_for
+from visionaccel_onnxrt.providers import CPU_PROVIDER, CUDA_PROVIDER, DEVICES, VITISAI_PROVIDER, provider_for
 from visionaccel_onnxrt.session import OnnxRuntimeSession
 from visionaccel_onnxrt.session_entries import (
     CAST_CHAIN_ELIMINATION,
@@ -209,7 +210,10 @@ class OnnxRuntimeBackend(VisionBackend):
             stated = next((summary.precision for summary in summaries if summary.precision), None)
             precision = stated or ("bfloat16" if precision == "float32" else precision)
         # InferenceSession.run is documented as thread-safe; providers of single-owner devices are not trusted with it.
-        return OnnxRuntimeSession(session, weights, program, Capabilities(device=shown, precision=precision))
+        # Its kernels, and so the last bits, are chosen by the GPU's model.
+        hardware = gpu_model(int(given.get("device_id", 0))) if provider == CUDA_PROVIDER else ""
+        capabilities = Capabilities(device=shown, precision=precision, hardware=hardware)
+        return OnnxRuntimeSession(session, weights, program, capabilities)
 
 
 def _provider(

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["CPU_PROVIDER", "DEVICES", "VITISAI_PROVIDER", "Provider", "provider_for"]
+__all__ = ["CPU_PROVIDER", "CUDA_PROVIDER", "DEVICES", "VITISAI_PROVIDER", "Provider", "provider_for"]
 
 CPU_PROVIDER = "CPUExecutionProvider"
+CUDA_PROVIDER = "CUDAExecutionProvider"
 VITISAI_PROVIDER = "VitisAIExecutionProvider"
 
 
@@ -33,7 +34,7 @@ class Provider:
 DEVICES = {
     "cpu": Provider(CPU_PROVIDER, 50, "onnxruntime (pip install onnxruntime)"),
     "cuda": Provider(
-        "CUDAExecutionProvider",
+        CUDA_PROVIDER,
         80,
         "onnxruntime-gpu in the place of onnxruntime (pip install onnxruntime-gpu)",
         indexed=True,
