@@ -241,7 +241,7 @@ def test_a_session_that_exits_is_a_device_error(site, tiny):
     install(site, "acme-quits", "quits", source)
     with (
         open_encoder(tiny, backend="quits", registry=Registry()) as encoder,
-        pytest.raises(DeviceError, match=r"'quits' failed on grids .*SystemExit: 0"),
+        pytest.raises(DeviceError, match=r"'quits' on grids .* failed with .*SystemExit: 0"),
     ):
         encoder.encode(np.zeros((16, encoder.tower.patch_width), np.float32), [(1, 4, 4)])
 

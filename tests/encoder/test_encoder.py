@@ -253,7 +253,7 @@ def test_a_backend_that_breaks_its_promise_is_found_out(tiny, tmp_path, monkeypa
 def test_whatever_a_backend_raises_becomes_a_device_error(tiny, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(install(tmp_path, "acme-echo", "echo", ECHO.format(name="echo", score=1)))
     encoder = open_encoder(tiny, backend="echo", registry=Registry())
-    with pytest.raises(DeviceError, match=r"'echo' failed on grids 1x4x4: RuntimeError: echo cannot compute"):
+    with pytest.raises(DeviceError, match=r"'echo' on grids 1x4x4 failed with RuntimeError: echo cannot compute"):
         encoder.encode(random_patches([(1, 4, 4)]), [(1, 4, 4)])
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from visionaccel.core.cache_folder import our_cache
 from visionaccel.core.program import EP_CONTEXT, Program
 from visionaccel.errors import ConfigurationError
 from visionaccel_onnxrt.offload import Offload
@@ -141,9 +141,8 @@ def _parse(text: str, name: str) -> PassSummary | None:
 
 
 def _default_cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
     try:
-        return Path(base or Path.home() / ".cache", "visionaccel", "vitisai")
+        return our_cache() / "vitisai"
     except RuntimeError as error:  # There is no home folder.
         raise ConfigurationError(
             "there is no folder to keep compiled programs in.", hint="Name one with the option cache_dir."

@@ -31,11 +31,12 @@ def contained() -> Iterator[None]:
 
 
 @contextmanager
-def device_errors(doing: str) -> Iterator[None]:
+def device_errors(doing: str | Callable[[], str], hint: str | None = None) -> Iterator[None]:
     """Turn any exception of a vendor's stack into an error of this package; Ctrl-C passes through.
 
     Args:
-        doing: What the code in the context does, for the message.
+        doing: What the code in the context does, for the message; a function is called only if it fails.
+        hint: What to do then.
 
     Raises:
         VisionAccelError: As the code raised it.
@@ -47,7 +48,8 @@ def device_errors(doing: str) -> Iterator[None]:
     except VisionAccelError:
         raise
     except Exception as error:
-        raise DeviceError(f"{doing} failed with {type(error).__name__}: {error}") from error
+        what = doing if isinstance(doing, str) else doing()
+        raise DeviceError(f"{what} failed with {type(error).__name__}: {error}", hint=hint) from error
 
 
 def tell(hook: Callable[[], object]) -> None:

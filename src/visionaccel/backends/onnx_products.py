@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
@@ -56,7 +55,7 @@ def parse_model(program: Program) -> onnx.ModelProto:
     assert program.model is not None, "a program in ONNX"
     try:
         return onnx.load_model_from_string(program.model())
-    except DecodeError as error:
+    except Exception as error:  # protobuf's decoding error is not part of its public interface
         raise ArtifactError(f"program {program.name!r} is no ONNX model: {error}", hint="Export it again.") from error
 
 

@@ -141,9 +141,20 @@ class Session(ABC):
     """An open program on a device.
 
     The core calls `run` from whichever thread encodes, one call at a time unless `capabilities.thread_safe`.
+
+    Attributes:
+        capabilities: What it is and how it may be called.
+        bounds_calls: It ends its calls itself when they take too long, so whoever waits for one waits a little longer
+            than that before it is given up. True of sessions in child processes; a backend's own need not set it.
     """
 
     capabilities: Capabilities
+    bounds_calls: ClassVar[bool] = False
+
+    @property
+    def restarts(self) -> int:
+        """How often its device was started again after it was lost: it has to be checked again then."""
+        return 0
 
     @abstractmethod
     def run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
@@ -161,6 +172,9 @@ class Session(ABC):
             DeviceError: If the device failed. Any other exception is reported as one, with this backend's name. The
                 session must stay usable, or fail every later call too.
         """
+
+    def end_calls(self) -> None:  # noqa: B027 - what cannot be ended goes on
+        """End the calls in progress at once, if that is possible; they raise a DeviceError. Called from any thread."""
 
     @abstractmethod
     def close(self) -> None:

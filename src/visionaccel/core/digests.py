@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from visionaccel.core.bounded_files import read_bounded
+from visionaccel.core.cache_folder import our_cache
 from visionaccel.core.memory_files import FileState
 from visionaccel.errors import BundleError
 
@@ -88,8 +88,7 @@ def _states(files: Sequence[Path]) -> list[list[int]]:
 
 
 def _memory() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base, "visionaccel", "digests.json")
+    return our_cache() / "digests.json"
 
 
 def _load() -> dict[str, Any]:

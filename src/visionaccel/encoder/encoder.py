@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -21,16 +21,15 @@ from visionaccel.backends import (
     Purpose,
     Registry,
     Session,
-    contained,
     watch_parts,
 )
-from visionaccel.backends.containment import tell
+from visionaccel.backends.containment import device_errors, tell
 from visionaccel.core.arrays import Array, as_numpy, dtype_name, is_tensor
 from visionaccel.core.contracts import check_embeddings, check_output, check_patches
 from visionaccel.core.cores import on_cores
 from visionaccel.core.grid import Grid, GridLike, as_grids, total_patches
 from visionaccel.core.program import AnyGrid, Bucket, FixedGrid, Program
-from visionaccel.errors import DeviceError, UnfitGridError, VisionAccelError
+from visionaccel.errors import DeviceError, UnfitGridError
 from visionaccel.families import Host, Tower
 
 __all__ = ["Encoder", "OpenProgram", "close_programs"]
@@ -207,7 +206,7 @@ class Encoder:
         for opened, parts in calls:
             call_grids = [part.grid for part in parts]
             rows = _rows(patches, checked, parts)
-            with self._as_device_error(call_grids):
+            with self._device_errors(call_grids):
                 inputs = opened.host.inputs(_to_session(rows, opened), call_grids)
             if clock is not None:
                 clock.lap("prepare")
@@ -253,23 +252,15 @@ class Encoder:
         return _join([piece for *_, piece in sorted(pieces, key=lambda piece: piece[:2])])
 
     def _run(self, opened: OpenProgram, inputs: Mapping[str, Array], grids: Sequence[Grid]) -> Mapping[str, Array]:
-        with self._as_device_error(grids), self._turn():
+        with self._device_errors(grids), self._turn():
             return opened.session.run(inputs)
 
-    @contextmanager
-    def _as_device_error(self, grids: Sequence[Grid]) -> Iterator[None]:
+    def _device_errors(self, grids: Sequence[Grid]) -> AbstractContextManager[None]:
         """Whatever a backend or the host's part raises, as a DeviceError that says where."""
-        try:
-            with contained():
-                yield
-        except VisionAccelError:
-            raise
-        except Exception as error:
-            listed = ", ".join(map(str, grids))
-            raise DeviceError(
-                f"backend {self.backend!r} failed on grids {listed}: {type(error).__name__}: {error}",
-                hint="Set VISIONACCEL_FALLBACK to let another backend take over.",
-            ) from error
+        return device_errors(
+            lambda: f"backend {self.backend!r} on grids {', '.join(map(str, grids))}",
+            "Set VISIONACCEL_FALLBACK to let another backend take over.",
+        )
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
@@ -296,7 +287,7 @@ class Encoder:
             "patches": total_patches(grids),
             "tokens": sum(grid.tokens(self.tower.merge_size) for grid in grids),
         }
-        with self._as_device_error(grids):
+        with self._device_errors(grids):
             for spec in opened.program.outputs:
                 check_output(self.backend, spec, outputs.get(spec.name), sizes)
             rows = opened.host.embeddings(outputs, grids)

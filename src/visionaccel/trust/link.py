@@ -10,14 +10,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
-from visionaccel.backends import Purpose
+from visionaccel.backends import Purpose, Session
 from visionaccel.bundle import Golden
 from visionaccel.core.arrays import Array
 from visionaccel.core.grid import Grid
 from visionaccel.core.safe_text import safe_logger
 from visionaccel.encoder import Encoder
 from visionaccel.errors import DeadlineError, DeviceError, InputError, VisionAccelError
-from visionaccel.isolation import IsolatedSession
 from visionaccel.trust.breaker import Breaker, BreakerState
 from visionaccel.trust.canary import Canary, CanaryResult
 from visionaccel.trust.keeper import Keeper
@@ -137,7 +136,7 @@ class Stage:
     @property
     def restarts(self) -> int:
         """How often a process of its device was started anew."""
-        return sum(session.restarts for session in self._processes())
+        return sum(session.restarts for session in self._sessions())
 
     def on_drift(self, forget: Callable[[], None]) -> None:
         """Have something called when it turns out that it answered wrongly: what came from it is not to be kept."""
@@ -292,7 +291,7 @@ class Stage:
         if until is not None and until - time.monotonic() < min(_LEAST, seconds):
             raise no_time()
         safe = all(opened.session.capabilities.thread_safe for opened in encoder.programs)
-        slack = _ENDING if self._processes() else 0.0
+        slack = _ENDING if any(session.bounds_calls for session in self._sessions()) else 0.0
         try:
             return self._calls.call(call, seconds + slack, places=sys.maxsize if safe else 1, until=until)
         except NoTimeError:
@@ -308,8 +307,8 @@ class Stage:
 
     def _hung(self, encoder: Encoder, seconds: float, late: LateError) -> DeadlineError:
         """Disable the link, as a call did not return in time; the error that says so."""
-        for session in self._processes():
-            session.end_process()  # or it would go on with what nobody waits for
+        for session in self._sessions():
+            session.end_calls()  # or it would go on with what nobody waits for
         message = f"device {encoder.capabilities.device!r} did not answer within {seconds:.3g} s."
         error = DeadlineError(
             f"{message} {late}.".removesuffix(" It did not return."),
@@ -369,11 +368,9 @@ class Stage:
     def _was_checked(self) -> bool:
         return self._checked_restarts is not None
 
-    def _processes(self) -> list[IsolatedSession]:
-        sessions = (
-            [opened.session for opened in self._source.if_open.programs] if self._source.if_open is not None else []
-        )
-        return [session for session in sessions if isinstance(session, IsolatedSession)]
+    def _sessions(self) -> list[Session]:
+        encoder = self._source.if_open
+        return [] if encoder is None else [opened.session for opened in encoder.programs]
 
     def _forget(self) -> None:
         for forget in self._drifted:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from visionaccel.core.cache_folder import our_cache
 from visionaccel.core.orphans import temporary_folder
 from visionaccel.errors import ConfigurationError, SettingsError
 from visionaccel_testing.checkpoints import LIVELY, QWEN2_5_VL_7B, random_checkpoint
@@ -39,7 +39,7 @@ def preset_checkpoint(name: str, depth: int | None = None, cache: Path | None = 
     blocks = config["depth"] if depth is None else depth
     if not 1 <= blocks <= config["depth"]:
         raise SettingsError(f"--depth {blocks}: {name} has {config['depth']} blocks.", hint="Name no more than that.")
-    base = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "visionaccel", "presets")
+    base = cache or our_cache() / "presets"
     folder = base / f"{name}-depth{blocks}-{_EDITION}"
     if folder.is_dir():
         return folder

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from visionaccel.backends import Finding
 from visionaccel.cli.diagnosis.findings import looked
+from visionaccel.core.cache_folder import cache_home
 from visionaccel.core.cores import choose_cores, process_cores, shown_cores
 from visionaccel.core.cpu import flags_in, processor_name
 from visionaccel.errors import SettingsError
@@ -102,7 +103,7 @@ def _limit(root: Path) -> int | None:
 
 
 def _disk() -> Finding:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = cache_home()
     there = next(folder for folder in (cache, *cache.parents) if folder.is_dir())
     free = shutil.disk_usage(there).free
     detail = f"{_gib(free)} free for {cache}"

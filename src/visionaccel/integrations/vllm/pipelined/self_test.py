@@ -20,6 +20,7 @@ from typing import Any
 
 from visionaccel import __version__
 from visionaccel.backends import Finding
+from visionaccel.core.cache_folder import our_cache
 from visionaccel.integrations.vllm import BACKEND_VARIABLES, compat
 from visionaccel.integrations.vllm.compat.contract import CONTRACT, Feature, needs
 
@@ -80,12 +81,11 @@ def _ours(name: str) -> bool:
 
 def _kept(kind: tuple[str, str]) -> Path:
     """Where the verdict for this build is kept."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     digest = hashlib.sha256(repr((compat.release(), __version__, sys.version_info[:3], kind)).encode())
     for path in sorted(_files()):
         digest.update(f"{path.name} {path.stat().st_size}\n".encode())
         digest.update(path.read_bytes())
-    return Path(base, "visionaccel", "self-test", f"{digest.hexdigest()[:32]}.json")
+    return our_cache() / "self-test" / f"{digest.hexdigest()[:32]}.json"
 
 
 def _files() -> Iterator[Path]:
