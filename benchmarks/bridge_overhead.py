@@ -14,14 +14,14 @@ from unittest.mock import patch
 
 import numpy as np
 
-from visionaccel.bundle.vitisai import ImportRequest, import_vitisai
 from visionaccel.core.arrays import Array
 from visionaccel.core.grid import Grid
 from visionaccel.encoder import open_encoder, open_tower
 from visionaccel_flexmlrt.runtime import SIMULATOR, load
 from visionaccel_flexmlrt.simulator import compile_partition
+from visionaccel_flexmlrt.vitisai import ImportRequest, import_vitisai
+from visionaccel_flexmlrt.vitisai.writing import write_vitisai_folder
 from visionaccel_testing.checkpoints import QWEN2_5_VL_7B, random_checkpoint
-from visionaccel_testing.vitisai import write_vitisai_folder
 
 GRID = Grid(1, 58, 74)
 RUNS = 15

@@ -252,7 +252,7 @@ TOOLS = {"bench", "testing"}
 MODULES = [
     file
     for file in sorted(PLUGINS.glob("*/visionaccel_*/*.py"))
-    if file.name != "commands.py" and file.parents[1].name not in TOOLS
+    if file.name not in {"commands.py", "import_command.py"} and file.parents[1].name not in TOOLS
 ]
 """Modules of backends' distributions, but for their own commands, which are faces as the core's command is."""
 

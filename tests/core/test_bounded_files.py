@@ -11,13 +11,13 @@ from onnx import TensorProto, helper, numpy_helper
 
 from bundles import document
 from visionaccel.bundle import MANIFEST, ProgramRequest, export_bundle, open_bundle, point_at_weights, seal
-from visionaccel.bundle.vitisai.graph import OnnxGraph
-from visionaccel.bundle.vitisai.metadata import PartitionInfo, read_metadata
 from visionaccel.checkpoint import read_header, read_json, weights_digest
 from visionaccel.core.bounded_files import MOST_JSON_BYTES, hole_bytes, open_regular, read_bounded
 from visionaccel.core.program import AnyGrid
 from visionaccel.encoder import open_tower
 from visionaccel.errors import BundleError, CheckpointError
+from visionaccel_flexmlrt.vitisai.graph import OnnxGraph
+from visionaccel_flexmlrt.vitisai.metadata import PartitionInfo, read_metadata
 
 
 def test_a_file_is_read_up_to_its_limit(tmp_path):

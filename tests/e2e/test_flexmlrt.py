@@ -11,12 +11,12 @@ from openai import InternalServerError, OpenAI
 
 from digits_vlm.samples import held_out_images
 from forked import WORKER_IN_ENGINE
-from visionaccel.bundle.vitisai import ImportRequest, import_vitisai
 from visionaccel.core.grid import Grid
 from visionaccel.encoder import open_tower
 from visionaccel_bench.server import serve
 from visionaccel_flexmlrt.simulator import compile_partition
-from visionaccel_testing.vitisai import write_vitisai_folder
+from visionaccel_flexmlrt.vitisai import ImportRequest, import_vitisai
+from visionaccel_flexmlrt.vitisai.writing import write_vitisai_folder
 
 IMAGES = held_out_images(300)
 DEADLINE = 6

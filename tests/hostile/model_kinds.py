@@ -16,8 +16,6 @@ from hostile.kinds import PIPE, Files, Kind
 from hostile.seeds import BUNDLE, CHECKPOINT, CONTEXT, GRID, PARTITION, PROVIDER, RAI
 from mutations import ODD_NUMBERS, damage, damaged, mutations
 from visionaccel.bundle import point_at_weights
-from visionaccel.bundle.vitisai import ImportRequest, import_vitisai
-from visionaccel.bundle.vitisai.findings import find
 from visionaccel.core.bounded_files import read_bounded
 from visionaccel.core.program import EP_CONTEXT, FLEXMLRT_DIRECTORY, FLEXMLRT_RAI, FixedGrid, HostSplit, Program
 from visionaccel.encoder import open_tower
@@ -25,6 +23,8 @@ from visionaccel.errors import BundleError, VisionAccelError
 from visionaccel.families import Tower
 from visionaccel_flexmlrt import FlexMLRTBackend
 from visionaccel_flexmlrt.backend import FlexMLRTOptions
+from visionaccel_flexmlrt.vitisai import ImportRequest, import_vitisai
+from visionaccel_flexmlrt.vitisai.findings import find
 from visionaccel_onnxrt.ep_context import offload_of_context, verified_context
 
 MODEL = "vision.onnx"

@@ -12,8 +12,8 @@ from visionaccel.bundle import Golden, open_bundle, write_golden
 from visionaccel.core.grid import Grid
 from visionaccel.encoder import open_tower
 from visionaccel_flexmlrt.simulator import compile_partition
+from visionaccel_flexmlrt.vitisai.writing import write_vitisai_folder
 from visionaccel_testing.checkpoints import random_checkpoint
-from visionaccel_testing.vitisai import write_vitisai_folder
 
 CHECKPOINT, BUNDLE, RAI, PARTITION, CONTEXT, IMAGES = "checkpoint", "bundle", "rai", "partition", "context", "images"
 """Folders of the seeds."""

@@ -15,7 +15,7 @@ from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError, VisionAccelError
 from visionaccel_flexmlrt.runtime import SIMULATOR, missing
 from visionaccel_flexmlrt.simulator import compile_partition
-from visionaccel_testing.vitisai import write_vitisai_folder
+from visionaccel_flexmlrt.vitisai.writing import write_vitisai_folder
 
 __all__ = ["app", "main"]
 

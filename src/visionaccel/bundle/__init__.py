@@ -1,16 +1,21 @@
 """Bundles: folders that state everything needed to run an encoder's programs rightly, or to refuse."""
 
 from visionaccel.bundle.export import (
+    WEIGHT_PREFIX,
     ProgramRequest,
     Progress,
     appearing,
     as_json,
+    counter,
     export_bundle,
+    external_checkpoint,
     program_name,
     rewrite_manifest,
     stated_file,
     toolchain,
+    write_description,
     write_file,
+    write_manifest,
 )
 from visionaccel.bundle.external_data import point_at_weights
 from visionaccel.bundle.golden import GOLDEN_FILE, Golden, read_golden, write_golden
@@ -27,7 +32,9 @@ from visionaccel.bundle.manifest import (
     json_schema,
     parse_manifest,
     seal,
+    stated_coverage,
 )
+from visionaccel.bundle.onnx_tensors import check_tensors
 from visionaccel.bundle.opening import Bundle, is_bundle, open_bundle, tower_digest
 from visionaccel.bundle.processor import processor_digest, require_processor
 from visionaccel.bundle.stripping import STRIP_NOTE, StripReport, read_strip_note, strip_checkpoint
@@ -48,9 +55,13 @@ __all__ = [
     "SCHEMA_VERSION",
     "STRIP_NOTE",
     "StripReport",
+    "WEIGHT_PREFIX",
     "appearing",
     "as_json",
+    "check_tensors",
+    "counter",
     "export_bundle",
+    "external_checkpoint",
     "is_bundle",
     "json_schema",
     "open_bundle",
@@ -65,10 +76,13 @@ __all__ = [
     "require_processor",
     "rewrite_manifest",
     "seal",
+    "stated_coverage",
     "stated_file",
     "strip_checkpoint",
     "toolchain",
     "tower_digest",
+    "write_description",
     "write_file",
     "write_golden",
+    "write_manifest",
 ]

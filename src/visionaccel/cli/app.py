@@ -12,7 +12,6 @@ from visionaccel.cli.doctor import doctor
 from visionaccel.cli.encode import encode
 from visionaccel.cli.export import export
 from visionaccel.cli.hub import pull, push
-from visionaccel.cli.import_vitisai import import_vitisai
 from visionaccel.cli.inspect import inspect
 from visionaccel.cli.output import messages, own_stdout, print_json, prints_results
 from visionaccel.cli.plugin_commands import add_plugin_commands
@@ -46,7 +45,7 @@ def _root(
 
 
 for command in (
-    *(backends, explain, export, import_vitisai, quantize, inspect, validate),
+    *(backends, explain, export, quantize, inspect, validate),
     *(push, pull, strip, encode, doctor),
 ):
     app.command()(prints_results(command))

@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 from towers import random_patches, reference
 from visionaccel import open_encoder
 from visionaccel.bundle import open_bundle
-from visionaccel.bundle.vitisai import ImportRequest, import_vitisai
 from visionaccel.cli.app import app
 from visionaccel.core.grid import Grid
 from visionaccel.core.program import FixedGrid
@@ -20,7 +19,8 @@ from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError, DeviceError
 from visionaccel_flexmlrt.commands import app as tools
 from visionaccel_flexmlrt.simulator import compile_partition
-from visionaccel_testing.vitisai import write_vitisai_folder
+from visionaccel_flexmlrt.vitisai import ImportRequest, import_vitisai
+from visionaccel_flexmlrt.vitisai.writing import write_vitisai_folder
 
 LANDSCAPE, PORTRAIT = Grid(1, 12, 20), Grid(1, 20, 12)
 float32 = partial(compile_partition, precision="float32")

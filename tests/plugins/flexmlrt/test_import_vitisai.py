@@ -19,8 +19,6 @@ from strategies import grids
 from towers import random_patches
 from visionaccel import open_encoder
 from visionaccel.bundle import open_bundle, strip_checkpoint
-from visionaccel.bundle.vitisai import ImportRequest
-from visionaccel.bundle.vitisai import import_vitisai as import_artifact
 from visionaccel.checkpoint import Checkpoint
 from visionaccel.cli.app import app
 from visionaccel.core.grid import Grid
@@ -39,8 +37,10 @@ from visionaccel.errors import BundleError, ConfigurationError
 from visionaccel.families import tower_of
 from visionaccel.towers import make_tables
 from visionaccel.validation.packed_weights import differing_weights
+from visionaccel_flexmlrt.vitisai import ImportRequest
+from visionaccel_flexmlrt.vitisai import import_vitisai as import_artifact
+from visionaccel_flexmlrt.vitisai.writing import VitisNames, write_vitisai_folder
 from visionaccel_testing.checkpoints import QWEN2_5_VL_7B, hollow_checkpoint, random_checkpoint
-from visionaccel_testing.vitisai import VitisNames, write_vitisai_folder
 
 PORTRAIT, LANDSCAPE = Grid(1, 20, 12), Grid(1, 12, 20)
 """Both have windows of four sizes, so that raster and grouped order differ."""

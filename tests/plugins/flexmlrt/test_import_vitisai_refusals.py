@@ -188,8 +188,8 @@ def test_a_git_lfs_pointer_is_refused_with_the_cure(tiny, folder):
 
 
 def test_a_small_artifact_is_taken_with_a_warning_and_an_empty_one_refused(tiny, folder, tmp_path):
-    from visionaccel.bundle.vitisai import ImportRequest, import_vitisai
     from visionaccel.encoder import open_tower
+    from visionaccel_flexmlrt.vitisai import ImportRequest, import_vitisai
 
     (folder / "vision.rai").write_bytes(b"RAI?")
     (warning,) = import_vitisai(open_tower(tiny), [ImportRequest(folder)], tmp_path / "bundle").warnings

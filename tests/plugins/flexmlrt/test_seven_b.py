@@ -5,11 +5,11 @@ from functools import partial
 from simulated import simulated_precision
 from towers import lowest_cosine
 from visionaccel import open_encoder
-from visionaccel.bundle.vitisai import ImportRequest, import_vitisai
 from visionaccel.core.grid import Grid
 from visionaccel.encoder import open_tower
 from visionaccel_flexmlrt.simulator import compile_partition
-from visionaccel_testing.vitisai import write_vitisai_folder
+from visionaccel_flexmlrt.vitisai import ImportRequest, import_vitisai
+from visionaccel_flexmlrt.vitisai.writing import write_vitisai_folder
 
 GRID = Grid(1, 58, 74)
 

@@ -7,11 +7,11 @@ import pytest
 
 from conformance.planted import FIXED, fixed_shapes
 from simulated import simulated_precision
-from visionaccel.bundle.vitisai import ImportRequest, import_vitisai
 from visionaccel.encoder import open_tower
 from visionaccel_flexmlrt.simulator import compile_partition
+from visionaccel_flexmlrt.vitisai import ImportRequest, import_vitisai
+from visionaccel_flexmlrt.vitisai.writing import write_vitisai_folder
 from visionaccel_testing.conformance import CHECKS, BackendUnderTest, conformance_suite, run_checks
-from visionaccel_testing.vitisai import write_vitisai_folder
 
 
 def simulated_npu(checkpoint: Path, folder: Path) -> Path:

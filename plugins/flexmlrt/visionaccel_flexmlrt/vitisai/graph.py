@@ -18,7 +18,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import AttributeProto
 
-from visionaccel.bundle.onnx_tensors import check_tensors
+from visionaccel.bundle import check_tensors
 from visionaccel.core.bounded_files import read_bounded
 from visionaccel.core.contracts import TensorSpec
 from visionaccel.core.dtypes import DTYPES, OF_ONNX

@@ -13,27 +13,24 @@ from typing import Any
 
 import numpy as np
 
-from visionaccel.bundle.export import (
+from visionaccel.bundle import (
     WEIGHT_PREFIX,
+    Bundle,
     Progress,
     appearing,
     as_json,
     counter,
     external_checkpoint,
+    open_bundle,
     program_name,
+    read_strip_note,
+    stated_coverage,
     stated_file,
+    tower_digest,
     write_description,
     write_file,
     write_manifest,
 )
-from visionaccel.bundle.manifest import stated_coverage
-from visionaccel.bundle.opening import Bundle, open_bundle, tower_digest
-from visionaccel.bundle.stripping import read_strip_note
-from visionaccel.bundle.vitisai.agreement import narrowest
-from visionaccel.bundle.vitisai.extraction import extract_host
-from visionaccel.bundle.vitisai.findings import Findings, ImportRequest, find
-from visionaccel.bundle.vitisai.graph import OnnxGraph
-from visionaccel.bundle.vitisai.layout import Boundary
 from visionaccel.checkpoint import SINGLE_FILE, write_safetensors
 from visionaccel.core.contracts import TensorSpec
 from visionaccel.core.grid import Grid
@@ -42,6 +39,11 @@ from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import BundleError, ConfigurationError
 from visionaccel.families import Tower
 from visionaccel.towers import HostPart
+from visionaccel_flexmlrt.vitisai.agreement import narrowest
+from visionaccel_flexmlrt.vitisai.extraction import extract_host
+from visionaccel_flexmlrt.vitisai.findings import Findings, ImportRequest, find
+from visionaccel_flexmlrt.vitisai.graph import OnnxGraph
+from visionaccel_flexmlrt.vitisai.layout import Boundary
 
 __all__ = ["Imported", "import_vitisai"]
 

@@ -13,11 +13,11 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
-from visionaccel.bundle.vitisai.graph import check_link
-from visionaccel.bundle.vitisai.metadata import Connectivity, PartitionInfo, TensorTable, read_metadata
 from visionaccel.core.contracts import TensorSpec
 from visionaccel.core.program import EP_CONTEXT, FLEXMLRT_DIRECTORY, FLEXMLRT_RAI, SIMULATOR_FILE, SIMULATOR_MAGIC
 from visionaccel.errors import BundleError, ConfigurationError
+from visionaccel_flexmlrt.vitisai.graph import check_link
+from visionaccel_flexmlrt.vitisai.metadata import Connectivity, PartitionInfo, TensorTable, read_metadata
 
 __all__ = ["Boundary", "VitisFolder", "read_layout"]
 

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 import onnx
 from onnx import TensorProto, helper
 
-from visionaccel.bundle.vitisai.graph import OnnxGraph, external_files
-from visionaccel.bundle.vitisai.layout import Boundary
 from visionaccel.core.contracts import TensorSpec
 from visionaccel.core.external_data import is_external
 from visionaccel.errors import BundleError
+from visionaccel_flexmlrt.vitisai.graph import OnnxGraph, external_files
+from visionaccel_flexmlrt.vitisai.layout import Boundary
 
 __all__ = ["extract_host", "host_operators"]
 

@@ -9,12 +9,19 @@ from typing import Annotated
 import typer
 from rich.progress import TextColumn
 
+from visionaccel.backends import hookimpl
 from visionaccel.cli.export import PrecisionName, frame_grid
 from visionaccel.cli.output import Json, messages, print_json, progress, results
 from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError
 
-__all__ = ["import_vitisai"]
+__all__ = ["import_vitisai", "visionaccel_commands"]
+
+
+@hookimpl
+def visionaccel_commands(app: typer.Typer) -> None:
+    """Adds the command to `visionaccel`."""
+    app.command()(import_vitisai)
 
 
 def import_vitisai(
@@ -56,8 +63,8 @@ def import_vitisai(
 ) -> None:
     """Make a bundle of what AMD's Vitis AI compiler left, checked against the checkpoint that it was made from."""
     # onnx takes a noticeable time to import, and other commands need not wait for it.
-    from visionaccel.bundle.vitisai import ImportRequest
-    from visionaccel.bundle.vitisai import import_vitisai as run_import
+    from visionaccel_flexmlrt.vitisai import ImportRequest
+    from visionaccel_flexmlrt.vitisai import import_vitisai as run_import
 
     started = time.perf_counter()
     tower = open_tower(checkpoint, revision)

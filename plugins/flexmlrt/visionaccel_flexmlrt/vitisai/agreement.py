@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from visionaccel.bundle.manifest import MOST_PATCHES
+from visionaccel.bundle import MOST_PATCHES
 from visionaccel.core.grid import Grid
 from visionaccel.core.program import HostSplit
 from visionaccel.core.stored_tensor import StoredTensor

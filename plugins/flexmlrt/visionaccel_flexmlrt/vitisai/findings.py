@@ -11,10 +11,6 @@ from pathlib import Path
 
 import onnx
 
-from visionaccel.bundle.vitisai.agreement import check_weights, matching_grid
-from visionaccel.bundle.vitisai.extraction import host_operators
-from visionaccel.bundle.vitisai.graph import OnnxGraph, external_files, plain_file
-from visionaccel.bundle.vitisai.layout import Boundary, VitisFolder, read_layout
 from visionaccel.core.contracts import TensorSpec
 from visionaccel.core.grid import Grid
 from visionaccel.core.program import EP_CONTEXT, HostSplit, Precision
@@ -22,6 +18,10 @@ from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import BundleError, ConfigurationError
 from visionaccel.families import Tower
 from visionaccel.towers import HostPart, UnrecognisedHost
+from visionaccel_flexmlrt.vitisai.agreement import check_weights, matching_grid
+from visionaccel_flexmlrt.vitisai.extraction import host_operators
+from visionaccel_flexmlrt.vitisai.graph import OnnxGraph, external_files, plain_file
+from visionaccel_flexmlrt.vitisai.layout import Boundary, VitisFolder, read_layout
 
 __all__ = ["Findings", "ImportRequest", "find"]
 
