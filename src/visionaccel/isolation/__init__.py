@@ -2,7 +2,6 @@
 
 from visionaccel.isolation.finding_process import FindingProcess, answer_with, as_finding, give_up_after
 from visionaccel.isolation.limits import Limits
-from visionaccel.isolation.parent import end_with_parent
 from visionaccel.isolation.session import IsolatedSession
 
 __all__ = [
@@ -11,6 +10,5 @@ __all__ = [
     "Limits",
     "answer_with",
     "as_finding",
-    "end_with_parent",
     "give_up_after",
 ]

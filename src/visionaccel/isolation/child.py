@@ -22,12 +22,12 @@ from typing import BinaryIO
 from visionaccel.backends import Session, default_registry
 from visionaccel.backends.sessions import open_session
 from visionaccel.core.arrays import Array
+from visionaccel.core.child_groups import end_with_parent
 from visionaccel.core.memory_files import MemoryFile
 from visionaccel.errors import DeviceError, VisionAccelError
 from visionaccel.isolation.answers import encoded, failure_of
 from visionaccel.isolation.log_records import RecordSender
 from visionaccel.isolation.messages import Opened, OpenRequest, Places, Surroundings
-from visionaccel.isolation.parent import end_with_parent
 from visionaccel.isolation.shared_arrays import SharedArrays
 
 _LINE_BUFFERED = 1

@@ -22,7 +22,8 @@ from typing import IO, Any, Self
 
 from visionaccel.backends import Finding
 from visionaccel.backends.spec import Status
-from visionaccel.core.orphans import guarded_group, temporary_folder
+from visionaccel.core.child_groups import ChildGroup, how_it_ended, signal_name
+from visionaccel.core.orphans import temporary_folder
 from visionaccel.core.safe_text import one_line
 
 __all__ = ["FindingProcess", "answer_with", "as_finding", "give_up_after"]
@@ -64,25 +65,21 @@ class FindingProcess:
     ) -> None:
         self._name, self._limit, self._started = name, limit, time.monotonic()
         self._tail = bytearray()
-        self._process: subprocess.Popen[bytes] | None = None
+        self._child: ChildGroup | None = None
         self._problem, self._ended = "", False
         self._left = ExitStack()
         try:
             self._answer = self._left.enter_context(temporary_folder("visionaccel-doctor-")) / "answer.json"
-            self._process = subprocess.Popen(  # noqa: S603
+            self._child = ChildGroup(
                 [sys.executable, "-P", "-m", module, str(self._answer), f"{limit:g}", *arguments],
-                env=None if environment is None else dict(environment),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                process_group=0,
+                environment=environment,
+                output=subprocess.PIPE,
             )
         except OSError as error:
             self._problem = str(error)
             return
-        self._left.enter_context(guarded_group(self._process.pid))
-        assert self._process.stdout is not None
-        self._reader = threading.Thread(target=_keep_end, args=(self._process.stdout, self._tail), daemon=True)
+        assert self._child.printed is not None
+        self._reader = threading.Thread(target=_keep_end, args=(self._child.printed, self._tail), daemon=True)
         self._reader.start()
 
     def __enter__(self) -> Self:
@@ -96,27 +93,22 @@ class FindingProcess:
 
     def findings(self) -> list[Finding]:
         """Its findings, once it has ended or its time is over; and one more if it did not end as it should."""
-        if self._process is None:
+        if self._child is None:
             detail = f"a process to look in cannot be started: {self._problem}"
             return [Finding(self._name, "failure", detail, "Look at the limits of this machine and its user.")]
-        status: int | None
-        try:
-            status = self._process.wait(max(0.0, self._started + self._limit - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            status = None
+        ended = self._child.exits_within(self._started + self._limit - time.monotonic())
         self._end()
+        status = self._child.status if ended else None
         lines = bytes(self._tail).decode(errors="replace").strip().splitlines()
         end = _End(status, one_line(lines[-1])[:_SHOWN] if lines else "")
         return _findings(self._name, self._answer, end, self._limit)
 
     def _end(self) -> None:
         """End its whole group: what it started in turn must not stay behind either."""
-        if self._process is None or self._ended:
+        if self._child is None or self._ended:
             return
         self._ended = True
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        self._child.end()
         self._reader.join(_READER_SECONDS)
 
 
@@ -153,11 +145,8 @@ def _how(end: _End, limit: float) -> str:
     if end.status is None:
         return f"it did not end within {limit:g} s and was ended"
     if end.status >= 0:
-        return f"its process ended with status {end.status}"
-    try:
-        name = signal.Signals(-end.status).name
-    except ValueError:
-        name = f"signal {-end.status}"
+        return f"its process {how_it_ended(end.status)}"
+    name = signal_name(-end.status)
     words = _WORDS.get(name)
     return f"its process died of {name}" + (f" ({words})" if words else "")
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-import signal
 import socket
 import struct
-import subprocess
 import sys
 import threading
 import time
@@ -21,6 +19,7 @@ from numpy.typing import NDArray
 
 from visionaccel.backends import Capabilities, call_parts
 from visionaccel.core.arrays import Array
+from visionaccel.core.child_groups import ChildGroup, how_it_ended
 from visionaccel.core.cores import child_environment
 from visionaccel.core.safe_text import safe_logger
 from visionaccel.errors import DeviceLostError
@@ -34,6 +33,7 @@ __all__ = ["DeviceProcess"]
 
 logger = safe_logger(__name__)
 
+_MODULE = "visionaccel.isolation.child"
 _SLICE = 0.5
 _LINGERING = 1.0
 _REAPING = 3.0
@@ -73,8 +73,6 @@ class DeviceProcess:
     def __init__(self, backend: str, request: PackedRequest) -> None:
         self._what = f"the process of backend {backend!r}"
         self._exchange = threading.Lock()
-        self._reaping = threading.Lock()
-        self._killed = False
         self.dead = threading.Event()
         with ExitStack() as ours, ExitStack() as theirs:
             # The request is read from memory: sending it would block for good if the child hung before reading.
@@ -92,10 +90,17 @@ class DeviceProcess:
             for stack, fd in ((ours, printed), (theirs, prints), (ours, records), (theirs, logs)):
                 stack.callback(os.close, fd)
             pipes = (far.fileno(), self._inputs.fd, self._outputs.fd, logs)
-            self._process = _popen(pipes, tuple(file.fd for file in request.files), prints)
-            self.pid = self._process.pid
-            ours.callback(self._process.wait)
-            ours.callback(self.kill)
+            pass_fds = (*pipes, *(file.fd for file in request.files))
+            path = os.pathsep.join(folder for folder in _search_path() if os.pathsep not in folder)
+            self._child = ChildGroup(
+                [sys.executable, "-P", "-u", "-m", _MODULE, str(os.getpid()), *map(str, pipes)],
+                environment={**child_environment(), "PYTHONPATH": path},
+                output=prints,
+                pass_fds=pass_fds,
+                guarded=False,  # it ends with this process, and `reap` ends what it started
+            )
+            self.pid = self._child.pid
+            ours.callback(self._child.end)
             self._output = OutputReader(backend, printed, records)
             ours.pop_all()
 
@@ -173,21 +178,11 @@ class DeviceProcess:
 
     def exited(self) -> bool:
         """Whether the child is dead, reaped or not, or has been killed and will be."""
-        if self._killed or self._process.returncode is not None:
-            return True
-        try:
-            return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
-        except ChildProcessError:  # Somebody else's wait for any child got it.
-            return True
+        return self._child.exited()
 
     def kill(self) -> None:
         """End the child and what it started, at once; a call in progress raises DeviceLostError."""
-        # Its number is its own until it is reaped, which waits for this lock.
-        with self._reaping:
-            if self._process.returncode is None:
-                self._killed = True
-                with suppress(ProcessLookupError):
-                    os.killpg(self.pid, signal.SIGKILL)
+        self._child.kill()
 
     def end(self, seconds: float) -> None:
         """Let the child close its session, then kill it; at once if a call is in progress."""
@@ -203,14 +198,7 @@ class DeviceProcess:
 
     def reap(self) -> None:
         """Wait for the child to die, end what it started, and give back everything that was its."""
-        try:
-            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
-            with self._reaping, suppress(ProcessLookupError):
-                os.killpg(self.pid, signal.SIGKILL)  # what it started; its number is still taken
-        except ChildProcessError:  # Somebody else's wait for any child got it.
-            pass
-        with self._reaping:
-            self._process.wait()
+        self._child.reap()
         self._output.close()
         self.dead.set()
         with self._exchange:  # A call that was in flight still uses them, until it sees the end.
@@ -220,13 +208,8 @@ class DeviceProcess:
 
     def fate(self) -> str:
         """How the child ended, and its last words."""
-        status = self._process.returncode
-        if status is None:
-            ended = "hung up"
-        elif status < 0:
-            ended = f"was ended by {_signal_name(-status)}"
-        else:
-            ended = f"ended with status {status}"
+        status = self._child.status
+        ended = "hung up" if status is None else how_it_ended(status)
         return f"{self._what} {ended}.{self._last_words()}"
 
     def _answer(self, seconds: float) -> Answer:
@@ -263,30 +246,11 @@ class DeviceProcess:
 
     def _linger(self) -> None:
         """Let a child that hung up die of what it is dying of, which its status then tells."""
-        limit = time.monotonic() + _LINGERING
-        while not self.exited() and time.monotonic() < limit:
-            time.sleep(0.005)
+        self._child.exits_within(_LINGERING)
 
     def _last_words(self) -> str:
         lines = self._output.tail()
         return "" if not lines else "\nIts last output:\n" + "\n".join(f"  {line}" for line in lines) + "\n"
-
-
-def _popen(fds: tuple[int, int, int, int], weights: tuple[int, ...], output: int) -> subprocess.Popen[bytes]:
-    path = os.pathsep.join(folder for folder in _search_path() if os.pathsep not in folder)
-    return subprocess.Popen(  # noqa: S603 - this interpreter and this package
-        [sys.executable, "-P", "-u", "-m", "visionaccel.isolation.child", str(os.getpid()), *map(str, fds)],
-        env={**child_environment(), "PYTHONPATH": path},
-        pass_fds=(*fds, *weights),
-        stdin=subprocess.DEVNULL,
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        # A group of its own: a terminal's Ctrl-C and hang-up, and those who kill the parent's group, do not reach it
-        # before the parent decides; and what vendor code starts can be killed with it. Not a session: Linux shares the
-        # processor out by sessions, and an engine that waits by yielding it, as vLLM's does, then keeps a child in a
-        # session of its own from running for minutes.
-        process_group=0,
-    )
 
 
 def _surroundings() -> Surroundings:
@@ -297,10 +261,3 @@ def _surroundings() -> Surroundings:
 def _search_path() -> list[str]:
     """Where this process looks for modules, also what was put there while it ran."""
     return [os.path.abspath(folder) for folder in sys.path]  # noqa: PTH100 - "" is the current folder
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"

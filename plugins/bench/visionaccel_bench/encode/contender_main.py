@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from visionaccel.isolation import end_with_parent
+from visionaccel.core.child_groups import end_with_parent
 from visionaccel_testing.process_tree import memory, processor_seconds
 
 __all__ = ["main"]

@@ -1,0 +1,161 @@
+"""Child processes. Each leads a group, so that what it started in turn ends with it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from typing import IO
+
+from visionaccel.core.orphans import guarded_group
+
+__all__ = ["ChildGroup", "end_with_parent", "how_it_ended", "signal_name"]
+
+_PR_SET_PDEATHSIG = 1
+_LONGEST_PAUSE = 0.05
+
+
+class ChildGroup:
+    """A child process and the group that it leads. Its number stays its own until `reap`, whoever asks meanwhile.
+
+    A group: a terminal's Ctrl-C and hang-up, and those who kill the parent's group, do not reach it before the parent
+    decides; and what vendor code starts can be killed with it. Not a session: Linux shares the processor out by
+    sessions, and an engine that waits by yielding it, as vLLM's does, then keeps a child in a session of its own from
+    running for minutes.
+
+    Args:
+        command: What to run.
+        environment: Its environment; None for this process's.
+        output: Where what it prints goes: a file, a descriptor, or `subprocess.PIPE` for `printed`.
+        pass_fds: Descriptors that it inherits.
+        guarded: Have the group ended should this process be killed. Not needed by a child that calls
+            `end_with_parent` and starts nothing.
+
+    Attributes:
+        pid: The child's process id, and that of its group.
+        printed: What it prints, if `output` is `subprocess.PIPE`.
+
+    Raises:
+        OSError: If it cannot be started.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        output: int | IO[bytes],
+        environment: Mapping[str, str] | None = None,
+        pass_fds: Collection[int] = (),
+        guarded: bool = True,
+    ) -> None:
+        self._reaping = threading.Lock()
+        self._killed = False
+        self._process = subprocess.Popen(  # noqa: S603 - callers run this interpreter, or what a user named
+            command,
+            env=None if environment is None else dict(environment),
+            pass_fds=pass_fds,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            process_group=0,
+        )
+        self.pid = self._process.pid
+        self.printed = self._process.stdout
+        self._guard = ExitStack()
+        if guarded:
+            self._guard.enter_context(guarded_group(self.pid))
+
+    @property
+    def status(self) -> int | None:
+        """Its exit status, or minus the signal that ended it; None until it is reaped."""
+        return self._process.returncode
+
+    def exited(self) -> bool:
+        """Whether the child is dead, reaped or not, or has been killed and will be."""
+        if self._killed or self._process.returncode is not None:
+            return True
+        try:
+            return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+        except ChildProcessError:  # Somebody else's wait for any child got it.
+            return True
+
+    def exits_within(self, seconds: float) -> bool:
+        """Wait for the child to be dead; whether it is. It is not reaped."""
+        limit, pause = time.monotonic() + seconds, 0.001
+        while not (ended := self.exited()) and (left := limit - time.monotonic()) > 0:
+            time.sleep(min(pause, left))
+            pause = min(2 * pause, _LONGEST_PAUSE)
+        return ended
+
+    def ask_to_end(self) -> None:
+        """Send the child SIGTERM; what it started hears of it from the child."""
+        with self._reaping:
+            if self._process.returncode is None:
+                self._process.terminate()
+
+    def kill(self) -> None:
+        """End the child and what it started, at once."""
+        with self._reaping:
+            if self._process.returncode is None:
+                self._killed = True
+                self._kill_group()
+
+    def reap(self) -> int:
+        """Wait for the child to die, end what it started, and return its status."""
+        with suppress(ChildProcessError):  # Somebody else's wait for any child got it.
+            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+            with self._reaping:
+                if self._process.returncode is None:
+                    self._kill_group()  # what it started; its number is still taken
+        with self._reaping:
+            status = self._process.wait()
+        self._guard.close()
+        return status
+
+    def end(self, seconds: float = 0.0) -> bool:
+        """Give the child some time to end by itself, then kill the group, and reap it.
+
+        Returns:
+            Whether it ended by itself.
+        """
+        ended = self.exits_within(seconds)
+        self.kill()
+        self.reap()
+        return ended
+
+    def _kill_group(self) -> None:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+
+def how_it_ended(status: int) -> str:
+    """A child's status in words: `ended with status 3`, `was ended by SIGKILL`."""
+    return f"ended with status {status}" if status >= 0 else f"was ended by {signal_name(-status)}"
+
+
+def signal_name(number: int) -> str:
+    """The name of a signal, such as `SIGKILL`."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def end_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends.
+
+    Nothing that runs Python could do so: a thread that waits for the parent's end gets no turn while vendor code hangs
+    with the interpreter's lock held. The signal comes when the parent's thread that started this process ends, which is
+    why a thread that outlives this process has to start it.
+
+    Args:
+        parent: The parent's process id.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # It ended before the line above.
+        os._exit(1)

@@ -1,0 +1,88 @@
+"""Child processes and what they start end together, when they are asked to and when this process is gone."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from visionaccel.core.child_groups import ChildGroup, how_it_ended
+
+SLEEPS = "import time; time.sleep(60)"
+STARTS = f"""
+import subprocess, sys
+other = subprocess.Popen([sys.executable, "-c", {SLEEPS!r}])
+print(other.pid, flush=True)
+other.wait()
+"""
+
+
+def started(code, **settings):
+    return ChildGroup([sys.executable, "-c", code], output=subprocess.PIPE, **settings)
+
+
+def gone(pid, seconds=10.0):
+    """Whether a process is no more, or a zombie that nobody reaps here."""
+    limit = time.monotonic() + seconds
+    while time.monotonic() < limit:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def test_a_child_that_ends_by_itself_has_its_status():
+    child = started("import sys; print('hello'); sys.exit(3)")
+    assert child.end(30.0)
+    assert child.status == 3
+    with child.printed as printed:
+        assert printed.read() == b"hello\n"
+
+
+def test_a_child_that_does_not_end_is_killed_with_what_it_started():
+    child = started(STARTS)
+    other = int(child.printed.readline())
+    assert not child.exits_within(0.05)
+    assert not child.end(0.05)
+    assert child.status == -signal.SIGKILL
+    assert gone(other)
+    child.printed.close()
+
+
+def test_a_child_that_was_asked_to_end_ends():
+    child = started("import signal; print('ready', flush=True); signal.pause()")
+    child.printed.readline()
+    child.ask_to_end()
+    assert child.end(30.0)
+    assert child.status == -signal.SIGTERM
+    child.printed.close()
+
+
+def test_a_child_that_is_dead_keeps_its_number_until_it_is_reaped():
+    child = started("")
+    assert child.exits_within(30.0)
+    assert child.status is None
+    assert os.getpgid(child.pid) == child.pid
+    assert child.reap() == 0
+    assert child.exited()
+    child.kill()  # another process may have the number by now
+    child.printed.close()
+
+
+def test_what_cannot_be_started_is_an_error_of_the_system():
+    with pytest.raises(FileNotFoundError):
+        ChildGroup(["/no/such/program"], output=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [(0, "ended with status 0"), (-9, "was ended by SIGKILL"), (-300, "was ended by signal 300")],
+)
+def test_an_ending_in_words(status, words):
+    assert how_it_ended(status) == words
