@@ -4,10 +4,8 @@ import json
 import os
 import time
 
-import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from bundles import document
 from visionaccel.bundle import MANIFEST, ProgramRequest, export_bundle, open_bundle, point_at_weights, seal
@@ -16,8 +14,6 @@ from visionaccel.core.bounded_files import MOST_JSON_BYTES, hole_bytes, open_reg
 from visionaccel.core.program import AnyGrid
 from visionaccel.encoder import open_tower
 from visionaccel.errors import BundleError, CheckpointError
-from visionaccel_flexmlrt.vitisai.graph import OnnxGraph
-from visionaccel_flexmlrt.vitisai.metadata import PartitionInfo, read_metadata
 
 
 def test_a_file_is_read_up_to_its_limit(tmp_path):
@@ -54,8 +50,6 @@ READERS = {
     "config.json": lambda path: read_json(path),
     "model.safetensors": lambda path: read_header(path),
     MANIFEST: lambda path: open_bundle(path.parent),
-    "partition-info.json": lambda path: read_metadata(path, PartitionInfo),
-    "vision.onnx": lambda path: OnnxGraph.load(path),
 }
 
 
@@ -66,7 +60,7 @@ def test_a_named_pipe_is_refused_at_once(tmp_path, name):
         READERS[name](tmp_path / name)
 
 
-@pytest.mark.parametrize("name", ["config.json", MANIFEST, "partition-info.json"])
+@pytest.mark.parametrize("name", ["config.json", MANIFEST])
 def test_a_document_that_is_too_large_is_not_parsed(tmp_path, name):
     (tmp_path / name).write_bytes(b"{" + b" " * MOST_JSON_BYTES + b"}")
     with pytest.raises((BundleError, CheckpointError), match=f"larger than {MOST_JSON_BYTES}"):
@@ -104,64 +98,6 @@ def test_sizes_and_offsets_are_whole_numbers_and_not_negative(tmp_path, changes)
 
 MANY = [2**62] * 300_000
 """Sizes whose product takes minutes."""
-
-
-def external(name, offset, length=16, location="w.data"):
-    """A weight of four floats in a file."""
-    tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, data_location=TensorProto.EXTERNAL, dims=[4])
-    places = {"location": location, "offset": offset, **({} if length is None else {"length": length})}
-    for key, value in places.items():
-        tensor.external_data.add(key=key, value=str(value))
-    return tensor
-
-
-def graph_of(*weights, nodes=()):
-    return helper.make_model(helper.make_graph(list(nodes), "g", [], [], list(weights)))
-
-
-@pytest.mark.parametrize(
-    "weights",
-    [
-        [external("a", 0), external("b", 8)],
-        [external("a", 0), external("b", 0)],
-        [external("b", 8, None), external("a", 0, location="./w.data")],
-    ],
-)
-def test_tensors_of_an_artifact_that_share_bytes_of_a_file_are_refused(tmp_path, weights):
-    with pytest.raises(BundleError, match=r"tensors '.' and '.' overlap in 'w\.data'"):
-        OnnxGraph(graph_of(*weights), tmp_path / "vision.onnx")
-    OnnxGraph(graph_of(external("a", 0), external("b", 16), external("c", 0, location="v")), tmp_path / "vision.onnx")
-
-
-def test_overlaps_are_found_in_constants_and_graphs_within(tmp_path):
-    body = helper.make_graph([], "body", [], [], [external("inner", 8)])
-    nodes = [
-        helper.make_node("If", ["c"], ["x"], then_branch=body, else_branch=body),
-        helper.make_node("Constant", [], ["y"], value=external("constant", 40)),
-    ]
-    for weight in (external("w", 16), external("w", 48)):
-        with pytest.raises(BundleError, match="overlap"):
-            OnnxGraph(graph_of(weight, nodes=nodes), tmp_path / "vision.onnx")
-
-
-ADD = helper.make_node("Add", ["x", "x"], ["w"])
-
-
-@pytest.mark.parametrize(
-    ("weights", "nodes"),
-    [
-        ([numpy_helper.from_array(np.zeros(n, np.float32), "w") for n in (1, 2)], []),
-        ([numpy_helper.from_array(np.zeros(1, np.float32), "w")], [ADD]),
-        ([], [ADD, helper.make_node("Mul", ["x", "x"], ["w"])]),
-        ([], [helper.make_node("Split", ["x"], ["w", "w"])]),
-    ],
-)
-def test_a_tensor_that_is_named_twice_is_refused_in_artifacts_and_in_programs(tiny, tmp_path, weights, nodes):
-    model = graph_of(*weights, nodes=nodes)
-    with pytest.raises(BundleError, match="'w'"):
-        OnnxGraph(model, tmp_path / "vision.onnx")
-    with pytest.raises(BundleError, match="'w'"):
-        point_at_weights(model.SerializeToString(), open_tower(tiny).weights, tiny)
 
 
 TERABYTE = 2**40
@@ -213,36 +149,4 @@ def test_very_many_dimensions_are_refused_before_they_are_multiplied(tiny, tmp_p
     model = helper.make_model(helper.make_graph([], "g", [], [], [tensor]))
     with pytest.raises(BundleError, match="another dtype or size"):
         point_at_weights(model.SerializeToString(), tower.weights, tower.weights_folder)
-    inline = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=MANY, raw_data=b"1234")
-    with pytest.raises(BundleError, match="300000 dimensions"):
-        OnnxGraph(model, tmp_path / "vision.onnx").values(inline)
     assert time.process_time() - started < 20
-
-
-def test_a_constant_that_is_made_of_one_twice_and_so_on_ends(tmp_path):
-    """Sixty-four operators, each of which reads the one before twice, would otherwise be computed 2**64 times."""
-    first = numpy_helper.from_array(np.array([1], np.int64), "d0")
-    nodes = [helper.make_node("Reshape", [f"d{n}", f"d{n}"], [f"d{n + 1}"]) for n in range(64)]
-    model = helper.make_model(helper.make_graph(nodes, "g", [], [], [first]))
-    graph = OnnxGraph(model, tmp_path / "vision.onnx")
-    assert graph.constant("d3").tolist() == [1]
-    assert graph.constant("d40") is None
-
-
-def test_external_data_is_no_larger_than_a_host_part_can_be(tmp_path):
-    """The file may be a hole, which takes no disk and all of the memory."""
-    with (tmp_path / "data").open("wb") as hole:
-        hole.truncate(2**40)
-    tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, data_location=TensorProto.EXTERNAL, dims=[2**20, 2**8])
-    tensor.external_data.add(key="location", value="data")
-    model = helper.make_model(helper.make_graph([], "g", [], [], [tensor]))
-    with pytest.raises(BundleError, match="impossible shape"):
-        OnnxGraph(onnx.load_model_from_string(model.SerializeToString()), tmp_path / "vision.onnx").constant("w")
-
-
-def test_a_model_of_very_many_operators_is_refused_before_they_are_looked_at(tmp_path):
-    nodes = [helper.make_node("Identity", ["x"], [f"y{number}"]) for number in range(200_001)]
-    file = tmp_path / "vision.onnx"
-    file.write_bytes(helper.make_model(helper.make_graph(nodes, "g", [], [])).SerializeToString())
-    with pytest.raises(BundleError, match="more than 200000 operators"):
-        OnnxGraph.load(file)
