@@ -7,11 +7,11 @@ before the provider sees the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from visionaccel.core.bounded_files import read_bounded
+from visionaccel.core.onnx_graphs import graphs_in, tensors_of
 from visionaccel.core.program import Program
 from visionaccel.errors import ArtifactError
 from visionaccel_onnxrt.offload import EP_CONTEXT_OPERATOR, Offload, counted
@@ -42,12 +42,12 @@ def verified_context(program: Program, provider: str) -> Path:
     if model.functions:
         raise ArtifactError(f"{program.artifact} has functions, and compiled programs have none.", hint=_AGAIN)
     contexts = 0
-    for graph in _graphs(model.graph):
+    for graph in graphs_in(model.graph):
         for node in graph.node:
             if node.op_type == EP_CONTEXT_OPERATOR:
                 contexts += 1
                 _check_node(node, program, provider)
-        for tensor in _tensors(graph):
+        for tensor in tensors_of(graph):
             for entry in tensor.external_data:
                 if entry.key == "location":
                     _check_file(entry.value, program, "its weights")
@@ -87,23 +87,6 @@ def _parsed(data: bytes, path: Path) -> onnx.ModelProto:
         return onnx.load_model_from_string(data)
     except Exception as error:  # protobuf's decoding error is not part of its public interface
         raise ArtifactError(f"{path} is no ONNX model: {error}", hint=_AGAIN) from error
-
-
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                yield from _graphs(inner)
-
-
-def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    attributes = [attribute for node in graph.node for attribute in node.attribute]
-    yield from graph.initializer
-    for attribute in attributes:
-        yield from (attribute.t, *attribute.tensors)
-    for sparse in (*graph.sparse_initializer, *(s for a in attributes for s in (a.sparse_tensor, *a.sparse_tensors))):
-        yield from (sparse.values, sparse.indices)
 
 
 def _check_node(node: onnx.NodeProto, program: Program, provider: str) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from visionaccel.bundle.onnx_tensors import check_tensor_names
 from visionaccel.core.dtypes import DTYPES, FLOATS
 from visionaccel.core.external_data import ExternalData, is_external, point_at
+from visionaccel.core.onnx_graphs import every_tensor
 from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import BundleError
 
@@ -43,7 +44,7 @@ def point_at_weights(model: bytes, weights: Mapping[str, StoredTensor], folder: 
     check_tensor_names(proto.graph, "a program")
     initializers = list(proto.graph.initializer)
     proto.graph.ClearField("initializer")
-    if any(is_external(tensor) for tensor in _tensors(proto)):
+    if any(is_external(tensor) for tensor in every_tensor(proto)):
         raise BundleError("a program has external data that is no weight of its graph.", hint=_AGAIN)
     if any(node.op_type == "EPContext" for node in proto.graph.node):
         # It names a compiled model by a path that an execution provider follows.
@@ -74,35 +75,3 @@ def _point(initializer: onnx.TensorProto, weights: Mapping[str, StoredTensor], f
             hint=_AGAIN,
         )
     point_at(initializer, ExternalData.at(stored, folder))
-
-
-def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """Every tensor of a model whose main graph was stripped of its initializers."""
-    yield from _of_graph(proto.graph)
-    for function in proto.functions:
-        yield from _of_attributes(function.attribute_proto)
-        yield from _of_nodes(function.node)
-    for training in proto.training_info:
-        yield from _of_graph(training.initialization)
-        yield from _of_graph(training.algorithm)
-
-
-def _of_graph(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield from (sparse.values, sparse.indices)
-    yield from _of_nodes(graph.node)
-
-
-def _of_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
-    for node in nodes:
-        yield from _of_attributes(node.attribute)
-
-
-def _of_attributes(attributes: Iterable[onnx.AttributeProto]) -> Iterator[onnx.TensorProto]:
-    for attribute in attributes:
-        yield from (attribute.t, *attribute.tensors)
-        for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
-            yield from (sparse.values, sparse.indices)
-        for graph in (attribute.g, *attribute.graphs):
-            yield from _of_graph(graph)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import posixpath
 from collections import Counter
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from visionaccel.core.external_data import ExternalData, is_external
+from visionaccel.core.onnx_graphs import graphs_in, tensors_of
 from visionaccel.errors import BundleError
 
 if TYPE_CHECKING:
@@ -31,11 +31,11 @@ def check_tensors(model: onnx.ModelProto, where: object) -> None:
     Raises:
         BundleError: If two tensors have one name, or share bytes of a file.
     """
-    for graph in _graphs(model.graph):
+    for graph in graphs_in(model.graph):
         check_tensor_names(graph, where)
     ranges: dict[str, list[tuple[int, int, str]]] = {}
-    for graph in _graphs(model.graph):
-        for tensor in _tensors(graph):
+    for graph in graphs_in(model.graph):
+        for tensor in tensors_of(graph):
             if is_external(tensor):
                 location, begin, end = _range(tensor, where)
                 if begin < end:
@@ -81,20 +81,3 @@ def _bytes(tensor: onnx.TensorProto) -> int:
     from onnx import helper
 
     return items * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-
-
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    ahead = [graph]
-    while ahead:
-        each = ahead.pop()
-        yield each
-        for attribute in (attribute for node in each.node for attribute in node.attribute):
-            ahead += [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]
-
-
-def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield from (sparse.values, sparse.indices)
-    for attribute in (attribute for node in graph.node for attribute in node.attribute):
-        yield from (*([attribute.t] if attribute.HasField("t") else []), *attribute.tensors)

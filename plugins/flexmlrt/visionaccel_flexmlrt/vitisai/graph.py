@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import AttributeProto
 
 from visionaccel.bundle import check_tensors
 from visionaccel.core.bounded_files import read_bounded
 from visionaccel.core.contracts import TensorSpec
 from visionaccel.core.dtypes import DTYPES, OF_ONNX
 from visionaccel.core.external_data import ExternalData, is_external
+from visionaccel.core.onnx_graphs import bodies_of, graphs_in, tensors_of
 from visionaccel.errors import BundleError
 
 __all__ = ["OnnxGraph", "check_link", "external_files", "plain_file"]
@@ -302,68 +302,45 @@ def external_files(model: onnx.ModelProto) -> frozenset[str]:
     """Every location that the tensors of a model name, in subgraphs and attributes too."""
     return frozenset(
         item.value
-        for graph in _graphs(model.graph)
-        for tensor in _tensors(graph)
+        for graph in graphs_in(model.graph)
+        for tensor in tensors_of(graph)
         if is_external(tensor)
         for item in tensor.external_data
         if item.key == "location"
     )
 
 
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    yield graph
-    for attribute in (attribute for node in graph.node for attribute in node.attribute):
-        for inner in _bodies(attribute):
-            yield from _graphs(inner)
-
-
 def _parts(graph: onnx.GraphProto) -> Iterator[int]:
     """How much there is in a graph and in those within, added up as they are looked at."""
     count = 0
-    for each in _graphs(graph):
+    for each in graphs_in(graph):
         count += len(each.node) + len(each.initializer) + len(each.value_info) + len(each.input) + len(each.output)
         yield count
-
-
-def _bodies(attribute: AttributeProto) -> Iterator[onnx.GraphProto]:
-    if attribute.type == AttributeProto.GRAPH:
-        yield attribute.g
-    yield from attribute.graphs
 
 
 def _texts(model: onnx.ModelProto) -> Iterator[object]:
     """Every name in a model."""
     for opset in model.opset_import:
         yield opset.domain
-    for graph in _graphs(model.graph):
+    for graph in graphs_in(model.graph):
         for value in (*graph.input, *graph.output, *graph.value_info):
             yield value.name
             yield from (dim.dim_param for dim in value.type.tensor_type.shape.dim)
         for node in graph.node:
             yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
             yield from (attribute.name for attribute in node.attribute)
-        for tensor in _tensors(graph):
+        for tensor in tensors_of(graph):
             yield tensor.name
             yield from (text for item in tensor.external_data for text in (item.key, item.value))
-
-
-def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    """Weights of a graph and constants of its nodes, but not of graphs within."""
-    yield from graph.initializer
-    for attribute in (attribute for node in graph.node for attribute in node.attribute):
-        if attribute.HasField("t"):
-            yield attribute.t
-        yield from attribute.tensors
 
 
 def _reads(node: onnx.NodeProto) -> Iterator[str]:
     """What a node reads; names within its subgraphs count, whether they are theirs or from around."""
     yield from filter(None, node.input)
-    for attribute in node.attribute:
-        for body in _bodies(attribute):
-            yield from (value.name for value in body.output)
-            for inner in body.node:
-                yield from _reads(inner)
+    for body in bodies_of([node]):
+        yield from (value.name for value in body.output)
+        for inner in body.node:
+            yield from _reads(inner)
 
 
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
