@@ -13,10 +13,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from visionaccel.core.dtypes import FLOATS
-
 __all__ = [
-    "FLOATS", "Array", "as_host_tensor", "as_numpy", "constant_rows", "dtype_name", "finite_rows", "is_tensor",
+    "Array", "as_host_tensor", "as_numpy", "constant_rows", "dtype_name", "finite_rows", "is_tensor",
 ]  # fmt: skip
 
 Array: TypeAlias = Any

@@ -14,8 +14,9 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from visionaccel.core.arrays import FLOATS, Array, as_host_tensor, as_numpy
+from visionaccel.core.arrays import Array, as_host_tensor, as_numpy
 from visionaccel.core.cpu import has_bfloat16
+from visionaccel.core.dtypes import FLOATS
 from visionaccel.core.program import Precision
 from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import CheckpointError

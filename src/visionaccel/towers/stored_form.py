@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Mapping
 
-from visionaccel.core.arrays import FLOATS
+from visionaccel.core.dtypes import FLOATS
 from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import CheckpointError
 
