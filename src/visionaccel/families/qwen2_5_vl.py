@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from types import MappingProxyType
-
 from visionaccel.errors import UnsupportedArchitectureError
 from visionaccel.towers import Activation, Family, Gated, Linear, Merge, Norm, TowerSpec, VisionConfiguration
 
 __all__ = ["DEFAULTS", "FAMILY"]
 
-DEFAULTS = MappingProxyType(
-    {
-        "depth": 32,
-        "intermediate_size": 3420,
-        "num_heads": 16,
-        "out_hidden_size": 3584,
-        "fullatt_block_indexes": [7, 15, 23, 31],
-        "in_channels": 3,
-        "patch_size": 14,
-        "temporal_patch_size": 2,
-        "spatial_merge_size": 2,
-        "window_size": 112,
-        "hidden_act": "silu",
-    }
-)
-"""What configurations may leave out: transformers' defaults, but for the hidden size, whose default no model has."""
+DEFAULTS = {
+    "depth": 32,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "out_hidden_size": 3584,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+    "in_channels": 3,
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "spatial_merge_size": 2,
+    "window_size": 112,
+    "hidden_act": "silu",
+}
+"""What configurations may leave out: transformers' defaults, but for the hidden size, whose default no model has.
+
+A plain dict: a tower is sent to child processes with its family.
+"""
 
 
 def _spec(config: VisionConfiguration) -> TowerSpec:
