@@ -61,7 +61,6 @@ def opened(monkeypatch, device):
         folder=Path(),
         inputs=(TensorSpec("x", "float32", (2, 4)),),
         outputs=(TensorSpec("out", "float32", (2, 4)),),
-        config={},
         weights={},
         uniform_frames=True,
         model=parser.parse_model(GRAPH).SerializeToString,

@@ -56,7 +56,6 @@ def program_of(model=None, **settings):
             "folder": Path(),
             "inputs": (TensorSpec("x", "float32", (2, 4)),),
             "outputs": (TensorSpec("out", "float32", (2, 4)),),
-            "config": {},
             "weights": {},
             "uniform_frames": True,
             "model": (lambda: model_bytes()) if model is None else (lambda: model),
