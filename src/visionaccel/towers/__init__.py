@@ -4,7 +4,7 @@ from visionaccel.towers.family import Family, VisionConfiguration
 from visionaccel.towers.host import Host
 from visionaccel.towers.host_embedding import PatchEmbedding
 from visionaccel.towers.operations import MatrixProduct, Operations
-from visionaccel.towers.operator_graph import HostPart, OperatorGraph, UnrecognisedHost, WindowMatch
+from visionaccel.towers.operator_graph import HostPart, OperatorGraph, OrderMatch, UnrecognisedHost
 from visionaccel.towers.signature import EMBEDDINGS, PIXELS
 from visionaccel.towers.spec import (
     APART,
@@ -47,7 +47,7 @@ __all__ = [
     "TowerSpec",
     "UnrecognisedHost",
     "VisionConfiguration",
-    "WindowMatch",
+    "OrderMatch",
     "by_window_size",
     "make_tables",
     "tower_tables",

@@ -16,7 +16,7 @@ from visionaccel.core.program import HostSplit
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["HostPart", "OperatorGraph", "UnrecognisedHost", "WindowMatch"]
+__all__ = ["HostPart", "OperatorGraph", "UnrecognisedHost", "OrderMatch"]
 
 
 class OperatorGraph(Protocol):
@@ -57,13 +57,13 @@ class HostPart:
 
     Attributes:
         weights: The host's weights by their names below the checkpoint's prefix, float32, float16 or bfloat16.
-        window_index: int64 [tokens]; the token that goes to each place, a permutation.
+        order: int64 [tokens]; the token that goes to each place, a permutation.
         input: What the device takes, by its own name.
         output: What the device gives, by its own name.
     """
 
     weights: Mapping[str, NDArray[Any]]
-    window_index: NDArray[np.int64]
+    order: NDArray[np.int64]
     input: TensorSpec
     output: TensorSpec
 
@@ -82,8 +82,8 @@ class UnrecognisedHost:
 
 
 @dataclass(frozen=True)
-class WindowMatch:
-    """Which grids have an order of windows.
+class OrderMatch:
+    """Which grids have an order of tokens.
 
     Attributes:
         found: The grids that have exactly it, each with how the host is split then.

@@ -31,14 +31,14 @@ from visionaccel.towers.exported_operators import (
     squeezed,
 )
 from visionaccel.towers.host import GROUPED, RASTER
-from visionaccel.towers.operator_graph import HostPart, OperatorGraph, UnrecognisedHost, WindowMatch
+from visionaccel.towers.operator_graph import HostPart, OperatorGraph, OrderMatch, UnrecognisedHost
 from visionaccel.towers.spec import Linear, TowerSpec
 from visionaccel.towers.tables import by_window_size, window_order
 
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["match_windows", "recognise_host"]
+__all__ = ["match_order", "recognise_host"]
 
 _MOST_STEPS = 64
 """Operators of one chain; the host's part of a real export has about ten."""
@@ -52,7 +52,7 @@ class _Entry:
 
     nodes: tuple[int, ...]
     weights: Mapping[str, NDArray[Any]]
-    window_index: NDArray[np.int64]
+    order: NDArray[np.int64]
     shape: tuple[int, ...]
 
 
@@ -80,28 +80,28 @@ def recognise_host(
         else:
             given, entry = boundary[0], _entry(spec, graph, pixels, _chain(graph, boundary[0], pixels.name))
         taken = _find_taken(graph, embeddings.name) if boundary is None else boundary[1]
-        exit_nodes, reverse_index = _exit(spec, graph, embeddings, taken, len(entry.window_index))
+        exit_nodes, reverse_index = _exit(spec, graph, embeddings, taken, len(entry.order))
         _check_cut(graph, pixels.name, given, taken, {*entry.nodes, *exit_nodes})
     except StrangeError as strange:
         return UnrecognisedHost(str(strange), _operators(graph, boundary))
-    _check_orders(entry.window_index, reverse_index)
-    tokens = len(entry.window_index)
+    _check_orders(entry.order, reverse_index)
+    tokens = len(entry.order)
     return HostPart(
         weights=entry.weights,
-        window_index=entry.window_index,
+        order=entry.order,
         input=TensorSpec(given, "float32", entry.shape),
         output=TensorSpec(taken, "float32", (tokens, spec.out_width)),
     )
 
 
-def match_windows(spec: TowerSpec, window_index: NDArray[np.int64]) -> WindowMatch:
+def match_order(spec: TowerSpec, order: NDArray[np.int64]) -> OrderMatch:
     """Grids of one frame whose tokens come in that order, in raster order or with windows of one size together.
 
     Args:
         spec: The tower.
-        window_index: int64 [tokens]; the token that goes to each place.
+        order: int64 [tokens]; the token that goes to each place.
     """
-    tokens, merge = len(window_index), spec.merge
+    tokens, merge = len(order), spec.merge
     found: list[tuple[Grid, HostSplit]] = []
     nearest, least = None, tokens + 1
     for height in _divisors(tokens):
@@ -109,12 +109,12 @@ def match_windows(spec: TowerSpec, window_index: NDArray[np.int64]) -> WindowMat
         raster, lengths = window_order(spec, [grid])
         grouped, _ = by_window_size(spec, raster, lengths)
         # Where both are the same it is called raster, as the reference has it.
-        differing = [int((order != window_index).sum()) for order in (raster, grouped)]
+        differing = [int((each != order).sum()) for each in (raster, grouped)]
         if 0 in differing:
             found.append((grid, HostSplit(GROUPED if differing[0] else RASTER)))
         if min(differing) < least:
             nearest, least = grid, min(differing)
-    return WindowMatch(tuple(found), nearest, least)
+    return OrderMatch(tuple(found), nearest, least)
 
 
 def _divisors(number: int) -> Iterator[int]:

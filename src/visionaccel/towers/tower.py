@@ -33,8 +33,8 @@ from visionaccel.errors import ConfigurationError
 from visionaccel.towers.family import Family, has_every_weight
 from visionaccel.towers.host import GROUPED, RASTER, Host, open_host
 from visionaccel.towers.operations import Operations, count_operations
-from visionaccel.towers.operator_graph import HostPart, OperatorGraph, UnrecognisedHost, WindowMatch
-from visionaccel.towers.recognition import match_windows, recognise_host
+from visionaccel.towers.operator_graph import HostPart, OperatorGraph, OrderMatch, UnrecognisedHost
+from visionaccel.towers.recognition import match_order, recognise_host
 from visionaccel.towers.signature import checkpoint_signature, signature
 from visionaccel.towers.tables import tower_tables
 
@@ -212,13 +212,13 @@ class Tower:
         """
         return recognise_host(self.spec, graph, boundary)
 
-    def match_windows(self, window_index: NDArray[np.int64]) -> WindowMatch:
-        """Grids of one frame whose tokens come in that order, in either order of windows.
+    def match_order(self, order: NDArray[np.int64]) -> OrderMatch:
+        """Grids of one frame whose tokens come in that order, and how the host is split for each.
 
         Args:
-            window_index: int64 [tokens]; the token that goes to each place.
+            order: int64 [tokens]; the token that goes to each place.
         """
-        return match_windows(self.spec, window_index)
+        return match_order(self.spec, order)
 
     def onnx_model(
         self,

@@ -42,7 +42,7 @@ def matching_grid(tower: Tower, window_index: NDArray[np.int64], wanted: Grid | 
             f"the model is for {tokens * tower.merge_size**2} patches; a program takes at most {MOST_PATCHES}.",
             hint="Compile the tower for a smaller grid.",
         )
-    match = tower.match_windows(window_index)
+    match = tower.match_order(window_index)
     if not match.found:
         nearest = f"{match.nearest.h}x{match.nearest.w}" if match.nearest else "none"
         raise BundleError(

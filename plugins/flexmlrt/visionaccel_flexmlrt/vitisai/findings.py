@@ -108,7 +108,7 @@ def find(tower: Tower, request: ImportRequest, weights: Mapping[str, StoredTenso
     if isinstance(part, HostPart):
         _check_boundary(part, boundary, folder)
         check_weights(part, weights)
-        grid, split = matching_grid(tower, part.window_index, request.grid)
+        grid, split = matching_grid(tower, part.order, request.grid)
         if not set(part.weights) <= set(weights):
             warnings += (_NOT_COMPARED,)
         whole = folder.format == EP_CONTEXT  # ONNX Runtime runs the host's operators with the device's
