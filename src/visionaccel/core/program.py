@@ -138,7 +138,7 @@ class Program:
 
     Attributes:
         name: Its name among the programs of its source.
-        family: The vision tower's architecture, such as `qwen2_5_vl`.
+        family: The name of the vision tower's family.
         format: What kind of artifact it is: `onnx`, `checkpoint`, or a plug-in's own name.
         folder: The checkpoint folder (`checkpoint`), or the folder that external-data locations start from (`onnx`).
         inputs: Tensors that a session takes.
