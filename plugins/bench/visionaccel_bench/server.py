@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
-import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from visionaccel.core.orphans import guarded_group, temporary_folder
+from visionaccel.core.child_groups import ChildGroup, how_it_ended
+from visionaccel.core.orphans import temporary_folder
 from visionaccel.errors import ConfigurationError, DeviceError
 
 __all__ = ["API_SERVER", "VllmServer", "quiet_environment", "serve"]
@@ -24,6 +23,9 @@ API_SERVER = (sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--mod
 """Starts the server by its module, which works for every vLLM distribution."""
 
 _LOOPBACK = "127.0.0.1"
+_ENDING = 20.0
+"""Seconds that a server has to end when it is asked to."""
+
 _SETTINGS = ("VISIONACCEL_", "VLLM_VISION_NPU_", "VLLM_NPU_")
 
 
@@ -35,12 +37,13 @@ class VllmServer:
         url: Base URL of the OpenAI API, ending in `/v1`.
         model: The name under which it serves.
         log: File that its output goes to.
+        child: Its process, with the engine's processes in its group.
     """
 
     url: str
     model: str
     log: Path
-    process: subprocess.Popen[bytes]
+    child: ChildGroup
 
     def log_end(self, lines: int = 30) -> str:
         """The last lines of the server's output."""
@@ -48,7 +51,7 @@ class VllmServer:
 
     def healthy(self) -> bool:
         """Whether the server runs and its engine answers the health check."""
-        if self.process.poll() is not None:
+        if self.child.exited():
             return False
         try:
             with urllib.request.urlopen(self.url.removesuffix("/v1") + "/health", timeout=5) as answer:  # noqa: S310
@@ -100,44 +103,30 @@ def serve(
         place = ("--host", _LOOPBACK, "--port", str(port), "--served-model-name", "visionaccel")
         with log.open("wb") as out:
             try:
-                process = subprocess.Popen(  # noqa: S603
+                child = ChildGroup(
                     [*command, str(checkpoint), *place, *arguments],
                     # vLLM leaves its sockets behind when it is stopped; here they go with the folder.
-                    env={**quiet_environment(settings), "VLLM_RPC_BASE_PATH": str(folder)},
-                    stdout=out,
-                    stderr=subprocess.STDOUT,
-                    # A group to end it by. Not a session: Linux shares the processor out by sessions, and a busy server
-                    # in one of its own keeps its clients in this one from running for seconds.
-                    process_group=0,
+                    environment={**quiet_environment(settings), "VLLM_RPC_BASE_PATH": str(folder)},
+                    output=out,
                 )
             except FileNotFoundError as error:
                 raise ConfigurationError(f"{command[0]} cannot be started: {error}", hint="Install vLLM.") from error
-        server = VllmServer(f"http://{_LOOPBACK}:{port}/v1", "visionaccel", log, process)
+        server = VllmServer(f"http://{_LOOPBACK}:{port}/v1", "visionaccel", log, child)
         try:
-            with guarded_group(process.pid):
-                started = time.monotonic()
-                while not server.healthy():
-                    waited = time.monotonic() - started
-                    if process.poll() is not None or waited > timeout:
-                        status = process.poll()
-                        state = "does not answer" if status is None else f"ended with status {status}"
-                        raise DeviceError(
-                            f"the vLLM server {state} after {waited:.0f} s. The end of its log:\n{server.log_end()}",
-                            hint="The reason is in the log above.",
-                        )
-                    if waiting is not None:
-                        waiting(waited)
-                    time.sleep(0.5)
-                yield server
+            started = time.monotonic()
+            while not server.healthy():
+                waited = time.monotonic() - started
+                ended = child.exited()
+                if ended or waited > timeout:
+                    state = how_it_ended(child.reap()) if ended else "does not answer"
+                    raise DeviceError(
+                        f"the vLLM server {state} after {waited:.0f} s. The end of its log:\n{server.log_end()}",
+                        hint="The reason is in the log above.",
+                    )
+                if waiting is not None:
+                    waiting(waited)
+                time.sleep(0.5)
+            yield server
         finally:
-            _stop(process)
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the server and the engine processes of its group."""
-    process.terminate()
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=20)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+            child.ask_to_end()
+            child.end(_ENDING)

@@ -107,6 +107,8 @@ class ChildGroup:
 
     def reap(self) -> int:
         """Wait for the child to die, end what it started, and return its status."""
+        if self._process.returncode is not None:  # its number may be another's by now
+            return self._process.returncode
         with suppress(ChildProcessError):  # Somebody else's wait for any child got it.
             os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
             with self._reaping:

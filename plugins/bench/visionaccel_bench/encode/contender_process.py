@@ -6,18 +6,17 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from visionaccel.core.child_groups import ChildGroup, how_it_ended
 from visionaccel.core.cores import process_cores
-from visionaccel.core.orphans import guarded_group
 from visionaccel.errors import DeadlineError, DeviceError
 from visionaccel_bench.encode.contenders import BUNDLE, Contender
 from visionaccel_bench.server import quiet_environment
@@ -59,24 +58,18 @@ class ContenderProcess:
         self._killed = False
         with far, log.open("wb") as out:
             try:
-                self._process = subprocess.Popen(  # noqa: S603
+                self._child = ChildGroup(
                     [python or sys.executable, "-m", _MAIN, str(os.getpid()), str(far.fileno())],
-                    env=environment,
+                    environment=environment,
+                    output=out,
                     pass_fds=(far.fileno(),),
-                    stdin=subprocess.DEVNULL,
-                    stdout=out,
-                    stderr=subprocess.STDOUT,
-                    process_group=0,
                 )
             except OSError as error:
                 raise DeviceError(f"{python} cannot be started: {error}.", hint="Check the interpreter.") from error
-            # Its own end comes with this process's, but not that of what it started.
-            self._guard = ExitStack()
-            self._guard.enter_context(guarded_group(self._process.pid))
             if threads < len(process_cores()):
                 # Some runtimes count cores and not the variables; its own threads inherit this.
                 with suppress(OSError):
-                    os.sched_setaffinity(self._process.pid, sorted(process_cores())[:threads])
+                    os.sched_setaffinity(self._child.pid, sorted(process_cores())[:threads])
 
     def open(self, contender: Contender, source: Path, threads: int, seconds: float) -> dict[str, Any]:
         """Open the contender's tower.
@@ -128,15 +121,7 @@ class ContenderProcess:
         with suppress(OSError):
             self._lines.close()
         self._connection.close()
-        until = time.monotonic() + _GRACE
-        while not (ended := self._exited()) and time.monotonic() < until:
-            time.sleep(0.01)
-        self._killed = not ended
-        # Before it is reaped: afterwards its number may be another's.
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        self._guard.close()
+        self._killed = not self._child.end(_GRACE)
 
     def __enter__(self) -> Self:
         return self
@@ -146,18 +131,13 @@ class ContenderProcess:
     ) -> None:
         self.close()
 
-    def _exited(self) -> bool:
-        """Whether it has ended; it is not reaped."""
-        return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
     def _ending(self) -> str:
         if self._killed:
             return "hung up, lived on, and was ended"
-        status = self._process.returncode
-        if status >= 0:
-            return f"ended with status {status}"
-        name = signal.Signals(-status).name
-        return f"was ended by {name}" + (" (the machine may have run out of memory)" if name == "SIGKILL" else "")
+        status = self._child.status
+        assert status is not None
+        memory = " (the machine may have run out of memory)" if status == -signal.SIGKILL else ""
+        return how_it_ended(status) + memory
 
     def _end_of_log(self) -> str:
         return "\n".join(self._log.read_text(errors="replace").splitlines()[-_LOG_LINES:])
