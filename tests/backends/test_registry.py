@@ -266,3 +266,11 @@ def test_plug_ins_import_only_the_contract_and_the_core_types(file):
     assert all(parts[1] in {"backends", "core", "errors"} for parts in core), imported
     others = {name.split(".")[0] for name in imported if name and name.startswith("visionaccel_")}
     assert others <= {file.parent.name}
+
+
+def test_the_core_imports_no_other_distribution_of_ours():
+    for file in sorted((PLUGINS.parent / "src").rglob("*.py")):
+        tree = ast.parse(file.read_text())
+        imported = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        assert not [name for name in imported if name.startswith("visionaccel_")], file

@@ -242,13 +242,8 @@ def _timed(
 def _checkpoint(named: str | None) -> Path:
     if named is not None:
         return locate_checkpoint(named).folder
-    try:
-        from digits_vlm import checkpoint_path
-    except ImportError as error:
-        raise ConfigurationError(
-            f"no checkpoint was named, and the digits model is not installed ({error}).",
-            hint="Name a checkpoint. From a checkout, the digits model: pip install ./examples/digits_vlm.",
-        ) from error
+    from digits_vlm import checkpoint_path
+
     return Path(checkpoint_path())
 
 

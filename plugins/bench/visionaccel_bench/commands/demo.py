@@ -15,7 +15,7 @@ from rich.table import Table
 
 from visionaccel.backends import default_registry
 from visionaccel.cli.output import Json, messages, print_json, results, status
-from visionaccel.errors import ConfigurationError, DeviceError
+from visionaccel.errors import DeviceError
 from visionaccel.observe import timed_encodes
 from visionaccel_bench.commands.termination import tidy_if_terminated
 from visionaccel_bench.server import VllmServer, serve
@@ -47,14 +47,9 @@ def demo(
 
     Both are real OpenAI-compatible servers on loopback, in float32. Exit status 1 if any answer differs.
     """
-    try:
-        from digits_vlm import checkpoint_path
-        from digits_vlm.samples import held_out_images
-    except ImportError as error:
-        raise ConfigurationError(
-            f"the digits model is not installed ({error}).",
-            hint="From a checkout: pip install ./examples/digits_vlm, or run `make demo`.",
-        ) from error
+    from digits_vlm import checkpoint_path
+    from digits_vlm.samples import held_out_images
+
     default_registry().entry(backend)
     checkpoint, samples = checkpoint_path(), held_out_images(images)
     pictures = [sample.image for sample in samples]
@@ -91,10 +86,8 @@ def demo(
 
 def _ask(title: str, checkpoint: Path, settings: dict[str, str], pictures: Sequence[Image]) -> list[_Answer]:
     """Start a server, ask it about each picture, and stop it."""
-    try:
-        from openai import OpenAI
-    except ImportError as error:
-        raise ConfigurationError(f"the demo needs the openai client ({error}).", hint="pip install openai.") from error
+    from openai import OpenAI
+
     with tidy_if_terminated(), ExitStack() as stack:
         with status(f"{title}: starting") as tell:
 

@@ -107,17 +107,12 @@ class SuiteImages:
         """Ask stock vLLM about that many pictures.
 
         Raises:
-            ConfigurationError: If the digits model or vLLM is not installed.
+            ConfigurationError: If vLLM is not installed.
             DeviceError: If stock vLLM does not start.
         """
-        try:
-            from digits_vlm import checkpoint_path
-            from digits_vlm.samples import held_out_images
-        except ImportError as error:
-            raise ConfigurationError(
-                f"the digits model is not installed ({error}).",
-                hint="pip install 'visionaccel[testing]'; from a checkout: pip install ./examples/digits_vlm.",
-            ) from error
+        from digits_vlm import checkpoint_path
+        from digits_vlm.samples import held_out_images
+
         checkpoint, pictures = checkpoint_path(), [sample.image for sample in held_out_images(count)]
         tell("stock vLLM: starting")
         with serve(checkpoint, {}, ARGUMENTS) as server, ThreadPoolExecutor(4) as pool:
