@@ -102,11 +102,12 @@ def probe(kit: Kit) -> None:
 
 @INTERFACE.add
 def foreign_families(kit: Kit) -> None:
-    """A backend that builds the tower itself refuses a family that it does not know."""
+    """A backend that builds the tower itself refuses one that it does not know by name and that is not described."""
     backend, program = _backend_and_program(kit)
     if program.model is not None or program.artifact is not None:
         raise NotApplicableError("what it runs is in a file, whose inputs and outputs have names.")
-    _refused(backend, replace(program, family="no_such_family"), kit.declared.device, "a family that does not exist")
+    unknown = replace(program, family="no_such_family", spec=None)
+    _refused(backend, unknown, kit.declared.device, "a tower of an unknown family that is not described")
 
 
 @INTERFACE.add

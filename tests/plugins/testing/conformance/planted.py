@@ -103,7 +103,7 @@ PLANTED = (
         "Backend.probe = lambda self, program, device: Accepted(20)",
     ),
     Planted(
-        "any_family", "L0-foreign-families", "a family that does not exist",
+        "any_family", "L0-foreign-families", "an unknown family",
         """
         from visionaccel_torch_ref import TorchReferenceBackend
         class Anything(TorchReferenceBackend):
