@@ -11,7 +11,7 @@ import pytest
 
 from fake_plugins import ECHO, install
 from visionaccel import open_encoder
-from visionaccel.backends import Accepted, Registry, Rejected, select
+from visionaccel.backends import Accepted, Registry, Rejected, default_registry, select
 from visionaccel.encoder import open_tower
 from visionaccel.errors import (
     BackendUnavailableError,
@@ -28,6 +28,7 @@ PLUGINS = Path(__file__).parents[2] / "plugins"
 @pytest.fixture
 def site(tmp_path, monkeypatch):
     """A folder on the Python path into which distributions can be put."""
+    default_registry()  # the process's own is made before, so that it never knows them
     monkeypatch.syspath_prepend(tmp_path)
     return tmp_path
 
