@@ -25,14 +25,10 @@ if TYPE_CHECKING:
     from torch import nn
     from vllm.config import VllmConfig
 
-    Base: Any = object
-else:
-    Base = object
-
 __all__ = ["Accelerated"]
 
 
-class Accelerated(Base):  # type: ignore[misc]
+class Accelerated(compat.Mixin):  # type: ignore[misc]
     """Mixed in before a model of vLLM's: allocates no vision weights and skips them while loading; all else is vLLM's.
 
     Attributes:

@@ -35,7 +35,7 @@ _REPLACED = (
 )
 
 
-class _Containment:
+class _Containment(compat.Mixin):  # type: ignore[misc]
     """Mixed in before a scheduler: looks for faults after a step, before the step's tokens are accepted.
 
     A worker may be steps ahead of the one whose output is taken, and requests may be aborted or preempted meanwhile, so
@@ -44,7 +44,7 @@ class _Containment:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._faults = FaultReader(compat.engine_id(self.vllm_config))  # type: ignore[attr-defined]
+        self._faults = FaultReader(compat.engine_id(self.vllm_config))
         self._in_flight: list[compat.StepInFlight] = []
         self._pending: list[Fault] = []
         self._ended: list[Request] = []
@@ -53,7 +53,7 @@ class _Containment:
         trace = load_settings().trace
         self._trace = None if trace is None else TraceLog.install(trace)
         self._begun: dict[int, float] = {}
-        connector: Any = self.ec_connector  # type: ignore[attr-defined]
+        connector: Any = self.ec_connector
         self._connector = connector if isinstance(connector, VisionAccelConnector) else None
         if self._connector is not None:
             self._connector.scheduler_forgets = True
@@ -67,7 +67,7 @@ class _Containment:
         self._take_replacements()
         if self._distrusted():
             self._start_anew()
-        step: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        step: SchedulerOutput = super().schedule(*args, **kwargs)
         compat.free_in_worker(step, self._forgotten)
         self._forgotten.clear()
         record = compat.step_in_flight(self, step)
@@ -91,7 +91,7 @@ class _Containment:
         failed += self._ended
         reasons |= self._reasons
         self._ended, self._reasons = [], {}
-        outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
         compat.append_errors(outputs, failed, reasons)
         if self._trace is not None:
             self._note_step(self._trace, scheduler_output)
@@ -99,7 +99,7 @@ class _Containment:
 
     def shutdown(self) -> None:
         self._faults.close()
-        super().shutdown()  # type: ignore[misc]
+        super().shutdown()
 
     def _new_faults(self) -> list[Fault]:
         found = [*self._pending, *self._faults.new()]

@@ -52,6 +52,7 @@ from visionaccel.integrations.vllm.compat.image_processing import (
     pixel_bounds,
     refuse_videos,
 )
+from visionaccel.integrations.vllm.compat.mixin import Mixin
 from visionaccel.integrations.vllm.compat.registering import (
     architecture_of,
     is_registered,
@@ -123,7 +124,7 @@ __all__ = [
     "explain_pooling_errors", "fail_requests", "finish_reload", "first_of_its_group", "forget_encoder_output",
     "forget_prefixes", "free_in_worker", "has_embeddings", "HookedInfo", "HookedProcessor",
     "impossible_with_connector", "is_one_of_several_api_servers", "is_pipelined", "is_prepared", "is_registered",
-    "is_replaced", "load_plugins", "load_plugins_again", "loading", "logger", "mark_prepared", "missing",
+    "is_replaced", "load_plugins", "load_plugins_again", "loading", "logger", "mark_prepared", "missing", "Mixin",
     "normalises_itself", "obstacles_to_pipelining", "on_engine_config", "on_metrics", "pixel_bounds", "pools",
     "processing_of", "processor_options", "profiling", "receives_embeddings", "refuse_videos", "register_models",
     "release", "remember_load_config", "requests_at_stake", "require_default_loader", "scheduled_item",

@@ -5,14 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from visionaccel.errors import InputError
-
-if TYPE_CHECKING:
-    Base: Any = object
-else:
-    Base = object
+from visionaccel.integrations.vllm.compat.mixin import Mixin
 
 __all__ = ["HookedInfo", "HookedProcessor", "convert_images", "errors_for_clients", "pixel_bounds", "refuse_videos"]
 
@@ -44,7 +40,7 @@ def _for_clients(kind: type[InputError]) -> type[InputError]:
     return type(kind.__name__, (kind, theirs), {"parameter": None, "value": None})
 
 
-class HookedInfo(Base):  # type: ignore[misc]
+class HookedInfo(Mixin):  # type: ignore[misc]
     """Mixed in before a model's processing information: asks for the size that vLLM is to plan an image with."""
 
     def planned_size(self, kind: str, height: int, width: int) -> tuple[int, int]:  # noqa: ARG002
@@ -64,7 +60,7 @@ class HookedInfo(Base):  # type: ignore[misc]
         return super()._get_vision_info(**{**kwargs, "image_height": height, "image_width": width})
 
 
-class HookedProcessor(Base):  # type: ignore[misc]
+class HookedProcessor(Mixin):  # type: ignore[misc]
     """Mixed in before a model's processor: shows each processed image and video before the engine gets it."""
 
     def processed(self, kind: str, grid: Any) -> None:
