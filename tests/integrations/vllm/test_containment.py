@@ -146,7 +146,7 @@ def test_what_was_computed_from_a_device_that_lied_is_computed_anew_once_that_tu
     assert all(engine.answers[name] == [GOOD] * 3 for name in (*again, waiting))
     for name, tokens in known.items():
         assert engine.endings[name] == "error", "what was said cannot be taken back"
-        assert "was found to answer wrongly" in engine.reasons[name]
+        assert "failed its self-check" in engine.reasons[name]
         assert engine.answers[name] == tokens, "and nothing follows"
 
 

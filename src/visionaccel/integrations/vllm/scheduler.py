@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["ContainedAsyncScheduler", "ContainedScheduler"]
 
 _MISREAD = (
-    "an image of the prompt could not be encoded rightly: the vision encoder was found to answer wrongly while this "
-    "answer was under way. Ask again."
+    "the vision encoder failed its self-check while this request was running, so the answer was discarded. Retry the "
+    "request."
 )
 
 _REPLACED = (
@@ -122,7 +122,7 @@ class _Containment(compat.Mixin):  # type: ignore[misc]
         self._forget_computed(_REPLACED)
 
     def _distrusted(self) -> bool:
-        """Whether it turned out since the last call that the encoder answered wrongly, nobody knows for how long."""
+        """Whether the encoder was found since the last call to answer wrongly, for an unknown time."""
         told = any(fault.key == ALL_ITEMS for fault in self._pending)
         self._pending = [fault for fault in self._pending if fault.key != ALL_ITEMS]
         return (self._connector is not None and self._connector.take_distrust()) or told
