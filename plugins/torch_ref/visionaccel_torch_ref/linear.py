@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from visionaccel.core.packed_products import PackedWeight, why_not_packed
-from visionaccel.towers import ActivationKind
+from visionaccel.core.tower_spec import ActivationKind
 
 __all__ = ["ACTIVATIONS", "Linear", "PackedLinear", "PlainLinear", "make_linear", "why_not_packed"]
 

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.nn import functional
 
-from visionaccel.towers import Activation, Gated, Merge, Norm, Step, TowerSpec
-from visionaccel.towers import Linear as LinearStep
+from visionaccel.core.tower_spec import Activation, Gated, Merge, Norm, Step, TowerSpec
+from visionaccel.core.tower_spec import Linear as LinearStep
 from visionaccel_torch_ref.linear import ACTIVATIONS, Linear, make_linear
 from visionaccel_torch_ref.weights import WeightReader
 

@@ -11,7 +11,7 @@ import torch
 
 from visionaccel.core.grid import Grid
 from visionaccel.core.program import Program
-from visionaccel.towers import TowerSpec
+from visionaccel.core.tower_spec import TowerSpec
 from visionaccel_torch_ref.attention import Attention
 from visionaccel_torch_ref.layout import Layout, Layouts, Run
 from visionaccel_torch_ref.linear import Linear, make_linear

@@ -6,8 +6,8 @@ import torch
 
 from visionaccel.core.arrays import as_host_tensor
 from visionaccel.core.program import Program
+from visionaccel.core.tower_spec import APART, JOINT, Linear, TowerSpec
 from visionaccel.errors import CheckpointError, PluginError
-from visionaccel.towers import APART, JOINT, Linear, TowerSpec
 
 __all__ = ["WeightReader", "spec_of"]
 

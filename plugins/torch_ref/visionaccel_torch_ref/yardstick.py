@@ -11,8 +11,8 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTra
 
 from visionaccel.core.grid import Grid
 from visionaccel.core.program import Program
+from visionaccel.core.tower_spec import Gated
 from visionaccel.errors import ConfigurationError
-from visionaccel.towers import Gated
 from visionaccel_torch_ref.weights import WeightReader, spec_of
 
 __all__ = ["TransformersTower"]

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from visionaccel.core.contracts import TensorSpec
 from visionaccel.core.grid import Grid
 from visionaccel.core.stored_tensor import StoredTensor
+from visionaccel.core.tower_spec import TowerSpec
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-    from visionaccel.towers import TowerSpec
 
 __all__ = [
     "CHECKPOINT", "DEVICE_TENSORS", "EP_CONTEXT", "FLEXMLRT_DIRECTORY", "FLEXMLRT_RAI", "HOST_AFTER", "HOST_BEFORE",

@@ -1,12 +1,6 @@
 """Vision towers: their description, and all that follows from it for any tower."""
 
-from visionaccel.towers.family import Family, VisionConfiguration
-from visionaccel.towers.host import Host
-from visionaccel.towers.host_embedding import PatchEmbedding
-from visionaccel.towers.operations import MatrixProduct, Operations
-from visionaccel.towers.operator_graph import HostPart, OperatorGraph, OrderMatch, UnrecognisedHost
-from visionaccel.towers.signature import EMBEDDINGS, PIXELS
-from visionaccel.towers.spec import (
+from visionaccel.core.tower_spec import (
     APART,
     JOINT,
     Activation,
@@ -19,6 +13,12 @@ from visionaccel.towers.spec import (
     Step,
     TowerSpec,
 )
+from visionaccel.towers.family import Family, VisionConfiguration
+from visionaccel.towers.host import Host
+from visionaccel.towers.host_embedding import PatchEmbedding
+from visionaccel.towers.operations import MatrixProduct, Operations
+from visionaccel.towers.operator_graph import HostPart, OperatorGraph, OrderMatch, UnrecognisedHost
+from visionaccel.towers.signature import EMBEDDINGS, PIXELS
 from visionaccel.towers.tables import Tables, by_window_size, make_tables, tower_tables, window_order
 from visionaccel.towers.tower import Tower
 

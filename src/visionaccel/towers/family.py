@@ -9,8 +9,8 @@ from typing import Any
 
 from visionaccel.checkpoint import Checkpoint
 from visionaccel.core.stored_tensor import StoredTensor
+from visionaccel.core.tower_spec import APART, JOINT, TowerSpec
 from visionaccel.errors import CheckpointError
-from visionaccel.towers.spec import APART, JOINT, TowerSpec
 from visionaccel.towers.stored_form import plain_weights
 
 __all__ = ["Family", "VisionConfiguration", "has_every_weight"]

@@ -14,9 +14,9 @@ from visionaccel.core.arrays import Array, is_tensor
 from visionaccel.core.grid import Grid
 from visionaccel.core.program import CHECKPOINT, Bucket, FixedGrid, Program
 from visionaccel.core.stored_tensor import StoredTensor
+from visionaccel.core.tower_spec import TowerSpec
 from visionaccel.towers.host_embedding import HostEmbedding
 from visionaccel.towers.signature import EMBEDDINGS, GRIDS, PATCH_EMBEDDINGS, PIXELS, WINDOW_EMBEDDINGS
-from visionaccel.towers.spec import TowerSpec
 from visionaccel.towers.tables import Tables, make_tables
 
 __all__ = ["GROUPED", "RASTER", "Host", "open_host"]

@@ -19,8 +19,8 @@ from visionaccel.core.cpu import has_bfloat16
 from visionaccel.core.dtypes import FLOATS
 from visionaccel.core.program import Precision
 from visionaccel.core.stored_tensor import StoredTensor
+from visionaccel.core.tower_spec import Linear, Norm, TowerSpec
 from visionaccel.errors import CheckpointError
-from visionaccel.towers.spec import Linear, Norm, TowerSpec
 from visionaccel.towers.tables import Tables
 
 __all__ = ["HostEmbedding", "PatchEmbedding", "read_weight"]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from visionaccel.core.grid import Grid, total_patches
-from visionaccel.towers.spec import Gated, Linear, Merge, Step, TowerSpec
+from visionaccel.core.tower_spec import Gated, Linear, Merge, Step, TowerSpec
 from visionaccel.towers.tables import window_order
 
 __all__ = ["MatrixProduct", "Operations", "count_operations"]

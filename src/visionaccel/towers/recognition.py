@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from visionaccel.core.contracts import TensorSpec
 from visionaccel.core.grid import Grid
 from visionaccel.core.program import HostSplit
+from visionaccel.core.tower_spec import Linear, TowerSpec
 from visionaccel.errors import BundleError
 from visionaccel.towers.exported_operators import (
     PRODUCTS,
@@ -32,7 +33,6 @@ from visionaccel.towers.exported_operators import (
 )
 from visionaccel.towers.host import GROUPED, RASTER
 from visionaccel.towers.operator_graph import HostPart, OperatorGraph, OrderMatch, UnrecognisedHost
-from visionaccel.towers.spec import Linear, TowerSpec
 from visionaccel.towers.tables import by_window_size, window_order
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 from visionaccel.core.contracts import TensorSpec
 from visionaccel.core.program import Bucket, Coverage, FixedGrid, HostSplit
-from visionaccel.towers.spec import TowerSpec
+from visionaccel.core.tower_spec import TowerSpec
 
 __all__ = [
     "EMBEDDINGS", "GRIDS", "PATCH_EMBEDDINGS", "PIXELS", "WINDOW_EMBEDDINGS", "Signature", "checkpoint_signature",

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visionaccel.core.grid import Grid
-from visionaccel.towers.spec import Positions, TowerSpec
+from visionaccel.core.tower_spec import Positions, TowerSpec
 
 __all__ = ["Tables", "Windows", "by_window_size", "make_tables", "tower_tables", "window_order"]
 

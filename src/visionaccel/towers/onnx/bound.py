@@ -11,9 +11,9 @@ import numpy as np
 import onnx
 
 from visionaccel.core.program import AnyGrid, Bucket, FixedGrid
+from visionaccel.core.tower_spec import TowerSpec
 from visionaccel.towers.onnx.writer import GraphWriter
 from visionaccel.towers.signature import EMBEDDINGS, PIXELS, signature
-from visionaccel.towers.spec import TowerSpec
 from visionaccel.towers.tables import make_tables
 
 __all__ = ["bind_tables", "pad_embeddings"]

@@ -15,11 +15,11 @@ from itertools import groupby
 import numpy as np
 
 from visionaccel.core.program import Bucket, FixedGrid, HostSplit
+from visionaccel.core.tower_spec import ActivationKind, Norm, TowerSpec
 from visionaccel.towers.host import RASTER
 from visionaccel.towers.onnx.operators import Operators
 from visionaccel.towers.onnx.weights import GraphWeights
 from visionaccel.towers.onnx.writer import GraphWriter
-from visionaccel.towers.spec import ActivationKind, Norm, TowerSpec
 from visionaccel.towers.tables import Windows, make_tables, window_order
 
 __all__ = ["FixedOperators"]

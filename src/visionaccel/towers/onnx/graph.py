@@ -15,13 +15,13 @@ import onnx
 
 from visionaccel.core.program import AnyGrid, Coverage, HostSplit, OperatorDialect
 from visionaccel.core.stored_tensor import StoredTensor
+from visionaccel.core.tower_spec import Activation, Gated, Linear, Merge, Norm, Step, TowerSpec
 from visionaccel.towers.onnx.bound import bind_tables, pad_embeddings
 from visionaccel.towers.onnx.fixed import FixedOperators
 from visionaccel.towers.onnx.operators import MicrosoftOperators, Operators, StandardOperators
 from visionaccel.towers.onnx.weights import GraphWeights
 from visionaccel.towers.onnx.writer import GraphWriter
 from visionaccel.towers.signature import EMBEDDINGS, PATCH_EMBEDDINGS, PIXELS, WINDOW_EMBEDDINGS, signature
-from visionaccel.towers.spec import Activation, Gated, Linear, Merge, Norm, Step, TowerSpec
 
 __all__ = ["write_graph"]
 

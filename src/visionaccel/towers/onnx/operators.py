@@ -13,9 +13,9 @@ from typing import ClassVar
 import numpy as np
 from onnx import TensorProto
 
+from visionaccel.core.tower_spec import ActivationKind, Norm, TowerSpec
 from visionaccel.towers.onnx.weights import GraphWeights
 from visionaccel.towers.onnx.writer import MICROSOFT, GraphWriter
-from visionaccel.towers.spec import ActivationKind, Norm, TowerSpec
 
 __all__ = ["FusedOperators", "MicrosoftOperators", "Operators", "StandardOperators"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from visionaccel.core.stored_tensor import StoredTensor
+from visionaccel.core.tower_spec import APART, JOINT, Linear, Norm, TowerSpec
 from visionaccel.errors import CheckpointError
 from visionaccel.towers.onnx.writer import GraphWriter
-from visionaccel.towers.spec import APART, JOINT, Linear, Norm, TowerSpec
 
 __all__ = ["GraphWeights"]
 
