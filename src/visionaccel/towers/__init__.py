@@ -14,15 +14,16 @@ from visionaccel.core.tower_spec import (
     TowerSpec,
 )
 from visionaccel.towers.family import Family, VisionConfiguration
-from visionaccel.towers.host import Host
+from visionaccel.towers.host import GROUPED, RASTER, Host
 from visionaccel.towers.host_embedding import PatchEmbedding
 from visionaccel.towers.operations import MatrixProduct, Operations
-from visionaccel.towers.operator_graph import HostPart, OperatorGraph, OrderMatch, UnrecognisedHost
 from visionaccel.towers.signature import EMBEDDINGS, PIXELS
 from visionaccel.towers.tables import Tables, by_window_size, make_tables, tower_tables, window_order
 from visionaccel.towers.tower import Tower
 
 __all__ = [
+    "GROUPED",
+    "RASTER",
     "APART",
     "EMBEDDINGS",
     "JOINT",
@@ -32,12 +33,10 @@ __all__ = [
     "Family",
     "Gated",
     "Host",
-    "HostPart",
     "Linear",
     "MatrixProduct",
     "Merge",
     "Norm",
-    "OperatorGraph",
     "Operations",
     "PatchEmbedding",
     "Positions",
@@ -45,9 +44,7 @@ __all__ = [
     "Tables",
     "Tower",
     "TowerSpec",
-    "UnrecognisedHost",
     "VisionConfiguration",
-    "OrderMatch",
     "by_window_size",
     "make_tables",
     "tower_tables",

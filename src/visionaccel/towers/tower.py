@@ -9,9 +9,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
-from numpy.typing import NDArray
-
 from visionaccel.checkpoint import Checkpoint
 from visionaccel.core.contracts import TensorSpec
 from visionaccel.core.grid import Grid
@@ -33,8 +30,6 @@ from visionaccel.errors import ConfigurationError
 from visionaccel.towers.family import Family, has_every_weight
 from visionaccel.towers.host import GROUPED, RASTER, Host, open_host
 from visionaccel.towers.operations import Operations, count_operations
-from visionaccel.towers.operator_graph import HostPart, OperatorGraph, OrderMatch, UnrecognisedHost
-from visionaccel.towers.recognition import match_order, recognise_host
 from visionaccel.towers.signature import checkpoint_signature, signature
 from visionaccel.towers.tables import tower_tables
 
@@ -199,26 +194,6 @@ class Tower:
     def operations(self, grids: Sequence[Grid]) -> Operations:
         """Floating-point operations of one call."""
         return count_operations(self.spec, grids)
-
-    def recognise_host(self, graph: OperatorGraph, boundary: tuple[str, str] | None) -> HostPart | UnrecognisedHost:
-        """The host's part of a program of one grid that leaves the patch embedding and the reorders to the host.
-
-        Args:
-            graph: The whole tower.
-            boundary: Names of what the device takes and gives; None to find them.
-
-        Raises:
-            BundleError: If it is the host's part of another tower, or a reorder is none or is not undone.
-        """
-        return recognise_host(self.spec, graph, boundary)
-
-    def match_order(self, order: NDArray[np.int64]) -> OrderMatch:
-        """Grids of one frame whose tokens come in that order, and how the host is split for each.
-
-        Args:
-            order: int64 [tokens]; the token that goes to each place.
-        """
-        return match_order(self.spec, order)
 
     def onnx_model(
         self,

@@ -15,7 +15,8 @@ from visionaccel.core.program import HostSplit
 from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import BundleError, ConfigurationError
 from visionaccel.families import Tower
-from visionaccel.towers import HostPart
+from visionaccel_flexmlrt.vitisai.host_part import HostPart
+from visionaccel_flexmlrt.vitisai.recognition import match_order
 
 __all__ = ["check_weights", "matching_grid", "narrowest"]
 
@@ -42,7 +43,7 @@ def matching_grid(tower: Tower, window_index: NDArray[np.int64], wanted: Grid | 
             f"the model is for {tokens * tower.merge_size**2} patches; a program takes at most {MOST_PATCHES}.",
             hint="Compile the tower for a smaller grid.",
         )
-    match = tower.match_order(window_index)
+    match = match_order(tower.spec, window_index)
     if not match.found:
         nearest = f"{match.nearest.h}x{match.nearest.w}" if match.nearest else "none"
         raise BundleError(

@@ -17,11 +17,12 @@ from visionaccel.core.program import EP_CONTEXT, HostSplit, Precision
 from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import BundleError, ConfigurationError
 from visionaccel.families import Tower
-from visionaccel.towers import HostPart, UnrecognisedHost
 from visionaccel_flexmlrt.vitisai.agreement import check_weights, matching_grid
 from visionaccel_flexmlrt.vitisai.extraction import host_operators
 from visionaccel_flexmlrt.vitisai.graph import OnnxGraph, external_files, plain_file
+from visionaccel_flexmlrt.vitisai.host_part import HostPart, UnrecognisedHost
 from visionaccel_flexmlrt.vitisai.layout import Boundary, VitisFolder, read_layout
+from visionaccel_flexmlrt.vitisai.recognition import recognise_host
 
 __all__ = ["Findings", "ImportRequest", "find"]
 
@@ -102,7 +103,7 @@ def find(tower: Tower, request: ImportRequest, weights: Mapping[str, StoredTenso
     part = (
         UnrecognisedHost("the device takes or gives several tensors", ())
         if boundary is not None and pair is None
-        else tower.recognise_host(graph, pair)
+        else recognise_host(tower.spec, graph, pair)
     )
     warnings = folder.warnings
     if isinstance(part, HostPart):

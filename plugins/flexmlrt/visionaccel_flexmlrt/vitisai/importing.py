@@ -38,11 +38,11 @@ from visionaccel.core.program import DEVICE_TENSORS, EP_CONTEXT, HOST_AFTER, HOS
 from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import BundleError, ConfigurationError
 from visionaccel.families import Tower
-from visionaccel.towers import HostPart
 from visionaccel_flexmlrt.vitisai.agreement import narrowest
 from visionaccel_flexmlrt.vitisai.extraction import extract_host
 from visionaccel_flexmlrt.vitisai.findings import Findings, ImportRequest, find
 from visionaccel_flexmlrt.vitisai.graph import OnnxGraph
+from visionaccel_flexmlrt.vitisai.host_part import HostPart
 from visionaccel_flexmlrt.vitisai.layout import Boundary
 
 __all__ = ["Imported", "import_vitisai"]

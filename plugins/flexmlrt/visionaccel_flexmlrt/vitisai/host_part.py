@@ -1,10 +1,10 @@
-"""What a tower sees of a graph that others exported, cut and compiled, and what it finds there."""
+"""What is found of the host's part in a graph that others exported, cut and compiled."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,42 +13,7 @@ from visionaccel.core.contracts import TensorSpec
 from visionaccel.core.grid import Grid
 from visionaccel.core.program import HostSplit
 
-if TYPE_CHECKING:
-    import onnx
-
-__all__ = ["HostPart", "OperatorGraph", "UnrecognisedHost", "OrderMatch"]
-
-
-class OperatorGraph(Protocol):
-    """An ONNX graph as a recogniser looks at it. Nodes are in their order; a node is meant by its place."""
-
-    @property
-    def nodes(self) -> Sequence[onnx.NodeProto]:
-        """Its nodes."""
-
-    @property
-    def inputs(self) -> Sequence[TensorSpec]:
-        """What is fed; unknown sizes are names."""
-
-    @property
-    def outputs(self) -> Sequence[TensorSpec]:
-        """What comes out; unknown sizes are names."""
-
-    def producer(self, tensor: str) -> int | None:
-        """The node that makes a tensor; None for inputs, weights, and what is not there."""
-
-    def constant(self, tensor: str) -> NDArray[Any] | None:
-        """The values of a tensor that depends on no input and is simply made; None for any other.
-
-        Raises:
-            BundleError: If its data are damaged, missing or elsewhere.
-        """
-
-    def ancestors(self, tensors: Iterable[str], cut: Iterable[str] = ()) -> frozenset[int]:
-        """Nodes that tensors depend on, not looking behind those of `cut`."""
-
-    def descendants(self, tensors: Iterable[str], cut: Iterable[str] = ()) -> frozenset[int]:
-        """Nodes that depend on tensors, not looking behind those of `cut`."""
+__all__ = ["HostPart", "OrderMatch", "UnrecognisedHost"]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from visionaccel.core.grid import Grid
 from visionaccel.core.program import HostSplit
 from visionaccel.core.tower_spec import Linear, TowerSpec
 from visionaccel.errors import BundleError
-from visionaccel.towers.exported_operators import (
+from visionaccel.towers import GROUPED, RASTER, by_window_size, window_order
+from visionaccel_flexmlrt.vitisai.exported_operators import (
     PRODUCTS,
     STILL,
     StrangeError,
@@ -31,9 +32,8 @@ from visionaccel.towers.exported_operators import (
     product,
     squeezed,
 )
-from visionaccel.towers.host import GROUPED, RASTER
-from visionaccel.towers.operator_graph import HostPart, OperatorGraph, OrderMatch, UnrecognisedHost
-from visionaccel.towers.tables import by_window_size, window_order
+from visionaccel_flexmlrt.vitisai.graph import OnnxGraph
+from visionaccel_flexmlrt.vitisai.host_part import HostPart, OrderMatch, UnrecognisedHost
 
 if TYPE_CHECKING:
     import onnx
@@ -56,9 +56,7 @@ class _Entry:
     shape: tuple[int, ...]
 
 
-def recognise_host(
-    spec: TowerSpec, graph: OperatorGraph, boundary: tuple[str, str] | None
-) -> HostPart | UnrecognisedHost:
+def recognise_host(spec: TowerSpec, graph: OnnxGraph, boundary: tuple[str, str] | None) -> HostPart | UnrecognisedHost:
     """The host's part around a device's, of that tower.
 
     Args:
@@ -121,7 +119,7 @@ def _divisors(number: int) -> Iterator[int]:
     return (each for each in range(1, number + 1) if number % each == 0)
 
 
-def _ends(spec: TowerSpec, graph: OperatorGraph) -> tuple[TensorSpec, TensorSpec]:
+def _ends(spec: TowerSpec, graph: OnnxGraph) -> tuple[TensorSpec, TensorSpec]:
     """The graph's only input and only output."""
     if len(graph.inputs) != 1 or len(graph.outputs) != 1:
         raise StrangeError(f"the graph has {len(graph.inputs)} inputs and {len(graph.outputs)} outputs, not one each")
@@ -137,7 +135,7 @@ def _ends(spec: TowerSpec, graph: OperatorGraph) -> tuple[TensorSpec, TensorSpec
     return pixels, embeddings
 
 
-def _chain(graph: OperatorGraph, tensor: str, start: str) -> tuple[int, ...]:
+def _chain(graph: OnnxGraph, tensor: str, start: str) -> tuple[int, ...]:
     """The nodes from `start` to a tensor, each by its first input, if all of them may be the host's."""
     nodes: list[int] = []
     while tensor != start:
@@ -152,7 +150,7 @@ def _chain(graph: OperatorGraph, tensor: str, start: str) -> tuple[int, ...]:
     return tuple(reversed(nodes))
 
 
-def _find_entry(spec: TowerSpec, graph: OperatorGraph, pixels: TensorSpec) -> tuple[str, _Entry]:
+def _find_entry(spec: TowerSpec, graph: OnnxGraph, pixels: TensorSpec) -> tuple[str, _Entry]:
     """The first gather that patches reach embedded, and what comes out of it."""
     first: StrangeError | None = None
     for place in sorted(graph.descendants([pixels.name])):
@@ -166,7 +164,7 @@ def _find_entry(spec: TowerSpec, graph: OperatorGraph, pixels: TensorSpec) -> tu
     raise first or StrangeError("no gather puts the tokens into window order")
 
 
-def _entry(spec: TowerSpec, graph: OperatorGraph, pixels: TensorSpec, chain: Sequence[int]) -> _Entry:
+def _entry(spec: TowerSpec, graph: OnnxGraph, pixels: TensorSpec, chain: Sequence[int]) -> _Entry:
     """Follow the shapes through the chain from the patches to the device."""
     gathers = [place for place in chain if graph.nodes[place].op_type == "Gather"]
     products = [place for place in chain if graph.nodes[place].op_type in PRODUCTS]
@@ -212,7 +210,7 @@ def _embedding(
     return found
 
 
-def _find_taken(graph: OperatorGraph, embeddings: str) -> str:
+def _find_taken(graph: OnnxGraph, embeddings: str) -> str:
     """What goes into the last gather."""
     tensor = embeddings
     for _ in range(_MOST_STEPS):
@@ -229,7 +227,7 @@ def _find_taken(graph: OperatorGraph, embeddings: str) -> str:
 
 
 def _exit(
-    spec: TowerSpec, graph: OperatorGraph, embeddings: TensorSpec, taken: str, tokens: int
+    spec: TowerSpec, graph: OnnxGraph, embeddings: TensorSpec, taken: str, tokens: int
 ) -> tuple[tuple[int, ...], NDArray[np.int64]]:
     """The nodes from what the device gives to the graph's output, and the order that they gather by."""
     chain = _chain(graph, embeddings.name, taken)
@@ -248,7 +246,7 @@ def _exit(
     return chain, index
 
 
-def _index(graph: OperatorGraph, node: onnx.NodeProto) -> NDArray[np.int64]:
+def _index(graph: OnnxGraph, node: onnx.NodeProto) -> NDArray[np.int64]:
     index = graph.constant(node.input[1]) if len(node.input) == 2 else None
     if index is None or index.dtype.name not in ("int32", "int64") or index.ndim != 1 or not len(index):
         raise StrangeError(f"{named(node)} does not gather by a constant index")
@@ -272,7 +270,7 @@ def _check_orders(window_index: NDArray[np.int64], reverse_index: NDArray[np.int
         )
 
 
-def _check_cut(graph: OperatorGraph, pixels: str, given: str, taken: str, host: set[int]) -> None:
+def _check_cut(graph: OnnxGraph, pixels: str, given: str, taken: str, host: set[int]) -> None:
     """Whether the device's part touches the rest of the graph in these two tensors only."""
     ends = [tensor.name for tensor in graph.outputs]
     needed, fed = graph.ancestors(ends), graph.descendants([pixels])
@@ -284,7 +282,7 @@ def _check_cut(graph: OperatorGraph, pixels: str, given: str, taken: str, host: 
         raise StrangeError(f"{taken!r} does not depend on {given!r}")
 
 
-def _operators(graph: OperatorGraph, boundary: tuple[str, str] | None) -> tuple[tuple[str, str], ...]:
+def _operators(graph: OnnxGraph, boundary: tuple[str, str] | None) -> tuple[tuple[str, str], ...]:
     """The host's operators: those around the boundary, or those at the ends up to the first that is not known."""
     pixels, embeddings = [tensor.name for tensor in graph.inputs], [tensor.name for tensor in graph.outputs]
     if boundary is not None:

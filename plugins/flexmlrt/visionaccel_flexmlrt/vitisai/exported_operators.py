@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from visionaccel.towers.operator_graph import OperatorGraph
+from visionaccel_flexmlrt.vitisai.graph import OnnxGraph
 
 if TYPE_CHECKING:
     import onnx
@@ -46,7 +46,7 @@ def squeezed(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def product(
-    graph: OperatorGraph, node: onnx.NodeProto, shape: tuple[int, ...]
+    graph: OnnxGraph, node: onnx.NodeProto, shape: tuple[int, ...]
 ) -> tuple[NDArray[Any], NDArray[Any] | None, tuple[int, ...]]:
     """The matrix [outputs, inputs] that a product multiplies rows by, its bias, and the shape of what comes out.
 
@@ -105,7 +105,7 @@ def check_gathers(node: onnx.NodeProto, shape: tuple[int, ...], tokens: int) -> 
         raise StrangeError(f"{named(node)} does not gather {tokens} tokens of {list(shape)}")
 
 
-def moved(graph: OperatorGraph, node: onnx.NodeProto, shape: tuple[int, ...]) -> tuple[int, ...]:
+def moved(graph: OnnxGraph, node: onnx.NodeProto, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape after an operator of `STILL`.
 
     Raises:
@@ -156,7 +156,7 @@ def _reshaped(node: onnx.NodeProto, shape: tuple[int, ...], wanted: Sequence[int
     return tuple(sizes)
 
 
-def _unsqueezed(graph: OperatorGraph, node: onnx.NodeProto, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+def _unsqueezed(graph: OnnxGraph, node: onnx.NodeProto, shape: tuple[int, ...]) -> tuple[int, ...] | None:
     given = _integers(node, "axes") or _second(graph, node) or ()
     rank = len(shape) + len(given)
     axes = {axis % rank for axis in given}
@@ -164,13 +164,13 @@ def _unsqueezed(graph: OperatorGraph, node: onnx.NodeProto, shape: tuple[int, ..
     return tuple(1 if axis in axes else next(sizes, 0) for axis in range(rank))
 
 
-def _axes(graph: OperatorGraph, node: onnx.NodeProto, rank: int) -> set[int] | None:
+def _axes(graph: OnnxGraph, node: onnx.NodeProto, rank: int) -> set[int] | None:
     """The axes that a squeeze names, in its attribute (until opset 12) or its second input; None for all of size 1."""
     given = _integers(node, "axes") or _second(graph, node)
     return None if given is None or not rank else {axis % rank for axis in given}
 
 
-def _second(graph: OperatorGraph, node: onnx.NodeProto) -> tuple[int, ...] | None:
+def _second(graph: OnnxGraph, node: onnx.NodeProto) -> tuple[int, ...] | None:
     """The integers in the second input; None where there is none."""
     if len(node.input) < 2 or not node.input[1]:
         return None
