@@ -29,22 +29,25 @@ class Steps:
     """
 
     def __init__(self, spec: TowerSpec, steps: Sequence[Step], weights: WeightReader, place: str = "") -> None:
-        self._spec, self._weights, self._place = spec, weights, place
+        def linear_of(step: LinearStep) -> Linear:
+            return make_linear(*weights.read_linear(spec, step, place))
+
+        # The reader is not kept: it holds the copy in memory that weights are read from.
         self._before: list[Rows] = []
         self._last: Linear | None = None
         for number, step in enumerate(steps):
             follows = steps[number + 1] if number + 1 < len(steps) else None
             match step:
                 case Norm():
-                    self._before.append(self._norm(step))
+                    self._before.append(_norm(step, weights, place))
                 case LinearStep() if isinstance(follows, Activation):
-                    self._before.append(_activated(self._linear(step), follows))
+                    self._before.append(_activated(linear_of(step), follows))
                 case LinearStep() if follows is None:
-                    self._last = self._linear(step)
+                    self._last = linear_of(step)
                 case LinearStep():
-                    self._before.append(self._linear(step))
+                    self._before.append(linear_of(step))
                 case Gated():
-                    gate, up, down = (self._linear(each) for each in (step.gate, step.up, step.down))
+                    gate, up, down = (linear_of(each) for each in (step.gate, step.up, step.down))
                     self._before.append(_gated(gate, up, step))
                     self._last = down if follows is None else None
                     self._before += [] if follows is None else [down]
@@ -66,16 +69,14 @@ class Steps:
             x = step(x)
         return self._last.plus(x, term)
 
-    def _linear(self, step: LinearStep) -> Linear:
-        return make_linear(*self._weights.read_linear(self._spec, step, self._place))
 
-    def _norm(self, step: Norm) -> Rows:
-        name, shape = self._place + step.name, (step.width,)
-        weight = self._weights.read(f"{name}.weight", shape)
-        if step.kind == "rms":
-            return lambda x: _rms_norm(x, weight, step.epsilon)
-        bias = self._weights.read(f"{name}.bias", shape)
-        return lambda x: functional.layer_norm(x, shape, weight, bias, step.epsilon)
+def _norm(step: Norm, weights: WeightReader, place: str) -> Rows:
+    name, shape = place + step.name, (step.width,)
+    weight = weights.read(f"{name}.weight", shape)
+    if step.kind == "rms":
+        return lambda x: _rms_norm(x, weight, step.epsilon)
+    bias = weights.read(f"{name}.bias", shape)
+    return lambda x: functional.layer_norm(x, shape, weight, bias, step.epsilon)
 
 
 def _activated(linear: Linear, then: Activation) -> Rows:

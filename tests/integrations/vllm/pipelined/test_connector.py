@@ -22,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 from gated import Gate, wait_until
 from modelled_engine import GOOD, GRID, IMAGES, TAINTED, Engine, Worker, forget, make, pixels
 from visionaccel import open_encoder
+from visionaccel.backends import Session
 from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError
 from visionaccel.integrations.vllm import compat
@@ -172,7 +173,8 @@ def test_only_requests_with_the_faulty_image_fail_and_say_why(engine, pipelined)
     engine.drain()
     assert [engine.endings[name] for name in names] == ["length", "error", "error", "length"]
     assert [engine.answers[name] for name in names] == [[GOOD] * 3, [], [], [GOOD] * 3]
-    assert engine.reasons[names[1]].startswith("image 1 of the prompt could not be encoded: backend 'onnxrt' failed")
+    reason = "image 1 of the prompt could not be encoded: backend 'onnxrt' on grids 1x6x6 failed with OSError"
+    assert engine.reasons[names[1]].startswith(reason)
     assert engine.reasons[names[2]].startswith("image 2 of the prompt could not be encoded")
     assert "DRM_IOCTL failed" in engine.reasons[names[1]]
 
@@ -485,10 +487,12 @@ def test_embeddings_of_a_distrusted_device_are_encoded_anew(engine, pipelined, e
     connector = scheduler.ec_connector
     spoilt = [True]
 
-    class Lying:
+    class Lying(Session):
         """Answers wrongly, and nothing about it looks wrong."""
 
-        capabilities = gate.capabilities
+        @property
+        def capabilities(self):
+            return gate.capabilities
 
         def run(self, inputs):
             rows = dict(gate.run(inputs))
