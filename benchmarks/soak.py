@@ -214,7 +214,7 @@ def _soak(engine: Any, switch: Path, requests: int) -> dict[str, float]:
     wrong = {name: number for name, number in endings.items() if name.startswith("wrong")}
     assert not wrong, endings
     assert sum(endings.values()) == requests
-    assert (after.waiting, after.running, len(connector._bookings), connector._items) == (0, 0, 0, {})
+    assert (after.waiting, after.running, len(connector._pending_images), connector._items) == (0, 0, 0, {})
     settled = [size for finished, size in memory if finished >= SETTLED_AFTER * requests]
     places = np.linspace(0.0, 1.0, len(settled))
     engine.engine_core.shutdown()

@@ -237,6 +237,13 @@ def test_whatever_open_raises_becomes_a_device_error_with_the_backends_name(site
         open_encoder(tiny, backend="stuck", registry=Registry())
 
 
+def test_what_is_no_session_is_the_plug_ins_error(site, tiny):
+    source = ECHO.format(name="plain", score=1).replace("return EchoSession()", "return object()")
+    install(site, "acme-plain", "plain", source)
+    with pytest.raises(PluginError, match=r"'plain' opened a object, which is not a visionaccel\.backends\.Session"):
+        open_encoder(tiny, backend="plain", registry=Registry())
+
+
 def test_a_session_that_exits_is_a_device_error(site, tiny):
     source = ECHO.format(name="quits", score=1).replace('RuntimeError("echo cannot compute")', "SystemExit(0)")
     install(site, "acme-quits", "quits", source)

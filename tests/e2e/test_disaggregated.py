@@ -19,7 +19,7 @@ START = Path(__file__).parents[2] / "examples" / "disaggregated" / "start.py"
 WATCHED = '''
 import os
 from pathlib import Path
-from visionaccel.backends import hookimpl
+from visionaccel.backends import Session, hookimpl
 from visionaccel_onnxrt.backend import OnnxRuntimeBackend
 
 FOLDER, SIDE = Path(os.environ["WATCHED_FOLDER"]), os.environ.get("WATCHED_SIDE", "language_model")
@@ -28,10 +28,13 @@ def note(what):
     with (FOLDER / SIDE).open("a") as file:
         file.write(f"{what}\\n")
 
-class WatchedSession:
+class WatchedSession(Session):
     """Notes the patches of each run; for the number in the file `switch` it raises or answers NaN."""
     def __init__(self, session):
-        self.session, self.capabilities = session, session.capabilities
+        self.session = session
+    @property
+    def capabilities(self):
+        return self.session.capabilities
     def run(self, inputs):
         patches = str(len(inputs["pixel_values"]))
         note(patches)

@@ -22,13 +22,16 @@ from visionaccel_bench.server import serve
 FLAKY = '''
 import os
 from pathlib import Path
-from visionaccel.backends import hookimpl
+from visionaccel.backends import Session, hookimpl
 from visionaccel_onnxrt.backend import OnnxRuntimeBackend
 
-class Switched:
+class Switched(Session):
     """A session that obeys a file: for the named number of patches, or for all, it raises or answers NaN."""
     def __init__(self, session):
-        self.session, self.capabilities = session, session.capabilities
+        self.session = session
+    @property
+    def capabilities(self):
+        return self.session.capabilities
     def run(self, inputs):
         action, _, which = Path(os.environ["FLAKY_SWITCH"]).read_text().partition(" ")
         outputs = self.session.run(inputs)

@@ -5,6 +5,7 @@ import pytest
 
 from towers import random_patches
 from visionaccel import open_encoder
+from visionaccel.backends import Session
 from visionaccel.errors import DeviceError, InputError, NonFiniteError, PatchesError, VisionAccelError
 from visionaccel.trust import GuardedEncoder, Stage
 
@@ -12,13 +13,16 @@ GRIDS = [(1, 4, 4), (1, 6, 4), (2, 4, 4)]
 ENDS = [16, 40, 72]
 
 
-class Failing:
+class Failing(Session):
     """Wraps a session and fails whenever it is given a grid of six rows; counts its calls."""
 
     def __init__(self, session):
-        self.capabilities = session.capabilities
         self.session = session
         self.calls = 0
+
+    @property
+    def capabilities(self):
+        return self.session.capabilities
 
     def run(self, inputs):
         self.calls += 1

@@ -15,7 +15,7 @@ from bundles import document, entry, write_bundle
 from outliers import checkpoint_with_outliers, coarse_noise
 from towers import lowest_cosine, random_patches, reference
 from visionaccel import open_encoder
-from visionaccel.backends import QuantizedModel, default_registry
+from visionaccel.backends import Accepted, QuantizedModel, default_registry
 from visionaccel.bundle import GOLDEN_FILE, open_bundle
 from visionaccel.cli.app import app
 from visionaccel.core.comparison import Comparison
@@ -160,6 +160,7 @@ def test_a_backend_that_does_not_quantize_says_so(bundle, images, tmp_path, monk
         quantize_bundle(bundle, tmp_path / "bundle", [images], target="torch_ref")
     backend = default_registry().load("torch_ref")
     monkeypatch.setattr(type(backend), "formats", frozenset({"onnx", CHECKPOINT}))
+    monkeypatch.setattr(type(backend), "probe", lambda *_: Accepted(1, "runs anything"))
     with pytest.raises(ConfigurationError, match="'torch_ref' does not quantize program '10x18'"):
         quantize_bundle(bundle, tmp_path / "bundle", [images], target="torch_ref")
     assert list(tmp_path.iterdir()) == []

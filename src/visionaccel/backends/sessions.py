@@ -10,7 +10,7 @@ from visionaccel.backends import Options, Session, VisionBackend, contained
 from visionaccel.core.digests import file_digest
 from visionaccel.core.memory_files import FileState, changed_file, when_steady
 from visionaccel.core.program import Program
-from visionaccel.errors import DeviceError, VisionAccelError
+from visionaccel.errors import DeviceError, PluginError, VisionAccelError
 
 __all__ = ["check_files", "open_session"]
 
@@ -24,6 +24,7 @@ def open_session(backend: VisionBackend, program: Program, device: str | None, o
         ChangedFileError: If one is not what was verified, or changed in between.
         VisionAccelError: What the backend raises.
         DeviceError: If it raises anything else.
+        PluginError: If what it returns is not a session.
     """
     return when_steady(lambda: _open(backend, program, device, options))
 
@@ -41,6 +42,11 @@ def _open(backend: VisionBackend, program: Program, device: str | None, options:
             f"{type(error).__name__}: {error}",
             hint="Run `visionaccel explain` for what it needs.",
         ) from error
+    if not isinstance(session, Session):
+        raise PluginError(
+            f"backend {backend.name!r} opened a {type(session).__name__}, which is not a visionaccel.backends.Session.",
+            hint="Derive the session's class from Session, which has what else the core asks of one.",
+        )
     try:
         check_files(program, before)
     except BaseException:
