@@ -21,7 +21,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -359,9 +359,11 @@ def _memory() -> float:
 
 def _children(process: int) -> list[int]:
     found = []
-    for task in Path(f"/proc/{process}/task").iterdir():
-        for child in map(int, Path(task, "children").read_text().split()):
-            found += [child, *_children(child)]
+    with suppress(FileNotFoundError):  # a process that ended since
+        for task in Path(f"/proc/{process}/task").iterdir():
+            with suppress(FileNotFoundError, ProcessLookupError):  # a thread that did
+                for child in map(int, Path(task, "children").read_text().split()):
+                    found += [child, *_children(child)]
     return found
 
 
