@@ -86,7 +86,7 @@ def the(findings, about, what):
         ("os._exit(0)", "ended with status 0 before it answered"),
         ("sys.exit(3)", "SystemExit: 3"),
         ("raise OSError('libnpu.so.1: cannot open')", "OSError: libnpu.so.1: cannot open"),
-        ("return [{'status': 'excellent'}]", "is no finding"),
+        ("return [{'status': 'excellent'}]", "is not a finding"),
     ],
 )
 def test_a_backend_that_breaks_in_its_checks_is_a_failure(tmp_path, checks, expected):
@@ -359,7 +359,7 @@ def test_findings_are_bounded_and_printable():
     assert row.name == "a?]0;b"
     assert len(row.detail) == 2000
     assert one_line("\u202ereversed") == "?reversed"
-    with pytest.raises(ValueError, match="is no finding"):
+    with pytest.raises(ValueError, match="is not a finding"):
         as_finding({"name": "no status"})
 
 

@@ -192,8 +192,13 @@ PRESSED = {
     "limit_mm_per_prompt": {"image": 4, "video": 0},
     "mm_processor_kwargs": {"max_pixels": 130 * 28 * 28},
 }
-TWO_WAYS = {"method": "from_2_way_softmax", "classifier_from_token": ["3", "8"]}
-"""Makes a classifier of the language model's last layer: whether the answer begins with one token or the other."""
+TWO_WAYS = {
+    "architectures": ["Qwen2_5_VLForSequenceClassification"],
+    "method": "from_2_way_softmax",
+    "classifier_from_token": ["3", "8"],
+}
+"""Makes a classifier of the language model's last layer: whether the answer begins with one token or the other. vLLM
+has no model of this name and takes the suffix for a kind of pooling, as it does with rerankers."""
 
 ENGINES: dict[str, tuple[Any, dict[str, Any]]] = {
     "matrix": (matrix, {}),
@@ -204,7 +209,7 @@ ENGINES: dict[str, tuple[Any, dict[str, Any]]] = {
     "pressed": (pressed, PRESSED),
     "pressed-tp2": (pressed, {**PRESSED, "tensor_parallel_size": 2}),
     "embed": (pooled, {"runner": "pooling", "convert": "embed"}),
-    "classify": (pooled, {"runner": "pooling", "convert": "classify", "hf_overrides": TWO_WAYS}),
+    "classify": (pooled, {"runner": "pooling", "hf_overrides": TWO_WAYS}),
     "blind": (few, {"mm_processor_cache_type": "shm"}),
 }
 """What is asked of an engine, and how it differs from the usual one."""

@@ -144,8 +144,8 @@ class Session(ABC):
 
     Attributes:
         capabilities: What it is and how it may be called.
-        bounds_calls: It ends its calls itself when they take too long, so whoever waits for one waits a little longer
-            than that before it is given up. True of sessions in child processes; a backend's own need not set it.
+        bounds_calls: Whether the session ends calls that take too long by itself. Its caller then waits a little longer
+            before it gives up. True for sessions in child processes; backends leave it False.
     """
 
     capabilities: Capabilities
@@ -153,7 +153,7 @@ class Session(ABC):
 
     @property
     def restarts(self) -> int:
-        """How often its device was started again after it was lost: it has to be checked again then."""
+        """How often the device was restarted after it was lost. It is checked again after each restart."""
         return 0
 
     @abstractmethod
@@ -234,7 +234,7 @@ class VisionBackend(ABC):
         """Make a program whose products are of int8, with the same inputs and outputs. Optional.
 
         Called by `visionaccel quantize`, for one program at a time. Whether the result is good enough is not for the
-        backend to judge: it is run beside the float32 reference, and thrown away if it is not.
+        backend to judge: it is compared with the float32 reference, and thrown away if it is not.
 
         Args:
             program: A float32 program in one of `formats`.

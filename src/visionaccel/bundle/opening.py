@@ -86,7 +86,7 @@ class Bundle:
                 raise BundleError(f"{where}: {error.message}", hint=_AGAIN) from error
         if isinstance(coverage, Bucket):
             if coverage.patches % merge**2:
-                raise BundleError(f"{where}: {coverage.patches} patches are no whole number of tokens.", hint=_AGAIN)
+                raise BundleError(f"{where}: {coverage.patches} patches are not a whole number of tokens.", hint=_AGAIN)
             counted = self.tower.sizes_of(Grid(1, merge, merge)).keys()
             if coverage.sizes.keys() != counted:
                 raise BundleError(f"{where}: its bucket does not state {' and '.join(counted)} alone.", hint=_AGAIN)

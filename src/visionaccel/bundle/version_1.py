@@ -1,7 +1,7 @@
-"""Manifests of schema version 1, which had the words of one family, as manifests of version 2.
+"""Reads manifests of schema version 1 as manifests of version 2.
 
-They named a bucket's windows and their order, and held the vision configuration where there is a description now. The
-digest that such a manifest states is that of its own document. `visionaccel validate` writes it back in version 2.
+Version 1 used one family's words: a bucket's windows, their order, and the vision configuration in the place of the
+tower's description. The digest in such a manifest covers the version 1 document. `visionaccel validate` upgrades it.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def quantize(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Quantize a bundle's programs to int8, prove them beside the float32 reference, and keep them if they pass."""
+    """Quantize a bundle's programs to int8, compare them with the float32 reference, and keep them if they pass."""
     from visionaccel.validation import quantize_bundle
 
     started = time.perf_counter()
@@ -68,6 +68,6 @@ def quantize(
         print_json({"bundle": str(output), "seconds": seconds, "manifest": made.manifest.model_dump(mode="json")})
         return
     for found in validations:
-        print_certificate(found.certificate, f"{output} beside the float32 reference", found.digits)
+        print_certificate(found.certificate, f"{output} compared with the float32 reference", found.digits)
     size = sum(file.bytes for program in made.manifest.programs for file in program.files) / 2**20
     results.print(f"Bundle {output}: {size:.1f} MiB of int8 programs, in {seconds} s.")

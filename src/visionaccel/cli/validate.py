@@ -1,4 +1,4 @@
-"""`visionaccel validate`: every program of a bundle beside the float32 reference, and the certificate of it."""
+"""`visionaccel validate`: compares every program of a bundle with the float32 reference and writes its certificate."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def validate(
     no_write: Annotated[bool, typer.Option("--no-write", help="Leave the bundle as it is.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Prove a bundle: run each of its programs beside the float32 reference, and write the certificate into it.
+    """Prove a bundle: compare each of its programs with the float32 reference, and write the certificate into it.
 
     Exit status 1 if a program was not run, failed, or is further from the reference than the threshold allows.
     """
@@ -97,10 +97,10 @@ def validate(
         stated = {**certificate.model_dump(mode="json"), "answers": [asdict(read) for read in found.digits]}
         print_json({"bundle": str(bundle), "written": not no_write, "certificate": stated})
     else:
-        print_certificate(certificate, f"{bundle} beside the float32 reference", found.digits)
+        print_certificate(certificate, f"{bundle} compared with the float32 reference", found.digits)
         if not no_write:
             results.print(
-                f"The certificate is in {bundle / MANIFEST}, and {len(found.golden)} golden images beside it.",
+                f"The certificate is in {bundle / MANIFEST}, and {len(found.golden)} golden images are next to it.",
                 soft_wrap=True,
             )
     if not certificate.passed:

@@ -1,4 +1,4 @@
-"""Reading files of strangers: regular ones only, and never more of one than a stated number of bytes."""
+"""Reading untrusted files: regular files only, and at most a stated number of bytes of each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MOST_JSON_BYTES = 8 * 2**20
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file for reading, if it is one: to open a named pipe would wait for ever, a device has no end.
+    """Open a file for reading, if it is one: opening a named pipe could block without end, and a device has no end.
 
     Raises:
         OSError: If it cannot be opened.
@@ -43,7 +43,7 @@ def read_bounded(path: Path, most: int = MOST_JSON_BYTES) -> bytes:
 
     Raises:
         OSError: If it cannot be read.
-        ValueError: If it is no file, or larger; the text says the limit.
+        ValueError: If it is not a file, or is larger; the text states the limit.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size

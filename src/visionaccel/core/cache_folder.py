@@ -1,6 +1,6 @@
 """Where this user's caches lie, by the XDG base directory specification.
 
-It is the one variable of the environment that library calls heed: what it names is a place and decides no result.
+XDG_CACHE_HOME is the only environment variable that library calls read: it names a folder and changes no result.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ def cache_home() -> Path:
     """The folder of every program's caches; it need not exist.
 
     Raises:
-        RuntimeError: If there is no home folder and nothing else is named.
+        RuntimeError: If XDG_CACHE_HOME is not set and the user has no home folder.
     """
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 

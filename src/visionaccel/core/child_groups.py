@@ -21,12 +21,12 @@ _LONGEST_PAUSE = 0.05
 
 
 class ChildGroup:
-    """A child process and the group that it leads. Its number stays its own until `reap`, whoever asks meanwhile.
+    """A child process and the process group that it leads. Its process id is not reused before `reap`.
 
-    A group: a terminal's Ctrl-C and hang-up, and those who kill the parent's group, do not reach it before the parent
-    decides; and what vendor code starts can be killed with it. Not a session: Linux shares the processor out by
-    sessions, and an engine that waits by yielding it, as vLLM's does, then keeps a child in a session of its own from
-    running for minutes.
+    It leads a group so that Ctrl-C, a hang-up or a signal to the parent's group does not reach it before the parent
+    decides, and so that what vendor code starts can be killed with it. It does not lead a session: Linux schedules by
+    session, and an engine that waits by yielding, as vLLM's does, then keeps a child in a separate session from running
+    for minutes.
 
     Args:
         command: What to run.
@@ -81,7 +81,7 @@ class ChildGroup:
             return True
         try:
             return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
-        except ChildProcessError:  # Somebody else's wait for any child got it.
+        except ChildProcessError:  # other code in this process waited for any child and reaped it
             return True
 
     def exits_within(self, seconds: float) -> bool:
@@ -93,7 +93,7 @@ class ChildGroup:
         return ended
 
     def ask_to_end(self) -> None:
-        """Send the child SIGTERM; what it started hears of it from the child."""
+        """Send SIGTERM to the child alone, which ends what it started."""
         with self._reaping:
             if self._process.returncode is None:
                 self._process.terminate()
@@ -109,7 +109,7 @@ class ChildGroup:
         """Wait for the child to die, end what it started, and return its status."""
         if self._process.returncode is not None:  # its number may be another's by now
             return self._process.returncode
-        with suppress(ChildProcessError):  # Somebody else's wait for any child got it.
+        with suppress(ChildProcessError):  # other code in this process waited for any child and reaped it
             os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
             with self._reaping:
                 if self._process.returncode is None:

@@ -1,4 +1,4 @@
-"""What this machine's CPU is and can compute, whatever runtime then computes."""
+"""What this machine's CPU is and which dtypes it computes in, for every runtime."""
 
 from __future__ import annotations
 

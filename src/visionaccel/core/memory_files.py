@@ -103,14 +103,17 @@ def changed_file(file: Path, error: type[ChangedFileError] = ChangedFileError) -
 
 
 def when_steady(attempt: Callable[[], _T], times: int = 5) -> _T:
-    """What an attempt to verify and open files returns, made again while one of them is touched meanwhile.
+    """Try to verify and open files, and try again if one of them was touched during the attempt.
 
     Args:
-        attempt: Looks at every file anew.
-        times: How often it is made at most.
+        attempt: Verifies and opens the files from scratch on each call.
+        times: The largest number of attempts.
+
+    Returns:
+        What the attempt returns.
 
     Raises:
-        ChangedFileError: If a file changed, or is touched all the time.
+        ChangedFileError: If a file changed, or was touched during every attempt.
     """
     for _ in range(times - 1):
         with suppress(TouchedFileError):

@@ -104,7 +104,7 @@ class Bucket:
     sizes: Mapping[str, int]
 
     def __hash__(self) -> int:
-        """A mapping has none of its own."""
+        """By the sizes: a mapping cannot be hashed."""
         return hash(frozenset(self.sizes.items()))
 
     @property

@@ -179,14 +179,17 @@ def answer_with(file: str, findings: Sequence[Finding]) -> None:
 
 
 def as_finding(row: Any) -> Finding:
-    """A finding that a child process or a plug-in gave, whatever it is, as one that can be printed.
+    """Check what a child process or a plug-in returned as a finding, and make its text safe to print.
+
+    Args:
+        row: A `Finding`, or a mapping with `name`, `status`, `detail` and `fix`; untrusted.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If it is not a finding.
     """
     if isinstance(row, Finding):
         row = {"name": row.name, "status": row.status, "detail": row.detail, "fix": row.fix}
     if not isinstance(row, Mapping) or row.get("status") not in _STATUSES:
-        raise ValueError(f"{one_line(repr(row))} is no finding")
+        raise ValueError(f"{one_line(repr(row))} is not a finding")
     name, detail, fix = (one_line(str(row.get(field, ""))) for field in ("name", "detail", "fix"))
     return Finding(name, row["status"], detail, fix)

@@ -308,7 +308,7 @@ class Stage:
     def _hung(self, encoder: Encoder, seconds: float, late: LateError) -> DeadlineError:
         """Disable the link, as a call did not return in time; the error that says so."""
         for session in self._sessions():
-            session.end_calls()  # or it would go on with what nobody waits for
+            session.end_calls()  # its result would be discarded
         message = f"device {encoder.capabilities.device!r} did not answer within {seconds:.3g} s."
         error = DeadlineError(
             f"{message} {late}.".removesuffix(" It did not return."),

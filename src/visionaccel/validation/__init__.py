@@ -1,4 +1,4 @@
-"""Validation: a bundle's programs beside the float32 reference. It opens encoders, so it stands above them."""
+"""Compares a bundle's programs with the float32 reference. It opens encoders, so it is a layer above them."""
 
 from visionaccel.validation.certificate import (
     REFERENCE_BACKEND,

@@ -1,4 +1,4 @@
-"""Validation: every program of a bundle is run beside the float32 reference, and the outcome is its certificate.
+"""Validation: every program of a bundle is compared with the float32 reference, and the outcome is its certificate.
 
 A certificate never covers what was not run: a program that no backend takes, that cannot be opened, or that fails on
 one input has not passed.

@@ -43,7 +43,7 @@ def certificate_section(source: str) -> Section:
         return Section(key, title, "warning", summary, html(""))
     images = ", ".join(f"{count} {kind}" for kind, count in certificate.images.items())
     outcome = "passed" if certificate.passed else "FAILED"
-    summary = f"{source} beside the float32 reference, {certificate.created}: {outcome}; images: {images}."
+    summary = f"{source} compared with the float32 reference, {certificate.created}: {outcome}; images: {images}."
     status: Status = "pass" if certificate.passed else "failure"
     return Section(key, title, status, summary, _certificate(certificate))
 

@@ -1,4 +1,4 @@
-"""vLLM with its plug-ins, in a process of its own: `python -m visionaccel.cli.diagnosis.vllm_child FILE LIMIT`."""
+"""vLLM with its plug-ins, in a separate process: `python -m visionaccel.cli.diagnosis.vllm_child FILE LIMIT`."""
 
 from __future__ import annotations
 

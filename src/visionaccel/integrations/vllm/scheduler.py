@@ -66,7 +66,7 @@ class _Containment(compat.Mixin):  # type: ignore[misc]
         self._pending += [fault for fault in self._faults.new() if encoding or fault is not LOST]
         self._take_replacements()
         if self._distrusted():
-            self._start_anew()
+            self._recompute()
         step: SchedulerOutput = super().schedule(*args, **kwargs)
         compat.free_in_worker(step, self._forgotten)
         self._forgotten.clear()
@@ -87,7 +87,7 @@ class _Containment(compat.Mixin):  # type: ignore[misc]
             del self._in_flight[0]
         # Before this step's tokens are accepted: they are then computed anew, and need not end with an error.
         if compat.drops_tokens_in_flight(self) and self._distrusted():
-            self._start_anew()
+            self._recompute()
         failed += self._ended
         reasons |= self._reasons
         self._ended, self._reasons = [], {}
@@ -122,18 +122,18 @@ class _Containment(compat.Mixin):  # type: ignore[misc]
         self._forget_computed(_REPLACED)
 
     def _distrusted(self) -> bool:
-        """Whether the encoder was found since the last call to answer wrongly, for an unknown time."""
-        told = any(fault.key == ALL_ITEMS for fault in self._pending)
+        """Whether the encoder was distrusted since the last call: it may have been wrong for an unknown time."""
+        reported = any(fault.key == ALL_ITEMS for fault in self._pending)
         self._pending = [fault for fault in self._pending if fault.key != ALL_ITEMS]
-        return (self._connector is not None and self._connector.take_distrust()) or told
+        return (self._connector is not None and self._connector.take_distrust()) or reported
 
-    def _start_anew(self) -> None:
+    def _recompute(self) -> None:
         """Keep nothing that was computed from embeddings which may be wrong.
 
-        What waits or runs is computed anew, from the images up. A request whose image may have been misread and whose
-        answer has begun ends with an error: its tokens cannot be taken back.
+        Waiting and running requests are computed again, from their images on. A request whose image may have been
+        misread and whose answer has begun ends with an error: its tokens cannot be taken back.
         """
-        compat.logger().error("The vision encoder answered wrongly: what was computed from it is forgotten.")
+        compat.logger().error("The vision encoder returned wrong results: everything computed from them is dropped.")
         self._forget_computed(_MISREAD)
 
     def _forget_computed(self, reason: str) -> None:

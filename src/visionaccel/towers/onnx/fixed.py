@@ -26,7 +26,7 @@ __all__ = ["FixedOperators"]
 
 
 class FixedOperators(Operators):
-    """Plain operators. Norms, rotary positions and softmax are float32 whatever the precision is, as in the reference.
+    """Plain operators. Norms, rotary positions and softmax are float32 in every precision, as in the reference.
 
     Args:
         spec: The tower.

@@ -1,6 +1,6 @@
 """The operators that differ between dialects of ONNX, and those of a graph for any grid.
 
-ONNX Runtime has kernels of its own for norms, rotary positions and attention (`com.microsoft`), which are faster than
+ONNX Runtime has its own kernels for norms, rotary positions and attention (`com.microsoft`), which are faster than
 what it makes of the standard's. Other runtimes know the standard's operators alone, which has them since opset 23.
 """
 

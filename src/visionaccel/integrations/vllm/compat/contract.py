@@ -320,7 +320,7 @@ CONTRACT: Mapping[Feature, tuple[Entry, ...]] = {
     Feature.METRICS: _METRICS,
     Feature.POOLING: _POOLING,
 }
-"""What each feature needs of vLLM, whatever the model. Every feature needs those of `in-line` as well."""
+"""What each feature needs of vLLM for every model. Every feature needs the rows of `in-line` as well."""
 
 MODEL_CONTRACT: Mapping[str, Mapping[Feature, tuple[Entry, ...]]] = {
     architecture: {Feature.INLINE: _of_model(row), Feature.FITTING: _of_fitting(row)}

@@ -34,10 +34,10 @@ class Fault:
 
 
 ALL_ITEMS = "*"
-"""Key of a fault that is about all that was encoded so far: the device answered wrongly for an unknown time."""
+"""Key of a fault that covers everything encoded so far: the device has returned wrong results for an unknown time."""
 
 REPLACED = "="
-"""Key of a message that is about the encoder: it has other weights from now on, or none has those that are served."""
+"""Key of a message about the encoder itself: its weights were replaced, or it no longer has the served ones."""
 
 LOST = Fault("", "a worker's report about its encodes could not be read.")
 """Read in the place of a report that cannot be read: any item in flight may be meant."""

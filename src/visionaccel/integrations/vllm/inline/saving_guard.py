@@ -55,7 +55,7 @@ def guard_saving(connector: Any) -> None:
             if cache and name in cache and cache[name] is embedding():
                 withheld[name] = cache.pop(name)
             else:
-                del refused[name]  # Freed, or encoded anew.
+                del refused[name]  # freed, or encoded again
         try:
             start(**kwargs)
         finally:

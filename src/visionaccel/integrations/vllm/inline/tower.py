@@ -230,9 +230,9 @@ class AcceleratedTower(nn.Module):
         return encoder
 
     def _distrust(self) -> None:
-        """Have the engine forget what it keeps of embeddings: any may be wrong."""
-        if not self._report(Fault(ALL_ITEMS, "the vision encoder answered wrongly.")):
-            compat.logger().error("What vLLM keeps of wrong embeddings cannot be forgotten: restart the server.")
+        """Tell the scheduler to drop every cached embedding, since any of them may be wrong."""
+        if not self._report(Fault(ALL_ITEMS, "the vision encoder returned wrong results.")):
+            compat.logger().error("vLLM may cache wrong embeddings that cannot be dropped: restart the server.")
 
     def _report(self, fault: Fault) -> bool:
         return report_fault(fault, self._engine)

@@ -1,6 +1,6 @@
 """The pipelined mode: an EC connector that owns the encode service, so that vLLM decodes while images are encoded.
 
-vLLM makes one in the engine's process, beside the scheduler, and one in each worker. The scheduler asks the first
+vLLM makes one in the engine's process, next to the scheduler, and one in each worker. The scheduler asks the first
 whether a request's images are there and leaves the request in its queue, without memory for keys, until they are; then
 the embeddings travel with the step's metadata to the workers, which put them where vLLM's own encoder would have put
 them. Nothing of this waits for the encoder.
@@ -48,7 +48,7 @@ class EmbeddingsForStep(ECConnectorMetadata):  # type: ignore[misc]
     """What the workers put into their encoder caches before a step.
 
     Attributes:
-        rows: [tokens, width] of each encoder output, by its identifier. numpy, because its bytes travel beside the
+        rows: [tokens, width] of each encoder output, by its identifier. numpy, because its bytes are sent next to the
             pickled step and not inside it; bfloat16 as uint16, since ml_dtypes' types do not.
     """
 
@@ -214,9 +214,9 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
         return EmbeddingsForStep(loads)
 
     def take_distrust(self) -> bool:
-        """Whether it turned out, since the last call, that embeddings may be wrong that were given before.
+        """Whether a device was distrusted since the last call, so that earlier embeddings may be wrong.
 
-        Those that wait here to be used are encoded anew; what vLLM keeps is for the scheduler to forget.
+        Embeddings that wait here are encoded again; the scheduler drops those that vLLM caches.
         """
         if not self._distrust.is_set():
             return False
@@ -234,11 +234,11 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
         return failures
 
     def take_unavailable_requests(self) -> set[str]:
-        """As `take_failures`, for vLLM's own scheduler, whose caches nobody empties."""
+        """As `take_failures`, for vLLM's own scheduler, whose caches cannot be emptied from here."""
         if not self.scheduler_forgets and self.take_distrust():
             compat.logger().error(
-                "The vision encoder answered wrongly. What vLLM keeps of wrong embeddings cannot be forgotten with "
-                "this scheduler: restart the server."
+                "The vision encoder returned wrong results. vLLM may still cache wrong embeddings, and they cannot be "
+                "dropped with this scheduler: restart the server."
             )
         return set(self.take_failures())
 

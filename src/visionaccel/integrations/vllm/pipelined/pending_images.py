@@ -77,9 +77,9 @@ class _PendingImage:
 class PendingImages:
     """Submits items for requests, holds their embeddings until they are used, and knows whose item failed.
 
-    A requested embedding is held whatever the service's cache does, or two requests with several images each could keep
-    evicting one another's. What is held, being encoded included, is bounded: beyond the bound, only the
-    request that has waited longest submits more, and those that hold memory for keys.
+    A requested embedding is held here even if the service's cache evicts it; otherwise two requests with several images
+    each could keep evicting one another's. What is held or being encoded is bounded: beyond the bound, only the request
+    that has waited longest submits more, and requests that already hold KV blocks.
 
     Args:
         service: The service.
@@ -109,7 +109,7 @@ class PendingImages:
             request: Its identifier.
             items: What it needs next.
             arrival: When it arrived; earlier ones are served first.
-            urgent: Submit whatever is held already, because others may wait for what it holds.
+            urgent: Submit even beyond the bound, because other requests may wait for the memory that this one holds.
         """
         self._waiting.setdefault(request)
         ready = True
