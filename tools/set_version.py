@@ -15,10 +15,10 @@ PLUGINS = ("bench", "flexmlrt", "onnxrt", "openvino", "testing", "torch_ref")
 DIGITS = "examples/digits_vlm/pyproject.toml"
 
 
-def replace(path: Path, pattern: str, new: str) -> None:
-    """Replace what matches in a file."""
+def replace(path: Path, pattern: str, new: str, *, several: bool = False) -> None:
+    """Replace the one match in a file, or each of several."""
     text, count = re.subn(pattern, new, path.read_text(), flags=re.MULTILINE)
-    if count == 0:
+    if count == 0 or (count > 1 and not several):
         raise SystemExit(f"{path} has no place for {new}")
     path.write_text(text)
 
@@ -26,7 +26,7 @@ def replace(path: Path, pattern: str, new: str) -> None:
 def set_version(root: Path, version: str) -> None:
     """Write a version into the core's package and the other distributions' projects below a folder."""
     if VERSION.fullmatch(version) is None:
-        raise SystemExit(f"{version} is no version such as 0.2.0 or 0.2.0rc1")
+        raise SystemExit(f"{version} is not a version such as 0.2.0 or 0.2.0rc1")
     minor = ".".join(version.split(".")[:2])
     replace(root / "src/visionaccel/__init__.py", r'^__version__ = ".*"$', f'__version__ = "{version}"')
     replace(root / DIGITS, r'^version = ".*"$', f'version = "{version}"')
@@ -35,7 +35,7 @@ def set_version(root: Path, version: str) -> None:
         replace(project, r'^version = ".*"$', f'version = "{version}"')
         # A pre-release comes before its release, which `~=` would else leave out.
         core = version if VERSION.fullmatch(version)[1] else f"{minor}.0"
-        replace(project, r'"(visionaccel[a-z-]*)~=[^"]+"', rf'"\1~={core}"')
+        replace(project, r'"(visionaccel[a-z-]*)~=[^"]+"', rf'"\1~={core}"', several=True)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,13 @@
 import os
 import subprocess
 import sys
+from importlib.metadata import entry_points
 
 import pytest
+import typer
 
 from fake_plugins import install
+from visionaccel.cli import plugin_commands
 
 COMMAND = """
 import typer
@@ -67,3 +70,12 @@ def test_a_broken_plug_in_costs_its_own_commands_only(tmp_path, source, reason):
     assert reason in done.stderr
     assert run(tmp_path, "greet").returncode == 2
     assert '"hello"' in run(tmp_path, "wave").stdout
+
+
+def test_every_command_of_our_distributions_is_known_with_its_extra():
+    added = typer.Typer()
+    for point in entry_points(group=plugin_commands.GROUP):
+        point.load().visionaccel_commands(added)
+    names = {command.name or command.callback.__name__.replace("_", "-") for command in added.registered_commands}
+    names |= {group.name or group.typer_instance.info.name for group in added.registered_groups}
+    assert names == set(plugin_commands._EXTRAS)

@@ -25,7 +25,7 @@ def started(code, **settings):
 
 
 def gone(pid, seconds=10.0):
-    """Whether a process is no more, or a zombie that nobody reaps here."""
+    """Whether a process has ended, or is a zombie that this process does not reap."""
     limit = time.monotonic() + seconds
     while time.monotonic() < limit:
         try:

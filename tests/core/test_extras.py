@@ -7,7 +7,7 @@ import sys
 import pytest
 
 BLOCKED = "import sys; sys.modules.update(dict.fromkeys({blocked!r}));"
-"""None in the place of a module makes Python say that there is none."""
+"""A module that is None in sys.modules cannot be imported."""
 
 
 def run(code, *arguments, blocked=("onnx", "rich", "typer"), **environment):

@@ -1,4 +1,4 @@
-"""Families are found by entry point, and one that is broken is an error of its own architecture alone."""
+"""Families are found by entry point, and a broken one affects only its own architecture."""
 
 import subprocess
 import sys

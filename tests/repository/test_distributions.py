@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -107,11 +108,24 @@ def test_a_production_install_has_no_simulated_device_and_no_pytest_plug_in(core
 def test_a_plug_in_has_the_core_s_version_and_asks_for_its_minor_release(plugin):
     project = plugin.project(ROOT)["project"]
     assert project["version"] == visionaccel.__version__
-    (core,) = (found for found in map(Requirement, project["dependencies"]) if found.name == "visionaccel")
+    required = [found for found in map(Requirement, project["dependencies"]) if found.name.startswith("visionaccel")]
+    assert "visionaccel" in {found.name for found in required}
     ours = Version(visionaccel.__version__)
-    assert core.specifier.contains(visionaccel.__version__)
-    assert core.specifier.contains(f"{ours.major}.{ours.minor}.99")
-    assert not core.specifier.contains(f"{ours.major}.{ours.minor + 1}.0")
+    for found in required:
+        assert found.specifier.contains(visionaccel.__version__)
+        assert found.specifier.contains(f"{ours.major}.{ours.minor}.99")
+        assert not found.specifier.contains(f"{ours.major}.{ours.minor + 1}.0")
+
+
+def test_an_extra_of_a_checkout_brings_the_siblings_that_its_plug_in_requires():
+    extras = {"version": visionaccel.__version__}
+    runpy.run_path(str(ROOT / "hatch_build.py"))["PluginExtras"](str(ROOT), {}).update(extras)
+    required = {each.name: map(Requirement, each.project(ROOT)["project"]["dependencies"]) for each in PLUGINS}
+    siblings = {name: {found.name for found in found_all} - {"visionaccel"} for name, found_all in required.items()}
+    for extra in extras["optional-dependencies"].values():
+        named = {Requirement(text).name for text in extra}
+        for plugin in named & set(siblings):
+            assert {name for name in siblings[plugin] if name.startswith("visionaccel")} <= named, plugin
 
 
 @pytest.mark.parametrize("version", ["0.7.3", "1.0.0rc2"])
@@ -127,8 +141,9 @@ def test_one_command_sets_the_version_of_all(tmp_path, version):
     for plugin in PLUGINS:
         project = plugin.project(tmp_path)["project"]
         assert project["version"] == version
-        (core,) = (found for found in map(Requirement, project["dependencies"]) if found.name == "visionaccel")
-        assert core.specifier.contains(version, prereleases=True)
+        for found in map(Requirement, project["dependencies"]):
+            if found.name.startswith("visionaccel"):
+                assert found.specifier.contains(version, prereleases=True)
 
 
 @by_name

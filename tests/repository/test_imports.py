@@ -32,8 +32,6 @@ def declared(folder):
     if build.exists():
         found = re.findall(r'"([\w.-]+)>=|"(visionaccel-[\w-]+)"', build.read_text())
         names |= {canonicalize_name(name) for pair in found for name in pair if name}
-        for plugin, _ in list(FOLDERS.values())[1:]:  # an extra that names a plug-in has what that requires
-            names |= declared(plugin)
     return names | {canonicalize_name(project["name"])}
 
 

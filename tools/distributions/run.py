@@ -101,6 +101,8 @@ def check_installed(output: Path, folder: Path) -> None:
     listed = {row["name"] for row in rows}
     if listed != (wanted := {"flexmlrt", "onnxrt", "openvino", "simulated", "torch_ref"}):
         raise DistributionError(f"`visionaccel backends` lists {sorted(listed)} and not {sorted(wanted)}")
+    for words in (("bench", "encode"), ("demo",), ("init", "backend"), ("import-vitisai",)):
+        call([folder / "bin" / "visionaccel", *words, "--help"], cwd=folder)
     print(call([python, ROOT / "tools" / "distributions" / "simulator_check.py"], cwd=folder).strip())
 
 

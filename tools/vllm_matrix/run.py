@@ -25,7 +25,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-DISTRIBUTIONS = (".", "plugins/onnxrt", "plugins/torch_ref", "examples/digits_vlm")
+DISTRIBUTIONS = (
+    ".", "plugins/onnxrt", "plugins/torch_ref", "plugins/testing", "plugins/bench", "examples/digits_vlm",
+)  # fmt: skip
 """What the tests of answers need of this repository."""
 
 TESTS = ("tests/e2e/test_answers.py", "tests/integrations/vllm/test_request_errors.py", "tests/e2e/test_pooling.py")

@@ -17,7 +17,7 @@ from visionaccel.core.child_groups import ChildGroup, how_it_ended
 from visionaccel.core.orphans import temporary_folder
 from visionaccel.errors import ConfigurationError, DeviceError
 
-__all__ = ["API_SERVER", "VllmServer", "quiet_environment", "serve"]
+__all__ = ["API_SERVER", "VllmServer", "log_end", "quiet_environment", "serve"]
 
 API_SERVER = (sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model")
 """Starts the server by its module, which works for every vLLM distribution."""
@@ -27,6 +27,11 @@ _ENDING = 20.0
 """Seconds that a server has to end when it is asked to."""
 
 _SETTINGS = ("VISIONACCEL_", "VLLM_VISION_NPU_", "VLLM_NPU_")
+
+
+def log_end(log: Path, lines: int = 30) -> str:
+    """The last lines of a child process's output."""
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class VllmServer:
 
     def log_end(self, lines: int = 30) -> str:
         """The last lines of the server's output."""
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+        return log_end(self.log, lines)
 
     def healthy(self) -> bool:
         """Whether the server runs and its engine answers the health check."""
@@ -64,7 +69,7 @@ def quiet_environment(settings: Mapping[str, str]) -> dict[str, str]:
     """This process's environment with exactly the given settings of visionaccel, and vLLM offline and small.
 
     Args:
-        settings: Such as `{"VISIONACCEL_BACKEND": "onnxrt"}`; whatever else the environment sets is left out.
+        settings: Such as `{"VISIONACCEL_BACKEND": "onnxrt"}`; other settings in the environment are left out.
     """
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(_SETTINGS)}
     defaults = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -92,8 +97,9 @@ def serve(
         waiting: Called about twice a second with the seconds waited so far.
 
     Raises:
-        ConfigurationError: If vLLM is not installed.
-        DeviceError: If the server ends or does not answer in time; the message holds the end of its log.
+        ConfigurationError: If the command cannot be started.
+        DeviceError: If the server ends, for example because vLLM is not installed, or does not answer in time; the
+            message holds the end of its log.
     """
     with socket.socket() as probe:
         probe.bind((_LOOPBACK, 0))

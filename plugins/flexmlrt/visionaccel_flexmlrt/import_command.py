@@ -11,7 +11,7 @@ from rich.progress import TextColumn
 
 from visionaccel.backends import hookimpl
 from visionaccel.cli.export import PrecisionName, frame_grid
-from visionaccel.cli.output import Json, messages, print_json, progress, results
+from visionaccel.cli.output import Force, Json, Revision, messages, print_json, progress, results
 from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError
 
@@ -57,8 +57,8 @@ def import_vitisai(
         bool,
         typer.Option("--self-contained", help="Put the host's weights into the bundle: it then needs no checkpoint."),
     ] = False,
-    revision: Annotated[str | None, typer.Option(help="Revision of the Hugging Face repository.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
+    revision: Revision = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Make a bundle of what AMD's Vitis AI compiler left, checked against the checkpoint that it was made from."""

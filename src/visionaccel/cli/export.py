@@ -13,7 +13,7 @@ from rich.table import Table
 
 from visionaccel.bundle import BundleFile, ProgramRequest, export_bundle
 from visionaccel.bundle import as_json as json_file
-from visionaccel.cli.output import Json, print_json, progress, results
+from visionaccel.cli.output import Force, Json, Revision, print_json, progress, results
 from visionaccel.core.grid import Grid
 from visionaccel.core.program import AnyGrid, FixedGrid, OperatorDialect
 from visionaccel.encoder import open_tower
@@ -106,8 +106,8 @@ def export(
     device: Annotated[
         str | None, typer.Option(help="Kind of device that the programs are for, such as npu. Default: any.")
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Revision of the Hugging Face repository.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
+    revision: Revision = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Write a bundle: programs of a checkpoint's vision encoder with a manifest that states all of them."""

@@ -22,8 +22,9 @@ from visionaccel.core.setting_values import parse_options
 from visionaccel.errors import ConfigurationError, SettingsError
 
 __all__ = [
-    "Backend", "Device", "Json", "OptionsText", "backend_options", "check_writable", "finite", "messages", "number",
-    "own_stdout", "print_json", "prints_results", "progress", "results", "status", "write_json",
+    "Backend", "Device", "Force", "Json", "OptionsText", "Revision", "backend_options", "check_writable", "finite",
+    "messages", "number", "own_stdout", "print_json", "prints_results", "progress", "results", "status",
+    "write_json",
 ]  # fmt: skip
 
 
@@ -41,6 +42,8 @@ messages = _SafeConsole(stderr=True, markup=False, emoji=False)
 """Progress, warnings and errors."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Revision = Annotated[str | None, typer.Option(help="Revision of the Hugging Face repository.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")]
 Backend = Annotated[
     str | None, typer.Option(help="A backend's name or 'auto'. Default: VISIONACCEL_BACKEND, or 'auto'.")
 ]

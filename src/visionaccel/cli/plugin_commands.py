@@ -23,7 +23,7 @@ _EXTRAS = {
     "demo": "bench",
     "faults": "bench",
     "report": "bench",
-    "import-vitisai": "flexmlrt",
+    "import-vitisai": "flexmlrt,onnx",
     "init": "testing",
 }
 """Commands of the distributions that the core offers as extras, and the extra."""

@@ -10,7 +10,7 @@ import typer
 from rich.progress import MofNCompleteColumn
 
 from visionaccel.bundle import open_bundle
-from visionaccel.cli.output import Device, Json, print_json, progress, results
+from visionaccel.cli.output import Device, Force, Json, print_json, progress, results
 from visionaccel.cli.validate import print_certificate
 from visionaccel.encoder import open_tower
 from visionaccel.validation.certificate import THRESHOLDS, Validation
@@ -38,7 +38,7 @@ def quantize(
         int, typer.Option(min=0, help="Images for the digits model to read, if it is the reference.")
     ] = 60,
     device: Device = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Quantize a bundle's programs to int8, compare them with the float32 reference, and keep them if they pass."""

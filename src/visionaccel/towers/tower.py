@@ -218,11 +218,16 @@ class Tower:
 
         Raises:
             CheckpointError: If a weight is missing or does not fit the configuration.
-            ConfigurationError: If the combination is not one that is written.
+            ConfigurationError: If the combination is not one that is written, or onnx is not installed.
         """
-        # onnx takes a noticeable time to import and only a backend that opens this program needs it.
-        from visionaccel.towers.onnx.graph import write_graph
-        from visionaccel.towers.onnx.writer import GraphWriter
+        try:  # only a backend that opens this program needs onnx, which takes a noticeable time to import
+            from visionaccel.towers.onnx.graph import write_graph
+            from visionaccel.towers.onnx.writer import GraphWriter
+        except ModuleNotFoundError as error:
+            raise ConfigurationError(
+                f"writing an ONNX graph needs {error.name}, which is not installed.",
+                hint="Install it: pip install 'visionaccel[onnx]'.",
+            ) from error
 
         chosen = dialect or ("microsoft" if isinstance(coverage, AnyGrid) else "standard")
         if host is not None:

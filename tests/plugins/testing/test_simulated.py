@@ -385,7 +385,7 @@ def test_a_switch_turns_faults_on_and_off_while_it_runs(tiny, tmp_path):
         switch.write_text("")
         seconds(encoder)
         switch.write_text("[{")
-        with pytest.raises(SettingsError, match="holds no simulated faults"):
+        with pytest.raises(SettingsError, match="is not a list of fault rules"):
             seconds(encoder)
         switch.unlink()
         seconds(encoder)

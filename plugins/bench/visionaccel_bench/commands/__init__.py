@@ -12,7 +12,7 @@ __all__ = ["visionaccel_commands"]
 @hookimpl
 def visionaccel_commands(app: typer.Typer) -> None:
     """Adds `bench`, `demo`, `faults` and `report`."""
-    # Here and not above, so that the names of this package's modules remain the modules'.
+    # Imported here: at the top, these functions would shadow the modules of the same names.
     from visionaccel_bench.commands.bench import bench
     from visionaccel_bench.commands.demo import demo
     from visionaccel_bench.commands.faults import faults

@@ -230,7 +230,7 @@ def _print_contenders(report: EncodeReport) -> None:
 
 
 def _print_grid(report: EncodeReport, needs: GridOperations) -> None:
-    work = "" if needs.operations is None else f", {needs.operations / 1e12:.3g} TFLOP"
+    work = f", {needs.operations / 1e12:.3g} TFLOP"
     times = Table(
         "", "median, s", "least to most, s", "patches/s", "% of peak", "times vLLM bf16", "times transformers"
     )
@@ -270,7 +270,7 @@ def _print_linearity(report: EncodeReport) -> None:
         if each.grids:
             table.add_row(each.label, *_per_patch(each, report.grids))
     shares = (grid.full_attention_share for grid in report.grids)
-    table.add_row("full attention, % of operations", *("-" if s is None else f"{100 * s:.1f}" for s in shares))
+    table.add_row("full attention, % of operations", *(f"{100 * share:.1f}" for share in shares))
     results.print(table)
 
 

@@ -19,7 +19,7 @@ from visionaccel.core.child_groups import ChildGroup, how_it_ended
 from visionaccel.core.cores import process_cores
 from visionaccel.errors import DeadlineError, DeviceError
 from visionaccel_bench.encode.contenders import BUNDLE, Contender
-from visionaccel_bench.server import quiet_environment
+from visionaccel_bench.server import log_end, quiet_environment
 
 __all__ = ["ContenderProcess"]
 
@@ -107,7 +107,7 @@ class ContenderProcess:
             line = ""
         if not line.endswith("\n"):  # nothing, or what it had written of a line when it died
             self.close()
-            raise DeviceError(f"its process {self._ending()}. The end of its output: {self._end_of_log()}")
+            raise DeviceError(f"its process {self._ending()}. The end of its output: {log_end(self._log, _LOG_LINES)}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise DeviceError(answer["error"])
@@ -138,6 +138,3 @@ class ContenderProcess:
         assert status is not None
         memory = " (the machine may have run out of memory)" if status == -signal.SIGKILL else ""
         return how_it_ended(status) + memory
-
-    def _end_of_log(self) -> str:
-        return "\n".join(self._log.read_text(errors="replace").splitlines()[-_LOG_LINES:])

@@ -49,11 +49,7 @@ def plot_latency(report: EncodeReport, path: Path) -> None:
     upper.grid(visible=True, which="major", alpha=0.3)
     if upper.lines:
         upper.legend(fontsize="small", frameon=False)
-    shares = sorted(
-        (grid.patches, 100 * grid.full_attention_share)
-        for grid in report.grids
-        if grid.full_attention_share is not None
-    )
+    shares = sorted((grid.patches, 100 * grid.full_attention_share) for grid in report.grids)
     if shares:
         lower.plot(*zip(*shares, strict=True), color="grey", marker="o", linewidth=1.2)
     lower.set(xlabel="patches", ylabel="full attention,\n% of operations")

@@ -45,15 +45,15 @@ class GridOperations:
         grid: t, height and width in patches.
         patches: Rows in.
         tokens: Rows out.
-        operations: Floating-point operations; None where the family does not count them.
+        operations: Floating-point operations.
         full_attention_share: What of them is attention over whole frames.
     """
 
     grid: str
     patches: int
     tokens: int
-    operations: int | None
-    full_attention_share: float | None
+    operations: int
+    full_attention_share: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,8 +179,8 @@ def _operations(tower: Tower, grid: Grid) -> GridOperations:
         grid=str(grid),
         patches=grid.patches,
         tokens=grid.tokens(tower.merge_size),
-        operations=None if found is None else found.total,
-        full_attention_share=None if found is None else found.full_attention_share,
+        operations=found.total,
+        full_attention_share=found.full_attention_share,
     )
 
 
@@ -219,7 +219,7 @@ def _on_grid(
     turns = tuple(statistics.median(turn) for turn in found.rounds)
     median = statistics.median(turns) if turns else None
     share = None
-    if median is not None and peak is not None and needs.operations is not None:
+    if median is not None and peak is not None:
         share = needs.operations / median / peak
     return GridReport(
         grid=needs.grid,

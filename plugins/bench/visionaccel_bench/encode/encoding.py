@@ -220,10 +220,7 @@ class _Run:
         self.entrants.append(_Entrant(taken, process, timed))
 
     def start_products(self) -> None:
-        """Start what measures the machine, if the tower's operations are known."""
-        if self._tower.operations(self._plan.grids[:1]) is None:
-            self.peak.error = f"operations of family {self._tower.family!r} are not counted."
-            return
+        """Start what measures the machine."""
         try:
             self._products = self._process("products", None)
         except DeviceError as error:
@@ -299,9 +296,9 @@ class _Run:
             file.unlink(missing_ok=True)
 
     def _products_turn(self, grid: Grid) -> None:
-        operations = self._tower.operations([grid])
-        if self._products is None or self.peak.error is not None or operations is None:
+        if self._products is None or self.peak.error is not None:
             return
+        operations = self._tower.operations([grid])
         products = (*operations.linears, *operations.merger)
         shapes = list(dict.fromkeys((min(each.rows, MOST_ROWS), each.inner, each.columns) for each in products))
         time.sleep(_PAUSE)

@@ -107,8 +107,7 @@ class SuiteImages:
         """Ask stock vLLM about that many pictures.
 
         Raises:
-            ConfigurationError: If vLLM is not installed.
-            DeviceError: If stock vLLM does not start.
+            DeviceError: If stock vLLM is not installed or does not start.
         """
         from digits_vlm import checkpoint_path
         from digits_vlm.samples import held_out_images

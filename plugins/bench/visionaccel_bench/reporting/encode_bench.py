@@ -51,8 +51,7 @@ def _contender(each: ContenderReport) -> Sequence[Content]:
 
 
 def _grid(report: EncodeReport, needs: GridOperations) -> Iterator[Html]:
-    work = "" if needs.operations is None else f", {_operations(needs.operations)}"
-    yield element("h4", f"{needs.grid}: {needs.patches} patches{work}")
+    yield element("h4", f"{needs.grid}: {needs.patches} patches, {_operations(needs.operations)}")
     found = [(each, on) for each in report.contenders if (on := each.on(needs.grid)) is not None]
     bars = [
         Bar(each.label, on.median_seconds, f"{_seconds(on.median_seconds)} s", second=each.kind != "backend")

@@ -102,7 +102,7 @@ def probe(kit: Kit) -> None:
 
 @INTERFACE.add
 def foreign_families(kit: Kit) -> None:
-    """A backend that builds the tower itself refuses one that it does not know by name and that is not described."""
+    """A backend that builds the tower itself refuses a tower of an unknown family without a description."""
     backend, program = _backend_and_program(kit)
     if program.model is not None or program.artifact is not None:
         raise NotApplicableError("what it runs is in a file, whose inputs and outputs have names.")

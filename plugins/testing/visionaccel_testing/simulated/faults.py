@@ -201,7 +201,7 @@ class FaultScript:
             return (*self._rules, *_RULES.validate_json(text))
         except ValidationError as error:
             raise SettingsError(
-                f"{self._switch} holds no simulated faults: {problems_of(error)}.",
+                f"{self._switch} is not a list of fault rules: {problems_of(error)}.",
                 hint='Write a JSON list of rules, such as [{"every": 3, "do": "raise"}].',
             ) from error
 

@@ -1,0 +1,24 @@
+"""The command `visionaccel-flexmlrt`, which needs more than a serving process has."""
+
+import sys
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """The command's entry point; names the extra if something is not installed."""
+    try:
+        from visionaccel_flexmlrt.commands import main as run
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in ("onnx", "rich", "typer"):
+            raise
+        sys.exit(
+            f"visionaccel-flexmlrt needs {missing}, which is not installed. "
+            "Install it: pip install 'visionaccel-flexmlrt[simulator]'."
+        )
+    run()
+
+
+if __name__ == "__main__":
+    main()
