@@ -14,8 +14,10 @@ __all__ = ["command_reference", "commands_of"]
 
 def commands_of(group: Any, before: str = "") -> Iterator[tuple[str, Any]]:
     """The commands of a group, in the order of their declaration, with those of a group in it below its name."""
-    for name, command in group.commands.items():
-        if hasattr(command, "commands"):
+    context = typer.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        if hasattr(command, "list_commands"):
             yield from commands_of(command, f"{before}{name} ")
         else:
             yield before + name, command

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from visionaccel.backends import hookimpl
-from visionaccel.cli.output import Json, print_json, prints_results, results
+from visionaccel.cli.output import Json, print_json, results
 from visionaccel_testing.templates import write_backend_project
 
 __all__ = ["init", "visionaccel_commands"]
@@ -17,7 +17,6 @@ init = typer.Typer(name="init", help="Start a project.", no_args_is_help=True)
 
 
 @init.command()
-@prints_results
 def backend(
     name: Annotated[str, typer.Argument(help="The backend's name, such as acme_npu.")],
     output: Annotated[

@@ -165,7 +165,8 @@ class HookSpecs:
     def visionaccel_commands(self, app: typer.Typer) -> None:
         """Adds commands to `visionaccel`: `app.command()(function)` or `app.add_typer(group)`.
 
-        Called on the modules of the entry-point group `visionaccel.commands`, each time the command line starts. So the
-        module and its commands import what takes long inside the functions that need it. What this raises costs the
-        commands of this plug-in and no others.
+        Called on the modules of the entry-point group `visionaccel.commands`, for help and for a command that is not
+        the core's. So the module and its commands import what takes long inside the functions that need it. If this
+        raises, prints to stdout or adds a name that is taken, other commands still work. It adds commands and groups
+        only: a callback of `app` itself is refused.
         """

@@ -14,7 +14,7 @@ from visionaccel.cli.export import export
 from visionaccel.cli.hub import pull, push
 from visionaccel.cli.inspect import inspect
 from visionaccel.cli.output import messages, own_stdout, print_json, prints_results
-from visionaccel.cli.plugin_commands import add_plugin_commands
+from visionaccel.cli.plugin_commands import CommandsWithPlugins
 from visionaccel.cli.quantize import quantize
 from visionaccel.cli.strip import strip
 from visionaccel.cli.validate import validate
@@ -24,6 +24,7 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="visionaccel",
+    cls=CommandsWithPlugins,
     help="Vision encoders on pluggable accelerator backends.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -49,7 +50,6 @@ for command in (
     *(push, pull, strip, encode, doctor),
 ):
     app.command()(prints_results(command))
-add_plugin_commands(app)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar
 
@@ -23,8 +23,8 @@ from visionaccel.errors import ConfigurationError, SettingsError
 
 __all__ = [
     "Backend", "Device", "Force", "Json", "OptionsText", "Revision", "backend_options", "check_writable", "finite",
-    "messages", "number", "own_stdout", "print_json", "prints_results", "progress", "results", "status",
-    "write_json",
+    "messages", "number", "own_stdout", "print_json", "print_results_of", "prints_results", "progress", "results",
+    "status", "stdout_to_stderr", "write_json",
 ]  # fmt: skip
 
 
@@ -64,11 +64,24 @@ class _Process:
     """Whether stdout is this command's to keep: in a process that it does not own, others print there afterwards."""
 
     owned = False
+    printing = False
 
 
 def own_stdout() -> None:
     """From the next `prints_results` on, keep the file descriptor of stdout for results until the process ends."""
     _Process.owned = True
+
+
+@contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """While a plug-in is imported, have what prints to stdout print to stderr."""
+    with redirect_stdout(sys.stderr), ExitStack() as restored:
+        if _Process.owned and sys.__stdout__ is not None and sys.stderr is not None:
+            kept = os.dup(_STDOUT)
+            restored.callback(os.close, kept)
+            restored.callback(os.dup2, kept, _STDOUT)
+            os.dup2(sys.stderr.fileno(), _STDOUT)
+        yield
 
 
 def prints_results(command: Callable[_P, _T]) -> Callable[_P, _T]:
@@ -81,25 +94,31 @@ def prints_results(command: Callable[_P, _T]) -> Callable[_P, _T]:
     @functools.wraps(command)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         stdout = sys.stdout
-        if stdout is None or sys.stderr is None:  # closed by who started this process
+        if _Process.printing or stdout is None or sys.stderr is None:  # closed by who started this process
             return command(*args, **kwargs)
         if _Process.owned:
             stdout.flush()
             stdout = os.fdopen(os.dup(_STDOUT), "w", encoding=stdout.encoding, errors=stdout.errors)
             os.dup2(sys.stderr.fileno(), _STDOUT)
-            results.file, sys.stdout = stdout, sys.stderr
-            try:
-                return command(*args, **kwargs)
-            finally:
-                stdout.flush()
-        results.file, sys.stdout = stdout, sys.stderr
+        results.file, sys.stdout, _Process.printing = stdout, sys.stderr, True
         try:
             return command(*args, **kwargs)
         finally:
-            sys.stdout = stdout
-            results.file = None  # type: ignore[assignment] # rich's word for the stdout of the moment
+            if _Process.owned:
+                stdout.flush()
+            else:
+                results.file = None  # type: ignore[assignment] # rich's word for the stdout of the moment
+                sys.stdout, _Process.printing = stdout, False
 
     return run
+
+
+def print_results_of(command: Any) -> None:
+    """Have `prints_results` wrap a built command, and those of a group at every depth."""
+    if command.callback is not None:
+        command.callback = prints_results(command.callback)
+    for nested in getattr(command, "commands", {}).values():
+        print_results_of(nested)
 
 
 @contextmanager

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
 import pluggy
 import typer
-from typer.main import get_command_name, get_group
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_group
 
+from visionaccel.backends import contained
 from visionaccel.backends.hooks import PROJECT, HookSpecs
-from visionaccel.cli.output import messages, prints_results
+from visionaccel.cli.output import messages, print_results_of, stdout_to_stderr
 from visionaccel.errors import ConfigurationError, PluginError
 
-__all__ = ["GROUP", "add_plugin_commands"]
+__all__ = ["GROUP", "CommandsWithPlugins"]
 
 GROUP = "visionaccel.commands"
 """Entry-point group of modules that implement the hook `visionaccel_commands`."""
@@ -26,42 +29,85 @@ _EXTRAS = {
     "import-vitisai": "flexmlrt,onnx",
     "init": "testing",
 }
-"""Commands of the distributions that the core offers as extras, and the extra."""
+"""Commands of the distributions that the core offers as extras, and the extra. No other distribution may add them."""
+
+_ANYTHING = {"ignore_unknown_options": True, "allow_extra_args": True}
 
 
-def add_plugin_commands(app: typer.Typer) -> None:
-    """Add the commands of each installed plug-in, in the order of the plug-ins' names.
+class CommandsWithPlugins(TyperGroup):
+    """The core's commands and those of plug-ins, whose modules are imported for a name that is not the core's.
 
     A plug-in that fails, or whose commands have names that are taken, is left out, and stderr says so. A command of an
-    extra that is not there says what to install.
+    extra that is not installed says what to install.
+    """
+
+    _loaded = False
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        self._load_plugins()
+        return super().list_commands(ctx)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in self.commands:
+            self._load_plugins()
+        return super().get_command(ctx, cmd_name)
+
+    def _load_plugins(self) -> None:
+        if self._loaded:
+            return
+        self._loaded = True
+        self.commands.update(_plugin_commands(self.commands))
+        for name in _EXTRAS:
+            if name not in self.commands:
+                missing: Any = TyperCommand(
+                    name, callback=_missing(name), hidden=True, context_settings=_ANYTHING, add_help_option=False
+                )
+                self.commands[name] = missing
+
+
+def _plugin_commands(own: Collection[str]) -> dict[str, Any]:
+    """The commands of each installed plug-in by name, in the order of the entry points' names.
 
     Args:
-        app: Where to add them. Has the core's own commands already.
+        own: Names of the core's commands.
     """
-    taken = {info.name or get_command_name(info.callback.__name__) for info in app.registered_commands if info.callback}
+    found: dict[str, Any] = {}
+    origins = dict.fromkeys(own, "visionaccel itself")
     for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
+        origin = point.value if point.dist is None else f"{point.dist.name} {point.dist.version} ({point.value})"
         try:
-            added, names = _commands(point)
-            if clashes := sorted(names & taken):
-                raise PluginError(
-                    f"it adds {', '.join(clashes)}, which already exists.", hint="Uninstall one of the two."
-                )
-        except (Exception, SystemExit) as error:  # a plug-in does not decide whether the core's commands run
-            origin = point.value if point.dist is None else f"{point.dist.name} {point.dist.version} ({point.value})"
+            with contained(), stdout_to_stderr():
+                added = _commands_of(point)
+            for name in added:
+                _check_free(name, origins.get(name) or _reserved_for(name, point))
+        except Exception as error:  # a plug-in does not decide whether the core's commands run
             messages.print(
                 f"The commands of {origin} are not available: {type(error).__name__}: {error}", soft_wrap=True
             )
             continue
-        taken |= names
-        app.registered_commands += added.registered_commands
-        app.registered_groups += added.registered_groups
-    for name, extra in _EXTRAS.items():
-        if name not in taken:
-            app.command(name, hidden=True, context_settings=_ANYTHING)(_missing(name, extra))
+        found |= added
+        origins |= dict.fromkeys(added, origin)
+    return found
 
 
-def _commands(point: EntryPoint) -> tuple[typer.Typer, set[str]]:
-    """What a plug-in adds, and its names. Typer checks the commands' signatures here, so that a bad one fails here."""
+def _check_free(name: str, other: str | None) -> None:
+    if other is not None:
+        raise PluginError(
+            f"it adds the command {name!r}, which is one of {other}.",
+            hint="Uninstall one of the two, or ask its author for another name.",
+        )
+
+
+def _reserved_for(name: str, point: EntryPoint) -> str | None:
+    """The distribution that a command is reserved for, unless it is the one that adds it."""
+    if name not in _EXTRAS:
+        return None
+    owner = "visionaccel-" + _EXTRAS[name].partition(",")[0]
+    return None if point.dist is not None and point.dist.name == owner else owner
+
+
+def _commands_of(point: EntryPoint) -> dict[str, Any]:
+    """What a plug-in adds, by name. Typer checks the commands' signatures here, so that a bad one fails here."""
     plugins = pluggy.PluginManager(PROJECT)
     plugins.add_hookspecs(HookSpecs)
     plugins.register(point.load())
@@ -73,20 +119,38 @@ def _commands(point: EntryPoint) -> tuple[typer.Typer, set[str]]:
         )
     added = typer.Typer()
     plugins.hook.visionaccel_commands(app=added)
-    for info in added.registered_commands:
-        if info.callback is not None:
-            info.callback = prints_results(info.callback)
-    return added, set(get_group(added).commands)
+    if added.registered_callback is not None:
+        raise PluginError(
+            "it sets a callback on visionaccel's own command line.",
+            hint="Set it on a group of commands, and add the group with app.add_typer(group, name=...).",
+        )
+    found: dict[str, Any] = {}
+    for part in _parts(added):
+        for name, command in get_group(part).commands.items():
+            if name in found:
+                raise PluginError(f"it adds two commands named {name!r}.", hint="Name one: app.command('other-name').")
+            print_results_of(command)
+            found[name] = command
+    return found
 
 
-_ANYTHING = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+def _parts(added: typer.Typer) -> Iterator[typer.Typer]:
+    """Each command and group alone: of two with one name, a group of both would keep the last."""
+    for command in added.registered_commands:
+        part = typer.Typer()
+        part.registered_commands.append(command)
+        yield part
+    for group in added.registered_groups:
+        part = typer.Typer()
+        part.registered_groups.append(group)
+        yield part
 
 
-def _missing(name: str, extra: str) -> Callable[[], None]:
+def _missing(name: str) -> Callable[[], None]:
     def missing() -> None:
         raise ConfigurationError(
             f"`visionaccel {name}` is in another distribution, which is not installed or does not work here.",
-            hint=f"Install it: pip install 'visionaccel[{extra}]'.",
+            hint=f"Install it: pip install 'visionaccel[{_EXTRAS[name]}]'.",
         )
 
     return missing

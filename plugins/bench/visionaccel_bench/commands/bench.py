@@ -25,7 +25,6 @@ from visionaccel.cli.output import (
     messages,
     number,
     print_json,
-    prints_results,
     results,
     status,
     write_json,
@@ -63,12 +62,11 @@ def _group() -> None:
     pass
 
 
-bench.command()(prints_results(encode))
-bench.command()(prints_results(placement))
+bench.command()(encode)
+bench.command()(placement)
 
 
 @bench.command()
-@prints_results
 def serve(
     checkpoint: Annotated[
         str | None,
