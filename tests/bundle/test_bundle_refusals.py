@@ -21,7 +21,7 @@ from bundles import document
 from visionaccel.bundle import MANIFEST, ProgramRequest, export_bundle, is_bundle, open_bundle, rewrite_manifest, seal
 from visionaccel.core.grid import Grid
 from visionaccel.encoder import open_tower
-from visionaccel.errors import BundleError
+from visionaccel.errors import BundleError, PluginError
 from visionaccel_testing.checkpoints import random_checkpoint
 
 
@@ -346,10 +346,10 @@ def test_a_changed_manifest_keeps_everything_else(bundle):
 
 def test_what_earlier_releases_certified_of_the_digits_model_is_ignored(bundle):
     answers = [{"fit": "letterbox", "images": 1, "accuracy": 1, "agreement": 1}]
-    forge(bundle, lambda stated: stated.update(certificate={**CERTIFICATE, "answers": answers}))
+    forge(bundle, lambda stated: stated.update(certificate={**CERTIFICATE, "answers": answers, "failure": None}))
     certificate = open_bundle(bundle).manifest.certificate
     assert certificate.passed
-    assert "answers" not in certificate.model_dump()
+    assert not {"answers", "failure"} & certificate.model_dump().keys()
 
 
 def test_a_change_that_makes_no_manifest_changes_nothing(bundle):
@@ -357,3 +357,12 @@ def test_a_change_that_makes_no_manifest_changes_nothing(bundle):
     with pytest.raises(BundleError):
         rewrite_manifest(open_bundle(bundle), {"surprise": 1})
     assert (bundle / MANIFEST).read_bytes() == before
+
+
+def test_a_broken_plug_in_of_its_family_is_not_the_bundles_fault(bundle, monkeypatch):
+    def broken(checkpoint):
+        raise PluginError("the family cannot be loaded.")
+
+    monkeypatch.setattr("visionaccel.bundle.opening.tower_of", broken)
+    with pytest.raises(PluginError, match="cannot be loaded"):
+        open_bundle(bundle)

@@ -22,7 +22,7 @@ def bundle(digits, tmp_path_factory):
     """A validated bundle of the digits model."""
     folder = tmp_path_factory.mktemp("trust") / "bundle"
     export_bundle(open_tower(digits), folder, [ProgramRequest(AnyGrid())])
-    done = CliRunner().invoke(app, ["validate", str(folder), "--reference", str(digits), "--digits", "0"])
+    done = CliRunner().invoke(app, ["validate", str(folder), "--reference", str(digits)])
     assert done.exit_code == 0, done.output
     return folder
 

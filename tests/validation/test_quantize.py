@@ -22,9 +22,10 @@ from visionaccel.core.comparison import Comparison
 from visionaccel.core.program import CHECKPOINT, ONNX_STANDARD
 from visionaccel.encoder import open_tower
 from visionaccel.errors import AccuracyError, ArtifactError, ConfigurationError, InputError, PluginError
-from visionaccel.validation import quantize_bundle
+from visionaccel.validation import REFERENCE_OPTIONS, quantize_bundle
 from visionaccel.validation.certificate import THRESHOLDS
 from visionaccel.validation.trials import bundled_photographs
+from visionaccel_testing.conformance.digits_reading import read_digits
 
 
 @pytest.fixture(scope="module")
@@ -197,9 +198,7 @@ def test_the_command_writes_a_bundle(bundle, images, tmp_path, checkpoint):
 
 def test_a_bundle_that_holds_its_weights_keeps_them(checkpoint, images, tmp_path):
     packed = open_bundle(write_bundle(checkpoint, tmp_path / "packed", "6x10", self_contained=True))
-    made = quantize_bundle(
-        packed, tmp_path / "int8", [images], target="onnxrt", reference=open_tower(checkpoint), digits=0
-    )
+    made = quantize_bundle(packed, tmp_path / "int8", [images], target="onnxrt", reference=open_tower(checkpoint))
     assert made.manifest.checkpoint is None
     assert set(made.files()) == {*packed.files(), GOLDEN_FILE}
     assert entry(document(tmp_path / "int8"), "6x10")["quantization"]["dtype"] == "int8"
@@ -212,14 +211,11 @@ def test_answers_of_the_digits_model_are_those_of_float32(digits, tmp_path):
     for number, sample in enumerate(held_out_images(8)):
         Image.fromarray(np.asarray(sample.image)).save(tmp_path / "images" / f"{number}.png")
     bundle = open_bundle(write_bundle(digits, tmp_path / "float32", dynamic=True))
-    validations = []
-    quantize_bundle(
-        bundle, tmp_path / "int8", [tmp_path / "images"], target="onnxrt", digits=100, report=validations.append
-    )
-    (validation,) = validations
-    assert validation.digits
-    for read in validation.digits:
-        assert read.agreement >= 0.99, "one point of float32"
+    int8 = quantize_bundle(bundle, tmp_path / "int8", [tmp_path / "images"], target="onnxrt")
+    exact = open_encoder(digits, backend="torch_ref", options=REFERENCE_OPTIONS)
+    with open_encoder(int8, backend="onnxrt") as ours, exact as reference:
+        (read,) = read_digits(digits, ours, reference, 100)
+    assert read.agreement >= 0.99, "one point of float32"
 
 
 def test_the_worst_encodes_come_first():

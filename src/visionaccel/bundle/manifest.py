@@ -81,6 +81,10 @@ FrameSize: TypeAlias = Annotated[int, Field(ge=1, le=MOST_PATCHES)]
 Cosine: TypeAlias = Annotated[float, Field(ge=-1.000001, le=1.000001)]
 
 
+_RETIRED = ("answers", "failure")
+"""Fields of a certificate in which earlier releases wrote what a small example model made of the embeddings."""
+
+
 class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -250,7 +254,6 @@ class Certificate(_Model):
     programs: tuple[ProgramResult, ...] = Field(min_length=1)
     toolchain: dict[Name, Name] = Field(description="Versions of what ran.")
     passed: bool
-    failure: Text | None = Field(None, description="Why it did not pass although every program did.")
 
 
 class Manifest(_Model):
@@ -353,7 +356,8 @@ def _without_retired(document: dict[str, Any]) -> dict[str, Any]:
     certificate = document.get("certificate")
     if not isinstance(certificate, dict):
         return document
-    return {**document, "certificate": {name: value for name, value in certificate.items() if name != "answers"}}
+    kept = {name: value for name, value in certificate.items() if name not in _RETIRED}
+    return {**document, "certificate": kept}
 
 
 def _validated(document: dict[str, Any], where: str) -> Manifest:

@@ -34,9 +34,6 @@ def quantize(
         typer.Option(help="Image file or folder to judge by. Repeatable. Default: those of `visionaccel validate`."),
     ] = None,
     threshold: Annotated[float, typer.Option(help="Lowest cosine of a token that is kept.")] = THRESHOLDS["int8"],
-    digits: Annotated[
-        int, typer.Option(min=0, help="Images for the digits model to read, if it is the reference.")
-    ] = 60,
     device: Device = None,
     force: Force = False,
     as_json: Json = False,
@@ -58,7 +55,6 @@ def quantize(
             device=device,
             threshold=threshold,
             judged_by=images or (),
-            digits=digits,
             force=force,
             progress=tell,
             report=validations.append,
@@ -68,6 +64,6 @@ def quantize(
         print_json({"bundle": str(output), "seconds": seconds, "manifest": made.manifest.model_dump(mode="json")})
         return
     for found in validations:
-        print_certificate(found.certificate, f"{output} compared with the float32 reference", found.digits)
+        print_certificate(found.certificate, f"{output} compared with the float32 reference")
     size = sum(file.bytes for program in made.manifest.programs for file in program.files) / 2**20
     results.print(f"Bundle {output}: {size:.1f} MiB of int8 programs, in {seconds} s.")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -31,7 +29,6 @@ from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError
 from visionaccel.settings import load_settings
 from visionaccel.validation.certificate import THRESHOLDS, validate_bundle
-from visionaccel.validation.digits_model import DigitsRead
 
 __all__ = ["print_certificate", "validate"]
 
@@ -56,9 +53,6 @@ def validate(
             + "."
         ),
     ] = None,
-    digits: Annotated[
-        int, typer.Option(min=0, help="Images for the digits model to read, if it is the reference.")
-    ] = 60,
     no_write: Annotated[bool, typer.Option("--no-write", help="Leave the bundle as it is.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -85,7 +79,6 @@ def validate(
             open_deadline=settings.open_deadline,
             images=images or (),
             thresholds=THRESHOLDS if threshold is None else dict.fromkeys(THRESHOLDS, threshold),
-            digits=digits,
             progress=tell,
         )
     certificate = found.certificate
@@ -94,10 +87,10 @@ def validate(
     if not no_write:
         write_golden(opened, found.golden, {"certificate": certificate.model_dump(mode="json")})
     if as_json:
-        stated = {**certificate.model_dump(mode="json"), "answers": [asdict(read) for read in found.digits]}
+        stated = certificate.model_dump(mode="json")
         print_json({"bundle": str(bundle), "written": not no_write, "certificate": stated})
     else:
-        print_certificate(certificate, f"{bundle} compared with the float32 reference", found.digits)
+        print_certificate(certificate, f"{bundle} compared with the float32 reference")
         if not no_write:
             results.print(
                 f"The certificate is in {bundle / MANIFEST}, and {len(found.golden)} golden images are next to it.",
@@ -119,7 +112,7 @@ def _check_writable(bundle: Bundle) -> None:
         raise ConfigurationError(f"{bundle.folder} cannot be written to.", hint="Pass --no-write.")
 
 
-def print_certificate(certificate: Certificate, title: str, digits: Sequence[DigitsRead] = ()) -> None:
+def print_certificate(certificate: Certificate, title: str) -> None:
     """The certificate as tables: cosines lowest, at the first percentile and mean; and below, what failed and why."""
     images = ", ".join(f"{count} {kind}" for kind, count in certificate.images.items())
     table = Table(title=f"{title}; images: {images}", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
@@ -142,28 +135,7 @@ def print_certificate(certificate: Certificate, title: str, digits: Sequence[Dig
             style=None if found.failure is None else "bold red",
         )
     results.print(table)
-    if digits:
-        _print_digits(digits)
     for found in certificate.programs:
         if found.failure is not None:
             results.print(f"FAILED {found.program}: {found.failure}", highlight=False, soft_wrap=True)
-    if certificate.failure is not None:
-        results.print(f"FAILED: {certificate.failure}", highlight=False, soft_wrap=True)
     results.print("Passed." if certificate.passed else "FAILED.", style="green" if certificate.passed else "bold red")
-
-
-def _print_digits(digits: Sequence[DigitsRead]) -> None:
-    columns = ("images", "fit", "accuracy", "as the reference reads them", "encoder")
-    table = Table(*columns, title="Digits read", box=SIMPLE_HEAD)
-    for read in digits:
-        table.add_row(
-            str(read.images),
-            read.fit,
-            f"{read.accuracy:.1%}",
-            f"{read.agreement:.1%}",
-            "agrees" if read.passed else "FAILED",
-            style=None if read.passed else "bold red",
-        )
-    results.print(table)
-    if len(digits) > 1:
-        results.print("natural: at the images' own sizes; where no program takes every one, read by the reference.")

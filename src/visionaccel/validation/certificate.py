@@ -47,7 +47,6 @@ from visionaccel.errors import (
 )
 from visionaccel.families import Tower
 from visionaccel.images import image_processor
-from visionaccel.validation.digits_model import DigitsRead, digits_checkpoint, read_digits
 from visionaccel.validation.packed_weights import differing_weights
 from visionaccel.validation.trials import Trial, Trials, bundled_photographs, find_images
 
@@ -73,12 +72,10 @@ class Validation:
     Attributes:
         certificate: What the bundle's manifest may state.
         golden: The golden images of each program, for `visionaccel.bundle.write_golden`.
-        digits: What the digits model read through the programs; empty if it is not the reference.
     """
 
     certificate: Certificate
     golden: tuple[Golden, ...]
-    digits: tuple[DigitsRead, ...]
 
 
 def check_thresholds(thresholds: Iterable[float]) -> None:
@@ -119,7 +116,6 @@ def validate_bundle(
     options: Mapping[str, Any] | None = None,
     images: Sequence[Path] = (),
     thresholds: Mapping[str, float] = THRESHOLDS,
-    digits: int = 60,
     registry: Registry | None = None,
     isolation: WantedIsolation = "auto",
     deadline: float = 120.0,
@@ -137,7 +133,6 @@ def validate_bundle(
         images: Image files and folders of them to show; by default the photographs that scikit-image installs. None
             are shown if the reference checkpoint has no image processor.
         thresholds: The lowest cosine that passes, by precision.
-        digits: Images for the digits model to read, if it is the reference; 0 for none.
         registry: Where backends are found; the installed ones by default.
         isolation: Where the programs run, as for `open_encoder`; the reference always runs in this process.
         deadline: Seconds that a call in a child process may take.
@@ -173,8 +168,6 @@ def validate_bundle(
     ) as exact:
         run = _Run(bundle, _Reference(exact), trials, open_programs, backend, device)
         results = tuple(run.program(entry, demanded, partial(tell, entry.name)) for entry in bundle.manifest.programs)
-        read = run.digits(digits, digest, partial(tell, "digits"))
-    disagreeing = [each for each in read if not each.passed]
     plugins = {registry.entry(result.backend).distribution for result in results if result.backend != _NOT_RUN}
     certificate = Certificate(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -182,10 +175,9 @@ def validate_bundle(
         images=run.images,
         programs=results,
         toolchain=toolchain((*_TOOLS, *sorted(plugins))),
-        passed=all(r.failure is None for r in results) and not disagreeing,
-        failure=str(disagreeing[0]) if disagreeing else None,
+        passed=all(result.failure is None for result in results),
     )
-    return Validation(certificate, tuple(run.golden), read)
+    return Validation(certificate, tuple(run.golden))
 
 
 def _trials(reference: Tower, images: Sequence[Path]) -> Trials:
@@ -258,7 +250,6 @@ class _Run:
         if not bundle.tower.complete:  # it holds what the host needs beside compiled programs, and no more
             source = {name: source[name] for name in bundle.tower.host_weights}
         self._wrong_weights = differing_weights(bundle.tower.weights, source) if packed else ()
-        self._opened: list[ProgramEntry] = []
         self.golden: list[Golden] = []
         self._shown: set[Trial] = set()
 
@@ -282,7 +273,6 @@ class _Run:
             raise  # wrong for every program, and not a program's fault
         except VisionAccelError as error:
             return self._unopened(entry, trials, threshold, str(error))
-        self._opened.append(entry)
         comparison, failures, ran = Comparison(), [], []
         with encoder:
             opened = encoder.programs[0]
@@ -336,19 +326,6 @@ class _Run:
             patches = trial.patches()
             rows = self._reference.embeddings(trial, patches)
             self.golden.append(Golden(str(trial), entry.name, trial.grids, patches, rows, threshold))
-
-    def digits(self, count: int, digest: str, tell: Callable[[int, int], None]) -> tuple[DigitsRead, ...]:
-        """What the digits model reads through the programs that could be opened, if it is the reference."""
-        folder = digits_checkpoint(digest) if count and self._opened else None
-        if folder is None:
-            return ()
-        try:
-            encoder = self._open(self._opened)
-        except VisionAccelError as error:
-            logger.warning("The programs could be opened one by one but not together: %s", error)
-            return (DigitsRead(fit="natural", images=count, accuracy=0.0, agreement=0.0),)
-        with encoder:
-            return read_digits(folder, encoder, self._reference.encoder, count, tell)
 
     def _open(self, entries: Sequence[ProgramEntry]) -> Encoder:
         return self._open_programs(_Own(self._bundle, entries), device=self._device or entries[0].device)

@@ -53,7 +53,6 @@ def quantize_bundle(
     device: str | None = None,
     threshold: float = THRESHOLDS[QUANTIZED],
     judged_by: Sequence[Path] = (),
-    digits: int = 60,
     force: bool = False,
     registry: Registry | None = None,
     progress: Progress | None = None,
@@ -71,7 +70,6 @@ def quantize_bundle(
         device: The backend's device to validate on.
         threshold: The lowest cosine of a token that is good enough.
         judged_by: Images to validate with; by default those that `validate_bundle` shows.
-        digits: Images for the digits model to read, if it is the reference; 0 for none.
         force: Replace an existing bundle.
         registry: Where backends are found; the installed ones by default.
         progress: Told a stage, how much of it is done and how much it is.
@@ -129,7 +127,6 @@ def quantize_bundle(
             device=device,
             images=judged_by,
             thresholds={QUANTIZED: threshold},
-            digits=digits,
             registry=registry,
             progress=progress,
         )
@@ -208,6 +205,4 @@ def _shortfall(validation: Validation) -> str:
         for result in validation.certificate.programs
         if result.failure is not None
     ]
-    if not found:
-        found = [str(read) for read in validation.digits if not read.passed]
     return "the quantized programs are too far from the float32 reference, and nothing was kept: " + " ".join(found)

@@ -24,7 +24,8 @@ from visionaccel.errors import (
     BundleError,
     ConfigurationError,
 )
-from visionaccel.validation import quantize_bundle
+from visionaccel.validation import REFERENCE_OPTIONS, quantize_bundle
+from visionaccel_testing.conformance.digits_reading import read_digits
 
 FIXED, BUCKET, DYNAMIC = [(1, 10, 18)], [(1, 6, 10)], [(2, 30, 26)]
 
@@ -237,11 +238,8 @@ def test_answers_of_the_digits_model_are_those_of_float32(digits, tmp_path):
     for number, sample in enumerate(held_out_images(8)):
         Image.fromarray(np.asarray(sample.image)).save(tmp_path / "images" / f"{number}.png")
     bundle = open_bundle(write_bundle(digits, tmp_path / "float32", dynamic=True, dialect="standard"))
-    validations = []
-    quantize_bundle(
-        bundle, tmp_path / "int8", [tmp_path / "images"], target="openvino", digits=100, report=validations.append
-    )
-    (validation,) = validations
-    assert validation.digits
-    for read in validation.digits:
-        assert read.agreement >= 0.99, "one point of float32"
+    int8 = quantize_bundle(bundle, tmp_path / "int8", [tmp_path / "images"], target="openvino")
+    exact = open_encoder(digits, backend="torch_ref", options=REFERENCE_OPTIONS)
+    with open_encoder(int8, backend="openvino") as ours, exact as reference:
+        (read,) = read_digits(digits, ours, reference, 100)
+    assert read.agreement >= 0.99, "one point of float32"

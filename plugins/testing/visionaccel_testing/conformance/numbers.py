@@ -10,9 +10,9 @@ import numpy as np
 from visionaccel.core.arrays import as_numpy
 from visionaccel.core.comparison import token_cosines
 from visionaccel.core.grid import Grid
-from visionaccel.validation.digits_model import LEAST_AGREEMENT, read_digits
 from visionaccel_testing.checkpoints import TINY
 from visionaccel_testing.conformance.check import CheckFailedError, Checks, NotApplicableError
+from visionaccel_testing.conformance.digits_reading import LEAST_AGREEMENT, read_digits
 from visionaccel_testing.conformance.kit import Kit
 from visionaccel_testing.conformance.subject import WINDOW_SIDE, Subject, grids_of
 

@@ -1,4 +1,4 @@
-"""Answers of the digits model: what an encoder's errors, and fitting images to its programs, cost a reader.
+"""What an encoder's errors, and fitting images to its programs, cost a small model that reads digits.
 
 The digits model is a small Qwen2.5-VL that reads handwritten digits (`examples/digits_vlm`). Its language model runs in
 transformers, in float32 and greedily, on embeddings that come from elsewhere.
@@ -6,7 +6,7 @@ transformers, in float32 and greedily, on embeddings that come from elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,21 +15,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from visionaccel.bundle import tower_digest
-from visionaccel.checkpoint import Checkpoint
 from visionaccel.core.arrays import as_numpy
 from visionaccel.core.grid import Grid
 from visionaccel.core.program import AnyGrid
 from visionaccel.core.safe_text import safe_logger
 from visionaccel.encoder import Encoder
 from visionaccel.errors import CheckpointError, VisionAccelError
-from visionaccel.families import tower_of
 from visionaccel.images import Fitter, ImageProcessor, image_processor
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["LEAST_AGREEMENT", "DigitsRead", "digits_checkpoint", "read_digits"]
+__all__ = ["LEAST_AGREEMENT", "DigitsRead", "read_digits"]
 
 logger = safe_logger(__name__)
 
@@ -58,36 +55,9 @@ class DigitsRead:
     accuracy: float
     agreement: float
 
-    @property
-    def passed(self) -> bool:
-        """Whether the encoder agrees with the reference often enough."""
-        return self.agreement >= LEAST_AGREEMENT
 
-    def __str__(self) -> str:
-        return (
-            f"the digits model reads {self.agreement:.1%} of {self.images} images ({self.fit}) as with the reference."
-        )
-
-
-def digits_checkpoint(reference_digest: str) -> Path | None:
-    """The digits model's folder, if it is installed and its vision weights have that digest."""
-    try:
-        import digits_vlm.samples  # noqa: F401 - it needs scikit-learn, which may be missing
-        from digits_vlm import checkpoint_path
-    except ImportError:
-        return None
-    folder: Path = checkpoint_path()
-    return folder if tower_digest(tower_of(Checkpoint(folder))) == reference_digest else None
-
-
-def read_digits(
-    folder: Path,
-    ours: Encoder,
-    reference: Encoder,
-    count: int,
-    progress: Callable[[int, int], None] = lambda *_: None,
-) -> tuple[DigitsRead, ...]:
-    """What the digits model reads in held-out images through an encoder, beside the truth and the reference's answers.
+def read_digits(folder: Path, ours: Encoder, reference: Encoder, count: int) -> tuple[DigitsRead, ...]:
+    """What the digits model reads in held-out images through an encoder, compared with the truth and the reference.
 
     Images keep their own size, `natural`, on a program for any grid; without one it is the reference that reads them.
     That is what the accuracy of `letterbox` and `stretch` is lost against, for which images are fitted to the programs
@@ -98,7 +68,6 @@ def read_digits(
         ours: The encoder with all programs of the bundle.
         reference: The reference encoder.
         count: Number of images.
-        progress: Called with the number of images read, and how many there are in all.
     """
     from digits_vlm.samples import held_out_images
 
@@ -121,18 +90,17 @@ def read_digits(
 
     found = []
     with _one_thread():
-        for number, (fit, encoder) in enumerate(ways):
+        for fit, encoder in ways:
             fitter = None
             if fit != "natural":
                 fitter = Fitter(ours.tower, limited, fit, process.min_pixels, process.max_pixels)
             right = agreeing = 0
-            for place, sample in enumerate(samples):
+            for sample in samples:
                 patches, grid = _fitted(sample.image, fitter, process)
                 expected = reader.answer(reference, patches, grid)
                 answer = expected if encoder is reference else attempt(patches, grid)
                 right += answer == sample.truth
                 agreeing += answer == expected
-                progress(number * count + place + 1, len(ways) * count)
             found.append(DigitsRead(fit=fit, images=count, accuracy=right / count, agreement=agreeing / count))
     return tuple(found)
 
