@@ -141,9 +141,9 @@ def in_a_training_step(model):
 def test_external_data_that_is_no_weight_of_the_graph_is_refused(bundle, hide):
     edit_model(bundle, "10x18", hide)
     program = open_bundle(bundle).programs(["onnx"])[0]
-    with pytest.raises(BundleError, match="external data that is no weight"):
+    with pytest.raises(BundleError, match="external data that is not a weight"):
         program.model()
-    with pytest.raises(BundleError, match="external data that is no weight"):
+    with pytest.raises(BundleError, match="external data that is not a weight"):
         encode(bundle)
 
 
@@ -191,7 +191,7 @@ def test_a_weight_of_another_kind_than_the_stored_one_is_refused(tiny, field, va
 def test_a_program_that_is_no_onnx_is_refused(bundle):
     (bundle / "10x18.onnx").write_bytes(b"\xff" * 100)
     forge(bundle)
-    with pytest.raises(BundleError, match="no ONNX model"):
+    with pytest.raises(BundleError, match="not an ONNX model"):
         open_bundle(bundle).programs(["onnx"])[0].model()
 
 

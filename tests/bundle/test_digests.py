@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from visionaccel.bundle import MANIFEST, open_bundle
+from visionaccel.bundle import MANIFEST, open_bundle, tower_digest
+from visionaccel.checkpoint import weights_digest
 from visionaccel.core import digests
+from visionaccel.encoder import open_tower
 from visionaccel.errors import BundleError
 
 
@@ -48,6 +50,15 @@ def test_a_second_opening_reads_no_weights_of_the_checkpoint_again(tiny, referri
     before = bytes_read()
     open_bundle(referring)
     assert bytes_read() - before < (tiny / "model.safetensors").stat().st_size / 4
+
+
+def test_the_same_tensors_under_other_names_have_another_digest(tiny, remembering):
+    tower = open_tower(tiny)
+    norms = [name for name in tower.weights if name.endswith("norm1.weight")]
+    swapped = dict(zip(norms, reversed(norms), strict=True))
+    renamed = tower.over({name: tower.weights[swapped.get(name, name)] for name in tower.weights})
+    assert tower_digest(tower) == weights_digest(tower.weights)
+    assert tower_digest(renamed) == weights_digest(renamed.weights) != tower_digest(tower)
 
 
 def test_a_full_check_reads_every_file(bundle, remembering):

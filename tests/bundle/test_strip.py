@@ -324,7 +324,7 @@ def test_too_little_space_is_found_before_anything_is_written(whole, tmp_path, m
 
 def test_a_folder_that_cannot_be_made_is_refused(whole, tmp_path):
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(ConfigurationError, match="cannot be copied to"):
+    with pytest.raises(ConfigurationError, match="cannot be written"):
         strip_checkpoint(Checkpoint(whole), tmp_path / "file" / "out")
 
 

@@ -90,8 +90,11 @@ def test_a_damaged_one_is_refused_by_its_own_digest(old):
         (lambda stated: stated.update(family="other"), UnsupportedArchitectureError, "'other' are not implemented"),
         (lambda stated: stated.update(programs=[3]), BundleError, "is not a manifest"),
         (lambda stated: stated["programs"][1]["coverage"].pop("windows"), BundleError, "digest"),
+        (lambda stated: stated.update(spec={}), BundleError, "'spec', which version 1"),
+        (lambda stated: stated["programs"][1]["coverage"].update(sizes={}), BundleError, "'sizes', which version 1"),
+        (lambda stated: stated["programs"][0]["host"].update(order="plain"), BundleError, "'order', which version 1"),
     ],
-    ids=["no configuration", "family", "programs", "windows"],
+    ids=["no configuration", "family", "programs", "windows", "spec", "sizes", "order"],
 )
 def test_what_is_no_manifest_of_version_1_is_refused(old, change, error, complaint):
     edited(old, change)

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
-import sys
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from visionaccel import __version__
-from visionaccel.bundle.manifest import MANIFEST, MOST_PATCHES, SCHEMA_VERSION, seal, stated_coverage
+from visionaccel.bundle.manifest import MOST_PATCHES, stated_coverage
 from visionaccel.bundle.opening import Bundle, open_bundle, tower_digest
-from visionaccel.bundle.processor import PROCESSOR_FILES, processor_digest
+from visionaccel.bundle.writing import (
+    appearing,
+    external_checkpoint,
+    stated_file,
+    write_description,
+    write_file,
+    write_manifest,
+)
 from visionaccel.checkpoint import SINGLE_FILE, Checkpoint, write_safetensors
-from visionaccel.core.digests import file_digest
 from visionaccel.core.dtypes import DTYPES
-from visionaccel.core.orphans import guarded_folder
 from visionaccel.core.program import (
     ONNX,
     ONNX_FUSED,
@@ -37,19 +36,13 @@ from visionaccel.core.program import (
 from visionaccel.errors import ConfigurationError
 from visionaccel.families import Tower, tower_of
 
-__all__ = [
-    "WEIGHT_PREFIX", "Progress", "ProgramRequest", "appearing", "as_json", "counter", "export_bundle",
-    "external_checkpoint", "program_name", "rewrite_manifest", "stated_file", "toolchain", "write_description",
-    "write_file", "write_manifest",
-]  # fmt: skip
+__all__ = ["WEIGHT_PREFIX", "ProgramRequest", "Progress", "counter", "export_bundle", "program_name"]
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage, how much of it is done, and how much it is in all: bytes of weights, or programs."""
 
 WEIGHT_PREFIX = "visual."
 """What the names of packed weights start with."""
-
-_TOOLS = ("onnx", "numpy", "ml_dtypes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,49 +135,6 @@ def export_bundle(
     return open_bundle(output, checkpoint=tower.checkpoint)
 
 
-def external_checkpoint(tower: Tower, source: str | None, revision: str | None) -> dict[str, Any]:
-    """The manifest's word of the checkpoint that holds a bundle's weights."""
-    return {"source": source or str(tower.checkpoint.folder.absolute()), "revision": revision}
-
-
-def write_manifest(
-    folder: Path,
-    tower: Tower,
-    digest: str,
-    files: Iterable[Path],
-    programs: Sequence[Mapping[str, Any]],
-    checkpoint: Mapping[str, Any] | None,
-) -> None:
-    """Seal what was written into a bundle's folder.
-
-    Args:
-        folder: The folder.
-        tower: The tower that the programs compute.
-        digest: Digest of its weights.
-        files: Files that all programs share.
-        programs: The manifest's entries of the programs.
-        checkpoint: As `external_checkpoint`; None for a bundle that holds the weights.
-
-    Raises:
-        BundleError: If the result is no manifest.
-    """
-    manifest = seal(
-        {
-            "schema_version": SCHEMA_VERSION,
-            "family": tower.family,
-            "spec": tower.spec.document(),
-            "weights_digest": digest,
-            "processor_digest": processor_digest(tower.checkpoint.folder),
-            "checkpoint": checkpoint,
-            "files": [stated_file(folder, file) for file in files],
-            "programs": programs,
-            "toolchain": toolchain(_TOOLS),
-            "certificate": None,
-        }
-    )
-    write_file(folder / MANIFEST, as_json(manifest.model_dump(mode="json")))
-
-
 def program_name(coverage: Coverage) -> str:
     """The name of an exported program: `58x74`, `bucket-4292x80` or `dynamic`."""
     match coverage:
@@ -194,36 +144,6 @@ def program_name(coverage: Coverage) -> str:
             return "bucket-" + "x".join(map(str, sizes.values()))
         case AnyGrid():
             return "dynamic"
-
-
-def toolchain(distributions: Iterable[str]) -> dict[str, str]:
-    """Versions of visionaccel, Python and those of `distributions` that are installed."""
-    found = {"visionaccel": __version__, "python": ".".join(map(str, sys.version_info[:3]))}
-    for name in distributions:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def rewrite_manifest(bundle: Bundle, changes: Mapping[str, Any]) -> Bundle:
-    """The bundle with some fields of its manifest changed, such as the certificate, and sealed anew.
-
-    Raises:
-        BundleError: If the result is no manifest.
-        ConfigurationError: If the folder cannot be written.
-    """
-    document = {**bundle.manifest.model_dump(mode="json"), **changes}
-    manifest = seal(document)
-    target = bundle.folder / MANIFEST
-    partial = target.with_name(f".{MANIFEST}.partial")
-    try:
-        write_file(partial, as_json(manifest.model_dump(mode="json")))
-        partial.replace(target)
-    except OSError as error:
-        raise ConfigurationError(f"{target} cannot be written: {error}", hint="Copy the bundle elsewhere.") from error
-    return Bundle(bundle.folder, manifest, bundle.tower)
 
 
 def _check_size(coverage: Coverage) -> None:
@@ -240,47 +160,6 @@ def _check_size(coverage: Coverage) -> None:
             f"with {patches} patches in {frames} frames.",
             hint="Name a smaller grid, or write a program for any grid.",
         )
-
-
-@contextmanager
-def appearing(output: Path, *, force: bool) -> Iterator[Path]:
-    """A folder beside `output` that takes its place in the end, and leaves no trace if anything fails before.
-
-    A bundle that is there already is moved aside first and deleted last, so that there is always the old one, none, or
-    the new one.
-    """
-    try:
-        _check_replaceable(output, force=force)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
-        aside = folder.with_name(folder.name.replace(".partial-", ".replaced-"))
-        try:
-            with guarded_folder(folder):
-                yield folder
-                folder.chmod(0o755)
-                _sync(folder)
-            _check_replaceable(output, force=force)  # it may have appeared meanwhile
-            if output.exists():
-                output.rename(aside)
-            folder.rename(output)
-            _sync(output.parent)
-        except BaseException:
-            if aside.exists() and not output.exists():
-                aside.rename(output)
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
-    except OSError as error:
-        raise ConfigurationError(
-            f"{output} cannot be written: {error}", hint="Choose a folder with enough space that may be written."
-        ) from error
-
-
-def _check_replaceable(output: Path, *, force: bool) -> None:
-    if output.exists() and not force:
-        raise ConfigurationError(f"{output} exists.", hint="Pass --force to replace it.")
-    if output.exists() and not (output / MANIFEST).is_file() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigurationError(f"{output} exists and is no bundle.", hint="Name another folder.")
 
 
 def _pack(tower: Tower, folder: Path, precision: Precision, total: int, tell: Progress) -> Tower:
@@ -302,14 +181,6 @@ def _pack(tower: Tower, folder: Path, precision: Precision, total: int, tell: Pr
     )
     write_description(tower, folder)
     return tower_of(Checkpoint(folder))
-
-
-def write_description(tower: Tower, folder: Path) -> None:
-    """Write what says which tower it is and what makes its patches: configuration and image processor."""
-    write_file(folder / "config.json", as_json(tower.description))
-    for name in PROCESSOR_FILES:
-        if (tower.checkpoint.folder / name).exists():
-            write_file(folder / name, (tower.checkpoint.folder / name).read_bytes())
 
 
 def counter(stage: str, total: int, tell: Progress) -> Callable[[int], None]:
@@ -357,34 +228,3 @@ def _format(request: ProgramRequest) -> str:
     if isinstance(request.coverage, AnyGrid):
         return ONNX_STANDARD if request.dialect == "standard" else ONNX
     return ONNX_FUSED if request.dialect == "microsoft" else ONNX
-
-
-def stated_file(folder: Path, path: Path) -> dict[str, Any]:
-    """A file of a bundle in `folder` as the manifest states it."""
-    return {
-        "path": path.relative_to(folder).as_posix(),
-        "bytes": path.stat().st_size,
-        "sha256": file_digest(path, trust_unchanged=False),
-    }
-
-
-def as_json(value: Mapping[str, Any]) -> bytes:
-    """An object as the text of a JSON file."""
-    return (json.dumps(value, indent=1) + "\n").encode()
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file that is on the disk when this returns."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Make a renaming durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,6 +1,6 @@
 """Golden images of a bundle: patches with the embeddings that the float32 reference makes of them.
 
-`visionaccel validate` writes them beside the certificate, and a canary encodes them on the device before it is trusted
+`visionaccel validate` writes them next to the certificate, and a canary encodes them on the device before it is trusted
 with a request. They are kept as patches and not as pictures, so that nothing but the encoder has a part in them.
 """
 
@@ -16,13 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from visionaccel.bundle.export import rewrite_manifest, stated_file
 from visionaccel.bundle.opening import Bundle
+from visionaccel.bundle.writing import rewrite_manifest, stated_file
 from visionaccel.checkpoint import read_header
 from visionaccel.core.digests import file_digest
 from visionaccel.core.grid import Grid, as_grids, total_patches
 from visionaccel.core.invalid_values import problems_of
 from visionaccel.core.memory_files import FileState, changed_file, when_steady
+from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import BundleError, CheckpointError, ConfigurationError, GridError
 
 if TYPE_CHECKING:
@@ -127,24 +128,21 @@ def _read(bundle: Bundle, path: Path, digest: str) -> tuple[Golden, ...]:
     before = FileState.of_named(path)
     if file_digest(path) != digest:
         raise changed_file(path)
-    from safetensors import SafetensorError, safe_open
-
     try:
         if path.stat().st_size > _MOST_BYTES:
             raise ValueError(f"it is larger than {_MOST_BYTES} bytes")
-        read_header(path)  # which bounds the header, as safetensors' own reader does not
-        with safe_open(path, "numpy") as file:
-            entries = _ENTRIES.validate_json((file.metadata() or {}).get(_KEY, ""))
-            if len(entries) > _MOST:
-                raise ValueError(f"it has {len(entries)} images, over {_MOST}")
-            images = tuple(_images(bundle, file, entries))
-    except (SafetensorError, ValidationError, CheckpointError, GridError, OSError, ValueError, TypeError) as error:
+        tensors, metadata = read_header(path)
+        entries = _ENTRIES.validate_json(metadata.get(_KEY, ""))
+        if len(entries) > _MOST:
+            raise ValueError(f"it has {len(entries)} images, over {_MOST}")
+        images = tuple(_images(bundle, tensors, entries))
+    except (ValidationError, CheckpointError, GridError, OSError, ValueError) as error:
         raise BundleError(f"{path} holds no golden images of this bundle: {problems_of(error)}", hint=_AGAIN) from error
     before.require(path)
     return images
 
 
-def _images(bundle: Bundle, file: Any, entries: Sequence[_Entry]) -> Iterator[Golden]:
+def _images(bundle: Bundle, tensors: Mapping[str, StoredTensor], entries: Sequence[_Entry]) -> Iterator[Golden]:
     tower = bundle.tower
     for number, entry in enumerate(entries):
         grids = as_grids(entry.grids, tower.merge_size)
@@ -152,12 +150,14 @@ def _images(bundle: Bundle, file: Any, entries: Sequence[_Entry]) -> Iterator[Go
         expected = {"patches": (total_patches(grids), tower.patch_width), "embeddings": (tokens, tower.out_width)}
         arrays = {}
         for what, shape in expected.items():
-            stored = file.get_slice(f"{number}.{what}")
-            if (tuple(stored.get_shape()), stored.get_dtype()) != (shape, "F32"):
+            stored = tensors.get(f"{number}.{what}")
+            if stored is None:
+                raise ValueError(f"it has no {what} of {entry.name!r}")
+            if (stored.shape, stored.dtype) != (shape, "float32"):
                 raise ValueError(
-                    f"its {what} of {entry.name!r} are {stored.get_dtype()} {stored.get_shape()}, not F32 {list(shape)}"
+                    f"its {what} of {entry.name!r} are {stored.dtype} {list(stored.shape)}, not float32 {list(shape)}"
                 )
-            arrays[what] = file.get_tensor(f"{number}.{what}")
+            arrays[what] = stored.read()
             arrays[what].flags.writeable = False
             if not np.isfinite(arrays[what]).all():
                 raise ValueError(f"its {what} of {entry.name!r} hold NaN or infinity")

@@ -1,21 +1,28 @@
-"""Refuses ONNX models in which one tensor could stand for another: names given twice, external data that overlap."""
+"""Tensors of ONNX models: none may stand for another, and weights are read from where the tower has them.
+
+What a model itself says of the places of its weights is never followed.
+"""
 
 from __future__ import annotations
 
 import math
 import posixpath
 from collections import Counter
+from collections.abc import Mapping
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from visionaccel.core.external_data import ExternalData, is_external
-from visionaccel.core.onnx_graphs import graphs_in, tensors_of
+from visionaccel.core.dtypes import DTYPES, FLOATS
+from visionaccel.core.external_data import ExternalData, is_external, point_at
+from visionaccel.core.onnx_graphs import every_tensor, graphs_in, tensors_of
+from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import BundleError
 
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["check_tensor_names", "check_tensors"]
+__all__ = ["check_tensors", "point_at_weights"]
 
 _AGAIN = "Export the model again."
 _MOST_DIMENSIONS = 32
@@ -32,7 +39,7 @@ def check_tensors(model: onnx.ModelProto, where: object) -> None:
         BundleError: If two tensors have one name, or share bytes of a file.
     """
     for graph in graphs_in(model.graph):
-        check_tensor_names(graph, where)
+        _check_names(graph, where)
     ranges: dict[str, list[tuple[int, int, str]]] = {}
     for graph in graphs_in(model.graph):
         for tensor in tensors_of(graph):
@@ -46,12 +53,62 @@ def check_tensors(model: onnx.ModelProto, where: object) -> None:
                 raise BundleError(f"{where}: tensors {one!r} and {other!r} overlap in {location!r}.", hint=_AGAIN)
 
 
-def check_tensor_names(graph: onnx.GraphProto, where: object) -> None:
-    """Refuse a graph in which two weights, or a weight and what a node makes, have one name.
+def point_at_weights(model: bytes, weights: Mapping[str, StoredTensor], folder: Path) -> bytes:
+    """The model with each external initializer read from the stored tensor of its name.
+
+    Args:
+        model: A serialized ONNX model.
+        weights: Where the weights lie, by the names of the initializers.
+        folder: External-data locations become relative to it; it must hold all of their files, at any depth.
 
     Raises:
-        BundleError: If so.
+        BundleError: If the model cannot be parsed, or names a weight that is not there or is of another size or dtype,
+            or has external data anywhere else than in the initializers of its graph, or gives a name twice.
     """
+    import onnx  # an extra: encoders that run no ONNX model do without
+
+    try:
+        proto = onnx.load_model_from_string(model)
+    except Exception as error:  # protobuf's decoding error is not part of its public interface
+        raise BundleError(f"a program is not an ONNX model: {error}", hint=_AGAIN) from error
+    _check_names(proto.graph, "a program")
+    initializers = list(proto.graph.initializer)
+    proto.graph.ClearField("initializer")
+    if any(is_external(tensor) for tensor in every_tensor(proto)):
+        raise BundleError("a program has external data that is not a weight of its graph.", hint=_AGAIN)
+    if any(node.op_type == "EPContext" for node in proto.graph.node):
+        # It names a compiled model by a path that an execution provider follows.
+        raise BundleError("a program wraps another one that lies elsewhere (EPContext).", hint="Export it as ONNX.")
+    for initializer in initializers:
+        if is_external(initializer):
+            _point(initializer, weights, folder)
+    proto.graph.initializer.extend(initializers)
+    return bytes(proto.SerializeToString())
+
+
+def _point(initializer: onnx.TensorProto, weights: Mapping[str, StoredTensor], folder: Path) -> None:
+    stored = weights.get(initializer.name)
+    if stored is None:
+        raise BundleError(f"a program needs weight {initializer.name!r}, which is not there.", hint=_AGAIN)
+    sizes = list(initializer.dims[:_MOST_DIMENSIONS])
+    whole = len(sizes) == len(initializer.dims)  # the product of very many sizes alone takes minutes
+    if (
+        stored.dtype not in FLOATS
+        or initializer.data_type != DTYPES[stored.dtype].onnx
+        or not whole
+        or min(sizes, default=1) < 0
+        or math.prod(sizes) != math.prod(stored.shape)
+    ):
+        raise BundleError(
+            f"a program needs weight {initializer.name!r} as {sizes} of another dtype or size than "
+            f"{stored.dtype}{list(stored.shape)}.",
+            hint=_AGAIN,
+        )
+    point_at(initializer, ExternalData.at(stored, folder))
+
+
+def _check_names(graph: onnx.GraphProto, where: object) -> None:
+    """Refuse a graph in which two weights, or a weight and what a node makes, have one name."""
     weights = Counter(tensor.name for tensor in graph.initializer)
     weights.update(tensor.values.name for tensor in graph.sparse_initializer)
     twice = next((name for name, count in weights.items() if count > 1), None)

@@ -23,7 +23,7 @@ from visionaccel.core.grid import Grid
 from visionaccel.core.memory_files import FileState, when_steady
 from visionaccel.core.program import CHECKPOINT, ONNX_MODELS, Bucket, FixedGrid, Program
 from visionaccel.core.stored_tensor import StoredTensor
-from visionaccel.errors import ArtifactError, BundleError, ConfigurationError, GridError
+from visionaccel.errors import ArtifactError, BundleError, ConfigurationError, GridError, PluginError
 from visionaccel.families import Tower, tower_of
 
 __all__ = ["Bundle", "is_bundle", "open_bundle", "tower_digest"]
@@ -146,7 +146,7 @@ class Bundle:
             raise BundleError(f"{path} changed since the bundle was opened.", hint=_AGAIN)
         if entry.format not in ONNX_MODELS:
             return model
-        from visionaccel.bundle.external_data import point_at_weights
+        from visionaccel.bundle.onnx_tensors import point_at_weights
 
         return point_at_weights(model, self.tower.weights, self.tower.weights_folder)
 
@@ -174,12 +174,15 @@ def open_bundle(
             the checkpoint's vision weights have another digest.
         CheckpointError: If the weights cannot be read.
         UnsupportedArchitectureError: If this visionaccel does not know the family.
+        PluginError: If the plug-in that brings the family is broken.
     """
     folder = Path(folder)
     manifest = parse_manifest(folder / MANIFEST)
     try:
         tower = when_steady(lambda: _verified_tower(folder, manifest, checkpoint, trust_unchanged=trust_unchanged))
         return Bundle(folder, manifest, tower)
+    except PluginError:
+        raise  # a family's plug-in is broken, and not the bundle
     except (OSError, ConfigurationError, GridError) as error:
         raise BundleError(f"{folder} cannot be opened: {error}", hint=_AGAIN) from error
 
@@ -194,7 +197,9 @@ def tower_digest(tower: Tower, *, trust_unchanged: bool = True, progress: Callab
     """
     weights = tower.weights
     files = sorted({tensor.file for tensor in weights.values()})
-    kind = "weights " + hashlib.sha256("\0".join(sorted(t.name for t in weights.values())).encode()).hexdigest()
+    # The digest covers the tower's names too, and two families may read one file under different ones.
+    named = sorted(f"{name}\0{tensor.name}" for name, tensor in weights.items())
+    kind = "weights " + hashlib.sha256("\0".join(named).encode()).hexdigest()
     return remembered_digest(kind, files, lambda: weights_digest(weights, progress), trust_unchanged=trust_unchanged)
 
 

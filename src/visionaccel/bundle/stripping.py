@@ -8,15 +8,13 @@ from __future__ import annotations
 import json
 import math
 import re
-import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from visionaccel.bundle.writing import appearing
 from visionaccel.checkpoint import INDEX_FILE, Checkpoint, read_json, weights_digest, write_safetensors
-from visionaccel.core.orphans import guarded_folder
 from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import CheckpointError, ConfigurationError
 from visionaccel.families import tower_of
@@ -71,7 +69,7 @@ def strip_checkpoint(
 
     Tensors are streamed and keep their bytes, dtypes, names, shards and the shards' `__metadata__`; the index is
     rewritten. Everything else in the folder is copied, with symbolic links resolved, but hidden files and further
-    weights, which could hold the vision tower again. `out` appears complete or not at all; beside it, a hidden folder
+    weights, which could hold the vision tower again. `out` appears complete or not at all; next to it, a hidden folder
     `.NAME.partial-XXXX` is filled until then, and removed if anything fails.
 
     Args:
@@ -106,7 +104,7 @@ def strip_checkpoint(
         files, skipped = _other_files(checkpoint)
         _check_space(out, checkpoint, files, removed_bytes)
         _require_one_content(checkpoint)
-        with _complete_or_absent(out) as partial:
+        with appearing(out, force=False) as partial:
             digest = weights_digest(vision, progress)
             shards = _write_shards(checkpoint, partial, removed, progress)
             for name, source in files.items():
@@ -148,7 +146,10 @@ def read_strip_note(folder: Path) -> str | None:
         return None
     digest = read_json(path).get(_DIGEST_KEY)
     if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
-        raise CheckpointError(f"{path} has no usable {_DIGEST_KEY}.", hint="Strip the original checkpoint again.")
+        raise CheckpointError(
+            f"{path} does not state {_DIGEST_KEY} as sha256: and 64 digits.",
+            hint="Strip the original checkpoint again.",
+        )
     return digest
 
 
@@ -170,21 +171,6 @@ def _require_one_content(checkpoint: Checkpoint) -> None:
                 f"{copy.file} and the shards that {INDEX_FILE} names hold {name!r} with different values.",
                 hint="Remove the file that is out of date.",
             )
-
-
-@contextmanager
-def _complete_or_absent(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out` to be filled; it becomes `out`, or is removed if the block raises."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial-{secrets.token_hex(4)}")
-    try:
-        partial.mkdir()
-        with guarded_folder(partial):
-            yield partial
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _other_files(checkpoint: Checkpoint) -> tuple[dict[str, Path], tuple[str, ...]]:

@@ -28,6 +28,7 @@ def upgraded(document: dict[str, Any], where: str) -> dict[str, Any]:
     """
     changed = {name: value for name, value in document.items() if name != "vision_config"}
     name, vision = document.get("family"), document.get("vision_config")
+    _refuse(document, "spec", where)
     if not isinstance(name, str) or not isinstance(vision, dict):
         raise BundleError(
             f"{where} states no family and vision_config, as schema version 1 has them.",
@@ -37,20 +38,33 @@ def upgraded(document: dict[str, Any], where: str) -> dict[str, Any]:
     changed["spec"] = family.described(family.with_configuration({}, vision), where).document()
     changed["schema_version"] = 2
     if isinstance(document.get("programs"), list):
-        changed["programs"] = [_program(entry) for entry in document["programs"]]
+        changed["programs"] = [_program(entry, where) for entry in document["programs"]]
     return changed
 
 
-def _program(entry: Any) -> Any:
+def _program(entry: Any, where: str) -> Any:
     if not isinstance(entry, dict):
         return entry
     changed, coverage, host = dict(entry), entry.get("coverage"), entry.get("host")
-    if isinstance(coverage, dict) and coverage.get("kind") == "bucket":
-        sizes = {name: coverage[name] for name in ("patches", "windows") if name in coverage}
-        changed["coverage"] = {**{name: coverage[name] for name in coverage if name not in sizes}, "sizes": sizes}
-    if isinstance(host, dict) and "window_order" in host:
-        changed["host"] = {
-            **{name: host[name] for name in host if name != "window_order"},
-            "order": host["window_order"],
-        }
+    if isinstance(coverage, dict):
+        _refuse(coverage, "sizes", where)
+        if coverage.get("kind") == "bucket":
+            sizes = {name: coverage[name] for name in ("patches", "windows") if name in coverage}
+            changed["coverage"] = {**{name: coverage[name] for name in coverage if name not in sizes}, "sizes": sizes}
+    if isinstance(host, dict):
+        _refuse(host, "order", where)
+        if "window_order" in host:
+            changed["host"] = {
+                **{name: host[name] for name in host if name != "window_order"},
+                "order": host["window_order"],
+            }
     return changed
+
+
+def _refuse(stated: dict[str, Any], field: str, where: str) -> None:
+    """Refuse a field of version 2: releases that wrote version 1 refuse it too."""
+    if field in stated:
+        raise BundleError(
+            f"{where} is of schema version 1 and states {field!r}, which version 1 does not have.",
+            hint="Export or fetch the bundle again.",
+        )
