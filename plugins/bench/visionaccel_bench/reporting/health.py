@@ -69,8 +69,6 @@ def _certificate(certificate: Certificate) -> Html:
     for each in certificate.programs:
         if each.failure is not None:
             parts.append(paragraph(f"{each.program}: {each.failure}"))
-    if certificate.failure is not None:
-        parts.append(paragraph(certificate.failure))
     tools = ", ".join(f"{name} {version}" for name, version in certificate.toolchain.items())
     parts.append(paragraph(f"Cosines of tokens; made with {tools}.", class_="faint"))
     return joined(parts)
