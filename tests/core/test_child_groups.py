@@ -86,3 +86,30 @@ def test_what_cannot_be_started_is_an_error_of_the_system():
 )
 def test_an_ending_in_words(status, words):
     assert how_it_ended(status) == words
+
+
+def test_a_child_that_cannot_be_guarded_does_not_stay(monkeypatch):
+    def no_watcher(leader):
+        pids.append(leader)
+        raise OSError("no process can be started")
+
+    pids = []
+    monkeypatch.setattr("visionaccel.core.child_groups.guarded_group", no_watcher)
+    with pytest.raises(OSError, match="no process can be started"):
+        started(SLEEPS)
+    assert gone(*pids)
+    with pytest.raises(ChildProcessError):
+        os.waitpid(*pids, os.WNOHANG)
+
+
+def test_ending_a_child_that_does_not_die_of_sigkill_does_not_hang(monkeypatch):
+    """As one does that hangs in a driver; here the signal is not sent."""
+    child = started(SLEEPS)
+    monkeypatch.setattr("visionaccel.core.child_groups._DYING", 0.1)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "killpg", lambda *_: None)
+        assert not child.end()
+        assert child.status is None
+    os.killpg(child.pid, signal.SIGKILL)
+    assert child.reap() == -signal.SIGKILL
+    child.printed.close()

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import IO
 
@@ -18,6 +18,8 @@ __all__ = ["ChildGroup", "end_with_parent", "how_it_ended", "signal_name"]
 
 _PR_SET_PDEATHSIG = 1
 _LONGEST_PAUSE = 0.05
+_DYING = 5.0
+"""Seconds that a killed child has to be dead."""
 
 
 class ChildGroup:
@@ -68,7 +70,13 @@ class ChildGroup:
         self.printed = self._process.stdout
         self._guard = ExitStack()
         if guarded:
-            self._guard.enter_context(guarded_group(self.pid))
+            try:
+                self._guard.enter_context(guarded_group(self.pid))
+            except BaseException:  # without a watcher, nothing would end the group should this process be killed
+                self.end()
+                if self.printed is not None:
+                    self.printed.close()
+                raise
 
     @property
     def status(self) -> int | None:
@@ -77,20 +85,11 @@ class ChildGroup:
 
     def exited(self) -> bool:
         """Whether the child is dead, reaped or not, or has been killed and will be."""
-        if self._killed or self._process.returncode is not None:
-            return True
-        try:
-            return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
-        except ChildProcessError:  # other code in this process waited for any child and reaped it
-            return True
+        return self._killed or self._dead()
 
     def exits_within(self, seconds: float) -> bool:
-        """Wait for the child to be dead; whether it is. It is not reaped."""
-        limit, pause = time.monotonic() + seconds, 0.001
-        while not (ended := self.exited()) and (left := limit - time.monotonic()) > 0:
-            time.sleep(min(pause, left))
-            pause = min(2 * pause, _LONGEST_PAUSE)
-        return ended
+        """Wait for the child to be dead or killed; whether it is. It is not reaped."""
+        return _within(seconds, self.exited)
 
     def ask_to_end(self) -> None:
         """Send SIGTERM to the child alone, which ends what it started."""
@@ -106,7 +105,7 @@ class ChildGroup:
                 self._kill_group()
 
     def reap(self) -> int:
-        """Wait for the child to die, end what it started, and return its status."""
+        """Wait for the child to die, however long that takes, end what it started, and return its status."""
         if self._process.returncode is not None:  # its number may be another's by now
             return self._process.returncode
         with suppress(ChildProcessError):  # other code in this process waited for any child and reaped it
@@ -122,17 +121,38 @@ class ChildGroup:
     def end(self, seconds: float = 0.0) -> bool:
         """Give the child some time to end by itself, then kill the group, and reap it.
 
+        A killed child that hangs in a driver's system call does not die. It is waited for a few seconds and then left
+        to the watcher.
+
         Returns:
             Whether it ended by itself.
         """
         ended = self.exits_within(seconds)
         self.kill()
-        self.reap()
+        if _within(_DYING, self._dead):
+            self.reap()
         return ended
+
+    def _dead(self) -> bool:
+        if self._process.returncode is not None:
+            return True
+        try:
+            return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+        except ChildProcessError:  # other code in this process waited for any child and reaped it
+            return True
 
     def _kill_group(self) -> None:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
+
+
+def _within(seconds: float, happened: Callable[[], bool]) -> bool:
+    """Whether something happens within some seconds."""
+    limit, pause = time.monotonic() + seconds, 0.001
+    while not (found := happened()) and (left := limit - time.monotonic()) > 0:
+        time.sleep(min(pause, left))
+        pause = min(2 * pause, _LONGEST_PAUSE)
+    return found
 
 
 def how_it_ended(status: int) -> str:
