@@ -108,6 +108,19 @@ class ConfigurationError(VisionAccelError):
     To do: Change the setting, option or argument that the message names. Trying again changes nothing.
     """
 
+    @staticmethod
+    def missing_extra(what: str, module: str | None, extra: str) -> "ConfigurationError":
+        """The error of what needs a module that is not installed.
+
+        Args:
+            what: What needs it, such as `reading image files`.
+            module: The module, as the ImportError names it.
+            extra: What to install, such as `visionaccel[images]`.
+        """
+        return ConfigurationError(
+            f"{what} needs {module}, which is not installed.", hint=f"Install it: pip install '{extra}'."
+        )
+
 
 class SettingsError(ConfigurationError):
     """A setting or option is unknown or has an invalid value.

@@ -44,8 +44,8 @@ def test_the_vllm_plug_in_needs_none_of_them(tiny):
 @pytest.mark.parametrize(
     ("blocked", "arguments", "message"),
     [
-        (("typer",), ("backends",), "needs typer, which is not installed: pip install 'visionaccel[cli]'."),
-        (("rich",), ("backends",), "needs rich, which is not installed: pip install 'visionaccel[cli]'."),
+        (("typer",), ("backends",), "needs typer, which is not installed. Install it: pip install 'visionaccel[cli]'."),
+        (("rich",), ("backends",), "needs rich, which is not installed. Install it: pip install 'visionaccel[cli]'."),
         (("onnx",), ("export", "{tiny}", "{tmp}/bundle", "--dynamic"), "pip install 'visionaccel[onnx]'."),
     ],
 )

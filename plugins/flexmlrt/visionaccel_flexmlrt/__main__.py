@@ -2,6 +2,8 @@
 
 import sys
 
+from visionaccel.errors import ConfigurationError
+
 __all__ = ["main"]
 
 
@@ -14,8 +16,7 @@ def main() -> None:
         if missing not in ("onnx", "rich", "typer"):
             raise
         sys.exit(
-            f"visionaccel-flexmlrt needs {missing}, which is not installed. "
-            "Install it: pip install 'visionaccel-flexmlrt[simulator]'."
+            str(ConfigurationError.missing_extra("visionaccel-flexmlrt", missing, "visionaccel-flexmlrt[simulator]"))
         )
     run()
 

@@ -90,10 +90,8 @@ class HostGraphs:
         try:
             import onnxruntime
         except ImportError as error:
-            raise ConfigurationError(
-                "the host's part of this artifact runs on ONNX Runtime, which is not installed.",
-                hint="Install it: pip install 'visionaccel-flexmlrt[onnxrt]'.",
-            ) from error
+            what = "the host's part of this artifact"
+            raise ConfigurationError.missing_extra(what, "onnxruntime", "visionaccel-flexmlrt[onnxrt]") from error
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads = thread_limit() or 0  # 0 leaves the number to it
         try:

@@ -2,6 +2,8 @@
 
 import sys
 
+from visionaccel.errors import ConfigurationError
+
 __all__ = ["main"]
 
 
@@ -15,5 +17,5 @@ def main() -> None:
         missing = (error.name or "").partition(".")[0]
         if missing not in ("rich", "typer"):
             raise
-        sys.exit(f"The command line needs {missing}, which is not installed: pip install 'visionaccel[cli]'.")
+        sys.exit(str(ConfigurationError.missing_extra("the command line", missing, "visionaccel[cli]")))
     run()

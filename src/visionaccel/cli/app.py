@@ -71,6 +71,4 @@ def _run() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "onnx":
             raise
-        raise ConfigurationError(
-            "this command needs onnx, which is not installed.", hint="Install it: pip install 'visionaccel[onnx]'."
-        ) from error
+        raise ConfigurationError.missing_extra("this command", error.name, "visionaccel[onnx]") from error

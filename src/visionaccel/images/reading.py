@@ -161,7 +161,7 @@ def image_processor(folder: Path, backend: ImageBackend = "pil") -> ImageProcess
         import PIL.Image  # noqa: F401 - the processor needs it, and says so less clearly
         from transformers import AutoImageProcessor
     except ImportError as error:
-        raise _missing(error) from error
+        raise ConfigurationError.missing_extra("reading image files", error.name, "visionaccel[images]") from error
     try:
         loaded = AutoImageProcessor.from_pretrained(folder, backend=backend)  # nosec B615 # a folder of this machine
         processor = ImageProcessor(loaded)
@@ -192,7 +192,7 @@ def load_image(path: Path) -> Image:
     try:
         from PIL import Image, ImageOps, UnidentifiedImageError
     except ImportError as error:
-        raise _missing(error) from error
+        raise ConfigurationError.missing_extra("reading image files", error.name, "visionaccel[images]") from error
     try:
         with open_regular(path) as file:
             if (size := os.fstat(file.fileno()).st_size) > MOST_FILE_BYTES:
@@ -224,10 +224,3 @@ def _check_pixels(path: Path, width: int, height: int) -> None:
             f"{path} states {width}x{height} pixels, and images may have {MOST_PIXELS} in all.",
             hint="Pass the image scaled down; the model's processor would scale it down as well.",
         )
-
-
-def _missing(error: ImportError) -> ConfigurationError:
-    return ConfigurationError(
-        f"image files need transformers and Pillow, and {error.name} is missing.",
-        hint="pip install 'visionaccel[images]'.",
-    )

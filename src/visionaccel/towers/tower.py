@@ -224,10 +224,7 @@ class Tower:
             from visionaccel.towers.onnx.graph import write_graph
             from visionaccel.towers.onnx.writer import GraphWriter
         except ModuleNotFoundError as error:
-            raise ConfigurationError(
-                f"writing an ONNX graph needs {error.name}, which is not installed.",
-                hint="Install it: pip install 'visionaccel[onnx]'.",
-            ) from error
+            raise ConfigurationError.missing_extra("writing an ONNX graph", error.name, "visionaccel[onnx]") from error
 
         chosen = dialect or ("microsoft" if isinstance(coverage, AnyGrid) else "standard")
         if host is not None:
