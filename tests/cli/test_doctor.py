@@ -16,7 +16,7 @@ from bundle_tools import CERTIFICATE, forge
 from bundles import document, write_bundle
 from fake_plugins import ECHO, install
 from visionaccel.bundle import GOLDEN_FILE, MANIFEST, Golden, open_bundle, write_golden
-from visionaccel.cli.diagnosis.environment import of_environment
+from visionaccel.cli.diagnosis.installation import of_environment
 from visionaccel.core.grid import Grid
 from visionaccel.core.safe_text import one_line
 from visionaccel.isolation import as_finding

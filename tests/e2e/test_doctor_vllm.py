@@ -1,4 +1,4 @@
-"""`visionaccel doctor` beside a real vLLM: whether its vision encoder would be replaced."""
+"""`visionaccel doctor` next to a real vLLM: whether its vision encoder would be replaced."""
 
 import json
 import os
@@ -22,7 +22,10 @@ def of_vllm(**environment):
         env={**inherited, **environment},
     )
     assert done.stdout, done.stderr
-    return {row["what"]: row for row in json.loads(done.stdout)["findings"] if row["about"] == "vLLM"}
+    rows = [row for row in json.loads(done.stdout)["findings"] if row["about"] == "vLLM"]
+    found = {row["what"]: row for row in rows}
+    assert len(found) == len(rows), "each finding is there once"
+    return found
 
 
 def test_vllm_with_a_backend_makes_the_model_from_our_class():

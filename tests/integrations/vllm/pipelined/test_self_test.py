@@ -343,7 +343,7 @@ def test_pipelined_by_name_is_refused_where_its_contract_does_not_hold(config, m
 
 
 def test_doctor_names_what_is_missing(monkeypatch):
-    from visionaccel.cli.diagnosis.vllm_child import _contract
+    from visionaccel.cli.diagnosis.children import _contract
 
     assert [(each.name, each.status) for each in _contract(compat.ARCHITECTURES)] == [("contract", "pass")]
     checking.missing.cache_clear()
