@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from visionaccel.bundle import STRIP_NOTE, read_strip_note, strip_checkpoint
 from visionaccel.checkpoint import Checkpoint, weights_digest
-from visionaccel.cli.strip import strip
+from visionaccel.cli.export import strip
 from visionaccel.errors import ChangedFileError, CheckpointError, ConfigurationError, UnsupportedArchitectureError
 from visionaccel.families import tower_of
 from visionaccel_testing.checkpoints import random_checkpoint

@@ -23,7 +23,7 @@ from visionaccel import open_encoder
 from visionaccel.backends.registry import _default
 from visionaccel.bundle import open_bundle
 from visionaccel.checkpoint import read_header, write_safetensors
-from visionaccel.cli.validate import validate
+from visionaccel.cli.bundles import validate
 from visionaccel.core.comparison import Comparison, length_errors, token_cosines
 from visionaccel.core.grid import Grid
 from visionaccel.core.program import AnyGrid, Bucket, FixedGrid

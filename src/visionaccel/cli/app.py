@@ -7,17 +7,12 @@ import sys
 import typer
 
 from visionaccel import __version__
-from visionaccel.cli.backends import backends, explain
-from visionaccel.cli.doctor import doctor
+from visionaccel.cli.backends import backends, doctor, explain
+from visionaccel.cli.bundles import inspect, pull, push, validate
 from visionaccel.cli.encode import encode
-from visionaccel.cli.export import export
-from visionaccel.cli.hub import pull, push
-from visionaccel.cli.inspect import inspect
+from visionaccel.cli.export import export, quantize, strip
 from visionaccel.cli.output import messages, own_stdout, print_json, prints_results
 from visionaccel.cli.plugin_commands import CommandsWithPlugins
-from visionaccel.cli.quantize import quantize
-from visionaccel.cli.strip import strip
-from visionaccel.cli.validate import validate
 from visionaccel.errors import ConfigurationError, VisionAccelError
 
 __all__ = ["app", "main"]

@@ -9,12 +9,11 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from numpy.typing import NDArray
-from rich.table import Table
 
 from visionaccel.backends import AUTO
 from visionaccel.bundle import Bundle, open_bundle, require_processor
 from visionaccel.checkpoint import locate_checkpoint
-from visionaccel.cli.output import Backend, Device, Json, OptionsText, backend_options, print_json, results
+from visionaccel.cli.output import Backend, Device, Json, OptionsText, backend_options, print_json, print_table, results
 from visionaccel.core.cores import choose_cores
 from visionaccel.encoder import open_encoder, open_source
 from visionaccel.errors import ConfigurationError
@@ -97,11 +96,10 @@ def encode(
     if as_json:
         print_json({**about, "images": rows, "output": output})
         return
-    table = Table(
-        "image", "grid", "tokens", "width", "mean norm", "encode ms", title=f"{about['backend']}, {about['device']}"
+    print_table(
+        f"{about['backend']}, {about['device']}",
+        ("image", "grid", "tokens", "width", "mean norm", "encode ms"),
+        [[f"{v:.3f}" if isinstance(v, float) else v for v in row.values()] for row in rows],
     )
-    for row in rows:
-        table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()))
-    results.print(table)
     if output is not None:
         results.print(f"Embeddings are in {output}.")

@@ -1,4 +1,4 @@
-"""`visionaccel export`: a bundle of programs from a checkpoint."""
+"""What is written from a checkpoint or a bundle: `export`, `quantize` and `strip`."""
 
 from __future__ import annotations
 
@@ -8,18 +8,29 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import TextColumn
-from rich.table import Table
+from rich.filesize import decimal
+from rich.progress import DownloadColumn, MofNCompleteColumn, TextColumn
 
-from visionaccel.bundle import BundleFile, ProgramRequest, export_bundle
+from visionaccel.bundle import (
+    BundleFile,
+    ProgramRequest,
+    StripReport,
+    counter,
+    export_bundle,
+    open_bundle,
+    strip_checkpoint,
+)
 from visionaccel.bundle import as_json as json_file
-from visionaccel.cli.output import Force, Json, Revision, print_json, progress, results
+from visionaccel.checkpoint import Checkpoint
+from visionaccel.cli.bundles import print_certificate
+from visionaccel.cli.output import Device, Force, Json, Revision, print_json, print_table, progress, results
 from visionaccel.core.grid import Grid
 from visionaccel.core.program import AnyGrid, FixedGrid, OperatorDialect
 from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError
+from visionaccel.validation.certificate import THRESHOLDS, Validation
 
-__all__ = ["PrecisionName", "export", "frame_grid"]
+__all__ = ["PrecisionName", "export", "frame_grid", "quantize", "strip"]
 
 
 class PrecisionName(StrEnum):
@@ -155,11 +166,11 @@ def export(
     if as_json:
         print_json({"bundle": str(output), "seconds": seconds, "manifest": manifest.model_dump(mode="json")})
         return
-    table = Table("program", "takes", "precision", "file", "MB", title=f"Bundle {output}")
-    for program in manifest.programs:
-        size = sum(file.bytes for file in program.files) / 1e6
-        table.add_row(program.name, str(program.covers()), program.precision, program.model, f"{size:.2f}")
-    results.print(table)
+    rows = [
+        (each.name, each.covers(), each.precision, each.model, f"{sum(file.bytes for file in each.files) / 1e6:.2f}")
+        for each in manifest.programs
+    ]
+    print_table(f"Bundle {output}", ("program", "takes", "precision", "file", "MB"), rows)
     weights = "packed, " + _size(manifest.files) if manifest.checkpoint is None else f"in {manifest.checkpoint.source}"
     results.print(f"Weights {weights}. Written in {seconds} s.")
 
@@ -180,3 +191,99 @@ def frame_grid(text: str, option: str, merge_size: int) -> Grid:
 
 def _size(files: tuple[BundleFile, ...]) -> str:
     return f"{sum(file.bytes for file in files) / 2**30:.2f} GiB"
+
+
+def quantize(
+    bundle: Annotated[Path, typer.Argument(help="Folder of a bundle of float32 programs.")],
+    output: Annotated[Path, typer.Option(help="Folder of the bundle to write.")],
+    calibrate: Annotated[
+        list[Path], typer.Option(help="Image file or folder of images such as will be encoded. Repeatable.")
+    ],
+    target: Annotated[str, typer.Option(help="Backend that quantizes, and that the programs are for.")],
+    reference: Annotated[
+        str | None,
+        typer.Option(help="Checkpoint that the bundle was exported from. Default: the one that it refers to."),
+    ] = None,
+    images: Annotated[
+        list[Path] | None,
+        typer.Option(help="Image file or folder to judge by. Repeatable. Default: those of `visionaccel validate`."),
+    ] = None,
+    threshold: Annotated[float, typer.Option(help="Lowest cosine of a token that is kept.")] = THRESHOLDS["int8"],
+    device: Device = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize a bundle's programs to int8, compare them with the float32 reference, and keep them if they pass."""
+    from visionaccel.validation import quantize_bundle
+
+    started = time.perf_counter()
+    tower = open_tower(reference) if reference is not None else None
+    opened = open_bundle(bundle, checkpoint=tower.checkpoint if tower is not None else None)
+    validations: list[Validation] = []
+    with progress(MofNCompleteColumn()) as tell:
+        made = quantize_bundle(
+            opened,
+            output,
+            calibrate,
+            target=target,
+            reference=tower,
+            device=device,
+            threshold=threshold,
+            judged_by=images or (),
+            force=force,
+            progress=tell,
+            report=validations.append,
+        )
+    seconds = round(time.perf_counter() - started, 3)
+    if as_json:
+        print_json({"bundle": str(output), "seconds": seconds, "manifest": made.manifest.model_dump(mode="json")})
+        return
+    for found in validations:
+        print_certificate(found.certificate, f"{output} compared with the float32 reference")
+    size = sum(file.bytes for program in made.manifest.programs for file in program.files) / 2**20
+    results.print(f"Bundle {output}: {size:.1f} MiB of int8 programs, in {seconds} s.")
+
+
+def strip(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder; it is only read.")],
+    output: Annotated[Path, typer.Argument(help="The folder to write, which must not exist.")],
+    as_json: Json = False,
+) -> None:
+    """Copy a checkpoint without its vision weights, to be served with an encoder from elsewhere."""
+    started = time.perf_counter()
+    if not checkpoint.is_dir():
+        # A repository in the cache may lack files that nothing here has read, such as the tokenizer's.
+        raise ConfigurationError(
+            f"{checkpoint} is not a folder.",
+            hint="Pass one; a repository is downloaded whole with `hf download REPOSITORY --local-dir FOLDER`.",
+        )
+    source = Checkpoint(checkpoint)
+    total = sum(tensor.length for tensor in source.tensors.values())
+    with progress(DownloadColumn()) as tell:
+        report = strip_checkpoint(source, output, progress=counter("Stripping", total, tell))
+    if as_json:
+        print_json(_as_dict(report, time.perf_counter() - started))
+        return
+    results.print(f"Wrote {report.folder} for family {report.family}.", highlight=False, soft_wrap=True)
+    before, after = report.kept_bytes + report.removed_bytes, report.kept_bytes
+    removed, kept = report.removed_tensors, report.kept_tensors
+    results.print(f"  weights: {decimal(before)} before, {decimal(after)} after", highlight=False)
+    results.print(f"  tensors: {removed} of the vision tower removed, {kept} kept", highlight=False)
+    results.print(f"  digest of the vision weights: {report.digest}", highlight=False, soft_wrap=True)
+    if report.skipped:
+        results.print(f"  not copied: {', '.join(report.skipped)}", highlight=False, soft_wrap=True)
+
+
+def _as_dict(report: StripReport, seconds: float) -> dict[str, object]:
+    return {
+        "folder": str(report.folder),
+        "family": report.family,
+        "bytes_before": report.kept_bytes + report.removed_bytes,
+        "bytes_after": report.kept_bytes,
+        "removed_tensors": report.removed_tensors,
+        "kept_tensors": report.kept_tensors,
+        "vision_weights_digest": report.digest,
+        "shards": list(report.shards),
+        "skipped": list(report.skipped),
+        "seconds": round(seconds, 3),
+    }

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar
@@ -15,6 +15,7 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
 
 from visionaccel.core.safe_text import visible
@@ -23,8 +24,8 @@ from visionaccel.errors import ConfigurationError, SettingsError
 
 __all__ = [
     "Backend", "Device", "Force", "Json", "OptionsText", "Revision", "backend_options", "check_writable", "finite",
-    "messages", "number", "own_stdout", "print_json", "print_results_of", "prints_results", "progress", "results",
-    "status", "stdout_to_stderr", "write_json",
+    "messages", "number", "own_stdout", "print_json", "print_results_of", "print_table", "prints_results", "progress",
+    "results", "status", "stdout_to_stderr", "write_json",
 ]  # fmt: skip
 
 
@@ -198,6 +199,14 @@ def write_json(value: Any, file: Path | None) -> None:
         file.write_text(json.dumps(value, indent=1, default=str) + "\n")
     except OSError as error:
         raise ConfigurationError(f"{file} cannot be written: {error}", hint="Name another file.") from error
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A table of texts and numbers on stdout."""
+    table = Table(*columns, title=title)
+    for row in rows:
+        table.add_row(*map(str, row))
+    results.print(table)
 
 
 def number(value: float | None) -> str:

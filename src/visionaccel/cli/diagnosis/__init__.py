@@ -4,7 +4,7 @@ Each look is isolated: one that raises is itself a finding. What imports a vendo
 time limit, so that a crash, an exit or a hang there is a finding too.
 """
 
-from visionaccel.cli.diagnosis.diagnosing import diagnose
+from visionaccel.cli.diagnosis.diagnosing import LIMIT, VLLM, diagnose
 from visionaccel.cli.diagnosis.findings import Diagnosis, Found
 
-__all__ = ["Diagnosis", "Found", "diagnose"]
+__all__ = ["LIMIT", "VLLM", "Diagnosis", "Found", "diagnose"]

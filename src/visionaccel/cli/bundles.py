@@ -1,0 +1,303 @@
+"""What to do with a bundle: `inspect`, `validate`, and `push` and `pull` to and from the model hub."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.progress import MofNCompleteColumn
+from rich.table import Table
+
+from visionaccel.backends import AUTO
+from visionaccel.bundle import (
+    MANIFEST,
+    Bundle,
+    Certificate,
+    json_schema,
+    open_bundle,
+    pull_bundle,
+    push_bundle,
+    write_golden,
+)
+from visionaccel.checkpoint import locate_checkpoint
+from visionaccel.cli.output import (
+    Backend,
+    Device,
+    Json,
+    OptionsText,
+    backend_options,
+    messages,
+    print_json,
+    progress,
+    results,
+)
+from visionaccel.core.cores import choose_cores, on_cores
+from visionaccel.core.program import HOST_AFTER, HOST_BEFORE, ONNX_MODELS, Program
+from visionaccel.encoder import open_tower
+from visionaccel.errors import ConfigurationError
+from visionaccel.settings import load_settings
+from visionaccel.validation.certificate import THRESHOLDS, validate_bundle
+
+__all__ = ["inspect", "print_certificate", "pull", "push", "validate"]
+
+
+def inspect(
+    bundle: Annotated[Path | None, typer.Argument(help="Folder of the bundle.")] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Where the weights are, if the bundle holds none and its checkpoint moved.")
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="Read every file again, unchanged ones too.")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the manifest's JSON schema instead.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Verify a bundle and show its programs, tensors, operators, sizes, grids and certificate."""
+    if schema:
+        print_json(json_schema())
+        return
+    if bundle is None:
+        raise ConfigurationError("no bundle was named.", hint="Pass the folder of a bundle, or --schema.")
+    found = locate_checkpoint(checkpoint) if checkpoint is not None else None
+    opened = open_bundle(bundle, checkpoint=found, trust_unchanged=not full)
+    names = {entry.name for entry in opened.manifest.programs}
+    formats = {entry.format for entry in opened.manifest.programs}
+    programs = {program.name: program for program in opened.programs(formats) if program.name in names}
+    rows = [_described(opened, programs[entry.name]) for entry in opened.manifest.programs]
+    if as_json:
+        print_json({"manifest": opened.manifest.model_dump(mode="json"), "programs": rows})
+        return
+    _print_summary(opened)
+    for row in rows:
+        _print_program(row)
+    if opened.manifest.certificate is None:
+        results.print("No certificate: run `visionaccel validate` before you trust it.", style="yellow")
+    else:
+        certificate = opened.manifest.certificate
+        print_certificate(certificate, f"Certificate of {certificate.created}")
+
+
+def _described(bundle: Bundle, program: Program) -> dict[str, Any]:
+    entry = next(entry for entry in bundle.manifest.programs if entry.name == program.name)
+    return {
+        "name": program.name,
+        "format": program.format,
+        "takes": str(program.coverage),
+        "precision": program.precision,
+        "device": program.device or "any",
+        "host": list(entry.host.tensors) if entry.host else [],
+        "bytes": sum(file.bytes for file in entry.files),
+        "inputs": [str(spec) for spec in program.inputs],
+        "outputs": [str(spec) for spec in program.outputs],
+        "stored_names": dict(program.stored_names),
+        "companions": dict(entry.companions),
+        **(_graph(program) if program.format in ONNX_MODELS else {}),
+    }
+
+
+def _graph(program: Program) -> dict[str, Any]:
+    """Operators and opsets of an ONNX program; its weights are not read."""
+    import onnx
+
+    assert program.model is not None
+    model = onnx.load_model_from_string(program.model())
+    operators = Counter(f"{node.domain}.{node.op_type}".lstrip(".") for node in model.graph.node)
+    return {
+        "opset": {opset.domain or "ai.onnx": opset.version for opset in model.opset_import},
+        "nodes": len(model.graph.node),
+        "operators": dict(operators.most_common()),
+    }
+
+
+def _print_summary(bundle: Bundle) -> None:
+    manifest = bundle.manifest
+    table = Table(title=f"Bundle {bundle.folder}", show_header=False)
+    weights = "in the bundle" if manifest.checkpoint is None else f"in checkpoint {manifest.checkpoint.source}"
+    if not bundle.tower.complete:
+        weights += ", the host's alone"
+    table.add_row("family", manifest.family)
+    table.add_row("weights", f"{weights}, {manifest.weights_digest}")
+    table.add_row("image processor", manifest.processor_digest or "not stated")
+    table.add_row("fixed grids", ", ".join(f"{grid.h}x{grid.w}" for grid in bundle.grids) or "none")
+    table.add_row("shared files", ", ".join(f"{f.path} ({f.bytes / 1e6:.2f} MB)" for f in manifest.files) or "none")
+    table.add_row("written with", ", ".join(f"{name} {version}" for name, version in manifest.toolchain.items()))
+    results.print(table)
+
+
+def _print_program(row: dict[str, Any]) -> None:
+    table = Table(title=f"Program {row['name']}", show_header=False)
+    table.add_row("takes", row["takes"])
+    table.add_row("format", f"{row['format']}, {row['precision']}, device {row['device']}")
+    split = f"window reorder and {', '.join(row['host'])}" if row["host"] else "nothing but tables"
+    if {HOST_BEFORE, HOST_AFTER} <= set(row["companions"]):
+        split = "the operators around the device's part, on ONNX Runtime"
+    table.add_row("left to the host", split)
+    table.add_row("size", f"{row['bytes'] / 1e6:.2f} MB")
+    table.add_row("inputs", "\n".join(row["inputs"]))
+    table.add_row("outputs", "\n".join(row["outputs"]))
+    if row["stored_names"]:
+        table.add_row("in the file", "\n".join(f"{name}: {stored}" for name, stored in row["stored_names"].items()))
+    if row["companions"]:
+        table.add_row("beside it", "\n".join(f"{role}: {path}" for role, path in row["companions"].items()))
+    if "nodes" in row:
+        table.add_row("opset", ", ".join(f"{domain} {version}" for domain, version in row["opset"].items()))
+        table.add_row("nodes", f"{row['nodes']}: " + ", ".join(f"{op} {n}" for op, n in row["operators"].items()))
+    results.print(table)
+
+
+def validate(
+    bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
+    reference: Annotated[
+        str, typer.Option(help="Checkpoint folder or Hugging Face repository that the bundle was exported from.")
+    ],
+    backend: Backend = None,
+    device: Device = None,
+    options: OptionsText = None,
+    images: Annotated[
+        list[Path] | None,
+        typer.Option(help="Image file or folder of images to show. Repeatable. Default: those of scikit-image."),
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            help="Lowest cosine of a token that passes. Default: "
+            + ", ".join(f"{value} in {precision}" for precision, value in THRESHOLDS.items())
+            + "."
+        ),
+    ] = None,
+    no_write: Annotated[bool, typer.Option("--no-write", help="Leave the bundle as it is.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Prove a bundle: compare each of its programs with the float32 reference, and write the certificate into it.
+
+    Exit status 1 if a program was not run, failed, or is further from the reference than the threshold allows.
+    """
+    settings = load_settings()
+    chosen_options = backend_options(options, settings.options)
+    tower = open_tower(reference)
+    # A certificate is worth what was read, so no digest is taken from memory.
+    opened = open_bundle(bundle, checkpoint=tower.checkpoint, trust_unchanged=False)
+    if not no_write:
+        _check_writable(opened)
+    with on_cores(choose_cores(settings.cpu_cores).cores, strict=True), progress(MofNCompleteColumn()) as tell:
+        found = validate_bundle(
+            opened,
+            tower,
+            backend=backend or settings.backend or AUTO,
+            device=device or settings.device,
+            options=chosen_options,
+            isolation=settings.isolation,
+            deadline=settings.deadline,
+            open_deadline=settings.open_deadline,
+            images=images or (),
+            thresholds=THRESHOLDS if threshold is None else dict.fromkeys(THRESHOLDS, threshold),
+            progress=tell,
+        )
+    certificate = found.certificate
+    if not certificate.images.get("real"):
+        messages.print("No real image was shown: pass --images, or install scikit-image.", style="yellow")
+    if not no_write:
+        write_golden(opened, found.golden, {"certificate": certificate.model_dump(mode="json")})
+    if as_json:
+        stated = certificate.model_dump(mode="json")
+        print_json({"bundle": str(bundle), "written": not no_write, "certificate": stated})
+    else:
+        print_certificate(certificate, f"{bundle} compared with the float32 reference")
+        if not no_write:
+            results.print(
+                f"The certificate is in {bundle / MANIFEST}, and {len(found.golden)} golden images are next to it.",
+                soft_wrap=True,
+            )
+    if not certificate.passed:
+        raise typer.Exit(1)
+
+
+def _check_writable(bundle: Bundle) -> None:
+    """Refuse before the work rather than after it."""
+    manifest = bundle.folder / MANIFEST
+    if manifest.is_symlink():
+        raise ConfigurationError(
+            f"{manifest} is a link, as in the hub's cache, whose files are not to be changed.",
+            hint="Pull the bundle with --output, or pass --no-write.",
+        )
+    if not os.access(bundle.folder, os.W_OK):
+        raise ConfigurationError(f"{bundle.folder} cannot be written to.", hint="Pass --no-write.")
+
+
+def print_certificate(certificate: Certificate, title: str) -> None:
+    """The certificate as tables: cosines lowest, at the first percentile and mean; and below, what failed and why."""
+    images = ", ".join(f"{count} {kind}" for kind, count in certificate.images.items())
+    table = Table(title=f"{title}; images: {images}", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("program", overflow="fold", min_width=7)
+    table.add_column("ran on", overflow="fold")
+    for name in ("tokens", "lowest", "1st %", "mean", "error", "NaN"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    for found in certificate.programs:
+        table.add_row(
+            found.program,
+            f"{found.backend}, {found.device}" + (" (simulated)" if found.simulated else ""),
+            str(found.tokens),
+            f"{found.lowest_cosine:.6f}",
+            f"{found.first_percentile_cosine:.6f}",
+            f"{found.mean_cosine:.6f}",
+            f"{found.relative_error:.1e}",
+            str(found.nonfinite_rows),
+            "passed" if found.failure is None else "FAILED",
+            style=None if found.failure is None else "bold red",
+        )
+    results.print(table)
+    for found in certificate.programs:
+        if found.failure is not None:
+            results.print(f"FAILED {found.program}: {found.failure}", highlight=False, soft_wrap=True)
+    results.print("Passed." if certificate.passed else "FAILED.", style="green" if certificate.passed else "bold red")
+
+
+Repository = Annotated[str, typer.Argument(help="Hugging Face repository, owner/name.")]
+
+
+def push(
+    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
+    repository: Repository,
+    revision: Annotated[str | None, typer.Option(help="Branch, created if needed. Default: main.")] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Create the repository as a private one; refuse a public one.")
+    ] = False,
+    message: Annotated[str | None, typer.Option(help="The commit's message.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Verify a bundle and push it to a repository, which is created if it does not exist."""
+    report = push_bundle(bundle, repository, revision=revision, private=private, message=message)
+    if as_json:
+        print_json(asdict(report))
+        return
+    results.print(f"Pushed {len(report.files)} files to {report.repository}, {report.revision}.")
+    results.print(f"  {report.url}", soft_wrap=True)
+
+
+def pull(
+    repository: Repository,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit. Default: main.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder to make, with copies of the files. Default: one in the hub's cache; change no file."
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(help="Folder or repository of the weights, for a bundle that does not hold them."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Download the bundle of a repository and verify it."""
+    report = pull_bundle(repository, revision=revision, output=output, checkpoint=checkpoint)
+    answer = {"repository": report.repository, "commit": report.commit, "folder": str(report.folder)}
+    if as_json:
+        print_json(answer)
+        return
+    results.print(f"Pulled {report.repository} at {report.commit} into")
+    results.print(f"  {report.folder}", soft_wrap=True)
