@@ -25,7 +25,7 @@ from visionaccel.core.program import FLEXMLRT_DIRECTORY, FLEXMLRT_RAI, Program
 from visionaccel.errors import ArtifactError, ConfigurationError, DeviceError
 from visionaccel_flexmlrt.artifact import Artifact, open_settings
 from visionaccel_flexmlrt.host_graphs import HostGraphs, device_tensors
-from visionaccel_flexmlrt.runtime import NPU, SIMULATOR, load, missing, sdk_version
+from visionaccel_flexmlrt.runtime import NPU, SIMULATOR, AmdEnvironment, load, missing, sdk_version
 from visionaccel_flexmlrt.session import FlexMLRTSession
 
 __all__ = ["FlexMLRTBackend", "FlexMLRTOptions"]
@@ -53,13 +53,17 @@ class FlexMLRTBackend(VisionBackend):
     options = FlexMLRTOptions
     isolation: ClassVar[Isolation] = "process"
 
+    @property
+    def _amd(self) -> AmdEnvironment:
+        return AmdEnvironment.read(os.environ)
+
     def devices(self) -> Sequence[str]:
-        return tuple(device for device in (NPU, SIMULATOR) if missing(device) is None)
+        return tuple(device for device in (NPU, SIMULATOR) if missing(device, self._amd) is None)
 
     def checks(self, programs: Sequence[Program]) -> Sequence[Finding]:
         from visionaccel_flexmlrt.checks import check_artifacts, check_machine
 
-        return [*check_machine(), *check_artifacts(programs)]
+        return [*check_machine(self._amd), *check_artifacts(programs)]
 
     def probe(self, program: Program, device: str | None) -> Verdict:
         device = device or NPU
@@ -71,7 +75,7 @@ class FlexMLRTBackend(VisionBackend):
             return Rejected(error.message, error.hint or "")
         if artifact.device != device:
             return Rejected(_elsewhere(program, artifact), f"Set VISIONACCEL_DEVICE={artifact.device}.")
-        lacking = missing(device)
+        lacking = missing(device, self._amd)
         if lacking is not None:
             return Rejected(lacking.reason, lacking.hint)
         if device == SIMULATOR:
@@ -83,7 +87,8 @@ class FlexMLRTBackend(VisionBackend):
         artifact = Artifact.of(program)
         if artifact.device != device:  # it may have changed since it was probed
             raise ConfigurationError(_elsewhere(program, artifact), hint=f"Set VISIONACCEL_DEVICE={artifact.device}.")
-        module = load(device, any_version=options.any_version)
+        amd = self._amd
+        module = load(device, amd, any_version=options.any_version)
         if device == SIMULATOR and options.simulator_script is not None:
             os.environ[SCRIPT_VARIABLE] = str(options.simulator_script)
         elif options.simulator_script is not None:
@@ -94,7 +99,7 @@ class FlexMLRTBackend(VisionBackend):
         inputs, outputs = apart or (program.inputs, program.outputs)
         names = program.stored_names if apart is None else {}
         host = HostGraphs(program) if apart is not None else None
-        settings = open_settings(artifact, sdk_version(device, module))
+        settings = open_settings(artifact, sdk_version(device, module, amd))
         try:
             model = module.Model(
                 path=str(artifact.path),

@@ -14,7 +14,7 @@ from visionaccel.backends import Finding
 from visionaccel.core.program import Program
 from visionaccel.errors import ArtifactError
 from visionaccel_flexmlrt.artifact import Artifact
-from visionaccel_flexmlrt.runtime import NPU, SIMULATOR, find_library, library_version, missing
+from visionaccel_flexmlrt.runtime import NPU, SIMULATOR, AmdEnvironment, library_version, missing
 
 __all__ = ["check_artifacts", "check_machine"]
 
@@ -34,14 +34,12 @@ _SHORT_TIMEOUT = 10
 _HEAP_PAGES = 8
 
 
-def check_machine(
-    root: Path = _ROOT, environment: Mapping[str, str] = os.environ, kernel: str | None = None
-) -> Sequence[Finding]:
+def check_machine(amd: AmdEnvironment, root: Path = _ROOT, kernel: str | None = None) -> Sequence[Finding]:
     """What this machine has and lacks; a check that cannot be made is a warning.
 
     Args:
+        amd: What environment variables say of AMD's software.
         root: Where `/sys`, `/dev` and `/opt` are.
-        environment: The environment variables.
         kernel: The running kernel's release; None to ask the system.
     """
     checks: Mapping[str, Callable[[], Finding]] = {
@@ -51,9 +49,9 @@ def check_machine(
         "amdxdna timeout": lambda: _timeout(root),
         "device node": lambda: _node(root),
         "XRT": lambda: _xrt(root),
-        "XRT heap": lambda: _heap(environment),
-        "FlexMLRT library": _library,
-        "simulator": _simulator,
+        "XRT heap": lambda: _heap(amd.xrt_ini),
+        "FlexMLRT library": lambda: _library(amd),
+        "simulator": lambda: _simulator(amd),
     }
     return [_made(name, check) for name, check in checks.items()]
 
@@ -155,11 +153,11 @@ def _xrt(root: Path) -> Finding:
     return Finding("XRT", "pass", f"{found}; `xrt-smi examine` lists the NPU")
 
 
-def _heap(environment: Mapping[str, str]) -> Finding:
-    name, path = "XRT heap", environment.get("XRT_INI_PATH")
+def _heap(path: Path | None) -> Finding:
+    name = "XRT heap"
     fix = f"Set XRT_INI_PATH to a file with the lines [Debug] and num_heap_pages={_HEAP_PAGES}."
     lacking = "without it a large model fails with DRM_IOCTL_AMDXDNA_CREATE_BO: Invalid argument"
-    if not path:
+    if path is None:
         return Finding(name, "failure", f"XRT_INI_PATH is not set; {lacking}", fix)
     parser = configparser.ConfigParser()
     try:
@@ -173,16 +171,16 @@ def _heap(environment: Mapping[str, str]) -> Finding:
     return Finding(name, "pass", f"num_heap_pages={pages} in {path}")
 
 
-def _library() -> Finding:
-    lacking, library = missing(NPU), find_library()
+def _library(amd: AmdEnvironment) -> Finding:
+    lacking, library = missing(NPU, amd), amd.library()
     if lacking is not None or library is None:
         reason, hint = (lacking.reason, lacking.hint) if lacking is not None else ("not found", "")
         return Finding("FlexMLRT library", "failure", reason, hint)
     return Finding("FlexMLRT library", "pass", f"{library}, version {library_version(library) or 'unknown'}")
 
 
-def _simulator() -> Finding:
-    lacking = missing(SIMULATOR)
+def _simulator(amd: AmdEnvironment) -> Finding:
+    lacking = missing(SIMULATOR, amd)
     if lacking is None:
         return Finding("simulator", "pass", "available as device 'simulator'; it is no NPU")
     return Finding("simulator", "warning", lacking.reason, lacking.hint)

@@ -13,7 +13,7 @@ from visionaccel.cli.output import messages, results, status
 from visionaccel.core.grid import Grid
 from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError, VisionAccelError
-from visionaccel_flexmlrt.runtime import SIMULATOR, missing
+from visionaccel_flexmlrt.runtime import SIMULATOR, AmdEnvironment, missing
 from visionaccel_flexmlrt.simulator import compile_partition
 from visionaccel_flexmlrt.vitisai.writing import write_vitisai_folder
 
@@ -61,7 +61,7 @@ def simulate(
 
     Make a bundle of it with `visionaccel import-vitisai`, and run that with device `simulator`.
     """
-    lacking = missing(SIMULATOR)
+    lacking = missing(SIMULATOR, AmdEnvironment())
     if lacking is not None:
         raise ConfigurationError(lacking.reason, hint=lacking.hint)
     tower = open_tower(source)

@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import os
 import re
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import Self
 
 from visionaccel.errors import ConfigurationError
 
 __all__ = [
     "NPU",
     "SIMULATOR",
+    "AmdEnvironment",
     "Missing",
-    "find_library",
     "library_version",
     "load",
     "missing",
@@ -39,8 +39,33 @@ _VERSION = re.compile(r"^VERSION\s*=\s*[\"']([^\"']+)[\"']", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
+class AmdEnvironment:
+    """What environment variables say of AMD's software. The backend reads them; nothing else here does.
+
+    Attributes:
+        folders: Where to look for the library, in this order.
+        xrt_ini: XRT's settings (`XRT_INI_PATH`); None if it is not set.
+    """
+
+    folders: tuple[Path, ...] = ()
+    xrt_ini: Path | None = None
+
+    @classmethod
+    def read(cls, variables: Mapping[str, str]) -> Self:
+        """What these variables say; a variable that is empty counts as unset."""
+        named = [Path(variables[name], below) for name, below in _PLACES if variables.get(name)]
+        linked = [Path(folder) for folder in variables.get("LD_LIBRARY_PATH", "").split(":") if folder]
+        ini = variables.get("XRT_INI_PATH")
+        return cls((*named, *linked), Path(ini) if ini else None)
+
+    def library(self) -> Path | None:
+        """AMD's library; None if it is in none of the folders."""
+        return next((folder / _LIBRARY for folder in self.folders if (folder / _LIBRARY).is_file()), None)
+
+
+@dataclass(frozen=True, slots=True)
 class Missing:
-    """Why a device cannot be had here.
+    """Why a device is not available here.
 
     Attributes:
         reason: What is missing.
@@ -51,7 +76,7 @@ class Missing:
     hint: str
 
 
-def missing(device: str) -> Missing | None:
+def missing(device: str, amd: AmdEnvironment) -> Missing | None:
     """What is missing on this machine to run on a device; nothing is loaded to find out."""
     if device == SIMULATOR:
         return _missing_for_simulator()
@@ -60,8 +85,8 @@ def missing(device: str) -> Missing | None:
             "this build of visionaccel-flexmlrt was made without AMD's FlexMLRT SDK.",
             "Build it with the SDK, as its README says: FLEXMLRT_ROOT=/path/to/flexmlrt pip install ./plugins/flexmlrt",
         )
-    if find_library() is None:
-        searched = ", ".join(dict.fromkeys(map(str, _folders()))) or "no folder, since none of them is set"
+    if amd.library() is None:
+        searched = ", ".join(dict.fromkeys(map(str, amd.folders))) or "no folder, since none of them is set"
         return Missing(
             f"{_LIBRARY} was not found in the folders of FLEXMLRT_LIB_DIR, FLEXMLRT_ROOT, "
             f"RYZEN_AI_INSTALLATION_PATH and LD_LIBRARY_PATH ({searched}).",
@@ -70,24 +95,25 @@ def missing(device: str) -> Missing | None:
     return None
 
 
-def load(device: str, *, any_version: bool = False) -> ModuleType:
+def load(device: str, amd: AmdEnvironment, *, any_version: bool = False) -> ModuleType:
     """The compiled module for a device.
 
     Args:
         device: `npu` or `simulator`.
+        amd: Where AMD's library is looked for.
         any_version: Accept a library of another version than the one that this package was built with.
 
     Raises:
         ConfigurationError: If something is missing, or the library cannot be loaded or is of another version.
     """
-    lacking = missing(device)
+    lacking = missing(device, amd)
     if lacking is not None:
         raise ConfigurationError(lacking.reason, hint=lacking.hint)
     if device == SIMULATOR:
         module = importlib.import_module("visionaccel_flexmlrt._simulator")
         module.use_openvino(str(openvino_library()))
         return module
-    library = find_library()
+    library = amd.library()
     assert library is not None
     try:
         # Loaded by its path first, so that the module finds it by its name, whatever the linker's path is.
@@ -108,11 +134,6 @@ def load(device: str, *, any_version: bool = False) -> ModuleType:
     return module
 
 
-def find_library() -> Path | None:
-    """AMD's library where the environment says that it is; None if it is nowhere there."""
-    return next((folder / _LIBRARY for folder in _folders() if (folder / _LIBRARY).is_file()), None)
-
-
 def library_version(library: Path) -> str | None:
     """Version of the SDK that a library belongs to, from the `__init__.py` of a folder above it; None if unknown."""
     for folder in library.resolve().parents[:3]:
@@ -124,11 +145,11 @@ def library_version(library: Path) -> str | None:
     return None
 
 
-def sdk_version(device: str, module: ModuleType) -> str | None:
+def sdk_version(device: str, module: ModuleType, amd: AmdEnvironment) -> str | None:
     """Version of the SDK that runs a device: its library's, else the one that the module was built with, if known."""
     if device == SIMULATOR:
         return "1.7"  # whose interface the simulator has
-    library = find_library()
+    library = amd.library()
     built = str(module.sdk_version)
     return (library_version(library) if library is not None else None) or (None if built == "unknown" else built)
 
@@ -154,11 +175,3 @@ def _missing_for_simulator() -> Missing | None:
             "Install it: pip install 'visionaccel-flexmlrt[simulator]'.",
         )
     return None
-
-
-def _folders() -> Iterator[Path]:
-    for variable, below in _PLACES:
-        if value := os.environ.get(variable):
-            yield Path(value, below)
-    for folder in filter(None, os.environ.get("LD_LIBRARY_PATH", "").split(":")):
-        yield Path(folder)

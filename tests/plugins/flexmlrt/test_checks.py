@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from visionaccel.cli.app import app
 from visionaccel_flexmlrt.checks import check_machine
+from visionaccel_flexmlrt.runtime import AmdEnvironment
 
 STRIX = ("0x1022", "0x17f0", "0x10")
 
@@ -35,7 +36,7 @@ def identify(device, vendor, kind, revision):
 
 def found(machine, kernel="6.11.0-19-generic"):
     root, environment = machine
-    return {finding.name: finding for finding in check_machine(root, environment, kernel)}
+    return {finding.name: finding for finding in check_machine(AmdEnvironment.read(environment), root, kernel)}
 
 
 def test_a_good_machine_passes_but_for_the_library_that_is_not_here(machine):
@@ -44,7 +45,7 @@ def test_a_good_machine_passes_but_for_the_library_that_is_not_here(machine):
 
 
 def test_every_failure_says_what_to_do(tmp_path):
-    nothing = check_machine(tmp_path, {}, "5.15.0")
+    nothing = check_machine(AmdEnvironment(), tmp_path, "5.15.0")
     assert {finding.status for finding in nothing} >= {"failure", "warning"}
     assert all(finding.fix for finding in nothing if finding.status != "pass")
 

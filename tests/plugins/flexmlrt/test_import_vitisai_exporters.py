@@ -1,5 +1,7 @@
 """Exporters write one host part in many ways; each is known again."""
 
+from dataclasses import replace as replace_fields
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -9,6 +11,9 @@ from test_import_vitisai import LANDSCAPE, constant_of, edit, folder_of, importe
 
 from towers import random_patches
 from visionaccel import open_encoder
+from visionaccel.encoder import open_tower
+from visionaccel_flexmlrt.vitisai.graph import OnnxGraph
+from visionaccel_flexmlrt.vitisai.recognition import recognise_host
 
 
 def _identities(graph):
@@ -118,3 +123,24 @@ def test_what_exporters_write_in_other_ways_is_the_same_host_part(tiny, tmp_path
             session.run(None, {"pixel_values": patches})[0], encoder.encode(patches, [LANDSCAPE]), rtol=0, atol=2e-5
         )
     assert imported(tiny, folder, tmp_path / "bundle").grids == (LANDSCAPE,)
+
+
+def _bias(graph):
+    conv = node_of(graph, "Conv")
+    graph.initializer.append(numpy_helper.from_array(np.arange(32, dtype=np.float32), "bias"))
+    conv.input.append("bias")
+
+
+def test_the_bias_of_a_tower_that_embeds_with_one_is_the_hosts(tiny, tmp_path):
+    folder = folder_of(tiny, tmp_path / "folder")
+    spec = open_tower(tiny).spec
+    (embedding,) = spec.embed
+    biased = replace_fields(spec, embed=(replace_fields(embedding, bias=True),))
+
+    def found(spec):
+        return recognise_host(spec, OnnxGraph.load(folder / "vision.onnx"), None)
+
+    np.testing.assert_array_equal(found(biased).weights["patch_embed.proj.bias"], np.zeros(32))
+    edit(folder, _bias)
+    np.testing.assert_array_equal(found(biased).weights["patch_embed.proj.bias"], np.arange(32))
+    assert "adds a bias, and the tower has none" in found(spec).reason

@@ -29,10 +29,10 @@ set_target_properties(flexmlrt::flexmlrt PROPERTIES
   IMPORTED_LOCATION "${root}/lib/libflexmlrt.so" INTERFACE_INCLUDE_DIRECTORIES "${root}/include")
 """
 
-
+AMD = "import os; amd = runtime.AmdEnvironment.read(os.environ)"
 MODEL = """
 import numpy
-model = runtime.load('npu').Model(
+model = runtime.load('npu', amd).Model(
     path={path!r}, single_file=True, inputs=[('x', 'float32', [1, 16])], outputs=[('y', 'float32', [1, 2])],
     device_name='', subgraph='', cache_dir='.', execute_mode=2, preemption=True)
 print(model.run([numpy.ones((1, 16), 'float32')])[0].tolist())
@@ -40,7 +40,7 @@ print(model.run([numpy.ones((1, 16), 'float32')])[0].tolist())
 REFUSED = """
 from visionaccel.errors import ConfigurationError
 try:
-    runtime.load('npu')
+    runtime.load('npu', amd)
 except ConfigurationError as error:
     print(error)
 """
@@ -136,12 +136,12 @@ def test_a_wheel_with_the_sdk_imports_without_it_and_says_what_is_missing(sdk, c
     package = tmp_path / "unpacked" / "visionaccel_flexmlrt"
     assert {path.name.partition(".")[0] for path in package.glob("*.so")} == {"_sdk", "_simulator"}
 
-    said = run(tmp_path / "unpacked", "print(runtime.missing('npu').reason, runtime.missing('npu').hint)")
+    said = run(tmp_path / "unpacked", "lacking = runtime.missing('npu', amd); print(lacking.reason, lacking.hint)")
     assert "libflexmlrt.so was not found" in said
     assert "set RYZEN_AI_INSTALLATION_PATH" in said
 
     linked = {"LD_LIBRARY_PATH": f"{sdk / 'lib'}:{OPENVINO / 'libs'}"}
-    said = run(tmp_path / "unpacked", "m = runtime.load('npu'); print(m.sdk_version, m.features)", **linked)
+    said = run(tmp_path / "unpacked", "m = runtime.load('npu', amd); print(m.sdk_version, m.features)", **linked)
     assert said == "9.9.9 good, getIOTensors, subgraphName, extOptions\n"
 
     ran = run(tmp_path / "unpacked", MODEL.format(path=str(small_artifact(tmp_path))), **linked)
@@ -176,7 +176,7 @@ def small_artifact(folder):
 def run(unpacked, code, **given):
     """What some code prints where the plug-in comes from an unpacked wheel and not from this environment."""
     paths = [str(unpacked), str(ROOT / "src"), sysconfig.get_path("purelib")]
-    lines = f"import sys\nsys.path[:0] = {paths}\nfrom visionaccel_flexmlrt import runtime\n{code}"
+    lines = f"import sys\nsys.path[:0] = {paths}\nfrom visionaccel_flexmlrt import runtime\n{AMD}\n{code}"
     done = subprocess.run([sys.executable, "-S", "-c", lines], env=environment(**given), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
