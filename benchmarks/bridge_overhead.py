@@ -17,7 +17,7 @@ import numpy as np
 from visionaccel.core.arrays import Array
 from visionaccel.core.grid import Grid
 from visionaccel.encoder import open_encoder, open_tower
-from visionaccel_flexmlrt.runtime import SIMULATOR, load
+from visionaccel_flexmlrt.runtime import SIMULATOR, AmdEnvironment, load
 from visionaccel_flexmlrt.simulator import compile_partition
 from visionaccel_flexmlrt.vitisai import ImportRequest, import_vitisai
 from visionaccel_flexmlrt.vitisai.writing import write_vitisai_folder
@@ -35,7 +35,7 @@ def measure() -> dict[str, float]:
         write_vitisai_folder(tower, folder / "compiled", GRID, layout="rai", compile=compile_partition)
         imported = import_vitisai(tower, [ImportRequest(folder / "compiled")], folder / "bundle")
         patches = np.random.default_rng(0).standard_normal((GRID.patches, tower.patch_width), dtype=np.float32)
-        simulator = load(SIMULATOR)
+        simulator = load(SIMULATOR, AmdEnvironment())
         own: list[float] = []
         with open_encoder(imported.bundle, backend="flexmlrt", device=SIMULATOR, isolation="none") as encoder:
             session = encoder.programs[0].session

@@ -15,7 +15,7 @@ from visionaccel_flexmlrt.simulator import compile_partition
 
 def main() -> None:
     """Compile, open, run, compare."""
-    lacking = runtime.missing(runtime.SIMULATOR)
+    lacking = runtime.missing(runtime.SIMULATOR, runtime.AmdEnvironment())
     if lacking is not None:
         raise SystemExit(f"{lacking.reason} {lacking.hint}")
     float32 = onnx.TensorProto.FLOAT
@@ -30,7 +30,7 @@ def main() -> None:
         partition, artifact = Path(folder, "product.onnx"), Path(folder, "product.rai")
         onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)]), partition)
         compile_partition(partition, artifact)
-        model = runtime.load(runtime.SIMULATOR).Model(
+        model = runtime.load(runtime.SIMULATOR, runtime.AmdEnvironment()).Model(
             path=str(artifact),
             single_file=True,
             inputs=[("x", "float32", [1, 16])],
