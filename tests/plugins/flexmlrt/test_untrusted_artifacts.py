@@ -13,7 +13,7 @@ from visionaccel.core.bounded_files import MOST_JSON_BYTES
 from visionaccel.encoder import open_tower
 from visionaccel.errors import BundleError
 from visionaccel_flexmlrt.vitisai.graph import OnnxGraph
-from visionaccel_flexmlrt.vitisai.metadata import PartitionInfo, read_metadata
+from visionaccel_flexmlrt.vitisai.layout import PartitionInfo, read_metadata
 
 READERS = {
     "partition-info.json": lambda path: read_metadata(path, PartitionInfo),

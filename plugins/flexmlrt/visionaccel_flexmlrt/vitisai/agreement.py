@@ -15,8 +15,8 @@ from visionaccel.core.program import HostSplit
 from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import BundleError, ConfigurationError
 from visionaccel.families import Tower
-from visionaccel_flexmlrt.vitisai.host_part import HostPart
-from visionaccel_flexmlrt.vitisai.recognition import match_order
+from visionaccel.towers import GROUPED, RASTER, by_window_size, window_order
+from visionaccel_flexmlrt.vitisai.recognition import HostPart
 
 __all__ = ["check_weights", "matching_grid", "narrowest"]
 
@@ -43,15 +43,24 @@ def matching_grid(tower: Tower, window_index: NDArray[np.int64], wanted: Grid | 
             f"the model is for {tokens * tower.merge_size**2} patches; a program takes at most {MOST_PATCHES}.",
             hint="Compile the tower for a smaller grid.",
         )
-    match = match_order(tower.spec, window_index)
-    if not match.found:
-        nearest = f"{match.nearest.h}x{match.nearest.w}" if match.nearest else "none"
+    fitting: dict[Grid, HostSplit] = {}
+    nearest, least = "none", tokens + 1
+    for height in (each for each in range(1, tokens + 1) if tokens % each == 0):
+        grid = Grid(1, height * tower.merge_size, tokens // height * tower.merge_size)
+        raster, lengths = window_order(tower.spec, [grid])
+        grouped, _ = by_window_size(tower.spec, raster, lengths)
+        # Where both orders are the same it is called raster, as the reference has it.
+        differing = [int((each != window_index).sum()) for each in (raster, grouped)]
+        if 0 in differing:
+            fitting[grid] = HostSplit(GROUPED if differing[0] else RASTER)
+        if min(differing) < least:
+            nearest, least = f"{grid.h}x{grid.w}", min(differing)
+    if not fitting:
         raise BundleError(
             f"the model's window order is that of no grid of {tokens} tokens; the nearest is {nearest}, which differs "
-            f"in {match.differing} places.",
+            f"in {least} places.",
             hint="Export the tower with transformers' window order, and compile it again.",
         )
-    fitting = dict(match.found)
     names = ", ".join(f"{grid.h}x{grid.w}" for grid in fitting)
     if wanted is not None:
         if wanted not in fitting:
@@ -65,7 +74,7 @@ def matching_grid(tower: Tower, window_index: NDArray[np.int64], wanted: Grid | 
             f"grids {names} have the same window order, and nothing else in the model tells which it is for.",
             hint="Name the one that it was compiled for with --grid.",
         )
-    return match.found[0]
+    return next(iter(fitting.items()))
 
 
 def check_weights(part: HostPart, weights: Mapping[str, StoredTensor]) -> None:

@@ -20,9 +20,8 @@ from visionaccel.families import Tower
 from visionaccel_flexmlrt.vitisai.agreement import check_weights, matching_grid
 from visionaccel_flexmlrt.vitisai.extraction import host_operators
 from visionaccel_flexmlrt.vitisai.graph import OnnxGraph, external_files, plain_file
-from visionaccel_flexmlrt.vitisai.host_part import HostPart, UnrecognisedHost
 from visionaccel_flexmlrt.vitisai.layout import Boundary, VitisFolder, read_layout
-from visionaccel_flexmlrt.vitisai.recognition import recognise_host
+from visionaccel_flexmlrt.vitisai.recognition import HostPart, UnrecognisedHost, recognise_host
 
 __all__ = ["Findings", "ImportRequest", "find"]
 

@@ -42,8 +42,8 @@ from visionaccel_flexmlrt.vitisai.agreement import narrowest
 from visionaccel_flexmlrt.vitisai.extraction import extract_host
 from visionaccel_flexmlrt.vitisai.findings import Findings, ImportRequest, find
 from visionaccel_flexmlrt.vitisai.graph import OnnxGraph
-from visionaccel_flexmlrt.vitisai.host_part import HostPart
 from visionaccel_flexmlrt.vitisai.layout import Boundary
+from visionaccel_flexmlrt.vitisai.recognition import HostPart
 
 __all__ = ["Imported", "import_vitisai"]
 

@@ -8,7 +8,7 @@ float32 to float32, identities.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visionaccel.core.contracts import TensorSpec
-from visionaccel.core.grid import Grid
-from visionaccel.core.program import HostSplit
 from visionaccel.core.tower_spec import Linear, TowerSpec
 from visionaccel.errors import BundleError
-from visionaccel.towers import GROUPED, RASTER, by_window_size, window_order
 from visionaccel_flexmlrt.vitisai.exported_operators import (
     PRODUCTS,
     STILL,
@@ -33,17 +30,46 @@ from visionaccel_flexmlrt.vitisai.exported_operators import (
     squeezed,
 )
 from visionaccel_flexmlrt.vitisai.graph import OnnxGraph
-from visionaccel_flexmlrt.vitisai.host_part import HostPart, OrderMatch, UnrecognisedHost
 
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["match_order", "recognise_host"]
+__all__ = ["HostPart", "UnrecognisedHost", "recognise_host"]
 
 _MOST_STEPS = 64
 """Operators of one chain; the host's part of a real export has about ten."""
 
 _GATHER = frozenset({"Gather"})
+
+
+@dataclass(frozen=True)
+class HostPart:
+    """The host's part of a compiled program, as it was found around the device's.
+
+    Attributes:
+        weights: The host's weights by their names below the checkpoint's prefix, float32, float16 or bfloat16.
+        order: int64 [tokens]; the token that goes to each place, a permutation.
+        input: What the device takes, by its own name.
+        output: What the device gives, by its own name.
+    """
+
+    weights: Mapping[str, NDArray[Any]]
+    order: NDArray[np.int64]
+    input: TensorSpec
+    output: TensorSpec
+
+
+@dataclass(frozen=True)
+class UnrecognisedHost:
+    """Why operators around a device's part are not the family's host part.
+
+    Attributes:
+        reason: What is different.
+        operators: Type and name of the host's operators, as far as they are known.
+    """
+
+    reason: str
+    operators: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -90,33 +116,6 @@ def recognise_host(spec: TowerSpec, graph: OnnxGraph, boundary: tuple[str, str] 
         input=TensorSpec(given, "float32", entry.shape),
         output=TensorSpec(taken, "float32", (tokens, spec.out_width)),
     )
-
-
-def match_order(spec: TowerSpec, order: NDArray[np.int64]) -> OrderMatch:
-    """Grids of one frame whose tokens come in that order, in raster order or with windows of one size together.
-
-    Args:
-        spec: The tower.
-        order: int64 [tokens]; the token that goes to each place.
-    """
-    tokens, merge = len(order), spec.merge
-    found: list[tuple[Grid, HostSplit]] = []
-    nearest, least = None, tokens + 1
-    for height in _divisors(tokens):
-        grid = Grid(1, height * merge, tokens // height * merge)
-        raster, lengths = window_order(spec, [grid])
-        grouped, _ = by_window_size(spec, raster, lengths)
-        # Where both are the same it is called raster, as the reference has it.
-        differing = [int((each != order).sum()) for each in (raster, grouped)]
-        if 0 in differing:
-            found.append((grid, HostSplit(GROUPED if differing[0] else RASTER)))
-        if min(differing) < least:
-            nearest, least = grid, min(differing)
-    return OrderMatch(tuple(found), nearest, least)
-
-
-def _divisors(number: int) -> Iterator[int]:
-    return (each for each in range(1, number + 1) if number % each == 0)
 
 
 def _ends(spec: TowerSpec, graph: OnnxGraph) -> tuple[TensorSpec, TensorSpec]:
