@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from visionaccel.errors import BundleError
 from visionaccel_flexmlrt.vitisai.graph import OnnxGraph
 
 if TYPE_CHECKING:
@@ -111,73 +111,35 @@ def moved(graph: OnnxGraph, node: onnx.NodeProto, shape: tuple[int, ...]) -> tup
     Raises:
         StrangeError: If it does move elements, leaves float32, or does not fit the shape.
     """
-    result: tuple[int, ...] | None = None
-    match node.op_type:
-        case "Identity":
-            result = shape
-        case "Cast":
-            result = shape if _integer(node, "to", 0) == _FLOAT32 else None
-        case "Transpose":
-            result = _transposed(node, shape)
-        case "Flatten":
-            axis = _integer(node, "axis", 1)
-            if -len(shape) <= axis <= len(shape):
-                axis += len(shape) * (axis < 0)
-                result = math.prod(shape[:axis]), math.prod(shape[axis:])
-        case "Reshape":
-            result = _reshaped(node, shape, _second(graph, node))
-        case "Squeeze":
-            wanted = _axes(graph, node, len(shape))
-            result = tuple(s for axis, s in enumerate(shape) if (axis not in wanted if wanted is not None else s != 1))
-        case "Unsqueeze":
-            result = _unsqueezed(graph, node, shape)
+    still = True
+    if node.op_type == "Transpose":
+        order = _integers(node, "perm") or tuple(range(len(shape)))[::-1]
+        real = [axis for axis in order if 0 <= axis < len(shape) and shape[axis] != 1]
+        still = real == sorted(real)
+    if node.op_type in ("Identity", "Cast"):  # computed, they would copy
+        result = shape if node.op_type == "Identity" or _integer(node, "to", 0) == _FLOAT32 else None
+    else:
+        result = _shape_after(graph, node, shape) if still else None
     if result is None or math.prod(result) != math.prod(shape) or min(result, default=1) < 1:
         raise StrangeError(f"{named(node)} does more to {list(shape)} than to reshape it")
     return result
 
 
-def _transposed(node: onnx.NodeProto, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    order = _integers(node, "perm") or tuple(range(len(shape)))[::-1]
-    if sorted(order) != list(range(len(shape))):
+def _shape_after(graph: OnnxGraph, node: onnx.NodeProto, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The shape that an operator makes of another, computed on an array that takes no memory; None if it fails."""
+    given: list[NDArray[Any]] = [np.broadcast_to(np.float32(0), shape)]
+    for name in node.input[1:]:
+        values = graph.constant(name)
+        if values is None or values.dtype.kind != "i" or values.ndim > 1 or values.size > _MOST_AXES:
+            raise StrangeError(f"{named(node)} has a shape that is not constant")
+        given.append(values)
+    for attribute in node.attribute:
+        if len(attribute.ints) > _MOST_AXES:
+            raise StrangeError(f"{named(node)} has {len(attribute.ints)} {attribute.name}")
+    try:
+        return graph.evaluate(node, given).shape
+    except BundleError:
         return None
-    real = [axis for axis in order if shape[axis] != 1]
-    return None if any(a > b for a, b in pairwise(real)) else tuple(shape[axis] for axis in order)
-
-
-def _reshaped(node: onnx.NodeProto, shape: tuple[int, ...], wanted: Sequence[int] | None) -> tuple[int, ...] | None:
-    if wanted is None:
-        return None
-    sizes = list(wanted)
-    if not _integer(node, "allowzero", 0):
-        sizes = [shape[i] if size == 0 and i < len(shape) else size for i, size in enumerate(sizes)]
-    if sizes.count(-1) == 1:
-        known = math.prod(size for size in sizes if size != -1)
-        sizes[sizes.index(-1)] = math.prod(shape) // known if known > 0 else 0
-    return tuple(sizes)
-
-
-def _unsqueezed(graph: OnnxGraph, node: onnx.NodeProto, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    given = _integers(node, "axes") or _second(graph, node) or ()
-    rank = len(shape) + len(given)
-    axes = {axis % rank for axis in given}
-    sizes = iter(shape)
-    return tuple(1 if axis in axes else next(sizes, 0) for axis in range(rank))
-
-
-def _axes(graph: OnnxGraph, node: onnx.NodeProto, rank: int) -> set[int] | None:
-    """The axes that a squeeze names, in its attribute (until opset 12) or its second input; None for all of size 1."""
-    given = _integers(node, "axes") or _second(graph, node)
-    return None if given is None or not rank else {axis % rank for axis in given}
-
-
-def _second(graph: OnnxGraph, node: onnx.NodeProto) -> tuple[int, ...] | None:
-    """The integers in the second input; None where there is none."""
-    if len(node.input) < 2 or not node.input[1]:
-        return None
-    values = graph.constant(node.input[1])
-    if values is None or values.dtype.kind != "i" or values.ndim > 1 or values.size > _MOST_AXES:
-        raise StrangeError(f"{named(node)} has a shape that is not constant")
-    return tuple(values.reshape(-1).tolist())
 
 
 def _integer(node: onnx.NodeProto, name: str, default: int) -> int:

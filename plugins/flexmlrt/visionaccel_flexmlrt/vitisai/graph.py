@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 from visionaccel.bundle import check_tensors
 from visionaccel.core.bounded_files import read_bounded
@@ -44,6 +46,9 @@ _MOST_FOLDS = 64
 _HOSTS = ("float32", "float16", "bfloat16", "int32", "int64")
 _TYPES: Mapping[int, np.dtype[Any]] = {DTYPES[name].onnx: DTYPES[name].numpy for name in _HOSTS}
 """Dtypes that a host part has."""
+
+_CONSTANTS = {"value_int": np.int64, "value_ints": np.int64, "value_float": np.float32, "value_floats": np.float32}
+"""Attributes of a `Constant` that hold numbers."""
 
 
 class OnnxGraph:
@@ -182,20 +187,11 @@ class OnnxGraph:
         if min(shape, default=1) < 0 or items * dtype.itemsize > _MOST_CONSTANT_BYTES:
             raise BundleError(f"{where} has the impossible shape {list(shape)}.", hint=_AGAIN)
         try:
-            if is_external(tensor):
-                found = self._external(tensor, dtype, items, where)
-            elif tensor.HasField("raw_data"):
-                found = np.frombuffer(tensor.raw_data, dtype)
-            elif dtype.name in ("float16", "bfloat16"):
-                found = np.array(tensor.int32_data, np.uint16).view(dtype)
-            else:
-                typed = {"float32": tensor.float_data, "int32": tensor.int32_data, "int64": tensor.int64_data}
-                found = np.array(typed[dtype.name], dtype)
-        except (ValueError, OverflowError, OSError) as error:
+            if not is_external(tensor):
+                return numpy_helper.to_array(tensor)
+            return self._external(tensor, dtype, items, where).reshape(shape)
+        except (ValueError, TypeError, OverflowError, OSError) as error:
             raise BundleError(f"{where} cannot be read: {error}", hint=_AGAIN) from error
-        if len(found) != items:
-            raise BundleError(f"{where} has {len(found)} elements for shape {list(shape)}.", hint=_AGAIN)
-        return found.reshape(shape)
 
     def _external(self, tensor: onnx.TensorProto, dtype: np.dtype[Any], items: int, where: str) -> NDArray[Any]:
         place = ExternalData.of(tensor)
@@ -219,43 +215,43 @@ class OnnxGraph:
             return self._of_constant(node)
         if node.op_type not in ("Identity", "Cast", "Reshape", "Transpose") or not node.input:
             return None
-        found = self._constant(node.input[0], folds)
-        if found is None:
-            return None
-        attributes = {attribute.name: attribute for attribute in node.attribute}
+        given = []
+        for name in node.input:
+            values = self._constant(name, folds)
+            if values is None:
+                return None
+            given.append(values)
+        found = self.evaluate(node, given)
+        return found if found.dtype in _TYPES.values() else None
+
+    def evaluate(self, node: onnx.NodeProto, given: Sequence[NDArray[Any]]) -> NDArray[Any]:
+        """What a standard operator of one output makes of arrays, in the model's own version of the operator.
+
+        Raises:
+            BundleError: If it is malformed.
+        """
+        latest = onnx.defs.onnx_opset_version()
+        stated = [each.version for each in self.model.opset_import if each.domain in ("", "ai.onnx")]
+        alone = onnx.NodeProto()
+        alone.CopyFrom(node)
+        alone.domain = ""
+        names = [onnx.ValueInfoProto(name=name) for name in dict.fromkeys(node.input)]
         try:
-            match node.op_type:
-                case "Cast":
-                    target = _TYPES.get(attributes["to"].i)
-                    with np.errstate(all="ignore"):
-                        return None if target is None else found.astype(target)
-                case "Transpose":
-                    order = tuple(attributes["perm"].ints) if "perm" in attributes else None
-                    return np.transpose(found, order)
-                case "Reshape":
-                    sizes = self._constant(node.input[1], folds)
-                    if sizes is None or "allowzero" in attributes:
-                        return None
-                    kept = [found.shape[i] if size == 0 else size for i, size in enumerate(sizes.tolist())]
-                    return found.reshape(kept)
-        except (ValueError, TypeError, KeyError, IndexError) as error:
+            graph = helper.make_graph([alone], "alone", names, [onnx.ValueInfoProto(name=node.output[0])])
+            evaluator = ReferenceEvaluator(graph, opsets={"": min([latest, *stated])})
+            with np.errstate(all="ignore"):
+                (found,) = evaluator.run(None, dict(zip(node.input, given, strict=True)))
+        except Exception as error:  # an operator may fail in any way on what it does not take
             where = f"{self.path}: {node.op_type} {node.name!r}"
             raise BundleError(f"{where} is malformed: {error}", hint=_AGAIN) from error
-        return found
+        return np.asarray(found)
 
     def _of_constant(self, node: onnx.NodeProto) -> NDArray[Any] | None:
         for attribute in node.attribute:
-            match attribute.name:
-                case "value":
-                    return self.values(attribute.t)
-                case "value_int":
-                    return np.array(attribute.i, np.int64)
-                case "value_ints":
-                    return np.array(attribute.ints, np.int64)
-                case "value_float":
-                    return np.array(attribute.f, np.float32)
-                case "value_floats":
-                    return np.array(attribute.floats, np.float32)
+            if attribute.name == "value":
+                return self.values(attribute.t)
+            if attribute.name in _CONSTANTS:
+                return np.array(helper.get_attribute_value(attribute), _CONSTANTS[attribute.name])
         return None
 
 
