@@ -28,9 +28,8 @@ from visionaccel.core.program import CHECKPOINT, ONNX, FixedGrid, Program
 from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError, DeviceError, DeviceLostError, InputError, SettingsError
 from visionaccel.isolation import IsolatedSession, Limits, process
-from visionaccel.isolation.messages import OpenRequest
-from visionaccel.isolation.packing import packed
 from visionaccel.isolation.process import DeviceProcess
+from visionaccel.isolation.request import OpenRequest, packed
 from visionaccel.isolation.shared_arrays import SharedArrays
 from visionaccel.trust import GuardedEncoder, Stage
 

@@ -21,8 +21,7 @@ from visionaccel import errors
 from visionaccel.backends import Capabilities
 from visionaccel.errors import DeviceError, DeviceLostError, InputError, UnfitGridError
 from visionaccel.isolation import Limits
-from visionaccel.isolation.answers import MOST_BYTES, decoded, encoded, failure_of, restored
-from visionaccel.isolation.messages import Failure, Opened, Places
+from visionaccel.isolation.answers import MOST_BYTES, Failure, Opened, Places, decoded, encoded, failure_of, restored
 from visionaccel.isolation.shared_arrays import ArrayPlace
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="devices live in processes of their own on Linux only")

@@ -10,7 +10,8 @@ import dataclasses
 import json
 import re
 import sys
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -19,10 +20,9 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from visionaccel import errors
 from visionaccel.backends import Capabilities
 from visionaccel.errors import VisionAccelError
-from visionaccel.isolation.messages import Answer, Failure, Opened, Places
 from visionaccel.isolation.shared_arrays import ArrayPlace
 
-__all__ = ["MOST_BYTES", "decoded", "encoded", "failure_of", "restored"]
+__all__ = ["MOST_BYTES", "Answer", "Failure", "Opened", "Places", "decoded", "encoded", "failure_of", "restored"]
 
 MOST_BYTES = 2**20
 """Of an answer: places of arrays, or an error with its traceback."""
@@ -31,6 +31,47 @@ _LONGEST_TEXT = 2**14
 _NUMBERS = re.compile(r"[<>|=]?[biufc](?:1|2|4|8|16|32)")
 _CAPABILITIES = TypeAdapter(Capabilities)
 _Size = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The session is open."""
+
+    capabilities: Capabilities
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where arrays of a call lie: its inputs as a request, its outputs as an answer.
+
+    Attributes:
+        arrays: Their places.
+        writing_seconds: How long the child took to put an answer there.
+    """
+
+    arrays: tuple[ArrayPlace, ...]
+    writing_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An error of a process that lives on.
+
+    Attributes:
+        kinds: Its classes as `module:name`, the nearest first; the other process may not have loaded each.
+        message: What was wrong and where.
+        hint: What to do about it.
+        trace: Where it was raised, for people.
+    """
+
+    kinds: tuple[str, ...]
+    message: str
+    hint: str | None
+    trace: str
+
+
+Answer: TypeAlias = Opened | Places | Failure
+"""What the child may send."""
 
 
 class _Model(BaseModel):

@@ -25,9 +25,9 @@ from visionaccel.core.arrays import Array
 from visionaccel.core.child_groups import end_with_parent
 from visionaccel.core.memory_files import MemoryFile
 from visionaccel.errors import DeviceError, VisionAccelError
-from visionaccel.isolation.answers import encoded, failure_of
+from visionaccel.isolation.answers import Opened, Places, encoded, failure_of
 from visionaccel.isolation.log_records import RecordSender
-from visionaccel.isolation.messages import Opened, OpenRequest, Places, Surroundings
+from visionaccel.isolation.request import OpenRequest, ParentState
 from visionaccel.isolation.shared_arrays import SharedArrays
 
 _LINE_BUFFERED = 1
@@ -93,11 +93,11 @@ def _run(session: Session, call: Places, inputs: SharedArrays, outputs: SharedAr
 
 
 def _open(inputs: int, records: int) -> tuple[OpenRequest, Session]:
-    """Open what the memory file holds: first the surroundings, without which the rest may not unpickle."""
+    """Open what the memory file holds: first the parent's state, without which the rest may not unpickle."""
     with open(inputs, "rb", closefd=False) as file:
         file.seek(0)  # The parent, whose descriptor this is, wrote to the end.
-        surroundings: Surroundings = pickle.load(file)  # noqa: S301  # nosec B301 # from the parent
-        _adopt(surroundings, records)
+        parent_state: ParentState = pickle.load(file)  # noqa: S301  # nosec B301 # from the parent
+        _adopt(parent_state, records)
         request: OpenRequest = _Unpickler(file).load()
     backend = default_registry().load(request.backend)
     options = backend.options.model_validate(dict(request.options))
@@ -118,13 +118,13 @@ class _Unpickler(pickle.Unpickler):  # from the parent
         return self._files[fd]
 
 
-def _adopt(surroundings: Surroundings, records: int) -> None:
-    sys.path[:] = surroundings.search_path
+def _adopt(parent_state: ParentState, records: int) -> None:
+    sys.path[:] = parent_state.search_path
     # Set for this interpreter's start only; another one that the vendor's code starts would choke on these modules.
     os.environ.pop("PYTHONPATH", None)
-    if surroundings.python_path is not None:
-        os.environ["PYTHONPATH"] = surroundings.python_path
-    logging.basicConfig(level=surroundings.log_level, handlers=[RecordSender(records)], force=True)
+    if parent_state.python_path is not None:
+        os.environ["PYTHONPATH"] = parent_state.python_path
+    logging.basicConfig(level=parent_state.log_level, handlers=[RecordSender(records)], force=True)
 
 
 def _failure(error: Exception, what: str) -> bytes:

@@ -23,10 +23,9 @@ from visionaccel.core.child_groups import ChildGroup, how_it_ended
 from visionaccel.core.cores import child_environment
 from visionaccel.core.safe_text import safe_logger
 from visionaccel.errors import DeviceLostError
-from visionaccel.isolation.answers import MOST_BYTES, decoded, restored
+from visionaccel.isolation.answers import MOST_BYTES, Answer, Failure, Opened, Places, decoded, restored
 from visionaccel.isolation.log_records import OutputReader
-from visionaccel.isolation.messages import Answer, Failure, Opened, Places, Surroundings
-from visionaccel.isolation.packing import PackedRequest
+from visionaccel.isolation.request import PackedRequest, ParentState
 from visionaccel.isolation.shared_arrays import SharedArrays
 
 __all__ = ["DeviceProcess"]
@@ -76,7 +75,7 @@ class DeviceProcess:
         self.dead = threading.Event()
         with ExitStack() as ours, ExitStack() as theirs:
             # The request is read from memory: sending it would block for good if the child hung before reading.
-            self._inputs = SharedArrays.create("visionaccel-inputs", pickle.dumps(_surroundings()) + request.data)
+            self._inputs = SharedArrays.create("visionaccel-inputs", pickle.dumps(_parent_state()) + request.data)
             ours.callback(self._inputs.close)
             self._outputs = SharedArrays.create("visionaccel-outputs")
             ours.callback(self._outputs.close)
@@ -253,9 +252,9 @@ class DeviceProcess:
         return "" if not lines else "\nIts last output:\n" + "\n".join(f"  {line}" for line in lines) + "\n"
 
 
-def _surroundings() -> Surroundings:
+def _parent_state() -> ParentState:
     levels = (logging.getLogger(name).getEffectiveLevel() for name in (None, "visionaccel"))
-    return Surroundings(tuple(_search_path()), os.environ.get("PYTHONPATH"), min(levels))
+    return ParentState(tuple(_search_path()), os.environ.get("PYTHONPATH"), min(levels))
 
 
 def _search_path() -> list[str]:

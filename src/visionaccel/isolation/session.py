@@ -11,10 +11,8 @@ from visionaccel.backends import Session
 from visionaccel.core.arrays import Array
 from visionaccel.core.program import Program
 from visionaccel.errors import ConfigurationError, VisionAccelError
-from visionaccel.isolation.limits import Limits
-from visionaccel.isolation.messages import OpenRequest
-from visionaccel.isolation.packing import packed
-from visionaccel.isolation.supervisor import Supervisor
+from visionaccel.isolation.request import OpenRequest, packed
+from visionaccel.isolation.supervisor import Limits, Supervisor
 
 __all__ = ["IsolatedSession"]
 

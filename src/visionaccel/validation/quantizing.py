@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,12 @@ from visionaccel.bundle import (
     write_file,
     write_golden,
 )
-from visionaccel.core.program import Program
+from visionaccel.core.arrays import Array, as_numpy
+from visionaccel.core.grid import Grid
+from visionaccel.core.program import AnyGrid, Program
 from visionaccel.errors import AccuracyError, ConfigurationError, InputError, PluginError
-from visionaccel.families import Tower
+from visionaccel.families import Host, Tower
 from visionaccel.images import image_processor
-from visionaccel.validation.calibration import Calibration
 from visionaccel.validation.certificate import (
     THRESHOLDS,
     Validation,
@@ -35,7 +36,7 @@ from visionaccel.validation.certificate import (
     check_thresholds,
     validate_bundle,
 )
-from visionaccel.validation.trials import Trials, find_images
+from visionaccel.validation.trials import Trial, Trials, find_images
 
 __all__ = ["QUANTIZED", "quantize_bundle"]
 
@@ -206,3 +207,33 @@ def _shortfall(validation: Validation) -> str:
         if result.failure is not None
     ]
     return "the quantized programs are too far from the float32 reference, and nothing was kept: " + " ".join(found)
+
+
+class Calibration:
+    """The images of some trials as a program's session would be given them, one image in a call.
+
+    Yields numpy arrays by the names of the program's inputs, with the dtypes and shapes declared there.
+
+    Args:
+        program: Decides to which grids images are fitted.
+        host: Its host's part.
+        trials: Has the images, and the processor that makes patches of them.
+
+    Raises:
+        BundleError: If no image fits the program.
+        InputError: If an image is of an impossible aspect ratio.
+    """
+
+    def __init__(self, program: Program, host: Host, trials: Trials) -> None:
+        self._host = host
+        self._single = not isinstance(program.coverage, AnyGrid)
+        self._trials: Sequence[Trial] = [trial for trial in trials.of(program.coverage) if trial.photograph]
+
+    def __len__(self) -> int:
+        return len(self._trials)
+
+    def __iter__(self) -> Iterator[Mapping[str, Array]]:
+        for trial in self._trials:
+            grids: list[Grid] = [grid.frame for grid in trial.grids] if self._single else list(trial.grids)
+            inputs = self._host.inputs(trial.patches(), grids)
+            yield {name: as_numpy(array) for name, array in inputs.items()}

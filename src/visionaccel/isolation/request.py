@@ -7,13 +7,46 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from visionaccel.core.memory_files import MemoryFile
-from visionaccel.isolation.messages import OpenRequest
+from visionaccel.core.program import Program
 
-__all__ = ["PackedRequest", "packed"]
+__all__ = ["OpenRequest", "PackedRequest", "ParentState", "packed"]
+
+
+@dataclass(frozen=True, slots=True)
+class ParentState:
+    """What the child takes over from its parent before anything else is imported or unpickled.
+
+    Attributes:
+        search_path: The parent's `sys.path`, without empty entries.
+        python_path: The parent's variable PYTHONPATH; None where it is not set.
+        log_level: The lowest level of log records that the parent wants.
+    """
+
+    search_path: tuple[str, ...]
+    python_path: str | None
+    log_level: int
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRequest:
+    """What to open.
+
+    Attributes:
+        backend: The backend's name.
+        program: The program; weights are referred to by their files.
+        device: The backend's device; None for its default.
+        options: The options that were given, by name.
+    """
+
+    backend: str
+    program: Program
+    device: str | None
+    options: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
