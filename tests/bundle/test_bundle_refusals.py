@@ -363,6 +363,6 @@ def test_a_broken_plug_in_of_its_family_is_not_the_bundles_fault(bundle, monkeyp
     def broken(checkpoint):
         raise PluginError("the family cannot be loaded.")
 
-    monkeypatch.setattr("visionaccel.bundle.opening.tower_of", broken)
+    monkeypatch.setattr("visionaccel.bundle.bundle.tower_of", broken)
     with pytest.raises(PluginError, match="cannot be loaded"):
         open_bundle(bundle)

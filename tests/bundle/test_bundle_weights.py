@@ -158,7 +158,7 @@ def test_a_program_that_wraps_a_compiled_one_elsewhere_is_refused(bundle):
 
 def test_the_given_checkpoint_comes_before_the_named_one(tiny, referring, monkeypatch):
     asked = []
-    monkeypatch.setattr("visionaccel.bundle.opening.locate_checkpoint", lambda *named: asked.append(named))
+    monkeypatch.setattr("visionaccel.bundle.bundle.locate_checkpoint", lambda *named: asked.append(named))
     assert open_bundle(referring, checkpoint=Checkpoint(tiny)).tower.checkpoint.folder == tiny
     assert asked == []
 

@@ -1,6 +1,18 @@
 """Bundles: folders that state everything needed to run an encoder's programs correctly, or to refuse."""
 
+from visionaccel.bundle.bundle import Bundle, is_bundle, open_bundle, tower_digest
 from visionaccel.bundle.export import WEIGHT_PREFIX, ProgramRequest, Progress, counter, export_bundle, program_name
+from visionaccel.bundle.folder import (
+    appearing,
+    as_json,
+    external_checkpoint,
+    rewrite_manifest,
+    stated_file,
+    toolchain,
+    write_description,
+    write_file,
+    write_manifest,
+)
 from visionaccel.bundle.golden import GOLDEN_FILE, Golden, read_golden, write_golden
 from visionaccel.bundle.hub import pull_bundle, push_bundle
 from visionaccel.bundle.manifest import (
@@ -18,20 +30,8 @@ from visionaccel.bundle.manifest import (
     stated_coverage,
 )
 from visionaccel.bundle.onnx_tensors import check_tensors, point_at_weights
-from visionaccel.bundle.opening import Bundle, is_bundle, open_bundle, tower_digest
 from visionaccel.bundle.processor import processor_digest, require_processor
 from visionaccel.bundle.stripping import STRIP_NOTE, StripReport, read_strip_note, strip_checkpoint
-from visionaccel.bundle.writing import (
-    appearing,
-    as_json,
-    external_checkpoint,
-    rewrite_manifest,
-    stated_file,
-    toolchain,
-    write_description,
-    write_file,
-    write_manifest,
-)
 
 __all__ = [
     "Bundle",

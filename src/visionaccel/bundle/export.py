@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from visionaccel.bundle.manifest import MOST_PATCHES, stated_coverage
-from visionaccel.bundle.opening import Bundle, open_bundle, tower_digest
-from visionaccel.bundle.writing import (
+from visionaccel.bundle.bundle import Bundle, open_bundle, tower_digest
+from visionaccel.bundle.folder import (
     appearing,
     external_checkpoint,
     stated_file,
@@ -20,6 +19,7 @@ from visionaccel.bundle.writing import (
     write_file,
     write_manifest,
 )
+from visionaccel.bundle.manifest import MOST_PATCHES, stated_coverage
 from visionaccel.checkpoint import SINGLE_FILE, Checkpoint, write_safetensors
 from visionaccel.core.dtypes import DTYPES
 from visionaccel.core.program import (

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from visionaccel.bundle.opening import Bundle
-from visionaccel.bundle.writing import rewrite_manifest, stated_file
+from visionaccel.bundle.bundle import Bundle
+from visionaccel.bundle.folder import rewrite_manifest, stated_file
 from visionaccel.checkpoint import read_header
 from visionaccel.core.digests import file_digest
 from visionaccel.core.grid import Grid, as_grids, total_patches

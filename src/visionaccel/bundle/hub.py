@@ -20,8 +20,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from visionaccel.bundle.bundle import Bundle, open_bundle
 from visionaccel.bundle.manifest import MANIFEST, ExternalCheckpoint, Manifest, parse_manifest
-from visionaccel.bundle.opening import Bundle, open_bundle
 from visionaccel.checkpoint import Checkpoint, locate_checkpoint
 from visionaccel.core.orphans import guarded_folder
 from visionaccel.errors import ArtifactError, BundleError, ConfigurationError, VisionAccelError

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from visionaccel.bundle.writing import appearing
+from visionaccel.bundle.folder import appearing
 from visionaccel.checkpoint import INDEX_FILE, Checkpoint, read_json, weights_digest, write_safetensors
 from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import CheckpointError, ConfigurationError

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from visionaccel import __version__
+from visionaccel.bundle.bundle import Bundle
 from visionaccel.bundle.manifest import MANIFEST, SCHEMA_VERSION, seal
-from visionaccel.bundle.opening import Bundle
 from visionaccel.bundle.processor import PROCESSOR_FILES, processor_digest
 from visionaccel.core.digests import file_digest
 from visionaccel.core.orphans import guarded_folder
