@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from bundles import write_bundle
 from gated import wait_until
@@ -312,6 +313,33 @@ def test_weights_that_were_only_touched_before_they_were_copied_are_read_again(t
     touch(checkpoint / SINGLE_FILE)
     with open_encoder(tower, backend="torch_ref") as encoder:
         np.testing.assert_array_equal(encoder.encode(PATCHES, [GRID]), answer_of(tiny))
+
+
+def test_fused_weights_that_were_only_touched_are_read_again(tiny, checkpoint):
+    tensors = load_file(checkpoint / SINGLE_FILE)
+    for name in [name for name in tensors if ".gate_proj." in name]:
+        both = tensors.pop(name), tensors.pop(name.replace("gate_proj", "up_proj"))
+        tensors[name.replace("gate_proj", "gate_up_proj")] = np.concatenate(both)
+    save_file(tensors, checkpoint / SINGLE_FILE)
+    tower = open_tower(checkpoint)
+    assert tower.weights
+    link(checkpoint / SINGLE_FILE)
+    with open_encoder(tower, backend="torch_ref") as encoder:
+        np.testing.assert_array_equal(encoder.encode(PATCHES, [GRID]), answer_of(tiny))
+
+
+def test_a_weight_that_became_shorter_is_not_read_again(checkpoint):
+    tensors = load_file(checkpoint / SINGLE_FILE)
+    tower = open_tower(checkpoint)
+    assert tower.weights
+    shorter = {name: values[:-4] if ".gate_proj." in name else values for name, values in tensors.items()}
+    state = (checkpoint / SINGLE_FILE).stat()
+    save_file(shorter, checkpoint / SINGLE_FILE)
+    with (checkpoint / SINGLE_FILE).open("r+b") as file:
+        file.truncate(state.st_size)
+    os.utime(checkpoint / SINGLE_FILE, ns=(state.st_atime_ns, state.st_mtime_ns))
+    with pytest.raises(ChangedFileError, match=r"model\.safetensors changed after it was verified"):
+        hold_source(tower)
 
 
 @pytest.mark.parametrize("external", [False, True])

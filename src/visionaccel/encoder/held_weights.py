@@ -7,6 +7,7 @@ at the checkpoint's path, and a file that is mapped can be rewritten or cut shor
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 from weakref import WeakValueDictionary
@@ -96,11 +97,19 @@ def _found_again(source: Tower | Bundle) -> Mapping[str, StoredTensor]:
         return bundle.tower.weights
     weights = _tower(source).weights
     headers = {file: read_header(file)[0] for file in {tensor.file for tensor in weights.values()}}
-    again = {name: headers[each.file].get(each.name) for name, each in weights.items()}
+    again = {}
     for name, each in weights.items():
-        if again[name] != each:
+        whole = headers[each.file].get(each.name)
+        if whole is None or not _holds(whole, each):
             raise changed_file(each.file)
-    return {name: tensor for name, tensor in again.items() if tensor is not None}
+        again[name] = replace(each, origin=whole.origin)
+    return again
+
+
+def _holds(whole: StoredTensor, part: StoredTensor) -> bool:
+    """Whether a stored tensor has these rows: a weight may be a part of one that is stored fused with others."""
+    rows = (whole.dtype, whole.shape[1:]) == (part.dtype, part.shape[1:])
+    return rows and whole.offset <= part.offset and part.offset + part.length <= whole.offset + whole.length
 
 
 def _tower(source: Tower | Bundle) -> Tower:
