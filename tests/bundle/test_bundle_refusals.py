@@ -194,6 +194,7 @@ def test_another_schema_version_is_refused_as_such(bundle, version):
         {"kind": "bucket", "sizes": {"patches": 180}},
         {"kind": "bucket", "sizes": {"windows": 6}},
         {"kind": "bucket", "sizes": {"patches": 180, "windows": 6, "levels": 1}},
+        {"kind": "bucket", "sizes": {"patches": 180, "windows": 2**20}},
         {"kind": "bucket", "patches": 180, "windows": 6},
         {"kind": "dynamic", "grid": [1, 10, 18]},
     ],

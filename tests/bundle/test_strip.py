@@ -446,10 +446,13 @@ def test_memory_does_not_grow_with_the_checkpoint(tiny, tmp_path):
     """A vision tensor and a language tensor of 320 MiB each, holes in their file."""
     folder, out, size = tmp_path / "hollow", tmp_path / "out", 320 << 20
     folder.mkdir()
-    shutil.copy(tiny / "config.json", folder)
-    names = ("model.embed_tokens.weight", "visual.patch_embed.proj.weight")
+    document = json.loads((tiny / "config.json").read_text())
+    shape = [size // 4 // 128, 128]
+    document["vision_config"]["out_hidden_size"] = shape[0]
+    (folder / "config.json").write_text(json.dumps(document))
+    names = ("model.embed_tokens.weight", "visual.merger.mlp.2.weight")
     entries = {
-        name: {"dtype": "F32", "shape": [size // 4], "data_offsets": [i * size, (i + 1) * size]}
+        name: {"dtype": "F32", "shape": shape, "data_offsets": [i * size, (i + 1) * size]}
         for i, name in enumerate(names)
     }
     header = json.dumps(entries).encode()

@@ -76,6 +76,26 @@ def test_every_form_is_computed_alike(tiny, stored, backend, options):
     np.testing.assert_allclose(embeddings, reference(tiny, patches, GRIDS), rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("backend", ["torch_ref", "onnxrt", "openvino"])
+@pytest.mark.parametrize("form", ["kernel as a matrix", "projection transposed", "bias as a column", "apart"])
+def test_weights_of_another_layout_are_refused_by_every_backend(tiny, tmp_path, backend, form):
+    def change(tensors):
+        if form == "kernel as a matrix":
+            name = "visual.patch_embed.proj.weight"
+            tensors[name] = tensors[name].reshape(len(tensors[name]), -1)
+        elif form == "projection transposed":
+            tensors["visual.merger.mlp.2.weight"] = np.ascontiguousarray(tensors["visual.merger.mlp.2.weight"].T)
+        elif form == "bias as a column":
+            tensors["visual.blocks.0.attn.proj.bias"] = tensors["visual.blocks.0.attn.proj.bias"][:, None]
+        else:
+            apart("")(tensors)
+            tensors["visual.blocks.0.attn.k.bias"] = tensors["visual.blocks.0.attn.k.bias"][:, None]
+
+    folder = reform(tiny, tmp_path / "form", change)
+    with pytest.raises(CheckpointError, match=r"do not fit the configuration: .* demands"):
+        open_encoder(folder, backend=backend)
+
+
 @pytest.mark.parametrize("self_contained", [False, True])
 def test_bundles_are_written_from_every_form(tiny, stored, tmp_path, self_contained):
     patches = random_patches([GRID.thw])

@@ -1,19 +1,22 @@
 """Graphs of fixed shapes compute the tower, in standard operators, for the 7B shape too."""
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from hypothesis import given
 
+from strategies import grid_lists
 from towers import lowest_cosine, random_patches
 from visionaccel import open_encoder
 from visionaccel.bundle import ProgramRequest, export_bundle
 from visionaccel.core.cpu import has_bfloat16
-from visionaccel.core.grid import Grid
-from visionaccel.core.program import ONNX, AnyGrid, FixedGrid, HostSplit, Program
+from visionaccel.core.grid import Grid, as_grids
+from visionaccel.core.program import ONNX, AnyGrid, Bucket, FixedGrid, HostSplit, Program
 from visionaccel.encoder import open_tower
-from visionaccel.errors import CheckpointError, ConfigurationError, UnfitGridError
+from visionaccel.errors import CheckpointError, ConfigurationError, GridError, UnfitGridError
 from visionaccel.towers import PatchEmbedding
 from visionaccel_testing.checkpoints import QWEN2_5_VL_7B, TINY, hollow_checkpoint, random_checkpoint
 
@@ -87,10 +90,51 @@ def test_an_encoder_of_fixed_programs_refuses_other_grids_and_names_its_own(tiny
         assert len(encoder.encode(random_patches([(3, 8, 12)]), [(3, 8, 12)])) == 3 * 24
 
 
-def test_what_the_family_does_not_write_is_refused(tiny):
+@pytest.mark.parametrize(
+    ("asked", "error", "said"),
+    [
+        ({"coverage": AnyGrid(), "host": HostSplit("raster")}, ConfigurationError, "fixed shapes only"),
+        ({"host": HostSplit("sideways")}, ConfigurationError, "not split in the order 'sideways'"),
+        (
+            {"coverage": Bucket({"patches": 64, "windows": 2}), "host": HostSplit("grouped")},
+            ConfigurationError,
+            "not split in the order 'grouped'",
+        ),
+        ({"coverage": FixedGrid(Grid(2, 8, 8))}, ConfigurationError, "takes one frame, and 2x8x8 has 2"),
+        ({"coverage": FixedGrid(Grid(1, 7, 8))}, GridError, "divisible by the merge size"),
+        ({"coverage": Bucket({"patches": 63, "windows": 1})}, ConfigurationError, "63 patches are not a whole number"),
+        ({"coverage": Bucket({"patches": 64})}, ConfigurationError, "states patches and windows alone"),
+        ({"coverage": Bucket({"patches": 64, "windows": 4, "tokens": 16})}, ConfigurationError, "and not .*tokens"),
+        ({"coverage": Bucket({"patches": 64, "windows": 0})}, ConfigurationError, "0 windows do not fit"),
+        ({"coverage": Bucket({"patches": 64, "windows": 5})}, ConfigurationError, "64 patches are in 1 to 4"),
+        ({"dialect": "nvidia"}, ConfigurationError, "not written in dialect 'nvidia'"),
+        ({"precision": "float64"}, ConfigurationError, "not written in precision 'float64'"),
+        ({"folder": Path("/nowhere")}, ConfigurationError, "/nowhere does not hold the weights"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(tiny, asked, error, said):
     tower = open_tower(tiny)
-    with pytest.raises(ConfigurationError, match="fixed shapes only"):
-        tower.onnx_model(coverage=AnyGrid(), host=HostSplit("raster"))
+    with pytest.raises(error, match=said):
+        tower.onnx_model(**{"coverage": FixedGrid(Grid(1, 8, 8)), **asked})
+
+
+@given(triples=grid_lists())
+def test_a_bucket_of_any_frame_may_be_written(tiny, triples):
+    tower = open_tower(tiny)
+    for grid in as_grids(triples):
+        tower.check_program(tower.bucket(grid), None)
+
+
+def test_a_bucket_pads_tensors_too(tiny):
+    torch = pytest.importorskip("torch")
+    tower, grid = open_tower(tiny), Grid(1, 8, 12)
+    coverage = tower.bucket(Grid(1, 16, 16))
+    inputs, outputs = tower.signature(coverage, None)
+    host = tower.host(Program("p", tower.family, ONNX, tiny, inputs, outputs, {}, True, coverage))
+    patches = random_patches([grid.thw])
+    given, expected = (host.inputs(each, [grid])["pixel_values"] for each in (torch.from_numpy(patches), patches))
+    assert isinstance(given, torch.Tensor)
+    np.testing.assert_array_equal(given.numpy(), expected)
 
 
 @pytest.mark.parametrize("use_torch", [False, True], ids=["numpy", "torch"])
@@ -133,9 +177,8 @@ def test_a_split_program_without_its_host_weight_is_refused(tmp_path):
     program = Program("p", tower.family, ONNX, tmp_path, inputs, outputs, {}, True, coverage, host=split)
     (name,) = tower.host_weights
     weights = dict(tower.weights)
-    other = tower.over({**weights, name: weights["merger.ln_q.weight"]})
-    with pytest.raises(CheckpointError, match=r"is F32\[32\] and not|is float32\[32\] and not"):
-        other.host(program)
+    with pytest.raises(CheckpointError, match=r"is float32\[32\], and the configuration demands \[32, 3, 2, 4, 4\]"):
+        tower.over({**weights, name: weights["merger.ln_q.weight"]})
     del weights[name]
     with pytest.raises(CheckpointError, match="is missing"):
         tower.over(weights).host(program)

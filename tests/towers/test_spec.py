@@ -33,6 +33,28 @@ def spec(tiny):
         ({"merger": (Linear("merger", 32, 24),)}, "merger gives rows of 24 and merges 0 times"),
         ({"merger": (Merge(), Merge(), Linear("merger", 512, 24))}, "merger gives rows of 24 and merges 2 times"),
         ({"out": 25}, "merger gives rows of 24"),
+        ({"depth": 1025}, "depth: a tower may have no more than 1024 blocks"),
+        ({"depth": True}, "depth is True; it must be of type int"),
+        ({"patch": 4.0}, r"patch is 4\.0; it must be of type int"),
+        ({"window": "2"}, "window is '2'; it must be int or NoneType"),
+        ({"rotary_base": float("nan")}, "rotary_base is nan; it must be a finite number"),
+        ({"full_blocks": [1]}, r"full_blocks is \[1\]; it must be a tuple"),
+        ({"full_blocks": (1.0,)}, r"full_blocks\[0\] is 1\.0; it must be of type int"),
+        ({"norm1": Norm("norm1", "batch", 32)}, "norm1.kind is 'batch'; it must be 'layer' or 'rms'"),
+        ({"norm1": Norm("norm1", "rms", 32, 0.0)}, "norm1, qkv: epsilon of norm1 must be positive"),
+        ({"norm2": Norm("norm2", "rms", 32, float("inf"))}, "norm2.epsilon is inf; it must be a finite number"),
+        ({"proj": Linear("attn.proj", 32, 32, bias=1)}, "proj.bias is 1; it must be of type bool"),
+        ({"proj": Linear("attn.proj", 32, 32, kernel=3)}, "kernel of attn.proj is 3; it must be merge"),
+        ({"mlp": (Activation("relu"),)}, r"mlp\[0\].kind is 'relu'; it must be 'gelu' or"),
+        ({"mlp": ("linear",)}, r"mlp\[0\] is 'linear'; it must be Norm or Linear"),
+        (
+            {"merger": (Merge(), Linear("m", 128, 128), Linear("m", 128, 24))},
+            "merger: two steps have one name",
+        ),
+        ({"positions": Positions("p", 4, "nearest", align_corners=True)}, "positions.mode is 'nearest'"),
+        ({"mlp": ()}, "mlp must end with a linear layer"),
+        ({"embed": ()}, "embed has no step"),
+        ({"merger": ()}, "merger has no step"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -42,7 +64,11 @@ def test_what_no_tower_can_be_is_refused_by_its_field(spec, change, complaint):
 
 
 def test_the_document_is_json_and_tells_towers_apart(spec):
-    assert json.loads(json.dumps(spec.document())) == spec.document() == replace(spec).document()
+    document = spec.document()
+    assert json.loads(json.dumps(document)) == document == replace(spec).document()
+    assert {"deepstack", "positions", "rotary_base"}.isdisjoint(document), "an older reader may not know the field"
+    assert document["norm1"] == {"step": "norm", "name": "norm1", "kind": "rms", "width": 32}
+    assert replace(spec, rotary_base=500.0).document() == {**document, "rotary_base": 500.0}
     other = replace(spec, full_blocks=(0, 2))
     assert other.document() != spec.document()
     assert spec.differing(other) == "full_blocks [1] and not [0, 2]"

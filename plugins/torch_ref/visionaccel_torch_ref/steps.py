@@ -30,7 +30,7 @@ class Steps:
 
     def __init__(self, spec: TowerSpec, steps: Sequence[Step], weights: WeightReader, place: str = "") -> None:
         def linear_of(step: LinearStep) -> Linear:
-            return make_linear(*weights.read_linear(spec, step, place))
+            return make_linear(*weights.read_linear(step, place))
 
         # The reader is not kept: it holds the copy in memory that weights are read from.
         self._before: list[Rows] = []
@@ -72,10 +72,10 @@ class Steps:
 
 def _norm(step: Norm, weights: WeightReader, place: str) -> Rows:
     name, shape = place + step.name, (step.width,)
-    weight = weights.read(f"{name}.weight", shape)
+    weight = weights.read(f"{name}.weight")
     if step.kind == "rms":
         return lambda x: _rms_norm(x, weight, step.epsilon)
-    bias = weights.read(f"{name}.bias", shape)
+    bias = weights.read(f"{name}.bias")
     return lambda x: functional.layer_norm(x, shape, weight, bias, step.epsilon)
 
 

@@ -53,15 +53,12 @@ class FastTower:
         self._embed = Steps(spec, spec.embed, weights)
         self._positions: torch.Tensor | None = None
         if spec.positions is not None:
-            shape = spec.positions.side**2, spec.hidden
-            self._positions = weights.read(f"{spec.positions.name}.weight", shape).float()
+            self._positions = weights.read(f"{spec.positions.name}.weight").float()
         self._blocks = tuple(_block(spec, block, weights) for block in range(spec.depth))
         self._merger = Steps(spec, spec.merger, weights)
         self._levels = tuple(
             Steps(spec, spec.deepstack_merger, weights, f"deepstack.{level}.") for level in range(len(spec.deepstack))
         )
-        if weights.left:
-            raise weights.unfit(f"it has no place for {sorted(weights.left)[0]!r}")
 
     def __call__(self, patches: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
         """Embeddings [N, out_width] in the order of the grids.
@@ -125,7 +122,7 @@ def load_fast_tower(program: Program, *, dtype: torch.dtype, attention: Attentio
 
 def _block(spec: TowerSpec, number: int, weights: WeightReader) -> _Block:
     place = f"blocks.{number}."
-    weight, bias = weights.read_linear(spec, spec.qkv, place)
+    weight, bias = weights.read_linear(spec.qkv, place)
     qkv = make_linear(_paired(weight, spec.heads), None if bias is None else _paired(bias, spec.heads))
     return _Block(
         norm1=Steps(spec, (spec.norm1,), weights, place),

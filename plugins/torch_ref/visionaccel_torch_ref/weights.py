@@ -1,7 +1,5 @@
 """A tower's weights, read one by one from the shards of its checkpoint."""
 
-import math
-
 import torch
 
 from visionaccel.core.arrays import as_host_tensor
@@ -23,38 +21,27 @@ class WeightReader:
 
     def __init__(self, program: Program, dtype: torch.dtype, device: str) -> None:
         self._program, self._dtype, self._device = program, dtype, device
-        self._left = set(program.weights)
 
-    @property
-    def left(self) -> frozenset[str]:
-        """Names that were not read yet."""
-        return frozenset(self._left)
-
-    def read(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
+    def read(self, name: str, view: tuple[int, ...] | None = None) -> torch.Tensor:
         """A weight by its name.
 
         Args:
             name: Its name.
-            shape: What it is viewed as, the first size being its own; None for its own shape.
+            view: Another shape of the same values, such as a convolution's kernel as a matrix.
 
         Raises:
-            CheckpointError: If there is none of that name, or it has another size.
+            CheckpointError: If there is none of that name, or it cannot be read.
         """
         stored = self._program.weights.get(name)
         if stored is None:
             raise self.unfit(f"{name!r} is missing")
-        wanted = stored.shape if shape is None else shape
-        if stored.shape[:1] != wanted[:1] or math.prod(stored.shape) != math.prod(wanted):
-            raise self.unfit(f"{name!r} is {list(stored.shape)} and not {list(wanted)}")
-        self._left.discard(name)
         tensor: torch.Tensor = as_host_tensor(stored.read(), stored.dtype)
-        return tensor.to(self._device, self._dtype).view(wanted)
+        return tensor.to(self._device, self._dtype).view(view or stored.shape)
 
-    def read_linear(self, spec: TowerSpec, linear: Linear, place: str = "") -> tuple[torch.Tensor, torch.Tensor | None]:
+    def read_linear(self, linear: Linear, place: str = "") -> tuple[torch.Tensor, torch.Tensor | None]:
         """The weight of a linear layer as a matrix, and its bias, whichever form they are stored in.
 
         Args:
-            spec: The tower.
             linear: The layer.
             place: What the names start with.
 
@@ -63,18 +50,17 @@ class WeightReader:
         """
         name, shape = place + linear.name, (linear.outputs, linear.inputs)
         if linear.kernel:  # over merged patches, whose rows have the channels last
-            kernel = self.read(f"{name}.weight", spec.stored_shape(linear))
+            kernel = self.read(f"{name}.weight")
             return kernel.permute(0, 2, 3, 1).reshape(shape).contiguous(), self._bias(linear, name)
         parts = [place + part for part in APART]
         if linear.name != JOINT or not {f"{part}.weight" for part in parts} <= set(self._program.weights):
             return self.read(f"{name}.weight", shape), self._bias(linear, name)
-        third = linear.outputs // len(parts)
-        weights = [self.read(f"{part}.weight", (third, linear.inputs)) for part in parts]
-        biases = [self.read(f"{part}.bias", (third,)) for part in parts] if linear.bias else []
+        weights = [self.read(f"{part}.weight") for part in parts]
+        biases = [self.read(f"{part}.bias") for part in parts] if linear.bias else []
         return torch.cat(weights), torch.cat(biases) if biases else None
 
     def _bias(self, linear: Linear, name: str) -> torch.Tensor | None:
-        return self.read(f"{name}.bias", (linear.outputs,)) if linear.bias else None
+        return self.read(f"{name}.bias") if linear.bias else None
 
     def unfit(self, what: str) -> CheckpointError:
         """The error for weights that are not those of the configuration."""

@@ -21,7 +21,7 @@ from visionaccel.core.bounded_files import MOST_HOLE_BYTES, hole_bytes, read_bou
 from visionaccel.core.digests import file_digest, remembered_digest
 from visionaccel.core.grid import Grid
 from visionaccel.core.memory_files import FileState, when_steady
-from visionaccel.core.program import CHECKPOINT, ONNX_MODELS, Bucket, FixedGrid, Program
+from visionaccel.core.program import CHECKPOINT, ONNX_MODELS, FixedGrid, Program
 from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import ArtifactError, BundleError, ConfigurationError, GridError, PluginError
 from visionaccel.families import Tower, tower_of
@@ -78,20 +78,10 @@ class Bundle:
         where = f"{self.folder / MANIFEST}: program {entry.name!r}"
         coverage, split = entry.covers(), entry.split
         inputs, outputs = tuple(t.spec for t in entry.inputs), tuple(t.spec for t in entry.outputs)
-        merge = self.tower.merge_size
-        if isinstance(coverage, FixedGrid):
-            try:
-                coverage.grid.check_divisible(merge)
-            except GridError as error:
-                raise BundleError(f"{where}: {error.message}", hint=_AGAIN) from error
-        if isinstance(coverage, Bucket):
-            if coverage.patches % merge**2:
-                raise BundleError(f"{where}: {coverage.patches} patches are not a whole number of tokens.", hint=_AGAIN)
-            counted = self.tower.sizes_of(Grid(1, merge, merge)).keys()
-            if coverage.sizes.keys() != counted:
-                raise BundleError(f"{where}: its bucket does not state {' and '.join(counted)} alone.", hint=_AGAIN)
-        if split is not None and not self.tower.takes_split(coverage, split):
-            raise BundleError(f"{where}: this family does not split such programs in that way.", hint=_AGAIN)
+        try:
+            self.tower.check_program(coverage, split)
+        except (ConfigurationError, GridError) as error:
+            raise BundleError(f"{where}: {error.message}", hint=_AGAIN) from error
         if entry.host is not None and entry.host.tensors != self.tower.host_weights:
             needed = ", ".join(self.tower.host_weights)
             raise BundleError(f"{where}: the host of a split program needs {needed}, no more and no less.", hint=_AGAIN)
@@ -272,10 +262,11 @@ def _tower(folder: Path, manifest: Manifest, given: Checkpoint | None, *, trust_
         )
     described = tower.spec.document()
     if described != manifest.spec:
-        differing = sorted(name for name in described if described[name] != manifest.spec.get(name))
+        names = described.keys() | manifest.spec.keys()
+        differing = sorted(name for name in names if described.get(name) != manifest.spec.get(name))
         raise BundleError(
             f"{folder / MANIFEST} states another vision configuration than {tower.checkpoint.folder}/config.json: "
-            f"{', '.join(differing) or 'a tower of more fields'} differ.",
+            f"{', '.join(differing)} differ.",
             hint=_AGAIN,
         )
     return tower

@@ -13,7 +13,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Literal, TypeAlias
+from functools import cache
+from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 __all__ = [
     "APART", "JOINT", "Activation", "ActivationKind", "Gated", "Linear", "Merge", "Norm", "NormKind", "Positions",
@@ -26,8 +27,8 @@ ActivationKind: TypeAlias = Literal["gelu", "gelu_tanh", "quick_gelu", "silu"]
 JOINT, APART = "attn.qkv", ("attn.q", "attn.k", "attn.v")
 """The projections of a block's attention: one weight and bias, or three whose rows follow each other in it."""
 
-_MOST, _MOST_WINDOW = 2**20, 2**14
-"""Far above every real tower's: a forged configuration must not decide how much memory the host's tables take."""
+_MOST, _MOST_WINDOW, _MOST_BLOCKS = 2**20, 2**14, 1024
+"""Far above every real tower's: a forged configuration must not decide how much memory and time the host takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +164,7 @@ class TowerSpec:
 
     def __post_init__(self) -> None:
         """Refuse what no tower can be."""
+        _check_value("", self, TowerSpec)
         sizes = {f.name: getattr(self, f.name) for f in fields(self) if f.type == "int"}
         sizes |= {} if self.window is None else {"window": self.window}
         sizes |= {} if self.positions is None else {"positions.side": self.positions.side}
@@ -171,14 +173,15 @@ class TowerSpec:
                 raise ValueError(f"{name} must be positive, and is {size}")
             if size > _MOST:
                 raise ValueError(f"{name} is {size}; no size may be over {_MOST}")
-        levels = range(self.depth)
+        levels = set(range(min(self.depth, _MOST_BLOCKS)))
         rules = {
+            f"depth: a tower may have no more than {_MOST_BLOCKS} blocks": self.depth <= _MOST_BLOCKS,
             f"window: windows may have no more than {_MOST_WINDOW} patches": self.window_patches <= _MOST_WINDOW,
             "hidden must be divisible by heads": self.hidden % self.heads == 0,
             "hidden: the width of a head must be divisible by 4": self.head_dim % 4 == 0,
-            "rotary_base must be positive": 0 < self.rotary_base < math.inf,
-            "full_blocks must be blocks of the tower": set(self.full_blocks) <= set(levels),
-            "deepstack must be blocks of the tower, each once": set(self.deepstack) <= set(levels)
+            "rotary_base must be positive": self.rotary_base > 0,
+            "full_blocks must be blocks of the tower": set(self.full_blocks) <= levels,
+            "deepstack must be blocks of the tower, each once": set(self.deepstack) <= levels
             and len(set(self.deepstack)) == len(self.deepstack),
             "deepstack_merger must be there with deepstack alone": bool(self.deepstack) == bool(self.deepstack_merger),
         }
@@ -194,11 +197,21 @@ class TowerSpec:
             self._check_steps(name, getattr(self, name), self.hidden, self.out, merges=True)
         if not isinstance(self.embed[0], Linear) or not all(isinstance(step, Norm) for step in self.embed[1:]):
             raise ValueError("embed must be a linear layer, and norms after it")
-        if not isinstance(self.mlp[-1], Linear | Gated):
+        if not self.mlp or not isinstance(self.mlp[-1], Linear | Gated):
             raise ValueError("mlp must end with a linear layer")
 
     def _check_steps(self, name: str, steps: Sequence[Step], width: int, wanted: int, *, merges: bool) -> None:
         """Follow the width of a row through a sequence."""
+        if not steps:
+            raise ValueError(f"{name} has no step")
+        weighted = list(_weighted(steps))
+        if len({step.name for step in weighted}) < len(weighted):
+            raise ValueError(f"{name}: two steps have one name, and would share their weights")
+        for each in weighted:
+            if isinstance(each, Norm) and each.epsilon <= 0:
+                raise ValueError(f"{name}: epsilon of {each.name} must be positive, and is {each.epsilon}")
+            if isinstance(each, Linear) and each.kernel and (each.kernel, each.inputs) != self._merging_kernel:
+                raise ValueError(f"{name}: kernel of {each.name} is {each.kernel}; it must be merge, or 0 for a matrix")
         merged = 0
         for step in steps:
             given = width
@@ -220,6 +233,11 @@ class TowerSpec:
                 raise ValueError(f"{name}: {step} is given rows of {given}")
         if width != wanted or merged != merges:
             raise ValueError(f"{name} gives rows of {width} and merges {merged} times; {wanted} and {int(merges)} fit")
+
+    @property
+    def _merging_kernel(self) -> tuple[int, int]:
+        """Side of a convolution's kernel over merged patches, and the width of the rows that it takes."""
+        return self.merge, self.hidden * self.merged
 
     @property
     def patch_width(self) -> int:
@@ -293,15 +311,20 @@ class TowerSpec:
         return linear.outputs, linear.inputs
 
     def document(self) -> dict[str, Any]:
-        """The description as JSON has it; equal for equal towers."""
+        """The description as JSON has it; equal for equal towers.
+
+        A field that holds its default is left out, so that a reader that does not know the field can read the rest.
+        """
         found = _plain(self)
         assert isinstance(found, dict)
         return found
 
     def differing(self, other: TowerSpec) -> str:
         """The fields in which another tower differs, with both values."""
-        ours, theirs = self.document(), other.document()
-        return "; ".join(f"{name} {ours[name]} and not {theirs[name]}" for name in ours if ours[name] != theirs[name])
+        pairs = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return "; ".join(
+            f"{name} {_plain(ours)} and not {_plain(theirs)}" for name, ours, theirs in pairs if ours != theirs
+        )
 
 
 def _weighted(steps: Sequence[Step]) -> Iterator[Norm | Linear]:
@@ -316,5 +339,34 @@ def _weighted(steps: Sequence[Step]) -> Iterator[Norm | Linear]:
 def _plain(value: Any) -> Any:
     if is_dataclass(value):
         kind = {} if isinstance(value, TowerSpec | Positions) else {"step": type(value).__name__.lower()}
-        return {**kind, **{f.name: _plain(getattr(value, f.name)) for f in fields(value)}}
+        stated = {f.name: getattr(value, f.name) for f in fields(value) if getattr(value, f.name) != f.default}
+        return {**kind, **{name: _plain(each) for name, each in stated.items()}}
     return [_plain(each) for each in value] if isinstance(value, tuple) else value
+
+
+def _check_value(place: str, value: Any, declared: Any) -> None:
+    """Refuse a value of another type than is declared for its place, and a number that is not finite."""
+    choices = get_args(declared)
+    if get_origin(declared) is Literal:
+        fits, wanted = value in choices, " or ".join(map(repr, choices))
+    elif get_origin(declared) is tuple:
+        fits, wanted = isinstance(value, tuple), "a tuple"
+        for number, each in enumerate(value if fits else ()):
+            _check_value(f"{place}[{number}]", each, choices[0])
+    elif choices:
+        fits, wanted = type(value) in choices, " or ".join(choice.__name__ for choice in choices)
+    elif declared is float:
+        fits, wanted = type(value) in (int, float) and -math.inf < value < math.inf, "a finite number"
+    else:
+        fits, wanted = type(value) is declared, f"of type {declared.__name__}"
+    if not fits:
+        raise ValueError(f"{place} is {value!r}; it must be {wanted}")
+    if is_dataclass(value) and not isinstance(value, type):
+        for name, kind in _declared(type(value)).items():
+            _check_value(f"{place}.{name}".removeprefix("."), getattr(value, name), kind)
+
+
+@cache
+def _declared(kind: type) -> Mapping[str, Any]:
+    """The declared types of a dataclass's fields."""
+    return get_type_hints(kind)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from visionaccel.checkpoint import Checkpoint
 from visionaccel.core.stored_tensor import StoredTensor
-from visionaccel.core.tower_spec import APART, JOINT, TowerSpec
+from visionaccel.core.tower_spec import JOINT, TowerSpec
 from visionaccel.errors import CheckpointError
 from visionaccel.towers.stored_form import plain_weights
 
-__all__ = ["Family", "VisionConfiguration", "has_every_weight"]
+__all__ = ["Family", "VisionConfiguration"]
 
 
 class VisionConfiguration:
@@ -132,10 +132,11 @@ class Family:
         return frozenset(name for name in checkpoint.tensors if name.startswith(self.prefixes))
 
     def weights(self, checkpoint: Checkpoint, spec: TowerSpec) -> dict[str, StoredTensor]:
-        """A tower's tensors by the spec's names.
+        """A tower's tensors by the spec's names, each of the shape that the spec demands.
 
         Raises:
-            CheckpointError: If there are none, one is stored in two forms, or one is quantised or has no place.
+            CheckpointError: If there are none, one is stored in two forms, or one is quantised, has no place or has
+                another shape.
         """
         stored = checkpoint.with_prefix(self.prefixes)
         if not stored:
@@ -154,8 +155,7 @@ class Family:
                         hint="Make a checkpoint in which each weight is stored once.",
                     )
                 found[own] = part
-        known = set(spec.shapes())
-        return plain_weights(found, known | {name.replace(JOINT, part) for name in known for part in APART})
+        return plain_weights(found, spec)
 
     def _forms(self, name: str, tensor: StoredTensor) -> Iterator[tuple[str, StoredTensor]]:
         """A stored tensor by the spec's names: as it is, under another name, or cut into the rows of several."""
@@ -173,14 +173,6 @@ class Family:
                 yield named(part), replace(tensor, offset=tensor.offset + place * length, length=length, shape=shape)
         else:
             yield named(self.names.get(module) or self.names.get(template, template)), tensor
-
-
-def has_every_weight(spec: TowerSpec, names: Collection[str]) -> bool:
-    """Whether a tower can be computed from the weights of these names."""
-    return all(
-        name in names or (JOINT in name and all(name.replace(JOINT, part) in names for part in APART))
-        for name in spec.shapes()
-    )
 
 
 def _whole(value: Any) -> int:

@@ -159,9 +159,10 @@ class _Padded(Host):
         return tables, padded
 
 
-def _pad(array: Array, rows: int) -> NDArray[Any]:
-    """`array` with zero rows appended, up to `rows`."""
-    padded = np.zeros((rows, *array.shape[1:]), dtype=array.dtype)
+def _pad(array: Array, rows: int) -> Array:
+    """`array` with zero rows appended, up to `rows`; a tensor stays one, on its device."""
+    shape = (rows, *array.shape[1:])
+    padded = array.new_zeros(shape) if is_tensor(array) else np.zeros(shape, dtype=array.dtype)
     padded[: len(array)] = array
     return padded
 

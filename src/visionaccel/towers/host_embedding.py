@@ -16,14 +16,13 @@ from numpy.typing import NDArray
 
 from visionaccel.core.arrays import Array, as_host_tensor, as_numpy
 from visionaccel.core.cpu import has_bfloat16
-from visionaccel.core.dtypes import FLOATS
 from visionaccel.core.program import Precision
 from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.core.tower_spec import Linear, Norm, TowerSpec
 from visionaccel.errors import CheckpointError
 from visionaccel.towers.tables import Tables
 
-__all__ = ["HostEmbedding", "PatchEmbedding", "read_weight"]
+__all__ = ["HostEmbedding", "PatchEmbedding"]
 
 
 class PatchEmbedding:
@@ -96,13 +95,17 @@ class HostEmbedding:
         precision: What the program behind it computes in.
 
     Raises:
-        CheckpointError: If a weight is missing, does not fit, or cannot be read.
+        CheckpointError: If a weight is missing or cannot be read.
     """
 
     def __init__(self, spec: TowerSpec, weights: Mapping[str, StoredTensor], precision: Precision) -> None:
-        shapes = spec.shapes()
         self._spec = spec
-        self._read = {name: read_weight(weights, name, shapes[name]) for name in spec.embed_weights}
+        if missing := [name for name in spec.embed_weights if name not in weights]:
+            raise CheckpointError(
+                f"the program leaves the patch embedding to the host, and its weight {missing[0]!r} is missing.",
+                hint="Export the bundle again from a complete checkpoint.",
+            )
+        self._read = {name: weights[name].read() for name in spec.embed_weights}
         first = spec.embed[0]
         assert isinstance(first, Linear), "TowerSpec checks it"
         kernel = self._read.pop(f"{first.name}.weight").reshape(spec.hidden, spec.patch_width)
@@ -133,26 +136,6 @@ class HostEmbedding:
         rows = rows / np.sqrt(np.square(rows).mean(axis=-1, keepdims=True) + np.float32(norm.epsilon))
         rows *= self._read[f"{norm.name}.weight"]
         return rows + self._read[f"{norm.name}.bias"] if norm.kind == "layer" else rows
-
-
-def read_weight(weights: Mapping[str, StoredTensor], name: str, shape: tuple[int, ...]) -> NDArray[Any]:
-    """A weight in its own dtype.
-
-    Raises:
-        CheckpointError: If it is missing, its shape or dtype does not fit, or the file cannot be read.
-    """
-    stored = weights.get(name)
-    if stored is None:
-        raise CheckpointError(
-            f"the program leaves the patch embedding to the host, and its weight {name!r} is missing.",
-            hint="Export the bundle again from a complete checkpoint.",
-        )
-    if stored.dtype not in FLOATS or stored.shape != shape:
-        raise CheckpointError(
-            f"{stored.file}: {stored.name!r} is {stored.dtype}{list(stored.shape)} and not {list(shape)} floats.",
-            hint="Configuration and weights are of different models.",
-        )
-    return stored.read()
 
 
 def _torch_can(precision: Precision) -> bool:

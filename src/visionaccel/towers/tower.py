@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from visionaccel.checkpoint import Checkpoint
 from visionaccel.core.contracts import TensorSpec
@@ -27,10 +27,11 @@ from visionaccel.core.program import (
 )
 from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import ConfigurationError
-from visionaccel.towers.family import Family, has_every_weight
+from visionaccel.towers.family import Family
 from visionaccel.towers.host import GROUPED, RASTER, Host, open_host
 from visionaccel.towers.operations import Operations, count_operations
 from visionaccel.towers.signature import checkpoint_signature, signature
+from visionaccel.towers.stored_form import has_every_weight, plain_weights
 from visionaccel.towers.tables import tower_tables
 
 __all__ = ["Tower"]
@@ -105,9 +106,13 @@ class Tower:
         return Path(os.path.commonpath({tensor.file.parent for tensor in self.weights.values()}))
 
     def over(self, weights: Mapping[str, StoredTensor]) -> Self:
-        """The same tower with its weights in another place, from where everything reads them."""
+        """The same tower with its weights in another place, from where everything reads them.
+
+        Raises:
+            CheckpointError: If one does not fit the description.
+        """
         other = copy(self)
-        other.weights = weights
+        other.weights = plain_weights(weights, self.spec)
         return other
 
     @property
@@ -151,15 +156,54 @@ class Tower:
                     hint="Split programs of fixed shapes only.",
                 )
 
-    def takes_split(self, coverage: Coverage, split: HostSplit) -> bool:
-        """Whether the host can stand around a program of that coverage that leaves it that part."""
-        match coverage:
-            case FixedGrid():
-                return split.order == RASTER or split == self.split(coverage)
-            case Bucket():
-                return split == self.split(coverage)
-            case AnyGrid():
-                return False
+    def check_program(self, coverage: Coverage, split: HostSplit | None) -> None:
+        """Refuse what no program of this tower covers, and a split that the host cannot stand around.
+
+        Args:
+            coverage: Which grids the program takes.
+            split: What it leaves to the host; None for nothing but the tables.
+
+        Raises:
+            ConfigurationError: If it is split in a way that is not known, a fixed grid has several frames, or a bucket
+                counts something else than this tower does, or more than any frame of its patches has.
+            GridError: If a fixed grid is not divisible by the merge size.
+        """
+        if isinstance(coverage, FixedGrid):
+            coverage.grid.check_divisible(self.merge_size)
+            if coverage.grid.t != 1:
+                raise ConfigurationError(
+                    f"a program of a fixed grid takes one frame, and {coverage.grid} has {coverage.grid.t}.",
+                    hint=f"Name {coverage}: the frames of a video are encoded one by one.",
+                )
+        if isinstance(coverage, Bucket):
+            self._check_bucket(coverage)
+        either = isinstance(coverage, FixedGrid) and split == HostSplit(RASTER)
+        if split is not None and not either and split != self.split(coverage):
+            raise ConfigurationError(
+                f"programs for {coverage} of this tower are not split in the order {split.order!r}.",
+                hint=f"Name the order {self.split(coverage).order!r}.",
+            )
+
+    def _check_bucket(self, bucket: Bucket) -> None:
+        counted = self.sizes_of(Grid(1, self.merge_size, self.merge_size)).keys()
+        if bucket.sizes.keys() != counted:
+            raise ConfigurationError(
+                f"a bucket of this tower states {' and '.join(counted)} alone, and not {', '.join(bucket.sizes)}.",
+                hint="Make buckets with `Tower.bucket`.",
+            )
+        tokens, rest = divmod(bucket.patches, self.spec.merged)
+        if rest or tokens < 1:
+            raise ConfigurationError(
+                f"{bucket.patches} patches are not a whole number of tokens.",
+                hint=f"Name a multiple of {self.spec.merged} patches.",
+            )
+        if self.spec.window is not None:
+            most = -(-tokens // self.spec.window)  # as many as a frame of one row of tokens has
+            if not 1 <= bucket.sizes["windows"] <= most:
+                raise ConfigurationError(
+                    f"{bucket.sizes['windows']} windows do not fit: {bucket.patches} patches are in 1 to {most}.",
+                    hint="Make buckets with `Tower.bucket`.",
+                )
 
     def bucket(self, largest: Grid) -> Bucket:
         """The smallest bucket that takes every frame of at most that height and width."""
@@ -218,23 +262,34 @@ class Tower:
 
         Raises:
             CheckpointError: If a weight is missing or does not fit the configuration.
-            ConfigurationError: If the combination is not one that is written, or onnx is not installed.
+            ConfigurationError: If an argument is not known, the combination is not one that is written, the folder does
+                not hold the weights, or onnx is not installed.
+            GridError: If a fixed grid is not divisible by the merge size.
         """
+        chosen = dialect or ("microsoft" if isinstance(coverage, AnyGrid) else "standard")
+        for what, value, known in (("precision", precision, Precision), ("dialect", chosen, OperatorDialect)):
+            if value not in get_args(known):
+                raise ConfigurationError(
+                    f"graphs are not written in {what} {value!r}.", hint=f"Name {' or '.join(get_args(known))}."
+                )
+        self.check_program(coverage, host)
+        folder = self.weights_folder if folder is None else folder.resolve()
+        if outside := [str(each.file) for each in self.weights.values() if not each.file.is_relative_to(folder)]:
+            raise ConfigurationError(
+                f"{folder} does not hold the weights, which lie in {outside[0]}.",
+                hint=f"Pass {self.weights_folder} or a folder above it.",
+            )
         try:  # only a backend that opens this program needs onnx, which takes a noticeable time to import
             from visionaccel.towers.onnx.graph import write_graph
             from visionaccel.towers.onnx.writer import GraphWriter
         except ModuleNotFoundError as error:
             raise ConfigurationError.missing_extra("writing an ONNX graph", error.name, "visionaccel[onnx]") from error
-
-        chosen = dialect or ("microsoft" if isinstance(coverage, AnyGrid) else "standard")
-        if host is not None:
-            self.split(coverage)
-            if chosen == "microsoft":
-                raise ConfigurationError(
-                    "a program in ONNX Runtime's operators leaves nothing but the tables to the host.",
-                    hint="Split programs in standard operators only.",
-                )
-        writer = GraphWriter(folder or self.weights_folder, precision)
+        if host is not None and chosen == "microsoft":
+            raise ConfigurationError(
+                "a program in ONNX Runtime's operators leaves nothing but the tables to the host.",
+                hint="Split programs in standard operators only.",
+            )
+        writer = GraphWriter(folder, precision)
         model = write_graph(self.spec, self.weights, writer, coverage, host, chosen)
         return bytes(model.SerializeToString())
 

@@ -45,7 +45,7 @@ def write_graph(
         dialect: Whose operators to write.
 
     Raises:
-        CheckpointError: If a weight is missing, or has another shape or dtype than the description demands.
+        CheckpointError: If a weight is missing, or of a dtype that graphs do not refer to.
     """
     references = GraphWeights(spec, weights, writer)
     operators: Operators
@@ -134,7 +134,7 @@ class _Walk:
         positions, g = self.spec.positions, self.g
         assert positions is not None
         index, weight = (self.operators.table(name) for name in ("position_index", "position_weight"))
-        table = self.w.weight(f"{positions.name}.weight", (positions.side**2, self.spec.hidden))
+        table = self.w.weight(f"{positions.name}.weight")
         total = ""
         for tap in range(positions.taps):
             place = g.constant(np.int64(tap))

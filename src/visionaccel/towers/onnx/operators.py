@@ -184,7 +184,7 @@ class MicrosoftOperators(FusedOperators):
                 return self.g.node("Gelu", [x], domain=MICROSOFT)
             case "gelu_tanh":
                 return self.g.node("FastGelu", [x], domain=MICROSOFT)
-            case _:  # x * sigmoid(alpha * x) in one node
+            case "silu" | "quick_gelu":  # x * sigmoid(alpha * x) in one node
                 return self.g.node("QuickGelu", [x], domain=MICROSOFT, alpha=1.0 if kind == "silu" else 1.702)
 
     def rotate(self, x: str) -> str:

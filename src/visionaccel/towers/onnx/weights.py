@@ -24,34 +24,33 @@ class GraphWeights:
     def __init__(self, spec: TowerSpec, weights: Mapping[str, StoredTensor], writer: GraphWriter) -> None:
         self._spec, self._weights, self._g = spec, weights, writer
 
-    def weight(self, name: str, shape: tuple[int, ...], view: tuple[int, ...] | None = None) -> str:
-        """A weight of that shape, seen as `view`.
+    def weight(self, name: str, view: tuple[int, ...] | None = None) -> str:
+        """A weight, seen as `view`.
 
         Raises:
-            CheckpointError: If it is missing, or has another shape or dtype.
+            CheckpointError: If it is missing, or of a dtype that graphs do not refer to.
         """
         if name not in self._weights:
             raise CheckpointError(
                 f"the checkpoint's vision tower has no tensor {name!r}.",
                 hint="Pass a complete checkpoint; a checkpoint stripped of its vision weights cannot be written.",
             )
-        return self._g.weight(name, self._weights[name], shape, view)
+        return self._g.weight(name, self._weights[name], view)
 
     def norm(self, step: Norm, place: str) -> tuple[str, str]:
         """Scale and bias of a normalisation; the bias is empty where it has none."""
-        name, shape = place + step.name, (step.width,)
-        return self.weight(f"{name}.weight", shape), self.weight(f"{name}.bias", shape) if step.kind == "layer" else ""
+        name = place + step.name
+        return self.weight(f"{name}.weight"), self.weight(f"{name}.bias") if step.kind == "layer" else ""
 
     def linear(self, step: Linear, place: str, x: str) -> str:
         """A linear layer of [rows, inputs]; `transB` takes the stored layout as it is."""
-        g, name = self._g, place + step.name
-        stored = self._spec.stored_shape(step)
+        g, name, matrix = self._g, place + step.name, (step.outputs, step.inputs)
         if step.kernel:  # its axes are moved, which a runtime does once
-            moved = g.node("Transpose", [self.weight(f"{name}.weight", stored)], perm=[0, 2, 3, 1])
-            weight = g.node("Reshape", [moved, g.constant([step.outputs, step.inputs])])
+            moved = g.node("Transpose", [self.weight(f"{name}.weight")], perm=[0, 2, 3, 1])
+            weight = g.node("Reshape", [moved, g.constant(matrix)])
         else:
-            weight = self.weight(f"{name}.weight", stored, (step.outputs, step.inputs))
-        bias = [self.weight(f"{name}.bias", (step.outputs,))] if step.bias else []
+            weight = self.weight(f"{name}.weight", matrix)
+        bias = [self.weight(f"{name}.bias")] if step.bias else []
         return g.node("Gemm", [x, weight, *bias], transB=1)
 
     def joint_projections(self, x: str, place: str) -> str:

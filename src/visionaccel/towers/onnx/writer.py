@@ -88,31 +88,28 @@ class GraphWriter:
             self._initializers[name] = numpy_helper.from_array(array, name)
         return self._constants[key]
 
-    def weight(
-        self, name: str, stored: StoredTensor, shape: tuple[int, ...], view: tuple[int, ...] | None = None
-    ) -> str:
+    def weight(self, name: str, stored: StoredTensor, view: tuple[int, ...] | None = None) -> str:
         """A value of a weight that stays in its shard; one of another dtype than the precision is read through a Cast.
 
         Args:
             name: Its name in the graph.
             stored: Where it lies.
-            shape: The shape that the tower's configuration demands.
             view: Another shape of the same bytes, such as a convolution's kernel as a matrix.
 
         Raises:
-            CheckpointError: If the stored shape or dtype is not what is demanded.
+            CheckpointError: If the stored dtype is not one that graphs refer to.
         """
-        if stored.shape != shape or stored.dtype not in _WEIGHTS:
+        if stored.dtype not in _WEIGHTS:
             raise CheckpointError(
-                f"{stored.file}: {stored.name!r} is {stored.dtype}{list(stored.shape)}; the configuration demands "
-                f"{list(shape)} in {', '.join(_WEIGHTS)}.",
-                hint="Configuration and weights are of different models, or the vision tower is quantized.",
+                f"{stored.file}: {stored.name!r} is {stored.dtype}; a graph's weights are {', '.join(_WEIGHTS)}.",
+                hint="Convert the checkpoint to one of these.",
             )
         if name not in self._initializers:
-            tensor = TensorProto(name=name, data_type=DTYPES[stored.dtype].onnx, dims=view or shape)
+            shape = view or stored.shape
+            assert math.prod(shape) == math.prod(stored.shape)
+            tensor = TensorProto(name=name, data_type=DTYPES[stored.dtype].onnx, dims=shape)
             point_at(tensor, ExternalData.at(stored, self._folder))
             self._initializers[name] = tensor
-            assert math.prod(view or shape) == math.prod(shape)
         if stored.dtype == self.precision:
             return name
         if name not in self._casts:
