@@ -290,7 +290,7 @@ def test_a_call_that_the_steps_end_cuts_off_is_no_hang_and_its_device_works_agai
     assert "the engine's step had no more time before device 'cpu' answered" in answer.message
     assert "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS" in answer.hint
     assert stage.breaker.closed
-    assert not stage.hangs
+    assert not stage.hangs_for
 
     # Nothing else is given to it until then, not even what has all the time.
     assert not stage.ready
@@ -314,7 +314,7 @@ def test_a_call_that_the_steps_end_cut_off_is_a_hang_once_its_own_deadline_has_p
     (answer,) = guarded.encode_items(random_patches([GRID]), [GRID], until=time.monotonic() + 0.3)
     assert isinstance(answer, DeadlineError)
     assert stage.breaker.closed
-    wait_until(lambda: stage.hangs)
+    wait_until(lambda: stage.hangs_for)
     assert "device 'cpu' did not answer within 1 s" in stage.breaker.reason
     gate.let_in()
     wait_until(lambda: stage.ready)

@@ -100,7 +100,7 @@ def test_a_canary_of_a_service_that_hangs_disables_the_device(tiny, tmp_path):
     (guarded,) = open_guarded(open_tower(tiny), settings, settings.wanted_devices)
     switch.write_text('[{"all": true, "do": "hang", "seconds": 3}]')
     wait_until(lambda: not guarded.stages[0].breaker.closed, 10)
-    assert guarded.stages[0].hangs
+    assert guarded.stages[0].hangs_for
     switch.write_text("")
     wait_until(lambda: guarded.stages[0].breaker.closed, 30)
     guarded.close()
@@ -210,8 +210,8 @@ def test_every_call_returns_within_its_deadline_or_its_link_is_disabled(tiny, sc
             assert not any(stage.ready or stage.last_resort for stage in stages)
             break
     hung = schedule[: len(schedule) - len(todo)].count("hang")
-    assert sum(stage.hangs for stage in stages) == hung, "each hang disables its own link"
-    assert not any(stage.ready for stage in stages if stage.hangs)
+    assert sum(stage.hangs_for > 0 for stage in stages) == hung, "each hang disables its own link"
+    assert not any(stage.ready for stage in stages if stage.hangs_for)
     started = time.monotonic()
     chain.close()
     assert time.monotonic() - started < 8
@@ -374,21 +374,6 @@ def test_counters_of_a_chain_count_every_thread(tiny):
     guarded.close()
 
 
-def test_a_slow_callback_of_one_future_stops_no_deadline_of_another(tiny):
-    guarded, gate = gated(tiny)
-    gate.shut()
-    held = threading.Event()
-    with EncodeService([guarded]) as service:
-        service.submit(image(0), GRID)
-        gate.wait_for_calls(1)
-        service.submit(image(1), GRID, deadline=0.05).add_done_callback(lambda _: held.wait(10))
-        hurried = service.submit(image(2), GRID, deadline=0.2)
-        with pytest.raises(DeadlineError):
-            hurried.result(5)
-        held.set()
-        gate.let_in()
-
-
 def test_a_late_call_counts_for_nothing_once_its_item_was_taken_back(tiny):
     guarded, gate = gated(tiny, fallback=lambda: open_encoder(tiny, backend="onnxrt"), deadline=0.5)
     gate.shut()
@@ -400,7 +385,7 @@ def test_a_late_call_counts_for_nothing_once_its_item_was_taken_back(tiny):
         time.sleep(0.05)
         counters = service.counters
         assert (counters.submitted, counters.encoded, counters.fallback) == (1, 1, 1)
-        assert service._ledger._slots.free == 64
+        assert service.room
 
 
 def test_devices_of_two_models_do_not_share_embeddings_and_two_of_one_model_do(tiny):

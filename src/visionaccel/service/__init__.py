@@ -3,8 +3,8 @@
 from visionaccel.service.assembly import open_guarded, open_service, open_wanted_service
 from visionaccel.service.cache import EmbeddingCache
 from visionaccel.service.keys import item_key, numerics
-from visionaccel.service.queue import Embedding
 from visionaccel.service.service import EncodeService
+from visionaccel.service.state import Embedding
 
 __all__ = [
     "Embedding",

@@ -17,7 +17,7 @@ __all__ = ["embedding_key", "item_key", "numerics"]
 
 
 def item_key(patches: Array, grid: Grid, context: str = "") -> str:
-    """A digest of one item's patches and grid, the same in every process. It lets go of the GIL while it computes.
+    """A digest of one item's patches and grid, the same in every process. It releases the GIL while it computes.
 
     Args:
         patches: [P, patch_width], numpy or torch.
@@ -29,15 +29,23 @@ def item_key(patches: Array, grid: Grid, context: str = "") -> str:
     return digest.hexdigest()
 
 
-def embedding_key(patches: Array, grid: Grid, numbers: str) -> str:
-    """What an item's embedding is kept under: its patches, their dtype, its grid, and what computes it (`numerics`)."""
-    return item_key(patches, grid, f"{dtype_name(patches)} {numbers}")
+def embedding_key(patches: Array, grid: Grid, numbers: str, content: str | None = None) -> str:
+    """What an item's embedding is kept under: its content, its grid, its dtype, and what computes it.
+
+    Args:
+        patches: The item's patches. They are read only where `content` is None.
+        grid: Its grid.
+        numbers: What `numerics` gives for the encoder.
+        content: The caller's key of the patches' values, such as vLLM's hash.
+    """
+    context = f"{dtype_name(patches)} {numbers}"
+    return item_key(patches, grid, context) if content is None else f"{content} {grid} {context}"
 
 
 def numerics(encoder: Encoder, dtype: str) -> str:
     """What decides an encoder's numbers: backend, kind and model of the device, precision, options and programs.
 
-    A program whose digest is not known is told by its weights' files and their states when they were verified.
+    A program without a digest is identified by its weights' files and their states when they were verified.
 
     Args:
         encoder: An open encoder.

@@ -14,47 +14,46 @@ from typing import Self
 
 import numpy as np
 
-from visionaccel.core.arrays import Array
+from visionaccel.core.arrays import Array, as_numpy
 from visionaccel.core.dtypes import FLOATS
 from visionaccel.core.grid import Grid, GridLike, as_grids, total_patches
-from visionaccel.errors import (
-    ConfigurationError,
-    DeadlineError,
-    DeviceLostError,
-    PatchesError,
-    QueueFullError,
-    VisionAccelError,
-)
-from visionaccel.service.alarms import Alarms
+from visionaccel.core.safe_text import safe_logger
+from visionaccel.errors import ConfigurationError, DeviceError, PatchesError, QueueFullError, VisionAccelError
 from visionaccel.service.cache import EmbeddingCache
-from visionaccel.service.devices import DeviceThreads
 from visionaccel.service.keys import embedding_key, numerics
-from visionaccel.service.ledger import Ledger, ServiceCounters
-from visionaccel.service.queue import Embedding, Item
+from visionaccel.service.state import Embedding, Item, ServiceCounters, ServiceState
 from visionaccel.trust import GuardedEncoder
 
 __all__ = ["EncodeService"]
 
+logger = safe_logger(__name__)
+
 _MISMATCH = "Pass the pixel_values and the grid_thw of the same processor call."
+_TRIES = 3
+_POLL = 0.005
+_CLOSING = 1.0
 
 
 class EncodeService:
     """Encodes images and videos in the order of their arrival, on whichever device is free.
 
     Safe to use from any thread; use as a context manager or call `close`. An item that fails, fails alone. Equal items
-    that are in the service at one time are encoded once, and embeddings are kept in a cache. A device's backend says
-    how many calls it wants in progress at a time, and whether small items should share one
-    (`Capabilities.max_in_flight`, `batch_patches`).
+    that are in the service at one time are encoded once, and embeddings are kept in a cache. Each item is a call of its
+    own. A device gets one thread, or as many as its backend declares (`Capabilities.max_in_flight`).
 
-    A call of a device has its encoder's deadline. The items of one that does not return in time get the next encoder of
-    the chain; where there is none, an item that the call was for alone fails with DeadlineError, and others get a call
-    each once the encoder works again. What waits then waits for that, too, but for no longer than the deadline.
+    The deadline of a call is that of the chain's links. While no link of any chain can answer because one hangs, what
+    waits is kept until the call returns. An item fails once it has waited for the deadline, and the hang lasts as long.
 
     Args:
         encoders: One for each device, which the service closes. All must compute the same numbers.
         queue_size: Most items that wait for a device.
         cache: Where embeddings are kept: a number of bytes for a cache of its own, or one that is shared.
         dtype: Dtype of the embeddings: `float32`, `bfloat16` (through ml_dtypes) or `float16`.
+
+    Attributes:
+        tower: Sizes of the vision tower.
+        cache: The cache.
+        encoders: The chain of each device.
 
     Raises:
         ConfigurationError: If there is no encoder, or they differ in what they compute.
@@ -69,28 +68,25 @@ class EncodeService:
         dtype: str = "float32",
     ) -> None:
         self._numbers = _one_numerics(encoders, dtype)
+        self.encoders = tuple(encoders)
         self.tower = encoders[0].primary.tower
         self.cache = cache if isinstance(cache, EmbeddingCache) else EmbeddingCache(cache)
-        self._dtype = dtype
-        self._deadline = max(stage.deadline for encoder in encoders for stage in encoder.stages)
-        self._ledger = Ledger(queue_size)
-        self._alarms = Alarms("visionaccel-deadlines")
-        self._devices = [
-            DeviceThreads(encoder, self._ledger, self.cache, dtype, self._one_is_stuck) for encoder in encoders
-        ]
-        for stage in {stage for encoder in encoders for stage in encoder.stages}:
-            stage.on_drift(self.cache.clear)
+        self._dtype = np.dtype(FLOATS[dtype])
+        stages = {stage for encoder in encoders for stage in encoder.stages}
+        self._deadline = max(stage.deadline for stage in stages)
+        self._state = ServiceState(queue_size, self.cache)
         self._closing = threading.Lock()
         self._closed = self._ended = False
-        self._intake = threading.Thread(target=self._take_in, name="visionaccel-intake", daemon=True)
-        self._intake.start()
-        for device in self._devices:
-            device.start()
+        for stage in stages:
+            stage.on_drift(self.cache.clear)
+        self._threads = {encoder: self._threads_of(encoder) for encoder in encoders}
+        for thread in self._all_threads():
+            thread.start()
 
     @property
     def counters(self) -> ServiceCounters:
         """What it has done so far."""
-        return self._ledger.counters
+        return self._state.counters
 
     @property
     def closed(self) -> bool:
@@ -99,17 +95,12 @@ class EncodeService:
 
     @property
     def room(self) -> bool:
-        """Whether an item would be taken in at once."""
-        return self._ledger.room
-
-    @property
-    def encoders(self) -> tuple[GuardedEncoder, ...]:
-        """The encoder of each device."""
-        return tuple(device.encoder for device in self._devices)
+        """Whether any item would be taken in at once."""
+        return self._state.room
 
     def bytes_of(self, grid: Grid) -> int:
         """Bytes of the embedding of an item of that grid."""
-        itemsize: int = np.dtype(FLOATS[self._dtype]).itemsize
+        itemsize: int = self._dtype.itemsize
         return grid.tokens(self.tower.merge_size) * self.tower.out_width * itemsize
 
     def submit(
@@ -117,73 +108,61 @@ class EncodeService:
         patches: Array,
         grid: GridLike,
         *,
+        key: str | None = None,
         arrival: float | None = None,
+        urgent: bool = False,
         timeout: float | None = None,
-        deadline: float | None = None,
     ) -> Future[Embedding]:
         """Have one image or video encoded.
 
-        Takes microseconds where there is room: patches are looked at on another thread.
+        With a key it takes microseconds where there is room. Without one it reads the patches once.
 
         Args:
             patches: float32, float16 or bfloat16 [P, patch_width], numpy or torch. Must not change until it is encoded.
             grid: Its (t, h, w).
+            key: The caller's key of the patches, such as vLLM's hash of the image: equal for equal values only. None
+                for a digest of the patches.
             arrival: When it arrived, if not now; earlier ones are encoded first. On the clock of `time.monotonic`,
                 unless every caller of the service uses another one.
-            timeout: Seconds to wait for room in the queue; None for as long as it takes.
-            deadline: Seconds from now until it must be encoded; None for no limit besides the service's.
+            urgent: Encode it before all that is not urgent.
+            timeout: Seconds to wait for room in the queue; None for as long as it takes. What equals an item in the
+                service, or is in the cache, needs none.
 
         Returns:
             A future of the embedding, [tokens, out_width] in the service's dtype, read-only and shared with others that
-            ask for the same. Cancel it if it is not wanted any more: an item that nobody wants is not encoded. It fails
+            ask for the same. Cancel it if it is not wanted any more: an item without futures is not encoded. It fails
             with the item's own error: InputError for wrong data, DeadlineError, another DeviceError, or
             ServiceClosedError.
 
         Raises:
             GridError: If the grid is wrong.
-            PatchesError: If there are more or fewer patches than it says.
+            PatchesError: If there are more or fewer patches than it says, or they cannot be read.
             QueueFullError: If there was no room in time.
             ServiceClosedError: If the service is closed.
         """
-        item = self._item(patches, grid, arrival)
-        if not self._ledger.slot():
-            if timeout is not None and timeout <= 0:
-                raise _full(timeout)
-            turn = self._ledger.turn()
-            try:
-                turn.result(timeout)
-            except BaseException as error:
-                self._ledger.give_back(turn)
-                if isinstance(error, TimeoutError):
-                    raise _full(timeout) from None
-                raise
-        return self._enter(item, deadline)
+        return self._state.enter(self._item(patches, grid, key, arrival, urgent), timeout)
 
     async def submit_async(
-        self, patches: Array, grid: GridLike, *, arrival: float | None = None, deadline: float | None = None
+        self, patches: Array, grid: GridLike, *, key: str | None = None, arrival: float | None = None
     ) -> Embedding:
         """`submit` without blocking the event loop, and the answer. Cancelling the task cancels the item.
 
         Raises:
             VisionAccelError: What `submit` raises, and the item's own error.
         """
-        item = self._item(patches, grid, arrival)
-        if not self._ledger.slot():
-            turn = self._ledger.turn()
+        item = await asyncio.to_thread(self._item, patches, grid, key, arrival)
+        while True:
             try:
-                await asyncio.wrap_future(turn)
-            except asyncio.CancelledError:
-                self._ledger.give_back(turn)
-                raise
-        return await asyncio.wrap_future(self._enter(item, deadline))
+                return await asyncio.wrap_future(self._state.enter(item, 0))
+            except QueueFullError:
+                await asyncio.sleep(_POLL)
 
-    def encode(self, patches: Array, grids: Iterable[GridLike], *, deadline: float | None = None) -> list[Embedding]:
+    def encode(self, patches: Array, grids: Iterable[GridLike]) -> list[Embedding]:
         """Encode several images and videos and wait for all of them.
 
         Args:
             patches: [P, patch_width] of all items, one after the other.
             grids: (t, h, w) of each item.
-            deadline: Seconds from its submission until each must be encoded.
 
         Returns:
             One embedding for each grid, as the future of `submit`.
@@ -193,19 +172,15 @@ class EncodeService:
         """
         futures: list[Future[Embedding]] = []
         try:
-            for rows, grid in self._split(patches, grids):
-                futures.append(self.submit(rows, grid, deadline=deadline))
+            futures += (self.submit(rows, grid) for rows, grid in self._split(patches, grids))
             return [future.result() for future in futures]
         finally:
             for future in futures:
                 future.cancel()
 
-    async def encode_async(
-        self, patches: Array, grids: Iterable[GridLike], *, deadline: float | None = None
-    ) -> list[Embedding]:
+    async def encode_async(self, patches: Array, grids: Iterable[GridLike]) -> list[Embedding]:
         """As `encode`, without blocking the event loop."""
-        items = self._split(patches, grids)
-        tasks = [asyncio.create_task(self.submit_async(rows, grid, deadline=deadline)) for rows, grid in items]
+        tasks = [asyncio.create_task(self.submit_async(*item)) for item in self._split(patches, grids)]
         try:
             return list(await asyncio.gather(*tasks))
         finally:
@@ -226,22 +201,17 @@ class EncodeService:
             if self._closed:
                 return
             self._closed = True
-            self._ledger.close(drain=drain)
+            self._state.close(drain=drain)
             if wait is None and not drain:
                 wait = self._deadline
             until = None if wait is None else time.monotonic() + wait
-            self._intake.join()
             with ExitStack() as stack:
                 stack.callback(self._end)
-                stack.callback(self._alarms.close)
-                stack.callback(self._ledger.abandon)
-                for device in self._devices:
-                    stack.callback(device.close)
-                for device in self._devices:
-                    stack.callback(device.join, until)
-
-    def _end(self) -> None:
-        self._ended = True
+                stack.callback(self._state.abandon)
+                for encoder in self.encoders:
+                    stack.callback(self._close_chain, encoder)
+                for thread in self._all_threads():
+                    thread.join(None if until is None else max(0.0, until - time.monotonic()))
 
     def __enter__(self) -> Self:
         return self
@@ -251,14 +221,43 @@ class EncodeService:
     ) -> None:
         self.close()
 
-    def _item(self, patches: Array, grid: GridLike, arrival: float | None) -> Item:
+    def _end(self) -> None:
+        self._ended = True
+
+    def _threads_of(self, encoder: GuardedEncoder) -> list[threading.Thread]:
+        """One thread for each call that the device is to have in progress."""
+        capabilities = encoder.primary.capabilities
+        calls = max(1, capabilities.max_in_flight) if capabilities.thread_safe else 1
+        names = [f"visionaccel-{capabilities.device}-{call}" for call in range(calls)]
+        return [threading.Thread(target=self._run, args=(encoder,), name=name, daemon=True) for name in names]
+
+    def _all_threads(self) -> list[threading.Thread]:
+        return [thread for threads in self._threads.values() for thread in threads]
+
+    def _close_chain(self, encoder: GuardedEncoder) -> None:
+        """Close a chain's encoders. A call that is still in progress keeps its own until it returns."""
+        alive = any(thread.is_alive() for thread in self._threads[encoder])
+        if alive:
+            device = encoder.primary.capabilities.device
+            logger.warning("A call of device %r does not return; it keeps the device and a thread.", device)
+        encoder.close(0.0 if alive else _CLOSING)
+
+    def _item(
+        self, patches: Array, grid: GridLike, key: str | None, arrival: float | None, urgent: bool = False
+    ) -> Item:
         (checked,) = as_grids([grid], self.tower.merge_size)
         if len(patches) != checked.patches:
             raise PatchesError(
                 f"{len(patches)} patches were given, but grid {checked} has {checked.patches}.", hint=_MISMATCH
             )
-        now = time.monotonic()
-        return Item(patches, checked, now if arrival is None else arrival, now)
+        try:
+            own_key = embedding_key(patches, checked, self._numbers, key)
+        except Exception as error:
+            raise PatchesError(
+                f"the patches cannot be read: {type(error).__name__}: {error}.",
+                hint="Pass pixel_values as the model's own processor returns them.",
+            ) from error
+        return Item(own_key, patches, checked, time.monotonic() if arrival is None else arrival, urgent)
 
     def _split(self, patches: Array, grids: Iterable[GridLike]) -> list[tuple[Array, Grid]]:
         checked = as_grids(grids, self.tower.merge_size)
@@ -268,43 +267,41 @@ class EncodeService:
         ends = np.cumsum([grid.patches for grid in checked]).tolist()
         return [(patches[start:end], grid) for start, end, grid in zip([0, *ends], ends, checked, strict=False)]
 
-    def _enter(self, item: Item, deadline: float | None) -> Future[Embedding]:
-        future = self._ledger.enter(item)
-        if deadline is not None:
-            error = DeadlineError(
-                f"the item was not encoded within {deadline:g} s of its submission.", hint="Try again."
-            )
-            alarm = self._alarms.set(deadline, partial(self._ledger.expire, future, error))
-            future.add_done_callback(lambda _: self._alarms.forget(alarm))
-        return future
+    # On a device's threads:
 
-    def _take_in(self) -> None:
-        """Give each item its key, and answer it if its embedding is known."""
-        while (item := self._ledger.incoming()) is not None:
-            key: str | None = None
-            known: Embedding | VisionAccelError | None = None
-            try:
-                key = embedding_key(item.patches, item.grid, self._numbers)
-                known = self.cache.get(key)
-            except Exception as error:
-                known = PatchesError(
-                    f"the patches cannot be read: {type(error).__name__}: {error}.",
-                    hint="Pass pixel_values as the model's own processor returns them.",
-                )
-            self._ledger.place(item, key, known)
+    def _run(self, encoder: GuardedEncoder) -> None:
+        while (item := self._state.take(partial(self._may_take, encoder))) is not None:
+            started = time.monotonic()
+            result, fallback = self._encode(encoder, item, started - item.submitted)
+            self._state.finish(item, result, time.monotonic() - started, fallback=fallback)
 
-    def _one_is_stuck(self) -> None:
-        self._alarms.set(self._deadline, self._fail_waiting_if_all_are_stuck)
+    def _may_take(self, encoder: GuardedEncoder, item: Item) -> bool:
+        """Whether a chain can answer an item; or none can, and both the hang and the wait last for too long."""
+        if encoder.stuck_for == 0:
+            return True
+        stuck = min(each.stuck_for for each in self.encoders)
+        return min(stuck, time.monotonic() - item.submitted) >= self._deadline
 
-    def _fail_waiting_if_all_are_stuck(self) -> None:
-        """While no device takes anything, what waits does not wait for ever; what has just come gets its time, too."""
-        if min(device.stuck_for() for device in self._devices) >= self._deadline:
-            error = DeviceLostError(
-                f"no device has taken an item for {self._deadline:g} s: all are past their deadline.",
-                hint="Restart the server. VISIONACCEL_ISOLATION=process ends and restarts a device that hangs.",
-            )
-            self._ledger.fail_waiting(self._deadline, error)
-            self._one_is_stuck()
+    def _encode(self, encoder: GuardedEncoder, item: Item, waited: float) -> tuple[Embedding | VisionAccelError, bool]:
+        """An item's answer, and whether a fallback computed it; none of a device that was distrusted meanwhile."""
+        patches = item.patches
+        try:
+            for _ in range(_TRIES):
+                generation = self.cache.generation
+                (answer,) = encoder.encode_items(patches, [item.grid], waited)
+                if isinstance(answer, VisionAccelError):
+                    return answer, False
+                rows = np.asarray(as_numpy(answer.rows), dtype=self._dtype, order="C")
+                rows.flags.writeable = False
+                if answer.fallback:
+                    return rows, True
+                self.cache.put(item.key, rows, generation)
+                if generation == self.cache.generation:
+                    break
+            return rows, False
+        except Exception as error:  # The thread must survive any exception; its item answers for it.
+            logger.exception("Encoding failed in a way that it should not.")
+            return DeviceError(f"encoding failed with {type(error).__name__}: {error}"), False
 
 
 def _one_numerics(encoders: Sequence[GuardedEncoder], dtype: str) -> str:
@@ -324,10 +321,3 @@ def _one_numerics(encoders: Sequence[GuardedEncoder], dtype: str) -> str:
             hint="Open a service for each kind of device.",
         )
     return first
-
-
-def _full(timeout: float | None) -> QueueFullError:
-    return QueueFullError(
-        f"the queue of the encode service is full{f' since {timeout:g} s' if timeout else ''}.",
-        hint="Try again later, or raise VISIONACCEL_QUEUE_SIZE.",
-    )

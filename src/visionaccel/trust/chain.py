@@ -86,9 +86,12 @@ class GuardedEncoder:
         return len(self.stages) > 1
 
     @property
-    def hangs(self) -> bool:
-        """Whether nothing may be asked now because a call does not return: what waits may be answered later."""
-        return not self._turns() and any(stage.hangs for stage in self.stages)
+    def stuck_for(self) -> float:
+        """Seconds since when no link may be asked because one hangs; 0 if one may, or none hangs.
+
+        What waits meanwhile may be answered later.
+        """
+        return 0.0 if self._turns() else min((stage.hangs_for for stage in self.stages if stage.hangs_for), default=0.0)
 
     def encode_items(
         self,
@@ -257,10 +260,11 @@ class GuardedEncoder:
         return DeviceError(" ".join([first.message, *more]), hint=errors[-1][1].hint) if more else first
 
     def _nobody(self) -> DeviceError:
-        return DeviceError(
-            f"no encoder is healthy: {'; '.join(stage.why_not for stage in self.stages)}",
-            hint="It is probed again soon; see the log, or set VISIONACCEL_FALLBACK.",
-        )
+        message = f"no encoder is healthy: {'; '.join(stage.why_not for stage in self.stages)}"
+        if self.stuck_for:
+            hint = "Restart the server. VISIONACCEL_ISOLATION=process ends and restarts a device that hangs."
+            return DeviceLostError(message, hint=hint)
+        return DeviceError(message, hint="It is probed again soon; see the log, or set VISIONACCEL_FALLBACK.")
 
     def _failed(self, error: VisionAccelError, items: int) -> list[Embedded | VisionAccelError]:
         with self._counting:

@@ -101,7 +101,8 @@ class Stage:
         self._source = OnDemand(encoder, self._calls, open_deadline)
         self._lock = threading.Lock()
         self._checking, self._telling, self._reports = threading.RLock(), threading.Lock(), BreakerReports()
-        self._closed = self._hangs = False
+        self._closed = False
+        self._hangs_since: float | None = None
         self._distrusted = 0
         self._drifted: list[Callable[[], None]] = []
         self._checked_restarts: int | None = None
@@ -122,9 +123,10 @@ class Stage:
         return not (self.breaker.for_sure or self._calls.cut) and self._source.if_open is not None
 
     @property
-    def hangs(self) -> bool:
-        """Whether it is disabled because a call did not return in time."""
-        return self._hangs
+    def hangs_for(self) -> float:
+        """Seconds since it was disabled because a call did not return in time; 0 if it was not."""
+        since = self._hangs_since
+        return 0.0 if since is None else max(1e-9, time.monotonic() - since)
 
     @property
     def why_not(self) -> str:
@@ -315,7 +317,7 @@ class Stage:
             hint="Raise VISIONACCEL_DEADLINE, or set VISIONACCEL_ISOLATION=process, which ends what hangs.",
         )
         if not self._closed:
-            self._hangs = True
+            self._hangs_since = self._hangs_since or time.monotonic()
             self.breaker.trip(error.message)
         return error
 
@@ -387,7 +389,7 @@ class Stage:
         with self._telling:  # several changes may come at once: what is told last is the state that there is
             state = self.breaker.state
             if state is BreakerState.CLOSED:
-                self._hangs = False
+                self._hangs_since = None
             level = logging.INFO if state is BreakerState.HALF_OPEN else logging.WARNING
             logger.log(level, "Encoder %r %s: %s", self.name, words[state], reason)
             if self._source.if_open is not None:

@@ -57,7 +57,6 @@ class SimulatedOptions(Options):
         "the environment variable SIMULATED_SWITCH names, for a fallback, which takes no options.",
     )
     max_in_flight: int = Field(1, ge=1, description="Calls that it works on at a time.")
-    batch_patches: int = Field(0, ge=0, description="Most patches of several images that are put into one call.")
     replay: bool = Field(
         False, description="Remember answers, up to 512 MiB, so that the same input is not computed again."
     )
@@ -125,7 +124,6 @@ class SimulatedBackend(VisionBackend):
             device=target.shown(name, inner.capabilities.device),
             thread_safe=options.max_in_flight > 1 or inner.capabilities.thread_safe,
             max_in_flight=options.max_in_flight,
-            batch_patches=options.batch_patches,
             simulated=True,
         )
         answers = RememberedAnswers() if options.replay else None

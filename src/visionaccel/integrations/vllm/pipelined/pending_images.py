@@ -57,7 +57,9 @@ class Failure:
 class Service(Protocol):
     """What is asked to encode."""
 
-    def submit(self, patches: Array, grid: Grid, *, arrival: float, timeout: float | None) -> Future[Embedding]:
+    def submit(
+        self, patches: Array, grid: Grid, *, key: str, arrival: float, urgent: bool, timeout: float | None
+    ) -> Future[Embedding]:
         """As `EncodeService.submit`."""
 
     def bytes_of(self, grid: Grid) -> int:
@@ -109,7 +111,8 @@ class PendingImages:
             request: Its identifier.
             items: What it needs next.
             arrival: When it arrived; earlier ones are served first.
-            urgent: Submit even beyond the bound, because other requests may wait for the memory that this one holds.
+            urgent: Submit even beyond the bound, and have it encoded first, because other requests may wait for the
+                memory that this one holds.
         """
         self._waiting.setdefault(request)
         ready = True
@@ -179,7 +182,9 @@ class PendingImages:
             return None
         size = 0
         try:
-            future = self._service.submit(item.patches, item.grid, arrival=arrival, timeout=0)
+            future = self._service.submit(
+                item.patches, item.grid, key=item.identifier, arrival=arrival, urgent=urgent, timeout=0
+            )
             size = self._service.bytes_of(item.grid)
         except QueueFullError:
             return None
