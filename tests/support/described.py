@@ -40,6 +40,13 @@ CASES = {
 """transformers' tower and its configuration, by the family's name."""
 
 
+ARCHITECTURES = {
+    "qwen2_vl": "Qwen2VLForConditionalGeneration",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "glm4v": "Glm4vForConditionalGeneration",
+}
+
+
 def _sizes(config: VisionConfiguration, hidden: str = "hidden_size", channels: str = "in_channels") -> dict[str, int]:
     return {
         "patch": config.whole("patch_size"),
@@ -168,7 +175,7 @@ def described_tower(name: str, folder: Path) -> tuple[Tower, nn.Module]:
     save_file({f"visual.{key}": value for key, value in theirs.state_dict().items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(config.to_json_string(use_diff=False))
     checkpoint = Checkpoint(folder)
-    checkpoint.config = {"architectures": [name], "vision_config": checkpoint.config}
+    checkpoint.config = {"architectures": [ARCHITECTURES[name]], "vision_config": checkpoint.config}
     return Tower(FAMILIES[name], checkpoint), theirs
 
 

@@ -22,15 +22,18 @@ from fake_plugins import install
 from visionaccel import open_encoder
 from visionaccel.backends.registry import _default
 from visionaccel.bundle import open_bundle
-from visionaccel.checkpoint import read_header, write_safetensors
+from visionaccel.checkpoint import Checkpoint, read_header, write_safetensors
 from visionaccel.cli.bundles import validate
 from visionaccel.core.comparison import Comparison, length_errors, token_cosines
 from visionaccel.core.grid import Grid
 from visionaccel.core.program import AnyGrid, Bucket, FixedGrid
 from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError, InputError, SettingsError, UnknownBackendError
+from visionaccel.families.qwen2_5_vl import FAMILY
 from visionaccel.images import image_processor
 from visionaccel.isolation import IsolatedSession
+from visionaccel.towers import Tower
+from visionaccel.validation import validate_bundle
 from visionaccel.validation.certificate import THRESHOLDS
 from visionaccel.validation.packed_weights import differing_weights
 from visionaccel.validation.trials import Trials, bundled_photographs, find_images, trial_calls
@@ -115,6 +118,17 @@ def test_programs_that_leave_work_to_the_host_pass(tiny, tmp_path, precision):
 def test_a_bundle_with_its_own_weights_passes(tiny, tmp_path):
     folder = write_bundle(tiny, tmp_path / "bundle", "6x10", self_contained=True, precision="bfloat16")
     assert run(folder, tiny)["passed"] is True
+
+
+def test_without_transformers_tower_the_certificate_says_that_the_reference_is_not_independent(tiny, tmp_path, caplog):
+    bundle = open_bundle(write_bundle(tiny, tmp_path / "bundle", "6x10"))
+    checkpoint = Checkpoint(tiny)
+    assert validate_bundle(bundle, Tower(FAMILY, checkpoint), backend="onnxrt").certificate.independent
+    checkpoint.config = {**checkpoint.config, "architectures": ["ThirdPartyModel"]}
+    certificate = validate_bundle(bundle, Tower(FAMILY, checkpoint), backend="onnxrt").certificate
+    assert certificate.passed
+    assert not certificate.independent
+    assert "no vision tower for ThirdPartyModel. The reference is visionaccel's own tower" in caplog.text
 
 
 class Recorded(IsolatedSession):

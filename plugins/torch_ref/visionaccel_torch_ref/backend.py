@@ -100,7 +100,7 @@ class TorchReferenceBackend(VisionBackend):
                     "torch_ref's implementation 'transformers' needs transformers, which is not installed.",
                     hint="pip install transformers.",
                 )
-            from visionaccel_torch_ref.yardstick import TransformersTower
+            from visionaccel_torch_ref.reference import TransformersTower
 
             tower = TransformersTower(program, dtype=dtype, attention=options.attention, device=where)
         threads = options.threads or (thread_limit() if where == "cpu" else None)

@@ -250,6 +250,11 @@ class Certificate(_Model):
 
     created: Name = Field(description="Time in ISO 8601.")
     reference: Digest = Field(description="Digest of the reference's vision weights.")
+    independent: bool = Field(
+        True,
+        description="Whether the reference was transformers' own tower. Otherwise it was visionaccel's in float32, "
+        "which shares the tower's description with the programs, so that a fault of the description does not show.",
+    )
     images: dict[Name, int] = Field(description="Number of images by kind: generated, real.")
     programs: tuple[ProgramResult, ...] = Field(min_length=1)
     toolchain: dict[Name, Name] = Field(description="Versions of what ran.")

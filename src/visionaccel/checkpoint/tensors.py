@@ -64,7 +64,8 @@ def copy_to_memory(tensors: Mapping[str, StoredTensor], copied: MemoryFile | Non
         copied: The memory file that copies of the same tensors lie in; nothing is read then.
 
     Returns:
-        Where the copies lie, by the same names; each keeps the memory file alive.
+        Where the copies lie, by the same names; each keeps the memory file alive, and the name that the tensor had in
+        its own file.
 
     Raises:
         CheckpointError: If a file cannot be read or ends too early.
@@ -88,8 +89,7 @@ def copy_to_memory(tensors: Mapping[str, StoredTensor], copied: MemoryFile | Non
 
     memory = copied or MemoryFile.write("visionaccel-weights", end, fill)
     return {
-        name: replace(tensor, name=name, file=memory.path, offset=starts[name], origin=memory)
-        for name, tensor in tensors.items()
+        name: replace(tensor, file=memory.path, offset=starts[name], origin=memory) for name, tensor in tensors.items()
     }
 
 

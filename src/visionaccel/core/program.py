@@ -151,6 +151,9 @@ class Program:
         device: Kind of device that it was made for, such as `npu`; None for any.
         model: Returns the artifact's bytes where it has any; called when a session opens, never by a probe.
         spec: The description of the tower, for a backend that builds it from its weights; None in other programs.
+        configuration: What the checkpoint's `config.json` states of the tower: the architectures and the vision
+            configuration in its place, for a reference that shares nothing with the description; None in other
+            programs.
         tables: Returns the grid-dependent tables of one call by the names of a program's inputs, for a
             backend that builds the tower from its weights; None where a program has its tables or gets them as inputs.
             It can be pickled, so that it goes to a process of its own with the program.
@@ -176,6 +179,7 @@ class Program:
     device: str | None = None
     model: Callable[[], bytes] | None = field(default=None, compare=False, repr=False)
     spec: TowerSpec | None = field(default=None, compare=False, repr=False)
+    configuration: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
     tables: Callable[[Sequence[Grid]], Mapping[str, NDArray[Any]]] | None = field(
         default=None, compare=False, repr=False
     )

@@ -26,6 +26,7 @@ class StoredTensor:
     """Where one tensor's bytes lie, little-endian and C-contiguous.
 
     Attributes:
+        name: Its name in the checkpoint, or that of the fused weight that it is a part of.
         file: The shard, with symbolic links resolved.
         offset: First byte in the file.
         length: Number of bytes.

@@ -319,5 +319,6 @@ class Tower:
             weights=self.weights,
             uniform_frames=False,
             spec=self.spec,
+            configuration=self.description,
             tables=partial(tower_tables, self.spec),
         )

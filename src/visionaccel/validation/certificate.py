@@ -43,6 +43,7 @@ from visionaccel.errors import (
     PluginError,
     SettingsError,
     UnknownBackendError,
+    UnsupportedArchitectureError,
     VisionAccelError,
 )
 from visionaccel.families import Tower
@@ -163,21 +164,34 @@ def validate_bundle(
         deadline=deadline,
         open_deadline=open_deadline,
     )
-    with open_encoder(
-        reference, backend=REFERENCE_BACKEND, options=REFERENCE_OPTIONS, registry=registry, isolation="none"
-    ) as exact:
+    opened, independent = _open_reference(reference, registry)
+    with opened as exact:
         run = _Run(bundle, _Reference(exact), trials, open_programs, backend, device)
         results = tuple(run.program(entry, demanded, partial(tell, entry.name)) for entry in bundle.manifest.programs)
     plugins = {registry.entry(result.backend).distribution for result in results if result.backend != _NOT_RUN}
     certificate = Certificate(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         reference=digest,
+        independent=independent,
         images=run.images,
         programs=results,
         toolchain=toolchain((*_TOOLS, *sorted(plugins))),
         passed=all(result.failure is None for result in results),
     )
     return Validation(certificate, tuple(run.golden))
+
+
+def _open_reference(reference: Tower, registry: Registry) -> tuple[Encoder, bool]:
+    """The reference of a tower, and whether it shares nothing with what it judges."""
+    opened = partial(open_encoder, reference, backend=REFERENCE_BACKEND, registry=registry, isolation="none")
+    try:
+        return opened(options=REFERENCE_OPTIONS), True
+    except UnsupportedArchitectureError as error:
+        logger.warning(
+            "%s The reference is visionaccel's own tower in float32: a wrong description of the tower does not show.",
+            error.message,
+        )
+        return opened(options={**REFERENCE_OPTIONS, "implementation": "fast"}), False
 
 
 def _trials(reference: Tower, images: Sequence[Path]) -> Trials:

@@ -11,22 +11,30 @@ from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
+from described import CASES, described_reference, described_tower
 from strategies import grid_lists
 from towers import lowest_cosine, random_patches, reference
 from visionaccel import open_encoder
+from visionaccel.checkpoint import Checkpoint
 from visionaccel.core.grid import as_grids
 from visionaccel.core.packed_products import PackedWeight
 from visionaccel.core.program import CHECKPOINT
 from visionaccel.encoder import open_tower
-from visionaccel.errors import BackendUnavailableError, CheckpointError, PluginError, SettingsError
-from visionaccel.families.qwen2_5_vl import DEFAULTS
-from visionaccel.towers import make_tables, tower_tables
+from visionaccel.errors import (
+    BackendUnavailableError,
+    CheckpointError,
+    PluginError,
+    SettingsError,
+    UnsupportedArchitectureError,
+)
+from visionaccel.families.qwen2_5_vl import DEFAULTS, FAMILY
+from visionaccel.towers import Norm, Tower, make_tables, tower_tables
 from visionaccel_testing.checkpoints import TINY, random_checkpoint
 from visionaccel_torch_ref import linear
 from visionaccel_torch_ref.backend import TorchReferenceBackend, TorchReferenceOptions
 from visionaccel_torch_ref.layout import Layouts
 from visionaccel_torch_ref.linear import ACTIVATIONS, PackedLinear, PlainLinear, make_linear, why_not_packed
-from visionaccel_torch_ref.yardstick import TransformersTower
+from visionaccel_torch_ref.reference import TransformersTower
 
 EVERY_TRAIT = [(1, 12, 10), (3, 6, 18), (1, 16, 16), (2, 2, 2), (1, 12, 10)]
 """Whole and partial windows, videos, grids that repeat, and windows of one size in several items."""
@@ -292,6 +300,39 @@ def test_the_fast_tower_imports_no_transformers(tiny):
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
 
 
-def test_the_yardstick_is_used_where_it_is_asked_for(tiny):
+@pytest.mark.parametrize("name", CASES)
+def test_the_reference_is_transformers_tower_of_any_family(name, tmp_path):
+    tower, theirs = described_tower(name, tmp_path)
+    grids = [(1, 12, 10), (1, 4, 4)]
+    patches = np.random.default_rng(0).standard_normal((136, tower.patch_width), np.float32)
+    with open_encoder(tower, backend="torch_ref", options={"implementation": "transformers"}) as encoder:
+        ours = encoder.encode(patches, grids)
+    np.testing.assert_allclose(ours, described_reference(name, theirs, patches, grids), rtol=0, atol=2e-5)
+
+
+def test_a_fault_of_a_familys_description_shows_against_the_reference(tiny):
+    """The reference shares neither the description nor the tables with what it judges."""
+    tower = open_tower(tiny)
+    patches, exact = random_patches(EVERY_TRAIT), reference(tiny, random_patches(EVERY_TRAIT), EVERY_TRAIT)
+    for fault in (
+        {"rotary_base": 500.0},
+        {"window": None, "full_blocks": ()},
+        {"norm1": Norm("norm1", "rms", 32, 1e-1)},
+        {"mlp": (replace(tower.spec.mlp[0], activation="gelu"),)},
+    ):
+        tower.spec = replace(open_tower(tiny).spec, **fault)
+        with opened(tower, implementation="transformers") as judge, opened(tower) as judged:
+            np.testing.assert_allclose(judge.encode(patches, EVERY_TRAIT), exact, rtol=0, atol=1e-5)
+            assert relative_error(judged.encode(patches, EVERY_TRAIT), exact) > 1e-3
+
+
+def test_a_tower_that_transformers_does_not_have_has_no_reference(tiny):
+    checkpoint = Checkpoint(tiny)
+    checkpoint.config = {**checkpoint.config, "architectures": ["ThirdPartyModel"]}
+    with pytest.raises(UnsupportedArchitectureError, match="no vision tower for ThirdPartyModel"):
+        opened(Tower(FAMILY, checkpoint), implementation="transformers")
+
+
+def test_the_reference_is_used_where_it_is_asked_for(tiny):
     with opened(tiny, implementation="transformers") as encoder:
         assert isinstance(encoder.programs[0].session._tower, TransformersTower)

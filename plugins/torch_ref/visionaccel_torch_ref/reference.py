@@ -1,0 +1,105 @@
+"""transformers' own vision tower, loaded alone from a checkpoint: what every other form is measured against.
+
+It is built from the checkpoint's configuration and from the names under which the checkpoint stores its weights. It
+shares no arithmetic, no table and no description with this package or the core, so that a fault of theirs cannot hide
+in it.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import transformers
+
+from visionaccel.core.grid import Grid
+from visionaccel.core.program import Program
+from visionaccel.errors import UnsupportedArchitectureError
+from visionaccel_torch_ref.weights import WeightReader
+
+__all__ = ["TransformersTower"]
+
+
+class TransformersTower:
+    """The tower in evaluation mode on a device.
+
+    Args:
+        program: Its configuration and where its weights lie; the language model's are not read.
+        dtype: For weights and arithmetic; rotary frequencies stay float32.
+        attention: transformers' attention implementation, `sdpa` or `eager`.
+        device: `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        CheckpointError: If the weights do not fit the configuration.
+        UnsupportedArchitectureError: If transformers has no such tower.
+    """
+
+    def __init__(self, program: Program, *, dtype: torch.dtype, attention: str, device: str) -> None:
+        kind, config = _tower_class(program)
+        # Built on the meta device, so that nothing is allocated twice; the weights are then assigned, not copied.
+        with torch.device("meta"):
+            tower = kind._from_config(config, attn_implementation=attention)
+        reader = WeightReader(program, dtype, device)
+        weights = _own_names(program, {name: tuple(value.shape) for name, value in tower.state_dict().items()}, reader)
+        try:
+            tower.load_state_dict(weights, assign=True)
+        except RuntimeError as error:
+            raise reader.unfit(str(error)) from error
+        for name, module in list(tower.named_modules()):
+            if any(
+                buffer.is_meta for buffer in module.buffers(recurse=False)
+            ):  # rotary frequencies, which are computed
+                tower.set_submodule(name, type(module)(config))
+        self._tower: torch.nn.Module = tower.to(device).eval().requires_grad_(False)
+
+    def __call__(self, patches: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
+        """Embeddings [N, out_width] in the order of the grids, deepstack levels next to each.
+
+        Args:
+            patches: [P, patch_width], of the tower's dtype and on its device.
+            grids: The grids of the call.
+        """
+        triples = torch.tensor([grid.thw for grid in grids]).to(patches.device)
+        found = self._tower(patches, grid_thw=triples, return_dict=True)
+        return torch.cat([found.pooler_output, *(getattr(found, "deepstack_features", None) or ())], dim=1)
+
+
+def _tower_class(program: Program) -> tuple[Any, Any]:
+    """Transformers' class of the tower, and its configuration as the checkpoint states it."""
+    document = program.configuration or {}
+    named = [str(name) for name in document.get("architectures") or ()]
+    for model in (getattr(transformers, name, None) for name in named):
+        whole = getattr(model, "config_class", None)
+        if model is None or whole is None:
+            continue
+        config, stated = _innermost(whole, document)
+        for kind in vars(sys.modules[model.__module__]).values():
+            if isinstance(kind, type) and getattr(kind, "config_class", None) == config:
+                return kind, config.from_dict(dict(stated))
+    raise UnsupportedArchitectureError(
+        f"transformers {transformers.__version__} has no vision tower for {', '.join(named) or 'no architecture'}.",
+        hint="Use implementation fast.",
+    )
+
+
+def _innermost(config: Any, stated: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
+    """The class of the tower's configuration, and what the document, which holds no other part, states of it."""
+    for key, part in config.sub_configs.items():
+        if isinstance(stated.get(key), Mapping):
+            return _innermost(part, stated[key])
+    return config, stated
+
+
+def _own_names(
+    program: Program, shapes: Mapping[str, tuple[int, ...]], reader: WeightReader
+) -> dict[str, torch.Tensor]:
+    """The weights by transformers' names: as they are stored, or if they are stored in another form, joined."""
+    found: dict[str, torch.Tensor] = {}
+    for name, stored in program.weights.items():
+        ends = [own for own, shape in shapes.items() if shape == stored.shape and f".{stored.name}".endswith(f".{own}")]
+        found[max(ends, key=len, default=name)] = reader.read(name)
+    for joint in [own for own in shapes if ".qkv." in own and own not in found]:
+        parts = [joint.replace(".qkv.", f".{part}.") for part in "qkv"]
+        if found.keys() >= set(parts):
+            found[joint] = torch.cat([found.pop(part) for part in parts])
+    return found
