@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -13,20 +14,15 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from visionaccel.core.cores import WantedCores
+from visionaccel.core.cores import WantedCores, parse_cores
 from visionaccel.core.invalid_values import problems_of
 from visionaccel.core.safe_text import safe_logger
-from visionaccel.core.setting_values import (
-    parse_options,
-    printable_only,
-    read_bytes,
-    read_chain,
-    read_cores,
-    read_names,
-)
+from visionaccel.core.strict_json import parse_json
 from visionaccel.errors import SettingsError
 
-__all__ = ["LONGEST_SECONDS", "PREFIX", "Settings", "load_settings", "make_settings", "settings_table"]
+__all__ = [
+    "LONGEST_SECONDS", "PREFIX", "Settings", "load_settings", "make_settings", "parse_options", "settings_table",
+]  # fmt: skip
 
 logger = safe_logger(__name__)
 
@@ -38,10 +34,100 @@ _MOST_BYTES = 2**50
 _OUT_OF_RANGE = frozenset({"greater_than", "greater_than_equal", "less_than_equal", "finite_number"})
 _MOST_SHOWN = 200
 _SAID = "_VISIONACCEL_DEPRECATIONS_SAID"
+_MOST_NESTED = 32
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)")
+_UNITS = {"": 1, "b": 1} | {
+    f"{prefix}{unit}": base**power
+    for power, prefix in enumerate("kmgtp", 1)
+    for unit, base in (("", 1000), ("b", 1000), ("i", 1024), ("ib", 1024))
+}
 
 
-_Text = Annotated[str, AfterValidator(printable_only)]
-_Path = Annotated[Path, AfterValidator(printable_only)]
+def parse_options(value: Any) -> Any:
+    """Backend options from text: a JSON object, or `name=value,name=value` where values are JSON or plain text.
+
+    Raises:
+        ValueError: If it is neither, names an option twice, or has a number that is not finite or an object that is
+            nested too deeply.
+    """
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    if text.startswith("{"):
+        return _shallow(parse_json(text))
+    options: dict[str, Any] = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        name, equals, item = part.partition("=")
+        if not equals:
+            raise ValueError(f"{part!r} is not of the form name=value")
+        name = name.strip()
+        if name in options:
+            raise ValueError(f"option {name!r} is given twice")
+        options[name] = _option(item.strip())
+    return _shallow(options)
+
+
+def _shallow(options: Any) -> Any:
+    """Refuses what is nested so deeply that other readers would give up on it."""
+    level = [options]
+    for _ in range(_MOST_NESTED):
+        level = [
+            inner
+            for each in level
+            for inner in (each.values() if isinstance(each, dict) else each if isinstance(each, list) else ())
+        ]
+        if not level:
+            return options
+    raise ValueError("it is nested too deeply")
+
+
+def _option(text: str) -> Any:
+    """The value of an option: JSON if it is some, and plain text otherwise."""
+    try:
+        return parse_json(text)
+    except ValueError:
+        if text.startswith(("{", "[")) or text.lstrip("+-").lower() in ("nan", "inf", "infinity"):
+            raise  # meant as JSON, or as a number
+        return text
+
+
+def _read_bytes(value: Any) -> Any:
+    """A size in bytes from text such as `512MiB` or `1.5 GB`. pydantic's would read 1 from `1,5GiB`."""
+    if not isinstance(value, str):
+        return value
+    match = _SIZE.fullmatch(value.strip())
+    unit = None if match is None else _UNITS.get(match[2].lower())
+    if match is None or unit is None:
+        raise ValueError("a size is a number with a unit, such as 512MiB, 1.5GiB or 2GB")
+    return round(float(match[1]) * unit)
+
+
+def _printable_only(value: Any) -> Any:
+    """Refuses text that a terminal would obey rather than show."""
+    if not str(value).isprintable():
+        raise ValueError("it has characters that cannot be printed")
+    return value
+
+
+def _read_names(value: Any) -> Any:
+    """Names from text, separated by commas."""
+    return tuple(filter(None, (name.strip() for name in value.split(",")))) if isinstance(value, str) else value
+
+
+def _read_cores(value: Any) -> Any:
+    """Core numbers from text, or the word `all`."""
+    return parse_cores(value) if isinstance(value, str) else value
+
+
+def _read_chain(value: Any) -> Any:
+    """Names of a chain from text; none by the word `none`, and by None."""
+    if value is None or (isinstance(value, str) and value.strip().lower() == "none"):
+        return ()
+    return _read_names(value)
+
+
+_Text = Annotated[str, AfterValidator(_printable_only)]
+_Path = Annotated[Path, AfterValidator(_printable_only)]
 _Seconds = Annotated[float, Field(gt=0, le=LONGEST_SECONDS, allow_inf_nan=False)]
 
 
@@ -58,7 +144,7 @@ class Settings(BaseSettings):
     device: _Text | None = Field(
         None, description="Device of that backend, such as `cpu`, `cuda:0` or `npu`. Unset: the backend's default."
     )
-    devices: Annotated[tuple[_Text, ...], NoDecode, BeforeValidator(read_names)] = Field(
+    devices: Annotated[tuple[_Text, ...], NoDecode, BeforeValidator(_read_names)] = Field(
         (),
         description="Several such devices, separated by commas, in the place of `VISIONACCEL_DEVICE`: each has an "
         "encoder of its own, and images go to the one that is free. In-line, only the first is used.",
@@ -85,14 +171,14 @@ class Settings(BaseSettings):
         le=65_536,
         description="Pipelined: most images that wait for the encoder at a time; further ones are held back.",
     )
-    cache_size: Annotated[ByteSize, BeforeValidator(read_bytes)] = Field(
+    cache_size: Annotated[ByteSize, BeforeValidator(_read_bytes)] = Field(
         ByteSize(512 * 2**20),
         ge=0,
         le=_MOST_BYTES,
         description="Pipelined: memory of the host for embeddings of images that were seen before, such as `2GiB`; as "
         "much again may be held for requests that wait for their turn.",
     )
-    fallback: Annotated[tuple[_Text, ...], NoDecode, BeforeValidator(read_chain)] = Field(
+    fallback: Annotated[tuple[_Text, ...], NoDecode, BeforeValidator(_read_chain)] = Field(
         (),
         description="Backend that takes over when the chosen one cannot start, fails on an image or answers wrongly; "
         "or several, separated by commas, each of which takes over from those before it. Unset or `none`: no other "
@@ -162,7 +248,7 @@ class Settings(BaseSettings):
         description="Seconds that starting such a process and opening a program may take, here or there, compilation "
         "included, and so each image of the first canary.",
     )
-    cpu_cores: Annotated[WantedCores, NoDecode, BeforeValidator(read_cores)] = Field(
+    cpu_cores: Annotated[WantedCores, NoDecode, BeforeValidator(_read_cores)] = Field(
         None,
         description="Cores of the CPU that the encoder's threads run on, such as `0-3,8`, or `all` that the process "
         "may use. Unset: beside a language model on the CPU, [those left to it](docs/pipelined.md#cores); elsewhere as "

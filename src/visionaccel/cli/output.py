@@ -19,8 +19,8 @@ from rich.table import Table
 from rich.text import Text
 
 from visionaccel.core.safe_text import visible
-from visionaccel.core.setting_values import parse_options
 from visionaccel.errors import ConfigurationError, SettingsError
+from visionaccel.settings import parse_options
 
 __all__ = [
     "Backend", "Device", "Force", "Json", "OptionsText", "Revision", "backend_options", "check_writable", "finite",

@@ -11,8 +11,9 @@ from visionaccel.backends import Session
 from visionaccel.core.arrays import Array
 from visionaccel.core.program import Program
 from visionaccel.errors import ConfigurationError, VisionAccelError
+from visionaccel.isolation.limits import Limits
 from visionaccel.isolation.request import OpenRequest, packed
-from visionaccel.isolation.supervisor import Limits, Supervisor
+from visionaccel.isolation.supervisor import Supervisor
 
 __all__ = ["IsolatedSession"]
 

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from typing import Any
 
 from numpy.typing import NDArray
@@ -16,55 +16,17 @@ from visionaccel.backends import Capabilities
 from visionaccel.core.arrays import Array
 from visionaccel.core.cores import cores_here, on_cores
 from visionaccel.core.safe_text import safe_logger
-from visionaccel.errors import ConfigurationError, DeviceError, DeviceLostError, SettingsError, VisionAccelError
+from visionaccel.errors import ConfigurationError, DeviceError, DeviceLostError, VisionAccelError
+from visionaccel.isolation.limits import Limits
 from visionaccel.isolation.process import DeviceProcess
 from visionaccel.isolation.request import PackedRequest
-from visionaccel.settings import LONGEST_SECONDS
 
-__all__ = ["Limits", "Supervisor"]
+__all__ = ["Supervisor"]
 
 logger = safe_logger(__name__)
 
 _FALLBACK = "Set VISIONACCEL_FALLBACK to let another backend take over meanwhile."
 _LONGEST_WAIT = 3600.0
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Times in seconds, each above 0 and at most `LONGEST_SECONDS`.
-
-    Attributes:
-        run: For one call. A process that does not answer by then is killed.
-        opening: For starting a process and opening the program; compilers may take minutes.
-        closing: For the session to close before its process is killed.
-        first_delay: Before the second restart in a row without a successful call between. The first has no delay; each
-            further one doubles it.
-        longest_delay: The most that the delay grows to.
-
-    Raises:
-        SettingsError: If one is not such a number.
-    """
-
-    run: float = 120.0
-    opening: float = 600.0
-    closing: float = 5.0
-    first_delay: float = 1.0
-    longest_delay: float = 60.0
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            seconds = getattr(self, field.name)
-            if not 0 < seconds <= LONGEST_SECONDS:  # not the other way round, which NaN would pass
-                raise SettingsError(
-                    f"{seconds} is not a time limit for {field.name!r}.",
-                    hint=f"Give a number of seconds above 0 and at most {LONGEST_SECONDS:.0f}.",
-                )
-
-    def delay(self, failures: int) -> float:
-        """The delay before the next start, after that many deaths or failed starts without a successful call."""
-        if failures <= 1:
-            return 0.0
-        return min(self.first_delay * 2.0 ** min(failures - 2, 64), self.longest_delay)
 
 
 class Supervisor:
@@ -145,7 +107,10 @@ class Supervisor:
             process.kill()
 
     def close(self) -> None:
-        """End the process, politely unless it is busy, and the thread. Takes no longer than closing may."""
+        """End the process, politely unless it is busy, and the thread.
+
+        Takes at most the time for closing, and as long again until a killed process is gone.
+        """
         if os.getpid() != self._owner:
             return  # A fork got a copy of this object, and no process of its own.
         with self._changed:

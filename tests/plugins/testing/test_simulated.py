@@ -19,10 +19,10 @@ from visionaccel.backends import AUTO, Accepted, Registry, Rejected, default_reg
 from visionaccel.bundle import ProgramRequest, export_bundle
 from visionaccel.core.grid import Grid
 from visionaccel.core.program import FixedGrid, HostSplit
-from visionaccel.core.setting_values import parse_options
 from visionaccel.encoder import open_tower
 from visionaccel.errors import BackendUnavailableError, DeviceError, DeviceLostError, OutputError, SettingsError
 from visionaccel.isolation import IsolatedSession
+from visionaccel.settings import parse_options
 from visionaccel_testing.simulated import FaultRule, SimulatedBackend, SimulatedOptions, Target, struck
 
 GRIDS = [(1, 4, 6)]

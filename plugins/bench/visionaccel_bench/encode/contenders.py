@@ -12,8 +12,8 @@ from typing import Any, Literal, TypeAlias
 
 from visionaccel.backends import default_registry
 from visionaccel.bundle import is_bundle
-from visionaccel.core.setting_values import parse_options
 from visionaccel.errors import PluginError, SettingsError
+from visionaccel.settings import parse_options
 
 __all__ = [
     "BUNDLE", "NONE", "PEERS", "REFERENCE", "STOCK", "Contender", "absence", "named_backends", "named_peers",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from visionaccel.core.setting_values import parse_options
+from visionaccel.settings import parse_options
 from visionaccel_testing.conformance.declaration import BackendUnderTest
 from visionaccel_testing.conformance.suite import conformance_suite
 
