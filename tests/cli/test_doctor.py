@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ import pytest
 from bundle_tools import CERTIFICATE, forge
 from bundles import document, write_bundle
 from fake_plugins import ECHO, install
+from gated import wait_until
 from visionaccel.bundle import GOLDEN_FILE, MANIFEST, Golden, open_bundle, write_golden
 from visionaccel.cli.diagnosis.installation import of_environment
 from visionaccel.core.grid import Grid
@@ -384,10 +384,7 @@ def test_an_interrupted_command_ends_its_children(tmp_path):
         stderr=subprocess.DEVNULL,
     ) as process:
         try:
-            deadline = time.monotonic() + 60
-            while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
+            wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), 60)
             process.send_signal(signal.SIGINT)
             assert process.wait(20) != 0
         finally:

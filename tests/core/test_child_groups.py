@@ -4,11 +4,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 
+from gated import wait_until
+from processes import has_ended
 from visionaccel.core.child_groups import ChildGroup, how_it_ended
 
 SLEEPS = "import time; time.sleep(60)"
@@ -22,19 +22,6 @@ other.wait()
 
 def started(code, **settings):
     return ChildGroup([sys.executable, "-c", code], output=subprocess.PIPE, **settings)
-
-
-def gone(pid, seconds=10.0):
-    """Whether a process has ended, or is a zombie that this process does not reap."""
-    limit = time.monotonic() + seconds
-    while time.monotonic() < limit:
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                return True
-        except OSError:
-            return True
-        time.sleep(0.01)
-    return False
 
 
 def test_a_child_that_ends_by_itself_has_its_status():
@@ -51,7 +38,7 @@ def test_a_child_that_does_not_end_is_killed_with_what_it_started():
     assert not child.exits_within(0.05)
     assert not child.end(0.05)
     assert child.status == -signal.SIGKILL
-    assert gone(other)
+    wait_until(lambda: has_ended(other))
     child.printed.close()
 
 
@@ -97,7 +84,7 @@ def test_a_child_that_cannot_be_guarded_does_not_stay(monkeypatch):
     monkeypatch.setattr("visionaccel.core.child_groups.guarded_group", no_watcher)
     with pytest.raises(OSError, match="no process can be started"):
         started(SLEEPS)
-    assert gone(*pids)
+    wait_until(lambda: has_ended(*pids))
     with pytest.raises(ChildProcessError):
         os.waitpid(*pids, os.WNOHANG)
 

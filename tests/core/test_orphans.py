@@ -4,12 +4,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from fake_plugins import install
+from gated import wait_until
+from processes import has_ended
 from visionaccel.core.orphans import temporary_folder
 
 OWNER = """
@@ -35,20 +36,6 @@ print("done", flush=True)
 """
 
 
-def gone(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
-
-
-def wait_for(condition, seconds=15):
-    until = time.monotonic() + seconds
-    while not condition() and time.monotonic() < until:
-        time.sleep(0.05)
-    return condition()
-
-
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
 def test_what_a_killed_process_started_and_made_goes(tmp_path, number):
     kept, partial = tmp_path / "kept", tmp_path / "partial"
@@ -57,7 +44,7 @@ def test_what_a_killed_process_started_and_made_goes(tmp_path, number):
         folder, child = owner.stdout.readline().split()
         owner.send_signal(number)
         owner.wait(20)
-    assert wait_for(lambda: gone(int(child)) and not Path(folder).exists() and not partial.exists())
+    wait_until(lambda: has_ended(int(child)) and not Path(folder).exists() and not partial.exists())
     assert kept.is_dir()
 
 
@@ -93,7 +80,7 @@ def test_a_killed_export_leaves_no_partial_folder(tiny, tmp_path, number):
         assert any(".partial-" in entry.name for entry in tmp_path.iterdir())
         owner.send_signal(number)
         owner.wait(20)
-    assert wait_for(lambda: not any(tmp_path.iterdir()))
+    wait_until(lambda: not any(tmp_path.iterdir()))
 
 
 SERVE = """
@@ -122,11 +109,11 @@ def test_a_killed_command_leaves_neither_its_children_nor_its_folders(tmp_path, 
     site = install(tmp_path / "site", "acme-hanging", "hanging", hanging)
     environment = {**os.environ, "TMPDIR": str(temporary), "PYTHONPATH": str(site)}
     with subprocess.Popen([sys.executable, "-c", program, str(note)], env=environment) as owner:
-        assert wait_for(lambda: note.exists() and note.read_text(), 60)
+        wait_until(lambda: note.exists() and note.read_text(), 60)
         assert any(entry.name.startswith("visionaccel-") for entry in temporary.iterdir())
         owner.kill()
         owner.wait(20)
     leader = int(note.read_text())
-    assert wait_for(lambda: gone(leader) and not any(temporary.iterdir()))
+    wait_until(lambda: has_ended(leader) and not any(temporary.iterdir()))
     with pytest.raises(ProcessLookupError):
         os.killpg(leader, 0)

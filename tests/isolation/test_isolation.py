@@ -19,6 +19,8 @@ import numpy as np
 import pytest
 
 from fake_plugins import install
+from gated import wait_until
+from processes import has_ended
 from towers import random_patches
 from visionaccel import open_encoder
 from visionaccel.backends import Registry
@@ -197,21 +199,6 @@ def device(tmp_path, monkeypatch):
         session.close()
 
 
-def wait_until(condition, seconds=20.0):
-    limit = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < limit, "it never came"
-        time.sleep(0.01)
-
-
-def is_gone(pid):
-    """Whether a process has ended; an orphan may stay a zombie where nobody reaps."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return True
-
-
 def same(got, expected):
     assert got.keys() == expected.keys()
     for name, array in expected.items():
@@ -317,7 +304,7 @@ def test_a_death_fails_the_call_in_flight_and_the_next_one_works(device, trick, 
     runs(session)
     assert session.pid != former
     assert session.restarts == 1
-    assert is_gone(former)
+    assert has_ended(former)
 
 
 def test_the_error_quotes_the_last_output_with_the_stack(device):
@@ -362,7 +349,7 @@ def test_a_hang_ends_at_the_deadline_and_the_next_call_works(device, trick):
     runs(device.open())
     wait_until(lambda: session.restarts == 1 and session.pid is not None)
     runs(session)
-    assert is_gone(former)
+    assert has_ended(former)
 
 
 def test_what_the_child_forked_does_not_hide_its_death_and_dies_too(device):
@@ -469,7 +456,7 @@ def test_a_refusal_to_open_keeps_its_type_and_leaves_no_process(device):
     device.will("configuration", at="open")
     with pytest.raises(ConfigurationError, match=r"no driver. Install one."):
         device.open()
-    assert is_gone(device.wait_for("open"))
+    assert has_ended(device.wait_for("open"))
 
 
 def test_an_exception_in_opening_says_what_could_not_be_opened(device):
@@ -482,7 +469,7 @@ def test_a_backend_that_exits_in_opening_is_an_error_at_once(device):
     device.will("quit", at="open")
     with pytest.raises(DeviceError, match="SystemExit: 4"):
         device.open()
-    assert is_gone(device.wait_for("open"))
+    assert has_ended(device.wait_for("open"))
 
 
 @pytest.mark.parametrize(
@@ -494,7 +481,7 @@ def test_a_child_that_dies_or_hangs_in_opening_is_an_error_at_once(device, trick
     with pytest.raises(DeviceLostError, match=text) as caught:
         device.open(Limits(opening=3))
     assert ("VISIONACCEL_OPEN_DEADLINE" in caught.value.hint) == (trick == "hang in C")
-    assert is_gone(device.wait_for("open"))
+    assert has_ended(device.wait_for("open"))
     assert len(device.events("open")) == 1
 
 
@@ -594,7 +581,7 @@ def test_closing_lets_the_backend_close_and_later_calls_say_so(device):
     session.close()
     session.close()
     assert device.events("close") == [child]
-    assert is_gone(child)
+    assert has_ended(child)
     with pytest.raises(DeviceError, match="closed"):
         session.run(X)
 
@@ -605,7 +592,7 @@ def test_a_backend_that_does_not_close_is_killed(device, caplog):
     started = time.monotonic()
     session.close()
     assert time.monotonic() - started < 3
-    assert is_gone(child)
+    assert has_ended(child)
     assert "did not close within 0.5 s" in caplog.text
 
 
@@ -622,7 +609,7 @@ def test_closing_during_a_hang_ends_both_promptly(device, trick):
         with pytest.raises(DeviceLostError, match="closed during the call"):
             running.result()
         assert time.monotonic() - started < 3
-    assert is_gone(child)
+    assert has_ended(child)
 
 
 def test_closing_while_a_restart_hangs_ends_it_promptly(device):
@@ -638,7 +625,7 @@ def test_closing_while_a_restart_hangs_ends_it_promptly(device):
         with pytest.raises(DeviceError, match="closed"):
             waiting.result()
     assert time.monotonic() - started < 3
-    assert is_gone(child)
+    assert has_ended(child)
 
 
 def test_closing_during_a_delay_is_prompt(device):
@@ -659,7 +646,7 @@ def test_a_session_that_is_dropped_gives_back_its_device(device):
     device.opened.clear()
     del session
     gc.collect()
-    wait_until(lambda: is_gone(child))
+    wait_until(lambda: has_ended(child))
     assert device.events("close") == [child]
 
 
@@ -732,17 +719,17 @@ def parent(device, trick=""):
 def test_a_child_dies_with_a_killed_parent_even_if_it_hangs(device, trick):
     with parent(device, trick) as (process, child):
         device.wait_for("run", 2)
-        assert not is_gone(child)
+        assert not has_ended(child)
         process.kill()
         process.wait()
-        wait_until(lambda: is_gone(child), 5)
+        wait_until(lambda: has_ended(child), 5)
 
 
 def test_a_script_without_a_guard_may_end_without_closing(device):
     with parent(device) as (process, child):
         assert process.wait(20) == 0
         assert process.stderr.read() == ""
-        wait_until(lambda: is_gone(child), 5)
+        wait_until(lambda: has_ended(child), 5)
     assert device.events("close") == [child]
 
 
@@ -856,7 +843,7 @@ def test_the_deadline_of_opening_reaches_the_device(device, tiny):
             encoder_of(device, tiny, open_deadline=float(seconds))
         if device.events("open"):
             break
-    assert is_gone(device.wait_for("open"))
+    assert has_ended(device.wait_for("open"))
 
 
 @pytest.mark.parametrize("isolation", ["proces", "Process", "", "thread"])

@@ -22,44 +22,90 @@ FOLDERS = {
 }
 
 
+EAGER = {
+    "core": {
+        r"visionaccel/cli/": {"rich", "typer"},
+        r"visionaccel/(backends/onnx_|towers/onnx/)": {"onnx"},
+        r"visionaccel/(core/packed_products\.py|integrations/vllm/)": {"torch"},  # vLLM and torch_ref bring it
+    },
+    "flexmlrt": {
+        r"visionaccel_flexmlrt/(import_)?commands?\.py": {"rich", "typer"},
+        r"visionaccel_flexmlrt/vitisai/": {"onnx"},
+    },
+}
+"""What belongs to an extra and is imported with a file, not in its functions: only files that need the extra may."""
+
+
+def required(folder):
+    """Names of the distributions that a distribution always requires, and its own."""
+    project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+    return {canonicalize_name(Requirement(text).name) for text in (project["name"], *project["dependencies"])}
+
+
 def declared(folder):
     """Names of the distributions that a distribution requires, always or by an extra."""
     project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
-    extras = project.get("optional-dependencies", {}).values()
-    stated = [*project.get("dependencies", ()), *(text for extra in extras for text in extra)]
-    names = {canonicalize_name(Requirement(text).name) for text in stated}
+    stated = [text for extra in project.get("optional-dependencies", {}).values() for text in extra]
+    names = required(folder) | {canonicalize_name(Requirement(text).name) for text in stated}
     build = folder / "hatch_build.py"  # where the core's extras are
     if build.exists():
         found = re.findall(r'"([\w.-]+)>=|"(visionaccel-[\w-]+)"', build.read_text())
         names |= {canonicalize_name(name) for pair in found for name in pair if name}
-    return names | {canonicalize_name(project["name"])}
+    return names
 
 
-def imported(folder):
-    """Modules that the code imports, at any depth, and where."""
+def sources(folder):
+    """The syntax of each file of a distribution, by its path."""
     for path in sorted(folder.rglob("*.py")):
-        if {"build", "templates"} & set(path.relative_to(folder).parts):
-            continue
-        for node in ast.walk(ast.parse(path.read_text())):
+        if not {"build", "templates"} & set(path.relative_to(folder).parts):
+            yield path.relative_to(folder).as_posix(), ast.parse(path.read_text())
+
+
+def eager(nodes):
+    """What runs when a file is imported: nothing in functions, or for type checkers alone."""
+    for node in nodes:
+        yield node
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            yield from eager(node.orelse)
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield from eager(ast.iter_child_nodes(node))
+
+
+def imported(folder, nodes_of=ast.walk):
+    """Modules that the code imports, their distributions, and where."""
+    for path, tree in sources(folder):
+        for node in nodes_of(tree):
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 names = [node.module]
             else:
                 continue
-            for name in names:
-                yield name.partition(".")[0], f"{path.relative_to(folder)}:{node.lineno}"
+            for module in (name.partition(".")[0] for name in names):
+                if module not in sys.stdlib_module_names and module not in HOSTS:
+                    providers = PROVIDED.get(module, [module, f"visionaccel-{module}"])
+                    yield module, {canonicalize_name(name) for name in providers}, f"{path}:{node.lineno}"
 
 
 @pytest.mark.parametrize("distribution", FOLDERS)
 def test_what_is_imported_is_declared(distribution):
     folder, code = FOLDERS[distribution]
     allowed = declared(folder)
-    undeclared = {}
-    for module, place in imported(code):
-        if module in sys.stdlib_module_names or module in HOSTS:
-            continue
-        providers = {canonicalize_name(name) for name in PROVIDED.get(module, [module, f"visionaccel-{module}"])}
-        if providers.isdisjoint(allowed):
-            undeclared.setdefault(module, place)
-    assert undeclared == {}
+    undeclared = [(module, place) for module, providers, place in imported(code) if providers.isdisjoint(allowed)]
+    assert undeclared == []
+
+
+@pytest.mark.parametrize("distribution", FOLDERS)
+def test_what_belongs_to_an_extra_is_imported_where_the_extra_is_needed(distribution):
+    folder, code = FOLDERS[distribution]
+    places = EAGER.get(distribution, {})
+    always, misplaced, used = required(folder), [], set()
+    for module, providers, place in imported(code, lambda tree: eager(tree.body)):
+        if providers.isdisjoint(always):
+            matching = [
+                pattern for pattern, modules in places.items() if module in modules and re.match(pattern, place)
+            ]
+            misplaced += [] if matching else [(module, place)]
+            used |= set(matching)
+    assert misplaced == []
+    assert used == set(places), "each row of the table has its use"

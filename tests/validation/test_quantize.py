@@ -12,7 +12,6 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from bundles import document, entry, write_bundle
-from outliers import checkpoint_with_outliers, coarse_noise
 from towers import lowest_cosine, random_patches, reference
 from visionaccel import open_encoder
 from visionaccel.backends import Accepted, QuantizedModel, default_registry
@@ -26,16 +25,6 @@ from visionaccel.validation import REFERENCE_OPTIONS, quantize_bundle
 from visionaccel.validation.certificate import THRESHOLDS
 from visionaccel.validation.trials import bundled_photographs
 from visionaccel_testing.conformance.digits_reading import read_digits
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return checkpoint_with_outliers(tmp_path_factory.mktemp("quantize") / "checkpoint")
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return coarse_noise(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")

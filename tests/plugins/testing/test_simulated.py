@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from gated import wait_until
 from simulated import GRID, simulated_program
 from towers import random_patches
 from visionaccel import open_encoder
@@ -445,10 +446,7 @@ def test_what_ends_the_device_costs_one_call(tiny, tmp_path, rule, fate):
         with pytest.raises(DeviceLostError, match=fate):
             seconds(encoder)
         switch.unlink()
-        deadline = time.monotonic() + 20
-        while session(encoder).restarts == 0:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_until(lambda: session(encoder).restarts)
         seconds(encoder)
         assert session(encoder).pid != former
 

@@ -1,8 +1,7 @@
-"""What makes quantizing hard: a tower with a channel much larger than the others, and images to calibrate with."""
-
-from pathlib import Path
+"""What quantizing is tried on: a tower with a channel much larger than the others, and images to calibrate with."""
 
 import numpy as np
+import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 from transformers import Qwen2VLImageProcessor
@@ -10,12 +9,13 @@ from transformers import Qwen2VLImageProcessor
 from visionaccel_testing.checkpoints import TINY, random_checkpoint
 
 
-def checkpoint_with_outliers(folder: Path) -> Path:
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
     """The tiny tower with an image processor, and outliers: a channel that is large after a norm, as trained ones have.
 
     The channel's weights are as much smaller, so that the tower computes what it computed without.
     """
-    random_checkpoint(folder)
+    folder = random_checkpoint(tmp_path_factory.mktemp("outliers") / "checkpoint")
     weights = load_file(folder / "model.safetensors")
     for norm, linears in (("norm1", ["attn.qkv"]), ("norm2", ["mlp.gate_proj", "mlp.up_proj"])):
         weights[f"visual.blocks.0.{norm}.weight"][3] *= 200
@@ -29,8 +29,10 @@ def checkpoint_with_outliers(folder: Path) -> Path:
     return folder
 
 
-def coarse_noise(folder: Path) -> Path:
-    """Writes three small images of coarse noise."""
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """A folder of three small images of coarse noise."""
+    folder = tmp_path_factory.mktemp("noise")
     rng = np.random.default_rng(0)
     for number, size in enumerate([(60, 40), (40, 72), (64, 64)]):
         pixels = np.kron(rng.integers(0, 256, (size[1] // 4, size[0] // 4, 3)), np.ones((4, 4, 1)))

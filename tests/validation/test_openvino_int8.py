@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 from bundles import document, entry, write_bundle
-from outliers import checkpoint_with_outliers, coarse_noise
 from towers import lowest_cosine, random_patches, reference
 from visionaccel import open_encoder
 from visionaccel.backends import Rejected, default_registry
@@ -28,16 +27,6 @@ from visionaccel.validation import REFERENCE_OPTIONS, quantize_bundle
 from visionaccel_testing.conformance.digits_reading import read_digits
 
 FIXED, BUCKET, DYNAMIC = [(1, 10, 18)], [(1, 6, 10)], [(2, 30, 26)]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return checkpoint_with_outliers(tmp_path_factory.mktemp("int8") / "checkpoint")
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return coarse_noise(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
