@@ -1,4 +1,4 @@
-"""What can be told of a compiled artifact without the SDK, so that a wrong file is refused in plain words."""
+"""What a compiled artifact shows without the SDK, so that a wrong file is refused in plain words."""
 
 from __future__ import annotations
 

@@ -182,7 +182,7 @@ def _library(amd: AmdEnvironment) -> Finding:
 def _simulator(amd: AmdEnvironment) -> Finding:
     lacking = missing(SIMULATOR, amd)
     if lacking is None:
-        return Finding("simulator", "pass", "available as device 'simulator'; it is no NPU")
+        return Finding("simulator", "pass", "available as device 'simulator'; it is not an NPU")
     return Finding("simulator", "warning", lacking.reason, lacking.hint)
 
 

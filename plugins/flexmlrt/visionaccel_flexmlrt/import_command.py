@@ -28,7 +28,8 @@ def import_vitisai(
     paths: Annotated[
         list[Path],
         typer.Argument(
-            metavar="PATH...", help="Folders that the compiler left, one a grid: a .rai beside its .onnx, or its cache."
+            metavar="PATH...",
+            help="Folders that the compiler left, one for each grid: a .rai next to its .onnx, or its cache.",
         ),
     ],
     bundle: Annotated[Path, typer.Argument(help="Folder of the bundle to write.")],
@@ -70,8 +71,8 @@ def import_vitisai(
     tower = open_tower(checkpoint, revision)
     if len(paths) > 1 and (artifact, onnx, grid) != (None, None, None):
         raise ConfigurationError(
-            "--artifact, --onnx and --grid say something of one folder, and several are named.",
-            hint="Give each artifact a folder of its own that tells everything, or import one.",
+            "--artifact, --onnx and --grid describe one folder, and several are named.",
+            hint="Put each artifact into a separate folder with all of its files, or import one.",
         )
     requests = [
         ImportRequest(

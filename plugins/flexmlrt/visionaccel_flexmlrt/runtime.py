@@ -116,7 +116,7 @@ def load(device: str, amd: AmdEnvironment, *, any_version: bool = False) -> Modu
     library = amd.library()
     assert library is not None
     try:
-        # Loaded by its path first, so that the module finds it by its name, whatever the linker's path is.
+        # Loaded by its path first, so that the module finds it by its name, independent of the linker's path.
         ctypes.CDLL(str(library))
         module = importlib.import_module("visionaccel_flexmlrt._sdk")
     except (ImportError, OSError) as error:

@@ -24,7 +24,7 @@ def compile_partition(partition: Path, target: Path, precision: Literal["float32
     computes from a mapped file. The layout is described in the simulator's `container.h`.
 
     Args:
-        partition: An ONNX model of fixed shapes; its external data beside it.
+        partition: An ONNX model of fixed shapes; with external data in the same folder.
         target: The file to write; replaced if it exists.
         precision: What the simulator computes in: bfloat16 as the device does, or float32 to compare exactly.
     """

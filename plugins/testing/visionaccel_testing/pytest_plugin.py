@@ -41,7 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Collects the suite in the place of the current folder's tests, or beside those that were named."""
+    """Collects the suite instead of the current folder's tests, or with those that were named."""
     if config.getoption("--visionaccel-backend"):
         named = config.args if config.args_source is pytest.Config.ArgsSource.ARGS else []
         config.args = [*named, str(_SUITE)]

@@ -141,7 +141,7 @@ def _print_program(row: dict[str, Any]) -> None:
     if row["stored_names"]:
         table.add_row("in the file", "\n".join(f"{name}: {stored}" for name, stored in row["stored_names"].items()))
     if row["companions"]:
-        table.add_row("beside it", "\n".join(f"{role}: {path}" for role, path in row["companions"].items()))
+        table.add_row("files next to it", "\n".join(f"{role}: {path}" for role, path in row["companions"].items()))
     if "nodes" in row:
         table.add_row("opset", ", ".join(f"{domain} {version}" for domain, version in row["opset"].items()))
         table.add_row("nodes", f"{row['nodes']}: " + ", ".join(f"{op} {n}" for op, n in row["operators"].items()))

@@ -111,7 +111,7 @@ def export(
     target: Annotated[
         Target | None,
         typer.Option(
-            help="Compiler that the programs are for: fixed shapes, its device, and its configuration beside."
+            help="Compiler that the programs are for: fixed shapes, its device, and its configuration next to them."
         ),
     ] = None,
     device: Annotated[
@@ -180,7 +180,7 @@ def frame_grid(text: str, option: str, merge_size: int) -> Grid:
 
     Raises:
         ConfigurationError: If it has several frames.
-        GridError: If it is no grid, or not divisible by the merge size.
+        GridError: If it is not a grid, or not divisible by the merge size.
     """
     grid = Grid.parse(text)
     if grid.t != 1:

@@ -183,7 +183,7 @@ def check_writable(*files: Path | None) -> None:
     for file in files:
         if file is not None and (file.is_dir() or not file.parent.is_dir()):
             raise ConfigurationError(
-                f"{file} is no file in a folder that exists.", hint="Name a file in a folder that exists."
+                f"{file} is not a file in an existing folder.", hint="Name a file in a folder that exists."
             )
 
 

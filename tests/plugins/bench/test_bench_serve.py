@@ -137,7 +137,7 @@ def test_what_is_not_installed_is_an_error_with_the_fix(monkeypatch, module, tmp
         (("--backend", "onnxrt", "--latency", "1"), ConfigurationError, "is not simulated"),
         (("--options", "per_patch=1", "--latency", "1"), ConfigurationError, "per_patch"),
         (("--server-arguments", "'--dtype"), SettingsError, "Quote it"),
-        (("--output", "/nowhere/report.json"), ConfigurationError, "no file in a folder"),
+        (("--output", "/nowhere/report.json"), ConfigurationError, "not a file in an existing folder"),
         (("/nowhere",), Exception, "not a folder"),
     ],
 )

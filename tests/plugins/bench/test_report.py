@@ -462,7 +462,7 @@ def test_the_command_writes_the_page_and_says_how_it_stands(written):
 def test_the_command_reads_its_files_before_it_looks_at_the_machine(tmp_path):
     with pytest.raises(ConfigurationError, match="cannot be read"):
         run(tmp_path / "out.html", "--trace", tmp_path / "absent")
-    with pytest.raises(ConfigurationError, match="is no file in a folder that exists"):
+    with pytest.raises(ConfigurationError, match="is not a file in an existing folder"):
         run(tmp_path / "absent" / "out.html")
     assert not list(tmp_path.iterdir())
 

@@ -184,7 +184,7 @@ def test_a_compiled_model_may_hold_its_program(tiny, tmp_path):
 @pytest.mark.parametrize("context", ["../vision.bin", "/etc/hostname", "a/vision.bin", "", "..", "c:vision.bin"])
 def test_a_path_out_of_the_folder_is_refused(tiny, tmp_path, context):
     (tmp_path / "vision.bin").write_bytes(b"secret")
-    refused(tiny, compiled(tiny, tmp_path / "folder", context=context), "no plain name")
+    refused(tiny, compiled(tiny, tmp_path / "folder", context=context), "not a plain file name")
 
 
 def test_an_absent_context_and_another_providers_are_refused(tiny, tmp_path):

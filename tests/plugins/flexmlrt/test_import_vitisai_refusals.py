@@ -75,7 +75,7 @@ def test_a_reverse_order_that_does_not_undo_the_window_order_is_refused(tiny, fo
 
 def test_a_window_order_that_loses_a_token_is_refused(tiny, folder):
     edit(folder, change_constant("window_index", lambda order: np.where(order == 5, 6, order)))
-    refused(tiny, folder, "no permutation")
+    refused(tiny, folder, "not a permutation")
 
 
 def test_the_kernel_of_another_checkpoint_is_refused(tiny, folder, tmp_path):
@@ -327,7 +327,7 @@ def test_weights_elsewhere_than_beside_the_model_are_not_read(tiny, folder):
             next(item for item in tensor.external_data if item.key == "location").value = location
 
         edit(folder, point)
-        refused(tiny, folder, "no plain name|is not there")
+        refused(tiny, folder, "not a plain file name|is not there")
 
 
 def test_a_bundle_does_not_replace_what_it_is_made_of(tiny, folder):

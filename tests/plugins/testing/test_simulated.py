@@ -1,4 +1,4 @@
-"""The simulated device: it takes the time it is told to, uses no CPU meanwhile, and fails as it is told to."""
+"""The simulated device: it takes the configured time, uses no CPU while it sleeps, and fails on demand."""
 
 import itertools
 import json
@@ -224,7 +224,7 @@ def test_a_call_that_computes_for_longer_is_counted_and_logged_once(tiny, caplog
         seconds(encoder)
         seconds(encoder)
         assert session(encoder).overruns == 2
-    (record,) = [record for record in caplog.records if "not what was wished" in record.message]
+    (record,) = [record for record in caplog.records if "are too long" in record.message]
     assert "simulated:onnxrt/cpu" in record.message
 
 

@@ -15,7 +15,17 @@ from visionaccel_flexmlrt.vitisai.graph import OnnxGraph
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["PRODUCTS", "STILL", "StrangeError", "check_gathers", "is_plain", "moved", "named", "product", "squeezed"]
+__all__ = [
+    "PRODUCTS",
+    "STILL",
+    "UnknownHostError",
+    "check_gathers",
+    "is_plain",
+    "moved",
+    "named",
+    "product",
+    "squeezed",
+]
 
 STILL = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Cast", "Transpose"})
 """Operators that move nothing, if their attributes say so."""
@@ -26,8 +36,8 @@ _FLOAT32 = 1
 _MOST_AXES = 16
 
 
-class StrangeError(Exception):
-    """The graph is not what is looked for; the message says where."""
+class UnknownHostError(Exception):
+    """The graph is not a known host's; the message says where."""
 
 
 def is_plain(node: onnx.NodeProto, kinds: frozenset[str]) -> bool:
@@ -56,16 +66,16 @@ def product(
         shape: What goes in.
 
     Raises:
-        StrangeError: If it is anything more than that product.
+        UnknownHostError: If it is anything more than that product.
     """
     weight = graph.constant(node.input[1]) if len(node.input) > 1 else None
     if weight is None or weight.ndim < 2 or weight.dtype.name not in ("float32", "float16", "bfloat16"):
-        raise StrangeError(f"{named(node)} does not multiply by a constant kernel")
+        raise UnknownHostError(f"{named(node)} does not multiply by a constant kernel")
     bias: NDArray[Any] | None = None
     if len(node.input) > 2 and node.input[2]:
         bias = graph.constant(node.input[2])
         if bias is None:
-            raise StrangeError(f"{named(node)} adds a bias that is not constant")
+            raise UnknownHostError(f"{named(node)} adds a bias that is not constant")
         bias = bias.reshape(-1) if bias.astype(np.float32).any() else None
     if node.op_type == "Conv":
         matrix = weight.reshape(len(weight), -1)
@@ -90,7 +100,7 @@ def product(
         )
         result = (*shape[:-1], len(matrix))
     if not plain:
-        raise StrangeError(f"{named(node)} is no product of {list(shape)} with the kernel")
+        raise UnknownHostError(f"{named(node)} is not a product of {list(shape)} with the kernel")
     return matrix, bias, result
 
 
@@ -98,18 +108,18 @@ def check_gathers(node: onnx.NodeProto, shape: tuple[int, ...], tokens: int) -> 
     """Refuse a gather that does not take whole tokens, with nothing but ones before them.
 
     Raises:
-        StrangeError: If it does not.
+        UnknownHostError: If it does not.
     """
     axis = _integer(node, "axis", 0)
     if not -len(shape) <= axis < len(shape) or shape[axis] != tokens or math.prod(shape[: axis % len(shape)]) != 1:
-        raise StrangeError(f"{named(node)} does not gather {tokens} tokens of {list(shape)}")
+        raise UnknownHostError(f"{named(node)} does not gather {tokens} tokens of {list(shape)}")
 
 
 def moved(graph: OnnxGraph, node: onnx.NodeProto, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape after an operator of `STILL`.
 
     Raises:
-        StrangeError: If it does move elements, leaves float32, or does not fit the shape.
+        UnknownHostError: If it does move elements, leaves float32, or does not fit the shape.
     """
     still = True
     if node.op_type == "Transpose":
@@ -121,7 +131,7 @@ def moved(graph: OnnxGraph, node: onnx.NodeProto, shape: tuple[int, ...]) -> tup
     else:
         result = _shape_after(graph, node, shape) if still else None
     if result is None or math.prod(result) != math.prod(shape) or min(result, default=1) < 1:
-        raise StrangeError(f"{named(node)} does more to {list(shape)} than to reshape it")
+        raise UnknownHostError(f"{named(node)} does more to {list(shape)} than to reshape it")
     return result
 
 
@@ -131,11 +141,11 @@ def _shape_after(graph: OnnxGraph, node: onnx.NodeProto, shape: tuple[int, ...])
     for name in node.input[1:]:
         values = graph.constant(name)
         if values is None or values.dtype.kind != "i" or values.ndim > 1 or values.size > _MOST_AXES:
-            raise StrangeError(f"{named(node)} has a shape that is not constant")
+            raise UnknownHostError(f"{named(node)} has a shape that is not constant")
         given.append(values)
     for attribute in node.attribute:
         if len(attribute.ints) > _MOST_AXES:
-            raise StrangeError(f"{named(node)} has {len(attribute.ints)} {attribute.name}")
+            raise UnknownHostError(f"{named(node)} has {len(attribute.ints)} {attribute.name}")
     try:
         return graph.evaluate(node, given).shape
     except BundleError:
@@ -149,5 +159,5 @@ def _integer(node: onnx.NodeProto, name: str, default: int) -> int:
 def _integers(node: onnx.NodeProto, name: str) -> tuple[int, ...] | None:
     found = next((a.ints for a in node.attribute if a.name == name), None)
     if found is not None and len(found) > _MOST_AXES:
-        raise StrangeError(f"{named(node)} has {len(found)} {name}")
+        raise UnknownHostError(f"{named(node)} has {len(found)} {name}")
     return None if found is None else tuple(found)

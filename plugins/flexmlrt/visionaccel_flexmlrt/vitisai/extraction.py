@@ -1,4 +1,4 @@
-"""The host's operators around a device's part as ONNX models of their own, for hosts that no family recognises."""
+"""The host's operators around a device's part as separate ONNX models, for hosts that are not recognised."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def extract_host(graph: OnnxGraph, boundary: Boundary) -> tuple[bytes | None, by
         weights within; None where the device takes the inputs or gives the outputs themselves.
 
     Raises:
-        BundleError: If the parts touch each other elsewhere, or are no models.
+        BundleError: If the parts touch each other elsewhere, or are not valid models.
     """
     before, after = _sides(graph, boundary)
     given, taken = [s.name for s in boundary.inputs], [s.name for s in boundary.outputs]
@@ -91,7 +91,7 @@ def _extract(
         onnx.checker.check_model(model)
         return bytes(model.SerializeToString())
     except Exception as error:  # protobuf's errors too, which are not part of its public interface
-        raise BundleError(f"{graph.path}: the host's part is no model: {error}", hint=_AGAIN) from error
+        raise BundleError(f"{graph.path}: the host's part is not a valid model: {error}", hint=_AGAIN) from error
 
 
 def _inline(graph: OnnxGraph, tensor: onnx.TensorProto) -> onnx.TensorProto:

@@ -155,7 +155,7 @@ def _embedded(folder: VitisFolder, graph: OnnxGraph, contexts: Iterable[onnx.Nod
         attributes = {attribute.name: attribute for attribute in node.attribute}
         embedded, main = (attributes[n].i if n in attributes else 1 for n in ("embed_mode", "main_context"))
         named = attributes["ep_cache_context"].s if "ep_cache_context" in attributes else b""
-        # A node that is no main context shares the file of one that is, and may name none.
+        # A node that is not a main context shares the file of one that is, and may name none.
         if embedded != 1 and (main != 0 or named):
             names.add(named.decode(errors="replace"))
     where = f"{folder.model}: the model"
@@ -173,7 +173,8 @@ def _boundary(folder: VitisFolder, graph: OnnxGraph, contexts: list[onnx.NodePro
             return None
         names = ", ".join(repr(node.name) for node in contexts)
         raise BundleError(
-            f"{folder.model}: the device's part is cut into several partitions ({names}), and one alone is no tower.",
+            f"{folder.model}: the device's part is cut into several partitions ({names}), and one alone "
+            "is not the whole tower.",
             hint=_ONE_PARTITION,
         )
     node = None

@@ -56,7 +56,7 @@ class OnnxGraph:
 
     Args:
         model: The model; it is not changed.
-        path: Where it was read from; external data lie beside it.
+        path: Where it was read from; external data lie in the same folder.
 
     Attributes:
         model: The model.
@@ -83,17 +83,17 @@ class OnnxGraph:
         """Read a model without its external data.
 
         Raises:
-            BundleError: If it cannot be read or is no ONNX model.
+            BundleError: If it cannot be read or is not an ONNX model.
         """
         try:
             model = onnx.load_model_from_string(read_bounded(path, _MOST_MODEL_BYTES - 1))
         except Exception as error:  # protobuf's decoding error is not part of its public interface
-            raise BundleError(f"{path} is no ONNX model: {error}", hint=_AGAIN) from error
+            raise BundleError(f"{path} is not an ONNX model: {error}", hint=_AGAIN) from error
         if any(count > _MOST_PARTS for count in _parts(model.graph)):
             raise BundleError(f"{path} has more than {_MOST_PARTS} operators, weights and tensors.", hint=_AGAIN)
-        # Protobuf gives bytes where a text is no UTF-8.
+        # Protobuf gives bytes where a text is not UTF-8.
         if any(isinstance(text, bytes) for text in _texts(model)):
-            raise BundleError(f"{path} holds names that are no text.", hint=_AGAIN)
+            raise BundleError(f"{path} holds names that are not text.", hint=_AGAIN)
         if not model.graph.node:
             raise BundleError(f"{path} holds no operators.", hint=_AGAIN)
         return cls(model, path)
@@ -263,7 +263,7 @@ def plain_file(folder: Path, name: str, where: str) -> Path:
     """
     if not name or name != Path(name).name or name in (".", "..") or any(c in name for c in "\\/:\0"):
         raise BundleError(
-            f"{where} refers to {name[:200]!r}, which is no plain name of a file beside it.",
+            f"{where} refers to {name[:200]!r}, which is not a plain file name in the same folder.",
             hint="Do not use this folder, or put all files side by side and compile again.",
         )
     path = folder / name
@@ -274,7 +274,7 @@ def plain_file(folder: Path, name: str, where: str) -> Path:
 
 
 def check_link(file: Path, folder: Path) -> None:
-    """Refuse a file that lies elsewhere than in a folder, by whatever links.
+    """Refuse a file that lies outside of a folder, links followed.
 
     In a Hugging Face cache, `<repository>/snapshots/<revision>` holds links to `<repository>/blobs`; those are taken.
 

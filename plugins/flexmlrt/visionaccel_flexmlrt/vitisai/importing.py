@@ -208,7 +208,7 @@ def _write_program(tower: Tower, found: Findings, precision: Precision, folder: 
     else:
         stored = _ends(found, inputs, outputs)
         if found.folder.format == EP_CONTEXT:
-            # What the model refers to must be stated to whoever opens it, so that it can be told from any other file.
+            # What the model refers to must be stated, so that what opens it can tell it from any other file.
             companions = {path: home / path for path, file in found.folder.files if file != found.folder.artifact}
         else:
             assert found.boundary is not None

@@ -1,6 +1,6 @@
 """What lies in a folder that AMD's Vitis AI compiler left: the artifact, the model, and the tensors at its edges.
 
-Two layouts are known. A single `.rai` beside the `.onnx` that it was compiled from; or a cache directory with
+Two layouts are known. A single `.rai` next to the `.onnx` that it was compiled from; or a cache directory with
 `vaiml_par_<N>/partition-info.json` and `vaiml_par_<N>/<part>/flexmlrt-hsi.json`. Where there is neither, the `.onnx`
 may hold the compiled program itself, in a node of the VitisAI execution provider.
 """
@@ -263,7 +263,8 @@ def _directory(folder: Path, cache: Path, model: Path) -> VitisFolder:
     if len(device) > 1 or len(parts) > 1:
         names = ", ".join(each.name for each in device) if len(device) > 1 else ", ".join(cut)
         raise BundleError(
-            f"{cache}: the device's part is cut into several partitions ({names}), and one alone is no tower.",
+            f"{cache}: the device's part is cut into several partitions ({names}), and one alone "
+            "is not the whole tower.",
             hint="Compile so that everything between the window gathers is one partition.",
         )
     (partition,) = device

@@ -21,7 +21,7 @@ from visionaccel.errors import BundleError
 from visionaccel_flexmlrt.vitisai.exported_operators import (
     PRODUCTS,
     STILL,
-    StrangeError,
+    UnknownHostError,
     check_gathers,
     is_plain,
     moved,
@@ -92,12 +92,12 @@ def recognise_host(spec: TowerSpec, graph: OnnxGraph, boundary: tuple[str, str] 
             what goes into the last.
 
     Raises:
-        BundleError: If the sizes are another tower's, an order is no permutation, or the second gather does not undo
+        BundleError: If the sizes are another tower's, an order is not a permutation, or the second gather does not undo
             the first.
     """
     try:
         if spec.window is None or len(spec.embed) > 1 or spec.positions is not None:
-            raise StrangeError("host parts of towers without windows, or with learned positions, are not known")
+            raise UnknownHostError("host parts of towers without windows, or with learned positions, are not known")
         pixels, embeddings = _ends(spec, graph)
         if boundary is None:
             given, entry = _find_entry(spec, graph, pixels)
@@ -106,8 +106,8 @@ def recognise_host(spec: TowerSpec, graph: OnnxGraph, boundary: tuple[str, str] 
         taken = _find_taken(graph, embeddings.name) if boundary is None else boundary[1]
         exit_nodes, reverse_index = _exit(spec, graph, embeddings, taken, len(entry.order))
         _check_cut(graph, pixels.name, given, taken, {*entry.nodes, *exit_nodes})
-    except StrangeError as strange:
-        return UnrecognisedHost(str(strange), _operators(graph, boundary))
+    except UnknownHostError as unknown:
+        return UnrecognisedHost(str(unknown), _operators(graph, boundary))
     _check_orders(entry.order, reverse_index)
     tokens = len(entry.order)
     return HostPart(
@@ -121,11 +121,13 @@ def recognise_host(spec: TowerSpec, graph: OnnxGraph, boundary: tuple[str, str] 
 def _ends(spec: TowerSpec, graph: OnnxGraph) -> tuple[TensorSpec, TensorSpec]:
     """The graph's only input and only output."""
     if len(graph.inputs) != 1 or len(graph.outputs) != 1:
-        raise StrangeError(f"the graph has {len(graph.inputs)} inputs and {len(graph.outputs)} outputs, not one each")
+        raise UnknownHostError(
+            f"the graph has {len(graph.inputs)} inputs and {len(graph.outputs)} outputs, not one each"
+        )
     pixels, embeddings = graph.inputs[0], graph.outputs[0]
     for tensor, width in ((pixels, spec.patch_width), (embeddings, spec.out_width)):
         if tensor.dtype != "float32":
-            raise StrangeError(f"{tensor.name!r} is {tensor.dtype} and not float32")
+            raise UnknownHostError(f"{tensor.name!r} is {tensor.dtype} and not float32")
         if tensor.shape and isinstance(tensor.shape[-1], int) and tensor.shape[-1] != width:
             raise BundleError(
                 f"the model's {tensor} is of another width than the checkpoint's {width}.",
@@ -140,10 +142,10 @@ def _chain(graph: OnnxGraph, tensor: str, start: str) -> tuple[int, ...]:
     while tensor != start:
         place = graph.producer(tensor)
         if place is None or len(nodes) == _MOST_STEPS:
-            raise StrangeError(f"{tensor!r} is not made from {start!r} by the host's operators")
+            raise UnknownHostError(f"{tensor!r} is not made from {start!r} by the host's operators")
         node = graph.nodes[place]
         if not is_plain(node, STILL | PRODUCTS | _GATHER):
-            raise StrangeError(f"{named(node)} is none of the host's operators")
+            raise UnknownHostError(f"{named(node)} is not one of the host's operators")
         nodes.append(place)
         tensor = node.input[0]
     return tuple(reversed(nodes))
@@ -151,16 +153,16 @@ def _chain(graph: OnnxGraph, tensor: str, start: str) -> tuple[int, ...]:
 
 def _find_entry(spec: TowerSpec, graph: OnnxGraph, pixels: TensorSpec) -> tuple[str, _Entry]:
     """The first gather that patches reach embedded, and what comes out of it."""
-    first: StrangeError | None = None
+    first: UnknownHostError | None = None
     for place in sorted(graph.descendants([pixels.name])):
         if graph.nodes[place].op_type != "Gather" or not graph.nodes[place].output:
             continue
         tensor = graph.nodes[place].output[0]
         try:
             return tensor, _entry(spec, graph, pixels, _chain(graph, tensor, pixels.name))
-        except StrangeError as strange:
-            first = first or strange
-    raise first or StrangeError("no gather puts the tokens into window order")
+        except UnknownHostError as unknown:
+            first = first or unknown
+    raise first or UnknownHostError("no gather puts the tokens into window order")
 
 
 def _entry(spec: TowerSpec, graph: OnnxGraph, pixels: TensorSpec, chain: Sequence[int]) -> _Entry:
@@ -168,13 +170,13 @@ def _entry(spec: TowerSpec, graph: OnnxGraph, pixels: TensorSpec, chain: Sequenc
     gathers = [place for place in chain if graph.nodes[place].op_type == "Gather"]
     products = [place for place in chain if graph.nodes[place].op_type in PRODUCTS]
     if len(gathers) != 1 or len(products) != 1 or products[0] > gathers[0]:
-        raise StrangeError("the patches are not embedded once and then gathered once")
+        raise UnknownHostError("the patches are not embedded once and then gathered once")
     index = _index(graph, graph.nodes[gathers[0]])
     tokens, merged = len(index), spec.merged
     shape: tuple[int, ...] = (tokens * merged, spec.patch_width)
     weights: Mapping[str, NDArray[Any]] = {}
     if not pixels.fits(shape, {str(size): fed for size, fed in zip(pixels.shape, shape, strict=False)}):
-        raise StrangeError(f"{tokens} tokens of {merged} patches are gathered from {pixels}")
+        raise UnknownHostError(f"{tokens} tokens of {merged} patches are gathered from {pixels}")
     for place in chain:
         node = graph.nodes[place]
         if place == products[0]:
@@ -185,7 +187,7 @@ def _entry(spec: TowerSpec, graph: OnnxGraph, pixels: TensorSpec, chain: Sequenc
         else:
             shape = moved(graph, node, shape)
     if squeezed(shape) != squeezed((tokens, merged, spec.hidden)):
-        raise StrangeError(f"the device would take {list(shape)} for {tokens} tokens of {merged} patches")
+        raise UnknownHostError(f"the device would take {list(shape)} for {tokens} tokens of {merged} patches")
     return _Entry(tuple(chain), weights, index, shape)
 
 
@@ -203,7 +205,7 @@ def _embedding(
         )
     found = {f"{first.name}.weight": kernel.reshape(spec.stored_shape(first))}
     if bias is not None and not first.bias:
-        raise StrangeError(f"{where} adds a bias, and the tower has none")
+        raise UnknownHostError(f"{where} adds a bias, and the tower has none")
     if first.bias:
         found[f"{first.name}.bias"] = np.zeros(spec.hidden, np.float32) if bias is None else bias
     return found
@@ -218,11 +220,11 @@ def _find_taken(graph: OnnxGraph, embeddings: str) -> str:
             break
         node = graph.nodes[place]
         if not is_plain(node, STILL | _GATHER):
-            raise StrangeError(f"{named(node)} is none of the host's operators")
+            raise UnknownHostError(f"{named(node)} is not one of the host's operators")
         tensor = node.input[0]
         if node.op_type == "Gather":
             return str(tensor)
-    raise StrangeError(f"{embeddings!r} is not gathered from what a device gives")
+    raise UnknownHostError(f"{embeddings!r} is not gathered from what a device gives")
 
 
 def _exit(
@@ -232,7 +234,7 @@ def _exit(
     chain = _chain(graph, embeddings.name, taken)
     gathers = [place for place in chain if graph.nodes[place].op_type == "Gather"]
     if len(gathers) != 1 or any(graph.nodes[place].op_type in PRODUCTS for place in chain):
-        raise StrangeError("the embeddings are not gathered once and nothing else")
+        raise UnknownHostError("the embeddings are not gathered once and nothing else")
     index = _index(graph, graph.nodes[gathers[0]])
     shape: tuple[int, ...] = (tokens, spec.out_width)
     for place in chain:
@@ -241,14 +243,14 @@ def _exit(
         else:
             shape = moved(graph, graph.nodes[place], shape)
     if squeezed(shape) != squeezed((tokens, spec.out_width)):
-        raise StrangeError(f"the embeddings come out as {list(shape)}")
+        raise UnknownHostError(f"the embeddings come out as {list(shape)}")
     return chain, index
 
 
 def _index(graph: OnnxGraph, node: onnx.NodeProto) -> NDArray[np.int64]:
     index = graph.constant(node.input[1]) if len(node.input) == 2 else None
     if index is None or index.dtype.name not in ("int32", "int64") or index.ndim != 1 or not len(index):
-        raise StrangeError(f"{named(node)} does not gather by a constant index")
+        raise UnknownHostError(f"{named(node)} does not gather by a constant index")
     return index.astype(np.int64)
 
 
@@ -256,7 +258,7 @@ def _check_orders(window_index: NDArray[np.int64], reverse_index: NDArray[np.int
     tokens = len(window_index)
     if not np.array_equal(np.sort(window_index), np.arange(tokens)):
         raise BundleError(
-            f"the model's window order of {tokens} tokens is no permutation: tokens are lost or repeated.",
+            f"the model's window order of {tokens} tokens is not a permutation: tokens are lost or repeated.",
             hint="Export and compile the tower again.",
         )
     expected = np.argsort(window_index)
@@ -274,11 +276,11 @@ def _check_cut(graph: OnnxGraph, pixels: str, given: str, taken: str, host: set[
     ends = [tensor.name for tensor in graph.outputs]
     needed, fed = graph.ancestors(ends), graph.descendants([pixels])
     for place in sorted(graph.descendants([pixels], [given]) & needed - host):
-        raise StrangeError(f"{named(graph.nodes[place])} takes from the patches and is not the device's")
+        raise UnknownHostError(f"{named(graph.nodes[place])} takes from the patches and is not the device's")
     for place in sorted(graph.ancestors(ends, [taken]) & fed - host):
-        raise StrangeError(f"{named(graph.nodes[place])} gives to the embeddings and is not the device's")
+        raise UnknownHostError(f"{named(graph.nodes[place])} gives to the embeddings and is not the device's")
     if graph.producer(taken) not in graph.descendants([given]):
-        raise StrangeError(f"{taken!r} does not depend on {given!r}")
+        raise UnknownHostError(f"{taken!r} does not depend on {given!r}")
 
 
 def _operators(graph: OnnxGraph, boundary: tuple[str, str] | None) -> tuple[tuple[str, str], ...]:

@@ -4,7 +4,7 @@ Two layouts are written. `rai` is the published one, three files side by side:
 
     vision.rai  vision.onnx  vision.onnx.data
 
-`directory` is a cache of the compiler beside the model that it compiled:
+`directory` is a cache of the compiler next to the model that it compiled:
 
     vision.onnx  vision.onnx.data
     vision_cache/
@@ -15,7 +15,7 @@ Two layouts are written. `rai` is the published one, three files side by side:
 
 The `.onnx` is the whole tower in the operators and the order of transformers: convolution, window gather, blocks and
 merger, reverse gather. What lies between the two gathers is the device's partition. A caller's `compile` gets it as an
-ONNX model of its own, and writes whatever stands for the compiled binary.
+ONNX model of its own, and writes what stands for the compiled binary.
 """
 
 from __future__ import annotations
@@ -86,13 +86,13 @@ def write_vitisai_folder(
         grid: One frame.
         layout: A single file, or the compiler's cache.
         window_order: Order of the windows that the two gathers make.
-        compile: Called once with the partition as an ONNX file, whose weights are external data in one file beside it,
+        compile: Called once with the partition as an ONNX file, whose weights are external data in one file next to it,
             and with the file to write: the `.rai`, or `simulator.rai` in the partition's folder. The partition takes
             `names.device_input`, float32 [tokens, merged, hidden], and gives `names.device_output`, float32 [tokens,
             out_width], both in window order. Its files are gone after the call.
         precision: Dtype of the partition's weights and activations.
         names: Names of files and tensors.
-        metadata: Write `flexmlrt-hsi.json` beside a `.rai` too.
+        metadata: Write `flexmlrt-hsi.json` next to a `.rai` too.
 
     Returns:
         The artifact: the `.rai`, or `partition-info.json`.

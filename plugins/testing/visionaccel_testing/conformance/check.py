@@ -41,7 +41,7 @@ class Check:
         title: What is right if it passes, in one sentence.
         run: Runs it.
 
-    `run` raises CheckFailedError, NotApplicableError, or whatever the backend raised where nothing should be raised.
+    `run` raises CheckFailedError, NotApplicableError, or what the backend raised where it should raise nothing.
     """
 
     level: int

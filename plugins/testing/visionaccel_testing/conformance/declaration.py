@@ -78,8 +78,8 @@ class BackendUnderTest:
         capabilities: What its sessions must say of themselves: some fields of `Capabilities` by name.
         tolerances: How near to the reference it is, by precision, where that is not the kit's `TOLERANCES`.
         known_failures: What fails.
-        speed_floor: Least speed beside the reference on this machine, as a ratio of median times: 0.5 for half as fast.
-            None for no such claim, as for a simulator.
+        speed_floor: Least speed compared with the reference on this machine, as a ratio of median times: 0.5 for half
+            as fast. None for no such claim, as for a simulator.
     """
 
     backend: str

@@ -1,4 +1,4 @@
-"""Level 3: the same images give the same embeddings, whenever, wherever and beside whatever they are encoded."""
+"""Level 3: the same images give the same embeddings, at any time, in any process and with any other images."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def neighbours(kit: Kit) -> None:
         patches = kit.patches([image], 60)
         alone = kit.encode(patches, [image]).copy()
         for number, other in enumerate((image, grids[-1])):
-            beside = 10.0 * kit.patches([other], 61 + number)
-            both = kit.encode(np.concatenate([patches, beside]), [image, other])
+            other_patches = 10.0 * kit.patches([other], 61 + number)
+            both = kit.encode(np.concatenate([patches, other_patches]), [image, other])
             kit.compare(both[: len(alone)], alone, f"grid {image} alone and before one of {other} with larger values")
-            both = kit.encode(np.concatenate([beside, patches]), [other, image])
+            both = kit.encode(np.concatenate([other_patches, patches]), [other, image])
             kit.compare(both[-len(alone) :], alone, f"grid {image} alone and behind one of {other} with larger values")
 
 

@@ -44,7 +44,7 @@ class DigitsRead:
     """What the digits model reads through one way of fitting images to the programs.
 
     Attributes:
-        fit: That way; `natural` is none.
+        fit: That way; `natural` leaves images as they are.
         images: Number of images.
         accuracy: Share of answers equal to the truth.
         agreement: Share of answers equal to those of the reference encoder on the same images.

@@ -31,7 +31,7 @@ __all__ = ["FAULTS"]
 FAULTS = Checks(5)
 
 _RECOVERY = 120.0
-"""Seconds until a lost device must answer again: its process starts anew and opens the program."""
+"""Seconds until a lost device must answer again: its process restarts and opens the program."""
 
 _HANG = 4.0
 """Seconds of a call in the check of a hang."""
@@ -182,7 +182,7 @@ def _recovers(kit: Kit, encode: Callable[[], NDArray[np.float32]], exact: NDArra
 def _isolated(
     kit: Kit, deadline: float = 60.0
 ) -> Iterator[tuple[Encoder, IsolatedSession, Callable[[], NDArray[np.float32]], NDArray[np.float32]]]:
-    """The backend in a process of its own: encoder, session, a small call, and its right answer."""
+    """The backend in a child process: encoder, session, a small call, and its right answer."""
     grids = kit.calls[0]
     patches = kit.patches(grids, 90)
     with kit.subject.open(registry=kit.registry, isolation="process", deadline=deadline) as encoder:
@@ -238,7 +238,7 @@ def _open_truncated(subject: Subject) -> None:
     try:
         run()
     except Exception:
-        return  # Any: the core makes a DeviceError of what is none of its own.
+        return  # Any: the core makes a DeviceError of errors that are not its own.
     raise CheckFailedError(
         f"half of {largest.name} is gone, and the program answers: what is not there is read as something."
     )
@@ -267,7 +267,7 @@ def _fail_inside(subject: Subject) -> None:
                 found = np.asarray(as_numpy(encoder.encode(patches, grids)))
                 if not np.array_equal(found, exact) and encoder.capabilities.deterministic:
                     raise CheckFailedError(
-                        f"after a call that failed because {what}, a right call is answered wrongly."
+                        f"after a call that failed because {what}, a right call gets a wrong answer."
                     )
 
 

@@ -1,4 +1,4 @@
-"""Runs a function in an interpreter of its own, so that a crash or a hang there is an outcome and not the end."""
+"""Runs a function in a new interpreter, so that a crash or a hang there is an outcome and not the end."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _answer(answers: Connection, function: Callable[..., Any], args: tuple[Any, 
         answer = ("error", str(error))
     except BaseException as error:
         trace = "".join(traceback.format_exception(error))
-        answer = ("error", f"{type(error).__name__} in a process of its own: {error}\n{trace}")
+        answer = ("error", f"{type(error).__name__} in a new process: {error}\n{trace}")
     answers.send(answer)
     answers.close()
 

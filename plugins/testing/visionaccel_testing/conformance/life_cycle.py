@@ -70,9 +70,9 @@ def two_sessions(kit: Kit) -> None:
         there = np.asarray(as_numpy(second.encode(patches, grids)))
         kit.compare(
             there, np.asarray(as_numpy(kit.reference_of(other.checkpoint).encode(patches, grids))),
-            "a second encoder with other weights, beside a first",
+            "a second encoder with other weights, next to a first",
         )  # fmt: skip
-        kit.same(kit.encode(patches, grids), here, "an encoder beside a second one with other weights")
+        kit.same(kit.encode(patches, grids), here, "an encoder next to a second one with other weights")
     kit.same(kit.encode(patches, grids), here, "an encoder after another one was closed")
 
 
@@ -230,7 +230,7 @@ def _in_fork(function: Callable[[], NDArray[np.float32]]) -> NDArray[np.float32]
     """What a function returns in a fork of this process."""
     read, write = os.pipe()
     pid = os.fork()
-    if pid == 0:  # Never return into the caller's code, whatever happens.
+    if pid == 0:  # Never return into the caller's code.
         status = 1
         try:
             os.close(read)

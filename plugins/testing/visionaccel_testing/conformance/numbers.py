@@ -146,7 +146,7 @@ def digits(kit: Kit) -> None:
 
 
 def _on_digits(kit: Kit, folder: Path) -> Subject:
-    """The backend on the digits checkpoint, which has its image processor beside it."""
+    """The backend on the digits checkpoint, whose folder has its image processor."""
     source = folder
     if kit.declared.source is not None:
         place = kit.work("digits")

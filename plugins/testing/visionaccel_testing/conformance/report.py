@@ -160,7 +160,7 @@ def _markdown(report: ConformanceReport, picture: str) -> str:
     lines = [f"![visionaccel conformance: {report.badge}]({picture})", "", f"# Conformance of {report.backend}", ""]
     lines += [f"{report.distribution} on {report.machine}, {report.written}, digest `{report.digest[:16]}`.", ""]
     eased = [
-        f"tolerances of its own in {', '.join(declared['tolerances'])}"
+        f"different tolerances in {', '.join(declared['tolerances'])}"
         for declared in report.declared
         if declared["tolerances"]
     ]

@@ -1,4 +1,4 @@
-"""Level 1: the right rows for every grid, whatever is in a call, and arrays that belong to whom the contract says."""
+"""Level 1: the right rows for every grid and every mix of images, and arrays owned as the contract says."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def partial_windows(kit: Kit) -> None:
 
 @SHAPES.add
 def padding(kit: Kit) -> None:
-    """What fills a bucket up beside an image does not change the image's embeddings."""
+    """What fills a bucket up next to an image does not change the image's embeddings."""
     frames = {grid.frame: kit.encoder.program_for(grid.frame) for call in kit.calls for grid in call}
     padded = {frame: each for frame, each in frames.items() if isinstance(each.program.coverage, Bucket)}
     if not padded:
@@ -240,7 +240,7 @@ class _Watching(Session):
 
 @contextmanager
 def _watched(encoder: Encoder) -> Iterator[list[_Call]]:
-    """Notes the calls of an encoder's sessions meanwhile."""
+    """Notes the calls of an encoder's sessions."""
     seen: list[_Call] = []
     inner = [opened.session for opened in encoder.programs]
     for opened in encoder.programs:

@@ -1,4 +1,4 @@
-"""Level 6: not slower, beside the reference on this machine, than its author says."""
+"""Level 6: not slower, compared with the reference on this machine, than its author says."""
 
 from __future__ import annotations
 

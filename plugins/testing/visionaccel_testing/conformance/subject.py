@@ -22,16 +22,16 @@ PATCH_WIDTH = TINY["in_channels"] * TINY["temporal_patch_size"] * TINY["patch_si
 """Values of a patch of the kit's small towers."""
 
 WINDOW_SIDE = TINY["window_size"] // TINY["patch_size"]
-"""Patches along a side of an attention window of theirs."""
+"""Patches along a side of one of their attention windows."""
 
 DEADLINE = 20.0
-"""Seconds of a call in a process of its own."""
+"""Seconds of a call in a child process."""
 
 _ANY = (
     (Grid(1, 16, 12),),  # whole windows and partial ones
     (Grid(1, 2, 2),),  # a single token
     (Grid(1, 10, 22), Grid(1, 22, 10)),  # partial windows on both sides
-    (Grid(3, 6, 4), Grid(1, 4, 18)),  # a video beside an image
+    (Grid(3, 6, 4), Grid(1, 4, 18)),  # a video with an image
     (Grid(1, 24, 24),),
 )
 """Calls that show faults in windows, frames and neighbours, for programs that take any grid."""
@@ -68,12 +68,12 @@ class Subject:
         registry: Registry | None = None,
         deadline: float = DEADLINE,
     ) -> Encoder:
-        """An encoder of its own, to be closed by the caller.
+        """A new encoder, which the caller closes.
 
         Args:
             isolation: Another isolation than its own.
             registry: Where the backend is found.
-            deadline: Seconds of a call in a process of its own.
+            deadline: Seconds of a call in a child process.
         """
         return open_encoder(
             open_source(self.source),

@@ -68,7 +68,7 @@ class Outcome:
 
 
 def outcome_of(check: Check, kit: Kit) -> Outcome:
-    """Run one check. Whatever is raised in it is its failure."""
+    """Run one check. An exception in it is its failure."""
     kit.figures = {}
     known = kit.declared.known_failure(check.name)
     try:

@@ -1,9 +1,9 @@
 """A simulated device with latency but no CPU use: the backend `simulated`.
 
-It wraps an installed backend, which computes the answer, and then sleeps for what is left of the wished time. So what
-overlaps with a call, such as decoding beside encoding, can be measured on a small machine: of the CPU a call takes what
-the wrapped backend's computation takes, and with the option `replay` an image that was seen before takes almost
-nothing. It also fails as it is told to. See `docs/simulated.md`.
+It wraps an installed backend, which computes the answer, and then sleeps for what is left of the configured time. So
+what overlaps with a call, such as decoding, can be measured on a small machine: a call takes of the CPU what the
+wrapped backend's computation takes, and with the option `replay` an image that was seen before takes almost nothing. It
+also fails on demand. See `docs/simulated.md`.
 """
 
 from collections.abc import Sequence

@@ -64,7 +64,7 @@ class SimulatedOptions(Options):
 
 
 class SimulatedBackend(VisionBackend):
-    """A device that answers what the backend named by its device answers, after a wished time, asleep."""
+    """A device that answers what the backend named by its device answers, after a configured time, asleep."""
 
     name = NAME
     formats = ONNX_MODELS | {CHECKPOINT, EP_CONTEXT, FLEXMLRT_DIRECTORY, FLEXMLRT_RAI}
@@ -103,7 +103,7 @@ class SimulatedBackend(VisionBackend):
         except ConfigurationError as error:
             return Rejected(f"nothing can compute its answers: {error.message}", error.hint or "Name another device.")
         if target.backend == AUTO and default_registry().load(name).isolation_on(target.device) != self.isolation:
-            return Rejected(f"{name}, the best here, lives in a process of its own.", f"Set VISIONACCEL_DEVICE={name}.")
+            return Rejected(f"{name}, the best here, runs in a child process.", f"Set VISIONACCEL_DEVICE={name}.")
         assert selection.chosen is not None
         assert isinstance(selection.chosen.verdict, Accepted)
         notes = selection.chosen.verdict.notes

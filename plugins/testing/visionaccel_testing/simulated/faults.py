@@ -1,4 +1,4 @@
-"""What a simulated device does wrong, when it is told to."""
+"""Faults that a simulated device shows on demand."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class FaultRule(BaseModel):
 
     patches: int | None = Field(None, ge=1, description="Calls with that many patches.")
     call: int | None = Field(
-        None, ge=1, description="The call of that number, from 1; a process that is started anew counts anew."
+        None, ge=1, description="The call of that number, from 1; a restarted process counts from 1 again."
     )
     every: int | None = Field(None, ge=1, description="Every call whose number is a multiple of it.")
     share: float | None = Field(
@@ -48,7 +48,7 @@ class FaultRule(BaseModel):
         None, ge=1, description="The opening of that number in this process, from 1: it raises or hangs."
     )
     do: Literal["raise", "nan", "zeros", "drift", "hang", "exit", "abort"] = Field(
-        description="`raise` a DeviceError; answer NaN or zeros; `drift`: answer wrongly, with numbers that look "
+        description="`raise` a DeviceError; answer NaN or zeros; `drift`: give a wrong answer, with numbers that look "
         "right; `hang`; end the process by `exit` or `abort`, in a child process only."
     )
     seconds: float = Field(
@@ -128,7 +128,7 @@ class Fault:
         """What happens when the call begins; nothing for what spoils the answer.
 
         Raises:
-            DeviceError: If that is the fault; or if the process was to be ended and is no device's child process.
+            DeviceError: If that is the fault; or if the process was to be ended and is not a device's child process.
         """
         match self.rule.do:
             case "raise":
@@ -235,6 +235,6 @@ _RULES = TypeAdapter(tuple[FaultRule, ...])
 
 
 def _in_device_process() -> bool:
-    """Whether this is a device's child process, which its parent starts anew."""
+    """Whether this is a device's child process, which its parent restarts."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     return spec is not None and spec.name == _CHILD

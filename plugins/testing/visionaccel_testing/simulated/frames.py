@@ -19,7 +19,7 @@ class Frame:
 
     Attributes:
         patches: Its patches, without padding.
-        size: Its height and width in patches; None where the program is not told.
+        size: Its height and width in patches; None where the program does not get it.
         rows: Its part of the program's first input, a view: patches [patches, patch_width], or for a split program
             embedded patches [tokens, merged, hidden].
     """
@@ -32,9 +32,9 @@ class Frame:
 def frames_of(program: Program, inputs: Mapping[str, Array]) -> tuple[Frame, ...]:
     """The frames of one call, in their order.
 
-    The grids are read from `grid_thw` or from the program's coverage. A program for any grid is told the number of
-    `frames` only, which are of one size; one for a bucket, by `frame_bias`, which patches are padding. Where nothing is
-    told, the call counts as one frame.
+    The grids are read from `grid_thw` or from the program's coverage. A program for any grid gets only the number of
+    `frames`, which are of one size; `frame_bias` tells one for a bucket which patches are padding. A call that says
+    nothing of its frames counts as one.
 
     Args:
         program: What is run; its first input has the patches.

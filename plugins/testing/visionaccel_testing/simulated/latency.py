@@ -25,8 +25,8 @@ class Latency:
     Args:
         fixed: Seconds of a call with a frame that is not recorded, however many it has.
         per_patch: Seconds of each patch of such frames.
-        recorded: Measured seconds of a frame by its height and width in patches, used in turn. Where a program is not
-            told its frames' sizes, the recorded ones with as many patches share their times.
+        recorded: Measured seconds of a frame by its height and width in patches, used in turn. Where a program does
+            not get its frames' sizes, the recorded ones with as many patches share their times.
     """
 
     def __init__(self, fixed: float, per_patch: float, recorded: Mapping[tuple[int, int], Sequence[float]]) -> None:
@@ -61,7 +61,7 @@ def read_recorded(path: Path) -> dict[tuple[int, int], tuple[float, ...]]:
     """Measured times by a frame's height and width, from a JSON file such as `{"58x74": [7.4, 7.6]}`.
 
     Raises:
-        SettingsError: If it cannot be read or is none.
+        SettingsError: If it cannot be read or is malformed.
     """
     advice = 'Write {"HEIGHTxWIDTH": [SECONDS, ...], ...} with sizes in patches, such as {"58x74": [7.4, 7.6]}.'
     try:
@@ -74,6 +74,9 @@ def read_recorded(path: Path) -> dict[tuple[int, int], tuple[float, ...]]:
     for name, seconds in stated.items():
         size = _SIZE.fullmatch(name)
         if size is None or not seconds or float("inf") in seconds:
-            raise SettingsError(f"recorded times {path}: {name!r} with {len(seconds)} times is none.", hint=advice)
+            raise SettingsError(
+                f"recorded times {path}: {name!r} with {len(seconds)} times is not HEIGHTxWIDTH with finite times.",
+                hint=advice,
+            )
         found[int(size[1]), int(size[2])] = seconds
     return found

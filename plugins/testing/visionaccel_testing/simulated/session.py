@@ -1,4 +1,4 @@
-"""A session that takes as long as it is told to, and sleeps for most of it."""
+"""A session whose calls take a configured time, and sleep for most of it."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class SimulatedSession(Session):
 
     Attributes:
         calls: Calls so far.
-        overruns: Calls for which the computation took longer than it was to take, so far: their time is not what was
-            wished.
+        overruns: Calls for which the computation took longer than it was to take, so far: their time is not the
+            configured one.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class SimulatedSession(Session):
             if first:
                 logger.warning(
                     "Simulated device %s was to take %.3f s and computed for %.3f s: times that are measured with it "
-                    "are not what was wished. Further such calls are not logged.",
+                    "are too long. Further such calls are not logged.",
                     self.capabilities.device,
                     seconds,
                     seconds - left,

@@ -41,7 +41,7 @@ class Target:
             text: The name; None for `auto`.
 
         Raises:
-            SettingsError: If it is none, or names the simulated backend itself.
+            SettingsError: If it is malformed, or names the simulated backend itself.
         """
         if text is None:
             return cls()

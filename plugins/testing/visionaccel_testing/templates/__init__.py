@@ -44,7 +44,7 @@ def write_backend_project(name: str, folder: Path) -> tuple[Path, ...]:
     """
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name):
         raise ConfigurationError(
-            f"{name!r} is no name for a backend.",
+            f"{name!r} is not a name for a backend.",
             hint="Use lower-case letters, digits and single underscores, such as acme_npu.",
         )
     if name in {entry.name for entry in Registry().entries}:

@@ -40,7 +40,7 @@ USEFUL = (
 
 
 def of_environment(root: Path = _ROOT) -> Iterator[Finding]:
-    """What is found of the machine; a look that cannot be made is a finding of its own.
+    """What is found of the machine; a look that fails is itself a finding.
 
     Args:
         root: Where `/proc` and `/sys` are.
@@ -126,7 +126,7 @@ def _cores() -> Finding:
     """Cores of the CPU that encoders may use here."""
     try:
         wanted = load_settings().cpu_cores
-    except SettingsError:  # the settings have a finding of their own
+    except SettingsError:  # the settings have their own finding
         wanted = None
     return Finding("cores", "pass", shown_cores(choose_cores(wanted).cores or process_cores()))
 

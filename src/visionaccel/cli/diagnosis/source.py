@@ -33,7 +33,7 @@ class Wanted:
 
 
 def of_source(source: str, wanted: Wanted) -> Iterator[Finding]:
-    """What is found of a bundle or checkpoint. Every file of a bundle is read again, whatever is remembered of it.
+    """What is found of a bundle or checkpoint. Every file of a bundle is read, even one that is known to be unchanged.
 
     Args:
         source: Its folder, or the Hugging Face repository of a checkpoint.
@@ -62,7 +62,7 @@ def _programs(bundle: Bundle) -> str:
 
 def _certificate(found: Certificate | None, wanted: Wanted) -> Iterator[Finding]:
     if found is None:
-        yield Finding("certificate", "warning", "none: nobody proved the programs", _PROVE)
+        yield Finding("certificate", "warning", "none: the programs were not compared with the reference", _PROVE)
         return
     failed = [each.program for each in found.programs if each.failure is not None]
     if not found.passed:
@@ -78,20 +78,20 @@ def _ran_on(found: Certificate, wanted: Wanted) -> Finding:
     """Whether the certificate was made by what is to run the programs."""
     name = "certificate's device"
     places = list(dict.fromkeys((each.backend, each.device, each.simulated) for each in found.programs))
-    told = "; ".join(f"{backend}, {device}{' (SIMULATED)' * simulated}" for backend, device, simulated in places)
+    made_on = "; ".join(f"{backend}, {device}{' (SIMULATED)' * simulated}" for backend, device, simulated in places)
     here = "here" if wanted.backend is None else f"with `--backend {wanted.backend}`"
     fix = f"Run `visionaccel validate` {here}."
     backends = {backend for backend, _, _ in places}
     if wanted.backend is not None and backends != {wanted.backend}:
-        return Finding(name, "warning", f"made on {told}; {wanted.backend} is to run it", fix)
+        return Finding(name, "warning", f"made on {made_on}; {wanted.backend} is to run it", fix)
     kinds = {_kind(device) for _, device, _ in places}
     if wanted.devices and kinds != {_kind(device) for device in wanted.devices}:
-        return Finding(name, "warning", f"made on {told}; {', '.join(wanted.devices)} is to run it", fix)
+        return Finding(name, "warning", f"made on {made_on}; {', '.join(wanted.devices)} is to run it", fix)
     if not backends <= set(wanted.installed):
-        return Finding(name, "warning", f"made on {told}, which is not installed here", fix)
+        return Finding(name, "warning", f"made on {made_on}, which is not installed here", fix)
     if any(simulated for _, _, simulated in places):
-        return Finding(name, "warning", f"made on {told}, which is no hardware", "Validate it on the hardware too.")
-    return Finding(name, "pass", f"made on {told}")
+        return Finding(name, "warning", f"made on {made_on}, which is not hardware", "Validate it on the hardware too.")
+    return Finding(name, "pass", f"made on {made_on}")
 
 
 def _kind(device: str) -> str:

@@ -411,7 +411,7 @@ PLANTED = (
         """,
     ),
     Planted(
-        "poisoned_by_a_failure", "L5-failed-call", "answered wrongly",
+        "poisoned_by_a_failure", "L5-failed-call", "gets a wrong answer",
         """
         failed = []
         def run(self, inputs):
