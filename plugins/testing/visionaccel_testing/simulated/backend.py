@@ -24,10 +24,9 @@ from visionaccel.backends import (
 from visionaccel.core.invalid_values import problems_of
 from visionaccel.core.program import CHECKPOINT, EP_CONTEXT, FLEXMLRT_DIRECTORY, FLEXMLRT_RAI, ONNX_MODELS, Program
 from visionaccel.errors import ConfigurationError, SettingsError, VisionAccelError
-from visionaccel_testing.simulated.answers import RememberedAnswers
 from visionaccel_testing.simulated.faults import FaultRule, FaultScript
 from visionaccel_testing.simulated.latency import Latency, read_recorded
-from visionaccel_testing.simulated.session import SimulatedSession
+from visionaccel_testing.simulated.session import RememberedAnswers, SimulatedSession
 from visionaccel_testing.simulated.target import NAME, Target
 
 __all__ = ["SimulatedBackend", "SimulatedOptions"]

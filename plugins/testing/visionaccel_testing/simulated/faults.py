@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from visionaccel.core.arrays import Array, as_numpy
 from visionaccel.core.invalid_values import problems_of
 from visionaccel.errors import DeviceError, SettingsError
-from visionaccel_testing.simulated.frames import Frame
+from visionaccel_testing.simulated.latency import Frame
 
 __all__ = ["Fault", "FaultRule", "FaultScript", "struck"]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from itertools import pairwise
@@ -11,17 +13,17 @@ from itertools import pairwise
 import numpy as np
 
 from visionaccel.backends import Capabilities, Session
-from visionaccel.core.arrays import Array
+from visionaccel.core.arrays import Array, as_numpy, is_tensor
 from visionaccel.core.program import Program
 from visionaccel.core.safe_text import safe_logger
-from visionaccel_testing.simulated.answers import RememberedAnswers, copied, input_digest
 from visionaccel_testing.simulated.faults import Fault, FaultScript
-from visionaccel_testing.simulated.frames import Frame, frames_of
-from visionaccel_testing.simulated.latency import Latency
+from visionaccel_testing.simulated.latency import Frame, Latency, frames_of
 
-__all__ = ["SimulatedSession"]
+__all__ = ["RememberedAnswers", "SimulatedSession"]
 
 logger = safe_logger(__name__)
+
+_MOST_BYTES = 512 * 2**20
 
 
 class SimulatedSession(Session):
@@ -90,7 +92,7 @@ class SimulatedSession(Session):
     def _answer(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         if self._answers is None:
             return self._computed(inputs)
-        digest = input_digest(inputs)
+        digest = _digest(inputs)
         answer = self._answers.get(digest)
         if answer is None:
             answer = self._computed(inputs)
@@ -122,7 +124,7 @@ class SimulatedSession(Session):
 
 def _spoilt(answer: Mapping[str, Array], fault: Fault, frames: Sequence[Frame]) -> Mapping[str, Array]:
     """An answer with the rows of the frames that a fault is about overwritten."""
-    spoilt = copied(answer)
+    spoilt = _copied(answer)
     ends = np.cumsum([0, *(frame.patches for frame in frames)]).tolist()
     for array in spoilt.values():
         if all(fault.hits):
@@ -133,3 +135,55 @@ def _spoilt(answer: Mapping[str, Array], fault: Fault, frames: Sequence[Frame]) 
             if hit:
                 fault.spoil(array[start * rows // ends[-1] : end * rows // ends[-1]])
     return spoilt
+
+
+class RememberedAnswers:
+    """Answers by their input's digest; those not used for longest are forgotten. Safe to use from several threads.
+
+    Args:
+        most_bytes: Most bytes of all answers. One that is larger is not kept.
+    """
+
+    def __init__(self, most_bytes: int = _MOST_BYTES) -> None:
+        self._most = most_bytes
+        self._held = 0
+        self._answers: OrderedDict[bytes, Mapping[str, Array]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, digest: bytes) -> Mapping[str, Array] | None:
+        """A copy of an answer, the caller's; None if it is not known."""
+        with self._lock:
+            answer = self._answers.get(digest)
+            if answer is None:
+                return None
+            self._answers.move_to_end(digest)
+        return _copied(answer)
+
+    def put(self, digest: bytes, answer: Mapping[str, Array]) -> None:
+        """Keep a copy of an answer."""
+        kept = _copied(answer)
+        with self._lock:
+            self._held += _bytes(kept) - _bytes(self._answers.pop(digest, {}))
+            self._answers[digest] = kept
+            while self._held > self._most:
+                _, oldest = self._answers.popitem(last=False)
+                self._held -= _bytes(oldest)
+
+
+def _copied(arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """Copies of numpy arrays or torch tensors."""
+    return {name: array.clone() if is_tensor(array) else np.array(array) for name, array in arrays.items()}
+
+
+def _digest(inputs: Mapping[str, Array]) -> bytes:
+    """What identifies the inputs of a call: their names, kinds, dtypes, shapes and bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, array in sorted(inputs.items()):
+        place = str(array.device) if is_tensor(array) else "numpy"
+        digest.update(repr((name, place, str(array.dtype), tuple(array.shape))).encode())
+        digest.update(np.ascontiguousarray(as_numpy(array)).reshape(-1).view(np.uint8).data)
+    return digest.digest()
+
+
+def _bytes(arrays: Mapping[str, Array]) -> int:
+    return sum(int(array.nbytes) for array in arrays.values())
