@@ -1,4 +1,4 @@
-"""Runs a function in a new interpreter, so that a crash or a hang there is an outcome and not the end."""
+"""Runs a function in a new interpreter or a fork, so that a crash or a hang there is an outcome and not the end."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 from visionaccel_testing.conformance.check import CheckFailedError, NotApplicableError
 
-__all__ = ["in_fresh_process"]
+__all__ = ["in_fork", "in_fresh_process"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -35,7 +35,24 @@ def in_fresh_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
         CheckFailedError: As it does there; or if it raises anything else, crashes, exits or hangs.
         NotApplicableError: As it does there.
     """
-    context = multiprocessing.get_context("spawn")
+    what = f"a process that did nothing but {function.__name__}"
+    return cast("T", _answered("spawn", what, function, args, kwargs))
+
+
+def in_fork(function: Callable[[], T]) -> T:
+    """What a function returns in a fork of this process; only its result is pickled.
+
+    Raises:
+        CheckFailedError: As `in_fresh_process` does.
+        NotApplicableError: As it does there.
+    """
+    return cast("T", _answered("fork", "a forked process", function, (), {}))
+
+
+def _answered(
+    method: str, what: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    context: Any = multiprocessing.get_context(method)
     near, far = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(far, function, args, kwargs))
     process.start()
@@ -58,15 +75,15 @@ def in_fresh_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
     if kind == "inapplicable":
         raise NotApplicableError(value)
     if kind == "error":
-        raise CheckFailedError(value)
+        raise CheckFailedError(f"{what}: {value}" if method == "fork" else value)
     if hung:
         raise CheckFailedError(
-            f"a process that did nothing but {function.__name__} did not {'end' if answered else 'answer'} in time: "
-            "a call, a lock or a thread of the backend hangs."
+            f"{what} did not {'end' if answered else 'answer'} in time: a call, a lock or a thread of the backend "
+            "hangs."
         )
     if code != 0 or kind == "silent":
-        raise CheckFailedError(f"a process that did nothing but {function.__name__} {_end(code)}.")
-    return cast("T", value)
+        raise CheckFailedError(f"{what} {_end(code)}.")
+    return value
 
 
 def _answer(answers: Connection, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from visionaccel.core.arrays import as_numpy
 from visionaccel.encoder import Encoder, open_source
 from visionaccel.errors import DeviceError
 from visionaccel_testing.conformance.check import CheckFailedError, Checks, NotApplicableError
-from visionaccel_testing.conformance.fresh_process import in_fresh_process
+from visionaccel_testing.conformance.fresh_process import in_fork, in_fresh_process
 from visionaccel_testing.conformance.kit import Kit
 from visionaccel_testing.conformance.subject import Subject, grids_of, patches_for
 from visionaccel_testing.process_tree import memory, open_descriptors
@@ -33,9 +32,6 @@ _THREADS, _CALLS = 4, 12
 _ROUNDS, _ENCODES, _OPENINGS = 4, 40, 6
 _NOISE = 128 * 1024
 """Bytes that an allocator may keep in a round of encodes without anything being lost."""
-
-_FORKED = 120.0
-"""Seconds for a forked process to open and encode."""
 
 
 @LIFE_CYCLE.add
@@ -218,49 +214,12 @@ def _fork(subject: Subject) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         with subject.open() as encoder:
             return _first(encoder, subject)()
 
-    there = _in_fork(forked)
+    there = in_fork(forked)
     with subject.open() as encoder:
         encode = _first(encoder, subject)
         encode()
-        _in_fork(lambda: np.zeros(0, np.float32))
+        in_fork(float)
         return encode(), there
-
-
-def _in_fork(function: Callable[[], NDArray[np.float32]]) -> NDArray[np.float32]:
-    """What a function returns in a fork of this process."""
-    read, write = os.pipe()
-    pid = os.fork()
-    if pid == 0:  # Never return into the caller's code.
-        status = 1
-        try:
-            os.close(read)
-            said = BytesIO()
-            try:
-                np.save(said, function(), allow_pickle=False)
-            except BaseException as error:
-                said = BytesIO(f"{type(error).__name__}: {error}".encode(errors="backslashreplace"))
-            with os.fdopen(write, "wb") as pipe:
-                pipe.write(said.getvalue())
-            status = 0
-        finally:
-            os._exit(status)
-    os.close(write)
-    timer = threading.Timer(_FORKED, os.kill, (pid, 9))
-    timer.start()
-    with os.fdopen(read, "rb") as pipe:
-        data = pipe.read()
-    _, status = os.waitpid(pid, 0)
-    timer.cancel()
-    if status or not data:
-        raise CheckFailedError(
-            f"a forked process ended with status {os.waitstatus_to_exitcode(status)} before it answered: threads or "
-            "locks of a library that the probe loaded do not survive a fork."
-        )
-    if not data.startswith(np.lib.format.MAGIC_PREFIX):
-        text = data.decode(errors="backslashreplace")
-        raise CheckFailedError(f"a process that was forked after a probe cannot encode: {text}")
-    answer: NDArray[np.float32] = np.load(BytesIO(data), allow_pickle=False)
-    return answer
 
 
 def _memory_growths(subject: Subject) -> list[int]:
