@@ -14,10 +14,11 @@ from visionaccel.core.program import FLEXMLRT_RAI, SIMULATOR_FILE, SIMULATOR_MAG
 from visionaccel.errors import ArtifactError
 from visionaccel_flexmlrt.runtime import NPU, SIMULATOR
 
-__all__ = ["SIMULATOR_FILE", "SIMULATOR_MAGIC", "Artifact", "open_settings"]
+__all__ = ["SIMULATOR_FILE", "SIMULATOR_MAGIC", "Artifact", "made_for_simulator", "open_settings"]
 
 logger = logging.getLogger(__name__)
 
+_AGAIN = "Fetch the artifact again."
 _LFS_POINTER = b"version https://git-lfs"
 _SMALLEST_REAL = 1 << 20
 
@@ -43,28 +44,14 @@ class Artifact:
         Raises:
             ArtifactError: If it is missing or empty, or only stands for one, such as a Git LFS pointer.
         """
-        again = "Fetch the artifact again."
         if program.artifact is None:
-            raise ArtifactError(f"program {program.name!r} has no file.", hint=again)
+            raise ArtifactError(f"program {program.name!r} has no file.", hint=_AGAIN)
         single_file = program.format == FLEXMLRT_RAI
         folder = program.artifact.parent
         binary = program.artifact if single_file else folder / SIMULATOR_FILE
         if not single_file and not binary.is_file():
             return cls(folder, single_file, simulated=False)
-        try:
-            with open_regular(binary) as file:
-                head = file.read(len(_LFS_POINTER))
-                size = os.fstat(file.fileno()).st_size
-        except (OSError, ValueError) as error:
-            raise ArtifactError(f"{binary} cannot be read: {error}", hint=again) from error
-        if head.startswith(_LFS_POINTER):
-            raise ArtifactError(
-                f"{binary} is a Git LFS pointer of {size} bytes, not the artifact.",
-                hint="Run `git lfs pull` where it was cloned, and import it again.",
-            )
-        if size == 0:
-            raise ArtifactError(f"{binary} is empty.", hint=again)
-        return cls(binary if single_file else folder, single_file, head.startswith(SIMULATOR_MAGIC))
+        return cls(binary if single_file else folder, single_file, made_for_simulator(binary))
 
     @property
     def device(self) -> str:
@@ -75,6 +62,32 @@ class Artifact:
     def suspicious(self) -> bool:
         """Whether it is smaller than any compiled encoder that is known."""
         return self.single_file and not self.simulated and self.path.stat().st_size < _SMALLEST_REAL
+
+
+def made_for_simulator(binary: Path, failure: type[ArtifactError] = ArtifactError) -> bool:
+    """Whether a compiled file was made for the simulator, by its first bytes.
+
+    Args:
+        binary: The file.
+        failure: What to raise.
+
+    Raises:
+        ArtifactError: If it cannot be read, is empty, or only stands for one, such as a Git LFS pointer.
+    """
+    try:
+        with open_regular(binary) as file:
+            head = file.read(len(_LFS_POINTER))
+            size = os.fstat(file.fileno()).st_size
+    except (OSError, ValueError) as error:
+        raise failure(f"{binary} cannot be read: {error}", hint=_AGAIN) from error
+    if head.startswith(_LFS_POINTER):
+        raise failure(
+            f"{binary} is a Git LFS pointer of {size} bytes, not the artifact.",
+            hint="Run `git lfs pull` where it was cloned, and import it again.",
+        )
+    if size == 0:
+        raise failure(f"{binary} is empty.", hint=_AGAIN)
+    return head.startswith(SIMULATOR_MAGIC)
 
 
 def open_settings(artifact: Artifact, sdk_version: str | None) -> Mapping[str, str]:

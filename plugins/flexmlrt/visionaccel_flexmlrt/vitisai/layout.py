@@ -19,15 +19,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from visionaccel.core.bounded_files import read_bounded
 from visionaccel.core.contracts import TensorSpec
 from visionaccel.core.invalid_values import problems_of
-from visionaccel.core.program import EP_CONTEXT, FLEXMLRT_DIRECTORY, FLEXMLRT_RAI, SIMULATOR_FILE, SIMULATOR_MAGIC
+from visionaccel.core.program import EP_CONTEXT, FLEXMLRT_DIRECTORY, FLEXMLRT_RAI, SIMULATOR_FILE
 from visionaccel.errors import BundleError, ConfigurationError
+from visionaccel_flexmlrt.artifact import made_for_simulator
 from visionaccel_flexmlrt.vitisai.graph import check_link
 
 __all__ = ["Boundary", "PartitionInfo", "VitisFolder", "read_layout", "read_metadata"]
 
 _INFO, _TABLE, _CONNECTIVITY = "partition-info.json", "flexmlrt-hsi.json", "connectivity_metadata.json"
 _PARTITION = "vaiml_par_"
-_LFS_POINTER = b"version https://git-lfs"
 _SMALL = 10**6
 """A real `.rai` holds a tower's weights; what is smaller is most likely something else."""
 
@@ -213,17 +213,8 @@ def _model(folder: Path, named: Path | None, places: Sequence[Path]) -> Path:
 
 def _single(folder: Path, artifact: Path, model: Path) -> VitisFolder:
     check_link(artifact, _home(artifact, folder))
-    size = artifact.stat().st_size
-    with artifact.open("rb") as file:
-        start = file.read(len(_LFS_POINTER))
+    simulated, size = made_for_simulator(artifact, BundleError), artifact.stat().st_size
     warnings: tuple[str, ...] = ()
-    simulated = start.startswith(SIMULATOR_MAGIC)
-    if size < _SMALL and start == _LFS_POINTER:
-        raise BundleError(
-            f"{artifact} is a Git LFS pointer of {size} bytes, not the artifact.", hint="Run `git lfs pull` there."
-        )
-    if not size:
-        raise BundleError(f"{artifact} is empty.", hint="Fetch the file again.")
     if size < _SMALL and not simulated:
         warnings = (
             f"{artifact} has {size} bytes only, which is little for a vision tower: check that it was fetched whole.",
