@@ -15,7 +15,7 @@ __all__ = ["Memory", "memory", "open_descriptors", "processor_seconds"]
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Memory in bytes; None where the system does not tell.
+    """Memory in bytes; None where the system does not say.
 
     Attributes:
         resident: What is resident now.

@@ -131,7 +131,7 @@ def status(text: str) -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def progress(amount: ProgressColumn) -> Iterator[Callable[[str, int, int], None]]:
-    """Bars on stderr, one for each stage; the function tells a stage, how much of it is done and how much it is.
+    """Bars on stderr, one for each stage. The function takes a stage, how much of it is done and how much there is.
 
     Args:
         amount: The column that says how much is done.

@@ -122,7 +122,7 @@ class OnnxGraph:
         return tensor in self._made or tensor in self._declared or tensor in self._initializers
 
     def declared(self, tensor: str) -> TensorSpec | None:
-        """What the model says of a tensor; None if nothing."""
+        """What the model declares for a tensor; None if nothing."""
         value = self._declared.get(tensor)
         return None if value is None else _spec(value)
 

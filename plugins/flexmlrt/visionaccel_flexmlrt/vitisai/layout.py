@@ -288,7 +288,7 @@ def _boundary(path: Path) -> Boundary:
         for number, tensor in enumerate(tensors):
             if tensor.cpu_dtype != "fp32":
                 raise BundleError(
-                    f"{path}: {field}.{number}.cpu_dtype is {tensor.cpu_dtype!r}, and the host speaks fp32.",
+                    f"{path}: {field}.{number}.cpu_dtype is {tensor.cpu_dtype!r}, and the host needs fp32.",
                     hint="Compile the tower with float32 inputs and outputs.",
                 )
         if len({tensor.tensor_name for tensor in tensors}) != len(tensors):

@@ -14,8 +14,8 @@ Two layouts are written. `rai` is the published one, three files side by side:
       vaiml_par_0/0/flexmlrt-hsi.json
 
 The `.onnx` is the whole tower in the operators and the order of transformers: convolution, window gather, blocks and
-merger, reverse gather. What lies between the two gathers is the device's partition. A caller's `compile` gets it as an
-ONNX model of its own, and writes what stands for the compiled binary.
+merger, reverse gather. What lies between the two gathers is the device's partition. A caller's `compile` gets it as a
+separate ONNX model, and writes what stands for the compiled binary.
 """
 
 from __future__ import annotations

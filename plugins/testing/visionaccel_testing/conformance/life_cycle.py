@@ -234,7 +234,7 @@ def _memory_growths(subject: Subject) -> list[int]:
             gc.collect()
             resident = memory().resident
             if resident is None:
-                raise NotApplicableError("this system does not tell how much memory a process has.")
+                raise NotApplicableError("this system does not report how much memory a process has.")
             return resident
 
         use()

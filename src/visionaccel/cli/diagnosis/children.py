@@ -89,7 +89,7 @@ def _checks(backend: VisionBackend, source: str | None) -> list[Finding]:
 
 
 def _of_vllm(trying: str = "") -> Iterator[Finding]:
-    """Load vLLM's plug-ins as its processes do, and tell which class it would make our models from."""
+    """Load vLLM's plug-ins as its processes do, and report which class it would make our models from."""
     try:
         import vllm
     except Exception as error:
