@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from itertools import pairwise
 
 import numpy as np
+from cachetools import LRUCache
 
 from visionaccel.backends import Capabilities, Session
 from visionaccel.core.arrays import Array, as_numpy, is_tensor
@@ -145,29 +145,20 @@ class RememberedAnswers:
     """
 
     def __init__(self, most_bytes: int = _MOST_BYTES) -> None:
-        self._most = most_bytes
-        self._held = 0
-        self._answers: OrderedDict[bytes, Mapping[str, Array]] = OrderedDict()
+        self._answers: LRUCache[bytes, Mapping[str, Array]] = LRUCache(most_bytes, getsizeof=_bytes)
         self._lock = threading.Lock()
 
     def get(self, digest: bytes) -> Mapping[str, Array] | None:
         """A copy of an answer, the caller's; None if it is not known."""
         with self._lock:
             answer = self._answers.get(digest)
-            if answer is None:
-                return None
-            self._answers.move_to_end(digest)
-        return _copied(answer)
+        return None if answer is None else _copied(answer)
 
     def put(self, digest: bytes, answer: Mapping[str, Array]) -> None:
         """Keep a copy of an answer."""
         kept = _copied(answer)
-        with self._lock:
-            self._held += _bytes(kept) - _bytes(self._answers.pop(digest, {}))
+        with self._lock, suppress(ValueError):  # larger than all of them may be
             self._answers[digest] = kept
-            while self._held > self._most:
-                _, oldest = self._answers.popitem(last=False)
-                self._held -= _bytes(oldest)
 
 
 def _copied(arrays: Mapping[str, Array]) -> dict[str, Array]:
