@@ -165,7 +165,7 @@ def _markdown(report: ConformanceReport, picture: str) -> str:
         if declared["tolerances"]
     ]
     eased += [
-        f"a least speed of {declared['speed_floor'] or 'nothing'}"
+        f"a least speed of {declared['speed_floor']}" if declared["speed_floor"] else "no least speed"
         for declared in report.declared
         if declared["speed_floor"] != BackendUnderTest.speed_floor
     ]
