@@ -25,12 +25,10 @@ from visionaccel.core.program import FLEXMLRT_DIRECTORY, FLEXMLRT_RAI, Program
 from visionaccel.errors import ArtifactError, ConfigurationError, DeviceError
 from visionaccel_flexmlrt.artifact import Artifact, open_settings
 from visionaccel_flexmlrt.host_graphs import HostGraphs, device_tensors
-from visionaccel_flexmlrt.runtime import NPU, SIMULATOR, AmdEnvironment, load, missing, sdk_version
+from visionaccel_flexmlrt.runtime import NPU, SIMULATOR, AmdEnvironment, load, missing, sdk_version, simulator_faults
 from visionaccel_flexmlrt.session import FlexMLRTSession
 
 __all__ = ["FlexMLRTBackend", "FlexMLRTOptions"]
-
-SCRIPT_VARIABLE = "FLEXMLRT_SIMULATOR_SCRIPT"
 
 
 class FlexMLRTOptions(Options):
@@ -89,9 +87,7 @@ class FlexMLRTBackend(VisionBackend):
             raise ConfigurationError(_elsewhere(program, artifact), hint=f"Set VISIONACCEL_DEVICE={artifact.device}.")
         amd = self._amd
         module = load(device, amd, any_version=options.any_version)
-        if device == SIMULATOR and options.simulator_script is not None:
-            os.environ[SCRIPT_VARIABLE] = str(options.simulator_script)
-        elif options.simulator_script is not None:
+        if device != SIMULATOR and options.simulator_script is not None:
             raise ConfigurationError(
                 "simulator_script is for the simulator.", hint=f"Set VISIONACCEL_DEVICE={SIMULATOR}."
             )
@@ -101,24 +97,25 @@ class FlexMLRTBackend(VisionBackend):
         host = HostGraphs(program) if apart is not None else None
         settings = open_settings(artifact, sdk_version(device, module, amd))
         try:
-            model = module.Model(
-                path=str(artifact.path),
-                single_file=artifact.single_file,
-                inputs=[_as_stored(spec, names) for spec in inputs],
-                outputs=[_as_stored(spec, names) for spec in outputs],
-                device_name=settings["device_name"] if options.device_name is None else options.device_name,
-                subgraph=settings["subgraph"] if options.subgraph is None else options.subgraph,
-                cache_dir=str(options.cache_dir or artifact.path.parent),
-                execute_mode=options.execute_mode,
-                preemption=options.preemption,
-            )
+            with simulator_faults(options.simulator_script):
+                model = module.Model(
+                    path=str(artifact.path),
+                    single_file=artifact.single_file,
+                    inputs=[_as_stored(spec, names) for spec in inputs],
+                    outputs=[_as_stored(spec, names) for spec in outputs],
+                    device_name=settings["device_name"] if options.device_name is None else options.device_name,
+                    subgraph=settings["subgraph"] if options.subgraph is None else options.subgraph,
+                    cache_dir=str(options.cache_dir or artifact.path.parent),
+                    execute_mode=options.execute_mode,
+                    preemption=options.preemption,
+                )
         except (module.BridgeError, UnicodeDecodeError) as error:  # its text may quote bytes of the artifact
             raise DeviceError(
                 f"{device} cannot open program {program.name!r}: {error}",
                 hint="Run `visionaccel doctor` for what this machine lacks.",
             ) from error
         capabilities = Capabilities(device=device, precision=program.precision, simulated=device == SIMULATOR)
-        return FlexMLRTSession(model, module.BridgeError, capabilities, inputs, outputs, host)
+        return FlexMLRTSession(model, module.BridgeError, capabilities, inputs, outputs, host, options.simulator_script)
 
 
 def _as_stored(spec: TensorSpec, names: Mapping[str, str]) -> tuple[str, str, list[Any]]:

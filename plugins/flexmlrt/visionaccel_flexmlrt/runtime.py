@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,11 +29,13 @@ __all__ = [
     "load",
     "missing",
     "openvino_library",
+    "simulator_faults",
     "sdk_version",
 ]
 
 NPU, SIMULATOR = "npu", "simulator"
 _LIBRARY = "libflexmlrt.so"
+_SCRIPT = "FLEXMLRT_SIMULATOR_SCRIPT"
 _PLACES = (("FLEXMLRT_LIB_DIR", ""), ("FLEXMLRT_ROOT", "lib"), ("RYZEN_AI_INSTALLATION_PATH", "deployment/lib"))
 """Environment variables that name where AMD's software is, and the folder of the library below each."""
 
@@ -132,6 +136,26 @@ def load(device: str, amd: AmdEnvironment, *, any_version: bool = False) -> Modu
             hint=f"Build it again with the SDK of {found}, or pass the option any_version=true at your own risk.",
         )
     return module
+
+
+@contextmanager
+def simulator_faults(script: Path | None) -> Iterator[None]:
+    """Have the simulator, which reads an environment variable, do wrong in this context what a script says.
+
+    Args:
+        script: The file; None to leave the variable as it is.
+    """
+    if script is None:
+        yield
+        return
+    before = os.environ.get(_SCRIPT)
+    os.environ[_SCRIPT] = str(script)
+    try:
+        yield
+    finally:
+        os.environ.pop(_SCRIPT)
+        if before is not None:
+            os.environ[_SCRIPT] = before
 
 
 def library_version(library: Path) -> str | None:

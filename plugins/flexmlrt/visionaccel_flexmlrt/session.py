@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from visionaccel.core.contracts import TensorSpec
 from visionaccel.core.dtypes import FLOATS
 from visionaccel.errors import DeviceError, OutputError
 from visionaccel_flexmlrt.host_graphs import HostGraphs
+from visionaccel_flexmlrt.runtime import simulator_faults
 
 __all__ = ["FlexMLRTSession", "check_written"]
 
@@ -27,6 +29,7 @@ class FlexMLRTSession(Session):
         capabilities: What the session is.
         inputs: The device's inputs in the model's order, by the names that `run` gets; likewise the outputs.
         host: Graphs that run on the host around the device's; None where the core does the host's part.
+        script: What the simulator does wrong in this session's calls, if anything.
     """
 
     def __init__(
@@ -37,8 +40,9 @@ class FlexMLRTSession(Session):
         inputs: Sequence[TensorSpec],
         outputs: Sequence[TensorSpec],
         host: HostGraphs | None,
+        script: Path | None = None,
     ) -> None:
-        self.capabilities = capabilities
+        self.capabilities, self._script = capabilities, script
         self._model, self._failure = model, failure
         self._inputs, self._outputs, self._host = inputs, outputs, host
 
@@ -54,7 +58,8 @@ class FlexMLRTSession(Session):
         # No copy of what is contiguous already.
         given = [np.ascontiguousarray(inputs[spec.name]) for spec in self._inputs]
         try:
-            arrays = self._model.run(given)
+            with simulator_faults(self._script):
+                arrays = self._model.run(given)
         except (self._failure, UnicodeDecodeError) as error:  # its text may quote bytes of the artifact
             raise DeviceError(
                 f"{self.capabilities.device}: {error}",

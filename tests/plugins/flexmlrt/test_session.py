@@ -37,6 +37,18 @@ def test_the_answer_is_the_reference_s(session, program, tower, tiny):
     np.testing.assert_allclose(embeddings, reference(tiny, patches, [(1, GRID.h, GRID.w)]), atol=2e-5)
 
 
+def test_a_script_that_an_option_names_is_about_its_own_session(program, inputs, tmp_path, monkeypatch):
+    monkeypatch.delenv("FLEXMLRT_SIMULATOR_SCRIPT", raising=False)
+    (tmp_path / "script").write_text("forward throw")
+    with closing(open_session(program, simulator_script=tmp_path / "script")) as broken:
+        for _ in range(2):
+            with pytest.raises(DeviceError):
+                broken.run(inputs)
+    with closing(open_session(program)) as whole:
+        assert whole.run(inputs)
+    assert "FLEXMLRT_SIMULATOR_SCRIPT" not in os.environ
+
+
 def test_every_report_says_that_it_is_a_simulator(session, program):
     assert session.capabilities.simulated
     assert session.capabilities.device == "simulator"
