@@ -1,35 +1,49 @@
-"""Writes the tables of docs/compatibility.md that are made from data: `python tools/write_tables.py`.
+"""Writes what is committed and made from data: `python tools/write_tables.py`. Tests compare.
 
-Each stands behind a comment that names it. A test compares.
+The tables of docs/compatibility.md and of the README's settings stand behind a comment that names them; the JSON schema
+of manifests is a file.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 from docsite.tables import contract_table, feature_table
+from visionaccel.bundle import SCHEMA_VERSION, json_schema
 from visionaccel.integrations.vllm.compat.releases import compatibility_table
+from visionaccel.settings import settings_table
 
-__all__ = ["PAGE", "with_tables"]
+__all__ = ["PAGES", "written"]
 
-PAGE = Path(__file__).parents[1] / "docs" / "compatibility.md"
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "docs" / "compatibility.md", ROOT / "README.md")
+_SCHEMA = ROOT / "docs" / f"bundle-manifest-v{SCHEMA_VERSION}.schema.json"
 
 
-def with_tables(page: str) -> str:
-    """The page with the tables that its comments name, as the data has them now."""
+def written() -> dict[Path, str]:
+    """Each of those files as the data has it now."""
     tables = {
         "releases": compatibility_table(),
         "features": feature_table(),
         "changed": contract_table(changing=True),
         "used": contract_table(changing=False),
+        "settings": settings_table() + "\n",
     }
-    for name, table in tables.items():
-        page, found = re.subn(rf"(<!-- table: {name} -->\n\n)(?:\|.*\n)*", lambda match: match[1] + table, page)  # noqa: B023
-        if found != 1:
-            raise ValueError(f"{PAGE} has {found} places for the table {name!r}, and needs one")
-    return page
+
+    def table(match: re.Match[str]) -> str:
+        return match[1] + tables.pop(match[2])
+
+    files = {
+        page: re.sub(r"(<!-- table: (\w+) -->\n\n)(?:\|.*\n)*", table, page.read_text(encoding="utf-8"))
+        for page in PAGES
+    }
+    if tables:
+        raise ValueError(f"no page has a place for the tables {', '.join(tables)}")
+    return files | {_SCHEMA: json.dumps(json_schema(), indent=1) + "\n"}
 
 
 if __name__ == "__main__":
-    PAGE.write_text(with_tables(PAGE.read_text()))
+    for file, text in written().items():
+        file.write_text(text, encoding="utf-8")

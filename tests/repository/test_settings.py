@@ -9,9 +9,7 @@ import pytest
 import visionaccel.settings as module
 from visionaccel.errors import SettingsError
 from visionaccel.integrations.vllm import BACKEND_VARIABLES
-from visionaccel.settings import Settings, load_settings, settings_table
-
-README = Path(__file__).parents[2] / "README.md"
+from visionaccel.settings import Settings, load_settings
 
 
 @pytest.fixture(autouse=True)
@@ -231,7 +229,3 @@ def test_a_mistyped_variable_is_pointed_out(monkeypatch, caplog):
     monkeypatch.setenv("VISIONACCEL_FALBACK", "torch_ref")
     load_settings()
     assert "Did you mean VISIONACCEL_FALLBACK?" in caplog.text
-
-
-def test_the_readme_holds_the_generated_table():
-    assert settings_table() in README.read_text()
