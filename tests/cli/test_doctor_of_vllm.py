@@ -3,7 +3,7 @@
 import pytest
 
 from visionaccel.cli.diagnosis.children import _activation, _contract
-from visionaccel.integrations.vllm import compat
+from visionaccel.integrations.vllm.compat import architectures, contract
 from visionaccel.integrations.vllm.compat.contract import Feature
 
 MODELS = ("OneForConditionalGeneration", "OtherForConditionalGeneration")
@@ -17,7 +17,7 @@ def lacking(monkeypatch):
         def missing(asked, architecture=None):
             return (*names[None], *(names[architecture] if architecture else ())) if asked is feature else ()
 
-        monkeypatch.setattr(compat, "missing", missing)
+        monkeypatch.setattr(contract, "missing", missing)
 
     return lack
 
@@ -38,16 +38,18 @@ def test_what_replacing_the_encoder_needs_is_a_failure(lacking):
 def test_a_vllm_without_our_models_is_told_which_are_looked_for():
     found = _activation((), trying=False)
     assert found.status == "failure"
-    assert found.detail == f"vLLM has none of the models that visionaccel serves: {', '.join(compat.ARCHITECTURES)}"
+    assert (
+        found.detail == f"vLLM has none of the models that visionaccel serves: {', '.join(architectures.ARCHITECTURES)}"
+    )
     assert "Install a release of vLLM" in found.fix
 
 
 def test_only_the_models_that_are_not_replaced_are_named(monkeypatch):
-    monkeypatch.setattr(compat, "is_replaced", lambda name: name == MODELS[0])
+    monkeypatch.setattr(architectures, "is_replaced", lambda name: name == MODELS[0])
     assert _activation(MODELS, trying=False).detail == f"vLLM makes {MODELS[1]} from its own class"
 
 
 def test_a_backend_that_is_set_for_the_look_only_is_told(monkeypatch):
-    monkeypatch.setattr(compat, "is_replaced", lambda name: True)
+    monkeypatch.setattr(architectures, "is_replaced", lambda name: True)
     assert "once VISIONACCEL_BACKEND is set" in _activation(MODELS, trying=True).detail
     assert "once" not in _activation(MODELS, trying=False).detail

@@ -29,7 +29,7 @@ from visionaccel.core.cores import (
 )
 from visionaccel.encoder import open_tower
 from visionaccel.errors import SettingsError
-from visionaccel.integrations.vllm import compat
+from visionaccel.integrations.vllm.compat import worker
 from visionaccel.service import open_guarded
 from visionaccel.settings import Settings, load_settings
 
@@ -280,10 +280,10 @@ def test_pipelined_what_vllm_lists_is_taken(monkeypatch, bind, taken, why):
     monkeypatch.delenv(BIND, raising=False)
     if bind is not None:
         monkeypatch.setenv(BIND, bind)
-    host = compat.encoder_host("cpu", in_step=False)
+    host = worker.encoder_host("cpu", in_step=False)
     assert (host.usable, host.taken) == (process_cores(), taken)
     assert why in host.why
-    assert compat.encoder_host("cuda:0", in_step=False) is None
+    assert worker.encoder_host("cuda:0", in_step=False) is None
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ def test_pipelined_what_vllm_lists_is_taken(monkeypatch, bind, taken, why):
 def test_in_the_step_only_other_workers_cores_are_taken(monkeypatch, bind, taken):
     monkeypatch.setenv(BIND, bind)
     with on_cores(frozenset({ONE})):  # the main thread, which vLLM binds
-        host = compat.encoder_host("cpu", in_step=True)
+        host = worker.encoder_host("cpu", in_step=True)
     assert host.taken == taken
     assert "the language model waits" in host.why
 
@@ -300,7 +300,7 @@ def test_in_the_step_only_other_workers_cores_are_taken(monkeypatch, bind, taken
 def _worker(bind, connection):
     os.environ[BIND] = bind
     os.sched_setaffinity(0, {ONE})
-    connection.send(compat.started_cores())
+    connection.send(worker.started_cores())
 
 
 @pytest.mark.parametrize(("bind", "cores"), [("auto", process_cores()), ("nobind", {ONE})])

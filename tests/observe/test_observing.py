@@ -323,7 +323,7 @@ def test_metrics_show_in_what_vllm_answers_from_also_when_it_is_of_several_proce
     from prometheus_client import multiprocess
     from vllm.v1.metrics import prometheus
 
-    from visionaccel.integrations.vllm import compat
+    from visionaccel.integrations.vllm.compat import serving
 
     registry = CollectorRegistry(auto_describe=True)  # as prometheus_client's own
     monkeypatch.setattr(prometheus_client, "REGISTRY", registry)
@@ -333,7 +333,7 @@ def test_metrics_show_in_what_vllm_answers_from_also_when_it_is_of_several_proce
     if several:
         monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     for _ in range(2):
-        compat.on_metrics(published.PublishedCollector)
+        serving.on_metrics(published.PublishedCollector)
         shown = generate_latest(prometheus.get_prometheus_registry()).decode()
         assert shown.count("# HELP visionaccel_encode_seconds ") == 1
     assert prometheus.get_prometheus_registry.__module__ == prometheus.__name__, "nothing of vLLM is replaced"

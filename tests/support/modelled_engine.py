@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from visionaccel.core.grid import Grid
-from visionaccel.integrations.vllm import compat
+from visionaccel.integrations.vllm.compat import engine_config
 from visionaccel.integrations.vllm.compat.modelled_engine import (
     GOOD,
     TAINTED,
@@ -51,7 +51,7 @@ class Engine(ModelledEngine):
 
     def __init__(self, scheduler, worker=None):
         super().__init__(scheduler, worker or Worker())
-        self.worker.engine = compat.engine_id(scheduler.vllm_config)
+        self.worker.engine = engine_config.engine_id(scheduler.vllm_config)
 
     def add(self, images, text):
         grid = (GRID.t, GRID.h, GRID.w)
@@ -72,7 +72,7 @@ def make(checkpoint, kind, *, pipelined):
 
     config = small_config(str(checkpoint), asynchronous=kind == "async")
     if pipelined:
-        compat.use_connector(config, client_embeds=False)
+        engine_config.use_connector(config, client_embeds=False)
     return make_scheduler(config, ContainedAsyncScheduler if kind == "async" else ContainedScheduler, 3 * IMAGE_TOKENS)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from visionaccel.checkpoint import Checkpoint
-from visionaccel.integrations.vllm.compat import ServedModel
+from visionaccel.integrations.vllm.compat.engine_config import ServedModel
 
 
 def served_model(folder: str | Path, vision: Mapping[str, Any] | None = None) -> ServedModel:

@@ -4,9 +4,26 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from visionaccel.backends import Registry, VisionBackend, default_registry
-from visionaccel.integrations.vllm.compat.contract import ENTRIES, WITHOUT, AnyOf, Feature, Need, needs
+from visionaccel.integrations.vllm.compat.contract import (
+    CONTRACT,
+    MODEL_CONTRACT,
+    WITHOUT,
+    AnyOf,
+    Entry,
+    Feature,
+    Need,
+    needs,
+)
 
-__all__ = ["backend_options", "backend_table", "contract_table", "feature_table"]
+__all__ = ["ENTRIES", "backend_options", "backend_table", "contract_table", "feature_table"]
+
+ENTRIES: tuple[tuple[Feature, Entry], ...] = tuple(
+    (feature, entry)
+    for contract in (CONTRACT, *MODEL_CONTRACT.values())
+    for feature, entries in contract.items()
+    for entry in entries
+)
+"""The contract with vLLM, row by row."""
 
 _CHANGING = ("patch", "subclass", "override")
 

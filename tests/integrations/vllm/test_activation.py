@@ -31,26 +31,28 @@ with warnings.catch_warnings():
     from vllm.lora.peft_helper import PEFTHelper
     from vllm.model_executor.models.registry import _LazyRegisteredModel, _ModelInfo
 
-    from visionaccel.integrations.vllm import activation, compat
+    from visionaccel.integrations.vllm import activation, encoder_source
     from visionaccel.integrations.vllm import model as models
+    from visionaccel.integrations.vllm.compat import architectures, engine_config, serving
     from visionaccel.integrations.vllm.inline import tower
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-Accelerated = models.Qwen2_5_VLForConditionalGeneration__tested
-STOCK = compat.stock_class("Qwen2_5_VLForConditionalGeneration")
+Accelerated = getattr(models, architectures.derived_name("Qwen2_5_VLForConditionalGeneration"))
+STOCK = architectures.stock_class("Qwen2_5_VLForConditionalGeneration")
 
 EARLY = """
 import json, sys
 from vllm.plugins import load_general_plugins
 load_general_plugins()
 from vllm.engine.arg_utils import EngineArgs
+from visionaccel.integrations.vllm.compat.architectures import replaced_architecture
 for keywords in json.loads(sys.argv[2]):
     config = EngineArgs(model=sys.argv[1], dtype="float32", max_model_len=512, **keywords).create_engine_config()
     found = {
         "scheduler": str(config.scheduler_config.scheduler_cls),
         "prepared": "visionaccel" in config.additional_config,
-        "model": config.model_config._model_info.architecture,
+        "model": replaced_architecture(config.model_config),
     }
     print("FOUND", json.dumps(found))
 """
@@ -82,18 +84,28 @@ def test_configurations_are_prepared_when_plug_ins_are_loaded_before_engine_args
 def test_an_architecture_is_resolved_as_vllm_resolves_it(early):
     for found in early[1:]:
         assert found["prepared"]
-        assert found["model"].startswith("Qwen2_5_VLForConditionalGeneration__")
+        assert found["model"] == "Qwen2_5_VLForConditionalGeneration"
+
+
+def test_an_architecture_that_another_plug_in_registers_with_vllms_own_class_is_refused(config, monkeypatch):
+    assert engine_config.served_model(config).replaces == "Qwen2_5_VLForConditionalGeneration"
+    own = _LazyRegisteredModel("vllm.model_executor.models.qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration")
+    monkeypatch.setitem(ModelRegistry.models, "AliasForConditionalGeneration", own)
+    monkeypatch.setattr(config.model_config, "_architecture", "AliasForConditionalGeneration")
+    assert engine_config.served_model(config).replaces is None
+    with pytest.raises(ConfigurationError, match=r"is set, but the vision encoder of .* is not implemented"):
+        activation.check_engine(config)
 
 
 RETRY = """
 import os, sys
 from vllm.engine.arg_utils import EngineArgs
+from visionaccel.integrations.vllm.compat.architectures import replaced_architecture
 for backend in ("missing", "missing", "onnxrt"):
     os.environ["VISIONACCEL_BACKEND"] = backend
     try:
         config = EngineArgs(model=sys.argv[1], dtype="float32", max_model_len=512).create_engine_config()
-        model = config.model_config._model_info.architecture
-        print("FOUND", model.partition("__")[0], "visionaccel" in config.additional_config)
+        print("FOUND", replaced_architecture(config.model_config), "visionaccel" in config.additional_config)
     except Exception as error:
         print("FOUND", type(error).__name__)
 """
@@ -122,7 +134,7 @@ def test_flags_that_vllm_cached_under_another_release_are_not_used(tmp_path, mon
         """vLLM's registration of the class, as a process of the release that `vllm.__version__` names makes it."""
         stock = _LazyRegisteredModel("vllm.model_executor.models.qwen2_5_vl", architecture)
         monkeypatch.setitem(ModelRegistry.models, architecture, stock)
-        compat.register_models(activation.MODEL_MODULE)
+        architectures.register_models()
         return ModelRegistry.models[architecture]
 
     ours = entry()
@@ -141,9 +153,9 @@ def prepared(digits):
     """An engine's configuration, prepared by this package."""
     with pytest.MonkeyPatch.context() as patch:  # without a backend: vLLM would activate us for every later test
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-        compat.register_models(activation.MODEL_MODULE)
+        architectures.register_models()
         found = EngineArgs(model=str(digits), dtype="float32", max_model_len=512).create_engine_config()
-        compat.mark_prepared(found)
+        engine_config.mark_prepared(found)
         return found
 
 
@@ -182,8 +194,8 @@ def test_without_preparation_a_bundle_that_needs_fitted_images_is_refused(config
 @pytest.mark.parametrize("given", [None, SimpleNamespace(compute_hash=lambda: "1")])
 def test_a_configuration_that_has_no_place_for_a_mark_is_not_taken_to_be_prepared(config, limited, given):
     config.additional_config = given
-    compat.mark_prepared(config)
-    assert not compat.is_prepared(config)
+    engine_config.mark_prepared(config)
+    assert not engine_config.is_prepared(config)
     with pytest.raises(ConfigurationError, match="has an additional_config that is not a dict, so it is not known"):
         activation.check_engine(config)
 
@@ -198,9 +210,9 @@ def test_the_rust_front_end_is_refused_for_pooling_where_only_the_python_one_rep
     monkeypatch.setattr(config.model_config, "runner_type", "pooling")
     activation.check_engine(config)
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
-    monkeypatch.setattr(compat, "takes_request_errors", lambda: True, raising=False)
+    monkeypatch.setattr(serving, "takes_request_errors", lambda: True, raising=False)
     activation.check_engine(config)
-    monkeypatch.setattr(compat, "takes_request_errors", lambda: False)
+    monkeypatch.setattr(serving, "takes_request_errors", lambda: False)
     with pytest.raises(ConfigurationError, match="pooling models cannot be served with VLLM_USE_RUST_FRONTEND"):
         activation.check_engine(config)
 
@@ -262,7 +274,7 @@ def test_a_model_compares_vision_weights_after_the_start_and_not_while_it_is_mad
 
     model = Accelerated.__new__(Accelerated)
     torch.nn.Module.__init__(model)
-    model.visual = tower.AcceleratedTower(compat.served_model(config))
+    model.visual = tower.AcceleratedTower(engine_config.served_model(config))
     model._served_config = config
     taken = []
     monkeypatch.setattr(STOCK, "load_weights", lambda self, weights: taken.extend(n for n, _ in weights))
@@ -306,7 +318,7 @@ def test_a_reload_that_is_refused_leaves_the_language_model_whole(config, digits
     model = Accelerated.__new__(Accelerated)
     torch.nn.Module.__init__(model)
     model._served_config = config
-    model.visual = tower.AcceleratedTower(compat.served_model(config))
+    model.visual = tower.AcceleratedTower(engine_config.served_model(config))
     model.head, model.rotary = torch.nn.Linear(2, 2, bias=False), torch.nn.Module()
     model.rotary.register_buffer("table", torch.full((3,), 5.0))  # no checkpoint has it
     record_metadata_for_reloading(model)
@@ -318,7 +330,17 @@ def test_a_reload_that_is_refused_leaves_the_language_model_whole(config, digits
 
 
 def test_an_override_of_the_towers_epsilon_is_refused(config, monkeypatch):
-    served_model = compat.served_model
-    monkeypatch.setattr(compat, "served_model", lambda given: replace(served_model(given), norm_eps=1e-5))
+    served_model = engine_config.served_model
+    monkeypatch.setattr(engine_config, "served_model", lambda given: replace(served_model(given), epsilon=1e-5))
     with pytest.raises(ConfigurationError, match=r"rms_norm_eps=1e-05"):
         activation.check_engine(config)
+
+
+def test_the_epsilon_of_the_familys_description_counts(config, monkeypatch):
+    described = SimpleNamespace(spec=SimpleNamespace(norm1=SimpleNamespace(epsilon=1e-5)))
+    monkeypatch.setattr(encoder_source, "served_tower", lambda served, stored: described)
+    monkeypatch.setattr(config.model_config.hf_config, "rms_norm_eps", 1e-6, raising=False)
+    with pytest.raises(ConfigurationError, match=r"rms_norm_eps=1e-06 for the vision encoder too, and only 1e-05"):
+        activation.check_engine(config)
+    monkeypatch.setattr(config.model_config.hf_config, "rms_norm_eps", 1e-5)
+    activation.check_engine(config)

@@ -10,7 +10,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from modelled_engine import GOOD, IMAGE_TOKENS, IMAGES, TAINTED, Engine, forget, make
-from visionaccel.integrations.vllm import compat
+from visionaccel.integrations.vllm.compat import engine_config
 from visionaccel.integrations.vllm.inline.fault_channel import ALL_ITEMS, Fault, report_fault
 from visionaccel.integrations.vllm.shared_memory import _VARIABLE as MEMORY
 from visionaccel.integrations.vllm.shared_memory import FAULTS, make_shared_memory, shared_memory
@@ -85,9 +85,9 @@ def test_no_token_of_a_faulty_encode_is_ever_delivered(scheduler, actions):
 
 def test_workers_report_to_the_engine_of_their_own_configuration(scheduler):
     config = scheduler.vllm_config
-    assert compat.served_model(config).engine == compat.engine_id(config) != ""
+    assert engine_config.served_model(config).engine == engine_config.engine_id(config) != ""
     assert scheduler._faults.new() == []
-    assert report_fault(Fault("k", "m"), compat.served_model(config).engine)
+    assert report_fault(Fault("k", "m"), engine_config.served_model(config).engine)
     assert scheduler._faults.new() == [Fault("k", "m")]
 
 

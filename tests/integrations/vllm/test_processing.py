@@ -33,9 +33,11 @@ with warnings.catch_warnings():
     from vllm.tokenizers import cached_tokenizer_from_config
 
     from visionaccel.integrations.vllm import model
+    from visionaccel.integrations.vllm.compat import architectures
 
-DerivedInfo = model.Qwen2_5_VLForConditionalGeneration__testedInfo
-DerivedProcessor = model.Qwen2_5_VLForConditionalGeneration__testedProcessor
+architectures.register_models()
+NAME = architectures.derived_name("Qwen2_5_VLForConditionalGeneration")
+DerivedInfo, DerivedProcessor = getattr(model, f"{NAME}Info"), getattr(model, f"{NAME}Processor")
 pytestmark = pytest.mark.filterwarnings("default")
 GRIDS = ("8x16", "16x8", "12x12")
 

@@ -15,7 +15,7 @@ from visionaccel.bundle import strip_checkpoint
 from visionaccel.checkpoint import Checkpoint
 from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError, DeviceError
-from visionaccel.integrations.vllm import compat
+from visionaccel.integrations.vllm.compat import architectures, worker
 from visionaccel.integrations.vllm.inline import tower
 from visionaccel.integrations.vllm.inline.fault_channel import REPLACED
 from visionaccel.integrations.vllm.reloading import Replacement, StoredWeights, source_digest
@@ -54,7 +54,7 @@ def faults(monkeypatch):
     """What workers report."""
     found = []
     monkeypatch.setattr(tower, "report_fault", lambda fault, _: found.append(fault) or True)
-    monkeypatch.setattr(compat, "worker_connector", lambda: None)
+    monkeypatch.setattr(worker, "worker_connector", lambda: None)
     monkeypatch.setenv("VISIONACCEL_BACKEND", "torch_ref")
     return found
 
@@ -117,9 +117,9 @@ def test_files_that_changed_before_their_weights_were_noted_are_not_taken_to_be_
     folder = Path(shutil.copytree(tiny, tmp_path / "checkpoint"))
     tower = open_tower(folder)
     assert tower.weights
-    assert StoredWeights(tower).unchanged()
+    assert StoredWeights(tower, ("visual.",)).unchanged()
     shutil.copyfile(other / "model.safetensors", folder / "model.safetensors")
-    assert not StoredWeights(tower).unchanged()
+    assert not StoredWeights(tower, ("visual.",)).unchanged()
 
 
 def test_files_that_go_away_during_an_update_end_it_after_its_last_tensor(tiny, faults, tmp_path):
@@ -163,7 +163,7 @@ def test_where_no_scheduler_listens_no_embedding_of_the_weights_before_is_used(
     connector = object.__new__(VisionAccelConnector)
     connector._dtype, connector._device = torch.float32, "cpu"
     monkeypatch.setattr(tower, "report_fault", lambda *_: False)  # as with a scheduler of the user's own
-    monkeypatch.setattr(compat, "worker_connector", lambda: connector)
+    monkeypatch.setattr(worker, "worker_connector", lambda: connector)
     engine = Engine(tiny, faults, receives=True)
     cached = step({"before": np.ones((4, 24), np.float32)}, {})
     with pytest.raises(ConfigurationError):
@@ -232,3 +232,13 @@ def test_an_encoder_that_cannot_be_opened_again_encodes_nothing(engine, other, m
         engine.load(weights(other), other)
     assert torch.equal(engine.tower(PATCHES, GRIDS), torch.zeros(10, 24))
     assert engine.orders[-1].refusal.endswith("out of memory")
+
+
+def test_only_prefixes_of_the_served_architecture_tell_vision_tensors(tiny, faults, monkeypatch):
+    asked = []
+    monkeypatch.setattr(architectures, "ARCHITECTURES", {**architectures.ARCHITECTURES, "OtherModel": None})
+    monkeypatch.setattr(tower, "weight_prefixes", lambda names: asked.append(list(names)) or ("visual.",))
+    engine = Engine(tiny, faults)
+    engine.load(weights(tiny))
+    assert asked == [["Qwen2_5_VLForConditionalGeneration"]]
+    assert engine.orders == []

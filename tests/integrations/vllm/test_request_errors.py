@@ -8,8 +8,8 @@ from types import MappingProxyType, SimpleNamespace
 import pytest
 
 from visionaccel.errors import ConfigurationError
-from visionaccel.integrations.vllm import activation, compat
-from visionaccel.integrations.vllm.compat import checking, serving
+from visionaccel.integrations.vllm import activation
+from visionaccel.integrations.vllm.compat import contract, scheduling, serving
 from visionaccel.integrations.vllm.compat.contract import Feature
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own deprecations
@@ -24,8 +24,8 @@ def explained(monkeypatch):
 
     for name in ("_new_completion_output", "make_request_output"):
         monkeypatch.setattr(RequestState, name, inspect.unwrap(getattr(RequestState, name)))
-    compat.explain_errors()
-    compat.explain_pooling_errors()
+    serving.explain_errors()
+    serving.explain_pooling_errors()
 
 
 def failed_request(pooling):
@@ -51,7 +51,7 @@ def processed(*, pooling, queue, reasons=MappingProxyType({"request-1": REASON})
     from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
     outputs = {}
-    compat.append_errors(outputs, [failed_request(pooling)], reasons)
+    scheduling.append_errors(outputs, [failed_request(pooling)], reasons)
     arrived = MsgpackDecoder(EngineCoreOutputs).decode(MsgpackEncoder().encode(outputs[0]))
     processor = OutputProcessor(None, log_stats=False)
     kind = RequestOutputKind.FINAL_ONLY
@@ -141,12 +141,12 @@ def test_a_failed_request_ends_with_its_reason_where_another_plug_in_wrapped_the
         return stock(*args, **kwargs)
 
     monkeypatch.setattr(RequestState, name, traced)
-    compat.explain_pooling_errors()
-    compat.explain_errors()
+    serving.explain_pooling_errors()
+    serving.explain_errors()
     wrapped = getattr(RequestState, name)
-    assert wrapped is not traced or (not pooling and compat.takes_request_errors())
-    compat.explain_pooling_errors()
-    compat.explain_errors()
+    assert wrapped is not traced or (not pooling and serving.takes_request_errors())
+    serving.explain_pooling_errors()
+    serving.explain_errors()
     assert getattr(RequestState, name) is wrapped, "wrapped once"
     if pooling:
         assert message_for_client(lambda: processed(pooling=True, queue=True)) == REASON
@@ -170,9 +170,9 @@ def test_where_pooling_requests_cannot_end_alone_pooling_models_are_refused(digi
     from vllm.v1.engine.output_processor import RequestState
 
     monkeypatch.delattr(RequestState, "make_request_output")
-    checking.missing.cache_clear()
+    contract.missing.cache_clear()
     config = EngineArgs(model=str(digits), max_model_len=160, runner="pooling").create_engine_config()
     with pytest.raises(ConfigurationError, match=r"pooling models cannot be served on vLLM .*make_request_output"):
         activation._prepare(config, client_embeds=False)
     monkeypatch.undo()
-    checking.missing.cache_clear()
+    contract.missing.cache_clear()

@@ -97,10 +97,10 @@ def _of_vllm(trying: str = "") -> Iterator[Finding]:
         yield Finding("import", "failure", detail, "Reinstall vLLM.")
         return
     yield Finding("import", "pass", f"vllm {vllm.__version__}")
-    from visionaccel.integrations.vllm import compat
+    from visionaccel.integrations.vllm.compat import architectures, engine_config
 
     try:
-        compat.load_plugins()
+        engine_config.load_plugins()
     except VisionAccelError as error:
         yield Finding(_ACTIVATION, "failure", f"vLLM would not start: {error.message}", error.hint or "")
         return
@@ -108,19 +108,19 @@ def _of_vllm(trying: str = "") -> Iterator[Finding]:
         detail = f"vLLM's plug-ins cannot be loaded: {type(error).__name__}: {error}"
         yield Finding(_ACTIVATION, "failure", detail, "Uninstall the plug-in that the message names.")
         return
-    known = [name for name in compat.ARCHITECTURES if compat.is_registered(name)]
+    known = [name for name in architectures.ARCHITECTURES if architectures.is_registered(name)]
     yield from _contract(known)
     yield _activation(known, bool(trying))
 
 
 def _contract(architectures: Sequence[str]) -> Iterator[Finding]:
     """Each feature that this vLLM lacks a name for, whether of vLLM in general or of some of the models."""
-    from visionaccel.integrations.vllm import compat
+    from visionaccel.integrations.vllm.compat import contract
     from visionaccel.integrations.vllm.compat.contract import WITHOUT, Feature
 
     whole = True
     for feature in Feature:
-        lacking = [text for architecture in (None, *architectures) for text in compat.missing(feature, architecture)]
+        lacking = [text for architecture in (None, *architectures) for text in contract.missing(feature, architecture)]
         if lacking:
             whole = False
             status: Literal["warning", "failure"] = "failure" if feature is Feature.INLINE else "warning"
@@ -132,12 +132,12 @@ def _contract(architectures: Sequence[str]) -> Iterator[Finding]:
 
 def _activation(known: Sequence[str], trying: bool) -> Finding:
     """Which class vLLM makes each model from, of those that it has."""
-    from visionaccel.integrations.vllm import compat
+    from visionaccel.integrations.vllm.compat import architectures
 
     if not known:
-        ours = ", ".join(compat.ARCHITECTURES)
+        ours = ", ".join(architectures.ARCHITECTURES)
         return Finding(_ACTIVATION, "failure", f"vLLM has none of the models that visionaccel serves: {ours}", _RELEASE)
-    left = [name for name in known if not compat.is_replaced(name)]
+    left = [name for name in known if not architectures.is_replaced(name)]
     if left:
         return Finding(
             _ACTIVATION,

@@ -26,7 +26,7 @@ def register() -> None:
 
             activate()
         except BaseException:
-            from visionaccel.integrations.vllm import compat
+            from visionaccel.integrations.vllm.compat import engine_config
 
-            compat.load_plugins_again()
+            engine_config.load_plugins_again()
             raise

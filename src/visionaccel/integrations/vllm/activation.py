@@ -1,4 +1,4 @@
-"""Turns the environment's wish into a replaced vision tower, or into a refusal to start."""
+"""Registers the models, and checks each engine's configuration: it is prepared, or vLLM refuses to start."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ from visionaccel.backends import AUTO, default_registry
 from visionaccel.core.cores import Host, choose_cores
 from visionaccel.errors import ConfigurationError, SettingsError
 from visionaccel.integrations.vllm import compat
-from visionaccel.integrations.vllm.compat.checking import missing
-from visionaccel.integrations.vllm.compat.contract import Feature
-from visionaccel.integrations.vllm.features import is_on, require_features
+from visionaccel.integrations.vllm.compat import (
+    architectures,
+    engine_config,
+    releases,
+    serving,
+    weight_files,
+    worker,
+)
+from visionaccel.integrations.vllm.compat.contract import WITHOUT, Feature, is_on, missing, why_off
 from visionaccel.integrations.vllm.mode import choose_mode
-from visionaccel.integrations.vllm.processor_options import changed_size
 from visionaccel.integrations.vllm.shared_memory import make_shared_memory
 from visionaccel.settings import Settings, load_settings
 
@@ -21,13 +26,7 @@ if TYPE_CHECKING:
     from prometheus_client.registry import Collector
     from vllm.config import VllmConfig
 
-__all__ = ["MODEL_MODULE", "activate", "check_engine"]
-
-MODEL_MODULE = "visionaccel.integrations.vllm.model"
-"""Derives the classes that replace vLLM's, as vLLM resolves them lazily."""
-
-_NORM_EPS = 1e-6
-"""What the implemented towers add to variances."""
+__all__ = ["activate", "check_engine"]
 
 _UNPREPARED = (
     "this engine's configuration was not made by vLLM's EngineArgs, or has an additional_config that is not a dict"
@@ -52,12 +51,12 @@ def activate() -> None:
     for name in (settings.backend, *settings.fallback):
         if name not in (None, AUTO):
             default_registry().entry(name)
-    choose_cores(settings.cpu_cores, Host(compat.started_cores(), frozenset(), ""))  # refused before models are loaded
-    compat.warn_of_untried_release()
-    compat.register_models(MODEL_MODULE)
+    choose_cores(settings.cpu_cores, Host(worker.started_cores(), frozenset(), ""))  # refused before models are loaded
+    releases.warn_of_untried_release()
+    architectures.register_models()
     if settings.metrics and is_on(Feature.METRICS):
-        compat.on_metrics(_collector)
-    compat.on_engine_config(_prepare)  # last: after an error, all of this runs again
+        serving.on_metrics(_collector)
+    engine_config.on_engine_config(_prepare)  # last: after an error, all of this runs again
 
 
 def _collector() -> Collector:
@@ -69,20 +68,15 @@ def _collector() -> Collector:
 def _prepare(config: VllmConfig, client_embeds: bool) -> None:
     """Called with each engine configuration that vLLM builds: refuse what cannot work, and choose how to encode.
 
-    Args:
-        config: The configuration; changed where the encoder needs it.
-        client_embeds: The user lets clients send embeddings.
-
     Raises:
         ConfigurationError: If vLLM would run a vision encoder of its own, or cannot encode in the mode that is set.
     """
-    require_features(lambda: compat.served_model(config).replaces, lambda: _limits_grids(config))
-    served = compat.served_model(config)
+    served = _served(config)
     named = ", ".join(served.architectures)
     if not served.multimodal:
         compat.logger().warning("VISIONACCEL_BACKEND has no effect: %s has no vision encoder.", named)
         return
-    compat.remember_load_config(config)
+    weight_files.remember_load_config(config)
     settings = load_settings()
     _check(config, served, settings)
     if served.takes_media:
@@ -90,21 +84,47 @@ def _prepare(config: VllmConfig, client_embeds: bool) -> None:
         _warn_of_rust()
         compat.logger().info("visionaccel: images are encoded %s, because %s.", _HOW[choice.mode], choice.reason)
         if choice.mode == "pipelined":
-            compat.use_connector(config, client_embeds)
-    compat.use_contained_scheduler(config)
-    make_shared_memory(inherit=compat.is_one_of_several_api_servers(config))
+            engine_config.use_connector(config, client_embeds)
+    engine_config.use_contained_scheduler(config)
+    make_shared_memory(inherit=engine_config.is_one_of_several_api_servers(config))
     if is_on(Feature.REASONS):
-        compat.explain_errors()
-    if compat.pools(config):
-        compat.explain_pooling_errors()
-    compat.mark_prepared(config)
+        serving.explain_errors()
+    if engine_config.pools(config):
+        serving.explain_pooling_errors()
+    engine_config.mark_prepared(config)
 
 
-def _limits_grids(config: VllmConfig) -> bool:
+def _served(config: VllmConfig) -> engine_config.ServedModel:
+    """The served model; logs which features are off, and refuses to start where an answer could then be wrong.
+
+    Raises:
+        ConfigurationError: If the contract of the in-line mode does not hold, on which all else stands; or if that of
+            fitting does not, and it is needed.
+    """
+    without = "Install a release of vLLM that docs/compatibility.md names, or unset VISIONACCEL_BACKEND."
+    reason = why_off(Feature.INLINE)
+    if reason is None:  # only then can it be known what is served
+        served = engine_config.served_model(config)
+        reason = why_off(Feature.INLINE, served.replaces)
+    if reason is not None:
+        raise ConfigurationError(f"the vision encoder cannot be replaced: {reason}.", hint=without)
+    reason = why_off(Feature.FITTING, served.replaces)
+    if reason is not None and _limits_grids(served):
+        raise ConfigurationError(
+            f"the encoder's programs take some image sizes only, and images cannot be fitted to them: {reason}.",
+            hint=f"Use a bundle with a dynamic program. {without}",
+        )
+    for feature in Feature:
+        reason = why_off(feature, served.replaces)
+        if reason is not None:
+            compat.logger().warning("visionaccel: %s. Without it, %s.", reason, WITHOUT[feature])
+    return served
+
+
+def _limits_grids(served: engine_config.ServedModel) -> bool:
     """Whether the encoder takes some grids only, so that images are fitted to them."""
     from visionaccel.integrations.vllm.encoder_source import grids_of  # only where fitting is off
 
-    served = compat.served_model(config)
     return served.takes_media and grids_of(served, load_settings()) is not None
 
 
@@ -117,11 +137,11 @@ def check_engine(config: VllmConfig) -> None:
     Raises:
         ConfigurationError: If this engine would answer wrongly.
     """
-    served, settings = compat.served_model(config), load_settings()
+    served, settings = engine_config.served_model(config), load_settings()
     _check(config, served, settings)
     if served.takes_media:
-        compat.require_default_loader(served.load)
-    if not compat.is_prepared(config) and served.takes_media:
+        weight_files.require_default_loader(served.load)
+    if not engine_config.is_prepared(config) and served.takes_media:
         _refuse_fitting(
             served,
             settings,
@@ -131,69 +151,69 @@ def check_engine(config: VllmConfig) -> None:
             "visionaccel: %s. If it was not adjusted, images are encoded in the engine's step unless the configuration "
             "names %s, and an image that cannot be encoded ends the engine.",
             _UNPREPARED,
-            compat.CONNECTOR,
+            engine_config.CONNECTOR,
         )
 
 
-def _check(config: VllmConfig, served: compat.ServedModel, settings: Settings) -> None:
-    """Refuse an engine that would run another vision encoder than the one that is asked for.
-
-    Raises:
-        ConfigurationError: With the reason.
-    """
+def _check(config: VllmConfig, served: engine_config.ServedModel, settings: Settings) -> None:
+    """Refuse an engine that would run another vision encoder than the one that is asked for."""
     named = ", ".join(served.architectures)
     if not served.own_implementation:
         raise ConfigurationError(
             "VISIONACCEL_BACKEND is set, but --model-impl asks for another library's implementation of the model.",
             hint="Leave --model-impl at auto, or unset VISIONACCEL_BACKEND.",
         )
-    if compat.pools(config) and (lacking := missing(Feature.POOLING)):
+    if engine_config.pools(config) and (lacking := missing(Feature.POOLING)):
         raise ConfigurationError(
-            f"pooling models cannot be served on vLLM {compat.release()}: {'; '.join(lacking)}.",
+            f"pooling models cannot be served on vLLM {releases.release()}: {'; '.join(lacking)}.",
             hint="Unset VISIONACCEL_BACKEND to serve this model with vLLM's own encoder.",
         )
     if served.replaces is None:
         raise ConfigurationError(
             f"VISIONACCEL_BACKEND is set, but the vision encoder of {named} is not implemented.",
             hint="Unset it to serve this model with vLLM's own encoder. "
-            f"Implemented: {', '.join(compat.ARCHITECTURES)}.",
-        )
-    if served.norm_eps not in (None, _NORM_EPS):
-        raise ConfigurationError(
-            f"the served configuration sets rms_norm_eps={served.norm_eps} for the vision encoder too, and only "
-            f"{_NORM_EPS} is implemented.",
-            hint="Drop that override, or unset VISIONACCEL_BACKEND.",
+            f"Implemented: {', '.join(architectures.ARCHITECTURES)}.",
         )
     if not served.takes_media:
         return
-    changed = changed_size(compat.processor_options(config.model_config), served.vision or {})
+    from visionaccel.integrations.vllm.encoder_source import implemented_epsilon  # not in every process of vLLM
+    from visionaccel.integrations.vllm.processing import changed_size
+
+    epsilon = implemented_epsilon(served)
+    if served.epsilon not in (None, epsilon):
+        raise ConfigurationError(
+            f"the served configuration sets {architectures.ARCHITECTURES[served.replaces].epsilon}={served.epsilon} "
+            f"for the vision encoder too, and only {epsilon} is implemented.",
+            hint="Drop that override, or unset VISIONACCEL_BACKEND.",
+        )
+    changed = changed_size(engine_config.processor_options(config.model_config), served.vision or {})
     if changed is not None:
         raise ConfigurationError(
             f"--mm-processor-kwargs sets {changed}, which is not what the served model's vision encoder takes.",
             hint="Leave patch_size, temporal_patch_size and merge_size alone.",
         )
-    if compat.adapts_tower(config):
+    if engine_config.adapts_tower(config):
         raise ConfigurationError(
             "--enable-tower-connector-lora applies LoRA adapters to vLLM's own vision encoder, and "
             "VISIONACCEL_BACKEND replaces that encoder.",
             hint="Drop --enable-tower-connector-lora: adapters then apply to the language model alone. Or merge the "
             "adapter into the checkpoint, or unset VISIONACCEL_BACKEND.",
         )
-    if compat.without_python_processor():
+    if engine_config.without_python_processor():
         _refuse_fitting(served, settings, "with VLLM_USE_RUST_FRONTEND, images are not fitted to them")
-        if compat.pools(config) and not compat.takes_request_errors():
+        if engine_config.pools(config) and not serving.takes_request_errors():
             raise ConfigurationError(
                 "pooling models cannot be served with VLLM_USE_RUST_FRONTEND on vLLM "
-                f"{compat.release()}: only its Python front end reports an image that failed as an error.",
+                f"{releases.release()}: only its Python front end reports an image that failed as an error.",
                 hint="Unset VLLM_USE_RUST_FRONTEND, or unset VISIONACCEL_BACKEND.",
             )
 
 
 def _warn_of_rust() -> None:
     """Say what this package does not do where vLLM prepares images and answers clients outside of Python."""
-    if not compat.without_python_processor():
+    if not engine_config.without_python_processor():
         return
-    reasons = "" if compat.takes_request_errors() else " Clients get no reason for a failed image; it is in the log."
+    reasons = "" if serving.takes_request_errors() else " Clients get no reason for a failed image; it is in the log."
     compat.logger().warning(
         "visionaccel: with VLLM_USE_RUST_FRONTEND, requests do not pass the Python front end. Options of requests "
         "(mm_processor_kwargs) and NaN in images are not checked there, image processing is not timed, and /metrics "
@@ -202,12 +222,8 @@ def _warn_of_rust() -> None:
     )
 
 
-def _refuse_fitting(served: compat.ServedModel, settings: Settings, reason: str) -> None:
-    """Refuse a bundle whose programs need images to be fitted, where they would not be.
-
-    Raises:
-        ConfigurationError: If it does.
-    """
+def _refuse_fitting(served: engine_config.ServedModel, settings: Settings, reason: str) -> None:
+    """Refuse a bundle whose programs need images to be fitted, where they would not be."""
     from visionaccel.integrations.vllm.encoder_source import grids_of  # only where images may not be fitted
 
     grids = grids_of(served, settings)

@@ -1,4 +1,4 @@
-"""Where the encoder of a served model comes from, and the proof that it belongs to that model."""
+"""Opens the source of a served model's encoder, and checks that it belongs to that model."""
 
 from __future__ import annotations
 
@@ -25,22 +25,21 @@ from visionaccel.core.program import AnyGrid, Coverage
 from visionaccel.errors import ArtifactError, CheckpointError, ConfigurationError
 from visionaccel.families import Tower, family_of, tower_of
 from visionaccel.integrations.vllm import compat
-from visionaccel.integrations.vllm.compat import ServedModel
+from visionaccel.integrations.vllm.compat import weight_files, worker
+from visionaccel.integrations.vllm.compat.engine_config import ServedModel
 from visionaccel.integrations.vllm.reloading import source_digest
 from visionaccel.settings import Settings
 from visionaccel.trust import GuardedEncoder
 
-__all__ = ["Grids", "announce", "grids_of", "open_served_source", "served_tower", "stated_source"]
+__all__ = [
+    "Grids", "announce", "grids_of", "implemented_epsilon", "open_served_source", "served_tower", "stated_source",
+]  # fmt: skip
 
 
 def served_tower(served: ServedModel, stored: Checkpoint) -> Tower:
     """The vision tower that vLLM serves: the checkpoint's files under the configuration that vLLM has resolved.
 
     An override of the configuration (`--hf-overrides`) counts, and config.json only where nothing overrides it.
-
-    Args:
-        served: The served model.
-        stored: Its checkpoint.
 
     Raises:
         ArtifactError: If the checkpoint is broken, or the configuration that is served is not a tower's.
@@ -58,15 +57,21 @@ def served_tower(served: ServedModel, stored: Checkpoint) -> Tower:
     return tower
 
 
+def implemented_epsilon(served: ServedModel) -> float:
+    """What the tower of a served model adds to variances, by the family's description of it.
+
+    Raises:
+        ArtifactError: If the checkpoint's configuration is broken.
+    """
+    folder = weight_files.settings_folder(served.source, served.revision)
+    return served_tower(served, Checkpoint(folder, files=())).spec.norm1.epsilon
+
+
 def open_served_source(served: ServedModel, settings: Settings) -> Tower | Bundle:
     """The encoder that the settings name for a served model: a bundle, another checkpoint's, or its own.
 
-    Args:
-        served: The served model.
-        settings: The settings.
-
     Raises:
-        ConfigurationError: If `VISIONACCEL_BUNDLE` is no folder, or is a bundle of another model.
+        ConfigurationError: If `VISIONACCEL_BUNDLE` is not a folder, or is a bundle of another model.
         ArtifactError: If the bundle or checkpoint is broken.
     """
     stored = _served_checkpoint(served)
@@ -96,19 +101,14 @@ def open_served_source(served: ServedModel, settings: Settings) -> Tower | Bundl
 def stated_source(served: ServedModel, settings: Settings, used: Tower | Bundle | None) -> Tower | Bundle | None:
     """The encoder of a checkpoint that was stripped of other vision weights than those in use.
 
-    Args:
-        served: The served model.
-        settings: The settings.
-        used: What encodes; None if that has not the weights that were served before.
-
-    Returns:
-        None if the checkpoint has vision weights, or no note that names others than those in use.
+    None if the checkpoint has vision weights, or no note that names others than those in use. What encodes now (`used`)
+    is None if that does not have the weights that were served before.
 
     Raises:
         ConfigurationError: If the settings name no encoder of those weights.
         ArtifactError: If the checkpoint, its note or what encodes is broken.
     """
-    folder = compat.settings_folder(served.source, served.revision)
+    folder = weight_files.settings_folder(served.source, served.revision)
     stated = read_strip_note(folder)
     if stated is None or (used is not None and stated == source_digest(used)):
         return None
@@ -124,8 +124,8 @@ def stated_source(served: ServedModel, settings: Settings, used: Tower | Bundle 
 
 def _served_checkpoint(served: ServedModel) -> Checkpoint:
     """The served model's checkpoint: the very files that vLLM loads, downloaded by vLLM if they are not there."""
-    folder = compat.settings_folder(served.source, served.revision)
-    return Checkpoint(folder, files=compat.weight_files(served.source, served.revision, served.load))
+    folder = weight_files.settings_folder(served.source, served.revision)
+    return Checkpoint(folder, files=weight_files.weight_files(served.source, served.revision, served.load))
 
 
 def announce(encoders: Iterable[GuardedEncoder], how: str) -> None:
@@ -181,27 +181,17 @@ def _require_sizes(served: Tower, tower: Tower, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Grids:
-    """Which grids the encoder of a served model takes, if that is not every one.
-
-    Attributes:
-        tower: The vision tower.
-        coverages: What each program takes that the chosen backend accepts.
-        rest: Another backend takes over what fits none.
-    """
+    """Which grids the encoder of a served model takes, if that is not every one."""
 
     tower: Tower
-    coverages: tuple[Coverage, ...]
-    rest: bool
+    coverages: tuple[Coverage, ...]  # what each program takes that the chosen backend accepts
+    rest: bool  # another backend takes over what fits none
 
 
 def grids_of(served: ServedModel, settings: Settings) -> Grids | None:
     """What the encoder of a served model will take, without opening it; None if that is every grid.
 
     Every process of vLLM that prepares images asks, and all come to the same answer: probes allocate nothing.
-
-    Args:
-        served: The served model.
-        settings: The settings.
 
     Raises:
         ConfigurationError: As `open_served_source`, or if the backend is unknown or broken.
@@ -211,7 +201,7 @@ def grids_of(served: ServedModel, settings: Settings) -> Grids | None:
         return None  # An encoder from a checkpoint's weights takes every grid.
     source = open_served_source(served, settings)
     tower = source.tower if isinstance(source, Bundle) else source
-    with on_cores(compat.started_cores()):  # backends count cores when they are first asked, for good
+    with on_cores(worker.started_cores()):  # backends count cores when they are first asked, for good
         chosen = select(default_registry(), source, settings.backend or AUTO, settings.device).chosen
     if chosen is None:
         return None  # The engine will not start, or start with the fallback, which takes every grid.

@@ -1,4 +1,4 @@
-"""Whether an engine encodes beside its steps or inside of them, and why."""
+"""Whether an engine encodes next to its steps or inside of them, and why."""
 
 from __future__ import annotations
 
@@ -6,26 +6,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from visionaccel.errors import ConfigurationError
-from visionaccel.integrations.vllm import compat
-from visionaccel.integrations.vllm.compat.contract import Feature
-from visionaccel.integrations.vllm.features import why_off
+from visionaccel.integrations.vllm.compat import engine_config, releases
+from visionaccel.integrations.vllm.compat.contract import Feature, why_off
 from visionaccel.integrations.vllm.pipelined import self_test
 from visionaccel.settings import Settings
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-__all__ = ["Choice", "choose_mode"]
+__all__ = ["choose_mode"]
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """How an engine encodes.
-
-    Attributes:
-        mode: `pipelined`, or `inline`.
-        reason: Why.
-    """
+    """How an engine encodes, and why."""
 
     mode: Literal["pipelined", "inline"]
     reason: str
@@ -37,31 +31,25 @@ def choose_mode(config: VllmConfig, settings: Settings) -> Choice:
     Raises:
         ConfigurationError: If the named one is not available.
     """
-    named = compat.is_pipelined(config)
+    named = engine_config.is_pipelined(config)
     if settings.mode == "inline":
         if named:
             raise ConfigurationError(
-                f"VISIONACCEL_MODE=inline, but --ec-transfer-config names {compat.CONNECTOR}.",
+                f"VISIONACCEL_MODE=inline, but --ec-transfer-config names {engine_config.CONNECTOR}.",
                 hint="Drop one of them.",
             )
         return Choice("inline", "VISIONACCEL_MODE=inline")
-    obstacles = compat.impossible_with_connector(config)
+    obstacles = engine_config.impossible_with_connector(config)
     if not named:  # to name it is the user's own choice: what the connector cannot see, it leaves to the step
-        obstacles += compat.obstacles_to_pipelining(config)
+        obstacles += engine_config.obstacles_to_pipelining(config)
     if named or settings.mode == "pipelined":
+        by = f"--ec-transfer-config names {engine_config.CONNECTOR}" if named else "VISIONACCEL_MODE=pipelined"
         obstacles = obstacles or _unproven(config)
-        if named and obstacles:
-            raise ConfigurationError(
-                f"--ec-transfer-config names {compat.CONNECTOR}, but pipelined mode is not available: "
-                f"{'; '.join(obstacles)}.",
-                hint="Change that, or leave the choice to visionaccel.",
-            )
         if obstacles:
             raise ConfigurationError(
-                f"VISIONACCEL_MODE=pipelined, but pipelined mode is not available: {'; '.join(obstacles)}.",
-                hint="Change that, or set VISIONACCEL_MODE=auto.",
+                f"{by}, but pipelined mode is not available: {'; '.join(obstacles)}.",
+                hint=f"Change that, or {'leave the choice to visionaccel' if named else 'set VISIONACCEL_MODE=auto'}.",
             )
-        by = f"--ec-transfer-config names {compat.CONNECTOR}" if named else "VISIONACCEL_MODE=pipelined"
         return Choice("pipelined", by)
     shared = _shared_device(config, settings)
     if shared is not None:
@@ -79,13 +67,13 @@ def _unproven(config: VllmConfig) -> list[str]:
     reason = why_off(Feature.PIPELINED)
     if reason is None:
         asynchronous = bool(config.scheduler_config.async_scheduling)
-        reason = self_test.problem(contained=compat.can_contain(config), asynchronous=asynchronous)
-        reason = reason and f"its self-test on vLLM {compat.release()} failed: {reason}"
+        reason = self_test.problem(contained=engine_config.can_contain(config), asynchronous=asynchronous)
+        reason = reason and f"its self-test on vLLM {releases.release()} failed: {reason}"
     return [reason] if reason else []
 
 
 def _shared_device(config: VllmConfig, settings: Settings) -> str | None:
     """A device of the settings that is of the language model's kind, and no CPU."""
-    kind = compat.served_model(config).device.partition(":")[0]
+    kind = engine_config.served_model(config).device.partition(":")[0]
     shared = [device for device in settings.wanted_devices if device and device.partition(":")[0] == kind != "cpu"]
     return shared[0] if shared else None

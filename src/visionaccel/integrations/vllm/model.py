@@ -1,6 +1,6 @@
 """vLLM's models with their vision tower on a visionaccel backend, each class derived when vLLM asks for it.
 
-No model has a class in the source. `compat.register_models` registers a name that is not defined here, and
+No model has a class in the source. `architectures.register_models` registers a name that is not defined here, and
 `__getattr__` derives that class from the one that vLLM had registered for the architecture. vLLM keeps the flags of a
 class on disk by the bytes of this file, so every flag that a derived class sets stands in it.
 """
@@ -8,14 +8,14 @@ class on disk by the bytes of this file, so every flag that a derived class sets
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from visionaccel.errors import ConfigurationError, VisionAccelError
 from visionaccel.families import weight_prefixes
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.activation import check_engine
-from visionaccel.integrations.vllm.compat import ARCHITECTURES, MULTIMODAL_REGISTRY
+from visionaccel.integrations.vllm.compat import architectures, engine_config, releases, worker
+from visionaccel.integrations.vllm.compat.architectures import ARCHITECTURES
 from visionaccel.integrations.vllm.inline.tower import AbsentTower, AcceleratedTower
 from visionaccel.integrations.vllm.processing import FittedInfo, FittedProcessor
 from visionaccel.integrations.vllm.reloading import Comparison
@@ -37,13 +37,11 @@ class Accelerated(compat.Mixin):  # type: ignore[misc]
 
     accelerated: str
 
-    # The backend takes normalised patches, has no CUDA graph, no tensor-parallel split and no LoRA of vLLM's. The
-    # vision part of an adapter is ignored, as vLLM does without --enable-tower-connector-lora.
+    # The backend takes normalised patches, has no CUDA graph, no tensor-parallel split and no LoRA of vLLM's.
     supports_mm_device_do_normalize = False
     supports_encoder_cudagraph = False
     supports_encoder_tp_data = False
     supports_tower_connector_lora = False
-    lora_skip_prefixes = ("visual.",)
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         check_engine(vllm_config)
@@ -51,28 +49,34 @@ class Accelerated(compat.Mixin):  # type: ignore[misc]
 
         def make(*_: Any, **__: Any) -> nn.Module:
             # The stock tower's arguments drift between releases, so none is looked at.
-            served = compat.served_model(vllm_config)
+            served = engine_config.served_model(vllm_config)
             if served.takes_media:
-                towers.append(AcceleratedTower(served, receives=compat.receives_embeddings(vllm_config)))
+                towers.append(AcceleratedTower(served, receives=engine_config.receives_embeddings(vllm_config)))
             else:
                 towers.append(AbsentTower())
             return towers[-1]
 
         known = ARCHITECTURES[self.accelerated].towers
-        with compat.swapped_towers(compat.stock_class(self.accelerated), known, make):
+        with architectures.swapped_towers(architectures.stock_class(self.accelerated), known, make):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
         if not towers:
             raise ConfigurationError(
-                f"vLLM {compat.release()} makes the vision encoder of {self.accelerated} from another class than "
+                f"vLLM {releases.release()} makes the vision encoder of {self.accelerated} from another class than "
                 f"{' or '.join(known)}, so that it was not replaced.",
                 hint="Install a release of vLLM that docs/compatibility.md names, or unset VISIONACCEL_BACKEND.",
             )
         self._served_config = vllm_config  # a reload names other files in it
 
+    @property
+    def _tower(self) -> nn.Module:
+        tower: nn.Module = getattr(self, ARCHITECTURES[self.accelerated].tower)
+        return tower
+
     def embed_input_ids(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As vLLM's. It is called in each step after the step's images were encoded."""
-        if isinstance(self.visual, AcceleratedTower):
-            self.visual.budget.end_step()
+        tower = self._tower
+        if isinstance(tower, AcceleratedTower):
+            tower.budget.end_step()
         embedded: torch.Tensor = super().embed_input_ids(*args, **kwargs)
         return embedded
 
@@ -83,16 +87,16 @@ class Accelerated(compat.Mixin):  # type: ignore[misc]
             ConfigurationError: If vLLM is given other weights for the vision encoder than any files hold.
             VisionAccelError: If the encoder cannot be opened again from the files that hold them.
         """
-        tower = self.visual
-        if not isinstance(tower, AcceleratedTower) or compat.loading():
+        tower = self._tower
+        if not isinstance(tower, AcceleratedTower) or worker.loading():
             loaded: set[str] = super().load_weights(self._without_tower(weights, None))
             return loaded
-        comparison = tower.compare(lambda: compat.served_model(self._served_config))
+        comparison = tower.compare(lambda: engine_config.served_model(self._served_config))
         loaded = super().load_weights(self._without_tower(weights, comparison))
         try:
-            tower.settle(comparison, compat.served_model(self._served_config))
+            tower.settle(comparison, engine_config.served_model(self._served_config))
         except VisionAccelError:
-            compat.finish_reload(self, self._served_config.model_config)
+            worker.finish_reload(self, self._served_config.model_config)
             raise
         return loaded
 
@@ -107,13 +111,26 @@ class Accelerated(compat.Mixin):  # type: ignore[misc]
                 comparison.note(name, weight)
 
 
-@cache
+def __getattr__(name: str) -> Any:
+    """Derive the model class, the processing information or the processor of that name, if there is to be one."""
+    for architecture in ARCHITECTURES:
+        if name.startswith(f"{architecture}__"):
+            derived = architectures.derived_name(architecture)
+            if derived is not None and name in (derived, f"{derived}Info", f"{derived}Processor"):
+                _derive(derived, architecture)
+                return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def _derive(name: str, architecture: str) -> None:
-    """Derive the model class of that name, its processing information and its processor, into this module."""
-    stock = compat.stock_class(architecture)
-    info, processor, dummy_inputs = compat.processing_of(stock)
-    model = _derived(name, Accelerated, stock, accelerated=architecture)
-    register = MULTIMODAL_REGISTRY.register_processor(
+    """Derive a model class, its processing information and its processor, into this module."""
+    stock = architectures.stock_class(architecture)
+    info, processor, dummy_inputs = architectures.processing_of(stock)
+    # The vision part of an adapter is ignored, as vLLM does without --enable-tower-connector-lora.
+    skipped = [*(getattr(stock, "lora_skip_prefixes", None) or ()), *weight_prefixes((architecture,))]
+    # vLLM's speculative decoding knows models by the name of their class.
+    model = _derived(name, Accelerated, stock, architecture, accelerated=architecture, lora_skip_prefixes=skipped)
+    register = compat.MULTIMODAL_REGISTRY.register_processor(
         _derived(f"{name}Processor", FittedProcessor, processor),
         info=_derived(f"{name}Info", FittedInfo, info),
         dummy_inputs=dummy_inputs,
@@ -121,16 +138,8 @@ def _derive(name: str, architecture: str) -> None:
     register(model)
 
 
-def _derived(name: str, ours: type, theirs: type, **attributes: Any) -> type:
-    """A class that can be found, and so pickled, by its name in this module."""
-    globals()[name] = type(name, (ours, theirs), {"__module__": __name__, "__qualname__": name, **attributes})
-    derived: type = globals()[name]
+def _derived(name: str, ours: type, theirs: type, shown: str | None = None, **attributes: Any) -> type:
+    """A class that can be found, and so pickled, by its qualified name in this module."""
+    place = {"__module__": __name__, "__qualname__": name}
+    globals()[name] = derived = type(shown or name, (ours, theirs), {**place, **attributes})
     return derived
-
-
-def __getattr__(name: str) -> Any:
-    architecture = compat.architecture_of(name)
-    if architecture is not None:
-        _derive(name.removesuffix("Info").removesuffix("Processor"), architecture)
-        return globals()[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,17 +1,17 @@
-"""Vision weights that vLLM is given after the start, as by `reload_weights` or a trainer: never taken without effect.
+"""Vision weights that vLLM is given after the start, as by `reload_weights` or a trainer: used, or refused.
 
 The encoder runs on its own copy of the weights, so tensors that vLLM is handed do not reach it. What equals the weights
-in use needs nothing. What differs is either found in the files that vLLM reads by then, from which the encoder is
+in use needs nothing. What differs is either found in the files that vLLM then reads, from which the encoder is
 opened again, or it is refused.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,8 +21,7 @@ from visionaccel.core.dtypes import FLOATS
 from visionaccel.core.memory_files import FileState
 from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import ArtifactError, ConfigurationError
-from visionaccel.families import Tower, weight_prefixes
-from visionaccel.integrations.vllm.compat import ARCHITECTURES
+from visionaccel.families import Tower
 
 if TYPE_CHECKING:
     import torch
@@ -37,19 +36,12 @@ _HINT = (
 
 @dataclass(frozen=True)
 class Replacement:
-    """What the engine's process is told when the weights of the vision encoder change.
+    """A worker's message to the engine's process when the weights of the vision encoder change."""
 
-    Attributes:
-        source: Checkpoint folder or repository to open the encoder from.
-        revision: The repository's revision.
-        digest: Digest of the weights that it must have.
-        refusal: Why no encoder has the weights that are served; None if one has.
-    """
-
-    source: str
+    source: str  # checkpoint folder or repository to open the encoder from
     revision: str | None
-    digest: str
-    refusal: str | None = None
+    digest: str  # of the weights that it must have
+    refusal: str | None = None  # why no encoder has the weights that are served
 
     def dumps(self) -> str:
         """As text."""
@@ -65,17 +57,13 @@ class Replacement:
 
 
 class StoredWeights:
-    """The vision tensors of a source as they lie in its files, by their names below the prefix.
+    """The vision tensors of a source as they lie in its files, by their names below one of the prefixes."""
 
-    Args:
-        source: The source.
-    """
-
-    def __init__(self, source: Tower | Bundle) -> None:
+    def __init__(self, source: Tower | Bundle, prefixes: tuple[str, ...]) -> None:
         checkpoint = (source.tower if isinstance(source, Bundle) else source).checkpoint
         self._stored: Mapping[str, StoredTensor] = {}
         with suppress(ArtifactError):  # a bundle whose programs bring their weights: nothing in it equals anything
-            self._stored = checkpoint.with_prefix(weight_prefixes(ARCHITECTURES))
+            self._stored = checkpoint.with_prefix(prefixes)
         self._states = {tensor.file: tensor.origin for tensor in self._stored.values()}
 
     @property
@@ -91,7 +79,7 @@ class StoredWeights:
             return False
 
     def holds(self, name: str, weight: torch.Tensor) -> bool:
-        """Whether a tensor has exactly the values that are stored under its name, in whichever dtype."""
+        """Whether a tensor has exactly the values that are stored under its name, in any dtype."""
         stored = self._stored.get(name)
         if stored is None or tuple(weight.shape) != stored.shape:
             return False
@@ -113,16 +101,16 @@ class Comparison:
 
     Args:
         used: The weights in use; None if no encoder has those that are served.
-        opened: Opens what vLLM's files hold by now.
-
-    Attributes:
-        any_given: Whether vLLM was given a vision tensor.
+        prefixes: As `StoredWeights`.
+        opened: Opens what vLLM's files hold now.
     """
 
-    def __init__(self, used: StoredWeights | None, opened: Any) -> None:
+    def __init__(
+        self, used: StoredWeights | None, prefixes: tuple[str, ...], opened: Callable[[], Tower | Bundle]
+    ) -> None:
         self._used = used if used is not None and used.unchanged() else None
-        self._opened = opened
-        self.any_given = False
+        self._prefixes, self._opened = prefixes, opened
+        self.any_given = False  # whether vLLM was given a vision tensor
         self._differing: list[str] = []
         self._new: tuple[Tower | Bundle, StoredWeights] | None = None
         self._problem: str | None = None
@@ -130,11 +118,11 @@ class Comparison:
     def note(self, name: str, weight: torch.Tensor) -> None:
         """One vision tensor, by its full name, that vLLM is given."""
         self.any_given = True
-        below = next(name.removeprefix(prefix) for prefix in weight_prefixes(ARCHITECTURES) if name.startswith(prefix))
+        below = next(name.removeprefix(prefix) for prefix in self._prefixes if name.startswith(prefix))
         try:
             if self._used is not None and self._used.holds(below, weight):
                 return
-        except ArtifactError:  # the files are going away: what was in use is not known any more
+        except ArtifactError:  # the files are going away: what was in use is no longer known
             self._used = None
         self._differing.append(below)
         if self._problem is not None:
@@ -142,7 +130,7 @@ class Comparison:
         try:
             if self._new is None:
                 source = self._opened()
-                self._new = source, StoredWeights(source)
+                self._new = source, StoredWeights(source, self._prefixes)
             if not self._new[1].holds(below, weight):
                 self._problem = f"{name!r} has other values there"
         except (ArtifactError, ConfigurationError) as error:

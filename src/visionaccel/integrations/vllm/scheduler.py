@@ -1,4 +1,4 @@
-"""vLLM's schedulers, with one thing more: a request whose image could not be encoded ends with an error, alone."""
+"""vLLM's schedulers, which end only the requests whose image could not be encoded, with an error."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from visionaccel.core.grid import as_grids
 from visionaccel.integrations.vllm import compat
-from visionaccel.integrations.vllm.compat import AsyncScheduler, Scheduler
+from visionaccel.integrations.vllm.compat import AsyncScheduler, Scheduler, engine_config, scheduling
 from visionaccel.integrations.vllm.inline.fault_channel import ALL_ITEMS, LOST, REPLACED, Fault, FaultReader
 from visionaccel.integrations.vllm.pipelined.connector import VisionAccelConnector
 from visionaccel.integrations.vllm.reloading import Replacement
@@ -38,14 +38,14 @@ _REPLACED = (
 class _Containment(compat.Mixin):  # type: ignore[misc]
     """Mixed in before a scheduler: looks for faults after a step, before the step's tokens are accepted.
 
-    A worker may be steps ahead of the one whose output is taken, and requests may be aborted or preempted meanwhile, so
+    A worker may be steps ahead of the one whose output is taken, and requests may be aborted or preempted before, so
     what each step in flight encodes and computes is recorded when it is scheduled.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._faults = FaultReader(compat.engine_id(self.vllm_config))
-        self._in_flight: list[compat.StepInFlight] = []
+        self._faults = FaultReader(engine_config.engine_id(self.vllm_config))
+        self._in_flight: list[scheduling.StepInFlight] = []
         self._pending: list[Fault] = []
         self._ended: list[Request] = []
         self._reasons: dict[str, str] = {}
@@ -57,8 +57,8 @@ class _Containment(compat.Mixin):  # type: ignore[misc]
         self._connector = connector if isinstance(connector, VisionAccelConnector) else None
         if self._connector is not None:
             self._connector.scheduler_forgets = True
-        if self._connector is not None and compat.shows_encoder_cache(self):
-            self._connector.attach(partial(compat.encoder_cache_state, self))
+        if self._connector is not None and scheduling.shows_encoder_cache(self):
+            self._connector.attach(partial(scheduling.encoder_cache_state, self))
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         began = time.monotonic()
@@ -68,9 +68,9 @@ class _Containment(compat.Mixin):  # type: ignore[misc]
         if self._distrusted():
             self._recompute()
         step: SchedulerOutput = super().schedule(*args, **kwargs)
-        compat.free_in_worker(step, self._forgotten)
+        scheduling.free_in_worker(step, self._forgotten)
         self._forgotten.clear()
-        record = compat.step_in_flight(self, step)
+        record = scheduling.step_in_flight(self, step)
         self._in_flight.append(record)
         if self._trace is not None:
             self._begun[id(step)] = began
@@ -85,14 +85,14 @@ class _Containment(compat.Mixin):  # type: ignore[misc]
             if faults:
                 failed += self._contain(faults, reasons)
             del self._in_flight[0]
-        # Before this step's tokens are accepted: they are then computed anew, and need not end with an error.
-        if compat.drops_tokens_in_flight(self) and self._distrusted():
+        # Before this step's tokens are accepted: they are then computed again, and need not end with an error.
+        if scheduling.drops_tokens_in_flight(self) and self._distrusted():
             self._recompute()
         failed += self._ended
         reasons |= self._reasons
         self._ended, self._reasons = [], {}
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        compat.append_errors(outputs, failed, reasons)
+        scheduling.append_errors(outputs, failed, reasons)
         if self._trace is not None:
             self._note_step(self._trace, scheduler_output)
         return outputs
@@ -137,10 +137,10 @@ class _Containment(compat.Mixin):  # type: ignore[misc]
         self._forget_computed(_MISREAD)
 
     def _forget_computed(self, reason: str) -> None:
-        begun = compat.answered_with_media(self)
-        self._ended += compat.fail_requests(self, begun)
+        begun = scheduling.answered_with_media(self)
+        self._ended += scheduling.fail_requests(self, begun)
         self._reasons |= dict.fromkeys(begun, reason)
-        self._forgotten |= compat.start_anew(self)
+        self._forgotten |= scheduling.recompute_all(self)
 
     def _note_step(self, trace: TraceLog, step: SchedulerOutput) -> None:
         """Put a step on the timeline, from its scheduling to its tokens."""
@@ -153,7 +153,7 @@ class _Containment(compat.Mixin):  # type: ignore[misc]
         """End the requests that wait for an image which could not be encoded; and what to tell their clients."""
         failures = self._connector.take_failures() if self._connector is not None else {}
         reasons = {name: failure.message for name, failure in failures.items()}
-        return compat.fail_requests(self, failures) if failures else [], reasons
+        return scheduling.fail_requests(self, failures) if failures else [], reasons
 
     def _contain(self, faults: list[Fault], reasons: dict[str, str]) -> list[Request]:
         """End every request that stands on a faulty encoder output, and forget that output everywhere.
@@ -163,20 +163,20 @@ class _Containment(compat.Mixin):  # type: ignore[misc]
             reasons: Gets what to tell the clients, by request.
         """
         faulty = _faulty((item for step in self._in_flight for item in step.items), faults)
-        at_stake = compat.requests_at_stake(self, self._in_flight, faulty)
+        at_stake = scheduling.requests_at_stake(self, self._in_flight, faulty)
         for name, identifiers in at_stake.items():
             messages = " ".join(sorted({faulty[identifier] for identifier in identifiers}))
             reasons[name] = f"an image of the prompt could not be encoded: {messages}"
             compat.logger().error("Request %s ends with an error: %s", name, messages)
-        failed = compat.fail_requests(self, at_stake)
-        compat.forget_prefixes(self)
+        failed = scheduling.fail_requests(self, at_stake)
+        scheduling.forget_prefixes(self)
         for identifier in faulty:
-            compat.forget_encoder_output(self, identifier)
+            scheduling.forget_encoder_output(self, identifier)
         self._forgotten |= faulty.keys()
         return failed
 
 
-def _faulty(items: Iterable[compat.ScheduledItem], faults: list[Fault]) -> dict[str, str]:
+def _faulty(items: Iterable[scheduling.ScheduledItem], faults: list[Fault]) -> dict[str, str]:
     """Identifiers of the faulty ones among `items` and why each failed."""
     messages = {fault.key: fault.message for fault in faults}
     found: dict[str, str] = {}
@@ -189,7 +189,7 @@ def _faulty(items: Iterable[compat.ScheduledItem], faults: list[Fault]) -> dict[
                 found[item.identifier] = messages[key]
                 matched.add(key)
     if matched != set(messages):
-        # Some faulty item cannot be told from its neighbours: one error too many is better than one wrong answer.
+        # A faulty item cannot be told from its neighbours: one error too many is better than one wrong answer.
         return dict.fromkeys(seen, " ".join(messages.values())) | found
     return found
 

@@ -1,4 +1,4 @@
-"""Memory that the processes of one server share, for what vLLM has no channel for.
+"""Memory that the processes of one server share: a channel for faults and metrics, which vLLM does not have.
 
 It is an anonymous file (memfd): no disk can be full, no cleaner of temporary files and no other user finds it, and the
 system frees it with the last process that holds it, however that process ends. What must not fail later is allocated
@@ -34,24 +34,16 @@ _ENDED = 2**64 - 1
 class Section:
     """A table of equal areas, each claimed by one process.
 
-    Attributes:
-        name: What an area is for, in errors.
-        table: Where it begins in the memory; three numbers for each area: its owner, how many records were written, and
-            its name's digest.
-        start: Where its first area begins.
-        areas: How many there are.
-        slots: Records that an area holds; a later record overwrites the one of `slots` records before.
-        slot_bytes: Size of a record with its header.
-        kept: What is in an area stays when its process ends.
+    The table has three numbers for each area: its owner, how many records were written, and its name's digest.
     """
 
-    name: str
-    table: int
-    start: int
+    name: str  # what an area is for, in errors
+    table: int  # where the table begins in the memory
+    start: int  # where the first area begins
     areas: int
-    slots: int
-    slot_bytes: int
-    kept: bool
+    slots: int  # records that an area holds; a later one overwrites the one of `slots` records before
+    slot_bytes: int  # of a record with its header
+    kept: bool  # what is in an area stays when its process ends
 
     @property
     def area_bytes(self) -> int:
@@ -74,15 +66,7 @@ _SIZE = METRICS.start + METRICS.areas * METRICS.area_bytes
 
 
 class SharedMemory:
-    """The memory, mapped into this process.
-
-    Args:
-        fd: Its file, which stays open.
-
-    Attributes:
-        memory: All of it.
-        numbers: The tables in it.
-    """
+    """The memory, mapped into this process: `memory` is all of it, `numbers` the tables. Its file `fd` stays open."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -93,11 +77,7 @@ class SharedMemory:
         self._claimed: set[tuple[int, int]] = set()  # process and place of each area that was claimed through this
 
     def claim(self, section: Section, name: str = "") -> Area:
-        """Take an area for this process, with all its memory.
-
-        Args:
-            section: The table.
-            name: Tells the areas of one process apart.
+        """Take an area for this process, with all its memory; `name` tells the areas of one process apart.
 
         Raises:
             ConfigurationError: If every area is taken, or this process has one of that name.
@@ -147,11 +127,7 @@ class SharedMemory:
 
 
 class Area:
-    """A ring of records.
-
-    Attributes:
-        start: Where it begins in the memory.
-    """
+    """A ring of records, which begins at `start` in the memory."""
 
     def __init__(self, shared: SharedMemory, section: Section, index: int) -> None:
         self._shared, self._memory, self._section = shared, shared.memory, section

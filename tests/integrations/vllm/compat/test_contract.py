@@ -8,10 +8,18 @@ import inspect
 import pytest
 
 from doc_pages import ROOT
-from docsite.tables import contract_table
-from visionaccel.integrations.vllm import compat
-from visionaccel.integrations.vllm.compat.checking import missing_of, way_of
-from visionaccel.integrations.vllm.compat.contract import CONTRACT, ENTRIES, AnyOf, Feature, Need, entries_of, needs
+from docsite.tables import ENTRIES, contract_table
+from visionaccel.integrations.vllm.compat import architectures
+from visionaccel.integrations.vllm.compat.contract import (
+    CONTRACT,
+    AnyOf,
+    Feature,
+    Need,
+    entries_of,
+    missing_of,
+    needs,
+    way_of,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own deprecations
 
@@ -153,14 +161,14 @@ def test_what_the_sources_import_of_vllm_is_in_the_contract():
     assert unknown == set()
 
 
-@pytest.mark.parametrize("architecture", compat.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", architectures.ARCHITECTURES)
 def test_what_every_image_request_passes_is_needed_by_the_in_line_mode(architecture):
     from visionaccel.integrations.vllm.processing import FittedInfo, FittedProcessor
 
-    row = compat.ARCHITECTURES[architecture]
+    row = architectures.ARCHITECTURES[architecture]
     inline = {need.target for entry in entries_of(Feature.INLINE, architecture) for need in needs(entry)}
     overridden = set()
-    info, processor, _ = compat.processing_of(compat.stock_class(architecture))
+    info, processor, _ = architectures.processing_of(architectures.stock_class(architecture))
     for part, ours, stock in (("info", FittedInfo, info), ("processor", FittedProcessor, processor)):
         for kind in ours.__mro__[:-1]:
             methods = [name for name, value in vars(kind).items() if inspect.isfunction(value) and hasattr(stock, name)]

@@ -25,7 +25,7 @@ with warnings.catch_warnings():
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER, DefaultModelLoader
 
-    from visionaccel.integrations.vllm import compat
+    from visionaccel.integrations.vllm.compat import engine_config, weight_files
     from visionaccel.integrations.vllm.encoder_source import open_served_source
     from visionaccel.settings import load_settings
 
@@ -38,13 +38,13 @@ from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader import get_model_loader
 from visionaccel.bundle import tower_digest
-from visionaccel.integrations.vllm import compat
+from visionaccel.integrations.vllm.compat import engine_config
 from visionaccel.integrations.vllm.encoder_source import open_served_source
 from visionaccel.settings import load_settings
 revision, folder = sys.argv[1:]
 engine = EngineArgs(model="someone/digits", revision=revision, download_dir=folder, dtype="float32", max_model_len=512)
 config = engine.create_engine_config()
-tower = open_served_source(compat.served_by(config.model_config), load_settings())
+tower = open_served_source(engine_config.served_by(config.model_config), load_settings())
 found = {"digest": tower_digest(tower), "files": [str(file) for file in tower.checkpoint.files]}
 get_model_loader(config.load_config).download_model(config.model_config)
 print("FOUND", json.dumps(found))
@@ -88,10 +88,10 @@ def config(digits):
 
 
 def test_how_a_model_is_loaded_goes_along_to_processes_that_get_its_configuration_alone(config):
-    compat.remember_load_config(config)
+    weight_files.remember_load_config(config)
     for model in (config.model_config, pickle.loads(pickle.dumps(config)).model_config):
-        assert compat.served_by(model).load.download_dir == "/weights"
-    assert compat.served_model(config).load is config.load_config
+        assert engine_config.served_by(model).load.download_dir == "/weights"
+    assert engine_config.served_model(config).load is config.load_config
 
 
 def test_the_files_are_those_that_vllm_loads_whatever_else_lies_there(digits, tmp_path, config):
@@ -105,10 +105,10 @@ def test_the_files_are_those_that_vllm_loads_whatever_else_lies_there(digits, tm
     weight_map = {name: f"part-{place % 2}.safetensors" for place, name in enumerate(sorted(tensors))}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     parts = tuple(folder / f"part-{number}.safetensors" for number in range(2))
-    assert compat.weight_files(str(folder), None, config.load_config) == parts
-    assert compat.weight_files(str(folder), None, LoadConfig(load_format="dummy")) == parts
+    assert weight_files.weight_files(str(folder), None, config.load_config) == parts
+    assert weight_files.weight_files(str(folder), None, LoadConfig(load_format="dummy")) == parts
     config.model_config.model = str(folder)
-    source = open_served_source(compat.served_by(config.model_config), load_settings())
+    source = open_served_source(engine_config.served_by(config.model_config), load_settings())
     assert tower_digest(source) == tower_digest(open_tower(digits))
 
 
@@ -117,7 +117,7 @@ def test_weights_that_are_not_in_safetensors_files_are_refused(tmp_path, name, s
     if name is not None:
         (tmp_path / name).write_bytes(b"pickled")
     with pytest.raises(CheckpointError, match=said):
-        compat.weight_files(str(tmp_path), None, None)
+        weight_files.weight_files(str(tmp_path), None, None)
 
 
 @pytest.mark.parametrize("noted", ["bundle", "served"])
@@ -139,7 +139,7 @@ def test_the_vision_weights_that_are_served_count_and_not_a_note_that_was_left_o
         else (ConfigurationError, "was made from other vision weights than those of")
     )
     with pytest.raises(refusal, match=said):
-        open_served_source(compat.served_model(config), load_settings())
+        open_served_source(engine_config.served_model(config), load_settings())
 
 
 class DerivedLoader(DefaultModelLoader):
@@ -149,13 +149,13 @@ class DerivedLoader(DefaultModelLoader):
 def test_other_loaders_than_the_default_are_refused_because_their_files_are_not_known(tiny, monkeypatch):
     monkeypatch.setitem(_LOAD_FORMAT_TO_MODEL_LOADER, "derived", DerivedLoader)
     for name in ("auto", "dummy", "fastsafetensors", "hf", "instanttensor", "safetensors"):
-        assert compat.weight_files(str(tiny), None, LoadConfig(load_format=name)) == (tiny / "model.safetensors",)
+        assert weight_files.weight_files(str(tiny), None, LoadConfig(load_format=name)) == (tiny / "model.safetensors",)
     others = {"derived", "modelexpress", "runai_streamer", "runai_streamer_sharded", "sharded_state", "tensorizer"}
     assert others < set(_LOAD_FORMAT_TO_MODEL_LOADER)
     for name, loader in _LOAD_FORMAT_TO_MODEL_LOADER.items():
         if name != "dummy" and loader is not DefaultModelLoader:
             with pytest.raises(ConfigurationError, match=f"--load-format {name}[ :,]"):
-                compat.weight_files(str(tiny), None, LoadConfig(load_format=name))
+                weight_files.weight_files(str(tiny), None, LoadConfig(load_format=name))
 
 
 def test_weights_from_elsewhere_are_refused_with_a_bundle_too(digits, monkeypatch, config):
@@ -163,7 +163,7 @@ def test_weights_from_elsewhere_are_refused_with_a_bundle_too(digits, monkeypatc
     config.model_config.model_weights = "s3://other/model"
     monkeypatch.setenv("VISIONACCEL_BUNDLE", str(digits))
     with pytest.raises(ConfigurationError, match="--load-format runai_streamer"):
-        open_served_source(compat.served_model(config), load_settings())
+        open_served_source(engine_config.served_model(config), load_settings())
 
 
 MODELSCOPE = """
@@ -184,6 +184,6 @@ def test_modelscope_is_asked_where_vllm_asks_it(tmp_path, tiny, monkeypatch):
     (client / "snapshot_download.py").write_text(MODELSCOPE.format(log=str(log), folder=str(tiny)))
     monkeypatch.syspath_prepend(tmp_path / "site")
     monkeypatch.setenv("VLLM_USE_MODELSCOPE", "1")
-    assert compat.weight_files("someone/tiny", "v1", None) == (tiny / "model.safetensors",)
-    assert compat.settings_folder("someone/tiny", "v1") == tiny
+    assert weight_files.weight_files("someone/tiny", "v1", None) == (tiny / "model.safetensors",)
+    assert weight_files.settings_folder("someone/tiny", "v1") == tiny
     assert set(log.read_text().splitlines()) == {"someone/tiny v1"}

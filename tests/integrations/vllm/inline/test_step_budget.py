@@ -10,7 +10,7 @@ from gated import Gate, gated
 from towers import random_patches
 from visionaccel import open_encoder
 from visionaccel.errors import DeadlineError, DeviceError
-from visionaccel.integrations.vllm import compat
+from visionaccel.integrations.vllm.compat import worker
 from visionaccel.integrations.vllm.inline import step_budget, tower
 from visionaccel.integrations.vllm.inline.step_budget import LateOpening, StepBudget
 from visionaccel.settings import Settings
@@ -29,8 +29,8 @@ def step(receiving, monkeypatch):
 
     def make(seconds, **settings):
         faults = []
-        monkeypatch.setattr(compat, "worker_connector", lambda: None)
-        monkeypatch.setattr(compat, "step_timeout", lambda: seconds / 0.8)
+        monkeypatch.setattr(worker, "worker_connector", lambda: None)
+        monkeypatch.setattr(worker, "step_timeout", lambda: seconds / 0.8)
         monkeypatch.setattr(tower, "report_fault", lambda fault, _: faults.append(fault.message) or True)
         return receiving(**settings), faults
 
@@ -72,7 +72,7 @@ def test_several_encodes_of_a_step_share_its_budget_and_the_next_step_has_its_ow
 
 def test_a_server_that_only_encodes_tells_steps_apart_by_their_metadata(monkeypatch):
     steps = [object()]
-    monkeypatch.setattr(compat, "step_metadata", lambda: steps[-1])
+    monkeypatch.setattr(worker, "step_metadata", lambda: steps[-1])
     budget = StepBudget()
     with budget.encode() as first:
         pass

@@ -11,7 +11,7 @@ import vllm
 from served import served_model
 from visionaccel.checkpoint import SINGLE_FILE
 from visionaccel.errors import BackendUnavailableError, ChangedFileError
-from visionaccel.integrations.vllm import compat
+from visionaccel.integrations.vllm.compat import worker
 from visionaccel.integrations.vllm.inline import tower
 from visionaccel_testing.checkpoints import TINY, random_checkpoint
 
@@ -94,7 +94,7 @@ def test_a_step_that_needs_the_encoder_opens_it(receiving):
 
 def test_an_encoder_that_cannot_be_opened_is_the_items_fault_and_is_not_tried_again_at_once(receiving, monkeypatch):
     faults = []
-    monkeypatch.setattr(compat, "worker_connector", lambda: None)
+    monkeypatch.setattr(worker, "worker_connector", lambda: None)
     monkeypatch.setattr(tower, "report_fault", lambda fault, _: faults.append(fault) or True)
     made = receiving(BACKEND="onnxrt", DEVICE="npu")
     for _ in range(2):

@@ -25,8 +25,7 @@ from visionaccel import open_encoder
 from visionaccel.backends import Session
 from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError
-from visionaccel.integrations.vllm import compat
-from visionaccel.integrations.vllm.activation import MODEL_MODULE
+from visionaccel.integrations.vllm.compat import architectures, engine_config
 from visionaccel.integrations.vllm.inline.fault_channel import REPLACED, Fault
 from visionaccel.integrations.vllm.mode import choose_mode
 from visionaccel.integrations.vllm.pipelined import self_test
@@ -79,7 +78,7 @@ def make_pipelined(kind, digits, **settings):
         patch.setenv("VISIONACCEL_BACKEND", "onnxrt")
         for name, value in settings.items():
             patch.setenv("VISIONACCEL_" + name, str(value))
-        compat.register_models(MODEL_MODULE)  # vLLM loads its plug-ins once, maybe for a test before
+        architectures.register_models()  # vLLM loads its plug-ins once, maybe for a test before
         scheduler = make(digits, kind, pipelined=True)
         opened = scheduler.ec_connector.service.encoders[0].primary.programs[0]
         opened.session = Gate(opened.session)
@@ -368,13 +367,13 @@ def test_after_new_weights_no_step_uses_the_encoder_before(digits, exact, retrai
 
 
 def test_without_the_plug_in_the_connector_refuses_to_encode(digits, monkeypatch):
-    served_model = compat.served_model
+    served_model = engine_config.served_model
 
     def elsewhere(config):  # the process that made the configuration had the plug-in; the one of the connector has not
         served = served_model(config)
         return served if config.ec_transfer_config is None else replace(served, replaces=None)
 
-    monkeypatch.setattr(compat, "served_model", elsewhere)
+    monkeypatch.setattr(engine_config, "served_model", elsewhere)
     with pytest.raises(ConfigurationError, match="plug-in is not active"):
         make_pipelined("sync", digits)
 
@@ -402,7 +401,7 @@ def test_without_the_plug_in_the_connector_refuses_to_encode(digits, monkeypatch
     ],
 )
 def test_the_mode_is_chosen_for_a_reason(digits, monkeypatch, settings, config, mode, reason):
-    choice = choose_mode(*engine_config(digits, monkeypatch, settings, config))
+    choice = choose_mode(*configured(digits, monkeypatch, settings, config))
     assert choice.mode == mode
     assert reason in choice.reason
 
@@ -423,10 +422,10 @@ def test_the_mode_is_chosen_for_a_reason(digits, monkeypatch, settings, config, 
 )
 def test_a_mode_that_cannot_be_had_is_refused(digits, monkeypatch, settings, config, message):
     with pytest.raises(ConfigurationError, match=message):
-        choose_mode(*engine_config(digits, monkeypatch, settings, config))
+        choose_mode(*configured(digits, monkeypatch, settings, config))
 
 
-def engine_config(checkpoint, monkeypatch, settings, config):
+def configured(checkpoint, monkeypatch, settings, config):
     """A real engine configuration, changed where the test says so, and the settings."""
     import vllm
     from vllm.config import ECTransferConfig

@@ -15,7 +15,7 @@ import pytest
 from gated import wait_until
 from visionaccel.errors import ConfigurationError
 from visionaccel.integrations.vllm import activation, compat
-from visionaccel.integrations.vllm.compat import checking
+from visionaccel.integrations.vllm.compat import architectures, contract, engine_config, releases
 from visionaccel.integrations.vllm.compat.contract import Feature
 from visionaccel.integrations.vllm.mode import choose_mode
 from visionaccel.integrations.vllm.pipelined import self_test
@@ -32,16 +32,16 @@ def own_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("VISIONACCEL_BACKEND", "onnxrt")
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     monkeypatch.delenv("VISIONACCEL_MODE", raising=False)
-    checking.missing.cache_clear()
+    contract.missing.cache_clear()
     yield tmp_path
-    checking.missing.cache_clear()
+    contract.missing.cache_clear()
 
 
 @pytest.fixture(scope="module")
 def built(digits):
     from vllm.engine.arg_utils import EngineArgs
 
-    compat.register_models(activation.MODEL_MODULE)
+    architectures.register_models()
     return EngineArgs(model=str(digits), dtype="float32", max_model_len=160).create_engine_config()
 
 
@@ -61,7 +61,7 @@ def test_a_release_that_was_never_tried_pipelines_once_its_self_test_has_passed(
     import vllm
 
     monkeypatch.setattr(vllm, "__version__", "0.99.0")
-    assert not compat.tried()
+    assert not releases.tried()
     choice = choose_mode(config, load_settings())
     assert (choice.mode, choice.reason) == ("pipelined", "nothing is in its way")
     (kept,) = own_folder.glob("visionaccel/self-test/*.json")
@@ -151,13 +151,13 @@ def test_a_failed_self_test_means_in_line_and_refuses_what_names_the_pipelined_m
     monkeypatch.setattr(self_test, "_run", lambda kind: ("request3 does not end", True))
     choice = choose_mode(config, load_settings())
     assert choice.mode == "inline"
-    assert choice.reason == f"its self-test on vLLM {compat.release()} failed: request3 does not end"
+    assert choice.reason == f"its self-test on vLLM {releases.release()} failed: request3 does not end"
     monkeypatch.setattr(self_test, "_run", runs_again)
     monkeypatch.setenv("VISIONACCEL_MODE", "pipelined")
     with pytest.raises(ConfigurationError, match=r"VISIONACCEL_MODE=pipelined.*self-test.*request3 does not end"):
         choose_mode(config, load_settings())
     monkeypatch.delenv("VISIONACCEL_MODE")
-    compat.use_connector(config, client_embeds=False)
+    engine_config.use_connector(config, client_embeds=False)
     with pytest.raises(ConfigurationError, match=r"--ec-transfer-config.*self-test.*request3 does not end"):
         choose_mode(config, load_settings())
 
@@ -300,7 +300,10 @@ def test_a_feature_that_misses_a_name_is_off_alone_and_the_log_names_it(
     (warning,) = (line for line in log if "Without it, " in line)
     assert f"is not what the {off} feature needs: " in warning
     assert f"{target.replace(':', '.')} does not exist" in warning
-    assert (compat.is_pipelined(config), config.scheduler_config.scheduler_cls is not None) == (pipelined, contained)
+    assert (engine_config.is_pipelined(config), config.scheduler_config.scheduler_cls is not None) == (
+        pipelined,
+        contained,
+    )
 
 
 def test_without_the_contract_of_the_in_line_mode_vllm_does_not_start(config, monkeypatch):
@@ -345,10 +348,10 @@ def test_pipelined_by_name_is_refused_where_its_contract_does_not_hold(config, m
 def test_doctor_names_what_is_missing(monkeypatch):
     from visionaccel.cli.diagnosis.children import _contract
 
-    assert [(each.name, each.status) for each in _contract(compat.ARCHITECTURES)] == [("contract", "pass")]
-    checking.missing.cache_clear()
+    assert [(each.name, each.status) for each in _contract(architectures.ARCHITECTURES)] == [("contract", "pass")]
+    contract.missing.cache_clear()
     gone(monkeypatch, f"{CONNECTOR}.ensure_cache_available")
-    (found,) = _contract(compat.ARCHITECTURES)
+    (found,) = _contract(architectures.ARCHITECTURES)
     assert (found.name, found.status) == ("contract: pipelined", "warning")
     assert "ensure_cache_available does not exist" in found.detail
     assert "Without it, images are encoded in the engine's step" in found.detail

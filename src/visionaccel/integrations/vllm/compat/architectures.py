@@ -1,28 +1,57 @@
-"""The models of vLLM whose vision encoder is replaced: one row each. Nothing else in this integration names a model."""
+"""The models of vLLM whose vision encoder is replaced: a row for each, and the class that vLLM's registry has for it.
+
+Nothing else in this integration names a model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["ARCHITECTURES", "Architecture"]
+from visionaccel.integrations.vllm.compat.releases import release
+
+if TYPE_CHECKING:
+    from torch import nn
+    from vllm.config import ModelConfig
+
+__all__ = [
+    "ARCHITECTURES", "Architecture", "derived_name", "is_registered", "is_replaced", "processing_of",
+    "register_models", "replaced_architecture", "stock_class", "swapped_towers", "use_model_in_process",
+]  # fmt: skip
+
+_MODEL_MODULE = "visionaccel.integrations.vllm.model"
+"""Derives a class when vLLM asks it for a name that `derived_name` gives."""
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """One architecture.
+    """What differs between models.
 
     Attributes:
         model: vLLM's class for it, as `module:Class`; the contract looks it up there. The class that is derived from is
             the one that vLLM has registered.
-        towers: Names of the classes that it makes its vision tower from.
+        tower: The model's attribute that holds its vision tower.
+        towers: Names of the classes that it makes the tower from.
         vision: Names that lead from the model's configuration to the tower's.
+        epsilon: The entry of the model's configuration that vLLM's tower adds to variances.
+        pixel_limits: What limits an image's area in pixels, for the smallest and the largest: the entry of the image
+            processor's `size`, and the option that replaces it.
     """
 
     model: str
+    tower: str
     towers: tuple[str, ...]
     vision: tuple[str, ...]
+    epsilon: str
+    pixel_limits: tuple[tuple[str, str], tuple[str, str]]
 
 
 _MODELS = "vllm.model_executor.models"
@@ -31,11 +60,147 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
         "Qwen2_5_VLForConditionalGeneration": Architecture(
             model=f"{_MODELS}.qwen2_5_vl:Qwen2_5_VLForConditionalGeneration",
+            tower="visual",
             towers=("Qwen2_5_VisionTransformer",),
             vision=("vision_config",),
+            epsilon="rms_norm_eps",
+            pixel_limits=(("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels")),
         ),
     }
 )
 """By the name under which vLLM registers the model, and a family of towers takes its checkpoints.
 
-Architectures that vLLM maps to one of these count as it."""
+Architectures that vLLM resolves to one of these by their suffix count as it.
+"""
+
+_stock: dict[str, Any] = {}
+"""What the registry had for each architecture that was replaced."""
+
+
+def register_models() -> None:
+    """Register a derived class in the place of vLLM's own, for each architecture that this vLLM has."""
+    from vllm import ModelRegistry
+
+    for architecture in ARCHITECTURES:
+        stock = ModelRegistry.models.get(architecture)
+        if stock is not None and not is_replaced(architecture):
+            _stock[architecture] = stock
+            ModelRegistry.register_model(architecture, f"{_MODEL_MODULE}:{derived_name(architecture)}")
+
+
+def derived_name(architecture: str) -> str | None:
+    """The name of a derived class in its module, `ARCHITECTURE__RELEASE__SOURCE`; None if this vLLM has no such model.
+
+    vLLM keeps the flags of a lazily registered class on disk, by this name and the bytes of the class's module. So the
+    name says what else they depend on: vLLM's release, and the source of the class that is derived from.
+    """
+    stock = _stock_entry(architecture)
+    if stock is None:
+        return None
+    kind = getattr(stock, "model_cls", None)
+    module, name = (kind.__module__, kind.__qualname__) if kind is not None else (stock.module_name, stock.class_name)
+    return f"{architecture}__{re.sub(r'[^a-zA-Z0-9]+', '_', release())}__{_source_digest(module, name)}"
+
+
+def replaced_architecture(model: ModelConfig) -> str | None:
+    """The architecture whose derived class vLLM makes a model from in this process; None if it takes another class."""
+    from vllm import ModelRegistry
+
+    name: str = ModelRegistry._normalize_arch(model.architecture, model)
+    entry = ModelRegistry.models.get(name)
+    return entry.class_name.partition("__")[0] if _is_derived(entry) else None
+
+
+def is_registered(architecture: str) -> bool:
+    """Whether vLLM has a class for that architecture, its own or a derived one."""
+    return _stock_entry(architecture) is not None
+
+
+def is_replaced(architecture: str) -> bool:
+    """Whether vLLM will make a model of that architecture from a class of this package."""
+    from vllm import ModelRegistry
+
+    return _is_derived(ModelRegistry.models.get(architecture))
+
+
+def stock_class(architecture: str) -> Any:
+    """The class that vLLM makes the model from, or would without this package."""
+    return _stock_entry(architecture).load_model_cls()
+
+
+def processing_of(model: Any) -> tuple[Any, Any, Any]:
+    """The classes of a model's processing information, processor and dummy inputs."""
+    registered = model._processor_factory
+    return registered.info, registered.processor, registered.dummy_inputs
+
+
+def use_model_in_process(architecture: str) -> None:
+    """Let vLLM look at one of its model classes in this process, instead of in a child that imports it."""
+    from vllm import ModelRegistry
+
+    found = ModelRegistry.models.get(architecture)
+    if found is not None:
+        ModelRegistry.register_model(architecture, found.load_model_cls())
+
+
+@contextmanager
+def swapped_towers(model: type, towers: tuple[str, ...], make: Callable[..., nn.Module]) -> Iterator[None]:
+    """While a model is constructed, have `make` make its vision tower: nothing of the stock one is allocated.
+
+    A constructor finds the tower's class as a global of its module, which may have another name for it.
+
+    Args:
+        model: vLLM's class.
+        towers: Names of the classes of its tower.
+        make: Gets the arguments of the tower's constructor, which differ between releases.
+    """
+    modules = {kind.__module__: sys.modules[kind.__module__] for kind in model.__mro__}
+    swapped = [
+        (module, name, value)
+        for module in modules.values()
+        for name, value in vars(module).items()
+        if isinstance(value, type) and value.__name__ in towers
+    ]
+    for module, name, _ in swapped:
+        setattr(module, name, make)
+    try:
+        yield
+    finally:
+        for module, name, value in swapped:
+            setattr(module, name, value)
+
+
+def _stock_entry(architecture: str) -> Any:
+    from vllm import ModelRegistry
+
+    return _stock.get(architecture) or ModelRegistry.models.get(architecture)
+
+
+def _is_derived(entry: Any) -> bool:
+    return getattr(entry, "module_name", None) == _MODEL_MODULE
+
+
+def _source_digest(module: str, name: str) -> str:
+    digest = hashlib.sha256(f"{module}:{name}".encode())
+    for path in _source_files(module):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _source_files(module: str) -> list[Path]:
+    """The files of a module, for a package all in it; found without importing it, which vLLM does when it needs it."""
+    top, *below = module.split(".")
+    spec = None
+    with suppress(ValueError):  # `__main__` has none
+        spec = find_spec(top)
+    if spec is None:
+        return []
+    if spec.submodule_search_locations is None:
+        return [Path(spec.origin)] if spec.origin is not None and Path(spec.origin).is_file() else []
+    for root in spec.submodule_search_locations:
+        place = Path(root, *below)
+        if (place / "__init__.py").is_file():
+            return sorted(place.rglob("*.py"))
+        if place.with_suffix(".py").is_file():
+            return [place.with_suffix(".py")]
+    return []

@@ -1,344 +1,327 @@
-"""What each feature relies on in vLLM, as data: names that vLLM does not promise to keep.
+"""The contract with vLLM: what each feature relies on, as data, and its check against the vLLM that runs.
 
-This table feeds the check at the start (`checking`), `visionaccel doctor`, the tests and docs/compatibility.md. A row
-that differs between releases names alternatives instead of version numbers: one of them is enough.
+The rows are in `contract.toml`. They are checked by names and signatures; nothing of vLLM is called. In the process
+that builds the configuration, which has imported nearly all of the modules by then, a whole check takes some tens of
+milliseconds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dis
+import inspect
+import sys
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from types import CodeType, FunctionType
+from typing import Any, Literal, TypeAlias
 
 from visionaccel.integrations.vllm.compat.architectures import ARCHITECTURES, Architecture
-from visionaccel.integrations.vllm.compat.contract_rows import WITHOUT, AnyOf, Entry, Feature, Need, Use, needs
-from visionaccel.integrations.vllm.compat.contract_rows import need as _need
+from visionaccel.integrations.vllm.compat.releases import release
 
 __all__ = [
-    "BY_OUR_SCHEDULER", "CONTRACT", "ENTRIES", "FAILED_REQUESTS", "MODEL_CONTRACT", "WITHOUT", "AnyOf", "Entry",
-    "Feature", "Need", "Use", "entries_of", "needs",
+    "BY_OUR_SCHEDULER", "CONTRACT", "FAILED_REQUESTS", "MODEL_CONTRACT", "WITHOUT", "AnyOf", "Entry", "Feature",
+    "Need", "entries_of", "is_on", "missing", "missing_of", "needs", "way_of", "why_off",
 ]  # fmt: skip
 
-_ARGUMENTS = "vllm.engine.arg_utils:EngineArgs"
-_REGISTRY = "vllm.model_executor.models.registry"
-_PARSER = "vllm.multimodal.parse:MultiModalDataParser"
-_SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
-_ASYNC = "vllm.v1.core.sched.async_scheduler:AsyncScheduler"
-_STEP = "vllm.v1.core.sched.output"
-_CACHE = "vllm.v1.core.encoder_cache_manager:EncoderCacheManager"
-_KEYS = "vllm.v1.core.kv_cache_manager:KVCacheManager"
-_REQUEST = "vllm.v1.request:Request"
-_STATUS = "vllm.v1.request:RequestStatus"
-_ENGINE = "vllm.v1.engine"
-_RESULT = f"{_ENGINE}.output_processor:RequestState.make_request_output"
-_CONNECTOR = "vllm.distributed.ec_transfer.ec_connector.base"
-_TRANSFER = "vllm.distributed.ec_transfer"
-_SERVING = "vllm.entrypoints.generate.base.serving"
-_PARALLEL = "vllm.distributed.parallel_state"
 
-_CONFIGURATION: tuple[Entry, ...] = (
-    _need("patch", f"{_ARGUMENTS}.create_engine_config"),
-    _need("patch", "vllm.plugins:load_general_plugins"),
-    _need("patch", "vllm.plugins:plugins_loaded"),
-    _need("read", _ARGUMENTS, has="enable_mm_embeds"),
-    _need(
-        "read",
-        "vllm.config:VllmConfig",
-        has="model_config device_config load_config scheduler_config parallel_config ec_transfer_config "
-        "kv_transfer_config lora_config additional_config instance_id",
-    ),
-    _need("read", "vllm.config:LoRAConfig", has="enable_tower_connector_lora", optional=True),
-    _need(
-        "read",
-        "vllm.config:ModelConfig",
-        has="model revision architectures is_multimodal_model model_impl dtype hf_config",
-        mentions="_model_info",
-    ),
-    _need("read", f"{_REGISTRY}:_ModelInfo", has="architecture"),
-    _need("call", "vllm.config.load:LoadConfig", has="load_format download_dir"),
-    _need("call", "vllm.model_executor.model_loader:get_model_loader", "load_config"),
-    _need(
-        "call",
-        "vllm.model_executor.model_loader.default_loader:DefaultModelLoader._prepare_weights",
-        "model_name_or_path subfolder revision fall_back_to_pt allow_patterns_overrides",
-    ),
-    _need(
-        "call",
-        "vllm.model_executor.model_loader.weight_utils:maybe_download_from_modelscope",
-        "model revision",
-    ),
-    _need("call", "vllm.config:ModelConfig.get_multimodal_config"),
-    _need("call", "vllm.config.multimodal:MultiModalConfig.get_limit_per_prompt", "modality"),
-    _need("read", "vllm.config:DeviceConfig", has="device"),
-    _need(
-        "read",
-        "vllm.config:ParallelConfig",
-        has="_api_process_count _api_process_rank",
-        optional=True,
-    ),
-)
+class Feature(StrEnum):
+    """A part of the integration that is on or off as a whole."""
 
-_ITEMS: tuple[Entry, ...] = (
-    _need("read", "vllm.multimodal.inputs:MultiModalFeatureSpec", has="data modality identifier mm_position"),
-    _need("read", "vllm.multimodal.inputs:MultiModalFieldElem", has="data"),
-    _need("read", "vllm.multimodal.inputs:PlaceholderRange", has="offset length"),
-    _need("read", _REQUEST, has="request_id mm_features num_computed_tokens arrival_time"),
-    _need(
-        "read",
-        f"{_STEP}:SchedulerOutput",
-        has="scheduled_encoder_inputs num_scheduled_tokens free_encoder_mm_hashes",
-    ),
-)
-
-# Every image request passes these, whether or not images are fitted.
-_REQUESTS: tuple[Entry, ...] = (
-    _need("read", "vllm.multimodal.processing:BaseProcessingInfo", has="ctx"),
-    _need("read", "vllm.multimodal.processing:InputProcessingContext", has="model_config"),
-    _need("read", "vllm.config.multimodal:MultiModalConfig", has="mm_processor_kwargs"),
-    _need("read", "vllm.config.multimodal:MultiModalConfig", has="mm_device_do_normalize", optional=True),
-    _need("read", "vllm.multimodal.processing:ProcessorInputs", has="hf_processor_mm_kwargs"),
-    _need("subclass", "vllm.exceptions:VLLMValidationError", optional=True),
-)
-
-_INLINE: tuple[Entry, ...] = (
-    *_CONFIGURATION,
-    *_REQUESTS,
-    _need("call", f"{_REGISTRY}:_ModelRegistry.register_model", "model_arch model_cls"),
-    _need("read", f"{_REGISTRY}:_ModelRegistry", has="models"),
-    _need("read", f"{_REGISTRY}:_LazyRegisteredModel", has="module_name"),
-    _need("call", f"{_REGISTRY}:_LazyRegisteredModel.load_model_cls"),
-    _need("read", "vllm.model_executor.model_loader.base_loader:BaseModelLoader.load_model"),
-    _need("read", "vllm.v1.worker.gpu_model_runner:GPUModelRunner.profile_run"),
-    _need("read", "vllm.v1.worker.gpu_model_runner:GPUModelRunner.reload_weights"),
-    _need("call", "vllm.model_executor.model_loader.reload:finalize_layerwise_reload"),
-    _need("read", "vllm:envs"),
-    _need("call", "vllm.multimodal:MULTIMODAL_REGISTRY.register_processor", "processor info dummy_inputs"),
-    _need("read", "vllm.multimodal.registry:_ProcessorFactories", has="info processor dummy_inputs"),
-    _need("call", f"{_PARALLEL}:model_parallel_is_initialized"),
-    _need("call", f"{_PARALLEL}:get_tensor_model_parallel_rank"),
-    _need("call", f"{_TRANSFER}:has_ec_transfer"),
-    _need("call", f"{_TRANSFER}:get_ec_transfer"),
-    _need("read", f"{_CONNECTOR}:ECConnectorBase", has="_connector_metadata is_producer"),
-)
-
-_FITTING: tuple[Entry, ...] = (
-    _need("call", "vllm.multimodal.processing:InputProcessingContext.get_mm_config"),
-    _need("call", "vllm.multimodal.parse:ImageSize", "width height"),
-    _need("patch", f"{_PARSER}._parse_image_data", "data"),
-    _need("patch", f"{_PARSER}._parse_video_data", "data"),
-    _need("call", f"{_PARSER}.is_embeddings", "data"),
-    _need("read", "vllm.multimodal.parse:ImageProcessorItems", has="data"),
-)
-
-_CONTAINMENT: tuple[Entry, ...] = (
-    *_ITEMS,
-    _need("read", "vllm.config:SchedulerConfig", has="scheduler_cls async_scheduling"),
-    _need("subclass", _SCHEDULER, has="requests encoder_cache_manager kv_cache_manager ec_connector"),
-    _need("subclass", _ASYNC),
-    _need("override", f"{_SCHEDULER}.schedule"),
-    _need("override", f"{_SCHEDULER}.update_from_output", "scheduler_output model_runner_output"),
-    _need("override", f"{_SCHEDULER}.shutdown"),
-    _need("call", f"{_SCHEDULER}.finish_requests", "request_ids finished_status"),
-    _need("call", f"{_SCHEDULER}.reset_prefix_cache", "reset_running_requests", optional=True),
-    _need("read", _STATUS, has="FINISHED_ERROR"),
-    _need("read", _REQUEST, has="num_output_tokens trace_headers client_index"),
-    _need("read", _REQUEST, has="drop_stale_output", optional=True),
-    _need("call", f"{_REQUEST}.is_finished"),
-    _need("call", f"{_REQUEST}.get_finished_reason"),
-    _need("call", f"{_REQUEST}.take_events"),
-    _need("read", f"{_STEP}:SchedulerOutput", has="scheduled_new_reqs scheduled_cached_reqs"),
-    _need("read", f"{_STEP}:NewRequestData", has="req_id"),
-    _need("read", f"{_STEP}:CachedRequestData", has="resumed_req_ids"),
-    _need("read", _CACHE, has="cached freeable num_free_slots"),
-    _need("read", _CACHE, has="num_embeds_by_hash", optional=True),
-    _need("call", f"{_CACHE}.get_cached_input_ids", "request"),
-    _need("call", f"{_CACHE}.free_encoder_input", "request input_id"),
-    _need("call", f"{_CACHE}.reset"),
-    _need("call", f"{_KEYS}.evict_blocks", "block_ids"),
-    _need("read", _KEYS, has="block_pool"),
-    _need("read", "vllm.v1.core.block_pool:BlockPool", has="num_gpu_blocks"),
-    _need(
-        "call",
-        f"{_ENGINE}:EngineCoreOutput",
-        has="request_id new_token_ids finish_reason stop_reason events trace_headers",
-    ),
-    _need("call", f"{_ENGINE}:EngineCoreOutputs", has="outputs"),
-    _need("patch", f"{_CONNECTOR}:ECConnectorBase.save_caches", "encoder_cache mm_hash"),
-    _need("patch", f"{_CONNECTOR}:ECConnectorBase.start_save_caches", optional=True),
-)
-
-BY_OUR_SCHEDULER = "the contained scheduler ends it"
-FAILED_REQUESTS = AnyOf(
-    "how a request ends whose image failed",
-    {
-        "the connector names it": (
-            _need("override", f"{_CONNECTOR}:ECConnectorBase.take_unavailable_requests"),
-            _need("read", _SCHEDULER, mentions="take_unavailable_requests"),
-        ),
-        BY_OUR_SCHEDULER: (
-            _need("subclass", _SCHEDULER),
-            _need("call", f"{_SCHEDULER}.finish_requests", "request_ids finished_status"),
-        ),
-    },
-)
-"""Before 0.30, vLLM's own schedulers do not ask a connector which requests have failed."""
-
-_PIPELINED: tuple[Entry, ...] = (
-    *_ITEMS,
-    _need(
-        "call",
-        "vllm.config:ECTransferConfig",
-        has="ec_connector ec_role ec_connector_module_path is_ec_consumer",
-    ),
-    _need(
-        "read",
-        "vllm.config.multimodal:MultiModalConfig",
-        has="enable_mm_embeds video_pruning_rate mm_processor_cache_type",
-    ),
-    _need("read", "vllm.config.multimodal:MultiModalConfig", has="allow_missing_mm_embeddings", optional=True),
-    _need("read", "vllm.config:ParallelConfig", has="distributed_executor_backend"),
-    _need(
-        "subclass",
-        f"{_CONNECTOR}:ECConnectorBase",
-        implements="start_load_caches save_caches has_cache_item update_state_after_alloc build_connector_meta",
-    ),
-    _need("subclass", f"{_CONNECTOR}:ECConnectorMetadata"),
-    _need("read", f"{_CONNECTOR}:ECConnectorRole", has="SCHEDULER"),
-    _need("override", f"{_CONNECTOR}:ECConnectorBase.__init__", "vllm_config role"),
-    _need("override", f"{_CONNECTOR}:ECConnectorBase.ensure_cache_available", "request num_computed_tokens"),
-    _need("override", f"{_CONNECTOR}:ECConnectorBase.has_cache_item", "identifier"),
-    _need("override", f"{_CONNECTOR}:ECConnectorBase.update_state_after_alloc", "request index"),
-    _need("override", f"{_CONNECTOR}:ECConnectorBase.build_connector_meta", "scheduler_output"),
-    _need("override", f"{_CONNECTOR}:ECConnectorBase.request_finished", "request"),
-    _need("override", f"{_CONNECTOR}:ECConnectorBase.start_load_caches", "encoder_cache"),
-    _need("override", f"{_CONNECTOR}:ECConnectorBase.save_caches", "encoder_cache mm_hash"),
-    _need("override", f"{_CONNECTOR}:ECConnectorBase.shutdown", optional=True),
-    _need("call", f"{_CONNECTOR}:ECConnectorBase._get_connector_metadata"),
-    _need(
-        "read",
-        _SCHEDULER,
-        mentions="ensure_cache_available has_cache_item update_state_after_alloc build_connector_meta",
-    ),
-    _need(
-        "read",
-        "vllm.v1.worker.ec_connector_model_runner_mixin:ECConnectorModelRunnerMixin",
-        mentions="bind_connector_metadata start_load_caches",
-    ),
-    FAILED_REQUESTS,
-)
-
-_REASONS: tuple[Entry, ...] = (
-    AnyOf(
-        "how a failed request's reason reaches its client",
-        {
-            "the engine's output holds an error": (
-                _need("call", f"{_ENGINE}:EngineCoreOutput", has="error"),
-                _need("call", "vllm.outputs:RequestError", "code message"),
-            ),
-            "the API server looks at the stop reason": (
-                _need("patch", "vllm.v1.engine.output_processor:RequestState._new_completion_output"),
-                _need(
-                    "patch",
-                    f"{_SERVING}:GenerateBaseServing._raise_if_error",
-                    "finish_reason request_id",
-                    where_loaded=True,
-                ),
-                _need("call", f"{_SERVING}:GenerationError", where_loaded=True),
-            ),
-        },
-    ),
-)
-
-_POOLING: tuple[Entry, ...] = (
-    _need("read", _REQUEST, has="pooling_params"),
-    _need("read", "vllm.config:ModelConfig", mentions="runner_type"),
-    _need("call", f"{_ENGINE}:EngineCoreOutput", has="pooling_output"),
-    AnyOf(
-        "how a failed pooling request ends",
-        {
-            "with its error": (
-                _need("patch", _RESULT, "new_token_ids pooling_output finish_reason stop_reason error"),
-                _need("call", "vllm.outputs:RequestError", "code message"),
-            ),
-            "with a result that raises": (
-                _need("patch", _RESULT, "new_token_ids pooling_output finish_reason stop_reason"),
-                _need("call", f"{_SERVING}:GenerationError", where_loaded=True),
-            ),
-        },
-    ),
-)
-
-# Where vLLM answers /metrics from prometheus_client's registry, or its collector for several processes, ours are there.
-_METRICS: tuple[Entry, ...] = (
-    _need("read", "vllm.v1.metrics.prometheus:get_prometheus_registry", mentions="REGISTRY MultiProcessCollector"),
-    _need("patch", "prometheus_client.multiprocess:MultiProcessCollector.collect"),
-)
+    INLINE = "in-line"
+    FITTING = "fitting"
+    CONTAINMENT = "containment"
+    PIPELINED = "pipelined"
+    REASONS = "reasons"
+    METRICS = "metrics"
+    POOLING = "pooling"
 
 
-def _of_model(row: Architecture) -> tuple[Entry, ...]:
-    """What the in-line mode needs of a model's class, and of its processing classes, which every request passes."""
-    model, module = row.model, row.model.partition(":")[0]
-    info, processor = f"{model}._processor_factory.info", f"{model}._processor_factory.processor"
-    planned = "image_width image_height num_frames do_resize image_processor mm_kwargs"
-    return (
-        _need("subclass", model, mentions="visual"),
-        _need("override", f"{model}.__init__", "vllm_config prefix", mentions=" ".join(row.towers)),
-        *(_need("patch", f"{module}:{tower}") for tower in row.towers),
-        _need("override", f"{model}.load_weights", "weights"),
-        _need("override", f"{model}.embed_input_ids", "input_ids multimodal_embeddings is_multimodal"),
-        _need("override", f"{model}.supports_mm_device_do_normalize"),
-        _need("override", f"{model}.supports_encoder_tp_data", optional=True),
-        _need("override", f"{model}.supports_encoder_cudagraph", optional=True),
-        _need("override", f"{model}.supports_tower_connector_lora", optional=True),
-        _need("override", f"{model}.lora_skip_prefixes", optional=True),
-        _need("read", f"{model}._processor_factory"),
-        _need("override", f"{info}.get_supported_mm_limits"),
-        _need("override", f"{info}.validate_num_items", "modality num_items"),
-        _need("override", f"{info}.get_data_parser"),
-        _need("override", f"{info}.get_image_size_with_most_features"),
-        AnyOf(
-            "the size that vLLM plans an image with",
-            {
-                "modality": (_need("override", f"{info}._get_vision_info", f"{planned} modality"),),
-                "no modality": (_need("override", f"{info}._get_vision_info", planned),),
-            },
-        ),
-        _need("override", f"{processor}.apply", "inputs timing_ctx"),
-        _need("override", f"{processor}._get_prompt_updates", "mm_items hf_processor_mm_kwargs out_mm_kwargs"),
-    )
-
-
-def _of_fitting(row: Architecture) -> tuple[Entry, ...]:
-    """What fitting needs of a model's processing classes."""
-    return (_need("call", f"{row.model}._processor_factory.info.get_image_processor"),)
-
-
-CONTRACT: Mapping[Feature, tuple[Entry, ...]] = {
-    Feature.INLINE: _INLINE,
-    Feature.FITTING: _FITTING,
-    Feature.CONTAINMENT: _CONTAINMENT,
-    Feature.PIPELINED: _PIPELINED,
-    Feature.REASONS: _REASONS,
-    Feature.METRICS: _METRICS,
-    Feature.POOLING: _POOLING,
+WITHOUT = {
+    Feature.INLINE: "vLLM does not start with VISIONACCEL_BACKEND set",
+    Feature.FITTING: "vLLM does not start with a bundle whose programs take some image sizes only",
+    Feature.CONTAINMENT: "an image that cannot be encoded in the engine's step ends the engine, and what was computed "
+    "from a device that answered wrongly is not discarded",
+    Feature.PIPELINED: "images are encoded in the engine's step",
+    Feature.REASONS: "clients get vLLM's own error for a failed image; the reason is in the log only",
+    Feature.METRICS: "the metrics of the encoder are not in /metrics",
+    Feature.POOLING: "vLLM does not start with a pooling model",
 }
+"""What happens without each feature."""
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """One name of vLLM, and what must be true of it.
+
+    Attributes:
+        use: How it is used: called, read, subclassed, overridden in such a subclass, or replaced by a function of ours.
+        target: `module:Class.attribute`.
+        parameters: Parameters that it must take. Another one without a default breaks the contract too where it is
+            called or overridden.
+        attributes: Attributes of its instances: fields, class attributes, or what its constructor sets.
+        mentions: Names that its code, or that of one of a class's methods, must use.
+        implements: Methods that a subclass of ours has; another abstract one breaks the contract.
+        optional: Used where it exists; nothing is missing without it.
+        where_loaded: Looked at only in a process that has loaded the module: others never use it, and would import it
+            for nothing.
+    """
+
+    use: Literal["call", "read", "subclass", "override", "patch"]
+    target: str
+    parameters: tuple[str, ...] = ()
+    attributes: tuple[str, ...] = ()
+    mentions: tuple[str, ...] = ()
+    implements: tuple[str, ...] = ()
+    optional: bool = False
+    where_loaded: bool = False
+
+    @property
+    def module(self) -> str:
+        return self.target.partition(":")[0]
+
+    @property
+    def name(self) -> str:
+        """Dotted name in the module."""
+        return self.target.partition(":")[2]
+
+
+@dataclass(frozen=True, slots=True)
+class AnyOf:
+    """Ways to the same end, by a short name. The first whose needs all hold is taken."""
+
+    end: str
+    ways: Mapping[str, tuple[Need, ...]]
+
+
+Entry: TypeAlias = Need | AnyOf
+
+
+def needs(entry: Entry) -> tuple[Need, ...]:
+    """The names of an entry, all ways together."""
+    if isinstance(entry, Need):
+        return (entry,)
+    return tuple(each for way in entry.ways.values() for each in way)
+
+
+_ABSENT = object()
+
+_TABLE: dict[str, Any] = tomllib.loads(Path(__file__).with_name("contract.toml").read_text(encoding="utf-8"))
+
+
+def _entry(row: Mapping[str, Any], names: Mapping[str, str]) -> Entry:
+    """A row of the table; `names` stand in the place of what is in braces."""
+    if "ways" in row:
+        ways = {way["way"]: tuple(_need(each, names) for each in way["needs"]) for way in row["ways"]}
+        return AnyOf(row["end"], ways)
+    return _need(row, names)
+
+
+def _need(row: Mapping[str, Any], names: Mapping[str, str]) -> Need:
+    (use, target), *conditions = row.items()
+    words: dict[str, Any] = {
+        key: value if isinstance(value, bool) else tuple(value.format_map(names).split()) for key, value in conditions
+    }
+    return Need(use, target.format_map(names), **words)  # type: ignore[arg-type]
+
+
+def _of_model(row: Architecture, feature: Feature) -> tuple[Entry, ...]:
+    """What a feature needs of a model's own classes."""
+    names = {
+        "model": row.model,
+        "module": row.model.partition(":")[0],
+        "info": f"{row.model}._processor_factory.info",
+        "processor": f"{row.model}._processor_factory.processor",
+        "towers": " ".join(row.towers),
+        "attribute": row.tower,
+    }
+    found: list[Entry] = []
+    for each in _TABLE["model"].get(feature, ()):
+        for tower in row.towers:
+            entry = _entry(each, {**names, "tower": tower})
+            found += [entry] if entry not in found else []
+    return tuple(found)
+
+
+def _of_all(feature: Feature) -> tuple[Entry, ...]:
+    """What a feature needs for every model."""
+    shared = _TABLE["items"] if feature in (Feature.CONTAINMENT, Feature.PIPELINED) else []
+    return tuple(_entry(each, {}) for each in (*shared, *_TABLE[feature]))
+
+
+CONTRACT: Mapping[Feature, tuple[Entry, ...]] = {feature: _of_all(feature) for feature in Feature}
 """What each feature needs of vLLM for every model. Every feature needs the rows of `in-line` as well."""
 
 MODEL_CONTRACT: Mapping[str, Mapping[Feature, tuple[Entry, ...]]] = {
-    architecture: {Feature.INLINE: _of_model(row), Feature.FITTING: _of_fitting(row)}
+    architecture: {feature: _of_model(row, feature) for feature in Feature}
     for architecture, row in ARCHITECTURES.items()
 }
 """What features need of the served model's own classes, by architecture."""
 
+BY_OUR_SCHEDULER = "the contained scheduler ends it"
+FAILED_REQUESTS = next(entry for entry in CONTRACT[Feature.PIPELINED] if isinstance(entry, AnyOf))
+"""How a request ends whose image failed; `BY_OUR_SCHEDULER` is one of the ways."""
+assert BY_OUR_SCHEDULER in FAILED_REQUESTS.ways
+
 
 def entries_of(feature: Feature, architecture: str | None) -> tuple[Entry, ...]:
     """What a feature needs of vLLM, and of one model's classes."""
-    of_model = MODEL_CONTRACT[architecture].get(feature, ()) if architecture is not None else ()
-    return (*CONTRACT[feature], *of_model)
+    return CONTRACT[feature] + (MODEL_CONTRACT[architecture][feature] if architecture is not None else ())
 
 
-ENTRIES: tuple[tuple[Feature, Entry], ...] = tuple(
-    (feature, entry)
-    for contract in (CONTRACT, *MODEL_CONTRACT.values())
-    for feature, entries in contract.items()
-    for entry in entries
-)
-"""Both tables, row by row."""
+def why_off(feature: Feature, architecture: str | None = None) -> str | None:
+    """What a feature misses in this vLLM, for a log or an error; None if its contract holds.
+
+    Args:
+        feature: The feature.
+        architecture: The model that it is for, if what it needs of that model counts too.
+    """
+    lacking = missing(feature, architecture)
+    return f"vLLM {release()} is not what the {feature} feature needs: {'; '.join(lacking)}" if lacking else None
+
+
+def is_on(feature: Feature) -> bool:
+    """Whether the contract of a feature holds."""
+    return not missing(feature)
+
+
+@cache
+def missing(feature: Feature, architecture: str | None = None) -> tuple[str, ...]:
+    """What a feature needs that this vLLM does not have; empty if its contract holds. Looked up once in a process.
+
+    Args:
+        feature: The feature.
+        architecture: A model whose own part of the contract counts too.
+    """
+    return tuple(dict.fromkeys(_all_missing(entries_of(feature, architecture))))
+
+
+def missing_of(entry: Entry) -> tuple[str, ...]:
+    """What an entry needs that this vLLM does not have."""
+    if isinstance(entry, Need):
+        unused = entry.optional or (entry.where_loaded and entry.module not in sys.modules)
+        return () if unused else tuple(_missing(entry))
+    found = {name: _all_missing(way) for name, way in entry.ways.items()}
+    if not all(found.values()):
+        return ()
+    return (f"{entry.end}: " + "; or ".join(f"({name}) {', '.join(texts)}" for name, texts in found.items()),)
+
+
+def way_of(entry: AnyOf) -> str | None:
+    """The first way whose needs all hold; None if there is none."""
+    return next((name for name, way in entry.ways.items() if not _all_missing(way)), None)
+
+
+def _all_missing(entries: Iterable[Entry]) -> tuple[str, ...]:
+    return tuple(text for entry in entries for text in missing_of(entry))
+
+
+def _missing(need: Need) -> Iterator[str]:
+    label = need.target.replace(":", ".")
+    try:
+        found = _resolve(need)
+        yield from (f"{label} {text}" for text in _unlike(need, found))
+    except LookupError as error:
+        yield str(error)
+    except Exception as error:  # What cannot be looked at is not the name that we know.
+        yield f"{label} cannot be inspected ({type(error).__name__}: {error})"
+
+
+def _resolve(need: Need) -> Any:
+    """The object that a need names; a property is not evaluated.
+
+    Raises:
+        LookupError: If there is none; says which part of the name is missing.
+    """
+    try:
+        found: Any = import_module(need.module)
+    except Exception as error:
+        raise LookupError(f"module {need.module} cannot be imported ({type(error).__name__}: {error})") from error
+    reached = need.module
+    for part in need.name.split("."):
+        reached = f"{reached}.{part}"
+        found = getattr(found, part, _ABSENT)
+        if found is _ABSENT:
+            raise LookupError(f"{reached} does not exist")
+    return found
+
+
+def _unlike(need: Need, found: Any) -> Iterator[str]:
+    """In what a name that exists differs from what is needed of it."""
+    if need.parameters:
+        yield from _unlike_signature(need, found)
+    if need.attributes:
+        known = _attributes(found)
+        yield from (f"has no attribute {name}" for name in need.attributes if name not in known)
+    if need.mentions:
+        used = _mentions(found)
+        if used is not None:
+            yield from (f"does not use {name}" for name in need.mentions if name not in used)
+    if need.use == "call" and getattr(found, "__isabstractmethod__", False):
+        yield "is abstract"
+    if need.use == "subclass":
+        abstract: frozenset[str] = getattr(found, "__abstractmethods__", frozenset())
+        yield from (f"has a new abstract method {name}" for name in sorted(abstract - set(need.implements)))
+
+
+def _unlike_signature(need: Need, found: Any) -> Iterator[str]:
+    parameters = list(inspect.signature(found).parameters.values())
+    if parameters and parameters[0].name == "self":
+        del parameters[0]
+    named = [each for each in parameters if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)]
+    if not any(each.kind is each.VAR_KEYWORD for each in parameters):
+        names = {each.name for each in named}
+        yield from (f"takes no parameter {name}" for name in need.parameters if name not in names)
+    if need.use in ("call", "override"):
+        required = [each.name for each in named if each.default is each.empty]
+        yield from (f"has a new parameter {name}" for name in required if name not in need.parameters)
+
+
+def _attributes(kind: Any) -> set[str]:
+    """Names that a class has or declares, or that the constructors of it and its bases set."""
+    found = set(dir(kind))
+    for base in kind.__mro__:
+        found |= vars(base).get("__annotations__", {}).keys() | vars(base).get("__dataclass_fields__", {}).keys()
+        code = getattr(inspect.unwrap(vars(base)["__init__"]), "__code__", None) if "__init__" in vars(base) else None
+        if code is not None:
+            found |= {each.argval for each in dis.get_instructions(code) if each.opname == "STORE_ATTR"}
+    return found
+
+
+def _mentions(found: Any) -> set[str] | None:
+    """Names that a function or a class's methods use; None where a plug-in's function hides one of the methods."""
+    if not isinstance(found, type):
+        return _names(inspect.unwrap(found).__code__)
+    package, names = _package(found), set[str]()
+    for base in found.__mro__:
+        for function in _methods(base) if _package(base) == package else ():
+            if _package(function) not in {package, *sys.stdlib_module_names}:
+                return None
+            names |= _names(function.__code__)
+    return names
+
+
+def _package(found: Any) -> str:
+    """The outermost package that defines a class or function."""
+    return str(found.__module__).partition(".")[0]
+
+
+def _methods(kind: type) -> Iterator[FunctionType]:
+    """What a class defines itself, but for special methods, which decorators and protocols generate."""
+    for name, value in vars(kind).items():
+        inner = inspect.unwrap(getattr(value, "fget", None) or getattr(value, "__func__", value))
+        if isinstance(inner, FunctionType) and not name.startswith("__"):
+            yield inner
+
+
+def _names(code: CodeType) -> set[str]:
+    """Names that code uses, and functions within it."""
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names |= _names(constant)
+    return names

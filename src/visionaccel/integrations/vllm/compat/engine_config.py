@@ -8,11 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from visionaccel.integrations.vllm.compat.architectures import ARCHITECTURES
-from visionaccel.integrations.vllm.compat.checking import missing, way_of
-from visionaccel.integrations.vllm.compat.contract import BY_OUR_SCHEDULER, FAILED_REQUESTS, Feature
-from visionaccel.integrations.vllm.compat.registering import architecture_of
-from visionaccel.integrations.vllm.compat.releases import logger
+from visionaccel.integrations.vllm.compat import logger
+from visionaccel.integrations.vllm.compat.architectures import ARCHITECTURES, replaced_architecture
+from visionaccel.integrations.vllm.compat.contract import BY_OUR_SCHEDULER, FAILED_REQUESTS, Feature, missing, way_of
 from visionaccel.integrations.vllm.compat.weight_files import load_config_of
 
 if TYPE_CHECKING:
@@ -20,32 +18,28 @@ if TYPE_CHECKING:
     from vllm.config import LoadConfig, ModelConfig, VllmConfig
 
 __all__ = [
-    "adapts_tower", "can_contain", "CONNECTOR", "ec_connector", "engine_id", "impossible_with_connector",
-    "is_one_of_several_api_servers", "is_pipelined", "is_prepared", "load_plugins",
-    "load_plugins_again", "mark_prepared",
-    "normalises_itself", "obstacles_to_pipelining", "on_engine_config", "pools", "processor_options",
-    "receives_embeddings", "served_by", "served_model", "ServedModel",
-    "set_processor_options", "takes_media", "use_connector",
+    "CONNECTOR", "ServedModel", "adapts_tower", "can_contain", "engine_id", "impossible_with_connector",
+    "is_one_of_several_api_servers", "is_pipelined", "is_prepared", "load_plugins", "load_plugins_again",
+    "mark_prepared", "normalises_itself", "obstacles_to_pipelining", "on_engine_config", "pools", "processor_options",
+    "receives_embeddings", "served_by", "served_model", "set_processor_options", "use_connector",
     "use_contained_scheduler", "use_ec_connector", "without_python_processor",
 ]  # fmt: skip
 
 CONNECTOR = "VisionAccelConnector"
-CONNECTOR_MODULE = "visionaccel.integrations.vllm.connector"
+_CONNECTOR_MODULE = "visionaccel.integrations.vllm.connector"
 """The EC connector of the pipelined mode and its module, as `--ec-transfer-config` names them."""
 
-SCHEDULERS = {
+_SCHEDULERS = {
     False: "visionaccel.integrations.vllm.scheduler.ContainedScheduler",
     True: "visionaccel.integrations.vllm.scheduler.ContainedAsyncScheduler",
 }
 """The scheduler in the place of vLLM's synchronous and of its asynchronous one."""
 
+_MARK = "visionaccel"
+
 
 def load_plugins() -> None:
-    """Load vLLM's general plug-ins, as its processes do when they start.
-
-    Raises:
-        Exception: What a plug-in raises that vLLM does not catch.
-    """
+    """Load vLLM's general plug-ins, as its processes do when they start; raises what a plug-in raises."""
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
@@ -61,59 +55,47 @@ def load_plugins_again() -> None:
 def on_engine_config(prepare: Callable[[VllmConfig, bool], None]) -> None:
     """Call `prepare` with each configuration that `EngineArgs` builds in this process.
 
+    Its module may not be there yet. It asks for the plug-ins whenever a configuration is made, whether or not they were
+    loaded before; so it is looked for then. A process that is handed its configuration, such as a worker, makes none.
+
     Args:
         prepare: Gets the configuration, and whether the user lets clients send embeddings (`--enable-mm-embeds`).
     """
-    if not _hook_engine_args(prepare):
-        _on_loading_plugins(functools.partial(_hook_engine_args, prepare))
-
-
-def _hook_engine_args(prepare: Callable[[VllmConfig, bool], None]) -> bool:
-    """Wrap `EngineArgs.create_engine_config`, once its module is there; whether it is."""
-    arguments = sys.modules.get("vllm.engine.arg_utils")
-    if not hasattr(arguments, "EngineArgs"):
-        return False
-    build = arguments.EngineArgs.create_engine_config  # type: ignore[union-attr]
-
-    @functools.wraps(build)
-    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> VllmConfig:
-        config: VllmConfig = build(self, *args, **kwargs)
-        if getattr(self, "mm_device_do_normalize", None) is False:
-            _note_normalisation_off(config.model_config)
-        prepare(config, bool(getattr(self, "enable_mm_embeds", False)))
-        return config
-
-    arguments.EngineArgs.create_engine_config = create_engine_config  # type: ignore[union-attr]
-    return True
-
-
-def _on_loading_plugins(hook: Callable[[], bool]) -> None:
-    """Try a hook each time that vLLM asks for its plug-ins, until it holds.
-
-    `EngineArgs` asks for them whenever it is made, whether or not they were loaded before. A process that is handed its
-    configuration, such as a worker, never makes one.
-    """
+    if _hook_engine_args(prepare):
+        return
     import vllm.plugins as plugins
 
     load = plugins.load_general_plugins
-    held = False
+    hooked = False
 
     @functools.wraps(load)
     def load_general_plugins() -> None:
-        nonlocal held
+        nonlocal hooked
         load()
-        held = held or hook()
+        hooked = hooked or _hook_engine_args(prepare)
 
     plugins.load_general_plugins = load_general_plugins
 
 
-def _note_normalisation_off(model: ModelConfig) -> None:
-    """Keep in a configuration that the user turned off vLLM's normalisation of pixels on the device.
+def _hook_engine_args(prepare: Callable[[VllmConfig, bool], None]) -> bool:
+    """Wrap `EngineArgs.create_engine_config`, once its module is there; whether it is."""
+    arguments: Any = sys.modules.get("vllm.engine.arg_utils")
+    if not hasattr(arguments, "EngineArgs"):
+        return False
+    build = arguments.EngineArgs.create_engine_config
 
-    vLLM sets False for every model of this package. None has the same meaning to vLLM, and here that the user set it.
-    """
-    if model.is_multimodal_model:
-        model.get_multimodal_config().mm_device_do_normalize = None
+    @functools.wraps(build)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> VllmConfig:
+        config: VllmConfig = build(self, *args, **kwargs)
+        model = config.model_config
+        if getattr(self, "mm_device_do_normalize", None) is False and model.is_multimodal_model:
+            # vLLM sets False for each model of this package. None is the same to vLLM; here, that the user set it.
+            model.get_multimodal_config().mm_device_do_normalize = None
+        prepare(config, bool(getattr(self, "enable_mm_embeds", False)))
+        return config
+
+    arguments.EngineArgs.create_engine_config = create_engine_config
+    return True
 
 
 def processor_options(model: ModelConfig) -> Mapping[str, Any]:
@@ -130,9 +112,6 @@ def normalises_itself(model: ModelConfig) -> bool:
     """Whether vLLM's own model would normalise pixels on its device and so ignore the processor's options for that."""
     switch = getattr(model.get_multimodal_config(), "mm_device_do_normalize", None)
     return switch is not None and not without_python_processor()
-
-
-_MARK = "visionaccel"
 
 
 def mark_prepared(config: VllmConfig) -> None:
@@ -156,41 +135,25 @@ def without_python_processor() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """What the adapter needs to know of the model that an engine serves.
+    """What the adapter needs to know of the model that an engine serves."""
 
-    Attributes:
-        source: Checkpoint folder or Hugging Face repository.
-        revision: The repository's revision.
-        architectures: Its model classes, as the configuration names them.
-        replaces: The architecture whose class of this package vLLM makes the model from; None if from another class.
-        multimodal: It takes images or other media.
-        takes_media: At least one image or video a prompt is allowed.
-        own_implementation: vLLM's own model class serves it, not another library's.
-        dtype: Dtype of the language model.
-        device: Device of the language model; where only the model's configuration is known, `cpu`.
-        vision: The vision tower's configuration after every override, or None.
-        norm_eps: What vLLM's tower adds to variances, if the configuration states it.
-        load: vLLM's configuration of how the model is loaded, or None where that is not known.
-        engine: The engine's identifier; empty where only the model's configuration is known.
-    """
-
-    source: str
+    source: str  # checkpoint folder or Hugging Face repository
     revision: str | None
-    architectures: tuple[str, ...]
-    replaces: str | None
-    multimodal: bool
-    takes_media: bool
-    own_implementation: bool
-    dtype: torch.dtype
-    device: str
-    vision: Mapping[str, Any] | None
-    norm_eps: float | None = None
-    load: LoadConfig | None = None
-    engine: str = ""
+    architectures: tuple[str, ...]  # its model classes, as the configuration names them
+    replaces: str | None  # the architecture whose derived class vLLM makes the model from; None if from another class
+    multimodal: bool  # it takes images or other media
+    takes_media: bool  # at least one image or video a prompt is allowed
+    own_implementation: bool  # vLLM's own model class serves it, not another library's
+    dtype: torch.dtype  # of the language model
+    device: str  # of the language model; where only the model's configuration is known, `cpu`
+    vision: Mapping[str, Any] | None  # the tower's configuration after every override; None if it is not replaced
+    epsilon: float | None = None  # what vLLM's tower adds to variances, if the configuration states it
+    load: LoadConfig | None = None  # how vLLM loads the model, where that is known
+    engine: str = ""  # the engine's identifier; empty where only the model's configuration is known
 
 
 def engine_id(config: VllmConfig) -> str:
-    """Tells an engine from others of the same process; its workers have the same."""
+    """The identifier of an engine, which its workers share; other engines of the same process have another."""
     return str(config.instance_id)
 
 
@@ -202,29 +165,27 @@ def served_model(config: VllmConfig) -> ServedModel:
 
 def served_by(model: ModelConfig, device: str = "cpu") -> ServedModel:
     """The model of a model configuration."""
-    name = model._model_info.architecture  # of the class, after suffixes and conversions
-    replaces = architecture_of(name)
-    row = ARCHITECTURES.get(replaces or name)
-    vision = None if row is None else functools.reduce(_of, row.vision, model.hf_config)
-    eps = getattr(model.hf_config, "rms_norm_eps", None)
+    replaces = replaced_architecture(model)
+    vision, epsilon = None, None
+    if replaces is not None:
+        row = ARCHITECTURES[replaces]
+        vision = functools.reduce(lambda config, name: getattr(config, name, None), row.vision, model.hf_config)
+        epsilon = getattr(model.hf_config, row.epsilon, None)
+    limits = model.get_multimodal_config() if model.is_multimodal_model else None
     return ServedModel(
         source=model.model,
         revision=model.revision,
         architectures=tuple(model.architectures),
         replaces=replaces,
         multimodal=bool(model.is_multimodal_model),
-        takes_media=takes_media(model),
+        takes_media=limits is not None and any(limits.get_limit_per_prompt(kind) for kind in ("image", "video")),
         own_implementation=str(getattr(model.model_impl, "value", model.model_impl)) in ("auto", "vllm"),
         dtype=model.dtype,
         device=device,
         vision=None if vision is None else vision.to_dict(),
-        norm_eps=None if eps is None else float(eps),
+        epsilon=None if epsilon is None else float(epsilon),
         load=load_config_of(model),
     )
-
-
-def _of(config: Any, name: str) -> Any:
-    return getattr(config, name, None)
 
 
 def pools(config: VllmConfig) -> bool:
@@ -232,37 +193,9 @@ def pools(config: VllmConfig) -> bool:
     return bool(config.model_config.runner_type == "pooling")
 
 
-def takes_media(model: ModelConfig) -> bool:
-    """Whether prompts may hold an image or a video."""
-    limits = model.get_multimodal_config() if model.is_multimodal_model else None
-    return limits is not None and any(limits.get_limit_per_prompt(kind) for kind in ("image", "video"))
-
-
 def adapts_tower(config: VllmConfig) -> bool:
     """Whether LoRA adapters are applied to the vision tower too (`--enable-tower-connector-lora`)."""
     return bool(getattr(getattr(config, "lora_config", None), "enable_tower_connector_lora", False))
-
-
-def use_contained_scheduler(config: VllmConfig) -> bool:
-    """Choose the scheduler that ends the requests whose image could not be encoded, where that can be done.
-
-    Returns:
-        Whether it was chosen. Not if vLLM lacks what that needs, if the user chose another, nor if keys leave this
-        engine before the scheduler hears of a fault: then a fault of an in-line encode must end the engine, or others
-        would compute with it.
-    """
-    if missing(Feature.CONTAINMENT):  # the log has what is missing
-        return False
-    chosen = config.scheduler_config.scheduler_cls
-    connected = getattr(config, "kv_transfer_config", None) is not None
-    if chosen is None and not connected:
-        config.scheduler_config.scheduler_cls = SCHEDULERS[bool(config.scheduler_config.async_scheduling)]
-        return True
-    if chosen in SCHEDULERS.values():
-        return True
-    reason = "With kv_transfer_config," if connected else f"With the custom scheduler {chosen},"
-    logger().warning("%s an image that cannot be encoded in the engine's step ends the engine.", reason)
-    return False
 
 
 def is_one_of_several_api_servers(config: VllmConfig) -> bool:
@@ -272,7 +205,36 @@ def is_one_of_several_api_servers(config: VllmConfig) -> bool:
     return bool(count > 1 and rank >= 0)
 
 
-def ec_connector(config: VllmConfig) -> str | None:
+def can_contain(config: VllmConfig) -> bool:
+    """Whether an engine can have the scheduler that ends the requests whose image could not be encoded.
+
+    Not if vLLM lacks what that needs, if the user chose another, nor if keys leave this engine before the scheduler
+    hears of a fault: then a fault of an in-line encode must end the engine, or others would compute with it.
+    """
+    return not (missing(Feature.CONTAINMENT) or _other_scheduler(config) or _gives_keys(config))
+
+
+def use_contained_scheduler(config: VllmConfig) -> None:
+    """Choose the scheduler that ends the requests whose image could not be encoded, where that can be done."""
+    if can_contain(config):
+        scheduling = config.scheduler_config
+        scheduling.scheduler_cls = scheduling.scheduler_cls or _SCHEDULERS[bool(scheduling.async_scheduling)]
+    elif not missing(Feature.CONTAINMENT) and config.scheduler_config.scheduler_cls not in _SCHEDULERS.values():
+        other = _other_scheduler(config)  # what else is missing is in the log
+        reason = "With kv_transfer_config," if _gives_keys(config) else f"With the custom scheduler {other},"
+        logger().warning("%s an image that cannot be encoded in the engine's step ends the engine.", reason)
+
+
+def _other_scheduler(config: VllmConfig) -> Any:
+    chosen = config.scheduler_config.scheduler_cls
+    return None if chosen in _SCHEDULERS.values() else chosen
+
+
+def _gives_keys(config: VllmConfig) -> bool:
+    return getattr(config, "kv_transfer_config", None) is not None
+
+
+def _ec_connector(config: VllmConfig) -> str | None:
     """Name of the EC connector that an engine is configured with."""
     transfer = getattr(config, "ec_transfer_config", None)
     return None if transfer is None else transfer.ec_connector
@@ -280,12 +242,12 @@ def ec_connector(config: VllmConfig) -> str | None:
 
 def is_pipelined(config: VllmConfig) -> bool:
     """Whether an engine gets its embeddings from this package's EC connector."""
-    return ec_connector(config) == CONNECTOR
+    return _ec_connector(config) == CONNECTOR
 
 
 def receives_embeddings(config: VllmConfig) -> bool:
     """Whether an engine gets its embeddings from some EC connector and encodes only what that does not have."""
-    return ec_connector(config) is not None and bool(config.ec_transfer_config.is_ec_consumer)
+    return _ec_connector(config) is not None and bool(config.ec_transfer_config.is_ec_consumer)
 
 
 def use_ec_connector(config: VllmConfig, name: str, module: str) -> None:
@@ -301,24 +263,14 @@ def use_connector(config: VllmConfig, client_embeds: bool) -> None:
     """Give an engine this package's EC connector.
 
     vLLM lets clients of a consumer send embeddings, because another engine may have computed them. Here none has, so
-    that stays as the user set it.
-
-    Args:
-        config: The engine's configuration.
-        client_embeds: The user lets clients send embeddings.
+    that stays as the user set it (`client_embeds`).
     """
     if config.ec_transfer_config is None:
-        use_ec_connector(config, CONNECTOR, CONNECTOR_MODULE)
+        use_ec_connector(config, CONNECTOR, _CONNECTOR_MODULE)
     media = config.model_config.get_multimodal_config()
     media.enable_mm_embeds = client_embeds
     if hasattr(media, "allow_missing_mm_embeddings"):
         media.allow_missing_mm_embeddings = False
-
-
-def can_contain(config: VllmConfig) -> bool:
-    """Whether an engine can have the scheduler that ends the requests whose image could not be encoded."""
-    custom = config.scheduler_config.scheduler_cls not in (None, *SCHEDULERS.values())
-    return not (custom or missing(Feature.CONTAINMENT) or getattr(config, "kv_transfer_config", None) is not None)
 
 
 def impossible_with_connector(config: VllmConfig) -> list[str]:
@@ -327,7 +279,7 @@ def impossible_with_connector(config: VllmConfig) -> list[str]:
     media = config.model_config.get_multimodal_config()
     if getattr(media, "video_pruning_rate", None):
         found.append("with --video-pruning-rate, vLLM prunes what its own encoder returns")
-    if is_pipelined(config) and (config.ec_transfer_config.ec_role != "ec_consumer"):
+    if is_pipelined(config) and config.ec_transfer_config.ec_role != "ec_consumer":
         found.append(f"{CONNECTOR} gives embeddings to no other engine: its ec_role is ec_consumer")
     if not can_contain(config):
         ends = "request whose image failed can be ended by this package's scheduler only"
@@ -341,7 +293,7 @@ def impossible_with_connector(config: VllmConfig) -> list[str]:
 def obstacles_to_pipelining(config: VllmConfig) -> list[str]:
     """Why this package's EC connector should not be taken unless the user names it; empty if it can be."""
     found = []
-    other = ec_connector(config)
+    other = _ec_connector(config)
     if other not in (None, CONNECTOR):
         found.append(f"another EC connector is configured ({other})")
     if getattr(config.model_config.get_multimodal_config(), "mm_processor_cache_type", "lru") == "shm":

@@ -8,7 +8,8 @@ from importlib import import_module
 from typing import Any, ParamSpec, TypeVar
 
 from visionaccel.errors import InputError
-from visionaccel.integrations.vllm.compat.mixin import Mixin
+from visionaccel.integrations.vllm.compat import Mixin
+from visionaccel.integrations.vllm.compat.architectures import Architecture
 
 __all__ = ["HookedInfo", "HookedProcessor", "convert_images", "errors_for_clients", "pixel_bounds", "refuse_videos"]
 
@@ -44,13 +45,7 @@ class HookedInfo(Mixin):  # type: ignore[misc]
     """Mixed in before a model's processing information: asks for the size that vLLM is to plan an image with."""
 
     def planned_size(self, kind: str, height: int, width: int) -> tuple[int, int]:  # noqa: ARG002
-        """Height and width in pixels that the processor gets.
-
-        Args:
-            kind: `image` or `video`.
-            height: What the prompt has, in pixels.
-            width: As height.
-        """
+        """Height and width in pixels that the processor gets of an `image` or `video` of that size in the prompt."""
         return height, width
 
     def _get_vision_info(self, **kwargs: Any) -> Any:
@@ -64,12 +59,7 @@ class HookedProcessor(Mixin):  # type: ignore[misc]
     """Mixed in before a model's processor: shows each processed image and video before the engine gets it."""
 
     def processed(self, kind: str, grid: Any) -> None:
-        """Called for each item that has pixels.
-
-        Args:
-            kind: `image` or `video`.
-            grid: Its (t, h, w).
-        """
+        """Called for each `image` and `video` that has pixels, with its (t, h, w)."""
 
     def _get_prompt_updates(
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any
@@ -82,16 +72,15 @@ class HookedProcessor(Mixin):  # type: ignore[misc]
         return updates
 
 
-def pixel_bounds(info: Any) -> tuple[int, int]:
-    """Smallest and largest area in pixels that a Qwen-VL processor gives an image, the user's options included."""
+def pixel_bounds(info: Any, row: Architecture) -> tuple[int, int]:
+    """Smallest and largest area in pixels that a model's processor gives an image, the user's options included."""
     size = dict(info.get_image_processor().size)
     given = info.ctx.get_mm_config().mm_processor_kwargs or {}
     for options in (given, given.get("images_kwargs") or {}):
         size |= {name: value for name, value in dict(options.get("size") or {}).items() if value is not None}
-        for edge, name in (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels")):
-            if options.get(name) is not None:
-                size[edge] = options[name]
-    return int(size["shortest_edge"]), int(size["longest_edge"])
+        size |= {entry: options[name] for entry, name in row.pixel_limits if options.get(name) is not None}
+    least, most = (int(size[entry]) for entry, _ in row.pixel_limits)
+    return least, most
 
 
 def convert_images(parser: Any, convert: Callable[[Any], Any]) -> None:

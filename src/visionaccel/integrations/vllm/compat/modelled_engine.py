@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.core.sched.scheduler import Scheduler
 
-__all__ = ["BLOCK", "BLOCKS", "GOOD", "TAINTED", "Image", "ModelledEngine", "ModelledWorker", "make_scheduler"]
+__all__ = ["GOOD", "TAINTED", "Image", "ModelledEngine", "ModelledWorker", "make_scheduler", "small_config"]
 
 GOOD, TAINTED = 7, 13
 """The token of an answer that was computed from right encoder outputs only, and of another."""
 
-BLOCK, BLOCKS = 8, 24
+_BLOCK, _BLOCKS = 8, 24
 """Tokens in a block of the key-value cache, and blocks: little enough that requests preempt one another."""
 
 _ANSWER = 3
@@ -32,14 +32,7 @@ _numbers = itertools.count()
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """An image of a modelled prompt.
-
-    Attributes:
-        identifier: vLLM's key of its content.
-        pixels: [P, patch_width].
-        grid: Its (t, h, w).
-        tokens: Places that it takes in the prompt.
-    """
+    """An image of a modelled prompt: vLLM's key of its content, patches, (t, h, w), and places that it takes there."""
 
     identifier: str
     pixels: torch.Tensor
@@ -49,17 +42,13 @@ class Image:
 
 @dataclass
 class ModelledWorker:
-    """What a worker computes from what. Like vLLM's newer runner, it does not encode again what it still holds.
+    """What a worker computes from what. Like vLLM's newer runner, it does not encode again what it still holds."""
 
-    Attributes:
-        outputs: The encoder outputs that it holds, and whether each is right.
-        tainted: Places of the key-value cache, as (block, slot), that were computed from a wrong one.
-        encoded: How many images it was to encode itself.
-    """
-
-    outputs: dict[str, bool] = field(default_factory=dict)
-    tainted: set[tuple[int, int]] = field(default_factory=set)
-    encoded: int = 0
+    outputs: dict[str, bool] = field(
+        default_factory=dict
+    )  # the encoder outputs that it holds, and whether each is right
+    tainted: set[tuple[int, int]] = field(default_factory=set)  # (block, slot) of keys computed from a wrong one
+    encoded: int = 0  # how many images it was to encode itself
 
     def run(self, scheduler: Scheduler, step: SchedulerOutput) -> Any:
         """Compute a step, and answer what vLLM's worker would."""
@@ -92,7 +81,7 @@ class ModelledWorker:
         request = scheduler.requests[name]
         table = scheduler.kv_cache_manager.get_block_ids(name)[0]
         start = request.num_computed_tokens - count
-        slots = [(table[p // BLOCK], p % BLOCK) for p in range(start + count)]
+        slots = [(table[p // _BLOCK], p % _BLOCK) for p in range(start + count)]
         tainted = any(slot in self.tainted for slot in slots[:start])
         for position, slot in enumerate(slots[start:], start):
             for feature in request.mm_features:
@@ -105,28 +94,18 @@ class ModelledWorker:
 
 
 class ModelledEngine:
-    """A scheduler and a worker, with as many steps in flight as vLLM has with that scheduler.
-
-    Attributes:
-        answers: Tokens of each request so far.
-        endings: How each request that ended did.
-        reasons: Stop reason of each request that ended.
-    """
+    """A scheduler and a worker, with as many steps in flight as vLLM has with that scheduler."""
 
     def __init__(self, scheduler: Scheduler, worker: ModelledWorker) -> None:
         self.scheduler, self.worker = scheduler, worker
         self.depth = 2 if any("Async" in base.__name__ for base in type(scheduler).__mro__) else 1
         self.queue: deque[tuple[SchedulerOutput, Any]] = deque()
-        self.answers: dict[str, list[int]] = {}
+        self.answers: dict[str, list[int]] = {}  # by request, as the next two
         self.endings: dict[str, str] = {}
-        self.reasons: dict[str, Any] = {}
+        self.reasons: dict[str, Any] = {}  # stop reasons
 
     def add(self, images: Sequence[Image], text: int) -> str:
-        """Add a request of some images and then some tokens of text, which wants three tokens.
-
-        Returns:
-            Its identifier.
-        """
+        """Add a request of some images and then some tokens of text, which wants three tokens; returns its name."""
         import torch
         from vllm.multimodal.inputs import (
             MultiModalFeatureSpec,
@@ -156,7 +135,7 @@ class ModelledEngine:
             sampling_params=SamplingParams(max_tokens=_ANSWER, ignore_eos=True),
             pooling_params=None,
             mm_features=features,
-            block_hasher=get_request_block_hasher(BLOCK, sha256),
+            block_hasher=get_request_block_hasher(_BLOCK, sha256),
         )
         self.answers[request.request_id] = []
         self.scheduler.add_request(request)
@@ -175,10 +154,9 @@ class ModelledEngine:
             step = self.scheduler.schedule()
             self.queue.append((step, self.worker.run(self.scheduler, step)))
         if len(self.queue) == self.depth or (self.queue and not self.scheduler.has_unfinished_requests()):
-            self.take()
+            self._take()
 
-    def take(self) -> None:
-        """Take the output of the oldest step in flight."""
+    def _take(self) -> None:
         for client in self.scheduler.update_from_output(*self.queue.popleft()).values():
             for output in client.outputs:
                 self.answers[output.request_id] += output.new_token_ids
@@ -194,52 +172,41 @@ class ModelledEngine:
 def make_scheduler(config: VllmConfig, kind: type[Scheduler], cached_tokens: int) -> Scheduler:
     """A scheduler with caches small enough to be evicted and preempted all the time.
 
-    Args:
-        config: The engine's configuration.
-        kind: Its class.
-        cached_tokens: Tokens that the encoder cache holds, and that a step encodes at most.
+    The encoder cache holds `cached_tokens`, and a step encodes that many at most.
     """
     import torch
     from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
     from vllm.v1.structured_output import StructuredOutputManager
 
-    config.cache_config.num_gpu_blocks = BLOCKS
-    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32)
+    config.cache_config.num_gpu_blocks = _BLOCKS
+    spec = FullAttentionSpec(block_size=_BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32)
     made = kind(
         config,
-        KVCacheConfig(num_blocks=BLOCKS, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)]),
+        KVCacheConfig(num_blocks=_BLOCKS, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)]),
         StructuredOutputManager(config),
-        block_size=BLOCK,
+        block_size=_BLOCK,
     )
     made.encoder_cache_manager = EncoderCacheManager(cache_size=cached_tokens)
     made.max_num_encoder_input_tokens = cached_tokens
     return made
 
 
-ARGUMENTS: dict[str, Any] = {
-    "dtype": "float32",
-    "enforce_eager": True,
-    "max_model_len": 160,
-    "max_num_seqs": 5,
-    "max_num_batched_tokens": 40,
-    "block_size": BLOCK,
-    "enable_prefix_caching": True,
-}
-"""Engine arguments for such a scheduler."""
-
-
 def small_config(folder: str, *, asynchronous: bool, **arguments: Any) -> VllmConfig:
-    """An engine configuration for such a scheduler.
-
-    Args:
-        folder: The model's.
-        asynchronous: For vLLM's asynchronous scheduler.
-        arguments: Engine arguments beside these.
-    """
+    """An engine configuration of a model's folder for such a scheduler."""
     from vllm.engine.arg_utils import EngineArgs
 
-    config: VllmConfig = EngineArgs(model=folder, **ARGUMENTS, **arguments).create_engine_config()
+    config: VllmConfig = EngineArgs(
+        model=folder,
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=160,
+        max_num_seqs=5,
+        max_num_batched_tokens=40,
+        block_size=_BLOCK,
+        enable_prefix_caching=True,
+        **arguments,
+    ).create_engine_config()
     config.scheduler_config.async_scheduling = asynchronous
-    config.ec_transfer_config = None  # whatever an active plug-in of this process has made of it
+    config.ec_transfer_config = None  # an active plug-in of this process may have set it
     return config

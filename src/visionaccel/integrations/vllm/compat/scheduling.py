@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "answered_with_media", "append_errors", "CacheState", "drops_tokens_in_flight", "encoder_cache_state",
     "fail_requests", "forget_encoder_output", "forget_prefixes", "free_in_worker", "has_embeddings",
-    "requests_at_stake", "scheduled_item", "ScheduledItem", "shows_encoder_cache", "start_anew", "step_in_flight",
+    "requests_at_stake", "scheduled_item", "ScheduledItem", "shows_encoder_cache", "recompute_all", "step_in_flight",
     "StepInFlight",
 ]  # fmt: skip
 
@@ -43,22 +43,16 @@ def shows_encoder_cache(scheduler: Scheduler) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class ScheduledItem:
-    """An image or video that a step encodes.
-
-    Attributes:
-        identifier: Its key in the encoder cache.
-        pixels: Pixel values [P, patch_width] as the worker gets them; None if this process does not hold them.
-        grid: Its (t, h, w).
-    """
+    """An image or video that a step encodes, by its key in the encoder cache."""
 
     identifier: str
-    pixels: Any
-    grid: Any
+    pixels: Any  # [P, patch_width] as the worker gets them; None if this process does not hold them
+    grid: Any  # (t, h, w)
 
 
 @dataclass(frozen=True, slots=True)
 class StepInFlight:
-    """What must be known of a step until its output is back, whatever becomes of its requests meanwhile.
+    """What must be known of a step until its output is back; its requests may be aborted or preempted before.
 
     Attributes:
         step: The scheduler's output, by identity.
@@ -149,7 +143,7 @@ def forget_encoder_output(scheduler: Scheduler, identifier: str) -> None:
 
 
 def drops_tokens_in_flight(scheduler: Scheduler) -> bool:
-    """Whether `start_anew` makes this release drop the tokens of steps in flight; other releases would accept them."""
+    """Whether `recompute_all` makes this release drop the tokens of steps in flight; others would accept them."""
     return any(hasattr(request, "drop_stale_output") for request in scheduler.requests.values())
 
 
@@ -160,7 +154,7 @@ def answered_with_media(scheduler: Scheduler) -> list[str]:
     ]
 
 
-def start_anew(scheduler: Scheduler) -> set[str]:
+def recompute_all(scheduler: Scheduler) -> set[str]:
     """Forget every key and every encoder output: running requests wait once more, and are computed from the images up.
 
     As vLLM does it when a model's weights have changed.
@@ -184,7 +178,7 @@ def free_in_worker(step: SchedulerOutput, identifiers: Iterable[str]) -> None:
     """Have the workers drop encoder outputs before they encode anything in this step.
 
     The scheduler's own list will not do: it leaves out what the same step allocates again, and a worker that still has
-    the output need not encode it anew.
+    the output need not encode it again.
     """
     listed = step.free_encoder_mm_hashes
     listed.extend(identifier for identifier in identifiers if identifier not in listed)
@@ -193,10 +187,7 @@ def free_in_worker(step: SchedulerOutput, identifiers: Iterable[str]) -> None:
 def append_errors(outputs: dict[int, Any], failed: Iterable[Request], reasons: Mapping[str, str]) -> None:
     """Add the answer of each failed request to a step's outputs, by client.
 
-    Args:
-        outputs: The step's outputs.
-        failed: The requests.
-        reasons: Why, by request; it goes out as the stop reason, and as the request's error where vLLM has one.
+    Its reason goes out as the stop reason, and as the request's error where vLLM has one.
     """
     from torch import empty
     from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs

@@ -1,4 +1,4 @@
-"""The API server's insides: how a request's error reaches its client."""
+"""The API server's insides: how a request's error reaches its client, and what `/metrics` shows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from visionaccel.integrations.vllm.compat.releases import logger
+from visionaccel.integrations.vllm.compat import logger
 
 if TYPE_CHECKING:
     from prometheus_client.registry import Collector
@@ -20,6 +20,17 @@ _SERVING = "vllm.entrypoints.generate.base.serving"
 
 _OURS = "_wrapped_by_visionaccel"
 """On each method that this module has wrapped. Other plug-ins wrap methods too, for tracing or metrics."""
+
+
+def _wrap(kind: Any, name: str, wrapper: Callable[[Any], Any]) -> bool:
+    """Replace a method by what `wrapper` makes of it, once; whether that was done now."""
+    method = getattr(kind, name, None)
+    if method is None or hasattr(method, _OURS):
+        return False
+    wrapped = functools.wraps(method)(wrapper(method))
+    setattr(wrapped, _OURS, True)
+    setattr(kind, name, wrapped)
+    return True
 
 
 class _Explained(str):
@@ -39,21 +50,37 @@ def explain_errors() -> None:
     Before 0.33, vLLM answers every failed request with "Internal server error". From 0.33 on it gives the reason
     itself. Where vLLM's classes are not what they were, they are left alone.
     """
-    state = getattr(import_module("vllm.v1.engine.output_processor"), "RequestState", None)
-    finish = getattr(state, "_new_completion_output", None)
-    if state is None or finish is None or hasattr(finish, _OURS) or takes_request_errors():
+    if takes_request_errors():
         return
 
-    @functools.wraps(finish)
-    def new_completion_output(self: Any, *args: Any, **kwargs: Any) -> Any:
-        output = finish(self, *args, **kwargs)
-        if output.finish_reason == "error" and isinstance(output.stop_reason, str):
-            _explain_to_clients()
-            output.finish_reason = _Explained(output.stop_reason)
-        return output
+    def wrapper(finish: Any) -> Any:
+        def new_completion_output(self: Any, *args: Any, **kwargs: Any) -> Any:
+            output = finish(self, *args, **kwargs)
+            if output.finish_reason == "error" and isinstance(output.stop_reason, str):
+                _explain_to_clients()
+                output.finish_reason = _Explained(output.stop_reason)
+            return output
 
-    setattr(new_completion_output, _OURS, True)
-    state._new_completion_output = new_completion_output
+        return new_completion_output
+
+    states = import_module("vllm.v1.engine.output_processor")
+    _wrap(getattr(states, "RequestState", None), "_new_completion_output", wrapper)
+
+
+def _explain_to_clients() -> None:
+    """Once an output has an explanation, have what answers HTTP requests look for it; nothing if nothing does here."""
+    serving: Any = sys.modules.get(_SERVING)
+
+    def wrapper(complain: Any) -> Any:
+        def raise_if_error(self: Any, finish_reason: str | None, request_id: str) -> None:
+            if isinstance(finish_reason, _Explained):
+                logger().error("Request %s failed: %s", request_id, finish_reason.reason)
+                raise serving.GenerationError(finish_reason.reason)
+            complain(self, finish_reason, request_id)
+
+        return raise_if_error
+
+    _wrap(getattr(serving, "GenerateBaseServing", None), "_raise_if_error", wrapper)
 
 
 def explain_pooling_errors() -> None:
@@ -63,67 +90,29 @@ def explain_pooling_errors() -> None:
     API server looks at the error first, and only the offline `LLM` needs this.
     """
     state = import_module("vllm.v1.engine.output_processor").RequestState
-    finish = state.make_request_output
-    if hasattr(finish, _OURS):
-        return
-    takes_error = "error" in inspect.signature(finish).parameters  # from vLLM 0.32 on
+    takes_error = "error" in inspect.signature(state.make_request_output).parameters  # from vLLM 0.32 on
 
-    @functools.wraps(finish)
-    def make_request_output(
-        self: Any,
-        new_token_ids: Any,
-        pooling_output: Any,
-        finish_reason: Any,
-        stop_reason: Any,
-        *args: Any,
-        **named: Any,
-    ) -> Any:
-        failed = pooling_output is not None and isinstance(stop_reason, str) and str(finish_reason) == "error"
-        if failed and takes_error:
-            named["error"] = request_error(stop_reason)
-        output = finish(self, new_token_ids, pooling_output, finish_reason, stop_reason, *args, **named)
-        if failed and not takes_error:
-            output.outputs = _FailedPooling(stop_reason)
-        return output
+    def wrapper(finish: Any) -> Any:
+        def make_request_output(
+            self: Any,
+            new_token_ids: Any,
+            pooling_output: Any,
+            finish_reason: Any,
+            stop_reason: Any,
+            *args: Any,
+            **named: Any,
+        ) -> Any:
+            failed = pooling_output is not None and isinstance(stop_reason, str) and str(finish_reason) == "error"
+            if failed and takes_error:
+                named["error"] = request_error(stop_reason)
+            output = finish(self, new_token_ids, pooling_output, finish_reason, stop_reason, *args, **named)
+            if failed and not takes_error:
+                output.outputs = _FailedPooling(stop_reason)
+            return output
 
-    setattr(make_request_output, _OURS, True)
-    state.make_request_output = make_request_output
+        return make_request_output
 
-
-def request_error(reason: str) -> Any:
-    """Describe a request that failed on the server's side, as vLLM does: its API server answers 500 with the reason."""
-    return import_module("vllm.outputs").RequestError("vision_encoder", reason)
-
-
-def takes_request_errors() -> bool:
-    """Whether outputs of the engine have a field for a request's error, which the API server gives the client."""
-    return hasattr(import_module("vllm.v1.engine").EngineCoreOutput, "error")
-
-
-def on_metrics(make: Callable[[], Collector]) -> None:
-    """Show a collector's metrics in the `/metrics` of this process, if it answers any.
-
-    One API server answers from prometheus_client's own registry. Several answer each request from what the processes
-    have in files, by a collector that is made for it: there it is that collector which brings these metrics.
-
-    Args:
-        make: Makes the collector.
-    """
-    from prometheus_client import REGISTRY
-    from prometheus_client.multiprocess import MultiProcessCollector
-
-    of_files: Any = MultiProcessCollector.collect
-    if hasattr(of_files, _OURS):
-        return
-
-    @functools.wraps(of_files)
-    def collect(self: Any) -> Iterator[Any]:
-        yield from of_files(self)
-        yield from make().collect()
-
-    setattr(collect, _OURS, True)
-    MultiProcessCollector.collect = collect  # type: ignore[method-assign]
-    REGISTRY.register(make())
+    _wrap(state, "make_request_output", wrapper)
 
 
 class _FailedPooling:
@@ -140,20 +129,31 @@ class _FailedPooling:
         return f"{type(self).__name__}({self._reason!r})"
 
 
-def _explain_to_clients() -> None:
-    """Once an output has an explanation, have what answers HTTP requests look for it; nothing if nothing does here."""
-    serving: Any = sys.modules.get(_SERVING)
-    kind = getattr(serving, "GenerateBaseServing", None)
-    complain = getattr(kind, "_raise_if_error", None)
-    if kind is None or complain is None or hasattr(complain, _OURS):
-        return
+def request_error(reason: str) -> Any:
+    """Describe a request that failed on the server's side, as vLLM does: its API server answers 500 with the reason."""
+    return import_module("vllm.outputs").RequestError("vision_encoder", reason)
 
-    @functools.wraps(complain)
-    def raise_if_error(self: Any, finish_reason: str | None, request_id: str) -> None:
-        if isinstance(finish_reason, _Explained):
-            logger().error("Request %s failed: %s", request_id, finish_reason.reason)
-            raise serving.GenerationError(finish_reason.reason)
-        complain(self, finish_reason, request_id)
 
-    setattr(raise_if_error, _OURS, True)
-    kind._raise_if_error = raise_if_error
+def takes_request_errors() -> bool:
+    """Whether outputs of the engine have a field for a request's error, which the API server gives the client."""
+    return hasattr(import_module("vllm.v1.engine").EngineCoreOutput, "error")
+
+
+def on_metrics(make: Callable[[], Collector]) -> None:
+    """Show the metrics of the collector that `make` makes in the `/metrics` of this process, if it answers any.
+
+    One API server answers from prometheus_client's own registry. Several answer each request from what the processes
+    have in files, by a collector that is made for it: there it is that collector which brings these metrics.
+    """
+    from prometheus_client import REGISTRY
+    from prometheus_client.multiprocess import MultiProcessCollector
+
+    def wrapper(of_files: Any) -> Any:
+        def collect(self: Any) -> Iterator[Any]:
+            yield from of_files(self)
+            yield from make().collect()
+
+        return collect
+
+    if _wrap(MultiProcessCollector, "collect", wrapper):
+        REGISTRY.register(make())

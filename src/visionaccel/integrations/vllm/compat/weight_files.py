@@ -32,11 +32,7 @@ def load_config_of(model: ModelConfig) -> LoadConfig | None:
 def weight_files(source: str, revision: str | None, load: LoadConfig | None) -> tuple[Path, ...]:
     """The safetensors files that vLLM loads a model's weights from, downloaded if need be, once for all processes.
 
-    Args:
-        source: Checkpoint folder or repository.
-        revision: The repository's revision.
-        load: How vLLM loads it; None for its defaults. With `--load-format dummy`, which reads no weights, the files
-            are those of its default.
+    With `--load-format dummy`, which reads no weights, they are those of its default.
 
     Raises:
         ConfigurationError: If vLLM loads them by another loader than its default, whose files are not known.
@@ -61,9 +57,6 @@ def weight_files(source: str, revision: str | None, load: LoadConfig | None) -> 
 
 def require_default_loader(load: LoadConfig | None) -> Any:
     """The default loader, as an engine uses it. Any other, derived ones too, may read weights from another place.
-
-    Args:
-        load: How vLLM loads the model; None for its defaults.
 
     Raises:
         ConfigurationError: If it loads the model by another one that reads weights.
@@ -95,10 +88,6 @@ def settings_folder(source: str, revision: str | None) -> Path:
     """The folder with a model's configuration and that of its image processor, downloaded if need be.
 
     For a repository it is where vLLM has its configuration too, which is not the folder of the weights.
-
-    Args:
-        source: Checkpoint folder or repository.
-        revision: The repository's revision.
 
     Raises:
         CheckpointError: If it cannot be downloaded.

@@ -1,24 +1,30 @@
-"""A worker's insides: what it is doing, and its EC connector."""
+"""A worker's insides: what it is doing, its EC connector, and the cores of the processor that vLLM binds it to."""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import sys
 from typing import TYPE_CHECKING, Any
+
+from visionaccel.core.cores import ALL, Host, parse_cores, process_cores, shown_cores
 
 if TYPE_CHECKING:
     from torch import nn
 
 __all__ = [
-    "connector_metadata", "finish_reload", "first_of_its_group", "loading", "profiling", "step_metadata",
-    "step_timeout", "worker_connector",
+    "connector_metadata", "encoder_host", "finish_reload", "first_of_its_group", "loading", "profiling",
+    "started_cores", "step_metadata", "step_timeout", "worker_connector",
 ]  # fmt: skip
+
+_BIND = "VLLM_CPU_OMP_THREADS_BIND"
 
 
 def profiling() -> bool:
     """Whether this call comes from vLLM's profiling run, whose results are thrown away.
 
     Both runners encode dummy images in `profile_run` alone. Only that frame on the stack proves it: what a connector
-    has or has not been told says nothing certain about the step.
+    has received says nothing certain about the step.
     """
     return _called_by("profile_run", "vllm.v1.worker.")
 
@@ -32,11 +38,8 @@ def finish_reload(model: nn.Module, model_config: Any) -> None:
     """Before an error leaves `load_weights`: do what vLLM's `reload_weights` does once that has returned.
 
     It has taken the layers' tensors away, and puts those back that were not loaded. Without them the next step raises,
-    whatever it computes. An update in parts is left alone: its caller ends it by a call of its own.
-
-    Args:
-        model: The model; all of its other weights are loaded.
-        model_config: vLLM's configuration of it.
+    for text too. An update in parts is left alone: its caller ends it by another call. All other
+    weights of the model are loaded.
     """
     if _called_by("reload_weights", "vllm.v1.worker."):
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
@@ -88,3 +91,56 @@ def first_of_its_group() -> bool:
     from vllm.distributed import parallel_state
 
     return not parallel_state.model_parallel_is_initialized() or parallel_state.get_tensor_model_parallel_rank() == 0
+
+
+def encoder_host(device: str, *, in_step: bool) -> Host | None:
+    """Which cores an encoder of this process finds taken by a language model; None if that is not on the CPU.
+
+    Args:
+        device: The language model's device.
+        in_step: The encoder runs in a worker's step, during which that worker's language model waits.
+    """
+    if device.partition(":")[0] != "cpu":
+        return None
+    bind = os.environ.get(_BIND, "auto")
+    lists = _lists(bind)
+    if not in_step:
+        taken = frozenset().union(*lists)
+        why = (
+            f"{_BIND}={bind} binds the language model to {shown_cores(taken)}"
+            if taken
+            else f"{_BIND} lists none for the language model"
+        )
+        return Host(started_cores(), taken, why)
+    bound = process_cores()
+    own = next((cores for cores in lists if bound <= cores), None)
+    # A worker that none of the lists binds has no others to make way for, as far as is known.
+    taken = frozenset().union(*lists) - own if own is not None else frozenset()
+    why = "the language model waits while images are encoded"
+    if taken:
+        why += f", and {_BIND}={bind} binds other workers to {shown_cores(taken)}"
+    return Host(started_cores(), taken, why)
+
+
+def started_cores() -> frozenset[int]:
+    """Cores that this process had before OpenMP bound its main thread to some of them, or to one.
+
+    vLLM starts its workers with OpenMP's variables for that, and OpenMP binds them when torch is loaded, so that all
+    that a worker's main thread starts later is bound there too. The engine that started it is not.
+    """
+    own, parent = process_cores(), multiprocessing.parent_process()
+    if os.environ.get(_BIND) == "nobind" or parent is None or parent.pid is None:
+        return own
+    try:
+        return own | process_cores(parent.pid)
+    except OSError:  # It ended.
+        return own
+
+
+def _lists(bind: str) -> list[frozenset[int]]:
+    """The cores of each worker, if the user lists them; vLLM itself refuses what cannot be read."""
+    try:
+        found = [parse_cores(part) for part in bind.split("|")]
+    except ValueError:  # `auto` and `nobind` too
+        return []
+    return [cores for cores in found if cores != ALL]

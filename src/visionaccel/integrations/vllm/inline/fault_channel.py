@@ -1,11 +1,11 @@
-"""How a worker process tells the engine's scheduler that it could not encode an item.
+"""How a worker process reports to the engine's scheduler that it could not encode an item.
 
-vLLM's step has no channel for it that every configuration has: an exception in the vision tower ends the engine, and an
-embedding that is wrong on purpose would be answered from. So the worker writes into memory that both share before its
+vLLM's step has no channel for that in every configuration: an exception in the vision tower ends the engine, and a
+placeholder embedding would become part of an answer. So the worker writes into memory that both share before its
 step returns, and the scheduler looks there, after a step with encoder inputs, before it accepts any token of that step.
 
-The memory is allocated before the first step, so writing cannot fail. What the scheduler cannot read, because more was
-written than there is room for, it takes for a fault of all that may have been meant.
+The memory is allocated before the first step, so writing cannot fail. If more was written than there is room for, the
+scheduler treats every item that may have been meant as faulty.
 """
 
 from __future__ import annotations
@@ -22,15 +22,10 @@ __all__ = ["ALL_ITEMS", "LOST", "REPLACED", "Fault", "FaultReader", "open_channe
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One item that could not be encoded.
+    """One item that could not be encoded."""
 
-    Attributes:
-        key: What `visionaccel.service.keys.item_key` gives for the item's pixels and grid; or `ALL_ITEMS`.
-        message: Why; cut after about 5000 bytes.
-    """
-
-    key: str
-    message: str
+    key: str  # what `visionaccel.service.item_key` gives for the item's pixels and grid, or one of those below
+    message: str  # why; cut after about 5000 bytes
 
 
 ALL_ITEMS = "*"
@@ -44,7 +39,7 @@ LOST = Fault("", "a worker's report about its encodes could not be read.")
 
 
 def open_channel() -> None:
-    """Open what `report_fault` needs at the start, where an error refuses it, and not in a step, where one ends it.
+    """Open what `report_fault` needs at the start, where an error stops the start; in a step it would end the engine.
 
     Raises:
         ConfigurationError: If it cannot be opened.
@@ -53,12 +48,7 @@ def open_channel() -> None:
 
 
 def report_fault(fault: Fault, engine: str) -> bool:
-    """Tell the scheduler of an engine. False if it does not listen: then the caller must raise instead.
-
-    Args:
-        fault: What to tell it.
-        engine: Identifier of the engine that this worker belongs to.
-    """
+    """Report to the scheduler of an engine, by its identifier. False if none listens: then the caller must raise."""
     area = _listener(engine)
     if area is None:
         return False

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from visionaccel.backends.containment import device_errors
 from visionaccel.errors import DeadlineError, VisionAccelError
-from visionaccel.integrations.vllm import compat
+from visionaccel.integrations.vllm.compat import worker
 from visionaccel.settings import Settings
 from visionaccel.trust import GuardedEncoder, LateError, WatchedCalls
 
@@ -33,7 +33,7 @@ class StepBudget:
     """
 
     def __init__(self) -> None:
-        self.timeout = compat.step_timeout()
+        self.timeout = worker.step_timeout()
         self.seconds = _SHARE * self.timeout
         self._until: float | None = None
         self._ended = 0.0
@@ -42,7 +42,7 @@ class StepBudget:
     @contextmanager
     def encode(self) -> Iterator[float]:
         """An encode of a step; yields when those of this step must have ended, on the monotonic clock."""
-        now, metadata = time.monotonic(), compat.step_metadata()
+        now, metadata = time.monotonic(), worker.step_metadata()
         if self._until is None or metadata is not self._metadata or now - self._ended > _PAUSE:
             self._until, self._metadata = now + self.seconds, metadata
         try:

@@ -1,9 +1,11 @@
-"""The module that stands where vLLM's vision tower stood."""
+"""The module that stands where vLLM's vision tower stood, and what keeps its zeros from other instances."""
 
 from __future__ import annotations
 
+import functools
+import math
+import weakref
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,11 @@ from visionaccel.bundle import Bundle
 from visionaccel.core.arrays import as_host_tensor, dtype_name, is_tensor
 from visionaccel.core.grid import as_grids
 from visionaccel.errors import ConfigurationError, InputError, VisionAccelError
-from visionaccel.families import Tower
+from visionaccel.families import Tower, weight_prefixes
 from visionaccel.integrations.vllm import compat
+from visionaccel.integrations.vllm.compat import engine_config, worker
 from visionaccel.integrations.vllm.encoder_source import announce, open_served_source, stated_source
 from visionaccel.integrations.vllm.inline.fault_channel import ALL_ITEMS, REPLACED, Fault, open_channel, report_fault
-from visionaccel.integrations.vllm.inline.saving_guard import guard_saving
 from visionaccel.integrations.vllm.inline.step_budget import LateOpening, StepBudget
 from visionaccel.integrations.vllm.published_metrics import publish
 from visionaccel.integrations.vllm.reloading import Comparison, Replacement, StoredWeights, source_digest
@@ -27,7 +29,7 @@ from visionaccel.service import item_key, open_guarded
 from visionaccel.settings import load_settings
 from visionaccel.trust import Embedded, GuardedEncoder
 
-__all__ = ["AbsentTower", "AcceleratedTower"]
+__all__ = ["AbsentTower", "AcceleratedTower", "guard_saving"]
 
 
 class AbsentTower(nn.Module):
@@ -37,26 +39,26 @@ class AbsentTower(nn.Module):
 class AcceleratedTower(nn.Module):
     """Encodes in the engine's step. Has no parameters; nothing of a checkpoint is loaded into it.
 
+    What vLLM reads of its own tower has vLLM's names: `spatial_merge_size`, `out_hidden_size`, and `dtype` and `device`
+    of the embeddings, which are the language model's.
+
     Args:
         served: The served model.
         receives: Embeddings come through an EC connector. The encoder is then opened when a step needs it all the same,
             for what the connector did not have, and vLLM's profiling run gets zeros.
 
     Attributes:
-        spatial_merge_size: Patches merged into one token along each side.
-        out_hidden_size: Width of an embedding.
-        dtype: Dtype of the embeddings: the language model's.
         budget: How long the encodes of a step may take.
-        device: Device of the embeddings: the language model's.
     """
 
-    def __init__(self, served: compat.ServedModel, *, receives: bool = False) -> None:
+    def __init__(self, served: engine_config.ServedModel, *, receives: bool = False) -> None:
         super().__init__()
         self._settings, self._receives = load_settings(), receives
         self._engine, self._place = served.engine, (served.source, served.revision)
+        self._prefixes = weight_prefixes([served.replaces or ""])
         open_channel()
         self._source = open_served_source(served, self._settings)
-        self._used: StoredWeights | None = StoredWeights(self._source)
+        self._used: StoredWeights | None = StoredWeights(self._source, self._prefixes)
         tower = self._source.tower if isinstance(self._source, Bundle) else self._source
         self.spatial_merge_size = tower.merge_size
         self.out_hidden_size = tower.out_width
@@ -71,7 +73,7 @@ class AcceleratedTower(nn.Module):
         self._start("in-line")
 
     def _start(self, how: str) -> None:
-        self._opener = LateOpening(partial(self._open, "in-line, for what comes through no EC connector"))
+        self._opener = LateOpening(functools.partial(self._open, "in-line, for what comes through no EC connector"))
         self._encoder = None if self._receives else self._open(how)
 
     @property
@@ -93,13 +95,13 @@ class AcceleratedTower(nn.Module):
 
         Returns:
             [N, out_hidden_size] in the model's dtype and on its device. An item that could not be encoded is zeros, and
-            the scheduler has been told to end its requests before their first token.
+            the scheduler ends its requests before their first token.
 
         Raises:
             VisionAccelError: If an item could not be encoded and no scheduler of this package listens, as at start-up;
                 or if patches and grids disagree so that no item's rows are known, which vLLM's processor rules out.
         """
-        if self._receives and compat.profiling():
+        if self._receives and worker.profiling():
             tokens = len(x) // self.spatial_merge_size**2
             return torch.zeros(tokens, self.out_hidden_size, dtype=self.dtype, device=self.device)
         rows = []
@@ -111,20 +113,12 @@ class AcceleratedTower(nn.Module):
             rows.append(embeddings.to(self.device, self.dtype))
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
-    def compare(self, served: Callable[[], compat.ServedModel]) -> Comparison:
-        """Compares weights that vLLM is given after the start with those in use.
+    def compare(self, served: Callable[[], engine_config.ServedModel]) -> Comparison:
+        """Compares weights that vLLM is given after the start with those in use; `served` tells what it serves then."""
+        return Comparison(self._used, self._prefixes, lambda: open_served_source(served(), self._settings))
 
-        Args:
-            served: Tells what vLLM serves by then.
-        """
-        return Comparison(self._used, lambda: open_served_source(served(), self._settings))
-
-    def settle(self, comparison: Comparison, served: compat.ServedModel) -> None:
-        """Make what was compared true: go on, open the encoder again from vLLM's files, or refuse and encode no more.
-
-        Args:
-            comparison: What `compare` gave, after every tensor of the update.
-            served: What vLLM serves.
+    def settle(self, comparison: Comparison, served: engine_config.ServedModel) -> None:
+        """End an update of the weights: go on, open the encoder again from vLLM's files, or refuse and encode no more.
 
         Raises:
             ConfigurationError: If no files hold the weights that vLLM was given, or they were stripped of others.
@@ -140,7 +134,7 @@ class AcceleratedTower(nn.Module):
             self._refuse(error, served)
             raise
 
-    def _stated(self, comparison: Comparison, served: compat.ServedModel) -> Tower | Bundle | None:
+    def _stated(self, comparison: Comparison, served: engine_config.ServedModel) -> Tower | Bundle | None:
         """What a stripped checkpoint wants in the place of what encodes; None to go on."""
         same_repository = (served.source, served.revision) == self._place and not Path(served.source).is_dir()
         if comparison.any_given or same_repository:
@@ -148,9 +142,9 @@ class AcceleratedTower(nn.Module):
         known = self._used is not None and self._used.unchanged()
         return stated_source(served, self._settings, self._source if known else None)
 
-    def _adopt(self, source: Tower | Bundle, served: compat.ServedModel) -> None:
+    def _adopt(self, source: Tower | Bundle, served: engine_config.ServedModel) -> None:
         """Encode with other weights from now on, here and in the engine's process, which forgets what it keeps."""
-        used = StoredWeights(source)
+        used = StoredWeights(source, self._prefixes)
         self._close()
         self._source = source
         self._start("in-line, with the weights that were loaded now")
@@ -158,9 +152,9 @@ class AcceleratedTower(nn.Module):
         order = Replacement(served.source, served.revision, source_digest(source))
         if self._report(Fault(REPLACED, order.dumps())):
             return
-        if type(compat.worker_connector()).__name__ == compat.CONNECTOR:
+        if type(worker.worker_connector()).__name__ == engine_config.CONNECTOR:
             raise ConfigurationError(
-                "the engine's process cannot be told that the vision encoder has new weights.",
+                "the engine's process cannot learn that the vision encoder has new weights.",
                 hint="Restart the server with the new weights.",
             )
         compat.logger().warning(
@@ -168,13 +162,13 @@ class AcceleratedTower(nn.Module):
             "engine's scheduler does not do it by itself."
         )
 
-    def _refuse(self, error: VisionAccelError, served: compat.ServedModel) -> None:
+    def _refuse(self, error: VisionAccelError, served: engine_config.ServedModel) -> None:
         """Encode nothing more: no encoder has the weights that are served."""
         self._close()
         self._used, self._refusal = None, error
-        told = self._report(Fault(REPLACED, Replacement(served.source, served.revision, "", error.message).dumps()))
-        connector = compat.worker_connector()
-        if not told and type(connector).__name__ == compat.CONNECTOR:
+        reported = self._report(Fault(REPLACED, Replacement(served.source, served.revision, "", error.message).dumps()))
+        connector = worker.worker_connector()
+        if not reported and type(connector).__name__ == engine_config.CONNECTOR:
             connector.refuse_loads(error)  # the engine's process goes on encoding with the weights before
 
     def _close(self) -> None:
@@ -203,7 +197,7 @@ class AcceleratedTower(nn.Module):
             raise error from None
         start = sum(grid.patches for grid in grids[:item])
         grid = grids[item]
-        connector = compat.worker_connector()
+        connector = worker.worker_connector()
         if connector is not None and connector.is_producer:
             guard_saving(connector)
         if not self._report(Fault(item_key(x[start : start + grid.patches], grid), error.message)):
@@ -214,12 +208,12 @@ class AcceleratedTower(nn.Module):
     def _open(self, how: str) -> GuardedEncoder:
         if len(self._settings.devices) > 1:
             compat.logger().warning("In-line, only device %s is used.", self._settings.devices[0])
-        # vLLM builds models under a default device, which is no business of the backend's.
+        # vLLM builds models under a default device, which does not concern the backend.
         with torch.device("cpu"):
-            host = compat.encoder_host(str(self.device), in_step=True)
+            host = worker.encoder_host(str(self.device), in_step=True)
             metrics = publish() if self._settings.metrics else None  # before the canary, which counts too
             if metrics is not None:
-                metrics.counts_work = compat.first_of_its_group()
+                metrics.counts_work = worker.first_of_its_group()
             devices = self._settings.wanted_devices[:1]
             (encoder,) = open_guarded(self._source, self._settings, devices, host)
         announce([encoder], how)
@@ -236,3 +230,68 @@ class AcceleratedTower(nn.Module):
 
     def _report(self, fault: Fault) -> bool:
         return report_fault(fault, self._engine)
+
+
+def guard_saving(connector: Any) -> None:
+    """Have a worker's EC connector publish no embedding that is all zeros or has values that are not finite.
+
+    The tower answers zeros for an item that it could not encode; a real encoder never does. vLLM's runners hand every
+    new embedding to `save_caches`, the first runner (V1) and the second alike, before the scheduler hears of a fault.
+    `start_save_caches`, which runs before each step, lets a connector publish what is cached from earlier steps, as
+    Mooncake's does for requests whose image is already there: it does not see the embeddings that were refused.
+
+    Covered are `ECExampleConnector` and `ECMooncakeConnector` with its store, whose waiting push ends with the failed
+    request. Not covered:
+
+    - `ECCPUConnector` publishes nothing faulty either, but its scheduler keeps the blocks that it set aside for the
+      refused embedding, and offers that image to no other instance until the engine is restarted.
+    - A connector that copies embeddings elsewhere than in these two methods, such as in `get_finished`.
+    - An embedding with other values that are wrong: only the encoder's own checks know those.
+
+    Args:
+        connector: What `vllm.distributed.ec_transfer.get_ec_transfer()` returns. Guarding it again changes nothing.
+    """
+    if getattr(connector.save_caches, "guarded", False):
+        return
+    save, start = connector.save_caches, getattr(connector, "start_save_caches", _nothing)  # not before vLLM 0.30
+    refused: dict[str, weakref.ref[torch.Tensor]] = {}
+
+    @functools.wraps(save)
+    def save_caches(encoder_cache: dict[str, torch.Tensor], mm_hash: str, **kwargs: Any) -> None:
+        embedding = encoder_cache[mm_hash]
+        if _sound(embedding):
+            save(encoder_cache=encoder_cache, mm_hash=mm_hash, **kwargs)
+        else:
+            refused[mm_hash] = weakref.ref(embedding)
+            compat.logger().error("The embedding of %s is faulty and not given to other instances.", mm_hash)
+
+    @functools.wraps(start)
+    def start_save_caches(**kwargs: Any) -> None:
+        cache = kwargs.get("encoder_cache")
+        withheld = {}
+        for name, embedding in list(refused.items()):
+            if cache and name in cache and cache[name] is embedding():
+                withheld[name] = cache.pop(name)
+            else:
+                del refused[name]  # freed, or encoded again
+        try:
+            start(**kwargs)
+        finally:
+            for name, faulty in withheld.items():
+                assert cache is not None
+                cache.setdefault(name, faulty)  # Requests of this step may still refer to it; they are ended.
+
+    save_caches.guarded = True  # type: ignore[attr-defined]
+    connector.save_caches, connector.start_save_caches = save_caches, start_save_caches
+
+
+def _nothing(**_: Any) -> None:
+    """Publishes nothing before a step."""
+
+
+def _sound(embedding: torch.Tensor) -> bool:
+    """Whether an embedding is finite and not all zeros; NaN spreads to both extremes. One pass, no copy."""
+    if not embedding.numel():
+        return False
+    low, high = (float(extreme) for extreme in torch.aminmax(embedding.detach()))
+    return math.isfinite(low) and math.isfinite(high) and (low, high) != (0.0, 0.0)

@@ -25,7 +25,15 @@ from visionaccel.core.grid import Grid, as_grids
 from visionaccel.errors import ConfigurationError, VisionAccelError
 from visionaccel.families import Tower
 from visionaccel.integrations.vllm import compat
-from visionaccel.integrations.vllm.compat import CacheState, ECConnectorBase, ECConnectorMetadata, ECConnectorRole
+from visionaccel.integrations.vllm.compat import (
+    ECConnectorBase,
+    ECConnectorMetadata,
+    ECConnectorRole,
+    engine_config,
+    scheduling,
+    worker,
+)
+from visionaccel.integrations.vllm.compat.scheduling import CacheState
 from visionaccel.integrations.vllm.encoder_source import announce, open_served_source
 from visionaccel.integrations.vllm.pipelined.pending_images import Failure, PendingImages, Wanted
 from visionaccel.integrations.vllm.published_metrics import publish
@@ -57,19 +65,12 @@ class EmbeddingsForStep(ECConnectorMetadata):  # type: ignore[misc]
 
 @dataclass(frozen=True, slots=True)
 class _Item:
-    """An image or video of a request.
-
-    Attributes:
-        identifier: vLLM's key of its encoder output.
-        end: Where its tokens end in the prompt.
-        wanted: What to encode, if that is known here.
-        given: Its embeddings come with the request.
-    """
+    """An image or video of a request, by vLLM's key of its encoder output."""
 
     identifier: str
-    end: int
-    wanted: Wanted | None
-    given: bool
+    end: int  # where its tokens end in the prompt
+    wanted: Wanted | None  # what to encode, if that is known here
+    given: bool  # its embeddings come with the request
 
 
 class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
@@ -83,7 +84,7 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
 
     def __init__(self, vllm_config: VllmConfig, role: ECConnectorRole) -> None:
         super().__init__(vllm_config=vllm_config, role=role)
-        served = compat.served_model(vllm_config)
+        served = engine_config.served_model(vllm_config)
         self._device, self._dtype = served.device, served.dtype
         self._service: EncodeService | None = None
         self._requests: dict[str, Request] = {}
@@ -99,7 +100,7 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
             if served.replaces is None:
                 # vLLM's own model class may leave the normalisation of pixels to its tower.
                 raise ConfigurationError(
-                    f"{compat.CONNECTOR} is configured, but visionaccel's plug-in is not active in this engine.",
+                    f"{engine_config.CONNECTOR} is configured, but visionaccel's plug-in is not active in this engine.",
                     hint="Set VISIONACCEL_BACKEND, and list visionaccel in VLLM_PLUGINS if that is set.",
                 )
             self._served, self._settings = served, settings
@@ -109,7 +110,7 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
     def _open(self, source: Tower | Bundle) -> None:
         """Encode with a source from now on."""
         served, settings = self._served, self._settings
-        dtype, host = str(served.dtype).removeprefix("torch."), compat.encoder_host(served.device, in_step=False)
+        dtype, host = str(served.dtype).removeprefix("torch."), worker.encoder_host(served.device, in_step=False)
         self._service = open_wanted_service(source, settings, dtype, host)
         self._digest = source_digest(source)
         announce(self._service.encoders, "pipelined")
@@ -122,10 +123,8 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
     def replace_encoder(self, order: Replacement) -> None:
         """Encode with the weights that the workers were given, or fail each request with an image until there are some.
 
-        Called between two steps, and waits until the encoder is open: no step may encode with the weights before.
-
-        Args:
-            order: What a worker has reported; each of several workers reports the same.
+        Called between two steps, and waits until the encoder is open: no step may encode with the weights before. Each
+        of several workers reports the same.
         """
         if self._service is None or (order.refusal is None and order.digest == self._digest):
             return
@@ -157,11 +156,7 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
         return self._service
 
     def attach(self, state: Callable[[str, str], CacheState]) -> None:
-        """Learn from the scheduler what is in its encoder cache, instead of keeping a list that is one step behind.
-
-        Args:
-            state: Tells of an encoder output, by its identifier, for a request, by its own.
-        """
+        """Learn from the scheduler what is in its encoder cache, instead of keeping a list that is one step behind."""
         self._state = state
 
     # In the engine's process:
@@ -243,7 +238,7 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
         return set(self.take_failures())
 
     def request_finished(self, request: Request) -> tuple[bool, dict[str, Any] | None]:
-        """A request has ended or was aborted: what only it wanted is not encoded any more."""
+        """A request has ended or was aborted: cancel what only this request wanted."""
         if self._service is not None:
             self._items.pop(request.request_id, None)
             self._requests.pop(request.request_id, None)
@@ -251,7 +246,7 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
         return False, None
 
     def shutdown(self) -> None:
-        """Give back the devices."""
+        """Close the service, and log what it did."""
         if self._service is not None:
             counters, cache = self._service.counters, self._service.cache
             compat.logger().info(
@@ -286,12 +281,12 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
         ]
 
     def _item(self, feature: Any, label: str) -> _Item:
-        item = compat.scheduled_item(feature)
+        item = scheduling.scheduled_item(feature)
         place = feature.mm_position
         wanted = None
         if item.pixels is not None and isinstance(item.pixels, torch.Tensor):
             wanted = Wanted(item.identifier, label, item.pixels, as_grids(item.grid)[0])
-        return _Item(item.identifier, place.offset + place.length, wanted, compat.has_embeddings(feature))
+        return _Item(item.identifier, place.offset + place.length, wanted, scheduling.has_embeddings(feature))
 
     def _guessed_state(self, identifier: str, _: str) -> CacheState:
         return "evictable" if identifier in self._cached else "absent"
@@ -307,21 +302,17 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
     # In a worker:
 
     def refuse_loads(self, error: VisionAccelError) -> None:
-        """Take in no embedding any more: they come from weights that are not served, and the scheduler does not know.
-
-        Args:
-            error: Why.
-        """
+        """Accept no more embeddings: they come from weights that are no longer served."""
         self._refusal = error
 
     def start_load_caches(self, encoder_cache: dict[str, torch.Tensor], **_: Any) -> None:
         """Put the step's embeddings into the worker's encoder cache.
 
         Raises:
-            VisionAccelError: If there are some, and they come from weights that are not served any more. The engine
-                ends by it: no other answer would be right. It ends too if a request reads what was cached before.
+            VisionAccelError: If there are some, and they come from weights that are no longer served. This
+                ends the engine: no other answer would be right. It ends too if a request reads what was cached before.
         """
-        rows_of = compat.connector_metadata(self).rows
+        rows_of = worker.connector_metadata(self).rows
         if self._refusal is not None:
             encoder_cache.clear()
             if rows_of:
@@ -344,11 +335,7 @@ class _Refusing:
         self._error = error
 
     def submit(self, *_: Any, **__: Any) -> Any:
-        """Take in nothing.
-
-        Raises:
-            VisionAccelError: Always.
-        """
+        """Raises the error."""
         raise self._error
 
     def bytes_of(self, grid: Grid) -> int:  # noqa: ARG002 - of nothing that is encoded

@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -25,7 +24,7 @@ from visionaccel.core.grid import Grid
 from visionaccel.core.orphans import temporary_folder
 from visionaccel.errors import DeviceError
 from visionaccel.integrations.vllm import compat
-from visionaccel.integrations.vllm.compat import ECConnectorRole
+from visionaccel.integrations.vllm.compat import ECConnectorRole, architectures, engine_config
 from visionaccel.integrations.vllm.compat.modelled_engine import (
     GOOD,
     Image,
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.scheduler import Scheduler
 
-__all__ = ["ModelledConnector", "main", "run_modelled"]
+__all__ = ["main", "run_modelled"]
 
 GRID, TOKENS, WIDTH, BROKEN = Grid(1, 6, 6), 9, 4, 7
 """Grid of each image, its embeddings and their width, and the number of the image that no device encodes."""
@@ -69,13 +68,10 @@ _MODEL = {
 
 
 class ModelledService:
-    """The encode service without threads: images are encoded when the modelled_run says so, the first come first."""
+    """The encode service without threads: images are encoded by `work`, the first come first."""
 
     def __init__(self) -> None:
         self._queue: deque[tuple[float, Future[Embedding]]] = deque()
-        self.encoders: tuple[()] = ()
-        self.counters = SimpleNamespace(encoded=0, fallback=0, cached=0, merged=0, failed=0, cancelled=0)
-        self.cache = SimpleNamespace(evicted=0)
 
     def submit(self, patches: Array, _: Grid, **__: Any) -> Future[Embedding]:
         future: Future[Embedding] = Future()
@@ -84,9 +80,6 @@ class ModelledService:
 
     def bytes_of(self, _: Grid) -> int:
         return _BYTES
-
-    def close(self, **_: Any) -> None:
-        self._queue.clear()
 
     def work(self) -> None:
         """Encode the image that has waited longest."""
@@ -122,11 +115,7 @@ class _Worker(ModelledWorker):
 
 
 def run_modelled(kind: type[Scheduler], *, asynchronous: bool) -> Finding:
-    """Play the requests.
-
-    Args:
-        kind: Class of the scheduler.
-        asynchronous: It is vLLM's asynchronous one, or derived from it.
+    """Play the requests with a scheduler of that class, vLLM's asynchronous one or derived from it if it says so.
 
     Returns:
         The verdict; with a fix if there is none, because something was raised before the requests had ended.
@@ -144,11 +133,11 @@ def run_modelled(kind: type[Scheduler], *, asynchronous: bool) -> Finding:
 
 def _problem(kind: type[Scheduler], asynchronous: bool) -> str | None:
     """What went wrong; None if nothing did."""
-    compat.use_model_in_process(_ARCHITECTURE)
+    architectures.use_model_in_process(_ARCHITECTURE)
     with temporary_folder("visionaccel-self-test-") as folder:
         (folder / "config.json").write_text(json.dumps(_MODEL), encoding="utf-8")
         config = small_config(str(folder), asynchronous=asynchronous, skip_tokenizer_init=True)
-        compat.use_ec_connector(config, ModelledConnector.__name__, __name__)
+        engine_config.use_ec_connector(config, ModelledConnector.__name__, __name__)
         return _play(ModelledEngine(make_scheduler(config, kind, 4 * TOKENS), _Worker()))
 
 
@@ -219,11 +208,11 @@ def _image(number: int) -> Image:
 
 
 def main(file: str, limit: str, scheduler: str, timing: str) -> None:
-    """Play the requests, and write the verdict as a finding.
+    """Play the requests, and write the verdict as a finding into a file.
 
     Args:
         file: Where it goes.
-        limit: Seconds after which nothing waits for it.
+        limit: Seconds after which the self-test is not waited for.
         scheduler: `own` for this package's schedulers, or `stock` for vLLM's.
         timing: `async` or `sync`.
     """

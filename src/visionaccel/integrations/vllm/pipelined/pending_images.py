@@ -21,36 +21,24 @@ __all__ = ["PendingImages", "Failure", "Wanted"]
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """An image or video of a request.
-
-    Attributes:
-        identifier: vLLM's key of its content.
-        label: What to call it in an error, such as `image 2`.
-        patches: Pixel values [P, patch_width].
-        grid: Its grid.
-    """
+    """An image or video of a request: vLLM's key of its content, and what errors call it, such as `image 2`."""
 
     identifier: str
     label: str
-    patches: Array
+    patches: Array  # [P, patch_width]
     grid: Grid
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a request cannot be served.
-
-    Attributes:
-        label: The item that could not be encoded, such as `image 2`.
-        error: Why not.
-    """
+    """The item of a request that could not be encoded, by its label, and why."""
 
     label: str
     error: VisionAccelError
 
     @property
     def message(self) -> str:
-        """For the client: what failed, without advice for whoever runs the server."""
+        """For the client: what failed, without advice for the operator."""
         return f"{self.label} of the prompt could not be encoded: {self.error.message}"
 
 
@@ -84,11 +72,8 @@ class PendingImages:
     that has waited longest submits more, and requests that already hold KV blocks.
 
     Args:
-        service: The service.
-        size: The bound, in bytes of embeddings.
-
-    Attributes:
-        held: Bytes of embeddings, those being encoded included.
+        service: Encodes.
+        size: The bound, in bytes of embeddings; `held` counts them, those being encoded included.
     """
 
     def __init__(self, service: Service, size: int) -> None:
@@ -146,7 +131,7 @@ class PendingImages:
         return list(self._requests)
 
     def settle(self, request: str, identifiers: Iterable[str]) -> None:
-        """A request does not need these any more: it has them in vLLM's cache, or has read them."""
+        """A request no longer needs these: it has them in vLLM's cache, or has read them."""
         wanted = self._requests.get(request)
         if wanted is None:
             return

@@ -1,6 +1,6 @@
 """Whether the pipelined mode works with the vLLM that is installed: tried once for each build, and remembered.
 
-The trial takes some seconds, in a process of its own, when the configuration is made: the mode decides how the model is
+The trial takes some seconds, in a separate process, when the configuration is made: the mode decides how the model is
 built and how vLLM plans memory, so that it cannot wait for the model to be loaded. What decides is the vLLM that is
 there, never its release number: the verdict is kept with a digest of vLLM's files that the mode stands on, and of ours.
 """
@@ -22,6 +22,7 @@ from visionaccel import __version__
 from visionaccel.backends import Finding
 from visionaccel.core.cache_folder import our_cache
 from visionaccel.integrations.vllm import BACKEND_VARIABLES, compat
+from visionaccel.integrations.vllm.compat import releases
 from visionaccel.integrations.vllm.compat.contract import CONTRACT, Feature, needs
 
 __all__ = ["NAME", "problem"]
@@ -45,7 +46,7 @@ def problem(*, contained: bool, asynchronous: bool) -> str | None:
     kind = ("own" if contained else "stock", "async" if asynchronous else "sync")
     try:
         file = _kept(kind)
-    except (OSError, RuntimeError):  # RuntimeError: there is no home folder.
+    except (OSError, RuntimeError):  # RuntimeError: no home folder
         file = None
     known = None if file is None else _read(file)
     if known is None:
@@ -81,7 +82,7 @@ def _ours(name: str) -> bool:
 
 def _kept(kind: tuple[str, str]) -> Path:
     """Where the verdict for this build is kept."""
-    digest = hashlib.sha256(repr((compat.release(), __version__, sys.version_info[:3], kind)).encode())
+    digest = hashlib.sha256(repr((releases.release(), __version__, sys.version_info[:3], kind)).encode())
     for path in sorted(_files()):
         digest.update(f"{path.name} {path.stat().st_size}\n".encode())
         digest.update(path.read_bytes())
@@ -90,7 +91,8 @@ def _kept(kind: tuple[str, str]) -> Path:
 
 def _files() -> Iterator[Path]:
     """Files that the verdict stands on: of vLLM, what the mode relies on and the scheduler's parts; of ours, all."""
-    yield from Path(__file__).parents[1].rglob("*.py")
+    for kind in ("*.py", "*.toml"):
+        yield from Path(__file__).parents[1].rglob(kind)
     for folder in _FOLDERS:
         spec = find_spec(folder)
         for place in (spec.submodule_search_locations or ()) if spec is not None else ():
@@ -114,5 +116,5 @@ def _write(file: Path, found: str) -> None:
     with suppress(OSError):  # It is run again then.
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as partial:
-            json.dump({"vllm": compat.release(), "visionaccel": __version__, "problem": found}, partial)
+            json.dump({"vllm": releases.release(), "visionaccel": __version__, "problem": found}, partial)
         Path(partial.name).replace(file)
