@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from visionaccel.backends.containment import contained
+from visionaccel.core.containment import contained
 from visionaccel.backends.registry import BackendEntry, Registry
 from visionaccel.backends.spec import Accepted, Rejected, Verdict, VisionBackend
 from visionaccel.core.program import Coverage, Program

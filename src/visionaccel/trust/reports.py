@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from visionaccel.backends import BreakerReport, DriftReport, FailureReport
-from visionaccel.backends.containment import tell
+from visionaccel.core.containment import tell
 from visionaccel.core.grid import Grid
 from visionaccel.encoder import Encoder
 from visionaccel.errors import VisionAccelError

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visionaccel.backends import DriftReport
-from visionaccel.backends.containment import tell
+from visionaccel.core.containment import tell
 from visionaccel.bundle import Golden
 from visionaccel.core.arrays import Array, as_numpy
 from visionaccel.core.grid import Grid

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from visionaccel.backends.containment import device_errors
+from visionaccel.core.containment import device_errors
 from visionaccel.errors import DeadlineError, VisionAccelError
 from visionaccel.integrations.vllm.compat import worker
 from visionaccel.settings import Settings

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from visionaccel.backends.containment import device_errors
+from visionaccel.core.containment import device_errors
 from visionaccel.bundle import Bundle
 from visionaccel.core.arrays import as_host_tensor, dtype_name, is_tensor
 from visionaccel.core.grid import as_grids

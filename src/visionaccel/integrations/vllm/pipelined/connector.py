@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from visionaccel.backends.containment import device_errors
+from visionaccel.core.containment import device_errors
 from visionaccel.bundle import Bundle
 from visionaccel.core.arrays import as_numpy
 from visionaccel.core.grid import Grid, as_grids
