@@ -1,14 +1,19 @@
 """Families are found by entry point, and a broken one affects only its own architecture."""
 
+import pickle
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
+from bundles import write_bundle
 from fake_plugins import install
+from visionaccel.bundle import Bundle, open_bundle
 from visionaccel.checkpoint import Checkpoint
-from visionaccel.errors import PluginError, UnsupportedArchitectureError
-from visionaccel.families import GROUP, family_named, registry, supported_architectures, tower_of
+from visionaccel.core.program import CHECKPOINT, ONNX, ONNX_STANDARD
+from visionaccel.errors import CheckpointError, PluginError, UnsupportedArchitectureError
+from visionaccel.families import GROUP, Tower, family_named, registry, supported_architectures, tower_of
 from visionaccel.families.qwen2_5_vl import FAMILY
 
 OURS = "Qwen2_5_VLForConditionalGeneration"
@@ -20,6 +25,8 @@ def site(tmp_path, monkeypatch):
     """A folder on the Python path; families in it are found from now on."""
     (tmp_path / "site").mkdir()
     monkeypatch.syspath_prepend(tmp_path / "site")
+    for module in ("third_party", "broken_family", "first_family", "second_family"):  # an earlier test's
+        monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setattr(registry, "_points", registry._points.__wrapped__)
     monkeypatch.setattr(registry, "_load", registry._load.__wrapped__)
     return tmp_path / "site"
@@ -54,7 +61,13 @@ def test_a_third_partys_family_makes_towers(site, tiny, tmp_path):
 
 @pytest.mark.parametrize(
     ("source", "said"),
-    [("raise RuntimeError('no such library')", "RuntimeError: no such library"), ("FAMILY = 3", "is not a")],
+    [
+        ("raise RuntimeError('no such library')", "RuntimeError: no such library"),
+        ("import sys; sys.exit('no licence')", "SystemExit: no licence"),
+        ("FAMILY = 3", "is not a"),
+        ("from visionaccel.families import Family; FAMILY = Family('x', None, prefixes='visual.')", "must be a tuple"),
+        ("from visionaccel.families import Family; FAMILY = Family('x', None, prefixes=(1,))", "tuple of texts"),
+    ],
 )
 def test_a_broken_one_is_an_error_of_its_architecture_alone(site, tiny, source, said):
     add(site, "broken-family", "BrokenModel", source)
@@ -64,6 +77,43 @@ def test_a_broken_one_is_an_error_of_its_architecture_alone(site, tiny, source, 
     checkpoint.config = {**checkpoint.config, "architectures": ["BrokenModel"]}
     with pytest.raises(PluginError, match=rf"broken_family:FAMILY of broken-family 1\.0.*BrokenModel.*{said}"):
         tower_of(checkpoint)
+
+
+def _exits(config):
+    raise SystemExit("no licence")
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"spec": lambda config: 1 / 0}, "failed to describe the tower: ZeroDivisionError"),
+        ({"spec": lambda config: config.sizes}, "failed to describe the tower: AttributeError"),
+        ({"spec": _exits}, "failed to describe the tower: RuntimeError: SystemExit: no licence"),
+        ({"spec": lambda config: None}, "described the tower as a NoneType"),
+        ({"fused": {"merger.mlp.{n}": (1, 2)}}, r"failed to name 'merger\.mlp\..*: AttributeError"),
+    ],
+)
+def test_what_a_familys_code_raises_is_its_fault_and_names_it(tiny, changed, said):
+    family = replace(FAMILY, name="third", **changed)
+    with pytest.raises(PluginError, match=f"family 'third' {said}"):
+        _ = Tower(family, Checkpoint(tiny)).weights
+
+
+def test_what_a_configuration_does_not_state_is_named(tiny):
+    family = replace(FAMILY, spec=lambda config: config["swiglu_limit"])
+    with pytest.raises(CheckpointError, match="vision_config does not state 'swiglu_limit'"):
+        Tower(family, Checkpoint(tiny))
+
+
+def test_programs_are_sent_to_other_processes_without_the_family(tiny, tmp_path):
+    local = replace(FAMILY, spec=lambda config: FAMILY.spec(config), defaults={**FAMILY.defaults, "f": lambda: None})
+    tower = Tower(local, Checkpoint(tiny))
+    bundle = open_bundle(write_bundle(tiny, tmp_path / "bundle", "6x10"))
+    for source in (tower, Bundle(bundle.folder, bundle.manifest, tower)):
+        for program in source.programs([ONNX, ONNX_STANDARD, CHECKPOINT]):
+            sent = pickle.loads(pickle.dumps(program))
+            assert sent == program
+            assert sent.model is None or sent.model() == program.model()
 
 
 def test_two_for_one_architecture_are_an_error_of_it_alone(site, tiny):

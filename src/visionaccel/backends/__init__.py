@@ -6,7 +6,6 @@ too, those that quantize ONNX programs, from `visionaccel.backends.onnx_products
 `visionaccel.backends.onnx_weights`, and those that compute with torch, from `visionaccel.core.packed_products`.
 """
 
-from visionaccel.core.containment import contained
 from visionaccel.backends.hooks import BreakerReport, DriftReport, EncodeReport, FailureReport, Purpose, hookimpl
 from visionaccel.backends.parts import CallParts, call_parts, watch_parts
 from visionaccel.backends.registry import GROUP, BackendEntry, Registry, default_registry
@@ -23,6 +22,7 @@ from visionaccel.backends.spec import (
     Verdict,
     VisionBackend,
 )
+from visionaccel.core.containment import contained
 
 __all__ = [
     "AUTO",

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from visionaccel.core.containment import contained
 from visionaccel.backends.registry import BackendEntry, Registry
 from visionaccel.backends.spec import Accepted, Rejected, Verdict, VisionBackend
+from visionaccel.core.containment import contained
 from visionaccel.core.program import Coverage, Program
 from visionaccel.errors import BackendUnavailableError, PluginError
 

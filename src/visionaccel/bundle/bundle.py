@@ -96,12 +96,12 @@ class Bundle:
             raise BundleError(
                 f"{where}: its tensors are not those of its coverage, {coverage}: {expected}.", hint=_AGAIN
             )
-        external = entry.format in ONNX_MODELS
+        weights_folder = self.tower.weights_folder if entry.format in ONNX_MODELS else self.folder
         return Program(
             name=entry.name,
             family=self.family,
             format=entry.format,
-            folder=self.tower.weights_folder if external else self.folder,
+            folder=weights_folder,
             inputs=inputs,
             outputs=outputs,
             weights=self.tower.weights,
@@ -111,7 +111,7 @@ class Bundle:
             host=split,
             quantization=entry.quantization.dtype if entry.quantization else None,
             device=entry.device,
-            model=partial(self._model, entry),
+            model=partial(_model, self.folder, entry, self.tower.weights, weights_folder),
             artifact=self.folder / entry.model,
             companions={role: self.folder / path for role, path in entry.companions.items()},
             stored_names={t.name: t.stored_name for t in (*entry.inputs, *entry.outputs) if t.stored_name is not None},
@@ -124,21 +124,25 @@ class Bundle:
         parts = [self.manifest.weights_digest, *sorted(f"{file.path} {file.sha256}" for file in entry.files)]
         return "sha256:" + hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
-    def _model(self, entry: ProgramEntry) -> bytes:
-        """The program's bytes, verified again as they are read, with its weights pointed at where they lie."""
-        (stated,) = {file for file in entry.files if file.path == entry.model}
-        path = self.folder / stated.path
-        try:
-            model = read_bounded(path, stated.bytes)
-        except (OSError, ValueError) as error:
-            raise BundleError(f"{path} cannot be read: {error}", hint=_AGAIN) from error
-        if "sha256:" + hashlib.sha256(model).hexdigest() != stated.sha256:
-            raise BundleError(f"{path} changed since the bundle was opened.", hint=_AGAIN)
-        if entry.format not in ONNX_MODELS:
-            return model
-        from visionaccel.bundle.onnx_tensors import point_at_weights
 
-        return point_at_weights(model, self.tower.weights, self.tower.weights_folder)
+def _model(folder: Path, entry: ProgramEntry, weights: Mapping[str, StoredTensor], weights_folder: Path) -> bytes:
+    """A program's bytes, verified again as they are read, with its weights pointed at where they lie.
+
+    A function of its own: a program is sent to child processes without its bundle and its tower's family.
+    """
+    (stated,) = {file for file in entry.files if file.path == entry.model}
+    path = folder / stated.path
+    try:
+        model = read_bounded(path, stated.bytes)
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path} cannot be read: {error}", hint=_AGAIN) from error
+    if "sha256:" + hashlib.sha256(model).hexdigest() != stated.sha256:
+        raise BundleError(f"{path} changed since the bundle was opened.", hint=_AGAIN)
+    if entry.format not in ONNX_MODELS:
+        return model
+    from visionaccel.bundle.onnx_tensors import point_at_weights
+
+    return point_at_weights(model, weights, weights_folder)
 
 
 def is_bundle(source: str | os.PathLike[str] | Path) -> bool:

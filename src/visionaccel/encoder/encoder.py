@@ -23,8 +23,8 @@ from visionaccel.backends import (
     Session,
     watch_parts,
 )
-from visionaccel.core.containment import device_errors, tell
 from visionaccel.core.arrays import Array, as_numpy, dtype_name, is_tensor
+from visionaccel.core.containment import device_errors, tell
 from visionaccel.core.contracts import check_embeddings, check_output, check_patches
 from visionaccel.core.cores import on_cores
 from visionaccel.core.grid import Grid, GridLike, as_grids, total_patches

@@ -20,10 +20,7 @@ DEFAULTS = {
     "window_size": 112,
     "hidden_act": "silu",
 }
-"""What configurations may leave out: transformers' defaults, but for the hidden size, whose default no model has.
-
-A plain dict: a tower is sent to child processes with its family.
-"""
+"""What configurations may leave out: transformers' defaults, but for the hidden size, whose default no model has."""
 
 
 def _spec(config: VisionConfiguration) -> TowerSpec:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
+from visionaccel.core.containment import contained
 from visionaccel.errors import PluginError, UnsupportedArchitectureError
 from visionaccel.towers import Family
 
@@ -87,7 +88,8 @@ def _load(architecture: str) -> Family:
             hint="Uninstall one of them.",
         )
     try:
-        family = point.load()
+        with contained():
+            family = point.load()
     except Exception as error:  # the user must learn which distribution raised it
         raise PluginError(
             f"the family {point.value} of {_origin(point)}, for architecture {architecture}, cannot be loaded: "

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from visionaccel.checkpoint import Checkpoint
+from visionaccel.core.containment import contained
 from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.core.tower_spec import JOINT, TowerSpec
-from visionaccel.errors import CheckpointError
+from visionaccel.errors import CheckpointError, PluginError, VisionAccelError
 from visionaccel.towers.stored_form import plain_weights
 
 __all__ = ["Family", "VisionConfiguration"]
@@ -36,11 +37,14 @@ class VisionConfiguration:
 
     def whole(self, name: str) -> int:
         """A whole number."""
-        return _whole(self._values[name])
+        return _whole(name, self._values[name])
 
     def wholes(self, name: str) -> tuple[int, ...]:
         """A list of whole numbers."""
-        return tuple(_whole(value) for value in self._values[name])
+        values = self._values[name]
+        if not isinstance(values, list | tuple):
+            raise TypeError(f"{name} is {values!r}, which is not a list")
+        return tuple(_whole(name, value) for value in values)
 
     @property
     def rotary_base(self) -> float:
@@ -48,8 +52,8 @@ class VisionConfiguration:
         try:
             nested = dict(self._values.get("rope_parameters") or {})
             return float(nested.get("rope_theta", self._values.get("rope_theta", 10000.0)))
-        except ValueError as error:
-            raise TypeError(f"rotary base: {error}") from error
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"rope_theta cannot be read: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -61,8 +65,8 @@ class Family:
 
     Attributes:
         name: What bundles and messages call it.
-        spec: The description of a tower from its configuration. A `ValueError` is reported with the configuration's
-            place, a `KeyError` or `TypeError` as a value that is missing or of another kind.
+        spec: The description of a tower from its configuration. A `ValueError` or `TypeError` is reported with the
+            configuration's place, a `KeyError` as a value that is missing, and anything else as the family's fault.
         config: Where the configuration lies in `config.json`.
         defaults: What configurations may leave out.
         prefixes: What the names of the tower's tensors start with, in the order in which they are tried.
@@ -77,6 +81,11 @@ class Family:
     prefixes: tuple[str, ...] = ("model.visual.", "visual.")
     names: Mapping[str, str] = field(default_factory=dict)
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse prefixes that names cannot be compared with."""
+        if not isinstance(self.prefixes, tuple) or not all(isinstance(each, str) and each for each in self.prefixes):
+            raise TypeError(f"prefixes of family {self.name!r} must be a tuple of texts, and are {self.prefixes!r}")
 
     def configuration(self, config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
         """The vision configuration within a `config.json`.
@@ -100,18 +109,30 @@ class Family:
 
         Raises:
             CheckpointError: If it is incomplete or impossible.
+            PluginError: If the family fails in another way than `spec` may.
             UnsupportedArchitectureError: If it asks for something that is not implemented.
         """
         where = f"{path}: {'.'.join(self.config)}"
         found = self.configuration(config, where)
         try:
-            return self.spec(VisionConfiguration(found, self.defaults, where))
-        except ValueError as error:
-            raise CheckpointError(f"{where}: {error}.", hint="The configuration is damaged or foreign.") from error
-        except (KeyError, TypeError, OverflowError) as error:
+            with contained():
+                spec = self.spec(VisionConfiguration(found, self.defaults, where))
+        except VisionAccelError:
+            raise
+        except KeyError as error:
             raise CheckpointError(
-                f"{where} lacks a usable {error}.", hint="Pass a complete checkpoint of this family."
+                f"{where} does not state {error}.", hint="Pass a complete checkpoint of this family."
             ) from error
+        except (ValueError, TypeError, OverflowError) as error:
+            raise CheckpointError(f"{where}: {error}.", hint="The configuration is damaged or foreign.") from error
+        except Exception as error:
+            raise self._fault(f"failed to describe the tower: {type(error).__name__}: {error}") from error
+        if not isinstance(spec, TowerSpec):
+            raise self._fault(f"described the tower as a {type(spec).__name__}, which is not a TowerSpec")
+        return spec
+
+    def _fault(self, what: str) -> PluginError:
+        return PluginError(f"family {self.name!r} {what}.", hint="Report this to the authors of the family.")
 
     def with_configuration(self, config: Mapping[str, Any], vision: Mapping[str, Any]) -> dict[str, Any]:
         """A `config.json` with another vision configuration."""
@@ -137,6 +158,7 @@ class Family:
         Raises:
             CheckpointError: If there are none, one is stored in two forms, or one is quantised, has no place or has
                 another shape.
+            PluginError: If the family's `names` or `fused` cannot be used.
         """
         stored = checkpoint.with_prefix(self.prefixes)
         if not stored:
@@ -147,7 +169,11 @@ class Family:
             )
         found: dict[str, StoredTensor] = {}
         for name, tensor in stored.items():
-            for own, part in self._forms(name, tensor):
+            try:
+                forms = list(self._forms(name, tensor))
+            except Exception as error:
+                raise self._fault(f"failed to name {name!r}: {type(error).__name__}: {error}") from error
+            for own, part in forms:
                 joint = re.sub(r"attn\.[qkv]\.", f"{JOINT}.", own)
                 if own in found or (joint != own and joint in stored):
                     raise CheckpointError(
@@ -175,7 +201,7 @@ class Family:
             yield named(self.names.get(module) or self.names.get(template, template)), tensor
 
 
-def _whole(value: Any) -> int:
+def _whole(name: str, value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"whole number where it says {value!r}")
+        raise TypeError(f"{name} holds {value!r}, which is not a whole number")
     return value

@@ -26,6 +26,7 @@ from visionaccel.core.program import (
     Program,
 )
 from visionaccel.core.stored_tensor import StoredTensor
+from visionaccel.core.tower_spec import TowerSpec
 from visionaccel.errors import ConfigurationError
 from visionaccel.towers.family import Family
 from visionaccel.towers.host import GROUPED, RASTER, Host, open_host
@@ -279,19 +280,12 @@ class Tower:
                 f"{folder} does not hold the weights, which lie in {outside[0]}.",
                 hint=f"Pass {self.weights_folder} or a folder above it.",
             )
-        try:  # only a backend that opens this program needs onnx, which takes a noticeable time to import
-            from visionaccel.towers.onnx.graph import write_graph
-            from visionaccel.towers.onnx.writer import GraphWriter
-        except ModuleNotFoundError as error:
-            raise ConfigurationError.missing_extra("writing an ONNX graph", error.name, "visionaccel[onnx]") from error
         if host is not None and chosen == "microsoft":
             raise ConfigurationError(
                 "a program in ONNX Runtime's operators leaves nothing but the tables to the host.",
                 hint="Split programs in standard operators only.",
             )
-        writer = GraphWriter(folder, precision)
-        model = write_graph(self.spec, self.weights, writer, coverage, host, chosen)
-        return bytes(model.SerializeToString())
+        return _written(self.spec, self.weights, folder, coverage, precision, host, chosen)
 
     def _onnx_program(self, stored_as: str, dialect: OperatorDialect) -> Program:
         inputs, outputs = self.signature(AnyGrid(), None)
@@ -304,7 +298,7 @@ class Tower:
             outputs=outputs,
             weights=self.weights,
             uniform_frames=True,
-            model=partial(self.onnx_model, dialect=dialect),
+            model=partial(_written, self.spec, self.weights, self.weights_folder, AnyGrid(), "float32", None, dialect),
         )
 
     def _checkpoint_program(self) -> Program:
@@ -322,3 +316,22 @@ class Tower:
             configuration=self.description,
             tables=partial(tower_tables, self.spec),
         )
+
+
+def _written(
+    spec: TowerSpec,
+    weights: Mapping[str, StoredTensor],
+    folder: Path,
+    coverage: Coverage,
+    precision: Precision,
+    host: HostSplit | None,
+    dialect: OperatorDialect,
+) -> bytes:
+    """A tower as an ONNX model. A function of its own: a program is sent to child processes without its family."""
+    try:  # only a backend that opens this program needs onnx, which takes a noticeable time to import
+        from visionaccel.towers.onnx.graph import write_graph
+        from visionaccel.towers.onnx.writer import GraphWriter
+    except ModuleNotFoundError as error:
+        raise ConfigurationError.missing_extra("writing an ONNX graph", error.name, "visionaccel[onnx]") from error
+    model = write_graph(spec, weights, GraphWriter(folder, precision), coverage, host, dialect)
+    return bytes(model.SerializeToString())

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visionaccel.backends import DriftReport
-from visionaccel.core.containment import tell
 from visionaccel.bundle import Golden
 from visionaccel.core.arrays import Array, as_numpy
+from visionaccel.core.containment import tell
 from visionaccel.core.grid import Grid
 from visionaccel.core.safe_text import safe_logger
 from visionaccel.errors import VisionAccelError

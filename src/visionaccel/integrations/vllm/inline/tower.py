@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from visionaccel.core.containment import device_errors
 from visionaccel.bundle import Bundle
 from visionaccel.core.arrays import as_host_tensor, dtype_name, is_tensor
+from visionaccel.core.containment import device_errors
 from visionaccel.core.grid import as_grids
 from visionaccel.errors import ConfigurationError, InputError, VisionAccelError
 from visionaccel.families import Tower, weight_prefixes

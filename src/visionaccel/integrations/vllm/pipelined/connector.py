@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from visionaccel.core.containment import device_errors
 from visionaccel.bundle import Bundle
 from visionaccel.core.arrays import as_numpy
+from visionaccel.core.containment import device_errors
 from visionaccel.core.grid import Grid, as_grids
 from visionaccel.errors import ConfigurationError, VisionAccelError
 from visionaccel.families import Tower
