@@ -79,6 +79,10 @@ def test_a_command_in_a_nested_group_prints_results_only(tmp_path):
     done = run(tmp_path, "outer", "inner", "leaf")
     assert (done.returncode, done.stdout) == (0, "[]\n")
     assert done.stderr == "noise of the group\nnoise of the command\n"
+    done = run(tmp_path, "outer", "inner", "leaf", "--help")
+    assert done.returncode == 0
+    assert "outer inner leaf" in done.stdout
+    assert "noise" not in done.stdout
 
 
 BROKEN = [

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar
 
@@ -25,7 +25,7 @@ from visionaccel.settings import parse_options
 __all__ = [
     "Backend", "Device", "Force", "Json", "OptionsText", "Revision", "backend_options", "check_writable", "finite",
     "messages", "number", "own_stdout", "print_json", "print_results_of", "print_table", "prints_results", "progress",
-    "results", "status", "stdout_to_stderr", "write_json",
+    "results", "results_only", "status", "write_json",
 ]  # fmt: skip
 
 
@@ -74,51 +74,53 @@ def own_stdout() -> None:
 
 
 @contextmanager
-def stdout_to_stderr() -> Iterator[None]:
-    """While a plug-in is imported, have what prints to stdout print to stderr."""
-    with redirect_stdout(sys.stderr), ExitStack() as restored:
-        if _Process.owned and sys.__stdout__ is not None and sys.stderr is not None:
-            kept = os.dup(_STDOUT)
-            restored.callback(os.close, kept)
-            restored.callback(os.dup2, kept, _STDOUT)
-            os.dup2(sys.stderr.fileno(), _STDOUT)
-        yield
+def results_only(*, for_good: bool = False) -> Iterator[None]:
+    """Keep stdout for results: what else prints there, such as a plug-in, prints to stderr.
 
-
-def prints_results(command: Callable[_P, _T]) -> Callable[_P, _T]:
-    """A command during which stdout is for results only: what else prints there, such as a plug-in, prints to stderr.
-
-    What vendors' libraries print is written by C, some of it when the process ends. So if this process is the command's
-    own, the descriptor is exchanged for good.
+    Args:
+        for_good: Leave it so afterwards if this process is the command's own: what vendors' libraries print is written
+            by C, some of it when the process ends.
     """
+    stdout, owned = sys.stdout, _Process.owned
+    if _Process.printing or stdout is None or sys.stderr is None:  # closed by what started this process
+        yield
+        return
+    kept = stdout
+    if owned:
+        stdout.flush()
+        kept = os.fdopen(os.dup(_STDOUT), "w", encoding=stdout.encoding, errors=stdout.errors)
+        os.dup2(sys.stderr.fileno(), _STDOUT)
+    results.file, sys.stdout, _Process.printing = kept, sys.stderr, True
+    try:
+        yield
+    finally:
+        kept.flush()
+        if not (owned and for_good):
+            results.file = None  # type: ignore[assignment] # rich's word for the stdout of the moment
+            sys.stdout, _Process.printing = stdout, False
+            if owned:
+                os.dup2(kept.fileno(), _STDOUT)
+                kept.close()
+
+
+def prints_results(command: Callable[_P, _T], *, for_good: bool = True) -> Callable[_P, _T]:
+    """A command that runs under `results_only`."""
 
     @functools.wraps(command)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        stdout = sys.stdout
-        if _Process.printing or stdout is None or sys.stderr is None:  # closed by who started this process
+        with results_only(for_good=for_good):
             return command(*args, **kwargs)
-        if _Process.owned:
-            stdout.flush()
-            stdout = os.fdopen(os.dup(_STDOUT), "w", encoding=stdout.encoding, errors=stdout.errors)
-            os.dup2(sys.stderr.fileno(), _STDOUT)
-        results.file, sys.stdout, _Process.printing = stdout, sys.stderr, True
-        try:
-            return command(*args, **kwargs)
-        finally:
-            if _Process.owned:
-                stdout.flush()
-            else:
-                results.file = None  # type: ignore[assignment] # rich's word for the stdout of the moment
-                sys.stdout, _Process.printing = stdout, False
 
     return run
 
 
 def print_results_of(command: Any) -> None:
     """Have `prints_results` wrap a built command, and those of a group at every depth."""
+    commands = getattr(command, "commands", {})
     if command.callback is not None:
-        command.callback = prints_results(command.callback)
-    for nested in getattr(command, "commands", {}).values():
+        # After a group's own function, a command's help may follow on stdout.
+        command.callback = prints_results(command.callback, for_good=not commands)
+    for nested in commands.values():
         print_results_of(nested)
 
 

@@ -13,7 +13,7 @@ from typer.main import get_group
 
 from visionaccel.backends import contained
 from visionaccel.backends.hooks import PROJECT, HookSpecs
-from visionaccel.cli.output import messages, print_results_of, stdout_to_stderr
+from visionaccel.cli.output import messages, print_results_of, results_only
 from visionaccel.errors import ConfigurationError, PluginError
 
 __all__ = ["GROUP", "CommandsWithPlugins"]
@@ -76,7 +76,7 @@ def _plugin_commands(own: Collection[str]) -> dict[str, Any]:
     for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
         origin = point.value if point.dist is None else f"{point.dist.name} {point.dist.version} ({point.value})"
         try:
-            with contained(), stdout_to_stderr():
+            with contained(), results_only():
                 added = _commands_of(point)
             for name in added:
                 _check_free(name, origins.get(name) or _reserved_for(name, point))
