@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from visionaccel.bundle.version_1 import upgraded
+from visionaccel.bundle.upgrades import SCHEMA_VERSION, upgraded
 from visionaccel.core.bounded_files import read_bounded
 from visionaccel.core.contracts import TensorSpec
 from visionaccel.core.grid import Grid
@@ -44,7 +44,6 @@ __all__ = [
 ]
 
 MANIFEST = "visionaccel.json"
-SCHEMA_VERSION = 2
 MOST_PATCHES = 2**20
 """Most patches of a frame of fixed size, about 200 megapixels: a manifest decides how large the host's tables are."""
 
@@ -334,21 +333,14 @@ def parse_manifest(path: Path) -> Manifest:
         raise BundleError(f"{path} cannot be read: {error}", hint="Export or fetch the bundle again.") from error
     if not isinstance(document, dict):
         raise BundleError(f"{path} does not hold a JSON object.", hint="Export or fetch the bundle again.")
-    version = document.get("schema_version")
-    if type(version) is not int or version not in (1, SCHEMA_VERSION):
-        raise BundleError(
-            f"{path} is of schema version {version!r}; this visionaccel reads 1 to {SCHEMA_VERSION}.",
-            hint="Use the visionaccel that wrote it, or export the bundle again.",
-        )
-    known = _without_retired(document)
-    manifest = _validated(upgraded(known, str(path)) if version == 1 else known, str(path))
+    manifest = _validated(upgraded(_without_retired(document), str(path)), str(path))
     stated = {name: value for name, value in document.items() if name != "digest"}
     if manifest.digest != _digest(stated):
         raise BundleError(
             f"{path} does not have the digest that it states: it was damaged or edited.",
             hint="Export or fetch the bundle again.",
         )
-    return manifest if version == SCHEMA_VERSION else seal(manifest.model_dump(mode="json"))
+    return manifest if stated["schema_version"] == SCHEMA_VERSION else seal(manifest.model_dump(mode="json"))
 
 
 def json_schema() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Reads manifests of schema version 1 as manifests of version 2.
+"""Reads manifests of earlier schema versions: one step for each version, from it to the next.
 
 Version 1 used one family's words: a bucket's windows, their order, and the vision configuration in the place of the
 tower's description. The digest in such a manifest covers the version 1 document. `visionaccel validate` upgrades it.
@@ -11,21 +11,33 @@ from typing import Any
 from visionaccel.errors import BundleError
 from visionaccel.families import family_named
 
-__all__ = ["upgraded"]
+__all__ = ["SCHEMA_VERSION", "upgraded"]
 
 
 def upgraded(document: dict[str, Any], where: str) -> dict[str, Any]:
-    """A document of version 1 as one of version 2; what does not fit version 1 stays, and is refused as version 2.
+    """A manifest's document as one of the present schema version; what does not fit its own version is left in it.
 
     Args:
-        document: The manifest.
+        document: The manifest, of any version.
         where: How errors name it.
 
     Raises:
-        BundleError: If it states no family or no vision configuration.
-        CheckpointError: If the vision configuration is incomplete or impossible.
+        BundleError: If its version is not known, or it states what that version does not have, or lacks what it needs.
+        CheckpointError: If the vision configuration of version 1 is incomplete or impossible.
         UnsupportedArchitectureError: If the family is not known.
     """
+    version = document.get("schema_version")
+    if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
+        raise BundleError(
+            f"{where} is of schema version {version!r}; this visionaccel reads 1 to {SCHEMA_VERSION}.",
+            hint="Use the visionaccel that wrote it, or export the bundle again.",
+        )
+    for step in _STEPS[version - 1 :]:
+        document = step(document, where)
+    return document
+
+
+def _from_1(document: dict[str, Any], where: str) -> dict[str, Any]:
     changed = {name: value for name, value in document.items() if name != "vision_config"}
     name, vision = document.get("family"), document.get("vision_config")
     _refuse(document, "spec", where)
@@ -68,3 +80,8 @@ def _refuse(stated: dict[str, Any], field: str, where: str) -> None:
             f"{where} is of schema version 1 and states {field!r}, which version 1 does not have.",
             hint="Export or fetch the bundle again.",
         )
+
+
+_STEPS = (_from_1,)
+SCHEMA_VERSION = 1 + len(_STEPS)
+"""The version that this visionaccel writes."""
