@@ -90,7 +90,7 @@ def _exits(config):
         ({"spec": lambda config: config.sizes}, "failed to describe the tower: AttributeError"),
         ({"spec": _exits}, "failed to describe the tower: RuntimeError: SystemExit: no licence"),
         ({"spec": lambda config: None}, "described the tower as a NoneType"),
-        ({"fused": {"merger.mlp.{n}": (1, 2)}}, r"failed to name 'merger\.mlp\..*: AttributeError"),
+        ({"fused": {"blocks.{n}.mlp.gate_proj": (1, 2)}}, r"failed to name 'blocks\.0\.mlp.*: AttributeError"),
     ],
 )
 def test_what_a_familys_code_raises_is_its_fault_and_names_it(tiny, changed, said):
