@@ -24,10 +24,10 @@ from visionaccel.isolation.answers import Places, decoded, encoded
 from visionaccel.observe import (
     SERIES,
     TIMING_PREFIX,
+    Counters,
     EncoderMetrics,
     MetricsCollector,
     Series,
-    Tally,
     TimingLog,
     TraceLog,
     families,
@@ -141,12 +141,12 @@ EVENTS = st.lists(
 
 @given(events=EVENTS)
 def test_several_processes_counts_add_up_to_what_one_would_have_counted(events):
-    alone, apart = Tally(TABLE), [Tally(TABLE) for _ in range(3)]
+    alone, apart = Counters(TABLE), [Counters(TABLE) for _ in range(3)]
     for process, label, value in events:
-        for tally in (alone, apart[process]):
-            tally.count("a", label, amount=value)
-            tally.observe("c", label, value=value)
-    snapshots = [json.loads(json.dumps(tally.snapshot())) for tally in apart]
+        for counters in (alone, apart[process]):
+            counters.count("a", label, amount=value)
+            counters.observe("c", label, value=value)
+    snapshots = [json.loads(json.dumps(counters.snapshot())) for counters in apart]
     registries = []
     for snapshot in (alone.snapshot(), merged(TABLE, snapshots)):
         registry = CollectorRegistry()
@@ -161,10 +161,10 @@ def test_several_processes_counts_add_up_to_what_one_would_have_counted(events):
 
 
 def test_buckets_hold_what_is_up_to_their_bound():
-    tally = Tally(TABLE)
+    counters = Counters(TABLE)
     for value in (0.5, 1.0, 1.5, 2.0, 9.0):
-        tally.observe("c", "x", value=value)
-    (family,) = [family for family in families(TABLE, tally.snapshot()) if family.name == "c"]
+        counters.observe("c", "x", value=value)
+    (family,) = [family for family in families(TABLE, counters.snapshot()) if family.name == "c"]
     counts = {sample.labels["le"]: sample.value for sample in family.samples if sample.name == "c_bucket"}
     assert counts == {"1.0": 2, "2.0": 4, "+Inf": 5}
     (total,) = [sample.value for sample in family.samples if sample.name == "c_sum"]
@@ -174,7 +174,7 @@ def test_buckets_hold_what_is_up_to_their_bound():
 @pytest.mark.parametrize(("rule", "shown"), [("sum", 4), ("max", 3), ("min", 1)])
 def test_of_gauges_what_the_series_says_is_shown_and_what_is_unknown_is_left_out(rule, shown):
     table = (Series("b", "gauge", "B.", merge=rule),)
-    low, high = Tally(table), Tally(table)
+    low, high = Counters(table), Counters(table)
     low.set("b", value=1)
     high.set("b", value=3)
     odd = {"b": [(["label"], 9)], "z": [([], 1)]}
@@ -251,8 +251,8 @@ def shared(monkeypatch):
 
 def _count_in_a_process(number):
     metrics = published.publish()
-    metrics._tally.count("visionaccel_patches", "someone", "cpu", amount=number)
-    metrics._tally.set("visionaccel_waiting_items", value=number)
+    metrics._counters.count("visionaccel_patches", "someone", "cpu", amount=number)
+    metrics._counters.set("visionaccel_waiting_items", value=number)
     time.sleep(1.5)
 
 
@@ -277,10 +277,10 @@ def test_counts_that_do_not_fit_are_warned_of_once_and_the_last_that_did_are_sho
     monkeypatch.setattr(compat, "logger", lambda: logging.getLogger("visionaccel"))
     metrics = EncoderMetrics()
     publisher = published._Publisher(metrics, shared)
-    metrics._tally.count("visionaccel_patches", "someone", "cpu", amount=3)
+    metrics._counters.count("visionaccel_patches", "someone", "cpu", amount=3)
     wait_until(lambda: publisher._written.count(b"someone") == 1)
     for number in range(3):
-        metrics._tally.count("visionaccel_patches", f"{number}" * 200_000, "cpu")
+        metrics._counters.count("visionaccel_patches", f"{number}" * 200_000, "cpu")
         time.sleep(0.8)
     found = {family.name: family for family in published.PublishedCollector().collect()}
     assert [sample.value for sample in found["visionaccel_patches"].samples] == [3]
@@ -294,7 +294,7 @@ def test_metrics_are_shown_while_they_are_being_written(shared):
 
     def write():
         while not stop.is_set():
-            metrics._tally.count("visionaccel_patches", "someone", "cpu")
+            metrics._counters.count("visionaccel_patches", "someone", "cpu")
             area.append(json.dumps(metrics.snapshot()).encode())
             stop.wait(0.001)
 
@@ -431,7 +431,7 @@ def test_a_full_disk_ends_the_timeline_and_nothing_else(tmp_path, monkeypatch, c
     def full(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("visionaccel.observe.trace.os.write", full)
+    monkeypatch.setattr("visionaccel.observe.observers.os.write", full)
     trace.slice("queue", "queue", "x", 0.0, 1.0)
     trace.slice("queue", "queue", "x", 1.0, 1.0)
     assert caplog.text.count("The timeline ends here: No space left") == 1
@@ -446,7 +446,7 @@ def _installed_in_a_fork(queue):
 def test_a_fork_counts_anew():
     plugins = default_registry().plugins
     metrics = EncoderMetrics.install()
-    metrics._tally.count("visionaccel_patches", "someone", "cpu", amount=5)
+    metrics._counters.count("visionaccel_patches", "someone", "cpu", amount=5)
     fork = multiprocessing.get_context("fork")
     queue = fork.SimpleQueue()
     process = fork.Process(target=_installed_in_a_fork, args=(queue,))

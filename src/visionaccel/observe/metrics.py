@@ -1,25 +1,59 @@
-"""Metrics of this process's encoders: an observer that counts, and what is read off services when somebody asks."""
+"""Metrics of this process's encoders: an observer that counts, and what is read from services when it is asked.
+
+Counts are kept here, and not by prometheus_client, whose values live in files as soon as one variable is set for the
+whole process, which is vLLM's to decide. As plain data, several processes' counts can be added up.
+"""
 
 from __future__ import annotations
 
+import bisect
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from visionaccel.backends import BreakerReport, DriftReport, EncodeReport, FailureReport, hookimpl
 from visionaccel.observe.observers import installed
-from visionaccel.observe.tally import Series, Snapshot, Tally, families
 
 if TYPE_CHECKING:  # which tell their observers, and are read by this one
-    from visionaccel.service import EncodeService
+    from visionaccel.service import EncodeService, ServiceCounters
     from visionaccel.trust import GuardedEncoder
 
-__all__ = ["SERIES", "EncoderMetrics", "MetricsCollector", "metrics_table"]
+__all__ = [
+    "SERIES", "Counters", "EncoderMetrics", "MetricsCollector", "Series", "Snapshot", "families", "merged",
+    "metrics_table", "without_levels",
+]  # fmt: skip
+
+Snapshot = dict[str, list[tuple[list[str], Any]]]
+"""By a series' name: label values, and a number, or of a distribution the counts of its buckets and its sum."""
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """One metric.
+
+    Attributes:
+        name: Its name, as Prometheus shows it; a counter's without `_total`.
+        kind: A counter only grows, and several processes' are added, as histograms are.
+        help: What it is.
+        labels: Names of its labels.
+        buckets: Upper bounds of a histogram's buckets, without infinity.
+        merge: What several processes show of a gauge.
+    """
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+    merge: Literal["sum", "max", "min"] = "sum"
+
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _PATCHES = (64.0, 256.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0, 32768.0, 65536.0)
@@ -83,10 +117,10 @@ class EncoderMetrics:
     """
 
     def __init__(self) -> None:
-        self._tally = Tally(SERIES)
+        self._counters = Counters(SERIES)
         self.counts_work = True
+        self._watched: list[tuple[EncodeService | GuardedEncoder, Callable[[], dict[tuple[str, ...], int]]]] = []
         self._services: list[EncodeService] = []
-        self._encoders: list[GuardedEncoder] = []
         self._any_service = False
         self._ended: Counter[tuple[str, ...]] = Counter()
         self._reading = threading.Lock()
@@ -96,103 +130,106 @@ class EncoderMetrics:
         """Start counting in this process; the same for every caller, and not for a fork of theirs."""
         return installed(cls, cls)
 
-    def watch_encoder(self, encoder: GuardedEncoder) -> None:
-        """Show an encoder's counters, until it is closed and read once more."""
+    def watch_encoder(self, encoder: GuardedEncoder, *, served: bool = False) -> None:
+        """Show an encoder's counters, until it is closed and read once more.
+
+        Args:
+            encoder: The encoder.
+            served: It belongs to a service, which counts the items that failed.
+        """
         with self._reading:
-            self._encoders.append(encoder)
+            self._watched.append((encoder, partial(_counts_of_encoder, encoder, served)))
         for stage in encoder.stages:
             opened = stage.encoder_if_open
             if opened is not None:
-                device = opened.capabilities.device
-                self._tally.set("visionaccel_breaker_state", opened.backend, device, value=_STATES[stage.breaker.state])
+                who = opened.backend, opened.capabilities.device
+                self._counters.set("visionaccel_breaker_state", *who, value=_STATES[stage.breaker.state])
 
     def watch_service(self, service: EncodeService) -> None:
         """Show a service's counters, and those of its encoders, until it is closed and read once more."""
         with self._reading:
             self._any_service = True
             self._services.append(service)
+            self._watched.append((service, partial(_counts_of_service, service)))
         for encoder in service.encoders:
-            self.watch_encoder(encoder)
+            self.watch_encoder(encoder, served=True)
 
     def processed(self, seconds: float) -> None:
         """The image processor has run."""
-        self._tally.observe("visionaccel_processor_seconds", value=seconds)
+        self._counters.observe("visionaccel_processor_seconds", value=seconds)
 
     def snapshot(self) -> Snapshot:
         """Everything so far."""
         self._read_watched()
-        return self._tally.snapshot()
+        return self._counters.snapshot()
 
     @hookimpl
     def visionaccel_encoded(self, report: EncodeReport) -> None:
         """Count an encode."""
         if not self.counts_work:
             return
-        tally, who = self._tally, (report.backend, report.device)
+        counters, who = self._counters, (report.backend, report.device)
         seconds = report.check_seconds + report.prepare_seconds + report.run_seconds + report.finish_seconds
-        tally.observe("visionaccel_encode_seconds", *who, report.purpose, value=seconds)
+        counters.observe("visionaccel_encode_seconds", *who, report.purpose, value=seconds)
         if report.purpose != "request":
             return
         if report.queue_seconds is not None:
-            tally.observe("visionaccel_queue_seconds", *who, value=report.queue_seconds)
-        tally.observe("visionaccel_encode_patches", *who, value=report.patches)
-        tally.count("visionaccel_patches", *who, amount=report.patches)
-        tally.count("visionaccel_tokens", *who, amount=report.tokens)
-        tally.count("visionaccel_bytes", *who, "in", amount=report.bytes_in)
-        tally.count("visionaccel_bytes", *who, "out", amount=report.bytes_out)
+            counters.observe("visionaccel_queue_seconds", *who, value=report.queue_seconds)
+        counters.observe("visionaccel_encode_patches", *who, value=report.patches)
+        counters.count("visionaccel_patches", *who, amount=report.patches)
+        counters.count("visionaccel_tokens", *who, amount=report.tokens)
+        counters.count("visionaccel_bytes", *who, "in", amount=report.bytes_in)
+        counters.count("visionaccel_bytes", *who, "out", amount=report.bytes_out)
         for part in _PARTS:
-            tally.count("visionaccel_part_seconds", *who, part, amount=getattr(report, f"{part}_seconds"))
+            counters.count("visionaccel_part_seconds", *who, part, amount=getattr(report, f"{part}_seconds"))
 
     @hookimpl
     def visionaccel_failed(self, report: FailureReport) -> None:
         """Count a failed attempt."""
-        self._tally.count("visionaccel_failures", report.backend, report.device, report.kind)
+        self._counters.count("visionaccel_failures", report.backend, report.device, report.kind)
 
     @hookimpl
     def visionaccel_compared(self, report: DriftReport) -> None:
         """Count a comparison."""
         who = (report.backend, report.device, report.source)
         if report.encoded:
-            self._tally.observe("visionaccel_drift", *who, value=1.0 - report.lowest_cosine)
-            self._tally.set("visionaccel_lowest_cosine", *who, value=report.lowest_cosine)
+            self._counters.observe("visionaccel_drift", *who, value=1.0 - report.lowest_cosine)
+            self._counters.set("visionaccel_lowest_cosine", *who, value=report.lowest_cosine)
         outcome = "passed" if report.passed else "failed" if report.encoded else "not encoded"
-        self._tally.count("visionaccel_comparisons", *who, outcome)
+        self._counters.count("visionaccel_comparisons", *who, outcome)
 
     @hookimpl
     def visionaccel_breaker(self, report: BreakerReport) -> None:
         """Note a breaker's state."""
         who = (report.backend, report.device)
-        self._tally.set("visionaccel_breaker_state", *who, value=_STATES[report.state])
+        self._counters.set("visionaccel_breaker_state", *who, value=_STATES[report.state])
         if report.state == "open":
-            self._tally.count("visionaccel_breaker_openings", *who)
+            self._counters.count("visionaccel_breaker_openings", *who)
 
     def _read_watched(self) -> None:
-        """Read off what is counted elsewhere. What is closed is read once more, and let go."""
+        """Read what is counted elsewhere. What is closed is read once more, and dropped."""
         with self._reading:
-            served = {id(encoder) for service in self._services for encoder in service.encoders}
-            every: list[tuple[Any, Callable[[Any], dict[tuple[str, ...], int]]]]
-            every = [(each, partial(_counts_of_encoder, served=id(each) in served)) for each in self._encoders]
-            every += [(each, _counts_of_service) for each in self._services]
-            ended = [each for each, _ in every if each.closed]  # before their counts are read, which are final then
-            now = Counter(self._ended)
-            for watched, counts_of in every:
-                counts = counts_of(watched)
+            now, still_open = Counter(self._ended), []
+            for watched, counts_of in self._watched:
+                closed = watched.closed  # before its counts are read, which are final then
+                counts = counts_of()
                 now.update(counts)
-                if watched in ended:
+                if closed:
                     self._ended.update(counts)
-            self._encoders = [encoder for encoder in self._encoders if encoder not in ended]
-            self._services = [service for service in self._services if service not in ended]
+                else:
+                    still_open.append((watched, counts_of))
+            self._watched = still_open
             for (name, *labels), value in now.items():
-                self._tally.set(name, *labels, value=value)
+                self._counters.set(name, *labels, value=value)
+            self._services = [service for service in self._services if not service.closed]
             if self._any_service:
-                self._read_levels(list(self._services))
+                self._read_levels([service.counters for service in self._services])
 
-    def _read_levels(self, services: Sequence[EncodeService]) -> None:
-        counters = [service.counters for service in services]
-        held = sum(cache.held for cache in {service.cache for service in services})
-        self._tally.set("visionaccel_cache_bytes", value=held)
-        self._tally.set("visionaccel_waiting_items", value=sum(each.waiting for each in counters))
-        self._tally.set("visionaccel_running_items", value=sum(each.running for each in counters))
+    def _read_levels(self, counters: Sequence[ServiceCounters]) -> None:
+        held = sum(cache.held for cache in {service.cache for service in self._services})
+        self._counters.set("visionaccel_cache_bytes", value=held)
+        self._counters.set("visionaccel_waiting_items", value=sum(each.waiting for each in counters))
+        self._counters.set("visionaccel_running_items", value=sum(each.running for each in counters))
 
 
 def _counts_of_service(service: EncodeService) -> dict[tuple[str, ...], int]:
@@ -207,19 +244,14 @@ def _counts_of_service(service: EncodeService) -> dict[tuple[str, ...], int]:
     }
 
 
-def _counts_of_encoder(encoder: GuardedEncoder, *, served: bool) -> dict[tuple[str, ...], int]:
-    """What an encoder has counted, by a series' name and label values.
-
-    Args:
-        encoder: The encoder.
-        served: It belongs to a service, which counts the items that failed, those past a deadline included.
-    """
+def _counts_of_encoder(encoder: GuardedEncoder, served: bool) -> dict[tuple[str, ...], int]:
+    """What an encoder has counted, by a series' name and label values."""
     device = encoder.primary.capabilities.device
     return {
         ("visionaccel_failed_items",): 0 if served else encoder.failed_items,
         ("visionaccel_fallback_items",): encoder.fallback_items,
         ("visionaccel_shadow_skipped",): encoder.shadow.skipped if encoder.shadow is not None else 0,
-        # The other stages are the first of another chain, or fallbacks.
+        # The other links are the first of another chain, or fallbacks.
         ("visionaccel_device_restarts", encoder.primary.backend, device): encoder.stages[0].restarts,
     }
 
@@ -236,3 +268,93 @@ class MetricsCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """The families, as they are now."""
         return families(SERIES, self._metrics.snapshot())
+
+
+class Counters:
+    """What a process has counted. Safe to use from several threads.
+
+    Args:
+        table: The series that there are.
+    """
+
+    def __init__(self, table: Iterable[Series]) -> None:
+        self._table = {series.name: series for series in table}
+        self._lock = threading.Lock()
+        self._cells: dict[str, dict[tuple[str, ...], Any]] = {name: {} for name in self._table}
+
+    def count(self, name: str, *labels: str, amount: float = 1.0) -> None:
+        """Add to a counter."""
+        with self._lock:
+            cells = self._cells[name]
+            cells[labels] = cells.get(labels, 0.0) + amount
+
+    def set(self, name: str, *labels: str, value: float) -> None:
+        """Set a gauge, or a counter that is kept elsewhere."""
+        with self._lock:
+            self._cells[name][labels] = value
+
+    def observe(self, name: str, *labels: str, value: float) -> None:
+        """Add a value to a histogram."""
+        bounds = self._table[name].buckets
+        with self._lock:
+            cell = self._cells[name].setdefault(labels, [0.0] * (len(bounds) + 2))
+            cell[bisect.bisect_left(bounds, value)] += 1
+            cell[-1] += value
+
+    def snapshot(self) -> Snapshot:
+        """Everything so far, as plain data."""
+        with self._lock:
+            return {
+                name: [(list(labels), list(cell) if isinstance(cell, list) else cell) for labels, cell in cells.items()]
+                for name, cells in self._cells.items()
+            }
+
+
+def merged(table: Iterable[Series], snapshots: Iterable[Snapshot]) -> Snapshot:
+    """Several processes' counts as one.
+
+    What a snapshot holds that the table does not know, or not in that form, is left out.
+    """
+    known = {series.name: series for series in table}
+    sums: dict[str, dict[tuple[str, ...], Any]] = {name: {} for name in known}
+    for snapshot in snapshots:
+        for name in known.keys() & snapshot.keys():
+            for labels, value in snapshot[name]:
+                key, cells = tuple(labels), sums[name]
+                if len(key) == len(known[name].labels):
+                    cells[key] = _together(known[name], cells[key], value) if key in cells else value
+    return {name: [(list(labels), value) for labels, value in cells.items()] for name, cells in sums.items()}
+
+
+def without_levels(table: Iterable[Series], snapshot: Snapshot) -> Snapshot:
+    """A snapshot of a process that has ended: what it counted stays, and how things stood does not."""
+    levels = {series.name for series in table if series.kind == "gauge"}
+    return {name: rows for name, rows in snapshot.items() if name not in levels}
+
+
+def families(table: Iterable[Series], snapshot: Snapshot) -> Iterator[Metric]:
+    """A snapshot as prometheus_client's metric families; series without values are shown, too, by name and meaning."""
+    for series in table:
+        rows = snapshot.get(series.name, [])
+        if series.kind == "histogram":
+            histogram = HistogramMetricFamily(series.name, series.help, labels=series.labels)
+            for labels, cells in rows:
+                *counts, total = cells
+                running, buckets = 0.0, []
+                for bound, count in zip((*map(repr, series.buckets), "+Inf"), counts, strict=True):
+                    running += count
+                    buckets.append((bound, running))
+                histogram.add_metric(labels, buckets, total)
+            yield histogram
+        else:
+            kind = CounterMetricFamily if series.kind == "counter" else GaugeMetricFamily
+            family = kind(series.name, series.help, labels=series.labels)
+            for labels, value in rows:
+                family.add_metric(labels, value)
+            yield family
+
+
+def _together(series: Series, one: Any, other: Any) -> Any:
+    if series.kind == "histogram":
+        return [a + b for a, b in zip(one, other, strict=True)]
+    return {"sum": one + other, "max": max(one, other), "min": min(one, other)}[series.merge]

@@ -1,20 +1,44 @@
-"""Observers that a process has one of."""
+"""The log of encode times (`VISIONACCEL_TIMING`) and the timeline (`VISIONACCEL_TRACE`)."""
 
 from __future__ import annotations
 
+import json
+import multiprocessing
 import os
+import tempfile
 import threading
 from collections.abc import Callable
-from typing import TypeVar
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
-from visionaccel.backends import default_registry
+from visionaccel.backends import EncodeReport, default_registry, hookimpl
+from visionaccel.core.safe_text import safe_logger
+from visionaccel.errors import ConfigurationError
 
-__all__ = ["installed"]
+__all__ = ["TIMING_PREFIX", "Category", "TimingLog", "TraceLog", "installed", "timed_encodes"]
+
+logger = safe_logger(__name__)
 
 _T = TypeVar("_T")
 _owners: dict[str, int] = {}
 _installing = [threading.RLock()]
 os.register_at_fork(after_in_child=lambda: _installing.__setitem__(0, threading.RLock()))
+
+Category = Literal["queue", "device", "host", "decode", "processor"]
+
+TIMING_PREFIX = "visionaccel encode "
+"""What a timing line starts with; a JSON object follows."""
+
+_PARTS = {
+    "queue": "queue_seconds",
+    "check": "check_seconds",
+    "host_pre": "prepare_seconds",
+    "transfer_in": "transfer_in_seconds",
+    "device": "device_seconds",
+    "transfer_out": "transfer_out_seconds",
+    "host_post": "finish_seconds",
+}
 
 
 def installed(kind: type[_T], make: Callable[[], _T]) -> _T:
@@ -37,3 +61,173 @@ def installed(kind: type[_T], make: Callable[[], _T]) -> _T:
         plugins.register(made, name)
         _owners[name] = os.getpid()
         return made
+
+
+class TimingLog:
+    """Observer that logs one line for each encode: sizes, milliseconds of each part, and the transfers' bandwidth."""
+
+    @classmethod
+    def install(cls) -> None:
+        """Start logging in this process; once."""
+        installed(cls, cls)
+
+    @hookimpl
+    def visionaccel_encoded(self, report: EncodeReport) -> None:
+        """Log one encode."""
+        seconds = {part: getattr(report, name) for part, name in _PARTS.items()}
+        line = {
+            "backend": report.backend,
+            "device": report.device,
+            "purpose": report.purpose,
+            "grids": [str(grid) for grid in report.grids],
+            "patches": report.patches,
+            "tokens": report.tokens,
+            "ms": {part: round(1e3 * value, 3) for part, value in seconds.items() if value is not None},
+            "bytes_in": report.bytes_in,
+            "bytes_out": report.bytes_out,
+            "gb_per_s_in": _bandwidth(report.bytes_in, report.transfer_in_seconds),
+            "gb_per_s_out": _bandwidth(report.bytes_out, report.transfer_out_seconds),
+        }
+        logger.info("%s%s", TIMING_PREFIX, json.dumps(line))
+
+
+def timed_encodes(log: str) -> list[dict[str, Any]]:
+    """The encodes of requests that a log tells of, without canaries and shadows, in their order."""
+    lines = [json.loads(line.partition(TIMING_PREFIX)[2]) for line in log.splitlines() if TIMING_PREFIX in line]
+    return [line for line in lines if line["purpose"] == "request"]
+
+
+def _bandwidth(size: int, seconds: float) -> float | None:
+    """GB/s; None where the session told of no transfer."""
+    return round(size / seconds / 1e9, 3) if seconds > 0 else None
+
+
+class TraceLog:
+    """A timeline of encodes and steps in Chrome's trace format. Safe to use from several threads and processes.
+
+    Every process of a server appends to one file, whose times are of one clock, so it shows what ran at the same time.
+    The format's array may lack its end: the file is whole at any time.
+
+    Args:
+        path: The file; begun if it is not there.
+        process: What to call this process; by default as multiprocessing does.
+
+    Raises:
+        ConfigurationError: If it cannot be written.
+    """
+
+    def __init__(self, path: Path, process: str | None = None) -> None:
+        try:
+            _begin(path)
+            self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        except OSError as error:
+            raise ConfigurationError(
+                f"VISIONACCEL_TRACE: {path} cannot be written: {error}", hint="Name a file in an existing folder."
+            ) from error
+        self._lock, self._full = threading.Lock(), False
+        self._lanes: dict[str, list[tuple[int, float]]] = {}
+        self._numbers = 0
+        name = process or multiprocessing.current_process().name
+        self._write({"ph": "M", "name": "process_name", "args": {"name": name}})
+
+    @classmethod
+    def install(cls, path: Path, process: str | None = None) -> TraceLog:
+        """Start tracing in this process; the same for every caller, and not for a fork of theirs."""
+        return installed(cls, lambda: cls(path, process))
+
+    def slice(
+        self, lane: str, category: Category, name: str, start: float, seconds: float, **details: Any
+    ) -> tuple[int, float]:
+        """Note what took some time.
+
+        Args:
+            lane: What it ran on. What overlaps on one gets a second lane of that name.
+            category: Its kind.
+            name: What it was.
+            start: When it began, on the clock of `time.monotonic`.
+            seconds: How long it took.
+            details: What else is shown of it.
+
+        Returns:
+            The lane's number and the start, for `within`.
+        """
+        thread = self._lane(lane, start, start + seconds)
+        self.within(thread, category, name, start, seconds, **details)
+        return thread, start
+
+    def within(self, thread: int, category: Category, name: str, start: float, seconds: float, **details: Any) -> None:
+        """Note a part of a slice, in its lane."""
+        times = {"ts": round(1e6 * start, 1), "dur": round(1e6 * seconds, 1)}
+        self._write({"ph": "X", "name": name, "cat": category, **times, "tid": thread, "args": details})
+
+    @hookimpl
+    def visionaccel_encoded(self, report: EncodeReport) -> None:
+        """Note an encode with its parts, and how long it waited."""
+        what = ", ".join(map(str, report.grids[:8]))
+        host_before = report.check_seconds + report.prepare_seconds
+        total = host_before + report.run_seconds + report.finish_seconds
+        if report.queue_seconds:
+            self.slice("queue", "queue", what, report.started - report.queue_seconds, report.queue_seconds)
+        name = f"{report.purpose} {what}"
+        details = {"patches": report.patches, "tokens": report.tokens, "bytes_in": report.bytes_in,
+                   "bytes_out": report.bytes_out}  # fmt: skip
+        thread, at = self.slice(
+            f"device {report.backend} {report.device}", "device", name, report.started, total, **details
+        )
+        # Of several calls in one encode, the parts of a kind are shown as one.
+        parts: tuple[tuple[str, Category, float], ...] = (
+            ("host before", "host", host_before),
+            ("transfer in", "host", report.transfer_in_seconds),
+            ("compute", "device", report.device_seconds),
+            ("transfer out", "host", report.transfer_out_seconds),
+            ("host after", "host", report.finish_seconds),
+        )
+        for part, category, seconds in parts:
+            if seconds > 0:
+                self.within(thread, category, part, at, seconds)
+            at += seconds
+
+    def _lane(self, name: str, start: float, end: float) -> int:
+        """A lane of that name that is free from then on; events of one must not overlap."""
+        with self._lock:
+            lanes = self._lanes.setdefault(name, [])
+            for place, (number, busy_until) in enumerate(lanes):
+                if busy_until <= start:
+                    lanes[place] = (number, end)
+                    return number
+            self._numbers += 1
+            number = self._numbers
+            lanes.append((number, end))
+            shown = name if len(lanes) == 1 else f"{name} ({len(lanes)})"
+        self._write({"ph": "M", "name": "thread_name", "tid": number, "args": {"name": shown}})
+        return number
+
+    def _write(self, event: dict[str, Any]) -> None:
+        if self._full:
+            return
+        try:
+            line = json.dumps({**event, "pid": os.getpid()}) + ",\n"
+            os.write(self._file, line.encode())  # one call: what processes append is not mixed
+        except OSError as error:
+            self._full = True
+            logger.error("The timeline ends here: %s", error)
+
+
+def _begin(path: Path) -> None:
+    """Begin the array, once for all processes: a file appears with its first line in it, or was there."""
+    if path.exists():
+        return
+    descriptor, begun = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        os.write(descriptor, b"[\n")
+        try:
+            os.link(begun, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            with suppress(FileExistsError):
+                os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+                path.write_bytes(b"[\n")
+    finally:
+        os.close(descriptor)
+        Path(begun).unlink()

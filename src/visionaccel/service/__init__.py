@@ -4,12 +4,13 @@ from visionaccel.service.assembly import open_guarded, open_service, open_wanted
 from visionaccel.service.cache import EmbeddingCache
 from visionaccel.service.keys import item_key, numerics
 from visionaccel.service.service import EncodeService
-from visionaccel.service.state import Embedding
+from visionaccel.service.state import Embedding, ServiceCounters
 
 __all__ = [
     "Embedding",
     "EmbeddingCache",
     "EncodeService",
+    "ServiceCounters",
     "item_key",
     "numerics",
     "open_guarded",
