@@ -26,7 +26,7 @@ from visionaccel.core.grid import GridLike
 from visionaccel.core.program import ONNX
 from visionaccel.encoder import Encoder, OpenProgram, open_tower
 from visionaccel.observe import EncoderMetrics
-from visionaccel.trust import GuardedEncoder, Stage
+from visionaccel.trust import ChainLink, GuardedEncoder
 from visionaccel_testing.checkpoints import QWEN2_5_VL_7B, random_checkpoint
 
 GRID = (1, 32, 32)
@@ -88,7 +88,7 @@ def _parts(checkpoint: Path, patches: Array) -> dict[str, float]:
     rows = np.random.default_rng(1).standard_normal((256, tower.out_width), dtype=np.float32)
     opened = OpenProgram(program, tower.host(program), _Instant(rows))
     encoder = Encoder(tower, "instant", [opened], default_registry())
-    guarded = GuardedEncoder(Stage("instant", encoder))
+    guarded = GuardedEncoder(ChainLink("instant", encoder))
 
     def bare() -> None:
         encoder._encode(patches, [GRID], None)

@@ -127,7 +127,7 @@ def test_a_shadow_does_not_convict_a_device_because_the_checkpoint_was_replaced(
     guarded.encode_items(PATCHES, [GRID])
     wait_until(lambda: guarded.shadow.compared == 1)
     assert guarded.shadow.drifted == 0
-    assert guarded.stages[0].breaker.closed
+    assert guarded.links[0].breaker.closed
     guarded.close()
 
 

@@ -33,7 +33,7 @@ from visionaccel.isolation import IsolatedSession, Limits, process
 from visionaccel.isolation.process import DeviceProcess
 from visionaccel.isolation.request import OpenRequest, packed
 from visionaccel.isolation.shared_arrays import SharedArrays
-from visionaccel.trust import GuardedEncoder, Stage
+from visionaccel.trust import ChainLink, GuardedEncoder
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="devices live in processes of their own on Linux only")
 
@@ -858,7 +858,7 @@ def test_a_fallback_takes_over_while_the_device_is_down_and_the_device_after_it(
     patches = random_patches(grids)
     with encoder_of(device, tiny) as primary, open_encoder(tiny, backend="onnxrt") as second:
         exact = second.encode(patches, grids)
-        guarded = GuardedEncoder(primary, [Stage("second", second)])
+        guarded = GuardedEncoder(primary, [ChainLink("second", second)])
         device.will("abort", "abort")
         for _ in range(3):  # killed, killed again, in the delay
             (answer,) = guarded.encode_items(patches, grids)

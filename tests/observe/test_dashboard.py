@@ -21,7 +21,7 @@ from visionaccel import open_encoder
 from visionaccel.backends import default_registry
 from visionaccel.observe import SERIES, EncoderMetrics, MetricsCollector
 from visionaccel.service import EncodeService
-from visionaccel.trust import GuardedEncoder, Shadow, Stage
+from visionaccel.trust import ChainLink, GuardedEncoder, Shadow
 
 ROOT = Path(__file__).parents[2]
 DASHBOARD = json.loads((ROOT / "docs/dashboards/visionaccel.json").read_text())
@@ -86,12 +86,12 @@ def prometheus(tmp_path_factory, tiny):
 def _encode_a_while(tiny, metrics, url):
     """Encodes, failures and comparisons, until Prometheus has seen some of them come."""
     first, gate = gated(tiny)
-    second = Stage("onnxrt", open_encoder(tiny, backend="onnxrt"))
+    second = ChainLink("onnxrt", open_encoder(tiny, backend="onnxrt"))
     gate.fail = lambda patches: OSError("gone") if len(patches) == 32 else None
-    shadow = Shadow(1.0, 0.999, Stage("exact", open_encoder(tiny, backend="onnxrt")))
+    shadow = Shadow(1.0, 0.999, ChainLink("exact", open_encoder(tiny, backend="onnxrt")))
     metrics.processed(0.01)
-    stage = Stage("gated", first.primary, cool_down=60.0)
-    with EncodeService([GuardedEncoder(stage, [second], shadow)]) as service:
+    link = ChainLink("gated", first.primary, cool_down=60.0)
+    with EncodeService([GuardedEncoder(link, [second], shadow)]) as service:
         metrics.watch_service(service)
         limit, seed = time.monotonic() + 60, 0
         while time.monotonic() < limit:
@@ -102,7 +102,7 @@ def _encode_a_while(tiny, metrics, url):
             time.sleep(0.05)
             try:
                 if len(query(url, "rate(visionaccel_failures_total[3s]) > 0")) and seed > 30:
-                    stage.breaker.trip("for the alert")
+                    link.breaker.trip("for the alert")
                     time.sleep(1.5)
                     return
             except OSError:

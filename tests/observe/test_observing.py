@@ -35,7 +35,7 @@ from visionaccel.observe import (
     timed_encodes,
 )
 from visionaccel.service import EncodeService
-from visionaccel.trust import GuardedEncoder, Stage
+from visionaccel.trust import ChainLink, GuardedEncoder
 
 GRID = (1, 4, 6)
 
@@ -198,7 +198,7 @@ def test_metrics_tell_of_encodes_failures_fallbacks_breakers_the_queue_and_the_c
     metrics = observed(EncoderMetrics())
     with open_encoder(tiny, backend="onnxrt") as healthy:
         guarded, gate = gated(tiny)
-        guarded = GuardedEncoder(guarded.stages[0], [Stage("onnxrt", healthy)])
+        guarded = GuardedEncoder(guarded.links[0], [ChainLink("onnxrt", healthy)])
         gate.fail = lambda patches: OSError("gone") if len(patches) == 32 else None
         with EncodeService([guarded]) as service:
             metrics.watch_service(service)

@@ -9,7 +9,7 @@ import numpy as np
 from visionaccel import open_encoder
 from visionaccel.backends import Session, default_registry
 from visionaccel.encoder import Encoder, OpenProgram
-from visionaccel.trust import GuardedEncoder, Stage
+from visionaccel.trust import ChainLink, GuardedEncoder
 
 
 class Gate(Session):
@@ -66,8 +66,8 @@ def gated(checkpoint, fallback=None, deadline=120.0, **capabilities) -> tuple[Gu
     (opened,) = encoder.programs
     gate = Gate(opened.session, **capabilities)
     programs = [OpenProgram(opened.program, opened.host, gate)]
-    others = [] if fallback is None else [Stage("fallback", fallback, deadline=deadline, cool_down=0.2)]
-    first = Stage(
+    others = [] if fallback is None else [ChainLink("fallback", fallback, deadline=deadline, cool_down=0.2)]
+    first = ChainLink(
         "gated", Encoder(encoder.tower, "gated", programs, default_registry()), deadline=deadline, cool_down=0.2
     )
     return GuardedEncoder(first, others), gate

@@ -31,7 +31,7 @@ def test_it_opens_after_failures_in_a_row_and_successes_start_the_count_anew(clo
         breaker.failed("it hung")
     assert breaker.state is BreakerState.OPEN
     assert breaker.reason == "3 encodes in a row failed, the last because it hung"
-    assert not breaker.for_sure
+    assert not breaker.proven
 
 
 def test_only_a_probe_closes_it_and_it_is_probed_later_each_time(clock):
@@ -40,7 +40,7 @@ def test_only_a_probe_closes_it_and_it_is_probed_later_each_time(clock):
         cool_down=1.0, longest=3.0, changed=lambda state, reason: seen.append((state, reason)), clock=clock
     )
     breaker.trip("it answers wrongly")
-    assert breaker.for_sure
+    assert breaker.proven
     for wait in (1.0, 2.0, 3.0, 3.0):
         clock.now += wait - 0.01
         assert not breaker.begin_probe()
@@ -60,7 +60,7 @@ def test_only_a_probe_closes_it_and_it_is_probed_later_each_time(clock):
     assert breaker.begin_probe(), "a success in between starts the delays anew"
 
 
-def test_a_probe_that_passes_does_not_close_what_was_opened_for_sure_meanwhile(clock):
+def test_a_probe_that_passes_does_not_close_what_was_opened_proven_meanwhile(clock):
     breaker = Breaker(clock=clock)
     breaker.trip("it hangs")
     clock.now += 1.0
@@ -74,9 +74,9 @@ def test_a_probe_that_passes_does_not_close_what_was_opened_for_sure_meanwhile(c
 def test_doubt_about_a_device_that_failed_often_is_not_lost(clock):
     breaker = Breaker(failures=1, clock=clock)
     breaker.failed("it hung")
-    assert not breaker.for_sure
+    assert not breaker.proven
     breaker.trip("it answers wrongly")
-    assert breaker.for_sure
+    assert breaker.proven
     assert breaker.reason == "it answers wrongly"
 
 

@@ -22,7 +22,7 @@ from visionaccel.errors import (
 )
 from visionaccel.service import EmbeddingCache, EncodeService, open_guarded, open_service
 from visionaccel.settings import Settings
-from visionaccel.trust import BreakerState, GuardedEncoder, LateError, Shadow, Stage, WatchedCalls
+from visionaccel.trust import BreakerState, ChainLink, GuardedEncoder, LateError, Shadow, WatchedCalls
 
 GRID = (1, 4, 4)
 
@@ -47,12 +47,12 @@ class Scripted(Gate):
 
 
 def scripted(checkpoint, name, **settings):
-    """A stage on a scripted session, and the session."""
+    """A link on a scripted session, and the session."""
     encoder = open_encoder(checkpoint, backend="torch_ref")
     (opened,) = encoder.programs
     session = Scripted(opened.session)
     programs = [OpenProgram(opened.program, opened.host, session)]
-    return Stage(name, Encoder(encoder.tower, name, programs, default_registry()), **settings), session
+    return ChainLink(name, Encoder(encoder.tower, name, programs, default_registry()), **settings), session
 
 
 def failures(told):
@@ -109,8 +109,8 @@ def test_where_nothing_follows_any_failure_is_tried_once_more(tiny, told):
 
 
 def test_a_chain_is_asked_in_its_order_and_every_reason_is_told(tiny):
-    stages, devices = zip(*(scripted(tiny, name) for name in ("first", "second", "third")), strict=True)
-    guarded = GuardedEncoder(stages[0], stages[1:])
+    links, devices = zip(*(scripted(tiny, name) for name in ("first", "second", "third")), strict=True)
+    guarded = GuardedEncoder(links[0], links[1:])
     for device in devices:
         device.script = [OSError(f"device {id(device)} is gone")] * 3
     (answer,) = guarded.encode_items(random_patches([GRID]), [GRID])
@@ -200,25 +200,25 @@ def test_devices_of_one_service_take_over_from_each_other(tiny, tmp_path):
         tiny, backend="simulated", devices=["onnxrt@0", "onnxrt@1"], options={"switch": str(switch)}, cache_size=0
     )
     with service:
-        one, other = (encoder.stages[0] for encoder in service.encoders)
+        one, other = (encoder.links[0] for encoder in service.encoders)
         one.distrust("for the test")
         for seed in range(6):
             patches = random_patches([GRID], seed=seed)
             (rows,) = service.encode(patches, [GRID])
             np.testing.assert_allclose(rows, right(tiny, patches, [GRID]), rtol=0, atol=2e-5)
         assert service.counters.fallback == 0
-        assert {stage.name for stage in service.encoders[0].stages} == {"simulated"}
-        assert service.encoders[0].stages[1] is other
+        assert {link.name for link in service.encoders[0].links} == {"simulated"}
+        assert service.encoders[0].links[1] is other
 
 
 # Hangs
 
 
 def test_a_hang_in_the_servers_process_leaves_the_item_and_those_behind_it_to_the_fallback(tiny):
-    stages = []
+    links = []
 
     def fallback():
-        stages.append(threading.get_ident())
+        links.append(threading.get_ident())
         return open_encoder(tiny, backend="onnxrt")
 
     guarded, gate = gated(tiny, fallback, deadline=0.5)
@@ -229,9 +229,9 @@ def test_a_hang_in_the_servers_process_leaves_the_item_and_those_behind_it_to_th
             exact = right(tiny, random_patches([GRID], seed=seed), [GRID])
             np.testing.assert_allclose(future.result(30), exact, rtol=0, atol=2e-5)
         assert (service.counters.failed, service.counters.fallback) == (0, 4)
-        assert not guarded.stages[0].breaker.closed
+        assert not guarded.links[0].breaker.closed
         gate.let_in()
-        wait_until(lambda: guarded.stages[0].breaker.closed)
+        wait_until(lambda: guarded.links[0].breaker.closed)
         before = service.counters.fallback
         service.submit(random_patches([GRID], seed=9), GRID).result(30)
         assert service.counters.fallback == before, "the device works again"
@@ -272,7 +272,7 @@ def test_in_line_a_hang_ends_after_the_deadline_and_the_fallback_answers(tiny, t
     assert 0.5 <= time.monotonic() - started < 1.5 + 5
     assert answer.fallback
     switch.write_text("")
-    wait_until(lambda: guarded.stages[0].breaker.closed)
+    wait_until(lambda: guarded.links[0].breaker.closed)
     (answer,) = guarded.encode_items(patches, [GRID])
     assert not answer.fallback
     guarded.close()
@@ -283,24 +283,24 @@ def test_in_line_a_hang_ends_after_the_deadline_and_the_fallback_answers(tiny, t
 
 def test_a_call_that_the_steps_end_cuts_off_is_no_hang_and_its_device_works_again_once_it_returns(tiny, told):
     guarded, gate = gated(tiny, deadline=60.0)
-    (stage,) = guarded.stages
+    (link,) = guarded.links
     gate.shut()
     (answer,) = guarded.encode_items(random_patches([GRID]), [GRID], until=time.monotonic() + 0.5)
     assert isinstance(answer, DeadlineError)
     assert "the engine's step had no more time before device 'cpu' answered" in answer.message
     assert "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS" in answer.hint
-    assert stage.breaker.closed
-    assert not stage.hangs_for
+    assert link.breaker.closed
+    assert not link.hangs_for
 
     # Nothing else is given to it until then, not even what has all the time.
-    assert not stage.ready
+    assert not link.ready
     (answer,) = guarded.encode_items(random_patches([GRID]), [GRID])
     assert "gated is still busy with what a step of the engine had no more time for" in answer.message
-    assert isinstance(stage.encode(random_patches([GRID]), [Grid(*GRID)]), DeadlineError)
-    assert (len(gate.calls), stage.breaker.closed) == (1, True)
+    assert isinstance(link.encode(random_patches([GRID]), [Grid(*GRID)]), DeadlineError)
+    assert (len(gate.calls), link.breaker.closed) == (1, True)
 
     gate.let_in()
-    wait_until(lambda: stage.ready)
+    wait_until(lambda: link.ready)
     (answer,) = guarded.encode_items(random_patches([GRID]), [GRID])
     np.testing.assert_allclose(answer.rows, right(tiny, random_patches([GRID]), [GRID]), rtol=0, atol=2e-5)
     assert told.breakers == []
@@ -309,43 +309,43 @@ def test_a_call_that_the_steps_end_cuts_off_is_no_hang_and_its_device_works_agai
 
 def test_a_call_that_the_steps_end_cut_off_is_a_hang_once_its_own_deadline_has_passed(tiny):
     guarded, gate = gated(tiny, deadline=1.0)
-    (stage,) = guarded.stages
+    (link,) = guarded.links
     gate.shut()
     (answer,) = guarded.encode_items(random_patches([GRID]), [GRID], until=time.monotonic() + 0.3)
     assert isinstance(answer, DeadlineError)
-    assert stage.breaker.closed
-    wait_until(lambda: stage.hangs_for)
-    assert "device 'cpu' did not answer within 1 s" in stage.breaker.reason
+    assert link.breaker.closed
+    wait_until(lambda: link.hangs_for)
+    assert "device 'cpu' did not answer within 1 s" in link.breaker.reason
     gate.let_in()
-    wait_until(lambda: stage.ready)
+    wait_until(lambda: link.ready)
     guarded.close()
 
 
 def test_a_call_that_the_steps_end_cut_off_counts_as_failed_if_it_fails(tiny):
-    stage, device = scripted(tiny, "first", failures=1, cool_down=60)
+    link, device = scripted(tiny, "first", failures=1, cool_down=60)
     device.shut()
     device.script = [OSError("gone")]
-    answer = stage.encode(random_patches([GRID]), [Grid(*GRID)], until=time.monotonic() + 0.3)
+    answer = link.encode(random_patches([GRID]), [Grid(*GRID)], until=time.monotonic() + 0.3)
     assert isinstance(answer, DeadlineError)
-    assert stage.breaker.closed
+    assert link.breaker.closed
     device.let_in()
-    wait_until(lambda: not stage.breaker.closed)
-    assert "gone" in stage.breaker.reason
-    stage.close()
+    wait_until(lambda: not link.breaker.closed)
+    assert "gone" in link.breaker.reason
+    link.close()
 
 
 @pytest.mark.parametrize("left", [0.02, 0.3])
 def test_a_canary_that_the_steps_end_cuts_off_is_no_failure(tiny, left):
-    stage, device = scripted(tiny, "first", canary_on=True, failures=1, cool_down=60)
+    link, device = scripted(tiny, "first", canary_on=True, failures=1, cool_down=60)
     device.shut()
-    answer = stage.encode(random_patches([GRID]), [Grid(*GRID)], until=time.monotonic() + left)
+    answer = link.encode(random_patches([GRID]), [Grid(*GRID)], until=time.monotonic() + left)
     assert isinstance(answer, DeadlineError)
     assert "first is still being tried with its canary" in answer.message
-    assert stage.breaker.closed
+    assert link.breaker.closed
     device.let_in()
-    wait_until(lambda: stage.ready)
-    assert len(stage.encode(random_patches([GRID]), [Grid(*GRID)])) == 4
-    stage.close()
+    wait_until(lambda: link.ready)
+    assert len(link.encode(random_patches([GRID]), [Grid(*GRID)])) == 4
+    link.close()
 
 
 def test_no_call_begins_at_the_very_end_of_a_step(tiny):
@@ -353,7 +353,7 @@ def test_no_call_begins_at_the_very_end_of_a_step(tiny):
     (answer,) = guarded.encode_items(random_patches([GRID]), [GRID], until=time.monotonic() + 0.05)
     assert "the engine's step has no time left for it" in answer.message
     assert gate.calls == []
-    assert guarded.stages[0].ready
+    assert guarded.links[0].ready
     guarded.close()
 
 
@@ -364,13 +364,13 @@ def test_a_process_that_computes_when_the_step_ends_is_not_ended(tiny, tmp_path)
         deadline=60.0, canary="off",
     )  # fmt: skip
     (guarded,) = open_guarded(open_tower(tiny), settings, ("onnxrt",))
-    (stage,) = guarded.stages
+    (link,) = guarded.links
     switch.write_text('[{"all": true, "do": "hang", "seconds": 2}]')
     (answer,) = guarded.encode_items(random_patches([GRID]), [GRID], until=time.monotonic() + 0.5)
     assert isinstance(answer, DeadlineError)
     switch.write_text("")
-    wait_until(lambda: stage.ready)
-    assert (stage.restarts, stage.breaker.closed) == (0, True)
+    wait_until(lambda: link.ready)
+    assert (link.restarts, link.breaker.closed) == (0, True)
     guarded.close()
 
 
@@ -381,15 +381,15 @@ def test_a_fallback_that_the_steps_end_leaves_opening_is_used_once_it_is_open(ti
         held.wait(30)
         return open_encoder(tiny, backend="torch_ref")
 
-    stage = Stage("slow", slow)
-    answer = stage.encode(random_patches([GRID]), [Grid(*GRID)], until=time.monotonic() + 0.3)
+    link = ChainLink("slow", slow)
+    answer = link.encode(random_patches([GRID]), [Grid(*GRID)], until=time.monotonic() + 0.3)
     assert "slow: It is still being opened" in answer.message
-    assert stage.breaker.closed
-    assert not stage.ready
+    assert link.breaker.closed
+    assert not link.ready
     held.set()
-    wait_until(lambda: stage.ready)
-    assert len(stage.encode(random_patches([GRID]), [Grid(*GRID)])) == 4
-    stage.close()
+    wait_until(lambda: link.ready)
+    assert len(link.encode(random_patches([GRID]), [Grid(*GRID)])) == 4
+    link.close()
 
 
 def test_a_call_that_is_left_behind_does_not_hold_up_the_next():
@@ -410,7 +410,7 @@ def test_a_call_that_is_left_behind_does_not_hold_up_the_next():
 def test_a_shadow_that_agrees_only_counts(tiny, told):
     first, _ = scripted(tiny, "first")
     with open_encoder(tiny, backend="onnxrt") as exact:
-        shadow = Shadow(1.0, 0.9999, Stage("exact", exact), waiting=8)
+        shadow = Shadow(1.0, 0.9999, ChainLink("exact", exact), waiting=8)
         guarded = GuardedEncoder(first, (), shadow)
         grids = [GRID, (1, 4, 6)]
         guarded.encode_items(random_patches(grids), grids)
@@ -424,7 +424,7 @@ def test_a_shadow_that_disagrees_takes_the_device_out_of_work_and_forgets_what_i
     first, device = scripted(tiny, "first", cool_down=0.05)
     second, _ = scripted(tiny, "second")
     with open_encoder(tiny, backend="onnxrt") as exact:
-        shadow = Shadow(1.0, 0.9999, Stage("exact", exact))
+        shadow = Shadow(1.0, 0.9999, ChainLink("exact", exact))
         with EncodeService([GuardedEncoder(first, [second], shadow)]) as service:
             patches = random_patches([GRID])
             device.script = ["drift"] * 100
@@ -493,18 +493,18 @@ class Hangs:
 def test_an_observer_of_breakers_that_hangs_holds_up_no_change_and_is_told_in_order(tiny):
     plugins, observer = default_registry().plugins, Hangs()
     plugins.register(observer)
-    stage, device = scripted(tiny, "first", failures=1, cool_down=0.05)
+    link, device = scripted(tiny, "first", failures=1, cool_down=0.05)
     device.script = [OSError("gone")]
     started = time.monotonic()
-    assert isinstance(stage.encode(random_patches([GRID]), [Grid(*GRID)]), DeviceError)
-    wait_until(lambda: stage.ready)
+    assert isinstance(link.encode(random_patches([GRID]), [Grid(*GRID)]), DeviceError)
+    wait_until(lambda: link.ready)
     assert time.monotonic() - started < 20
-    assert len(stage.encode(random_patches([GRID]), [Grid(*GRID)])) == 4
+    assert len(link.encode(random_patches([GRID]), [Grid(*GRID)])) == 4
     assert observer.states == []
     observer.go_on.set()
     wait_until(lambda: observer.states == ["open", "half-open", "closed"])
     plugins.unregister(observer)
-    stage.close()
+    link.close()
 
 
 def test_a_shadow_looks_at_its_share_and_skips_what_it_has_no_time_for(tiny):
@@ -516,9 +516,9 @@ def test_a_shadow_looks_at_its_share_and_skips_what_it_has_no_time_for(tiny):
         raise DeviceError("the reference is gone.")
 
     none, some, busy_one = (
-        Shadow(0.0, 0.99, Stage("busy", busy)),
-        Shadow(0.3, 0.99, Stage("busy", busy), waiting=1000, seed=1),
-        Shadow(1.0, 0.99, Stage("busy", busy)),
+        Shadow(0.0, 0.99, ChainLink("busy", busy)),
+        Shadow(0.3, 0.99, ChainLink("busy", busy), waiting=1000, seed=1),
+        Shadow(1.0, 0.99, ChainLink("busy", busy)),
     )
     patches = random_patches([GRID])
     for _ in range(200):
@@ -542,10 +542,10 @@ def test_a_shadow_looks_at_its_share_and_skips_what_it_has_no_time_for(tiny):
 def test_settings_make_the_chain_the_breaker_and_the_shadow(tiny):
     settings = Settings(backend="onnxrt", fallback="openvino, torch_ref", shadow=0.5, breaker_failures=2)
     guarded = open_guarded(open_tower(tiny), settings, (None, None))
-    assert [[stage.name for stage in each.stages] for each in guarded] == [
+    assert [[link.name for link in each.links] for each in guarded] == [
         ["onnxrt", "onnxrt", "openvino", "torch_ref"]
     ] * 2
-    assert guarded[0].stages[2:] == guarded[1].stages[2:], "fallbacks are shared"
+    assert guarded[0].links[2:] == guarded[1].links[2:], "fallbacks are shared"
     assert all(each.shadow is not None for each in guarded)
     assert guarded[0].shadow is not guarded[1].shadow, "one does not hold up the other"
     for each in guarded:
@@ -556,7 +556,7 @@ def test_a_chain_starts_with_the_first_fallback_that_can(tiny, caplog):
     settings = Settings(backend="flexmlrt", fallback="flexmlrt,onnxrt,torch_ref")
     (guarded,) = open_guarded(open_tower(tiny), settings, (None,))
     assert guarded.primary.backend == "onnxrt"
-    assert [stage.name for stage in guarded.stages] == ["onnxrt", "torch_ref"]
+    assert [link.name for link in guarded.links] == ["onnxrt", "torch_ref"]
     guarded.close()
 
 
@@ -633,7 +633,7 @@ def test_a_canary_that_cannot_be_encoded_is_a_failure_and_not_a_lie(tiny):
     assert forgotten == []
     device.script = ["drift"]
     assert first.check().wrong
-    assert first.breaker.for_sure
+    assert first.breaker.proven
     assert forgotten == [True]
     first.close()
 
@@ -686,9 +686,9 @@ def test_in_line_the_deadline_is_of_each_image(tiny):
 
 def test_a_service_of_two_devices_closes_although_one_hangs(tiny):
     one, other = gated(tiny, deadline=60.0)[0], gated(tiny, deadline=60.0)[0]
-    stages = one.stages[0], other.stages[0]
-    hung, well = (stage.encoder_if_open.programs[0].session for stage in stages)
-    service = EncodeService([GuardedEncoder(stages[0], [stages[1]]), GuardedEncoder(stages[1], [stages[0]])])
+    links = one.links[0], other.links[0]
+    hung, well = (link.encoder_if_open.programs[0].session for link in links)
+    service = EncodeService([GuardedEncoder(links[0], [links[1]]), GuardedEncoder(links[1], [links[0]])])
     hung.shut()
     well.shut()
     futures = [service.submit(random_patches([GRID], seed=seed), GRID) for seed in range(2)]
@@ -720,10 +720,10 @@ def test_closing_closes_the_reference_of_a_shadow_and_opens_nothing_any_more(tin
     (guarded,) = open_guarded(open_tower(tiny), settings, (None,))
     guarded.encode_items(random_patches([GRID]), [GRID])
     wait_until(lambda: guarded.shadow.compared == 1)
-    reference_stage = guarded.shadow._reference
+    reference_link = guarded.shadow._reference
     guarded.close()
-    assert reference_stage.encoder_if_open.closed
-    late = Stage("late", lambda: open_encoder(tiny, backend="onnxrt"))
+    assert reference_link.encoder_if_open.closed
+    late = ChainLink("late", lambda: open_encoder(tiny, backend="onnxrt"))
     late.close()
     assert isinstance(late.open(), DeviceError)
 
@@ -747,13 +747,13 @@ def test_in_line_a_fallback_that_hangs_is_left_behind_too(tiny, tmp_path):
     )
     (guarded,) = open_guarded(open_tower(tiny), settings, (None,))
     patches = random_patches([GRID])
-    guarded.stages[0].distrust("for the test")
-    guarded.stages[2].deadline = 60.0  # its first encode may take a second where the machine is busy
-    hung = guarded.stages[1].open().programs[0]
+    guarded.links[0].distrust("for the test")
+    guarded.links[2].deadline = 60.0  # its first encode may take a second where the machine is busy
+    hung = guarded.links[1].open().programs[0]
     gate = hung.session = Gate(hung.session)
     gate.shut()
     (answer,) = guarded.encode_items(patches, [GRID])
     assert answer.fallback
-    assert not guarded.stages[1].breaker.closed
+    assert not guarded.links[1].breaker.closed
     gate.let_in()
     guarded.close()

@@ -7,7 +7,7 @@ from towers import random_patches
 from visionaccel import open_encoder
 from visionaccel.backends import Session
 from visionaccel.errors import DeviceError, InputError, NonFiniteError, PatchesError, VisionAccelError
-from visionaccel.trust import GuardedEncoder, Stage
+from visionaccel.trust import ChainLink, GuardedEncoder
 
 GRIDS = [(1, 4, 4), (1, 6, 4), (2, 4, 4)]
 ENDS = [16, 40, 72]
@@ -73,7 +73,7 @@ def test_the_fallback_takes_over_what_the_device_could_not_do(failing, healthy, 
         return healthy
 
     patches = random_patches(GRIDS)
-    guarded = GuardedEncoder(failing, [Stage("torch_ref", fallback)])
+    guarded = GuardedEncoder(failing, [ChainLink("torch_ref", fallback)])
     for _ in range(2):
         answers = guarded.encode_items(patches, GRIDS)
         assert [answer.fallback for answer in answers] == [False, True, False]
@@ -91,7 +91,7 @@ def test_a_failing_fallback_is_reported_with_both_reasons_and_tried_once_more(fa
         opened.append(True)
         raise kind("no memory for a second encoder.")
 
-    guarded = GuardedEncoder(failing, [Stage("torch_ref", fallback)])
+    guarded = GuardedEncoder(failing, [ChainLink("torch_ref", fallback)])
     for _ in range(2):
         (answer,) = guarded.encode_items(random_patches([(1, 6, 4)]), [(1, 6, 4)])
         assert isinstance(answer, DeviceError)
@@ -108,7 +108,7 @@ def test_bad_pixels_are_not_sent_to_the_fallback(healthy):
     def fallback():
         raise AssertionError("not for bad input")
 
-    first, second, third = GuardedEncoder(healthy, [Stage("torch_ref", fallback)]).encode_items(patches, GRIDS)
+    first, second, third = GuardedEncoder(healthy, [ChainLink("torch_ref", fallback)]).encode_items(patches, GRIDS)
     assert isinstance(second, NonFiniteError)
     assert not isinstance(first, VisionAccelError)
     assert not isinstance(third, VisionAccelError)
@@ -125,7 +125,7 @@ def test_where_rows_cannot_be_told_apart_the_error_is_everybodys(healthy, count,
 
 
 def test_closing_closes_both(failing, healthy):
-    guarded = GuardedEncoder(failing, [Stage("torch_ref", healthy)])
+    guarded = GuardedEncoder(failing, [ChainLink("torch_ref", healthy)])
     guarded.encode_items(random_patches([(1, 6, 4)]), [(1, 6, 4)])
     guarded.close()
     for encoder in (failing, healthy):

@@ -16,11 +16,11 @@ from towers import random_patches, reference
 from visionaccel import open_encoder
 from visionaccel.backends import default_registry
 from visionaccel.encoder import Encoder, OpenProgram, open_tower
-from visionaccel.errors import ConfigurationError, DeadlineError, DeviceError, VisionAccelError
+from visionaccel.errors import ConfigurationError, DeadlineError, DeviceError, DeviceLostError, VisionAccelError
 from visionaccel.service import EncodeService, open_guarded, open_service
 from visionaccel.service import assembly as opening
 from visionaccel.settings import Settings
-from visionaccel.trust import GuardedEncoder, Stage
+from visionaccel.trust import ChainLink, GuardedEncoder
 
 GRID = (1, 4, 4)
 
@@ -83,12 +83,48 @@ def test_an_in_process_fallback_that_hangs_behind_an_isolated_device_is_left_and
         with EncodeService([guarded]) as service:
             rows = service.submit(patches, GRID).result(20)
     np.testing.assert_allclose(rows, reference(tiny, patches, [GRID]), rtol=0, atol=2e-5)
-    assert not guarded.stages[1].breaker.closed, "the one that hangs is disabled"
+    assert not guarded.links[1].breaker.closed, "the one that hangs is disabled"
     started = time.monotonic()
     guarded.close()
     assert time.monotonic() - started < 8
     assert gates[0].inside == 1, "its call never returned"
     gates[0].let_in()
+
+
+def in_a_process(tiny, tmp_path, **options):
+    """A chain of one simulated device in a process of its own, and its switch."""
+    switch = tmp_path / "switch.json"
+    settings = Settings(
+        backend="simulated", device="onnxrt", options={"switch": str(switch), **options}, isolation="process",
+        fallback="none", deadline=1.0, canary="off",
+    )  # fmt: skip
+    (guarded,) = open_guarded(open_tower(tiny), settings, ("onnxrt",))
+    return guarded, switch
+
+
+def test_a_process_has_the_deadline_of_each_image_too(tiny, tmp_path):
+    guarded, _ = in_a_process(tiny, tmp_path, per_patch=0.03)
+    answers = guarded.encode_items(random_patches([GRID] * 4), [GRID] * 4)  # nearly two seconds
+    assert not any(isinstance(answer, VisionAccelError) for answer in answers)
+    assert guarded.links[0].restarts == 0
+    guarded.close()
+
+
+def test_a_process_that_hangs_is_ended_at_the_links_deadline_and_the_next_one_gets_work(tiny, tmp_path):
+    guarded, switch = in_a_process(tiny, tmp_path)
+    switch.write_text('[{"all": true, "do": "hang"}]')
+    started = time.monotonic()
+    (answer,) = guarded.encode_items(image(1), [GRID])
+    assert 1.0 <= time.monotonic() - started < 1.0 + 5
+    assert isinstance(answer, DeviceLostError)
+    assert "did not answer within 1 s; its process was ended" in answer.message
+    switch.write_text("")
+    (link,) = guarded.links
+    assert link.ready, "it need not be probed: its process is another one"
+    wait_until(lambda: link.restarts == 1)
+    (answer,) = guarded.encode_items(image(1), [GRID])
+    assert not isinstance(answer, VisionAccelError)
+    guarded.close()
 
 
 def test_a_canary_of_a_service_that_hangs_disables_the_device(tiny, tmp_path):
@@ -99,10 +135,10 @@ def test_a_canary_of_a_service_that_hangs_disables_the_device(tiny, tmp_path):
     )  # fmt: skip
     (guarded,) = open_guarded(open_tower(tiny), settings, settings.wanted_devices)
     switch.write_text('[{"all": true, "do": "hang", "seconds": 3}]')
-    wait_until(lambda: not guarded.stages[0].breaker.closed, 10)
-    assert guarded.stages[0].hangs_for
+    wait_until(lambda: not guarded.links[0].breaker.closed, 10)
+    assert guarded.links[0].hangs_for
     switch.write_text("")
-    wait_until(lambda: guarded.stages[0].breaker.closed, 30)
+    wait_until(lambda: guarded.links[0].breaker.closed, 30)
     guarded.close()
 
 
@@ -126,12 +162,12 @@ def test_a_fallback_that_hangs_in_opening_is_disabled_and_used_once_it_is_open(t
 
     guarded, gate = gated(tiny)
     gate.fail = lambda patches: OSError("gone")
-    chain = GuardedEncoder(guarded.stages[0], [Stage("slow", slow, open_deadline=0.3, cool_down=0.05)])
+    chain = GuardedEncoder(guarded.links[0], [ChainLink("slow", slow, open_deadline=0.3, cool_down=0.05)])
     (answer,) = chain.encode_items(image(1), [GRID])
     assert isinstance(answer, DeviceError)
     assert "was not opened within 0.3 s" in answer.message
     held.set()
-    wait_until(lambda: chain.stages[1].ready)
+    wait_until(lambda: chain.links[1].ready)
     (answer,) = chain.encode_items(image(1), [GRID])
     assert answer.fallback
     chain.close()
@@ -161,57 +197,57 @@ def test_many_callers_of_one_slow_device_wait_for_their_turn_and_none_counts_as_
         asked = [pool.submit(guarded.encode_items, image(seed), [GRID]) for seed in range(4)]
         answers = [each.result(30)[0] for each in asked]
     assert not any(isinstance(answer, VisionAccelError) for answer in answers)
-    assert guarded.stages[0].breaker.closed
+    assert guarded.links[0].breaker.closed
     guarded.close()
 
 
 def test_threads_that_hang_do_not_add_up(tiny):
     guarded, gate = gated(tiny, deadline=0.1)
-    stage = guarded.stages[0]
+    link = guarded.links[0]
     gate.shut()
     before = threading.active_count()
     for _ in range(5):
         assert isinstance(guarded.encode_items(image(1), [GRID])[0], DeviceError)
     time.sleep(1.0)  # several probes
     assert threading.active_count() - before <= 2, "the one that hangs, and the one that probes"
-    assert not stage.ready
+    assert not link.ready
     gate.let_in()
-    wait_until(lambda: stage.ready)
+    wait_until(lambda: link.ready)
     guarded.close()
 
 
 @hypothesis_settings(max_examples=15)
 @given(
     schedule=st.lists(st.sampled_from(["right", "error", "hang"]), min_size=1, max_size=6),
-    links=st.integers(1, 3),
+    length=st.integers(1, 3),
     together=st.integers(1, 2),
 )
-def test_every_call_returns_within_its_deadline_or_its_link_is_disabled(tiny, schedule, links, together):
+def test_every_call_returns_within_its_deadline_or_its_link_is_disabled(tiny, schedule, length, together):
     limit, held, todo = 0.15, threading.Event(), list(schedule)
-    stages = []
-    for number in range(links):
+    links = []
+    for number in range(length):
         encoder = open_encoder(tiny, backend="torch_ref")
         (opened,) = encoder.programs
         gate = Gate(opened.session)
         gate.fail = lambda _: _happen(todo.pop(0) if todo else "right", held)
         session = [OpenProgram(opened.program, opened.host, gate)]
         device = Encoder(encoder.tower, str(number), session, default_registry())
-        stages.append(Stage(str(number), device, deadline=limit, cool_down=60.0))
-    chain = GuardedEncoder(stages[0], stages[1:])
+        links.append(ChainLink(str(number), device, deadline=limit, cool_down=60.0))
+    chain = GuardedEncoder(links[0], links[1:])
     grids = [GRID] * together
     while todo:
         started = time.monotonic()
         left = len(todo)
         answers = chain.encode_items(random_patches(grids), grids)
         # A retry and each item alone, on each link; what a busy machine adds to that.
-        assert time.monotonic() - started < limit * together * links * 2 + 5
+        assert time.monotonic() - started < limit * together * length * 2 + 5
         assert len(answers) == together
         if left == len(todo):
-            assert not any(stage.ready or stage.last_resort for stage in stages)
+            assert not any(link.ready or link.may_try for link in links)
             break
     hung = schedule[: len(schedule) - len(todo)].count("hang")
-    assert sum(stage.hangs_for > 0 for stage in stages) == hung, "each hang disables its own link"
-    assert not any(stage.ready for stage in stages if stage.hangs_for)
+    assert sum(link.hangs_for > 0 for link in links) == hung, "each hang disables its own link"
+    assert not any(link.ready for link in links if link.hangs_for)
     started = time.monotonic()
     chain.close()
     assert time.monotonic() - started < 8
@@ -231,7 +267,7 @@ def test_a_fallback_that_fails_to_open_once_answers_all_the_same(tiny, openings)
     scripts, opened = openings
     scripts["torch_ref"] = [DeviceError("out of memory.")]
     (guarded,) = open_guarded(open_tower(tiny), Settings(backend="onnxrt", fallback="torch_ref"), (None,))
-    guarded.stages[0].distrust("for the test")
+    guarded.links[0].distrust("for the test")
     (answer,) = guarded.encode_items(image(1), [GRID])
     assert answer.fallback
     assert opened.count("torch_ref") == 2
@@ -243,7 +279,7 @@ def test_a_fallback_that_fails_to_open_again_and_again_is_opened_in_the_backgrou
     scripts["torch_ref"] = [DeviceError("out of memory.")] * 4
     settings = Settings(backend="onnxrt", fallback="torch_ref", breaker_seconds=0.1)
     (guarded,) = open_guarded(open_tower(tiny), settings, (None,))
-    primary, fallback = guarded.stages
+    primary, fallback = guarded.links
     primary._keeper.close(0)  # it stays disabled
     primary.distrust("for the test")
     (answer,) = guarded.encode_items(image(1), [GRID])
@@ -262,7 +298,7 @@ def test_a_configuration_that_is_wrong_is_not_tried_twice_by_one_request(tiny, o
     scripts["torch_ref"] = [ConfigurationError("no such option.")] * 2
     settings = Settings(backend="onnxrt", fallback="torch_ref", breaker_seconds=60)
     (guarded,) = open_guarded(open_tower(tiny), settings, (None,))
-    guarded.stages[0].distrust("for the test")
+    guarded.links[0].distrust("for the test")
     (answer,) = guarded.encode_items(image(1), [GRID])
     assert isinstance(answer, DeviceError)
     assert opened.count("torch_ref") == 1
@@ -285,10 +321,10 @@ def test_a_fallback_that_opens_from_other_weights_is_found_before_it_answers(tin
     settings = Settings(backend="onnxrt", fallback="torch_ref, openvino", breaker_seconds=60)
     tower = open_tower(tiny)
     (guarded,) = open_guarded(tower, settings, (None,))
-    guarded.stages[0].distrust("for the test")
+    guarded.links[0].distrust("for the test")
     (answer,) = guarded.encode_items(image(1), [GRID])
     np.testing.assert_allclose(answer.rows, reference(tiny, image(1), [GRID]), rtol=0, atol=2e-5)
-    assert "the first encoder encoded at the start comes out differently" in guarded.stages[1].breaker.reason
+    assert "the first encoder encoded at the start comes out differently" in guarded.links[1].breaker.reason
     guarded.close()
 
 
@@ -307,7 +343,7 @@ def test_the_reference_of_a_shadow_that_opens_from_other_weights_convicts_no_hea
     (guarded,) = open_guarded(open_tower(tiny), Settings(backend="onnxrt", shadow=1.0), (None,))
     guarded.encode_items(image(1), [GRID])
     wait_until(lambda: "The reference could not encode" in caplog.text or guarded.shadow.compared)
-    assert guarded.stages[0].breaker.closed
+    assert guarded.links[0].breaker.closed
     assert guarded.shadow.compared == 0
     guarded.close()
 
@@ -322,7 +358,7 @@ def test_a_fallback_in_another_precision_passes_the_first_encoders_answer(tiny, 
 
     opening.open_encoder = chosen
     (guarded,) = open_guarded(open_tower(tiny), Settings(backend="onnxrt", fallback="torch_ref"), (None,))
-    guarded.stages[0].distrust("for the test")
+    guarded.links[0].distrust("for the test")
     (answer,) = guarded.encode_items(image(1), [GRID])
     assert answer.fallback
     guarded.close()
@@ -380,7 +416,7 @@ def test_a_late_call_counts_for_nothing_once_its_item_was_taken_back(tiny):
     with EncodeService([guarded]) as service:
         service.submit(image(0), GRID).result(20)
         gate.let_in()
-        wait_until(lambda: gate.inside == 0 and guarded.stages[0].ready)
+        wait_until(lambda: gate.inside == 0 and guarded.links[0].ready)
         wait_until(lambda: service.counters.running == 0)
         time.sleep(0.05)
         counters = service.counters
@@ -435,4 +471,4 @@ def test_two_threads_get_one_registry_and_one_observer(monkeypatch):
 
 def test_settings_open_a_service_whose_devices_have_the_deadline(tiny):
     with open_service(tiny, backend="onnxrt", fallback="torch_ref", deadline=7.0) as service:
-        assert {stage.deadline for encoder in service.encoders for stage in encoder.stages} == {7.0}
+        assert {link.deadline for encoder in service.encoders for link in encoder.links} == {7.0}

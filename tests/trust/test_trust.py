@@ -174,12 +174,12 @@ def test_a_device_that_goes_wrong_later_is_found_on_the_timer_and_comes_back(bun
     patches = random_patches([GRID])
     exact = reference(tiny, patches, [GRID])
     switch.write_text(json.dumps(DRIFT))
-    wait_until(lambda: not guarded.stages[0].breaker.closed)
+    wait_until(lambda: not guarded.links[0].breaker.closed)
     (answer,) = guarded.encode_items(patches, [GRID])
     assert answer.fallback
     np.testing.assert_allclose(answer.rows, exact, rtol=0, atol=2e-5)
     switch.write_text("")
-    wait_until(lambda: guarded.stages[0].breaker.closed)
+    wait_until(lambda: guarded.links[0].breaker.closed)
     (answer,) = guarded.encode_items(patches, [GRID])
     assert not answer.fallback
     np.testing.assert_allclose(answer.rows, exact, rtol=0, atol=2e-5)
@@ -212,7 +212,7 @@ def test_a_process_that_came_back_wrong_answers_nobody(bundle, tiny, tmp_path, t
     assert answer.fallback
     assert any(report.source == "canary" and not report.passed for report in told.compared)
     switch.write_text("")
-    wait_until(lambda: guarded.stages[0].breaker.closed)
+    wait_until(lambda: guarded.links[0].breaker.closed)
     (answer,) = guarded.encode_items(patches, [GRID])
     assert not answer.fallback
     guarded.close()

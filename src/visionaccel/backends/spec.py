@@ -143,12 +143,9 @@ class Session(ABC):
 
     Attributes:
         capabilities: What it is and how it may be called.
-        bounds_calls: Whether the session ends calls that take too long by itself. Its caller then waits a little longer
-            before it gives up. True for sessions in child processes; backends leave it False.
     """
 
     capabilities: Capabilities
-    bounds_calls: ClassVar[bool] = False
 
     @property
     def restarts(self) -> int:
@@ -172,8 +169,13 @@ class Session(ABC):
                 session must stay usable, or fail every later call too.
         """
 
-    def end_calls(self) -> None:  # noqa: B027 - what cannot be ended goes on
-        """End the calls in progress at once, if that is possible; they raise a DeviceError. Called from any thread."""
+    def end_calls(self) -> bool:
+        """End the calls in progress at once, if that is possible; they raise a DeviceError. Called from any thread.
+
+        Returns:
+            Whether they end. What cannot be ended is left behind.
+        """
+        return False
 
     @abstractmethod
     def close(self) -> None:

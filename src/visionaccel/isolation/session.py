@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from visionaccel.backends import Session
 from visionaccel.core.arrays import Array
@@ -68,8 +68,6 @@ class IsolatedSession(Session):
         # A session that is dropped, or left open at the end of the program, must not keep the device.
         self._finalizer = weakref.finalize(self, self._supervisor.close)
 
-    bounds_calls: ClassVar[bool] = True
-
     @property
     def pid(self) -> int | None:
         """Process id of the child; None while there is none that takes calls."""
@@ -95,9 +93,9 @@ class IsolatedSession(Session):
         """
         return self._supervisor.run(inputs)
 
-    def end_calls(self) -> None:
+    def end_calls(self) -> bool:
         """End the child at once: a call in progress raises DeviceLostError, and another child is started."""
-        self._supervisor.end_process()
+        return self._supervisor.end_process()
 
     def close(self) -> None:
         """End the child: politely, or at once if a call is in progress, which then raises DeviceLostError."""

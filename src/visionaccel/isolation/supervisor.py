@@ -100,11 +100,12 @@ class Supervisor:
                 self._failures = 0
             return outputs
 
-    def end_process(self) -> None:
-        """End the process that takes calls, if there is one; the next is started."""
+    def end_process(self) -> bool:
+        """End the process that takes calls; the next is started. Whether there was one."""
         process = self._process
         if process is not None:
             process.kill()
+        return process is not None
 
     def close(self) -> None:
         """End the process, politely unless it is busy, and the thread.

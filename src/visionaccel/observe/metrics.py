@@ -139,11 +139,11 @@ class EncoderMetrics:
         """
         with self._reading:
             self._watched.append((encoder, partial(_counts_of_encoder, encoder, served)))
-        for stage in encoder.stages:
-            opened = stage.encoder_if_open
+        for link in encoder.links:
+            opened = link.encoder_if_open
             if opened is not None:
                 who = opened.backend, opened.capabilities.device
-                self._counters.set("visionaccel_breaker_state", *who, value=_STATES[stage.breaker.state])
+                self._counters.set("visionaccel_breaker_state", *who, value=_STATES[link.breaker.state])
 
     def watch_service(self, service: EncodeService) -> None:
         """Show a service's counters, and those of its encoders, until it is closed and read once more."""
@@ -252,7 +252,7 @@ def _counts_of_encoder(encoder: GuardedEncoder, served: bool) -> dict[tuple[str,
         ("visionaccel_fallback_items",): encoder.fallback_items,
         ("visionaccel_shadow_skipped",): encoder.shadow.skipped if encoder.shadow is not None else 0,
         # The other links are the first of another chain, or fallbacks.
-        ("visionaccel_device_restarts", encoder.primary.backend, device): encoder.stages[0].restarts,
+        ("visionaccel_device_restarts", encoder.primary.backend, device): encoder.links[0].restarts,
     }
 
 

@@ -18,8 +18,8 @@ from visionaccel.errors import BackendUnavailableError, DeviceError, PluginError
 from visionaccel.families import Tower
 from visionaccel.observe import TimingLog, TraceLog
 from visionaccel.service.service import EncodeService
-from visionaccel.settings import Settings, make_settings
-from visionaccel.trust import Canary, FirstAnswer, GuardedEncoder, Shadow, Stage
+from visionaccel.settings import LONGEST_SECONDS, Settings, make_settings
+from visionaccel.trust import Canary, ChainLink, FirstAnswer, GuardedEncoder, Shadow
 
 __all__ = ["open_guarded", "open_service", "open_wanted_service"]
 
@@ -72,10 +72,8 @@ class _Opening:
             self._golden = read_golden(source)
         if settings.shadow:
             default_registry().entry(_REFERENCE)  # refused now rather than with the first comparison
-        self._fallbacks = {
-            name: self._stage(name, partial(self._open, self._tower, name)) for name in settings.fallback
-        }
-        self._reference: Stage | None = None
+        self._fallbacks = {name: self._link(name, partial(self._open, self._tower, name)) for name in settings.fallback}
+        self._reference: ChainLink | None = None
 
     def chains(self, devices: tuple[str | None, ...]) -> list[GuardedEncoder]:
         settings = self._settings
@@ -86,62 +84,62 @@ class _Opening:
         fallbacks = list(self._fallbacks.values())
         try:
             with ExitStack() as stack:
-                stages = []
+                links = []
                 for device in devices:
                     name = settings.backend or AUTO
                     opener = partial(self._open, self._source, name, device, settings.options)
-                    stage = self._stage(name, opener, same=True)
-                    stack.callback(stage.close)
-                    self._try(stage)
-                    stages.append(stage)
+                    link = self._link(name, opener, same=True)
+                    stack.callback(link.close)
+                    self._try(link)
+                    links.append(link)
                 stack.pop_all()
         except (BackendUnavailableError, PluginError, DeviceError) as error:
             if not fallbacks or (settings.canary == "strict" and isinstance(error, _CanaryError)):
                 raise
             return [self._without_devices(fallbacks, error)]
         return [
-            GuardedEncoder(stage, [*(other for other in stages if other is not stage), *fallbacks], self._shadow(stage))
-            for stage in stages
+            GuardedEncoder(link, [*(other for other in links if other is not link), *fallbacks], self._shadow(link))
+            for link in links
         ]
 
-    def _without_devices(self, fallbacks: Sequence[Stage], error: VisionAccelError) -> GuardedEncoder:
+    def _without_devices(self, fallbacks: Sequence[ChainLink], error: VisionAccelError) -> GuardedEncoder:
         """The chain of the fallbacks that can start."""
-        for number, stage in enumerate(fallbacks):
-            logger.error("Starting with the fallback %r, because %s", stage.name, error)
+        for number, link in enumerate(fallbacks):
+            logger.error("Starting with the fallback %r, because %s", link.name, error)
             try:
-                self._try(stage)
+                self._try(link)
             except VisionAccelError as another:
-                stage.close()
+                link.close()
                 error = another
                 continue
-            return GuardedEncoder(stage, fallbacks[number + 1 :])
+            return GuardedEncoder(link, fallbacks[number + 1 :])
         raise error
 
-    def _try(self, stage: Stage) -> None:
+    def _try(self, link: ChainLink) -> None:
         """Open an encoder and have it encode the golden images.
 
         Raises:
             VisionAccelError: If it cannot be opened.
             DeviceError: If it gets them wrong.
         """
-        opened = stage.open()
+        opened = link.open()
         if isinstance(opened, VisionAccelError):
             raise opened
-        stage.name = opened.backend  # it may have been `auto`
+        link.name = opened.backend  # it may have been `auto`
         if self._settings.canary == "off":
             return
-        result = stage.check()
+        result = link.check()
         if isinstance(result, VisionAccelError):
             raise result
         if result.failure is not None:
             raise _CanaryError(
-                f"backend {stage.name!r} failed its canary and is not to be trusted: {result.failure}",
+                f"backend {link.name!r} failed its canary and is not to be trusted: {result.failure}",
                 hint="Run `visionaccel validate` and `visionaccel doctor`; VISIONACCEL_CANARY=off trusts it blindly.",
             )
 
-    def _stage(self, name: str, encoder: Encoder | Callable[[], Encoder], *, same: bool = False) -> Stage:
+    def _link(self, name: str, encoder: Encoder | Callable[[], Encoder], *, same: bool = False) -> ChainLink:
         settings = self._settings
-        return Stage(
+        return ChainLink(
             name,
             encoder,
             canary=Canary(self._golden, self._first_answer, fallback=not same),
@@ -154,14 +152,14 @@ class _Opening:
             same=same,
         )
 
-    def _shadow(self, stage: Stage) -> Shadow | None:
+    def _shadow(self, link: ChainLink) -> Shadow | None:
         settings = self._settings
         if not settings.shadow:
             return None
         if self._reference is None:
             opener = partial(self._open, self._tower, _REFERENCE)
-            self._reference = self._fallbacks.get(_REFERENCE) or self._stage(_REFERENCE, opener)
-        encoder = stage.encoder_if_open
+            self._reference = self._fallbacks.get(_REFERENCE) or self._link(_REFERENCE, opener)
+        encoder = link.encoder_if_open
         assert encoder is not None
         limits = [image.threshold for image in self._golden] or [
             THRESHOLDS.get(opened.program.quantization or opened.session.capabilities.precision, THRESHOLDS["bfloat16"])
@@ -183,7 +181,7 @@ class _Opening:
             device=device,
             options=options,
             isolation=settings.isolation,
-            deadline=settings.deadline,
+            deadline=LONGEST_SECONDS,  # the link ends what is late: a device's process has no deadline besides
             open_deadline=settings.open_deadline,
             cores=self._cores,
             weights=settings.weights,

@@ -72,13 +72,13 @@ class EncodeService:
         self.tower = encoders[0].primary.tower
         self.cache = cache if isinstance(cache, EmbeddingCache) else EmbeddingCache(cache)
         self._dtype = np.dtype(FLOATS[dtype])
-        stages = {stage for encoder in encoders for stage in encoder.stages}
-        self._deadline = max(stage.deadline for stage in stages)
+        links = {link for encoder in encoders for link in encoder.links}
+        self._deadline = max(link.deadline for link in links)
         self._state = ServiceState(queue_size, self.cache)
         self._closing = threading.Lock()
         self._closed = self._ended = False
-        for stage in stages:
-            stage.on_drift(self.cache.clear)
+        for link in links:
+            link.on_drift(self.cache.clear)
         self._threads = {encoder: self._threads_of(encoder) for encoder in encoders}
         for thread in self._all_threads():
             thread.start()

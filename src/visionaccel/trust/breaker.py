@@ -1,4 +1,4 @@
-"""A circuit breaker: whether a device is to be given work, and why not."""
+"""When a link of a chain gets work: its breaker, and the thread that probes it and runs its canary on a timer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ import time
 from collections.abc import Callable
 from enum import StrEnum
 
-__all__ = ["Breaker", "BreakerState"]
+from visionaccel.core.safe_text import safe_logger
+
+__all__ = ["Breaker", "BreakerState", "Keeper"]
+
+logger = safe_logger(__name__)
+
+_LONGEST_SLEEP = 3600.0
+_PROBING = 0.05
 
 
 class BreakerState(StrEnum):
@@ -24,7 +31,7 @@ class BreakerState(StrEnum):
 
 
 class Breaker:
-    """Opens after failures in a row, or at once for a reason that leaves no doubt; only a probe closes it.
+    """Opens after failures in a row, or at once on proof; only a probe closes it.
 
     Every opening in a row without a success between doubles the time until the next probe. Safe to use from several
     threads.
@@ -52,7 +59,7 @@ class Breaker:
         self._state = BreakerState.CLOSED
         self._in_a_row = self._openings = 0
         self._probe_at = 0.0
-        self._reason, self._for_sure = "", False
+        self._reason, self._proven = "", False
 
     @property
     def state(self) -> BreakerState:
@@ -65,9 +72,9 @@ class Breaker:
         return self._state is BreakerState.CLOSED
 
     @property
-    def for_sure(self) -> bool:
-        """Whether it was opened for a reason that leaves no doubt, and not by a count of failures."""
-        return self._for_sure
+    def proven(self) -> bool:
+        """Whether it was opened on proof of a hang or a wrong answer, and not by a count of failures."""
+        return self._proven
 
     @property
     def reason(self) -> str:
@@ -88,14 +95,14 @@ class Breaker:
             if self._state is not BreakerState.CLOSED or self._in_a_row < self._limit:
                 return
             message = f"{self._in_a_row} encodes in a row failed, the last because {reason}"
-            self._for_sure = False
+            self._proven = False
             self._open(message)
         self._changed(BreakerState.OPEN, message)
 
     def trip(self, reason: str) -> None:
-        """Open it, whatever the count, for what leaves no doubt; if it is open already, the probe's time stays."""
+        """Open it on proof, whatever the count; if it is open already, the probe's time stays."""
         with self._lock:
-            known, self._for_sure = self._for_sure, True
+            known, self._proven = self._proven, True
             if self._state is BreakerState.OPEN:
                 self._reason = self._reason if known else reason
                 return
@@ -116,15 +123,15 @@ class Breaker:
         self._changed(BreakerState.HALF_OPEN, self._reason)
         return True
 
-    def end_probe(self, failure: str | None, *, for_sure: bool = False) -> None:
-        """A probe is over: None closes it, a reason opens it again, perhaps one that leaves no doubt."""
+    def end_probe(self, failure: str | None, *, proven: bool = False) -> None:
+        """A probe is over: None closes it, a reason opens it again, perhaps on proof."""
         with self._lock:
             if self._state is not BreakerState.HALF_OPEN:
-                return  # opened meanwhile, for a reason that the probe knows nothing of
+                return  # opened during the probe, for a reason that the probe does not know
             if failure is None:
-                self._state, self._in_a_row, self._for_sure = BreakerState.CLOSED, 0, False
+                self._state, self._in_a_row, self._proven = BreakerState.CLOSED, 0, False
             else:
-                self._for_sure |= for_sure
+                self._proven |= proven
                 self._open(failure)
         self._changed(self._state, failure or "the probe passed")
 
@@ -132,3 +139,81 @@ class Breaker:
         self._state, self._reason, self._in_a_row = BreakerState.OPEN, reason, 0
         self._probe_at = self._clock() + min(self._cool_down * 2.0 ** min(self._openings, 64), self._longest)
         self._openings += 1
+
+
+class Keeper:
+    """The thread that looks after a link. It starts when there is something to do, and ends with `close`.
+
+    Args:
+        breaker: The link's breaker.
+        probe: Tries the link; returns what failed, or None, and whether it answered wrongly.
+        check: Runs the canary on the timer.
+        interval: Seconds between two canaries; 0 for none.
+    """
+
+    def __init__(
+        self,
+        breaker: Breaker,
+        probe: Callable[[], tuple[str | None, bool]],
+        check: Callable[[], None],
+        interval: float,
+    ) -> None:
+        self._breaker, self._probe, self._check, self._interval = breaker, probe, check, interval
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def wake(self) -> None:
+        """There is something to do: the link was disabled, or the first canary has passed."""
+        with self._changed:
+            if self._thread is None and not self._closed:
+                self._thread = threading.Thread(target=self._run, name="visionaccel-canary", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
+    def close(self, wait: float) -> None:
+        """End the thread.
+
+        Args:
+            wait: Seconds to wait for a probe or a canary in progress.
+        """
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+            thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(wait)
+
+    def _run(self) -> None:
+        checked = time.monotonic()
+        while True:
+            with self._changed:
+                if not self._closed:
+                    self._changed.wait(self._seconds_left(checked))
+                if self._closed:
+                    return
+            if not self._breaker.closed:
+                if self._breaker.begin_probe():
+                    self._end_probe()
+                    checked = time.monotonic()
+            elif self._interval and time.monotonic() - checked >= self._interval:
+                try:
+                    self._check()
+                except Exception:  # The thread must live on.
+                    logger.exception("A canary on the timer failed in a way that it should not.")
+                checked = time.monotonic()
+
+    def _end_probe(self) -> None:
+        try:
+            failure, wrong = self._probe()
+        except Exception as error:  # A probe that was begun must end.
+            logger.exception("Probing an encoder failed in a way that it should not.")
+            failure, wrong = f"the probe failed with {type(error).__name__}: {error}", False
+        self._breaker.end_probe(failure, proven=wrong)
+
+    def _seconds_left(self, checked: float) -> float:
+        if not self._breaker.closed:
+            return _PROBING
+        if self._interval:
+            return min(_LONGEST_SLEEP, max(0.0, checked + self._interval - time.monotonic()))
+        return _LONGEST_SLEEP

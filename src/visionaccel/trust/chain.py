@@ -22,9 +22,8 @@ from visionaccel.errors import (
     UnfitGridError,
     VisionAccelError,
 )
-from visionaccel.trust.link import RETRY, Stage
+from visionaccel.trust.link import RETRY, ChainLink, no_time
 from visionaccel.trust.shadow import Shadow
-from visionaccel.trust.step_end import no_time
 
 __all__ = ["Embedded", "GuardedEncoder"]
 
@@ -58,18 +57,20 @@ class GuardedEncoder:
 
     Attributes:
         primary: The chosen encoder.
-        stages: All of the chain, the chosen one first.
+        links: All of the chain, the chosen one first.
         shadow: What compares, if anything does.
         fallback_items: Items that a fallback encoded so far.
         failed_items: Items that no encoder could encode so far.
     """
 
-    def __init__(self, primary: Encoder | Stage, others: Sequence[Stage] = (), shadow: Shadow | None = None) -> None:
-        first = primary if isinstance(primary, Stage) else Stage(primary.backend, primary)
+    def __init__(
+        self, primary: Encoder | ChainLink, others: Sequence[ChainLink] = (), shadow: Shadow | None = None
+    ) -> None:
+        first = primary if isinstance(primary, ChainLink) else ChainLink(primary.backend, primary)
         encoder = first.encoder_if_open
         assert encoder is not None, "the first of a chain is open"
         self.primary = encoder
-        self.stages = (first, *others)
+        self.links = (first, *others)
         self.shadow = shadow
         self._counting = threading.Lock()
         self.fallback_items = 0
@@ -83,7 +84,7 @@ class GuardedEncoder:
     @property
     def has_fallback(self) -> bool:
         """Whether another encoder would take over."""
-        return len(self.stages) > 1
+        return len(self.links) > 1
 
     @property
     def stuck_for(self) -> float:
@@ -91,7 +92,7 @@ class GuardedEncoder:
 
         What waits meanwhile may be answered later.
         """
-        return 0.0 if self._turns() else min((stage.hangs_for for stage in self.stages if stage.hangs_for), default=0.0)
+        return 0.0 if self._turns() else min((link.hangs_for for link in self.links if link.hangs_for), default=0.0)
 
     def encode_items(
         self,
@@ -120,26 +121,26 @@ class GuardedEncoder:
             checked = as_grids(grids, merge)
             if total_patches(checked) != len(patches):
                 # Which rows belong to which item is unknown, so the error is everybody's.
-                found = self.stages[0].encode(patches, checked, until=until)
+                found = self.links[0].encode(patches, checked, until=until)
                 assert isinstance(found, VisionAccelError)  # the encoder refuses what disagrees
                 return self._failed(found, len(checked))
         except InputError as error:
             return self._failed(error, len(grids))
-        stage = next(iter(self._turns()), None)
-        if stage is None:
+        link = next(iter(self._turns()), None)
+        if link is None:
             return self._failed(self._nobody(), len(checked))
         ends = np.cumsum([grid.patches for grid in checked]).tolist()
         starts = [0, *ends[:-1]]
         if until is not None and time.monotonic() >= until:
             return self._failed(no_time(), len(checked))
-        following = self._following(stage) or RETRY
-        whole = stage.encode(patches, checked, queue_seconds, following, until=until)
+        following = self._following(link) or RETRY
+        whole = link.encode(patches, checked, queue_seconds, following, until=until)
         if not isinstance(whole, VisionAccelError):
             stops = np.cumsum([grid.tokens(merge) for grid in checked]).tolist()
             rows = [whole[start:stop] for start, stop in zip([0, *stops[:-1]], stops, strict=True)]
             items = [patches[start:end] for start, end in zip(starts, ends, strict=True)]
-            return [self._done(stage, *each) for each in zip(items, checked, rows, strict=True)]
-        known = (stage, whole) if len(checked) == 1 or isinstance(whole, DeadlineError) else None
+            return [self._done(link, *each) for each in zip(items, checked, rows, strict=True)]
+        known = (link, whole) if len(checked) == 1 or isinstance(whole, DeadlineError) else None
         again = not isinstance(whole, OutputError)  # of several, encoding each alone is the second try
         return [
             self._one(patches[start:end], grid, known, again or known is not None, queue_seconds, until)
@@ -150,18 +151,18 @@ class GuardedEncoder:
         """Close every encoder that was opened.
 
         Args:
-            wait: As for `Stage.close`.
+            wait: As for `ChainLink.close`.
         """
         if self.shadow is not None:
             self.shadow.close()
-        for stage in self.stages:
-            stage.close(wait)
+        for link in self.links:
+            link.close(wait)
 
     def _one(
         self,
         patches: Array,
         grid: Grid,
-        known: tuple[Stage, VisionAccelError] | None,
+        known: tuple[ChainLink, VisionAccelError] | None,
         retry: bool,
         queue_seconds: float | None,
         until: float | None,
@@ -176,7 +177,7 @@ class GuardedEncoder:
             queue_seconds: How long it waited.
             until: As for `encode_items`.
         """
-        errors: list[tuple[Stage, VisionAccelError]] = []
+        errors: list[tuple[ChainLink, VisionAccelError]] = []
         if known is not None:
             errors.append(known)
             if _is_own_fault(known[1]):
@@ -184,55 +185,55 @@ class GuardedEncoder:
             again = self._again(patches, grid, *known, until) if retry else known[1]
             if not isinstance(again, VisionAccelError):
                 return self._done(known[0], patches, grid, again)
-        for stage in self._turns():
-            if known is not None and stage is known[0]:
+        for link in self._turns():
+            if known is not None and link is known[0]:
                 continue
             if until is not None and time.monotonic() >= until:
-                errors.append((stage, no_time()))
+                errors.append((link, no_time()))
                 break
-            answer = stage.encode(patches, [grid], queue_seconds, self._following(stage), until=until)
+            answer = link.encode(patches, [grid], queue_seconds, self._following(link), until=until)
             if isinstance(answer, VisionAccelError) and retry:
-                answer = self._again(patches, grid, stage, answer, until)
+                answer = self._again(patches, grid, link, answer, until)
             if not isinstance(answer, VisionAccelError):
-                return self._done(stage, patches, grid, answer, errors)
-            errors.append((stage, answer))
+                return self._done(link, patches, grid, answer, errors)
+            errors.append((link, answer))
             if _is_own_fault(answer):
                 break
         return self._failed(self._together(errors) if errors else self._nobody(), 1)[0]
 
     def _again(
-        self, patches: Array, grid: Grid, stage: Stage, error: VisionAccelError, until: float | None
+        self, patches: Array, grid: Grid, link: ChainLink, error: VisionAccelError, until: float | None
     ) -> Array | VisionAccelError:
         """A second try where the first went wrong, if that makes sense."""
-        following = self._following(stage)
+        following = self._following(link)
         # A process that died is started anew at once, and only then; the same image may end the next one, too.
         lasting = isinstance(error, DeadlineError | DeviceLostError | InputError)
         hopeless = lasting or not isinstance(error, DeviceError)
-        if hopeless or stage not in self._turns() or not (isinstance(error, OutputError) or following is None):
+        if hopeless or link not in self._turns() or not (isinstance(error, OutputError) or following is None):
             return error
-        return stage.encode(patches, [grid], following=following, until=until)
+        return link.encode(patches, [grid], following=following, until=until)
 
-    def _turns(self) -> list[Stage]:
+    def _turns(self) -> list[ChainLink]:
         """Who may be asked now, in turn: the healthy, or where nobody is, those that only failed often."""
-        ready = [stage for stage in self.stages if stage.ready]
-        return ready or [stage for stage in self.stages if stage.last_resort]
+        ready = [link for link in self.links if link.ready]
+        return ready or [link for link in self.links if link.may_try]
 
-    def _following(self, stage: Stage) -> str | None:
+    def _following(self, link: ChainLink) -> str | None:
         """The encoder that would have its turn after this one."""
         turns = self._turns()
-        after = turns[turns.index(stage) + 1 :] if stage in turns else turns
+        after = turns[turns.index(link) + 1 :] if link in turns else turns
         return next((other.name for other in after), None)
 
     def _done(
         self,
-        stage: Stage,
+        link: ChainLink,
         patches: Array,
         grid: Grid,
         rows: Array,
-        errors: Sequence[tuple[Stage, VisionAccelError]] = (),
+        errors: Sequence[tuple[ChainLink, VisionAccelError]] = (),
     ) -> Embedded:
-        first = self.stages[0]
-        fallback = not (stage is first or stage.same)
+        first = self.links[0]
+        fallback = not (link is first or link.same)
         if fallback:
             with self._counting:
                 self.fallback_items += 1
@@ -243,24 +244,24 @@ class GuardedEncoder:
                 self.primary.backend,
                 grid,
                 number,
-                stage.name,
+                link.name,
                 why,
             )
         elif self.shadow is not None:
-            self.shadow.offer(stage, patches, grid, rows)
+            self.shadow.offer(link, patches, grid, rows)
         return Embedded(rows, fallback)
 
-    def _together(self, errors: Sequence[tuple[Stage, VisionAccelError]]) -> VisionAccelError:
+    def _together(self, errors: Sequence[tuple[ChainLink, VisionAccelError]]) -> VisionAccelError:
         """What to tell of an item that every encoder failed on."""
         (_, first), *others = errors
-        more = [f"The fallback {stage.name!r} failed too: {error.message}" for stage, error in others]
-        asked = {stage for stage, _ in errors}
+        more = [f"The fallback {link.name!r} failed too: {error.message}" for link, error in others]
+        asked = {link for link, _ in errors}
         if not _is_own_fault(errors[-1][1]):
-            more += [stage.why_not for stage in self.stages if stage not in asked and not stage.ready]
+            more += [link.why_not for link in self.links if link not in asked and not link.ready]
         return DeviceError(" ".join([first.message, *more]), hint=errors[-1][1].hint) if more else first
 
     def _nobody(self) -> DeviceError:
-        message = f"no encoder is healthy: {'; '.join(stage.why_not for stage in self.stages)}"
+        message = f"no encoder is healthy: {'; '.join(link.why_not for link in self.links)}"
         if self.stuck_for:
             hint = "Restart the server. VISIONACCEL_ISOLATION=process ends and restarts a device that hangs."
             return DeviceLostError(message, hint=hint)

@@ -7,33 +7,24 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from functools import partial
 from typing import TypeVar
 
-from visionaccel.backends import Purpose, Session
+from visionaccel.backends import Purpose
 from visionaccel.bundle import Golden
 from visionaccel.core.arrays import Array
 from visionaccel.core.grid import Grid
 from visionaccel.core.safe_text import safe_logger
 from visionaccel.encoder import Encoder
-from visionaccel.errors import DeadlineError, DeviceError, InputError, VisionAccelError
-from visionaccel.trust.breaker import Breaker, BreakerState
+from visionaccel.errors import DeadlineError, DeviceError, DeviceLostError, InputError, VisionAccelError
+from visionaccel.trust.breaker import Breaker, BreakerState, Keeper
+from visionaccel.trust.calls import CutError, LateError, WatchedCalls, in_callers_stream, returns_within, seconds_until
 from visionaccel.trust.canary import Canary, CanaryResult
-from visionaccel.trust.keeper import Keeper
 from visionaccel.trust.on_demand import OnDemand
 from visionaccel.trust.reports import BreakerReports, report_canary, report_failure
-from visionaccel.trust.step_end import cut_off, judge_later, no_time
-from visionaccel.trust.watched import (
-    CutError,
-    LateError,
-    NoTimeError,
-    WatchedCalls,
-    in_callers_stream,
-    returns_within,
-    seconds_until,
-)
 
-__all__ = ["RETRY", "Stage"]
+__all__ = ["RETRY", "ChainLink", "no_time"]
 
 logger = safe_logger(__name__)
 
@@ -48,18 +39,26 @@ _LEAST = 0.1
 _CLOSING = 5.0
 _GIVING_BACK = 15.0
 _ENDING = 2.0
-"""How much longer than its own limit the call of a device's process may take: for that process to be ended."""
+"""Seconds for a call to return once its device's process was ended."""
+
+_STEP = "Lower VISIONACCEL_DEADLINE, send fewer images at a time, or raise vLLM's VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS."
+_LONGER = "Raise VISIONACCEL_DEADLINE if the device needs longer."
 
 
-class Stage:
+class ChainLink:
     """An encoder with its breaker and its canary. Safe to use from several threads; several chains may share one.
 
-    Every call through a link, be it for a request, a canary or to open it, in this process or in a child, returns
-    within its deadline from the moment that it has its turn, or the link is disabled; nobody waits for it any longer,
-    not even to close it. The turn comes after at most one deadline for each call before it. A call that is cut off by
-    the end of the engine's step goes on unheard: until it returns the link gets no other, and it is disabled if the
-    call's own deadline passes. A disabled link is tried again in the background, after a delay that doubles each time;
-    it gets work once its canary has passed.
+    These hold on any schedule:
+
+    - Every call through a link, be it for a request, a canary or to open it, in this process or in a child, returns
+      within its deadline from the moment that it has its turn, or is ended with its process, or the link is disabled.
+      The turn comes after at most one deadline for each call before it. This is the only deadline of a call.
+    - No caller waits longer than that, not even one that closes the link.
+    - A call that the end of the engine's step cuts off goes on: until it returns the link gets no other, and its own
+      deadline still holds.
+    - A disabled link is tried again in the background, after a delay that doubles each time; it gets work once its
+      canary has passed.
+    - No answer is used that was computed while the link was found to answer wrongly.
 
     Args:
         name: What to call it, such as the backend's name.
@@ -118,9 +117,9 @@ class Stage:
         return self.breaker.closed and not self._calls.cut
 
     @property
-    def last_resort(self) -> bool:
+    def may_try(self) -> bool:
         """Whether it may be given what would fail otherwise: it failed often, but neither hangs nor answers wrongly."""
-        return not (self.breaker.for_sure or self._calls.cut) and self._source.if_open is not None
+        return not (self.breaker.proven or self._calls.cut) and self._source.if_open is not None
 
     @property
     def hangs_for(self) -> float:
@@ -138,7 +137,8 @@ class Stage:
     @property
     def restarts(self) -> int:
         """How often a process of its device was started anew."""
-        return sum(session.restarts for session in self._sessions())
+        encoder = self._source.if_open
+        return 0 if encoder is None else sum(opened.session.restarts for opened in encoder.programs)
 
     def on_drift(self, forget: Callable[[], None]) -> None:
         """Have something called when it turns out that it answered wrongly: what came from it is not to be kept."""
@@ -293,28 +293,55 @@ class Stage:
         if until is not None and until - time.monotonic() < min(_LEAST, seconds):
             raise no_time()
         safe = all(opened.session.capabilities.thread_safe for opened in encoder.programs)
-        slack = _ENDING if any(session.bounds_calls for session in self._sessions()) else 0.0
+        device, ended = encoder.capabilities.device, False
+
+        def end(late: Future[object]) -> bool:
+            nonlocal ended
+            ended = _ended(encoder, late)
+            return ended
+
         try:
-            return self._calls.call(call, seconds + slack, places=sys.maxsize if safe else 1, until=until)
-        except NoTimeError:
-            raise DeadlineError(f"{self.name} was busy while there was time.", hint="Try again later.") from None
+            return self._calls.call(call, seconds, places=sys.maxsize if safe else 1, until=until, end=end)
+        except DeviceLostError as lost:
+            if not ended:
+                raise
+            message = f"device {device!r} did not answer within {seconds:.3g} s; its process was ended. {lost.message}"
+            raise DeviceLostError(message, hint=f"{_LONGER} {lost.hint}") from None
         except CutError as cut:
-            if cut.call is not None:
-                judge_later(cut.call, cut.limit, partial(self._hung, encoder, seconds, cut), self.breaker.failed)
-            raise cut_off(encoder.capabilities.device) from None
+            if cut.call is None:
+                raise DeadlineError(f"{self.name} was busy while there was time.", hint="Try again later.") from None
+            self._judge_later(encoder, cut.call, cut.limit, seconds)
+            message = f"the engine's step had no more time before device {device!r} answered."
+            raise DeadlineError(message, hint=_STEP) from None
         except LateError as late:
             if self._closed:
                 raise DeviceError("the encoder is closed.", hint="Open a new one.") from None
             raise self._hung(encoder, seconds, late) from None
 
-    def _hung(self, encoder: Encoder, seconds: float, late: LateError) -> DeadlineError:
+    def _judge_later(self, encoder: Encoder, call: Future[object], limit: float, seconds: float) -> None:
+        """Judge a call that goes on although its step has ended: at its limit, or when it returns."""
+
+        def at_limit() -> None:
+            if not (call.done() or _ended(encoder, call)):
+                self._hung(encoder, seconds)
+
+        def on_return(call: Future[object]) -> None:
+            timer.cancel()
+            error = call.exception()
+            if isinstance(error, VisionAccelError) and not isinstance(error, InputError):
+                self.breaker.failed(error.message)
+
+        timer = threading.Timer(seconds_until(limit), at_limit)
+        timer.daemon = True
+        timer.start()
+        call.add_done_callback(on_return)
+
+    def _hung(self, encoder: Encoder, seconds: float, late: LateError | None = None) -> DeadlineError:
         """Disable the link, as a call did not return in time; the error that says so."""
-        for session in self._sessions():
-            session.end_calls()  # its result would be discarded
-        message = f"device {encoder.capabilities.device!r} did not answer within {seconds:.3g} s."
+        message = f"device {encoder.capabilities.device!r} did not answer within {seconds:.3g} s. {late or ''}."
         error = DeadlineError(
-            f"{message} {late}.".removesuffix(" It did not return."),
-            hint="Raise VISIONACCEL_DEADLINE, or set VISIONACCEL_ISOLATION=process, which ends what hangs.",
+            message.removesuffix(" It did not return.").removesuffix(" ."),
+            hint=f"{_LONGER} VISIONACCEL_ISOLATION=process ends what hangs.",
         )
         if not self._closed:
             self._hangs_since = self._hangs_since or time.monotonic()
@@ -337,7 +364,7 @@ class Stage:
         if result.wrong and not self._closed:
             if not probing:
                 self.distrust(f"its canary failed: {result.failure}")
-            elif not self.breaker.for_sure:
+            elif not self.breaker.proven:
                 self._forget()  # it was asked all the same, where nothing else was healthy
         return result
 
@@ -370,10 +397,6 @@ class Stage:
     def _was_checked(self) -> bool:
         return self._checked_restarts is not None
 
-    def _sessions(self) -> list[Session]:
-        encoder = self._source.if_open
-        return [] if encoder is None else [opened.session for opened in encoder.programs]
-
     def _forget(self) -> None:
         for forget in self._drifted:
             forget()
@@ -396,3 +419,14 @@ class Stage:
                 self._reports.add(self._source.if_open, state, reason)
         if state is BreakerState.OPEN:
             self._keeper.wake()
+
+
+def no_time() -> DeadlineError:
+    """The error of an image for which the engine's step has no time left."""
+    return DeadlineError("the engine's step has no time left for it.", hint=_STEP)
+
+
+def _ended(encoder: Encoder, call: Future[object]) -> bool:
+    """End a call that is past its deadline, if its device can be ended; whether it has returned."""
+    ended = [opened.session.end_calls() for opened in encoder.programs]
+    return any(ended) and bool(wait([call], _ENDING).done)

@@ -10,7 +10,7 @@ from functools import partial
 from visionaccel.core.safe_text import safe_logger
 from visionaccel.encoder import Encoder
 from visionaccel.errors import DeadlineError, DeviceError, DeviceLostError, VisionAccelError
-from visionaccel.trust.watched import CutError, LateError, NoTimeError, WatchedCalls, seconds_until
+from visionaccel.trust.calls import CutError, LateError, WatchedCalls, seconds_until
 
 __all__ = ["OnDemand"]
 
@@ -59,7 +59,7 @@ class OnDemand:
             seconds = seconds_until(limit)
             try:
                 return self._calls.call(partial(self._made, name, twice), seconds, until=until)
-            except (CutError, NoTimeError):
+            except CutError:
                 raise LateError("It is still being opened") from None
             except LateError as late:
                 raise DeadlineError(

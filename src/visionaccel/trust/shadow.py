@@ -20,7 +20,7 @@ from visionaccel.core.grid import Grid
 from visionaccel.core.safe_text import safe_logger
 from visionaccel.errors import VisionAccelError
 from visionaccel.trust.canary import drift_of
-from visionaccel.trust.link import Stage
+from visionaccel.trust.link import ChainLink
 
 __all__ = ["Shadow"]
 
@@ -29,7 +29,7 @@ logger = safe_logger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class _Sample:
-    stage: Stage
+    link: ChainLink
     patches: NDArray[np.float32]
     grid: Grid
     rows: NDArray[np.float32]
@@ -57,7 +57,7 @@ class Shadow:
         self,
         share: float,
         limit: float,
-        reference: Stage,
+        reference: ChainLink,
         *,
         waiting: int = 2,
         seed: int | None = None,
@@ -70,11 +70,11 @@ class Shadow:
         self._closed = False
         self.compared = self.skipped = self.drifted = 0
 
-    def offer(self, stage: Stage, patches: Array, grid: Grid, rows: Array) -> None:
+    def offer(self, link: ChainLink, patches: Array, grid: Grid, rows: Array) -> None:
         """Perhaps look at an answer. Takes microseconds, and the time of two copies for what is looked at.
 
         Args:
-            stage: What answered.
+            link: What answered.
             patches: [P, patch_width], as the encoder took them.
             grid: The item's grid.
             rows: [tokens, out_width], as it answered.
@@ -89,7 +89,7 @@ class Shadow:
                 self._thread = threading.Thread(target=self._run, name="visionaccel-shadow", daemon=True)
                 self._thread.start()
             copies = (np.array(as_numpy(each), dtype=np.float32) for each in (patches, rows))
-            self._samples.put_nowait(_Sample(stage, next(copies), grid, next(copies)))
+            self._samples.put_nowait(_Sample(link, next(copies), grid, next(copies)))
 
     def close(self) -> None:
         """Look at nothing any more, and close the reference."""
@@ -120,7 +120,7 @@ class Shadow:
         expected = as_numpy(answer)
         cosine, failure = drift_of(sample.rows, expected, self._limit)
         self.compared += 1
-        encoder = sample.stage.encoder_if_open
+        encoder = sample.link.encoder_if_open
         if encoder is not None:
             seconds = time.perf_counter() - started
             device = encoder.capabilities.device
@@ -130,4 +130,4 @@ class Shadow:
             self.drifted += 1
             name = f"an image of grid {sample.grid} that a client sent"
             evidence = Golden(name, "", (sample.grid,), sample.patches, np.array(expected, np.float32), self._limit)
-            sample.stage.distrust(f"the reference does not agree on {name}: {failure}", evidence)
+            sample.link.distrust(f"the reference does not agree on {name}: {failure}", evidence)

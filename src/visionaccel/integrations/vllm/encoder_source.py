@@ -141,7 +141,7 @@ def announce(encoders: Iterable[GuardedEncoder], how: str) -> None:
             primary.capabilities.precision,
             how,
             ", ".join(str(opened.program.coverage) for opened in primary.programs),
-            ", ".join(stage.name for stage in encoder.stages[1:] if not stage.same) or "none",
+            ", ".join(link.name for link in encoder.links[1:] if not link.same) or "none",
         )
 
 

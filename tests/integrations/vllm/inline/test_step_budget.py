@@ -42,8 +42,8 @@ def step(receiving, monkeypatch):
 def test_a_hang_costs_no_more_than_the_budget_whatever_the_number_of_images(step, images, fallback):
     made, faults = step(1.0, BACKEND="onnxrt", FALLBACK=fallback, DEADLINE="60", CANARY="off")
     made._encoder, gates = made._opener.result(time.monotonic() + 60), []
-    for stage in made.encoder.stages:
-        (opened,) = stage.open().programs
+    for link in made.encoder.links:
+        (opened,) = link.open().programs
         gates.append(Gate(opened.session))
         opened.session = gates[-1]
         gates[-1].shut()

@@ -508,9 +508,9 @@ def test_embeddings_of_a_distrusted_device_are_encoded_anew(engine, pipelined, e
             engine.step()
         assert engine.answers[first][0] == TAINTED, "nobody could know"
         spoilt[0] = False
-        connector.service.encoders[0].stages[0].distrust("its canary failed")
+        connector.service.encoders[0].links[0].distrust("its canary failed")
         again = [engine.add([image], 3) for image in range(IMAGES)]
-        wait_until(lambda: connector.service.encoders[0].stages[0].breaker.closed)
+        wait_until(lambda: connector.service.encoders[0].links[0].breaker.closed)
         engine.drain()
     finally:
         opened.session = gate

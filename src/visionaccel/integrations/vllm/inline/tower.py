@@ -217,8 +217,8 @@ class AcceleratedTower(nn.Module):
             devices = self._settings.wanted_devices[:1]
             (encoder,) = open_guarded(self._source, self._settings, devices, host)
         announce([encoder], how)
-        for stage in encoder.stages:
-            stage.on_drift(self._distrust)
+        for link in encoder.links:
+            link.on_drift(self._distrust)
         if metrics is not None:
             metrics.watch_encoder(encoder)
         return encoder

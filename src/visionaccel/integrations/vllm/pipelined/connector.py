@@ -115,8 +115,8 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
         self._digest = source_digest(source)
         announce(self._service.encoders, "pipelined")
         self._pending_images = PendingImages(self._service, settings.cache_size)
-        for stage in {stage for encoder in self._service.encoders for stage in encoder.stages}:
-            stage.on_drift(self._distrust.set)
+        for link in {link for encoder in self._service.encoders for link in encoder.links}:
+            link.on_drift(self._distrust.set)
         if self._metrics is not None:
             self._metrics.watch_service(self._service)
 

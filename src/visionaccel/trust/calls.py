@@ -1,4 +1,13 @@
-"""Calls that may hang: they run on threads that can be left behind."""
+"""Calls that may hang: they run on threads that can be left behind.
+
+These hold for the calls of one `WatchedCalls`, on any schedule:
+
+- A call returns, raises or is left behind at its limit, or at its caller's `until` if that comes first.
+- A call's limit counts from the moment that it has its place. A caller waits for that for at most one limit for each
+  caller before it.
+- While a call that was left behind has not returned, no other begins where there is one place; where there are more,
+  none begins while four have not.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +16,11 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from functools import partial
 from typing import TypeAlias, TypeVar
 
 from visionaccel.core.arrays import Array, is_tensor
 
-__all__ = [
-    "CutError", "LateError", "NoTimeError", "WatchedCalls", "in_callers_stream", "returns_within", "seconds_until",
-]  # fmt: skip
+__all__ = ["CutError", "LateError", "WatchedCalls", "in_callers_stream", "returns_within", "seconds_until"]
 
 _T = TypeVar("_T")
 _Work: TypeAlias = tuple[Future[object], Callable[[], object]]
@@ -27,12 +33,8 @@ class LateError(Exception):
     """A call did not return in time, or waited for one that did not."""
 
 
-class NoTimeError(LateError):
-    """A call had no time left before it could begin."""
-
-
 class CutError(LateError):
-    """A call was left behind because its caller's time was over and not its own, or it waited for one of that kind.
+    """A caller's `until` came before the call's limit, or the call waited for one of that kind.
 
     Args:
         message: What happened.
@@ -48,11 +50,6 @@ class CutError(LateError):
 class WatchedCalls:
     """Runs calls on threads that can be left behind. Safe to use from several threads.
 
-    A call has its limit from the moment that it has a place. One that exceeds it is left behind: it keeps its thread
-    until it returns, and what comes of it is dropped. Calls that wait for a place at that moment fail too, so a caller
-    waits for at most one limit for each caller before it. No call begins while another one that was left behind may
-    still use what has one place, or while four were left behind: threads that hang do not add up.
-
     A thread that has returned in time is used again, because the thread pools of runtimes belong to the thread that
     calls them. The threads are daemons: a call that never returns must not keep the program from ending.
 
@@ -61,23 +58,27 @@ class WatchedCalls:
     """
 
     def __init__(self, returned: Callable[[], None] = lambda: None) -> None:
-        self._told = returned
+        self._on_return = returned
         self._changed = threading.Condition()
         self._idle: list[_Caller] = []
-        self._running = self._late = self._left_behind = self._cut = 0
-        self._closed = self._last_was_cut = False
+        self._late: dict[Future[object], bool] = {}
+        self._running = self._left_behind = 0
+        self._closed = False
 
     @property
-    def late(self) -> int:
-        """Calls that were left behind and have not returned."""
-        return self._late
+    def cut(self) -> bool:
+        """Whether a call that was left behind because of `until` has not returned."""
+        return any(self._late.values())
 
-    @property
-    def cut(self) -> int:
-        """Those of them that were left behind because of `until`."""
-        return self._cut
-
-    def call(self, function: Callable[[], _T], seconds: float, *, places: int = 1, until: float | None = None) -> _T:
+    def call(
+        self,
+        function: Callable[[], _T],
+        seconds: float,
+        *,
+        places: int = 1,
+        until: float | None = None,
+        end: Callable[[Future[object]], bool] = lambda _: False,
+    ) -> _T:
         """What the function returns or raises.
 
         Args:
@@ -85,29 +86,29 @@ class WatchedCalls:
             seconds: How long it may take.
             places: How many calls may be in progress at a time, with this one.
             until: When this call must have returned in any case, on the monotonic clock.
+            end: Ends a call that is past its limit; returns whether the call has returned.
 
         Raises:
             LateError: If it does not return in time, or none can begin.
             CutError: If that is because of `until`, of this call or of an earlier one.
-            NoTimeError: If it had no time left when it could begin.
         """
         caller = self._begin(places, until)
         limit = time.monotonic() + seconds
-        end = limit if until is None else min(limit, until)
+        stop = limit if until is None else min(limit, until)
         future = caller.start(function)
         try:
-            return future.result(seconds_until(end))  # type: ignore[return-value]
+            return future.result(seconds_until(stop))  # type: ignore[return-value]
         except TimeoutError:
-            if future.done():  # it raised that itself, or returned at the last moment
+            if future.done() or (stop == limit and end(future)):  # it raised that itself, or returned just now
                 return future.result()  # type: ignore[return-value]
-            if end < limit:
+            if stop < limit:
                 raise CutError("It did not return", future, limit) from None
             raise LateError("It did not return") from None
         finally:
-            self._end(caller, future, cut=end < limit)
+            self._end(caller, future, cut=stop < limit)
 
     def close(self, wait: float = 0.0) -> None:
-        """Begin no call any more, and end the threads that no call keeps.
+        """Begin no more calls, and end the threads that no call keeps.
 
         Args:
             wait: Seconds to wait for calls in progress, but not for those that are late.
@@ -115,7 +116,7 @@ class WatchedCalls:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._running == 0 or self._late > 0, wait)
+            self._changed.wait_for(lambda: self._running == 0 or bool(self._late), wait)
             idle, self._idle = self._idle, []
         for caller in idle:
             caller.end(_ENDING)
@@ -125,44 +126,44 @@ class WatchedCalls:
         with self._changed:
             before = self._left_behind
 
-            def settled() -> bool:
-                hopeless = self._closed or self._late >= most_late or self._left_behind != before
-                return hopeless or self._running < places
+            def blocked() -> bool:
+                return len(self._late) >= most_late or self._left_behind != before
 
-            in_time = self._changed.wait_for(settled, None if until is None else seconds_until(until))
+            in_time = self._changed.wait_for(
+                lambda: self._closed or blocked() or self._running < places,
+                None if until is None else seconds_until(until),
+            )
             if self._closed:
                 raise LateError("It is closed")
             if not in_time or (until is not None and time.monotonic() >= until):
-                raise NoTimeError("Other calls took its time")
-            if self._late >= most_late or self._left_behind != before:
-                kind = CutError if self._last_was_cut else LateError
+                raise CutError("Other calls took its time")
+            if blocked():
+                kind = CutError if all(self._late.values()) else LateError
                 raise kind("An earlier call has not returned")
-            caller = self._idle.pop() if self._idle else _Caller()
             self._running += 1
-            return caller
+            return self._idle.pop() if self._idle else _Caller()
 
     def _end(self, caller: _Caller, future: Future[object], *, cut: bool) -> None:
         with self._changed:
             self._running -= 1
-            kept = future.done() and not self._closed
+            done = future.done()
+            kept = done and not self._closed
             if kept:
                 self._idle.append(caller)
-            elif not future.done():
-                self._late += 1
+            if not done:
+                self._late[future] = cut
                 self._left_behind += 1
-                self._cut += cut
-                self._last_was_cut = cut
-                future.add_done_callback(partial(self._returned, cut))
             self._changed.notify_all()
         if not kept:
             caller.end()
+        if not done:
+            future.add_done_callback(self._returned)
 
-    def _returned(self, cut: bool, _: Future[object]) -> None:
+    def _returned(self, future: Future[object]) -> None:
         with self._changed:
-            self._late -= 1
-            self._cut -= cut
+            del self._late[future]
             self._changed.notify_all()
-        self._told()
+        self._on_return()
 
 
 class _Caller:
