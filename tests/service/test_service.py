@@ -369,6 +369,14 @@ def test_the_settings_open_an_encoder_on_each_device(tiny):
     assert set(threads()) == before
 
 
+def test_a_device_in_this_process_takes_three_threads(tiny):
+    before = set(threads())
+    with open_service(tiny, backend="onnxrt", fallback="torch_ref") as service:
+        service.encode(np.concatenate([image(1), image(2)]), [GRID, GRID])
+        names = sorted(thread.name for thread in set(threads()) - before)
+    assert names == ["visionaccel-call", "visionaccel-canary", "visionaccel-cpu-0"]
+
+
 def test_a_device_that_cannot_start_leaves_nothing_open_and_the_fallback_takes_its_place(tiny, caplog):
     with pytest.raises(ConfigurationError, match="VitisAI"):
         open_service(tiny, backend="onnxrt", devices=["cpu", "npu"])

@@ -22,8 +22,9 @@ from visionaccel.errors import (
     UnfitGridError,
     VisionAccelError,
 )
-from visionaccel.trust.link import RETRY, ChainLink, no_time
+from visionaccel.trust.link import RETRY, ChainLink
 from visionaccel.trust.shadow import Shadow
+from visionaccel.trust.watched_encoder import no_time
 
 __all__ = ["Embedded", "GuardedEncoder"]
 
@@ -80,11 +81,6 @@ class GuardedEncoder:
     def closed(self) -> bool:
         """Whether it was closed."""
         return self.primary.closed
-
-    @property
-    def has_fallback(self) -> bool:
-        """Whether another encoder would take over."""
-        return len(self.links) > 1
 
     @property
     def stuck_for(self) -> float:
