@@ -17,7 +17,7 @@ from visionaccel.cli.output import Backend, Device, Json, OptionsText, backend_o
 from visionaccel.core.cores import choose_cores
 from visionaccel.encoder import open_encoder, open_source
 from visionaccel.errors import ConfigurationError
-from visionaccel.images import Fitter, FittingProcessor, image_processor, load_image
+from visionaccel.images import Fitter, image_processor, load_image
 from visionaccel.settings import load_settings
 
 __all__ = ["encode"]
@@ -69,11 +69,11 @@ def encode(
             coverages = tuple(opened.program.coverage for opened in encoder.programs)
             fitter = Fitter(tower, coverages, settings.fit, process.min_pixels, process.max_pixels)
             fitter.check_bounds()
-        prepare = FittingProcessor(process, fitter)
         rows: list[dict[str, Any]] = []
         arrays: dict[str, NDArray[np.float32]] = {}
         for number, path in enumerate(images):
-            patches, grid = prepare(load_image(path))
+            image = load_image(path)
+            patches, grid = process(image if fitter is None else fitter.fit(image))
             started = time.perf_counter()
             embeddings = encoder.encode(patches, [grid])
             seconds = time.perf_counter() - started

@@ -16,7 +16,8 @@ from visionaccel.checkpoint import locate_checkpoint
 from visionaccel.encoder import Encoder, open_encoder, open_source
 from visionaccel.errors import ConfigurationError
 from visionaccel.families import Tower
-from visionaccel.images import Fitter, FittingProcessor, image_processor
+from visionaccel.images import Fitter, image_processor
+from visionaccel_bench.serve.fixed_grid import FittingProcessor
 from visionaccel_testing.simulated.target import NAME as SIMULATED
 
 if TYPE_CHECKING:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -15,15 +14,13 @@ from visionaccel.core.arrays import as_numpy
 from visionaccel.core.bounded_files import open_regular
 from visionaccel.core.grid import Grid, as_grids
 from visionaccel.errors import CheckpointError, ConfigurationError, InputError
-from visionaccel.images.level_table import LevelTable, read_levels
-from visionaccel.images.webp_header import WEBP_HEADER, webp_size
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = [
-    "FORMATS", "MOST_FILE_BYTES", "MOST_PIXELS", "ImageBackend", "ImageProcessor", "as_rgb", "image_processor",
-    "load_image",
+    "FORMATS", "MOST_FILE_BYTES", "MOST_PIXELS", "WEBP_HEADER", "ImageBackend", "ImageProcessor", "as_rgb",
+    "image_processor", "load_image", "webp_size",
 ]  # fmt: skip
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
@@ -35,14 +32,14 @@ MOST_PIXELS = 2**26
 MOST_FILE_BYTES = 256 * 2**20
 """Most bytes of an image file, as vLLM has it for what it downloads."""
 
+WEBP_HEADER = 30
+"""Bytes that hold the size, whichever kind of file it is."""
+
 ImageBackend: TypeAlias = Literal["pil", "torchvision"]
 """What transformers computes on: Pillow and numpy, or torch.
 
 They resize differently: by a grey level or two in pictures, by up to 30 in noise that is clipped at black and white.
 """
-
-_BICUBIC = 3
-"""Pillow's number of the filter."""
 
 
 class ImageProcessor:
@@ -54,6 +51,7 @@ class ImageProcessor:
         max_pixels: Largest area that it gives an image.
         patch_size: Side of a patch in pixels.
         merge_size: Patches along a side of a merged token.
+        filter: Pillow's number of the filter that it resizes with; None if it does not resize.
     """
 
     def __init__(self, processor: Any) -> None:
@@ -61,6 +59,7 @@ class ImageProcessor:
         self.backend: ImageBackend = processor.backend
         self.min_pixels, self.max_pixels = int(processor.size.shortest_edge), int(processor.size.longest_edge)
         self.patch_size, self.merge_size = int(processor.patch_size), int(processor.merge_size)
+        self.filter: int | None = int(processor.resample) if processor.do_resize else None
 
     def __call__(self, image: Image, *, resize: bool = True) -> tuple[NDArray[np.float32], Grid]:
         """Patches of one image.
@@ -88,44 +87,6 @@ class ImageProcessor:
             ) from error
         patches: NDArray[np.float32] = np.asarray(as_numpy(inputs["pixel_values"]), dtype=np.float32)
         return patches, as_grids(inputs["image_grid_thw"])[0]
-
-    @cached_property
-    def levels(self) -> LevelTable:
-        """What it makes of grey levels, for those who resize by themselves or by `resized`.
-
-        Raises:
-            ConfigurationError: If it does more than to resize with the bicubic filter, normalise and make patches.
-        """
-        if not self._processor.do_resize or int(self._processor.resample) != _BICUBIC:
-            raise ConfigurationError(
-                "the image processor does not resize with the bicubic filter.",
-                hint="Use visionaccel.images.image_processor, which runs it as it is.",
-            )
-        from PIL import Image as pillow
-
-        return read_levels(
-            lambda pixels: self(pillow.fromarray(pixels), resize=False)[0], self.patch_size, self.merge_size
-        )
-
-    def resized(self, image: Image, size: tuple[int, int]) -> NDArray[np.uint8]:
-        """An image as this processor resizes it: bicubic and antialiased, by the library that it computes on.
-
-        Args:
-            image: In RGB.
-            size: Width and height to come to.
-
-        Returns:
-            uint8 [height, width, 3]; perhaps read-only.
-        """
-        from PIL.Image import Resampling
-
-        if self.backend == "pil" or image.size == size:
-            return np.asarray(image if image.size == size else image.resize(size, Resampling.BICUBIC))
-        import torch
-
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
-        scaled = torch.nn.functional.interpolate(pixels, size[::-1], mode="bicubic", antialias=True)
-        return np.asarray(as_numpy(scaled[0].permute(1, 2, 0)))
 
 
 def as_rgb(image: Image) -> Image:
@@ -216,6 +177,30 @@ def load_image(path: Path) -> Image:
         ) from error
     except Exception as error:  # as in `as_rgb`; a size of twice Pillow's own limit is an error of its own
         raise InputError(f"{path} cannot be read as an image: {error}", hint="Pass a complete image file.") from error
+
+
+def webp_size(start: bytes) -> tuple[int, int]:
+    """Width and height in pixels that a WebP file states, from its first bytes; zeros if it is no WebP.
+
+    Pillow tells them only after the decoder has set up its frames for them.
+
+    The layouts are those of https://developers.google.com/speed/webp/docs/riff_container: `VP8X` holds the size of the
+    canvas, less 1, in 24 bits each, `VP8L` in 14 bits each, and `VP8 ` the size itself in 14 bits each.
+
+    Args:
+        start: The first `WEBP_HEADER` bytes.
+    """
+    if len(start) < WEBP_HEADER or start[:4] != b"RIFF" or start[8:12] != b"WEBP":
+        return 0, 0
+    match start[12:16]:
+        case b"VP8X":
+            return int.from_bytes(start[24:27], "little") + 1, int.from_bytes(start[27:30], "little") + 1
+        case b"VP8L":
+            bits = int.from_bytes(start[21:25], "little")
+            return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+        case b"VP8 ":
+            return int.from_bytes(start[26:28], "little") & 0x3FFF, int.from_bytes(start[28:30], "little") & 0x3FFF
+    return 0, 0
 
 
 def _check_pixels(path: Path, width: int, height: int) -> None:

@@ -16,13 +16,12 @@ from visionaccel.core.grid import Grid
 from visionaccel.core.program import AnyGrid, FixedGrid
 from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError, GridError, InputError, UnfitGridError
-from visionaccel.images import (
-    Fitter,
+from visionaccel.images import Fitter, ImageProcessor, natural_grid
+from visionaccel_bench.serve.fixed_grid import (
     FittingProcessor,
     FixedGridProcessor,
-    ImageProcessor,
     fixed_grid_processor,
-    natural_grid,
+    levels_of,
     read_levels,
 )
 
@@ -241,7 +240,7 @@ def test_a_processor_that_does_more_than_a_table_is_refused(processors):
     def table_of(change):
         return read_levels(lambda pixels: change(right(Image.fromarray(pixels), resize=False)[0]), 14, 2)
 
-    assert np.array_equal(table_of(lambda patches: patches).values, right.levels.values)
+    assert np.array_equal(table_of(lambda patches: patches).values, levels_of(right).values)
     for wrong in (
         lambda patches: patches[::-1],
         lambda patches: patches[:, ::-1],
