@@ -14,10 +14,9 @@ from visionaccel.backends import Accepted, Rejected, default_registry
 from visionaccel.bundle import ProgramRequest, export_bundle, open_bundle
 from visionaccel.cli.app import app
 from visionaccel.core.grid import Grid
-from visionaccel.core.program import ONNX_FUSED, FixedGrid, HostSplit
+from visionaccel.core.program import EMBEDDINGS, ONNX_FUSED, FixedGrid, HostSplit
 from visionaccel.encoder import open_tower
 from visionaccel.errors import BackendUnavailableError, ConfigurationError
-from visionaccel.towers import EMBEDDINGS
 from visionaccel_onnxrt.session_entries import SPINNING, UNPACKED
 
 GRID, LARGEST = Grid(1, 10, 18), Grid(1, 14, 22)

@@ -12,7 +12,7 @@ from visionaccel.core.arrays import Array, is_tensor
 from visionaccel.core.cores import thread_limit
 from visionaccel.core.cpu import has_bfloat16
 from visionaccel.core.grid import Grid, as_grids
-from visionaccel.core.program import CHECKPOINT, Program
+from visionaccel.core.program import CHECKPOINT, EMBEDDINGS, GRIDS, PIXELS, Program
 from visionaccel.errors import BackendUnavailableError, ConfigurationError
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ class TorchReferenceSession(Session):
         import torch
 
         assert self._tower is not None
-        patches, given_tensor = inputs["pixel_values"], is_tensor(inputs["pixel_values"])
+        patches, given_tensor = inputs[PIXELS], is_tensor(inputs[PIXELS])
         if not given_tensor:
             # torch warns of read-only arrays because it could write to them; the tower does not, but must not be noisy.
             patches = torch.from_numpy(patches if patches.flags.writeable else patches.copy())
@@ -154,14 +154,14 @@ class TorchReferenceSession(Session):
             if parts is not None:
                 torch.cuda.synchronize(self.capabilities.device)  # or the copy's time would count as the kernels'
                 parts.transfer_in += time.monotonic() - started
-            out = self._tower(moved, as_grids(inputs["grid_thw"])).to(torch.float32)
+            out = self._tower(moved, as_grids(inputs[GRIDS])).to(torch.float32)
             if parts is not None:
                 torch.cuda.synchronize(self.capabilities.device)
             started = time.monotonic()
             embeddings = out if given_tensor else out.cpu().numpy()
             if parts is not None:
                 parts.transfer_out += time.monotonic() - started
-        return {"embeddings": embeddings}
+        return {EMBEDDINGS: embeddings}
 
     def close(self) -> None:
         self._tower = None

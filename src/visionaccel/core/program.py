@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = [
-    "CHECKPOINT", "DEVICE_TENSORS", "EP_CONTEXT", "FLEXMLRT_DIRECTORY", "FLEXMLRT_RAI", "HOST_AFTER", "HOST_BEFORE",
-    "ONNX", "ONNX_FUSED", "ONNX_MODELS", "ONNX_STANDARD", "SIMULATOR_FILE", "SIMULATOR_MAGIC",
+    "CHECKPOINT", "DEVICE_TENSORS", "EMBEDDINGS", "EP_CONTEXT", "FLEXMLRT_DIRECTORY", "FLEXMLRT_RAI", "GRIDS",
+    "HOST_AFTER", "HOST_BEFORE", "ONNX", "ONNX_FUSED", "ONNX_MODELS", "ONNX_STANDARD", "PATCH_EMBEDDINGS", "PIXELS",
+    "SIMULATOR_FILE", "SIMULATOR_MAGIC", "WINDOW_EMBEDDINGS",
     "AnyGrid", "Bucket", "Coverage", "FixedGrid", "HostSplit", "OperatorDialect", "Precision", "Program",
 ]  # fmt: skip
 
@@ -61,6 +62,21 @@ SIMULATOR_MAGIC = b"VASIMRAI"
 
 SIMULATOR_FILE = "simulator.rai"
 """Such an artifact's name in the folder of a partition (`FLEXMLRT_DIRECTORY`)."""
+
+PIXELS = "pixel_values"
+"""Patches in input order: the program embeds them itself."""
+
+GRIDS = "grid_thw"
+"""The grids of a call, for a program that makes its own tables."""
+
+PATCH_EMBEDDINGS = "patch_embeddings"
+"""Embedded patches in the program's own order, those of one token together: what the host hands to a split program."""
+
+EMBEDDINGS = "embeddings"
+"""Embeddings in the order of the input tokens."""
+
+WINDOW_EMBEDDINGS = "window_embeddings"
+"""Embeddings in the program's own order: what a split program hands back."""
 
 Precision: TypeAlias = Literal["float32", "bfloat16", "float16"]
 """Dtype of a program's weights and activations; its inputs and outputs are float32 whatever it computes in."""

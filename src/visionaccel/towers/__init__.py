@@ -14,10 +14,8 @@ from visionaccel.core.tower_spec import (
     TowerSpec,
 )
 from visionaccel.towers.family import Family, VisionConfiguration
-from visionaccel.towers.host import GROUPED, RASTER, Host
-from visionaccel.towers.host_embedding import PatchEmbedding
+from visionaccel.towers.host import GROUPED, RASTER, Host, PatchEmbedding
 from visionaccel.towers.operations import MatrixProduct, Operations
-from visionaccel.towers.signature import EMBEDDINGS, PIXELS
 from visionaccel.towers.tables import Tables, by_window_size, make_tables, tower_tables, window_order
 from visionaccel.towers.tower import Tower
 
@@ -25,9 +23,7 @@ __all__ = [
     "GROUPED",
     "RASTER",
     "APART",
-    "EMBEDDINGS",
     "JOINT",
-    "PIXELS",
     "Activation",
     "ActivationKind",
     "Family",

@@ -31,9 +31,8 @@ from visionaccel.errors import ConfigurationError
 from visionaccel.towers.family import Family
 from visionaccel.towers.host import GROUPED, RASTER, Host, open_host
 from visionaccel.towers.operations import Operations, count_operations
-from visionaccel.towers.signature import checkpoint_signature, signature
 from visionaccel.towers.stored_form import has_every_weight, plain_weights
-from visionaccel.towers.tables import tower_tables
+from visionaccel.towers.tables import checkpoint_signature, signature, tower_tables
 
 __all__ = ["Tower"]
 

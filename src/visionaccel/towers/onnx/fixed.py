@@ -1,10 +1,14 @@
-"""Operators of a graph of fixed shapes, for devices that compile ahead of time.
+"""Graphs of fixed shapes: in standard operators for devices that compile ahead of time, and in ONNX Runtime's own.
 
-Standard operators of opset 17 only, and no shape that varies. Heads are the leading axis of attention, so that a run of
+In standard operators of opset 17 no shape varies (`FixedOperators`). Heads are the leading axis of attention, so that a run of
 windows is a reshape away from a batch of them. `FixedGrid` bakes the tables in and runs the windows of one size as one
 batch, without any mask. That takes window order `grouped`; a split program with `raster` order at its edges gathers
 into it and back. `Bucket` takes the tables as inputs, gathers the rows into windows of full size, and adds a mask term
 to the scores.
+
+Standard operators hold the scores of an attention in memory, where one fused operator of ONNX Runtime works through
+them piece by piece. In those, what the graph for any grid takes as inputs is a constant for `FixedGrid`, and for
+`Bucket` it is made from the padded inputs, cut to the rows that are real (`bind_tables`).
 """
 
 from __future__ import annotations
@@ -13,16 +17,16 @@ import math
 from itertools import groupby
 
 import numpy as np
+import onnx
 
-from visionaccel.core.program import Bucket, FixedGrid, HostSplit
+from visionaccel.core.program import EMBEDDINGS, PIXELS, AnyGrid, Bucket, FixedGrid, HostSplit
 from visionaccel.core.tower_spec import ActivationKind, Norm, TowerSpec
 from visionaccel.towers.host import RASTER
 from visionaccel.towers.onnx.operators import Operators
-from visionaccel.towers.onnx.weights import GraphWeights
-from visionaccel.towers.onnx.writer import GraphWriter
-from visionaccel.towers.tables import Windows, make_tables, window_order
+from visionaccel.towers.onnx.writer import GraphWeights, GraphWriter
+from visionaccel.towers.tables import Windows, make_tables, signature, window_order
 
-__all__ = ["FixedOperators"]
+__all__ = ["FixedOperators", "bind_tables", "pad_embeddings"]
 
 
 class FixedOperators(Operators):
@@ -51,7 +55,7 @@ class FixedOperators(Operators):
         super().__init__(spec, writer, weights, self._patches)
         self._coverage, self._host = coverage, host
         self._scale = writer.constant(np.float32(spec.head_dim**-0.5))
-        self._two = writer.constant(np.float32(2.0))
+        self._square_exponent = writer.constant(np.float32(2.0))
         self._baked: dict[str, str] = {}
         self._frame_bias = ""
 
@@ -108,7 +112,7 @@ class FixedOperators(Operators):
         if norm.kind == "layer":
             inputs = [x, *(value if value == "" else g.widen(value) for value in (scale, bias))]
             return g.narrow(g.node("LayerNormalization", inputs, axis=-1, epsilon=norm.epsilon))
-        mean = g.node("ReduceMean", [g.node("Pow", [x, self._two])], axes=[-1], keepdims=1)
+        mean = g.node("ReduceMean", [g.node("Pow", [x, self._square_exponent])], axes=[-1], keepdims=1)
         root = g.node("Sqrt", [g.node("Add", [mean, g.constant(np.float32(norm.epsilon))])])
         return g.node("Mul", [g.narrow(g.node("Div", [x, root])), scale])
 
@@ -186,3 +190,51 @@ class FixedOperators(Operators):
         out = self._attend(*batch, axes=4, bias="window_bias")
         out = g.node("Reshape", [out, g.constant([heads, windows * size, width])])
         return g.node("Gather", [out, "window_slots"], axis=1)
+
+
+_HIDING = -1.0
+"""Terms below it hide a key: the host adds 0 to the scores of real ones, and a large negative number to others."""
+
+
+def bind_tables(spec: TowerSpec, g: GraphWriter, coverage: FixedGrid | Bucket) -> dict[str, str]:
+    """Values by the names of the inputs that they stand for; for a bucket, `EMBEDDINGS` is how those are padded."""
+    names = [tensor.name for tensor in signature(spec, AnyGrid(), None)[0]]
+    if isinstance(coverage, FixedGrid):
+        tables = make_tables(spec, [coverage.grid]).fed()
+        return {**{name: g.constant(tables[name]) for name in names if name in tables}, "frames": g.constant([1])}
+    return _cut_to_real(spec, g, coverage, names)
+
+
+def pad_embeddings(g: GraphWriter, embeddings: str, pads: str) -> str:
+    """Embeddings with zero rows up to the sizes of a bucket."""
+    return g.node("Pad", [embeddings, pads])
+
+
+def _cut_to_real(spec: TowerSpec, g: GraphWriter, bucket: Bucket, names: list[str]) -> dict[str, str]:
+    zero, one, first = g.constant([0]), g.constant([1]), g.constant(np.float32(_HIDING))
+    patches = _count(g, g.node("Greater", ["frame_bias", first]))
+    tokens = g.node("Div", [patches, g.constant([spec.merged])])
+
+    def cut(value: str, rows: str, axis: str = zero) -> str:
+        return g.node("Slice", [value, zero, rows, axis])
+
+    bound = {name: cut(name, patches) for name in (PIXELS, "rotary_cos", "rotary_sin")}
+    bound |= {name: cut(name, patches, one) for name in ("position_index", "position_weight") if name in names}
+    if spec.window is not None:
+        kept = g.node("Squeeze", [g.node("Greater", ["window_bias", first]), one])
+        # A window's real patches come first, so a window without any is padding.
+        starts = g.node("Slice", [kept, zero, one, one])
+        windows = _count(g, g.node("Squeeze", [starts, one]))
+        bound |= {name: cut(name, tokens) for name in ("window_index", "reverse_index")}
+        bound["window_slots"] = cut("window_slots", patches)
+        bound["window_patches"] = cut("window_patches", windows)
+        bound["window_mask"] = cut(g.node("Cast", [kept], to=onnx.TensorProto.INT32), windows)
+    missing = g.node("Sub", [g.constant([bucket.patches // spec.merged]), tokens])
+    pads = g.node("Concat", [g.constant([0, 0]), missing, zero], axis=0)
+    return {**bound, "frames": one, EMBEDDINGS: pads}
+
+
+def _count(g: GraphWriter, flags: str) -> str:
+    """How many of a vector's flags are set, as int64 [1]."""
+    numbers = g.node("Cast", [flags], to=onnx.TensorProto.INT64)
+    return g.node("ReduceSum", [numbers, g.constant([0])], keepdims=1)

@@ -3,7 +3,7 @@
 Rows are patches from the embedding to the merger, in window order where the tower has windows. `AnyGrid` takes the
 grid-dependent tables as inputs, and the frames of a call as a batch, so all frames of one call must have the same
 height and width. `FixedGrid` and `Bucket` have fixed shapes (`fixed`) in standard operators; in ONNX Runtime's own
-operators they are the graph for any grid with its tables bound (`bound`).
+operators they are the graph for any grid with its tables bound (`fixed.bind_tables`).
 """
 
 from __future__ import annotations
@@ -13,15 +13,22 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx
 
-from visionaccel.core.program import AnyGrid, Coverage, HostSplit, OperatorDialect
+from visionaccel.core.program import (
+    EMBEDDINGS,
+    PATCH_EMBEDDINGS,
+    PIXELS,
+    WINDOW_EMBEDDINGS,
+    AnyGrid,
+    Coverage,
+    HostSplit,
+    OperatorDialect,
+)
 from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.core.tower_spec import Activation, Gated, Linear, Merge, Norm, Step, TowerSpec
-from visionaccel.towers.onnx.bound import bind_tables, pad_embeddings
-from visionaccel.towers.onnx.fixed import FixedOperators
+from visionaccel.towers.onnx.fixed import FixedOperators, bind_tables, pad_embeddings
 from visionaccel.towers.onnx.operators import MicrosoftOperators, Operators, StandardOperators
-from visionaccel.towers.onnx.weights import GraphWeights
-from visionaccel.towers.onnx.writer import GraphWriter
-from visionaccel.towers.signature import EMBEDDINGS, PATCH_EMBEDDINGS, PIXELS, WINDOW_EMBEDDINGS, signature
+from visionaccel.towers.onnx.writer import GraphWeights, GraphWriter
+from visionaccel.towers.tables import signature
 
 __all__ = ["write_graph"]
 

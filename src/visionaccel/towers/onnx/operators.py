@@ -14,8 +14,7 @@ import numpy as np
 from onnx import TensorProto
 
 from visionaccel.core.tower_spec import ActivationKind, Norm, TowerSpec
-from visionaccel.towers.onnx.weights import GraphWeights
-from visionaccel.towers.onnx.writer import MICROSOFT, GraphWriter
+from visionaccel.towers.onnx.writer import MICROSOFT, GraphWeights, GraphWriter
 
 __all__ = ["FusedOperators", "MicrosoftOperators", "Operators", "StandardOperators"]
 
