@@ -14,10 +14,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from visionaccel.core.bounded_files import parse_json
 from visionaccel.core.cores import WantedCores, parse_cores
 from visionaccel.core.invalid_values import problems_of
 from visionaccel.core.safe_text import safe_logger
-from visionaccel.core.strict_json import parse_json
 from visionaccel.errors import SettingsError
 
 __all__ = [

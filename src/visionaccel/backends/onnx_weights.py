@@ -12,7 +12,7 @@ import onnx
 from numpy.typing import NDArray
 
 from visionaccel.core.dtypes import DTYPES
-from visionaccel.core.external_data import ExternalData, hold_data, is_external
+from visionaccel.core.onnx_graphs import ExternalData, hold_data, is_external
 from visionaccel.errors import ArtifactError
 
 __all__ = ["external_weights", "load_weights", "map_weights", "mapped_weights"]

@@ -16,12 +16,11 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from visionaccel.bundle.upgrades import SCHEMA_VERSION, upgraded
-from visionaccel.core.bounded_files import read_bounded
+from visionaccel.core.bounded_files import parse_json, read_bounded
 from visionaccel.core.contracts import TensorSpec
 from visionaccel.core.grid import Grid
 from visionaccel.core.invalid_values import problems_of
 from visionaccel.core.program import AnyGrid, Bucket, Coverage, FixedGrid, HostSplit, Precision
-from visionaccel.core.strict_json import parse_json
 from visionaccel.errors import BundleError, GridError
 
 __all__ = [

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from visionaccel.core.dtypes import DTYPES, FLOATS
-from visionaccel.core.external_data import ExternalData, is_external, point_at
-from visionaccel.core.onnx_graphs import every_tensor, graphs_in, tensors_of
+from visionaccel.core.onnx_graphs import ExternalData, every_tensor, graphs_in, is_external, point_at, tensors_of
 from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import BundleError
 

@@ -16,11 +16,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from visionaccel.core.bounded_files import MOST_JSON_BYTES, open_regular, read_bounded
+from visionaccel.core.bounded_files import MOST_JSON_BYTES, open_regular, parse_json, read_bounded
 from visionaccel.core.dtypes import FLOATS, OF_SAFETENSORS
 from visionaccel.core.memory_files import FileState
 from visionaccel.core.stored_tensor import StoredTensor
-from visionaccel.core.strict_json import parse_json
 from visionaccel.errors import CheckpointError
 
 __all__ = [

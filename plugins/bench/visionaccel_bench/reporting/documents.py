@@ -7,10 +7,9 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from visionaccel.core.bounded_files import read_bounded
+from visionaccel.core.bounded_files import parse_json, read_bounded
 from visionaccel.core.invalid_values import problems_of
 from visionaccel.core.safe_text import one_line
-from visionaccel.core.strict_json import parse_json
 from visionaccel.errors import ConfigurationError, InputError
 
 __all__ = ["checked", "parsed", "read_document", "read_text"]

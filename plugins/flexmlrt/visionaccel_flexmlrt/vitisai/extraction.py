@@ -8,7 +8,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from visionaccel.core.contracts import TensorSpec
-from visionaccel.core.external_data import is_external
+from visionaccel.core.onnx_graphs import is_external
 from visionaccel.errors import BundleError
 from visionaccel_flexmlrt.vitisai.graph import OnnxGraph, external_files
 from visionaccel_flexmlrt.vitisai.layout import Boundary

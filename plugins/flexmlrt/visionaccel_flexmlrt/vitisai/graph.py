@@ -23,8 +23,7 @@ from visionaccel.bundle import check_tensors
 from visionaccel.core.bounded_files import read_bounded
 from visionaccel.core.contracts import TensorSpec
 from visionaccel.core.dtypes import DTYPES, OF_ONNX
-from visionaccel.core.external_data import ExternalData, is_external
-from visionaccel.core.onnx_graphs import bodies_of, graphs_in, tensors_of
+from visionaccel.core.onnx_graphs import ExternalData, bodies_of, graphs_in, is_external, tensors_of
 from visionaccel.errors import BundleError
 
 __all__ = ["OnnxGraph", "check_link", "external_files", "plain_file"]

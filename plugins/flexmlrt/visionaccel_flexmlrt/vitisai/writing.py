@@ -32,8 +32,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from visionaccel.core.dtypes import DTYPES
-from visionaccel.core.external_data import ExternalData, is_external, point_at
 from visionaccel.core.grid import Grid
+from visionaccel.core.onnx_graphs import ExternalData, is_external, point_at
 from visionaccel.core.program import PIXELS, SIMULATOR_FILE, FixedGrid, HostSplit, Precision
 from visionaccel.families import Tower
 from visionaccel.towers import make_tables

@@ -1,10 +1,10 @@
 """Graphs of fixed shapes: in standard operators for devices that compile ahead of time, and in ONNX Runtime's own.
 
-In standard operators of opset 17 no shape varies (`FixedOperators`). Heads are the leading axis of attention, so that a run of
-windows is a reshape away from a batch of them. `FixedGrid` bakes the tables in and runs the windows of one size as one
-batch, without any mask. That takes window order `grouped`; a split program with `raster` order at its edges gathers
-into it and back. `Bucket` takes the tables as inputs, gathers the rows into windows of full size, and adds a mask term
-to the scores.
+In standard operators of opset 17 no shape varies (`FixedOperators`). Heads are the leading axis of attention, so that a
+run of windows is a reshape away from a batch of them. `FixedGrid` bakes the tables in and runs the windows of one size
+as one batch, without any mask. That takes window order `grouped`; a split program with `raster` order at its edges
+gathers into it and back. `Bucket` takes the tables as inputs, gathers the rows into windows of full size, and adds a
+mask term to the scores.
 
 Standard operators hold the scores of an attention in memory, where one fused operator of ONNX Runtime works through
 them piece by piece. In those, what the graph for any grid takes as inputs is a constant for `FixedGrid`, and for

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from visionaccel.core.contracts import TensorSpec
 from visionaccel.core.dtypes import DTYPES, FLOATS
-from visionaccel.core.external_data import ExternalData, point_at
+from visionaccel.core.onnx_graphs import ExternalData, point_at
 from visionaccel.core.program import Precision
 from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.core.tower_spec import APART, JOINT, Linear, Norm, TowerSpec

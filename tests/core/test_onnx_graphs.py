@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from onnx import TensorProto
 
-from visionaccel.core.external_data import ExternalData, hold_data, is_external, point_at
+from visionaccel.core.onnx_graphs import ExternalData, hold_data, is_external, point_at
 from visionaccel.core.stored_tensor import StoredTensor
 
 PLACE = ExternalData("weights/a.safetensors", 128, 64)
