@@ -1,11 +1,9 @@
 """Faults planted behind real servers: a part of what `visionaccel faults` plants, with every check of it."""
 
-import json
-
 import pytest
 
 from visionaccel_bench.faultsuite.matrix import Serving, cells_of, every_serving
-from visionaccel_bench.faultsuite.suite import SuiteImages, as_document, images_needed, run_suite
+from visionaccel_bench.faultsuite.suite import SuiteImages, images_needed, run_suite, suite_of
 
 SERVINGS = {
     Serving("inline", "none", True): {("nan", "beside"), ("hang", "alone"), ("drift", "alone"), ("raise", "repeated")},
@@ -42,10 +40,10 @@ def name_of(serving):
 def test_every_planted_fault_is_answered_rightly_and_nothing_is_lost(images, serving):
     outcomes = run_suite([serving], images, wanted=wanted)
     assert len(outcomes) == len(SERVINGS[serving])
-    for row in as_document(outcomes, "now")["rows"]:
-        assert row["passed"], json.dumps(row)
-        assert (row["answered"], row["lost"], row["wrong"]) == ("right answer", 0, 0)
-        assert row["recovery_seconds"] is not None
+    for row in suite_of(outcomes, "now").rows:
+        assert row.passed, row
+        assert (row.answered, row.lost, row.wrong) == ("right answer", 0, 0)
+        assert row.recovery_seconds is not None
 
 
 def test_a_suite_whose_fault_does_not_strike_does_not_pass(images):

@@ -5,14 +5,12 @@ from __future__ import annotations
 import re
 import secrets
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from visionaccel.backends import default_registry
 from visionaccel.checkpoint import locate_checkpoint
@@ -21,9 +19,7 @@ from visionaccel.cli.output import (
     OptionsText,
     backend_options,
     check_writable,
-    finite,
     messages,
-    number,
     print_json,
     results,
     status,
@@ -31,22 +27,14 @@ from visionaccel.cli.output import (
 )
 from visionaccel.errors import ConfigurationError, SettingsError
 from visionaccel_bench.commands.bench_encode import encode, placement
+from visionaccel_bench.commands.options import Output, duration, require
 from visionaccel_bench.commands.termination import tidy_if_terminated
-from visionaccel_bench.serve.device import SIMULATED, Accelerator, DeviceTime, Mode, measured, with_latency
-from visionaccel_bench.serve.figures import STALL, Latencies, Spread, Stalls
-from visionaccel_bench.serve.load import require
+from visionaccel_bench.serve.device import SIMULATED, TIMES, Accelerator, DeviceTime, Mode, measured, with_latency
 from visionaccel_bench.serve.serve_plot import plot_timeline
 from visionaccel_bench.serve.serve_report import Report, make_report
-from visionaccel_bench.serve.serving import (
-    Plan,
-    Progress,
-    Subject,
-    Taken,
-    measure,
-    measure_at_no_cost,
-    running,
-    started,
-)
+from visionaccel_bench.serve.serve_tables import concurrency_table, load_of, notes, serve_table
+from visionaccel_bench.serve.serving import Plan, Taken, measure, measure_at_no_cost, running, started
+from visionaccel_bench.tables import print_table
 
 __all__ = ["bench", "serve"]
 
@@ -84,12 +72,7 @@ def serve(
         list[Mode] | None, typer.Option(help="Start a server of this mode and measure it; repeatable. Default: all.")
     ] = None,
     images: Annotated[int, typer.Option(min=1, max=999, help="Image requests of the load.")] = 6,
-    gap: Annotated[
-        float,
-        typer.Option(
-            min=0, max=86_400, callback=finite, help="Seconds from one image request to the next; 0: all at once."
-        ),
-    ] = 0.3,
+    gap: Annotated[float, duration("Seconds from one image request to the next; 0: all at once.")] = 0.3,
     image_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer about an image.")] = 8,
     streams: Annotated[int, typer.Option(min=1, help="Text streams.")] = 1,
     stream_tokens: Annotated[
@@ -101,12 +84,10 @@ def serve(
     options: OptionsText = None,
     latency: Annotated[
         float | None,
-        typer.Option(
-            min=0.001,
-            max=86_400,
-            callback=finite,
-            help="Seconds of an image on the simulated device, whatever call it is in. Default: "
+        duration(
+            "Seconds of an image on the simulated device, whatever call it is in. Default: "
             f"{_LATENCY}, if --options does not say how long it takes.",
+            least=0.001,
             show_default=False,
         ),
     ] = None,
@@ -115,11 +96,8 @@ def serve(
     ] = None,
     device_seconds: Annotated[
         float | None,
-        typer.Option(
-            min=0,
-            max=86_400,
-            callback=finite,
-            help="Seconds of the device for one image. Default: the simulated device's; for another backend, measured "
+        duration(
+            "Seconds of the device for one image. Default: the simulated device's; for another backend, measured "
             "by encoding images one at a time before servers start; unknown for running servers.",
             show_default=False,
         ),
@@ -136,7 +114,7 @@ def serve(
         ),
     ] = False,
     timeline: Annotated[Path | None, typer.Option(help="Write a PNG of each server's first repetition.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Write the JSON to this file too.")] = None,
+    output: Output = None,
     as_json: Json = False,
 ) -> None:
     """Compare in-line, pipelined and stock vLLM under text streams and image requests, and with an ideal server.
@@ -164,7 +142,7 @@ def serve(
     if url:
         if checkpoint is not None or mode:
             raise ConfigurationError(
-                "--url measures servers that run; a checkpoint or --mode is for those that are started.",
+                "--url measures servers that run already; a checkpoint or --mode is for servers that are started.",
                 hint="Leave one of the two out.",
             )
         subjects = _named(url)
@@ -184,13 +162,17 @@ def serve(
         plot_timeline({name: each.mixed[0] for name, each in taken.items()}, timeline, f"Text and images{about}")
     if as_json:
         print_json(document)
-    else:
-        _print(report)
+        return
+    print_table(serve_table(report, load_of(report)))
+    if report.concurrency is not None:
+        print_table(concurrency_table(report.concurrency))
+    for note in notes(report):
+        results.print(note)
 
 
 def _running(plan: Plan, urls: dict[str, str], device_seconds: float | None) -> tuple[Report, dict[str, Taken]]:
     subjects = [running(name, url) for name, url in urls.items()]
-    with _progress() as tell:
+    with status("starting") as tell:
         taken = {each.name: measure(each, plan, tell, again=each.name != Mode.STOCK) for each in subjects}
     device = DeviceTime(device_seconds, "as stated" if device_seconds is not None else "unknown")
     return make_report(plan, taken, {}, device, None, None), taken
@@ -206,11 +188,11 @@ def _started(
 ) -> tuple[Report, dict[str, Taken]]:
     taken: dict[str, Taken] = {}
     at_no_cost: dict[str, Taken] = {}
-    with tidy_if_terminated(), _progress() as tell:
+    with tidy_if_terminated(), status("starting") as tell:
         for mode in modes:
             again = mode is not Mode.STOCK and not accelerator.simulated
             with started(mode, checkpoint, accelerator, plan, arguments, tell) as subject:
-                _say(subject)
+                messages.print(f"{subject.name}: serving on {subject.endpoint.url}", highlight=False)
                 taken[mode.value] = measure(subject, plan, tell, again=again)
             if mode is not Mode.STOCK and accelerator.simulated:
                 with started(mode, checkpoint, accelerator.at_no_cost(), plan, arguments, tell) as subject:
@@ -226,9 +208,8 @@ def _timed(
     latency: float | None,
     stated: float | None,
 ) -> tuple[Accelerator, DeviceTime]:
-    """The device as servers are to use it, and its time for an image."""
-    says = {"latency", "per_patch", "recorded"} & set(accelerator.options)
-    if latency is not None or (accelerator.simulated and not says):
+    """The device as servers use it, and its time for an image."""
+    if latency is not None or (accelerator.simulated and not set(TIMES) & set(accelerator.options)):
         timed, time = with_latency(checkpoint, accelerator, plan.device_images[0], latency or _LATENCY)
         return timed, time if stated is None else DeviceTime(stated, "as stated")
     if stated is not None or modes == [Mode.STOCK]:
@@ -249,7 +230,7 @@ def _size(text: str) -> tuple[int, int]:
     found = _SIZE.fullmatch(text)
     if found is None:
         raise SettingsError(
-            f"--size {text!r} is no size.", hint="Write WIDTHxHEIGHT in pixels, from 10 to 9999, such as 308x224."
+            f"--size {text!r} is not a size.", hint="Write WIDTHxHEIGHT in pixels, from 10 to 9999, such as 308x224."
         )
     return int(found[1]), int(found[2])
 
@@ -267,10 +248,12 @@ def _named(urls: Iterable[str]) -> dict[str, str]:
     for text in urls:
         found = _NAMED_URL.fullmatch(text)
         if found is None:
-            raise SettingsError(f"--url {text!r} is none.", hint="Write URL or NAME=URL, http://127.0.0.1:8000/v1.")
+            raise SettingsError(
+                f"--url {text!r} is not a URL.", hint="Write URL or NAME=URL, such as http://127.0.0.1:8000/v1."
+            )
         name = found["name"] or found["url"]
         if name in named:
-            raise SettingsError(f"--url {text!r}: {name} is there twice.", hint="Give each server a name of its own.")
+            raise SettingsError(f"--url {text!r}: {name} is given twice.", hint="Give each server its own name.")
         named[name] = found["url"]
     return named
 
@@ -281,87 +264,3 @@ def _require_inline(sequential: bool, names: Iterable[str]) -> None:
             "--sequential sends requests one after the other in mode inline, which is not measured.",
             hint="Add --mode inline, or a server named inline.",
         )
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    with status("starting") as tell:
-        yield tell
-
-
-def _say(subject: Subject) -> None:
-    messages.print(f"{subject.name}: serving on {subject.endpoint.url}", highlight=False)
-
-
-def _print(report: Report) -> None:
-    plan = report.plan
-    device = "unknown device" if report.backend is None else f"backend {report.backend}"
-    about = " (SIMULATED device)" if report.simulated else ""
-    spaced = f"{plan.gap:g} s apart" if plan.gap else "at once"
-    title = (
-        f"text streams: {plan.streams} of {plan.stream_tokens} tokens; images: {plan.images} of "
-        f"{plan.size[0]}x{plan.size[1]}, {spaced}; {device}{about}"
-    )
-    table = Table("", *report.modes, title=title)
-    modes = list(report.modes.values())
-    limit = f"over {1e3 * STALL:.0f} ms"
-
-    def row(name: str, cells: Iterable[str]) -> None:
-        table.add_row(name, *cells)
-
-    row("wall, s", (number(mode.mixed.wall_seconds) for mode in modes))
-    row("tokens/s", (f"{mode.mixed.tokens_per_second:.1f}" for mode in modes))
-    row("image requests/s", (number(mode.mixed.image_requests_per_second) for mode in modes))
-    row("image TTFT, s: p50 p90 p99", (_ttft(mode.mixed.images) for mode in modes))
-    row("image ITL, ms: p50 p99 max", (_itl(mode.mixed.images) for mode in modes))
-    row("text TTFT, s: p50 p90 p99", (_ttft(mode.mixed.text) for mode in modes))
-    row("text ITL, ms: p50 p99 max", (_itl(mode.mixed.text) for mode in modes))
-    row(f"text stalls {limit}, s", (_stalls(mode.mixed.stalls) for mode in modes))
-    row("the same without images, s", (_stalls(mode.text_only.stalls) for mode in modes))
-    row("text alone: tokens/s", (f"{mode.text_only.tokens_per_second:.1f}" for mode in modes))
-    row("client's own pauses, s", (number(mode.mixed.client_pause_seconds) for mode in modes))
-    row("device, s", (number(mode.bound.device_seconds if mode.bound else None) for mode in modes))
-    row("decode, s", (number(mode.decode_seconds) for mode in modes))
-    row("ideal bound, s", (number(mode.bound.seconds if mode.bound else None) for mode in modes))
-    row("times the ideal bound", (number(mode.times_bound) for mode in modes))
-    results.print(table)
-    if report.concurrency is not None:
-        _print_concurrency(report)
-    each = report.device.seconds_each
-    results.print(f"Device: {'unknown' if each is None else f'{each:.3f} s an image'} ({report.device.how}).")
-    if report.decode_how is not None:
-        results.print(f"Decode: {report.decode_how}; the bound has the least of all modes.")
-    for note in report.notes:
-        results.print(note)
-
-
-def _print_concurrency(report: Report) -> None:
-    found = report.concurrency
-    assert found is not None
-    title = f"{found.requests} image requests without text: one after the other in-line, and at once"
-    table = Table("", "one by one, s", "at once, s", "times as fast", "an ideal server", title=title)
-    for name, gain in found.modes.items():
-        cells = (gain.sequential_seconds, gain.concurrent_seconds, gain.ratio, gain.bound)
-        table.add_row(name, *map(number, cells))
-    prior = f"prior art, {found.prior_art_requests} requests, other model and device"
-    table.add_row(prior, "", "", number(found.prior_art_ratio), "")
-    results.print(table)
-
-
-def _milliseconds(seconds: float) -> str:
-    value = 1e3 * seconds
-    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
-
-
-def _ttft(found: Latencies | None) -> str:
-    spread = found.ttft_seconds if found else None
-    return "-" if spread is None else f"{spread.p50:.2f}  {spread.p90:.2f}  {spread.p99:.2f}"
-
-
-def _itl(found: Latencies | None) -> str:
-    spread: Spread | None = found.itl_seconds if found else None
-    return "-" if spread is None else "  ".join(_milliseconds(value) for value in (spread.p50, spread.p99, spread.max))
-
-
-def _stalls(found: Stalls | None) -> str:
-    return "-" if found is None else f"{found.seconds:.2f} ({found.number:g}, longest gap {found.longest_seconds:.2f})"

@@ -1,39 +1,45 @@
-"""`visionaccel bench encode` and `bench placement`: the encode itself, beside what else there is."""
+"""`visionaccel bench encode` and `bench placement`: the encode itself, compared with what else there is."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from visionaccel.bundle import Bundle
 from visionaccel.checkpoint import locate_checkpoint
-from visionaccel.cli.output import Json, check_writable, finite, number, print_json, results, status, write_json
+from visionaccel.cli.output import Json, check_writable, print_json, results, status, write_json
 from visionaccel.core.cores import process_cores
 from visionaccel.core.grid import Grid, as_grids
 from visionaccel.core.program import FixedGrid
 from visionaccel.encoder import open_source
 from visionaccel.errors import SettingsError
 from visionaccel.families import Tower
+from visionaccel_bench.commands.options import Output, duration, require
 from visionaccel_bench.commands.termination import tidy_if_terminated
 from visionaccel_bench.encode.contenders import STOCK, Contender, named_backends, named_peers
 from visionaccel_bench.encode.encode_plot import plot_latency
-from visionaccel_bench.encode.encode_report import ContenderReport, EncodeReport, GridOperations, make_encode_report
-from visionaccel_bench.encode.encoding import TABLE, EncodePlan, Progress, measure_encodes
-from visionaccel_bench.encode.placement import ModeAdvice, Placement, advise
+from visionaccel_bench.encode.encode_report import EncodeReport, make_encode_report
+from visionaccel_bench.encode.encode_tables import (
+    accuracy_table,
+    contenders_table,
+    linearity_table,
+    notes,
+    placement_table,
+    times_table,
+)
+from visionaccel_bench.encode.encoding import TABLE, EncodePlan, measure_encodes
+from visionaccel_bench.encode.placement import advise
 from visionaccel_bench.encode.presets import PRESETS, preset_checkpoint
-from visionaccel_bench.serve.load import require
+from visionaccel_bench.tables import print_table
 
 __all__ = ["encode", "placement"]
 
 _GRID = "58x74"
 _FEW = ("16x16", "32x32", "58x74")
-_GIB = 2**30
 
 Source = Annotated[
     str | None,
@@ -59,17 +65,7 @@ Rounds = Annotated[int, typer.Option(min=1, max=999, help="Turns of each contend
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Cores and threads of each contender. Default: all cores.", show_default=False)
 ]
-Deadline = Annotated[
-    float,
-    typer.Option(
-        min=1,
-        max=86_400,
-        callback=finite,
-        help="Seconds that opening, or a turn, may take; then a contender is out.",
-    ),
-]
-Output = Annotated[Path | None, typer.Option(help="Write the JSON to this file too.")]
-Plot = Annotated[Path | None, typer.Option(help="Write a PNG of seconds against patches.")]
+Deadline = Annotated[float, duration("Seconds that opening, or a turn, may take; then a contender is out.", least=1)]
 
 
 def encode(
@@ -92,13 +88,13 @@ def encode(
     rounds: Rounds = 5,
     threads: Threads = None,
     deadline: Deadline = 600.0,
-    plot: Plot = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a PNG of seconds against patches.")] = None,
     output: Output = None,
     as_json: Json = False,
 ) -> None:
     """Compare encodes by backends and by other towers: time, memory, accuracy, and the share of the machine's peak.
 
-    Each contender is a process of its own. All are opened and warmed up, and then take turns, round by round, never
+    Each contender has its own process. All are opened and warmed up, and then take turns, round by round, never
     two at once. Accuracy is against transformers in float32. The machine's peak is what packed matrix products of the
     tower's shapes reach in turns of the same rounds.
 
@@ -118,11 +114,13 @@ def encode(
     if as_json:
         print_json(document)
         return
-    _print_contenders(report)
+    print_table(contenders_table(report))
     for needs in report.grids:
-        _print_grid(report, needs)
+        print_table(times_table(report, needs))
+        if (accuracy := accuracy_table(report, needs)).rows:
+            print_table(accuracy)
     if len(report.grids) > 1:
-        _print_linearity(report)
+        print_table(linearity_table(report))
     _print_notes(report)
 
 
@@ -145,7 +143,7 @@ def placement(
     check_writable(output)
     contenders = (*named_backends(backend or ()), STOCK)
     if len(contenders) == 1:
-        raise SettingsError("no backend is there to offload to.", hint="Name a --backend, or install one.")
+        raise SettingsError("there is no backend to offload to.", hint="Name a --backend, or install one.")
     report = _measured(source, preset, depth, tuple(map(Grid.parse, grid or ())), contenders, rounds, threads, deadline)
     *ours, stock = report.contenders
     placements = [advise(report, each, stock) for each in ours]
@@ -155,7 +153,10 @@ def placement(
         print_json(document)
         return
     for each in placements:
-        _print_placement(each)
+        if each.grids:
+            print_table(placement_table(each))
+        for mode, advice in (("in-line", each.inline), ("pipelined", each.pipelined)):
+            results.print(f"{each.label}, {mode}: {advice.reason}")
     _print_notes(report)
 
 
@@ -177,7 +178,7 @@ def _measured(
         raise SettingsError(f"--threads {threads} are more than the {most} cores here.", hint=f"Pass at most {most}.")
     chosen = as_grids(grids or _own_grids(opened), tower.merge_size)
     plan = EncodePlan(chosen, rounds, threads or most, deadline=deadline)
-    with tidy_if_terminated(), _progress() as tell:
+    with tidy_if_terminated(), status("starting") as tell:
         taken, peak, reference_error = measure_encodes(folder, tower, contenders, plan, tell)
     return make_encode_report(name, tower, plan, taken, peak, reference_error)
 
@@ -205,113 +206,11 @@ def _folder(source: str | None, preset: str | None, depth: int | None) -> tuple[
 
 def _grids(named: Sequence[str] | None, table: str | None) -> tuple[Grid, ...]:
     if table not in (None, "table"):
-        raise SettingsError(f"--grids {table!r} is no set of grids.", hint="The only set is 'table'.")
+        raise SettingsError(f"--grids {table!r} is not a set of grids.", hint="The only set is 'table'.")
     found = [*(TABLE if table else ()), *map(Grid.parse, named or (() if table else (_GRID,)))]
     return tuple(dict.fromkeys(found))
 
 
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    with status("starting") as tell:
-        yield tell
-
-
-def _print_contenders(report: EncodeReport) -> None:
-    table = Table("", "runs on", "start-up, s", "resident, GiB", "peak, GiB", title=report.source)
-    for each in report.contenders:
-        if each.error is None:
-            about = " (SIMULATED)" if each.simulated else ""
-            runs = f"{each.device}, {each.precision}{about}; {each.about}"
-            memory = (number(_gib(each.resident_bytes)), number(_gib(each.peak_bytes)))
-            table.add_row(each.label, runs, number(each.startup_seconds), *memory)
-        else:
-            table.add_row(each.label, each.error, "-", "-", "-")
-    results.print(table)
-
-
-def _print_grid(report: EncodeReport, needs: GridOperations) -> None:
-    work = f", {needs.operations / 1e12:.3g} TFLOP"
-    times = Table(
-        "", "median, s", "least to most, s", "patches/s", "% of peak", "times vLLM bf16", "times transformers"
-    )
-    accuracy = Table("", "lowest cosine", "mean cosine", "relative error")
-    times.title = f"{needs.grid}: {needs.patches} patches{work}"
-    for each in report.contenders:
-        found = each.on(needs.grid)
-        if found is None:
-            continue
-        if found.error is not None:
-            times.add_row(each.label, found.error)
-            continue
-        times.add_row(
-            each.label,
-            _seconds(found.median_seconds),
-            f"{_seconds(found.least_seconds)} to {_seconds(found.most_seconds)}",
-            "-" if found.patches_per_second is None else f"{found.patches_per_second:.0f}",
-            "-" if found.share_of_peak is None else f"{100 * found.share_of_peak:.0f}",
-            number(found.times_stock),
-            number(found.times_transformers),
-        )
-        if found.accuracy is not None:
-            cosines = (found.accuracy.lowest_cosine, found.accuracy.mean_cosine)
-            accuracy.add_row(
-                each.label, *(f"{cosine:.5f}" for cosine in cosines), f"{found.accuracy.relative_error:.1e}"
-            )
-    results.print(times)
-    if accuracy.row_count:
-        accuracy.title = f"{needs.grid}: against transformers in float32"
-        results.print(accuracy)
-
-
-def _print_linearity(report: EncodeReport) -> None:
-    columns = [f"{grid.patches:,}" for grid in report.grids]
-    table = Table("", *columns, title="microseconds a patch, by patches")
-    for each in report.contenders:
-        if each.grids:
-            table.add_row(each.label, *_per_patch(each, report.grids))
-    shares = (grid.full_attention_share for grid in report.grids)
-    table.add_row("full attention, % of operations", *(f"{100 * share:.1f}" for share in shares))
-    results.print(table)
-
-
-def _per_patch(each: ContenderReport, grids: Iterable[GridOperations]) -> Iterator[str]:
-    for grid in grids:
-        found = each.on(grid.grid)
-        value = None if found is None else found.microseconds_per_patch
-        yield "-" if value is None else f"{value:.0f}"
-
-
-def _print_placement(found: Placement) -> None:
-    if found.grids:
-        table = Table(
-            "", "stock vLLM, s", "offloaded, s", "of the whole host, s", "gain in-line, s", "gain pipelined, s",
-            title=found.label,
-        )  # fmt: skip
-        for grid in found.grids:
-            values = (grid.stock_seconds, grid.offloaded_seconds, grid.host_seconds)
-            gains = (grid.inline_gain_seconds, grid.pipelined_gain_seconds)
-            table.add_row(grid.grid, *map(_seconds, values), *(f"{gain:+.3f}" for gain in gains))
-        results.print(table)
-    _print_advice(found.label, "in-line", found.inline)
-    _print_advice(found.label, "pipelined", found.pipelined)
-
-
-def _print_advice(label: str, mode: str, advice: ModeAdvice) -> None:
-    results.print(f"{label}, {mode}: {advice.reason}")
-
-
 def _print_notes(report: EncodeReport) -> None:
-    peaks = report.machine.peak_operations_per_second
-    if peaks:
-        said = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {precision}" for precision, rate in peaks.items())
-        results.print(f"Peak of this machine's matrix products, {report.plan.threads} threads: {said}.")
-    for note in report.notes:
+    for note in notes(report):
         results.print(note)
-
-
-def _gib(value: int | None) -> float | None:
-    return None if value is None else value / _GIB
-
-
-def _seconds(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}" if value < 10 else f"{value:.2f}"

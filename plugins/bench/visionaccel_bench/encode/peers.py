@@ -1,13 +1,16 @@
 """Towers that are not this package's, built alone with a checkpoint's weights. Runs in a contender's own process only.
 
-A peer is measured as its own users run it: its own layers, its own preparation of weights, its own defaults. Patches
-are given to it in its dtype, as its own models give them, and its answer is taken as it is.
+A peer is measured as its own users run it: its own layers, its own preparation of weights, its own defaults. It gets
+patches in its dtype, as its own models give them, and its answer is taken as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,13 +19,16 @@ from numpy.typing import NDArray
 from visionaccel.core.arrays import as_host_tensor, as_numpy
 from visionaccel.core.cpu import has_bfloat16
 from visionaccel.core.grid import Grid
+from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import ConfigurationError
 from visionaccel.families import Tower
 
 __all__ = ["Opened", "open_peer"]
 
-_FAMILY = "qwen2_5_vl"
-"""The towers that the peers are written for."""
+_PLACE = "visual"
+"""Where the models of transformers that take patches and grids have their tower, and their checkpoints its weights."""
+
+_VLLM_FAMILY = "qwen2_5_vl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +41,7 @@ class Opened:
         about: Releases and settings that decide how fast it is.
         prepare: Patches float32 [P, patch_width] as `run` takes them. Not timed.
         run: Embeddings of prepared patches of one grid, in whatever dtype and library. Timed.
-        close: Gives back what it holds.
+        close: Releases what it holds.
         simulated: Whether the device is simulated.
     """
 
@@ -68,53 +74,99 @@ def open_peer(name: str, tower: Tower, options: Mapping[str, Any], threads: int)
     import torch
 
     torch.set_num_threads(threads)
-    if tower.family != _FAMILY:
-        raise ConfigurationError(f"no peer runs towers of family {tower.family!r}.", hint="Leave the peers out.")
     openers = {"transformers": _transformers, "vllm": _vllm}
     return openers[name](tower, options)
 
 
 def _transformers(tower: Tower, options: Mapping[str, Any]) -> Opened:
+    """The tower of the model class that the checkpoint names."""
     import torch
     import transformers
-    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
-    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+    from transformers.initialization import no_init_weights
 
+    config = transformers.AutoConfig.for_model(**tower.checkpoint.config)
+    with torch.device("meta"):  # the whole model, to learn the class of its tower; nothing is allocated
+        model = transformers.AutoModelForImageTextToText.from_config(config)
+    kind: Any = type(next((each for name, each in model.named_modules() if name.split(".")[-1] == _PLACE), None))
+    if not issubclass(kind, transformers.PreTrainedModel):
+        raise ConfigurationError(
+            f"the peer transformers takes models with a tower named {_PLACE!r}, and {type(model).__name__} has none.",
+            hint="Leave the peer out.",
+        )
+    attention = options.get("attention", "sdpa")
     dtype = getattr(torch, options["dtype"])
-    config = Qwen2_5_VLVisionConfig.from_dict(dict(tower.configuration))
-    config._attn_implementation = options.get("attention", "sdpa")
-    with torch.device("meta"):
-        module = Qwen2_5_VisionTransformerPretrainedModel(config)
-    module.rotary_pos_emb = type(module.rotary_pos_emb)(config)  # what no checkpoint holds
-    module.load_state_dict({name: weight.to(dtype) for name, weight in _weights(tower)}, assign=True)
+    with no_init_weights():
+        module = kind._from_config(config.vision_config, attn_implementation=attention)
+    stored, weights = _stored(tower), {}
+    for name in module.state_dict():
+        if name not in stored:
+            raise ConfigurationError(
+                f"the checkpoint does not hold {name} of {kind.__name__}.", hint="Leave the peer out."
+            )
+        weights[name] = as_host_tensor(stored[name].read(), stored[name].dtype).to(dtype)
+    module.load_state_dict(weights, assign=True)
     module.eval()
 
     def run(patches: Any, grid: Grid) -> Any:
         with torch.inference_mode():
-            return module(patches, torch.tensor([grid.thw])).pooler_output
+            found = module(patches, torch.tensor([grid.thw]))
+            levels = getattr(found, "deepstack_features", None) or ()
+            return torch.cat([found.pooler_output, *levels], dim=1) if levels else found.pooler_output
 
     releases = f"transformers {transformers.__version__}, torch {torch.__version__}"
-    about = f"{releases}, {config._attn_implementation}{_emulated(options['dtype'])}"
+    about = f"{releases}, {attention}{_emulated(options['dtype'])}"
     return Opened("cpu", options["dtype"], about, lambda patches: torch.from_numpy(patches).to(dtype), run)
 
 
 def _vllm(tower: Tower, options: Mapping[str, Any]) -> Opened:
+    """The tower of vLLM's Qwen2.5-VL as its worker builds it, once in a process: its process groups are global."""
+    if tower.family != _VLLM_FAMILY:
+        raise ConfigurationError(
+            f"the peer vllm takes towers of family {_VLLM_FAMILY}, and this one is of {tower.family}.",
+            hint="Leave the peer out.",
+        )
     import torch
     import vllm
-
-    from visionaccel_bench.encode.own_tower import own_tower
+    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import parallel_state
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader.utils import process_weights_after_loading
+    from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VisionTransformer
+    from vllm.utils.torch_utils import set_default_torch_dtype
 
     name, eager = options["dtype"], options.get("enforce_eager") == "true"
-    dtype = getattr(torch, name)
-    weights = ((key, weight.to(dtype)) for key, weight in _weights(tower))
-    own = own_tower(tower.checkpoint.folder, tower.configuration, weights, dtype=name, eager=eager)
+    dtype, folder = getattr(torch, name), str(tower.checkpoint.folder)
+    settings = EngineArgs(
+        model=folder, dtype=name, skip_tokenizer_init=True, enforce_eager=eager
+    ).create_engine_config()
+    priority = getattr(getattr(settings, "kernel_config", None), "ir_op_priority", None)
+    if priority is not None:  # as its workers do at start, since 0.31
+        priority.set_default()
+    with ExitStack() as stack:
+        store = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(set_current_vllm_config(settings))
+        # Its layers ask for the process groups even where there is one process.
+        parallel_state.init_distributed_environment(1, 0, f"file://{Path(store, 'store')}", 0, "gloo")
+        parallel_state.initialize_model_parallel(1, 1)
+        config = Qwen2_5_VLVisionConfig.from_dict(dict(tower.configuration))
+        epsilon = getattr(settings.model_config.hf_config, "rms_norm_eps", 1e-6)
+        with set_default_torch_dtype(dtype):
+            module = Qwen2_5_VisionTransformer(config, norm_eps=epsilon, prefix=_PLACE)
+        module.load_weights(
+            (key, as_host_tensor(stored.read(), stored.dtype).to(dtype)) for key, stored in tower.weights.items()
+        )
+        process_weights_after_loading(module, settings.model_config, torch.device("cpu"))  # packs for its products
+        module.eval()
+        close = stack.pop_all().close
 
     def run(patches: Any, grid: Grid) -> Any:
         with torch.inference_mode():
-            return own.module(patches, grid_thw=[list(grid.thw)])
+            return module(patches, grid_thw=[list(grid.thw)])
 
-    about = f"vLLM {vllm.__version__}, {own.attention}{', eager' if eager else ''}{_emulated(name)}"
-    return Opened("cpu", name, about, lambda patches: torch.from_numpy(patches).to(dtype), run, own.close)
+    attention = getattr(module.attn_backend, "name", str(module.attn_backend))
+    about = f"vLLM {vllm.__version__}, {attention}{', eager' if eager else ''}{_emulated(name)}"
+    return Opened("cpu", name, about, lambda patches: torch.from_numpy(patches).to(dtype), run, close)
 
 
 def _emulated(dtype: str) -> str:
@@ -122,7 +174,7 @@ def _emulated(dtype: str) -> str:
     return ", bfloat16 emulated" if dtype == "bfloat16" and not has_bfloat16() else ""
 
 
-def _weights(tower: Tower) -> Iterator[tuple[str, Any]]:
-    """The tower's tensors by their names below the prefix."""
-    for name, stored in tower.weights.items():
-        yield name, as_host_tensor(stored.read(), stored.dtype)
+def _stored(tower: Tower) -> dict[str, StoredTensor]:
+    """The tower's tensors, by their names below its place in the checkpoint and by those of its description."""
+    tensors = tower.checkpoint.tensors
+    return {**tower.weights, **{name.rpartition(f"{_PLACE}.")[2]: tensors[name] for name in tower.stored_names}}

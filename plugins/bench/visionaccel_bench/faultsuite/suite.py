@@ -18,13 +18,14 @@ from visionaccel.images import ImageProcessor, image_processor
 from visionaccel_bench.faultsuite.asking import Answer, ask, metric, metrics_of, text_stream
 from visionaccel_bench.faultsuite.changing import change_weights, copy_checkpoint
 from visionaccel_bench.faultsuite.matrix import Cell, Serving, cells_of
+from visionaccel_bench.faultsuite.outcomes import FaultRow, FaultSuite
 from visionaccel_bench.server import VllmServer, serve
 from visionaccel_testing.simulated import FaultRule, struck
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Outcome", "Progress", "SuiteImages", "as_document", "images_needed", "run_suite"]
+__all__ = ["Outcome", "Progress", "SuiteImages", "images_needed", "run_suite", "suite_of"]
 
 Progress = Callable[[str], None]
 
@@ -70,23 +71,23 @@ class Outcome:
     recovery_seconds: float | None
     problems: tuple[str, ...]
 
-    def row(self) -> dict[str, Any]:
-        """As the report's table has it."""
+    def row(self) -> FaultRow:
+        """As the document has it."""
         serving = self.cell.serving
-        return {
-            "fault": self.cell.fault,
-            "moment": self.cell.moment,
-            "mode": serving.mode,
-            "isolation": serving.isolation,
-            "fallback": serving.fallback,
-            "expected": self.cell.expected,
-            "answered": self.answered,
-            "lost": self.lost,
-            "wrong": self.wrong,
-            "recovery_seconds": self.recovery_seconds,
-            "passed": not self.problems,
-            "detail": " ".join(self.problems),
-        }
+        return FaultRow(
+            fault=self.cell.fault,
+            moment=self.cell.moment,
+            mode=serving.mode,
+            isolation=serving.isolation,
+            fallback=serving.fallback,
+            expected=self.cell.expected,
+            answered=self.answered,
+            lost=self.lost,
+            wrong=self.wrong,
+            recovery_seconds=self.recovery_seconds,
+            passed=not self.problems,
+            detail=" ".join(self.problems),
+        )
 
 
 class SuiteImages:
@@ -353,6 +354,6 @@ def images_needed(servings: Iterable[Serving], wanted: Callable[[Cell], bool] = 
     return max(sum(map(wanted, cells_of(serving))) * _IMAGES_OF_A_CELL for serving in servings)
 
 
-def as_document(outcomes: Sequence[Outcome], created: str) -> dict[str, Any]:
-    """The outcomes as JSON, for `visionaccel report`."""
-    return {"created": created, "simulated": True, "rows": [outcome.row() for outcome in outcomes]}
+def suite_of(outcomes: Sequence[Outcome], created: str) -> FaultSuite:
+    """The outcomes, at least one, as a document for `visionaccel report`."""
+    return FaultSuite(created=created, simulated=True, rows=tuple(outcome.row() for outcome in outcomes))

@@ -1,10 +1,6 @@
-"""What `visionaccel report` writes: one HTML page that needs nothing else, from what was found and measured.
+"""What `visionaccel report` writes: one self-contained HTML page of what was found and measured."""
 
-Every text that comes from a file, a plug-in or the machine is escaped where it becomes HTML, in `markup`; nothing else
-makes HTML of text.
-"""
-
-from visionaccel_bench.reporting.making import Inputs, make_report, read_inputs
 from visionaccel_bench.reporting.page import Report, Section
+from visionaccel_bench.reporting.sections import Inputs, make_report, read_inputs
 
 __all__ = ["Inputs", "Report", "Section", "make_report", "read_inputs"]

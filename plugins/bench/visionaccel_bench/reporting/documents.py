@@ -1,88 +1,126 @@
-"""JSON files to report on: files of strangers, read whole or refused."""
+"""JSON files to report on, which may be untrusted: each is read as a whole or refused."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from visionaccel.core.bounded_files import parse_json, read_bounded
+from visionaccel.core.bounded_files import MOST_JSON_BYTES, parse_json, read_bounded
 from visionaccel.core.invalid_values import problems_of
 from visionaccel.core.safe_text import one_line
 from visionaccel.errors import ConfigurationError, InputError
+from visionaccel_bench.encode.encode_report import EncodeReport
+from visionaccel_bench.encode.placement import Placement
+from visionaccel_bench.faultsuite.outcomes import FaultSuite
+from visionaccel_bench.serve.serve_report import Report as ServeReport
 
-__all__ = ["checked", "parsed", "read_document", "read_text"]
+__all__ = ["Benchmark", "parsed", "read_benchmark", "read_document", "read_faults", "read_text"]
 
-_MIB = 2**20
 _MOST_DIGITS = 18
 
 T = TypeVar("T")
 
 
-def read_text(path: Path, most_bytes: int) -> str:
-    """The text of a file.
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """One benchmark.
 
-    Args:
-        path: The file.
-        most_bytes: How large it may be.
+    Attributes:
+        name: The name of its file.
+        encode: What `bench encode` or `bench placement` measured, if it was one of them.
+        placements: What `bench placement` advised.
+        serve: What `bench serve` measured, if it was that.
+    """
+
+    name: str
+    encode: EncodeReport | None = None
+    placements: tuple[Placement, ...] = ()
+    serve: ServeReport | None = None
+
+
+def read_benchmark(path: Path) -> Benchmark:
+    """Read what a benchmark wrote with `--output` or `--json`.
 
     Raises:
-        ConfigurationError: If it cannot be read.
-        InputError: If it is larger, no file, or not UTF-8.
+        ConfigurationError: If the file cannot be read.
+        InputError: If it is not a benchmark of this visionaccel.
     """
-    try:
-        data = read_bounded(path, most_bytes)
-    except OSError as error:
-        raise ConfigurationError(f"{path} cannot be read: {error}", hint="Name a file that is there.") from error
-    except ValueError as error:
-        raise InputError(
-            f"{path} cannot be shown: {error}.", hint="Name a JSON file, of a shorter run if it is too large."
-        ) from error
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is no text in UTF-8: {error}", hint="Name a JSON file.") from error
+    document = read_document(path)
+    keys = set(document) if isinstance(document, Mapping) else set()
+    if {"contenders", "grids"} <= keys:
+        return Benchmark(path.name, encode=_checked(EncodeReport, document, path, "what `bench encode` writes"))
+    if {"placements", "measured"} <= keys:
+        what = "what `bench placement` writes"
+        measured = _checked(EncodeReport, document["measured"], path, what)
+        return Benchmark(path.name, measured, _checked(tuple[Placement, ...], document["placements"], path, what))
+    if {"modes", "plan"} <= keys:
+        return Benchmark(path.name, serve=_checked(ServeReport, document, path, "what `bench serve` writes"))
+    raise InputError(
+        f"{path} is not a benchmark.",
+        hint="Name a file that `visionaccel bench encode` or `bench serve` wrote as JSON.",
+    )
 
 
-def read_document(path: Path, most_bytes: int = 8 * _MIB) -> Any:
+def read_faults(path: Path) -> FaultSuite:
+    """Read what `visionaccel faults --output` wrote.
+
+    Raises:
+        ConfigurationError: If the file cannot be read.
+        InputError: If it is something else.
+    """
+    return _checked(FaultSuite, read_document(path), path, "what a fault suite writes")
+
+
+def read_document(path: Path, most_bytes: int = MOST_JSON_BYTES) -> Any:
     """The JSON document in a file.
 
     Raises:
         ConfigurationError: If it cannot be read.
-        InputError: If it is larger than allowed or no JSON.
+        InputError: If it is larger than allowed or not JSON.
     """
     text = read_text(path, most_bytes)
     try:
         return parsed(text)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise InputError(
-            f"{path} is no JSON: {one_line(str(error))}", hint="Name a file that visionaccel wrote."
+            f"{path} is not JSON: {one_line(str(error))}", hint="Name a file that visionaccel wrote."
+        ) from error
+
+
+def read_text(path: Path, most_bytes: int) -> str:
+    """The text of a file of at most that many bytes.
+
+    Raises:
+        ConfigurationError: If it cannot be read.
+        InputError: If it is larger, not a file, or not UTF-8.
+    """
+    try:
+        return read_bounded(path, most_bytes).decode("utf-8")
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be read: {error}", hint="Name a file that exists.") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not text in UTF-8: {error}", hint="Name a JSON file.") from error
+    except ValueError as error:
+        raise InputError(
+            f"{path} cannot be shown: {error}.", hint="Name a JSON file, of a shorter run if it is too large."
         ) from error
 
 
 def parsed(text: str) -> Any:
-    """A JSON document with integers of a size that figures have.
+    """A JSON document whose integers are no longer than figures are.
 
     Raises:
-        ValueError: If it is none.
-        RecursionError: If it is nested too deeply.
+        ValueError: If the text is not such a document.
     """
     return parse_json(text, most_digits=_MOST_DIGITS)
 
 
-def checked(kind: type[T], document: Any, path: Path, what: str) -> T:
-    """A value of a dataclass or model from its JSON document.
-
-    Args:
-        kind: The class.
-        document: What was read.
-        path: Where, for messages.
-        what: What it should be, for messages.
-
-    Raises:
-        InputError: If it is not.
-    """
+def _checked(kind: type[T], document: Any, path: Path, what: str) -> T:
+    """A value of a dataclass or model from its JSON document; an `InputError` says that it is not `what`."""
     try:
         return TypeAdapter(kind).validate_python(document)
     except (ValidationError, RecursionError, ArithmeticError) as error:

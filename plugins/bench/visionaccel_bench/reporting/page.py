@@ -1,19 +1,66 @@
-"""The page: its sections, and above them the summary, the worst first."""
+"""The page: its sections, and above them the summary, the worst first.
+
+Text becomes HTML in the template only, where Jinja2 escapes each value and the environment makes it safe to show.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar, TypeAlias
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from visionaccel.backends.spec import Status
-from visionaccel_bench.reporting.markup import Html, chip, element, html, paragraph
-from visionaccel_bench.reporting.style import STYLE
+from visionaccel.core.safe_text import one_line
+from visionaccel_bench.tables import Table
 
-__all__ = ["Report", "Section", "worst"]
+__all__ = ["Block", "Details", "Heading", "Picture", "Report", "Section", "Text", "environment", "worst"]
 
 _ORDER: tuple[Status, ...] = ("failure", "warning", "pass")
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-"""What a browser may load for the page: nothing. It holds even if some text were taken for markup."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heading:
+    """A heading within a section."""
+
+    kind: ClassVar = "heading"
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A paragraph; one that is a remark is paler."""
+
+    kind: ClassVar = "text"
+    text: str
+    remark: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture.
+
+    Attributes:
+        svg: An `svg` element in which all text is escaped.
+        title: What it shows, for readers who do not see it.
+    """
+
+    kind: ClassVar = "picture"
+    svg: str
+    title: str
+
+
+@dataclass(frozen=True, slots=True)
+class Details:
+    """A table that is shown when its title is opened."""
+
+    kind: ClassVar = "details"
+    table: Table
+
+
+Block: TypeAlias = Heading | Text | Picture | Details | Table
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,15 +71,15 @@ class Section:
         key: Its fragment, a plain word.
         title: Its heading.
         status: The worst of what is in it.
-        summary: One sentence of it.
-        body: The rest.
+        summary: One sentence about it.
+        blocks: The rest.
     """
 
     key: str
     title: str
     status: Status
     summary: str
-    body: Html
+    blocks: Sequence[Block] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +89,7 @@ class Report:
     Attributes:
         title: Above everything.
         created: Time in ISO 8601.
-        version: Of visionaccel.
+        version: The version of visionaccel.
         sections: In their order.
     """
 
@@ -58,38 +105,21 @@ class Report:
 
     def page(self) -> str:
         """The whole HTML document."""
-        head = element(
-            "head",
-            element("meta", charset="utf-8"),
-            element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-            element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-            element("meta", name="referrer", content="no-referrer"),
-            element("title", self.title),
-            element("style", Html(STYLE)),
-        )
-        about = f"Written {self.created} by visionaccel {self.version}."
-        header = element("header", element("h1", self.title), paragraph(about, class_="faint"))
-        footer = element("footer", paragraph("This page needs no network and runs no script."))
-        main = element("main", self._summary(), *map(_shown, self.sections), footer)
-        return f'<!DOCTYPE html>\n<html lang="en">{head}<body>{header}{main}</body></html>\n'
-
-    def _summary(self) -> Html:
         ordered = sorted(self.sections, key=lambda section: _ORDER.index(section.status))
-        items = [
-            element(
-                "li",
-                chip(section.status),
-                element("a", section.title, href=f"#{section.key}"),
-                element("span", section.summary),
-            )
-            for section in ordered
-        ]
-        return element(
-            "section",
-            element("h2", "Summary", chip(self.status)),
-            element("ul", *items, class_="summary"),
-            id="summary",
-        )
+        return environment().get_template("page.html").render(report=self, ordered=ordered)
+
+
+@cache
+def environment() -> Environment:
+    """Templates in which each value is shown as one line of text, shortened where it is long, and escaped."""
+    return Environment(
+        loader=PackageLoader("visionaccel_bench.reporting"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_shown,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
 
 
 def worst(statuses: Sequence[Status]) -> Status:
@@ -97,6 +127,5 @@ def worst(statuses: Sequence[Status]) -> Status:
     return next((status for status in _ORDER if status in statuses), "pass")
 
 
-def _shown(section: Section) -> Html:
-    heading = element("h2", section.title, chip(section.status))
-    return element("section", heading, paragraph(section.summary), html(section.body), id=section.key)
+def _shown(value: Any) -> Any:
+    return value if hasattr(value, "__html__") else one_line(str(value))

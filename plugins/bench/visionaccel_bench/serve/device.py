@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
     from visionaccel.core.grid import Grid
 
-__all__ = ["SIMULATED", "Accelerator", "DeviceTime", "Mode", "measured", "with_latency"]
+__all__ = ["SIMULATED", "TIMES", "Accelerator", "DeviceTime", "Mode", "measured", "with_latency"]
 
-_TIMES = ("latency", "per_patch", "recorded")
+TIMES = ("latency", "per_patch", "recorded")
 """Options of the simulated backend that say how long it takes."""
 
 
@@ -86,7 +86,7 @@ class Accelerator:
         """
         if not self.simulated:
             raise ValueError(f"only a simulated device can take no time, and {self.backend} is none")
-        return replace(self, options={name: value for name, value in self.options.items() if name not in _TIMES})
+        return replace(self, options={name: value for name, value in self.options.items() if name not in TIMES})
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,7 @@ def with_latency(
         ConfigurationError: If it is not simulated, or its options say already how long it takes.
         VisionAccelError: If the checkpoint's image processor or the bundle cannot be opened.
     """
-    given = [name for name in _TIMES if name in accelerator.options]
+    given = [name for name in TIMES if name in accelerator.options]
     if not accelerator.simulated or given:
         reason = f"--options says {given[0]!r}" if given else f"backend {accelerator.backend!r} is not simulated"
         raise ConfigurationError(f"--latency cannot be used: {reason}.", hint="Leave --latency out.")

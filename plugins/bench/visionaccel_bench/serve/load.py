@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI
     from PIL.Image import Image
 
-__all__ = ["Endpoint", "Load", "first_model", "one_by_one", "picture", "require", "send"]
+__all__ = ["Endpoint", "Load", "first_model", "one_by_one", "picture", "send"]
 
 _LEAD = 0.5
 """Seconds that text streams run before the first image is sent."""
@@ -59,24 +59,6 @@ class Load:
     gap: float = 0.0
     streams: int = 0
     stream_tokens: int = 0
-
-
-def require(*modules: str) -> None:
-    """Import what a measurement needs, before anything is started.
-
-    Raises:
-        ConfigurationError: If a module is missing.
-    """
-    from importlib import import_module
-
-    for module in modules:
-        try:
-            import_module(module)
-        except ImportError as error:
-            raise ConfigurationError(
-                f"the benchmark needs {module}, which cannot be imported: {error}.",
-                hint="pip install 'visionaccel[bench]'.",
-            ) from error
 
 
 def picture(seed: Sequence[int], size: tuple[int, int]) -> Image:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from visionaccel.errors import ConfigurationError
+from visionaccel_bench.drawing import new_figure, save_png
 from visionaccel_bench.serve.figures import STALL, Run
 
 if TYPE_CHECKING:
@@ -15,6 +15,13 @@ if TYPE_CHECKING:
 __all__ = ["plot_timeline"]
 
 _TOKEN, _STALLED, _WAITING, _ANSWERING, _PAUSED = "#4c72b0", "#c44e52", "#d0d0d0", "#55a868", "#f6efd5"
+_LEGEND = {
+    "text token": _TOKEN,
+    f"text stalls over {1e3 * STALL:.0f} ms": _STALLED,
+    "image waits for its first token": _WAITING,
+    "image answered": _ANSWERING,
+    "client itself paused": _PAUSED,
+}
 _WIDTH, _ROW, _FRAME = 11.0, 0.22, 0.7
 """Inches: the picture's width, a row's height, and what a lane needs besides rows."""
 
@@ -33,43 +40,27 @@ def plot_timeline(runs: Mapping[str, Run], path: Path, title: str) -> None:
     Raises:
         ConfigurationError: If the file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     heights = [_FRAME + _ROW * len(run.traces) for run in runs.values()]
-    figure = Figure(figsize=(_WIDTH, sum(heights) + 1.0), layout="constrained")
-    FigureCanvasAgg(figure)
-    lanes = figure.subplots(len(runs), 1, sharex=True, squeeze=False, height_ratios=heights)
-    for (name, run), (axes,) in zip(runs.items(), lanes, strict=True):
-        _lane(axes, name, run)
-    lanes[-1][0].set_xlabel("seconds")
-    lanes[-1][0].set_xlim(0, max(trace.arrivals[-1] for run in runs.values() for trace in run.traces) * 1.02)
-    figure.suptitle(title, fontsize="medium")
-    legend = {
-        "text token": _TOKEN,
-        f"text stalls over {1e3 * STALL:.0f} ms": _STALLED,
-        "image waits for its first token": _WAITING,
-        "image answered": _ANSWERING,
-        "client itself paused": _PAUSED,
-    }
-    figure.legend(
-        handles=[Patch(color=colour, label=label) for label, colour in legend.items()],
-        loc="outside lower center",
-        ncols=len(legend),
-        fontsize="small",
-        frameon=False,
-    )
-    try:
-        figure.savefig(path, format="png", dpi=120)
-    except OSError as error:
-        raise ConfigurationError(
-            f"the timeline cannot be written to {path}: {error}.",
-            hint="Name a file in a folder that can be written to.",
-        ) from error
+    with new_figure(_WIDTH, sum(heights) + 1.0) as figure:
+        lanes = figure.subplots(len(runs), 1, sharex=True, squeeze=False, height_ratios=heights)
+        for (name, run), (axes,) in zip(runs.items(), lanes, strict=True):
+            _draw_lane(axes, name, run)
+        lanes[-1][0].set_xlabel("seconds")
+        lanes[-1][0].set_xlim(0, max(trace.arrivals[-1] for run in runs.values() for trace in run.traces) * 1.02)
+        figure.suptitle(title, fontsize="medium")
+        figure.legend(
+            handles=[Patch(color=colour, label=label) for label, colour in _LEGEND.items()],
+            loc="outside lower center",
+            ncols=len(_LEGEND),
+            fontsize="small",
+            frameon=False,
+        )
+        save_png(figure, path)
 
 
-def _lane(axes: Axes, name: str, run: Run) -> None:
+def _draw_lane(axes: Axes, name: str, run: Run) -> None:
     rows = sorted(run.traces, key=lambda trace: (trace.kind == "image", trace.sent))
     for row, trace in enumerate(rows):
         if trace.kind == "text":
