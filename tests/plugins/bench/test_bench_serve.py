@@ -118,16 +118,16 @@ def test_what_is_not_installed_is_an_error_with_the_fix(monkeypatch, module, tmp
     done = bench("--timeline", tmp_path / "timeline.png")
     assert isinstance(done.exception, ConfigurationError)
     assert f"needs {module}" in done.exception.message
-    assert done.exception.hint == "pip install 'visionaccel[bench]'."
+    assert "pip install 'visionaccel[bench]'" in done.exception.hint
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "said"),
     [
-        (("--size", "308"), SettingsError, "no size"),
-        (("--size", "0x224"), SettingsError, "no size"),
+        (("--size", "308"), SettingsError, "is not a size"),
+        (("--size", "0x224"), SettingsError, "is not a size"),
         (("--url", "127.0.0.1:8000"), SettingsError, "NAME=URL"),
-        (("--url", "a=http://x/v1", "--url", "a=http://y/v1"), SettingsError, "there twice"),
+        (("--url", "a=http://x/v1", "--url", "a=http://y/v1"), SettingsError, "given twice"),
         (("--url", "http://127.0.0.1:9/v1"), ConfigurationError, "cannot be asked for its model"),
         (("--url", "http://x/v1", "--mode", "stock"), ConfigurationError, "Leave one of the two out"),
         (("--url", "http://x/v1", "--sequential"), ConfigurationError, "named inline"),

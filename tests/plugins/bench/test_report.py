@@ -68,8 +68,12 @@ def certified(tiny, tmp_path_factory):
     folder = write_bundle(tiny, tmp_path_factory.mktemp("report") / "bundle", "10x18", self_contained=True)
 
     def change(stated):
-        result = {**CERTIFICATE["programs"][0], "device": "<script>alert(2)</script>", "failure": None}
-        stated["certificate"] = {**CERTIFICATE, "programs": [result], "failure": "digits <b>misread</b>"}
+        result = {
+            **CERTIFICATE["programs"][0],
+            "device": "<script>alert(2)</script>",
+            "failure": "digits <b>misread</b>",
+        }
+        stated["certificate"] = {**CERTIFICATE, "programs": [result]}
 
     forge(folder, change)
     return folder

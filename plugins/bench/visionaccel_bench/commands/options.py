@@ -29,6 +29,4 @@ def require(*modules: str) -> None:
     """
     for module in modules:
         if find_spec(module) is None:
-            raise ConfigurationError(
-                f"this command needs {module}, which is not installed.", hint="pip install 'visionaccel[bench]'."
-            )
+            raise ConfigurationError.missing_extra("this command", module, "visionaccel[bench]")
