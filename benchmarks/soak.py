@@ -2,7 +2,7 @@
 
 5 % of the images fail on the device, 5 % hang past the deadline, 10 % of the requests are aborted; sizes are random,
 some prompts have two images or none, some images come again. The device is simulated: it computes, sleeps a little, and
-fails as told. All requests are answered once without faults first, so that each one's right answer is known.
+fails as configured. All requests are answered once without faults first, so that each one's right answer is known.
 
 Every request must end: with its right answer, or with its own error, or aborted. The engine runs in this process, so
 the time that its scheduler spends in the connector is measured where it is spent.

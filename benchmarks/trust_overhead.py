@@ -1,7 +1,7 @@
-"""What trust and sight cost: the output guard, metrics, and the timing that is off, beside an encode of the 7B tower.
+"""What the output guard, metrics and disabled timing cost, compared with an encode of the 7B tower.
 
 Floor of the guard: every byte of the output must be read once, 15.4 MB for 1073x3584 float32, so 0.2 ms ask for 77
-GB/s of one core. The figure beside it is what BLAS' scalar product takes for the same bytes, which is as fast as one
+GB/s of one core. The figure next to it is what BLAS' scalar product takes for the same bytes, which is as fast as one
 core reads here. What is switched off must cost less than a microsecond: one look at whether anybody observes.
 
 The parts are measured on a session that answers at once, in turns with and without them, since a difference of
@@ -93,7 +93,7 @@ def _parts(checkpoint: Path, patches: Array) -> dict[str, float]:
     def bare() -> None:
         encoder._encode(patches, [GRID], None)
 
-    assert not encoder.hooks.visionaccel_encoded.get_hookimpls(), "nobody observes"
+    assert not encoder.hooks.visionaccel_encoded.get_hookimpls(), "there are no observers"
     programs = [OpenProgram(program, tower.host(program), _Instant(rows))]
     nothing = _Nothing(tower, "nothing", programs, default_registry())
     asked, unasked = _in_turns(lambda: nothing.encode(patches, [GRID]), lambda: _unasked(nothing, patches), 20_000)

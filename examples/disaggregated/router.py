@@ -26,7 +26,7 @@ MEDIA = {"image_url": "image", "input_image": "image", "video_url": "video"}
 SHAPING = ("mm_processor_kwargs", "media_io_kwargs")
 """Fields of a request that change an item's embedding, and so its identifier, which both sides must agree on."""
 INTERNAL = ("ec_transfer_params", "kv_transfer_params")
-"""Fields that tell vLLM instances whom to exchange tensors with: not for clients."""
+"""Fields with which vLLM instances find those that they exchange tensors with: not for clients."""
 PASSED_ON = ("authorization", "traceparent", "x-request-id")
 JSON = {"content-type": "application/json"}
 UNAVAILABLE = (502, 503, 504)
@@ -80,7 +80,7 @@ class Router:
             body = _parse(await request.body())
             items = _media(body)
             where = await _while_connected(request, self._encode_all(items, body, headers))
-            # Written anew, so that an instance reads exactly what was looked at here.
+            # Serialised again, so that an instance reads exactly what was checked here.
             content = json.dumps(body | ({"ec_transfer_params": where} if where else {})).encode()
             return await _while_connected(request, self._forward("POST", CHAT, content, headers))
         except RefusedError as refusal:
@@ -112,7 +112,7 @@ class Router:
     async def _encode_all(
         self, items: list[dict[str, Any]], body: dict[str, Any], headers: dict[str, str]
     ) -> dict[str, Any]:
-        """Have all items encoded. Returns where the embeddings are, if a consumer must be told."""
+        """Have all items encoded. Returns where the embeddings are, if a consumer needs to know."""
         different: dict[str, int] = {}
         for number, item in enumerate(items):
             different.setdefault(json.dumps(item, sort_keys=True), number)
@@ -155,7 +155,7 @@ class Router:
         raise RefusedError(503, f"{name}: no encoder instance can be reached; try again later.")
 
     async def _forward(self, method: str, path: str, content: bytes, headers: dict[str, str]) -> Response:
-        """The answer of a language-model instance, whatever its status, passed on as it comes."""
+        """The answer of a language-model instance, with any status, passed on as it comes."""
         for url in self.language_models.order():
             try:
                 sent = self.client.build_request(method, url + path, content=content, headers=JSON | headers)

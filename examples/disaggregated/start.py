@@ -156,7 +156,7 @@ def main(
     port: Annotated[int, typer.Option(help="The router's port; 0 for a free one.")] = 8000,
     argument: Annotated[list[str] | None, typer.Option(help="Argument for every vLLM server; repeat for more.")] = None,
 ) -> None:
-    """Serve a model with its vision encoder and its language model in processes of their own, until Ctrl-C."""
+    """Serve a model with its vision encoder and its language model in separate processes, until Ctrl-C."""
 
     def end(number: int, _: FrameType | None) -> None:
         raise KeyboardInterrupt(signal.Signals(number).name)

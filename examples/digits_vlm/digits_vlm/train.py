@@ -1,6 +1,6 @@
 """Trains the digits reader: `python -m digits_vlm.train --out FOLDER`.
 
-A curriculum from one digit a picture to four, then pairs of pictures in one prompt and short videos beside them.
+A curriculum from one digit a picture to four, then pairs of pictures in one prompt and short videos too.
 Batches are made by the processor that serves the model later, so what is learnt is what vLLM will feed.
 """
 

@@ -25,7 +25,7 @@ _PROLOGUE = re.compile(r"^.*?(?=<svg)| xmlns(:\w+)?=\"[^\"]*\"|<style.*?</style>
 def new_figure(width: float, height: float) -> Iterator[Figure]:
     """An empty figure, to be drawn and saved within the context.
 
-    Text is shown as it is: `$` does not begin a formula, and letters that the font lacks are no warning.
+    Text is shown as it is: `$` does not begin a formula, and letters that the font lacks give no warning.
 
     Args:
         width: In inches.

@@ -204,7 +204,7 @@ def test_without_names_every_installed_backend_but_simulators_and_every_peer_tak
         ("onnxrt?", "backend", SettingsError, "NAME"),
         ("onnxrt@", "backend", SettingsError, "NAME"),
         ("onnxrt?{1", "backend", SettingsError, "NAME"),
-        ("onnxrt?bundle=/nowhere", "backend", SettingsError, "/nowhere is no bundle"),
+        ("onnxrt?bundle=/nowhere", "backend", SettingsError, "/nowhere is not a bundle"),
         ("timm", "peer", SettingsError, "transformers"),
         ("vllm@cuda:0", "peer", SettingsError, "CPU"),
         ("vllm?attention=sdpa", "peer", SettingsError, "enforce_eager"),
@@ -217,7 +217,7 @@ def test_what_names_no_contender_is_refused(text, kind, error, said):
 
 
 def test_a_contender_that_is_there_twice_is_refused():
-    with pytest.raises(SettingsError, match="twice"):
+    with pytest.raises(SettingsError, match="named twice"):
         named_peers(["vllm", "vllm?dtype=bfloat16"])
 
 
@@ -241,7 +241,7 @@ def test_a_peer_that_is_not_installed_is_absent_with_the_fix(monkeypatch):
         (("x", "--backend", "none", "--peer", "none"), SettingsError, "nothing to compare"),
         (("x", "--plot", "/nowhere/plot.png"), ConfigurationError, "not a file in an existing folder"),
         (("x", "--output", "/tmp"), ConfigurationError, "not a file in an existing folder"),
-        (("x", "--peer", "vllm?enforce_eager=maybe"), SettingsError, "none of true, false"),
+        (("x", "--peer", "vllm?enforce_eager=maybe"), SettingsError, "must be one of true, false"),
         (("{tiny}", "--threads", "4096"), SettingsError, "more than the"),
         (("/nowhere",), Exception, "not a folder"),
     ],
@@ -307,7 +307,7 @@ def test_the_peak_leaves_out_what_the_processor_lacks(monkeypatch):
     import torch
 
     from visionaccel.core.packed_products import why_not_packed
-    from visionaccel_bench.encode.matrix_peak import rates
+    from visionaccel_bench.encode.contender_main import rates
 
     threads = torch.get_num_threads()
     why_not_packed.cache_clear()

@@ -19,7 +19,7 @@ OPENED = {"device": "cpu", "precision": "float32", "about": "", "simulated": Fal
 
 
 def placed(tiny, ours, stock, *, processors=4.0, cosine=1.0, error=None, stock_error=None):
-    """The advice on a machine of four cores for a backend that takes some seconds, beside stock's."""
+    """The advice on a machine of four cores for a backend that takes some seconds, next to stock's."""
     mine = OnGrid([[ours]], processors * ours, Accuracy(cosine, cosine, 0.0, 0), error)
     theirs = Taken(STOCK, OPENED, grids={} if stock_error else {GRID: OnGrid([[stock]], 4 * stock)}, error=stock_error)
     backend = Taken(Contender("backend", "onnxrt"), OPENED, grids={GRID: mine})
@@ -51,7 +51,7 @@ def test_a_faster_backend_on_the_same_cores_is_offloaded_to(tiny):
     found = placed(tiny, 5.0, 10.0)
     assert found.takes_language_models_cores
     assert found.inline.offload
-    assert "5.00 s in the place of vLLM's 10.00 s (0.50 times)" in found.inline.reason
+    assert "5.00 s instead of vLLM's 10.00 s (0.50 times)" in found.inline.reason
     assert found.pipelined.offload
     assert "takes the language model's cores (4.0 of 4)" in found.pipelined.reason
     assert found.grids[0].pipelined_gain_seconds == pytest.approx(5.0)
@@ -61,7 +61,7 @@ def test_a_slower_backend_on_the_same_cores_is_not(tiny):
     found = placed(tiny, 12.0, 10.0)
     assert not found.inline.offload
     assert not found.pipelined.offload
-    assert found.inline.reason.startswith("do not: an encode takes 12.00 s in the place of vLLM's 10.00 s")
+    assert found.inline.reason.startswith("do not: an encode takes 12.00 s instead of vLLM's 10.00 s")
     assert found.pipelined.reason.startswith("do not: the encoder takes the language model's cores")
 
 

@@ -1,9 +1,11 @@
-"""The timeline is a picture."""
+"""Plots are pictures."""
 
 import pytest
 from PIL import Image
 
+from report_inputs import encode_report
 from visionaccel.errors import ConfigurationError
+from visionaccel_bench.encode.encode_plot import plot_latency
 from visionaccel_bench.serve.figures import Run, Trace
 from visionaccel_bench.serve.serve_plot import plot_timeline
 
@@ -31,3 +33,12 @@ def test_a_timeline_is_a_png(tmp_path):
 def test_what_cannot_be_written_is_said(tmp_path):
     with pytest.raises(ConfigurationError, match="cannot be written"):
         plot_timeline({"stock": RUN}, tmp_path, "a folder")
+
+
+def test_labels_are_text_and_not_formulas(tmp_path):
+    """A label that would be a broken formula, with a letter that the font lacks."""
+    plot_timeline({"$\\frac 漢$": RUN}, tmp_path / "timeline.png", "$x_{$")
+    plot_latency(encode_report(" $\\frac 漢$"), tmp_path / "latency.png")
+    for name in ("timeline.png", "latency.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert picture.format == "PNG"

@@ -168,7 +168,7 @@ def test_stock_vllm_gets_no_setting_and_the_others_the_device():
     assert settings["VISIONACCEL_DEVICE"] == "onnxrt"
     assert json.loads(settings["VISIONACCEL_OPTIONS"]) == {"latency": 0.5}
     assert "VISIONACCEL_OPTIONS" not in accelerator.at_no_cost().settings(Mode.INLINE)
-    with pytest.raises(ValueError, match="onnxrt is none"):
+    with pytest.raises(ValueError, match="not backend onnxrt"):
         Accelerator("onnxrt").at_no_cost()
 
 

@@ -85,7 +85,7 @@ def serve(
     latency: Annotated[
         float | None,
         duration(
-            "Seconds of an image on the simulated device, whatever call it is in. Default: "
+            "Seconds of each image on the simulated device, also of several in one call. Default: "
             f"{_LATENCY}, if --options does not say how long it takes.",
             least=0.001,
             show_default=False,
@@ -120,7 +120,7 @@ def serve(
     """Compare in-line, pipelined and stock vLLM under text streams and image requests, and with an ideal server.
 
     Each mode is a real vLLM server that is started in turn. It gets a warm-up, then the text streams alone, then text
-    streams and image requests together, each sent when its time comes, whatever became of those before. Images are
+    streams and image requests together, each sent when its time comes, whether or not those before were answered. Images are
     the same in every mode, and new to each server.
 
     The ideal bound is max(device, decode). device: when the device is done at the earliest, if it starts each image as

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from visionaccel.backends import default_registry
 from visionaccel.cli.output import Json, messages, print_json, results, status
 from visionaccel.errors import DeviceError
 from visionaccel.observe import timed_encodes
+from visionaccel_bench.asking import ask
 from visionaccel_bench.commands.termination import tidy_if_terminated
 from visionaccel_bench.server import VllmServer, serve
 
@@ -29,7 +28,6 @@ ARGUMENTS = (
     "--dtype", "float32", "--enforce-eager", "--max-model-len", "4096", "--max-num-seqs", "16",
     "--limit-mm-per-prompt", '{"image": 4, "video": 1}',
 )  # fmt: skip
-QUESTION = "Read the digits."
 
 
 @dataclass(frozen=True)
@@ -86,8 +84,6 @@ def demo(
 
 def _ask(title: str, checkpoint: Path, settings: dict[str, str], pictures: Sequence[Image]) -> list[_Answer]:
     """Start a server, ask it about each picture, and stop it."""
-    from openai import OpenAI
-
     with tidy_if_terminated(), ExitStack() as stack:
         with status(f"{title}: starting") as tell:
 
@@ -96,31 +92,26 @@ def _ask(title: str, checkpoint: Path, settings: dict[str, str], pictures: Seque
 
             server = stack.enter_context(serve(checkpoint, settings, ARGUMENTS, waiting=waiting))
         messages.print(f"{title}: serving on {server.url}", highlight=False)
-        client = stack.enter_context(OpenAI(base_url=server.url, api_key="none"))
         answers = []
         with status(f"{title}: asking") as tell:
             for number, picture in enumerate(pictures, 1):
                 tell(f"{title}: image {number} of {len(pictures)}")
-                answers.append(_one(client, server, picture, timed=bool(settings)))
+                answers.append(_one(server, picture, timed=bool(settings)))
     return answers
 
 
-def _one(client: Any, server: VllmServer, picture: Image, *, timed: bool) -> _Answer:
-    png = io.BytesIO()
-    picture.save(png, "PNG")
-    url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
-    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": QUESTION}]
+def _one(server: VllmServer, picture: Image, *, timed: bool) -> _Answer:
     before = len(_encodes(server.log)) if timed else 0
-    reply = client.chat.completions.create(
-        model=server.model, messages=[{"role": "user", "content": content}], temperature=0, max_tokens=8
-    )
-    encode_ms = None
-    if timed:
-        encodes = _encodes(server.log)[before:]
-        if not encodes:
-            raise DeviceError(f"the server answered without the backend. The end of its log:\n{server.log_end()}")
-        encode_ms = round(sum(ms for encode in encodes for part, ms in encode["ms"].items() if part != "queue"), 2)
-    return _Answer(reply.choices[0].message.content or "", encode_ms)
+    answer = ask(server.url, server.model, picture)
+    if answer.text is None:
+        raise DeviceError(f"the server did not answer: {answer.error} The end of its log:\n{server.log_end()}")
+    if not timed:
+        return _Answer(answer.text, None)
+    encodes = _encodes(server.log)[before:]
+    if not encodes:
+        raise DeviceError(f"the server answered without the backend. The end of its log:\n{server.log_end()}")
+    parts = (ms for encode in encodes for part, ms in encode["ms"].items() if part != "queue")
+    return _Answer(answer.text, round(sum(parts), 2))
 
 
 def _encodes(log: Path) -> list[dict[str, Any]]:

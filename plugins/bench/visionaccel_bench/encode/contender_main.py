@@ -1,8 +1,8 @@
 """A contender's own process: opens one way to run the tower, and encodes when it is asked to.
 
 Started as `python -m visionaccel_bench.encode.contender_main PARENT FD`, and ended with its parent. Over the socket FD
-it reads one JSON object a line and answers each with one: what was asked for, or `error`. It ends when the socket is
-closed. What libraries print goes to its standard output, which nobody reads unless it dies.
+it reads one JSON object a line and answers each with one: the result, or `error`. It ends when the socket is closed.
+What libraries print goes to its standard output, which is shown only if it dies.
 """
 
 from __future__ import annotations
@@ -12,45 +12,35 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from visionaccel.core.child_groups import end_with_parent
 from visionaccel_testing.process_tree import memory, processor_seconds
 
-__all__ = ["main"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["main", "rates"]
 
 _SPARED = "800"
-"""Where memory runs out, the kernel is to end a contender rather than what measures it."""
+"""The kernel's score when memory runs out: it ends a contender rather than the measuring process."""
 
 
 class _Work:
-    """Answers requests. One of `open` or `products` comes first."""
+    """Answers requests; `open` comes before `encode`."""
 
     def __init__(self) -> None:
         self._opened: Any = None
         self._prepared: tuple[str, Any] = ("", None)
 
-    def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        kinds: dict[str, Callable[..., dict[str, Any]]] = {
-            "open": self._open,
-            "encode": self._encode,
-            "products": self._products,
-        }
-        return kinds[request["do"]](**{name: value for name, value in request.items() if name != "do"})
-
-    def _open(
-        self,
-        kind: str,
-        name: str,
-        device: str | None,
-        options: dict[str, Any],
-        source: str,
-        threads: int,
+    def open(
+        self, kind: str, name: str, device: str | None, options: dict[str, Any], source: str, threads: int,
         deadline: float,
-    ) -> dict[str, Any]:
+    ) -> dict[str, Any]:  # fmt: skip
+        """Open a contender and say what it is."""
         from visionaccel.bundle import Bundle
         from visionaccel.encoder import open_source
 
@@ -62,15 +52,10 @@ class _Work:
 
             tower = opened.tower if isinstance(opened, Bundle) else opened
             self._opened = open_peer(name, tower, options, threads)
-        found = self._opened
-        return {
-            "device": found.device,
-            "precision": found.precision,
-            "about": found.about,
-            "simulated": found.simulated,
-        }
+        return {name: getattr(self._opened, name) for name in ("device", "precision", "about", "simulated")}
 
-    def _encode(self, patches: str, grid: list[int], at_least: float, save: str | None) -> dict[str, Any]:
+    def encode(self, patches: str, grid: list[int], at_least: float, save: str | None) -> dict[str, Any]:
+        """Encode once, or as often as begins within `at_least` seconds; `save` names a file for the embeddings."""
         import numpy as np
 
         from visionaccel.core.grid import Grid
@@ -98,15 +83,14 @@ class _Work:
             "peak_bytes": held.peak,
         }
 
+    def products(self, shapes: list[list[int]], threads: int) -> dict[str, Any]:
+        """See `rates`."""
+        return {"rates": rates([(rows, inner, columns) for rows, inner, columns in shapes], threads)}
+
     def close(self) -> None:
-        """Give back what is open."""
+        """Close what is open."""
         if self._opened is not None:
             self._opened.close()
-
-    def _products(self, shapes: list[list[int]], threads: int) -> dict[str, Any]:
-        from visionaccel_bench.encode.matrix_peak import rates
-
-        return {"rates": rates([(rows, inner, columns) for rows, inner, columns in shapes], threads)}
 
 
 def _open_backend(
@@ -134,6 +118,48 @@ def _open_backend(
     )
 
 
+def rates(shapes: Sequence[tuple[int, int, int]], threads: int) -> dict[str, list[float]]:
+    """Operations a second of one product of each shape, by dtype; without dtypes that this processor does not have.
+
+    They are products of oneDNN with weights packed once, the most that a tower made of them could reach. A first
+    product of each shape is not timed.
+
+    Args:
+        shapes: Rows, inner width and columns of each product.
+        threads: Threads of the products.
+
+    Raises:
+        Exception: If torch is not installed or was built without oneDNN.
+    """
+    import torch
+
+    from visionaccel.core.packed_products import why_not_packed
+
+    torch.set_num_threads(threads)
+    found = {"float32": [_rate(torch.float32, *shape) for shape in shapes]}
+    if why_not_packed(torch.bfloat16) is None:
+        found["bfloat16"] = [_rate(torch.bfloat16, *shape) for shape in shapes]
+    return found
+
+
+def _rate(dtype: torch.dtype, rows: int, inner: int, columns: int) -> float:
+    import torch
+
+    from visionaccel.core.packed_products import PackedWeight
+
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(rows, inner, generator=generator).to(dtype)
+    right = torch.randn(columns, inner, generator=generator).to(dtype)
+    packed = PackedWeight(right, rows=rows)
+    seconds = 0.0
+    with torch.inference_mode():
+        for _ in range(2):
+            started = time.perf_counter()
+            packed.unary(left)
+            seconds = time.perf_counter() - started
+    return 2 * rows * inner * columns / seconds
+
+
 def main() -> None:
     """Answer until the socket is closed."""
     with suppress(OSError):
@@ -144,14 +170,15 @@ def main() -> None:
     with socket.socket(fileno=descriptor) as connection, connection.makefile("rw", encoding="utf-8") as lines:
         for line in lines:
             try:
-                answer = work.answer(json.loads(line))
-            except Exception as error:  # Whatever a library raises is a row of the report.
+                request = json.loads(line)
+                answer = getattr(work, request.pop("do"))(**request)
+            except Exception as error:  # it becomes a row of the report
                 answer = {"error": f"{type(error).__name__}: {error}"}
             lines.write(json.dumps(answer) + "\n")
             lines.flush()
     with suppress(Exception):
         work.close()
-    # Runtimes are known to hang or crash in their own clean-up; nothing is left to be written.
+    # Some runtimes hang or crash in their own clean-up; nothing is left to be written.
     sys.stdout.flush()
     os._exit(0)
 

@@ -27,11 +27,11 @@ _MAIN = "visionaccel_bench.encode.contender_main"
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _LOG_LINES = 15
 _GRACE = 2.0
-"""Seconds that a process has to end by itself when it is let go."""
+"""Seconds that a process has to end by itself after it was closed."""
 
 
 class ContenderProcess:
-    """A process for one contender, or for what measures the machine; it is idle unless it was asked something.
+    """A process for one contender, or for what measures the machine; it is idle between requests.
 
     Args:
         log: File that its output goes to.
@@ -40,7 +40,7 @@ class ContenderProcess:
 
     Attributes:
         started: When it was started, by the system's monotonic clock.
-        alive: Whether it can be asked.
+        alive: Whether it takes requests.
 
     Raises:
         DeviceError: If it cannot be started.
@@ -51,7 +51,7 @@ class ContenderProcess:
         near, far = socket.socketpair()
         self._lines = near.makefile("rw", encoding="utf-8")
         self._connection = near
-        own = {"VLLM_PLUGINS": "", "TMPDIR": str(log.parent)}  # what it leaves behind goes with the run's folder
+        own = {"VLLM_PLUGINS": "", "TMPDIR": str(log.parent)}  # what it leaves is removed with the run's folder
         environment = quiet_environment(dict.fromkeys(_THREADS, str(threads)) | own)
         self.started = time.monotonic()
         self.alive = True
@@ -114,7 +114,7 @@ class ContenderProcess:
         return answer
 
     def close(self) -> None:
-        """End the process and whatever it started."""
+        """End the process and the processes that it started."""
         if not self.alive:
             return
         self.alive = False

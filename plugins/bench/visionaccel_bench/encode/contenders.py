@@ -1,4 +1,4 @@
-"""What `bench encode` compares: backends of this package, and peers that bring a tower of their own."""
+"""What `bench encode` compares: backends of this package, and peers that bring their own tower."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ PEERS: Mapping[str, tuple[tuple[str, ...], str, frozenset[str]]] = MappingProxyT
         "vllm": (("vllm",), "vllm", frozenset({"enforce_eager"})),
     }
 )
-"""Peers: the modules that each needs, what pip installs for it, and its options beside those of every peer."""
+"""Peers: the modules that each needs, what pip installs for it, and its options in addition to those of every peer."""
 
 DTYPES = ("float32", "bfloat16")
 NONE = "none"
 BUNDLE = "bundle"
-"""Option of a backend's contender, which does not reach the backend: a bundle to open in the place of the source."""
+"""Option of a backend's contender that the backend does not see: a bundle to open instead of the source."""
 _OF_EVERY_PEER = frozenset({"dtype", "python"})
 
 
@@ -45,7 +45,7 @@ class Contender:
         kind: A backend of this package, or a peer.
         name: The backend's or the peer's name.
         device: The backend's device; None for its default. Peers run on the CPU.
-        options: The backend's options, and `bundle`, a folder that it opens in the place of the source. Of a peer:
+        options: The backend's options, and `bundle`, a folder that it opens instead of the source. For a peer,
             `dtype`, `python` (an interpreter of another environment that has the peer and this package), and the
             peer's own.
     """
@@ -57,7 +57,7 @@ class Contender:
 
     @property
     def label(self) -> str:
-        """What reports call it. The environment of a peer is no part of it."""
+        """Its name in reports, without the environment of a peer."""
         options = dict(self.options)
         dtype = options.pop("dtype", None) if self.kind == "peer" else None
         if self.kind == "peer":
@@ -75,7 +75,7 @@ class Contender:
 
     @property
     def bundle(self) -> Path | None:
-        """The bundle that a backend opens in the place of what the others do, such as one of int8."""
+        """The bundle that a backend opens instead of the source, such as one of int8."""
         given = self.options.get(BUNDLE)
         return None if self.kind == "peer" or given is None else Path(str(given))
 
@@ -84,7 +84,7 @@ REFERENCE = Contender("peer", "transformers", options={"dtype": "float32"})
 """What accuracy is measured against."""
 
 STOCK = Contender("peer", "vllm", options={"dtype": "bfloat16"})
-"""The yardstick of speed: what encodes where nothing is offloaded."""
+"""What speed is compared with: the encoder where nothing is offloaded."""
 
 
 def parse_contender(text: str, kind: Kind) -> Contender:
@@ -101,12 +101,13 @@ def parse_contender(text: str, kind: Kind) -> Contender:
     except ValueError as error:
         raise SettingsError(f"--{kind} {text!r}: {error}.", hint=_FORM) from error
     if not name or (at and not device) or (question and not options) or not isinstance(options, dict):
-        raise SettingsError(f"--{kind} {text!r} is none.", hint=_FORM)
+        raise SettingsError(f"--{kind} {text!r} is malformed.", hint=_FORM)
     if kind == "backend":
         default_registry().entry(name)
         if BUNDLE in options and not is_bundle(str(options[BUNDLE])):
             raise SettingsError(
-                f"--{kind} {text!r}: {options[BUNDLE]} is no bundle.", hint="Name a folder that holds visionaccel.json."
+                f"--{kind} {text!r}: {options[BUNDLE]} is not a bundle.",
+                hint="Name a folder that holds visionaccel.json.",
             )
     else:
         _check_peer(text, name, device, options)
@@ -114,10 +115,10 @@ def parse_contender(text: str, kind: Kind) -> Contender:
 
 
 def named_backends(texts: Sequence[str]) -> tuple[Contender, ...]:
-    """The backends that were named; every installed one that `auto` would ask if none was, and none for `none`.
+    """The named backends; without names, every installed one that `auto` would ask; for `none`, no backend.
 
     Raises:
-        SettingsError: As `parse_contender`, or if one is there twice.
+        SettingsError: As `parse_contender`, or if one is named twice.
         UnknownBackendError: As `parse_contender`.
     """
     if list(texts) == [NONE]:
@@ -128,10 +129,10 @@ def named_backends(texts: Sequence[str]) -> tuple[Contender, ...]:
 
 
 def named_peers(texts: Sequence[str]) -> tuple[Contender, ...]:
-    """The peers that were named; all if none was, and none for `none`. One without a dtype is there in each.
+    """The named peers; without names, all; for `none`, no peer. One without a dtype takes part in each.
 
     Raises:
-        SettingsError: As `parse_contender`, or if one is there twice.
+        SettingsError: As `parse_contender`, or if one is named twice.
     """
     if list(texts) == [NONE]:
         return ()
@@ -177,7 +178,8 @@ def _check_peer(text: str, name: str, device: str, options: Mapping[str, Any]) -
     for option, choices in (("dtype", DTYPES), ("attention", ("sdpa", "eager")), ("enforce_eager", ("true", "false"))):
         if option in options and options[option] not in choices:
             raise SettingsError(
-                f"--peer {text!r}: {option} is none of {', '.join(choices)}.", hint=f"Choose one, as {choices[0]}."
+                f"--peer {text!r}: {option} must be one of {', '.join(choices)}.",
+                hint=f"Such as {option}={choices[0]}.",
             )
 
 
@@ -188,7 +190,7 @@ def _installed() -> list[str]:
         try:
             if not registry.load(entry.name).only_by_name:
                 names.append(entry.name)
-        except PluginError:  # A row that says so, as with everything else that does not work.
+        except PluginError:  # it becomes a row that says so
             names.append(entry.name)
     return names
 
@@ -197,7 +199,7 @@ def _different(contenders: Iterable[Contender]) -> tuple[Contender, ...]:
     found: dict[str, Contender] = {}
     for each in contenders:
         if each.label in found:
-            raise SettingsError(f"{each.label} is there twice.", hint="Name each contender once.")
+            raise SettingsError(f"{each.label} is named twice.", hint="Name each contender once.")
         found[each.label] = each
     return tuple(found.values())
 

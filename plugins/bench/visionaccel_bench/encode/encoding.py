@@ -1,11 +1,11 @@
-"""Contenders on the same grids in one run: each in a process of its own, all warm, in turns and never at once."""
+"""Contenders on the same grids in one run: each in its own process, all warm, in turns and never at once."""
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from visionaccel.errors import DeviceError
 from visionaccel.families import Tower
 from visionaccel_bench.encode.contender_process import ContenderProcess
 from visionaccel_bench.encode.contenders import REFERENCE, Contender, absence
-from visionaccel_bench.encode.matrix_peak import MOST_ROWS
 
 __all__ = ["TABLE", "Accuracy", "EncodePlan", "OnGrid", "Peak", "Progress", "Taken", "measure_encodes"]
 
@@ -27,6 +26,9 @@ TABLE = tuple(Grid.parse(text) for text in ("16x16", "16x32", "32x32", "32x64", 
 """From 256 to 16,384 patches, each twice as many as the one before."""
 
 Progress = Callable[[str], None]
+
+_MOST_ROWS = 4096
+"""Products of more rows are no faster."""
 
 _PAUSE = 0.3
 """Seconds before each turn: threads of the process before may spin for that long."""
@@ -58,8 +60,8 @@ class Accuracy:
     """How far embeddings are from transformers' in float32.
 
     Attributes:
-        lowest_cosine: Of all tokens.
-        mean_cosine: Of all tokens.
+        lowest_cosine: The lowest cosine of a token.
+        mean_cosine: The mean over all tokens.
         relative_error: Norm of the difference over the norm of the reference.
         nonfinite_rows: Tokens with NaN or infinity.
     """
@@ -130,7 +132,7 @@ class Peak:
 def measure_encodes(
     source: Path, tower: Tower, contenders: Sequence[Contender], plan: EncodePlan, tell: Progress
 ) -> tuple[list[Taken], Peak, str | None]:
-    """Measure every contender; what fails is said in its own place.
+    """Measure every contender; each has its own error if it fails.
 
     The reference encodes each grid once even if it is none of the contenders, and is not timed then.
 
@@ -139,7 +141,7 @@ def measure_encodes(
         tower: Its tower.
         contenders: Who takes part.
         plan: What each gets.
-        tell: Told what is being done.
+        tell: Is called with what is being done.
 
     Returns:
         What each contender did, the machine's peak, and why the reference did not encode if it did not.
@@ -174,7 +176,7 @@ class _Run:
     """The processes of a run, and whose turn it is.
 
     Attributes:
-        entrants: Who was opened.
+        entrants: The contenders that were opened.
         peak: The machine's.
     """
 
@@ -183,146 +185,118 @@ class _Run:
     ) -> None:
         self._source, self._tower, self._plan, self._folder, self._tell = source, tower, plan, folder, tell
         self._stack = stack
-        self.entrants: list[_Entrant] = []
         self._products: ContenderProcess | None = None
-        self._first = self._patches(plan.grids[0])
+        self.entrants: list[_Entrant] = []
         self.peak = Peak()
 
     def start(self, taken: Taken, *, timed: bool = True) -> None:
         """Open a contender and let it encode the first grid."""
         if taken.error is not None:
             return
-        label, deadline = taken.contender.label, self._plan.deadline
+        label, first = taken.contender.label, self._plan.grids[0]
         self._tell(f"{label}: starting")
-        try:
+        with _error_of(taken):
             process = self._process(label, taken.contender.python)
-        except DeviceError as error:
-            taken.error = str(error)
-            return
-        try:
-            taken.opened = process.open(taken.contender, self._source, self._plan.threads, deadline)
-        except DeviceError as error:
-            taken.error = str(error)
-            process.close()
-            return
-        first = taken.grids.setdefault(self._plan.grids[0], OnGrid())
-        try:
-            answer = self._encode(process, self._plan.grids[0], at_least=0.0, save=self._embeddings(label))
-        except DeviceError as error:
+            try:
+                taken.opened = process.open(taken.contender, self._source, self._plan.threads, self._plan.deadline)
+            except DeviceError:
+                process.close()
+                raise
+            entrant = _Entrant(taken, process, timed)
+            answer = self._warm_up(entrant, first)
             if not process.alive:
-                taken.error = str(error)
-                taken.grids.clear()
+                taken.error = taken.grids.pop(first).error
                 return
-            first.error = str(error)  # it may take the other grids
-        else:
-            taken.startup_seconds = answer["ended"] - process.started
-            self._note_memory(taken, answer)
-        self.entrants.append(_Entrant(taken, process, timed))
+            if answer is not None:  # one that fails may take the other grids
+                taken.startup_seconds = answer["ended"] - process.started
+            self.entrants.append(entrant)
 
     def start_products(self) -> None:
         """Start what measures the machine."""
-        try:
+        with _error_of(self.peak):
             self._products = self._process("products", None)
-        except DeviceError as error:
-            self.peak.error = str(error)
 
     def on_grid(self, grid: Grid) -> None:
-        """Warm everybody up on a grid, compare what came out, and measure in turns."""
-        patches = self._patches(grid)
+        """Warm every contender up on a grid, compare the embeddings, and measure in turns."""
         self._products_turn(grid)
-        for entrant in self.entrants:
-            self._warm_up(entrant, grid)
+        if grid != self._plan.grids[0]:  # for the first one, the start was the warm-up
+            for entrant in self.entrants:
+                self._warm_up(entrant, grid)
         self._compare(grid)
         for number in range(self._plan.rounds):
             self._products_turn(grid)
             for entrant in self.entrants:
                 if entrant.timed:
-                    self._turn(entrant, grid, number)
-        if grid != self._plan.grids[-1]:
-            patches.unlink()
+                    self._turn(entrant, grid, f"{number + 1} of {self._plan.rounds}")
+        self._patches(grid).unlink()
 
-    def _warm_up(self, entrant: _Entrant, grid: Grid) -> None:
-        taken = entrant.taken
-        found = taken.grids.setdefault(grid, OnGrid())
-        if grid == self._plan.grids[0] or not self._ready(entrant, grid):
-            return  # The start was its warm-up.
-        label = taken.contender.label
-        self._tell(f"{grid}: {label}, warming up")
-        try:
-            self._encode(entrant.process, grid, at_least=0.0, save=self._embeddings(label))
-        except DeviceError as error:
-            found.error = str(error)
+    def _warm_up(self, entrant: _Entrant, grid: Grid) -> dict[str, Any] | None:
+        entrant.taken.grids[grid] = OnGrid()
+        save = self._embeddings(entrant.taken.contender.label)
+        return self._encode(entrant, grid, "warming up", at_least=0.0, save=str(save))
 
-    def _turn(self, entrant: _Entrant, grid: Grid, number: int) -> None:
-        taken = entrant.taken
-        found = taken.grids[grid]
-        if not self._ready(entrant, grid):
-            return
-        self._tell(f"{grid}: {taken.contender.label}, {number + 1} of {self._plan.rounds}")
+    def _turn(self, entrant: _Entrant, grid: Grid, number: str) -> None:
         time.sleep(_PAUSE)
-        try:
-            answer = self._encode(entrant.process, grid, at_least=self._plan.turn_seconds, save=None)
-        except DeviceError as error:
-            found.error = str(error)
-            return
-        found.rounds.append(answer["seconds"])
-        found.processor_seconds += answer["processor_seconds"]
-        self._note_memory(taken, answer)
+        answer = self._encode(entrant, grid, number, at_least=self._plan.turn_seconds)
+        if answer is not None:
+            found = entrant.taken.grids[grid]
+            found.rounds.append(answer["seconds"])
+            found.processor_seconds += answer["processor_seconds"]
 
-    def _ready(self, entrant: _Entrant, grid: Grid) -> bool:
-        """Whether a contender still takes turns on a grid; one whose process ended on an earlier grid takes none."""
-        found = entrant.taken.grids[grid]
+    def _encode(
+        self, entrant: _Entrant, grid: Grid, what: str, *, at_least: float, save: str | None = None
+    ) -> dict[str, Any] | None:
+        """The contender's answer; None if it failed on this grid, or its process has ended."""
+        taken, found = entrant.taken, entrant.taken.grids[grid]
         if found.error is None and not entrant.process.alive:
-            found.error = "its process ended on a grid before."
-        return found.error is None
+            found.error = "its process ended on an earlier grid."
+        if found.error is not None:
+            return None
+        self._tell(f"{grid}: {taken.contender.label}, {what}")
+        request = {
+            "do": "encode",
+            "patches": str(self._patches(grid)),
+            "grid": list(grid.thw),
+            "at_least": at_least,
+            "save": save,
+        }
+        with _error_of(found):
+            answer = entrant.process.ask(request, self._plan.deadline)
+            taken.resident_bytes, taken.peak_bytes = answer["resident_bytes"], answer["peak_bytes"]
+            return answer
+        return None
 
     def _compare(self, grid: Grid) -> None:
-        labels = [entrant.taken.contender.label for entrant in self.entrants]
-        files = {label: self._embeddings(label) for label in labels}
-        exact = files.get(REFERENCE.label)
-        reference = None if exact is None or not exact.exists() else np.load(exact)
-        for label, entrant in zip(labels, self.entrants, strict=True):
-            file, found = files[label], entrant.taken.grids[grid]
+        exact = self._embeddings(REFERENCE.label)
+        reference = np.load(exact) if exact.exists() else None
+        for entrant in self.entrants:
+            file, found = self._embeddings(entrant.taken.contender.label), entrant.taken.grids[grid]
             if reference is None or found.error is not None or not file.exists():
                 continue
             ours = np.load(file)
             if ours.shape != reference.shape:
-                found.error = f"it returned {list(ours.shape)} in the place of {list(reference.shape)}."
+                found.error = f"it returned shape {list(ours.shape)} instead of {list(reference.shape)}."
                 continue
             compared = Comparison()
             compared.add(ours, reference)
             found.accuracy = Accuracy(compared.lowest, compared.mean, compared.relative_error, compared.nonfinite_rows)
-        for file in files.values():
-            file.unlink(missing_ok=True)
+        for entrant in self.entrants:
+            self._embeddings(entrant.taken.contender.label).unlink(missing_ok=True)
 
     def _products_turn(self, grid: Grid) -> None:
         if self._products is None or self.peak.error is not None:
             return
         operations = self._tower.operations([grid])
         products = (*operations.linears, *operations.merger)
-        shapes = list(dict.fromkeys((min(each.rows, MOST_ROWS), each.inner, each.columns) for each in products))
+        shapes = list(dict.fromkeys((min(each.rows, _MOST_ROWS), each.inner, each.columns) for each in products))
         time.sleep(_PAUSE)
-        try:
-            answer = self._products.ask(
-                {"do": "products", "shapes": shapes, "threads": self._plan.threads}, self._plan.deadline
-            )
-        except DeviceError as error:
-            self.peak.error = str(error)
-            return
-        for dtype, rates in answer["rates"].items():
-            best = self.peak.rates.setdefault(dtype, {})
-            for shape, rate in zip(shapes, rates, strict=True):
-                best[shape] = max(rate, best.get(shape, 0.0))
-
-    def _encode(self, process: ContenderProcess, grid: Grid, *, at_least: float, save: Path | None) -> dict[str, Any]:
-        request = {
-            "do": "encode",
-            "patches": str(self._patches(grid)),
-            "grid": list(grid.thw),
-            "at_least": at_least,
-            "save": None if save is None else str(save),
-        }
-        return process.ask(request, self._plan.deadline)
+        with _error_of(self.peak):
+            request = {"do": "products", "shapes": shapes, "threads": self._plan.threads}
+            answer = self._products.ask(request, self._plan.deadline)
+            for dtype, rates in answer["rates"].items():
+                best = self.peak.rates.setdefault(dtype, {})
+                for shape, rate in zip(shapes, rates, strict=True):
+                    best[shape] = max(rate, best.get(shape, 0.0))
 
     def _patches(self, grid: Grid) -> Path:
         file = self._folder / f"patches-{grid}.npy"
@@ -338,9 +312,14 @@ class _Run:
         log = self._folder / f"{_file_name(label)}.log"
         return self._stack.enter_context(ContenderProcess(log, self._plan.threads, python))
 
-    @staticmethod
-    def _note_memory(taken: Taken, answer: Mapping[str, Any]) -> None:
-        taken.resident_bytes, taken.peak_bytes = answer["resident_bytes"], answer["peak_bytes"]
+
+@contextmanager
+def _error_of(place: Taken | OnGrid | Peak) -> Iterator[None]:
+    """Note what fails where it belongs, and go on."""
+    try:
+        yield
+    except DeviceError as error:
+        place.error = str(error)
 
 
 def _file_name(label: str) -> str:

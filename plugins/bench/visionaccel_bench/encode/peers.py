@@ -40,7 +40,7 @@ class Opened:
         precision: Dtype of its products.
         about: Releases and settings that decide how fast it is.
         prepare: Patches float32 [P, patch_width] as `run` takes them. Not timed.
-        run: Embeddings of prepared patches of one grid, in whatever dtype and library. Timed.
+        run: Embeddings of prepared patches of one grid, in any dtype and library. Timed.
         close: Releases what it holds.
         simulated: Whether the device is simulated.
     """

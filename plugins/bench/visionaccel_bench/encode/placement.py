@@ -1,9 +1,9 @@
 """Where the encoder should run on this machine: offloaded to a backend, or left to vLLM.
 
-In-line, the engine's step waits for the encode, whoever makes it: offloading gains what the encode becomes shorter by.
-Pipelined, the language model decodes meanwhile, but an encoder that computes on the host takes processor time that is
-then missing there: offloading gains stock's seconds, in which the engine does nothing else, less the seconds for which
-the encoder's processor time would occupy all the cores. An image's own answer waits for the whole encode in any case.
+In-line, the engine's step waits for the encode: offloading gains the time by which the encode becomes shorter.
+Pipelined, the language model decodes during the encode, but an encoder that computes on the host takes processor time
+from it: offloading gains stock's seconds, in which the engine does nothing else, less the seconds for which the
+encoder's processor time would occupy all the cores. An image's own answer waits for the whole encode in either mode.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _unknown(backend: ContenderReport, stock: ContenderReport) -> Placement:
 
 
 def _refusal(backend: ContenderReport, grids: Sequence[GridReport]) -> ModeAdvice | None:
-    """Not to offload whatever the times are, and why; None if there is no such reason."""
+    """A reason not to offload that no time can outweigh; None if there is none."""
     failed = next((grid for grid in backend.grids if grid.error is not None), None)
     if failed is not None:
         return ModeAdvice(False, f"do not: it fails on grid {failed.grid}: {failed.error}")
@@ -163,7 +163,7 @@ def _doubt(backend: ContenderReport, grids: Sequence[GridReport], report: Encode
 
 def _inline(grids: Sequence[GridPlacement]) -> ModeAdvice:
     stock, ours = sum(grid.stock_seconds for grid in grids), sum(grid.offloaded_seconds for grid in grids)
-    times = f"an encode takes {_seconds(ours)} in the place of vLLM's {_seconds(stock)} ({ours / stock:.2f} times)"
+    times = f"an encode takes {_seconds(ours)} instead of vLLM's {_seconds(stock)} ({ours / stock:.2f} times)"
     over = "" if len(grids) == 1 else f", all {len(grids)} grids together"
     if ours <= stock * (1 - MARGIN):
         slower = [grid.grid for grid in grids if grid.inline_gain_seconds < 0]
@@ -177,7 +177,7 @@ def _inline(grids: Sequence[GridPlacement]) -> ModeAdvice:
 def _pipelined(grids: Sequence[GridPlacement], processors: float, cores: int, takes: bool) -> ModeAdvice:
     stock, ours = sum(grid.stock_seconds for grid in grids), sum(grid.offloaded_seconds for grid in grids)
     host = sum(grid.host_seconds for grid in grids)
-    beside = (
+    cores_taken = (
         f"the encoder takes the language model's cores ({processors:.1f} of {cores})"
         if takes
         else f"the encoder leaves the language model its cores (it keeps {processors:.1f} of {cores} busy)"
@@ -187,7 +187,7 @@ def _pipelined(grids: Sequence[GridPlacement], processors: float, cores: int, ta
         why = "is longer" if host > stock else f"gains under {MARGIN:.0%}"
         return ModeAdvice(
             False,
-            f"do not: {beside}, and {costs}, so that it {why}. Text streams would no longer stall while an image is "
+            f"do not: {cores_taken}, and {costs}, so that it {why}. Text streams would no longer stall while an image is "
             "encoded, but all tokens together come no sooner.",
         )
     later = (
@@ -196,7 +196,7 @@ def _pipelined(grids: Sequence[GridPlacement], processors: float, cores: int, ta
         if ours > stock
         else ""
     )
-    return ModeAdvice(True, f"offload: {beside}, and {costs}.{later}")
+    return ModeAdvice(True, f"offload: {cores_taken}, and {costs}.{later}")
 
 
 def _seconds(value: float) -> str:

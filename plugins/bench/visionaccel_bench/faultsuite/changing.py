@@ -1,4 +1,4 @@
-"""Checkpoints that change while they are served: nothing that opens later may encode with what lies there by then."""
+"""Checkpoints that change while they are served: an encoder that opens later must not use the changed weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def copy_checkpoint(checkpoint: Path, folder: Path) -> Path:
 
 
 def change_weights(checkpoint: Path, change: Change) -> None:
-    """Turn the sign of every vision weight of a checkpoint, so that what reads them encodes wrongly."""
+    """Turn the sign of every vision weight of a checkpoint, so that what reads them encodes something else."""
     weights = tower_of(locate_checkpoint(checkpoint)).weights.values()
     for file in sorted({tensor.file for tensor in weights}):
         target = file

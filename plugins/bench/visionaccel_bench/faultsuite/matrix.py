@@ -17,7 +17,7 @@ Fault: TypeAlias = Literal["raise", "nan", "zeros", "drift", "hang", "exit", "ab
 
 Moment: TypeAlias = Literal["alone", "beside", "repeated", "restart", "unopened", "both"]
 """When: to one request; to one of several while a text stream is decoded; to every encode until the breaker opens; to
-one request, whereupon the process that takes the place of the one that died answers wrongly; to one request, while the
+one request, after which the process that replaces the dead one gives wrong answers; to one request, while the
 fallback fails to open once; or to one request, while the fallback in the server's process hangs."""
 
 Mode: TypeAlias = Literal["inline", "pipelined"]
@@ -50,7 +50,7 @@ class Serving:
         return "replaced" if self.isolation == "process" else "rewritten"
 
     def __str__(self) -> str:
-        where = "a process of its own" if self.isolation == "process" else "the server's process"
+        where = "its own process" if self.isolation == "process" else "the server's process"
         behind = "with a faulty fallback" if self.faulty else f"{'with' if self.fallback else 'without'} a fallback"
         return f"{self.mode}, device in {where}, {behind}"
 
@@ -90,7 +90,7 @@ def every_serving() -> tuple[Serving, ...]:
 def cells_of(serving: Serving) -> Iterator[Cell]:
     """The cells of a kind of server.
 
-    A fault that ends a process needs one of the device's own. What looks right and is wrong is found by the canary, not
+    A fault that ends a process needs a device in its own process. What looks right and is wrong is found by the canary, not
     by the request, and without a fallback every request fails from then on, which `repeated` is about.
     """
     if serving.faulty:

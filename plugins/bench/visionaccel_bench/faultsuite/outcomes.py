@@ -23,7 +23,7 @@ class FaultRow(_Model):
         fault: What the device did.
         moment: When.
         mode: How images were encoded.
-        isolation: Whether the device had a process of its own.
+        isolation: Whether the device had its own process.
         fallback: Whether another backend could take over; None if unknown.
         expected: What the requests that it struck should be answered.
         answered: What they were answered.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from visionaccel.core.orphans import temporary_folder
 from visionaccel.errors import ConfigurationError
 from visionaccel.images import ImageProcessor, image_processor
-from visionaccel_bench.faultsuite.asking import Answer, ask, metric, metrics_of, text_stream
+from visionaccel_bench.asking import Answer, ask, metric, metrics_of, text_stream
 from visionaccel_bench.faultsuite.changing import change_weights, copy_checkpoint
 from visionaccel_bench.faultsuite.matrix import Cell, Serving, cells_of
 from visionaccel_bench.faultsuite.outcomes import FaultRow, FaultSuite
@@ -58,7 +58,7 @@ class Outcome:
         cell: The fault.
         answered: What the requests that it struck were answered: `right answer`, `error`, or what else came.
         lost: Requests that got neither an answer nor an error that says why.
-        wrong: Answers whose token ids are not stock vLLM's, of whatever request.
+        wrong: Answers to any request whose token ids are not stock vLLM's.
         recovery_seconds: From the moment that the fault was lifted to the first right answer by the device; None if
             none came.
         problems: What was not as it must be; empty if the cell passed.
@@ -151,8 +151,8 @@ def run_suite(
         servings: The kinds of server, each of which is started once.
         images: The pictures.
         wanted: Which cells to run.
-        tell: Told what is being done.
-        done: Told each outcome.
+        tell: Is called with what is being done.
+        done: Is called with each outcome.
 
     Raises:
         DeviceError: If a server does not start.
@@ -240,7 +240,7 @@ class _CellRun:
         recovery = self._recovery(lifted)
         for number in (*victims, *neighbours):  # nothing of the fault is kept anywhere
             if self._judged(number, self._ask(number)) != "right answer":
-                self.problems.append(f"Asked again, picture {number} was not read rightly.")
+                self.problems.append(f"Asked again, picture {number} was misread.")
         if not self.server.healthy():
             self.problems.append("The server is not healthy.")
         if self.lost:
@@ -254,12 +254,12 @@ class _CellRun:
         everything = {"all": True, "do": fault}
         if fault == "drift":
             self._plant([everything])
-            self._wait_for_breaker()  # nobody who asks can tell; the canary can
+            self._wait_for_breaker()  # no answer shows it; the canary does
         elif moment == "repeated":
             self._plant([everything])
         elif moment == "restart":
             self._plant([self.images.rule(fault, victims[0], [])])
-            first = self._ask(victims[0])  # which ends the process; the next one answers wrongly from its start
+            first = self._ask(victims[0])  # which ends the process; the next one gives wrong answers from its start
             self._plant([{"all": True, "do": "drift"}])
             return [(victims[0], first), (victims[1], self._ask(victims[1]))]
         else:
@@ -272,7 +272,7 @@ class _CellRun:
         with text_stream(self.server.url, self.server.model) as problems, ThreadPoolExecutor(8) as pool:
             asked = {number: pool.submit(self._ask, number) for number in (*victims, *neighbours)}
             answers = {number: future.result() for number, future in asked.items()}
-        self.problems += [f"Beside it: {problem}." for problem in problems]
+        self.problems += [f"The text stream next to it: {problem}." for problem in problems]
         for number in neighbours:
             if self._judged(number, answers[number]) != "right answer":
                 self.problems.append(f"Its neighbour {number} was answered: {self._judged(number, answers[number])}.")
@@ -299,10 +299,10 @@ class _CellRun:
             self.lost += 1
             return f"lost ({answer.error})"
         if answer.tokens is None:
-            told = answer.error or ""
-            if "could not be encoded" in told:
+            error = answer.error or ""
+            if "could not be encoded" in error:
                 return "error"
-            return f"an error that does not say why ({told[:200]})"
+            return f"an error that does not say why ({error[:200]})"
         if answer.tokens != self.images.expected[number]:
             self.wrong += 1
             return "a wrong answer"
@@ -317,7 +317,7 @@ class _CellRun:
             time.sleep(_PERIOD)
 
     def _recovery(self, since: float) -> float | None:
-        """Seconds until the device itself answers a picture that nobody has seen."""
+        """Seconds until the device itself answers a picture that it has not seen."""
         limit = since + _ENOUGH
         while time.monotonic() < limit:
             if metric(metrics_of(self.server.url), "visionaccel_breaker_state", **_DEVICE) == 0:

@@ -1,4 +1,4 @@
-"""The device under measurement: how servers are told to use it, and how long it takes for an image."""
+"""The device under measurement: the settings of servers that use it, and how long it takes for an image."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Accelerator:
 
     @property
     def simulated(self) -> bool:
-        """Whether it is no hardware."""
+        """Whether it is the simulated device."""
         return self.backend == SIMULATED
 
     def settings(self, mode: Mode) -> dict[str, str]:
@@ -85,7 +85,7 @@ class Accelerator:
             ValueError: If it is not simulated.
         """
         if not self.simulated:
-            raise ValueError(f"only a simulated device can take no time, and {self.backend} is none")
+            raise ValueError(f"only the simulated device can take no time, not backend {self.backend}")
         return replace(self, options={name: value for name, value in self.options.items() if name not in TIMES})
 
 
@@ -165,7 +165,7 @@ def measured(checkpoint: Path, accelerator: Accelerator, images: Sequence[Image]
 def _opened(
     checkpoint: Path, accelerator: Accelerator
 ) -> Iterator[tuple[Callable[[Image], tuple[NDArray[np.float32], Grid]], Encoder]]:
-    """The encoder as a server would open it, and what makes patches of an image for it."""
+    """What makes patches of an image, and the encoder as a server would open it."""
     located = locate_checkpoint(checkpoint)
     folder = accelerator.bundle
     source: Tower | Bundle

@@ -1,4 +1,4 @@
-"""From time stamps of requests to figures: latencies, stalls, throughput, and the bounds they are held against.
+"""From time stamps of requests to figures: latencies, stalls, throughput, and the bounds they are compared with.
 
 All times are seconds. Those of a `Trace` count from the start of its load.
 """
@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, Self
+
+import numpy as np
 
 __all__ = [
     "PRIOR_ART_RATIO", "PRIOR_ART_REQUESTS", "STALL", "Bound", "Figures", "Kind", "Latencies", "Overlap", "Run",
@@ -62,9 +64,8 @@ class Run:
 
     Attributes:
         traces: The requests, at least one, each with an arrival.
-        client_pauses: Start and length of times of more than `STALL` in which the client itself did not run, because
-            the machine was too busy: what arrived meanwhile got its time stamp late, and looks like a stall of the
-            server.
+        client_pauses: Start and length of times over `STALL` in which the client itself did not run, because the
+            machine was too busy: what arrived then got its time stamp late, and looks like a stall of the server.
     """
 
     traces: tuple[Trace, ...]
@@ -77,7 +78,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Percentiles of some times, interpolated linearly between the nearest two."""
+    """Percentiles of some times."""
 
     p50: float
     p90: float
@@ -87,20 +88,13 @@ class Spread:
     @classmethod
     def of(cls, times: Iterable[float]) -> Self | None:
         """The percentiles; None of no times."""
-        ordered = sorted(times)
-        if not ordered:
-            return None
-        return cls(*(_percentile(ordered, share) for share in (0.5, 0.9, 0.99, 1.0)))
+        found = list(times)
+        return cls(*map(float, np.percentile(found, (50, 90, 99, 100)))) if found else None
 
 
 @dataclass(frozen=True, slots=True)
 class Latencies:
-    """Of all requests of one kind.
-
-    Attributes:
-        ttft_seconds: Time to first token.
-        itl_seconds: Inter-token latency; None if every answer is one token.
-    """
+    """Time to first token and inter-token latency of the requests of one kind; None where there are none."""
 
     ttft_seconds: Spread | None
     itl_seconds: Spread | None
@@ -113,7 +107,7 @@ class Stalls:
     Attributes:
         seconds: Their sum, over all streams; the mean of the repetitions.
         number: How many; the mean of the repetitions.
-        longest_seconds: The longest gap of all, also if it is no stall.
+        longest_seconds: The longest gap of all, even if it is not a stall.
     """
 
     seconds: float
@@ -123,20 +117,19 @@ class Stalls:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Of the repetitions of one load.
+    """The figures of all repetitions of one load.
 
     Attributes:
         wall_seconds: From the first request sent to the last token; the median of the repetitions.
-        wall_seconds_each: Of each repetition.
+        wall_seconds_each: The same for each repetition.
         tokens_per_second: Tokens of all requests by the wall seconds of all repetitions.
         image_requests_per_second: Image requests by the seconds from the first one sent to the last one's last token.
-        text: Of the text streams of all repetitions together; None without any.
-        images: Of the image requests, likewise.
-        stalls: Of the text streams; None without any.
+        text: Latencies of the text streams; None if there are none.
+        images: Latencies of the image requests; None if there are none.
+        stalls: Stalls of the text streams; None if there are none.
         covered: Whether in each repetition a text stream lasted until every image request had its first token. If
             not, some stalls had no stream to show in. None unless there are both.
-        client_pause_seconds: The client's own pauses of more than `STALL`; the mean of the repetitions. Stalls of
-            about that length are not the server's.
+        client_pause_seconds: The client's own pauses over `STALL`; the mean of the repetitions.
     """
 
     wall_seconds: float
@@ -155,7 +148,7 @@ class Bound:
     """What an ideal server would need for a load: no schedule on the same device and language model takes less.
 
     Attributes:
-        device_seconds: When the device is done at the earliest, see `device_finish`.
+        device_seconds: The earliest time at which the device is done, see `device_finish`.
         decode_seconds: The load's wall seconds where images cost the device nothing.
         seconds: The greater of the two.
     """
@@ -172,8 +165,8 @@ class Overlap:
     Attributes:
         sequential_seconds: Wall of the requests, each sent when the one before was answered.
         concurrent_seconds: Wall of as many requests, all sent at once.
-        ratio: The former by the latter, which is the ratio of throughputs.
-        bound: The ratio that an ideal server would reach, `sequential / max(device, decode)`; None if unknown.
+        ratio: The former by the latter.
+        bound: The ratio of an ideal server, `sequential / max(device, decode)`; None if unknown.
     """
 
     sequential_seconds: float
@@ -215,10 +208,7 @@ def wall_seconds(traces: Sequence[Trace]) -> float:
 
 
 def device_finish(run: Run, seconds_each: float) -> float:
-    """When a device that starts each image at once, and is idle only while none waits, is done with a run's images.
-
-    It counts from the first request sent, as the wall does. With images that come faster than they are encoded it is
-    the time until the first one is sent plus all encodes.
+    """When a device that is idle only while no image waits is done with a run's images, from the first request sent.
 
     Args:
         run: One repetition.
@@ -268,10 +258,3 @@ def _latencies(traces: Sequence[Trace]) -> Latencies | None:
 def _covered(run: Run) -> bool:
     last_token = max(trace.arrivals[-1] for trace in run.of("text"))
     return last_token >= max(trace.arrivals[0] for trace in run.of("image"))
-
-
-def _percentile(ordered: Sequence[float], share: float) -> float:
-    place = share * (len(ordered) - 1)
-    below = math.floor(place)
-    above = min(below + 1, len(ordered) - 1)
-    return min(ordered[below] + (place - below) * (ordered[above] - ordered[below]), ordered[above])

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from visionaccel.errors import ConfigurationError, DeviceError
+from visionaccel_bench.asking import image_content
 from visionaccel_bench.serve.figures import STALL, Kind, Run, Trace
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ _LEAD = 0.5
 
 _TIMEOUT = 600.0
 _BEAT = 0.01
-_STREAM, _QUESTION = "Stream {number}: read the digits.", "Read the digits."
+_STREAM = "Stream {number}: read the digits."
 _CELLS = 8
 
 
@@ -43,10 +42,10 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Open loop: requests are sent when their time comes, whatever became of those before.
+    """Requests that are each sent when its time comes, whether or not those before were answered.
 
     Attributes:
-        images: The images, each in a request of its own.
+        images: The images, one for each request.
         image_tokens: Tokens of each answer about an image.
         gap: Seconds from one image request to the next; 0 for all at once.
         streams: Text streams, all sent at the start. Image requests begin half a second later; without streams, at
@@ -76,7 +75,7 @@ def picture(seed: Sequence[int], size: tuple[int, int]) -> Image:
 
 
 def send(endpoint: Endpoint, load: Load) -> Run:
-    """Send a load and wait for every answer. Answers have exactly as many tokens as asked for.
+    """Send a load and wait for every answer. Each answer has exactly the number of tokens that was asked for.
 
     Raises:
         DeviceError: If a request fails; the message names it. The others are given up.
@@ -119,7 +118,7 @@ async def _run(
 ) -> Run:
     from openai import AsyncOpenAI
 
-    contents = [_content(image) for image in load.images]
+    contents = [image_content(image) for image in load.images]
     # A request that is sent again would be measured as one slow request.
     async with AsyncOpenAI(base_url=endpoint.url, api_key="none", timeout=_TIMEOUT, max_retries=0) as client:
         sender = _Sender(client, endpoint.model, load, contents)
@@ -190,12 +189,12 @@ class _Sender:
                 now = self._now()
                 if chunk.usage is not None:
                     counted = chunk.usage.completion_tokens
-                # The first event only tells the role. Later ones are a token each, even if it has no text.
+                # The first event has only the role. Later ones are a token each, even if it has no text.
                 if any(choice.delta.content or choice.delta.role is None for choice in chunk.choices):
                     arrivals.append(now)
         except OpenAIError as error:
             raise DeviceError(f"request '{name}' failed: {_said(error)}.") from error
-        except Exception as error:  # The client's HTTP library has errors of its own for streams that break off.
+        except Exception as error:  # The client's HTTP library has its own errors for streams that break off.
             raise DeviceError(f"request '{name}' broke off: {type(error).__name__}: {_said(error)}.") from error
         if not arrivals:
             raise DeviceError(f"request '{name}' was answered without a token.")
@@ -214,13 +213,6 @@ async def _all(work: Sequence[Coroutine[Any, Any, Trace]]) -> tuple[Trace, ...]:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _content(image: Image) -> list[dict[str, Any]]:
-    png = io.BytesIO()
-    image.save(png, "PNG")
-    url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
-    return [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": _QUESTION}]
 
 
 def _said(error: Exception) -> str:

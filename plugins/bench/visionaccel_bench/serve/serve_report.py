@@ -166,18 +166,16 @@ def _notes(
     notes = []
     if simulated:
         notes.append(
-            "The device is SIMULATED: no hardware encodes, a call takes the time that was asked for. Stock vLLM's own "
+            "The device is SIMULATED: no hardware encodes, a call takes the configured time. Stock vLLM's own "
             "encoder does not take that time."
         )
     elif simulated is None:
-        notes.append("Running servers do not tell whether their device is simulated.")
+        notes.append("It is not known whether the devices of running servers are simulated.")
     if device.seconds_each is None:
         notes.append("The device's time is not known, so there is no bound; pass --device-seconds.")
     for name, runs in taken.items():
         if runs.overran:
-            notes.append(
-                f"{name}: the simulated device computed for longer than it was to take; pass a longer latency."
-            )
+            notes.append(f"{name}: the simulated device computed for longer than its latency; pass a longer one.")
         times = modes[name].times_bound
         if times is not None and times < 1:
             notes.append(

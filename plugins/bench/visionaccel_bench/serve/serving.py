@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Plan", "Progress", "Subject", "Taken", "measure", "measure_at_no_cost", "running", "started"]
 
 Progress = Callable[[str], None]
-"""Told what is being done."""
+"""Is called with what is being done."""
 
 _ENCODER = re.compile(r"the vision encoder runs on (backend .*)")
 _OVERRUN = "times that are measured with it are not what was wished"
@@ -34,7 +34,7 @@ _LEAST_SEQUENCES = 16
 
 
 class _Purpose(IntEnum):
-    """Each has images of its own, so that no load finds another's in a cache."""
+    """Each has its own images, so that no load finds another's in a cache."""
 
     WARM_UP = 0
     MIXED = 1
@@ -45,7 +45,7 @@ class _Purpose(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What each server gets.
+    """The loads that each server gets.
 
     Attributes:
         images: Image requests of a load.
@@ -89,11 +89,11 @@ class Plan:
         return Load((), self.image_tokens, streams=self.streams, stream_tokens=self.stream_tokens)
 
     def one_by_one(self, repetition: int) -> Load:
-        """As many images as the mixed load has, which are to be sent one after the other."""
+        """Image requests without text, to be sent one after the other."""
         return Load(self._pictures(_Purpose.ONE_BY_ONE, repetition, self.images), self.image_tokens)
 
     def together(self, repetition: int) -> Load:
-        """As many images as the mixed load has, all at once and without text."""
+        """Image requests without text, all at once."""
         return Load(self._pictures(_Purpose.TOGETHER, repetition, self.images), self.image_tokens)
 
     def _pictures(self, purpose: _Purpose, repetition: int, count: int) -> tuple[Image, ...]:
@@ -126,7 +126,7 @@ class Subject:
         return found[-1] if found else None
 
     def overran(self) -> bool:
-        """Whether its simulated device computed for longer than it was to take."""
+        """Whether its simulated device computed for longer than its latency."""
         return _OVERRUN in self._log()
 
     def _log(self) -> str:
@@ -145,7 +145,7 @@ class Taken:
         together: Image requests all at once, without text.
         together_again: The same once more with the same images.
         encoder: What encoded, as the server's log says.
-        overran: Whether a simulated device was slower than it was to be.
+        overran: Whether a simulated device computed for longer than its latency.
     """
 
     mixed: list[Run] = field(default_factory=list)
@@ -164,8 +164,8 @@ def measure(subject: Subject, plan: Plan, tell: Progress, *, again: bool) -> Tak
     Args:
         subject: The server.
         plan: What it gets.
-        tell: Told what is being done.
-        again: Whether loads with images are sent once more, for a server without a twin whose device takes no time.
+        tell: Is called with what is being done.
+        again: Whether loads with images are sent once more: for a server without a twin whose device takes no time.
 
     Raises:
         DeviceError: If a request fails, or images were not encoded by the backend. The message names the server and
@@ -228,7 +228,7 @@ def started(
         accelerator: What encodes, except in stock vLLM.
         plan: What it will get.
         arguments: More arguments for vLLM; of one that is given twice, these count.
-        tell: Told how long it has been waited for.
+        tell: Is called with how long it has taken so far.
 
     Raises:
         ConfigurationError: If vLLM is not installed.
