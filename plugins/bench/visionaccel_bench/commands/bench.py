@@ -120,8 +120,8 @@ def serve(
     """Compare in-line, pipelined and stock vLLM under text streams and image requests, and with an ideal server.
 
     Each mode is a real vLLM server that is started in turn. It gets a warm-up, then the text streams alone, then text
-    streams and image requests together, each sent when its time comes, whether or not those before were answered. Images are
-    the same in every mode, and new to each server.
+    streams and image requests together, each sent when its time comes, whether or not those before were answered.
+    Images are the same in every mode, and new to each server.
 
     The ideal bound is max(device, decode). device: when the device is done at the earliest, if it starts each image as
     soon as it is sent and is idle only while none waits. decode: the load's wall seconds where images cost the device

@@ -187,8 +187,8 @@ def _pipelined(grids: Sequence[GridPlacement], processors: float, cores: int, ta
         why = "is longer" if host > stock else f"gains under {MARGIN:.0%}"
         return ModeAdvice(
             False,
-            f"do not: {cores_taken}, and {costs}, so that it {why}. Text streams would no longer stall while an image is "
-            "encoded, but all tokens together come no sooner.",
+            f"do not: {cores_taken}, and {costs}, so that it {why}. Text streams would no longer stall while an "
+            "image is encoded, but all tokens together come no sooner.",
         )
     later = (
         f" The first token about an image comes later, though: its encode takes {_seconds(ours)} and not "

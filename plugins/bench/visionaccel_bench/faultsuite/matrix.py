@@ -90,8 +90,8 @@ def every_serving() -> tuple[Serving, ...]:
 def cells_of(serving: Serving) -> Iterator[Cell]:
     """The cells of a kind of server.
 
-    A fault that ends a process needs a device in its own process. What looks right and is wrong is found by the canary, not
-    by the request, and without a fallback every request fails from then on, which `repeated` is about.
+    A fault that ends a process needs a device in its own process. Values that look right and are wrong are found by the
+    canary, not by the request, and without a fallback every request fails from then on, which is what `repeated` tests.
     """
     if serving.faulty:
         yield Cell(serving, "raise", "unopened")  # first: the fallback is opened once
