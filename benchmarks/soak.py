@@ -21,13 +21,14 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import psutil
 
 REQUESTS = 2000
 AT_A_TIME = 24
@@ -348,23 +349,13 @@ def _return_free_memory() -> None:
 
 
 def _memory() -> float:
-    """Memory of this process and its children that is theirs alone, MB; other processes' doings do not change it."""
+    """Memory of this process and its children that is theirs alone, MB: other processes do not change it."""
     total = 0
-    for process in (os.getpid(), *_children(os.getpid())):
+    for process in (os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))):
         for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
             if line.startswith("Anonymous:"):
                 total += int(line.split()[1])
     return total / 1024
-
-
-def _children(process: int) -> list[int]:
-    found = []
-    with suppress(FileNotFoundError):  # a process that ended since
-        for task in Path(f"/proc/{process}/task").iterdir():
-            with suppress(FileNotFoundError, ProcessLookupError):  # a thread that did
-                for child in map(int, Path(task, "children").read_text().split()):
-                    found += [child, *_children(child)]
-    return found
 
 
 def main() -> None:

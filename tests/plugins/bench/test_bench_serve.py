@@ -11,7 +11,7 @@ from visionaccel.cli.app import app
 from visionaccel.errors import ConfigurationError, DeviceError, SettingsError
 from visionaccel_bench.serve.device import Accelerator, DeviceTime, Mode, measured, with_latency
 from visionaccel_bench.serve.figures import Run, Trace
-from visionaccel_bench.serve.load import Endpoint, Load, one_by_one, picture, send
+from visionaccel_bench.serve.load import Endpoint, Load, picture, send
 from visionaccel_bench.serve.serve_report import make_report
 from visionaccel_bench.serve.serving import Plan, Taken
 
@@ -44,7 +44,7 @@ def test_requests_are_sent_when_their_time_comes_whatever_became_of_those_before
 
 def test_one_by_one_waits_for_each_answer():
     with answering() as (url, _):
-        run = one_by_one(Endpoint(url, "small"), Load(images(3), image_tokens=4))
+        run = send(Endpoint(url, "small"), Load(images(3), image_tokens=4), one_by_one=True)
     for before, after in zip(run.traces, run.traces[1:], strict=False):
         assert after.sent >= before.arrivals[-1]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI
     from PIL.Image import Image
 
-__all__ = ["Endpoint", "Load", "first_model", "one_by_one", "picture", "send"]
+__all__ = ["Endpoint", "Load", "first_model", "picture", "send"]
 
 _LEAD = 0.5
 """Seconds that text streams run before the first image is sent."""
@@ -74,22 +74,18 @@ def picture(seed: Sequence[int], size: tuple[int, int]) -> Image:
     return Image.fromarray(cells).resize(size, Image.Resampling.BICUBIC)
 
 
-def send(endpoint: Endpoint, load: Load) -> Run:
+def send(endpoint: Endpoint, load: Load, *, one_by_one: bool = False) -> Run:
     """Send a load and wait for every answer. Each answer has exactly the number of tokens that was asked for.
 
-    Raises:
-        DeviceError: If a request fails; the message names it. The others are given up.
-    """
-    return asyncio.run(_run(endpoint, load, _Sender.open_loop))
-
-
-def one_by_one(endpoint: Endpoint, load: Load) -> Run:
-    """Send the image requests of a load, each when the one before was answered.
+    Args:
+        endpoint: The server.
+        load: What to send.
+        one_by_one: Send the image requests only, each when the one before was answered.
 
     Raises:
-        DeviceError: If a request fails; the message names it.
+        DeviceError: If a request fails; the message names it. The others are cancelled.
     """
-    return asyncio.run(_run(endpoint, load, _Sender.one_by_one))
+    return asyncio.run(_send(endpoint, load, one_by_one))
 
 
 def first_model(url: str) -> str:
@@ -113,48 +109,47 @@ def first_model(url: str) -> str:
     return models[0]
 
 
-async def _run(
-    endpoint: Endpoint, load: Load, order: Callable[[_Sender], Coroutine[Any, Any, tuple[Trace, ...]]]
-) -> Run:
+async def _send(endpoint: Endpoint, load: Load, one_by_one: bool) -> Run:
     from openai import AsyncOpenAI
 
     contents = [image_content(image) for image in load.images]
     # A request that is sent again would be measured as one slow request.
     async with AsyncOpenAI(base_url=endpoint.url, api_key="none", timeout=_TIMEOUT, max_retries=0) as client:
-        sender = _Sender(client, endpoint.model, load, contents)
+        sender = _Sender(client, endpoint.model)
         watching = asyncio.create_task(sender.watch())
         try:
-            traces = await order(sender)
+            if one_by_one:
+                traces = [
+                    await sender.ask(f"image {i}", "image", content, load.image_tokens)
+                    for i, content in enumerate(contents)
+                ]
+            else:
+                lead = _LEAD if load.streams else 0.0
+                streams = (
+                    sender.ask(f"text {i}", "text", _STREAM.format(number=i), load.stream_tokens)
+                    for i in range(load.streams)
+                )
+                images = (
+                    sender.ask(f"image {i}", "image", content, load.image_tokens, due=lead + i * load.gap)
+                    for i, content in enumerate(contents)
+                )
+                traces = await _all([*streams, *images])
         finally:
             watching.cancel()
-    return Run(traces, tuple(sender.pauses))
+    return Run(tuple(traces), tuple(sender.pauses))
 
 
 class _Sender:
-    """Sends the requests of a load. Times count from when it was made.
+    """Sends requests. Times count from when it was made.
 
     Attributes:
         pauses: Start and length of this process's own pauses so far.
     """
 
-    def __init__(self, client: AsyncOpenAI, model: str, load: Load, contents: Sequence[Any]) -> None:
-        self._client, self._model, self._load, self._contents = client, model, load, contents
+    def __init__(self, client: AsyncOpenAI, model: str) -> None:
+        self._client, self._model = client, model
         self._start = time.perf_counter()
         self.pauses: list[tuple[float, float]] = []
-
-    async def open_loop(self) -> tuple[Trace, ...]:
-        """Every request when its time comes."""
-        load = self._load
-        lead = _LEAD if load.streams else 0.0
-        streams = [
-            self._ask(f"text {i}", "text", _STREAM.format(number=i), load.stream_tokens) for i in range(load.streams)
-        ]
-        images = [self._image(i, lead + i * load.gap) for i in range(len(self._contents))]
-        return await _all([*streams, *images])
-
-    async def one_by_one(self) -> tuple[Trace, ...]:
-        """Each image request when the one before was answered."""
-        return tuple([await self._image(i) for i in range(len(self._contents))])
 
     async def watch(self) -> None:
         """Note when this process should have run and did not."""
@@ -165,13 +160,11 @@ class _Sender:
             if late > STALL:
                 self.pauses.append((due, late))
 
-    async def _image(self, number: int, due: float = 0.0) -> Trace:
-        await asyncio.sleep(max(due - self._now(), 0.0))
-        return await self._ask(f"image {number}", "image", self._contents[number], self._load.image_tokens)
-
-    async def _ask(self, name: str, kind: Kind, content: Any, tokens: int) -> Trace:
+    async def ask(self, name: str, kind: Kind, content: Any, tokens: int, *, due: float = 0.0) -> Trace:
+        """Send a request when its time comes, and note when its tokens arrive."""
         from openai import OpenAIError
 
+        await asyncio.sleep(max(due - self._now(), 0.0))
         sent = self._now()
         arrivals: list[float] = []
         counted = 0
@@ -204,11 +197,11 @@ class _Sender:
         return time.perf_counter() - self._start
 
 
-async def _all(work: Sequence[Coroutine[Any, Any, Trace]]) -> tuple[Trace, ...]:
+async def _all(work: Sequence[Coroutine[Any, Any, Trace]]) -> list[Trace]:
     """The results, in order. With the first error the rest is cancelled."""
     tasks = [asyncio.create_task(each) for each in work]
     try:
-        return tuple(await asyncio.gather(*tasks))
+        return await asyncio.gather(*tasks)
     finally:
         for task in tasks:
             task.cancel()

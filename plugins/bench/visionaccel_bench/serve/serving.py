@@ -15,7 +15,7 @@ from visionaccel.errors import DeviceError
 from visionaccel.observe import timed_encodes
 from visionaccel_bench.serve.device import Accelerator, Mode
 from visionaccel_bench.serve.figures import Run
-from visionaccel_bench.serve.load import Endpoint, Load, first_model, one_by_one, picture, send
+from visionaccel_bench.serve.load import Endpoint, Load, first_model, picture, send
 from visionaccel_bench.server import VllmServer, serve
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ def measure(subject: Subject, plan: Plan, tell: Progress, *, again: bool) -> Tak
             taken.mixed_again.append(_sent(subject, mixed, tell, f"the same images again{part}", new=False))
         if plan.sequential and subject.name == Mode.INLINE:
             load = plan.one_by_one(i)
-            taken.one_by_one.append(_sent(subject, load, tell, f"images one by one{part}", sender=one_by_one))
+            taken.one_by_one.append(_sent(subject, load, tell, f"images one by one{part}", one_by_one=True))
         if plan.sequential and subject.name != Mode.STOCK:
             load = plan.together(i)
             taken.together.append(_sent(subject, load, tell, f"images at once{part}"))
@@ -246,19 +246,13 @@ def started(
 
 
 def _sent(
-    subject: Subject,
-    load: Load,
-    tell: Progress,
-    what: str,
-    *,
-    new: bool = True,
-    sender: Callable[[Endpoint, Load], Run] = send,
+    subject: Subject, load: Load, tell: Progress, what: str, *, new: bool = True, one_by_one: bool = False
 ) -> Run:
     """Send a load; see `measure`. `new` is whether the server has not seen its images before."""
     tell(f"{subject.name}: {what}")
     before = subject.encodes()
     try:
-        run = sender(subject.endpoint, load)
+        run = send(subject.endpoint, load, one_by_one=one_by_one)
         after = subject.encodes()
         if new and before is not None and after is not None and after - before < len(load.images):
             raise DeviceError(f"the backend encoded {after - before} of {len(load.images)} new images.")
