@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -13,7 +14,7 @@ from visionaccel_bench.serve.device import Accelerator, DeviceTime, Mode, measur
 from visionaccel_bench.serve.figures import Run, Trace
 from visionaccel_bench.serve.load import Endpoint, Load, picture, send
 from visionaccel_bench.serve.serve_report import make_report
-from visionaccel_bench.serve.serving import Plan, Taken
+from visionaccel_bench.serve.serving import Plan, Subject, Taken
 
 SMALL = ("--images", "2", "--gap", "0.05", "--image-tokens", "3", "--stream-tokens", "40", "--size", "56x28")
 
@@ -186,6 +187,18 @@ def test_a_devices_time_is_measured_with_a_bundles_programs_too(digits, tmp_path
     assert CliRunner().invoke(app, ["export", str(digits), str(bundle), "--grid", "8x16"]).exit_code == 0
     found = measured(digits, Accelerator("onnxrt", bundle=bundle), [picture([i], (224, 112)) for i in range(2)])
     assert found.seconds_each > 0
+
+
+def test_a_simulated_device_that_computes_for_too_long_is_seen_in_the_servers_log(digits, tmp_path, caplog):
+    def overran():
+        (tmp_path / "log").write_text(caplog.text)
+        return Subject("inline", Endpoint("", ""), SimpleNamespace(log=tmp_path / "log")).overran()
+
+    images = [picture([i], (56, 28)) for i in range(2)]
+    measured(digits, Accelerator("simulated", "onnxrt", {"latency": 0.3}), images)
+    assert not overran()
+    measured(digits, Accelerator("simulated", "onnxrt", {"latency": 1e-6}), images)
+    assert overran()
 
 
 def run(wall):

@@ -17,6 +17,7 @@ from visionaccel_bench.serve.device import Accelerator, Mode
 from visionaccel_bench.serve.figures import Run
 from visionaccel_bench.serve.load import Endpoint, Load, first_model, picture, send
 from visionaccel_bench.server import VllmServer, serve
+from visionaccel_testing.simulated import OVERRUN
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,7 +28,6 @@ Progress = Callable[[str], None]
 """Is called with what is being done."""
 
 _ENCODER = re.compile(r"the vision encoder runs on (backend .*)")
-_OVERRUN = "times that are measured with it are not what was wished"
 _WARM_UP_TOKENS = 16
 _ARGUMENTS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "4096")
 _LEAST_SEQUENCES = 16
@@ -127,7 +127,7 @@ class Subject:
 
     def overran(self) -> bool:
         """Whether its simulated device computed for longer than its latency."""
-        return _OVERRUN in self._log()
+        return OVERRUN in self._log()
 
     def _log(self) -> str:
         return "" if self.server is None else self.server.log.read_text(errors="replace")

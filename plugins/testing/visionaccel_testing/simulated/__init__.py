@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from visionaccel.backends import VisionBackend, hookimpl
 from visionaccel_testing.simulated.backend import SimulatedBackend, SimulatedOptions
 from visionaccel_testing.simulated.faults import FaultRule, struck
-from visionaccel_testing.simulated.session import SimulatedSession
+from visionaccel_testing.simulated.session import OVERRUN, SimulatedSession
 from visionaccel_testing.simulated.target import Target
 
 __all__ = [
-    "FaultRule", "SimulatedBackend", "SimulatedOptions", "SimulatedSession", "Target", "struck", "visionaccel_backends",
+    "OVERRUN", "FaultRule", "SimulatedBackend", "SimulatedOptions", "SimulatedSession", "Target", "struck", "visionaccel_backends",
 ]  # fmt: skip
 
 

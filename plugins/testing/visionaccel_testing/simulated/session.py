@@ -19,9 +19,12 @@ from visionaccel.core.safe_text import safe_logger
 from visionaccel_testing.simulated.faults import Fault, FaultScript
 from visionaccel_testing.simulated.latency import Frame, Latency, frames_of
 
-__all__ = ["RememberedAnswers", "SimulatedSession"]
+__all__ = ["OVERRUN", "RememberedAnswers", "SimulatedSession"]
 
 logger = safe_logger(__name__)
+
+OVERRUN = "times that are measured with it are too long"
+"""What the log says of a device whose computation took longer than its configured time."""
 
 _MOST_BYTES = 512 * 2**20
 
@@ -114,11 +117,12 @@ class SimulatedSession(Session):
                 first = self.overruns == 1
             if first:
                 logger.warning(
-                    "Simulated device %s was to take %.3f s and computed for %.3f s: times that are measured with it "
-                    "are too long. Further such calls are not logged.",
+                    "Simulated device %s was to take %.3f s and computed for %.3f s: %s. Further such calls are not "
+                    "logged.",
                     self.capabilities.device,
                     seconds,
                     seconds - left,
+                    OVERRUN,
                 )
 
 
