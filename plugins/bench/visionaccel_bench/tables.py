@@ -10,7 +10,7 @@ from rich.table import Table as RichTable
 
 from visionaccel.cli.output import results
 
-__all__ = ["DASH", "Table", "number", "print_table", "seconds"]
+__all__ = ["DASH", "Table", "print_table", "seconds"]
 
 DASH = "-"
 """Stands for a value that is not there."""
@@ -51,8 +51,3 @@ def print_table(table: Table) -> None:
 def seconds(value: float | None) -> str:
     """Seconds with three decimals, or two from ten on."""
     return DASH if value is None else f"{value:.3f}" if value < 10 else f"{value:.2f}"
-
-
-def number(value: float | None) -> str:
-    """A number with two decimals."""
-    return DASH if value is None else f"{value:.2f}"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from visionaccel.cli.output import number
 from visionaccel_bench.encode.encode_report import ContenderReport, EncodeReport, GridOperations, GridReport
 from visionaccel_bench.encode.placement import Placement
-from visionaccel_bench.tables import DASH, Table, number, seconds
+from visionaccel_bench.tables import DASH, Table, seconds
 
 __all__ = [
     "accuracy_table", "advice_table", "contenders_table", "linearity_table", "notes", "placement_table", "times_table",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from visionaccel.cli.output import number
 from visionaccel_bench.serve.figures import STALL, Latencies, Stalls
 from visionaccel_bench.serve.serve_report import Concurrency, ModeReport, Report
-from visionaccel_bench.tables import DASH, Table, number
+from visionaccel_bench.tables import DASH, Table
 
 __all__ = ["concurrency_table", "load_of", "notes", "serve_table"]
 

@@ -15,7 +15,8 @@ from visionaccel_testing.simulated.session import OVERRUN, SimulatedSession
 from visionaccel_testing.simulated.target import Target
 
 __all__ = [
-    "OVERRUN", "FaultRule", "SimulatedBackend", "SimulatedOptions", "SimulatedSession", "Target", "struck", "visionaccel_backends",
+    "OVERRUN", "FaultRule", "SimulatedBackend", "SimulatedOptions", "SimulatedSession", "Target", "struck",
+    "visionaccel_backends",
 ]  # fmt: skip
 
 
