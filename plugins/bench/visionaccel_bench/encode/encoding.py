@@ -236,10 +236,11 @@ class _Run:
         return self._encode(entrant, grid, "warming up", at_least=0.0, save=str(save))
 
     def _turn(self, entrant: _Entrant, grid: Grid, number: str) -> None:
-        time.sleep(_PAUSE)
+        found = entrant.taken.grids[grid]
+        if found.error is None:
+            time.sleep(_PAUSE)
         answer = self._encode(entrant, grid, number, at_least=self._plan.turn_seconds)
         if answer is not None:
-            found = entrant.taken.grids[grid]
             found.rounds.append(answer["seconds"])
             found.processor_seconds += answer["processor_seconds"]
 
