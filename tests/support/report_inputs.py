@@ -19,7 +19,7 @@ from visionaccel_bench.serve.serve_report import make_report
 from visionaccel_bench.serve.serving import Plan, Taken
 
 HOSTILE = "<script>alert('x')</script>\"'><img src=x onerror=alert(1)>&lt;\ud800\x1b[31m\x00"
-"""What a stranger may put wherever a text may be."""
+"""What an untrusted file may hold in any text."""
 
 
 def write(path, value):

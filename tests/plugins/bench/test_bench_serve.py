@@ -93,7 +93,7 @@ def test_running_servers_are_measured(tmp_path):
     assert report["concurrency"]["requests"] == 2
     assert set(report["concurrency"]["modes"]) == {"inline", "pipelined"}
     pictures = [content[0]["image_url"]["url"] for content in contents(asked) if not isinstance(content, str)]
-    assert len(set(pictures)) == 1 + 2 * (2 + 2 + 2), "a warm-up, and for each repetition and load images of its own"
+    assert len(set(pictures)) == 1 + 2 * (2 + 2 + 2), "a warm-up, and for each repetition and load its own images"
     theirs = [content[0]["image_url"]["url"] for content in contents(others) if not isinstance(content, str)]
     assert set(theirs) < set(pictures), "the same images for every server; only one gets them one by one"
 

@@ -36,7 +36,7 @@ PATH = re.compile(r"[ML] ([-\d.]+) ([-\d.]+)")
 
 
 class Page(HTMLParser):
-    """A page's elements with their attributes, its text by section, and whether its elements are nested rightly."""
+    """A page's elements with their attributes, its text by section, and whether its elements are nested correctly."""
 
     def __init__(self, text):
         super().__init__(convert_charrefs=True)
