@@ -39,7 +39,7 @@ def encode_report(name=""):
     contenders = (
         ContenderReport(f"onnxrt{name}", "backend", "onnxrt", f"cpu{name}", grids=(on,), error=None, **make, **memory),
         ContenderReport(
-            f"vllm bfloat16{name}", "peer", "vllm", "cpu", grids=(replace(on, median_seconds=0.704),), error=None,
+            f"vllm bfloat16{name}", "peer", "vllm", "cpu", grids=(replace(on, median_seconds=0.704, most_seconds=0.81),), error=None,
             **make, **memory,
         ),
         ContenderReport(f"odd{name}", "backend", "odd", "cpu", grids=(broken,), error=None, **make, **memory),

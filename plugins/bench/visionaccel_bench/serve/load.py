@@ -147,7 +147,8 @@ class _Sender:
     """
 
     def __init__(self, client: AsyncOpenAI, model: str) -> None:
-        self._client, self._model = client, model
+        # Its modules are imported here, before the time of a request counts.
+        self._completions, self._model = client.chat.completions, model
         self._start = time.perf_counter()
         self.pauses: list[tuple[float, float]] = []
 
@@ -169,7 +170,7 @@ class _Sender:
         arrivals: list[float] = []
         counted = 0
         try:
-            answer = await self._client.chat.completions.create(
+            answer = await self._completions.create(
                 model=self._model,
                 messages=[{"role": "user", "content": content}],
                 temperature=0,
