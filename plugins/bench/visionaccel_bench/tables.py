@@ -42,7 +42,8 @@ def print_table(table: Table) -> None:
     """Print a table among the command's results."""
     shown = RichTable(title=table.title or None, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for number, name in enumerate(table.columns):
-        shown.add_column(name, justify="right" if number and table.layout == "numbers" else "left")
+        justify: Literal["left", "right"] = "right" if number and table.layout == "numbers" else "left"
+        shown.add_column(name, justify=justify, overflow="fold")
     for row in table.rows:
         shown.add_row(*row, style=_STYLES.get(row[0]) if table.layout == "statuses" else None)
     results.print(shown)
