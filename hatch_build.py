@@ -20,7 +20,7 @@ class PluginExtras(MetadataHookInterface):
         digits = self._beside("examples/digits_vlm", "visionaccel-digits-vlm", version)
         testing = [plugins["testing"], plugins["torch_ref"], digits]
         metadata["optional-dependencies"] = {
-            "cli": ["rich>=13.7", "typer>=0.16"],
+            "cli": ["rich>=13.7", "typer>=0.19"],
             "images": ["pillow>=10", "scikit-image>=0.24", "torch>=2.5", "transformers>=5.18"],
             "onnx": ["onnx>=1.19"],
             **{extra: [requirement] for extra, requirement in plugins.items()},

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -28,20 +27,6 @@ app = typer.Typer(
 )
 
 
-class Layout(StrEnum):
-    """How AMD's compiler lays out what it writes."""
-
-    RAI = "rai"
-    DIRECTORY = "directory"
-
-
-class SimulatedPrecision(StrEnum):
-    """What the simulator computes in."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-
-
 @app.callback()
 def _root() -> None:
     pass
@@ -52,10 +37,13 @@ def simulate(
     source: Annotated[str, typer.Argument(help="Checkpoint folder or Hugging Face repository, or a bundle's folder.")],
     output: Annotated[Path, typer.Argument(help="Folder to write: the artifact, the ONNX model and their metadata.")],
     grid: Annotated[str, typer.Option(help="The grid to compile for, height x width in patches: 58x74.")],
-    layout: Annotated[Layout, typer.Option(help="A single .rai file, or a folder for each partition.")] = Layout.RAI,
+    layout: Annotated[
+        Literal["rai", "directory"], typer.Option(help="A single .rai file, or a folder for each partition.")
+    ] = "rai",
     precision: Annotated[
-        SimulatedPrecision, typer.Option(help="What the simulator computes in; the NPU computes in bfloat16.")
-    ] = SimulatedPrecision.BFLOAT16,
+        Literal["float32", "bfloat16"],
+        typer.Option(help="What the simulator computes in; the NPU computes in bfloat16."),
+    ] = "bfloat16",
 ) -> None:
     """Compile an encoder for the SIMULATOR, in the layout that AMD's compiler leaves.
 
@@ -74,11 +62,11 @@ def simulate(
             tower,
             output,
             frame,
-            layout=layout.value,
-            compile=partial(compile_partition, precision=precision.value),
+            layout=layout,
+            compile=partial(compile_partition, precision=precision),
         )
     results.print(
-        f"{output} holds an artifact for the SIMULATOR, in {precision.value}. Import it: "
+        f"{output} holds an artifact for the SIMULATOR, in {precision}. Import it: "
         f"visionaccel import-vitisai {output} BUNDLE --checkpoint {source}",
         soft_wrap=True,
     )

@@ -10,8 +10,9 @@ import typer
 from rich.progress import TextColumn
 
 from visionaccel.backends import hookimpl
-from visionaccel.cli.export import PrecisionName, frame_grid
+from visionaccel.cli.export import frame_grid
 from visionaccel.cli.output import Force, Json, Revision, messages, print_json, progress, results
+from visionaccel.core.program import Precision
 from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError
 
@@ -46,7 +47,7 @@ def import_vitisai(
     onnx: Annotated[
         Path | None, typer.Option(help="The .onnx that was compiled, where there are several or it lies elsewhere.")
     ] = None,
-    precision: Annotated[PrecisionName, typer.Option(help="What the device computes in.")] = PrecisionName.BFLOAT16,
+    precision: Annotated[Precision, typer.Option(help="What the device computes in.")] = "bfloat16",
     host_on_onnxrt: Annotated[
         bool,
         typer.Option(
@@ -80,7 +81,7 @@ def import_vitisai(
             artifact=artifact,
             model=onnx,
             grid=None if grid is None else frame_grid(grid, "--grid", tower.merge_size),
-            precision=precision.value,
+            precision=precision,
             host_on_onnxrt=host_on_onnxrt,
         )
         for path in paths

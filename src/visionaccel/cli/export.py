@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.filesize import decimal
@@ -25,33 +24,12 @@ from visionaccel.checkpoint import Checkpoint
 from visionaccel.cli.bundles import print_certificate
 from visionaccel.cli.output import Device, Force, Json, Revision, print_json, print_table, progress, results
 from visionaccel.core.grid import Grid
-from visionaccel.core.program import AnyGrid, FixedGrid, OperatorDialect
+from visionaccel.core.program import AnyGrid, FixedGrid, OperatorDialect, Precision
 from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError
 from visionaccel.validation.certificate import THRESHOLDS, Validation
 
-__all__ = ["PrecisionName", "export", "frame_grid", "quantize", "strip"]
-
-
-class PrecisionName(StrEnum):
-    """Dtype of weights and activations."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-
-
-class Target(StrEnum):
-    """A compiler that the programs are for."""
-
-    VITISAI = "vitisai"
-
-
-class DialectName(StrEnum):
-    """Whose operators programs are written in."""
-
-    STANDARD = "standard"
-    MICROSOFT = "microsoft"
+__all__ = ["export", "frame_grid", "quantize", "strip"]
 
 
 VITISAI_DEVICE = "npu"
@@ -99,17 +77,17 @@ def export(
         bool, typer.Option("--self-contained", help="Pack the weights into the bundle instead of referencing them.")
     ] = False,
     precision: Annotated[
-        PrecisionName, typer.Option(help="Dtype of weights and activations; inputs and outputs stay float32.")
-    ] = PrecisionName.FLOAT32,
+        Precision, typer.Option(help="Dtype of weights and activations; inputs and outputs stay float32.")
+    ] = "float32",
     dialect: Annotated[
-        DialectName | None,
+        OperatorDialect | None,
         typer.Option(
             help="Whose operators to write. standard: what every runtime knows, the default for fixed shapes. "
             "microsoft: ONNX Runtime's own, the default for every grid, which onnxrt runs faster on cpu and cuda."
         ),
     ] = None,
     target: Annotated[
-        Target | None,
+        Literal["vitisai"] | None,
         typer.Option(
             help="Compiler that the programs are for: fixed shapes, its device, and its configuration next to them."
         ),
@@ -136,17 +114,16 @@ def export(
         raise ConfigurationError(
             f"--target {target} is for device {VITISAI_DEVICE}, not {device}.", hint="Leave out --device."
         )
-    if dialect is DialectName.MICROSOFT and (target is not None or device == VITISAI_DEVICE):
+    if dialect == "microsoft" and (target is not None or device == VITISAI_DEVICE):
         raise ConfigurationError(
             f"device {VITISAI_DEVICE} does not run ONNX Runtime's own operators.", hint="Leave out --dialect."
         )
-    operators: OperatorDialect | None = dialect.value if dialect is not None else None
     requests = [
-        *(ProgramRequest(FixedGrid(each), split_host, operators) for each in fixed),
-        *(ProgramRequest(tower.bucket(each), split_host, operators) for each in largest),
+        *(ProgramRequest(FixedGrid(each), split_host, dialect) for each in fixed),
+        *(ProgramRequest(tower.bucket(each), split_host, dialect) for each in largest),
     ]
     if dynamic or not requests:
-        requests.append(ProgramRequest(AnyGrid(), dialect=operators))
+        requests.append(ProgramRequest(AnyGrid(), dialect=dialect))
     with progress(TextColumn("{task.percentage:>3.0f} %", markup=False)) as tell:
         bundle = export_bundle(
             tower,
@@ -155,7 +132,7 @@ def export(
             source=None if Path(checkpoint).is_dir() else checkpoint,
             revision=revision,
             self_contained=self_contained,
-            precision=precision.value,
+            precision=precision,
             device=VITISAI_DEVICE if target is not None else device,
             companions={"vitisai_config": json_file(VITISAI_CONFIG)} if target is not None else None,
             force=force,
