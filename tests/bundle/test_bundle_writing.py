@@ -11,6 +11,7 @@ import pytest
 
 from bundle_tools import CERTIFICATE, DYNAMIC, FIXED, GRID, TRIPLE, assert_close, encode, forge
 from bundles import document
+from command_line import COMMAND
 from towers import random_patches, reference
 from visionaccel.bundle import MANIFEST, export_bundle, json_schema, open_bundle, rewrite_manifest
 from visionaccel.encoder import open_tower
@@ -307,7 +308,7 @@ def test_a_contained_7b_bundle_is_written_in_less_memory_than_its_weights(hollow
 
 
 def run(*arguments, status=0):
-    command = [sys.executable, "-c", "from visionaccel.cli import main; main()", *map(str, arguments)]
+    command = [*COMMAND, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == status, done.stderr
     return done

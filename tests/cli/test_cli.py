@@ -2,12 +2,12 @@
 
 import json
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from command_line import COMMAND
 from visionaccel.cli.app import app
 from visionaccel.cli.output import backend_options
 from visionaccel.errors import SettingsError
@@ -15,7 +15,7 @@ from visionaccel.errors import SettingsError
 
 def run(*arguments, check=None):
     """Run the command; assert its exit status."""
-    command = [sys.executable, "-c", "from visionaccel.cli import main; main()", *map(str, arguments)]
+    command = [*COMMAND, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == (check or 0), done.stderr
     return done

@@ -13,6 +13,7 @@ import pytest
 
 from bundle_tools import CERTIFICATE, forge
 from bundles import document, write_bundle
+from command_line import COMMAND
 from fake_plugins import ECHO, install
 from gated import wait_until
 from visionaccel.bundle import GOLDEN_FILE, MANIFEST, Golden, open_bundle, write_golden
@@ -46,7 +47,7 @@ def doctor(*arguments, site=None, status=0, **environment):
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("VISIONACCEL_")}
     path = {} if site is None else {"PYTHONPATH": str(site)}
     done = subprocess.run(
-        [sys.executable, "-c", "from visionaccel.cli import main; main()", "doctor", "--no-vllm", "--json", *arguments],
+        [*COMMAND, "doctor", "--no-vllm", "--json", *arguments],
         capture_output=True,
         text=True,
         timeout=120,

@@ -3,17 +3,17 @@
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 import typer
 from typer.main import get_command
 
+from command_line import COMMAND
 from fake_plugins import install
 from visionaccel.cli import plugin_commands
 from visionaccel.cli.app import app
 
-COMMAND = """
+PLUGIN = """
 import typer
 from visionaccel.backends import hookimpl
 
@@ -31,7 +31,7 @@ def visionaccel_commands(app):
 
 
 def run(site, *arguments):
-    command = [sys.executable, "-c", "from visionaccel.cli import main; main()", *arguments]
+    command = [*COMMAND, *arguments]
     environment = {**os.environ, "PYTHONPATH": str(site)}
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
 
@@ -41,7 +41,7 @@ def plugin(site, source, distribution="acme-tools"):
 
 
 def test_a_distribution_adds_a_command_whose_stdout_is_for_results(tmp_path):
-    plugin(tmp_path, COMMAND.format(name="greet", then="pass"))
+    plugin(tmp_path, PLUGIN.format(name="greet", then="pass"))
     done = run(tmp_path, "greet")
     assert (done.returncode, done.stdout) == (0, '{\n "hello": "world"\n}\n')
     assert done.stderr == "noise\n"
@@ -90,25 +90,25 @@ BROKEN = [
     ("raise SystemExit(3)", "SystemExit: 3"),
     ("class Halt(BaseException): ...\nraise Halt('no driver')", "Halt: no driver"),
     ("x = 1", "PluginError: module acme_tools does not implement the hook visionaccel_commands"),
-    (COMMAND.format(name="greet", then="raise ValueError('half done')"), "ValueError: half done"),
+    (PLUGIN.format(name="greet", then="raise ValueError('half done')"), "ValueError: half done"),
     (
-        COMMAND.format(name="greet", then="def bad(x: int | str): ...\n    app.command()(bad)"),
+        PLUGIN.format(name="greet", then="def bad(x: int | str): ...\n    app.command()(bad)"),
         "AssertionError: Typer currently doesn't support Union types",
     ),
     (
-        COMMAND.format(name="explain", then="pass"),
+        PLUGIN.format(name="explain", then="pass"),
         "PluginError: it adds the command 'explain', which is one of visionaccel itself. Uninstall one of the two",
     ),
     (
-        COMMAND.format(name="bench", then="pass"),
+        PLUGIN.format(name="bench", then="pass"),
         "PluginError: it adds the command 'bench', which is one of visionaccel-bench. Uninstall one of the two",
     ),
     (
-        COMMAND.format(name="greet", then="app.command('greet')(lambda: None)"),
+        PLUGIN.format(name="greet", then="app.command('greet')(lambda: None)"),
         "PluginError: it adds two commands named 'greet'. Name one: app.command('other-name')",
     ),
     (
-        COMMAND.format(name="greet", then="app.callback()(lambda: None)"),
+        PLUGIN.format(name="greet", then="app.callback()(lambda: None)"),
         "PluginError: it sets a callback on visionaccel's own command line. Set it on a group of commands",
     ),
 ]
@@ -117,7 +117,7 @@ BROKEN = [
 @pytest.mark.parametrize(("source", "reason"), BROKEN)
 def test_a_broken_plug_in_costs_its_own_commands_only(tmp_path, source, reason):
     plugin(tmp_path, source)
-    plugin(tmp_path, COMMAND.format(name="wave", then="pass"), "other-tools")
+    plugin(tmp_path, PLUGIN.format(name="wave", then="pass"), "other-tools")
     done = run(tmp_path, "wave")
     assert (done.returncode, done.stdout) == (0, '{\n "hello": "world"\n}\n')
     assert "The commands of acme-tools 1.0 (acme_tools) are not available: " in done.stderr
@@ -137,7 +137,7 @@ def test_a_plug_in_is_not_imported_for_a_command_of_the_core(tmp_path, source):
 
 def test_what_a_plug_in_prints_while_it_is_imported_is_not_on_stdout(tmp_path):
     noise = "import os\nprint('noise')\nos.write(1, b'noise of C\\n')\n"
-    plugin(tmp_path, noise + COMMAND.format(name="greet", then="print('noise of the hook')"))
+    plugin(tmp_path, noise + PLUGIN.format(name="greet", then="print('noise of the hook')"))
     for arguments in (("greet",), ("--help",)):
         done = run(tmp_path, *arguments)
         assert done.returncode == 0
@@ -146,8 +146,8 @@ def test_what_a_plug_in_prints_while_it_is_imported_is_not_on_stdout(tmp_path):
 
 
 def test_of_two_plug_ins_with_one_command_the_first_by_name_has_it_and_the_other_is_told_of_it(tmp_path):
-    plugin(tmp_path, COMMAND.format(name="greet", then="pass"))
-    plugin(tmp_path, COMMAND.format(name="greet", then="pass"), "other-tools")
+    plugin(tmp_path, PLUGIN.format(name="greet", then="pass"))
+    plugin(tmp_path, PLUGIN.format(name="greet", then="pass"), "other-tools")
     done = run(tmp_path, "greet")
     assert '"hello"' in done.stdout
     assert "The commands of other-tools 1.0 (other_tools) are not available" in done.stderr
@@ -155,7 +155,7 @@ def test_of_two_plug_ins_with_one_command_the_first_by_name_has_it_and_the_other
 
 
 def test_help_lists_the_cores_commands_first(tmp_path):
-    plugin(tmp_path, COMMAND.format(name="aardvark", then="pass"))
+    plugin(tmp_path, PLUGIN.format(name="aardvark", then="pass"))
     shown = run(tmp_path, "--help").stdout
     assert 0 < shown.index("doctor") < shown.index("aardvark")
 

@@ -5,12 +5,12 @@ import json
 import logging
 import os
 import subprocess
-import sys
 
 import pytest
 from rich.table import Table
 from typer.testing import CliRunner
 
+from command_line import COMMAND
 from fake_plugins import ECHO, install
 from visionaccel.cli.app import app
 from visionaccel.cli.output import messages, progress, results, status
@@ -122,7 +122,7 @@ atexit.register(os.write, 1, b'written at the end\\n')
 
 def run(site, *arguments):
     environment = {**os.environ, "PYTHONPATH": str(site)}
-    command = [sys.executable, "-c", "from visionaccel.cli import main; main()", *map(str, arguments)]
+    command = [*COMMAND, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
 
 

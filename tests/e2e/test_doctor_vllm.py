@@ -3,9 +3,10 @@
 import json
 import os
 import subprocess
-import sys
 
 import pytest
+
+from command_line import COMMAND
 
 NAMES = ("VISIONACCEL_", "VLLM_PLUGINS", "VLLM_VISION_NPU_")
 
@@ -13,9 +14,8 @@ NAMES = ("VISIONACCEL_", "VLLM_PLUGINS", "VLLM_VISION_NPU_")
 def of_vllm(**environment):
     """What the command finds of vLLM, by what was looked at; it fails for nothing that vLLM lacks."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(NAMES)}
-    command = "from visionaccel.cli import main; main()"
     done = subprocess.run(
-        [sys.executable, "-c", command, "doctor", "--backend", "onnxrt", "--limit", "120", "--json"],
+        [*COMMAND, "doctor", "--backend", "onnxrt", "--limit", "120", "--json"],
         capture_output=True,
         text=True,
         timeout=300,

@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 import onnx
 import openvino
+import pytest
 
 from visionaccel.core.grid import Grid
 from visionaccel.core.program import FLEXMLRT_DIRECTORY, FLEXMLRT_RAI, FixedGrid, HostSplit, Program
@@ -21,6 +22,12 @@ def simulated_precision() -> Literal["float32", "bfloat16"]:
     """What the simulator computes in here: bfloat16 as the NPU does, where the processor can."""
     known = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return "bfloat16" if "BF16" in known else "float32"
+
+
+def requires_bfloat16():
+    """Skip the test where OpenVINO does not compute in bfloat16 on this processor."""
+    if simulated_precision() != "bfloat16":
+        pytest.skip("this CPU does not compute in bfloat16")
 
 
 def simulated_program(

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from bundles import document, entry, write_bundle
+from simulated import requires_bfloat16
 from towers import lowest_cosine, random_patches, reference
 from visionaccel import open_encoder
 from visionaccel.backends import Rejected, default_registry
@@ -117,9 +118,9 @@ def test_every_product_but_the_first_and_the_last_becomes_an_int8_kernel(quantiz
     assert len(quantizing) == 3 * 4 + 1, "gate and up read one matrix"
 
 
-@pytest.mark.usefixtures("bfloat16")
 def test_what_lies_between_the_products_is_in_bfloat16_if_asked(quantized):
     """Were the last product of int8 too, OpenVINO would compute most of it in float32."""
+    requires_bfloat16()
     between = [precision for kind, precision, _ in compiled_operations(quantized, "bf16") if kind == "Eltwise"]
     assert between.count("f32") == 0
     assert between.count("bf16") > 3 * 4 + 1
@@ -144,16 +145,8 @@ def test_the_bundle_states_what_was_done(quantized):
     assert "openvino" in quantized.manifest.toolchain
 
 
-@pytest.fixture
-def bfloat16():
-    import openvino
-
-    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        pytest.skip("this CPU does not compute in bfloat16")
-
-
-@pytest.mark.usefixtures("bfloat16")
 def test_fixed_shapes_in_bfloat16_are_right_too(checkpoint, quantized):
+    requires_bfloat16()
     for grids in (FIXED, BUCKET, DYNAMIC):
         patches = random_patches(grids)
         with open_encoder(quantized, backend="openvino", options={"precision": "bfloat16"}) as encoder:

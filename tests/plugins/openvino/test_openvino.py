@@ -9,6 +9,7 @@ from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 
 from bundles import write_bundle
+from simulated import requires_bfloat16
 from strategies import grid_lists
 from towers import lowest_cosine, random_patches, reference
 from visionaccel import open_encoder
@@ -55,13 +56,6 @@ def test_embeddings_equal_transformers(stored, encoder, triples):
     patches = random_patches(triples)
     ours = encoder.encode(patches, triples)
     np.testing.assert_allclose(ours, reference(stored, patches, triples), rtol=0, atol=2e-5)
-
-
-def requires_bfloat16():
-    import openvino
-
-    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        pytest.skip("this CPU does not compute in bfloat16")
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
