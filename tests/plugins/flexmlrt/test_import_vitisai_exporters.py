@@ -131,6 +131,10 @@ def _bias(graph):
     conv.input.append("bias")
 
 
+def _bias_of_each_row(graph):
+    constant_of(graph, "bias").CopyFrom(numpy_helper.from_array(np.ones((32, 1), np.float32), "bias"))
+
+
 def test_the_bias_of_a_tower_that_embeds_with_one_is_the_hosts(tiny, tmp_path):
     folder = folder_of(tiny, tmp_path / "folder")
     spec = open_tower(tiny).spec
@@ -144,3 +148,5 @@ def test_the_bias_of_a_tower_that_embeds_with_one_is_the_hosts(tiny, tmp_path):
     edit(folder, _bias)
     np.testing.assert_array_equal(found(biased).weights["patch_embed.proj.bias"], np.arange(32))
     assert "adds a bias, and the tower has none" in found(spec).reason
+    edit(folder, _bias_of_each_row)
+    assert "adds a bias of [32, 1] to rows of 32" in found(biased).reason

@@ -76,7 +76,7 @@ def product(
         bias = graph.constant(node.input[2])
         if bias is None:
             raise UnknownHostError(f"{named(node)} adds a bias that is not constant")
-        bias = bias.reshape(-1) if bias.astype(np.float32).any() else None
+        bias = bias if bias.astype(np.float32).any() else None
     if node.op_type == "Conv":
         matrix = weight.reshape(len(weight), -1)
         plain = (
@@ -101,7 +101,11 @@ def product(
         result = (*shape[:-1], len(matrix))
     if not plain:
         raise UnknownHostError(f"{named(node)} is not a product of {list(shape)} with the kernel")
-    return matrix, bias, result
+    if bias is None:
+        return matrix, None, result
+    if bias.shape[-1:] != (len(matrix),) or bias.size != len(matrix):
+        raise UnknownHostError(f"{named(node)} adds a bias of {list(bias.shape)} to rows of {len(matrix)}")
+    return matrix, bias.reshape(-1), result
 
 
 def check_gathers(node: onnx.NodeProto, shape: tuple[int, ...], tokens: int) -> None:
