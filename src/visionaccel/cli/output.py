@@ -94,7 +94,8 @@ def results_only(*, for_good: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
-        kept.flush()
+        if owned:
+            kept.flush()
         if not (owned and for_good):
             results.file = None  # type: ignore[assignment] # rich's word for the stdout of the moment
             sys.stdout, _Process.printing = stdout, False
