@@ -17,7 +17,7 @@ from visionaccel.core.grid import Grid
 from visionaccel.core.program import EMBEDDINGS, ONNX_FUSED, FixedGrid, HostSplit
 from visionaccel.encoder import open_tower
 from visionaccel.errors import BackendUnavailableError, ConfigurationError
-from visionaccel_onnxrt.session_entries import SPINNING, UNPACKED
+from visionaccel_onnxrt.session import SPINNING, UNPACKED
 
 GRID, LARGEST = Grid(1, 10, 18), Grid(1, 14, 22)
 

@@ -25,20 +25,19 @@ from visionaccel.core.cores import thread_limit
 from visionaccel.core.program import EP_CONTEXT, ONNX, ONNX_FUSED, ONNX_MODELS, ONNX_STANDARD, Program
 from visionaccel.errors import ArtifactError, ConfigurationError, DeviceError
 from visionaccel_onnxrt.bfloat16 import emulate_bfloat16
-from visionaccel_onnxrt.cuda import gpu_model
 from visionaccel_onnxrt.ep_context import offload_of_context, verified_context
 from visionaccel_onnxrt.offload import RECORD_ASSIGNMENT, assigned, require_offload
-from visionaccel_onnxrt.providers import CPU_PROVIDER, CUDA_PROVIDER, DEVICES, VITISAI_PROVIDER, provider_for
-from visionaccel_onnxrt.session import OnnxRuntimeSession
-from visionaccel_onnxrt.session_entries import (
+from visionaccel_onnxrt.providers import CPU_PROVIDER, CUDA_PROVIDER, DEVICES, VITISAI_PROVIDER, gpu_model, provider_for
+from visionaccel_onnxrt.session import (
     CAST_CHAIN_ELIMINATION,
     ERRORS_ONLY,
     INT8_IN_FULL,
     SPINNING,
     UNPACKED,
+    OnnxRuntimeSession,
+    bind_weights,
 )
 from visionaccel_onnxrt.vitisai import SUMMARIES, compiler_options, pass_summaries
-from visionaccel_onnxrt.weights import bind_weights
 
 __all__ = ["OnnxRuntimeBackend", "OnnxRuntimeOptions"]
 
@@ -176,7 +175,7 @@ class OnnxRuntimeBackend(VisionBackend):
             providers=[(provider, given)],
             enable_fallback=0,  # else what the provider fails at, now or in a later run, is done by the CPU
         )
-        # ONNX Runtime only warns when a provider cannot be had and goes on with the CPU.
+        # ONNX Runtime only warns when a provider is not available, and goes on with the CPU.
         active = session.get_providers()
         if active[0] != provider:
             raise DeviceError(
@@ -226,7 +225,7 @@ def _provider(
     if provider != by_device.name:
         defaults = {}
     if provider == VITISAI_PROVIDER != by_device.name:
-        # By the device it is decided whether the session gets a process of its own.
+        # The device decides whether the session gets a separate process.
         raise ConfigurationError(
             f"{provider} does not run on device {device or 'cpu'}.",
             hint="Choose device npu, and leave out the option `provider`.",
@@ -275,7 +274,7 @@ def _session_options(options: OnnxRuntimeOptions, onnxruntime: Any) -> Any:
 
 
 def _model(program: Program, provider: str, settings: Any) -> bytes | str:
-    """What the session loads: the model's bytes, or the path of a model that refers to files beside it."""
+    """What the session loads: the model's bytes, or the path of a model that refers to files next to it."""
     if program.format == EP_CONTEXT:
         return str(verified_context(program, provider))
     if program.model is None:
@@ -309,8 +308,8 @@ def _require_whole_masks(model: bytes, program: Program) -> None:
 def _kept_context(program: Program, folder: Path) -> Iterator[Path]:
     """Where the compiled program is to be written; once all went well, it takes the place of an earlier one.
 
-    It is written under its own name in a folder that is gone afterwards, because the model refers to the file beside it
-    by its name.
+    It is written under its own name in a folder that is gone afterwards, because the model refers to the file
+    next to it by its name.
     """
     if program.format == EP_CONTEXT:
         raise ConfigurationError(
@@ -320,13 +319,13 @@ def _kept_context(program: Program, folder: Path) -> Iterator[Path]:
     target = folder / f"{program.name}.onnx"
     if target.parent != folder:  # a bundle names its programs as it likes
         raise ConfigurationError(
-            f"program {program.name!r} has a name that is no file name.", hint="Leave out the option `context_dir`."
+            f"program {program.name!r} has a name that is not a file name.", hint="Leave out the option `context_dir`."
         )
     if target.exists():
         earlier = offload_of_context(target)
         if earlier is None or not earlier.device_nodes:
             raise ConfigurationError(
-                f"{target} exists and is no compiled program.", hint="Remove it, or name another context_dir."
+                f"{target} exists and is not a compiled program.", hint="Remove it, or name another context_dir."
             )
     try:
         folder.mkdir(parents=True, exist_ok=True)

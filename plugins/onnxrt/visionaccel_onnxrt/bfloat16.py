@@ -39,7 +39,7 @@ def emulate_bfloat16(model: bytes) -> bytes:
         The model with Casts, or `model` itself where nothing computes in bfloat16.
 
     Raises:
-        ArtifactError: If the model cannot be read, the type of a value cannot be told, or its arithmetic is not in one
+        ArtifactError: If the model cannot be read, the type of a value is not known, or its arithmetic is not in one
             flat graph.
     """
     import onnx
@@ -59,7 +59,7 @@ def emulate_bfloat16(model: bytes) -> bytes:
         for name in node.output:
             if name and not types.get(name) and not narrow.isdisjoint(node.input):
                 raise ArtifactError(
-                    f"the type of value {name!r} of the ONNX model, an output of {node.op_type}, cannot be told.",
+                    f"the type of value {name!r} of the ONNX model, an output of {node.op_type}, is not known.",
                     hint="Write the model with standard operators, or declare the type in its value_info.",
                 )
 

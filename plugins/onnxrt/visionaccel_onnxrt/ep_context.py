@@ -27,14 +27,14 @@ _MOST_MODEL_BYTES = 2**31 - 1
 
 
 def verified_context(program: Program, provider: str) -> Path:
-    """The file of a compiled program, once everything it refers to is known to be a verified file beside it.
+    """The file of a compiled program, once everything it refers to is known to be a verified file next to it.
 
     Args:
-        program: Its artifact is the ONNX model; the files beside it are its companions.
+        program: Its artifact is the ONNX model; the files next to it are its companions.
         provider: The execution provider that must have compiled it.
 
     Raises:
-        ArtifactError: If it is no such model, was compiled by another provider, or refers to any other file.
+        ArtifactError: If it is not such a model, was compiled by another provider, or refers to any other file.
     """
     if program.artifact is None:
         raise ArtifactError(f"the compiled program {program.name!r} has no file.", hint=_AGAIN)
@@ -86,7 +86,7 @@ def _parsed(data: bytes, path: Path) -> onnx.ModelProto:
     try:
         return onnx.load_model_from_string(data)
     except Exception as error:  # protobuf's decoding error is not part of its public interface
-        raise ArtifactError(f"{path} is no ONNX model: {error}", hint=_AGAIN) from error
+        raise ArtifactError(f"{path} is not an ONNX model: {error}", hint=_AGAIN) from error
 
 
 def _check_node(node: onnx.NodeProto, program: Program, provider: str) -> None:
@@ -111,20 +111,21 @@ def _check_node(node: onnx.NodeProto, program: Program, provider: str) -> None:
     embedded = attributes["embed_mode"].i if "embed_mode" in attributes else 1
     main = attributes["main_context"].i if "main_context" in attributes else 1
     named = attributes["ep_cache_context"].s if "ep_cache_context" in attributes else b""
-    # A node that is no main context shares the file of one that is, and may name none.
+    # A node that is not a main context shares the file of one that is, and may name none.
     if embedded != 1 and (main != 0 or named):
         _check_file(named.decode(errors="replace"), program, "its compiled part")
 
 
 def _check_file(name: str, program: Program, what: str) -> None:
-    """A plain name, of a file beside the model that was verified with it."""
+    """A plain name, of a file next to the model that was verified with it."""
     assert program.artifact is not None
     if not name or name in (".", "..") or any(character in name for character in "/\\:\0"):
         raise ArtifactError(
-            f"{program.artifact} names {what} {name!r}, which is no plain file name.", hint="Do not use this program."
+            f"{program.artifact} names {what} {name!r}, which is not a plain file name.",
+            hint="Do not use this program.",
         )
     beside = program.artifact.parent / name
     if beside not in program.companions.values() or not beside.is_file():
         raise ArtifactError(
-            f"{program.artifact} needs {name} beside it, which is not among the program's verified files.", hint=_AGAIN
+            f"{program.artifact} needs {name} next to it, which is not among the program's verified files.", hint=_AGAIN
         )

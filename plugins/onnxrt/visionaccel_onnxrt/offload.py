@@ -1,6 +1,6 @@
 """How much of a program an execution provider really took, and when that is too little.
 
-A provider can be active and run nothing: ONNX Runtime gives to the CPU whatever a provider does not take, without a
+A provider can be active and run nothing: ONNX Runtime gives to the CPU what a provider does not take, without a
 word. So before a session is used, something must show that the device has work.
 """
 

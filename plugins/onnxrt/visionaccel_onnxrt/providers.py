@@ -1,9 +1,11 @@
 """Which execution provider serves a device, and where to get it."""
 
+import ctypes
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["CPU_PROVIDER", "CUDA_PROVIDER", "DEVICES", "VITISAI_PROVIDER", "Provider", "provider_for"]
+__all__ = ["CPU_PROVIDER", "CUDA_PROVIDER", "DEVICES", "VITISAI_PROVIDER", "Provider", "gpu_model", "provider_for"]
 
 CPU_PROVIDER = "CPUExecutionProvider"
 CUDA_PROVIDER = "CUDAExecutionProvider"
@@ -57,3 +59,26 @@ def provider_for(device: str | None) -> tuple[Provider, dict[str, str]] | None:
     if provider is None or (colon and not (provider.indexed and index.isdigit())):
         return None
     return provider, {**provider.options, **({"device_id": index} if index else {})}
+
+
+_LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+_LONGEST = 256
+
+
+def gpu_model(index: int) -> str:
+    """The model of a GPU, such as `NVIDIA H200`; empty if the driver does not say.
+
+    Args:
+        index: Its number as this process counts GPUs, which `CUDA_VISIBLE_DEVICES` may have renumbered.
+    """
+    try:
+        driver = ctypes.CDLL(_LIBRARY)
+    except OSError:
+        return ""
+    device, name = ctypes.c_int(), ctypes.create_string_buffer(_LONGEST)
+    failed = (
+        driver.cuInit(0)  # which ONNX Runtime has done; again it changes nothing
+        or driver.cuDeviceGet(ctypes.byref(device), index)
+        or driver.cuDeviceGetName(name, _LONGEST, device)
+    )
+    return "" if failed else name.value.decode(errors="replace")

@@ -9,7 +9,7 @@ largest value and its result multiplied by it.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,9 @@ from onnx import helper, numpy_helper
 from visionaccel.backends import QuantizedModel
 from visionaccel.backends.onnx_products import (
     Product,
+    add_largest,
     find_products,
+    largest_by_channel,
     largest_in_row,
     parse_model,
     replace_nodes,
@@ -28,10 +30,11 @@ from visionaccel.backends.onnx_products import (
 )
 from visionaccel.core.arrays import Array
 from visionaccel.core.program import ONNX, ONNX_FUSED, Program
-from visionaccel.errors import ConfigurationError
-from visionaccel_onnxrt.activations import watch_activations
+from visionaccel.errors import ArtifactError, ConfigurationError
+from visionaccel_onnxrt.providers import CPU_PROVIDER
+from visionaccel_onnxrt.session import ERRORS_ONLY, EXTERNAL_DATA_FOLDER, SPINNING
 
-__all__ = ["quantize"]
+__all__ = ["quantize", "watch_activations"]
 
 METHOD = (
     "int8 products: weights by channel, activations at run time, smoothed by the images, row by row "
@@ -52,7 +55,7 @@ def quantize(program: Program, calibration: Iterable[Mapping[str, Array]], folde
         folder: Where to write `NAME.onnx`, which refers to the weights that it did not quantize.
 
     Raises:
-        ConfigurationError: If it is no such program, or there is nothing to calibrate with or to quantize.
+        ConfigurationError: If it is not such a program, or there is nothing to calibrate with or to quantize.
         ArtifactError: If the model or its weights cannot be read.
     """
     if program.format not in _FORMATS or program.precision != "float32" or program.quantization or not program.model:
@@ -98,7 +101,7 @@ def _quantized(
 ) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
     """The nodes that stand for a product, and their constants.
 
-    ONNX Runtime's quantizer gets each product as a model of its own, so that no more than one weight is in memory.
+    ONNX Runtime's quantizer gets each product as a separate model, so that no more than one weight is in memory.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -128,3 +131,37 @@ def _quantized(
     else:
         nodes[-1].output[0] = result
     return nodes, list(found.graph.initializer)
+
+
+def watch_activations(
+    model: onnx.ModelProto, tensors: Sequence[str], weights_folder: str, calibration: Iterable[Mapping[str, Array]]
+) -> dict[str, NDArray[np.float32]]:
+    """The largest absolute value in each channel of some of a float32 model's matrices, over all calls on the CPU.
+
+    Args:
+        model: Its weights may be external data.
+        tensors: Names of matrices [rows, channels].
+        weights_folder: Where its external data lies.
+        calibration: The inputs of each call.
+
+    Returns:
+        float32 [channels] by the names of the matrices.
+
+    Raises:
+        ConfigurationError: If there are no calls.
+        ArtifactError: If the model cannot be run, or gives no finite numbers.
+    """
+    import onnxruntime
+
+    watching, outputs = add_largest(model, tensors)
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = ERRORS_ONLY
+    settings.add_session_config_entry(EXTERNAL_DATA_FOLDER, weights_folder)
+    settings.add_session_config_entry(SPINNING, "0")
+    try:
+        session = onnxruntime.InferenceSession(
+            watching.SerializeToString(), settings, providers=[CPU_PROVIDER], enable_fallback=0
+        )
+    except Exception as error:  # ONNX Runtime's own errors have no common base
+        raise ArtifactError(f"the program cannot be run: {error}", hint="Export the bundle again.") from error
+    return largest_by_channel(tensors, (session.run(outputs, dict(inputs)) for inputs in calibration))

@@ -1,13 +1,17 @@
-"""An open inference session behind visionaccel's contract."""
+"""An open inference session behind visionaccel's contract: its settings, its weights and its calls."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from visionaccel.backends import Capabilities, Session
 from visionaccel.core.arrays import Array
 from visionaccel.core.program import Program
 
-__all__ = ["OnnxRuntimeSession"]
+__all__ = [
+    "CAST_CHAIN_ELIMINATION", "ERRORS_ONLY", "EXTERNAL_DATA_FOLDER", "INT8_IN_FULL", "SPINNING", "UNPACKED",
+    "OnnxRuntimeSession", "bind_weights",
+]  # fmt: skip
 
 
 class OnnxRuntimeSession(Session):
@@ -35,3 +39,40 @@ class OnnxRuntimeSession(Session):
     def close(self) -> None:
         self._session = None
         self._weights = ()
+
+
+EXTERNAL_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
+CAST_CHAIN_ELIMINATION = "optimization.enable_cast_chain_elimination"
+SPINNING = "session.intra_op.allow_spinning"
+UNPACKED = "session.disable_prepacking"
+INT8_IN_FULL = "session.x64quantprecision"
+"""Where x86 has no VNNI, int8 products by kernels that do not cut sums off at 16 bits, which are slower."""
+
+ERRORS_ONLY = 3
+"""The log's level."""
+
+
+def bind_weights(model: bytes, folder: Path, settings: Any) -> list[Any]:
+    """Bind the external weights of a model to the options of the session that will run it, as mapped memory.
+
+    ONNX Runtime opens external data by paths only, below the model's folder; a copy in memory has no such path.
+
+    Args:
+        model: A serialized ONNX model.
+        folder: What the locations of its external data are relative to.
+        settings: The session's options.
+
+    Returns:
+        What must live as long as the session.
+
+    Raises:
+        ArtifactError: If the model or a weight cannot be read.
+    """
+    import onnxruntime
+
+    from visionaccel.backends.onnx_weights import mapped_weights  # which imports onnx
+
+    weights = mapped_weights(model, folder)
+    values = [onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(*weight) for weight in weights.values()]
+    settings.add_external_initializers(list(weights), values)
+    return values

@@ -66,7 +66,7 @@ def compiler_options(
         runtime: Version of ONNX Runtime.
 
     Raises:
-        ConfigurationError: If the program has nothing to be told apart by in a cache, the cache cannot be written, or
+        ConfigurationError: If the program has nothing that identifies it in a cache, the cache cannot be written, or
             an option does not go with the program.
     """
     config = program.companions.get(CONFIG_COMPANION)
@@ -78,7 +78,7 @@ def compiler_options(
             hint="Name a file with the provider option `config_file`, or leave it out.",
         )
     if program.format == EP_CONTEXT:
-        # The provider ends the process if it is told another key than the program was compiled with.
+        # The provider ends the process if it is given another key than the program was compiled with.
         if refused := [name for name in _CACHE if name in given]:
             raise ConfigurationError(
                 f"program {program.name!r} is compiled already and takes no provider option {' or '.join(refused)}.",
@@ -158,7 +158,7 @@ def _cache_key(program: Program, options: Mapping[str, str], runtime: str) -> st
     if program.digest is None:
         raise ConfigurationError(
             f"program {program.name!r} has no digest to keep its compiled form by.",
-            hint="Open it from a bundle, or name a key of its own with the provider option `cache_key`.",
+            hint="Open it from a bundle, or name a key with the provider option `cache_key`.",
         )
     config = options.get("config_file")
     parts = {

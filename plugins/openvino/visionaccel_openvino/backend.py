@@ -53,7 +53,7 @@ class OpenVinoOptions(Options):
         "cpu and auto, float16 on gpu and npu.",
     )
     threads: int | None = Field(None, ge=1, description="cpu: threads of a call. Unset: one for each core it has.")
-    requests: int = Field(1, ge=1, le=64, description="Calls in flight at a time; each takes memory of its own.")
+    requests: int = Field(1, ge=1, le=64, description="Calls in flight at a time; each takes separate memory.")
     cache_dir: Path | None = Field(
         None,
         description="gpu, npu: folder where compiled programs are kept, for compilers that take long. Unset: nowhere.",
@@ -206,7 +206,7 @@ def _computes_integers(program: Program, device: str) -> bool:
     """Whether a quantized program's products are to be computed in integers, and not in floats that hold the same.
 
     Raises:
-        ConfigurationError: If that cannot be told the device, and must be.
+        ConfigurationError: If the device cannot be given that setting, and needs it.
     """
     from visionaccel_openvino.integer_products import integer_products_saturate
 

@@ -1,4 +1,4 @@
-"""Whether OpenVINO computes int8 products rightly on this machine's CPU."""
+"""Whether OpenVINO computes int8 products correctly on this machine's CPU."""
 
 from functools import cache
 
@@ -16,7 +16,7 @@ def integer_products_saturate() -> bool:
     """Whether its int8 kernels give wrong sums on the CPU.
 
     Without VNNI, x86 adds pairs of products of 8 bits in 16, which cut off what is larger. OpenVINO 2026.4 takes such
-    kernels without a word: the product below gives 0.5 in the place of 64. Found by computing it, within a second.
+    kernels silently: the product below gives 0.5 in the place of 64. Found by computing it, within a second.
     """
     rows = operators.parameter([-1, _CHANNELS], openvino.Type.f32)
     limits = [np.float32(value) for value in (-128 / 127, 1, -128 / 127, 1)]

@@ -28,7 +28,7 @@ _TYPES: Mapping[str, openvino.Type] = {
 def read_model(core: openvino.Core, program: Program) -> tuple[openvino.Model, Mapped]:
     """Read a program without reading its weights.
 
-    OpenVINO's reader looks for external data beside a model's file only, and through no link. So the weights are made
+    OpenVINO's reader looks for external data next to a model's file only, and follows no link. So the weights are made
     inputs of the graph first, and constants over the mapped files afterwards.
 
     Args:
@@ -46,7 +46,9 @@ def read_model(core: openvino.Core, program: Program) -> tuple[openvino.Model, M
     try:
         proto = onnx.load_model_from_string(program.model())
     except Exception as error:
-        raise ArtifactError(f"program {program.name!r} is no ONNX model: {error}.", hint="Write it again.") from error
+        raise ArtifactError(
+            f"program {program.name!r} is not an ONNX model: {error}.", hint="Write it again."
+        ) from error
     external = _take_external(proto)
     try:
         model = core.read_model(io.BytesIO(proto.SerializeToString()))

@@ -3,7 +3,7 @@
 OpenVINO's int8 kernels want one scale of the activations that is known beforehand. A single channel, or a single row,
 that is much larger than the others would leave these a few steps of 256, and an image that was not shown may be larger
 than all that were. Therefore each product's input is divided, channel by channel, by what its weight is multiplied by
-(SmoothQuant), and then each row by its own largest value: whatever the image, its values lie between -1 and 1 and reach
+(SmoothQuant), and then each row by its own largest value: for every image, its values lie between -1 and 1 and reach
 one of them. That is the scale, so nothing is left for a calibration of ranges, and each row has in effect its own.
 
 The last product, which is the merger's, stays as it is.
@@ -62,7 +62,7 @@ def quantize(program: Program, calibration: Iterable[Mapping[str, Array]], folde
         folder: Where to write `NAME.onnx`, which refers to the weights that it did not quantize.
 
     Raises:
-        ConfigurationError: If it is no such program, or there is nothing to calibrate with or to quantize.
+        ConfigurationError: If it is not such a program, or there is nothing to calibrate with or to quantize.
         ArtifactError: If the model or its weights cannot be read.
     """
     standard = program.format == ONNX_STANDARD or (program.format == ONNX and not isinstance(program.coverage, AnyGrid))
@@ -102,7 +102,7 @@ def _answers(
 ) -> Iterator[list[NDArray[np.float32]]]:
     """Some outputs of a model over a program's weights, in float32 on the CPU, call by call."""
     core = openvino.Core()
-    # What is mapped must live as long as the request; what is compiled holds a copy of its own of most of it.
+    # What is mapped must live as long as the request; what is compiled holds its own copy of most of it.
     read, mapped = read_model(core, replace(program, model=model.SerializeToString))
     try:
         compiled = core.compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})

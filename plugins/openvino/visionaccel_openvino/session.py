@@ -33,7 +33,7 @@ class OpenVinoSession(Session):
     """A compiled model and its infer requests. The device reads the caller's arrays and writes the answer's in place.
 
     A model whose request failed while it computed, such as for lack of memory, may fail or be wrong in all later calls.
-    It is compiled anew for the next one.
+    It is compiled again for the next call.
 
     Args:
         make: Reads the model and compiles it for its device; called at once, and after a failure. The weights that it
@@ -93,7 +93,7 @@ class OpenVinoSession(Session):
             request.start_async()
             request.wait()
         except RuntimeError:
-            logger.warning("A call of OpenVINO's failed; its program is compiled anew for the next one.")
+            logger.warning("A call of OpenVINO's failed; its program is compiled again for the next one.")
             with self._lock:
                 if self._pool is pool:
                     self._pool = None

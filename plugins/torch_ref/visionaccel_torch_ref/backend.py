@@ -85,11 +85,11 @@ class TorchReferenceBackend(VisionBackend):
             )
         tower: _Tower
         if options.implementation == "fast":
-            from visionaccel_torch_ref import attention
-            from visionaccel_torch_ref.tower import load_fast_tower
+            from visionaccel_torch_ref.linear import eager, sdpa
+            from visionaccel_torch_ref.tower import FastTower
 
-            attend = attention.sdpa if options.attention == "sdpa" else attention.eager
-            tower = load_fast_tower(program, dtype=dtype, attention=attend, device=where)
+            attention = sdpa if options.attention == "sdpa" else eager
+            tower = FastTower(program, dtype=dtype, attention=attention, device=where)
             if options.graphs:
                 from visionaccel_torch_ref.graphs import GraphedTower, cuda_capture
 

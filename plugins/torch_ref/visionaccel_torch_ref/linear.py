@@ -1,7 +1,8 @@
-"""Linear layers: packed once by oneDNN where the CPU has it, otherwise torch's own."""
+"""What a block computes with: linear layers, packed once by oneDNN where the CPU has it, and attention."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from typing import TypeAlias
 
 import torch
 from torch.nn import functional
@@ -9,7 +10,10 @@ from torch.nn import functional
 from visionaccel.core.packed_products import PackedWeight, why_not_packed
 from visionaccel.core.tower_spec import ActivationKind
 
-__all__ = ["ACTIVATIONS", "Linear", "PackedLinear", "PlainLinear", "make_linear", "why_not_packed"]
+__all__ = [
+    "ACTIVATIONS", "Attention", "Linear", "PackedLinear", "PlainLinear", "eager", "make_linear", "sdpa",
+    "why_not_packed",
+]  # fmt: skip
 
 ACTIVATIONS: Mapping[ActivationKind, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": functional.gelu,
@@ -91,3 +95,18 @@ def make_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
     if why_not_packed(weight.dtype, str(weight.device)) is None:
         return PackedLinear(weight, bias)
     return PlainLinear(weight, bias)
+
+
+Attention: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""From query, key and value [segments, heads, rows, head_dim] to [segments, heads, rows, head_dim]."""
+
+
+def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """The fused kernel of torch."""
+    return functional.scaled_dot_product_attention(query, key, value)
+
+
+def eager(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Products and a softmax in float32, as transformers' `eager_attention_forward`; holds all scores at once."""
+    scores = torch.matmul(query, key.transpose(2, 3)) * query.shape[-1] ** -0.5
+    return torch.matmul(functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype), value)

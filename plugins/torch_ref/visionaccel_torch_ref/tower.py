@@ -12,13 +12,13 @@ import torch
 from visionaccel.core.grid import Grid
 from visionaccel.core.program import Program
 from visionaccel.core.tower_spec import TowerSpec
-from visionaccel_torch_ref.attention import Attention
+from visionaccel.errors import PluginError
 from visionaccel_torch_ref.layout import Layout, Layouts, Run
-from visionaccel_torch_ref.linear import Linear, make_linear
+from visionaccel_torch_ref.linear import Attention, Linear, make_linear
 from visionaccel_torch_ref.steps import Steps, in_blocks
-from visionaccel_torch_ref.weights import WeightReader, spec_of
+from visionaccel_torch_ref.weights import WeightReader
 
-__all__ = ["FastTower", "load_fast_tower"]
+__all__ = ["FastTower"]
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class FastTower:
     """The tower of a checkpoint on a device. Calls must not overlap.
 
     Args:
-        program: Its description and tables.
-        weights: Reads its weights, of the tower's dtype and on its device.
+        program: Its description, tables and weights.
+        dtype: For weights and arithmetic.
         attention: Computes attention of a batch of segments.
         device: `cpu`, `cuda` or `cuda:N`.
 
@@ -46,10 +46,17 @@ class FastTower:
         PluginError: If the program brings no description or no tables.
     """
 
-    def __init__(self, program: Program, weights: WeightReader, attention: Attention, device: str) -> None:
+    @torch.no_grad()
+    def __init__(self, program: Program, *, dtype: torch.dtype, attention: Attention, device: str) -> None:
+        if program.spec is None:
+            raise PluginError(
+                f"program {program.name!r} brings no description of its tower.",
+                hint="Use a visionaccel of the same release.",
+            )
         self._layouts = Layouts(program, device)
         self._attention = attention
-        spec = self._spec = spec_of(program)
+        weights, spec = WeightReader(program, dtype, device), program.spec
+        self._spec = spec
         self._embed = Steps(spec, spec.embed, weights)
         self._positions: torch.Tensor | None = None
         if spec.positions is not None:
@@ -114,12 +121,6 @@ class FastTower:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def load_fast_tower(program: Program, *, dtype: torch.dtype, attention: Attention, device: str) -> FastTower:
-    """The tower with its weights; raises what `FastTower` does."""
-    with torch.no_grad():
-        return FastTower(program, WeightReader(program, dtype, device), attention, device)
-
-
 def _block(spec: TowerSpec, number: int, weights: WeightReader) -> _Block:
     place = f"blocks.{number}."
     weight, bias = weights.read_linear(spec.qkv, place)
@@ -135,7 +136,7 @@ def _block(spec: TowerSpec, number: int, weights: WeightReader) -> _Block:
 
 
 def _paired(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of the joint projection with each head's query and key values i and i + head_dim / 2 beside each other.
+    """Rows of the joint projection with each head's query and key values i and i + head_dim / 2 next to each other.
 
     Those are the pairs that rotary embedding rotates. Queries and keys are reordered alike, so their products are the
     same; values are not reordered.

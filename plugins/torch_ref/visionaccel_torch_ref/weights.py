@@ -4,10 +4,10 @@ import torch
 
 from visionaccel.core.arrays import as_host_tensor
 from visionaccel.core.program import Program
-from visionaccel.core.tower_spec import APART, JOINT, Linear, TowerSpec
-from visionaccel.errors import CheckpointError, PluginError
+from visionaccel.core.tower_spec import APART, JOINT, Linear
+from visionaccel.errors import CheckpointError
 
-__all__ = ["WeightReader", "spec_of"]
+__all__ = ["WeightReader"]
 
 
 class WeightReader:
@@ -68,17 +68,3 @@ class WeightReader:
             f"{self._program.folder}: the vision weights do not fit the configuration: {what}.",
             hint="Configuration and weights are of different models.",
         )
-
-
-def spec_of(program: Program) -> TowerSpec:
-    """The description of a program's tower.
-
-    Raises:
-        PluginError: If it brings none.
-    """
-    if program.spec is None:
-        raise PluginError(
-            f"program {program.name!r} brings no description of its tower.",
-            hint="Use a visionaccel of the same release.",
-        )
-    return program.spec

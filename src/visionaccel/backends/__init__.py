@@ -1,17 +1,21 @@
 """What a backend plug-in implements, and how the core finds and chooses one.
 
-Plug-ins import from here and from the core values (`visionaccel.errors`, and `arrays`, `contracts`, `cores`, `cpu`,
-`grid`, `program` of `visionaccel.core`) only; those that read untrusted files, from `visionaccel.core.bounded_files`
-too, those that quantize ONNX programs, from `visionaccel.backends.onnx_products`, those that run them, from
-`visionaccel.backends.onnx_weights`, and those that compute with torch, from `visionaccel.core.packed_products`.
+A plug-in imports from here, `visionaccel.errors`, and these modules of `visionaccel.core`:
+
+- `program`, `contracts`, `grid`, `arrays`: what a session is given and returns;
+- `tower_spec`: for a backend that builds the tower from its weights, and `packed_products` if it computes with torch;
+- `cores`, `cpu`, `cache_folder`: the machine;
+- `bounded_files`, `onnx_graphs`: reading untrusted files.
+
+`visionaccel.backends.onnx_weights` is for backends that run ONNX programs, `onnx_products` for quantizing them.
 """
 
 from visionaccel.backends.hooks import BreakerReport, DriftReport, EncodeReport, FailureReport, Purpose, hookimpl
-from visionaccel.backends.parts import CallParts, call_parts, watch_parts
 from visionaccel.backends.registry import GROUP, BackendEntry, Registry, default_registry
 from visionaccel.backends.selection import AUTO, Candidate, ProgramSource, Selection, select
 from visionaccel.backends.spec import (
     Accepted,
+    CallParts,
     Capabilities,
     Finding,
     Isolation,
@@ -21,6 +25,8 @@ from visionaccel.backends.spec import (
     Session,
     Verdict,
     VisionBackend,
+    call_parts,
+    watch_parts,
 )
 from visionaccel.core.containment import contained
 

@@ -26,7 +26,7 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 
 Purpose: TypeAlias = Literal["request", "canary", "shadow"]
-"""What an encode is for: somebody's answer, or a check of the device."""
+"""What an encode is for: the answer to a request, or a check of the device."""
 
 
 @dataclass(frozen=True, slots=True)

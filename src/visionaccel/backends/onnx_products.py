@@ -1,6 +1,6 @@
 """Products of rows with a tower's stored weights in an ONNX model: found, watched, smoothed, and replaced by others.
 
-What backends need to write int8 programs, whoever's integer operators they write.
+For backends that write int8 programs, in any runtime's integer operators.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def parse_model(program: Program) -> onnx.ModelProto:
     try:
         return onnx.load_model_from_string(program.model())
     except Exception as error:  # protobuf's decoding error is not part of its public interface
-        raise ArtifactError(f"program {program.name!r} is no ONNX model: {error}", hint="Export it again.") from error
+        raise ArtifactError(
+            f"program {program.name!r} is not an ONNX model: {error}", hint="Export it again."
+        ) from error
 
 
 def find_products(model: onnx.ModelProto, program: Program) -> dict[str, list[Product]]:
@@ -100,7 +102,7 @@ def add_largest(model: onnx.ModelProto, tensors: Sequence[str]) -> tuple[onnx.Mo
         tensors: Names of matrices [rows, channels].
 
     Returns:
-        The copy, and the names of the outputs float32 [channels] that it has beside its own.
+        The copy, and the names of the outputs float32 [channels] that it has in addition to its own.
     """
     watching = onnx.ModelProto()
     watching.CopyFrom(model)
@@ -139,7 +141,7 @@ def largest_by_channel(
         float32 [channels] by the names.
 
     Raises:
-        ConfigurationError: If there is no call.
+        ConfigurationError: If there are no calls.
         ArtifactError: If a value is not finite.
     """
     found: dict[str, NDArray[np.float32]] = {}

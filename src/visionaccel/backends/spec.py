@@ -7,8 +7,10 @@ measures, and falls back. A plug-in is a subclass of each of the two classes bel
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -20,8 +22,8 @@ from visionaccel.core.program import Program
 from visionaccel.errors import ConfigurationError
 
 __all__ = [
-    "Accepted", "Capabilities", "Finding", "Isolation", "Options", "QuantizedModel", "Rejected", "Session", "Status",
-    "Verdict", "VisionBackend",
+    "Accepted", "CallParts", "Capabilities", "Finding", "Isolation", "Options", "QuantizedModel", "Rejected",
+    "Session", "Status", "Verdict", "VisionBackend", "call_parts", "watch_parts",
 ]  # fmt: skip
 
 
@@ -56,7 +58,7 @@ Verdict: TypeAlias = Accepted | Rejected
 
 
 Isolation: TypeAlias = Literal["process", "none"]
-"""Where a session lives: in a child process of its own with a deadline and a supervisor, or in the caller's process."""
+"""Where a session lives: in a separate child process with a deadline and a supervisor, or in the caller's process."""
 
 Status: TypeAlias = Literal["pass", "warning", "failure"]
 
@@ -87,7 +89,7 @@ class QuantizedModel:
         model: The file to open.
         method: What was done, in words of one line, for the manifest.
         companions: Further files that it needs, by their role.
-        tools: Distributions whose releases the manifest should state, beside the backend's own.
+        tools: Distributions whose releases the manifest should state, in addition to the backend's own.
     """
 
     format: str
@@ -191,7 +193,7 @@ class VisionBackend(ABC):
         options: The options that `open` takes.
         isolation: Where its sessions live unless the user says otherwise (see `isolation_on`). Choose `process` for
             vendor code that may crash, hang, or hold one model for each process.
-        only_by_name: `auto` never takes it. For simulators, which must not answer where nobody asked for them.
+        only_by_name: `auto` never takes it. For simulators, which must not answer unless they are asked for.
     """
 
     name: ClassVar[str]
@@ -219,7 +221,7 @@ class VisionBackend(ABC):
     def checks(self, programs: Sequence[Program]) -> Sequence[Finding]:  # noqa: ARG002
         """What `visionaccel doctor` reports of this machine for this backend: drivers, libraries, settings.
 
-        Must allocate no device and end within seconds, whatever is broken or missing.
+        Must allocate no device and end within seconds, even if something is broken or missing.
 
         Args:
             programs: Programs in this backend's formats that the user named, if any, to look at too.
@@ -239,8 +241,8 @@ class VisionBackend(ABC):
 
         Args:
             program: A float32 program in one of `formats`.
-            calibration: Inputs of real images, as `Session.run` takes them. May be iterated several times; each array
-                is made anew for that.
+            calibration: Inputs of real images, as `Session.run` takes them. May be iterated several times; each
+                iteration makes the arrays again.
             folder: An existing folder to write to, under names that start with the program's; other programs' files
                 are there too. The result may refer to weights of the program by name where its format does.
 
@@ -282,3 +284,38 @@ class VisionBackend(ABC):
             DeviceError: If the device refuses or fails.
             ArtifactError: If the program's files are broken.
         """
+
+
+@dataclass(slots=True)
+class CallParts:
+    """Parts of the calls of one encode, in seconds; sessions add to them.
+
+    Attributes:
+        transfer_in: Bringing inputs to the device, or into its process.
+        transfer_out: Bringing outputs back.
+    """
+
+    transfer_in: float = 0.0
+    transfer_out: float = 0.0
+
+
+class _OfThread(threading.local):
+    parts: CallParts | None = None
+
+
+_current = _OfThread()
+
+
+def call_parts() -> CallParts | None:
+    """Where a session adds, in `run`, the seconds of its transfers; None if they are not measured."""
+    return _current.parts
+
+
+@contextmanager
+def watch_parts() -> Iterator[CallParts]:
+    """Measure the transfers of the calls that this thread makes."""
+    before, _current.parts = _current.parts, CallParts()
+    try:
+        yield _current.parts
+    finally:
+        _current.parts = before

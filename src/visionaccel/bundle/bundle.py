@@ -128,7 +128,7 @@ class Bundle:
 def _model(folder: Path, entry: ProgramEntry, weights: Mapping[str, StoredTensor], weights_folder: Path) -> bytes:
     """A program's bytes, verified again as they are read, with its weights pointed at where they lie.
 
-    A function of its own: a program is sent to child processes without its bundle and its tower's family.
+    A plain function: a program is sent to child processes without its bundle and its tower's family.
     """
     (stated,) = {file for file in entry.files if file.path == entry.model}
     path = folder / stated.path

@@ -179,7 +179,7 @@ def locate_checkpoint(
         download: Whether the hub may be contacted; otherwise only its local cache is read.
 
     Raises:
-        CheckpointError: If neither a folder nor a repository of that name can be had.
+        CheckpointError: If there is neither a folder nor a repository of that name.
     """
     if Path(source).is_dir():
         return Checkpoint(Path(source))
@@ -199,7 +199,7 @@ def locate_checkpoint(
     except (OSError, ValueError, HFValidationError) as error:
         raise CheckpointError(
             f"{os.fspath(source)!r} is neither a folder nor a repository "
-            + (f"that could be had: {error}" if download else "in the Hugging Face cache of this machine."),
+            + (f"that can be downloaded: {error}" if download else "in the Hugging Face cache of this machine."),
             hint="Pass a local checkpoint folder, or check the name and the network.",
         ) from error
     return Checkpoint(Path(folder))

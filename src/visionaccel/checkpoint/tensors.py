@@ -29,7 +29,7 @@ _TARGETS = ("float32", "bfloat16", "float16")
 
 
 def weights_digest(tensors: Mapping[str, StoredTensor], progress: Callable[[int], None] | None = None) -> str:
-    """What identifies weights: equal for equal names, dtypes, shapes and bytes, in whatever files they lie.
+    """What identifies weights: equal for equal names, dtypes, shapes and bytes, in any files.
 
     It is the SHA-256 over the tensors in the order of their names. Each adds its name, dtype, shape (`3,224,224`, empty
     for a scalar) and number of bytes, as UTF-8 text with the text's length before it (8 bytes, little-endian), and

@@ -49,7 +49,7 @@ def read_bounded(path: Path, most: int = MOST_JSON_BYTES) -> bytes:
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        # No more is set aside than the file has; what is appended meanwhile is not read, but for one byte that tells.
+        # At most one byte more than the file has is read: that byte shows that something was appended.
         data = file.read(size + 1) if size <= most else b""
     if size > most or len(data) > most:
         raise ValueError(f"it is larger than {most} bytes")

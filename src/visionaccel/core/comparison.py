@@ -40,7 +40,7 @@ class Place:
 
 
 class Comparison:
-    """Collects the encodes of one program beside the reference's.
+    """Collects the encodes of one program next to the reference's.
 
     Attributes:
         encodes: Encodes compared.

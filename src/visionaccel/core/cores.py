@@ -1,7 +1,7 @@
-"""Cores of the processor: which ones an encoder's threads run on, beside what else computes on the machine.
+"""Which cores of the CPU an encoder's threads run on, next to what else computes on the machine.
 
 The runtimes' pools inherit the cores of the thread that makes them, and their sizes follow from how many those are. So
-an encoder is opened and called by threads that have its cores meanwhile (`on_cores`).
+an encoder is opened and called by threads that are pinned to its cores (`on_cores`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _here = threading.local()
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """The machine as an encoder finds it beside a language model.
+    """The machine as an encoder finds it next to a language model.
 
     Attributes:
         usable: Cores that this process may use.
@@ -77,7 +77,7 @@ def parse_cores(text: str) -> frozenset[int] | Literal["all"]:
         match = re.fullmatch(r"\s*([0-9]{1,9})\s*(?:-\s*([0-9]{1,9})\s*)?", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if not first <= last < _MOST:
-            raise ValueError(f"{part.strip()!r} is no core and no range of cores; write 0-3,8 or all")
+            raise ValueError(f"{part.strip()!r} is not a core or core range such as 0-3,8, or all")
         cores.update(range(first, last + 1))
     return frozenset(cores)
 
@@ -136,12 +136,12 @@ def choose_cores(wanted: WantedCores, host: Host | None = None) -> CoreChoice:
 
 @contextmanager
 def on_cores(cores: frozenset[int] | None, *, strict: bool = False) -> Iterator[None]:
-    """Have this thread, and what it starts meanwhile, run on some cores; afterwards it has its own back.
+    """Pin the current thread, and the threads it starts, to these cores; afterwards it runs where it ran before.
 
     Args:
         cores: The cores; None to change nothing.
-        strict: Insist on all of them. Otherwise what the system took away since is done without: an image that can be
-            encoded is encoded.
+        strict: Insist on all of them. Otherwise cores that the system took away since are ignored, and the image is
+            encoded on the others.
 
     Raises:
         SettingsError: If strict, and the system does not give this thread each of them.
@@ -176,8 +176,8 @@ def thread_limit() -> int | None:
     Hardware threads of one core count once.
 
     Returns:
-        The number; None where this thread may run everywhere and nobody chose its cores. Then the runtime's own choice
-        is as good.
+        The number; None where this thread may run everywhere and its cores were not chosen. Then the runtime's own
+        choice is as good.
     """
     allowed = _allowed()
     if cores_here() is None and len(allowed) >= (os.cpu_count() or 1):

@@ -30,7 +30,7 @@ class Grid:
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise GridError(
                     f"grid (t={self.t!r}, h={self.h!r}, w={self.w!r}): {name} must be a positive integer.",
-                    hint="Pass the image_grid_thw that the processor returned beside the patches.",
+                    hint="Pass the image_grid_thw that the processor returned with the patches.",
                 )
 
     @classmethod

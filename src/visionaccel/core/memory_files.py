@@ -122,10 +122,10 @@ def when_steady(attempt: Callable[[], _T], times: int = 5) -> _T:
 
 
 class MemoryFile:
-    """Bytes in an anonymous file (memfd) that the kernel lets nobody change, this process included.
+    """Bytes in an anonymous file (memfd) that the kernel lets no process change, not even this one.
 
     No path on disk leads to it, so it cannot be replaced, rewritten or truncated. It counts as memory of the process
-    that made it, and is gone with the last object or mapping that uses it. Whatever opens files by their path can open
+    that made it, and is gone with the last object or mapping that uses it. Code that opens files by their path can open
     it, in this process and in a child that inherits the descriptor.
 
     Args:

@@ -58,7 +58,7 @@ DEVICE_TENSORS = "device_tensors"
 """Role of the companion that states, in JSON, what goes between these two and the device."""
 
 SIMULATOR_MAGIC = b"VASIMRAI"
-"""First bytes of an artifact for the FlexMLRT simulator, which is no device."""
+"""First bytes of an artifact for the FlexMLRT simulator, which is not a device."""
 
 SIMULATOR_FILE = "simulator.rai"
 """Such an artifact's name in the folder of a partition (`FLEXMLRT_DIRECTORY`)."""
@@ -79,7 +79,7 @@ WINDOW_EMBEDDINGS = "window_embeddings"
 """Embeddings in the program's own order: what a split program hands back."""
 
 Precision: TypeAlias = Literal["float32", "bfloat16", "float16"]
-"""Dtype of a program's weights and activations; its inputs and outputs are float32 whatever it computes in."""
+"""Dtype of a program's weights and activations; its inputs and outputs are always float32."""
 
 OperatorDialect: TypeAlias = Literal["microsoft", "standard"]
 """Whose operators an ONNX model is written in: ONNX Runtime's own where it has faster ones, or the standard's alone."""
@@ -172,7 +172,7 @@ class Program:
             programs.
         tables: Returns the grid-dependent tables of one call by the names of a program's inputs, for a
             backend that builds the tower from its weights; None where a program has its tables or gets them as inputs.
-            It can be pickled, so that it goes to a process of its own with the program.
+            It can be pickled, so that it goes to a child process with the program.
         artifact: The verified file to open, for a backend that maps or reads it itself; None where there is none.
         companions: Further verified files by their role, such as a compiler's configuration.
         stored_names: Names of inputs and outputs inside the artifact, by their names here, where they differ.

@@ -93,14 +93,14 @@ def as_rgb(image: Image) -> Image:
     """An image in RGB; the same object if it is that already.
 
     Raises:
-        InputError: If it is no image, its file is damaged, or its mode has no way to RGB.
+        InputError: If it is not an image, its file is damaged, or its mode has no way to RGB.
     """
     try:
         if image.mode == "RGB":
             image.load()  # a file that is opened and not read yet is damaged or not only now
             return image
         return image.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise whatever damaged bytes lead them to, zlib's and struct's too
+    except Exception as error:  # Pillow's decoders raise any error for damaged bytes, zlib's and struct's too
         raise InputError(
             f"{type(image).__name__} {getattr(image, 'mode', '')} cannot be read as an image: {error}.",
             hint="Pass a complete image of Pillow's.",
@@ -175,12 +175,12 @@ def load_image(path: Path) -> Image:
             f"{path} cannot be read as an image: it is none of {', '.join(FORMATS)}.",
             hint="Pass a complete image file of one of these formats.",
         ) from error
-    except Exception as error:  # as in `as_rgb`; a size of twice Pillow's own limit is an error of its own
+    except Exception as error:  # as in `as_rgb`; a size of twice Pillow's own limit raises another error
         raise InputError(f"{path} cannot be read as an image: {error}", hint="Pass a complete image file.") from error
 
 
 def webp_size(start: bytes) -> tuple[int, int]:
-    """Width and height in pixels that a WebP file states, from its first bytes; zeros if it is no WebP.
+    """Width and height in pixels that a WebP file states, from its first bytes; zeros for other formats.
 
     Pillow tells them only after the decoder has set up its frames for them.
 

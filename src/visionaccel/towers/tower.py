@@ -326,7 +326,7 @@ def _written(
     host: HostSplit | None,
     dialect: OperatorDialect,
 ) -> bytes:
-    """A tower as an ONNX model. A function of its own: a program is sent to child processes without its family."""
+    """A tower as an ONNX model. A plain function: a program is sent to child processes without its family."""
     try:  # only a backend that opens this program needs onnx, which takes a noticeable time to import
         from visionaccel.towers.onnx.graph import write_graph
         from visionaccel.towers.onnx.writer import GraphWriter

@@ -11,7 +11,7 @@ from visionaccel.core.contracts import TensorSpec
 from visionaccel.core.program import ONNX, Program
 from visionaccel_onnxrt import OnnxRuntimeBackend
 from visionaccel_onnxrt.backend import OnnxRuntimeOptions
-from visionaccel_onnxrt.cuda import gpu_model
+from visionaccel_onnxrt.providers import gpu_model
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 MODELS = (b"NVIDIA H200", b"NVIDIA L4")

@@ -349,7 +349,7 @@ def test_a_compiled_program_is_opened_by_its_path(attributes, tmp_path):
     "name", ["../outside.bin", "/etc/passwd", "folder/part.bin", "", ".", "..", "C:part.bin", "folder\\part.bin"]
 )
 def test_a_compiled_program_that_leads_elsewhere_is_refused(name, tmp_path):
-    with pytest.raises(ArtifactError, match="is no plain file name"):
+    with pytest.raises(ArtifactError, match="is not a plain file name"):
         verified_context(context_program(tmp_path, context_model(name)), VITISAI)
 
 
@@ -375,7 +375,7 @@ def hide(model):
 
 def test_branches_are_looked_into(tmp_path):
     assert verified_context(context_program(tmp_path, hide(context_model())), VITISAI)
-    with pytest.raises(ArtifactError, match="is no plain file name"):
+    with pytest.raises(ArtifactError, match="is not a plain file name"):
         verified_context(context_program(tmp_path, hide(context_model("../outside.bin"))), VITISAI)
 
 
@@ -386,7 +386,7 @@ def test_branches_are_looked_into(tmp_path):
         ({"source": None}, "an unnamed execution provider"),
         ({"source": 3}, "source of an EPContext is of another type"),
         ({"embed_mode": "1"}, "embed_mode of an EPContext is of another type"),
-        ({"embed_mode": 2, "refers_to": "../outside.bin"}, "is no plain file name"),
+        ({"embed_mode": 2, "refers_to": "../outside.bin"}, "is not a plain file name"),
     ],
 )
 def test_nodes_of_another_kind_are_refused(attributes, says, tmp_path):
@@ -397,7 +397,7 @@ def test_nodes_of_another_kind_are_refused(attributes, says, tmp_path):
 def test_what_is_no_compiled_program_is_refused(tmp_path):
     with pytest.raises(ArtifactError, match="has no EPContext"):
         verified_context(context_program(tmp_path, model_bytes()), VITISAI)
-    with pytest.raises(ArtifactError, match="is no ONNX model"):
+    with pytest.raises(ArtifactError, match="is not an ONNX model"):
         verified_context(context_program(tmp_path, b"\xff\xff\xff"), VITISAI)
 
 
@@ -406,7 +406,7 @@ def test_weights_of_a_compiled_program_lie_beside_it(tmp_path):
     weight = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[1], data_location=TensorProto.EXTERNAL)
     weight.external_data.add(key="location", value="../model.safetensors")
     model.graph.initializer.append(weight)
-    with pytest.raises(ArtifactError, match=r"names its weights .* no plain file name"):
+    with pytest.raises(ArtifactError, match=r"names its weights .* not a plain file name"):
         verified_context(context_program(tmp_path, model), VITISAI)
 
 
@@ -486,7 +486,7 @@ def test_a_session_that_starts_again_replaces_what_it_kept(monkeypatch, tmp_path
 def test_what_is_no_compiled_program_is_not_replaced(monkeypatch, tmp_path):
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "10x18.onnx").write_bytes(model_bytes())
-    with pytest.raises(ConfigurationError, match=r"10x18\.onnx exists and is no compiled program"):
+    with pytest.raises(ConfigurationError, match=r"10x18\.onnx exists and is not a compiled program"):
         open_compiling(monkeypatch, tmp_path)
     assert (tmp_path / "kept" / "10x18.onnx").read_bytes() == model_bytes()
 

@@ -13,9 +13,9 @@ from visionaccel.core.grid import as_grids
 from visionaccel.core.program import CHECKPOINT
 from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError
-from visionaccel_torch_ref import attention
 from visionaccel_torch_ref.graphs import GraphedTower
-from visionaccel_torch_ref.tower import load_fast_tower
+from visionaccel_torch_ref.linear import sdpa
+from visionaccel_torch_ref.tower import FastTower
 
 GRIDS = [(1, 12, 10), (3, 6, 18), (1, 16, 16)]
 OTHERS = [[(1, 2, 2 * i)] for i in range(1, 20)]
@@ -46,7 +46,7 @@ def capture():
 @pytest.fixture(scope="module")
 def tower(tiny):
     (program,) = open_tower(tiny).programs([CHECKPOINT])
-    return load_fast_tower(program, dtype=torch.float32, attention=attention.sdpa, device="cpu")
+    return FastTower(program, dtype=torch.float32, attention=sdpa, device="cpu")
 
 
 def call(tower, grids, seed=0):

@@ -66,7 +66,7 @@ class GraphWriter:
         node = helper.make_node(operator, inputs, names, name=f"{operator}.{number}", domain=domain, **attributes)
         self._nodes.append(node)
         if domain == MICROSOFT and self.precision != "float32":
-            # onnx infers no types through these operators, and whoever rewrites a graph of low precision needs them.
+            # onnx infers no types through these operators, and code that rewrites a graph of low precision needs them.
             self._types += [
                 helper.make_tensor_value_info(name, DTYPES[self.precision].onnx, None) for name in names if name
             ]
