@@ -157,7 +157,7 @@ def test_failed_pooling_requests_are_noticed_where_reasons_are_off(digits, monke
     from vllm.v1.engine.output_processor import RequestState
 
     monkeypatch.setattr(RequestState, "make_request_output", inspect.unwrap(RequestState.make_request_output))
-    monkeypatch.setattr(activation, "is_on", lambda feature: feature is not Feature.REASONS)
+    monkeypatch.setattr(activation, "missing", lambda feature: ("a name",) if feature is Feature.REASONS else ())
     monkeypatch.setattr(activation, "_check", lambda *_: None)
     monkeypatch.setenv("VISIONACCEL_MODE", "inline")
     config = EngineArgs(model=str(digits), max_model_len=160, runner="pooling").create_engine_config()

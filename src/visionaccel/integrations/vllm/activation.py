@@ -17,7 +17,7 @@ from visionaccel.integrations.vllm.compat import (
     weight_files,
     worker,
 )
-from visionaccel.integrations.vllm.compat.contract import WITHOUT, Feature, is_on, missing, why_off
+from visionaccel.integrations.vllm.compat.contract import WITHOUT, Feature, missing, why_off
 from visionaccel.integrations.vllm.mode import choose_mode
 from visionaccel.integrations.vllm.shared_memory import make_shared_memory
 from visionaccel.settings import Settings, load_settings
@@ -54,7 +54,7 @@ def activate() -> None:
     choose_cores(settings.cpu_cores, Host(worker.started_cores(), frozenset(), ""))  # refused before models are loaded
     releases.warn_of_untried_release()
     architectures.register_models()
-    if settings.metrics and is_on(Feature.METRICS):
+    if settings.metrics and not missing(Feature.METRICS):
         serving.on_metrics(_collector)
     engine_config.on_engine_config(_prepare)  # last: after an error, all of this runs again
 
@@ -87,7 +87,7 @@ def _prepare(config: VllmConfig, client_embeds: bool) -> None:
             engine_config.use_connector(config, client_embeds)
     engine_config.use_contained_scheduler(config)
     make_shared_memory(inherit=engine_config.is_one_of_several_api_servers(config))
-    if is_on(Feature.REASONS):
+    if not missing(Feature.REASONS):
         serving.explain_errors()
     if engine_config.pools(config):
         serving.explain_pooling_errors()

@@ -18,14 +18,14 @@ __all__ = ["choose_mode"]
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class ModeChoice:
     """How an engine encodes, and why."""
 
     mode: Literal["pipelined", "inline"]
     reason: str
 
 
-def choose_mode(config: VllmConfig, settings: Settings) -> Choice:
+def choose_mode(config: VllmConfig, settings: Settings) -> ModeChoice:
     """The mode that the settings name, or the best that is available.
 
     Raises:
@@ -38,7 +38,7 @@ def choose_mode(config: VllmConfig, settings: Settings) -> Choice:
                 f"VISIONACCEL_MODE=inline, but --ec-transfer-config names {engine_config.CONNECTOR}.",
                 hint="Drop one of them.",
             )
-        return Choice("inline", "VISIONACCEL_MODE=inline")
+        return ModeChoice("inline", "VISIONACCEL_MODE=inline")
     obstacles = engine_config.impossible_with_connector(config)
     if not named:  # to name it is the user's own choice: what the connector cannot see, it leaves to the step
         obstacles += engine_config.obstacles_to_pipelining(config)
@@ -50,7 +50,7 @@ def choose_mode(config: VllmConfig, settings: Settings) -> Choice:
                 f"{by}, but pipelined mode is not available: {'; '.join(obstacles)}.",
                 hint=f"Change that, or {'leave the choice to visionaccel' if named else 'set VISIONACCEL_MODE=auto'}.",
             )
-        return Choice("pipelined", by)
+        return ModeChoice("pipelined", by)
     shared = _shared_device(config, settings)
     if shared is not None:
         obstacles.append(
@@ -58,8 +58,8 @@ def choose_mode(config: VllmConfig, settings: Settings) -> Choice:
         )
     obstacles = obstacles or _unproven(config)
     if obstacles:
-        return Choice("inline", "; ".join(obstacles))
-    return Choice("pipelined", "nothing is in its way")
+        return ModeChoice("inline", "; ".join(obstacles))
+    return ModeChoice("pipelined", "nothing is in its way")
 
 
 def _unproven(config: VllmConfig) -> list[str]:

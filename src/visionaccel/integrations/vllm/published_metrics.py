@@ -27,7 +27,7 @@ _publishers: dict[int, _Publisher] = {}
 
 
 def publish() -> EncoderMetrics:
-    """Start counting in this process, and writing the counts into the server's folder; once."""
+    """Start counting in this process, and writing the counts into the server's shared memory; once."""
     metrics = EncoderMetrics.install()
     shared = shared_memory()
     if os.getpid() not in _publishers and shared is not None:

@@ -156,11 +156,9 @@ class _Containment(compat.Mixin):  # type: ignore[misc]
         return scheduling.fail_requests(self, failures) if failures else [], reasons
 
     def _contain(self, faults: list[Fault], reasons: dict[str, str]) -> list[Request]:
-        """End every request that stands on a faulty encoder output, and forget that output everywhere.
+        """End every request that depends on a faulty encoder output, and forget that output everywhere.
 
-        Args:
-            faults: What the workers reported.
-            reasons: Gets what to tell the clients, by request.
+        What to tell the clients is added to `reasons`, by request.
         """
         faulty = _faulty((item for step in self._in_flight for item in step.items), faults)
         at_stake = scheduling.requests_at_stake(self, self._in_flight, faulty)

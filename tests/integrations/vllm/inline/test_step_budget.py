@@ -42,7 +42,7 @@ def step(receiving, monkeypatch):
 def test_a_hang_costs_no_more_than_the_budget_whatever_the_number_of_images(step, images, fallback):
     made, faults = step(1.0, BACKEND="onnxrt", FALLBACK=fallback, DEADLINE="60", CANARY="off")
     made._encoder, gates = made._opener.result(time.monotonic() + 60), []
-    for link in made.encoder.links:
+    for link in made._encoder.links:
         (opened,) = link.open().programs
         gates.append(Gate(opened.session))
         opened.session = gates[-1]
@@ -55,7 +55,7 @@ def test_a_hang_costs_no_more_than_the_budget_whatever_the_number_of_images(step
     assert len(faults) == images
     for gate in gates:
         gate.let_in()
-    made.encoder.close()
+    made._encoder.close()
 
 
 def test_several_encodes_of_a_step_share_its_budget_and_the_next_step_has_its_own(step):

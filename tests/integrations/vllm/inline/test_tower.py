@@ -2,6 +2,7 @@
 
 import ast
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,7 @@ def test_what_is_opened_late_is_not_opened_from_another_checkpoint(receiving, ti
     random_checkpoint(tmp_path / "other", seed=1)
     (tmp_path / "other" / SINGLE_FILE).replace(served / SINGLE_FILE)
     with pytest.raises(ChangedFileError, match="changed after it was verified"):
-        _ = made.encoder
+        made._opened(time.monotonic() + 60)
 
 
 def test_whatever_is_not_known_to_be_profiling_is_encoded(receiving):
@@ -89,7 +90,9 @@ def test_a_step_that_needs_the_encoder_opens_it(receiving):
     rows = made(torch.ones(40, 96), GRIDS)
     assert rows.shape == (10, 24)
     assert rows.abs().sum() > 0
-    assert made.encoder is made.encoder
+    opened = made._encoder
+    made(torch.ones(40, 96), GRIDS)
+    assert made._encoder is opened, "once"
 
 
 def test_an_encoder_that_cannot_be_opened_is_the_items_fault_and_is_not_tried_again_at_once(receiving, monkeypatch):

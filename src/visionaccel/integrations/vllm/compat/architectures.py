@@ -147,12 +147,8 @@ def use_model_in_process(architecture: str) -> None:
 def swapped_towers(model: type, towers: tuple[str, ...], make: Callable[..., nn.Module]) -> Iterator[None]:
     """While a model is constructed, have `make` make its vision tower: nothing of the stock one is allocated.
 
-    A constructor finds the tower's class as a global of its module, which may have another name for it.
-
-    Args:
-        model: vLLM's class.
-        towers: Names of the classes of its tower.
-        make: Gets the arguments of the tower's constructor, which differ between releases.
+    A constructor finds the tower's class, one of `towers`, as a global of its module, which may have another name for
+    it. `make` gets the arguments of the stock tower's constructor, which differ between releases.
     """
     modules = {kind.__module__: sys.modules[kind.__module__] for kind in model.__mro__}
     swapped = [

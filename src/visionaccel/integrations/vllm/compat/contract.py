@@ -25,7 +25,7 @@ from visionaccel.integrations.vllm.compat.releases import release
 
 __all__ = [
     "BY_OUR_SCHEDULER", "CONTRACT", "FAILED_REQUESTS", "MODEL_CONTRACT", "WITHOUT", "AnyOf", "Entry", "Feature",
-    "Need", "entries_of", "is_on", "missing", "missing_of", "needs", "way_of", "why_off",
+    "Need", "entries_of", "missing", "missing_of", "needs", "way_of", "why_off",
 ]  # fmt: skip
 
 
@@ -174,28 +174,16 @@ def entries_of(feature: Feature, architecture: str | None) -> tuple[Entry, ...]:
 
 
 def why_off(feature: Feature, architecture: str | None = None) -> str | None:
-    """What a feature misses in this vLLM, for a log or an error; None if its contract holds.
-
-    Args:
-        feature: The feature.
-        architecture: The model that it is for, if what it needs of that model counts too.
-    """
+    """What `missing` finds, in words for a log or an error; None if the contract holds."""
     lacking = missing(feature, architecture)
     return f"vLLM {release()} is not what the {feature} feature needs: {'; '.join(lacking)}" if lacking else None
-
-
-def is_on(feature: Feature) -> bool:
-    """Whether the contract of a feature holds."""
-    return not missing(feature)
 
 
 @cache
 def missing(feature: Feature, architecture: str | None = None) -> tuple[str, ...]:
     """What a feature needs that this vLLM does not have; empty if its contract holds. Looked up once in a process.
 
-    Args:
-        feature: The feature.
-        architecture: A model whose own part of the contract counts too.
+    With an architecture, the part of the contract that is about this model counts too.
     """
     return tuple(dict.fromkeys(_all_missing(entries_of(feature, architecture))))
 

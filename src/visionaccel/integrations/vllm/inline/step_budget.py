@@ -68,12 +68,9 @@ class StepBudget:
 
 
 class LateOpening:
-    """Opens an encoder in a step, in the time that the step has; where that is too short, the next steps wait on.
+    """Opens an encoder in a step, in the time that the step has; if that is too short, the next steps wait on.
 
     What fails is tried again after a pause, which doubles each time up to a minute: memory that was short may be free.
-
-    Args:
-        make: Opens it.
     """
 
     def __init__(self, make: Callable[[], GuardedEncoder]) -> None:
@@ -83,10 +80,7 @@ class LateOpening:
         self._pause, self._again = _FIRST_PAUSE, 0.0
 
     def result(self, until: float) -> GuardedEncoder:
-        """The encoder.
-
-        Args:
-            until: When to wait no longer, on the monotonic clock; the opening then goes on.
+        """The encoder; after `until`, on the monotonic clock, the opening goes on without this caller.
 
         Raises:
             VisionAccelError: Why there is none yet.

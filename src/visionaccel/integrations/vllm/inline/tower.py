@@ -76,16 +76,6 @@ class AcceleratedTower(nn.Module):
         self._opener = LateOpening(functools.partial(self._open, "in-line, for what comes through no EC connector"))
         self._encoder = None if self._receives else self._open(how)
 
-    @property
-    def encoder(self) -> GuardedEncoder:
-        """The encoder, opened now if it was not needed before, in the time that a step has.
-
-        Raises:
-            VisionAccelError: If it cannot be opened, or not in that time, or if it could not be a moment ago.
-        """
-        with self.budget.encode() as until:
-            return self._opened(until)
-
     def forward(self, x: torch.Tensor, grid_thw: Any, **_: Any) -> torch.Tensor:
         """Embeddings of the items of one step.
 

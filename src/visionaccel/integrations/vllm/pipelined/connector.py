@@ -35,7 +35,7 @@ from visionaccel.integrations.vllm.compat import (
 )
 from visionaccel.integrations.vllm.compat.scheduling import CacheState
 from visionaccel.integrations.vllm.encoder_source import announce, open_served_source
-from visionaccel.integrations.vllm.pipelined.pending_images import Failure, PendingImages, Wanted
+from visionaccel.integrations.vllm.pipelined.pending_images import Failure, PendingImages, WantedItem
 from visionaccel.integrations.vllm.published_metrics import publish
 from visionaccel.integrations.vllm.reloading import Replacement, source_digest
 from visionaccel.service import EncodeService, open_wanted_service
@@ -69,7 +69,7 @@ class _Item:
 
     identifier: str
     end: int  # where its tokens end in the prompt
-    wanted: Wanted | None  # what to encode, if that is known here
+    wanted: WantedItem | None  # what to encode, if that is known here
     given: bool  # its embeddings come with the request
 
 
@@ -136,7 +136,7 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
         except VisionAccelError as error:
             compat.logger().error("Requests with images end with an error from now on: %s", error)
             self._digest = ""
-            self._pending_images = PendingImages(_Refusing(error), self._settings.cache_size)
+            self._pending_images = PendingImages(_RefusingService(error), self._settings.cache_size)
         self._loads.clear()
         self._cached.clear()
 
@@ -285,7 +285,7 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
         place = feature.mm_position
         wanted = None
         if item.pixels is not None and isinstance(item.pixels, torch.Tensor):
-            wanted = Wanted(item.identifier, label, item.pixels, as_grids(item.grid)[0])
+            wanted = WantedItem(item.identifier, label, item.pixels, as_grids(item.grid)[0])
         return _Item(item.identifier, place.offset + place.length, wanted, scheduling.has_embeddings(feature))
 
     def _guessed_state(self, identifier: str, _: str) -> CacheState:
@@ -328,7 +328,7 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
         """Nothing is given to other engines."""
 
 
-class _Refusing:
+class _RefusingService:
     """Stands for the encode service where no encoder has the weights that are served."""
 
     def __init__(self, error: VisionAccelError) -> None:

@@ -16,11 +16,11 @@ from visionaccel.core.grid import Grid
 from visionaccel.errors import DeviceError, GridError, QueueFullError, VisionAccelError
 from visionaccel.service import Embedding
 
-__all__ = ["PendingImages", "Failure", "Wanted"]
+__all__ = ["PendingImages", "Failure", "WantedItem"]
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class WantedItem:
     """An image or video of a request: vLLM's key of its content, and what errors call it, such as `image 2`."""
 
     identifier: str
@@ -87,7 +87,7 @@ class PendingImages:
     def __len__(self) -> int:
         return len(self._pending)
 
-    def ready(self, request: str, items: Sequence[Wanted], arrival: float, *, urgent: bool = False) -> bool:
+    def ready(self, request: str, items: Sequence[WantedItem], arrival: float, *, urgent: bool = False) -> bool:
         """Whether the embeddings of all these items are here for a request; those that are not are submitted.
 
         A request whose item failed is never ready; see `failures`.
@@ -162,7 +162,7 @@ class PendingImages:
         for identifier in self._requests.pop(request, ()):
             self._drop(request, identifier)
 
-    def _submit(self, request: str, item: Wanted, arrival: float, urgent: bool) -> _PendingImage | None:
+    def _submit(self, request: str, item: WantedItem, arrival: float, urgent: bool) -> _PendingImage | None:
         if self.held > self._size and not urgent and next(iter(self._waiting)) != request:
             return None
         size = 0
@@ -189,7 +189,7 @@ class PendingImages:
             self.held -= pending.size
 
 
-def _error(pending: _PendingImage, item: Wanted) -> VisionAccelError | None:
+def _error(pending: _PendingImage, item: WantedItem) -> VisionAccelError | None:
     """Why a pending image is of no use for an item, if that is known."""
     if pending.grid != item.grid:  # its rows would not be as many as vLLM has places for
         return GridError(
