@@ -135,7 +135,7 @@ def check_engine(config: VllmConfig) -> None:
     loaded, it passes this package by.
 
     Raises:
-        ConfigurationError: If this engine would answer wrongly.
+        ConfigurationError: If this engine would give wrong answers.
     """
     served, settings = engine_config.served_model(config), load_settings()
     _check(config, served, settings)

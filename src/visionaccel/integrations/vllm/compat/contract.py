@@ -45,7 +45,7 @@ WITHOUT = {
     Feature.INLINE: "vLLM does not start with VISIONACCEL_BACKEND set",
     Feature.FITTING: "vLLM does not start with a bundle whose programs take some image sizes only",
     Feature.CONTAINMENT: "an image that cannot be encoded in the engine's step ends the engine, and what was computed "
-    "from a device that answered wrongly is not discarded",
+    "from a device that returned wrong results is not discarded",
     Feature.PIPELINED: "images are encoded in the engine's step",
     Feature.REASONS: "clients get vLLM's own error for a failed image; the reason is in the log only",
     Feature.METRICS: "the metrics of the encoder are not in /metrics",

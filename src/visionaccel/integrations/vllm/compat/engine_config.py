@@ -274,7 +274,7 @@ def use_connector(config: VllmConfig, client_embeds: bool) -> None:
 
 
 def impossible_with_connector(config: VllmConfig) -> list[str]:
-    """Why an engine would answer wrongly, or not at all, with this package's EC connector; empty if it would not."""
+    """Why an engine would give wrong answers, or none, with this package's EC connector; empty if it would not."""
     found = []
     media = config.model_config.get_multimodal_config()
     if getattr(media, "video_pruning_rate", None):
