@@ -179,8 +179,7 @@ def _check(config: VllmConfig, served: engine_config.ServedModel, settings: Sett
     from visionaccel.integrations.vllm.encoder_source import implemented_epsilon  # not in every process of vLLM
     from visionaccel.integrations.vllm.processing import changed_size
 
-    epsilon = implemented_epsilon(served)
-    if served.epsilon not in (None, epsilon):
+    if served.epsilon is not None and served.epsilon != (epsilon := implemented_epsilon(served)):
         raise ConfigurationError(
             f"the served configuration sets {architectures.ARCHITECTURES[served.replaces].epsilon}={served.epsilon} "
             f"for the vision encoder too, and only {epsilon} is implemented.",

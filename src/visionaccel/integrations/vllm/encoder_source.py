@@ -85,17 +85,17 @@ def open_served_source(served: ServedModel, settings: Settings) -> Tower | Bundl
             f"VISIONACCEL_BUNDLE={str(settings.bundle)!r} is not a folder.",
             hint="Name an existing folder; `visionaccel pull` fetches a bundle from the hub.",
         )
-    if not is_bundle(settings.bundle):
-        tower = tower_of(locate_checkpoint(settings.bundle))
-        _require_weights(wanted, tower_digest(tower), settings.bundle)
-        require_processor(processor_digest(tower.checkpoint.folder), stored.folder, settings.bundle)
-        _require_sizes(wanted, tower, settings.bundle)
-        return tower
-    bundle = open_bundle(settings.bundle, checkpoint=stored)
-    _require_weights(wanted, bundle.manifest.weights_digest, bundle.folder)
-    require_processor(bundle.manifest.processor_digest, stored.folder, bundle.folder)
-    _require_sizes(wanted, bundle.tower, bundle.folder)
-    return bundle
+    source: Tower | Bundle
+    if is_bundle(settings.bundle):
+        source = open_bundle(settings.bundle, checkpoint=stored)
+        tower, processor = source.tower, source.manifest.processor_digest
+    else:
+        source = tower = tower_of(locate_checkpoint(settings.bundle))
+        processor = processor_digest(tower.checkpoint.folder)
+    _require_weights(wanted, source_digest(source), settings.bundle)
+    require_processor(processor, stored.folder, settings.bundle)
+    _require_sizes(wanted, tower, settings.bundle)
+    return source
 
 
 def stated_source(served: ServedModel, settings: Settings, used: Tower | Bundle | None) -> Tower | Bundle | None:
