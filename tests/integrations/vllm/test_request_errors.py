@@ -169,9 +169,9 @@ def test_where_pooling_requests_cannot_end_alone_pooling_models_are_refused(digi
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.output_processor import RequestState
 
+    config = EngineArgs(model=str(digits), max_model_len=160, runner="pooling").create_engine_config()
     monkeypatch.delattr(RequestState, "make_request_output")
     contract.missing.cache_clear()
-    config = EngineArgs(model=str(digits), max_model_len=160, runner="pooling").create_engine_config()
     with pytest.raises(ConfigurationError, match=r"pooling models cannot be served on vLLM .*make_request_output"):
         activation._prepare(config, client_embeds=False)
     monkeypatch.undo()
