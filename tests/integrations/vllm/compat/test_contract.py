@@ -9,7 +9,7 @@ import pytest
 
 from doc_pages import ROOT
 from docsite.tables import ENTRIES, contract_table
-from visionaccel.integrations.vllm.compat import architectures
+from visionaccel.integrations.vllm.compat import architectures, contract
 from visionaccel.integrations.vllm.compat.contract import (
     CONTRACT,
     AnyOf,
@@ -35,6 +35,14 @@ def lacks(feature):
 @pytest.mark.parametrize("feature", Feature)
 def test_the_contract_holds_on_this_vllm(feature):
     assert lacks(feature) == ()
+
+
+def test_a_row_says_only_what_is_checked():
+    assert {need.use for need in NEEDS} == {"call", "read", "subclass", "override", "patch"}
+    with pytest.raises(TypeError, match="parametres"):
+        contract._need({"call": "module:name", "parametres": "one"}, {})
+    with pytest.raises(KeyError, match="tover"):
+        contract._need({"patch": "module:{tover}"}, {"tower": "Tower"})
 
 
 def homes_of(need):
