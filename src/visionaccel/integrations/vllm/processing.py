@@ -45,7 +45,7 @@ _SIZES = {"patch_size": "patch_size", "temporal_patch_size": "temporal_patch_siz
 _NORMALISATION = frozenset({"do_normalize", "do_rescale", "image_mean", "image_std", "rescale_factor"})
 
 
-class FittedInfo(image_processing.HookedInfo):
+class FittedInfo(compat.Mixin):  # type: ignore[misc]
     """Mixed in before a model's processing information: fits images to the grids that the programs take."""
 
     @cached_property
@@ -103,11 +103,8 @@ class FittedInfo(image_processing.HookedInfo):
         grid, side = self.fitter.largest, self.fitter.tower.patch_size
         return compat.ImageSize(width=grid.w * side, height=grid.h * side)
 
-    def planned_size(self, kind: str, height: int, width: int) -> tuple[int, int]:
-        if kind != "image" or self.fitter is None or not self.resizes:
-            return height, width
-        grid, side = self.fitter.grid_for(height, width), self.fitter.tower.patch_size
-        return grid.h * side, grid.w * side
+    def _get_vision_info(self, **kwargs: Any) -> Any:
+        return super()._get_vision_info(**image_processing.with_planned_size(kwargs, self._planned_size))
 
     @image_processing.errors_for_clients
     def obeyed(self, options: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -169,6 +166,12 @@ class FittedInfo(image_processing.HookedInfo):
         """The options, of the server or a request, that vLLM's own encoder would not ignore."""
         return _without_normalisation(options) if engine_config.normalises_itself(self.ctx.model_config) else options
 
+    def _planned_size(self, height: int, width: int) -> tuple[int, int]:
+        if self.fitter is None or not self.resizes:
+            return height, width
+        grid, side = self.fitter.grid_for(height, width), self.fitter.tower.patch_size
+        return grid.h * side, grid.w * side
+
     @image_processing.errors_for_clients
     def _fit(self, image: Any) -> Image:
         assert self.fitter is not None
@@ -183,7 +186,7 @@ class FittedInfo(image_processing.HookedInfo):
         )
 
 
-class FittedProcessor(image_processing.HookedProcessor):
+class FittedProcessor(compat.Mixin):  # type: ignore[misc]
     """Mixed in before a model's processor: refuses a grid that no program takes before the engine gets the request."""
 
     @cached_property
@@ -203,8 +206,10 @@ class FittedProcessor(image_processing.HookedProcessor):
         self._timing.note(result, started, time.monotonic() - started)
         return result
 
-    def processed(self, kind: str, grid: Any) -> None:
-        self.info.check_fits(kind, grid)
+    def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> Any:
+        for kind, grid in image_processing.item_grids(out_mm_kwargs):
+            self.info.check_fits(kind, grid)
+        return super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
 
 
 def changed_size(options: Mapping[str, Any], vision: Mapping[str, Any]) -> str | None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from typing import Any, ParamSpec, TypeVar
 
 from visionaccel.errors import InputError
-from visionaccel.integrations.vllm.compat import Mixin
 from visionaccel.integrations.vllm.compat.architectures import Architecture
 
-__all__ = ["HookedInfo", "HookedProcessor", "convert_images", "errors_for_clients", "pixel_bounds", "refuse_videos"]
+__all__ = [
+    "convert_images", "errors_for_clients", "item_grids", "pixel_bounds", "refuse_videos", "with_planned_size",
+]  # fmt: skip
 
 _Parameters = ParamSpec("_Parameters")
 _Result = TypeVar("_Result")
@@ -41,35 +42,21 @@ def _for_clients(kind: type[InputError]) -> type[InputError]:
     return type(kind.__name__, (kind, theirs), {"parameter": None, "value": None})
 
 
-class HookedInfo(Mixin):  # type: ignore[misc]
-    """Mixed in before a model's processing information: asks for the size that vLLM is to plan an image with."""
-
-    def planned_size(self, kind: str, height: int, width: int) -> tuple[int, int]:  # noqa: ARG002
-        """Height and width in pixels that the processor gets of an `image` or `video` of that size in the prompt."""
-        return height, width
-
-    def _get_vision_info(self, **kwargs: Any) -> Any:
-        # Releases differ in whether they pass the modality; without it, one frame is an image.
-        kind = kwargs.get("modality") or ("image" if kwargs.get("num_frames", 1) == 1 else "video")
-        height, width = self.planned_size(kind, kwargs["image_height"], kwargs["image_width"])
-        return super()._get_vision_info(**{**kwargs, "image_height": height, "image_width": width})
+def with_planned_size(given: Mapping[str, Any], plan: Callable[[int, int], tuple[int, int]]) -> dict[str, Any]:
+    """Arguments of `_get_vision_info`, with the height and width in pixels that `plan` gives an image."""
+    # Releases differ in whether they pass the modality; without it, one frame is an image.
+    if (given.get("modality") or ("image" if given.get("num_frames", 1) == 1 else "video")) != "image":
+        return dict(given)
+    height, width = plan(given["image_height"], given["image_width"])
+    return {**given, "image_height": height, "image_width": width}
 
 
-class HookedProcessor(Mixin):  # type: ignore[misc]
-    """Mixed in before a model's processor: shows each processed image and video before the engine gets it."""
-
-    def processed(self, kind: str, grid: Any) -> None:
-        """Called for each `image` and `video` that has pixels, with its (t, h, w)."""
-
-    def _get_prompt_updates(
-        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any
-    ) -> Sequence[Any]:
-        for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
-            for item in out_mm_kwargs.get(kind, ()):
-                if item is not None and pixels in item:  # what comes as embeddings needs no program
-                    self.processed(kind, item[f"{kind}_grid_thw"].data)
-        updates: Sequence[Any] = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
-        return updates
+def item_grids(processed: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """`image` or `video` and the (t, h, w) of each processed item that has pixels; embeddings need no program."""
+    for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+        for item in processed.get(kind, ()):
+            if item is not None and pixels in item:
+                yield kind, item[f"{kind}_grid_thw"].data
 
 
 def pixel_bounds(info: Any, row: Architecture) -> tuple[int, int]:
