@@ -22,7 +22,7 @@ from visionaccel.errors import (
 )
 from visionaccel.service import EmbeddingCache, EncodeService, open_guarded, open_service
 from visionaccel.settings import Settings
-from visionaccel.trust import BreakerState, ChainLink, GuardedEncoder, LateError, Shadow, WatchedCalls
+from visionaccel.trust import BreakerState, ChainLink, GuardedEncoder, Shadow
 
 GRID = (1, 4, 4)
 
@@ -392,18 +392,6 @@ def test_a_fallback_that_the_steps_end_leaves_opening_is_used_once_it_is_open(ti
     link.close()
 
 
-def test_a_call_that_is_left_behind_does_not_hold_up_the_next():
-    calls, gate = WatchedCalls(), threading.Event()
-    with pytest.raises(LateError):
-        calls.call(gate.wait, 0.05, places=2)
-    assert calls.call(lambda: 7, 5, places=2) == 7
-    with pytest.raises(TimeoutError, match="of its own"):
-        calls.call(lambda: (_ for _ in ()).throw(TimeoutError("of its own")), 5, places=2)
-    assert calls.call(lambda: 8, 5, places=2) == 8
-    gate.set()
-    calls.close()
-
-
 # The shadow
 
 
@@ -533,6 +521,16 @@ def test_a_shadow_looks_at_its_share_and_skips_what_it_has_no_time_for(tiny):
         shadow.close()
     entered.set()
     assert first.breaker.closed, "a reference that fails says nothing of the device"
+    first.close()
+
+
+def test_closing_a_shadow_whose_thread_takes_the_last_sample_at_that_moment_ends_it(tiny):
+    first, _ = scripted(tiny, "first")
+    shadow = Shadow(1.0, 0.99, ChainLink("reference", lambda: open_encoder(tiny, backend="torch_ref")))
+    shadow._samples.empty = lambda: False  # as it was a moment before
+    shadow.close()
+    shadow.offer(first, random_patches([GRID]), Grid(*GRID), random_patches([GRID]))
+    assert (shadow.compared, shadow._thread) == (0, None)
     first.close()
 
 

@@ -84,12 +84,12 @@ SERIES = (
            merge="min"),
     Series("visionaccel_comparisons", "counter", "Comparisons with the reference.", (*_WHO, "source", "outcome")),
     Series("visionaccel_shadow_skipped", "counter", "Answers that were to be compared and were not, for want of time."),
-    Series("visionaccel_device_restarts", "counter", "How often a device's process was started anew.", _WHO),
+    Series("visionaccel_device_restarts", "counter", "How often a device's process was restarted.", _WHO),
     Series("visionaccel_cache_hits", "counter", "Images whose embeddings were in the cache."),
     Series("visionaccel_cache_bytes", "gauge", "Bytes of embeddings in the cache."),
     Series("visionaccel_cache_evictions", "counter", "Embeddings that left the cache for others."),
     Series("visionaccel_merged_items", "counter", "Images equal to one in the queue, encoded with it."),
-    Series("visionaccel_cancelled_items", "counter", "Images that nobody wanted any more before their turn."),
+    Series("visionaccel_cancelled_items", "counter", "Images that were cancelled before their turn."),
     Series("visionaccel_waiting_items", "gauge", "Images that wait for a device."),
     Series("visionaccel_running_items", "gauge", "Images that devices encode now."),
 )  # fmt: skip
@@ -127,7 +127,7 @@ class EncoderMetrics:
 
     @classmethod
     def install(cls) -> EncoderMetrics:
-        """Start counting in this process; the same for every caller, and not for a fork of theirs."""
+        """Start counting in this process. Every caller gets the same object; a fork gets its own."""
         return installed(cls, cls)
 
     def watch_encoder(self, encoder: GuardedEncoder, *, served: bool = False) -> None:

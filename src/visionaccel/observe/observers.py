@@ -42,13 +42,9 @@ _PARTS = {
 
 
 def installed(kind: type[_T], make: Callable[[], _T]) -> _T:
-    """The observer of a kind in this process, made and registered now if there is none.
+    """The observer of a class in this process, made and registered now if there is none.
 
-    A fork makes its own: its parent's counts are not its own, and locks may be held by threads that it does not have.
-
-    Args:
-        kind: The observer's class.
-        make: Makes one.
+    A fork makes its own: it must not have its parent's counts, nor locks that threads of its parent hold.
     """
     plugins, name = default_registry().plugins, kind.__name__
     with _installing[0]:
@@ -98,7 +94,7 @@ def timed_encodes(log: str) -> list[dict[str, Any]]:
 
 
 def _bandwidth(size: int, seconds: float) -> float | None:
-    """GB/s; None where the session told of no transfer."""
+    """GB/s; None where the session reported no transfer."""
     return round(size / seconds / 1e9, 3) if seconds > 0 else None
 
 
@@ -132,7 +128,7 @@ class TraceLog:
 
     @classmethod
     def install(cls, path: Path, process: str | None = None) -> TraceLog:
-        """Start tracing in this process; the same for every caller, and not for a fork of theirs."""
+        """Start tracing in this process. Every caller gets the same object; a fork gets its own."""
         return installed(cls, lambda: cls(path, process))
 
     def slice(

@@ -181,7 +181,7 @@ class _Opening:
             device=device,
             options=options,
             isolation=settings.isolation,
-            deadline=LONGEST_SECONDS,  # the link ends what is late: a device's process has no deadline besides
+            deadline=LONGEST_SECONDS,  # the link has the deadline, and ends the device's process
             open_deadline=settings.open_deadline,
             cores=self._cores,
             weights=settings.weights,
@@ -189,7 +189,7 @@ class _Opening:
 
 
 class _CanaryError(DeviceError):
-    """A device encodes, and wrongly."""
+    """A device returns wrong embeddings."""
 
 
 def open_service(
@@ -217,7 +217,7 @@ def open_service(
         fallback: Backend that takes over what the devices fail on, or their place if they cannot start; or several.
         options: The backend's options by name.
         isolation: Whether each device lives in a child process; `auto` for what the backend declares.
-        deadline: Seconds that a device may take for one call.
+        deadline: Seconds that a device may take for each image of a call.
         open_deadline: Seconds that opening a device in a child process may take.
         queue_size: Most items that wait for a device.
         cache_size: Bytes of embeddings that are kept.

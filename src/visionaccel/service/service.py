@@ -30,7 +30,7 @@ logger = safe_logger(__name__)
 
 _MISMATCH = "Pass the pixel_values and the grid_thw of the same processor call."
 _TRIES = 3
-_POLL = 0.005
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.005, 0.1
 _CLOSING = 1.0
 
 
@@ -151,11 +151,13 @@ class EncodeService:
             VisionAccelError: What `submit` raises, and the item's own error.
         """
         item = await asyncio.to_thread(self._item, patches, grid, key, arrival)
+        pause = _SHORTEST_PAUSE
         while True:
             try:
                 return await asyncio.wrap_future(self._state.enter(item, 0))
             except QueueFullError:
-                await asyncio.sleep(_POLL)
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
 
     def encode(self, patches: Array, grids: Iterable[GridLike]) -> list[Embedding]:
         """Encode several images and videos and wait for all of them.
@@ -283,7 +285,7 @@ class EncodeService:
         return min(stuck, time.monotonic() - item.submitted) >= self._deadline
 
     def _encode(self, encoder: GuardedEncoder, item: Item, waited: float) -> tuple[Embedding | VisionAccelError, bool]:
-        """An item's answer, and whether a fallback computed it; none of a device that was distrusted meanwhile."""
+        """An item's answer, and whether a fallback computed it. Repeated if its device was distrusted in the call."""
         patches = item.patches
         try:
             for _ in range(_TRIES):

@@ -2,7 +2,7 @@
 
 These hold between any two calls, on any schedule:
 
-- Of items with one key, at most one waits or runs. An equal one that comes meanwhile joins it.
+- Of items with one key, at most one waits or runs. An equal one that comes then joins it.
 - Every future that was handed out belongs to one such item until it is answered, once, or its holder cancels it.
 - At most `size` items wait. Urgent ones go first, then those that arrived first.
 - An item that waits and loses its last future is dropped, with its patches.

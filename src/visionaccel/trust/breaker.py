@@ -146,7 +146,7 @@ class Keeper:
 
     Args:
         breaker: The link's breaker.
-        probe: Tries the link; returns what failed, or None, and whether it answered wrongly.
+        probe: Tries the link; returns what failed, or None, and whether an answer was wrong.
         check: Runs the canary on the timer.
         interval: Seconds between two canaries; 0 for none.
     """

@@ -1,4 +1,4 @@
-"""The canary: images with known answers that a device must encode rightly before it is trusted, and again later."""
+"""The canary: images with known answers, which a device must encode correctly before it is trusted, and again later."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class CanaryResult:
         seconds: How long it took.
         failure: What is wrong, with the numbers; None if nothing is.
         encoded: Something could be encoded; otherwise the cosine means nothing.
-        wrong: It encoded, and answered wrongly; otherwise what failed could not be encoded at all.
+        wrong: An answer was wrong; otherwise what failed could not be encoded at all.
     """
 
     images: int

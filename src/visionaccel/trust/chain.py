@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,9 +47,9 @@ class Embedded:
 class GuardedEncoder:
     """A chain of encoders: each item gets its answer from the first that is healthy and can give it.
 
-    Several items are encoded in one call where that works, and one by one where it does not. What a device answers
-    wrongly (`OutputError`) is tried once more there, and then goes down the chain; so does what it fails on. Where
-    nothing follows, an item is tried once more also if the device raised an error.
+    Several items are encoded in one call where that works, and one by one where it does not. This is the only place
+    that retries: an item with a wrong answer (`OutputError`) is tried once more on the same device, then goes down the
+    chain, as does one that the device fails on. Where nothing follows, any other error is tried once more too.
 
     Args:
         primary: The chosen encoder.
@@ -86,7 +86,7 @@ class GuardedEncoder:
     def stuck_for(self) -> float:
         """Seconds since when no link may be asked because one hangs; 0 if one may, or none hangs.
 
-        What waits meanwhile may be answered later.
+        What waits may be answered later.
         """
         return 0.0 if self._turns() else min((link.hangs_for for link in self.links if link.hangs_for), default=0.0)
 
@@ -116,7 +116,7 @@ class GuardedEncoder:
         try:
             checked = as_grids(grids, merge)
             if total_patches(checked) != len(patches):
-                # Which rows belong to which item is unknown, so the error is everybody's.
+                # Which rows belong to which item is unknown, so every item gets the error.
                 found = self.links[0].encode(patches, checked, until=until)
                 assert isinstance(found, VisionAccelError)  # the encoder refuses what disagrees
                 return self._failed(found, len(checked))
@@ -124,7 +124,7 @@ class GuardedEncoder:
             return self._failed(error, len(grids))
         link = next(iter(self._turns()), None)
         if link is None:
-            return self._failed(self._nobody(), len(checked))
+            return self._failed(self._unhealthy(), len(checked))
         ends = np.cumsum([grid.patches for grid in checked]).tolist()
         starts = [0, *ends[:-1]]
         if until is not None and time.monotonic() >= until:
@@ -169,48 +169,42 @@ class GuardedEncoder:
             patches: Its patches.
             grid: Its grid.
             known: An encoder that has tried already, and what went wrong.
-            retry: Whether what comes out wrong is tried a second time.
+            retry: Whether a failure is tried a second time, where that makes sense.
             queue_seconds: How long it waited.
             until: As for `encode_items`.
         """
         errors: list[tuple[ChainLink, VisionAccelError]] = []
-        if known is not None:
-            errors.append(known)
-            if _is_own_fault(known[1]):
-                return self._failed(known[1], 1)[0]
-            again = self._again(patches, grid, *known, until) if retry else known[1]
-            if not isinstance(again, VisionAccelError):
-                return self._done(known[0], patches, grid, again)
-        for link in self._turns():
-            if known is not None and link is known[0]:
-                continue
-            if until is not None and time.monotonic() >= until:
+
+        def turns() -> Iterator[tuple[ChainLink, VisionAccelError | None]]:
+            if known is not None:
+                yield known
+            yield from ((link, None) for link in self._turns() if known is None or link is not known[0])
+
+        for link, error in turns():
+            if error is None and until is not None and time.monotonic() >= until:
                 errors.append((link, no_time()))
                 break
-            answer = link.encode(patches, [grid], queue_seconds, self._following(link), until=until)
-            if isinstance(answer, VisionAccelError) and retry:
-                answer = self._again(patches, grid, link, answer, until)
+            answer = error or link.encode(patches, [grid], queue_seconds, self._following(link), until=until)
+            if isinstance(answer, VisionAccelError) and retry and self._worth_a_retry(link, answer):
+                answer = link.encode(patches, [grid], following=self._following(link), until=until)
             if not isinstance(answer, VisionAccelError):
                 return self._done(link, patches, grid, answer, errors)
             errors.append((link, answer))
             if _is_own_fault(answer):
                 break
-        return self._failed(self._together(errors) if errors else self._nobody(), 1)[0]
+        return self._failed(self._together(errors) if errors else self._unhealthy(), 1)[0]
 
-    def _again(
-        self, patches: Array, grid: Grid, link: ChainLink, error: VisionAccelError, until: float | None
-    ) -> Array | VisionAccelError:
-        """A second try where the first went wrong, if that makes sense."""
-        following = self._following(link)
-        # A process that died is started anew at once, and only then; the same image may end the next one, too.
-        lasting = isinstance(error, DeadlineError | DeviceLostError | InputError)
-        hopeless = lasting or not isinstance(error, DeviceError)
-        if hopeless or link not in self._turns() or not (isinstance(error, OutputError) or following is None):
-            return error
-        return link.encode(patches, [grid], following=following, until=until)
+    def _worth_a_retry(self, link: ChainLink, error: VisionAccelError) -> bool:
+        """Whether a link is asked a second time: for a wrong answer, or a failure where nothing follows.
+
+        A call that was late, or ended its process, is not repeated: the same image may do that again.
+        """
+        if not isinstance(error, DeviceError) or isinstance(error, DeadlineError | DeviceLostError):
+            return False
+        return link in self._turns() and (isinstance(error, OutputError) or self._following(link) is None)
 
     def _turns(self) -> list[ChainLink]:
-        """Who may be asked now, in turn: the healthy, or where nobody is, those that only failed often."""
+        """The links that may be asked now, in turn: the healthy; if there are none, those that only failed often."""
         ready = [link for link in self.links if link.ready]
         return ready or [link for link in self.links if link.may_try]
 
@@ -248,7 +242,7 @@ class GuardedEncoder:
         return Embedded(rows, fallback)
 
     def _together(self, errors: Sequence[tuple[ChainLink, VisionAccelError]]) -> VisionAccelError:
-        """What to tell of an item that every encoder failed on."""
+        """The error of an item that every encoder failed on."""
         (_, first), *others = errors
         more = [f"The fallback {link.name!r} failed too: {error.message}" for link, error in others]
         asked = {link for link, _ in errors}
@@ -256,7 +250,7 @@ class GuardedEncoder:
             more += [link.why_not for link in self.links if link not in asked and not link.ready]
         return DeviceError(" ".join([first.message, *more]), hint=errors[-1][1].hint) if more else first
 
-    def _nobody(self) -> DeviceError:
+    def _unhealthy(self) -> DeviceError:
         message = f"no encoder is healthy: {'; '.join(link.why_not for link in self.links)}"
         if self.stuck_for:
             hint = "Restart the server. VISIONACCEL_ISOLATION=process ends and restarts a device that hangs."

@@ -44,14 +44,14 @@ class ChainLink:
       deadline still holds.
     - A disabled link is tried again in the background, after a delay that doubles each time; it gets work once its
       canary has passed.
-    - No answer is used that was computed while the link was found to answer wrongly.
+    - No answer is used that was computed while the link was found to give wrong answers.
 
     Args:
         name: What to call it, such as the backend's name.
         encoder: The open encoder, or what opens it. A failure to open disables the link.
         canary: What it is tried with; by default its own first answer, once it is to be put back to work.
-        canary_on: Whether the canary also runs before its first encode, when the device's process was started anew, and
-            on the timer.
+        canary_on: Whether the canary also runs before its first encode, when the device's process was restarted, and on
+            the timer.
         interval: Seconds between two canaries on a timer; 0 for none.
         deadline: Seconds for each image of a call.
         open_deadline: Seconds for opening, and for each image of the first canary, which may compile.
@@ -102,7 +102,7 @@ class ChainLink:
 
     @property
     def may_try(self) -> bool:
-        """Whether it may be given what would fail otherwise: it failed often, but neither hangs nor answers wrongly."""
+        """Whether it may be given what would fail otherwise: it failed often, but neither hangs nor is proven wrong."""
         return not (self.breaker.proven or self._watched.cut) and self._watched.if_open is not None
 
     @property
@@ -124,7 +124,7 @@ class ChainLink:
         return self._watched.restarts
 
     def on_drift(self, forget: Callable[[], None]) -> None:
-        """Have something called when it turns out that it answered wrongly: what came from it is not to be kept."""
+        """Have something called when wrong answers are found: what came from this link must not be kept."""
         self._drifted.append(forget)
 
     def encode(
@@ -162,7 +162,7 @@ class ChainLink:
         except Exception as error:  # The engine's step must survive any exception of a vendor's stack.
             answer = DeviceError(f"encoding failed with {type(error).__name__}: {error}")
         if self._distrusted != distrusted and not isinstance(answer, InputError):
-            answer = DeviceError(f"{self.name} turned out to answer wrongly meanwhile: {self.breaker.reason}")
+            answer = DeviceError(f"{self.name} was found to give wrong answers during the call: {self.breaker.reason}")
         if not isinstance(answer, VisionAccelError):
             self.breaker.succeeded()
         elif not isinstance(answer, InputError):
@@ -173,7 +173,7 @@ class ChainLink:
         return answer
 
     def check(self, *, quick: bool = False) -> CanaryResult | VisionAccelError:
-        """Run the canary now; what answers wrongly is taken out of work.
+        """Run the canary now; a link with wrong answers is disabled.
 
         Returns:
             What it found, or why the encoder cannot be opened.
@@ -186,13 +186,11 @@ class ChainLink:
         return self._watched.if_open or self._opened()
 
     def distrust(self, reason: str, evidence: Golden | None = None) -> None:
-        """It answered wrongly: take it out of work, and have what came from it forgotten.
-
-        What it answers at this moment is not used either.
+        """A wrong answer was found: disable the link, and have what came from it forgotten, calls in progress included.
 
         Args:
             reason: Why.
-            evidence: What it answered wrongly: it must get that right before it is put back to work.
+            evidence: The image with the wrong answer: it must get that right before it gets work again.
         """
         if evidence is not None:
             self._canary.remember(evidence)
@@ -206,7 +204,7 @@ class ChainLink:
 
         Args:
             wait: Seconds to wait for a call in progress, at most its deadline. One that does not return by then keeps
-                the device until it does. Nobody waits for one that is late already.
+                the device until it does. It does not wait for one that is late already.
         """
         self._closed = True
         wait = self.deadline if wait is None else min(wait, self.deadline)
@@ -216,7 +214,7 @@ class ChainLink:
     def _opened(
         self, until: float | None = None, *, probing: bool = False, twice: bool = False
     ) -> Encoder | VisionAccelError:
-        """The encoder, opened by one caller while the others wait; only a probe opens what could not be opened before.
+        """The encoder, opened by one caller while the others wait. Only a probe opens what failed to open before.
 
         Args:
             until: When to wait no longer, on the monotonic clock; the opening then goes on.
@@ -324,7 +322,7 @@ class ChainLink:
         }
         if self._closed:  # a probe that closing has ended says nothing of the device
             return
-        with self._telling:  # several changes may come at once: what is told last is the state that there is
+        with self._telling:  # several changes may come at once: the last report is the state
             state = self.breaker.state
             if state is BreakerState.CLOSED:
                 self._watched.hangs_since = None

@@ -1,4 +1,4 @@
-"""Tells observers what became of a link of a chain. An observer's fault costs nobody an encode."""
+"""Reports what became of a link of a chain to observers. An observer's fault costs no encode."""
 
 from __future__ import annotations
 

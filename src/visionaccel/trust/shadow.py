@@ -6,6 +6,7 @@ import queue
 import random
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -36,9 +37,9 @@ class _Sample:
 
 
 class Shadow:
-    """Compares answers with the reference's. Nobody waits for it: what it has no time for is not compared.
+    """Compares answers with the reference's. No request waits for it: what it has no time for is not compared.
 
-    An answer beyond the limit takes the encoder out of work, and has what came from it forgotten.
+    An answer beyond the limit disables the link, and what came from it is forgotten.
 
     Args:
         share: The share of items that it looks at, from 0 to 1.
@@ -92,13 +93,14 @@ class Shadow:
             self._samples.put_nowait(_Sample(link, next(copies), grid, next(copies)))
 
     def close(self) -> None:
-        """Look at nothing any more, and close the reference."""
+        """Compare nothing more, and close the reference."""
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-            while not self._samples.empty():
-                self._samples.get_nowait()
+            with suppress(queue.Empty):  # the thread takes samples at the same time
+                while True:
+                    self._samples.get_nowait()
             self._samples.put_nowait(None)
         self._reference.close(0.0)
 
