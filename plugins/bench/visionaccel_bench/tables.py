@@ -40,7 +40,7 @@ class Table:
 
 def print_table(table: Table) -> None:
     """Print a table among the command's results."""
-    shown = RichTable(title=table.title or None, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    shown = RichTable(title=table.title or None, box=SIMPLE_HEAD, pad_edge=False, padding=0)
     for number, name in enumerate(table.columns):
         justify: Literal["left", "right"] = "right" if number and table.layout == "numbers" else "left"
         shown.add_column(name, justify=justify, overflow="fold")
