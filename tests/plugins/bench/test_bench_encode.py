@@ -216,6 +216,11 @@ def test_what_names_no_contender_is_refused(text, kind, error, said):
         parse_contender(text, kind)
 
 
+@pytest.mark.parametrize(("text", "eager"), [("true", True), ("false", False)])
+def test_whether_vllms_peer_compiles_is_an_option(text, eager):
+    assert parse_contender(f"vllm?enforce_eager={text}", "peer").options == {"enforce_eager": eager}
+
+
 def test_a_contender_that_is_there_twice_is_refused():
     with pytest.raises(SettingsError, match="named twice"):
         named_peers(["vllm", "vllm?dtype=bfloat16"])

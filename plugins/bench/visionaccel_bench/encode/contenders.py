@@ -175,11 +175,15 @@ def _check_peer(text: str, name: str, device: str, options: Mapping[str, Any]) -
         raise SettingsError(
             f"--peer {text!r}: {name} has no option {unknown[0]!r}.", hint=f"Its options: {', '.join(sorted(known))}."
         )
-    for option, choices in (("dtype", DTYPES), ("attention", ("sdpa", "eager")), ("enforce_eager", ("true", "false"))):
+    allowed: Mapping[str, tuple[str | bool, ...]] = {
+        "dtype": DTYPES, "attention": ("sdpa", "eager"), "enforce_eager": (True, False),
+    }  # fmt: skip
+    for option, choices in allowed.items():
         if option in options and options[option] not in choices:
+            known_values = [str(each).lower() for each in choices]
             raise SettingsError(
-                f"--peer {text!r}: {option} must be one of {', '.join(choices)}.",
-                hint=f"Such as {option}={choices[0]}.",
+                f"--peer {text!r}: {option} must be one of {', '.join(known_values)}.",
+                hint=f"Such as {option}={known_values[0]}.",
             )
 
 

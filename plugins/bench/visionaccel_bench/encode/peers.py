@@ -135,7 +135,7 @@ def _vllm(tower: Tower, options: Mapping[str, Any]) -> Opened:
     from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VisionTransformer
     from vllm.utils.torch_utils import set_default_torch_dtype
 
-    name, eager = options["dtype"], options.get("enforce_eager") == "true"
+    name, eager = options["dtype"], options.get("enforce_eager", False)
     dtype, folder = getattr(torch, name), str(tower.checkpoint.folder)
     settings = EngineArgs(
         model=folder, dtype=name, skip_tokenizer_init=True, enforce_eager=eager
