@@ -1,6 +1,7 @@
 """Where this user's caches lie, by the XDG base directory specification.
 
-XDG_CACHE_HOME is the only environment variable that library calls read: it names a folder and changes no result.
+Library calls read no settings of visionaccel from the environment. XDG_CACHE_HOME, here, names a folder and changes no
+result; oneDNN's limit on instructions, in `visionaccel.core.cpu`, is read because oneDNN obeys it.
 """
 
 from __future__ import annotations

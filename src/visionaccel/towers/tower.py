@@ -28,10 +28,9 @@ from visionaccel.core.program import (
 from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.core.tower_spec import TowerSpec
 from visionaccel.errors import ConfigurationError
-from visionaccel.towers.family import Family
+from visionaccel.towers.family import Family, has_every_weight, plain_weights
 from visionaccel.towers.host import GROUPED, RASTER, Host, open_host
 from visionaccel.towers.operations import Operations, count_operations
-from visionaccel.towers.stored_form import has_every_weight, plain_weights
 from visionaccel.towers.tables import checkpoint_signature, signature, tower_tables
 
 __all__ = ["Tower"]
