@@ -18,6 +18,8 @@ from strategies import grid_lists
 from towers import random_patches, reference
 from visionaccel import Encoder, open_encoder
 from visionaccel.backends import Capabilities, EncodeReport, Registry, hookimpl
+from visionaccel.core.program import CHECKPOINT
+from visionaccel.encoder import open_tower, opening
 from visionaccel.errors import DeviceError, GridError, InputError, NonFiniteError, OutputError, PatchesError
 
 TOKENS_WIDTH = 24
@@ -255,6 +257,21 @@ def test_whatever_a_backend_raises_becomes_a_device_error(tiny, tmp_path, monkey
     encoder = open_encoder(tiny, backend="echo", registry=Registry())
     with pytest.raises(DeviceError, match=r"'echo' on grids 1x4x4 failed with RuntimeError: echo cannot compute"):
         encoder.encode(random_patches([(1, 4, 4)]), [(1, 4, 4)])
+
+
+@pytest.mark.parametrize(("kind", "copied"), [(CHECKPOINT, True), ("acme.graph", False)])
+def test_programs_of_a_plugins_own_format_bring_their_weights_and_none_are_copied(
+    tiny, tmp_path, monkeypatch, kind, copied
+):
+    source = ECHO.format(name="acme", score=1).replace('"checkpoint"', '"acme.graph", "checkpoint"')
+    monkeypatch.syspath_prepend(install(tmp_path, "acme-graphs", "acme", source))
+    held = []
+    monkeypatch.setattr(opening, "hold_source", lambda source, weights: held.append(weights) or source)
+    tower = open_tower(tiny)
+    (program,) = tower.programs([CHECKPOINT])
+    monkeypatch.setattr(tower, "programs", lambda formats: (replace(program, format=kind),))
+    open_encoder(tower, backend="acme", registry=Registry()).close()
+    assert bool(held) is copied
 
 
 @pytest.mark.parametrize("error", [RuntimeError, SystemExit])

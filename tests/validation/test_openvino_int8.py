@@ -192,7 +192,7 @@ def test_a_changed_weight_is_found_when_the_bundle_opens(quantized, tmp_path):
 
 def test_broken_programs_are_artifact_errors_and_others_are_refused(bundle, backend, tmp_path):
     program = bundle.programs([ONNX])[0]
-    with pytest.raises(ArtifactError, match="no ONNX model"):
+    with pytest.raises(ArtifactError, match="not an ONNX model"):
         backend.quantize(replace(program, model=lambda: b"\xff nonsense"), [], tmp_path)
     with pytest.raises(ArtifactError, match="cannot be read from"):
         backend.quantize(replace(program, folder=tmp_path), [{}], tmp_path)

@@ -88,7 +88,7 @@ def test_nothing_that_is_read_is_replaced(checkpoint, bundle, images, tmp_path):
 def test_broken_programs_are_artifact_errors(bundle, tmp_path):
     backend = default_registry().load("onnxrt")
     program = bundle.programs(["onnx"])[0]
-    with pytest.raises(ArtifactError, match="no ONNX model"):
+    with pytest.raises(ArtifactError, match="not an ONNX model"):
         backend.quantize(replace(program, model=lambda: b"\xff nonsense"), [], tmp_path)
     with pytest.raises(ArtifactError, match="cannot be run"):
         backend.quantize(replace(program, folder=tmp_path), [], tmp_path)

@@ -15,7 +15,7 @@ from visionaccel.bundle import Bundle, is_bundle, open_bundle
 from visionaccel.checkpoint import locate_checkpoint
 from visionaccel.core.cores import on_cores
 from visionaccel.core.invalid_values import problems_of
-from visionaccel.core.program import EP_CONTEXT, FLEXMLRT_DIRECTORY, FLEXMLRT_RAI, Program
+from visionaccel.core.program import READING_WEIGHTS, Program
 from visionaccel.core.safe_text import safe_logger
 from visionaccel.encoder.encoder import Encoder, OpenProgram, close_programs
 from visionaccel.encoder.held_weights import WantedWeights, hold_source
@@ -25,9 +25,6 @@ from visionaccel.families import Host, Tower, tower_of
 __all__ = ["WantedIsolation", "open_encoder", "open_source", "open_tower"]
 
 logger = safe_logger(__name__)
-
-_COMPILED = frozenset({EP_CONTEXT, FLEXMLRT_DIRECTORY, FLEXMLRT_RAI})
-"""Formats with their weights inside: of the tower's own, at most the host reads some, once."""
 
 WantedIsolation: TypeAlias = Literal["auto", "process", "none"]
 """Whether sessions live in child processes of their own; `auto` for what the backend declares."""
@@ -129,7 +126,7 @@ def _opened(
             f"invalid options of backend {name!r}: {problems_of(error)}.", hint=f"Options it takes: {known}."
         ) from error
     tower, programs_read = _tower(source), list(programs)
-    if any(program.format not in _COMPILED for program in programs):
+    if any(program.format in READING_WEIGHTS for program in programs):
         source = hold_source(source, weights)
         same = {(each.format, each.name): each for each in source.programs({each.format for each in programs})}
         programs_read = [same[each.format, each.name] for each in programs]

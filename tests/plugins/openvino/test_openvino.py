@@ -241,7 +241,7 @@ def test_fixed_shapes_are_taken_in_the_common_format(program, backend):
 
 def test_a_broken_model_and_missing_weights_are_artifact_errors(program, backend, tmp_path):
     options = backend.options()
-    with pytest.raises(ArtifactError, match="no ONNX model"):
+    with pytest.raises(ArtifactError, match="not an ONNX model"):
         backend.open(replace(program, model=lambda: b"\xff nonsense"), "cpu", options)
     with pytest.raises(ArtifactError, match="has no model"):
         backend.open(replace(program, model=None), "cpu", options)
