@@ -55,9 +55,9 @@ class Host(ABC):
             grids: The grids of the call; what the program covers decides how many.
         """
 
-    @abstractmethod
-    def embeddings(self, outputs: Mapping[str, Array], grids: Sequence[Grid]) -> Array:
+    def embeddings(self, outputs: Mapping[str, Array], grids: Sequence[Grid]) -> Array:  # noqa: ARG002
         """float32 [tokens, out_width] in the order of the input tokens, from the checked outputs of that call."""
+        return outputs[EMBEDDINGS]
 
 
 def open_host(spec: TowerSpec, program: Program, weights: Mapping[str, StoredTensor]) -> Host:
@@ -89,9 +89,6 @@ class _Plain(Host):
     def inputs(self, patches: Array, grids: Sequence[Grid]) -> Mapping[str, Array]:
         return {PIXELS: patches, GRIDS: np.array([grid.thw for grid in grids], dtype=np.int64)}
 
-    def embeddings(self, outputs: Mapping[str, Array], grids: Sequence[Grid]) -> Array:  # noqa: ARG002
-        return outputs[EMBEDDINGS]
-
 
 class _Dynamic(Host):
     """A program whose tables are inputs of any size."""
@@ -102,9 +99,6 @@ class _Dynamic(Host):
     def inputs(self, patches: Array, grids: Sequence[Grid]) -> Mapping[str, Array]:
         tables = make_tables(self._spec, grids)
         return {PIXELS: patches, **tables.fed(), "frames": np.array([len(tables.frame_lengths)], dtype=np.int64)}
-
-    def embeddings(self, outputs: Mapping[str, Array], grids: Sequence[Grid]) -> Array:  # noqa: ARG002
-        return outputs[EMBEDDINGS]
 
 
 class _Fixed(Host):
