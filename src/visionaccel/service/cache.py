@@ -58,6 +58,7 @@ class EmbeddingCache:
             if embedding.nbytes > self._entries.maxsize:
                 self._entries.evicted += 1
                 return
+            self._entries.pop(key, None)  # cachetools 5 makes room for all of what replaces an entry
             self._entries[key] = embedding
 
     def clear(self) -> None:
