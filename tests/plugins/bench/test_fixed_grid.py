@@ -18,7 +18,6 @@ from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError, GridError, InputError, UnfitGridError
 from visionaccel.images import Fitter, ImageProcessor, natural_grid
 from visionaccel_bench.serve.fixed_grid import (
-    FittingProcessor,
     FixedGridProcessor,
     fixed_grid_processor,
     levels_of,
@@ -257,39 +256,23 @@ def test_a_processor_that_does_more_than_a_table_is_refused(processors):
             table_of(wrong)
 
 
-class Sharpening:
-    """A processor that does something of its own beside what every one does."""
-
-    def __init__(self):
-        self._inner = hugging_face("pil")
-        self.backend, self.size, self.patch_size, self.merge_size = "pil", self._inner.size, 14, 2
-        self.do_resize, self.resample = True, 3
-
-    def __call__(self, images, **options):
-        inputs = self._inner(images=images, **options)
-        values = inputs["pixel_values"]
-        return {**inputs, "pixel_values": values - values.mean(axis=1, keepdims=True)}
-
-
-@pytest.mark.parametrize("processor", ["pil", "torchvision", "sharpening"])
-@pytest.mark.parametrize("policy", ["letterbox", "stretch", None])
+@pytest.mark.parametrize("processor", BACKENDS)
+@pytest.mark.parametrize("policy", ["letterbox", "stretch"])
 def test_fitted_images_become_what_the_processor_makes_of_them(tower, processors, processor, policy):
-    process = ImageProcessor(Sharpening()) if processor == "sharpening" else processors[processor]
+    process = processors[processor]
     coverages = tuple(FixedGrid(grid) for grid in (Grid(1, 8, 16), Grid(1, 16, 8)))
-    fitter = policy and Fitter(tower, coverages, policy, process.min_pixels, process.max_pixels)
-    prepare = FittingProcessor(process, fitter)
+    fitter = Fitter(tower, coverages, policy, process.min_pixels, process.max_pixels)
     for image in (picture(90, 200), picture(200, 90), picture(112, 224), picture(110, 231), picture(40, 41)):
-        patches, grid = prepare(image)
-        theirs, expected = process(image if fitter is None else fitter.fit(image))
-        assert grid == expected
-        assert np.array_equal(patches, theirs)
+        theirs, grid = process(fitter.fit(image))
+        assert grid == fitter.grid_for(image.height, image.width)
+        assert np.array_equal(FixedGridProcessor(process, grid, policy)([image]), theirs)
 
 
 def test_programs_for_every_grid_leave_the_size_to_the_processor(tower, processors):
     process = processors["pil"]
     fitter = Fitter(tower, (AnyGrid(), FixedGrid(Grid(1, 8, 16))), "letterbox", process.min_pixels, process.max_pixels)
     for image in (picture(90, 200), picture(110, 231)):
-        patches, grid = FittingProcessor(process, fitter)(image)
+        patches, grid = process(fitter.fit(image))
         theirs, expected = process(image)
         assert grid == expected
         assert np.array_equal(patches, theirs)

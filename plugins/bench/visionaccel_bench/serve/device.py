@@ -17,7 +17,6 @@ from visionaccel.encoder import Encoder, open_encoder, open_source
 from visionaccel.errors import ConfigurationError
 from visionaccel.families import Tower
 from visionaccel.images import Fitter, image_processor
-from visionaccel_bench.serve.fixed_grid import FittingProcessor
 from visionaccel_testing.simulated.target import NAME as SIMULATED
 
 if TYPE_CHECKING:
@@ -181,4 +180,4 @@ def _opened(
         tower = source.tower if isinstance(source, Bundle) else source
         fitter = Fitter(tower, coverages, "letterbox", process.min_pixels, process.max_pixels)
         fitter.check_bounds()
-        yield FittingProcessor(process, fitter), encoder
+        yield lambda image: process(fitter.fit(image)), encoder

@@ -16,12 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visionaccel.core.arrays import as_numpy
-from visionaccel.core.grid import Grid, GridLike, as_grids
+from visionaccel.core.grid import GridLike, as_grids
 from visionaccel.errors import ConfigurationError, GridError, InputError
 from visionaccel.families import Tower
 from visionaccel.images import (
     FitPolicy,
-    Fitter,
     ImageBackend,
     ImageProcessor,
     as_rgb,
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = [
-    "FittingProcessor", "FixedGridProcessor", "LevelTable", "fixed_grid_processor", "levels_of", "read_levels",
+    "FixedGridProcessor", "LevelTable", "fixed_grid_processor", "levels_of", "read_levels",
     "resized",
 ]  # fmt: skip
 
@@ -105,39 +104,6 @@ class FixedGridProcessor:
         if own == self.grid:
             return resized(process, image, self._size)
         return np.asarray(fitted(image, self._size, self._policy))
-
-
-class FittingProcessor:
-    """Makes patches of images at the grids that programs take: what `processor(fitter.fit(image))` returns.
-
-    Grids of fixed programs go through `FixedGridProcessor` where the processor allows for it.
-
-    Args:
-        processor: The checkpoint's image processor.
-        fitter: Chooses the grids; None to leave that to the processor.
-    """
-
-    def __init__(self, processor: ImageProcessor, fitter: Fitter | None) -> None:
-        self._processor, self._fitter = processor, fitter
-        self._fixed: dict[Grid, FixedGridProcessor] = {}
-        if fitter is not None:
-            try:
-                self._fixed = {grid: FixedGridProcessor(processor, grid, fitter.policy) for grid in fitter.fixed}
-            except ConfigurationError:  # the processor's own way takes longer and serves every processor
-                self._fixed = {}
-
-    def __call__(self, image: Image) -> tuple[NDArray[np.float32], Grid]:
-        """Patches of one image, float32 [P, patch_width], and their grid.
-
-        Raises:
-            InputError: If it cannot be read, or the processor refuses it.
-            UnfitGridError: If it is empty, or one side is more than 200 times the other.
-        """
-        image = as_rgb(image)
-        if self._fitter is None:
-            return self._processor(image)
-        known = self._fixed.get(self._fitter.grid_for(image.height, image.width))
-        return self._processor(self._fitter.fit(image)) if known is None else (known([image]), known.grid)
 
 
 def fixed_grid_processor(
