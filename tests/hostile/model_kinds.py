@@ -17,11 +17,12 @@ from hostile.seeds import BUNDLE, CHECKPOINT, CONTEXT, GRID, PARTITION, PROVIDER
 from mutations import ODD_NUMBERS, damage, damaged, mutations
 from visionaccel.bundle import point_at_weights
 from visionaccel.core.bounded_files import read_bounded
-from visionaccel.core.program import EP_CONTEXT, FLEXMLRT_DIRECTORY, FLEXMLRT_RAI, FixedGrid, HostSplit, Program
+from visionaccel.core.program import EP_CONTEXT, FixedGrid, HostSplit, Program
 from visionaccel.encoder import open_tower
 from visionaccel.errors import BundleError, VisionAccelError
 from visionaccel.families import Tower
 from visionaccel_flexmlrt import FlexMLRTBackend
+from visionaccel_flexmlrt.artifact import FLEXMLRT_DIRECTORY, FLEXMLRT_RAI
 from visionaccel_flexmlrt.backend import FlexMLRTOptions
 from visionaccel_flexmlrt.vitisai import ImportRequest, import_vitisai
 from visionaccel_flexmlrt.vitisai.findings import find

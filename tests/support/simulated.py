@@ -10,8 +10,9 @@ import openvino
 import pytest
 
 from visionaccel.core.grid import Grid
-from visionaccel.core.program import FLEXMLRT_DIRECTORY, FLEXMLRT_RAI, FixedGrid, HostSplit, Program
+from visionaccel.core.program import FixedGrid, HostSplit, Program
 from visionaccel.families import Tower
+from visionaccel_flexmlrt.artifact import FLEXMLRT_DIRECTORY, FLEXMLRT_RAI
 from visionaccel_flexmlrt.simulator import compile_partition
 
 GRID = Grid(1, 8, 12)

@@ -10,11 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from visionaccel.core.bounded_files import open_regular
-from visionaccel.core.program import FLEXMLRT_RAI, SIMULATOR_FILE, SIMULATOR_MAGIC, Program
+from visionaccel.core.program import Program
 from visionaccel.errors import ArtifactError
 from visionaccel_flexmlrt.runtime import NPU, SIMULATOR
 
-__all__ = ["SIMULATOR_FILE", "SIMULATOR_MAGIC", "Artifact", "made_for_simulator", "open_settings"]
+__all__ = ["FLEXMLRT_DIRECTORY", "FLEXMLRT_RAI", "SIMULATOR_FILE", "SIMULATOR_MAGIC", "Artifact", "open_settings"]
+
+FLEXMLRT_RAI = "flexmlrt.rai"
+"""A single file that AMD's Vitis AI compiler wrote for FlexMLRT."""
+
+FLEXMLRT_DIRECTORY = "flexmlrt.directory"
+"""A partition's folder in the cache of AMD's Vitis AI compiler; the artifact is its `partition-info.json`."""
+
+SIMULATOR_MAGIC = b"VASIMRAI"
+"""First bytes of an artifact for the FlexMLRT simulator, which is not a device."""
+
+SIMULATOR_FILE = "simulator.rai"
+"""Such an artifact's name in the folder of a partition (`FLEXMLRT_DIRECTORY`)."""
 
 logger = logging.getLogger(__name__)
 

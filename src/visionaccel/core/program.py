@@ -16,9 +16,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = [
-    "CHECKPOINT", "DEVICE_TENSORS", "EMBEDDINGS", "EP_CONTEXT", "FLEXMLRT_DIRECTORY", "FLEXMLRT_RAI", "GRIDS",
-    "HOST_AFTER", "HOST_BEFORE", "ONNX", "ONNX_FUSED", "ONNX_MODELS", "ONNX_STANDARD", "PATCH_EMBEDDINGS", "PIXELS",
-    "READING_WEIGHTS", "SIMULATOR_FILE", "SIMULATOR_MAGIC", "WINDOW_EMBEDDINGS",
+    "CHECKPOINT", "DEVICE_TENSORS", "EMBEDDINGS", "EP_CONTEXT", "GRIDS", "HOST_AFTER", "HOST_BEFORE", "ONNX",
+    "ONNX_FUSED", "ONNX_MODELS", "ONNX_STANDARD", "PATCH_EMBEDDINGS", "PIXELS", "READING_WEIGHTS", "WINDOW_EMBEDDINGS",
     "AnyGrid", "Bucket", "Coverage", "FixedGrid", "HostSplit", "OperatorDialect", "Precision", "Program",
 ]  # fmt: skip
 
@@ -46,12 +45,6 @@ of the tower's own, at most the host reads some, once."""
 EP_CONTEXT = "onnx.ep_context"
 """An ONNX model around a program that an execution provider compiled; needs that provider."""
 
-FLEXMLRT_RAI = "flexmlrt.rai"
-"""A single file that AMD's Vitis AI compiler wrote for FlexMLRT."""
-
-FLEXMLRT_DIRECTORY = "flexmlrt.directory"
-"""A partition's folder in the cache of AMD's Vitis AI compiler; the artifact is its `partition-info.json`."""
-
 HOST_BEFORE = "host_before"
 """Role of the companion that ONNX Runtime runs before the device's part: an ONNX model of host operators."""
 
@@ -60,12 +53,6 @@ HOST_AFTER = "host_after"
 
 DEVICE_TENSORS = "device_tensors"
 """Role of the companion that states, in JSON, what goes between these two and the device."""
-
-SIMULATOR_MAGIC = b"VASIMRAI"
-"""First bytes of an artifact for the FlexMLRT simulator, which is not a device."""
-
-SIMULATOR_FILE = "simulator.rai"
-"""Such an artifact's name in the folder of a partition (`FLEXMLRT_DIRECTORY`)."""
 
 PIXELS = "pixel_values"
 """Patches in input order: the program embeds them itself."""

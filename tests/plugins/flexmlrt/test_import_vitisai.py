@@ -22,21 +22,13 @@ from visionaccel.bundle import open_bundle, strip_checkpoint
 from visionaccel.checkpoint import Checkpoint
 from visionaccel.cli.app import app
 from visionaccel.core.grid import Grid
-from visionaccel.core.program import (
-    CHECKPOINT,
-    FLEXMLRT_DIRECTORY,
-    FLEXMLRT_RAI,
-    ONNX,
-    SIMULATOR_MAGIC,
-    FixedGrid,
-    HostSplit,
-    Program,
-)
+from visionaccel.core.program import CHECKPOINT, ONNX, FixedGrid, HostSplit, Program
 from visionaccel.encoder import open_tower
 from visionaccel.errors import BundleError, ConfigurationError
 from visionaccel.families import tower_of
 from visionaccel.towers import make_tables
 from visionaccel.validation.packed_weights import differing_weights
+from visionaccel_flexmlrt.artifact import FLEXMLRT_DIRECTORY, FLEXMLRT_RAI, SIMULATOR_MAGIC
 from visionaccel_flexmlrt.vitisai import ImportRequest
 from visionaccel_flexmlrt.vitisai import import_vitisai as import_artifact
 from visionaccel_flexmlrt.vitisai.writing import VitisNames, write_vitisai_folder

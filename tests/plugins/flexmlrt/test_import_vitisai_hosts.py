@@ -12,9 +12,10 @@ from test_import_vitisai import LANDSCAPE, PORTRAIT, constant_of, edit, folder_o
 from test_import_vitisai_refusals import _add, _norm, change_json, refused
 
 from towers import random_patches
-from visionaccel.core.program import CHECKPOINT, EP_CONTEXT, FLEXMLRT_DIRECTORY, FLEXMLRT_RAI
+from visionaccel.core.program import CHECKPOINT, EP_CONTEXT
 from visionaccel.encoder import open_tower
 from visionaccel.errors import BundleError, ConfigurationError
+from visionaccel_flexmlrt.artifact import FLEXMLRT_DIRECTORY, FLEXMLRT_RAI
 from visionaccel_flexmlrt.vitisai import ImportRequest, import_vitisai
 from visionaccel_flexmlrt.vitisai.writing import VitisNames
 from visionaccel_onnxrt.ep_context import verified_context

@@ -17,9 +17,10 @@ import pytest
 from simulated import GRID, simulated_program, small_model
 from towers import random_patches, reference
 from visionaccel.core.contracts import TensorSpec
-from visionaccel.core.program import FLEXMLRT_RAI, Program
+from visionaccel.core.program import Program
 from visionaccel.errors import ArtifactError, ConfigurationError, DeviceError, OutputError
 from visionaccel_flexmlrt import FlexMLRTBackend
+from visionaccel_flexmlrt.artifact import FLEXMLRT_RAI
 from visionaccel_flexmlrt.backend import FlexMLRTOptions
 from visionaccel_flexmlrt.simulator import compile_partition
 

@@ -19,9 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from visionaccel.core.bounded_files import read_bounded
 from visionaccel.core.contracts import TensorSpec
 from visionaccel.core.invalid_values import problems_of
-from visionaccel.core.program import EP_CONTEXT, FLEXMLRT_DIRECTORY, FLEXMLRT_RAI, SIMULATOR_FILE
+from visionaccel.core.program import EP_CONTEXT
 from visionaccel.errors import BundleError, ConfigurationError
-from visionaccel_flexmlrt.artifact import made_for_simulator
+from visionaccel_flexmlrt.artifact import FLEXMLRT_DIRECTORY, FLEXMLRT_RAI, SIMULATOR_FILE, made_for_simulator
 from visionaccel_flexmlrt.vitisai.graph import check_link
 
 __all__ = ["Boundary", "PartitionInfo", "VitisFolder", "read_layout", "read_metadata"]

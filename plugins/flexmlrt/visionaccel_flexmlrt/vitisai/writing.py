@@ -34,9 +34,10 @@ from onnx import TensorProto, helper, numpy_helper
 from visionaccel.core.dtypes import DTYPES
 from visionaccel.core.grid import Grid
 from visionaccel.core.onnx_graphs import ExternalData, is_external, point_at
-from visionaccel.core.program import PIXELS, SIMULATOR_FILE, FixedGrid, HostSplit, Precision
+from visionaccel.core.program import PIXELS, FixedGrid, HostSplit, Precision
 from visionaccel.families import Tower
 from visionaccel.towers import make_tables
+from visionaccel_flexmlrt.artifact import SIMULATOR_FILE
 
 __all__ = ["VitisNames", "write_vitisai_folder"]
 

@@ -22,7 +22,7 @@ from visionaccel.backends import (
     default_registry,
 )
 from visionaccel.core.invalid_values import problems_of
-from visionaccel.core.program import CHECKPOINT, EP_CONTEXT, FLEXMLRT_DIRECTORY, FLEXMLRT_RAI, ONNX_MODELS, Program
+from visionaccel.core.program import CHECKPOINT, EP_CONTEXT, ONNX_MODELS, Program
 from visionaccel.errors import ConfigurationError, SettingsError, VisionAccelError
 from visionaccel_testing.simulated.faults import FaultRule, FaultScript
 from visionaccel_testing.simulated.latency import Latency, read_recorded
@@ -66,7 +66,8 @@ class SimulatedBackend(VisionBackend):
     """A device that answers what the backend named by its device answers, after a configured time, asleep."""
 
     name = NAME
-    formats = ONNX_MODELS | {CHECKPOINT, EP_CONTEXT, FLEXMLRT_DIRECTORY, FLEXMLRT_RAI}
+    # Those of visionaccel-flexmlrt by their names: it need not be installed.
+    formats = ONNX_MODELS | {CHECKPOINT, EP_CONTEXT, "flexmlrt.directory", "flexmlrt.rai"}
     options = SimulatedOptions
     only_by_name = True
 
