@@ -22,7 +22,8 @@ from gated import wait_until
 from towers import random_patches
 from visionaccel import open_encoder
 from visionaccel.backends.sessions import check_files
-from visionaccel.bundle import open_bundle, opening
+from visionaccel.bundle import bundle as opened_bundle
+from visionaccel.bundle import open_bundle
 from visionaccel.checkpoint import SINGLE_FILE, copy_to_memory, weights_digest
 from visionaccel.core.memory_files import MemoryFile
 from visionaccel.core.program import CHECKPOINT, ONNX
@@ -254,20 +255,20 @@ def test_an_artifact_that_changes_while_it_is_opened_is_refused(tiny, tmp_path):
 def test_weights_of_a_bundle_that_change_once_they_were_verified_are_refused(tiny, others, tmp_path, monkeypatch):
     folder = write_bundle(tiny, tmp_path / "bundle", "6x10", self_contained=True)
     other = write_bundle(others, tmp_path / "other", "6x10", self_contained=True)
-    real = opening._tower
+    real = opened_bundle._tower
 
     def changing(*given, **named):
         (other / SINGLE_FILE).replace(folder / SINGLE_FILE)
         return real(*given, **named)
 
-    monkeypatch.setattr(opening, "_tower", changing)
+    monkeypatch.setattr(opened_bundle, "_tower", changing)
     with pytest.raises(ChangedFileError, match=r"model\.safetensors changed after it was verified"):
         open_bundle(folder)
 
 
 def test_a_bundle_whose_files_are_linked_while_they_are_verified_is_opened(tiny, tmp_path, monkeypatch):
     folder = write_bundle(tiny, tmp_path / "bundle", "6x10", self_contained=True)
-    real, left = opening._tower, [2]
+    real, left = opened_bundle._tower, [2]
 
     def linking(*given, **named):
         if left[0]:
@@ -275,7 +276,7 @@ def test_a_bundle_whose_files_are_linked_while_they_are_verified_is_opened(tiny,
             link(folder / SINGLE_FILE)
         return real(*given, **named)
 
-    monkeypatch.setattr(opening, "_tower", linking)
+    monkeypatch.setattr(opened_bundle, "_tower", linking)
     assert open_bundle(folder).manifest
     left[0] = 1000
     with pytest.raises(ChangedFileError, match=r"model\.safetensors changed after it was verified"):
