@@ -17,12 +17,11 @@ from visionaccel import open_encoder
 from visionaccel.backends import Accepted, QuantizedModel, default_registry
 from visionaccel.bundle import GOLDEN_FILE, open_bundle
 from visionaccel.cli.app import app
-from visionaccel.core.comparison import Comparison
+from visionaccel.core.comparison import THRESHOLDS, Comparison
 from visionaccel.core.program import CHECKPOINT, ONNX_STANDARD
 from visionaccel.encoder import open_tower
 from visionaccel.errors import AccuracyError, ArtifactError, ConfigurationError, InputError, PluginError
 from visionaccel.validation import REFERENCE_OPTIONS, quantize_bundle
-from visionaccel.validation.certificate import THRESHOLDS
 from visionaccel.validation.trials import bundled_photographs
 from visionaccel_testing.conformance.digits_reading import read_digits
 

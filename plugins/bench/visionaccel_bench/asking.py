@@ -18,8 +18,6 @@ from prometheus_client.parser import text_string_to_metric_families
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["QUESTION", "Answer", "ask", "image_content", "metric", "metrics_of", "text_stream"]
-
 QUESTION = "Read the digits."
 
 _TIMEOUT = 60.0

@@ -15,8 +15,6 @@ from visionaccel.errors import ConfigurationError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["inline_svg", "new_figure", "save_png"]
-
 _PROLOGUE = re.compile(r"^.*?(?=<svg)| xmlns(:\w+)?=\"[^\"]*\"|<style.*?</style>| id=\"[\w.]+_\d+\"", re.DOTALL)
 """What an SVG file holds and an element of a page does not: declarations, a style for all elements, repeated ids."""
 

@@ -17,8 +17,6 @@ from visionaccel.core.child_groups import ChildGroup, how_it_ended
 from visionaccel.core.orphans import temporary_folder
 from visionaccel.errors import ConfigurationError, DeviceError
 
-__all__ = ["API_SERVER", "VllmServer", "log_end", "quiet_environment", "serve"]
-
 API_SERVER = (sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model")
 """Starts the server by its module, which works for every vLLM distribution."""
 

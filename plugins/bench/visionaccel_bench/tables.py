@@ -10,8 +10,6 @@ from rich.table import Table as RichTable
 
 from visionaccel.cli.output import results
 
-__all__ = ["DASH", "Table", "print_table", "seconds"]
-
 DASH = "-"
 """Stands for a value that is not there."""
 

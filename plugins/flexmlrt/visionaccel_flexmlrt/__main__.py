@@ -4,8 +4,6 @@ import sys
 
 from visionaccel.errors import ConfigurationError
 
-__all__ = ["main"]
-
 
 def main() -> None:
     """The command's entry point; names the extra if something is not installed."""

@@ -14,8 +14,6 @@ from visionaccel.core.program import Program
 from visionaccel.errors import ArtifactError
 from visionaccel_flexmlrt.runtime import NPU, SIMULATOR
 
-__all__ = ["FLEXMLRT_DIRECTORY", "FLEXMLRT_RAI", "SIMULATOR_FILE", "SIMULATOR_MAGIC", "Artifact", "open_settings"]
-
 FLEXMLRT_RAI = "flexmlrt.rai"
 """A single file that AMD's Vitis AI compiler wrote for FlexMLRT."""
 

@@ -28,8 +28,6 @@ from visionaccel_flexmlrt.host_graphs import HostGraphs, device_tensors
 from visionaccel_flexmlrt.runtime import NPU, SIMULATOR, AmdEnvironment, load, missing, sdk_version, simulator_faults
 from visionaccel_flexmlrt.session import FlexMLRTSession
 
-__all__ = ["FlexMLRTBackend", "FlexMLRTOptions"]
-
 
 class FlexMLRTOptions(Options):
     """Options of the `flexmlrt` backend."""

@@ -16,8 +16,6 @@ from visionaccel.errors import ArtifactError
 from visionaccel_flexmlrt.artifact import Artifact
 from visionaccel_flexmlrt.runtime import NPU, SIMULATOR, AmdEnvironment, library_version, missing
 
-__all__ = ["check_artifacts", "check_machine"]
-
 _ROOT = Path("/")
 _AMD = "0x1022"
 _NPUS: Mapping[tuple[str, str], tuple[str, bool]] = {

@@ -16,8 +16,6 @@ from visionaccel_flexmlrt.runtime import SIMULATOR, AmdEnvironment, missing
 from visionaccel_flexmlrt.simulator import compile_partition
 from visionaccel_flexmlrt.vitisai.writing import write_vitisai_folder
 
-__all__ = ["app", "main"]
-
 app = typer.Typer(
     name="visionaccel-flexmlrt",
     help="Tools around the FlexMLRT backend.",

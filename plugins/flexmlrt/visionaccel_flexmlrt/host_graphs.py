@@ -17,8 +17,6 @@ from visionaccel.core.invalid_values import problems_of
 from visionaccel.core.program import DEVICE_TENSORS, HOST_AFTER, HOST_BEFORE, Program
 from visionaccel.errors import ArtifactError, ConfigurationError
 
-__all__ = ["HostGraphs", "device_tensors"]
-
 
 class _Tensor(BaseModel):
     model_config = ConfigDict(extra="forbid")

@@ -16,8 +16,6 @@ from visionaccel.core.program import Precision
 from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError
 
-__all__ = ["import_vitisai", "visionaccel_commands"]
-
 
 @hookimpl
 def visionaccel_commands(app: typer.Typer) -> None:

@@ -20,19 +20,6 @@ from typing import Self
 
 from visionaccel.errors import ConfigurationError
 
-__all__ = [
-    "NPU",
-    "SIMULATOR",
-    "AmdEnvironment",
-    "Missing",
-    "library_version",
-    "load",
-    "missing",
-    "openvino_library",
-    "simulator_faults",
-    "sdk_version",
-]
-
 NPU, SIMULATOR = "npu", "simulator"
 _LIBRARY = "libflexmlrt.so"
 _SCRIPT = "FLEXMLRT_SIMULATOR_SCRIPT"

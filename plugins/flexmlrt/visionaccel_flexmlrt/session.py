@@ -17,8 +17,6 @@ from visionaccel.errors import DeviceError, OutputError
 from visionaccel_flexmlrt.host_graphs import HostGraphs
 from visionaccel_flexmlrt.runtime import simulator_faults
 
-__all__ = ["FlexMLRTSession", "check_written"]
-
 
 class FlexMLRTSession(Session):
     """One model of FlexMLRT.

@@ -10,8 +10,6 @@ from typing import BinaryIO, Literal
 
 from visionaccel_flexmlrt.artifact import SIMULATOR_MAGIC
 
-__all__ = ["compile_partition"]
-
 _HEADER = struct.Struct("<8sIIQQQQ")
 _ALIGNMENT = 4096
 _PRECISIONS = {"float32": 0, "bfloat16": 1}

@@ -39,8 +39,6 @@ from visionaccel_onnxrt.session import (
 )
 from visionaccel_onnxrt.vitisai import SUMMARIES, compiler_options, pass_summaries
 
-__all__ = ["OnnxRuntimeBackend", "OnnxRuntimeOptions"]
-
 _EMULATED, _STANDARD = 5, 40
 """Scores of a program whose arithmetic is emulated, and of one in standard operators, which OpenVINO runs faster."""
 

@@ -14,8 +14,6 @@ from visionaccel.errors import ArtifactError
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["emulate_bfloat16"]
-
 _MOVES = frozenset(
     {
         *("Cast", "CastLike", "Constant", "ConstantOfShape", "Identity", "Shape"),

@@ -19,8 +19,6 @@ from visionaccel_onnxrt.offload import EP_CONTEXT_OPERATOR, Offload, counted
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["offload_of_context", "verified_context"]
-
 _AGAIN = "Compile the program again, and state its files in the bundle."
 _MOST_MODEL_BYTES = 2**31 - 1
 """Protobuf's own limit."""

@@ -14,8 +14,6 @@ from typing import Any
 
 from visionaccel.errors import DeviceError
 
-__all__ = ["RECORD_ASSIGNMENT", "Offload", "assigned", "counted", "require_offload"]
-
 logger = logging.getLogger(__name__)
 
 RECORD_ASSIGNMENT = "session.record_ep_graph_assignment_info"

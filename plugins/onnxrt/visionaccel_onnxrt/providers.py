@@ -5,8 +5,6 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["CPU_PROVIDER", "CUDA_PROVIDER", "DEVICES", "VITISAI_PROVIDER", "Provider", "gpu_model", "provider_for"]
-
 CPU_PROVIDER = "CPUExecutionProvider"
 CUDA_PROVIDER = "CUDAExecutionProvider"
 VITISAI_PROVIDER = "VitisAIExecutionProvider"

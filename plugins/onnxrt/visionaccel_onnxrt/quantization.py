@@ -34,8 +34,6 @@ from visionaccel.errors import ArtifactError, ConfigurationError
 from visionaccel_onnxrt.providers import CPU_PROVIDER
 from visionaccel_onnxrt.session import ERRORS_ONLY, EXTERNAL_DATA_FOLDER, SPINNING
 
-__all__ = ["quantize", "watch_activations"]
-
 METHOD = (
     "int8 products: weights by channel, activations at run time, smoothed by the images, row by row "
     "(onnxruntime.quantization)"

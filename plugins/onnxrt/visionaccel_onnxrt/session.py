@@ -8,11 +8,6 @@ from visionaccel.backends import Capabilities, Session
 from visionaccel.core.arrays import Array
 from visionaccel.core.program import Program
 
-__all__ = [
-    "CAST_CHAIN_ELIMINATION", "ERRORS_ONLY", "EXTERNAL_DATA_FOLDER", "INT8_IN_FULL", "SPINNING", "UNPACKED",
-    "OnnxRuntimeSession", "bind_weights",
-]  # fmt: skip
-
 
 class OnnxRuntimeSession(Session):
     """One ONNX Runtime inference session. Inputs and outputs are host arrays; outputs are fresh with every call.

@@ -19,8 +19,6 @@ from visionaccel.core.program import EP_CONTEXT, Program
 from visionaccel.errors import ConfigurationError
 from visionaccel_onnxrt.offload import Offload
 
-__all__ = ["SUMMARIES", "PassSummary", "compiler_options", "pass_summaries"]
-
 CONFIG_COMPANION = "vitisai_config"
 """Role of the compiler's configuration among a program's companions."""
 

@@ -26,8 +26,6 @@ from visionaccel.errors import ConfigurationError, DeviceError
 if TYPE_CHECKING:
     import openvino
 
-__all__ = ["OpenVinoBackend", "OpenVinoOptions"]
-
 logger = logging.getLogger(__name__)
 
 _SCORES = {"cpu": 50, "gpu": 50, "npu": 100, "auto": 50}

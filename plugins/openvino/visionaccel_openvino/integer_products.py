@@ -6,8 +6,6 @@ import numpy as np
 import openvino
 from openvino import opset13 as operators
 
-__all__ = ["integer_products_saturate"]
-
 _CHANNELS = 64
 
 

@@ -12,8 +12,6 @@ from visionaccel.backends.onnx_weights import external_weights, map_weights
 from visionaccel.core.program import Program
 from visionaccel.errors import ArtifactError
 
-__all__ = ["Mapped", "read_model"]
-
 Mapped: TypeAlias = list[NDArray[Any]]
 """Mapped weights: a model made from them reads their memory and does not keep it alive."""
 

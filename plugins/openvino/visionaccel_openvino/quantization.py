@@ -38,8 +38,6 @@ from visionaccel.core.program import ONNX, ONNX_STANDARD, AnyGrid, Program
 from visionaccel.errors import ArtifactError, ConfigurationError
 from visionaccel_openvino.model import read_model
 
-__all__ = ["quantize"]
-
 METHOD = (
     "int8 products: weights by channel, activations row by row, smoothed by the images (ONNX's quantize, dequantize)"
 )

@@ -16,8 +16,6 @@ from visionaccel.core.program import Program
 from visionaccel.errors import DeviceError
 from visionaccel_openvino.model import Mapped
 
-__all__ = ["OpenVinoSession"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -14,8 +14,6 @@ from numpy.typing import NDArray
 
 from visionaccel.core.dtypes import FLOATS
 
-__all__ = ["LIVELY", "QWEN2_5_VL_7B", "TINY", "hollow_checkpoint", "random_checkpoint", "tower_shapes"]
-
 QWEN2_5_VL_7B: Mapping[str, Any] = MappingProxyType(
     {
         "depth": 32,

@@ -11,8 +11,6 @@ from visionaccel.backends import hookimpl
 from visionaccel.cli.output import Json, print_json, results
 from visionaccel_testing.templates import write_backend_project
 
-__all__ = ["init", "visionaccel_commands"]
-
 init = typer.Typer(name="init", help="Start a project.", no_args_is_help=True)
 
 

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["Memory", "memory", "open_descriptors", "processor_seconds"]
-
 
 @dataclass(frozen=True, slots=True)
 class Memory:

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from visionaccel_testing.conformance.kit import Kit
     from visionaccel_testing.conformance.suite import Outcome
 
-__all__ = ["conformance_kit", "pytest_addoption", "pytest_configure"]
-
 _WORSE = ("not applicable", "passed", "known failure", "failed")
 """What a check may have found, the worst last."""
 

@@ -18,8 +18,6 @@ from visionaccel.errors import BackendUnavailableError, ConfigurationError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["TorchReferenceBackend", "TorchReferenceOptions", "TorchReferenceSession"]
-
 
 class TorchReferenceOptions(Options):
     """Options of the `torch_ref` backend."""

@@ -16,8 +16,6 @@ import torch
 from visionaccel.core.grid import Grid
 from visionaccel_torch_ref.layout import Layout
 
-__all__ = ["Capture", "GraphedTower", "Replay", "cuda_capture"]
-
 logger = logging.getLogger(__name__)
 
 _MOST_KEPT = 16

@@ -12,8 +12,6 @@ from visionaccel.core.grid import Grid
 from visionaccel.core.program import Program
 from visionaccel.errors import PluginError
 
-__all__ = ["Layout", "Layouts", "Run"]
-
 _MOST_KEPT = 16
 """Lists of grids whose layout is kept: images of one size follow each other in practice."""
 

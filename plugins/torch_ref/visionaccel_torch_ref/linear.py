@@ -10,11 +10,6 @@ from torch.nn import functional
 from visionaccel.core.packed_products import PackedWeight, why_not_packed
 from visionaccel.core.tower_spec import ActivationKind
 
-__all__ = [
-    "ACTIVATIONS", "Attention", "Linear", "PackedLinear", "PlainLinear", "eager", "make_linear", "sdpa",
-    "why_not_packed",
-]  # fmt: skip
-
 ACTIVATIONS: Mapping[ActivationKind, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": functional.gelu,
     "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),

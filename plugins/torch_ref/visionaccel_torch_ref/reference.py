@@ -17,8 +17,6 @@ from visionaccel.core.program import Program
 from visionaccel.errors import UnsupportedArchitectureError
 from visionaccel_torch_ref.weights import WeightReader
 
-__all__ = ["TransformersTower"]
-
 
 class TransformersTower:
     """The tower in evaluation mode on a device.

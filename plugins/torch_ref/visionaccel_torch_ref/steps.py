@@ -10,8 +10,6 @@ from visionaccel.core.tower_spec import Linear as LinearStep
 from visionaccel_torch_ref.linear import ACTIVATIONS, Linear, make_linear
 from visionaccel_torch_ref.weights import WeightReader
 
-__all__ = ["Steps", "in_blocks"]
-
 _CACHED_ROWS = 256
 """Rows that are normalised or rotated at a time on a CPU: about 1 MB in float32 for the released towers."""
 

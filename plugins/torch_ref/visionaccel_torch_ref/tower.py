@@ -18,8 +18,6 @@ from visionaccel_torch_ref.linear import Attention, Linear, make_linear
 from visionaccel_torch_ref.steps import Steps, in_blocks
 from visionaccel_torch_ref.weights import WeightReader
 
-__all__ = ["FastTower"]
-
 
 @dataclass(frozen=True)
 class _Block:

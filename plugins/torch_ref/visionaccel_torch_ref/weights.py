@@ -7,8 +7,6 @@ from visionaccel.core.program import Program
 from visionaccel.core.tower_spec import APART, JOINT, Linear
 from visionaccel.errors import CheckpointError
 
-__all__ = ["WeightReader"]
-
 
 class WeightReader:
     """Reads weights by the names of the tower's description. It keeps none.

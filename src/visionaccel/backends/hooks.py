@@ -14,11 +14,6 @@ from visionaccel.core.grid import Grid
 if TYPE_CHECKING:  # the command line is an extra
     import typer
 
-__all__ = [
-    "PROJECT", "BreakerReport", "DriftReport", "EncodeReport", "FailureReport", "HookSpecs", "Purpose", "hookimpl",
-    "hookspec",
-]  # fmt: skip
-
 PROJECT = "visionaccel"
 
 hookspec = pluggy.HookspecMarker(PROJECT)

@@ -16,11 +16,6 @@ from onnx import helper, numpy_helper
 from visionaccel.core.program import Program
 from visionaccel.errors import ArtifactError, ConfigurationError
 
-__all__ = [
-    "SMOOTHING", "Product", "add_largest", "find_products", "largest_by_channel", "largest_in_row", "parse_model",
-    "replace_nodes", "smoothing_factors",
-]  # fmt: skip
-
 SMOOTHING = 0.5
 """Exponent of the activations in the smoothing factors; the paper's for most models."""
 

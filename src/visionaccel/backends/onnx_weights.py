@@ -15,8 +15,6 @@ from visionaccel.core.dtypes import DTYPES
 from visionaccel.core.onnx_graphs import ExternalData, hold_data, is_external
 from visionaccel.errors import ArtifactError
 
-__all__ = ["external_weights", "load_weights", "map_weights", "mapped_weights"]
-
 _STORED: Mapping[int, str] = {
     **{DTYPES[name].onnx: name for name in ("float32", "float16")},
     DTYPES["bfloat16"].onnx: "uint16",  # numpy has no bfloat16; runtimes look at the bytes alone

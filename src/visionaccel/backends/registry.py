@@ -17,8 +17,6 @@ from visionaccel.backends.hooks import PROJECT, HookSpecs
 from visionaccel.backends.spec import VisionBackend
 from visionaccel.errors import DuplicateBackendError, PluginError, UnknownBackendError
 
-__all__ = ["GROUP", "BackendEntry", "Registry", "default_registry"]
-
 GROUP = "visionaccel.backends"
 """Entry-point group of backend plug-ins; the entry point's name is the backend's."""
 

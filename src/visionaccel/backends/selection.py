@@ -12,8 +12,6 @@ from visionaccel.core.containment import contained
 from visionaccel.core.program import Coverage, Program
 from visionaccel.errors import BackendUnavailableError, PluginError
 
-__all__ = ["AUTO", "Candidate", "ProgramSource", "Selection", "select"]
-
 AUTO = "auto"
 
 

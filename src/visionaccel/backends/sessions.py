@@ -12,8 +12,6 @@ from visionaccel.core.memory_files import FileState, changed_file, when_steady
 from visionaccel.core.program import Program
 from visionaccel.errors import DeviceError, PluginError, VisionAccelError
 
-__all__ = ["check_files", "open_session"]
-
 
 def open_session(backend: VisionBackend, program: Program, device: str | None, options: Options) -> Session:
     """A session of a program, opened by its backend between two looks at the files that it reads.

@@ -18,7 +18,6 @@ from visionaccel.bundle.hub import pull_bundle, push_bundle
 from visionaccel.bundle.manifest import (
     MANIFEST,
     MOST_PATCHES,
-    SCHEMA_VERSION,
     BundleFile,
     Certificate,
     Manifest,
@@ -32,6 +31,7 @@ from visionaccel.bundle.manifest import (
 from visionaccel.bundle.onnx_tensors import check_tensors, point_at_weights
 from visionaccel.bundle.processor import processor_digest, require_processor
 from visionaccel.bundle.stripping import STRIP_NOTE, StripReport, read_strip_note, strip_checkpoint
+from visionaccel.bundle.upgrades import SCHEMA_VERSION
 
 __all__ = [
     "Bundle",

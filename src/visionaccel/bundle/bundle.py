@@ -26,8 +26,6 @@ from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import ArtifactError, BundleError, ConfigurationError, GridError, PluginError
 from visionaccel.families import Tower, tower_of
 
-__all__ = ["Bundle", "is_bundle", "open_bundle", "tower_digest"]
-
 _AGAIN = "Export or fetch the bundle again."
 _READ = ("config.json", SINGLE_FILE, INDEX_FILE, *PROCESSOR_FILES)
 """What says, in a bundle that holds its weights, which tower it is, where its weights lie, and what makes patches."""

@@ -36,8 +36,6 @@ from visionaccel.core.program import (
 from visionaccel.errors import ConfigurationError
 from visionaccel.families import Tower, tower_of
 
-__all__ = ["WEIGHT_PREFIX", "ProgramRequest", "Progress", "counter", "export_bundle", "program_name"]
-
 Progress = Callable[[str, int, int], None]
 """Called with a stage, how much of it is done, and how much it is in all: bytes of weights, or programs."""
 

@@ -15,17 +15,13 @@ from typing import Any
 
 from visionaccel import __version__
 from visionaccel.bundle.bundle import Bundle
-from visionaccel.bundle.manifest import MANIFEST, SCHEMA_VERSION, seal
+from visionaccel.bundle.manifest import MANIFEST, seal
 from visionaccel.bundle.processor import PROCESSOR_FILES, processor_digest
+from visionaccel.bundle.upgrades import SCHEMA_VERSION
 from visionaccel.core.digests import file_digest
 from visionaccel.core.orphans import guarded_folder
 from visionaccel.errors import ConfigurationError
 from visionaccel.families import Tower
-
-__all__ = [
-    "appearing", "as_json", "external_checkpoint", "rewrite_manifest", "stated_file", "toolchain", "write_description",
-    "write_file", "write_manifest",
-]  # fmt: skip
 
 _TOOLS = ("onnx", "numpy", "ml_dtypes")
 

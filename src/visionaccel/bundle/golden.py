@@ -29,8 +29,6 @@ from visionaccel.errors import BundleError, CheckpointError, ConfigurationError,
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["GOLDEN_FILE", "Golden", "read_golden", "write_golden"]
-
 GOLDEN_FILE = "golden.safetensors"
 """Its name in the bundle's folder."""
 

@@ -26,8 +26,6 @@ from visionaccel.checkpoint import Checkpoint, locate_checkpoint
 from visionaccel.core.orphans import guarded_folder
 from visionaccel.errors import ArtifactError, BundleError, ConfigurationError, VisionAccelError
 
-__all__ = ["PullReport", "PushReport", "pull_bundle", "push_bundle"]
-
 
 @dataclass(frozen=True, slots=True)
 class PushReport:

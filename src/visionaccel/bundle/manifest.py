@@ -23,25 +23,6 @@ from visionaccel.core.invalid_values import problems_of
 from visionaccel.core.program import AnyGrid, Bucket, Coverage, FixedGrid, HostSplit, Precision
 from visionaccel.errors import BundleError, GridError
 
-__all__ = [
-    "MANIFEST",
-    "MOST_PATCHES",
-    "SCHEMA_VERSION",
-    "BundleFile",
-    "Certificate",
-    "ExternalCheckpoint",
-    "HostEntry",
-    "Manifest",
-    "ProgramEntry",
-    "ProgramResult",
-    "QuantizationEntry",
-    "Tensor",
-    "json_schema",
-    "parse_manifest",
-    "seal",
-    "stated_coverage",
-]
-
 MANIFEST = "visionaccel.json"
 MOST_PATCHES = 2**20
 """Most patches of a frame of fixed size, about 200 megapixels: a manifest decides how large the host's tables are."""

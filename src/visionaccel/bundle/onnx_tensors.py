@@ -21,8 +21,6 @@ from visionaccel.errors import BundleError
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["check_tensors", "point_at_weights"]
-
 _AGAIN = "Export the model again."
 _MOST_DIMENSIONS = 32
 

@@ -15,8 +15,6 @@ from typing import Any
 from visionaccel.checkpoint import read_json
 from visionaccel.errors import CheckpointError, ConfigurationError
 
-__all__ = ["PROCESSOR_FILES", "processor_digest", "require_processor"]
-
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 """Where checkpoints keep it: since transformers 5 within the whole processor's file, which counts first, or alone."""
 

@@ -19,8 +19,6 @@ from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import CheckpointError, ConfigurationError
 from visionaccel.families import tower_of
 
-__all__ = ["STRIP_NOTE", "StripReport", "read_strip_note", "strip_checkpoint"]
-
 STRIP_NOTE = "visionaccel_stripped.json"
 """The file in a stripped checkpoint's folder that says what was taken out."""
 

@@ -11,8 +11,6 @@ from typing import Any
 from visionaccel.errors import BundleError
 from visionaccel.families import family_named
 
-__all__ = ["SCHEMA_VERSION", "upgraded"]
-
 
 def upgraded(document: dict[str, Any], where: str) -> dict[str, Any]:
     """A manifest's document as one of the present schema version; what does not fit its own version is left in it.

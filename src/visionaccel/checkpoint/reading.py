@@ -22,10 +22,6 @@ from visionaccel.core.memory_files import FileState
 from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import CheckpointError
 
-__all__ = [
-    "INDEX_FILE", "SINGLE_FILE", "Checkpoint", "locate_checkpoint", "read_header", "read_json",
-]  # fmt: skip
-
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 _OTHER_FILES = ("adapter_model", "consolidated")
 """How the names of safetensors files start that hold something else: an adapter, or the weights in another layout."""

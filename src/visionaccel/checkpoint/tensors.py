@@ -23,8 +23,6 @@ from visionaccel.core.memory_files import MemoryFile
 from visionaccel.core.stored_tensor import CHUNK_BYTES, StoredTensor, rounded
 from visionaccel.errors import CheckpointError, ConfigurationError
 
-__all__ = ["copy_to_memory", "weights_digest", "write_safetensors"]
-
 _TARGETS = ("float32", "bfloat16", "float16")
 
 

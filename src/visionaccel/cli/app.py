@@ -15,8 +15,6 @@ from visionaccel.cli.output import messages, own_stdout, print_json, prints_resu
 from visionaccel.cli.plugin_commands import CommandsWithPlugins
 from visionaccel.errors import ConfigurationError, VisionAccelError
 
-__all__ = ["app", "main"]
-
 app = typer.Typer(
     name="visionaccel",
     cls=CommandsWithPlugins,

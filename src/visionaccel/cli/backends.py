@@ -16,8 +16,6 @@ from visionaccel.encoder import open_source
 from visionaccel.errors import PluginError
 from visionaccel.settings import load_settings
 
-__all__ = ["backends", "doctor", "explain"]
-
 _COUNTED: Mapping[Status, str] = {"failure": "failed", "warning": "with a warning", "pass": "passed"}
 _STYLES: Mapping[Status, str] = {"pass": "green", "warning": "yellow", "failure": "bold red"}
 

@@ -36,14 +36,13 @@ from visionaccel.cli.output import (
     progress,
     results,
 )
+from visionaccel.core.comparison import THRESHOLDS
 from visionaccel.core.cores import choose_cores, on_cores
 from visionaccel.core.program import HOST_AFTER, HOST_BEFORE, ONNX_MODELS, Program
 from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError
 from visionaccel.settings import load_settings
-from visionaccel.validation.certificate import THRESHOLDS, validate_bundle
-
-__all__ = ["inspect", "print_certificate", "pull", "push", "validate"]
+from visionaccel.validation.certificate import validate_bundle
 
 
 def inspect(

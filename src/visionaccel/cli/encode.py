@@ -20,8 +20,6 @@ from visionaccel.errors import ConfigurationError
 from visionaccel.images import Fitter, image_processor, load_image
 from visionaccel.settings import load_settings
 
-__all__ = ["encode"]
-
 
 def encode(
     images: Annotated[list[Path], typer.Argument(help="Image files.")],

@@ -23,14 +23,12 @@ from visionaccel.bundle import as_json as json_file
 from visionaccel.checkpoint import Checkpoint
 from visionaccel.cli.bundles import print_certificate
 from visionaccel.cli.output import Device, Force, Json, Revision, print_json, print_table, progress, results
+from visionaccel.core.comparison import THRESHOLDS
 from visionaccel.core.grid import Grid
 from visionaccel.core.program import AnyGrid, FixedGrid, OperatorDialect, Precision
 from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError
-from visionaccel.validation.certificate import THRESHOLDS, Validation
-
-__all__ = ["export", "frame_grid", "quantize", "strip"]
-
+from visionaccel.validation.certificate import Validation
 
 VITISAI_DEVICE = "npu"
 VITISAI_CONFIG = {

@@ -22,12 +22,6 @@ from visionaccel.core.safe_text import visible
 from visionaccel.errors import ConfigurationError, SettingsError
 from visionaccel.settings import parse_options
 
-__all__ = [
-    "Backend", "Device", "Force", "Json", "OptionsText", "Revision", "backend_options", "check_writable", "finite",
-    "messages", "number", "own_stdout", "print_json", "print_results_of", "print_table", "prints_results", "progress",
-    "results", "results_only", "status", "write_json",
-]  # fmt: skip
-
 
 class _SafeConsole(Console):
     """Shows text from files and plug-ins as text: it is not markup, and has no control characters."""

@@ -16,8 +16,6 @@ from visionaccel.backends.hooks import PROJECT, HookSpecs
 from visionaccel.cli.output import messages, print_results_of, results_only
 from visionaccel.errors import ConfigurationError, PluginError
 
-__all__ = ["GROUP", "CommandsWithPlugins"]
-
 GROUP = "visionaccel.commands"
 """Entry-point group of modules that implement the hook `visionaccel_commands`."""
 

@@ -32,8 +32,6 @@ from visionaccel.core.program import AnyGrid, Bucket, FixedGrid, Program
 from visionaccel.errors import DeviceError, UnfitGridError
 from visionaccel.families import Host, Tower
 
-__all__ = ["Encoder", "OpenProgram", "close_programs"]
-
 
 @dataclass
 class OpenProgram:

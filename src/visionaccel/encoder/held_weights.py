@@ -19,8 +19,6 @@ from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import ChangedFileError, SettingsError
 from visionaccel.families import Tower
 
-__all__ = ["WantedWeights", "hold_source", "is_held"]
-
 WantedWeights: TypeAlias = Literal["private", "mapped"]
 """Where sessions read the weights: in a private copy in memory, or in the files, whose memory processes share."""
 

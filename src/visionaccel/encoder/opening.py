@@ -22,8 +22,6 @@ from visionaccel.encoder.held_weights import WantedWeights, hold_source
 from visionaccel.errors import DeviceError, SettingsError, VisionAccelError
 from visionaccel.families import Host, Tower, tower_of
 
-__all__ = ["WantedIsolation", "open_encoder", "open_source", "open_tower"]
-
 logger = safe_logger(__name__)
 
 WantedIsolation: TypeAlias = Literal["auto", "process", "none"]

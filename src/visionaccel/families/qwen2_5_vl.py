@@ -5,8 +5,6 @@ from __future__ import annotations
 from visionaccel.errors import UnsupportedArchitectureError
 from visionaccel.towers import Activation, Family, Gated, Linear, Merge, Norm, TowerSpec, VisionConfiguration
 
-__all__ = ["DEFAULTS", "FAMILY"]
-
 DEFAULTS = {
     "depth": 32,
     "intermediate_size": 3420,

@@ -14,8 +14,6 @@ from visionaccel.core.containment import contained
 from visionaccel.errors import PluginError, UnsupportedArchitectureError
 from visionaccel.towers import Family
 
-__all__ = ["GROUP", "family_named", "family_of_any", "supported_architectures"]
-
 GROUP = "visionaccel.families"
 _OURS = "visionaccel"
 

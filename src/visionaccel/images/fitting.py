@@ -18,8 +18,6 @@ from visionaccel.families import Tower
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["FitPolicy", "Fitter", "check_policy", "fitted", "grid_cost", "natural_grid", "require_area"]
-
 FitPolicy: TypeAlias = Literal["letterbox", "stretch"]
 """How an image gets another aspect ratio: padded at the right or bottom, or distorted."""
 

@@ -18,11 +18,6 @@ from visionaccel.errors import CheckpointError, ConfigurationError, InputError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = [
-    "FORMATS", "MOST_FILE_BYTES", "MOST_PIXELS", "WEBP_HEADER", "ImageBackend", "ImageProcessor", "as_rgb",
-    "image_processor", "load_image", "webp_size",
-]  # fmt: skip
-
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 """Pillow's names of the formats that `load_image` reads. Each decoder is native code, so there are no others."""
 

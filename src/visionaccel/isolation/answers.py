@@ -22,8 +22,6 @@ from visionaccel.backends import Capabilities
 from visionaccel.errors import VisionAccelError
 from visionaccel.isolation.shared_arrays import ArrayPlace
 
-__all__ = ["MOST_BYTES", "Answer", "Failure", "Opened", "Places", "decoded", "encoded", "failure_of", "restored"]
-
 MOST_BYTES = 2**20
 """Of an answer: places of arrays, or an error with its traceback."""
 

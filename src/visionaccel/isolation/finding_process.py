@@ -26,8 +26,6 @@ from visionaccel.core.child_groups import ChildGroup, how_it_ended, signal_name
 from visionaccel.core.orphans import temporary_folder
 from visionaccel.core.safe_text import one_line
 
-__all__ = ["FindingProcess", "answer_with", "as_finding", "give_up_after"]
-
 _STATUSES: tuple[Status, ...] = ("pass", "warning", "failure")
 _MOST_ANSWER = 4 * 2**20
 _KEPT = 4096

@@ -7,8 +7,6 @@ from dataclasses import dataclass, fields
 from visionaccel.errors import SettingsError
 from visionaccel.settings import LONGEST_SECONDS
 
-__all__ = ["Limits"]
-
 
 @dataclass(frozen=True, slots=True)
 class Limits:

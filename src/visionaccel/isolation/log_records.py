@@ -18,8 +18,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from visionaccel.core.safe_text import lines, one_line, safe_logger
 
-__all__ = ["OutputReader", "RecordSender"]
-
 _TAIL = 20
 _LONGEST_LINE = 16_384
 _LONGEST_TEXT = 4096

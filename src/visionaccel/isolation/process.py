@@ -28,8 +28,6 @@ from visionaccel.isolation.log_records import OutputReader
 from visionaccel.isolation.request import PackedRequest, ParentState
 from visionaccel.isolation.shared_arrays import SharedArrays
 
-__all__ = ["DeviceProcess"]
-
 logger = safe_logger(__name__)
 
 _MODULE = "visionaccel.isolation.child"

@@ -14,8 +14,6 @@ from typing import Any, BinaryIO
 from visionaccel.core.memory_files import MemoryFile
 from visionaccel.core.program import Program
 
-__all__ = ["OpenRequest", "PackedRequest", "ParentState", "packed"]
-
 
 @dataclass(frozen=True, slots=True)
 class ParentState:

@@ -15,8 +15,6 @@ from visionaccel.isolation.limits import Limits
 from visionaccel.isolation.request import OpenRequest, packed
 from visionaccel.isolation.supervisor import Supervisor
 
-__all__ = ["IsolatedSession"]
-
 
 class IsolatedSession(Session):
     """Runs a program in a process of its own; what aborts, hangs or kills that process costs the call in flight.

@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 
 from visionaccel.core.arrays import Array, as_numpy
 
-__all__ = ["ArrayPlace", "SharedArrays"]
-
 _ALIGNMENT = 64
 _GROWTH = 1.5
 _BLOCK = 512

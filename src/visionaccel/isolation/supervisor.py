@@ -21,8 +21,6 @@ from visionaccel.isolation.limits import Limits
 from visionaccel.isolation.process import DeviceProcess
 from visionaccel.isolation.request import PackedRequest
 
-__all__ = ["Supervisor"]
-
 logger = safe_logger(__name__)
 
 _FALLBACK = "Set VISIONACCEL_FALLBACK to let another backend take over meanwhile."

@@ -25,11 +25,6 @@ if TYPE_CHECKING:  # which tell their observers, and are read by this one
     from visionaccel.service import EncodeService, ServiceCounters
     from visionaccel.trust import GuardedEncoder
 
-__all__ = [
-    "SERIES", "Counters", "EncoderMetrics", "MetricsCollector", "Series", "Snapshot", "families", "merged",
-    "metrics_table", "without_levels",
-]  # fmt: skip
-
 Snapshot = dict[str, list[tuple[list[str], Any]]]
 """By a series' name: label values, and a number, or of a distribution the counts of its buckets and its sum."""
 

@@ -16,8 +16,6 @@ from visionaccel.backends import EncodeReport, default_registry, hookimpl
 from visionaccel.core.safe_text import safe_logger
 from visionaccel.errors import ConfigurationError
 
-__all__ = ["TIMING_PREFIX", "Category", "TimingLog", "TraceLog", "installed", "timed_encodes"]
-
 logger = safe_logger(__name__)
 
 _T = TypeVar("_T")

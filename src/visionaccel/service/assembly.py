@@ -21,8 +21,6 @@ from visionaccel.service.service import EncodeService
 from visionaccel.settings import LONGEST_SECONDS, Settings, make_settings
 from visionaccel.trust import Canary, ChainLink, FirstAnswer, GuardedEncoder, Shadow
 
-__all__ = ["open_guarded", "open_service", "open_wanted_service"]
-
 logger = safe_logger(__name__)
 
 _REFERENCE = "torch_ref"

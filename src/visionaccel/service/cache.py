@@ -8,8 +8,6 @@ from typing import Any
 from cachetools import LRUCache
 from numpy.typing import NDArray
 
-__all__ = ["EmbeddingCache"]
-
 
 class EmbeddingCache:
     """Keeps the embeddings that were used last. Safe to share between threads and services.

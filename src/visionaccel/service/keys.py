@@ -13,8 +13,6 @@ from visionaccel.core.grid import Grid
 from visionaccel.core.program import Program
 from visionaccel.encoder import Encoder
 
-__all__ = ["embedding_key", "item_key", "numerics"]
-
 
 def item_key(patches: Array, grid: Grid, context: str = "") -> str:
     """A digest of one item's patches and grid, the same in every process. It releases the GIL while it computes.

@@ -24,8 +24,6 @@ from visionaccel.service.keys import embedding_key, numerics
 from visionaccel.service.state import Embedding, Item, ServiceCounters, ServiceState
 from visionaccel.trust import GuardedEncoder
 
-__all__ = ["EncodeService"]
-
 logger = safe_logger(__name__)
 
 _MISMATCH = "Pass the pixel_values and the grid_thw of the same processor call."

@@ -28,8 +28,6 @@ from visionaccel.core.grid import Grid
 from visionaccel.errors import DeadlineError, QueueFullError, ServiceClosedError, VisionAccelError
 from visionaccel.service.cache import EmbeddingCache
 
-__all__ = ["Embedding", "Item", "ServiceCounters", "ServiceState"]
-
 Embedding: TypeAlias = NDArray[Any]
 """[tokens, out_width] of one item, read-only."""
 

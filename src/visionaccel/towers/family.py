@@ -19,8 +19,6 @@ from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.core.tower_spec import APART, JOINT, TowerSpec
 from visionaccel.errors import CheckpointError, PluginError, VisionAccelError
 
-__all__ = ["Family", "VisionConfiguration", "has_every_weight", "plain_weights"]
-
 
 class VisionConfiguration:
     """The part of a `config.json` that describes a tower, with the defaults for what it leaves out.

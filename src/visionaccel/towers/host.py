@@ -32,8 +32,6 @@ from visionaccel.core.tower_spec import Linear, Norm, TowerSpec
 from visionaccel.errors import CheckpointError
 from visionaccel.towers.tables import Tables, make_tables
 
-__all__ = ["GROUPED", "RASTER", "Host", "HostEmbedding", "PatchEmbedding", "open_host"]
-
 RASTER, GROUPED = "raster", "grouped"
 """A tower's orders of tokens at the edges of a split program: windows row by row from the top, as in the reference, or
 the same with windows of one size together, largest first. Without windows, `raster` is the order of the input."""

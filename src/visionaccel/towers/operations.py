@@ -15,8 +15,6 @@ from visionaccel.core.grid import Grid, total_patches
 from visionaccel.core.tower_spec import Gated, Linear, Merge, Step, TowerSpec
 from visionaccel.towers.tables import window_order
 
-__all__ = ["MatrixProduct", "Operations", "count_operations"]
-
 
 @dataclass(frozen=True, slots=True)
 class MatrixProduct:

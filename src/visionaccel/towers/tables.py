@@ -29,11 +29,6 @@ from visionaccel.core.program import (
 )
 from visionaccel.core.tower_spec import Positions, TowerSpec
 
-__all__ = [
-    "Signature", "Tables", "Windows", "by_window_size", "checkpoint_signature", "make_tables", "signature",
-    "tower_tables", "window_order",
-]  # fmt: skip
-
 Indices = NDArray[np.int64]
 Floats = NDArray[np.float32]
 

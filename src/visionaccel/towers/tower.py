@@ -33,8 +33,6 @@ from visionaccel.towers.host import GROUPED, RASTER, Host, open_host
 from visionaccel.towers.operations import Operations, count_operations
 from visionaccel.towers.tables import checkpoint_signature, signature, tower_tables
 
-__all__ = ["Tower"]
-
 
 class Tower:
     """The vision tower of one checkpoint: sizes, programs and host-side tables. Holds no weights.

@@ -9,8 +9,6 @@ from enum import StrEnum
 
 from visionaccel.core.safe_text import safe_logger
 
-__all__ = ["Breaker", "BreakerState", "Keeper"]
-
 logger = safe_logger(__name__)
 
 _LONGEST_SLEEP = 3600.0

@@ -20,8 +20,6 @@ from typing import TypeAlias, TypeVar
 
 from visionaccel.core.arrays import Array, is_tensor
 
-__all__ = ["CutError", "LateError", "WatchedCalls", "in_callers_stream", "returns_within", "seconds_until"]
-
 _T = TypeVar("_T")
 _Work: TypeAlias = tuple[Future[object], Callable[[], object]]
 

@@ -21,8 +21,6 @@ from visionaccel.core.program import FixedGrid
 from visionaccel.encoder import Encoder
 from visionaccel.errors import DeadlineError, DeviceError, UnfitGridError, VisionAccelError
 
-__all__ = ["Canary", "CanaryResult", "FirstAnswer", "drift_of"]
-
 _SAME = 0.9999
 """The lowest cosine at which an encoder repeats its own answer: threads add in another order, and no more."""
 

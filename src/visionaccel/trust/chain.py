@@ -26,8 +26,6 @@ from visionaccel.trust.link import RETRY, ChainLink
 from visionaccel.trust.shadow import Shadow
 from visionaccel.trust.watched_encoder import no_time
 
-__all__ = ["Embedded", "GuardedEncoder"]
-
 logger = safe_logger(__name__)
 
 

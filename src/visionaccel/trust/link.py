@@ -21,8 +21,6 @@ from visionaccel.trust.canary import Canary, CanaryResult
 from visionaccel.trust.reports import BreakerReports, report_canary, report_failure
 from visionaccel.trust.watched_encoder import LEAST, WatchedEncoder
 
-__all__ = ["RETRY", "ChainLink"]
-
 logger = safe_logger(__name__)
 
 RETRY = "retry"

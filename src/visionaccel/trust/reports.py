@@ -15,8 +15,6 @@ from visionaccel.errors import VisionAccelError
 from visionaccel.trust.breaker import BreakerState
 from visionaccel.trust.canary import CanaryResult
 
-__all__ = ["BreakerReports", "report_canary", "report_failure"]
-
 _MOST_WAITING = 64
 """Reports kept for an observer that hangs; the oldest go first, and the last says how the breaker is."""
 

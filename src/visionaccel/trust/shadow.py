@@ -23,8 +23,6 @@ from visionaccel.errors import VisionAccelError
 from visionaccel.trust.canary import drift_of
 from visionaccel.trust.link import ChainLink
 
-__all__ = ["Shadow"]
-
 logger = safe_logger(__name__)
 
 

@@ -16,8 +16,6 @@ from visionaccel.errors import DeadlineError, DeviceError, DeviceLostError, Inpu
 from visionaccel.trust.breaker import Breaker
 from visionaccel.trust.calls import CutError, LateError, WatchedCalls, returns_within, seconds_until
 
-__all__ = ["LEAST", "WatchedEncoder", "no_time"]
-
 logger = safe_logger(__name__)
 
 _T = TypeVar("_T")

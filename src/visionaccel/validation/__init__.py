@@ -1,9 +1,9 @@
 """Compares a bundle's programs with the float32 reference. It opens encoders, so it is a layer above them."""
 
+from visionaccel.core.comparison import THRESHOLDS
 from visionaccel.validation.certificate import (
     REFERENCE_BACKEND,
     REFERENCE_OPTIONS,
-    THRESHOLDS,
     Validation,
     validate_bundle,
 )

@@ -51,8 +51,6 @@ from visionaccel.images import image_processor
 from visionaccel.validation.packed_weights import differing_weights
 from visionaccel.validation.trials import Trial, Trials, bundled_photographs, find_images
 
-__all__ = ["REFERENCE_BACKEND", "REFERENCE_OPTIONS", "THRESHOLDS", "Validation", "validate_bundle"]
-
 logger = safe_logger(__name__)
 
 _LONGEST_FAILURE = 4096

@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from visionaccel.core.dtypes import FLOATS
 from visionaccel.core.stored_tensor import CHUNK_BYTES, StoredTensor, rounded
 
-__all__ = ["differing_weights"]
-
 _MOST_ITEMS = CHUNK_BYTES
 """Elements read at once; both sides are read in equal numbers of them."""
 

@@ -24,21 +24,19 @@ from visionaccel.bundle import (
     write_golden,
 )
 from visionaccel.core.arrays import Array, as_numpy
+from visionaccel.core.comparison import THRESHOLDS
 from visionaccel.core.grid import Grid
 from visionaccel.core.program import AnyGrid, Program
 from visionaccel.errors import AccuracyError, ConfigurationError, InputError, PluginError
 from visionaccel.families import Host, Tower
 from visionaccel.images import image_processor
 from visionaccel.validation.certificate import (
-    THRESHOLDS,
     Validation,
     check_reference,
     check_thresholds,
     validate_bundle,
 )
 from visionaccel.validation.trials import Trial, Trials, find_images
-
-__all__ = ["QUANTIZED", "quantize_bundle"]
 
 QUANTIZED = "int8"
 """What programs are quantized to."""

@@ -26,8 +26,6 @@ from visionaccel.images import MOST_ASPECT_RATIO, Fitter, ImageProcessor, load_i
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Trial", "Trials", "bundled_photographs", "find_images", "trial_calls"]
-
 Patches = NDArray[np.float32]
 
 _SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})

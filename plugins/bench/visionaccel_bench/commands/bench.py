@@ -29,14 +29,13 @@ from visionaccel.errors import ConfigurationError, SettingsError
 from visionaccel_bench.commands.bench_encode import encode, placement
 from visionaccel_bench.commands.options import Output, duration, require
 from visionaccel_bench.commands.termination import tidy_if_terminated
-from visionaccel_bench.serve.device import SIMULATED, TIMES, Accelerator, DeviceTime, Mode, measured, with_latency
+from visionaccel_bench.serve.device import TIMES, Accelerator, DeviceTime, Mode, measured, with_latency
 from visionaccel_bench.serve.serve_plot import plot_timeline
 from visionaccel_bench.serve.serve_report import Report, make_report
 from visionaccel_bench.serve.serve_tables import concurrency_table, load_of, notes, serve_table
 from visionaccel_bench.serve.serving import Plan, Taken, measure, measure_at_no_cost, running, started
 from visionaccel_bench.tables import print_table
-
-__all__ = ["bench", "serve"]
+from visionaccel_testing.simulated.target import NAME as SIMULATED
 
 bench = typer.Typer(name="bench", help="Measure encodes, and servers under load.", no_args_is_help=True)
 

@@ -36,8 +36,6 @@ from visionaccel_bench.encode.placement import advise
 from visionaccel_bench.encode.presets import PRESETS, preset_checkpoint
 from visionaccel_bench.tables import print_table
 
-__all__ = ["encode", "placement"]
-
 _GRID = "58x74"
 _FEW = ("16x16", "32x32", "58x74")
 

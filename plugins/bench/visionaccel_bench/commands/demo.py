@@ -22,8 +22,6 @@ from visionaccel_bench.server import VllmServer, serve
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["demo"]
-
 ARGUMENTS = (
     "--dtype", "float32", "--enforce-eager", "--max-model-len", "4096", "--max-num-seqs", "16",
     "--limit-mm-per-prompt", '{"image": 4, "video": 1}',

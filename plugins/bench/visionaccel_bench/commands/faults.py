@@ -15,8 +15,6 @@ from visionaccel_bench.faultsuite.matrix import FAULTS, MOMENTS, Cell, cells_of,
 from visionaccel_bench.faultsuite.outcomes import fault_table
 from visionaccel_bench.tables import print_table
 
-__all__ = ["faults"]
-
 
 def faults(
     mode: Annotated[str | None, typer.Option(help="Only servers of this mode: inline or pipelined.")] = None,

@@ -11,8 +11,6 @@ import typer
 from visionaccel.cli.output import finite
 from visionaccel.errors import ConfigurationError
 
-__all__ = ["Output", "duration", "require"]
-
 Output = Annotated[Path | None, typer.Option(help="Write the JSON to this file too.")]
 
 

@@ -11,8 +11,6 @@ from visionaccel.cli.diagnosis import diagnose
 from visionaccel.cli.output import Json, check_writable, print_json, results, status
 from visionaccel.errors import ConfigurationError
 
-__all__ = ["report"]
-
 
 def report(
     output: Annotated[Path, typer.Argument(help="The HTML file to write.")],

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["tidy_if_terminated"]
-
 
 @contextmanager
 def tidy_if_terminated() -> Iterator[None]:

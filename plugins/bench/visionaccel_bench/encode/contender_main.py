@@ -23,8 +23,6 @@ from visionaccel_testing.process_tree import memory, processor_seconds
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["main", "rates"]
-
 _SPARED = "800"
 """The kernel's score when memory runs out: it ends a contender rather than the measuring process."""
 

@@ -21,8 +21,6 @@ from visionaccel.errors import DeadlineError, DeviceError
 from visionaccel_bench.encode.contenders import BUNDLE, Contender
 from visionaccel_bench.server import log_end, quiet_environment
 
-__all__ = ["ContenderProcess"]
-
 _MAIN = "visionaccel_bench.encode.contender_main"
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _LOG_LINES = 15

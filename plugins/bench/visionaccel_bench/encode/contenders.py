@@ -15,11 +15,6 @@ from visionaccel.bundle import is_bundle
 from visionaccel.errors import PluginError, SettingsError
 from visionaccel.settings import parse_options
 
-__all__ = [
-    "BUNDLE", "NONE", "PEERS", "REFERENCE", "STOCK", "Contender", "absence", "named_backends", "named_peers",
-    "parse_contender",
-]  # fmt: skip
-
 Kind: TypeAlias = Literal["backend", "peer"]
 
 PEERS: Mapping[str, tuple[tuple[str, ...], str, frozenset[str]]] = MappingProxyType(

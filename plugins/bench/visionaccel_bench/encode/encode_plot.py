@@ -11,8 +11,6 @@ from visionaccel_bench.encode.encode_report import ContenderReport, EncodeReport
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["plot_latency"]
-
 _MARKS = "osD^vP*X<>"
 
 

@@ -14,8 +14,6 @@ from visionaccel.families import Tower
 from visionaccel_bench.encode.contenders import STOCK
 from visionaccel_bench.encode.encoding import Accuracy, EncodePlan, OnGrid, Peak, Taken
 
-__all__ = ["ContenderReport", "EncodeReport", "GridOperations", "GridReport", "Machine", "make_encode_report"]
-
 _BUSY = 1.2
 """Where a contender's slowest turn is slower than its fastest by more than this, a note says so."""
 

@@ -9,10 +9,6 @@ from visionaccel_bench.encode.encode_report import ContenderReport, EncodeReport
 from visionaccel_bench.encode.placement import Placement
 from visionaccel_bench.tables import DASH, Table, seconds
 
-__all__ = [
-    "accuracy_table", "advice_table", "contenders_table", "linearity_table", "notes", "placement_table", "times_table",
-]  # fmt: skip
-
 _GIB = 2**30
 
 

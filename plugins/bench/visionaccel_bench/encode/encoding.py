@@ -20,8 +20,6 @@ from visionaccel.families import Tower
 from visionaccel_bench.encode.contender_process import ContenderProcess
 from visionaccel_bench.encode.contenders import REFERENCE, Contender, absence
 
-__all__ = ["TABLE", "Accuracy", "EncodePlan", "OnGrid", "Peak", "Progress", "Taken", "measure_encodes"]
-
 TABLE = tuple(Grid.parse(text) for text in ("16x16", "16x32", "32x32", "32x64", "64x64", "64x128", "128x128"))
 """From 256 to 16,384 patches, each twice as many as the one before."""
 

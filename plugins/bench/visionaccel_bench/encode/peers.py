@@ -23,8 +23,6 @@ from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import ConfigurationError
 from visionaccel.families import Tower
 
-__all__ = ["Opened", "open_peer"]
-
 _PLACE = "visual"
 """Where the models of transformers that take patches and grids have their tower, and their checkpoints its weights."""
 

@@ -11,10 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from visionaccel.validation.certificate import THRESHOLDS
+from visionaccel.core.comparison import THRESHOLDS
 from visionaccel_bench.encode.encode_report import ContenderReport, EncodeReport, GridReport
-
-__all__ = ["LEAST_COSINE", "MARGIN", "GridPlacement", "ModeAdvice", "Placement", "advise"]
 
 MARGIN = 0.1
 """What must be gained, as a share of stock's seconds: less is within the spread of such measurements."""

@@ -12,8 +12,6 @@ from visionaccel.core.orphans import temporary_folder
 from visionaccel.errors import ConfigurationError, SettingsError
 from visionaccel_testing.checkpoints import LIVELY, QWEN2_5_VL_7B, random_checkpoint
 
-__all__ = ["PRESETS", "preset_checkpoint"]
-
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType({"qwen2.5-vl-7b": QWEN2_5_VL_7B})
 """Vision configurations by name."""
 

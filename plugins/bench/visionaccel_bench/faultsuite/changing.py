@@ -11,8 +11,6 @@ import numpy as np
 from visionaccel.checkpoint import locate_checkpoint
 from visionaccel.families import tower_of
 
-__all__ = ["Change", "change_weights", "copy_checkpoint"]
-
 Change: TypeAlias = Literal["replaced", "rewritten"]
 """How files change: other files are renamed to their names, or others' bytes are written into them."""
 

@@ -8,10 +8,6 @@ from typing import Literal, TypeAlias, get_args
 
 from visionaccel_bench.faultsuite.changing import Change
 
-__all__ = [
-    "FAULTS", "MOMENTS", "Cell", "Fault", "Isolation", "Mode", "Moment", "Serving", "cells_of", "every_serving",
-]  # fmt: skip
-
 Fault: TypeAlias = Literal["raise", "nan", "zeros", "drift", "hang", "exit", "abort"]
 """What the simulated device does, as the option `faults` of the backend `simulated` names it."""
 

@@ -9,8 +9,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from visionaccel_bench.tables import DASH, Table
 
-__all__ = ["FaultRow", "FaultSuite", "fault_table"]
-
 
 class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)

@@ -25,8 +25,6 @@ from visionaccel_testing.simulated import FaultRule, struck
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Outcome", "Progress", "SuiteImages", "images_needed", "run_suite", "suite_of"]
-
 Progress = Callable[[str], None]
 
 ARGUMENTS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--max-num-seqs", "8")

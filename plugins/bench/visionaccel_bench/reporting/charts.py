@@ -11,8 +11,6 @@ from visionaccel_bench.drawing import inline_svg, new_figure
 from visionaccel_bench.reporting.page import Picture
 from visionaccel_bench.reporting.trace import CATEGORIES, OTHER, Event, Trace
 
-__all__ = ["Bar", "draw_bars", "draw_timeline", "spans"]
-
 _COLOURS = {
     "ink": "#1d232b", "edge": "#d9dee4", "failure": "#b3261e", "second": "#9bb7e8", "queue": "#c4a000",
     "device": "#2f6fde", "host": "#0f9488", "decode": "#d9692a", "processor": "#8153c9", "other": "#8b95a1",

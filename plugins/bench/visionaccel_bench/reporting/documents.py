@@ -18,8 +18,6 @@ from visionaccel_bench.encode.placement import Placement
 from visionaccel_bench.faultsuite.outcomes import FaultSuite
 from visionaccel_bench.serve.serve_report import Report as ServeReport
 
-__all__ = ["Benchmark", "parsed", "read_benchmark", "read_document", "read_faults", "read_text"]
-
 _MOST_DIGITS = 18
 
 T = TypeVar("T")

@@ -16,8 +16,6 @@ from visionaccel.backends.spec import Status
 from visionaccel.core.safe_text import one_line
 from visionaccel_bench.tables import Table
 
-__all__ = ["Block", "Details", "Heading", "Picture", "Report", "Section", "Text", "environment", "worst"]
-
 _ORDER: tuple[Status, ...] = ("failure", "warning", "pass")
 
 

@@ -31,8 +31,6 @@ from visionaccel_bench.serve.serve_tables import concurrency_table, load_of, ser
 from visionaccel_bench.serve.serve_tables import notes as serve_notes
 from visionaccel_bench.tables import DASH, Table, seconds
 
-__all__ = ["Inputs", "make_report", "read_inputs"]
-
 
 @dataclass(frozen=True, slots=True)
 class Inputs:

@@ -19,8 +19,6 @@ from visionaccel.core.safe_text import one_line
 from visionaccel.errors import InputError
 from visionaccel_bench.reporting.documents import parsed, read_text
 
-__all__ = ["CATEGORIES", "OTHER", "Event", "Lane", "Overlap", "Trace", "overlap", "read_trace"]
-
 CATEGORIES = ("queue", "device", "host", "decode", "processor")
 OTHER = "other"
 

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
     from visionaccel.core.grid import Grid
 
-__all__ = ["SIMULATED", "TIMES", "Accelerator", "DeviceTime", "Mode", "measured", "with_latency"]
-
 TIMES = ("latency", "per_patch", "recorded")
 """Options of the simulated backend that say how long it takes."""
 

@@ -14,11 +14,6 @@ from typing import Literal, Self
 
 import numpy as np
 
-__all__ = [
-    "PRIOR_ART_RATIO", "PRIOR_ART_REQUESTS", "STALL", "Bound", "Figures", "Kind", "Latencies", "Overlap", "Run",
-    "Spread", "Stalls", "Trace", "bound", "device_finish", "figures", "overlap", "stalls", "wall_seconds",
-]  # fmt: skip
-
 STALL = 0.1
 """A text stream stalls where its next token takes longer than this."""
 

@@ -34,11 +34,6 @@ from visionaccel.images import (
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = [
-    "FixedGridProcessor", "LevelTable", "fixed_grid_processor", "levels_of", "read_levels",
-    "resized",
-]  # fmt: skip
-
 _BICUBIC = 3
 """Pillow's number of the filter."""
 

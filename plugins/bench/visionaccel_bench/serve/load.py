@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI
     from PIL.Image import Image
 
-__all__ = ["Endpoint", "Load", "first_model", "picture", "send"]
-
 _LEAD = 0.5
 """Seconds that text streams run before the first image is sent."""
 

@@ -12,8 +12,6 @@ from visionaccel_bench.serve.figures import STALL, Run
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["plot_timeline"]
-
 _TOKEN, _STALLED, _WAITING, _ANSWERING, _PAUSED = "#4c72b0", "#c44e52", "#d0d0d0", "#55a868", "#f6efd5"
 _LEGEND = {
     "text token": _TOKEN,

@@ -22,8 +22,6 @@ from visionaccel_bench.serve.figures import (
 )
 from visionaccel_bench.serve.serving import Plan, Taken
 
-__all__ = ["Concurrency", "ModeReport", "Report", "make_report"]
-
 
 @dataclass(frozen=True, slots=True)
 class ModeReport:

@@ -9,8 +9,6 @@ from visionaccel_bench.serve.figures import STALL, Latencies, Stalls
 from visionaccel_bench.serve.serve_report import Concurrency, ModeReport, Report
 from visionaccel_bench.tables import DASH, Table
 
-__all__ = ["concurrency_table", "load_of", "notes", "serve_table"]
-
 
 def load_of(report: Report) -> str:
     """What was sent, and what encoded."""

@@ -22,8 +22,6 @@ from visionaccel_testing.simulated import OVERRUN
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Plan", "Progress", "Subject", "Taken", "measure", "measure_at_no_cost", "running", "started"]
-
 Progress = Callable[[str], None]
 """Is called with what is being done."""
 

@@ -18,8 +18,6 @@ from visionaccel.families import Tower
 from visionaccel.towers import GROUPED, RASTER, by_window_size, window_order
 from visionaccel_flexmlrt.vitisai.recognition import HostPart
 
-__all__ = ["check_weights", "matching_grid", "narrowest"]
-
 _TOLERANCE = 1e-6
 """Of the largest element. Exporters that fold operators into a weight move its last float32 bits, by some 1e-7 of it;
 training moves a weight by more than that in its first steps."""

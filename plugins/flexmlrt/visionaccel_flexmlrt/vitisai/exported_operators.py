@@ -15,18 +15,6 @@ from visionaccel_flexmlrt.vitisai.graph import OnnxGraph
 if TYPE_CHECKING:
     import onnx
 
-__all__ = [
-    "PRODUCTS",
-    "STILL",
-    "UnknownHostError",
-    "check_gathers",
-    "is_plain",
-    "moved",
-    "named",
-    "product",
-    "squeezed",
-]
-
 STILL = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Cast", "Transpose"})
 """Operators that move nothing, if their attributes say so."""
 

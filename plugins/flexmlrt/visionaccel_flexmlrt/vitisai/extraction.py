@@ -13,8 +13,6 @@ from visionaccel.errors import BundleError
 from visionaccel_flexmlrt.vitisai.graph import OnnxGraph, external_files
 from visionaccel_flexmlrt.vitisai.layout import Boundary
 
-__all__ = ["extract_host", "host_operators"]
-
 _AGAIN = "Export and compile the tower again."
 _MOST_BYTES = 2**30
 """Most weights of one side of the host, which are stored within its model; a patch embedding has 6 MB."""

@@ -23,8 +23,6 @@ from visionaccel_flexmlrt.vitisai.graph import OnnxGraph, external_files, plain_
 from visionaccel_flexmlrt.vitisai.layout import Boundary, VitisFolder, read_layout
 from visionaccel_flexmlrt.vitisai.recognition import HostPart, UnrecognisedHost, recognise_host
 
-__all__ = ["Findings", "ImportRequest", "find"]
-
 _PROVIDER = "VitisAIExecutionProvider"
 _ONE_PARTITION = "Compile so that everything between the window gathers is one partition."
 _ORIENTATION = "The wrong orientation has the same shapes: run `visionaccel validate` before you use the bundle."

@@ -26,8 +26,6 @@ from visionaccel.core.dtypes import DTYPES, OF_ONNX
 from visionaccel.core.onnx_graphs import ExternalData, bodies_of, graphs_in, is_external, tensors_of
 from visionaccel.errors import BundleError
 
-__all__ = ["OnnxGraph", "check_link", "external_files", "plain_file"]
-
 _AGAIN = "Fetch the folder again, or export and compile the tower again."
 _MOST_MODEL_BYTES = 2**31
 """Protobuf's own limit."""

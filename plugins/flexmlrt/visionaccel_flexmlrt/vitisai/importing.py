@@ -45,8 +45,6 @@ from visionaccel_flexmlrt.vitisai.graph import OnnxGraph
 from visionaccel_flexmlrt.vitisai.layout import Boundary
 from visionaccel_flexmlrt.vitisai.recognition import HostPart
 
-__all__ = ["Imported", "import_vitisai"]
-
 _AGAIN = "Export and compile the tower again."
 
 

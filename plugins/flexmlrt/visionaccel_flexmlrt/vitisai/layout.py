@@ -24,8 +24,6 @@ from visionaccel.errors import BundleError, ConfigurationError
 from visionaccel_flexmlrt.artifact import FLEXMLRT_DIRECTORY, FLEXMLRT_RAI, SIMULATOR_FILE, made_for_simulator
 from visionaccel_flexmlrt.vitisai.graph import check_link
 
-__all__ = ["Boundary", "PartitionInfo", "VitisFolder", "read_layout", "read_metadata"]
-
 _INFO, _TABLE, _CONNECTIVITY = "partition-info.json", "flexmlrt-hsi.json", "connectivity_metadata.json"
 _PARTITION = "vaiml_par_"
 _SMALL = 10**6

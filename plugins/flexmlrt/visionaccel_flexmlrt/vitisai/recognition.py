@@ -34,8 +34,6 @@ from visionaccel_flexmlrt.vitisai.graph import OnnxGraph
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["HostPart", "UnrecognisedHost", "recognise_host"]
-
 _MOST_STEPS = 64
 """Operators of one chain; the host's part of a real export has about ten."""
 

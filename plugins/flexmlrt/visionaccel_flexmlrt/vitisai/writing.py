@@ -39,8 +39,6 @@ from visionaccel.families import Tower
 from visionaccel.towers import make_tables
 from visionaccel_flexmlrt.artifact import SIMULATOR_FILE
 
-__all__ = ["VitisNames", "write_vitisai_folder"]
-
 _Row: TypeAlias = tuple[str, list[str], str, dict[str, Any]]
 """An operator, its inputs, its output and its attributes."""
 

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from visionaccel_testing.conformance.kit import Kit
 
-__all__ = ["LEVELS", "Check", "CheckFailedError", "Checks", "NotApplicableError"]
-
 LEVELS = (
     "interface",
     "shapes",

@@ -11,8 +11,6 @@ from typing import Any, TypeAlias
 
 from visionaccel.encoder import WantedIsolation
 
-__all__ = ["TOLERANCES", "BackendUnderTest", "KnownFailure", "Source", "Tolerance"]
-
 Source: TypeAlias = Callable[[Path, Path], Path]
 """Makes what the backend opens, such as a bundle of fixed grids: from a checkpoint's folder and a folder that does not
 exist yet, to the folder to open. A function of a module, so that other processes find it."""

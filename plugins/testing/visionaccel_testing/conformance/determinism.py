@@ -15,8 +15,6 @@ from visionaccel_testing.conformance.fresh_process import in_fresh_process
 from visionaccel_testing.conformance.kit import Kit
 from visionaccel_testing.conformance.subject import Subject, patches_for
 
-__all__ = ["DETERMINISM"]
-
 DETERMINISM = Checks(3)
 
 CALLS = 5

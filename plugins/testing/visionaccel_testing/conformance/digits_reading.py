@@ -26,8 +26,6 @@ from visionaccel.images import Fitter, ImageProcessor, image_processor
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["LEAST_AGREEMENT", "DigitsRead", "read_digits"]
-
 logger = safe_logger(__name__)
 
 LEAST_AGREEMENT = 0.98

@@ -26,8 +26,6 @@ from visionaccel_testing.conformance.fresh_process import in_fresh_process
 from visionaccel_testing.conformance.kit import Kit
 from visionaccel_testing.conformance.subject import Subject, grids_of, patches_for
 
-__all__ = ["FAULTS"]
-
 FAULTS = Checks(5)
 
 _RECOVERY = 120.0

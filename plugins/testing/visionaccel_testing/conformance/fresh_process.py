@@ -11,8 +11,6 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 from visionaccel_testing.conformance.check import CheckFailedError, NotApplicableError
 
-__all__ = ["in_fork", "in_fresh_process"]
-
 P = ParamSpec("P")
 T = TypeVar("T")
 

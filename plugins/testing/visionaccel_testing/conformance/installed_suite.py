@@ -11,8 +11,6 @@ from visionaccel_testing.conformance.suite import conformance_suite
 if TYPE_CHECKING:
     import pytest
 
-__all__ = ["TestConformance"]
-
 
 def _named(config: pytest.Config) -> BackendUnderTest:
     return BackendUnderTest(

@@ -26,8 +26,6 @@ from visionaccel_testing.conformance.check import CheckFailedError, Checks, NotA
 from visionaccel_testing.conformance.fresh_process import in_fresh_process
 from visionaccel_testing.conformance.kit import Kit
 
-__all__ = ["INTERFACE"]
-
 INTERFACE = Checks(0)
 
 _NEEDED = ("numpy", "ml_dtypes", "pydantic_core")

@@ -29,8 +29,6 @@ from visionaccel_testing.conformance.check import CheckFailedError
 from visionaccel_testing.conformance.declaration import BackendUnderTest, Tolerance
 from visionaccel_testing.conformance.subject import Subject, grids_of, patches_for
 
-__all__ = ["Kit"]
-
 Embeddings = NDArray[np.float32]
 F = TypeVar("F", bound=Callable[..., None])
 

@@ -24,8 +24,6 @@ from visionaccel_testing.conformance.kit import Kit
 from visionaccel_testing.conformance.subject import Subject, grids_of, patches_for
 from visionaccel_testing.process_tree import memory, open_descriptors
 
-__all__ = ["LIFE_CYCLE"]
-
 LIFE_CYCLE = Checks(4)
 
 _THREADS, _CALLS = 4, 12

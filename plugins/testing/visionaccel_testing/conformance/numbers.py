@@ -16,8 +16,6 @@ from visionaccel_testing.conformance.digits_reading import LEAST_AGREEMENT, read
 from visionaccel_testing.conformance.kit import Kit
 from visionaccel_testing.conformance.subject import WINDOW_SIDE, Subject, grids_of
 
-__all__ = ["NUMBERS"]
-
 NUMBERS = Checks(2)
 
 IMAGES = 60

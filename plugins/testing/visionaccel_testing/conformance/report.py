@@ -20,8 +20,6 @@ from visionaccel_testing.conformance.check import LEVELS
 from visionaccel_testing.conformance.declaration import BackendUnderTest
 from visionaccel_testing.conformance.suite import CHECKS, Outcome
 
-__all__ = ["Badge", "ConformanceReport", "badge_of", "write_report"]
-
 Badge = Literal["Gold", "Silver", "Bronze", "none"]
 
 _NEEDED: tuple[tuple[Badge, int], ...] = (("Bronze", 1), ("Silver", 3), ("Gold", 6))

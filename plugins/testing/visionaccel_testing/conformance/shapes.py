@@ -20,8 +20,6 @@ from visionaccel_testing.conformance.check import CheckFailedError, Checks, NotA
 from visionaccel_testing.conformance.kit import Kit
 from visionaccel_testing.conformance.subject import PATCH_WIDTH, WINDOW_SIDE
 
-__all__ = ["SHAPES"]
-
 SHAPES = Checks(1)
 
 

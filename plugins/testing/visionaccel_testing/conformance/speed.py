@@ -11,8 +11,6 @@ from visionaccel_testing.conformance.check import CheckFailedError, Checks, NotA
 from visionaccel_testing.conformance.kit import Kit
 from visionaccel_testing.conformance.subject import grids_of, patches_for
 
-__all__ = ["SPEED"]
-
 SPEED = Checks(6)
 
 _ROUNDS = 4

@@ -16,8 +16,6 @@ from visionaccel.core.program import AnyGrid, Coverage, FixedGrid
 from visionaccel.encoder import Encoder, WantedIsolation, open_encoder, open_source
 from visionaccel_testing.checkpoints import TINY
 
-__all__ = ["PATCH_WIDTH", "WINDOW_SIDE", "Subject", "grids_of", "patches_for"]
-
 PATCH_WIDTH = TINY["in_channels"] * TINY["temporal_patch_size"] * TINY["patch_size"] ** 2
 """Values of a patch of the kit's small towers."""
 

@@ -24,17 +24,6 @@ from visionaccel_testing.conformance.speed import SPEED
 if TYPE_CHECKING:
     import pytest
 
-__all__ = [
-    "CHECKS",
-    "PROPERTY",
-    "Outcome",
-    "Status",
-    "conformance_suite",
-    "outcome_of",
-    "refuse_unknown_checks",
-    "run_checks",
-]
-
 CHECKS: tuple[Check, ...] = tuple(
     check for level in (INTERFACE, SHAPES, NUMBERS, DETERMINISM, LIFE_CYCLE, FAULTS, SPEED) for check in level.found
 )

@@ -29,8 +29,6 @@ from visionaccel_testing.simulated.latency import Latency, read_recorded
 from visionaccel_testing.simulated.session import RememberedAnswers, SimulatedSession
 from visionaccel_testing.simulated.target import NAME, Target
 
-__all__ = ["SimulatedBackend", "SimulatedOptions"]
-
 
 def _switch_of_the_environment() -> Path | None:
     named = os.environ.get("SIMULATED_SWITCH")

@@ -21,8 +21,6 @@ from visionaccel.core.invalid_values import problems_of
 from visionaccel.errors import DeviceError, SettingsError
 from visionaccel_testing.simulated.latency import Frame
 
-__all__ = ["Fault", "FaultRule", "FaultScript", "struck"]
-
 _DEADLY = ("exit", "abort")
 _CHILD = "visionaccel.isolation.child"
 _WANTED = "It is wanted: see the options `faults` and `switch` of the simulated device."

@@ -16,8 +16,6 @@ from visionaccel.core.invalid_values import problems_of
 from visionaccel.core.program import Bucket, FixedGrid, Program
 from visionaccel.errors import SettingsError
 
-__all__ = ["Frame", "Latency", "frames_of", "read_recorded"]
-
 _SIZE = re.compile(r"([1-9]\d*)x([1-9]\d*)")
 _RECORDED = TypeAdapter(dict[str, tuple[NonNegativeFloat, ...]])
 

@@ -19,8 +19,6 @@ from visionaccel.core.safe_text import safe_logger
 from visionaccel_testing.simulated.faults import Fault, FaultScript
 from visionaccel_testing.simulated.latency import Frame, Latency, frames_of
 
-__all__ = ["OVERRUN", "RememberedAnswers", "SimulatedSession"]
-
 logger = safe_logger(__name__)
 
 OVERRUN = "times that are measured with it are too long"

@@ -10,8 +10,6 @@ from visionaccel.backends import AUTO, Selection, VisionBackend, default_registr
 from visionaccel.core.program import CHECKPOINT, ONNX, Program
 from visionaccel.errors import PluginError, SettingsError
 
-__all__ = ["NAME", "Target"]
-
 NAME = "simulated"
 
 _FORM = re.compile(r"(?P<backend>[^/@+\s]+)(?:/(?P<device>[^@+\s]+))?(?:@(?P<number>\d+))?(?P<apart>\+process)?")

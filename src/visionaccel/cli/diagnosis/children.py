@@ -20,8 +20,6 @@ from visionaccel.errors import SettingsError, VisionAccelError
 from visionaccel.isolation import answer_with, as_finding, give_up_after
 from visionaccel.settings import load_settings
 
-__all__ = ["main"]
-
 _ACTIVATION = "activation"
 _RELEASE = "Install a release of vLLM that docs/compatibility.md names."
 

@@ -18,8 +18,6 @@ from visionaccel.integrations.vllm.compat.releases import TRIED_RELEASES
 from visionaccel.isolation import FindingProcess
 from visionaccel.settings import Settings, load_settings
 
-__all__ = ["LIMIT", "SOURCE", "VLLM", "diagnose"]
-
 LIMIT = 60.0
 """Seconds that a backend may take to say what it finds; vLLM, which imports more, may take twice as long."""
 

@@ -10,8 +10,6 @@ from visionaccel.backends import Finding, contained
 from visionaccel.backends.spec import Status
 from visionaccel.errors import VisionAccelError
 
-__all__ = ["Diagnosis", "Found", "looked"]
-
 
 @dataclass(frozen=True, slots=True)
 class Found:

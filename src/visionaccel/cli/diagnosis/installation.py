@@ -25,8 +25,6 @@ from visionaccel.core.cpu import flags_in, processor_name
 from visionaccel.errors import SettingsError, UnknownBackendError
 from visionaccel.settings import PREFIX, Settings, load_settings
 
-__all__ = ["installed", "of_environment", "of_settings", "of_versions"]
-
 _ROOT = Path("/")
 _PYTHON = (3, 11)
 _GIB = 2**30

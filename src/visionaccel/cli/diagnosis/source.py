@@ -9,8 +9,6 @@ from visionaccel.backends import Finding
 from visionaccel.bundle import Bundle, Certificate, is_bundle, open_bundle, read_golden
 from visionaccel.encoder import open_tower
 
-__all__ = ["OPENED", "Wanted", "of_source"]
-
 OPENED = ("checkpoint", "manifest")
 """Names of the findings that say that a checkpoint or a bundle could be opened."""
 

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from prometheus_client.registry import Collector
     from vllm.config import VllmConfig
 
-__all__ = ["activate", "check_engine"]
-
 _UNPREPARED = (
     "this engine's configuration was not made by vLLM's EngineArgs, or has an additional_config that is not a dict"
 )

@@ -31,10 +31,6 @@ from visionaccel.integrations.vllm.reloading import source_digest
 from visionaccel.settings import Settings
 from visionaccel.trust import GuardedEncoder
 
-__all__ = [
-    "Grids", "announce", "grids_of", "implemented_epsilon", "open_served_source", "served_tower", "stated_source",
-]  # fmt: skip
-
 
 def served_tower(served: ServedModel, stored: Checkpoint) -> Tower:
     """The vision tower that vLLM serves: the checkpoint's files under the configuration that vLLM has resolved.

@@ -14,8 +14,6 @@ from visionaccel.settings import Settings
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-__all__ = ["choose_mode"]
-
 
 @dataclass(frozen=True, slots=True)
 class ModeChoice:

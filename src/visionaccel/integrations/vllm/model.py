@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from torch import nn
     from vllm.config import VllmConfig
 
-__all__ = ["Accelerated"]
-
 
 class Accelerated(compat.Mixin):  # type: ignore[misc]
     """Mixed in before a model of vLLM's: allocates no vision weights and skips them while loading; all else is vLLM's.

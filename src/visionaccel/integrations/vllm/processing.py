@@ -32,8 +32,6 @@ from visionaccel.settings import Settings, load_settings
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["FittedInfo", "FittedProcessor", "changed_size"]
-
 logger = safe_logger(__name__)
 
 _TIMING_PREFIX = "visionaccel processor "

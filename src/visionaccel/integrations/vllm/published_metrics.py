@@ -19,8 +19,6 @@ from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.shared_memory import METRICS, Area, SharedMemory, shared_memory
 from visionaccel.observe import SERIES, EncoderMetrics, Snapshot, families, merged, without_levels
 
-__all__ = ["PublishedCollector", "publish"]
-
 _PERIOD = 0.5
 _ATTEMPTS = 3
 _publishers: dict[int, _Publisher] = {}

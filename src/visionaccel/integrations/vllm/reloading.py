@@ -26,8 +26,6 @@ from visionaccel.families import Tower
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Comparison", "Replacement", "StoredWeights", "source_digest"]
-
 _HINT = (
     "Save the new weights as a checkpoint and call reload_weights with its weights_path, or leave the vision "
     "encoder's tensors out of the update."

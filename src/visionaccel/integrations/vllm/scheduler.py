@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
 
-__all__ = ["ContainedAsyncScheduler", "ContainedScheduler"]
-
 _MISREAD = (
     "the vision encoder failed its self-check while this request was running, so the answer was discarded. Retry the "
     "request."

@@ -20,8 +20,6 @@ from pathlib import Path
 
 from visionaccel.errors import ConfigurationError
 
-__all__ = ["FAULTS", "METRICS", "Area", "SharedMemory", "Section", "shared_memory", "make_shared_memory"]
-
 _VARIABLE = "_VISIONACCEL_MEMORY"
 _NUMBER_BYTES = 8
 _ENTRY_BYTES = 3 * _NUMBER_BYTES

@@ -26,8 +26,6 @@ from visionaccel.towers.onnx.operators import Operators
 from visionaccel.towers.onnx.writer import GraphWeights, GraphWriter
 from visionaccel.towers.tables import Windows, make_tables, signature, window_order
 
-__all__ = ["FixedOperators", "bind_tables", "pad_embeddings"]
-
 
 class FixedOperators(Operators):
     """Plain operators. Norms, rotary positions and softmax are float32 in every precision, as in the reference.

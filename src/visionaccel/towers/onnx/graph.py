@@ -30,8 +30,6 @@ from visionaccel.towers.onnx.operators import MicrosoftOperators, Operators, Sta
 from visionaccel.towers.onnx.writer import GraphWeights, GraphWriter
 from visionaccel.towers.tables import signature
 
-__all__ = ["write_graph"]
-
 
 def write_graph(
     spec: TowerSpec,

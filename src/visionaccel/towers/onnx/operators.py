@@ -16,8 +16,6 @@ from onnx import TensorProto
 from visionaccel.core.tower_spec import ActivationKind, Norm, TowerSpec
 from visionaccel.towers.onnx.writer import MICROSOFT, GraphWeights, GraphWriter
 
-__all__ = ["FusedOperators", "MicrosoftOperators", "Operators", "StandardOperators"]
-
 
 class Operators(ABC):
     """Writes the nodes that differ. Values are [patches, hidden] unless said otherwise.

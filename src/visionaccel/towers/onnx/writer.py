@@ -20,8 +20,6 @@ from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.core.tower_spec import APART, JOINT, Linear, Norm, TowerSpec
 from visionaccel.errors import CheckpointError
 
-__all__ = ["MICROSOFT", "GraphWeights", "GraphWriter", "value_info"]
-
 MICROSOFT = "com.microsoft"
 """Domain of ONNX Runtime's fused operators."""
 

@@ -254,7 +254,7 @@ def test_memory_is_not_inherited_by_another_launcher_unless_it_asks(shared):
     make_shared_memory()
     assert os.environ[MEMORY] == named
     code = (
-        "import os\nfrom visionaccel.integrations.vllm.shared_memory import *\n"
+        "import os\nfrom visionaccel.integrations.vllm.shared_memory import make_shared_memory\n"
         "make_shared_memory({})\nprint(os.environ['{}'])"
     )
     other = run(code.format("", MEMORY)).strip()

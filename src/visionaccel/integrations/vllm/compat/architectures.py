@@ -22,11 +22,6 @@ if TYPE_CHECKING:
     from torch import nn
     from vllm.config import ModelConfig
 
-__all__ = [
-    "ARCHITECTURES", "Architecture", "derived_name", "is_registered", "is_replaced", "processing_of",
-    "register_models", "replaced_architecture", "stock_class", "swapped_towers", "use_model_in_process",
-]  # fmt: skip
-
 _MODEL_MODULE = "visionaccel.integrations.vllm.model"
 """Derives a class when vLLM asks it for a name that `derived_name` gives."""
 

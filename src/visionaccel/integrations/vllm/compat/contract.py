@@ -23,11 +23,6 @@ from typing import Any, Literal, TypeAlias
 from visionaccel.integrations.vllm.compat.architectures import ARCHITECTURES, Architecture
 from visionaccel.integrations.vllm.compat.releases import release
 
-__all__ = [
-    "BY_OUR_SCHEDULER", "CONTRACT", "FAILED_REQUESTS", "MODEL_CONTRACT", "WITHOUT", "AnyOf", "Entry", "Feature",
-    "Need", "entries_of", "missing", "missing_of", "needs", "way_of", "why_off",
-]  # fmt: skip
-
 
 class Feature(StrEnum):
     """A part of the integration that is on or off as a whole."""

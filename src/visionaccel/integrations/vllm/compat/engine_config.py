@@ -17,14 +17,6 @@ if TYPE_CHECKING:
     import torch
     from vllm.config import LoadConfig, ModelConfig, VllmConfig
 
-__all__ = [
-    "CONNECTOR", "ServedModel", "adapts_tower", "can_contain", "engine_id", "impossible_with_connector",
-    "is_one_of_several_api_servers", "is_pipelined", "is_prepared", "load_plugins", "load_plugins_again",
-    "mark_prepared", "normalises_itself", "obstacles_to_pipelining", "on_engine_config", "pools", "processor_options",
-    "receives_embeddings", "served_by", "served_model", "set_processor_options", "use_connector",
-    "use_contained_scheduler", "use_ec_connector", "without_python_processor",
-]  # fmt: skip
-
 CONNECTOR = "VisionAccelConnector"
 _CONNECTOR_MODULE = "visionaccel.integrations.vllm.connector"
 """The EC connector of the pipelined mode and its module, as `--ec-transfer-config` names them."""

@@ -10,10 +10,6 @@ from typing import Any, ParamSpec, TypeVar
 from visionaccel.errors import InputError
 from visionaccel.integrations.vllm.compat.architectures import Architecture
 
-__all__ = [
-    "convert_images", "errors_for_clients", "item_grids", "pixel_bounds", "refuse_videos", "with_planned_size",
-]  # fmt: skip
-
 _Parameters = ParamSpec("_Parameters")
 _Result = TypeVar("_Result")
 

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.core.sched.scheduler import Scheduler
 
-__all__ = ["GOOD", "TAINTED", "Image", "ModelledEngine", "ModelledWorker", "make_scheduler", "small_config"]
-
 GOOD, TAINTED = 7, 13
 """The token of an answer that was computed from right encoder outputs only, and of another."""
 

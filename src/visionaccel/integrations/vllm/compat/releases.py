@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from visionaccel.integrations.vllm.compat import logger
 
-__all__ = ["RELEASES", "TRIED_RELEASES", "compatibility_table", "release", "tried", "warn_of_untried_release"]
-
 
 @dataclass(frozen=True, slots=True)
 class _Release:

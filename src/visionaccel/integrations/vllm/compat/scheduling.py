@@ -14,13 +14,6 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.request import Request
 
-__all__ = [
-    "answered_with_media", "append_errors", "CacheState", "drops_tokens_in_flight", "encoder_cache_state",
-    "fail_requests", "forget_encoder_output", "forget_prefixes", "free_in_worker", "has_embeddings",
-    "requests_at_stake", "scheduled_item", "ScheduledItem", "shows_encoder_cache", "recompute_all", "step_in_flight",
-    "StepInFlight",
-]  # fmt: skip
-
 CacheState: TypeAlias = Literal["absent", "evictable", "held", "own"]
 """Whether an encoder output is in the scheduler's encoder cache: if so, whether a step may evict it, because no request
 holds it, or others hold it, or the request that asks."""

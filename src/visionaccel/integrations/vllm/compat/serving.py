@@ -14,8 +14,6 @@ from visionaccel.integrations.vllm.compat import logger
 if TYPE_CHECKING:
     from prometheus_client.registry import Collector
 
-__all__ = ["explain_errors", "explain_pooling_errors", "on_metrics", "request_error", "takes_request_errors"]
-
 _SERVING = "vllm.entrypoints.generate.base.serving"
 
 _OURS = "_wrapped_by_visionaccel"

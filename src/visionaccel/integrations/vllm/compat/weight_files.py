@@ -10,8 +10,6 @@ from visionaccel.errors import CheckpointError, ConfigurationError
 if TYPE_CHECKING:
     from vllm.config import LoadConfig, ModelConfig, VllmConfig
 
-__all__ = ["load_config_of", "remember_load_config", "require_default_loader", "settings_folder", "weight_files"]
-
 _REMEMBERED = "_visionaccel_load_config"
 _OTHER_LOADER = (
     "Use --load-format auto, hf, safetensors, fastsafetensors or instanttensor with safetensors files, or unset "

@@ -12,11 +12,6 @@ from visionaccel.core.cores import ALL, Host, parse_cores, process_cores, shown_
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = [
-    "connector_metadata", "encoder_host", "finish_reload", "first_of_its_group", "loading", "profiling",
-    "started_cores", "step_metadata", "step_timeout", "worker_connector",
-]  # fmt: skip
-
 _BIND = "VLLM_CPU_OMP_THREADS_BIND"
 
 

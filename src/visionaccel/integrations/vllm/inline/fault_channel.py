@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from visionaccel.errors import ConfigurationError
 from visionaccel.integrations.vllm.shared_memory import FAULTS, Area, shared_memory
 
-__all__ = ["ALL_ITEMS", "LOST", "REPLACED", "Fault", "FaultReader", "open_channel", "report_fault"]
-
 
 @dataclass(frozen=True, slots=True)
 class Fault:

@@ -12,8 +12,6 @@ from visionaccel.integrations.vllm.compat import worker
 from visionaccel.settings import Settings
 from visionaccel.trust import GuardedEncoder, LateError, WatchedCalls
 
-__all__ = ["LateOpening", "StepBudget"]
-
 _SHARE = 0.8
 """Of the time that vLLM gives a step before it ends the engine; the language model gets the rest."""
 

@@ -29,8 +29,6 @@ from visionaccel.service import item_key, open_guarded
 from visionaccel.settings import load_settings
 from visionaccel.trust import Embedded, GuardedEncoder
 
-__all__ = ["AbsentTower", "AcceleratedTower", "guard_saving"]
-
 
 class AbsentTower(nn.Module):
     """Stands in where prompts may hold no image and no video: no encoder is opened."""

@@ -46,8 +46,6 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
-__all__ = ["EmbeddingsForStep", "VisionAccelConnector"]
-
 _CLOSING_SECONDS = 5.0
 
 

@@ -44,8 +44,6 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.scheduler import Scheduler
 
-__all__ = ["main", "run_modelled"]
-
 GRID, TOKENS, WIDTH, BROKEN = Grid(1, 6, 6), 9, 4, 7
 """Grid of each image, its embeddings and their width, and the number of the image that no device encodes."""
 

@@ -16,8 +16,6 @@ from visionaccel.core.grid import Grid
 from visionaccel.errors import DeviceError, GridError, QueueFullError, VisionAccelError
 from visionaccel.service import Embedding
 
-__all__ = ["PendingImages", "Failure", "WantedItem"]
-
 
 @dataclass(frozen=True, slots=True)
 class WantedItem:

@@ -25,8 +25,6 @@ from visionaccel.integrations.vllm import BACKEND_VARIABLES, compat
 from visionaccel.integrations.vllm.compat import releases
 from visionaccel.integrations.vllm.compat.contract import CONTRACT, Feature, needs
 
-__all__ = ["NAME", "problem"]
-
 NAME = "self-test"
 LIMIT = 180.0
 """Seconds that it may take: importing vLLM on a busy machine takes most of a minute."""
