@@ -18,7 +18,7 @@ from strategies import grid_lists
 from towers import random_patches, reference
 from visionaccel import Encoder, open_encoder
 from visionaccel.backends import Capabilities, EncodeReport, Registry, hookimpl
-from visionaccel.core.program import CHECKPOINT
+from visionaccel.core.program import CHECKPOINT, EP_CONTEXT
 from visionaccel.encoder import open_tower, opening
 from visionaccel.errors import DeviceError, GridError, InputError, NonFiniteError, OutputError, PatchesError
 
@@ -259,11 +259,9 @@ def test_whatever_a_backend_raises_becomes_a_device_error(tiny, tmp_path, monkey
         encoder.encode(random_patches([(1, 4, 4)]), [(1, 4, 4)])
 
 
-@pytest.mark.parametrize(("kind", "copied"), [(CHECKPOINT, True), ("acme.graph", False)])
-def test_programs_of_a_plugins_own_format_bring_their_weights_and_none_are_copied(
-    tiny, tmp_path, monkeypatch, kind, copied
-):
-    source = ECHO.format(name="acme", score=1).replace('"checkpoint"', '"acme.graph", "checkpoint"')
+@pytest.mark.parametrize(("kind", "copied"), [(CHECKPOINT, True), ("acme.graph", True), (EP_CONTEXT, False)])
+def test_weights_are_copied_unless_they_are_known_to_be_in_the_program(tiny, tmp_path, monkeypatch, kind, copied):
+    source = ECHO.format(name="acme", score=1).replace('"checkpoint"', '"acme.graph", "onnx.ep_context", "checkpoint"')
     monkeypatch.syspath_prepend(install(tmp_path, "acme-graphs", "acme", source))
     held = []
     monkeypatch.setattr(opening, "hold_source", lambda source, weights: held.append(weights) or source)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CHECKPOINT", "DEVICE_TENSORS", "EMBEDDINGS", "EP_CONTEXT", "GRIDS", "HOST_AFTER", "HOST_BEFORE", "ONNX",
-    "ONNX_FUSED", "ONNX_MODELS", "ONNX_STANDARD", "PATCH_EMBEDDINGS", "PIXELS", "READING_WEIGHTS", "WINDOW_EMBEDDINGS",
+    "ONNX_FUSED", "ONNX_MODELS", "ONNX_STANDARD", "PATCH_EMBEDDINGS", "PIXELS", "WINDOW_EMBEDDINGS",
     "AnyGrid", "Bucket", "Coverage", "FixedGrid", "HostSplit", "OperatorDialect", "Precision", "Program",
 ]  # fmt: skip
 
@@ -37,10 +37,6 @@ ONNX_MODELS = frozenset({ONNX, ONNX_FUSED, ONNX_STANDARD})
 
 CHECKPOINT = "checkpoint"
 """A Hugging Face checkpoint folder, for a backend that builds the tower from its weights."""
-
-READING_WEIGHTS = ONNX_MODELS | {CHECKPOINT}
-"""Formats whose sessions read the tower's weights. Programs of any other, a plug-in's too, have their weights inside;
-of the tower's own, at most the host reads some, once."""
 
 EP_CONTEXT = "onnx.ep_context"
 """An ONNX model around a program that an execution provider compiled; needs that provider."""
