@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Lock
 from types import ModuleType
 from typing import Self
 
@@ -23,6 +24,9 @@ from visionaccel.errors import ConfigurationError
 NPU, SIMULATOR = "npu", "simulator"
 _LIBRARY = "libflexmlrt.so"
 _SCRIPT = "FLEXMLRT_SIMULATOR_SCRIPT"
+_SCRIPT_LOCK = Lock()
+"""The variable is the whole process's, so one script at a time holds."""
+
 _PLACES = (("FLEXMLRT_LIB_DIR", ""), ("FLEXMLRT_ROOT", "lib"), ("RYZEN_AI_INSTALLATION_PATH", "deployment/lib"))
 """Environment variables that name where AMD's software is, and the folder of the library below each."""
 
@@ -129,20 +133,23 @@ def load(device: str, amd: AmdEnvironment, *, any_version: bool = False) -> Modu
 def simulator_faults(script: Path | None) -> Iterator[None]:
     """Have the simulator, which reads an environment variable, do wrong in this context what a script says.
 
+    A context with a script waits for those of other threads.
+
     Args:
         script: The file; None to leave the variable as it is.
     """
     if script is None:
         yield
         return
-    before = os.environ.get(_SCRIPT)
-    os.environ[_SCRIPT] = str(script)
-    try:
-        yield
-    finally:
-        os.environ.pop(_SCRIPT)
-        if before is not None:
-            os.environ[_SCRIPT] = before
+    with _SCRIPT_LOCK:
+        before = os.environ.get(_SCRIPT)
+        os.environ[_SCRIPT] = str(script)
+        try:
+            yield
+        finally:
+            os.environ.pop(_SCRIPT, None)
+            if before is not None:
+                os.environ[_SCRIPT] = before
 
 
 def library_version(library: Path) -> str | None:

@@ -20,9 +20,11 @@ from visionaccel.core.contracts import TensorSpec
 from visionaccel.core.program import Program
 from visionaccel.errors import ArtifactError, ConfigurationError, DeviceError, OutputError
 from visionaccel_flexmlrt import FlexMLRTBackend
-from visionaccel_flexmlrt.artifact import FLEXMLRT_RAI
+from visionaccel_flexmlrt.artifact import FLEXMLRT_DIRECTORY, FLEXMLRT_RAI
 from visionaccel_flexmlrt.backend import FlexMLRTOptions
+from visionaccel_flexmlrt.runtime import simulator_faults
 from visionaccel_flexmlrt.simulator import compile_partition
+from visionaccel_testing.simulated import SimulatedBackend
 
 OUTPUT = "window_embeddings"
 
@@ -48,6 +50,40 @@ def test_a_script_that_an_option_names_is_about_its_own_session(program, inputs,
     with closing(open_session(program)) as whole:
         assert whole.run(inputs)
     assert "FLEXMLRT_SIMULATOR_SCRIPT" not in os.environ
+
+
+def test_scripts_of_two_threads_hold_one_after_the_other(monkeypatch):
+    monkeypatch.delenv("FLEXMLRT_SIMULATOR_SCRIPT", raising=False)
+    seen = []
+
+    def other():
+        with simulator_faults(Path("other")):
+            seen.append(os.environ["FLEXMLRT_SIMULATOR_SCRIPT"])
+            between.wait(10)
+        seen.append("ended")
+
+    between = threading.Event()
+    thread = threading.Thread(target=other)
+    with simulator_faults(Path("first")):
+        thread.start()
+        thread.join(0.3)
+        assert os.environ["FLEXMLRT_SIMULATOR_SCRIPT"] == "first"
+    between.set()
+    thread.join()
+    assert seen == ["other", "ended"]
+    assert "FLEXMLRT_SIMULATOR_SCRIPT" not in os.environ
+
+
+def test_a_variable_that_is_removed_in_a_scripts_context_stays_removed(monkeypatch):
+    monkeypatch.delenv("FLEXMLRT_SIMULATOR_SCRIPT", raising=False)
+    with simulator_faults(Path("script")):
+        del os.environ["FLEXMLRT_SIMULATOR_SCRIPT"]
+    assert "FLEXMLRT_SIMULATOR_SCRIPT" not in os.environ
+
+
+def test_the_simulated_device_takes_the_formats_of_compiled_artifacts():
+    taken = {name for name in SimulatedBackend.formats if name.startswith("flexmlrt.")}
+    assert taken == {FLEXMLRT_RAI, FLEXMLRT_DIRECTORY}
 
 
 def test_every_report_says_that_it_is_a_simulator(session, program):

@@ -12,6 +12,7 @@ from visionaccel.bundle import point_at_weights
 from visionaccel.core.bounded_files import MOST_JSON_BYTES
 from visionaccel.encoder import open_tower
 from visionaccel.errors import BundleError
+from visionaccel_flexmlrt.vitisai.exported_operators import UnknownHostError, moved
 from visionaccel_flexmlrt.vitisai.graph import OnnxGraph
 from visionaccel_flexmlrt.vitisai.layout import PartitionInfo, read_metadata
 
@@ -109,6 +110,51 @@ def test_a_constant_that_is_made_of_one_twice_and_so_on_ends(tmp_path):
     graph = OnnxGraph(model, tmp_path / "vision.onnx")
     assert graph.constant("d3").tolist() == [1]
     assert graph.constant("d40") is None
+
+
+def constant_of(name, **fields):
+    attribute = onnx.AttributeProto(name=name, **fields)
+    return graph_of(nodes=[onnx.NodeProto(op_type="Constant", name="c", output=["w"], attribute=[attribute])])
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "expected"),
+    [
+        ("value_int", {"i": 3}, 3),
+        ("value_ints", {"ints": [2, -1]}, [2, -1]),
+        ("value_float", {"f": 0.5}, 0.5),
+        ("value_floats", {"floats": [0.5, 2.0]}, [0.5, 2.0]),
+        ("value", {"t": numpy_helper.from_array(np.arange(3))}, [0, 1, 2]),
+    ],
+)
+def test_a_constant_whose_attribute_states_no_type_is_read_by_its_name(tmp_path, name, fields, expected):
+    found = OnnxGraph(constant_of(name, **fields), tmp_path / "vision.onnx").constant("w")
+    assert found.tolist() == expected
+
+
+@pytest.mark.parametrize("name", ["value_int", "value_ints", "value_float", "value_floats", "value"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"ref_attr_name": "of_a_function"},
+        {"type": onnx.AttributeProto.STRING, "s": b"three"},
+        {"type": onnx.AttributeProto.GRAPHS},
+    ],
+)
+def test_a_constant_whose_attribute_is_of_another_type_is_refused(tmp_path, name, fields):
+    with pytest.raises(BundleError, match="Constant 'c' is malformed"):
+        OnnxGraph(constant_of(name, **fields), tmp_path / "vision.onnx").constant("w")
+
+
+def test_optional_inputs_that_are_left_empty_at_the_end_are_not_there(tmp_path):
+    cast = helper.make_node("Cast", ["x", ""], ["w"], to=TensorProto.INT64)
+    weight = numpy_helper.from_array(np.array([1, 2], np.int32), "x")
+    graph = OnnxGraph(graph_of(weight, nodes=[cast]), tmp_path / "vision.onnx")
+    assert graph.constant("w").tolist() == [1, 2]
+    squeeze = helper.make_node("Squeeze", ["y", ""], ["z"])
+    assert moved(graph, squeeze, (1, 4, 1, 6)) == (4, 6)
+    with pytest.raises(UnknownHostError, match="not constant"):
+        moved(graph, helper.make_node("Reshape", ["y", "x2"], ["z"]), (4, 6))
 
 
 def test_external_data_is_no_larger_than_a_host_part_can_be(tmp_path):

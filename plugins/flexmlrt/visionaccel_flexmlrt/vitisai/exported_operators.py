@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visionaccel.errors import BundleError
-from visionaccel_flexmlrt.vitisai.graph import OnnxGraph
+from visionaccel_flexmlrt.vitisai.graph import OnnxGraph, given_inputs
 
 if TYPE_CHECKING:
     import onnx
@@ -130,7 +130,7 @@ def moved(graph: OnnxGraph, node: onnx.NodeProto, shape: tuple[int, ...]) -> tup
 def _shape_after(graph: OnnxGraph, node: onnx.NodeProto, shape: tuple[int, ...]) -> tuple[int, ...] | None:
     """The shape that an operator makes of another, computed on an array that takes no memory; None if it fails."""
     given: list[NDArray[Any]] = [np.broadcast_to(np.float32(0), shape)]
-    for name in node.input[1:]:
+    for name in given_inputs(node)[1:]:
         values = graph.constant(name)
         if values is None or values.dtype.kind != "i" or values.ndim > 1 or values.size > _MOST_AXES:
             raise UnknownHostError(f"{named(node)} has a shape that is not constant")

@@ -44,8 +44,14 @@ _HOSTS = ("float32", "float16", "bfloat16", "int32", "int64")
 _TYPES: Mapping[int, np.dtype[Any]] = {DTYPES[name].onnx: DTYPES[name].numpy for name in _HOSTS}
 """Dtypes that a host part has."""
 
-_CONSTANTS = {"value_int": np.int64, "value_ints": np.int64, "value_float": np.float32, "value_floats": np.float32}
-"""Attributes of a `Constant` that hold numbers."""
+_CONSTANTS = {
+    "value_int": ("i", np.int64, onnx.AttributeProto.INT),
+    "value_ints": ("ints", np.int64, onnx.AttributeProto.INTS),
+    "value_float": ("f", np.float32, onnx.AttributeProto.FLOAT),
+    "value_floats": ("floats", np.float32, onnx.AttributeProto.FLOATS),
+    "value": ("t", None, onnx.AttributeProto.TENSOR),
+}
+"""Attributes of a `Constant` that hold numbers or a tensor: the field with the value, its dtype and its type."""
 
 
 class OnnxGraph:
@@ -210,10 +216,11 @@ class OnnxGraph:
             return None
         if node.op_type == "Constant":
             return self._of_constant(node)
-        if node.op_type not in ("Identity", "Cast", "Reshape", "Transpose") or not node.input:
+        names = given_inputs(node)
+        if node.op_type not in ("Identity", "Cast", "Reshape", "Transpose") or not names:
             return None
         given = []
-        for name in node.input:
+        for name in names:
             values = self._constant(name, folds)
             if values is None:
                 return None
@@ -224,6 +231,10 @@ class OnnxGraph:
     def evaluate(self, node: onnx.NodeProto, given: Sequence[NDArray[Any]]) -> NDArray[Any]:
         """What a standard operator of one output makes of arrays, in the model's own version of the operator.
 
+        Args:
+            node: The operator.
+            given: An array for each of its `given_inputs`.
+
         Raises:
             BundleError: If it is malformed.
         """
@@ -232,12 +243,14 @@ class OnnxGraph:
         alone = onnx.NodeProto()
         alone.CopyFrom(node)
         alone.domain = ""
-        names = [onnx.ValueInfoProto(name=name) for name in dict.fromkeys(node.input)]
+        names = given_inputs(node)
+        del alone.input[len(names) :]
+        fed = [onnx.ValueInfoProto(name=name) for name in dict.fromkeys(names)]
         try:
-            graph = helper.make_graph([alone], "alone", names, [onnx.ValueInfoProto(name=node.output[0])])
+            graph = helper.make_graph([alone], "alone", fed, [onnx.ValueInfoProto(name=node.output[0])])
             evaluator = ReferenceEvaluator(graph, opsets={"": min([latest, *stated])})
             with np.errstate(all="ignore"):
-                (found,) = evaluator.run(None, dict(zip(node.input, given, strict=True)))
+                (found,) = evaluator.run(None, dict(zip(names, given, strict=True)))
         except Exception as error:  # an operator may fail in any way on what it does not take
             where = f"{self.path}: {node.op_type} {node.name!r}"
             raise BundleError(f"{where} is malformed: {error}", hint=_AGAIN) from error
@@ -245,11 +258,24 @@ class OnnxGraph:
 
     def _of_constant(self, node: onnx.NodeProto) -> NDArray[Any] | None:
         for attribute in node.attribute:
-            if attribute.name == "value":
-                return self.values(attribute.t)
-            if attribute.name in _CONSTANTS:
-                return np.array(helper.get_attribute_value(attribute), _CONSTANTS[attribute.name])
+            if attribute.name not in _CONSTANTS:
+                continue
+            field, dtype, kind = _CONSTANTS[attribute.name]
+            # Some writers state no type.
+            if attribute.ref_attr_name or attribute.type not in (kind, onnx.AttributeProto.UNDEFINED):
+                where = f"{self.path}: Constant {node.name!r}"
+                raise BundleError(f"{where} is malformed: its {attribute.name} has another type.", hint=_AGAIN)
+            value = getattr(attribute, field)
+            return self.values(value) if dtype is None else np.array(value, dtype)
         return None
+
+
+def given_inputs(node: onnx.NodeProto) -> list[str]:
+    """A node's inputs without the optional ones at the end that are left empty."""
+    names = list(node.input)
+    while names and not names[-1]:
+        names.pop()
+    return names
 
 
 def plain_file(folder: Path, name: str, where: str) -> Path:
