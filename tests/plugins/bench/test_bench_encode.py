@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
@@ -306,6 +307,83 @@ def test_why_there_is_no_accuracy_is_said(tiny, monkeypatch):
     assert "transformers not installed" in missing
     report = make_encode_report("it", open_tower(tiny), plan, taken, peak, missing)
     assert any("Accuracy is missing" in note and "not installed" in note for note in report.notes)
+
+
+class FakeProcess:
+    """A contender without a process: what the benchmark asks it and what files it finds."""
+
+    started = 0.0
+
+    def __init__(self, log, threads, python=None):
+        self.folder, self.alive, self.label = log.parent, True, "products"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def open(self, contender, source, threads, deadline):
+        self.label = contender.label
+        return {}
+
+    def ask(self, request, seconds):
+        if request["do"] == "products":
+            return {"rates": {}}
+        if request["save"] is not None:
+            np.save(request["save"], np.ones((4, 8), np.float32))
+        return {"seconds": [1.0], "processor_seconds": 1.0, "ended": 2.0, "resident_bytes": 1, "peak_bytes": 1}
+
+
+def test_the_first_contenders_start_has_no_making_of_patches_in_it(tiny, monkeypatch):
+    there = []
+
+    class Starting(FakeProcess):
+        def __init__(self, log, threads, python=None):
+            super().__init__(log, threads, python)
+            there.append(len(list(log.parent.glob("patches-*.npy"))))
+
+    monkeypatch.setattr("visionaccel_bench.encode.encoding.ContenderProcess", Starting)
+    plan = EncodePlan((Grid(1, 8, 8),), rounds=1, threads=1, turn_seconds=0.0)
+    measure_encodes(tiny, open_tower(tiny), [Contender("backend", "onnxrt")], plan, lambda _: None)
+    assert there[0] == 1
+
+
+@pytest.mark.parametrize("patches", [64, 240], ids=["on the first grid", "later"])
+def test_a_reference_that_ends_while_it_writes_costs_no_more_than_the_accuracy(tiny, monkeypatch, patches):
+    class Dying(FakeProcess):
+        def ask(self, request, seconds):
+            answer = super().ask(request, seconds)
+            if self.label == REFERENCE.label and len(np.load(request["patches"])) == patches:
+                whole = Path(request["save"]).read_bytes()
+                Path(request["save"]).write_bytes(whole[:-8])
+                self.alive = False
+                raise DeviceError("its process ended.")
+            return answer
+
+    monkeypatch.setattr("visionaccel_bench.encode.encoding.ContenderProcess", Dying)
+    plan = EncodePlan((Grid(1, 8, 8), Grid(1, 12, 20)), rounds=1, threads=1, turn_seconds=0.0)
+    taken, _, missing = measure_encodes(tiny, open_tower(tiny), [Contender("backend", "onnxrt")], plan, lambda _: None)
+    assert missing == "its process ended."
+    first, second = (taken[0].grids[grid] for grid in plan.grids)
+    assert first.rounds == second.rounds == [[1.0]]
+    assert second.accuracy is None
+    assert (first.accuracy is None) == (patches == 64)
+
+
+def test_embeddings_of_a_reference_that_ended_are_not_compared_with_another_grids(tiny, monkeypatch):
+    class EndingAfterwards(FakeProcess):
+        def ask(self, request, seconds):
+            answer = super().ask(request, seconds)
+            if self.label == REFERENCE.label:
+                self.alive = False
+                raise DeviceError("its process ended.")
+            return answer
+
+    monkeypatch.setattr("visionaccel_bench.encode.encoding.ContenderProcess", EndingAfterwards)
+    plan = EncodePlan((Grid(1, 8, 8), Grid(1, 12, 20)), rounds=1, threads=1, turn_seconds=0.0)
+    taken, _, _ = measure_encodes(tiny, open_tower(tiny), [Contender("backend", "onnxrt")], plan, lambda _: None)
+    assert all(found.accuracy is None and found.error is None for found in taken[0].grids.values())
 
 
 def test_the_peak_leaves_out_what_the_processor_lacks(monkeypatch):
