@@ -8,12 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
 
 from visionaccel.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+Seconds = Annotated[float, Field(ge=0, le=1e12)]
+"""A figure that a picture can show, checked where a report is read from a file. The most is 30,000 years."""
 
 _PROLOGUE = re.compile(r"^.*?(?=<svg)| xmlns(:\w+)?=\"[^\"]*\"|<style.*?</style>| id=\"[\w.]+_\d+\"", re.DOTALL)
 """What an SVG file holds and an element of a page does not: declarations, a style for all elements, repeated ids."""

@@ -313,6 +313,19 @@ def test_a_picture_of_many_events_is_small():
     assert len(svg) < 1_000_000
 
 
+def test_a_picture_of_many_lanes_has_no_more_rectangles_and_loses_no_time():
+    """As many lanes as are drawn, with as many events in each as are just apart, and none in the third quarter."""
+    starts = (*range(0, 500_000, 1340), *range(750_000, 999_000, 1340))
+    events = (*(Event("device", start, 1.0) for start in starts), Event("device", 999_000.0, 1000.0))
+    assert len(spans(events, 1e6 / 1500)) * 40 > 20_000
+    paths = paths_of(draw_timeline(Trace(tuple(Lane(f"{n}", events) for n in range(40)))), "fill: var(--device)")
+    _, *drawn = sorted(paths, key=lambda path: min(y for _, y in path))  # the first is in the legend
+    assert 80 <= len(drawn) <= 4000
+    places = [[x for x, _ in path] for path in drawn]
+    whole = max(map(max, places)) - min(map(min, places))
+    assert sum(max(each) - min(each) for each in places) / 40 == pytest.approx(0.75 * whole, rel=0.01)
+
+
 @given(
     st.lists(
         st.tuples(st.floats(-1e9, 1e9), st.floats(0, 1e9), st.sampled_from(["device", "decode", "other"])), min_size=1
@@ -355,9 +368,22 @@ def test_bars_are_as_long_as_their_values_and_marks_stand_where_they_belong():
 # Files that are not what they should be
 
 
+def scaled(document, name, value):
+    """A document with a figure changed wherever it is."""
+    if isinstance(document, dict):
+        return {key: value if key == name else scaled(each, name, value) for key, each in document.items()}
+    if isinstance(document, list | tuple):
+        return [scaled(each, name, value) for each in document]
+    return document
+
+
 def wrong_benchmarks():
     good = asdict(made.encode_report())
     serve = asdict(made.serve_report())
+    yield scaled(good, "median_seconds", 1.7e308), "median_seconds: Input should be less than"
+    yield scaled(serve, "wall_seconds", 1.7e308), "wall_seconds: Input should be less than"
+    yield scaled(serve, "wall_seconds", -1.0), "wall_seconds: Input should be greater than"
+    yield scaled(serve, "seconds", 1.7e308), "seconds: Input should be less than"
     yield [], "not a benchmark"
     yield {"contenders": 1, "grids": 1}, "is not what `bench encode` writes"
     yield {**good, "plan": {**good["plan"], "grids": [{"t": 0, "h": 1, "w": 1}]}}, "is not what `bench encode` writes"
@@ -370,6 +396,15 @@ def wrong_benchmarks():
 def test_what_is_no_benchmark_is_refused(tmp_path, document, message):
     with pytest.raises(InputError, match=message):
         read_benchmark(made.write(tmp_path / "bench.json", document))
+
+
+@pytest.mark.parametrize("value", [1e12, 5e-324, 0.0])
+def test_figures_of_any_size_that_is_read_are_drawn(tmp_path, value):
+    encode = scaled(asdict(made.encode_report()), "median_seconds", value)
+    serve = scaled(scaled(asdict(made.serve_report()), "wall_seconds", value), "seconds", value)
+    files = [made.write(tmp_path / f"{number}.json", each) for number, each in enumerate((encode, serve))]
+    page = make_report(read_inputs(benchmarks=files), diagnosis(), "A machine").page()
+    assert "less is better" in Page(page).texts["benchmarks"]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from visionaccel.core.cores import process_cores
 from visionaccel.core.cpu import processor_name
 from visionaccel.core.grid import Grid
 from visionaccel.families import Tower
+from visionaccel_bench.drawing import Seconds
 from visionaccel_bench.encode.contenders import STOCK
 from visionaccel_bench.encode.encoding import Accuracy, EncodePlan, OnGrid, Peak, Taken
 
@@ -77,7 +78,7 @@ class GridReport:
     """
 
     grid: str
-    median_seconds: float | None
+    median_seconds: Seconds | None
     least_seconds: float | None
     most_seconds: float | None
     rounds_seconds: tuple[float, ...]

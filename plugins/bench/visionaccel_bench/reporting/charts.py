@@ -22,6 +22,9 @@ _MOST_LANES = 40
 _COLUMNS = 1500
 """Parts of a timeline's width below which neighbours are drawn as one."""
 
+_MOST_RECTANGLES = 4000
+"""In a timeline; browsers are slow with many more."""
+
 
 @dataclass(frozen=True, slots=True)
 class Bar:
@@ -90,11 +93,18 @@ def draw_timeline(trace: Trace) -> Picture:
     with new_figure(_INCHES, 1.1 + _ROW * len(lanes)) as figure:
         axes = figure.subplots()
         kinds = [kind for kind in (*CATEGORIES, OTHER) if any(event.category == kind for event in trace.events)]
-        for row, lane in enumerate(lanes):
-            for kind in sorted(kinds, key="host".__eq__):
-                found = spans((event for event in lane.events if event.category == kind), took / _COLUMNS)
-                scaled = [((left - start) / scale, width / scale) for left, width in found]
-                axes.broken_barh(scaled, (row - 0.4, 0.8), facecolor=_COLOURS[kind], linewidth=0, clip_on=False)
+        near = took / _COLUMNS
+        drawn = {
+            (row, kind): spans((event for event in lane.events if event.category == kind), near)
+            for row, lane in enumerate(lanes)
+            for kind in sorted(kinds, key="host".__eq__)
+        }
+        while sum(map(len, drawn.values())) > _MOST_RECTANGLES:
+            near *= 2
+            drawn = {place: joined(found, near) for place, found in drawn.items()}
+        for (row, kind), found in drawn.items():
+            scaled = [((left - start) / scale, width / scale) for left, width in found]
+            axes.broken_barh(scaled, (row - 0.4, 0.8), facecolor=_COLOURS[kind], linewidth=0, clip_on=False)
         axes.set_yticks(range(len(lanes)), [_short(lane.name) for lane in lanes], color=_COLOURS["ink"])
         axes.set_ylim(len(lanes) - 0.4, -0.6)
         axes.set_xlim(0, took / scale)
@@ -119,13 +129,22 @@ def spans(events: Iterable[Event], near: float) -> list[tuple[float, float]]:
         events: Ordered by their start.
         near: Gaps below this are not shown, and nothing is narrower.
     """
+    return joined(((event.start, max(event.duration, near)) for event in events), near)
+
+
+def joined(parts: Iterable[tuple[float, float]], near: float) -> list[tuple[float, float]]:
+    """Start and width of what parts cover, those with gaps below `near` as one.
+
+    Args:
+        parts: Start and width of each, ordered by their start.
+        near: In the same unit.
+    """
     found: list[list[float]] = []
-    for event in events:
-        end = max(event.end, event.start + near)
-        if found and event.start - found[-1][1] < near:
-            found[-1][1] = max(found[-1][1], end)
+    for start, width in parts:
+        if found and start - found[-1][1] < near:
+            found[-1][1] = max(found[-1][1], start + width)
         else:
-            found.append([event.start, end])
+            found.append([start, start + width])
     return [(start, end - start) for start, end in found]
 
 

@@ -14,6 +14,8 @@ from typing import Literal, Self
 
 import numpy as np
 
+from visionaccel_bench.drawing import Seconds
+
 STALL = 0.1
 """A text stream stalls where its next token takes longer than this."""
 
@@ -105,7 +107,7 @@ class Stalls:
         longest_seconds: The longest gap of all, even if it is not a stall.
     """
 
-    seconds: float
+    seconds: Seconds
     number: float
     longest_seconds: float
 
@@ -127,7 +129,7 @@ class Figures:
         client_pause_seconds: The client's own pauses over `STALL`; the mean of the repetitions.
     """
 
-    wall_seconds: float
+    wall_seconds: Seconds
     wall_seconds_each: tuple[float, ...]
     tokens_per_second: float
     image_requests_per_second: float | None
@@ -150,7 +152,7 @@ class Bound:
 
     device_seconds: float
     decode_seconds: float
-    seconds: float
+    seconds: Seconds
 
 
 @dataclass(frozen=True, slots=True)
