@@ -49,18 +49,19 @@ def image_content(image: Image) -> list[dict[str, Any]]:
     return [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": QUESTION}]
 
 
-def ask(url: str, model: str, image: Image) -> Answer:
+def ask(url: str, model: str, image: Image, *, timeout: float = _TIMEOUT) -> Answer:
     """Ask to read the digits of a picture.
 
     Args:
         url: Base URL of the API, ending in `/v1`.
         model: The served model.
         image: The picture.
+        timeout: Seconds without a reply after which the request counts as lost.
     """
     messages = [{"role": "user", "content": image_content(image)}]
     body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": 8, "return_token_ids": True}
     try:
-        choice = _post(f"{url}/chat/completions", body)["choices"][0]
+        choice = _post(f"{url}/chat/completions", body, timeout)["choices"][0]
         return Answer(choice["message"]["content"] or "", tuple(choice["token_ids"]))
     except urllib.error.HTTPError as error:
         text = error.read().decode(errors="replace")
@@ -111,7 +112,7 @@ def metric(text: str, name: str, **labels: str) -> float:
     return sum(each.value for each in samples if each.name == name and labels.items() <= each.labels.items())
 
 
-def _post(url: str, body: Mapping[str, Any]) -> Any:
+def _post(url: str, body: Mapping[str, Any], timeout: float = _TIMEOUT) -> Any:
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})  # noqa: S310
-    with urllib.request.urlopen(request, timeout=_TIMEOUT) as reply:  # noqa: S310
+    with urllib.request.urlopen(request, timeout=timeout) as reply:  # noqa: S310
         return json.loads(reply.read())

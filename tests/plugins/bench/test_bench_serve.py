@@ -122,6 +122,15 @@ def test_what_is_not_installed_is_an_error_with_the_fix(monkeypatch, module, tmp
     assert "pip install 'visionaccel[bench]'" in done.exception.hint
 
 
+def test_what_is_installed_and_cannot_be_imported_is_found_before_anything_is_measured(monkeypatch, tmp_path):
+    (tmp_path / "openai.py").write_text("raise OSError('libssl.so: cannot open shared object file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "openai", raising=False)
+    done = bench("--output", tmp_path / "serve.json")
+    assert isinstance(done.exception, ConfigurationError)
+    assert done.exception.message.startswith("this command needs openai, which cannot be imported: OSError: libssl.so")
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "said"),
     [

@@ -135,7 +135,7 @@ def serve(
     seed = secrets.randbelow(2**31) if url else 0
     plan = Plan(images, image_tokens, gap, streams, stream_tokens, _size(size), repeats, sequential, seed)
     arguments = _words(server_arguments)
-    require("openai", "PIL", *(["matplotlib"] if timeline is not None else []))
+    require("openai", "PIL.Image", *(["matplotlib.figure"] if timeline is not None else []))
     check_writable(timeline, output)
     chosen = list(dict.fromkeys(mode or Mode))
     if url:

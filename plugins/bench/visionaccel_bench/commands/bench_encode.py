@@ -100,7 +100,7 @@ def encode(
     """
     check_writable(plot, output)
     if plot is not None:
-        require("matplotlib")
+        require("matplotlib.figure")
     contenders = (*named_backends(backend or ()), *named_peers(peer or ()))
     if not contenders:
         raise SettingsError("there is nothing to compare.", hint="Name a --backend or a --peer.")

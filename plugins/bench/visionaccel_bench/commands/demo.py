@@ -27,6 +27,9 @@ ARGUMENTS = (
     "--limit-mm-per-prompt", '{"image": 4, "video": 1}',
 )  # fmt: skip
 
+_LONGEST_ANSWER = 600.0
+"""Seconds for an answer. A backend may compile its program at the first encode."""
+
 
 @dataclass(frozen=True)
 class _Answer:
@@ -100,7 +103,7 @@ def _ask(title: str, checkpoint: Path, settings: dict[str, str], pictures: Seque
 
 def _one(server: VllmServer, picture: Image, *, timed: bool) -> _Answer:
     before = len(_encodes(server.log)) if timed else 0
-    answer = ask(server.url, server.model, picture)
+    answer = ask(server.url, server.model, picture, timeout=_LONGEST_ANSWER)
     if answer.text is None:
         raise DeviceError(f"the server did not answer: {answer.error} The end of its log:\n{server.log_end()}")
     if not timed:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,11 +20,20 @@ def duration(help: str, *, least: float = 0.0, **given: Any) -> Any:  # noqa: A0
 
 
 def require(*modules: str) -> None:
-    """Check that modules are there, before anything is started.
+    """Import modules before anything is started.
 
     Raises:
-        ConfigurationError: If one is not.
+        ConfigurationError: If one is not installed, or cannot be imported.
     """
     for module in modules:
-        if find_spec(module) is None:
-            raise ConfigurationError.missing_extra("this command", module, "visionaccel[bench]")
+        package = module.partition(".")[0]
+        try:
+            import_module(package)
+            import_module(module)
+        except Exception as error:  # a broken installation fails in any way
+            if isinstance(error, ModuleNotFoundError) and error.name == package:
+                raise ConfigurationError.missing_extra("this command", package, "visionaccel[bench]") from error
+            raise ConfigurationError(
+                f"this command needs {module}, which cannot be imported: {type(error).__name__}: {error}",
+                hint=f"Install it again until `python -c 'import {module}'` succeeds.",
+            ) from error
