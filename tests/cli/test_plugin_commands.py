@@ -97,7 +97,7 @@ BROKEN = [
     ),
     (
         PLUGIN.format(name="explain", then="pass"),
-        "PluginError: it adds the command 'explain', which is one of visionaccel itself. Uninstall one of the two",
+        "PluginError: it adds the command 'explain', which visionaccel itself has. Uninstall it, or ask its author",
     ),
     (
         PLUGIN.format(name="bench", then="pass"),

@@ -29,6 +29,7 @@ _EXTRAS = {
 }
 """Commands of the distributions that the core offers as extras, and the extra. No other distribution may add them."""
 
+_CORE = "visionaccel itself"
 _ANYTHING = {"ignore_unknown_options": True, "allow_extra_args": True}
 
 
@@ -70,7 +71,7 @@ def _plugin_commands(own: Collection[str]) -> dict[str, Any]:
         own: Names of the core's commands.
     """
     found: dict[str, Any] = {}
-    origins = dict.fromkeys(own, "visionaccel itself")
+    origins = dict.fromkeys(own, _CORE)
     for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
         origin = point.value if point.dist is None else f"{point.dist.name} {point.dist.version} ({point.value})"
         try:
@@ -89,6 +90,11 @@ def _plugin_commands(own: Collection[str]) -> dict[str, Any]:
 
 
 def _check_free(name: str, other: str | None) -> None:
+    if other == _CORE:
+        raise PluginError(
+            f"it adds the command {name!r}, which {other} has.",
+            hint="Uninstall it, or ask its author for another name.",
+        )
     if other is not None:
         raise PluginError(
             f"it adds the command {name!r}, which is one of {other}.",
