@@ -51,6 +51,24 @@ def spec(tiny):
             {"merger": (Merge(), Linear("m", 128, 128), Linear("m", 128, 24))},
             "merger: two steps have one name",
         ),
+        ({"norm2": Norm("norm1", "rms", 32)}, "norm1, qkv, proj, norm2, mlp: two steps have one name"),
+        ({"proj": Linear("mlp.up_proj", 32, 32)}, "norm1, qkv, proj, norm2, mlp: two steps have one name"),
+        (
+            {"positions": Positions("patch_embed.proj", 4, "bilinear", align_corners=True)},
+            "embed, positions, merger: two steps have one name",
+        ),
+        (
+            {"merger": (Merge(), Linear("patch_embed.proj", 128, 24))},
+            "embed, positions, merger: two steps have one name",
+        ),
+        (
+            {"deepstack": (1,), "deepstack_merger": (Merge(), Linear("m", 128, 128), Linear("m", 128, 24))},
+            "deepstack_merger: two steps have one name",
+        ),
+        (
+            {"merger": (Merge(), Linear("blocks.0.attn.proj", 128, 24))},
+            "embed, positions, merger: blocks.0.attn.proj is a name of weights of blocks",
+        ),
         ({"positions": Positions("p", 4, "nearest", align_corners=True)}, "positions.mode is 'nearest'"),
         ({"mlp": ()}, "mlp must end with a linear layer"),
         ({"embed": ()}, "embed has no step"),

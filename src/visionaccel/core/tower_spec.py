@@ -195,19 +195,34 @@ class TowerSpec:
         self._check_steps("norm2, mlp", (self.norm2, *self.mlp), self.hidden, self.hidden, merges=False)
         for name in ("merger", *(["deepstack_merger"] if self.deepstack else [])):
             self._check_steps(name, getattr(self, name), self.hidden, self.out, merges=True)
+        self._check_names()
         if not isinstance(self.embed[0], Linear) or not all(isinstance(step, Norm) for step in self.embed[1:]):
             raise ValueError("embed must be a linear layer, and norms after it")
         if not self.mlp or not isinstance(self.mlp[-1], Linear | Gated):
             raise ValueError("mlp must end with a linear layer")
 
+    def _check_names(self) -> None:
+        """Refuse steps that would share their weights."""
+        block = (self.norm1, self.qkv, self.proj, self.norm2, *self.mlp)
+        around = [step.name for step in _weighted((*self.embed, *self.merger))]
+        around += [self.positions.name] if self.positions else []
+        groups = {
+            "norm1, qkv, proj, norm2, mlp": [step.name for step in _weighted(block)],
+            "embed, positions, merger": around,
+            "deepstack_merger": [step.name for step in _weighted(self.deepstack_merger)],
+        }
+        for place, names in groups.items():
+            if len(set(names)) < len(names):
+                raise ValueError(f"{place}: two steps have one name, and would share their weights")
+        for name in around:
+            if name.startswith(("blocks.", "deepstack.")):
+                raise ValueError(f"embed, positions, merger: {name} is a name of weights of blocks or deepstack levels")
+
     def _check_steps(self, name: str, steps: Sequence[Step], width: int, wanted: int, *, merges: bool) -> None:
         """Follow the width of a row through a sequence."""
         if not steps:
             raise ValueError(f"{name} has no step")
-        weighted = list(_weighted(steps))
-        if len({step.name for step in weighted}) < len(weighted):
-            raise ValueError(f"{name}: two steps have one name, and would share their weights")
-        for each in weighted:
+        for each in _weighted(steps):
             if isinstance(each, Norm) and each.epsilon <= 0:
                 raise ValueError(f"{name}: epsilon of {each.name} must be positive, and is {each.epsilon}")
             if isinstance(each, Linear) and each.kernel and (each.kernel, each.inputs) != self._merging_kernel:
