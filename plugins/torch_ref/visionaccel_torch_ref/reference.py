@@ -5,6 +5,7 @@ shares no arithmetic, no table and no description with this package or the core,
 in it.
 """
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,7 +30,8 @@ class TransformersTower:
 
     Raises:
         CheckpointError: If the weights do not fit the configuration.
-        UnsupportedArchitectureError: If transformers has no such tower.
+        UnsupportedArchitectureError: If transformers has no such tower, or knows its weights by other names than those
+            under which they are stored.
     """
 
     def __init__(self, program: Program, *, dtype: torch.dtype, attention: str, device: str) -> None:
@@ -38,7 +40,9 @@ class TransformersTower:
         with torch.device("meta"):
             tower = kind._from_config(config, attn_implementation=attention)
         reader = WeightReader(program, dtype, device)
-        weights = _own_names(program, {name: tuple(value.shape) for name, value in tower.state_dict().items()}, reader)
+        shapes = {name: tuple(value.shape) for name, value in tower.state_dict().items()}
+        weights = _own_names(program, shapes, reader)
+        _require_own_names(weights, shapes)
         try:
             tower.load_state_dict(weights, assign=True)
         except RuntimeError as error:
@@ -71,21 +75,34 @@ def _tower_class(program: Program) -> tuple[Any, Any]:
         if model is None or whole is None:
             continue
         config, stated = _innermost(whole, document)
-        for kind in vars(sys.modules[model.__module__]).values():
+        if config is None:
+            continue
+        for kind in (*vars(sys.modules[model.__module__]).values(), transformers.MODEL_MAPPING.get(config, None)):
             if isinstance(kind, type) and getattr(kind, "config_class", None) == config:
                 return kind, config.from_dict(dict(stated))
-    raise UnsupportedArchitectureError(
-        f"transformers {transformers.__version__} has no vision tower for {', '.join(named) or 'no architecture'}.",
-        hint="Use implementation fast.",
+    raise _unsupported(f"has no vision tower for {', '.join(named) or 'no architecture'}")
+
+
+def _unsupported(what: str) -> UnsupportedArchitectureError:
+    return UnsupportedArchitectureError(
+        f"transformers {transformers.__version__} {what}.", hint="Use implementation fast."
     )
 
 
 def _innermost(config: Any, stated: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
-    """The class of the tower's configuration, and what the document, which holds no other part, states of it."""
-    for key, part in config.sub_configs.items():
-        if isinstance(stated.get(key), Mapping):
-            return _innermost(part, stated[key])
-    return config, stated
+    """The class of the tower's configuration, None if transformers names none, and what the document states of it.
+
+    The document holds no other part: what leads to the tower's configuration is a single key at each level.
+    """
+    below = [key for key in stated if key not in ("architectures", "model_type")]
+    if config is None or len(below) != 1 or not isinstance(stated[below[0]], Mapping):
+        return config, stated
+    part, within = config.sub_configs.get(below[0]), stated[below[0]]
+    if part is transformers.AutoConfig:
+        kind = str(within.get("model_type"))
+        known = transformers.CONFIG_MAPPING
+        part = known[kind] if kind in known else None  # noqa: SIM401 - its `get` does not load classes
+    return _innermost(part, within)
 
 
 def _own_names(
@@ -95,9 +112,23 @@ def _own_names(
     found: dict[str, torch.Tensor] = {}
     for name, stored in program.weights.items():
         ends = [own for own, shape in shapes.items() if shape == stored.shape and f".{stored.name}".endswith(f".{own}")]
-        found[max(ends, key=len, default=name)] = reader.read(name)
+        own = max(ends, key=len, default=name)
+        if own in found:
+            raise _unsupported(f"has one weight {own!r}, and the checkpoint two whose names end so")
+        found[own] = reader.read(name)
     for joint in [own for own in shapes if ".qkv." in own and own not in found]:
         parts = [joint.replace(".qkv.", f".{part}.") for part in "qkv"]
         if found.keys() >= set(parts):
             found[joint] = torch.cat([found.pop(part) for part in parts])
     return found
+
+
+def _require_own_names(weights: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse weights that are stored under other names than transformers': those left over fill what is missing.
+
+    A bundle that holds its weights stores them under the names of the family's description.
+    """
+    others = [name for name in weights if name not in shapes]
+    lacking = [name for name in shapes if name not in weights]
+    if lacking and sum(weights[name].numel() for name in others) == sum(math.prod(shapes[name]) for name in lacking):
+        raise _unsupported(f"names the weights of the tower differently: {lacking[0]!r} is stored as another")

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,14 +12,15 @@ from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
-from described import CASES, described_reference, described_tower
+from described import CASES, FAMILIES, described_reference, described_tower
 from strategies import grid_lists
 from towers import lowest_cosine, random_patches, reference
 from visionaccel import open_encoder
+from visionaccel.bundle import ProgramRequest, export_bundle, open_bundle
 from visionaccel.checkpoint import Checkpoint
-from visionaccel.core.grid import as_grids
+from visionaccel.core.grid import Grid, as_grids
 from visionaccel.core.packed_products import PackedWeight
-from visionaccel.core.program import CHECKPOINT
+from visionaccel.core.program import CHECKPOINT, FixedGrid
 from visionaccel.encoder import open_tower
 from visionaccel.errors import (
     BackendUnavailableError,
@@ -308,6 +310,69 @@ def test_the_reference_is_transformers_tower_of_any_family(name, tmp_path):
     with open_encoder(tower, backend="torch_ref", options={"implementation": "transformers"}) as encoder:
         ours = encoder.encode(patches, grids)
     np.testing.assert_allclose(ours, described_reference(name, theirs, patches, grids), rtol=0, atol=2e-5)
+
+
+def test_the_reference_finds_a_tower_that_the_model_names_by_its_type_only(tmp_path):
+    """GLM-4.6V states no class for its vision configuration: the configuration's `model_type` does."""
+    tower, theirs = described_tower("glm4v", tmp_path)
+    tower.checkpoint.config |= {"architectures": ["Glm46VForConditionalGeneration"]}
+    patches = np.random.default_rng(0).standard_normal((16, tower.patch_width), np.float32)
+    with opened(tower, implementation="transformers") as encoder:
+        ours = encoder.encode(patches, [(1, 4, 4)])
+    exact = described_reference("glm4v", theirs, patches, [(1, 4, 4)])
+    np.testing.assert_allclose(ours, exact, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("kind", "place"), [(None, "vision_config"), ("new", "vision_config"), ("glm4v_vision", "v")])
+def test_a_tower_that_transformers_does_not_find_has_no_reference(tmp_path, kind, place):
+    tower, _ = described_tower("glm4v", tmp_path)
+    vision = {**tower.configuration, "model_type": kind}
+    tower.checkpoint.config = {"architectures": ["Glm46VForConditionalGeneration"], place: vision}
+    family = replace(FAMILIES["glm4v"], config=(place,))
+    with pytest.raises(UnsupportedArchitectureError, match="no vision tower for Glm46VForConditionalGeneration"):
+        opened(Tower(family, tower.checkpoint), implementation="transformers")
+
+
+def packed(family, checkpoint, folder, monkeypatch):
+    """The tower of a bundle that holds its weights, of a family that is not installed."""
+    for module in ("bundle", "export"):
+        monkeypatch.setattr(f"visionaccel.bundle.{module}.tower_of", partial(Tower, family))
+    requests = [ProgramRequest(FixedGrid(Grid(1, 4, 4)))]
+    export_bundle(Tower(family, checkpoint), folder / "bundle", requests, self_contained=True)
+    return open_bundle(folder / "bundle").tower
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "glm4v"])
+def test_the_reference_reads_the_weights_that_a_bundle_holds(name, tmp_path, monkeypatch):
+    tower, theirs = described_tower(name, tmp_path)
+    patches = np.random.default_rng(0).standard_normal((16, tower.patch_width), np.float32)
+    held = packed(FAMILIES[name], tower.checkpoint, tmp_path, monkeypatch)
+    with opened(held, implementation="transformers") as encoder:
+        ours = encoder.encode(patches, [(1, 4, 4)])
+    np.testing.assert_allclose(ours, described_reference(name, theirs, patches, [(1, 4, 4)]), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [("", "names the weights of the tower differently"), ("merger.", "two whose names end so")],
+)
+def test_weights_that_a_bundle_holds_under_names_that_transformers_does_not_know_have_no_reference(
+    place, said, tmp_path, monkeypatch
+):
+    tower, _ = described_tower("qwen3_vl", tmp_path)
+    family = FAMILIES["qwen3_vl"]
+
+    def renamed(config):
+        spec = family.spec(config)
+        steps = (
+            replace(step, name=place + step.name) if hasattr(step, "name") else step for step in spec.deepstack_merger
+        )
+        return replace(spec, deepstack_merger=tuple(steps))
+
+    names = {stored: own.replace("{n}.", f"{{n}}.{place}") for stored, own in family.names.items()}
+    held = packed(replace(family, spec=renamed, names=names), tower.checkpoint, tmp_path, monkeypatch)
+    with pytest.raises(UnsupportedArchitectureError, match=said):
+        opened(held, implementation="transformers")
 
 
 def test_a_fault_of_a_familys_description_shows_against_the_reference(tiny):
