@@ -337,6 +337,7 @@ def test_other_architectures_are_refused_with_the_supported_ones(copy):
         ({"depth": None}, CheckpointError, "depth holds None, which is not a whole number"),
         ({"hidden_size": "wide"}, CheckpointError, "hidden_size holds 'wide'"),
         ({"rope_parameters": "fast"}, CheckpointError, "rope_theta cannot be read"),
+        ({"rope_parameters": {"rope_theta": 10**400}}, CheckpointError, "rope_theta cannot be read"),
         ({"depth": 3.0}, CheckpointError, r"depth holds 3\.0"),
         ({"num_heads": "2"}, CheckpointError, "num_heads holds '2'"),
         ({"fullatt_block_indexes": ["1"]}, CheckpointError, "fullatt_block_indexes holds '1'"),

@@ -15,6 +15,7 @@ from visionaccel.core.program import CHECKPOINT, ONNX, ONNX_STANDARD
 from visionaccel.errors import CheckpointError, PluginError, UnsupportedArchitectureError
 from visionaccel.families import GROUP, Tower, family_named, registry, supported_architectures, tower_of
 from visionaccel.families.qwen2_5_vl import FAMILY
+from visionaccel.towers import VisionConfiguration
 
 OURS = "Qwen2_5_VLForConditionalGeneration"
 SAME = "from visionaccel.families.qwen2_5_vl import FAMILY"
@@ -67,6 +68,13 @@ def test_a_third_partys_family_makes_towers(site, tiny, tmp_path):
         ("FAMILY = 3", "is not a"),
         ("from visionaccel.families import Family; FAMILY = Family('x', None, prefixes='visual.')", "must be a tuple"),
         ("from visionaccel.families import Family; FAMILY = Family('x', None, prefixes=(1,))", "tuple of texts"),
+        ("from visionaccel.families import Family; FAMILY = Family('x', None, prefixes=('',))", "that are not empty"),
+        (
+            "from visionaccel.families import Family; FAMILY = Family('x', None, config='vision')",
+            "config of family 'x'",
+        ),
+        ("from visionaccel.families import Family; FAMILY = Family('x', None, config=(1,))", "config of family 'x'"),
+        ("from visionaccel.families import Family; FAMILY = Family('x', None, config=())", "config of family 'x'"),
     ],
 )
 def test_a_broken_one_is_an_error_of_its_architecture_alone(site, tiny, source, said):
@@ -89,6 +97,9 @@ def _exits(config):
         ({"spec": lambda config: 1 / 0}, "failed to describe the tower: ZeroDivisionError"),
         ({"spec": lambda config: config.sizes}, "failed to describe the tower: AttributeError"),
         ({"spec": _exits}, "failed to describe the tower: RuntimeError: SystemExit: no licence"),
+        ({"spec": lambda config: {}["gelu_new"]}, "failed to describe the tower: KeyError: 'gelu_new'"),
+        ({"spec": lambda config: len(config.whole("depth"))}, "failed to describe the tower: TypeError"),
+        ({"spec": lambda config: 2.0**10000}, "failed to describe the tower: OverflowError"),
         ({"spec": lambda config: None}, "described the tower as a NoneType"),
         ({"fused": {"blocks.{n}.mlp.gate_proj": (1, 2)}}, r"failed to name 'blocks\.0\.mlp.*: AttributeError"),
     ],
@@ -99,8 +110,11 @@ def test_what_a_familys_code_raises_is_its_fault_and_names_it(tiny, changed, sai
         _ = Tower(family, Checkpoint(tiny)).weights
 
 
-def test_what_a_configuration_does_not_state_is_named(tiny):
-    family = replace(FAMILY, spec=lambda config: config["swiglu_limit"])
+@pytest.mark.parametrize(
+    "read", [VisionConfiguration.__getitem__, VisionConfiguration.whole, VisionConfiguration.wholes]
+)
+def test_what_a_configuration_does_not_state_is_named(tiny, read):
+    family = replace(FAMILY, spec=lambda config: read(config, "swiglu_limit"))
     with pytest.raises(CheckpointError, match="vision_config does not state 'swiglu_limit'"):
         Tower(family, Checkpoint(tiny))
 

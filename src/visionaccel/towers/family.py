@@ -20,6 +20,14 @@ from visionaccel.core.tower_spec import APART, JOINT, TowerSpec
 from visionaccel.errors import CheckpointError, PluginError, VisionAccelError
 
 
+class _MissingValueError(KeyError):
+    """A configuration does not state a value."""
+
+
+class _WrongValueError(TypeError):
+    """A configuration states a value of another kind."""
+
+
 class VisionConfiguration:
     """The part of a `config.json` that describes a tower, with the defaults for what it leaves out.
 
@@ -29,24 +37,27 @@ class VisionConfiguration:
         where: How errors name it.
 
     Raises:
-        KeyError, TypeError, ValueError: From its methods, where a value is missing or of another kind.
+        KeyError, TypeError, ValueError: From its methods, where a value is missing or of another kind. A family lets
+            them pass: they are reported as the checkpoint's fault, with the value's name.
     """
 
     def __init__(self, values: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> None:
         self._values, self.where = {**defaults, **values}, where
 
     def __getitem__(self, name: str) -> Any:
+        if name not in self._values:
+            raise _MissingValueError(name)
         return self._values[name]
 
     def whole(self, name: str) -> int:
         """A whole number."""
-        return _whole(name, self._values[name])
+        return _whole(name, self[name])
 
     def wholes(self, name: str) -> tuple[int, ...]:
         """A list of whole numbers."""
-        values = self._values[name]
+        values = self[name]
         if not isinstance(values, list | tuple):
-            raise TypeError(f"{name} is {values!r}, which is not a list")
+            raise _WrongValueError(f"{name} is {values!r}, which is not a list")
         return tuple(_whole(name, value) for value in values)
 
     @property
@@ -55,7 +66,7 @@ class VisionConfiguration:
         try:
             nested = dict(self._values.get("rope_parameters") or {})
             return float(nested.get("rope_theta", self._values.get("rope_theta", 10000.0)))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"rope_theta cannot be read: {error}") from error
 
 
@@ -68,8 +79,8 @@ class Family:
 
     Attributes:
         name: What bundles and messages call it.
-        spec: The description of a tower from its configuration. A `ValueError` or `TypeError` is reported with the
-            configuration's place, a `KeyError` as a value that is missing, and anything else as the family's fault.
+        spec: The description of a tower from its configuration. A `ValueError`, and what the configuration's own
+            methods raise, is reported as the checkpoint's fault, and anything else as the family's.
         config: Where the configuration lies in `config.json`.
         defaults: What configurations may leave out.
         prefixes: What the names of the tower's tensors start with, in the order in which they are tried.
@@ -86,9 +97,13 @@ class Family:
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuse prefixes that names cannot be compared with."""
-        if not isinstance(self.prefixes, tuple) or not all(isinstance(each, str) and each for each in self.prefixes):
-            raise TypeError(f"prefixes of family {self.name!r} must be a tuple of texts, and are {self.prefixes!r}")
+        """Check the fields that are looked up in a checkpoint."""
+        for what, texts in (("config", self.config), ("prefixes", self.prefixes)):
+            fits = isinstance(texts, tuple) and all(isinstance(each, str) and each for each in texts)
+            if not fits or not texts:
+                raise TypeError(
+                    f"{what} of family {self.name!r} must be a tuple of texts that are not empty; it is {texts!r}"
+                )
 
     def configuration(self, config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
         """The vision configuration within a `config.json`.
@@ -122,11 +137,11 @@ class Family:
                 spec = self.spec(VisionConfiguration(found, self.defaults, where))
         except VisionAccelError:
             raise
-        except KeyError as error:
+        except _MissingValueError as error:
             raise CheckpointError(
                 f"{where} does not state {error}.", hint="Pass a complete checkpoint of this family."
             ) from error
-        except (ValueError, TypeError, OverflowError) as error:
+        except (ValueError, _WrongValueError) as error:
             raise CheckpointError(f"{where}: {error}.", hint="The configuration is damaged or foreign.") from error
         except Exception as error:
             raise self._fault(f"failed to describe the tower: {type(error).__name__}: {error}") from error
@@ -206,7 +221,7 @@ class Family:
 
 def _whole(name: str, value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} holds {value!r}, which is not a whole number")
+        raise _WrongValueError(f"{name} holds {value!r}, which is not a whole number")
     return value
 
 
