@@ -74,10 +74,6 @@ def _constants(attributes: Iterable[AttributeProto]) -> Iterator[TensorProto]:
             yield from (sparse.values, sparse.indices)
 
 
-if TYPE_CHECKING:
-    from onnx import TensorProto
-
-
 @dataclass(frozen=True, slots=True)
 class ExternalData:
     """What a tensor says of the place of its data.

@@ -185,7 +185,7 @@ class Tower:
         counted = self.sizes_of(Grid(1, self.merge_size, self.merge_size)).keys()
         if bucket.sizes.keys() != counted:
             raise ConfigurationError(
-                f"a bucket of this tower states {' and '.join(counted)} alone, and not {', '.join(bucket.sizes)}.",
+                f"a bucket of this tower counts {' and '.join(counted)}; this one states {' and '.join(bucket.sizes)}.",
                 hint="Make buckets with `Tower.bucket`.",
             )
         tokens, rest = divmod(bucket.patches, self.spec.merged)
