@@ -32,7 +32,7 @@ def measure() -> dict[str, float]:
 
 def _measure(folder: str) -> dict[str, float]:
     from visionaccel.integrations.vllm.compat.engine_config import ServedModel
-    from visionaccel.integrations.vllm.inline.tower import AcceleratedTower
+    from visionaccel.integrations.vllm.inline.visual import AcceleratedTower
 
     served = ServedModel(
         source=folder,

@@ -16,7 +16,7 @@ from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.activation import check_engine
 from visionaccel.integrations.vllm.compat import architectures, engine_config, releases, worker
 from visionaccel.integrations.vllm.compat.architectures import ARCHITECTURES
-from visionaccel.integrations.vllm.inline.tower import AbsentTower, AcceleratedTower
+from visionaccel.integrations.vllm.inline.visual import AbsentTower, AcceleratedTower
 from visionaccel.integrations.vllm.processing import FittedInfo, FittedProcessor
 from visionaccel.integrations.vllm.reloading import Comparison
 

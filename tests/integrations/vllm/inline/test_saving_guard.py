@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from visionaccel.integrations.vllm.inline.tower import guard_saving
+from visionaccel.integrations.vllm.inline.visual import guard_saving
 
 
 class Connector:
