@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pickle import PickleBuffer, Pickler, loads
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -520,3 +521,15 @@ def test_embeddings_of_a_distrusted_device_are_encoded_anew(engine, pipelined, e
     engine.drain()
     assert all(engine.answers[name] == [GOOD] * 3 for name in third)
     assert_nothing_is_left(connector)
+
+
+def test_vllms_factory_finds_it_where_the_configuration_names_it():
+    from vllm.distributed.ec_transfer.ec_connector.factory import ECConnectorFactory
+
+    from visionaccel.integrations.vllm.pipelined.connector import VisionAccelConnector
+
+    named = SimpleNamespace(
+        ec_connector=engine_config.CONNECTOR, ec_connector_module_path="visionaccel.integrations.vllm.connector"
+    )
+    assert named.ec_connector_module_path == engine_config._CONNECTOR_MODULE
+    assert ECConnectorFactory.get_connector_class(named) is VisionAccelConnector
