@@ -889,3 +889,25 @@ def test_onnx_programs_survive_the_way_to_a_child(tiny):
     arrived = pickle.loads(sent)
     assert arrived == program
     assert arrived.model() == program.model()
+
+
+def test_ending_calls_leaves_a_process_without_a_call_alone(device):
+    session = device.open()
+    runs(session)
+    pid = session.pid
+    assert not session.end_calls()
+    runs(session)
+    assert (session.pid, session.restarts) == (pid, 0)
+
+
+def test_ending_calls_ends_the_wait_for_a_restart(device):
+    session = device.open(Limits(run=60))
+    device.will("hang", at="open")
+    device.will("abort")
+    with pytest.raises(DeviceLostError):
+        session.run(X)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(session.run, X)
+        wait_until(session.end_calls)
+        with pytest.raises(DeviceLostError, match=r"has been starting for .* is not ready"):
+            waiting.result(10)

@@ -1,5 +1,7 @@
 """A link of a chain: every call ends in time or the link is disabled, and what failed to open may work later."""
 
+import os
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,10 +13,13 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from bundles import write_bundle
 from gated import Gate, gated, image, wait_until
 from towers import random_patches, reference
 from visionaccel import open_encoder
 from visionaccel.backends import default_registry
+from visionaccel.bundle import open_bundle
+from visionaccel.core.grid import Grid
 from visionaccel.encoder import Encoder, OpenProgram, open_tower
 from visionaccel.errors import ConfigurationError, DeadlineError, DeviceError, DeviceLostError, VisionAccelError
 from visionaccel.service import EncodeService, open_guarded, open_service
@@ -117,7 +122,7 @@ def test_a_process_that_hangs_is_ended_at_the_links_deadline_and_the_next_one_ge
     (answer,) = guarded.encode_items(image(1), [GRID])
     assert 1.0 <= time.monotonic() - started < 1.0 + 5
     assert isinstance(answer, DeviceLostError)
-    assert "did not answer within 1 s; its process was ended" in answer.message
+    assert "did not answer within 1 s; its call was ended" in answer.message
     switch.write_text("")
     (link,) = guarded.links
     assert link.ready, "it need not be probed: its process is another one"
@@ -125,6 +130,87 @@ def test_a_process_that_hangs_is_ended_at_the_links_deadline_and_the_next_one_ge
     (answer,) = guarded.encode_items(image(1), [GRID])
     assert not isinstance(answer, VisionAccelError)
     guarded.close()
+
+
+def test_only_the_process_with_the_call_is_ended(tiny, tmp_path):
+    folder = write_bundle(tiny, tmp_path / "bundle", "6x10", "10x6")
+    switch = tmp_path / "switch.json"
+    settings = Settings(
+        backend="simulated", device="onnxrt", options={"switch": str(switch)}, isolation="process", fallback="none",
+        deadline=1.0, canary="off",
+    )  # fmt: skip
+    (guarded,) = open_guarded(open_bundle(folder), settings, ("onnxrt",))
+    (link,) = guarded.links
+    idle = link.encoder_if_open.program_for(Grid(1, 10, 6)).session
+    pid = idle.pid
+    switch.write_text('[{"all": true, "do": "hang"}]')
+    (answer,) = guarded.encode_items(random_patches([(1, 6, 10)]), [Grid(1, 6, 10)])
+    assert isinstance(answer, DeviceLostError)
+    switch.write_text("")
+    wait_until(lambda: link.restarts == 1)
+    assert (idle.pid, idle.restarts) == (pid, 0)
+    guarded.close()
+
+
+def test_a_process_that_starts_too_slowly_is_a_failure_and_not_a_hang(tiny, tmp_path):
+    guarded, _ = in_a_process(tiny, tmp_path)
+    (link,) = guarded.links
+    supervisor = link.encoder_if_open.programs[0].session._supervisor
+    opened = threading.Event()
+
+    start = supervisor._open
+
+    def slow():
+        opened.wait(20)
+        return start()
+
+    supervisor._open = slow
+    os.kill(supervisor.pid, signal.SIGKILL)
+    wait_until(lambda: supervisor.pid is None)
+    (answer,) = guarded.encode_items(image(1), [GRID])
+    assert isinstance(answer, DeviceLostError)
+    assert "has been starting for" in answer.message
+    assert link.ready
+    assert link.hangs_for == 0
+    opened.set()
+    wait_until(lambda: link.restarts == 1)
+    (answer,) = guarded.encode_items(image(1), [GRID])
+    assert not isinstance(answer, VisionAccelError)
+    guarded.close()
+
+
+def test_a_call_that_its_session_ends_with_its_own_error_was_late(tiny):
+    encoder = open_encoder(tiny, backend="torch_ref")
+    (opened,) = encoder.programs
+    ended = threading.Event()
+
+    def run(inputs):
+        assert ended.wait(20)
+        raise DeviceError("the call was cancelled.")
+
+    opened.session.run = run
+    opened.session.end_calls = lambda: not ended.is_set() and (ended.set() or True)
+    link = ChainLink("torch_ref", encoder, deadline=0.2)
+    answer = link.encode(image(1), [GRID])
+    assert isinstance(answer, DeviceLostError)
+    assert answer.message.startswith("device 'cpu' did not answer within 0.2 s; its call was ended.")
+    assert link.ready
+    link.close()
+
+
+def test_a_call_that_does_not_end_returns_at_the_end_of_the_step_all_the_same(tiny):
+    encoder = open_encoder(tiny, backend="torch_ref")
+    (opened,) = encoder.programs
+    held = threading.Event()
+    opened.session.run = lambda inputs: held.wait(20)
+    opened.session.end_calls = lambda: True
+    link = ChainLink("torch_ref", encoder, deadline=0.3)
+    started = time.monotonic()
+    answer = link.encode(image(1), [GRID], until=started + 0.6)
+    assert time.monotonic() - started < 0.6 + 1
+    assert isinstance(answer, DeadlineError)
+    held.set()
+    link.close()
 
 
 def test_a_canary_of_a_service_that_hangs_disables_the_device(tiny, tmp_path):

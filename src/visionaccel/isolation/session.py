@@ -93,7 +93,7 @@ class IsolatedSession(Session):
 
     def end_calls(self) -> bool:
         """End the child at once: a call in progress raises DeviceLostError, and another child is started."""
-        return self._supervisor.end_process()
+        return self._supervisor.end_call()
 
     def close(self) -> None:
         """End the child: politely, or at once if a call is in progress, which then raises DeviceLostError."""

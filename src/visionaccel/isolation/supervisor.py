@@ -54,7 +54,7 @@ class Supervisor:
         self._starting: DeviceProcess | None = None
         self._start_began = time.monotonic()
         self._next_start: float | None = None
-        self._failures = 0
+        self._failures = self._waits_ended = 0
         self._reason = ""
         self.restarts = 0
         self._first: Future[Capabilities] = Future()
@@ -98,12 +98,21 @@ class Supervisor:
                 self._failures = 0
             return outputs
 
-    def end_process(self) -> bool:
-        """End the process that takes calls; the next is started. Whether there was one."""
-        process = self._process
+    def end_call(self) -> bool:
+        """End the call in progress, if there is one; whether there is.
+
+        Its process is ended and the next is started, or the call waits no longer for one that is starting.
+        """
+        if not self._turn.locked():
+            return False
+        with self._changed:
+            process = self._process
+            if process is None:
+                self._waits_ended += 1
+                self._changed.notify_all()
         if process is not None:
             process.kill()
-        return process is not None
+        return True
 
     def close(self) -> None:
         """End the process, politely unless it is busy, and the thread.
@@ -134,10 +143,11 @@ class Supervisor:
         """The process that takes calls; waits for a restart until the time of one call has passed since it began.
 
         Raises:
-            DeviceLostError: If there is none yet, or not before a delay has passed.
+            DeviceLostError: If there is none yet, not before a delay has passed, or `end_call` ends the wait.
             DeviceError: If it is closed.
         """
         with self._changed:
+            ended = self._waits_ended
             while True:
                 if self._closed:
                     raise DeviceError("the encoder is closed.", hint="Open a new one.")
@@ -153,7 +163,7 @@ class Supervisor:
                         hint=_FALLBACK,
                     )
                 left = self._start_began + self._limits.run - now
-                if left <= 0:
+                if left <= 0 or self._waits_ended != ended:
                     raise DeviceLostError(
                         f"the process of backend {self._backend!r} has been starting for {now - self._start_began:.0f} "
                         f"s and is not ready. {self._reason}",

@@ -61,12 +61,14 @@ class WatchedCalls:
         self._idle: list[_Caller] = []
         self._late: dict[Future[object], bool] = {}
         self._running = self._left_behind = 0
+        self._left_by_cut = False
         self._closed = False
 
     @property
     def cut(self) -> bool:
         """Whether a call that was left behind because of `until` has not returned."""
-        return any(self._late.values())
+        with self._changed:
+            return any(self._late.values())
 
     def call(
         self,
@@ -93,17 +95,18 @@ class WatchedCalls:
         caller = self._begin(places, until)
         limit = time.monotonic() + seconds
         stop = limit if until is None else min(limit, until)
-        future = caller.start(function)
+        future, cut = caller.start(function), stop < limit
         try:
             return future.result(seconds_until(stop))  # type: ignore[return-value]
         except TimeoutError:
             if future.done() or (stop == limit and end(future)):  # it raised that itself, or returned just now
                 return future.result()  # type: ignore[return-value]
-            if stop < limit:
+            cut = until is not None and time.monotonic() >= until
+            if cut:  # it may still end, for which its caller has no time
                 raise CutError("It did not return", future, limit) from None
             raise LateError("It did not return") from None
         finally:
-            self._end(caller, future, cut=stop < limit)
+            self._end(caller, future, cut=cut)
 
     def close(self, wait: float = 0.0) -> None:
         """Begin no more calls, and end the threads that no call keeps.
@@ -136,7 +139,8 @@ class WatchedCalls:
             if not in_time or (until is not None and time.monotonic() >= until):
                 raise CutError("Other calls took its time")
             if blocked():
-                kind = CutError if all(self._late.values()) else LateError
+                cut = all(self._late.values()) if self._late else self._left_by_cut
+                kind = CutError if cut else LateError
                 raise kind("An earlier call has not returned")
             self._running += 1
             return self._idle.pop() if self._idle else _Caller()
@@ -151,6 +155,7 @@ class WatchedCalls:
             if not done:
                 self._late[future] = cut
                 self._left_behind += 1
+                self._left_by_cut = cut
             self._changed.notify_all()
         if not kept:
             caller.end()

@@ -126,16 +126,16 @@ class WatchedEncoder:
 
         def end(late: Future[object]) -> bool:
             nonlocal ended
-            ended = self._ended(late)
+            ended = self._ended(late, until)
             return ended
 
         try:
             return self._calls.call(function, seconds, places=sys.maxsize if safe else 1, until=until, end=end)
-        except DeviceLostError as lost:
+        except DeviceError as lost:
             if not ended:
                 raise
-            message = f"device {device!r} did not answer within {seconds:.3g} s; its process was ended. {lost.message}"
-            raise DeviceLostError(message, hint=f"{_LONGER} {lost.hint}") from None
+            message = f"device {device!r} did not answer within {seconds:.3g} s; its call was ended. {lost.message}"
+            raise DeviceLostError(message, hint=f"{_LONGER} {lost.hint or ''}".rstrip()) from None
         except CutError as cut:
             if cut.call is None:
                 raise DeadlineError(
@@ -181,11 +181,12 @@ class WatchedEncoder:
             encoder.close(0.0)
         return encoder
 
-    def _ended(self, call: Future[object]) -> bool:
-        """End a call that is past its deadline, if its device can be ended; whether it has returned."""
+    def _ended(self, call: Future[object], until: float | None = None) -> bool:
+        """End a call that is past its deadline, if its device can be ended; whether it has returned, by `until`."""
         assert self.if_open is not None
         ended = [opened.session.end_calls() for opened in self.if_open.programs]
-        return any(ended) and bool(wait([call], _ENDING).done)
+        seconds = _ENDING if until is None else min(_ENDING, seconds_until(until))
+        return any(ended) and bool(wait([call], seconds).done)
 
     def _judge_later(self, call: Future[object], limit: float, seconds: float) -> None:
         """Judge a call that goes on although its step has ended: at its limit, or when it returns."""
