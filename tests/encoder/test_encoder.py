@@ -18,7 +18,7 @@ from strategies import grid_lists
 from towers import random_patches, reference
 from visionaccel import Encoder, open_encoder
 from visionaccel.backends import Capabilities, EncodeReport, Registry, hookimpl
-from visionaccel.core.program import CHECKPOINT, EP_CONTEXT
+from visionaccel.core.program import CHECKPOINT
 from visionaccel.encoder import open_tower, opening
 from visionaccel.errors import DeviceError, GridError, InputError, NonFiniteError, OutputError, PatchesError
 
@@ -259,9 +259,11 @@ def test_whatever_a_backend_raises_becomes_a_device_error(tiny, tmp_path, monkey
         encoder.encode(random_patches([(1, 4, 4)]), [(1, 4, 4)])
 
 
-@pytest.mark.parametrize(("kind", "copied"), [(CHECKPOINT, True), ("acme.graph", True), (EP_CONTEXT, False)])
+@pytest.mark.parametrize(("kind", "copied"), [(CHECKPOINT, True), ("acme.graph", True), ("acme.compiled", False)])
 def test_weights_are_copied_unless_they_are_known_to_be_in_the_program(tiny, tmp_path, monkeypatch, kind, copied):
-    source = ECHO.format(name="acme", score=1).replace('"checkpoint"', '"acme.graph", "onnx.ep_context", "checkpoint"')
+    source = ECHO.format(name="acme", score=1)
+    source = source.replace("    def probe", '    formats_with_weights = frozenset({"acme.compiled"})\n    def probe')
+    source = source.replace('"checkpoint"', '"acme.graph", "acme.compiled", "checkpoint"')
     monkeypatch.syspath_prepend(install(tmp_path, "acme-graphs", "acme", source))
     held = []
     monkeypatch.setattr(opening, "hold_source", lambda source, weights: held.append(weights) or source)

@@ -45,7 +45,7 @@ class FlexMLRTBackend(VisionBackend):
     """Runs compiled encoders on a Ryzen AI NPU, or on a simulator of it, which must be asked for by name."""
 
     name = "flexmlrt"
-    formats = frozenset({FLEXMLRT_RAI, FLEXMLRT_DIRECTORY})
+    formats = formats_with_weights = frozenset({FLEXMLRT_RAI, FLEXMLRT_DIRECTORY})
     options = FlexMLRTOptions
     isolation: ClassVar[Isolation] = "process"
 

@@ -76,6 +76,7 @@ class OnnxRuntimeBackend(VisionBackend):
 
     name = "onnxrt"
     formats = frozenset({ONNX, ONNX_FUSED, ONNX_STANDARD, EP_CONTEXT})
+    formats_with_weights = frozenset({EP_CONTEXT})
     options = OnnxRuntimeOptions
 
     def devices(self) -> Sequence[str]:

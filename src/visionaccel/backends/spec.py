@@ -190,6 +190,8 @@ class VisionBackend(ABC):
     Attributes:
         name: What users select; equal to the name of the entry point.
         formats: Program formats it takes, such as `onnx` or `checkpoint` (see `visionaccel.core.program`).
+        formats_with_weights: Those of them whose programs bring their weights. For other formats the tower's weights
+            are copied to memory, where no change of the files reaches them.
         options: The options that `open` takes.
         isolation: Where its sessions live unless the user says otherwise (see `isolation_on`). Choose `process` for
             vendor code that may crash, hang, or hold one model for each process.
@@ -198,6 +200,7 @@ class VisionBackend(ABC):
 
     name: ClassVar[str]
     formats: ClassVar[frozenset[str]]
+    formats_with_weights: ClassVar[frozenset[str]] = frozenset()
     options: ClassVar[type[Options]] = Options
     isolation: ClassVar[Isolation] = "none"
     only_by_name: ClassVar[bool] = False

@@ -15,7 +15,7 @@ from visionaccel.bundle import Bundle, is_bundle, open_bundle
 from visionaccel.checkpoint import locate_checkpoint
 from visionaccel.core.cores import on_cores
 from visionaccel.core.invalid_values import problems_of
-from visionaccel.core.program import EP_CONTEXT, Program
+from visionaccel.core.program import Program
 from visionaccel.core.safe_text import safe_logger
 from visionaccel.encoder.encoder import Encoder, OpenProgram, close_programs
 from visionaccel.encoder.held_weights import WantedWeights, hold_source
@@ -124,8 +124,7 @@ def _opened(
             f"invalid options of backend {name!r}: {problems_of(error)}.", hint=f"Options it takes: {known}."
         ) from error
     tower, programs_read = _tower(source), list(programs)
-    # Execution providers compile the weights into their context. Of other formats it is not known who reads them when.
-    if any(program.format != EP_CONTEXT for program in programs):
+    if any(program.format not in chosen.formats_with_weights for program in programs):
         source = hold_source(source, weights)
         same = {(each.format, each.name): each for each in source.programs({each.format for each in programs})}
         programs_read = [same[each.format, each.name] for each in programs]

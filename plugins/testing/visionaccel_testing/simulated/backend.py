@@ -65,7 +65,8 @@ class SimulatedBackend(VisionBackend):
 
     name = NAME
     # Those of visionaccel-flexmlrt by their names: it need not be installed.
-    formats = ONNX_MODELS | {CHECKPOINT, EP_CONTEXT, "flexmlrt.directory", "flexmlrt.rai"}
+    formats_with_weights = frozenset({EP_CONTEXT, "flexmlrt.directory", "flexmlrt.rai"})
+    formats = ONNX_MODELS | {CHECKPOINT} | formats_with_weights
     options = SimulatedOptions
     only_by_name = True
 
