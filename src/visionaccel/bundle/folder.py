@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -85,7 +85,7 @@ def rewrite_manifest(bundle: Bundle, changes: Mapping[str, Any]) -> Bundle:
 
 @contextmanager
 def appearing(output: Path, *, force: bool) -> Iterator[Path]:
-    """A folder beside `output` that takes its place in the end, and leaves no trace if anything fails before.
+    """A folder next to `output` that takes its place in the end, and leaves no trace if anything fails before.
 
     A bundle that is there already is moved aside first and deleted last, so that there is always the old one, none, or
     the new one.
@@ -93,14 +93,14 @@ def appearing(output: Path, *, force: bool) -> Iterator[Path]:
     try:
         _check_replaceable(output, force=force)
         output.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+        folder = output.with_name(f".{output.name}.partial-{secrets.token_hex(4)}")
+        folder.mkdir()
         aside = folder.with_name(folder.name.replace(".partial-", ".replaced-"))
         try:
             with guarded_folder(folder):
                 yield folder
-                folder.chmod(0o755)
                 _sync(folder)
-            _check_replaceable(output, force=force)  # it may have appeared meanwhile
+            _check_replaceable(output, force=force)  # it may have appeared since
             if output.exists():
                 output.rename(aside)
             folder.rename(output)
@@ -119,9 +119,9 @@ def appearing(output: Path, *, force: bool) -> Iterator[Path]:
 
 def _check_replaceable(output: Path, *, force: bool) -> None:
     if output.exists() and not force:
-        raise ConfigurationError(f"{output} exists.", hint="Pass --force to replace it.")
+        raise ConfigurationError(f"{output} exists.", hint="Remove it, or pass --force to replace a bundle.")
     if output.exists() and not (output / MANIFEST).is_file() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigurationError(f"{output} exists and is no bundle.", hint="Name another folder.")
+        raise ConfigurationError(f"{output} exists and is not a bundle.", hint="Name another folder.")
 
 
 def stated_file(folder: Path, path: Path) -> dict[str, Any]:

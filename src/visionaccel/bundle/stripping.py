@@ -10,6 +10,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,7 +82,7 @@ def strip_checkpoint(
         ChangedFileError: If its weights change while they are copied.
         UnsupportedArchitectureError: If its vision tower is of an unknown family.
     """
-    try:
+    with _errors_of_copying(checkpoint, out):
         out = _free_place(checkpoint, out)
         tower = tower_of(checkpoint)
         removed = tower.stored_names
@@ -102,18 +103,13 @@ def strip_checkpoint(
         files, skipped = _other_files(checkpoint)
         _check_space(out, checkpoint, files, removed_bytes)
         _require_one_content(checkpoint)
-        with appearing(out, force=False) as partial:
+        with appearing(out, force=False) as partial, _errors_of_copying(checkpoint, out):
             digest = weights_digest(vision, progress)
             shards = _write_shards(checkpoint, partial, removed, progress)
             for name, source in files.items():
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, partial / name)
             _write_json(partial / STRIP_NOTE, {"family": tower.family, _DIGEST_KEY: digest})
-    except OSError as error:
-        raise ConfigurationError(
-            f"{checkpoint.folder} cannot be copied to {out}: {error}",
-            hint="Check permissions and free space, and that nothing else writes there.",
-        ) from error
     return StripReport(
         folder=out,
         family=tower.family,
@@ -149,6 +145,17 @@ def read_strip_note(folder: Path) -> str | None:
             hint="Strip the original checkpoint again.",
         )
     return digest
+
+
+@contextmanager
+def _errors_of_copying(checkpoint: Checkpoint, out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigurationError(
+            f"{checkpoint.folder} cannot be copied to {out}: {error}",
+            hint="Check permissions and free space, and that nothing else writes there.",
+        ) from error
 
 
 def _free_place(checkpoint: Checkpoint, out: Path) -> Path:
