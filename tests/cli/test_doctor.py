@@ -306,6 +306,12 @@ def test_a_certificate_that_was_not_passed_is_a_failure(bundle):
     assert "Do not serve it" in found["fix"]
 
 
+def test_a_certificate_whose_reference_was_our_own_tower_is_a_warning(bundle):
+    certify(bundle, independent=False)
+    found = the(doctor(str(bundle), "--backend", "onnxrt"), "source", "certificate's reference")
+    assert found["status"] == "warning"
+
+
 def test_the_bundle_of_the_settings_is_looked_at(bundle):
     findings = doctor("--backend", "onnxrt", VISIONACCEL_BUNDLE=str(bundle))
     assert str(bundle) in the(findings, "source", "manifest")["found"]

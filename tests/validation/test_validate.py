@@ -23,7 +23,7 @@ from visionaccel import open_encoder
 from visionaccel.backends.registry import _default
 from visionaccel.bundle import open_bundle
 from visionaccel.checkpoint import Checkpoint, read_header, write_safetensors
-from visionaccel.cli.bundles import validate
+from visionaccel.cli.bundles import print_certificate, validate
 from visionaccel.core.comparison import THRESHOLDS, Comparison, length_errors, token_cosines
 from visionaccel.core.grid import Grid
 from visionaccel.core.program import AnyGrid, Bucket, FixedGrid
@@ -119,7 +119,9 @@ def test_a_bundle_with_its_own_weights_passes(tiny, tmp_path):
     assert run(folder, tiny)["passed"] is True
 
 
-def test_without_transformers_tower_the_certificate_says_that_the_reference_is_not_independent(tiny, tmp_path, caplog):
+def test_without_transformers_tower_the_certificate_says_that_the_reference_is_not_independent(
+    tiny, tmp_path, caplog, capsys
+):
     bundle = open_bundle(write_bundle(tiny, tmp_path / "bundle", "6x10"))
     checkpoint = Checkpoint(tiny)
     assert validate_bundle(bundle, Tower(FAMILY, checkpoint), backend="onnxrt").certificate.independent
@@ -127,6 +129,8 @@ def test_without_transformers_tower_the_certificate_says_that_the_reference_is_n
     certificate = validate_bundle(bundle, Tower(FAMILY, checkpoint), backend="onnxrt").certificate
     assert certificate.passed
     assert not certificate.independent
+    print_certificate(certificate, "bundle")
+    assert "The reference is not independent" in " ".join(capsys.readouterr().out.split())
     assert "no vision tower for ThirdPartyModel. The reference is visionaccel's own tower" in caplog.text
 
 

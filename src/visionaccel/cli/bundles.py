@@ -249,6 +249,11 @@ def print_certificate(certificate: Certificate, title: str) -> None:
             style=None if found.failure is None else "bold red",
         )
     results.print(table)
+    if not certificate.independent:
+        results.print(
+            "The reference is not independent: transformers has no such tower, so it was visionaccel's own in float32.",
+            style="yellow", soft_wrap=True,
+        )  # fmt: skip
     for found in certificate.programs:
         if found.failure is not None:
             results.print(f"FAILED {found.program}: {found.failure}", highlight=False, soft_wrap=True)

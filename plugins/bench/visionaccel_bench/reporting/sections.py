@@ -122,7 +122,8 @@ def _certificate(source: str) -> Section:
         return section("warning", f"{source} is not certified. Run `visionaccel validate`.")
     images = ", ".join(f"{count} {kind}" for kind, count in certificate.images.items())
     outcome = "passed" if certificate.passed else "FAILED"
-    summary = f"{source} compared with the float32 reference, {certificate.created}: {outcome}; images: {images}."
+    reference = "the float32 reference" if certificate.independent else "visionaccel's own tower in float32"
+    summary = f"{source} compared with {reference}, {certificate.created}: {outcome}; images: {images}."
     return section("pass" if certificate.passed else "failure", summary, tuple(_proved(certificate)))
 
 

@@ -69,6 +69,9 @@ def _certificate(found: Certificate | None, wanted: Wanted) -> Iterator[Finding]
     else:
         lowest = min(each.lowest_cosine for each in found.programs)
         yield Finding("certificate", "pass", f"passed on {found.created}, lowest cosine {lowest:.6f}")
+    if not found.independent:
+        detail = "visionaccel's own tower in float32, as transformers has none: a fault of the family does not show"
+        yield Finding("certificate's reference", "warning", detail, "Compare embeddings with the model's own code.")
     yield _ran_on(found, wanted)
 
 
