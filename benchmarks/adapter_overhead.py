@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
@@ -38,15 +37,18 @@ def _measure(folder: str) -> dict[str, float]:
         source=folder,
         revision=None,
         architectures=("Qwen2_5_VLForConditionalGeneration",),
+        replaces="Qwen2_5_VLForConditionalGeneration",
         multimodal=True,
         takes_media=True,
         own_implementation=True,
         dtype=torch.bfloat16,
         device="cpu",
-        vision=SimpleNamespace(**QWEN2_5_VL_7B),
+        vision=QWEN2_5_VL_7B,
     )
     tower = AcceleratedTower(served)
-    session = tower.encoder.primary.programs[0].session
+    encoder = tower._encoder
+    assert encoder is not None
+    session = encoder.primary.programs[0].session
     run, in_session = session.run, []
 
     def timed(inputs: Mapping[str, Array]) -> Mapping[str, Array]:
@@ -64,7 +66,7 @@ def _measure(folder: str) -> dict[str, float]:
             start = time.perf_counter()
             tower(patches, grid_thw=[GRID])
             whole.append(time.perf_counter() - start)
-    tower.encoder.close()
+    encoder.close()
     own = [total - inner for total, inner in zip(whole, in_session, strict=True)]
     shares = [100 * part / total for part, total in zip(own, whole, strict=True)]
     return {
