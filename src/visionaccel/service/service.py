@@ -145,6 +145,8 @@ class EncodeService:
     ) -> Embedding:
         """`submit` without blocking the event loop, and the answer. Cancelling the task cancels the item.
 
+        Where the queue is full it looks for room again and again, up to ten times a second, behind callers of `submit`.
+
         Raises:
             VisionAccelError: What `submit` raises, and the item's own error.
         """

@@ -46,7 +46,7 @@ class ServiceCounters:
         cached: Items whose embedding was in the cache.
         merged: Items that were equal to one in the service, and were not encoded a second time.
         failed: Items that could not be encoded, those past a deadline included.
-        expired: Items past a deadline.
+        expired: Items whose call was past its deadline.
         cancelled: Items that were cancelled before a device took them.
         busy_seconds: Seconds that devices spent on items, over all devices.
         waiting: Items that wait for a device now.
