@@ -512,7 +512,7 @@ def browse(browser, tmp_path, page, *arguments):
     command = [
         browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
         "--enable-logging=stderr", "--proxy-server=127.0.0.1:9", f"--user-data-dir={tmp_path / 'profile'}",
-        "--window-size=1200,3600", *arguments, page.as_uri(),
+        "--window-size=1200,6000", *arguments, page.as_uri(),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
