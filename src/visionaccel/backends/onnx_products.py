@@ -69,7 +69,7 @@ def find_products(model: onnx.ModelProto, program: Program) -> dict[str, list[Pr
     inputs = {value.name for value in graph.input}
     found: dict[str, list[Product]] = {}
     for node in graph.node:
-        if node.op_type != "Gemm" or {a.name: helper.get_attribute_value(a) for a in node.attribute} != {"transB": 1}:
+        if node.op_type != "Gemm" or {a.name: a.i for a in node.attribute} != {"transB": 1}:
             continue
         weight = _origin(node.input[1], makers, _SAME)
         rows = _origin(node.input[0], makers, _SAME | {"Slice"})  # a bucket's patches are cut to the real ones

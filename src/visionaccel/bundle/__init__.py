@@ -1,7 +1,7 @@
 """Bundles: folders that state everything needed to run an encoder's programs correctly, or to refuse."""
 
 from visionaccel.bundle.bundle import Bundle, is_bundle, open_bundle, tower_digest
-from visionaccel.bundle.export import WEIGHT_PREFIX, ProgramRequest, Progress, counter, export_bundle, program_name
+from visionaccel.bundle.export import ProgramRequest, Progress, counter, export_bundle, program_name
 from visionaccel.bundle.folder import (
     appearing,
     as_json,
@@ -49,7 +49,6 @@ __all__ = [
     "SCHEMA_VERSION",
     "STRIP_NOTE",
     "StripReport",
-    "WEIGHT_PREFIX",
     "appearing",
     "as_json",
     "check_tensors",

@@ -39,9 +39,6 @@ from visionaccel.families import Tower, tower_of
 Progress = Callable[[str, int, int], None]
 """Called with a stage, how much of it is done, and how much it is in all: bytes of weights, or programs."""
 
-WEIGHT_PREFIX = "visual."
-"""What the names of packed weights start with."""
-
 
 @dataclass(frozen=True, slots=True)
 class ProgramRequest:
@@ -169,7 +166,7 @@ def _pack(tower: Tower, folder: Path, precision: Precision, total: int, tell: Pr
             f"the weights need {needed / 2**30:.2f} GiB, and {folder.parent} has {free / 2**30:.2f} GiB left.",
             hint="Free some space, or leave the weights in the checkpoint.",
         )
-    named = {WEIGHT_PREFIX + name: tensor for name, tensor in tower.weights.items()}
+    named = {tower.weight_prefix + name: tensor for name, tensor in tower.weights.items()}
     write_safetensors(
         folder / SINGLE_FILE,
         named,

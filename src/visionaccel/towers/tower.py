@@ -67,6 +67,11 @@ class Tower:
         self.host_weights = self.spec.embed_weights
 
     @property
+    def weight_prefix(self) -> str:
+        """What the names of packed weights start with: the last prefix of the family."""
+        return self._family.prefixes[-1]
+
+    @property
     def configuration(self) -> Mapping[str, Any]:
         """The tower's part of the checkpoint's `config.json`."""
         return self._family.configuration(self.checkpoint.config, f"{self.checkpoint.folder}/config.json")

@@ -352,6 +352,15 @@ def test_the_reference_reads_the_weights_that_a_bundle_holds(name, tmp_path, mon
     np.testing.assert_allclose(ours, described_reference(name, theirs, patches, [(1, 4, 4)]), rtol=0, atol=2e-5)
 
 
+def test_a_bundle_holds_the_weights_under_a_prefix_of_its_family(tmp_path, monkeypatch):
+    tower, _ = described_tower("qwen2_vl", tmp_path)
+    family = FAMILIES["qwen2_vl"]
+    prefixes = tuple(dict.fromkeys((*family.prefixes, "eye.")))
+    held = packed(replace(family, prefixes=prefixes), tower.checkpoint, tmp_path, monkeypatch)
+    assert all(tensor.name.startswith("eye.") for tensor in held.weights.values())
+    assert held.weights.keys() == tower.weights.keys()
+
+
 @pytest.mark.parametrize(
     ("place", "said"),
     [("", "names the weights of the tower differently"), ("merger.", "two whose names end so")],

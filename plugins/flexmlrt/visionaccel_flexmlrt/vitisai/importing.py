@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from visionaccel.bundle import (
-    WEIGHT_PREFIX,
     Bundle,
     Progress,
     appearing,
@@ -186,7 +185,7 @@ def _write_weights(tower: Tower, part: HostPart | None, weights: Mapping[str, St
                     f"{tower.checkpoint.folder} lacks {name}, and it was not found in the artifact either.",
                     hint="Pass the whole checkpoint.",
                 )
-        packed = {WEIGHT_PREFIX + name: tensor for name, tensor in named.items()}
+        packed = {tower.weight_prefix + name: tensor for name, tensor in named.items()}
         write_safetensors(folder / SINGLE_FILE, packed, metadata={"format": "pt"})
 
 
