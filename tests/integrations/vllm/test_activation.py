@@ -34,7 +34,7 @@ with warnings.catch_warnings():
     from visionaccel.integrations.vllm import activation, encoder_source
     from visionaccel.integrations.vllm import model as models
     from visionaccel.integrations.vllm.compat import architectures, engine_config, serving
-    from visionaccel.integrations.vllm.inline import tower
+    from visionaccel.integrations.vllm.inline import visual
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -274,7 +274,7 @@ def test_a_model_compares_vision_weights_after_the_start_and_not_while_it_is_mad
 
     model = Accelerated.__new__(Accelerated)
     torch.nn.Module.__init__(model)
-    model.visual = tower.AcceleratedTower(engine_config.served_model(config))
+    model.visual = visual.AcceleratedTower(engine_config.served_model(config))
     model._served_config = config
     taken = []
     monkeypatch.setattr(STOCK, "load_weights", lambda self, weights: taken.extend(n for n, _ in weights))
@@ -318,7 +318,7 @@ def test_a_reload_that_is_refused_leaves_the_language_model_whole(config, digits
     model = Accelerated.__new__(Accelerated)
     torch.nn.Module.__init__(model)
     model._served_config = config
-    model.visual = tower.AcceleratedTower(engine_config.served_model(config))
+    model.visual = visual.AcceleratedTower(engine_config.served_model(config))
     model.head, model.rotary = torch.nn.Linear(2, 2, bias=False), torch.nn.Module()
     model.rotary.register_buffer("table", torch.full((3,), 5.0))  # no checkpoint has it
     record_metadata_for_reloading(model)

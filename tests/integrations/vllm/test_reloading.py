@@ -16,7 +16,7 @@ from visionaccel.checkpoint import Checkpoint
 from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError, DeviceError
 from visionaccel.integrations.vllm.compat import architectures, worker
-from visionaccel.integrations.vllm.inline import tower
+from visionaccel.integrations.vllm.inline import visual
 from visionaccel.integrations.vllm.inline.fault_channel import REPLACED
 from visionaccel.integrations.vllm.reloading import Replacement, StoredWeights, source_digest
 from visionaccel_testing.checkpoints import TINY, random_checkpoint
@@ -32,7 +32,7 @@ class Engine:
     def __init__(self, folder, faults, *, receives=False):
         self.faults = faults
         self.served = served_model(folder, TINY)
-        self.tower = tower.AcceleratedTower(self.served, receives=receives)
+        self.tower = visual.AcceleratedTower(self.served, receives=receives)
 
     def load(self, weights, folder=None):
         """vLLM is given weights, of a folder if it names one."""
@@ -53,7 +53,7 @@ class Engine:
 def faults(monkeypatch):
     """What workers report."""
     found = []
-    monkeypatch.setattr(tower, "report_fault", lambda fault, _: found.append(fault) or True)
+    monkeypatch.setattr(visual, "report_fault", lambda fault, _: found.append(fault) or True)
     monkeypatch.setattr(worker, "worker_connector", lambda: None)
     monkeypatch.setenv("VISIONACCEL_BACKEND", "torch_ref")
     return found
@@ -162,7 +162,7 @@ def test_where_no_scheduler_listens_no_embedding_of_the_weights_before_is_used(
 
     connector = object.__new__(VisionAccelConnector)
     connector._dtype, connector._device = torch.float32, "cpu"
-    monkeypatch.setattr(tower, "report_fault", lambda *_: False)  # as with a scheduler of the user's own
+    monkeypatch.setattr(visual, "report_fault", lambda *_: False)  # as with a scheduler of the user's own
     monkeypatch.setattr(worker, "worker_connector", lambda: connector)
     engine = Engine(tiny, faults, receives=True)
     cached = step({"before": np.ones((4, 24), np.float32)}, {})
@@ -227,7 +227,7 @@ def test_an_encoder_that_cannot_be_opened_again_encodes_nothing(engine, other, m
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(tower, "open_guarded", fail)
+    monkeypatch.setattr(visual, "open_guarded", fail)
     with pytest.raises(DeviceError, match="out of memory"):
         engine.load(weights(other), other)
     assert torch.equal(engine.tower(PATCHES, GRIDS), torch.zeros(10, 24))
@@ -237,7 +237,7 @@ def test_an_encoder_that_cannot_be_opened_again_encodes_nothing(engine, other, m
 def test_only_prefixes_of_the_served_architecture_tell_vision_tensors(tiny, faults, monkeypatch):
     asked = []
     monkeypatch.setattr(architectures, "ARCHITECTURES", {**architectures.ARCHITECTURES, "OtherModel": None})
-    monkeypatch.setattr(tower, "weight_prefixes", lambda names: asked.append(list(names)) or ("visual.",))
+    monkeypatch.setattr(visual, "weight_prefixes", lambda names: asked.append(list(names)) or ("visual.",))
     engine = Engine(tiny, faults)
     engine.load(weights(tiny))
     assert asked == [["Qwen2_5_VLForConditionalGeneration"]]

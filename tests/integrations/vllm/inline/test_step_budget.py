@@ -11,7 +11,7 @@ from towers import random_patches
 from visionaccel import open_encoder
 from visionaccel.errors import DeadlineError, DeviceError
 from visionaccel.integrations.vllm.compat import worker
-from visionaccel.integrations.vllm.inline import step_budget, tower
+from visionaccel.integrations.vllm.inline import step_budget, visual
 from visionaccel.integrations.vllm.inline.step_budget import LateOpening, StepBudget
 from visionaccel.settings import Settings
 from visionaccel.trust import GuardedEncoder
@@ -31,7 +31,7 @@ def step(receiving, monkeypatch):
         faults = []
         monkeypatch.setattr(worker, "worker_connector", lambda: None)
         monkeypatch.setattr(worker, "step_timeout", lambda: seconds / 0.8)
-        monkeypatch.setattr(tower, "report_fault", lambda fault, _: faults.append(fault.message) or True)
+        monkeypatch.setattr(visual, "report_fault", lambda fault, _: faults.append(fault.message) or True)
         return receiving(**settings), faults
 
     return make

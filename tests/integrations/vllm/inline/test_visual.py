@@ -13,7 +13,7 @@ from served import served_model
 from visionaccel.checkpoint import SINGLE_FILE
 from visionaccel.errors import BackendUnavailableError, ChangedFileError
 from visionaccel.integrations.vllm.compat import worker
-from visionaccel.integrations.vllm.inline import tower
+from visionaccel.integrations.vllm.inline import visual
 from visionaccel_testing.checkpoints import TINY, random_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own deprecations
@@ -28,7 +28,7 @@ def receiving(tiny, monkeypatch):
         for name, value in settings.items():
             monkeypatch.setenv(f"VISIONACCEL_{name}", value)
         served = served_model(source, TINY)
-        return tower.AcceleratedTower(served, receives=True)
+        return visual.AcceleratedTower(served, receives=True)
 
     return make
 
@@ -98,13 +98,13 @@ def test_a_step_that_needs_the_encoder_opens_it(receiving):
 def test_an_encoder_that_cannot_be_opened_is_the_items_fault_and_is_not_tried_again_at_once(receiving, monkeypatch):
     faults = []
     monkeypatch.setattr(worker, "worker_connector", lambda: None)
-    monkeypatch.setattr(tower, "report_fault", lambda fault, _: faults.append(fault) or True)
+    monkeypatch.setattr(visual, "report_fault", lambda fault, _: faults.append(fault) or True)
     made = receiving(BACKEND="onnxrt", DEVICE="npu")
     for _ in range(2):
         assert torch.equal(made(torch.ones(40, 96), GRIDS), torch.zeros(10, 24))
     assert len(faults) == 4
     assert len({fault.key for fault in faults}) == 2
     assert "VitisAIExecutionProvider" in faults[0].message
-    monkeypatch.setattr(tower, "report_fault", lambda *_: False)
+    monkeypatch.setattr(visual, "report_fault", lambda *_: False)
     with pytest.raises(BackendUnavailableError):
         made(torch.ones(40, 96), GRIDS)
