@@ -4,7 +4,7 @@ import time
 
 import pytest
 import torch
-from test_tower import receiving
+from test_visual import receiving
 
 from gated import Gate, gated
 from towers import random_patches
