@@ -182,7 +182,7 @@ BAD_VALUES = {
     "isolation": {"thread": "'process' or 'none'"},
     "deadline": {**dict.fromkeys(["0", "-1", "nan", "inf", "-inf", "1e10", "86401"], SECONDS), "2 minutes": "number"},
     "open_deadline": {**dict.fromkeys(["0", "-1", "nan", "inf", "1e10"], SECONDS), "1,5": "number"},
-    "cpu_cores": dict.fromkeys(["3-1", "-1", "a", "0,", "0-", "1e9", "99999999"], "write 0-3,8 or all"),
+    "cpu_cores": dict.fromkeys(["3-1", "-1", "a", "0,", "0-", "1e9", "99999999"], "is not a core or core range"),
     "timing": {"perhaps": "boolean"},
     "trace": {"/tmp/\u2066trace": UNPRINTABLE},
     "metrics": {"2": "boolean"},
