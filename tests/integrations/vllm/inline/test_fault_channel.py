@@ -302,8 +302,9 @@ def test_a_launcher_that_ends_leaves_no_file_and_its_processes_go_on_without_a_w
         "print('the end', flush=True)\n"
     )
     launcher = (
-        "import subprocess, sys, time\n"
+        "import signal, subprocess, sys, time\n"
         "from visionaccel.integrations.vllm.shared_memory import make_shared_memory\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which a job in the background ignores
         "make_shared_memory()\n"
         f"subprocess.Popen([sys.executable, '-c', {worker!r}], start_new_session=True)\n"
         "time.sleep(600)\n"
