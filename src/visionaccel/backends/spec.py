@@ -116,7 +116,7 @@ class Capabilities:
         thread_safe: `run` may be called from several threads at once. Otherwise the core calls one at a time.
         max_in_flight: How many calls an encode service keeps in progress, because that is faster than one after the
             other; 1 unless `thread_safe`.
-        batch_patches: Has no effect: the encode service gives each item a call of its own.
+        batch_patches: Has no effect: the encode service encodes each item in a separate call.
         takes_tensors: `run` takes torch tensors of any device as they are and may return tensors; otherwise every input
             is a C-contiguous numpy array on the host.
         simulated: The device is a simulator; every report says so.

@@ -45,7 +45,7 @@ def write_manifest(
         checkpoint: As `external_checkpoint`; None for a bundle that holds the weights.
 
     Raises:
-        BundleError: If the result is no manifest.
+        BundleError: If the result is not a valid manifest.
     """
     manifest = seal(
         {
@@ -65,10 +65,10 @@ def write_manifest(
 
 
 def rewrite_manifest(bundle: Bundle, changes: Mapping[str, Any]) -> Bundle:
-    """The bundle with some fields of its manifest changed, such as the certificate, and sealed anew.
+    """The bundle with some fields of its manifest changed, such as the certificate, and its digest computed again.
 
     Raises:
-        BundleError: If the result is no manifest.
+        BundleError: If the result is not a valid manifest.
         ConfigurationError: If the folder cannot be written.
     """
     document = {**bundle.manifest.model_dump(mode="json"), **changes}

@@ -215,7 +215,7 @@ class ServiceState:
         _answer(futures, ServiceClosedError("the encode service is closed.", hint=_NEW))
 
     def abandon(self) -> None:
-        """Fail whatever is left: calls that do not return."""
+        """Fail the items of calls that do not return."""
         with self._changed:
             futures = self._done(list(self._by_key.values()))
         _answer(futures, ServiceClosedError("the encode service was closed while the item was encoded.", hint=_NEW))

@@ -98,7 +98,7 @@ class Breaker:
         self._changed(BreakerState.OPEN, message)
 
     def trip(self, reason: str) -> None:
-        """Open it on proof, whatever the count; if it is open already, the probe's time stays."""
+        """Open it on proof, without counting; if it is open already, the time of its probe stays."""
         with self._lock:
             known, self._proven = self._proven, True
             if self._state is BreakerState.OPEN:

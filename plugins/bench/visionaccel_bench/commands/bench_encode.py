@@ -141,7 +141,7 @@ def placement(
     check_writable(output)
     contenders = (*named_backends(backend or ()), STOCK)
     if len(contenders) == 1:
-        raise SettingsError("there is no backend to offload to.", hint="Name a --backend, or install one.")
+        raise SettingsError("no backend is installed to offload to.", hint="Name a --backend, or install one.")
     report = _measured(source, preset, depth, tuple(map(Grid.parse, grid or ())), contenders, rounds, threads, deadline)
     *ours, stock = report.contenders
     placements = [advise(report, each, stock) for each in ours]

@@ -170,8 +170,8 @@ def _require_sizes(served: Tower, tower: Tower, folder: Path) -> None:
         raise ConfigurationError(
             f"the encoder in {folder} was made for another vision configuration than the one that is served: "
             f"{tower.spec.differing(served.spec)}.",
-            hint="Point VISIONACCEL_BUNDLE at the encoder of the served model, or drop --hf-overrides that change its "
-            "vision_config.",
+            hint="Point VISIONACCEL_BUNDLE at the encoder of the served model, or drop the --hf-overrides that change "
+            "the vision tower.",
         )
 
 

@@ -120,7 +120,7 @@ class Comparison:
         try:
             if self._used is not None and self._used.holds(below, weight):
                 return
-        except ArtifactError:  # the files are going away: what was in use is no longer known
+        except ArtifactError:  # the files are being replaced, so what was in use cannot be read again
             self._used = None
         self._differing.append(below)
         if self._problem is not None:
