@@ -15,7 +15,7 @@ VLLM_RELEASES ?= 0.28.0 0.30.0 0.32.0 0.33.0
 # the commands' pages as a later pydantic and typer word them.
 NOT_MINIMUM := --ignore tests/e2e --ignore tests/hostile \
 	$(patsubst %,--ignore tests/%,integrations/vllm plugins/bench/test_bench_encode.py plugins/bench/test_bench_placement.py \
-	plugins/bench/test_bench_serve.py images/test_fitting.py plugins/bench/test_fixed_grid.py) -k "not damaged_bytes and not made_from_data and not tables_show"
+	plugins/bench/test_bench_serve.py images/test_fitting.py) -k "not damaged_bytes and not made_from_data and not tables_show"
 
 PACKAGES := . plugins/onnxrt plugins/openvino plugins/torch_ref plugins/flexmlrt plugins/testing plugins/bench examples/digits_vlm
 NATIVE := $(wildcard cpp/*.txt cpp/*/*.txt cpp/cmake/* cpp/bridge/* cpp/simulator/*.* cpp/simulator/include/*)

@@ -1,6 +1,7 @@
 """Images get grids that programs take: their own where it is taken, the nearest in aspect and area where it is not."""
 
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,13 +9,14 @@ from hypothesis import assume, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
-from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor, smart_resize
 
 from visionaccel.core.grid import Grid
 from visionaccel.core.program import AnyGrid, Bucket, FixedGrid
 from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError, InputError, UnfitGridError
-from visionaccel.images import Fitter, grid_cost, natural_grid
+from visionaccel.images import Fitter, ImageProcessor, grid_cost, image_processor, natural_grid
 from visionaccel_testing.checkpoints import QWEN2_5_VL_7B, hollow_checkpoint
 
 LEAST, MOST = 3136, 12845056
@@ -165,3 +167,54 @@ def test_letterboxing_keeps_the_aspect_ratio_and_pads_below_or_beside(tower):
 def test_a_pixel_is_padded_with_its_own_colour(tower):
     fitted = np.asarray(fitter(tower, fixed("8x24")).fit(Image.new("RGB", (1, 1), (10, 20, 30))))
     assert (fitted == (10, 20, 30)).all()
+
+
+def picture(height, width):
+    """A picture with flat parts, edges and noise."""
+    rng = np.random.default_rng(height * 1000 + width)
+    coarse = Image.fromarray(rng.integers(0, 256, (height // 9, width // 9, 3), dtype=np.uint8))
+    pixels = np.asarray(coarse.resize((width, height), Image.Resampling.NEAREST)).astype(int)
+    return Image.fromarray((pixels + rng.integers(-24, 25, pixels.shape)).clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("kind", [Qwen2VLImageProcessorPil, Qwen2VLImageProcessor])
+@pytest.mark.parametrize("policy", ["letterbox", "stretch"])
+def test_the_processor_keeps_the_grid_of_what_was_fitted(tower, kind, policy):
+    process = ImageProcessor(kind(size={"shortest_edge": LEAST, "longest_edge": 300_000}))
+    fit = Fitter(tower, fixed("8x16", "16x8"), policy, process.min_pixels, process.max_pixels)
+    for image in (picture(90, 200), picture(200, 90), picture(112, 224), picture(110, 231), picture(40, 41)):
+        fitted = fit.fit(image)
+        patches, grid = process(fitted)
+        assert grid == fit.grid_for(image.height, image.width)
+        if fitted is not image:  # it has its size already, and is not resized again
+            assert np.array_equal(patches, process(fitted, resize=False)[0])
+
+
+def test_programs_for_every_grid_leave_the_size_to_the_processor(tower):
+    process = ImageProcessor(Qwen2VLImageProcessorPil(size={"shortest_edge": LEAST, "longest_edge": 300_000}))
+    fit = Fitter(tower, (AnyGrid(), *fixed("8x16")), "letterbox", process.min_pixels, process.max_pixels)
+    for image in (picture(90, 200), picture(110, 231)):
+        patches, grid = process(fit.fit(image))
+        theirs, expected = process(image)
+        assert grid == expected
+        assert np.array_equal(patches, theirs)
+
+
+def test_an_unknown_policy_is_refused(tower):
+    with pytest.raises(ConfigurationError, match="no policy 'strech'"):
+        fitter(tower, fixed("8x16"), "strech").fit(picture(90, 200))
+
+
+@pytest.mark.parametrize("wrong", [np.zeros((4, 4, 3), np.uint8), None, "x.png", Image.new("La", (30, 30))])
+def test_what_is_not_an_image_is_an_input_error(wrong):
+    with pytest.raises(InputError, match="cannot be read"):
+        ImageProcessor(Qwen2VLImageProcessorPil())(wrong)
+
+
+def test_a_backend_that_transformers_lacks_is_refused(digits, monkeypatch):
+    import transformers
+
+    other = SimpleNamespace(from_pretrained=lambda folder, backend: Qwen2VLImageProcessorPil())
+    monkeypatch.setattr(transformers, "AutoImageProcessor", other)
+    with pytest.raises(ConfigurationError, match="no image processor on torchvision"):
+        image_processor(digits, backend="torchvision")

@@ -154,7 +154,7 @@ class Fitter:
         own = natural_grid(image.height, image.width, patch * merge, self.min_pixels, self.max_pixels, merge)
         if image.size == size or grid == own:
             return image
-        return fitted(image, size, self.policy)
+        return _fitted(image, size, self.policy)
 
     @property
     def _buckets(self) -> Iterable[Bucket | AnyGrid]:
@@ -205,29 +205,11 @@ class Fitter:
         return best
 
 
-def fitted(image: Image, size: tuple[int, int], policy: FitPolicy) -> Image:
-    """A new image of another size.
-
-    Args:
-        image: In RGB.
-        size: Width and height to come to.
-        policy: How it gets another aspect ratio.
-
-    Raises:
-        ConfigurationError: If there is no such policy.
-    """
-    check_policy(policy)
-    return _stretched(image, size) if policy == "stretch" else _letterboxed(image, size)
-
-
-def check_policy(policy: str) -> None:
-    """That there is such a way to fit images.
-
-    Raises:
-        ConfigurationError: If there is none.
-    """
+def _fitted(image: Image, size: tuple[int, int], policy: FitPolicy) -> Image:
+    """A new RGB image of that width and height; an unknown policy is a `ConfigurationError`."""
     if policy not in get_args(FitPolicy):
         raise ConfigurationError(f"there is no policy {policy!r}.", hint=f"Name {' or '.join(get_args(FitPolicy))}.")
+    return _stretched(image, size) if policy == "stretch" else _letterboxed(image, size)
 
 
 def _stretched(image: Image, size: tuple[int, int]) -> Image:

@@ -46,7 +46,6 @@ class ImageProcessor:
         max_pixels: Largest area that it gives an image.
         patch_size: Side of a patch in pixels.
         merge_size: Patches along a side of a merged token.
-        filter: Pillow's number of the filter that it resizes with; None if it does not resize.
     """
 
     def __init__(self, processor: Any) -> None:
@@ -54,7 +53,6 @@ class ImageProcessor:
         self.backend: ImageBackend = processor.backend
         self.min_pixels, self.max_pixels = int(processor.size.shortest_edge), int(processor.size.longest_edge)
         self.patch_size, self.merge_size = int(processor.patch_size), int(processor.merge_size)
-        self.filter: int | None = int(processor.resample) if processor.do_resize else None
 
     def __call__(self, image: Image, *, resize: bool = True) -> tuple[NDArray[np.float32], Grid]:
         """Patches of one image.
