@@ -27,11 +27,12 @@ from visionaccel.backends import Registry
 from visionaccel.bundle import ProgramRequest, export_bundle
 from visionaccel.core.grid import Grid
 from visionaccel.core.program import CHECKPOINT, ONNX, FixedGrid, Program
-from visionaccel.encoder import open_tower
+from visionaccel.encoder import OpenProgram, open_tower
+from visionaccel.encoder.encoder import close_programs
 from visionaccel.errors import ConfigurationError, DeviceError, DeviceLostError, InputError, SettingsError
 from visionaccel.isolation import IsolatedSession, Limits, process
+from visionaccel.isolation.messages import OpenRequest, packed
 from visionaccel.isolation.process import DeviceProcess
-from visionaccel.isolation.request import OpenRequest, packed
 from visionaccel.isolation.shared_arrays import SharedArrays
 from visionaccel.trust import ChainLink, GuardedEncoder
 
@@ -396,10 +397,10 @@ def test_errors_of_the_hierarchy_keep_type_message_and_hint(device, trick, kind,
 def test_arrays_of_objects_are_refused_on_both_sides(device):
     session = device.open()
     former = session.pid
-    with pytest.raises(TypeError, match="'x' holds Python objects"):
+    with pytest.raises(TypeError, match="'x' is of dtype object; only numbers"):
         session.run({"x": np.array([None])})
     device.will("objects")
-    with pytest.raises(DeviceError, match="holds Python objects"):
+    with pytest.raises(DeviceError, match="only numbers"):
         session.run(X)
     runs(session)
     assert session.pid == former
@@ -418,7 +419,7 @@ def test_a_call_that_comes_after_the_end_writes_into_no_file_that_was_opened_sin
         assert numbers <= taken
         with pytest.raises(DeviceLostError, match="was ended by SIGKILL") as caught:
             process.run(X, 20)
-        process.end(0.1)
+        process.end(0.1, time.monotonic())
     assert "VISIONACCEL_FALLBACK" in caught.value.hint
     assert {path.read_bytes() for path in paths} == {b""}
 
@@ -594,6 +595,15 @@ def test_a_backend_that_does_not_close_is_killed(device, caplog):
     assert time.monotonic() - started < 3
     assert has_ended(child)
     assert "did not close within 0.5 s" in caplog.text
+
+
+def test_the_programs_of_an_encoder_end_side_by_side(device):
+    sessions = [device.open(Limits(closing=2), polite=False) for _ in range(3)]
+    children = [session.pid for session in sessions]
+    started = time.monotonic()
+    close_programs(OpenProgram(PROGRAM, None, session) for session in sessions)
+    assert 2 <= time.monotonic() - started < 4
+    assert all(map(has_ended, children))
 
 
 @pytest.mark.parametrize("trick", ["hang", "hang in C"])

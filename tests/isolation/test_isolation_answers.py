@@ -1,6 +1,7 @@
 """What a device's process sends is taken for numbers, texts and errors; a process that sends anything else is ended."""
 
 import base64
+import contextlib
 import json
 import os
 import pickle
@@ -21,8 +22,8 @@ from visionaccel import errors
 from visionaccel.backends import Capabilities
 from visionaccel.errors import DeviceError, DeviceLostError, InputError, UnfitGridError
 from visionaccel.isolation import Limits
-from visionaccel.isolation.answers import MOST_BYTES, Failure, Opened, Places, decoded, encoded, failure_of, restored
-from visionaccel.isolation.shared_arrays import ArrayPlace
+from visionaccel.isolation.messages import MOST_BYTES, Failure, Opened, Places, decoded, encoded, failure_of, restored
+from visionaccel.isolation.shared_arrays import ArrayPlace, SharedArrays
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="devices live in processes of their own on Linux only")
 
@@ -74,12 +75,14 @@ def test_every_error_of_this_package_can_be_sent():
 def test_a_dtype_of_anything_but_numbers_is_no_answer(dtype):
     place = {"name": "x", "dtype": dtype, "shape": [1], "offset": 0}
     with pytest.raises(ValueError, match="dtype"):
-        decoded(json.dumps({"places": [place]}).encode())
+        decoded(json.dumps({"arrays": [place]}).encode())
 
 
-def test_arrays_of_anything_but_numbers_are_not_sent():
-    with pytest.raises(TypeError, match="only numbers"):
-        encoded(Places((ArrayPlace("x", np.dtype("M8[s]"), (1,), 0),)))
+@pytest.mark.parametrize("dtype", ["M8[s]", "O", "S3", "i4,f4"])
+def test_arrays_of_anything_but_numbers_are_not_sent(dtype):
+    memory = SharedArrays.create("test")
+    with contextlib.closing(memory), pytest.raises(TypeError, match="only numbers"):
+        memory.write({"x": np.zeros(3, dtype)})
 
 
 SENT = [
@@ -149,7 +152,7 @@ def will_send(device, data):
     device.will("send " + base64.b64encode(data).decode())
 
 
-OBJECTS = json.dumps({"places": [{"name": "x", "dtype": "|O", "shape": [1], "offset": 0}]}).encode()
+OBJECTS = json.dumps({"arrays": [{"name": "x", "dtype": "|O", "shape": [1], "offset": 0}]}).encode()
 
 
 @pytest.mark.parametrize(
@@ -168,7 +171,7 @@ def test_a_process_that_sends_no_answer_is_ended_and_started_anew(device, data, 
     with pytest.raises(DeviceLostError, match="was ended by SIGKILL"):
         session.run(X)
     assert time.monotonic() - started < QUICK.run, "the deadline was not needed"
-    assert "sent what is no answer" in caplog.text
+    assert "sent an invalid answer" in caplog.text
     runs(session)
     assert session.pid != former
 

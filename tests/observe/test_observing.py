@@ -20,7 +20,7 @@ from visionaccel.backends import Registry, call_parts, default_registry, watch_p
 from visionaccel.errors import ConfigurationError
 from visionaccel.integrations.vllm import published_metrics as published
 from visionaccel.integrations.vllm import shared_memory
-from visionaccel.isolation.answers import Places, decoded, encoded
+from visionaccel.isolation.messages import Places, decoded, encoded
 from visionaccel.observe import (
     SERIES,
     TIMING_PREFIX,

@@ -179,6 +179,9 @@ class Session(ABC):
         """
         return False
 
+    def begin_close(self) -> None:  # noqa: B027 - most sessions have nothing to begin
+        """Begin to give back the device, without waiting; `close` follows. The sessions of an encoder end together."""
+
     @abstractmethod
     def close(self) -> None:
         """Give back the device. Called once, when no `run` is in progress."""

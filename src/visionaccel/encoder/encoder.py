@@ -335,9 +335,12 @@ class _Clock:
 
 def close_programs(programs: Iterable[OpenProgram]) -> None:
     """Close every session, even if one fails to."""
+    sessions = [opened.session for opened in programs]
     with ExitStack() as stack:
-        for opened in programs:
-            stack.callback(opened.session.close)
+        for session in sessions:
+            stack.callback(session.close)
+        for session in sessions:
+            session.begin_close()
 
 
 def _generality(opened: OpenProgram) -> tuple[int, int]:

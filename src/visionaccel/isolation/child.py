@@ -15,19 +15,26 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
-from typing import BinaryIO
 
 from visionaccel.backends import Session, default_registry
 from visionaccel.backends.sessions import open_session
-from visionaccel.core.arrays import Array
 from visionaccel.core.child_groups import end_with_parent
-from visionaccel.core.memory_files import MemoryFile
 from visionaccel.errors import DeviceError, VisionAccelError
-from visionaccel.isolation.answers import Opened, Places, encoded, failure_of
 from visionaccel.isolation.log_records import RecordSender
-from visionaccel.isolation.request import OpenRequest, ParentState
+from visionaccel.isolation.messages import (
+    MOST_BYTES,
+    Opened,
+    OpenRequest,
+    ParentState,
+    Places,
+    RequestUnpickler,
+    decoded,
+    encoded,
+    failure_of,
+)
 from visionaccel.isolation.shared_arrays import SharedArrays
 
 _LINE_BUFFERED = 1
@@ -66,30 +73,25 @@ def _serve(connection: Connection, inputs: SharedArrays, outputs: SharedArrays, 
     except Exception as error:
         _answer(connection, _failure(error, f"backend {request.backend!r} does not say what its session is"))
         return
-    while True:
-        try:
-            call = connection.recv()
-        except (EOFError, OSError):
-            break
-        if call is None:
-            break
-        try:
-            answer = encoded(_run(session, call, inputs, outputs))
-        except Exception as error:
-            answer = _failure(error, f"backend {request.backend!r} failed")
-        _answer(connection, answer)
+    with suppress(EOFError, OSError):  # the parent may hang up without asking to close
+        while call := connection.recv_bytes(MOST_BYTES):
+            try:
+                answer = encoded(_run(session, call, inputs, outputs))
+            except Exception as error:
+                answer = _failure(error, f"backend {request.backend!r} failed")
+            _answer(connection, answer)
     try:
         session.close()
-    except Exception:  # Nobody waits for an answer any more.
+    except Exception:  # The parent waits for no answer any more.
         logging.getLogger(__name__).exception("Backend %r failed to close.", request.backend)
 
 
-def _run(session: Session, call: Places, inputs: SharedArrays, outputs: SharedArrays) -> Places:
-    given: Mapping[str, Array] = {place.name: inputs.view(place) for place in call.arrays}
-    found = session.run(given)
+def _run(session: Session, call: bytes, inputs: SharedArrays, outputs: SharedArrays) -> Places:
+    places = decoded(call)
+    assert isinstance(places, Places)
+    found = session.run({place.name: inputs.view(place) for place in places.arrays})
     started = time.monotonic()
-    places = outputs.write(found)
-    return Places(places, time.monotonic() - started)
+    return Places(outputs.write(found), time.monotonic() - started)
 
 
 def _open(inputs: int, records: int) -> tuple[OpenRequest, Session]:
@@ -98,24 +100,10 @@ def _open(inputs: int, records: int) -> tuple[OpenRequest, Session]:
         file.seek(0)  # The parent, whose descriptor this is, wrote to the end.
         parent_state: ParentState = pickle.load(file)  # noqa: S301  # nosec B301 # from the parent
         _adopt(parent_state, records)
-        request: OpenRequest = _Unpickler(file).load()
+        request: OpenRequest = RequestUnpickler(file).load()
     backend = default_registry().load(request.backend)
     options = backend.options.model_validate(dict(request.options))
     return request, open_session(backend, request.program, request.device, options)
-
-
-class _Unpickler(pickle.Unpickler):  # from the parent
-    """Reads a request, whose memory files this process has inherited under the numbers that they have in its parent."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        super().__init__(file)
-        self._files: dict[int, MemoryFile] = {}
-
-    def persistent_load(self, pid: tuple[int, str]) -> MemoryFile:
-        fd, digest = pid
-        if fd not in self._files:
-            self._files[fd] = MemoryFile.inherited(fd, digest)
-        return self._files[fd]
 
 
 def _adopt(parent_state: ParentState, records: int) -> None:
@@ -138,10 +126,8 @@ def _failure(error: Exception, what: str) -> bytes:
 
 
 def _answer(connection: Connection, answer: bytes) -> None:
-    try:
+    with suppress(OSError):  # The parent hung up; the next receive says so.
         connection.send_bytes(answer)
-    except OSError:  # The parent hung up; the next receive says so.
-        return
 
 
 if __name__ == "__main__":

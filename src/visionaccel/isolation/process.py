@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, TypeVar
 
 from numpy.typing import NDArray
 
@@ -23,41 +23,47 @@ from visionaccel.core.child_groups import ChildGroup, how_it_ended
 from visionaccel.core.cores import child_environment
 from visionaccel.core.safe_text import safe_logger
 from visionaccel.errors import DeviceLostError
-from visionaccel.isolation.answers import MOST_BYTES, Answer, Failure, Opened, Places, decoded, restored
 from visionaccel.isolation.log_records import OutputReader
-from visionaccel.isolation.request import PackedRequest, ParentState
+from visionaccel.isolation.messages import (
+    MOST_BYTES,
+    Failure,
+    Opened,
+    PackedRequest,
+    ParentState,
+    Places,
+    decoded,
+    encoded,
+    restored,
+)
 from visionaccel.isolation.shared_arrays import SharedArrays
 
 logger = safe_logger(__name__)
+
+_T = TypeVar("_T", Opened, Places)
 
 _MODULE = "visionaccel.isolation.child"
 _SLICE = 0.5
 _LINGERING = 1.0
 _REAPING = 3.0
 _UNFINISHED = 5
-_SLOW = "Set VISIONACCEL_OPEN_DEADLINE if it needs longer, such as to compile."
+_SLOW_OPENING = "Set VISIONACCEL_OPEN_DEADLINE if it needs longer, such as to compile."
 _DOCTOR = "Run `visionaccel doctor`; the kernel's log (dmesg) may say more of the device."
-_FALLBACK = (
-    "It is started again in the background; set VISIONACCEL_FALLBACK to let another backend take over meanwhile."
-)
+_SLOW = "Set VISIONACCEL_DEADLINE if the device needs longer."
+_FALLBACK = "It is started again in the background; set VISIONACCEL_FALLBACK to let another backend take over."
 
 
-class _SilentError(Exception):
-    """The child did not answer in time."""
+class _NoAnswerError(Exception):
+    """The child did not answer in time, or died, hung up or sent something else; it has been killed in any case."""
 
-
-class _HungUpError(Exception):
-    """The child will not answer: it died, or closed the connection."""
+    def __init__(self, *, late: bool = False) -> None:
+        super().__init__()
+        self.late = late
 
 
 class DeviceProcess:
     """A child process with a session. The thread that makes one must call `reap`, and must not end before.
 
     The kernel ends the child with the thread that started it (see `child`), so a short-lived thread would take it away.
-
-    Args:
-        backend: The backend's name.
-        request: What to open, packed.
 
     Attributes:
         pid: The child's process id, and that of its group.
@@ -78,7 +84,7 @@ class DeviceProcess:
             self._outputs = SharedArrays.create("visionaccel-outputs")
             ours.callback(self._outputs.close)
             near, far = socket.socketpair()
-            # An answer that is begun and not ended must not be waited for for ever.
+            # An answer that is begun and not ended must not be waited for without end.
             near.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", _UNFINISHED, 0))
             theirs.callback(far.close)
             self._connection = Connection(near.detach())
@@ -110,32 +116,16 @@ class DeviceProcess:
         """
         try:
             with self._exchange:
-                answer = self._answer(seconds)
-            assert isinstance(answer, Opened)
-            return answer.capabilities
+                return self._answer(Opened, seconds).capabilities
         except BaseException as error:
-            if isinstance(error, _HungUpError):
-                self._linger()
             self.kill()
             self.reap()
-            if isinstance(error, _SilentError):
-                raise DeviceLostError(
-                    f"{self._what} did not open the program within {seconds:g} s and was ended.{self._last_words()}",
-                    hint=f"{_SLOW} {_DOCTOR}",
-                ) from None
-            if isinstance(error, _HungUpError):
-                raise DeviceLostError(self.fate(), hint=_DOCTOR) from None
+            if isinstance(error, _NoAnswerError):
+                raise self._lost(error, f"open the program within {seconds:g} s", _SLOW_OPENING, _DOCTOR) from None
             raise
 
     def run(self, inputs: Mapping[str, Array], seconds: float) -> dict[str, NDArray[Any]]:
-        """Run the session once.
-
-        Args:
-            inputs: Read only; not kept.
-            seconds: When to kill the child if it has not answered.
-
-        Returns:
-            Fresh arrays of the caller's.
+        """Run the session once. The inputs are read only and not kept; the outputs are fresh arrays of the caller's.
 
         Raises:
             VisionAccelError: What the session raised; the child lives on.
@@ -145,25 +135,18 @@ class DeviceProcess:
             if self.dead.is_set():  # What `reap` then closes is no longer this call's to use.
                 raise DeviceLostError(self.fate(), hint=_FALLBACK)
             parts, started = call_parts(), time.monotonic()
-            call = Places(self._inputs.write(inputs))
+            call = encoded(Places(self._inputs.write(inputs)))
             if parts is not None:
                 parts.transfer_in += time.monotonic() - started
             try:
                 with suppress(OSError):  # If the child is dead, there is no answer either.
-                    self._connection.send(call)
-                answer = self._answer(seconds)
-            except _SilentError:
-                raise DeviceLostError(
-                    f"{self._what} did not answer within {seconds:g} s; its process was ended.{self._last_words()}",
-                    hint=f"Set VISIONACCEL_DEADLINE if the device needs longer. {_FALLBACK}",
-                ) from None
-            except _HungUpError:
-                self._linger()
-                self.kill()
-                self.dead.wait(_REAPING)
-                raise DeviceLostError(self.fate(), hint=_FALLBACK) from None
+                    self._connection.send_bytes(call)
+                answer = self._answer(Places, seconds)
+            except _NoAnswerError as error:
+                if not error.late:
+                    self.dead.wait(_REAPING)
+                raise self._lost(error, f"answer within {seconds:g} s", _SLOW, _FALLBACK) from None
             try:
-                assert isinstance(answer, Places)
                 started = time.monotonic()
                 outputs = self._outputs.copies(answer.arrays)
                 if parts is not None:
@@ -174,23 +157,28 @@ class DeviceProcess:
                 raise
 
     def exited(self) -> bool:
-        """Whether the child is dead, reaped or not, or has been killed and will be."""
+        """Whether the child is dead, or has been killed and will be."""
         return self._child.exited()
 
     def kill(self) -> None:
         """End the child and what it started, at once; a call in progress raises DeviceLostError."""
         self._child.kill()
 
-    def end(self, seconds: float) -> None:
-        """Let the child close its session, then kill it; at once if a call is in progress."""
-        if self._exchange.acquire(blocking=False):
-            try:
-                with suppress(OSError):
-                    self._connection.send(None)
-            finally:
-                self._exchange.release()
-            if not self.dead.wait(seconds):
-                logger.warning("%s did not close within %g s and was killed.", self._what, seconds)
+    def begin_end(self) -> None:
+        """Ask the child to close its session and end; kill it if a call is in progress."""
+        if not self._exchange.acquire(blocking=False):
+            self.kill()
+            return
+        try:
+            with suppress(OSError):
+                self._connection.send_bytes(b"")
+        finally:
+            self._exchange.release()
+
+    def end(self, seconds: float, since: float) -> None:
+        """Wait for a child that was asked to end, and kill it when that is some seconds ago."""
+        if not self.exited() and not self.dead.wait(max(0.0, since + seconds - time.monotonic())):
+            logger.warning("%s did not close within %g s and was killed.", self._what, seconds)
         self.kill()
 
     def reap(self) -> None:
@@ -209,15 +197,12 @@ class DeviceProcess:
         ended = "hung up" if status is None else how_it_ended(status)
         return f"{self._what} {ended}.{self._last_words()}"
 
-    def _answer(self, seconds: float) -> Answer:
-        """The next answer. If its time is over or the wait is interrupted, the child is killed.
-
-        A later call must never take this one's answer.
+    def _answer(self, kind: type[_T], seconds: float) -> _T:
+        """The next answer. Without one the child is killed, as a later call must never take this one's answer.
 
         Raises:
             VisionAccelError: If that is the answer.
-            _SilentError: If there is none in time.
-            _HungUpError: If there will be none.
+            _NoAnswerError: If there is none of that kind in time.
         """
         limit = time.monotonic() + seconds
         try:
@@ -226,14 +211,18 @@ class DeviceProcess:
                 if self.exited() and not self._connection.poll(0):
                     raise EOFError
                 if time.monotonic() >= limit:
-                    raise _SilentError
+                    raise _NoAnswerError(late=True)
             answer = decoded(self._connection.recv_bytes(MOST_BYTES))
-        except (EOFError, ConnectionError) as error:
-            raise _HungUpError from error
-        except (ValueError, OSError) as error:  # OSError: it is too long, or does not end
-            logger.error("%s was ended, because it sent what is no answer: %s", self._what, error)
+            if not isinstance(answer, (kind, Failure)):
+                raise ValueError(f"it is not of the kind {kind.__name__}")
+        except (EOFError, ConnectionError):
+            self._child.exits_within(_LINGERING)  # Its status tells what it is dying of.
             self.kill()
-            raise _HungUpError from error
+            raise _NoAnswerError from None
+        except (ValueError, OSError) as broken:  # OSError: it is too long, or does not end
+            logger.error("%s was ended, because it sent an invalid answer: %s", self._what, broken)
+            self.kill()
+            raise _NoAnswerError from broken
         except BaseException:
             self.kill()
             raise
@@ -241,9 +230,12 @@ class DeviceProcess:
             raise restored(answer)
         return answer
 
-    def _linger(self) -> None:
-        """Let a child that hung up die of what it is dying of, which its status then tells."""
-        self._child.exits_within(_LINGERING)
+    def _lost(self, error: _NoAnswerError, late: str, slow: str, hint: str) -> DeviceLostError:
+        """What a caller is told of a child that did not answer, and of how much longer it may need."""
+        if not error.late:
+            return DeviceLostError(self.fate(), hint=hint)
+        text = f"{self._what} did not {late}; its process was ended.{self._last_words()}"
+        return DeviceLostError(text, hint=f"{slow} {hint}")
 
     def _last_words(self) -> str:
         lines = self._output.tail()

@@ -11,13 +11,12 @@ from visionaccel.backends import Session
 from visionaccel.core.arrays import Array
 from visionaccel.core.program import Program
 from visionaccel.errors import ConfigurationError, VisionAccelError
-from visionaccel.isolation.limits import Limits
-from visionaccel.isolation.request import OpenRequest, packed
-from visionaccel.isolation.supervisor import Supervisor
+from visionaccel.isolation.messages import OpenRequest, packed
+from visionaccel.isolation.supervisor import Limits, Supervisor
 
 
 class IsolatedSession(Session):
-    """Runs a program in a process of its own; what aborts, hangs or kills that process costs the call in flight.
+    """Runs a program in a child process; what aborts, hangs or kills that process costs the call in flight.
 
     A new process is started at once, in the background. If that one is lost too before a call succeeded, the next is
     started after a delay, which doubles with each further loss. While a process is starting, calls wait for it, until
@@ -27,7 +26,7 @@ class IsolatedSession(Session):
         backend: Name of an installed backend; the child finds it as this process does, by its entry point.
         program: The program, accepted by it.
         device: The device that was probed.
-        options: The backend's options by name, valid ones.
+        options: Valid options of the backend, by name.
         limits: Times.
 
     Attributes:
@@ -35,7 +34,7 @@ class IsolatedSession(Session):
 
     Raises:
         VisionAccelError: What the backend raised when it opened the program, of the same type.
-        DeviceLostError: If its process died or hung meanwhile; none is left.
+        DeviceLostError: If its process died or hung while it opened; none is left.
         ConfigurationError: If the program cannot be sent to another process, or there can be none here.
     """
 
@@ -50,7 +49,7 @@ class IsolatedSession(Session):
     ) -> None:
         if sys.platform != "linux":
             raise ConfigurationError(
-                "devices live in processes of their own only on Linux.", hint="Set VISIONACCEL_ISOLATION=none."
+                "devices run in child processes only on Linux.", hint="Set VISIONACCEL_ISOLATION=none."
             )
         try:
             request = packed(OpenRequest(backend, program, device, dict(options)))
@@ -94,6 +93,10 @@ class IsolatedSession(Session):
     def end_calls(self) -> bool:
         """End the child at once: a call in progress raises DeviceLostError, and another child is started."""
         return self._supervisor.end_call()
+
+    def begin_close(self) -> None:
+        """Ask the child to end; at once if a call is in progress, which then raises DeviceLostError."""
+        self._supervisor.begin_close()
 
     def close(self) -> None:
         """End the child: politely, or at once if a call is in progress, which then raises DeviceLostError."""

@@ -1,17 +1,23 @@
-"""Arrays in memory that two processes map. Nothing but names, dtypes, shapes and offsets needs to be sent."""
+"""Arrays in memory that two processes map. Only names, dtypes, shapes and offsets need to be sent.
+
+An array is only taken for numbers: with a dtype of Python objects the memory would hold pointers of the child's choice.
+"""
 
 from __future__ import annotations
 
 import math
 import mmap
 import os
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, PlainValidator
 
 from visionaccel.core.arrays import Array, as_numpy
 
@@ -20,22 +26,38 @@ _GROWTH = 1.5
 _BLOCK = 512
 """The unit of `st_blocks`, whatever the file system's is."""
 
+_NUMBERS = re.compile(r"[<>|=]?[biufc](?:1|2|4|8|16|32)")
+_Size = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+def dtype_code(dtype: np.dtype[Any]) -> str:
+    """The text from which `numeric_dtype` makes a dtype."""
+    return dtype.name if getattr(ml_dtypes, dtype.name, None) is dtype.type else dtype.str
+
+
+def numeric_dtype(code: object) -> np.dtype[Any]:
+    """A dtype of numbers from its code.
+
+    Raises:
+        ValueError: If it is not one.
+    """
+    if isinstance(code, str):
+        if _NUMBERS.fullmatch(code):
+            return np.dtype(code)
+        kind = vars(ml_dtypes).get(code)
+        if isinstance(kind, type) and issubclass(kind, np.generic):
+            return np.dtype(kind)
+    raise ValueError(f"not a dtype of numbers: {str(code)[:100]!r}")
+
 
 @dataclass(frozen=True, slots=True)
 class ArrayPlace:
-    """Where an array lies in the shared memory, C-contiguous.
-
-    Attributes:
-        name: The array's name.
-        dtype: Its dtype, ml_dtypes' included.
-        shape: Its shape.
-        offset: Its first byte, a multiple of 64.
-    """
+    """Where an array lies in the shared memory, C-contiguous; `offset` is its first byte, a multiple of 64."""
 
     name: str
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    offset: int
+    dtype: Annotated[np.dtype[Any], PlainValidator(numeric_dtype)]
+    shape: Annotated[tuple[_Size, ...], Field(max_length=64)]
+    offset: _Size
 
 
 class SharedArrays:
@@ -44,11 +66,8 @@ class SharedArrays:
     An anonymous file (memfd) has no name that others could open or that a crash could leave behind. The mapping is kept
     from call to call, so that only the first call of each size meets pages that are not mapped yet.
 
-    Args:
-        fd: The file; it belongs to this object from then on.
-
     Attributes:
-        fd: The file; -1 once closed, as its number may soon be that of another file.
+        fd: The file, which belongs to this object; -1 once closed, as its number may soon be that of another file.
     """
 
     def __init__(self, fd: int) -> None:
@@ -57,12 +76,7 @@ class SharedArrays:
 
     @classmethod
     def create(cls, name: str, content: bytes = b"") -> SharedArrays:
-        """A new memory file, which never shrinks, whatever the other side does to it.
-
-        Args:
-            name: What it is called in /proc, for people only.
-            content: What it holds until the first array is written.
-        """
+        """A new memory file that holds the content until the first array is written. It never shrinks."""
         import fcntl  # not on every system, where importing this package must not fail
 
         fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -74,20 +88,21 @@ class SharedArrays:
         return cls(fd)
 
     def write(self, arrays: Mapping[str, Array]) -> tuple[ArrayPlace, ...]:
-        """Copy arrays into the memory, over what was there, and enlarge it if need be.
-
-        Args:
-            arrays: numpy arrays or torch tensors of any numeric dtype, order and shape.
+        """Copy numpy arrays or torch tensors into the memory, over what was there, and enlarge it if need be.
 
         Raises:
-            TypeError: If an array holds Python objects.
-            ValueError: If it is closed.
+            TypeError: If an array holds anything else than numbers.
+            ValueError: If the memory is closed.
         """
         values = {name: as_numpy(array) for name, array in arrays.items()}
         places, end = [], 0
         for name, value in values.items():
-            if value.dtype.hasobject:
-                raise TypeError(f"array {name!r} holds Python objects; only numbers can be given to another process.")
+            try:
+                numeric_dtype(dtype_code(value.dtype))
+            except ValueError:
+                raise TypeError(
+                    f"array {name!r} is of dtype {value.dtype}; only numbers can be given to another process."
+                ) from None
             places.append(ArrayPlace(name, value.dtype, value.shape, end))
             end += math.ceil(value.nbytes / _ALIGNMENT) * _ALIGNMENT
         size = self._size()
@@ -102,7 +117,7 @@ class SharedArrays:
 
         Raises:
             TypeError: If it does not lie within the memory.
-            ValueError: If it is closed.
+            ValueError: If the memory is closed.
         """
         size = self._size()
         if self._map is None or len(self._map) < size:

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from numpy.typing import NDArray
@@ -16,28 +16,63 @@ from visionaccel.backends import Capabilities
 from visionaccel.core.arrays import Array
 from visionaccel.core.cores import cores_here, on_cores
 from visionaccel.core.safe_text import safe_logger
-from visionaccel.errors import ConfigurationError, DeviceError, DeviceLostError, VisionAccelError
-from visionaccel.isolation.limits import Limits
+from visionaccel.errors import ConfigurationError, DeviceError, DeviceLostError, SettingsError, VisionAccelError
+from visionaccel.isolation.messages import PackedRequest
 from visionaccel.isolation.process import DeviceProcess
-from visionaccel.isolation.request import PackedRequest
+from visionaccel.settings import LONGEST_SECONDS
 
 logger = safe_logger(__name__)
 
-_FALLBACK = "Set VISIONACCEL_FALLBACK to let another backend take over meanwhile."
+_FALLBACK = "Set VISIONACCEL_FALLBACK to let another backend take over while it is down."
 _LONGEST_WAIT = 3600.0
+_DYING = 1.0
+"""Seconds that a killed process has to be gone, even where the time for closing is over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Times in seconds, each above 0 and at most `LONGEST_SECONDS`.
+
+    Attributes:
+        run: For one call. A process that does not answer by then is killed.
+        opening: For starting a process and opening the program; compilers may take minutes.
+        closing: For the session to close before its process is killed.
+        first_delay: Before the second restart in a row without a successful call between. The first has no delay; each
+            further one doubles it.
+        longest_delay: The most that the delay grows to.
+
+    Raises:
+        SettingsError: If one is not such a number.
+    """
+
+    run: float = 120.0
+    opening: float = 600.0
+    closing: float = 5.0
+    first_delay: float = 1.0
+    longest_delay: float = 60.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            seconds = getattr(self, field.name)
+            if not 0 < seconds <= LONGEST_SECONDS:  # not the other way round, which NaN would pass
+                raise SettingsError(
+                    f"{seconds} is not a time limit for {field.name!r}.",
+                    hint=f"Give a number of seconds above 0 and at most {LONGEST_SECONDS:.0f}.",
+                )
+
+    def delay(self, failures: int) -> float:
+        """The delay before the next start, after that many deaths or failed starts without a successful call."""
+        if failures <= 1:
+            return 0.0
+        return min(self.first_delay * 2.0 ** min(failures - 2, 64), self.longest_delay)
 
 
 class Supervisor:
-    """One process at a time, started anew whenever it dies, after a delay that grows while no call succeeds.
+    """One process at a time, restarted whenever it dies, after a delay that grows while no call succeeds.
 
     The thread that starts the processes lives until the last of them is dead, as the kernel ends them with it; it is a
     daemon, so that a program which forgets to close can end, and the device's process with it. It runs on the cores of
     the thread that makes it, and the processes inherit them.
-
-    Args:
-        backend: The backend's name.
-        request: What to open, packed.
-        limits: Times.
 
     Attributes:
         restarts: Processes started so far after the first.
@@ -49,7 +84,7 @@ class Supervisor:
         self._owner = os.getpid()
         self._changed = threading.Condition()
         self._turn = threading.Lock()
-        self._closed = False
+        self._closing_since: float | None = None
         self._process: DeviceProcess | None = None
         self._starting: DeviceProcess | None = None
         self._start_began = time.monotonic()
@@ -58,7 +93,7 @@ class Supervisor:
         self._reason = ""
         self.restarts = 0
         self._first: Future[Capabilities] = Future()
-        self._thread = threading.Thread(target=self._supervise, name="visionaccel-supervisor", daemon=True)
+        self._thread = threading.Thread(target=self._keep_running, name="visionaccel-supervisor", daemon=True)
 
     @property
     def pid(self) -> int | None:
@@ -114,30 +149,43 @@ class Supervisor:
             process.kill()
         return True
 
-    def close(self) -> None:
-        """End the process, politely unless it is busy, and the thread.
-
-        Takes at most the time for closing, and as long again until a killed process is gone.
-        """
+    def begin_close(self) -> None:
+        """Have the process end, at once if it is busy or starting, without waiting for that."""
         if os.getpid() != self._owner:
-            return  # A fork got a copy of this object, and no process of its own.
+            return  # A fork has a copy of this object, but its processes belong to the parent.
         with self._changed:
             if self._closed:
                 return
-            self._closed = True
+            self._closing_since = time.monotonic()
             self._changed.notify_all()
             process, starting = self._process, self._starting
         if starting is not None:
             starting.kill()
-        if self._thread is threading.current_thread():  # Garbage was collected here; nobody else could reap.
+        if process is not None:
+            process.begin_end()
+
+    def close(self) -> None:
+        """End the process and the thread.
+
+        Takes at most the time for closing since `begin_close`, and as long again until a killed process is gone.
+        """
+        self.begin_close()
+        process, since = self._process, self._closing_since
+        if since is None:
+            return
+        if self._thread is threading.current_thread():  # Garbage was collected here, and this thread must reap.
             if process is not None:
                 process.kill()
             return
         if process is not None:
-            process.end(self._limits.closing)
-        self._thread.join(self._limits.closing)
+            process.end(self._limits.closing, since)
+        self._thread.join(max(_DYING, since + 2 * self._limits.closing - time.monotonic()))
         if self._thread.is_alive():
             logger.warning("The process of backend %r was killed but does not end.", self._backend)
+
+    @property
+    def _closed(self) -> bool:
+        return self._closing_since is not None
 
     def _ready(self) -> DeviceProcess:
         """The process that takes calls; waits for a restart until the time of one call has passed since it began.
@@ -178,59 +226,38 @@ class Supervisor:
                 self._process = None
                 self._start_began = time.monotonic()
 
-    def _supervise(self) -> None:
-        with on_cores(self._cores):
-            self._keep_running()
-
     def _keep_running(self) -> None:
-        try:
-            process, capabilities = self._open()
-        except BaseException as error:
-            self._first.set_exception(error)
-            return
-        self._publish(process)
-        self._first.set_result(capabilities)
-        while True:
-            process.reap()
-            self._retire(process)
-            if self._closed:
-                return
-            self._failed(process.fate())
-            again = self._restart(capabilities)
-            if again is None:
-                return
-            process = again
-
-    def _restart(self, capabilities: Capabilities) -> DeviceProcess | None:
-        """The next process, after as many attempts as it takes; None if closed meanwhile."""
-        while True:
-            delay = self._limits.delay(self._failures)
-            with self._changed:
-                if delay:
-                    self._next_start = time.monotonic() + delay
-                    self._changed.notify_all()
-                    self._changed.wait_for(lambda: self._closed, delay)
-                self._next_start = None
-                self._start_began = time.monotonic()
-                if self._closed:
-                    return None
-            try:
-                process, found = self._open()
-                if found != capabilities:
-                    process.kill()
+        """Start a process, wait for its end and start the next one, until closed or the first cannot be opened."""
+        with on_cores(self._cores):
+            while self._delay_is_over():
+                try:
+                    process = self._open()
+                except BaseException as error:
+                    if not self._first.done():
+                        self._first.set_exception(error)
+                        return
+                    reason = error.message if isinstance(error, VisionAccelError) else f"{error}"
+                else:
                     process.reap()
-                    raise DeviceError(f"the device came back as {found}; it was {capabilities}.")
-            except Exception as error:
-                if self._closed:
-                    return None
-                self._failed(error.message if isinstance(error, VisionAccelError) else f"{error}")
-                continue
-            self._publish(process, again=True)
-            logger.info("The process of backend %r runs again, as %d.", self._backend, process.pid)
-            return process
+                    self._retire(process)
+                    reason = process.fate()
+                if not self._closed:
+                    self._failed(reason)
 
-    def _open(self) -> tuple[DeviceProcess, Capabilities]:
-        """A process with an open session.
+    def _delay_is_over(self) -> bool:
+        """Wait until the next process may be started; False if it must not be, as this is closed."""
+        with self._changed:
+            delay = self._limits.delay(self._failures)
+            if delay:
+                self._next_start = time.monotonic() + delay
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._closed, delay)
+                self._next_start = None
+            self._start_began = time.monotonic()
+            return not self._closed
+
+    def _open(self) -> DeviceProcess:
+        """Start a process and give it the calls once its session is open.
 
         Raises:
             VisionAccelError: If there is none; nothing is left of it then.
@@ -251,15 +278,23 @@ class Supervisor:
         finally:
             with self._changed:
                 self._starting = None
-        return process, replace(found, thread_safe=False, max_in_flight=1, takes_tensors=False)
-
-    def _publish(self, process: DeviceProcess, *, again: bool = False) -> None:
+        found = replace(found, thread_safe=False, max_in_flight=1, takes_tensors=False)
+        again = self._first.done()
+        if again and found != self._first.result():
+            process.kill()
+            process.reap()
+            raise DeviceError(f"the device came back as {found}; it was {self._first.result()}.")
         with self._changed:
             self.restarts += again  # before a call that waits can be answered by it
             self._process = process
             if self._closed:
                 process.kill()
             self._changed.notify_all()
+        if again:
+            logger.info("The process of backend %r runs again, as %d.", self._backend, process.pid)
+        else:
+            self._first.set_result(found)
+        return process
 
     def _failed(self, reason: str) -> None:
         with self._changed:

@@ -1,0 +1,195 @@
+"""What a parent and its child send each other: what to open, pickled by the parent, and everything else as JSON.
+
+A child runs the vendor's code over hostile images. What it sends is therefore never unpickled: it becomes numbers,
+texts and the classes of this module.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, BinaryIO, TypeAlias
+
+import numpy as np
+from pydantic import Field, TypeAdapter
+
+from visionaccel import errors
+from visionaccel.backends import Capabilities
+from visionaccel.core.memory_files import MemoryFile
+from visionaccel.core.program import Program
+from visionaccel.errors import VisionAccelError
+from visionaccel.isolation.shared_arrays import ArrayPlace, dtype_code
+
+MOST_BYTES = 2**20
+"""Of a message: places of arrays, or an error with its traceback."""
+
+_LONGEST_TEXT = 2**14
+
+
+@dataclass(frozen=True, slots=True)
+class ParentState:
+    """What the child takes over from its parent before anything else is imported or unpickled.
+
+    Attributes:
+        search_path: The parent's `sys.path`, without empty entries.
+        python_path: The parent's variable PYTHONPATH; None where it is not set.
+        log_level: The lowest level of log records that the parent wants.
+    """
+
+    search_path: tuple[str, ...]
+    python_path: str | None
+    log_level: int
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRequest:
+    """What to open: a program, on a backend's device (None for its default), with the options that were given."""
+
+    backend: str
+    program: Program
+    device: str | None
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class PackedRequest:
+    """A request that starts children any number of times: its bytes, and the memory files that children inherit."""
+
+    data: bytes
+    files: tuple[MemoryFile, ...]
+
+
+def packed(request: OpenRequest) -> PackedRequest:
+    """A request to start children with.
+
+    Raises:
+        Exception: If the program or an option cannot be pickled.
+    """
+    stream = io.BytesIO()
+    pickler = _Pickler(stream, pickle.HIGHEST_PROTOCOL)
+    pickler.dump(request)
+    return PackedRequest(stream.getvalue(), tuple(pickler.files.values()))
+
+
+class _Pickler(pickle.Pickler):
+    def __init__(self, file: BinaryIO, protocol: int) -> None:
+        super().__init__(file, protocol)
+        self.files: dict[int, MemoryFile] = {}
+
+    def persistent_id(self, obj: Any) -> tuple[int, str] | None:
+        if not isinstance(obj, MemoryFile):
+            return None
+        self.files[obj.fd] = obj
+        return obj.fd, obj.digest
+
+
+class RequestUnpickler(pickle.Unpickler):
+    """Reads a request, whose memory files this process has inherited under the numbers that they have in its parent."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(file)
+        self._files: dict[int, MemoryFile] = {}
+
+    def persistent_load(self, pid: tuple[int, str]) -> MemoryFile:
+        fd, digest = pid
+        if fd not in self._files:
+            self._files[fd] = MemoryFile.inherited(fd, digest)
+        return self._files[fd]
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The session is open."""
+
+    capabilities: Capabilities
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where arrays of a call lie: its inputs, or its outputs with the seconds that the child took to put them there."""
+
+    arrays: tuple[ArrayPlace, ...]
+    writing_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An error of a process that lives on.
+
+    Attributes:
+        kinds: Its classes as `module:name`, the nearest first; the other process may not have loaded each.
+        message: What was wrong and where.
+        hint: What to do about it.
+        trace: Where it was raised, for people.
+    """
+
+    kinds: tuple[str, ...]
+    message: str
+    hint: str | None
+    trace: str
+
+
+Message: TypeAlias = Opened | Places | Failure
+_MESSAGES: TypeAdapter[Message] = TypeAdapter(Message)
+
+
+def encoded(message: Message) -> bytes:
+    """A message as it is sent.
+
+    Raises:
+        TypeError: If the session's capabilities are not plain values.
+    """
+    return json.dumps(asdict(message), default=_plain).encode()
+
+
+def decoded(data: bytes) -> Message:
+    """A message that was received.
+
+    Raises:
+        ValueError: If it is not one.
+    """
+    return _MESSAGES.validate_json(data)
+
+
+def failure_of(error: VisionAccelError, trace: str) -> Failure:
+    """The message that carries an error."""
+    kinds = [kind for kind in type(error).__mro__ if issubclass(kind, VisionAccelError)]
+    hint = None if error.hint is None else _sendable(error.hint)
+    names = tuple(f"{kind.__module__}:{kind.__qualname__}" for kind in kinds)
+    return Failure(names, _sendable(error.message), hint, _sendable(trace[-_LONGEST_TEXT:]))
+
+
+def restored(failure: Failure) -> VisionAccelError:
+    """The error, of the nearest class that this process has loaded, with the child's traceback as a note."""
+    error: VisionAccelError = errors.DeviceError(failure.message, hint=failure.hint)
+    for kind in filter(None, map(_class, reversed(failure.kinds))):
+        with suppress(Exception):  # a plug-in's class whose constructor takes something else
+            error = kind(failure.message, hint=failure.hint)
+    error.add_note(f"In the device's process:\n{failure.trace}")
+    return error
+
+
+def _class(name: str) -> type[VisionAccelError] | None:
+    """A class by its name. Nothing is imported for it: what this process did not load is none of its errors."""
+    module, _, attribute = name.partition(":")
+    found = vars(sys.modules[module]).get(attribute) if module in sys.modules else None
+    return found if isinstance(found, type) and issubclass(found, VisionAccelError) else None
+
+
+def _sendable(text: str) -> str:
+    """A text that UTF-8 can hold, cut to a useful length."""
+    return str(text)[:_LONGEST_TEXT].encode("utf-8", "backslashreplace").decode()
+
+
+def _plain(value: object) -> object:
+    """What JSON has for a dtype, or for one of numpy's scalars, which capabilities may be stated with."""
+    if isinstance(value, np.dtype):
+        return dtype_code(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} {value!r} is not a plain value.")
