@@ -27,7 +27,6 @@ from visionaccel.observe import (
     Counters,
     EncoderMetrics,
     MetricsCollector,
-    Series,
     TimingLog,
     TraceLog,
     families,
@@ -129,28 +128,26 @@ def test_the_log_of_times_has_every_part_with_sizes_and_bandwidth(tiny, observed
 # Counting
 
 
-TABLE = (
-    Series("a", "counter", "A.", ("who",)),
-    Series("b", "gauge", "B."),
-    Series("c", "histogram", "C.", ("who",), (1.0, 2.0)),
-)
 EVENTS = st.lists(
     st.tuples(st.integers(0, 2), st.sampled_from(["x", 'quote"d', "new\nline"]), st.floats(0, 4)), max_size=30
 )
 
 
+COUNTER, HISTOGRAM = "visionaccel_patches", "visionaccel_queue_seconds"
+
+
 @given(events=EVENTS)
 def test_several_processes_counts_add_up_to_what_one_would_have_counted(events):
-    alone, apart = Counters(TABLE), [Counters(TABLE) for _ in range(3)]
+    alone, apart = Counters(), [Counters() for _ in range(3)]
     for process, label, value in events:
         for counters in (alone, apart[process]):
-            counters.count("a", label, amount=value)
-            counters.observe("c", label, value=value)
+            counters.count(COUNTER, "onnxrt", label, amount=value)
+            counters.observe(HISTOGRAM, "onnxrt", label, value=value)
     snapshots = [json.loads(json.dumps(counters.snapshot())) for counters in apart]
     registries = []
-    for snapshot in (alone.snapshot(), merged(TABLE, snapshots)):
+    for snapshot in (alone.snapshot(), merged(snapshots)):
         registry = CollectorRegistry()
-        registry.register(type("Shown", (), {"collect": lambda self, found=snapshot: families(TABLE, found)})())
+        registry.register(type("Shown", (), {"collect": lambda self, found=snapshot: families(found)})())
         text = generate_latest(registry).decode()
         samples = {}
         for family in text_string_to_metric_families(text):
@@ -161,24 +158,33 @@ def test_several_processes_counts_add_up_to_what_one_would_have_counted(events):
 
 
 def test_buckets_hold_what_is_up_to_their_bound():
-    counters = Counters(TABLE)
-    for value in (0.5, 1.0, 1.5, 2.0, 9.0):
-        counters.observe("c", "x", value=value)
-    (family,) = [family for family in families(TABLE, counters.snapshot()) if family.name == "c"]
-    counts = {sample.labels["le"]: sample.value for sample in family.samples if sample.name == "c_bucket"}
-    assert counts == {"1.0": 2, "2.0": 4, "+Inf": 5}
-    (total,) = [sample.value for sample in family.samples if sample.name == "c_sum"]
-    assert total == 14
+    counters = Counters()
+    for value in (1e-4, 0.001, 0.002, 0.0025, 90.0):
+        counters.observe(HISTOGRAM, "onnxrt", "cpu", value=value)
+    (family,) = [family for family in families(counters.snapshot()) if family.name == HISTOGRAM]
+    counts = {sample.labels["le"]: sample.value for sample in family.samples if sample.name == f"{HISTOGRAM}_bucket"}
+    assert (counts["0.001"], counts["0.0025"], counts["60.0"], counts["+Inf"]) == (2, 4, 4, 5)
+    (total,) = [sample.value for sample in family.samples if sample.name == f"{HISTOGRAM}_sum"]
+    assert total == pytest.approx(90.0056)
 
 
-@pytest.mark.parametrize(("rule", "shown"), [("sum", 4), ("max", 3), ("min", 1)])
-def test_of_gauges_what_the_series_says_is_shown_and_what_is_unknown_is_left_out(rule, shown):
-    table = (Series("b", "gauge", "B.", merge=rule),)
-    low, high = Counters(table), Counters(table)
-    low.set("b", value=1)
-    high.set("b", value=3)
-    odd = {"b": [(["label"], 9)], "z": [([], 1)]}
-    assert merged(table, [low.snapshot(), high.snapshot(), odd])["b"] == [([], shown)]
+@pytest.mark.parametrize(
+    ("name", "labels", "shown"),
+    [
+        ("visionaccel_waiting_items", (), 4),
+        ("visionaccel_breaker_state", ("onnxrt", "cpu"), 3),
+        ("visionaccel_lowest_cosine", ("onnxrt", "cpu", "canary"), 1),
+    ],
+    ids=["sum", "max", "min"],
+)
+def test_of_gauges_what_the_series_says_is_shown_and_what_is_unknown_is_left_out(name, labels, shown):
+    low, high = Counters(), Counters()
+    low.set(name, *labels, value=1)
+    high.set(name, *labels, value=3)
+    odd = {name: [(["label", *labels], 9)], "z": [([], 1)]}
+    found = merged([low.snapshot(), high.snapshot(), odd])
+    assert found[name] == [(list(labels), shown)]
+    assert "z" not in found
 
 
 # Metrics

@@ -1,4 +1,4 @@
-"""Tables of the installed backends, of their options, and of what is relied on in vLLM."""
+"""Tables of the installed backends, of their options, of the metrics, and of what is relied on in vLLM."""
 
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -14,8 +14,9 @@ from visionaccel.integrations.vllm.compat.contract import (
     Need,
     needs,
 )
+from visionaccel.observe import SERIES
 
-__all__ = ["ENTRIES", "backend_options", "backend_table", "contract_table", "feature_table"]
+__all__ = ["ENTRIES", "backend_options", "backend_table", "contract_table", "feature_table", "metrics_table"]
 
 ENTRIES: tuple[tuple[Feature, Entry], ...] = tuple(
     (feature, entry)
@@ -61,6 +62,15 @@ def feature_table() -> str:
     """What happens without each feature of the integration with vLLM."""
     rows = [f"| {feature} | {WITHOUT[feature]} |" for feature in Feature]
     return "\n".join(["| feature | if its part of the contract does not hold |", "|---|---|", *rows, ""])
+
+
+def metrics_table() -> str:
+    """The metrics that `/metrics` shows."""
+    rows = [
+        f"| `{one.name}{'_total' if one.kind == 'counter' else ''}` | {one.kind} | {', '.join(one.labels)} | {one.help} |"
+        for one in SERIES
+    ]
+    return "\n".join(["| metric | kind | labels | what it is |", "|---|---|---|---|", *rows, ""])
 
 
 def contract_table(*, changing: bool) -> str:

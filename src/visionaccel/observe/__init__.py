@@ -9,7 +9,6 @@ from visionaccel.observe.metrics import (
     Snapshot,
     families,
     merged,
-    metrics_table,
     without_levels,
 )
 from visionaccel.observe.observers import TIMING_PREFIX, TimingLog, TraceLog, timed_encodes
@@ -26,7 +25,6 @@ __all__ = [
     "TraceLog",
     "families",
     "merged",
-    "metrics_table",
     "timed_encodes",
     "without_levels",
 ]

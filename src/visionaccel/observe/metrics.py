@@ -1,7 +1,7 @@
 """Metrics of this process's encoders: an observer that counts, and what is read from services when it is asked.
 
-Counts are kept here, and not by prometheus_client, whose values live in files as soon as one variable is set for the
-whole process, which is vLLM's to decide. As plain data, several processes' counts can be added up.
+prometheus_client would keep the counts in files as soon as one variable is set for the whole process, which vLLM may
+do. As plain data, the counts of several processes can be added up.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import bisect
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -22,10 +22,11 @@ from visionaccel.backends import BreakerReport, DriftReport, EncodeReport, Failu
 from visionaccel.observe.observers import installed
 
 if TYPE_CHECKING:  # which tell their observers, and are read by this one
-    from visionaccel.service import EncodeService, ServiceCounters
+    from visionaccel.service import EncodeService
     from visionaccel.trust import GuardedEncoder
 
-Snapshot = dict[str, list[tuple[list[str], Any]]]
+_Counts: TypeAlias = Counter[tuple[str, ...]]
+Snapshot: TypeAlias = dict[str, list[tuple[list[str], Any]]]
 """By a series' name: label values, and a number, or of a distribution the counts of its buckets and its sum."""
 
 
@@ -34,9 +35,9 @@ class Series:
     """One metric.
 
     Attributes:
-        name: Its name, as Prometheus shows it; a counter's without `_total`.
-        kind: A counter only grows, and several processes' are added, as histograms are.
-        help: What it is.
+        name: As Prometheus shows it; a counter's without `_total`.
+        kind: Counters and histograms of several processes are added.
+        help: What it measures.
         labels: Names of its labels.
         buckets: Upper bounds of a histogram's buckets, without infinity.
         merge: What several processes show of a gauge.
@@ -90,34 +91,58 @@ SERIES = (
 )  # fmt: skip
 """Every metric; docs/observe.md shows them."""
 
+_BY_NAME = {series.name: series for series in SERIES}
 _PARTS = ("check", "prepare", "transfer_in", "device", "transfer_out", "finish")
 
 
-def metrics_table() -> str:
-    """The metrics as a Markdown table."""
-    names = [one.name + ("_total" if one.kind == "counter" else "") for one in SERIES]
-    rows = [
-        f"| `{name}` | {one.kind} | {', '.join(one.labels)} | {one.help} |"
-        for name, one in zip(names, SERIES, strict=True)
-    ]
-    return "\n".join(["| metric | kind | labels | what it is |", "|---|---|---|---|", *rows, ""])
+class Counters:
+    """What a process has counted of `SERIES`. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._cells: dict[str, dict[tuple[str, ...], Any]] = {name: {} for name in _BY_NAME}
+
+    def count(self, name: str, *labels: str, amount: float = 1.0) -> None:
+        """Add to a counter."""
+        with self._lock:
+            cells = self._cells[name]
+            cells[labels] = cells.get(labels, 0.0) + amount
+
+    def set(self, name: str, *labels: str, value: float) -> None:
+        """Set a gauge, or a counter that is kept elsewhere."""
+        with self._lock:
+            self._cells[name][labels] = value
+
+    def observe(self, name: str, *labels: str, value: float) -> None:
+        """Add a value to a histogram."""
+        bounds = _BY_NAME[name].buckets
+        with self._lock:
+            cell = self._cells[name].setdefault(labels, [0.0] * (len(bounds) + 2))
+            cell[bisect.bisect_left(bounds, value)] += 1
+            cell[-1] += value
+
+    def snapshot(self) -> Snapshot:
+        """Everything so far, as plain data."""
+        with self._lock:
+            return {
+                name: [(list(labels), list(cell) if isinstance(cell, list) else cell) for labels, cell in cells.items()]
+                for name, cells in self._cells.items()
+            }
 
 
 class EncoderMetrics:
     """Counts what the encoders of this process do.
 
     Attributes:
-        counts_work: Encodes count, and not only what goes wrong: of several workers that all encode the same images,
-            one counts them.
+        counts_work: Count encodes, and not only what fails: of several workers that all encode the same images, one
+            counts them.
     """
 
     def __init__(self) -> None:
-        self._counters = Counters(SERIES)
+        self._counters = Counters()
         self.counts_work = True
-        self._watched: list[tuple[EncodeService | GuardedEncoder, Callable[[], dict[tuple[str, ...], int]]]] = []
-        self._services: list[EncodeService] = []
-        self._any_service = False
-        self._ended: Counter[tuple[str, ...]] = Counter()
+        self._watched: list[tuple[Any, Callable[[Any], _Counts]]] = []
+        self._ended: _Counts = Counter()
         self._reading = threading.Lock()
 
     @classmethod
@@ -125,29 +150,16 @@ class EncoderMetrics:
         """Start counting in this process. Every caller gets the same object; a fork gets its own."""
         return installed(cls, cls)
 
-    def watch_encoder(self, encoder: GuardedEncoder, *, served: bool = False) -> None:
-        """Show an encoder's counters, until it is closed and read once more.
-
-        Args:
-            encoder: The encoder.
-            served: It belongs to a service, which counts the items that failed.
-        """
-        with self._reading:
-            self._watched.append((encoder, partial(_counts_of_encoder, encoder, served)))
-        for link in encoder.links:
-            opened = link.encoder_if_open
-            if opened is not None:
-                who = opened.backend, opened.capabilities.device
-                self._counters.set("visionaccel_breaker_state", *who, value=_STATES[link.breaker.state])
+    def watch_encoder(self, encoder: GuardedEncoder) -> None:
+        """Show an encoder's counters, which stay when it is closed."""
+        self._watch(encoder, _counts_of_encoder)
+        self._watch_chain(encoder)
 
     def watch_service(self, service: EncodeService) -> None:
-        """Show a service's counters, and those of its encoders, until it is closed and read once more."""
-        with self._reading:
-            self._any_service = True
-            self._services.append(service)
-            self._watched.append((service, partial(_counts_of_service, service)))
+        """Show a service's counters, and those of its encoders, which stay when it is closed."""
+        self._watch(service, _counts_of_service)
         for encoder in service.encoders:
-            self.watch_encoder(encoder, served=True)
+            self._watch_chain(encoder)
 
     def processed(self, seconds: float) -> None:
         """The image processor has run."""
@@ -201,54 +213,70 @@ class EncoderMetrics:
         if report.state == "open":
             self._counters.count("visionaccel_breaker_openings", *who)
 
-    def _read_watched(self) -> None:
-        """Read what is counted elsewhere. What is closed is read once more, and dropped."""
+    def _watch(self, watched: EncodeService | GuardedEncoder, counts_of: Callable[[Any], _Counts]) -> None:
         with self._reading:
-            now, still_open = Counter(self._ended), []
+            self._watched.append((watched, counts_of))
+
+    def _watch_chain(self, encoder: GuardedEncoder) -> None:
+        self._watch(encoder, _counts_of_chain)
+        for link in encoder.links:
+            opened = link.encoder_if_open
+            if opened is not None:
+                who = opened.backend, opened.capabilities.device
+                self._counters.set("visionaccel_breaker_state", *who, value=_STATES[link.breaker.state])
+
+    def _read_watched(self) -> None:
+        """Read what is counted elsewhere. What is closed is read once more and dropped; its gauges show 0 then."""
+        with self._reading:
+            now, still_open = self._ended.copy(), []
             for watched, counts_of in self._watched:
                 closed = watched.closed  # before its counts are read, which are final then
-                counts = counts_of()
-                now.update(counts)
+                counts = counts_of(watched)
                 if closed:
+                    counts = Counter({key: 0 if _BY_NAME[key[0]].kind == "gauge" else n for key, n in counts.items()})
                     self._ended.update(counts)
                 else:
                     still_open.append((watched, counts_of))
+                now.update(counts)
             self._watched = still_open
+            if ("visionaccel_cache_hits",) in now:  # a service has been here; several may share a cache
+                caches = {watched.cache for watched, counts_of in still_open if counts_of is _counts_of_service}
+                now["visionaccel_cache_bytes",] = sum(cache.held for cache in caches)
             for (name, *labels), value in now.items():
                 self._counters.set(name, *labels, value=value)
-            self._services = [service for service in self._services if not service.closed]
-            if self._any_service:
-                self._read_levels([service.counters for service in self._services])
-
-    def _read_levels(self, counters: Sequence[ServiceCounters]) -> None:
-        held = sum(cache.held for cache in {service.cache for service in self._services})
-        self._counters.set("visionaccel_cache_bytes", value=held)
-        self._counters.set("visionaccel_waiting_items", value=sum(each.waiting for each in counters))
-        self._counters.set("visionaccel_running_items", value=sum(each.running for each in counters))
 
 
-def _counts_of_service(service: EncodeService) -> dict[tuple[str, ...], int]:
+def _counts_of_service(service: EncodeService) -> _Counts:
     """What a service has counted, by a series' name and label values."""
     counters = service.counters
-    return {
-        ("visionaccel_failed_items",): counters.failed,
-        ("visionaccel_cache_hits",): counters.cached,
-        ("visionaccel_cache_evictions",): service.cache.evicted,
-        ("visionaccel_merged_items",): counters.merged,
-        ("visionaccel_cancelled_items",): counters.cancelled,
-    }
+    return Counter(
+        {
+            ("visionaccel_failed_items",): counters.failed,
+            ("visionaccel_cache_hits",): counters.cached,
+            ("visionaccel_cache_evictions",): service.cache.evicted,
+            ("visionaccel_merged_items",): counters.merged,
+            ("visionaccel_cancelled_items",): counters.cancelled,
+            ("visionaccel_waiting_items",): counters.waiting,
+            ("visionaccel_running_items",): counters.running,
+        }
+    )
 
 
-def _counts_of_encoder(encoder: GuardedEncoder, served: bool) -> dict[tuple[str, ...], int]:
-    """What an encoder has counted, by a series' name and label values."""
+def _counts_of_encoder(encoder: GuardedEncoder) -> _Counts:
+    """What a service would count, of an encoder that has none in front."""
+    return Counter({("visionaccel_failed_items",): encoder.failed_items})
+
+
+def _counts_of_chain(encoder: GuardedEncoder) -> _Counts:
     device = encoder.primary.capabilities.device
-    return {
-        ("visionaccel_failed_items",): 0 if served else encoder.failed_items,
-        ("visionaccel_fallback_items",): encoder.fallback_items,
-        ("visionaccel_shadow_skipped",): encoder.shadow.skipped if encoder.shadow is not None else 0,
-        # The other links are the first of another chain, or fallbacks.
-        ("visionaccel_device_restarts", encoder.primary.backend, device): encoder.links[0].restarts,
-    }
+    return Counter(
+        {
+            ("visionaccel_fallback_items",): encoder.fallback_items,
+            ("visionaccel_shadow_skipped",): encoder.shadow.skipped if encoder.shadow is not None else 0,
+            # The other links are the first of another chain, or fallbacks.
+            ("visionaccel_device_restarts", encoder.primary.backend, device): encoder.links[0].restarts,
+        }
+    )
 
 
 class MetricsCollector(Collector):
@@ -262,84 +290,36 @@ class MetricsCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """The families, as they are now."""
-        return families(SERIES, self._metrics.snapshot())
+        return families(self._metrics.snapshot())
 
 
-class Counters:
-    """What a process has counted. Safe to use from several threads.
-
-    Args:
-        table: The series that there are.
-    """
-
-    def __init__(self, table: Iterable[Series]) -> None:
-        self._table = {series.name: series for series in table}
-        self._lock = threading.Lock()
-        self._cells: dict[str, dict[tuple[str, ...], Any]] = {name: {} for name in self._table}
-
-    def count(self, name: str, *labels: str, amount: float = 1.0) -> None:
-        """Add to a counter."""
-        with self._lock:
-            cells = self._cells[name]
-            cells[labels] = cells.get(labels, 0.0) + amount
-
-    def set(self, name: str, *labels: str, value: float) -> None:
-        """Set a gauge, or a counter that is kept elsewhere."""
-        with self._lock:
-            self._cells[name][labels] = value
-
-    def observe(self, name: str, *labels: str, value: float) -> None:
-        """Add a value to a histogram."""
-        bounds = self._table[name].buckets
-        with self._lock:
-            cell = self._cells[name].setdefault(labels, [0.0] * (len(bounds) + 2))
-            cell[bisect.bisect_left(bounds, value)] += 1
-            cell[-1] += value
-
-    def snapshot(self) -> Snapshot:
-        """Everything so far, as plain data."""
-        with self._lock:
-            return {
-                name: [(list(labels), list(cell) if isinstance(cell, list) else cell) for labels, cell in cells.items()]
-                for name, cells in self._cells.items()
-            }
-
-
-def merged(table: Iterable[Series], snapshots: Iterable[Snapshot]) -> Snapshot:
-    """Several processes' counts as one.
-
-    What a snapshot holds that the table does not know, or not in that form, is left out.
-    """
-    known = {series.name: series for series in table}
-    sums: dict[str, dict[tuple[str, ...], Any]] = {name: {} for name in known}
+def merged(snapshots: Iterable[Snapshot]) -> Snapshot:
+    """Several processes' counts as one. What `SERIES` does not know, or with other labels, is left out."""
+    sums: dict[str, dict[tuple[str, ...], Any]] = {name: {} for name in _BY_NAME}
     for snapshot in snapshots:
-        for name in known.keys() & snapshot.keys():
+        for name in sums.keys() & snapshot.keys():
+            series, cells = _BY_NAME[name], sums[name]
             for labels, value in snapshot[name]:
-                key, cells = tuple(labels), sums[name]
-                if len(key) == len(known[name].labels):
-                    cells[key] = _together(known[name], cells[key], value) if key in cells else value
+                key = tuple(labels)
+                if len(key) == len(series.labels):
+                    cells[key] = _together(series, cells[key], value) if key in cells else value
     return {name: [(list(labels), value) for labels, value in cells.items()] for name, cells in sums.items()}
 
 
-def without_levels(table: Iterable[Series], snapshot: Snapshot) -> Snapshot:
-    """A snapshot of a process that has ended: what it counted stays, and how things stood does not."""
-    levels = {series.name for series in table if series.kind == "gauge"}
-    return {name: rows for name, rows in snapshot.items() if name not in levels}
+def without_levels(snapshot: Snapshot) -> Snapshot:
+    """What a process that has ended counted, without its gauges."""
+    return {name: rows for name, rows in snapshot.items() if name in _BY_NAME and _BY_NAME[name].kind != "gauge"}
 
 
-def families(table: Iterable[Series], snapshot: Snapshot) -> Iterator[Metric]:
+def families(snapshot: Snapshot) -> Iterator[Metric]:
     """A snapshot as prometheus_client's metric families; series without values are shown, too, by name and meaning."""
-    for series in table:
+    for series in SERIES:
         rows = snapshot.get(series.name, [])
         if series.kind == "histogram":
             histogram = HistogramMetricFamily(series.name, series.help, labels=series.labels)
-            for labels, cells in rows:
-                *counts, total = cells
-                running, buckets = 0.0, []
-                for bound, count in zip((*map(repr, series.buckets), "+Inf"), counts, strict=True):
-                    running += count
-                    buckets.append((bound, running))
-                histogram.add_metric(labels, buckets, total)
+            bounds = [*map(repr, series.buckets), "+Inf"]
+            for labels, (*counts, total) in rows:
+                histogram.add_metric(labels, list(zip(bounds, accumulate(counts), strict=True)), total)
             yield histogram
         else:
             kind = CounterMetricFamily if series.kind == "counter" else GaugeMetricFamily

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import tempfile
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -40,9 +38,9 @@ _PARTS = {
 
 
 def installed(kind: type[_T], make: Callable[[], _T]) -> _T:
-    """The observer of a class in this process, made and registered now if there is none.
+    """The observer of a class in this process, made and registered if there is none.
 
-    A fork makes its own: it must not have its parent's counts, nor locks that threads of its parent hold.
+    A fork makes its own: its parent's has counts, and locks that the parent's threads may hold.
     """
     plugins, name = default_registry().plugins, kind.__name__
     with _installing[0]:
@@ -58,11 +56,11 @@ def installed(kind: type[_T], make: Callable[[], _T]) -> _T:
 
 
 class TimingLog:
-    """Observer that logs one line for each encode: sizes, milliseconds of each part, and the transfers' bandwidth."""
+    """Logs one line for each encode: sizes, milliseconds of each part, and the transfers' bandwidth."""
 
     @classmethod
     def install(cls) -> None:
-        """Start logging in this process; once."""
+        """Start logging in this process, once."""
         installed(cls, cls)
 
     @hookimpl
@@ -86,7 +84,7 @@ class TimingLog:
 
 
 def timed_encodes(log: str) -> list[dict[str, Any]]:
-    """The encodes of requests that a log tells of, without canaries and shadows, in their order."""
+    """The encodes of requests in a log, without canaries and shadows, in their order."""
     lines = [json.loads(line.partition(TIMING_PREFIX)[2]) for line in log.splitlines() if TIMING_PREFIX in line]
     return [line for line in lines if line["purpose"] == "request"]
 
@@ -99,21 +97,25 @@ def _bandwidth(size: int, seconds: float) -> float | None:
 class TraceLog:
     """A timeline of encodes and steps in Chrome's trace format. Safe to use from several threads and processes.
 
-    Every process of a server appends to one file, whose times are of one clock, so it shows what ran at the same time.
-    The format's array may lack its end: the file is whole at any time.
+    Every process of a server appends to one file, with times of one clock. The format's array may lack its end.
 
     Args:
-        path: The file; begun if it is not there.
+        path: The file, made if it does not exist.
         process: What to call this process; by default as multiprocessing does.
 
     Raises:
-        ConfigurationError: If it cannot be written.
+        ConfigurationError: If the file cannot be written.
     """
 
     def __init__(self, path: Path, process: str | None = None) -> None:
+        import fcntl  # not on every system, where importing this package must not fail
+
         try:
-            _begin(path)
-            self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+            self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_CREAT, 0o600)
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+            if os.fstat(self._file).st_size == 0:
+                os.write(self._file, b"[\n")
+            fcntl.flock(self._file, fcntl.LOCK_UN)
         except OSError as error:
             raise ConfigurationError(
                 f"VISIONACCEL_TRACE: {path} cannot be written: {error}", hint="Name a file in an existing folder."
@@ -132,15 +134,15 @@ class TraceLog:
     def slice(
         self, lane: str, category: Category, name: str, start: float, seconds: float, **details: Any
     ) -> tuple[int, float]:
-        """Note what took some time.
+        """Note what ran on a lane; what overlaps there gets a second lane of that name.
 
         Args:
-            lane: What it ran on. What overlaps on one gets a second lane of that name.
-            category: Its kind.
-            name: What it was.
-            start: When it began, on the clock of `time.monotonic`.
+            lane: The name of the lane.
+            category: The kind of work.
+            name: What is shown on the slice.
+            start: On the clock of `time.monotonic`.
             seconds: How long it took.
-            details: What else is shown of it.
+            details: Shown when the slice is selected.
 
         Returns:
             The lane's number and the start, for `within`.
@@ -168,7 +170,7 @@ class TraceLog:
         thread, at = self.slice(
             f"device {report.backend} {report.device}", "device", name, report.started, total, **details
         )
-        # Of several calls in one encode, the parts of a kind are shown as one.
+        # The parts of several calls in one encode are shown as one.
         parts: tuple[tuple[str, Category, float], ...] = (
             ("host before", "host", host_before),
             ("transfer in", "host", report.transfer_in_seconds),
@@ -182,7 +184,7 @@ class TraceLog:
             at += seconds
 
     def _lane(self, name: str, start: float, end: float) -> int:
-        """A lane of that name that is free from then on; events of one must not overlap."""
+        """The number of a lane of that name that is free at the start."""
         with self._lock:
             lanes = self._lanes.setdefault(name, [])
             for place, (number, busy_until) in enumerate(lanes):
@@ -205,23 +207,3 @@ class TraceLog:
         except OSError as error:
             self._full = True
             logger.error("The timeline ends here: %s", error)
-
-
-def _begin(path: Path) -> None:
-    """Begin the array, once for all processes: a file appears with its first line in it, or was there."""
-    if path.exists():
-        return
-    descriptor, begun = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        os.write(descriptor, b"[\n")
-        try:
-            os.link(begun, path)
-        except FileExistsError:
-            pass
-        except OSError:  # a file system without links
-            with suppress(FileExistsError):
-                os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-                path.write_bytes(b"[\n")
-    finally:
-        os.close(descriptor)
-        Path(begun).unlink()

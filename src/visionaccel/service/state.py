@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import threading
 import time
-from bisect import bisect_left, insort
-from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -35,7 +33,7 @@ _PERIOD = 0.02
 _NEW = "Open a new one."
 
 
-@dataclass(frozen=True)
+@dataclass
 class ServiceCounters:
     """What a service has done so far, and what it is doing.
 
@@ -76,7 +74,7 @@ class Item:
         grid: Its grid.
         arrival: Items that arrived earlier go first; any clock, the same for all of a service.
         urgent: It goes before all that are not.
-        submitted: When it was submitted, on the monotonic clock.
+        submitted: On the monotonic clock.
         futures: Those that it answers.
     """
 
@@ -89,9 +87,9 @@ class Item:
     futures: set[Future[Embedding]] = field(default_factory=set)
 
     @property
-    def order(self) -> tuple[bool, float, float, int]:
-        """Sorts items by their turn."""
-        return not self.urgent, self.arrival, self.submitted, id(self)
+    def turn(self) -> tuple[bool, float, float]:
+        """Sorts items."""
+        return not self.urgent, self.arrival, self.submitted
 
 
 class ServiceState:
@@ -106,9 +104,9 @@ class ServiceState:
         self._size, self._cache = size, cache
         self._changed = threading.Condition()
         self._by_key: dict[str, Item] = {}
-        self._waiting: list[Item] = []
-        self._counts: Counter[str] = Counter()
-        self._busy_seconds = 0.0
+        self._waiting: set[Item] = set()
+        self._watchers: list[Future[None]] = []
+        self._counters = ServiceCounters()
         self._closed = False
 
     @property
@@ -116,8 +114,7 @@ class ServiceState:
         """A snapshot."""
         with self._changed:
             waiting = len(self._waiting)
-            running = len(self._by_key) - waiting
-            return ServiceCounters(**self._counts, busy_seconds=self._busy_seconds, waiting=waiting, running=running)
+            return replace(self._counters, waiting=waiting, running=len(self._by_key) - waiting)
 
     @property
     def room(self) -> bool:
@@ -135,38 +132,20 @@ class ServiceState:
             QueueFullError: If there was no room in time.
             ServiceClosedError: If the service is closed.
         """
-        future: Future[Embedding] = Future()
-        known: Embedding | None = None
-
-        def settled() -> bool:
-            nonlocal known
-            equal = item.key in self._by_key
-            known = None if equal else self._cache.get(item.key)
-            return self._closed or equal or known is not None or self.room
-
         with self._changed:
-            if not self._changed.wait_for(settled, timeout):
-                raise QueueFullError(
-                    f"the queue of the encode service is full{f', and has been for {timeout:g} s' if timeout else ''}.",
-                    hint="Try again later, or raise VISIONACCEL_QUEUE_SIZE.",
-                )
-            if self._closed:
-                raise ServiceClosedError("the encode service is closed.", hint=_NEW)
-            self._counts["submitted"] += 1
-            if known is not None:
-                self._counts["cached"] += 1
-                future.set_result(known)
-                return future
-            twin = self._by_key.setdefault(item.key, item)
-            if twin is item:
-                insort(self._waiting, item, key=_order)
-                self._changed.notify_all()
-            else:
-                self._counts["merged"] += 1
-                self._hurry(twin, item)
-            twin.futures.add(future)
-        future.add_done_callback(partial(self._cancelled, twin))
+            future = self._changed.wait_for(partial(self._entered, item), timeout)
+        if future is None:
+            raise QueueFullError(
+                f"the queue of the encode service is full{f', and has been for {timeout:g} s' if timeout else ''}.",
+                hint="Try again later, or raise VISIONACCEL_QUEUE_SIZE.",
+            )
         return future
+
+    def next_change(self) -> Future[None]:
+        """Answered when there may be room again, or the service is closed."""
+        with self._changed:
+            self._watchers.append(Future())
+            return self._watchers[-1]
 
     def take(self, may: Callable[[Item], bool]) -> Item | None:
         """The first item that the caller may encode, once there is one; it runs then. None if no more will come.
@@ -176,13 +155,15 @@ class ServiceState:
         """
         with self._changed:
             while True:
-                item = next((each for each in self._waiting if self._closed or may(each)), None)
+                turns = sorted(self._waiting, key=lambda each: each.turn)
+                item = next((each for each in turns if self._closed or may(each)), None)
                 if item is not None:
-                    self._leave(item)
+                    self._waiting.remove(item)
+                    self._notify()
                     return item
                 if self._closed:
                     return None
-                self._changed.wait(_PERIOD if self._waiting else None)
+                self._changed.wait(_PERIOD if turns else None)
 
     def finish(self, item: Item, result: Embedding | VisionAccelError, seconds: float, *, fallback: bool) -> None:
         """Answer an item that ran.
@@ -194,15 +175,16 @@ class ServiceState:
             fallback: A fallback encoded it.
         """
         with self._changed:
-            self._busy_seconds += seconds
+            counters = self._counters
+            counters.busy_seconds += seconds
             if self._by_key.get(item.key) is not item:
                 return  # abandoned
             if not isinstance(result, VisionAccelError):
-                self._counts["encoded"] += 1
-                self._counts["fallback"] += fallback
+                counters.encoded += 1
+                counters.fallback += fallback
             elif item.futures:
-                self._counts["failed"] += 1
-                self._counts["expired"] += isinstance(result, DeadlineError)
+                counters.failed += 1
+                counters.expired += isinstance(result, DeadlineError)
             futures = self._done([item])
         _answer(futures, result)
 
@@ -210,61 +192,70 @@ class ServiceState:
         """Take nothing in any more; what waits is failed, or left for the devices."""
         with self._changed:
             self._closed = True
-            futures = [] if drain else self._done(list(self._waiting))
-            self._changed.notify_all()
+            futures = self._done([] if drain else self._waiting)
         _answer(futures, ServiceClosedError("the encode service is closed.", hint=_NEW))
 
     def abandon(self) -> None:
         """Fail the items of calls that do not return."""
         with self._changed:
-            futures = self._done(list(self._by_key.values()))
+            futures = self._done(self._by_key.values())
         _answer(futures, ServiceClosedError("the encode service was closed while the item was encoded.", hint=_NEW))
 
     def _cancelled(self, item: Item, future: Future[Embedding]) -> None:
-        """A future of an item is done. If its holder cancelled it, the item may not be wanted any more."""
+        """Drop an item that waits once its last future was cancelled."""
         if not future.cancelled():
             return
         with self._changed:
             item.futures.discard(future)
-            if not item.futures and self._leave(item):
-                self._counts["cancelled"] += 1
+            if not item.futures and item in self._waiting:
+                self._counters.cancelled += 1
                 self._done([item])
 
     # With the lock held:
 
-    def _hurry(self, item: Item, equal: Item) -> None:
-        """Let an item that waits have its turn as early as its equal would."""
-        waits = self._leave(item)
-        item.urgent, item.arrival = item.urgent or equal.urgent, min(item.arrival, equal.arrival)
-        if waits:
-            insort(self._waiting, item, key=_order)
-
-    def _leave(self, item: Item) -> bool:
-        """Take an item out of the queue; whether it was there."""
-        place = bisect_left(self._waiting, item.order, key=_order)
-        if self._waiting[place : place + 1] != [item]:
-            return False
-        del self._waiting[place]
-        self._changed.notify_all()
-        return True
+    def _entered(self, item: Item) -> Future[Embedding] | None:
+        """The future of an item that was taken in; None if there is no room."""
+        if self._closed:
+            raise ServiceClosedError("the encode service is closed.", hint=_NEW)
+        twin = self._by_key.get(item.key)
+        known = self._cache.get(item.key) if twin is None else None
+        if twin is None and known is None and not self.room:
+            return None
+        future: Future[Embedding] = Future()
+        self._counters.submitted += 1
+        if known is not None:
+            self._counters.cached += 1
+            future.set_result(known)
+            return future
+        if twin is None:
+            twin = self._by_key[item.key] = item
+            self._waiting.add(item)
+            self._notify()
+        else:
+            self._counters.merged += 1
+            twin.urgent, twin.arrival = twin.urgent or item.urgent, min(twin.arrival, item.arrival)
+        twin.futures.add(future)
+        future.add_done_callback(partial(self._cancelled, twin))
+        return future
 
     def _done(self, items: Iterable[Item]) -> list[Future[Embedding]]:
         """Remove items, and collect the futures to resolve."""
         futures: list[Future[Embedding]] = []
-        for item in items:
-            self._leave(item)
+        for item in list(items):
+            self._waiting.discard(item)
             del self._by_key[item.key]
             futures += item.futures
             item.futures, item.patches = set(), None
-        self._changed.notify_all()
+        self._notify()
         return futures
 
+    def _notify(self) -> None:
+        self._changed.notify_all()
+        watchers, self._watchers = self._watchers, []
+        _answer(watchers, None)
 
-def _order(item: Item) -> tuple[bool, float, float, int]:
-    return item.order
 
-
-def _answer(futures: Iterable[Future[Embedding]], result: Embedding | VisionAccelError) -> None:
+def _answer(futures: Iterable[Future[Any]], result: Embedding | VisionAccelError | None) -> None:
     for future in futures:
         if not future.set_running_or_notify_cancel():
             continue  # cancelled since the lock was released

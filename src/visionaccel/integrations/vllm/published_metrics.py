@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.shared_memory import METRICS, Area, SharedMemory, shared_memory
-from visionaccel.observe import SERIES, EncoderMetrics, Snapshot, families, merged, without_levels
+from visionaccel.observe import EncoderMetrics, Snapshot, families, merged, without_levels
 
 _PERIOD = 0.5
 _ATTEMPTS = 3
@@ -73,7 +73,7 @@ class PublishedCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """The families, as they were less than a second ago."""
         shared = shared_memory()
-        return families(SERIES, merged(SERIES, _read(shared) if shared is not None else []))
+        return families(merged(_read(shared) if shared is not None else []))
 
 
 def _read(shared: SharedMemory) -> Iterator[Snapshot]:
@@ -82,5 +82,5 @@ def _read(shared: SharedMemory) -> Iterator[Snapshot]:
             content = area.record(area.written - 1)
             if content is not None:
                 found: Snapshot = json.loads(content)
-                yield without_levels(SERIES, found) if area.ended else found
+                yield without_levels(found) if area.ended else found
                 break
