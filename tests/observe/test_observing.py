@@ -33,7 +33,7 @@ from visionaccel.observe import (
     merged,
     timed_encodes,
 )
-from visionaccel.service import EncodeService
+from visionaccel.service import EmbeddingCache, EncodeService
 from visionaccel.trust import ChainLink, GuardedEncoder
 
 GRID = (1, 4, 6)
@@ -216,6 +216,7 @@ def test_metrics_tell_of_encodes_failures_fallbacks_breakers_the_queue_and_the_c
             wait_until(lambda: service.counters.running == 0)
             wait_until(lambda: any(name[0] == "visionaccel_breaker_openings_total" for name in values(metrics)))
             found = values(metrics)
+        after = values(metrics)
     device, fallback = (("backend", "gated"), ("device", "cpu")), (("backend", "onnxrt"), ("device", "cpu"))
     assert found["visionaccel_encode_seconds_count", *device, ("purpose", "request")] == 2
     assert found["visionaccel_encode_seconds_count", *fallback, ("purpose", "request")] == 7
@@ -232,6 +233,18 @@ def test_metrics_tell_of_encodes_failures_fallbacks_breakers_the_queue_and_the_c
     assert found["visionaccel_cache_bytes",] == 2 * 4 * 24 * 4
     assert found["visionaccel_bytes_total", *fallback, ("direction", "out")] == (6 * 8 + 4) * 24 * 4
     assert found["visionaccel_waiting_items",] == 0
+    for name in ("cache_hits_total", "fallback_items_total"):  # what a closed service counted stays
+        assert after[f"visionaccel_{name}",] == found[f"visionaccel_{name}",]
+    assert after["visionaccel_cache_bytes",] == 0
+
+
+def test_a_cache_that_two_services_share_is_shown_once(tiny):
+    metrics, cache = EncoderMetrics(), EmbeddingCache(2**20)
+    with EncodeService([gated(tiny)[0]], cache=cache) as one, EncodeService([gated(tiny)[0]], cache=cache) as other:
+        metrics.watch_service(one)
+        metrics.watch_service(other)
+        one.encode(random_patches([(1, 4, 4)]), [(1, 4, 4)])
+        assert values(metrics)["visionaccel_cache_bytes",] == 4 * 24 * 4
 
 
 def test_every_metric_is_shown_with_what_it_means_before_anything_happens():

@@ -195,6 +195,47 @@ def test_a_coroutine_waits_for_room_without_blocking_the_loop_and_may_give_up(de
         assert service.counters.submitted == 3
 
 
+def test_a_coroutine_that_waits_for_room_is_woken_and_looks_no_sooner(device, monkeypatch):
+    guarded, gate = device
+    gate.shut()
+    looks = []
+
+    async def ask(service):
+        enter = service._state.enter
+        monkeypatch.setattr(service._state, "enter", lambda *given: looks.append(given) or enter(*given))
+        waits = asyncio.create_task(service.submit_async(image(2), GRID))
+        await asyncio.sleep(0.3)
+        assert len(looks) == 1
+        gate.let_in()
+        return await waits
+
+    with EncodeService([guarded], queue_size=1) as service:
+        service.submit(image(0), GRID)
+        gate.wait_for_calls(1)
+        service.submit(image(1), GRID)
+        assert asyncio.run(ask(service)).shape == (4, 24)
+
+
+def test_a_coroutine_that_waits_for_room_learns_that_the_service_closes(device):
+    guarded, gate = device
+    gate.shut()
+
+    async def ask(service):
+        waits = asyncio.create_task(service.submit_async(image(2), GRID))
+        await asyncio.sleep(0.1)
+        closing = asyncio.create_task(asyncio.to_thread(service.close))
+        with pytest.raises(ServiceClosedError):
+            await waits
+        gate.let_in()
+        await closing
+
+    service = EncodeService([guarded], queue_size=1)
+    service.submit(image(0), GRID)
+    gate.wait_for_calls(1)
+    service.submit(image(1), GRID)
+    asyncio.run(ask(service))
+
+
 # Sharing
 
 
@@ -374,7 +415,7 @@ def test_a_device_in_this_process_takes_three_threads(tiny):
     with open_service(tiny, backend="onnxrt", fallback="torch_ref") as service:
         service.encode(np.concatenate([image(1), image(2)]), [GRID, GRID])
         names = sorted(thread.name for thread in set(threads()) - before)
-    assert names == ["visionaccel-call", "visionaccel-canary", "visionaccel-cpu-0"]
+    assert names == ["visionaccel-background", "visionaccel-call", "visionaccel-cpu-0"]
 
 
 def test_a_device_that_cannot_start_leaves_nothing_open_and_the_fallback_takes_its_place(tiny, caplog):

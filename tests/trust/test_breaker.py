@@ -36,19 +36,17 @@ def test_it_opens_after_failures_in_a_row_and_successes_start_the_count_anew(clo
 
 def test_only_a_probe_closes_it_and_it_is_probed_later_each_time(clock):
     seen = []
-    breaker = Breaker(
-        cool_down=1.0, longest=3.0, changed=lambda state, reason: seen.append((state, reason)), clock=clock
-    )
+    breaker = Breaker(cool_down=20.0, changed=lambda state, reason: seen.append((state, reason)), clock=clock)
     breaker.trip("it answers wrongly")
     assert breaker.proven
-    for wait in (1.0, 2.0, 3.0, 3.0):
+    for wait in (20.0, 40.0, 60.0, 60.0):
         clock.now += wait - 0.01
         assert not breaker.begin_probe()
         clock.now += 0.01
         assert breaker.begin_probe()
         assert not breaker.begin_probe(), "one probe at a time"
         breaker.end_probe("still wrong")
-    clock.now += 3.0
+    clock.now += 60.0
     assert breaker.begin_probe()
     breaker.end_probe(None)
     assert breaker.closed
@@ -56,7 +54,7 @@ def test_only_a_probe_closes_it_and_it_is_probed_later_each_time(clock):
     assert seen[-1] == (BreakerState.CLOSED, "the probe passed")
     breaker.succeeded()
     breaker.trip("again")
-    clock.now += 1.0
+    clock.now += 20.0
     assert breaker.begin_probe(), "a success in between starts the delays anew"
 
 
@@ -80,6 +78,23 @@ def test_doubt_about_a_device_that_failed_often_is_not_lost(clock):
     assert breaker.reason == "it answers wrongly"
 
 
+def test_it_knows_how_long_a_call_hangs_until_a_probe_passes(clock):
+    breaker = Breaker(clock=clock)
+    breaker.trip("it answers wrongly")
+    assert breaker.hangs_for == 0
+    breaker.trip("it hangs", hangs=True)
+    clock.now += 5.0
+    breaker.trip("it hangs again", hangs=True)
+    assert breaker.hangs_for == 5.0
+    assert breaker.begin_probe()
+    breaker.end_probe("it hangs still")
+    assert breaker.hangs_for == 5.0
+    clock.now += 60.0
+    assert breaker.begin_probe()
+    breaker.end_probe(None)
+    assert breaker.hangs_for == 0
+
+
 class Machine(RuleBasedStateMachine):
     """Whatever happens, work is given to a device only in the state `closed`, which only a probe brings back."""
 
@@ -87,11 +102,11 @@ class Machine(RuleBasedStateMachine):
         super().__init__()
         self.clock, self.told = Clock(), [BreakerState.CLOSED]
         self.breaker = Breaker(
-            failures=2, cool_down=1.0, longest=8.0, changed=lambda state, _: self.told.append(state), clock=self.clock
+            failures=2, cool_down=8.0, changed=lambda state, _: self.told.append(state), clock=self.clock
         )
         self.probing = False
 
-    @rule(seconds=st.floats(0, 20))
+    @rule(seconds=st.floats(0, 100))
     def wait(self, seconds):
         self.clock.now += seconds
 
@@ -107,9 +122,9 @@ class Machine(RuleBasedStateMachine):
         self.breaker.failed("x")
         assert self.breaker.state in (before, BreakerState.OPEN)
 
-    @rule()
-    def trip(self):
-        self.breaker.trip("y")
+    @rule(hangs=st.booleans())
+    def trip(self, hangs):
+        self.breaker.trip("y", hangs=hangs)
         assert self.breaker.state is BreakerState.OPEN
 
     @rule()
@@ -128,6 +143,10 @@ class Machine(RuleBasedStateMachine):
         self.probing = False
         closes = passes and was is BreakerState.HALF_OPEN
         assert self.breaker.closed == (closes or was is BreakerState.CLOSED)
+
+    @invariant()
+    def what_works_does_not_hang(self):
+        assert not (self.breaker.closed and (self.breaker.hangs_for or self.breaker.proven))
 
     @invariant()
     def what_was_told_last_is_the_state(self):

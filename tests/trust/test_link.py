@@ -260,7 +260,7 @@ def test_a_fallback_that_hangs_in_opening_is_disabled_and_used_once_it_is_open(t
 
 
 def test_a_backend_that_hangs_in_closing_does_not_hold_up_the_end(tiny, monkeypatch):
-    monkeypatch.setattr("visionaccel.trust.watched_encoder._GIVING_BACK", 0.2)
+    monkeypatch.setattr("visionaccel.trust.link._GIVING_BACK", 0.2)
     guarded, gate = gated(tiny)
     held = threading.Event()
     gate.close = lambda: held.wait(30)

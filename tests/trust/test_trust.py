@@ -222,24 +222,29 @@ def test_a_canary_without_golden_images_holds_a_device_to_its_first_answer(tiny,
     switch = tmp_path / "switch.json"
     with open_encoder(tiny, backend="simulated", device="onnxrt", options={"switch": str(switch)}) as encoder:
         canary = Canary()
-        assert canary.check(encoder).passed
-        assert canary.check(encoder, quick=True).passed
+        assert canary.check(encoder, encoder.encode, quick=False).failure is None
+        assert canary.check(encoder, encoder.encode, quick=True).failure is None
         switch.write_text(json.dumps(DRIFT))
-        result = canary.check(encoder)
+        result = canary.check(encoder, encoder.encode, quick=False)
         assert "comes out differently" in result.failure
         assert result.lowest_cosine < 0.9
         switch.write_text("")
-        assert canary.check(encoder).passed
+        assert canary.check(encoder, encoder.encode, quick=False).failure is None
 
 
 def test_a_quick_canary_encodes_one_image_of_each_program(bundle):
     opened_bundle = open_bundle(bundle)
     with open_encoder(opened_bundle, backend="onnxrt") as encoder:
-        canary = Canary(read_golden(opened_bundle))
-        whole, quick = canary.check(encoder), canary.check(encoder, quick=True)
-    assert (whole.images, quick.images) == (len(read_golden(opened_bundle)), 2)
-    assert whole.passed
-    assert quick.passed
+        canary, encoded = Canary(read_golden(opened_bundle)), []
+
+        def encode(patches, grids):
+            encoded.append(len(patches))
+            return encoder.encode(patches, grids)
+
+        assert canary.check(encoder, encode, quick=False).failure is None
+        assert len(encoded) == len(read_golden(opened_bundle))
+        assert canary.check(encoder, encode, quick=True).failure is None
+        assert len(encoded) == len(read_golden(opened_bundle)) + 2
 
 
 def test_lengths_count_too_and_shapes():

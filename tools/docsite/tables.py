@@ -66,9 +66,10 @@ def feature_table() -> str:
 
 def metrics_table() -> str:
     """The metrics that `/metrics` shows."""
+    names = [one.name + ("_total" if one.kind == "counter" else "") for one in SERIES]
     rows = [
-        f"| `{one.name}{'_total' if one.kind == 'counter' else ''}` | {one.kind} | {', '.join(one.labels)} | {one.help} |"
-        for one in SERIES
+        f"| `{name}` | {one.kind} | {', '.join(one.labels)} | {one.help} |"
+        for name, one in zip(names, SERIES, strict=True)
     ]
     return "\n".join(["| metric | kind | labels | what it is |", "|---|---|---|---|", *rows, ""])
 

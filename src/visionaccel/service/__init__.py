@@ -1,8 +1,7 @@
 """The encode service: a bounded queue in front of encoders, with futures for answers."""
 
 from visionaccel.service.assembly import open_guarded, open_service, open_wanted_service
-from visionaccel.service.cache import EmbeddingCache
-from visionaccel.service.keys import item_key, numerics
+from visionaccel.service.cache import EmbeddingCache, item_key, numerics
 from visionaccel.service.service import EncodeService
 from visionaccel.service.state import Embedding, ServiceCounters
 

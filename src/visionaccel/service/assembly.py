@@ -9,8 +9,7 @@ from functools import partial
 from typing import Any
 
 from visionaccel.backends import AUTO, default_registry
-from visionaccel.bundle import Bundle, Golden, read_golden
-from visionaccel.core.comparison import THRESHOLDS
+from visionaccel.bundle import Bundle, read_golden
 from visionaccel.core.cores import Host, choose_cores, shown_cores
 from visionaccel.core.safe_text import safe_logger
 from visionaccel.encoder import Encoder, WantedIsolation, WantedWeights, hold_source, open_encoder, open_source
@@ -19,7 +18,7 @@ from visionaccel.families import Tower
 from visionaccel.observe import TimingLog, TraceLog
 from visionaccel.service.service import EncodeService
 from visionaccel.settings import LONGEST_SECONDS, Settings, make_settings
-from visionaccel.trust import Canary, ChainLink, FirstAnswer, GuardedEncoder, Shadow
+from visionaccel.trust import Canary, ChainLink, FirstAnswer, GuardedEncoder, Shadow, precision_limit
 
 logger = safe_logger(__name__)
 
@@ -35,8 +34,8 @@ def open_guarded(
 ) -> list[GuardedEncoder]:
     """A chain of encoders for each device, or the fallbacks alone if the devices cannot all run here.
 
-    A device's chain is its own encoder, those of the other devices, and then the fallbacks, which run on the weights,
-    so that they take every grid whatever programs a bundle has. All chains share them.
+    A device's chain is its own encoder, those of the other devices, and then the fallbacks, which all chains share.
+    Fallbacks run on the weights, so they take every grid whatever programs a bundle has.
 
     Every device encodes the bundle's golden images first; one that gets them wrong cannot run here.
 
@@ -49,6 +48,10 @@ def open_guarded(
     Raises:
         VisionAccelError: If neither can start, or a setting is wrong; the message says why and what to do.
     """
+    if settings.timing:
+        TimingLog.install()
+    if settings.trace is not None:
+        TraceLog.install(settings.trace)
     return _Opening(source, settings, host).chains(devices)
 
 
@@ -59,37 +62,28 @@ class _Opening:
         if settings.fallback or settings.shadow:  # they may open when something else lies at these paths
             source = hold_source(source, settings.weights)
         self._source, self._settings = source, settings
-        self._tower = source.tower if isinstance(source, Bundle) else source
         choice = choose_cores(settings.cpu_cores, host)
         self._cores = choice.cores
         if choice.cores is not None:
             logger.info("The encoder's threads run on cores %s of the CPU: %s.", shown_cores(choice.cores), choice.why)
         self._first_answer = FirstAnswer()
-        self._golden: tuple[Golden, ...] = ()
-        if isinstance(source, Bundle) and settings.canary != "off":
-            self._golden = read_golden(source)
+        self._golden = read_golden(source) if isinstance(source, Bundle) and settings.canary != "off" else ()
+        self._fallbacks = {name: self._fallback(name) for name in settings.fallback}
         if settings.shadow:
             default_registry().entry(_REFERENCE)  # refused now rather than with the first comparison
-        self._fallbacks = {name: self._link(name, partial(self._open, self._tower, name)) for name in settings.fallback}
-        self._reference: ChainLink | None = None
+            self._reference = self._fallbacks.get(_REFERENCE) or self._fallback(_REFERENCE)
 
     def chains(self, devices: tuple[str | None, ...]) -> list[GuardedEncoder]:
-        settings = self._settings
-        if settings.timing:
-            TimingLog.install()
-        if settings.trace is not None:
-            TraceLog.install(settings.trace)
-        fallbacks = list(self._fallbacks.values())
+        settings, fallbacks = self._settings, list(self._fallbacks.values())
+        name = settings.backend or AUTO
         try:
             with ExitStack() as stack:
                 links = []
                 for device in devices:
-                    name = settings.backend or AUTO
                     opener = partial(self._open, self._source, name, device, settings.options)
-                    link = self._link(name, opener, same=True)
-                    stack.callback(link.close)
-                    self._try(link)
-                    links.append(link)
+                    links.append(self._link(name, opener, same=True))
+                    stack.callback(links[-1].close)
+                    self._try(links[-1])
                 stack.pop_all()
         except (BackendUnavailableError, PluginError, DeviceError) as error:
             if not fallbacks or (settings.canary == "strict" and isinstance(error, _CanaryError)):
@@ -135,11 +129,15 @@ class _Opening:
                 hint="Run `visionaccel validate` and `visionaccel doctor`; VISIONACCEL_CANARY=off trusts it blindly.",
             )
 
-    def _link(self, name: str, encoder: Encoder | Callable[[], Encoder], *, same: bool = False) -> ChainLink:
+    def _fallback(self, name: str) -> ChainLink:
+        tower = self._source.tower if isinstance(self._source, Bundle) else self._source
+        return self._link(name, partial(self._open, tower, name), same=False)
+
+    def _link(self, name: str, opener: Callable[[], Encoder], *, same: bool) -> ChainLink:
         settings = self._settings
         return ChainLink(
             name,
-            encoder,
+            opener,
             canary=Canary(self._golden, self._first_answer, fallback=not same),
             canary_on=settings.canary != "off",
             interval=settings.canary_interval,
@@ -151,18 +149,11 @@ class _Opening:
         )
 
     def _shadow(self, link: ChainLink) -> Shadow | None:
-        settings = self._settings
+        settings, encoder = self._settings, link.encoder_if_open
         if not settings.shadow:
             return None
-        if self._reference is None:
-            opener = partial(self._open, self._tower, _REFERENCE)
-            self._reference = self._fallbacks.get(_REFERENCE) or self._link(_REFERENCE, opener)
-        encoder = link.encoder_if_open
         assert encoder is not None
-        limits = [image.threshold for image in self._golden] or [
-            THRESHOLDS.get(opened.program.quantization or opened.session.capabilities.precision, THRESHOLDS["bfloat16"])
-            for opened in encoder.programs
-        ]
+        limits = [image.threshold for image in self._golden] or [precision_limit(encoder)]
         return Shadow(settings.shadow, settings.shadow_limit or min(limits), self._reference)
 
     def _open(
@@ -216,11 +207,11 @@ def open_service(
         options: The backend's options by name.
         isolation: Whether each device lives in a child process; `auto` for what the backend declares.
         deadline: Seconds that a device may take for each image of a call.
-        open_deadline: Seconds that opening a device in a child process may take.
+        open_deadline: Seconds that opening a device may take.
         queue_size: Most items that wait for a device.
         cache_size: Bytes of embeddings that are kept.
         dtype: Dtype of the embeddings.
-        cores: Cores of the CPU that the devices' threads run on; None for where the runtimes like.
+        cores: Cores of the CPU that the devices' threads run on; None to leave that to the runtimes.
         weights: Where the weights are read, as for `open_encoder`.
 
     Raises:
@@ -250,23 +241,12 @@ def open_wanted_service(
 ) -> EncodeService:
     """An encode service as the settings want it.
 
-    Args:
-        source: The encoder.
-        settings: The settings.
-        dtype: Dtype of the embeddings.
-        host: As for `open_guarded`.
-
     Raises:
         VisionAccelError: As `open_guarded`.
     """
     encoders = open_guarded(source, settings, settings.wanted_devices, host)
     try:
-        return EncodeService(
-            encoders,
-            queue_size=settings.queue_size,
-            cache=settings.cache_size,
-            dtype=dtype,
-        )
+        return EncodeService(encoders, queue_size=settings.queue_size, cache=settings.cache_size, dtype=dtype)
     except BaseException:
         for encoder in encoders:
             encoder.close()

@@ -19,33 +19,30 @@ from visionaccel.core.dtypes import FLOATS
 from visionaccel.core.grid import Grid, GridLike, as_grids, total_patches
 from visionaccel.core.safe_text import safe_logger
 from visionaccel.errors import ConfigurationError, DeviceError, PatchesError, QueueFullError, VisionAccelError
-from visionaccel.service.cache import EmbeddingCache
-from visionaccel.service.keys import embedding_key, numerics
+from visionaccel.service.cache import EmbeddingCache, embedding_key, numerics
 from visionaccel.service.state import Embedding, Item, ServiceCounters, ServiceState
 from visionaccel.trust import GuardedEncoder
 
 logger = safe_logger(__name__)
 
 _MISMATCH = "Pass the pixel_values and the grid_thw of the same processor call."
-_TRIES = 3
-_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.005, 0.1
 _CLOSING = 1.0
 
 
 class EncodeService:
-    """Encodes images and videos in the order of their arrival, on whichever device is free.
+    """Encodes images and videos in the order of their arrival, on the device that is free.
 
-    Safe to use from any thread; use as a context manager or call `close`. An item that fails, fails alone. Equal items
-    that are in the service at one time are encoded once, and embeddings are kept in a cache. Each item is a call of its
-    own. A device gets one thread, or as many as its backend declares (`Capabilities.max_in_flight`).
+    Safe to use from any thread; use as a context manager or call `close`. Each item is a separate call, and fails
+    alone. Equal items that are in the service at one time are encoded once, and embeddings are kept in a cache. A
+    device gets one thread, or as many as its backend declares (`Capabilities.max_in_flight`).
 
     The deadline of a call is that of the chain's links. While no link of any chain can answer because one hangs, what
     waits is kept until the call returns. An item fails once it has waited for the deadline, and the hang lasts as long.
 
     Args:
-        encoders: One for each device, which the service closes. All must compute the same numbers.
+        encoders: The chain of each device, which the service closes. All must compute the same numbers.
         queue_size: Most items that wait for a device.
-        cache: Where embeddings are kept: a number of bytes for a cache of its own, or one that is shared.
+        cache: Where embeddings are kept: bytes for a new cache, or one that is shared.
         dtype: Dtype of the embeddings: `float32`, `bfloat16` (through ml_dtypes) or `float16`.
 
     Attributes:
@@ -74,7 +71,7 @@ class EncodeService:
         self._deadline = max(link.deadline for link in links)
         self._state = ServiceState(queue_size, self.cache)
         self._closing = threading.Lock()
-        self._closed = self._ended = False
+        self._closed = False
         for link in links:
             link.on_drift(self.cache.clear)
         self._threads = {encoder: self._threads_of(encoder) for encoder in encoders}
@@ -89,7 +86,7 @@ class EncodeService:
     @property
     def closed(self) -> bool:
         """Whether it was closed, and every future is answered."""
-        return self._ended
+        return self._closed
 
     @property
     def room(self) -> bool:
@@ -113,7 +110,7 @@ class EncodeService:
     ) -> Future[Embedding]:
         """Have one image or video encoded.
 
-        With a key it takes microseconds where there is room. Without one it reads the patches once.
+        Takes microseconds with a key, where there is room. Without a key it reads the patches once.
 
         Args:
             patches: float32, float16 or bfloat16 [P, patch_width], numpy or torch. Must not change until it is encoded.
@@ -124,13 +121,12 @@ class EncodeService:
                 unless every caller of the service uses another one.
             urgent: Encode it before all that is not urgent.
             timeout: Seconds to wait for room in the queue; None for as long as it takes. What equals an item in the
-                service, or is in the cache, needs none.
+                service, or is in the cache, needs no room.
 
         Returns:
             A future of the embedding, [tokens, out_width] in the service's dtype, read-only and shared with others that
             ask for the same. Cancel it if it is not wanted any more: an item without futures is not encoded. It fails
-            with the item's own error: InputError for wrong data, DeadlineError, another DeviceError, or
-            ServiceClosedError.
+            with the item's error: InputError for wrong data, DeadlineError, another DeviceError, or ServiceClosedError.
 
         Raises:
             GridError: If the grid is wrong.
@@ -145,19 +141,16 @@ class EncodeService:
     ) -> Embedding:
         """`submit` without blocking the event loop, and the answer. Cancelling the task cancels the item.
 
-        Where the queue is full it looks for room again and again, up to ten times a second, behind callers of `submit`.
-
         Raises:
             VisionAccelError: What `submit` raises, and the item's own error.
         """
         item = await asyncio.to_thread(self._item, patches, grid, key, arrival)
-        pause = _SHORTEST_PAUSE
         while True:
+            change = self._state.next_change()  # asked for first, so that none is missed
             try:
                 return await asyncio.wrap_future(self._state.enter(item, 0))
             except QueueFullError:
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE)
+                await asyncio.wrap_future(change)
 
     def encode(self, patches: Array, grids: Iterable[GridLike]) -> list[Embedding]:
         """Encode several images and videos and wait for all of them.
@@ -202,14 +195,12 @@ class EncodeService:
         with self._closing:
             if self._closed:
                 return
-            self._closed = True
             self._state.close(drain=drain)
             if wait is None and not drain:
                 wait = self._deadline
             until = None if wait is None else time.monotonic() + wait
             with ExitStack() as stack:
                 stack.callback(self._end)
-                stack.callback(self._state.abandon)
                 for encoder in self.encoders:
                     stack.callback(self._close_chain, encoder)
                 for thread in self._all_threads():
@@ -224,7 +215,8 @@ class EncodeService:
         self.close()
 
     def _end(self) -> None:
-        self._ended = True
+        self._state.abandon()
+        self._closed = True
 
     def _threads_of(self, encoder: GuardedEncoder) -> list[threading.Thread]:
         """One thread for each call that the device is to have in progress."""
@@ -285,10 +277,10 @@ class EncodeService:
         return min(stuck, time.monotonic() - item.submitted) >= self._deadline
 
     def _encode(self, encoder: GuardedEncoder, item: Item, waited: float) -> tuple[Embedding | VisionAccelError, bool]:
-        """An item's answer, and whether a fallback computed it. Repeated if its device was distrusted in the call."""
+        """An item's answer, and whether a fallback computed it. Repeated if a device was distrusted in the call."""
         patches = item.patches
         try:
-            for _ in range(_TRIES):
+            while True:
                 generation = self.cache.generation
                 (answer,) = encoder.encode_items(patches, [item.grid], waited)
                 if isinstance(answer, VisionAccelError):
@@ -299,8 +291,7 @@ class EncodeService:
                     return rows, True
                 self.cache.put(item.key, rows, generation)
                 if generation == self.cache.generation:
-                    break
-            return rows, False
+                    return rows, False
         except Exception as error:  # The thread must survive any exception; its item answers for it.
             logger.exception("Encoding failed in a way that it should not.")
             return DeviceError(f"encoding failed with {type(error).__name__}: {error}"), False

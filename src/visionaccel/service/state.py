@@ -66,38 +66,26 @@ class ServiceCounters:
 
 @dataclass(eq=False)
 class Item:
-    """One image or video on its way through a service.
-
-    Attributes:
-        key: What its embedding is kept under.
-        patches: [P, patch_width], as submitted; None once it is done.
-        grid: Its grid.
-        arrival: Items that arrived earlier go first; any clock, the same for all of a service.
-        urgent: It goes before all that are not.
-        submitted: On the monotonic clock.
-        futures: Those that it answers.
-    """
+    """One image or video on its way through a service."""
 
     key: str
-    patches: Array
+    patches: Array  # [P, patch_width]; None once it is done
     grid: Grid
-    arrival: float
+    arrival: float  # on any clock, the same for all of a service
     urgent: bool = False
     submitted: float = field(default_factory=time.monotonic)
     futures: set[Future[Embedding]] = field(default_factory=set)
 
     @property
     def turn(self) -> tuple[bool, float, float]:
-        """Sorts items."""
+        """Urgent items go first, then those that arrived first."""
         return not self.urgent, self.arrival, self.submitted
 
 
 class ServiceState:
     """The items of an encode service. Safe to use from any thread; futures are answered without the lock.
 
-    Args:
-        size: Most items that wait.
-        cache: Where embeddings are kept. One must be in it before its item is finished.
+    An embedding must be in the cache before its item is finished.
     """
 
     def __init__(self, size: int, cache: EmbeddingCache) -> None:
@@ -122,14 +110,10 @@ class ServiceState:
         return len(self._waiting) < self._size and not self._closed
 
     def enter(self, item: Item, timeout: float | None) -> Future[Embedding]:
-        """Take in an item: join its equal, answer it from the cache, or queue it.
-
-        Args:
-            item: A new one.
-            timeout: Seconds to wait for room; None for as long as it takes.
+        """Take in a new item: join its equal, answer it from the cache, or queue it.
 
         Raises:
-            QueueFullError: If there was no room in time.
+            QueueFullError: If there was no room within the timeout.
             ServiceClosedError: If the service is closed.
         """
         with self._changed:
@@ -150,8 +134,7 @@ class ServiceState:
     def take(self, may: Callable[[Item], bool]) -> Item | None:
         """The first item that the caller may encode, once there is one; it runs then. None if no more will come.
 
-        Args:
-            may: Whether the caller may encode an item; asked again soon if not. Closing does not wait for that.
+        If the caller may encode none of those that wait, it is asked again soon. Closing does not wait for that.
         """
         with self._changed:
             while True:
@@ -166,14 +149,7 @@ class ServiceState:
                 self._changed.wait(_PERIOD if turns else None)
 
     def finish(self, item: Item, result: Embedding | VisionAccelError, seconds: float, *, fallback: bool) -> None:
-        """Answer an item that ran.
-
-        Args:
-            item: The item.
-            result: Its answer.
-            seconds: How long its device was busy with it.
-            fallback: A fallback encoded it.
-        """
+        """Answer an item that ran, and that kept its device busy for some seconds."""
         with self._changed:
             counters = self._counters
             counters.busy_seconds += seconds

@@ -2,10 +2,11 @@
 
 from visionaccel.trust.breaker import Breaker, BreakerState
 from visionaccel.trust.calls import LateError, WatchedCalls
-from visionaccel.trust.canary import Canary, FirstAnswer, drift_of
+from visionaccel.trust.canary import Canary, FirstAnswer, drift_of, precision_limit
 from visionaccel.trust.chain import Embedded, GuardedEncoder
 from visionaccel.trust.link import ChainLink
 from visionaccel.trust.shadow import Shadow
+from visionaccel.trust.threads import background
 
 __all__ = [
     "Breaker",
@@ -18,5 +19,7 @@ __all__ = [
     "LateError",
     "Shadow",
     "WatchedCalls",
+    "background",
     "drift_of",
+    "precision_limit",
 ]

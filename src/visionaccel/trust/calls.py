@@ -23,25 +23,25 @@ from visionaccel.core.arrays import Array, is_tensor
 _T = TypeVar("_T")
 _Work: TypeAlias = tuple[Future[object], Callable[[], object]]
 
+LEAST = 0.1
+"""Seconds of a step of the engine below which no call is begun."""
+
 _MOST_LATE = 4
 _ENDING = 1.0
 
 
 class LateError(Exception):
-    """A call did not return in time, or waited for one that did not."""
+    """A call did not return in time; with a message, it never began, because of another one."""
 
 
 class CutError(LateError):
     """A caller's `until` came before the call's limit, or the call waited for one of that kind.
 
-    Args:
-        message: What happened.
-        call: The call that goes on; None if the caller's never began.
-        limit: When that call's own time is over, on the monotonic clock.
+    The call that goes on has its own limit; it is None if the caller's never began.
     """
 
-    def __init__(self, message: str, call: Future[object] | None = None, limit: float = 0.0) -> None:
-        super().__init__(message)
+    def __init__(self, call: Future[object] | None = None, limit: float = 0.0) -> None:
+        super().__init__()
         self.call, self.limit = call, limit
 
 
@@ -49,19 +49,16 @@ class WatchedCalls:
     """Runs calls on threads that can be left behind. Safe to use from several threads.
 
     A thread that has returned in time is used again, because the thread pools of runtimes belong to the thread that
-    calls them. The threads are daemons: a call that never returns must not keep the program from ending.
-
-    Args:
-        returned: Called, on the call's thread, when one that was left behind has returned.
+    calls them. The threads are daemons: a call that never returns must not keep the program from ending. `returned` is
+    called, on the call's thread, when one that was left behind has returned.
     """
 
     def __init__(self, returned: Callable[[], None] = lambda: None) -> None:
         self._on_return = returned
         self._changed = threading.Condition()
         self._idle: list[_Caller] = []
-        self._late: dict[Future[object], bool] = {}
-        self._running = self._left_behind = 0
-        self._left_by_cut = False
+        self._late: dict[Future[object], bool] = {}  # and whether `until` cut it off
+        self._running = 0
         self._closed = False
 
     @property
@@ -103,17 +100,13 @@ class WatchedCalls:
                 return future.result()  # type: ignore[return-value]
             cut = until is not None and time.monotonic() >= until
             if cut:  # it may still end, for which its caller has no time
-                raise CutError("It did not return", future, limit) from None
-            raise LateError("It did not return") from None
+                raise CutError(future, limit) from None
+            raise LateError from None
         finally:
             self._end(caller, future, cut=cut)
 
     def close(self, wait: float = 0.0) -> None:
-        """Begin no more calls, and end the threads that no call keeps.
-
-        Args:
-            wait: Seconds to wait for calls in progress, but not for those that are late.
-        """
+        """Begin no more calls, and end the threads that no call keeps; waits for calls that are not late."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -124,43 +117,34 @@ class WatchedCalls:
 
     def _begin(self, places: int, until: float | None) -> _Caller:
         most_late = 1 if places == 1 else _MOST_LATE
+        seconds = None if until is None else seconds_until(until)
         with self._changed:
-            before = self._left_behind
-
-            def blocked() -> bool:
-                return len(self._late) >= most_late or self._left_behind != before
-
-            in_time = self._changed.wait_for(
-                lambda: self._closed or blocked() or self._running < places,
-                None if until is None else seconds_until(until),
+            begins = self._changed.wait_for(
+                lambda: self._closed or len(self._late) >= most_late or self._running < places, seconds
             )
             if self._closed:
-                raise LateError("It is closed")
-            if not in_time or (until is not None and time.monotonic() >= until):
-                raise CutError("Other calls took its time")
-            if blocked():
-                cut = all(self._late.values()) if self._late else self._left_by_cut
-                kind = CutError if cut else LateError
-                raise kind("An earlier call has not returned")
+                raise LateError("It is closed.")
+            if not begins or (until is not None and time.monotonic() >= until):
+                raise CutError
+            if len(self._late) >= most_late:
+                raise CutError if all(self._late.values()) else LateError("An earlier call has not returned.")
             self._running += 1
             return self._idle.pop() if self._idle else _Caller()
 
     def _end(self, caller: _Caller, future: Future[object], *, cut: bool) -> None:
         with self._changed:
             self._running -= 1
-            done = future.done()
-            kept = done and not self._closed
+            late = not future.done()
+            if late:
+                self._late[future] = cut
+            kept = not (late or self._closed)
             if kept:
                 self._idle.append(caller)
-            if not done:
-                self._late[future] = cut
-                self._left_behind += 1
-                self._left_by_cut = cut
             self._changed.notify_all()
+        if late:
+            future.add_done_callback(self._returned)
         if not kept:
             caller.end()
-        if not done:
-            future.add_done_callback(self._returned)
 
     def _returned(self, future: Future[object]) -> None:
         with self._changed:
@@ -183,7 +167,7 @@ class _Caller:
         return future
 
     def end(self, wait: float = 0.0) -> None:
-        """Let the thread end after the call in progress."""
+        """End the thread after the call in progress."""
         self._work.put(None)
         if wait and self._thread is not threading.current_thread():
             self._thread.join(wait)
@@ -197,6 +181,14 @@ def _serve(work: queue.SimpleQueue[_Work | None]) -> None:
         except BaseException as error:
             future.set_exception(error)
         del future, function, call  # or a big array would live until the next call
+
+
+def call_alone(function: Callable[[], object]) -> Future[object]:
+    """What a call returns or raises on a thread that ends with it, and that may be left behind."""
+    caller = _Caller()
+    future = caller.start(function)
+    caller.end()
+    return future
 
 
 def in_callers_stream(patches: Array, call: Callable[[], _T]) -> Callable[[], _T]:
@@ -217,14 +209,3 @@ def in_callers_stream(patches: Array, call: Callable[[], _T]) -> Callable[[], _T
 def seconds_until(until: float) -> float:
     """Seconds from now to a time on the monotonic clock, as a lock takes them."""
     return min(max(0.0, until - time.monotonic()), threading.TIMEOUT_MAX)
-
-
-def returns_within(call: Callable[[], bool], seconds: float) -> bool:
-    """What a call returns; False if it takes longer than that, and is left behind."""
-    calls = WatchedCalls()
-    try:
-        return calls.call(call, seconds)
-    except LateError:
-        return False
-    finally:
-        calls.close()

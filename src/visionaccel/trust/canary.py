@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TypeAlias
 
 import numpy as np
@@ -16,10 +15,11 @@ from numpy.typing import NDArray
 from visionaccel.bundle import Golden
 from visionaccel.core.arrays import Array, as_numpy
 from visionaccel.core.comparison import THRESHOLDS, length_errors, token_cosines
+from visionaccel.core.containment import device_errors
 from visionaccel.core.grid import Grid
 from visionaccel.core.program import FixedGrid
 from visionaccel.encoder import Encoder
-from visionaccel.errors import DeadlineError, DeviceError, UnfitGridError, VisionAccelError
+from visionaccel.errors import DeadlineError, UnfitGridError, VisionAccelError
 
 _SAME = 0.9999
 """The lowest cosine at which an encoder repeats its own answer: threads add in another order, and no more."""
@@ -36,34 +36,26 @@ class CanaryResult:
     """What a canary found.
 
     Attributes:
-        images: Encodes compared.
-        lowest_cosine: The lowest cosine of a token; -1 if an encode failed.
+        lowest_cosine: The lowest cosine of a token; -1 if nothing could be encoded.
         limit: The lowest that passes.
         seconds: How long it took.
-        failure: What is wrong, with the numbers; None if nothing is.
-        encoded: Something could be encoded; otherwise the cosine means nothing.
-        wrong: An answer was wrong; otherwise what failed could not be encoded at all.
+        failure: What is wrong, with the numbers; None if the encoder may be trusted.
+        encoded: Whether something could be encoded.
+        wrong: Whether an answer was wrong; otherwise what failed could not be encoded.
     """
 
-    images: int
     lowest_cosine: float
     limit: float
     seconds: float
     failure: str | None
-    encoded: bool = True
-    wrong: bool = False
-
-    @property
-    def passed(self) -> bool:
-        """Whether the encoder may be trusted."""
-        return self.failure is None
+    encoded: bool
+    wrong: bool
 
 
 class FirstAnswer:
-    """What the first encoder of a source answered to a picture: the reference of every encoder that opens later.
+    """What the first encoder of a source without golden images answered to a picture.
 
-    For sources without golden images. The first encoder is the one that opened at the start, from files that had just
-    been verified; one that opens later may find other files.
+    It is the reference of encoders that open later, which may find other files than those that were verified.
     """
 
     def __init__(self) -> None:
@@ -75,7 +67,7 @@ class FirstAnswer:
         """Keep an encoder's answer, if it is the first."""
         with self._lock:
             if self._image is None:
-                self._image, self._limit = image, _precision_limit(encoder)
+                self._image, self._limit = image, precision_limit(encoder)
 
     def image_for(self, encoder: Encoder) -> Golden | None:
         """The picture and its answer, with the limit for that encoder; None if there is none that it takes."""
@@ -83,12 +75,12 @@ class FirstAnswer:
         if image is None or not _takes(encoder, image):
             return None
         # Each may be as far from the exact answer as its precision allows.
-        angle = math.acos(self._limit) + math.acos(_precision_limit(encoder))
+        angle = math.acos(self._limit) + math.acos(precision_limit(encoder))
         return replace(image, threshold=math.cos(angle))
 
 
 class Canary:
-    """Encodes golden images and compares. May be asked from several threads.
+    """Encodes golden images and compares. Asked by one thread at a time.
 
     An encoder without golden images (it has no bundle, or one that was never validated) is held to the first encoder's
     answer when it is tried first, and from then on to what it answered then: that finds an encoder of other weights and
@@ -113,16 +105,15 @@ class Canary:
         with self._lock:
             self._evidence = (*self._evidence, image)[-_MOST_EVIDENCE:]
 
-    def check(self, encoder: Encoder, encode: Encode | None = None, *, quick: bool = False) -> CanaryResult:
+    def check(self, encoder: Encoder, encode: Encode, *, quick: bool) -> CanaryResult:
         """Encode and compare. Never raises for what the encoder does.
 
         Args:
             encoder: What to try.
-            encode: How to encode with it, if not by its own method, such as with a deadline.
-            quick: Encode only the smallest image of each program, as on a timer, and what it got wrong before.
+            encode: Encodes with it, within a deadline.
+            quick: Encode only the smallest image of each program, and what it got wrong before.
         """
         started = time.perf_counter()
-        encode = encode or partial(encoder.encode, purpose="canary")
         golden = self._fitting(encoder, quick)
         images = [(f"golden image {image.name}", image) for image in (*self._evidence, *golden)]
         if not golden:
@@ -147,7 +138,7 @@ class Canary:
             self._own = replace(images[-1][1], embeddings=np.array(rows, np.float32), threshold=_SAME)
             self._first.offer(self._own, encoder)
         seconds = time.perf_counter() - started
-        return CanaryResult(len(images), lowest if encoded else -1.0, limit, seconds, failure, encoded, wrong)
+        return CanaryResult(lowest if encoded else -1.0, limit, seconds, failure, encoded, wrong)
 
     def _answered(self, encoder: Encoder) -> tuple[str, Golden]:
         """The picture in the place of golden images, and what to call it; without an answer for the first encoder."""
@@ -163,7 +154,7 @@ class Canary:
         fitting: list[Golden] = []
         for image in sorted(self._images, key=lambda image: len(image.patches)):
             if _takes(encoder, image) and not (quick and image.program in {other.program for other in fitting}):
-                limit = min(image.threshold, _precision_limit(encoder)) if self._fallback else image.threshold
+                limit = min(image.threshold, precision_limit(encoder)) if self._fallback else image.threshold
                 fitting.append(replace(image, threshold=limit))
         return fitting
 
@@ -178,7 +169,7 @@ def _takes(encoder: Encoder, image: Golden) -> bool:
     return True
 
 
-def _precision_limit(encoder: Encoder) -> float:
+def precision_limit(encoder: Encoder) -> float:
     """The lowest cosine with the exact answer that the encoder's precision allows."""
     lowest = THRESHOLDS["bfloat16"]
     return min(
@@ -188,26 +179,17 @@ def _precision_limit(encoder: Encoder) -> float:
 
 
 def _encoded(encode: Encode, image: Golden) -> NDArray[np.float32] | VisionAccelError:
-    """The embeddings of an image, or why there are none."""
     try:
-        return as_numpy(encode(image.patches, image.grids))
+        with device_errors("the encode"):
+            return as_numpy(encode(image.patches, image.grids))
     except VisionAccelError as error:
         return error
-    except Exception as error:  # Whatever a vendor's stack raises, it is a canary that failed.
-        return DeviceError(f"{type(error).__name__}: {error}")
 
 
 def drift_of(found: NDArray[np.float32], reference: NDArray[np.float32], threshold: float) -> tuple[float, str | None]:
-    """How far embeddings are from the reference's, and what is wrong with that.
+    """The lowest cosine of embeddings [tokens, width] with the reference's, and why they do not pass, if so.
 
-    Args:
-        found: [tokens, width].
-        reference: [tokens, width].
-        threshold: The lowest cosine of a token that passes. Lengths may differ by as much as that angle moves the end
-            of an embedding, as for a certificate.
-
-    Returns:
-        The lowest cosine, and the reason if it, or a length, does not pass.
+    Lengths may differ by as much as the threshold's angle moves the end of an embedding, as for a certificate.
     """
     if found.shape != reference.shape:
         return -1.0, f"it has embeddings {list(found.shape)}, and the reference {list(reference.shape)}."
@@ -223,7 +205,7 @@ def drift_of(found: NDArray[np.float32], reference: NDArray[np.float32], thresho
 
 
 def _picture(encoder: Encoder) -> Golden:
-    """A small picture that some program takes, without an answer: the same in every process."""
+    """A small picture that some program takes, without an answer; the same in every process."""
     tower = encoder.tower
     side = _SIDE * tower.merge_size
     grid = Grid(1, side, side)

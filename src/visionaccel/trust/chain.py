@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,9 +22,8 @@ from visionaccel.errors import (
     UnfitGridError,
     VisionAccelError,
 )
-from visionaccel.trust.link import RETRY, ChainLink
+from visionaccel.trust.link import RETRY, ChainLink, no_time, worth_a_retry
 from visionaccel.trust.shadow import Shadow
-from visionaccel.trust.watched_encoder import no_time
 
 logger = safe_logger(__name__)
 
@@ -55,9 +54,7 @@ class GuardedEncoder:
         shadow: Has the reference look at a share of what the chosen encoder answers.
 
     Attributes:
-        primary: The chosen encoder.
         links: All of the chain, the chosen one first.
-        shadow: What compares, if anything does.
         fallback_items: Items that a fallback encoded so far.
         failed_items: Items that no encoder could encode so far.
     """
@@ -82,10 +79,7 @@ class GuardedEncoder:
 
     @property
     def stuck_for(self) -> float:
-        """Seconds since when no link may be asked because one hangs; 0 if one may, or none hangs.
-
-        What waits may be answered later.
-        """
+        """Seconds since when no link may be asked because one hangs; 0 if one may, or none hangs."""
         return 0.0 if self._turns() else min((link.hangs_for for link in self.links if link.hangs_for), default=0.0)
 
     def encode_items(
@@ -96,7 +90,7 @@ class GuardedEncoder:
         *,
         until: float | None = None,
     ) -> list[Embedded | VisionAccelError]:
-        """Embeddings of each item, or the error that this item alone must answer for. Never raises for bad data.
+        """Embeddings of each item, or its error. Never raises for bad data.
 
         Each encoder that is asked has its deadline for each call, and nothing else takes long.
 
@@ -120,26 +114,24 @@ class GuardedEncoder:
                 return self._failed(found, len(checked))
         except InputError as error:
             return self._failed(error, len(grids))
-        link = next(iter(self._turns()), None)
-        if link is None:
-            return self._failed(self._unhealthy(), len(checked))
-        ends = np.cumsum([grid.patches for grid in checked]).tolist()
-        starts = [0, *ends[:-1]]
-        if until is not None and time.monotonic() >= until:
+        turns = self._turns()
+        if turns and _over(until):
             return self._failed(no_time(), len(checked))
-        following = self._following(link) or RETRY
-        whole = link.encode(patches, checked, queue_seconds, following, until=until)
-        if not isinstance(whole, VisionAccelError):
-            stops = np.cumsum([grid.tokens(merge) for grid in checked]).tolist()
-            rows = [whole[start:stop] for start, stop in zip([0, *stops[:-1]], stops, strict=True)]
-            items = [patches[start:end] for start, end in zip(starts, ends, strict=True)]
-            return [self._done(link, *each) for each in zip(items, checked, rows, strict=True)]
-        known = (link, whole) if len(checked) == 1 or isinstance(whole, DeadlineError) else None
-        again = not isinstance(whole, OutputError)  # of several, encoding each alone is the second try
-        return [
-            self._one(patches[start:end], grid, known, again or known is not None, queue_seconds, until)
-            for start, end, grid in zip(starts, ends, checked, strict=True)
-        ]
+        ends = np.cumsum([grid.patches for grid in checked]).tolist()
+        items = [(patches[start:end], grid) for start, end, grid in zip([0, *ends], ends, checked, strict=False)]
+        late: dict[ChainLink, VisionAccelError] = {}
+        retry = True
+        if len(items) > 1 and turns:
+            link = turns[0]
+            whole = link.encode(patches, checked, queue_seconds, self._following(link) or RETRY, until=until)
+            if not isinstance(whole, VisionAccelError):
+                stops = np.cumsum([grid.tokens(merge) for grid in checked]).tolist()
+                rows = [whole[start:stop] for start, stop in zip([0, *stops], stops, strict=False)]
+                return [self._done(link, *item, each) for item, each in zip(items, rows, strict=True)]
+            if isinstance(whole, DeadlineError):
+                late[link] = whole
+            retry = not isinstance(whole, OutputError)  # encoding each alone is the second try
+        return [self._one(*item, late, retry, queue_seconds, until) for item in items]
 
     def close(self, wait: float | None = None) -> None:
         """Close every encoder that was opened.
@@ -156,50 +148,33 @@ class GuardedEncoder:
         self,
         patches: Array,
         grid: Grid,
-        known: tuple[ChainLink, VisionAccelError] | None,
+        late: Mapping[ChainLink, VisionAccelError],
         retry: bool,
         queue_seconds: float | None,
         until: float | None,
     ) -> Embedded | VisionAccelError:
-        """One item alone, down the chain.
-
-        Args:
-            patches: Its patches.
-            grid: Its grid.
-            known: An encoder that has tried already, and what went wrong.
-            retry: Whether a failure is tried a second time, where that makes sense.
-            queue_seconds: How long it waited.
-            until: As for `encode_items`.
-        """
-        errors: list[tuple[ChainLink, VisionAccelError]] = []
-
-        def turns() -> Iterator[tuple[ChainLink, VisionAccelError | None]]:
-            if known is not None:
-                yield known
-            yield from ((link, None) for link in self._turns() if known is None or link is not known[0])
-
-        for link, error in turns():
-            if error is None and until is not None and time.monotonic() >= until:
-                errors.append((link, no_time()))
+        """One item alone, down the chain, but not on links that were late with it already."""
+        errors = dict(late)
+        while (link := next((each for each in self._turns() if each not in errors), None)) is not None:
+            if _over(until):
+                errors[link] = no_time()
                 break
-            answer = error or link.encode(patches, [grid], queue_seconds, self._following(link), until=until)
-            if isinstance(answer, VisionAccelError) and retry and self._worth_a_retry(link, answer):
+            following = self._following(link)
+            answer = link.encode(patches, [grid], queue_seconds, following or (RETRY if retry else None), until=until)
+            if isinstance(answer, VisionAccelError) and retry and self._asked_again(link, answer):
                 answer = link.encode(patches, [grid], following=self._following(link), until=until)
             if not isinstance(answer, VisionAccelError):
-                return self._done(link, patches, grid, answer, errors)
-            errors.append((link, answer))
+                return self._done(link, patches, grid, answer, next(iter(errors.values()), None))
+            errors[link] = answer
             if _is_own_fault(answer):
                 break
         return self._failed(self._together(errors) if errors else self._unhealthy(), 1)[0]
 
-    def _worth_a_retry(self, link: ChainLink, error: VisionAccelError) -> bool:
-        """Whether a link is asked a second time: for a wrong answer, or a failure where nothing follows.
-
-        A call that was late, or ended its process, is not repeated: the same image may do that again.
-        """
-        if not isinstance(error, DeviceError) or isinstance(error, DeadlineError | DeviceLostError):
+    def _asked_again(self, link: ChainLink, error: VisionAccelError) -> bool:
+        """Whether a link is asked a second time: for a wrong answer, or a failure where nothing follows."""
+        if not worth_a_retry(error) or link not in self._turns():
             return False
-        return link in self._turns() and (isinstance(error, OutputError) or self._following(link) is None)
+        return isinstance(error, OutputError) or self._following(link) is None
 
     def _turns(self) -> list[ChainLink]:
         """The links that may be asked now, in turn: the healthy; if there are none, those that only failed often."""
@@ -218,7 +193,7 @@ class GuardedEncoder:
         patches: Array,
         grid: Grid,
         rows: Array,
-        errors: Sequence[tuple[ChainLink, VisionAccelError]] = (),
+        error: VisionAccelError | None = None,
     ) -> Embedded:
         first = self.links[0]
         fallback = not (link is first or link.same)
@@ -226,27 +201,21 @@ class GuardedEncoder:
             with self._counting:
                 self.fallback_items += 1
                 number = self.fallback_items
-            why = str(errors[0][1]) if errors else first.why_not
             logger.warning(
                 "Backend %r failed on grid %s; the fallback took over, for the %d. time, on %r: %s",
-                self.primary.backend,
-                grid,
-                number,
-                link.name,
-                why,
-            )
+                self.primary.backend, grid, number, link.name, error or first.why_not,
+            )  # fmt: skip
         elif self.shadow is not None:
             self.shadow.offer(link, patches, grid, rows)
         return Embedded(rows, fallback)
 
-    def _together(self, errors: Sequence[tuple[ChainLink, VisionAccelError]]) -> VisionAccelError:
+    def _together(self, errors: Mapping[ChainLink, VisionAccelError]) -> VisionAccelError:
         """The error of an item that every encoder failed on."""
-        (_, first), *others = errors
-        more = [f"The fallback {link.name!r} failed too: {error.message}" for link, error in others]
-        asked = {link for link, _ in errors}
-        if not _is_own_fault(errors[-1][1]):
-            more += [link.why_not for link in self.links if link not in asked and not link.ready]
-        return DeviceError(" ".join([first.message, *more]), hint=errors[-1][1].hint) if more else first
+        first, last = next(iter(errors.values())), list(errors.values())[-1]
+        more = [f"The fallback {link.name!r} failed too: {errors[link].message}" for link in list(errors)[1:]]
+        if not _is_own_fault(last):
+            more += [link.why_not for link in self.links if link not in errors and not link.ready]
+        return DeviceError(" ".join([first.message, *more]), hint=last.hint) if more else first
 
     def _unhealthy(self) -> DeviceError:
         message = f"no encoder is healthy: {'; '.join(link.why_not for link in self.links)}"
@@ -259,6 +228,10 @@ class GuardedEncoder:
         with self._counting:
             self.failed_items += items
         return [error] * items
+
+
+def _over(until: float | None) -> bool:
+    return until is not None and time.monotonic() >= until
 
 
 def _is_own_fault(error: VisionAccelError) -> bool:

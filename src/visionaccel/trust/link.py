@@ -3,30 +3,55 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from functools import partial
+from typing import TypeVar
 
-from visionaccel.backends import Purpose
+from visionaccel.backends import BreakerReport, FailureReport, Purpose
 from visionaccel.bundle import Golden
 from visionaccel.core.arrays import Array
+from visionaccel.core.containment import device_errors, tell
 from visionaccel.core.grid import Grid
 from visionaccel.core.safe_text import safe_logger
 from visionaccel.encoder import Encoder
-from visionaccel.errors import DeadlineError, DeviceError, InputError, VisionAccelError
-from visionaccel.trust.breaker import Breaker, BreakerState, Keeper
-from visionaccel.trust.calls import LateError, in_callers_stream, seconds_until
+from visionaccel.errors import DeadlineError, DeviceError, DeviceLostError, InputError, VisionAccelError
+from visionaccel.trust.breaker import Breaker, BreakerState
+from visionaccel.trust.calls import (
+    LEAST,
+    CutError,
+    LateError,
+    WatchedCalls,
+    call_alone,
+    in_callers_stream,
+    seconds_until,
+)
 from visionaccel.trust.canary import Canary, CanaryResult
-from visionaccel.trust.reports import BreakerReports, report_canary, report_failure
-from visionaccel.trust.watched_encoder import LEAST, WatchedEncoder
+from visionaccel.trust.keeper import Keeper
+from visionaccel.trust.threads import Reports
 
 logger = safe_logger(__name__)
+
+_T = TypeVar("_T")
 
 RETRY = "retry"
 """What has its turn after a link that is asked a second time, in reports."""
 
 _CLOSING = 5.0
+_GIVING_BACK = 15.0
+_ENDING = 2.0
+"""Seconds for a call to return once its device's process was ended."""
+
+_STEP = "Lower VISIONACCEL_DEADLINE, send fewer images at a time, or raise vLLM's VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS."
+_LONGER = "Raise VISIONACCEL_DEADLINE if the device needs longer."
+_WORDS = {
+    BreakerState.OPEN: "is taken out of work",
+    BreakerState.HALF_OPEN: "is probed; it was out of work",
+    BreakerState.CLOSED: "works again",
+}
 
 
 class ChainLink:
@@ -59,6 +84,7 @@ class ChainLink:
 
     Attributes:
         breaker: Whether it gets work.
+        encoder_if_open: The encoder, once it is open.
     """
 
     def __init__(
@@ -76,38 +102,37 @@ class ChainLink:
         same: bool = False,
     ) -> None:
         self.name, self.same = name, same
-        self.deadline, self._open_deadline = deadline, open_deadline
-        self._canary, self._canary_on = canary or Canary(), canary_on
+        self.deadline, self.open_deadline = deadline, open_deadline
+        self._make = encoder if callable(encoder) else None
+        self.encoder_if_open: Encoder | None = None if callable(encoder) else encoder
         self.breaker = Breaker(failures=failures, cool_down=cool_down, changed=self._breaker_changed)
-        self._keeper = Keeper(self.breaker, self._probe, self._check_on_timer, interval if canary_on else 0.0)
-        self._watched = WatchedEncoder(name, encoder, self.breaker, open_deadline)
-        self._lock = threading.Lock()
-        self._checking, self._telling, self._reports = threading.RLock(), threading.Lock(), BreakerReports()
+        self._canary = canary or Canary()
+        self._keeper = Keeper(self, self._canary, on=canary_on, interval=interval)
+        self._calls = WatchedCalls(self.breaker.hasten)
+        self._lock, self._telling, self._reports = threading.Lock(), threading.Lock(), Reports()
         self._closed = False
         self._distrusted = 0
-        self._drifted: list[Callable[[], None]] = []
-        self._checked_restarts: int | None = None
-
-    @property
-    def encoder_if_open(self) -> Encoder | None:
-        """The encoder, if it is open."""
-        return self._watched.if_open
+        self._on_drift: list[Callable[[], None]] = []
 
     @property
     def ready(self) -> bool:
         """Whether it may be given work; it may have to be opened first."""
-        return self.breaker.closed and not self._watched.cut
+        return self.breaker.closed and not self.cut
 
     @property
     def may_try(self) -> bool:
         """Whether it may be given what would fail otherwise: it failed often, but neither hangs nor is proven wrong."""
-        return not (self.breaker.proven or self._watched.cut) and self._watched.if_open is not None
+        return not (self.breaker.proven or self.cut) and self.encoder_if_open is not None
+
+    @property
+    def cut(self) -> bool:
+        """Whether a call that the end of a step has cut off has not returned."""
+        return self._calls.cut
 
     @property
     def hangs_for(self) -> float:
         """Seconds since it was disabled because a call did not return in time; 0 if it was not."""
-        since = self._watched.hangs_since
-        return 0.0 if since is None else max(1e-9, time.monotonic() - since)
+        return self.breaker.hangs_for
 
     @property
     def why_not(self) -> str:
@@ -119,11 +144,12 @@ class ChainLink:
     @property
     def restarts(self) -> int:
         """How often a process of its device was restarted."""
-        return self._watched.restarts
+        encoder = self.encoder_if_open
+        return 0 if encoder is None else sum(opened.session.restarts for opened in encoder.programs)
 
     def on_drift(self, forget: Callable[[], None]) -> None:
         """Have something called when wrong answers are found: what came from this link must not be kept."""
-        self._drifted.append(forget)
+        self._on_drift.append(forget)
 
     def encode(
         self,
@@ -145,43 +171,116 @@ class ChainLink:
             until: When it must have returned in any case, on the monotonic clock.
             purpose: What it is for.
         """
-        encoder = self._watched.if_open or self._opened(until, twice=True)
+        encoder = self.open(until, twice=True)
         if isinstance(encoder, VisionAccelError):
             return encoder
         distrusted = self._distrusted
         encode = partial(encoder.encode, patches, grids, purpose=purpose, queue_seconds=queue_seconds)
         seconds = self.deadline * max(1, len(grids))
-        attempt = partial(self._watched.call, in_callers_stream(patches, encode), seconds, until)
+        attempt = partial(self.call, in_callers_stream(patches, encode), seconds, until)
         answer: Array | VisionAccelError
         try:
-            answer = self._verified(encoder, attempt, until)
+            with device_errors("encoding"):
+                answer = self._keeper.verified(encoder, attempt, until)
         except VisionAccelError as error:
             answer = error
-        except Exception as error:  # The engine's step must survive any exception of a vendor's stack.
-            answer = DeviceError(f"encoding failed with {type(error).__name__}: {error}")
         if self._distrusted != distrusted and not isinstance(answer, InputError):
             answer = DeviceError(f"{self.name} was found to give wrong answers during the call: {self.breaker.reason}")
         if not isinstance(answer, VisionAccelError):
             self.breaker.succeeded()
         elif not isinstance(answer, InputError):
             late = isinstance(answer, DeadlineError)
-            report_failure(encoder, answer, grids, None if late and following == RETRY else following)
+            device, kind = encoder.capabilities.device, type(answer).__name__
+            after = None if late and following == RETRY else following
+            report = FailureReport(encoder.backend, device, tuple(grids), kind, answer.message, after)
+            tell(partial(encoder.hooks.visionaccel_failed, report=report))
             if not late:  # which has disabled it already
                 self.breaker.failed(answer.message)
         return answer
 
-    def check(self, *, quick: bool = False) -> CanaryResult | VisionAccelError:
+    def check(self) -> CanaryResult | VisionAccelError:
         """Run the canary now; a link with wrong answers is disabled.
 
         Returns:
             What it found, or why the encoder cannot be opened.
         """
         encoder = self.open()
-        return encoder if isinstance(encoder, VisionAccelError) else self._check(encoder, quick=quick)
+        return encoder if isinstance(encoder, VisionAccelError) else self._keeper.check(encoder)
 
-    def open(self) -> Encoder | VisionAccelError:
-        """The encoder, opened now if it was not, or why there is none."""
-        return self._watched.if_open or self._opened()
+    def open(
+        self, until: float | None = None, *, probing: bool = False, twice: bool = False
+    ) -> Encoder | VisionAccelError:
+        """The encoder, or why there is none. If it is not open, one caller opens it while the others wait.
+
+        An opening that is late goes on, and the encoder is used once it is there.
+
+        Args:
+            until: When to wait no longer, on the monotonic clock.
+            probing: Open also what failed to open before.
+            twice: Try once more at once if it fails, for a request that nothing else may be able to serve.
+        """
+        if self.encoder_if_open is not None:
+            return self.encoder_if_open
+        try:
+            encoder = self._calls.call(partial(self._opened, probing, twice), self.open_deadline, until=until)
+            if encoder is not None:
+                return encoder
+            not_now = "It could not be opened"
+        except CutError:
+            not_now = "It is still being opened"
+        except LateError as late:
+            message = f"{self.name} was not opened within {self.open_deadline:.3g} s. {late}".rstrip()
+            hint = "Raise VISIONACCEL_OPEN_DEADLINE if it needs longer, such as to compile."
+            return self._not_opened(DeadlineError(message, hint=hint), probing, twice)
+        except VisionAccelError as error:
+            return self._not_opened(error, probing, twice)
+        return DeviceError(
+            f"{self.name}: {not_now}. {self.breaker.reason}".strip(), hint="It is tried again soon; see the log."
+        )
+
+    def call(self, function: Callable[[], _T], seconds: float, until: float | None) -> _T:
+        """What a call of the open encoder returns or raises: the one place where a deadline ends a call.
+
+        Args:
+            function: Calls the encoder.
+            seconds: How long it may take. Then it is ended with its device's process, or left behind.
+            until: When it must have returned in any case, on the monotonic clock. It then goes on, and its deadline
+                still holds.
+
+        Raises:
+            DeadlineError: If it does not return in time, or had no time.
+            DeviceLostError: If it was ended.
+        """
+        if until is not None and until - time.monotonic() < min(LEAST, seconds):
+            raise no_time()
+        encoder = self.encoder_if_open
+        assert encoder is not None
+        safe = all(opened.session.capabilities.thread_safe for opened in encoder.programs)
+        device, ended = encoder.capabilities.device, False
+
+        def end(late: Future[object]) -> bool:
+            nonlocal ended
+            ended = self._ended(encoder, late, until)
+            return ended
+
+        try:
+            return self._calls.call(function, seconds, places=sys.maxsize if safe else 1, until=until, end=end)
+        except DeviceError as lost:
+            if not ended:
+                raise
+            message = f"device {device!r} did not answer within {seconds:.3g} s; its call was ended. {lost.message}"
+            raise DeviceLostError(message, hint=f"{_LONGER} {lost.hint or ''}".rstrip()) from None
+        except CutError as cut:
+            if cut.call is None:
+                message = f"device {device!r} was busy while there was time."
+                raise DeadlineError(message, hint="Try again later.") from None
+            call_alone(partial(self._judge, encoder, cut.call, cut.limit, seconds))
+            message = f"the engine's step had no more time before device {device!r} answered."
+            raise DeadlineError(message, hint=_STEP) from None
+        except LateError as late:
+            if self._closed:
+                raise self._is_closed() from None
+            raise self._hung(device, seconds, late) from None
 
     def distrust(self, reason: str, evidence: Golden | None = None) -> None:
         """A wrong answer was found: disable the link, and have what came from it forgotten, calls in progress included.
@@ -195,7 +294,12 @@ class ChainLink:
         with self._lock:
             self._distrusted += 1
         self.breaker.trip(reason)
-        self._forget()
+        self.forget()
+
+    def forget(self) -> None:
+        """Have what came from it forgotten."""
+        for forget in self._on_drift:
+            forget()
 
     def close(self, wait: float | None = None) -> None:
         """Give back the device, and end what looks after it.
@@ -204,129 +308,97 @@ class ChainLink:
             wait: Seconds to wait for a call in progress, at most its deadline. One that does not return by then keeps
                 the device until it does. It does not wait for one that is late already.
         """
-        self._closed = True
+        with self._lock:
+            self._closed, encoder = True, self.encoder_if_open
         wait = self.deadline if wait is None else min(wait, self.deadline)
         self._keeper.close(min(wait, _CLOSING))
-        self._watched.close(wait)
-
-    def _opened(
-        self, until: float | None = None, *, probing: bool = False, twice: bool = False
-    ) -> Encoder | VisionAccelError:
-        """The encoder, opened by one caller while the others wait. Only a probe opens what failed to open before.
-
-        Args:
-            until: When to wait no longer, on the monotonic clock; the opening then goes on.
-            probing: The caller is a probe.
-            twice: Try once more what failed, for a request that nothing else may be able to serve.
-        """
-        try:
-            return self._watched.open(lambda: probing or self.breaker.closed, until, twice=twice)
-        except LateError as late:
-            return DeviceError(
-                f"{self.name}: {late}. {self.breaker.reason}".strip(), hint="It is tried again soon; see the log."
-            )
-        except VisionAccelError as error:
-            if not (probing or self._closed):
-                self.breaker.trip(f"it cannot be opened: {error.message}")
-            return DeviceError(f"{self.name} cannot be opened: {error.message}", hint=error.hint) if twice else error
-
-    def _verified(self, encoder: Encoder, attempt: Callable[[], Array], until: float | None) -> Array:
-        """An attempt on a device that has passed a canary since it, or its process, was started.
-
-        Raises:
-            VisionAccelError: What the attempt raises, or why the device is not to be asked.
-        """
-        while True:
-            if self._canary_on and self.restarts != self._checked_restarts:
-                self._require_canary(encoder, until)
-            before = self.restarts
-            answer = attempt()
-            if not self._canary_on or self.restarts == before:  # otherwise it is of a process that has not been tried
-                return answer
-
-    def _require_canary(self, encoder: Encoder, until: float | None) -> None:
-        late = DeadlineError(f"{self.name} is still being tried with its canary.", hint="Try again later.")
-        if not self._checking.acquire(timeout=-1 if until is None else seconds_until(until)):
-            raise late
-        try:
-            if self.restarts == self._checked_restarts:
-                return  # another caller has waited for it
-            result = self._check(encoder, quick=self._was_checked, until=until)
-        finally:
-            self._checking.release()
-        if result.failure is not None:
-            if self._watched.cut or (until is not None and seconds_until(until) < LEAST):
-                raise late
-            raise DeviceError(f"{self.name} failed its canary: {result.failure}")
-
-    def _check(
-        self, encoder: Encoder, *, quick: bool, probing: bool = False, until: float | None = None
-    ) -> CanaryResult:
-        with self._checking:
-            restarts, first = self.restarts, not self._was_checked
-            limit = self._open_deadline if first else self.deadline
-            encode = partial(self._encode_canary, encoder, limit, until)
-            result = self._canary.check(encoder, encode, quick=quick)
-            if result.passed:
-                self._checked_restarts = restarts
-        if first:
-            self._keeper.wake()
-        report_canary(encoder, result)
-        if result.wrong and not self._closed:
-            if not probing:
-                self.distrust(f"its canary failed: {result.failure}")
-            elif not self.breaker.proven:
-                self._forget()  # it was asked all the same, where nothing else was healthy
-        return result
-
-    def _encode_canary(
-        self, encoder: Encoder, limit: float, until: float | None, patches: Array, grids: Sequence[Grid]
-    ) -> Array:
-        """One image of a canary.
-
-        Raises:
-            VisionAccelError: What the encoder raises, and DeadlineError after the limit.
-        """
-        encode = partial(encoder.encode, patches, grids, purpose="canary")
-        return self._watched.call(encode, limit * len(grids), until)
-
-    def _probe(self) -> tuple[str | None, bool]:
-        encoder = self._watched.if_open or self._opened(probing=True)
-        if isinstance(encoder, VisionAccelError):
-            return f"it cannot be opened: {encoder.message}", False
-        result = self._check(encoder, quick=self._was_checked, probing=True)
-        return result.failure, result.wrong
-
-    def _check_on_timer(self) -> None:
-        if self._watched.if_open is None or self._watched.cut:
+        self._calls.close(wait)
+        if encoder is None:
             return
-        result = self._check(self._watched.if_open, quick=True)
-        if result.failure is not None and not result.wrong:
-            self.breaker.failed(f"its canary failed: {result.failure}")
+        try:
+            given_back = call_alone(partial(encoder.close, 0.0)).result(_GIVING_BACK)
+        except TimeoutError:
+            given_back = False
+        if not given_back:
+            logger.warning("A call of encoder %r does not return; it keeps its device.", encoder.backend)
 
-    @property
-    def _was_checked(self) -> bool:
-        return self._checked_restarts is not None
+    def _opened(self, probing: bool, twice: bool) -> Encoder | None:
+        """The encoder, opened now if no other caller has; None if only a probe may open it."""
+        if self.encoder_if_open is not None or not (probing or self.breaker.closed):
+            return self.encoder_if_open
+        try:
+            encoder = self._made()
+        except DeviceError as error:
+            if not (twice and worth_a_retry(error)):
+                raise
+            logger.warning("Opening encoder %r failed and is tried once more: %s", self.name, error)
+            encoder = self._made()  # memory that was short may be free by now
+        with self._lock:
+            if not self._closed:
+                self.encoder_if_open = encoder
+                return encoder
+        encoder.close(0.0)
+        raise self._is_closed()
 
-    def _forget(self) -> None:
-        for forget in self._drifted:
-            forget()
+    def _made(self) -> Encoder:
+        assert self._make is not None
+        with device_errors(f"opening {self.name}"):
+            return self._make()
+
+    def _not_opened(self, error: VisionAccelError, probing: bool, twice: bool) -> VisionAccelError:
+        if self._closed:
+            return self._is_closed()
+        if not probing:
+            self.breaker.trip(f"it cannot be opened: {error.message}")
+        return DeviceError(f"{self.name} cannot be opened: {error.message}", hint=error.hint) if twice else error
+
+    def _is_closed(self) -> DeviceError:
+        return DeviceError(f"{self.name} is closed.", hint="Open a new one.")
+
+    def _ended(self, encoder: Encoder, call: Future[object], until: float | None = None) -> bool:
+        """End a call that is past its deadline, if its device can be ended; whether it has returned, by `until`."""
+        ended = [opened.session.end_calls() for opened in encoder.programs]
+        seconds = _ENDING if until is None else min(_ENDING, seconds_until(until))
+        return any(ended) and bool(wait([call], seconds).done)
+
+    def _judge(self, encoder: Encoder, call: Future[object], limit: float, seconds: float) -> None:
+        """Judge a call that goes on although its step has ended: at its limit, or when it returns."""
+        if not (wait([call], seconds_until(limit)).done or self._ended(encoder, call)):
+            self._hung(encoder.capabilities.device, seconds)
+            return
+        error = call.exception()
+        if isinstance(error, VisionAccelError) and not isinstance(error, InputError):
+            self.breaker.failed(error.message)
+
+    def _hung(self, device: str, seconds: float, why: object = "") -> DeadlineError:
+        """Open the breaker, as a call did not return in time; the error that says so."""
+        error = DeadlineError(
+            f"device {device!r} did not answer within {seconds:.3g} s. {why}".rstrip(),
+            hint=f"{_LONGER} VISIONACCEL_ISOLATION=process ends what hangs.",
+        )
+        if not self._closed:
+            self.breaker.trip(error.message, hangs=True)
+        return error
 
     def _breaker_changed(self, _: BreakerState, reason: str) -> None:
-        words = {
-            BreakerState.OPEN: "is taken out of work",
-            BreakerState.HALF_OPEN: "is probed; it was out of work",
-            BreakerState.CLOSED: "works again",
-        }
         if self._closed:  # a probe that closing has ended says nothing of the device
             return
         with self._telling:  # several changes may come at once: the last report is the state
-            state = self.breaker.state
-            if state is BreakerState.CLOSED:
-                self._watched.hangs_since = None
+            state, encoder = self.breaker.state, self.encoder_if_open
             level = logging.INFO if state is BreakerState.HALF_OPEN else logging.WARNING
-            logger.log(level, "Encoder %r %s: %s", self.name, words[state], reason)
-            if self._watched.if_open is not None:
-                self._reports.add(self._watched.if_open, state, reason)
+            logger.log(level, "Encoder %r %s: %s", self.name, _WORDS[state], reason)
+            if encoder is not None and encoder.hooks.visionaccel_breaker.get_hookimpls():
+                report = BreakerReport(encoder.backend, encoder.capabilities.device, state.value, reason)
+                self._reports.add(partial(encoder.hooks.visionaccel_breaker, report=report))
         if state is BreakerState.OPEN:
             self._keeper.wake()
+
+
+def worth_a_retry(error: VisionAccelError) -> bool:
+    """Whether what failed may succeed the second time. What was late, or ended its process, may do that again."""
+    return isinstance(error, DeviceError) and not isinstance(error, DeadlineError | DeviceLostError)
+
+
+def no_time() -> DeadlineError:
+    """The error of an image for which the engine's step has no time left."""
+    return DeadlineError("the engine's step has no time left for it.", hint=_STEP)

@@ -25,6 +25,9 @@ from visionaccel.trust.link import ChainLink
 
 logger = safe_logger(__name__)
 
+_MOST_WAITING = 2
+"""Answers that wait for the reference; each is a copy of an item's patches and embeddings."""
+
 
 @dataclass(frozen=True, eq=False)
 class _Sample:
@@ -42,43 +45,25 @@ class Shadow:
     Args:
         share: The share of items that it looks at, from 0 to 1.
         limit: The lowest cosine of a token that passes.
-        reference: The reference, opened when first needed; closed with this.
-        waiting: Most answers that wait for it; each is a copy of an item's patches and embeddings.
-        seed: Which items it looks at; by default others each time.
+        reference: Opened when first needed; closed with this.
 
     Attributes:
         compared: Answers compared so far.
-        skipped: Answers that it was to look at and had no time for.
+        skipped: Answers that it had no time for.
         drifted: Answers beyond the limit.
     """
 
-    def __init__(
-        self,
-        share: float,
-        limit: float,
-        reference: ChainLink,
-        *,
-        waiting: int = 2,
-        seed: int | None = None,
-    ) -> None:
+    def __init__(self, share: float, limit: float, reference: ChainLink) -> None:
         self._share, self._limit, self._reference = share, limit, reference
-        self._random = random.Random(seed)  # noqa: S311 - which items to look at is no secret
-        self._samples: queue.Queue[_Sample | None] = queue.Queue(waiting)
+        self._samples: queue.Queue[_Sample | None] = queue.Queue(_MOST_WAITING)
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
         self._closed = False
         self.compared = self.skipped = self.drifted = 0
 
     def offer(self, link: ChainLink, patches: Array, grid: Grid, rows: Array) -> None:
-        """Perhaps look at an answer. Takes microseconds, and the time of two copies for what is looked at.
-
-        Args:
-            link: What answered.
-            patches: [P, patch_width], as the encoder took them.
-            grid: The item's grid.
-            rows: [tokens, out_width], as it answered.
-        """
-        if self._closed or self._random.random() >= self._share:
+        """Perhaps look at what a link answered. Copies patches [P, patch_width] and rows [tokens, out_width] if so."""
+        if self._closed or random.random() >= self._share:  # noqa: S311 - which items to look at is no secret
             return
         with self._lock:
             if self._closed or self._samples.full():
@@ -87,8 +72,7 @@ class Shadow:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="visionaccel-shadow", daemon=True)
                 self._thread.start()
-            copies = (np.array(as_numpy(each), dtype=np.float32) for each in (patches, rows))
-            self._samples.put_nowait(_Sample(link, next(copies), grid, next(copies)))
+            self._samples.put_nowait(_Sample(link, _copied(patches), grid, _copied(rows)))
 
     def close(self) -> None:
         """Compare nothing more, and close the reference."""
@@ -131,3 +115,7 @@ class Shadow:
             name = f"an image of grid {sample.grid} that a client sent"
             evidence = Golden(name, "", (sample.grid,), sample.patches, np.array(expected, np.float32), self._limit)
             sample.link.distrust(f"the reference does not agree on {name}: {failure}", evidence)
+
+
+def _copied(array: Array) -> NDArray[np.float32]:
+    return np.array(as_numpy(array), dtype=np.float32)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from collections.abc import Iterator
 
 from prometheus_client.metrics_core import Metric
@@ -18,6 +17,7 @@ from prometheus_client.registry import Collector
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.shared_memory import METRICS, Area, SharedMemory, shared_memory
 from visionaccel.observe import EncoderMetrics, Snapshot, families, merged, without_levels
+from visionaccel.trust import background
 
 _PERIOD = 0.5
 _ATTEMPTS = 3
@@ -35,23 +35,21 @@ def publish() -> EncoderMetrics:
 
 
 class _Publisher:
-    """A thread that writes the counts whenever they have changed."""
+    """Writes the counts whenever they have changed, for as long as this process lives."""
 
     def __init__(self, metrics: EncoderMetrics, shared: SharedMemory) -> None:
-        self._metrics, self._shared, self._written = metrics, shared, b""
+        self._metrics, self._shared, self._written, self._said = metrics, shared, b"", ""
         self._area: Area | None = None
-        threading.Thread(target=self._run, name="visionaccel-metrics", daemon=True).start()
+        background.start(self._publish)
 
-    def _run(self) -> None:
-        idle, said = threading.Event(), ""
-        while True:
-            try:
-                self._write()
-            except Exception as error:  # what comes later is shown all the same
-                if str(error) != said:
-                    said = str(error)
-                    compat.logger().warning("/metrics does not show those of process %d: %s", os.getpid(), error)
-            idle.wait(_PERIOD)
+    def _publish(self) -> float:
+        try:
+            self._write()
+        except Exception as error:  # what comes later is shown all the same
+            if str(error) != self._said:
+                self._said = str(error)
+                compat.logger().warning("/metrics does not show those of process %d: %s", os.getpid(), error)
+        return _PERIOD
 
     def _write(self) -> None:
         content = json.dumps(self._metrics.snapshot()).encode()

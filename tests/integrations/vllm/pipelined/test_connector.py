@@ -5,6 +5,7 @@ vLLM's real schedulers with the EC connector and a real encode service drive a w
 
 import io
 import shutil
+import threading
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -128,6 +129,19 @@ ACTIONS = st.one_of(
     st.tuples(st.just("break"), st.sets(st.integers(0, IMAGES - 1))),
     st.tuples(st.just("pause"), st.sampled_from([0.001, 0.01])),
 )
+
+
+def test_one_device_in_the_engines_process_takes_three_threads(digits, exact):
+    before = set(threading.enumerate())
+    scheduler, gate = make_pipelined("sync", digits)
+    engine = fresh(scheduler, gate, exact)
+    engine.add([0], 3)
+    engine.drain()
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("visionaccel-")]
+    # That in the background does the work of other services of this process, too.
+    names = [each.name for each in threads if each not in before or each.name == "visionaccel-background"]
+    scheduler.shutdown()
+    assert sorted(names) == ["visionaccel-background", "visionaccel-call", "visionaccel-cpu-0"]
 
 
 @given(actions=st.lists(ACTIONS, min_size=4, max_size=40))

@@ -1,0 +1,99 @@
+"""The thread for all jobs that are due again and again."""
+
+import multiprocessing
+import threading
+import time
+
+import pytest
+
+from gated import wait_until
+from visionaccel.trust.threads import Background
+
+
+@pytest.fixture
+def jobs():
+    return Background()
+
+
+def test_each_job_runs_at_once_and_whenever_it_is_due_on_one_thread(jobs):
+    ran = {0.01: [], 3600.0: []}
+
+    def job(seconds):
+        ran[seconds].append(threading.current_thread())
+        return seconds
+
+    often, once = (lambda: job(0.01)), (lambda: job(3600.0))
+    jobs.start(once)
+    jobs.start(often)
+    wait_until(lambda: len(ran[0.01]) >= 5)
+    assert len(ran[3600.0]) == 1
+    jobs.start(once)
+    wait_until(lambda: len(ran[3600.0]) == 2)
+    (thread,) = {*ran[0.01], *ran[3600.0]}
+    jobs.stop(once)
+    assert thread.is_alive()
+    jobs.stop(often)
+    assert not thread.is_alive()
+    jobs.start(once)
+    wait_until(lambda: len(ran[3600.0]) == 3)
+    jobs.stop(once)
+
+
+def test_a_job_that_raises_is_logged_and_runs_again_as_do_the_others(jobs, caplog, monkeypatch):
+    monkeypatch.setattr("visionaccel.trust.threads._AFTER_A_FAULT", 0.01)
+    ran, times = [], []
+
+    def raises():
+        times.append(time.monotonic())
+        raise ValueError("of its own")
+
+    def runs():
+        ran.append(True)
+        return 0.01
+
+    jobs.start(raises)
+    jobs.start(runs)
+    wait_until(lambda: len(times) >= 2 and len(ran) >= 2)
+    assert "of its own" in caplog.text
+    jobs.stop(raises)
+    jobs.stop(runs)
+
+
+def test_a_job_may_stop_itself(jobs):
+    ran = []
+
+    def job():
+        ran.append(threading.current_thread())
+        jobs.stop(job)
+        return 0.0
+
+    jobs.start(job)
+    wait_until(lambda: ran)
+    ran[0].join(20)
+    assert len(ran) == 1
+
+
+def _ran_in_a_fork(jobs, queue):
+    ran = threading.Event()
+
+    def job():
+        ran.set()
+        return 3600.0
+
+    inherited = len(jobs._due)
+    jobs.start(job)
+    queue.put((inherited, ran.wait(20)))
+
+
+def test_a_fork_has_none_of_the_jobs_and_may_start_its_own(jobs):
+    def job():
+        return 3600.0
+
+    jobs.start(job)
+    fork = multiprocessing.get_context("fork")
+    queue = fork.SimpleQueue()
+    process = fork.Process(target=_ran_in_a_fork, args=(jobs, queue))
+    process.start()
+    assert queue.get() == (0, True)
+    process.join(60)
+    jobs.stop(job)
