@@ -1,7 +1,7 @@
 """A pluggable accelerator-backend framework for vision encoders.
 
 `open_encoder` opens a checkpoint's vision tower on a backend; `Encoder.encode` turns patches and grids into embeddings.
-`open_service` puts a queue in front of one or several of them, for callers that have something else to do meanwhile.
+`open_service` puts a queue in front of one or several encoders, for callers that do something else while they wait.
 Names are imported on first use, so that importing the package costs next to nothing.
 """
 

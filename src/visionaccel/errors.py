@@ -5,43 +5,26 @@ fail that request), a wrong set-up (`ConfigurationError`: refuse to start), a br
 fetch it again) and a device that failed (`DeviceError`: retry or fall back).
 
 The first paragraph of each class says when it is raised, and the one that begins with `To do:` what helps. The hint of
-an error says the same of its own case, with the names in it.
+an error says the same for the case at hand, with the names in it.
 """
+
+from functools import partial
 
 from visionaccel.core.safe_text import lines
 
 __all__ = [
-    "AccuracyError",
-    "ArtifactError",
-    "BackendUnavailableError",
-    "BundleError",
-    "ChangedFileError",
-    "CheckpointError",
-    "ConfigurationError",
-    "DeadlineError",
-    "DeviceError",
-    "DeviceLostError",
-    "DuplicateBackendError",
-    "GridError",
-    "InputError",
-    "NonFiniteError",
-    "OutputError",
-    "PatchesError",
-    "PluginError",
-    "QueueFullError",
-    "ServiceClosedError",
-    "SettingsError",
-    "UnfitGridError",
-    "UnknownBackendError",
-    "UnsupportedArchitectureError",
+    "AccuracyError", "ArtifactError", "BackendUnavailableError", "BundleError", "ChangedFileError", "CheckpointError",
+    "ConfigurationError", "DeadlineError", "DeviceError", "DeviceLostError", "DuplicateBackendError", "GridError",
+    "InputError", "NonFiniteError", "OutputError", "PatchesError", "PluginError", "QueueFullError",
+    "ServiceClosedError", "SettingsError", "UnfitGridError", "UnknownBackendError", "UnsupportedArchitectureError",
     "VisionAccelError",
-]
+]  # fmt: skip
 
 
 class VisionAccelError(Exception):
     """Base of all errors of this package.
 
-    Both texts are made safe to show, as they quote files and devices: see `visionaccel.core.safe_text`.
+    Both texts are made safe to show, as they quote files and devices.
 
     Args:
         message: What was wrong and where.
@@ -58,12 +41,7 @@ class VisionAccelError(Exception):
         return f"{self.message} {self.hint}" if self.hint else self.message
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild, (type(self), self.message, self.hint)
-
-
-def _rebuild(kind: type[VisionAccelError], message: str, hint: str | None) -> VisionAccelError:
-    """Unpickles an error: its hint is a keyword, which the default protocol cannot pass."""
-    return kind(message, hint=hint)
+        return partial(type(self), self.message, hint=self.hint), ()  # the default protocol cannot pass a keyword
 
 
 class InputError(VisionAccelError, ValueError):
@@ -91,32 +69,26 @@ class UnfitGridError(GridError):
 class PatchesError(InputError):
     """Patches have the wrong shape or dtype, or disagree with their grids.
 
-    To do: Pass `pixel_values` and grids of one and the same call of the processor.
+    To do: Pass `pixel_values` and grids from the same call of the processor.
     """
 
 
 class NonFiniteError(InputError):
     """Patches hold NaN or infinity.
 
-    To do: Look at the image that the message names, and at its normalisation.
+    To do: Check the image that the message names, and its normalisation.
     """
 
 
 class ConfigurationError(VisionAccelError):
     """The set-up cannot work; nothing was started.
 
-    To do: Change the setting, option or argument that the message names. Trying again changes nothing.
+    To do: Change the setting, option or argument that the message names. Trying again does not help.
     """
 
     @staticmethod
     def missing_extra(what: str, module: str | None, extra: str) -> "ConfigurationError":
-        """The error of what needs a module that is not installed.
-
-        Args:
-            what: What needs it, such as `reading image files`.
-            module: The module, as the ImportError names it.
-            extra: What to install, such as `visionaccel[images]`.
-        """
+        """What, such as `reading image files`, needs a module that an extra, such as `visionaccel[images]`, brings."""
         return ConfigurationError(
             f"{what} needs {module}, which is not installed.", hint=f"Install it: pip install '{extra}'."
         )
@@ -125,7 +97,7 @@ class ConfigurationError(VisionAccelError):
 class SettingsError(ConfigurationError):
     """A setting or option is unknown or has an invalid value.
 
-    To do: Write one that the table of settings, `visionaccel backends` or `--help` lists.
+    To do: Use one that the table of settings, `visionaccel backends` or `--help` lists.
     """
 
 
@@ -137,30 +109,30 @@ class UnknownBackendError(ConfigurationError):
 
 
 class DuplicateBackendError(ConfigurationError):
-    """Two installed distributions provide a backend of one name.
+    """Two installed distributions provide a backend of the same name.
 
     To do: Uninstall one of the two that the message names.
     """
 
 
 class PluginError(ConfigurationError):
-    """A plug-in could not be imported or does not honour the contract.
+    """A plug-in could not be imported or does not follow the contract.
 
-    To do: Reinstall the distribution that the message names; if that does not help, tell its authors.
+    To do: Reinstall the distribution that the message names; if that does not help, report it to its authors.
     """
 
 
 class BackendUnavailableError(ConfigurationError):
     """The named backend, or every candidate, refused the program on this machine.
 
-    To do: Follow the hint behind each refusal; `visionaccel explain` and `visionaccel doctor` tell more.
+    To do: Follow the hint after each refusal; `visionaccel explain` and `visionaccel doctor` say more.
     """
 
 
 class ArtifactError(VisionAccelError):
     """A model file is broken, incomplete, or not what it should be.
 
-    To do: Fetch or make the file again. Do not edit it: that it was refused is what the checks are for.
+    To do: Fetch or make the file again. Do not edit it: the checks are there to refuse such a file.
     """
 
 
@@ -174,7 +146,7 @@ class CheckpointError(ArtifactError):
 class BundleError(ArtifactError):
     """A bundle's manifest or one of its files is missing, damaged, or not what the manifest says.
 
-    To do: Export, import or pull the bundle again. One that leads out of its folder should not be used at all.
+    To do: Export, import or pull the bundle again. Do not use a bundle that leads out of its folder.
     """
 
 
@@ -189,7 +161,7 @@ class ChangedFileError(ArtifactError):
 class AccuracyError(ArtifactError):
     """A program that was just made is too far from the float32 reference; it was not kept.
 
-    To do: Calibrate with images like those that will be encoded, or stay with the precision that the bundle has.
+    To do: Calibrate with images like those that will be encoded, or keep the precision that the bundle has.
     """
 
 
@@ -204,7 +176,7 @@ class UnsupportedArchitectureError(ArtifactError):
 class DeviceError(VisionAccelError, RuntimeError):
     """A backend or its device failed on valid input.
 
-    To do: Try again, or name a `VISIONACCEL_FALLBACK`. If it stays, `visionaccel doctor` looks at drivers and
+    To do: Try again, or name a `VISIONACCEL_FALLBACK`. If it persists, `visionaccel doctor` checks drivers and
     libraries.
     """
 
@@ -212,20 +184,19 @@ class DeviceError(VisionAccelError, RuntimeError):
 class DeviceLostError(DeviceError):
     """A device's process died, or was ended because it hung. A new one is started.
 
-    To do: Try again. A device that only is slow needs a longer `VISIONACCEL_DEADLINE` or
-    `VISIONACCEL_OPEN_DEADLINE`.
+    To do: Try again. A device that is only slow needs a longer `VISIONACCEL_DEADLINE` or `VISIONACCEL_OPEN_DEADLINE`.
     """
 
 
 class DeadlineError(DeviceError, TimeoutError):
-    """An item's embedding was not there by its deadline.
+    """An item's embedding was not ready by its deadline.
 
-    To do: Try again, raise the deadline, or give a device that hangs a process (`VISIONACCEL_ISOLATION=process`).
+    To do: Try again, raise the deadline, or run a device that hangs in a process (`VISIONACCEL_ISOLATION=process`).
     """
 
 
 class QueueFullError(DeviceError):
-    """As many items wait for the encoder as may. Nothing was begun.
+    """The encoder's queue is full. Nothing was started.
 
     To do: Try again later, raise the queue's size, or add devices.
     """
@@ -241,5 +212,5 @@ class ServiceClosedError(DeviceError):
 class OutputError(DeviceError):
     """A backend returned something other than it promised: shape, dtype, or non-finite values.
 
-    To do: Do not use that backend for this program before `visionaccel validate` passes; report it to its authors.
+    To do: Do not use that backend for this program until `visionaccel validate` passes; report it to its authors.
     """

@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -17,11 +15,12 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from visionaccel.core.bounded_files import parse_json
 from visionaccel.core.cores import WantedCores, parse_cores
 from visionaccel.core.invalid_values import problems_of
-from visionaccel.core.safe_text import safe_logger
+from visionaccel.core.safe_text import one_line, safe_logger
 from visionaccel.errors import SettingsError
 
 __all__ = [
-    "LONGEST_SECONDS", "PREFIX", "Settings", "load_settings", "make_settings", "parse_options", "settings_table",
+    "CACHE_SIZE", "DEADLINE", "LONGEST_SECONDS", "OPEN_DEADLINE", "PREFIX", "QUEUE_SIZE", "VARIABLES", "Settings",
+    "load_settings", "make_settings", "parse_options", "settings_table", "unknown_variables",
 ]  # fmt: skip
 
 logger = safe_logger(__name__)
@@ -30,17 +29,17 @@ PREFIX = "VISIONACCEL_"
 LONGEST_SECONDS = 86_400.0
 """The longest time that a setting takes, a day: systems cannot wait for any number of seconds."""
 
-_MOST_BYTES = 2**50
+DEADLINE, OPEN_DEADLINE = 120.0, 600.0
+"""Seconds for an image and for opening a program, unless a setting or an argument differs."""
+
+QUEUE_SIZE, CACHE_SIZE = 64, 512 * 2**20
+"""Items that may wait for a device, and bytes of embeddings that are kept, unless a setting or an argument differs."""
+
 _OUT_OF_RANGE = frozenset({"greater_than", "greater_than_equal", "less_than_equal", "finite_number"})
 _MOST_SHOWN = 200
-_SAID = "_VISIONACCEL_DEPRECATIONS_SAID"
+_SAID = "_VISIONACCEL_WARNINGS_SAID"
 _MOST_NESTED = 32
-_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)")
-_UNITS = {"": 1, "b": 1} | {
-    f"{prefix}{unit}": base**power
-    for power, prefix in enumerate("kmgtp", 1)
-    for unit, base in (("", 1000), ("b", 1000), ("i", 1024), ("ib", 1024))
-}
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?\s*(?:[kmgtp]i?)?)b?", re.IGNORECASE)
 
 
 def parse_options(value: Any) -> Any:
@@ -54,35 +53,31 @@ def parse_options(value: Any) -> Any:
         return value
     text = value.strip()
     if text.startswith("{"):
-        return _shallow(parse_json(text))
-    options: dict[str, Any] = {}
-    for part in filter(None, (p.strip() for p in text.split(","))):
-        name, equals, item = part.partition("=")
-        if not equals:
-            raise ValueError(f"{part!r} is not of the form name=value")
-        name = name.strip()
-        if name in options:
-            raise ValueError(f"option {name!r} is given twice")
-        options[name] = _option(item.strip())
-    return _shallow(options)
+        options = parse_json(text)
+    else:
+        options = {}
+        for part in filter(None, (p.strip() for p in text.split(","))):
+            name, equals, item = part.partition("=")
+            if not equals:
+                raise ValueError(f"{part!r} is not of the form name=value")
+            name = name.strip()
+            if name in options:
+                raise ValueError(f"option {name!r} is given twice")
+            options[name] = _option(item.strip())
+    _check_depth(options, _MOST_NESTED)
+    return options
 
 
-def _shallow(options: Any) -> Any:
+def _check_depth(value: Any, levels: int) -> None:
     """Refuses what is nested so deeply that other readers would give up on it."""
-    level = [options]
-    for _ in range(_MOST_NESTED):
-        level = [
-            inner
-            for each in level
-            for inner in (each.values() if isinstance(each, dict) else each if isinstance(each, list) else ())
-        ]
-        if not level:
-            return options
-    raise ValueError("it is nested too deeply")
+    if levels == 0:
+        raise ValueError("it is nested too deeply")
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_depth(inner, levels - 1)
 
 
 def _option(text: str) -> Any:
-    """The value of an option: JSON if it is some, and plain text otherwise."""
+    """The value of an option: JSON where it is valid JSON, and plain text otherwise."""
     try:
         return parse_json(text)
     except ValueError:
@@ -92,14 +87,13 @@ def _option(text: str) -> Any:
 
 
 def _read_bytes(value: Any) -> Any:
-    """A size in bytes from text such as `512MiB` or `1.5 GB`. pydantic's would read 1 from `1,5GiB`."""
+    """Checks a size such as `512MiB` or `1.5 GB`: of `1,5GiB`, pydantic would read the 1 only."""
     if not isinstance(value, str):
         return value
     match = _SIZE.fullmatch(value.strip())
-    unit = None if match is None else _UNITS.get(match[2].lower())
-    if match is None or unit is None:
+    if match is None:
         raise ValueError("a size is a number with a unit, such as 512MiB, 1.5GiB or 2GB")
-    return round(float(match[1]) * unit)
+    return f"{match[1]}b"
 
 
 def _printable_only(value: Any) -> Any:
@@ -110,24 +104,19 @@ def _printable_only(value: Any) -> Any:
 
 
 def _read_names(value: Any) -> Any:
-    """Names from text, separated by commas."""
+    """Names from text, separated by commas; no name from the word `none` or from None."""
+    if value is None or (isinstance(value, str) and value.strip().lower() == "none"):
+        return ()
     return tuple(filter(None, (name.strip() for name in value.split(",")))) if isinstance(value, str) else value
 
 
 def _read_cores(value: Any) -> Any:
-    """Core numbers from text, or the word `all`."""
     return parse_cores(value) if isinstance(value, str) else value
-
-
-def _read_chain(value: Any) -> Any:
-    """Names of a chain from text; none by the word `none`, and by None."""
-    if value is None or (isinstance(value, str) and value.strip().lower() == "none"):
-        return ()
-    return _read_names(value)
 
 
 _Text = Annotated[str, AfterValidator(_printable_only)]
 _Path = Annotated[Path, AfterValidator(_printable_only)]
+_Names = Annotated[tuple[_Text, ...], NoDecode, BeforeValidator(_read_names)]
 _Seconds = Annotated[float, Field(gt=0, le=LONGEST_SECONDS, allow_inf_nan=False)]
 
 
@@ -144,10 +133,10 @@ class Settings(BaseSettings):
     device: _Text | None = Field(
         None, description="Device of that backend, such as `cpu`, `cuda:0` or `npu`. Unset: the backend's default."
     )
-    devices: Annotated[tuple[_Text, ...], NoDecode, BeforeValidator(_read_names)] = Field(
+    devices: _Names = Field(
         (),
-        description="Several such devices, separated by commas, in the place of `VISIONACCEL_DEVICE`: each has an "
-        "encoder of its own, and images go to the one that is free. In-line, only the first is used.",
+        description="Several such devices, separated by commas, instead of `VISIONACCEL_DEVICE`: each has a separate "
+        "encoder, and images go to a device that is free. In-line, only the first is used.",
     )
     bundle: _Path | None = Field(
         None,
@@ -156,39 +145,40 @@ class Settings(BaseSettings):
     )
     fit: Literal["letterbox", "stretch", "none"] = Field(
         "letterbox",
-        description="How images get the grids of a bundle whose programs do not take every grid: padded, distorted, or "
-        "not at all. An image that then fits no program goes to the fallback, or its request ends with an error.",
+        description="How images are fitted to the grids of a bundle whose programs do not take every grid: padded, "
+        "distorted, or not at all. An image that fits no program goes to the fallback, or its request ends with an "
+        "error.",
     )
     mode: Literal["auto", "pipelined", "inline"] = Field(
         "auto",
-        description="How the encoder runs beside the language model. `pipelined`: while it decodes for other requests. "
-        "`inline`: inside the engine's step. `auto`: pipelined where that can be done; the choice is logged with its "
+        description="When the encoder runs. `pipelined`: while the language model decodes for other requests. "
+        "`inline`: inside the engine's step. `auto`: pipelined where it is available; the choice is logged with its "
         "reason.",
     )
     queue_size: int = Field(
-        64,
+        QUEUE_SIZE,
         gt=0,
         le=65_536,
         description="Pipelined: most images that wait for the encoder at a time; further ones are held back.",
     )
     cache_size: Annotated[ByteSize, BeforeValidator(_read_bytes)] = Field(
-        ByteSize(512 * 2**20),
+        ByteSize(CACHE_SIZE),
         ge=0,
-        le=_MOST_BYTES,
-        description="Pipelined: memory of the host for embeddings of images that were seen before, such as `2GiB`; as "
-        "much again may be held for requests that wait for their turn.",
+        le=2**50,
+        description="Pipelined: host memory for embeddings of images that were seen before, such as `2GiB`. As much "
+        "again may be held for requests that wait for their turn.",
     )
-    fallback: Annotated[tuple[_Text, ...], NoDecode, BeforeValidator(_read_chain)] = Field(
+    fallback: _Names = Field(
         (),
-        description="Backend that takes over when the chosen one cannot start, fails on an image or answers wrongly; "
-        "or several, separated by commas, each of which takes over from those before it. Unset or `none`: no other "
-        "backend is ever used.",
+        description="Backend that takes over when the chosen one cannot start, fails on an image or gives wrong "
+        "answers; or several, separated by commas, each of which takes over from those before it. Unset or `none`: no "
+        "other backend is ever used.",
     )
     canary: Literal["on", "strict", "off"] = Field(
         "on",
         description="Golden images are encoded before the first request, on a timer, and after each restart of a "
-        "device's process. A device that gets them wrong is taken out of work; `strict`: and the server does not "
-        "start, fallback or not. See [Trust](docs/trust.md).",
+        "device's process. A device that gets them wrong is disabled; `strict`: and the server does not start, even "
+        "with a fallback. See [Trust](docs/trust.md).",
     )
     canary_interval: float = Field(
         600.0,
@@ -209,18 +199,18 @@ class Settings(BaseSettings):
         gt=0,
         le=1,
         allow_inf_nan=False,
-        description="Lowest cosine of a token in that comparison; an answer under it takes the device out of work. "
-        "Unset: the certificate's threshold, or that of the device's precision.",
+        description="Lowest cosine of a token in that comparison; an answer below it disables the device. Unset: the "
+        "certificate's threshold, or that of the device's precision.",
     )
     breaker_failures: int = Field(
         5,
         gt=0,
         le=1_000_000,
-        description="Failures in a row after which a device is out of work until its canary passes again.",
+        description="Failures in a row after which a device is disabled until its canary passes again.",
     )
     breaker_seconds: _Seconds = Field(
         1.0,
-        description="Seconds until that is tried, twice as many after each time that it fails, up to a minute.",
+        description="Seconds until that canary is tried. The time doubles after each failure, up to a minute.",
     )
     options: Annotated[dict[str, Any], NoDecode, BeforeValidator(parse_options)] = Field(
         default_factory=dict,
@@ -229,30 +219,30 @@ class Settings(BaseSettings):
     )
     weights: Literal["private", "mapped"] = Field(
         "private",
-        description="Where the encoder reads its weights. `private`: in a copy in memory, which stays what it was when "
-        "the server started, whatever happens to the files. `mapped`: in the files, whose memory processes share; "
-        "nothing may write to them while the server runs. See [Files that change](docs/trust.md#files-that-change).",
+        description="Where the encoder reads its weights. `private`: in a copy in memory, which stays as it was when "
+        "the server started, even if the files change. `mapped`: in the files, whose memory processes share; nothing "
+        "may write to them while the server runs. See [Files that change](docs/trust.md#files-that-change).",
     )
     isolation: Literal["auto", "process", "none"] = Field(
         "auto",
-        description="Whether the device lives in a child process, which is started anew when it crashes or hangs. "
-        "`auto`: where the backend wants it.",
+        description="Whether the device runs in a child process, which is restarted when it crashes or hangs. `auto`: "
+        "where the backend asks for it.",
     )
     deadline: _Seconds = Field(
-        120.0,
-        description="Seconds that a call of a device or a fallback may take for each of its images; then the next one "
-        "has its turn, and the process that the device lives in, if it has its own, is ended.",
+        DEADLINE,
+        description="Seconds that a call of a device or a fallback may take for each of its images. After that the "
+        "next one takes over, and the device's child process, if there is one, is ended.",
     )
     open_deadline: _Seconds = Field(
-        600.0,
-        description="Seconds that starting such a process and opening a program may take, here or there, compilation "
-        "included, and so each image of the first canary.",
+        OPEN_DEADLINE,
+        description="Seconds that starting such a process and opening a program may take, compilation included, and so "
+        "may each image of the first canary.",
     )
     cpu_cores: Annotated[WantedCores, NoDecode, BeforeValidator(_read_cores)] = Field(
         None,
         description="Cores of the CPU that the encoder's threads run on, such as `0-3,8`, or `all` that the process "
-        "may use. Unset: beside a language model on the CPU, [those left to it](docs/pipelined.md#cores); elsewhere as "
-        "the runtime chooses.",
+        "may use. Unset: next to a language model on the CPU, [those left to it](docs/pipelined.md#cores); elsewhere "
+        "as the runtime chooses.",
     )
     timing: bool = Field(False, description="Log the time of each part of every encode.")
     trace: _Path | None = Field(
@@ -274,45 +264,45 @@ class Settings(BaseSettings):
         return self.devices or (self.device,)
 
 
-@dataclass(frozen=True)
-class _Alias:
-    """A variable of the published prior art, the setting it stands for, and how its values translate."""
+VARIABLES = tuple(PREFIX + name.upper() for name in Settings.model_fields)
+"""Names of the variables that are settings."""
 
-    old: str
-    field: str
-    values: Mapping[str, str]
+_FORMER = {
+    "VLLM_VISION_NPU_BACKEND": "backend",
+    "VLLM_VISION_NPU_DEVICE": "device",
+    "VLLM_VISION_NPU_CACHE": "bundle",
+    "VLLM_NPU_TIMING": "timing",
+    "VLLM_NPU_ASYNC_PIPELINE": "mode",
+}
+"""Variables of the published prior art, and the settings that they stand for."""
 
-
-_ALIASES = (
-    _Alias("VLLM_VISION_NPU_BACKEND", "backend", {}),
-    _Alias("VLLM_VISION_NPU_DEVICE", "device", {}),
-    _Alias("VLLM_VISION_NPU_CACHE", "bundle", {}),
-    _Alias("VLLM_NPU_TIMING", "timing", {}),
-    _Alias("VLLM_NPU_ASYNC_PIPELINE", "mode", {"0": "inline", "false": "inline", "1": "auto", "true": "auto"}),
-)
+_FORMER_MODES = {"0": "inline", "false": "inline", "1": "auto", "true": "auto"}
 
 
 def load_settings() -> Settings:
     """Settings of the current environment; former names are accepted with one deprecation line each.
 
-    A variable that starts with `VISIONACCEL_` but is no setting is most likely a typing error: it is logged as ignored.
+    A variable that starts with `VISIONACCEL_` but is not a setting is probably a typing error: it is logged as ignored.
 
     Raises:
         SettingsError: If a value is invalid; the message names the variable and what it takes.
     """
-    known = {PREFIX + name.upper() for name in Settings.model_fields}
-    for name in sorted(os.environ):
-        if name.startswith(PREFIX) and name not in known:
-            _warn_unknown_once(name, next(iter(get_close_matches(name, known, 1)), None))
+    for name, near in unknown_variables().items():
+        _warn_once(name, "%s is not a setting and is ignored.%s", f" Did you mean {near}?" if near else "")
     given: dict[str, Any] = {}
-    for alias in _ALIASES:
-        value, new = os.environ.get(alias.old), PREFIX + alias.field.upper()
-        if value is None or not value.strip():
-            continue
-        _warn_once(alias.old, new)
-        if not os.environ.get(new):
-            given[alias.field] = alias.values.get(value.strip().lower(), value)
+    for old, field in _FORMER.items():
+        value, new = os.environ.get(old, ""), PREFIX + field.upper()
+        if value.strip():
+            _warn_once(old, "%s is deprecated; set %s instead.", new)
+            if not os.environ.get(new):
+                given[field] = _FORMER_MODES.get(value.strip().lower(), value) if field == "mode" else value
     return make_settings(**given)
+
+
+def unknown_variables() -> dict[str, str | None]:
+    """Variables that start with `VISIONACCEL_` but are not settings, each with the setting that was probably meant."""
+    unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in VARIABLES)
+    return {name: next(iter(get_close_matches(name, VARIABLES, 1)), None) for name in unknown}
 
 
 def make_settings(**given: Any) -> Settings:
@@ -329,28 +319,22 @@ def make_settings(**given: Any) -> Settings:
         ) from error
 
 
-def _warn_once(old: str, new: str) -> None:
-    """Log a deprecation, once for this process and the children that inherit its environment."""
+def _warn_once(name: str, text: str, more: str) -> None:
+    """Log a line about a variable, once for this process and the children that inherit its environment."""
     said = os.environ.get(_SAID, "").split(",")
-    if old not in said:
-        logger.warning("%s is deprecated; set %s instead.", old, new)
-        os.environ[_SAID] = ",".join(filter(None, [*said, old]))
-
-
-@cache
-def _warn_unknown_once(name: str, near: str | None) -> None:
-    logger.warning("%s is not a setting and is ignored.%s", name, f" Did you mean {near}?" if near else "")
+    if name not in said:
+        logger.warning(text, name, more)
+        os.environ[_SAID] = ",".join(filter(None, [*said, name]))
 
 
 def _describe(problem: Mapping[str, Any]) -> str:
-    if not problem["loc"]:  # of several settings together
-        return str(problem["msg"]).removeprefix("Value error, ")
-    name = str(problem["loc"][0])
     message = str(problem["msg"]).removeprefix("Value error, ")
+    if not problem["loc"]:  # of several settings together
+        return message
+    name = str(problem["loc"][0])
     if problem["type"] in _OUT_OF_RANGE:
         message = _range(name)
-    shown = repr(problem["input"])
-    return f"{PREFIX}{name.upper()}={shown if len(shown) <= _MOST_SHOWN else shown[:_MOST_SHOWN] + '…'}: {message}"
+    return f"{PREFIX}{name.upper()}={one_line(repr(problem['input']), _MOST_SHOWN)}: {message}"
 
 
 def _range(name: str) -> str:
@@ -366,13 +350,13 @@ def _range(name: str) -> str:
 
 
 def _written(value: Any) -> str:
-    """A default as one would write it into the environment."""
+    """A default as it is written into the environment."""
     return value.human_readable().replace(".0", "") if isinstance(value, ByteSize) else str(value)
 
 
 def settings_table() -> str:
     """The settings as a Markdown table, former names included; the README holds it verbatim."""
-    former = {alias.field: f"`{alias.old}`" for alias in _ALIASES}
+    former = {field: f"`{old}`" for old, field in _FORMER.items()}
     rows = ["| variable | default | meaning | former name |", "|---|---|---|---|"]
     for name, field in Settings.model_fields.items():
         default = field.get_default(call_default_factory=True)

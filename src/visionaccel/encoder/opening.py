@@ -21,6 +21,7 @@ from visionaccel.encoder.encoder import Encoder, OpenProgram, close_programs
 from visionaccel.encoder.held_weights import WantedWeights, hold_source
 from visionaccel.errors import DeviceError, SettingsError, VisionAccelError
 from visionaccel.families import Host, Tower, tower_of
+from visionaccel.settings import DEADLINE, OPEN_DEADLINE
 
 logger = safe_logger(__name__)
 
@@ -59,8 +60,8 @@ def open_encoder(
     options: Mapping[str, Any] | None = None,
     registry: Registry | None = None,
     isolation: WantedIsolation = "auto",
-    deadline: float = 120.0,
-    open_deadline: float = 600.0,
+    deadline: float = DEADLINE,
+    open_deadline: float = OPEN_DEADLINE,
     cores: Iterable[int] | None = None,
     weights: WantedWeights = "private",
 ) -> Encoder:

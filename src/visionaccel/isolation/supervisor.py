@@ -19,7 +19,7 @@ from visionaccel.core.safe_text import safe_logger
 from visionaccel.errors import ConfigurationError, DeviceError, DeviceLostError, SettingsError, VisionAccelError
 from visionaccel.isolation.messages import PackedRequest
 from visionaccel.isolation.process import DeviceProcess
-from visionaccel.settings import LONGEST_SECONDS
+from visionaccel.settings import DEADLINE, LONGEST_SECONDS, OPEN_DEADLINE
 
 logger = safe_logger(__name__)
 
@@ -45,8 +45,8 @@ class Limits:
         SettingsError: If one is not such a number.
     """
 
-    run: float = 120.0
-    opening: float = 600.0
+    run: float = DEADLINE
+    opening: float = OPEN_DEADLINE
     closing: float = 5.0
     first_delay: float = 1.0
     longest_delay: float = 60.0

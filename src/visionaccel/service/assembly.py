@@ -17,7 +17,15 @@ from visionaccel.errors import BackendUnavailableError, DeviceError, PluginError
 from visionaccel.families import Tower
 from visionaccel.observe import TimingLog, TraceLog
 from visionaccel.service.service import EncodeService
-from visionaccel.settings import LONGEST_SECONDS, Settings, make_settings
+from visionaccel.settings import (
+    CACHE_SIZE,
+    DEADLINE,
+    LONGEST_SECONDS,
+    OPEN_DEADLINE,
+    QUEUE_SIZE,
+    Settings,
+    make_settings,
+)
 from visionaccel.trust import Canary, ChainLink, FirstAnswer, GuardedEncoder, Shadow, precision_limit
 
 logger = safe_logger(__name__)
@@ -189,10 +197,10 @@ def open_service(
     fallback: str | Sequence[str] | None = None,
     options: Mapping[str, Any] | None = None,
     isolation: WantedIsolation = "auto",
-    deadline: float = 120.0,
-    open_deadline: float = 600.0,
-    queue_size: int = 64,
-    cache_size: int = 512 * 2**20,
+    deadline: float = DEADLINE,
+    open_deadline: float = OPEN_DEADLINE,
+    queue_size: int = QUEUE_SIZE,
+    cache_size: int = CACHE_SIZE,
     dtype: str = "float32",
     cores: Iterable[int] | None = None,
     weights: WantedWeights = "private",

@@ -21,6 +21,7 @@ from visionaccel.core.safe_text import safe_logger
 from visionaccel.errors import ConfigurationError, DeviceError, PatchesError, QueueFullError, VisionAccelError
 from visionaccel.service.cache import EmbeddingCache, embedding_key, numerics
 from visionaccel.service.state import Embedding, Item, ServiceCounters, ServiceState
+from visionaccel.settings import CACHE_SIZE, QUEUE_SIZE
 from visionaccel.trust import GuardedEncoder
 
 logger = safe_logger(__name__)
@@ -58,8 +59,8 @@ class EncodeService:
         self,
         encoders: Sequence[GuardedEncoder],
         *,
-        queue_size: int = 64,
-        cache: int | EmbeddingCache = 512 * 2**20,
+        queue_size: int = QUEUE_SIZE,
+        cache: int | EmbeddingCache = CACHE_SIZE,
         dtype: str = "float32",
     ) -> None:
         self._numbers = _one_numerics(encoders, dtype)

@@ -19,6 +19,7 @@ from visionaccel.core.grid import Grid
 from visionaccel.core.safe_text import safe_logger
 from visionaccel.encoder import Encoder
 from visionaccel.errors import DeadlineError, DeviceError, DeviceLostError, InputError, VisionAccelError
+from visionaccel.settings import DEADLINE, OPEN_DEADLINE
 from visionaccel.trust.breaker import Breaker, BreakerState
 from visionaccel.trust.calls import (
     LEAST,
@@ -95,8 +96,8 @@ class ChainLink:
         canary: Canary | None = None,
         canary_on: bool = False,
         interval: float = 0.0,
-        deadline: float = 120.0,
-        open_deadline: float = 600.0,
+        deadline: float = DEADLINE,
+        open_deadline: float = OPEN_DEADLINE,
         failures: int = 5,
         cool_down: float = 1.0,
         same: bool = False,

@@ -48,6 +48,7 @@ from visionaccel.errors import (
 )
 from visionaccel.families import Tower
 from visionaccel.images import image_processor
+from visionaccel.settings import DEADLINE, OPEN_DEADLINE
 from visionaccel.validation.packed_weights import differing_weights
 from visionaccel.validation.trials import Trial, Trials, bundled_photographs, find_images
 
@@ -117,8 +118,8 @@ def validate_bundle(
     thresholds: Mapping[str, float] = THRESHOLDS,
     registry: Registry | None = None,
     isolation: WantedIsolation = "auto",
-    deadline: float = 120.0,
-    open_deadline: float = 600.0,
+    deadline: float = DEADLINE,
+    open_deadline: float = OPEN_DEADLINE,
     progress: Progress | None = None,
 ) -> Validation:
     """Run every program of a bundle beside the reference.
