@@ -349,18 +349,6 @@ def test_strict_makes_any_failure_the_status(tmp_path):
     doctor("--strict", site=broken(tmp_path, "raise OSError"), status=1)
 
 
-def test_the_table_has_every_finding_and_their_number(monkeypatch):
-    from typer.testing import CliRunner
-
-    from visionaccel.cli.app import app
-
-    monkeypatch.setenv("COLUMNS", "200")
-    run = CliRunner().invoke(app, ["doctor", "--no-vllm", "--backend", "onnxrt"])
-    assert run.exit_code == 0
-    assert "visionaccel-onnxrt 0.1.0 loads" in run.stdout
-    assert " failed, " in run.stdout
-
-
 def test_findings_are_bounded_and_printable():
     row = as_finding({"name": "a\x1b]0;b\n", "status": "pass", "detail": "x" * 99_999})
     assert row.name == "a?]0;b"

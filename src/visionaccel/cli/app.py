@@ -7,11 +7,12 @@ import sys
 import typer
 
 from visionaccel import __version__
-from visionaccel.cli.backends import backends, doctor, explain
+from visionaccel.cli.backends import backends, explain
 from visionaccel.cli.bundles import inspect, pull, push, validate
+from visionaccel.cli.diagnosis import doctor
 from visionaccel.cli.encode import encode
 from visionaccel.cli.export import export, quantize, strip
-from visionaccel.cli.output import messages, own_stdout, print_json, prints_results
+from visionaccel.cli.output import messages, own_stdout, print_json, results_only
 from visionaccel.cli.plugin_commands import CommandsWithPlugins
 from visionaccel.errors import ConfigurationError, VisionAccelError
 
@@ -38,24 +39,21 @@ def _root(
     pass
 
 
-for command in (
-    *(backends, explain, export, quantize, inspect, validate),
-    *(push, pull, strip, encode, doctor),
-):
-    app.command()(prints_results(command))
+for command in (backends, explain, export, quantize, inspect, validate, push, pull, strip, encode, doctor):
+    app.command()(results_only()(command))
 
 
 def main() -> None:
     """Run the command. Errors of this package become one message on stderr and exit status 2."""
-    own_stdout()
-    try:
-        _run()
-    except VisionAccelError as error:
-        if "--json" in sys.argv:
-            print_json({"error": type(error).__name__, "message": error.message, "hint": error.hint})
-        messages.print(type(error).__name__, style="bold red", end=" ")
-        messages.print(str(error), highlight=False, soft_wrap=True)
-        raise SystemExit(2) from None
+    with own_stdout():
+        try:
+            _run()
+        except VisionAccelError as error:
+            if "--json" in sys.argv:
+                print_json({"error": type(error).__name__, "message": error.message, "hint": error.hint})
+            messages.print(type(error).__name__, style="bold red", end=" ")
+            messages.print(str(error), highlight=False, soft_wrap=True)
+            raise SystemExit(2) from None
 
 
 def _run() -> None:

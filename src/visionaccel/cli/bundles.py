@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.progress import MofNCompleteColumn
-from rich.table import Table
 
 from visionaccel.backends import AUTO
 from visionaccel.bundle import (
     MANIFEST,
     Bundle,
     Certificate,
+    ProgramEntry,
     json_schema,
     open_bundle,
     pull_bundle,
@@ -32,7 +31,9 @@ from visionaccel.cli.output import (
     OptionsText,
     backend_options,
     messages,
+    print_details,
     print_json,
+    print_table,
     progress,
     results,
 )
@@ -62,10 +63,9 @@ def inspect(
         raise ConfigurationError("no bundle was named.", hint="Pass the folder of a bundle, or --schema.")
     found = locate_checkpoint(checkpoint) if checkpoint is not None else None
     opened = open_bundle(bundle, checkpoint=found, trust_unchanged=not full)
-    names = {entry.name for entry in opened.manifest.programs}
-    formats = {entry.format for entry in opened.manifest.programs}
-    programs = {program.name: program for program in opened.programs(formats) if program.name in names}
-    rows = [_described(opened, programs[entry.name]) for entry in opened.manifest.programs]
+    entries = opened.manifest.programs
+    programs = {program.name: program for program in opened.programs({entry.format for entry in entries})}
+    rows = [_described(entry, programs[entry.name]) for entry in entries]
     if as_json:
         print_json({"manifest": opened.manifest.model_dump(mode="json"), "programs": rows})
         return
@@ -79,8 +79,7 @@ def inspect(
         print_certificate(certificate, f"Certificate of {certificate.created}")
 
 
-def _described(bundle: Bundle, program: Program) -> dict[str, Any]:
-    entry = next(entry for entry in bundle.manifest.programs if entry.name == program.name)
+def _described(entry: ProgramEntry, program: Program) -> dict[str, Any]:
     return {
         "name": program.name,
         "format": program.format,
@@ -113,38 +112,38 @@ def _graph(program: Program) -> dict[str, Any]:
 
 def _print_summary(bundle: Bundle) -> None:
     manifest = bundle.manifest
-    table = Table(title=f"Bundle {bundle.folder}", show_header=False)
     weights = "in the bundle" if manifest.checkpoint is None else f"in checkpoint {manifest.checkpoint.source}"
     if not bundle.tower.complete:
         weights += ", the host's alone"
-    table.add_row("family", manifest.family)
-    table.add_row("weights", f"{weights}, {manifest.weights_digest}")
-    table.add_row("image processor", manifest.processor_digest or "not stated")
-    table.add_row("fixed grids", ", ".join(f"{grid.h}x{grid.w}" for grid in bundle.grids) or "none")
-    table.add_row("shared files", ", ".join(f"{f.path} ({f.bytes / 1e6:.2f} MB)" for f in manifest.files) or "none")
-    table.add_row("written with", ", ".join(f"{name} {version}" for name, version in manifest.toolchain.items()))
-    results.print(table)
+    details = {
+        "family": manifest.family,
+        "weights": f"{weights}, {manifest.weights_digest}",
+        "image processor": manifest.processor_digest or "not stated",
+        "fixed grids": ", ".join(f"{grid.h}x{grid.w}" for grid in bundle.grids) or "none",
+        "shared files": ", ".join(f"{f.path} ({f.bytes / 1e6:.2f} MB)" for f in manifest.files) or "none",
+        "written with": ", ".join(f"{name} {version}" for name, version in manifest.toolchain.items()),
+    }
+    print_details(f"Bundle {bundle.folder}", details)
 
 
 def _print_program(row: dict[str, Any]) -> None:
-    table = Table(title=f"Program {row['name']}", show_header=False)
-    table.add_row("takes", row["takes"])
-    table.add_row("format", f"{row['format']}, {row['precision']}, device {row['device']}")
     split = f"window reorder and {', '.join(row['host'])}" if row["host"] else "nothing but tables"
     if {HOST_BEFORE, HOST_AFTER} <= set(row["companions"]):
         split = "the operators around the device's part, on ONNX Runtime"
-    table.add_row("left to the host", split)
-    table.add_row("size", f"{row['bytes'] / 1e6:.2f} MB")
-    table.add_row("inputs", "\n".join(row["inputs"]))
-    table.add_row("outputs", "\n".join(row["outputs"]))
-    if row["stored_names"]:
-        table.add_row("in the file", "\n".join(f"{name}: {stored}" for name, stored in row["stored_names"].items()))
-    if row["companions"]:
-        table.add_row("files next to it", "\n".join(f"{role}: {path}" for role, path in row["companions"].items()))
+    details = {
+        "takes": row["takes"],
+        "format": f"{row['format']}, {row['precision']}, device {row['device']}",
+        "left to the host": split,
+        "size": f"{row['bytes'] / 1e6:.2f} MB",
+        "inputs": "\n".join(row["inputs"]),
+        "outputs": "\n".join(row["outputs"]),
+        "in the file": "\n".join(f"{name}: {stored}" for name, stored in row["stored_names"].items()),
+        "files next to it": "\n".join(f"{role}: {path}" for role, path in row["companions"].items()),
+    }
     if "nodes" in row:
-        table.add_row("opset", ", ".join(f"{domain} {version}" for domain, version in row["opset"].items()))
-        table.add_row("nodes", f"{row['nodes']}: " + ", ".join(f"{op} {n}" for op, n in row["operators"].items()))
-    results.print(table)
+        details["opset"] = ", ".join(f"{domain} {version}" for domain, version in row["opset"].items())
+        details["nodes"] = f"{row['nodes']}: " + ", ".join(f"{op} {n}" for op, n in row["operators"].items())
+    print_details(f"Program {row['name']}", details)
 
 
 def validate(
@@ -227,28 +226,25 @@ def _check_writable(bundle: Bundle) -> None:
 
 
 def print_certificate(certificate: Certificate, title: str) -> None:
-    """The certificate as tables: cosines lowest, at the first percentile and mean; and below, what failed and why."""
+    """The certificate as a table of cosines, lowest, at the first percentile and mean; then what failed and why."""
     images = ", ".join(f"{count} {kind}" for kind, count in certificate.images.items())
-    table = Table(title=f"{title}; images: {images}", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("program", overflow="fold", min_width=7)
-    table.add_column("ran on", overflow="fold")
-    for name in ("tokens", "lowest", "1st %", "mean", "error", "NaN"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
-    for found in certificate.programs:
-        table.add_row(
+    rows = [
+        (
             found.program,
             f"{found.backend}, {found.device}" + (" (simulated)" if found.simulated else ""),
-            str(found.tokens),
+            found.tokens,
             f"{found.lowest_cosine:.6f}",
             f"{found.first_percentile_cosine:.6f}",
             f"{found.mean_cosine:.6f}",
             f"{found.relative_error:.1e}",
-            str(found.nonfinite_rows),
+            found.nonfinite_rows,
             "passed" if found.failure is None else "FAILED",
-            style=None if found.failure is None else "bold red",
         )
-    results.print(table)
+        for found in certificate.programs
+    ]
+    columns = ("program", "ran on", "tokens", "lowest", "1st %", "mean", "error", "NaN", "verdict")
+    styles = ["" if found.failure is None else "bold red" for found in certificate.programs]
+    print_table(f"{title}; images: {images}", columns, rows, styles)
     if not certificate.independent:
         results.print(
             "The reference is not independent: transformers has no such tower, so it was visionaccel's own in float32.",

@@ -13,7 +13,17 @@ from numpy.typing import NDArray
 from visionaccel.backends import AUTO
 from visionaccel.bundle import Bundle, open_bundle, require_processor
 from visionaccel.checkpoint import locate_checkpoint
-from visionaccel.cli.output import Backend, Device, Json, OptionsText, backend_options, print_json, print_table, results
+from visionaccel.cli.output import (
+    Backend,
+    Device,
+    Json,
+    OptionsText,
+    backend_options,
+    check_writable,
+    print_json,
+    print_table,
+    results,
+)
 from visionaccel.core.cores import choose_cores
 from visionaccel.encoder import open_encoder, open_source
 from visionaccel.errors import ConfigurationError
@@ -49,8 +59,7 @@ def encode(
     folder = (found or tower.checkpoint).folder
     if isinstance(source, Bundle):
         require_processor(source.manifest.processor_digest, folder, source.folder)
-    if output is not None and not output.parent.is_dir():
-        raise ConfigurationError(f"{output.parent} is not a folder.", hint="Name a file in a folder that exists.")
+    check_writable(output)
     process = image_processor(folder)
     with open_encoder(
         source,

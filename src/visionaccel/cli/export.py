@@ -11,9 +11,7 @@ from rich.filesize import decimal
 from rich.progress import DownloadColumn, MofNCompleteColumn, TextColumn
 
 from visionaccel.bundle import (
-    BundleFile,
     ProgramRequest,
-    StripReport,
     counter,
     export_bundle,
     open_bundle,
@@ -146,7 +144,8 @@ def export(
         for each in manifest.programs
     ]
     print_table(f"Bundle {output}", ("program", "takes", "precision", "file", "MB"), rows)
-    weights = "packed, " + _size(manifest.files) if manifest.checkpoint is None else f"in {manifest.checkpoint.source}"
+    packed = f"packed, {sum(file.bytes for file in manifest.files) / 2**30:.2f} GiB"
+    weights = packed if manifest.checkpoint is None else f"in {manifest.checkpoint.source}"
     results.print(f"Weights {weights}. Written in {seconds} s.")
 
 
@@ -162,10 +161,6 @@ def frame_grid(text: str, option: str, merge_size: int) -> Grid:
         raise ConfigurationError(f"{option} {text}: a program takes one frame.", hint="Write height x width, 58x74.")
     grid.check_divisible(merge_size)
     return grid
-
-
-def _size(files: tuple[BundleFile, ...]) -> str:
-    return f"{sum(file.bytes for file in files) / 2**30:.2f} GiB"
 
 
 def quantize(
@@ -236,29 +231,26 @@ def strip(
     total = sum(tensor.length for tensor in source.tensors.values())
     with progress(DownloadColumn()) as tell:
         report = strip_checkpoint(source, output, progress=counter("Stripping", total, tell))
-    if as_json:
-        print_json(_as_dict(report, time.perf_counter() - started))
-        return
-    results.print(f"Wrote {report.folder} for family {report.family}.", highlight=False, soft_wrap=True)
     before, after = report.kept_bytes + report.removed_bytes, report.kept_bytes
     removed, kept = report.removed_tensors, report.kept_tensors
+    if as_json:
+        answer = {
+            "folder": str(report.folder),
+            "family": report.family,
+            "bytes_before": before,
+            "bytes_after": after,
+            "removed_tensors": removed,
+            "kept_tensors": kept,
+            "vision_weights_digest": report.digest,
+            "shards": list(report.shards),
+            "skipped": list(report.skipped),
+            "seconds": round(time.perf_counter() - started, 3),
+        }
+        print_json(answer)
+        return
+    results.print(f"Wrote {report.folder} for family {report.family}.", highlight=False, soft_wrap=True)
     results.print(f"  weights: {decimal(before)} before, {decimal(after)} after", highlight=False)
     results.print(f"  tensors: {removed} of the vision tower removed, {kept} kept", highlight=False)
     results.print(f"  digest of the vision weights: {report.digest}", highlight=False, soft_wrap=True)
     if report.skipped:
         results.print(f"  not copied: {', '.join(report.skipped)}", highlight=False, soft_wrap=True)
-
-
-def _as_dict(report: StripReport, seconds: float) -> dict[str, object]:
-    return {
-        "folder": str(report.folder),
-        "family": report.family,
-        "bytes_before": report.kept_bytes + report.removed_bytes,
-        "bytes_after": report.kept_bytes,
-        "removed_tensors": report.removed_tensors,
-        "kept_tensors": report.kept_tensors,
-        "vision_weights_digest": report.digest,
-        "shards": list(report.shards),
-        "skipped": list(report.skipped),
-        "seconds": round(seconds, 3),
-    }

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import os
+import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec, TypeVar
+from typing import Annotated, Any, Literal
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -50,73 +51,39 @@ OptionsText = Annotated[
 ]
 
 
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
-_STDOUT = 1
-
-
-class _Process:
-    """Whether stdout is this command's to keep: in a process that it does not own, others print there afterwards."""
-
-    owned = False
-    printing = False
-
-
-def own_stdout() -> None:
-    """From the next `prints_results` on, keep the file descriptor of stdout for results until the process ends."""
-    _Process.owned = True
+_WIDEST_WORD = 24
+_NUMBER = re.compile(r"[\d.e+-]+")
 
 
 @contextmanager
-def results_only(*, for_good: bool = False) -> Iterator[None]:
-    """Keep stdout for results: what else prints there, such as a plug-in, prints to stderr.
+def own_stdout() -> Iterator[None]:
+    """Keep stdout for what Python prints there in the context. What else writes to its descriptor writes to stderr.
 
-    Args:
-        for_good: Leave it so afterwards if this process is the command's own: what vendors' libraries print is written
-            by C, some of it when the process ends.
+    It still does so afterwards: some vendors' libraries print when the process ends.
     """
-    stdout, owned = sys.stdout, _Process.owned
-    if _Process.printing or stdout is None or sys.stderr is None:  # closed by what started this process
+    if sys.stdout is None or sys.stderr is None:  # closed by what started this process
         yield
         return
-    kept = stdout
-    if owned:
-        stdout.flush()
-        kept = os.fdopen(os.dup(_STDOUT), "w", encoding=stdout.encoding, errors=stdout.errors)
-        os.dup2(sys.stderr.fileno(), _STDOUT)
-    results.file, sys.stdout, _Process.printing = kept, sys.stderr, True
-    try:
+    sys.stdout.flush()
+    descriptor = sys.stdout.fileno()
+    kept = os.fdopen(os.dup(descriptor), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
+    os.dup2(sys.stderr.fileno(), descriptor)
+    with redirect_stdout(kept):
         yield
+
+
+@contextmanager
+def results_only() -> Iterator[None]:
+    """Keep stdout for results: what else Python prints there, such as in a plug-in, goes to stderr. Decorates, too."""
+    if sys.stderr is None or results.file is not sys.stdout:  # or it is kept already
+        yield
+        return
+    results.file = sys.stdout
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
     finally:
-        if owned:
-            kept.flush()
-        if not (owned and for_good):
-            results.file = None  # type: ignore[assignment] # rich's word for the stdout of the moment
-            sys.stdout, _Process.printing = stdout, False
-            if owned:
-                os.dup2(kept.fileno(), _STDOUT)
-                kept.close()
-
-
-def prints_results(command: Callable[_P, _T], *, for_good: bool = True) -> Callable[_P, _T]:
-    """A command that runs under `results_only`."""
-
-    @functools.wraps(command)
-    def run(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        with results_only(for_good=for_good):
-            return command(*args, **kwargs)
-
-    return run
-
-
-def print_results_of(command: Any) -> None:
-    """Have `prints_results` wrap a built command, and those of a group at every depth."""
-    commands = getattr(command, "commands", {})
-    if command.callback is not None:
-        # After a group's own function, a command's help may follow on stdout.
-        command.callback = prints_results(command.callback, for_good=not commands)
-    for nested in commands.values():
-        print_results_of(nested)
+        results.file = None  # type: ignore[assignment] # rich's word for the stdout of the moment
 
 
 @contextmanager
@@ -198,12 +165,45 @@ def write_json(value: Any, file: Path | None) -> None:
         raise ConfigurationError(f"{file} cannot be written: {error}", hint="Name another file.") from error
 
 
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A table of texts and numbers on stdout."""
-    table = Table(*columns, title=title)
-    for row in rows:
-        table.add_row(*map(str, row))
+def _table(title: str, **given: Any) -> Table:
+    """A table that takes little room, so that its cells fit into a terminal of 80 columns."""
+    return Table(title=title or None, box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), **given)
+
+
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], styles: Sequence[str] | None = None
+) -> None:
+    """A table of texts and numbers on stdout.
+
+    Words break only where a column cannot be as wide. At most one column may hold sentences; the others, names.
+
+    Args:
+        title: What stands above it, if anything.
+        columns: The heads.
+        rows: The cells of each row.
+        styles: The style of each row.
+    """
+    table = _table(title)
+    for number, name in enumerate(columns):
+        cells = [str(row[number]) for row in rows]
+        widest = max(map(len, " ".join([name, *cells]).split()))
+        justify: Literal["left", "right"] = "right" if all(map(_NUMBER.fullmatch, cells)) else "left"
+        table.add_column(name, justify=justify, overflow="fold", min_width=min(_WIDEST_WORD, widest))
+    for row, style in zip(rows, styles or [""] * len(rows), strict=True):
+        table.add_row(*map(str, row), style=style)
     results.print(table)
+
+
+def print_details(title: str, details: Mapping[str, object]) -> None:
+    """A table of names with what they stand for, without those that stand for nothing, and an empty line."""
+    table = _table(title, show_header=False, title_justify="left")
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, detail in details.items():
+        if detail:
+            table.add_row(name, str(detail))
+    results.print(table)
+    results.print()
 
 
 def number(value: float | None) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection
+from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -13,7 +14,7 @@ from typer.main import get_group
 
 from visionaccel.backends import contained
 from visionaccel.backends.hooks import PROJECT, HookSpecs
-from visionaccel.cli.output import messages, print_results_of, results_only
+from visionaccel.cli.output import messages, results_only
 from visionaccel.errors import ConfigurationError, PluginError
 
 GROUP = "visionaccel.commands"
@@ -55,21 +56,16 @@ class CommandsWithPlugins(TyperGroup):
         if self._loaded:
             return
         self._loaded = True
-        self.commands.update(_plugin_commands(self.commands))
-        for name in _EXTRAS:
-            if name not in self.commands:
-                missing: Any = TyperCommand(
-                    name, callback=_missing(name), hidden=True, context_settings=_ANYTHING, add_help_option=False
-                )
-                self.commands[name] = missing
+        added: dict[str, Any] = _plugin_commands(self.commands)
+        for name in _EXTRAS.keys() - added.keys():
+            added[name] = TyperCommand(
+                name, callback=partial(_missing, name), hidden=True, context_settings=_ANYTHING, add_help_option=False
+            )
+        self.commands.update(added)
 
 
 def _plugin_commands(own: Collection[str]) -> dict[str, Any]:
-    """The commands of each installed plug-in by name, in the order of the entry points' names.
-
-    Args:
-        own: Names of the core's commands.
-    """
+    """The commands of each installed plug-in by name, in the order of the entry points' names; `own` are the core's."""
     found: dict[str, Any] = {}
     origins = dict.fromkeys(own, _CORE)
     for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
@@ -90,15 +86,11 @@ def _plugin_commands(own: Collection[str]) -> dict[str, Any]:
 
 
 def _check_free(name: str, other: str | None) -> None:
-    if other == _CORE:
+    if other is not None:
+        uninstall = "it" if other == _CORE else "one of the two"
         raise PluginError(
             f"it adds the command {name!r}, which {other} has.",
-            hint="Uninstall it, or ask its author for another name.",
-        )
-    if other is not None:
-        raise PluginError(
-            f"it adds the command {name!r}, which is one of {other}.",
-            hint="Uninstall one of the two, or ask its author for another name.",
+            hint=f"Uninstall {uninstall}, or ask its author for another name.",
         )
 
 
@@ -129,32 +121,30 @@ def _commands_of(point: EntryPoint) -> dict[str, Any]:
             hint="Set it on a group of commands, and add the group with app.add_typer(group, name=...).",
         )
     found: dict[str, Any] = {}
-    for part in _parts(added):
+    # Each alone: of two with one name, a group of both would keep the last.
+    alone: list[tuple[list[Any], list[Any]]] = [([command], []) for command in added.registered_commands]
+    alone += [([], [group]) for group in added.registered_groups]
+    for commands, groups in alone:
+        part = typer.Typer()
+        part.registered_commands, part.registered_groups = commands, groups
         for name, command in get_group(part).commands.items():
             if name in found:
                 raise PluginError(f"it adds two commands named {name!r}.", hint="Name one: app.command('other-name').")
-            print_results_of(command)
+            _keep_stdout(command)
             found[name] = command
     return found
 
 
-def _parts(added: typer.Typer) -> Iterator[typer.Typer]:
-    """Each command and group alone: of two with one name, a group of both would keep the last."""
-    for command in added.registered_commands:
-        part = typer.Typer()
-        part.registered_commands.append(command)
-        yield part
-    for group in added.registered_groups:
-        part = typer.Typer()
-        part.registered_groups.append(group)
-        yield part
+def _keep_stdout(command: Any) -> None:
+    """Have a command, and those of a group at every depth, print results only."""
+    if command.callback is not None:
+        command.callback = results_only()(command.callback)
+    for nested in getattr(command, "commands", {}).values():
+        _keep_stdout(nested)
 
 
-def _missing(name: str) -> Callable[[], None]:
-    def missing() -> None:
-        raise ConfigurationError(
-            f"`visionaccel {name}` is in another distribution, which is not installed or does not work here.",
-            hint=f"Install it: pip install 'visionaccel[{_EXTRAS[name]}]'.",
-        )
-
-    return missing
+def _missing(name: str) -> None:
+    raise ConfigurationError(
+        f"`visionaccel {name}` is in another distribution, which is not installed or does not work here.",
+        hint=f"Install it: pip install 'visionaccel[{_EXTRAS[name]}]'.",
+    )

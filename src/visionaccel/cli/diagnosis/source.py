@@ -3,65 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 
 from visionaccel.backends import Finding
 from visionaccel.bundle import Bundle, Certificate, is_bundle, open_bundle, read_golden
 from visionaccel.encoder import open_tower
 
-OPENED = ("checkpoint", "manifest")
-"""Names of the findings that say that a checkpoint or a bundle could be opened."""
-
 _PROVE = "Run `visionaccel validate`."
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """What is to run the programs.
-
-    Attributes:
-        backend: Name of the backend; None if none is named.
-        devices: Its devices; none if none is named.
-        installed: Names of the installed backends.
-    """
-
-    backend: str | None
-    devices: tuple[str, ...]
-    installed: Collection[str]
-
-
-def of_source(source: str, wanted: Wanted) -> Iterator[Finding]:
+def of_source(
+    source: str, backend: str | None, devices: Collection[str], installed: Collection[str]
+) -> Iterator[Finding]:
     """What is found of a bundle or checkpoint. Every file of a bundle is read, even one that is known to be unchanged.
+
+    The first finding says that it opens.
 
     Args:
         source: Its folder, or the Hugging Face repository of a checkpoint.
-        wanted: What is to run it.
+        backend: Name of the backend that is to run it, if one is named.
+        devices: Devices that it is to run on, if some are named.
+        installed: Names of the installed backends.
 
     Raises:
         ArtifactError: If it is broken.
     """
     if not is_bundle(source):
-        tower = open_tower(source)
-        yield Finding(OPENED[0], "pass", f"{source}, family {tower.family}")
+        yield Finding("checkpoint", "pass", f"{source}, family {open_tower(source).family}")
         return
     bundle = open_bundle(source, trust_unchanged=False)
-    yield Finding(OPENED[1], "pass", f"{source}, family {bundle.family}, {_programs(bundle)}")
-    files = bundle.manifest.every_file()
-    size = sum({file.path: file.bytes for file in files}.values())
-    yield Finding("digests", "pass", f"{len({f.path for f in files})} files of {size / 2**20:.1f} MiB are as stated")
-    yield from _certificate(bundle.manifest.certificate, wanted)
+    names = [program.name for program in bundle.manifest.programs]
+    programs = f"{len(names)} {'program' if len(names) == 1 else 'programs'}: {', '.join(names)}"
+    yield Finding("manifest", "pass", f"{source}, family {bundle.family}, {programs}")
+    sizes = {file.path: file.bytes for file in bundle.manifest.every_file()}
+    yield Finding("digests", "pass", f"{len(sizes)} files of {sum(sizes.values()) / 2**20:.1f} MiB are as stated")
+    certificate = bundle.manifest.certificate
+    if certificate is None:
+        yield Finding("certificate", "warning", "none: the programs were not compared with the reference", _PROVE)
+    else:
+        yield from _certificate(certificate)
+        yield _ran_on(certificate, backend, devices, installed)
     yield _golden(bundle)
 
 
-def _programs(bundle: Bundle) -> str:
-    names = [program.name for program in bundle.manifest.programs]
-    return f"{len(names)} {'program' if len(names) == 1 else 'programs'}: {', '.join(names)}"
-
-
-def _certificate(found: Certificate | None, wanted: Wanted) -> Iterator[Finding]:
-    if found is None:
-        yield Finding("certificate", "warning", "none: the programs were not compared with the reference", _PROVE)
-        return
+def _certificate(found: Certificate) -> Iterator[Finding]:
     failed = [each.program for each in found.programs if each.failure is not None]
     if not found.passed:
         detail = f"not passed on {found.created}: {', '.join(failed) or 'its answers differ'}"
@@ -72,23 +56,20 @@ def _certificate(found: Certificate | None, wanted: Wanted) -> Iterator[Finding]
     if not found.independent:
         detail = "visionaccel's own tower in float32, as transformers has none: a fault of the family does not show"
         yield Finding("certificate's reference", "warning", detail, "Compare embeddings with the model's own code.")
-    yield _ran_on(found, wanted)
 
 
-def _ran_on(found: Certificate, wanted: Wanted) -> Finding:
+def _ran_on(found: Certificate, backend: str | None, devices: Collection[str], installed: Collection[str]) -> Finding:
     """Whether the certificate was made by what is to run the programs."""
     name = "certificate's device"
     places = list(dict.fromkeys((each.backend, each.device, each.simulated) for each in found.programs))
-    made_on = "; ".join(f"{backend}, {device}{' (SIMULATED)' * simulated}" for backend, device, simulated in places)
-    here = "here" if wanted.backend is None else f"with `--backend {wanted.backend}`"
-    fix = f"Run `visionaccel validate` {here}."
-    backends = {backend for backend, _, _ in places}
-    if wanted.backend is not None and backends != {wanted.backend}:
-        return Finding(name, "warning", f"made on {made_on}; {wanted.backend} is to run it", fix)
-    kinds = {_kind(device) for _, device, _ in places}
-    if wanted.devices and kinds != {_kind(device) for device in wanted.devices}:
-        return Finding(name, "warning", f"made on {made_on}; {', '.join(wanted.devices)} is to run it", fix)
-    if not backends <= set(wanted.installed):
+    made_on = "; ".join(f"{maker}, {device}{' (SIMULATED)' * simulated}" for maker, device, simulated in places)
+    makers, kinds = {maker for maker, _, _ in places}, {_kind(device) for _, device, _ in places}
+    fix = f"Run `visionaccel validate` {'here' if backend is None else f'with `--backend {backend}`'}."
+    if backend is not None and makers != {backend}:
+        return Finding(name, "warning", f"made on {made_on}; {backend} is to run it", fix)
+    if devices and kinds != set(map(_kind, devices)):
+        return Finding(name, "warning", f"made on {made_on}; {', '.join(devices)} is to run it", fix)
+    if not makers <= set(installed):
         return Finding(name, "warning", f"made on {made_on}, which is not installed here", fix)
     if any(simulated for _, _, simulated in places):
         return Finding(name, "warning", f"made on {made_on}, which is not hardware", "Validate it on the hardware too.")
@@ -100,7 +81,6 @@ def _kind(device: str) -> str:
 
 
 def _golden(bundle: Bundle) -> Finding:
-    images = read_golden(bundle)
-    if images:
+    if images := read_golden(bundle):
         return Finding("golden images", "pass", f"{len(images)}, for a canary to encode before the first request")
     return Finding("golden images", "warning", "none, so that no canary can encode any", _PROVE)
