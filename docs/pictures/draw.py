@@ -1,6 +1,6 @@
 """Draws the pictures of `how-it-works.md` as SVG, the windows from the tables that the encoder itself makes.
 
-Run it with visionaccel installed: `python docs/pictures/draw.py` writes the files beside it.
+Run it with visionaccel installed: `python docs/pictures/draw.py` writes the files next to it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -116,7 +116,7 @@ SIDES: Mapping[str, str] = {
     "fixed grid": "h-dddddh",
     "fixed grid, --split-host": "h-hhddhh",
 }
-"""Who does each step for each kind of program: the host, the device, or nobody at run time, since it is baked in."""
+"""Who does each step for each kind of program: the host, the device, or neither at run time, since it is baked in."""
 
 
 def split() -> str:
