@@ -1,6 +1,6 @@
 """Asks an advisory service for known vulnerabilities of what is installed: `python tools/audit.py SITE_PACKAGES`.
 
-It runs in an environment of its own that has pip-audit. Where no service can be reached it says so and does not fail;
+It runs in a separate environment that has pip-audit. Where no service can be reached it says so and does not fail;
 where one answers, a vulnerability fails.
 """
 
@@ -50,8 +50,8 @@ def verdict(output: str, errors: str) -> tuple[bool, str]:
         for found in each["vulns"]
     ]
     more = f" and {len(unknown) - _MOST_LISTED} more" if len(unknown) > _MOST_LISTED else ""
-    beside = f" The service does not know {', '.join(unknown[:_MOST_LISTED])}{more}." if unknown else ""
-    summary = f"{len(audited)} distributions audited, {len(lines)} vulnerabilities.{beside}"
+    ignored = f" The service does not know {', '.join(unknown[:_MOST_LISTED])}{more}." if unknown else ""
+    summary = f"{len(audited)} distributions audited, {len(lines)} vulnerabilities.{ignored}"
     return bool(lines), "\n".join([*lines, summary])
 
 

@@ -2,6 +2,9 @@
 
 import json
 
+import pytest
+
+import check_words
 from audit import verdict
 from check_pins import differences, pins
 
@@ -50,3 +53,36 @@ def test_an_audit_that_cannot_run_fails():
         failed, text = verdict("", errors)
         assert failed
         assert text.startswith("AUDIT FAILED TO RUN")
+
+
+WORDS = """# a comment
+told: knows
+of its own: separate
+is no: is not a; except there is no, is no longer
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("It is Told so.", [(1, "'Told': write 'knows'")]),
+        ("fine\n# a process of\n# its own", [(2, "'of # its own': write 'separate'")]),
+        ("It is no file, and there is no hint.", [(1, "'is no': write 'is not a'")]),
+        ("There is\nno hint, and it is no longer needed.", []),
+        ("retold, self._told, is normal", []),
+        ("the option `told`  # words: allowed", []),
+    ],
+)
+def test_an_avoided_word_is_found_whole_and_with_its_line(text, found):
+    assert list(check_words.avoided(text, WORDS)) == found
+
+
+def test_a_page_with_an_avoided_word_fails_the_check(tmp_path, monkeypatch, capsys):
+    page = tmp_path / "docs" / "page.md"
+    page.parent.mkdir()
+    page.write_text("All is well.\n")
+    monkeypatch.setattr(check_words, "ROOT", tmp_path)
+    assert check_words.main() == 0
+    page.write_text("All is well.\nNobody knows.\n")
+    assert check_words.main() == 1
+    assert capsys.readouterr().out == "docs/page.md:2: 'Nobody': write 'name the role'\n"

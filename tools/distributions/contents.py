@@ -59,7 +59,7 @@ DISTRIBUTIONS = (
     Distribution("plugins/flexmlrt", "visionaccel_flexmlrt", ("cpp/CMakeLists.txt", "cpp/bridge/module.cpp"), True),
     Distribution("plugins/testing", "visionaccel_testing"),
     Distribution("plugins/bench", "visionaccel_bench"),
-    # What conformance is measured with, beside small towers.
+    # What conformance is measured with, in addition to small towers.
     Distribution("examples/digits_vlm", "digits_vlm", called="visionaccel-digits-vlm"),
 )
 
@@ -80,7 +80,7 @@ def wheel_problems(wheel: Path, distribution: Distribution, sources: Iterable[st
     modules = {name for name in package if name.endswith(".so")}
     problems = [f"{name} is missing" for name in sorted(wanted - package)]
     problems += [f"{name} is not wanted" for name in sorted(package - wanted - modules)]
-    problems += [f"{name} is no part of the package" for name in sorted(names) if _UNWANTED.search(name)]
+    problems += [f"{name} is not part of the package" for name in sorted(names) if _UNWANTED.search(name)]
     if bool(modules) != distribution.compiled:
         problems.append(f"compiled modules: {sorted(modules) or 'none'}")
     if f"{distribution.module}/py.typed" not in names:

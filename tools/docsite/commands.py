@@ -44,5 +44,5 @@ def _cell(text: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    """A sentence of the help as it is: its brackets and angles are no markup."""
+    """A sentence of the help as it is: its brackets and angles are not markup."""
     return html.escape(_cell(text).replace("[", "\\["), quote=False)
