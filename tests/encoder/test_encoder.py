@@ -17,7 +17,7 @@ from fake_plugins import ECHO, install
 from strategies import grid_lists
 from towers import random_patches, reference
 from visionaccel import Encoder, open_encoder
-from visionaccel.backends import Capabilities, EncodeReport, Registry, hookimpl
+from visionaccel.backends import Capabilities, EncodeReport, Registry, Session, hookimpl
 from visionaccel.core.program import CHECKPOINT
 from visionaccel.encoder import open_tower, opening
 from visionaccel.errors import DeviceError, GridError, InputError, NonFiniteError, OutputError, PatchesError
@@ -158,7 +158,7 @@ def test_a_closed_encoder_says_so_and_closes_twice(tiny):
         encoder.encode(random_patches([(1, 4, 4)]), [(1, 4, 4)])
 
 
-class Slow:
+class Slow(Session):
     """A session that takes a moment, counts calls in progress, and knows whether it was closed under one."""
 
     def __init__(self, thread_safe):
