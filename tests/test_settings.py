@@ -1,4 +1,4 @@
-"""Settings: names, former names, values, and the documented table."""
+"""Settings: names, former names and values."""
 
 import logging
 import os

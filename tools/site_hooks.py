@@ -13,8 +13,7 @@ from docsite.catalogue import error_catalogue, error_table
 from docsite.commands import command_reference
 from docsite.conformance import check_table, support_table
 from docsite.links import ELSEWHERE, site_links
-from docsite.tables import backend_options, backend_table, metrics_table
-from visionaccel.settings import settings_table
+from docsite.tables import backend_options, backend_table, metrics_table, settings_table
 
 ROOT = Path(__file__).parents[1]
 

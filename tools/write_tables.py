@@ -10,10 +10,9 @@ import json
 import re
 from pathlib import Path
 
-from docsite.tables import contract_table, feature_table
+from docsite.tables import contract_table, feature_table, settings_table
 from visionaccel.bundle import SCHEMA_VERSION, json_schema
 from visionaccel.integrations.vllm.compat.releases import compatibility_table
-from visionaccel.settings import settings_table
 
 __all__ = ["PAGES", "written"]
 
@@ -29,7 +28,7 @@ def written() -> dict[Path, str]:
         "features": feature_table(),
         "changed": contract_table(changing=True),
         "used": contract_table(changing=False),
-        "settings": settings_table() + "\n",
+        "settings": settings_table(),
     }
 
     def table(match: re.Match[str]) -> str:

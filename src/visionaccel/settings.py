@@ -1,4 +1,4 @@
-"""Settings from the environment: one model that also writes the documented table."""
+"""Settings from the environment: one model, which the documented table is made from."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from visionaccel.core.safe_text import one_line, safe_logger
 from visionaccel.errors import SettingsError
 
 __all__ = [
-    "CACHE_SIZE", "DEADLINE", "LONGEST_SECONDS", "OPEN_DEADLINE", "PREFIX", "QUEUE_SIZE", "VARIABLES", "Settings",
-    "load_settings", "make_settings", "parse_options", "settings_table", "unknown_variables",
+    "CACHE_SIZE", "DEADLINE", "FORMER_NAMES", "LONGEST_SECONDS", "OPEN_DEADLINE", "PREFIX", "QUEUE_SIZE", "VARIABLES",
+    "Settings", "load_settings", "make_settings", "parse_options", "unknown_variables",
 ]  # fmt: skip
 
 logger = safe_logger(__name__)
@@ -267,7 +267,7 @@ class Settings(BaseSettings):
 VARIABLES = tuple(PREFIX + name.upper() for name in Settings.model_fields)
 """Names of the variables that are settings."""
 
-_FORMER = {
+FORMER_NAMES = {
     "VLLM_VISION_NPU_BACKEND": "backend",
     "VLLM_VISION_NPU_DEVICE": "device",
     "VLLM_VISION_NPU_CACHE": "bundle",
@@ -290,7 +290,7 @@ def load_settings() -> Settings:
     for name, near in unknown_variables().items():
         _warn_once(name, "%s is not a setting and is ignored.%s", f" Did you mean {near}?" if near else "")
     given: dict[str, Any] = {}
-    for old, field in _FORMER.items():
+    for old, field in FORMER_NAMES.items():
         value, new = os.environ.get(old, ""), PREFIX + field.upper()
         if value.strip():
             _warn_once(old, "%s is deprecated; set %s instead.", new)
@@ -347,19 +347,3 @@ def _range(name: str) -> str:
         if (bound := getattr(limit, attribute, None)) is not None
     ]
     return f"it must be a number that is {' and '.join(bounds)}"
-
-
-def _written(value: Any) -> str:
-    """A default as it is written into the environment."""
-    return value.human_readable().replace(".0", "") if isinstance(value, ByteSize) else str(value)
-
-
-def settings_table() -> str:
-    """The settings as a Markdown table, former names included; the README holds it verbatim."""
-    former = {field: f"`{old}`" for old, field in _FORMER.items()}
-    rows = ["| variable | default | meaning | former name |", "|---|---|---|---|"]
-    for name, field in Settings.model_fields.items():
-        default = field.get_default(call_default_factory=True)
-        shown = f"`{_written(default)}`" if default not in (None, {}, ()) else "unset"
-        rows.append(f"| `{PREFIX}{name.upper()}` | {shown} | {field.description} | {former.get(name, '')} |")
-    return "\n".join(rows)

@@ -7,10 +7,9 @@ import pytest
 from typer.main import get_command
 
 from doc_pages import PAGES, ROOT, blocks, commands, rows
-from docsite.catalogue import classes, explained
+from docsite.catalogue import GAP, classes, explained, raised_errors, templates
 from docsite.commands import command_reference, commands_of
 from docsite.links import ELSEWHERE, site_links
-from docsite.messages import GAP, raised_errors, templates
 from docsite.tables import backend_options, backend_table
 from visionaccel.backends import default_registry
 from visionaccel.cli.app import app

@@ -3,6 +3,8 @@
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+from pydantic import ByteSize
+
 from visionaccel.backends import Registry, VisionBackend, default_registry
 from visionaccel.integrations.vllm.compat.contract import (
     CONTRACT,
@@ -15,8 +17,11 @@ from visionaccel.integrations.vllm.compat.contract import (
     needs,
 )
 from visionaccel.observe import SERIES
+from visionaccel.settings import FORMER_NAMES, PREFIX, Settings
 
-__all__ = ["ENTRIES", "backend_options", "backend_table", "contract_table", "feature_table", "metrics_table"]
+__all__ = [
+    "ENTRIES", "backend_options", "backend_table", "contract_table", "feature_table", "metrics_table", "settings_table",
+]  # fmt: skip
 
 ENTRIES: tuple[tuple[Feature, Entry], ...] = tuple(
     (feature, entry)
@@ -72,6 +77,19 @@ def metrics_table() -> str:
         for name, one in zip(names, SERIES, strict=True)
     ]
     return "\n".join(["| metric | kind | labels | what it is |", "|---|---|---|---|", *rows, ""])
+
+
+def settings_table() -> str:
+    """The settings, with their former names."""
+    former = {field: f"`{old}`" for old, field in FORMER_NAMES.items()}
+    rows = ["| variable | default | meaning | former name |", "|---|---|---|---|"]
+    for name, field in Settings.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        # A size as it is written into the environment.
+        text = default.human_readable().replace(".0", "") if isinstance(default, ByteSize) else str(default)
+        shown = f"`{text}`" if default not in (None, {}, ()) else "unset"
+        rows.append(f"| `{PREFIX}{name.upper()}` | {shown} | {field.description} | {former.get(name, '')} |")
+    return "\n".join([*rows, ""])
 
 
 def contract_table(*, changing: bool) -> str:
