@@ -121,7 +121,8 @@ class DeviceProcess:
             self.kill()
             self.reap()
             if isinstance(error, _NoAnswerError):
-                raise self._lost(error, f"open the program within {seconds:g} s", _SLOW_OPENING, _DOCTOR) from None
+                late = f"did not open the program within {seconds:g} s"
+                raise self._lost(error, late, _SLOW_OPENING, _DOCTOR) from None
             raise
 
     def run(self, inputs: Mapping[str, Array], seconds: float) -> dict[str, NDArray[Any]]:
@@ -145,7 +146,7 @@ class DeviceProcess:
             except _NoAnswerError as error:
                 if not error.late:
                     self.dead.wait(_REAPING)
-                raise self._lost(error, f"answer within {seconds:g} s", _SLOW, _FALLBACK) from None
+                raise self._lost(error, f"did not answer within {seconds:g} s", _SLOW, _FALLBACK) from None
             try:
                 started = time.monotonic()
                 outputs = self._outputs.copies(answer.arrays)
@@ -234,7 +235,7 @@ class DeviceProcess:
         """What a caller is told of a child that did not answer, and of how much longer it may need."""
         if not error.late:
             return DeviceLostError(self.fate(), hint=hint)
-        text = f"{self._what} did not {late}; its process was ended.{self._last_words()}"
+        text = f"{self._what} {late}; its process was ended.{self._last_words()}"
         return DeviceLostError(text, hint=f"{slow} {hint}")
 
     def _last_words(self) -> str:
