@@ -1,11 +1,6 @@
 """Images: reading them, the checkpoint's own processor, and fitting them to the grids that programs take."""
 
-from visionaccel.images.fitting import (
-    MOST_ASPECT_RATIO,
-    Fitter,
-    grid_cost,
-    natural_grid,
-)
+from visionaccel.images.fitting import MOST_ASPECT_RATIO, Fitter, grid_cost, natural_grid
 from visionaccel.images.loading import (
     FORMATS,
     MOST_FILE_BYTES,
@@ -19,17 +14,6 @@ from visionaccel.images.loading import (
 )
 
 __all__ = [
-    "MOST_ASPECT_RATIO",
-    "FORMATS",
-    "Fitter",
-    "ImageProcessor",
-    "MOST_FILE_BYTES",
-    "MOST_PIXELS",
-    "WEBP_HEADER",
-    "as_rgb",
-    "grid_cost",
-    "image_processor",
-    "load_image",
-    "natural_grid",
-    "webp_size",
-]
+    "FORMATS", "MOST_ASPECT_RATIO", "MOST_FILE_BYTES", "MOST_PIXELS", "WEBP_HEADER", "Fitter", "ImageProcessor",
+    "as_rgb", "grid_cost", "image_processor", "load_image", "natural_grid", "webp_size",
+]  # fmt: skip

@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-"""Pillow's names of the formats that `load_image` reads. Each decoder is native code, so there are no others."""
+"""Pillow's names of the formats that `load_image` reads. Few, as each decoder is native code."""
 
 MOST_PIXELS = 2**26
 """Most pixels of an image file, 8192x8192: 256 MiB once decoded, as much again to be turned; a WebP takes 1.3 GiB."""
 
 MOST_FILE_BYTES = 256 * 2**20
-"""Most bytes of an image file, as vLLM has it for what it downloads."""
+"""Most bytes of an image file, as in vLLM for downloads."""
 
 WEBP_HEADER = 30
-"""Bytes that hold the size, whichever kind of file it is."""
+"""Bytes that hold the size in each kind of WebP file."""
 
 ImageBackend: TypeAlias = Literal["pil", "torchvision"]
 """What transformers computes on: Pillow and numpy, or torch.
@@ -44,23 +44,20 @@ class ImageProcessor:
         backend: What it computes on.
         min_pixels: Smallest area that it gives an image.
         max_pixels: Largest area that it gives an image.
-        patch_size: Side of a patch in pixels.
-        merge_size: Patches along a side of a merged token.
     """
 
     def __init__(self, processor: Any) -> None:
         self._processor = processor
         self.backend: ImageBackend = processor.backend
         self.min_pixels, self.max_pixels = int(processor.size.shortest_edge), int(processor.size.longest_edge)
-        self.patch_size, self.merge_size = int(processor.patch_size), int(processor.merge_size)
 
     def __call__(self, image: Image, *, resize: bool = True) -> tuple[NDArray[np.float32], Grid]:
         """Patches of one image.
 
         Args:
             image: In any mode; read as RGB.
-            resize: Whether the processor chooses the size. Otherwise the image is taken as it is, and its sides must
-                be multiples of a merged token's.
+            resize: Whether the processor chooses the size. If not, the image's sides must be multiples of a merged
+                token's.
 
         Returns:
             Patches float32 [P, patch_width] and their grid.
@@ -83,20 +80,20 @@ class ImageProcessor:
 
 
 def as_rgb(image: Image) -> Image:
-    """An image in RGB; the same object if it is that already.
+    """An image in RGB; the same object if it is RGB already.
 
     Raises:
         InputError: If it is not an image, its file is damaged, or its mode has no way to RGB.
     """
     try:
         if image.mode == "RGB":
-            image.load()  # a file that is opened and not read yet is damaged or not only now
+            image.load()  # an opened file is read only now, and may be damaged
             return image
         return image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise any error for damaged bytes, zlib's and struct's too
         raise InputError(
             f"{type(image).__name__} {getattr(image, 'mode', '')} cannot be read as an image: {error}.",
-            hint="Pass a complete image of Pillow's.",
+            hint="Pass a complete Pillow image.",
         ) from error
 
 
@@ -132,9 +129,9 @@ def image_processor(folder: Path, backend: ImageBackend = "pil") -> ImageProcess
 
 
 def load_image(path: Path) -> Image:
-    """The image in a file, decoded, turned as it is to be shown, in RGB; of several frames or pages the first.
+    """The image in a file, decoded, in its display orientation and in RGB; of several frames or pages the first.
 
-    Its format, its size in bytes and the size that it states are looked at before any pixel is decoded.
+    Its format, its size in bytes and the size that it states are checked before any pixel is decoded.
 
     Args:
         path: A file of one of `FORMATS`, of at most `MOST_FILE_BYTES` bytes and `MOST_PIXELS` pixels.
@@ -173,15 +170,11 @@ def load_image(path: Path) -> Image:
 
 
 def webp_size(start: bytes) -> tuple[int, int]:
-    """Width and height in pixels that a WebP file states, from its first bytes; zeros for other formats.
+    """Width and height in pixels that a WebP file states in its first `WEBP_HEADER` bytes; zeros for other formats.
 
-    Pillow tells them only after the decoder has set up its frames for them.
-
-    The layouts are those of https://developers.google.com/speed/webp/docs/riff_container: `VP8X` holds the size of the
-    canvas, less 1, in 24 bits each, `VP8L` in 14 bits each, and `VP8 ` the size itself in 14 bits each.
-
-    Args:
-        start: The first `WEBP_HEADER` bytes.
+    Pillow tells them only after the decoder has allocated its frames. The layouts are those of
+    https://developers.google.com/speed/webp/docs/riff_container: `VP8X` holds the size of the canvas, less 1, in 24
+    bits each, `VP8L` in 14 bits each, and `VP8 ` the size itself in 14 bits each.
     """
     if len(start) < WEBP_HEADER or start[:4] != b"RIFF" or start[8:12] != b"WEBP":
         return 0, 0
