@@ -218,7 +218,7 @@ def test_the_processors_digest_is_of_what_makes_patches(tmp_path):
 @pytest.mark.parametrize(
     ("coverages", "complaint"),
     [
-        ([], "none"),
+        ([], "no programs"),
         ([FixedGrid(GRID), FixedGrid(GRID)], "twice"),
         ([AnyGrid(), AnyGrid(5)], "twice"),
         ([FixedGrid(Grid(2, 10, 18))], "one frame"),

@@ -246,7 +246,7 @@ def test_a_split_program_states_the_weights_that_the_host_needs(tiny, tmp_path, 
 
 def test_the_weights_themselves_are_no_program_of_a_bundle(bundle):
     forge(bundle, lambda stated: stated["programs"][0].update(format="checkpoint"))
-    with pytest.raises(BundleError, match="no program of a bundle"):
+    with pytest.raises(BundleError, match="not a program of a bundle"):
         open_bundle(bundle)
 
 

@@ -228,7 +228,7 @@ def test_what_appears_where_a_bundle_is_being_written_stays(tiny, tmp_path):
 
 
 def test_a_device_is_named_by_its_kind(tiny, tmp_path):
-    with pytest.raises(ConfigurationError, match="no kind of device"):
+    with pytest.raises(ConfigurationError, match="not a kind of device"):
         export_bundle(open_tower(tiny), tmp_path / "bundle", [FIXED], device="cuda:0")
 
 

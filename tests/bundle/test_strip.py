@@ -105,11 +105,11 @@ def test_what_is_left_is_equal_and_the_original_is_untouched(tmp_path, tiny, pre
 
     assert report.folder == out
     assert (report.kept_tensors, report.removed_tensors) == (len(left), len(tensors) - len(left))
-    assert report.kept_bytes == sum(len(entry[2]) for entry in left.values())
-    assert report.kept_bytes + report.removed_bytes == sum(len(entry[2]) for entry in tensors.values()) == sum(read)
+    assert report.bytes_after == sum(len(entry[2]) for entry in left.values())
+    assert report.bytes_before == sum(len(entry[2]) for entry in tensors.values()) == sum(read)
     assert report.skipped == ()
     # The tiny checkpoint has the same tower, alone and in one file.
-    assert read_strip_note(out) == report.digest == weights_digest(tower_of(Checkpoint(tiny)).weights)
+    assert read_strip_note(out) == report.vision_weights_digest == weights_digest(tower_of(Checkpoint(tiny)).weights)
     assert json.loads((out / STRIP_NOTE).read_text())["family"] == report.family == "qwen2_5_vl"
 
 
@@ -316,7 +316,7 @@ def test_links_that_cannot_be_followed_are_named(whole, tmp_path, target, messag
 def test_too_little_space_is_found_before_anything_is_written(whole, tmp_path, monkeypatch):
     written = strip_checkpoint(Checkpoint(whole), tmp_path / "fits")
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=written.kept_bytes))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=written.bytes_after))
     with pytest.raises(ConfigurationError, match="GiB free"):
         strip_checkpoint(Checkpoint(whole), tmp_path / "a" / "b")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fits", "whole"]

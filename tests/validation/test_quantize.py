@@ -58,8 +58,8 @@ def test_each_row_has_a_scale_of_its_own(checkpoint, quantized):
 @pytest.mark.parametrize(
     ("given", "error", "said"),
     [
-        ({"threshold": 2.0}, ConfigurationError, "no threshold"),
-        ({"threshold": float("nan")}, ConfigurationError, "no threshold"),
+        ({"threshold": 2.0}, ConfigurationError, "not a threshold"),
+        ({"threshold": float("nan")}, ConfigurationError, "not a threshold"),
         ({"device": "tpu"}, ConfigurationError, "knows no device 'tpu'"),
         ({"judged_by": ["/nowhere.png"]}, InputError, "nowhere"),
     ],
@@ -145,7 +145,7 @@ def test_a_program_is_quantized_once_and_from_float32(quantized, checkpoint, ima
 
 
 def test_a_backend_that_does_not_quantize_says_so(bundle, images, tmp_path, monkeypatch):
-    with pytest.raises(ConfigurationError, match="'torch_ref' does not take program '10x18'"):
+    with pytest.raises(ConfigurationError, match="'torch_ref' does not run program '10x18'"):
         quantize_bundle(bundle, tmp_path / "bundle", [images], target="torch_ref")
     backend = default_registry().load("torch_ref")
     monkeypatch.setattr(type(backend), "formats", frozenset({"onnx", CHECKPOINT}))

@@ -22,7 +22,7 @@ from fake_plugins import install
 from visionaccel import open_encoder
 from visionaccel.backends.registry import _default
 from visionaccel.bundle import open_bundle
-from visionaccel.checkpoint import Checkpoint, read_header, write_safetensors
+from visionaccel.checkpoint import Checkpoint, differing_weights, read_header, write_safetensors
 from visionaccel.cli.bundles import print_certificate, validate
 from visionaccel.core.comparison import THRESHOLDS, Comparison, length_errors, token_cosines
 from visionaccel.core.grid import Grid
@@ -34,7 +34,6 @@ from visionaccel.images import image_processor
 from visionaccel.isolation import IsolatedSession
 from visionaccel.towers import Tower
 from visionaccel.validation import validate_bundle
-from visionaccel.validation.packed_weights import differing_weights
 from visionaccel.validation.trials import Trials, bundled_photographs, find_images, trial_calls
 from visionaccel_testing.checkpoints import random_checkpoint
 

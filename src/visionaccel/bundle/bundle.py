@@ -1,8 +1,8 @@
-"""Opening a bundle: every file is verified, and whatever is unknown, missing or elsewhere is refused.
+"""Opening a bundle: every file is verified, and what is unknown, missing or elsewhere is refused.
 
 Nothing in a bundle is executed or unpickled: the manifest is JSON, weights are safetensors, programs are handed to a
-backend as the bytes whose digest was checked. No path leads out of the folder, through links neither; the one exception
-is a checkpoint that the manifest declares external, whose vision weights must have the digest that the manifest states.
+backend as the bytes whose digest was checked. No path or link leads out of the folder; the one exception is a
+checkpoint that the manifest declares external, whose vision weights must have the digest that the manifest states.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from visionaccel.bundle.manifest import MANIFEST, BundleFile, Manifest, ProgramEntry, parse_manifest
+from visionaccel.bundle.onnx_tensors import point_at_weights
 from visionaccel.bundle.processor import PROCESSOR_FILES
 from visionaccel.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, locate_checkpoint, weights_digest
 from visionaccel.core.bounded_files import MOST_HOLE_BYTES, hole_bytes, read_bounded
@@ -28,14 +29,14 @@ from visionaccel.families import Tower, tower_of
 
 _AGAIN = "Export or fetch the bundle again."
 _READ = ("config.json", SINGLE_FILE, INDEX_FILE, *PROCESSOR_FILES)
-"""What says, in a bundle that holds its weights, which tower it is, where its weights lie, and what makes patches."""
+"""Files of a bundle that holds its weights that are read where they are there: each must be stated."""
 
 
 class Bundle:
     """An opened bundle: verified files, and the programs in them. Holds no weights and no device.
 
     Attributes:
-        folder: Where it lies.
+        folder: The bundle's folder.
         manifest: What it states.
         tower: The vision tower over the bundle's weights, or over those of the external checkpoint.
     """
@@ -45,7 +46,7 @@ class Bundle:
         self._programs = tuple(self._program(entry) for entry in manifest.programs)
 
     def over(self, weights: Mapping[str, StoredTensor]) -> Bundle:
-        """The same bundle with its weights in another place, from where everything reads them."""
+        """The same bundle with its weights read from another place."""
         return Bundle(self.folder, self.manifest, self.tower.over(weights))
 
     @property
@@ -60,40 +61,38 @@ class Bundle:
         return tuple(dict.fromkeys(found))
 
     def files(self) -> tuple[str, ...]:
-        """Every file that the manifest names, relative to the folder; the manifest itself is not among them."""
+        """Every file that the manifest names, relative to the folder, without the manifest itself."""
         return tuple(dict.fromkeys(file.path for file in self.manifest.every_file()))
 
     def programs(self, formats: Iterable[str]) -> tuple[Program, ...]:
-        """Its programs in the wanted formats, and the weights themselves where the format `checkpoint` is wanted.
+        """Its programs in the wanted formats, and the weights themselves if the format `checkpoint` is wanted.
 
-        A bundle whose programs bring their weights may hold those of the host alone, which are no program.
+        A bundle whose programs bring their weights may hold those of the host alone, which do not make a program.
         """
         wanted = set(formats)
         plain = self.tower.programs([CHECKPOINT]) if CHECKPOINT in wanted and self.tower.complete else ()
         return (*(program for program in self._programs if program.format in wanted), *plain)
 
     def _program(self, entry: ProgramEntry) -> Program:
-        where = f"{self.folder / MANIFEST}: program {entry.name!r}"
+        def require(holds: bool, what: str) -> None:
+            if not holds:
+                raise BundleError(f"{self.folder / MANIFEST}: program {entry.name!r}: {what}", hint=_AGAIN)
+
         coverage, split = entry.covers(), entry.split
         inputs, outputs = tuple(t.spec for t in entry.inputs), tuple(t.spec for t in entry.outputs)
         try:
             self.tower.check_program(coverage, split)
         except (ConfigurationError, GridError) as error:
-            raise BundleError(f"{where}: {error.message}", hint=_AGAIN) from error
-        if entry.host is not None and entry.host.tensors != self.tower.host_weights:
-            needed = ", ".join(self.tower.host_weights)
-            raise BundleError(f"{where}: the host of a split program needs {needed}, no more and no less.", hint=_AGAIN)
-        if entry.format == CHECKPOINT:
-            raise BundleError(f"{where}: the weights themselves are no program of a bundle.", hint=_AGAIN)
-        if entry.format in ONNX_MODELS and not self.tower.complete:
-            raise BundleError(
-                f"{where}: it reads its weights from the bundle, which does not hold all of them.", hint=_AGAIN
-            )
-        if (inputs, outputs) != self.tower.signature(coverage, split):
-            expected = "; ".join(str(spec) for specs in self.tower.signature(coverage, split) for spec in specs)
-            raise BundleError(
-                f"{where}: its tensors are not those of its coverage, {coverage}: {expected}.", hint=_AGAIN
-            )
+            require(False, error.message)
+        needed = self.tower.host_weights
+        split_right = entry.host is None or entry.host.tensors == needed
+        require(split_right, f"the host of a split program needs {', '.join(needed)}, no more and no less.")
+        require(entry.format != CHECKPOINT, "the weights themselves are not a program of a bundle.")
+        readable = entry.format not in ONNX_MODELS or self.tower.complete
+        require(readable, "it reads its weights from the bundle, which does not hold all of them.")
+        expected = self.tower.signature(coverage, split)
+        listed = "; ".join(str(spec) for specs in expected for spec in specs)
+        require((inputs, outputs) == expected, f"its tensors are not those of its coverage, {coverage}: {listed}.")
         weights_folder = self.tower.weights_folder if entry.format in ONNX_MODELS else self.folder
         return Program(
             name=entry.name,
@@ -118,7 +117,7 @@ class Bundle:
         )
 
     def _digest(self, entry: ProgramEntry) -> str:
-        """What identifies a program with its weights, whatever the bundle is named and whatever else is in it."""
+        """What identifies a program with its weights, independent of the bundle's name and other content."""
         parts = [self.manifest.weights_digest, *sorted(f"{file.path} {file.sha256}" for file in entry.files)]
         return "sha256:" + hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -136,11 +135,7 @@ def _model(folder: Path, entry: ProgramEntry, weights: Mapping[str, StoredTensor
         raise BundleError(f"{path} cannot be read: {error}", hint=_AGAIN) from error
     if "sha256:" + hashlib.sha256(model).hexdigest() != stated.sha256:
         raise BundleError(f"{path} changed since the bundle was opened.", hint=_AGAIN)
-    if entry.format not in ONNX_MODELS:
-        return model
-    from visionaccel.bundle.onnx_tensors import point_at_weights
-
-    return point_at_weights(model, weights, weights_folder)
+    return point_at_weights(model, weights, weights_folder) if entry.format in ONNX_MODELS else model
 
 
 def is_bundle(source: str | os.PathLike[str] | Path) -> bool:
@@ -155,9 +150,8 @@ def open_bundle(
 
     Args:
         folder: The bundle.
-        checkpoint: Where the weights are, if the manifest declares its checkpoint external. What it names is tried
-            next: a folder, or a repository that is in the Hugging Face cache of this machine; the network is not used.
-            Ignored for a bundle that holds its weights.
+        checkpoint: Where the weights are, if the manifest declares its checkpoint external. Then what the manifest
+            names is tried: a folder, or a repository in this machine's Hugging Face cache; the network is not used.
         trust_unchanged: Take the digest of files that did not change since they were last verified from memory; False
             reads every byte again.
 
@@ -183,8 +177,8 @@ def tower_digest(tower: Tower, *, trust_unchanged: bool = True, progress: Callab
     """Digest of a tower's weights, remembered while their files stay unchanged.
 
     Args:
-        tower: Whose weights.
-        trust_unchanged: Whether memory may answer.
+        tower: The tower.
+        trust_unchanged: As `open_bundle`.
         progress: Called with the number of bytes just read, if they are read.
     """
     weights = tower.weights
@@ -205,10 +199,9 @@ def _verified_tower(folder: Path, manifest: Manifest, given: Checkpoint | None, 
 
 
 def _verify(folder: Path, manifest: Manifest, *, trust_unchanged: bool) -> dict[Path, FileState]:
-    """Refuse a bundle with a file that is not as stated; none is read before the place and size of all are known.
+    """The state of each file, links resolved, before it was read; refuses a file that is not as stated.
 
-    Returns:
-        The state of each file, links resolved, before it was read.
+    No file is read before the place and size of all are known.
     """
     places = [(_place(folder, file), file) for file in manifest.every_file()]
     states = {path: FileState.of(path) for path, _ in places}
@@ -284,16 +277,12 @@ def _external_tower(folder: Path, manifest: Manifest, given: Checkpoint | None, 
     external = manifest.checkpoint
     assert external is not None
     refusals = []
-    for place in ("given", "named"):
+    for place in dict.fromkeys((given, None)):  # None for what the manifest names
         try:
-            checkpoint = (
-                given if place == "given" else locate_checkpoint(external.source, external.revision, download=False)
-            )
-            if checkpoint is None:
-                continue
+            checkpoint = place or locate_checkpoint(external.source, external.revision, download=False)
             tower = tower_of(checkpoint)
             found = tower_digest(tower, trust_unchanged=trust_unchanged)
-        except (ArtifactError, OSError) as error:  # OSError: a source that can be no path, such as a very long one
+        except (ArtifactError, OSError) as error:  # OSError: a source that cannot be a path, such as a very long one
             refusals.append(error.message if isinstance(error, ArtifactError) else f"{error}.")
             continue
         if found == manifest.weights_digest:

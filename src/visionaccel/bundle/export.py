@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ from visionaccel.bundle.bundle import Bundle, open_bundle, tower_digest
 from visionaccel.bundle.folder import (
     appearing,
     external_checkpoint,
+    new_manifest,
+    require_space,
     stated_file,
     write_description,
     write_file,
@@ -80,10 +81,10 @@ def export_bundle(
         self_contained: Pack the weights into the bundle, in `precision`; otherwise they stay in the checkpoint.
         precision: Dtype of the programs' weights and activations.
         device: Kind of device that the programs are for; None for any.
-        companions: JSON files that a backend needs beside each program, such as a compiler's configuration, by their
+        companions: JSON files that a backend needs next to each program, such as a compiler's configuration, by their
             role; `NAME.json` is written for role `NAME`.
         force: Replace an existing bundle.
-        progress: Told how far it is.
+        progress: Called with how far it is.
 
     Raises:
         ConfigurationError: If there is nothing to write, two requests are for one coverage, one is for several frames
@@ -94,13 +95,14 @@ def export_bundle(
     names = [program_name(request.coverage) for request in requests]
     if not requests or len(set(names)) != len(names):
         raise ConfigurationError(
-            "the programs to write are none, or one of them twice.", hint="Name each grid, bucket or --dynamic once."
+            "there are no programs to write, or one is named twice.", hint="Name each grid, bucket or --dynamic once."
         )
     for request in requests:
         _check_size(request.coverage)
     if device is not None and not device.isidentifier():
         raise ConfigurationError(
-            f"{device!r} is no kind of device.", hint="Name the kind alone, such as npu; which one is chosen at start."
+            f"{device!r} is not a kind of device.",
+            hint="Name the kind alone, such as npu; the device itself is chosen at start.",
         )
     output = Path(os.path.realpath(output))  # through a link, the bundle that it leads to is replaced
     if not self_contained and any(tensor.file.is_relative_to(output) for tensor in tower.weights.values()):
@@ -111,22 +113,18 @@ def export_bundle(
     total = sum(tensor.length for tensor in tower.weights.values())
     with appearing(output, force=force) as folder:
         digest = tower_digest(tower, progress=counter("digest of the weights", total, tell))
-        files: list[Path] = []
-        if self_contained:
-            packed = _pack(tower, folder, precision, total, tell)
-            files = sorted(folder.iterdir())
-        else:
-            packed = tower
-        beside = {role: folder / f"{role}.json" for role in companions or {}}
+        packed = _pack(tower, folder, precision, total, tell) if self_contained else tower
+        files = sorted(folder.iterdir())
+        written = {role: folder / f"{role}.json" for role in companions or {}}
         for role, data in (companions or {}).items():
-            write_file(beside[role], data)
+            write_file(written[role], data)
         entries = []
         for number, (request, name) in enumerate(zip(requests, names, strict=True)):
             tell("programs", number, len(requests))
-            entries.append(_write_program(packed, folder, name, request, precision, device, beside))
+            entries.append(_write_program(packed, folder, name, request, precision, device, written))
         tell("programs", len(requests), len(requests))
         checkpoint = None if self_contained else external_checkpoint(tower, source, revision)
-        write_manifest(folder, tower, digest, files, entries, checkpoint)
+        write_manifest(folder, new_manifest(folder, tower, digest, files, entries, checkpoint))
     return open_bundle(output, checkpoint=tower.checkpoint)
 
 
@@ -142,13 +140,12 @@ def program_name(coverage: Coverage) -> str:
 
 
 def _check_size(coverage: Coverage) -> None:
-    match coverage:
-        case FixedGrid(grid=grid):
-            frames, patches = grid.t, grid.patches
-        case Bucket(patches=patches):
-            frames = 1
-        case AnyGrid():
-            return
+    if isinstance(coverage, AnyGrid):
+        return
+    if isinstance(coverage, FixedGrid):
+        frames, patches = coverage.grid.t, coverage.grid.patches
+    else:
+        frames, patches = 1, coverage.patches
     if frames != 1 or patches > MOST_PATCHES:
         raise ConfigurationError(
             f"a program of fixed shapes takes one frame of at most {MOST_PATCHES} patches, not {coverage} "
@@ -158,28 +155,18 @@ def _check_size(coverage: Coverage) -> None:
 
 
 def _pack(tower: Tower, folder: Path, precision: Precision, total: int, tell: Progress) -> Tower:
-    """Configuration, processor and weights into the folder; the tower over them."""
+    """Write configuration, processor and weights into the folder; the tower over them."""
     needed = sum(math.prod(tensor.shape) for tensor in tower.weights.values()) * DTYPES[precision].bytes
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise ConfigurationError(
-            f"the weights need {needed / 2**30:.2f} GiB, and {folder.parent} has {free / 2**30:.2f} GiB left.",
-            hint="Free some space, or leave the weights in the checkpoint.",
-        )
+    require_space(folder.parent, needed, "the tower", "Free some space, or leave the weights in the checkpoint.")
     named = {tower.weight_prefix + name: tensor for name, tensor in tower.weights.items()}
-    write_safetensors(
-        folder / SINGLE_FILE,
-        named,
-        dtype=precision,
-        metadata={"format": "pt"},
-        progress=counter("weights", total, tell),
-    )
+    progress = counter("weights", total, tell)
+    write_safetensors(folder / SINGLE_FILE, named, dtype=precision, metadata={"format": "pt"}, progress=progress)
     write_description(tower, folder)
     return tower_of(Checkpoint(folder))
 
 
 def counter(stage: str, total: int, tell: Progress) -> Callable[[int], None]:
-    """A function that adds up pieces and tells the sum."""
+    """A function that adds up pieces and reports the sum of them as progress."""
     done = 0
 
     def count(piece: int) -> None:
@@ -200,8 +187,8 @@ def _write_program(
     companions: Mapping[str, Path],
 ) -> dict[str, Any]:
     split = tower.split(request.coverage) if request.split_host else None
-    model = tower.onnx_model(coverage=request.coverage, precision=precision, host=split, dialect=request.dialect)
     path = folder / f"{name}.onnx"
+    model = tower.onnx_model(coverage=request.coverage, precision=precision, host=split, dialect=request.dialect)
     write_file(path, model)
     inputs, outputs = tower.signature(request.coverage, split)
     return {

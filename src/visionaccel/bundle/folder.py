@@ -15,7 +15,7 @@ from typing import Any
 
 from visionaccel import __version__
 from visionaccel.bundle.bundle import Bundle
-from visionaccel.bundle.manifest import MANIFEST, seal
+from visionaccel.bundle.manifest import MANIFEST, Manifest, seal
 from visionaccel.bundle.processor import PROCESSOR_FILES, processor_digest
 from visionaccel.bundle.upgrades import SCHEMA_VERSION
 from visionaccel.core.digests import file_digest
@@ -26,60 +26,58 @@ from visionaccel.families import Tower
 _TOOLS = ("onnx", "numpy", "ml_dtypes")
 
 
-def write_manifest(
+def new_manifest(
     folder: Path,
     tower: Tower,
     digest: str,
     files: Iterable[Path],
     programs: Sequence[Mapping[str, Any]],
     checkpoint: Mapping[str, Any] | None,
-) -> None:
-    """Seal what was written into a bundle's folder.
+) -> dict[str, Any]:
+    """The manifest of a bundle whose files are in `folder`, for `write_manifest`.
 
     Args:
-        folder: The folder.
+        folder: The bundle's folder.
         tower: The tower that the programs compute.
-        digest: Digest of its weights.
+        digest: The `weights_digest` of the tower.
         files: Files that all programs share.
         programs: The manifest's entries of the programs.
         checkpoint: As `external_checkpoint`; None for a bundle that holds the weights.
-
-    Raises:
-        BundleError: If the result is not a valid manifest.
     """
-    manifest = seal(
-        {
-            "schema_version": SCHEMA_VERSION,
-            "family": tower.family,
-            "spec": tower.spec.document(),
-            "weights_digest": digest,
-            "processor_digest": processor_digest(tower.checkpoint.folder),
-            "checkpoint": checkpoint,
-            "files": [stated_file(folder, file) for file in files],
-            "programs": programs,
-            "toolchain": toolchain(_TOOLS),
-            "certificate": None,
-        }
-    )
-    write_file(folder / MANIFEST, as_json(manifest.model_dump(mode="json")))
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "family": tower.family,
+        "spec": tower.spec.document(),
+        "weights_digest": digest,
+        "processor_digest": processor_digest(tower.checkpoint.folder),
+        "checkpoint": checkpoint,
+        "files": [stated_file(folder, file) for file in files],
+        "programs": programs,
+        "toolchain": toolchain(_TOOLS),
+        "certificate": None,
+    }
 
 
-def rewrite_manifest(bundle: Bundle, changes: Mapping[str, Any]) -> Bundle:
-    """The bundle with some fields of its manifest changed, such as the certificate, and its digest computed again.
+def write_manifest(folder: Path, document: Mapping[str, Any]) -> Manifest:
+    """Seal a manifest and put it into a bundle's folder, in the place of one that is there.
 
     Raises:
-        BundleError: If the result is not a valid manifest.
+        BundleError: If it is not a valid manifest.
         ConfigurationError: If the folder cannot be written.
     """
-    document = {**bundle.manifest.model_dump(mode="json"), **changes}
     manifest = seal(document)
-    target = bundle.folder / MANIFEST
-    partial = target.with_name(f".{MANIFEST}.partial")
+    target, partial = folder / MANIFEST, folder / f".{MANIFEST}.partial"
     try:
         write_file(partial, as_json(manifest.model_dump(mode="json")))
         partial.replace(target)
     except OSError as error:
         raise ConfigurationError(f"{target} cannot be written: {error}", hint="Copy the bundle elsewhere.") from error
+    return manifest
+
+
+def rewrite_manifest(bundle: Bundle, changes: Mapping[str, Any]) -> Bundle:
+    """The bundle with some fields of its manifest changed, such as the certificate; errors as `write_manifest`."""
+    manifest = write_manifest(bundle.folder, {**bundle.manifest.model_dump(mode="json"), **changes})
     return Bundle(bundle.folder, manifest, bundle.tower)
 
 
@@ -134,7 +132,7 @@ def stated_file(folder: Path, path: Path) -> dict[str, Any]:
 
 
 def toolchain(distributions: Iterable[str]) -> dict[str, str]:
-    """Versions of visionaccel, Python and those of `distributions` that are installed."""
+    """Versions of visionaccel, Python and those of the distributions that are installed."""
     found = {"visionaccel": __version__, "python": ".".join(map(str, sys.version_info[:3]))}
     for name in distributions:
         try:
@@ -145,8 +143,17 @@ def toolchain(distributions: Iterable[str]) -> dict[str, str]:
 
 
 def external_checkpoint(tower: Tower, source: str | None, revision: str | None) -> dict[str, Any]:
-    """The manifest's word of the checkpoint that holds a bundle's weights."""
+    """How the manifest states the checkpoint that holds a bundle's weights."""
     return {"source": source or str(tower.checkpoint.folder.absolute()), "revision": revision}
+
+
+def require_space(folder: Path, needed: int, what: str, hint: str) -> None:
+    """Refuse, with a ConfigurationError, what takes more bytes than are free where a folder lies."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ConfigurationError(
+            f"{what} takes {needed / 2**30:.2f} GiB, and {folder} has {free / 2**30:.2f} GiB free.", hint=hint
+        )
 
 
 def write_description(tower: Tower, folder: Path) -> None:

@@ -1,16 +1,15 @@
 """Golden images of a bundle: patches with the embeddings that the float32 reference makes of them.
 
-`visionaccel validate` writes them next to the certificate, and a canary encodes them on the device before it is trusted
-with a request. They are kept as patches and not as pictures, so that nothing but the encoder has a part in them.
+`visionaccel validate` writes them next to the certificate, and a canary encodes them on the device before that serves a
+request. They are kept as patches and not as pictures, so that they test the encoder alone.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,11 +25,8 @@ from visionaccel.core.memory_files import FileState, changed_file, when_steady
 from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import BundleError, CheckpointError, ConfigurationError, GridError
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 GOLDEN_FILE = "golden.safetensors"
-"""Its name in the bundle's folder."""
+"""The file's name in the bundle's folder."""
 
 _KEY = "golden"
 _MOST, _MOST_BYTES = 256, 2**30
@@ -47,7 +43,7 @@ class Golden:
         grids: The images of the call.
         patches: float32 [P, patch_width], read-only.
         embeddings: float32 [N, out_width], the reference's, read-only.
-        threshold: The lowest cosine of a token that passes: the one that the certificate was given with.
+        threshold: The lowest cosine of a token that passes, as in the certificate.
     """
 
     name: str
@@ -71,16 +67,16 @@ _ENTRIES = TypeAdapter(list[_Entry])
 
 
 def write_golden(bundle: Bundle, images: Sequence[Golden], changes: Mapping[str, Any]) -> Bundle:
-    """Put golden images into a bundle in the place of those it had, and seal its manifest anew.
+    """Put golden images, or none, into a bundle in the place of those it had, and seal its manifest again.
 
     Args:
         bundle: The bundle.
-        images: The images; with none, the bundle has none afterwards.
+        images: The images.
         changes: Further fields of the manifest that change, such as the certificate.
 
     Raises:
-        BundleError: If the result is no manifest.
-        ConfigurationError: If the folder cannot be written to.
+        BundleError: If the result is not a manifest.
+        ConfigurationError: If the folder cannot be written.
     """
     from safetensors.numpy import save_file
 
@@ -89,16 +85,14 @@ def write_golden(bundle: Bundle, images: Sequence[Golden], changes: Mapping[str,
     partial = path.with_name(f".{GOLDEN_FILE}.partial")
     try:
         if images:
-            entries = [
-                {"name": each.name[:256], "program": each.program, "grids": [grid.thw for grid in each.grids],
-                 "threshold": each.threshold}
-                for each in images
-            ]  # fmt: skip
-            tensors: dict[str, NDArray[Any]] = {}
+            entries, tensors = [], {}
             for number, each in enumerate(images):
                 tensors[f"{number}.patches"] = np.ascontiguousarray(each.patches, np.float32)
                 tensors[f"{number}.embeddings"] = np.ascontiguousarray(each.embeddings, np.float32)
-            save_file(tensors, partial, {_KEY: json.dumps(entries)})
+                grids = tuple(grid.thw for grid in each.grids)
+                name = each.name[:256]
+                entries.append(_Entry(name=name, program=each.program, grids=grids, threshold=each.threshold))
+            save_file(tensors, partial, {_KEY: _ENTRIES.dump_json(entries).decode()})
             partial.replace(path)
             kept.append(stated_file(bundle.folder, path))
         sealed = rewrite_manifest(bundle, {**changes, "files": kept})
@@ -110,11 +104,11 @@ def write_golden(bundle: Bundle, images: Sequence[Golden], changes: Mapping[str,
 
 
 def read_golden(bundle: Bundle) -> tuple[Golden, ...]:
-    """The golden images of a bundle, whose file was verified when it was opened; none if it has none.
+    """The golden images of a bundle; none if it has none.
 
     Raises:
-        BundleError: If they are not what they should be.
-        ChangedFileError: If the file changed since then.
+        BundleError: If they are malformed, or do not fit the bundle's tower.
+        ChangedFileError: If the file changed since the bundle was opened.
     """
     stated = next((file for file in bundle.manifest.files if file.path == GOLDEN_FILE), None)
     if stated is None:

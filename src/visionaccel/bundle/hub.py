@@ -1,10 +1,10 @@
 """Bundles on the model hub: push one to a repository, or pull one.
 
-A revision of a repository (branch, tag or commit) holds one bundle, beside which other files may lie. A pull takes the
-manifest and what it names, all of one commit, and nothing is given out before `open_bundle` has verified it.
+A revision of a repository (branch, tag or commit) holds one bundle; other files may lie next to it. A pull takes the
+manifest and what it names, all of one commit, and `open_bundle` verifies it before it is returned.
 
 The hub's cache has its snapshots as symbolic links to blobs elsewhere, and a bundle never leads out of its folder. So a
-pulled bundle is a folder of its own, `visionaccel/COMMIT` in the repository's folder of the cache, which goes when the
+pulled bundle has a separate folder, `visionaccel/COMMIT` in the repository's folder of the cache, which goes when the
 repository is deleted from the cache. Its files are hard links to the blobs, or copies where links cannot be made: to
 change a bundle, pull it with an output, which holds copies.
 """
@@ -14,30 +14,21 @@ from __future__ import annotations
 import glob
 import os
 import shutil
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from visionaccel.bundle.bundle import Bundle, open_bundle
+from visionaccel.bundle.folder import appearing
 from visionaccel.bundle.manifest import MANIFEST, ExternalCheckpoint, Manifest, parse_manifest
 from visionaccel.checkpoint import Checkpoint, locate_checkpoint
-from visionaccel.core.orphans import guarded_folder
 from visionaccel.errors import ArtifactError, BundleError, ConfigurationError, VisionAccelError
 
 
 @dataclass(frozen=True, slots=True)
 class PushReport:
-    """Where a pushed bundle is.
-
-    Attributes:
-        repository: The repository's full id.
-        revision: The branch.
-        commit: The commit's id. That of the branch before, if it held the same bundle.
-        url: The commit's page.
-        files: Paths in the bundle, the manifest's included.
-    """
+    """The commit that holds a pushed bundle, which is the branch's last one if that held the same bundle already."""
 
     repository: str
     revision: str
@@ -54,11 +45,6 @@ class PullReport:
     commit: str
     bundle: Bundle
 
-    @property
-    def folder(self) -> Path:
-        """The bundle's folder."""
-        return self.bundle.folder
-
 
 def push_bundle(
     folder: str | os.PathLike[str],
@@ -74,10 +60,10 @@ def push_bundle(
 
     Args:
         folder: The bundle.
-        repository: Repository id, `owner/name`; without an owner, the user's own.
+        repository: `owner/name`; without an owner, the user's.
         revision: The branch. Default: `main`.
-        private: Create the repository as a private one, and push to no other.
-        message: First line of the commit's message.
+        private: Create the repository as a private one, and refuse a public one.
+        message: The commit's message.
 
     Raises:
         BundleError: If the bundle is broken.
@@ -117,19 +103,17 @@ def pull_bundle(
     output: str | os.PathLike[str] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> PullReport:
-    """Download and verify the bundle of a repository. From the hub's cache if it is there or HF_HUB_OFFLINE is set.
+    """Download and verify the bundle of a repository, or take it from the hub's cache.
 
     Args:
-        repository: Repository id.
+        repository: `owner/name`.
         revision: Branch, tag or commit. Default: `main`.
-        output: A folder that does not exist yet, for copies of the files. It appears complete or not at all. Default: a
-            folder in the hub's cache, not to be changed.
-        checkpoint: Folder or repository of the checkpoint whose weights the bundle needs, if it does not hold them. A
-            repository is fetched. Default: what the manifest names, if that is on this machine: a manifest does not
-            decide whom this machine contacts.
+        output: A new folder for copies of the files. Default: a folder in the hub's cache, not to be changed.
+        checkpoint: Folder or repository, which is fetched, of the weights that the bundle needs. Default: what the
+            manifest names, if that is on this machine: a manifest does not decide which servers are contacted.
 
     Raises:
-        BundleError: If the revision holds no bundle, or one that is incomplete or fails its verification.
+        BundleError: If the revision holds no bundle, or one that fails its verification.
         ConfigurationError: If there is no such repository or revision, the hub cannot be reached or refuses, or the
             folder exists or cannot be written.
     """
@@ -140,27 +124,25 @@ def pull_bundle(
     commit, storage = snapshot.name, snapshot.parents[1]
     if not (snapshot / MANIFEST).is_file():
         raise BundleError(
-            f"{repository!r} at commit {commit} is no bundle: it has no {MANIFEST}.",
+            f"{repository!r} at commit {commit} is not a bundle: it has no {MANIFEST}.",
             hint="Pass the repository and revision of one that `visionaccel push` wrote.",
         )
-    folder = target or storage / "visionaccel" / commit
     try:
         manifest = parse_manifest(snapshot / MANIFEST)
-        weights = None if checkpoint is None else _weights_of(manifest, checkpoint)
-        if target is None and (bundle := _cached(folder, snapshot, weights)) is not None:
-            return PullReport(repository, commit, bundle)
-        names = _names(manifest)
-        _download(repository, commit, names)
-        bundle = _place(snapshot, names, folder, weights, link=target is None)
+        names, weights = _names(manifest), None if checkpoint is None else _weights_of(manifest, checkpoint)
+        if target is not None:
+            _download(repository, commit, names)
+            _place(snapshot, names, target, weights, link=False)
+            return PullReport(repository, commit, open_bundle(target, checkpoint=weights))
+        folder = storage / "visionaccel" / commit
+        bundle = _cached(folder, snapshot, weights)
+        if bundle is None:
+            _download(repository, commit, names)
+            bundle = _placed_in_cache(snapshot, names, folder, weights)
     except BundleError as error:
         raise BundleError(
             f"{repository!r} at commit {commit}: {error.message}",
             hint=f"{error.hint} To fetch it again, delete {storage} first.",
-        ) from error
-    except OSError as error:
-        raise ConfigurationError(
-            f"{folder} cannot be written: {error}",
-            hint="Pass an output folder where there is space and permission.",
         ) from error
     return PullReport(repository, commit, bundle)
 
@@ -180,24 +162,21 @@ def _names(manifest: Manifest) -> tuple[str, ...]:
 
 def _require_portable(folder: Path, checkpoint: ExternalCheckpoint | None) -> None:
     """A path to a checkpoint means nothing on another machine; a repository does."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.errors import HFValidationError
+
     if checkpoint is None:
         return
-    if Path(checkpoint.source).exists() or not _is_repository_id(checkpoint.source):
+    try:
+        hf_hub_url(checkpoint.source, MANIFEST)  # contacts no server; the client's check of names is not public
+        local = Path(checkpoint.source).exists()
+    except HFValidationError:
+        local = True
+    if local:
         raise ConfigurationError(
             f"{folder} takes its weights from a checkpoint on this machine, {checkpoint.source}.",
             hint="Export it --self-contained to push it.",
         )
-
-
-def _is_repository_id(text: str) -> bool:
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        hf_hub_url(text, MANIFEST)  # asks nobody; the client's check of names has no public name of its own
-    except HFValidationError:
-        return False
-    return True
 
 
 def _download(repository: str, revision: str | None, names: Sequence[str]) -> Path:
@@ -221,43 +200,42 @@ def _cached(folder: Path, snapshot: Path, weights: Checkpoint | None) -> Bundle 
     return bundle if unchanged else None
 
 
-def _place(snapshot: Path, names: Sequence[str], folder: Path, weights: Checkpoint | None, *, link: bool) -> Bundle:
-    """Build and verify the bundle in a folder beside `folder`, then rename it."""
-    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
+def _placed_in_cache(snapshot: Path, names: Sequence[str], folder: Path, weights: Checkpoint | None) -> Bundle:
+    """The bundle in its folder of the cache, where another process may place it at the same time."""
     try:
-        with guarded_folder(partial):
-            for name in names:
-                blob, file = (snapshot / name).resolve(), partial / name
-                if not blob.is_file():
-                    raise BundleError(f"{name}, which the manifest names, is not there.", hint="Push the bundle again.")
-                file.parent.mkdir(parents=True, exist_ok=True)
-                if not (link and _linked(blob, file)):
-                    shutil.copyfile(blob, file)
-            open_bundle(partial, checkpoint=weights)
+        _place(snapshot, names, folder, weights, link=True)
+    except ConfigurationError:
+        if not folder.is_dir():
+            raise
+        # Another process was faster with the same commit, or what is there was changed since.
+        if (bundle := _cached(folder, snapshot, weights)) is not None:
+            return bundle
+        shutil.rmtree(folder, ignore_errors=True)
+        _place(snapshot, names, folder, weights, link=True)
+    return open_bundle(folder, checkpoint=weights)
+
+
+def _place(snapshot: Path, names: Sequence[str], folder: Path, weights: Checkpoint | None, *, link: bool) -> None:
+    """Make a verified bundle in a folder that does not exist."""
+    put = _link_or_copy if link else shutil.copyfile
+    with appearing(folder, force=False) as partial:
+        for name in names:
+            blob, file = (snapshot / name).resolve(), partial / name
+            if not blob.is_file():
+                raise BundleError(f"{name}, which the manifest names, is not there.", hint="Push the bundle again.")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            put(blob, file)
         try:
-            partial.rename(folder)
-        except OSError:
-            if not (link and folder.is_dir()):
-                raise
-            # Another process was faster with the same commit, or what is there was changed since.
-            if (bundle := _cached(folder, snapshot, weights)) is not None:
-                return bundle
-            shutil.rmtree(folder)
-            partial.rename(folder)
-        return open_bundle(folder, checkpoint=weights)
-    except BundleError as error:
-        raise BundleError(error.message.replace(f"{partial}{os.sep}", ""), hint=error.hint) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            open_bundle(partial, checkpoint=weights)
+        except BundleError as error:
+            raise BundleError(error.message.replace(f"{partial}{os.sep}", ""), hint=error.hint) from error
 
 
-def _linked(blob: Path, file: Path) -> bool:
-    """Whether a hard link could be made; not across file systems, nor on all of them."""
+def _link_or_copy(blob: Path, file: Path) -> None:
     try:
         os.link(blob, file)
-    except OSError:
-        return False
-    return True
+    except OSError:  # across file systems, and on some of them
+        shutil.copyfile(blob, file)
 
 
 @contextmanager
@@ -275,7 +253,9 @@ def _client_errors(doing: str) -> Iterator[None]:
 def _what_to_do(error: BaseException) -> str:
     from huggingface_hub import errors
 
-    causes = list(_chain(error))
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
     status = next((cause.response.status_code for cause in causes if isinstance(cause, errors.HfHubHTTPError)), None)
     if isinstance(error, errors.HFValidationError):
         return "Pass a repository as owner/name."
@@ -288,10 +268,3 @@ def _what_to_do(error: BaseException) -> str:
     if any(isinstance(cause, errors.OfflineModeIsEnabled) for cause in causes):
         return "Unset HF_HUB_OFFLINE; offline, there is only what was pulled before."
     return "Check the network and HF_ENDPOINT, then try again."
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what caused it."""
-    while error is not None:
-        yield error
-        error = error.__cause__

@@ -7,9 +7,9 @@ flipped bit in a grid is a damaged file and not another grid.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -18,10 +18,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from visionaccel.bundle.upgrades import SCHEMA_VERSION, upgraded
 from visionaccel.core.bounded_files import parse_json, read_bounded
 from visionaccel.core.contracts import TensorSpec
+from visionaccel.core.digests import json_digest
 from visionaccel.core.grid import Grid
 from visionaccel.core.invalid_values import problems_of
 from visionaccel.core.program import AnyGrid, Bucket, Coverage, FixedGrid, HostSplit, Precision
-from visionaccel.errors import BundleError, GridError
+from visionaccel.errors import BundleError
 
 MANIFEST = "visionaccel.json"
 MOST_PATCHES = 2**20
@@ -43,7 +44,7 @@ def _inside(path: str) -> str:
 
 
 def _printable(text: str) -> str:
-    """Text that a terminal shows and does not obey."""
+    """Text without control characters, which a terminal would obey."""
     if not text.isprintable():
         raise ValueError("must hold printable characters only")
     return text
@@ -58,10 +59,6 @@ Text: TypeAlias = Annotated[str, StringConstraints(max_length=4096), AfterValida
 Size: TypeAlias = Annotated[int, Field(ge=1, le=2**40)]
 FrameSize: TypeAlias = Annotated[int, Field(ge=1, le=MOST_PATCHES)]
 Cosine: TypeAlias = Annotated[float, Field(ge=-1.000001, le=1.000001)]
-
-
-_RETIRED = ("answers", "failure")
-"""Fields of a certificate in which earlier releases wrote what a small example model made of the embeddings."""
 
 
 class _Model(BaseModel):
@@ -151,7 +148,7 @@ class ProgramEntry(_Model):
     model: RelativePath = Field(description="The file to open; one of `files`.")
     files: tuple[BundleFile, ...] = Field(min_length=1)
     companions: dict[Name, RelativePath] = Field(
-        default_factory=dict, description="Those of `files` that a backend needs beside the model, by their role."
+        default_factory=dict, description="Those of `files` that a backend needs next to the model, by their role."
     )
     inputs: tuple[Tensor, ...] = Field(min_length=1)
     outputs: tuple[Tensor, ...] = Field(min_length=1)
@@ -177,11 +174,7 @@ class ProgramEntry(_Model):
         return self
 
     def covers(self) -> Coverage:
-        """The coverage as programs have it.
-
-        Raises:
-            GridError: If the grid is no grid.
-        """
+        """The coverage as programs have it."""
         match self.coverage:
             case FixedCoverage(grid=grid):
                 return FixedGrid(Grid(*grid))
@@ -241,7 +234,7 @@ class Certificate(_Model):
 
 
 class Manifest(_Model):
-    """A bundle: an encoder's programs with all that is needed to run them rightly, or to refuse."""
+    """A bundle: an encoder's programs with all that is needed to run them correctly, or to refuse."""
 
     schema_version: Literal[2]
     family: Name
@@ -282,21 +275,21 @@ def stated_coverage(coverage: Coverage) -> FixedCoverage | BucketCoverage | Dyna
             return DynamicCoverage(kind="dynamic", most_patches=most)
 
 
-def seal(document: dict[str, Any]) -> Manifest:
-    """A manifest from its JSON document, the digest made anew.
+def seal(document: Mapping[str, Any]) -> Manifest:
+    """A manifest from its JSON document, with its digest computed.
 
     Raises:
-        BundleError: If the document is no manifest.
+        BundleError: If the document is not a manifest.
     """
     body = {name: value for name, value in document.items() if name != "digest"}
-    manifest = _validated({**body, "digest": _digest(body)}, "the manifest")
+    manifest = _validated({**body, "digest": json_digest(body)}, "the manifest")
     # What is written has the defaults and 1.0 where a float was given as 1; that is what readers take the digest of.
     written = manifest.model_dump(mode="json", exclude={"digest"})
-    return manifest.model_copy(update={"digest": _digest(written)})
+    return manifest.model_copy(update={"digest": json_digest(written)})
 
 
 def parse_manifest(path: Path) -> Manifest:
-    """Read a manifest, also one of schema version 1, as one of this version.
+    """Read a manifest of schema version 1 or 2, as one of version 2.
 
     Raises:
         BundleError: If it is missing, damaged, of another schema version, or states what this reader does not know.
@@ -313,9 +306,9 @@ def parse_manifest(path: Path) -> Manifest:
         raise BundleError(f"{path} cannot be read: {error}", hint="Export or fetch the bundle again.") from error
     if not isinstance(document, dict):
         raise BundleError(f"{path} does not hold a JSON object.", hint="Export or fetch the bundle again.")
-    manifest = _validated(upgraded(_without_retired(document), str(path)), str(path))
+    manifest = _validated(upgraded(document, str(path)), str(path))
     stated = {name: value for name, value in document.items() if name != "digest"}
-    if manifest.digest != _digest(stated):
+    if manifest.digest != json_digest(stated):
         raise BundleError(
             f"{path} does not have the digest that it states: it was damaged or edited.",
             hint="Export or fetch the bundle again.",
@@ -328,29 +321,12 @@ def json_schema() -> dict[str, Any]:
     return Manifest.model_json_schema()
 
 
-def _without_retired(document: dict[str, Any]) -> dict[str, Any]:
-    """A manifest without fields that earlier releases wrote; its digest is still that of the whole document."""
-    certificate = document.get("certificate")
-    if not isinstance(certificate, dict):
-        return document
-    kept = {name: value for name, value in certificate.items() if name not in _RETIRED}
-    return {**document, "certificate": kept}
-
-
 def _validated(document: dict[str, Any], where: str) -> Manifest:
     try:
         # Through JSON, so that strict checks take lists where the model has tuples.
-        manifest = Manifest.model_validate_json(json.dumps(document))
-        for program in manifest.programs:
-            program.covers()
-    except (ValidationError, GridError, ValueError, RecursionError) as error:
+        return Manifest.model_validate_json(json.dumps(document))
+    except (ValidationError, ValueError, RecursionError) as error:
         raise BundleError(
             f"{where} is not a manifest that this visionaccel knows: {problems_of(error)}.",
             hint="Export the bundle again, or use the visionaccel that wrote it.",
         ) from error
-    return manifest
-
-
-def _digest(document: dict[str, Any]) -> str:
-    text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()

@@ -1,6 +1,6 @@
-"""Tensors of ONNX models: none may stand for another, and weights are read from where the tower has them.
+"""Tensors of ONNX models: names and bytes are unique, and weights are read from where the tower has them.
 
-What a model itself says of the places of its weights is never followed.
+The places that a model itself states for its weights are never followed.
 """
 
 from __future__ import annotations
@@ -26,24 +26,18 @@ _MOST_DIMENSIONS = 32
 
 
 def check_tensors(model: onnx.ModelProto, where: object) -> None:
-    """Refuse names that are given twice, and external data that overlap.
-
-    Args:
-        model: The model.
-        where: What the error names it by.
+    """Refuse a model, which errors call `where`, in which two tensors have one name or share bytes of a file.
 
     Raises:
-        BundleError: If two tensors have one name, or share bytes of a file.
+        BundleError: If there are such tensors, or a place of external data is malformed.
     """
-    for graph in graphs_in(model.graph):
-        _check_names(graph, where)
     ranges: dict[str, list[tuple[int, int, str]]] = {}
     for graph in graphs_in(model.graph):
-        for tensor in tensors_of(graph):
-            if is_external(tensor):
-                location, begin, end = _range(tensor, where)
-                if begin < end:
-                    ranges.setdefault(location, []).append((begin, end, tensor.name))
+        _check_names(graph, where)
+        for tensor in filter(is_external, tensors_of(graph)):
+            location, begin, end = _range(tensor, where)
+            if begin < end:
+                ranges.setdefault(location, []).append((begin, end, tensor.name))
     for location, places in ranges.items():
         for (_, end, one), (begin, _, other) in pairwise(sorted(places)):
             if begin < end:
@@ -51,18 +45,15 @@ def check_tensors(model: onnx.ModelProto, where: object) -> None:
 
 
 def point_at_weights(model: bytes, weights: Mapping[str, StoredTensor], folder: Path) -> bytes:
-    """The model with each external initializer read from the stored tensor of its name.
+    """A serialized model with each external initializer read from the stored tensor of its name.
 
-    Args:
-        model: A serialized ONNX model.
-        weights: Where the weights lie, by the names of the initializers.
-        folder: External-data locations become relative to it; it must hold all of their files, at any depth.
+    External-data locations become relative to `folder`, which must hold all of the weights' files, at any depth.
 
     Raises:
-        BundleError: If the model cannot be parsed, or names a weight that is not there or is of another size or dtype,
-            or has external data anywhere else than in the initializers of its graph, or gives a name twice.
+        BundleError: If the model cannot be parsed, names a weight that is not there or has another size or dtype, has
+            external data outside its graph's initializers, gives a name twice, or wraps a compiled model.
     """
-    import onnx  # an extra: encoders that run no ONNX model do without
+    import onnx  # an extra, for encoders that run ONNX models
 
     try:
         proto = onnx.load_model_from_string(model)
@@ -122,16 +113,16 @@ def _range(tensor: onnx.TensorProto, where: object) -> tuple[str, int, int]:
     """The file of a tensor's data and which of its bytes they are."""
     try:
         place = ExternalData.of(tensor)
-        length = _bytes(tensor) if place.length is None else place.length
+        length = _data_bytes(tensor) if place.length is None else place.length
     except (ValueError, KeyError) as error:
         raise BundleError(f"{where}: external data of {tensor.name!r}: {error}.", hint=_AGAIN) from error
     return posixpath.normpath(place.location), place.offset, place.offset + length
 
 
-def _bytes(tensor: onnx.TensorProto) -> int:
+def _data_bytes(tensor: onnx.TensorProto) -> int:
+    from onnx import helper
+
     if len(tensor.dims) > _MOST_DIMENSIONS:  # the product of very many sizes alone takes minutes
         raise ValueError(f"{len(tensor.dims)} dimensions")
     items: int = math.prod(tensor.dims)
-    from onnx import helper
-
     return items * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize

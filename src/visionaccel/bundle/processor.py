@@ -6,37 +6,39 @@ where a file says nothing, and not to a file: releases of transformers write the
 
 from __future__ import annotations
 
-import hashlib
-import json
+from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from visionaccel.checkpoint import read_json
+from visionaccel.core.digests import json_digest
 from visionaccel.errors import CheckpointError, ConfigurationError
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
-"""Where checkpoints keep it: since transformers 5 within the whole processor's file, which counts first, or alone."""
+"""Where checkpoints keep it: since transformers 5 within the whole processor's file, which is read first, or alone."""
 
-_DEFAULTS = MappingProxyType(
-    {
-        "patch_size": 14,
-        "temporal_patch_size": 2,
-        "merge_size": 2,
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "resample": 3,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": (0.48145466, 0.4578275, 0.40821073),
-        "image_std": (0.26862954, 0.26130258, 0.27577711),
-    }
-)
+_DEFAULTS: Mapping[str, Any] = {
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "do_convert_rgb": True,
+    "do_resize": True,
+    "resample": 3,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": (0.48145466, 0.4578275, 0.40821073),
+    "image_std": (0.26862954, 0.26130258, 0.27577711),
+}
 """What patches depend on, with the defaults of the image processor that every implemented family uses.
 
-The least and most pixels of an image are not among them: they decide its grid, and patches come with theirs.
+The bounds on an image's pixels are not among them: they decide its grid, which is passed with the patches.
 """
+
+_SWITCHES = {
+    "do_resize": ("resample",), "do_rescale": ("rescale_factor",), "do_normalize": ("image_mean", "image_std")
+}  # fmt: skip
+"""Settings that do not count where a step is switched off."""
 
 _CHANNELS = 3
 _FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
@@ -54,18 +56,18 @@ def processor_digest(folder: Path) -> str | None:
         CheckpointError: If the file is malformed, or a setting is not of its kind.
     """
     found = _configuration(folder)
-    return None if found is None else _digest(_settings(*found))
+    return None if found is None else json_digest(_settings(*found))
 
 
 def require_processor(stated: str | None, folder: Path, bundle: Path) -> None:
     """Refuse to make patches for a bundle with another image processor than it was exported for.
 
-    Bundles of earlier releases state a digest of everything in the processor's file. It counts too: where it is that of
-    the folder's file, or that of the bundle's own, whose settings are then compared.
+    Bundles of earlier releases state a digest of everything in the processor's file. It is accepted if it is that of
+    the folder's file, or that of the bundle's own file, if that has the same settings.
 
     Args:
-        stated: The digest in the bundle's manifest; None if it was exported without one.
-        folder: The checkpoint whose processor will be used; one without is not refused here.
+        stated: The digest in the manifest; None if it was exported without a processor.
+        folder: The checkpoint whose processor will be used; one without a processor is not refused here.
         bundle: The bundle's or checkpoint's folder.
 
     Raises:
@@ -117,10 +119,7 @@ def _settings(path: Path, config: dict[str, Any]) -> dict[str, Any]:
             raise CheckpointError(
                 f"{path}: the image processor's {name} cannot be {str(value)[:40]!r}.", hint="Download the file again."
             ) from error
-    # What is switched off has no say.
-    for switch, names in {
-        "do_resize": ("resample",), "do_rescale": ("rescale_factor",), "do_normalize": ("image_mean", "image_std")
-    }.items():  # fmt: skip
+    for switch, names in _SWITCHES.items():
         if not found[switch]:
             found |= dict.fromkeys(names)
     return found
@@ -137,9 +136,4 @@ def _file_digest(folder: Path) -> str | None:
     found = _configuration(folder)
     if found is None:
         return None
-    return _digest({key: value for key, value in found[1].items() if key not in _NAMES_OF_CLASSES})
-
-
-def _digest(value: dict[str, Any]) -> str:
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+    return json_digest({key: value for key, value in found[1].items() if key not in _NAMES_OF_CLASSES})

@@ -1,20 +1,19 @@
-"""Checkpoints without their vision weights: a copy for the language model's server, its encoder to come from elsewhere.
+"""Checkpoints without their vision weights: a copy for the language model's server, whose encoder comes from elsewhere.
 
-The copy notes the digest of the weights that were taken out, so that an encoder made from them can be told from others.
+The copy notes the digest of the weights that were taken out, so that the encoder that belongs to it can be recognised.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from visionaccel.bundle.folder import appearing
+from visionaccel.bundle.folder import appearing, as_json, require_space, write_file
 from visionaccel.checkpoint import INDEX_FILE, Checkpoint, read_json, weights_digest, write_safetensors
 from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import CheckpointError, ConfigurationError
@@ -35,16 +34,10 @@ _WEIGHT_ENDINGS = (
 
 @dataclass(frozen=True, slots=True)
 class StripReport:
-    """What `strip_checkpoint` wrote.
+    """What `strip_checkpoint` wrote. Sizes are of tensors alone.
 
     Attributes:
-        folder: The stripped checkpoint.
-        family: The vision tower's family.
-        digest: `weights_digest` of the vision weights, by their names below the checkpoint's prefix.
-        kept_tensors: Number of tensors in the copy.
-        kept_bytes: Their bytes.
-        removed_tensors: Number of tensors that were left out.
-        removed_bytes: Their bytes.
+        vision_weights_digest: `weights_digest` of the vision weights, by their names below the checkpoint's prefix.
         shards: Names of the safetensors files written.
         skipped: Paths below the checkpoint's folder that were not copied: hidden ones, and weights in other files and
             formats. Folders end with a slash.
@@ -52,11 +45,11 @@ class StripReport:
 
     folder: Path
     family: str
-    digest: str
-    kept_tensors: int
-    kept_bytes: int
+    vision_weights_digest: str
+    bytes_before: int
+    bytes_after: int
     removed_tensors: int
-    removed_bytes: int
+    kept_tensors: int
     shards: tuple[str, ...]
     skipped: tuple[str, ...]
 
@@ -68,12 +61,11 @@ def strip_checkpoint(
 
     Tensors are streamed and keep their bytes, dtypes, names, shards and the shards' `__metadata__`; the index is
     rewritten. Everything else in the folder is copied, with symbolic links resolved, but hidden files and further
-    weights, which could hold the vision tower again. `out` appears complete or not at all; next to it, a hidden folder
-    `.NAME.partial-XXXX` is filled until then, and removed if anything fails.
+    weights, which could hold the vision tower again.
 
     Args:
         checkpoint: The checkpoint; its folder is only read.
-        out: The folder to write, which must not exist; its parents are made.
+        out: A new folder, which appears complete or not at all; its parents are made.
         progress: Called with the number of bytes just read, in all those of every tensor of the checkpoint.
 
     Raises:
@@ -98,10 +90,12 @@ def strip_checkpoint(
                 hint="Strip a checkpoint that has a language model.",
             )
         vision = tower.weights
-        kept_bytes = _bytes(kept.values())
-        removed_bytes = _bytes(tensor for name, tensor in checkpoint.tensors.items() if name in removed)
+        before, after = _bytes(checkpoint.tensors.values()), _bytes(kept.values())
         files, skipped = _other_files(checkpoint)
-        _check_space(out, checkpoint, files, removed_bytes)
+        sources = [*files.values(), *checkpoint.files]
+        needed = sum(source.stat().st_size for source in sources) - (before - after)
+        parent = next(folder for folder in out.parents if folder.exists())
+        require_space(parent, needed, "the stripped checkpoint", "Free space, or write to another disk.")
         _require_one_content(checkpoint)
         with appearing(out, force=False) as partial, _errors_of_copying(checkpoint, out):
             digest = weights_digest(vision, progress)
@@ -109,28 +103,22 @@ def strip_checkpoint(
             for name, source in files.items():
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, partial / name)
-            _write_json(partial / STRIP_NOTE, {"family": tower.family, _DIGEST_KEY: digest})
+            write_file(partial / STRIP_NOTE, as_json({"family": tower.family, _DIGEST_KEY: digest}))
     return StripReport(
         folder=out,
         family=tower.family,
-        digest=digest,
-        kept_tensors=len(kept),
-        kept_bytes=kept_bytes,
+        vision_weights_digest=digest,
+        bytes_before=before,
+        bytes_after=after,
         removed_tensors=len(removed),
-        removed_bytes=removed_bytes,
+        kept_tensors=len(kept),
         shards=shards,
         skipped=skipped,
     )
 
 
 def read_strip_note(folder: Path) -> str | None:
-    """The digest of the vision weights that were taken out of a checkpoint.
-
-    Args:
-        folder: The checkpoint's folder.
-
-    Returns:
-        As `weights_digest`; None if the folder has no note, so that nothing is known of it.
+    """The `weights_digest` of the vision weights that were taken out of a checkpoint; None if its folder has no note.
 
     Raises:
         CheckpointError: If there is a note and it cannot be read.
@@ -169,7 +157,7 @@ def _free_place(checkpoint: Checkpoint, out: Path) -> Path:
 
 
 def _require_one_content(checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint with two copies of the weights that differ: it is not known which of them is meant."""
+    """Refuse a checkpoint with two copies of the weights that differ: either may be out of date."""
     for name, copy in checkpoint.second_copy.items():
         if not checkpoint.tensors[name].holds_the_same_as(copy):
             raise CheckpointError(
@@ -180,10 +168,10 @@ def _require_one_content(checkpoint: Checkpoint) -> None:
 
 def _other_files(checkpoint: Checkpoint) -> tuple[dict[str, Path], tuple[str, ...]]:
     """Files to be copied by their path in the folder, and the paths that are not."""
-    written_anew = {STRIP_NOTE, *(file.name for file in checkpoint.files)}
+    written = {STRIP_NOTE, *(file.name for file in checkpoint.files)}
     if checkpoint.weight_map is not None:
-        written_anew.add(INDEX_FILE)
-    entries = [(name, source) for name, source in _walk(checkpoint.folder) if name not in written_anew]
+        written.add(INDEX_FILE)
+    entries = [(name, source) for name, source in _walk(checkpoint.folder) if name not in written]
     files = {name: source for name, source in entries if source is not None}
     return files, tuple(name for name, source in entries if source is None)
 
@@ -195,32 +183,17 @@ def _walk(folder: Path, below: str = "", within: frozenset[Path] = frozenset()) 
         raise CheckpointError(f"{folder} is a link to a folder around it.", hint="Remove the link.")
     for entry in sorted(folder.iterdir()):
         name = below + entry.name
-        if entry.is_dir():
-            if entry.name.startswith("."):
-                yield f"{name}/", None
-            else:
-                yield from _walk(entry, f"{name}/", within | {resolved})
-        elif entry.name.startswith(".") or entry.name.lower().endswith(_WEIGHT_ENDINGS):
+        hidden = entry.name.startswith(".")
+        if entry.is_dir() and not hidden:
+            yield from _walk(entry, f"{name}/", within | {resolved})
+        elif entry.is_dir():
+            yield f"{name}/", None
+        elif hidden or entry.name.lower().endswith(_WEIGHT_ENDINGS):
             yield name, None
-        elif entry.is_file():
-            yield name, entry
-        elif entry.is_symlink():
+        elif entry.is_symlink() and not entry.exists():
             raise CheckpointError(f"{entry} is a broken link.", hint="Download the file again, or remove the link.")
         else:
-            yield name, None
-
-
-def _check_space(out: Path, checkpoint: Checkpoint, files: Mapping[str, Path], removed_bytes: int) -> None:
-    """Refuse before anything is written if the copy cannot fit the file system."""
-    parent = next(folder for folder in out.parents if folder.exists())
-    sources = [*files.values(), *checkpoint.files]
-    needed = sum(source.stat().st_size for source in sources) - removed_bytes
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise ConfigurationError(
-            f"The stripped checkpoint takes {needed / 2**30:.1f} GiB, and {parent} has {free / 2**30:.1f} GiB free.",
-            hint="Free space, or write to another disk.",
-        )
+            yield name, entry if entry.is_file() else None
 
 
 def _write_shards(
@@ -235,20 +208,15 @@ def _write_shards(
             written.append(shard.name)
     if checkpoint.weight_map is not None:
         index = read_json(checkpoint.folder / INDEX_FILE)
-        index["weight_map"] = {
-            name: shard for name, shard in checkpoint.weight_map.items() if name not in removed and shard in written
-        }
         totals = dict(index["metadata"]) if isinstance(index.get("metadata"), dict) else {}
-        totals["total_size"] = _bytes(t for name, t in checkpoint.tensors.items() if name not in removed)
+        totals["total_size"] = _bytes(tensor for name, tensor in checkpoint.tensors.items() if name not in removed)
         if isinstance(totals.get("total_parameters"), int):
             totals["total_parameters"] -= sum(math.prod(checkpoint.tensors[name].shape) for name in removed)
-        _write_json(out / INDEX_FILE, {**index, "metadata": totals})
+        shards = checkpoint.weight_map.items()
+        named = {name: shard for name, shard in shards if name not in removed and shard in written}
+        write_file(out / INDEX_FILE, as_json({**index, "weight_map": named, "metadata": totals}))
     return tuple(written)
 
 
 def _bytes(tensors: Iterable[StoredTensor]) -> int:
     return sum(tensor.length for tensor in tensors)
-
-
-def _write_json(path: Path, value: Mapping[str, object]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

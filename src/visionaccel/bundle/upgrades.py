@@ -1,7 +1,7 @@
-"""Reads manifests of earlier schema versions: one step for each version, from it to the next.
+"""Reads manifests of earlier releases. Their digest covers the document as it was written.
 
-Version 1 used one family's words: a bucket's windows, their order, and the vision configuration in the place of the
-tower's description. The digest in such a manifest covers the version 1 document. `visionaccel validate` upgrades it.
+Schema version 1 used one family's words: a bucket's windows, their order, and the vision configuration in the place of
+the tower's description. `visionaccel validate` upgrades such a manifest.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from typing import Any
 from visionaccel.errors import BundleError
 from visionaccel.families import family_named
 
+SCHEMA_VERSION = 2
+"""The version that this visionaccel writes."""
+
+_RETIRED = ("answers", "failure")
+"""Fields of a certificate in which earlier releases wrote what a small example model made of the embeddings."""
+
 
 def upgraded(document: dict[str, Any], where: str) -> dict[str, Any]:
-    """A manifest's document as one of the present schema version; what does not fit its own version is left in it.
-
-    Args:
-        document: The manifest, of any version.
-        where: How errors name it.
+    """A manifest's document as one of this schema version; what is unknown in it stays, for the reader to refuse.
 
     Raises:
         BundleError: If its version is not known, or it states what that version does not have, or lacks what it needs.
-        CheckpointError: If the vision configuration of version 1 is incomplete or impossible.
-        UnsupportedArchitectureError: If the family is not known.
     """
     version = document.get("schema_version")
     if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
@@ -30,9 +30,11 @@ def upgraded(document: dict[str, Any], where: str) -> dict[str, Any]:
             f"{where} is of schema version {version!r}; this visionaccel reads 1 to {SCHEMA_VERSION}.",
             hint="Use the visionaccel that wrote it, or export the bundle again.",
         )
-    for step in _STEPS[version - 1 :]:
-        document = step(document, where)
-    return document
+    certificate = document.get("certificate")
+    if isinstance(certificate, dict):
+        kept = {name: value for name, value in certificate.items() if name not in _RETIRED}
+        document = {**document, "certificate": kept}
+    return document if version == SCHEMA_VERSION else _from_1(document, where)
 
 
 def _from_1(document: dict[str, Any], where: str) -> dict[str, Any]:
@@ -41,7 +43,7 @@ def _from_1(document: dict[str, Any], where: str) -> dict[str, Any]:
     _refuse(document, "spec", where)
     if not isinstance(name, str) or not isinstance(vision, dict):
         raise BundleError(
-            f"{where} states no family and vision_config, as schema version 1 has them.",
+            f"{where} does not state family and vision_config, which schema version 1 has.",
             hint="Export or fetch the bundle again.",
         )
     family = family_named(name)
@@ -55,19 +57,16 @@ def _from_1(document: dict[str, Any], where: str) -> dict[str, Any]:
 def _program(entry: Any, where: str) -> Any:
     if not isinstance(entry, dict):
         return entry
-    changed, coverage, host = dict(entry), entry.get("coverage"), entry.get("host")
+    changed = {name: dict(value) if isinstance(value, dict) else value for name, value in entry.items()}
+    coverage, host = changed.get("coverage"), changed.get("host")
     if isinstance(coverage, dict):
         _refuse(coverage, "sizes", where)
         if coverage.get("kind") == "bucket":
-            sizes = {name: coverage[name] for name in ("patches", "windows") if name in coverage}
-            changed["coverage"] = {**{name: coverage[name] for name in coverage if name not in sizes}, "sizes": sizes}
+            coverage["sizes"] = {name: coverage.pop(name) for name in ("patches", "windows") if name in coverage}
     if isinstance(host, dict):
         _refuse(host, "order", where)
         if "window_order" in host:
-            changed["host"] = {
-                **{name: host[name] for name in host if name != "window_order"},
-                "order": host["window_order"],
-            }
+            host["order"] = host.pop("window_order")
     return changed
 
 
@@ -78,8 +77,3 @@ def _refuse(stated: dict[str, Any], field: str, where: str) -> None:
             f"{where} is of schema version 1 and states {field!r}, which version 1 does not have.",
             hint="Export or fetch the bundle again.",
         )
-
-
-_STEPS = (_from_1,)
-SCHEMA_VERSION = 1 + len(_STEPS)
-"""The version that this visionaccel writes."""

@@ -8,16 +8,9 @@ from visionaccel.checkpoint.reading import (
     read_header,
     read_json,
 )
-from visionaccel.checkpoint.tensors import copy_to_memory, weights_digest, write_safetensors
+from visionaccel.checkpoint.tensors import copy_to_memory, differing_weights, weights_digest, write_safetensors
 
 __all__ = [
-    "Checkpoint",
-    "INDEX_FILE",
-    "SINGLE_FILE",
-    "copy_to_memory",
-    "locate_checkpoint",
-    "read_header",
-    "read_json",
-    "weights_digest",
-    "write_safetensors",
-]
+    "INDEX_FILE", "SINGLE_FILE", "Checkpoint", "copy_to_memory", "differing_weights", "locate_checkpoint",
+    "read_header", "read_json", "weights_digest", "write_safetensors",
+]  # fmt: skip

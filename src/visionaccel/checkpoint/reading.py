@@ -24,14 +24,14 @@ from visionaccel.errors import CheckpointError
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 _OTHER_FILES = ("adapter_model", "consolidated")
-"""How the names of safetensors files start that hold something else: an adapter, or the weights in another layout."""
+"""Starts of names of safetensors files that hold something else: an adapter, or the weights in another layout."""
 
 _MOST_DIMENSIONS = 64
 _LFS_POINTER = b"version https://git-lfs"
 
 
 class Checkpoint:
-    """A checkpoint folder with `config.json` and safetensors weights.
+    """A checkpoint folder with `config.json` and safetensors weights. Its files are read when they are first needed.
 
     Args:
         folder: The folder. Files may be symbolic links, as in the Hugging Face cache.
@@ -40,7 +40,8 @@ class Checkpoint:
         config: The configuration. Default: `config.json`.
 
     Raises:
-        CheckpointError: If the folder or its configuration is missing or unreadable.
+        CheckpointError: If a file is missing, unreadable, truncated or inconsistent with its header, if there are no
+            weights, or if an index and a single file next to it hold other names, dtypes or shapes.
     """
 
     def __init__(
@@ -60,11 +61,7 @@ class Checkpoint:
 
     @cached_property
     def weight_map(self) -> Mapping[str, str] | None:
-        """The index: name of the shard by name of tensor. None without an index, and where the files were given.
-
-        Raises:
-            CheckpointError: If the index is malformed.
-        """
+        """The index: name of the shard by name of tensor. None without an index, and where the files were given."""
         index = self.folder / INDEX_FILE
         if self._given is not None or not index.exists():
             return None
@@ -80,11 +77,7 @@ class Checkpoint:
 
     @cached_property
     def files(self) -> tuple[Path, ...]:
-        """The files that hold the weights.
-
-        Raises:
-            CheckpointError: If there are none, or the index is malformed.
-        """
+        """The files that hold the weights."""
         if self._given is not None:
             return self._given
         if self.weight_map is None:
@@ -106,11 +99,7 @@ class Checkpoint:
 
     @cached_property
     def headers(self) -> Mapping[Path, tuple[Mapping[str, StoredTensor], Mapping[str, str]]]:
-        """What `read_header` found in each file, in the order of the files; each is read once.
-
-        Raises:
-            CheckpointError: If a file is missing, truncated or inconsistent with its header, or as `files`.
-        """
+        """What `read_header` found in each file, in the order of the files; each is read once."""
         return {file: read_header(file) for file in self.files}
 
     @cached_property
@@ -120,27 +109,23 @@ class Checkpoint:
         kinds, others = ({(t.name, t.dtype, t.shape) for t in each} for each in (found, self.second_copy.values()))
         if others and others != kinds:
             raise CheckpointError(
-                f"{self.folder} has {SINGLE_FILE} and also {INDEX_FILE}, whose files hold other tensors: which of them "
-                "are the weights is not known.",
+                f"{self.folder} has {SINGLE_FILE} and also {INDEX_FILE}, whose files hold other tensors: either may be "
+                "the weights.",
                 hint="Remove the one that is out of date.",
             )
         return found
 
     @cached_property
     def tensors(self) -> Mapping[str, StoredTensor]:
-        """Every tensor of every file by name; of one that several files hold, that of the last.
-
-        Raises:
-            CheckpointError: As `headers`, or if the `second_copy` has other names, dtypes or shapes.
-        """
+        """Every tensor of every file by name; of one that several files hold, that of the last."""
         return {tensor.name: tensor for tensor in self._every_tensor}
 
     def with_prefix(self, prefixes: tuple[str, ...]) -> dict[str, StoredTensor]:
         """Tensors whose name starts with one of `prefixes`, keyed by the rest of the name.
 
         Raises:
-            CheckpointError: As `tensors`; or if the index lists one that no file holds, or one is stored twice, in two
-                files or with two prefixes, with different content.
+            CheckpointError: If the index lists one that no file holds, or one is stored twice, in two files or with two
+                prefixes, with different content.
         """
         found: dict[str, StoredTensor] = {}
         for tensor in (*self._every_tensor, *self.second_copy.values()):
@@ -167,12 +152,9 @@ class Checkpoint:
 def locate_checkpoint(
     source: str | os.PathLike[str], revision: str | None = None, *, download: bool = True
 ) -> Checkpoint:
-    """The checkpoint in a folder, or of a repository on the Hugging Face Hub (from the local cache where it is there).
+    """The checkpoint in a folder, or of a repository on the Hugging Face Hub.
 
-    Args:
-        source: The folder or repository.
-        revision: The repository's revision.
-        download: Whether the hub may be contacted; otherwise only its local cache is read.
+    A repository comes from the hub's local cache if it is there; without `download`, the hub is not contacted.
 
     Raises:
         CheckpointError: If there is neither a folder nor a repository of that name.
@@ -219,11 +201,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """What one safetensors file says it holds: its tensors by name, and its `__metadata__`, empty if it has none.
+    """The tensors of a safetensors file by name, and its `__metadata__`, empty if it has none.
 
     Raises:
-        CheckpointError: If the file is missing, any tensor disagrees with the file's real size, or two overlap or have
-            one name.
+        CheckpointError: If the file is missing, a tensor does not fit its size, or two overlap or have one name.
     """
     again = "The file is truncated or damaged; download it again."
     try:
@@ -261,7 +242,7 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
 
 def _count(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 2**63:
-        raise ValueError("no number of bytes or elements")
+        raise ValueError("not a number of bytes or elements")
     return value
 
 

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files as streams: their digest, and copies of them, converted on the way if wanted.
+"""Tensors in safetensors files as streams: their digest, copies, which may be converted, and comparisons.
 
 Weights pass through one buffer of `CHUNK_BYTES`, so memory does not grow with the size of a tensor or a checkpoint.
 """
@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,81 +29,51 @@ _TARGETS = ("float32", "bfloat16", "float16")
 def weights_digest(tensors: Mapping[str, StoredTensor], progress: Callable[[int], None] | None = None) -> str:
     """What identifies weights: equal for equal names, dtypes, shapes and bytes, in any files.
 
-    It is the SHA-256 over the tensors in the order of their names. Each adds its name, dtype, shape (`3,224,224`, empty
-    for a scalar) and number of bytes, as UTF-8 text with the text's length before it (8 bytes, little-endian), and
-    then its bytes.
+    It is `sha256:` and the SHA-256 over the tensors in the order of their names. Each adds its name, dtype, shape
+    (`3,224,224`, empty for a scalar) and number of bytes, as UTF-8 text with the text's length before it (8 bytes,
+    little-endian), and then its bytes.
 
     Args:
-        tensors: The tensors by name; name them without the checkpoint's prefix for a digest that does not depend on it.
+        tensors: By name; name them without the checkpoint's prefix for a digest that does not depend on it.
         progress: Called with the number of bytes just read.
-
-    Returns:
-        `sha256:` and 64 hexadecimal digits.
 
     Raises:
         CheckpointError: If a file cannot be read or ends too early, or more than `MOST_HOLE_BYTES` of the tensors lie
             in holes.
     """
-
-    def take(name: str, piece: memoryview) -> None:  # noqa: ARG001
+    digest = hashlib.sha256()
+    for _, piece in _hashed(tensors, digest):
         if progress is not None:
             progress(len(piece))
-
-    return _digest(tensors, take)
+    return f"sha256:{digest.hexdigest()}"
 
 
 def copy_to_memory(tensors: Mapping[str, StoredTensor], copied: MemoryFile | None = None) -> dict[str, StoredTensor]:
-    """Copies of tensors in one sealed memory file, which is a safetensors file of them.
+    """Copies of tensors, by the same names, in one sealed memory file, which is a safetensors file of them.
 
-    They are read once: the memory file's digest is the `weights_digest` of the bytes that were copied.
-
-    Args:
-        tensors: The tensors by the names they get.
-        copied: The memory file that copies of the same tensors lie in; nothing is read then.
-
-    Returns:
-        Where the copies lie, by the same names; each keeps the memory file alive, and the name that the tensor had in
-        its own file.
+    They are read once: the memory file's digest is the `weights_digest` of the bytes that were copied. If it is
+    `copied` already, nothing is read. Each copy keeps the memory file alive, and the name that it had in its file.
 
     Raises:
         CheckpointError: If a file cannot be read or ends too early.
         ConfigurationError: If there is no memory for them.
     """
-    ordered = _in_file_order(tensors, None)
-    header = _header(ordered, None, None)
-    starts, end = {}, len(header)
-    for name, tensor in ordered.items():
-        starts[name], end = end, end + tensor.length
+    header, starts = _laid_out(tensors)
 
     def fill(file: BinaryIO) -> str:
-        places = dict(starts)
-        _write_all(file, 0, memoryview(header))
-
-        def take(name: str, piece: memoryview) -> None:
-            _write_all(file, places[name], piece)
+        digest, places = hashlib.sha256(), dict(starts)
+        file.write(header)
+        for name, piece in _hashed(tensors, digest):
+            file.seek(places[name])
+            file.write(piece)
             places[name] += len(piece)
+        return f"sha256:{digest.hexdigest()}"
 
-        return _digest(tensors, take)
-
-    memory = copied or MemoryFile.write("visionaccel-weights", end, fill)
+    size = len(header) + sum(tensor.length for tensor in tensors.values())
+    memory = copied or MemoryFile.write("visionaccel-weights", size, fill)
     return {
         name: replace(tensor, file=memory.path, offset=starts[name], origin=memory) for name, tensor in tensors.items()
     }
-
-
-def _refuse_holes(tensors: Iterable[StoredTensor]) -> None:
-    """Refuse tensors that take next to no space and hours to read."""
-    holes = 0
-    for tensor in tensors:
-        try:
-            holes += hole_bytes(tensor.file, tensor.offset, tensor.offset + tensor.length)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{tensor.file} cannot be read: {error}", hint="Download the file again.") from error
-        if holes > MOST_HOLE_BYTES:
-            raise CheckpointError(
-                f"{tensor.file} is sparse: more than {MOST_HOLE_BYTES >> 30} GiB of the weights are not on the disk.",
-                hint="Download the file again.",
-            )
 
 
 def write_safetensors(
@@ -134,12 +104,15 @@ def write_safetensors(
         raise ConfigurationError(
             f"Weights cannot be converted to {dtype!r}.", hint=f"Choose one of {', '.join(_TARGETS)}."
         )
-    ordered = _in_file_order(tensors, dtype)
+    written = {name: tensor if dtype is None else _as_written(tensor, dtype) for name, tensor in tensors.items()}
+    header, starts = _laid_out(written, metadata)
+    tell = progress or (lambda _: None)
     try:
         with path.open("xb") as file:
             try:
-                file.write(_header(ordered, dtype, metadata))
-                _stream(file, ordered, dtype, progress)
+                file.write(header)
+                for name in starts:
+                    _stream(file, tensors[name], written[name].dtype, tell)
                 file.flush()
                 os.fsync(file.fileno())
             except BaseException:
@@ -151,10 +124,31 @@ def write_safetensors(
         ) from error
 
 
-def _digest(tensors: Mapping[str, StoredTensor], take: Callable[[str, memoryview], None]) -> str:
-    """What `weights_digest` returns; `take` is called with each piece and the name of its tensor."""
-    _refuse_holes(tensors.values())
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES))
+def differing_weights(packed: Mapping[str, StoredTensor], source: Mapping[str, StoredTensor]) -> tuple[str, ...]:
+    """Names of weights that are only on one side, or are not bit by bit the source's, rounded to the packed dtype.
+
+    Comparing embeddings does not replace this: without a small bias they can differ by less than bfloat16 rounds.
+
+    Raises:
+        CheckpointError: If a file cannot be read or ends too early.
+    """
+    names = sorted(set(packed) | set(source))
+    return tuple(n for n in names if n not in packed or n not in source or not _same(packed[n], source[n]))
+
+
+def _same(packed: StoredTensor, source: StoredTensor) -> bool:
+    if packed.shape != source.shape:
+        return False
+    if packed.dtype == source.dtype or packed.dtype not in FLOATS or source.dtype not in FLOATS:
+        return packed.holds_the_same_as(source)
+    pairs = zip(packed.elements(CHUNK_BYTES), source.elements(CHUNK_BYTES), strict=True)
+    return all(rounded(theirs, packed.dtype).tobytes() == ours.tobytes() for ours, theirs in pairs)
+
+
+def _hashed(tensors: Mapping[str, StoredTensor], digest: hashlib._Hash) -> Iterator[tuple[str, memoryview]]:
+    """Each piece with the name of its tensor, while `digest` becomes that of `weights_digest`."""
+    _refuse_holes(tensors)
+    buffer = memoryview(bytearray(CHUNK_BYTES))
     for name, tensor in sorted(tensors.items()):
         for text in (name, tensor.dtype, ",".join(map(str, tensor.shape)), str(tensor.length)):
             # JSON headers can hold unpaired surrogates, which plain UTF-8 cannot.
@@ -162,49 +156,66 @@ def _digest(tensors: Mapping[str, StoredTensor], take: Callable[[str, memoryview
             digest.update(len(field).to_bytes(8, "little") + field)
         for piece in tensor.chunks(buffer):
             digest.update(piece)
-            take(name, piece)
-    return f"sha256:{digest.hexdigest()}"
+            yield name, piece
 
 
-def _write_all(file: BinaryIO, place: int, data: memoryview) -> None:
-    file.seek(place)
-    while data:
-        data = data[file.write(data) :]
+def _refuse_holes(tensors: Mapping[str, StoredTensor]) -> None:
+    """Refuse tensors that take next to no space and hours to read."""
+    holes = 0
+    for tensor in tensors.values():
+        try:
+            holes += hole_bytes(tensor.file, tensor.offset, tensor.offset + tensor.length)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{tensor.file} cannot be read: {error}", hint="Download the file again.") from error
+        if holes > MOST_HOLE_BYTES:
+            raise CheckpointError(
+                f"{tensor.file} is sparse: more than {MOST_HOLE_BYTES >> 30} GiB of the weights are not on the disk.",
+                hint="Download the file again.",
+            )
 
 
-def _in_file_order(tensors: Mapping[str, StoredTensor], dtype: str | None) -> dict[str, StoredTensor]:
-    """Largest elements first, as the safetensors library orders them: everything is aligned without holes."""
-    order = sorted(tensors, key=lambda name: (-_item_bytes(tensors[name], dtype), name))
-    return {name: tensors[name] for name in order}
+def _laid_out(
+    tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, int]]:
+    """The bytes of a file before its first tensor, and where each tensor begins, in the order of the file.
 
-
-def _header(tensors: Mapping[str, StoredTensor], dtype: str | None, metadata: Mapping[str, str] | None) -> bytes:
-    """The file up to the first tensor's bytes, for tensors that follow one another in this order."""
+    Largest elements first, as the safetensors library orders them: everything is aligned without holes.
+    """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
-    for name, tensor in tensors.items():
-        written = _written_dtype(tensor, dtype)
-        begin, end = end, end + _written_bytes(tensor, dtype)
-        header[name] = {"dtype": safetensors_name(written), "shape": tensor.shape, "data_offsets": [begin, end]}
+    offsets, end = {}, 0
+    for name in sorted(tensors, key=lambda name: (-_item_bytes(tensors[name]), name)):
+        tensor = tensors[name]
+        offsets[name], end = end, end + tensor.length
+        place = [offsets[name], end]
+        header[name] = {"dtype": safetensors_name(tensor.dtype), "shape": tensor.shape, "data_offsets": place}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    return len(text).to_bytes(8, "little") + text, {name: 8 + len(text) + offset for name, offset in offsets.items()}
 
 
-def _stream(
-    file: BinaryIO, tensors: Mapping[str, StoredTensor], dtype: str | None, progress: Callable[[int], None] | None
-) -> None:
-    tell, buffer = progress or (lambda _: None), memoryview(bytearray(CHUNK_BYTES))
-    for tensor in tensors.values():
-        written = _written_dtype(tensor, dtype)
-        if written == tensor.dtype:
-            for piece in tensor.chunks(buffer):
-                file.write(piece)
-                tell(len(piece))
-            continue
-        for values in tensor.elements(CHUNK_BYTES // DTYPES[tensor.dtype].bytes):
-            file.write(_converted(values, tensor, written).view(np.uint8).data)
-            tell(values.nbytes)
+def _item_bytes(tensor: StoredTensor) -> int:
+    """Size of an element; of a dtype that is not in the table, from the tensor's own, 0 below a byte."""
+    known = OF_SAFETENSORS.get(safetensors_name(tensor.dtype))
+    return tensor.length // max(1, math.prod(tensor.shape)) if known is None else known.bytes
+
+
+def _as_written(tensor: StoredTensor, dtype: str) -> StoredTensor:
+    """A tensor with the dtype and length that it gets."""
+    if tensor.dtype not in FLOATS:
+        return tensor
+    return replace(tensor, dtype=dtype, length=math.prod(tensor.shape) * DTYPES[dtype].bytes)
+
+
+def _stream(file: BinaryIO, tensor: StoredTensor, dtype: str, tell: Callable[[int], None]) -> None:
+    """Write a tensor's bytes, converted to `dtype` if it has another."""
+    if dtype == tensor.dtype:
+        for piece in tensor.chunks(memoryview(bytearray(CHUNK_BYTES))):
+            file.write(piece)
+            tell(len(piece))
+        return
+    for values in tensor.elements(CHUNK_BYTES // DTYPES[tensor.dtype].bytes):
+        file.write(_converted(values, tensor, dtype).view(np.uint8).data)
+        tell(values.nbytes)
 
 
 def _converted(values: NDArray[Any], tensor: StoredTensor, dtype: str) -> NDArray[Any]:
@@ -218,18 +229,3 @@ def _converted(values: NDArray[Any], tensor: StoredTensor, dtype: str) -> NDArra
             hint="Keep the weights' dtype, or choose one of a larger range such as bfloat16.",
         )
     return result
-
-
-def _written_dtype(tensor: StoredTensor, dtype: str | None) -> str:
-    return tensor.dtype if dtype is None or tensor.dtype not in FLOATS else dtype
-
-
-def _written_bytes(tensor: StoredTensor, dtype: str | None) -> int:
-    converts = _written_dtype(tensor, dtype) != tensor.dtype
-    return math.prod(tensor.shape) * _item_bytes(tensor, dtype) if converts else tensor.length
-
-
-def _item_bytes(tensor: StoredTensor, dtype: str | None) -> int:
-    """Size of an element as written; of a dtype that is not in the table, from the tensor's own, 0 below a byte."""
-    known = OF_SAFETENSORS.get(safetensors_name(_written_dtype(tensor, dtype)))
-    return tensor.length // max(1, math.prod(tensor.shape)) if known is None else known.bytes

@@ -295,9 +295,9 @@ def pull(
 ) -> None:
     """Download the bundle of a repository and verify it."""
     report = pull_bundle(repository, revision=revision, output=output, checkpoint=checkpoint)
-    answer = {"repository": report.repository, "commit": report.commit, "folder": str(report.folder)}
+    answer = {"repository": report.repository, "commit": report.commit, "folder": str(report.bundle.folder)}
     if as_json:
         print_json(answer)
         return
     results.print(f"Pulled {report.repository} at {report.commit} into")
-    results.print(f"  {report.folder}", soft_wrap=True)
+    results.print(f"  {report.bundle.folder}", soft_wrap=True)

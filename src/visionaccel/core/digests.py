@@ -11,7 +11,7 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import astuple
 from pathlib import Path
@@ -22,7 +22,7 @@ from visionaccel.core.cache_folder import our_cache
 from visionaccel.core.memory_files import FileState
 from visionaccel.errors import BundleError
 
-__all__ = ["file_digest", "remembered_digest"]
+__all__ = ["file_digest", "json_digest", "remembered_digest"]
 
 _MOST_ENTRIES = 4096
 _SETTLED_SECONDS = 2.0
@@ -44,6 +44,12 @@ def file_digest(path: Path, *, trust_unchanged: bool = True) -> str:
             raise BundleError(f"{path} cannot be read: {error}", hint="Fetch the bundle again.") from error
 
     return remembered_digest("file", [path], compute, trust_unchanged=trust_unchanged)
+
+
+def json_digest(document: Mapping[str, Any]) -> str:
+    """`sha256:` and the hexadecimal SHA-256 of a document as JSON, independent of its layout and the order of names."""
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
 def remembered_digest(

@@ -176,7 +176,7 @@ class MemoryFile:
         try:
             fd = fcntl.fcntl(made, fcntl.F_DUPFD_CLOEXEC, _FIRST_DESCRIPTOR)
             os.ftruncate(fd, size)
-            with open(fd, "r+b", buffering=0, closefd=False) as file:
+            with open(fd, "r+b", closefd=False) as file:
                 digest = fill(file)
             sealed = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, sealed)

@@ -1,16 +1,15 @@
 """Validation: every program of a bundle is compared with the float32 reference, and the outcome is its certificate.
 
-A certificate never covers what was not run: a program that no backend takes, that cannot be opened, or that fails on
-one input has not passed.
+A program that no backend takes, that cannot be opened, or that fails on one input has not passed: it counts as wrong.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -31,10 +30,11 @@ from visionaccel.bundle import (
     toolchain,
     tower_digest,
 )
+from visionaccel.checkpoint import differing_weights
 from visionaccel.core.arrays import Array, as_numpy, finite_rows, is_tensor
 from visionaccel.core.comparison import THRESHOLDS, Comparison, Place
 from visionaccel.core.grid import total_patches
-from visionaccel.core.program import Program
+from visionaccel.core.program import CHECKPOINT, Program
 from visionaccel.core.safe_text import one_line, safe_logger
 from visionaccel.encoder import Encoder, WantedIsolation, open_encoder
 from visionaccel.errors import (
@@ -49,7 +49,6 @@ from visionaccel.errors import (
 from visionaccel.families import Tower
 from visionaccel.images import image_processor
 from visionaccel.settings import DEADLINE, OPEN_DEADLINE
-from visionaccel.validation.packed_weights import differing_weights
 from visionaccel.validation.trials import Trial, Trials, bundled_photographs, find_images
 
 logger = safe_logger(__name__)
@@ -58,8 +57,7 @@ _LONGEST_FAILURE = 4096
 
 REFERENCE_BACKEND = "torch_ref"
 REFERENCE_OPTIONS: Mapping[str, Any] = MappingProxyType({"implementation": "transformers", "dtype": "float32"})
-"""transformers' own tower, which shares no arithmetic with this package: the backend's fast form is checked by it too.
-"""
+"""transformers' own tower, which shares no arithmetic with this package, nor with the backend's fast form."""
 
 _TOOLS = ("numpy", "onnx", "onnxruntime", "torch", "transformers")
 _NOT_RUN = "none"
@@ -79,24 +77,17 @@ class Validation:
 
 
 def check_thresholds(thresholds: Iterable[float]) -> None:
-    """That each may be demanded of a cosine.
-
-    Raises:
-        ConfigurationError: If one is not above 0 and up to 1.
-    """
+    """Refuse thresholds, with a ConfigurationError, that are not above 0 and up to 1."""
     for threshold in thresholds:
         if not 0 < threshold <= 1:  # not the other way round, which NaN would pass
             raise ConfigurationError(
-                f"{threshold} is no threshold for a cosine.", hint="Name a number above 0 and up to 1, such as 0.999."
+                f"{threshold} is not a threshold for a cosine.",
+                hint="Name a number above 0 and up to 1, such as 0.999.",
             )
 
 
 def check_reference(bundle: Bundle, reference: Tower) -> str:
-    """The digest of a tower's weights, if it is the one that a bundle was made from.
-
-    Raises:
-        ConfigurationError: If its weights or its image processor are others.
-    """
+    """The digest of a tower's weights; a ConfigurationError if a bundle was made from others, or another processor."""
     require_processor(bundle.manifest.processor_digest, reference.checkpoint.folder, bundle.folder)
     digest = tower_digest(reference)
     if digest != bundle.manifest.weights_digest:
@@ -122,7 +113,7 @@ def validate_bundle(
     open_deadline: float = OPEN_DEADLINE,
     progress: Progress | None = None,
 ) -> Validation:
-    """Run every program of a bundle beside the reference.
+    """Run every program of a bundle, and compare what it returns with the reference.
 
     Args:
         bundle: The bundle; nothing in it is changed.
@@ -130,21 +121,21 @@ def validate_bundle(
         backend: Name of the backend that runs the programs, or `auto`.
         device: Its device; None for the one that a program was made for, else the backend's default.
         options: The backend's options.
-        images: Image files and folders of them to show; by default the photographs that scikit-image installs. None
-            are shown if the reference checkpoint has no image processor.
+        images: Image files and folders of them to show; by default the photographs that scikit-image installs, if the
+            reference checkpoint has an image processor.
         thresholds: The lowest cosine that passes, by precision.
         registry: Where backends are found; the installed ones by default.
         isolation: Where the programs run, as for `open_encoder`; the reference always runs in this process.
         deadline: Seconds that a call in a child process may take.
         open_deadline: Seconds that starting such a process and opening a program may take, compilation included.
-        progress: Told a stage, how much of it is done and how much it is.
+        progress: Called with a stage, how much of it is done and how much it is.
 
     Returns:
-        The certificate, and what is not in it. Encodes that fail count as compared, each token with cosine -1.
+        The certificate and the golden images. Encodes that fail count as compared, each token with cosine -1.
 
     Raises:
         ConfigurationError: If the reference has other weights than the bundle was made from or cannot be run, or the
-            backend, the processor, an option, a threshold or an image is not what it should be.
+            backend, the processor, an option, a threshold or an image is not usable.
         InputError: If an image cannot be read.
         ArtifactError: If the reference checkpoint is broken.
     """
@@ -154,7 +145,7 @@ def validate_bundle(
     registry = registry or default_registry()
     tell = progress or (lambda *_: None)
     trials = _trials(reference, images)
-    open_programs = partial(
+    open_program = partial(
         open_encoder,
         backend=backend,
         options=options,
@@ -165,7 +156,7 @@ def validate_bundle(
     )
     opened, independent = _open_reference(reference, registry)
     with opened as exact:
-        run = _Run(bundle, _Reference(exact), trials, open_programs, backend, device)
+        run = _Run(bundle, exact, trials, open_program, backend, device)
         results = tuple(run.program(entry, demanded, partial(tell, entry.name)) for entry in bundle.manifest.programs)
     plugins = {registry.entry(result.backend).distribution for result in results if result.backend != _NOT_RUN}
     certificate = Certificate(
@@ -181,7 +172,7 @@ def validate_bundle(
 
 
 def _open_reference(reference: Tower, registry: Registry) -> tuple[Encoder, bool]:
-    """The reference of a tower, and whether it shares nothing with what it judges."""
+    """The reference of a tower, and whether it is independent of what it judges."""
     opened = partial(open_encoder, reference, backend=REFERENCE_BACKEND, registry=registry, isolation="none")
     try:
         return opened(options=REFERENCE_OPTIONS), True
@@ -200,29 +191,14 @@ def _trials(reference: Tower, images: Sequence[Path]) -> Trials:
     return Trials(reference, image_processor(folder), find_images(images) if images else bundled_photographs())
 
 
-class _Reference:
-    """What the reference makes of each trial, computed once for all programs."""
+class _Alone(Bundle):
+    """One of a bundle's programs, without its bare weights, which another backend could run in its place."""
 
-    def __init__(self, encoder: Encoder) -> None:
-        self.encoder = encoder
-        self._known: dict[Trial, NDArray[np.float32]] = {}
-
-    def embeddings(self, trial: Trial, patches: NDArray[np.float32]) -> NDArray[np.float32]:
-        if trial not in self._known:
-            self._known[trial] = as_numpy(self.encoder.encode(patches, trial.grids))
-        return self._known[trial]
-
-
-class _Own(Bundle):
-    """Some of a bundle's programs, without its bare weights, which another backend could run in their place."""
-
-    def __init__(self, bundle: Bundle, entries: Iterable[ProgramEntry]) -> None:
-        manifest = bundle.manifest.model_copy(update={"programs": tuple(entries)})
-        super().__init__(bundle.folder, manifest, bundle.tower)
+    def __init__(self, bundle: Bundle, entry: ProgramEntry) -> None:
+        super().__init__(bundle.folder, bundle.manifest.model_copy(update={"programs": (entry,)}), bundle.tower)
 
     def programs(self, formats: Iterable[str]) -> tuple[Program, ...]:
-        wanted = set(formats)
-        return tuple(program for program in self._programs if program.format in wanted)
+        return super().programs(set(formats) - {CHECKPOINT})
 
 
 class _Watched(Session):
@@ -243,34 +219,35 @@ class _Watched(Session):
         self._session.close()
 
 
+@dataclass(eq=False)
 class _Run:
-    """State of one validation."""
+    """One validation: what it works with, what the reference made of each trial, and what was shown and kept."""
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        reference: _Reference,
-        trials: Trials,
-        open_programs: Callable[..., Encoder],
-        backend: str,
-        device: str | None,
-    ) -> None:
-        self._bundle, self._reference, self._trials, self._open_programs = bundle, reference, trials, open_programs
-        self._backend, self._device = backend, device
-        self._merge = bundle.tower.merge_size
-        packed = bundle.manifest.checkpoint is None
-        source = reference.encoder.tower.weights
-        if not bundle.tower.complete:  # it holds what the host needs beside compiled programs, and no more
-            source = {name: source[name] for name in bundle.tower.host_weights}
-        self._wrong_weights = differing_weights(bundle.tower.weights, source) if packed else ()
-        self.golden: list[Golden] = []
-        self._shown: set[Trial] = set()
+    bundle: Bundle
+    reference: Encoder
+    trials: Trials
+    open_program: Callable[..., Encoder]
+    backend: str
+    device: str | None
+    embeddings: dict[Trial, NDArray[np.float32]] = field(default_factory=dict)
+    shown: set[Trial] = field(default_factory=set)
+    golden: list[Golden] = field(default_factory=list)
+
+    @cached_property
+    def wrong_weights(self) -> tuple[str, ...]:
+        """Weights that the bundle holds and that are not the reference's."""
+        tower, source = self.bundle.tower, self.reference.tower.weights
+        if self.bundle.manifest.checkpoint is not None:
+            return ()
+        if not tower.complete:  # it holds only what the host needs around compiled programs
+            source = {name: source[name] for name in tower.host_weights}
+        return differing_weights(tower.weights, source)
 
     @property
     def images(self) -> dict[str, int]:
         """Images that were shown, by kind."""
-        real = {trial.photograph for trial in self._shown if trial.photograph}
-        generated = [trial for trial in self._shown if not trial.photograph]
+        real = {trial.photograph for trial in self.shown if trial.photograph}
+        generated = [trial for trial in self.shown if not trial.photograph]
         return {"generated": sum(len(trial.grids) for trial in generated), "real": len(real)}
 
     def program(
@@ -278,15 +255,20 @@ class _Run:
     ) -> ProgramResult:
         """Run one program on its trials."""
         threshold = thresholds[entry.quantization.dtype if entry.quantization else entry.precision]
-        trials = self._trials.of(entry.covers())
+        trials, comparison = self.trials.of(entry.covers()), Comparison()
         tell(0, len(trials))
         try:
-            encoder = self._open([entry])
+            encoder = self.open_program(_Alone(self.bundle, entry), device=self.device or entry.device)
         except (UnknownBackendError, PluginError, SettingsError):
             raise  # wrong for every program, and not a program's fault
         except VisionAccelError as error:
-            return self._unopened(entry, trials, threshold, str(error))
-        comparison, failures, ran = Comparison(), [], []
+            for trial in trials:
+                tokens = sum(grid.tokens(self.bundle.tower.merge_size) for grid in trial.grids)
+                comparison.add_missing(np.ones((tokens, 1), np.float32))
+            backend = self.backend if self.backend != AUTO else _NOT_RUN
+            device = self.device or entry.device or _NOT_RUN
+            return _result(entry, comparison, threshold, f"not run: {error}", backend, device)
+        failures, ran = [], []
         with encoder:
             opened = encoder.programs[0]
             opened.session = watched = _Watched(opened.session)
@@ -296,7 +278,7 @@ class _Run:
             self._keep_golden(entry, trials, threshold)
             for number, trial in enumerate(trials):
                 patches = trial.patches()
-                expected = self._reference.embeddings(trial, patches)
+                expected = self._expected(trial, patches)
                 watched.nonfinite_rows = 0
                 ran.append(trial)
                 try:
@@ -307,27 +289,19 @@ class _Run:
                     if not isinstance(error, OutputError):
                         break  # a device that is gone would take its time-out on every further one
                 tell(number + 1, len(trials))
-        self._shown.update(ran)
-        failure = self._verdict(comparison, ran, threshold) or self._weights_verdict()
+        self.shown.update(ran)
+        failure = self._verdict(comparison, ran, threshold)
         if failures:
             failure = failures[0] + (f" {len(failures) - 1} more encodes failed too." if len(failures) > 1 else "")
-        capabilities = watched.capabilities
-        return ProgramResult(
-            program=entry.name,
-            backend=encoder.backend,
-            device=capabilities.device[:256] or _NOT_RUN,
-            simulated=capabilities.simulated,
-            grids=tuple(dict.fromkeys(str(grid) for trial in ran for grid in trial.grids)),
-            images=comparison.encodes,
-            tokens=comparison.tokens,
-            lowest_cosine=comparison.lowest,
-            first_percentile_cosine=comparison.first_percentile,
-            mean_cosine=comparison.mean,
-            relative_error=comparison.relative_error,
-            nonfinite_rows=comparison.nonfinite_rows,
-            threshold=threshold,
-            failure=None if failure is None else one_line(failure, _LONGEST_FAILURE),
-        )
+        made = watched.capabilities
+        device = made.device[:256] or _NOT_RUN
+        return _result(entry, comparison, threshold, failure, encoder.backend, device, ran, simulated=made.simulated)
+
+    def _expected(self, trial: Trial, patches: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What the reference makes of a trial, computed once for all programs."""
+        if trial not in self.embeddings:
+            self.embeddings[trial] = as_numpy(self.reference.encode(patches, trial.grids))
+        return self.embeddings[trial]
 
     def _keep_golden(self, entry: ProgramEntry, trials: Sequence[Trial], threshold: float) -> None:
         """Keep what a canary is to encode with a program: a picture, and for many grids a large one too."""
@@ -337,53 +311,55 @@ class _Run:
         usual = next(trial for trial in pictures if trial.grids == trials[0].grids)
         for trial in dict.fromkeys([usual, by_size[-1]]):
             patches = trial.patches()
-            rows = self._reference.embeddings(trial, patches)
+            rows = self._expected(trial, patches)
             self.golden.append(Golden(str(trial), entry.name, trial.grids, patches, rows, threshold))
 
-    def _open(self, entries: Sequence[ProgramEntry]) -> Encoder:
-        return self._open_programs(_Own(self._bundle, entries), device=self._device or entries[0].device)
-
     def _verdict(self, comparison: Comparison, trials: Sequence[Trial], threshold: float) -> str | None:
-        """What is wrong with the numbers, and where."""
-        if comparison.lowest >= threshold:
-            # As far as the lowest angle that passes moves the end of an embedding.
-            allowed = math.sqrt(2 * (1 - threshold))
-            if comparison.worst_length_error <= allowed:
-                return None
-            at = self._where(trials, comparison.worst_length_at)
-            return f"an embedding's length is off by {comparison.worst_length_error:.2%}, over {allowed:.2%}, at {at}."
-        low = int((comparison.cosines < threshold).sum())
-        return (
-            f"lowest cosine {comparison.lowest:.6f} is under {threshold}, at "
-            f"{self._where(trials, comparison.lowest_at)}; so are {low} of {comparison.tokens} tokens. "
-            f"Worst: {', '.join(f'{trials[at]} ({cosine:.6f})' for at, cosine in comparison.worst(3))}."
-        )
+        """What is wrong with the numbers, and where, or with the bundle's weights."""
 
-    def _weights_verdict(self) -> str | None:
-        """What is wrong with the weights in the bundle, which may change too little to tell from rounding."""
-        wrong = self._wrong_weights
-        if not wrong:
-            return None
-        return f"{len(wrong)} of the bundle's weights are not the reference's, such as {wrong[0]!r}."
+        def where(place: Place) -> str:
+            return trials[place.encode].where(place.token, self.bundle.tower.merge_size)
 
-    def _where(self, trials: Sequence[Trial], place: Place) -> str:
-        return trials[place.encode].where(place.token, self._merge)
+        if comparison.lowest < threshold:
+            low = int((comparison.cosines < threshold).sum())
+            return (
+                f"lowest cosine {comparison.lowest:.6f} is under {threshold}, at {where(comparison.lowest_at)}; so are "
+                f"{low} of {comparison.tokens} tokens. "
+                f"Worst: {', '.join(f'{trials[at]} ({cosine:.6f})' for at, cosine in comparison.worst(3))}."
+            )
+        # As far as the lowest angle that passes moves the end of an embedding.
+        allowed, worst = math.sqrt(2 * (1 - threshold)), comparison.worst_length_error
+        if worst > allowed:
+            at = where(comparison.worst_length_at)
+            return f"an embedding's length is off by {worst:.2%}, over {allowed:.2%}, at {at}."
+        wrong = self.wrong_weights
+        return f"{len(wrong)} of the bundle's weights are not the reference's, such as {wrong[0]!r}." if wrong else None
 
-    def _unopened(self, entry: ProgramEntry, trials: Sequence[Trial], threshold: float, reason: str) -> ProgramResult:
-        """The result of a program that was not run: every encode that it should have made counts as failed."""
-        return ProgramResult(
-            program=entry.name,
-            backend=self._backend if self._backend != AUTO else _NOT_RUN,
-            device=self._device or entry.device or _NOT_RUN,
-            simulated=False,
-            grids=(),
-            images=len(trials),
-            tokens=sum(grid.tokens(self._merge) for trial in trials for grid in trial.grids),
-            lowest_cosine=-1.0,
-            first_percentile_cosine=-1.0,
-            mean_cosine=-1.0,
-            relative_error=1.0,
-            nonfinite_rows=0,
-            threshold=threshold,
-            failure=one_line(f"not run: {reason}", _LONGEST_FAILURE),
-        )
+
+def _result(
+    entry: ProgramEntry,
+    comparison: Comparison,
+    threshold: float,
+    failure: str | None,
+    backend: str,
+    device: str,
+    ran: Iterable[Trial] = (),
+    *,
+    simulated: bool = False,
+) -> ProgramResult:
+    return ProgramResult(
+        program=entry.name,
+        backend=backend,
+        device=device,
+        simulated=simulated,
+        grids=tuple(dict.fromkeys(str(grid) for trial in ran for grid in trial.grids)),
+        images=comparison.encodes,
+        tokens=comparison.tokens,
+        lowest_cosine=comparison.lowest,
+        first_percentile_cosine=comparison.first_percentile,
+        mean_cosine=comparison.mean,
+        relative_error=comparison.relative_error,
+        nonfinite_rows=comparison.nonfinite_rows,
+        threshold=threshold,
+        failure=None if failure is None else one_line(failure, _LONGEST_FAILURE),
+    )

@@ -9,10 +9,11 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
-from itertools import chain
+from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,14 +38,13 @@ _SMALL, _LARGE, _LINE = (3, 5), (13, 22), 12
 
 @dataclass(frozen=True)
 class Trial:
-    """One encode.
+    """One encode. Equal trials have equal patches.
 
     Attributes:
         name: What it shows.
         grids: The images and videos of the call.
         photograph: The file that it shows, if it shows one.
-        fitted: It was fitted to its grid, and is not at the grid that the processor gives it. Equal trials have equal
-            patches.
+        fitted: Whether it was fitted to its grid, instead of getting the grid that the processor gives it.
         patches: Makes float32 [P, patch_width].
     """
 
@@ -56,11 +56,11 @@ class Trial:
 
     def where(self, token: int, merge_size: int) -> str:
         """The place of a row of its embeddings, in words."""
-        number, grid = 0, self.grids[0]
-        while token >= grid.tokens(merge_size):
-            token -= grid.tokens(merge_size)
+        number = 0
+        while token >= (tokens := self.grids[number].tokens(merge_size)):
+            token -= tokens
             number += 1
-            grid = self.grids[number]
+        grid = self.grids[number]
         width = grid.w // merge_size
         frame, within = divmod(token, grid.h // merge_size * width)
         item = f"image {number}, " if len(self.grids) > 1 else ""
@@ -72,11 +72,7 @@ class Trial:
 
 
 class Trials:
-    """Makes trials for programs of a tower.
-
-    Attributes:
-        photographs: Real images that are shown.
-    """
+    """Makes trials for programs of a tower, with the image processor if there is one, and photographs to show."""
 
     def __init__(self, tower: Tower, processor: ImageProcessor | None, photographs: Sequence[Path] = ()) -> None:
         self._tower, self._processor = tower, processor
@@ -85,16 +81,10 @@ class Trials:
                 f"{tower.checkpoint.folder} has no image processor, so it cannot be shown images.",
                 hint="Name a complete checkpoint as the reference, or no images.",
             )
-        self.photographs = tuple(photographs)
-        self._sizes = {path: load_image(path).size for path in self.photographs}
+        self._photographs = {path: load_image(path).size for path in photographs}
 
     def of(self, coverage: Coverage) -> tuple[Trial, ...]:
-        """Trials of a program: noise on each of its grids, and the pictures and photographs dealt among them.
-
-        Raises:
-            BundleError: If no grid lies in the coverage.
-            InputError: If a photograph is of an impossible aspect ratio.
-        """
+        """Trials of a program: noise on each of its grids, and the pictures and photographs dealt among them."""
         calls = trial_calls(self._tower, coverage)
         if not calls:
             raise BundleError(f"no image fits a program that takes {coverage}.", hint="Export the bundle again.")
@@ -105,8 +95,7 @@ class Trials:
             found.append(self._picture(list(_PICTURES)[number % len(_PICTURES)], calls[number % len(calls)]))
         upright = calls[0][0]
         frames = [upright, _turned(upright)] if (_turned(upright),) in calls else [upright]
-        for number, path in enumerate(self.photographs):
-            found.append(self._photograph(path, coverage, frames[number % len(frames)]))
+        found += map(partial(self._photograph, coverage), self._photographs, cycle(frames))
         return tuple(found)
 
     def _generated(
@@ -117,19 +106,23 @@ class Trials:
 
     def _picture(self, name: str, grids: tuple[Grid, ...]) -> Trial:
         def patches() -> Patches:
+            from PIL import Image as pillow
+
             rng, frames = _generator(name, grids), []
             for grid in grids:
                 pixels = _PICTURES[name](rng, *self._pixels(grid))
-                frames += [self._exact(_as_image(np.roll(pixels, 5 * t, axis=1)), grid.frame) for t in range(grid.t)]
+                for t in range(grid.t):
+                    image = pillow.fromarray(np.roll(pixels, 5 * t, axis=1))
+                    frames.append(self._exact(image, grid.frame))
             return np.concatenate(frames)
 
         return Trial(name, grids, None, False, patches)
 
-    def _photograph(self, path: Path, coverage: Coverage, grid: Grid) -> Trial:
+    def _photograph(self, coverage: Coverage, path: Path, grid: Grid) -> Trial:
         assert self._processor is not None
         taken = coverage if isinstance(coverage, AnyGrid) else FixedGrid(grid)
         fitter = Fitter(self._tower, (taken,), "letterbox", self._processor.min_pixels, self._processor.max_pixels)
-        width, height = self._sizes[path]
+        width, height = self._photographs[path]
         fitted = fitter.grid_for(height, width)
 
         def patches() -> Patches:
@@ -139,9 +132,8 @@ class Trials:
                 return self._exact(image, fitted)
             return self._checked(self._processor(image), fitted)
 
-        return Trial(
-            path.name, (fitted,), path, isinstance(taken, FixedGrid), patches
-        )  # certificates are published, and paths are private
+        # By its name alone: certificates are published, and paths are private.
+        return Trial(path.name, (fitted,), path, isinstance(taken, FixedGrid), patches)
 
     def _exact(self, image: Image, grid: Grid) -> Patches:
         """Patches of an image that has the size of its grid: the processor's own bounds on sizes do not hold here."""
@@ -165,10 +157,9 @@ class Trials:
 def trial_calls(tower: Tower, coverage: Coverage) -> tuple[tuple[Grid, ...], ...]:
     """Grids of the calls that a program is tried with; the first is of one image of a usual shape.
 
-    A program with baked tables has its one grid. A bucket: the grids that fill it most, a line of tokens as long as its
-    windows or patches allow, a small one with partial windows, each both upright and lying, and a single token. A
-    program for any grid: partial windows upright and lying, a large grid, a line, a single token, several images in a
-    call, and a video of two frames.
+    A program with baked tables has one grid. A bucket has the grids that fill it most, the longest line of tokens, a
+    small grid with partial windows, each in both orientations, and a single token. A program for any grid has partial
+    windows in both orientations, a large grid, a line, a single token, several images in a call, and a video.
     """
 
     def tokens(rows: int, columns: int) -> Grid:
@@ -179,11 +170,10 @@ def trial_calls(tower: Tower, coverage: Coverage) -> tuple[tuple[Grid, ...], ...
             return ((grid,),)
         case Bucket():
             fullest = Fitter(tower, (coverage,), "stretch", 1, _PIXELS).largest
-            line = next((n for n in range(_longest(tower, coverage), 0, -1) if tower.fits(coverage, tokens(1, n))), 1)
+            longest = min(MOST_ASPECT_RATIO, coverage.patches // tower.merge_size**2)
+            line = next((n for n in range(longest, 0, -1) if tower.fits(coverage, tokens(1, n))), 1)
             grids = [fullest, tokens(1, line), tokens(*_SMALL), tokens(1, 1)]
-            calls: list[tuple[Grid, ...]] = [
-                (each,) for each in chain.from_iterable((grid, _turned(grid)) for grid in grids)
-            ]
+            calls: list[tuple[Grid, ...]] = [(each,) for grid in grids for each in (grid, _turned(grid))]
         case AnyGrid():
             some, video = tokens(5, 9), tokens(6, 5)
             singles = [some, _turned(some), tokens(*_LARGE), tokens(1, _LINE), tokens(1, 1)]
@@ -194,11 +184,7 @@ def trial_calls(tower: Tower, coverage: Coverage) -> tuple[tuple[Grid, ...], ...
 
 
 def find_images(places: Sequence[Path]) -> tuple[Path, ...]:
-    """The given files, and the image files in the given folders in the order of their names.
-
-    Raises:
-        ConfigurationError: If there is none.
-    """
+    """The given files, and the image files in the given folders in the order of their names."""
     found: list[Path] = []
     for place in places:
         if place.is_dir():
@@ -218,10 +204,6 @@ def bundled_photographs() -> tuple[Path, ...]:
     spec = find_spec("skimage")
     folders = [Path(place, "data") for place in (spec.submodule_search_locations or ())] if spec else []
     return tuple(file for folder in folders for file in (folder / name for name in _PHOTOGRAPHS) if file.is_file())
-
-
-def _longest(tower: Tower, bucket: Bucket) -> int:
-    return min(MOST_ASPECT_RATIO, bucket.patches // tower.merge_size**2)
 
 
 def _turned(grid: Grid) -> Grid:
@@ -255,7 +237,7 @@ def _gradient(rng: np.random.Generator, height: int, width: int) -> NDArray[np.u
 
 
 def _checkerboard(rng: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
-    """Light and dark cells in turn, each of its own colour and of no patch's size."""
+    """Light and dark cells in turn, each of another colour, in a size that no patch has."""
     rows, columns = -(-height // 9), -(-width // 17)
     dark = np.indices((rows, columns)).sum(axis=0)[..., None] % 2 == 0
     colours = np.where(dark, 0, 128) + rng.integers(0, 128, (rows, columns, 3))
@@ -263,7 +245,7 @@ def _checkerboard(rng: np.random.Generator, height: int, width: int) -> NDArray[
 
 
 def _strokes(rng: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
-    """Lines of text in no script: dark strokes in words on a light page."""
+    """Lines that look like text: dark strokes in words on a light page."""
     from PIL import Image, ImageDraw
 
     page = Image.new("RGB", (width, height), (244, 240, 230))
@@ -285,9 +267,3 @@ _PICTURES: dict[str, Callable[[np.random.Generator, int, int], NDArray[np.uint8]
     "gradient": _gradient,
     "checkerboard": _checkerboard,
 }
-
-
-def _as_image(pixels: NDArray[Any]) -> Image:
-    from PIL import Image
-
-    return Image.fromarray(np.ascontiguousarray(pixels))

@@ -19,7 +19,7 @@ from strategies import grids
 from towers import random_patches
 from visionaccel import open_encoder
 from visionaccel.bundle import open_bundle, strip_checkpoint
-from visionaccel.checkpoint import Checkpoint
+from visionaccel.checkpoint import Checkpoint, differing_weights
 from visionaccel.cli.app import app
 from visionaccel.core.grid import Grid
 from visionaccel.core.program import CHECKPOINT, ONNX, FixedGrid, HostSplit, Program
@@ -27,7 +27,6 @@ from visionaccel.encoder import open_tower
 from visionaccel.errors import BundleError, ConfigurationError
 from visionaccel.families import tower_of
 from visionaccel.towers import make_tables
-from visionaccel.validation.packed_weights import differing_weights
 from visionaccel_flexmlrt.artifact import FLEXMLRT_DIRECTORY, FLEXMLRT_RAI, SIMULATOR_MAGIC
 from visionaccel_flexmlrt.vitisai import ImportRequest
 from visionaccel_flexmlrt.vitisai import import_vitisai as import_artifact

@@ -20,9 +20,11 @@ from visionaccel.bundle import (
     as_json,
     counter,
     external_checkpoint,
+    new_manifest,
     open_bundle,
     program_name,
     read_strip_note,
+    require_space,
     stated_coverage,
     stated_file,
     tower_digest,
@@ -120,7 +122,7 @@ def import_vitisai(
             for each, request in zip(found, requests, strict=True)
         ]
         checkpoint = None if self_contained else external_checkpoint(tower, source, revision)
-        write_manifest(folder, tower, digest, shared, entries, checkpoint)
+        write_manifest(folder, new_manifest(folder, tower, digest, shared, entries, checkpoint))
     warnings = dict.fromkeys(warning for each in found for warning in each.warnings)
     return Imported(open_bundle(output, checkpoint=tower.checkpoint), tuple(warnings))
 
@@ -294,12 +296,9 @@ def _bring(home: Path, files: Iterable[tuple[str, Path]], *, link: bool, tell: P
                 os.link(file.resolve(), home / path)
                 continue
         left.append((file, home / path))
-    needed, free = sum(file.stat().st_size for file, _ in left), shutil.disk_usage(home).free
-    if needed > free:
-        raise ConfigurationError(
-            f"the artifact needs {needed / 2**30:.2f} GiB, and {home.parent.parent} has {free / 2**30:.2f} GiB left.",
-            hint="Free some space, or write the bundle to the artifact's own disk.",
-        )
+    needed = sum(file.stat().st_size for file, _ in left)
+    hint = "Free some space, or write the bundle to the artifact's own disk."
+    require_space(home.parent.parent, needed, "the artifact", hint)
     done = 0
     for file, target in left:
         tell("artifact", done, needed)
