@@ -75,7 +75,7 @@ def test_the_parts_of_an_encode_add_up(tiny, told, isolation):
     assert report.bytes_in >= patches.nbytes
     assert report.bytes_out == report.tokens * encoder.tower.out_width * 4
     moved = report.transfer_in_seconds > 0 and report.transfer_out_seconds > 0
-    assert moved == (isolation == "process"), "only a process of its own tells of transfers here"
+    assert moved == (isolation == "process"), "only a child process reports transfers here"
 
 
 def test_nobody_is_told_and_nothing_is_timed_where_nobody_looks(tiny, monkeypatch):
@@ -122,7 +122,7 @@ def test_the_log_of_times_has_every_part_with_sizes_and_bandwidth(tiny, observed
     assert first["gb_per_s_in"] > 0
     assert first["gb_per_s_out"] > 0
     assert "queue" not in second["ms"]
-    assert timed_encodes("\n".join(lines)) == [first], "canaries are nobody's request"
+    assert timed_encodes("\n".join(lines)) == [first], "canaries are not requests"
 
 
 # Counting

@@ -512,7 +512,7 @@ def test_a_device_that_hangs_again_and_again_but_returns_harms_nobody_else(tiny)
     gate.block = lambda patches: patches[0, 0] in blocked
     with EncodeService([guarded]) as service:
         waits = service.submit(image(9), GRID, arrival=float("inf"))
-        gate.wait_for_calls(1)  # it went first all the same, for nobody else was there
+        gate.wait_for_calls(1)  # it went first all the same, as the only one
         with pytest.raises(DeadlineError):
             waits.result(20)
         patient = service.submit(image(8), GRID, arrival=float("inf"))

@@ -55,7 +55,7 @@ def test_only_a_probe_closes_it_and_it_is_probed_later_each_time(clock):
     breaker.succeeded()
     breaker.trip("again")
     clock.now += 20.0
-    assert breaker.begin_probe(), "a success in between starts the delays anew"
+    assert breaker.begin_probe(), "a success in between starts the delays again"
 
 
 def test_a_probe_that_passes_does_not_close_what_was_opened_proven_meanwhile(clock):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gated import wait_until
 from visionaccel.trust import LateError, WatchedCalls
-from visionaccel.trust.calls import CutError
+from visionaccel.trust.threads import CutError
 
 LIMIT = 0.05
 

@@ -291,7 +291,7 @@ def test_a_call_that_the_steps_end_cuts_off_is_no_hang_and_its_device_works_agai
     assert "the engine's step had no more time before device 'cpu' answered" in answer.message
     assert "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS" in answer.hint
     assert link.breaker.closed
-    assert not link.hangs_for
+    assert not link.breaker.hangs_for
 
     # Nothing else is given to it until then, not even what has all the time.
     assert not link.ready
@@ -315,7 +315,7 @@ def test_a_call_that_the_steps_end_cut_off_is_a_hang_once_its_own_deadline_has_p
     (answer,) = guarded.encode_items(random_patches([GRID]), [GRID], until=time.monotonic() + 0.3)
     assert isinstance(answer, DeadlineError)
     assert link.breaker.closed
-    wait_until(lambda: link.hangs_for)
+    wait_until(lambda: link.breaker.hangs_for)
     assert "device 'cpu' did not answer within 1 s" in link.breaker.reason
     gate.let_in()
     wait_until(lambda: link.ready)
@@ -516,8 +516,8 @@ def test_a_shadow_looks_at_its_share_and_skips_what_it_has_no_time_for(tiny):
         some.offer(first, patches, GRID, patches)
     for _ in range(10):
         busy_one.offer(first, patches, GRID, patches)
-    assert none._samples.qsize() + none.skipped == 0
-    assert 40 <= some._samples.qsize() + some.skipped <= 80
+    assert len(none._comparisons) + none.skipped == 0
+    assert 40 <= len(some._comparisons) + some.skipped <= 80
     assert busy_one.skipped >= 10 - 3
     for shadow in (none, some, busy_one):
         shadow.close()
@@ -526,13 +526,22 @@ def test_a_shadow_looks_at_its_share_and_skips_what_it_has_no_time_for(tiny):
     first.close()
 
 
-def test_closing_a_shadow_whose_thread_takes_the_last_sample_at_that_moment_ends_it(tiny):
+def test_closing_a_shadow_drops_what_waits_and_takes_no_more(tiny, caplog):
     first, _ = scripted(tiny, "first")
-    shadow = Shadow(1.0, 0.99, ChainLink("reference", lambda: open_encoder(tiny, backend="torch_ref")))
-    shadow._samples.empty = lambda: False  # as it was a moment before
+    link, gate = scripted(tiny, "reference")
+    gate.shut()
+    shadow, patches = Shadow(1.0, 0.99, link), random_patches([GRID])
+    for _ in range(3):
+        shadow.offer(first, patches, Grid(*GRID), patches)
+    gate.wait_for_calls(1)
     shadow.close()
-    shadow.offer(first, random_patches([GRID]), Grid(*GRID), random_patches([GRID]))
-    assert (shadow.compared, shadow._thread) == (0, None)
+    shadow.offer(first, patches, Grid(*GRID), patches)
+    gate.let_in()
+    wait_until(lambda: gate.closed)
+    wait_until(lambda: not any(thread.name == "visionaccel-shadow" for thread in threading.enumerate()))
+    assert (len(gate.calls), shadow.drifted, len(shadow._comparisons)) == (1, 0, 0)
+    assert first.breaker.closed
+    assert "reference" not in caplog.text.replace("'reference' does not return", "")
     first.close()
 
 

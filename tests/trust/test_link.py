@@ -97,7 +97,7 @@ def test_an_in_process_fallback_that_hangs_behind_an_isolated_device_is_left_and
 
 
 def in_a_process(tiny, tmp_path, **options):
-    """A chain of one simulated device in a process of its own, and its switch."""
+    """A chain of one simulated device in a child process, and its switch."""
     switch = tmp_path / "switch.json"
     settings = Settings(
         backend="simulated", device="onnxrt", options={"switch": str(switch), **options}, isolation="process",
@@ -171,7 +171,7 @@ def test_a_process_that_starts_too_slowly_is_a_failure_and_not_a_hang(tiny, tmp_
     assert isinstance(answer, DeviceLostError)
     assert "has been starting for" in answer.message
     assert link.ready
-    assert link.hangs_for == 0
+    assert link.breaker.hangs_for == 0
     opened.set()
     wait_until(lambda: link.restarts == 1)
     (answer,) = guarded.encode_items(image(1), [GRID])
@@ -222,7 +222,7 @@ def test_a_canary_of_a_service_that_hangs_disables_the_device(tiny, tmp_path):
     (guarded,) = open_guarded(open_tower(tiny), settings, settings.wanted_devices)
     switch.write_text('[{"all": true, "do": "hang", "seconds": 3}]')
     wait_until(lambda: not guarded.links[0].breaker.closed, 10)
-    assert guarded.links[0].hangs_for
+    assert guarded.links[0].breaker.hangs_for
     switch.write_text("")
     wait_until(lambda: guarded.links[0].breaker.closed, 30)
     guarded.close()
@@ -332,8 +332,8 @@ def test_every_call_returns_within_its_deadline_or_its_link_is_disabled(tiny, sc
             assert not any(link.ready or link.may_try for link in links)
             break
     hung = schedule[: len(schedule) - len(todo)].count("hang")
-    assert sum(link.hangs_for > 0 for link in links) == hung, "each hang disables its own link"
-    assert not any(link.ready for link in links if link.hangs_for)
+    assert sum(link.breaker.hangs_for > 0 for link in links) == hung, "each hang disables its own link"
+    assert not any(link.ready for link in links if link.breaker.hangs_for)
     started = time.monotonic()
     chain.close()
     assert time.monotonic() - started < 8

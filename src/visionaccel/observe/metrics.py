@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # which tell their observers, and are read by this one
     from visionaccel.service import EncodeService
     from visionaccel.trust import GuardedEncoder
 
-_Counts: TypeAlias = Counter[tuple[str, ...]]
+_Counts: TypeAlias = dict[tuple[str, ...], int]
 Snapshot: TypeAlias = dict[str, list[tuple[list[str], Any]]]
 """By a series' name: label values, and a number, or of a distribution the counts of its buckets and its sum."""
 
@@ -142,7 +142,7 @@ class EncoderMetrics:
         self._counters = Counters()
         self.counts_work = True
         self._watched: list[tuple[Any, Callable[[Any], _Counts]]] = []
-        self._ended: _Counts = Counter()
+        self._ended: Counter[tuple[str, ...]] = Counter()
         self._reading = threading.Lock()
 
     @classmethod
@@ -233,7 +233,7 @@ class EncoderMetrics:
                 closed = watched.closed  # before its counts are read, which are final then
                 counts = counts_of(watched)
                 if closed:
-                    counts = Counter({key: 0 if _BY_NAME[key[0]].kind == "gauge" else n for key, n in counts.items()})
+                    counts = {key: 0 if _BY_NAME[key[0]].kind == "gauge" else count for key, count in counts.items()}
                     self._ended.update(counts)
                 else:
                     still_open.append((watched, counts_of))
@@ -249,34 +249,30 @@ class EncoderMetrics:
 def _counts_of_service(service: EncodeService) -> _Counts:
     """What a service has counted, by a series' name and label values."""
     counters = service.counters
-    return Counter(
-        {
-            ("visionaccel_failed_items",): counters.failed,
-            ("visionaccel_cache_hits",): counters.cached,
-            ("visionaccel_cache_evictions",): service.cache.evicted,
-            ("visionaccel_merged_items",): counters.merged,
-            ("visionaccel_cancelled_items",): counters.cancelled,
-            ("visionaccel_waiting_items",): counters.waiting,
-            ("visionaccel_running_items",): counters.running,
-        }
-    )
+    return {
+        ("visionaccel_failed_items",): counters.failed,
+        ("visionaccel_cache_hits",): counters.cached,
+        ("visionaccel_cache_evictions",): service.cache.evicted,
+        ("visionaccel_merged_items",): counters.merged,
+        ("visionaccel_cancelled_items",): counters.cancelled,
+        ("visionaccel_waiting_items",): counters.waiting,
+        ("visionaccel_running_items",): counters.running,
+    }
 
 
 def _counts_of_encoder(encoder: GuardedEncoder) -> _Counts:
     """What a service would count, of an encoder that has none in front."""
-    return Counter({("visionaccel_failed_items",): encoder.failed_items})
+    return {("visionaccel_failed_items",): encoder.failed_items}
 
 
 def _counts_of_chain(encoder: GuardedEncoder) -> _Counts:
     device = encoder.primary.capabilities.device
-    return Counter(
-        {
-            ("visionaccel_fallback_items",): encoder.fallback_items,
-            ("visionaccel_shadow_skipped",): encoder.shadow.skipped if encoder.shadow is not None else 0,
-            # The other links are the first of another chain, or fallbacks.
-            ("visionaccel_device_restarts", encoder.primary.backend, device): encoder.links[0].restarts,
-        }
-    )
+    return {
+        ("visionaccel_fallback_items",): encoder.fallback_items,
+        ("visionaccel_shadow_skipped",): encoder.shadow.skipped if encoder.shadow is not None else 0,
+        # The other links are the first of another chain, or fallbacks.
+        ("visionaccel_device_restarts", encoder.primary.backend, device): encoder.links[0].restarts,
+    }
 
 
 class MetricsCollector(Collector):

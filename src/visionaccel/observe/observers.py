@@ -131,25 +131,15 @@ class TraceLog:
         """Start tracing in this process. Every caller gets the same object; a fork gets its own."""
         return installed(cls, lambda: cls(path, process))
 
-    def slice(
-        self, lane: str, category: Category, name: str, start: float, seconds: float, **details: Any
-    ) -> tuple[int, float]:
-        """Note what ran on a lane; what overlaps there gets a second lane of that name.
-
-        Args:
-            lane: The name of the lane.
-            category: The kind of work.
-            name: What is shown on the slice.
-            start: On the clock of `time.monotonic`.
-            seconds: How long it took.
-            details: Shown when the slice is selected.
+    def slice(self, lane: str, category: Category, name: str, start: float, seconds: float, **details: Any) -> int:
+        """Note what ran on a lane from a time on the monotonic clock; what overlaps gets a second lane of that name.
 
         Returns:
-            The lane's number and the start, for `within`.
+            The lane's number, for `within`.
         """
         thread = self._lane(lane, start, start + seconds)
         self.within(thread, category, name, start, seconds, **details)
-        return thread, start
+        return thread
 
     def within(self, thread: int, category: Category, name: str, start: float, seconds: float, **details: Any) -> None:
         """Note a part of a slice, in its lane."""
@@ -164,12 +154,11 @@ class TraceLog:
         total = host_before + report.run_seconds + report.finish_seconds
         if report.queue_seconds:
             self.slice("queue", "queue", what, report.started - report.queue_seconds, report.queue_seconds)
-        name = f"{report.purpose} {what}"
-        details = {"patches": report.patches, "tokens": report.tokens, "bytes_in": report.bytes_in,
-                   "bytes_out": report.bytes_out}  # fmt: skip
-        thread, at = self.slice(
-            f"device {report.backend} {report.device}", "device", name, report.started, total, **details
-        )
+        lane, name, at = f"device {report.backend} {report.device}", f"{report.purpose} {what}", report.started
+        thread = self.slice(
+            lane, "device", name, at, total, patches=report.patches, tokens=report.tokens, bytes_in=report.bytes_in,
+            bytes_out=report.bytes_out,
+        )  # fmt: skip
         # The parts of several calls in one encode are shown as one.
         parts: tuple[tuple[str, Category, float], ...] = (
             ("host before", "host", host_before),

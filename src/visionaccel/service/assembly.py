@@ -43,18 +43,17 @@ def open_guarded(
     """A chain of encoders for each device, or the fallbacks alone if the devices cannot all run here.
 
     A device's chain is its own encoder, those of the other devices, and then the fallbacks, which all chains share.
-    Fallbacks run on the weights, so they take every grid whatever programs a bundle has.
-
-    Every device encodes the bundle's golden images first; one that gets them wrong cannot run here.
+    Fallbacks run on the weights, so they take every grid, unlike a bundle's programs. Every device encodes the
+    bundle's golden images first; one that gets them wrong cannot run here.
 
     Args:
         source: The encoder.
         settings: The settings.
         devices: The devices; None among them for the backend's default.
-        host: What else computes on the machine's cores, which the encoders' threads then leave to it if they can.
+        host: What else computes on the machine's cores; the encoders' threads leave those cores to it if they can.
 
     Raises:
-        VisionAccelError: If neither can start, or a setting is wrong; the message says why and what to do.
+        VisionAccelError: If neither can start, or a setting is wrong.
     """
     if settings.timing:
         TimingLog.install()
@@ -116,24 +115,17 @@ class _Opening:
         raise error
 
     def _try(self, link: ChainLink) -> None:
-        """Open an encoder and have it encode the golden images.
-
-        Raises:
-            VisionAccelError: If it cannot be opened.
-            DeviceError: If it gets them wrong.
-        """
+        """Open an encoder and have it encode the golden images; raises if it cannot, or gets them wrong."""
         opened = link.open()
         if isinstance(opened, VisionAccelError):
             raise opened
         link.name = opened.backend  # it may have been `auto`
         if self._settings.canary == "off":
             return
-        result = link.check()
-        if isinstance(result, VisionAccelError):
-            raise result
-        if result.failure is not None:
+        failure = link.check().failure
+        if failure is not None:
             raise _CanaryError(
-                f"backend {link.name!r} failed its canary and is not to be trusted: {result.failure}",
+                f"backend {link.name!r} failed its canary and is not to be trusted: {failure}",
                 hint="Run `visionaccel validate` and `visionaccel doctor`; VISIONACCEL_CANARY=off trusts it blindly.",
             )
 

@@ -37,8 +37,8 @@ class EncodeService:
     alone. Equal items that are in the service at one time are encoded once, and embeddings are kept in a cache. A
     device gets one thread, or as many as its backend declares (`Capabilities.max_in_flight`).
 
-    The deadline of a call is that of the chain's links. While no link of any chain can answer because one hangs, what
-    waits is kept until the call returns. An item fails once it has waited for the deadline, and the hang lasts as long.
+    The deadline of a call is that of the chain's links. While no link can answer because one hangs, what waits is kept;
+    an item fails once both it has waited and the hang has lasted for the deadline.
 
     Args:
         encoders: The chain of each device, which the service closes. All must compute the same numbers.
@@ -75,8 +75,8 @@ class EncodeService:
         self._closed = False
         for link in links:
             link.on_drift(self.cache.clear)
-        self._threads = {encoder: self._threads_of(encoder) for encoder in encoders}
-        for thread in self._all_threads():
+        self._threads = [(encoder, thread) for encoder in encoders for thread in self._threads_of(encoder)]
+        for _, thread in self._threads:
             thread.start()
 
     @property
@@ -116,8 +116,7 @@ class EncodeService:
         Args:
             patches: float32, float16 or bfloat16 [P, patch_width], numpy or torch. Must not change until it is encoded.
             grid: Its (t, h, w).
-            key: The caller's key of the patches, such as vLLM's hash of the image: equal for equal values only. None
-                for a digest of the patches.
+            key: The caller's key, such as vLLM's hash of the image: equal for equal patches only. None for a digest.
             arrival: When it arrived, if not now; earlier ones are encoded first. On the clock of `time.monotonic`,
                 unless every caller of the service uses another one.
             urgent: Encode it before all that is not urgent.
@@ -126,8 +125,8 @@ class EncodeService:
 
         Returns:
             A future of the embedding, [tokens, out_width] in the service's dtype, read-only and shared with others that
-            ask for the same. Cancel it if it is not wanted any more: an item without futures is not encoded. It fails
-            with the item's error: InputError for wrong data, DeadlineError, another DeviceError, or ServiceClosedError.
+            ask for the same. Cancel it to take the item back. It fails with the item's error: InputError for wrong
+            data, DeadlineError, another DeviceError, or ServiceClosedError.
 
         Raises:
             GridError: If the grid is wrong.
@@ -188,10 +187,9 @@ class EncodeService:
         """Take in nothing more, answer every future, give back the devices and end every thread.
 
         Args:
-            drain: Encode what waits first; otherwise it fails with ServiceClosedError. What a device is encoding is
-                finished in either case.
-            wait: Seconds to wait for that; by default as long as a call may take, or with `drain` without limit. A call
-                that does not return by then keeps its thread and its device until the process ends; its items fail.
+            drain: Encode what waits first; otherwise it fails with ServiceClosedError.
+            wait: Seconds to wait for calls in progress; by default as long as a call may take, or with `drain` without
+                limit. A call that does not return by then keeps its thread and its device; its items fail.
         """
         with self._closing:
             if self._closed:
@@ -204,7 +202,7 @@ class EncodeService:
                 stack.callback(self._end)
                 for encoder in self.encoders:
                     stack.callback(self._close_chain, encoder)
-                for thread in self._all_threads():
+                for _, thread in self._threads:
                     thread.join(None if until is None else max(0.0, until - time.monotonic()))
 
     def __enter__(self) -> Self:
@@ -226,12 +224,9 @@ class EncodeService:
         names = [f"visionaccel-{capabilities.device}-{call}" for call in range(calls)]
         return [threading.Thread(target=self._run, args=(encoder,), name=name, daemon=True) for name in names]
 
-    def _all_threads(self) -> list[threading.Thread]:
-        return [thread for threads in self._threads.values() for thread in threads]
-
     def _close_chain(self, encoder: GuardedEncoder) -> None:
         """Close a chain's encoders. A call that is still in progress keeps its own until it returns."""
-        alive = any(thread.is_alive() for thread in self._threads[encoder])
+        alive = any(thread.is_alive() for chain, thread in self._threads if chain is encoder)
         if alive:
             device = encoder.primary.capabilities.device
             logger.warning("A call of device %r does not return; it keeps the device and a thread.", device)

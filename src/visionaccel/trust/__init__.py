@@ -1,12 +1,11 @@
 """What keeps encoders right and answering: the chain, its links, and their breakers, canaries and shadow."""
 
 from visionaccel.trust.breaker import Breaker, BreakerState
-from visionaccel.trust.calls import LateError, WatchedCalls
 from visionaccel.trust.canary import Canary, FirstAnswer, drift_of, precision_limit
 from visionaccel.trust.chain import Embedded, GuardedEncoder
 from visionaccel.trust.link import ChainLink
 from visionaccel.trust.shadow import Shadow
-from visionaccel.trust.threads import background
+from visionaccel.trust.threads import LateError, WatchedCalls, background
 
 __all__ = [
     "Breaker",

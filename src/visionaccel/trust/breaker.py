@@ -34,6 +34,11 @@ class Breaker:
         cool_down: Seconds from the first opening to the probe.
         changed: Called after each change of state with the new state and the reason, without the lock.
         clock: Seconds that never go back.
+
+    Attributes:
+        state: The state now.
+        reason: Why it was opened last; empty if it never was.
+        proven: Whether it was opened on proof of a hang or a wrong answer, and not by a count of failures.
     """
 
     def __init__(
@@ -47,31 +52,16 @@ class Breaker:
         self._limit, self._cool_down = failures, cool_down
         self._changed, self._clock = changed, clock
         self._lock = threading.Lock()
-        self._state = BreakerState.CLOSED
+        self.state = BreakerState.CLOSED
         self._in_a_row = self._openings = 0
         self._probe_at = 0.0
-        self._reason, self._proven = "", False
+        self.reason, self.proven = "", False
         self._hangs_since: float | None = None
-
-    @property
-    def state(self) -> BreakerState:
-        """The state now."""
-        return self._state
 
     @property
     def closed(self) -> bool:
         """Whether the encoder gets work."""
-        return self._state is BreakerState.CLOSED
-
-    @property
-    def proven(self) -> bool:
-        """Whether it was opened on proof of a hang or a wrong answer, and not by a count of failures."""
-        return self._proven
-
-    @property
-    def reason(self) -> str:
-        """Why it was opened last; empty if it never was."""
-        return self._reason
+        return self.state is BreakerState.CLOSED
 
     @property
     def hangs_for(self) -> float:
@@ -83,28 +73,28 @@ class Breaker:
         """An encode went well."""
         if self._in_a_row or self._openings:  # read without the lock: the usual case must cost nothing
             with self._lock:
-                if self._state is BreakerState.CLOSED:
+                if self.state is BreakerState.CLOSED:
                     self._in_a_row = self._openings = 0
 
     def failed(self, reason: str) -> None:
         """An encode failed; the breaker opens if that was one too many."""
         with self._lock:
             self._in_a_row += 1
-            if self._state is not BreakerState.CLOSED or self._in_a_row < self._limit:
+            if self.state is not BreakerState.CLOSED or self._in_a_row < self._limit:
                 return
             message = f"{self._in_a_row} encodes in a row failed, the last because {reason}"
-            self._proven = False
+            self.proven = False
             self._open(message)
         self._changed(BreakerState.OPEN, message)
 
     def trip(self, reason: str, *, hangs: bool = False) -> None:
         """Open it on proof, such as a call that hangs, without counting. If it is open, the time of its probe stays."""
         with self._lock:
-            known, self._proven = self._proven, True
+            known, self.proven = self.proven, True
             if hangs and self._hangs_since is None:
                 self._hangs_since = self._clock()
-            if self._state is BreakerState.OPEN:
-                self._reason = self._reason if known else reason
+            if self.state is BreakerState.OPEN:
+                self.reason = self.reason if known else reason
                 return
             self._open(reason)
         self._changed(BreakerState.OPEN, reason)
@@ -117,26 +107,26 @@ class Breaker:
     def begin_probe(self) -> bool:
         """Whether a probe is due; the breaker is half-open then, and `end_probe` must be called."""
         with self._lock:
-            if self._state is not BreakerState.OPEN or self._clock() < self._probe_at:
+            if self.state is not BreakerState.OPEN or self._clock() < self._probe_at:
                 return False
-            self._state = BreakerState.HALF_OPEN
-        self._changed(BreakerState.HALF_OPEN, self._reason)
+            self.state = BreakerState.HALF_OPEN
+        self._changed(BreakerState.HALF_OPEN, self.reason)
         return True
 
     def end_probe(self, failure: str | None, *, proven: bool = False) -> None:
         """A probe is over: None closes the breaker, a reason opens it again, perhaps on proof."""
         with self._lock:
-            if self._state is not BreakerState.HALF_OPEN:
+            if self.state is not BreakerState.HALF_OPEN:
                 return  # opened during the probe, for a reason that the probe does not know
             if failure is None:
-                self._state, self._in_a_row = BreakerState.CLOSED, 0
-                self._proven, self._hangs_since = False, None
+                self.state, self._in_a_row = BreakerState.CLOSED, 0
+                self.proven, self._hangs_since = False, None
             else:
-                self._proven |= proven
+                self.proven |= proven
                 self._open(failure)
-        self._changed(self._state, failure or "the probe passed")
+        self._changed(self.state, failure or "the probe passed")
 
     def _open(self, reason: str) -> None:
-        self._state, self._reason, self._in_a_row = BreakerState.OPEN, reason, 0
+        self.state, self.reason, self._in_a_row = BreakerState.OPEN, reason, 0
         self._probe_at = self._clock() + min(self._cool_down * 2.0 ** min(self._openings, 64), _LONGEST_DELAY)
         self._openings += 1

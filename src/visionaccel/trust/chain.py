@@ -30,11 +30,9 @@ logger = safe_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """One item's embeddings and where they come from.
+    """One item's embeddings: `rows`, float32 [tokens, out_width], numpy or torch, which belong to the caller.
 
-    Attributes:
-        rows: float32 [tokens, out_width], numpy or torch; the caller's.
-        fallback: A fallback computed them, in other arithmetic than the chosen encoder's.
+    Those of a fallback are computed in other arithmetic than the chosen encoder's.
     """
 
     rows: Array
@@ -80,7 +78,8 @@ class GuardedEncoder:
     @property
     def stuck_for(self) -> float:
         """Seconds since when no link may be asked because one hangs; 0 if one may, or none hangs."""
-        return 0.0 if self._turns() else min((link.hangs_for for link in self.links if link.hangs_for), default=0.0)
+        hangs = [link.breaker.hangs_for for link in self.links if link.breaker.hangs_for]
+        return min(hangs) if hangs and not self._turns() else 0.0
 
     def encode_items(
         self,
@@ -92,17 +91,12 @@ class GuardedEncoder:
     ) -> list[Embedded | VisionAccelError]:
         """Embeddings of each item, or its error. Never raises for bad data.
 
-        Each encoder that is asked has its deadline for each call, and nothing else takes long.
-
         Args:
             patches: float32, float16 or bfloat16 [P, patch_width] of all items.
             grids: (t, h, w) of each item.
             queue_seconds: How long the first of them waited, for reports.
-            until: When all items must have their answers, on the monotonic clock, whatever encoders do: an item that
-                has none by then gets a DeadlineError. None for no such time.
-
-        Returns:
-            One entry for each grid: its embeddings, or the error.
+            until: When to return in any case, on the monotonic clock: an item without an answer by then gets a
+                DeadlineError.
         """
         merge = self.primary.tower.merge_size
         try:

@@ -15,9 +15,8 @@ from visionaccel.core.grid import Grid
 from visionaccel.core.safe_text import safe_logger
 from visionaccel.encoder import Encoder
 from visionaccel.errors import DeadlineError, DeviceError, VisionAccelError
-from visionaccel.trust.calls import LEAST, seconds_until
 from visionaccel.trust.canary import Canary, CanaryResult
-from visionaccel.trust.threads import background
+from visionaccel.trust.threads import LEAST, background, seconds_until
 
 if TYPE_CHECKING:
     from visionaccel.trust.link import ChainLink
@@ -122,13 +121,13 @@ class Keeper:
         with self._lock:
             if self._closed or (self._thread is not None and self._thread.is_alive()):
                 return _PROBING
-            if breaker.closed:
+            probing = not breaker.closed
+            if not probing:
                 left = self._checked_at + self._interval - time.monotonic() if self._interval else _LONGEST_SLEEP
                 if left > 0 or self._link.cut:
                     return max(left, _PROBING)
             elif not breaker.begin_probe():
                 return _PROBING
-            probing = not breaker.closed
             self._thread = threading.Thread(target=self._run, args=(probing,), name="visionaccel-canary", daemon=True)
             self._thread.start()
             return _PROBING

@@ -21,18 +21,18 @@ from visionaccel.encoder import Encoder
 from visionaccel.errors import DeadlineError, DeviceError, DeviceLostError, InputError, VisionAccelError
 from visionaccel.settings import DEADLINE, OPEN_DEADLINE
 from visionaccel.trust.breaker import Breaker, BreakerState
-from visionaccel.trust.calls import (
+from visionaccel.trust.canary import Canary, CanaryResult
+from visionaccel.trust.keeper import Keeper
+from visionaccel.trust.threads import (
     LEAST,
     CutError,
+    InOrder,
     LateError,
     WatchedCalls,
     call_alone,
     in_callers_stream,
     seconds_until,
 )
-from visionaccel.trust.canary import Canary, CanaryResult
-from visionaccel.trust.keeper import Keeper
-from visionaccel.trust.threads import Reports
 
 logger = safe_logger(__name__)
 
@@ -73,10 +73,9 @@ class ChainLink:
     Args:
         name: What to call it, such as the backend's name.
         encoder: The open encoder, or what opens it. A failure to open disables the link.
-        canary: What it is tried with; by default its own first answer, once it is to be put back to work.
-        canary_on: Whether the canary also runs before its first encode, when the device's process was restarted, and on
-            the timer.
-        interval: Seconds between two canaries on a timer; 0 for none.
+        canary: What it is tried with; by default its first answer.
+        canary_on: Run the canary also before the first encode, after a restart of the device's process, and on a timer.
+        interval: Seconds between two canaries on the timer; 0 for none.
         deadline: Seconds for each image of a call.
         open_deadline: Seconds for opening, and for each image of the first canary, which may compile.
         failures: As for `Breaker`.
@@ -110,7 +109,7 @@ class ChainLink:
         self._canary = canary or Canary()
         self._keeper = Keeper(self, self._canary, on=canary_on, interval=interval)
         self._calls = WatchedCalls(self.breaker.hasten)
-        self._lock, self._telling, self._reports = threading.Lock(), threading.Lock(), Reports()
+        self._lock, self._telling, self._reports = threading.Lock(), threading.Lock(), InOrder("visionaccel-observers")
         self._closed = False
         self._distrusted = 0
         self._on_drift: list[Callable[[], None]] = []
@@ -129,11 +128,6 @@ class ChainLink:
     def cut(self) -> bool:
         """Whether a call that the end of a step has cut off has not returned."""
         return self._calls.cut
-
-    @property
-    def hangs_for(self) -> float:
-        """Seconds since it was disabled because a call did not return in time; 0 if it was not."""
-        return self.breaker.hangs_for
 
     @property
     def why_not(self) -> str:
@@ -169,7 +163,7 @@ class ChainLink:
             grids: Checked grids.
             queue_seconds: How long the first item waited.
             following: What would have its turn if this fails, for reports.
-            until: When it must have returned in any case, on the monotonic clock.
+            until: When to return in any case, on the monotonic clock.
             purpose: What it is for.
         """
         encoder = self.open(until, twice=True)
@@ -199,26 +193,18 @@ class ChainLink:
                 self.breaker.failed(answer.message)
         return answer
 
-    def check(self) -> CanaryResult | VisionAccelError:
-        """Run the canary now; a link with wrong answers is disabled.
-
-        Returns:
-            What it found, or why the encoder cannot be opened.
-        """
-        encoder = self.open()
-        return encoder if isinstance(encoder, VisionAccelError) else self._keeper.check(encoder)
+    def check(self) -> CanaryResult:
+        """Run the canary on the open encoder now; a link with wrong answers is disabled."""
+        assert self.encoder_if_open is not None
+        return self._keeper.check(self.encoder_if_open)
 
     def open(
         self, until: float | None = None, *, probing: bool = False, twice: bool = False
     ) -> Encoder | VisionAccelError:
         """The encoder, or why there is none. If it is not open, one caller opens it while the others wait.
 
-        An opening that is late goes on, and the encoder is used once it is there.
-
-        Args:
-            until: When to wait no longer, on the monotonic clock.
-            probing: Open also what failed to open before.
-            twice: Try once more at once if it fails, for a request that nothing else may be able to serve.
+        An opening that is late goes on, and the encoder is used once it is there. Only a probe opens what failed to
+        open before. A request, which nothing else may be able to serve, has it tried twice.
         """
         if self.encoder_if_open is not None:
             return self.encoder_if_open
@@ -242,14 +228,8 @@ class ChainLink:
     def call(self, function: Callable[[], _T], seconds: float, until: float | None) -> _T:
         """What a call of the open encoder returns or raises: the one place where a deadline ends a call.
 
-        Args:
-            function: Calls the encoder.
-            seconds: How long it may take. Then it is ended with its device's process, or left behind.
-            until: When it must have returned in any case, on the monotonic clock. It then goes on, and its deadline
-                still holds.
-
         Raises:
-            DeadlineError: If it does not return in time, or had no time.
+            DeadlineError: If it does not return within its seconds or by `until`, or had no time.
             DeviceLostError: If it was ended.
         """
         if until is not None and until - time.monotonic() < min(LEAST, seconds):
@@ -286,9 +266,7 @@ class ChainLink:
     def distrust(self, reason: str, evidence: Golden | None = None) -> None:
         """A wrong answer was found: disable the link, and have what came from it forgotten, calls in progress included.
 
-        Args:
-            reason: Why.
-            evidence: The image with the wrong answer: it must get that right before it gets work again.
+        The link must get the evidence, an image with its correct answer, right before it gets work again.
         """
         if evidence is not None:
             self._canary.remember(evidence)
@@ -306,8 +284,8 @@ class ChainLink:
         """Give back the device, and end what looks after it.
 
         Args:
-            wait: Seconds to wait for a call in progress, at most its deadline. One that does not return by then keeps
-                the device until it does. It does not wait for one that is late already.
+            wait: Seconds to wait for a call in progress, at most its deadline, but not for one that is late already. A
+                call that does not return by then keeps the device until it does.
         """
         with self._lock:
             self._closed, encoder = True, self.encoder_if_open
@@ -390,7 +368,7 @@ class ChainLink:
             logger.log(level, "Encoder %r %s: %s", self.name, _WORDS[state], reason)
             if encoder is not None and encoder.hooks.visionaccel_breaker.get_hookimpls():
                 report = BreakerReport(encoder.backend, encoder.capabilities.device, state.value, reason)
-                self._reports.add(partial(encoder.hooks.visionaccel_breaker, report=report))
+                self._reports.add(partial(tell, partial(encoder.hooks.visionaccel_breaker, report=report)))
         if state is BreakerState.OPEN:
             self._keeper.wake()
 

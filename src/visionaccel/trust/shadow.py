@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import queue
 import random
 import threading
 import time
-from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -22,19 +19,12 @@ from visionaccel.core.safe_text import safe_logger
 from visionaccel.errors import VisionAccelError
 from visionaccel.trust.canary import drift_of
 from visionaccel.trust.link import ChainLink
+from visionaccel.trust.threads import InOrder
 
 logger = safe_logger(__name__)
 
 _MOST_WAITING = 2
 """Answers that wait for the reference; each is a copy of an item's patches and embeddings."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Sample:
-    link: ChainLink
-    patches: NDArray[np.float32]
-    grid: Grid
-    rows: NDArray[np.float32]
 
 
 class Shadow:
@@ -55,56 +45,39 @@ class Shadow:
 
     def __init__(self, share: float, limit: float, reference: ChainLink) -> None:
         self._share, self._limit, self._reference = share, limit, reference
-        self._samples: queue.Queue[_Sample | None] = queue.Queue(_MOST_WAITING)
-        self._thread: threading.Thread | None = None
+        self._comparisons = InOrder("visionaccel-shadow")
         self._lock = threading.Lock()
         self._closed = False
         self.compared = self.skipped = self.drifted = 0
 
     def offer(self, link: ChainLink, patches: Array, grid: Grid, rows: Array) -> None:
         """Perhaps look at what a link answered. Copies patches [P, patch_width] and rows [tokens, out_width] if so."""
-        if self._closed or random.random() >= self._share:  # noqa: S311 - which items to look at is no secret
+        if self._closed or random.random() >= self._share:  # noqa: S311 - the choice need not be secret
             return
         with self._lock:
-            if self._closed or self._samples.full():
+            if self._closed or len(self._comparisons) >= _MOST_WAITING:
                 self.skipped += 1
                 return
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="visionaccel-shadow", daemon=True)
-                self._thread.start()
-            self._samples.put_nowait(_Sample(link, _copied(patches), grid, _copied(rows)))
+            self._comparisons.add(partial(self._compare, link, _copied(patches), grid, _copied(rows)))
 
     def close(self) -> None:
         """Compare nothing more, and close the reference."""
         with self._lock:
-            if self._closed:
-                return
             self._closed = True
-            with suppress(queue.Empty):  # the thread takes samples at the same time
-                while True:
-                    self._samples.get_nowait()
-            self._samples.put_nowait(None)
+            self._comparisons.clear()
         self._reference.close(0.0)
 
-    def _run(self) -> None:
-        while (sample := self._samples.get()) is not None:
-            try:
-                self._compare(sample)
-            except VisionAccelError as error:
-                if not self._closed:
-                    logger.error("The reference could not encode what it was to compare: %s", error)
-            except Exception:
-                logger.exception("Comparing with the reference failed.")
-
-    def _compare(self, sample: _Sample) -> None:
+    def _compare(self, link: ChainLink, patches: NDArray[np.float32], grid: Grid, rows: NDArray[np.float32]) -> None:
         started = time.perf_counter()
-        answer = self._reference.encode(sample.patches, [sample.grid], purpose="shadow")
+        answer = self._reference.encode(patches, [grid], purpose="shadow")
         if isinstance(answer, VisionAccelError):
-            raise answer
+            if not self._closed:
+                logger.error("The reference could not encode what it was to compare: %s", answer)
+            return
         expected = as_numpy(answer)
-        cosine, failure = drift_of(sample.rows, expected, self._limit)
+        cosine, failure = drift_of(rows, expected, self._limit)
         self.compared += 1
-        encoder = sample.link.encoder_if_open
+        encoder = link.encoder_if_open
         if encoder is not None:
             seconds = time.perf_counter() - started
             device = encoder.capabilities.device
@@ -112,9 +85,9 @@ class Shadow:
             tell(partial(encoder.hooks.visionaccel_compared, report=report))
         if failure is not None and not self._closed:
             self.drifted += 1
-            name = f"an image of grid {sample.grid} that a client sent"
-            evidence = Golden(name, "", (sample.grid,), sample.patches, np.array(expected, np.float32), self._limit)
-            sample.link.distrust(f"the reference does not agree on {name}: {failure}", evidence)
+            name = f"an image of grid {grid} that a client sent"
+            evidence = Golden(name, "", (grid,), patches, np.array(expected, np.float32), self._limit)
+            link.distrust(f"the reference does not agree on {name}: {failure}", evidence)
 
 
 def _copied(array: Array) -> NDArray[np.float32]:

@@ -1,26 +1,225 @@
-"""Threads for what nobody waits for: one for jobs that are due again and again, and one for calls in their order."""
+"""Threads for calls that may hang, for jobs that are due again and again, and for calls in their order.
+
+These hold for the calls of one `WatchedCalls`, on any schedule:
+
+- A call returns, raises or is left behind at its limit, or at its caller's `until` if that comes first.
+- A call's limit counts from the moment that it has its place. A caller waits for that for at most one limit for each
+  caller before it.
+- While a call that was left behind has not returned, no other begins where there is one place; where there are more,
+  none begins while four have not.
+"""
 
 from __future__ import annotations
 
 import math
 import os
+import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import TypeAlias
+from concurrent.futures import Future
+from typing import TypeAlias, TypeVar
 
-from visionaccel.core.containment import tell
+from visionaccel.core.arrays import Array, is_tensor
 from visionaccel.core.safe_text import safe_logger
 
 logger = safe_logger(__name__)
 
+_T = TypeVar("_T")
+_Work: TypeAlias = tuple[Future[object], Callable[[], object]]
+
 Job: TypeAlias = Callable[[], float]
 """Takes a few milliseconds, and returns in how many seconds it is due again."""
 
+LEAST = 0.1
+"""Seconds of a step of the engine below which no call is begun."""
+
+_MOST_LATE = 4
+_MOST_WAITING = 64
 _AFTER_A_FAULT = 1.0
 _ENDING = 1.0
-_MOST_REPORTS = 64
+
+
+class LateError(Exception):
+    """A call did not return in time; with a message, it never began, because of another one."""
+
+
+class CutError(LateError):
+    """A caller's `until` came before the call's limit, or the call waited for one of that kind.
+
+    The call that goes on has its own limit; it is None if the caller's never began.
+    """
+
+    def __init__(self, call: Future[object] | None = None, limit: float = 0.0) -> None:
+        super().__init__()
+        self.call, self.limit = call, limit
+
+
+class WatchedCalls:
+    """Runs calls on threads that can be left behind. Safe to use from several threads.
+
+    A thread that has returned in time is used again, because the thread pools of runtimes belong to the thread that
+    calls them. The threads are daemons: a call that never returns must not keep the program from ending. `returned` is
+    called, on the call's thread, when one that was left behind has returned.
+    """
+
+    def __init__(self, returned: Callable[[], None] = lambda: None) -> None:
+        self._on_return = returned
+        self._changed = threading.Condition()
+        self._idle: list[_Caller] = []
+        self._late: dict[Future[object], bool] = {}  # and whether `until` cut it off
+        self._running = 0
+        self._closed = False
+
+    @property
+    def cut(self) -> bool:
+        """Whether a call that was left behind because of `until` has not returned."""
+        with self._changed:
+            return any(self._late.values())
+
+    def call(
+        self,
+        function: Callable[[], _T],
+        seconds: float,
+        *,
+        places: int = 1,
+        until: float | None = None,
+        end: Callable[[Future[object]], bool] = lambda _: False,
+    ) -> _T:
+        """What the function returns or raises on another thread.
+
+        Args:
+            function: The call.
+            seconds: How long it may take.
+            places: How many calls may be in progress at a time, with this one.
+            until: When to return in any case, on the monotonic clock.
+            end: Ends a call that is past its limit; returns whether the call has returned.
+
+        Raises:
+            LateError: If it does not return in time, or cannot begin.
+            CutError: If that is because of `until`, of this call or of an earlier one.
+        """
+        caller = self._begin(places, until)
+        limit = time.monotonic() + seconds
+        stop = limit if until is None else min(limit, until)
+        future, cut = caller.start(function), stop < limit
+        try:
+            return future.result(seconds_until(stop))  # type: ignore[return-value]
+        except TimeoutError:
+            if future.done() or (stop == limit and end(future)):  # it raised that itself, or returned just now
+                return future.result()  # type: ignore[return-value]
+            cut = until is not None and time.monotonic() >= until
+            if cut:  # it may still end, for which its caller has no time
+                raise CutError(future, limit) from None
+            raise LateError from None
+        finally:
+            self._end(caller, future, cut=cut)
+
+    def close(self, wait: float = 0.0) -> None:
+        """Begin no more calls, and end the threads that no call keeps; waits for calls that are not late."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._running == 0 or bool(self._late), wait)
+            idle, self._idle = self._idle, []
+        for caller in idle:
+            caller.end(_ENDING)
+
+    def _begin(self, places: int, until: float | None) -> _Caller:
+        most_late = 1 if places == 1 else _MOST_LATE
+        seconds = None if until is None else seconds_until(until)
+        with self._changed:
+            begins = self._changed.wait_for(
+                lambda: self._closed or len(self._late) >= most_late or self._running < places, seconds
+            )
+            if self._closed:
+                raise LateError("It is closed.")
+            if not begins or (until is not None and time.monotonic() >= until):
+                raise CutError
+            if len(self._late) >= most_late:
+                raise CutError if all(self._late.values()) else LateError("An earlier call has not returned.")
+            self._running += 1
+            return self._idle.pop() if self._idle else _Caller()
+
+    def _end(self, caller: _Caller, future: Future[object], *, cut: bool) -> None:
+        with self._changed:
+            self._running -= 1
+            late = not future.done()
+            if late:
+                self._late[future] = cut
+            kept = not (late or self._closed)
+            if kept:
+                self._idle.append(caller)
+            self._changed.notify_all()
+        if late:
+            future.add_done_callback(self._returned)
+        if not kept:
+            caller.end()
+
+    def _returned(self, future: Future[object]) -> None:
+        with self._changed:
+            del self._late[future]
+            self._changed.notify_all()
+        self._on_return()
+
+
+class _Caller:
+    """A thread that runs one call after the other."""
+
+    def __init__(self) -> None:
+        self._work: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=_serve, args=(self._work,), name="visionaccel-call", daemon=True)
+        self._thread.start()
+
+    def start(self, function: Callable[[], object]) -> Future[object]:
+        future: Future[object] = Future()
+        self._work.put((future, function))
+        return future
+
+    def end(self, wait: float = 0.0) -> None:
+        """End the thread after the call in progress."""
+        self._work.put(None)
+        if wait and self._thread is not threading.current_thread():
+            self._thread.join(wait)
+
+
+def _serve(work: queue.SimpleQueue[_Work | None]) -> None:
+    while (call := work.get()) is not None:
+        future, function = call
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+        del future, function, call  # or a big array would live until the next call
+
+
+def call_alone(function: Callable[[], object]) -> Future[object]:
+    """What a call returns or raises on a thread that ends with it, and that may be left behind."""
+    caller = _Caller()
+    future = caller.start(function)
+    caller.end()
+    return future
+
+
+def in_callers_stream(patches: Array, call: Callable[[], _T]) -> Callable[[], _T]:
+    """A call that another thread makes on this thread's CUDA stream, where the patches are written."""
+    if not is_tensor(patches) or patches.device.type != "cuda":
+        return call
+    import torch
+
+    stream = torch.cuda.current_stream(patches.device)
+
+    def on_stream() -> _T:
+        with torch.cuda.device(patches.device), torch.cuda.stream(stream):
+            return call()
+
+    return on_stream
+
+
+def seconds_until(until: float) -> float:
+    """Seconds from now to a time on the monotonic clock, as a lock takes them."""
+    return min(max(0.0, until - time.monotonic()), threading.TIMEOUT_MAX)
 
 
 class Background:
@@ -80,30 +279,43 @@ class Background:
 background = Background()
 
 
-class Reports:
-    """Tells observers in order, on a thread that lives while there is something to tell, so a hang holds up no one.
+class InOrder:
+    """Makes calls one after the other, on a thread that lives while there are some, so that no one waits for them.
 
-    For an observer that hangs the last reports are kept.
+    Where one hangs, the last 64 of those behind it are kept.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self._name = name
         self._lock = threading.Lock()
-        self._waiting: deque[Callable[[], object]] = deque(maxlen=_MOST_REPORTS)
-        self._telling = False
+        self._waiting: deque[Callable[[], object]] = deque(maxlen=_MOST_WAITING)
+        self._running = False
 
-    def add(self, hook: Callable[[], object]) -> None:
-        """Call a hook once those before have returned."""
+    def __len__(self) -> int:
+        """How many wait."""
+        return len(self._waiting)
+
+    def add(self, call: Callable[[], object]) -> None:
+        """Make a call once those before have returned."""
         with self._lock:
-            self._waiting.append(hook)
-            if not self._telling:
-                self._telling = True
-                threading.Thread(target=self._tell, name="visionaccel-observers", daemon=True).start()
+            self._waiting.append(call)
+            if not self._running:
+                self._running = True
+                threading.Thread(target=self._run, name=self._name, daemon=True).start()
 
-    def _tell(self) -> None:
+    def clear(self) -> None:
+        """Make none of the calls that wait."""
+        with self._lock:
+            self._waiting.clear()
+
+    def _run(self) -> None:
         while True:
             with self._lock:
                 if not self._waiting:
-                    self._telling = False
+                    self._running = False
                     return
-                hook = self._waiting.popleft()
-            tell(hook)
+                call = self._waiting.popleft()
+            try:
+                call()
+            except Exception:
+                logger.exception("A call in the background failed in a way that it should not.")

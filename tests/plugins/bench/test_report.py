@@ -247,7 +247,8 @@ def test_a_trace_that_an_encode_service_wrote_is_read(tiny, tmp_path):
     from visionaccel.observe import TraceLog
 
     log = TraceLog(tmp_path / "trace.json", "server")
-    thread, at = log.slice("device onnxrt cpu", "device", "request 1x16x16", 10.0, 2.0, patches=256)
+    at = 10.0
+    thread = log.slice("device onnxrt cpu", "device", "request 1x16x16", at, 2.0, patches=256)
     for part, category, start, seconds in (("host before", "host", at, 0.5), ("compute", "device", at + 0.5, 1.5)):
         log.within(thread, category, part, start, seconds)
     log.slice("steps", "decode", "step", 10.0, 1.0)
