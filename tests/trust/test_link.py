@@ -391,6 +391,24 @@ def test_a_configuration_that_is_wrong_is_not_tried_twice_by_one_request(tiny, o
     guarded.close()
 
 
+def test_a_probe_whose_thread_cannot_start_is_tried_again(tiny, monkeypatch, caplog):
+    link = ChainLink("torch_ref", open_encoder(tiny, backend="torch_ref"), cool_down=0.05)
+    start, refused = threading.Thread.start, []
+
+    def start_later(thread):
+        if thread.name == "visionaccel-canary" and not refused:
+            refused.append(thread)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_later)
+    link.distrust("for the test")
+    wait_until(lambda: link.ready)
+    assert len(refused) == 1
+    assert "can't start new thread" in caplog.text
+    link.close()
+
+
 # Which encoder answers
 
 

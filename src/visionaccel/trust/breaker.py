@@ -69,6 +69,11 @@ class Breaker:
         since = self._hangs_since
         return 0.0 if since is None else max(1e-9, self._clock() - since)
 
+    @property
+    def probe_due(self) -> bool:
+        """Whether a probe may begin."""
+        return self.state is BreakerState.OPEN and self._clock() >= self._probe_at
+
     def succeeded(self) -> None:
         """An encode went well."""
         if self._in_a_row or self._openings:  # read without the lock: the usual case must cost nothing
@@ -107,7 +112,7 @@ class Breaker:
     def begin_probe(self) -> bool:
         """Whether a probe is due; the breaker is half-open then, and `end_probe` must be called."""
         with self._lock:
-            if self.state is not BreakerState.OPEN or self._clock() < self._probe_at:
+            if not self.probe_due:
                 return False
             self.state = BreakerState.HALF_OPEN
         self._changed(BreakerState.HALF_OPEN, self.reason)

@@ -126,14 +126,17 @@ class Keeper:
                 left = self._checked_at + self._interval - time.monotonic() if self._interval else _LONGEST_SLEEP
                 if left > 0 or self._link.cut:
                     return max(left, _PROBING)
-            elif not breaker.begin_probe():
+            elif not breaker.probe_due:
                 return _PROBING
-            self._thread = threading.Thread(target=self._run, args=(probing,), name="visionaccel-canary", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, args=(probing,), name="visionaccel-canary", daemon=True)
+            thread.start()
+            self._thread = thread
             return _PROBING
 
     def _run(self, probing: bool) -> None:
         breaker, wrong = self._link.breaker, False
+        if probing and not breaker.begin_probe():
+            return
         failure: str | None
         try:
             encoder = self._link.open(probing=probing)
