@@ -44,7 +44,7 @@ def main() -> int:
     found = False
     for place in map(ROOT.joinpath, PLACES):
         for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
-            if path.suffix in SUFFIXES and path.is_file():
+            if path.suffix in SUFFIXES and path.is_file() and "build" not in path.parts:
                 for number, problem in sorted(avoided(path.read_text(encoding="utf-8"), words)):
                     print(f"{path.relative_to(ROOT)}:{number}: {problem}")
                     found = True

@@ -11,7 +11,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 VERSION = re.compile(r"\d+\.\d+\.\d+((a|b|rc)\d+)?")
-PLUGINS = ("bench", "flexmlrt", "onnxrt", "openvino", "testing", "torch_ref")
 DIGITS = "examples/digits_vlm/pyproject.toml"
 
 
@@ -30,8 +29,7 @@ def set_version(root: Path, version: str) -> None:
     minor = ".".join(version.split(".")[:2])
     replace(root / "src/visionaccel/__init__.py", r'^__version__ = ".*"$', f'__version__ = "{version}"')
     replace(root / DIGITS, r'^version = ".*"$', f'version = "{version}"')
-    for plugin in PLUGINS:
-        project = root / "plugins" / plugin / "pyproject.toml"
+    for project in (root / "plugins").glob("*/pyproject.toml"):
         replace(project, r'^version = ".*"$', f'version = "{version}"')
         # A pre-release comes before its release, which `~=` would else leave out.
         core = version if VERSION.fullmatch(version)[1] else f"{minor}.0"

@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table as RichTable
-
-from visionaccel.cli.output import results
+from visionaccel.cli import output
 
 DASH = "-"
 """Stands for a value that is not there."""
@@ -37,14 +34,10 @@ class Table:
 
 
 def print_table(table: Table) -> None:
-    """Print a table among the command's results."""
-    shown = RichTable(title=table.title or None, box=SIMPLE_HEAD, pad_edge=False, padding=0)
-    for number, name in enumerate(table.columns):
-        justify: Literal["left", "right"] = "right" if number and table.layout == "numbers" else "left"
-        shown.add_column(name, justify=justify, overflow="fold")
-    for row in table.rows:
-        shown.add_row(*row, style=_STYLES.get(row[0]) if table.layout == "statuses" else None)
-    results.print(shown)
+    """Print a table among the command's results, and an empty line."""
+    styles = [_STYLES.get(row[0], "") for row in table.rows] if table.layout == "statuses" else None
+    output.print_table(table.title, table.columns, table.rows, styles=styles, numbers=table.layout == "numbers")
+    output.results.print()
 
 
 def seconds(value: float | None) -> str:

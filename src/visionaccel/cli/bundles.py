@@ -244,7 +244,7 @@ def print_certificate(certificate: Certificate, title: str) -> None:
     ]
     columns = ("program", "ran on", "tokens", "lowest", "1st %", "mean", "error", "NaN", "verdict")
     styles = ["" if found.failure is None else "bold red" for found in certificate.programs]
-    print_table(f"{title}; images: {images}", columns, rows, styles)
+    print_table(f"{title}; images: {images}", columns, rows, styles=styles)
     if not certificate.independent:
         results.print(
             "The reference is not independent: transformers has no such tower, so it was visionaccel's own in float32.",

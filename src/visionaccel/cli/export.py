@@ -150,12 +150,7 @@ def export(
 
 
 def frame_grid(text: str, option: str, merge_size: int) -> Grid:
-    """The grid of one frame from an option's text, such as `58x74`.
-
-    Raises:
-        ConfigurationError: If it has several frames.
-        GridError: If it is not a grid, or not divisible by the merge size.
-    """
+    """The grid of one frame from an option's text, such as `58x74`, checked against the merge size."""
     grid = Grid.parse(text)
     if grid.t != 1:
         raise ConfigurationError(f"{option} {text}: a program takes one frame.", hint="Write height x width, 58x74.")

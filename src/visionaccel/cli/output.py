@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -51,7 +51,8 @@ OptionsText = Annotated[
 ]
 
 
-_WIDEST_WORD = 24
+_GAP = 2
+_LONG_WORD = 24
 _NUMBER = re.compile(r"[\d.e+-]+")
 
 
@@ -95,11 +96,7 @@ def status(text: str) -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def progress(amount: ProgressColumn) -> Iterator[Callable[[str, int, int], None]]:
-    """Bars on stderr, one for each stage. The function takes a stage, how much of it is done and how much there is.
-
-    Args:
-        amount: The column that says how much is done.
-    """
+    """Bars on stderr, one for each stage. The function takes a stage, how much of it is done and how much there is."""
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), amount, TimeRemainingColumn())
     with Progress(*columns, console=messages, transient=True) as bars:
         tasks: dict[str, TaskID] = {}
@@ -113,11 +110,7 @@ def progress(amount: ProgressColumn) -> Iterator[Callable[[str, int, int], None]
 
 
 def backend_options(text: str | None, default: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Backend options from `--options`, or the settings' where it is not given.
-
-    Raises:
-        SettingsError: If the text is malformed.
-    """
+    """Backend options from `--options`, or the settings' where it is not given."""
     if text is None:
         return default
     try:
@@ -128,22 +121,14 @@ def backend_options(text: str | None, default: Mapping[str, Any]) -> Mapping[str
 
 
 def finite(value: float | None) -> float | None:
-    """Refuses NaN and infinity, which a command-line option's range lets pass.
-
-    Raises:
-        BadParameter: If it is one of these.
-    """
+    """Refuses NaN and infinity, which a command-line option's range lets pass."""
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number.")
     return value
 
 
 def check_writable(*files: Path | None) -> None:
-    """That files can be written, before the work is done whose result goes there.
-
-    Raises:
-        ConfigurationError: If one is in no folder, or is one.
-    """
+    """Refuses files that cannot be written, before the work is done whose result goes there."""
     for file in files:
         if file is not None and (file.is_dir() or not file.parent.is_dir()):
             raise ConfigurationError(
@@ -152,11 +137,7 @@ def check_writable(*files: Path | None) -> None:
 
 
 def write_json(value: Any, file: Path | None) -> None:
-    """The document that `print_json` prints, into a file if there is one.
-
-    Raises:
-        ConfigurationError: If it cannot be written.
-    """
+    """Write the document that `print_json` prints into a file, if one is given."""
     if file is None:
         return
     try:
@@ -170,25 +151,41 @@ def _table(title: str, **given: Any) -> Table:
     return Table(title=title or None, box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), **given)
 
 
+def _widths(cells: Sequence[Sequence[str]], room: int) -> Sequence[int | None]:
+    """A width for each column, given its cells, in which no word breaks; None for each if there is no room for that."""
+    wanted = [max(len(line) for cell in column for line in (*cell.splitlines(), "")) for column in cells]
+    words = [max(len(word) for cell in column for word in (*cell.split(), "")) for column in cells]
+    widths = [min(_LONG_WORD, longest) for longest in words]
+    spare = room - sum(widths)
+    while spare > 0 and (narrow := [number for number, width in enumerate(widths) if width < wanted[number]]):
+        widths[min(narrow, key=lambda number: widths[number])] += 1
+        spare -= 1
+    return widths if spare >= 0 else [None] * len(widths)
+
+
 def print_table(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], styles: Sequence[str] | None = None
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    *,
+    styles: Sequence[str] | None = None,
+    numbers: bool = False,
 ) -> None:
     """A table of texts and numbers on stdout.
-
-    Words break only where a column cannot be as wide. At most one column may hold sentences; the others, names.
 
     Args:
         title: What stands above it, if anything.
         columns: The heads.
         rows: The cells of each row.
         styles: The style of each row.
+        numbers: Align all columns but the first to the right, also those that hold more than numbers.
     """
     table = _table(title)
-    for number, name in enumerate(columns):
-        cells = [str(row[number]) for row in rows]
-        widest = max(map(len, " ".join([name, *cells]).split()))
-        justify: Literal["left", "right"] = "right" if all(map(_NUMBER.fullmatch, cells)) else "left"
-        table.add_column(name, justify=justify, overflow="fold", min_width=min(_WIDEST_WORD, widest))
+    cells = [[name, *(str(row[number]) for row in rows)] for number, name in enumerate(columns)]
+    widths = _widths(cells, results.width - _GAP * (len(columns) - 1))
+    for number, (name, *below) in enumerate(cells):
+        right = (numbers and number > 0) or all(map(_NUMBER.fullmatch, below))
+        table.add_column(name, justify="right" if right else "left", overflow="fold", width=widths[number])
     for row, style in zip(rows, styles or [""] * len(rows), strict=True):
         table.add_row(*map(str, row), style=style)
     results.print(table)

@@ -60,7 +60,7 @@ def doctor(
             "",
             ("about", "what", "status", "found, and what to do"),
             [(about, of.name, of.status, f"{of.detail}\n{of.fix}".rstrip()) for about, of in found.findings],
-            [_STYLES[of.status] for _, of in found.findings],
+            styles=[_STYLES[of.status] for _, of in found.findings],
         )
         results.print(", ".join(f"{found.count(status)} {word}" for status, word in _COUNTED.items()) + ".")
     failed = [about for about, finding in found.findings if finding.status == "failure"]
@@ -84,7 +84,7 @@ def diagnose(
     """
     created = datetime.now(UTC).isoformat(timespec="seconds")
     registries: list[Registry] = []
-    no_backend = looked("backends", lambda: _backends(registries))
+    no_backend = _found("backends", lambda: _backends(registries))
     registry = registries[0] if registries else None
     every = [] if registry is None else list(registry.entries)
     entries = every if registry is None or backend is None else [registry.entry(backend)]
@@ -94,7 +94,7 @@ def diagnose(
         *_found("environment", of_environment),
         *_found("versions", lambda: of_versions(plugins)),
         *_found("settings", lambda: of_settings(registry)),
-        *(Found("backends", finding) for finding in no_backend),
+        *no_backend,
     ]
     if source is None and settings is not None and settings.bundle is not None and settings.bundle.is_dir():
         source = str(settings.bundle)

@@ -124,11 +124,7 @@ def _gib(amount: int) -> str:
 
 
 def installed(name: str) -> str | None:
-    """Version of what provides a distribution; None if nothing does.
-
-    Some packages come in builds under other names, such as those of ONNX Runtime for GPUs: what provides the module of
-    that name counts as well.
-    """
+    """Version of a distribution, or of a build of it under another name, such as ONNX Runtime's for GPUs."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -164,10 +160,7 @@ def _of_distribution(name: str) -> Iterator[Finding]:
 
 
 def _problem(needing: Distribution, text: str) -> Finding | None:
-    """What is wrong with one requirement of a distribution, if anything is.
-
-    Those of an extra are not looked for; but one that is there in a version that does not fit is a warning.
-    """
+    """What is wrong with one requirement of a distribution. Of an extra's, only another version is, as a warning."""
     name, needs = f"{needing.name} {needing.version}", text.partition(";")[0].strip()
     try:
         requirement = Requirement(text)
@@ -188,11 +181,7 @@ def _problem(needing: Distribution, text: str) -> Finding | None:
 
 
 def of_settings(registry: Registry | None) -> Iterator[Finding]:
-    """What is found of the environment's settings, which name installed backends; None if these are not known.
-
-    Raises:
-        SettingsError: If a value is invalid.
-    """
+    """What is found of the environment's settings, and of the backends that they name if a registry is given."""
     for variable, near in unknown_variables().items():
         fix = f"Did you mean {near}?" if near else "Unset it, or see the table of settings."
         yield Finding(variable, "warning", "not a setting, and ignored", fix)

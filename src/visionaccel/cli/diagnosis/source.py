@@ -14,18 +14,13 @@ _PROVE = "Run `visionaccel validate`."
 def of_source(
     source: str, backend: str | None, devices: Collection[str], installed: Collection[str]
 ) -> Iterator[Finding]:
-    """What is found of a bundle or checkpoint. Every file of a bundle is read, even one that is known to be unchanged.
-
-    The first finding says that it opens.
+    """What is found of a bundle, every file of which is read, or of a checkpoint. The first finding is that it opens.
 
     Args:
         source: Its folder, or the Hugging Face repository of a checkpoint.
         backend: Name of the backend that is to run it, if one is named.
         devices: Devices that it is to run on, if some are named.
         installed: Names of the installed backends.
-
-    Raises:
-        ArtifactError: If it is broken.
     """
     if not is_bundle(source):
         yield Finding("checkpoint", "pass", f"{source}, family {open_tower(source).family}")
