@@ -80,7 +80,7 @@ class GraphedTower:
         self._refused = False
 
     def __call__(self, patches: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
-        """Embeddings [N, out_width] in the order of the grids, in memory of their own.
+        """Embeddings [N, out_width] in the order of the grids, in memory of the caller.
 
         Args:
             patches: [P, patch_width], of the tower's dtype and on its device.

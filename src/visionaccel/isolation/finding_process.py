@@ -1,4 +1,4 @@
-"""A look in a process of its own: what it answers, or how it ended without an answer.
+"""A look in a child process: what it answers, or how it ended without an answer.
 
 The answer comes in a file, as vendors' libraries print what they like to stdout and stderr. What is printed is read
 and forgotten but for its end.
@@ -135,7 +135,7 @@ def _read(answer: Path) -> list[Any]:
         data = file.read(_MOST_ANSWER + 1)
     rows = json.loads(data) if len(data) <= _MOST_ANSWER else None
     if not isinstance(rows, list):
-        raise ValueError("it is no list of findings")
+        raise ValueError("it is not a list of findings")
     return rows
 
 
