@@ -36,7 +36,7 @@ def _measure(folder: str) -> dict[str, float]:
     served = ServedModel(
         source=folder,
         revision=None,
-        architectures=("Qwen2_5_VLForConditionalGeneration",),
+        named="Qwen2_5_VLForConditionalGeneration",
         replaces="Qwen2_5_VLForConditionalGeneration",
         multimodal=True,
         takes_media=True,

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from docsite.tables import contract_table, feature_table, settings_table
 from visionaccel.bundle import SCHEMA_VERSION, json_schema
-from visionaccel.integrations.vllm.compat.releases import compatibility_table
 
 __all__ = ["PAGES", "written"]
 
@@ -24,7 +23,6 @@ _SCHEMA = ROOT / "docs" / f"bundle-manifest-v{SCHEMA_VERSION}.schema.json"
 def written() -> dict[Path, str]:
     """Each of those files as the data has it now."""
     tables = {
-        "releases": compatibility_table(),
         "features": feature_table(),
         "changed": contract_table(changing=True),
         "used": contract_table(changing=False),

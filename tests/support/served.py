@@ -20,7 +20,7 @@ def served_model(folder: str | Path, vision: Mapping[str, Any] | None = None) ->
     return ServedModel(
         source=str(folder),
         revision=None,
-        architectures=("Qwen2_5_VLForConditionalGeneration",),
+        named="Qwen2_5_VLForConditionalGeneration",
         replaces="Qwen2_5_VLForConditionalGeneration",
         multimodal=True,
         takes_media=True,

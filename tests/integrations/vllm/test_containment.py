@@ -85,7 +85,7 @@ def test_no_token_of_a_faulty_encode_is_ever_delivered(scheduler, actions):
 
 def test_workers_report_to_the_engine_of_their_own_configuration(scheduler):
     config = scheduler.vllm_config
-    assert engine_config.served_model(config).engine == engine_config.engine_id(config) != ""
+    assert engine_config.served_model(config).engine == str(config.instance_id) != ""
     assert scheduler._faults.new() == []
     assert report_fault(Fault("k", "m"), engine_config.served_model(config).engine)
     assert scheduler._faults.new() == [Fault("k", "m")]

@@ -239,10 +239,10 @@ def test_without_a_fallback_videos_are_refused(made):
         info.validate_num_items("video", 1)
     info.validate_num_items("image", 1)
     with pytest.raises(UnfitGridError, match="takes no videos") as caught:
-        info.data_parser.parse_mm_data({"video": [clip]})
+        info.parse_mm_data({"video": [clip]})
     assert "VISIONACCEL_FALLBACK" in str(caught.value)
-    assert len(made("fixed", fallback="torch_ref").data_parser.parse_mm_data({"video": [clip]})["video"]) == 1
-    assert len(info.data_parser.parse_mm_data({"video": []}).get("video", [])) == 0
+    assert len(made("fixed", fallback="torch_ref").parse_mm_data({"video": [clip]})["video"]) == 1
+    assert len(info.parse_mm_data({"video": []}).get("video", [])) == 0
 
 
 def test_a_grid_that_options_of_a_request_forced_is_refused(made):

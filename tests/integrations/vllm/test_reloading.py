@@ -153,7 +153,7 @@ def test_weights_without_files_are_refused_and_nothing_is_encoded_with_the_ones_
 def test_where_no_scheduler_listens_no_embedding_of_the_weights_before_is_used(
     tiny, other, faults, monkeypatch, in_files
 ):
-    from visionaccel.integrations.vllm.pipelined.connector import EmbeddingsForStep, VisionAccelConnector
+    from visionaccel.integrations.vllm.connector import EmbeddingsForStep, VisionAccelConnector
 
     def step(rows, cache):
         connector._connector_metadata = EmbeddingsForStep(rows)

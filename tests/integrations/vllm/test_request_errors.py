@@ -3,7 +3,7 @@
 import asyncio
 import functools
 import inspect
-from types import MappingProxyType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 
@@ -42,7 +42,7 @@ def failed_request(pooling):
     )
 
 
-def processed(*, pooling, queue, reasons=MappingProxyType({"request-1": REASON})):
+def processed(*, pooling, queue):
     """Send the outputs of a failed request to vLLM's output processor, as the engine and the API server do."""
     from vllm.pooling_params import PoolingParams
     from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -51,7 +51,7 @@ def processed(*, pooling, queue, reasons=MappingProxyType({"request-1": REASON})
     from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
     outputs = {}
-    scheduling.append_errors(outputs, [failed_request(pooling)], reasons)
+    scheduling.append_errors(outputs, [(failed_request(pooling), REASON)])
     arrived = MsgpackDecoder(EngineCoreOutputs).decode(MsgpackEncoder().encode(outputs[0]))
     processor = OutputProcessor(None, log_stats=False)
     kind = RequestOutputKind.FINAL_ONLY
@@ -95,11 +95,6 @@ def message_for_client(call):
 @pytest.mark.parametrize("queue", [True, False], ids=["server", "offline"])
 def test_a_failed_pooling_request_ends_with_its_reason(queue):
     assert message_for_client(lambda: processed(pooling=True, queue=queue)) == REASON
-
-
-def test_a_failed_pooling_request_without_a_reason_is_not_taken_for_an_empty_result():
-    message = message_for_client(lambda: processed(pooling=True, queue=True, reasons={}))
-    assert message == "an image of the prompt could not be encoded."
 
 
 def test_a_failed_pooling_result_of_a_release_without_errors_cannot_be_read_as_numbers():

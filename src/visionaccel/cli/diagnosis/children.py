@@ -77,10 +77,10 @@ def _of_vllm(trying: str = "") -> Iterator[Finding]:
         yield Finding("import", "failure", detail, "Reinstall vLLM.")
         return
     yield Finding("import", "pass", f"vllm {vllm.__version__}")
-    from visionaccel.integrations.vllm.compat import engine_config
+    from vllm.plugins import load_general_plugins
 
     try:
-        engine_config.load_plugins()
+        load_general_plugins()
     except VisionAccelError as error:
         yield Finding(_ACTIVATION, "failure", f"vLLM would not start: {error.message}", error.hint or "")
         return

@@ -18,7 +18,7 @@ from visionaccel.cli.diagnosis.installation import installed, of_environment, of
 from visionaccel.cli.diagnosis.source import of_source
 from visionaccel.cli.output import Json, finite, print_json, print_table, results
 from visionaccel.integrations.vllm import BACKEND_VARIABLES
-from visionaccel.integrations.vllm.compat.releases import TRIED_RELEASES
+from visionaccel.integrations.vllm.compat import TRIED_RELEASES
 from visionaccel.isolation import FindingProcess
 
 _LIMIT = 60.0

@@ -1,7 +1,4 @@
-"""vLLM's door to visionaccel: the entry point of the group `vllm.general_plugins`.
-
-vLLM imports this module in each of its processes whether or not a backend is wanted, so it imports nothing by itself.
-"""
+"""The entry point of the group `vllm.general_plugins`, which every process of vLLM imports: so it imports nothing."""
 
 import os
 

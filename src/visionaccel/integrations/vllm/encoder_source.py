@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
@@ -33,13 +33,7 @@ from visionaccel.trust import GuardedEncoder
 
 
 def served_tower(served: ServedModel, stored: Checkpoint) -> Tower:
-    """The vision tower that vLLM serves: the checkpoint's files under the configuration that vLLM has resolved.
-
-    An override of the configuration (`--hf-overrides`) counts, and config.json only where nothing overrides it.
-
-    Raises:
-        ArtifactError: If the checkpoint is broken, or the configuration that is served is not a tower's.
-    """
+    """The vision tower that vLLM serves: the checkpoint's files under the configuration that vLLM has resolved."""
     if served.replaces is None or served.vision is None:
         return tower_of(stored)
     resolved = copy(stored)
@@ -54,11 +48,7 @@ def served_tower(served: ServedModel, stored: Checkpoint) -> Tower:
 
 
 def implemented_epsilon(served: ServedModel) -> float:
-    """What the tower of a served model adds to variances, by the family's description of it.
-
-    Raises:
-        ArtifactError: If the checkpoint's configuration is broken.
-    """
+    """What the tower of a served model adds to variances, by the family's description of it."""
     folder = weight_files.settings_folder(served.source, served.revision)
     return served_tower(served, Checkpoint(folder, files=())).spec.norm1.epsilon
 
@@ -74,7 +64,7 @@ def open_served_source(served: ServedModel, settings: Settings) -> Tower | Bundl
     wanted = served_tower(served, stored)
     if settings.bundle is None:
         if wanted.stored_names:
-            _ = wanted.weights  # from now on these files are meant, and not what lies there when one is opened late
+            _ = wanted.weights  # an encoder that is opened late reads these files, and not what replaced them
         return wanted
     if not settings.bundle.is_dir():
         raise ConfigurationError(
@@ -90,19 +80,21 @@ def open_served_source(served: ServedModel, settings: Settings) -> Tower | Bundl
         processor = processor_digest(tower.checkpoint.folder)
     _require_weights(wanted, source_digest(source), settings.bundle)
     require_processor(processor, stored.folder, settings.bundle)
-    _require_sizes(wanted, tower, settings.bundle)
+    if wanted.spec != tower.spec:
+        raise ConfigurationError(
+            f"the encoder in {settings.bundle} was made for another vision configuration than the one that is served: "
+            f"{tower.spec.differing(wanted.spec)}.",
+            hint="Point VISIONACCEL_BUNDLE at the encoder of the served model, or drop the --hf-overrides that change "
+            "the vision tower.",
+        )
     return source
 
 
 def stated_source(served: ServedModel, settings: Settings, used: Tower | Bundle | None) -> Tower | Bundle | None:
-    """The encoder of a checkpoint that was stripped of other vision weights than those in use.
+    """The encoder of a checkpoint that was stripped of other vision weights than those in use; an error without one.
 
-    None if the checkpoint has vision weights, or no note that names others than those in use. What encodes now (`used`)
-    is None if that does not have the weights that were served before.
-
-    Raises:
-        ConfigurationError: If the settings name no encoder of those weights.
-        ArtifactError: If the checkpoint, its note or what encodes is broken.
+    None if the checkpoint has vision weights, or no note that names others than those in use. `used` is what encodes
+    now, or None if that does not have the weights that were served before.
     """
     folder = weight_files.settings_folder(served.source, served.revision)
     stated = read_strip_note(folder)
@@ -119,33 +111,30 @@ def stated_source(served: ServedModel, settings: Settings, used: Tower | Bundle 
 
 
 def _served_checkpoint(served: ServedModel) -> Checkpoint:
-    """The served model's checkpoint: the very files that vLLM loads, downloaded by vLLM if they are not there."""
+    """The files that vLLM loads, downloaded by vLLM if they are not there."""
     folder = weight_files.settings_folder(served.source, served.revision)
     return Checkpoint(folder, files=weight_files.weight_files(served.source, served.revision, served.load))
 
 
-def announce(encoders: Iterable[GuardedEncoder], how: str) -> None:
-    """Log what encodes, and how."""
+def announce(encoders: Sequence[GuardedEncoder], how: str, on_drift: Callable[[], None]) -> None:
+    """Log what encodes, and how; `on_drift` is called when one of its devices is distrusted."""
+    for link in {link for encoder in encoders for link in encoder.links}:
+        link.on_drift(on_drift)
     for encoder in encoders:
-        primary = encoder.primary
+        primary, capabilities = encoder.primary, encoder.primary.capabilities
+        takes = ", ".join(str(opened.program.coverage) for opened in primary.programs)
+        fallback = ", ".join(link.name for link in encoder.links[1:] if not link.same) or "none"
         compat.logger().info(
-            "visionaccel: the vision encoder runs on backend %r, device %s%s, %s arithmetic, %s, and takes %s; "
-            "fallback: %s",
-            primary.backend,
-            primary.capabilities.device,
-            " (simulated)" if primary.capabilities.simulated else "",
-            primary.capabilities.precision,
-            how,
-            ", ".join(str(opened.program.coverage) for opened in primary.programs),
-            ", ".join(link.name for link in encoder.links[1:] if not link.same) or "none",
+            f"visionaccel: the vision encoder runs on backend {primary.backend!r}, device {capabilities.device}"
+            f"{' (simulated)' if capabilities.simulated else ''}, {capabilities.precision} arithmetic, {how}, and "
+            f"takes {takes}; fallback: {fallback}"
         )
 
 
 def _require_weights(served: Tower, stated: str, folder: Path) -> None:
     """Refuse an encoder of other vision weights than the served checkpoint's.
 
-    A checkpoint stripped of its vision weights keeps a note of their digest. One that has neither cannot be told apart
-    from another of the same shape, and is taken at its word.
+    A checkpoint stripped of its vision weights keeps a note of their digest. One without a note is trusted.
     """
     noted = read_strip_note(served.checkpoint.folder)
     found = tower_digest(served) if served.stored_names else noted
@@ -164,34 +153,22 @@ def _require_weights(served: Tower, stated: str, folder: Path) -> None:
         )
 
 
-def _require_sizes(served: Tower, tower: Tower, folder: Path) -> None:
-    """Refuse an encoder that was made for another vision configuration than the one that is served."""
-    if served.spec != tower.spec:
-        raise ConfigurationError(
-            f"the encoder in {folder} was made for another vision configuration than the one that is served: "
-            f"{tower.spec.differing(served.spec)}.",
-            hint="Point VISIONACCEL_BUNDLE at the encoder of the served model, or drop the --hf-overrides that change "
-            "the vision tower.",
-        )
-
-
 @dataclass(frozen=True)
 class Grids:
-    """Which grids the encoder of a served model takes, if that is not every one."""
+    """Which grids the encoder of a served model takes, if it does not take every one."""
 
     tower: Tower
-    coverages: tuple[Coverage, ...]  # what each program takes that the chosen backend accepts
-    rest: bool  # another backend takes over what fits none
+    coverages: tuple[Coverage, ...]  # of each program that the chosen backend accepts
+    rest: bool  # a fallback takes what fits none
+
+    def __str__(self) -> str:
+        return "; ".join(map(str, self.coverages)) + " (height x width in patches)"
 
 
 def grids_of(served: ServedModel, settings: Settings) -> Grids | None:
     """What the encoder of a served model will take, without opening it; None if that is every grid.
 
-    Every process of vLLM that prepares images asks, and all come to the same answer: probes allocate nothing.
-
-    Raises:
-        ConfigurationError: As `open_served_source`, or if the backend is unknown or broken.
-        ArtifactError: If the bundle or checkpoint is broken.
+    Every process of vLLM that prepares images asks, and gets the same answer.
     """
     if settings.bundle is None or not is_bundle(settings.bundle):
         return None  # An encoder from a checkpoint's weights takes every grid.

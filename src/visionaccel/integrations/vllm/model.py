@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
 from visionaccel.errors import ConfigurationError, VisionAccelError
 from visionaccel.families import weight_prefixes
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.activation import check_engine
-from visionaccel.integrations.vllm.compat import architectures, engine_config, releases, worker
+from visionaccel.integrations.vllm.compat import architectures, engine_config, worker
 from visionaccel.integrations.vllm.compat.architectures import ARCHITECTURES
 from visionaccel.integrations.vllm.inline.visual import AbsentTower, AcceleratedTower
 from visionaccel.integrations.vllm.processing import FittedInfo, FittedProcessor
@@ -27,13 +29,9 @@ if TYPE_CHECKING:
 
 
 class Accelerated(compat.Mixin):  # type: ignore[misc]
-    """Mixed in before a model of vLLM's: allocates no vision weights and skips them while loading; all else is vLLM's.
+    """Mixed in before a model of vLLM's: allocates no vision weights and skips them while loading."""
 
-    Attributes:
-        accelerated: The architecture.
-    """
-
-    accelerated: str
+    accelerated: str  # the architecture
 
     # The backend takes normalised patches, has no CUDA graph, no tensor-parallel split and no LoRA of vLLM's.
     supports_mm_device_do_normalize = False
@@ -59,7 +57,7 @@ class Accelerated(compat.Mixin):  # type: ignore[misc]
             super().__init__(vllm_config=vllm_config, prefix=prefix)
         if not towers:
             raise ConfigurationError(
-                f"vLLM {releases.release()} makes the vision encoder of {self.accelerated} from another class than "
+                f"vLLM {compat.release()} makes the vision encoder of {self.accelerated} from another class than "
                 f"{' or '.join(known)}, so that it was not replaced.",
                 hint="Install a release of vLLM that docs/compatibility.md names, or unset VISIONACCEL_BACKEND.",
             )
@@ -71,7 +69,7 @@ class Accelerated(compat.Mixin):  # type: ignore[misc]
         return tower
 
     def embed_input_ids(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As vLLM's. It is called in each step after the step's images were encoded."""
+        """As vLLM's, which is called in each step after the step's images were encoded."""
         tower = self._tower
         if isinstance(tower, AcceleratedTower):
             tower.budget.end_step()
@@ -81,9 +79,7 @@ class Accelerated(compat.Mixin):  # type: ignore[misc]
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load the language model's weights; the tower's are skipped, and after the start compared with those in use.
 
-        Raises:
-            ConfigurationError: If vLLM is given other weights for the vision encoder than any files hold.
-            VisionAccelError: If the encoder cannot be opened again from the files that hold them.
+        If they differ, the encoder is opened again from the files that hold them, or this raises why it cannot be.
         """
         tower = self._tower
         if not isinstance(tower, AcceleratedTower) or worker.loading():
@@ -128,7 +124,7 @@ def _derive(name: str, architecture: str) -> None:
     skipped = [*(getattr(stock, "lora_skip_prefixes", None) or ()), *weight_prefixes((architecture,))]
     # vLLM's speculative decoding knows models by the name of their class.
     model = _derived(name, Accelerated, stock, architecture, accelerated=architecture, lora_skip_prefixes=skipped)
-    register = compat.MULTIMODAL_REGISTRY.register_processor(
+    register = MULTIMODAL_REGISTRY.register_processor(
         _derived(f"{name}Processor", FittedProcessor, processor),
         info=_derived(f"{name}Info", FittedInfo, info),
         dummy_inputs=dummy_inputs,

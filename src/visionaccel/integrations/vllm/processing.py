@@ -1,28 +1,28 @@
 """What vLLM's processor of prompts does with images: their grids, the options that count, and the time it takes.
 
-Images get the grids that the encoder's programs take before vLLM's processor sees them: placeholders, positions and
-tokens are all vLLM's own for the size that the image then has. An image or video that no program takes is refused here,
-with its request alone, unless a fallback takes it.
+Images are resized to the grids that the encoder's programs take before vLLM's processor sees them, so placeholders,
+positions and tokens are vLLM's for that size. An image or video that no program takes is refused here, with its request
+alone, unless a fallback takes it.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property, wraps
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from visionaccel.core.arrays import as_numpy
 from visionaccel.core.grid import as_grids
 from visionaccel.core.safe_text import safe_logger
 from visionaccel.errors import InputError, UnfitGridError
-from visionaccel.images import Fitter
+from visionaccel.images import Fitter, as_rgb
 from visionaccel.integrations.vllm import compat
-from visionaccel.integrations.vllm.compat import engine_config, image_processing
+from visionaccel.integrations.vllm.compat import engine_config
 from visionaccel.integrations.vllm.compat.architectures import ARCHITECTURES
 from visionaccel.integrations.vllm.encoder_source import Grids, grids_of
 from visionaccel.integrations.vllm.published_metrics import publish
@@ -42,13 +42,36 @@ _SIZES = {"patch_size": "patch_size", "temporal_patch_size": "temporal_patch_siz
 
 _NORMALISATION = frozenset({"do_normalize", "do_rescale", "image_mean", "image_std", "rescale_factor"})
 
+_REFUSAL: type = getattr(import_module("vllm.exceptions"), "VLLMValidationError", InputError)  # not in every release
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
+
+
+def _errors_for_clients(check: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
+    """Decorate a check of a request, so that an `InputError` that it raises is also a validation error of vLLM's.
+
+    The API server answers that with 400 and its text; for any other ValueError, a later vLLM may not.
+    """
+
+    @wraps(check)
+    def checked(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
+        try:
+            return check(*args, **kwargs)
+        except InputError as error:
+            kind = type(error)
+            if not isinstance(error, _REFUSAL):
+                kind = type(kind.__name__, (kind, _REFUSAL), {"parameter": None, "value": None})
+            raise kind(error.message, hint=error.hint) from error
+
+    return checked
+
 
 class FittedInfo(compat.Mixin):  # type: ignore[misc]
     """Mixed in before a model's processing information: fits images to the grids that the programs take."""
 
     @cached_property
     def grids(self) -> Grids | None:
-        """Which grids the encoder takes; None where it takes every one, and where prompts may hold no media."""
+        """Which grids the encoder takes; None where it takes every one, or prompts may hold no media."""
         return grids_of(self._served, self._settings) if self._served.takes_media else None
 
     @property
@@ -58,16 +81,11 @@ class FittedInfo(compat.Mixin):  # type: ignore[misc]
 
     @cached_property
     def fitter(self) -> Fitter | None:
-        """What resizes images; None where every grid is taken.
-
-        Raises:
-            ConfigurationError: If the processor would change the size of an image that was fitted to a program.
-        """
+        """What resizes images; None where every grid is taken."""
         grids = self.grids
         if grids is None:
             return None
-        row = ARCHITECTURES[self._served.replaces or ""]
-        least, most = image_processing.pixel_bounds(self, row)
+        least, most = self._pixel_bounds()
         policy = "letterbox" if self._settings.fit == "none" else self._settings.fit
         fitter = Fitter(grids.tower, grids.coverages, policy, least, most)
         fitter.check_bounds()
@@ -89,28 +107,39 @@ class FittedInfo(compat.Mixin):  # type: ignore[misc]
 
     def get_data_parser(self) -> Any:
         parser = super().get_data_parser()
-        if self.resizes:
-            image_processing.convert_images(parser, self._fit)
-        if self.limited:
-            image_processing.refuse_videos(parser, self._refuse_video)
+        if not self.resizes:
+            return parser
+        parse = parser._parse_image_data
+
+        def parse_image_data(data: Any) -> Any:
+            # Embeddings, and images that are known by their identifier, pass as they are.
+            if data is None or isinstance(data, dict) or parser.is_embeddings(data):
+                return parse(data)
+            return parse([item if item is None else self._fit(item) for item in parse(data).data])
+
+        parser._parse_image_data = parse_image_data
         return parser
 
     def get_image_size_with_most_features(self, *args: Any, **kwargs: Any) -> Any:
+        from vllm.multimodal.parse import ImageSize
+
         if self.fitter is None or not (self.resizes or self.limited):
             return super().get_image_size_with_most_features(*args, **kwargs)
         grid, side = self.fitter.largest, self.fitter.tower.patch_size
-        return compat.ImageSize(width=grid.w * side, height=grid.h * side)
+        return ImageSize(width=grid.w * side, height=grid.h * side)
 
     def _get_vision_info(self, **kwargs: Any) -> Any:
-        return super()._get_vision_info(**image_processing.with_planned_size(kwargs, self._planned_size))
+        # Releases differ in whether they pass the modality; without it, one frame is an image.
+        kind = kwargs.get("modality") or ("image" if kwargs.get("num_frames", 1) == 1 else "video")
+        if kind == "image" and self.fitter is not None and self.resizes:
+            grid = self.fitter.grid_for(kwargs["image_height"], kwargs["image_width"])
+            side = self.fitter.tower.patch_size
+            kwargs |= {"image_height": grid.h * side, "image_width": grid.w * side}
+        return super()._get_vision_info(**kwargs)
 
-    @image_processing.errors_for_clients
+    @_errors_for_clients
     def obeyed(self, options: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The options of a request's `mm_processor_kwargs` that count.
-
-        Raises:
-            InputError: If one would cut images in another way than the encoder takes them.
-        """
+        """The options of a request's `mm_processor_kwargs` that count; refuses other patches than the encoder takes."""
         if not options:
             return options
         changed = changed_size(options, self._served.vision or {})
@@ -128,26 +157,22 @@ class FittedInfo(compat.Mixin):  # type: ignore[misc]
         counting = self._counting(given)
         if counting != given:
             engine_config.set_processor_options(model, counting)
+            dropped = {name for scope in _scopes(given) for name in _NORMALISATION & scope.keys()}
             compat.logger().warning(
                 "--mm-processor-kwargs sets how pixels are normalised (%s). This has no effect: as in vLLM's own "
                 "encoder, the checkpoint's processor configuration decides.",
-                ", ".join(_normalisation_in(given)),
+                ", ".join(sorted(dropped)),
             )
 
-    @image_processing.errors_for_clients
+    @_errors_for_clients
     def check_fits(self, kind: str, grid_thw: Any) -> None:
-        """Refuse an item whose grid no program takes.
-
-        Raises:
-            UnfitGridError: If there is no fallback either.
-        """
+        """Refuse an item whose grid no program takes, if there is no fallback."""
         if self.grids is None or self.grids.rest:
             return
         (grid,) = as_grids(as_numpy(grid_thw).reshape(-1, 3))
         if not any(self.grids.tower.fits(coverage, grid.frame) for coverage in self.grids.coverages):
-            taken = "; ".join(map(str, self.grids.coverages))
             raise UnfitGridError(
-                f"this {kind} has grid {grid}, and the encoder's programs take {taken} (height x width in patches).",
+                f"this {kind} has grid {grid}, and the encoder's programs take {self.grids}.",
                 hint="Leave the processor's size options alone, or have the server set VISIONACCEL_FIT or "
                 "VISIONACCEL_FALLBACK.",
             )
@@ -161,25 +186,32 @@ class FittedInfo(compat.Mixin):  # type: ignore[misc]
         return engine_config.served_by(self.ctx.model_config)
 
     def _counting(self, options: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The options, of the server or a request, that vLLM's own encoder would not ignore."""
+        """The options, of the server or a request, that vLLM's own encoder would not ignore.
+
+        It normalises pixels on its device by the checkpoint's processor configuration alone.
+        """
         return _without_normalisation(options) if engine_config.normalises_itself(self.ctx.model_config) else options
 
-    def _planned_size(self, height: int, width: int) -> tuple[int, int]:
-        if self.fitter is None or not self.resizes:
-            return height, width
-        grid, side = self.fitter.grid_for(height, width), self.fitter.tower.patch_size
-        return grid.h * side, grid.w * side
+    def _pixel_bounds(self) -> tuple[int, int]:
+        """Smallest and largest area in pixels that the processor gives an image, the user's options included."""
+        limits = ARCHITECTURES[self._served.replaces or ""].pixel_limits
+        size = dict(self.get_image_processor().size)
+        given = engine_config.processor_options(self.ctx.model_config)
+        for options in (given, given.get("images_kwargs") or {}):
+            size |= {name: value for name, value in dict(options.get("size") or {}).items() if value is not None}
+            size |= {entry: options[name] for entry, name in limits if options.get(name) is not None}
+        least, most = (int(size[entry]) for entry, _ in limits)
+        return least, most
 
-    @image_processing.errors_for_clients
+    @_errors_for_clients
     def _fit(self, image: Any) -> Image:
         assert self.fitter is not None
         return self.fitter.fit(_as_picture(image))
 
-    @image_processing.errors_for_clients
+    @_errors_for_clients
     def _refuse_video(self) -> None:
-        taken = "; ".join(map(str, self.grids.coverages if self.grids is not None else ()))
         raise UnfitGridError(
-            f"this server takes no videos: its vision encoder's programs take {taken} (height x width in patches).",
+            f"this server takes no videos: its vision encoder's programs take {self.grids}.",
             hint="Have the server set VISIONACCEL_FALLBACK, or use a bundle with a dynamic program.",
         )
 
@@ -192,11 +224,6 @@ class FittedProcessor(compat.Mixin):  # type: ignore[misc]
         return _Timing(load_settings())
 
     def apply(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """vLLM's, with the options of a request that vLLM's own encoder would obey.
-
-        Raises:
-            InputError: If an option would cut images in another way than the encoder takes them.
-        """
         self.info.settle_options_of_server()
         inputs.hf_processor_mm_kwargs = self.info.obeyed(inputs.hf_processor_mm_kwargs)
         started = time.monotonic()
@@ -205,18 +232,15 @@ class FittedProcessor(compat.Mixin):  # type: ignore[misc]
         return result
 
     def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> Any:
-        for kind, grid in image_processing.item_grids(out_mm_kwargs):
-            self.info.check_fits(kind, grid)
+        for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+            for item in out_mm_kwargs.get(kind, ()):
+                if item is not None and pixels in item:  # embeddings need no program
+                    self.info.check_fits(kind, item[f"{kind}_grid_thw"].data)
         return super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
 
 
 def changed_size(options: Mapping[str, Any], vision: Mapping[str, Any]) -> str | None:
-    """The first option that would cut images in another way than the vision encoder takes them, as `name=value`.
-
-    Args:
-        options: Options, and those of one modality in a mapping of their own.
-        vision: The vision tower's configuration.
-    """
+    """The first option that would cut images in another way than a vision configuration says, as `name=value`."""
     for scope in _scopes(options):
         for name, size in _SIZES.items():
             if name in scope and size in vision and scope[name] != vision[size]:
@@ -225,29 +249,22 @@ def changed_size(options: Mapping[str, Any], vision: Mapping[str, Any]) -> str |
 
 
 def _without_normalisation(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options without those that scale and shift pixel values.
-
-    vLLM's own encoder does that on its device, by the checkpoint's processor configuration alone, and ignores these,
-    whether the server or a request sets them.
-    """
-    kept = {name: value for name, value in options.items() if name not in _NORMALISATION}
+    """Options without those that scale and shift pixel values."""
     return {
-        name: _without_normalisation(value) if isinstance(value, Mapping) else value for name, value in kept.items()
+        name: _without_normalisation(value) if isinstance(value, Mapping) else value
+        for name, value in options.items()
+        if name not in _NORMALISATION
     }
 
 
-def _normalisation_in(options: Mapping[str, Any]) -> list[str]:
-    """Names of the options that scale and shift pixel values."""
-    return sorted({name for scope in _scopes(options) for name in _NORMALISATION & scope.keys()})
-
-
 def _scopes(options: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Options for every modality, and those of one, which are in a nested mapping."""
     yield options
     yield from (value for value in options.values() if isinstance(value, Mapping))
 
 
 class _Timing:
-    """Shows how long a prompt with images took where the settings want that: the log, the timeline and the metrics."""
+    """Reports how long a prompt with images took, where the settings want that: log, timeline and metrics."""
 
     def __init__(self, settings: Settings) -> None:
         self._log = settings.timing
@@ -255,11 +272,11 @@ class _Timing:
         self._metrics = publish() if settings.metrics else None
 
     def note(self, result: Any, started: float, seconds: float) -> None:
-        """One prompt as vLLM's processor returned it, begun at `started` on the clock of `time.monotonic`."""
+        """Report one prompt as vLLM's processor returned it, begun at `started` on the monotonic clock."""
         try:
             if self._log or self._trace is not None or self._metrics is not None:
                 self._note(result.get("mm_placeholders", {}), started, seconds)
-        except Exception:  # What is only looked at must not fail a request.
+        except Exception:  # a report must not fail a request
             compat.logger().exception("Timing the image processor failed.")
 
     def _note(self, places: Mapping[str, Any], started: float, seconds: float) -> None:
@@ -278,22 +295,26 @@ class _Timing:
 
 
 def _as_picture(image: Any) -> Image:
-    """An image of any kind that vLLM takes, as RGB.
-
-    Raises:
-        InputError: If it is not one, or has values that are not finite.
-    """
+    """An image of any kind that vLLM takes, as RGB; refused if it is not one, or has values that are not finite."""
     from PIL import Image as pillow
 
     image = getattr(image, "media", image)  # vLLM wraps what it decoded together with the bytes
     if isinstance(image, pillow.Image):
-        return image if image.mode == "RGB" else image.convert("RGB")
+        return as_rgb(image)
     try:
         pixels = as_numpy(image)
         if pixels.ndim == 3 and pixels.shape[-1] not in (1, 3, 4):
             pixels = pixels.transpose(1, 2, 0)
-        if pixels.dtype != np.uint8:
-            pixels = _as_levels(pixels)
+        if np.iscomplexobj(pixels):
+            raise TypeError("its numbers are complex")
+        if pixels.dtype != np.uint8:  # the processor takes other numbers as grey levels of 0 to 255 too
+            levels = np.asarray(pixels, dtype=np.float64)
+            if not np.isfinite(levels).all():
+                raise InputError(
+                    f"an image has {np.count_nonzero(~np.isfinite(levels))} values that are NaN or infinite.",
+                    hint="Pass finite grey levels of 0 to 255.",
+                )
+            pixels = np.clip(np.rint(levels), 0, 255).astype(np.uint8)
         return pillow.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).convert("RGB")
     except InputError:
         raise
@@ -302,20 +323,3 @@ def _as_picture(image: Any) -> Image:
             f"an image of type {type(image).__name__} cannot be read: {error}.",
             hint="Pass a PIL image, or an array of shape [height, width, 3].",
         ) from error
-
-
-def _as_levels(pixels: NDArray[Any]) -> NDArray[np.uint8]:
-    """Numbers of another type than uint8, which the processor takes as grey levels of 0 to 255 too.
-
-    Raises:
-        InputError: If one is not finite.
-    """
-    if np.iscomplexobj(pixels):
-        raise TypeError("its numbers are complex")
-    levels = np.asarray(pixels, dtype=np.float64)
-    if not np.isfinite(levels).all():
-        raise InputError(
-            f"an image has {np.count_nonzero(~np.isfinite(levels))} values that are NaN or infinite.",
-            hint="Pass finite grey levels of 0 to 255.",
-        )
-    return np.clip(np.rint(levels), 0, 255).astype(np.uint8)

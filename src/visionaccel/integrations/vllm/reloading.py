@@ -1,14 +1,13 @@
 """Vision weights that vLLM is given after the start, as by `reload_weights` or a trainer: used, or refused.
 
-The encoder runs on its own copy of the weights, so tensors that vLLM is handed do not reach it. What equals the weights
-in use needs nothing. What differs is either found in the files that vLLM then reads, from which the encoder is
-opened again, or it is refused.
+The encoder runs on its own copy of the weights, so tensors that vLLM is given do not reach it. Weights that differ from
+those in use are either found in the files that vLLM then reads, from which the encoder is opened again, or refused.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
@@ -42,12 +41,11 @@ class Replacement:
     refusal: str | None = None  # why no encoder has the weights that are served
 
     def dumps(self) -> str:
-        """As text."""
         return json.dumps(asdict(self))
 
     @classmethod
     def loads(cls, text: str) -> Replacement:
-        """From text; a refusal if that was cut."""
+        """From text; a refusal if the text was cut."""
         try:
             return cls(**json.loads(text))
         except (ValueError, TypeError):
@@ -55,7 +53,7 @@ class Replacement:
 
 
 class StoredWeights:
-    """The vision tensors of a source as they lie in its files, by their names below one of the prefixes."""
+    """The vision tensors in a source's files, by their names without the prefix."""
 
     def __init__(self, source: Tower | Bundle, prefixes: tuple[str, ...]) -> None:
         checkpoint = (source.tower if isinstance(source, Bundle) else source).checkpoint
@@ -64,10 +62,13 @@ class StoredWeights:
             self._stored = checkpoint.with_prefix(prefixes)
         self._states = {tensor.file: tensor.origin for tensor in self._stored.values()}
 
-    @property
-    def names(self) -> frozenset[str]:
-        """The tensors' names."""
-        return frozenset(self._stored)
+    def unlike(self, other: StoredWeights | None, given: Collection[str]) -> str | None:
+        """The first tensor, by name, that was not given and that the other source does not store likewise."""
+        theirs = {} if other is None else other._stored
+        for name in sorted(self._stored.keys() - set(given)):
+            if name not in theirs or not self._stored[name].holds_the_same_as(theirs[name]):
+                return name
+        return None
 
     def unchanged(self) -> bool:
         """Whether the files are as they were when their headers were read."""
@@ -88,19 +89,11 @@ class StoredWeights:
             return True
         return bool(np.array_equal(given.astype(np.float64), values.astype(np.float64), equal_nan=True))
 
-    def same(self, other: StoredWeights, name: str) -> bool:
-        """Whether two sources store the same tensor under a name."""
-        ours, theirs = self._stored.get(name), other._stored.get(name)
-        return ours is not None and theirs is not None and ours.holds_the_same_as(theirs)
-
 
 class Comparison:
     """Compares vision tensors with the weights in use and, from the first that differs, with those in vLLM's files.
 
-    Args:
-        used: The weights in use; None if no encoder has those that are served.
-        prefixes: As `StoredWeights`.
-        opened: Opens what vLLM's files hold now.
+    `used` is None if no encoder has the weights that are served; `opened` opens what vLLM's files hold now.
     """
 
     def __init__(
@@ -114,13 +107,13 @@ class Comparison:
         self._problem: str | None = None
 
     def note(self, name: str, weight: torch.Tensor) -> None:
-        """One vision tensor, by its full name, that vLLM is given."""
+        """Compare one vision tensor, by its full name, that vLLM is given."""
         self.any_given = True
         below = next(name.removeprefix(prefix) for prefix in self._prefixes if name.startswith(prefix))
         try:
             if self._used is not None and self._used.holds(below, weight):
                 return
-        except ArtifactError:  # the files are being replaced, so what was in use cannot be read again
+        except ArtifactError:  # the files are being replaced, so the weights in use cannot be read again
             self._used = None
         self._differing.append(below)
         if self._problem is not None:
@@ -136,23 +129,17 @@ class Comparison:
 
     @property
     def nothing_new(self) -> bool:
-        """Whether every tensor so far equals the one in use."""
         return not self._differing
 
     def replacement(self) -> Tower | Bundle:
-        """The source in vLLM's files whose weights are exactly those that vLLM was given.
-
-        Raises:
-            ConfigurationError: If there is none.
-        """
+        """The source in vLLM's files whose weights are exactly those that vLLM was given; refused if there is none."""
         problem = self._problem
         if problem is None and self._new is not None:
             source, new = self._new
-            rest = new.names - set(self._differing)
-            odd = [name for name in sorted(rest) if self._used is None or not self._used.same(new, name)]
-            if not odd:
+            odd = new.unlike(self._used, self._differing)
+            if odd is None:
                 return source
-            problem = f"{odd[0]!r} was not given, and has other values there"
+            problem = f"{odd!r} was not given, and has other values there"
         raise ConfigurationError(
             f"vLLM was given new weights for the vision encoder, such as {self._differing[0]!r}, which cannot take "
             f"them: they are not those in the files that vLLM reads ({problem}).",
@@ -161,5 +148,5 @@ class Comparison:
 
 
 def source_digest(source: Tower | Bundle) -> str:
-    """Digest of a source's weights."""
+    """Digest of an encoder's weights."""
     return source.manifest.weights_digest if isinstance(source, Bundle) else tower_digest(source)

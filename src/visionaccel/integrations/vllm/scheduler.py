@@ -7,11 +7,14 @@ from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
 from visionaccel.core.grid import as_grids
 from visionaccel.integrations.vllm import compat
-from visionaccel.integrations.vllm.compat import AsyncScheduler, Scheduler, engine_config, scheduling
+from visionaccel.integrations.vllm.compat import engine_config, scheduling
+from visionaccel.integrations.vllm.connector import VisionAccelConnector
 from visionaccel.integrations.vllm.inline.fault_channel import ALL_ITEMS, LOST, REPLACED, Fault, FaultReader
-from visionaccel.integrations.vllm.pipelined.connector import VisionAccelConnector
 from visionaccel.integrations.vllm.reloading import Replacement
 from visionaccel.observe import TraceLog
 from visionaccel.service import item_key
@@ -36,17 +39,18 @@ _REPLACED = (
 class _Containment(compat.Mixin):  # type: ignore[misc]
     """Mixed in before a scheduler: looks for faults after a step, before the step's tokens are accepted.
 
-    A worker may be steps ahead of the one whose output is taken, and requests may be aborted or preempted before, so
-    what each step in flight encodes and computes is recorded when it is scheduled.
+    A worker may be steps ahead of the one whose output is taken, and requests may be aborted or preempted, so what each
+    step in flight encodes and computes is recorded when it is scheduled.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._faults = FaultReader(engine_config.engine_id(self.vllm_config))
+        self._faults = FaultReader(engine_config.served_model(self.vllm_config).engine)
         self._in_flight: list[scheduling.StepInFlight] = []
-        self._pending: list[Fault] = []
-        self._ended: list[Request] = []
-        self._reasons: dict[str, str] = {}
+        self._item_faults: list[Fault] = []
+        self._orders: list[Replacement] = []
+        self._wrong_results = False
+        self._failed: list[tuple[Request, str]] = []  # ended with an error that their clients have not got, and why
         self._forgotten: set[str] = set()
         trace = load_settings().trace
         self._trace = None if trace is None else TraceLog.install(trace)
@@ -56,12 +60,11 @@ class _Containment(compat.Mixin):  # type: ignore[misc]
         if self._connector is not None:
             self._connector.scheduler_forgets = True
         if self._connector is not None and scheduling.shows_encoder_cache(self):
-            self._connector.attach(partial(scheduling.encoder_cache_state, self))
+            self._connector.attach(partial(scheduling.encoder_cache_holders, self))
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         began = time.monotonic()
-        encoding = any(record.items for record in self._in_flight)
-        self._pending += [fault for fault in self._faults.new() if encoding or fault is not LOST]
+        self._read_faults()
         self._take_replacements()
         if self._distrusted():
             self._recompute()
@@ -75,22 +78,21 @@ class _Containment(compat.Mixin):  # type: ignore[misc]
         return step
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
-        failed, reasons = self._fail_unencoded()
+        if self._connector is not None:
+            self._fail(self._connector.take_failures())
         place = next((i for i, record in enumerate(self._in_flight) if record.step is scheduler_output), None)
         if place is not None:
             del self._in_flight[:place]  # Outputs come in order: earlier steps have none.
-            faults = self._new_faults() if self._in_flight[0].items else []
-            if faults:
-                failed += self._contain(faults, reasons)
+            if self._in_flight[0].items:
+                self._read_faults()
+                self._contain()
             del self._in_flight[0]
         # Before this step's tokens are accepted: they are then computed again, and need not end with an error.
         if scheduling.drops_tokens_in_flight(self) and self._distrusted():
             self._recompute()
-        failed += self._ended
-        reasons |= self._reasons
-        self._ended, self._reasons = [], {}
+        failed, self._failed = self._failed, []
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        scheduling.append_errors(outputs, failed, reasons)
+        scheduling.append_errors(outputs, failed)
         if self._trace is not None:
             self._note_step(self._trace, scheduler_output)
         return outputs
@@ -99,20 +101,22 @@ class _Containment(compat.Mixin):  # type: ignore[misc]
         self._faults.close()
         super().shutdown()
 
-    def _new_faults(self) -> list[Fault]:
-        found = [*self._pending, *self._faults.new()]
-        self._pending = [fault for fault in found if fault.key in (ALL_ITEMS, REPLACED)]  # not about single items
-        return [fault for fault in found if fault.key not in (ALL_ITEMS, REPLACED)]
+    def _read_faults(self) -> None:
+        """Sort what workers have reported since the last call."""
+        encoding = any(record.items for record in self._in_flight)
+        for fault in self._faults.new():
+            if fault.key == ALL_ITEMS:
+                self._wrong_results = True
+            elif fault.key == REPLACED:
+                self._orders.append(Replacement.loads(fault.message))
+            elif encoding or fault is not LOST:
+                self._item_faults.append(fault)
 
     def _take_replacements(self) -> None:
-        """Before anything is scheduled: encode with the weights that workers were given since, and forget what was.
-
-        Workers report when vLLM loads new weights into the model, which it does between two steps.
-        """
-        orders = [Replacement.loads(fault.message) for fault in self._pending if fault.key == REPLACED]
+        """Encode with the weights that vLLM has loaded between two steps, and forget what was computed before."""
+        orders, self._orders = self._orders, []
         if not orders:
             return
-        self._pending = [fault for fault in self._pending if fault.key != REPLACED]
         if self._connector is not None:
             for order in orders:
                 self._connector.replace_encoder(order)
@@ -121,55 +125,50 @@ class _Containment(compat.Mixin):  # type: ignore[misc]
 
     def _distrusted(self) -> bool:
         """Whether the encoder was distrusted since the last call: it may have been wrong for an unknown time."""
-        reported = any(fault.key == ALL_ITEMS for fault in self._pending)
-        self._pending = [fault for fault in self._pending if fault.key != ALL_ITEMS]
+        reported, self._wrong_results = self._wrong_results, False
         return (self._connector is not None and self._connector.take_distrust()) or reported
 
     def _recompute(self) -> None:
-        """Keep nothing that was computed from embeddings which may be wrong.
+        """Drop everything that was computed from embeddings which may be wrong.
 
-        Waiting and running requests are computed again, from their images on. A request whose image may have been
-        misread and whose answer has begun ends with an error: its tokens cannot be taken back.
+        Waiting and running requests are computed again, from their images on. A request with media whose answer has
+        begun ends with an error: its tokens cannot be taken back.
         """
         compat.logger().error("The vision encoder returned wrong results: everything computed from them is dropped.")
         self._forget_computed(_MISREAD)
 
     def _forget_computed(self, reason: str) -> None:
-        begun = scheduling.answered_with_media(self)
-        self._ended += scheduling.fail_requests(self, begun)
-        self._reasons |= dict.fromkeys(begun, reason)
+        self._fail(dict.fromkeys(scheduling.answered_with_media(self), reason))
         self._forgotten |= scheduling.recompute_all(self)
 
+    def _fail(self, reasons: dict[str, str]) -> None:
+        """End requests with an error, each for its reason."""
+        if reasons:
+            failed = scheduling.fail_requests(self, reasons)
+            self._failed += [(request, reasons[request.request_id]) for request in failed]
+
     def _note_step(self, trace: TraceLog, step: SchedulerOutput) -> None:
-        """Put a step on the timeline, from its scheduling to its tokens."""
         began, tokens = self._begun.pop(id(step), None), step.num_scheduled_tokens
         if began is not None and tokens:
             what = f"{sum(tokens.values())} tokens of {len(tokens)} requests"
             trace.slice("engine steps", "decode", what, began, time.monotonic() - began)
 
-    def _fail_unencoded(self) -> tuple[list[Request], dict[str, str]]:
-        """End the requests that wait for an image which could not be encoded; and what to tell their clients."""
-        failures = self._connector.take_failures() if self._connector is not None else {}
-        reasons = {name: failure.message for name, failure in failures.items()}
-        return scheduling.fail_requests(self, failures) if failures else [], reasons
-
-    def _contain(self, faults: list[Fault], reasons: dict[str, str]) -> list[Request]:
-        """End every request that depends on a faulty encoder output, and forget that output everywhere.
-
-        What to tell the clients is added to `reasons`, by request.
-        """
+    def _contain(self) -> None:
+        """End every request that depends on a faulty encoder output, and forget that output everywhere."""
+        faults, self._item_faults = self._item_faults, []
+        if not faults:
+            return
         faulty = _faulty((item for step in self._in_flight for item in step.items), faults)
-        at_stake = scheduling.requests_at_stake(self, self._in_flight, faulty)
-        for name, identifiers in at_stake.items():
+        reasons = {}
+        for name, identifiers in scheduling.requests_at_stake(self, self._in_flight, faulty).items():
             messages = " ".join(sorted({faulty[identifier] for identifier in identifiers}))
             reasons[name] = f"an image of the prompt could not be encoded: {messages}"
             compat.logger().error("Request %s ends with an error: %s", name, messages)
-        failed = scheduling.fail_requests(self, at_stake)
+        self._fail(reasons)
         scheduling.forget_prefixes(self)
         for identifier in faulty:
             scheduling.forget_encoder_output(self, identifier)
         self._forgotten |= faulty.keys()
-        return failed
 
 
 def _faulty(items: Iterable[scheduling.ScheduledItem], faults: list[Fault]) -> dict[str, str]:
@@ -185,7 +184,7 @@ def _faulty(items: Iterable[scheduling.ScheduledItem], faults: list[Fault]) -> d
                 found[item.identifier] = messages[key]
                 matched.add(key)
     if matched != set(messages):
-        # A faulty item cannot be told from its neighbours: one error too many is better than one wrong answer.
+        # Which item is faulty is not known: one error too many is better than one wrong answer.
         return dict.fromkeys(seen, " ".join(messages.values())) | found
     return found
 

@@ -1,12 +1,12 @@
-"""Memory that the processes of one server share: a channel for faults and metrics, which vLLM does not have.
+"""Memory that the processes of one server share, for faults and metrics, which vLLM has no channel for.
 
-It is an anonymous file (memfd): no disk can be full, no cleaner of temporary files and no other user finds it, and the
-system frees it with the last process that holds it, however that process ends. What must not fail later is allocated
-when it is claimed, at the start.
+It is an anonymous file (memfd): no disk can be full, no other user finds it, and the system frees it with the last
+process that holds it, however that process ends. What must not fail later is allocated when it is claimed.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import mmap
 import os
@@ -30,27 +30,23 @@ _ENDED = 2**64 - 1
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A table of equal areas, each claimed by one process.
+    """Equal areas, each claimed by one process, and a table with three numbers for each: see `Area`."""
 
-    The table has three numbers for each area: its owner, how many records were written, and its name's digest.
-    """
-
-    name: str  # what an area is for, in errors
+    name: str  # in errors
     table: int  # where the table begins in the memory
     start: int  # where the first area begins
     areas: int
-    slots: int  # records that an area holds; a later one overwrites the one of `slots` records before
+    slots: int  # records in an area; a later one overwrites the one of `slots` records before
     slot_bytes: int  # of a record with its header
-    kept: bool  # what is in an area stays when its process ends
+    kept: bool  # an area stays when its process ends
 
     @property
     def area_bytes(self) -> int:
-        """Size of an area."""
         return self.slots * self.slot_bytes
 
     @property
     def capacity(self) -> int:
-        """Bytes that a record can hold."""
+        """Most bytes of a record."""
         return self.slot_bytes - _RECORD.size
 
 
@@ -75,7 +71,7 @@ class SharedMemory:
         self._claimed: set[tuple[int, int]] = set()  # process and place of each area that was claimed through this
 
     def claim(self, section: Section, name: str = "") -> Area:
-        """Take an area for this process, with all its memory; `name` tells the areas of one process apart.
+        """Allocate an area for this process; `name` tells the areas of one process apart.
 
         Raises:
             ConfigurationError: If every area is taken, or this process has one of that name.
@@ -92,7 +88,7 @@ class SharedMemory:
                     if area.is_named(name):
                         raise ConfigurationError(
                             f"two engines of process {process} have the same identifier ({name!r}), so reports of "
-                            "their workers cannot be told apart.",
+                            "their workers cannot be distinguished.",
                             hint="Shut the first one down, or start the second one again.",
                         )
                 elif owner in (0, process) or (not section.kept and _ended(owner)):
@@ -108,14 +104,12 @@ class SharedMemory:
         )
 
     def areas(self, section: Section) -> Iterator[Area]:
-        """The areas of a section that processes have claimed."""
+        """The areas that processes have claimed."""
         return (area for index in range(section.areas) if (area := Area(self, section, index)).owner)
 
     @contextmanager
     def alone(self, start: int, size: int) -> Iterator[None]:
-        """Keep other threads and processes out of this method for a range of the memory."""
-        import fcntl  # not on every system, where importing this package must not fail
-
+        """Keep other threads and processes out of a range of the memory."""
         with self._threads.setdefault(os.getpid(), threading.Lock()):
             fcntl.lockf(self._fd, fcntl.LOCK_EX, size, start)  # given back when this process is killed, too
             try:
@@ -125,18 +119,21 @@ class SharedMemory:
 
 
 class Area:
-    """A ring of records, which begins at `start` in the memory."""
+    """A ring of records, which begins at `start` in the memory.
+
+    Its three numbers in the table are its owner, how many records were written, and its name's digest.
+    """
 
     def __init__(self, shared: SharedMemory, section: Section, index: int) -> None:
-        self._shared, self._memory, self._section = shared, shared.memory, section
-        self._numbers, self._entry = shared.numbers, section.table + _ENTRY_BYTES * index
-        self._owner, self._written, self._name = (self._entry // _NUMBER_BYTES + place for place in range(3))
+        self._shared, self._section = shared, section
+        self._entry = section.table + _ENTRY_BYTES * index
+        self._numbers = shared.numbers[self._entry // _NUMBER_BYTES :][:3]
         self.start = section.start + section.area_bytes * index
 
     @property
     def owner(self) -> int:
         """The process that claimed it; 0 if none has."""
-        return self._numbers[self._owner]
+        return self._numbers[0]
 
     @property
     def ended(self) -> bool:
@@ -146,41 +143,37 @@ class Area:
     @property
     def written(self) -> int:
         """How many records were written so far. The last `slots` of them can be read."""
-        return self._numbers[self._written]
+        return self._numbers[1]
 
     def give_to(self, process: int, name: str = "") -> None:
         """Change the owner and the area's name; 0 frees the area."""
-        self._numbers[self._name] = _digest(name)
-        self._numbers[self._owner] = process
+        self._numbers[2] = _digest(name)
+        self._numbers[0] = process
 
     def is_named(self, name: str) -> bool:
-        """Whether it was claimed under a name."""
-        return self._numbers[self._name] == _digest(name)
+        return self._numbers[2] == _digest(name)
 
     def append(self, content: bytes) -> None:
-        """Write a record, whole.
-
-        Raises:
-            ValueError: If it is larger than a slot.
-        """
+        """Write a record of at most a section's capacity."""
         if len(content) > self._section.capacity:
             raise ValueError(f"a record for {self._section.name} holds at most {self._section.capacity} bytes.")
         with self._shared.alone(self._entry, _ENTRY_BYTES):
             number = self.written
             place = self._place(number)
             header = _RECORD.pack(number, len(content), _checksum(number, content))
-            self._memory[place : place + _RECORD.size + len(content)] = header + content
-            self._numbers[self._written] = number + 1
+            self._shared.memory[place : place + _RECORD.size + len(content)] = header + content
+            self._numbers[1] = number + 1
 
     def record(self, number: int) -> bytes | None:
         """A record by its number, from 0; None if it is broken, overwritten or not written yet."""
         if not 0 <= number < self.written:
             return None
         place = self._place(number)
-        found, length, checksum = _RECORD.unpack_from(self._memory, place)
+        found, length, checksum = _RECORD.unpack_from(self._shared.memory, place)
         if found != number or length > self._section.capacity:
             return None
-        content = self._memory[place + _RECORD.size : place + _RECORD.size + length]
+        start = place + _RECORD.size
+        content = self._shared.memory[start : start + length]
         return content if checksum == _checksum(number, content) else None
 
     def _place(self, number: int) -> int:
@@ -190,19 +183,13 @@ class Area:
 def make_shared_memory(*, inherit: bool = False) -> None:
     """Make memory for this process and those that it starts.
 
-    Args:
-        inherit: Use that which this process inherited, as where several API servers ask the same engines. Otherwise
-            it belongs to another engine's launcher, which may end first.
-
-    Raises:
-        ConfigurationError: If the system gives none.
+    With `inherit`, use the memory that this process inherited, as where several API servers ask the same engines.
+    Otherwise that belongs to another engine's launcher, which may end first.
     """
     owner = os.environ.get(_VARIABLE, "").partition(":")[0]
     if owner == str(os.getpid()) or (inherit and owner):
         return
     try:
-        import fcntl
-
         fd = os.memfd_create("visionaccel", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(fd, _SIZE)
         # Reading behind the end of a file that another process cut off would kill this one.
@@ -211,7 +198,7 @@ def make_shared_memory(*, inherit: bool = False) -> None:
         state = os.fstat(fd)
         named = f"{os.getpid()}:{fd}:{state.st_dev}:{state.st_ino}"
         _opened_memories[named] = SharedMemory(fd)
-    except (AttributeError, ImportError, OSError) as error:
+    except (AttributeError, OSError) as error:
         raise ConfigurationError(
             f"memory that vLLM's processes share cannot be made: {error}.",
             hint="visionaccel in vLLM needs Linux and its memfd_create, which a sandbox may forbid.",

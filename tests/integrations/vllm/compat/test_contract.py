@@ -11,7 +11,6 @@ from doc_pages import ROOT
 from docsite.tables import ENTRIES, contract_table
 from visionaccel.integrations.vllm.compat import architectures, contract
 from visionaccel.integrations.vllm.compat.contract import (
-    CONTRACT,
     AnyOf,
     Feature,
     Need,
@@ -123,7 +122,7 @@ def test_the_first_way_that_holds_is_taken_and_one_is_enough(monkeypatch):
     from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorBase
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    (ending,) = (entry for entry in CONTRACT[Feature.PIPELINED] if isinstance(entry, AnyOf))
+    (ending,) = (entry for entry in entries_of(Feature.PIPELINED) if isinstance(entry, AnyOf))
     assert way_of(ending) == "the connector names it"
     monkeypatch.delattr(ECConnectorBase, "take_unavailable_requests")
     assert (way_of(ending), lacks(Feature.PIPELINED)) == ("the contained scheduler ends it", ())

@@ -11,8 +11,8 @@ from towers import random_patches
 from visionaccel import open_encoder
 from visionaccel.errors import DeadlineError, DeviceError
 from visionaccel.integrations.vllm.compat import worker
-from visionaccel.integrations.vllm.inline import step_budget, visual
-from visionaccel.integrations.vllm.inline.step_budget import LateOpening, StepBudget
+from visionaccel.integrations.vllm.inline import visual
+from visionaccel.integrations.vllm.inline.visual import LateOpening, StepBudget
 from visionaccel.settings import Settings
 from visionaccel.trust import GuardedEncoder
 
@@ -84,7 +84,7 @@ def test_a_server_that_only_encodes_tells_steps_apart_by_their_metadata(monkeypa
 
 
 def test_what_a_dummy_run_left_is_no_limit_of_the_first_step(monkeypatch):
-    monkeypatch.setattr(step_budget, "_PAUSE", 0.05)
+    monkeypatch.setattr(visual, "_PAUSE", 0.05)
     budget = StepBudget()
     with budget.encode() as dummy:
         pass
@@ -134,7 +134,7 @@ def test_an_encoder_that_opens_slowly_holds_up_a_step_for_its_budget_and_is_used
     "error", [DeviceError("out of memory."), RuntimeError("out of memory.")], ids=["ours", "a-vendors"]
 )
 def test_an_encoder_that_could_not_be_opened_is_opened_again_after_a_pause(monkeypatch, error):
-    monkeypatch.setattr(step_budget, "_FIRST_PAUSE", 0.1)
+    monkeypatch.setattr(visual, "_FIRST_PAUSE", 0.1)
     answers = [error, "open"]
 
     def make():

@@ -7,7 +7,7 @@ import io
 import shutil
 import threading
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from pickle import PickleBuffer, Pickler, loads
 from types import SimpleNamespace
@@ -27,9 +27,8 @@ from visionaccel import open_encoder
 from visionaccel.backends import Session
 from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError
+from visionaccel.integrations.vllm.activation import choose_mode
 from visionaccel.integrations.vllm.compat import architectures, engine_config
-from visionaccel.integrations.vllm.inline.fault_channel import REPLACED, Fault
-from visionaccel.integrations.vllm.mode import choose_mode
 from visionaccel.integrations.vllm.pipelined import self_test
 from visionaccel.integrations.vllm.reloading import Replacement, source_digest
 from visionaccel.integrations.vllm.shared_memory import _VARIABLE as MEMORY
@@ -39,11 +38,12 @@ from visionaccel.settings import load_settings
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own deprecations
 
 
-@dataclass
 class PipelinedWorker(Worker):
     """A worker that is sent its embeddings, and whose own encoder works; it knows what each image's must be."""
 
-    exact: list = field(default_factory=list)
+    def __init__(self, exact):
+        super().__init__()
+        self.exact = exact
 
     def is_right(self, identifier, rows):
         image = int(identifier.removeprefix("image"))
@@ -52,7 +52,7 @@ class PipelinedWorker(Worker):
 
 class PipelinedEngine(Engine):
     def __init__(self, scheduler, exact):
-        super().__init__(scheduler, PipelinedWorker(exact=exact))
+        super().__init__(scheduler, PipelinedWorker(exact))
 
     def step(self):
         super().step()
@@ -82,7 +82,7 @@ def make_pipelined(kind, digits, **settings):
             patch.setenv("VISIONACCEL_" + name, str(value))
         architectures.register_models()  # vLLM loads its plug-ins once, maybe for a test before
         scheduler = make(digits, kind, pipelined=True)
-        opened = scheduler.ec_connector.service.encoders[0].primary.programs[0]
+        opened = scheduler.ec_connector._service.encoders[0].primary.programs[0]
         opened.session = Gate(opened.session)
         return scheduler, opened.session
 
@@ -99,7 +99,7 @@ def fresh(scheduler, gate, exact):
     """An engine whose caches are empty and whose device is well."""
     gate.fail = lambda patches: None
     forget(scheduler)
-    scheduler.ec_connector.service.cache.clear()
+    scheduler.ec_connector._service.cache.clear()
     scheduler.ec_connector._cached.clear()
     return PipelinedEngine(scheduler, exact)
 
@@ -115,11 +115,11 @@ def breaks(images):
 
 
 def assert_nothing_is_left(connector):
-    assert (len(connector._pending_images), connector._pending_images.held) == (0, 0)
-    assert (connector._items, connector._requests, connector._loads) == ({}, {}, {})
+    assert (len(connector._pending_images._pending), connector._pending_images.held) == (0, 0)
+    assert (connector._items, connector._loads) == ({}, {})
     assert (connector._pending_images._requests, connector._pending_images._waiting) == ({}, {})
-    wait_until(lambda: connector.service.counters.running == 0)
-    assert connector.service.counters.waiting == 0
+    wait_until(lambda: connector._service.counters.running == 0)
+    assert connector._service.counters.waiting == 0
 
 
 ACTIONS = st.one_of(
@@ -208,7 +208,7 @@ def test_others_decode_while_an_image_is_encoded(engine, pipelined):
 
 def test_an_aborted_request_takes_its_queued_image_along(engine, pipelined):
     scheduler, gate = pipelined
-    service = scheduler.ec_connector.service
+    service = scheduler.ec_connector._service
     gate.shut()
     engine.add([0], 3)
     wait_until(lambda: engine.step() or gate.inside)
@@ -228,7 +228,7 @@ def test_an_aborted_request_takes_its_queued_image_along(engine, pipelined):
 
 def test_what_the_encoder_cache_evicted_is_encoded_again_by_the_service(engine, pipelined):
     scheduler, gate = pipelined
-    service = scheduler.ec_connector.service
+    service = scheduler.ec_connector._service
     evicted, before = service.cache.evicted, len(gate.calls)
     for _ in range(2):  # four images go round in a cache for three, and the service keeps two
         for image in range(IMAGES):
@@ -250,7 +250,7 @@ def test_what_a_request_has_read_is_not_held_while_it_decodes(engine, pipelined)
     scheduler.reset_prefix_cache()
     second = engine.add([0, 2], 3)
     wait_until(lambda: engine.step() or engine.answers[second])
-    assert (len(pending), pending.held) == (0, 0)
+    assert (len(pending._pending), pending.held) == (0, 0)
     assert pending.requests() == []
     engine.drain()
     assert engine.answers[first] == engine.answers[second] == [GOOD] * 3
@@ -283,7 +283,7 @@ def test_what_the_connector_cannot_see_is_encoded_in_line(engine, pipelined, cap
 def test_without_this_packages_scheduler_the_race_for_an_evicted_output_ends_in_line(digits, exact):
     scheduler, _ = make_pipelined("sync", digits, CACHE_SIZE=0)
     connector = scheduler.ec_connector
-    connector._state = connector._guessed_state  # as with a scheduler of the user's own
+    connector._holders = connector._guessed_holders  # as with a scheduler of the user's own
     engine = PipelinedEngine(scheduler, exact)
     for images in ([0], [1], [2]):
         engine.add(images, 3)
@@ -302,7 +302,7 @@ def test_without_this_packages_scheduler_the_race_for_an_evicted_output_ends_in_
 
 def test_a_full_queue_and_a_full_house_hold_requests_back_in_order(digits, exact):
     scheduler, gate = make_pipelined("sync", digits, CACHE_SIZE=0, QUEUE_SIZE=1)
-    service, pending = scheduler.ec_connector.service, scheduler.ec_connector._pending_images
+    service, pending = scheduler.ec_connector._service, scheduler.ec_connector._pending_images
     engine = PipelinedEngine(scheduler, exact)
     gate.shut()
     names = [engine.add([image], 3) for image in range(IMAGES)]
@@ -343,7 +343,7 @@ def test_after_new_weights_no_step_uses_the_encoder_before(digits, exact, retrai
     engine = PipelinedEngine(scheduler, exact)
 
     def report(order):  # as a worker does between two steps
-        scheduler._pending.append(Fault(REPLACED, order.dumps()))
+        scheduler._orders.append(order)
 
     def answers(*requests):
         names = [engine.add(images, 3) for images in requests]
@@ -368,7 +368,7 @@ def test_after_new_weights_no_step_uses_the_encoder_before(digits, exact, retrai
         raise RuntimeError("no context on this device")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("visionaccel.integrations.vllm.pipelined.connector.open_wanted_service", fail)
+        patch.setattr("visionaccel.integrations.vllm.connector.open_wanted_service", fail)
         report(Replacement(str(digits), None, source_digest(open_tower(digits))))
         (image, text) = answers([2], [])
     assert "opening the encoder from the new weights failed with RuntimeError: no context on this device" in image
@@ -474,7 +474,7 @@ def configured(checkpoint, monkeypatch, settings, config):
 
 
 def test_embeddings_arrive_in_a_worker_as_they_left(digits, exact, monkeypatch):
-    from visionaccel.integrations.vllm.pipelined.connector import EmbeddingsForStep, VisionAccelConnector
+    from visionaccel.integrations.vllm.connector import EmbeddingsForStep, VisionAccelConnector
 
     rows = exact[1].astype(ml_dtypes.bfloat16)
     rows.flags.writeable = False
@@ -515,7 +515,7 @@ def test_embeddings_of_a_distrusted_device_are_encoded_anew(engine, pipelined, e
         def close(self):
             gate.close()
 
-    opened = connector.service.encoders[0].primary.programs[0]
+    opened = connector._service.encoders[0].primary.programs[0]
     opened.session = Lying()
     try:
         first = engine.add([0, 1], 3)
@@ -523,9 +523,9 @@ def test_embeddings_of_a_distrusted_device_are_encoded_anew(engine, pipelined, e
             engine.step()
         assert engine.answers[first][0] == TAINTED, "nobody could know"
         spoilt[0] = False
-        connector.service.encoders[0].links[0].distrust("its canary failed")
+        connector._service.encoders[0].links[0].distrust("its canary failed")
         again = [engine.add([image], 3) for image in range(IMAGES)]
-        wait_until(lambda: connector.service.encoders[0].links[0].breaker.closed)
+        wait_until(lambda: connector._service.encoders[0].links[0].breaker.closed)
         engine.drain()
     finally:
         opened.session = gate
@@ -540,7 +540,7 @@ def test_embeddings_of_a_distrusted_device_are_encoded_anew(engine, pipelined, e
 def test_vllms_factory_finds_it_where_the_configuration_names_it():
     from vllm.distributed.ec_transfer.ec_connector.factory import ECConnectorFactory
 
-    from visionaccel.integrations.vllm.pipelined.connector import VisionAccelConnector
+    from visionaccel.integrations.vllm.connector import VisionAccelConnector
 
     named = SimpleNamespace(
         ec_connector=engine_config.CONNECTOR, ec_connector_module_path="visionaccel.integrations.vllm.connector"

@@ -13,11 +13,14 @@ import tempfile
 import pytest
 
 from gated import wait_until
+from visionaccel.core.grid import Grid
+from visionaccel.core.program import FixedGrid
 from visionaccel.errors import ConfigurationError
-from visionaccel.integrations.vllm import activation, compat
-from visionaccel.integrations.vllm.compat import architectures, contract, engine_config, releases
+from visionaccel.integrations.vllm import activation, compat, encoder_source
+from visionaccel.integrations.vllm.activation import choose_mode
+from visionaccel.integrations.vllm.compat import architectures, contract, engine_config
 from visionaccel.integrations.vllm.compat.contract import Feature
-from visionaccel.integrations.vllm.mode import choose_mode
+from visionaccel.integrations.vllm.encoder_source import Grids
 from visionaccel.integrations.vllm.pipelined import self_test
 from visionaccel.isolation import as_finding
 from visionaccel.settings import load_settings
@@ -61,11 +64,10 @@ def test_a_release_that_was_never_tried_pipelines_once_its_self_test_has_passed(
     import vllm
 
     monkeypatch.setattr(vllm, "__version__", "0.99.0")
-    assert not releases.tried()
+    assert not compat.release().startswith(compat.TRIED_RELEASES)
     choice = choose_mode(config, load_settings())
     assert (choice.mode, choice.reason) == ("pipelined", "nothing is in its way")
-    (kept,) = own_folder.glob("visionaccel/self-test/*.json")
-    assert json.loads(kept.read_bytes())["problem"] == ""
+    (kept,) = own_folder.glob("visionaccel/*.json")
 
     # The second start has the verdict; a damaged one is not believed.
     with monkeypatch.context() as patch:
@@ -75,7 +77,7 @@ def test_a_release_that_was_never_tried_pipelines_once_its_self_test_has_passed(
         with pytest.raises(AssertionError, match="runs again"):
             choose_mode(config, load_settings())
     kept.write_text('{"problem": nul')
-    monkeypatch.setattr(self_test, "_run", lambda kind: ("it lost a request", True))
+    monkeypatch.setattr(self_test, "_run", lambda kind: "it lost a request")
     assert "failed: it lost a request" in choose_mode(config, load_settings()).reason
 
 
@@ -118,7 +120,6 @@ def test_a_scheduler_that_works_otherwise_fails(change, monkeypatch):
     from vllm.v1.core.sched.scheduler import Scheduler
 
     from visionaccel.integrations.vllm.pipelined.modelled_run import run_modelled
-    from visionaccel.integrations.vllm.scheduler import ContainedScheduler
 
     source, message = BROKEN[change]
     space = {
@@ -129,29 +130,28 @@ def test_a_scheduler_that_works_otherwise_fails(change, monkeypatch):
     exec("class Changed:\n" + source, space)
     (name,) = (name for name in vars(space["Changed"]) if not name.startswith("__"))
     monkeypatch.setattr(Scheduler, name, vars(space["Changed"])[name])
-    found = run_modelled(ContainedScheduler, asynchronous=False)
+    found = run_modelled(contained=True, asynchronous=False)
     assert message in found.detail
-    said, certain = self_test._verdict([found])
-    assert message in said
-    assert certain == (change != "gives other arguments"), "what is raised is no verdict"
+    if change == "gives other arguments":  # what is raised is no verdict
+        with pytest.raises(self_test._NoVerdictError, match=message):
+            self_test._verdict([found])
+    else:
+        assert message in self_test._verdict([found])
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 def test_vllms_own_schedulers_pass_with_and_without_containment(asynchronous):
     from visionaccel.integrations.vllm.pipelined.modelled_run import run_modelled
-    from visionaccel.integrations.vllm.scheduler import ContainedAsyncScheduler, ContainedScheduler
 
-    ours = ContainedAsyncScheduler if asynchronous else ContainedScheduler
-    assert run_modelled(ours, asynchronous=asynchronous).status == "pass"
-    stock = compat.AsyncScheduler if asynchronous else compat.Scheduler
-    assert run_modelled(stock, asynchronous=asynchronous).status == "pass"
+    for contained in (True, False):
+        assert run_modelled(contained=contained, asynchronous=asynchronous).status == "pass"
 
 
 def test_a_failed_self_test_means_in_line_and_refuses_what_names_the_pipelined_mode(config, monkeypatch):
-    monkeypatch.setattr(self_test, "_run", lambda kind: ("request3 does not end", True))
+    monkeypatch.setattr(self_test, "_run", lambda kind: "request3 does not end")
     choice = choose_mode(config, load_settings())
     assert choice.mode == "inline"
-    assert choice.reason == f"its self-test on vLLM {releases.release()} failed: request3 does not end"
+    assert choice.reason == f"its self-test on vLLM {compat.release()} failed: request3 does not end"
     monkeypatch.setattr(self_test, "_run", runs_again)
     monkeypatch.setenv("VISIONACCEL_MODE", "pipelined")
     with pytest.raises(ConfigurationError, match=r"VISIONACCEL_MODE=pipelined.*self-test.*request3 does not end"):
@@ -207,10 +207,9 @@ def test_the_folder_of_a_self_test_that_is_killed_is_removed(tmp_path):
     """Where the configuration is made, a second process of the play's is killed, as when its time is over."""
     code = (
         "import os, signal\n"
-        "from visionaccel.integrations.vllm import compat\n"
         "from visionaccel.integrations.vllm.pipelined import modelled_run\n"
         "modelled_run.small_config = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "modelled_run.run_modelled(compat.Scheduler, asynchronous=False)\n"
+        "modelled_run.run_modelled(contained=False, asynchronous=False)\n"
     )
     ended = subprocess.run([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)}, check=False)
     assert ended.returncode == -signal.SIGKILL
@@ -225,7 +224,7 @@ def test_the_verdict_is_of_the_files_that_it_stands_on(monkeypatch, tmp_path, ow
     module.write_text("def schedule(): ...")
     monkeypatch.setattr(self_test, "_files", lambda: [module])
     runs = []
-    monkeypatch.setattr(self_test, "_run", lambda kind: (runs.append(kind), ("", True))[1])
+    monkeypatch.setattr(self_test, "_run", lambda kind: runs.append(kind) or "")
     for _ in range(2):
         assert self_test.problem(contained=True, asynchronous=False) is None
     assert len(runs) == 1
@@ -239,7 +238,7 @@ def test_where_no_verdict_can_be_kept_the_self_test_runs_each_time(monkeypatch, 
     file.touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(file))
     runs = []
-    monkeypatch.setattr(self_test, "_run", lambda kind: (runs.append(kind), ("it lost a request", True))[1])
+    monkeypatch.setattr(self_test, "_run", lambda kind: runs.append(kind) or "it lost a request")
     for _ in range(2):
         assert self_test.problem(contained=True, asynchronous=False) == "it lost a request"
     assert len(runs) == 2
@@ -247,7 +246,7 @@ def test_where_no_verdict_can_be_kept_the_self_test_runs_each_time(monkeypatch, 
 
 def test_the_verdict_is_of_the_scheduler_that_will_run(config, monkeypatch):
     asked = []
-    monkeypatch.setattr(self_test, "_run", lambda kind: (asked.append(kind), ("", True))[1])
+    monkeypatch.setattr(self_test, "_run", lambda kind: asked.append(kind) or "")
     for asynchronous in (False, True):
         monkeypatch.setattr(config.scheduler_config, "async_scheduling", asynchronous)
         choose_mode(config, load_settings())
@@ -295,7 +294,7 @@ def test_a_feature_that_misses_a_name_is_off_alone_and_the_log_names_it(
     config, monkeypatch, log, target, off, pipelined, contained
 ):
     gone(monkeypatch, target)
-    monkeypatch.setattr(self_test, "_run", lambda kind: ("", True))
+    monkeypatch.setattr(self_test, "_run", lambda kind: "")
     activation._prepare(config, False)
     (warning,) = (line for line in log if "Without it, " in line)
     assert f"is not what the {off} feature needs: " in warning
@@ -322,7 +321,7 @@ def test_what_every_image_request_passes_must_be_there_at_the_start(config, monk
 @pytest.mark.parametrize("rust", [True, False])
 def test_what_does_not_apply_with_the_rust_front_end_is_logged_once(config, monkeypatch, log, rust):
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", str(int(rust)))
-    monkeypatch.setattr(self_test, "_run", lambda kind: ("", True))
+    monkeypatch.setattr(self_test, "_run", lambda kind: "")
     activation._prepare(config, False)
     warnings = [line for line in log if "VLLM_USE_RUST_FRONTEND" in line]
     assert len(warnings) == rust
@@ -332,9 +331,19 @@ def test_what_does_not_apply_with_the_rust_front_end_is_logged_once(config, monk
 
 def test_images_that_must_be_fitted_and_cannot_be_are_no_start(config, monkeypatch):
     gone(monkeypatch, "vllm.multimodal.parse:MultiModalDataParser._parse_image_data")
-    monkeypatch.setattr(activation, "_limits_grids", lambda config: True)
+    grids = Grids(None, (FixedGrid(Grid(1, 8, 8)),), rest=True)
+    monkeypatch.setattr(encoder_source, "grids_of", lambda *_: grids)
     with pytest.raises(ConfigurationError, match=r"images cannot be fitted to them: .*_parse_image_data does not"):
         activation._prepare(config, False)
+
+
+def test_images_that_need_no_fitting_as_a_fallback_takes_them_are_no_obstacle(config, monkeypatch):
+    gone(monkeypatch, "vllm.multimodal.parse:MultiModalDataParser._parse_image_data")
+    monkeypatch.setenv("VISIONACCEL_FIT", "none")
+    grids = Grids(None, (FixedGrid(Grid(1, 8, 8)),), rest=True)
+    monkeypatch.setattr(encoder_source, "grids_of", lambda *_: grids)
+    monkeypatch.setattr(self_test, "_run", lambda kind: "")
+    activation._prepare(config, False)
 
 
 def test_pipelined_by_name_is_refused_where_its_contract_does_not_hold(config, monkeypatch):

@@ -1,48 +1,37 @@
-"""Every private name of vLLM that this package relies on.
-
-Run on the releases of `releases.TRIED_RELEASES`, on the last of them in every test. The classes that this package
-subclasses are attributes of this module, imported on first use: it must cost nothing in vLLM's processes that need none
-of them.
-"""
+"""What this package relies on in vLLM: `contract.toml` lists it, and the modules here are what uses most of it."""
 
 from __future__ import annotations
 
 import logging
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+import sys
+from typing import Any
 
 from visionaccel.core.safe_text import safe_logger
 
-if TYPE_CHECKING:
-    from vllm.v1.core.sched.async_scheduler import AsyncScheduler as AsyncScheduler
-    from vllm.v1.core.sched.scheduler import Scheduler as Scheduler
+Mixin: Any = object
+"""Base of classes that are mixed in before one of vLLM's; not `object` to mypy, which would miss what that has."""
 
-    Mixin: Any = object  # so that what the class of vLLM's has is not missed
-else:
-    Mixin = object
+__all__ = ["TRIED_RELEASES", "Mixin", "logger", "release", "share_log_handlers", "warn_of_untried_release"]
 
-__all__ = ["Mixin", "logger", "share_log_handlers"]
-
-_HOMES = {
-    "AsyncScheduler": "vllm.v1.core.sched.async_scheduler",
-    "ECConnectorBase": "vllm.distributed.ec_transfer.ec_connector.base",
-    "ECConnectorMetadata": "vllm.distributed.ec_transfer.ec_connector.base",
-    "ECConnectorRole": "vllm.distributed.ec_transfer.ec_connector.base",
-    "ImageSize": "vllm.multimodal.parse",
-    "MULTIMODAL_REGISTRY": "vllm.multimodal",
-    "Scheduler": "vllm.v1.core.sched.scheduler",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+TRIED_RELEASES = ("0.28.", "0.29.", "0.30.", "0.31.", "0.32.", "0.33.")
+"""What the versions of vLLM begin with that this package was run on, oldest first; see docs/compatibility.md."""
 
 
 def logger() -> logging.Logger:
-    """A logger below `vllm`, so that vLLM's handlers and levels apply in each of its processes."""
+    """A logger below `vllm`, to which vLLM's handlers and levels apply in each of its processes."""
     return safe_logger("vllm.visionaccel")
+
+
+def release() -> str:
+    """Version of the running vLLM."""
+    return str(getattr(sys.modules.get("vllm"), "__version__", "unknown"))
+
+
+def warn_of_untried_release() -> None:
+    """Log a warning if the running vLLM is of a release that this package was not run on."""
+    if not release().startswith(TRIED_RELEASES):
+        tried = ", ".join(each.rstrip(".") for each in TRIED_RELEASES)
+        logger().warning("visionaccel was not run on vLLM %s (tried: %s).", release(), tried)
 
 
 def share_log_handlers() -> None:

@@ -1,7 +1,4 @@
-"""The models of vLLM whose vision encoder is replaced: a row for each, and the class that vLLM's registry has for it.
-
-Nothing else in this integration names a model.
-"""
+"""The models of vLLM whose vision encoder is replaced: a row for each, and the class that vLLM has registered."""
 
 from __future__ import annotations
 
@@ -11,12 +8,13 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from visionaccel.integrations.vllm.compat.releases import release
+from visionaccel.integrations.vllm.compat import release
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,24 +26,14 @@ _MODEL_MODULE = "visionaccel.integrations.vllm.model"
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """What differs between models.
+    """What differs between models."""
 
-    Attributes:
-        model: vLLM's class for it, as `module:Class`; the contract looks it up there. The class that is derived from is
-            the one that vLLM has registered.
-        tower: The model's attribute that holds its vision tower.
-        towers: Names of the classes that it makes the tower from.
-        vision: Names that lead from the model's configuration to the tower's.
-        epsilon: The entry of the model's configuration that vLLM's tower adds to variances.
-        pixel_limits: What limits an image's area in pixels, for the smallest and the largest: the entry of the image
-            processor's `size`, and the option that replaces it.
-    """
-
-    model: str
-    tower: str
-    towers: tuple[str, ...]
-    vision: tuple[str, ...]
-    epsilon: str
+    model: str  # vLLM's class for it, as `module:Class`, for the contract; what is derived from is the registered class
+    tower: str  # the model's attribute that holds its vision tower
+    towers: tuple[str, ...]  # names of the classes that it makes the tower from
+    vision: tuple[str, ...]  # names that lead from the model's configuration to the tower's
+    epsilon: str  # the entry of the model's configuration that vLLM's tower adds to variances
+    # For the smallest and the largest area: the entry of the image processor's `size`, and the option that replaces it.
     pixel_limits: tuple[tuple[str, str], tuple[str, str]]
 
 
@@ -87,7 +75,7 @@ def derived_name(architecture: str) -> str | None:
     """The name of a derived class in its module, `ARCHITECTURE__RELEASE__SOURCE`; None if this vLLM has no such model.
 
     vLLM keeps the flags of a lazily registered class on disk, by this name and the bytes of the class's module. So the
-    name says what else they depend on: vLLM's release, and the source of the class that is derived from.
+    name says what else they depend on: vLLM's release, and the source of the stock class.
     """
     stock = _stock_entry(architecture)
     if stock is None:
@@ -142,8 +130,7 @@ def use_model_in_process(architecture: str) -> None:
 def swapped_towers(model: type, towers: tuple[str, ...], make: Callable[..., nn.Module]) -> Iterator[None]:
     """While a model is constructed, have `make` make its vision tower: nothing of the stock one is allocated.
 
-    A constructor finds the tower's class, one of `towers`, as a global of its module, which may have another name for
-    it. `make` gets the arguments of the stock tower's constructor, which differ between releases.
+    A constructor finds the tower's class, one of `towers`, as a global of its module, perhaps under another name.
     """
     modules = {kind.__module__: sys.modules[kind.__module__] for kind in model.__mro__}
     swapped = [
@@ -173,25 +160,21 @@ def _is_derived(entry: Any) -> bool:
 
 def _source_digest(module: str, name: str) -> str:
     digest = hashlib.sha256(f"{module}:{name}".encode())
-    for path in _source_files(module):
+    for path in source_files(module):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
 
-def _source_files(module: str) -> list[Path]:
+def source_files(module: str) -> list[Path]:
     """The files of a module, for a package all in it; found without importing it, which vLLM does when it needs it."""
-    top, *below = module.split(".")
+    parts = module.split(".")
     spec = None
     with suppress(ValueError):  # `__main__` has none
-        spec = find_spec(top)
+        spec = find_spec(parts[0])
+    for part in parts[1:]:
+        spec = PathFinder.find_spec(part, spec.submodule_search_locations or []) if spec is not None else None
     if spec is None:
         return []
-    if spec.submodule_search_locations is None:
-        return [Path(spec.origin)] if spec.origin is not None and Path(spec.origin).is_file() else []
-    for root in spec.submodule_search_locations:
-        place = Path(root, *below)
-        if (place / "__init__.py").is_file():
-            return sorted(place.rglob("*.py"))
-        if place.with_suffix(".py").is_file():
-            return [place.with_suffix(".py")]
-    return []
+    if spec.submodule_search_locations is not None:
+        return sorted(path for place in spec.submodule_search_locations for path in Path(place).rglob("*.py"))
+    return [Path(spec.origin)] if spec.has_location and spec.origin is not None else []

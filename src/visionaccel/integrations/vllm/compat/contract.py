@@ -1,8 +1,7 @@
 """The contract with vLLM: what each feature relies on, as data, and its check against the vLLM that runs.
 
-The rows are in `contract.toml`. They are checked by names and signatures; nothing of vLLM is called. In the process
-that builds the configuration, which has imported nearly all of the modules by then, a whole check takes some tens of
-milliseconds.
+The rows are in `contract.toml`. Names and signatures are checked, and nothing of vLLM is called. In the process that
+builds the configuration, which has imported nearly all of the modules by then, a check takes some tens of milliseconds.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any, Literal, TypeAlias
 
-from visionaccel.integrations.vllm.compat.architectures import ARCHITECTURES, Architecture
-from visionaccel.integrations.vllm.compat.releases import release
+from visionaccel.integrations.vllm.compat import release
+from visionaccel.integrations.vllm.compat.architectures import ARCHITECTURES
 
 
 class Feature(StrEnum):
@@ -51,29 +50,17 @@ WITHOUT = {
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """One name of vLLM, and what must be true of it.
+    """One name of vLLM, and what must be true of it."""
 
-    Attributes:
-        use: How it is used: called, read, subclassed, overridden in such a subclass, or replaced by a function of ours.
-        target: `module:Class.attribute`.
-        parameters: Parameters that it must take. Another one without a default breaks the contract too where it is
-            called or overridden.
-        attributes: Attributes of its instances: fields, class attributes, or what its constructor sets.
-        mentions: Names that its code, or that of one of a class's methods, must use.
-        implements: Methods that a subclass of ours has; another abstract one breaks the contract.
-        optional: Used where it exists; nothing is missing without it.
-        where_loaded: Looked at only in a process that has loaded the module: others never use it, and would import it
-            for nothing.
-    """
-
-    use: Literal["call", "read", "subclass", "override", "patch"]
-    target: str
+    use: Literal["call", "read", "subclass", "override", "patch"]  # `patch`: replaced by a function of this package
+    target: str  # `module:Class.attribute`
+    # What it must take. Another parameter without a default breaks the contract too where it is called or overridden.
     parameters: tuple[str, ...] = ()
-    attributes: tuple[str, ...] = ()
-    mentions: tuple[str, ...] = ()
-    implements: tuple[str, ...] = ()
-    optional: bool = False
-    where_loaded: bool = False
+    attributes: tuple[str, ...] = ()  # of its instances: fields, class attributes, or what its constructor sets
+    mentions: tuple[str, ...] = ()  # names that its code, or that of one of a class's methods, must use
+    implements: tuple[str, ...] = ()  # methods of our subclass; another abstract one breaks the contract
+    optional: bool = False  # used where it exists
+    where_loaded: bool = False  # checked only in a process that has loaded the module; no other uses it
 
     @property
     def module(self) -> str:
@@ -109,7 +96,7 @@ _TABLE: dict[str, Any] = tomllib.loads(Path(__file__).with_name("contract.toml")
 
 
 def _entry(row: Mapping[str, Any], names: Mapping[str, str]) -> Entry:
-    """A row of the table; `names` stand in the place of what is in braces."""
+    """A row of the table, with `names` for what is in braces."""
     if "ways" in row:
         ways = {way["way"]: tuple(_need(each, names) for each in way["needs"]) for way in row["ways"]}
         return AnyOf(row["end"], ways)
@@ -124,8 +111,14 @@ def _need(row: Mapping[str, Any], names: Mapping[str, str]) -> Need:
     return Need(use, target.format_map(names), **words)  # type: ignore[arg-type]
 
 
-def _of_model(row: Architecture, feature: Feature) -> tuple[Entry, ...]:
-    """What a feature needs of a model's own classes."""
+@cache
+def entries_of(feature: Feature, architecture: str | None = None) -> tuple[Entry, ...]:
+    """What a feature needs of vLLM for every model and, with an architecture, of that model's own classes."""
+    shared = _TABLE["items"] if feature in (Feature.CONTAINMENT, Feature.PIPELINED) else []
+    found = [_entry(each, {}) for each in (*shared, *_TABLE[feature])]
+    if architecture is None:
+        return tuple(found)
+    row = ARCHITECTURES[architecture]
     names = {
         "model": row.model,
         "module": row.model.partition(":")[0],
@@ -134,52 +127,29 @@ def _of_model(row: Architecture, feature: Feature) -> tuple[Entry, ...]:
         "towers": " ".join(row.towers),
         "attribute": row.tower,
     }
-    found: list[Entry] = []
     for each in _TABLE["model"].get(feature, ()):
         for tower in row.towers:
             entry = _entry(each, {**names, "tower": tower})
-            found += [entry] if entry not in found else []
+            if entry not in found:
+                found.append(entry)
     return tuple(found)
 
 
-def _of_all(feature: Feature) -> tuple[Entry, ...]:
-    """What a feature needs for every model."""
-    shared = _TABLE["items"] if feature in (Feature.CONTAINMENT, Feature.PIPELINED) else []
-    return tuple(_entry(each, {}) for each in (*shared, *_TABLE[feature]))
-
-
-CONTRACT: Mapping[Feature, tuple[Entry, ...]] = {feature: _of_all(feature) for feature in Feature}
-"""What each feature needs of vLLM for every model. Every feature needs the rows of `in-line` as well."""
-
-MODEL_CONTRACT: Mapping[str, Mapping[Feature, tuple[Entry, ...]]] = {
-    architecture: {feature: _of_model(row, feature) for feature in Feature}
-    for architecture, row in ARCHITECTURES.items()
-}
-"""What features need of the served model's own classes, by architecture."""
-
 BY_OUR_SCHEDULER = "the contained scheduler ends it"
-FAILED_REQUESTS = next(entry for entry in CONTRACT[Feature.PIPELINED] if isinstance(entry, AnyOf))
+FAILED_REQUESTS = next(entry for entry in entries_of(Feature.PIPELINED) if isinstance(entry, AnyOf))
 """How a request ends whose image failed; `BY_OUR_SCHEDULER` is one of the ways."""
 assert BY_OUR_SCHEDULER in FAILED_REQUESTS.ways
 
 
-def entries_of(feature: Feature, architecture: str | None) -> tuple[Entry, ...]:
-    """What a feature needs of vLLM, and of one model's classes."""
-    return CONTRACT[feature] + (MODEL_CONTRACT[architecture][feature] if architecture is not None else ())
-
-
 def why_off(feature: Feature, architecture: str | None = None) -> str | None:
-    """What `missing` finds, in words for a log or an error; None if the contract holds."""
+    """What `missing` finds, as a clause for a log or an error; None if the contract holds."""
     lacking = missing(feature, architecture)
     return f"vLLM {release()} is not what the {feature} feature needs: {'; '.join(lacking)}" if lacking else None
 
 
 @cache
 def missing(feature: Feature, architecture: str | None = None) -> tuple[str, ...]:
-    """What a feature needs that this vLLM does not have; empty if its contract holds. Looked up once in a process.
-
-    With an architecture, the part of the contract that is about this model counts too.
-    """
+    """What a feature needs, as `entries_of` says, that this vLLM does not have. Looked up once in a process."""
     return tuple(dict.fromkeys(_all_missing(entries_of(feature, architecture))))
 
 
@@ -210,16 +180,12 @@ def _missing(need: Need) -> Iterator[str]:
         yield from (f"{label} {text}" for text in _unlike(need, found))
     except LookupError as error:
         yield str(error)
-    except Exception as error:  # What cannot be looked at is not the name that we know.
+    except Exception as error:  # not the name that we know
         yield f"{label} cannot be inspected ({type(error).__name__}: {error})"
 
 
 def _resolve(need: Need) -> Any:
-    """The object that a need names; a property is not evaluated.
-
-    Raises:
-        LookupError: If there is none; says which part of the name is missing.
-    """
+    """The object that a need names; a property is not evaluated. A LookupError says which part of it is missing."""
     try:
         found: Any = import_module(need.module)
     except Exception as error:
@@ -269,7 +235,7 @@ def _attributes(kind: Any) -> set[str]:
     found = set(dir(kind))
     for base in kind.__mro__:
         found |= vars(base).get("__annotations__", {}).keys() | vars(base).get("__dataclass_fields__", {}).keys()
-        code = getattr(inspect.unwrap(vars(base)["__init__"]), "__code__", None) if "__init__" in vars(base) else None
+        code = getattr(inspect.unwrap(vars(base).get("__init__", object)), "__code__", None)
         if code is not None:
             found |= {each.argval for each in dis.get_instructions(code) if each.opname == "STORE_ATTR"}
     return found
@@ -302,7 +268,7 @@ def _methods(kind: type) -> Iterator[FunctionType]:
 
 
 def _names(code: CodeType) -> set[str]:
-    """Names that code uses, and functions within it."""
+    """Names that code and the functions within it use."""
     names = set(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, CodeType):

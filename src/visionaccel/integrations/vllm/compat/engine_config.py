@@ -30,13 +30,6 @@ _SCHEDULERS = {
 _MARK = "visionaccel"
 
 
-def load_plugins() -> None:
-    """Load vLLM's general plug-ins, as its processes do when they start; raises what a plug-in raises."""
-    from vllm.plugins import load_general_plugins
-
-    load_general_plugins()
-
-
 def load_plugins_again() -> None:
     """Have vLLM load its general plug-ins again the next time that it asks for them in this process."""
     import vllm.plugins as plugins
@@ -47,11 +40,8 @@ def load_plugins_again() -> None:
 def on_engine_config(prepare: Callable[[VllmConfig, bool], None]) -> None:
     """Call `prepare` with each configuration that `EngineArgs` builds in this process.
 
-    Its module may not be there yet. It asks for the plug-ins whenever a configuration is made, whether or not they were
-    loaded before; so it is looked for then. A process that is handed its configuration, such as a worker, makes none.
-
-    Args:
-        prepare: Gets the configuration, and whether the user lets clients send embeddings (`--enable-mm-embeds`).
+    It also gets whether the user lets clients send embeddings (`--enable-mm-embeds`). The module of `EngineArgs` may
+    not be imported yet. It asks for the plug-ins whenever a configuration is made, so it is looked for then.
     """
     if _hook_engine_args(prepare):
         return
@@ -70,7 +60,7 @@ def on_engine_config(prepare: Callable[[VllmConfig, bool], None]) -> None:
 
 
 def _hook_engine_args(prepare: Callable[[VllmConfig, bool], None]) -> bool:
-    """Wrap `EngineArgs.create_engine_config`, once its module is there; whether it is."""
+    """Wrap `EngineArgs.create_engine_config`, if its module is imported; whether it is."""
     arguments: Any = sys.modules.get("vllm.engine.arg_utils")
     if not hasattr(arguments, "EngineArgs"):
         return False
@@ -81,7 +71,7 @@ def _hook_engine_args(prepare: Callable[[VllmConfig, bool], None]) -> bool:
         config: VllmConfig = build(self, *args, **kwargs)
         model = config.model_config
         if getattr(self, "mm_device_do_normalize", None) is False and model.is_multimodal_model:
-            # vLLM sets False for each model of this package. None is the same to vLLM; here, that the user set it.
+            # vLLM sets False for each model of this package. None means the same to vLLM; here, that the user set it.
             model.get_multimodal_config().mm_device_do_normalize = None
         prepare(config, bool(getattr(self, "enable_mm_embeds", False)))
         return config
@@ -96,7 +86,7 @@ def processor_options(model: ModelConfig) -> Mapping[str, Any]:
 
 
 def set_processor_options(model: ModelConfig, options: Mapping[str, Any]) -> None:
-    """Change the options for all requests. Processors that are made from this configuration take them from it."""
+    """Change the options for all requests, which processors take from this configuration."""
     model.get_multimodal_config().mm_processor_kwargs = dict(options)
 
 
@@ -107,7 +97,7 @@ def normalises_itself(model: ModelConfig) -> bool:
 
 
 def mark_prepared(config: VllmConfig) -> None:
-    """Note in a configuration, for the processes that it is handed to, that this package has seen it."""
+    """Note in a configuration, for the processes that receive it, that this package has seen it."""
     if isinstance(config.additional_config, dict):
         config.additional_config = {**config.additional_config, _MARK: "prepared"}
 
@@ -119,7 +109,7 @@ def is_prepared(config: VllmConfig) -> bool:
 
 
 def without_python_processor() -> bool:
-    """Whether vLLM's front end prepares images in another process than Python's, where this package has no part."""
+    """Whether vLLM's front end prepares images outside of Python, where this package has no part."""
     import vllm.envs as environment
 
     return bool(getattr(environment, "VLLM_USE_RUST_FRONTEND", False))
@@ -131,7 +121,7 @@ class ServedModel:
 
     source: str  # checkpoint folder or Hugging Face repository
     revision: str | None
-    architectures: tuple[str, ...]  # its model classes, as the configuration names them
+    named: str  # its model classes, as the configuration names them
     replaces: str | None  # the architecture whose derived class vLLM makes the model from; None if from another class
     multimodal: bool  # it takes images or other media
     takes_media: bool  # at least one image or video a prompt is allowed
@@ -141,18 +131,16 @@ class ServedModel:
     vision: Mapping[str, Any] | None  # the tower's configuration after every override; None if it is not replaced
     epsilon: float | None = None  # what vLLM's tower adds to variances, if the configuration states it
     load: LoadConfig | None = None  # how vLLM loads the model, where that is known
-    engine: str = ""  # the engine's identifier; empty where only the model's configuration is known
-
-
-def engine_id(config: VllmConfig) -> str:
-    """The identifier of an engine, which its workers share; other engines of the same process have another."""
-    return str(config.instance_id)
+    engine: str = ""  # the engine's identifier, which its workers share; empty as before
+    adapts_tower: bool = False  # LoRA adapters are applied to the vision tower too (--enable-tower-connector-lora)
+    pools: bool = False  # it answers with what a pooler makes of the hidden states, and not with text
 
 
 def served_model(config: VllmConfig) -> ServedModel:
     """The model of an engine configuration."""
     served = served_by(config.model_config, str(config.device_config.device))
-    return replace(served, load=config.load_config, engine=engine_id(config))
+    adapts_tower = bool(getattr(config.lora_config, "enable_tower_connector_lora", False))
+    return replace(served, load=config.load_config, engine=str(config.instance_id), adapts_tower=adapts_tower)
 
 
 def served_by(model: ModelConfig, device: str = "cpu") -> ServedModel:
@@ -167,27 +155,18 @@ def served_by(model: ModelConfig, device: str = "cpu") -> ServedModel:
     return ServedModel(
         source=model.model,
         revision=model.revision,
-        architectures=tuple(model.architectures),
+        named=", ".join(model.architectures),
         replaces=replaces,
         multimodal=bool(model.is_multimodal_model),
         takes_media=limits is not None and any(limits.get_limit_per_prompt(kind) for kind in ("image", "video")),
         own_implementation=str(getattr(model.model_impl, "value", model.model_impl)) in ("auto", "vllm"),
+        pools=bool(model.runner_type == "pooling"),
         dtype=model.dtype,
         device=device,
         vision=None if vision is None else vision.to_dict(),
         epsilon=None if epsilon is None else float(epsilon),
         load=load_config_of(model),
     )
-
-
-def pools(config: VllmConfig) -> bool:
-    """Whether an engine answers with what a pooler makes of the hidden states, and not with text."""
-    return bool(config.model_config.runner_type == "pooling")
-
-
-def adapts_tower(config: VllmConfig) -> bool:
-    """Whether LoRA adapters are applied to the vision tower too (`--enable-tower-connector-lora`)."""
-    return bool(getattr(getattr(config, "lora_config", None), "enable_tower_connector_lora", False))
 
 
 def is_one_of_several_api_servers(config: VllmConfig) -> bool:
@@ -200,21 +179,22 @@ def is_one_of_several_api_servers(config: VllmConfig) -> bool:
 def can_contain(config: VllmConfig) -> bool:
     """Whether an engine can have the scheduler that ends the requests whose image could not be encoded.
 
-    Not if vLLM lacks what that needs, if the user chose another, nor if keys leave this engine before the scheduler
-    hears of a fault: then a fault of an in-line encode must end the engine, or others would compute with it.
+    Not if vLLM lacks what that needs, if the user chose another scheduler, nor if keys leave this engine before the
+    scheduler hears of a fault: then a fault of an in-line encode must end the engine, or others would compute with it.
     """
-    return not (missing(Feature.CONTAINMENT) or _other_scheduler(config) or _gives_keys(config))
+    return not (missing(Feature.CONTAINMENT) or _other_scheduler(config) or config.kv_transfer_config is not None)
 
 
 def use_contained_scheduler(config: VllmConfig) -> None:
-    """Choose the scheduler that ends the requests whose image could not be encoded, where that can be done."""
+    """Choose the scheduler that ends the requests whose image could not be encoded, or warn that it cannot be had."""
     if can_contain(config):
         scheduling = config.scheduler_config
         scheduling.scheduler_cls = scheduling.scheduler_cls or _SCHEDULERS[bool(scheduling.async_scheduling)]
     elif not missing(Feature.CONTAINMENT) and config.scheduler_config.scheduler_cls not in _SCHEDULERS.values():
-        other = _other_scheduler(config)  # what else is missing is in the log
-        reason = "With kv_transfer_config," if _gives_keys(config) else f"With the custom scheduler {other},"
-        logger().warning("%s an image that cannot be encoded in the engine's step ends the engine.", reason)
+        reason = "kv_transfer_config"  # what else is missing is in the log
+        if config.kv_transfer_config is None:
+            reason = f"the custom scheduler {_other_scheduler(config)}"
+        logger().warning("With %s, an image that cannot be encoded in the engine's step ends the engine.", reason)
 
 
 def _other_scheduler(config: VllmConfig) -> Any:
@@ -222,14 +202,8 @@ def _other_scheduler(config: VllmConfig) -> Any:
     return None if chosen in _SCHEDULERS.values() else chosen
 
 
-def _gives_keys(config: VllmConfig) -> bool:
-    return getattr(config, "kv_transfer_config", None) is not None
-
-
 def _ec_connector(config: VllmConfig) -> str | None:
-    """Name of the EC connector that an engine is configured with."""
-    transfer = getattr(config, "ec_transfer_config", None)
-    return None if transfer is None else transfer.ec_connector
+    return None if config.ec_transfer_config is None else config.ec_transfer_config.ec_connector
 
 
 def is_pipelined(config: VllmConfig) -> bool:
@@ -242,31 +216,29 @@ def receives_embeddings(config: VllmConfig) -> bool:
     return _ec_connector(config) is not None and bool(config.ec_transfer_config.is_ec_consumer)
 
 
-def use_ec_connector(config: VllmConfig, name: str, module: str) -> None:
-    """Have an engine get its embeddings from an EC connector of that name in that module."""
-    from vllm.config import ECTransferConfig
-
-    config.ec_transfer_config = ECTransferConfig(
-        ec_connector=name, ec_role="ec_consumer", ec_connector_module_path=module
-    )
-
-
 def use_connector(config: VllmConfig, client_embeds: bool) -> None:
     """Give an engine this package's EC connector.
 
     vLLM lets clients of a consumer send embeddings, because another engine may have computed them. Here none has, so
     that stays as the user set it (`client_embeds`).
     """
+    from vllm.config import ECTransferConfig
+
     if config.ec_transfer_config is None:
-        use_ec_connector(config, CONNECTOR, _CONNECTOR_MODULE)
+        config.ec_transfer_config = ECTransferConfig(
+            ec_connector=CONNECTOR, ec_role="ec_consumer", ec_connector_module_path=_CONNECTOR_MODULE
+        )
     media = config.model_config.get_multimodal_config()
     media.enable_mm_embeds = client_embeds
     if hasattr(media, "allow_missing_mm_embeddings"):
         media.allow_missing_mm_embeddings = False
 
 
-def impossible_with_connector(config: VllmConfig) -> list[str]:
-    """Why an engine would give wrong answers, or none, with this package's EC connector; empty if it would not."""
+def obstacles_to_pipelining(config: VllmConfig) -> list[str]:
+    """Why this package's EC connector cannot or should not be used; empty if it can be.
+
+    A user who names it decides that it should: what the connector cannot see, it then leaves to the step.
+    """
     found = []
     media = config.model_config.get_multimodal_config()
     if getattr(media, "video_pruning_rate", None):
@@ -277,18 +249,14 @@ def impossible_with_connector(config: VllmConfig) -> list[str]:
         ends = "request whose image failed can be ended by this package's scheduler only"
         if way_of(FAILED_REQUESTS) == BY_OUR_SCHEDULER:
             found.append(f"in this vLLM, a {ends}")
-        elif pools(config):
+        elif served_model(config).pools:
             found.append(f"a pooling {ends}")
-    return found
-
-
-def obstacles_to_pipelining(config: VllmConfig) -> list[str]:
-    """Why this package's EC connector should not be taken unless the user names it; empty if it can be."""
-    found = []
+    if is_pipelined(config):
+        return found
     other = _ec_connector(config)
-    if other not in (None, CONNECTOR):
+    if other is not None:
         found.append(f"another EC connector is configured ({other})")
-    if getattr(config.model_config.get_multimodal_config(), "mm_processor_cache_type", "lru") == "shm":
+    if getattr(media, "mm_processor_cache_type", "lru") == "shm":
         found.append("with --mm-processor-cache-type shm, pixels do not pass the engine's scheduler")
     if config.parallel_config.distributed_executor_backend == "ray":
         found.append("it was not tried with Ray")

@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any
+
+import torch
+from vllm.multimodal.inputs import MultiModalFeatureSpec
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.request import Request, RequestStatus
 
 from visionaccel.integrations.vllm.compat.serving import request_error, takes_request_errors
 
-if TYPE_CHECKING:
-    from vllm.multimodal.inputs import MultiModalFeatureSpec
-    from vllm.v1.core.sched.output import SchedulerOutput
-    from vllm.v1.core.sched.scheduler import Scheduler
-    from vllm.v1.request import Request
 
-CacheState: TypeAlias = Literal["absent", "evictable", "held", "own"]
-"""Whether an encoder output is in the scheduler's encoder cache: if so, whether a step may evict it, because no request
-holds it, or others hold it, or the request that asks."""
-
-
-def encoder_cache_state(scheduler: Scheduler, identifier: str, request: str) -> CacheState:
-    """Where an encoder output stands in a scheduler's encoder cache for a request."""
-    holders = scheduler.encoder_cache_manager.cached.get(identifier)
-    if holders is None:
-        return "absent"
-    if request in holders:
-        return "own"
-    return "held" if holders else "evictable"
+def encoder_cache_holders(scheduler: Scheduler, identifier: str) -> Collection[str] | None:
+    """The requests that hold an encoder output in a scheduler's encoder cache; None if it is not there."""
+    holders: Collection[str] | None = scheduler.encoder_cache_manager.cached.get(identifier)
+    return holders
 
 
 def shows_encoder_cache(scheduler: Scheduler) -> bool:
-    """Whether a scheduler's encoder cache can be looked into; not if the user configured another one."""
+    """Whether a scheduler's encoder cache is vLLM's own kind, which can be looked into."""
     return isinstance(getattr(scheduler.encoder_cache_manager, "cached", None), dict)
 
 
@@ -39,19 +32,16 @@ class ScheduledItem:
     """An image or video that a step encodes, by its key in the encoder cache."""
 
     identifier: str
-    pixels: Any  # [P, patch_width] as the worker gets them; None if this process does not hold them
+    pixels: Any  # [P, patch_width]; None if this process does not hold them
     grid: Any  # (t, h, w)
 
 
 @dataclass(frozen=True, slots=True)
 class StepInFlight:
-    """What must be known of a step until its output is back; its requests may be aborted or preempted before.
+    """What must be known of a step until its output is back, as its requests may be aborted or preempted before.
 
-    Attributes:
-        step: The scheduler's output, by identity.
-        items: What it encodes.
-        touched: Requests with media that it computes tokens of, each with the first token whose keys may be new: 0 for
-            a request that was just admitted, because the prefix cache may have served it from another step in flight.
+    `touched` are the requests with media that it computes tokens of, each with the first token whose keys may be new: 0
+    for a request that was just admitted, because the prefix cache may have served it from another step in flight.
     """
 
     step: SchedulerOutput
@@ -91,8 +81,8 @@ def has_embeddings(feature: MultiModalFeatureSpec) -> bool:
 
 def requests_at_stake(
     scheduler: Scheduler, steps: Iterable[StepInFlight], identifiers: Collection[str]
-) -> dict[str, list[str]]:
-    """Live requests that steps in flight computed from encoder outputs of `identifiers`, and from which."""
+) -> dict[str, set[str]]:
+    """Live requests that steps in flight computed from these encoder outputs, each with those that it used."""
     found: dict[str, set[str]] = {}
     for request, start in (entry for step in steps for entry in step.touched):
         if scheduler.requests.get(request.request_id) is not request or request.is_finished():
@@ -101,13 +91,11 @@ def requests_at_stake(
             end = feature.mm_position.offset + feature.mm_position.length
             if feature.identifier in identifiers and start < end:
                 found.setdefault(request.request_id, set()).add(feature.identifier)
-    return {name: sorted(used) for name, used in found.items()}
+    return found
 
 
 def fail_requests(scheduler: Scheduler, names: Iterable[str]) -> list[Request]:
     """End requests with an error."""
-    from vllm.v1.request import RequestStatus
-
     failed: list[Request] = scheduler.finish_requests(list(names), RequestStatus.FINISHED_ERROR)
     return failed
 
@@ -122,7 +110,7 @@ def forget_prefixes(scheduler: Scheduler) -> None:
 
 
 def forget_encoder_output(scheduler: Scheduler, identifier: str) -> None:
-    """Take an encoder output out of the scheduler's cache; requests that wait with it in hand will encode it again."""
+    """Take an encoder output out of the scheduler's cache; requests that need it encode it again."""
     cache = scheduler.encoder_cache_manager
     for request in scheduler.requests.values():
         for index in sorted(cache.get_cached_input_ids(request)):
@@ -136,7 +124,7 @@ def forget_encoder_output(scheduler: Scheduler, identifier: str) -> None:
 
 
 def drops_tokens_in_flight(scheduler: Scheduler) -> bool:
-    """Whether `recompute_all` makes this release drop the tokens of steps in flight; others would accept them."""
+    """Whether `recompute_all` makes this release of vLLM drop the tokens of steps in flight."""
     return any(hasattr(request, "drop_stale_output") for request in scheduler.requests.values())
 
 
@@ -148,12 +136,10 @@ def answered_with_media(scheduler: Scheduler) -> list[str]:
 
 
 def recompute_all(scheduler: Scheduler) -> set[str]:
-    """Forget every key and every encoder output: running requests wait once more, and are computed from the images up.
+    """Forget every key and every encoder output, as vLLM does when a model's weights have changed.
 
-    As vLLM does it when a model's weights have changed.
-
-    Returns:
-        Identifiers of the encoder outputs, which the workers are to drop.
+    Running requests wait again and are computed from their images on. Returns the identifiers of the encoder outputs,
+    for the workers to drop.
     """
     identifiers = set(scheduler.encoder_cache_manager.cached) if shows_encoder_cache(scheduler) else set()
     try:
@@ -170,23 +156,15 @@ def recompute_all(scheduler: Scheduler) -> set[str]:
 def free_in_worker(step: SchedulerOutput, identifiers: Iterable[str]) -> None:
     """Have the workers drop encoder outputs before they encode anything in this step.
 
-    The scheduler's own list will not do: it leaves out what the same step allocates again, and a worker that still has
-    the output need not encode it again.
+    The scheduler's own list leaves out what the same step allocates again, which a worker that has it may not encode.
     """
     listed = step.free_encoder_mm_hashes
     listed.extend(identifier for identifier in identifiers if identifier not in listed)
 
 
-def append_errors(outputs: dict[int, Any], failed: Iterable[Request], reasons: Mapping[str, str]) -> None:
-    """Add the answer of each failed request to a step's outputs, by client.
-
-    Its reason goes out as the stop reason, and as the request's error where vLLM has one.
-    """
-    from torch import empty
-    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
-
-    for request in failed:
-        reason = reasons.get(request.request_id, "an image of the prompt could not be encoded.")
+def append_errors(outputs: dict[int, Any], failed: Iterable[tuple[Request, str]]) -> None:
+    """Add failed requests to a step's outputs, each with its reason as stop reason and as error, if vLLM has that."""
+    for request, reason in failed:
         answer = EngineCoreOutput(
             request_id=request.request_id,
             new_token_ids=[],
@@ -198,5 +176,5 @@ def append_errors(outputs: dict[int, Any], failed: Iterable[Request], reasons: M
         if takes_request_errors():
             answer.error = request_error(reason)
         if request.pooling_params is not None:  # without a result, vLLM's output processor takes it for a completion
-            answer.pooling_output = empty(0)
+            answer.pooling_output = torch.empty(0)
         outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(answer)

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 _SERVING = "vllm.entrypoints.generate.base.serving"
 
 _OURS = "_wrapped_by_visionaccel"
-"""On each method that this module has wrapped. Other plug-ins wrap methods too, for tracing or metrics."""
+"""Marks each method that this module has wrapped. Other plug-ins wrap methods too."""
 
 
 def _wrap(kind: Any, name: str, wrapper: Callable[[Any], Any]) -> bool:
-    """Replace a method by what `wrapper` makes of it, once; whether that was done now."""
+    """Replace a method by what `wrapper` makes of it, once; whether this call did it."""
     method = getattr(kind, name, None)
     if method is None or hasattr(method, _OURS):
         return False
@@ -34,19 +34,13 @@ def _wrap(kind: Any, name: str, wrapper: Callable[[Any], Any]) -> bool:
 class _Explained(str):
     """The finish reason `error`, with what happened."""
 
-    reason: str
-
-    def __new__(cls, reason: str) -> _Explained:
-        explained = super().__new__(cls, "error")
-        explained.reason = reason
-        return explained
+    reason = ""
 
 
 def explain_errors() -> None:
     """Have the API server of this process answer a failed completion with its stop reason, where there is one.
 
-    Before 0.33, vLLM answers every failed request with "Internal server error". From 0.33 on it gives the reason
-    itself. Where vLLM's classes are not what they were, they are left alone.
+    Before 0.33, vLLM answers every failed request with "Internal server error". From 0.33 on it gives the reason.
     """
     if takes_request_errors():
         return
@@ -56,7 +50,8 @@ def explain_errors() -> None:
             output = finish(self, *args, **kwargs)
             if output.finish_reason == "error" and isinstance(output.stop_reason, str):
                 _explain_to_clients()
-                output.finish_reason = _Explained(output.stop_reason)
+                output.finish_reason = _Explained("error")
+                output.finish_reason.reason = output.stop_reason
             return output
 
         return new_completion_output
@@ -66,7 +61,7 @@ def explain_errors() -> None:
 
 
 def _explain_to_clients() -> None:
-    """Once an output has an explanation, have what answers HTTP requests look for it; nothing if nothing does here."""
+    """Have this process's HTTP server, if it is one, look for explanations; called once an output has one."""
     serving: Any = sys.modules.get(_SERVING)
 
     def wrapper(complain: Any) -> Any:
@@ -82,10 +77,9 @@ def _explain_to_clients() -> None:
 
 
 def explain_pooling_errors() -> None:
-    """Have this process give a failed pooling request its error.
+    """Have this process give a failed pooling request its error, and not the empty result that it has.
 
-    Such a request has an empty result (see `append_errors`), which must not reach the client as one. From 0.33 on the
-    API server looks at the error first, and only the offline `LLM` needs this.
+    From 0.33 on the API server looks at the error first, and only the offline `LLM` needs this.
     """
     state = import_module("vllm.v1.engine.output_processor").RequestState
     takes_error = "error" in inspect.signature(state.make_request_output).parameters  # from vLLM 0.32 on
@@ -114,7 +108,7 @@ def explain_pooling_errors() -> None:
 
 
 class _FailedPooling:
-    """Stands in for the result of a failed pooling request: reading it raises vLLM's error for failed requests."""
+    """The result of a failed pooling request: reading it raises vLLM's error for failed requests."""
 
     def __init__(self, reason: str) -> None:
         self._reason = reason
@@ -128,20 +122,20 @@ class _FailedPooling:
 
 
 def request_error(reason: str) -> Any:
-    """Describe a request that failed on the server's side, as vLLM does: its API server answers 500 with the reason."""
+    """The error of a request that failed on the server's side: the API server answers 500 with the reason."""
     return import_module("vllm.outputs").RequestError("vision_encoder", reason)
 
 
 def takes_request_errors() -> bool:
-    """Whether outputs of the engine have a field for a request's error, which the API server gives the client."""
+    """Whether an output of the engine has a field for the error that the client gets."""
     return hasattr(import_module("vllm.v1.engine").EngineCoreOutput, "error")
 
 
 def on_metrics(make: Callable[[], Collector]) -> None:
     """Show the metrics of the collector that `make` makes in the `/metrics` of this process, if it answers any.
 
-    One API server answers from prometheus_client's own registry. Several answer each request from what the processes
-    have in files, by a collector that is made for it: there it is that collector which brings these metrics.
+    One API server answers from prometheus_client's own registry. Several answer each request by a collector of the
+    processes' files, which then brings these metrics too.
     """
     from prometheus_client import REGISTRY
     from prometheus_client.multiprocess import MultiProcessCollector

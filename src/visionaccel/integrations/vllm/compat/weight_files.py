@@ -1,4 +1,4 @@
-"""Which files vLLM loads a model from. Its own loader is asked, which downloads what is not there, where it would."""
+"""Which files vLLM loads a model from, by its own loader, which downloads what is not there."""
 
 from __future__ import annotations
 
@@ -18,23 +18,20 @@ _OTHER_LOADER = (
 
 
 def remember_load_config(config: VllmConfig) -> None:
-    """Note on an engine's model configuration how it is loaded: where processors are made, there is nothing else."""
+    """Note on an engine's model configuration how it is loaded: where processors are made, only that is known."""
     config.model_config.__dict__[_REMEMBERED] = config.load_config
 
 
 def load_config_of(model: ModelConfig) -> LoadConfig | None:
-    """How a model is loaded; None if its configuration did not come from an engine's."""
+    """How a model is loaded, as `remember_load_config` noted it."""
     return model.__dict__.get(_REMEMBERED)
 
 
 def weight_files(source: str, revision: str | None, load: LoadConfig | None) -> tuple[Path, ...]:
-    """The safetensors files that vLLM loads a model's weights from, downloaded if need be, once for all processes.
+    """The safetensors files that vLLM loads a model's weights from, downloaded if need be.
 
-    With `--load-format dummy`, which reads no weights, they are those of its default.
-
-    Raises:
-        ConfigurationError: If vLLM loads them by another loader than its default, whose files are not known.
-        CheckpointError: If there are none, vLLM loads another format, or they cannot be downloaded.
+    With `--load-format dummy`, which reads no weights, they are those of the default loader. Another loader or format
+    is refused.
     """
     loader = require_default_loader(load)
     try:
@@ -54,11 +51,7 @@ def weight_files(source: str, revision: str | None, load: LoadConfig | None) -> 
 
 
 def require_default_loader(load: LoadConfig | None) -> Any:
-    """The default loader, as an engine uses it. Any other, derived ones too, may read weights from another place.
-
-    Raises:
-        ConfigurationError: If it loads the model by another one that reads weights.
-    """
+    """The default loader of vLLM. Any other that reads weights is refused: it may read them from another place."""
     from vllm.config.load import LoadConfig
     from vllm.model_executor.model_loader import get_model_loader
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
@@ -75,8 +68,8 @@ def require_default_loader(load: LoadConfig | None) -> Any:
         ) from error
     if type(loader) is not DefaultModelLoader:
         raise ConfigurationError(
-            f"with --load-format {load.load_format}, vLLM loads the weights by its {type(loader).__name__}, and it is "
-            "not known from which files: the vision encoder could be another model's.",
+            f"with --load-format {load.load_format}, vLLM loads the weights by its {type(loader).__name__}, and the "
+            "files that it reads are not known: the vision encoder could be another model's.",
             hint=_OTHER_LOADER,
         )
     return loader
@@ -85,10 +78,7 @@ def require_default_loader(load: LoadConfig | None) -> Any:
 def settings_folder(source: str, revision: str | None) -> Path:
     """The folder with a model's configuration and that of its image processor, downloaded if need be.
 
-    For a repository it is where vLLM has its configuration too, which is not the folder of the weights.
-
-    Raises:
-        CheckpointError: If it cannot be downloaded.
+    For a repository it may be another folder than that of the weights.
     """
     if Path(source).is_dir():
         return Path(source)

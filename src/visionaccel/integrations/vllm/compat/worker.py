@@ -18,8 +18,7 @@ _BIND = "VLLM_CPU_OMP_THREADS_BIND"
 def profiling() -> bool:
     """Whether this call comes from vLLM's profiling run, whose results are thrown away.
 
-    Both runners encode dummy images in `profile_run` alone. Only that frame on the stack proves it: what a connector
-    has received says nothing certain about the step.
+    Only that frame on the stack proves it; both runners encode dummy images in `profile_run` alone.
     """
     return _called_by("profile_run", "vllm.v1.worker.")
 
@@ -30,11 +29,10 @@ def loading() -> bool:
 
 
 def finish_reload(model: nn.Module, model_config: Any) -> None:
-    """Before an error leaves `load_weights`: do what vLLM's `reload_weights` does once that has returned.
+    """Before an error leaves `load_weights`: do what vLLM's `reload_weights` does after it.
 
     It has taken the layers' tensors away, and puts those back that were not loaded. Without them the next step raises,
-    for text too. An update in parts is left alone: its caller ends it by another call. All other
-    weights of the model are loaded.
+    for text too. An update in parts is left alone, as its caller ends it by another call.
     """
     if _called_by("reload_weights", "vllm.v1.worker."):
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
@@ -54,19 +52,6 @@ def _called_by(method: str, modules: str) -> bool:
     return False
 
 
-def step_metadata() -> Any:
-    """In a worker with an EC connector: what the scheduler sent it for this step, a new object each time."""
-    transfer: Any = sys.modules.get("vllm.distributed.ec_transfer")
-    if transfer is None or not transfer.has_ec_transfer():  # a worker with a connector has imported it
-        return None
-    return transfer.get_ec_transfer()._connector_metadata
-
-
-def connector_metadata(connector: Any) -> Any:
-    """What the scheduler's end of an EC connector sent to this end for the step."""
-    return connector._get_connector_metadata()
-
-
 def step_timeout() -> float:
     """Seconds after which vLLM ends an engine whose workers have not ended a step."""
     from vllm import envs
@@ -81,36 +66,37 @@ def worker_connector() -> Any:
     return get_ec_transfer() if has_ec_transfer() else None
 
 
+def step_metadata() -> Any:
+    """What the scheduler sent this worker's EC connector for this step, a new object each time; None without one."""
+    connector = worker_connector()
+    return None if connector is None else connector._connector_metadata
+
+
 def first_of_its_group() -> bool:
-    """Whether this worker is the first of those that share a model's layers, and that all encode the same images."""
+    """Whether this worker is the first of its tensor-parallel group, which all encode the same images."""
     from vllm.distributed import parallel_state
 
     return not parallel_state.model_parallel_is_initialized() or parallel_state.get_tensor_model_parallel_rank() == 0
 
 
 def encoder_host(device: str, *, in_step: bool) -> Host | None:
-    """Which cores an encoder of this process finds taken by a language model; None if that is not on the CPU.
+    """The cores that a language model takes on the CPU; None if it is on another device.
 
-    Args:
-        device: The language model's device.
-        in_step: The encoder runs in a worker's step, during which that worker's language model waits.
+    With `in_step`, the encoder runs in a worker's step, during which that worker's language model waits.
     """
     if device.partition(":")[0] != "cpu":
         return None
     bind = os.environ.get(_BIND, "auto")
     lists = _lists(bind)
+    taken = frozenset().union(*lists)
     if not in_step:
-        taken = frozenset().union(*lists)
-        why = (
-            f"{_BIND}={bind} binds the language model to {shown_cores(taken)}"
-            if taken
-            else f"{_BIND} lists none for the language model"
-        )
+        why = f"{_BIND} lists none for the language model"
+        if taken:
+            why = f"{_BIND}={bind} binds the language model to {shown_cores(taken)}"
         return Host(started_cores(), taken, why)
     bound = process_cores()
-    own = next((cores for cores in lists if bound <= cores), None)
-    # A worker that none of the lists binds has no others to make way for, as far as is known.
-    taken = frozenset().union(*lists) - own if own is not None else frozenset()
+    # A worker that none of the lists binds knows of no others.
+    taken -= next((cores for cores in lists if bound <= cores), taken)
     why = "the language model waits while images are encoded"
     if taken:
         why += f", and {_BIND}={bind} binds other workers to {shown_cores(taken)}"
@@ -118,10 +104,10 @@ def encoder_host(device: str, *, in_step: bool) -> Host | None:
 
 
 def started_cores() -> frozenset[int]:
-    """Cores that this process had before OpenMP bound its main thread to some of them, or to one.
+    """Cores that this process had before OpenMP bound its main thread to some of them.
 
-    vLLM starts its workers with OpenMP's variables for that, and OpenMP binds them when torch is loaded, so that all
-    that a worker's main thread starts later is bound there too. The engine that started it is not.
+    vLLM starts its workers with OpenMP's variables for that, and OpenMP binds them, and the threads they start, when
+    torch is loaded. The engine that started them is not bound.
     """
     own, parent = process_cores(), multiprocessing.parent_process()
     if os.environ.get(_BIND) == "nobind" or parent is None or parent.pid is None:

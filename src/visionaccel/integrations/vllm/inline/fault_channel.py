@@ -1,11 +1,9 @@
 """How a worker process reports to the engine's scheduler that it could not encode an item.
 
-vLLM's step has no channel for that in every configuration: an exception in the vision tower ends the engine, and a
-placeholder embedding would become part of an answer. So the worker writes into memory that both share before its
-step returns, and the scheduler looks there, after a step with encoder inputs, before it accepts any token of that step.
-
-The memory is allocated before the first step, so writing cannot fail. If more was written than there is room for, the
-scheduler treats every item that may have been meant as faulty.
+An exception in the vision tower ends the engine, and a placeholder embedding would become part of an answer. So the
+worker writes into shared memory before its step returns, and the scheduler looks there before it accepts any token of
+that step. The memory is allocated before the first step, so writing cannot fail. If more was written than there is room
+for, the scheduler treats every item that may have been meant as faulty.
 """
 
 from __future__ import annotations
@@ -36,18 +34,14 @@ LOST = Fault("", "a worker's report about its encodes could not be read.")
 """Read in the place of a report that cannot be read: any item in flight may be meant."""
 
 
-def open_channel() -> None:
-    """Open what `report_fault` needs at the start, where an error stops the start; in a step it would end the engine.
-
-    Raises:
-        ConfigurationError: If it cannot be opened.
-    """
-    shared_memory()
-
-
 def report_fault(fault: Fault, engine: str) -> bool:
     """Report to the scheduler of an engine, by its identifier. False if none listens: then the caller must raise."""
-    area = _listener(engine)
+    shared = shared_memory()
+    if shared is None:
+        return False
+    # The engine's process is this one or, with vLLM's multiprocess executor, the parent of this worker.
+    by_owner = {area.owner: area for area in shared.areas(FAULTS) if area.is_named(engine)}
+    area = by_owner.get(os.getpid()) or by_owner.get(os.getppid())
     if area is None:
         return False
     content = f"{fault.key}\n{fault.message}".encode(errors="replace")
@@ -56,10 +50,7 @@ def report_fault(fault: Fault, engine: str) -> bool:
 
 
 class FaultReader:
-    """The scheduler's end; making it starts the listening. It ends with `close`, or when nothing holds the reader.
-
-    Args:
-        engine: The engine's identifier. One process may have several engines.
+    """The scheduler's end, for the engine of an identifier. It listens until `close`, or until nothing holds it.
 
     Raises:
         ConfigurationError: If there is no memory for what workers report, or that engine has a reader.
@@ -89,33 +80,21 @@ class FaultReader:
         if written == self._read:
             return []
         records = [self._area.record(number) for number in range(max(self._read, written - FAULTS.slots), written)]
-        complete = written - self._read == len(records)
-        self._read = written
         faults = [_fault(record) for record in records if record is not None]
-        if not complete or len(faults) < len(records):
+        if len(faults) < written - self._read:
             faults += [LOST, Fault(ALL_ITEMS, LOST.message)]
+        self._read = written
         return faults
 
     def close(self) -> None:
-        """Stop listening."""
         if self._area is not None:
             self._free()
             self._area = None
 
 
 def _free(area: Area, process: int) -> None:
-    if process == os.getpid():  # and not of a fork, whose copy of the reader goes
+    if process == os.getpid():  # and not in a fork, which has a copy of the reader
         area.give_to(0)
-
-
-def _listener(engine: str) -> Area | None:
-    """The area that the scheduler of an engine reads."""
-    shared = shared_memory()
-    if shared is None:
-        return None
-    # The engine's process is this one or, with vLLM's multiprocess executor, the parent of this worker.
-    by_owner = {area.owner: area for area in shared.areas(FAULTS) if area.is_named(engine)}
-    return by_owner.get(os.getpid()) or by_owner.get(os.getppid())
 
 
 def _fault(record: bytes) -> Fault:

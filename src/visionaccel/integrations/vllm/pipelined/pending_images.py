@@ -1,7 +1,6 @@
 """The images that requests in vLLM's scheduler wait for, and their embeddings until they are used.
 
-No vLLM in here: requests and images are known by their identifiers. Every method is called from the engine's step, so
-none waits, and each takes microseconds.
+Requests and images are known by their identifiers. Every method is called from the engine's step, so none waits.
 """
 
 from __future__ import annotations
@@ -9,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from visionaccel.core.arrays import Array
 from visionaccel.core.grid import Grid
 from visionaccel.errors import DeviceError, GridError, QueueFullError, VisionAccelError
-from visionaccel.service import Embedding
+from visionaccel.service import Embedding, EncodeService
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,31 +23,6 @@ class WantedItem:
     label: str
     patches: Array  # [P, patch_width]
     grid: Grid
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """The item of a request that could not be encoded, by its label, and why."""
-
-    label: str
-    error: VisionAccelError
-
-    @property
-    def message(self) -> str:
-        """For the client: what failed, without advice for the operator."""
-        return f"{self.label} of the prompt could not be encoded: {self.error.message}"
-
-
-class Service(Protocol):
-    """What is asked to encode."""
-
-    def submit(
-        self, patches: Array, grid: Grid, *, key: str, arrival: float, urgent: bool, timeout: float | None
-    ) -> Future[Embedding]:
-        """As `EncodeService.submit`."""
-
-    def bytes_of(self, grid: Grid) -> int:
-        """As `EncodeService.bytes_of`."""
 
 
 @dataclass(eq=False)
@@ -66,52 +39,38 @@ class PendingImages:
     """Submits items for requests, holds their embeddings until they are used, and knows whose item failed.
 
     A requested embedding is held here even if the service's cache evicts it; otherwise two requests with several images
-    each could keep evicting one another's. What is held or being encoded is bounded: beyond the bound, only the request
-    that has waited longest submits more, and requests that already hold KV blocks.
+    each could keep evicting one another's. What is held or being encoded is bounded by `size`, in bytes of embeddings:
+    beyond it, only the request that has waited longest submits more, and requests that already hold KV blocks.
 
-    Args:
-        service: Encodes.
-        size: The bound, in bytes of embeddings; `held` counts them, those being encoded included.
+    With a `refusal`, nothing can encode, and every item fails for that reason.
     """
 
-    def __init__(self, service: Service, size: int) -> None:
-        self._service, self._size = service, size
+    def __init__(self, service: EncodeService, size: int, refusal: VisionAccelError | None = None) -> None:
+        self._service, self._size, self._refusal = service, size, refusal
         self._pending: dict[str, _PendingImage] = {}
         self._requests: dict[str, set[str]] = {}
         self._waiting: dict[str, None] = {}  # requests that miss something, the one that has waited longest first
-        self._failures: dict[str, Failure] = {}
-        self.held = 0
+        self._failures: dict[str, tuple[str, VisionAccelError]] = {}
+        self.held = 0  # bytes, those being encoded included
 
-    def __len__(self) -> int:
-        return len(self._pending)
-
-    def ready(self, request: str, items: Sequence[WantedItem], arrival: float, *, urgent: bool = False) -> bool:
+    def ready(self, request: str, items: Sequence[WantedItem], arrival: float, *, urgent: bool) -> bool:
         """Whether the embeddings of all these items are here for a request; those that are not are submitted.
 
-        A request whose item failed is never ready; see `failures`.
-
-        Args:
-            request: Its identifier.
-            items: What it needs next.
-            arrival: When it arrived; earlier ones are served first.
-            urgent: Submit even beyond the bound, and have it encoded first, because other requests may wait for the
-                memory that this one holds.
+        A request whose item failed is never ready; see `failures`. Requests that arrived earlier are served first. An
+        `urgent` one, for whose memory others may wait, goes before them and may exceed the bound.
         """
         self._waiting.setdefault(request)
         ready = True
         for item in items:
-            pending = self._pending.get(item.identifier)
+            pending = self._pending.get(item.identifier) or self._submit(request, item, arrival, urgent)
             if pending is None:
-                pending = self._submit(request, item, arrival, urgent)
-                if pending is None:
-                    ready = False
-                    continue
-            if request not in pending.requests:
-                pending.requests.add(request)
-                self._requests.setdefault(request, set()).add(item.identifier)
+                ready = False
+                continue
+            pending.requests.add(request)
+            self._requests.setdefault(request, set()).add(item.identifier)
             error = _error(pending, item)
             if error is not None:
-                self._failures.setdefault(request, Failure(item.label, error))
+                self._failures.setdefault(request, (item.label, error))
             ready = ready and error is None and pending.future.done()
         if ready:
             del self._waiting[request]
@@ -139,8 +98,8 @@ class PendingImages:
         if not wanted:
             del self._requests[request]
 
-    def failures(self) -> dict[str, Failure]:
-        """Requests whose item failed since the last call, and why."""
+    def failures(self) -> dict[str, tuple[str, VisionAccelError]]:
+        """Requests whose item failed since the last call, each with the item's label and why."""
         failures, self._failures = self._failures, {}
         return failures
 
@@ -165,6 +124,8 @@ class PendingImages:
             return None
         size = 0
         try:
+            if self._refusal is not None:
+                raise self._refusal
             future = self._service.submit(
                 item.patches, item.grid, key=item.identifier, arrival=arrival, urgent=urgent, timeout=0
             )
