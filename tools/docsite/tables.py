@@ -10,12 +10,10 @@ from visionaccel.backends import Registry, VisionBackend, default_registry
 from visionaccel.integrations.vllm.compat.architectures import ARCHITECTURES
 from visionaccel.integrations.vllm.compat.contract import (
     WITHOUT,
-    AnyOf,
     Entry,
     Feature,
     Need,
     entries_of,
-    needs,
 )
 from visionaccel.observe import SERIES
 from visionaccel.settings import FORMER_NAMES, PREFIX, Settings
@@ -105,7 +103,7 @@ def contract_table(*, changing: bool) -> str:
     """
     users: dict[tuple[Need, str], list[str]] = {}
     for feature, entry in ENTRIES:
-        for need in needs(entry):
+        for need in entry.needs:
             if (need.use in _CHANGING) == changing:
                 users.setdefault((need, _way(entry, need)), []).append(feature)
     order = sorted(users, key=lambda row: (row[0].target, row[0].use))
@@ -116,9 +114,9 @@ def contract_table(*, changing: bool) -> str:
     return "\n".join(["| module | name | use | what must hold | for |", "|---|---|---|---|---|", *rows, ""])
 
 
-def _way(entry: Need | AnyOf, need: Need) -> str:
+def _way(entry: Entry, need: Need) -> str:
     """Which of several ways a need belongs to."""
-    if isinstance(entry, Need):
+    if not entry.end:
         return ""
     return next(f"{entry.end}: {name}" for name, way in entry.ways.items() if need in way)
 

@@ -11,18 +11,17 @@ from doc_pages import ROOT
 from docsite.tables import ENTRIES, contract_table
 from visionaccel.integrations.vllm.compat import architectures, contract
 from visionaccel.integrations.vllm.compat.contract import (
-    AnyOf,
     Feature,
     Need,
     entries_of,
+    missing_names,
     missing_of,
-    needs,
     way_of,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own deprecations
 
-NEEDS = list(dict.fromkeys(need for _, entry in ENTRIES for need in needs(entry)))
+NEEDS = list(dict.fromkeys(need for _, entry in ENTRIES for need in entry.needs))
 INTEGRATION = ROOT / "src" / "visionaccel" / "integrations" / "vllm"
 
 
@@ -65,7 +64,9 @@ def test_each_name_is_missed_when_it_is_gone(need, monkeypatch):
     homes, name = homes_of(need)
     for home in homes:
         monkeypatch.delattr(home, name)
-    assert missing_of(dataclasses.replace(need, optional=False)) == (f"{need.target.replace(':', '.')} does not exist",)
+    assert missing_names([dataclasses.replace(need, optional=False)]) == (
+        f"{need.target.replace(':', '.')} does not exist",
+    )
 
 
 @pytest.mark.parametrize("need", [need for need in NEEDS if not need.optional], ids=lambda need: need.target)
@@ -83,10 +84,10 @@ def test_each_condition_of_a_name_can_fail(need):
                     continue
                 changed = dataclasses.replace(need, parameters=("never_heard_of", *need.parameters[1:]))
                 text = f"has a new parameter {need.parameters[0]}"
-            assert any(text in found for found in missing_of(changed)), (need, field)
+            assert any(text in found for found in missing_names([changed])), (need, field)
     if need.implements:
         changed = dataclasses.replace(need, implements=need.implements[1:])
-        assert missing_of(changed) == (
+        assert missing_names([changed]) == (
             f"{need.target.replace(':', '.')} has a new abstract method {need.implements[0]}",
         )
 
@@ -122,7 +123,7 @@ def test_the_first_way_that_holds_is_taken_and_one_is_enough(monkeypatch):
     from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorBase
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    (ending,) = (entry for entry in entries_of(Feature.PIPELINED) if isinstance(entry, AnyOf))
+    (ending,) = (entry for entry in entries_of(Feature.PIPELINED) if entry.end)
     assert way_of(ending) == "the connector names it"
     monkeypatch.delattr(ECConnectorBase, "take_unavailable_requests")
     assert (way_of(ending), lacks(Feature.PIPELINED)) == ("the contained scheduler ends it", ())
@@ -173,7 +174,7 @@ def test_what_every_image_request_passes_is_needed_by_the_in_line_mode(architect
     from visionaccel.integrations.vllm.processing import FittedInfo, FittedProcessor
 
     row = architectures.ARCHITECTURES[architecture]
-    inline = {need.target for entry in entries_of(Feature.INLINE, architecture) for need in needs(entry)}
+    inline = {need.target for entry in entries_of(Feature.INLINE, architecture) for need in entry.needs}
     overridden = set()
     info, processor, _ = architectures.processing_of(architectures.stock_class(architecture))
     for part, ours, stock in (("info", FittedInfo, info), ("processor", FittedProcessor, processor)):

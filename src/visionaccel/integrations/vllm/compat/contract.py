@@ -17,7 +17,7 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import CodeType, FunctionType
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 from visionaccel.integrations.vllm.compat import release
 from visionaccel.integrations.vllm.compat.architectures import ARCHITECTURES
@@ -73,21 +73,16 @@ class Need:
 
 
 @dataclass(frozen=True, slots=True)
-class AnyOf:
-    """Ways to the same end, by a short name. The first whose needs all hold is taken."""
+class Entry:
+    """A row: ways to the same end, by a short name, of which one is enough. Most rows have one way and name no end."""
 
     end: str
     ways: Mapping[str, tuple[Need, ...]]
 
-
-Entry: TypeAlias = Need | AnyOf
-
-
-def needs(entry: Entry) -> tuple[Need, ...]:
-    """The names of an entry, all ways together."""
-    if isinstance(entry, Need):
-        return (entry,)
-    return tuple(each for way in entry.ways.values() for each in way)
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """All ways together."""
+        return tuple(each for way in self.ways.values() for each in way)
 
 
 _ABSENT = object()
@@ -97,10 +92,8 @@ _TABLE: dict[str, Any] = tomllib.loads(Path(__file__).with_name("contract.toml")
 
 def _entry(row: Mapping[str, Any], names: Mapping[str, str]) -> Entry:
     """A row of the table, with `names` for what is in braces."""
-    if "ways" in row:
-        ways = {way["way"]: tuple(_need(each, names) for each in way["needs"]) for way in row["ways"]}
-        return AnyOf(row["end"], ways)
-    return _need(row, names)
+    ways = row.get("ways", ({"way": "", "needs": (row,)},))
+    return Entry(row.get("end", ""), {way["way"]: tuple(_need(each, names) for each in way["needs"]) for way in ways})
 
 
 def _need(row: Mapping[str, Any], names: Mapping[str, str]) -> Need:
@@ -136,7 +129,7 @@ def entries_of(feature: Feature, architecture: str | None = None) -> tuple[Entry
 
 
 BY_OUR_SCHEDULER = "the contained scheduler ends it"
-FAILED_REQUESTS = next(entry for entry in entries_of(Feature.PIPELINED) if isinstance(entry, AnyOf))
+FAILED_REQUESTS = next(entry for entry in entries_of(Feature.PIPELINED) if entry.end)
 """How a request ends whose image failed; `BY_OUR_SCHEDULER` is one of the ways."""
 assert BY_OUR_SCHEDULER in FAILED_REQUESTS.ways
 
@@ -150,30 +143,32 @@ def why_off(feature: Feature, architecture: str | None = None) -> str | None:
 @cache
 def missing(feature: Feature, architecture: str | None = None) -> tuple[str, ...]:
     """What a feature needs, as `entries_of` says, that this vLLM does not have. Looked up once in a process."""
-    return tuple(dict.fromkeys(_all_missing(entries_of(feature, architecture))))
+    return tuple(dict.fromkeys(text for entry in entries_of(feature, architecture) for text in missing_of(entry)))
 
 
 def missing_of(entry: Entry) -> tuple[str, ...]:
     """What an entry needs that this vLLM does not have."""
-    if isinstance(entry, Need):
-        unused = entry.optional or (entry.where_loaded and entry.module not in sys.modules)
-        return () if unused else tuple(_missing(entry))
-    found = {name: _all_missing(way) for name, way in entry.ways.items()}
+    found = {name: missing_names(way) for name, way in entry.ways.items()}
     if not all(found.values()):
         return ()
+    if not entry.end:
+        return found[""]
     return (f"{entry.end}: " + "; or ".join(f"({name}) {', '.join(texts)}" for name, texts in found.items()),)
 
 
-def way_of(entry: AnyOf) -> str | None:
+def way_of(entry: Entry) -> str | None:
     """The first way whose needs all hold; None if there is none."""
-    return next((name for name, way in entry.ways.items() if not _all_missing(way)), None)
+    return next((name for name, way in entry.ways.items() if not missing_names(way)), None)
 
 
-def _all_missing(entries: Iterable[Entry]) -> tuple[str, ...]:
-    return tuple(text for entry in entries for text in missing_of(entry))
+def missing_names(needs: Iterable[Need]) -> tuple[str, ...]:
+    """What of some names this vLLM does not have."""
+    return tuple(text for need in needs for text in _missing(need))
 
 
 def _missing(need: Need) -> Iterator[str]:
+    if need.optional or (need.where_loaded and need.module not in sys.modules):
+        return
     label = need.target.replace(":", ".")
     try:
         found = _resolve(need)

@@ -19,7 +19,7 @@ from visionaccel.core.digests import remembered_digest
 from visionaccel.integrations.vllm import BACKEND_VARIABLES, compat
 from visionaccel.integrations.vllm.compat import contract, release
 from visionaccel.integrations.vllm.compat.architectures import source_files
-from visionaccel.integrations.vllm.compat.contract import Feature, entries_of, needs
+from visionaccel.integrations.vllm.compat.contract import Feature, entries_of
 
 NAME = "self-test"
 LIMIT = 180.0
@@ -82,5 +82,5 @@ def _files() -> Iterator[Path]:
     """Of vLLM, what the mode relies on and the scheduler's parts; of this package, all of the integration."""
     yield Path(contract.__file__).with_name("contract.toml")
     entries = (*entries_of(Feature.PIPELINED), *entries_of(Feature.CONTAINMENT))
-    for module in {*_PACKAGES, *(need.module for entry in entries for need in needs(entry))}:
+    for module in {*_PACKAGES, *(need.module for entry in entries for need in entry.needs)}:
         yield from source_files(module)
