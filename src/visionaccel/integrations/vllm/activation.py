@@ -185,7 +185,7 @@ def _refuse_fitting(served: engine_config.ServedModel, settings: Settings, reaso
     grids = grids_of(served, settings)
     if grids is not None and not (grids.rest and settings.fit == "none"):
         raise ConfigurationError(
-            f"the programs of {settings.bundle} take {grids}, but {reason}.",
+            f"the programs of {settings.bundle} take {grids} (height x width in patches), but {reason}.",
             hint="Start a release of vLLM that docs/compatibility.md names, by `vllm serve` or `LLM(...)` with its "
             "Python front end, use a bundle with a dynamic program, or set VISIONACCEL_FIT=none and "
             "VISIONACCEL_FALLBACK.",

@@ -162,7 +162,7 @@ class Grids:
     rest: bool  # a fallback takes what fits none
 
     def __str__(self) -> str:
-        return "; ".join(map(str, self.coverages)) + " (height x width in patches)"
+        return "; ".join(map(str, self.coverages))
 
 
 def grids_of(served: ServedModel, settings: Settings) -> Grids | None:

@@ -172,7 +172,8 @@ class FittedInfo(compat.Mixin):  # type: ignore[misc]
         (grid,) = as_grids(as_numpy(grid_thw).reshape(-1, 3))
         if not any(self.grids.tower.fits(coverage, grid.frame) for coverage in self.grids.coverages):
             raise UnfitGridError(
-                f"this {kind} has grid {grid}, and the encoder's programs take {self.grids}.",
+                f"this {kind} has grid {grid}, and the encoder's programs take {self.grids} "
+                "(height x width in patches).",
                 hint="Leave the processor's size options alone, or have the server set VISIONACCEL_FIT or "
                 "VISIONACCEL_FALLBACK.",
             )
@@ -211,7 +212,8 @@ class FittedInfo(compat.Mixin):  # type: ignore[misc]
     @_errors_for_clients
     def _refuse_video(self) -> None:
         raise UnfitGridError(
-            f"this server takes no videos: its vision encoder's programs take {self.grids}.",
+            f"this server takes no videos: its vision encoder's programs take {self.grids} "
+            "(height x width in patches).",
             hint="Have the server set VISIONACCEL_FALLBACK, or use a bundle with a dynamic program.",
         )
 
