@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visionaccel.core.dtypes import FLOATS
+from visionaccel.families import family_named
 
 QWEN2_5_VL_7B: Mapping[str, Any] = MappingProxyType(
     {
@@ -63,33 +64,9 @@ LIVELY: Mapping[str, float] = MappingProxyType(
 less to the residual stream than that holds already, as in trained towers: rounding shows as it would there."""
 
 
-def tower_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names (below the prefix) and shapes of a tower's tensors."""
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    merged = hidden * config["spatial_merge_size"] ** 2
-    side, steps = config["patch_size"], config["temporal_patch_size"]
-    shapes: dict[str, tuple[int, ...]] = {
-        "patch_embed.proj.weight": (hidden, config["in_channels"], steps, side, side),
-        "merger.ln_q.weight": (hidden,),
-        "merger.mlp.0.weight": (merged, merged),
-        "merger.mlp.0.bias": (merged,),
-        "merger.mlp.2.weight": (config["out_hidden_size"], merged),
-        "merger.mlp.2.bias": (config["out_hidden_size"],),
-    }
-    linears = {
-        "attn.qkv": (3 * hidden, hidden),
-        "attn.proj": (hidden, hidden),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }
-    for block in range(config["depth"]):
-        for norm in ("norm1", "norm2"):
-            shapes[f"blocks.{block}.{norm}.weight"] = (hidden,)
-        for name, shape in linears.items():
-            shapes[f"blocks.{block}.{name}.weight"] = shape
-            shapes[f"blocks.{block}.{name}.bias"] = shape[:1]
-    return shapes
+def tower_shapes(config: Mapping[str, Any]) -> Mapping[str, tuple[int, ...]]:
+    """Names (below the prefix) and shapes of the tensors of a tower with that `vision_config`."""
+    return family_named("qwen2_5_vl").described(_document(config), "config.json").shapes()
 
 
 def random_checkpoint(
@@ -109,7 +86,7 @@ def random_checkpoint(
         config: Its `vision_config`.
         dtype: `float32`, `float16` or `bfloat16`.
         prefix: What the tensors' names start with.
-        shards: Number of safetensors files; more than one come with an index.
+        shards: Number of safetensors files; several come with an index.
         seed: Seed of the weights.
         scales: What tensors are multiplied by, by the ends of their names; others by 1.
 
@@ -125,9 +102,9 @@ def random_checkpoint(
     for shard in range(shards):
         file = "model.safetensors" if shards == 1 else f"model-{shard + 1:05}-of-{shards:05}.safetensors"
         part = shapes[shard::shards]
-        drawn = {prefix + name: _draw(rng, name, shape, dtype, _scale(name, scales)) for name, shape in part}
+        drawn = {prefix + name: _draw(rng, name, shape, scales).astype(FLOATS[dtype]) for name, shape in part}
         save_file(drawn, folder / file)
-        weight_map |= dict.fromkeys((prefix + name for name, _ in part), file)
+        weight_map |= dict.fromkeys(drawn, file)
     if shards > 1:
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return folder
@@ -151,21 +128,22 @@ def hollow_checkpoint(folder: Path, config: Mapping[str, Any]) -> Path:
     return folder
 
 
-def _write_config(folder: Path, config: Mapping[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    document = {
+def _document(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
         "model_type": "qwen2_5_vl",
         "vision_config": {"model_type": "qwen2_5_vl", **config},
     }
-    (folder / "config.json").write_text(json.dumps(document, indent=1))
 
 
-def _scale(name: str, scales: Mapping[str, float]) -> float:
-    return next((scale for end, scale in scales.items() if name.endswith(end)), 1.0)
+def _write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(_document(config), indent=1))
 
 
-def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...], dtype: str, scale: float) -> NDArray[Any]:
+def _draw(
+    rng: np.random.Generator, name: str, shape: tuple[int, ...], scales: Mapping[str, float]
+) -> NDArray[np.float32]:
     values = rng.standard_normal(shape, dtype=np.float32)
     if "norm" in name or "ln_q" in name:
         values = 1 + np.float32(0.15) * values
@@ -173,6 +151,5 @@ def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...], dtype: st
         values *= np.float32(0.05)
     else:
         values *= np.float32(1 / math.sqrt(math.prod(shape[1:])))
-    if scale != 1:
-        values *= np.float32(scale)
-    return values.astype(FLOATS[dtype])
+    values *= np.float32(next((scale for end, scale in scales.items() if name.endswith(end)), 1))
+    return values

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,8 @@ def conformance_kit(request: pytest.FixtureRequest, tmp_path_factory: pytest.Tem
 
     declared = request.cls.under_test(request.config)
     refuse_unknown_checks(declared)
-    with Kit(declared, tmp_path_factory.mktemp("conformance"), request.config.getoption("--visionaccel-seed")) as kit:
+    folder, seed = tmp_path_factory.mktemp("conformance"), request.config.getoption("--visionaccel-seed")
+    with closing(Kit(declared, folder, seed)) as kit:
         yield kit
 
 

@@ -35,7 +35,7 @@ from visionaccel_bench.serve.serve_report import Report, make_report
 from visionaccel_bench.serve.serve_tables import concurrency_table, load_of, notes, serve_table
 from visionaccel_bench.serve.serving import Plan, Taken, measure, measure_at_no_cost, running, started
 from visionaccel_bench.tables import print_table
-from visionaccel_testing.simulated.target import NAME as SIMULATED
+from visionaccel_testing.simulated.backend import NAME as SIMULATED
 
 bench = typer.Typer(name="bench", help="Measure encodes, and servers under load.", no_args_is_help=True)
 

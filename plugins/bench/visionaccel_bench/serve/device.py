@@ -17,7 +17,7 @@ from visionaccel.encoder import Encoder, open_encoder, open_source
 from visionaccel.errors import ConfigurationError
 from visionaccel.families import Tower
 from visionaccel.images import Fitter, image_processor
-from visionaccel_testing.simulated.target import NAME as SIMULATED
+from visionaccel_testing.simulated.backend import NAME as SIMULATED
 
 if TYPE_CHECKING:
     import numpy as np

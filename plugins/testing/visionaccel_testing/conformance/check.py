@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from visionaccel_testing.conformance.kit import Kit
 
-LEVELS = (
-    "interface",
-    "shapes",
-    "numbers",
-    "determinism",
-    "concurrency and life cycle",
-    "faults",
-    "speed",
-)
+LEVELS = ("interface", "shapes", "numbers", "determinism", "concurrency and life cycle", "faults", "speed")
 """What the levels 0 to 6 are about."""
 
 
@@ -29,6 +22,16 @@ class NotApplicableError(Exception):
     """A check has nothing to look at in this backend; the message says why."""
 
 
+@contextmanager
+def must_raise(kind: type[Exception], otherwise: str) -> Iterator[None]:
+    """Fail with that message unless an error of that kind is raised within."""
+    try:
+        yield
+    except kind:
+        return
+    raise CheckFailedError(otherwise)
+
+
 @dataclass(frozen=True)
 class Check:
     """One check.
@@ -37,9 +40,7 @@ class Check:
         level: 0 to 6.
         name: Its name, such as `L1-rows`.
         title: What is right if it passes, in one sentence.
-        run: Runs it.
-
-    `run` raises CheckFailedError, NotApplicableError, or what the backend raised where it should raise nothing.
+        run: Raises CheckFailedError or NotApplicableError, or what the backend raised where it should raise nothing.
     """
 
     level: int

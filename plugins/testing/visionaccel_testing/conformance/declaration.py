@@ -94,10 +94,6 @@ class BackendUnderTest:
         """How near to the reference embeddings of a precision must be; as float32's where none is stated."""
         return {**TOLERANCES, **self.tolerances}.get(precision, TOLERANCES["float32"])
 
-    def known_failure(self, check: str) -> KnownFailure | None:
-        """The known failure of a check, if there is one."""
-        return next((known for known in self.known_failures if known.check == check), None)
-
     def stated(self, seed: int) -> dict[str, Any]:
         """What a report says of how the backend was checked, as JSON has it.
 

@@ -6,18 +6,16 @@ import threading
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from visionaccel.core.arrays import as_numpy
 from visionaccel.core.grid import Grid
 from visionaccel_testing.conformance.check import CheckFailedError, Checks
 from visionaccel_testing.conformance.fresh_process import in_fresh_process
-from visionaccel_testing.conformance.kit import Kit
-from visionaccel_testing.conformance.subject import Subject, patches_for
+from visionaccel_testing.conformance.kit import Embeddings, Kit
+from visionaccel_testing.conformance.subject import Subject, listed, patches_for
 
 DETERMINISM = Checks(3)
 
-CALLS = 5
+_CALLS = 5
 
 
 @DETERMINISM.add
@@ -25,11 +23,11 @@ def calls(kit: Kit) -> None:
     """Repeated calls agree, with other calls between them."""
     for grids in kit.calls:
         patches = kit.patches(grids)
-        first = kit.encode(patches, grids).copy()
-        for number in range(CALLS):
+        first = kit.encode(patches, grids)
+        for number in range(_CALLS):
             between = kit.calls[number % len(kit.calls)]
             kit.encode(kit.patches(between, 50 + number), between)
-            kit.same(kit.encode(patches, grids), first, f"grids {', '.join(map(str, grids))}, encoded again")
+            kit.same(kit.encode(patches, grids), first, f"grids {listed(grids)}, encoded again")
 
 
 @DETERMINISM.add
@@ -38,7 +36,7 @@ def processes(kit: Kit) -> None:
     found = in_fresh_process(_encode, kit.subject, kit.calls)
     for grids, embeddings in zip(kit.calls, found, strict=True):
         here = kit.encode(patches_for(grids, kit.seed), grids)
-        kit.same(embeddings, here, f"grids {', '.join(map(str, grids))} in another process")
+        kit.same(embeddings, here, f"grids {listed(grids)} in another process")
 
 
 @DETERMINISM.add
@@ -47,13 +45,13 @@ def neighbours(kit: Kit) -> None:
     for grids in kit.calls:
         image = grids[0]
         patches = kit.patches([image], 60)
-        alone = kit.encode(patches, [image]).copy()
+        alone = kit.encode(patches, [image])
         for number, other in enumerate((image, grids[-1])):
             other_patches = 10.0 * kit.patches([other], 61 + number)
             both = kit.encode(np.concatenate([patches, other_patches]), [image, other])
             kit.compare(both[: len(alone)], alone, f"grid {image} alone and before one of {other} with larger values")
             both = kit.encode(np.concatenate([other_patches, patches]), [other, image])
-            kit.compare(both[-len(alone) :], alone, f"grid {image} alone and behind one of {other} with larger values")
+            kit.compare(both[-len(alone) :], alone, f"grid {image} alone and after one of {other} with larger values")
 
 
 @DETERMINISM.add
@@ -61,8 +59,8 @@ def threads(kit: Kit) -> None:
     """A thread that did not open the session gives the same embeddings."""
     grids = kit.calls[0]
     patches = kit.patches(grids)
-    here = kit.encode(patches, grids).copy()
-    outcomes: list[NDArray[np.float32] | BaseException] = []
+    here = kit.encode(patches, grids)
+    outcomes: list[Embeddings | BaseException] = []
 
     def encode() -> None:
         try:
@@ -80,6 +78,6 @@ def threads(kit: Kit) -> None:
         kit.same(outcome, here, "the same patches in another thread")
 
 
-def _encode(subject: Subject, calls_: Sequence[tuple[Grid, ...]]) -> list[NDArray[np.float32]]:
+def _encode(subject: Subject, calls_: Sequence[tuple[Grid, ...]]) -> list[Embeddings]:
     with subject.open() as encoder:
-        return [np.array(as_numpy(encoder.encode(patches_for(grids, subject.seed), list(grids)))) for grids in calls_]
+        return [np.array(encoder.encode(patches_for(grids, subject.seed), grids)) for grids in calls_]

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from visionaccel.core.arrays import as_numpy
 from visionaccel.core.grid import Grid
 from visionaccel.core.program import AnyGrid
 from visionaccel.core.safe_text import safe_logger
@@ -58,7 +57,7 @@ def read_digits(folder: Path, ours: Encoder, reference: Encoder, count: int) -> 
     """What the digits model reads in held-out images through an encoder, compared with the truth and the reference.
 
     Images keep their own size, `natural`, on a program for any grid; without one it is the reference that reads them.
-    That is what the accuracy of `letterbox` and `stretch` is lost against, for which images are fitted to the programs
+    That is what the accuracy of `letterbox` and `stretch` is compared with, for which images are fitted to the programs
     that do not take every grid.
 
     Args:
@@ -75,18 +74,7 @@ def read_digits(folder: Path, ours: Encoder, reference: Encoder, count: int) -> 
     ways: list[tuple[Fit, Encoder]] = [("natural", reference if limited == coverages else ours)]
     if limited:
         ways += [("letterbox", ours), ("stretch", ours)]
-    failures: list[VisionAccelError] = []
-
-    def attempt(patches: Patches, grid: Grid) -> str | None:
-        try:
-            return reader.answer(ours, patches, grid)
-        except VisionAccelError as error:
-            if not failures:  # the others are likely the same
-                logger.warning("No answer to an image of grid %s: %s", grid, error)
-            failures.append(error)
-            return None
-
-    found = []
+    found, failed = [], False
     with _one_thread():
         for fit, encoder in ways:
             fitter = None
@@ -96,10 +84,18 @@ def read_digits(folder: Path, ours: Encoder, reference: Encoder, count: int) -> 
             for sample in samples:
                 patches, grid = _fitted(sample.image, fitter, process)
                 expected = reader.answer(reference, patches, grid)
-                answer = expected if encoder is reference else attempt(patches, grid)
+                answer: str | None = expected
+                if encoder is ours:
+                    try:
+                        answer = reader.answer(ours, patches, grid)
+                    except VisionAccelError as error:
+                        answer = None
+                        if not failed:  # the others are likely the same
+                            logger.warning("No answer to an image of grid %s: %s", grid, error)
+                        failed = True
                 right += answer == sample.truth
                 agreeing += answer == expected
-            found.append(DigitsRead(fit=fit, images=count, accuracy=right / count, agreement=agreeing / count))
+            found.append(DigitsRead(fit, count, right / count, agreeing / count))
     return tuple(found)
 
 
@@ -122,8 +118,7 @@ def _fitted(image: Image, fitter: Fitter | None, process: ImageProcessor) -> tup
         return process(image)
     patch, grid = fitter.tower.patch_size, fitter.grid_for(image.height, image.width)
     fitted = fitter.fit(image)
-    exact = (fitted.height, fitted.width) == (grid.h * patch, grid.w * patch)
-    return process(fitted, resize=not exact)
+    return process(fitted, resize=(fitted.height, fitted.width) != (grid.h * patch, grid.w * patch))
 
 
 class _Reader:
@@ -165,21 +160,12 @@ class _Reader:
         self._visual = self._model.model.visual = Visual(self._merge)
 
     def answer(self, encoder: Encoder, patches: Patches, grid: Grid) -> str:
-        """The digits that the model reads in one image.
-
-        Args:
-            encoder: Makes the embeddings.
-            patches: [P, patch_width].
-            grid: Of those patches.
-
-        Raises:
-            DeviceError: If the encoder fails.
-        """
+        """The digits that the model reads in one image, whose embeddings an encoder makes of patches [P, width]."""
         import torch
 
         from digits_vlm.architecture import QUESTION
 
-        embeddings = np.array(as_numpy(encoder.encode(patches, [grid])), dtype=np.float32)
+        embeddings = np.array(encoder.encode(patches, [grid]))
         content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
         text: str = self._tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False

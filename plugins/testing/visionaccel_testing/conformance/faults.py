@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import os
-import resource
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
-from visionaccel.backends import Accepted, Registry
+from visionaccel.backends import Registry, select
 from visionaccel.bundle import Bundle
-from visionaccel.core.arrays import as_numpy
 from visionaccel.core.grid import total_patches
 from visionaccel.encoder import Encoder, open_source
 from visionaccel.errors import ArtifactError, DeviceError, DeviceLostError, OutputError, VisionAccelError
 from visionaccel.isolation import IsolatedSession
-from visionaccel_testing.conformance.check import CheckFailedError, Checks, NotApplicableError
+from visionaccel_testing.conformance.check import CheckFailedError, Checks, NotApplicableError, must_raise
 from visionaccel_testing.conformance.fresh_process import in_fresh_process
-from visionaccel_testing.conformance.kit import Kit
-from visionaccel_testing.conformance.subject import Subject, grids_of, patches_for
+from visionaccel_testing.conformance.kit import Kit, Weights
+from visionaccel_testing.conformance.subject import Subject, first_call, grids_of, patches_for
 
 FAULTS = Checks(5)
 
@@ -54,16 +51,12 @@ def tampered(kit: Kit) -> None:
     if kit.subject.source == kit.subject.checkpoint:
         raise NotApplicableError("it opens checkpoints, whose files state no digests.")
     subject = kit.copy_of(kit.subject, "tampered")
-    files = [path for path in subject.source.rglob("*") if path.is_file() and path.suffix != ".json"]
-    largest = max(files, key=lambda path: path.stat().st_size)
+    largest = _largest([path for path in subject.source.rglob("*") if path.is_file() and path.suffix != ".json"])
     data = bytearray(largest.read_bytes())
     data[len(data) // 2] ^= 0x55
     largest.write_bytes(data)
-    try:
-        subject.open(registry=kit.registry).close()
-    except ArtifactError:
-        return
-    raise CheckFailedError(f"a bundle is opened although {largest.name} was changed.")
+    with must_raise(ArtifactError, f"a bundle is opened although {largest.name} was changed."):
+        subject.open().close()
 
 
 @FAULTS.add
@@ -75,9 +68,9 @@ def failed_call(kit: Kit) -> None:
 @FAULTS.add
 def nan_output(kit: Kit) -> None:
     """Weights that make NaN of every image end in an error, not in numbers."""
-    subject = kit.subject_of("nan", edit=_poisoned)
+    subject = kit.subject_of("nan", edit=_poison)
     try:
-        encoder = subject.open(registry=kit.registry)
+        encoder = subject.open()
     except VisionAccelError:
         return  # It looked at the weights.
     with encoder:
@@ -86,151 +79,131 @@ def nan_output(kit: Kit) -> None:
             found = encoder.encode(kit.patches(grids), grids)
         except (OutputError, DeviceError):
             return
-        shown = np.asarray(as_numpy(found))[0, :4]
         raise CheckFailedError(
-            f"a layer's weights are NaN, and the answer is {shown}...: NaN is replaced by numbers somewhere, so a "
-            "broken device would answer, too."
+            f"a layer's weights are NaN, and the answer is {found[0, :4]}...: NaN is replaced by numbers somewhere, so "
+            "a broken device would answer, too."
         )
 
 
 @FAULTS.add
 def device_lost(kit: Kit) -> None:
     """If the process of the device dies, the call in it fails as DeviceLostError, and a new one answers right."""
-    with _isolated(kit) as (_, session, encode, exact), ThreadPoolExecutor(1) as pool:
-        pid = session.pid
-        assert pid is not None
-        os.kill(pid, signal.SIGSTOP)  # so that the call is still in it when it dies
-        call = pool.submit(encode)
+    with _isolated(kit) as device, ThreadPoolExecutor(1) as pool:
+        device.process.suspend()  # so that the call is still in it when it dies
+        call = pool.submit(device.encode)
         time.sleep(_UNDER_WAY)
-        os.kill(pid, signal.SIGKILL)
-        try:
+        device.process.kill()
+        with must_raise(DeviceLostError, "a call was answered by a process that was stopped and killed."):
             call.result()
-        except DeviceLostError:
-            pass
-        else:
-            raise CheckFailedError("a call was answered by a process that was stopped and killed.")
-        _recovers(kit, encode, exact, "whose process was killed")
-        if session.restarts < 1:
+        device.recovers("whose process was killed")
+        if device.session.restarts < 1:
             raise CheckFailedError("the process of the device was killed and no new one was started.")
 
 
 @FAULTS.add
 def hang(kit: Kit) -> None:
     """If a call hangs past the deadline, it fails as DeviceLostError in time, and later ones are right."""
-    with _isolated(kit, deadline=_HANG) as (_, session, encode, exact):
-        pid = session.pid
-        assert pid is not None
-        os.kill(pid, signal.SIGSTOP)
+    with _isolated(kit, deadline=_HANG) as device:
+        device.process.suspend()
         began = time.monotonic()
-        try:
-            encode()
-        except DeviceLostError:
-            lasted = time.monotonic() - began
-        else:
-            raise CheckFailedError("a stopped process answered.")
+        with must_raise(DeviceLostError, "a stopped process answered."):
+            device.encode()
+        lasted = time.monotonic() - began
         if lasted > 10 * _HANG:
             raise CheckFailedError(f"a call of a stopped process ended after {lasted:.0f} s, not {_HANG:g} s.")
-        _recovers(kit, encode, exact, "that hung")
+        device.recovers("that hung")
 
 
 @FAULTS.add
 def allocation(kit: Kit) -> None:
     """Without memory a call fails with an error or ends the device's process; later calls are right."""
-    with _isolated(kit) as (encoder, session, encode, exact):
-        pid = session.pid
-        assert pid is not None
+    with _isolated(kit) as device:
         # A call that is larger than those before must take more memory.
         larger = max(kit.calls, key=total_patches)
         patches = kit.patches(larger, 91)
         right = kit.encode(patches, larger)
-        limits = resource.prlimit(pid, resource.RLIMIT_AS)
-        size = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
+        limits = device.process.rlimit(psutil.RLIMIT_AS)
+        size = device.process.memory_info().vms
         failed = False
         for left in _LEFT:
-            resource.prlimit(pid, resource.RLIMIT_AS, (size + left, limits[1]))
+            device.process.rlimit(psutil.RLIMIT_AS, (size + left, limits[1]))
             try:
-                found = encoder.encode(patches, larger)
+                found = np.array(device.encoder.encode(patches, larger))
             except DeviceError:
                 failed = True
                 break
-            kit.same(np.asarray(as_numpy(found)), right, f"a call with {left // 2**20} MiB of memory left")
-        if session.pid == pid:
-            resource.prlimit(pid, resource.RLIMIT_AS, limits)
-        _recovers(kit, encode, exact, "that had no memory")
+            kit.same(found, right, f"a call with {left // 2**20} MiB of memory left")
+        if device.session.pid == device.process.pid:
+            device.process.rlimit(psutil.RLIMIT_AS, limits)
+        device.recovers("that had no memory")
         if not failed:
             raise NotApplicableError("its calls take no memory beyond what it holds, and were right with none left.")
 
 
-def _recovers(kit: Kit, encode: Callable[[], NDArray[np.float32]], exact: NDArray[np.float32], what: str) -> None:
-    """Fail unless calls are answered right again in time; until then they may fail as DeviceError."""
-    limit = time.monotonic() + _RECOVERY
-    while True:
-        try:
-            found = encode()
-        except DeviceError:
-            if time.monotonic() > limit:
-                raise
-            time.sleep(0.05)
-        else:
-            kit.same(found, exact, f"the first answer of a device {what}")
-            return
+class _Device:
+    """The backend in a child process, and a small call that is answered there."""
+
+    def __init__(self, kit: Kit, encoder: Encoder) -> None:
+        self._kit, self.encoder = kit, encoder
+        session = encoder.program_for(kit.calls[0][0]).session
+        assert isinstance(session, IsolatedSession)
+        assert session.pid is not None
+        self.session, self.process = session, psutil.Process(session.pid)
+        self.encode = first_call(encoder, kit.seed)
+        self._exact = self.encode()
+
+    def recovers(self, what: str) -> None:
+        """Fail unless calls are answered right again in time; until then they may fail as DeviceError."""
+        limit = time.monotonic() + _RECOVERY
+        while True:
+            try:
+                found = self.encode()
+            except DeviceError:
+                if time.monotonic() > limit:
+                    raise
+                time.sleep(0.05)
+            else:
+                self._kit.same(found, self._exact, f"the first answer of a device {what}")
+                return
 
 
 @contextmanager
-def _isolated(
-    kit: Kit, deadline: float = 60.0
-) -> Iterator[tuple[Encoder, IsolatedSession, Callable[[], NDArray[np.float32]], NDArray[np.float32]]]:
-    """The backend in a child process: encoder, session, a small call, and its right answer."""
-    grids = kit.calls[0]
-    patches = kit.patches(grids, 90)
-    with kit.subject.open(registry=kit.registry, isolation="process", deadline=deadline) as encoder:
-        session = encoder.program_for(grids[0]).session
-        assert isinstance(session, IsolatedSession)
-
-        def encode() -> NDArray[np.float32]:
-            return np.array(as_numpy(encoder.encode(patches, grids)))
-
-        yield encoder, session, encode, encode()
+def _isolated(kit: Kit, deadline: float = 60.0) -> Iterator[_Device]:
+    with kit.subject.open(isolation="process", deadline=deadline) as encoder:
+        yield _Device(kit, encoder)
 
 
-def _poisoned(checkpoint: Path) -> None:
+def _poison(weights: Weights) -> None:
     """Makes one bias NaN, in a layer that every token goes through."""
-    from safetensors.numpy import load_file, save_file
+    weights["visual.blocks.0.attn.proj.bias"][:] = np.nan
 
-    file = checkpoint / "model.safetensors"
-    weights = load_file(file)
-    name = next(name for name in sorted(weights) if name.endswith("blocks.0.attn.proj.bias"))
-    weights[name] = np.full_like(weights[name], np.nan)
-    save_file(weights, file)
+
+def _largest(files: list[Path]) -> Path:
+    return max(files, key=lambda path: path.stat().st_size)
 
 
 def _open_truncated(subject: Subject) -> None:
     """Opens and runs a program whose largest file lost its second half after the core had looked at it."""
-    backend = Registry().load(subject.backend)
-    source = open_source(subject.source)
-    tower = source.tower if isinstance(source, Bundle) else source
-    programs = source.programs(backend.formats_on(subject.device))
-    program = next(each for each in programs if isinstance(backend.probe(each, subject.device), Accepted))
-    host = tower.host(program)
+    registry, source = Registry(), open_source(subject.source)
+    backend = registry.load(subject.backend)
+    program = select(registry, source, subject.backend, subject.device).require()[1][0]
     with subject.open() as encoder:
         grid = next(
             call[0].frame
             for call in grids_of(encoder)
             if encoder.program_for(call[0].frame).program.coverage == program.coverage
         )
-    inputs = host.inputs(patches_for([grid], subject.seed), [grid])
+    tower = source.tower if isinstance(source, Bundle) else source
+    inputs = tower.host(program).inputs(patches_for([grid], subject.seed), [grid])
+    options = backend.options.model_validate(dict(subject.options))
 
     def run() -> None:
-        session = backend.open(program, subject.device, backend.options.model_validate(dict(subject.options)))
-        try:
+        with closing(backend.open(program, subject.device, options)) as session:
             session.run(inputs)
-        finally:
-            session.close()
 
     run()  # as it is, it runs
     # What the program itself reads: its artifact, or the weights.
-    files = [program.artifact] if program.artifact else sorted({stored.file for stored in program.weights.values()})
-    largest = max(files, key=lambda path: path.stat().st_size)
+    largest = _largest([program.artifact] if program.artifact else [each.file for each in program.weights.values()])
     with largest.open("r+b") as file:
         file.truncate(largest.stat().st_size // 2)
     try:
@@ -243,34 +216,25 @@ def _open_truncated(subject: Subject) -> None:
 
 
 def _fail_inside(subject: Subject) -> None:
-    """Calls sessions with inputs that no program takes; any exception will do, and then a right call must be right."""
+    """Calls a session with inputs that no program takes; any exception will do, and then a right call must be right."""
     with subject.open() as encoder:
-        grids = list(grids_of(encoder)[0])
+        grids = grids_of(encoder)[0]
+        frame = grids[0].frame
         patches = patches_for(grids, subject.seed)
-        exact = np.array(as_numpy(encoder.encode(patches, grids)))
-        for opened in encoder.programs:
-            frame = grids[0].frame
-            if encoder.program_for(frame) is not opened:
-                continue
-            inputs = dict(opened.host.inputs(patches[: frame.patches], [frame]))
-            for what, given in _broken(inputs):
-                try:
-                    opened.session.run(given)
-                except Exception as error:
-                    failed: Exception | None = error
-                else:
-                    failed = None
-                if failed is None:
-                    raise CheckFailedError(f"a session runs on inputs where {what}.")
-                found = np.asarray(as_numpy(encoder.encode(patches, grids)))
-                if not np.array_equal(found, exact) and encoder.capabilities.deterministic:
-                    raise CheckFailedError(
-                        f"after a call that failed because {what}, a right call gets a wrong answer."
-                    )
+        exact = np.array(encoder.encode(patches, grids))
+        opened = encoder.program_for(frame)
+        for what, given in _broken(opened.host.inputs(patches[: frame.patches], [frame])):
+            try:
+                opened.session.run(given)
+            except Exception:
+                found = encoder.encode(patches, grids)
+            else:
+                raise CheckFailedError(f"a session runs on inputs where {what}.")
+            if encoder.capabilities.deterministic and not np.array_equal(found, exact):
+                raise CheckFailedError(f"after a call that failed because {what}, a right call gets a wrong answer.")
 
 
 def _broken(inputs: Mapping[str, NDArray[np.generic]]) -> Iterator[tuple[str, dict[str, NDArray[np.generic]]]]:
-    name = max(inputs, key=lambda each: np.asarray(inputs[each]).nbytes)
+    name = max(inputs, key=lambda each: inputs[each].nbytes)
     yield f"{name!r} is missing", {other: array for other, array in inputs.items() if other != name}
-    array = np.asarray(inputs[name])
-    yield f"{name!r} is too narrow", {**inputs, name: np.ascontiguousarray(array[..., :-1])}
+    yield f"{name!r} is too narrow", {**inputs, name: np.ascontiguousarray(inputs[name][..., :-1])}

@@ -6,18 +6,19 @@ import multiprocessing
 import signal
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar
 
 from visionaccel_testing.conformance.check import CheckFailedError, NotApplicableError
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-SECONDS = 300.0
+_SECONDS = 300.0
 """Far more than any check takes on a busy machine; what lasts longer hangs."""
 
-ENDING = 30.0
+_ENDING = 30.0
 """Likewise for an interpreter to exit."""
 
 
@@ -33,18 +34,14 @@ def in_fresh_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
         CheckFailedError: As it does there; or if it raises anything else, crashes, exits or hangs.
         NotApplicableError: As it does there.
     """
-    what = f"a process that did nothing but {function.__name__}"
-    return cast("T", _answered("spawn", what, function, args, kwargs))
+    answer: T = _answered("spawn", f"a process that did nothing but {function.__name__}", function, args, kwargs)
+    return answer
 
 
 def in_fork(function: Callable[[], T]) -> T:
-    """What a function returns in a fork of this process; only its result is pickled.
-
-    Raises:
-        CheckFailedError: As `in_fresh_process` does.
-        NotApplicableError: As it does there.
-    """
-    return cast("T", _answered("fork", "a forked process", function, (), {}))
+    """The same in a fork of this process; only the result is pickled."""
+    answer: T = _answered("fork", "a forked process", function, (), {})
+    return answer
 
 
 def _answered(
@@ -55,50 +52,44 @@ def _answered(
     process = context.Process(target=_answer, args=(far, function, args, kwargs))
     process.start()
     far.close()
-    try:
-        answered = near.poll(SECONDS)
-        kind, value = near.recv() if answered else ("silent", None)
-    except EOFError:
-        kind, value = "silent", None
-    finally:
-        near.close()
+    answered = near.poll(_SECONDS)
+    answer = None
+    with suppress(EOFError):  # it ended without an answer
+        answer = near.recv() if answered else None
+    near.close()
     # An interpreter that answered and then does not end is at fault too: something keeps it from exiting.
-    process.join(ENDING if answered else 0)
+    process.join(_ENDING if answered else 0)
     hung = process.is_alive()
     if hung:
         process.kill()
         process.join()
     code = process.exitcode
     process.close()
-    if kind == "inapplicable":
-        raise NotApplicableError(value)
-    if kind == "error":
-        raise CheckFailedError(f"{what}: {value}" if method == "fork" else value)
+    value, error = answer or (None, None)
+    if isinstance(error, CheckFailedError) and method == "fork":
+        raise CheckFailedError(f"{what}: {error}")
+    if error is not None:
+        raise error
     if hung:
         raise CheckFailedError(
             f"{what} did not {'end' if answered else 'answer'} in time: a call, a lock or a thread of the backend "
             "hangs."
         )
-    if code != 0 or kind == "silent":
-        raise CheckFailedError(f"{what} {_end(code)}.")
+    if code != 0 or answer is None:
+        end = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+        raise CheckFailedError(f"{what} {end}.")
     return value
 
 
 def _answer(answers: Connection, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    value: Any = None
+    failure: Exception | None = None
     try:
-        answer = ("value", function(*args, **kwargs))
-    except NotApplicableError as error:
-        answer = ("inapplicable", str(error))
-    except CheckFailedError as error:
-        answer = ("error", str(error))
+        value = function(*args, **kwargs)
+    except (NotApplicableError, CheckFailedError) as error:
+        failure = error
     except BaseException as error:
         trace = "".join(traceback.format_exception(error))
-        answer = ("error", f"{type(error).__name__} in a new process: {error}\n{trace}")
-    answers.send(answer)
+        failure = CheckFailedError(f"{type(error).__name__} in a new process: {error}\n{trace}")
+    answers.send((value, failure))
     answers.close()
-
-
-def _end(code: int | None) -> str:
-    if code is not None and code < 0:
-        return f"was ended by {signal.Signals(-code).name}"
-    return f"ended with status {code}"

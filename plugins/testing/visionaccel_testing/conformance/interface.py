@@ -9,6 +9,8 @@ from dataclasses import fields, replace
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
+import psutil
+
 from visionaccel.backends import (
     GROUP,
     Accepted,
@@ -17,12 +19,12 @@ from visionaccel.backends import (
     Registry,
     Rejected,
     VisionBackend,
+    select,
 )
-from visionaccel.bundle import Bundle
 from visionaccel.core.program import Program
-from visionaccel.encoder import open_encoder, open_source
-from visionaccel.errors import SettingsError
-from visionaccel_testing.conformance.check import CheckFailedError, Checks, NotApplicableError
+from visionaccel.encoder import open_source
+from visionaccel.errors import BackendUnavailableError, SettingsError
+from visionaccel_testing.conformance.check import CheckFailedError, Checks, NotApplicableError, must_raise
 from visionaccel_testing.conformance.fresh_process import in_fresh_process
 from visionaccel_testing.conformance.kit import Kit
 
@@ -65,8 +67,7 @@ def registration(kit: Kit) -> None:
 @INTERFACE.add
 def options(kit: Kit) -> None:
     """Options are described, cannot change, and unknown ones are refused."""
-    backend = kit.registry.load(kit.declared.backend)
-    kind = backend.options
+    kind = Registry().load(kit.declared.backend).options
     if not issubclass(kind, Options):
         raise CheckFailedError(f"`options` is {kind!r}; it must be a subclass of visionaccel.backends.Options.")
     if not kind.model_config.get("frozen") or kind.model_config.get("extra") != "forbid":
@@ -74,15 +75,8 @@ def options(kit: Kit) -> None:
     bare = [name for name, field in kind.model_fields.items() if not field.description]
     if bare:
         raise CheckFailedError(f"options without a description: {', '.join(bare)}; `visionaccel backends` prints it.")
-    subject = kit.subject
-    try:
-        open_encoder(
-            subject.source, backend=subject.backend, device=subject.device, options={"no_such_option": 1},
-            registry=kit.registry,
-        ).close()  # fmt: skip
-    except SettingsError:
-        return
-    raise CheckFailedError("an option that does not exist was taken instead of refused.")
+    with must_raise(SettingsError, "an option that does not exist was taken instead of refused."):
+        replace(kit.subject, options={"no_such_option": 1}).open().close()
 
 
 @INTERFACE.add
@@ -150,22 +144,15 @@ def capabilities(kit: Kit) -> None:
 
 def _backend_and_program(kit: Kit) -> tuple[VisionBackend, Program]:
     """The backend, and the first of the kit's programs that it accepts."""
-    backend = kit.registry.load(kit.declared.backend)
-    source = open_source(kit.subject.source)
-    formats = backend.formats_on(kit.declared.device)
-    programs = source.programs(formats)
-    if not programs:
-        what = "bundle" if isinstance(source, Bundle) else "checkpoint"
+    registry, name = Registry(), kit.declared.backend
+    try:
+        _, programs = select(registry, open_source(kit.subject.source), name, kit.declared.device).require()
+    except BackendUnavailableError as error:
         raise CheckFailedError(
-            f"a {what} has no program of {', '.join(sorted(formats))}; say what the backend opens with "
-            "BackendUnderTest(source=...)."
-        )
-    verdicts = [backend.probe(program, kit.declared.device) for program in programs]
-    for program, verdict in zip(programs, verdicts, strict=True):
-        if isinstance(verdict, Accepted):
-            return backend, program
-    refused = "; ".join(f"{program.name}: {verdict!r}" for program, verdict in zip(programs, verdicts, strict=True))
-    raise CheckFailedError(f"each of the kit's own programs is refused: {refused}.")
+            f"each of the kit's own programs is refused: {error.message} If the backend opens no checkpoint, say what "
+            "it opens with BackendUnderTest(source=...)."
+        ) from error
+    return registry.load(name), programs[0]
 
 
 def _refused(backend: VisionBackend, program: Program, device: str | None, what: str) -> None:
@@ -182,25 +169,24 @@ def _loaded_by(name: str) -> list[str]:
     before, opened = set(sys.modules), _mapped_and_open()
     backend = registry.load(name)
     _ = (backend.name, backend.formats, backend.options.model_json_schema())
-    new = sorted(set(sys.modules) - before)
-    native = tuple(EXTENSION_SUFFIXES)
     modules = [
-        module
-        for module in new
-        if module in _HEAVY
-        or (str(getattr(sys.modules[module], "__file__", "") or "").endswith(native) and not _of_the_core(module))
+        module for module in sorted(set(sys.modules) - before) if module in _HEAVY or _is_foreign_extension(module)
     ]
     return modules + sorted(_mapped_and_open() - opened)
 
 
+def _is_foreign_extension(module: str) -> bool:
+    """Whether it is a compiled module, and neither Python's own nor of what the core itself needs."""
+    root, file = module.partition(".")[0], getattr(sys.modules[module], "__file__", None) or ""
+    return file.endswith(tuple(EXTENSION_SUFFIXES)) and root not in {*sys.stdlib_module_names, *_NEEDED}
+
+
 def _mapped_and_open() -> set[str]:
     """Libraries in this process that are not the system's, Python's or the core's, and devices that it has open."""
-    found = set()
-    with suppress(OSError):  # elsewhere than on Linux
-        for line in Path("/proc/self/maps").read_text().splitlines():
-            path = line.partition("/")[2]
-            if path and ".so" in path and not _is_basic(Path(f"/{path}")):
-                found.add(f"/{path}")
+    process, found = psutil.Process(), set[str]()
+    with suppress(AttributeError, psutil.Error):  # elsewhere than on Linux
+        found = {each.path for each in process.memory_maps() if ".so" in each.path and not _is_basic(Path(each.path))}
+    with suppress(OSError):
         for file in Path("/proc/self/fd").iterdir():
             with suppress(OSError):
                 path = str(file.readlink())
@@ -215,9 +201,3 @@ def _is_basic(library: Path) -> bool:
     if folders:
         return library.parts[folders[-1] + 1].removesuffix(".libs") in _NEEDED
     return library.is_relative_to(sys.base_prefix) or str(library).startswith(("/lib/", "/lib64/", "/usr/lib"))
-
-
-def _of_the_core(module: str) -> bool:
-    """Whether an extension module is Python's own or of what the core itself needs."""
-    root = module.partition(".")[0]
-    return root in sys.stdlib_module_names or root in _NEEDED

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 
-from visionaccel.core.arrays import as_numpy
 from visionaccel.core.comparison import token_cosines
 from visionaccel.core.grid import Grid
 from visionaccel_testing.checkpoints import TINY
 from visionaccel_testing.conformance.check import CheckFailedError, Checks, NotApplicableError
 from visionaccel_testing.conformance.digits_reading import LEAST_AGREEMENT, read_digits
 from visionaccel_testing.conformance.kit import Kit
-from visionaccel_testing.conformance.subject import WINDOW_SIDE, Subject, grids_of
+from visionaccel_testing.conformance.subject import WINDOW_SIDE, grids_of, listed
 
 NUMBERS = Checks(2)
 
-IMAGES = 60
+_IMAGES = 60
 """Digits images that are read: enough for the least agreement to allow one other answer."""
 
 _MOVED, _STILL = 0.05, 0.02
@@ -29,12 +27,7 @@ _MOVED, _STILL = 0.05, 0.02
 def cosines(kit: Kit) -> None:
     """Every token is as near to the float32 reference as its precision promises."""
     for number, grids in enumerate(kit.calls):
-        patches = kit.patches(grids, 10 + number)
-        kit.compare(
-            kit.encode(patches, grids),
-            kit.expected(patches, grids),
-            f"grids {', '.join(map(str, grids))} in {kit.precision}",
-        )
+        kit.check(grids, f"grids {listed(grids)} in {kit.encoder.capabilities.precision}", 10 + number)
 
 
 @NUMBERS.add
@@ -43,8 +36,7 @@ def generated_grids(kit: Kit) -> None:
 
     @kit.holds(kit.grid_lists())
     def tried(grids: tuple[Grid, ...]) -> None:
-        patches = kit.patches(grids)
-        kit.compare(kit.encode(patches, grids), kit.expected(patches, grids), f"grids {', '.join(map(str, grids))}")
+        kit.check(grids, f"grids {listed(grids)}")
 
 
 @NUMBERS.add
@@ -55,14 +47,13 @@ def silent_rows(kit: Kit) -> None:
         constant = np.flatnonzero((found == found[:, :1]).all(axis=1))
         if len(constant):
             raise CheckFailedError(
-                f"grids {', '.join(map(str, grids))}: {len(constant)} of {len(found)} embeddings hold one number only, "
+                f"grids {listed(grids)}: {len(constant)} of {len(found)} embeddings hold one number only, "
                 f"first row {constant[0]}, all {found[constant[0], 0]}: rows that were never written."
             )
-        _, first = np.unique(found, axis=0, return_index=True)
-        if len(first) < len(found):
+        repeated = len(found) - len(np.unique(found, axis=0))
+        if repeated:
             raise CheckFailedError(
-                f"grids {', '.join(map(str, grids))}: {len(found) - len(first)} embeddings repeat another one: rows "
-                "are copied to make a count fit."
+                f"grids {listed(grids)}: {repeated} embeddings repeat another one: rows are copied to make a count fit."
             )
 
 
@@ -72,9 +63,9 @@ def axes(kit: Kit) -> None:
     uneven = [call for call in kit.calls if len(call) == 1 and call[0].h != call[0].w]
     if not uneven:
         raise NotApplicableError("all grids that it takes are square.")
-    for grids in uneven:
-        patches, (grid,) = kit.patches(grids, 30), grids
-        found = kit.encode(patches, grids)
+    for (grid,) in uneven:
+        patches = kit.patches([grid], 30)
+        found = kit.encode(patches, [grid])
         right, turned = (
             float(token_cosines(found, kit.expected(patches, [each])).mean())
             for each in (grid, Grid(grid.t, grid.w, grid.h))
@@ -90,7 +81,7 @@ def axes(kit: Kit) -> None:
 def windows(kit: Kit) -> None:
     """Where no layer attends beyond its window, a patch changes the tokens of its own window and no others."""
     subject = kit.subject_of("windows", {**TINY, "fullatt_block_indexes": []})
-    with subject.open(registry=kit.registry) as encoder:
+    with subject.open() as encoder:
         still = [call for call in grids_of(encoder) if len(call) == 1 and call[0].t == 1]
         several = [call for call in still if max(call[0].h, call[0].w) > WINDOW_SIDE]
         if not several:
@@ -100,28 +91,26 @@ def windows(kit: Kit) -> None:
             columns, side = grid.w // merge, WINDOW_SIDE // merge
             window = np.array([(t // columns // side, t % columns // side) for t in range(grid.tokens(merge))])
             patches = kit.patches([grid], 40)
-            before = np.array(as_numpy(encoder.encode(patches, [grid])))
+            before = np.array(encoder.encode(patches, [grid]))
             for token in (0, len(window) // 2, len(window) - 1):
                 changed = patches.copy()
                 changed[token * merge**2] = 3 * kit.patches([grid], 41)[0]
-                after = np.asarray(as_numpy(encoder.encode(changed, [grid])))
+                after = encoder.encode(changed, [grid])
                 moved = np.linalg.norm(after - before, axis=1) / np.linalg.norm(before, axis=1)
                 within = (window == window[token]).all(axis=1)
+                changes = f"grid {grid}: a changed patch of token {token}"
                 if moved[token] < _MOVED:
-                    raise CheckFailedError(
-                        f"grid {grid}: a changed patch of token {token} leaves that token as it was: its embedding is "
-                        "in another row."
-                    )
+                    raise CheckFailedError(f"{changes} leaves that token as it was: its embedding is in another row.")
                 if (moved[~within] > _STILL).any():
                     other = int(np.flatnonzero(~within & (moved > _STILL))[0])
                     raise CheckFailedError(
-                        f"grid {grid}: a changed patch of token {token} also changes token {other}, which is in "
-                        "another window: windows are cut in the wrong places."
+                        f"{changes} also changes token {other}, which is in another window: windows are cut in the "
+                        "wrong places."
                     )
                 if not (moved[within] > 0).all():
                     raise CheckFailedError(
-                        f"grid {grid}: a changed patch of token {token} leaves other tokens of its window as they "
-                        "were: attention does not reach all of the window."
+                        f"{changes} leaves other tokens of its window as they were: attention does not reach all of "
+                        "the window."
                     )
 
 
@@ -132,21 +121,11 @@ def digits(kit: Kit) -> None:
         raise CheckFailedError("the digits model is not installed; pip install 'visionaccel[testing]'.")
     from digits_vlm import checkpoint_path
 
-    folder: Path = checkpoint_path()
-    subject = _on_digits(kit, folder)
-    with subject.open(registry=kit.registry) as encoder:
-        for answers in read_digits(folder, encoder, kit.reference_of(folder), IMAGES):
+    folder = checkpoint_path()
+    with kit.subject_on(folder, kit.work("digits") / "source").open() as encoder:
+        for answers in read_digits(folder, encoder, kit.reference_of(folder), _IMAGES):
             if answers.agreement < LEAST_AGREEMENT:
                 raise CheckFailedError(
-                    f"the digits model reads {answers.agreement:.1%} of {IMAGES} images ({answers.fit}) as through the "
-                    f"reference, not {LEAST_AGREEMENT:.0%}; {answers.accuracy:.1%} are right."
+                    f"the digits model reads {answers.agreement:.1%} of {_IMAGES} images ({answers.fit}) as through "
+                    f"the reference, not {LEAST_AGREEMENT:.0%}; {answers.accuracy:.1%} are right."
                 )
-
-
-def _on_digits(kit: Kit, folder: Path) -> Subject:
-    """The backend on the digits checkpoint, whose folder has its image processor."""
-    source = folder
-    if kit.declared.source is not None:
-        place = kit.work("digits")
-        source = kit.declared.source(folder, place / "source")
-    return kit.subject.at(source, folder)

@@ -8,6 +8,8 @@ import json
 import platform
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -26,19 +28,8 @@ _NEEDED: tuple[tuple[Badge, int], ...] = (("Bronze", 1), ("Silver", 3), ("Gold",
 """The last level that must be passed whole."""
 
 _COLOURS = {"Gold": "#b8860b", "Silver": "#708090", "Bronze": "#a0522d", "none": "#8b0000"}
+_TRACES = {"results": {"__all__": {"trace"}}}
 _DISTRIBUTIONS = ("numpy", "onnx", "onnxruntime", "openvino", "torch", "transformers")
-
-
-class Result(BaseModel):
-    """What one check found."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    check: str
-    level: int
-    status: str
-    detail: str
-    figures: dict[str, float]
 
 
 class ConformanceReport(BaseModel):
@@ -51,7 +42,7 @@ class ConformanceReport(BaseModel):
         missing: Why it does not hold the next better one; empty for Gold.
         declared: How it was checked, for each suite that it was checked with: isolation, source, capabilities,
             tolerances other than the kit's, the least speed and the seed.
-        results: Of each check that was run.
+        results: Of each check that was run, without traces.
         versions: Releases of what took part.
         machine: Processor and system.
         written: When, in UTC.
@@ -65,7 +56,7 @@ class ConformanceReport(BaseModel):
     badge: Badge
     missing: str
     declared: tuple[dict[str, Any], ...]
-    results: tuple[Result, ...]
+    results: tuple[Outcome, ...]
     versions: dict[str, str]
     machine: str
     written: str
@@ -77,12 +68,7 @@ def badge_of(outcomes: Sequence[Outcome]) -> Badge:
 
     A known failure is a failure here. A level of which a check was not run is not passed.
     """
-    held: Badge = "none"
-    for badge, last in _NEEDED:
-        if _missing(outcomes, last):
-            return held
-        held = badge
-    return held
+    return _standing(outcomes)[0]
 
 
 def write_report(
@@ -96,18 +82,14 @@ def write_report(
         folder: Where to; made if it does not exist.
         declared: How it was checked, as of `BackendUnderTest.stated`; several if suites share the label.
     """
-    badge = badge_of(outcomes)
-    following = next((last for _, last in _NEEDED if _missing(outcomes, last)), None)
+    badge, missing = _standing(outcomes)
     stated: dict[str, Any] = {
         "backend": label,
         "distribution": _distribution(re.split(r"[/?]", label)[0]),
         "badge": badge,
-        "missing": "" if following is None else "; ".join(_missing(outcomes, following)),
+        "missing": "; ".join(missing),
         "declared": [dict(each) for each in declared],
-        "results": [
-            {"check": o.check, "level": o.level, "status": o.status, "detail": o.detail, "figures": o.figures}
-            for o in outcomes
-        ],
+        "results": [{k: v for k, v in asdict(outcome).items() if k != "trace"} for outcome in outcomes],
         "versions": _versions(),
         "machine": f"{processor_name()}, {platform.machine()}, {platform.system()}",
     }
@@ -116,41 +98,42 @@ def write_report(
     report = ConformanceReport.model_validate({**stated, "written": written, "digest": digest})
     folder.mkdir(parents=True, exist_ok=True)
     name = "conformance-" + re.sub(r"[^A-Za-z0-9.=_-]+", "-", label)
-    (folder / f"{name}.json").write_text(report.model_dump_json(indent=1) + "\n")
+    (folder / f"{name}.json").write_text(report.model_dump_json(indent=1, exclude=_TRACES) + "\n")
     (folder / f"{name}.md").write_text(_markdown(report, f"{name}.svg"))
     (folder / f"{name}.svg").write_text(_svg(badge))
     return report
 
 
-def _missing(outcomes: Sequence[Outcome], last: int) -> list[str]:
-    """What keeps the levels up to one from being passed whole."""
+def _standing(outcomes: Sequence[Outcome]) -> tuple[Badge, list[str]]:
+    """The best badge, and what keeps the next better one from being held."""
     run = {outcome.check: outcome for outcome in outcomes}
-    found = []
-    for check in CHECKS:
-        if check.level > last:
-            continue
-        outcome = run.get(check.name)
-        if outcome is None:
-            found.append(f"{check.name} was not run")
-        elif outcome.status in ("failed", "known failure"):
-            found.append(f"{check.name}: {outcome.detail.splitlines()[0] if outcome.detail else outcome.status}")
-    return found
+    held: Badge = "none"
+    for badge, last in _NEEDED:
+        missing = []
+        for check in CHECKS:
+            outcome = run.get(check.name)
+            if check.level > last:
+                continue
+            if outcome is None:
+                missing.append(f"{check.name} was not run")
+            elif outcome.status in ("failed", "known failure"):
+                missing.append(f"{check.name}: {outcome.detail.splitlines()[0] if outcome.detail else outcome.status}")
+        if missing:
+            return held, missing
+        held = badge
+    return held, []
 
 
 def _distribution(backend: str) -> str:
-    for entry in Registry().entries:
-        if entry.name == backend:
-            return f"{entry.distribution} {entry.version}"
-    return "unknown"
+    entries = (entry for entry in Registry().entries if entry.name == backend)
+    return next((f"{entry.distribution} {entry.version}" for entry in entries), "unknown")
 
 
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "visionaccel": importlib.metadata.version("visionaccel")}
     for name in _DISTRIBUTIONS:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 

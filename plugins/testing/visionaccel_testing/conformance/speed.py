@@ -36,7 +36,7 @@ def floor(kit: Kit) -> None:
     subject = kit.subject_of("speed", config)
     width = config["in_channels"] * config["temporal_patch_size"] * config["patch_size"] ** 2
     reference = kit.reference_of(subject.checkpoint)
-    with subject.open(registry=kit.registry) as encoder:
+    with subject.open() as encoder:
         grids = [Grid(1, 32, 32)] if kit.declared.source is None else [max(grids_of(encoder), key=_patches)[0]]
         patches = patches_for(grids, kit.seed, width)
         seconds: dict[str, list[float]] = {"ours": [], "reference": []}

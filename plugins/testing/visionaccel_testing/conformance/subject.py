@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from visionaccel.backends import Registry
 from visionaccel.core.grid import Grid, total_patches
 from visionaccel.core.program import AnyGrid, Coverage, FixedGrid
-from visionaccel.encoder import Encoder, WantedIsolation, open_encoder, open_source
+from visionaccel.encoder import Encoder, WantedIsolation, open_encoder
 from visionaccel_testing.checkpoints import TINY
 
 PATCH_WIDTH = TINY["in_channels"] * TINY["temporal_patch_size"] * TINY["patch_size"] ** 2
@@ -21,9 +21,6 @@ PATCH_WIDTH = TINY["in_channels"] * TINY["temporal_patch_size"] * TINY["patch_si
 
 WINDOW_SIDE = TINY["window_size"] // TINY["patch_size"]
 """Patches along a side of one of their attention windows."""
-
-DEADLINE = 20.0
-"""Seconds of a call in a child process."""
 
 _ANY = (
     (Grid(1, 16, 12),),  # whole windows and partial ones
@@ -39,15 +36,11 @@ _SIDES = (2, 4, 6, 8, 10, 12, 16, 20, 24, 32)
 
 @dataclass(frozen=True)
 class Subject:
-    """A backend on the programs of one checkpoint. Can be sent to another process.
+    """A backend, how it is opened, and on what. Can be sent to another process.
 
     Attributes:
-        backend: Its name.
-        device: One of its devices, or None.
-        options: Its options by name.
-        isolation: Where its sessions live.
-        source: What it opens.
-        checkpoint: The float32 checkpoint that this was made from.
+        source: What it opens: the checkpoint, or what was made from it.
+        checkpoint: The float32 checkpoint.
         seed: Of generated patches and grids.
     """
 
@@ -59,38 +52,32 @@ class Subject:
     checkpoint: Path
     seed: int
 
-    def open(
-        self,
-        *,
-        isolation: WantedIsolation | None = None,
-        registry: Registry | None = None,
-        deadline: float = DEADLINE,
-    ) -> Encoder:
+    def open(self, *, isolation: WantedIsolation | None = None, deadline: float = 20.0) -> Encoder:
         """A new encoder, which the caller closes.
 
         Args:
-            isolation: Another isolation than its own.
-            registry: Where the backend is found.
+            isolation: Replaces the subject's own.
             deadline: Seconds of a call in a child process.
         """
         return open_encoder(
-            open_source(self.source),
+            self.source,
             backend=self.backend,
             device=self.device,
             options=self.options,
-            registry=registry or Registry(),
+            registry=Registry(),
             isolation=isolation or self.isolation,
             deadline=deadline,
         )
 
-    def at(self, source: Path, checkpoint: Path) -> Subject:
-        """The same backend on other files."""
-        return replace(self, source=source, checkpoint=checkpoint)
+
+def listed(grids: Sequence[Grid]) -> str:
+    """Grids in a message."""
+    return ", ".join(map(str, grids))
 
 
-def patches_for(grids: tuple[Grid, ...] | list[Grid], seed: int, width: int = PATCH_WIDTH) -> NDArray[np.float32]:
+def patches_for(grids: Sequence[Grid], seed: int, width: int = PATCH_WIDTH) -> NDArray[np.float32]:
     """Random float32 patches [P, width]; the same for the same grids and seed."""
-    key = [seed, *(size for grid in grids for size in (grid.t, grid.h, grid.w))]
+    key = [seed, *(size for grid in grids for size in grid.thw)]
     return np.random.default_rng(key).standard_normal((total_patches(grids), width), dtype=np.float32)
 
 
@@ -106,6 +93,13 @@ def grids_of(encoder: Encoder) -> tuple[tuple[Grid, ...], ...]:
     chosen = [*fixed, *within[:: max(1, len(within) // 6)]]
     calls: list[tuple[Grid, ...]] = [(grid,) for grid in chosen]
     return (*calls, (chosen[0], chosen[-1]), (Grid(2, chosen[0].h, chosen[0].w),))
+
+
+def first_call(encoder: Encoder, seed: int) -> Callable[[], NDArray[np.float32]]:
+    """A function that encodes the first call that an encoder takes."""
+    grids = grids_of(encoder)[0]
+    patches = patches_for(grids, seed)
+    return lambda: np.array(encoder.encode(patches, grids))
 
 
 def _taken(encoder: Encoder, coverages: tuple[Coverage, ...], grid: Grid) -> bool:

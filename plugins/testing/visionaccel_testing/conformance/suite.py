@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -59,30 +60,30 @@ class Outcome:
 def outcome_of(check: Check, kit: Kit) -> Outcome:
     """Run one check. An exception in it is its failure."""
     kit.figures = {}
-    known = kit.declared.known_failure(check.name)
+    status, detail, trace = _tried(check, kit)
+    known = next((known for known in kit.declared.known_failures if known.check == check.name), None)
+    if known is not None:
+        match status:
+            case "failed":
+                status, detail, trace = "known failure", f"{known} ({detail})", ""
+            case "passed":
+                status, detail = "failed", f"it passes, but is declared as failing ({known}); remove that."
+            case _:
+                status, detail = "failed", f"it is declared as failing ({known}), and does not apply: {detail}"
+    return Outcome(check.name, check.level, status, detail, kit.figures, trace)
+
+
+def _tried(check: Check, kit: Kit) -> tuple[Status, str, str]:
+    """Status, detail and trace of a check, without what is declared of it."""
     try:
         check.run(kit)
     except NotApplicableError as reason:
-        if known is not None:
-            what = f"it is declared as failing ({known}), and does not apply: {reason}"
-            return Outcome(check.name, check.level, "failed", what)
-        return Outcome(check.name, check.level, "not applicable", str(reason))
+        return "not applicable", str(reason), ""
+    except CheckFailedError as error:
+        return "failed", str(error), ""
     except Exception as error:
-        expected = isinstance(error, CheckFailedError)
-        what = str(error) if expected else f"{type(error).__name__}: {error}"
-        if known is not None:
-            return Outcome(check.name, check.level, "known failure", f"{known} ({what})", kit.figures)
-        trace = "" if expected else "".join(traceback.format_exception(error))
-        return Outcome(check.name, check.level, "failed", what, kit.figures, trace)
-    if known is not None:
-        return Outcome(
-            check.name,
-            check.level,
-            "failed",
-            f"it passes, but is declared as failing ({known}); remove that.",
-            kit.figures,
-        )
-    return Outcome(check.name, check.level, "passed", figures=kit.figures)
+        return "failed", f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error))
+    return "passed", "", ""
 
 
 def run_checks(
@@ -97,16 +98,12 @@ def run_checks(
         seed: Of the weights, patches and grids.
     """
     refuse_unknown_checks(declared)
-    with Kit(declared, folder, seed) as kit:
+    with closing(Kit(declared, folder, seed)) as kit:
         return tuple(outcome_of(check, kit) for check in checks)
 
 
 def refuse_unknown_checks(declared: BackendUnderTest) -> None:
-    """Refuse known failures of checks that there are not: they would never be found to pass.
-
-    Raises:
-        ConfigurationError: If there are any.
-    """
+    """Refuse known failures of checks that do not exist, as they would never be found to pass."""
     unknown = {known.check for known in declared.known_failures} - {check.name for check in CHECKS}
     if unknown:
         raise ConfigurationError(

@@ -9,10 +9,9 @@ also fails on demand. See `docs/simulated.md`.
 from collections.abc import Sequence
 
 from visionaccel.backends import VisionBackend, hookimpl
-from visionaccel_testing.simulated.backend import SimulatedBackend, SimulatedOptions
+from visionaccel_testing.simulated.backend import SimulatedBackend, SimulatedOptions, Target
 from visionaccel_testing.simulated.faults import FaultRule, struck
 from visionaccel_testing.simulated.session import OVERRUN, SimulatedSession
-from visionaccel_testing.simulated.target import Target
 
 __all__ = [
     "OVERRUN", "FaultRule", "SimulatedBackend", "SimulatedOptions", "SimulatedSession", "Target", "struck",

@@ -1,10 +1,12 @@
-"""The simulated backend: which programs it takes, and how it opens them."""
+"""The simulated backend: what its devices wrap, which programs it takes, and how it opens them."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import replace
+import re
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +18,90 @@ from visionaccel.backends import (
     Isolation,
     Options,
     Rejected,
+    Selection,
     Session,
     Verdict,
     VisionBackend,
     default_registry,
+    select,
 )
 from visionaccel.core.invalid_values import problems_of
-from visionaccel.core.program import CHECKPOINT, EP_CONTEXT, ONNX_MODELS, Program
-from visionaccel.errors import ConfigurationError, SettingsError, VisionAccelError
+from visionaccel.core.program import CHECKPOINT, EP_CONTEXT, ONNX, ONNX_MODELS, Program
+from visionaccel.errors import ConfigurationError, PluginError, SettingsError, VisionAccelError
 from visionaccel_testing.simulated.faults import FaultRule, FaultScript
 from visionaccel_testing.simulated.latency import Latency, read_recorded
-from visionaccel_testing.simulated.session import RememberedAnswers, SimulatedSession
-from visionaccel_testing.simulated.target import NAME, Target
+from visionaccel_testing.simulated.session import SimulatedSession
+
+NAME = "simulated"
+
+_FORM = re.compile(r"(?P<backend>[^/@+\s]+)(?:/(?P<device>[^@+\s]+))?(?:@(?P<number>\d+))?(?P<apart>\+process)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The backend and device behind a simulated device.
+
+    Attributes:
+        backend: Name of the wrapped backend, or `auto` for the best that takes the program it is opened with.
+        device: That backend's device; None for its default.
+        number: Tells apart simulated devices that wrap the same; None where there is one.
+        apart: It wants a child process, as a vendor's backend may.
+    """
+
+    backend: str = AUTO
+    device: str | None = None
+    number: int | None = None
+    apart: bool = False
+
+    @classmethod
+    def parse(cls, text: str | None) -> Target:
+        """The target that a device's name stands for, such as `onnxrt`, `torch_ref/cuda:0` or `onnxrt/cpu@1`.
+
+        Args:
+            text: The name; None for `auto`.
+
+        Raises:
+            SettingsError: If it is malformed, or names the simulated backend itself.
+        """
+        if text is None:
+            return cls()
+        found = _FORM.fullmatch(text)
+        if found is None or found["backend"] == NAME:
+            raise SettingsError(
+                f"there is no simulated device {text!r}.",
+                hint="Name an installed backend that computes the answers, as BACKEND, BACKEND/DEVICE, BACKEND@NUMBER "
+                "or BACKEND/DEVICE@NUMBER; 'auto' is the best one here; +process behind it for a child process.",
+            )
+        number = None if found["number"] is None else int(found["number"])
+        return cls(found["backend"], found["device"], number, found["apart"] is not None)
+
+    def shown(self, backend: str, device: str) -> str:
+        """The simulated device's full name, once it is known what it wraps."""
+        return f"{NAME}:{backend}/{device}" + ("" if self.number is None else f"@{self.number}")
+
+    def backend_for(self, program: Program) -> Selection:
+        """The selection of a backend for one program, with every candidate's verdict; raises as `select` does."""
+        return select(default_registry(), _Single(program, program.family), self.backend, self.device)
+
+    def named_backend(self) -> VisionBackend | None:
+        """The named backend; None for `auto`.
+
+        Raises:
+            UnknownBackendError: If it is not installed.
+            PluginError: If it is broken.
+        """
+        return None if self.backend == AUTO else default_registry().load(self.backend)
+
+
+@dataclass(frozen=True, slots=True)
+class _Single:
+    """One program to choose a backend for."""
+
+    program: Program
+    family: str
+
+    def programs(self, formats: Iterable[str]) -> tuple[Program, ...]:
+        return (self.program,) if self.program.format in set(formats) else ()
 
 
 def _switch_of_the_environment() -> Path | None:
@@ -74,10 +148,24 @@ class SimulatedBackend(VisionBackend):
         return tuple(entry.name for entry in default_registry().entries if entry.name != self.name)
 
     def formats_on(self, device: str | None) -> frozenset[str]:
+        """The wrapped backend's formats.
+
+        `auto` leaves the checkpoint itself alone where graphs are taken: the programs of one encoder would otherwise be
+        computed by two backends.
+        """
         try:
-            return Target.parse(device).formats()
+            target = Target.parse(device)
+            named = target.named_backend()
+            if named is not None:
+                return named.formats_on(target.device)
         except VisionAccelError:  # The probe says what is wrong.
             return self.formats
+        registry, taken = default_registry(), set[str]()
+        for entry in registry.entries:
+            with suppress(PluginError):
+                backend = registry.load(entry.name)
+                taken |= frozenset() if backend.only_by_name else backend.formats_on(target.device)
+        return frozenset(taken - {CHECKPOINT} if ONNX in taken else taken)
 
     def kind_of(self, device: str | None) -> str:
         try:
@@ -125,8 +213,7 @@ class SimulatedBackend(VisionBackend):
             max_in_flight=options.max_in_flight,
             simulated=True,
         )
-        answers = RememberedAnswers() if options.replay else None
-        return SimulatedSession(inner, capabilities, program, latency, script, answers)
+        return SimulatedSession(inner, capabilities, program, latency, script, replay=options.replay)
 
 
 def _options_of(backend: VisionBackend, given: dict[str, Any]) -> Options:

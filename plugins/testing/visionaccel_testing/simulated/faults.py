@@ -21,7 +21,6 @@ from visionaccel.core.invalid_values import problems_of
 from visionaccel.errors import DeviceError, SettingsError
 from visionaccel_testing.simulated.latency import Frame
 
-_DEADLY = ("exit", "abort")
 _CHILD = "visionaccel.isolation.child"
 _WANTED = "It is wanted: see the options `faults` and `switch` of the simulated device."
 _APART = "Set VISIONACCEL_ISOLATION=process."
@@ -67,12 +66,7 @@ class FaultRule(BaseModel):
         return self
 
     def hits(self, call: int, frames: Sequence[Frame]) -> tuple[bool, ...]:
-        """Which frames of a call it is about; all or none, unless it is about a share.
-
-        Args:
-            call: The call's number, from 1.
-            frames: What the call holds.
-        """
+        """Which frames of a call, numbered from 1, it is about; all or none, unless it is about a share."""
         if self.share is not None:
             return tuple(struck(frame.rows, self) for frame in frames)
         hit = (
@@ -82,6 +76,41 @@ class FaultRule(BaseModel):
             or (self.every is not None and call % self.every == 0)
         )
         return (hit,) * len(frames)
+
+    def happen(self, call: int) -> None:
+        """What happens when a call begins; nothing for what spoils the answer.
+
+        Raises:
+            DeviceError: If that is the fault; or if the process was to be ended and is not a device's child process.
+        """
+        match self.do:
+            case "raise":
+                raise DeviceError(f"simulated fault: call {call} failed by rule {self}.", hint=_WANTED)
+            case "hang":
+                time.sleep(self.seconds)
+            case "exit" | "abort" if not _in_device_process():
+                raise DeviceError(
+                    f"simulated fault: rule {self} would end a process that is not the device's.", hint=_APART
+                )
+            case "exit":
+                os._exit(1)
+            case "abort":
+                os.abort()
+
+    @property
+    def spoils(self) -> bool:
+        """Whether it is about the answer."""
+        return self.do in ("nan", "zeros", "drift")
+
+    def spoil(self, rows: NDArray[Any]) -> None:
+        """Overwrite rows of an answer."""
+        match self.do:
+            case "nan":
+                rows[...] = np.nan
+            case "zeros":
+                rows[...] = 0
+            case "drift":
+                rows[..., ::2] *= -1
 
     def __str__(self) -> str:
         return self.model_dump_json(exclude_unset=True)
@@ -110,52 +139,10 @@ def struck(patches: Array, rule: FaultRule) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A rule that is about a call.
-
-    Attributes:
-        rule: The rule.
-        call: The call's number, from 1.
-        hits: Which of the call's frames it is about, at least one.
-    """
+    """A rule that is about a call, and which of the call's frames it hits: at least one."""
 
     rule: FaultRule
-    call: int
     hits: tuple[bool, ...]
-
-    def happen(self) -> None:
-        """What happens when the call begins; nothing for what spoils the answer.
-
-        Raises:
-            DeviceError: If that is the fault; or if the process was to be ended and is not a device's child process.
-        """
-        match self.rule.do:
-            case "raise":
-                raise DeviceError(f"simulated fault: call {self.call} failed by rule {self.rule}.", hint=_WANTED)
-            case "hang":
-                time.sleep(self.rule.seconds)
-            case "exit" | "abort" if not _in_device_process():
-                raise DeviceError(
-                    f"simulated fault: rule {self.rule} would end a process that is not the device's.", hint=_APART
-                )
-            case "exit":
-                os._exit(1)
-            case "abort":
-                os.abort()
-
-    @property
-    def spoils(self) -> bool:
-        """Whether it is about the answer."""
-        return self.rule.do in ("nan", "zeros", "drift")
-
-    def spoil(self, rows: NDArray[Any]) -> None:
-        """Overwrite rows of an answer."""
-        match self.rule.do:
-            case "nan":
-                rows[...] = np.nan
-            case "zeros":
-                rows[...] = 0
-            case "drift":
-                rows[..., ::2] *= -1
 
 
 class FaultScript:
@@ -166,13 +153,13 @@ class FaultScript:
         switch: A file with a JSON list of rules, read at each call; missing or empty: none.
 
     Raises:
-        SettingsError: If the file holds none; or a rule ends the process and that is not a device's child process.
+        SettingsError: If the file does not hold rules; or a rule ends a process that is not a device's child process.
     """
 
     def __init__(self, rules: Sequence[FaultRule], switch: Path | None) -> None:
         self._rules, self._switch = tuple(rules), switch
         for rule in self.rules():
-            if rule.do in _DEADLY and not _in_device_process():
+            if rule.do in ("exit", "abort") and not _in_device_process():
                 raise SettingsError(
                     f"the simulated fault {rule} ends the process, which is not the device's own.", hint=_APART
                 )
@@ -204,27 +191,18 @@ class FaultScript:
             ) from error
 
     def opening(self) -> None:
-        """A session is opened.
-
-        Raises:
-            DeviceError: If that is a fault.
-            SettingsError: If the file holds no rules.
-        """
+        """A session is opened; raises DeviceError if that is a fault."""
         number = next(_OPENINGS)
         for rule in self.rules():
             if rule.opening == number:
-                Fault(rule, number, (True,)).happen()
+                rule.happen(number)
 
     def fault(self, call: int, frames: Sequence[Frame]) -> Fault | None:
-        """The fault of the first rule that is about a call, if any.
-
-        Raises:
-            SettingsError: If the file holds no rules.
-        """
+        """The fault of the first rule that is about a call, if any."""
         for rule in self.rules():
             hits = rule.hits(call, frames)
             if True in hits:
-                return Fault(rule, call, hits)
+                return Fault(rule, hits)
         return None
 
 

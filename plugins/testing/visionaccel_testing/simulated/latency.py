@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import re
+import itertools
 import threading
+from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, TypeAlias
 
 import numpy as np
-from pydantic import NonNegativeFloat, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from visionaccel.core.arrays import Array, as_numpy
 from visionaccel.core.invalid_values import problems_of
 from visionaccel.core.program import Bucket, FixedGrid, Program
 from visionaccel.errors import SettingsError
 
-_SIZE = re.compile(r"([1-9]\d*)x([1-9]\d*)")
-_RECORDED = TypeAdapter(dict[str, tuple[NonNegativeFloat, ...]])
+_Size: TypeAlias = Annotated[str, Field(pattern=r"^[1-9][0-9]*x[1-9][0-9]*$")]
+_Seconds: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_RECORDED = TypeAdapter(dict[_Size, Annotated[tuple[_Seconds, ...], Field(min_length=1)]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,30 +92,25 @@ class Latency:
 
     def __init__(self, fixed: float, per_patch: float, recorded: Mapping[tuple[int, int], Sequence[float]]) -> None:
         self._fixed, self._per_patch = fixed, per_patch
-        self._times: dict[Hashable, tuple[float, ...]] = {}
+        times: dict[Hashable, list[float]] = defaultdict(list)
         for (h, w), seconds in sorted(recorded.items()):
-            self._times[h, w] = tuple(seconds)
-            self._times[h * w] = (*self._times.get(h * w, ()), *seconds)
-        self._used: dict[Hashable, int] = {}
+            times[h, w] += seconds
+            times[h * w] += seconds
+        self._times = {key: itertools.cycle(seconds) for key, seconds in times.items()}
         self._lock = threading.Lock()
 
     def seconds(self, frames: Sequence[Frame]) -> float:
         """Seconds of the next call, which has these frames."""
         total, fixed = 0.0, 0.0
         for frame in frames:
-            key: Hashable = frame.patches if frame.size is None else frame.size
-            if key in self._times:
-                total += self._next(key)
+            times = self._times.get(frame.patches if frame.size is None else frame.size)
+            if times is not None:
+                with self._lock:
+                    total += next(times)
             else:
                 total += self._per_patch * frame.patches
                 fixed = self._fixed  # once: that is what a call with several items saves
         return total + fixed
-
-    def _next(self, key: Hashable) -> float:
-        times = self._times[key]
-        with self._lock:
-            used = self._used[key] = self._used.get(key, -1) + 1
-        return times[used % len(times)]
 
 
 def read_recorded(path: Path) -> dict[tuple[int, int], tuple[float, ...]]:
@@ -128,13 +126,8 @@ def read_recorded(path: Path) -> dict[tuple[int, int], tuple[float, ...]]:
         raise SettingsError(f"recorded times {path} cannot be read: {error}.", hint=advice) from error
     except ValidationError as error:
         raise SettingsError(f"recorded times {path}: {problems_of(error)}.", hint=advice) from error
-    found: dict[tuple[int, int], tuple[float, ...]] = {}
+    found = {}
     for name, seconds in stated.items():
-        size = _SIZE.fullmatch(name)
-        if size is None or not seconds or float("inf") in seconds:
-            raise SettingsError(
-                f"recorded times {path}: {name!r} with {len(seconds)} times is not HEIGHTxWIDTH with finite times.",
-                hint=advice,
-            )
-        found[int(size[1]), int(size[2])] = seconds
+        height, width = name.split("x")
+        found[int(height), int(width)] = seconds
     return found

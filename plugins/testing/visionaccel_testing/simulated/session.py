@@ -6,11 +6,11 @@ import hashlib
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from itertools import pairwise
 
 import numpy as np
-from cachetools import LRUCache
+from cachetools import LRUCache, cached
 
 from visionaccel.backends import Capabilities, Session
 from visionaccel.core.arrays import Array, as_numpy, is_tensor
@@ -24,7 +24,8 @@ logger = safe_logger(__name__)
 OVERRUN = "times that are measured with it are too long"
 """What the log says of a device whose computation took longer than its configured time."""
 
-_MOST_BYTES = 512 * 2**20
+_MOST_REMEMBERED = 512 * 2**20
+"""Bytes."""
 
 
 class SimulatedSession(Session):
@@ -34,17 +35,16 @@ class SimulatedSession(Session):
     when they are let in. A wrapped session that is not thread-safe computes one call at a time while others sleep.
 
     Args:
-        inner: The wrapped session, this one's from then on.
+        inner: The wrapped session, which this one closes.
         capabilities: What this session says of itself.
         program: What is run.
         latency: How long calls take.
         script: What goes wrong.
-        answers: Where answers are remembered, if they are.
+        replay: Remember answers by their inputs; those not used for longest are forgotten.
 
     Attributes:
         calls: Calls so far.
-        overruns: Calls for which the computation took longer than it was to take, so far: their time is not the
-            configured one.
+        overruns: Calls so far for which the computation took longer than the configured time.
     """
 
     def __init__(
@@ -54,16 +54,14 @@ class SimulatedSession(Session):
         program: Program,
         latency: Latency,
         script: FaultScript,
-        answers: RememberedAnswers | None = None,
+        *,
+        replay: bool = False,
     ) -> None:
         self.capabilities = capabilities
-        self._inner, self._program, self._latency, self._script, self._answers = (
-            inner,
-            program,
-            latency,
-            script,
-            answers,
-        )
+        self._inner, self._program, self._latency, self._script = inner, program, latency, script
+        self._replay = replay
+        remembered: LRUCache[bytes, Mapping[str, Array]] = LRUCache(_MOST_REMEMBERED, getsizeof=_bytes)
+        self._remembered = cached(remembered, key=_digest, lock=threading.Lock())(self._computed)
         self._places = threading.BoundedSemaphore(capabilities.max_in_flight)
         self._turn = nullcontext() if inner.capabilities.thread_safe else threading.Lock()
         self._counting = threading.Lock()
@@ -80,25 +78,15 @@ class SimulatedSession(Session):
             seconds = self._latency.seconds(frames)
             fault = self._script.fault(call, frames)
             if fault is not None:
-                fault.happen()
-            answer = self._answer(inputs)
-            if fault is not None and fault.spoils:
+                fault.rule.happen(call)
+            answer = _copied(self._remembered(inputs)) if self._replay else self._computed(inputs)
+            if fault is not None and fault.rule.spoils:
                 answer = _spoilt(answer, fault, frames)
             self._sleep_until(started + seconds, seconds)
             return answer
 
     def close(self) -> None:
         self._inner.close()
-
-    def _answer(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-        if self._answers is None:
-            return self._computed(inputs)
-        digest = _digest(inputs)
-        answer = self._answers.get(digest)
-        if answer is None:
-            answer = self._computed(inputs)
-            self._answers.put(digest, answer)
-        return answer
 
     def _computed(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         with self._turn:
@@ -125,42 +113,18 @@ class SimulatedSession(Session):
 
 
 def _spoilt(answer: Mapping[str, Array], fault: Fault, frames: Sequence[Frame]) -> Mapping[str, Array]:
-    """An answer with the rows of the frames that a fault is about overwritten."""
+    """A copy of an answer with the rows of the frames that a fault is about overwritten."""
     spoilt = _copied(answer)
     ends = np.cumsum([0, *(frame.patches for frame in frames)]).tolist()
     for array in spoilt.values():
         if all(fault.hits):
-            fault.spoil(array)  # padding too
+            fault.rule.spoil(array)  # padding too
             continue
         rows = len(array)
         for (start, end), hit in zip(pairwise(ends), fault.hits, strict=True):
             if hit:
-                fault.spoil(array[start * rows // ends[-1] : end * rows // ends[-1]])
+                fault.rule.spoil(array[start * rows // ends[-1] : end * rows // ends[-1]])
     return spoilt
-
-
-class RememberedAnswers:
-    """Answers by their input's digest; those not used for longest are forgotten. Safe to use from several threads.
-
-    Args:
-        most_bytes: Most bytes of all answers. One that is larger is not kept.
-    """
-
-    def __init__(self, most_bytes: int = _MOST_BYTES) -> None:
-        self._answers: LRUCache[bytes, Mapping[str, Array]] = LRUCache(most_bytes, getsizeof=_bytes)
-        self._lock = threading.Lock()
-
-    def get(self, digest: bytes) -> Mapping[str, Array] | None:
-        """A copy of an answer, the caller's; None if it is not known."""
-        with self._lock:
-            answer = self._answers.get(digest)
-        return None if answer is None else _copied(answer)
-
-    def put(self, digest: bytes, answer: Mapping[str, Array]) -> None:
-        """Keep a copy of an answer."""
-        kept = _copied(answer)
-        with self._lock, suppress(ValueError):  # larger than all of them may be
-            self._answers[digest] = kept
 
 
 def _copied(arrays: Mapping[str, Array]) -> dict[str, Array]:
