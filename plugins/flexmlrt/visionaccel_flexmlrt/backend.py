@@ -73,7 +73,7 @@ class FlexMLRTBackend(VisionBackend):
             return Rejected(_elsewhere(program, artifact), f"Set VISIONACCEL_DEVICE={artifact.device}.")
         lacking = missing(device, self._amd)
         if lacking is not None:
-            return Rejected(lacking.reason, lacking.hint)
+            return lacking
         if device == SIMULATOR:
             return Accepted(1, "SIMULATOR on the CPU, no NPU; " + _layout(artifact))
         return Accepted(100, "FlexMLRT on a Ryzen AI NPU; " + _layout(artifact))

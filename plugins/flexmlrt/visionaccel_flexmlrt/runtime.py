@@ -19,6 +19,7 @@ from threading import Lock
 from types import ModuleType
 from typing import Self
 
+from visionaccel.backends import Rejected
 from visionaccel.errors import ConfigurationError
 
 NPU, SIMULATOR = "npu", "simulator"
@@ -58,31 +59,18 @@ class AmdEnvironment:
         return next((folder / _LIBRARY for folder in self.folders if (folder / _LIBRARY).is_file()), None)
 
 
-@dataclass(frozen=True, slots=True)
-class Missing:
-    """Why a device is not available here.
-
-    Attributes:
-        reason: What is missing.
-        hint: How to get it.
-    """
-
-    reason: str
-    hint: str
-
-
-def missing(device: str, amd: AmdEnvironment) -> Missing | None:
+def missing(device: str, amd: AmdEnvironment) -> Rejected | None:
     """What is missing on this machine to run on a device; nothing is loaded to find out."""
     if device == SIMULATOR:
         return _missing_for_simulator()
     if find_spec("visionaccel_flexmlrt._sdk") is None:
-        return Missing(
+        return Rejected(
             "this build of visionaccel-flexmlrt was made without AMD's FlexMLRT SDK.",
             "Build it with the SDK, as its README says: FLEXMLRT_ROOT=/path/to/flexmlrt pip install ./plugins/flexmlrt",
         )
     if amd.library() is None:
         searched = ", ".join(dict.fromkeys(map(str, amd.folders))) or "no folder, since none of them is set"
-        return Missing(
+        return Rejected(
             f"{_LIBRARY} was not found in the folders of FLEXMLRT_LIB_DIR, FLEXMLRT_ROOT, "
             f"RYZEN_AI_INSTALLATION_PATH and LD_LIBRARY_PATH ({searched}).",
             "Install AMD's Ryzen AI Software and set RYZEN_AI_INSTALLATION_PATH.",
@@ -181,14 +169,14 @@ def openvino_library() -> Path | None:
     return None
 
 
-def _missing_for_simulator() -> Missing | None:
+def _missing_for_simulator() -> Rejected | None:
     if find_spec("visionaccel_flexmlrt._simulator") is None:
-        return Missing(
+        return Rejected(
             "this build of visionaccel-flexmlrt has no simulator: it was built without OpenVINO's headers.",
             "Build it in an environment with openvino.",
         )
     if openvino_library() is None:
-        return Missing(
+        return Rejected(
             "the simulator computes with OpenVINO, which is not installed.",
             "Install it: pip install 'visionaccel-flexmlrt[simulator]'.",
         )

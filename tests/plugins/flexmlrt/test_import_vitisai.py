@@ -22,7 +22,7 @@ from visionaccel.bundle import open_bundle, strip_checkpoint
 from visionaccel.checkpoint import Checkpoint, differing_weights
 from visionaccel.cli.app import app
 from visionaccel.core.grid import Grid
-from visionaccel.core.program import CHECKPOINT, ONNX, FixedGrid, HostSplit, Program
+from visionaccel.core.program import CHECKPOINT, ONNX, PIXELS, FixedGrid, HostSplit, Program
 from visionaccel.encoder import open_tower
 from visionaccel.errors import BundleError, ConfigurationError
 from visionaccel.families import tower_of
@@ -30,14 +30,17 @@ from visionaccel.towers import make_tables
 from visionaccel_flexmlrt.artifact import FLEXMLRT_DIRECTORY, FLEXMLRT_RAI, SIMULATOR_MAGIC
 from visionaccel_flexmlrt.vitisai import ImportRequest
 from visionaccel_flexmlrt.vitisai import import_vitisai as import_artifact
-from visionaccel_flexmlrt.vitisai.writing import VitisNames, write_vitisai_folder
+from visionaccel_flexmlrt.vitisai.writing import DEVICE_INPUT, DEVICE_OUTPUT, EMBEDDINGS, write_vitisai_folder
 from visionaccel_testing.checkpoints import QWEN2_5_VL_7B, hollow_checkpoint, random_checkpoint
 
 PORTRAIT, LANDSCAPE = Grid(1, 20, 12), Grid(1, 12, 20)
 """Both have windows of four sizes, so that raster and grouped order differ."""
 
-PUBLISHED = VitisNames(device_input="/blocks/Gather_output_0", device_output="/merger/merger/mlp/mlp.2/Gemm_output_0")
-"""Tensors of the published artifact."""
+PUBLISHED = {
+    DEVICE_INPUT: "/blocks/Gather_output_0",
+    DEVICE_OUTPUT: "/merger/merger/mlp/mlp.2/Gemm_output_0",
+}
+"""Names of tensors in the published artifact, in the place of ours."""
 
 FORMATS = {"rai": FLEXMLRT_RAI, "directory": FLEXMLRT_DIRECTORY}
 
@@ -75,6 +78,24 @@ def edit(folder, change):
     model = onnx.load_model(path, load_external_data=False)
     change(model.graph)
     path.write_bytes(model.SerializeToString())
+
+
+def rename(folder, names):
+    """Give tensors of the model and of the compiler's table other names."""
+
+    def change(graph):
+        for node in graph.node:
+            for tensors in (node.input, node.output):
+                tensors[:] = [names.get(tensor, tensor) for tensor in tensors]
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            value.name = names.get(value.name, value.name)
+
+    edit(folder, change)
+    for table in folder.glob("flexmlrt-hsi.json"):
+        text = table.read_text()
+        for old, new in names.items():
+            text = text.replace(json.dumps(old), json.dumps(new))
+        table.write_text(text)
 
 
 def node_of(graph, kind, which=0):
@@ -138,8 +159,10 @@ def test_an_imported_program_with_the_hosts_part_computes_the_tower(tiny, tmp_pa
 
 
 def test_the_names_of_the_devices_tensors_are_the_artifacts_own(tiny, tmp_path):
-    names = VitisNames("model", "x", "edge/in", "edge/out", "y")
-    folder = folder_of(tiny, tmp_path / "folder", names=names, metadata=True)
+    folder = folder_of(tiny, tmp_path / "folder", metadata=True)
+    rename(folder, {PIXELS: "x", DEVICE_INPUT: "edge/in", DEVICE_OUTPUT: "edge/out", EMBEDDINGS: "y"})
+    for suffix in ("rai", "onnx"):
+        (folder / f"vision.{suffix}").rename(folder / f"model.{suffix}")
     (program,) = imported(tiny, folder, tmp_path / "bundle").programs([FLEXMLRT_RAI])
     assert program.stored_names == {"patch_embeddings": "edge/in", "window_embeddings": "edge/out"}
 
@@ -322,7 +345,8 @@ def test_a_bundle_with_the_hosts_weights_alone_takes_no_onnx_program(tiny, tmp_p
 
 
 def test_the_command_imports_and_inspect_shows_the_files_names(tiny, tmp_path):
-    folder = folder_of(tiny, tmp_path / "folder", names=PUBLISHED)
+    folder = folder_of(tiny, tmp_path / "folder")
+    rename(folder, PUBLISHED)
     runner = CliRunner()
     arguments = ["import-vitisai", str(folder), str(tmp_path / "bundle"), "--checkpoint", str(tiny)]
     assert "20x12" in runner.invoke(app, arguments, catch_exceptions=False).stdout
@@ -331,9 +355,9 @@ def test_the_command_imports_and_inspect_shows_the_files_names(tiny, tmp_path):
     assert (program["precision"], program["device"]) == ("float16", "simulator")
     shown = runner.invoke(app, ["inspect", str(tmp_path / "bundle"), "--json"], catch_exceptions=False)
     (row,) = json.loads(shown.stdout)["programs"]
-    assert row["stored_names"]["patch_embeddings"] == PUBLISHED.device_input
+    assert row["stored_names"]["patch_embeddings"] == PUBLISHED[DEVICE_INPUT]
     table = runner.invoke(app, ["inspect", str(tmp_path / "bundle")], catch_exceptions=False, env={"COLUMNS": "200"})
-    assert PUBLISHED.device_input in table.stdout
+    assert PUBLISHED[DEVICE_INPUT] in table.stdout
 
 
 def test_paths_of_single_files_are_taken_too(tiny, tmp_path):

@@ -12,15 +12,13 @@ from test_import_vitisai import LANDSCAPE, PORTRAIT, constant_of, edit, folder_o
 from test_import_vitisai_refusals import _add, _norm, change_json, refused
 
 from towers import random_patches
-from visionaccel.core.program import CHECKPOINT, EP_CONTEXT
+from visionaccel.core.program import CHECKPOINT, EP_CONTEXT, PIXELS
 from visionaccel.encoder import open_tower
 from visionaccel.errors import BundleError, ConfigurationError
 from visionaccel_flexmlrt.artifact import FLEXMLRT_DIRECTORY, FLEXMLRT_RAI
 from visionaccel_flexmlrt.vitisai import ImportRequest, import_vitisai
-from visionaccel_flexmlrt.vitisai.writing import VitisNames
+from visionaccel_flexmlrt.vitisai.writing import DEVICE_INPUT, DEVICE_OUTPUT, EMBEDDINGS
 from visionaccel_onnxrt.ep_context import verified_context
-
-NAMES = VitisNames()
 
 
 def strange(tiny, folder, layout="directory", **settings):
@@ -40,18 +38,18 @@ def test_the_extracted_host_around_the_partition_computes_the_whole_model(tiny, 
     assert [str(spec) for spec in (*program.inputs, *program.outputs)] == [
         "pixel_values: float32[240, 96]", "embeddings: float32[60, 24]",
     ]  # fmt: skip
-    assert program.stored_names == {"embeddings": NAMES.embeddings}
+    assert program.stored_names == {"embeddings": EMBEDDINGS}
     assert json.loads(program.companions["device_tensors"].read_text()) == {
-        "inputs": [{"name": NAMES.device_input, "dtype": "float32", "shape": [60, 4, 32]}],
-        "outputs": [{"name": NAMES.device_output, "dtype": "float32", "shape": [60, 24]}],
+        "inputs": [{"name": DEVICE_INPUT, "dtype": "float32", "shape": [60, 4, 32]}],
+        "outputs": [{"name": DEVICE_OUTPUT, "dtype": "float32", "shape": [60, 24]}],
     }
     before, after = (
         onnxruntime.InferenceSession(program.companions[role].read_bytes()) for role in ("host_before", "host_after")
     )
     patches = random_patches([(1, 20, 12)])
-    taken = before.run([NAMES.device_input], {"pixel_values": patches})[0]
-    given = run_partition(folder, {NAMES.device_input: taken})
-    ours = after.run([NAMES.embeddings], given)[0]
+    taken = before.run([DEVICE_INPUT], {"pixel_values": patches})[0]
+    given = run_partition(folder, {DEVICE_INPUT: taken})
+    ours = after.run([EMBEDDINGS], given)[0]
     exact = onnxruntime.InferenceSession(folder / "vision.onnx").run(None, {"pixel_values": patches})[0]
     np.testing.assert_allclose(ours, exact, rtol=0, atol=1e-5)
 
@@ -95,7 +93,7 @@ def test_a_host_that_reaches_around_the_device_is_refused(tiny, tmp_path):
         graph.node[-1].output[0] = "inner"
         nodes = [
             helper.make_node("ReduceMean", ["pixel_values"], ["mean"], keepdims=0, name="mean"),
-            helper.make_node("Add", ["inner", "mean"], [NAMES.embeddings], name="sum"),
+            helper.make_node("Add", ["inner", "mean"], [EMBEDDINGS], name="sum"),
         ]
         graph.node.extend(nodes)
 
@@ -114,7 +112,7 @@ def test_several_tensors_at_the_devices_edge_are_not_recognised(tiny, tmp_path):
     bundle = imported(tiny, folder, tmp_path / "bundle", host_on_onnxrt=True, grid=PORTRAIT)
     (program,) = bundle.programs([FLEXMLRT_DIRECTORY])
     session = onnxruntime.InferenceSession(program.companions["host_before"].read_bytes())
-    assert [value.name for value in session.get_outputs()] == [NAMES.device_input, "moved"]
+    assert [value.name for value in session.get_outputs()] == [DEVICE_INPUT, "moved"]
 
 
 def test_a_device_that_does_everything_leaves_the_host_no_graph(tiny, tmp_path):
@@ -122,8 +120,8 @@ def test_a_device_that_does_everything_leaves_the_host_no_graph(tiny, tmp_path):
     (folder / "vision_cache" / "connectivity_metadata.json").unlink()
 
     def whole(table):
-        table["inputs"][0] |= {"tensor_name": NAMES.pixels, "cpu_shape": [240, 96]}
-        table["outputs"][0] |= {"tensor_name": NAMES.embeddings, "cpu_shape": [60, 24]}
+        table["inputs"][0] |= {"tensor_name": PIXELS, "cpu_shape": [240, 96]}
+        table["outputs"][0] |= {"tensor_name": EMBEDDINGS, "cpu_shape": [60, 24]}
 
     change_json(folder / "vision_cache" / "vaiml_par_0" / "0" / "flexmlrt-hsi.json", whole)
     bundle = imported(tiny, folder, tmp_path / "bundle", host_on_onnxrt=True, grid=PORTRAIT)
@@ -137,13 +135,13 @@ def compiled(tiny, folder, *, embedded=False, source="VitisAIExecutionProvider",
 
     def replace_partition(graph):
         nodes = list(graph.node)
-        start = next(i for i, node in enumerate(nodes) if NAMES.device_input in node.output) + 1
-        end = next(i for i, node in enumerate(nodes) if NAMES.device_output in node.input)
+        start = next(i for i, node in enumerate(nodes) if DEVICE_INPUT in node.output) + 1
+        end = next(i for i, node in enumerate(nodes) if DEVICE_OUTPUT in node.input)
         attributes = {
             "embed_mode": int(embedded), "ep_cache_context": context, "source": source, "main_context": 1,
         }  # fmt: skip
         node = helper.make_node(
-            "EPContext", [NAMES.device_input], [NAMES.device_output], "device", domain="com.microsoft", **attributes
+            "EPContext", [DEVICE_INPUT], [DEVICE_OUTPUT], "device", domain="com.microsoft", **attributes
         )
         del graph.node[start:]
         graph.node.extend([node, *nodes[end:]])
@@ -166,7 +164,7 @@ def test_a_compiled_model_is_taken_with_the_file_that_it_names(tiny, tmp_path):
     assert bundle.grids == (PORTRAIT,)
     assert program.host is None
     assert program.device == "npu"
-    assert program.stored_names == {"embeddings": NAMES.embeddings}
+    assert program.stored_names == {"embeddings": EMBEDDINGS}
     assert {file.path for file in bundle.manifest.programs[0].files} == {
         "20x12/vision.onnx", "20x12/vision.onnx.data", "20x12/vision.bin",
     }  # fmt: skip
@@ -214,7 +212,7 @@ def test_a_rai_beside_its_compiled_model_gets_its_tensors_from_the_node(tiny, tm
     (folder / "vision.rai").write_bytes(bytes(2_000_000))
     (program,) = imported(tiny, folder, tmp_path / "bundle").programs([FLEXMLRT_RAI])
     assert program.stored_names == {
-        "patch_embeddings": NAMES.device_input, "window_embeddings": NAMES.device_output,
+        "patch_embeddings": DEVICE_INPUT, "window_embeddings": DEVICE_OUTPUT,
     }  # fmt: skip
     assert program.host is not None
 

@@ -27,9 +27,9 @@ def matching_grid(tower: Tower, window_index: NDArray[np.int64], wanted: Grid | 
     """The grid whose tokens come in that order, and in which order its windows are.
 
     Args:
-        tower: The tower.
+        tower: Sizes of the windows.
         window_index: int64 [tokens]; a permutation.
-        wanted: The grid to choose where several have that order.
+        wanted: Chooses where several grids have that order.
 
     Raises:
         BundleError: If no grid has that order.
@@ -76,11 +76,7 @@ def matching_grid(tower: Tower, window_index: NDArray[np.int64], wanted: Grid | 
 
 
 def check_weights(part: HostPart, weights: Mapping[str, StoredTensor]) -> None:
-    """Refuse an artifact whose host weights are not the checkpoint's.
-
-    Args:
-        part: The host's part of the artifact.
-        weights: The checkpoint's weights; those that are missing are not compared.
+    """Refuse an artifact whose host weights are not the checkpoint's; those that this lacks are not compared.
 
     Raises:
         BundleError: If one differs.
@@ -94,7 +90,7 @@ def check_weights(part: HostPart, weights: Mapping[str, StoredTensor]) -> None:
         difference = "it has another shape"
         if exact.shape == found.shape:
             ours, theirs = found.astype(np.float32), exact.astype(np.float32)
-            if any(np.array_equal(ours, rounded) for rounded in _roundings(theirs)):
+            if any(np.array_equal(ours, rounded.astype(np.float32)) for rounded in _roundings(theirs)):
                 continue
             with np.errstate(all="ignore"):
                 largest = float(np.abs(ours - theirs).max())
@@ -109,15 +105,12 @@ def check_weights(part: HostPart, weights: Mapping[str, StoredTensor]) -> None:
 
 def narrowest(values: NDArray[Any]) -> NDArray[Any]:
     """The values in the narrowest float dtype that holds them exactly, as they were before an exporter widened them."""
-    for dtype in (ml_dtypes.bfloat16, np.float16):
-        with np.errstate(all="ignore"):
-            narrow = values.astype(np.float32).astype(dtype)
-        if np.array_equal(narrow.astype(np.float32), values.astype(np.float32)):
-            return narrow
-    return values.astype(np.float32)
+    wide = values.astype(np.float32)
+    exact = (each for each in reversed(_roundings(wide)) if np.array_equal(each.astype(np.float32), wide))
+    return next(exact, wide)  # NaN equals nothing
 
 
-def _roundings(values: NDArray[np.float32]) -> tuple[NDArray[np.float32], ...]:
-    """The values, and what they are in the dtypes of exports."""
+def _roundings(values: NDArray[np.float32]) -> tuple[NDArray[Any], ...]:
+    """Float32 values, and what they are in the narrower dtypes of exports, the preferred last."""
     with np.errstate(all="ignore"):
-        return values, *(values.astype(dtype).astype(np.float32) for dtype in (ml_dtypes.bfloat16, np.float16))
+        return values, values.astype(np.float16), values.astype(ml_dtypes.bfloat16)

@@ -29,7 +29,7 @@ class UnknownHostError(Exception):
 
 
 def is_plain(node: onnx.NodeProto, kinds: frozenset[str]) -> bool:
-    """Whether a node is one of those standard operators."""
+    """Whether a node is a standard operator of these kinds."""
     return node.op_type in kinds and node.domain in ("", "ai.onnx") and bool(node.input) and bool(node.output)
 
 
@@ -48,10 +48,7 @@ def product(
 ) -> tuple[NDArray[Any], NDArray[Any] | None, tuple[int, ...]]:
     """The matrix [outputs, inputs] that a product multiplies rows by, its bias, and the shape of what comes out.
 
-    Args:
-        graph: The graph.
-        node: A `Conv` whose kernel covers its whole input, a `Gemm` or a `MatMul`.
-        shape: What goes in.
+    The node is a `Conv` whose kernel covers its whole input, a `Gemm` or a `MatMul`, of an input of that shape.
 
     Raises:
         UnknownHostError: If it is anything more than that product.
@@ -97,22 +94,14 @@ def product(
 
 
 def check_gathers(node: onnx.NodeProto, shape: tuple[int, ...], tokens: int) -> None:
-    """Refuse a gather that does not take whole tokens, with nothing but ones before them.
-
-    Raises:
-        UnknownHostError: If it does not.
-    """
+    """Refuse a gather that does not take whole tokens, with nothing but ones before them."""
     axis = _integer(node, "axis", 0)
     if not -len(shape) <= axis < len(shape) or shape[axis] != tokens or math.prod(shape[: axis % len(shape)]) != 1:
         raise UnknownHostError(f"{named(node)} does not gather {tokens} tokens of {list(shape)}")
 
 
 def moved(graph: OnnxGraph, node: onnx.NodeProto, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape after an operator of `STILL`.
-
-    Raises:
-        UnknownHostError: If it does move elements, leaves float32, or does not fit the shape.
-    """
+    """The shape after an operator of `STILL`; UnknownHostError if it moves elements or leaves float32."""
     still = True
     if node.op_type == "Transpose":
         order = _integers(node, "perm") or tuple(range(len(shape)))[::-1]

@@ -18,10 +18,9 @@ _MOST_BYTES = 2**30
 """Most weights of one side of the host, which are stored within its model; a patch embedding has 6 MB."""
 
 
-def host_operators(graph: OnnxGraph, boundary: Boundary) -> tuple[tuple[str, str], ...]:
-    """Type and name of the operators around a device's part."""
-    before, after = _sides(graph, boundary)
-    return tuple((graph.nodes[place].op_type, graph.nodes[place].name) for place in sorted(before | after))
+def host_operators(graph: OnnxGraph, boundary: Boundary) -> list[int]:
+    """The operators around a device's part."""
+    return sorted(frozenset().union(*_sides(graph, boundary)))
 
 
 def extract_host(graph: OnnxGraph, boundary: Boundary) -> tuple[bytes | None, bytes | None]:
@@ -40,16 +39,17 @@ def extract_host(graph: OnnxGraph, boundary: Boundary) -> tuple[bytes | None, by
     """
     before, after = _sides(graph, boundary)
     given, taken = [s.name for s in boundary.inputs], [s.name for s in boundary.outputs]
-    fed = graph.descendants([spec.name for spec in graph.inputs])
-    stray = sorted(graph.descendants([spec.name for spec in graph.inputs], given) & after)
-    direct = {spec.name for spec in graph.inputs} & graph.reads(after)
+    inputs = {spec.name for spec in graph.inputs}
+    fed = graph.descendants(inputs)
+    stray = sorted(graph.descendants(inputs, given) & after)
+    direct = inputs & graph.reads(after)
     if stray or direct or before & graph.descendants(taken):
         names = sorted(direct) or [graph.nodes[place].name for place in stray]
         raise BundleError(
             f"{graph.path}: the operators after the device take from those before it, at {names}.",
             hint="Compile so that everything between the host's two parts is one partition.",
         )
-    if any(graph.producer(name) not in fed for name in given) and not set(given) <= {s.name for s in graph.inputs}:
+    if any(graph.makers.get(name) not in fed for name in given) and not set(given) <= inputs:
         raise BundleError(f"{graph.path}: what the device takes does not depend on the input.", hint=_AGAIN)
     return (
         _extract(graph, before, graph.inputs, boundary.inputs, "host_before") if before else None,
@@ -67,7 +67,7 @@ def _extract(
 ) -> bytes:
     nodes = [graph.nodes[place] for place in sorted(places)]
     wanted = graph.reads(places) | {spec.name for spec in outputs}
-    weights = [tensor for tensor in (graph.initializer(each) for each in sorted(wanted)) if tensor is not None]
+    weights = [graph.weights[name] for name in sorted(wanted) if name in graph.weights]
     model = helper.make_model(
         helper.make_graph(
             nodes,

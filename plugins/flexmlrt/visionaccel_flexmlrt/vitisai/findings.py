@@ -5,8 +5,8 @@ All of it is found out before anything is written, from the compiler's tables wh
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
@@ -18,13 +18,13 @@ from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import BundleError, ConfigurationError
 from visionaccel.families import Tower
 from visionaccel_flexmlrt.vitisai.agreement import check_weights, matching_grid
+from visionaccel_flexmlrt.vitisai.exported_operators import UnknownHostError, named
 from visionaccel_flexmlrt.vitisai.extraction import host_operators
 from visionaccel_flexmlrt.vitisai.graph import OnnxGraph, external_files, plain_file
-from visionaccel_flexmlrt.vitisai.layout import Boundary, VitisFolder, read_layout
-from visionaccel_flexmlrt.vitisai.recognition import HostPart, UnrecognisedHost, recognise_host
+from visionaccel_flexmlrt.vitisai.layout import Boundary, VitisFolder, read_layout, several_partitions
+from visionaccel_flexmlrt.vitisai.recognition import HostPart, end_operators, recognise_host
 
 _PROVIDER = "VitisAIExecutionProvider"
-_ONE_PARTITION = "Compile so that everything between the window gathers is one partition."
 _ORIENTATION = "The wrong orientation has the same shapes: run `visionaccel validate` before you use the bundle."
 _NOT_COMPARED = (
     "the checkpoint has no vision weights to compare the artifact's with: run `visionaccel validate` against the whole "
@@ -78,50 +78,49 @@ class Findings:
 
 
 def find(tower: Tower, request: ImportRequest, weights: Mapping[str, StoredTensor]) -> Findings:
-    """Look at an artifact and check it against a tower.
-
-    Args:
-        tower: The checkpoint's tower.
-        request: What to look at.
-        weights: The checkpoint's vision weights, as far as they are there.
+    """Look at an artifact and check it against a tower and the vision weights that its checkpoint has.
 
     Raises:
         BundleError: If it is damaged, of another tower, or its host part is not recognised where it must be.
         CheckpointError: If a weight cannot be read.
         ConfigurationError: If something is missing or ambiguous.
     """
-    folder = read_layout(request.path, artifact=request.artifact, model=request.model)
+    folder = read_layout(request.path, request.artifact, request.model)
     graph = OnnxGraph.load(folder.model)
     contexts = _contexts(graph)
-    if folder.format == EP_CONTEXT:
-        folder = _embedded(folder, graph, contexts)
+    whole = folder.format == EP_CONTEXT  # ONNX Runtime runs the host's operators with the device's
+    if whole:
+        folder = replace(folder, files=_context_files(folder, graph, contexts))
     boundary = _boundary(folder, graph, contexts)
-    pair = _pair(boundary)
-    part = (
-        UnrecognisedHost("the device takes or gives several tensors", ())
-        if boundary is not None and pair is None
-        else recognise_host(tower.spec, graph, pair)
-    )
     warnings = folder.warnings
-    if isinstance(part, HostPart):
-        _check_boundary(part, boundary, folder)
-        check_weights(part, weights)
-        grid, split = matching_grid(tower, part.order, request.grid)
-        if not set(part.weights) <= set(weights):
-            warnings += (_NOT_COMPARED,)
-        whole = folder.format == EP_CONTEXT  # ONNX Runtime runs the host's operators with the device's
-        return Findings(folder, graph, grid, None if whole else split, part, boundary, warnings)
-    if folder.format != EP_CONTEXT:
-        if not request.host_on_onnxrt or boundary is None:
-            raise _unrecognised(folder, graph, boundary, part)
-        warnings += ("the host's operators run on ONNX Runtime; nothing in them was compared with the checkpoint.",)
-    if request.grid is None:
-        raise ConfigurationError(
-            f"{folder.model}: nothing that is known tells which grid it was compiled for: {part.reason}.",
-            hint=f"Name the grid with --grid. {_ORIENTATION}",
-        )
-    warnings += (f"grid {request.grid.h}x{request.grid.w} was taken on trust. {_ORIENTATION}",)
-    return Findings(folder, graph, request.grid, None, None, boundary, warnings)
+    try:
+        part = _recognised(tower, graph, boundary)
+    except UnknownHostError as unknown:
+        if not whole:
+            if not request.host_on_onnxrt or boundary is None:
+                raise _unrecognised(folder, graph, boundary, unknown) from None
+            warnings += ("the host's operators run on ONNX Runtime; nothing in them was compared with the checkpoint.",)
+        if request.grid is None:
+            raise ConfigurationError(
+                f"{folder.model}: nothing that is known tells which grid it was compiled for: {unknown}.",
+                hint=f"Name the grid with --grid. {_ORIENTATION}",
+            ) from None
+        warnings += (f"grid {request.grid.h}x{request.grid.w} was taken on trust. {_ORIENTATION}",)
+        return Findings(folder, graph, request.grid, None, None, boundary, warnings)
+    _check_boundary(part, boundary, folder)
+    check_weights(part, weights)
+    grid, split = matching_grid(tower, part.order, request.grid)
+    if not set(part.weights) <= set(weights):
+        warnings += (_NOT_COMPARED,)
+    return Findings(folder, graph, grid, None if whole else split, part, boundary, warnings)
+
+
+def _recognised(tower: Tower, graph: OnnxGraph, boundary: Boundary | None) -> HostPart:
+    if boundary is None:
+        return recognise_host(tower.spec, graph, None)
+    if len(boundary.inputs) != 1 or len(boundary.outputs) != 1:
+        raise UnknownHostError("the device takes or gives several tensors")
+    return recognise_host(tower.spec, graph, (boundary.inputs[0].name, boundary.outputs[0].name))
 
 
 def _contexts(graph: OnnxGraph) -> list[onnx.NodeProto]:
@@ -139,29 +138,26 @@ def _contexts(graph: OnnxGraph) -> list[onnx.NodeProto]:
     return found
 
 
-def _embedded(folder: VitisFolder, graph: OnnxGraph, contexts: Iterable[onnx.NodeProto]) -> VitisFolder:
-    """The files of a model that holds its compiled program, or names its file."""
+def _context_files(
+    folder: VitisFolder, graph: OnnxGraph, contexts: Sequence[onnx.NodeProto]
+) -> tuple[tuple[str, Path], ...]:
+    """The files of a model that holds its compiled program, or names its file: the model first."""
     names = set(external_files(graph.model))
-    nodes = list(contexts)
-    if not nodes:
+    if not contexts:
         raise ConfigurationError(
             f"{folder.folder} holds {folder.model.name} and nothing that was compiled from it: no .rai, no "
             "vaiml_par_0, and no EPContext node in the model.",
             hint="Compile the model first, or name the artifact with --artifact.",
         )
-    for node in nodes:
+    for node in contexts:
         attributes = {attribute.name: attribute for attribute in node.attribute}
         embedded, main = (attributes[n].i if n in attributes else 1 for n in ("embed_mode", "main_context"))
-        named = attributes["ep_cache_context"].s if "ep_cache_context" in attributes else b""
+        context = attributes["ep_cache_context"].s if "ep_cache_context" in attributes else b""
         # A node that is not a main context shares the file of one that is, and may name none.
-        if embedded != 1 and (main != 0 or named):
-            names.add(named.decode(errors="replace"))
-    where = f"{folder.model}: the model"
-    files = [(name, plain_file(folder.model.parent, name, where)) for name in sorted(names)]
-    model = (folder.model.name, folder.model)
-    return VitisFolder(
-        folder.folder, EP_CONTEXT, folder.model, folder.model, (model, *files), None, folder.device, folder.warnings
-    )
+        if embedded != 1 and (main != 0 or context):
+            names.add(context.decode(errors="replace"))
+    files = [(name, plain_file(folder.model.parent, name, f"{folder.model}: the model")) for name in sorted(names)]
+    return ((folder.model.name, folder.model), *files)
 
 
 def _boundary(folder: VitisFolder, graph: OnnxGraph, contexts: list[onnx.NodeProto]) -> Boundary | None:
@@ -169,16 +165,11 @@ def _boundary(folder: VitisFolder, graph: OnnxGraph, contexts: list[onnx.NodePro
     if len(contexts) > 1:
         if folder.format == EP_CONTEXT:
             return None
-        names = ", ".join(repr(node.name) for node in contexts)
-        raise BundleError(
-            f"{folder.model}: the device's part is cut into several partitions ({names}), and one alone "
-            "is not the whole tower.",
-            hint=_ONE_PARTITION,
-        )
+        raise several_partitions(folder.model, (repr(node.name) for node in contexts))
     node = None
     if contexts:
         sides = ([name for name in names if name] for names in (contexts[0].input, contexts[0].output))
-        inputs, outputs = (tuple(graph.declared(n) or TensorSpec(n, "float32", ()) for n in names) for names in sides)
+        inputs, outputs = (tuple(graph.declared.get(n, TensorSpec(n, "float32", ())) for n in names) for names in sides)
         node = Boundary(inputs, outputs)
     if folder.boundary is None:
         return node
@@ -190,12 +181,6 @@ def _boundary(folder: VitisFolder, graph: OnnxGraph, contexts: list[onnx.NodePro
                     hint="Name the model that was compiled with --onnx.",
                 )
     return folder.boundary
-
-
-def _pair(boundary: Boundary | None) -> tuple[str, str] | None:
-    if boundary is None or len(boundary.inputs) != 1 or len(boundary.outputs) != 1:
-        return None
-    return boundary.inputs[0].name, boundary.outputs[0].name
 
 
 def _check_boundary(part: HostPart, boundary: Boundary | None, folder: VitisFolder) -> None:
@@ -212,11 +197,11 @@ def _check_boundary(part: HostPart, boundary: Boundary | None, folder: VitisFold
 
 
 def _unrecognised(
-    folder: VitisFolder, graph: OnnxGraph, boundary: Boundary | None, part: UnrecognisedHost
+    folder: VitisFolder, graph: OnnxGraph, boundary: Boundary | None, unknown: UnknownHostError
 ) -> BundleError:
-    operators = part.operators or (host_operators(graph, boundary) if boundary else ())
-    listed = ", ".join(f"{kind} {name!r}" for kind, name in operators[:_MOST_LISTED]) or "none"
-    more = f" and {len(operators) - _MOST_LISTED} more" if len(operators) > _MOST_LISTED else ""
+    places = end_operators(graph) if boundary is None else host_operators(graph, boundary)
+    listed = ", ".join(named(graph.nodes[place]) for place in places[:_MOST_LISTED]) or "none"
+    more = f" and {len(places) - _MOST_LISTED} more" if len(places) > _MOST_LISTED else ""
     hint = (
         "Let ONNX Runtime run them with --host-on-onnxrt, or export the tower as transformers has it."
         if boundary is not None
@@ -224,7 +209,7 @@ def _unrecognised(
         "--host-on-onnxrt; or export the tower as transformers has it."
     )
     return BundleError(
-        f"{folder.model}: the operators around the device's part are not this family's: {part.reason}. "
+        f"{folder.model}: the operators around the device's part are not this family's: {unknown}. "
         f"They are: {listed}{more}.",
         hint=hint,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -55,15 +55,15 @@ _CONSTANTS = {
 
 
 class OnnxGraph:
-    """A model's main graph.
+    """A model's main graph; nodes are named by their places in it.
 
     Args:
         model: The model; it is not changed.
         path: Where it was read from; external data lie in the same folder.
 
     Attributes:
-        model: The model.
-        path: Its file.
+        weights: Stored tensors by their names.
+        makers: The node that makes each other tensor but the graph's inputs.
 
     Raises:
         BundleError: If two tensors have one name, or share bytes of a file.
@@ -72,12 +72,12 @@ class OnnxGraph:
     def __init__(self, model: onnx.ModelProto, path: Path) -> None:
         self.model, self.path = model, path
         check_tensors(model, path)
-        self._initializers = {tensor.name: tensor for tensor in model.graph.initializer}
-        self._made: dict[str, int] = {}
+        self.nodes: Sequence[onnx.NodeProto] = model.graph.node
+        self.weights = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.makers: dict[str, int] = {}
         self._readers: dict[str, list[int]] = defaultdict(list)
-        for place, node in enumerate(model.graph.node):
-            for name in filter(None, node.output):
-                self._made[name] = place
+        for place, node in enumerate(self.nodes):
+            self.makers |= dict.fromkeys(filter(None, node.output), place)
             for name in _reads(node):
                 self._readers[name].append(place)
 
@@ -101,15 +101,10 @@ class OnnxGraph:
             raise BundleError(f"{path} holds no operators.", hint=_AGAIN)
         return cls(model, path)
 
-    @property
-    def nodes(self) -> Sequence[onnx.NodeProto]:
-        """Its nodes."""
-        return self.model.graph.node  # type: ignore[no-any-return]
-
     @cached_property
     def inputs(self) -> tuple[TensorSpec, ...]:
         """What is fed; unknown sizes are names."""
-        return tuple(_spec(value) for value in self.model.graph.input if value.name not in self._initializers)
+        return tuple(_spec(value) for value in self.model.graph.input if value.name not in self.weights)
 
     @cached_property
     def outputs(self) -> tuple[TensorSpec, ...]:
@@ -117,61 +112,33 @@ class OnnxGraph:
         return tuple(_spec(value) for value in self.model.graph.output)
 
     @cached_property
-    def _declared(self) -> Mapping[str, onnx.ValueInfoProto]:
+    def declared(self) -> Mapping[str, TensorSpec]:
+        """What the model declares of tensors."""
         graph = self.model.graph
-        return {value.name: value for value in (*graph.value_info, *graph.output, *graph.input)}
+        return {value.name: _spec(value) for value in (*graph.value_info, *graph.output, *graph.input)}
 
     def __contains__(self, tensor: str) -> bool:
-        return tensor in self._made or tensor in self._declared or tensor in self._initializers
-
-    def declared(self, tensor: str) -> TensorSpec | None:
-        """What the model declares for a tensor; None if nothing."""
-        value = self._declared.get(tensor)
-        return None if value is None else _spec(value)
-
-    def producer(self, tensor: str) -> int | None:
-        """The node that makes a tensor; None for inputs, weights, and what is not there."""
-        return self._made.get(tensor)
+        return tensor in self.makers or tensor in self.declared or tensor in self.weights
 
     def ancestors(self, tensors: Iterable[str], cut: Iterable[str] = ()) -> frozenset[int]:
         """Nodes that tensors depend on, not looking behind those of `cut`."""
-        found: set[int] = set()
-        seen = set(cut)
-        ahead = [name for name in tensors if name not in seen]
-        while ahead:
-            place = self._made.get(ahead.pop())
-            if place is not None and place not in found:
-                found.add(place)
-                ahead += [name for name in _reads(self.nodes[place]) if name not in seen]
-        return frozenset(found)
+
+        def before(tensor: str) -> list[int]:
+            return [self.makers[tensor]] if tensor in self.makers else []
+
+        return _reached(tensors, cut, before, lambda place: _reads(self.nodes[place]))
 
     def descendants(self, tensors: Iterable[str], cut: Iterable[str] = ()) -> frozenset[int]:
         """Nodes that depend on tensors, not looking behind those of `cut`."""
-        found: set[int] = set()
-        seen = set(cut)
-        ahead = [name for name in tensors if name not in seen]
-        while ahead:
-            for place in self._readers.get(ahead.pop(), ()):
-                if place not in found:
-                    found.add(place)
-                    ahead += [name for name in self.nodes[place].output if name and name not in seen]
-        return frozenset(found)
+
+        def after(tensor: str) -> list[int]:
+            return self._readers.get(tensor, [])
+
+        return _reached(tensors, cut, after, lambda place: filter(None, self.nodes[place].output))
 
     def reads(self, places: Iterable[int]) -> frozenset[str]:
         """Every tensor that these nodes read, within their subgraphs too."""
         return frozenset(name for place in places for name in _reads(self.nodes[place]))
-
-    def initializer(self, name: str) -> onnx.TensorProto | None:
-        """A weight by its name."""
-        return self._initializers.get(name)
-
-    def constant(self, tensor: str) -> NDArray[Any] | None:
-        """The values of a tensor that depends on no input and is simply made; None for any other.
-
-        Raises:
-            BundleError: If its data are damaged, missing or elsewhere.
-        """
-        return self._constant(tensor, iter(range(_MOST_FOLDS)))
 
     def values(self, tensor: onnx.TensorProto) -> NDArray[Any] | None:
         """The values of a stored tensor; None for a dtype that no host part has.
@@ -205,10 +172,20 @@ class OnnxGraph:
             raise BundleError(f"{where} lies outside of {file.name} or has another size.", hint=_AGAIN)
         return np.fromfile(file, dtype, items, offset=place.offset)
 
-    def _constant(self, tensor: str, folds: Iterator[int]) -> NDArray[Any] | None:
-        if tensor in self._initializers:
-            return self.values(self._initializers[tensor])
-        place = self._made.get(tensor)
+    def constant(self, tensor: str, folds: Iterator[int] | None = None) -> NDArray[Any] | None:
+        """The values of a tensor that depends on no input and is simply made; None for any other.
+
+        Args:
+            tensor: Its name.
+            folds: Gives an item for each operator that may still be computed; by default for a few.
+
+        Raises:
+            BundleError: If its data are damaged, missing or elsewhere.
+        """
+        if tensor in self.weights:
+            return self.values(self.weights[tensor])
+        folds = iter(range(_MOST_FOLDS)) if folds is None else folds
+        place = self.makers.get(tensor)
         if place is None or next(folds, None) is None:
             return None
         node = self.nodes[place]
@@ -221,7 +198,7 @@ class OnnxGraph:
             return None
         given = []
         for name in names:
-            values = self._constant(name, folds)
+            values = self.constant(name, folds)
             if values is None:
                 return None
             given.append(values)
@@ -229,11 +206,7 @@ class OnnxGraph:
         return found if found.dtype in _TYPES.values() else None
 
     def evaluate(self, node: onnx.NodeProto, given: Sequence[NDArray[Any]]) -> NDArray[Any]:
-        """What a standard operator of one output makes of arrays, in the model's own version of the operator.
-
-        Args:
-            node: The operator.
-            given: An array for each of its `given_inputs`.
+        """What a standard operator of one output makes of its `given_inputs`, in the model's version of the operator.
 
         Raises:
             BundleError: If it is malformed.
@@ -268,6 +241,24 @@ class OnnxGraph:
             value = getattr(attribute, field)
             return self.values(value) if dtype is None else np.array(value, dtype)
         return None
+
+
+def _reached(
+    tensors: Iterable[str],
+    cut: Iterable[str],
+    nodes_at: Callable[[str], Iterable[int]],
+    tensors_at: Callable[[int], Iterable[str]],
+) -> frozenset[int]:
+    """Nodes that are reached from tensors, not beyond those of `cut`."""
+    found: set[int] = set()
+    ends = set(cut)
+    ahead = [name for name in tensors if name not in ends]
+    while ahead:
+        for place in nodes_at(ahead.pop()):
+            if place not in found:
+                found.add(place)
+                ahead += [name for name in tensors_at(place) if name not in ends]
+    return frozenset(found)
 
 
 def given_inputs(node: onnx.NodeProto) -> list[str]:

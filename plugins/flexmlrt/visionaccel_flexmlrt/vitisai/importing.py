@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +51,7 @@ _AGAIN = "Export and compile the tower again."
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """A bundle that was written.
-
-    Attributes:
-        bundle: The bundle, open.
-        warnings: What its user should know.
-    """
+    """A bundle that was written, open, and what its user should know."""
 
     bundle: Bundle
     warnings: tuple[str, ...]
@@ -92,7 +87,7 @@ def import_vitisai(
         ConfigurationError: If something is missing or ambiguous, or `output` exists or cannot be written.
     """
     tell = progress or (lambda *_: None)
-    weights = _weights(tower)
+    weights = tower.weights if tower.stored_names else {}  # they may have been stripped
     found = [find(tower, request, weights) for request in requests]
     _check_together(found)
     output = Path(os.path.realpath(output))
@@ -149,11 +144,6 @@ def _check_together(found: Sequence[Findings]) -> None:
                 f"{first.folder.model} and {each.folder.model} hold different patch embeddings.",
                 hint="Import artifacts of one checkpoint, exported in one way.",
             )
-
-
-def _weights(tower: Tower) -> Mapping[str, StoredTensor]:
-    """The checkpoint's vision weights; none if they were stripped."""
-    return tower.weights if tower.stored_names else {}
 
 
 def _digest(tower: Tower, weights: Mapping[str, StoredTensor], tell: Progress) -> str:
@@ -219,8 +209,8 @@ def _write_program(tower: Tower, found: Findings, precision: Precision, folder: 
         "model": (home / main).relative_to(folder).as_posix(),
         "files": [stated_file(folder, file) for file in dict.fromkeys([*files, *companions.values()])],
         "companions": {role: file.relative_to(folder).as_posix() for role, file in companions.items()},
-        "inputs": [_stated_tensor(spec, stored) for spec in inputs],
-        "outputs": [_stated_tensor(spec, stored) for spec in outputs],
+        "inputs": [_stated_tensor(spec, stored[spec.name]) for spec in inputs],
+        "outputs": [_stated_tensor(spec, stored[spec.name]) for spec in outputs],
         "coverage": stated_coverage(coverage).model_dump(mode="json"),
         "precision": precision,
         "device": found.folder.device,
@@ -228,14 +218,8 @@ def _write_program(tower: Tower, found: Findings, precision: Precision, folder: 
     }
 
 
-def _stated_tensor(spec: TensorSpec, stored: Mapping[str, str]) -> dict[str, Any]:
-    name = stored[spec.name]
-    return {
-        "name": spec.name,
-        "dtype": spec.dtype,
-        "shape": list(spec.shape),
-        "stored_name": None if name == spec.name else name,
-    }
+def _stated_tensor(spec: TensorSpec, stored: str) -> dict[str, Any]:
+    return {**asdict(spec), "stored_name": None if stored == spec.name else stored}
 
 
 def _ends(found: Findings, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> dict[str, str]:
@@ -263,13 +247,9 @@ def _ends(found: Findings, inputs: tuple[TensorSpec, ...], outputs: tuple[Tensor
 def _write_host(graph: OnnxGraph, boundary: Boundary, home: Path) -> dict[str, Path]:
     before, after = extract_host(graph, boundary)
     sides = {"inputs": boundary.inputs, "outputs": boundary.outputs}
-    tensors = {
-        side: [{"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)} for spec in specs]
-        for side, specs in sides.items()
-    }
-    if any(isinstance(size, str) for specs in sides.values() for spec in specs for size in spec.shape) or not all(
-        spec.shape for specs in sides.values() for spec in specs
-    ):
+    tensors = {side: [asdict(spec) for spec in specs] for side, specs in sides.items()}
+    shapes = [spec.shape for specs in sides.values() for spec in specs]
+    if not all(shapes) or any(isinstance(size, str) for shape in shapes for size in shape):
         raise BundleError(
             f"{graph.path}: the shapes of the device's tensors are not known.",
             hint="Add the compiler's flexmlrt-hsi.json to the folder.",
@@ -299,9 +279,8 @@ def _bring(home: Path, files: Iterable[tuple[str, Path]], *, link: bool, tell: P
     needed = sum(file.stat().st_size for file, _ in left)
     hint = "Free some space, or write the bundle to the artifact's own disk."
     require_space(home.parent.parent, needed, "the artifact", hint)
-    done = 0
+    count = counter("artifact", needed, tell)
     for file, target in left:
-        tell("artifact", done, needed)
+        count(0)
         shutil.copyfile(file, target)
-        done += file.stat().st_size
-        tell("artifact", done, needed)
+        count(file.stat().st_size)

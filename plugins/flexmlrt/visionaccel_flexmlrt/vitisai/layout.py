@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -30,6 +30,9 @@ _SMALL = 10**6
 """A real `.rai` holds a tower's weights; what is smaller is most likely something else."""
 
 _MOST_FILES = 4096
+
+ONE_PARTITION = "Compile so that everything between the window gathers is one partition."
+"""What to do where a device's part is cut up."""
 
 _Name = Annotated[str, Field(min_length=1, max_length=1024)]
 _Shape = Annotated[tuple[Annotated[int, Field(ge=1, le=2**31)], ...], Field(max_length=8)]
@@ -49,17 +52,15 @@ class DeviceTensor(_Model):
     cpu_shape: _Shape
     cpu_dtype: _Name
 
-    @property
-    def spec(self) -> TensorSpec:
-        """As the contract has it."""
-        return TensorSpec(self.tensor_name, {"fp32": "float32"}.get(self.cpu_dtype, self.cpu_dtype), self.cpu_shape)
+
+_Side: TypeAlias = Annotated[tuple[DeviceTensor, ...], Field(min_length=1, max_length=64)]
 
 
 class TensorTable(_Model):
     """`flexmlrt-hsi.json`: what the device takes and gives."""
 
-    inputs: Annotated[tuple[DeviceTensor, ...], Field(min_length=1, max_length=64)]
-    outputs: Annotated[tuple[DeviceTensor, ...], Field(min_length=1, max_length=64)]
+    inputs: _Side
+    outputs: _Side
 
 
 class PartitionInfo(_Model):
@@ -97,8 +98,6 @@ class VitisFolder:
     """What was found.
 
     Attributes:
-        folder: Where.
-        format: The program format.
         model: The ONNX model that was compiled.
         artifact: The file to open: the `.rai`, `partition-info.json`, or the model itself.
         files: Every file of the artifact, by its path in the program's folder of the bundle.
@@ -114,10 +113,10 @@ class VitisFolder:
     files: tuple[tuple[str, Path], ...]
     boundary: Boundary | None
     device: str
-    warnings: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
 
-def read_layout(path: Path, *, artifact: Path | None = None, model: Path | None = None) -> VitisFolder:
+def read_layout(path: Path, artifact: Path | None, model: Path | None) -> VitisFolder:
     """Look at a folder.
 
     Args:
@@ -138,11 +137,11 @@ def read_layout(path: Path, *, artifact: Path | None = None, model: Path | None 
 
 def _read(path: Path, artifact: Path | None, model: Path | None) -> VitisFolder:
     if path.is_file():
-        path, artifact, model = (
-            (path.parent, artifact, model or Path(path.name))
-            if path.suffix.lower() == ".onnx"
-            else (path.parent, artifact or Path(path.name), model)
-        )
+        if path.suffix.lower() == ".onnx":
+            model = model or Path(path.name)
+        else:
+            artifact = artifact or Path(path.name)
+        path = path.parent
     if not path.is_dir():
         raise ConfigurationError(f"{path} does not exist.", hint="Pass the folder with the compiled tower.")
     found = _given(path, artifact) if artifact is not None else _only(_artifacts(path), path, "--artifact")
@@ -150,7 +149,7 @@ def _read(path: Path, artifact: Path | None, model: Path | None) -> VitisFolder:
     onnx = _model(path, model, places)
     check_link(onnx, _home(onnx, path))
     if found is None:
-        return VitisFolder(path, EP_CONTEXT, onnx, onnx, (), None, "npu", ())
+        return VitisFolder(path, EP_CONTEXT, onnx, onnx, (), None, "npu")
     return _directory(path, found, onnx) if found.is_dir() else _single(path, found, onnx)
 
 
@@ -176,14 +175,15 @@ def _partitions(folder: Path) -> list[Path]:
 
 
 def _given(folder: Path, named: Path) -> Path:
+    hint = "Name the .rai or the cache directory."
     found = folder / named if (folder / named).exists() else named
     if not found.exists():
-        raise ConfigurationError(f"{named} does not exist.", hint="Name the .rai or the cache directory.")
-    if found.is_dir() and not _partitions(found):
-        found = found.parent
-        if not _partitions(found):
-            raise ConfigurationError(f"{named} holds no {_PARTITION}0.", hint="Name the .rai or the cache directory.")
-    return found
+        raise ConfigurationError(f"{named} does not exist.", hint=hint)
+    if found.is_file() or _partitions(found):
+        return found
+    if not _partitions(found.parent):
+        raise ConfigurationError(f"{named} holds no {_PARTITION}0.", hint=hint)
+    return found.parent
 
 
 def _only(found: Sequence[Path], folder: Path, option: str) -> Path | None:
@@ -212,21 +212,16 @@ def _model(folder: Path, named: Path | None, places: Sequence[Path]) -> Path:
 def _single(folder: Path, artifact: Path, model: Path) -> VitisFolder:
     check_link(artifact, _home(artifact, folder))
     simulated, size = made_for_simulator(artifact, BundleError), artifact.stat().st_size
-    warnings: tuple[str, ...] = ()
-    if size < _SMALL and not simulated:
-        warnings = (
-            f"{artifact} has {size} bytes only, which is little for a vision tower: check that it was fetched whole.",
-        )
-    table = folder / _TABLE
+    doubt = f"{artifact} has {size} bytes only, which is little for a vision tower: check that it was fetched whole."
     return VitisFolder(
         folder=folder,
         format=FLEXMLRT_RAI,
         model=model,
         artifact=artifact,
         files=((artifact.name, artifact),),
-        boundary=_boundary(table) if table.exists() else None,
+        boundary=_boundary(folder / _TABLE) if (folder / _TABLE).exists() else None,
         device="simulator" if simulated else "npu",
-        warnings=warnings,
+        warnings=(doubt,) if size < _SMALL and not simulated else (),
     )
 
 
@@ -247,16 +242,11 @@ def _directory(folder: Path, cache: Path, model: Path) -> VitisFolder:
             + ", ".join(f"{info.runner_type!r} in {each.name}" for each, info in infos.items()),
             hint="Compile the tower for the device.",
         )
-    parts = sorted(device[0].glob(f"*/{_TABLE}"))
-    cut = [f"{each.parent.relative_to(cache)}" for each in parts]
-    if len(device) > 1 or len(parts) > 1:
-        names = ", ".join(each.name for each in device) if len(device) > 1 else ", ".join(cut)
-        raise BundleError(
-            f"{cache}: the device's part is cut into several partitions ({names}), and one alone "
-            "is not the whole tower.",
-            hint="Compile so that everything between the window gathers is one partition.",
-        )
-    (partition,) = device
+    partition = device[0]
+    parts = sorted(partition.glob(f"*/{_TABLE}"))
+    pieces = device if len(device) > 1 else [each.parent for each in parts]
+    if len(pieces) > 1:
+        raise several_partitions(cache, (f"{each.relative_to(cache)}" for each in pieces))
     if not parts:
         raise BundleError(
             f"{partition} holds no {_TABLE} in a folder of a part: the device's tensors are not known.",
@@ -266,7 +256,6 @@ def _directory(folder: Path, cache: Path, model: Path) -> VitisFolder:
     if (cache / _CONNECTIVITY).exists():
         elsewhere = {each.name for each in partitions} - {partition.name}
         _check_connectivity(cache / _CONNECTIVITY, partition.name, elsewhere, boundary)
-    simulated = partition / SIMULATOR_FILE
     return VitisFolder(
         folder=folder,
         format=FLEXMLRT_DIRECTORY,
@@ -274,15 +263,23 @@ def _directory(folder: Path, cache: Path, model: Path) -> VitisFolder:
         artifact=partition / _INFO,
         files=_files(partition, _home(cache, folder)),
         boundary=boundary,
-        device="simulator" if simulated.is_file() else "npu",
-        warnings=(),
+        device="simulator" if (partition / SIMULATOR_FILE).is_file() else "npu",
+    )
+
+
+def several_partitions(where: Path, names: Iterable[str]) -> BundleError:
+    """The error for a device's part that is cut up."""
+    return BundleError(
+        f"{where}: the device's part is cut into several partitions ({', '.join(names)}), and one alone "
+        "is not the whole tower.",
+        hint=ONE_PARTITION,
     )
 
 
 def _boundary(path: Path) -> Boundary:
     table = read_metadata(path, TensorTable)
-    for field in ("inputs", "outputs"):
-        tensors = getattr(table, field)
+    sides = {"inputs": table.inputs, "outputs": table.outputs}
+    for field, tensors in sides.items():
         for number, tensor in enumerate(tensors):
             if tensor.cpu_dtype != "fp32":
                 raise BundleError(
@@ -291,7 +288,10 @@ def _boundary(path: Path) -> Boundary:
                 )
         if len({tensor.tensor_name for tensor in tensors}) != len(tensors):
             raise BundleError(f"{path}: {field} name one tensor twice.", hint="Compile the tower again.")
-    return Boundary(tuple(t.spec for t in table.inputs), tuple(t.spec for t in table.outputs))
+    inputs, outputs = (
+        tuple(TensorSpec(t.tensor_name, "float32", t.cpu_shape) for t in side) for side in sides.values()
+    )
+    return Boundary(inputs, outputs)
 
 
 def _check_connectivity(path: Path, partition: str, elsewhere: Set[str], boundary: Boundary) -> None:
@@ -303,7 +303,7 @@ def _check_connectivity(path: Path, partition: str, elsewhere: Set[str], boundar
         raise BundleError(
             f"{path}: execution_order names the device partitions {', '.join(device) or 'none'}, and {partition} is "
             "there.",
-            hint="Compile so that everything between the window gathers is one partition.",
+            hint=ONE_PARTITION,
         )
     sides = {
         "takes": ({e.shape for e in connectivity.graph_edges if e.destination_partition == partition}, boundary.inputs),
@@ -354,11 +354,9 @@ def read_metadata(path: Path, kind: type[_M]) -> _M:
     """
     hint = "Fetch the folder again, or compile the tower again."
     try:
-        data = read_bounded(path)
+        return kind.model_validate_json(read_bounded(path))
+    except ValidationError as error:
+        raise BundleError(f"{path} is not what the compiler writes: {problems_of(error)}.", hint=hint) from error
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise BundleError(f"{path} cannot be read: {reason}.", hint=hint) from error
-    try:
-        return kind.model_validate_json(data)
-    except ValidationError as error:
-        raise BundleError(f"{path} is not what the compiler writes: {problems_of(error)}.", hint=hint) from error

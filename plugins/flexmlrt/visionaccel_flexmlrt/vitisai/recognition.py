@@ -58,19 +58,6 @@ class HostPart:
 
 
 @dataclass(frozen=True)
-class UnrecognisedHost:
-    """Why operators around a device's part are not the family's host part.
-
-    Attributes:
-        reason: What is different.
-        operators: Type and name of the host's operators, as far as they are known.
-    """
-
-    reason: str
-    operators: tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True)
 class _Entry:
     """From the graph's input to the device: nodes, the embedding's weights, order, and the shape handed over."""
 
@@ -80,32 +67,31 @@ class _Entry:
     shape: tuple[int, ...]
 
 
-def recognise_host(spec: TowerSpec, graph: OnnxGraph, boundary: tuple[str, str] | None) -> HostPart | UnrecognisedHost:
-    """The host's part around a device's, of that tower.
+def recognise_host(spec: TowerSpec, graph: OnnxGraph, boundary: tuple[str, str] | None) -> HostPart:
+    """The host's part around a device's, in the graph of a whole tower.
 
     Args:
         spec: The tower.
-        graph: The whole tower.
+        graph: The graph.
         boundary: Names of what the device takes and gives; None to find them: what comes out of the first gather, and
             what goes into the last.
 
     Raises:
+        UnknownHostError: If the operators around the device's part are not the family's.
         BundleError: If the sizes are another tower's, an order is not a permutation, or the second gather does not undo
             the first.
     """
-    try:
-        if spec.window is None or len(spec.embed) > 1 or spec.positions is not None:
-            raise UnknownHostError("host parts of towers without windows, or with learned positions, are not known")
-        pixels, embeddings = _ends(spec, graph)
-        if boundary is None:
-            given, entry = _find_entry(spec, graph, pixels)
-        else:
-            given, entry = boundary[0], _entry(spec, graph, pixels, _chain(graph, boundary[0], pixels.name))
-        taken = _find_taken(graph, embeddings.name) if boundary is None else boundary[1]
-        exit_nodes, reverse_index = _exit(spec, graph, embeddings, taken, len(entry.order))
-        _check_cut(graph, pixels.name, given, taken, {*entry.nodes, *exit_nodes})
-    except UnknownHostError as unknown:
-        return UnrecognisedHost(str(unknown), _operators(graph, boundary))
+    if spec.window is None or len(spec.embed) > 1 or spec.positions is not None:
+        raise UnknownHostError("host parts of towers without windows, or with learned positions, are not known")
+    pixels, embeddings = _ends(spec, graph)
+    if boundary is None:
+        given, entry = _find_entry(spec, graph, pixels)
+        taken = _find_taken(graph, embeddings.name)
+    else:
+        given, taken = boundary
+        entry = _entry(spec, graph, pixels, _chain(graph, given, pixels.name))
+    exit_nodes, reverse_index = _exit(spec, graph, embeddings, taken, len(entry.order))
+    _check_cut(graph, pixels.name, given, taken, {*entry.nodes, *exit_nodes})
     _check_orders(entry.order, reverse_index)
     tokens = len(entry.order)
     return HostPart(
@@ -138,7 +124,7 @@ def _chain(graph: OnnxGraph, tensor: str, start: str) -> tuple[int, ...]:
     """The nodes from `start` to a tensor, each by its first input, if all of them may be the host's."""
     nodes: list[int] = []
     while tensor != start:
-        place = graph.producer(tensor)
+        place = graph.makers.get(tensor)
         if place is None or len(nodes) == _MOST_STEPS:
             raise UnknownHostError(f"{tensor!r} is not made from {start!r} by the host's operators")
         node = graph.nodes[place]
@@ -171,22 +157,30 @@ def _entry(spec: TowerSpec, graph: OnnxGraph, pixels: TensorSpec, chain: Sequenc
         raise UnknownHostError("the patches are not embedded once and then gathered once")
     index = _index(graph, graph.nodes[gathers[0]])
     tokens, merged = len(index), spec.merged
-    shape: tuple[int, ...] = (tokens * merged, spec.patch_width)
-    weights: Mapping[str, NDArray[Any]] = {}
-    if not pixels.fits(shape, {str(size): fed for size, fed in zip(pixels.shape, shape, strict=False)}):
+    fed = (tokens * merged, spec.patch_width)
+    if not pixels.fits(fed, {str(stated): size for stated, size in zip(pixels.shape, fed, strict=False)}):
         raise UnknownHostError(f"{tokens} tokens of {merged} patches are gathered from {pixels}")
-    for place in chain:
-        node = graph.nodes[place]
-        if place == products[0]:
-            kernel, bias, shape = product(graph, node, shape)
-            weights = _embedding(spec, kernel, bias, named(node))
-        elif place == gathers[0]:
-            check_gathers(node, shape, tokens)
-        else:
-            shape = moved(graph, node, shape)
+    shape, weights = _follow(spec, graph, chain, fed, tokens)
     if squeezed(shape) != squeezed((tokens, merged, spec.hidden)):
         raise UnknownHostError(f"the device would take {list(shape)} for {tokens} tokens of {merged} patches")
     return _Entry(tuple(chain), weights, index, shape)
+
+
+def _follow(
+    spec: TowerSpec, graph: OnnxGraph, chain: Sequence[int], shape: tuple[int, ...], tokens: int
+) -> tuple[tuple[int, ...], Mapping[str, NDArray[Any]]]:
+    """The shape at the end of a chain, and the weights of the product in it."""
+    weights: Mapping[str, NDArray[Any]] = {}
+    for place in chain:
+        node = graph.nodes[place]
+        if node.op_type in PRODUCTS:
+            kernel, bias, shape = product(graph, node, shape)
+            weights = _embedding(spec, kernel, bias, named(node))
+        elif node.op_type == "Gather":
+            check_gathers(node, shape, tokens)
+        else:
+            shape = moved(graph, node, shape)
+    return shape, weights
 
 
 def _embedding(
@@ -213,7 +207,7 @@ def _find_taken(graph: OnnxGraph, embeddings: str) -> str:
     """What goes into the last gather."""
     tensor = embeddings
     for _ in range(_MOST_STEPS):
-        place = graph.producer(tensor)
+        place = graph.makers.get(tensor)
         if place is None:
             break
         node = graph.nodes[place]
@@ -234,12 +228,7 @@ def _exit(
     if len(gathers) != 1 or any(graph.nodes[place].op_type in PRODUCTS for place in chain):
         raise UnknownHostError("the embeddings are not gathered once and nothing else")
     index = _index(graph, graph.nodes[gathers[0]])
-    shape: tuple[int, ...] = (tokens, spec.out_width)
-    for place in chain:
-        if place == gathers[0]:
-            check_gathers(graph.nodes[place], shape, tokens)
-        else:
-            shape = moved(graph, graph.nodes[place], shape)
+    shape, _ = _follow(spec, graph, chain, (tokens, spec.out_width), tokens)
     if squeezed(shape) != squeezed((tokens, spec.out_width)):
         raise UnknownHostError(f"the embeddings come out as {list(shape)}")
     return chain, index
@@ -277,27 +266,22 @@ def _check_cut(graph: OnnxGraph, pixels: str, given: str, taken: str, host: set[
         raise UnknownHostError(f"{named(graph.nodes[place])} takes from the patches and is not the device's")
     for place in sorted(graph.ancestors(ends, [taken]) & fed - host):
         raise UnknownHostError(f"{named(graph.nodes[place])} gives to the embeddings and is not the device's")
-    if graph.producer(taken) not in graph.descendants([given]):
+    if graph.makers.get(taken) not in graph.descendants([given]):
         raise UnknownHostError(f"{taken!r} does not depend on {given!r}")
 
 
-def _operators(graph: OnnxGraph, boundary: tuple[str, str] | None) -> tuple[tuple[str, str], ...]:
-    """The host's operators: those around the boundary, or those at the ends up to the first that is not known."""
-    pixels, embeddings = [tensor.name for tensor in graph.inputs], [tensor.name for tensor in graph.outputs]
-    if boundary is not None:
-        around = graph.ancestors([boundary[0]]) | graph.ancestors(embeddings, [boundary[1]])
-        return tuple((graph.nodes[place].op_type, graph.nodes[place].name) for place in sorted(around))
+def end_operators(graph: OnnxGraph) -> list[int]:
+    """The operators at the graph's ends, up to the first that is not the host's: where the device's are not known."""
     before: list[int] = []
-    for place in sorted(graph.descendants(pixels)):
+    for place in sorted(graph.descendants(tensor.name for tensor in graph.inputs)):
         before.append(place)
         if not is_plain(graph.nodes[place], STILL | PRODUCTS):
             break
     after: list[int] = []
-    tensor = embeddings[0] if embeddings else ""
-    while (last := graph.producer(tensor)) is not None and len(after) < _MOST_STEPS:
+    tensor = graph.outputs[0].name if graph.outputs else ""
+    while (last := graph.makers.get(tensor)) is not None and len(after) < _MOST_STEPS:
         after.append(last)
         if not is_plain(graph.nodes[last], STILL):
             break
         tensor = graph.nodes[last].input[0]
-    places = [*before, *(place for place in reversed(after) if place not in before)]
-    return tuple((graph.nodes[place].op_type, graph.nodes[place].name) for place in places)
+    return [*before, *(place for place in reversed(after) if place not in before)]

@@ -22,8 +22,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -34,35 +33,18 @@ from onnx import TensorProto, helper, numpy_helper
 from visionaccel.core.dtypes import DTYPES
 from visionaccel.core.grid import Grid
 from visionaccel.core.onnx_graphs import ExternalData, is_external, point_at
-from visionaccel.core.program import PIXELS, FixedGrid, HostSplit, Precision
+from visionaccel.core.program import PIXELS, FixedGrid, HostSplit
 from visionaccel.families import Tower
 from visionaccel.towers import make_tables
 from visionaccel_flexmlrt.artifact import SIMULATOR_FILE
 
-_Row: TypeAlias = tuple[str, list[str], str, dict[str, Any]]
-"""An operator, its inputs, its output and its attributes."""
+WindowOrder: TypeAlias = Literal["raster", "grouped"]
+
+DEVICE_INPUT, DEVICE_OUTPUT, EMBEDDINGS = "device_input", "device_output", "image_embeddings"
+"""What the device's partition takes and gives, and the graph's output. The graph's input is `PIXELS`."""
 
 _ALIGNMENT = 64
 _CHUNK = 1 << 24
-
-
-@dataclass(frozen=True, slots=True)
-class VitisNames:
-    """Names in a folder.
-
-    Attributes:
-        stem: Name of the `.rai`, `.onnx` and `.onnx.data`.
-        pixels: The graph's input.
-        device_input: What the device's partition takes.
-        device_output: What it gives.
-        embeddings: The graph's output.
-    """
-
-    stem: str = "vision"
-    pixels: str = PIXELS
-    device_input: str = "device_input"
-    device_output: str = "device_output"
-    embeddings: str = "image_embeddings"
 
 
 def write_vitisai_folder(
@@ -71,10 +53,8 @@ def write_vitisai_folder(
     grid: Grid,
     *,
     layout: Literal["rai", "directory"],
-    window_order: Literal["raster", "grouped"] = "raster",
     compile: Callable[[Path, Path], object],  # noqa: A002 - it is what the function does
-    precision: Precision = "float32",
-    names: VitisNames | None = None,
+    window_order: WindowOrder = "raster",
     metadata: bool = False,
 ) -> Path:
     """Write what the compiler leaves for the program of one grid.
@@ -84,30 +64,27 @@ def write_vitisai_folder(
         folder: Where to; made if it does not exist.
         grid: One frame.
         layout: A single file, or the compiler's cache.
-        window_order: Order of the windows that the two gathers make.
         compile: Called once with the partition as an ONNX file, whose weights are external data in one file next to it,
             and with the file to write: the `.rai`, or `simulator.rai` in the partition's folder. The partition takes
-            `names.device_input`, float32 [tokens, merged, hidden], and gives `names.device_output`, float32 [tokens,
-            out_width], both in window order. Its files are gone after the call.
-        precision: Dtype of the partition's weights and activations.
-        names: Names of files and tensors.
+            `DEVICE_INPUT`, float32 [tokens, merged, hidden], and gives `DEVICE_OUTPUT`, float32 [tokens, out_width],
+            both in window order. Its files are gone after the call.
+        window_order: Order of the windows that the two gathers make.
         metadata: Write `flexmlrt-hsi.json` next to a `.rai` too.
 
     Returns:
         The artifact: the `.rai`, or `partition-info.json`.
     """
-    names = names or VitisNames()
     folder.mkdir(parents=True, exist_ok=True)
-    partition = _partition(tower, grid, window_order, precision, names)
-    whole = _whole(tower, grid, window_order, partition, names)
-    _pack_weights(whole, tower.weights_folder, folder / f"{names.stem}.onnx.data")
-    (folder / f"{names.stem}.onnx").write_bytes(whole.SerializeToString())
+    partition = _partition(tower, grid, window_order)
+    whole = _whole(tower, grid, window_order, partition)
+    _pack_weights(whole, tower.weights_folder, folder / "vision.onnx.data")
+    (folder / "vision.onnx").write_bytes(whole.SerializeToString())
     tensors = _device_tensors(partition)
-    artifact = target = folder / f"{names.stem}.rai"
+    artifact = target = folder / "vision.rai"
     if layout == "directory":
-        cache = folder / f"{names.stem}_cache"
+        cache = folder / "vision_cache"
         artifact, target = (cache / "vaiml_par_0" / name for name in ("partition-info.json", SIMULATOR_FILE))
-        _write_cache(cache, whole, partition, tensors, names)
+        _write_cache(cache, whole, partition, tensors)
     elif metadata:
         _write_json(folder / "flexmlrt-hsi.json", tensors)
     with tempfile.TemporaryDirectory(prefix=".compile-", dir=folder) as work:
@@ -118,14 +95,12 @@ def write_vitisai_folder(
     return artifact
 
 
-def _partition(
-    tower: Tower, grid: Grid, order: Literal["raster", "grouped"], precision: Precision, names: VitisNames
-) -> onnx.ModelProto:
-    """What runs on the device, under the names at its edges."""
+def _partition(tower: Tower, grid: Grid, order: WindowOrder) -> onnx.ModelProto:
+    """What runs on the device, in float32."""
     coverage, host = FixedGrid(grid), HostSplit(order)
-    model = onnx.load_model_from_string(tower.onnx_model(coverage=coverage, precision=precision, host=host))
+    model = onnx.load_model_from_string(tower.onnx_model(coverage=coverage, host=host))
     (first,), (last,) = tower.signature(coverage, host)
-    renamed = {first.name: names.device_input, last.name: names.device_output}
+    renamed = {first.name: DEVICE_INPUT, last.name: DEVICE_OUTPUT}
     for node in model.graph.node:
         for values in (node.input, node.output):
             values[:] = [renamed.get(value, value) for value in values]
@@ -134,9 +109,7 @@ def _partition(
     return model
 
 
-def _whole(
-    tower: Tower, grid: Grid, order: Literal["raster", "grouped"], partition: onnx.ModelProto, names: VitisNames
-) -> onnx.ModelProto:
+def _whole(tower: Tower, grid: Grid, order: WindowOrder, partition: onnx.ModelProto) -> onnx.ModelProto:
     """The whole tower around the partition's operators."""
     spec, (kernel_name,) = tower.spec, tower.host_weights
     kernel = tower.weights[kernel_name]
@@ -151,34 +124,31 @@ def _whole(
         "window_index": windows.index,
         "reverse_index": windows.reverse,
     }
-    weight = _external(kernel_name, kernel, tower.weights_folder)
-    exact, widened = kernel.dtype == "float32", "/patch_embed/proj/Cast_output_0"
-    before: list[_Row] = [
-        *([] if exact else [("Cast", [kernel_name], widened, {"to": TensorProto.FLOAT})]),
-        ("Reshape", [names.pixels, "blocks_shape"], "/patch_embed/Reshape_output_0", {}),
-        (
-            "Conv",
-            ["/patch_embed/Reshape_output_0", kernel_name if exact else widened],
-            "/patch_embed/proj/Conv_output_0",
-            {"strides": [steps, side, side], "kernel_shape": [steps, side, side]},
-        ),
-        ("Reshape", ["/patch_embed/proj/Conv_output_0", "rows_shape"], "/patch_embed/Reshape_1_output_0", {}),
-        ("Reshape", ["/patch_embed/Reshape_1_output_0", "merged_shape"], "/blocks/Reshape_output_0", {}),
-        ("Gather", ["/blocks/Reshape_output_0", "window_index"], names.device_input, {"axis": 0}),
-    ]
-    after: list[_Row] = [("Gather", [names.device_output, "reverse_index"], names.embeddings, {"axis": 0})]
+    weight = TensorProto(name=kernel_name, data_type=DTYPES[kernel.dtype].onnx, dims=kernel.shape)
+    point_at(weight, ExternalData.at(kernel, tower.weights_folder))
+    nodes: list[onnx.NodeProto] = []
 
-    def nodes(rows: Iterable[_Row]) -> list[onnx.NodeProto]:
-        return [
-            helper.make_node(kind, inputs, [output], name=output.removesuffix("_output_0"), **attributes)
-            for kind, inputs, output, attributes in rows
-        ]
+    def add(kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        name = output.removesuffix("_output_0")
+        nodes.append(helper.make_node(kind, inputs, [output], name=name, **attributes))
+        return output
 
+    embedding = kernel_name
+    if kernel.dtype != "float32":
+        embedding = add("Cast", [kernel_name], "/patch_embed/proj/Cast_output_0", to=TensorProto.FLOAT)
+    rows = add("Reshape", [PIXELS, "blocks_shape"], "/patch_embed/Reshape_output_0")
+    window = [steps, side, side]
+    rows = add("Conv", [rows, embedding], "/patch_embed/proj/Conv_output_0", strides=window, kernel_shape=window)
+    rows = add("Reshape", [rows, "rows_shape"], "/patch_embed/Reshape_1_output_0")
+    rows = add("Reshape", [rows, "merged_shape"], "/blocks/Reshape_output_0")
+    add("Gather", [rows, "window_index"], DEVICE_INPUT, axis=0)
+    nodes += partition.graph.node
+    add("Gather", [DEVICE_OUTPUT, "reverse_index"], EMBEDDINGS, axis=0)
     graph = helper.make_graph(
-        [*nodes(before), *partition.graph.node, *nodes(after)],
+        nodes,
         "main_graph",
-        [helper.make_tensor_value_info(names.pixels, TensorProto.FLOAT, [patches, spec.patch_width])],
-        [helper.make_tensor_value_info(names.embeddings, TensorProto.FLOAT, [patches // merged, tower.out_width])],
+        [helper.make_tensor_value_info(PIXELS, TensorProto.FLOAT, [patches, spec.patch_width])],
+        [helper.make_tensor_value_info(EMBEDDINGS, TensorProto.FLOAT, [patches // merged, tower.out_width])],
         [
             *(numpy_helper.from_array(np.array(value, dtype=np.int64), name) for name, value in constants.items()),
             weight,
@@ -189,32 +159,22 @@ def _whole(
     return helper.make_model(graph, opset_imports=partition.opset_import, ir_version=partition.ir_version)
 
 
-def _external(name: str, stored: Any, folder: Path) -> onnx.TensorProto:
-    tensor = TensorProto(name=name, data_type=DTYPES[stored.dtype].onnx, dims=stored.shape)
-    point_at(tensor, ExternalData.at(stored, folder))
-    return tensor
-
-
 def _pack_weights(model: onnx.ModelProto, source: Path, target: Path) -> None:
     """Copy the weights that a model refers to into one file, and make it refer to that."""
-    places: list[tuple[ExternalData, int, int]] = []
     end = 0
-    for tensor in filter(is_external, model.graph.initializer):
-        place = ExternalData.of(tensor)
-        assert place.length is not None
-        length = place.length
-        places.append((place, length, end))
-        point_at(tensor, ExternalData(target.name, end, length))
-        end += -(-length // _ALIGNMENT) * _ALIGNMENT
     with target.open("wb") as written:
-        for origin, length, begin in places:
+        for tensor in filter(is_external, model.graph.initializer):
+            origin = ExternalData.of(tensor)
+            assert origin.length is not None
             with (source / origin.location).open("rb") as read:
-                for start in range(0, length, _CHUNK):
+                for start in range(0, origin.length, _CHUNK):
                     read.seek(origin.offset + start)
-                    piece = read.read(min(_CHUNK, length - start))
+                    piece = read.read(min(_CHUNK, origin.length - start))
                     if np.frombuffer(piece, np.uint8).any():
-                        written.seek(begin + start)
+                        written.seek(end + start)
                         written.write(piece)
+            point_at(tensor, ExternalData(target.name, end, origin.length))
+            end += -(-origin.length // _ALIGNMENT) * _ALIGNMENT
         written.truncate(end)
 
 
@@ -239,9 +199,7 @@ def _device_tensors(partition: onnx.ModelProto) -> dict[str, Any]:
     }
 
 
-def _write_cache(
-    cache: Path, whole: onnx.ModelProto, partition: onnx.ModelProto, tensors: Mapping[str, Any], names: VitisNames
-) -> None:
+def _write_cache(cache: Path, whole: onnx.ModelProto, partition: onnx.ModelProto, tensors: Mapping[str, Any]) -> None:
     device, before, after = "vaiml_par_0", "vaiml_cpu_subgraph_0", "vaiml_cpu_subgraph_1"
     (cache / device / "0").mkdir(parents=True, exist_ok=True)
     ends = (*whole.graph.input, *partition.graph.input, *partition.graph.output, *whole.graph.output)
@@ -252,8 +210,8 @@ def _write_cache(
     ]
     connectivity = {
         "execution_order": [before, device, after],
-        "inputs": [names.pixels],
-        "outputs": [names.embeddings],
+        "inputs": [PIXELS],
+        "outputs": [EMBEDDINGS],
         "graph_edges": edges,
     }
     _write_json(cache / "connectivity_metadata.json", connectivity)
