@@ -3,7 +3,7 @@
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -141,9 +141,8 @@ class OnnxRuntimeBackend(VisionBackend):
         import onnxruntime
 
         provider, given = _provider(program, device, options, onnxruntime)
-        if options.context_dir is None:
-            return self._open(program, device, options, provider, given, None)
-        with _kept_context(program, options.context_dir) as context:
+        kept = nullcontext() if options.context_dir is None else _kept_context(program, options.context_dir)
+        with kept as context:
             return self._open(program, device, options, provider, given, context)
 
     def _open(

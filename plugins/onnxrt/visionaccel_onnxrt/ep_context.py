@@ -122,8 +122,8 @@ def _check_file(name: str, program: Program, what: str) -> None:
             f"{program.artifact} names {what} {name!r}, which is not a plain file name.",
             hint="Do not use this program.",
         )
-    beside = program.artifact.parent / name
-    if beside not in program.companions.values() or not beside.is_file():
+    file = program.artifact.parent / name
+    if file not in program.companions.values() or not file.is_file():
         raise ArtifactError(
             f"{program.artifact} needs {name} next to it, which is not among the program's verified files.", hint=_AGAIN
         )

@@ -174,7 +174,7 @@ def _precision(core: "openvino.Core", program: Program, device: str, options: Op
     if kind == "auto":
         if _needs_no_snippets(program, wanted):
             raise ConfigurationError(
-                f"device 'auto' may compute program {program.name!r}, of fixed shapes, wrongly in {wanted}.",
+                f"device 'auto' may give wrong answers for program {program.name!r}, of fixed shapes, in {wanted}.",
                 hint="Name the device, such as cpu, or set the option precision=float32.",
             )
         return wanted
@@ -213,12 +213,12 @@ def _computes_integers(program: Program, device: str) -> bool:
         return True
     if kind == "auto":
         raise ConfigurationError(
-            f"device 'auto' may compute program {program.name!r}, of int8, wrongly: this CPU has no VNNI.",
+            f"device 'auto' may give wrong answers for program {program.name!r}, of int8: this CPU has no VNNI.",
             hint="Name the device, such as cpu.",
         )
     logger.warning(
-        "Program %r is of int8, which OpenVINO computes wrongly on a CPU without VNNI. Its products are computed in "
-        "float32, as right as int8 would be, and about as fast as the program of float32 that it was made from.",
+        "OpenVINO's int8 products are incorrect on a CPU without VNNI. The products of program %r are computed in "
+        "float32: as exact as in int8, and about as fast as the float32 program that it was made from.",
         program.name,
     )
     return False

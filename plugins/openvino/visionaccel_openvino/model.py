@@ -8,6 +8,7 @@ import onnx
 import openvino
 from numpy.typing import NDArray
 
+from visionaccel.backends.onnx_products import parse_model
 from visionaccel.backends.onnx_weights import external_weights, map_weights
 from visionaccel.core.program import Program
 from visionaccel.errors import ArtifactError
@@ -41,12 +42,7 @@ def read_model(core: openvino.Core, program: Program) -> tuple[openvino.Model, M
     """
     if program.model is None:
         raise ArtifactError(f"the ONNX program in {program.folder} has no model.", hint="Write it again.")
-    try:
-        proto = onnx.load_model_from_string(program.model())
-    except Exception as error:
-        raise ArtifactError(
-            f"program {program.name!r} is not an ONNX model: {error}.", hint="Write it again."
-        ) from error
+    proto = parse_model(program)
     external = _take_external(proto)
     try:
         model = core.read_model(io.BytesIO(proto.SerializeToString()))

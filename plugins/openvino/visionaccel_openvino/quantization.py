@@ -66,14 +66,14 @@ def quantize(program: Program, calibration: Iterable[Mapping[str, Array]], folde
     standard = program.format == ONNX_STANDARD or (program.format == ONNX and not isinstance(program.coverage, AnyGrid))
     if not standard or program.precision != "float32" or program.quantization or not program.model:
         raise ConfigurationError(
-            f"program {program.name!r} is no float32 program in standard ONNX operators.",
+            f"program {program.name!r} is not a float32 program in standard ONNX operators.",
             hint="Export the bundle in float32, and programs for any grid with --dialect standard.",
         )
     model = parse_model(program)
     groups = find_products(model, program)
     if len(groups) > 1:
-        # From a graph's end back to the first product that is not of int8, OpenVINO computes in float32 whatever
-        # precision it is asked for. With this one left, what lies between the products is in bfloat16 if asked.
+        # From a graph's end back to the first product that is not of int8, OpenVINO computes in float32, at any
+        # precision that it is asked for. With this one left, what lies between the products is in bfloat16 if asked.
         groups.popitem()
     watching, outputs = add_largest(model, list(groups))
     largest = largest_by_channel(list(groups), _answers(program, watching, outputs, calibration))
