@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 from visionaccel.backends import Finding
 from visionaccel.core.program import Program
@@ -27,6 +28,9 @@ _NPUS: Mapping[tuple[str, str], tuple[str, bool]] = {
 }
 """PCI device and revision of each NPU: its name, and whether it computes in bfloat16."""
 
+_Found: TypeAlias = tuple[Literal["pass", "warning", "failure"], str, str]
+"""Status and detail of a finding, and how to fix what is wrong."""
+
 _KERNEL = (6, 10)
 _SHORT_TIMEOUT = 10
 _HEAP_PAGES = 8
@@ -40,7 +44,7 @@ def check_machine(amd: AmdEnvironment, root: Path = _ROOT, kernel: str | None = 
         root: Where `/sys`, `/dev` and `/opt` are.
         kernel: The running kernel's release; None to ask the system.
     """
-    checks: Mapping[str, Callable[[], Finding]] = {
+    checks: Mapping[str, Callable[[], _Found]] = {
         "NPU on the PCI bus": lambda: _npu(root),
         "kernel": lambda: _kernel(kernel or platform.release()),
         "amdxdna module": lambda: _driver(root),
@@ -51,7 +55,7 @@ def check_machine(amd: AmdEnvironment, root: Path = _ROOT, kernel: str | None = 
         "FlexMLRT library": lambda: _library(amd),
         "simulator": lambda: _simulator(amd),
     }
-    return [_made(name, check) for name, check in checks.items()]
+    return [Finding(name, *_made(check)) for name, check in checks.items()]
 
 
 def check_artifacts(programs: Iterable[Program]) -> Sequence[Finding]:
@@ -73,15 +77,14 @@ def check_artifacts(programs: Iterable[Program]) -> Sequence[Finding]:
     return found
 
 
-def _made(name: str, check: Callable[[], Finding]) -> Finding:
+def _made(check: Callable[[], _Found]) -> _Found:
     try:
         return check()
     except Exception as error:  # A broken machine is what this is for.
-        return Finding(name, "warning", f"{type(error).__name__}: {error}", "Look at it by hand.")
+        return "warning", f"{type(error).__name__}: {error}", "Look at it by hand."
 
 
-def _npu(root: Path) -> Finding:
-    name = "NPU on the PCI bus"
+def _npu(root: Path) -> _Found:
     for device in sorted((root / "sys/bus/pci/devices").glob("*")):
         vendor, kind, revision = (_read(device / field) for field in ("vendor", "device", "revision"))
         if vendor != _AMD or kind not in {known for known, _ in _NPUS}:
@@ -89,99 +92,86 @@ def _npu(root: Path) -> Finding:
         model, computes = _NPUS.get((kind, revision)) or _NPUS.get((kind, "*")) or ("an unknown revision", True)
         detail = f"{model} at {device.name} (1022:{kind[2:]} rev {revision[2:]})"
         if computes:
-            return Finding(name, "pass", detail)
-        return Finding(name, "failure", f"{detail}, which has no bfloat16", "Use a machine with Strix or Krackan.")
-    return Finding(
-        name, "failure", "none was found", "Use a Ryzen AI machine, and enable the NPU (IPU) in its firmware setup."
-    )
+            return "pass", detail, ""
+        return "failure", f"{detail}, which has no bfloat16", "Use a machine with Strix or Krackan."
+    return "failure", "none was found", "Use a Ryzen AI machine, and enable the NPU (IPU) in its firmware setup."
 
 
-def _kernel(release: str) -> Finding:
+def _kernel(release: str) -> _Found:
     numbers = tuple(int(number) for number in re.findall(r"\d+", release)[:2])
     if numbers >= _KERNEL:
-        return Finding("kernel", "pass", release)
+        return "pass", release, ""
     wanted = ".".join(map(str, _KERNEL))
-    return Finding(
-        "kernel", "failure", release, f"Boot Linux {wanted} or later, such as Ubuntu 24.04 with its HWE kernel."
-    )
+    return "failure", release, f"Boot Linux {wanted} or later, such as Ubuntu 24.04 with its HWE kernel."
 
 
-def _driver(root: Path) -> Finding:
+def _driver(root: Path) -> _Found:
     if (root / "sys/module/amdxdna").is_dir():
-        return Finding("amdxdna module", "pass", "loaded")
-    return Finding(
-        "amdxdna module",
-        "failure",
-        "not loaded",
-        "Install the XDNA driver (xrt_plugin-amdxdna) and run: modprobe amdxdna",
-    )
+        return "pass", "loaded", ""
+    return "failure", "not loaded", "Install the XDNA driver (xrt_plugin-amdxdna) and run: modprobe amdxdna"
 
 
-def _timeout(root: Path) -> Finding:
-    name, value = "amdxdna timeout", _read(root / "sys/module/amdxdna/parameters/timeout_in_sec")
+def _timeout(root: Path) -> _Found:
+    value = _read(root / "sys/module/amdxdna/parameters/timeout_in_sec")
     fix = (
         "For encodes of seconds, put into /etc/modprobe.d/amdxdna.conf: options amdxdna timeout_in_sec=120, and reboot."
     )
     if not value:
-        return Finding(name, "warning", "timeout_in_sec cannot be read", fix)
+        return "warning", "timeout_in_sec cannot be read", fix
     seconds = int(value)
     if 0 < seconds < _SHORT_TIMEOUT:
-        return Finding(name, "warning", f"{seconds} s; a longer run is aborted and can leave zeros behind", fix)
-    return Finding(name, "pass", f"{seconds} s" if seconds else "none")
+        return "warning", f"{seconds} s; a longer run is aborted and can leave zeros behind", fix
+    return "pass", f"{seconds} s" if seconds else "none", ""
 
 
-def _node(root: Path) -> Finding:
+def _node(root: Path) -> _Found:
     nodes = sorted((root / "dev/accel").glob("accel*"))
     if not nodes:
-        return Finding(
-            "device node", "failure", "/dev/accel/accel0 is missing", "Load amdxdna; see dmesg for why it has none."
-        )
+        return "failure", "/dev/accel/accel0 is missing", "Load amdxdna; see dmesg for why it has none."
     if not os.access(nodes[0], os.R_OK | os.W_OK):
-        fix = "Add the user to the group render, and log in again."
-        return Finding("device node", "failure", f"{nodes[0]} may not be opened", fix)
-    return Finding("device node", "pass", str(nodes[0]))
+        return "failure", f"{nodes[0]} may not be opened", "Add the user to the group render, and log in again."
+    return "pass", str(nodes[0]), ""
 
 
-def _xrt(root: Path) -> Finding:
+def _xrt(root: Path) -> _Found:
     installed = root / "opt/xilinx/xrt/bin/xrt-smi"
     found = shutil.which("xrt-smi") or (str(installed) if installed.exists() else None)
     if found is None:
         fix = "Install XRT from Ryzen AI Software, and run: source /opt/xilinx/xrt/setup.sh"
-        return Finding("XRT", "failure", "xrt-smi was not found", fix)
-    return Finding("XRT", "pass", f"{found}; `xrt-smi examine` lists the NPU")
+        return "failure", "xrt-smi was not found", fix
+    return "pass", f"{found}; `xrt-smi examine` lists the NPU", ""
 
 
-def _heap(path: Path | None) -> Finding:
-    name = "XRT heap"
+def _heap(path: Path | None) -> _Found:
     fix = f"Set XRT_INI_PATH to a file with the lines [Debug] and num_heap_pages={_HEAP_PAGES}."
     lacking = "without it a large model fails with DRM_IOCTL_AMDXDNA_CREATE_BO: Invalid argument"
     if path is None:
-        return Finding(name, "failure", f"XRT_INI_PATH is not set; {lacking}", fix)
+        return "failure", f"XRT_INI_PATH is not set; {lacking}", fix
     parser = configparser.ConfigParser()
     try:
         if not parser.read(path):
-            return Finding(name, "failure", f"XRT_INI_PATH={path} cannot be read; {lacking}", fix)
+            return "failure", f"XRT_INI_PATH={path} cannot be read; {lacking}", fix
         pages = parser.getint("Debug", "num_heap_pages", fallback=0)
     except (configparser.Error, ValueError) as error:
-        return Finding(name, "failure", f"XRT_INI_PATH={path} cannot be understood: {error}", fix)
+        return "failure", f"XRT_INI_PATH={path} cannot be understood: {error}", fix
     if pages < _HEAP_PAGES:
-        return Finding(name, "failure", f"num_heap_pages is {pages or 'not set'} in {path}; {lacking}", fix)
-    return Finding(name, "pass", f"num_heap_pages={pages} in {path}")
+        return "failure", f"num_heap_pages is {pages or 'not set'} in {path}; {lacking}", fix
+    return "pass", f"num_heap_pages={pages} in {path}", ""
 
 
-def _library(amd: AmdEnvironment) -> Finding:
+def _library(amd: AmdEnvironment) -> _Found:
     lacking, library = missing(NPU, amd), amd.library()
-    if lacking is not None or library is None:
-        reason, hint = (lacking.reason, lacking.hint) if lacking is not None else ("not found", "")
-        return Finding("FlexMLRT library", "failure", reason, hint)
-    return Finding("FlexMLRT library", "pass", f"{library}, version {library_version(library) or 'unknown'}")
+    if lacking is not None:
+        return "failure", lacking.reason, lacking.hint
+    assert library is not None, "else it is missing"
+    return "pass", f"{library}, version {library_version(library) or 'unknown'}", ""
 
 
-def _simulator(amd: AmdEnvironment) -> Finding:
+def _simulator(amd: AmdEnvironment) -> _Found:
     lacking = missing(SIMULATOR, amd)
     if lacking is None:
-        return Finding("simulator", "pass", "available as device 'simulator'; it is not an NPU")
-    return Finding("simulator", "warning", lacking.reason, lacking.hint)
+        return "pass", "available as device 'simulator'; it is not an NPU", ""
+    return "warning", lacking.reason, lacking.hint
 
 
 def _read(path: Path) -> str:
