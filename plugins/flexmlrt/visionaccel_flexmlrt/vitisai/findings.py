@@ -13,7 +13,7 @@ import onnx
 
 from visionaccel.core.contracts import TensorSpec
 from visionaccel.core.grid import Grid
-from visionaccel.core.program import EP_CONTEXT, HostSplit, Precision
+from visionaccel.core.program import EP_CONTEXT, HostSplit
 from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import BundleError, ConfigurationError
 from visionaccel.families import Tower
@@ -21,7 +21,7 @@ from visionaccel_flexmlrt.vitisai.agreement import check_weights, matching_grid
 from visionaccel_flexmlrt.vitisai.exported_operators import UnknownHostError, named
 from visionaccel_flexmlrt.vitisai.extraction import host_operators
 from visionaccel_flexmlrt.vitisai.graph import OnnxGraph, external_files, plain_file
-from visionaccel_flexmlrt.vitisai.layout import Boundary, VitisFolder, read_layout, several_partitions
+from visionaccel_flexmlrt.vitisai.layout import Boundary, ImportRequest, VitisFolder, read_layout, several_partitions
 from visionaccel_flexmlrt.vitisai.recognition import HostPart, end_operators, recognise_host
 
 _PROVIDER = "VitisAIExecutionProvider"
@@ -31,27 +31,6 @@ _NOT_COMPARED = (
     "checkpoint before you trust it."
 )
 _MOST_LISTED = 40
-
-
-@dataclass(frozen=True, slots=True)
-class ImportRequest:
-    """What to import, and how.
-
-    Attributes:
-        path: The folder that the compiler left.
-        artifact: The `.rai` or the cache in it, where there are several.
-        model: The `.onnx`, where there are several or it lies elsewhere.
-        grid: The grid that it was compiled for, where the model does not tell.
-        precision: What the device computes in.
-        host_on_onnxrt: Take a host part that the family does not recognise, to be run by ONNX Runtime.
-    """
-
-    path: Path
-    artifact: Path | None = None
-    model: Path | None = None
-    grid: Grid | None = None
-    precision: Precision = "bfloat16"
-    host_on_onnxrt: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,7 +64,7 @@ def find(tower: Tower, request: ImportRequest, weights: Mapping[str, StoredTenso
         CheckpointError: If a weight cannot be read.
         ConfigurationError: If something is missing or ambiguous.
     """
-    folder = read_layout(request.path, request.artifact, request.model)
+    folder = read_layout(request)
     graph = OnnxGraph.load(folder.model)
     contexts = _contexts(graph)
     whole = folder.format == EP_CONTEXT  # ONNX Runtime runs the host's operators with the device's
@@ -94,7 +73,7 @@ def find(tower: Tower, request: ImportRequest, weights: Mapping[str, StoredTenso
     boundary = _boundary(folder, graph, contexts)
     warnings = folder.warnings
     try:
-        part = _recognised(tower, graph, boundary)
+        part = recognise_host(tower.spec, graph, boundary)
     except UnknownHostError as unknown:
         if not whole:
             if not request.host_on_onnxrt or boundary is None:
@@ -113,14 +92,6 @@ def find(tower: Tower, request: ImportRequest, weights: Mapping[str, StoredTenso
     if not set(part.weights) <= set(weights):
         warnings += (_NOT_COMPARED,)
     return Findings(folder, graph, grid, None if whole else split, part, boundary, warnings)
-
-
-def _recognised(tower: Tower, graph: OnnxGraph, boundary: Boundary | None) -> HostPart:
-    if boundary is None:
-        return recognise_host(tower.spec, graph, None)
-    if len(boundary.inputs) != 1 or len(boundary.outputs) != 1:
-        raise UnknownHostError("the device takes or gives several tensors")
-    return recognise_host(tower.spec, graph, (boundary.inputs[0].name, boundary.outputs[0].name))
 
 
 def _contexts(graph: OnnxGraph) -> list[onnx.NodeProto]:

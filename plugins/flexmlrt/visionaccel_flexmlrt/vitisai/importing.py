@@ -41,9 +41,9 @@ from visionaccel.errors import BundleError, ConfigurationError
 from visionaccel.families import Tower
 from visionaccel_flexmlrt.vitisai.agreement import narrowest
 from visionaccel_flexmlrt.vitisai.extraction import extract_host
-from visionaccel_flexmlrt.vitisai.findings import Findings, ImportRequest, find
+from visionaccel_flexmlrt.vitisai.findings import Findings, find
 from visionaccel_flexmlrt.vitisai.graph import OnnxGraph
-from visionaccel_flexmlrt.vitisai.layout import Boundary
+from visionaccel_flexmlrt.vitisai.layout import Boundary, ImportRequest
 from visionaccel_flexmlrt.vitisai.recognition import HostPart
 
 _AGAIN = "Export and compile the tower again."

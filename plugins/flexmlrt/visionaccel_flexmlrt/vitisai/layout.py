@@ -18,8 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from visionaccel.core.bounded_files import read_bounded
 from visionaccel.core.contracts import TensorSpec
+from visionaccel.core.grid import Grid
 from visionaccel.core.invalid_values import problems_of
-from visionaccel.core.program import EP_CONTEXT
+from visionaccel.core.program import EP_CONTEXT, Precision
 from visionaccel.errors import BundleError, ConfigurationError
 from visionaccel_flexmlrt.artifact import FLEXMLRT_DIRECTORY, FLEXMLRT_RAI, SIMULATOR_FILE, made_for_simulator
 from visionaccel_flexmlrt.vitisai.graph import check_link
@@ -93,6 +94,27 @@ class Boundary:
     outputs: tuple[TensorSpec, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class ImportRequest:
+    """What to import, and how.
+
+    Attributes:
+        path: The folder that the compiler left, or the `.rai` or `.onnx` in it.
+        artifact: The `.rai`, the cache or the partition's folder in it, where there are several.
+        model: The `.onnx`, where there are several or it lies elsewhere.
+        grid: The grid that it was compiled for, where the model does not tell.
+        precision: What the device computes in.
+        host_on_onnxrt: Take a host part that the family does not recognise, to be run by ONNX Runtime.
+    """
+
+    path: Path
+    artifact: Path | None = None
+    model: Path | None = None
+    grid: Grid | None = None
+    precision: Precision = "bfloat16"
+    host_on_onnxrt: bool = False
+
+
 @dataclass(frozen=True)
 class VitisFolder:
     """What was found.
@@ -116,13 +138,8 @@ class VitisFolder:
     warnings: tuple[str, ...] = ()
 
 
-def read_layout(path: Path, artifact: Path | None, model: Path | None) -> VitisFolder:
-    """Look at a folder.
-
-    Args:
-        path: The folder, or the `.rai` or `.onnx` in it.
-        artifact: The `.rai`, the cache or the partition's folder in it, where there are several.
-        model: The `.onnx`, where there are several or it lies elsewhere.
+def read_layout(request: ImportRequest) -> VitisFolder:
+    """Look at what is to be imported.
 
     Raises:
         ConfigurationError: If something is not there, or there are several.
@@ -130,9 +147,9 @@ def read_layout(path: Path, artifact: Path | None, model: Path | None) -> VitisF
             are several device partitions.
     """
     try:
-        return _read(path, artifact, model)
+        return _read(request.path, request.artifact, request.model)
     except OSError as error:
-        raise ConfigurationError(f"{path} cannot be read: {error}", hint="Check its permissions.") from error
+        raise ConfigurationError(f"{request.path} cannot be read: {error}", hint="Check its permissions.") from error
 
 
 def _read(path: Path, artifact: Path | None, model: Path | None) -> VitisFolder:

@@ -30,6 +30,7 @@ from visionaccel_flexmlrt.vitisai.exported_operators import (
     squeezed,
 )
 from visionaccel_flexmlrt.vitisai.graph import OnnxGraph
+from visionaccel_flexmlrt.vitisai.layout import Boundary
 
 if TYPE_CHECKING:
     import onnx
@@ -67,20 +68,22 @@ class _Entry:
     shape: tuple[int, ...]
 
 
-def recognise_host(spec: TowerSpec, graph: OnnxGraph, boundary: tuple[str, str] | None) -> HostPart:
+def recognise_host(spec: TowerSpec, graph: OnnxGraph, boundary: Boundary | None) -> HostPart:
     """The host's part around a device's, in the graph of a whole tower.
 
     Args:
         spec: The tower.
         graph: The graph.
-        boundary: Names of what the device takes and gives; None to find them: what comes out of the first gather, and
-            what goes into the last.
+        boundary: What the device takes and gives; None to find it: what comes out of the first gather, and what goes
+            into the last.
 
     Raises:
         UnknownHostError: If the operators around the device's part are not the family's.
         BundleError: If the sizes are another tower's, an order is not a permutation, or the second gather does not undo
             the first.
     """
+    if boundary is not None and (len(boundary.inputs) != 1 or len(boundary.outputs) != 1):
+        raise UnknownHostError("the device takes or gives several tensors")
     if spec.window is None or len(spec.embed) > 1 or spec.positions is not None:
         raise UnknownHostError("host parts of towers without windows, or with learned positions, are not known")
     pixels, embeddings = _ends(spec, graph)
@@ -88,7 +91,7 @@ def recognise_host(spec: TowerSpec, graph: OnnxGraph, boundary: tuple[str, str] 
         given, entry = _find_entry(spec, graph, pixels)
         taken = _find_taken(graph, embeddings.name)
     else:
-        given, taken = boundary
+        given, taken = boundary.inputs[0].name, boundary.outputs[0].name
         entry = _entry(spec, graph, pixels, _chain(graph, given, pixels.name))
     exit_nodes, reverse_index = _exit(spec, graph, embeddings, taken, len(entry.order))
     _check_cut(graph, pixels.name, given, taken, {*entry.nodes, *exit_nodes})
