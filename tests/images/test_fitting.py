@@ -16,7 +16,7 @@ from visionaccel.core.grid import Grid
 from visionaccel.core.program import AnyGrid, Bucket, FixedGrid
 from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError, InputError, UnfitGridError
-from visionaccel.images import Fitter, ImageProcessor, grid_cost, image_processor, natural_grid
+from visionaccel.images import Fitter, ImageProcessor, grid_cost, image_processor
 from visionaccel_testing.checkpoints import QWEN2_5_VL_7B, hollow_checkpoint
 
 LEAST, MOST = 3136, 12845056
@@ -42,10 +42,10 @@ def fitter(tower, coverages, policy="letterbox", most=MOST):
 @example(height=1, width=1, bounds=(LEAST, MOST))
 @example(height=1, width=200, bounds=(LEAST, MOST))
 @hypothesis_settings(max_examples=300)
-def test_the_natural_grid_is_the_processors_own(height, width, bounds):
+def test_the_natural_grid_is_the_processors_own(tower, height, width, bounds):
     assume(max(height, width) <= 200 * min(height, width))
     rows, columns = smart_resize(height, width, 28, *bounds)
-    assert natural_grid(height, width, 28, *bounds, 2) == Grid(1, rows // 14, columns // 14)
+    assert Fitter(tower, (), "stretch", *bounds).natural(height, width) == Grid(1, rows // 14, columns // 14)
 
 
 def test_an_aspect_ratio_that_the_processor_refuses_is_refused(tower):

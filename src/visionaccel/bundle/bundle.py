@@ -164,9 +164,17 @@ def open_bundle(
     """
     folder = Path(folder)
     manifest = parse_manifest(folder / MANIFEST)
+
+    def verified() -> Tower:
+        states = _verify(folder, manifest, trust_unchanged=trust_unchanged)
+        tower = _tower(folder, manifest, checkpoint, trust_unchanged=trust_unchanged)
+        for tensor in tower.weights.values():
+            if tensor.file in states and isinstance(tensor.origin, FileState):  # its header was read afterwards
+                states[tensor.file].require_same(tensor.origin, tensor.file)
+        return tower
+
     try:
-        tower = when_steady(lambda: _verified_tower(folder, manifest, checkpoint, trust_unchanged=trust_unchanged))
-        return Bundle(folder, manifest, tower)
+        return Bundle(folder, manifest, when_steady(verified))
     except PluginError:
         raise  # a family's plug-in is broken, and not the bundle
     except (OSError, ConfigurationError, GridError) as error:
@@ -187,15 +195,6 @@ def tower_digest(tower: Tower, *, trust_unchanged: bool = True, progress: Callab
     named = sorted(f"{name}\0{tensor.name}" for name, tensor in weights.items())
     kind = "weights " + hashlib.sha256("\0".join(named).encode()).hexdigest()
     return remembered_digest(kind, files, lambda: weights_digest(weights, progress), trust_unchanged=trust_unchanged)
-
-
-def _verified_tower(folder: Path, manifest: Manifest, given: Checkpoint | None, *, trust_unchanged: bool) -> Tower:
-    verified = _verify(folder, manifest, trust_unchanged=trust_unchanged)
-    tower = _tower(folder, manifest, given, trust_unchanged=trust_unchanged)
-    for tensor in tower.weights.values():
-        if tensor.file in verified and isinstance(tensor.origin, FileState):  # its header was read afterwards
-            verified[tensor.file].require_same(tensor.origin, tensor.file)
-    return tower
 
 
 def _verify(folder: Path, manifest: Manifest, *, trust_unchanged: bool) -> dict[Path, FileState]:

@@ -129,7 +129,10 @@ def pull_bundle(
         )
     try:
         manifest = parse_manifest(snapshot / MANIFEST)
-        names, weights = _names(manifest), None if checkpoint is None else _weights_of(manifest, checkpoint)
+        names, external, weights = _names(manifest), manifest.checkpoint, None
+        if checkpoint is not None and external is not None:
+            revision = external.revision if os.fspath(checkpoint) == external.source else None
+            weights = locate_checkpoint(checkpoint, revision)
         if target is not None:
             _download(repository, commit, names)
             _place(snapshot, names, target, weights, link=False)
@@ -145,14 +148,6 @@ def pull_bundle(
             hint=f"{error.hint} To fetch it again, delete {storage} first.",
         ) from error
     return PullReport(repository, commit, bundle)
-
-
-def _weights_of(manifest: Manifest, checkpoint: str | os.PathLike[str]) -> Checkpoint | None:
-    """The checkpoint that was given for a bundle that holds no weights, at the manifest's revision if it names it."""
-    stated = manifest.checkpoint
-    if stated is None:
-        return None
-    return locate_checkpoint(checkpoint, stated.revision if os.fspath(checkpoint) == stated.source else None)
 
 
 def _names(manifest: Manifest) -> tuple[str, ...]:

@@ -11,13 +11,7 @@ import typer
 from rich.filesize import decimal
 from rich.progress import DownloadColumn, MofNCompleteColumn, TextColumn
 
-from visionaccel.bundle import (
-    ProgramRequest,
-    counter,
-    export_bundle,
-    open_bundle,
-    strip_checkpoint,
-)
+from visionaccel.bundle import ProgramRequest, counter, export_bundle, open_bundle, strip_checkpoint
 from visionaccel.bundle import as_json as json_file
 from visionaccel.checkpoint import Checkpoint
 from visionaccel.cli.bundles import print_certificate

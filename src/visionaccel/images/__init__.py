@@ -1,6 +1,6 @@
 """Images: reading them, the checkpoint's own processor, and fitting them to the grids that programs take."""
 
-from visionaccel.images.fitting import MOST_ASPECT_RATIO, Fitter, grid_cost, natural_grid
+from visionaccel.images.fitting import MOST_ASPECT_RATIO, Fitter, grid_cost
 from visionaccel.images.loading import (
     FORMATS,
     MOST_FILE_BYTES,
@@ -15,5 +15,5 @@ from visionaccel.images.loading import (
 
 __all__ = [
     "FORMATS", "MOST_ASPECT_RATIO", "MOST_FILE_BYTES", "MOST_PIXELS", "WEBP_HEADER", "Fitter", "ImageProcessor",
-    "as_rgb", "grid_cost", "image_processor", "load_image", "natural_grid", "webp_size",
+    "as_rgb", "grid_cost", "image_processor", "load_image", "webp_size",
 ]  # fmt: skip

@@ -26,32 +26,6 @@ MOST_ASPECT_RATIO = 200
 _LOST_AREA, _ADDED_AREA = 0.5, 0.25
 
 
-def natural_grid(height: int, width: int, cell: int, min_pixels: int, max_pixels: int, merge: int) -> Grid:
-    """The grid that the model's own processor gives an image: sides rounded to a token's, area kept within bounds.
-
-    Sizes are in pixels, `cell` is the side of a merged token, and `merge` its side in patches. The formula is
-    transformers' `smart_resize` of Qwen2-VL.
-
-    Raises:
-        UnfitGridError: If the image has no pixels, or one side is more than 200 times the other.
-    """
-    if min(height, width) < 1:
-        raise UnfitGridError(f"an image of {width}x{height} pixels is empty.", hint="Pass an image with pixels.")
-    if max(height, width) > MOST_ASPECT_RATIO * min(height, width):
-        raise UnfitGridError(
-            f"an image of {width}x{height} pixels has an aspect ratio of over {MOST_ASPECT_RATIO}.",
-            hint="Crop it; the model's own processor refuses it too.",
-        )
-    rows, columns = round(height / cell), round(width / cell)
-    if rows * columns * cell**2 > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        rows, columns = (max(1, math.floor(side / shrink / cell)) for side in (height, width))
-    elif rows * columns * cell**2 < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        rows, columns = (math.ceil(side * grow / cell) for side in (height, width))
-    return Grid(1, rows * merge, columns * merge)
-
-
 def grid_cost(height: int, width: int, natural: Grid, grid: Grid) -> float:
     """How badly a grid suits an image: 0 for its natural one.
 
@@ -107,13 +81,39 @@ class Fitter:
                     "export other grids.",
                 )
 
+    def natural(self, height: int, width: int) -> Grid:
+        """The grid that the model's own processor gives an image of that size in pixels.
+
+        Its sides are rounded to those of merged tokens and its area is kept within bounds, as by transformers'
+        `smart_resize` of Qwen2-VL.
+
+        Raises:
+            UnfitGridError: If the image has no pixels, or one side is more than 200 times the other.
+        """
+        if min(height, width) < 1:
+            raise UnfitGridError(f"an image of {width}x{height} pixels is empty.", hint="Pass an image with pixels.")
+        if max(height, width) > MOST_ASPECT_RATIO * min(height, width):
+            raise UnfitGridError(
+                f"an image of {width}x{height} pixels has an aspect ratio of over {MOST_ASPECT_RATIO}.",
+                hint="Crop it; the model's own processor refuses it too.",
+            )
+        cell = self._cell
+        rows, columns = round(height / cell), round(width / cell)
+        if rows * columns * cell**2 > self.max_pixels:
+            shrink = math.sqrt(height * width / self.max_pixels)
+            rows, columns = (max(1, math.floor(side / shrink / cell)) for side in (height, width))
+        elif rows * columns * cell**2 < self.min_pixels:
+            grow = math.sqrt(self.min_pixels / (height * width))
+            rows, columns = (math.ceil(side * grow / cell) for side in (height, width))
+        return self._grid(rows, columns, upright=False)
+
     def grid_for(self, height: int, width: int) -> Grid:
         """The grid that an image of that size in pixels gets.
 
         Its natural one, if a program takes it; else the cheapest by `grid_cost` of the fixed grids and of those in the
-        buckets that come nearest to its aspect ratio. Errors are those of `natural_grid`.
+        buckets that come nearest to its aspect ratio. Errors are those of `natural`.
         """
-        natural = self._natural(height, width)
+        natural = self.natural(height, width)
         takers = [coverage for coverage in self.coverages if self.tower.fits(coverage, natural)]
         if any(isinstance(coverage, AnyGrid) for coverage in takers):
             return natural
@@ -132,7 +132,7 @@ class Fitter:
     def fit(self, image: Image) -> Image:
         """An RGB image at the size of its grid; the same object if the processor gives it that grid by itself."""
         grid = self.grid_for(image.height, image.width)
-        if image.size == self._size(grid) or grid == self._natural(image.height, image.width):
+        if image.size == self._size(grid) or grid == self.natural(image.height, image.width):
             return image
         return _fitted(image, self._size(grid), self.policy)
 
@@ -140,9 +140,6 @@ class Fitter:
     def _cell(self) -> int:
         """Side of a merged token in pixels."""
         return self.tower.patch_size * self.tower.merge_size
-
-    def _natural(self, height: int, width: int) -> Grid:
-        return natural_grid(height, width, self._cell, self.min_pixels, self.max_pixels, self.tower.merge_size)
 
     def _size(self, grid: Grid) -> tuple[int, int]:
         """Width and height in pixels."""

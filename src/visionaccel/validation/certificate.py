@@ -144,7 +144,10 @@ def validate_bundle(
     digest = check_reference(bundle, reference)
     registry = registry or default_registry()
     tell = progress or (lambda *_: None)
-    trials = _trials(reference, images)
+    folder = reference.checkpoint.folder
+    processor = None if processor_digest(folder) is None else image_processor(folder)
+    shown = find_images(images) if images or processor is None else bundled_photographs()
+    trials = Trials(reference, processor, shown)
     open_program = partial(
         open_encoder,
         backend=backend,
@@ -182,13 +185,6 @@ def _open_reference(reference: Tower, registry: Registry) -> tuple[Encoder, bool
             error.message,
         )
         return opened(options={**REFERENCE_OPTIONS, "implementation": "fast"}), False
-
-
-def _trials(reference: Tower, images: Sequence[Path]) -> Trials:
-    folder = reference.checkpoint.folder
-    if processor_digest(folder) is None:
-        return Trials(reference, None, find_images(images))
-    return Trials(reference, image_processor(folder), find_images(images) if images else bundled_photographs())
 
 
 class _Alone(Bundle):
@@ -267,7 +263,8 @@ class _Run:
                 comparison.add_missing(np.ones((tokens, 1), np.float32))
             backend = self.backend if self.backend != AUTO else _NOT_RUN
             device = self.device or entry.device or _NOT_RUN
-            return _result(entry, comparison, threshold, f"not run: {error}", backend, device)
+            where = {"backend": backend, "device": device, "simulated": False, "grids": ()}
+            return _result(entry, comparison, threshold, f"not run: {error}", where)
         failures, ran = [], []
         with encoder:
             opened = encoder.programs[0]
@@ -293,9 +290,10 @@ class _Run:
         failure = self._verdict(comparison, ran, threshold)
         if failures:
             failure = failures[0] + (f" {len(failures) - 1} more encodes failed too." if len(failures) > 1 else "")
-        made = watched.capabilities
-        device = made.device[:256] or _NOT_RUN
-        return _result(entry, comparison, threshold, failure, encoder.backend, device, ran, simulated=made.simulated)
+        device, simulated = watched.capabilities.device[:256] or _NOT_RUN, watched.capabilities.simulated
+        grids = tuple(dict.fromkeys(str(grid) for trial in ran for grid in trial.grids))
+        where = {"backend": encoder.backend, "device": device, "simulated": simulated, "grids": grids}
+        return _result(entry, comparison, threshold, failure, where)
 
     def _expected(self, trial: Trial, patches: NDArray[np.float32]) -> NDArray[np.float32]:
         """What the reference makes of a trial, computed once for all programs."""
@@ -337,22 +335,11 @@ class _Run:
 
 
 def _result(
-    entry: ProgramEntry,
-    comparison: Comparison,
-    threshold: float,
-    failure: str | None,
-    backend: str,
-    device: str,
-    ran: Iterable[Trial] = (),
-    *,
-    simulated: bool = False,
+    entry: ProgramEntry, comparison: Comparison, threshold: float, failure: str | None, where: Mapping[str, Any]
 ) -> ProgramResult:
     return ProgramResult(
         program=entry.name,
-        backend=backend,
-        device=device,
-        simulated=simulated,
-        grids=tuple(dict.fromkeys(str(grid) for trial in ran for grid in trial.grids)),
+        **where,
         images=comparison.encodes,
         tokens=comparison.tokens,
         lowest_cosine=comparison.lowest,

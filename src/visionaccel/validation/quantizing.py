@@ -64,11 +64,9 @@ def quantize_bundle(
         progress: Called with a stage, how much of it is done and how much it is.
 
     Raises:
-        UnknownBackendError: If the target is not installed.
-        PluginError: If its plug-in is broken.
-        ConfigurationError: If the target does not quantize these programs or cannot run them on the device, there are
-            no images or no processor to make patches of them, the threshold is not one, the reference has other
-            weights, or `output` exists, cannot be written, or holds what is read.
+        ConfigurationError: If the target is not installed, is broken, does not quantize these programs or cannot run
+            them on the device, there are no images or no processor to make patches of them, the threshold is not one,
+            the reference has other weights, or `output` exists, cannot be written, or holds what is read.
         ArtifactError: If the bundle's files are broken.
         AccuracyError: If a program is too far from the reference; it says how far and on which images.
         InputError: If an image cannot be read.

@@ -113,7 +113,7 @@ class Trials:
                 pixels = _PICTURES[name](rng, *self._pixels(grid))
                 for t in range(grid.t):
                     image = pillow.fromarray(np.roll(pixels, 5 * t, axis=1))
-                    frames.append(self._exact(image, grid.frame))
+                    frames.append(self._processed(image, grid.frame))
             return np.concatenate(frames)
 
         return Trial(name, grids, None, False, patches)
@@ -126,22 +126,16 @@ class Trials:
         fitted = fitter.grid_for(height, width)
 
         def patches() -> Patches:
-            assert self._processor is not None
-            image = fitter.fit(load_image(path))
-            if (image.height, image.width) == self._pixels(fitted):
-                return self._exact(image, fitted)
-            return self._checked(self._processor(image), fitted)
+            return self._processed(fitter.fit(load_image(path)), fitted)
 
         # By its name alone: certificates are published, and paths are private.
         return Trial(path.name, (fitted,), path, isinstance(taken, FixedGrid), patches)
 
-    def _exact(self, image: Image, grid: Grid) -> Patches:
-        """Patches of an image that has the size of its grid: the processor's own bounds on sizes do not hold here."""
+    def _processed(self, image: Image, expected: Grid) -> Patches:
+        """Patches of an image, not resized if it has its grid's size: the processor's own bounds do not hold here."""
         assert self._processor is not None
-        return self._checked(self._processor(image, resize=False), grid)
-
-    def _checked(self, processed: tuple[Patches, Grid], expected: Grid) -> Patches:
-        patches, grid = processed
+        resize = (image.height, image.width) != self._pixels(expected)
+        patches, grid = self._processor(image, resize=resize)
         if grid != expected or patches.shape[1] != self._tower.patch_width:
             raise CheckpointError(
                 f"the image processor of {self._tower.checkpoint.folder} makes patches {list(patches.shape)} of grid "
