@@ -330,9 +330,7 @@ def _written(
 ) -> bytes:
     """A tower as an ONNX model. A plain function: a program is sent to child processes without its family."""
     try:  # only a backend that opens this program needs onnx, which takes a noticeable time to import
-        from visionaccel.towers.onnx.graph import write_graph
-        from visionaccel.towers.onnx.writer import GraphWriter
+        from visionaccel.towers.onnx import write_model
     except ModuleNotFoundError as error:
         raise ConfigurationError.missing_extra("writing an ONNX graph", error.name, "visionaccel[onnx]") from error
-    model = write_graph(spec, weights, GraphWriter(folder, precision), coverage, host, dialect)
-    return bytes(model.SerializeToString())
+    return write_model(spec, weights, folder, coverage, precision, host, dialect)

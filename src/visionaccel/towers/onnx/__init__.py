@@ -1,1 +1,52 @@
 """Towers as ONNX graphs."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from visionaccel.core.program import (
+    EMBEDDINGS,
+    WINDOW_EMBEDDINGS,
+    AnyGrid,
+    Coverage,
+    HostSplit,
+    OperatorDialect,
+    Precision,
+)
+from visionaccel.core.stored_tensor import StoredTensor
+from visionaccel.core.tower_spec import TowerSpec
+from visionaccel.towers.onnx.any_grid import MicrosoftGraph, StandardGraph, bind_tables
+from visionaccel.towers.onnx.fixed_shapes import FixedShapesGraph
+from visionaccel.towers.onnx.graph import TowerGraph
+from visionaccel.towers.onnx.writer import GraphWriter
+from visionaccel.towers.tables import signature
+
+__all__ = ["write_model"]
+
+
+def write_model(
+    spec: TowerSpec,
+    weights: Mapping[str, StoredTensor],
+    folder: Path,
+    coverage: Coverage,
+    precision: Precision,
+    host: HostSplit | None,
+    dialect: OperatorDialect,
+) -> bytes:
+    """A tower as a serialized model, its weights referenced relative to a folder; arguments as `Tower.onnx_model`.
+
+    Raises:
+        CheckpointError: If a weight is missing, or of a dtype that graphs do not refer to.
+    """
+    writer = GraphWriter(folder, precision)
+    graph: TowerGraph
+    if isinstance(coverage, AnyGrid):
+        graph = {"microsoft": MicrosoftGraph, "standard": StandardGraph}[dialect](spec, weights, writer)
+    elif dialect == "microsoft":
+        pads = bind_tables(spec, writer, coverage)
+        graph = MicrosoftGraph(spec, weights, writer)
+        graph.pads = pads
+    else:
+        graph = FixedShapesGraph(spec, weights, writer, coverage, host)
+    embeddings = graph.write(split=host is not None)
+    writer.rename(embeddings, EMBEDDINGS if host is None else WINDOW_EMBEDDINGS)
+    return bytes(writer.model(*signature(spec, coverage, host), opset=graph.opset).SerializeToString())

@@ -1,149 +1,189 @@
-"""Any tower as one ONNX graph: a walk from patches to embeddings, with the operators of a dialect.
+"""Any tower as one ONNX graph: the walk from patches to embeddings; `any_grid` and `fixed_shapes` write what differs.
 
-Rows are patches from the embedding to the merger, in window order where the tower has windows. `AnyGrid` takes the
-grid-dependent tables as inputs, and the frames of a call as a batch, so all frames of one call must have the same
-height and width. `FixedGrid` and `Bucket` have fixed shapes (`fixed`) in standard operators; in ONNX Runtime's own
-operators they are the graph for any grid with its tables bound (`fixed.bind_tables`).
+Rows are patches [patches, hidden] from the embedding to the merger, in window order where the tower has windows.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import numpy as np
-import onnx
 
-from visionaccel.core.program import (
-    EMBEDDINGS,
-    PATCH_EMBEDDINGS,
-    PIXELS,
-    WINDOW_EMBEDDINGS,
-    AnyGrid,
-    Coverage,
-    HostSplit,
-    OperatorDialect,
-)
+from visionaccel.core.program import PATCH_EMBEDDINGS, PIXELS
 from visionaccel.core.stored_tensor import StoredTensor
-from visionaccel.core.tower_spec import Activation, Gated, Linear, Merge, Norm, Step, TowerSpec
-from visionaccel.towers.onnx.fixed import FixedOperators, bind_tables, pad_embeddings
-from visionaccel.towers.onnx.operators import MicrosoftOperators, Operators, StandardOperators
-from visionaccel.towers.onnx.writer import GraphWeights, GraphWriter
-from visionaccel.towers.tables import signature
+from visionaccel.core.tower_spec import (
+    APART,
+    Activation,
+    ActivationKind,
+    Gated,
+    Linear,
+    Merge,
+    Norm,
+    Positions,
+    Step,
+    TowerSpec,
+)
+from visionaccel.errors import CheckpointError
+from visionaccel.towers.onnx.writer import GraphWriter
 
 
-def write_graph(
-    spec: TowerSpec,
-    weights: Mapping[str, StoredTensor],
-    writer: GraphWriter,
-    coverage: Coverage,
-    host: HostSplit | None,
-    dialect: OperatorDialect,
-) -> onnx.ModelProto:
-    """Write a tower.
+class TowerGraph(ABC):
+    """One writing of a tower. A subclass writes norms, activations and attention.
 
     Args:
         spec: The tower.
         weights: Its tensors by the spec's names.
-        writer: An empty writer; its precision is that of weights and activations.
-        coverage: Which grids the program takes.
-        host: What is left to the host, in standard operators of fixed shapes only; None for the whole tower.
-        dialect: Whose operators to write.
+        writer: An empty graph; its precision is that of weights and activations.
+        patches: Rows of the graph; -1 for any number.
 
-    Raises:
-        CheckpointError: If a weight is missing, or of a dtype that graphs do not refer to.
+    Attributes:
+        opset: Version of the standard operators.
+        order_index: int64 [tokens]; where each token of the graph's own order stands in the order at its edge. Empty
+            where these are the same.
+        reverse_index: int64 [tokens]; its inverse.
+        pads: How the embeddings are padded, as `Pad` takes it; empty for not at all.
     """
-    references = GraphWeights(spec, weights, writer)
-    operators: Operators
-    finish = None
-    if isinstance(coverage, AnyGrid):
-        operators = {"microsoft": MicrosoftOperators, "standard": StandardOperators}[dialect](spec, writer, references)
-    elif dialect == "microsoft":
-        tables = bind_tables(spec, writer, coverage)
-        operators = MicrosoftOperators(spec, writer, references, tables)
-        finish = tables.get(EMBEDDINGS)
-    else:
-        operators = FixedOperators(spec, writer, references, coverage, host)
-    out = _Walk(spec, writer, references, operators).write(PATCH_EMBEDDINGS if host else operators.table(PIXELS), host)
-    if finish is not None:
-        out = pad_embeddings(writer, out, finish)
-    writer.rename(out, WINDOW_EMBEDDINGS if host else EMBEDDINGS)
-    inputs, outputs = signature(spec, coverage, host)
-    return writer.model("vision_tower", inputs, outputs, opset=operators.opset, microsoft=operators.microsoft)
 
+    opset: ClassVar[int]
 
-class _Walk:
-    """One writing: the tower's steps in their order, over values of the graph."""
+    def __init__(
+        self, spec: TowerSpec, weights: Mapping[str, StoredTensor], writer: GraphWriter, patches: int = -1
+    ) -> None:
+        self.spec, self._weights, self.g = spec, weights, writer
+        self.order_index, self.reverse_index, self.pads = "", "", ""
+        self.rows = writer.constant([patches, spec.hidden])
+        self._tokens = writer.constant([max(-1, patches // spec.merged), spec.merged * spec.hidden])
 
-    def __init__(self, spec: TowerSpec, writer: GraphWriter, weights: GraphWeights, operators: Operators) -> None:
-        self.spec, self.g, self.w, self.operators = spec, writer, weights, operators
+    @abstractmethod
+    def norm(self, norm: Norm, x: str, scale: str, bias: str) -> str:
+        """A normalisation over the last axis; the bias is empty where it has none."""
 
-    def write(self, given: str, host: HostSplit | None) -> str:
-        """From patches, or from embedded ones, to float32 embeddings in the order of the program's edge."""
-        spec, g, operators = self.spec, self.g, self.operators
-        operators.prepare()
-        x = g.narrow(given)
-        if host is None:
-            x = self.apply(spec.embed, "", x)
-            if spec.positions is not None:
-                x = g.node("Add", [x, self.positions()])
-        x = operators.ordered(x, split=host is not None)
+    def add_norm(self, norm: Norm, x: str, update: str, scale: str, bias: str) -> tuple[str, str]:
+        """X + update, and its normalisation."""
+        total = self.g.node("Add", [x, update])
+        return total, self.norm(norm, total, scale, bias)
+
+    @abstractmethod
+    def activation(self, kind: ActivationKind, x: str) -> str:
+        """A function of each element."""
+
+    @abstractmethod
+    def attention(self, x: str, place: str, block: int) -> str:
+        """A block's attention, from its normalised rows to what its last projection takes."""
+
+    def write(self, *, split: bool) -> str:
+        """Write the tower; the value of its float32 embeddings in the order of the program's edge.
+
+        Args:
+            split: The host embeds the patches: [tokens, merged, hidden] comes in, in the order of the edge.
+
+        Raises:
+            CheckpointError: If a weight is missing, or of a dtype that graphs do not refer to.
+        """
+        spec, g = self.spec, self.g
+        x = g.narrow(PATCH_EMBEDDINGS) if split else self._embed(g.narrow(PIXELS))
+        if self.order_index:
+            x = g.node("Gather", [x if split else self._merge(x), self.order_index], axis=0)
+        if split or self.order_index:
+            x = g.node("Reshape", [x, self.rows])
         update, levels = "", list[str]()
         for block in range(spec.depth):
             place = f"blocks.{block}."
-            x, normed = self.add_norm(x, update, spec.norm1, place)
-            attended = self.w.linear(spec.proj, place, operators.attention(normed, place, block))
-            x, normed = self.add_norm(x, attended, spec.norm2, place)
-            update = self.apply(spec.mlp, place, normed)
+            x, normed = self._add_norm(x, update, spec.norm1, place)
+            attended = self.linear(spec.proj, place, self.attention(normed, place, block))
+            x, normed = self._add_norm(x, attended, spec.norm2, place)
+            update = self._apply(spec.mlp, place, normed)
             for level in spec.levels_after(block):
-                x, update = g.node("Add", [x, update]) if update else x, ""
-                levels.append(self.apply(spec.deepstack_merger, f"deepstack.{level}.", x))
+                x, update = self._add(x, update), ""
+                levels.append(self._apply(spec.deepstack_merger, f"deepstack.{level}.", x))
         first, *others = spec.merger
         if isinstance(first, Norm):
-            _, x = self.add_norm(x, update, first, "")
+            _, x = self._add_norm(x, update, first, "")
+            x = self._apply(others, "", x)
         else:
-            x, others = g.node("Add", [x, update]) if update else x, [first, *others]
-        x = self.apply(others, "", x)
+            x = self._apply(spec.merger, "", self._add(x, update))
         if levels:
             x = g.node("Concat", [x, *levels], axis=1)
-        if operators.reverse_index:
-            x = g.node("Gather", [x, operators.reverse_index], axis=0)
-        return g.widen(x)
+        if self.reverse_index:
+            x = g.node("Gather", [x, self.reverse_index], axis=0)
+        x = g.widen(x)
+        return g.node("Pad", [x, self.pads]) if self.pads else x
 
-    def add_norm(self, x: str, update: str, norm: Norm, place: str) -> tuple[str, str]:
-        """X + update, and its normalisation."""
-        scale, bias = self.w.norm(norm, place)
-        if not update:
-            return x, self.operators.norm(norm, x, scale, bias)
-        return self.operators.add_norm(norm, x, update, scale, bias)
+    def _embed(self, x: str) -> str:
+        x = self._apply(self.spec.embed, "", x)
+        return x if self.spec.positions is None else self.g.node("Add", [x, self._positions(self.spec.positions)])
 
-    def apply(self, steps: Sequence[Step], place: str, x: str) -> str:
-        """A sequence of steps over rows."""
-        for step in steps:
-            match step:
-                case Norm():
-                    x = self.operators.norm(step, x, *self.w.norm(step, place))
-                case Linear():
-                    x = self.w.linear(step, place, x)
-                case Activation():
-                    x = self.operators.activation(step.kind, x)
-                case Gated():
-                    gate = self.operators.activation(step.activation, self.w.linear(step.gate, place, x))
-                    product = self.g.node("Mul", [gate, self.w.linear(step.up, place, x)])
-                    x = self.w.linear(step.down, place, product)
-                case Merge():
-                    x = self.operators.tokens(x)
-        return x
-
-    def positions(self) -> str:
+    def _positions(self, positions: Positions) -> str:
         """The learned positions of every patch in input order; one gather a tap: no [P, taps, hidden] is made."""
-        positions, g = self.spec.positions, self.g
-        assert positions is not None
-        index, weight = (self.operators.table(name) for name in ("position_index", "position_weight"))
-        table = self.w.weight(f"{positions.name}.weight")
+        g = self.g
+        table = self.weight(f"{positions.name}.weight")
         total = ""
         for tap in range(positions.taps):
             place = g.constant(np.int64(tap))
-            rows = g.widen(g.node("Gather", [table, g.node("Gather", [index, place], axis=0)], axis=0))
-            rows = g.node("Mul", [rows, g.node("Gather", [weight, place], axis=0)])
+            rows = g.widen(g.node("Gather", [table, g.node("Gather", ["position_index", place], axis=0)], axis=0))
+            rows = g.node("Mul", [rows, g.node("Gather", ["position_weight", place], axis=0)])
             total = g.node("Add", [total, rows]) if total else rows
         return g.narrow(total)
+
+    def _add(self, x: str, update: str) -> str:
+        return self.g.node("Add", [x, update]) if update else x
+
+    def _add_norm(self, x: str, update: str, norm: Norm, place: str) -> tuple[str, str]:
+        scale, bias = self._norm_weights(norm, place)
+        if not update:
+            return x, self.norm(norm, x, scale, bias)
+        return self.add_norm(norm, x, update, scale, bias)
+
+    def _norm_weights(self, norm: Norm, place: str) -> tuple[str, str]:
+        name = place + norm.name
+        return self.weight(f"{name}.weight"), self.weight(f"{name}.bias") if norm.kind == "layer" else ""
+
+    def _apply(self, steps: Sequence[Step], place: str, x: str) -> str:
+        for step in steps:
+            match step:
+                case Norm():
+                    x = self.norm(step, x, *self._norm_weights(step, place))
+                case Linear():
+                    x = self.linear(step, place, x)
+                case Activation():
+                    x = self.activation(step.kind, x)
+                case Gated():
+                    gate = self.activation(step.activation, self.linear(step.gate, place, x))
+                    product = self.g.node("Mul", [gate, self.linear(step.up, place, x)])
+                    x = self.linear(step.down, place, product)
+                case Merge():
+                    x = self._merge(x)
+        return x
+
+    def _merge(self, x: str) -> str:
+        """Rows with those of a token side by side: [tokens, merged * hidden]."""
+        return self.g.node("Reshape", [x, self._tokens])
+
+    def weight(self, name: str, view: tuple[int, ...] | None = None) -> str:
+        """A weight by the spec's name, seen in another shape if one is given."""
+        if name not in self._weights:
+            raise CheckpointError(
+                f"the checkpoint's vision tower has no tensor {name!r}.",
+                hint="Pass a complete checkpoint; a checkpoint stripped of its vision weights cannot be written.",
+            )
+        return self.g.weight(name, self._weights[name], view)
+
+    def linear(self, step: Linear, place: str, x: str) -> str:
+        """A linear layer of [rows, inputs]; `transB` takes the stored layout as it is."""
+        g, name, matrix = self.g, place + step.name, (step.outputs, step.inputs)
+        if step.kernel:  # its axes are moved, which a runtime does once
+            moved = g.node("Transpose", [self.weight(f"{name}.weight")], perm=[0, 2, 3, 1])
+            weight = g.node("Reshape", [moved, g.constant(matrix)])
+        else:
+            weight = self.weight(f"{name}.weight", matrix)
+        bias = [self.weight(f"{name}.bias")] if step.bias else []
+        return g.node("Gemm", [x, weight, *bias], transB=1)
+
+    def projections(self, x: str, place: str) -> list[str]:
+        """Queries, keys and values of a block as they are stored: one of [rows, 3 * hidden], or three."""
+        if f"{place}{APART[0]}.weight" not in self._weights:
+            return [self.linear(self.spec.qkv, place, x)]
+        hidden = self.spec.hidden
+        return [self.linear(Linear(part, hidden, hidden, self.spec.qkv.bias), place, x) for part in APART]

@@ -17,7 +17,6 @@ from visionaccel.core.dtypes import DTYPES, FLOATS
 from visionaccel.core.onnx_graphs import ExternalData, point_at
 from visionaccel.core.program import Precision
 from visionaccel.core.stored_tensor import StoredTensor
-from visionaccel.core.tower_spec import APART, JOINT, Linear, Norm, TowerSpec
 from visionaccel.errors import CheckpointError
 
 MICROSOFT = "com.microsoft"
@@ -35,21 +34,19 @@ class GraphWriter:
     Args:
         weights_folder: External-data locations are written relative to it, without `..`.
         precision: Dtype of weights and floating constants as the nodes use them.
+
+    Attributes:
+        bound: Values that stand for names, such as those of inputs, in the nodes that are written from now on.
     """
 
     def __init__(self, weights_folder: Path, precision: Precision = "float32") -> None:
-        self._folder = weights_folder
-        self.precision = precision
+        self._folder, self.precision = weights_folder, precision
+        self.bound: Mapping[str, str] = {}
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, onnx.TensorProto] = {}
         self._constants: dict[tuple[str, bytes, tuple[int, ...]], str] = {}
         self._casts: dict[str, str] = {}
         self._types: list[onnx.ValueInfoProto] = []
-
-    @property
-    def written(self) -> int:
-        """Nodes written so far."""
-        return len(self._nodes)
 
     def node(self, operator: str, inputs: Sequence[str], *, domain: str = "", **attributes: Any) -> str:
         """A node with one output."""
@@ -61,7 +58,8 @@ class GraphWriter:
         """A node with several outputs; those marked False are left out. Returns the names of the others."""
         number = len(self._nodes)
         names = [f"v{number}.{place}" if wanted else "" for place, wanted in enumerate(outputs)]
-        node = helper.make_node(operator, inputs, names, name=f"{operator}.{number}", domain=domain, **attributes)
+        given = [self.bound.get(name, name) for name in inputs]
+        node = helper.make_node(operator, given, names, name=f"{operator}.{number}", domain=domain, **attributes)
         self._nodes.append(node)
         if domain == MICROSOFT and self.precision != "float32":
             # onnx infers no types through these operators, and code that rewrites a graph of low precision needs them.
@@ -69,6 +67,16 @@ class GraphWriter:
                 helper.make_tensor_value_info(name, DTYPES[self.precision].onnx, None) for name in names if name
             ]
         return [name for name in names if name]
+
+    def split(self, value: str, sizes: Sequence[int], axis: int) -> list[str]:
+        """Parts of a value along an axis; the value itself if there is one part."""
+        if len(sizes) == 1:
+            return [value]
+        return self.nodes("Split", [value, self.constant(sizes)], [True] * len(sizes), axis=axis)
+
+    def concat(self, values: Sequence[str], axis: int) -> str:
+        """Values side by side along an axis; the value itself if there is one."""
+        return values[0] if len(values) == 1 else self.node("Concat", values, axis=axis)
 
     def rename(self, value: str, name: str) -> None:
         """Give a value that a node made another name, such as that of a graph output."""
@@ -129,24 +137,16 @@ class GraphWriter:
         """A value of the writer's precision in float32."""
         return value if self.precision == "float32" else self.node("Cast", [value], to=TensorProto.FLOAT)
 
-    def model(
-        self, name: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], *, opset: int, microsoft: bool
-    ) -> onnx.ModelProto:
-        """The finished model.
-
-        Args:
-            name: The graph's name.
-            inputs: Graph inputs; the nodes use their names.
-            outputs: Graph outputs; nodes made values of their names.
-            opset: Version of the standard operators.
-            microsoft: Whether `com.microsoft` operators are used.
-        """
-        domains = [helper.make_opsetid("", opset)] + ([helper.make_opsetid(MICROSOFT, 1)] if microsoft else [])
+    def model(self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], opset: int) -> onnx.ModelProto:
+        """The finished model; the nodes use the names of the inputs and made values of those of the outputs."""
+        domains = [helper.make_opsetid("", opset)]
+        if any(node.domain == MICROSOFT for node in self._nodes):
+            domains.append(helper.make_opsetid(MICROSOFT, 1))
         graph = helper.make_graph(
             self._nodes,
-            name,
-            [value_info(spec) for spec in inputs],
-            [value_info(spec) for spec in outputs],
+            "vision_tower",
+            [_value_info(spec) for spec in inputs],
+            [_value_info(spec) for spec in outputs],
             list(self._initializers.values()),
             value_info=self._types,
         )
@@ -158,62 +158,5 @@ class GraphWriter:
         )
 
 
-def value_info(spec: TensorSpec) -> onnx.ValueInfoProto:
-    """An input or output of a graph as ONNX declares it."""
+def _value_info(spec: TensorSpec) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(spec.name, DTYPES[spec.dtype].onnx, spec.shape)
-
-
-class GraphWeights:
-    """References to a tower's weights in one graph, by the names of its description, and the products with them.
-
-    Args:
-        spec: The tower.
-        weights: Its tensors by the spec's names.
-        writer: The graph.
-    """
-
-    def __init__(self, spec: TowerSpec, weights: Mapping[str, StoredTensor], writer: GraphWriter) -> None:
-        self._spec, self._weights, self._g = spec, weights, writer
-
-    def weight(self, name: str, view: tuple[int, ...] | None = None) -> str:
-        """A weight, seen as `view`.
-
-        Raises:
-            CheckpointError: If it is missing, or of a dtype that graphs do not refer to.
-        """
-        if name not in self._weights:
-            raise CheckpointError(
-                f"the checkpoint's vision tower has no tensor {name!r}.",
-                hint="Pass a complete checkpoint; a checkpoint stripped of its vision weights cannot be written.",
-            )
-        return self._g.weight(name, self._weights[name], view)
-
-    def norm(self, step: Norm, place: str) -> tuple[str, str]:
-        """Scale and bias of a normalisation; the bias is empty where it has none."""
-        name = place + step.name
-        return self.weight(f"{name}.weight"), self.weight(f"{name}.bias") if step.kind == "layer" else ""
-
-    def linear(self, step: Linear, place: str, x: str) -> str:
-        """A linear layer of [rows, inputs]; `transB` takes the stored layout as it is."""
-        g, name, matrix = self._g, place + step.name, (step.outputs, step.inputs)
-        if step.kernel:  # its axes are moved, which a runtime does once
-            moved = g.node("Transpose", [self.weight(f"{name}.weight")], perm=[0, 2, 3, 1])
-            weight = g.node("Reshape", [moved, g.constant(matrix)])
-        else:
-            weight = self.weight(f"{name}.weight", matrix)
-        bias = [self.weight(f"{name}.bias")] if step.bias else []
-        return g.node("Gemm", [x, weight, *bias], transB=1)
-
-    def joint_projections(self, x: str, place: str) -> str:
-        """Queries, keys and values of a block side by side: [rows, 3 * hidden]."""
-        if f"{place}{APART[0]}.weight" in self._weights and f"{place}{JOINT}.weight" not in self._weights:
-            return self._g.node("Concat", self.projections(x, place), axis=1)
-        return self.linear(self._spec.qkv, place, x)
-
-    def projections(self, x: str, place: str) -> list[str]:
-        """Queries, keys and values of a block, each [rows, hidden]."""
-        hidden = self._spec.hidden
-        if f"{place}{APART[0]}.weight" in self._weights:
-            return [self.linear(Linear(part, hidden, hidden, self._spec.qkv.bias), place, x) for part in APART]
-        joint = self.joint_projections(x, place)
-        return self._g.nodes("Split", [joint, self._g.constant([hidden] * 3)], [True] * 3, axis=1)
