@@ -10,7 +10,7 @@ import numpy as np
 
 from visionaccel.core.grid import Grid
 from visionaccel.families.qwen2_5_vl import FAMILY
-from visionaccel.towers import TowerSpec, by_window_size, window_order
+from visionaccel.towers import TowerSpec, window_order
 
 GRID = Grid(1, 20, 28)
 """The picture's grid: 10x14 tokens, with partial windows at both edges."""
@@ -75,7 +75,7 @@ def windows() -> str:
     y = top + height * cell + 34
     body += text(left, y - 8, "A token's number is its place in raster order. The windows, one after the other:")
     body += strip(left, y + 14, "raster", range(len(tokens)), tokens)
-    _, grouped = by_window_size(sizes, index, lengths)
+    _, grouped = window_order(sizes, [GRID], grouped=True)
     order = np.argsort(-lengths, kind="stable")
     assert grouped.tolist() == lengths[order].tolist()
     body += strip(left, y + 64, "grouped", order.tolist(), tokens)

@@ -41,15 +41,15 @@ def test_tables_equal_transformers(tower, triples):
     tables = make_tables(spec, as_grids(triples, 2))
 
     window_index, cu_window = get_vision_window_index(grid_thw, 2, theirs.window_size, theirs.patch_size)
-    np.testing.assert_array_equal(tables.windows.index, window_index.numpy())
-    np.testing.assert_array_equal(tables.windows.reverse, torch.argsort(window_index).numpy())
-    np.testing.assert_array_equal(tables.windows.lengths, np.diff(cu_window.numpy()))
-    np.testing.assert_array_equal(tables.frame_lengths, np.diff(get_vision_cu_seqlens(grid_thw).numpy()))
+    np.testing.assert_array_equal(tables["window_index"], window_index.numpy())
+    np.testing.assert_array_equal(tables["reverse_index"], torch.argsort(window_index).numpy())
+    np.testing.assert_array_equal(tables["window_lengths"], np.diff(cu_window.numpy()))
+    np.testing.assert_array_equal(tables["frame_lengths"], np.diff(get_vision_cu_seqlens(grid_thw).numpy()))
 
     positions = get_vision_position_ids(grid_thw, 2)
     cos, sin = Qwen2_5_VLVisionRotaryEmbedding(theirs)(torch.zeros(1), positions)
     half = cos.shape[1] // 2
-    for ours, reference in ((tables.rotary_cos, cos), (tables.rotary_sin, sin)):
+    for ours, reference in ((tables["rotary_cos"], cos), (tables["rotary_sin"], sin)):
         reordered = reference.reshape(-1, 4, 2 * half)[window_index].reshape(-1, 2 * half).numpy()
         np.testing.assert_array_equal(reordered[:, :half], reordered[:, half:])
         # One unit in the last place of the largest angle is all that two float32 implementations may differ by.
@@ -62,9 +62,9 @@ def test_padded_windows_hold_every_row_once_in_order(tower, triples):
     spec, _ = tower
     tables = make_tables(spec, as_grids(triples, 2))
     rows = sum(t * h * w for t, h, w in triples)
-    mask = tables.windows.mask.astype(bool)
-    assert tables.windows.patches.shape[1] == spec.window_patches
-    np.testing.assert_array_equal(tables.windows.patches[mask], np.arange(rows))
-    np.testing.assert_array_equal(mask.sum(axis=1), tables.windows.lengths)
-    np.testing.assert_array_equal(tables.windows.patches.ravel()[tables.windows.slots], np.arange(rows))
-    np.testing.assert_array_equal(tables.windows.index[tables.windows.reverse], np.arange(rows // 4))
+    mask = tables["window_mask"].astype(bool)
+    assert tables["window_patches"].shape[1] == spec.window_patches
+    np.testing.assert_array_equal(tables["window_patches"][mask], np.arange(rows))
+    np.testing.assert_array_equal(mask.sum(axis=1), tables["window_lengths"])
+    np.testing.assert_array_equal(tables["window_patches"].ravel()[tables["window_slots"]], np.arange(rows))
+    np.testing.assert_array_equal(tables["window_index"][tables["reverse_index"]], np.arange(rows // 4))

@@ -16,7 +16,7 @@ from visionaccel.core.tower_spec import (
 from visionaccel.towers.family import Family, VisionConfiguration
 from visionaccel.towers.host import GROUPED, RASTER, Host, PatchEmbedding
 from visionaccel.towers.operations import MatrixProduct, Operations
-from visionaccel.towers.tables import Tables, by_window_size, make_tables, tower_tables, window_order
+from visionaccel.towers.tables import make_tables, tower_tables, window_order
 from visionaccel.towers.tower import Tower
 
 __all__ = [
@@ -37,11 +37,9 @@ __all__ = [
     "PatchEmbedding",
     "Positions",
     "Step",
-    "Tables",
     "Tower",
     "TowerSpec",
     "VisionConfiguration",
-    "by_window_size",
     "make_tables",
     "tower_tables",
     "window_order",

@@ -7,8 +7,7 @@ puts the embeddings back at the end. The formulas are those of transformers' `vi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -33,88 +32,46 @@ Indices = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
 
-@dataclass(frozen=True)
-class Windows:
-    """The order of a call's tokens and its attention windows: W of at most K patches.
-
-    Attributes:
-        index: int64 [N]; token `index[i]` of the input order stands at place i in window order.
-        reverse: int64 [N]; inverse of `index`.
-        lengths: int64 [W]; patches of each window.
-        patches: int64 [W, K]; rows (in window order) of each window, padded with row 0.
-        mask: int32 [W, K]; 1 for a real patch, 0 for padding.
-        slots: int64 [P]; where each row lies in the flattened [W * K] windows.
-    """
-
-    index: Indices
-    reverse: Indices
-    lengths: Indices
-    patches: Indices
-    mask: NDArray[np.int32]
-    slots: Indices
-
-
-@dataclass(frozen=True)
-class Tables:
-    """Host-made arrays for one call. P patches, N tokens, F frames.
-
-    Attributes:
-        frame_lengths: int64 [F]; patches of each frame, the segments of full attention.
-        rotary_cos: float32 [P, head_dim / 2]; in window order where there are windows, else in input order.
-        rotary_sin: float32 [P, head_dim / 2]; likewise.
-        windows: None for a tower without.
-        position_index: int64 [taps, P]; rows of the learned table, in input order. None for a tower without one.
-        position_weight: float32 [taps, P, 1]; what each is multiplied by.
-    """
-
-    frame_lengths: Indices
-    rotary_cos: Floats
-    rotary_sin: Floats
-    windows: Windows | None
-    position_index: Indices | None
-    position_weight: Floats | None
-
-    def fed(self) -> dict[str, NDArray[Any]]:
-        """The tables by the names of a program's inputs."""
-        found: dict[str, NDArray[Any]] = {"rotary_cos": self.rotary_cos, "rotary_sin": self.rotary_sin}
-        if self.windows is not None:
-            found["window_index"], found["reverse_index"] = self.windows.index, self.windows.reverse
-            found["window_patches"], found["window_mask"] = self.windows.patches, self.windows.mask
-            found["window_slots"] = self.windows.slots
-        if self.position_index is not None and self.position_weight is not None:
-            found["position_index"], found["position_weight"] = self.position_index, self.position_weight
-        return found
-
-
-def make_tables(spec: TowerSpec, grids: Sequence[Grid], *, grouped: bool = False) -> Tables:
-    """Every table of one call. Grids must be divisible by the merge size (`Grid.check_divisible`).
+def make_tables(spec: TowerSpec, grids: Sequence[Grid], *, grouped: bool = False) -> dict[str, NDArray[Any]]:
+    """Every table of one call, of P patches, N tokens and F frames, most by the names of a program's inputs.
 
     Args:
         spec: The tower.
-        grids: The grids of the call.
+        grids: The grids of the call, divisible by the merge size (`Grid.check_divisible`).
         grouped: Windows of one size together instead of in raster order.
+
+    Returns:
+        - `frame_lengths`: int64 [F]; patches of each frame, the segments of full attention.
+        - `rotary_cos`, `rotary_sin`: float32 [P, head_dim / 2]; in window order where there are windows, else in input
+          order.
+        - Of a tower with learned positions, `position_index`: int64 [taps, P]; rows of the learned table, in input
+          order; and `position_weight`: float32 [taps, P, 1]; what each is multiplied by.
+        - Of a tower with windows, W of at most K patches: `window_index`, int64 [N]; the token of the input order at
+          each place of the window order; `reverse_index`, its inverse; `window_lengths`, int64 [W]; patches of each
+          window; `window_patches`, int64 [W, K]; rows of each window in window order, padded with row 0; `window_mask`,
+          int32 [W, K]; 1 for a real patch, 0 for padding; and `window_slots`, int64 [P]; where each row lies in the
+          flattened [W * K] windows.
     """
     half = spec.head_dim // 2
     exponents = np.arange(0, half, 2, dtype=np.float32) / np.float32(half)
     frequencies = np.float32(1.0) / np.power(np.float32(spec.rotary_base), exponents)
     places = [_places(spec.merge, grid) for grid in grids]
     angles = _each_frame([(p[:, :, None].astype(np.float32) * frequencies).reshape(-1, half) for p in places], grids)
-    windows = None if spec.window is None else _windows(spec, grids, grouped=grouped)
-    if windows is not None:
-        angles = angles.reshape(-1, spec.merged, half)[windows.index].reshape(angles.shape)
-    index, weight = None, None
+    windows = {} if spec.window is None else _windows(spec, grids, grouped=grouped)
+    if windows:
+        angles = angles.reshape(-1, spec.merged, half)[windows["window_index"]].reshape(angles.shape)
+    found = {
+        "frame_lengths": np.concatenate([np.full(grid.t, grid.h * grid.w, dtype=np.int64) for grid in grids]),
+        "rotary_cos": np.cos(angles),
+        "rotary_sin": np.sin(angles),
+        **windows,
+    }
     if spec.positions is not None:
         taps = [_taps(spec.positions, p, grid) for p, grid in zip(places, grids, strict=True)]
-        index = np.ascontiguousarray(_each_frame([rows for rows, _ in taps], grids).T)
-        weight = np.ascontiguousarray(_each_frame([scale for _, scale in taps], grids).T)[:, :, None]
-    return Tables(
-        frame_lengths=np.concatenate([np.full(grid.t, grid.h * grid.w, dtype=np.int64) for grid in grids]),
-        rotary_cos=np.cos(angles),
-        rotary_sin=np.sin(angles),
-        windows=windows,
-        position_index=index,
-        position_weight=weight,
-    )
+        found["position_index"] = np.ascontiguousarray(_each_frame([rows for rows, _ in taps], grids).T)
+        weights = _each_frame([scale for _, scale in taps], grids)
+        found["position_weight"] = np.ascontiguousarray(weights.T)[:, :, None]
+    return found
 
 
 def _places(merge: int, grid: Grid) -> Indices:
@@ -128,10 +85,15 @@ def _each_frame(parts: Sequence[NDArray[Any]], grids: Sequence[Grid]) -> NDArray
     return np.concatenate([np.tile(part, (grid.t, 1)) for part, grid in zip(parts, grids, strict=True)])
 
 
-def window_order(spec: TowerSpec, grids: Sequence[Grid]) -> tuple[Indices, Indices]:
+def window_order(spec: TowerSpec, grids: Sequence[Grid], *, grouped: bool = False) -> tuple[Indices, Indices]:
     """Window order of the merged tokens and the windows' lengths.
 
     A frame's merged rows and columns are cut every `window`; windows at the bottom and right edges may be smaller.
+
+    Args:
+        spec: The tower.
+        grids: The grids of the call.
+        grouped: Windows of one size together, largest first, instead of in raster order.
 
     Returns:
         The token at each place, int64 [N], and the windows' lengths in patches, int64 [W].
@@ -147,34 +109,27 @@ def window_order(spec: TowerSpec, grids: Sequence[Grid]) -> tuple[Indices, Indic
         orders.append((starts[:, None] + order).ravel())
         lengths.append(np.tile(np.bincount(window.ravel()) * spec.merged, grid.t))
         first += grid.t * height * width
-    return np.concatenate(orders).astype(np.int64), np.concatenate(lengths).astype(np.int64)
+    index, sizes = np.concatenate(orders).astype(np.int64), np.concatenate(lengths).astype(np.int64)
+    if not grouped:
+        return index, sizes
+    by_size = np.argsort(-sizes, kind="stable")
+    windows = np.split(index, np.cumsum(sizes // spec.merged)[:-1])
+    return np.concatenate([windows[place] for place in by_size]), sizes[by_size]
 
 
-def by_window_size(spec: TowerSpec, index: Indices, lengths: Indices) -> tuple[Indices, Indices]:
-    """The same windows with those of one size together, largest first: `grouped` order from `raster` order."""
-    order = np.argsort(-lengths, kind="stable")
-    tokens = lengths // spec.merged
-    starts = np.concatenate([[0], np.cumsum(tokens)[:-1]])
-    return np.concatenate([index[starts[i] : starts[i] + tokens[i]] for i in order]), lengths[order]
-
-
-def _windows(spec: TowerSpec, grids: Sequence[Grid], *, grouped: bool) -> Windows:
-    index, lengths = window_order(spec, grids)
-    if grouped:
-        index, lengths = by_window_size(spec, index, lengths)
-    reverse = np.empty_like(index)
-    reverse[index] = np.arange(len(index))
+def _windows(spec: TowerSpec, grids: Sequence[Grid], *, grouped: bool) -> dict[str, NDArray[Any]]:
+    index, lengths = window_order(spec, grids, grouped=grouped)
     within = np.arange(spec.window_patches)
     mask = within < lengths[:, None]
-    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    return Windows(
-        index=index,
-        reverse=reverse,
-        lengths=lengths,
-        patches=np.where(mask, starts[:, None] + within, 0).astype(np.int64),
-        mask=mask.astype(np.int32),
-        slots=np.flatnonzero(mask).astype(np.int64),
-    )
+    starts = np.cumsum(lengths) - lengths
+    return {
+        "window_index": index,
+        "reverse_index": np.argsort(index),
+        "window_lengths": lengths,
+        "window_patches": np.where(mask, starts[:, None] + within, 0),
+        "window_mask": mask.astype(np.int32),
+        "window_slots": np.flatnonzero(mask),
+    }
 
 
 def _taps(positions: Positions, places: Indices, grid: Grid) -> tuple[Indices, Floats]:
@@ -205,28 +160,22 @@ def _axis(positions: Positions, place: Indices, size: int) -> tuple[Indices, Flo
     return taps, weights.astype(np.float32)
 
 
-def tower_tables(spec: TowerSpec, grids: Sequence[Grid]) -> Mapping[str, NDArray[Any]]:
-    """The tables of a call for a backend that builds the tower itself, by the names of a program's inputs.
+def tower_tables(spec: TowerSpec, grids: Sequence[Grid]) -> dict[str, NDArray[Any]]:
+    """The tables of a call for a backend that builds the tower itself.
 
     Windows of one size lie together, largest first, so that those of a size are one batch of attention without any
     padding. Frames are then not contiguous: `frame_order` brings them together for full attention.
 
     Returns:
-        `frame_lengths`, and as `Tables.fed` has them `rotary_cos`, `rotary_sin`, and `position_index` and
-        `position_weight` where the tower has learned positions. With windows also `window_index`, `reverse_index`,
-        `window_lengths`, and `frame_order`: int64 [P]; row `frame_order[i]` of the window order stands at place i when
-        the frames, in their own order, are each contiguous.
+        As `make_tables`; with windows also `frame_order`: int64 [P]; row `frame_order[i]` of the window order stands at
+        place i when the frames, in their own order, are each contiguous.
     """
     tables = make_tables(spec, grids, grouped=True)
-    unused = ("window_patches", "window_mask", "window_slots")
-    found = {name: table for name, table in tables.fed().items() if name not in unused}
-    found["frame_lengths"] = tables.frame_lengths
-    if tables.windows is not None:
-        ends = np.cumsum(tables.frame_lengths // spec.merged)
-        tokens = np.argsort(np.searchsorted(ends, tables.windows.index, side="right"), kind="stable")
-        found["frame_order"] = (tokens[:, None] * spec.merged + np.arange(spec.merged)).ravel()
-        found["window_lengths"] = tables.windows.lengths
-    return found
+    if spec.window is not None:
+        ends = np.cumsum(tables["frame_lengths"] // spec.merged)
+        tokens = np.argsort(np.searchsorted(ends, tables["window_index"], side="right"), kind="stable")
+        tables["frame_order"] = (tokens[:, None] * spec.merged + np.arange(spec.merged)).ravel()
+    return tables
 
 
 Signature = tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]

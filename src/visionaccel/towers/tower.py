@@ -29,7 +29,7 @@ from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.core.tower_spec import TowerSpec
 from visionaccel.errors import ConfigurationError
 from visionaccel.towers.family import Family, has_every_weight, plain_weights
-from visionaccel.towers.host import GROUPED, RASTER, Host, open_host
+from visionaccel.towers.host import GROUPED, RASTER, Host
 from visionaccel.towers.operations import Operations, count_operations
 from visionaccel.towers.tables import checkpoint_signature, signature, tower_tables
 
@@ -235,7 +235,7 @@ class Tower:
         Raises:
             CheckpointError: If a weight that the host needs is missing or cannot be read.
         """
-        return open_host(self.spec, program, self.weights if program.host else {})
+        return Host(self.spec, program, self.weights if program.host else {})
 
     def operations(self, grids: Sequence[Grid]) -> Operations:
         """Floating-point operations of one call."""

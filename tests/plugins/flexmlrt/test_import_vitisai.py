@@ -234,13 +234,13 @@ def test_the_importer_finds_the_grid_that_a_folder_was_made_for_or_asks(tiny, tm
     shutil.rmtree(work, ignore_errors=True)
     folder = folder_of(tiny, work / "folder", grid)
     spec = open_tower(tiny).spec
-    order = make_tables(spec, [grid]).windows.index
+    order = make_tables(spec, [grid])["window_index"]
     sides = [side for side in range(1, len(order) + 1) if len(order) % side == 0]
     same = {
         other
         for other in (Grid(1, 2 * side, 2 * len(order) // side) for side in sides)
         for grouped in (False, True)
-        if np.array_equal(make_tables(spec, [other], grouped=grouped).windows.index, order)
+        if np.array_equal(make_tables(spec, [other], grouped=grouped)["window_index"], order)
     }
     if same != {grid}:  # one window wide or one token high: the tokens stay where they are
         with pytest.raises(ConfigurationError) as refused:

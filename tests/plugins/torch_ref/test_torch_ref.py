@@ -221,10 +221,10 @@ def test_frame_order_brings_the_frames_together_and_in_order(tiny, triples):
     spec = open_tower(tiny).spec
     grids = as_grids(triples, 2)
     tables = tower_tables(spec, grids)
-    grouped = make_tables(spec, grids, grouped=True).windows
+    grouped = make_tables(spec, grids, grouped=True)
     rows = len(tables["rotary_cos"])
     np.testing.assert_array_equal(np.sort(tables["frame_order"]), np.arange(rows))
-    np.testing.assert_array_equal(tables["window_index"], grouped.index)
+    np.testing.assert_array_equal(tables["window_index"], grouped["window_index"])
     # The input row of each place of the frame order: frame after frame, each with its own rows.
     source = (tables["window_index"][:, None] * 4 + np.arange(4)).ravel()[tables["frame_order"]]
     start = 0

@@ -15,7 +15,7 @@ from visionaccel.core.program import HostSplit
 from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import BundleError, ConfigurationError
 from visionaccel.families import Tower
-from visionaccel.towers import GROUPED, RASTER, by_window_size, window_order
+from visionaccel.towers import GROUPED, RASTER, window_order
 from visionaccel_flexmlrt.vitisai.recognition import HostPart
 
 _TOLERANCE = 1e-6
@@ -45,10 +45,9 @@ def matching_grid(tower: Tower, window_index: NDArray[np.int64], wanted: Grid | 
     nearest, least = "none", tokens + 1
     for height in (each for each in range(1, tokens + 1) if tokens % each == 0):
         grid = Grid(1, height * tower.merge_size, tokens // height * tower.merge_size)
-        raster, lengths = window_order(tower.spec, [grid])
-        grouped, _ = by_window_size(tower.spec, raster, lengths)
         # Where both orders are the same it is called raster, as the reference has it.
-        differing = [int((each != window_index).sum()) for each in (raster, grouped)]
+        orders = [window_order(tower.spec, [grid], grouped=grouped)[0] for grouped in (False, True)]
+        differing = [int((each != window_index).sum()) for each in orders]
         if 0 in differing:
             fitting[grid] = HostSplit(GROUPED if differing[0] else RASTER)
         if min(differing) < least:

@@ -113,16 +113,15 @@ def _whole(tower: Tower, grid: Grid, order: WindowOrder, partition: onnx.ModelPr
     """The whole tower around the partition's operators."""
     spec, (kernel_name,) = tower.spec, tower.host_weights
     kernel = tower.weights[kernel_name]
-    windows = make_tables(spec, [grid], grouped=order == "grouped").windows
-    assert windows is not None, "what compilers were given has windows"
+    tables = make_tables(spec, [grid], grouped=order == "grouped")
     patches, hidden, merged = grid.patches, spec.hidden, spec.merged
     side, steps = spec.patch, spec.temporal
     constants = {
         "blocks_shape": [-1, spec.channels, steps, side, side],
         "rows_shape": [-1, hidden],
         "merged_shape": [patches // merged, merged, hidden],
-        "window_index": windows.index,
-        "reverse_index": windows.reverse,
+        "window_index": tables["window_index"],
+        "reverse_index": tables["reverse_index"],
     }
     weight = TensorProto(name=kernel_name, data_type=DTYPES[kernel.dtype].onnx, dims=kernel.shape)
     point_at(weight, ExternalData.at(kernel, tower.weights_folder))

@@ -163,7 +163,7 @@ def bind_tables(spec: TowerSpec, g: GraphWriter, coverage: FixedGrid | Bucket) -
     A fixed grid has constant tables. A bucket's padded inputs are cut to the rows that are real.
     """
     if isinstance(coverage, FixedGrid):
-        inputs, tables = signature(spec, AnyGrid(), None)[0], make_tables(spec, [coverage.grid]).fed()
+        inputs, tables = signature(spec, AnyGrid(), None)[0], make_tables(spec, [coverage.grid])
         constants = {each.name: g.constant(tables[each.name]) for each in inputs if each.name in tables}
         g.bound = {**constants, "frames": g.constant([1])}
         return ""

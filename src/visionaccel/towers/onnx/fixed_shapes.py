@@ -48,17 +48,16 @@ class FixedShapesGraph(TowerGraph):
         """Constant tables of one grid. The graph's own order is `grouped`; that at its edges may be another."""
         g, spec = self.g, self.spec
         tables = make_tables(spec, [coverage.grid], grouped=spec.window is not None)
-        self._cos = g.constant(np.concatenate([tables.rotary_cos, tables.rotary_cos], axis=1))
+        cos, sin = tables["rotary_cos"], tables["rotary_sin"]
         # The first half is negated, so that a rotation swaps halves and negates none.
-        self._sin = g.constant(np.concatenate([-tables.rotary_sin, tables.rotary_sin], axis=1))
+        self._cos, self._sin = (g.constant(np.concatenate(halves, axis=1)) for halves in ([cos, cos], [-sin, sin]))
         self._frame_bias = self._window_bias = ""
         if spec.positions is not None and host is None:
-            fed = tables.fed()
-            g.bound = {name: g.constant(fed[name]) for name in ("position_index", "position_weight")}
-        if tables.windows is None:
+            g.bound = {name: g.constant(tables[name]) for name in ("position_index", "position_weight")}
+        if spec.window is None:
             return
-        index, reverse = tables.windows.index, tables.windows.reverse
-        self._runs = [(size, len(list(same))) for size, same in groupby(tables.windows.lengths.tolist())]
+        index, reverse = tables["window_index"], tables["reverse_index"]
+        self._runs = [(size, len(list(same))) for size, same in groupby(tables["window_lengths"].tolist())]
         if host is None:
             self.order_index, self.reverse_index = g.constant(index), g.constant(reverse)
         elif host.order == RASTER:
