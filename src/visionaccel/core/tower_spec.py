@@ -1,8 +1,8 @@
-"""A vision tower as a description: every size and every choice, and where its weights stand.
+"""A vision tower as a description: every size and choice, and the names of its weights.
 
-The towers that take patches with a grid are alike: an embedding of the patches, blocks of attention and a feed-forward
-network, and a merger that makes one token of a square of patches. What differs is written down here, the parts between
-as short sequences of steps. Tables, graphs, the host's part and a backend's tower all read the same description.
+Towers that take patches with a grid are alike: they embed the patches, run blocks of attention and a feed-forward
+network, and merge each square of patches into a token. What differs is written down here, as sizes and short sequences
+of steps. Tables, graphs, the host's part and a backend's tower all read this description.
 
 A step names its weights as the family's checkpoints store them, below the tower's prefix and, in a block, below
 `blocks.N.`, or below `deepstack.N.` in the merger of a deepstack level.
@@ -48,8 +48,8 @@ class Linear:
     Attributes:
         name: The weight is `name.weight`, the bias `name.bias`.
         inputs: Width of the rows that go in.
-        outputs: Width of those that come out.
-        bias: Whether there is one.
+        outputs: Width of the rows that come out.
+        bias: Whether it has a bias.
         kernel: Side of a convolution's kernel over merged patches, stored as [outputs, hidden, kernel, kernel]; 0 for a
             matrix.
     """
@@ -123,15 +123,15 @@ class TowerSpec:
         out: Width of an embedding, and of each deepstack level.
         embed: From rows of patches to rows of `hidden`: a linear layer, and norms.
         norm1: Before the attention.
-        qkv: The attention's projections; they may be stored apart (`APART`).
+        qkv: The projections to queries, keys and values; they may be stored apart (`APART`).
         proj: After the attention.
         norm2: Before the feed-forward network.
         mlp: The feed-forward network, which ends in a linear layer.
         merger: From the last block to embeddings; it merges once.
-        positions: Learned positions, besides the rotary ones; None for none.
-        window: Side of an attention window in tokens; None for attention over whole frames alone.
+        positions: Learned positions, in addition to the rotary ones; None for none.
+        window: Side of an attention window in tokens; None if every block attends over whole frames.
         full_blocks: The blocks that attend over whole frames where there are windows.
-        deepstack: The blocks whose output the deepstack levels are taken from, by their mergers' numbers. The levels
+        deepstack: The block that each deepstack level is taken from, by the number of the level's merger. The levels
             stand next to the embedding in the order of the blocks.
         deepstack_merger: The merger of each level, as `merger`.
         rotary_base: Base of the rotary frequencies.
@@ -173,28 +173,29 @@ class TowerSpec:
                 raise ValueError(f"{name} must be positive, and is {size}")
             if size > _MOST:
                 raise ValueError(f"{name} is {size}; no size may be over {_MOST}")
-        levels = set(range(min(self.depth, _MOST_BLOCKS)))
+        blocks = set(range(min(self.depth, _MOST_BLOCKS)))
         rules = {
             f"depth: a tower may have no more than {_MOST_BLOCKS} blocks": self.depth <= _MOST_BLOCKS,
             f"window: windows may have no more than {_MOST_WINDOW} patches": self.window_patches <= _MOST_WINDOW,
             "hidden must be divisible by heads": self.hidden % self.heads == 0,
             "hidden: the width of a head must be divisible by 4": self.head_dim % 4 == 0,
             "rotary_base must be positive": self.rotary_base > 0,
-            "full_blocks must be blocks of the tower": set(self.full_blocks) <= levels,
-            "deepstack must be blocks of the tower, each once": set(self.deepstack) <= levels
+            "full_blocks must be blocks of the tower": set(self.full_blocks) <= blocks,
+            "deepstack must be blocks of the tower, each once": set(self.deepstack) <= blocks
             and len(set(self.deepstack)) == len(self.deepstack),
             "deepstack_merger must be there with deepstack alone": bool(self.deepstack) == bool(self.deepstack_merger),
         }
         for rule, holds in rules.items():
             if not holds:
                 raise ValueError(rule)
-        block = (self.norm1, self.qkv)
-        self._check_steps("embed", self.embed, self.patch_width, self.hidden, merges=False)
-        self._check_steps("norm1, qkv", block, self.hidden, 3 * self.hidden, merges=False)
-        self._check_steps("proj", (self.proj,), self.hidden, self.hidden, merges=False)
-        self._check_steps("norm2, mlp", (self.norm2, *self.mlp), self.hidden, self.hidden, merges=False)
-        for name in ("merger", *(["deepstack_merger"] if self.deepstack else [])):
-            self._check_steps(name, getattr(self, name), self.hidden, self.out, merges=True)
+        hidden = self.hidden
+        self._check_steps("embed", self.embed, self.patch_width, hidden)
+        self._check_steps("norm1, qkv", (self.norm1, self.qkv), hidden, 3 * hidden)
+        self._check_steps("proj", (self.proj,), hidden, hidden)
+        self._check_steps("norm2, mlp", (self.norm2, *self.mlp), hidden, hidden)
+        self._check_steps("merger", self.merger, hidden, self.out, merges=1)
+        if self.deepstack:
+            self._check_steps("deepstack_merger", self.deepstack_merger, hidden, self.out, merges=1)
         self._check_names()
         if not isinstance(self.embed[0], Linear) or not all(isinstance(step, Norm) for step in self.embed[1:]):
             raise ValueError("embed must be a linear layer, and norms after it")
@@ -203,11 +204,10 @@ class TowerSpec:
 
     def _check_names(self) -> None:
         """Refuse steps that would share their weights."""
-        block = (self.norm1, self.qkv, self.proj, self.norm2, *self.mlp)
         around = [step.name for step in _weighted((*self.embed, *self.merger))]
         around += [self.positions.name] if self.positions else []
         groups = {
-            "norm1, qkv, proj, norm2, mlp": [step.name for step in _weighted(block)],
+            "norm1, qkv, proj, norm2, mlp": [step.name for step in _weighted(self._block)],
             "embed, positions, merger": around,
             "deepstack_merger": [step.name for step in _weighted(self.deepstack_merger)],
         }
@@ -218,18 +218,19 @@ class TowerSpec:
             if name.startswith(("blocks.", "deepstack.")):
                 raise ValueError(f"embed, positions, merger: {name} is a name of weights of blocks or deepstack levels")
 
-    def _check_steps(self, name: str, steps: Sequence[Step], width: int, wanted: int, *, merges: bool) -> None:
+    def _check_steps(self, name: str, steps: Sequence[Step], width: int, wanted: int, merges: int = 0) -> None:
         """Follow the width of a row through a sequence."""
         if not steps:
             raise ValueError(f"{name} has no step")
         for each in _weighted(steps):
             if isinstance(each, Norm) and each.epsilon <= 0:
                 raise ValueError(f"{name}: epsilon of {each.name} must be positive, and is {each.epsilon}")
-            if isinstance(each, Linear) and each.kernel and (each.kernel, each.inputs) != self._merging_kernel:
+            kernel = self.merge, self.hidden * self.merged
+            if isinstance(each, Linear) and each.kernel and (each.kernel, each.inputs) != kernel:
                 raise ValueError(f"{name}: kernel of {each.name} is {each.kernel}; it must be merge, or 0 for a matrix")
         merged = 0
         for step in steps:
-            given = width
+            needs = given = width
             match step:
                 case Norm():
                     needs = step.width
@@ -241,18 +242,15 @@ class TowerSpec:
                     if step.up.inputs != needs or len(inner) > 1 or not 0 < min(inner) <= _MOST:
                         raise ValueError(f"{name}: {step.gate.name}, {step.up.name} and {step.down.name} do not fit")
                 case Merge():
-                    needs, width, merged = width, width * self.merged, merged + 1
-                case Activation():
-                    needs = width
+                    width, merged = width * self.merged, merged + 1
             if needs != given or not 0 < width <= _MOST * self.merged:
                 raise ValueError(f"{name}: {step} is given rows of {given}")
-        if width != wanted or merged != merges:
-            raise ValueError(f"{name} gives rows of {width} and merges {merged} times; {wanted} and {int(merges)} fit")
+        if (width, merged) != (wanted, merges):
+            raise ValueError(f"{name} gives rows of {width} and merges {merged} times; {wanted} and {merges} fit")
 
     @property
-    def _merging_kernel(self) -> tuple[int, int]:
-        """Side of a convolution's kernel over merged patches, and the width of the rows that it takes."""
-        return self.merge, self.hidden * self.merged
+    def _block(self) -> tuple[Step, ...]:
+        return self.norm1, self.qkv, self.proj, self.norm2, *self.mlp
 
     @property
     def patch_width(self) -> int:
@@ -290,31 +288,32 @@ class TowerSpec:
     @property
     def embed_weights(self) -> tuple[str, ...]:
         """Names of the weights that embed patches, those of the learned positions among them."""
-        return (*self._named("", self.embed), *([f"{self.positions.name}.weight"] if self.positions else []))
+        return tuple(self._embed_shapes())
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The shape of every weight by its name; the attention's projections as one weight."""
-        found = self._named("", self.embed)
-        if self.positions is not None:
-            found[f"{self.positions.name}.weight"] = (self.positions.side**2, self.hidden)
+        found = self._embed_shapes()
         for block in range(self.depth):
-            steps = (self.norm1, self.qkv, self.proj, self.norm2, *self.mlp)
-            found |= self._named(f"blocks.{block}.", steps)
-        found |= self._named("", self.merger)
+            found |= self._shapes_of(f"blocks.{block}.", self._block)
+        found |= self._shapes_of("", self.merger)
         for level in range(len(self.deepstack)):
-            found |= self._named(f"deepstack.{level}.", self.deepstack_merger)
+            found |= self._shapes_of(f"deepstack.{level}.", self.deepstack_merger)
         return found
 
-    def _named(self, prefix: str, steps: Sequence[Step]) -> dict[str, tuple[int, ...]]:
+    def _embed_shapes(self) -> dict[str, tuple[int, ...]]:
+        found = self._shapes_of("", self.embed)
+        if self.positions is not None:
+            found[f"{self.positions.name}.weight"] = (self.positions.side**2, self.hidden)
+        return found
+
+    def _shapes_of(self, prefix: str, steps: Sequence[Step]) -> dict[str, tuple[int, ...]]:
         found: dict[str, tuple[int, ...]] = {}
         for step in _weighted(steps):
             name = prefix + step.name
-            if isinstance(step, Norm):
-                found[f"{name}.weight"] = (step.width,)
-                found |= {f"{name}.bias": (step.width,)} if step.kind == "layer" else {}
-            else:
-                found[f"{name}.weight"] = self.stored_shape(step)
-                found |= {f"{name}.bias": (step.outputs,)} if step.bias else {}
+            biased = step.kind == "layer" if isinstance(step, Norm) else step.bias
+            found[f"{name}.weight"] = (step.width,) if isinstance(step, Norm) else self.stored_shape(step)
+            if biased:
+                found[f"{name}.bias"] = (step.width if isinstance(step, Norm) else step.outputs,)
         return found
 
     def stored_shape(self, linear: Linear) -> tuple[int, ...]:
@@ -330,9 +329,7 @@ class TowerSpec:
 
         A field that holds its default is left out, so that a reader that does not know the field can read the rest.
         """
-        found = _plain(self)
-        assert isinstance(found, dict)
-        return found
+        return dict(_plain(self))
 
     def differing(self, other: TowerSpec) -> str:
         """The fields in which another tower differs, with both values."""

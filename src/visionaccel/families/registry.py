@@ -1,18 +1,15 @@
-"""Families by entry point: listed without importing any, imported when a checkpoint of their architecture is opened.
-
-An entry point of the group `visionaccel.families` is named as the architecture that a `config.json` states, and refers
-to a `Family`; a family of several architectures has one for each.
-"""
+"""Families by entry point: listed without importing any, imported when a checkpoint of their architecture is opened."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
+from visionaccel.checkpoint import Checkpoint
 from visionaccel.core.containment import contained
 from visionaccel.errors import PluginError, UnsupportedArchitectureError
-from visionaccel.towers import Family
+from visionaccel.towers import Family, Tower
 
 GROUP = "visionaccel.families"
 _OURS = "visionaccel"
@@ -23,29 +20,46 @@ def supported_architectures() -> frozenset[str]:
     return frozenset(_points())
 
 
-def family_of_any(architectures: Iterable[str], where: str) -> Family:
-    """The family of the first of some architectures that one is installed for.
-
-    Args:
-        architectures: What a checkpoint names.
-        where: How errors name the checkpoint.
+def tower_of(checkpoint: Checkpoint) -> Tower:
+    """The vision tower of a checkpoint.
 
     Raises:
-        PluginError: If the family cannot be imported, is not one, or two distributions provide it.
-        UnsupportedArchitectureError: If there is none.
+        CheckpointError: If its configuration is incomplete or impossible.
+        PluginError: As `family_of`.
+        UnsupportedArchitectureError: As `family_of`, or if the configuration asks for something that is not
+            implemented.
     """
-    named = tuple(architectures)
-    for architecture in named:
+    return Tower(family_of(checkpoint), checkpoint)
+
+
+def family_of(checkpoint: Checkpoint) -> Family:
+    """The family of the first of a checkpoint's architectures that has one.
+
+    Raises:
+        PluginError: If the family cannot be imported, is not a Family, or two distributions provide it.
+        UnsupportedArchitectureError: If no family takes the checkpoint's architectures.
+    """
+    return _family_of_any(checkpoint.architectures, str(checkpoint.folder))
+
+
+def weight_prefixes(architectures: Iterable[str]) -> tuple[str, ...]:
+    """What the names of vision tensors start with in checkpoints of these architectures; errors as `family_of`."""
+    families = (_family_of_any([name], "a checkpoint") for name in architectures)
+    return tuple(dict.fromkeys(prefix for family in families for prefix in family.prefixes))
+
+
+def _family_of_any(architectures: Sequence[str], where: str) -> Family:
+    for architecture in architectures:
         if architecture in _points():
             return _load(architecture)
     raise UnsupportedArchitectureError(
-        f"{where} is of architecture {', '.join(named) or 'none'}, whose vision tower is not implemented.",
+        f"{where} is of architecture {', '.join(architectures) or 'none'}, whose vision tower is not implemented.",
         hint=_known(),
     )
 
 
 def family_named(name: str) -> Family:
-    """The family of that name. Those that cannot be imported are passed over.
+    """The family of that name; others' families that cannot be imported are passed over.
 
     Raises:
         UnsupportedArchitectureError: If there is none.
@@ -64,7 +78,6 @@ def family_named(name: str) -> Family:
 
 @cache
 def _points() -> Mapping[str, tuple[EntryPoint, ...]]:
-    """The installed entry points by architecture."""
     found: dict[str, tuple[EntryPoint, ...]] = {}
     for point in entry_points(group=GROUP):
         found[point.name] = (*found.get(point.name, ()), point)

@@ -1,8 +1,8 @@
 """A family of towers: how checkpoints state the sizes of a tower, and in which forms they store its weights.
 
-Towers that are not stored as plain floats of the shapes that their description demands are refused. Each tensor is
-judged by its dtype and by what is stored next to it, and not by what the configuration says of the checkpoint's
-quantisation: most quantised checkpoints keep the vision tower as it was.
+Weights must be plain floats of the shapes in the description. Each tensor is judged by its dtype and by what is stored
+next to it, not by what the configuration says of quantisation: most quantised checkpoints keep the vision tower as it
+was.
 """
 
 from __future__ import annotations
@@ -24,21 +24,14 @@ class _MissingValueError(KeyError):
     """A configuration does not state a value."""
 
 
-class _WrongValueError(TypeError):
-    """A configuration states a value of another kind."""
-
-
 class VisionConfiguration:
     """The part of a `config.json` that describes a tower, with the defaults for what it leaves out.
 
-    Args:
-        values: What it states.
-        defaults: What files may leave out.
-        where: How errors name it.
+    Its methods raise KeyError where a value is missing and ValueError where it is of another kind. A family does not
+    catch these: they are reported as the checkpoint's fault, with the value's name.
 
-    Raises:
-        KeyError, TypeError, ValueError: From its methods, where a value is missing or of another kind. A family lets
-            them pass: they are reported as the checkpoint's fault, with the value's name.
+    Attributes:
+        where: How errors name it.
     """
 
     def __init__(self, values: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> None:
@@ -57,12 +50,12 @@ class VisionConfiguration:
         """A list of whole numbers."""
         values = self[name]
         if not isinstance(values, list | tuple):
-            raise _WrongValueError(f"{name} is {values!r}, which is not a list")
+            raise ValueError(f"{name} is {values!r}, which is not a list")
         return tuple(_whole(name, value) for value in values)
 
     @property
     def rotary_base(self) -> float:
-        """Base of the rotary frequencies; transformers has written it in two places, and reads both."""
+        """Base of the rotary frequencies, from either of the two places that transformers writes it to."""
         try:
             nested = dict(self._values.get("rope_parameters") or {})
             return float(nested.get("rope_theta", self._values.get("rope_theta", 10000.0)))
@@ -79,11 +72,12 @@ class Family:
 
     Attributes:
         name: What bundles and messages call it.
-        spec: The description of a tower from its configuration. A `ValueError`, and what the configuration's own
-            methods raise, is reported as the checkpoint's fault, and anything else as the family's.
+        spec: Describes a tower from its configuration. A `ValueError`, and what the configuration's methods raise, is
+            reported as the checkpoint's fault, anything else as the family's.
         config: Where the configuration lies in `config.json`.
         defaults: What configurations may leave out.
-        prefixes: What the names of the tower's tensors start with, in the order in which they are tried.
+        prefixes: What the names of the tower's tensors start with, in the order in which they are tried. Packed weights
+            have the last.
         names: Modules that some checkpoints store under another name: that name to the spec's. `{n}` is a number.
         fused: Modules stored as one whose rows are those of several: their name to the spec's, in the order of rows.
     """
@@ -119,15 +113,11 @@ class Family:
         return found
 
     def described(self, config: Mapping[str, Any], path: str) -> TowerSpec:
-        """The description of the tower of a `config.json`.
-
-        Args:
-            config: The document.
-            path: How errors name it.
+        """The description of the tower of a `config.json`, which errors call `path`.
 
         Raises:
             CheckpointError: If it is incomplete or impossible.
-            PluginError: If the family fails in another way than `spec` may.
+            PluginError: If `spec` fails in another way.
             UnsupportedArchitectureError: If it asks for something that is not implemented.
         """
         where = f"{path}: {'.'.join(self.config)}"
@@ -141,7 +131,7 @@ class Family:
             raise CheckpointError(
                 f"{where} does not state {error}.", hint="Pass a complete checkpoint of this family."
             ) from error
-        except (ValueError, _WrongValueError) as error:
+        except ValueError as error:
             raise CheckpointError(f"{where}: {error}.", hint="The configuration is damaged or foreign.") from error
         except Exception as error:
             raise self._fault(f"failed to describe the tower: {type(error).__name__}: {error}") from error
@@ -162,20 +152,19 @@ class Family:
         return put(config, self.config)
 
     def description(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """What of a `config.json` says which tower it is, and nothing of the language model."""
+        """The part of a `config.json` that identifies the tower, without the language model's."""
         kept = {name: config[name] for name in ("architectures", "model_type") if name in config}
         return self.with_configuration(kept, self.configuration(config, "config.json"))
 
     def stored_names(self, checkpoint: Checkpoint) -> frozenset[str]:
-        """Full names of all that a checkpoint stores for the tower."""
+        """Full names of what a checkpoint stores for the tower."""
         return frozenset(name for name in checkpoint.tensors if name.startswith(self.prefixes))
 
     def weights(self, checkpoint: Checkpoint, spec: TowerSpec) -> dict[str, StoredTensor]:
         """A tower's tensors by the spec's names, each of the shape that the spec demands.
 
         Raises:
-            CheckpointError: If there are none, one is stored in two forms, or one is quantised, has no place or has
-                another shape.
+            CheckpointError: If there are none, one is stored in two forms, or as `plain_weights`.
             PluginError: If the family's `names` or `fused` cannot be used.
         """
         stored = checkpoint.with_prefix(self.prefixes)
@@ -221,7 +210,7 @@ class Family:
 
 def _whole(name: str, value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
-        raise _WrongValueError(f"{name} holds {value!r}, which is not a whole number")
+        raise ValueError(f"{name} holds {value!r}, which is not a whole number")
     return value
 
 
@@ -238,15 +227,10 @@ _ADAPTER = re.compile(r"(^|\.)(lora_\w+|base_layer|modules_to_save)(\.|$)")
 
 
 def plain_weights(tensors: Mapping[str, StoredTensor], spec: TowerSpec) -> dict[str, StoredTensor]:
-    """The weights of a tower, without buffers that are computed anyway.
-
-    Args:
-        tensors: What is stored, by the names of the description.
-        spec: The tower; its projections may be stored apart.
+    """The weights of a tower by the spec's names, without buffers that are computed anyway.
 
     Raises:
-        CheckpointError: If one is quantised or part of an adapter, or the tower has no place for it, or one of another
-            shape; the first is named.
+        CheckpointError: If one is quantised, part of an adapter, unknown to the spec or of another shape.
     """
     shapes = dict(spec.shapes())
     for name, (rows, *columns) in spec.shapes().items():

@@ -18,14 +18,7 @@ from visionaccel.towers.tables import window_order
 
 @dataclass(frozen=True, slots=True)
 class MatrixProduct:
-    """Products of one shape: [rows, inner] by [inner, columns].
-
-    Attributes:
-        rows: Patches or tokens.
-        inner: Width of the input.
-        columns: Width of the output.
-        count: How many of them a call has.
-    """
+    """Products of one shape, [rows, inner] by [inner, columns], that a call has `count` times."""
 
     rows: int
     inner: int
@@ -43,10 +36,10 @@ class Operations:
     """Floating-point operations of one call of a tower.
 
     Attributes:
-        patch_embedding: Those of the patch embedding.
+        patch_embedding: Of the patch embedding.
         linears: The products in the blocks.
-        full_attention: Those of attention over whole frames.
-        window_attention: Those of attention within windows.
+        full_attention: Of attention over whole frames.
+        window_attention: Of attention within windows.
         merger: The products that make tokens of patches, those of deepstack levels among them.
     """
 
@@ -58,39 +51,33 @@ class Operations:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The sum of all parts."""
         products = sum(product.operations for product in (*self.linears, *self.merger))
         return self.patch_embedding + products + self.full_attention + self.window_attention
 
     @property
     def full_attention_share(self) -> float:
-        """What of them is attention over whole frames: the part that grows with the square of the patches."""
+        """The share that grows with the square of the patches."""
         return self.full_attention / self.total
 
 
 def count_operations(spec: TowerSpec, grids: Sequence[Grid]) -> Operations:
-    """Operations of one call.
+    """Operations of one call; its grids must be divisible by the merge size.
 
     Attention over n patches is two products of n x n x head_dim in each head: 4 n**2 hidden in all. Full attention is
-    over a frame, the other blocks' over the windows that `tables.window_order` cuts it into.
-
-    Args:
-        spec: The tower.
-        grids: The grids of the call, each divisible by the merge size.
+    over a frame, the other blocks' over the windows that `window_order` cuts it into.
     """
     patches = total_patches(grids)
     windowed = sum(spec.windowed(block) for block in range(spec.depth))
     windows = window_order(spec, grids)[1] if windowed else np.zeros(1, np.int64)
     frames = sum(grid.t * grid.frame.patches**2 for grid in grids)
-    merger = [*_products(spec, spec.merger, patches, 1)]
-    if spec.deepstack:
-        merger += _products(spec, spec.deepstack_merger, patches, len(spec.deepstack))
+    levels = _products(spec, spec.deepstack_merger, patches, len(spec.deepstack))
     return Operations(
         patch_embedding=sum(product.operations for product in _products(spec, spec.embed, patches, 1)),
         linears=tuple(_products(spec, (spec.qkv, spec.proj, *spec.mlp), patches, spec.depth)),
         full_attention=4 * spec.hidden * frames * (spec.depth - windowed),
         window_attention=4 * spec.hidden * int(np.square(windows).sum()) * windowed,
-        merger=tuple(merger),
+        merger=(*_products(spec, spec.merger, patches, 1), *levels),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from functools import cached_property, partial
 from pathlib import Path
@@ -37,7 +37,7 @@ from visionaccel.towers.tables import checkpoint_signature, signature, tower_tab
 class Tower:
     """The vision tower of one checkpoint: sizes, programs and host-side tables. Holds no weights.
 
-    Frames of a video are independent of each other, so that a program of one frame serves videos.
+    Frames of a video are independent of each other, so a program of one frame serves videos.
 
     Args:
         family: How to read the checkpoint.
@@ -45,14 +45,13 @@ class Tower:
 
     Attributes:
         family: The family's name.
-        spec: The description of the tower. Programs depend on it and on the weights: they are the same for towers whose
-            descriptions and weights are equal.
+        checkpoint: Where the weights lie.
+        spec: The description of the tower. Towers of equal descriptions and weights have equal programs.
         patch_size: Side of a patch in pixels.
         patch_width: Width of a row of patches: channels * temporal patch size * patch size**2.
         merge_size: Patches merged into one token along each side.
-        out_width: Width of an embedding as the language model is handed it.
+        out_width: Width of an embedding as the language model takes it.
         host_weights: Names of the weights that the host needs for a split program.
-        checkpoint: Where its weights lie.
 
     Raises:
         CheckpointError: If the configuration is incomplete or impossible.
@@ -68,24 +67,22 @@ class Tower:
 
     @property
     def weight_prefix(self) -> str:
-        """What the names of packed weights start with: the last prefix of the family."""
+        """What the names of packed weights start with."""
         return self._family.prefixes[-1]
 
     @property
     def configuration(self) -> Mapping[str, Any]:
-        """The tower's part of the checkpoint's `config.json`."""
+        """The vision configuration in the checkpoint's `config.json`."""
         return self._family.configuration(self.checkpoint.config, f"{self.checkpoint.folder}/config.json")
 
     @property
     def description(self) -> Mapping[str, Any]:
-        """What of the checkpoint's `config.json` says which tower it is, for a checkpoint of the tower alone."""
+        """The part of the checkpoint's `config.json` that identifies the tower, for a checkpoint of the tower alone."""
         return self._family.description(self.checkpoint.config)
 
     @property
     def stored_names(self) -> frozenset[str]:
-        """Full names of all that the checkpoint stores for the tower, buffers and unknown tensors too.
-
-        None if its vision weights were stripped.
+        """Full names of what the checkpoint stores for the tower, buffers and unknown tensors too; empty if stripped.
 
         Raises:
             CheckpointError: If the checkpoint is damaged.
@@ -97,8 +94,7 @@ class Tower:
         """The tower's tensors, plain floats, by the names of its description.
 
         Raises:
-            CheckpointError: If the checkpoint holds none, or they are quantised, stored twice with different values, or
-                among others that the tower has no place for.
+            CheckpointError: If the checkpoint holds none, or one is quantised, stored in two forms, or unknown.
         """
         return self._family.weights(self.checkpoint, self.spec)
 
@@ -108,7 +104,7 @@ class Tower:
         return Path(os.path.commonpath({tensor.file.parent for tensor in self.weights.values()}))
 
     def over(self, weights: Mapping[str, StoredTensor]) -> Self:
-        """The same tower with its weights in another place, from where everything reads them.
+        """The same tower reading its weights from another place.
 
         Raises:
             CheckpointError: If one does not fit the description.
@@ -119,7 +115,7 @@ class Tower:
 
     @property
     def complete(self) -> bool:
-        """Whether every weight of the description is there; without, programs that bring none cannot run.
+        """Whether every weight of the description is there.
 
         Raises:
             CheckpointError: As `weights`, but not where there are none.
@@ -128,12 +124,42 @@ class Tower:
 
     def programs(self, formats: Iterable[str]) -> tuple[Program, ...]:
         """The programs this tower can give in the wanted formats, cheaply: nothing is written or read yet."""
-        known: Mapping[str, Callable[[], Program]] = {
-            ONNX: partial(self._onnx_program, ONNX, "microsoft"),
-            ONNX_STANDARD: partial(self._onnx_program, ONNX_STANDARD, "standard"),
-            CHECKPOINT: self._checkpoint_program,
-        }
-        return tuple(known[wanted]() for wanted in sorted(set(formats)) if wanted in known)
+        wanted, found = set(formats), []
+        if CHECKPOINT in wanted:
+            inputs, outputs = checkpoint_signature(self.spec)
+            found.append(
+                Program(
+                    name="checkpoint",
+                    family=self.family,
+                    format=CHECKPOINT,
+                    folder=self.checkpoint.folder,
+                    inputs=inputs,
+                    outputs=outputs,
+                    weights=self.weights,
+                    uniform_frames=False,
+                    spec=self.spec,
+                    configuration=self.description,
+                    tables=partial(tower_tables, self.spec),
+                )
+            )
+        dialects: dict[str, OperatorDialect] = {ONNX: "microsoft", ONNX_STANDARD: "standard"}
+        for stored_as in sorted(wanted & dialects.keys()):
+            inputs, outputs = self.signature(AnyGrid(), None)
+            folder, dialect = self.weights_folder, dialects[stored_as]
+            found.append(
+                Program(
+                    name="dynamic",
+                    family=self.family,
+                    format=stored_as,
+                    folder=folder,
+                    inputs=inputs,
+                    outputs=outputs,
+                    weights=self.weights,
+                    uniform_frames=True,
+                    model=partial(_written, self.spec, self.weights, folder, AnyGrid(), "float32", None, dialect),
+                )
+            )
+        return tuple(found)
 
     def signature(
         self, coverage: Coverage, host: HostSplit | None
@@ -147,27 +173,20 @@ class Tower:
         Raises:
             ConfigurationError: If such programs are not split.
         """
-        match coverage:
-            case FixedGrid():
-                return HostSplit(RASTER if self.spec.window is None else GROUPED)
-            case Bucket():
-                return HostSplit(RASTER)
-            case _:
-                raise ConfigurationError(
-                    "a program for any grid leaves nothing but the tables to the host.",
-                    hint="Split programs of fixed shapes only.",
-                )
+        if isinstance(coverage, AnyGrid):
+            raise ConfigurationError(
+                "a program for any grid leaves nothing but the tables to the host.",
+                hint="Split programs of fixed shapes only.",
+            )
+        grouped = isinstance(coverage, FixedGrid) and self.spec.window is not None
+        return HostSplit(GROUPED if grouped else RASTER)
 
     def check_program(self, coverage: Coverage, split: HostSplit | None) -> None:
-        """Refuse what no program of this tower covers, and a split that the host cannot stand around.
-
-        Args:
-            coverage: Which grids the program takes.
-            split: What it leaves to the host; None for nothing but the tables.
+        """Refuse a coverage that no program of this tower has, and a split that the host does not support.
 
         Raises:
-            ConfigurationError: If it is split in a way that is not known, a fixed grid has several frames, or a bucket
-                counts something else than this tower does, or more than any frame of its patches has.
+            ConfigurationError: If the split's order is not one of the coverage's, a fixed grid has several frames, or a
+                bucket counts something else than this tower does, or more than any frame of its patches has.
             GridError: If a fixed grid is not divisible by the merge size.
         """
         if isinstance(coverage, FixedGrid):
@@ -179,11 +198,13 @@ class Tower:
                 )
         if isinstance(coverage, Bucket):
             self._check_bucket(coverage)
-        either = isinstance(coverage, FixedGrid) and split == HostSplit(RASTER)
-        if split is not None and not either and split != self.split(coverage):
+        if split is None:
+            return
+        usual = self.split(coverage)
+        if split != usual and not (isinstance(coverage, FixedGrid) and split == HostSplit(RASTER)):
             raise ConfigurationError(
                 f"programs for {coverage} of this tower are not split in the order {split.order!r}.",
-                hint=f"Name the order {self.split(coverage).order!r}.",
+                hint=f"Name the order {usual.order!r}.",
             )
 
     def _check_bucket(self, bucket: Bucket) -> None:
@@ -212,7 +233,7 @@ class Tower:
         return Bucket(self.sizes_of(largest.frame))
 
     def sizes_of(self, frame: Grid) -> dict[str, int]:
-        """What a bucket has to hold of a frame: its patches, and its attention windows where the tower has them."""
+        """What a bucket has to hold of a frame: its patches, and its attention windows if the tower has them."""
         found = {"patches": frame.patches}
         if self.spec.window is not None:
             side = self.spec.window * self.merge_size
@@ -253,14 +274,13 @@ class Tower:
         """The tower as an ONNX model, its weights referenced in the files where they lie.
 
         Args:
-            folder: External-data locations are relative to it; it must hold all shards, at any depth. Default: the
-                deepest such folder.
-            coverage: Which grids it takes. `FixedGrid` and `Bucket` give fixed shapes in standard operators of opset
-                17; `AnyGrid` gives ONNX Runtime's fused operators.
+            folder: External-data locations are relative to it; it must hold all shards, at any depth. None for
+                `weights_folder`.
+            coverage: Which grids it takes.
             precision: Dtype of weights and activations; inputs and outputs are float32.
             host: What is left to the host, with fixed shapes and in standard operators only.
-            dialect: Whose operators; None for what its coverage says above. The standard's for `AnyGrid` are of opset
-                23.
+            dialect: Whose operators: the standard's, of opset 17 for fixed shapes and 23 for `AnyGrid`, or ONNX
+                Runtime's fused ones. None for `microsoft` with `AnyGrid`, else `standard`.
 
         Raises:
             CheckpointError: If a weight is missing or does not fit the configuration.
@@ -287,36 +307,6 @@ class Tower:
                 hint="Split programs in standard operators only.",
             )
         return _written(self.spec, self.weights, folder, coverage, precision, host, chosen)
-
-    def _onnx_program(self, stored_as: str, dialect: OperatorDialect) -> Program:
-        inputs, outputs = self.signature(AnyGrid(), None)
-        return Program(
-            name="dynamic",
-            family=self.family,
-            format=stored_as,
-            folder=self.weights_folder,
-            inputs=inputs,
-            outputs=outputs,
-            weights=self.weights,
-            uniform_frames=True,
-            model=partial(_written, self.spec, self.weights, self.weights_folder, AnyGrid(), "float32", None, dialect),
-        )
-
-    def _checkpoint_program(self) -> Program:
-        inputs, outputs = checkpoint_signature(self.spec)
-        return Program(
-            name="checkpoint",
-            family=self.family,
-            format=CHECKPOINT,
-            folder=self.checkpoint.folder,
-            inputs=inputs,
-            outputs=outputs,
-            weights=self.weights,
-            uniform_frames=False,
-            spec=self.spec,
-            configuration=self.description,
-            tables=partial(tower_tables, self.spec),
-        )
 
 
 def _written(
