@@ -27,7 +27,7 @@ from visionaccel.bundle import open_bundle
 from visionaccel.checkpoint import SINGLE_FILE, copy_to_memory, weights_digest
 from visionaccel.core.memory_files import MemoryFile
 from visionaccel.core.program import CHECKPOINT, ONNX
-from visionaccel.encoder import hold_source, is_held, open_tower
+from visionaccel.encoder import hold_source, open_tower
 from visionaccel.errors import ArtifactError, ChangedFileError, DeviceLostError, SettingsError
 from visionaccel.service import numerics, open_guarded
 from visionaccel.settings import Settings
@@ -343,6 +343,10 @@ def test_a_weight_that_became_shorter_is_not_read_again(checkpoint):
         hold_source(tower)
 
 
+def in_memory(tower):
+    return all(isinstance(tensor.origin, MemoryFile) for tensor in tower.weights.values())
+
+
 @pytest.mark.parametrize("external", [False, True])
 def test_weights_of_a_bundle_that_were_touched_are_verified_again(tiny, checkpoint, others, tmp_path, external):
     folder = write_bundle(checkpoint, tmp_path / "bundle", "6x10", self_contained=not external)
@@ -350,7 +354,7 @@ def test_weights_of_a_bundle_that_were_touched_are_verified_again(tiny, checkpoi
     other = others if external else write_bundle(others, tmp_path / "other", "6x10", self_contained=True)
     bundle = open_bundle(folder)
     link(file)
-    assert is_held(hold_source(bundle))
+    assert in_memory(hold_source(bundle).tower)
     link(file)
     bundle = open_bundle(folder)
     state = file.stat()
@@ -368,11 +372,6 @@ def test_weights_that_changed_before_they_were_copied_are_refused(checkpoint, ot
     rename(checkpoint, others)
     with pytest.raises(ChangedFileError, match=r"model\.safetensors changed after it was verified"):
         open_encoder(tower, backend="torch_ref")
-
-
-def test_weights_of_another_digest_are_refused(checkpoint):
-    with pytest.raises(ChangedFileError, match=r"have the digest sha256:[0-9a-f]{64}, and sha256:0 is needed"):
-        hold_source(open_tower(checkpoint), digest="sha256:0")
 
 
 def test_a_copy_is_equal_to_the_file_and_nothing_can_write_to_it(tiny):
@@ -412,7 +411,7 @@ def test_one_process_has_one_copy_and_frees_it(tiny):
     gc.collect()
     before = held()
     first, second = (hold_source(open_tower(tiny)) for _ in range(2))
-    assert is_held(first)
+    assert in_memory(first)
     assert held() == before + 1
     assert {s.file for s in first.weights.values()} == {s.file for s in second.weights.values()}
     del first, second

@@ -1,7 +1,7 @@
 """The encoder that users call, and how it is opened."""
 
 from visionaccel.encoder.encoder import Encoder, OpenProgram
-from visionaccel.encoder.held_weights import WantedWeights, hold_source, is_held
+from visionaccel.encoder.held_weights import WantedWeights, hold_source
 from visionaccel.encoder.opening import WantedIsolation, open_encoder, open_source, open_tower
 
 __all__ = [
@@ -10,7 +10,6 @@ __all__ = [
     "WantedIsolation",
     "WantedWeights",
     "hold_source",
-    "is_held",
     "open_encoder",
     "open_source",
     "open_tower",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,15 +15,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from visionaccel.backends import (
-    CallParts,
-    Capabilities,
-    EncodeReport,
-    Purpose,
-    Registry,
-    Session,
-    watch_parts,
-)
+from visionaccel.backends import CallParts, Capabilities, EncodeReport, Purpose, Registry, Session, watch_parts
 from visionaccel.core.arrays import Array, as_numpy, dtype_name, is_tensor
 from visionaccel.core.containment import device_errors, tell
 from visionaccel.core.contracts import check_embeddings, check_output, check_patches
@@ -35,13 +28,7 @@ from visionaccel.families import Host, Tower
 
 @dataclass
 class OpenProgram:
-    """A program on a device, with the host's part around it.
-
-    Attributes:
-        program: What the session runs.
-        host: Makes its inputs and reads its outputs.
-        session: The open session.
-    """
+    """A program on a device: what its session runs, and the host's part around it."""
 
     program: Program
     host: Host
@@ -50,7 +37,7 @@ class OpenProgram:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Some frames of one item that go into a call."""
+    """Frames of one item that go into a call."""
 
     item: int
     frames: slice
@@ -65,8 +52,7 @@ class Encoder:
         backend: Name of the backend.
         programs: What it runs, each open on the device; for a grid that several take, the most specific is used.
         options: The backend's options that were given.
-        capabilities: Those of the first program's session: device and precision.
-        hooks: Where observers of encodes are told.
+        hooks: The hooks that observers implement.
     """
 
     def __init__(
@@ -90,7 +76,7 @@ class Encoder:
 
     @property
     def capabilities(self) -> Capabilities:
-        """What the sessions are: their device and precision."""
+        """Those of the first program's session: device and precision."""
         return self.programs[0].session.capabilities
 
     @property
@@ -127,8 +113,8 @@ class Encoder:
             patches: float32, float16 or bfloat16 [P, patch_width], numpy or torch: the HF processor's `pixel_values`.
                 Read only; not kept.
             grids: (t, h, w) in patches of each image or video, such as the processor's `image_grid_thw`.
-            purpose: What it is for, which observers are told.
-            queue_seconds: How long it waited before this call, which observers are told.
+            purpose: What it is for; reported to observers.
+            queue_seconds: How long it waited before this call; reported to observers.
 
         Returns:
             float32 [N, out_width] with N = P / merge_size**2, in the order of the grids. numpy, or a torch tensor if
@@ -141,21 +127,21 @@ class Encoder:
         """
         with on_cores(self._cores):  # a runtime's pool computes on the thread that calls it, too
             if not self.hooks.visionaccel_encoded.get_hookimpls():
-                return self._encode(patches, grids, None)
+                return self._encode(patches, grids, lambda *_: None)[0]
             clock = _Clock()
             with watch_parts() as parts:
-                embeddings = self._encode(patches, grids, clock)
-            self._report(clock, parts, purpose, queue_seconds, len(embeddings))
+                embeddings, checked = self._encode(patches, grids, clock.lap)
+            self._report(clock, parts, checked, purpose, queue_seconds, len(embeddings))
             return embeddings
 
     def close(self, wait: float | None = None) -> bool:
         """Give back the device once no call is in progress. Later calls of `encode` raise DeviceError.
 
-        May be called again, and while another thread closes: one of them gives it back, the others wait for that.
+        May be called again, and from several threads: one gives it back, the others wait for that.
 
         Args:
             wait: Seconds to wait for calls in progress, or for another thread that gives it back; after that, the last
-                call does when it returns. None for as long as it takes.
+                call gives it back when it returns. None for as long as it takes.
 
         Returns:
             Whether the device was given back.
@@ -175,7 +161,7 @@ class Encoder:
         return True
 
     def _free(self) -> bool:
-        """With the lock held: whether the device may be given back, and nobody does it yet."""
+        """With the lock held: whether this thread may give back the device."""
         return self._running == 0 and not self._giving_back
 
     def _give_back(self) -> None:
@@ -194,11 +180,12 @@ class Encoder:
     ) -> None:
         self.close()
 
-    def _encode(self, patches: Array, grids: Iterable[GridLike], clock: _Clock | None) -> Array:
+    def _encode(
+        self, patches: Array, grids: Iterable[GridLike], lap: Callable[..., None]
+    ) -> tuple[Array, tuple[Grid, ...]]:
         checked = as_grids(grids, self.tower.merge_size)
         check_patches(patches, checked, self.tower.patch_width)
-        if clock is not None:
-            clock.lap("check")
+        lap("check")
         calls = self._calls(checked)
         outputs: list[Array] = []
         for opened, parts in calls:
@@ -206,21 +193,15 @@ class Encoder:
             rows = _rows(patches, checked, parts)
             with self._device_errors(call_grids):
                 inputs = opened.host.inputs(_to_session(rows, opened), call_grids)
-            if clock is not None:
-                clock.lap("prepare")
-            found = self._run(opened, inputs, call_grids)
-            if clock is not None:
-                clock.lap("run")
+            lap("prepare", inputs.values())
+            with self._device_errors(call_grids), self._turn():
+                found = opened.session.run(inputs)
+            lap("run")
             outputs.append(self._checked(opened, found, call_grids))
-            if clock is not None:
-                clock.bytes_in += sum(int(array.nbytes) for array in inputs.values())
-                clock.bytes_out += sum(int(found[spec.name].nbytes) for spec in opened.program.outputs)
-                clock.lap("finish")
+            lap("finish", (found[spec.name] for spec in opened.program.outputs))
         embeddings = outputs[0] if len(calls) == 1 else self._in_item_order(outputs, [parts for _, parts in calls])
-        if clock is not None:
-            clock.grids = checked
-            clock.lap("finish")
-        return embeddings
+        lap("finish")
+        return embeddings, checked
 
     def _calls(self, grids: Sequence[Grid]) -> list[tuple[OpenProgram, list[_Part]]]:
         """What each session call holds.
@@ -249,12 +230,8 @@ class Encoder:
                 pieces.append((part.item, part.frames.start, output[start:end]))
         return _join([piece for *_, piece in sorted(pieces, key=lambda piece: piece[:2])])
 
-    def _run(self, opened: OpenProgram, inputs: Mapping[str, Array], grids: Sequence[Grid]) -> Mapping[str, Array]:
-        with self._device_errors(grids), self._turn():
-            return opened.session.run(inputs)
-
     def _device_errors(self, grids: Sequence[Grid]) -> AbstractContextManager[None]:
-        """Whatever a backend or the host's part raises, as a DeviceError that says where."""
+        """What a backend or the host's part raises, as a DeviceError that says where."""
         return device_errors(
             lambda: f"backend {self.backend!r} on grids {', '.join(map(str, grids))}",
             "Set VISIONACCEL_FALLBACK to let another backend take over.",
@@ -293,14 +270,20 @@ class Encoder:
         return rows
 
     def _report(
-        self, clock: _Clock, parts: CallParts, purpose: Purpose, queue_seconds: float | None, tokens: int
+        self,
+        clock: _Clock,
+        parts: CallParts,
+        grids: tuple[Grid, ...],
+        purpose: Purpose,
+        queue_seconds: float | None,
+        tokens: int,
     ) -> None:
         laps = clock.laps
         report = EncodeReport(
             backend=self.backend,
             device=self.capabilities.device,
-            grids=clock.grids,
-            patches=total_patches(clock.grids),
+            grids=grids,
+            patches=total_patches(grids),
             tokens=tokens,
             purpose=purpose,
             started=clock.started,
@@ -312,24 +295,24 @@ class Encoder:
             device_seconds=max(0.0, laps["run"] - parts.transfer_in - parts.transfer_out),
             transfer_out_seconds=parts.transfer_out,
             finish_seconds=laps["finish"],
-            bytes_in=clock.bytes_in,
-            bytes_out=clock.bytes_out,
+            bytes_in=clock.bytes["prepare"],
+            bytes_out=clock.bytes["finish"],
         )
         tell(partial(self.hooks.visionaccel_encoded, report=report))
 
 
 class _Clock:
-    """Times the parts of one encode: each lap goes to the part that has just ended."""
+    """Times the parts of one encode, and counts the bytes of the arrays that each ends with."""
 
     def __init__(self) -> None:
         self.started = self._lap = time.monotonic()
-        self.laps = {"check": 0.0, "prepare": 0.0, "run": 0.0, "finish": 0.0}
-        self.grids: tuple[Grid, ...] = ()
-        self.bytes_in = self.bytes_out = 0
+        self.laps, self.bytes = defaultdict[str, float](float), defaultdict[str, int](int)
 
-    def lap(self, part: str) -> None:
+    def lap(self, part: str, arrays: Iterable[Array] = ()) -> None:
+        """The time since the last lap belongs to this part."""
         now = time.monotonic()
         self.laps[part] += now - self._lap
+        self.bytes[part] += sum(int(array.nbytes) for array in arrays)
         self._lap = now
 
 

@@ -1,14 +1,13 @@
-"""Copies of the weights in memory, which everything reads that opens now or later.
+"""Copies of the weights in memory, for every session that opens now or later.
 
-A fallback, a reference and a device's restarted process open when they are first needed. By then something else may lie
-at the checkpoint's path, and a file that is mapped can be rewritten or cut short at any time.
+A fallback, a reference and a device's restarted process open when they are first needed. By then other files may lie at
+the checkpoint's path, and a mapped file can be rewritten or cut short at any time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 from weakref import WeakValueDictionary
 
@@ -26,46 +25,36 @@ _copies: WeakValueDictionary[object, MemoryFile] = WeakValueDictionary()
 """Memory files that are in use, by what they hold: one process needs one copy of the same files."""
 
 
-def hold_source(
-    source: Tower | Bundle, weights: WantedWeights = "private", digest: str | None = None
-) -> Tower | Bundle:
-    """The same tower or bundle over a copy of its weights in memory; itself if they are to stay where they lie.
-
-    Args:
-        source: What is to be opened. Where its weights are a copy already, it is returned as it is.
-        weights: Where the weights are to be read.
-        digest: The `weights_digest` that they must have; None for that of the bundle, if it is one of an external
-            checkpoint.
+def hold_source(source: Tower | Bundle, weights: WantedWeights = "private") -> Tower | Bundle:
+    """The same tower or bundle over a copy of its weights in memory; itself if they are `mapped` or a copy already.
 
     Raises:
         SettingsError: If `weights` is neither.
-        ChangedFileError: If the files changed since their headers were read, or have another digest.
+        ChangedFileError: If the files changed since their headers were read, or the weights of a bundle over an
+            external checkpoint do not have the digest that it states.
         CheckpointError: If they cannot be read.
         ConfigurationError: If there is no memory for a copy.
     """
     if weights not in get_args(WantedWeights):
         known = ", ".join(get_args(WantedWeights))
         raise SettingsError(f"weights cannot be {weights!r}.", hint=f"Name one of: {known}.")
-    if weights == "mapped" or is_held(source):
+    found = source.tower.weights
+    if weights == "mapped" or all(isinstance(tensor.origin, MemoryFile) for tensor in found.values()):
         return source
-    found = _tower(source).weights
     try:
         copies, memory = _copied(found)
     except TouchedFileError:
         copies, memory = when_steady(lambda: _copied(_found_again(source)))
-    if digest is None and isinstance(source, Bundle) and source.manifest.checkpoint is not None:
+    digest = memory.digest
+    if isinstance(source, Bundle) and source.manifest.checkpoint is not None:
         digest = source.manifest.weights_digest
-    if digest is not None and memory.digest != digest:
+    if memory.digest != digest:
         raise ChangedFileError(
-            f"the vision weights in {_folder(found)} have the digest {memory.digest}, and {digest} is needed.",
+            f"the vision weights in {source.tower.weights_folder} have the digest {memory.digest}, and {digest} is "
+            "needed.",
             hint="Bring back the checkpoint that the encoder was made from.",
         )
     return source.over(copies)
-
-
-def is_held(source: Tower | Bundle) -> bool:
-    """Whether the weights are copies in memory."""
-    return all(isinstance(tensor.origin, MemoryFile) for tensor in _tower(source).weights.values())
 
 
 def _copied(weights: Mapping[str, StoredTensor]) -> tuple[dict[str, StoredTensor], MemoryFile]:
@@ -82,18 +71,13 @@ def _copied(weights: Mapping[str, StoredTensor]) -> tuple[dict[str, StoredTensor
 
 
 def _found_again(source: Tower | Bundle) -> Mapping[str, StoredTensor]:
-    """The same tensors in the files as they are now; a bundle that holds them is verified again.
-
-    Raises:
-        ChangedFileError: If one is not there any more, or is another.
-        BundleError: If the bundle is not what its manifest states any more.
-    """
+    """The same tensors in the files as they are now; a bundle that holds them is verified again."""
     if isinstance(source, Bundle) and source.manifest.checkpoint is None:
         bundle = open_bundle(source.folder)
         if bundle.manifest != source.manifest:
             raise changed_file(source.folder / MANIFEST)
         return bundle.tower.weights
-    weights = _tower(source).weights
+    weights = source.tower.weights
     headers = {file: read_header(file)[0] for file in {tensor.file for tensor in weights.values()}}
     again = {}
     for name, each in weights.items():
@@ -108,11 +92,3 @@ def _holds(whole: StoredTensor, part: StoredTensor) -> bool:
     """Whether a stored tensor has these rows: a weight may be a part of one that is stored fused with others."""
     rows = (whole.dtype, whole.shape[1:]) == (part.dtype, part.shape[1:])
     return rows and whole.offset <= part.offset and part.offset + part.length <= whole.offset + whole.length
-
-
-def _tower(source: Tower | Bundle) -> Tower:
-    return source.tower if isinstance(source, Bundle) else source
-
-
-def _folder(weights: Mapping[str, StoredTensor]) -> Path:
-    return next(iter(weights.values())).file.parent

@@ -26,21 +26,21 @@ from visionaccel.settings import DEADLINE, OPEN_DEADLINE
 logger = safe_logger(__name__)
 
 WantedIsolation: TypeAlias = Literal["auto", "process", "none"]
-"""Whether sessions live in child processes of their own; `auto` for what the backend declares."""
+"""Whether each session lives in a separate child process; `auto` for what the backend declares."""
 
 
 def open_tower(source: str | os.PathLike[str], revision: str | None = None) -> Tower:
     """The vision tower of a checkpoint folder or Hugging Face repository.
 
     Raises:
-        CheckpointError: If the checkpoint cannot be had, is incomplete or damaged.
+        CheckpointError: If the checkpoint is not found, incomplete or damaged.
         UnsupportedArchitectureError: If its vision tower is not implemented.
     """
     return tower_of(locate_checkpoint(source, revision))
 
 
 def open_source(source: str | os.PathLike[str] | Tower | Bundle) -> Tower | Bundle:
-    """A bundle from a folder that is one, otherwise the tower of a checkpoint; what is open already stays as it is.
+    """The bundle in a folder, or else the tower of a checkpoint; an open source is returned as it is.
 
     Raises:
         BundleError: If the bundle is broken.
@@ -74,18 +74,18 @@ def open_encoder(
         device: The backend's device; None for its default.
         options: The backend's options by name.
         registry: Where backends are found; the installed ones by default. Child processes look in the installed ones.
-        isolation: Whether each session lives in a child process of its own; `auto` for what the backend declares.
-        deadline: Seconds that a call in a child process may take before that is ended.
+        isolation: Whether each session lives in a separate child process; `auto` for what the backend declares.
+        deadline: Seconds that a call in a child process may take; then the process is ended.
         open_deadline: Seconds that starting such a process and opening a program may take, compilation included.
         cores: Cores of the CPU that its threads run on, and as many threads unless the options say otherwise. The
             calling thread runs there during this call and those of `encode`. None for where that thread may run.
-        weights: Where sessions read the weights: from a `private` copy in memory, which nothing changes that happens to
-            the files, or `mapped` from the files, whose memory processes share. Who maps them must see to it that they
-            are neither written nor cut short while an encoder is open.
+        weights: Where sessions read the weights: from a `private` copy in memory, which changes of the files do not
+            reach, or `mapped` from the files, whose memory processes share. The files of mapped weights must not be
+            written or cut short while an encoder is open.
 
     Raises:
         ConfigurationError: If the backend is unknown, broken, refuses the program, or does not know an option; if the
-            isolation is none of these; or if there is no such core.
+            isolation is not one of these; or if there is no such core.
         ArtifactError: If the bundle or checkpoint is broken or of an unsupported architecture, or changed since it was
             opened.
         DeviceError: If the device fails to open a program.
@@ -97,62 +97,45 @@ def open_encoder(
     registry = registry or default_registry()
     source = open_source(source)
     wanted = None if cores is None else frozenset(cores)
-    with on_cores(wanted, strict=True):
-        return _opened(
-            source, registry, backend, device, options, isolation, (deadline, open_deadline), wanted, weights
-        )
-
-
-def _opened(
-    source: Tower | Bundle,
-    registry: Registry,
-    backend: str,
-    device: str | None,
-    options: Mapping[str, Any] | None,
-    isolation: WantedIsolation,
-    deadlines: tuple[float, float],
-    cores: frozenset[int] | None,
-    weights: WantedWeights,
-) -> Encoder:
-    """An encoder, opened by a thread that runs on its cores: backends count them when they are first asked."""
-    name, programs = select(registry, source, backend, device).require()
-    chosen = registry.load(name)
-    try:
-        checked = chosen.options.model_validate(dict(options or {}))
-    except ValidationError as error:
-        known = ", ".join(chosen.options.model_fields) or "none"
-        raise SettingsError(
-            f"invalid options of backend {name!r}: {problems_of(error)}.", hint=f"Options it takes: {known}."
-        ) from error
-    tower, programs_read = _tower(source), list(programs)
-    if any(program.format not in chosen.formats_with_weights for program in programs):
-        source = hold_source(source, weights)
-        same = {(each.format, each.name): each for each in source.programs({each.format for each in programs})}
-        programs_read = [same[each.format, each.name] for each in programs]
     opened: list[OpenProgram] = []
+    with on_cores(wanted, strict=True):  # backends count the cores when they are first asked
+        name, programs = select(registry, source, backend, device).require()
+        chosen = registry.load(name)
+        checked = _checked_options(chosen, options)
+        held, programs_read = source, programs
+        if any(program.format not in chosen.formats_with_weights for program in programs):
+            held = hold_source(source, weights)
+            same = {(each.format, each.name): each for each in held.programs({each.format for each in programs})}
+            programs_read = tuple(same[each.format, each.name] for each in programs)
+        try:
+            for program, read in zip(programs, programs_read, strict=True):
+                host = _host(held.tower, read)
+                if (chosen.isolation_on(device) if isolation == AUTO else isolation) == "process":
+                    session = _open_isolated(chosen, read, device, checked, deadline, open_deadline)
+                else:
+                    session = open_session(chosen, read, device, checked)
+                # Not the program over the copies: what reads those keeps them, and nothing else should.
+                opened.append(OpenProgram(program, host, session))
+                if session.capabilities.emulated:
+                    logger.warning(
+                        "Backend %r emulates %s for program %r, as device %r does not compute in it: float32 is "
+                        "faster.", name, session.capabilities.precision, program.name, session.capabilities.device,
+                    )  # fmt: skip
+        except BaseException:
+            with suppress(Exception):  # What failed to open says more than what then failed to close.
+                close_programs(opened)
+            raise
+    return Encoder(source.tower, name, opened, registry, options, wanted)
+
+
+def _checked_options(backend: VisionBackend, options: Mapping[str, Any] | None) -> Options:
     try:
-        for program, read in zip(programs, programs_read, strict=True):
-            host = _host(_tower(source), read)
-            if (chosen.isolation_on(device) if isolation == AUTO else isolation) == "process":
-                session = _open_isolated(chosen, read, device, checked, *deadlines)
-            else:
-                session = open_session(chosen, read, device, checked)
-            # Not the program over the copies: what reads those keeps them, and nothing else should.
-            opened.append(OpenProgram(program, host, session))
-            if session.capabilities.emulated:
-                logger.warning(
-                    "Backend %r emulates %s for program %r, as device %r does not compute in it: float32 is faster.",
-                    name, session.capabilities.precision, program.name, session.capabilities.device,
-                )  # fmt: skip
-    except BaseException:
-        with suppress(Exception):  # What failed to open says more than what then failed to close.
-            close_programs(opened)
-        raise
-    return Encoder(tower, name, opened, registry, options, cores)
-
-
-def _tower(source: Tower | Bundle) -> Tower:
-    return source.tower if isinstance(source, Bundle) else source
+        return backend.options.model_validate(dict(options or {}))
+    except ValidationError as error:
+        known = ", ".join(backend.options.model_fields) or "none"
+        raise SettingsError(
+            f"invalid options of backend {backend.name!r}: {problems_of(error)}.", hint=f"Options it takes: {known}."
+        ) from error
 
 
 def _host(tower: Tower, program: Program) -> Host:
@@ -179,5 +162,4 @@ def _open_isolated(
 
     # Validated once more in the child, so under the names and with the values that the user gave.
     given = options.model_dump(by_alias=True, exclude_unset=True)
-    limits = Limits(run=deadline, opening=open_deadline)
-    return IsolatedSession(backend.name, program, device, given, limits=limits)
+    return IsolatedSession(backend.name, program, device, given, limits=Limits(run=deadline, opening=open_deadline))

@@ -66,6 +66,11 @@ class Tower:
         self.host_weights = self.spec.embed_weights
 
     @property
+    def tower(self) -> Self:
+        """Itself: a bundle, the other source of programs, has one too."""
+        return self
+
+    @property
     def weight_prefix(self) -> str:
         """What the names of packed weights start with."""
         return self._family.prefixes[-1]
