@@ -1,4 +1,4 @@
-"""pluggy hooks: what has many answers. Picking the one backend to run is not among them (see `selection`)."""
+"""Hooks that plug-ins implement, and the reports that observers receive."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ PROJECT = "visionaccel"
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
-
 Purpose: TypeAlias = Literal["request", "canary", "shadow"]
 """What an encode is for: the answer to a request, or a check of the device."""
 
@@ -28,8 +27,8 @@ Purpose: TypeAlias = Literal["request", "canary", "shadow"]
 class EncodeReport:
     """One finished encode.
 
-    Times are in seconds. What a session does not tell of transfers (see `visionaccel.backends.call_parts`) counts as
-    the device's.
+    Times are in seconds. Transfers that a session does not report (see `visionaccel.backends.call_parts`) count as
+    computing.
 
     Attributes:
         backend: Name of the backend.
@@ -42,7 +41,7 @@ class EncodeReport:
         queue_seconds: How long its first item waited for a device; None where there is no queue.
         check_seconds: Checking patches against grids.
         prepare_seconds: Host tables, casts and packing.
-        run_seconds: The backend's own calls: the two transfers and the device.
+        run_seconds: The backend's calls: the two transfers and the device.
         transfer_in_seconds: Bringing inputs to the device, or into its process.
         device_seconds: Computing.
         transfer_out_seconds: Bringing outputs back.
@@ -72,15 +71,15 @@ class EncodeReport:
 
 @dataclass(frozen=True, slots=True)
 class FailureReport:
-    """One attempt to encode that failed through the fault of a device.
+    """One encode that a device failed.
 
     Attributes:
         backend: Name of the backend.
         device: What its session runs on.
         grids: What was to be encoded.
         kind: Name of the error's class, such as `OutputError`.
-        message: What it says.
-        following: What has its turn now: `retry`, the name of another backend, or None for nothing: the items fail.
+        message: The error's message.
+        following: What follows: `retry`, the name of another backend, or None if the items fail.
     """
 
     backend: str
@@ -99,10 +98,10 @@ class DriftReport:
         backend: Name of the backend.
         device: What its session runs on.
         source: `canary` for golden images, `shadow` for a request that the reference encoded too.
-        encoded: Something could be compared; otherwise nothing was encoded, and the cosine means nothing.
+        encoded: Something was compared; otherwise the cosine means nothing.
         lowest_cosine: The lowest cosine of a token; -1 if the encode failed.
-        limit: The lowest that passes.
-        passed: Whether it did.
+        limit: The lowest cosine that passes.
+        passed: Whether it passed.
         seconds: How long the comparison took, encodes included.
     """
 
@@ -146,7 +145,7 @@ class HookSpecs:
 
     @hookspec
     def visionaccel_failed(self, report: FailureReport) -> None:
-        """Called after each attempt that a device failed, in the thread that encoded."""
+        """Called after each encode that a device failed, in the thread that encoded."""
 
     @hookspec
     def visionaccel_compared(self, report: DriftReport) -> None:
@@ -154,14 +153,13 @@ class HookSpecs:
 
     @hookspec
     def visionaccel_breaker(self, report: BreakerReport) -> None:
-        """Called when an encoder is taken out of work, probed, or put back to work, in any thread."""
+        """Called when an encoder's breaker opens, half-opens or closes, in any thread."""
 
     @hookspec
     def visionaccel_commands(self, app: typer.Typer) -> None:
         """Adds commands to `visionaccel`: `app.command()(function)` or `app.add_typer(group)`.
 
         Called on the modules of the entry-point group `visionaccel.commands`, for help and for a command that is not
-        the core's. So the module and its commands import what takes long inside the functions that need it. If this
-        raises, prints to stdout or adds a name that is taken, other commands still work. It adds commands and groups
-        only: a callback of `app` itself is refused.
+        the core's. Import what is slow inside the commands. If this raises, prints to stdout or adds a name that is
+        taken, other commands still work. A callback of `app` itself is refused.
         """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import threading
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from visionaccel.backends.spec import VisionBackend
 from visionaccel.errors import DuplicateBackendError, PluginError, UnknownBackendError
 
 GROUP = "visionaccel.backends"
-"""Entry-point group of backend plug-ins; the entry point's name is the backend's."""
+"""Entry-point group of backend plug-ins; an entry point has its backend's name."""
 
 EXTRAS: Mapping[str, str] = MappingProxyType(
     {name: name for name in ("flexmlrt", "onnxrt", "openvino", "torch_ref")} | {"simulated": "testing"}
@@ -31,14 +32,7 @@ IMPORT_SECONDS = 120.0
 
 @dataclass(frozen=True, slots=True)
 class BackendEntry:
-    """An installed backend, not imported.
-
-    Attributes:
-        name: What users select.
-        distribution: The distribution that provides it.
-        version: That distribution's version.
-        module: What is imported to load it.
-    """
+    """An installed backend, not imported: its name, the distribution that provides it, and the module to import."""
 
     name: str
     distribution: str
@@ -57,8 +51,7 @@ class Registry:
         self.plugins.add_hookspecs(HookSpecs)
         self._points: dict[str, EntryPoint] = {}
         self._lock = threading.Lock()
-        self._loading: dict[str, Future[VisionBackend]] = {}
-        self._late: set[str] = set()
+        self._loading: dict[str, tuple[Future[VisionBackend], float]] = {}  # and when each must have ended
         for point in entry_points(group=GROUP):
             other = self._points.get(point.name)
             if other is not None:
@@ -101,7 +94,7 @@ class Registry:
     def load(self, name: str) -> VisionBackend:
         """The backend of that name, its plug-in imported. Safe to call from several threads; each gets the same object.
 
-        The import runs in a separate thread, so that a plug-in that hangs, exits or raises something that is not an
+        The import runs in a separate thread, so a plug-in that hangs, exits or raises something that is not an
         `Exception` ends neither this thread nor the process.
 
         Raises:
@@ -114,17 +107,14 @@ class Registry:
         with self._lock:
             loading = self._loading.get(name)
             # A failed import may be tried again, as Python does; one that still runs is not started twice.
-            if loading is None or (loading.done() and loading.exception() is not None):
-                loading = self._loading[name] = Future()
+            if loading is None or (loading[0].done() and loading[0].exception() is not None):
+                loading = self._loading[name] = Future[VisionBackend](), time.monotonic() + IMPORT_SECONDS
                 what = f"visionaccel-import-{name}"
-                threading.Thread(target=self._load, args=(entry, loading), name=what, daemon=True).start()
-                late = False
-            else:
-                late = name in self._late
+                threading.Thread(target=self._load, args=(entry, loading[0]), name=what, daemon=True).start()
+        found, end = loading
         try:
-            error = loading.exception(0 if late else IMPORT_SECONDS)
+            error = found.exception(max(0.0, end - time.monotonic()))
         except TimeoutError:
-            self._late.add(name)
             raise PluginError(
                 f"{origin} cannot be loaded: importing module {entry.module} did not end within {IMPORT_SECONDS:g} s.",
                 hint=advice,
@@ -133,7 +123,7 @@ class Registry:
             raise error
         if error is not None:  # The user must learn which plug-in raised it.
             raise PluginError(f"{origin} cannot be loaded: {type(error).__name__}: {error}", hint=advice) from error
-        return loading.result()
+        return found.result()
 
     def _load(self, entry: BackendEntry, loading: Future[VisionBackend]) -> None:
         try:
@@ -163,7 +153,7 @@ class Registry:
 
 def default_registry() -> Registry:
     """The process's registry of installed backends."""
-    with _making:  # one for all threads: observers of another would be forgotten
+    with _making:  # one for all threads: a second one would have no observers
         return _default()
 
 

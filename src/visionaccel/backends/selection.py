@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Protocol
 
 from visionaccel.backends.registry import BackendEntry, Registry
@@ -16,7 +17,7 @@ AUTO = "auto"
 
 
 class ProgramSource(Protocol):
-    """What has programs to choose from: a tower, or a bundle."""
+    """A tower or a bundle."""
 
     @property
     def family(self) -> str:
@@ -33,8 +34,8 @@ class Candidate:
     Attributes:
         entry: The installed backend.
         verdict: Its answer.
-        programs: The programs it accepted; of several for the same grids, the source's first.
-        asked: It was; False for a backend that is only used by name, and was not named.
+        programs: The programs it accepted, the first for each coverage.
+        asked: False for a backend that is only used by name and was not named.
     """
 
     entry: BackendEntry
@@ -50,7 +51,7 @@ class Selection:
     Attributes:
         requested: A backend's name or `auto`.
         device: The requested device, or None for each backend's default.
-        candidates: Every backend that was asked, or only had to be named.
+        candidates: The named backend, or with `auto` every installed one.
         chosen: The one to use, or None if all refused.
     """
 
@@ -92,14 +93,10 @@ def select(registry: Registry, source: ProgramSource, requested: str = AUTO, dev
     named = requested != AUTO
     entries = (registry.entry(requested),) if named else registry.entries
     candidates = tuple(_ask(registry, entry, source, device, strict=named) for entry in entries)
-    accepted = [candidate for candidate in candidates if isinstance(candidate.verdict, Accepted)]
-    chosen = max(accepted, key=_rank, default=None)
-    return Selection(requested, device, candidates, chosen)
-
-
-def _rank(candidate: Candidate) -> int:
+    scores = [(each.verdict.score, each) for each in candidates if isinstance(each.verdict, Accepted)]
     # Candidates come in the order of their names, and max() keeps the first of equals.
-    return candidate.verdict.score if isinstance(candidate.verdict, Accepted) else -1
+    chosen = max(scores, key=itemgetter(0))[1] if scores else None
+    return Selection(requested, device, candidates, chosen)
 
 
 def _ask(

@@ -14,7 +14,7 @@ from visionaccel.errors import DeviceError, PluginError, VisionAccelError
 
 
 def open_session(backend: VisionBackend, program: Program, device: str | None, options: Options) -> Session:
-    """A session of a program, opened by its backend between two looks at the files that it reads.
+    """A session of a program; its files are checked before and after its backend opens it.
 
     It is opened again if a file of its artifact was touched in between.
 
@@ -58,14 +58,10 @@ def check_files(program: Program, before: Mapping[Path, FileState] | None = None
     """Compare the files that a program is opened from with what was verified.
 
     Weights must be in the state in which their header was read; copies in memory always are. The artifact and its
-    companions must have the digests that their bundle states, and the state that they had before, where that is given.
-
-    Args:
-        program: The program.
-        before: What this function returned before.
+    companions must have the digests that their bundle states, or the states in `before`.
 
     Returns:
-        The state of each file of the artifact.
+        The state of each file of the artifact, for the next call's `before`.
 
     Raises:
         ChangedFileError: If a file changed or is gone.

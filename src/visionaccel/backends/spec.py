@@ -1,16 +1,16 @@
 """The contract between the core and a backend plug-in.
 
-A backend answers whether it can run a program here (`probe`) and opens it on a device (`open`). The core does the rest
-for every backend: it checks patches and grids, makes the host-side tables, serialises calls, checks what comes back,
-measures, and falls back. A plug-in is a subclass of each of the two classes below and one hook implementation.
+A backend answers whether it can run a program here (`probe`) and opens it on a device (`open`). The core does the rest:
+it checks patches and grids, makes the host-side tables, serialises calls, checks outputs, measures, and falls back.
+A plug-in subclasses `VisionBackend` and `Session` and implements the hook `visionaccel_backends`.
 """
 
 from __future__ import annotations
 
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -32,8 +32,8 @@ class Accepted:
     """The backend can run the program on that device.
 
     Attributes:
-        score: How good a choice it is, for `auto`: 10 a plain reference, 50 an optimised CPU or GPU runtime, 100 a
-            dedicated accelerator. The highest wins; equal scores are settled by name.
+        score: How good a choice it is for `auto`: 10 a plain reference, 50 an optimised CPU or GPU runtime, 100 a
+            dedicated accelerator. The highest wins, then the first by name.
         notes: What the user should know, such as the execution provider that will be used.
     """
 
@@ -56,7 +56,6 @@ class Rejected:
 
 Verdict: TypeAlias = Accepted | Rejected
 
-
 Isolation: TypeAlias = Literal["process", "none"]
 """Where a session lives: in a separate child process with a deadline and a supervisor, or in the caller's process."""
 
@@ -65,11 +64,11 @@ Status: TypeAlias = Literal["pass", "warning", "failure"]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that `visionaccel doctor` looked at.
+    """One thing that `visionaccel doctor` checked.
 
     Attributes:
-        name: What was looked at, in a few words.
-        status: Whether it is as it should be. A warning lets the backend run.
+        name: What was checked, in a few words.
+        status: The result; with a warning the backend still runs.
         detail: What was found.
         fix: What to do about it; empty for `pass`.
     """
@@ -87,9 +86,9 @@ class QuantizedModel:
     Attributes:
         format: Its program format.
         model: The file to open.
-        method: What was done, in words of one line, for the manifest.
+        method: What was done, in one line, for the manifest.
         companions: Further files that it needs, by their role.
-        tools: Distributions whose releases the manifest should state, in addition to the backend's own.
+        tools: Distributions whose releases the manifest states, in addition to the backend's own.
     """
 
     format: str
@@ -110,20 +109,18 @@ class Capabilities:
     """What an open session is and how it may be called.
 
     Attributes:
-        device: What it really runs on, such as `cpu` or `cuda:0`; reported to users.
+        device: What it runs on, such as `cpu` or `cuda:0`; reported to users.
         precision: Arithmetic of the matrix products, such as `float32` or `bfloat16`.
         deterministic: The same inputs give the same bits.
-        thread_safe: `run` may be called from several threads at once. Otherwise the core calls one at a time.
-        max_in_flight: How many calls an encode service keeps in progress, because that is faster than one after the
-            other; 1 unless `thread_safe`.
+        thread_safe: `run` may be called from several threads at once. Otherwise the core makes one call at a time.
+        max_in_flight: How many calls an encode service keeps in progress at once; 1 unless `thread_safe`.
         batch_patches: Has no effect: the encode service encodes each item in a separate call.
-        takes_tensors: `run` takes torch tensors of any device as they are and may return tensors; otherwise every input
-            is a C-contiguous numpy array on the host.
+        takes_tensors: `run` takes torch tensors of any device and may return tensors; otherwise every input is a
+            C-contiguous numpy array on the host.
         simulated: The device is a simulator; every report says so.
-        hardware: The device's model, such as `NVIDIA H200`, where devices of one kind may compute other numbers; empty
-            where the kind decides them.
-        emulated: The device has no instructions for the precision: it is computed in another way, and slower. The log
-            and the benchmarks say so.
+        hardware: The device's model, such as `NVIDIA H200`, where devices of one kind may compute different numbers;
+            empty where the kind decides them.
+        emulated: The device has no instructions for the precision, so it is slower; the log and the benchmarks say so.
     """
 
     device: str
@@ -141,17 +138,14 @@ class Capabilities:
 class Session(ABC):
     """An open program on a device.
 
-    The core calls `run` from whichever thread encodes, one call at a time unless `capabilities.thread_safe`.
-
-    Attributes:
-        capabilities: What it is and how it may be called.
+    The core calls `run` from any thread that encodes, one call at a time unless `capabilities.thread_safe`.
     """
 
     capabilities: Capabilities
 
     @property
     def restarts(self) -> int:
-        """How often the device was restarted after it was lost. It is checked again after each restart."""
+        """How often the device was restarted after it was lost. The core checks it again after each restart."""
         return 0
 
     @abstractmethod
@@ -163,19 +157,19 @@ class Session(ABC):
                 the caller: do not write to them, and copy what outlives the call.
 
         Returns:
-            One array for each of `Program.outputs`. They belong to the caller from then on: never return a buffer that
-            a later call writes to.
+            One array for each of `Program.outputs`. They belong to the caller: never return a buffer that a later call
+            writes to.
 
         Raises:
-            DeviceError: If the device failed. Any other exception is reported as one, with this backend's name. The
-                session must stay usable, or fail every later call too.
+            DeviceError: If the device failed; any other exception is reported as one. Later calls must work, or fail
+                too.
         """
 
     def end_calls(self) -> bool:
-        """End the calls in progress at once, if that is possible; they raise a DeviceError. Called from any thread.
+        """End the calls in progress at once; they raise a DeviceError. Called from any thread.
 
         Returns:
-            Whether they end. What cannot be ended is left behind.
+            Whether they end; otherwise the core abandons them.
         """
         return False
 
@@ -188,17 +182,17 @@ class Session(ABC):
 
 
 class VisionBackend(ABC):
-    """A way to run encoder programs. One instance is made for each process that needs it; keep the constructor empty.
+    """A way to run encoder programs. Each process that needs it makes one instance; keep the constructor empty.
 
     Attributes:
         name: What users select; equal to the name of the entry point.
         formats: Program formats it takes, such as `onnx` or `checkpoint` (see `visionaccel.core.program`).
-        formats_with_weights: Those of them whose programs bring their weights. For other formats the tower's weights
-            are copied to memory, where no change of the files reaches them.
+        formats_with_weights: Those whose programs bring their weights. For other formats the core copies the tower's
+            weights to memory, where changes of the files do not reach them.
         options: The options that `open` takes.
-        isolation: Where its sessions live unless the user says otherwise (see `isolation_on`). Choose `process` for
-            vendor code that may crash, hang, or hold one model for each process.
-        only_by_name: `auto` never takes it. For simulators, which must not answer unless they are asked for.
+        isolation: Where its sessions live by default (see `isolation_on`). Choose `process` for vendor code that may
+            crash, hang, or hold one model for each process.
+        only_by_name: `auto` never takes it. For simulators.
     """
 
     name: ClassVar[str]
@@ -209,15 +203,15 @@ class VisionBackend(ABC):
     only_by_name: ClassVar[bool] = False
 
     def devices(self) -> Sequence[str]:
-        """Devices of this machine that the backend could use, for display; must not allocate any."""
+        """Devices of this machine that the backend could use, for display; must not allocate one."""
         return ("cpu",)
 
     def isolation_on(self, device: str | None) -> Isolation:  # noqa: ARG002
-        """Where sessions on a device live unless the user says otherwise; by default the same on every device."""
+        """Where sessions on a device live by default; the same on every device unless overridden."""
         return self.isolation
 
     def formats_on(self, device: str | None) -> frozenset[str]:  # noqa: ARG002
-        """Program formats it takes on a device, some of `formats`; by default the same on every device."""
+        """Program formats it takes on a device, a subset of `formats`; all of them unless overridden."""
         return self.formats
 
     def kind_of(self, device: str | None) -> str:
@@ -230,7 +224,7 @@ class VisionBackend(ABC):
         Must allocate no device and end within seconds, even if something is broken or missing.
 
         Args:
-            programs: Programs in this backend's formats that the user named, if any, to look at too.
+            programs: Programs in this backend's formats that the user named, to check too.
         """
         return ()
 
@@ -242,18 +236,15 @@ class VisionBackend(ABC):
     ) -> QuantizedModel:
         """Make a program whose products are of int8, with the same inputs and outputs. Optional.
 
-        Called by `visionaccel quantize`, for one program at a time. Whether the result is good enough is not for the
-        backend to judge: it is compared with the float32 reference, and thrown away if it is not.
+        Called by `visionaccel quantize`, for one program at a time. The core compares the result with the float32
+        reference, and discards it if it is not good enough.
 
         Args:
             program: A float32 program in one of `formats`.
             calibration: Inputs of real images, as `Session.run` takes them. May be iterated several times; each
                 iteration makes the arrays again.
-            folder: An existing folder to write to, under names that start with the program's; other programs' files
-                are there too. The result may refer to weights of the program by name where its format does.
-
-        Returns:
-            What was written.
+            folder: An existing folder to write to, under names that start with the program's; it holds files of other
+                programs too. The result may refer to weights of the program by name where its format does.
 
         Raises:
             ConfigurationError: If this backend does not quantize, or not such a program.
@@ -267,18 +258,17 @@ class VisionBackend(ABC):
     def probe(self, program: Program, device: str | None) -> Verdict:
         """Whether this backend can run `program` on `device` (None: its default), without allocating or loading.
 
-        It is asked for each program of the encoder, and opens all that it accepts; of several with one coverage, the
-        first. Programs that were made for another kind of device are not offered.
-
-        Refusals are values, not exceptions: `visionaccel explain` prints each candidate's reason and hint.
+        Called for each program of the encoder, but not for those made for another kind of device. Of the accepted
+        programs, the first for each coverage is opened. A refusal is a value, not an exception: `visionaccel explain`
+        prints its reason and hint.
         """
 
     @abstractmethod
     def open(self, program: Program, device: str | None, options: Any) -> Session:
         """Open an accepted program.
 
-        The calling thread runs on the encoder's cores, here as in `probe` and `Session.run`, and threads that it makes
-        inherit them. A pool that counts or binds cores by itself gets its size from
+        The calling thread is pinned to the encoder's cores, here as in `probe` and `Session.run`, and its threads
+        inherit them. A pool that counts or binds cores by itself takes its size from
         `visionaccel.core.cores.thread_limit`.
 
         Args:
@@ -305,23 +295,20 @@ class CallParts:
     transfer_out: float = 0.0
 
 
-class _OfThread(threading.local):
-    parts: CallParts | None = None
-
-
-_current = _OfThread()
+_parts: ContextVar[CallParts | None] = ContextVar("visionaccel_call_parts", default=None)
 
 
 def call_parts() -> CallParts | None:
     """Where a session adds, in `run`, the seconds of its transfers; None if they are not measured."""
-    return _current.parts
+    return _parts.get()
 
 
 @contextmanager
 def watch_parts() -> Iterator[CallParts]:
     """Measure the transfers of the calls that this thread makes."""
-    before, _current.parts = _current.parts, CallParts()
+    parts = CallParts()
+    token = _parts.set(parts)
     try:
-        yield _current.parts
+        yield parts
     finally:
-        _current.parts = before
+        _parts.reset(token)
