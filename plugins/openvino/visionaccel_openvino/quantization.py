@@ -1,10 +1,8 @@
 """Quantization to int8 for OpenVINO: products between quantizing and dequantizing, whose int8 kernels it then takes.
 
-OpenVINO's int8 kernels want one scale of the activations that is known beforehand. A single channel, or a single row,
-that is much larger than the others would leave these a few steps of 256, and an image that was not shown may be larger
-than all that were. Therefore each product's input is divided, channel by channel, by what its weight is multiplied by
-(SmoothQuant), and then each row by its own largest value: for every image, its values lie between -1 and 1 and reach
-one of them. That is the scale, so nothing is left for a calibration of ranges, and each row has in effect its own.
+OpenVINO's int8 kernels take one scale of the activations, which is known beforehand. Rows that are made even first
+(`onnx_products`) lie between -1 and 1 for every image, so that is the scale: no ranges are calibrated, and each row has
+in effect its own scale. OpenVINO takes the smoothing into what makes the rows, such as a norm's scale.
 
 The last product, which is the merger's, stays as it is.
 """
@@ -23,16 +21,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from visionaccel.backends import QuantizedModel
-from visionaccel.backends.onnx_products import (
-    Product,
-    add_largest,
-    find_products,
-    largest_by_channel,
-    largest_in_row,
-    parse_model,
-    replace_nodes,
-    smoothing_factors,
-)
+from visionaccel.backends.onnx_products import Nodes, Product, quantize_products
 from visionaccel.core.arrays import Array
 from visionaccel.core.program import ONNX, ONNX_STANDARD, AnyGrid, Program
 from visionaccel.errors import ArtifactError, ConfigurationError
@@ -46,9 +35,10 @@ _STEPS = 127
 """Steps from 0 to the largest value."""
 
 _LEAST = 2.0**-24
-"""Size of a row of zeros, which stays one; float16 has no smaller number."""
+"""What a row of zeros is divided by; float16 has no smaller number."""
 
 _SCALE, _ZERO = "row.scale", "row.zero"
+"""Constants that all products share."""
 
 
 def quantize(program: Program, calibration: Iterable[Mapping[str, Array]], folder: Path) -> QuantizedModel:
@@ -69,29 +59,14 @@ def quantize(program: Program, calibration: Iterable[Mapping[str, Array]], folde
             f"program {program.name!r} is not a float32 program in standard ONNX operators.",
             hint="Export the bundle in float32, and programs for any grid with --dialect standard.",
         )
-    model = parse_model(program)
-    groups = find_products(model, program)
-    if len(groups) > 1:
-        # From a graph's end back to the first product that is not of int8, OpenVINO computes in float32, at any
-        # precision that it is asked for. With this one left, what lies between the products is in bfloat16 if asked.
-        groups.popitem()
-    watching, outputs = add_largest(model, list(groups))
-    largest = largest_by_channel(list(groups), _answers(program, watching, outputs, calibration))
-    replaced: dict[str, list[onnx.NodeProto]] = {}
-    initializers = [
-        numpy_helper.from_array(np.array(1 / _STEPS, np.float32), _SCALE),
-        numpy_helper.from_array(np.array(0, np.int8), _ZERO),
-    ]
-    for number, (rows, group) in enumerate(groups.items()):
-        weights = [program.weights[product.weight].read().astype(np.float32) for product in group]
-        factors = smoothing_factors(largest[rows], weights)
-        prepared, sizes = _prepare(model, rows, factors, f"smooth.{number}", initializers)
-        for place, (product, weight) in enumerate(zip(group, weights, strict=True)):
-            nodes, tensors = _quantized(product, prepared[-1].output[0], weight * factors, sizes)
-            replaced[product.node.name] = [*(prepared if place == 0 else []), *nodes]
-            initializers += tensors
     path = folder / f"{program.name}.onnx"
-    path.write_bytes(replace_nodes(model, replaced, initializers).SerializeToString())
+
+    def run(model: onnx.ModelProto, outputs: list[str]) -> Iterator[list[NDArray[np.float32]]]:
+        return _answers(program, model, outputs, calibration)
+
+    # From a graph's end back to the first product that is not of int8, OpenVINO computes in float32, at any precision
+    # that it is asked for. With the last one left, what lies between the products is in bfloat16 if asked.
+    quantize_products(program, path, run, _multiply, least=_LEAST, keep_last=True)
     return QuantizedModel(ONNX_STANDARD, path, METHOD, tools=("onnx", "openvino"))
 
 
@@ -115,47 +90,20 @@ def _answers(
     mapped.clear()
 
 
-def _prepare(
-    model: onnx.ModelProto,
-    rows: str,
-    factors: NDArray[np.float32],
-    name: str,
-    initializers: list[onnx.TensorProto],
-) -> tuple[list[onnx.NodeProto], str]:
-    """Nodes that smooth and quantize a matrix, and the name of its rows' sizes; the last node gives the matrix.
-
-    OpenVINO takes the smoothing into what makes the matrix, such as a norm's scale, and the rest into one pass.
-    """
-    initializers.append(numpy_helper.from_array(1 / factors, f"{name}.inverse"))
-    smoothed = helper.make_node("Mul", [rows, f"{name}.inverse"], [f"{name}.smoothed"], name=f"{name}.smoothed")
-    nodes, constants, sizes = largest_in_row(model, f"{name}.smoothed", name, _LEAST)
-    initializers += constants
-    scale = [_SCALE, _ZERO]
-    return [
-        smoothed,
-        *nodes,
-        helper.make_node("Div", [f"{name}.smoothed", sizes], [f"{name}.even"], name=f"{name}.even"),
-        helper.make_node("QuantizeLinear", [f"{name}.even", *scale], [f"{name}.int8"], name=f"{name}.int8"),
-        helper.make_node("DequantizeLinear", [f"{name}.int8", *scale], [f"{name}.rows"], name=f"{name}.rows"),
-    ], sizes
-
-
-def _quantized(
-    product: Product, rows: str, weight: NDArray[np.float32], sizes: str
-) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
-    """The nodes that stand for a product, and their constants."""
-    (result,) = product.node.output
+def _multiply(product: Product, rows: str, weight: NDArray[np.float32], result: str) -> Nodes:
     steps = np.maximum(np.abs(weight).max(axis=1), 1e-20) / np.float32(_STEPS)
     integers = np.rint(weight / steps[:, None]).astype(np.int8)
-    quantized, scale = f"{product.weight}.int8", f"{product.weight}.scale"
-    widened, raw, scaled = f"{product.weight}.rounded", f"{result}.product", f"{result}.scaled"
+    quantized, scale, widened = (f"{product.weight}.{part}" for part in ("int8", "scale", "rounded"))
     nodes = [
+        helper.make_node("QuantizeLinear", [rows, _SCALE, _ZERO], [f"{rows}.int8"], name=f"{rows}.int8"),
+        helper.make_node("DequantizeLinear", [f"{rows}.int8", _SCALE, _ZERO], [f"{rows}.rows"], name=f"{rows}.rows"),
         helper.make_node("DequantizeLinear", [quantized, scale], [widened], name=widened, axis=0),
-        helper.make_node("Gemm", [rows, widened], [raw], name=product.node.name, transB=1),
-        helper.make_node("Mul", [raw, sizes], [scaled], name=scaled),
+        helper.make_node("Gemm", [f"{rows}.rows", widened], [result], name=product.node.name, transB=1),
     ]
-    if len(product.node.input) > 2:
-        nodes.append(helper.make_node("Add", [scaled, product.node.input[2]], [result], name=f"{result}.biased"))
-    else:
-        nodes[-1].output[0] = result
-    return nodes, [numpy_helper.from_array(integers, quantized), numpy_helper.from_array(steps, scale)]
+    constants = {
+        quantized: integers,
+        scale: steps,
+        _SCALE: np.array(1 / _STEPS, np.float32),
+        _ZERO: np.array(0, np.int8),
+    }
+    return nodes, [numpy_helper.from_array(values, name) for name, values in constants.items()]

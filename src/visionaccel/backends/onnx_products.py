@@ -1,12 +1,16 @@
-"""Products of rows with a tower's stored weights in an ONNX model: found, watched, smoothed, and replaced by others.
+"""Products of rows with a tower's stored weights in an ONNX model, replaced by products of int8.
 
-For backends that write int8 programs, in any runtime's integer operators.
+A channel or a row that is much larger than the others would leave these few of the 256 steps. Therefore each product's
+rows are divided, channel by channel, by factors that its weight is multiplied by (SmoothQuant,
+https://arxiv.org/abs/2211.10438), and then each row is divided by its largest value, and the result multiplied by it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import onnx
@@ -16,11 +20,14 @@ from onnx import helper, numpy_helper
 from visionaccel.core.program import Program
 from visionaccel.errors import ArtifactError, ConfigurationError
 
-SMOOTHING = 0.5
+Nodes: TypeAlias = tuple[list[onnx.NodeProto], list[onnx.TensorProto]]
+"""Nodes and their constants."""
+
+_SMOOTHING = 0.5
 """Exponent of the activations in the smoothing factors; the paper's for most models."""
 
 _SAME = frozenset({"Cast", "Identity"})
-"""What hands a value on as it is, but for its dtype."""
+"""Operators that change nothing but a value's dtype."""
 
 
 @dataclass(frozen=True)
@@ -35,18 +42,58 @@ class Product:
     node: onnx.NodeProto
     weight: str
 
-    @property
-    def rows(self) -> str:
-        """Name of the matrix [rows, channels]."""
-        return str(self.node.input[0])
 
+def quantize_products(
+    program: Program,
+    path: Path,
+    run: Callable[[onnx.ModelProto, list[str]], Iterable[Sequence[NDArray[np.float32]]]],
+    multiply: Callable[[Product, str, NDArray[np.float32], str], Nodes],
+    *,
+    least: float,
+    keep_last: bool = False,
+) -> None:
+    """Write a program with products of int8. The small product of the patches stays as it is.
 
-def parse_model(program: Program) -> onnx.ModelProto:
-    """The ONNX model of a program that has one.
+    Args:
+        program: A float32 program in ONNX; the result refers to the weights that are not quantized.
+        path: The file to write.
+        run: Runs a float32 model over the program's weights on the calibration's inputs; given the model and names of
+            some of its outputs, yields these for each call.
+        multiply: Writes a product of int8: given the product, the name of its rows [rows, channels], whose values lie
+            between -1 and 1, the weight float32 [outputs, channels], and the name of the result [rows, outputs].
+        least: What a row of zeros is divided by.
+        keep_last: The model's last product stays as it is, if there are others.
 
     Raises:
-        ArtifactError: If it is none.
+        ConfigurationError: If there are no products to quantize, or no calls.
+        ArtifactError: If the model cannot be read, or the rows are not finite.
     """
+    model = _parse(program)
+    groups = _find_products(model, program)
+    if keep_last and len(groups) > 1:
+        groups.popitem()
+    largest = _largest_by_channel(list(groups), run(*_add_largest(model, list(groups))))
+    replaced: dict[str, list[onnx.NodeProto]] = {}
+    initializers: list[onnx.TensorProto] = []
+    for number, (rows, group) in enumerate(groups.items()):
+        name = f"smooth.{number}"
+        weights = [program.weights[product.weight].read().astype(np.float32) for product in group]
+        factors = _smoothing_factors(largest[rows], weights)
+        even, constants = _even_rows(model, rows, factors, name, least)
+        initializers += constants
+        for product, weight in zip(group, weights, strict=True):
+            (result,), bias = product.node.output, list(product.node.input[2:])
+            raw, scaled = f"{result}.product", f"{result}.scaled"
+            nodes, constants = multiply(product, f"{name}.even", weight * factors, raw)
+            nodes.append(helper.make_node("Mul", [raw, f"{name}.sizes"], [scaled if bias else result], name=scaled))
+            if bias:
+                nodes.append(helper.make_node("Add", [scaled, *bias], [result], name=f"{result}.biased"))
+            replaced[product.node.name] = [*even, *nodes]
+            initializers += constants
+    path.write_bytes(_replace_nodes(model, replaced, initializers).SerializeToString())
+
+
+def _parse(program: Program) -> onnx.ModelProto:
     assert program.model is not None, "a program in ONNX"
     try:
         return onnx.load_model_from_string(program.model())
@@ -56,14 +103,8 @@ def parse_model(program: Program) -> onnx.ModelProto:
         ) from error
 
 
-def find_products(model: onnx.ModelProto, program: Program) -> dict[str, list[Product]]:
-    """Products with weights of the tower, by the name of their rows, in the model's order; several may share them.
-
-    That of the patches, which is small, is not among them.
-
-    Raises:
-        ConfigurationError: If there are none.
-    """
+def _find_products(model: onnx.ModelProto, program: Program) -> dict[str, list[Product]]:
+    """Products with weights of the tower, by the name of their rows, in the model's order; several may share them."""
     graph = model.graph
     makers = {name: node for node in graph.node for name in node.output}
     inputs = {value.name for value in graph.input}
@@ -89,16 +130,8 @@ def _origin(name: str, makers: Mapping[str, onnx.NodeProto], through: frozenset[
     return name
 
 
-def add_largest(model: onnx.ModelProto, tensors: Sequence[str]) -> tuple[onnx.ModelProto, list[str]]:
-    """A copy of a model that also returns the largest absolute value in each channel of some matrices.
-
-    Args:
-        model: Any.
-        tensors: Names of matrices [rows, channels].
-
-    Returns:
-        The copy, and the names of the outputs float32 [channels] that it has in addition to its own.
-    """
+def _add_largest(model: onnx.ModelProto, tensors: Sequence[str]) -> tuple[onnx.ModelProto, list[str]]:
+    """A copy of a model with outputs for the largest absolute value in each channel of some matrices, and their names."""
     watching = onnx.ModelProto()
     watching.CopyFrom(model)
     outputs: list[str] = []
@@ -123,22 +156,10 @@ def _reduce_max(
     return helper.make_node("ReduceMax", [name, axes.name], [output], keepdims=keepdims), [axes]
 
 
-def largest_by_channel(
+def _largest_by_channel(
     tensors: Sequence[str], calls: Iterable[Sequence[NDArray[np.float32]]]
 ) -> dict[str, NDArray[np.float32]]:
-    """The largest absolute value in each channel over all calls.
-
-    Args:
-        tensors: Names of matrices.
-        calls: What `add_largest` made the model return, call by call, in the order of the names.
-
-    Returns:
-        float32 [channels] by the names.
-
-    Raises:
-        ConfigurationError: If there are no calls.
-        ArtifactError: If a value is not finite.
-    """
+    """The largest absolute value in each channel over all calls: float32 [channels] by the matrices' names."""
     found: dict[str, NDArray[np.float32]] = {}
     for answers in calls:
         for tensor, seen in zip(tensors, answers, strict=True):
@@ -152,58 +173,39 @@ def largest_by_channel(
     return found
 
 
-def smoothing_factors(channels: NDArray[np.float32], weights: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-    """What to divide the channels of rows by, and to multiply those of the weights by.
-
-    SmoothQuant, https://arxiv.org/abs/2211.10438, equation 4.
-
-    Args:
-        channels: The largest absolute value that was seen in each channel, float32 [channels].
-        weights: Every weight [outputs, channels] that multiplies these rows.
-
-    Returns:
-        float32 [channels], positive.
-    """
+def _smoothing_factors(channels: NDArray[np.float32], weights: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """What rows are divided by and all their weights multiplied by, positive: equation 4 of SmoothQuant."""
     largest = np.max([np.abs(weight).max(axis=0) for weight in weights], axis=0)
     seen = np.maximum(channels, 1e-5 * max(float(channels.max()), 1e-30))
-    factors: NDArray[np.float32] = seen**SMOOTHING / np.maximum(largest, 1e-8) ** (1 - SMOOTHING)
+    factors: NDArray[np.float32] = seen**_SMOOTHING / np.maximum(largest, 1e-8) ** (1 - _SMOOTHING)
     return factors.astype(np.float32)
 
 
-def largest_in_row(
-    model: onnx.ModelProto, rows: str, name: str, least: float
-) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto], str]:
-    """Nodes that give the largest absolute value of each row, and at least `least`, so that one may divide by it.
-
-    Args:
-        model: For its opset.
-        rows: Name of a matrix [rows, channels].
-        name: What the names of the values begin with.
-        least: What a row of zeros gets.
-
-    Returns:
-        The nodes, their constants, and the name of the value [rows, 1].
-    """
-    floor = numpy_helper.from_array(np.array(least, np.float32), f"{name}.least")
+def _even_rows(model: onnx.ModelProto, rows: str, factors: NDArray[np.float32], name: str, least: float) -> Nodes:
+    """Nodes for `name.even`, the smoothed rows each divided by its largest value, and `name.sizes`, these values."""
+    constants = [
+        numpy_helper.from_array(1 / factors, f"{name}.inverse"),
+        numpy_helper.from_array(np.array(least, np.float32), f"{name}.least"),
+    ]
     reduce, axes = _reduce_max(model, f"{name}.absolute", f"{name}.largest", axis=1, keepdims=1)
     nodes = [
-        helper.make_node("Abs", [rows], [f"{name}.absolute"], name=f"{name}.absolute"),
+        _named("Mul", [rows, f"{name}.inverse"], f"{name}.smoothed"),
+        _named("Abs", [f"{name}.smoothed"], f"{name}.absolute"),
         reduce,
-        helper.make_node("Max", [f"{name}.largest", floor.name], [f"{name}.sizes"], name=f"{name}.sizes"),
+        _named("Max", [f"{name}.largest", f"{name}.least"], f"{name}.sizes"),
+        _named("Div", [f"{name}.smoothed", f"{name}.sizes"], f"{name}.even"),
     ]
-    return nodes, [floor, *axes], f"{name}.sizes"
+    return nodes, [*constants, *axes]
 
 
-def replace_nodes(
+def _named(operator: str, inputs: list[str], output: str) -> onnx.NodeProto:
+    return helper.make_node(operator, inputs, [output], name=output)
+
+
+def _replace_nodes(
     model: onnx.ModelProto, replaced: Mapping[str, Sequence[onnx.NodeProto]], initializers: Iterable[onnx.TensorProto]
 ) -> onnx.ModelProto:
-    """The model, changed: nodes in the place of others, without what nothing reads any more.
-
-    Args:
-        model: Is changed.
-        replaced: Nodes by the name of that in whose place they come. What was made already is not made again.
-        initializers: Their constants.
-    """
+    """The model, changed: nodes replaced by others by name, and what is not read any more removed."""
     nodes: list[onnx.NodeProto] = []
     made: set[str] = set()
     for node in model.graph.node:
