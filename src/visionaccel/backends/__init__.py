@@ -3,7 +3,7 @@
 A plug-in imports from here, `visionaccel.errors`, and these modules of `visionaccel.core`:
 
 - `program`, `contracts`, `grid`, `arrays`: what a session is given and returns;
-- `tower_spec`: for a backend that builds the tower from its weights, and `packed_products` if it computes with torch;
+- `tower_spec`, for a backend that builds the tower from its weights, and `packed_products` if it computes with torch;
 - `cores`, `cpu`, `cache_folder`: the machine;
 - `bounded_files`, `onnx_graphs`: reading untrusted files.
 
@@ -31,33 +31,8 @@ from visionaccel.backends.spec import (
 from visionaccel.core.containment import contained
 
 __all__ = [
-    "AUTO",
-    "Accepted",
-    "BackendEntry",
-    "BreakerReport",
-    "CallParts",
-    "Candidate",
-    "Capabilities",
-    "DriftReport",
-    "EncodeReport",
-    "FailureReport",
-    "Finding",
-    "GROUP",
-    "Isolation",
-    "Options",
-    "ProgramSource",
-    "Purpose",
-    "QuantizedModel",
-    "Registry",
-    "Rejected",
-    "Selection",
-    "Session",
-    "Verdict",
-    "VisionBackend",
-    "call_parts",
-    "contained",
-    "default_registry",
-    "hookimpl",
-    "select",
-    "watch_parts",
-]
+    "AUTO", "GROUP", "Accepted", "BackendEntry", "BreakerReport", "CallParts", "Candidate", "Capabilities",
+    "DriftReport", "EncodeReport", "FailureReport", "Finding", "Isolation", "Options", "ProgramSource", "Purpose",
+    "QuantizedModel", "Registry", "Rejected", "Selection", "Session", "Verdict", "VisionBackend", "call_parts",
+    "contained", "default_registry", "hookimpl", "select", "watch_parts",
+]  # fmt: skip

@@ -131,7 +131,7 @@ def _origin(name: str, makers: Mapping[str, onnx.NodeProto], through: frozenset[
 
 
 def _add_largest(model: onnx.ModelProto, tensors: Sequence[str]) -> tuple[onnx.ModelProto, list[str]]:
-    """A copy of a model with outputs for the largest absolute value in each channel of some matrices, and their names."""
+    """A copy of a model with outputs of the largest absolute value in each channel of matrices, and their names."""
     watching = onnx.ModelProto()
     watching.CopyFrom(model)
     outputs: list[str] = []

@@ -1,4 +1,4 @@
-"""What the host does around a program of a tower: tables, and for a split program the embedding and the reorder."""
+"""What the host does around a program: it makes tables, and for a split program embeds patches and reorders tokens."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from visionaccel.towers.tables import make_tables
 Tables: TypeAlias = Mapping[str, NDArray[Any]]
 
 RASTER, GROUPED = "raster", "grouped"
-"""A tower's orders of tokens at the edges of a split program: windows row by row from the top, as in the reference, or
-the same with windows of one size together, largest first. Without windows, `raster` is the order of the input."""
+"""Orders of tokens at the edges of a split program: windows row by row from the top, as in the reference, or with those
+of one size together, largest first. Without windows, `raster` is the order of the input."""
 
 MASKED = np.float32(-3e4)
-"""What hides a padded key in a score: it vanishes in the softmax, and float16 can hold it."""
+"""Added to the score of a padded key: it vanishes in the softmax, and float16 can hold it."""
 
 
 class Host:
@@ -57,8 +57,8 @@ class Host:
         self._spec, self._program = spec, program
         self._embedding = None if program.host is None else HostEmbedding(spec, weights, program.precision)
         self._most_patches = program.coverage.patches if isinstance(program.coverage, Bucket) else 0
-        # Images of one size follow each other in practice, and both calls of an encode need the tables. Those of any
-        # grid may be large, and only one needs them.
+        # Images of one size follow each other in practice, and both calls of an encode need the tables. Tables of any
+        # grid may be large, and only `inputs` needs them.
         self._tables = lru_cache(maxsize=0 if isinstance(program.coverage, AnyGrid) else 16)(self._make_tables)
 
     def inputs(self, patches: Array, grids: Sequence[Grid]) -> Mapping[str, Array]:
@@ -67,7 +67,7 @@ class Host:
         Args:
             patches: [P, patch_width], checked against the grids: of the dtype of the program's own patches input, or
                 of any dtype that `Encoder.encode` takes where the host embeds them.
-            grids: The grids of the call; what the program covers decides how many.
+            grids: The grids of the call.
         """
         if self._program.format == CHECKPOINT:
             return {PIXELS: patches, GRIDS: np.array([grid.thw for grid in grids], dtype=np.int64)}

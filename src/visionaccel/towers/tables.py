@@ -190,43 +190,33 @@ def signature(spec: TowerSpec, coverage: Coverage, host: HostSplit | None) -> Si
             sizes, and the masks as terms that are added to the attention scores. `FixedGrid`: no table.
         host: With a split, the patches come embedded and the embeddings go out in the program's own order.
     """
-    patches: int | str = "patches"
-    tokens: int | str = "tokens"
-    windows: int | str = "windows"
-    match coverage:
-        case Bucket():
-            patches, tokens = coverage.patches, coverage.patches // spec.merged
-            windows = coverage.sizes.get("windows", 0)
-        case FixedGrid():
-            patches, tokens = coverage.grid.patches, coverage.grid.tokens(spec.merge)
-    first = (
-        TensorSpec(PATCH_EMBEDDINGS, "float32", (tokens, spec.merged, spec.hidden))
-        if host
-        else TensorSpec(PIXELS, "float32", (patches, spec.patch_width))
-    )
-    last = TensorSpec(WINDOW_EMBEDDINGS if host else EMBEDDINGS, "float32", (tokens, spec.out_width))
-    if isinstance(coverage, FixedGrid):
-        return (first,), (last,)
-    found, masked = [first], isinstance(coverage, Bucket)
-    if spec.window is not None:
-        width = spec.window_patches
-        if host is None:
-            found += [TensorSpec(name, "int64", (tokens,)) for name in ("window_index", "reverse_index")]
-        found.append(TensorSpec("window_patches", "int64", (windows, width)))
-        found += [] if masked else [TensorSpec("window_mask", "int32", (windows, width))]
-        found.append(TensorSpec("window_slots", "int64", (patches,)))
-    found += [TensorSpec(name, "float32", (patches, spec.head_dim // 2)) for name in ("rotary_cos", "rotary_sin")]
-    if masked:
-        if spec.window is not None:
-            found.append(TensorSpec("window_bias", "float32", (windows, 1, spec.window_patches)))
-        found.append(TensorSpec("frame_bias", "float32", (patches,)))
-    else:
-        found.append(TensorSpec("frames", "int64", (1,)))
-    if spec.positions is not None and host is None:
-        taps = spec.positions.taps
-        found.append(TensorSpec("position_index", "int64", (taps, patches)))
-        found.append(TensorSpec("position_weight", "float32", (taps, patches, 1)))
-    return tuple(found), (last,)
+    sizes: list[int | str] = ["patches", "tokens", "windows"]
+    padded, baked = isinstance(coverage, Bucket), isinstance(coverage, FixedGrid)
+    if isinstance(coverage, Bucket):
+        sizes = [coverage.patches, coverage.patches // spec.merged, coverage.sizes.get("windows", 0)]
+    elif isinstance(coverage, FixedGrid):
+        sizes = [coverage.grid.patches, coverage.grid.tokens(spec.merge), 0]
+    patches, tokens, windows = sizes
+    windowed, learned = spec.window is not None and not baked, spec.positions is not None and not baked and not host
+    width, half, taps = spec.window_patches, spec.head_dim // 2, spec.positions.taps if spec.positions else 0
+    inputs = {
+        TensorSpec(PATCH_EMBEDDINGS, "float32", (tokens, spec.merged, spec.hidden)): host is not None,
+        TensorSpec(PIXELS, "float32", (patches, spec.patch_width)): host is None,
+        TensorSpec("window_index", "int64", (tokens,)): windowed and not host,
+        TensorSpec("reverse_index", "int64", (tokens,)): windowed and not host,
+        TensorSpec("window_patches", "int64", (windows, width)): windowed,
+        TensorSpec("window_mask", "int32", (windows, width)): windowed and not padded,
+        TensorSpec("window_slots", "int64", (patches,)): windowed,
+        TensorSpec("rotary_cos", "float32", (patches, half)): not baked,
+        TensorSpec("rotary_sin", "float32", (patches, half)): not baked,
+        TensorSpec("window_bias", "float32", (windows, 1, width)): windowed and padded,
+        TensorSpec("frame_bias", "float32", (patches,)): padded,
+        TensorSpec("frames", "int64", (1,)): not padded and not baked,
+        TensorSpec("position_index", "int64", (taps, patches)): learned,
+        TensorSpec("position_weight", "float32", (taps, patches, 1)): learned,
+    }
+    output = TensorSpec(WINDOW_EMBEDDINGS if host else EMBEDDINGS, "float32", (tokens, spec.out_width))
+    return tuple(tensor for tensor, taken in inputs.items() if taken), (output,)
 
 
 def checkpoint_signature(spec: TowerSpec) -> Signature:

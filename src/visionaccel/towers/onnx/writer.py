@@ -27,9 +27,7 @@ _WEIGHTS = ("float32", "float16", "bfloat16")
 
 
 class GraphWriter:
-    """Collects the nodes and initializers of one graph.
-
-    Values are named by the caller or numbered; every method returns the name of the value it makes.
+    """Collects the nodes and initializers of one graph; every method returns the name of the value it makes.
 
     Args:
         weights_folder: External-data locations are written relative to it, without `..`.
@@ -55,7 +53,7 @@ class GraphWriter:
     def nodes(
         self, operator: str, inputs: Sequence[str], outputs: Sequence[bool], *, domain: str = "", **attributes: Any
     ) -> list[str]:
-        """A node with several outputs; those marked False are left out. Returns the names of the others."""
+        """A node with several outputs, without those marked False."""
         number = len(self._nodes)
         names = [f"v{number}.{place}" if wanted else "" for place, wanted in enumerate(outputs)]
         given = [self.bound.get(name, name) for name in inputs]
@@ -79,7 +77,7 @@ class GraphWriter:
         return values[0] if len(values) == 1 else self.node("Concat", values, axis=axis)
 
     def rename(self, value: str, name: str) -> None:
-        """Give a value that a node made another name, such as that of a graph output."""
+        """Rename a value that a node made, such as to a graph output."""
         for node in self._nodes:
             for place, output in enumerate(node.output):
                 if output == value:
@@ -96,7 +94,7 @@ class GraphWriter:
         return self._constants[key]
 
     def weight(self, name: str, stored: StoredTensor, view: tuple[int, ...] | None = None) -> str:
-        """A value of a weight that stays in its shard; one of another dtype than the precision is read through a Cast.
+        """A weight that stays in its shard, in the writer's precision.
 
         Args:
             name: Its name in the graph.
@@ -128,13 +126,13 @@ class GraphWriter:
         return self.constant(np.asarray(values).astype(FLOATS[self.precision]))
 
     def narrow(self, value: str, *, always: bool = False) -> str:
-        """A float32 value in the writer's precision; with `always`, of any float dtype."""
+        """A float32 value in the writer's precision; with `always`, one of any float dtype."""
         if self.precision == "float32" and not always:
             return value
         return self.node("Cast", [value], to=DTYPES[self.precision].onnx)
 
     def widen(self, value: str) -> str:
-        """A value of the writer's precision in float32."""
+        """A value in float32."""
         return value if self.precision == "float32" else self.node("Cast", [value], to=TensorProto.FLOAT)
 
     def model(self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], opset: int) -> onnx.ModelProto:
