@@ -37,11 +37,14 @@ class OpenProgram:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Frames of one item that go into a call."""
+    """Frames of one item that go into a call, from a row of the patches on."""
 
-    item: int
-    frames: slice
+    start: int
     grid: Grid
+
+    @property
+    def end(self) -> int:
+        return self.start + self.grid.patches
 
 
 class Encoder:
@@ -190,7 +193,7 @@ class Encoder:
         outputs: list[Array] = []
         for opened, parts in calls:
             call_grids = [part.grid for part in parts]
-            rows = _rows(patches, checked, parts)
+            rows = _rows(patches, parts)
             with self._device_errors(call_grids):
                 inputs = opened.host.inputs(_to_session(rows, opened), call_grids)
             lap("prepare", inputs.values())
@@ -207,28 +210,30 @@ class Encoder:
         """What each session call holds.
 
         Items of a program for any grid go together, or by frame size where it demands uniform frames; every frame of
-        the other items is a call of its own.
+        the other items is a separate call.
         """
         together: dict[tuple[int, tuple[int, int] | None], tuple[OpenProgram, list[_Part]]] = {}
         single: list[tuple[OpenProgram, list[_Part]]] = []
-        for item, grid in enumerate(grids):
+        start = 0
+        for grid in grids:
             opened = self.program_for(grid)
             if isinstance(opened.program.coverage, AnyGrid):
                 size = (grid.h, grid.w) if opened.program.uniform_frames else None
-                part = _Part(item, slice(0, grid.t), grid)
-                together.setdefault((id(opened), size), (opened, []))[1].append(part)
+                together.setdefault((id(opened), size), (opened, []))[1].append(_Part(start, grid))
             else:
-                single += [(opened, [_Part(item, slice(t, t + 1), grid.frame)]) for t in range(grid.t)]
+                frame = grid.frame
+                single += [(opened, [_Part(start + t * frame.patches, frame)]) for t in range(grid.t)]
+            start += grid.patches
         return [*together.values(), *single]
 
     def _in_item_order(self, outputs: Sequence[Array], calls: Sequence[list[_Part]]) -> Array:
-        """The embeddings of several calls, put into the order of the items and their frames."""
-        pieces: list[tuple[int, int, Array]] = []
+        """The embeddings of several calls, in the order of the patches."""
+        pieces: dict[int, Array] = {}
         for output, parts in zip(outputs, calls, strict=True):
             ends = np.cumsum([part.grid.tokens(self.tower.merge_size) for part in parts]).tolist()
-            for part, start, end in zip(parts, [0, *ends[:-1]], ends, strict=True):
-                pieces.append((part.item, part.frames.start, output[start:end]))
-        return _join([piece for *_, piece in sorted(pieces, key=lambda piece: piece[:2])])
+            for part, first, end in zip(parts, [0, *ends[:-1]], ends, strict=True):
+                pieces[part.start] = output[first:end]
+        return _join([pieces[start] for start in sorted(pieces)])
 
     def _device_errors(self, grids: Sequence[Grid]) -> AbstractContextManager[None]:
         """What a backend or the host's part raises, as a DeviceError that says where."""
@@ -347,17 +352,12 @@ def _to_session(patches: Array, opened: OpenProgram) -> Array:
     return np.ascontiguousarray(as_numpy(patches), dtype=wanted)
 
 
-def _rows(patches: Array, grids: Sequence[Grid], parts: Sequence[_Part]) -> Array:
-    """The rows of some frames, in their order; a view if they are consecutive."""
-    starts = np.cumsum([0, *(grid.patches for grid in grids)]).tolist()
+def _rows(patches: Array, parts: Sequence[_Part]) -> Array:
+    """The rows of a call, in their order; a view if they are consecutive."""
     spans: list[tuple[int, int]] = []
     for part in parts:
-        frame = part.grid.h * part.grid.w
-        start = starts[part.item] + part.frames.start * frame
-        end = starts[part.item] + part.frames.stop * frame
-        if spans and spans[-1][1] == start:
-            start = spans.pop()[0]
-        spans.append((start, end))
+        start = spans.pop()[0] if spans and spans[-1][1] == part.start else part.start
+        spans.append((start, part.end))
     return _join([patches[start:end] for start, end in spans])
 
 

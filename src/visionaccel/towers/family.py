@@ -151,15 +151,6 @@ class Family:
 
         return put(config, self.config)
 
-    def description(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The part of a `config.json` that identifies the tower, without the language model's."""
-        kept = {name: config[name] for name in ("architectures", "model_type") if name in config}
-        return self.with_configuration(kept, self.configuration(config, "config.json"))
-
-    def stored_names(self, checkpoint: Checkpoint) -> frozenset[str]:
-        """Full names of what a checkpoint stores for the tower."""
-        return frozenset(name for name in checkpoint.tensors if name.startswith(self.prefixes))
-
     def weights(self, checkpoint: Checkpoint, spec: TowerSpec) -> dict[str, StoredTensor]:
         """A tower's tensors by the spec's names, each of the shape that the spec demands.
 

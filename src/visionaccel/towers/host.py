@@ -54,9 +54,12 @@ class Host:
     """
 
     def __init__(self, spec: TowerSpec, program: Program, weights: Mapping[str, StoredTensor]) -> None:
-        self._spec, self._program = spec, program
+        # Not the program: it may be over a copy of the weights in memory, which nothing else should keep.
+        self._spec, self._inputs = spec, tuple(tensor.name for tensor in program.inputs)
+        self._makes_tables = program.format != CHECKPOINT
+        self._bucket = program.coverage if isinstance(program.coverage, Bucket) else None
+        self._grouped = program.host is not None and program.host.order == GROUPED
         self._embedding = None if program.host is None else HostEmbedding(spec, weights, program.precision)
-        self._most_patches = program.coverage.patches if isinstance(program.coverage, Bucket) else 0
         # Images of one size follow each other in practice, and both calls of an encode need the tables. Tables of any
         # grid may be large, and only `inputs` needs them.
         self._tables = lru_cache(maxsize=0 if isinstance(program.coverage, AnyGrid) else 16)(self._make_tables)
@@ -69,14 +72,14 @@ class Host:
                 of any dtype that `Encoder.encode` takes where the host embeds them.
             grids: The grids of the call.
         """
-        if self._program.format == CHECKPOINT:
+        if not self._makes_tables:
             return {PIXELS: patches, GRIDS: np.array([grid.thw for grid in grids], dtype=np.int64)}
         tables, fed = self._tables(tuple(grids))
-        name, rows, most = PIXELS, patches, self._most_patches
+        name, rows, most = PIXELS, patches, self._bucket.patches if self._bucket else 0
         if self._embedding is not None:
             name, rows, most = PATCH_EMBEDDINGS, self._embedding(patches, tables), most // self._spec.merged
         found = {**fed, name: _pad(rows, most) if most else rows}
-        return {spec.name: found[spec.name] for spec in self._program.inputs}
+        return {name: found[name] for name in self._inputs}
 
     def embeddings(self, outputs: Mapping[str, Array], grids: Sequence[Grid]) -> Array:
         """float32 [tokens, out_width] in the order of the input tokens, from the checked outputs of that call."""
@@ -95,10 +98,9 @@ class Host:
 
     def _make_tables(self, grids: tuple[Grid, ...]) -> tuple[Tables, Tables]:
         """The tables of a call, and those among the program's inputs as it takes them."""
-        program = self._program
-        tables = make_tables(self._spec, grids, grouped=program.host is not None and program.host.order == GROUPED)
-        if isinstance(program.coverage, Bucket):
-            return tables, self._padded(tables, program.coverage)
+        tables = make_tables(self._spec, grids, grouped=self._grouped)
+        if self._bucket is not None:
+            return tables, self._padded(tables, self._bucket)
         return tables, {**tables, "frames": np.array([len(tables["frame_lengths"])], dtype=np.int64)}
 
     def _padded(self, tables: Tables, bucket: Bucket) -> Tables:

@@ -83,7 +83,9 @@ class Tower:
     @property
     def description(self) -> Mapping[str, Any]:
         """The part of the checkpoint's `config.json` that identifies the tower, for a checkpoint of the tower alone."""
-        return self._family.description(self.checkpoint.config)
+        config = self.checkpoint.config
+        kept = {name: config[name] for name in ("architectures", "model_type") if name in config}
+        return self._family.with_configuration(kept, self.configuration)
 
     @property
     def stored_names(self) -> frozenset[str]:
@@ -92,7 +94,7 @@ class Tower:
         Raises:
             CheckpointError: If the checkpoint is damaged.
         """
-        return self._family.stored_names(self.checkpoint)
+        return frozenset(name for name in self.checkpoint.tensors if name.startswith(self._family.prefixes))
 
     @cached_property
     def weights(self) -> Mapping[str, StoredTensor]:
