@@ -233,7 +233,7 @@ def test_whatever_open_raises_becomes_a_device_error_with_the_backends_name(site
     kind, _, said = raised.partition(": ")
     source = ECHO.format(name="stuck", score=1).replace("return EchoSession()", f"raise {kind}({said!r})")
     install(site, f"acme-stuck-{kind}", "stuck", source)
-    with pytest.raises(DeviceError, match=f"'stuck' could not open .*{raised}"):
+    with pytest.raises(DeviceError, match=f"opening program .* with backend 'stuck' failed with .*{raised}"):
         open_encoder(tiny, backend="stuck", registry=Registry())
 
 

@@ -17,15 +17,18 @@ def spec(tiny):
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"patch": 0}, "patch must be positive"),
-        ({"depth": 2**21}, "depth is 2097152; no size may be over"),
+        ({"patch": 0}, "patch is 0; it must be from 1 to"),
+        ({"depth": 2**21}, "depth is 2097152; it must be from 1 to"),
         ({"window": 2**12}, "window: windows may have no more than 16384 patches"),
         ({"heads": 5}, "hidden must be divisible by heads"),
         ({"heads": 16}, "the width of a head must be divisible by 4"),
         ({"rotary_base": 0.0}, "rotary_base must be positive"),
         ({"full_blocks": (3,)}, "full_blocks must be blocks of the tower"),
         ({"deepstack": (1,)}, "deepstack_merger must be there with deepstack alone"),
-        ({"positions": Positions("table", 0, "bilinear", align_corners=True)}, r"positions\.side must be positive"),
+        (
+            {"positions": Positions("table", 0, "bilinear", align_corners=True)},
+            r"positions\.side is 0; it must be from 1 to",
+        ),
         ({"embed": (Activation("gelu"),)}, "embed"),
         ({"norm1": Norm("norm1", "rms", 33)}, "norm1, qkv: .* is given rows of 32"),
         ({"proj": Linear("attn.proj", 32, 31)}, "proj gives rows of 31"),

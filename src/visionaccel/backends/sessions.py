@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from visionaccel.backends import Options, Session, VisionBackend, contained
+from visionaccel.backends import Options, Session, VisionBackend
+from visionaccel.core.containment import device_errors
 from visionaccel.core.digests import file_digest
 from visionaccel.core.memory_files import FileState, changed_file, when_steady
 from visionaccel.core.program import Program
-from visionaccel.errors import DeviceError, PluginError, VisionAccelError
+from visionaccel.errors import PluginError
 
 
 def open_session(backend: VisionBackend, program: Program, device: str | None, options: Options) -> Session:
@@ -29,17 +30,9 @@ def open_session(backend: VisionBackend, program: Program, device: str | None, o
 
 def _open(backend: VisionBackend, program: Program, device: str | None, options: Options) -> Session:
     before = check_files(program)
-    try:
-        with contained():
-            session = backend.open(program, device, options)
-    except VisionAccelError:
-        raise
-    except Exception as error:
-        raise DeviceError(
-            f"backend {backend.name!r} could not open program {program.name!r} of {program.family}: "
-            f"{type(error).__name__}: {error}",
-            hint="Run `visionaccel explain` for what it needs.",
-        ) from error
+    what = f"opening program {program.name!r} of {program.family} with backend {backend.name!r}"
+    with device_errors(what, "Run `visionaccel explain` for what it needs."):
+        session = backend.open(program, device, options)
     if not isinstance(session, Session):
         raise PluginError(
             f"backend {backend.name!r} opened a {type(session).__name__}, which is not a visionaccel.backends.Session.",

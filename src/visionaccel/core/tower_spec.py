@@ -169,10 +169,8 @@ class TowerSpec:
         sizes |= {} if self.window is None else {"window": self.window}
         sizes |= {} if self.positions is None else {"positions.side": self.positions.side}
         for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be positive, and is {size}")
-            if size > _MOST:
-                raise ValueError(f"{name} is {size}; no size may be over {_MOST}")
+            if not 1 <= size <= _MOST:
+                raise ValueError(f"{name} is {size}; it must be from 1 to {_MOST}")
         blocks = set(range(min(self.depth, _MOST_BLOCKS)))
         rules = {
             f"depth: a tower may have no more than {_MOST_BLOCKS} blocks": self.depth <= _MOST_BLOCKS,

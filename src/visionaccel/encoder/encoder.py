@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from visionaccel.backends import CallParts, Capabilities, EncodeReport, Purpose, Registry, Session, watch_parts
+from visionaccel.backends import Capabilities, EncodeReport, Purpose, Registry, Session, watch_parts
 from visionaccel.core.arrays import Array, as_numpy, dtype_name, is_tensor
 from visionaccel.core.containment import device_errors, tell
 from visionaccel.core.contracts import check_embeddings, check_output, check_patches
@@ -134,7 +134,27 @@ class Encoder:
             clock = _Clock()
             with watch_parts() as parts:
                 embeddings, checked = self._encode(patches, grids, clock.lap)
-            self._report(clock, parts, checked, purpose, queue_seconds, len(embeddings))
+            laps = clock.laps
+            report = EncodeReport(
+                backend=self.backend,
+                device=self.capabilities.device,
+                grids=checked,
+                patches=total_patches(checked),
+                tokens=len(embeddings),
+                purpose=purpose,
+                started=clock.started,
+                queue_seconds=queue_seconds,
+                check_seconds=laps["check"],
+                prepare_seconds=laps["prepare"],
+                run_seconds=laps["run"],
+                transfer_in_seconds=parts.transfer_in,
+                device_seconds=max(0.0, laps["run"] - parts.transfer_in - parts.transfer_out),
+                transfer_out_seconds=parts.transfer_out,
+                finish_seconds=laps["finish"],
+                bytes_in=clock.bytes["prepare"],
+                bytes_out=clock.bytes["finish"],
+            )
+            tell(partial(self.hooks.visionaccel_encoded, report=report))
             return embeddings
 
     def close(self, wait: float | None = None) -> bool:
@@ -273,37 +293,6 @@ class Encoder:
             rows = opened.host.embeddings(outputs, grids)
         check_embeddings(self.backend, rows)
         return rows
-
-    def _report(
-        self,
-        clock: _Clock,
-        parts: CallParts,
-        grids: tuple[Grid, ...],
-        purpose: Purpose,
-        queue_seconds: float | None,
-        tokens: int,
-    ) -> None:
-        laps = clock.laps
-        report = EncodeReport(
-            backend=self.backend,
-            device=self.capabilities.device,
-            grids=grids,
-            patches=total_patches(grids),
-            tokens=tokens,
-            purpose=purpose,
-            started=clock.started,
-            queue_seconds=queue_seconds,
-            check_seconds=laps["check"],
-            prepare_seconds=laps["prepare"],
-            run_seconds=laps["run"],
-            transfer_in_seconds=parts.transfer_in,
-            device_seconds=max(0.0, laps["run"] - parts.transfer_in - parts.transfer_out),
-            transfer_out_seconds=parts.transfer_out,
-            finish_seconds=laps["finish"],
-            bytes_in=clock.bytes["prepare"],
-            bytes_out=clock.bytes["finish"],
-        )
-        tell(partial(self.hooks.visionaccel_encoded, report=report))
 
 
 class _Clock:

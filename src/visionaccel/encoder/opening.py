@@ -13,14 +13,15 @@ from visionaccel.backends import AUTO, Options, Registry, Session, VisionBackend
 from visionaccel.backends.sessions import open_session
 from visionaccel.bundle import Bundle, is_bundle, open_bundle
 from visionaccel.checkpoint import locate_checkpoint
+from visionaccel.core.containment import device_errors
 from visionaccel.core.cores import on_cores
 from visionaccel.core.invalid_values import problems_of
 from visionaccel.core.program import Program
 from visionaccel.core.safe_text import safe_logger
 from visionaccel.encoder.encoder import Encoder, OpenProgram, close_programs
 from visionaccel.encoder.held_weights import WantedWeights, hold_source
-from visionaccel.errors import DeviceError, SettingsError, VisionAccelError
-from visionaccel.families import Host, Tower, tower_of
+from visionaccel.errors import SettingsError
+from visionaccel.families import Tower, tower_of
 from visionaccel.settings import DEADLINE, OPEN_DEADLINE
 
 logger = safe_logger(__name__)
@@ -109,7 +110,10 @@ def open_encoder(
             programs_read = tuple(same[each.format, each.name] for each in programs)
         try:
             for program, read in zip(programs, programs_read, strict=True):
-                host = _host(held.tower, read)
+                with device_errors(
+                    f"preparing the host's part of program {program.name!r}", "Export the program without --split-host."
+                ):
+                    host = held.tower.host(read)
                 if (chosen.isolation_on(device) if isolation == AUTO else isolation) == "process":
                     session = _open_isolated(chosen, read, device, checked, deadline, open_deadline)
                 else:
@@ -135,18 +139,6 @@ def _checked_options(backend: VisionBackend, options: Mapping[str, Any] | None) 
         known = ", ".join(backend.options.model_fields) or "none"
         raise SettingsError(
             f"invalid options of backend {backend.name!r}: {problems_of(error)}.", hint=f"Options it takes: {known}."
-        ) from error
-
-
-def _host(tower: Tower, program: Program) -> Host:
-    try:
-        return tower.host(program)
-    except VisionAccelError:
-        raise
-    except Exception as error:
-        raise DeviceError(
-            f"the host's part of program {program.name!r} cannot be prepared: {type(error).__name__}: {error}",
-            hint="Export the program without --split-host.",
         ) from error
 
 

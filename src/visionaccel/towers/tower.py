@@ -26,7 +26,6 @@ from visionaccel.core.program import (
     Program,
 )
 from visionaccel.core.stored_tensor import StoredTensor
-from visionaccel.core.tower_spec import TowerSpec
 from visionaccel.errors import ConfigurationError
 from visionaccel.towers.family import Family, has_every_weight, plain_weights
 from visionaccel.towers.host import GROUPED, RASTER, Host
@@ -316,18 +315,10 @@ class Tower:
         return _written(self.spec, self.weights, folder, coverage, precision, host, chosen)
 
 
-def _written(
-    spec: TowerSpec,
-    weights: Mapping[str, StoredTensor],
-    folder: Path,
-    coverage: Coverage,
-    precision: Precision,
-    host: HostSplit | None,
-    dialect: OperatorDialect,
-) -> bytes:
-    """A tower as an ONNX model. A plain function: a program is sent to child processes without its family."""
+def _written(*arguments: Any) -> bytes:
+    """Call `write_model`. A plain function: a program is sent to child processes without its family."""
     try:  # only a backend that opens this program needs onnx, which takes a noticeable time to import
         from visionaccel.towers.onnx import write_model
     except ModuleNotFoundError as error:
         raise ConfigurationError.missing_extra("writing an ONNX graph", error.name, "visionaccel[onnx]") from error
-    return write_model(spec, weights, folder, coverage, precision, host, dialect)
+    return write_model(*arguments)
