@@ -1,6 +1,6 @@
 """Vision towers: their description, and all that follows from it for any tower."""
 
-from visionaccel.core.tower_spec import Activation, Gated, Linear, Merge, Norm, Positions, TowerSpec
+from visionaccel.core.tower_spec import Activation, Gated, Linear, Merge, Norm, Positions, Step, TowerSpec
 from visionaccel.towers.family import Family, VisionConfiguration
 from visionaccel.towers.host import GROUPED, RASTER, Host, PatchEmbedding
 from visionaccel.towers.tables import make_tables, tower_tables, window_order
@@ -8,5 +8,5 @@ from visionaccel.towers.tower import Tower
 
 __all__ = [
     "GROUPED", "RASTER", "Activation", "Family", "Gated", "Host", "Linear", "Merge", "Norm", "PatchEmbedding",
-    "Positions", "Tower", "TowerSpec", "VisionConfiguration", "make_tables", "tower_tables", "window_order",
+    "Positions", "Step", "Tower", "TowerSpec", "VisionConfiguration", "make_tables", "tower_tables", "window_order",
 ]  # fmt: skip

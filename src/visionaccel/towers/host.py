@@ -138,8 +138,8 @@ class PatchEmbedding:
 
     Args:
         weight: [hidden, patch_width], the kernel as a matrix.
-        precision: What the program after it computes in; bfloat16 also rounds patches and result here. float16
-            computes in float32, which CPUs do faster.
+        precision: The program's; bfloat16 also rounds patches and result here. float16 computes in float32, which CPUs
+            do faster.
         merged: Patches of one token, which stay together.
         bias: [hidden], added before the result is rounded; None for none.
         use_torch: Whether torch computes it; None for where it is installed and can.
@@ -160,14 +160,9 @@ class PatchEmbedding:
         self._product = make_product(weight, bias, "bfloat16" if precision == "bfloat16" else "float32")
 
     def __call__(self, patches: Array, order: NDArray[np.int64] | None) -> NDArray[np.float32]:
-        """Embeddings of patches.
+        """Embeddings of patches [P, patch_width] in any float dtype: float32 [N, merged, hidden], C-contiguous.
 
-        Args:
-            patches: float32, float16 or bfloat16 [P, patch_width], numpy or torch, on any device.
-            order: int64 [N]; the token that goes to each place. None for the order in which they come.
-
-        Returns:
-            float32 [N, merged, hidden], C-contiguous.
+        `order` is int64 [N], the token that goes to each place; None for the order in which they come.
         """
         rows = as_numpy(patches)
         if order is not None:

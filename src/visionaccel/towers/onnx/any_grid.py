@@ -86,18 +86,20 @@ class MicrosoftGraph(AnyGridGraph):
     def mask(self, mask: str) -> str:
         return mask
 
-    def norm(self, norm: Norm, x: str, scale: str, bias: str) -> str:
-        g = self.g
+    def norm(self, norm: Norm, place: str, x: str) -> str:
+        g, weights = self.g, self.norm_weights(norm, place)
         if norm.kind == "layer":
-            return g.node("LayerNormalization", [x, scale, bias], axis=-1, epsilon=norm.epsilon)
+            return g.node("LayerNormalization", [x, *weights], axis=-1, epsilon=norm.epsilon)
         # Written out: before opset 23 the standard has no operator for it, and ONNX Runtime fuses these.
         mean = g.node("ReduceMean", [g.node("Mul", [x, x])], axes=[-1], keepdims=1)
         root = g.node("Sqrt", [g.node("Add", [mean, g.real(np.float32(norm.epsilon))])])
-        return g.node("Mul", [g.node("Div", [x, root]), scale])
+        return g.node("Mul", [g.node("Div", [x, root]), *weights])
 
-    def add_norm(self, norm: Norm, x: str, update: str, scale: str, bias: str) -> tuple[str, str]:
+    def add_norm(self, norm: Norm, place: str, x: str, update: str) -> tuple[str, str]:
+        if not update:
+            return super().add_norm(norm, place, x, update)
         kind = "SkipLayerNormalization" if norm.kind == "layer" else "SkipSimplifiedLayerNormalization"
-        inputs, wanted = [x, update, scale, *([bias] if bias else [])], [True, False, False, True]
+        inputs, wanted = [x, update, *self.norm_weights(norm, place)], [True, False, False, True]
         normed, total = self.g.nodes(kind, inputs, wanted, domain=MICROSOFT, epsilon=norm.epsilon)
         return total, normed
 
@@ -137,10 +139,9 @@ class StandardGraph(AnyGridGraph):
         keys = g.node("Unsqueeze", [kept, g.constant([1, 2])])
         return g.node("Expand", [keys, g.constant([1, 1, self.spec.window_patches, 1])])
 
-    def norm(self, norm: Norm, x: str, scale: str, bias: str) -> str:
-        if norm.kind == "layer":
-            return self.g.node("LayerNormalization", [x, scale, bias], axis=-1, epsilon=norm.epsilon)
-        return self.g.node("RMSNormalization", [x, scale], axis=-1, epsilon=norm.epsilon)
+    def norm(self, norm: Norm, place: str, x: str) -> str:
+        operator = "LayerNormalization" if norm.kind == "layer" else "RMSNormalization"
+        return self.g.node(operator, [x, *self.norm_weights(norm, place)], axis=-1, epsilon=norm.epsilon)
 
     def activation(self, kind: ActivationKind, x: str) -> str:
         g = self.g

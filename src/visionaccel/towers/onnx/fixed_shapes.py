@@ -81,15 +81,15 @@ class FixedShapesGraph(TowerGraph):
             if host is None:
                 self.order_index, self.reverse_index = "window_index", "reverse_index"
 
-    def norm(self, norm: Norm, x: str, scale: str, bias: str) -> str:
-        g = self.g
+    def norm(self, norm: Norm, place: str, x: str) -> str:
+        g, weights = self.g, self.norm_weights(norm, place)
         x = g.widen(x)
         if norm.kind == "layer":
-            inputs = [x, *(value if value == "" else g.widen(value) for value in (scale, bias))]
+            inputs = [x, *(g.widen(value) for value in weights)]
             return g.narrow(g.node("LayerNormalization", inputs, axis=-1, epsilon=norm.epsilon))
         mean = g.node("ReduceMean", [g.node("Pow", [x, g.constant(np.float32(2.0))])], axes=[-1], keepdims=1)
         root = g.node("Sqrt", [g.node("Add", [mean, g.constant(np.float32(norm.epsilon))])])
-        return g.node("Mul", [g.narrow(g.node("Div", [x, root])), scale])
+        return g.node("Mul", [g.narrow(g.node("Div", [x, root])), *weights])
 
     def activation(self, kind: ActivationKind, x: str) -> str:
         g = self.g

@@ -57,13 +57,13 @@ class TowerGraph(ABC):
         self._tokens = writer.constant([max(-1, patches // spec.merged), spec.merged * spec.hidden])
 
     @abstractmethod
-    def norm(self, norm: Norm, x: str, scale: str, bias: str) -> str:
-        """A normalisation over the last axis; the bias is empty where it has none."""
+    def norm(self, norm: Norm, place: str, x: str) -> str:
+        """A normalisation over the last axis."""
 
-    def add_norm(self, norm: Norm, x: str, update: str, scale: str, bias: str) -> tuple[str, str]:
-        """X + update, and its normalisation."""
-        total = self.g.node("Add", [x, update])
-        return total, self.norm(norm, total, scale, bias)
+    def add_norm(self, norm: Norm, place: str, x: str, update: str) -> tuple[str, str]:
+        """X + update, which may be empty, and its normalisation."""
+        total = self._add(x, update)
+        return total, self.norm(norm, place, total)
 
     @abstractmethod
     def activation(self, kind: ActivationKind, x: str) -> str:
@@ -91,16 +91,16 @@ class TowerGraph(ABC):
         update, levels = "", list[str]()
         for block in range(spec.depth):
             place = f"blocks.{block}."
-            x, normed = self._add_norm(x, update, spec.norm1, place)
+            x, normed = self.add_norm(spec.norm1, place, x, update)
             attended = self.linear(spec.proj, place, self.attention(normed, place, block))
-            x, normed = self._add_norm(x, attended, spec.norm2, place)
+            x, normed = self.add_norm(spec.norm2, place, x, attended)
             update = self._apply(spec.mlp, place, normed)
             for level in spec.levels_after(block):
                 x, update = self._add(x, update), ""
                 levels.append(self._apply(spec.deepstack_merger, f"deepstack.{level}.", x))
         first, *others = spec.merger
         if isinstance(first, Norm):
-            _, x = self._add_norm(x, update, first, "")
+            _, x = self.add_norm(first, "", x, update)
             x = self._apply(others, "", x)
         else:
             x = self._apply(spec.merger, "", self._add(x, update))
@@ -130,21 +130,16 @@ class TowerGraph(ABC):
     def _add(self, x: str, update: str) -> str:
         return self.g.node("Add", [x, update]) if update else x
 
-    def _add_norm(self, x: str, update: str, norm: Norm, place: str) -> tuple[str, str]:
-        scale, bias = self._norm_weights(norm, place)
-        if not update:
-            return x, self.norm(norm, x, scale, bias)
-        return self.add_norm(norm, x, update, scale, bias)
-
-    def _norm_weights(self, norm: Norm, place: str) -> tuple[str, str]:
+    def norm_weights(self, norm: Norm, place: str) -> list[str]:
+        """The scale, and the bias if it has one."""
         name = place + norm.name
-        return self.weight(f"{name}.weight"), self.weight(f"{name}.bias") if norm.kind == "layer" else ""
+        return [self.weight(f"{name}.{part}") for part in (("weight", "bias") if norm.kind == "layer" else ("weight",))]
 
     def _apply(self, steps: Sequence[Step], place: str, x: str) -> str:
         for step in steps:
             match step:
                 case Norm():
-                    x = self.norm(step, x, *self._norm_weights(step, place))
+                    x = self.norm(step, place, x)
                 case Linear():
                     x = self.linear(step, place, x)
                 case Activation():
