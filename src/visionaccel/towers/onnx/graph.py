@@ -54,7 +54,8 @@ class TowerGraph(ABC):
         self.spec, self._weights, self.g = spec, weights, writer
         self.order_index, self.reverse_index, self.pads = "", "", ""
         self.rows = writer.constant([patches, spec.hidden])
-        self._tokens = writer.constant([max(-1, patches // spec.merged), spec.merged * spec.hidden])
+        tokens = -1 if patches < 0 else patches // spec.merged
+        self._tokens = writer.constant([tokens, spec.merged * spec.hidden])
 
     @abstractmethod
     def norm(self, norm: Norm, place: str, x: str) -> str:
@@ -74,13 +75,9 @@ class TowerGraph(ABC):
         """A block's attention, from its normalised rows to what its last projection takes."""
 
     def write(self, *, split: bool) -> str:
-        """Write the tower; the value of its float32 embeddings in the order of the program's edge.
+        """Write the tower; its value is the float32 embeddings in the order at the edge.
 
-        Args:
-            split: The host embeds the patches: [tokens, merged, hidden] comes in, in the order of the edge.
-
-        Raises:
-            CheckpointError: If a weight is missing, or of a dtype that graphs do not refer to.
+        With `split` the host embeds the patches: [tokens, merged, hidden] comes in, in the order at the edge.
         """
         spec, g = self.spec, self.g
         x = g.narrow(PATCH_EMBEDDINGS) if split else self._embed(g.narrow(PIXELS))
