@@ -55,7 +55,7 @@ def encode(
         raise ConfigurationError("no encoder was named.", hint="Pass --checkpoint or --bundle.")
     found = locate_checkpoint(checkpoint) if checkpoint is not None else None
     source = open_bundle(bundle, checkpoint=found) if bundle is not None else open_source(checkpoint or "")
-    tower = source.tower if isinstance(source, Bundle) else source
+    tower = source.tower
     folder = (found or tower.checkpoint).folder
     if isinstance(source, Bundle):
         require_processor(source.manifest.processor_digest, folder, source.folder)

@@ -130,7 +130,7 @@ class _Opening:
             )
 
     def _fallback(self, name: str) -> ChainLink:
-        tower = self._source.tower if isinstance(self._source, Bundle) else self._source
+        tower = self._source.tower
         return self._link(name, partial(self._open, tower, name), same=False)
 
     def _link(self, name: str, opener: Callable[[], Encoder], *, same: bool) -> ChainLink:

@@ -170,7 +170,7 @@ def _measured(
 ) -> EncodeReport:
     folder, name = _folder(source, preset, depth)
     opened = open_source(folder)
-    tower = opened.tower if isinstance(opened, Bundle) else opened
+    tower = opened.tower
     most = len(process_cores())
     if threads is not None and threads > most:
         raise SettingsError(f"--threads {threads} are more than the {most} cores here.", hint=f"Pass at most {most}.")

@@ -39,7 +39,6 @@ class _Work:
         deadline: float,
     ) -> dict[str, Any]:  # fmt: skip
         """Open a contender and say what it is."""
-        from visionaccel.bundle import Bundle
         from visionaccel.encoder import open_source
 
         opened = open_source(source)
@@ -48,7 +47,7 @@ class _Work:
         else:
             from visionaccel_bench.encode.peers import open_peer
 
-            tower = opened.tower if isinstance(opened, Bundle) else opened
+            tower = opened.tower
             self._opened = open_peer(name, tower, options, threads)
         return {name: getattr(self._opened, name) for name in ("device", "precision", "about", "simulated")}
 

@@ -175,7 +175,7 @@ def _opened(
         source, backend=accelerator.backend, device=accelerator.device, options=accelerator.options
     ) as encoder:
         coverages = tuple(opened.program.coverage for opened in encoder.programs)
-        tower = source.tower if isinstance(source, Bundle) else source
+        tower = source.tower
         fitter = Fitter(tower, coverages, "letterbox", process.min_pixels, process.max_pixels)
         fitter.check_bounds()
         yield lambda image: process(fitter.fit(image)), encoder

@@ -173,7 +173,7 @@ def grids_of(served: ServedModel, settings: Settings) -> Grids | None:
     if settings.bundle is None or not is_bundle(settings.bundle):
         return None  # An encoder from a checkpoint's weights takes every grid.
     source = open_served_source(served, settings)
-    tower = source.tower if isinstance(source, Bundle) else source
+    tower = source.tower
     with on_cores(worker.started_cores()):  # backends count cores when they are first asked, for good
         chosen = select(default_registry(), source, settings.backend or AUTO, settings.device).chosen
     if chosen is None:

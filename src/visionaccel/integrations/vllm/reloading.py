@@ -56,7 +56,7 @@ class StoredWeights:
     """The vision tensors in a source's files, by their names without the prefix."""
 
     def __init__(self, source: Tower | Bundle, prefixes: tuple[str, ...]) -> None:
-        checkpoint = (source.tower if isinstance(source, Bundle) else source).checkpoint
+        checkpoint = source.tower.checkpoint
         self._stored: Mapping[str, StoredTensor] = {}
         with suppress(ArtifactError):  # a bundle whose programs bring their weights: nothing in it equals anything
             self._stored = checkpoint.with_prefix(prefixes)

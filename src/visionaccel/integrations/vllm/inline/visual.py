@@ -138,7 +138,7 @@ class AcceleratedTower(nn.Module):
         shared_memory()  # which faults are reported through: an error now does not end a running engine
         self._source = open_served_source(served, self._settings)
         self._used: StoredWeights | None = StoredWeights(self._source, self._prefixes)
-        tower = self._source.tower if isinstance(self._source, Bundle) else self._source
+        tower = self._source.tower
         self.spatial_merge_size = tower.merge_size
         self.out_hidden_size = tower.out_width
         self.dtype = served.dtype
