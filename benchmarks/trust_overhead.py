@@ -22,7 +22,7 @@ from visionaccel.backends import Capabilities, Session, default_registry
 from visionaccel.core.arrays import Array
 from visionaccel.core.contracts import TensorSpec, check_embeddings, check_output
 from visionaccel.core.cores import on_cores
-from visionaccel.core.grid import GridLike
+from visionaccel.core.grid import Grid, GridLike
 from visionaccel.core.program import ONNX
 from visionaccel.encoder import Encoder, OpenProgram, open_tower
 from visionaccel.observe import EncoderMetrics
@@ -51,8 +51,8 @@ class _Instant(Session):
 class _Nothing(Encoder):
     """Encodes nothing, so that what is around an encode can be measured."""
 
-    def _encode(self, patches: Array, grids: Iterable[GridLike], clock: object) -> Array:  # noqa: ARG002
-        return patches
+    def _encode(self, patches: Array, grids: Iterable[GridLike], lap: object = None) -> tuple[Array, tuple[Grid, ...]]:  # noqa: ARG002
+        return patches, ()
 
 
 def measure() -> dict[str, float]:
@@ -91,7 +91,7 @@ def _parts(checkpoint: Path, patches: Array) -> dict[str, float]:
     guarded = GuardedEncoder(ChainLink("instant", encoder))
 
     def bare() -> None:
-        encoder._encode(patches, [GRID], None)
+        encoder._encode(patches, [GRID])
 
     assert not encoder.hooks.visionaccel_encoded.get_hookimpls(), "there are no observers"
     programs = [OpenProgram(program, tower.host(program), _Instant(rows))]
@@ -113,7 +113,7 @@ def _parts(checkpoint: Path, patches: Array) -> dict[str, float]:
 def _unasked(encoder: Encoder, patches: Array) -> None:
     """`Encoder.encode` without a look at whether anybody observes."""
     with on_cores(None):
-        encoder._encode(patches, [GRID], None)
+        encoder._encode(patches, [GRID])
 
 
 def _look(spec: TensorSpec, rows: Array) -> None:

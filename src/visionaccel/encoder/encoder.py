@@ -129,7 +129,7 @@ class Encoder:
         """
         with on_cores(self._cores):  # a runtime's pool computes on the thread that calls it, too
             if not self.hooks.visionaccel_encoded.get_hookimpls():
-                return self._encode(patches, grids, lambda *_: None)[0]
+                return self._encode(patches, grids)[0]
             clock = _Clock()
             with watch_parts() as parts:
                 embeddings, checked = self._encode(patches, grids, clock.lap)
@@ -201,7 +201,7 @@ class Encoder:
         self.close()
 
     def _encode(
-        self, patches: Array, grids: Iterable[GridLike], lap: Callable[..., None]
+        self, patches: Array, grids: Iterable[GridLike], lap: Callable[..., None] = lambda *_: None
     ) -> tuple[Array, tuple[Grid, ...]]:
         checked = as_grids(grids, self.tower.merge_size)
         check_patches(patches, checked, self.tower.patch_width)
