@@ -68,7 +68,7 @@ def quantize_products(
         ConfigurationError: If there are no products to quantize, or no calls.
         ArtifactError: If the model cannot be read, or the rows are not finite.
     """
-    model = _parse(program)
+    model = parse_model(program)
     groups = _find_products(model, program)
     if keep_last and len(groups) > 1:
         groups.popitem()
@@ -93,7 +93,12 @@ def quantize_products(
     path.write_bytes(_replace_nodes(model, replaced, initializers).SerializeToString())
 
 
-def _parse(program: Program) -> onnx.ModelProto:
+def parse_model(program: Program) -> onnx.ModelProto:
+    """The ONNX model of a program that has one.
+
+    Raises:
+        ArtifactError: If it cannot be read.
+    """
     assert program.model is not None, "a program in ONNX"
     try:
         return onnx.load_model_from_string(program.model())

@@ -13,7 +13,6 @@ import psutil
 from numpy.typing import NDArray
 
 from visionaccel.backends import Registry, select
-from visionaccel.bundle import Bundle
 from visionaccel.core.grid import total_patches
 from visionaccel.encoder import Encoder, open_source
 from visionaccel.errors import ArtifactError, DeviceError, DeviceLostError, OutputError, VisionAccelError
@@ -193,8 +192,7 @@ def _open_truncated(subject: Subject) -> None:
             for call in grids_of(encoder)
             if encoder.program_for(call[0].frame).program.coverage == program.coverage
         )
-    tower = source.tower if isinstance(source, Bundle) else source
-    inputs = tower.host(program).inputs(patches_for([grid], subject.seed), [grid])
+    inputs = source.tower.host(program).inputs(patches_for([grid], subject.seed), [grid])
     options = backend.options.model_validate(dict(subject.options))
 
     def run() -> None:
