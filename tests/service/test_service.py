@@ -236,6 +236,16 @@ def test_a_coroutine_that_waits_for_room_learns_that_the_service_closes(device):
     asyncio.run(ask(service))
 
 
+def test_a_coroutine_that_need_not_wait_leaves_nothing_behind(device):
+    async def ask(service):
+        return [await service.submit_async(image(1), GRID) for _ in range(20)]
+
+    with EncodeService([device[0]]) as service:
+        asyncio.run(ask(service))
+        assert service.counters.cached == 19
+        assert service._state._watchers == []
+
+
 # Sharing
 
 

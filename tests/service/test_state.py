@@ -154,3 +154,16 @@ def test_an_equal_item_needs_no_room():
     item = state.take(lambda _: True)
     state.finish(item, np.zeros((1, 4), np.float32), 0.0, fallback=False)
     assert first.result(0) is second.result(0)
+
+
+def test_a_change_is_answered_at_once_where_there_is_room_and_later_where_there_is_none():
+    state = ServiceState(1, EmbeddingCache(0))
+    assert state.next_change().done()
+    state.enter(Item("a", np.zeros(1), GRID, 0.0), 0)
+    waits, gives_up = state.next_change(), state.next_change()
+    assert not waits.done()
+    gives_up.cancel()
+    state.take(lambda _: True)
+    assert waits.done()
+    state.close(drain=False)
+    assert state.next_change().done()

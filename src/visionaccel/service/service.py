@@ -146,11 +146,10 @@ class EncodeService:
         """
         item = await asyncio.to_thread(self._item, patches, grid, key, arrival)
         while True:
-            change = self._state.next_change()  # asked for first, so that none is missed
             try:
                 return await asyncio.wrap_future(self._state.enter(item, 0))
             except QueueFullError:
-                await asyncio.wrap_future(change)
+                await asyncio.wrap_future(self._state.next_change())
 
     def encode(self, patches: Array, grids: Iterable[GridLike]) -> list[Embedding]:
         """Encode several images and videos and wait for all of them.

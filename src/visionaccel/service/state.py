@@ -126,10 +126,13 @@ class ServiceState:
         return future
 
     def next_change(self) -> Future[None]:
-        """Answered when there may be room again, or the service is closed."""
+        """Answered when there may be room, or the service is closed; at once if that is so already."""
+        watcher: Future[None] = Future()
         with self._changed:
-            self._watchers.append(Future())
-            return self._watchers[-1]
+            self._watchers.append(watcher)
+            if self.room or self._closed:
+                self._notify()
+        return watcher
 
     def take(self, may: Callable[[Item], bool]) -> Item | None:
         """The first item that the caller may encode, once there is one; it runs then. None if no more will come.
