@@ -66,12 +66,7 @@ def write_manifest(folder: Path, document: Mapping[str, Any]) -> Manifest:
         ConfigurationError: If the folder cannot be written.
     """
     manifest = seal(document)
-    target, partial = folder / MANIFEST, folder / f".{MANIFEST}.partial"
-    try:
-        write_file(partial, as_json(manifest.model_dump(mode="json")))
-        partial.replace(target)
-    except OSError as error:
-        raise ConfigurationError(f"{target} cannot be written: {error}", hint="Copy the bundle elsewhere.") from error
+    replace_file(folder / MANIFEST, as_json(manifest.model_dump(mode="json")))
     return manifest
 
 
@@ -175,6 +170,16 @@ def write_file(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a bundle's file in the place of one that is there; a ConfigurationError if that is not possible."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        write_file(partial, data)
+        partial.replace(path)
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be written: {error}", hint="Copy the bundle elsewhere.") from error
 
 
 def _sync(folder: Path) -> None:

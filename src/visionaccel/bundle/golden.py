@@ -7,6 +7,7 @@ request. They are kept as patches and not as pictures, so that they test the enc
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,14 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from visionaccel.bundle.bundle import Bundle
-from visionaccel.bundle.folder import rewrite_manifest, stated_file
+from visionaccel.bundle.folder import replace_file, rewrite_manifest, stated_file
 from visionaccel.checkpoint import read_header
 from visionaccel.core.digests import file_digest
 from visionaccel.core.grid import Grid, as_grids, total_patches
 from visionaccel.core.invalid_values import problems_of
 from visionaccel.core.memory_files import FileState, changed_file, when_steady
 from visionaccel.core.stored_tensor import StoredTensor
-from visionaccel.errors import BundleError, CheckpointError, ConfigurationError, GridError
+from visionaccel.errors import BundleError, CheckpointError, GridError
 
 GOLDEN_FILE = "golden.safetensors"
 """The file's name in the bundle's folder."""
@@ -78,28 +79,23 @@ def write_golden(bundle: Bundle, images: Sequence[Golden], changes: Mapping[str,
         BundleError: If the result is not a manifest.
         ConfigurationError: If the folder cannot be written.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     kept = [file for file in bundle.manifest.model_dump(mode="json")["files"] if file["path"] != GOLDEN_FILE]
     path = bundle.folder / GOLDEN_FILE
-    partial = path.with_name(f".{GOLDEN_FILE}.partial")
-    try:
-        if images:
-            entries, tensors = [], {}
-            for number, each in enumerate(images):
-                tensors[f"{number}.patches"] = np.ascontiguousarray(each.patches, np.float32)
-                tensors[f"{number}.embeddings"] = np.ascontiguousarray(each.embeddings, np.float32)
-                grids = tuple(grid.thw for grid in each.grids)
-                name = each.name[:256]
-                entries.append(_Entry(name=name, program=each.program, grids=grids, threshold=each.threshold))
-            save_file(tensors, partial, {_KEY: _ENTRIES.dump_json(entries).decode()})
-            partial.replace(path)
-            kept.append(stated_file(bundle.folder, path))
-        sealed = rewrite_manifest(bundle, {**changes, "files": kept})
-        if not images:
+    entries, tensors = [], {}
+    for number, each in enumerate(images):
+        tensors[f"{number}.patches"] = np.ascontiguousarray(each.patches, np.float32)
+        tensors[f"{number}.embeddings"] = np.ascontiguousarray(each.embeddings, np.float32)
+        grids = tuple(grid.thw for grid in each.grids)
+        entries.append(_Entry(name=each.name[:256], program=each.program, grids=grids, threshold=each.threshold))
+    if images:
+        replace_file(path, save(tensors, {_KEY: _ENTRIES.dump_json(entries).decode()}))
+        kept.append(stated_file(bundle.folder, path))
+    sealed = rewrite_manifest(bundle, {**changes, "files": kept})
+    if not images:
+        with suppress(OSError):  # not stated any more, and so not read
             path.unlink(missing_ok=True)
-    except OSError as error:
-        raise ConfigurationError(f"{path} cannot be written: {error}", hint="Copy the bundle elsewhere.") from error
     return sealed
 
 
