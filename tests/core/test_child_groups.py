@@ -51,6 +51,18 @@ def test_a_child_that_was_asked_to_end_ends():
     child.printed.close()
 
 
+def test_what_a_dead_child_started_ends_although_the_child_is_asked_to_end():
+    leaves = f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', {SLEEPS!r}]).pid, flush=True)"
+    child = started(leaves)
+    other = int(child.printed.readline())
+    assert child.exits_within(30.0)
+    child.ask_to_end()
+    assert child.end()
+    assert child.status == 0
+    wait_until(lambda: has_ended(other))
+    child.printed.close()
+
+
 def test_a_child_that_is_dead_keeps_its_number_until_it_is_reaped():
     child = started("")
     assert child.exits_within(30.0)

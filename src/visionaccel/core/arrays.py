@@ -48,7 +48,7 @@ def as_numpy(array: Array) -> NDArray[Any]:
 def as_host_tensor(array: Array, dtype: str) -> Any:
     """A numpy array as a torch tensor of `dtype`, sharing memory if it has that dtype; rounded to nearest, as by torch.
 
-    The cast is numpy's: torch's would start threads, which right after an encode wait for those of the runtime.
+    The cast is numpy's: torch's would start threads, which wait for the runtime's right after an encode.
     """
     import torch
 
@@ -60,9 +60,9 @@ def as_host_tensor(array: Array, dtype: str) -> Any:
 def finite_rows(array: Array) -> NDArray[np.bool_]:
     """Which rows of a 2-D array hold only finite numbers: bool [rows], on the host.
 
-    Float32 is read once, for the sum of its squares, to which NaN and infinity spread; a row whose sum is one of them
-    may only have overflowed, and is looked at again. On one thread: a pool's would wait for those of the runtime, which
-    right after an encode still hold the cores.
+    Float32 is read once, for the sum of its squares, to which NaN and infinity spread; where that sum may only have
+    overflowed, the row is read again. It runs on one thread: a pool would wait for the runtime's threads, which hold
+    the cores right after an encode.
     """
     if is_tensor(array):
         if array.device.type != "cpu":

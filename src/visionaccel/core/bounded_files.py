@@ -9,8 +9,6 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["MOST_HOLE_BYTES", "MOST_JSON_BYTES", "hole_bytes", "open_regular", "parse_json", "read_bounded"]
-
 MOST_HOLE_BYTES = 4 * 2**30
 """Most bytes that are hashed although they are nowhere on the disk. A sparse file of terabytes takes no space to send
 and hours to hash; weights have no holes, and bytes on the disk had to be sent."""
@@ -20,12 +18,7 @@ MOST_JSON_BYTES = 8 * 2**20
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file for reading, if it is one: opening a named pipe could block without end, and a device has no end.
-
-    Raises:
-        OSError: If it cannot be opened.
-        ValueError: If it is something else than a file.
-    """
+    """Open a file for reading; ValueError if it is not a regular file, as a named pipe could block without end."""
     fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -37,11 +30,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_bounded(path: Path, most: int = MOST_JSON_BYTES) -> bytes:
-    """The content of a file.
-
-    Args:
-        path: The file.
-        most: How many bytes it may have.
+    """The content of a file of at most that many bytes.
 
     Raises:
         OSError: If it cannot be read.
@@ -59,11 +48,8 @@ def read_bounded(path: Path, most: int = MOST_JSON_BYTES) -> bytes:
 def hole_bytes(path: Path, begin: int, end: int) -> int:
     """How many of a file's bytes from `begin` to `end` lie in holes, which take no space on the disk and read as zeros.
 
-    Counted until there are more than `MOST_HOLE_BYTES`. File systems that do not know holes say that there are none.
-
-    Raises:
-        OSError: If the file cannot be opened.
-        ValueError: If it is not a file.
+    Counted until there are more than `MOST_HOLE_BYTES`. A file system that does not know holes reports none. Raises as
+    `open_regular`.
     """
     holes = 0
     with open_regular(path) as file:
@@ -82,14 +68,10 @@ def hole_bytes(path: Path, begin: int, end: int) -> int:
 
 
 def parse_json(text: str, *, most_digits: int | None = None) -> Any:
-    """A JSON document with each name once in an object, and numbers that are finite.
-
-    Args:
-        text: The document.
-        most_digits: How long an integer may be, its sign included; None for what Python takes.
+    """A JSON document with each name once in an object, finite numbers, and integers of at most so many characters.
 
     Raises:
-        ValueError: If it is none, or nested too deeply.
+        ValueError: If it is not such a document, or nested too deeply.
     """
 
     def integer(digits: str) -> int:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["cache_home", "our_cache"]
-
 
 def cache_home() -> Path:
     """The folder of every program's caches; it need not exist.
@@ -22,9 +20,5 @@ def cache_home() -> Path:
 
 
 def our_cache() -> Path:
-    """The folder for what this package can make again.
-
-    Raises:
-        RuntimeError: As `cache_home`.
-    """
+    """The folder for what this package can make again; raises as `cache_home`."""
     return cache_home() / "visionaccel"

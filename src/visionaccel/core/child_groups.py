@@ -14,8 +14,6 @@ from typing import IO
 
 from visionaccel.core.orphans import guarded_group
 
-__all__ = ["ChildGroup", "end_with_parent", "how_it_ended", "signal_name"]
-
 _PR_SET_PDEATHSIG = 1
 _LONGEST_PAUSE = 0.05
 _DYING = 5.0
@@ -32,18 +30,11 @@ class ChildGroup:
 
     Args:
         command: What to run.
-        environment: Its environment; None for this process's.
         output: Where what it prints goes: a file, a descriptor, or `subprocess.PIPE` for `printed`.
+        environment: Its environment; None for this process's.
         pass_fds: Descriptors that it inherits.
-        guarded: Have the group ended should this process be killed. Not needed by a child that calls
-            `end_with_parent` and starts nothing.
-
-    Attributes:
-        pid: The child's process id, and that of its group.
-        printed: What it prints, if `output` is `subprocess.PIPE`.
-
-    Raises:
-        OSError: If it cannot be started.
+        guarded: Have the group ended if this process is killed. A child that calls `end_with_parent` and starts
+            nothing does not need it.
     """
 
     def __init__(
@@ -59,7 +50,7 @@ class ChildGroup:
         self._killed = False
         self._process = subprocess.Popen(  # noqa: S603 - callers run this interpreter, or what a user named
             command,
-            env=None if environment is None else dict(environment),
+            env=environment,
             pass_fds=pass_fds,
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -95,7 +86,9 @@ class ChildGroup:
         """Send SIGTERM to the child alone, which ends what it started."""
         with self._reaping:
             if self._process.returncode is None:
-                self._process.terminate()
+                # Not by Popen, which reaps a dead child first: what it started would then be left alone.
+                with suppress(ProcessLookupError):
+                    os.kill(self.pid, signal.SIGTERM)
 
     def kill(self) -> None:
         """End the child and what it started, at once."""
@@ -119,13 +112,10 @@ class ChildGroup:
         return status
 
     def end(self, seconds: float = 0.0) -> bool:
-        """Give the child some time to end by itself, then kill the group, and reap it.
+        """Give the child some time to end by itself, then kill the group, and reap it; whether it ended by itself.
 
         A killed child that hangs in a driver's system call does not die. It is waited for a few seconds and then left
         to the watcher.
-
-        Returns:
-            Whether it ended by itself.
         """
         ended = self.exits_within(seconds)
         self.kill()
@@ -156,7 +146,7 @@ def _within(seconds: float, happened: Callable[[], bool]) -> bool:
 
 
 def how_it_ended(status: int) -> str:
-    """A child's status in words: `ended with status 3`, `was ended by SIGKILL`."""
+    """A child's status in words, such as `ended with status 3` or `was ended by SIGKILL`."""
     return f"ended with status {status}" if status >= 0 else f"was ended by {signal_name(-status)}"
 
 
@@ -169,14 +159,10 @@ def signal_name(number: int) -> str:
 
 
 def end_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent ends.
+    """Have the kernel kill this process when its parent, of that process id, ends.
 
-    Nothing that runs Python could do so: a thread that waits for the parent's end gets no turn while vendor code hangs
-    with the interpreter's lock held. The signal comes when the parent's thread that started this process ends, which is
-    why a thread that outlives this process has to start it.
-
-    Args:
-        parent: The parent's process id.
+    A thread that waits for the parent's end would get no turn while vendor code hangs with the interpreter's lock held.
+    The signal comes when the parent's thread that started this process ends, so that thread must outlive this process.
     """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # It ended before the line above.

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from visionaccel.core.arrays import finite_rows
-
-__all__ = ["THRESHOLDS", "Comparison", "Place", "length_errors", "token_cosines"]
 
 THRESHOLDS: Mapping[str, float] = MappingProxyType(
     {"float32": 0.9999, "float16": 0.999, "bfloat16": 0.99, "int8": 0.99}
@@ -26,27 +24,15 @@ _WRONG = -1.0
 """Cosine of a token that has no direction, so that a device that returns zeros, or NaN, cannot pass."""
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Place:
-    """Where a token stands.
-
-    Attributes:
-        encode: Number of the encode, from 0, in the order of comparing.
-        token: Row of its embeddings, from 0.
-    """
+class Place(NamedTuple):
+    """Where a token stands: the number of its encode in the order of comparing, and its row there, both from 0."""
 
     encode: int
     token: int
 
 
 class Comparison:
-    """Collects the encodes of one program next to the reference's.
-
-    Attributes:
-        encodes: Encodes compared.
-        tokens: Embeddings compared.
-        nonfinite_rows: Embeddings with NaN or infinity.
-    """
+    """Compares the encodes of one program with the reference's, and counts rows that hold NaN or infinity."""
 
     def __init__(self) -> None:
         self.encodes = self.tokens = self.nonfinite_rows = 0
@@ -55,12 +41,7 @@ class Comparison:
         self._squared_error = self._squared_reference = 0.0
 
     def add(self, ours: NDArray[np.float32], reference: NDArray[np.float32]) -> None:
-        """Compare one encode.
-
-        Args:
-            ours: [tokens, width]. A row with NaN or infinity counts as a row of zeros in the relative error.
-            reference: [tokens, width].
-        """
+        """Compare one encode, [tokens, width]. In the relative error a row with NaN or infinity counts as zeros."""
         assert ours.shape == reference.shape, "embeddings of one encode have one shape"
         finite = finite_rows(ours)
         self.nonfinite_rows += int((~finite).sum())
@@ -73,12 +54,7 @@ class Comparison:
         self.tokens += len(reference)
 
     def add_missing(self, reference: NDArray[np.float32], nonfinite_rows: int = 0) -> None:
-        """Count an encode that was not made or had to be thrown away: each of its tokens is wrong.
-
-        Args:
-            reference: [tokens, width]; what it should have been.
-            nonfinite_rows: Rows of it that were NaN or infinite.
-        """
+        """Count an encode that was not made or was discarded: each of its tokens is wrong, and some were not finite."""
         self.add(np.zeros_like(reference), reference)
         self.nonfinite_rows += nonfinite_rows
 
@@ -136,15 +112,7 @@ class Comparison:
 
 
 def token_cosines(ours: NDArray[np.float32], reference: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Cosine of each row, computed in float64; -1 where either row is zero or not finite.
-
-    Args:
-        ours: [tokens, width].
-        reference: [tokens, width].
-
-    Returns:
-        float64 [tokens], from -1 to 1.
-    """
+    """Cosine of each row of [tokens, width], float64; -1 where either row is zero or not finite."""
     found, exact = _finite_only(ours), _finite_only(reference)
     norms = np.linalg.norm(found, axis=1) * np.linalg.norm(exact, axis=1)
     cosines = np.full(len(norms), _WRONG)
@@ -153,14 +121,9 @@ def token_cosines(ours: NDArray[np.float32], reference: NDArray[np.float32]) -> 
 
 
 def length_errors(ours: NDArray[np.float32], reference: NDArray[np.float32]) -> NDArray[np.float64]:
-    """How far the length of each row is from the reference's, as a share of it; 1 where a row is zero or not finite.
+    """How far the length of each row of [tokens, width] is from the reference's, as a share of it, float64.
 
-    Args:
-        ours: [tokens, width].
-        reference: [tokens, width].
-
-    Returns:
-        float64 [tokens], not negative.
+    It is 1 where a row is zero or not finite.
     """
     found, exact = (np.linalg.norm(_finite_only(rows), axis=1) for rows in (ours, reference))
     ratios = np.zeros(len(exact))

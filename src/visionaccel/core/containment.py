@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from visionaccel.core.safe_text import safe_logger
 from visionaccel.errors import DeviceError, VisionAccelError
 
-__all__ = ["contained", "device_errors", "tell"]
-
 logger = safe_logger(__name__)
 
 
@@ -17,10 +15,8 @@ logger = safe_logger(__name__)
 def contained() -> Iterator[None]:
     """Turn what is not an `Exception`, such as the SystemExit of `sys.exit`, into one that says so.
 
-    `except Exception` does not catch it, so that a plug-in could end a server. Ctrl-C still ends it.
-
-    Raises:
-        RuntimeError: If the code in the context raises something like that; the message names it.
+    `except Exception` does not catch it, so that a plug-in could end a server. Ctrl-C still ends it. What is raised in
+    its place is a RuntimeError whose message names it.
     """
     try:
         yield
@@ -53,7 +49,7 @@ def device_errors(doing: str | Callable[[], str], hint: str | None = None) -> It
 
 
 def tell(hook: Callable[[], object]) -> None:
-    """Call observers; what one raises, an exit included, is logged and costs no one an encode."""
+    """Call observers; what one raises, an exit included, is logged and fails no encode."""
     try:
         with contained():
             hook()

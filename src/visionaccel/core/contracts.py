@@ -102,14 +102,10 @@ def check_output(backend: str, spec: TensorSpec, array: Array | None, sizes: Map
 
 
 def check_embeddings(backend: str, rows: Array) -> None:
-    """Check the embeddings of a call, without the padding that a program may have left around them.
+    """Check the finite embeddings of a call, [tokens, out_width], without a program's padding around them.
 
-    No embedding repeats one number: where it does, a device wrote nothing, zeros, or a filling. A backend whose device
-    writes into the host's memory fills that with NaN beforehand, so that `check_output` finds what was not written.
-
-    Args:
-        backend: The backend's name.
-        rows: [tokens, out_width], finite.
+    Where an embedding repeats one number, a device wrote nothing, zeros, or a filling. A backend whose device writes
+    into the host's memory fills that with NaN beforehand, so that `check_output` finds what was not written.
 
     Raises:
         OutputError: If a row is constant.

@@ -14,14 +14,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from visionaccel.errors import SettingsError
-
-__all__ = [
-    "ALL", "CoreChoice", "Host", "WantedCores", "child_environment", "choose_cores", "cores_here", "on_cores",
-    "parse_cores", "process_cores", "shown_cores", "thread_limit",
-]  # fmt: skip
 
 ALL: Literal["all"] = "all"
 
@@ -43,7 +38,7 @@ class Host:
     Attributes:
         usable: Cores that this process may use.
         taken: Cores that the language model computes on while images are encoded.
-        why: What says so, for people, as a clause.
+        why: The reason for that, as a clause.
     """
 
     usable: frozenset[int]
@@ -51,25 +46,15 @@ class Host:
     why: str
 
 
-@dataclass(frozen=True, slots=True)
-class CoreChoice:
-    """The cores of an encoder.
-
-    Attributes:
-        cores: Their numbers; None to leave every thread where it is, and the sizes of pools to the runtimes.
-        why: The reason, as a clause; empty where there is no choice.
-    """
+class CoreChoice(NamedTuple):
+    """The cores of an encoder and why, as a clause; None to leave threads where they are, and pools to the runtimes."""
 
     cores: frozenset[int] | None = None
     why: str = ""
 
 
 def parse_cores(text: str) -> frozenset[int] | Literal["all"]:
-    """Cores from a list of numbers and ranges such as `0-3,8`, or `all`.
-
-    Raises:
-        ValueError: If it is neither.
-    """
+    """Cores from a list of numbers and ranges such as `0-3,8`, or `all`; ValueError if it is neither."""
     if text.strip().lower() == ALL:
         return ALL
     cores: set[int] = set()
@@ -94,11 +79,7 @@ def shown_cores(cores: Iterable[int]) -> str:
 
 
 def process_cores(pid: int | None = None) -> frozenset[int]:
-    """Cores that the main thread of a process may run on; of this one by default.
-
-    Raises:
-        OSError: If there is no such process.
-    """
+    """Cores that the main thread of a process may run on, by default this one; OSError if there is no such process."""
     return _allowed(os.getpid() if pid is None else pid)
 
 
@@ -120,8 +101,8 @@ def choose_cores(wanted: WantedCores, host: Host | None = None) -> CoreChoice:
     usable = process_cores() if host is None else host.usable
     if wanted is None:
         assert host is not None
-        beside = frozenset(core for core in usable if not _physical(core) & host.taken)
-        left = beside or usable - host.taken
+        apart = frozenset(core for core in usable if not _physical(core) & host.taken)
+        left = apart or usable - host.taken
         return CoreChoice(left or usable, host.why if left else f"{host.why}, which leaves no other")
     if wanted == ALL:
         return CoreChoice(usable, "VISIONACCEL_CPU_CORES=all")
@@ -140,8 +121,7 @@ def on_cores(cores: frozenset[int] | None, *, strict: bool = False) -> Iterator[
 
     Args:
         cores: The cores; None to change nothing.
-        strict: Insist on all of them. Otherwise cores that the system took away since are ignored, and the image is
-            encoded on the others.
+        strict: Require all of them. Otherwise cores that the system has taken away are ignored.
 
     Raises:
         SettingsError: If strict, and the system does not give this thread each of them.
@@ -166,18 +146,14 @@ def on_cores(cores: frozenset[int] | None, *, strict: bool = False) -> Iterator[
 
 def cores_here() -> frozenset[int] | None:
     """The cores of the innermost `on_cores` of this thread, to open another thread's with; None outside."""
-    cores: frozenset[int] | None = getattr(_here, "cores", None)
-    return cores
+    return getattr(_here, "cores", None)
 
 
 def thread_limit() -> int | None:
     """How many threads a pool that is made by this thread should have: one for each core that it may run on.
 
-    Hardware threads of one core count once.
-
-    Returns:
-        The number; None where this thread may run everywhere and its cores were not chosen. Then the runtime's own
-        choice is as good.
+    Hardware threads of one core count once. None where this thread may run everywhere and its cores were not chosen:
+    then the runtime's own choice is as good.
     """
     allowed = _allowed()
     if cores_here() is None and len(allowed) >= (os.cpu_count() or 1):
@@ -188,8 +164,7 @@ def thread_limit() -> int | None:
 def child_environment() -> dict[str, str]:
     """The environment for a process that this thread starts, which inherits its cores.
 
-    Where they were chosen, OpenMP's variables that bind threads to others are not among it, nor the number of threads
-    that goes with them.
+    Where they were chosen, it lacks OpenMP's variables that bind threads to other cores, and their number of threads.
     """
     environment = dict(os.environ)
     if cores_here() is not None and not environment.keys().isdisjoint(_BINDING):
@@ -217,7 +192,7 @@ def _allowed(thread: int = 0) -> frozenset[int]:
 
 
 def _move(cores: frozenset[int]) -> None:
-    """Have this thread run on those of some cores that there are."""
+    """Pin this thread to those of the cores that exist."""
     if hasattr(os, "sched_setaffinity"):
         with suppress(OSError):
             os.sched_setaffinity(0, cores)

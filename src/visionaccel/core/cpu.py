@@ -7,8 +7,6 @@ import platform
 from functools import cache
 from pathlib import Path
 
-__all__ = ["flags_in", "has_bfloat16", "processor_name"]
-
 _INFO = Path("/proc/cpuinfo")
 _FIELDS = ("flags", "Features")
 _BFLOAT16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
@@ -25,10 +23,9 @@ def flags_in(cpuinfo: str) -> frozenset[str]:
 
 
 def has_bfloat16() -> bool:
-    """Whether products of bfloat16 are computed by instructions for them. Otherwise they are emulated, and slower.
+    """Whether the CPU has instructions for products of bfloat16, and `ONEDNN_MAX_CPU_ISA` allows them.
 
-    torch and oneDNN say more often that they support bfloat16: they count CPUs on which they convert it to float32.
-    oneDNN's variable that narrows what is used, `ONEDNN_MAX_CPU_ISA`, is heeded.
+    torch and oneDNN also report support on CPUs where they convert it to float32, which is slower.
     """
     limit = next((os.environ[name] for name in _LIMITS if os.environ.get(name)), "")
     return limit.upper() not in _WITHOUT_BFLOAT16 and not _flags().isdisjoint(_BFLOAT16)

@@ -1,8 +1,8 @@
 """Digests of files, remembered while the files stay unchanged.
 
 A digest is taken from memory if the file has the same device, inode, size, modification and change time as when it was
-computed. Change times cannot be set by programs, so this sees every write; what it cannot see is a disk that rots, for
-which a full check is there.
+computed. Programs cannot set change times, so this sees every write. It does not see decay of a disk, for which a full
+check is there.
 """
 
 from __future__ import annotations
@@ -22,19 +22,13 @@ from visionaccel.core.cache_folder import our_cache
 from visionaccel.core.memory_files import FileState
 from visionaccel.errors import BundleError
 
-__all__ = ["file_digest", "json_digest", "remembered_digest"]
-
 _MOST_ENTRIES = 4096
 _SETTLED_SECONDS = 2.0
 """A file that changed less than this ago may change again within the resolution of its times."""
 
 
 def file_digest(path: Path, *, trust_unchanged: bool = True) -> str:
-    """`sha256:` and the hexadecimal SHA-256 of a file.
-
-    Raises:
-        BundleError: If it cannot be read.
-    """
+    """`sha256:` and the hexadecimal SHA-256 of a file; BundleError if it cannot be read."""
 
     def compute() -> str:
         try:
@@ -55,22 +49,18 @@ def json_digest(document: Mapping[str, Any]) -> str:
 def remembered_digest(
     kind: str, files: Sequence[Path], compute: Callable[[], str], *, trust_unchanged: bool = True
 ) -> str:
-    """A digest of some files, from memory if none of them changed.
+    """What `compute` makes of some files, from memory if that is trusted and none of them changed.
 
-    Args:
-        kind: What the digest is of; part of the key.
-        files: The files that it depends on.
-        compute: Computes it.
-        trust_unchanged: Whether memory may answer.
+    `kind` tells apart different digests of the same files.
     """
     # From before the state was read: what was written just then may have been overwritten without its times changing.
     started = time.time_ns()
     try:
-        state = _states(files)
-    except OSError:
+        state, memory = _states(files), our_cache() / "digests.json"
+    except (OSError, RuntimeError):  # RuntimeError: there is no home folder
         return compute()
     key = json.dumps([kind, *sorted(map(str, files))])
-    known = _load()
+    known = _load(memory)
     entry = known.get(key)
     if trust_unchanged and isinstance(entry, dict) and entry.get("state") == state:
         remembered = entry.get("digest")
@@ -80,36 +70,27 @@ def remembered_digest(
     settled = all(started - times[-1] > _SETTLED_SECONDS * 1e9 for times in state)
     with suppress(OSError):
         if settled and _states(files) == state:
-            _store({**known, key: {"state": state, "digest": digest}})
+            entries = {**known, key: {"state": state, "digest": digest}}.items()
+            _store(memory, dict(list(entries)[-_MOST_ENTRIES:]))
     return digest
 
 
 def _states(files: Sequence[Path]) -> list[list[int]]:
-    """The state of each file in the order of their names, as JSON has it.
-
-    Raises:
-        OSError: If one is not there.
-    """
+    """The state of each file in the order of their names, as JSON has it; OSError if one is not there."""
     return [list(astuple(FileState.of(file))) for file in sorted(files)]
 
 
-def _memory() -> Path:
-    return our_cache() / "digests.json"
-
-
-def _load() -> dict[str, Any]:
+def _load(memory: Path) -> dict[str, Any]:
     try:
-        known = json.loads(read_bounded(_memory()))
-    except (OSError, ValueError, RecursionError, RuntimeError):  # RuntimeError: there is no home folder.
+        known = json.loads(read_bounded(memory))
+    except (OSError, ValueError, RecursionError):
         return {}
     return known if isinstance(known, dict) else {}
 
 
-def _store(known: dict[str, Any]) -> None:
-    with suppress(OSError, RuntimeError):  # Memory is a convenience; a read-only home must not cost a start.
-        target = _memory()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        kept = dict(list(known.items())[-_MOST_ENTRIES:])
-        with tempfile.NamedTemporaryFile("w", dir=target.parent, delete=False, encoding="utf-8") as file:
-            json.dump(kept, file)
-        Path(file.name).replace(target)
+def _store(memory: Path, known: Mapping[str, Any]) -> None:
+    """Replace the memory; a read-only home, where that raises OSError, must not cost a start."""
+    memory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=memory.parent, delete=False, encoding="utf-8") as file:
+        json.dump(known, file)
+    Path(file.name).replace(memory)

@@ -10,19 +10,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-__all__ = ["DTYPES", "FLOATS", "OF_ONNX", "OF_SAFETENSORS", "Dtype", "safetensors_name"]
-
 
 @dataclass(frozen=True, slots=True)
 class Dtype:
-    """One dtype.
-
-    Attributes:
-        name: numpy's or ml_dtypes' name, which is also torch's.
-        safetensors: Its name in safetensors files.
-        onnx: Its number, of `onnx.TensorProto.DataType`.
-        numpy: numpy's dtype.
-    """
+    """One dtype: its name in numpy and torch, that in safetensors, and its number in `onnx.TensorProto.DataType`."""
 
     name: str
     safetensors: str

@@ -7,8 +7,6 @@ from typing import Any, TypeAlias
 
 from pydantic import ValidationError
 
-__all__ = ["Problem", "problems_of"]
-
 Problem: TypeAlias = Mapping[str, Any]
 """One of the entries of `ValidationError.errors()`."""
 
@@ -22,12 +20,7 @@ def _described(problem: Problem) -> str:
 
 
 def problems_of(error: Exception, describe: Callable[[Problem], str] = _described) -> str:
-    """Where each problem is and what it is; of an error that is not pydantic's, its message.
-
-    Args:
-        error: What validating raised.
-        describe: Puts one problem in words; by default without the value.
-    """
+    """Where each problem is and what it is, by default without the value; of another error, its message."""
     if not isinstance(error, ValidationError):
         return str(error)
     problems = error.errors(include_url=False, include_context=False, include_input=describe is not _described)

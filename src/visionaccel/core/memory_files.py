@@ -12,10 +12,9 @@ from typing import BinaryIO, NoReturn, TypeVar
 
 from visionaccel.errors import ChangedFileError, ConfigurationError
 
-__all__ = ["FileState", "MemoryFile", "TouchedFileError", "changed_file", "when_steady"]
-
 _T = TypeVar("_T")
 
+_ATTEMPTS = 5
 _FIRST_DESCRIPTOR = 3
 """The three below are standard input and output, which every child process gets replaced."""
 
@@ -26,12 +25,7 @@ _MAPPED = "Set VISIONACCEL_WEIGHTS=mapped to read the weights where they lie."
 class FileState:
     """What changes when a file is written, replaced or cut short. Programs cannot set the change time.
 
-    Attributes:
-        device: The device that it lies on.
-        inode: Its number there.
-        size: Bytes.
-        modified: When its content changed last, in units of 1e-9 s.
-        changed: When anything of it changed last, its number of links included.
+    Times are in nanoseconds: `modified` is of the content, `changed` of anything, the number of links included.
     """
 
     device: int
@@ -42,44 +36,28 @@ class FileState:
 
     @classmethod
     def of(cls, file: Path | int) -> FileState:
-        """The state of a file, or of an open descriptor.
-
-        Raises:
-            OSError: If it is not there.
-        """
+        """The state of a file, or of an open descriptor."""
         found = os.stat(file)  # noqa: PTH116 - of a descriptor too
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
     @classmethod
     def of_named(cls, file: Path) -> FileState:
-        """The state of a file that was verified before.
-
-        Raises:
-            ChangedFileError: If it is not there.
-        """
+        """The state of a file that was verified before; ChangedFileError if it is gone."""
         try:
             return cls.of(file)
         except OSError as error:
             raise changed_file(file) from error
 
     def require(self, file: Path) -> None:
-        """Require that a file is in this state.
-
-        Raises:
-            ChangedFileError: If it is not, or is not there.
-        """
+        """Raise ChangedFileError unless a file is in this state."""
         self.require_same(self.of_named(file), file)
 
     def require_same(self, now: FileState, file: Path) -> None:
-        """Require that another state is this one.
-
-        Args:
-            now: The other state.
-            file: Whose state it is, for the error.
+        """Require that the state of a file now is this one.
 
         Raises:
-            TouchedFileError: If the change time alone is another.
-            ChangedFileError: If anything else is.
+            TouchedFileError: If only the change time differs.
+            ChangedFileError: If anything else does.
         """
         if now != self:
             touched = replace(now, changed=self.changed) == self
@@ -87,10 +65,10 @@ class FileState:
 
 
 class TouchedFileError(ChangedFileError):
-    """A file has another change time and is the same otherwise.
+    """Only the change time of a file differs.
 
-    A hard link or another mode does that, which leaves the content alone. So does a program that writes to the file and
-    sets its modification time back, and nothing tells the two apart but looking at the content again.
+    A hard link or a new mode does that, and leaves the content alone. So does a program that writes to the file and
+    sets its modification time back: only the content tells the two apart.
     """
 
 
@@ -102,20 +80,12 @@ def changed_file(file: Path, error: type[ChangedFileError] = ChangedFileError) -
     )
 
 
-def when_steady(attempt: Callable[[], _T], times: int = 5) -> _T:
-    """Try to verify and open files, and try again if one of them was touched during the attempt.
+def when_steady(attempt: Callable[[], _T]) -> _T:
+    """Verify and open files from scratch by `attempt`, which is repeated if one of them is touched in the attempt.
 
-    Args:
-        attempt: Verifies and opens the files from scratch on each call.
-        times: The largest number of attempts.
-
-    Returns:
-        What the attempt returns.
-
-    Raises:
-        ChangedFileError: If a file changed, or was touched during every attempt.
+    ChangedFileError if a file changed, or was touched during every attempt.
     """
-    for _ in range(times - 1):
+    for _ in range(_ATTEMPTS - 1):
         with suppress(TouchedFileError):
             return attempt()
     return attempt()
@@ -125,20 +95,12 @@ class MemoryFile:
     """Bytes in an anonymous file (memfd) that the kernel lets no process change, not even this one.
 
     No path on disk leads to it, so it cannot be replaced, rewritten or truncated. It counts as memory of the process
-    that made it, and is gone with the last object or mapping that uses it. Code that opens files by their path can open
-    it, in this process and in a child that inherits the descriptor.
-
-    Args:
-        fd: The descriptor of a sealed file; it belongs to this object from then on.
-        digest: What identifies its content.
+    that made it, and is gone with the last object or mapping that uses it.
 
     Attributes:
-        fd: The descriptor.
+        fd: The descriptor of a sealed file, which belongs to this object.
         digest: What identifies its content.
-        path: Where any code of a process that has the descriptor can open it.
-
-    Raises:
-        ValueError: If the file could still change.
+        path: Where any code can open it, in this process and in a child that inherits the descriptor.
     """
 
     def __init__(self, fd: int, digest: str) -> None:
@@ -154,15 +116,9 @@ class MemoryFile:
 
     @classmethod
     def write(cls, name: str, size: int, fill: Callable[[BinaryIO], str]) -> MemoryFile:
-        """A new one.
+        """A new one of `size` bytes, all of which `fill` writes, in any order, before it returns their digest.
 
-        Args:
-            name: What it is called in /proc, for people only.
-            size: Its bytes.
-            fill: Writes all of them, in any order, and returns the digest.
-
-        Raises:
-            ConfigurationError: If there is no memory for it, or the system has no such files.
+        ConfigurationError if there is no memory for it, or the system has no such files.
         """
         try:
             import fcntl
@@ -192,12 +148,7 @@ class MemoryFile:
 
     @classmethod
     def inherited(cls, fd: int, digest: str) -> MemoryFile:
-        """The one behind a descriptor that a parent process left open; processes started later do not get it.
-
-        Raises:
-            ValueError: If it is not a sealed memory file.
-            OSError: If there is no such descriptor.
-        """
+        """The one behind a descriptor that a parent process left open; processes started later do not get it."""
         os.set_inheritable(fd, False)
         return cls(fd, digest)
 

@@ -16,10 +16,6 @@ from visionaccel.core.stored_tensor import StoredTensor
 if TYPE_CHECKING:
     from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
 
-__all__ = [
-    "ExternalData", "bodies_of", "every_tensor", "graphs_in", "hold_data", "is_external", "point_at", "tensors_of",
-]  # fmt: skip
-
 
 def bodies_of(nodes: Iterable[NodeProto]) -> Iterator[GraphProto]:
     """The graphs that operators hold as attributes, such as the branches of an If; not those within them."""
@@ -76,12 +72,12 @@ def _constants(attributes: Iterable[AttributeProto]) -> Iterator[TensorProto]:
 
 @dataclass(frozen=True, slots=True)
 class ExternalData:
-    """What a tensor says of the place of its data.
+    """Where a tensor says that its data lie.
 
     Attributes:
-        location: A path relative to the model's folder, as it is stated: of an untrusted model it may lead anywhere.
+        location: A path relative to the model's folder; an untrusted model may state any.
         offset: First byte in the file.
-        length: Number of bytes; None if it is not stated, and then it follows from shape and dtype.
+        length: Number of bytes; None if it is not stated and follows from shape and dtype.
     """
 
     location: str
@@ -116,7 +112,7 @@ def is_external(tensor: TensorProto) -> bool:
 
 
 def point_at(tensor: TensorProto, place: ExternalData) -> None:
-    """Make a tensor state that its data lie there, and nothing else."""
+    """Make a tensor state only that place of its data."""
     tensor.data_location = tensor.EXTERNAL
     del tensor.external_data[:]
     for key, value in (("location", place.location), ("offset", place.offset), ("length", place.length)):

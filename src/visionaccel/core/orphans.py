@@ -1,7 +1,7 @@
-"""Nothing is left behind by a process that is killed: neither the processes that it started nor its temporary folders.
+"""A process that is killed leaves nothing behind: neither the processes that it started nor its temporary folders.
 
-A process cannot tidy when SIGKILL ends it. So while there is something to tidy, this file runs as a second process, the
-watcher: it reads from a pipe what there is, and removes what is left when the pipe ends.
+A process cannot clean up when SIGKILL ends it. So while there is something to clean up, this file runs as a second
+process, the watcher: it reads from a pipe what there is, and ends or removes what is left when the pipe ends.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-
-__all__ = ["guarded_folder", "guarded_group", "temporary_folder"]
 
 _GRACE = 10.0
 """Seconds that process groups have to end by themselves after SIGTERM."""
@@ -32,77 +30,57 @@ class _Watcher:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._owner = 0
-        self._known: set[tuple[str, str]] = set()
+        self._items: list[tuple[str, str]] = []
 
-    def add(self, kind: str, value: str) -> None:
+    @contextmanager
+    def guarding(self, kind: str, value: str) -> Iterator[None]:
+        item = (kind, value)
         with self._lock:
-            if self._owner != os.getpid():  # a fork has a copy of what is not its own
-                self._process, self._owner, self._known = None, os.getpid(), set()
+            if self._owner != os.getpid():  # a fork has a copy of what belongs to its parent
+                self._process, self._owner, self._items = None, os.getpid(), []
             if self._process is None:
                 self._process = subprocess.Popen(  # noqa: S603 - this interpreter and this file
                     [sys.executable, "-I", "-S", __file__], stdin=subprocess.PIPE, process_group=0
                 )
-            self._known.add((kind, value))
-            self._tell(True, kind, value)
+            self._items.append(item)
+            self._send(self._process)
+        try:
+            yield
+        finally:
+            with self._lock:
+                if self._owner == os.getpid() and self._process is not None and item in self._items:
+                    self._items.remove(item)
+                    self._send(self._process)
 
-    def take_back(self, kind: str, value: str) -> None:
-        with self._lock:
-            if self._owner != os.getpid() or self._process is None or (kind, value) not in self._known:
-                return
-            self._known.discard((kind, value))
-            self._tell(False, kind, value)
-            if not self._known:
-                process, self._process = self._process, None
-                assert process.stdin is not None
-                with suppress(OSError):
-                    process.stdin.close()
-                process.wait()
-
-    def _tell(self, there: bool, kind: str, value: str) -> None:
-        assert self._process is not None
-        assert self._process.stdin is not None
+    def _send(self, process: subprocess.Popen[bytes]) -> None:
+        """Send all that is registered, and end the watcher if that is nothing."""
+        assert process.stdin is not None
         with suppress(OSError):  # the watcher itself was killed, and work goes on without one
-            self._process.stdin.write(json.dumps([there, kind, value]).encode() + b"\n")
-            self._process.stdin.flush()
+            process.stdin.write(json.dumps(self._items).encode() + b"\n")
+            process.stdin.flush()
+        if not self._items:
+            self._process = None
+            with suppress(OSError):
+                process.stdin.close()
+            process.wait()
 
 
 _WATCHER = _Watcher()
 
 
-@contextmanager
-def guarded_group(leader: int) -> Iterator[None]:
-    """Have a process group ended should this process be killed in the context: SIGTERM, and SIGKILL after ten seconds.
-
-    Args:
-        leader: The process that leads the group, a child of this process.
-    """
-    value = f"{leader} {_started(leader)}"
-    _WATCHER.add("group", value)
-    try:
-        yield
-    finally:
-        _WATCHER.take_back("group", value)
+def guarded_group(leader: int) -> AbstractContextManager[None]:
+    """Have a child's process group ended if this process is killed in the context: SIGTERM, 10 s later SIGKILL."""
+    return _WATCHER.guarding("group", f"{leader} {_started(leader)}")
 
 
-@contextmanager
-def guarded_folder(folder: Path) -> Iterator[None]:
+def guarded_folder(folder: Path) -> AbstractContextManager[None]:
     """Have a folder removed should this process be killed while the context lasts. Otherwise it stays as it is."""
-    path = str(folder.absolute())
-    _WATCHER.add("folder", path)
-    try:
-        yield
-    finally:
-        _WATCHER.take_back("folder", path)
+    return _WATCHER.guarding("folder", str(folder.absolute()))
 
 
 @contextmanager
 def temporary_folder(prefix: str, parent: Path | None = None) -> Iterator[Path]:
-    """A folder that is gone after the context, however it ends.
-
-    Args:
-        prefix: What its name begins with.
-        parent: Where it is made; by default among the system's temporary folders.
-    """
+    """A new folder in `parent`, or among the system's temporary ones, that is gone after the context."""
     with tempfile.TemporaryDirectory(prefix=prefix, dir=parent) as made, guarded_folder(Path(made)):
         yield Path(made)
 
@@ -115,26 +93,21 @@ def _started(pid: int) -> str:
 
 
 def _watch() -> None:
-    """The watcher: read what is to be tidied until the pipe ends, then tidy it."""
+    """Read what is registered until the pipe ends, then end or remove what is left of it."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    left: dict[tuple[str, str], None] = {}
+    items: list[tuple[str, str]] = []
     for line in sys.stdin.buffer:
-        if not line.endswith(b"\n"):
-            break
-        there, kind, value = json.loads(line)
-        if there:
-            left[kind, value] = None
-        else:
-            left.pop((kind, value), None)
-    groups = [value.split() for kind, value in left if kind == "group"]
+        if line.endswith(b"\n"):  # otherwise the process was killed while it wrote
+            items = json.loads(line)
+    groups = [value.split() for kind, value in items if kind == "group"]
     leaders = [int(leader) for leader, *started in groups if _started(int(leader)) in ("", *started)]
     until = time.monotonic() + _GRACE
     _signal(leaders, signal.SIGTERM)
     while time.monotonic() < until and _signal(leaders, 0):
         time.sleep(0.05)
     _signal(leaders, signal.SIGKILL)
-    for kind, value in left:
+    for kind, value in items:
         if kind == "folder":
             shutil.rmtree(value, ignore_errors=True)
 

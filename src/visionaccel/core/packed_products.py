@@ -15,8 +15,6 @@ from torch.nn import functional
 from visionaccel.core.cpu import has_bfloat16
 from visionaccel.core.safe_text import safe_logger
 
-__all__ = ["PACKED_FOR", "PackedWeight", "why_not_packed"]
-
 logger = safe_logger(__name__)
 
 PACKED_FOR = 4096
@@ -24,10 +22,7 @@ PACKED_FOR = 4096
 
 
 class PackedWeight:
-    """A weight [out, in] in a layout of oneDNN's, made once, with a bias [out]. Neither keeps what it was made from.
-
-    Ask `why_not_packed` first.
-    """
+    """A copy of a weight [out, in] in oneDNN's layout, and of a bias [out]. Ask `why_not_packed` first."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, rows: int = PACKED_FOR) -> None:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)

@@ -22,12 +22,12 @@ __all__ = [
 ]  # fmt: skip
 
 ONNX = "onnx"
-"""An ONNX model as bytes; its external data lies under `Program.folder`. One for any grid is written in ONNX Runtime's
-operators (`com.microsoft`), those of fixed shapes in standard ones."""
+"""An ONNX model as bytes, with its external data under `Program.folder`. A model for any grid is written in ONNX
+Runtime's operators (`com.microsoft`), one of fixed shapes in standard operators."""
 
 ONNX_STANDARD = "onnx.standard"
-"""The same for any grid, in standard operators alone (opset 23), with a mask for each query; or of any shapes with
-products of int8, which are written as products between `QuantizeLinear` and `DequantizeLinear`."""
+"""The same for any grid, in standard operators (opset 23), with a mask for each query; or for any shapes with products
+of int8, between `QuantizeLinear` and `DequantizeLinear`."""
 
 ONNX_FUSED = "onnx.fused"
 """The same of fixed shapes in ONNX Runtime's own operators (`com.microsoft`), which nothing else runs."""
@@ -154,12 +154,10 @@ class Program:
         device: Kind of device that it was made for, such as `npu`; None for any.
         model: Returns the artifact's bytes where it has any; called when a session opens, never by a probe.
         spec: The description of the tower, for a backend that builds it from its weights; None in other programs.
-        configuration: What the checkpoint's `config.json` states of the tower: the architectures and the vision
-            configuration in its place, for a reference that shares nothing with the description; None in other
-            programs.
-        tables: Returns the grid-dependent tables of one call by the names of a program's inputs, for a
-            backend that builds the tower from its weights; None where a program has its tables or gets them as inputs.
-            It can be pickled, so that it goes to a child process with the program.
+        configuration: The architectures and the vision configuration of the checkpoint's `config.json`, for a reference
+            that shares nothing with the description; None in other programs.
+        tables: Returns the grid-dependent tables of one call by the names of a program's inputs, for a backend that
+            builds the tower from its weights; None where a program has its tables or gets them as inputs. Picklable.
         artifact: The verified file to open, for a backend that maps or reads it itself; None where there is none.
         companions: Further verified files by their role, such as a compiler's configuration.
         stored_names: Names of inputs and outputs inside the artifact, by their names here, where they differ.

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import logging
 
-__all__ = ["lines", "one_line", "safe_logger", "visible"]
-
 _MOST_TEXT = 2000
 
 

@@ -15,8 +15,6 @@ from visionaccel.core.dtypes import FLOATS
 from visionaccel.core.memory_files import FileState, MemoryFile
 from visionaccel.errors import CheckpointError
 
-__all__ = ["CHUNK_BYTES", "StoredTensor", "rounded"]
-
 CHUNK_BYTES = 1 << 20
 """Bytes read at once, a multiple of every element's size; larger pieces leave the cache before they are hashed."""
 
@@ -47,8 +45,8 @@ class StoredTensor:
         """The tensor's bytes in order, at most a buffer at a time; each chunk is overwritten by the next.
 
         Raises:
-            ChangedFileError: If the file is not in the state in which its header was read. What changes while the
-                tensor is read shows after the last chunk.
+            ChangedFileError: If the file is not in the state in which its header was read. A change during the reading
+                shows after the last chunk.
             CheckpointError: If the file cannot be read or ends too early.
         """
         try:
@@ -81,8 +79,7 @@ class StoredTensor:
         """The elements in order, one-dimensional, at most so many at a time; each array is overwritten by the next.
 
         Raises:
-            CheckpointError: If its dtype is not a float that numpy has, or as `chunks`.
-            ChangedFileError: As `chunks`.
+            CheckpointError: If its dtype is not a float that numpy has, and as `chunks`.
         """
         if self.dtype not in FLOATS:
             raise CheckpointError(
@@ -94,23 +91,13 @@ class StoredTensor:
             yield values[: len(piece) // values.itemsize]
 
     def read(self) -> NDArray[Any]:
-        """The tensor as an array of its shape and dtype, in memory that no file backs.
-
-        Raises:
-            CheckpointError: As `elements`.
-            ChangedFileError: As `chunks`.
-        """
+        """The tensor as an array of its shape and dtype, in memory that no file backs; errors as `elements`."""
         pieces = list(self.elements(max(1, math.prod(self.shape))))  # one, or none of an empty tensor
         values: NDArray[Any] = pieces[0] if pieces else np.empty(0, FLOATS[self.dtype])
         return values.reshape(self.shape)
 
     def holds_the_same_as(self, other: StoredTensor) -> bool:
-        """Whether dtype, shape and every byte are equal, wherever the two lie.
-
-        Raises:
-            CheckpointError: As `chunks`.
-            ChangedFileError: As `chunks`.
-        """
+        """Whether dtype, shape and every byte are equal, wherever the two lie; errors as `chunks`."""
         if (self.dtype, self.shape, self.length) != (other.dtype, other.shape, other.length):
             return False
         ours, theirs = (tensor.chunks(memoryview(bytearray(CHUNK_BYTES))) for tensor in (self, other))

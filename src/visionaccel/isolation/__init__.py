@@ -1,14 +1,14 @@
 """Code of vendors in child processes: what kills or hangs it costs the calls in progress, and nothing else."""
 
-from visionaccel.isolation.finding_process import FindingProcess, answer_with, as_finding, give_up_after
+from visionaccel.isolation.check_process import CheckProcess, as_finding, give_up_after, write_findings
 from visionaccel.isolation.session import IsolatedSession
 from visionaccel.isolation.supervisor import Limits
 
 __all__ = [
-    "FindingProcess",
+    "CheckProcess",
     "IsolatedSession",
     "Limits",
-    "answer_with",
+    "write_findings",
     "as_finding",
     "give_up_after",
 ]

@@ -23,18 +23,8 @@ from visionaccel.backends import Session, default_registry
 from visionaccel.backends.sessions import open_session
 from visionaccel.core.child_groups import end_with_parent
 from visionaccel.errors import DeviceError, VisionAccelError
+from visionaccel.isolation import messages
 from visionaccel.isolation.log_records import RecordSender
-from visionaccel.isolation.messages import (
-    MOST_BYTES,
-    Opened,
-    OpenRequest,
-    ParentState,
-    Places,
-    RequestUnpickler,
-    decoded,
-    encoded,
-    failure_of,
-)
 from visionaccel.isolation.shared_arrays import SharedArrays
 
 _LINE_BUFFERED = 1
@@ -69,14 +59,14 @@ def _serve(connection: Connection, inputs: SharedArrays, outputs: SharedArrays, 
         _answer(connection, _failure(error, "the device's process could not open the program"))
         return
     try:
-        _answer(connection, encoded(Opened(session.capabilities)))
+        _answer(connection, messages.encoded(messages.Opened(session.capabilities)))
     except Exception as error:
         _answer(connection, _failure(error, f"backend {request.backend!r} does not say what its session is"))
         return
     with suppress(EOFError, OSError):  # the parent may hang up without asking to close
-        while call := connection.recv_bytes(MOST_BYTES):
+        while call := connection.recv_bytes(messages.MOST_BYTES):
             try:
-                answer = encoded(_run(session, call, inputs, outputs))
+                answer = messages.encoded(_run(session, call, inputs, outputs))
             except Exception as error:
                 answer = _failure(error, f"backend {request.backend!r} failed")
             _answer(connection, answer)
@@ -86,27 +76,27 @@ def _serve(connection: Connection, inputs: SharedArrays, outputs: SharedArrays, 
         logging.getLogger(__name__).exception("Backend %r failed to close.", request.backend)
 
 
-def _run(session: Session, call: bytes, inputs: SharedArrays, outputs: SharedArrays) -> Places:
-    places = decoded(call)
-    assert isinstance(places, Places)
+def _run(session: Session, call: bytes, inputs: SharedArrays, outputs: SharedArrays) -> messages.Places:
+    places = messages.decoded(call)
+    assert isinstance(places, messages.Places)
     found = session.run({place.name: inputs.view(place) for place in places.arrays})
     started = time.monotonic()
-    return Places(outputs.write(found), time.monotonic() - started)
+    return messages.Places(outputs.write(found), time.monotonic() - started)
 
 
-def _open(inputs: int, records: int) -> tuple[OpenRequest, Session]:
+def _open(inputs: int, records: int) -> tuple[messages.OpenRequest, Session]:
     """Open what the memory file holds: first the parent's state, without which the rest may not unpickle."""
     with open(inputs, "rb", closefd=False) as file:
         file.seek(0)  # The parent, whose descriptor this is, wrote to the end.
-        parent_state: ParentState = pickle.load(file)  # noqa: S301  # nosec B301 # from the parent
+        parent_state: messages.ParentState = pickle.load(file)  # noqa: S301  # nosec B301 # from the parent
         _adopt(parent_state, records)
-        request: OpenRequest = RequestUnpickler(file).load()
+        request: messages.OpenRequest = pickle.load(file)  # noqa: S301  # nosec B301 # from the parent
     backend = default_registry().load(request.backend)
     options = backend.options.model_validate(dict(request.options))
     return request, open_session(backend, request.program, request.device, options)
 
 
-def _adopt(parent_state: ParentState, records: int) -> None:
+def _adopt(parent_state: messages.ParentState, records: int) -> None:
     sys.path[:] = parent_state.search_path
     # Set for this interpreter's start only; another one that the vendor's code starts would choke on these modules.
     os.environ.pop("PYTHONPATH", None)
@@ -122,7 +112,7 @@ def _failure(error: Exception, what: str) -> bytes:
             f"{what}: {type(error).__name__}: {error}",
             hint="Set VISIONACCEL_FALLBACK to let another backend take over.",
         )
-    return encoded(failure_of(error, trace))
+    return messages.encoded(messages.failure_of(error, trace))
 
 
 def _answer(connection: Connection, answer: bytes) -> None:

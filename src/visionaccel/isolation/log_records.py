@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import logging
 import os
-import selectors
 import threading
 import time
-import traceback
 from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -25,10 +25,10 @@ _LONGEST_NAME = 200
 _LONGEST_RECORD = 65_536
 _CHUNK = 65_536
 _MOST_LOGGERS = 256
-_BURST, _RATE = 1000, 200.0
+_BURST, _RATE = 1000.0, 200.0
 """Lines at once, and lines in a second, that are logged; further ones are counted."""
 _PAUSE = 0.01
-"""Seconds between two looks at a process that writes more: it then waits for this one, and not the other way round."""
+"""Seconds without reading after each chunk that was too much: the process that writes it waits for this one."""
 _REPORTING = 1.0
 
 
@@ -56,13 +56,11 @@ class RecordSender(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Send a record, its message formatted. What `extra` added stays here."""
         try:
-            text = record.getMessage()
-            if record.exc_info and record.exc_info[1] is not None:
-                text += "\n" + "".join(traceback.format_exception(record.exc_info[1])).rstrip()
+            text = self.format(record)[:_LONGEST_TEXT]
             sent = _Record(
                 name=record.name[:_LONGEST_NAME],
                 level=min(max(record.levelno, 0), 100),
-                text=text[:_LONGEST_TEXT].encode("utf-8", "backslashreplace").decode()[:_LONGEST_TEXT],
+                text=text.encode("utf-8", "backslashreplace").decode()[:_LONGEST_TEXT],
                 path=record.pathname[:_LONGEST_TEXT],
                 line=record.lineno,
                 function=(record.funcName or "")[:_LONGEST_NAME],
@@ -75,128 +73,101 @@ class RecordSender(logging.Handler):
             self.handleError(record)
 
 
-class _Allowance:
-    """How many lines may be logged now: a burst, filled again at a rate."""
-
-    def __init__(self) -> None:
-        self._left, self._at = float(_BURST), time.monotonic()
-
-    def take(self, wanted: int) -> int:
-        """So many of the wanted lines; the others are too many."""
-        now = time.monotonic()
-        self._left = min(float(_BURST), self._left + _RATE * (now - self._at))
-        self._at = now
-        given = min(wanted, int(self._left))
-        self._left -= given
-        return given
-
-
 class OutputReader:
-    """Reads what a child prints and logs, in a thread, and hands it to this process's logging.
+    """Reads what a child prints and logs, in a thread for each, and hands it to this process's logging.
 
     Args:
         backend: Printed lines go to the logger `visionaccel.device.<backend>`, level INFO.
-        printed: Read end of the pipe that is the child's stdout and stderr.
-        records: Read end of the pipe of a `RecordSender`. Both belong to this object from then on.
+        printed: Read end of the pipe that is the child's stdout and stderr; it belongs to this object.
+        records: Read end of the pipe of a `RecordSender`; it belongs to this object.
     """
 
     def __init__(self, backend: str, printed: int, records: int) -> None:
         self._logger = safe_logger(f"visionaccel.device.{backend}")
-        self._tail: deque[str] = deque(maxlen=_TAIL)
-        self._allowance, self._dropped = _Allowance(), 0
+        self._tail: deque[tuple[Callable[[bytes], str], bytes]] = deque(maxlen=_TAIL)
         self._names: set[str] = set()
-        self._fds = (printed, records)
-        # Some process that the vendor's code started may keep the pipes open, so their end cannot be waited for.
-        self._stop_read, self._stop_write = os.pipe()
-        self._thread = threading.Thread(target=self._read, name="visionaccel-output", daemon=True)
-        self._thread.start()
+        self._lock = threading.Lock()
+        self._allowance, self._filled = _BURST, time.monotonic()
+        self._dropped, self._reported = 0, 0.0
+        pipes = (
+            (printed, _LONGEST_LINE, self._log_line, _shown_line),
+            (records, _LONGEST_RECORD, self._log_record, _shown_record),
+        )
+        self._threads = [
+            threading.Thread(target=self._read, args=pipe, name="visionaccel-output", daemon=True) for pipe in pipes
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def tail(self) -> tuple[str, ...]:
         """The last lines, printed or logged, oldest first."""
-        return tuple(self._tail)
+        found = []
+        for shown, line in self._tail.copy():
+            with suppress(ValueError):  # not a record
+                found.append(one_line(shown(line), _LONGEST_TEXT))
+        return tuple(found)
 
     def close(self, seconds: float = 0.5) -> None:
-        """Read what is left, for that long at most, and close the pipes."""
-        self._thread.join(seconds)
-        os.write(self._stop_write, b".")
-        self._thread.join(seconds)
-        if self._thread.is_alive():  # Stuck in a log handler; its descriptors must not become somebody else's files.
-            return
-        for fd in (*self._fds, self._stop_read, self._stop_write):
-            os.close(fd)
+        """Read what is left, for that long at most.
 
-    def _read(self) -> None:
-        printed, records = self._fds
-        partial = {printed: b"", records: b""}
-        longest = {printed: _LONGEST_LINE, records: _LONGEST_RECORD}
-        with selectors.DefaultSelector() as selector:
-            for fd in (*self._fds, self._stop_read):
-                selector.register(fd, selectors.EVENT_READ)
-            open_pipes, reported = 2, time.monotonic()
-            while open_pipes:
-                ready = {key.fd for key, _ in selector.select(_REPORTING if self._dropped else None)}
-                if self._stop_read in ready:
-                    break
-                before = self._dropped
-                for fd in ready:
-                    chunk = os.read(fd, _CHUNK)
-                    if not chunk:
-                        selector.unregister(fd)
-                        open_pipes -= 1
-                        continue
-                    *whole, rest = (partial[fd] + chunk).split(b"\n")
-                    if len(rest) > longest[fd]:
-                        # A printed line that long is logged in pieces; a record that long is not one of ours.
-                        whole, rest = ([*whole, rest] if fd == printed else whole), b""
-                    partial[fd] = rest
-                    self._take(whole, logged=fd == records)
-                if self._dropped and time.monotonic() - reported >= _REPORTING:
-                    self._report()
-                    reported = time.monotonic()
-                elif self._dropped > before:
+        A process that the vendor's code started may keep a pipe open. Its thread then goes on until that process ends.
+        """
+        limit = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(0.0, limit - time.monotonic()))
+
+    def _read(self, fd: int, longest: int, log: Callable[[bytes], None], shown: Callable[[bytes], str]) -> None:
+        too_much = 0
+        with open(fd, "rb", buffering=_CHUNK) as pipe:
+            while line := pipe.readline(longest):
+                self._tail.append((shown, line))
+                if self._may_log():
+                    try:
+                        log(line)
+                    except Exception:  # A broken line, or a user's broken log handler: the child must not wait for it.
+                        self._logger.debug("A line of the device's process could not be logged.", exc_info=True)
+                else:
+                    too_much += len(line)
+                if too_much > _CHUNK:
                     time.sleep(_PAUSE)
-        if partial[printed]:
-            self._take([partial[printed]], logged=False)
-        self._report()
+                    too_much = 0
+                self._report(_REPORTING)
+        self._report(0.0)
 
-    def _take(self, whole: list[bytes], *, logged: bool) -> None:
-        given = self._allowance.take(len(whole))
-        for line in whole[:given]:
-            self._forward(line, logged=logged)
-        dropped = whole[given:]
-        self._dropped += len(dropped)
-        for line in dropped[-_TAIL:]:  # the last words before a crash are of use all the same
-            self._forward(line, logged=logged, quote_only=True)
+    def _may_log(self) -> bool:
+        """Whether one more line may be logged now; counts it if not."""
+        with self._lock:
+            now = time.monotonic()
+            self._allowance = min(_BURST, self._allowance + _RATE * (now - self._filled))
+            self._filled = now
+            allowed = self._allowance >= 1
+            self._allowance -= allowed
+            self._dropped += not allowed
+            return allowed
 
-    def _report(self) -> None:
-        if self._dropped:
-            dropped, self._dropped = self._dropped, 0
-            try:
-                self._logger.warning("%d lines were not logged: the device's process writes too many.", dropped)
-            except Exception:  # a user's broken log handler
+    def _report(self, seconds: float) -> None:
+        """Log how many lines were not, unless that was done less than some seconds ago."""
+        with self._lock:
+            now = time.monotonic()
+            if not self._dropped or now - self._reported < seconds:
                 return
+            dropped, self._dropped, self._reported = self._dropped, 0, now
+        with suppress(Exception):  # a user's broken log handler
+            self._logger.warning("%d lines were not logged: the device's process writes too many.", dropped)
 
-    def _forward(self, line: bytes, *, logged: bool, quote_only: bool = False) -> None:
-        try:
-            if not logged:
-                text = line.decode(errors="backslashreplace").rstrip("\r")
-                self._tail.append(one_line(text, _LONGEST_TEXT))
-                if not quote_only:
-                    self._logger.info("%s", text)
-                return
-            sent = _Record.model_validate_json(line)
-            level = logging.getLevelName(sent.level)
-            self._tail.append(one_line(f"{level} {sent.name}: {sent.text}", _LONGEST_TEXT))
-            logger = self._named(sent.name)
-            if not quote_only and logger.isEnabledFor(sent.level):
-                # Made here of these fields alone. Without arguments, a message is not formatted.
-                record = logging.LogRecord(
-                    logger.name, sent.level, sent.path, sent.line, lines(sent.text), None, None, sent.function
-                )
-                record.process = sent.process
-                logger.handle(record)
-        except Exception:  # A broken line, or a user's broken log handler, must not stop the reader: the child would.
-            self._logger.debug("A line of the device's process could not be logged.", exc_info=True)
+    def _log_line(self, line: bytes) -> None:
+        self._logger.info("%s", _shown_line(line))
+
+    def _log_record(self, line: bytes) -> None:
+        sent = _Record.model_validate_json(line)
+        logger = self._named(sent.name)
+        if logger.isEnabledFor(sent.level):
+            # Made here of these fields alone. Without arguments, a message is not formatted.
+            record = logging.LogRecord(
+                logger.name, sent.level, sent.path, sent.line, lines(sent.text), None, None, sent.function
+            )
+            record.process = sent.process
+            logger.handle(record)
 
     def _named(self, name: str) -> logging.Logger:
         """The logger of that name; for too many names the backend's, because loggers are never given back."""
@@ -205,3 +176,12 @@ class OutputReader:
                 return self._logger
             self._names.add(name)
         return logging.getLogger(name)
+
+
+def _shown_line(line: bytes) -> str:
+    return line.decode(errors="backslashreplace").rstrip("\r\n")
+
+
+def _shown_record(line: bytes) -> str:
+    sent = _Record.model_validate_json(line)
+    return f"{logging.getLevelName(sent.level)} {sent.name}: {sent.text}"

@@ -33,12 +33,9 @@ _LONGEST_TEXT = 2**14
 
 @dataclass(frozen=True, slots=True)
 class ParentState:
-    """What the child takes over from its parent before anything else is imported or unpickled.
+    """The parent's `sys.path` and PYTHONPATH, and the lowest level of log records that it wants.
 
-    Attributes:
-        search_path: The parent's `sys.path`, without empty entries.
-        python_path: The parent's variable PYTHONPATH; None where it is not set.
-        log_level: The lowest level of log records that the parent wants.
+    The child takes them over before anything else is imported or unpickled.
     """
 
     search_path: tuple[str, ...]
@@ -65,41 +62,25 @@ class PackedRequest:
 
 
 def packed(request: OpenRequest) -> PackedRequest:
-    """A request to start children with.
-
-    Raises:
-        Exception: If the program or an option cannot be pickled.
-    """
+    """A request to start children with; raises what pickle does if the program or an option cannot be pickled."""
     stream = io.BytesIO()
-    pickler = _Pickler(stream, pickle.HIGHEST_PROTOCOL)
+    pickler = _Pickler(stream)
     pickler.dump(request)
-    return PackedRequest(stream.getvalue(), tuple(pickler.files.values()))
+    return PackedRequest(stream.getvalue(), tuple(pickler.files))
 
 
 class _Pickler(pickle.Pickler):
-    def __init__(self, file: BinaryIO, protocol: int) -> None:
-        super().__init__(file, protocol)
-        self.files: dict[int, MemoryFile] = {}
-
-    def persistent_id(self, obj: Any) -> tuple[int, str] | None:
-        if not isinstance(obj, MemoryFile):
-            return None
-        self.files[obj.fd] = obj
-        return obj.fd, obj.digest
-
-
-class RequestUnpickler(pickle.Unpickler):
-    """Reads a request, whose memory files this process has inherited under the numbers that they have in its parent."""
+    """Sends memory files by their descriptors, which a child inherits under the same numbers."""
 
     def __init__(self, file: BinaryIO) -> None:
-        super().__init__(file)
-        self._files: dict[int, MemoryFile] = {}
+        super().__init__(file, pickle.HIGHEST_PROTOCOL)
+        self.files: list[MemoryFile] = []
 
-    def persistent_load(self, pid: tuple[int, str]) -> MemoryFile:
-        fd, digest = pid
-        if fd not in self._files:
-            self._files[fd] = MemoryFile.inherited(fd, digest)
-        return self._files[fd]
+    def reducer_override(self, obj: Any) -> Any:
+        if not isinstance(obj, MemoryFile):
+            return NotImplemented
+        self.files.append(obj)
+        return MemoryFile.inherited, (obj.fd, obj.digest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,13 +100,9 @@ class Places:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An error of a process that lives on.
+    """An error of a process that lives on, with its traceback as text.
 
-    Attributes:
-        kinds: Its classes as `module:name`, the nearest first; the other process may not have loaded each.
-        message: What was wrong and where.
-        hint: What to do about it.
-        trace: Where it was raised, for people.
+    Its classes are `module:name`, the nearest first; the other process may not have loaded each.
     """
 
     kinds: tuple[str, ...]
@@ -139,20 +116,12 @@ _MESSAGES: TypeAdapter[Message] = TypeAdapter(Message)
 
 
 def encoded(message: Message) -> bytes:
-    """A message as it is sent.
-
-    Raises:
-        TypeError: If the session's capabilities are not plain values.
-    """
+    """A message as it is sent; TypeError if the session's capabilities are not plain values."""
     return json.dumps(asdict(message), default=_plain).encode()
 
 
 def decoded(data: bytes) -> Message:
-    """A message that was received.
-
-    Raises:
-        ValueError: If it is not one.
-    """
+    """A message from what was received; ValueError if it is not one."""
     return _MESSAGES.validate_json(data)
 
 

@@ -23,23 +23,13 @@ from visionaccel.core.child_groups import ChildGroup, how_it_ended
 from visionaccel.core.cores import child_environment
 from visionaccel.core.safe_text import safe_logger
 from visionaccel.errors import DeviceLostError
+from visionaccel.isolation import messages
 from visionaccel.isolation.log_records import OutputReader
-from visionaccel.isolation.messages import (
-    MOST_BYTES,
-    Failure,
-    Opened,
-    PackedRequest,
-    ParentState,
-    Places,
-    decoded,
-    encoded,
-    restored,
-)
 from visionaccel.isolation.shared_arrays import SharedArrays
 
 logger = safe_logger(__name__)
 
-_T = TypeVar("_T", Opened, Places)
+_T = TypeVar("_T", messages.Opened, messages.Places)
 
 _MODULE = "visionaccel.isolation.child"
 _SLICE = 0.5
@@ -53,7 +43,7 @@ _FALLBACK = "It is started again in the background; set VISIONACCEL_FALLBACK to 
 
 
 class _NoAnswerError(Exception):
-    """The child did not answer in time, or died, hung up or sent something else; it has been killed in any case."""
+    """The child did not answer in time, died, hung up, or sent something else. It has been killed in each case."""
 
     def __init__(self, *, late: bool = False) -> None:
         super().__init__()
@@ -68,12 +58,9 @@ class DeviceProcess:
     Attributes:
         pid: The child's process id, and that of its group.
         dead: Set once it has been reaped and what it said has been read.
-
-    Raises:
-        OSError: If it cannot be started.
     """
 
-    def __init__(self, backend: str, request: PackedRequest) -> None:
+    def __init__(self, backend: str, request: messages.PackedRequest) -> None:
         self._what = f"the process of backend {backend!r}"
         self._exchange = threading.Lock()
         self.dead = threading.Event()
@@ -116,7 +103,7 @@ class DeviceProcess:
         """
         try:
             with self._exchange:
-                return self._answer(Opened, seconds).capabilities
+                return self._answer(messages.Opened, seconds).capabilities
         except BaseException as error:
             self.kill()
             self.reap()
@@ -136,13 +123,13 @@ class DeviceProcess:
             if self.dead.is_set():  # What `reap` then closes is no longer this call's to use.
                 raise DeviceLostError(self.fate(), hint=_FALLBACK)
             parts, started = call_parts(), time.monotonic()
-            call = encoded(Places(self._inputs.write(inputs)))
+            call = messages.encoded(messages.Places(self._inputs.write(inputs)))
             if parts is not None:
                 parts.transfer_in += time.monotonic() - started
             try:
                 with suppress(OSError):  # If the child is dead, there is no answer either.
                     self._connection.send_bytes(call)
-                answer = self._answer(Places, seconds)
+                answer = self._answer(messages.Places, seconds)
             except _NoAnswerError as error:
                 if not error.late:
                     self.dead.wait(_REAPING)
@@ -213,8 +200,8 @@ class DeviceProcess:
                     raise EOFError
                 if time.monotonic() >= limit:
                     raise _NoAnswerError(late=True)
-            answer = decoded(self._connection.recv_bytes(MOST_BYTES))
-            if not isinstance(answer, (kind, Failure)):
+            answer = messages.decoded(self._connection.recv_bytes(messages.MOST_BYTES))
+            if not isinstance(answer, (kind, messages.Failure)):
                 raise ValueError(f"it is not of the kind {kind.__name__}")
         except (EOFError, ConnectionError):
             self._child.exits_within(_LINGERING)  # Its status tells what it is dying of.
@@ -227,8 +214,8 @@ class DeviceProcess:
         except BaseException:
             self.kill()
             raise
-        if isinstance(answer, Failure):
-            raise restored(answer)
+        if isinstance(answer, messages.Failure):
+            raise messages.restored(answer)
         return answer
 
     def _lost(self, error: _NoAnswerError, late: str, slow: str, hint: str) -> DeviceLostError:
@@ -243,9 +230,9 @@ class DeviceProcess:
         return "" if not lines else "\nIts last output:\n" + "\n".join(f"  {line}" for line in lines) + "\n"
 
 
-def _parent_state() -> ParentState:
+def _parent_state() -> messages.ParentState:
     levels = (logging.getLogger(name).getEffectiveLevel() for name in (None, "visionaccel"))
-    return ParentState(tuple(_search_path()), os.environ.get("PYTHONPATH"), min(levels))
+    return messages.ParentState(tuple(_search_path()), os.environ.get("PYTHONPATH"), min(levels))
 
 
 def _search_path() -> list[str]:

@@ -22,15 +22,8 @@ class IsolatedSession(Session):
     started after a delay, which doubles with each further loss. While a process is starting, calls wait for it, until
     the time of one call has passed since its start; during a delay they fail at once, so that a fallback can take over.
 
-    Args:
-        backend: Name of an installed backend; the child finds it as this process does, by its entry point.
-        program: The program, accepted by it.
-        device: The device that was probed.
-        options: Valid options of the backend, by name.
-        limits: Times.
-
-    Attributes:
-        capabilities: Those of the child's session, but never thread-safe, and it takes no tensors.
+    The child finds the backend as this process does, by its entry point. The program must have been accepted by it, and
+    the options must be valid. The capabilities are those of the child's session, but never thread-safe or with tensors.
 
     Raises:
         VisionAccelError: What the backend raised when it opened the program, of the same type.
@@ -76,13 +69,7 @@ class IsolatedSession(Session):
         return self._supervisor.restarts
 
     def run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-        """Run the program once, in the child.
-
-        Args:
-            inputs: As `Session.run`, copied into shared memory.
-
-        Returns:
-            Fresh numpy arrays, which belong to the caller.
+        """Run the program once, in the child, on copies of the inputs; the outputs are fresh numpy arrays.
 
         Raises:
             VisionAccelError: What the session raised; anything else than that as a DeviceError. The child lives on.

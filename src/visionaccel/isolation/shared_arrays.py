@@ -36,11 +36,7 @@ def dtype_code(dtype: np.dtype[Any]) -> str:
 
 
 def numeric_dtype(code: object) -> np.dtype[Any]:
-    """A dtype of numbers from its code.
-
-    Raises:
-        ValueError: If it is not one.
-    """
+    """A dtype of numbers from its code; ValueError if it is not one."""
     if isinstance(code, str):
         if _NUMBERS.fullmatch(code):
             return np.dtype(code)
@@ -63,7 +59,7 @@ class ArrayPlace:
 class SharedArrays:
     """One memory file, mapped by the process that writes arrays into it and by the one that reads them.
 
-    An anonymous file (memfd) has no name that others could open or that a crash could leave behind. The mapping is kept
+    An anonymous file (memfd) has no name that others could open or that a crash could leave behind. It stays mapped
     from call to call, so that only the first call of each size meets pages that are not mapped yet.
 
     Attributes:
@@ -90,9 +86,7 @@ class SharedArrays:
     def write(self, arrays: Mapping[str, Array]) -> tuple[ArrayPlace, ...]:
         """Copy numpy arrays or torch tensors into the memory, over what was there, and enlarge it if need be.
 
-        Raises:
-            TypeError: If an array holds anything else than numbers.
-            ValueError: If the memory is closed.
+        TypeError if an array holds anything else than numbers, ValueError if the memory is closed.
         """
         values = {name: as_numpy(array) for name, array in arrays.items()}
         places, end = [], 0
@@ -115,9 +109,7 @@ class SharedArrays:
     def view(self, place: ArrayPlace) -> NDArray[Any]:
         """An array in the memory, without a copy; the next `write` of either side changes it.
 
-        Raises:
-            TypeError: If it does not lie within the memory.
-            ValueError: If the memory is closed.
+        TypeError if it does not lie within the memory, ValueError if the memory is closed.
         """
         size = self._size()
         if self._map is None or len(self._map) < size:
@@ -126,11 +118,9 @@ class SharedArrays:
         return np.ndarray(place.shape, place.dtype, buffer=self._map, offset=place.offset)
 
     def copies(self, places: Sequence[ArrayPlace]) -> dict[str, NDArray[Any]]:
-        """Copies of what the other side wrote, by name.
+        """Copies of what the other side wrote, by name; ValueError if together they are larger than what it allocated.
 
-        Raises:
-            ValueError: If the places are larger together than what was written. The file's size says little: it may be
-                any number, and places may overlap, without that anything was allocated for them.
+        The file's size does not tell that: it may be any number, and places may overlap.
         """
         wanted = sum(math.prod(place.shape) * place.dtype.itemsize for place in places)
         written = os.fstat(self.fd).st_blocks * _BLOCK

@@ -24,7 +24,6 @@ from visionaccel.settings import DEADLINE, LONGEST_SECONDS, OPEN_DEADLINE
 logger = safe_logger(__name__)
 
 _FALLBACK = "Set VISIONACCEL_FALLBACK to let another backend take over while it is down."
-_LONGEST_WAIT = 3600.0
 _DYING = 1.0
 """Seconds that a killed process has to be gone, even where the time for closing is over."""
 
@@ -102,12 +101,7 @@ class Supervisor:
         return None if process is None else process.pid
 
     def start(self) -> Capabilities:
-        """Start the first process and wait until its session is open.
-
-        Raises:
-            VisionAccelError: What the backend raised; nothing is left running.
-            DeviceLostError: If the process died or took too long.
-        """
+        """Start the first process and wait until its session is open; errors as `DeviceProcess.opened`."""
         self._thread.start()
         try:
             return self._first.result()
@@ -217,7 +211,7 @@ class Supervisor:
                         f"s and is not ready. {self._reason}",
                         hint=_FALLBACK,
                     )
-                self._changed.wait(min(left, _LONGEST_WAIT))
+                self._changed.wait(left)
 
     def _retire(self, process: DeviceProcess) -> None:
         """Give a process no more calls: it is dead, or has been killed."""
@@ -257,11 +251,7 @@ class Supervisor:
             return not self._closed
 
     def _open(self) -> DeviceProcess:
-        """Start a process and give it the calls once its session is open.
-
-        Raises:
-            VisionAccelError: If there is none; nothing is left of it then.
-        """
+        """Start a process and give it the calls once its session is open; if it fails, nothing is left of it."""
         try:
             process = DeviceProcess(self._backend, self._request)
         except OSError as error:

@@ -20,7 +20,7 @@ from visionaccel.encoder import open_source
 from visionaccel.errors import VisionAccelError
 from visionaccel.integrations.vllm.compat import architectures, contract
 from visionaccel.integrations.vllm.compat.contract import WITHOUT, Feature
-from visionaccel.isolation import answer_with, as_finding, give_up_after
+from visionaccel.isolation import as_finding, give_up_after, write_findings
 
 _ACTIVATION = "activation"
 _RELEASE = "Install a release of vLLM that docs/compatibility.md names."
@@ -30,7 +30,7 @@ def main(file: str, limit: str, what: Literal["backend", "vllm"], *arguments: st
     """Write what is found of a backend or of vLLM into a file; the parent waits for it as many seconds as the limit."""
     give_up_after(float(limit))
     name, look = ("plug-in", _of_backend) if what == "backend" else ("vLLM", _of_vllm)
-    answer_with(file, looked(name, lambda: look(*arguments)))
+    write_findings(file, looked(name, lambda: look(*arguments)))
 
 
 def _of_backend(name: str, source: str | None = None) -> Iterator[Finding]:

@@ -19,7 +19,7 @@ from visionaccel.cli.diagnosis.source import of_source
 from visionaccel.cli.output import Json, finite, print_json, print_table, results
 from visionaccel.integrations.vllm import BACKEND_VARIABLES
 from visionaccel.integrations.vllm.compat import TRIED_RELEASES
-from visionaccel.isolation import FindingProcess
+from visionaccel.isolation import CheckProcess
 
 _LIMIT = 60.0
 _INSTALL = "pip install 'visionaccel[onnxrt]'"
@@ -110,7 +110,7 @@ def diagnose(
     with ExitStack() as running:  # all at once: a backend that hangs must not delay the others
         children = {
             entry.name: running.enter_context(
-                FindingProcess("plug-in", _CHILDREN, ["backend", entry.name, *opens], limit)
+                CheckProcess("plug-in", _CHILDREN, ["backend", entry.name, *opens], limit)
             )
             for entry in entries
         }
@@ -155,5 +155,5 @@ def _of_vllm(limit: float) -> Iterator[Finding]:
         yield Finding(_PLUGINS, "failure" if wanted else "warning", detail, fix)
         return
     arguments, environment = (["vllm"], os.environ) if wanted else (["vllm", "trying"], {**os.environ, name: AUTO})
-    with FindingProcess("vLLM", _CHILDREN, arguments, limit, environment) as child:
+    with CheckProcess("vLLM", _CHILDREN, arguments, limit, environment) as child:
         yield from child.findings()

@@ -36,7 +36,7 @@ from visionaccel.integrations.vllm.compat.modelled_engine import (
 from visionaccel.integrations.vllm.connector import VisionAccelConnector
 from visionaccel.integrations.vllm.pipelined.pending_images import PendingImages
 from visionaccel.integrations.vllm.pipelined.self_test import NAME
-from visionaccel.isolation import answer_with, give_up_after
+from visionaccel.isolation import give_up_after, write_findings
 from visionaccel.service import Embedding, EncodeService
 
 _WIDTH, _STEPS, _TOKEN = 4, 400, 7
@@ -194,7 +194,7 @@ def _until(engine: ModelledEngine, done: Callable[[], bool], work: Callable[[], 
 def main(file: str, limit: str, scheduler: str, timing: str) -> None:
     """Play the requests, and write the verdict as a finding into a file; give up after some seconds."""
     give_up_after(float(limit))
-    answer_with(file, [run_modelled(contained=scheduler == "own", asynchronous=timing == "async")])
+    write_findings(file, [run_modelled(contained=scheduler == "own", asynchronous=timing == "async")])
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ class _NoVerdictError(Exception):
 
 def _run(kind: tuple[str, str]) -> str:
     """What went wrong; empty if nothing did."""
-    from visionaccel.isolation import FindingProcess
+    from visionaccel.isolation import CheckProcess
 
     compat.logger().info("visionaccel: testing the pipelined mode on this vLLM, which takes some seconds.")
     # The child must not encode, trace, or write into the server's folder.
@@ -57,7 +57,7 @@ def _run(kind: tuple[str, str]) -> str:
         if name not in BACKEND_VARIABLES and not name.lstrip("_").startswith("VISIONACCEL_")
     }
     environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    with FindingProcess(NAME, _MODULE, kind, LIMIT, environment) as child:
+    with CheckProcess(NAME, _MODULE, kind, LIMIT, environment) as child:
         return _verdict(child.findings())
 
 
