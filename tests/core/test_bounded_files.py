@@ -1,4 +1,4 @@
-"""Files of strangers: what is no file, or larger than may be, is refused before it is read."""
+"""Untrusted files: what is not a file, or is larger than allowed, is refused before it is read."""
 
 import json
 import os

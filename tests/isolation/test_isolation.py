@@ -754,7 +754,7 @@ def test_an_interrupt_of_the_terminal_does_not_reach_the_child(device):
 
 
 def test_the_child_shares_the_processor_with_this_session(device):
-    """Linux gives each session its share, and a child in one of its own may get none beside a busy engine."""
+    """Linux gives each session its share, and a child in a separate one may get none next to a busy engine."""
     session = device.open()
     assert os.getsid(session.pid) == os.getsid(0)
 

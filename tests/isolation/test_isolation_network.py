@@ -13,7 +13,7 @@ TESTS = Path(__file__).parents[1] / "support"
 
 
 def without_network(*command):
-    """Run a command in a network namespace of its own, which has no interface but an unused loopback."""
+    """Run a command in a separate network namespace, which has no interface but an unused loopback."""
     return subprocess.run(
         ["unshare", "--map-root-user", "--net", *command],
         capture_output=True,
@@ -36,7 +36,7 @@ from visionaccel import open_encoder
 interfaces = [line.split(":")[0].strip() for line in Path("/proc/self/net/dev").read_text().splitlines()[2:]]
 try:
     socket.create_connection(("127.0.0.1", 9), 1)
-    reached = "somebody"
+    reached = "a server"
 except OSError as error:
     reached = error.strerror
 with open_encoder(sys.argv[1], backend="onnxrt", isolation="process") as encoder:
@@ -54,11 +54,11 @@ def test_a_devices_process_encodes_without_a_network(tiny):
     assert found["interfaces"] == ["lo"]
     assert found["reached"] == "Network is unreachable"
     assert found["rows"] == 24
-    beside = subprocess.run(
+    connected = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(tiny)],
         capture_output=True,
         text=True,
         check=True,
         env={**os.environ, "PYTHONPATH": str(TESTS)},
     )
-    assert json.loads(beside.stdout.splitlines()[-1])["sum"] == found["sum"]
+    assert json.loads(connected.stdout.splitlines()[-1])["sum"] == found["sum"]

@@ -25,7 +25,7 @@ _MAPPED = "Set VISIONACCEL_WEIGHTS=mapped to read the weights where they lie."
 class FileState:
     """What changes when a file is written, replaced or cut short. Programs cannot set the change time.
 
-    Times are in nanoseconds: `modified` is of the content, `changed` of anything, the number of links included.
+    Times are in ns: `modified` is of the content, `changed` of anything, the number of links included.
     """
 
     device: int
