@@ -30,6 +30,7 @@ _BURST, _RATE = 1000.0, 200.0
 _PAUSE = 0.01
 """Seconds without reading after each chunk that was too much: the process that writes it waits for this one."""
 _REPORTING = 1.0
+_FORMATTER = logging.Formatter()
 
 
 class _Record(BaseModel):
@@ -56,7 +57,7 @@ class RecordSender(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Send a record, its message formatted. What `extra` added stays here."""
         try:
-            text = self.format(record)[:_LONGEST_TEXT]
+            text = _FORMATTER.format(record)[:_LONGEST_TEXT]
             sent = _Record(
                 name=record.name[:_LONGEST_NAME],
                 level=min(max(record.levelno, 0), 100),
