@@ -42,7 +42,7 @@ def check_machine(amd: AmdEnvironment, root: Path = _ROOT, kernel: str | None = 
     Args:
         amd: What environment variables say of AMD's software.
         root: Where `/sys`, `/dev` and `/opt` are.
-        kernel: The running kernel's release; None to ask the system.
+        kernel: The kernel's release; None for the running one.
     """
     checks: Mapping[str, Callable[[], _Found]] = {
         "NPU on the PCI bus": lambda: _npu(root),

@@ -79,12 +79,7 @@ def missing(device: str, amd: AmdEnvironment) -> Rejected | None:
 
 
 def load(device: str, amd: AmdEnvironment, *, any_version: bool = False) -> ModuleType:
-    """The compiled module for a device.
-
-    Args:
-        device: `npu` or `simulator`.
-        amd: Where AMD's library is looked for.
-        any_version: Accept a library of another version than the one that this package was built with.
+    """The compiled module for a device; with `any_version`, for a library of another version than it was built with.
 
     Raises:
         ConfigurationError: If something is missing, or the library cannot be loaded or is of another version.
@@ -121,10 +116,7 @@ def load(device: str, amd: AmdEnvironment, *, any_version: bool = False) -> Modu
 def simulator_faults(script: Path | None) -> Iterator[None]:
     """Have the simulator, which reads an environment variable, do wrong in this context what a script says.
 
-    A context with a script waits for those of other threads.
-
-    Args:
-        script: The file; None to leave the variable as it is.
+    A context with a script waits for those of other threads; one without leaves the variable as it is.
     """
     if script is None:
         yield

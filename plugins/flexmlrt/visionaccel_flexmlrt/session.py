@@ -24,7 +24,6 @@ class FlexMLRTSession(Session):
     Args:
         model: The compiled module's `Model`.
         failure: Its exception.
-        capabilities: What the session is.
         inputs: The device's inputs in the model's order, by the names that `run` gets; likewise the outputs.
         host: Graphs that run on the host around the device's; None where the core does the host's part.
         script: What the simulator does wrong in this session's calls, if anything.
@@ -74,11 +73,8 @@ def check_written(device: str, name: str, array: NDArray[Any]) -> None:
 
     Only the ends of each row are looked at unless one is suspicious; the encoder looks for NaN everywhere later.
 
-    Args:
-        device: What ran, for the message.
-        name: The output's name.
-        array: [rows, ...], C-contiguous, handed to the device with all bits set, which is NaN. Integers may hold
-            anything and are not looked at.
+    The array [rows, ...] is C-contiguous and was handed to the device with all bits set, which is NaN. Integers may
+    hold anything and are not looked at.
 
     Raises:
         OutputError: If rows were left as they were, or hold nothing but zeros.

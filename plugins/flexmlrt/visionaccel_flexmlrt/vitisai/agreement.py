@@ -24,12 +24,7 @@ training moves a weight by more than that in its first steps."""
 
 
 def matching_grid(tower: Tower, window_index: NDArray[np.int64], wanted: Grid | None) -> tuple[Grid, HostSplit]:
-    """The grid whose tokens come in that order, and in which order its windows are.
-
-    Args:
-        tower: Sizes of the windows.
-        window_index: int64 [tokens]; a permutation.
-        wanted: Chooses where several grids have that order.
+    """The grid whose tokens come in that order, a permutation [tokens], and in which order its windows are.
 
     Raises:
         BundleError: If no grid has that order.

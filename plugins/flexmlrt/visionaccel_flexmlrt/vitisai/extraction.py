@@ -24,15 +24,10 @@ def host_operators(graph: OnnxGraph, boundary: Boundary) -> list[int]:
 
 
 def extract_host(graph: OnnxGraph, boundary: Boundary) -> tuple[bytes | None, bytes | None]:
-    """The models before and after a device's part.
+    """The models before and after a device's part, weights within.
 
-    Args:
-        graph: The whole model.
-        boundary: What the device takes and gives.
-
-    Returns:
-        A model from the graph's inputs to what the device takes, and one from what it gives to the graph's outputs,
-        weights within; None where the device takes the inputs or gives the outputs themselves.
+    One leads from the graph's inputs to what the device takes, one from what it gives to the graph's outputs; None
+    where the device takes the inputs or gives the outputs themselves.
 
     Raises:
         BundleError: If the parts touch each other elsewhere, or are not valid models.

@@ -57,9 +57,7 @@ _CONSTANTS = {
 class OnnxGraph:
     """A model's main graph; nodes are named by their places in it.
 
-    Args:
-        model: The model; it is not changed.
-        path: Where it was read from; external data lie in the same folder.
+    The model is not changed. External data lie in the folder of its path.
 
     Attributes:
         weights: Stored tensors by their names.
@@ -175,9 +173,7 @@ class OnnxGraph:
     def constant(self, tensor: str, folds: Iterator[int] | None = None) -> NDArray[Any] | None:
         """The values of a tensor that depends on no input and is simply made; None for any other.
 
-        Args:
-            tensor: Its name.
-            folds: Gives an item for each operator that may still be computed; by default for a few.
+        `folds` has an item for each operator that may still be computed; by default for a few.
 
         Raises:
             BundleError: If its data are damaged, missing or elsewhere.

@@ -71,11 +71,7 @@ class _Entry:
 def recognise_host(spec: TowerSpec, graph: OnnxGraph, boundary: Boundary | None) -> HostPart:
     """The host's part around a device's, in the graph of a whole tower.
 
-    Args:
-        spec: The tower.
-        graph: The graph.
-        boundary: What the device takes and gives; None to find it: what comes out of the first gather, and what goes
-            into the last.
+    Without a boundary, the device takes what comes out of the first gather, and gives what goes into the last.
 
     Raises:
         UnknownHostError: If the operators around the device's part are not the family's.

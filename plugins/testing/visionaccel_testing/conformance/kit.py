@@ -38,14 +38,10 @@ _EXAMPLES = 12
 
 
 class Kit:
-    """One backend under test.
-
-    Args:
-        declared: The backend.
-        folder: An empty folder to work in.
-        seed: Of the weights, patches and grids.
+    """One backend under test, and an empty folder to work in.
 
     Attributes:
+        seed: Of the weights, patches and grids.
         figures: What the running check measured.
     """
 
@@ -82,13 +78,7 @@ class Kit:
     def subject_of(
         self, name: str, config: Mapping[str, Any] = TINY, edit: Callable[[Weights], None] | None = None
     ) -> Subject:
-        """The backend on a tower of random weights.
-
-        Args:
-            name: What its folder is named after; one is made once.
-            config: Of the tower.
-            edit: Changes the weights before anything is made from them.
-        """
+        """The backend on a tower of random weights, made once by that name; `edit` may change the weights first."""
         checkpoint = self._folder / name / "checkpoint"
         if not checkpoint.exists():
             random_checkpoint(checkpoint, config, seed=self.seed, scales=LIVELY)
@@ -122,11 +112,7 @@ class Kit:
         return self.subject_on(checkpoint, place / "source")
 
     def reference_of(self, checkpoint: Path) -> Encoder:
-        """The float32 reference on a checkpoint.
-
-        Raises:
-            BackendUnavailableError: If it is not installed.
-        """
+        """The float32 reference on a checkpoint; BackendUnavailableError if it is not installed."""
         registry = Registry()
         if find_spec("transformers") is None or REFERENCE_BACKEND not in {entry.name for entry in registry.entries}:
             raise BackendUnavailableError(
@@ -156,13 +142,7 @@ class Kit:
         self.compare(self.encode(patches, grids), self.expected(patches, grids), what)
 
     def compare(self, found: Embeddings, exact: Embeddings, what: str) -> None:
-        """Fail unless embeddings are within the tolerance.
-
-        Args:
-            found: [tokens, width].
-            exact: [tokens, width]; what they should be.
-            what: What was encoded, for the message.
-        """
+        """Fail unless embeddings [tokens, width] are within the tolerance of the exact ones; `what` names them."""
         if found.shape != exact.shape:
             raise CheckFailedError(f"{what}: {list(found.shape)} embeddings instead of {list(exact.shape)}.")
         comparison = Comparison()

@@ -53,12 +53,7 @@ class Subject:
     seed: int
 
     def open(self, *, isolation: WantedIsolation | None = None, deadline: float = 20.0) -> Encoder:
-        """A new encoder, which the caller closes.
-
-        Args:
-            isolation: Replaces the subject's own.
-            deadline: Seconds of a call in a child process.
-        """
+        """A new encoder, which the caller closes; an isolation that is given replaces the subject's own."""
         return open_encoder(
             self.source,
             backend=self.backend,

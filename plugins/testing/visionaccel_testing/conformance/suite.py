@@ -116,7 +116,7 @@ def conformance_suite(declared: BackendUnderTest | Callable[[pytest.Config], Bac
     """A class with a test for each check, to be bound in a test file to a name that starts with `Test`.
 
     Args:
-        declared: The backend, or what makes it of pytest's configuration.
+        declared: The backend, or what makes it from pytest's configuration.
     """
     import pytest
 

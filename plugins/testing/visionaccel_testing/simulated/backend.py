@@ -55,10 +55,7 @@ class Target:
 
     @classmethod
     def parse(cls, text: str | None) -> Target:
-        """The target that a device's name stands for, such as `onnxrt`, `torch_ref/cuda:0` or `onnxrt/cpu@1`.
-
-        Args:
-            text: The name; None for `auto`.
+        """The target that a name such as `onnxrt`, `torch_ref/cuda:0` or `onnxrt/cpu@1` stands for; None for `auto`.
 
         Raises:
             SettingsError: If it is malformed, or names the simulated backend itself.
@@ -84,12 +81,7 @@ class Target:
         return select(default_registry(), _Single(program, program.family), self.backend, self.device)
 
     def named_backend(self) -> VisionBackend | None:
-        """The named backend; None for `auto`.
-
-        Raises:
-            UnknownBackendError: If it is not installed.
-            PluginError: If it is broken.
-        """
+        """The named backend, None for `auto`; UnknownBackendError or PluginError if it cannot be loaded."""
         return None if self.backend == AUTO else default_registry().load(self.backend)
 
 

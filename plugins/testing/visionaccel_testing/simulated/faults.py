@@ -146,11 +146,7 @@ class Fault:
 
 
 class FaultScript:
-    """The rules of a session: those it was opened with, then those of a file that may change while it is open.
-
-    Args:
-        rules: The first.
-        switch: A file with a JSON list of rules, read at each call; missing or empty: none.
+    """The rules of a session: those it was opened with, then those of the file `switch`, read at each call.
 
     Raises:
         SettingsError: If the file does not hold rules; or a rule ends a process that is not a device's child process.
@@ -165,11 +161,7 @@ class FaultScript:
                 )
 
     def rules(self) -> tuple[FaultRule, ...]:
-        """The rules that hold now.
-
-        Raises:
-            SettingsError: If the file holds none.
-        """
+        """The rules that hold now; SettingsError if the file does not hold any."""
         if self._switch is None:
             return self._rules
         try:

@@ -44,11 +44,7 @@ def frames_of(program: Program, inputs: Mapping[str, Array]) -> tuple[Frame, ...
 
     The grids are read from `grid_thw` or from the program's coverage. A program for any grid gets only the number of
     `frames`, which are of one size; `frame_bias` tells one for a bucket which patches are padding. A call that says
-    nothing of its frames counts as one.
-
-    Args:
-        program: What is run; its first input has the patches.
-        inputs: Inputs of one call.
+    nothing of its frames counts as one. The program's first input has the patches.
     """
     rows = inputs[program.inputs[0].name]
     if "grid_thw" in inputs:

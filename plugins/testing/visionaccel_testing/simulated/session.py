@@ -34,13 +34,7 @@ class SimulatedSession(Session):
     It is one device: of more calls at once than `capabilities.max_in_flight`, the others wait, and their time begins
     when they are let in. A wrapped session that is not thread-safe computes one call at a time while others sleep.
 
-    Args:
-        inner: The wrapped session, which this one closes.
-        capabilities: What this session says of itself.
-        program: What is run.
-        latency: How long calls take.
-        script: What goes wrong.
-        replay: Remember answers by their inputs; those not used for longest are forgotten.
+    With `replay`, answers are remembered by their inputs; those not used for longest are forgotten.
 
     Attributes:
         calls: Calls so far.
