@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -60,22 +60,13 @@ def threads(kit: Kit) -> None:
     grids = kit.calls[0]
     patches = kit.patches(grids)
     here = kit.encode(patches, grids)
-    outcomes: list[Embeddings | BaseException] = []
-
-    def encode() -> None:
-        try:
-            outcomes.append(kit.encode(patches, grids))
-        except BaseException as error:
-            outcomes.append(error)
-
     for _ in range(3):
-        thread = threading.Thread(target=encode)
-        thread.start()
-        thread.join()
-    for outcome in outcomes:
-        if isinstance(outcome, BaseException):
-            raise CheckFailedError(f"a thread that did not open the session cannot encode: {outcome}") from outcome
-        kit.same(outcome, here, "the same patches in another thread")
+        with ThreadPoolExecutor(1) as pool:
+            try:
+                there = pool.submit(kit.encode, patches, grids).result()
+            except (Exception, SystemExit) as error:
+                raise CheckFailedError(f"a thread that did not open the session cannot encode: {error}") from error
+        kit.same(there, here, "the same patches in another thread")
 
 
 def _encode(subject: Subject, calls_: Sequence[tuple[Grid, ...]]) -> list[Embeddings]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import gc
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import pairwise
 
 import numpy as np
@@ -140,33 +139,27 @@ def _close_during_encode(subject: Subject) -> None:
         encoder = subject.open()
         encode = first_call(encoder, subject.seed)
         exact = encode()
-        wrong: list[str] = []
-        threads = [threading.Thread(target=_encode_until_closed, args=(encode, exact, wrong)) for _ in range(_THREADS)]
-        for thread in threads:
-            thread.start()
+        pool = ThreadPoolExecutor(_THREADS)
+        loops = [pool.submit(_encode_until_closed, encode, exact) for _ in range(_THREADS)]
         time.sleep(pause)
         encoder.close()
-        for thread in threads:
-            thread.join(60)
-        if any(thread.is_alive() for thread in threads):
+        if wait(loops, 60).not_done:
             raise CheckFailedError("calls in progress when the encoder was closed do not end.")
-        if wrong:
-            raise CheckFailedError(wrong[0])
+        for loop in loops:
+            loop.result()
 
 
-def _encode_until_closed(encode: Callable[[], Embeddings], exact: Embeddings, wrong: list[str]) -> None:
-    """Encodes in a loop; notes what ends it, but for the error that a closed encoder raises."""
+def _encode_until_closed(encode: Callable[[], Embeddings], exact: Embeddings) -> None:
+    """Encodes in a loop until the error that a closed encoder raises."""
     while True:
         try:
             found = encode()
         except DeviceError:
             return
         except BaseException as error:
-            wrong.append(f"{type(error).__name__} instead of DeviceError: {error}")
-            return
+            raise CheckFailedError(f"{type(error).__name__} instead of DeviceError: {error}") from error
         if not np.allclose(found, exact, rtol=1e-2, atol=1e-2 * float(np.abs(exact).max())):
-            wrong.append("a call that was in progress when the encoder was closed got a wrong answer.")
-            return
+            raise CheckFailedError("a call that was in progress when the encoder was closed got a wrong answer.")
 
 
 def _leave_open(subject: Subject) -> None:
