@@ -62,7 +62,7 @@ Cosine: TypeAlias = Annotated[float, Field(ge=-1.000001, le=1.000001)]
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
 
 
 class BundleFile(_Model):
