@@ -2,7 +2,7 @@
 
 Floor of the guard: every byte of the output must be read once, 15.4 MB for 1073x3584 float32, so 0.2 ms ask for 77
 GB/s of one core. The figure next to it is what BLAS' scalar product takes for the same bytes, which is as fast as one
-core reads here. What is switched off must cost less than a microsecond: one look at whether anybody observes.
+core reads here. What is switched off must cost less than a microsecond: one check whether there are observers.
 
 The parts are measured on a session that answers at once, in turns with and without them, since a difference of
 microseconds cannot be seen in an encode of seconds; that encode, of 1,024 patches, is measured for the share.
@@ -111,7 +111,7 @@ def _parts(checkpoint: Path, patches: Array) -> dict[str, float]:
 
 
 def _unasked(encoder: Encoder, patches: Array) -> None:
-    """`Encoder.encode` without a look at whether anybody observes."""
+    """`Encoder.encode` without the check whether there are observers."""
     with on_cores(None):
         encoder._encode(patches, [GRID])
 

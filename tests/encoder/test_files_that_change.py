@@ -31,7 +31,7 @@ from visionaccel.encoder import hold_source, open_tower
 from visionaccel.errors import ArtifactError, ChangedFileError, DeviceLostError, SettingsError
 from visionaccel.service import numerics, open_guarded
 from visionaccel.settings import Settings
-from visionaccel_bench.faultsuite.changing import change_weights, copy_checkpoint
+from visionaccel_bench.faultsuite.suite import change_weights
 from visionaccel_testing.checkpoints import TINY, random_checkpoint
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="copies in memory are files of Linux")
@@ -177,7 +177,7 @@ def test_a_truncated_checkpoint_does_not_end_the_process(checkpoint, backend, op
 
 @pytest.mark.parametrize("how", ["replaced", "rewritten"])
 def test_the_fault_suite_changes_every_vision_weight_of_the_checkpoint_that_it_serves(tiny, tmp_path, how):
-    copy = copy_checkpoint(tiny, tmp_path)
+    copy = Path(shutil.copytree(tiny, tmp_path / "checkpoint"))
     inode = (copy / SINGLE_FILE).stat().st_ino
     change_weights(copy, how)
     assert ((copy / SINGLE_FILE).stat().st_ino == inode) == (how == "rewritten")

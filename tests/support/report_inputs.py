@@ -78,7 +78,7 @@ def serve_report(name=""):
         f"pipelined{name}": Taken([run(0.2)], [run(0.0)], [run(0.1)], [], [run(0.1)], [run(0.1)]),
     }
     plan = Plan(1, 2, 0.3, 1, 4, (308, 224), sequential=True)
-    return make_report(plan, taken, {}, DeviceTime(1.0, f"as stated{name}"), f"simulated{name}", True)
+    return make_report(plan, taken, DeviceTime(1.0, f"as stated{name}"), f"simulated{name}", True)
 
 
 def trace_events(name=""):

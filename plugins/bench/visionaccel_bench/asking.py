@@ -26,13 +26,9 @@ _TEXT_TOKENS = 48
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What became of a request.
+    """What became of a request: a text and its token ids, or the error that the client got.
 
-    Attributes:
-        text: The answer; None for an error.
-        tokens: Its token ids; None for an error.
-        error: The error that the client got; None for an answer.
-        lost: Whether neither came: no reply, or an error without a text.
+    `lost` is whether neither came: no reply, or an error without a text.
     """
 
     text: str | None = None
@@ -50,14 +46,7 @@ def image_content(image: Image) -> list[dict[str, Any]]:
 
 
 def ask(url: str, model: str, image: Image, *, timeout: float = _TIMEOUT) -> Answer:
-    """Ask to read the digits of a picture.
-
-    Args:
-        url: Base URL of the API, ending in `/v1`.
-        model: The served model.
-        image: The picture.
-        timeout: Seconds without a reply after which the request counts as lost.
-    """
+    """Ask the API at a URL to read the digits of a picture; after `timeout` seconds without a reply it is lost."""
     messages = [{"role": "user", "content": image_content(image)}]
     body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": 8, "return_token_ids": True}
     try:
@@ -72,7 +61,7 @@ def ask(url: str, model: str, image: Image, *, timeout: float = _TIMEOUT) -> Ans
 
 @contextmanager
 def text_stream(url: str, model: str) -> Iterator[list[str]]:
-    """Texts decoded one after the other while the context lasts; the list has what went wrong with them."""
+    """Have texts decoded one after the other while the context lasts; the list has what went wrong with them."""
     ended, problems = Event(), list[str]()
     body = {
         "model": model, "prompt": QUESTION, "max_tokens": _TEXT_TOKENS, "ignore_eos": True, "temperature": 0,
@@ -107,7 +96,7 @@ def metrics_of(url: str) -> str:
 
 
 def metric(text: str, name: str, **labels: str) -> float:
-    """The sum of a metric's values over those of its samples that have these labels."""
+    """The sum of a metric's values over its samples that have these labels."""
     samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
     return sum(each.value for each in samples if each.name == name and labels.items() <= each.labels.items())
 

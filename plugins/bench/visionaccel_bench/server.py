@@ -24,33 +24,26 @@ _LOOPBACK = "127.0.0.1"
 _ENDING = 20.0
 """Seconds that a server has to end when it is asked to."""
 
+_LOG_LINES = 30
 _SETTINGS = ("VISIONACCEL_", "VLLM_VISION_NPU_", "VLLM_NPU_")
 
 
-def log_end(log: Path, lines: int = 30) -> str:
+def log_end(log: Path) -> str:
     """The last lines of a child process's output."""
-    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+    return "\n".join(log.read_text(errors="replace").splitlines()[-_LOG_LINES:])
 
 
 @dataclass(frozen=True)
 class VllmServer:
-    """A running server.
+    """A running server: the base URL of its OpenAI API, ending in `/v1`, the name of its model, and its log.
 
-    Attributes:
-        url: Base URL of the OpenAI API, ending in `/v1`.
-        model: The name under which it serves.
-        log: File that its output goes to.
-        child: Its process, with the engine's processes in its group.
+    The engine's processes are in the group of `child`.
     """
 
     url: str
     model: str
     log: Path
     child: ChildGroup
-
-    def log_end(self, lines: int = 30) -> str:
-        """The last lines of the server's output."""
-        return log_end(self.log, lines)
 
     def healthy(self) -> bool:
         """Whether the server runs and its engine answers the health check."""
@@ -64,11 +57,7 @@ class VllmServer:
 
 
 def quiet_environment(settings: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment with exactly the given settings of visionaccel, and vLLM offline and small.
-
-    Args:
-        settings: Such as `{"VISIONACCEL_BACKEND": "onnxrt"}`; other settings in the environment are left out.
-    """
+    """This process's environment with no settings of visionaccel but the given ones, and vLLM offline and small."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(_SETTINGS)}
     defaults = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     return {**defaults, **inherited, **settings}
@@ -92,7 +81,7 @@ def serve(
         arguments: More arguments for the server.
         command: What starts the server, up to the place of the model.
         timeout: Seconds until the server must answer.
-        waiting: Called about twice a second with the seconds waited so far.
+        waiting: Called twice a second with the seconds waited so far.
 
     Raises:
         ConfigurationError: If the command cannot be started.
@@ -124,7 +113,7 @@ def serve(
                 if ended or waited > timeout:
                     state = how_it_ended(child.reap()) if ended else "does not answer"
                     raise DeviceError(
-                        f"the vLLM server {state} after {waited:.0f} s. The end of its log:\n{server.log_end()}",
+                        f"the vLLM server {state} after {waited:.0f} s. The end of its log:\n{log_end(log)}",
                         hint="The reason is in the log above.",
                     )
                 if waiting is not None:

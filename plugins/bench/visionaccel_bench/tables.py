@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
 
 from visionaccel.cli import output
+
+Seconds = Annotated[float, Field(ge=0, le=1e12)]
+"""A figure that a picture can show, checked where a report is read from a file. The most is 30,000 years."""
 
 DASH = "-"
 """Stands for a value that is not there."""
@@ -15,14 +20,12 @@ _STYLES = {"failure": "bold red", "warning": "yellow"}
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table.
+    """A table: its heads, and the cells of each row, one for each column.
 
     Attributes:
-        columns: The heads.
-        rows: The cells of each row, one for each column.
-        title: What stands above it.
         layout: `numbers` aligns all columns but the first to the right; in `statuses`, the first column holds `pass`,
             `warning` or `failure`.
+        folded: Whether the page shows it only when its title is opened.
     """
 
     kind: ClassVar = "table"
@@ -31,6 +34,7 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     title: str = ""
     layout: Literal["text", "numbers", "statuses"] = "text"
+    folded: bool = False
 
 
 def print_table(table: Table) -> None:

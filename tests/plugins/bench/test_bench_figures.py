@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from visionaccel_bench.serve.figures import Run, Spread, Trace, bound, device_finish, figures, overlap, stalls
+from visionaccel_bench.serve.figures import Bound, Run, Spread, Trace, bound, device_finish, figures, overlap, stalls
 
 TIMES = st.lists(st.floats(0, 100), min_size=1, max_size=50)
 
@@ -134,7 +134,7 @@ def test_the_bound_is_the_greater_of_device_and_decode(decode, seconds):
 
 
 def test_the_gain_of_concurrent_requests_and_its_bound():
-    found = overlap(sequential=12.0, concurrent=8.0, device=6.0, decode=7.5)
+    found = overlap(12.0, 8.0, Bound(device_seconds=6.0, decode_seconds=7.5, seconds=7.5))
     assert found.ratio == pytest.approx(1.5)
     assert found.bound == pytest.approx(12 / 7.5)
-    assert overlap(12.0, 8.0, None, 7.5).bound is None
+    assert overlap(12.0, 8.0, None).bound is None

@@ -5,9 +5,8 @@ from PIL import Image
 
 from report_inputs import encode_report
 from visionaccel.errors import ConfigurationError
-from visionaccel_bench.encode.encode_plot import plot_latency
+from visionaccel_bench.drawing import plot_latency, plot_timeline
 from visionaccel_bench.serve.figures import Run, Trace
-from visionaccel_bench.serve.serve_plot import plot_timeline
 
 RUN = Run(
     (

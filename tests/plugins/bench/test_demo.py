@@ -19,7 +19,7 @@ from visionaccel_bench.server import VllmServer
 @pytest.mark.parametrize(("ours", "status"), [("42", 0), ("43", 1)])
 def test_any_different_answer_fails_the_demo(monkeypatch, ours, status):
     def ask(title, checkpoint, settings, pictures):
-        return [module._Answer(ours if settings else "42", 1.0 if settings else None) for _ in pictures]
+        return [(ours, 1.0) if settings else ("42", None) for _ in pictures]
 
     monkeypatch.setattr(module, "_ask", ask)
     result = CliRunner().invoke(app, ["demo", "--images", "3"])
@@ -78,5 +78,5 @@ def test_the_demo_waits_for_an_encode_that_compiles_first(monkeypatch, tmp_path)
     (tmp_path / "log").touch()
     with answering_after(0.0) as url:
         server = VllmServer(url=url, model="digits", log=tmp_path / "log", child=None)
-        assert module._one(server, Image.new("RGB", (8, 8)), timed=False).text == "42"
+        assert module._one(server, Image.new("RGB", (8, 8)), timed=False) == ("42", None)
     assert waited == [600.0]

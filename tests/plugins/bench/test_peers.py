@@ -1,58 +1,37 @@
-"""Peers of the encode benchmark: transformers' towers of any family, and which towers vLLM's peer takes."""
+"""Peers of the encode benchmark: transformers' tower of the checkpoint's model, and which towers vLLM's peer takes."""
 
-import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from visionaccel.checkpoint import Checkpoint
+from visionaccel import open_encoder
 from visionaccel.core.grid import Grid
+from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError
-from visionaccel_bench.encode.peers import open_peer
+from visionaccel_bench.encode.contender_main import open_peer
 
-GRID = Grid(1, 4, 8)
-OPTIONS = {"dtype": "float32"}
-
-
-@pytest.fixture
-def qwen2_vl(tmp_path):
-    """A tower of a family that vision encoders here need not know, its checkpoint, and transformers' own of it."""
-    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
-
-    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-            "num_key_value_heads": 2, "vocab_size": 32}  # fmt: skip
-    vision = {"depth": 2, "embed_dim": 32, "num_heads": 2, "hidden_size": 16, "patch_size": 4}
-    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision)).eval()
-    config = {**model.config.to_dict(), "architectures": ["Qwen2VLForConditionalGeneration"]}
-    tower = model.model.visual
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    save_file({f"visual.{name}": weight for name, weight in tower.state_dict().items()}, tmp_path / "model.safetensors")
-    checkpoint = Checkpoint(tmp_path)
-    described = SimpleNamespace(
-        checkpoint=checkpoint, family="qwen2_vl", weights={}, stored_names=frozenset(checkpoint.tensors)
-    )
-    return described, tower
+GRID = Grid(1, 8, 12)
 
 
-def test_transformers_takes_the_family_from_the_checkpoint(qwen2_vl):
-    described, tower = qwen2_vl
-    peer = open_peer("transformers", described, OPTIONS, torch.get_num_threads())
-    patches = np.random.default_rng(0).standard_normal((GRID.patches, 3 * 2 * 4 * 4), dtype=np.float32)
-    with torch.inference_mode():
-        expected = tower(torch.from_numpy(patches), torch.tensor([GRID.thw])).pooler_output
-    np.testing.assert_allclose(peer.read(peer.run(peer.prepare(patches), GRID)), expected, atol=1e-5)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.1)])
+def test_transformers_takes_the_tower_of_the_model_that_the_checkpoint_names(tiny, dtype, tolerance):
+    tower = open_tower(tiny)
+    peer = open_peer("transformers", tower, {"dtype": dtype, "attention": "eager"}, torch.get_num_threads())
+    assert (peer.device, peer.precision, peer.simulated) == ("cpu", dtype, False)
+    assert "eager" in peer.about
+    patches = np.random.default_rng(0).standard_normal((GRID.patches, tower.patch_width), dtype=np.float32)
+    prepared = peer.prepare(patches)
+    assert prepared.dtype == getattr(torch, dtype)
+    embeddings = peer.run(prepared, GRID)
+    assert embeddings.dtype == getattr(torch, dtype)
+    with open_encoder(tiny, backend="onnxrt") as encoder:  # which shares no arithmetic with it
+        expected = encoder.encode(patches, [GRID])
+    error = np.linalg.norm(peer.read(embeddings) - expected) / np.linalg.norm(expected)
+    assert error < tolerance
 
 
-def test_a_weight_that_is_missing_is_named(qwen2_vl):
-    described, _ = qwen2_vl
-    described.stored_names -= {"visual.merger.ln_q.weight"}
-    with pytest.raises(ConfigurationError, match=r"does not hold merger\.ln_q\.weight"):
-        open_peer("transformers", described, OPTIONS, torch.get_num_threads())
-
-
-def test_vllms_peer_says_which_towers_it_takes(qwen2_vl):
+def test_vllms_peer_says_which_towers_it_takes():
     with pytest.raises(ConfigurationError, match="takes towers of family qwen2_5_vl, and this one is of qwen2_vl"):
-        open_peer("vllm", qwen2_vl[0], OPTIONS, torch.get_num_threads())
+        open_peer("vllm", SimpleNamespace(family="qwen2_vl"), {"dtype": "float32"}, torch.get_num_threads())

@@ -23,6 +23,7 @@ from visionaccel.backends import Finding
 from visionaccel.cli.app import app
 from visionaccel.cli.diagnosis import Diagnosis, Found
 from visionaccel.errors import ConfigurationError, InputError
+from visionaccel_bench.faultsuite.cells import FaultRow, FaultSuite
 from visionaccel_bench.reporting import make_report, read_inputs
 from visionaccel_bench.reporting.charts import Bar, draw_bars, draw_timeline, spans
 from visionaccel_bench.reporting.documents import read_benchmark, read_document, read_faults
@@ -417,12 +418,13 @@ def test_what_is_no_fault_suite_is_refused(tmp_path, change):
 
 
 def test_what_the_fault_suite_writes_is_shown(tmp_path):
-    from visionaccel_bench.faultsuite.matrix import cells_of, every_serving
-    from visionaccel_bench.faultsuite.suite import Outcome, suite_of
-
-    cells = list(cells_of(every_serving()[0]))
-    outcomes = [Outcome(cells[0], "error", 0, 0, 0.5, ()), Outcome(cells[1], "nothing", 1, 2, None, ("It hung.",))]
-    document = suite_of(outcomes, "2026-01-02T03:04:05").model_dump()
+    kind = {"fault": "hang", "mode": "inline", "isolation": "none", "expected": "answer"}
+    right = FaultRow(**kind, moment="alone", answered="error", lost=0, recovery_seconds=0.5, passed=True)
+    wrong = FaultRow(
+        **kind, moment="beside", answered="nothing", lost=1, wrong=2, recovery_seconds=None, passed=False,
+        detail="It hung.",
+    )  # fmt: skip
+    document = FaultSuite(created="2026-01-02T03:04:05", simulated=True, rows=(right, wrong)).model_dump()
     report = make_report(read_inputs(faults=made.write(tmp_path / "faults.json", document)), diagnosis(), "A machine")
     section = report.sections[-1]
     assert section.status == "failure"

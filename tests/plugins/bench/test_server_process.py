@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from visionaccel.errors import ConfigurationError, DeviceError
-from visionaccel_bench.server import serve
+from visionaccel_bench.server import log_end, serve
 
 HEALTHY = """
 import http.server, sys
@@ -34,7 +34,7 @@ def stand_in(folder, code):
 def test_a_server_answers_within_the_context_and_is_gone_after_it(tmp_path):
     with serve(tmp_path / "model", {}, command=stand_in(tmp_path, HEALTHY)) as server:
         assert server.healthy()
-        assert "serving" in server.log_end()
+        assert "serving" in log_end(server.log)
         os.kill(server.child.pid, 0)
     assert not server.healthy()
     with pytest.raises(ProcessLookupError):

@@ -26,14 +26,13 @@ from visionaccel.cli.output import (
     write_json,
 )
 from visionaccel.errors import ConfigurationError, SettingsError
+from visionaccel_bench.benchmark_tables import concurrency_table, load_of, serve_notes, serve_table
 from visionaccel_bench.commands.bench_encode import encode, placement
-from visionaccel_bench.commands.options import Output, duration, require
-from visionaccel_bench.commands.termination import tidy_if_terminated
+from visionaccel_bench.commands.options import Output, duration, require, tidy_if_terminated
+from visionaccel_bench.drawing import plot_timeline
 from visionaccel_bench.serve.device import TIMES, Accelerator, DeviceTime, Mode, measured, with_latency
-from visionaccel_bench.serve.serve_plot import plot_timeline
 from visionaccel_bench.serve.serve_report import Report, make_report
-from visionaccel_bench.serve.serve_tables import concurrency_table, load_of, notes, serve_table
-from visionaccel_bench.serve.serving import Plan, Taken, measure, measure_at_no_cost, running, started
+from visionaccel_bench.serve.serving import Plan, Taken, measure, measure_without_latency, running, started
 from visionaccel_bench.tables import print_table
 from visionaccel_testing.simulated.backend import NAME as SIMULATED
 
@@ -165,7 +164,7 @@ def serve(
     print_table(serve_table(report, load_of(report)))
     if report.concurrency is not None:
         print_table(concurrency_table(report.concurrency))
-    for note in notes(report):
+    for note in serve_notes(report):
         results.print(note)
 
 
@@ -174,7 +173,7 @@ def _running(plan: Plan, urls: dict[str, str], device_seconds: float | None) -> 
     with status("starting") as tell:
         taken = {each.name: measure(each, plan, tell, again=each.name != Mode.STOCK) for each in subjects}
     device = DeviceTime(device_seconds, "as stated" if device_seconds is not None else "unknown")
-    return make_report(plan, taken, {}, device, None, None), taken
+    return make_report(plan, taken, device, None, None), taken
 
 
 def _started(
@@ -186,17 +185,16 @@ def _started(
     arguments: Sequence[str],
 ) -> tuple[Report, dict[str, Taken]]:
     taken: dict[str, Taken] = {}
-    at_no_cost: dict[str, Taken] = {}
     with tidy_if_terminated(), status("starting") as tell:
         for mode in modes:
             again = mode is not Mode.STOCK and not accelerator.simulated
             with started(mode, checkpoint, accelerator, plan, arguments, tell) as subject:
-                messages.print(f"{subject.name}: serving on {subject.endpoint.url}", highlight=False)
+                messages.print(f"{subject.name}: serving on {subject.url}", highlight=False)
                 taken[mode.value] = measure(subject, plan, tell, again=again)
             if mode is not Mode.STOCK and accelerator.simulated:
-                with started(mode, checkpoint, accelerator.at_no_cost(), plan, arguments, tell) as subject:
-                    at_no_cost[mode.value] = measure_at_no_cost(subject, plan, tell)
-    return make_report(plan, taken, at_no_cost, device, accelerator.backend, accelerator.simulated), taken
+                with started(mode, checkpoint, accelerator.without_latency(), plan, arguments, tell) as subject:
+                    measure_without_latency(subject, plan, tell, taken[mode.value])
+    return make_report(plan, taken, device, accelerator.backend, accelerator.simulated), taken
 
 
 def _timed(
@@ -252,7 +250,7 @@ def _named(urls: Iterable[str]) -> dict[str, str]:
             )
         name = found["name"] or found["url"]
         if name in named:
-            raise SettingsError(f"--url {text!r}: {name} is given twice.", hint="Give each server its own name.")
+            raise SettingsError(f"--url {text!r}: {name} is given twice.", hint="Give each server another name.")
         named[name] = found["url"]
     return named
 

@@ -18,21 +18,20 @@ from visionaccel.core.program import FixedGrid
 from visionaccel.encoder import open_source
 from visionaccel.errors import SettingsError
 from visionaccel.families import Tower
-from visionaccel_bench.commands.options import Output, duration, require
-from visionaccel_bench.commands.termination import tidy_if_terminated
-from visionaccel_bench.encode.contenders import STOCK, Contender, named_backends, named_peers
-from visionaccel_bench.encode.encode_plot import plot_latency
-from visionaccel_bench.encode.encode_report import EncodeReport, make_encode_report
-from visionaccel_bench.encode.encode_tables import (
+from visionaccel_bench.benchmark_tables import (
     accuracy_table,
     contenders_table,
+    encode_notes,
     linearity_table,
-    notes,
     placement_table,
     times_table,
 )
+from visionaccel_bench.commands.options import Output, duration, require, tidy_if_terminated
+from visionaccel_bench.drawing import plot_latency
+from visionaccel_bench.encode.contenders import STOCK, Contender, named_backends, named_peers
+from visionaccel_bench.encode.encode_report import EncodeReport, make_encode_report
 from visionaccel_bench.encode.encoding import TABLE, EncodePlan, measure_encodes
-from visionaccel_bench.encode.placement import advise
+from visionaccel_bench.encode.placement import PlacementReport, advise
 from visionaccel_bench.encode.presets import PRESETS, preset_checkpoint
 from visionaccel_bench.tables import print_table
 
@@ -92,7 +91,7 @@ def encode(
 ) -> None:
     """Compare encodes by backends and by other towers: time, memory, accuracy, and the share of the machine's peak.
 
-    Each contender has its own process. All are opened and warmed up, and then take turns, round by round, never
+    Each contender has a separate process. All are opened and warmed up, and then take turns, round by round, never
     two at once. Accuracy is against transformers in float32. The machine's peak is what packed matrix products of the
     tower's shapes reach in turns of the same rounds.
 
@@ -144,8 +143,8 @@ def placement(
         raise SettingsError("no backend is installed to offload to.", hint="Name a --backend, or install one.")
     report = _measured(source, preset, depth, tuple(map(Grid.parse, grid or ())), contenders, rounds, threads, deadline)
     *ours, stock = report.contenders
-    placements = [advise(report, each, stock) for each in ours]
-    document = {"placements": [asdict(each) for each in placements], "measured": asdict(report)}
+    placements = tuple(advise(report, each, stock) for each in ours)
+    document = asdict(PlacementReport(placements, report))
     write_json(document, output)
     if as_json:
         print_json(document)
@@ -210,5 +209,5 @@ def _grids(named: Sequence[str] | None, table: str | None) -> tuple[Grid, ...]:
 
 
 def _print_notes(report: EncodeReport) -> None:
-    for note in notes(report):
+    for note in encode_notes(report):
         results.print(note)

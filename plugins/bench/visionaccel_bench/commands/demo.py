@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from visionaccel.backends import default_registry
-from visionaccel.cli.output import Json, messages, print_json, results, status
+from visionaccel.cli.output import Json, messages, print_json, print_table, results, status
 from visionaccel.errors import DeviceError
 from visionaccel.observe import timed_encodes
 from visionaccel_bench.asking import ask
-from visionaccel_bench.commands.termination import tidy_if_terminated
-from visionaccel_bench.server import VllmServer, serve
+from visionaccel_bench.commands.options import tidy_if_terminated
+from visionaccel_bench.server import VllmServer, log_end, serve
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,12 +27,6 @@ ARGUMENTS = (
 
 _LONGEST_ANSWER = 600.0
 """Seconds for an answer. A backend may compile its program at the first encode."""
-
-
-@dataclass(frozen=True)
-class _Answer:
-    text: str
-    encode_ms: float | None
 
 
 def demo(
@@ -61,30 +53,33 @@ def demo(
         {
             "image": f"{sample.image.width}x{sample.image.height}",
             "truth": sample.truth,
-            "stock": theirs.text,
-            backend: mine.text,
-            "encode_ms": mine.encode_ms,
+            "stock": theirs,
+            backend: mine,
+            "encode_ms": encode_ms,
         }
-        for sample, theirs, mine in zip(samples, stock, ours, strict=True)
+        for sample, (theirs, _), (mine, encode_ms) in zip(samples, stock, ours, strict=True)
     ]
     agreeing = sum(row["stock"] == row[backend] for row in rows)
     right = {name: sum(row[name] == row["truth"] for row in rows) / len(rows) for name in ("stock", backend)}
     if as_json:
         print_json({"images": rows, "agreement": agreeing / len(rows), "accuracy": right})
     else:
-        table = Table("image", "truth", "stock answer", f"{backend} answer", "encode ms", title="Handwritten digits")
-        for row in rows:
-            style = None if row["stock"] == row[backend] else "bold red"
-            table.add_row(*map(str, row.values()), style=style)
-        results.print(table)
+        print_table(
+            "Handwritten digits",
+            ("image", "truth", "stock answer", f"{backend} answer", "encode ms"),
+            [list(row.values()) for row in rows],
+            styles=["" if row["stock"] == row[backend] else "bold red" for row in rows],
+        )
         accuracy = ", ".join(f"{name} {share:.1%}" for name, share in right.items())
         results.print(f"agreement: {agreeing} of {len(rows)}; accuracy: {accuracy}")
     if agreeing != len(rows):
         raise typer.Exit(1)
 
 
-def _ask(title: str, checkpoint: Path, settings: dict[str, str], pictures: Sequence[Image]) -> list[_Answer]:
-    """Start a server, ask it about each picture, and stop it."""
+def _ask(
+    title: str, checkpoint: Path, settings: dict[str, str], pictures: Sequence[Image]
+) -> list[tuple[str, float | None]]:
+    """Start a server, ask it about each picture, and stop it: the answers, and the milliseconds of each encode."""
     with tidy_if_terminated(), ExitStack() as stack:
         with status(f"{title}: starting") as tell:
 
@@ -101,18 +96,18 @@ def _ask(title: str, checkpoint: Path, settings: dict[str, str], pictures: Seque
     return answers
 
 
-def _one(server: VllmServer, picture: Image, *, timed: bool) -> _Answer:
+def _one(server: VllmServer, picture: Image, *, timed: bool) -> tuple[str, float | None]:
     before = len(_encodes(server.log)) if timed else 0
     answer = ask(server.url, server.model, picture, timeout=_LONGEST_ANSWER)
     if answer.text is None:
-        raise DeviceError(f"the server did not answer: {answer.error} The end of its log:\n{server.log_end()}")
+        raise DeviceError(f"the server did not answer: {answer.error} The end of its log:\n{log_end(server.log)}")
     if not timed:
-        return _Answer(answer.text, None)
+        return answer.text, None
     encodes = _encodes(server.log)[before:]
     if not encodes:
-        raise DeviceError(f"the server answered without the backend. The end of its log:\n{server.log_end()}")
+        raise DeviceError(f"the server answered without the backend. The end of its log:\n{log_end(server.log)}")
     parts = (ms for encode in encodes for part, ms in encode["ms"].items() if part != "queue")
-    return _Answer(answer.text, round(sum(parts), 2))
+    return answer.text, round(sum(parts), 2)
 
 
 def _encodes(log: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -10,9 +11,8 @@ import typer
 
 from visionaccel.cli.output import Json, check_writable, messages, print_json, results, status, write_json
 from visionaccel.errors import ConfigurationError
-from visionaccel_bench.commands.termination import tidy_if_terminated
-from visionaccel_bench.faultsuite.matrix import FAULTS, MOMENTS, Cell, cells_of, every_serving
-from visionaccel_bench.faultsuite.outcomes import fault_table
+from visionaccel_bench.commands.options import tidy_if_terminated
+from visionaccel_bench.faultsuite.cells import FAULTS, MOMENTS, FaultSuite, every_cell, fault_table
 from visionaccel_bench.tables import print_table
 
 
@@ -39,7 +39,7 @@ def faults(
     once the fault is lifted; and if nothing wrong was kept. Takes about ten minutes in all. Exit status 1 if a cell did
     not pass.
     """
-    from visionaccel_bench.faultsuite.suite import Outcome, SuiteImages, images_needed, run_suite, suite_of
+    from visionaccel_bench.faultsuite.suite import SuiteImages, images_needed, run_suite
 
     for option, given, known in (
         ("--fault", fault or (), FAULTS),
@@ -51,41 +51,35 @@ def faults(
             if name not in known:
                 raise ConfigurationError(f"there is no {option} {name!r}.", hint=f"Name one of: {', '.join(known)}.")
     check_writable(output)
-
-    def wanted(cell: Cell) -> bool:
-        serving = cell.serving
-        return (
-            mode in (None, serving.mode)
-            and isolation in (None, serving.isolation)
-            and fallback in (None, serving.fallback)
-            and (not fault or cell.fault in fault)
-            and (not moment or cell.moment in moment)
-        )
-
-    def done(outcome: Outcome) -> None:
-        if outcome.problems:
-            what = f"FAILED {outcome.cell.fault}, {outcome.cell.moment}: {outcome.cell.serving}"
-            messages.print(f"{what}: {' '.join(outcome.problems)}", highlight=False, soft_wrap=True)
-
-    servings = every_serving()
-    count = images_needed(servings, wanted)
-    if not count:
+    cells = [
+        cell
+        for cell in every_cell()
+        if mode in (None, cell.serving.mode)
+        and isolation in (None, cell.serving.isolation)
+        and fallback in (None, cell.serving.fallback)
+        and (not fault or cell.fault in fault)
+        and (not moment or cell.moment in moment)
+    ]
+    if not cells:
         raise ConfigurationError("no cell is like that.", hint="Leave out some of the options.")
     created = datetime.now(UTC).isoformat(timespec="seconds")
+    rows = []
     with tidy_if_terminated(), status("starting") as tell:
-        images = SuiteImages.asked_of_stock(count, tell)
-        suite = suite_of(run_suite(servings, images, wanted=wanted, tell=tell, done=done), created)
+        images = SuiteImages.asked_of_stock(images_needed(cells), tell)
+        with closing(run_suite(cells, images, tell)) as outcomes:
+            for cell, row in outcomes:
+                rows.append(row)
+                if not row.passed:
+                    messages.print(f"FAILED {cell}: {row.detail}", highlight=False, soft_wrap=True)
+    suite = FaultSuite(created=created, simulated=True, rows=tuple(rows))
     write_json(suite.model_dump(), output)
-    failed = sum(not row.passed for row in suite.rows)
-    missing = sum(wanted(cell) for serving in servings for cell in cells_of(serving)) - len(suite.rows)
+    failed, missing = sum(not row.passed for row in rows), len(cells) - len(rows)
     if as_json:
         print_json(suite.model_dump())
     else:
-        print_table(
-            fault_table(suite.rows, without=("expected", "wrong", "detail"), title="Faults of a SIMULATED device")
-        )
-        lost, wrong = sum(row.lost for row in suite.rows), sum(row.wrong for row in suite.rows)
-        counts = f"{len(suite.rows)} cells, {failed} failed, {missing} not run"
+        print_table(fault_table(rows, without=("expected", "wrong", "detail"), title="Faults of a SIMULATED device"))
+        lost, wrong = sum(row.lost for row in rows), sum(row.wrong for row in rows)
+        counts = f"{len(rows)} cells, {failed} failed, {missing} not run"
         results.print(f"{counts}; {lost} requests lost, {wrong} answers wrong.")
     if failed or missing:
         raise typer.Exit(1)

@@ -1,9 +1,13 @@
-"""Options that several of these commands have."""
+"""Options that several commands have, what must be importable for them, and how SIGTERM ends them."""
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -20,20 +24,37 @@ def duration(help: str, *, least: float = 0.0, **given: Any) -> Any:  # noqa: A0
 
 
 def require(*modules: str) -> None:
-    """Import modules before anything is started.
-
-    Raises:
-        ConfigurationError: If one is not installed, or cannot be imported.
-    """
+    """Import modules before anything is started; a `ConfigurationError` if one cannot be imported."""
     for module in modules:
-        package = module.partition(".")[0]
         try:
-            import_module(package)
+            import_module(module.partition(".")[0])  # whose absence a loaded module would hide
             import_module(module)
         except Exception as error:  # a broken installation fails in any way
-            if isinstance(error, ModuleNotFoundError) and error.name == package:
-                raise ConfigurationError.missing_extra("this command", package, "visionaccel[bench]") from error
             raise ConfigurationError(
                 f"this command needs {module}, which cannot be imported: {type(error).__name__}: {error}",
-                hint=f"Install it again until `python -c 'import {module}'` succeeds.",
+                hint=f"Run pip install 'visionaccel[bench]'; `python -c 'import {module}'` must succeed.",
             ) from error
+
+
+@contextmanager
+def tidy_if_terminated() -> Iterator[None]:
+    """While the context lasts, SIGTERM ends the command as Ctrl-C does: it ends what it started and removes its files.
+
+    For what waits for other processes: a device that hangs in this process would keep the signal from being handled.
+    """
+    before = signal.signal(signal.SIGTERM, _terminated)
+    try:
+        yield
+    except _Terminated:
+        raise SystemExit(128 + signal.SIGTERM) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Terminated(KeyboardInterrupt):
+    """Passes through everything that lets Ctrl-C pass."""
+
+
+def _terminated(number: int, _: FrameType | None) -> None:
+    signal.signal(number, lambda *_: None)  # a second one must not end the tidying
+    raise _Terminated

@@ -1,1 +1,1 @@
-"""What `visionaccel bench encode` and `bench placement` measure: encoders side by side, each in its own process."""
+"""What `visionaccel bench encode` and `bench placement` measure: encoders side by side, each in a separate process."""

@@ -1,37 +1,81 @@
-"""A contender's own process: opens one way to run the tower, and encodes when it is asked to.
+"""A contender's process: opens one way to run the tower, and encodes when it is asked to.
 
-Started as `python -m visionaccel_bench.encode.contender_main PARENT FD`, and ended with its parent. Over the socket FD
-it reads one JSON object a line and answers each with one: the result, or `error`. It ends when the socket is closed.
-What libraries print goes to its standard output, which is shown only if it dies.
+Started as `python -m visionaccel_bench.encode.contender_main PARENT FD`, and ended with its parent. Over the connection
+FD it gets one JSON object at a time and answers each with one: the result, or `error`. It ends when the connection is
+closed. What libraries print goes to its standard output, which is shown only if it dies.
+
+Peers are towers that are not this package's, built alone with the checkpoint's weights, and measured as their users run
+them: their layers, their preparation of weights, their defaults. They get patches in their dtype, as their models give
+them, and their answer is taken as it is.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from visionaccel.backends import default_registry
+from visionaccel.bundle import Bundle
+from visionaccel.core.arrays import as_host_tensor, as_numpy
 from visionaccel.core.child_groups import end_with_parent
+from visionaccel.core.cpu import has_bfloat16
+from visionaccel.core.grid import Grid
+from visionaccel.core.program import CHECKPOINT
+from visionaccel.encoder import open_encoder, open_source
+from visionaccel.errors import ConfigurationError
+from visionaccel.families import Tower
 from visionaccel_testing.process_tree import memory, processor_seconds
 
 if TYPE_CHECKING:
-    import torch
+    import torch  # only what needs it pays for its start-up and memory
 
 _SPARED = "800"
 """The kernel's score when memory runs out: it ends a contender rather than the measuring process."""
 
+_VLLM_FAMILY = "qwen2_5_vl"
 
-class _Work:
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A tower that is ready.
+
+    Attributes:
+        precision: Dtype of its products.
+        about: Releases and settings that decide how fast it is.
+        prepare: Patches float32 [P, patch_width] as `run` takes them. Not timed.
+        run: Embeddings of prepared patches of one grid, in any dtype and library. Timed.
+    """
+
+    device: str
+    precision: str
+    about: str
+    prepare: Callable[[NDArray[np.float32]], Any]
+    run: Callable[[Any, Grid], Any]
+    close: Callable[[], object] = lambda: None
+    simulated: bool = False
+
+    def read(self, output: Any) -> NDArray[np.float32]:
+        """What `run` returned as float32 [N, out_width]. Not timed."""
+        return np.ascontiguousarray(as_numpy(output), dtype=np.float32)
+
+
+class Work:
     """Answers requests; `open` comes before `encode`."""
 
     def __init__(self) -> None:
-        self._opened: Any = None
+        self._opened: Opened | None = None
         self._prepared: tuple[str, Any] = ("", None)
 
     def open(
@@ -39,24 +83,16 @@ class _Work:
         deadline: float,
     ) -> dict[str, Any]:  # fmt: skip
         """Open a contender and say what it is."""
-        from visionaccel.encoder import open_source
-
-        opened = open_source(source)
+        given = open_source(source)
         if kind == "backend":
-            self._opened = _open_backend(name, opened, device, options, threads, deadline)
+            self._opened = _open_backend(name, given, device, options, threads, deadline)
         else:
-            from visionaccel_bench.encode.peers import open_peer
-
-            tower = opened.tower
-            self._opened = open_peer(name, tower, options, threads)
+            self._opened = open_peer(name, given.tower, options, threads)
         return {name: getattr(self._opened, name) for name in ("device", "precision", "about", "simulated")}
 
     def encode(self, patches: str, grid: list[int], at_least: float, save: str | None) -> dict[str, Any]:
         """Encode once, or as often as begins within `at_least` seconds; `save` names a file for the embeddings."""
-        import numpy as np
-
-        from visionaccel.core.grid import Grid
-
+        assert self._opened is not None
         if self._prepared[0] != patches:  # a turn must not begin with reading a file
             self._prepared = (patches, self._opened.prepare(np.load(patches)))
         prepared, wanted = self._prepared[1], Grid(*grid)
@@ -80,9 +116,21 @@ class _Work:
             "peak_bytes": held.peak,
         }
 
-    def products(self, shapes: list[list[int]], threads: int) -> dict[str, Any]:
-        """See `rates`."""
-        return {"rates": rates([(rows, inner, columns) for rows, inner, columns in shapes], threads)}
+    def products(self, shapes: list[tuple[int, int, int]], threads: int) -> dict[str, Any]:
+        """The most operations a second of a product of any shape, by dtype; without dtypes that this processor lacks.
+
+        They are products of oneDNN with weights packed once, the most that a tower made of them could reach. A first
+        product of each shape is not timed. Shapes are rows, inner width and columns.
+        """
+        import torch
+
+        from visionaccel.core.packed_products import why_not_packed
+
+        torch.set_num_threads(threads)
+        dtypes = {"float32": torch.float32}
+        if why_not_packed(torch.bfloat16) is None:
+            dtypes["bfloat16"] = torch.bfloat16
+        return {"rates": {name: max(_rate(dtype, *shape) for shape in shapes) for name, dtype in dtypes.items()}}
 
     def close(self) -> None:
         """Close what is open."""
@@ -91,19 +139,15 @@ class _Work:
 
 
 def _open_backend(
-    name: str, source: Any, device: str | None, options: dict[str, Any], threads: int, deadline: float
-) -> Any:
-    from visionaccel.backends import default_registry
-    from visionaccel.encoder import open_encoder
-    from visionaccel_bench.encode.peers import Opened
-
-    backend = default_registry().load(name)
+    name: str, source: Tower | Bundle, device: str | None, options: dict[str, Any], threads: int, deadline: float
+) -> Opened:
+    backend, entry = default_registry().load(name), default_registry().entry(name)
     if "threads" in backend.options.model_fields:
         options = {"threads": threads, **options}
     encoder = open_encoder(
         source, backend=name, device=device, options=options, deadline=deadline, open_deadline=deadline
     )
-    entry, found = default_registry().entry(name), encoder.capabilities
+    found = encoder.capabilities
     return Opened(
         device=found.device,
         precision=found.precision,
@@ -115,28 +159,92 @@ def _open_backend(
     )
 
 
-def rates(shapes: Sequence[tuple[int, int, int]], threads: int) -> dict[str, list[float]]:
-    """Operations a second of one product of each shape, by dtype; without dtypes that this processor does not have.
+def open_peer(name: str, tower: Tower, options: Mapping[str, Any], threads: int) -> Opened:
+    """Build a peer's tower with its `dtype` and other options, load its weights, and set the threads of its products.
 
-    They are products of oneDNN with weights packed once, the most that a tower made of them could reach. A first
-    product of each shape is not timed.
-
-    Args:
-        shapes: Rows, inner width and columns of each product.
-        threads: Threads of the products.
-
-    Raises:
-        Exception: If torch is not installed or was built without oneDNN.
+    Anything may be raised: by the peer's code, or a `ConfigurationError` because it cannot run this tower.
     """
     import torch
 
-    from visionaccel.core.packed_products import why_not_packed
-
     torch.set_num_threads(threads)
-    found = {"float32": [_rate(torch.float32, *shape) for shape in shapes]}
-    if why_not_packed(torch.bfloat16) is None:
-        found["bfloat16"] = [_rate(torch.bfloat16, *shape) for shape in shapes]
-    return found
+    openers = {"transformers": _transformers, "vllm": _vllm}
+    return openers[name](tower, options)
+
+
+def _transformers(tower: Tower, options: Mapping[str, Any]) -> Opened:
+    """The tower of the model class that the checkpoint names."""
+    import torch
+    import transformers
+
+    from visionaccel_torch_ref.reference import TransformersTower
+
+    name, attention = options["dtype"], options.get("attention", "sdpa")
+    dtype = getattr(torch, name)
+    (program,) = tower.programs([CHECKPOINT])
+    module = TransformersTower(program, dtype=dtype, attention=attention, device="cpu")
+
+    def run(patches: Any, grid: Grid) -> Any:
+        with torch.inference_mode():
+            return module(patches, [grid])
+
+    about = f"transformers {transformers.__version__}, torch {torch.__version__}, {attention}{_emulated(name)}"
+    return Opened("cpu", name, about, lambda patches: torch.from_numpy(patches).to(dtype), run)
+
+
+def _vllm(tower: Tower, options: Mapping[str, Any]) -> Opened:
+    """The tower of vLLM's Qwen2.5-VL as its worker builds it, once in a process: its process groups are global."""
+    if tower.family != _VLLM_FAMILY:
+        raise ConfigurationError(
+            f"the peer vllm takes towers of family {_VLLM_FAMILY}, and this one is of {tower.family}.",
+            hint="Leave the peer out.",
+        )
+    import torch
+    import vllm
+    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import parallel_state
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader.utils import process_weights_after_loading
+    from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VisionTransformer
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    name, eager = options["dtype"], options.get("enforce_eager", False)
+    dtype, folder = getattr(torch, name), str(tower.checkpoint.folder)
+    settings = EngineArgs(
+        model=folder, dtype=name, skip_tokenizer_init=True, enforce_eager=eager
+    ).create_engine_config()
+    priority = getattr(getattr(settings, "kernel_config", None), "ir_op_priority", None)
+    if priority is not None:  # as its workers do at start, since 0.31
+        priority.set_default()
+    with ExitStack() as stack:
+        store = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(set_current_vllm_config(settings))
+        # Its layers ask for the process groups even where there is one process.
+        parallel_state.init_distributed_environment(1, 0, f"file://{Path(store, 'store')}", 0, "gloo")
+        parallel_state.initialize_model_parallel(1, 1)
+        config = Qwen2_5_VLVisionConfig.from_dict(dict(tower.configuration))
+        epsilon = getattr(settings.model_config.hf_config, "rms_norm_eps", 1e-6)
+        with set_default_torch_dtype(dtype):
+            module = Qwen2_5_VisionTransformer(config, norm_eps=epsilon, prefix="visual")
+        module.load_weights(
+            (key, as_host_tensor(stored.read(), stored.dtype).to(dtype)) for key, stored in tower.weights.items()
+        )
+        process_weights_after_loading(module, settings.model_config, torch.device("cpu"))  # packs for its products
+        module.eval()
+        close = stack.pop_all().close
+
+    def run(patches: Any, grid: Grid) -> Any:
+        with torch.inference_mode():
+            return module(patches, grid_thw=[list(grid.thw)])
+
+    attention = getattr(module.attn_backend, "name", str(module.attn_backend))
+    about = f"vLLM {vllm.__version__}, {attention}{', eager' if eager else ''}{_emulated(name)}"
+    return Opened("cpu", name, about, lambda patches: torch.from_numpy(patches).to(dtype), run, close)
+
+
+def _emulated(dtype: str) -> str:
+    """What to add where this CPU has no instructions for a dtype."""
+    return ", bfloat16 emulated" if dtype == "bfloat16" and not has_bfloat16() else ""
 
 
 def _rate(dtype: torch.dtype, rows: int, inner: int, columns: int) -> float:
@@ -158,24 +266,23 @@ def _rate(dtype: torch.dtype, rows: int, inner: int, columns: int) -> float:
 
 
 def main() -> None:
-    """Answer until the socket is closed."""
+    """Answer until the connection is closed."""
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(_SPARED)
     parent, descriptor = map(int, sys.argv[1:])
     end_with_parent(parent)
-    work = _Work()
-    with socket.socket(fileno=descriptor) as connection, connection.makefile("rw", encoding="utf-8") as lines:
-        for line in lines:
+    work = Work()
+    with Connection(descriptor) as connection, suppress(EOFError, OSError):
+        while True:
+            request = json.loads(connection.recv_bytes())
             try:
-                request = json.loads(line)
                 answer = getattr(work, request.pop("do"))(**request)
             except Exception as error:  # it becomes a row of the report
                 answer = {"error": f"{type(error).__name__}: {error}"}
-            lines.write(json.dumps(answer) + "\n")
-            lines.flush()
+            connection.send_bytes(json.dumps(answer).encode())
     with suppress(Exception):
         work.close()
-    # Some runtimes hang or crash in their own clean-up; nothing is left to be written.
+    # Some runtimes hang or crash in their clean-up; nothing is left to be written.
     sys.stdout.flush()
     os._exit(0)
 

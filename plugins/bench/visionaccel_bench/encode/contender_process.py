@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
+from multiprocessing import Pipe
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from visionaccel.core.child_groups import ChildGroup, how_it_ended
@@ -23,7 +22,6 @@ from visionaccel_bench.server import log_end, quiet_environment
 
 _MAIN = "visionaccel_bench.encode.contender_main"
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-_LOG_LINES = 15
 _GRACE = 2.0
 """Seconds that a process has to end by itself after it was closed."""
 
@@ -39,45 +37,32 @@ class ContenderProcess:
     Attributes:
         started: When it was started, by the system's monotonic clock.
         alive: Whether it takes requests.
-
-    Raises:
-        DeviceError: If it cannot be started.
     """
 
     def __init__(self, log: Path, threads: int, python: str | None = None) -> None:
-        self._log = log
-        near, far = socket.socketpair()
-        self._lines = near.makefile("rw", encoding="utf-8")
-        self._connection = near
+        self._log, self._killed = log, False
+        self._connection, theirs = Pipe()
         own = {"VLLM_PLUGINS": "", "TMPDIR": str(log.parent)}  # what it leaves is removed with the run's folder
         environment = quiet_environment(dict.fromkeys(_THREADS, str(threads)) | own)
         self.started = time.monotonic()
         self.alive = True
-        self._killed = False
-        with far, log.open("wb") as out:
+        with theirs, log.open("wb") as out:
             try:
                 self._child = ChildGroup(
-                    [python or sys.executable, "-m", _MAIN, str(os.getpid()), str(far.fileno())],
+                    [python or sys.executable, "-m", _MAIN, str(os.getpid()), str(theirs.fileno())],
                     environment=environment,
                     output=out,
-                    pass_fds=(far.fileno(),),
+                    pass_fds=(theirs.fileno(),),
                 )
             except OSError as error:
                 raise DeviceError(f"{python} cannot be started: {error}.", hint="Check the interpreter.") from error
             if threads < len(process_cores()):
-                # Some runtimes count cores and not the variables; its own threads inherit this.
+                # Some runtimes count cores and not the variables; the process's threads inherit this.
                 with suppress(OSError):
                     os.sched_setaffinity(self._child.pid, sorted(process_cores())[:threads])
 
     def open(self, contender: Contender, source: Path, threads: int, seconds: float) -> dict[str, Any]:
-        """Open the contender's tower.
-
-        Returns:
-            `device`, `precision`, `about` and `simulated`.
-
-        Raises:
-            DeviceError: As `ask`.
-        """
+        """Open the contender's tower; returns its `device`, `precision`, `about` and `simulated`. Raises as `ask`."""
         given = asdict(contender)
         given["options"] = {name: value for name, value in given["options"].items() if name not in ("python", BUNDLE)}
         source = contender.bundle or source
@@ -88,45 +73,34 @@ class ContenderProcess:
         """Send a request and wait for its answer.
 
         Raises:
-            DeviceError: If it answers that it failed, or dies. After that it is not `alive` in the second case.
+            DeviceError: If it answers that it failed, or dies; it is `alive` only in the first case.
             DeadlineError: If it does not answer in time; it has been ended then.
         """
         try:
-            self._connection.settimeout(seconds)
-            self._lines.write(json.dumps(request) + "\n")
-            self._lines.flush()
-            line = self._lines.readline()
-        except TimeoutError as error:
+            self._connection.send_bytes(json.dumps(request).encode())
+            answered = self._connection.poll(seconds)
+            answer: dict[str, Any] = json.loads(self._connection.recv_bytes()) if answered else {}
+        except (EOFError, OSError) as error:
             self.close()
-            raise DeadlineError(
-                f"it took longer than {seconds:g} s and was ended.", hint="Pass a longer --deadline."
-            ) from error
-        except OSError:
-            line = ""
-        if not line.endswith("\n"):  # nothing, or what it had written of a line when it died
+            raise DeviceError(f"its process {self._ending()}. The end of its output: {log_end(self._log)}") from error
+        if not answered:
             self.close()
-            raise DeviceError(f"its process {self._ending()}. The end of its output: {log_end(self._log, _LOG_LINES)}")
-        answer: dict[str, Any] = json.loads(line)
+            raise DeadlineError(f"it took longer than {seconds:g} s and was ended.", hint="Pass a longer --deadline.")
         if "error" in answer:
             raise DeviceError(answer["error"])
         return answer
 
     def close(self) -> None:
         """End the process and the processes that it started."""
-        if not self.alive:
-            return
-        self.alive = False
-        with suppress(OSError):
-            self._lines.close()
-        self._connection.close()
-        self._killed = not self._child.end(_GRACE)
+        if self.alive:
+            self.alive = False
+            self._connection.close()
+            self._killed = not self._child.end(_GRACE)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _ending(self) -> str:

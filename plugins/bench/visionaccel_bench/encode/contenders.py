@@ -1,4 +1,4 @@
-"""What `bench encode` compares: backends of this package, and peers that bring their own tower."""
+"""What `bench encode` compares: installed backends, and peers that bring their own tower."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 from visionaccel.backends import default_registry
@@ -16,34 +15,35 @@ from visionaccel.errors import PluginError, SettingsError
 from visionaccel.settings import parse_options
 
 Kind: TypeAlias = Literal["backend", "peer"]
+Dtype: TypeAlias = Literal["float32", "bfloat16"]
 
-PEERS: Mapping[str, tuple[tuple[str, ...], str, frozenset[str]]] = MappingProxyType(
-    {
-        "transformers": (("torch", "transformers"), "transformers torch", frozenset({"attention"})),
-        "vllm": (("vllm",), "vllm", frozenset({"enforce_eager"})),
-    }
-)
-"""Peers: the modules that each needs, what pip installs for it, and its options in addition to those of every peer."""
 
-DTYPES = ("float32", "bfloat16")
+DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """The modules that a peer needs, what pip installs for it, and its options with the values of each."""
+
+    modules: tuple[str, ...]
+    install: str
+    options: Mapping[str, tuple[str | bool, ...]]
+
+
+PEERS: Mapping[str, Peer] = {
+    "transformers": Peer(("torch", "transformers"), "transformers torch", {"attention": ("sdpa", "eager")}),
+    "vllm": Peer(("vllm",), "vllm", {"enforce_eager": (True, False)}),
+}
 NONE = "none"
 BUNDLE = "bundle"
 """Option of a backend's contender that the backend does not see: a bundle to open instead of the source."""
-_OF_EVERY_PEER = frozenset({"dtype", "python"})
+
+_FORM = "Write NAME, NAME@DEVICE or NAME?name=value,name=value, such as 'onnxrt?threads=2'."
 
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """One way to run the tower.
-
-    Attributes:
-        kind: A backend of this package, or a peer.
-        name: The backend's or the peer's name.
-        device: The backend's device; None for its default. Peers run on the CPU.
-        options: The backend's options, and `bundle`, a folder that it opens instead of the source. For a peer,
-            `dtype`, `python` (an interpreter of another environment that has the peer and this package), and the
-            peer's own.
-    """
+    """One way to run the tower. `device` is None for a backend's default; peers run on the CPU."""
 
     kind: Kind
     name: str
@@ -54,13 +54,12 @@ class Contender:
     def label(self) -> str:
         """Its name in reports, without the environment of a peer."""
         options = dict(self.options)
-        dtype = options.pop("dtype", None) if self.kind == "peer" else None
+        said = [f"{self.name}@{self.device}" if self.device else self.name]
         if self.kind == "peer":
             options.pop("python", None)
-        at = f"@{self.device}" if self.device else ""
-        said = [str(dtype)] if dtype else []
+            said += [options.pop("dtype")] if "dtype" in options else []
         said += [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in options.items()]
-        return " ".join([f"{self.name}{at}", *said])
+        return " ".join(said)
 
     @property
     def python(self) -> str | None:
@@ -86,8 +85,8 @@ def parse_contender(text: str, kind: Kind) -> Contender:
     """A contender from `NAME[@DEVICE][?name=value,...]`; options may be a JSON object.
 
     Raises:
-        SettingsError: If the text is of another form, or names no such peer or option of a peer.
-        UnknownBackendError: If no such backend is installed.
+        SettingsError: If the text has another form, or names an unknown peer or option of a peer.
+        UnknownBackendError: If the backend is not installed.
     """
     place, question, options_text = text.partition("?")
     name, at, device = place.partition("@")
@@ -97,25 +96,19 @@ def parse_contender(text: str, kind: Kind) -> Contender:
         raise SettingsError(f"--{kind} {text!r}: {error}.", hint=_FORM) from error
     if not name or (at and not device) or (question and not options) or not isinstance(options, dict):
         raise SettingsError(f"--{kind} {text!r} is malformed.", hint=_FORM)
-    if kind == "backend":
-        default_registry().entry(name)
-        if BUNDLE in options and not is_bundle(str(options[BUNDLE])):
-            raise SettingsError(
-                f"--{kind} {text!r}: {options[BUNDLE]} is not a bundle.",
-                hint="Name a folder that holds visionaccel.json.",
-            )
-    else:
+    if kind == "peer":
         _check_peer(text, name, device, options)
+        return Contender(kind, name, options=options)
+    default_registry().entry(name)
+    if BUNDLE in options and not is_bundle(str(options[BUNDLE])):
+        raise SettingsError(
+            f"--{kind} {text!r}: {options[BUNDLE]} is not a bundle.", hint="Name a folder that holds visionaccel.json."
+        )
     return Contender(kind, name, device or None, options)
 
 
 def named_backends(texts: Sequence[str]) -> tuple[Contender, ...]:
-    """The named backends; without names, every installed one that `auto` would ask; for `none`, no backend.
-
-    Raises:
-        SettingsError: As `parse_contender`, or if one is named twice.
-        UnknownBackendError: As `parse_contender`.
-    """
+    """The named backends, each once; without names, every installed one that `auto` would ask; for `none`, none."""
     if list(texts) == [NONE]:
         return ()
     if texts:
@@ -124,18 +117,14 @@ def named_backends(texts: Sequence[str]) -> tuple[Contender, ...]:
 
 
 def named_peers(texts: Sequence[str]) -> tuple[Contender, ...]:
-    """The named peers; without names, all; for `none`, no peer. One without a dtype takes part in each.
-
-    Raises:
-        SettingsError: As `parse_contender`, or if one is named twice.
-    """
+    """The named peers, each once; without names, all; for `none`, none. One without a dtype takes part in each."""
     if list(texts) == [NONE]:
         return ()
     given = [parse_contender(text, "peer") for text in texts or PEERS]
     return _different(
-        each if "dtype" in each.options else Contender("peer", each.name, options={"dtype": dtype, **each.options})
+        Contender("peer", each.name, options={"dtype": dtype, **each.options})
         for each in given
-        for dtype in (DTYPES if "dtype" not in each.options else DTYPES[:1])
+        for dtype in ([each.options["dtype"]] if "dtype" in each.options else DTYPES)
     )
 
 
@@ -143,20 +132,17 @@ def absence(contender: Contender) -> str | None:
     """Why a peer cannot run in this environment, and what to do; None if it may, and for backends."""
     if contender.kind == "backend":
         return None
-    modules, install, _ = PEERS[contender.name]
+    peer = PEERS[contender.name]
     if contender.python is not None:
         missing = not Path(contender.python).is_file()
         return f"absent: there is no interpreter {contender.python}." if missing else None
-    missing_modules = [module for module in modules if not _importable(module)]
+    missing_modules = [module for module in peer.modules if not _importable(module)]
     if not missing_modules:
         return None
     return (
-        f"absent: {' and '.join(missing_modules)} not installed. Install it (pip install {install}), or name an "
+        f"absent: {' and '.join(missing_modules)} not installed. Install it (pip install {peer.install}), or name an "
         f"environment that has it: --peer '{contender.name}?python=PATH'."
     )
-
-
-_FORM = "Write NAME, NAME@DEVICE or NAME?name=value,name=value, such as 'onnxrt?threads=2'."
 
 
 def _check_peer(text: str, name: str, device: str, options: Mapping[str, Any]) -> None:
@@ -164,21 +150,18 @@ def _check_peer(text: str, name: str, device: str, options: Mapping[str, Any]) -
         raise SettingsError(f"--peer {text!r}: there is no peer {name!r}.", hint=f"Peers: {', '.join(PEERS)}.")
     if device:
         raise SettingsError(f"--peer {text!r}: peers run on the CPU.", hint=f"Write {name} without a device.")
-    known = _OF_EVERY_PEER | PEERS[name][2]
-    unknown = sorted(set(options) - known)
-    if unknown:
-        raise SettingsError(
-            f"--peer {text!r}: {name} has no option {unknown[0]!r}.", hint=f"Its options: {', '.join(sorted(known))}."
-        )
-    allowed: Mapping[str, tuple[str | bool, ...]] = {
-        "dtype": DTYPES, "attention": ("sdpa", "eager"), "enforce_eager": (True, False),
-    }  # fmt: skip
-    for option, choices in allowed.items():
-        if option in options and options[option] not in choices:
-            known_values = [str(each).lower() for each in choices]
+    # `python` is an interpreter of another environment that has the peer and this package.
+    known: dict[str, tuple[str | bool, ...] | None] = {"dtype": DTYPES, "python": None, **PEERS[name].options}
+    for option, value in options.items():
+        if option not in known:
             raise SettingsError(
-                f"--peer {text!r}: {option} must be one of {', '.join(known_values)}.",
-                hint=f"Such as {option}={known_values[0]}.",
+                f"--peer {text!r}: {name} has no option {option!r}.", hint=f"Its options: {', '.join(sorted(known))}."
+            )
+        choices = known[option]
+        if choices is not None and value not in choices:
+            named = [str(each).lower() for each in choices]
+            raise SettingsError(
+                f"--peer {text!r}: {option} must be one of {', '.join(named)}.", hint=f"Such as {option}={named[0]}."
             )
 
 

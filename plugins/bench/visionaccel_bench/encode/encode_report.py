@@ -11,9 +11,9 @@ from visionaccel.core.cores import process_cores
 from visionaccel.core.cpu import processor_name
 from visionaccel.core.grid import Grid
 from visionaccel.families import Tower
-from visionaccel_bench.drawing import Seconds
 from visionaccel_bench.encode.contenders import STOCK
 from visionaccel_bench.encode.encoding import Accuracy, EncodePlan, OnGrid, Peak, Taken
+from visionaccel_bench.tables import Seconds
 
 _BUSY = 1.2
 """Where a contender's slowest turn is slower than its fastest by more than this, a note says so."""
@@ -21,14 +21,7 @@ _BUSY = 1.2
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Where it was measured.
-
-    Attributes:
-        processor: Its name.
-        cores: Cores that may be used.
-        system: Operating system and Python.
-        peak_operations_per_second: The most that products of the tower's shapes reached, by dtype.
-    """
+    """Where it was measured. `peak_operations_per_second` is by dtype, see `Peak`."""
 
     processor: str
     cores: int
@@ -38,14 +31,9 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class GridOperations:
-    """What one encode of a grid takes.
+    """What one encode of a grid takes: rows in, rows out, floating-point operations.
 
-    Attributes:
-        grid: t, height and width in patches.
-        patches: Rows in.
-        tokens: Rows out.
-        operations: Floating-point operations.
-        full_attention_share: What of them is attention over whole frames.
+    `full_attention_share` of them are attention over whole frames.
     """
 
     grid: str
@@ -60,21 +48,17 @@ class GridReport:
     """One contender on one grid.
 
     Attributes:
-        grid: t, height and width in patches.
-        median_seconds: Of an encode: the median of the turns' medians.
+        median_seconds: Of an encode: the median of the turns' medians. Rates are by it.
         least_seconds: The fastest encode.
         most_seconds: The slowest encode.
         rounds_seconds: The median of each turn.
         encodes: How many were timed.
-        patches_per_second: By the median.
-        microseconds_per_patch: By the median.
         processors: Processors that were busy with it on average.
         share_of_peak: Operations a second by the machine's peak in its precision; None off the processor.
         times_stock: Its seconds by those of vLLM's tower in bfloat16: the median of the rounds' ratios. Below 1, it is
             faster.
-        times_transformers: The same by transformers' in its own precision.
+        times_transformers: The same by transformers' in its precision.
         accuracy: Against transformers in float32.
-        error: What went wrong.
     """
 
     grid: str
@@ -95,22 +79,7 @@ class GridReport:
 
 @dataclass(frozen=True, slots=True)
 class ContenderReport:
-    """One contender.
-
-    Attributes:
-        label: What tables call it.
-        kind: `backend` or `peer`.
-        name: The backend's or the peer's name.
-        device: What it ran on, as it says.
-        precision: Dtype of its products.
-        about: Releases and settings.
-        simulated: Whether its device is simulated.
-        startup_seconds: From the start of its process to its first embedding.
-        resident_bytes: Its memory after its last turn.
-        peak_bytes: The most that it had.
-        grids: Its figures, grid by grid.
-        error: Why it is not in the comparison; None if it is.
-    """
+    """One contender, with what it said of itself; see `Contender`, `Opened` and `Taken`."""
 
     label: str
     kind: str
@@ -132,17 +101,7 @@ class ContenderReport:
 
 @dataclass(frozen=True, slots=True)
 class EncodeReport:
-    """Everything that was found.
-
-    Attributes:
-        source: What was encoded with.
-        plan: What each contender got.
-        machine: Where.
-        grids: What each grid takes.
-        contenders: The figures of each.
-        notes: What a reader must know.
-        reference_error: Why there is no accuracy; None if there is.
-    """
+    """Everything that was found. `reference_error` says why there is no accuracy; None if there is."""
 
     source: str
     plan: EncodePlan
@@ -165,9 +124,8 @@ def make_encode_report(
     grids = tuple(_operations(tower, grid) for grid in plan.grids)
     by_label = {each.contender.label: each for each in taken}
     contenders = tuple(_contender(each, by_label, grids, plan, peak) for each in taken)
-    rates = {precision: best for precision in peak.rates if (best := peak.best(precision)) is not None}
     system = f"{platform.platform()}, Python {platform.python_version()}"
-    machine = Machine(processor_name(), len(process_cores()), system, rates)
+    machine = Machine(processor_name(), len(process_cores()), system, peak.rates)
     notes = _notes(contenders, peak, plan, reference_error)
     return EncodeReport(source, plan, machine, grids, contenders, notes, reference_error)
 
@@ -175,11 +133,7 @@ def make_encode_report(
 def _operations(tower: Tower, grid: Grid) -> GridOperations:
     found = tower.operations([grid])
     return GridOperations(
-        grid=str(grid),
-        patches=grid.patches,
-        tokens=grid.tokens(tower.merge_size),
-        operations=found.total,
-        full_attention_share=found.full_attention_share,
+        str(grid), grid.patches, grid.tokens(tower.merge_size), found.total, found.full_attention_share
     )
 
 
@@ -187,7 +141,7 @@ def _contender(
     taken: Taken, others: Mapping[str, Taken], grids: Sequence[GridOperations], plan: EncodePlan, peak: Peak
 ) -> ContenderReport:
     precision, device = taken.opened.get("precision"), taken.opened.get("device")
-    best = peak.best(precision) if device is not None and precision and device.lower() == "cpu" else None
+    best = peak.rates.get(precision) if device is not None and precision and device.lower() == "cpu" else None
     stock, same = others.get(STOCK.label), others.get(f"transformers {precision}")
     reports = []
     for grid, needs in zip(plan.grids, grids, strict=True):
@@ -217,9 +171,6 @@ def _on_grid(
     every = [seconds for turn in found.rounds for seconds in turn]
     turns = tuple(statistics.median(turn) for turn in found.rounds)
     median = statistics.median(turns) if turns else None
-    share = None
-    if median is not None and peak is not None:
-        share = needs.operations / median / peak
     return GridReport(
         grid=needs.grid,
         median_seconds=median,
@@ -230,7 +181,7 @@ def _on_grid(
         patches_per_second=None if median is None else needs.patches / median,
         microseconds_per_patch=None if median is None else 1e6 * median / needs.patches,
         processors=found.processor_seconds / sum(every) if every else None,
-        share_of_peak=share,
+        share_of_peak=None if median is None or peak is None else needs.operations / median / peak,
         times_stock=_ratio(turns, stock),
         times_transformers=_ratio(turns, same),
         accuracy=found.accuracy,

@@ -1,4 +1,4 @@
-"""Contenders on the same grids in one run: each in its own process, all warm, in turns and never at once."""
+"""Contenders on the same grids in one run: each in a separate process, all warm, in turns and never at once."""
 
 from __future__ import annotations
 
@@ -34,15 +34,10 @@ _PAUSE = 0.3
 
 @dataclass(frozen=True, slots=True)
 class EncodePlan:
-    """What each contender gets.
+    """What each contender gets: grids in the order of measuring, turns on each, cores and threads.
 
-    Attributes:
-        grids: The grids, in the order of measuring.
-        rounds: Turns of each contender on each grid.
-        threads: Cores and threads of each.
-        turn_seconds: A turn is one encode, or as many as begin within this time.
-        deadline: Seconds that opening, or a turn, may take.
-        seed: Seed of the patches.
+    A turn is one encode, or as many as begin within `turn_seconds`. Opening, or a turn, may take `deadline` seconds.
+    `seed` is that of the patches.
     """
 
     grids: tuple[Grid, ...]
@@ -55,13 +50,9 @@ class EncodePlan:
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """How far embeddings are from transformers' in float32.
+    """How far the embeddings of tokens are from transformers' in float32.
 
-    Attributes:
-        lowest_cosine: The lowest cosine of a token.
-        mean_cosine: The mean over all tokens.
-        relative_error: Norm of the difference over the norm of the reference.
-        nonfinite_rows: Tokens with NaN or infinity.
+    `relative_error` is the norm of the difference over the norm of the reference.
     """
 
     lowest_cosine: float
@@ -72,13 +63,9 @@ class Accuracy:
 
 @dataclass(slots=True)
 class OnGrid:
-    """One contender on one grid.
+    """One contender on one grid: seconds of each encode, one list for each turn, and processor time of all of them.
 
-    Attributes:
-        rounds: Seconds of each encode, one list for each turn.
-        processor_seconds: Processor time of all its encodes together, of all threads.
-        accuracy: None without a reference.
-        error: What went wrong, if anything did; it has no further turns then.
+    After an error it has no further turns.
     """
 
     rounds: list[list[float]] = field(default_factory=list)
@@ -89,15 +76,13 @@ class OnGrid:
 
 @dataclass(slots=True)
 class Taken:
-    """One contender's measurements.
+    """One contender's measurements on the grids that it came to.
 
     Attributes:
-        contender: Which.
         opened: `device`, `precision`, `about`, `simulated`, as it said when it was open.
         startup_seconds: From the start of its process to its first embedding.
         resident_bytes: Its memory when it was last asked.
         peak_bytes: The most that it had.
-        grids: By grid, those that it came to.
         error: Why it is not in the comparison; None if it is.
     """
 
@@ -112,42 +97,28 @@ class Taken:
 
 @dataclass(slots=True)
 class Peak:
-    """What matrix products of the tower's shapes reached, in turns of the same rounds.
+    """The most operations a second, by dtype, that matrix products of the tower's shapes reached in the same rounds.
 
-    Attributes:
-        rates: The most operations a second, by dtype and shape (rows, inner width, columns).
-        error: Why there are none, or no more.
+    `error` says why there are none, or no more.
     """
 
-    rates: dict[str, dict[tuple[int, int, int], float]] = field(default_factory=dict)
+    rates: dict[str, float] = field(default_factory=dict)
     error: str | None = None
-
-    def best(self, precision: str) -> float | None:
-        """The most operations a second of any shape; None where that was not measured."""
-        return max(self.rates.get(precision, {}).values(), default=None)
 
 
 def measure_encodes(
     source: Path, tower: Tower, contenders: Sequence[Contender], plan: EncodePlan, tell: Progress
 ) -> tuple[list[Taken], Peak, str | None]:
-    """Measure every contender; each has its own error if it fails.
+    """Measure every contender; each that fails has its error. `source` is the folder that they open, `tower` its tower.
 
-    The reference encodes each grid once even if it is none of the contenders, and is not timed then.
-
-    Args:
-        source: Folder of a bundle or checkpoint that the contenders open.
-        tower: Its tower.
-        contenders: Who takes part.
-        plan: What each gets.
-        tell: Is called with what is being done.
+    The reference encodes each grid once even if it is not among the contenders, and is not timed then.
 
     Returns:
         What each contender did, the machine's peak, and why the reference did not encode if it did not.
     """
     taken = [Taken(contender, error=absence(contender)) for contender in contenders]
     with ExitStack() as stack:
-        folder = stack.enter_context(temporary_folder("visionaccel-bench-"))
-        run = _Run(source, tower, plan, folder, tell, stack)
+        run = _Run(source, tower, plan, tell, stack)
         for each in taken:
             run.start(each)
         reference = next((each for each in taken if each.contender.label == REFERENCE.label), None)
@@ -169,20 +140,17 @@ class _Entrant:
     process: ContenderProcess
     timed: bool
 
+    @property
+    def label(self) -> str:
+        return self.taken.contender.label
+
 
 class _Run:
-    """The processes of a run, and whose turn it is.
+    """The processes of a run, and whose turn it is. `entrants` are the contenders that were opened."""
 
-    Attributes:
-        entrants: The contenders that were opened.
-        peak: The machine's.
-    """
-
-    def __init__(
-        self, source: Path, tower: Tower, plan: EncodePlan, folder: Path, tell: Progress, stack: ExitStack
-    ) -> None:
-        self._source, self._tower, self._plan, self._folder, self._tell = source, tower, plan, folder, tell
-        self._stack = stack
+    def __init__(self, source: Path, tower: Tower, plan: EncodePlan, tell: Progress, stack: ExitStack) -> None:
+        self._source, self._tower, self._plan, self._tell, self._stack = source, tower, plan, tell, stack
+        self._folder = stack.enter_context(temporary_folder("visionaccel-bench-"))
         self._products: ContenderProcess | None = None
         self.entrants: list[_Entrant] = []
         self.peak = Peak()
@@ -231,8 +199,7 @@ class _Run:
 
     def _warm_up(self, entrant: _Entrant, grid: Grid) -> dict[str, Any] | None:
         entrant.taken.grids[grid] = OnGrid()
-        save = self._embeddings(entrant.taken.contender.label)
-        return self._encode(entrant, grid, "warming up", at_least=0.0, save=str(save))
+        return self._encode(entrant, grid, "warming up", at_least=0.0, save=str(self._embeddings(entrant.label)))
 
     def _turn(self, entrant: _Entrant, grid: Grid, number: str) -> None:
         found = entrant.taken.grids[grid]
@@ -252,14 +219,9 @@ class _Run:
             found.error = "its process ended on an earlier grid."
         if found.error is not None:
             return None
-        self._tell(f"{grid}: {taken.contender.label}, {what}")
-        request = {
-            "do": "encode",
-            "patches": str(self._patches(grid)),
-            "grid": list(grid.thw),
-            "at_least": at_least,
-            "save": save,
-        }
+        self._tell(f"{grid}: {entrant.label}, {what}")
+        patches = str(self._patches(grid))
+        request = {"do": "encode", "patches": patches, "grid": list(grid.thw), "at_least": at_least, "save": save}
         with _error_of(found):
             answer = entrant.process.ask(request, self._plan.deadline)
             taken.resident_bytes, taken.peak_bytes = answer["resident_bytes"], answer["peak_bytes"]
@@ -269,12 +231,11 @@ class _Run:
     def _compare(self, grid: Grid) -> None:
         # A process that ended while it encoded leaves a part of its file.
         whole = any(
-            entrant.taken.contender.label == REFERENCE.label and entrant.taken.grids[grid].error is None
-            for entrant in self.entrants
+            entrant.label == REFERENCE.label and entrant.taken.grids[grid].error is None for entrant in self.entrants
         )
         reference = np.load(self._embeddings(REFERENCE.label)) if whole else None
         for entrant in self.entrants:
-            file, found = self._embeddings(entrant.taken.contender.label), entrant.taken.grids[grid]
+            file, found = self._embeddings(entrant.label), entrant.taken.grids[grid]
             if reference is None or found.error is not None or not file.exists():
                 continue
             ours = np.load(file)
@@ -285,7 +246,7 @@ class _Run:
             compared.add(ours, reference)
             found.accuracy = Accuracy(compared.lowest, compared.mean, compared.relative_error, compared.nonfinite_rows)
         for entrant in self.entrants:
-            self._embeddings(entrant.taken.contender.label).unlink(missing_ok=True)
+            self._embeddings(entrant.label).unlink(missing_ok=True)
 
     def _products_turn(self, grid: Grid) -> None:
         if self._products is None or self.peak.error is not None:
@@ -297,10 +258,8 @@ class _Run:
         with _error_of(self.peak):
             request = {"do": "products", "shapes": shapes, "threads": self._plan.threads}
             answer = self._products.ask(request, self._plan.deadline)
-            for dtype, rates in answer["rates"].items():
-                best = self.peak.rates.setdefault(dtype, {})
-                for shape, rate in zip(shapes, rates, strict=True):
-                    best[shape] = max(rate, best.get(shape, 0.0))
+            for dtype, rate in answer["rates"].items():
+                self.peak.rates[dtype] = max(rate, self.peak.rates.get(dtype, 0.0))
 
     def _patches(self, grid: Grid) -> Path:
         file = self._folder / f"patches-{grid}.npy"

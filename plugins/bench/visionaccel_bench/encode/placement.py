@@ -21,17 +21,14 @@ LEAST_COSINE = THRESHOLDS["bfloat16"]
 """Below it, for any token, embeddings are not the model's."""
 
 _OFF_HOST = 0.25
-"""An encoder that takes less than this share of the cores leaves the language model what it needs."""
+"""An encoder that takes a smaller share of the cores than this leaves the language model what it needs."""
 
 
 @dataclass(frozen=True, slots=True)
 class GridPlacement:
-    """The encode of one image of a grid.
+    """The encode of one image of a grid: the seconds of vLLM's tower, of the backend, and what offloading gains.
 
     Attributes:
-        grid: t, height and width in patches.
-        stock_seconds: By vLLM's own tower.
-        offloaded_seconds: By the backend.
         host_seconds: Seconds for which the backend's processor time would occupy all the cores.
         inline_gain_seconds: By how much shorter the engine's step becomes; negative if longer.
         pipelined_gain_seconds: By how much longer the language model has the machine.
@@ -47,12 +44,7 @@ class GridPlacement:
 
 @dataclass(frozen=True, slots=True)
 class ModeAdvice:
-    """What to do in one mode.
-
-    Attributes:
-        offload: Whether to; None if that cannot be said.
-        reason: Why, with the numbers.
-    """
+    """Whether to offload in one mode, None if that cannot be said; and why, with the numbers."""
 
     offload: bool | None
     reason: str
@@ -64,11 +56,8 @@ class Placement:
 
     Attributes:
         label: The backend with its device and options.
-        grids: What each grid would gain.
         processors: Processors that its encodes keep busy; None if it was not measured.
         takes_language_models_cores: Whether that is a quarter of the machine's or more.
-        inline: What to do in-line.
-        pipelined: What to do pipelined.
     """
 
     label: str
@@ -79,15 +68,18 @@ class Placement:
     pipelined: ModeAdvice
 
 
+@dataclass(frozen=True, slots=True)
+class PlacementReport:
+    """The advice for each backend, and what it was made of."""
+
+    placements: tuple[Placement, ...]
+    measured: EncodeReport
+
+
 def advise(report: EncodeReport, backend: ContenderReport, stock: ContenderReport) -> Placement:
     """Whether to offload to a backend, from one run in which it and stock vLLM's tower encoded the same grids.
 
     All grids count alike, by the sums of their seconds.
-
-    Args:
-        report: The run's report.
-        backend: The backend's figures in it.
-        stock: Those of stock vLLM's tower.
     """
     pairs = [
         (ours, theirs)
@@ -102,7 +94,8 @@ def advise(report: EncodeReport, backend: ContenderReport, stock: ContenderRepor
     wall = sum(grid.offloaded_seconds for grid in grids)
     processors = report.plan.threads * sum(grid.host_seconds for grid in grids) / wall
     takes = processors >= _OFF_HOST * report.plan.threads
-    against = _refusal(backend, [ours for ours, _ in pairs]) or _doubt(backend, [ours for ours, _ in pairs], report)
+    measured = [ours for ours, _ in pairs]
+    against = _refusal(backend, measured) or _doubt(backend, measured, report)
     if against is not None:
         return Placement(backend.label, grids, processors, takes, against, against)
     inline, pipelined = _inline(grids), _pipelined(grids, processors, report.plan.threads, takes)

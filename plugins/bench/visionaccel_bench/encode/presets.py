@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from visionaccel.core.cache_folder import our_cache
@@ -12,23 +11,20 @@ from visionaccel.core.orphans import temporary_folder
 from visionaccel.errors import ConfigurationError, SettingsError
 from visionaccel_testing.checkpoints import LIVELY, QWEN2_5_VL_7B, random_checkpoint
 
-PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType({"qwen2.5-vl-7b": QWEN2_5_VL_7B})
+PRESETS: Mapping[str, Mapping[str, Any]] = {"qwen2.5-vl-7b": QWEN2_5_VL_7B}
 """Vision configurations by name."""
 
 _EDITION = 1
-"""To be raised when the weights change, so that older ones in a cache are not taken for them."""
+"""Raise it when the weights change, so that older ones in a cache are not used."""
 
 
-def preset_checkpoint(name: str, depth: int | None = None, cache: Path | None = None) -> Path:
-    """A checkpoint of a preset's shape in bfloat16, written when it is first asked for.
+def preset_checkpoint(name: str, depth: int | None = None) -> Path:
+    """A checkpoint of a preset's shape in bfloat16, written into the user's cache when it is first asked for.
 
-    Args:
-        name: One of `PRESETS`.
-        depth: Number of blocks, for a shorter tower; those of full attention keep their places.
-        cache: Where it is kept; None for the user's cache.
+    With a depth it has only so many blocks; those of full attention keep their places.
 
     Raises:
-        SettingsError: If there is no such preset, or it has fewer blocks.
+        SettingsError: If the preset is unknown, or has fewer blocks.
         ConfigurationError: If it cannot be written.
     """
     if name not in PRESETS:
@@ -37,7 +33,7 @@ def preset_checkpoint(name: str, depth: int | None = None, cache: Path | None = 
     blocks = config["depth"] if depth is None else depth
     if not 1 <= blocks <= config["depth"]:
         raise SettingsError(f"--depth {blocks}: {name} has {config['depth']} blocks.", hint="Name no more than that.")
-    base = cache or our_cache() / "presets"
+    base = our_cache() / "presets"
     folder = base / f"{name}-depth{blocks}-{_EDITION}"
     if folder.is_dir():
         return folder

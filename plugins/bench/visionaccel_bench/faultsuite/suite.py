@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from visionaccel.checkpoint import locate_checkpoint
 from visionaccel.core.orphans import temporary_folder
 from visionaccel.errors import ConfigurationError
+from visionaccel.families import tower_of
 from visionaccel.images import ImageProcessor, image_processor
 from visionaccel_bench.asking import Answer, ask, metric, metrics_of, text_stream
-from visionaccel_bench.faultsuite.changing import change_weights, copy_checkpoint
-from visionaccel_bench.faultsuite.matrix import Cell, Serving, cells_of
-from visionaccel_bench.faultsuite.outcomes import FaultRow, FaultSuite
+from visionaccel_bench.faultsuite.cells import Cell, Change, FaultRow, Serving
 from visionaccel_bench.server import VllmServer, serve
 from visionaccel_testing.simulated import FaultRule, struck
 
@@ -48,54 +51,8 @@ _OF_FALLBACK: dict[str, tuple[list[dict[str, Any]], str]] = {
 """What the simulated fallback does, and what the server's log says then."""
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of one planted fault.
-
-    Attributes:
-        cell: The fault.
-        answered: What the requests that it struck were answered: `right answer`, `error`, or what else came.
-        lost: Requests that got neither an answer nor an error that says why.
-        wrong: Answers to any request whose token ids are not stock vLLM's.
-        recovery_seconds: From the moment that the fault was lifted to the first right answer by the device; None if
-            none came.
-        problems: What was not as it must be; empty if the cell passed.
-    """
-
-    cell: Cell
-    answered: str
-    lost: int
-    wrong: int
-    recovery_seconds: float | None
-    problems: tuple[str, ...]
-
-    def row(self) -> FaultRow:
-        """As the document has it."""
-        serving = self.cell.serving
-        return FaultRow(
-            fault=self.cell.fault,
-            moment=self.cell.moment,
-            mode=serving.mode,
-            isolation=serving.isolation,
-            fallback=serving.fallback,
-            expected=self.cell.expected,
-            answered=self.answered,
-            lost=self.lost,
-            wrong=self.wrong,
-            recovery_seconds=self.recovery_seconds,
-            passed=not self.problems,
-            detail=" ".join(self.problems),
-        )
-
-
 class SuiteImages:
-    """Pictures of digits, and what stock vLLM reads in them.
-
-    Args:
-        checkpoint: The digits model.
-        pictures: The pictures, all different.
-        expected: Stock's token ids of each.
-    """
+    """Different pictures of digits, and the token ids that stock vLLM reads in each with the digits model."""
 
     def __init__(self, checkpoint: Path, pictures: Sequence[Image], expected: Sequence[tuple[int, ...]]) -> None:
         self.checkpoint, self.pictures, self.expected = checkpoint, tuple(pictures), tuple(expected)
@@ -103,11 +60,7 @@ class SuiteImages:
 
     @classmethod
     def asked_of_stock(cls, count: int, tell: Progress) -> SuiteImages:
-        """Ask stock vLLM about that many pictures.
-
-        Raises:
-            DeviceError: If stock vLLM is not installed or does not start.
-        """
+        """Ask stock vLLM about that many pictures; a `DeviceError` if it is not installed or does not start."""
         from digits_vlm import checkpoint_path
         from digits_vlm.samples import held_out_images
 
@@ -135,48 +88,52 @@ class SuiteImages:
         return self._processor(self.pictures[number])[0]
 
 
-def run_suite(
-    servings: Iterable[Serving],
-    images: SuiteImages,
-    *,
-    wanted: Callable[[Cell], bool] = lambda _: True,
-    tell: Progress = lambda _: None,
-    done: Callable[[Outcome], None] = lambda _: None,
-) -> list[Outcome]:
-    """Plant every fault of the servings, each on a checkpoint whose vision weights changed once its server was up.
+def change_weights(checkpoint: Path, change: Change) -> None:
+    """Turn the sign of every vision weight of a checkpoint, so that what reads them encodes something else."""
+    weights = tower_of(locate_checkpoint(checkpoint)).weights.values()
+    for file in sorted({tensor.file for tensor in weights}):
+        target = file
+        if change == "replaced":
+            target = file.with_suffix(".new")
+            shutil.copyfile(file, target)
+        negated = {each.offset: np.negative(each.read()).tobytes() for each in weights if each.file == file}
+        with target.open("r+b") as written:
+            for offset, data in negated.items():
+                written.seek(offset)
+                written.write(data)
+        if change == "replaced":
+            target.replace(file)
 
-    Args:
-        servings: The kinds of server, each of which is started once.
-        images: The pictures.
-        wanted: Which cells to run.
-        tell: Is called with what is being done.
-        done: Is called with each outcome.
+
+def run_suite(cells: Iterable[Cell], images: SuiteImages, tell: Progress) -> Generator[tuple[Cell, FaultRow]]:
+    """Plant every fault, each on a checkpoint whose vision weights changed once its server was up.
+
+    Cells of one kind that follow each other have one server. Those after a cell that ended it are left out.
 
     Raises:
         DeviceError: If a server does not start.
     """
-    outcomes = []
-    for serving in servings:
-        cells = [cell for cell in cells_of(serving) if wanted(cell)]
-        if not cells:
-            continue
+    for serving, planted in groupby(cells, key=lambda cell: cell.serving):
         tell(f"{serving}: starting")
-        with temporary_folder("visionaccel-faults-") as folder, ExitStack() as stack:
+        with temporary_folder("visionaccel-faults-") as folder:
             switch = folder / "faults.json"
             switch.write_text("")
             _fallback_switch(switch).write_text("")
-            checkpoint = copy_checkpoint(images.checkpoint, folder)
-            server = stack.enter_context(serve(checkpoint, _settings(serving, switch), ARGUMENTS))
-            change_weights(checkpoint, serving.change)  # before any fallback opens or process starts again
-            fresh = iter(range(len(images.pictures)))
-            for cell in cells:
-                tell(f"{cell.fault}, {cell.moment}: {serving}")
-                outcome = _CellRun(cell, server, switch, images, fresh).outcome()
-                outcomes.append(outcome)
-                done(outcome)
-                if not server.healthy():
-                    break  # the outcome says so; what follows would be its consequence
-    return outcomes
+            checkpoint = Path(shutil.copytree(images.checkpoint, folder / "checkpoint"))
+            with serve(checkpoint, _settings(serving, switch), ARGUMENTS) as server:
+                change_weights(checkpoint, serving.change)  # before any fallback opens or process starts again
+                fresh = iter(range(len(images.pictures)))
+                for cell in planted:
+                    tell(str(cell))
+                    yield cell, _CellRun(cell, server, switch, images, fresh).row()
+                    if not server.healthy():
+                        break  # the row says so; what follows would be its consequence
+
+
+def images_needed(cells: Iterable[Cell]) -> int:
+    """How many pictures the servers of some cells need at most."""
+    servers = groupby(cells, key=lambda cell: cell.serving)
+    return max((sum(1 for _ in planted) * _IMAGES_OF_A_CELL for _, planted in servers), default=0)
 
 
 def _settings(serving: Serving, switch: Path) -> dict[str, str]:
@@ -218,7 +175,7 @@ class _CellRun:
     lost: int = 0
     wrong: int = 0
 
-    def outcome(self) -> Outcome:
+    def row(self) -> FaultRow:
         """Plant the fault, ask, lift it, and wait until the device answers again."""
         victims = [next(self.fresh) for _ in range({"repeated": _REPEATS, "restart": 2}.get(self.cell.moment, 1))]
         neighbours = [next(self.fresh) for _ in range(_NEIGHBOURS if self.cell.moment == "beside" else 0)]
@@ -232,7 +189,7 @@ class _CellRun:
         answered = sorted({self._judged(number, answer) for number, answer in struck_answers})
         if answered != [{"answer": "right answer", "error": "error"}[self.cell.expected]]:
             self.problems.append(f"What it struck was answered: {', '.join(answered)}.")
-        if not self._grows(self._strikes, before):
+        if not _grows(self._strikes, before):
             self.problems.append("The fault did not strike.")
         self._look_at_fallback()
         recovery = self._recovery(lifted)
@@ -243,8 +200,20 @@ class _CellRun:
             self.problems.append("The server is not healthy.")
         if self.lost:
             self.problems.append(f"{self.lost} requests were lost.")
-        return Outcome(
-            self.cell, ", ".join(answered), self.lost, self.wrong, recovery, tuple(dict.fromkeys(self.problems))
+        serving = self.cell.serving
+        return FaultRow(
+            fault=self.cell.fault,
+            moment=self.cell.moment,
+            mode=serving.mode,
+            isolation=serving.isolation,
+            fallback=serving.fallback,
+            expected=self.cell.expected,
+            answered=", ".join(answered),
+            lost=self.lost,
+            wrong=self.wrong,
+            recovery_seconds=recovery,
+            passed=not self.problems,
+            detail=" ".join(dict.fromkeys(self.problems)),
         )
 
     def _struck(self, victims: Sequence[int], neighbours: Sequence[int]) -> list[tuple[int, Answer]]:
@@ -252,7 +221,8 @@ class _CellRun:
         everything = {"all": True, "do": fault}
         if fault == "drift":
             self._plant([everything])
-            self._wait_for_breaker()  # no answer shows it; the canary does
+            if not _within(_ENOUGH, lambda: self._breaker_state() >= 1):  # no answer shows it; the canary does
+                self.problems.append("Nothing noticed it.")
         elif moment == "repeated":
             self._plant([everything])
         elif moment == "restart":
@@ -272,8 +242,8 @@ class _CellRun:
             answers = {number: future.result() for number, future in asked.items()}
         self.problems += [f"The text stream next to it: {problem}." for problem in problems]
         for number in neighbours:
-            if self._judged(number, answers[number]) != "right answer":
-                self.problems.append(f"Its neighbour {number} was answered: {self._judged(number, answers[number])}.")
+            if (judged := self._judged(number, answers[number])) != "right answer":
+                self.problems.append(f"Its neighbour {number} was answered: {judged}.")
         return [(victim, answers[victim]) for victim in victims]
 
     def _look_at_fallback(self) -> None:
@@ -306,27 +276,22 @@ class _CellRun:
             return "a wrong answer"
         return "right answer"
 
-    def _wait_for_breaker(self) -> None:
-        limit = time.monotonic() + _ENOUGH
-        while metric(metrics_of(self.server.url), "visionaccel_breaker_state", **_DEVICE) < 1:
-            if time.monotonic() > limit:
-                self.problems.append("Nothing noticed it.")
-                return
-            time.sleep(_PERIOD)
+    def _breaker_state(self) -> float:
+        return metric(metrics_of(self.server.url), "visionaccel_breaker_state", **_DEVICE)
 
     def _recovery(self, since: float) -> float | None:
         """Seconds until the device itself answers a picture that it has not seen."""
-        limit = since + _ENOUGH
-        while time.monotonic() < limit:
-            if metric(metrics_of(self.server.url), "visionaccel_breaker_state", **_DEVICE) == 0:
-                before = self._encoded_by_device()
-                number = next(self.fresh)
-                right = self._judged(number, self._ask(number)) == "right answer"
-                if right and self._grows(self._encoded_by_device, before):
-                    return round(time.monotonic() - since, 2)
-            time.sleep(_PERIOD)
+        if _within(since + _ENOUGH - time.monotonic(), self._answers_by_device):
+            return round(time.monotonic() - since, 2)
         self.problems.append(f"The device did not answer again within {_ENOUGH:.0f} s.")
         return None
+
+    def _answers_by_device(self) -> bool:
+        if self._breaker_state() != 0:
+            return False
+        before, number = self._encoded_by_device(), next(self.fresh)
+        right = self._judged(number, self._ask(number)) == "right answer"
+        return right and _grows(self._encoded_by_device, before)
 
     def _encoded_by_device(self) -> float:
         return metric(metrics_of(self.server.url), "visionaccel_encode_seconds_count", **_DEVICE, purpose="request")
@@ -337,21 +302,16 @@ class _CellRun:
         names = ("visionaccel_failures_total", "visionaccel_breaker_openings_total")
         return sum(metric(text, name, **_DEVICE) for name in names)
 
-    def _grows(self, count: Callable[[], float], before: float) -> bool:
-        """Whether a count is larger than before; metrics come a moment later than answers."""
-        limit = time.monotonic() + _MOMENT
-        while count() <= before:
-            if time.monotonic() > limit:
-                return False
-            time.sleep(_PERIOD)
-        return True
+
+def _grows(count: Callable[[], float], before: float) -> bool:
+    """Whether a count is larger than before; metrics come a moment later than answers."""
+    return _within(_MOMENT, lambda: count() > before)
 
 
-def images_needed(servings: Iterable[Serving], wanted: Callable[[Cell], bool] = lambda _: True) -> int:
-    """How many pictures the servings need at most."""
-    return max(sum(map(wanted, cells_of(serving))) * _IMAGES_OF_A_CELL for serving in servings)
-
-
-def suite_of(outcomes: Sequence[Outcome], created: str) -> FaultSuite:
-    """The outcomes, at least one, as a document for `visionaccel report`."""
-    return FaultSuite(created=created, simulated=True, rows=tuple(outcome.row() for outcome in outcomes))
+def _within(seconds: float, happens: Callable[[], bool]) -> bool:
+    limit = time.monotonic() + seconds
+    while not happens():
+        if time.monotonic() > limit:
+            return False
+        time.sleep(_PERIOD)
+    return True

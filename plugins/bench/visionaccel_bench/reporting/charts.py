@@ -5,11 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from visionaccel.core.safe_text import one_line
 from visionaccel_bench.drawing import inline_svg, new_figure
 from visionaccel_bench.reporting.page import Picture
 from visionaccel_bench.reporting.trace import CATEGORIES, OTHER, Event, Trace
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _COLOURS = {
     "ink": "#1d232b", "edge": "#d9dee4", "failure": "#b3261e", "second": "#9bb7e8", "queue": "#c4a000",
@@ -28,15 +32,7 @@ _MOST_RECTANGLES = 4000
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """One bar.
-
-    Attributes:
-        label: What it is of.
-        value: Its length.
-        text: What stands at its end.
-        mark: A length at which a line is drawn, such as a bound; None for none.
-        second: Whether it has the second colour.
-    """
+    """One bar with a text at its end. `mark` is a length at which a line is drawn, such as a bound."""
 
     label: str
     value: float
@@ -44,41 +40,29 @@ class Bar:
     mark: float | None = None
     second: bool = False
 
+    @property
+    def end(self) -> float:
+        """Where the bar and its mark end."""
+        return max(self.value, self.mark or 0.0)
+
 
 def draw_bars(bars: Sequence[Bar], title: str, mark: str = "") -> Picture:
-    """The bars below one another.
-
-    Args:
-        bars: From top to bottom, at least one.
-        title: What they show, with its unit.
-        mark: What the lines stand for, where there are any.
-    """
+    """The bars, at least one, from top to bottom; `mark` says what their lines stand for."""
     with new_figure(_INCHES, 0.6 + _ROW * len(bars)) as figure:
         axes = figure.subplots()
-        rows = range(len(bars))
-        axes.barh(
-            rows,
-            [bar.value for bar in bars],
-            0.65,
-            color=[_COLOURS["second" if bar.second else "device"] for bar in bars],
-            clip_on=False,
-        )
+        colours = [_COLOURS["second" if bar.second else "device"] for bar in bars]
+        axes.barh(range(len(bars)), [bar.value for bar in bars], 0.65, color=colours, clip_on=False)
+        marked = ""
         for row, bar in enumerate(bars):
-            end = max(bar.value, bar.mark or 0.0)
-            axes.annotate(
-                one_line(bar.text), (end, row), (6, 0), textcoords="offset points", va="center", color=_COLOURS["ink"]
-            )
-        marked = [(row, bar.mark) for row, bar in enumerate(bars) if bar.mark is not None]
-        for row, place in marked:
-            axes.plot([place, place], [row - 0.45, row + 0.45], color=_COLOURS["failure"], clip_on=False)
-        heading = one_line(f"{title}; red line: {mark}" if marked else title)
-        axes.set_title(heading, loc="left", fontsize="medium", color=_COLOURS["ink"])
-        axes.set_yticks(rows, [_short(bar.label) for bar in bars], color=_COLOURS["ink"])
-        axes.set_ylim(len(bars) - 0.4, -0.6)
-        axes.set_xlim(0, 1.25 * max((max(bar.value, bar.mark or 0.0) for bar in bars), default=0.0) or 1.0)
+            text, end = one_line(bar.text), (bar.end, row)
+            axes.annotate(text, end, (6, 0), textcoords="offset points", va="center", color=_COLOURS["ink"])
+            if bar.mark is not None:
+                axes.plot([bar.mark] * 2, [row - 0.45, row + 0.45], color=_COLOURS["failure"], clip_on=False)
+                marked = f"; red line: {mark}"
+        axes.set_title(one_line(title + marked), loc="left", fontsize="medium", color=_COLOURS["ink"])
+        _name_rows(axes, [bar.label for bar in bars])
+        axes.set_xlim(0, 1.25 * max(bar.end for bar in bars) or 1.0)
         axes.xaxis.set_visible(False)
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
         return Picture(_follow_the_page(inline_svg(figure)), title)
 
 
@@ -86,7 +70,7 @@ def draw_timeline(trace: Trace) -> Picture:
     """One row for each thread, one colour for each kind of work. What a host does within an encode is drawn over it."""
     from matplotlib.patches import Patch
 
-    start = min(event.start for event in trace.events)
+    start = min(event.ts for event in trace.events)
     took = max(max(event.end for event in trace.events) - start, 1.0)
     unit, scale = ("seconds", 1e6) if took >= 2e6 else ("milliseconds", 1e3)
     lanes = trace.lanes[:_MOST_LANES]
@@ -105,13 +89,10 @@ def draw_timeline(trace: Trace) -> Picture:
         for (row, kind), found in drawn.items():
             scaled = [((left - start) / scale, width / scale) for left, width in found]
             axes.broken_barh(scaled, (row - 0.4, 0.8), facecolor=_COLOURS[kind], linewidth=0, clip_on=False)
-        axes.set_yticks(range(len(lanes)), [_short(lane.name) for lane in lanes], color=_COLOURS["ink"])
-        axes.set_ylim(len(lanes) - 0.4, -0.6)
+        _name_rows(axes, [lane.name for lane in lanes])
         axes.set_xlim(0, took / scale)
         left_out = len(trace.lanes) - len(lanes)
         axes.set_xlabel(unit + (f"; {left_out} more threads are not shown" if left_out else ""), color=_COLOURS["ink"])
-        axes.tick_params(length=0, labelcolor=_COLOURS["ink"])
-        axes.spines[:].set_visible(False)
         figure.legend(
             handles=[Patch(color=_COLOURS[kind], label=kind) for kind in kinds],
             loc="outside upper left",
@@ -123,22 +104,12 @@ def draw_timeline(trace: Trace) -> Picture:
 
 
 def spans(events: Iterable[Event], near: float) -> list[tuple[float, float]]:
-    """Start and width of what events cover, in microseconds.
-
-    Args:
-        events: Ordered by their start.
-        near: Gaps below this are not shown, and nothing is narrower.
-    """
-    return joined(((event.start, max(event.duration, near)) for event in events), near)
+    """Start and width of what ordered events cover. Gaps below `near` are not shown, and nothing is narrower."""
+    return joined(((event.ts, max(event.dur, near)) for event in events), near)
 
 
 def joined(parts: Iterable[tuple[float, float]], near: float) -> list[tuple[float, float]]:
-    """Start and width of what parts cover, those with gaps below `near` as one.
-
-    Args:
-        parts: Start and width of each, ordered by their start.
-        near: In the same unit.
-    """
+    """Start and width of what parts cover, given by theirs and ordered; those with gaps below `near` as one."""
     found: list[list[float]] = []
     for start, width in parts:
         if found and start - found[-1][1] < near:
@@ -148,6 +119,14 @@ def joined(parts: Iterable[tuple[float, float]], near: float) -> list[tuple[floa
     return [(start, end - start) for start, end in found]
 
 
+def _name_rows(axes: Axes, labels: Sequence[str]) -> None:
+    """Rows from top to bottom with their labels, and nothing else around the picture."""
+    axes.set_yticks(range(len(labels)), [_short(label) for label in labels], color=_COLOURS["ink"])
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.tick_params(length=0, labelcolor=_COLOURS["ink"])
+    axes.spines[:].set_visible(False)
+
+
 def _follow_the_page(svg: str) -> str:
     """With the page's variables in the place of colours, so that the picture is light or dark as the page is."""
     names = {colour: f"var(--{name})" for name, colour in _COLOURS.items()}
@@ -155,5 +134,4 @@ def _follow_the_page(svg: str) -> str:
 
 
 def _short(label: str) -> str:
-    line = one_line(label)
-    return line if len(line) <= _LETTERS else f"{line[: _LETTERS - 1]}…"
+    return one_line(label, _LETTERS)

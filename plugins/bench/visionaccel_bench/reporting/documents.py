@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -14,49 +12,30 @@ from visionaccel.core.invalid_values import problems_of
 from visionaccel.core.safe_text import one_line
 from visionaccel.errors import ConfigurationError, InputError
 from visionaccel_bench.encode.encode_report import EncodeReport
-from visionaccel_bench.encode.placement import Placement
-from visionaccel_bench.faultsuite.outcomes import FaultSuite
+from visionaccel_bench.encode.placement import PlacementReport
+from visionaccel_bench.faultsuite.cells import FaultSuite
 from visionaccel_bench.serve.serve_report import Report as ServeReport
+
+Benchmark: TypeAlias = EncodeReport | PlacementReport | ServeReport
+
+_BENCHMARKS: tuple[tuple[frozenset[str], type[Benchmark], str], ...] = (
+    (frozenset({"contenders", "grids"}), EncodeReport, "what `bench encode` writes"),
+    (frozenset({"placements", "measured"}), PlacementReport, "what `bench placement` writes"),
+    (frozenset({"modes", "plan"}), ServeReport, "what `bench serve` writes"),
+)
+"""What each benchmark's document has, its type, and what errors call it."""
 
 _MOST_DIGITS = 18
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class Benchmark:
-    """One benchmark.
-
-    Attributes:
-        name: The name of its file.
-        encode: What `bench encode` or `bench placement` measured, if it was one of them.
-        placements: What `bench placement` advised.
-        serve: What `bench serve` measured, if it was that.
-    """
-
-    name: str
-    encode: EncodeReport | None = None
-    placements: tuple[Placement, ...] = ()
-    serve: ServeReport | None = None
-
-
 def read_benchmark(path: Path) -> Benchmark:
-    """Read what a benchmark wrote with `--output` or `--json`.
-
-    Raises:
-        ConfigurationError: If the file cannot be read.
-        InputError: If it is not a benchmark of this visionaccel.
-    """
+    """Read what a benchmark wrote with `--output` or `--json`. Raises as `read_text`."""
     document = read_document(path)
-    keys = set(document) if isinstance(document, Mapping) else set()
-    if {"contenders", "grids"} <= keys:
-        return Benchmark(path.name, encode=_checked(EncodeReport, document, path, "what `bench encode` writes"))
-    if {"placements", "measured"} <= keys:
-        what = "what `bench placement` writes"
-        measured = _checked(EncodeReport, document["measured"], path, what)
-        return Benchmark(path.name, measured, _checked(tuple[Placement, ...], document["placements"], path, what))
-    if {"modes", "plan"} <= keys:
-        return Benchmark(path.name, serve=_checked(ServeReport, document, path, "what `bench serve` writes"))
+    for keys, kind, what in _BENCHMARKS:
+        if isinstance(document, dict) and keys <= document.keys():
+            return _checked(kind, document, path, what)
     raise InputError(
         f"{path} is not a benchmark.",
         hint="Name a file that `visionaccel bench encode` or `bench serve` wrote as JSON.",
@@ -64,22 +43,12 @@ def read_benchmark(path: Path) -> Benchmark:
 
 
 def read_faults(path: Path) -> FaultSuite:
-    """Read what `visionaccel faults --output` wrote.
-
-    Raises:
-        ConfigurationError: If the file cannot be read.
-        InputError: If it is something else.
-    """
+    """Read what `visionaccel faults --output` wrote. Raises as `read_text`."""
     return _checked(FaultSuite, read_document(path), path, "what a fault suite writes")
 
 
 def read_document(path: Path, most_bytes: int = MOST_JSON_BYTES) -> Any:
-    """The JSON document in a file.
-
-    Raises:
-        ConfigurationError: If it cannot be read.
-        InputError: If it is larger than allowed or not JSON.
-    """
+    """The JSON document in a file of at most that many bytes. Raises as `read_text`."""
     text = read_text(path, most_bytes)
     try:
         return parsed(text)
@@ -94,7 +63,7 @@ def read_text(path: Path, most_bytes: int) -> str:
 
     Raises:
         ConfigurationError: If it cannot be read.
-        InputError: If it is larger, not a file, or not UTF-8.
+        InputError: If it is not what it should be.
     """
     try:
         return read_bounded(path, most_bytes).decode("utf-8")
@@ -109,11 +78,7 @@ def read_text(path: Path, most_bytes: int) -> str:
 
 
 def parsed(text: str) -> Any:
-    """A JSON document whose integers are no longer than figures are.
-
-    Raises:
-        ValueError: If the text is not such a document.
-    """
+    """A JSON document whose integers are no longer than figures are; a `ValueError` if the text is something else."""
     return parse_json(text, most_digits=_MOST_DIGITS)
 
 

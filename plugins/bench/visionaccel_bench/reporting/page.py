@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -20,58 +20,29 @@ _ORDER: tuple[Status, ...] = ("failure", "warning", "pass")
 
 
 @dataclass(frozen=True, slots=True)
-class Heading:
-    """A heading within a section."""
-
-    kind: ClassVar = "heading"
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
 class Text:
-    """A paragraph; one that is a remark is paler."""
+    """A paragraph, a paler one for a remark, or a heading within a section."""
 
     kind: ClassVar = "text"
     text: str
-    remark: bool = False
+    layout: Literal["paragraph", "remark", "heading"] = "paragraph"
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A picture.
-
-    Attributes:
-        svg: An `svg` element in which all text is escaped.
-        title: What it shows, for readers who do not see it.
-    """
+    """An `svg` element in which all text is escaped, and what it shows, for readers who do not see it."""
 
     kind: ClassVar = "picture"
     svg: str
     title: str
 
 
-@dataclass(frozen=True, slots=True)
-class Details:
-    """A table that is shown when its title is opened."""
-
-    kind: ClassVar = "details"
-    table: Table
-
-
-Block: TypeAlias = Heading | Text | Picture | Details | Table
+Block: TypeAlias = Text | Picture | Table
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A part of the page.
-
-    Attributes:
-        key: Its fragment, a plain word.
-        title: Its heading.
-        status: The worst of what is in it.
-        summary: One sentence about it.
-        blocks: The rest.
-    """
+    """A part of the page: its fragment, a plain word; its heading, worst status, one sentence, and the rest."""
 
     key: str
     title: str
@@ -82,14 +53,7 @@ class Section:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A page.
-
-    Attributes:
-        title: Above everything.
-        created: Time in ISO 8601.
-        version: The version of visionaccel.
-        sections: In their order.
-    """
+    """A page. `created` is a time in ISO 8601, `version` that of visionaccel."""
 
     title: str
     created: str

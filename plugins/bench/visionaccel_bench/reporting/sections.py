@@ -10,41 +10,37 @@ from visionaccel.backends.spec import Status
 from visionaccel.bundle import MANIFEST, Certificate, is_bundle, parse_manifest
 from visionaccel.cli.diagnosis import Diagnosis, Found
 from visionaccel.errors import BundleError
-from visionaccel_bench.encode.encode_report import EncodeReport
-from visionaccel_bench.encode.encode_tables import (
+from visionaccel_bench.benchmark_tables import (
     accuracy_table,
     advice_table,
+    concurrency_table,
     contenders_table,
+    encode_notes,
     linearity_table,
+    load_of,
     placement_table,
+    serve_notes,
+    serve_table,
     times_table,
 )
-from visionaccel_bench.encode.encode_tables import notes as encode_notes
-from visionaccel_bench.faultsuite.outcomes import FaultSuite, fault_table
+from visionaccel_bench.encode.encode_report import EncodeReport
+from visionaccel_bench.encode.placement import PlacementReport
+from visionaccel_bench.faultsuite.cells import FaultSuite, fault_table
 from visionaccel_bench.reporting.charts import Bar, draw_bars, draw_timeline
 from visionaccel_bench.reporting.documents import Benchmark, read_benchmark, read_faults
-from visionaccel_bench.reporting.page import Block, Details, Heading, Report, Section, Text, worst
+from visionaccel_bench.reporting.page import Block, Report, Section, Text, worst
 from visionaccel_bench.reporting.trace import Trace, overlap, read_trace
 from visionaccel_bench.serve.figures import STALL
 from visionaccel_bench.serve.serve_report import Report as ServeReport
-from visionaccel_bench.serve.serve_tables import concurrency_table, load_of, serve_table
-from visionaccel_bench.serve.serve_tables import notes as serve_notes
 from visionaccel_bench.tables import DASH, Table, seconds
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What a report is made of, apart from the machine that it is made on.
-
-    Attributes:
-        source: A bundle or checkpoint; None for none.
-        benchmarks: What was measured.
-        traces: Recorded traces with the names of their files.
-        faults: A fault suite; None for none.
-    """
+    """What a report is made of besides this machine: a bundle or checkpoint, named benchmarks and traces, faults."""
 
     source: str | None
-    benchmarks: tuple[Benchmark, ...]
+    benchmarks: tuple[tuple[str, Benchmark], ...]
     traces: tuple[tuple[str, Trace], ...]
     faults: FaultSuite | None
 
@@ -54,19 +50,13 @@ def read_inputs(
 ) -> Inputs:
     """Read every file.
 
-    Args:
-        source: A bundle or checkpoint.
-        benchmarks: Files of `bench encode`, `bench placement` and `bench serve`.
-        traces: Traces.
-        faults: The file of a fault suite.
-
     Raises:
-        ConfigurationError: If a file cannot be read.
+        ConfigurationError: If one cannot be read.
         InputError: If one is not what it should be.
     """
     return Inputs(
         source,
-        tuple(map(read_benchmark, benchmarks)),
+        tuple((path.name, read_benchmark(path)) for path in benchmarks),
         tuple((path.name, read_trace(path)) for path in traces),
         None if faults is None else read_faults(faults),
     )
@@ -89,23 +79,19 @@ def make_report(inputs: Inputs, found: Diagnosis, title: str) -> Report:
 def _doctor(found: Diagnosis) -> Section:
     counts = {status: found.count(status) for status in ("failure", "warning", "pass")}
     status = worst([each.finding.status for each in found.findings])
-    problems = sorted((each for each in found.findings if each.finding.status != "pass"), key=_severity)
+    problems = [each for wanted in ("failure", "warning") for each in found.findings if each.finding.status == wanted]
     summary = f"{counts['failure']} failed, {counts['warning']} with a warning, {counts['pass']} passed."
     first: Block = _findings(problems) if problems else Text("No problems found.")
-    return Section("doctor", "Doctor", status, summary, (first, Details(_findings(found.findings, everything=True))))
+    everything = _findings(found.findings, f"All {len(found.findings)} findings", folded=True)
+    return Section("doctor", "Doctor", status, summary, (first, everything))
 
 
-def _severity(found: Found) -> int:
-    return 0 if found.finding.status == "failure" else 1
-
-
-def _findings(found: Sequence[Found], *, everything: bool = False) -> Table:
+def _findings(found: Sequence[Found], title: str = "", *, folded: bool = False) -> Table:
     rows = tuple(
         (each.finding.status, each.about, each.finding.name, each.finding.detail, each.finding.fix or "")
         for each in found
     )
-    title = f"All {len(rows)} findings" if everything else ""
-    return Table(("", "about", "what", "found", "what to do"), rows, title, "statuses")
+    return Table(("", "about", "what", "found", "what to do"), rows, title, "statuses", folded)
 
 
 def _certificate(source: str) -> Section:
@@ -150,37 +136,37 @@ def _proved(certificate: Certificate) -> Iterable[Block]:
         if each.failure is not None:
             yield Text(f"{each.program}: {each.failure}")
     tools = ", ".join(f"{name} {version}" for name, version in certificate.toolchain.items())
-    yield Text(f"Cosines of tokens; made with {tools}.", remark=True)
+    yield Text(f"Cosines of tokens; made with {tools}.", "remark")
 
 
-def _benchmarks(benchmarks: Sequence[Benchmark]) -> Section:
+def _benchmarks(benchmarks: Sequence[tuple[str, Benchmark]]) -> Section:
     blocks: list[Block] = []
     statuses: list[Status] = []
     summaries = []
-    for each in benchmarks:
-        blocks.append(Heading(each.name))
-        if each.encode is not None:
-            contenders = each.encode.contenders
-            failed = [one.label for one in contenders if one.error or any(grid.error for grid in one.grids)]
-            statuses.append("warning" if failed else "pass")
-            summary = f"{each.name}: {len(contenders)} contenders on {len(each.encode.grids)} grids"
-            summaries.append(summary + (f", of which failed: {', '.join(failed)}" if failed else ""))
-            blocks += _encodes(each.encode)
-        if each.placements:
-            blocks += [placement_table(one) for one in each.placements if one.grids]
-            blocks.append(advice_table(each.placements))
-        if each.serve is not None:
-            walls = ", ".join(f"{name} {mode.mixed.wall_seconds:.2f} s" for name, mode in each.serve.modes.items())
-            device = " (SIMULATED device)" if each.serve.simulated else ""
-            summaries.append(f"{each.name}: text and images together took {walls}{device}")
-            blocks += _servers(each.serve)
+    for name, benchmark in benchmarks:
+        blocks.append(Text(name, "heading"))
+        if isinstance(benchmark, ServeReport):
+            walls = ", ".join(f"{mode} {each.mixed.wall_seconds:.2f} s" for mode, each in benchmark.modes.items())
+            device = " (SIMULATED device)" if benchmark.simulated else ""
+            summaries.append(f"{name}: text and images together took {walls}{device}")
+            blocks += _servers(benchmark)
+            continue
+        measured = benchmark.measured if isinstance(benchmark, PlacementReport) else benchmark
+        failed = [one.label for one in measured.contenders if one.error or any(grid.error for grid in one.grids)]
+        statuses.append("warning" if failed else "pass")
+        summary = f"{name}: {len(measured.contenders)} contenders on {len(measured.grids)} grids"
+        summaries.append(summary + (f", of which failed: {', '.join(failed)}" if failed else ""))
+        blocks += _encodes(measured)
+        if isinstance(benchmark, PlacementReport):
+            blocks += [placement_table(one) for one in benchmark.placements if one.grids]
+            blocks.append(advice_table(benchmark.placements))
     return Section("benchmarks", "Benchmarks", worst(statuses), "; ".join(summaries) + ".", blocks)
 
 
 def _encodes(report: EncodeReport) -> Iterable[Block]:
     machine = report.machine
     about = f"{report.source}; {machine.processor}, {report.plan.threads} of {machine.cores} cores; {machine.system}"
-    yield Text(about, remark=True)
+    yield Text(about, "remark")
     yield contenders_table(report)
     for grid in report.grids:
         found = [(each, on) for each in report.contenders if (on := each.on(grid.grid)) is not None]
@@ -197,11 +183,11 @@ def _encodes(report: EncodeReport) -> Iterable[Block]:
             yield accuracy
     if len(report.grids) > 1:
         yield linearity_table(report)
-    yield from (Text(note, remark=True) for note in encode_notes(report))
+    yield from (Text(note, "remark") for note in encode_notes(report))
 
 
 def _servers(report: ServeReport) -> Iterable[Block]:
-    yield Text(load_of(report), remark=True)
+    yield Text(load_of(report), "remark")
     walls, stalls = [], []
     for name, mode in report.modes.items():
         wall = mode.mixed.wall_seconds
@@ -218,7 +204,7 @@ def _servers(report: ServeReport) -> Iterable[Block]:
     yield serve_table(report)
     if report.concurrency is not None:
         yield concurrency_table(report.concurrency)
-    yield from (Text(note, remark=True) for note in serve_notes(report))
+    yield from (Text(note, "remark") for note in serve_notes(report))
 
 
 def _timelines(traces: Sequence[tuple[str, Trace]]) -> Section:
@@ -234,18 +220,18 @@ def _timelines(traces: Sequence[tuple[str, Trace]]) -> Section:
             if found.share is None
             else f"{name}: decode steps ran during {share} of the device's time"
         )
-        blocks += [Heading(name), draw_timeline(trace)]
+        blocks += [Text(name, "heading"), draw_timeline(trace)]
     columns = ("", "of the device's time, decode steps ran", "a device computed", "decode steps ran", "both", "events")
     notes = (
         "Work of one kind in several threads at once counts once. The host's part of an encode is not the device's.",
         "For every event with its details, open the trace file at ui.perfetto.dev or in chrome://tracing.",
     )
-    blocks += [Table(columns, tuple(rows), layout="numbers"), *(Text(note, remark=True) for note in notes)]
+    blocks += [Table(columns, tuple(rows), layout="numbers"), *(Text(note, "remark") for note in notes)]
     return Section("timelines", "Timelines", "pass", "; ".join(summaries) + ".", blocks)
 
 
 def _faults(suite: FaultSuite) -> Section:
-    """The faults that did not go as they should first, then the others in their order."""
+    """The faults that failed first, then the others in their order."""
     rows = sorted(suite.rows, key=lambda row: row.passed)
     passed, lost, wrong = (sum(getattr(row, name) for row in rows) for name in ("passed", "lost", "wrong"))
     times = [row.recovery_seconds for row in rows if row.recovery_seconds is not None]

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as checked_dataclass
 
 from visionaccel.core.invalid_values import problems_of
 from visionaccel.core.safe_text import one_line
@@ -28,34 +29,31 @@ _MOST_MICROSECONDS = 1e18
 _HINT = "Name a trace that visionaccel wrote."
 
 
-@dataclass(frozen=True, slots=True)
+@checked_dataclass(config=ConfigDict(strict=True, extra="ignore", allow_inf_nan=False), frozen=True, slots=True)
 class Event:
-    """Something that took time.
+    """Something that took time, as the file has it: its category, start and duration in microseconds."""
 
-    Attributes:
-        category: One of `CATEGORIES`, or `other`.
-        start: In microseconds.
-        duration: In microseconds.
-    """
+    cat: str
+    ts: Annotated[float, Field(ge=-_MOST_MICROSECONDS, le=_MOST_MICROSECONDS)]
+    dur: Annotated[float, Field(ge=0, le=_MOST_MICROSECONDS)]
+    name: str = ""
+    pid: int | str = 0
+    tid: int | str = 0
 
-    category: str
-    start: float
-    duration: float
+    @property
+    def category(self) -> str:
+        """One of `CATEGORIES`, or `other`."""
+        return self.cat if self.cat in CATEGORIES else OTHER
 
     @property
     def end(self) -> float:
         """In microseconds."""
-        return self.start + self.duration
+        return self.ts + self.dur
 
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """The events of one thread.
-
-    Attributes:
-        name: The name of its process and thread.
-        events: Ordered by their start.
-    """
+    """The events of one thread by their start; the name is that of its process and thread."""
 
     name: str
     events: tuple[Event, ...]
@@ -63,11 +61,7 @@ class Lane:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """A trace with at least one event.
-
-    Attributes:
-        lanes: In the order of their first event in the file.
-    """
+    """A trace with at least one event; lanes are in the order of their first event in the file."""
 
     lanes: tuple[Lane, ...]
 
@@ -79,13 +73,7 @@ class Trace:
 
 @dataclass(frozen=True, slots=True)
 class Overlap:
-    """How much of a device's time decode steps ran too. Times are in seconds.
-
-    Attributes:
-        device: Time in which a device computed.
-        decode: Time in which a decode step ran.
-        both: Time in which both did.
-    """
+    """Seconds in which a device computed, in which a decode step ran, and in which both did."""
 
     device: float
     decode: float
@@ -107,7 +95,7 @@ def overlap(lanes: Iterable[Lane]) -> Overlap:
         for number, lane in enumerate(lanes)
         for event in lane.events
         if event.category in ("device", "host", "decode")
-        for time, change in ((event.start, 1), (event.end, -1))
+        for time, change in ((event.ts, 1), (event.end, -1))
     )
     running: Counter[tuple[int, str]] = Counter()
     computing: set[int] = set()
@@ -128,40 +116,22 @@ def overlap(lanes: Iterable[Lane]) -> Overlap:
     return Overlap(device / 1e6, decode / 1e6, both / 1e6)
 
 
-class _Slice(BaseModel):
-    """An event as the file has it."""
-
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
-
-    name: str
-    cat: str
-    ts: Annotated[float, Field(ge=-_MOST_MICROSECONDS, le=_MOST_MICROSECONDS)]
-    dur: Annotated[float, Field(ge=0, le=_MOST_MICROSECONDS)]
-    pid: int | str = 0
-    tid: int | str = 0
-
-
 def read_trace(path: Path) -> Trace:
-    """Read a trace.
-
-    Raises:
-        ConfigurationError: If the file cannot be read.
-        InputError: If it is too large, is not a trace, or has no event that took time.
-    """
+    """Read a trace, which must have an event that took time. Raises as `read_text`."""
     processes: dict[str, str] = {}
     threads: dict[tuple[str, str], str] = {}
     lanes: dict[tuple[str, str], list[Event]] = {}
+    adapter = TypeAdapter(Event)
     for index, entry in enumerate(_entries(path)):
         if not isinstance(entry, Mapping):
             raise InputError(f"{path} is not a trace: event {index} is not a JSON object.", hint=_HINT)
         if entry.get("ph") == "X":
             try:
-                read = _Slice.model_validate(entry)
+                event = adapter.validate_python(entry)
             except ValidationError as error:
                 problem = one_line(problems_of(error))
                 raise InputError(f"{path} is not a trace: event {index}: {problem}.", hint=_HINT) from error
-            category = read.cat if read.cat in CATEGORIES else OTHER
-            lanes.setdefault((str(read.pid), str(read.tid)), []).append(Event(category, read.ts, read.dur))
+            lanes.setdefault((str(event.pid), str(event.tid)), []).append(event)
         elif entry.get("ph") == "M" and isinstance(arguments := entry.get("args"), Mapping):
             process, thread, name = str(entry.get("pid", 0)), str(entry.get("tid", 0)), str(arguments.get("name", ""))
             if entry.get("name") == "process_name":
@@ -170,16 +140,12 @@ def read_trace(path: Path) -> Trace:
                 threads[process, thread] = name
     if not lanes:
         raise InputError(f"{path} holds no event that took time.", hint="Record a trace while images are encoded.")
-    return Trace(
-        tuple(
-            Lane(
-                f"{processes.get(process) or f'process {process}'}: "
-                f"{threads.get((process, thread)) or f'thread {thread}'}",
-                tuple(sorted(events, key=lambda event: event.start)),
-            )
-            for (process, thread), events in lanes.items()
-        )
-    )
+
+    def lane(process: str, thread: str, events: list[Event]) -> Lane:
+        named = processes.get(process) or f"process {process}", threads.get((process, thread)) or f"thread {thread}"
+        return Lane(": ".join(named), tuple(sorted(events, key=lambda event: event.ts)))
+
+    return Trace(tuple(lane(*key, events) for key, events in lanes.items()))
 
 
 def _entries(path: Path) -> list[Any]:

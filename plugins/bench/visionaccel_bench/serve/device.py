@@ -40,14 +40,7 @@ class Mode(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Accelerator:
-    """What encodes in every mode but stock.
-
-    Attributes:
-        backend: Name of the backend.
-        device: Its device; None for its default.
-        options: Its options.
-        bundle: Folder of the programs, if they are not made of the checkpoint.
-    """
+    """What encodes in every mode but stock. Without a bundle, programs are made of the served checkpoint."""
 
     backend: str
     device: str | None = None
@@ -75,25 +68,14 @@ class Accelerator:
             **{name: value for name, value in optional.items() if value is not None},
         }
 
-    def at_no_cost(self) -> Accelerator:
-        """The simulated device without its latency: what the wrapped backend computes is all that is left.
-
-        Raises:
-            ValueError: If it is not simulated.
-        """
-        if not self.simulated:
-            raise ValueError(f"only the simulated device can take no time, not backend {self.backend}")
+    def without_latency(self) -> Accelerator:
+        """The simulated device that takes no time: what the wrapped backend computes is all that is left."""
         return replace(self, options={name: value for name, value in self.options.items() if name not in TIMES})
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceTime:
-    """How long the device takes for one image of the load.
-
-    Attributes:
-        seconds_each: Seconds of one image when the device is kept busy; None if unknown.
-        how: Where that comes from.
-    """
+    """Seconds of one image of the load when the device is kept busy, None if unknown; and how they were found."""
 
     seconds_each: float | None
     how: str
@@ -102,16 +84,10 @@ class DeviceTime:
 def with_latency(
     checkpoint: Path, accelerator: Accelerator, image: Image, latency: float
 ) -> tuple[Accelerator, DeviceTime]:
-    """A simulated device that takes the same time for every image of a size, also for several in one call.
+    """A simulated device that takes `latency` seconds for every image of this size, also for several in one call.
 
     The backend's option `latency` would charge a call of several images once, and in-line vLLM passes those that arrive
     together in one call. So the time goes into `per_patch`.
-
-    Args:
-        checkpoint: The served checkpoint.
-        accelerator: The simulated device.
-        image: An image of the load's size.
-        latency: Seconds of one image.
 
     Raises:
         ConfigurationError: If it is not simulated, or its options say already how long it takes.
@@ -132,17 +108,9 @@ def with_latency(
 
 
 def measured(checkpoint: Path, accelerator: Accelerator, images: Sequence[Image]) -> DeviceTime:
-    """The device time of an image, from encoding some in this process, one at a time, after one that is not counted.
+    """The device time of an image, from encoding some in this process, one at a time; the first is not counted.
 
     A device that works on several calls at a time is taken to divide that time by their number.
-
-    Args:
-        checkpoint: The served checkpoint.
-        accelerator: The device. It is given back before this returns.
-        images: At least two; the first is not counted.
-
-    Raises:
-        VisionAccelError: If the encoder cannot be opened, or fails.
     """
     with _opened(checkpoint, accelerator) as (prepare, encoder):
         seconds = []

@@ -14,28 +14,23 @@ from typing import Literal, Self
 
 import numpy as np
 
-from visionaccel_bench.drawing import Seconds
+from visionaccel_bench.tables import Seconds
 
 STALL = 0.1
 """A text stream stalls where its next token takes longer than this."""
 
 PRIOR_ART_RATIO, PRIOR_ART_REQUESTS = 1.66, 3
-"""Published: three concurrent image requests, 120.29 s one after the other and 72.42 s with encoding and decoding
-overlapped by a rewritten vLLM scheduler (on a real NPU, with another model)."""
+"""Published: three image requests, 120.29 s one after the other and 72.42 s with encoding and decoding overlapped by a
+rewritten vLLM scheduler (on a real NPU, with another model)."""
 
 Kind = Literal["text", "image"]
 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """One request, as its client saw it.
+    """One request, as its client saw it: when it was sent, and when tokens arrived.
 
-    Attributes:
-        name: Such as `text 0` or `image 3`.
-        kind: Whether it is a text stream or has an image.
-        sent: When it was sent.
-        arrivals: When tokens arrived, ascending. One server event is one arrival, even if it brings several tokens.
-        tokens: Tokens of the answer, as the server counts them.
+    One event of the server is one arrival, even if it brings several tokens; the server counts `tokens`.
     """
 
     name: str
@@ -46,7 +41,7 @@ class Trace:
 
     @property
     def ttft(self) -> float:
-        """Time to the first token."""
+        """Seconds to the first token."""
         return self.arrivals[0] - self.sent
 
     @property
@@ -57,12 +52,10 @@ class Trace:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """The requests of one load, sent once.
+    """The requests of one load, sent once: at least one, each with an arrival.
 
-    Attributes:
-        traces: The requests, at least one, each with an arrival.
-        client_pauses: Start and length of times over `STALL` in which the client itself did not run, because the
-            machine was too busy: what arrived then got its time stamp late, and looks like a stall of the server.
+    `client_pauses` are start and length of times over `STALL` in which the client itself did not run, because the
+    machine was too busy: what arrived then got its time stamp late, and looks like a stall of the server.
     """
 
     traces: tuple[Trace, ...]
@@ -99,13 +92,7 @@ class Latencies:
 
 @dataclass(frozen=True, slots=True)
 class Stalls:
-    """Gaps of text streams over `STALL`.
-
-    Attributes:
-        seconds: Their sum, over all streams; the mean of the repetitions.
-        number: How many; the mean of the repetitions.
-        longest_seconds: The longest gap of all, even if it is not a stall.
-    """
+    """Gaps of text streams over `STALL`: sum and number, each the mean of the repetitions, and the longest gap."""
 
     seconds: Seconds
     number: float
@@ -114,19 +101,15 @@ class Stalls:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """The figures of all repetitions of one load.
+    """The figures of all repetitions of one load. What there are no requests for is None.
 
     Attributes:
         wall_seconds: From the first request sent to the last token; the median of the repetitions.
-        wall_seconds_each: The same for each repetition.
         tokens_per_second: Tokens of all requests by the wall seconds of all repetitions.
         image_requests_per_second: Image requests by the seconds from the first one sent to the last one's last token.
-        text: Latencies of the text streams; None if there are none.
-        images: Latencies of the image requests; None if there are none.
-        stalls: Stalls of the text streams; None if there are none.
         covered: Whether in each repetition a text stream lasted until every image request had its first token. If
-            not, some stalls had no stream to show in. None unless there are both.
-        client_pause_seconds: The client's own pauses over `STALL`; the mean of the repetitions.
+            not, some stalls had no stream to show in.
+        client_pause_seconds: The client's pauses over `STALL`; the mean of the repetitions.
     """
 
     wall_seconds: Seconds
@@ -144,10 +127,8 @@ class Figures:
 class Bound:
     """What an ideal server would need for a load: no schedule on the same device and language model takes less.
 
-    Attributes:
-        device_seconds: The earliest time at which the device is done, see `device_finish`.
-        decode_seconds: The load's wall seconds where images cost the device nothing.
-        seconds: The greater of the two.
+    It is the greater of the time at which the device is done at the earliest, see `device_finish`, and of the load's
+    wall where images cost the device nothing. That the last image is answered after the device is done is not added.
     """
 
     device_seconds: float
@@ -157,14 +138,7 @@ class Bound:
 
 @dataclass(frozen=True, slots=True)
 class Overlap:
-    """How much faster image requests are together than one after the other.
-
-    Attributes:
-        sequential_seconds: Wall of the requests, each sent when the one before was answered.
-        concurrent_seconds: Wall of as many requests, all sent at once.
-        ratio: The former by the latter.
-        bound: The ratio of an ideal server, `sequential / max(device, decode)`; None if unknown.
-    """
+    """Walls of image requests one after the other and all at once, their ratio, and an ideal server's if known."""
 
     sequential_seconds: float
     concurrent_seconds: float
@@ -205,11 +179,9 @@ def wall_seconds(traces: Sequence[Trace]) -> float:
 
 
 def device_finish(run: Run, seconds_each: float) -> float:
-    """When a device that is idle only while no image waits is done with a run's images, from the first request sent.
+    """When a device that takes `seconds_each` and is idle only while no image waits is done with a run's images.
 
-    Args:
-        run: One repetition.
-        seconds_each: Device time of one image.
+    Counted from the first request sent.
     """
     start = min(trace.sent for trace in run.traces)
     finish = 0.0
@@ -219,30 +191,15 @@ def device_finish(run: Run, seconds_each: float) -> float:
 
 
 def bound(runs: Sequence[Run], seconds_each: float, decode_seconds: float) -> Bound:
-    """The ideal bound of a load.
-
-    It is optimistic: the last image is also prefilled and answered after the device is done, which is not added.
-
-    Args:
-        runs: The repetitions; the median of their device times counts.
-        seconds_each: Device time of one image.
-        decode_seconds: The load's wall seconds where images cost the device nothing.
-    """
+    """The bound of a load, with the median of its repetitions' device times."""
     device = statistics.median(device_finish(run, seconds_each) for run in runs)
     return Bound(device, decode_seconds, max(device, decode_seconds))
 
 
-def overlap(sequential: float, concurrent: float, device: float | None, decode: float | None) -> Overlap:
-    """The gain of concurrent image requests, and its bound.
-
-    Args:
-        sequential: Wall seconds of the requests one after the other.
-        concurrent: Wall seconds of as many requests sent at once.
-        device: Device seconds of all of them; None if unknown.
-        decode: Their wall seconds, sent at once, where images cost the device nothing; None if unknown.
-    """
-    ideal = None if device is None or decode is None else max(device, decode)
-    return Overlap(sequential, concurrent, sequential / concurrent, sequential / ideal if ideal else None)
+def overlap(sequential: float, concurrent: float, ideal: Bound | None) -> Overlap:
+    """The gain of concurrent image requests by their wall seconds, and its bound by that of the concurrent ones."""
+    best = ideal.seconds if ideal is not None else 0.0
+    return Overlap(sequential, concurrent, sequential / concurrent, sequential / best if best else None)
 
 
 def _latencies(traces: Sequence[Trace]) -> Latencies | None:

@@ -26,29 +26,11 @@ _CELLS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Endpoint:
-    """An OpenAI-compatible server.
-
-    Attributes:
-        url: Base URL of its API, ending in `/v1`.
-        model: The model to ask.
-    """
-
-    url: str
-    model: str
-
-
-@dataclass(frozen=True, slots=True)
 class Load:
     """Requests that are each sent when its time comes, whether or not those before were answered.
 
-    Attributes:
-        images: The images, one for each request.
-        image_tokens: Tokens of each answer about an image.
-        gap: Seconds from one image request to the next; 0 for all at once.
-        streams: Text streams, all sent at the start. Image requests begin half a second later; without streams, at
-            once.
-        stream_tokens: Tokens of each text stream.
+    All text streams are sent at the start. Image requests, one for each image and `gap` seconds apart, begin half a
+    second later; without streams, at once.
     """
 
     images: tuple[Image, ...]
@@ -59,12 +41,7 @@ class Load:
 
 
 def picture(seed: Sequence[int], size: tuple[int, int]) -> Image:
-    """A picture of coloured clouds; another one for each seed.
-
-    Args:
-        seed: Numbers from 0.
-        size: Width and height in pixels.
-    """
+    """A picture of coloured clouds of a width and height in pixels; another one for each seed of numbers from 0."""
     import numpy as np
     from PIL import Image
 
@@ -72,26 +49,19 @@ def picture(seed: Sequence[int], size: tuple[int, int]) -> Image:
     return Image.fromarray(cells).resize(size, Image.Resampling.BICUBIC)
 
 
-def send(endpoint: Endpoint, load: Load, *, one_by_one: bool = False) -> Run:
+def send(url: str, model: str, load: Load, *, one_by_one: bool = False) -> Run:
     """Send a load and wait for every answer. Each answer has exactly the number of tokens that was asked for.
 
-    Args:
-        endpoint: The server.
-        load: What to send.
-        one_by_one: Send the image requests only, each when the one before was answered.
+    With `one_by_one`, only the image requests are sent, each when the one before was answered.
 
     Raises:
         DeviceError: If a request fails; the message names it. The others are cancelled.
     """
-    return asyncio.run(_send(endpoint, load, one_by_one))
+    return asyncio.run(_send(url, model, load, one_by_one))
 
 
 def first_model(url: str) -> str:
-    """The model that a running server serves, the first if there are several.
-
-    Raises:
-        ConfigurationError: If it cannot be asked, or serves none.
-    """
+    """The model that a running server serves, the first of several; a `ConfigurationError` if it names none."""
     from openai import OpenAI, OpenAIError
 
     try:
@@ -107,13 +77,13 @@ def first_model(url: str) -> str:
     return models[0]
 
 
-async def _send(endpoint: Endpoint, load: Load, one_by_one: bool) -> Run:
+async def _send(url: str, model: str, load: Load, one_by_one: bool) -> Run:
     from openai import AsyncOpenAI
 
     contents = [image_content(image) for image in load.images]
     # A request that is sent again would be measured as one slow request.
-    async with AsyncOpenAI(base_url=endpoint.url, api_key="none", timeout=_TIMEOUT, max_retries=0) as client:
-        sender = _Sender(client, endpoint.model)
+    async with AsyncOpenAI(base_url=url, api_key="none", timeout=_TIMEOUT, max_retries=0) as client:
+        sender = _Sender(client, model)
         watching = asyncio.create_task(sender.watch())
         try:
             if one_by_one:
@@ -138,11 +108,7 @@ async def _send(endpoint: Endpoint, load: Load, one_by_one: bool) -> Run:
 
 
 class _Sender:
-    """Sends requests. Times count from when it was made.
-
-    Attributes:
-        pauses: Start and length of this process's own pauses so far.
-    """
+    """Sends requests. Times count from when it was made; `pauses` are start and length of this process's pauses."""
 
     def __init__(self, client: AsyncOpenAI, model: str) -> None:
         # Its modules are imported here, before the time of a request counts.

@@ -15,7 +15,6 @@ from visionaccel_bench.serve.figures import (
     Overlap,
     Run,
     bound,
-    device_finish,
     figures,
     overlap,
     wall_seconds,
@@ -25,12 +24,10 @@ from visionaccel_bench.serve.serving import Plan, Taken
 
 @dataclass(frozen=True, slots=True)
 class ModeReport:
-    """One server's figures.
+    """One server's figures of the mixed load and of its text streams alone.
 
     Attributes:
         encoder: What encoded, as the server's log says; None for stock vLLM and for a server that ran already.
-        mixed: Text streams and image requests.
-        text_only: The same text streams alone: what stalls without any image.
         decode_seconds: Wall of the mixed load where images cost the device nothing; None where it was not measured.
         bound: What an ideal server would need for the mixed load; None for stock vLLM, whose encoder does not run on
             the device, and where the device's time is not known.
@@ -47,13 +44,9 @@ class ModeReport:
 
 @dataclass(frozen=True, slots=True)
 class Concurrency:
-    """Image requests without text: all at once against one after the other in-line.
+    """That many image requests without text, all at once against one after the other in-line, with each mode's gain.
 
-    Attributes:
-        requests: How many.
-        modes: The gain of each mode.
-        prior_art_ratio: The published gain for `prior_art_requests` requests.
-        prior_art_requests: How many those were.
+    The prior art is the published gain for that many requests.
     """
 
     requests: int
@@ -64,17 +57,9 @@ class Concurrency:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Everything that was found.
+    """Everything that was found. `backend` and `simulated` are None if servers ran already.
 
-    Attributes:
-        plan: What each server got.
-        backend: Name of the backend that encoded; None if servers ran already.
-        simulated: Whether the device is simulated; None if that is not known.
-        device: How long the device takes.
-        decode_how: How `decode_seconds` were measured; None if they were not.
-        modes: The figures of each server.
-        concurrency: Present if it was asked for.
-        notes: What a reader must know.
+    `decode_how` says how `decode_seconds` were measured, if they were; `modes` has the figures of each server.
     """
 
     plan: Plan
@@ -88,34 +73,10 @@ class Report:
 
 
 def make_report(
-    plan: Plan,
-    taken: Mapping[str, Taken],
-    at_no_cost: Mapping[str, Taken],
-    device: DeviceTime,
-    backend: str | None,
-    simulated: bool | None,
+    plan: Plan, taken: Mapping[str, Taken], device: DeviceTime, backend: str | None, simulated: bool | None
 ) -> Report:
-    """The report.
-
-    Args:
-        plan: What each server got.
-        taken: The runs of each server.
-        at_no_cost: The runs of their twins whose simulated device takes no time; empty if there are none.
-        device: How long the device takes.
-        backend: Name of the backend that encoded; None if servers ran already.
-        simulated: Whether the device is simulated; None if that is not known.
-    """
-    decodes: dict[str, float] = {}
-    together: dict[str, float] = {}
-    for name, runs in taken.items():
-        twin = at_no_cost.get(name)
-        if name == Mode.STOCK:
-            continue
-        mixed, images = (twin.mixed, twin.together) if twin else (runs.mixed_again, runs.together_again)
-        if mixed:
-            decodes[name] = _wall(mixed)
-        if images:
-            together[name] = _wall(images)
+    """The report of the runs of each server; see `Report`."""
+    decodes = {name: _wall(runs.mixed_free) for name, runs in taken.items() if runs.mixed_free}
     # One bound for all: a mode that makes decoding itself slower must not be measured against that.
     decode = min(decodes.values(), default=None)
     modes = {name: _mode(name, runs, decodes.get(name), decode, device) for name, runs in taken.items()}
@@ -123,11 +84,11 @@ def make_report(
     if decodes:
         decode_how = (
             "a second server of each mode, whose simulated device takes no time"
-            if at_no_cost
+            if simulated
             else "the same load again with the same images, which are then in every cache, that of prefixes too: a "
             "lower bound"
         )
-    concurrency = _concurrency(plan, taken, min(together.values(), default=None), device) if plan.sequential else None
+    concurrency = _concurrency(plan, taken, device) if plan.sequential else None
     return Report(
         plan, backend, simulated, device, decode_how, modes, concurrency, _notes(taken, modes, simulated, device)
     )
@@ -135,23 +96,24 @@ def make_report(
 
 def _mode(name: str, taken: Taken, decode: float | None, least_decode: float | None, device: DeviceTime) -> ModeReport:
     mixed = figures(taken.mixed)
-    ideal = None
-    if name != Mode.STOCK and device.seconds_each is not None and least_decode is not None:
-        ideal = bound(taken.mixed, device.seconds_each, least_decode)
+    ideal = None if name == Mode.STOCK else _ideal(taken.mixed, least_decode, device)
     times = mixed.wall_seconds / ideal.seconds if ideal else None
     return ModeReport(taken.encoder, mixed, figures(taken.text_only), decode, ideal, times)
 
 
-def _concurrency(plan: Plan, taken: Mapping[str, Taken], decode: float | None, device: DeviceTime) -> Concurrency:
+def _concurrency(plan: Plan, taken: Mapping[str, Taken], device: DeviceTime) -> Concurrency:
     sequential = _wall(taken[Mode.INLINE].one_by_one)
-    modes = {}
-    for name, runs in taken.items():
-        if runs.together:
-            total = None
-            if device.seconds_each is not None:
-                total = statistics.median(device_finish(run, device.seconds_each) for run in runs.together)
-            modes[name] = overlap(sequential, _wall(runs.together), total, decode)
+    decode = min((_wall(runs.together_free) for runs in taken.values() if runs.together_free), default=None)
+    modes = {
+        name: overlap(sequential, _wall(runs.together), _ideal(runs.together, decode, device))
+        for name, runs in taken.items()
+        if runs.together
+    }
     return Concurrency(plan.images, modes)
+
+
+def _ideal(runs: Sequence[Run], decode: float | None, device: DeviceTime) -> Bound | None:
+    return None if device.seconds_each is None or decode is None else bound(runs, device.seconds_each, decode)
 
 
 def _wall(runs: Sequence[Run]) -> float:
@@ -164,8 +126,8 @@ def _notes(
     notes = []
     if simulated:
         notes.append(
-            "The device is SIMULATED: no hardware encodes, a call takes the configured time. Stock vLLM's own "
-            "encoder does not take that time."
+            "The device is SIMULATED: no hardware encodes, a call takes the configured time. Stock vLLM's encoder "
+            "does not take that time."
         )
     elif simulated is None:
         notes.append("It is not known whether the devices of running servers are simulated.")

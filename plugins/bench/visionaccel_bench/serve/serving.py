@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,15 +15,14 @@ from visionaccel.errors import DeviceError
 from visionaccel.observe import timed_encodes
 from visionaccel_bench.serve.device import Accelerator, Mode
 from visionaccel_bench.serve.figures import Run
-from visionaccel_bench.serve.load import Endpoint, Load, first_model, picture, send
-from visionaccel_bench.server import VllmServer, serve
+from visionaccel_bench.serve.load import Load, first_model, picture, send
+from visionaccel_bench.server import log_end, serve
 from visionaccel_testing.simulated import OVERRUN
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 Progress = Callable[[str], None]
-"""Is called with what is being done."""
 
 _ENCODER = re.compile(r"the vision encoder runs on (backend .*)")
 _WARM_UP_TOKENS = 16
@@ -32,7 +31,7 @@ _LEAST_SEQUENCES = 16
 
 
 class _Purpose(IntEnum):
-    """Each has its own images, so that no load finds another's in a cache."""
+    """Each has different images, so that no load finds another's in a cache."""
 
     WARM_UP = 0
     MIXED = 1
@@ -43,14 +42,9 @@ class _Purpose(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The loads that each server gets.
+    """The loads that each server gets; see `Load`.
 
     Attributes:
-        images: Image requests of a load.
-        image_tokens: Tokens of each answer about an image.
-        gap: Seconds from one image request to the next.
-        streams: Text streams.
-        stream_tokens: Tokens of each.
         size: Width and height of the images in pixels.
         repeats: How often each load is sent, with other images each time.
         sequential: Whether image requests are also sent one by one, and all at once without text.
@@ -87,7 +81,7 @@ class Plan:
         return Load((), self.image_tokens, streams=self.streams, stream_tokens=self.stream_tokens)
 
     def one_by_one(self, repetition: int) -> Load:
-        """Image requests without text, to be sent one after the other."""
+        """Image requests without text, for `send` with `one_by_one`."""
         return Load(self._pictures(_Purpose.ONE_BY_ONE, repetition, self.images), self.image_tokens)
 
     def together(self, repetition: int) -> Load:
@@ -100,70 +94,54 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A server under measurement.
-
-    Attributes:
-        name: The mode of one that was started, or the name of one that runs.
-        endpoint: How it is asked.
-        server: The one that was started; None for one that runs.
-    """
+    """A server under measurement: one that was started, named by its mode and with a log, or one that runs already."""
 
     name: str
-    endpoint: Endpoint
-    server: VllmServer | None = None
+    url: str
+    model: str
+    log: Path | None = None
 
     def encodes(self) -> int | None:
         """Images that it has encoded so far on a backend; None if that is not known."""
-        if self.server is None or self.name == Mode.STOCK:
+        if self.log is None or self.name == Mode.STOCK:
             return None
-        return sum(len(encode["grids"]) for encode in timed_encodes(self._log()))
+        return sum(len(encode["grids"]) for encode in timed_encodes(self._logged()))
 
     def encoder(self) -> str | None:
         """What encodes, as its log says; None for stock vLLM and for a server that runs."""
-        found = _ENCODER.findall(self._log())
+        found = _ENCODER.findall(self._logged())
         return found[-1] if found else None
 
     def overran(self) -> bool:
         """Whether its simulated device computed for longer than its latency."""
-        return OVERRUN in self._log()
+        return OVERRUN in self._logged()
 
-    def _log(self) -> str:
-        return "" if self.server is None else self.server.log.read_text(errors="replace")
+    def _logged(self) -> str:
+        return "" if self.log is None else self.log.read_text(errors="replace")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Taken:
-    """The runs of every load that a server got; a list has one run for each repetition, or none.
+    """The runs of every load of a `Plan` that a server got; a list has one run for each repetition, or none.
 
-    Attributes:
-        mixed: Text streams and image requests.
-        text_only: The text streams alone.
-        mixed_again: The mixed load once more with the same images, which are then in every cache.
-        one_by_one: The image requests one after the other.
-        together: Image requests all at once, without text.
-        together_again: The same once more with the same images.
-        encoder: What encoded, as the server's log says.
-        overran: Whether a simulated device computed for longer than its latency.
+    In those called free, images cost the device nothing: it takes no time, or gets the same images once more, which are
+    then in every cache. `encoder` and `overran` are those of the `Subject`.
     """
 
     mixed: list[Run] = field(default_factory=list)
     text_only: list[Run] = field(default_factory=list)
-    mixed_again: list[Run] = field(default_factory=list)
+    mixed_free: list[Run] = field(default_factory=list)
     one_by_one: list[Run] = field(default_factory=list)
     together: list[Run] = field(default_factory=list)
-    together_again: list[Run] = field(default_factory=list)
+    together_free: list[Run] = field(default_factory=list)
     encoder: str | None = None
     overran: bool = False
 
 
 def measure(subject: Subject, plan: Plan, tell: Progress, *, again: bool) -> Taken:
-    """Send a server everything that is measured, after a warm-up that is not.
+    """Send a server everything that is measured, after a warm-up that is not; `tell` is called with what is being done.
 
-    Args:
-        subject: The server.
-        plan: What it gets.
-        tell: Is called with what is being done.
-        again: Whether loads with images are sent once more: for a server without a twin whose device takes no time.
+    With `again`, loads with images are sent once more: for a server without a twin whose device takes no time.
 
     Raises:
         DeviceError: If a request fails, or images were not encoded by the backend. The message names the server and
@@ -177,7 +155,7 @@ def measure(subject: Subject, plan: Plan, tell: Progress, *, again: bool) -> Tak
         mixed = plan.mixed(i)
         taken.mixed.append(_sent(subject, mixed, tell, f"text and images{part}"))
         if again:
-            taken.mixed_again.append(_sent(subject, mixed, tell, f"the same images again{part}", new=False))
+            taken.mixed_free.append(_sent(subject, mixed, tell, f"the same images again{part}", new=False))
         if plan.sequential and subject.name == Mode.INLINE:
             load = plan.one_by_one(i)
             taken.one_by_one.append(_sent(subject, load, tell, f"images one by one{part}", one_by_one=True))
@@ -186,51 +164,32 @@ def measure(subject: Subject, plan: Plan, tell: Progress, *, again: bool) -> Tak
             taken.together.append(_sent(subject, load, tell, f"images at once{part}"))
             if again:
                 what = f"images at once, again{part}"
-                taken.together_again.append(_sent(subject, load, tell, what, new=False))
-    return replace(taken, encoder=subject.encoder(), overran=subject.overran())
-
-
-def measure_at_no_cost(subject: Subject, plan: Plan, tell: Progress) -> Taken:
-    """Send the loads with images to a server whose simulated device takes no time, after a warm-up.
-
-    Raises:
-        DeviceError: As `measure`.
-    """
-    taken = Taken()
-    _sent(subject, plan.warm_up(), tell, "warming up, without device time")
-    for i in range(plan.repeats):
-        taken.mixed.append(_sent(subject, plan.mixed(i), tell, "text and images, without device time"))
-        if plan.sequential:
-            taken.together.append(_sent(subject, plan.together(i), tell, "images at once, without device time"))
+                taken.together_free.append(_sent(subject, load, tell, what, new=False))
+    taken.encoder, taken.overran = subject.encoder(), subject.overran()
     return taken
 
 
-def running(name: str, url: str) -> Subject:
-    """A server that runs already.
+def measure_without_latency(subject: Subject, plan: Plan, tell: Progress, taken: Taken) -> None:
+    """Send the loads with images to a server's twin whose simulated device takes no time, after a warm-up."""
+    _sent(subject, plan.warm_up(), tell, "warming up, without device time")
+    for i in range(plan.repeats):
+        taken.mixed_free.append(_sent(subject, plan.mixed(i), tell, "text and images, without device time"))
+        if plan.sequential:
+            taken.together_free.append(_sent(subject, plan.together(i), tell, "images at once, without device time"))
 
-    Raises:
-        ConfigurationError: If it cannot be asked for its model.
-    """
-    return Subject(name, Endpoint(url, first_model(url)))
+
+def running(name: str, url: str) -> Subject:
+    """A server that runs already; a `ConfigurationError` if it cannot be asked for its model."""
+    return Subject(name, url, first_model(url))
 
 
 @contextmanager
 def started(
     mode: Mode, checkpoint: Path, accelerator: Accelerator, plan: Plan, arguments: Sequence[str], tell: Progress
 ) -> Iterator[Subject]:
-    """A server of a mode while the context lasts.
+    """A server of a mode that can take a plan, while the context lasts. Raises as `visionaccel_bench.server.serve`.
 
-    Args:
-        mode: How it encodes.
-        checkpoint: What it serves.
-        accelerator: What encodes, except in stock vLLM.
-        plan: What it will get.
-        arguments: More arguments for vLLM; of one that is given twice, these count.
-        tell: Is called with how long it has taken so far.
-
-    Raises:
-        ConfigurationError: If vLLM is not installed.
-        DeviceError: If the server does not start; the message holds the end of its log.
+    Of an argument that is given twice, the one among `arguments` counts.
     """
     sequences = max(_LEAST_SEQUENCES, plan.streams + plan.images)
     fixed = ("--max-num-seqs", str(sequences), "--limit-mm-per-prompt", json.dumps({"image": 1, "video": 0}))
@@ -240,7 +199,7 @@ def started(
 
     settings = accelerator.settings(mode)
     with serve(checkpoint, settings, (*_ARGUMENTS, *fixed, *arguments), waiting=waiting) as server:
-        yield Subject(mode, Endpoint(server.url, server.model), server)
+        yield Subject(mode, server.url, server.model, server.log)
 
 
 def _sent(
@@ -250,11 +209,11 @@ def _sent(
     tell(f"{subject.name}: {what}")
     before = subject.encodes()
     try:
-        run = send(subject.endpoint, load, one_by_one=one_by_one)
+        run = send(subject.url, subject.model, load, one_by_one=one_by_one)
         after = subject.encodes()
         if new and before is not None and after is not None and after - before < len(load.images):
             raise DeviceError(f"the backend encoded {after - before} of {len(load.images)} new images.")
     except DeviceError as error:
-        log = "" if subject.server is None else f" The end of the server's log:\n{subject.server.log_end()}"
+        log = "" if subject.log is None else f" The end of the server's log:\n{log_end(subject.log)}"
         raise DeviceError(f"{subject.name}, {what}: {error.message}{log}", hint=error.hint) from error
     return run

@@ -1,0 +1,171 @@
+"""The cells of the fault suite: which fault, when, in what kind of server; and the document of what became of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from visionaccel_bench.tables import DASH, Table
+
+Fault: TypeAlias = Literal["raise", "nan", "zeros", "drift", "hang", "exit", "abort"]
+"""What the simulated device does, as the option `faults` of the backend `simulated` names it."""
+
+Moment: TypeAlias = Literal["alone", "beside", "repeated", "restart", "unopened", "both"]
+"""When: to one request; to one of several while a text stream is decoded; to every encode until the breaker opens; to
+one request, after which the process that replaces the dead one gives wrong answers; to one request, while the
+fallback fails to open once; or to one request, while the fallback in the server's process hangs."""
+
+Mode: TypeAlias = Literal["inline", "pipelined"]
+Isolation: TypeAlias = Literal["none", "process"]
+
+Change: TypeAlias = Literal["replaced", "rewritten"]
+"""How a checkpoint's files change: other files are renamed to their names, or others' bytes are written into them."""
+
+FAULTS: tuple[Fault, ...] = get_args(Fault)
+MOMENTS: tuple[Moment, ...] = get_args(Moment)
+_DEADLY: frozenset[Fault] = frozenset({"exit", "abort"})
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """A kind of server.
+
+    Attributes:
+        mode: Where it encodes.
+        isolation: Where the device lives.
+        fallback: Another backend takes over.
+        faulty: The first of two fallbacks is simulated too, in the server's process.
+    """
+
+    mode: Mode
+    isolation: Isolation
+    fallback: bool
+    faulty: bool = False
+
+    @property
+    def change(self) -> Change:
+        """How the served checkpoint's weights change once the server is up; each mode has a server of either."""
+        return "replaced" if self.isolation == "process" else "rewritten"
+
+    def __str__(self) -> str:
+        where = "its own process" if self.isolation == "process" else "the server's process"
+        behind = "with a faulty fallback" if self.faulty else f"{'with' if self.fallback else 'without'} a fallback"
+        return f"{self.mode}, device in {where}, {behind}"
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One planted fault."""
+
+    serving: Serving
+    fault: Fault
+    moment: Moment
+
+    @property
+    def expected(self) -> str:
+        """What must become of a request that it strikes: an answer, or an error where nothing can give one."""
+        return "answer" if self.serving.fallback else "error"
+
+    def __str__(self) -> str:
+        return f"{self.fault}, {self.moment}: {self.serving}"
+
+
+def every_cell() -> list[Cell]:
+    """The cells of all kinds of server; those of one kind follow each other."""
+    with_fallback = [Serving(mode, isolation, True) for mode in get_args(Mode) for isolation in get_args(Isolation)]
+    without = (
+        Serving("inline", "none", False),
+        Serving("pipelined", "none", False),
+        Serving("pipelined", "process", False),
+    )
+    faulty = (Serving(mode, "process", True, faulty=True) for mode in get_args(Mode))
+    return [cell for serving in (*with_fallback, *without, *faulty) for cell in _cells_of(serving)]
+
+
+def _cells_of(serving: Serving) -> Iterator[Cell]:
+    """The cells of a kind of server.
+
+    A fault that ends a process needs a device in a separate process. Values that look right and are wrong are found by
+    the canary, not by the request, and without a fallback every request fails from then on, which is what `repeated`
+    tests.
+    """
+    if serving.faulty:
+        yield Cell(serving, "raise", "unopened")  # first: the fallback is opened once
+        yield Cell(serving, "exit", "both")
+        return
+    for fault in FAULTS:
+        if fault in _DEADLY and serving.isolation == "none":
+            continue
+        for moment in ("alone", "beside", "repeated"):
+            if not serving.fallback and (moment == "beside" or (fault == "drift") != (moment == "repeated")):
+                continue
+            yield Cell(serving, fault, moment)
+    if serving.isolation == "process" and serving.fallback:
+        for fault in sorted(_DEADLY):
+            yield Cell(serving, fault, "restart")
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+
+class FaultRow(_Model):
+    """What became of one fault in one kind of server.
+
+    Attributes:
+        fallback: Whether another backend could take over; None if unknown.
+        expected: What the requests that it struck should be answered.
+        answered: What they were answered: `right answer`, `error`, or what else came.
+        lost: Requests that got neither an answer nor an error that says why.
+        wrong: Answers to any request whose token ids are not stock vLLM's.
+        recovery_seconds: From the moment that the fault was lifted to the first right answer by the device; None if
+            none came.
+        passed: Whether everything was as it must be.
+        detail: What was not.
+    """
+
+    fault: str
+    moment: str
+    mode: Mode
+    isolation: Isolation
+    fallback: bool | None = None
+    expected: str
+    answered: str
+    lost: int = Field(ge=0)
+    wrong: int = Field(0, ge=0)
+    recovery_seconds: float | None = Field(ge=0)
+    passed: bool
+    detail: str = ""
+
+
+class FaultSuite(_Model):
+    """All faults, at least one. `created` is a time in ISO 8601."""
+
+    created: str
+    simulated: bool = False
+    rows: tuple[FaultRow, ...] = Field(min_length=1, max_length=5000)
+
+
+_COLUMNS: dict[str, Callable[[FaultRow], str]] = {
+    "passed": lambda row: "pass" if row.passed else "failure",
+    "fault": lambda row: row.fault,
+    "moment": lambda row: row.moment,
+    "mode": lambda row: row.mode,
+    "isolation": lambda row: row.isolation,
+    "fallback": lambda row: {True: "yes", False: "none", None: DASH}[row.fallback],
+    "expected": lambda row: row.expected,
+    "answered": lambda row: row.answered,
+    "lost": lambda row: str(row.lost),
+    "wrong": lambda row: str(row.wrong),
+    "recovery, s": lambda row: DASH if row.recovery_seconds is None else f"{row.recovery_seconds:.2f}",
+    "detail": lambda row: row.detail,
+}
+
+
+def fault_table(rows: Iterable[FaultRow], *, without: Iterable[str] = (), title: str = "") -> Table:
+    """The rows as a table without some columns."""
+    columns = tuple(name for name in _COLUMNS if name not in without)
+    return Table(columns, tuple(tuple(_COLUMNS[name](row) for name in columns) for row in rows), title, "statuses")
