@@ -1,5 +1,6 @@
 """Peers of the encode benchmark: transformers' tower of the checkpoint's model, and which towers vLLM's peer takes."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 
 from visionaccel import open_encoder
 from visionaccel.core.grid import Grid
+from visionaccel.core.program import CHECKPOINT
 from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError
 from visionaccel_bench.encode.contender_main import open_peer
@@ -30,6 +32,16 @@ def test_transformers_takes_the_tower_of_the_model_that_the_checkpoint_names(tin
         expected = encoder.encode(patches, [GRID])
     error = np.linalg.norm(peer.read(embeddings) - expected) / np.linalg.norm(expected)
     assert error < tolerance
+
+
+def test_transformers_peer_says_which_towers_it_takes(tiny):
+    tower = open_tower(tiny)
+    (program,) = tower.programs([CHECKPOINT])
+    unknown = replace(program, configuration={"architectures": ["NoSuchModel"]})
+    with pytest.raises(ConfigurationError, match=r"no vision tower for NoSuchModel.*Leave the peer out"):
+        open_peer(
+            "transformers", SimpleNamespace(programs=lambda _: [unknown]), {"dtype": "float32"}, torch.get_num_threads()
+        )
 
 
 def test_vllms_peer_says_which_towers_it_takes():

@@ -34,7 +34,7 @@ from visionaccel.core.cpu import has_bfloat16
 from visionaccel.core.grid import Grid
 from visionaccel.core.program import CHECKPOINT
 from visionaccel.encoder import open_encoder, open_source
-from visionaccel.errors import ConfigurationError
+from visionaccel.errors import ConfigurationError, UnsupportedArchitectureError
 from visionaccel.families import Tower
 from visionaccel_testing.process_tree import memory, processor_seconds
 
@@ -181,7 +181,10 @@ def _transformers(tower: Tower, options: Mapping[str, Any]) -> Opened:
     name, attention = options["dtype"], options.get("attention", "sdpa")
     dtype = getattr(torch, name)
     (program,) = tower.programs([CHECKPOINT])
-    module = TransformersTower(program, dtype=dtype, attention=attention, device="cpu")
+    try:
+        module = TransformersTower(program, dtype=dtype, attention=attention, device="cpu")
+    except UnsupportedArchitectureError as error:
+        raise ConfigurationError(f"the peer transformers: {error.message}", hint="Leave the peer out.") from error
 
     def run(patches: Any, grid: Grid) -> Any:
         with torch.inference_mode():
