@@ -70,7 +70,7 @@ def draw_timeline(trace: Trace) -> Picture:
     """One row for each thread, one colour for each kind of work. What a host does within an encode is drawn over it."""
     from matplotlib.patches import Patch
 
-    start = min(event.ts for event in trace.events)
+    start = min(event.start for event in trace.events)
     took = max(max(event.end for event in trace.events) - start, 1.0)
     unit, scale = ("seconds", 1e6) if took >= 2e6 else ("milliseconds", 1e3)
     lanes = trace.lanes[:_MOST_LANES]
@@ -105,7 +105,7 @@ def draw_timeline(trace: Trace) -> Picture:
 
 def spans(events: Iterable[Event], near: float) -> list[tuple[float, float]]:
     """Start and width of what ordered events cover. Gaps below `near` are not shown, and nothing is narrower."""
-    return joined(((event.ts, max(event.dur, near)) for event in events), near)
+    return joined(((event.start, max(event.duration, near)) for event in events), near)
 
 
 def joined(parts: Iterable[tuple[float, float]], near: float) -> list[tuple[float, float]]:

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass as checked_dataclass
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from visionaccel.core.invalid_values import problems_of
 from visionaccel.core.safe_text import one_line
@@ -29,26 +28,18 @@ _MOST_MICROSECONDS = 1e18
 _HINT = "Name a trace that visionaccel wrote."
 
 
-@checked_dataclass(config=ConfigDict(strict=True, extra="ignore", allow_inf_nan=False), frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Event:
-    """Something that took time, as the file has it: its category, start and duration in microseconds."""
+    """Something that took time: one of `CATEGORIES` or `other`, its start and duration in microseconds."""
 
-    cat: str
-    ts: Annotated[float, Field(ge=-_MOST_MICROSECONDS, le=_MOST_MICROSECONDS)]
-    dur: Annotated[float, Field(ge=0, le=_MOST_MICROSECONDS)]
-    name: str = ""
-    pid: int | str = 0
-    tid: int | str = 0
-
-    @property
-    def category(self) -> str:
-        """One of `CATEGORIES`, or `other`."""
-        return self.cat if self.cat in CATEGORIES else OTHER
+    category: str
+    start: float
+    duration: float
 
     @property
     def end(self) -> float:
         """In microseconds."""
-        return self.ts + self.dur
+        return self.start + self.duration
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +86,7 @@ def overlap(lanes: Iterable[Lane]) -> Overlap:
         for number, lane in enumerate(lanes)
         for event in lane.events
         if event.category in ("device", "host", "decode")
-        for time, change in ((event.ts, 1), (event.end, -1))
+        for time, change in ((event.start, 1), (event.end, -1))
     )
     running: Counter[tuple[int, str]] = Counter()
     computing: set[int] = set()
@@ -116,22 +107,35 @@ def overlap(lanes: Iterable[Lane]) -> Overlap:
     return Overlap(device / 1e6, decode / 1e6, both / 1e6)
 
 
+class _Slice(BaseModel):
+    """An event as the file has it."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+    name: str
+    cat: str
+    ts: Annotated[float, Field(ge=-_MOST_MICROSECONDS, le=_MOST_MICROSECONDS)]
+    dur: Annotated[float, Field(ge=0, le=_MOST_MICROSECONDS)]
+    pid: int | str = 0
+    tid: int | str = 0
+
+
 def read_trace(path: Path) -> Trace:
     """Read a trace, which must have an event that took time. Raises as `read_text`."""
     processes: dict[str, str] = {}
     threads: dict[tuple[str, str], str] = {}
     lanes: dict[tuple[str, str], list[Event]] = {}
-    adapter = TypeAdapter(Event)
     for index, entry in enumerate(_entries(path)):
         if not isinstance(entry, Mapping):
             raise InputError(f"{path} is not a trace: event {index} is not a JSON object.", hint=_HINT)
         if entry.get("ph") == "X":
             try:
-                event = adapter.validate_python(entry)
+                read = _Slice.model_validate(entry)
             except ValidationError as error:
                 problem = one_line(problems_of(error))
                 raise InputError(f"{path} is not a trace: event {index}: {problem}.", hint=_HINT) from error
-            lanes.setdefault((str(event.pid), str(event.tid)), []).append(event)
+            category = read.cat if read.cat in CATEGORIES else OTHER
+            lanes.setdefault((str(read.pid), str(read.tid)), []).append(Event(category, read.ts, read.dur))
         elif entry.get("ph") == "M" and isinstance(arguments := entry.get("args"), Mapping):
             process, thread, name = str(entry.get("pid", 0)), str(entry.get("tid", 0)), str(arguments.get("name", ""))
             if entry.get("name") == "process_name":
@@ -143,7 +147,7 @@ def read_trace(path: Path) -> Trace:
 
     def lane(process: str, thread: str, events: list[Event]) -> Lane:
         named = processes.get(process) or f"process {process}", threads.get((process, thread)) or f"thread {thread}"
-        return Lane(": ".join(named), tuple(sorted(events, key=lambda event: event.ts)))
+        return Lane(": ".join(named), tuple(sorted(events, key=lambda event: event.start)))
 
     return Trace(tuple(lane(*key, events) for key, events in lanes.items()))
 
