@@ -22,7 +22,6 @@ from pydantic import Field, PlainValidator
 from visionaccel.core.arrays import Array, as_numpy
 
 _ALIGNMENT = 64
-_GROWTH = 1.5
 _BLOCK = 512
 """The unit of `st_blocks`, whatever the file system's is."""
 
@@ -80,7 +79,7 @@ class SharedArrays:
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
         with open(fd, "wb", closefd=False) as file:
             file.write(content)
-        os.ftruncate(fd, _whole_pages(max(len(content), 1)))
+        os.ftruncate(fd, max(len(content), 1))
         return cls(fd)
 
     def write(self, arrays: Mapping[str, Array]) -> tuple[ArrayPlace, ...]:
@@ -101,7 +100,7 @@ class SharedArrays:
             end += math.ceil(value.nbytes / _ALIGNMENT) * _ALIGNMENT
         size = self._size()
         if end > size:
-            os.ftruncate(self.fd, _whole_pages(max(end, _GROWTH * size)))
+            os.ftruncate(self.fd, max(end, size + size // 2))  # by half at least, so that few calls enlarge it
         for place, value in zip(places, values.values(), strict=True):
             np.copyto(self.view(place), value)
         return tuple(places)
@@ -142,7 +141,3 @@ class SharedArrays:
         if self.fd < 0:
             raise ValueError("the shared memory is closed.")
         return os.fstat(self.fd).st_size
-
-
-def _whole_pages(size: float) -> int:
-    return math.ceil(size / mmap.PAGESIZE) * mmap.PAGESIZE
