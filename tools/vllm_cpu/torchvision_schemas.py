@@ -1,4 +1,4 @@
-"""Lets torchvision's CUDA wheel be imported beside CPU torch. Development only.
+"""Lets torchvision's CUDA wheel be imported next to CPU torch. Development only.
 
 The wheel's compiled operators need CUDA libraries and do not load, after which torchvision registers shape functions
 for operators that do not exist, and its import fails. Declaring the two schemas is enough: image processing uses

@@ -219,7 +219,7 @@ class DeviceProcess:
         return answer
 
     def _lost(self, error: _NoAnswerError, late: str, slow: str, hint: str) -> DeviceLostError:
-        """What a caller is told of a child that did not answer, and of how much longer it may need."""
+        """The error of a child that did not answer, with what to do if it needs longer."""
         if not error.late:
             return DeviceLostError(self.fate(), hint=hint)
         text = f"{self._what} {late}; its process was ended.{self._last_words()}"

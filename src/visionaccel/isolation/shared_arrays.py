@@ -23,7 +23,7 @@ from visionaccel.core.arrays import Array, as_numpy
 
 _ALIGNMENT = 64
 _BLOCK = 512
-"""The unit of `st_blocks`, whatever the file system's is."""
+"""The unit of `st_blocks`, on every file system."""
 
 _NUMBERS = re.compile(r"[<>|=]?[biufc](?:1|2|4|8|16|32)")
 _Size = Annotated[int, Field(ge=0, lt=2**63)]

@@ -78,7 +78,7 @@ def import_vitisai(
         source: Where users find the checkpoint again: a folder or a Hugging Face repository. Default: its folder.
         revision: That repository's revision.
         force: Replace an existing bundle.
-        progress: Told how far it is.
+        progress: Called with how far it is.
 
     Raises:
         BundleError: If a file is damaged, the artifact is of another checkpoint, grid or window order, or its host part

@@ -79,7 +79,7 @@ def axes(kit: Kit) -> None:
 
 @NUMBERS.add
 def windows(kit: Kit) -> None:
-    """Where no layer attends beyond its window, a patch changes the tokens of its own window and no others."""
+    """Where no layer attends beyond its window, a patch changes the tokens of that window and no others."""
     subject = kit.subject_of("windows", {**TINY, "fullatt_block_indexes": []})
     with subject.open() as encoder:
         still = [call for call in grids_of(encoder) if len(call) == 1 and call[0].t == 1]
