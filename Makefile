@@ -78,6 +78,7 @@ lint: $(INSTALLED)
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive src $(wildcard plugins/*/visionaccel_*) examples benchmarks tools
 	$(BIN)/python tools/check_pins.py
+	$(BIN)/python tools/check_words.py
 
 types: $(INSTALLED)
 	$(BIN)/mypy
