@@ -8,7 +8,7 @@ Two layouts are written. `rai` is the published one, three files side by side:
 
     vision.onnx  vision.onnx.data
     vision_cache/
-      preliminary-vaiml-pass-summary.txt  original_graph_nodes.json  connectivity_metadata.json
+      connectivity_metadata.json
       vaiml_par_0/partition-info.json
       vaiml_par_0/simulator.rai
       vaiml_par_0/0/flexmlrt-hsi.json
@@ -214,12 +214,6 @@ def _write_cache(cache: Path, whole: onnx.ModelProto, partition: onnx.ModelProto
         "graph_edges": edges,
     }
     _write_json(cache / "connectivity_metadata.json", connectivity)
-    _write_json(cache / "original_graph_nodes.json", [{"name": n.name, "op_type": n.op_type} for n in whole.graph.node])
-    count, total = len(partition.graph.node), len(whole.graph.node)
-    (cache / "preliminary-vaiml-pass-summary.txt").write_text(
-        f"Number of operators in the model: {total}\nNumber of operators supported by VAIML: {count}\n"
-        f"Number of subgraphs supported by VAIML: 1\n"
-    )
     info = {"runner_type": "hw", "status": "completed", "num_aie_partitions": 1, "name": device}
     _write_json(cache / device / "partition-info.json", info)
     _write_json(cache / device / "0" / "flexmlrt-hsi.json", tensors)
