@@ -88,7 +88,7 @@ def _of_vllm(trying: str = "") -> Iterator[Finding]:
         detail = f"vLLM's plug-ins cannot be loaded: {type(error).__name__}: {error}"
         yield Finding(_ACTIVATION, "failure", detail, "Uninstall the plug-in that the message names.")
         return
-    known = [name for name in architectures.ARCHITECTURES if architectures.is_registered(name)]
+    known = [name for name in architectures.ARCHITECTURES if architectures.derived_name(name) is not None]
     yield from _contract(known)
     yield _activation(known, bool(trying))
 

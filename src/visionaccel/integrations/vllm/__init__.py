@@ -23,7 +23,7 @@ def register() -> None:
 
             activate()
         except BaseException:
-            from visionaccel.integrations.vllm.compat import engine_config
+            import vllm.plugins
 
-            engine_config.load_plugins_again()
+            vllm.plugins.plugins_loaded = False
             raise

@@ -214,9 +214,11 @@ def choose_mode(config: VllmConfig, settings: Settings) -> ModeChoice:
     if named:
         required = f"--ec-transfer-config names {engine_config.CONNECTOR}"
     obstacles = engine_config.obstacles_to_pipelining(config)
-    if required is None and (shared := _shared_device(config, settings)):
+    kind = engine_config.served_model(config).device.partition(":")[0]
+    shared = [device for device in settings.wanted_devices if device and device.partition(":")[0] == kind != "cpu"]
+    if required is None and shared:
         obstacles.append(
-            f"{shared} belongs to the language model, whose memory vLLM plans without a second process there"
+            f"{shared[0]} belongs to the language model, whose memory vLLM plans without a second process there"
         )
     if not obstacles and (unproven := _unproven(config)):
         obstacles.append(unproven)
@@ -237,10 +239,3 @@ def _unproven(config: VllmConfig) -> str | None:
     asynchronous = bool(config.scheduler_config.async_scheduling)
     problem = self_test.problem(contained=engine_config.can_contain(config), asynchronous=asynchronous)
     return problem and f"its self-test on vLLM {compat.release()} failed: {problem}"
-
-
-def _shared_device(config: VllmConfig, settings: Settings) -> str | None:
-    """A device of the settings that is of the language model's kind, if that is not the CPU."""
-    kind = engine_config.served_model(config).device.partition(":")[0]
-    shared = [device for device in settings.wanted_devices if device and device.partition(":")[0] == kind != "cpu"]
-    return shared[0] if shared else None

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from visionaccel.errors import ConfigurationError, VisionAccelError
@@ -18,13 +20,11 @@ from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.activation import check_engine
 from visionaccel.integrations.vllm.compat import architectures, engine_config, worker
 from visionaccel.integrations.vllm.compat.architectures import ARCHITECTURES
-from visionaccel.integrations.vllm.inline.visual import AbsentTower, AcceleratedTower
+from visionaccel.integrations.vllm.inline.visual import AcceleratedTower
 from visionaccel.integrations.vllm.processing import FittedInfo, FittedProcessor
 from visionaccel.integrations.vllm.reloading import Comparison
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
     from vllm.config import VllmConfig
 
 
@@ -49,7 +49,7 @@ class Accelerated(compat.Mixin):  # type: ignore[misc]
             if served.takes_media:
                 towers.append(AcceleratedTower(served, receives=engine_config.receives_embeddings(vllm_config)))
             else:
-                towers.append(AbsentTower())
+                towers.append(nn.Identity())  # prompts may hold no image and no video
             return towers[-1]
 
         known = ARCHITECTURES[self.accelerated].towers

@@ -156,7 +156,7 @@ class FittedInfo(compat.Mixin):  # type: ignore[misc]
         given = engine_config.processor_options(model)
         counting = self._counting(given)
         if counting != given:
-            engine_config.set_processor_options(model, counting)
+            model.get_multimodal_config().mm_processor_kwargs = dict(counting)  # where processors take them from
             dropped = {name for scope in _scopes(given) for name in _NORMALISATION & scope.keys()}
             compat.logger().warning(
                 "--mm-processor-kwargs sets how pixels are normalised (%s). This has no effect: as in vLLM's own "
@@ -276,8 +276,7 @@ class _Timing:
     def note(self, result: Any, started: float, seconds: float) -> None:
         """Report one prompt as vLLM's processor returned it, begun at `started` on the monotonic clock."""
         try:
-            if self._log or self._trace is not None or self._metrics is not None:
-                self._note(result.get("mm_placeholders", {}), started, seconds)
+            self._note(result.get("mm_placeholders", {}), started, seconds)
         except Exception:  # a report must not fail a request
             compat.logger().exception("Timing the image processor failed.")
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request, RequestStatus
 
 from visionaccel.core.grid import as_grids
 from visionaccel.integrations.vllm import compat
@@ -23,7 +24,6 @@ from visionaccel.settings import load_settings
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import ModelRunnerOutput
-    from vllm.v1.request import Request
 
 _MISREAD = (
     "the vision encoder failed its self-check while this request was running, so the answer was discarded. Retry the "
@@ -69,7 +69,10 @@ class _Containment(compat.Mixin):  # type: ignore[misc]
         if self._distrusted():
             self._recompute()
         step: SchedulerOutput = super().schedule(*args, **kwargs)
-        scheduling.free_in_worker(step, self._forgotten)
+        # Workers drop these before they encode in this step. The list leaves out what the step allocates again, which a
+        # worker that still has it may not encode.
+        dropped = step.free_encoder_mm_hashes
+        dropped.extend(self._forgotten.difference(dropped))
         self._forgotten.clear()
         record = scheduling.step_in_flight(self, step)
         self._in_flight.append(record)
@@ -88,7 +91,9 @@ class _Containment(compat.Mixin):  # type: ignore[misc]
                 self._contain()
             del self._in_flight[0]
         # Before this step's tokens are accepted: they are then computed again, and need not end with an error.
-        if scheduling.drops_tokens_in_flight(self) and self._distrusted():
+        # Only a vLLM whose requests have this attribute drops the tokens of steps in flight.
+        drops_tokens = any(hasattr(request, "drop_stale_output") for request in self.requests.values())
+        if drops_tokens and self._distrusted():
             self._recompute()
         failed, self._failed = self._failed, []
         outputs = super().update_from_output(scheduler_output, model_runner_output)
@@ -138,13 +143,15 @@ class _Containment(compat.Mixin):  # type: ignore[misc]
         self._forget_computed(_MISREAD)
 
     def _forget_computed(self, reason: str) -> None:
-        self._fail(dict.fromkeys(scheduling.answered_with_media(self), reason))
+        requests = self.requests.items()
+        answered = [name for name, request in requests if request.mm_features and request.num_output_tokens > 0]
+        self._fail(dict.fromkeys(answered, reason))
         self._forgotten |= scheduling.recompute_all(self)
 
     def _fail(self, reasons: dict[str, str]) -> None:
         """End requests with an error, each for its reason."""
         if reasons:
-            failed = scheduling.fail_requests(self, reasons)
+            failed = self.finish_requests(list(reasons), RequestStatus.FINISHED_ERROR)
             self._failed += [(request, reasons[request.request_id]) for request in failed]
 
     def _note_step(self, trace: TraceLog, step: SchedulerOutput) -> None:

@@ -94,11 +94,6 @@ def replaced_architecture(model: ModelConfig) -> str | None:
     return entry.class_name.partition("__")[0] if _is_derived(entry) else None
 
 
-def is_registered(architecture: str) -> bool:
-    """Whether vLLM has a class for that architecture, its own or a derived one."""
-    return _stock_entry(architecture) is not None
-
-
 def is_replaced(architecture: str) -> bool:
     """Whether vLLM will make a model of that architecture from a class of this package."""
     from vllm import ModelRegistry

@@ -30,13 +30,6 @@ _SCHEDULERS = {
 _MARK = "visionaccel"
 
 
-def load_plugins_again() -> None:
-    """Have vLLM load its general plug-ins again the next time that it asks for them in this process."""
-    import vllm.plugins as plugins
-
-    plugins.plugins_loaded = False
-
-
 def on_engine_config(prepare: Callable[[VllmConfig, bool], None]) -> None:
     """Call `prepare` with each configuration that `EngineArgs` builds in this process.
 
@@ -83,11 +76,6 @@ def _hook_engine_args(prepare: Callable[[VllmConfig, bool], None]) -> bool:
 def processor_options(model: ModelConfig) -> Mapping[str, Any]:
     """The image processor's options that are set for all requests (`--mm-processor-kwargs`)."""
     return model.get_multimodal_config().mm_processor_kwargs or {}
-
-
-def set_processor_options(model: ModelConfig, options: Mapping[str, Any]) -> None:
-    """Change the options for all requests, which processors take from this configuration."""
-    model.get_multimodal_config().mm_processor_kwargs = dict(options)
 
 
 def normalises_itself(model: ModelConfig) -> bool:

@@ -11,7 +11,7 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
-from vllm.v1.request import Request, RequestStatus
+from vllm.v1.request import Request
 
 from visionaccel.integrations.vllm.compat.serving import request_error, takes_request_errors
 
@@ -94,12 +94,6 @@ def requests_at_stake(
     return found
 
 
-def fail_requests(scheduler: Scheduler, names: Iterable[str]) -> list[Request]:
-    """End requests with an error."""
-    failed: list[Request] = scheduler.finish_requests(list(names), RequestStatus.FINISHED_ERROR)
-    return failed
-
-
 def forget_prefixes(scheduler: Scheduler) -> None:
     """Empty the prefix cache; blocks in use stay with their requests.
 
@@ -123,18 +117,6 @@ def forget_encoder_output(scheduler: Scheduler, identifier: str) -> None:
         cache.num_free_slots += size
 
 
-def drops_tokens_in_flight(scheduler: Scheduler) -> bool:
-    """Whether `recompute_all` makes this release of vLLM drop the tokens of steps in flight."""
-    return any(hasattr(request, "drop_stale_output") for request in scheduler.requests.values())
-
-
-def answered_with_media(scheduler: Scheduler) -> list[str]:
-    """Live requests with media that have tokens of their answer already."""
-    return [
-        name for name, request in scheduler.requests.items() if request.mm_features and request.num_output_tokens > 0
-    ]
-
-
 def recompute_all(scheduler: Scheduler) -> set[str]:
     """Forget every key and every encoder output, as vLLM does when a model's weights have changed.
 
@@ -151,15 +133,6 @@ def recompute_all(scheduler: Scheduler) -> set[str]:
         return identifiers
     scheduler.encoder_cache_manager.reset()
     return identifiers
-
-
-def free_in_worker(step: SchedulerOutput, identifiers: Iterable[str]) -> None:
-    """Have the workers drop encoder outputs before they encode anything in this step.
-
-    The scheduler's own list leaves out what the same step allocates again, which a worker that has it may not encode.
-    """
-    listed = step.free_encoder_mm_hashes
-    listed.extend(identifier for identifier in identifiers if identifier not in listed)
 
 
 def append_errors(outputs: dict[int, Any], failed: Iterable[tuple[Request, str]]) -> None:

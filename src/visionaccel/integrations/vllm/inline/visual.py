@@ -116,10 +116,6 @@ class LateOpening:
         return self._made
 
 
-class AbsentTower(nn.Module):
-    """Stands in where prompts may hold no image and no video: no encoder is opened."""
-
-
 class AcceleratedTower(nn.Module):
     """Encodes in the engine's step. Has no parameters; nothing of a checkpoint is loaded into it.
 
