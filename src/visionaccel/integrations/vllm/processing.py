@@ -100,9 +100,14 @@ class FittedInfo(compat.Mixin):  # type: ignore[misc]
         limits: Mapping[str, int | None] = super().get_supported_mm_limits()
         return {**limits, "video": 0} if self.limited else limits
 
+    @_errors_for_clients
     def validate_num_items(self, modality: str, num_items: int) -> None:
         if modality == "video" and num_items and self.limited:
-            self._refuse_video()
+            raise UnfitGridError(
+                f"this server takes no videos: its vision encoder's programs take {self.grids} "
+                "(height x width in patches).",
+                hint="Have the server set VISIONACCEL_FALLBACK, or use a bundle with a dynamic program.",
+            )
         super().validate_num_items(modality, num_items)
 
     def get_data_parser(self) -> Any:
@@ -189,9 +194,11 @@ class FittedInfo(compat.Mixin):  # type: ignore[misc]
     def _counting(self, options: Mapping[str, Any]) -> Mapping[str, Any]:
         """The options, of the server or a request, that vLLM's own encoder would not ignore.
 
-        It normalises pixels on its device by the checkpoint's processor configuration alone.
+        It may normalise pixels on its device, by the checkpoint's processor configuration alone.
         """
-        return _without_normalisation(options) if engine_config.normalises_itself(self.ctx.model_config) else options
+        on_device = getattr(self.ctx.model_config.get_multimodal_config(), "mm_device_do_normalize", None) is not None
+        ignores = on_device and not engine_config.without_python_processor()
+        return _without_normalisation(options) if ignores else options
 
     def _pixel_bounds(self) -> tuple[int, int]:
         """Smallest and largest area in pixels that the processor gives an image, the user's options included."""
@@ -208,14 +215,6 @@ class FittedInfo(compat.Mixin):  # type: ignore[misc]
     def _fit(self, image: Any) -> Image:
         assert self.fitter is not None
         return self.fitter.fit(_as_picture(image))
-
-    @_errors_for_clients
-    def _refuse_video(self) -> None:
-        raise UnfitGridError(
-            f"this server takes no videos: its vision encoder's programs take {self.grids} "
-            "(height x width in patches).",
-            hint="Have the server set VISIONACCEL_FALLBACK, or use a bundle with a dynamic program.",
-        )
 
 
 class FittedProcessor(compat.Mixin):  # type: ignore[misc]

@@ -69,7 +69,7 @@ def test_what_is_opened_late_is_not_opened_from_another_checkpoint(receiving, ti
     random_checkpoint(tmp_path / "other", seed=1)
     (tmp_path / "other" / SINGLE_FILE).replace(served / SINGLE_FILE)
     with pytest.raises(ChangedFileError, match="changed after it was verified"):
-        made._opened(time.monotonic() + 60)
+        made._opener.result(time.monotonic() + 60)
 
 
 def test_whatever_is_not_known_to_be_profiling_is_encoded(receiving):

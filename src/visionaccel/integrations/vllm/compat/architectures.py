@@ -6,7 +6,7 @@ import hashlib
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
@@ -82,7 +82,10 @@ def derived_name(architecture: str) -> str | None:
         return None
     kind = getattr(stock, "model_cls", None)
     module, name = (kind.__module__, kind.__qualname__) if kind is not None else (stock.module_name, stock.class_name)
-    return f"{architecture}__{re.sub(r'[^a-zA-Z0-9]+', '_', release())}__{_source_digest(module, name)}"
+    digest = hashlib.sha256(f"{module}:{name}".encode())
+    for path in source_files(module):
+        digest.update(path.read_bytes())
+    return f"{architecture}__{re.sub(r'[^a-zA-Z0-9]+', '_', release())}__{digest.hexdigest()[:12]}"
 
 
 def replaced_architecture(model: ModelConfig) -> str | None:
@@ -112,35 +115,19 @@ def processing_of(model: Any) -> tuple[Any, Any, Any]:
     return registered.info, registered.processor, registered.dummy_inputs
 
 
-def use_model_in_process(architecture: str) -> None:
-    """Let vLLM look at one of its model classes in this process, instead of in a child that imports it."""
-    from vllm import ModelRegistry
-
-    found = ModelRegistry.models.get(architecture)
-    if found is not None:
-        ModelRegistry.register_model(architecture, found.load_model_cls())
-
-
 @contextmanager
 def swapped_towers(model: type, towers: tuple[str, ...], make: Callable[..., nn.Module]) -> Iterator[None]:
     """While a model is constructed, have `make` make its vision tower: nothing of the stock one is allocated.
 
     A constructor finds the tower's class, one of `towers`, as a global of its module, perhaps under another name.
     """
-    modules = {kind.__module__: sys.modules[kind.__module__] for kind in model.__mro__}
-    swapped = [
-        (module, name, value)
-        for module in modules.values()
-        for name, value in vars(module).items()
-        if isinstance(value, type) and value.__name__ in towers
-    ]
-    for module, name, _ in swapped:
-        setattr(module, name, make)
-    try:
+    with ExitStack() as restored:
+        for module in {sys.modules[kind.__module__] for kind in model.__mro__}:
+            for name, value in list(vars(module).items()):
+                if isinstance(value, type) and value.__name__ in towers:
+                    restored.callback(setattr, module, name, value)
+                    setattr(module, name, make)
         yield
-    finally:
-        for module, name, value in swapped:
-            setattr(module, name, value)
 
 
 def _stock_entry(architecture: str) -> Any:
@@ -151,13 +138,6 @@ def _stock_entry(architecture: str) -> Any:
 
 def _is_derived(entry: Any) -> bool:
     return getattr(entry, "module_name", None) == _MODEL_MODULE
-
-
-def _source_digest(module: str, name: str) -> str:
-    digest = hashlib.sha256(f"{module}:{name}".encode())
-    for path in source_files(module):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def source_files(module: str) -> list[Path]:

@@ -78,12 +78,6 @@ def processor_options(model: ModelConfig) -> Mapping[str, Any]:
     return model.get_multimodal_config().mm_processor_kwargs or {}
 
 
-def normalises_itself(model: ModelConfig) -> bool:
-    """Whether vLLM's own model would normalise pixels on its device and so ignore the processor's options for that."""
-    switch = getattr(model.get_multimodal_config(), "mm_device_do_normalize", None)
-    return switch is not None and not without_python_processor()
-
-
 def mark_prepared(config: VllmConfig) -> None:
     """Note in a configuration, for the processes that receive it, that this package has seen it."""
     if isinstance(config.additional_config, dict):

@@ -233,16 +233,13 @@ class AcceleratedTower(nn.Module):
     def _encode(self, x: torch.Tensor, grid_thw: Sequence[Any]) -> Sequence[Embedded | VisionAccelError]:
         try:
             with self.budget.encode() as until:
-                return self._opened(until).encode_items(x, grid_thw, until=until)
+                if self._refusal is not None:
+                    raise self._refusal
+                if self._encoder is None:
+                    self._encoder = self._opener.result(until)
+                return self._encoder.encode_items(x, grid_thw, until=until)
         except VisionAccelError as error:  # a step must survive an encoder that cannot be opened
             return [error] * len(grid_thw)
-
-    def _opened(self, until: float) -> GuardedEncoder:
-        if self._refusal is not None:
-            raise self._refusal
-        if self._encoder is None:
-            self._encoder = self._opener.result(until)
-        return self._encoder
 
     def _contain(self, x: torch.Tensor, grid_thw: Sequence[Any], item: int, error: VisionAccelError) -> torch.Tensor:
         try:

@@ -17,13 +17,14 @@ from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
+from vllm import ModelRegistry
 from vllm.config import ECTransferConfig
 
 from visionaccel.backends import Finding
 from visionaccel.core.grid import Grid
 from visionaccel.core.orphans import temporary_folder
 from visionaccel.errors import DeviceError
-from visionaccel.integrations.vllm.compat import architectures, engine_config
+from visionaccel.integrations.vllm.compat import engine_config
 from visionaccel.integrations.vllm.compat.modelled_engine import (
     ANSWER,
     GRID,
@@ -129,7 +130,8 @@ def run_modelled(*, contained: bool, asynchronous: bool) -> Finding:
 
 
 def _engine(folder: Path, contained: bool, asynchronous: bool) -> _Engine:
-    architectures.use_model_in_process(_ARCHITECTURE)
+    # vLLM looks at the model's class in this process, and not in a child that imports it.
+    ModelRegistry.register_model(_ARCHITECTURE, ModelRegistry.models[_ARCHITECTURE].load_model_cls())
     (folder / "config.json").write_text(
         json.dumps({"architectures": [_ARCHITECTURE], "model_type": "qwen2"}), encoding="utf-8"
     )
