@@ -35,19 +35,6 @@ class Feature(StrEnum):
     POOLING = "pooling"
 
 
-WITHOUT = {
-    Feature.INLINE: "vLLM does not start with VISIONACCEL_BACKEND set",
-    Feature.FITTING: "vLLM does not start with a bundle whose programs take some image sizes only",
-    Feature.CONTAINMENT: "an image that cannot be encoded in the engine's step ends the engine, and what was computed "
-    "from a device that returned wrong results is not discarded",
-    Feature.PIPELINED: "images are encoded in the engine's step",
-    Feature.REASONS: "clients get vLLM's own error for a failed image; the reason is in the log only",
-    Feature.METRICS: "the metrics of the encoder are not in /metrics",
-    Feature.POOLING: "vLLM does not start with a pooling model",
-}
-"""What happens without each feature."""
-
-
 @dataclass(frozen=True, slots=True)
 class Need:
     """One name of vLLM, and what must be true of it."""
@@ -88,6 +75,9 @@ class Entry:
 _ABSENT = object()
 
 _TABLE: dict[str, Any] = tomllib.loads(Path(__file__).with_name("contract.toml").read_text(encoding="utf-8"))
+
+WITHOUT: Mapping[str, str] = _TABLE["without"]
+"""What happens without each feature."""
 
 
 def _entry(row: Mapping[str, Any], names: Mapping[str, str]) -> Entry:
