@@ -223,7 +223,7 @@ def choose_mode(config: VllmConfig, settings: Settings) -> ModeChoice:
     if not obstacles and (unproven := _unproven(config)):
         obstacles.append(unproven)
     if not obstacles:
-        return ModeChoice("pipelined", required or "nothing is in its way")
+        return ModeChoice("pipelined", required or "nothing prevents it")
     if required is None:
         return ModeChoice("inline", "; ".join(obstacles))
     raise ConfigurationError(

@@ -74,16 +74,16 @@ def open_served_source(served: ServedModel, settings: Settings) -> Tower | Bundl
     source: Tower | Bundle
     if is_bundle(settings.bundle):
         source = open_bundle(settings.bundle, checkpoint=stored)
-        tower, processor = source.tower, source.manifest.processor_digest
+        processor = source.manifest.processor_digest
     else:
-        source = tower = tower_of(locate_checkpoint(settings.bundle))
-        processor = processor_digest(tower.checkpoint.folder)
+        source = tower_of(locate_checkpoint(settings.bundle))
+        processor = processor_digest(source.tower.checkpoint.folder)
     _require_weights(wanted, source_digest(source), settings.bundle)
     require_processor(processor, stored.folder, settings.bundle)
-    if wanted.spec != tower.spec:
+    if wanted.spec != source.tower.spec:
         raise ConfigurationError(
             f"the encoder in {settings.bundle} was made for another vision configuration than the one that is served: "
-            f"{tower.spec.differing(wanted.spec)}.",
+            f"{source.tower.spec.differing(wanted.spec)}.",
             hint="Point VISIONACCEL_BUNDLE at the encoder of the served model, or drop the --hf-overrides that change "
             "the vision tower.",
         )
@@ -173,10 +173,9 @@ def grids_of(served: ServedModel, settings: Settings) -> Grids | None:
     if settings.bundle is None or not is_bundle(settings.bundle):
         return None  # An encoder from a checkpoint's weights takes every grid.
     source = open_served_source(served, settings)
-    tower = source.tower
-    with on_cores(worker.started_cores()):  # backends count cores when they are first asked, for good
+    with on_cores(worker.started_cores()):  # backends count cores once, when they are first asked
         chosen = select(default_registry(), source, settings.backend or AUTO, settings.device).chosen
     if chosen is None:
         return None  # The engine will not start, or start with the fallback, which takes every grid.
     coverages = tuple(program.coverage for program in chosen.programs)
-    return None if AnyGrid() in coverages else Grids(tower, coverages, bool(settings.fallback))
+    return None if AnyGrid() in coverages else Grids(source.tower, coverages, bool(settings.fallback))

@@ -2,7 +2,7 @@
 
 No model has a class in the source. `architectures.register_models` registers a name that is not defined here, and
 `__getattr__` derives that class from the one that vLLM had registered for the architecture. vLLM keeps the flags of a
-class on disk by the bytes of this file, so every flag that a derived class sets stands in it.
+class on disk by the bytes of this file, so every flag that a derived class sets is in it.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class SharedMemory:
         self.memory = mmap.mmap(fd, _SIZE)
         # Stores a number at once, where struct writes zeros first, which another process may read.
         self.numbers = memoryview(self.memory)[:_TABLES].cast("Q")
-        self._threads: dict[int, threading.Lock] = {}  # by process: a fork's copy of a lock may be held for good
+        self._threads: dict[int, threading.Lock] = {}  # by process: a fork's copy of a lock may never be released
         self._claimed: set[tuple[int, int]] = set()  # process and place of each area that was claimed through this
 
     def claim(self, section: Section, name: str = "") -> Area:

@@ -66,7 +66,7 @@ def test_a_release_that_was_never_tried_pipelines_once_its_self_test_has_passed(
     monkeypatch.setattr(vllm, "__version__", "0.99.0")
     assert not compat.release().startswith(compat.TRIED_RELEASES)
     choice = choose_mode(config, load_settings())
-    assert (choice.mode, choice.reason) == ("pipelined", "nothing is in its way")
+    assert (choice.mode, choice.reason) == ("pipelined", "nothing prevents it")
     (kept,) = own_folder.glob("visionaccel/*.json")
 
     # The second start has the verdict; a damaged one is not believed.

@@ -162,7 +162,7 @@ def can_contain(config: VllmConfig) -> bool:
     """Whether an engine can have the scheduler that ends the requests whose image could not be encoded.
 
     Not if vLLM lacks what that needs, if the user chose another scheduler, nor if keys leave this engine before the
-    scheduler hears of a fault: then a fault of an in-line encode must end the engine, or others would compute with it.
+    scheduler knows of a fault: then a fault of an in-line encode must end the engine, or others would compute with it.
     """
     return not (missing(Feature.CONTAINMENT) or _other_scheduler(config) or config.kv_transfer_config is not None)
 

@@ -223,7 +223,7 @@ class AcceleratedTower(nn.Module):
         reported = self._report(Fault(REPLACED, Replacement(served.source, served.revision, "", error.message).dumps()))
         connector = worker.worker_connector()
         if not reported and type(connector).__name__ == engine_config.CONNECTOR:
-            connector.refuse_loads(error)  # the engine's process goes on encoding with the previous weights
+            connector.refuse_loads(error)  # the engine's process still encodes with the previous weights
 
     def _close(self) -> None:
         if self._encoder is not None:
@@ -284,7 +284,7 @@ def guard_saving(connector: Any) -> None:
     """Have a worker's EC connector publish no embedding that is all zeros or has values that are not finite.
 
     The tower answers zeros for an item that it could not encode; a real encoder never does. vLLM's runners pass every
-    new embedding to `save_caches` before the scheduler hears of a fault. `start_save_caches`, which runs before each
+    new embedding to `save_caches` before the scheduler knows of a fault. `start_save_caches`, which runs before each
     step, publishes what is cached from earlier steps: it does not see the embeddings that were refused.
 
     This covers `ECExampleConnector` and `ECMooncakeConnector`. It does not cover:
