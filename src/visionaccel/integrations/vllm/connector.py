@@ -248,12 +248,12 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
         ]
 
     def _item(self, feature: Any, label: str) -> _Item:
-        item = scheduling.scheduled_item(feature)
-        place = feature.mm_position
+        item, place = scheduling.scheduled_item(feature), feature.mm_position
+        given = any(name.endswith("embeds") or name == "embedding" for name in feature.data or ())
         wanted = None
         if item.pixels is not None and isinstance(item.pixels, torch.Tensor):
             wanted = WantedItem(item.identifier, label, item.pixels, as_grids(item.grid)[0])
-        return _Item(item.identifier, place.offset + place.length, wanted, scheduling.has_embeddings(feature))
+        return _Item(item.identifier, place.offset + place.length, wanted, given)
 
     def _guessed_holders(self, identifier: str) -> Collection[str] | None:
         return () if identifier in self._cached else None

@@ -74,11 +74,6 @@ def scheduled_item(feature: MultiModalFeatureSpec) -> ScheduledItem:
     return ScheduledItem(feature.identifier, None, None)
 
 
-def has_embeddings(feature: MultiModalFeatureSpec) -> bool:
-    """Whether an item of a request comes as embeddings, which need no encoder."""
-    return any(name.endswith("embeds") or name == "embedding" for name in feature.data or ())
-
-
 def requests_at_stake(
     scheduler: Scheduler, steps: Iterable[StepInFlight], identifiers: Collection[str]
 ) -> dict[str, set[str]]:
