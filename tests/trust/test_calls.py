@@ -2,7 +2,7 @@
 
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 
 import pytest
@@ -92,12 +92,22 @@ def test_who_waits_behind_a_call_that_is_left_behind_does_not_wait_on():
 
 def test_a_call_that_is_ended_at_its_limit_is_not_left_behind():
     calls, held = WatchedCalls(), threading.Event()
-
-    def end(call):
+    with calls.turn(lambda: held.wait(30)) as call:
+        assert not wait([call], 0.05).done
         held.set()
-        call.exception(20)
-        return True
+        assert call.result(20) is True
+    assert calls.call(lambda: 7, 5) == 7
+    calls.close()
 
-    assert calls.call(lambda: held.wait(30), 0.05, end=end) is True
+
+def test_an_error_in_a_turn_leaves_its_call_behind():
+    calls, held = WatchedCalls(), threading.Event()
+    with pytest.raises(ValueError, match="interrupted"), calls.turn(lambda: held.wait(30)):
+        raise ValueError("interrupted")
+    with pytest.raises(LateError, match="An earlier call has not returned"):
+        calls.call(lambda: 7, 5)
+    assert not calls.cut
+    held.set()
+    wait_until(lambda: not calls._late)
     assert calls.call(lambda: 7, 5) == 7
     calls.close()

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from visionaccel.backends import BreakerReport, FailureReport, Purpose
 from visionaccel.bundle import Golden
@@ -236,32 +236,28 @@ class ChainLink:
             raise no_time()
         encoder = self.encoder_if_open
         assert encoder is not None
+        device = encoder.capabilities.device
         safe = all(opened.session.capabilities.thread_safe for opened in encoder.programs)
-        device, ended = encoder.capabilities.device, False
-
-        def end(late: Future[object]) -> bool:
-            nonlocal ended
-            ended = self._ended(encoder, late, until)
-            return ended
-
         try:
-            return self._calls.call(function, seconds, places=sys.maxsize if safe else 1, until=until, end=end)
-        except DeviceError as lost:
-            if not ended:
-                raise
-            message = f"device {device!r} did not answer within {seconds:.3g} s; its call was ended. {lost.message}"
-            raise DeviceLostError(message, hint=f"{_LONGER} {lost.hint or ''}".rstrip()) from None
-        except CutError as cut:
-            if cut.call is None:
-                message = f"device {device!r} was busy while there was time."
-                raise DeadlineError(message, hint="Try again later.") from None
-            call_alone(partial(self._judge, encoder, cut.call, cut.limit, seconds))
-            message = f"the engine's step had no more time before device {device!r} answered."
-            raise DeadlineError(message, hint=_STEP) from None
+            with self._calls.turn(function, places=sys.maxsize if safe else 1, until=until) as call:
+                limit = time.monotonic() + seconds
+                stop = limit if until is None else min(limit, until)
+                if wait([call], seconds_until(stop)).done:
+                    return call.result()
+                if stop == limit and self._ended(encoder, call, until):
+                    return _result_of_ended(call, device, seconds)
+                if until is None or time.monotonic() < until:
+                    raise LateError
+        except CutError:
+            raise DeadlineError(f"device {device!r} was busy while there was time.", hint="Try again later.") from None
         except LateError as late:
             if self._closed:
                 raise self._is_closed() from None
             raise self._hung(device, seconds, late) from None
+        call_alone(
+            partial(self._judge, encoder, call, limit, seconds)
+        )  # it may still end, which its caller cannot await
+        raise DeadlineError(f"the engine's step had no more time before device {device!r} answered.", hint=_STEP)
 
     def distrust(self, reason: str, evidence: Golden | None = None) -> None:
         """A wrong answer was found: disable the link, and have what came from it forgotten, calls in progress included.
@@ -334,13 +330,13 @@ class ChainLink:
     def _is_closed(self) -> DeviceError:
         return DeviceError(f"{self.name} is closed.", hint="Open a new one.")
 
-    def _ended(self, encoder: Encoder, call: Future[object], until: float | None = None) -> bool:
+    def _ended(self, encoder: Encoder, call: Future[Any], until: float | None = None) -> bool:
         """End a call that is past its deadline, if its device can be ended; whether it has returned, by `until`."""
         ended = [opened.session.end_calls() for opened in encoder.programs]
         seconds = _ENDING if until is None else min(_ENDING, seconds_until(until))
         return any(ended) and bool(wait([call], seconds).done)
 
-    def _judge(self, encoder: Encoder, call: Future[object], limit: float, seconds: float) -> None:
+    def _judge(self, encoder: Encoder, call: Future[Any], limit: float, seconds: float) -> None:
         """Judge a call that goes on although its step has ended: at its limit, or when it returns."""
         if not (wait([call], seconds_until(limit)).done or self._ended(encoder, call)):
             self._hung(encoder.capabilities.device, seconds)
@@ -371,6 +367,15 @@ class ChainLink:
                 self._reports.add(partial(tell, partial(encoder.hooks.visionaccel_breaker, report=report)))
         if state is BreakerState.OPEN:
             self._keeper.wake()
+
+
+def _result_of_ended(call: Future[_T], device: str, seconds: float) -> _T:
+    """What a call that was ended past its deadline returned all the same, or an error that says so."""
+    try:
+        return call.result()
+    except DeviceError as lost:
+        message = f"device {device!r} did not answer within {seconds:.3g} s; its call was ended. {lost.message}"
+        raise DeviceLostError(message, hint=f"{_LONGER} {lost.hint or ''}".rstrip()) from None
 
 
 def worth_a_retry(error: VisionAccelError) -> bool:

@@ -17,9 +17,10 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future
-from typing import TypeAlias, TypeVar
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
+from typing import Any, TypeAlias, TypeVar
 
 from visionaccel.core.arrays import Array, is_tensor
 from visionaccel.core.safe_text import safe_logger
@@ -27,7 +28,7 @@ from visionaccel.core.safe_text import safe_logger
 logger = safe_logger(__name__)
 
 _T = TypeVar("_T")
-_Work: TypeAlias = tuple[Future[object], Callable[[], object]]
+_Work: TypeAlias = tuple[Future[Any], Callable[[], Any]]
 
 Job: TypeAlias = Callable[[], float]
 """Takes a few milliseconds, and returns in how many seconds it is due again."""
@@ -46,14 +47,7 @@ class LateError(Exception):
 
 
 class CutError(LateError):
-    """A caller's `until` came before the call's limit, or the call waited for one of that kind.
-
-    The call that goes on has its own limit; it is None if the caller's never began.
-    """
-
-    def __init__(self, call: Future[object] | None = None, limit: float = 0.0) -> None:
-        super().__init__()
-        self.call, self.limit = call, limit
+    """A caller's `until` came before the call's limit, or the call waited for one of that kind."""
 
 
 class WatchedCalls:
@@ -68,7 +62,7 @@ class WatchedCalls:
         self._on_return = returned
         self._changed = threading.Condition()
         self._idle: list[_Caller] = []
-        self._late: dict[Future[object], bool] = {}  # and whether `until` cut it off
+        self._late: dict[Future[Any], bool] = {}  # and whether `until` cut it off
         self._running = 0
         self._closed = False
 
@@ -78,43 +72,32 @@ class WatchedCalls:
         with self._changed:
             return any(self._late.values())
 
-    def call(
-        self,
-        function: Callable[[], _T],
-        seconds: float,
-        *,
-        places: int = 1,
-        until: float | None = None,
-        end: Callable[[Future[object]], bool] = lambda _: False,
-    ) -> _T:
-        """What the function returns or raises on another thread.
+    @contextmanager
+    def turn(self, function: Callable[[], _T], *, places: int = 1, until: float | None = None) -> Iterator[Future[_T]]:
+        """A call on another thread, from the moment that it begins. What has not returned by the end is left behind.
 
         Args:
             function: The call.
-            seconds: How long it may take.
             places: How many calls may be in progress at a time, with this one.
-            until: When to return in any case, on the monotonic clock.
-            end: Ends a call that is past its limit; returns whether the call has returned.
+            until: When the caller must return in any case, on the monotonic clock.
 
         Raises:
-            LateError: If it does not return in time, or cannot begin.
+            LateError: If it cannot begin.
             CutError: If that is because of `until`, of this call or of an earlier one.
         """
         caller = self._begin(places, until)
-        limit = time.monotonic() + seconds
-        stop = limit if until is None else min(limit, until)
-        future, cut = caller.start(function), stop < limit
+        future = caller.start(function)
         try:
-            return future.result(seconds_until(stop))  # type: ignore[return-value]
-        except TimeoutError:
-            if future.done() or (stop == limit and end(future)):  # it raised that itself, or returned just now
-                return future.result()  # type: ignore[return-value]
-            cut = until is not None and time.monotonic() >= until
-            if cut:  # it may still end, for which its caller has no time
-                raise CutError(future, limit) from None
-            raise LateError from None
+            yield future
         finally:
-            self._end(caller, future, cut=cut)
+            self._end(caller, future, cut=until is not None and time.monotonic() >= until)
+
+    def call(self, function: Callable[[], _T], seconds: float, *, places: int = 1, until: float | None = None) -> _T:
+        """What a call returns or raises within some seconds of its turn; otherwise raises as `turn`."""
+        with self.turn(function, places=places, until=until) as future:
+            if wait([future], seconds if until is None else min(seconds, seconds_until(until))).done:
+                return future.result()
+            raise CutError if until is not None and time.monotonic() >= until else LateError
 
     def close(self, wait: float = 0.0) -> None:
         """Begin no more calls, and end the threads that no call keeps; waits for calls that are not late."""
@@ -142,7 +125,7 @@ class WatchedCalls:
             self._running += 1
             return self._idle.pop() if self._idle else _Caller()
 
-    def _end(self, caller: _Caller, future: Future[object], *, cut: bool) -> None:
+    def _end(self, caller: _Caller, future: Future[Any], *, cut: bool) -> None:
         with self._changed:
             self._running -= 1
             late = not future.done()
@@ -157,7 +140,7 @@ class WatchedCalls:
         if not kept:
             caller.end()
 
-    def _returned(self, future: Future[object]) -> None:
+    def _returned(self, future: Future[Any]) -> None:
         with self._changed:
             del self._late[future]
             self._changed.notify_all()
@@ -172,8 +155,8 @@ class _Caller:
         self._thread = threading.Thread(target=_serve, args=(self._work,), name="visionaccel-call", daemon=True)
         self._thread.start()
 
-    def start(self, function: Callable[[], object]) -> Future[object]:
-        future: Future[object] = Future()
+    def start(self, function: Callable[[], _T]) -> Future[_T]:
+        future: Future[_T] = Future()
         self._work.put((future, function))
         return future
 
@@ -194,7 +177,7 @@ def _serve(work: queue.SimpleQueue[_Work | None]) -> None:
         del future, function, call  # or a big array would live until the next call
 
 
-def call_alone(function: Callable[[], object]) -> Future[object]:
+def call_alone(function: Callable[[], _T]) -> Future[_T]:
     """What a call returns or raises on a thread that ends with it, and that may be left behind."""
     caller = _Caller()
     future = caller.start(function)
