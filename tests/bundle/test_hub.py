@@ -20,8 +20,8 @@ from visionaccel.bundle import (
     export_bundle,
     open_bundle,
     parse_manifest,
-    rewrite_manifest,
     seal,
+    write_golden,
 )
 from visionaccel.core.grid import Grid
 from visionaccel.core.program import FixedGrid
@@ -154,7 +154,7 @@ def test_a_folder_in_the_cache_that_was_changed_is_made_again(run, bundle, pushe
         (folder / "config.json").unlink()
         (folder / "config.json").write_text("{}")
     else:
-        rewrite_manifest(open_bundle(folder), {"toolchain": {"visionaccel": "0"}})
+        write_golden(open_bundle(folder), [], {"toolchain": {"visionaccel": "0"}})
     assert Path(run("pull", REPOSITORY)["folder"]) == folder
     assert contents(folder) == contents(bundle)
     assert [path.name for path in folder.parent.iterdir()] == [pushed]

@@ -8,7 +8,6 @@ from visionaccel.bundle.folder import (
     external_checkpoint,
     new_manifest,
     require_space,
-    rewrite_manifest,
     stated_file,
     toolchain,
     write_description,
@@ -40,7 +39,7 @@ __all__ = [
     "Golden", "Manifest", "ProgramEntry", "ProgramRequest", "ProgramResult", "Progress", "appearing", "as_json",
     "check_tensors", "counter", "export_bundle", "external_checkpoint", "is_bundle", "json_schema", "new_manifest",
     "open_bundle", "parse_manifest", "point_at_weights", "processor_digest", "program_name", "pull_bundle",
-    "push_bundle", "read_golden", "read_strip_note", "require_processor", "require_space", "rewrite_manifest", "seal",
+    "push_bundle", "read_golden", "read_strip_note", "require_processor", "require_space", "seal",
     "stated_coverage", "stated_file", "strip_checkpoint", "toolchain", "tower_digest", "write_description",
     "write_file", "write_golden", "write_manifest",
 ]  # fmt: skip

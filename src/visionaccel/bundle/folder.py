@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from visionaccel import __version__
-from visionaccel.bundle.bundle import Bundle
 from visionaccel.bundle.manifest import MANIFEST, Manifest, seal
 from visionaccel.bundle.processor import PROCESSOR_FILES, processor_digest
 from visionaccel.bundle.upgrades import SCHEMA_VERSION
@@ -68,12 +67,6 @@ def write_manifest(folder: Path, document: Mapping[str, Any]) -> Manifest:
     manifest = seal(document)
     replace_file(folder / MANIFEST, as_json(manifest.model_dump(mode="json")))
     return manifest
-
-
-def rewrite_manifest(bundle: Bundle, changes: Mapping[str, Any]) -> Bundle:
-    """The bundle with some fields of its manifest changed, such as the certificate; errors as `write_manifest`."""
-    manifest = write_manifest(bundle.folder, {**bundle.manifest.model_dump(mode="json"), **changes})
-    return Bundle(bundle.folder, manifest, bundle.tower)
 
 
 @contextmanager

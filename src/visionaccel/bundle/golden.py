@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from visionaccel.bundle.bundle import Bundle
-from visionaccel.bundle.folder import replace_file, rewrite_manifest, stated_file
+from visionaccel.bundle.folder import replace_file, stated_file, write_manifest
 from visionaccel.checkpoint import read_header
 from visionaccel.core.digests import file_digest
 from visionaccel.core.grid import Grid, as_grids, total_patches
@@ -81,8 +81,8 @@ def write_golden(bundle: Bundle, images: Sequence[Golden], changes: Mapping[str,
     """
     from safetensors.numpy import save
 
-    kept = [file for file in bundle.manifest.model_dump(mode="json")["files"] if file["path"] != GOLDEN_FILE]
-    path = bundle.folder / GOLDEN_FILE
+    stated, path = bundle.manifest.model_dump(mode="json"), bundle.folder / GOLDEN_FILE
+    kept = [file for file in stated["files"] if file["path"] != GOLDEN_FILE]
     entries, tensors = [], {}
     for number, each in enumerate(images):
         tensors[f"{number}.patches"] = np.ascontiguousarray(each.patches, np.float32)
@@ -92,11 +92,11 @@ def write_golden(bundle: Bundle, images: Sequence[Golden], changes: Mapping[str,
     if images:
         replace_file(path, save(tensors, {_KEY: _ENTRIES.dump_json(entries).decode()}))
         kept.append(stated_file(bundle.folder, path))
-    sealed = rewrite_manifest(bundle, {**changes, "files": kept})
+    manifest = write_manifest(bundle.folder, {**stated, **changes, "files": kept})
     if not images:
         with suppress(OSError):  # not stated any more, and so not read
             path.unlink(missing_ok=True)
-    return sealed
+    return Bundle(bundle.folder, manifest, bundle.tower)
 
 
 def read_golden(bundle: Bundle) -> tuple[Golden, ...]:
