@@ -109,3 +109,33 @@ def test_what_belongs_to_an_extra_is_imported_where_the_extra_is_needed(distribu
             used |= set(matching)
     assert misplaced == []
     assert used == set(places), "each row of the table has its use"
+
+
+def test_vllm_is_imported_in_one_package():
+    """Elsewhere its names stand for types only, so that another release of vLLM is a change of that package alone."""
+    home = ROOT / "src" / "visionaccel" / "integrations" / "vllm" / "compat"
+    found = []
+    for path in sorted((ROOT / "src").rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for_types = {
+            id(inner)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+            for inner in ast.walk(node)
+        }
+        for node in ast.walk(tree):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [ast.literal_eval(argument) for argument in imported_by_name(node)]
+            if any(name.split(".")[0] == "vllm" for name in names) and home not in path.parents:
+                found += [path.relative_to(home.parents[2]).as_posix()] if id(node) not in for_types else []
+    assert set(found) == {
+        "cli/diagnosis/children.py",  # doctor looks whether vLLM can be imported
+        "integrations/vllm/__init__.py",  # after an error, vLLM is to load its plug-ins again
+    }
+
+
+def imported_by_name(node):
+    """The literal that `import_module` is called with."""
+    called = isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module")
+    return [each for each in node.args if isinstance(each, ast.Constant)] if called else []

@@ -20,7 +20,6 @@ import ml_dtypes
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorBase, ECConnectorMetadata, ECConnectorRole
 
 from visionaccel.bundle import Bundle
 from visionaccel.core.arrays import as_numpy
@@ -30,6 +29,7 @@ from visionaccel.errors import ConfigurationError, VisionAccelError
 from visionaccel.families import Tower
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.compat import engine_config, scheduling, worker
+from visionaccel.integrations.vllm.compat.scheduling import ECConnectorBase, ECConnectorMetadata, ECConnectorRole
 from visionaccel.integrations.vllm.encoder_source import announce, open_served_source
 from visionaccel.integrations.vllm.pipelined.pending_images import PendingImages, WantedItem
 from visionaccel.integrations.vllm.published_metrics import publish

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from visionaccel.errors import ConfigurationError, VisionAccelError
 from visionaccel.families import weight_prefixes
@@ -20,6 +19,7 @@ from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.activation import check_engine
 from visionaccel.integrations.vllm.compat import architectures, engine_config, worker
 from visionaccel.integrations.vllm.compat.architectures import ARCHITECTURES
+from visionaccel.integrations.vllm.compat.multimodal import MULTIMODAL_REGISTRY
 from visionaccel.integrations.vllm.inline.visual import AcceleratedTower
 from visionaccel.integrations.vllm.processing import FittedInfo, FittedProcessor
 from visionaccel.integrations.vllm.reloading import Comparison

@@ -11,7 +11,6 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, wraps
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -24,6 +23,7 @@ from visionaccel.images import Fitter, as_rgb
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.compat import engine_config
 from visionaccel.integrations.vllm.compat.architectures import ARCHITECTURES
+from visionaccel.integrations.vllm.compat.multimodal import REFUSAL, ImageSize
 from visionaccel.integrations.vllm.encoder_source import Grids, grids_of
 from visionaccel.integrations.vllm.published_metrics import publish
 from visionaccel.observe import TraceLog
@@ -42,7 +42,6 @@ _SIZES = {"patch_size": "patch_size", "temporal_patch_size": "temporal_patch_siz
 
 _NORMALISATION = frozenset({"do_normalize", "do_rescale", "image_mean", "image_std", "rescale_factor"})
 
-_REFUSAL: type = getattr(import_module("vllm.exceptions"), "VLLMValidationError", InputError)  # not in every release
 _Parameters = ParamSpec("_Parameters")
 _Result = TypeVar("_Result")
 
@@ -59,8 +58,8 @@ def _errors_for_clients(check: Callable[_Parameters, _Result]) -> Callable[_Para
             return check(*args, **kwargs)
         except InputError as error:
             kind = type(error)
-            if not isinstance(error, _REFUSAL):
-                kind = type(kind.__name__, (kind, _REFUSAL), {"parameter": None, "value": None})
+            if not isinstance(error, REFUSAL):
+                kind = type(kind.__name__, (kind, REFUSAL), {"parameter": None, "value": None})
             raise kind(error.message, hint=error.hint) from error
 
     return checked
@@ -126,8 +125,6 @@ class FittedInfo(compat.Mixin):  # type: ignore[misc]
         return parser
 
     def get_image_size_with_most_features(self, *args: Any, **kwargs: Any) -> Any:
-        from vllm.multimodal.parse import ImageSize
-
         if self.fitter is None or not (self.resizes or self.limited):
             return super().get_image_size_with_most_features(*args, **kwargs)
         grid, side = self.fitter.largest, self.fitter.tower.patch_size

@@ -7,13 +7,10 @@ from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.request import Request, RequestStatus
-
 from visionaccel.core.grid import as_grids
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.compat import engine_config, scheduling
+from visionaccel.integrations.vllm.compat.scheduling import AsyncScheduler, Request, RequestStatus, Scheduler
 from visionaccel.integrations.vllm.connector import VisionAccelConnector
 from visionaccel.integrations.vllm.inline.fault_channel import ALL_ITEMS, LOST, REPLACED, Fault, FaultReader
 from visionaccel.integrations.vllm.reloading import Replacement

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from vllm import ModelRegistry as ModelRegistry
+from vllm.config import ECTransferConfig as ECTransferConfig
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.multimodal import inputs

@@ -1,4 +1,4 @@
-"""The scheduler's insides: what a step encodes and computes, and how a request ends with an error."""
+"""The scheduler's classes and insides: what a step encodes and computes, and how a request ends with an error."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorBase as ECConnectorBase
+from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorMetadata as ECConnectorMetadata
+from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorRole as ECConnectorRole
 from vllm.multimodal.inputs import MultiModalFeatureSpec
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler as AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.core.sched.scheduler import Scheduler as Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
-from vllm.v1.request import Request
+from vllm.v1.request import Request as Request
+from vllm.v1.request import RequestStatus as RequestStatus
 
 from visionaccel.integrations.vllm.compat.serving import request_error, takes_request_errors
 

@@ -17,8 +17,6 @@ from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from vllm import ModelRegistry
-from vllm.config import ECTransferConfig
 
 from visionaccel.backends import Finding
 from visionaccel.core.grid import Grid
@@ -29,7 +27,9 @@ from visionaccel.integrations.vllm.compat.modelled_engine import (
     ANSWER,
     GRID,
     IMAGE_TOKENS,
+    ECTransferConfig,
     ModelledEngine,
+    ModelRegistry,
     images_read,
     make_scheduler,
     small_config,
