@@ -14,26 +14,19 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from visionaccel.core.bounded_files import parse_json
 from visionaccel.core.cores import WantedCores, parse_cores
+from visionaccel.core.defaults import CACHE_SIZE, DEADLINE, LONGEST_SECONDS, OPEN_DEADLINE, QUEUE_SIZE
 from visionaccel.core.invalid_values import problems_of
 from visionaccel.core.safe_text import one_line, safe_logger
 from visionaccel.errors import SettingsError
 
 __all__ = [
-    "CACHE_SIZE", "DEADLINE", "FORMER_NAMES", "LONGEST_SECONDS", "OPEN_DEADLINE", "PREFIX", "QUEUE_SIZE", "VARIABLES",
-    "Settings", "load_settings", "make_settings", "parse_options", "unknown_variables",
+    "FORMER_NAMES", "PREFIX", "VARIABLES", "Settings", "load_settings", "make_settings", "parse_options",
+    "unknown_variables",
 ]  # fmt: skip
 
 logger = safe_logger(__name__)
 
 PREFIX = "VISIONACCEL_"
-LONGEST_SECONDS = 86_400.0
-"""The longest time that a setting takes, a day: systems cannot wait for any number of seconds."""
-
-DEADLINE, OPEN_DEADLINE = 120.0, 600.0
-"""Seconds for an image and for opening a program, unless a setting or an argument differs."""
-
-QUEUE_SIZE, CACHE_SIZE = 64, 512 * 2**20
-"""Items that may wait for a device, and bytes of embeddings that are kept, unless a setting or an argument differs."""
 
 _OUT_OF_RANGE = frozenset({"greater_than", "greater_than_equal", "less_than_equal", "finite_number"})
 _MOST_SHOWN = 200

@@ -19,6 +19,11 @@ def test_importing_the_package_loads_no_array_library_or_runtime():
     assert not modules_after("import visionaccel") & heavy
 
 
+def test_an_encoder_needs_no_reader_of_settings_or_command_line():
+    loaded = modules_after("from visionaccel import open_encoder")
+    assert not loaded & {"pydantic_settings", "typer", "onnx", "torch", "transformers"}
+
+
 def test_the_vllm_entry_point_loads_neither_torch_nor_vllm_while_no_backend_is_named(monkeypatch):
     monkeypatch.delenv("VISIONACCEL_BACKEND", raising=False)
     loaded = modules_after("from visionaccel.integrations.vllm import register; register()")

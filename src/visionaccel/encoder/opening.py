@@ -15,6 +15,7 @@ from visionaccel.bundle import Bundle, is_bundle, open_bundle
 from visionaccel.checkpoint import locate_checkpoint
 from visionaccel.core.containment import device_errors
 from visionaccel.core.cores import on_cores
+from visionaccel.core.defaults import DEADLINE, OPEN_DEADLINE
 from visionaccel.core.invalid_values import problems_of
 from visionaccel.core.program import Program
 from visionaccel.core.safe_text import safe_logger
@@ -22,7 +23,6 @@ from visionaccel.encoder.encoder import Encoder, OpenProgram, close_programs
 from visionaccel.encoder.held_weights import WantedWeights, hold_source
 from visionaccel.errors import SettingsError
 from visionaccel.families import Tower, tower_of
-from visionaccel.settings import DEADLINE, OPEN_DEADLINE
 
 logger = safe_logger(__name__)
 

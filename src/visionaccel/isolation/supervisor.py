@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from visionaccel.backends import Capabilities
 from visionaccel.core.arrays import Array
 from visionaccel.core.cores import cores_here, on_cores
+from visionaccel.core.defaults import DEADLINE, LONGEST_SECONDS, OPEN_DEADLINE
 from visionaccel.core.safe_text import safe_logger
 from visionaccel.errors import ConfigurationError, DeviceError, DeviceLostError, SettingsError, VisionAccelError
 from visionaccel.isolation.messages import PackedRequest
 from visionaccel.isolation.process import DeviceProcess
-from visionaccel.settings import DEADLINE, LONGEST_SECONDS, OPEN_DEADLINE
 
 logger = safe_logger(__name__)
 

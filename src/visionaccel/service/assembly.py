@@ -11,21 +11,14 @@ from typing import Any
 from visionaccel.backends import AUTO, default_registry
 from visionaccel.bundle import Bundle, read_golden
 from visionaccel.core.cores import Host, choose_cores, shown_cores
+from visionaccel.core.defaults import CACHE_SIZE, DEADLINE, LONGEST_SECONDS, OPEN_DEADLINE, QUEUE_SIZE
 from visionaccel.core.safe_text import safe_logger
 from visionaccel.encoder import Encoder, WantedIsolation, WantedWeights, hold_source, open_encoder, open_source
 from visionaccel.errors import BackendUnavailableError, DeviceError, PluginError, VisionAccelError
 from visionaccel.families import Tower
 from visionaccel.observe import TimingLog, TraceLog
 from visionaccel.service.service import EncodeService
-from visionaccel.settings import (
-    CACHE_SIZE,
-    DEADLINE,
-    LONGEST_SECONDS,
-    OPEN_DEADLINE,
-    QUEUE_SIZE,
-    Settings,
-    make_settings,
-)
+from visionaccel.settings import Settings, make_settings
 from visionaccel.trust import Canary, ChainLink, FirstAnswer, GuardedEncoder, Shadow, precision_limit
 
 logger = safe_logger(__name__)

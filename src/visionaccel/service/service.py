@@ -15,13 +15,13 @@ from typing import Self
 import numpy as np
 
 from visionaccel.core.arrays import Array, as_numpy
+from visionaccel.core.defaults import CACHE_SIZE, QUEUE_SIZE
 from visionaccel.core.dtypes import FLOATS
 from visionaccel.core.grid import Grid, GridLike, as_grids, total_patches
 from visionaccel.core.safe_text import safe_logger
 from visionaccel.errors import ConfigurationError, DeviceError, PatchesError, QueueFullError, VisionAccelError
 from visionaccel.service.cache import EmbeddingCache, embedding_key, numerics
 from visionaccel.service.state import Embedding, Item, ServiceCounters, ServiceState
-from visionaccel.settings import CACHE_SIZE, QUEUE_SIZE
 from visionaccel.trust import GuardedEncoder
 
 logger = safe_logger(__name__)

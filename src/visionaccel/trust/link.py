@@ -15,11 +15,11 @@ from visionaccel.backends import BreakerReport, FailureReport, Purpose
 from visionaccel.bundle import Golden
 from visionaccel.core.arrays import Array
 from visionaccel.core.containment import device_errors, tell
+from visionaccel.core.defaults import DEADLINE, OPEN_DEADLINE
 from visionaccel.core.grid import Grid
 from visionaccel.core.safe_text import safe_logger
 from visionaccel.encoder import Encoder
 from visionaccel.errors import DeadlineError, DeviceError, DeviceLostError, InputError, VisionAccelError
-from visionaccel.settings import DEADLINE, OPEN_DEADLINE
 from visionaccel.trust.breaker import Breaker, BreakerState
 from visionaccel.trust.canary import Canary, CanaryResult
 from visionaccel.trust.keeper import Keeper

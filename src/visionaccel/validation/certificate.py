@@ -33,6 +33,7 @@ from visionaccel.bundle import (
 from visionaccel.checkpoint import differing_weights
 from visionaccel.core.arrays import Array, as_numpy, finite_rows, is_tensor
 from visionaccel.core.comparison import THRESHOLDS, Comparison, Place
+from visionaccel.core.defaults import DEADLINE, OPEN_DEADLINE
 from visionaccel.core.grid import total_patches
 from visionaccel.core.program import CHECKPOINT, Program
 from visionaccel.core.safe_text import one_line, safe_logger
@@ -48,7 +49,6 @@ from visionaccel.errors import (
 )
 from visionaccel.families import Tower
 from visionaccel.images import image_processor
-from visionaccel.settings import DEADLINE, OPEN_DEADLINE
 from visionaccel.validation.trials import Trial, Trials, bundled_photographs, find_images
 
 logger = safe_logger(__name__)
