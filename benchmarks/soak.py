@@ -192,8 +192,8 @@ def _soak(engine: Any, switch: Path, requests: int) -> dict[str, float]:
 
     assert scheduler.reset_prefix_cache()
     engine.reset_encoder_cache()
-    connector.service.cache.clear()
-    before = connector.service.counters
+    connector._service.cache.clear()
+    before = connector._service.counters
     switch.write_text(json.dumps([FAILS, HANGS]))
     clock.watch(connector)
     memory: list[tuple[int, float]] = []
@@ -209,13 +209,13 @@ def _soak(engine: Any, switch: Path, requests: int) -> dict[str, float]:
     started = time.monotonic()
     answered = _run(engine, plan, clock, at)
     seconds = time.monotonic() - started
-    after = connector.service.counters
+    after = connector._service.counters
 
     endings = Counter(_verdict(request, expected) for request, expected in zip(answered, right, strict=True))
     wrong = {name: number for name, number in endings.items() if name.startswith("wrong")}
     assert not wrong, endings
     assert sum(endings.values()) == requests
-    assert (after.waiting, after.running, len(connector._pending_images), connector._items) == (0, 0, 0, {})
+    assert (after.waiting, after.running, len(connector._pending_images._pending), connector._items) == (0, 0, 0, {})
     settled = [size for finished, size in memory if finished >= SETTLED_AFTER * requests]
     places = np.linspace(0.0, 1.0, len(settled))
     engine.engine_core.shutdown()
