@@ -516,6 +516,21 @@ def test_while_every_device_hangs_nothing_waits_for_ever(tiny):
     service.close()
 
 
+def test_an_item_whose_devices_are_distrusted_in_each_try_fails_and_its_device_goes_on(device):
+    guarded, gate = device
+    with EncodeService([guarded]) as service:
+        gate.fail = lambda _: service.cache.clear()  # as when another device is found to give wrong answers
+        future = service.submit(image(1), GRID)
+        gate.wait_for_calls(1)
+        try:
+            with pytest.raises(DeviceError, match="wrong answers during each of 3 tries"):
+                future.result(20)
+        finally:
+            gate.fail = lambda _: None
+        assert (len(gate.calls), service.cache.held) == (3, 0)
+        assert service.encode(image(1), [GRID])[0].shape == (4, 24)
+
+
 def test_a_device_that_hangs_again_and_again_but_returns_harms_nobody_else(tiny):
     guarded, gate = gated(tiny, deadline=2.0)
     blocked = {image(9)[0, 0]}

@@ -27,6 +27,7 @@ from visionaccel.trust import GuardedEncoder
 logger = safe_logger(__name__)
 
 _MISMATCH = "Pass the pixel_values and the grid_thw of the same processor call."
+_TRIES = 3
 _CLOSING = 1.0
 
 
@@ -275,7 +276,7 @@ class EncodeService:
         """An item's answer, and whether a fallback computed it. Repeated if a device was distrusted in the call."""
         patches = item.patches
         try:
-            while True:
+            for _ in range(_TRIES):
                 generation = self.cache.generation
                 (answer,) = encoder.encode_items(patches, [item.grid], waited)
                 if isinstance(answer, VisionAccelError):
@@ -287,6 +288,8 @@ class EncodeService:
                 self.cache.put(item.key, rows, generation)
                 if generation == self.cache.generation:
                     return rows, False
+            message = f"a device was found to give wrong answers during each of {_TRIES} tries."
+            return DeviceError(message, hint="Try again later; see the log."), False
         except Exception as error:  # The thread must survive any exception; its item answers for it.
             logger.exception("Encoding failed in a way that it should not.")
             return DeviceError(f"encoding failed with {type(error).__name__}: {error}"), False
