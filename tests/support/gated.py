@@ -81,6 +81,20 @@ def wait_until(condition, seconds=20):
         time.sleep(0.005)
 
 
+def refuse_once(monkeypatch, name):
+    """Have the next thread of that name not start, as where a limit is reached; returns a list of those refused."""
+    start, refused = threading.Thread.start, []
+
+    def start_later(thread):
+        if thread.name == name and not refused:
+            refused.append(thread)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_later)
+    return refused
+
+
 def image(seed, grid=(1, 4, 4), width=96):
     """Random patches of one image of the tiny tower."""
     return np.random.default_rng(seed).standard_normal((grid[0] * grid[1] * grid[2], width), dtype=np.float32)

@@ -14,7 +14,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from bundles import write_bundle
-from gated import Gate, gated, image, wait_until
+from gated import Gate, gated, image, refuse_once, wait_until
 from towers import random_patches, reference
 from visionaccel import open_encoder
 from visionaccel.backends import default_registry
@@ -391,17 +391,31 @@ def test_a_configuration_that_is_wrong_is_not_tried_twice_by_one_request(tiny, o
     guarded.close()
 
 
+def test_a_call_whose_thread_cannot_start_fails_and_the_next_has_its_turn(tiny, monkeypatch):
+    link = ChainLink("torch_ref", open_encoder(tiny, backend="torch_ref"))
+    refused = refuse_once(monkeypatch, "visionaccel-call")
+    answer = link.encode(image(1), [Grid(*GRID)])
+    assert isinstance(answer, DeviceError)
+    assert "can't start new thread" in answer.message
+    assert len(refused) == 1
+    assert not isinstance(link.encode(image(1), [Grid(*GRID)], until=time.monotonic() + 20), VisionAccelError)
+    link.close()
+
+
+def test_an_opening_whose_thread_cannot_start_is_an_error_and_is_tried_again(tiny, monkeypatch):
+    link = ChainLink("torch_ref", lambda: open_encoder(tiny, backend="torch_ref"), cool_down=0.05)
+    refuse_once(monkeypatch, "visionaccel-call")
+    answer = link.encode(image(1), [Grid(*GRID)])
+    assert isinstance(answer, DeviceError)
+    assert "can't start new thread" in answer.message
+    wait_until(lambda: link.ready)
+    assert not isinstance(link.encode(image(1), [Grid(*GRID)]), VisionAccelError)
+    link.close()
+
+
 def test_a_probe_whose_thread_cannot_start_is_tried_again(tiny, monkeypatch, caplog):
     link = ChainLink("torch_ref", open_encoder(tiny, backend="torch_ref"), cool_down=0.05)
-    start, refused = threading.Thread.start, []
-
-    def start_later(thread):
-        if thread.name == "visionaccel-canary" and not refused:
-            refused.append(thread)
-            raise RuntimeError("can't start new thread")
-        start(thread)
-
-    monkeypatch.setattr(threading.Thread, "start", start_later)
+    refused = refuse_once(monkeypatch, "visionaccel-canary")
     link.distrust("for the test")
     wait_until(lambda: link.ready)
     assert len(refused) == 1

@@ -1,4 +1,4 @@
-"""The thread for all jobs that are due again and again."""
+"""The thread for all jobs that are due again and again, and that for calls in their order."""
 
 import multiprocessing
 import threading
@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from gated import wait_until
-from visionaccel.trust.threads import Background
+from gated import refuse_once, wait_until
+from visionaccel.trust.threads import Background, InOrder
 
 
 @pytest.fixture
@@ -71,6 +71,35 @@ def test_a_job_may_stop_itself(jobs):
     wait_until(lambda: ran)
     ran[0].join(20)
     assert len(ran) == 1
+
+
+def test_jobs_whose_thread_cannot_start_run_once_another_is_started(jobs, monkeypatch, caplog):
+    ran = []
+
+    def first():
+        ran.append("first")
+        return 3600.0
+
+    def second():
+        ran.append("second")
+        return 3600.0
+
+    refuse_once(monkeypatch, "visionaccel-background")
+    jobs.start(first)
+    assert "can't start new thread" in caplog.text
+    jobs.start(second)
+    wait_until(lambda: sorted(ran) == ["first", "second"])
+    jobs.stop(first)
+    jobs.stop(second)
+
+
+def test_calls_whose_thread_cannot_start_are_made_once_another_is_added(monkeypatch, caplog):
+    calls, made = InOrder("visionaccel-test"), []
+    refuse_once(monkeypatch, "visionaccel-test")
+    calls.add(lambda: made.append(1))
+    assert "can't start new thread" in caplog.text
+    calls.add(lambda: made.append(2))
+    wait_until(lambda: made == [1, 2])
 
 
 def _ran_in_a_fork(jobs, queue):

@@ -221,6 +221,9 @@ class ChainLink:
             return self._not_opened(DeadlineError(message, hint=hint), probing, twice)
         except VisionAccelError as error:
             return self._not_opened(error, probing, twice)
+        except Exception as error:  # such as that no thread can be started: a request must survive it
+            message = f"opening {self.name} failed with {type(error).__name__}: {error}"
+            return self._not_opened(DeviceError(message), probing, twice)
         return DeviceError(
             f"{self.name}: {not_now}. {self.breaker.reason}".strip(), hint="It is tried again soon; see the log."
         )

@@ -122,8 +122,9 @@ class WatchedCalls:
                 raise CutError
             if len(self._late) >= most_late:
                 raise CutError if all(self._late.values()) else LateError("An earlier call has not returned.")
+            caller = self._idle.pop() if self._idle else _Caller()  # raises where no thread can be started
             self._running += 1
-            return self._idle.pop() if self._idle else _Caller()
+            return caller
 
     def _end(self, caller: _Caller, future: Future[Any], *, cut: bool) -> None:
         with self._changed:
@@ -205,6 +206,17 @@ def seconds_until(until: float) -> float:
     return min(max(0.0, until - time.monotonic()), threading.TIMEOUT_MAX)
 
 
+def _started(function: Callable[[], None], name: str) -> threading.Thread | None:
+    """A thread that runs a function; None, and a line in the log, if no more can be started now."""
+    thread = threading.Thread(target=function, name=name, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError as error:
+        logger.error("Thread %r cannot be started: %s", name, error)
+        return None
+    return thread
+
+
 class Background:
     """Runs all jobs of this process on one thread, which lives while there are some. A fork has none of them."""
 
@@ -215,12 +227,11 @@ class Background:
         os.register_at_fork(after_in_child=self._forget)
 
     def start(self, job: Job) -> None:
-        """Run a job now, and whenever it is due."""
+        """Run a job now, and whenever it is due; if no thread can be started, once another job is started."""
         with self._changed:
             self._due[job] = 0.0
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="visionaccel-background", daemon=True)
-                self._thread.start()
+                self._thread = _started(self._run, "visionaccel-background")
             self._changed.notify_all()
 
     def stop(self, job: Job) -> None:
@@ -279,12 +290,11 @@ class InOrder:
         return len(self._waiting)
 
     def add(self, call: Callable[[], object]) -> None:
-        """Make a call once those before have returned."""
+        """Make a call once those before have returned; if no thread can be started, once another call is added."""
         with self._lock:
             self._waiting.append(call)
             if not self._running:
-                self._running = True
-                threading.Thread(target=self._run, name=self._name, daemon=True).start()
+                self._running = _started(self._run, self._name) is not None
 
     def clear(self) -> None:
         """Make none of the calls that wait."""
