@@ -363,3 +363,16 @@ def test_a_manifest_alone_does_not_have_a_repository_contacted(run, hub, tiny, t
     assert contents(Path(pulled)) == contents(tmp_path / "bundle")
     assert [request for request in hub.requests if f"someone/whole/resolve/{revision}/model.safetensors" in request]
     assert run("pull", REPOSITORY, **elsewhere)["folder"] == pulled, "the weights are in the cache by now"
+
+
+def test_a_bundle_in_the_cache_stays_when_its_checkpoint_is_missing(run, hub, tiny, tmp_path):
+    hub.repositories["someone/whole"] = repository = Repository(private=False)
+    revision = repository.commit("main", {path.name: path.read_bytes() for path in tiny.iterdir()})
+    run("-c", EXPORT_OVER, "someone/whole", revision, tmp_path / "bundle")
+    run("push", tmp_path / "bundle", REPOSITORY)
+    folder = Path(run("pull", REPOSITORY)["folder"])
+    made = folder.stat().st_ino
+    shutil.rmtree(tmp_path / "home" / "hub" / "models--someone--whole")
+    assert run("pull", REPOSITORY, status=2)["error"] == "BundleError"
+    assert folder.stat().st_ino == made
+    assert contents(folder) == contents(tmp_path / "bundle")

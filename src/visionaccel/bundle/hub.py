@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from visionaccel.bundle.bundle import Bundle, open_bundle
+from visionaccel.bundle.bundle import Bundle, is_bundle, open_bundle
 from visionaccel.bundle.folder import appearing
 from visionaccel.bundle.manifest import MANIFEST, ExternalCheckpoint, Manifest, parse_manifest
 from visionaccel.checkpoint import Checkpoint, locate_checkpoint
@@ -205,15 +205,19 @@ def _placed_in_cache(snapshot: Path, names: Sequence[str], folder: Path, weights
         # Another process was faster with the same commit, or what is there was changed since.
         if (bundle := _cached(folder, snapshot, weights)) is not None:
             return bundle
-        shutil.rmtree(folder, ignore_errors=True)
-        _place(snapshot, names, folder, weights, link=True)
+        if not is_bundle(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+        # A bundle stays until the new one is verified: it may be in use, and only its weights be missing here.
+        _place(snapshot, names, folder, weights, link=True, force=True)
     return open_bundle(folder, checkpoint=weights)
 
 
-def _place(snapshot: Path, names: Sequence[str], folder: Path, weights: Checkpoint | None, *, link: bool) -> None:
-    """Make a verified bundle in a folder that does not exist."""
+def _place(
+    snapshot: Path, names: Sequence[str], folder: Path, weights: Checkpoint | None, *, link: bool, force: bool = False
+) -> None:
+    """Make a verified bundle in a folder; with `force`, in the place of another bundle."""
     put = _link_or_copy if link else shutil.copyfile
-    with appearing(folder, force=False) as partial:
+    with appearing(folder, force=force) as partial:
         for name in names:
             blob, file = (snapshot / name).resolve(), partial / name
             if not blob.is_file():
