@@ -1,12 +1,13 @@
 """The encodes of one step end before vLLM ends the engine, however many images it has and whatever hangs."""
 
+import threading
 import time
 
 import pytest
 import torch
 from test_visual import receiving
 
-from gated import Gate, gated
+from gated import Gate, gated, wait_until
 from towers import random_patches
 from visionaccel import open_encoder
 from visionaccel.errors import DeadlineError, DeviceError
@@ -128,6 +129,24 @@ def test_an_encoder_that_opens_slowly_holds_up_a_step_for_its_budget_and_is_used
     while not made:
         time.sleep(0.05)
     assert opening.result(time.monotonic() + 5) is made[0]
+
+
+def test_an_encoder_that_opens_after_its_weights_were_replaced_is_closed_and_leaves_no_thread(step, tiny):
+    tower, _ = step(0.2, BACKEND="onnxrt")
+    before, held, made = set(threading.enumerate()), threading.Event(), []
+
+    def slow():
+        held.wait(30)
+        made.append(GuardedEncoder(open_encoder(tiny, backend="onnxrt")))
+        return made[0]
+
+    tower._opener = LateOpening(slow)
+    (answer,) = tower._encode(torch.from_numpy(random_patches([GRID])), [list(GRID)])
+    assert isinstance(answer, DeadlineError)
+    tower._close()
+    held.set()
+    wait_until(lambda: made and made[0].closed)
+    wait_until(lambda: not [each for each in set(threading.enumerate()) - before if "visionaccel" in each.name])
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -88,6 +89,7 @@ class LateOpening:
 
     def __init__(self, make: Callable[[], GuardedEncoder]) -> None:
         self._make, self._calls = make, WatchedCalls()
+        self._lock, self._closed = threading.Lock(), False
         self._made: GuardedEncoder | None = None
         self._error: VisionAccelError | None = None
         self._pause, self._again = _FIRST_PAUSE, 0.0
@@ -105,15 +107,27 @@ class LateOpening:
                 return self._made
             raise DeadlineError("the encoder is still being opened.", hint="Try again later.") from None
 
+    def close(self) -> None:
+        """Close the encoder, also one that is still being opened once it is open."""
+        with self._lock:
+            self._closed, made = True, self._made
+        self._calls.close()
+        if made is not None:
+            made.close()
+
     def _open(self) -> GuardedEncoder:
         try:
             with device_errors("opening the encoder"):
-                self._made = self._make()
+                made = self._make()
         except VisionAccelError as error:
             self._error, self._again = error, time.monotonic() + self._pause
             self._pause = min(2 * self._pause, _LONGEST_PAUSE)
             raise
-        return self._made
+        with self._lock:
+            self._made, closed = made, self._closed
+        if closed:
+            made.close()
+        return made
 
 
 class AcceleratedTower(nn.Module):
@@ -226,6 +240,7 @@ class AcceleratedTower(nn.Module):
             connector.refuse_loads(error)  # the engine's process still encodes with the previous weights
 
     def _close(self) -> None:
+        self._opener.close()
         if self._encoder is not None:
             self._encoder.close()
             self._encoder = None
