@@ -3,12 +3,15 @@
 import json
 import logging
 import os
+import select
+import threading
 import time
 import tracemalloc
 
 import numpy as np
 import pytest
 
+from gated import wait_until
 from visionaccel.isolation.log_records import OutputReader, RecordSender
 from visionaccel.isolation.shared_arrays import ArrayPlace, SharedArrays
 
@@ -113,6 +116,55 @@ def test_a_flood_is_cut_and_counted_and_its_end_is_kept(pipes, logged):
     assert 1000 <= len(lines) < 5000
     assert len(lines) + dropped == count
     assert pipes.reader.tail()[-1] == f"line {count - 1}"
+
+
+def test_a_flood_is_counted_although_the_process_is_quiet_after_it(pipes, logged):
+    count = 3000
+    os.write(pipes.printed, b"x\n" * count)
+
+    def all_are_logged_or_counted():
+        records = logged("visionaccel.device.acme")
+        counts = [record.args[0] for record in records if "were not logged" in record.msg]
+        return len(records) - len(counts) + sum(counts) == count
+
+    wait_until(all_are_logged_or_counted)
+    pipes.end()
+
+
+def test_pipes_that_a_process_outside_the_childs_group_holds_open_are_closed(pipes, logged):
+    os.write(pipes.printed, b"the last word")
+    pipes.reader.close(0.1)
+    for fd in (pipes.printed, pipes.records):
+        wait_until(lambda fd=fd: is_unread(fd))
+        os.close(fd)
+    wait_until(lambda: not any(thread.is_alive() for thread in pipes.reader._threads))
+    (record,) = logged("visionaccel.device.acme")
+    assert record.getMessage() == "the last word"
+
+
+def test_a_process_whose_output_cannot_be_read_for_want_of_threads_leaves_no_pipe(monkeypatch):
+    (printed, prints), (records, logs) = os.pipe(), os.pipe()
+    start, started = threading.Thread.start, []
+
+    def refuse_the_second(thread):
+        if started:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse_the_second)
+    with pytest.raises(RuntimeError, match="new thread"):
+        OutputReader("acme", printed, records)
+    for fd in (prints, logs):
+        wait_until(lambda fd=fd: is_unread(fd))
+        os.close(fd)
+
+
+def is_unread(fd):
+    """Whether the read end of a pipe is closed."""
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 def test_loggers_that_are_never_given_back_are_bounded(pipes, logged):

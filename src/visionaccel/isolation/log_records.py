@@ -6,13 +6,16 @@ names of loggers, and the lines in a second. Nothing of it is formatted by this 
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import select
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -74,6 +77,23 @@ class RecordSender(logging.Handler):
             self.handleError(record)
 
 
+class _Pipe(io.FileIO):
+    """The read end of a pipe, which also ends once `ended` is set: a process that is not the child may hold it open."""
+
+    def __init__(self, fd: int, ended: threading.Event, idle: Callable[[], None]) -> None:
+        super().__init__(fd)
+        self._ended, self._idle = ended, idle
+        self._readable = select.poll()
+        self._readable.register(fd, select.POLLIN)
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ended.is_set():
+            if self._readable.poll(_REPORTING * 1000):
+                return super().readinto(buffer) or 0
+            self._idle()
+        return 0
+
+
 class OutputReader:
     """Reads what a child prints and logs, in a thread for each, and hands it to this process's logging.
 
@@ -89,16 +109,25 @@ class OutputReader:
         self._names: set[str] = set()
         self._lock = threading.Lock()
         self._allowance, self._filled = _BURST, time.monotonic()
-        self._dropped, self._reported = 0, 0.0
-        pipes = (
-            (printed, _LONGEST_LINE, self._log_line, _shown_line),
-            (records, _LONGEST_RECORD, self._log_record, _shown_record),
+        self._dropped, self._reported = 0, time.monotonic()
+        self._ended = threading.Event()
+        pipes = [_Pipe(fd, self._ended, self._report) for fd in (printed, records)]
+        ways = (
+            (pipes[0], _LONGEST_LINE, self._log_line, _shown_line),
+            (pipes[1], _LONGEST_RECORD, self._log_record, _shown_record),
         )
         self._threads = [
-            threading.Thread(target=self._read, args=pipe, name="visionaccel-output", daemon=True) for pipe in pipes
+            threading.Thread(target=self._read, args=way, name="visionaccel-output", daemon=True) for way in ways
         ]
-        for thread in self._threads:
-            thread.start()
+        try:
+            for thread in self._threads:
+                thread.start()
+        except BaseException:  # such as for want of threads
+            self._ended.set()
+            for pipe, thread in zip(pipes, self._threads, strict=True):
+                if thread.ident is None:
+                    pipe.close()
+            raise
 
     def tail(self) -> tuple[str, ...]:
         """The last lines, printed or logged, oldest first."""
@@ -109,18 +138,19 @@ class OutputReader:
         return tuple(found)
 
     def close(self, seconds: float = 0.5) -> None:
-        """Read what is left, for that long at most.
+        """Read what is left, for that long at most, and have the pipes closed.
 
-        A process that the vendor's code started may keep a pipe open. Its thread then goes on until that process ends.
+        A process that the vendor's code started may keep one open, so its end cannot be waited for.
         """
         limit = time.monotonic() + seconds
         for thread in self._threads:
             thread.join(max(0.0, limit - time.monotonic()))
+        self._ended.set()
 
-    def _read(self, fd: int, longest: int, log: Callable[[bytes], None], shown: Callable[[bytes], str]) -> None:
+    def _read(self, pipe: _Pipe, longest: int, log: Callable[[bytes], None], shown: Callable[[bytes], str]) -> None:
         too_much = 0
-        with open(fd, "rb", buffering=_CHUNK) as pipe:
-            while line := pipe.readline(longest):
+        with io.BufferedReader(pipe, _CHUNK) as reader:
+            while line := reader.readline(longest):
                 self._tail.append((shown, line))
                 if self._may_log():
                     try:
@@ -132,7 +162,7 @@ class OutputReader:
                 if too_much > _CHUNK:
                     time.sleep(_PAUSE)
                     too_much = 0
-                self._report(_REPORTING)
+                self._report()
         self._report(0.0)
 
     def _may_log(self) -> bool:
@@ -146,7 +176,7 @@ class OutputReader:
             self._dropped += not allowed
             return allowed
 
-    def _report(self, seconds: float) -> None:
+    def _report(self, seconds: float = _REPORTING) -> None:
         """Log how many lines were not, unless that was done less than some seconds ago."""
         with self._lock:
             now = time.monotonic()

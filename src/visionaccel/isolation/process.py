@@ -77,8 +77,10 @@ class DeviceProcess:
             self._connection = Connection(near.detach())
             ours.callback(self._connection.close)
             (printed, prints), (records, logs) = os.pipe(), os.pipe()
-            for stack, fd in ((ours, printed), (theirs, prints), (ours, records), (theirs, logs)):
-                stack.callback(os.close, fd)
+            theirs.callback(os.close, prints)
+            theirs.callback(os.close, logs)
+            self._output = OutputReader(backend, printed, records)
+            ours.callback(self._output.close)
             pipes = (far.fileno(), self._inputs.fd, self._outputs.fd, logs)
             pass_fds = (*pipes, *(file.fd for file in request.files))
             path = os.pathsep.join(folder for folder in _search_path() if os.pathsep not in folder)
@@ -90,8 +92,6 @@ class DeviceProcess:
                 guarded=False,  # it ends with this process, and `reap` ends what it started
             )
             self.pid = self._child.pid
-            ours.callback(self._child.end)
-            self._output = OutputReader(backend, printed, records)
             ours.pop_all()
 
     def opened(self, seconds: float) -> Capabilities:
