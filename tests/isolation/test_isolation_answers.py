@@ -71,11 +71,28 @@ def test_every_error_of_this_package_can_be_sent():
         assert type(restored(decoded(encoded(failure_of(kind("a.", hint="b."), ""))))) is kind
 
 
-@pytest.mark.parametrize("dtype", ["O", "|O", "object", "V8", "M8[s]", "S8", "f3", "u1,O", "finfo", "__name__", "V"])
+@pytest.mark.parametrize("dtype", ["O", "|O", "object", "V8", "M8[s]", "S8", "f3", "f1", "i32", "u1,O", "finfo", "V"])
 def test_a_dtype_of_anything_but_numbers_is_no_answer(dtype):
     place = {"name": "x", "dtype": dtype, "shape": [1], "offset": 0}
     with pytest.raises(ValueError, match="dtype"):
         decoded(json.dumps({"arrays": [place]}).encode())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"shape": ["1"]}, {"shape": [1.0]}, {"shape": [True]}, {"offset": "0"}, {"offset": -1}, {"more": 1}],
+    ids=str,
+)
+def test_a_place_of_anything_but_whole_numbers_is_no_answer(changes):
+    place = {"name": "x", "dtype": "f4", "shape": [1], "offset": 0, **changes}
+    with pytest.raises(ValueError, match="arrays"):
+        decoded(json.dumps({"arrays": [place]}).encode())
+
+
+@pytest.mark.parametrize("more", [{"writing_seconds": "1"}, {"kinds": []}, {"message": "no."}], ids=str)
+def test_places_with_anything_else_are_no_answer(more):
+    with pytest.raises(ValueError, match="validation error"):
+        decoded(json.dumps({"arrays": [], **more}).encode())
 
 
 @pytest.mark.parametrize("dtype", ["M8[s]", "O", "S3", "i4,f4"])

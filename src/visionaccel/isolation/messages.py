@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any, BinaryIO, TypeAlias
 
 import numpy as np
-from pydantic import Field, TypeAdapter
+from pydantic import ConfigDict, Field, TypeAdapter
 
 from visionaccel import errors
 from visionaccel.backends import Capabilities
@@ -95,7 +95,7 @@ class Places:
     """Where arrays of a call lie: its inputs, or its outputs with the seconds that the child took to put them there."""
 
     arrays: tuple[ArrayPlace, ...]
-    writing_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    writing_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)] = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,7 @@ class Failure:
 
 
 Message: TypeAlias = Opened | Places | Failure
-_MESSAGES: TypeAdapter[Message] = TypeAdapter(Message)
+_MESSAGES: TypeAdapter[Message] = TypeAdapter(Message, config=ConfigDict(extra="forbid"))
 
 
 def encoded(message: Message) -> bytes:

@@ -26,7 +26,7 @@ _BLOCK = 512
 """The unit of `st_blocks`, on every file system."""
 
 _NUMBERS = re.compile(r"[<>|=]?[biufc](?:1|2|4|8|16|32)")
-_Size = Annotated[int, Field(ge=0, lt=2**63)]
+_Size = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 
 
 def dtype_code(dtype: np.dtype[Any]) -> str:
@@ -38,7 +38,8 @@ def numeric_dtype(code: object) -> np.dtype[Any]:
     """A dtype of numbers from its code; ValueError if it is not one."""
     if isinstance(code, str):
         if _NUMBERS.fullmatch(code):
-            return np.dtype(code)
+            with suppress(TypeError):  # numpy has no numbers of that size
+                return np.dtype(code)
         kind = vars(ml_dtypes).get(code)
         if isinstance(kind, type) and issubclass(kind, np.generic):
             return np.dtype(kind)
