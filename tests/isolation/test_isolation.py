@@ -798,6 +798,20 @@ def test_a_fork_of_the_parent_can_neither_use_nor_close_the_device(device):
     assert session.pid == child
 
 
+def test_a_fork_of_a_parent_that_closes_the_device_does_not_close_it_too(device):
+    session = device.open(polite=False)
+    child = session.pid
+    session.begin_close()
+    pid = os.fork()
+    if pid == 0:
+        with contextlib.suppress(BaseException):
+            session.close()
+        os._exit(0)
+    os.waitpid(pid, 0)
+    time.sleep(0.2)
+    assert not has_ended(child)
+
+
 # What it says
 
 

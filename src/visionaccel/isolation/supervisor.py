@@ -165,7 +165,7 @@ class Supervisor:
         """
         self.begin_close()
         process, since = self._process, self._closing_since
-        if since is None:
+        if since is None or os.getpid() != self._owner:  # A fork may have been made since `begin_close`.
             return
         if self._thread is threading.current_thread():  # Garbage was collected here, and this thread must reap.
             if process is not None:
