@@ -295,7 +295,10 @@ def _require_whole_masks(model: bytes, program: Program) -> None:
     """
     import onnx
 
-    if all(node.op_type != "Expand" for node in onnx.load_model_from_string(model).graph.node):
+    nodes = onnx.load_model_from_string(model).graph.node
+    whole = {name for node in nodes if node.op_type == "Expand" for name in node.output}
+    masks = {name for node in nodes if node.op_type == "Attention" for name in node.input[3:4] if name}
+    if not masks <= whole:
         raise ConfigurationError(
             f"program {program.name!r} was written by an earlier release, with masks that ONNX Runtime does not take.",
             hint="Export the bundle again, or use backend openvino.",

@@ -43,6 +43,33 @@ def test_nothing_is_found_in_a_good_backend(seed, site, tmp_path):
     assert inapplicable - {"L5-allocation"} == {"L0-foreign-families", "L1-padding", "L5-tampered"}
 
 
+TENSORS = """
+import dataclasses, functools
+def init(self, program):
+    _init(self, program)
+    self.capabilities = dataclasses.replace(self.capabilities, takes_tensors=True)
+Session.__init__ = init
+@functools.cache
+def kind():
+    import torch
+    class DeviceTensor(torch.Tensor):
+        def __array__(self, *_, **__):
+            raise TypeError("it is on a device")
+    return torch.from_numpy, DeviceTensor
+def on_device(self, inputs, rows):
+    from_numpy, tensor = kind()
+    return from_numpy(rows).as_subclass(tensor)
+on_output(on_device)
+"""
+
+
+def test_nothing_is_found_in_a_good_backend_that_returns_tensors(site, tmp_path):
+    install(site, "kit_tensors", TENSORS)
+    checks = [check for check in CHECKS if check.level < 5]
+    outcomes = run_checks(BackendUnderTest("kit_tensors"), tmp_path / "work", checks=checks)
+    assert {outcome.check: outcome.detail for outcome in outcomes if outcome.status == "failed"} == {}
+
+
 def test_every_check_of_a_backend_finds_something():
     """The others try what the core does around a backend, which one can break by going around the core only."""
     around = {"L1-refusals", "L5-tampered", "L5-hang"}
