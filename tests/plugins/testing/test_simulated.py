@@ -60,6 +60,16 @@ def sleeps(monkeypatch):
 # Answers, and whose they are
 
 
+def test_the_wrapped_session_begins_to_end_with_the_others(tiny, monkeypatch):
+    calls = []
+    encoder = simulated(tiny, "onnxrt")
+    inner = session(encoder)._inner
+    for name in ("begin_close", "close"):
+        monkeypatch.setattr(inner, name, lambda name=name: calls.append(name))
+    encoder.close()
+    assert calls == ["begin_close", "close"]
+
+
 @pytest.mark.parametrize("wrapped", WRAPPED)
 def test_answers_are_the_wrapped_backends(tiny, wrapped):
     grids = [(1, 6, 10), (2, 4, 4), (1, 6, 10)]

@@ -79,6 +79,9 @@ class SimulatedSession(Session):
             self._sleep_until(started + seconds, seconds)
             return answer
 
+    def begin_close(self) -> None:
+        self._inner.begin_close()
+
     def close(self) -> None:
         self._inner.close()
 
