@@ -1,9 +1,6 @@
 """Real vLLM processes, started once and shared by the tests that look at their answers."""
 
 import json
-import os
-import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -31,37 +28,33 @@ def _asking(
     ) -> dict[str, Any]:
         folder = folders.mktemp("answers")
         target, log = folder / "answers.json", folder / "log"
-        arguments = [str(checkpoint), part, str(target)]
+        command = [sys.executable, str(ASK), str(checkpoint), part, str(target)]
         if connector is not None:
-            arguments.append(json.dumps(connector))
-        status = run(arguments, quiet_environment(settings), log)
+            command.append(json.dumps(connector))
+        status = run(command, quiet_environment(settings), log)
         answers = json.loads(target.read_text()) if target.exists() else {}
         return {**answers, "status": status, "log": log.read_text(errors="replace")}
 
     return ask
 
 
-def _in_processes(arguments: list[str], environment: dict[str, str], log: Path) -> int:
+def _in_one(command: list[str], environment: dict[str, str], log: Path) -> int:
+    return forked.run(command, environment | forked.WORKER_IN_ENGINE, log)
+
+
+def _in_processes(command: list[str], environment: dict[str, str], log: Path) -> int:
     # Short, as socket names must be, and vLLM leaves them behind.
-    with tempfile.TemporaryDirectory() as sockets, log.open("wb") as out:
-        environment = environment | {"VLLM_RPC_BASE_PATH": sockets}
-        command = [sys.executable, str(ASK), *arguments]
-        process = subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT, process_group=0)
-        try:
-            return process.wait(1800)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # vLLM's other processes would outlive it
-            process.wait()
-            raise
+    with tempfile.TemporaryDirectory() as sockets:
+        return forked.run(command, environment | {"VLLM_RPC_BASE_PATH": sockets}, log)
 
 
 @pytest.fixture(scope="session")
 def ask(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Ask:
     """Run `ask.py` with some settings; returns what it wrote, its exit status, and its output as `log`.
 
-    All of vLLM is in one process, which starts several times faster: for what does not hang on its processes.
+    All of vLLM is in one process, which starts faster: for what does not hang on its processes.
     """
-    return _asking(tmp_path_factory, digits, forked.answer)
+    return _asking(tmp_path_factory, digits, _in_one)
 
 
 @pytest.fixture(scope="session")

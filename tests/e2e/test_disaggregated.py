@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from digits_vlm.samples import held_out_images
 from fake_plugins import install
-from forked import WORKER_IN_ENGINE
+from forked import WORKER_IN_ENGINE, servers
 
 START = Path(__file__).parents[2] / "examples" / "disaggregated" / "start.py"
 WATCHED = '''
@@ -83,7 +83,8 @@ def deployment(digits, watched, tmp_path_factory):
         "WATCHED_FOLDER": str(watched),
         "PYTHONPATH": str(site),
     } | WORKER_IN_ENGINE
-    with start.disaggregated(digits, settings, ARGUMENTS, encoder_settings={"WATCHED_SIDE": "encoder"}) as running:
+    own = {"WATCHED_SIDE": "encoder"}
+    with servers(), start.disaggregated(digits, settings, ARGUMENTS, encoder_settings=own) as running:
         yield running
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from forked import servers
 from visionaccel_bench.faultsuite.cells import Cell, Serving, every_cell
 from visionaccel_bench.faultsuite.suite import SuiteImages, images_needed, run_suite
 
@@ -31,7 +32,8 @@ def test_the_matrix_has_every_fault_moment_mode_and_isolation():
 @pytest.fixture(scope="module")
 def images():
     cells = [cell for serving in SERVINGS for cell in cells_of(serving)]
-    return SuiteImages.asked_of_stock(images_needed(cells), print)
+    with servers():
+        yield SuiteImages.asked_of_stock(images_needed(cells), print)
 
 
 def name_of(serving):
