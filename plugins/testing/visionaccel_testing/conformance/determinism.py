@@ -11,7 +11,7 @@ from visionaccel.core.grid import Grid
 from visionaccel_testing.conformance.check import CheckFailedError, Checks
 from visionaccel_testing.conformance.fresh_process import in_fresh_process
 from visionaccel_testing.conformance.kit import Embeddings, Kit
-from visionaccel_testing.conformance.subject import Subject, listed, patches_for
+from visionaccel_testing.conformance.subject import Subject, encoded, listed, patches_for
 
 DETERMINISM = Checks(3)
 
@@ -71,4 +71,4 @@ def threads(kit: Kit) -> None:
 
 def _encode(subject: Subject, calls_: Sequence[tuple[Grid, ...]]) -> list[Embeddings]:
     with subject.open() as encoder:
-        return [np.array(encoder.encode(patches_for(grids, subject.seed), grids)) for grids in calls_]
+        return [encoded(encoder, patches_for(grids, subject.seed), grids) for grids in calls_]

@@ -21,6 +21,7 @@ from visionaccel.core.safe_text import safe_logger
 from visionaccel.encoder import Encoder
 from visionaccel.errors import CheckpointError, VisionAccelError
 from visionaccel.images import Fitter, ImageProcessor, image_processor
+from visionaccel_testing.conformance.subject import encoded
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -165,7 +166,7 @@ class _Reader:
 
         from digits_vlm.architecture import QUESTION
 
-        embeddings = np.array(encoder.encode(patches, [grid]))
+        embeddings = encoded(encoder, patches, [grid])
         content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
         text: str = self._tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False

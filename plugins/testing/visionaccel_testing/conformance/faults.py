@@ -20,7 +20,7 @@ from visionaccel.isolation import IsolatedSession
 from visionaccel_testing.conformance.check import CheckFailedError, Checks, NotApplicableError, must_raise
 from visionaccel_testing.conformance.fresh_process import in_fresh_process
 from visionaccel_testing.conformance.kit import Kit, Weights
-from visionaccel_testing.conformance.subject import Subject, first_call, grids_of, patches_for
+from visionaccel_testing.conformance.subject import Subject, encoded, first_call, grids_of, patches_for
 
 FAULTS = Checks(5)
 
@@ -75,7 +75,7 @@ def nan_output(kit: Kit) -> None:
     with encoder:
         grids = kit.calls[0]
         try:
-            found = encoder.encode(kit.patches(grids), grids)
+            found = encoded(encoder, kit.patches(grids), grids)
         except (OutputError, DeviceError):
             return
         raise CheckFailedError(
@@ -127,7 +127,7 @@ def allocation(kit: Kit) -> None:
         for left in _LEFT:
             device.process.rlimit(psutil.RLIMIT_AS, (size + left, limits[1]))
             try:
-                found = np.array(device.encoder.encode(patches, larger))
+                found = encoded(device.encoder, patches, larger)
             except DeviceError:
                 failed = True
                 break
@@ -219,13 +219,13 @@ def _fail_inside(subject: Subject) -> None:
         grids = grids_of(encoder)[0]
         frame = grids[0].frame
         patches = patches_for(grids, subject.seed)
-        exact = np.array(encoder.encode(patches, grids))
+        exact = encoded(encoder, patches, grids)
         opened = encoder.program_for(frame)
         for what, given in _broken(opened.host.inputs(patches[: frame.patches], [frame])):
             try:
                 opened.session.run(given)
             except Exception:
-                found = encoder.encode(patches, grids)
+                found = encoded(encoder, patches, grids)
             else:
                 raise CheckFailedError(f"a session runs on inputs where {what}.")
             if encoder.capabilities.deterministic and not np.array_equal(found, exact):

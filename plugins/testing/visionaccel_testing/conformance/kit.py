@@ -27,7 +27,7 @@ from visionaccel.validation import REFERENCE_BACKEND, REFERENCE_OPTIONS
 from visionaccel_testing.checkpoints import LIVELY, TINY, random_checkpoint
 from visionaccel_testing.conformance.check import CheckFailedError
 from visionaccel_testing.conformance.declaration import BackendUnderTest
-from visionaccel_testing.conformance.subject import Subject, grids_of, patches_for
+from visionaccel_testing.conformance.subject import Subject, encoded, grids_of, patches_for
 
 Embeddings = NDArray[np.float32]
 Weights = dict[str, NDArray[Any]]
@@ -130,11 +130,11 @@ class Kit:
 
     def encode(self, patches: NDArray[Any], grids: Sequence[Grid]) -> Embeddings:
         """A copy of what the backend makes of patches."""
-        return np.array(self.encoder.encode(patches, grids))
+        return encoded(self.encoder, patches, grids)
 
     def expected(self, patches: NDArray[np.float32], grids: Sequence[Grid]) -> Embeddings:
         """What the reference makes of them."""
-        return np.array(self.reference.encode(patches, grids))
+        return encoded(self.reference, patches, grids)
 
     def check(self, grids: Sequence[Grid], what: str, number: int = 0) -> None:
         """Fail unless random patches of grids give what the reference makes of them, within the tolerance."""

@@ -17,7 +17,7 @@ from visionaccel.errors import DeviceError
 from visionaccel_testing.conformance.check import CheckFailedError, Checks, NotApplicableError, must_raise
 from visionaccel_testing.conformance.fresh_process import in_fork, in_fresh_process
 from visionaccel_testing.conformance.kit import Embeddings, Kit, Weights
-from visionaccel_testing.conformance.subject import Subject, first_call, grids_of, listed, patches_for
+from visionaccel_testing.conformance.subject import Subject, encoded, first_call, grids_of, listed, patches_for
 from visionaccel_testing.process_tree import memory, open_descriptors
 
 LIFE_CYCLE = Checks(4)
@@ -57,8 +57,8 @@ def two_sessions(kit: Kit) -> None:
     here = kit.encode(patches, grids)
     other = kit.subject_of("other", edit=_negate)
     with other.open() as second:
-        there = np.array(second.encode(patches, grids))
-        exact = kit.reference_of(other.checkpoint).encode(patches, grids)
+        there = encoded(second, patches, grids)
+        exact = encoded(kit.reference_of(other.checkpoint), patches, grids)
         kit.compare(there, exact, "a second encoder with other weights, next to a first")
         kit.same(kit.encode(patches, grids), here, "an encoder next to a second one with other weights")
     kit.same(kit.encode(patches, grids), here, "an encoder after another one was closed")
@@ -77,7 +77,7 @@ def double_close(kit: Kit) -> None:
     patches = kit.patches(grids)
     for _ in range(2):
         encoder = kit.subject.open()
-        found = np.array(encoder.encode(patches, grids))
+        found = encoded(encoder, patches, grids)
         encoder.close()
         encoder.close()
         with must_raise(DeviceError, "an encode after `close` is answered."):

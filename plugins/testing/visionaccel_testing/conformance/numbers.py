@@ -12,7 +12,7 @@ from visionaccel_testing.checkpoints import TINY
 from visionaccel_testing.conformance.check import CheckFailedError, Checks, NotApplicableError
 from visionaccel_testing.conformance.digits_reading import LEAST_AGREEMENT, read_digits
 from visionaccel_testing.conformance.kit import Kit
-from visionaccel_testing.conformance.subject import WINDOW_SIDE, grids_of, listed
+from visionaccel_testing.conformance.subject import WINDOW_SIDE, encoded, grids_of, listed
 
 NUMBERS = Checks(2)
 
@@ -91,11 +91,11 @@ def windows(kit: Kit) -> None:
             columns, side = grid.w // merge, WINDOW_SIDE // merge
             window = np.array([(t // columns // side, t % columns // side) for t in range(grid.tokens(merge))])
             patches = kit.patches([grid], 40)
-            before = np.array(encoder.encode(patches, [grid]))
+            before = encoded(encoder, patches, [grid])
             for token in (0, len(window) // 2, len(window) - 1):
                 changed = patches.copy()
                 changed[token * merge**2] = 3 * kit.patches([grid], 41)[0]
-                after = encoder.encode(changed, [grid])
+                after = encoded(encoder, changed, [grid])
                 moved = np.linalg.norm(after - before, axis=1) / np.linalg.norm(before, axis=1)
                 within = (window == window[token]).all(axis=1)
                 changes = f"grid {grid}: a changed patch of token {token}"

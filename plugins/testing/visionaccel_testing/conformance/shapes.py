@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from visionaccel.backends import Session
-from visionaccel.core.arrays import Array
+from visionaccel.core.arrays import Array, as_numpy
 from visionaccel.core.grid import Grid, total_patches
 from visionaccel.core.program import Bucket
 from visionaccel.encoder import Encoder
@@ -104,10 +104,8 @@ def padding(kit: Kit) -> None:
         padded = np.array(inputs[name])
         padded[len(padded) * frame.patches // coverage.patches :] = 1000.0
         dirty = opened.session.run({**inputs, name: padded})
-        kit.compare(
-            opened.host.embeddings(dirty, [frame]), opened.host.embeddings(clean, [frame]),
-            f"{what} whose unused patches are not zero: padding is not masked",
-        )  # fmt: skip
+        there, here = (as_numpy(opened.host.embeddings(each, [frame])) for each in (dirty, clean))
+        kit.compare(there, here, f"{what} whose unused patches are not zero: padding is not masked")
     if not found:
         raise NotApplicableError("it has no program for a bucket of grids.")
 
@@ -155,7 +153,7 @@ def outputs_owned(kit: Kit) -> None:
     """What a call returns is the caller's: no later call writes to it, and the caller may."""
     grids = kit.calls[0]
     with _watched(kit.encoder) as seen:
-        first = kit.encoder.encode(kit.patches(grids, 1), grids)
+        first = as_numpy(kit.encoder.encode(kit.patches(grids, 1), grids))
         kept = first.copy()
         kit.encode(kit.patches(grids, 2), grids)
     if not np.array_equal(first, kept):
@@ -228,7 +226,7 @@ class _Watching(Session):
             array.flags.writeable = False
         before = _copied(given)
         outputs = self._inner.run(given)
-        arrays = {name: np.asarray(array) for name, array in outputs.items()}
+        arrays = {name: as_numpy(array) for name, array in outputs.items()}
         self._seen.append(_Call(before, _copied(given), arrays, _copied(arrays)))
         return outputs
 

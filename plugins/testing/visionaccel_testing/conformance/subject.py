@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visionaccel.backends import Registry
+from visionaccel.core.arrays import as_numpy
 from visionaccel.core.grid import Grid, total_patches
 from visionaccel.core.program import AnyGrid, Coverage, FixedGrid
 from visionaccel.encoder import Encoder, WantedIsolation, open_encoder
@@ -90,11 +91,16 @@ def grids_of(encoder: Encoder) -> tuple[tuple[Grid, ...], ...]:
     return (*calls, (chosen[0], chosen[-1]), (Grid(2, chosen[0].h, chosen[0].w),))
 
 
+def encoded(encoder: Encoder, patches: NDArray[Any], grids: Sequence[Grid]) -> NDArray[np.float32]:
+    """A copy on the host of what an encoder makes of patches: sessions may return tensors of any device."""
+    return np.array(as_numpy(encoder.encode(patches, grids)))
+
+
 def first_call(encoder: Encoder, seed: int) -> Callable[[], NDArray[np.float32]]:
     """A function that encodes the first call that an encoder takes."""
     grids = grids_of(encoder)[0]
     patches = patches_for(grids, seed)
-    return lambda: np.array(encoder.encode(patches, grids))
+    return lambda: encoded(encoder, patches, grids)
 
 
 def _taken(encoder: Encoder, coverages: tuple[Coverage, ...], grid: Grid) -> bool:
