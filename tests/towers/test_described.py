@@ -1,5 +1,7 @@
 """A description alone makes every program: towers of families that the project does not ship are transformers' own."""
 
+from contextlib import closing
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -7,8 +9,10 @@ import pytest
 
 from described import CASES, described_reference, described_tower
 from visionaccel import open_encoder
+from visionaccel.backends import default_registry
+from visionaccel.backends.sessions import open_session
 from visionaccel.core.grid import Grid, as_grids, total_patches
-from visionaccel.core.program import CHECKPOINT, ONNX, AnyGrid, FixedGrid, Program
+from visionaccel.core.program import CHECKPOINT, ONNX, ONNX_STANDARD, AnyGrid, FixedGrid, Program
 
 GRIDS = [(1, 4, 4), (2, 12, 10), (1, 26, 18), (1, 2, 34)]
 GRID, LARGEST = Grid(1, 10, 14), Grid(1, 12, 16)
@@ -67,6 +71,17 @@ def test_every_program_of_fixed_shapes_is_the_tower(described, tmp_path, shape, 
     names = [spec.name for spec in outputs]
     given = dict(zip(names, session.run(names, fed), strict=True))
     compare(described, host.embeddings(given, [GRID]), patches, [GRID.thw])
+
+
+@pytest.mark.parametrize("backend", ["onnxrt", "openvino"])
+def test_the_standard_dialect_needs_no_windows(described, backend):
+    _, tower, _ = described
+    (program,) = tower.programs([ONNX_STANDARD])
+    host, chosen, grids = tower.host(program), default_registry().load(backend), [Grid(2, 10, 14), GRID]
+    patches = patches_of(tower, grids)
+    with closing(open_session(chosen, program, None, chosen.options())) as session:
+        outputs = session.run(host.inputs(patches, grids))
+        compare(described, host.embeddings(outputs, grids), patches, [grid.thw for grid in grids])
 
 
 def test_the_standard_dialect_is_valid(described, tmp_path):
