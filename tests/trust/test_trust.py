@@ -1,10 +1,13 @@
 """Golden images and the canary: a device that gets them wrong is not given a request, at the start or later."""
 
+import errno
 import json
 import logging
 import os
+import shutil
 import signal
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,8 +19,9 @@ from gated import wait_until
 from towers import random_patches, reference
 from visionaccel import open_encoder
 from visionaccel.bundle import GOLDEN_FILE, open_bundle, read_golden, write_golden
+from visionaccel.bundle import folder as folder_module
 from visionaccel.cli.app import app
-from visionaccel.errors import BundleError, ChangedFileError, DeviceError
+from visionaccel.errors import BundleError, ChangedFileError, ConfigurationError, DeviceError
 from visionaccel.service import open_guarded
 from visionaccel.settings import Settings
 from visionaccel.trust import Canary, drift_of
@@ -78,6 +82,30 @@ def test_validating_again_replaces_them_and_a_bundle_can_lose_them(tiny, tmp_pat
     assert read_golden(write_golden(open_bundle(folder), [], {})) == ()
     assert not (folder / GOLDEN_FILE).exists()
     assert read_golden(open_bundle(folder)) == ()
+
+
+def test_the_bundle_opens_whichever_write_of_new_golden_images_fails(tiny, tmp_path, monkeypatch):
+    validated(tiny, tmp_path / "bundle", "6x10")
+    write_file, left = folder_module.write_file, 0
+
+    def write(path, data):
+        nonlocal left
+        if left == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        left -= 1
+        write_file(path, data)
+
+    monkeypatch.setattr(folder_module, "write_file", write)
+    for written in range(4):
+        bundle = open_bundle(shutil.copytree(tmp_path / "bundle", tmp_path / f"copy {written}"))
+        images, left = [replace(image, threshold=0.5) for image in read_golden(bundle)], written
+        if written < 3:
+            with pytest.raises(ConfigurationError, match="No space left"):
+                write_golden(bundle, images, {})
+        else:
+            write_golden(bundle, images, {})
+        thresholds = {image.threshold for image in read_golden(open_bundle(bundle.folder))}
+        assert thresholds == ({0.9999}, set(), set(), {0.5})[written]
 
 
 @pytest.mark.parametrize(

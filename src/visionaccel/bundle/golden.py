@@ -89,6 +89,8 @@ def write_golden(bundle: Bundle, images: Sequence[Golden], changes: Mapping[str,
         tensors[f"{number}.embeddings"] = np.ascontiguousarray(each.embeddings, np.float32)
         grids = tuple(grid.thw for grid in each.grids)
         entries.append(_Entry(name=each.name[:256], program=each.program, grids=grids, threshold=each.threshold))
+    if kept != stated["files"]:  # or else the bundle would not open if this ended after the file was replaced
+        write_manifest(bundle.folder, {**stated, "files": kept})
     if images:
         replace_file(path, save(tensors, {_KEY: _ENTRIES.dump_json(entries).decode()}))
         kept.append(stated_file(bundle.folder, path))
