@@ -1,21 +1,25 @@
 """The modelled engine of the self-test, with images that fail and images that are encoded wrongly."""
 
 import time
+import warnings
 
 import torch
 
-from visionaccel.integrations.vllm.compat import engine_config
-from visionaccel.integrations.vllm.compat.modelled_engine import (
-    BLOCK,
-    GRID,
-    IMAGE_TOKENS,
-    ModelledEngine,
-    images_read,
-    make_scheduler,
-    small_config,
-)
 from visionaccel.integrations.vllm.inline.fault_channel import Fault, report_fault
 from visionaccel.service import item_key
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # vLLM and what it imports use deprecated parts of torch
+    from visionaccel.integrations.vllm.compat import engine_config
+    from visionaccel.integrations.vllm.compat.modelled_engine import (
+        BLOCK,
+        GRID,
+        IMAGE_TOKENS,
+        ModelledEngine,
+        images_read,
+        make_scheduler,
+        small_config,
+    )
 
 __all__ = ["GOOD", "GRID", "IMAGES", "IMAGE_TOKENS", "TAINTED", "Engine", "Worker", "forget", "make", "pixels"]
 

@@ -3,14 +3,18 @@
 import asyncio
 import functools
 import inspect
+import warnings
 from types import SimpleNamespace
 
 import pytest
 
 from visionaccel.errors import ConfigurationError
-from visionaccel.integrations.vllm import activation
-from visionaccel.integrations.vllm.compat import contract, scheduling, serving
-from visionaccel.integrations.vllm.compat.contract import Feature
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # vLLM and what it imports use deprecated parts of torch
+    from visionaccel.integrations.vllm import activation
+    from visionaccel.integrations.vllm.compat import contract, scheduling, serving
+    from visionaccel.integrations.vllm.compat.contract import Feature
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own deprecations
 
