@@ -7,6 +7,7 @@ import io
 import shutil
 import threading
 import time
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from pickle import PickleBuffer, Pickler, loads
@@ -30,6 +31,7 @@ from visionaccel.errors import ConfigurationError
 from visionaccel.integrations.vllm.activation import choose_mode
 from visionaccel.integrations.vllm.compat import architectures, engine_config
 from visionaccel.integrations.vllm.pipelined import self_test
+from visionaccel.integrations.vllm.pipelined.pending_images import PendingImages, WantedItem
 from visionaccel.integrations.vllm.reloading import Replacement, source_digest
 from visionaccel.integrations.vllm.shared_memory import _VARIABLE as MEMORY
 from visionaccel.integrations.vllm.shared_memory import make_shared_memory
@@ -535,6 +537,33 @@ def test_embeddings_of_a_distrusted_device_are_encoded_anew(engine, pipelined, e
     engine.drain()
     assert all(engine.answers[name] == [GOOD] * 3 for name in third)
     assert_nothing_is_left(connector)
+
+
+def test_what_was_being_encoded_when_a_device_was_distrusted_is_asked_for_again():
+    futures = []
+    service = SimpleNamespace(submit=lambda *_, **__: futures.append(Future()) or futures[-1], bytes_of=lambda _: 36)
+    pending = PendingImages(service, 1000)
+    item = WantedItem("image0", "image 1", pixels(0), GRID)
+
+    def ready(request):
+        return pending.ready(request, [item], 0.0, urgent=False)
+
+    assert not ready("a")
+    assert not ready("b")
+    pending.forget_done()
+    futures[0].set_result(np.zeros((9, 4)))  # computed before, and handed over after
+    assert pending.get("image0") is None
+    assert not ready("a")
+    assert not ready("b")
+    right = np.ones((9, 4))
+    futures[1].set_result(right)
+    assert ready("a")
+    assert ready("b")
+    assert pending.get("image0") is right
+    assert (len(futures), pending.held) == (2, 36)
+    pending.release("a")
+    pending.release("b")
+    assert (pending.held, pending.requests()) == (0, [])
 
 
 def test_vllms_factory_finds_it_where_the_configuration_names_it():

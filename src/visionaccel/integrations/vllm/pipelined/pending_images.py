@@ -33,6 +33,12 @@ class _PendingImage:
     grid: Grid
     size: int
     requests: set[str] = field(default_factory=set)
+    suspect: bool = False  # it was being encoded when embeddings were forgotten
+
+    @property
+    def rows(self) -> Embedding | None:
+        """The embedding; None if it is not there, or encoding failed."""
+        return self.future.result() if self.future.done() and self.future.exception() is None else None
 
 
 class PendingImages:
@@ -62,7 +68,11 @@ class PendingImages:
         self._waiting.setdefault(request)
         ready = True
         for item in items:
-            pending = self._pending.get(item.identifier) or self._submit(request, item, arrival, urgent)
+            pending = self._pending.get(item.identifier)
+            if pending is not None and pending.suspect and pending.rows is not None:
+                self._forget(item.identifier, pending)  # the service has it, unless it was wrong
+                pending = None
+            pending = pending or self._submit(request, item, arrival, urgent)
             if pending is None:
                 ready = False
                 continue
@@ -71,7 +81,7 @@ class PendingImages:
             error = _error(pending, item)
             if error is not None:
                 self._failures.setdefault(request, (item.label, error))
-            ready = ready and error is None and pending.future.done()
+            ready = ready and error is None and not pending.suspect and pending.future.done()
         if ready:
             del self._waiting[request]
         return ready
@@ -79,9 +89,7 @@ class PendingImages:
     def get(self, identifier: str) -> Embedding | None:
         """An item's embedding, if it is here."""
         pending = self._pending.get(identifier)
-        if pending is None or not pending.future.done() or pending.future.exception() is not None:
-            return None
-        return pending.future.result()
+        return None if pending is None or pending.suspect else pending.rows
 
     def requests(self) -> list[str]:
         """Requests that wait for something or hold it."""
@@ -104,13 +112,11 @@ class PendingImages:
         return failures
 
     def forget_done(self) -> None:
-        """Drop the embeddings that are here: they may be wrong. A request that needs one submits it again."""
+        """Drop the embeddings that are here or being encoded: they may be wrong. Requests submit them again."""
         for identifier, pending in list(self._pending.items()):
+            pending.suspect = True
             if pending.future.done():
-                for request in pending.requests:
-                    self._requests[request].discard(identifier)
-                del self._pending[identifier]
-                self.held -= pending.size
+                self._forget(identifier, pending)
 
     def release(self, request: str) -> None:
         """A request has ended or was aborted: drop what no other request wants."""
@@ -138,6 +144,12 @@ class PendingImages:
         pending = self._pending[item.identifier] = _PendingImage(future, item.grid, size)
         self.held += size
         return pending
+
+    def _forget(self, identifier: str, pending: _PendingImage) -> None:
+        for request in pending.requests:
+            self._requests[request].discard(identifier)
+        del self._pending[identifier]
+        self.held -= pending.size
 
     def _drop(self, request: str, identifier: str) -> None:
         pending = self._pending[identifier]
