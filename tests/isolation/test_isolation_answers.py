@@ -7,6 +7,7 @@ import os
 import pickle
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import ml_dtypes
@@ -43,6 +44,14 @@ PLACES = Places(tuple(ArrayPlace(name, np.dtype(name), (2, 3), 64) for name in D
 )
 def test_answers_arrive_as_they_were_sent(answer):
     assert decoded(encoded(answer)) == answer
+
+
+def test_capabilities_of_a_backends_subclass_arrive_as_the_contracts():
+    @dataclass(frozen=True)
+    class More(Capabilities):
+        watts: float = 5.0
+
+    assert decoded(encoded(Opened(More("npu", "int8")))) == Opened(Capabilities("npu", "int8"))
 
 
 def test_errors_arrive_with_their_type_message_hint_and_trace():

@@ -12,7 +12,7 @@ import pickle
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, BinaryIO, TypeAlias
 
 import numpy as np
@@ -117,7 +117,10 @@ _MESSAGES: TypeAdapter[Message] = TypeAdapter(Message, config=ConfigDict(extra="
 
 def encoded(message: Message) -> bytes:
     """A message as it is sent; TypeError if the session's capabilities are not plain values."""
-    return json.dumps(asdict(message), default=_plain).encode()
+    document = asdict(message)
+    if isinstance(message, Opened):  # a backend's subclass of Capabilities may have more fields
+        document["capabilities"] = {field.name: document["capabilities"][field.name] for field in fields(Capabilities)}
+    return json.dumps(document, default=_plain).encode()
 
 
 def decoded(data: bytes) -> Message:
