@@ -304,7 +304,7 @@ class Tower:
         folder = self.weights_folder if folder is None else folder.resolve()
         if outside := [str(each.file) for each in self.weights.values() if not each.file.is_relative_to(folder)]:
             raise ConfigurationError(
-                f"{folder} does not hold the weights, which lie in {outside[0]}.",
+                f"{folder} does not hold the weights, which are in {outside[0]}.",
                 hint=f"Pass {self.weights_folder} or a folder above it.",
             )
         if host is not None and chosen == "microsoft":

@@ -71,7 +71,7 @@ def options(kit: Kit) -> None:
     if not issubclass(kind, Options):
         raise CheckFailedError(f"`options` is {kind!r}; it must be a subclass of visionaccel.backends.Options.")
     if not kind.model_config.get("frozen") or kind.model_config.get("extra") != "forbid":
-        raise CheckFailedError("options must be frozen and forbid unknown names, as the base class has it.")
+        raise CheckFailedError("options must be frozen and forbid unknown names, as in the base class.")
     bare = [name for name, field in kind.model_fields.items() if not field.description]
     if bare:
         raise CheckFailedError(f"options without a description: {', '.join(bare)}; `visionaccel backends` prints it.")

@@ -175,8 +175,8 @@ class Kit:
             rows = int((found != other).any(axis=1).sum())
             raise CheckFailedError(
                 f"{what}: {rows} of {len(found)} embeddings differ in some bits, by up to "
-                f"{float(np.abs(found - other).max()):.1e}. If the device is so, say deterministic=False in its "
-                "Capabilities."
+                f"{float(np.abs(found - other).max()):.1e}. If it is not deterministic, declare deterministic=False "
+                "in its Capabilities."
             )
 
     def grid_lists(self, least: int = 1, most: int = 3) -> st.SearchStrategy[tuple[Grid, ...]]:
