@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from doc_pages import ROOT, Block, blocks
+from forked import WORKER_IN_ENGINE
 from visionaccel_bench.server import quiet_environment
 
 PAGE = ROOT / "docs" / "writing-a-backend.md"
@@ -28,7 +29,7 @@ def environment(tmp_path_factory):
     (site / "seen.pth").write_text(f"import site; site.addsitedir({here!r})\n")
     commands = f"{folder / 'bin'}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     pip = {"PIP_NO_INDEX": "1", "PIP_NO_DEPS": "1", "PIP_NO_BUILD_ISOLATION": "0"}
-    return quiet_environment(pip) | {"PATH": commands, "VIRTUAL_ENV": str(folder)}
+    return quiet_environment(pip) | WORKER_IN_ENGINE | {"PATH": commands, "VIRTUAL_ENV": str(folder)}
 
 
 def run(block: Block, folder: Path, environment: dict[str, str], checkpoint: Path) -> str:

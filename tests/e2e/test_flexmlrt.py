@@ -10,7 +10,7 @@ import pytest
 from openai import InternalServerError, OpenAI
 
 from digits_vlm.samples import held_out_images
-from forked import WORKER_IN_ENGINE
+from forked import WORKER_IN_ENGINE, servers
 from visionaccel.core.grid import Grid
 from visionaccel.encoder import open_tower
 from visionaccel_bench.server import serve
@@ -83,7 +83,7 @@ def server(digits, bundle, tmp_path_factory):
         settings(bundle, DEADLINE=str(DEADLINE)) | {"FLEXMLRT_SIMULATOR_SCRIPT": str(script)} | WORKER_IN_ENGINE
     )
     arguments = ("--enforce-eager", "--max-model-len", "4096", "--max-num-seqs", "16", "--dtype", "float32")
-    with serve(digits, environment, arguments) as running:
+    with servers(), serve(digits, environment, arguments) as running:
         yield running, script
 
 

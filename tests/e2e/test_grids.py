@@ -9,7 +9,7 @@ from openai import BadRequestError, OpenAI
 from PIL import Image
 
 from digits_vlm.samples import held_out_images
-from forked import WORKER_IN_ENGINE
+from forked import WORKER_IN_ENGINE, servers
 from visionaccel.bundle import ProgramRequest, export_bundle
 from visionaccel.core.grid import Grid
 from visionaccel.core.program import FixedGrid
@@ -105,6 +105,7 @@ def test_no_image_crashes_a_server_and_what_it_refuses_it_refuses_alone(digits, 
         "--trust-request-mm-kwargs",
     )  # fmt: skip
     with (
+        servers(),
         serve(digits, settings, arguments) as server,
         OpenAI(base_url=server.url, api_key="none", max_retries=0) as client,
     ):

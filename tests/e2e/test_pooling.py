@@ -7,7 +7,7 @@ import urllib.request
 import pytest
 
 from digits_vlm.samples import held_out_images
-from forked import WORKER_IN_ENGINE
+from forked import WORKER_IN_ENGINE, servers
 from message_parts import picture
 from visionaccel_bench.server import serve
 
@@ -69,7 +69,7 @@ def test_a_server_outlives_an_image_that_fails(digits):
 
     arguments = ("--runner", "pooling", "--convert", "embed", "--dtype", "float32", "--enforce-eager")
     few = ("--max-model-len", "2048", "--max-num-seqs", "4")
-    with serve(digits, settings("pipelined") | WORKER_IN_ENGINE, (*arguments, *few)) as server:
+    with servers(), serve(digits, settings("pipelined") | WORKER_IN_ENGINE, (*arguments, *few)) as server:
         before = post(server, "/v1/embeddings", of(IMAGES[0]))
         assert before[0] == 200, before
         pair = {"text_1": QUESTION, "text_2": {"content": [picture(IMAGES[VICTIM])]}}
