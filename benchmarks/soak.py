@@ -297,7 +297,7 @@ def _run(
                 finished += 1
                 at(finished)
         if not outputs:
-            time.sleep(0.0005)  # as vLLM's own loop does for a millisecond
+            time.sleep(0.001)  # as vLLM's own loop does
     return plan
 
 

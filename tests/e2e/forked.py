@@ -43,7 +43,7 @@ _IMPORTED = [
 
 
 class Forked:
-    """A fork that leads a process group.
+    """A fork that leads a process group. What it starts through vLLM, and its servers, are forks too.
 
     Args:
         command: What a process would be started with: this interpreter, then a script or `-m` and a module, then
@@ -57,7 +57,7 @@ class Forked:
         forking = multiprocessing.get_context("forkserver")
         forking.set_forkserver_preload(_IMPORTED)
         with patch.dict(os.environ, server.quiet_environment({}), clear=True):
-            forkserver.ensure_running()
+            forkserver._forkserver.ensure_running()
         _, *arguments = map(str, command)
         self._process = forking.Process(target=_lead, args=(arguments, dict(environment), log, folder))
         self._process.start()
@@ -97,7 +97,7 @@ def run(command: Sequence[str], environment: Mapping[str, str], log: Path, *, fo
 
 @contextmanager
 def servers() -> Iterator[None]:
-    """While it lasts, `visionaccel_bench.server.serve` starts its servers in forks."""
+    """While it lasts, `visionaccel_bench.server.serve` starts its servers in forks, as it does in one."""
     with patch.object(server, "ChildGroup", _Server):
         yield
 
@@ -156,6 +156,7 @@ def _enter(environment: dict[str, str], log: Path) -> None:
 
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     forkserver._forkserver.ensure_running = lambda: None  # it is, and started this process
+    server.ChildGroup = _Server
     _Forks.log = log
     for name in _STARTING:
         importlib.import_module(name).get_mp_context = _Forks

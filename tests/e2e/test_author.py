@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import forked
 from doc_pages import ROOT, Block, blocks
-from forked import WORKER_IN_ENGINE
 from visionaccel_bench.server import quiet_environment
 
 PAGE = ROOT / "docs" / "writing-a-backend.md"
@@ -29,7 +29,7 @@ def environment(tmp_path_factory):
     (site / "seen.pth").write_text(f"import site; site.addsitedir({here!r})\n")
     commands = f"{folder / 'bin'}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     pip = {"PIP_NO_INDEX": "1", "PIP_NO_DEPS": "1", "PIP_NO_BUILD_ISOLATION": "0"}
-    return quiet_environment(pip) | WORKER_IN_ENGINE | {"PATH": commands, "VIRTUAL_ENV": str(folder)}
+    return quiet_environment(pip) | {"PATH": commands, "VIRTUAL_ENV": str(folder)}
 
 
 def run(block: Block, folder: Path, environment: dict[str, str], checkpoint: Path) -> str:
@@ -39,6 +39,9 @@ def run(block: Block, folder: Path, environment: dict[str, str], checkpoint: Pat
         words = shlex.split(line.removeprefix("$ "))
         if words[0] == "cd":
             folder = folder / words[1]
+            continue
+        if words[:2] == ["visionaccel", "demo"]:
+            said.append(demo(words[1:], folder, environment))
             continue
         if words[0] in ("visionaccel", "pytest"):  # scripts of the other environment start its own python
             module = {"visionaccel": "-c import sys; from visionaccel.cli import main; main()", "pytest": "-m pytest"}
@@ -51,6 +54,17 @@ def run(block: Block, folder: Path, environment: dict[str, str], checkpoint: Pat
         assert done.returncode == 0, f"{line}\n{done.stdout[-6000:]}"
         said.append(done.stdout)
     return "\n".join(said)
+
+
+def demo(arguments: list[str], folder: Path, environment: dict[str, str]) -> str:
+    """The command with its servers as forks, which are of this environment and see the project in the other one too."""
+    (site,) = Path(environment["VIRTUAL_ENV"]).glob("lib/python*/site-packages")
+    command = [sys.executable, str(Path(sys.executable).with_name("visionaccel")), *arguments]
+    log = folder / "demo.log"
+    status = forked.run(command, environment | {"PYTHONPATH": f"{site}{os.pathsep}{folder}"}, log, folder=folder)
+    said = log.read_text()
+    assert status == 0, said[-6000:]
+    return said
 
 
 def test_a_backend_is_generated_edited_proved_and_answers(environment, digits, tmp_path):
