@@ -65,12 +65,12 @@ $(INSTALLED): $(MANIFESTS)
 demo: $(INSTALLED)
 	$(BIN)/visionaccel demo
 
-# The site shows what the tests found of our backends, so it comes last. Types keep one core busy while the C++ tests are
-# built. The two halves leave each other enough of two cores: starting vLLM is mostly waiting for one.
+# Types keep one core busy while the C++ tests are built. The two halves leave each other enough of two cores: starting vLLM
+# is mostly waiting for one. Last, what the tests showed is compared with what the pages say of it.
 test: $(INSTALLED)
-	$(MAKE) --jobs=2 --output-sync=target lint types native observers
+	$(MAKE) --jobs=2 --output-sync=target lint types docs native observers
 	$(MAKE) --jobs=2 --output-sync=line unit e2e
-	$(MAKE) docs
+	$(BIN)/python tools/evidence.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -84,9 +84,9 @@ types: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/mypy examples/disaggregated
 
-# The site of docs/, without a network; a warning is an error. The variable quiets an announcement of the theme's.
+# The site of the repository's pages, without a network; a warning is an error. Its start page is docs/index.html.
 docs: $(INSTALLED)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir $(VENV)/site
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -c docs -d $(VENV)/doctrees . $(VENV)/site
 
 CONFIGURE_NATIVE = $(BIN)/cmake -S cpp -G Ninja -D CMAKE_BUILD_TYPE=Debug -D CMAKE_CXX_FLAGS=-O1 -D VISIONACCEL_PYTHON=OFF \
 	-D VISIONACCEL_TESTS=ON -D VISIONACCEL_WERROR=ON -D CMAKE_PREFIX_PATH=$(abspath $(DOCTEST)) \
@@ -122,10 +122,10 @@ observers: $(INSTALLED)
 
 unit: observers
 	rm -rf $(VENV)/conformance
-	TESTS_BROWSER=$$(command -v chromium > /dev/null && echo 1) $(BIN)/python -m pytest --ignore tests/e2e --visionaccel-report=$(VENV)/conformance --durations=25
+	TESTS_BROWSER=$$(command -v chromium > /dev/null && echo 1) $(BIN)/python -m pytest --ignore tests/e2e --visionaccel-report=$(VENV)/conformance --junitxml=$(VENV)/results/unit.xml --durations=25
 
 e2e: $(INSTALLED)
-	$(BIN)/python -m pytest tests/e2e --basetemp=.pytest_tmp_e2e --durations=25
+	$(BIN)/python -m pytest tests/e2e --basetemp=.pytest_tmp_e2e --junitxml=$(VENV)/results/e2e.xml --durations=25
 
 # Every fault of the suite behind real servers; about ten minutes. `make e2e` plants some of them.
 faults: $(INSTALLED)

@@ -1,44 +1,75 @@
-"""Writes what is committed and made from data: `python tools/write_tables.py`. Tests compare.
+"""Writes what is committed and generated: `python tools/write_tables.py`. Tests compare.
 
-The tables of docs/compatibility.md and of the README's settings stand behind a comment that names them; the JSON schema
-of manifests is a file.
+A generated part of a page stands between `<!-- generated: NAME -->` and `<!-- end -->`. The JSON schema of manifests is
+generated whole.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from docsite.tables import contract_table, feature_table, settings_table
+from docsite.api import api_index
+from docsite.catalogue import error_catalogue, error_table
+from docsite.commands import command_reference
+from docsite.evidence import badge_table, evidence_table
+from docsite.tables import (
+    backend_options,
+    backend_table,
+    check_table,
+    contract_table,
+    feature_table,
+    metrics_table,
+    settings_table,
+)
 from visionaccel.bundle import SCHEMA_VERSION, json_schema
 
-__all__ = ["PAGES", "written"]
+__all__ = ["written"]
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "docs" / "compatibility.md", ROOT / "README.md")
 _SCHEMA = ROOT / "docs" / f"bundle-manifest-v{SCHEMA_VERSION}.schema.json"
+_PART = re.compile(r"(<!-- generated: ([\w ]+) -->\n\n).*?(?=<!-- end -->)", re.DOTALL)
+
+PARTS: Mapping[str, Callable[[], str]] = {
+    "API index": api_index,
+    "backend options": backend_options,
+    "backends": backend_table,
+    "badges": badge_table,
+    "changed in vLLM": lambda: contract_table(changing=True),
+    "checks": check_table,
+    "commands": command_reference,
+    "error catalogue": error_catalogue,
+    "errors": error_table,
+    "evidence": evidence_table,
+    "features": feature_table,
+    "metrics": metrics_table,
+    "settings": lambda: settings_table().replace("](docs/", "]("),
+    "used of vLLM": lambda: contract_table(changing=False),
+}
 
 
 def written() -> dict[Path, str]:
-    """Each of those files as the data has it now."""
-    tables = {
-        "features": feature_table(),
-        "changed": contract_table(changing=True),
-        "used": contract_table(changing=False),
-        "settings": settings_table(),
-    }
+    """Each of those files as the sources have it now.
 
-    def table(match: re.Match[str]) -> str:
-        return match[1] + tables.pop(match[2])
+    Raises:
+        ValueError: If a part is in no page.
+    """
+    missing = set(PARTS)
 
-    files = {
-        page: re.sub(r"(<!-- table: (\w+) -->\n\n)(?:\|.*\n)*", table, page.read_text(encoding="utf-8"))
-        for page in PAGES
-    }
-    if tables:
-        raise ValueError(f"no page has a place for the tables {', '.join(tables)}")
-    return files | {_SCHEMA: json.dumps(json_schema(), indent=1) + "\n"}
+    def part(match: re.Match[str]) -> str:
+        missing.discard(match[2])
+        return f"{match[1]}{PARTS[match[2]]().rstrip()}\n\n"
+
+    files = {_SCHEMA: json.dumps(json_schema(), indent=1) + "\n"}
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        text = page.read_text(encoding="utf-8")
+        if _PART.search(text):
+            files[page] = _PART.sub(part, text)
+    if missing:
+        raise ValueError(f"no page has a place for {', '.join(sorted(missing))}")
+    return files
 
 
 if __name__ == "__main__":

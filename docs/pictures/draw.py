@@ -1,4 +1,4 @@
-"""Draws the pictures of `how-it-works.md` as SVG, the windows from the tables that the encoder itself makes.
+"""Draws the pictures of the pages as SVG; the windows come from the tables that the encoder itself makes.
 
 Run it with visionaccel installed: `python docs/pictures/draw.py` writes the files next to it.
 """
@@ -174,7 +174,106 @@ def flow() -> str:
     return document("A split program and the host's part around it", x - gap + 24, 170, body)
 
 
-PICTURES: Mapping[str, Callable[[], str]] = {"windows.svg": windows, "split.svg": split, "flow.svg": flow}
+INLINE = (
+    "In-line: an image is encoded inside the engine's step",
+    ("client", "API server", "scheduler", "worker", "device"),
+    (
+        (0, 1, "request with an image"),
+        (1, 1, "image processor"),
+        (1, 2, "patches, grid, hash"),
+        (2, 3, "step: encode this image"),
+        (3, 3, "checks, tables"),
+        (3, 4, "session.run"),
+        (4, 3, "embeddings"),
+        (3, 3, "guard, fallback"),
+        (3, 3, "language model's step"),
+        (3, 2, "tokens"),
+        (2, 0, "answer"),
+    ),
+    {3: "Every request of the engine waits until the device has answered."},
+)
+PIPELINED = (
+    "Pipelined: an image is encoded while the language model decodes for other requests",
+    ("client", "API server", "scheduler", "connector", "encode service", "device", "worker"),
+    (
+        (0, 1, "request with an image"),
+        (1, 1, "image processor"),
+        (1, 2, "patches, grid, hash"),
+        (2, 3, "is it ready?"),
+        (3, 4, "submit"),
+        (3, 2, "not yet"),
+        (4, 5, "session.run"),
+        (2, 6, "steps of other requests"),
+        (5, 4, "embeddings"),
+        (4, 4, "guard, fallback, cache"),
+        (2, 3, "is it ready?"),
+        (3, 2, "yes"),
+        (2, 6, "step, with the embeddings in shared memory"),
+        (6, 6, "language model"),
+        (2, 0, "answer"),
+    ),
+    {5: "The request waits in vLLM's queue, without memory for keys and values."},
+)
+Message = tuple[int, int, str]
+
+
+def sequence(title: str, parties: Sequence[str], messages: Sequence[Message], notes: Mapping[int, str]) -> str:
+    """Who says what to whom, from top to bottom. A note stands below the message of its number."""
+    wide, high, left, top = 136, 34, 84, 84
+    body, y = text(16, 30, title, size=15), float(top)
+    for sender, receiver, words in messages:
+        number = round((y - top) / high)
+        x, there = left + sender * wide, left + receiver * wide
+        if sender == receiver:
+            body += box(x - 62, y, 124, 24, HOST)
+            body += text(x, y + 16, words, anchor="middle", size=10)
+        else:
+            way = 1 if there > x else -1
+            body += f'<path d="M{x:g} {y + 18:g}H{there - way * 5:g}" stroke="{INK}" fill="none"/>'
+            body += f'<path d="M{there:g} {y + 18:g}l{-way * 7:g} -4v8z" fill="{INK}"/>\n'
+            body += text((x + there) / 2, y + 12, words, anchor="middle", size=10)
+        y += high
+        if number in notes:
+            body += text(left, y + 12, notes[number], size=11, colour=FAINT)
+            y += high
+    columns = ""
+    for number, party in enumerate(parties):
+        x = left + number * wide
+        columns += f'<path d="M{x:g} 70V{y:g}" stroke="{FAINT}" stroke-dasharray="3 3"/>\n'
+        columns += box(x - 60, 46, 120, 26, DEVICE if party == "device" else "#f6f8fa")
+        columns += text(x, 64, party, anchor="middle", size=12)
+    return document(title, left + (len(parties) - 1) * wide + 84, round(y) + 16, columns + body)
+
+
+def whole() -> str:
+    """Everything on one picture: three axes, and what stands between them."""
+    rows = (
+        ("engines", ("vLLM, in-line", "vLLM, pipelined", "Python")),
+        ("core", ("queue and cache", "chain of fallbacks, canary, guard, shadow")),
+        ("core", ("encoder: checks, host part, session, host part, checks",)),
+        ("families", ("Qwen2.5-VL", "yours: one module")),
+        ("backends", ("onnxrt", "openvino", "flexmlrt", "torch_ref", "yours: one class")),
+        ("devices", ("CPU", "GPU", "NPU", "simulated")),
+    )
+    body, left, wide, high = text(16, 30, "Pixels in, embeddings out", size=15), 100, 620, 44
+    for row, (name, cells) in enumerate(rows):
+        y, width = 50 + row * (high + 10), wide / len(cells)
+        body += text(16, y + 27, name, colour=FAINT)
+        for column, cell in enumerate(cells):
+            fill = HOST if name == "core" else DEVICE if name in ("backends", "devices") else "#d9f2d9"
+            body += box(left + column * width, y, width - 6, high, fill)
+            body += text(left + column * width + width / 2 - 3, y + 27, cell, anchor="middle", size=12)
+    return document("visionaccel from engine to device", left + wide + 16, 50 + len(rows) * (high + 10) + 10, body)
+
+
+PICTURES: Mapping[str, Callable[[], str]] = {
+    "windows.svg": windows,
+    "split.svg": split,
+    "flow.svg": flow,
+    "inline.svg": lambda: sequence(*INLINE),
+    "pipelined.svg": lambda: sequence(*PIPELINED),
+    "whole.svg": whole,
+}
 
 if __name__ == "__main__":
     for file, draw in PICTURES.items():

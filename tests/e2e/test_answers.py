@@ -26,14 +26,18 @@ def test_a_former_name_is_deprecated_in_one_line_for_all_processes(accelerated):
 
 
 @pytest.mark.parametrize("part", ["singles", "others", "mixed", "repeated", "crowd"])
-def test_tokens_are_equal_and_log_probabilities_within_1e_4(stock, accelerated, part):
+def test_tokens_are_equal_and_log_probabilities_within_1e_4(stock, accelerated, part, record_property):
     theirs, ours = stock["parts"][part], accelerated["parts"][part]
     assert len(theirs) == len(ours)
     assert [answer["tokens"] for answer in ours] == [answer["tokens"] for answer in theirs]
     for answer, expected in zip(ours, theirs, strict=True):
         assert answer["logprobs"] == pytest.approx(expected["logprobs"], rel=0, abs=1e-4)
+    shown = "prompts whose tokens are equal to stock vLLM's in float32, log-probabilities within 1e-4"
+    record_property(f"evidence: {shown}: {accelerated['backend']}, {accelerated['mode']}", len(ours))
 
 
-def test_300_images_are_read_as_stock_vllm_reads_them(stock, accelerated):
+def test_300_images_are_read_as_stock_vllm_reads_them(stock, accelerated, record_property):
     assert len(stock["read"]) == 300
     assert accelerated["read"] == stock["read"]
+    shown = "held-out images read as stock vLLM reads them"
+    record_property(f"evidence: {shown}: {accelerated['backend']}, {accelerated['mode']}", len(stock["read"]))

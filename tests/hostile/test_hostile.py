@@ -26,10 +26,14 @@ def accounts(tmp_path_factory):
     return run(work / "seeds", work, shares(CASES, {name: kind.share for name, kind in KINDS.items()}))
 
 
-def test_no_hostile_input_does_more_than_to_be_refused_or_read(accounts):
+def test_no_hostile_input_does_more_than_to_be_refused_or_read(accounts, record_property):
     found = findings(accounts)
     assert not found, "\n\n".join([table(accounts), *found])
-    assert sum(account.cases for account in accounts.values()) >= CASES
+    cases = sum(account.cases for account in accounts.values())
+    assert cases >= CASES
+    record_property(
+        "evidence: hostile files (bundles, checkpoints, images, models) refused with an error of ours, or read", cases
+    )
 
 
 def test_what_is_not_hostile_is_read(accounts):

@@ -9,7 +9,6 @@ from typer.main import get_command
 from doc_pages import PAGES, ROOT, blocks, commands, rows
 from docsite.catalogue import GAP, classes, explained, raised_errors, templates
 from docsite.commands import command_reference, commands_of
-from docsite.links import ELSEWHERE, site_links
 from docsite.tables import backend_options, backend_table
 from visionaccel.backends import default_registry
 from visionaccel.cli.app import app
@@ -96,25 +95,6 @@ def test_links_between_pages_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page}: {target}"
-
-
-def test_every_page_of_the_repository_is_in_the_site():
-    nav = (ROOT / "mkdocs.yml").read_text().partition("nav:")[2]
-    listed = set(re.findall(r"- (\S+\.md)$", nav, re.M))
-    own = {str(page.relative_to(ROOT / "docs")) for page in PAGES if page.is_relative_to(ROOT / "docs")}
-    assert listed == own | set(ELSEWHERE.values())
-    assert {str(page.relative_to(ROOT)) for page in PAGES} - {"README.md"} == set(ELSEWHERE) | {
-        f"docs/{p}" for p in own
-    }
-
-
-def test_links_of_a_page_elsewhere_are_the_sites_or_plain_text():
-    page = "[bundles](../../docs/bundles.md#sharing), [sources](../../cpp), [it](https://a.b), [`x`](../onnxrt)"
-    assert site_links(page, "plugins/flexmlrt/README.md", "backends/flexmlrt.md") == (
-        "[bundles](../bundles.md#sharing), sources, [it](https://a.b), [`x`](onnxrt.md)"
-    )
-    fenced = "```text\n[a](../../cpp)\n```\n"
-    assert site_links(fenced, "plugins/flexmlrt/README.md", "backends/flexmlrt.md") == fenced
 
 
 def test_every_class_of_errors_says_when_and_what_to_do():

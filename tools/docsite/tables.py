@@ -1,4 +1,4 @@
-"""Tables of the installed backends, of their options, of the metrics, and of what is relied on in vLLM."""
+"""Tables of the installed backends, their options, the metrics, the conformance kit's checks, and the use of vLLM."""
 
 from collections.abc import Iterator
 from types import NoneType, UnionType
@@ -17,9 +17,12 @@ from visionaccel.integrations.vllm.compat.contract import (
 )
 from visionaccel.observe import SERIES
 from visionaccel.settings import FORMER_NAMES, PREFIX, Settings
+from visionaccel_testing.conformance import CHECKS
+from visionaccel_testing.conformance.check import LEVELS
 
 __all__ = [
-    "ENTRIES", "backend_options", "backend_table", "contract_table", "feature_table", "metrics_table", "settings_table",
+    "ENTRIES", "backend_options", "backend_table", "check_table", "contract_table", "feature_table", "metrics_table",
+    "settings_table",
 ]  # fmt: skip
 
 
@@ -64,6 +67,13 @@ def backend_options() -> str:
             rows.append(f"| `{field.alias or option}` | `{kind}` | {shown} | {_cell(field.description or '')} |")
         sections.append("\n".join(rows))
     return "\n\n".join(sections)
+
+
+def check_table() -> str:
+    """Every check of the conformance kit with what is right if it passes."""
+    rows = ["| check | level | what is right |", "|---|---|---|"]
+    rows += [f"| `{check.name}` | {LEVELS[check.level]} | {check.title} |" for check in CHECKS]
+    return "\n".join(rows)
 
 
 def feature_table() -> str:

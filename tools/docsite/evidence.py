@@ -1,0 +1,87 @@
+"""What a run of all tests showed, as committed in `docs/evidence.json`, and its tables."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree  # nosec B405 # reads what pytest has written
+
+from visionaccel_testing.conformance.report import ConformanceReport
+
+__all__ = ["EVIDENCE", "PROPERTY", "Badge", "Evidence", "badge_table", "committed", "evidence_table", "found_in"]
+
+EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence.json"
+PROPERTY = "evidence: "
+"""Begins the names of the properties that tests record: what was shown, and as value on how many, such as prompts."""
+
+
+class Badge(NamedTuple):
+    """What the conformance kit found of a backend: checks that passed, checks that apply, what the next badge needs."""
+
+    badge: str
+    passed: int
+    applies: int
+    missing: str
+
+
+class Evidence(NamedTuple):
+    """What the tests showed.
+
+    Attributes:
+        shown: The sum of the numbers that passing tests recorded, by what they show.
+        badges: For each backend that the conformance kit checked.
+    """
+
+    shown: dict[str, int]
+    badges: dict[str, Badge]
+
+
+def committed() -> Evidence:
+    """The evidence that the pages show."""
+    found = json.loads(EVIDENCE.read_text())
+    return Evidence(found["shown"], {name: Badge(*badge) for name, badge in found["badges"].items()})
+
+
+def found_in(results: Path, reports: Path) -> Evidence:
+    """The evidence of one run.
+
+    Args:
+        results: A folder with pytest's JUnit files. The properties of a test that did not pass do not count.
+        reports: A folder with reports of the conformance kit.
+    """
+    shown: Counter[str] = Counter()
+    for path in sorted(results.glob("*.xml")):
+        for name, value in _recorded(path):
+            shown[name] += int(value)
+    badges = {}
+    for path in sorted(reports.glob("*.json")):
+        report = ConformanceReport.model_validate_json(path.read_text())
+        applies = [result for result in report.results if result.status != "not applicable"]
+        passed = sum(result.status == "passed" for result in applies)
+        badges[report.backend] = Badge(str(report.badge), passed, len(applies), report.missing)
+    return Evidence(dict(sorted(shown.items())), badges)
+
+
+def _recorded(path: Path) -> Iterator[tuple[str, str]]:
+    for case in ElementTree.parse(path).iter("testcase"):  # nosec B314 # as above
+        if case.find("failure") is None and case.find("error") is None:
+            for each in case.iter("property"):
+                if each.get("name", "").startswith(PROPERTY):
+                    yield each.get("name", "").removeprefix(PROPERTY), each.get("value", "0")
+
+
+def evidence_table() -> str:
+    """A row for each thing that the tests show."""
+    rows = [f"| {what} | {number} |" for what, number in committed().shown.items()]
+    return "\n".join(["| shown on every change | number |", "|---|---|", *rows])
+
+
+def badge_table() -> str:
+    """A row for each backend that the conformance kit checked: the badge, and why it is no better."""
+    rows = ["| backend | badge | checks passed | for the next badge |", "|---|---|---|---|"]
+    for backend, (badge, passed, applies, missing) in committed().badges.items():
+        rows.append(
+            f"| `{backend}` | {badge} | {passed} of {applies} | {missing.replace('|', chr(92) + '|') or 'nothing'} |"
+        )
+    return "\n".join(rows)
