@@ -1,6 +1,7 @@
 """vLLM in forks of one process that has imported it: those start in seconds.
 
-A fork is like a process that vLLM spawns, its imports aside: it has loaded no plug-in, and no thread runs in it.
+A fork is like a process that vLLM spawns, its imports aside: it has loaded no plug-in, and no thread runs in it. But
+libraries have read their environment: OpenMP binds no thread to a core. `test_server` starts vLLM as users do.
 """
 
 import importlib
