@@ -269,7 +269,7 @@ PLANTED = (
     ),
     Planted(
         "process_noise", "L3-processes", "in another process",
-        "on_output(lambda self, inputs, rows: rows * np.float32(1 + os.getpid() % 97 * 1e-6))",
+        "on_output(lambda self, inputs, rows: rows * np.float32(1 + os.getpid() % 397 * 2.4e-7))",
     ),
     Planted(
         "batch_statistics", "L3-neighbours", "larger values",
