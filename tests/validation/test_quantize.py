@@ -150,7 +150,7 @@ def test_a_backend_that_does_not_quantize_says_so(bundle, images, tmp_path, monk
     backend = default_registry().load("torch_ref")
     monkeypatch.setattr(type(backend), "formats", frozenset({"onnx", CHECKPOINT}))
     monkeypatch.setattr(type(backend), "probe", lambda *_: Accepted(1, "runs anything"))
-    with pytest.raises(ConfigurationError, match="'torch_ref' does not quantize program '10x18'"):
+    with pytest.raises(ConfigurationError, match="'torch_ref' cannot quantize program '10x18'"):
         quantize_bundle(bundle, tmp_path / "bundle", [images], target="torch_ref")
     assert list(tmp_path.iterdir()) == []
 

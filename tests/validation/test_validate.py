@@ -364,7 +364,7 @@ def test_programs_that_no_backend_takes_fail_with_the_reason(tiny, tmp_path, bac
 def test_bare_weights_never_stand_in_for_a_program(tiny, tmp_path):
     folder = write_bundle(tiny, tmp_path / "bundle", "10x18")
     certificate = run(folder, tiny, "--backend", "torch_ref", status=1)
-    assert "takes programs in checkpoint" in failed(certificate)["10x18"]
+    assert "supported formats: checkpoint" in failed(certificate)["10x18"]
 
 
 def test_a_fault_in_the_fast_tower_does_not_reach_the_reference(tiny, tmp_path, monkeypatch):

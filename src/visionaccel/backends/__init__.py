@@ -2,12 +2,12 @@
 
 A plug-in imports from here, `visionaccel.errors`, and these modules of `visionaccel.core`:
 
-- `program`, `contracts`, `grid`, `arrays`: what a session is given and returns;
+- `program`, `contracts`, `grid`, `arrays`: what a session receives and returns;
 - `tower_spec`, for a backend that builds the tower from its weights, and `packed_products` if it computes with torch;
-- `cores`, `cpu`, `cache_folder`: the machine;
+- `cores`, `cpu`, `cache_folder`: cores, CPU features and cache folders of this machine;
 - `bounded_files`, `onnx_graphs`: reading untrusted files.
 
-`visionaccel.backends.onnx_weights` is for backends that run ONNX programs, `onnx_products` for quantizing them.
+`visionaccel.backends.onnx_weights` helps backends that run ONNX programs, `onnx_products` those that quantize them.
 """
 
 from visionaccel.backends.hooks import BreakerReport, DriftReport, EncodeReport, FailureReport, Purpose, hookimpl

@@ -32,22 +32,22 @@ class EncodeReport:
 
     Attributes:
         backend: Name of the backend.
-        device: What the session runs on.
+        device: The device that its session runs on.
         grids: The grids that were encoded.
-        patches: Rows in.
-        tokens: Rows out.
-        purpose: What it was for.
+        patches: Number of input rows.
+        tokens: Number of output rows.
+        purpose: Why it was encoded.
         started: When it began, on the clock of `time.monotonic`.
-        queue_seconds: How long its first item waited for a device; None where there is no queue.
+        queue_seconds: How long the item waited for a device; None without a queue.
         check_seconds: Checking patches against grids.
-        prepare_seconds: Host tables, casts and packing.
-        run_seconds: The backend's calls: the two transfers and the device.
-        transfer_in_seconds: Bringing inputs to the device, or into its process.
-        device_seconds: Computing.
-        transfer_out_seconds: Bringing outputs back.
-        finish_seconds: Checking and unpacking what came back.
+        prepare_seconds: Making host tables, casting and packing inputs.
+        run_seconds: The backend's calls: both transfers and the computation.
+        transfer_in_seconds: Copying inputs to the device, or into its process.
+        device_seconds: Computing on the device.
+        transfer_out_seconds: Copying outputs back.
+        finish_seconds: Checking and unpacking outputs.
         bytes_in: Bytes of the inputs of all calls.
-        bytes_out: Bytes of their outputs.
+        bytes_out: Bytes of the outputs of all calls.
     """
 
     backend: str
@@ -71,15 +71,15 @@ class EncodeReport:
 
 @dataclass(frozen=True, slots=True)
 class FailureReport:
-    """One encode that a device failed.
+    """One encode that failed on a device.
 
     Attributes:
         backend: Name of the backend.
-        device: What its session runs on.
-        grids: What was to be encoded.
+        device: The device that its session runs on.
+        grids: The grids that were to be encoded.
         kind: Name of the error's class, such as `OutputError`.
         message: The error's message.
-        following: What follows: `retry`, the name of another backend, or None if the items fail.
+        following: What happens next: `retry`, the name of the backend that takes over, or None if the items fail.
     """
 
     backend: str
@@ -92,13 +92,13 @@ class FailureReport:
 
 @dataclass(frozen=True, slots=True)
 class DriftReport:
-    """A comparison of an encoder with known or computed answers of the reference.
+    """A comparison of an encoder's embeddings with the reference's.
 
     Attributes:
         backend: Name of the backend.
-        device: What its session runs on.
+        device: The device that its session runs on.
         source: `canary` for golden images, `shadow` for a request that the reference encoded too.
-        encoded: Something was compared; otherwise the cosine means nothing.
+        encoded: Whether anything was compared; otherwise `lowest_cosine` means nothing.
         lowest_cosine: The lowest cosine of a token; -1 if the encode failed.
         limit: The lowest cosine that passes.
         passed: Whether it passed.
@@ -117,13 +117,13 @@ class DriftReport:
 
 @dataclass(frozen=True, slots=True)
 class BreakerReport:
-    """An encoder's breaker changed its state.
+    """A change of the state of an encoder's breaker.
 
     Attributes:
         backend: Name of the backend.
-        device: What its session runs on.
-        state: `closed`, `open` or `half-open`.
-        reason: Why.
+        device: The device that its session runs on.
+        state: The new state: `closed`, `open` or `half-open`.
+        reason: Why it changed.
     """
 
     backend: str
@@ -137,15 +137,15 @@ class HookSpecs:
 
     @hookspec
     def visionaccel_backends(self) -> Sequence[type[VisionBackend]]:  # type: ignore[empty-body]
-        """Backend classes of this plug-in. Must not touch a device or import a vendor's runtime."""
+        """Return this plug-in's backend classes. Must not touch a device or import a vendor's runtime."""
 
     @hookspec
     def visionaccel_encoded(self, report: EncodeReport) -> None:
-        """Called after each encode, in the thread that encoded. What it raises is logged and has no other effect."""
+        """Called after each encode, in the thread that encoded. An exception is logged and has no other effect."""
 
     @hookspec
     def visionaccel_failed(self, report: FailureReport) -> None:
-        """Called after each encode that a device failed, in the thread that encoded."""
+        """Called after each encode that failed on a device, in the thread that encoded."""
 
     @hookspec
     def visionaccel_compared(self, report: DriftReport) -> None:
@@ -157,9 +157,9 @@ class HookSpecs:
 
     @hookspec
     def visionaccel_commands(self, app: typer.Typer) -> None:
-        """Adds commands to `visionaccel`: `app.command()(function)` or `app.add_typer(group)`.
+        """Add commands to `visionaccel`: `app.command()(function)` or `app.add_typer(group)`.
 
-        Called on the modules of the entry-point group `visionaccel.commands`, for help and for a command that is not
-        the core's. Import what is slow inside the commands. If this raises, prints to stdout or adds a name that is
-        taken, other commands still work. A callback of `app` itself is refused.
+        Called on the modules of the entry-point group `visionaccel.commands`, for `--help` and for commands that the
+        core does not have. Import slow modules inside the commands. If this raises, prints to stdout or adds a name
+        that is taken, other commands still work. A callback on `app` itself is refused.
         """

@@ -1,8 +1,8 @@
-"""Products of rows with a tower's stored weights in an ONNX model, replaced by products of int8.
+"""Replaces matrix products with a tower's weights in an ONNX model by int8 products.
 
-A channel or a row that is much larger than the others would leave these few of the 256 steps. Therefore each product's
-rows are divided, channel by channel, by factors that its weight is multiplied by (SmoothQuant,
-https://arxiv.org/abs/2211.10438), and then each row is divided by its largest value, and the result multiplied by it.
+A channel or row with much larger values than the rest would leave the others few of the 256 steps. So each channel of
+the rows is divided by a factor that the weight is multiplied by (SmoothQuant, https://arxiv.org/abs/2211.10438). Then
+each row is divided by its largest value, and its result is multiplied by that value.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from visionaccel.core.program import Program
 from visionaccel.errors import ArtifactError, ConfigurationError
 
 Nodes: TypeAlias = tuple[list[onnx.NodeProto], list[onnx.TensorProto]]
-"""Nodes and their constants."""
+"""Nodes and the constants that they read."""
 
 _SMOOTHING = 0.5
-"""Exponent of the activations in the smoothing factors; the paper's for most models."""
+"""Exponent of the activations in the smoothing factors: the paper's value for most models."""
 
 _SAME = frozenset({"Cast", "Identity"})
-"""Operators that change nothing but a value's dtype."""
+"""Operators that change at most a value's dtype."""
 
 
 @dataclass(frozen=True)
@@ -52,17 +52,18 @@ def quantize_products(
     least: float,
     keep_last: bool = False,
 ) -> None:
-    """Write a program with products of int8. The small product of the patches stays as it is.
+    """Write a program whose products are int8, except the small product that embeds the patches.
 
     Args:
-        program: A float32 program in ONNX; the result refers to the weights that are not quantized.
+        program: A float32 ONNX program; the result refers to its weights that are not quantized.
         path: The file to write.
-        run: Runs a float32 model over the program's weights on the calibration's inputs; given the model and names of
-            some of its outputs, yields these for each call.
-        multiply: Writes a product of int8: given the product, the name of its rows [rows, channels], whose values lie
-            between -1 and 1, the weight float32 [outputs, channels], and the name of the result [rows, outputs].
-        least: What a row of zeros is divided by.
-        keep_last: The model's last product stays as it is, if there are others.
+        run: Runs a float32 model that uses the program's weights on the calibration inputs. Takes the model and names
+            of some of its outputs; yields these outputs for each call.
+        multiply: Makes the nodes of an int8 product from: the product, the name of its rows [rows, channels], whose
+            values are between -1 and 1, the weight float32 [outputs, channels], and the name for the result
+            [rows, outputs].
+        least: Divisor of a row of zeros.
+        keep_last: Do not quantize the model's last product, if there are others.
 
     Raises:
         ConfigurationError: If there are no products to quantize, or no calls.
@@ -94,12 +95,12 @@ def quantize_products(
 
 
 def parse_model(program: Program) -> onnx.ModelProto:
-    """The ONNX model of a program that has one.
+    """Parse the model of an ONNX program.
 
     Raises:
         ArtifactError: If it cannot be read.
     """
-    assert program.model is not None, "a program in ONNX"
+    assert program.model is not None, "ONNX programs have a model"
     try:
         return onnx.load_model_from_string(program.model())
     except Exception as error:  # protobuf's decoding error is not part of its public interface
@@ -109,7 +110,7 @@ def parse_model(program: Program) -> onnx.ModelProto:
 
 
 def _find_products(model: onnx.ModelProto, program: Program) -> dict[str, list[Product]]:
-    """Products with weights of the tower, by the name of their rows, in the model's order; several may share them."""
+    """Find products with the tower's weights, in the model's order; products of the same rows share a key."""
     graph = model.graph
     makers = {name: node for node in graph.node for name in node.output}
     inputs = {value.name for value in graph.input}
@@ -123,7 +124,7 @@ def _find_products(model: onnx.ModelProto, program: Program) -> dict[str, list[P
             found.setdefault(node.input[0], []).append(Product(node, weight))
     if not found:
         raise ConfigurationError(
-            f"program {program.name!r} has no products with weights that could be quantized.",
+            f"program {program.name!r} has no products with weights to quantize.",
             hint="Quantize a bundle that `visionaccel export` wrote.",
         )
     return found
@@ -136,7 +137,7 @@ def _origin(name: str, makers: Mapping[str, onnx.NodeProto], through: frozenset[
 
 
 def _add_largest(model: onnx.ModelProto, tensors: Sequence[str]) -> tuple[onnx.ModelProto, list[str]]:
-    """A copy of a model with outputs of the largest absolute value in each channel of matrices, and their names."""
+    """Copy a model and add outputs for the largest absolute values by channel of some matrices; also their names."""
     watching = onnx.ModelProto()
     watching.CopyFrom(model)
     outputs: list[str] = []
@@ -153,7 +154,7 @@ def _add_largest(model: onnx.ModelProto, tensors: Sequence[str]) -> tuple[onnx.M
 def _reduce_max(
     model: onnx.ModelProto, name: str, output: str, *, axis: int, keepdims: int
 ) -> tuple[onnx.NodeProto, list[onnx.TensorProto]]:
-    """The node, and the constant that it needs: since opset 18 the axes are an input."""
+    """Make the node and, from opset 18 on, where the axes are an input, their constant."""
     opset = next(each.version for each in model.opset_import if each.domain in ("", "ai.onnx"))
     if opset < 18:
         return helper.make_node("ReduceMax", [name], [output], axes=[axis], keepdims=keepdims), []
@@ -164,22 +165,23 @@ def _reduce_max(
 def _largest_by_channel(
     tensors: Sequence[str], calls: Iterable[Sequence[NDArray[np.float32]]]
 ) -> dict[str, NDArray[np.float32]]:
-    """The largest absolute value in each channel over all calls: float32 [channels] by the matrices' names."""
+    """Find the largest absolute value in each channel over all calls: float32 [channels] by the matrices' names."""
     found: dict[str, NDArray[np.float32]] = {}
     for answers in calls:
         for tensor, seen in zip(tensors, answers, strict=True):
             found[tensor] = np.maximum(found.get(tensor, 0), seen)
     if not all(np.isfinite(seen).all() for seen in found.values()):
         raise ArtifactError(
-            "the program makes NaN or infinity of the calibration's images.", hint="Export the bundle in float32 again."
+            "the program computes NaN or infinity for the calibration images.",
+            hint="Export the bundle in float32 again.",
         )
     if not found:
-        raise ConfigurationError("there is nothing to calibrate with.", hint="Name images that fit the programs.")
+        raise ConfigurationError("there are no images to calibrate with.", hint="Pass images that fit the programs.")
     return found
 
 
 def _smoothing_factors(channels: NDArray[np.float32], weights: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-    """What rows are divided by and all their weights multiplied by, positive: equation 4 of SmoothQuant."""
+    """Compute the positive factors that divide the rows and multiply all their weights: equation 4 of SmoothQuant."""
     largest = np.max([np.abs(weight).max(axis=0) for weight in weights], axis=0)
     seen = np.maximum(channels, 1e-5 * max(float(channels.max()), 1e-30))
     factors: NDArray[np.float32] = seen**_SMOOTHING / np.maximum(largest, 1e-8) ** (1 - _SMOOTHING)
@@ -187,7 +189,7 @@ def _smoothing_factors(channels: NDArray[np.float32], weights: Sequence[NDArray[
 
 
 def _even_rows(model: onnx.ModelProto, rows: str, factors: NDArray[np.float32], name: str, least: float) -> Nodes:
-    """Nodes for `name.even`, the smoothed rows each divided by its largest value, and `name.sizes`, these values."""
+    """Make nodes for `name.even`, the smoothed rows divided by their largest values, and `name.sizes`, these values."""
     constants = [
         numpy_helper.from_array(1 / factors, f"{name}.inverse"),
         numpy_helper.from_array(np.array(least, np.float32), f"{name}.least"),
@@ -210,12 +212,12 @@ def _named(operator: str, inputs: list[str], output: str) -> onnx.NodeProto:
 def _replace_nodes(
     model: onnx.ModelProto, replaced: Mapping[str, Sequence[onnx.NodeProto]], initializers: Iterable[onnx.TensorProto]
 ) -> onnx.ModelProto:
-    """The model, changed: nodes replaced by others by name, and what is not read any more removed."""
+    """Replace nodes of the model by name, and remove nodes and constants that are no longer read."""
     nodes: list[onnx.NodeProto] = []
     made: set[str] = set()
     for node in model.graph.node:
         for each in replaced.get(node.name, [node]):
-            if not set(each.output) & made:  # products of the same rows bring the same nodes to quantize them
+            if not set(each.output) & made:  # products of the same rows share the nodes that quantize them
                 nodes.append(each)
                 made.update(name for name in each.output if name)
     read = {value.name for value in model.graph.output}

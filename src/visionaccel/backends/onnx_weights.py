@@ -1,4 +1,4 @@
-"""The external weights of an ONNX model, mapped into memory: what backends bind instead of handing over paths."""
+"""Maps the external weights of an ONNX model into memory, so that backends bind arrays instead of passing paths."""
 
 from __future__ import annotations
 
@@ -17,33 +17,36 @@ from visionaccel.errors import ArtifactError
 
 _STORED: Mapping[int, str] = {
     **{DTYPES[name].onnx: name for name in ("float32", "float16")},
-    DTYPES["bfloat16"].onnx: "uint16",  # numpy has no bfloat16; runtimes look at the bytes alone
+    DTYPES["bfloat16"].onnx: "uint16",  # numpy has no bfloat16; runtimes only read the bytes
 }
 
 
 def external_weights(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
-    """The initializers of a model's graph that lie in other files, by name."""
+    """Return the initializers of a model's graph whose data is in other files, by name."""
     return {each.name: each for each in model.graph.initializer if is_external(each)}
 
 
 def map_weights(tensors: Iterable[onnx.TensorProto], folder: Path) -> dict[str, NDArray[Any]]:
-    """External weights by name, read-only: float32, float16, or uint16 with the bytes of bfloat16.
+    """Map external weights: read-only arrays by name, in float32, float16, or uint16 with the bytes of bfloat16.
 
-    Each file is mapped once, however many weights lie in it: a mapping holds a descriptor.
+    Each file is mapped once, however many weights it holds, because a mapping keeps a file descriptor. The arrays keep
+    the mappings alive.
 
     Args:
         tensors: The initializers.
-        folder: What their locations are relative to.
+        folder: The folder that their locations are relative to.
 
     Raises:
-        ArtifactError: If one is of another type, or cannot be read.
+        ArtifactError: If one has another type, or cannot be read.
     """
     files: dict[Path, NDArray[np.uint8]] = {}
     found: dict[str, NDArray[Any]] = {}
     for tensor in tensors:
         if tensor.data_type not in _STORED:
             kind = onnx.TensorProto.DataType.Name(tensor.data_type)
-            raise ArtifactError(f"weight {tensor.name!r} is of type {kind}.", hint="Export the program again.")
+            raise ArtifactError(
+                f"weight {tensor.name!r} has the unsupported type {kind}.", hint="Export the program again."
+            )
         dtype, shape = np.dtype(_STORED[tensor.data_type]), tuple(tensor.dims)
         path = folder
         try:
@@ -62,7 +65,7 @@ def map_weights(tensors: Iterable[onnx.TensorProto], folder: Path) -> dict[str, 
 
 
 def mapped_weights(model: bytes, folder: Path) -> dict[str, tuple[NDArray[Any], int]]:
-    """The external weights of a serialized model and their ONNX types, by name, as `map_weights` gives them.
+    """Map the external weights of a serialized model, as `map_weights` does; returns each with its ONNX type, by name.
 
     Raises:
         ArtifactError: If the model or a weight cannot be read.
@@ -75,7 +78,7 @@ def mapped_weights(model: bytes, folder: Path) -> dict[str, tuple[NDArray[Any], 
 
 
 def load_weights(model: onnx.ModelProto, folder: Path) -> None:
-    """Put the external weights of a model into it, for what runs models as they are; protobuf holds 2 GiB at most.
+    """Copy the external weights of a model into it, for runtimes that take whole models; protobuf holds up to 2 GiB.
 
     Raises:
         ArtifactError: If a weight cannot be read.

@@ -1,4 +1,4 @@
-"""Backends by entry point: listed without importing any, loaded one at a time."""
+"""Finds backends by entry point: lists them without importing any, and loads one at a time."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from visionaccel.backends.spec import VisionBackend
 from visionaccel.errors import DuplicateBackendError, PluginError, UnknownBackendError
 
 GROUP = "visionaccel.backends"
-"""Entry-point group of backend plug-ins; an entry point has its backend's name."""
+"""Entry-point group of backend plug-ins; the name of an entry point is the name of its backend."""
 
 EXTRAS: Mapping[str, str] = MappingProxyType(
     {name: name for name in ("flexmlrt", "onnxrt", "openvino", "torch_ref")} | {"simulated": "testing"}
 )
-"""Backends that the core distribution offers as extras, and the extras."""
+"""Extras of the core distribution by the backends that they install."""
 
 IMPORT_SECONDS = 120.0
-"""How long a plug-in may take to be imported: generous, as a vendor's runtime may lie on a slow network drive."""
+"""How long importing a plug-in may take: generous, because a vendor's runtime may be on a slow network drive."""
 
 
 @dataclass(frozen=True, slots=True)
 class BackendEntry:
-    """An installed backend, not imported: its name, the distribution that provides it, and the module to import."""
+    """An installed backend: its name, the distribution and version that provide it, and the module to import."""
 
     name: str
     distribution: str
@@ -44,14 +44,18 @@ _making = threading.RLock()
 
 
 class Registry:
-    """Installed backends and the plug-in manager that holds those that were loaded."""
+    """The installed backends, and the plug-in manager of those that were loaded.
+
+    Raises:
+        DuplicateBackendError: If two distributions provide a backend of the same name.
+    """
 
     def __init__(self) -> None:
         self.plugins = pluggy.PluginManager(PROJECT)
         self.plugins.add_hookspecs(HookSpecs)
         self._points: dict[str, EntryPoint] = {}
         self._lock = threading.Lock()
-        self._loading: dict[str, tuple[Future[VisionBackend], float]] = {}  # and when each must have ended
+        self._loading: dict[str, tuple[Future[VisionBackend], float]] = {}  # and the time by which each must end
         for point in entry_points(group=GROUP):
             other = self._points.get(point.name)
             if other is not None:
@@ -63,13 +67,13 @@ class Registry:
 
     @property
     def entries(self) -> tuple[BackendEntry, ...]:
-        """Installed backends in the order of their names; none is imported."""
+        """The installed backends, sorted by name; none is imported."""
         return tuple(
             BackendEntry(name, *_distribution(point), point.module) for name, point in sorted(self._points.items())
         )
 
     def entry(self, name: str) -> BackendEntry:
-        """The installed backend of that name.
+        """Return the installed backend of that name.
 
         Raises:
             UnknownBackendError: If there is none; the message says what is installed and what to install.
@@ -86,13 +90,13 @@ class Registry:
         elif near:
             hint = f"Did you mean {near[0]!r}?"
         else:
-            hint = "Install the distribution that provides it, or name an installed one."
+            hint = "Install the distribution that provides it, or choose an installed one."
         raise UnknownBackendError(
             f"no installed backend is named {name!r} (installed: {', '.join(installed) or 'none'}).", hint=hint
         )
 
     def load(self, name: str) -> VisionBackend:
-        """The backend of that name, its plug-in imported. Safe to call from several threads; each gets the same object.
+        """Import a backend's plug-in and return the backend. Thread-safe; every call returns the same object.
 
         The import runs in a separate thread, so a plug-in that hangs, exits or raises something that is not an
         `Exception` ends neither this thread nor the process.
@@ -106,7 +110,7 @@ class Registry:
         advice = f"Reinstall {entry.distribution}, or report this to its authors."
         with self._lock:
             loading = self._loading.get(name)
-            # A failed import may be tried again, as Python does; one that still runs is not started twice.
+            # A failed import may be tried again, as in Python; one that is still running is not started twice.
             if loading is None or (loading[0].done() and loading[0].exception() is not None):
                 loading = self._loading[name] = Future[VisionBackend](), time.monotonic() + IMPORT_SECONDS
                 what = f"visionaccel-import-{name}"
@@ -116,7 +120,7 @@ class Registry:
             error = found.exception(max(0.0, end - time.monotonic()))
         except TimeoutError:
             raise PluginError(
-                f"{origin} cannot be loaded: importing module {entry.module} did not end within {IMPORT_SECONDS:g} s.",
+                f"{origin} cannot be loaded: importing module {entry.module} took more than {IMPORT_SECONDS:g} s.",
                 hint=advice,
             ) from None
         if isinstance(error, PluginError):
@@ -152,7 +156,7 @@ class Registry:
 
 
 def default_registry() -> Registry:
-    """The process's registry of installed backends."""
+    """Return the registry of installed backends, one for the process."""
     with _making:  # one for all threads: a second one would have no observers
         return _default()
 

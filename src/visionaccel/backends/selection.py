@@ -1,4 +1,4 @@
-"""Which backend runs an encoder, and why: every candidate's verdict is kept as data."""
+"""Chooses the backend that runs an encoder, and keeps every candidate's verdict as data."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ AUTO = "auto"
 
 
 class ProgramSource(Protocol):
-    """A tower or a bundle."""
+    """What backends are asked to run: a tower or a bundle."""
 
     @property
     def family(self) -> str:
-        """The vision tower's architecture."""
+        """Name of the vision tower's family."""
 
     def programs(self, formats: Iterable[str]) -> tuple[Program, ...]:
-        """Its programs in the wanted formats, the preferred first."""
+        """Return its programs in these formats, the preferred first."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Candidate:
     Attributes:
         entry: The installed backend.
         verdict: Its answer.
-        programs: The programs it accepted, the first for each coverage.
-        asked: False for a backend that is only used by name and was not named.
+        programs: The programs that it accepted, the first for each coverage.
+        asked: False for a backend that is used only by name and was not named.
     """
 
     entry: BackendEntry
@@ -52,7 +52,7 @@ class Selection:
         requested: A backend's name or `auto`.
         device: The requested device, or None for each backend's default.
         candidates: The named backend, or with `auto` every installed one.
-        chosen: The one to use, or None if all refused.
+        chosen: The candidate to use, or None if all refused.
     """
 
     requested: str
@@ -61,7 +61,7 @@ class Selection:
     chosen: Candidate | None
 
     def require(self) -> tuple[str, tuple[Program, ...]]:
-        """Name of the chosen backend and the programs it accepted.
+        """Return the name of the chosen backend and the programs that it accepted.
 
         Raises:
             BackendUnavailableError: If every candidate refused; the message holds each reason and hint.
@@ -85,16 +85,18 @@ class Selection:
 def select(registry: Registry, source: ProgramSource, requested: str = AUTO, device: str | None = None) -> Selection:
     """Ask the named backend, or with `auto` every installed one, which programs of a tower or bundle it can run.
 
+    Of several that accept, the highest score is chosen, then the first by name.
+
     Raises:
         UnknownBackendError: If a named backend is not installed.
-        PluginError: If a named backend's plug-in is broken (with `auto`, a broken plug-in is a refusal).
+        PluginError: If a named backend's plug-in is broken (with `auto`, a broken plug-in counts as a refusal).
         CheckpointError: If the tower's weights are missing or broken.
     """
     named = requested != AUTO
     entries = (registry.entry(requested),) if named else registry.entries
     candidates = tuple(_ask(registry, entry, source, device, strict=named) for entry in entries)
     scores = [(each.verdict.score, each) for each in candidates if isinstance(each.verdict, Accepted)]
-    # Candidates come in the order of their names, and max() keeps the first of equals.
+    # Candidates are sorted by name, and max() returns the first of equals.
     chosen = max(scores, key=itemgetter(0))[1] if scores else None
     return Selection(requested, device, candidates, chosen)
 
@@ -110,13 +112,13 @@ def _ask(
             raise
         return Candidate(entry, Rejected(error.message, error.hint or ""), ())
     if backend.only_by_name and not strict:
-        unnamed = Rejected("it is only used by name.", f"Set VISIONACCEL_BACKEND={entry.name}.")
+        unnamed = Rejected("this backend is used only by name.", f"Set VISIONACCEL_BACKEND={entry.name}.")
         return Candidate(entry, unnamed, (), asked=False)
     programs = source.programs(taken)
     if not programs:
-        formats = ", ".join(sorted(taken)) or "no format"
-        reason = f"it takes programs in {formats}; this encoder of family {source.family} offers none of these."
-        return Candidate(entry, Rejected(reason, "Name another backend."), ())
+        formats = ", ".join(sorted(taken)) or "none"
+        reason = f"this encoder (family {source.family}) has no program for this backend; supported formats: {formats}."
+        return Candidate(entry, Rejected(reason, "Choose another backend."), ())
     accepted: dict[Coverage, Program] = {}
     verdicts: list[Verdict] = []
     for program in programs:
@@ -139,7 +141,7 @@ def _formats(backend: VisionBackend, entry: BackendEntry, device: str | None) ->
             return frozenset(backend.formats_on(device))
     except Exception as error:
         raise PluginError(
-            f"backend {entry.name!r} of {entry.distribution} {entry.version} does not say which formats it takes: "
+            f"backend {entry.name!r} of {entry.distribution} {entry.version} failed to list its formats: "
             f"{type(error).__name__}: {error}",
             hint=f"Report this to the authors of {entry.distribution}.",
         ) from error
@@ -153,5 +155,5 @@ def _verdict(backend: VisionBackend, entry: BackendEntry, program: Program, devi
                 return Rejected(reason, f"Set VISIONACCEL_DEVICE={program.device}.")
             return backend.probe(program, device)
     except Exception as error:  # A probe that raises is a defect of one plug-in; the others must still be asked.
-        reason = f"its probe failed with {type(error).__name__}: {error}."
+        reason = f"the backend's probe failed with {type(error).__name__}: {error}."
         return Rejected(reason, f"Report this to the authors of {entry.distribution}.")

@@ -1,4 +1,4 @@
-"""Opening a session from the files that were verified, in the process that opens it."""
+"""Opens a session in the current process, only from the files that were verified."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from visionaccel.errors import PluginError
 
 
 def open_session(backend: VisionBackend, program: Program, device: str | None, options: Options) -> Session:
-    """A session of a program; its files are checked before and after its backend opens it.
+    """Open a session of a program; its files are checked before and after the backend opens it.
 
     It is opened again if a file of its artifact was touched in between.
 
     Raises:
-        ChangedFileError: If one is not what was verified, or changed in between.
+        ChangedFileError: If a file is not what was verified, or changed in between.
         VisionAccelError: What the backend raises.
-        DeviceError: If it raises anything else.
-        PluginError: If what it returns is not a session.
+        DeviceError: If the backend raises anything else.
+        PluginError: If the backend does not return a Session.
     """
     return when_steady(lambda: _open(backend, program, device, options))
 
@@ -31,12 +31,12 @@ def open_session(backend: VisionBackend, program: Program, device: str | None, o
 def _open(backend: VisionBackend, program: Program, device: str | None, options: Options) -> Session:
     before = check_files(program)
     what = f"opening program {program.name!r} of {program.family} with backend {backend.name!r}"
-    with device_errors(what, "Run `visionaccel explain` for what it needs."):
+    with device_errors(what, "Run `visionaccel explain` to see what the backend needs."):
         session = backend.open(program, device, options)
     if not isinstance(session, Session):
         raise PluginError(
             f"backend {backend.name!r} opened a {type(session).__name__}, which is not a visionaccel.backends.Session.",
-            hint="Derive the session's class from Session, which has what else the core asks of one.",
+            hint="Derive the session's class from visionaccel.backends.Session.",
         )
     try:
         check_files(program, before)
@@ -48,13 +48,13 @@ def _open(backend: VisionBackend, program: Program, device: str | None, options:
 
 
 def check_files(program: Program, before: Mapping[Path, FileState] | None = None) -> Mapping[Path, FileState]:
-    """Compare the files that a program is opened from with what was verified.
+    """Check that the files that a program is opened from are those that were verified.
 
-    Weights must be in the state in which their header was read; copies in memory always are. The artifact and its
-    companions must have the digests that their bundle states, or the states in `before`.
+    Weight files must be unchanged since their header was read; copies in memory always are. The artifact and its
+    companions must have the digests in the bundle's manifest, or the states in `before`.
 
     Returns:
-        The state of each file of the artifact, for the next call's `before`.
+        The state of each file of the artifact, to pass as `before` to the next call.
 
     Raises:
         ChangedFileError: If a file changed or is gone.

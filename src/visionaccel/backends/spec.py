@@ -1,8 +1,8 @@
 """The contract between the core and a backend plug-in.
 
-A backend answers whether it can run a program here (`probe`) and opens it on a device (`open`). The core does the rest:
-it checks patches and grids, makes the host-side tables, serialises calls, checks outputs, measures, and falls back.
-A plug-in subclasses `VisionBackend` and `Session` and implements the hook `visionaccel_backends`.
+A backend says whether it can run a program here (`probe`) and opens the program on a device (`open`). The core does the
+rest: it checks patches and grids, makes the host-side tables, serialises calls, checks outputs, measures times, and
+falls back. A plug-in subclasses `VisionBackend` and `Session` and implements the hook `visionaccel_backends`.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Accepted:
     """The backend can run the program on that device.
 
     Attributes:
-        score: How good a choice it is for `auto`: 10 a plain reference, 50 an optimised CPU or GPU runtime, 100 a
-            dedicated accelerator. The highest wins, then the first by name.
+        score: Preference for `auto`: 10 for a plain reference, 50 for an optimised CPU or GPU runtime, 100 for a
+            dedicated accelerator. The highest score wins, then the first backend by name.
         notes: What the user should know, such as the execution provider that will be used.
     """
 
@@ -43,7 +43,7 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """The backend cannot run the program on that device.
+    """The backend cannot run the program on that device. Users see both texts, each a full sentence.
 
     Attributes:
         reason: What is missing or does not fit.
@@ -57,18 +57,18 @@ class Rejected:
 Verdict: TypeAlias = Accepted | Rejected
 
 Isolation: TypeAlias = Literal["process", "none"]
-"""Where a session lives: in a separate child process with a deadline and a supervisor, or in the caller's process."""
+"""Where a session runs: in a supervised child process with a deadline, or in the caller's process."""
 
 Status: TypeAlias = Literal["pass", "warning", "failure"]
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that `visionaccel doctor` checked.
+    """The result of one check of `visionaccel doctor`.
 
     Attributes:
         name: What was checked, in a few words.
-        status: The result; with a warning the backend still runs.
+        status: The result; after a `warning` the backend still runs.
         detail: What was found.
         fix: What to do about it; empty for `pass`.
     """
@@ -81,14 +81,14 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class QuantizedModel:
-    """A quantized program as a backend wrote it.
+    """The files of a quantized program, as `VisionBackend.quantize` wrote them.
 
     Attributes:
-        format: Its program format.
-        model: The file to open.
-        method: What was done, in one line, for the manifest.
-        companions: Further files that it needs, by their role.
-        tools: Distributions whose releases the manifest states, in addition to the backend's own.
+        format: The program's format.
+        model: The file to open, in the folder that `quantize` was given.
+        method: How it was quantized, in one line, for the manifest.
+        companions: Further files in that folder that the program needs, by their role.
+        tools: Names of distributions whose versions the manifest records, in addition to the backend's own.
     """
 
     format: str
@@ -99,28 +99,30 @@ class QuantizedModel:
 
 
 class Options(BaseModel):
-    """Base of a backend's options: frozen, and unknown names are refused. Describe each field; the CLI prints it."""
+    """Base class of a backend's options: frozen; unknown names are refused. The CLI prints each field's description."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What an open session is and how it may be called.
+    """Describes an open session and how the core may call it.
 
     Attributes:
-        device: What it runs on, such as `cpu` or `cuda:0`; reported to users.
+        device: The device that it runs on, such as `cpu` or `cuda:0`; shown to users.
         precision: Arithmetic of the matrix products, such as `float32` or `bfloat16`.
-        deterministic: The same inputs give the same bits.
-        thread_safe: `run` may be called from several threads at once. Otherwise the core makes one call at a time.
+        deterministic: Whether equal inputs give bitwise equal outputs.
+        thread_safe: Whether `run` may be called from several threads at once. Otherwise the core makes one call at a
+            time.
         max_in_flight: How many calls an encode service keeps in progress at once; 1 unless `thread_safe`.
         batch_patches: Has no effect: the encode service encodes each item in a separate call.
-        takes_tensors: `run` takes torch tensors of any device and may return tensors; otherwise every input is a
-            C-contiguous numpy array on the host.
-        simulated: The device is a simulator; every report says so.
-        hardware: The device's model, such as `NVIDIA H200`, where devices of one kind may compute different numbers;
-            empty where the kind decides them.
-        emulated: The device has no instructions for the precision, so it is slower; the log and the benchmarks say so.
+        takes_tensors: Whether `run` accepts torch tensors on any device and may return tensors. Otherwise every input
+            is a C-contiguous numpy array on the host.
+        simulated: Whether the device is a simulator; every report says so.
+        hardware: The device's model, such as `NVIDIA H200`, if models of this kind of device may compute different
+            numbers; otherwise empty.
+        emulated: Whether the device lacks instructions for the precision and is slower for it; the log and the
+            benchmarks say so.
     """
 
     device: str
@@ -139,13 +141,16 @@ class Session(ABC):
     """An open program on a device.
 
     The core calls `run` from any thread that encodes, one call at a time unless `capabilities.thread_safe`.
+
+    Attributes:
+        capabilities: Set this before `VisionBackend.open` returns; it must not change afterwards.
     """
 
     capabilities: Capabilities
 
     @property
     def restarts(self) -> int:
-        """How often the device was restarted after it was lost. The core checks it again after each restart."""
+        """How often the device was restarted after it was lost. After each restart the core checks the device again."""
         return 0
 
     @abstractmethod
@@ -153,46 +158,49 @@ class Session(ABC):
         """Run the program once.
 
         Args:
-            inputs: One array for each of `Program.inputs`, with the dtypes and shapes declared there. They belong to
-                the caller: do not write to them, and copy what outlives the call.
+            inputs: One array for each of `Program.inputs`, by name, with the dtype and shape declared there; a size
+                that is a name there varies between calls. The caller owns them: do not write to them, and copy what
+                must outlive the call.
 
         Returns:
-            One array for each of `Program.outputs`. They belong to the caller: never return a buffer that a later call
-            writes to.
+            One array for each of `Program.outputs`, by name, with the dtype and shape declared there. The caller owns
+            them: never return a buffer that a later call writes to.
 
         Raises:
-            DeviceError: If the device failed; any other exception is reported as one. Later calls must work, or fail
-                too.
+            DeviceError: If the device failed; any other exception is reported as one. After that, later calls must
+                either work or raise too.
         """
 
     def end_calls(self) -> bool:
-        """End the calls in progress at once; they raise a DeviceError. Called from any thread.
+        """Stop the calls in progress, which then raise DeviceError. Called from any thread when a deadline has passed.
 
         Returns:
-            Whether they end; otherwise the core abandons them.
+            Whether the calls will end. If not, the core abandons them.
         """
         return False
 
     def begin_close(self) -> None:  # noqa: B027 - most sessions have nothing to begin
-        """Begin to give back the device, without waiting; `close` follows. The sessions of an encoder end together."""
+        """Start to release the device without waiting; `close` follows. So an encoder's sessions close in parallel."""
 
     @abstractmethod
     def close(self) -> None:
-        """Give back the device. Called once, when no `run` is in progress."""
+        """Release the device. Called once, from any thread, when no `run` is in progress."""
 
 
 class VisionBackend(ABC):
-    """A way to run encoder programs. Each process that needs it makes one instance; keep the constructor empty.
+    """Runs encoder programs. The core makes one instance, without arguments, in each process that needs it.
+
+    Keep the constructor empty. All methods are called from any thread.
 
     Attributes:
-        name: What users select; equal to the name of the entry point.
-        formats: Program formats it takes, such as `onnx` or `checkpoint` (see `visionaccel.core.program`).
-        formats_with_weights: Those whose programs bring their weights. For other formats the core copies the tower's
-            weights to memory, where changes of the files do not reach them.
-        options: The options that `open` takes.
-        isolation: Where its sessions live by default (see `isolation_on`). Choose `process` for vendor code that may
-            crash, hang, or hold one model for each process.
-        only_by_name: `auto` never takes it. For simulators.
+        name: The name that users select; equal to the name of the entry point.
+        formats: Program formats that it runs, such as `onnx` or `checkpoint` (see `visionaccel.core.program`).
+        formats_with_weights: Those of `formats` whose programs contain their weights. For other formats the core copies
+            the tower's weights into memory, so that later changes of the files have no effect.
+        options: The class of the options that `open` receives.
+        isolation: Where its sessions run by default (see `isolation_on`). Choose `process` for vendor code that may
+            crash or hang, or that holds only one model per process.
+        only_by_name: Whether `auto` ignores it. For simulators.
     """
 
     name: ClassVar[str]
@@ -203,28 +211,28 @@ class VisionBackend(ABC):
     only_by_name: ClassVar[bool] = False
 
     def devices(self) -> Sequence[str]:
-        """Devices of this machine that the backend could use, for display; must not allocate one."""
+        """List the devices of this machine that the backend could use, for display. Must not allocate a device."""
         return ("cpu",)
 
     def isolation_on(self, device: str | None) -> Isolation:  # noqa: ARG002
-        """Where sessions on a device live by default; the same on every device unless overridden."""
+        """Return where sessions on a device run by default: `isolation` on every device, unless overridden."""
         return self.isolation
 
     def formats_on(self, device: str | None) -> frozenset[str]:  # noqa: ARG002
-        """Program formats it takes on a device, a subset of `formats`; all of them unless overridden."""
+        """Return the program formats that it runs on a device, a subset of `formats`; all of them unless overridden."""
         return self.formats
 
     def kind_of(self, device: str | None) -> str:
-        """The kind of a device as `Program.device` names it; by default what is before its colon."""
+        """Return the kind of a device, as in `Program.device`: by default the part before the colon."""
         return (device or "").partition(":")[0]
 
     def checks(self, programs: Sequence[Program]) -> Sequence[Finding]:  # noqa: ARG002
-        """What `visionaccel doctor` reports of this machine for this backend: drivers, libraries, settings.
+        """Check drivers, libraries and settings of this machine for `visionaccel doctor`.
 
-        Must allocate no device and end within seconds, even if something is broken or missing.
+        Must not allocate a device, and must end within seconds even if something is broken or missing.
 
         Args:
-            programs: Programs in this backend's formats that the user named, to check too.
+            programs: Programs in this backend's formats that the user passed, to check as well.
         """
         return ()
 
@@ -234,61 +242,61 @@ class VisionBackend(ABC):
         calibration: Iterable[Mapping[str, Array]],  # noqa: ARG002
         folder: Path,  # noqa: ARG002
     ) -> QuantizedModel:
-        """Make a program whose products are of int8, with the same inputs and outputs. Optional.
+        """Write a program with int8 matrix products and the same inputs and outputs. Optional.
 
         Called by `visionaccel quantize`, for one program at a time. The core compares the result with the float32
-        reference, and discards it if it is not good enough.
+        reference, and discards it if it is not accurate enough.
 
         Args:
             program: A float32 program in one of `formats`.
-            calibration: Inputs of real images, as `Session.run` takes them. May be iterated several times; each
-                iteration makes the arrays again.
-            folder: An existing folder to write to, under names that start with the program's; it holds files of other
-                programs too. The result may refer to weights of the program by name where its format does.
+            calibration: Inputs from real images, as numpy arrays as `Session.run` receives them. May be iterated
+                several times; each iteration makes the arrays again.
+            folder: An existing folder to write to. It also holds files of other programs, so start each file name with
+                the program's name. The result may refer to the program's weights by name if its format does.
 
         Raises:
-            ConfigurationError: If this backend does not quantize, or not such a program.
+            ConfigurationError: If this backend cannot quantize, or cannot quantize this program.
             ArtifactError: If the program's files are broken.
         """
         raise ConfigurationError(
-            f"backend {self.name!r} does not quantize program {program.name!r}.", hint="Name another target."
+            f"backend {self.name!r} cannot quantize program {program.name!r}.", hint="Choose another target."
         )
 
     @abstractmethod
     def probe(self, program: Program, device: str | None) -> Verdict:
-        """Whether this backend can run `program` on `device` (None: its default), without allocating or loading.
+        """Say whether this backend can run `program` on `device` (None: its default), without allocating or loading.
 
-        Called for each program of the encoder, but not for those made for another kind of device. Of the accepted
-        programs, the first for each coverage is opened. A refusal is a value, not an exception: `visionaccel explain`
-        prints its reason and hint.
+        Called for each program of the encoder in `formats_on(device)`, except those made for another kind of device. Of
+        the accepted programs, the first for each coverage is opened. Return `Rejected` instead of raising:
+        `visionaccel explain` prints its reason and hint. An exception counts as a refusal by a defective plug-in.
         """
 
     @abstractmethod
     def open(self, program: Program, device: str | None, options: Any) -> Session:
-        """Open an accepted program.
+        """Open a program that `probe` accepted.
 
-        The calling thread is pinned to the encoder's cores, here as in `probe` and `Session.run`, and its threads
-        inherit them. A pool that counts or binds cores by itself takes its size from
+        The calling thread is pinned to the encoder's cores, as in `probe` and `Session.run`, and threads that it starts
+        inherit them. A thread pool that counts or binds cores by itself must take its size from
         `visionaccel.core.cores.thread_limit`.
 
         Args:
-            program: What to run.
-            device: The device that was probed.
+            program: The program to run.
+            device: The device that was passed to `probe`; None for the default.
             options: A validated instance of this class's `options`.
 
         Raises:
-            DeviceError: If the device refuses or fails.
+            DeviceError: If the device refuses or fails; any other exception is reported as one.
             ArtifactError: If the program's files are broken.
         """
 
 
 @dataclass(slots=True)
 class CallParts:
-    """Parts of the calls of one encode, in seconds; sessions add to them.
+    """Seconds that the calls of one encode spend on transfers; sessions add to them.
 
     Attributes:
-        transfer_in: Bringing inputs to the device, or into its process.
-        transfer_out: Bringing outputs back.
+        transfer_in: Seconds of copying inputs to the device, or into its process.
+        transfer_out: Seconds of copying outputs back.
     """
 
     transfer_in: float = 0.0
@@ -299,13 +307,13 @@ _parts: ContextVar[CallParts | None] = ContextVar("visionaccel_call_parts", defa
 
 
 def call_parts() -> CallParts | None:
-    """Where a session adds, in `run`, the seconds of its transfers; None if they are not measured."""
+    """Return the object to which a session's `run` adds the seconds of its transfers; None if they are not measured."""
     return _parts.get()
 
 
 @contextmanager
 def watch_parts() -> Iterator[CallParts]:
-    """Measure the transfers of the calls that this thread makes."""
+    """Measure the transfers of the session calls that this thread makes in the `with` block."""
     parts = CallParts()
     token = _parts.set(parts)
     try:

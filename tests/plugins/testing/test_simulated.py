@@ -115,7 +115,7 @@ def test_what_names_no_device_is_refused(tiny, text):
     [
         ("nothing", "no installed backend is named 'nothing'"),
         ("onnxrt/toaster", "onnxrt: it knows no device 'toaster'"),
-        ("flexmlrt", "takes programs in flexmlrt"),
+        ("flexmlrt", "supported formats: flexmlrt"),
     ],
 )
 def test_what_the_wrapped_backend_refuses_is_refused_with_its_reason(tiny, device, message):
@@ -127,7 +127,7 @@ def test_auto_never_takes_it_but_says_how_to_get_it(tiny):
     selection = select(default_registry(), open_tower(tiny), AUTO)
     verdicts = {candidate.entry.name: candidate.verdict for candidate in selection.candidates}
     assert selection.require()[0] == "onnxrt"
-    assert verdicts["simulated"] == Rejected("it is only used by name.", "Set VISIONACCEL_BACKEND=simulated.")
+    assert verdicts["simulated"] == Rejected("this backend is used only by name.", "Set VISIONACCEL_BACKEND=simulated.")
 
 
 def test_nobody_is_sent_to_it_where_no_other_backend_is_installed(tiny, monkeypatch):
