@@ -51,7 +51,7 @@ def test_a_device_that_misreads_golden_images_leaves_everything_to_the_fallback(
 def test_strictly_the_engine_does_not_start_with_it(ask, bundle):
     answers = ask(drifting(bundle, VISIONACCEL_CANARY="strict"), "few")
     assert answers["status"] != 0
-    assert "failed its canary and is not to be trusted: golden image" in answers["log"]
+    assert "failed its canary and cannot be trusted: golden image" in answers["log"]
 
 
 def spans(step, start, end):

@@ -133,7 +133,7 @@ ALERTS = [
 
 @pytest.mark.parametrize("expression", ALERTS)
 def test_every_alert_of_the_documentation_fires_where_it_should(prometheus, expression):
-    """Here a device is out of work and the fallback does the work; nothing is lost, and no answer is wrong."""
+    """Here a device is disabled and the fallback does the work; nothing is lost, and no answer is wrong."""
     series = query(prometheus, expression.replace("[10m]", "[20s]"))
     quiet = "failed_items" in expression or "comparisons" in expression
     assert bool(series) != quiet

@@ -1,4 +1,4 @@
-"""Chains of encoders: no item is lost while a healthy encoder remains, and what is out of work is not asked."""
+"""Chains of encoders: no item is lost while a healthy encoder remains, and a disabled encoder is not used."""
 
 import random
 import threading
@@ -156,7 +156,7 @@ def test_what_fails_in_a_row_is_out_of_work_until_a_probe_passes(tiny, caplog):
         assert answer.fallback
     assert first.breaker.state is BreakerState.OPEN
     assert (len(device.calls), len(other.calls)) == (3, 5), "it is not asked any more"
-    assert "Encoder 'first' is taken out of work: 3 encodes in a row failed" in caplog.text
+    assert "Encoder 'first' is disabled: 3 encodes in a row failed" in caplog.text
     guarded.close()
 
 
@@ -178,7 +178,7 @@ def test_what_answers_wrongly_is_never_asked_and_the_reason_is_told(tiny):
     first.distrust("the reference does not agree")
     (answer,) = guarded.encode_items(random_patches([GRID]), [GRID])
     assert isinstance(answer, DeviceError)
-    assert "first is out of work (open): the reference does not agree" in answer.message
+    assert "first is disabled (open): the reference does not agree" in answer.message
     assert device.calls == []
     guarded.close()
 
@@ -235,7 +235,7 @@ def test_a_hang_in_the_servers_process_leaves_the_item_and_those_behind_it_to_th
         wait_until(lambda: guarded.links[0].breaker.closed)
         before = service.counters.fallback
         service.submit(random_patches([GRID], seed=9), GRID).result(30)
-        assert service.counters.fallback == before, "the device works again"
+        assert service.counters.fallback == before, "the device is enabled again"
         wait_until(lambda: service.counters.running == 0)
 
 
@@ -296,7 +296,7 @@ def test_a_call_that_the_steps_end_cuts_off_is_no_hang_and_its_device_works_agai
     # Nothing else is given to it until then, not even what has all the time.
     assert not link.ready
     (answer,) = guarded.encode_items(random_patches([GRID]), [GRID])
-    assert "gated is still busy with what a step of the engine had no more time for" in answer.message
+    assert "gated is still busy with an encode that did not end within its engine's step" in answer.message
     assert isinstance(link.encode(random_patches([GRID]), [Grid(*GRID)]), DeadlineError)
     assert (len(gate.calls), link.breaker.closed) == (1, True)
 
@@ -341,7 +341,7 @@ def test_a_canary_that_the_steps_end_cuts_off_is_no_failure(tiny, left):
     device.shut()
     answer = link.encode(random_patches([GRID]), [Grid(*GRID)], until=time.monotonic() + left)
     assert isinstance(answer, DeadlineError)
-    assert "first is still being tried with its canary" in answer.message
+    assert "the first canary of first is still running" in answer.message
     assert link.breaker.closed
     device.let_in()
     wait_until(lambda: link.ready)
@@ -352,7 +352,7 @@ def test_a_canary_that_the_steps_end_cuts_off_is_no_failure(tiny, left):
 def test_no_call_begins_at_the_very_end_of_a_step(tiny):
     guarded, gate = gated(tiny)
     (answer,) = guarded.encode_items(random_patches([GRID]), [GRID], until=time.monotonic() + 0.05)
-    assert "the engine's step has no time left for it" in answer.message
+    assert "the engine's step has no time left for this image" in answer.message
     assert gate.calls == []
     assert guarded.links[0].ready
     guarded.close()
@@ -421,7 +421,7 @@ def test_a_shadow_that_disagrees_takes_the_device_out_of_work_and_forgets_what_i
             wait_until(lambda: not first.breaker.closed)
             wait_until(lambda: service.cache.held == 0)
             time.sleep(0.5)
-            assert not first.breaker.closed, "it must get that image right before it works again"
+            assert not first.breaker.closed, "it must get that image right before it is enabled again"
             rows = service.submit(patches, GRID).result(30)
             np.testing.assert_allclose(rows, right(tiny, patches, [GRID]), rtol=0, atol=2e-5)
             assert np.abs(wrong - rows).max() > 0.1

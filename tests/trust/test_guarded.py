@@ -80,7 +80,7 @@ def test_the_fallback_takes_over_what_the_device_could_not_do(failing, healthy, 
         rows = np.concatenate([answer.rows for answer in answers])
         np.testing.assert_allclose(rows, healthy.encode(patches, GRIDS), rtol=0, atol=2e-5)
     assert (guarded.fallback_items, guarded.failed_items, opened) == (2, 0, [True])
-    assert "the fallback took over, for the 2. time, on 'torch_ref'" in caplog.text
+    assert "using fallback 'torch_ref' (2 images so far)" in caplog.text
 
 
 @pytest.mark.parametrize("kind", [DeviceError, MemoryError])

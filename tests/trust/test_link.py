@@ -233,7 +233,7 @@ def test_an_opening_that_hangs_ends_with_an_error_at_the_start(tiny, openings):
     held = threading.Event()
     scripts["onnxrt"] = [lambda _: held.wait(30)]
     started = time.monotonic()
-    with pytest.raises(DeadlineError, match=r"was not opened within 0\.5 s"):
+    with pytest.raises(DeadlineError, match=r"did not open within 0\.5 s"):
         open_guarded(open_tower(tiny), Settings(backend="onnxrt", open_deadline=0.5), (None,))
     assert time.monotonic() - started < 10
     held.set()
@@ -251,7 +251,7 @@ def test_a_fallback_that_hangs_in_opening_is_disabled_and_used_once_it_is_open(t
     chain = GuardedEncoder(guarded.links[0], [ChainLink("slow", slow, open_deadline=0.3, cool_down=0.05)])
     (answer,) = chain.encode_items(image(1), [GRID])
     assert isinstance(answer, DeviceError)
-    assert "was not opened within 0.3 s" in answer.message
+    assert "did not open within 0.3 s" in answer.message
     held.set()
     wait_until(lambda: chain.links[1].ready)
     (answer,) = chain.encode_items(image(1), [GRID])
@@ -442,7 +442,7 @@ def test_a_fallback_that_opens_from_other_weights_is_found_before_it_answers(tin
     guarded.links[0].distrust("for the test")
     (answer,) = guarded.encode_items(image(1), [GRID])
     np.testing.assert_allclose(answer.rows, reference(tiny, image(1), [GRID]), rtol=0, atol=2e-5)
-    assert "the first encoder encoded at the start comes out differently" in guarded.links[1].breaker.reason
+    assert "the first encoder encoded at the start was encoded incorrectly" in guarded.links[1].breaker.reason
     guarded.close()
 
 

@@ -1,4 +1,4 @@
-"""What is seen of encodes: metrics, the timing log and the timeline."""
+"""Observes encodes: metrics, the timing log and the timeline."""
 
 from visionaccel.observe.metrics import (
     SERIES,

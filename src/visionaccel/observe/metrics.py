@@ -1,7 +1,7 @@
-"""Metrics of this process's encoders: an observer that counts, and what is read from services when it is asked.
+"""Metrics of this process's encoders: an observer counts, and a snapshot reads the services' own counters too.
 
-prometheus_client would keep the counts in files as soon as one variable is set for the whole process, which vLLM may
-do. As plain data, the counts of several processes can be added up.
+The counts are plain data, so that those of several processes can be added up. prometheus_client would keep them in
+files if PROMETHEUS_MULTIPROC_DIR is set, which vLLM may do.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from prometheus_client.registry import Collector
 from visionaccel.backends import BreakerReport, DriftReport, EncodeReport, FailureReport, hookimpl
 from visionaccel.observe.observers import installed
 
-if TYPE_CHECKING:  # which tell their observers, and are read by this one
+if TYPE_CHECKING:  # they import this package
     from visionaccel.service import EncodeService
     from visionaccel.trust import GuardedEncoder
 
 _Counts: TypeAlias = dict[tuple[str, ...], int]
 Snapshot: TypeAlias = dict[str, list[tuple[list[str], Any]]]
-"""By a series' name: label values, and a number, or of a distribution the counts of its buckets and its sum."""
+"""For each series, by name: label values, and a number, or for a histogram the buckets' counts and the sum."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +35,12 @@ class Series:
     """One metric.
 
     Attributes:
-        name: As Prometheus shows it; a counter's without `_total`.
-        kind: Counters and histograms of several processes are added.
+        name: The name in Prometheus; for a counter without `_total`.
+        kind: The metric's type. Counters and histograms of several processes are added.
         help: What it measures.
-        labels: Names of its labels.
+        labels: The names of its labels.
         buckets: Upper bounds of a histogram's buckets, without infinity.
-        merge: What several processes show of a gauge.
+        merge: How the gauges of several processes are merged.
     """
 
     name: str
@@ -58,7 +58,7 @@ _WHO = ("backend", "device")
 _STATES = {"closed": 0.0, "half-open": 1.0, "open": 2.0}
 
 SERIES = (
-    Series("visionaccel_encode_seconds", "histogram", "Seconds of an encode, without its wait.",
+    Series("visionaccel_encode_seconds", "histogram", "Seconds of an encode, without its time in the queue.",
            (*_WHO, "purpose"), _SECONDS),
     Series("visionaccel_queue_seconds", "histogram", "Seconds that the first image of an encode waited.", _WHO,
            _SECONDS),
@@ -67,27 +67,27 @@ SERIES = (
     Series("visionaccel_part_seconds", "counter", "Seconds by part of an encode.", (*_WHO, "part")),
     Series("visionaccel_patches", "counter", "Patches encoded for requests.", _WHO),
     Series("visionaccel_tokens", "counter", "Embeddings computed for requests.", _WHO),
-    Series("visionaccel_bytes", "counter", "Bytes given to devices and got back.", (*_WHO, "direction")),
-    Series("visionaccel_failures", "counter", "Attempts that a device failed, by the error's type.", (*_WHO, "kind")),
+    Series("visionaccel_bytes", "counter", "Bytes sent to devices and received from them.", (*_WHO, "direction")),
+    Series("visionaccel_failures", "counter", "Failed attempts of a device, by error type.", (*_WHO, "kind")),
     Series("visionaccel_failed_items", "counter", "Images that no encoder could encode.", ()),
     Series("visionaccel_fallback_items", "counter", "Images that a fallback encoded.", ()),
-    Series("visionaccel_breaker_state", "gauge", "0: a device gets work, 1: it is probed, 2: it gets none.", _WHO,
+    Series("visionaccel_breaker_state", "gauge", "0: the device is enabled, 1: it is probed, 2: it is disabled.", _WHO,
            merge="max"),
-    Series("visionaccel_breaker_openings", "counter", "How often a device was taken out of work.", _WHO),
+    Series("visionaccel_breaker_openings", "counter", "How often a device was disabled.", _WHO),
     Series("visionaccel_drift", "histogram", "1 - the lowest cosine with the reference of a compared encode.",
            (*_WHO, "source"), _DRIFT),
     Series("visionaccel_lowest_cosine", "gauge", "Lowest cosine of the last comparison.", (*_WHO, "source"),
            merge="min"),
     Series("visionaccel_comparisons", "counter", "Comparisons with the reference.", (*_WHO, "source", "outcome")),
-    Series("visionaccel_shadow_skipped", "counter", "Answers that were to be compared and were not, for want of time."),
+    Series("visionaccel_shadow_skipped", "counter", "Answers that the shadow had no time to compare."),
     Series("visionaccel_device_restarts", "counter", "How often a device's process was restarted.", _WHO),
     Series("visionaccel_cache_hits", "counter", "Images whose embeddings were in the cache."),
     Series("visionaccel_cache_bytes", "gauge", "Bytes of embeddings in the cache."),
-    Series("visionaccel_cache_evictions", "counter", "Embeddings that left the cache for others."),
-    Series("visionaccel_merged_items", "counter", "Images equal to one in the queue, encoded with it."),
-    Series("visionaccel_cancelled_items", "counter", "Images that were cancelled before their turn."),
+    Series("visionaccel_cache_evictions", "counter", "Embeddings that were evicted from the cache."),
+    Series("visionaccel_merged_items", "counter", "Images that equalled one in the service, and joined it."),
+    Series("visionaccel_cancelled_items", "counter", "Images that were cancelled while they waited."),
     Series("visionaccel_waiting_items", "gauge", "Images that wait for a device."),
-    Series("visionaccel_running_items", "gauge", "Images that devices encode now."),
+    Series("visionaccel_running_items", "gauge", "Images that are being encoded now."),
 )  # fmt: skip
 """Every metric; docs/observe.md shows them."""
 
@@ -96,7 +96,7 @@ _PARTS = ("check", "prepare", "transfer_in", "device", "transfer_out", "finish")
 
 
 class Counters:
-    """What a process has counted of `SERIES`. Safe to use from several threads."""
+    """The values of `SERIES` in one process. Safe to use from several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -109,7 +109,7 @@ class Counters:
             cells[labels] = cells.get(labels, 0.0) + amount
 
     def set(self, name: str, *labels: str, value: float) -> None:
-        """Set a gauge, or a counter that is kept elsewhere."""
+        """Set a gauge, or a counter whose value is kept elsewhere."""
         with self._lock:
             self._cells[name][labels] = value
 
@@ -122,7 +122,7 @@ class Counters:
             cell[-1] += value
 
     def snapshot(self) -> Snapshot:
-        """Everything so far, as plain data."""
+        """Return all values so far, as plain data."""
         with self._lock:
             return {
                 name: [(list(labels), list(cell) if isinstance(cell, list) else cell) for labels, cell in cells.items()]
@@ -134,8 +134,8 @@ class EncoderMetrics:
     """Counts what the encoders of this process do.
 
     Attributes:
-        counts_work: Count encodes, and not only what fails: of several workers that all encode the same images, one
-            counts them.
+        counts_work: Count encodes, and not only failures. If several workers encode the same images, only one of them
+            counts the encodes.
     """
 
     def __init__(self) -> None:
@@ -147,26 +147,26 @@ class EncoderMetrics:
 
     @classmethod
     def install(cls) -> EncoderMetrics:
-        """Start counting in this process. Every caller gets the same object; a fork gets its own."""
+        """Start counting in this process. Every caller gets the same object; a forked process gets a new one."""
         return installed(cls, cls)
 
     def watch_encoder(self, encoder: GuardedEncoder) -> None:
-        """Show an encoder's counters, which stay when it is closed."""
+        """Include an encoder's counters, which stay after it is closed."""
         self._watch(encoder, _counts_of_encoder)
         self._watch_chain(encoder)
 
     def watch_service(self, service: EncodeService) -> None:
-        """Show a service's counters, and those of its encoders, which stay when it is closed."""
+        """Include the counters of a service and its encoders, which stay after it is closed."""
         self._watch(service, _counts_of_service)
         for encoder in service.encoders:
             self._watch_chain(encoder)
 
     def processed(self, seconds: float) -> None:
-        """The image processor has run."""
+        """Record the seconds that the image processor took for a prompt."""
         self._counters.observe("visionaccel_processor_seconds", value=seconds)
 
     def snapshot(self) -> Snapshot:
-        """Everything so far."""
+        """Return all values so far, as plain data."""
         self._read_watched()
         return self._counters.snapshot()
 
@@ -207,7 +207,7 @@ class EncoderMetrics:
 
     @hookimpl
     def visionaccel_breaker(self, report: BreakerReport) -> None:
-        """Note a breaker's state."""
+        """Record a breaker's state."""
         who = (report.backend, report.device)
         self._counters.set("visionaccel_breaker_state", *who, value=_STATES[report.state])
         if report.state == "open":
@@ -226,11 +226,11 @@ class EncoderMetrics:
                 self._counters.set("visionaccel_breaker_state", *who, value=_STATES[link.breaker.state])
 
     def _read_watched(self) -> None:
-        """Read what is counted elsewhere. What is closed is read once more and dropped; its gauges show 0 then."""
+        """Read the watched counters. A closed object is read a last time and dropped; its gauges are 0 from then on."""
         with self._reading:
             now, still_open = self._ended.copy(), []
             for watched, counts_of in self._watched:
-                closed = watched.closed  # before its counts are read, which are final then
+                closed = watched.closed  # read this first: if it is closed, its counts are final
                 counts = counts_of(watched)
                 if closed:
                     counts = {key: 0 if _BY_NAME[key[0]].kind == "gauge" else count for key, count in counts.items()}
@@ -239,7 +239,7 @@ class EncoderMetrics:
                     still_open.append((watched, counts_of))
                 now.update(counts)
             self._watched = still_open
-            if ("visionaccel_cache_hits",) in now:  # a service has been here; several may share a cache
+            if ("visionaccel_cache_hits",) in now:  # there has been a service; several may share a cache
                 caches = {watched.cache for watched, counts_of in still_open if counts_of is _counts_of_service}
                 now["visionaccel_cache_bytes",] = sum(cache.held for cache in caches)
             for (name, *labels), value in now.items():
@@ -247,7 +247,7 @@ class EncoderMetrics:
 
 
 def _counts_of_service(service: EncodeService) -> _Counts:
-    """What a service has counted, by a series' name and label values."""
+    """A service's counters, by series name and label values."""
     counters = service.counters
     return {
         ("visionaccel_failed_items",): counters.failed,
@@ -261,7 +261,7 @@ def _counts_of_service(service: EncodeService) -> _Counts:
 
 
 def _counts_of_encoder(encoder: GuardedEncoder) -> _Counts:
-    """What a service would count, of an encoder that has none in front."""
+    """The counters of an encoder without a service, by series name and label values."""
     return {("visionaccel_failed_items",): encoder.failed_items}
 
 
@@ -270,13 +270,13 @@ def _counts_of_chain(encoder: GuardedEncoder) -> _Counts:
     return {
         ("visionaccel_fallback_items",): encoder.fallback_items,
         ("visionaccel_shadow_skipped",): encoder.shadow.skipped if encoder.shadow is not None else 0,
-        # The other links are the first of another chain, or fallbacks.
+        # Each other link is a fallback, or the first of a different chain.
         ("visionaccel_device_restarts", encoder.primary.backend, device): encoder.links[0].restarts,
     }
 
 
 class MetricsCollector(Collector):
-    """This process's metrics for a registry of prometheus_client's, for those who use the service from Python.
+    """This process's metrics as a prometheus_client collector, for programs that use the service from Python.
 
     `prometheus_client.REGISTRY.register(MetricsCollector(EncoderMetrics.install()))`
     """
@@ -285,12 +285,12 @@ class MetricsCollector(Collector):
         self._metrics = metrics
 
     def collect(self) -> Iterator[Metric]:
-        """The families, as they are now."""
+        """Yield the metric families with their current values."""
         return families(self._metrics.snapshot())
 
 
 def merged(snapshots: Iterable[Snapshot]) -> Snapshot:
-    """Several processes' counts as one. What `SERIES` does not know, or with other labels, is left out."""
+    """Merge the snapshots of several processes. Series that are not in `SERIES`, or have other labels, are left out."""
     sums: dict[str, dict[tuple[str, ...], Any]] = {name: {} for name in _BY_NAME}
     for snapshot in snapshots:
         for name in sums.keys() & snapshot.keys():
@@ -303,12 +303,12 @@ def merged(snapshots: Iterable[Snapshot]) -> Snapshot:
 
 
 def without_levels(snapshot: Snapshot) -> Snapshot:
-    """What a process that has ended counted, without its gauges."""
+    """Remove the gauges from a snapshot, as for a process that has ended."""
     return {name: rows for name, rows in snapshot.items() if name in _BY_NAME and _BY_NAME[name].kind != "gauge"}
 
 
 def families(snapshot: Snapshot) -> Iterator[Metric]:
-    """A snapshot as prometheus_client's metric families; series without values are shown, too, by name and meaning."""
+    """Yield a snapshot as prometheus_client's metric families, including those without values."""
     for series in SERIES:
         rows = snapshot.get(series.name, [])
         if series.kind == "histogram":

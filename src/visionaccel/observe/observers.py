@@ -24,7 +24,7 @@ os.register_at_fork(after_in_child=lambda: _installing.__setitem__(0, threading.
 Category = Literal["queue", "device", "host", "decode", "processor"]
 
 TIMING_PREFIX = "visionaccel encode "
-"""What a timing line starts with; a JSON object follows."""
+"""The start of a timing line; a JSON object follows."""
 
 _PARTS = {
     "queue": "queue_seconds",
@@ -38,9 +38,9 @@ _PARTS = {
 
 
 def installed(kind: type[_T], make: Callable[[], _T]) -> _T:
-    """The observer of a class in this process, made and registered if there is none.
+    """Return this process's observer of a class; make and register it if there is none.
 
-    A fork makes its own: its parent's has counts, and locks that the parent's threads may hold.
+    A forked process makes a new one: its parent's has counts, and locks that the parent's threads may hold.
     """
     plugins, name = default_registry().plugins, kind.__name__
     with _installing[0]:
@@ -84,7 +84,7 @@ class TimingLog:
 
 
 def timed_encodes(log: str) -> list[dict[str, Any]]:
-    """The encodes of requests in a log, without canaries and shadows, in their order."""
+    """Return the timing lines of a log that belong to requests, in order, without canaries and shadows."""
     lines = [json.loads(line.partition(TIMING_PREFIX)[2]) for line in log.splitlines() if TIMING_PREFIX in line]
     return [line for line in lines if line["purpose"] == "request"]
 
@@ -97,18 +97,19 @@ def _bandwidth(size: int, seconds: float) -> float | None:
 class TraceLog:
     """A timeline of encodes and steps in Chrome's trace format. Safe to use from several threads and processes.
 
-    Every process of a server appends to one file, with times of one clock. The format's array may lack its end.
+    Every process of a server appends to one file, with times of one clock. The JSON array is never closed, which the
+    format allows.
 
     Args:
-        path: The file, made if it does not exist.
-        process: What to call this process; by default as multiprocessing does.
+        path: The file, created if it does not exist.
+        process: The process's name in the timeline; by default its multiprocessing name.
 
     Raises:
         ConfigurationError: If the file cannot be written.
     """
 
     def __init__(self, path: Path, process: str | None = None) -> None:
-        import fcntl  # not on every system, where importing this package must not fail
+        import fcntl  # not every system has it, and importing this package must not fail there
 
         try:
             self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_CREAT, 0o600)
@@ -118,7 +119,7 @@ class TraceLog:
             fcntl.flock(self._file, fcntl.LOCK_UN)
         except OSError as error:
             raise ConfigurationError(
-                f"VISIONACCEL_TRACE: {path} cannot be written: {error}", hint="Name a file in an existing folder."
+                f"VISIONACCEL_TRACE: {path} cannot be written: {error}", hint="Choose a file in an existing folder."
             ) from error
         self._lock, self._full = threading.Lock(), False
         self._lanes: dict[str, list[tuple[int, float]]] = {}
@@ -128,11 +129,19 @@ class TraceLog:
 
     @classmethod
     def install(cls, path: Path, process: str | None = None) -> TraceLog:
-        """Start tracing in this process. Every caller gets the same object; a fork gets its own."""
+        """Start tracing in this process. Every caller gets the same object; a forked process gets a new one."""
         return installed(cls, lambda: cls(path, process))
 
     def slice(self, lane: str, category: Category, name: str, start: float, seconds: float, **details: Any) -> int:
-        """Note what ran on a lane from a time on the monotonic clock; what overlaps gets a second lane of that name.
+        """Add a slice to a lane. A slice that overlaps another gets a second lane of the same name.
+
+        Args:
+            lane: The lane's name.
+            category: The slice's category.
+            name: The slice's name.
+            start: When it started, on the monotonic clock.
+            seconds: How long it took.
+            **details: Further values to show, as JSON.
 
         Returns:
             The lane's number, for `within`.
@@ -142,13 +151,13 @@ class TraceLog:
         return thread
 
     def within(self, thread: int, category: Category, name: str, start: float, seconds: float, **details: Any) -> None:
-        """Note a part of a slice, in its lane."""
+        """Add a part of a slice, in the slice's lane."""
         times = {"ts": round(1e6 * start, 1), "dur": round(1e6 * seconds, 1)}
         self._write({"ph": "X", "name": name, "cat": category, **times, "tid": thread, "args": details})
 
     @hookimpl
     def visionaccel_encoded(self, report: EncodeReport) -> None:
-        """Note an encode with its parts, and how long it waited."""
+        """Add an encode with its parts, and its wait in the queue."""
         what = ", ".join(map(str, report.grids[:8]))
         host_before = report.check_seconds + report.prepare_seconds
         total = host_before + report.run_seconds + report.finish_seconds
@@ -159,7 +168,7 @@ class TraceLog:
             lane, "device", name, at, total, patches=report.patches, tokens=report.tokens, bytes_in=report.bytes_in,
             bytes_out=report.bytes_out,
         )  # fmt: skip
-        # The parts of several calls in one encode are shown as one.
+        # If an encode has several calls, their parts are shown as one.
         parts: tuple[tuple[str, Category, float], ...] = (
             ("host before", "host", host_before),
             ("transfer in", "host", report.transfer_in_seconds),
@@ -173,7 +182,7 @@ class TraceLog:
             at += seconds
 
     def _lane(self, name: str, start: float, end: float) -> int:
-        """The number of a lane of that name that is free at the start."""
+        """Find or add a lane of this name that is free at the start; return its number."""
         with self._lock:
             lanes = self._lanes.setdefault(name, [])
             for place, (number, busy_until) in enumerate(lanes):
@@ -192,7 +201,7 @@ class TraceLog:
             return
         try:
             line = json.dumps({**event, "pid": os.getpid()}) + ",\n"
-            os.write(self._file, line.encode())  # one call: what processes append is not mixed
+            os.write(self._file, line.encode())  # one call, so that lines of several processes do not mix
         except OSError as error:
             self._full = True
             logger.error("The timeline ends here: %s", error)

@@ -1,4 +1,4 @@
-"""Opens what the settings ask for: an encoder for each device, what takes over from it, and a service in front."""
+"""Opens what the settings ask for: an encoder for each device, its fallbacks, and the service in front of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from visionaccel.trust import Canary, ChainLink, FirstAnswer, GuardedEncoder, Sh
 logger = safe_logger(__name__)
 
 _REFERENCE = "torch_ref"
-"""What shadow encodes are compared with."""
+"""The backend that the shadow compares with."""
 
 
 def open_guarded(
@@ -33,20 +33,20 @@ def open_guarded(
     devices: tuple[str | None, ...],
     host: Host | None = None,
 ) -> list[GuardedEncoder]:
-    """A chain of encoders for each device, or the fallbacks alone if the devices cannot all run here.
+    """Open a chain of encoders for each device, or one of the fallbacks alone if not all devices can run here.
 
     A device's chain is its own encoder, those of the other devices, and then the fallbacks, which all chains share.
     Fallbacks run on the weights, so they take every grid, unlike a bundle's programs. Every device encodes the
-    bundle's golden images first; one that gets them wrong cannot run here.
+    bundle's golden images first; a device that gets them wrong counts as one that cannot run here.
 
     Args:
-        source: The encoder.
+        source: The checkpoint's tower, or a bundle.
         settings: The settings.
-        devices: The devices; None among them for the backend's default.
-        host: What else computes on the machine's cores; the encoders' threads leave those cores to it if they can.
+        devices: The devices; None stands for the backend's default.
+        host: The other work on the machine's cores; the encoders' threads avoid those cores if they can.
 
     Raises:
-        VisionAccelError: If neither can start, or a setting is wrong.
+        VisionAccelError: If neither the devices nor a fallback can start, or a setting is wrong.
     """
     if settings.timing:
         TimingLog.install()
@@ -56,10 +56,10 @@ def open_guarded(
 
 
 class _Opening:
-    """What the encoders of one source have in common."""
+    """Opens the encoders of one source, which share its weights, golden images and fallbacks."""
 
     def __init__(self, source: Tower | Bundle, settings: Settings, host: Host | None) -> None:
-        if settings.fallback or settings.shadow:  # they may open when something else lies at these paths
+        if settings.fallback or settings.shadow:  # these may open later, when the files have changed
             source = hold_source(source, settings.weights)
         self._source, self._settings = source, settings
         choice = choose_cores(settings.cpu_cores, host)
@@ -70,7 +70,7 @@ class _Opening:
         self._golden = read_golden(source) if isinstance(source, Bundle) and settings.canary != "off" else ()
         self._fallbacks = {name: self._fallback(name) for name in settings.fallback}
         if settings.shadow:
-            default_registry().entry(_REFERENCE)  # refused now rather than with the first comparison
+            default_registry().entry(_REFERENCE)  # fail now rather than at the first comparison
             self._reference = self._fallbacks.get(_REFERENCE) or self._fallback(_REFERENCE)
 
     def chains(self, devices: tuple[str | None, ...]) -> list[GuardedEncoder]:
@@ -95,7 +95,7 @@ class _Opening:
         ]
 
     def _without_devices(self, fallbacks: Sequence[ChainLink], error: VisionAccelError) -> GuardedEncoder:
-        """The chain of the fallbacks that can start."""
+        """Return a chain of the fallbacks, from the first that can start."""
         for number, link in enumerate(fallbacks):
             logger.error("Starting with the fallback %r, because %s", link.name, error)
             try:
@@ -108,18 +108,18 @@ class _Opening:
         raise error
 
     def _try(self, link: ChainLink) -> None:
-        """Open an encoder and have it encode the golden images; raises if it cannot, or gets them wrong."""
+        """Open an encoder and have it encode the golden images; raise if it cannot, or gets them wrong."""
         opened = link.open()
         if isinstance(opened, VisionAccelError):
             raise opened
-        link.name = opened.backend  # it may have been `auto`
+        link.name = opened.backend  # the name may have been `auto`
         if self._settings.canary == "off":
             return
         failure = link.check().failure
         if failure is not None:
             raise _CanaryError(
-                f"backend {link.name!r} failed its canary and is not to be trusted: {failure}",
-                hint="Run `visionaccel validate` and `visionaccel doctor`; VISIONACCEL_CANARY=off trusts it blindly.",
+                f"backend {link.name!r} failed its canary and cannot be trusted: {failure}",
+                hint="Run `visionaccel validate` and `visionaccel doctor`; VISIONACCEL_CANARY=off skips this check.",
             )
 
     def _fallback(self, name: str) -> ChainLink:
@@ -163,7 +163,7 @@ class _Opening:
             device=device,
             options=options,
             isolation=settings.isolation,
-            deadline=LONGEST_SECONDS,  # the link has the deadline, and ends the device's process
+            deadline=LONGEST_SECONDS,  # the link enforces the deadline and ends the device's process
             open_deadline=settings.open_deadline,
             cores=self._cores,
             weights=settings.weights,
@@ -190,22 +190,22 @@ def open_service(
     cores: Iterable[int] | None = None,
     weights: WantedWeights = "private",
 ) -> EncodeService:
-    """An encode service, to be used by itself from Python.
+    """Open an encode service from Python. The caller closes it.
 
     Args:
-        source: As for `open_encoder`.
+        source: See `open_encoder`.
         backend: Name of an installed backend, or `auto`.
-        devices: The backend's devices, each of which gets an encoder; its default if none is named.
-        fallback: Backend that takes over what the devices fail on, or their place if they cannot start; or several.
+        devices: The backend's devices, each of which gets an encoder; the backend's default device if empty.
+        fallback: One or more backends that encode what the devices fail on, and replace devices that cannot start.
         options: The backend's options by name.
-        isolation: Whether each device lives in a child process; `auto` for what the backend declares.
+        isolation: Whether each device runs in a child process; `auto` for what the backend declares.
         deadline: Seconds that a device may take for each image of a call.
         open_deadline: Seconds that opening a device may take.
-        queue_size: Most items that wait for a device.
-        cache_size: Bytes of embeddings that are kept.
-        dtype: Dtype of the embeddings.
-        cores: Cores of the CPU that the devices' threads run on; None to leave that to the runtimes.
-        weights: Where the weights are read, as for `open_encoder`.
+        queue_size: The maximum number of items that wait for a device.
+        cache_size: The maximum size of the embedding cache, in bytes.
+        dtype: The embeddings' dtype: `float32`, `bfloat16` or `float16`.
+        cores: CPU cores that the devices' threads run on; None to leave that to the runtimes.
+        weights: Where the weights are read from; see `open_encoder`.
 
     Raises:
         ConfigurationError: If a value is invalid, or the backend cannot run.
@@ -232,10 +232,10 @@ def open_service(
 def open_wanted_service(
     source: Tower | Bundle, settings: Settings, dtype: str = "float32", host: Host | None = None
 ) -> EncodeService:
-    """An encode service as the settings want it.
+    """Open an encode service as the settings describe it.
 
     Raises:
-        VisionAccelError: As `open_guarded`.
+        VisionAccelError: The errors of `open_guarded` and `EncodeService`.
     """
     encoders = open_guarded(source, settings, settings.wanted_devices, host)
     try:

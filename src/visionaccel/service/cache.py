@@ -1,4 +1,4 @@
-"""Embeddings of images that were seen before, and the keys that they are kept under."""
+"""The cache of embeddings, and its keys."""
 
 from __future__ import annotations
 
@@ -20,13 +20,16 @@ from visionaccel.encoder import Encoder
 
 
 class EmbeddingCache:
-    """Keeps the embeddings that were used last, in the host's memory. Safe to share between threads and services.
+    """Keeps the most recently used embeddings in host memory. Safe to share between threads and services.
 
-    What it returns is read-only and shared by all callers. It keeps at most `size` bytes of embeddings.
+    Returned embeddings are read-only and shared by all callers.
+
+    Args:
+        size: The maximum total of the embeddings, in bytes.
 
     Attributes:
         evicted: Embeddings that made room for others, or were too large to be kept.
-        generation: How often everything was forgotten.
+        generation: How often the cache was cleared.
     """
 
     def __init__(self, size: int) -> None:
@@ -36,56 +39,56 @@ class EmbeddingCache:
 
     @property
     def held(self) -> int:
-        """Bytes that it keeps now."""
+        """Bytes of embeddings in the cache."""
         return int(self._entries.currsize)
 
     def get(self, key: str) -> NDArray[Any] | None:
-        """The embedding kept under an `embedding_key`, or None."""
+        """Return the embedding of an `embedding_key`, or None."""
         with self._lock:
             return self._entries.get(key)
 
     def put(self, key: str, embedding: NDArray[Any], generation: int | None = None) -> None:
-        """Keep an embedding [tokens, width], which must not be written to from now on.
+        """Keep an embedding [tokens, width], which becomes read-only; the caller must not write to it any more.
 
-        Not if everything was forgotten since the generation in which its computation began.
+        If the cache was cleared since the generation in which the computation began, the embedding is not kept.
         """
         embedding.flags.writeable = False
         with self._lock:
             if generation not in (None, self.generation):
                 return
-            self._entries.pop(key, None)  # cachetools 5 makes room for all of what replaces an entry
+            self._entries.pop(key, None)  # cachetools 5 would make room for the whole replacement
             entries = len(self._entries)
             with suppress(ValueError):  # too large
                 self._entries[key] = embedding
             self.evicted += entries + 1 - len(self._entries)
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Remove all embeddings and begin a new generation."""
         with self._lock:
             self.generation += 1
             self._entries.clear()
 
 
 def item_key(patches: Array, grid: Grid, context: str = "") -> str:
-    """A digest of an item's patches and grid, and of a context, the same in every process. Releases the GIL."""
+    """Return a digest of an item's patches, its grid and a context, equal in every process. Releases the GIL."""
     digest = hashlib.blake2b(repr((*grid.thw, context)).encode(), digest_size=16)
     digest.update(np.ascontiguousarray(as_numpy(patches)).view(np.uint8).data)
     return digest.hexdigest()
 
 
 def embedding_key(patches: Array, grid: Grid, numbers: str, content: str | None = None) -> str:
-    """What an item's embedding is kept under: its content, its grid, its dtype, and the encoder's `numerics`.
+    """Return the cache key of an item's embedding: its content, grid and dtype, and the encoder's `numerics`.
 
-    The content is the caller's key of the patches' values, such as vLLM's hash; without it the patches are read.
+    The content is the caller's key of the patches' values, such as vLLM's hash; without it the patches are hashed.
     """
     context = f"{dtype_name(patches)} {numbers}"
     return item_key(patches, grid, context) if content is None else f"{content} {grid} {context}"
 
 
 def numerics(encoder: Encoder, dtype: str) -> str:
-    """A digest of what decides the numbers of embeddings in a dtype: the encoder's device, options and programs.
+    """Return a digest of everything that decides the embeddings' values: device, options, programs and dtype.
 
-    A program without a digest is identified by its weights' files and their states when they were verified.
+    A program without a digest is identified by the files of its weights and their states when they were verified.
     """
     capabilities = encoder.capabilities
     parts = {

@@ -32,19 +32,19 @@ _CLOSING = 1.0
 
 
 class EncodeService:
-    """Encodes images and videos in the order of their arrival, on the device that is free.
+    """Encodes images and videos in order of arrival, on the first free device.
 
     Safe to use from any thread; use as a context manager or call `close`. Each item is a separate call, and fails
     alone. Equal items that are in the service at one time are encoded once, and embeddings are kept in a cache. A
     device gets one thread, or as many as its backend declares (`Capabilities.max_in_flight`).
 
-    The deadline of a call is that of the chain's links. While no link can answer because one hangs, what waits is kept;
-    an item fails once both it has waited and the hang has lasted for the deadline.
+    Calls have the deadline of the chain's links. While no link can answer because one hangs, items wait; an item fails
+    once both its wait and the hang have lasted for the deadline.
 
     Args:
         encoders: The chain of each device, which the service closes. All must compute the same numbers.
-        queue_size: Most items that wait for a device.
-        cache: Where embeddings are kept: bytes for a new cache, or one that is shared.
+        queue_size: The maximum number of items that wait for a device.
+        cache: The size of a new cache in bytes, or a cache to share.
         dtype: Dtype of the embeddings: `float32`, `bfloat16` (through ml_dtypes) or `float16`.
 
     Attributes:
@@ -53,7 +53,7 @@ class EncodeService:
         encoders: The chain of each device.
 
     Raises:
-        ConfigurationError: If there is no encoder, or they differ in what they compute.
+        ConfigurationError: If there is no encoder, the dtype is unknown, or the encoders compute different numbers.
     """
 
     def __init__(
@@ -82,21 +82,21 @@ class EncodeService:
 
     @property
     def counters(self) -> ServiceCounters:
-        """What it has done so far."""
+        """What the service has done so far, as a snapshot."""
         return self._state.counters
 
     @property
     def closed(self) -> bool:
-        """Whether it was closed, and every future is answered."""
+        """Whether the service was closed, and every future is done."""
         return self._closed
 
     @property
     def room(self) -> bool:
-        """Whether any item would be taken in at once."""
+        """Whether the queue accepts any item at once."""
         return self._state.room
 
     def bytes_of(self, grid: Grid) -> int:
-        """Bytes of the embedding of an item of that grid."""
+        """Bytes of the embedding of an item with this grid."""
         itemsize: int = self._dtype.itemsize
         return grid.tokens(self.tower.merge_size) * self.tower.out_width * itemsize
 
@@ -110,28 +110,29 @@ class EncodeService:
         urgent: bool = False,
         timeout: float | None = None,
     ) -> Future[Embedding]:
-        """Have one image or video encoded.
+        """Submit one image or video for encoding.
 
-        Takes microseconds with a key, where there is room. Without a key it reads the patches once.
+        Takes microseconds if there is a key and the queue has room. Without a key it reads the patches once.
 
         Args:
-            patches: float32, float16 or bfloat16 [P, patch_width], numpy or torch. Must not change until it is encoded.
-            grid: Its (t, h, w).
-            key: The caller's key, such as vLLM's hash of the image: equal for equal patches only. None for a digest.
-            arrival: When it arrived, if not now; earlier ones are encoded first. On the clock of `time.monotonic`,
-                unless every caller of the service uses another one.
-            urgent: Encode it before all that is not urgent.
-            timeout: Seconds to wait for room in the queue; None for as long as it takes. What equals an item in the
-                service, or is in the cache, needs no room.
+            patches: float32, float16 or bfloat16 [P, patch_width], numpy or torch. Must not change until the future is
+                done.
+            grid: The item's (t, h, w).
+            key: The caller's key, such as vLLM's hash of the image: equal only for equal patches. None to hash them.
+            arrival: When the item arrived, if not now; earlier items are encoded first. On the clock of
+                `time.monotonic`, unless every caller of the service uses a different one.
+            urgent: Encode this item before all that are not urgent.
+            timeout: Seconds to wait for room in the queue; None to wait without limit. An item that equals one in the
+                service, or that is in the cache, needs no room.
 
         Returns:
-            A future of the embedding, [tokens, out_width] in the service's dtype, read-only and shared with others that
-            ask for the same. Cancel it to take the item back. It fails with the item's error: InputError for wrong
-            data, DeadlineError, another DeviceError, or ServiceClosedError.
+            A future of the embedding, [tokens, out_width] in the service's dtype, read-only and shared with other
+            callers that submit an equal item. Cancel the future to withdraw the item. It fails with the item's error:
+            InputError for wrong data, DeadlineError, another DeviceError, or ServiceClosedError.
 
         Raises:
             GridError: If the grid is wrong.
-            PatchesError: If there are more or fewer patches than it says, or they cannot be read.
+            PatchesError: If the number of patches does not match the grid, or they cannot be read.
             QueueFullError: If there was no room in time.
             ServiceClosedError: If the service is closed.
         """
@@ -140,10 +141,10 @@ class EncodeService:
     async def submit_async(
         self, patches: Array, grid: GridLike, *, key: str | None = None, arrival: float | None = None
     ) -> Embedding:
-        """`submit` without blocking the event loop, and the answer. Cancelling the task cancels the item.
+        """Submit an item and await its embedding. Cancelling the task cancels the item. Arguments as for `submit`.
 
         Raises:
-            VisionAccelError: What `submit` raises, and the item's own error.
+            VisionAccelError: The errors of `submit` and of its future.
         """
         item = await asyncio.to_thread(self._item, patches, grid, key, arrival)
         while True:
@@ -156,14 +157,14 @@ class EncodeService:
         """Encode several images and videos and wait for all of them.
 
         Args:
-            patches: [P, patch_width] of all items, one after the other.
+            patches: [P, patch_width] of all items, one after another.
             grids: (t, h, w) of each item.
 
         Returns:
-            One embedding for each grid, as the future of `submit`.
+            One embedding for each grid, like those of `submit`.
 
         Raises:
-            VisionAccelError: The error of the first item that failed; those that still wait are cancelled.
+            VisionAccelError: The error of the first item that failed; items that still wait are cancelled.
         """
         futures: list[Future[Embedding]] = []
         try:
@@ -174,7 +175,7 @@ class EncodeService:
                 future.cancel()
 
     async def encode_async(self, patches: Array, grids: Iterable[GridLike]) -> list[Embedding]:
-        """As `encode`, without blocking the event loop."""
+        """Like `encode`, without blocking the event loop."""
         tasks = [asyncio.create_task(self.submit_async(*item)) for item in self._split(patches, grids)]
         try:
             return list(await asyncio.gather(*tasks))
@@ -184,10 +185,10 @@ class EncodeService:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     def close(self, *, drain: bool = False, wait: float | None = None) -> None:
-        """Take in nothing more, answer every future, give back the devices and end every thread.
+        """Accept no more items, complete every future, give back the devices and end every thread.
 
         Args:
-            drain: Encode what waits first; otherwise it fails with ServiceClosedError.
+            drain: Encode the items that wait first; otherwise they fail with ServiceClosedError.
             wait: Seconds to wait for calls in progress; by default as long as a call may take, or with `drain` without
                 limit. A call that does not return by then keeps its thread and its device; its items fail.
         """
@@ -218,18 +219,18 @@ class EncodeService:
         self._closed = True
 
     def _threads_of(self, encoder: GuardedEncoder) -> list[threading.Thread]:
-        """One thread for each call that the device is to have in progress."""
+        """Make one thread for each call that the device can have in progress."""
         capabilities = encoder.primary.capabilities
         calls = max(1, capabilities.max_in_flight) if capabilities.thread_safe else 1
         names = [f"visionaccel-{capabilities.device}-{call}" for call in range(calls)]
         return [threading.Thread(target=self._run, args=(encoder,), name=name, daemon=True) for name in names]
 
     def _close_chain(self, encoder: GuardedEncoder) -> None:
-        """Close a chain's encoders. A call that is still in progress keeps its own until it returns."""
+        """Close a chain's encoders. A call that is still in progress keeps its encoder until it returns."""
         alive = any(thread.is_alive() for chain, thread in self._threads if chain is encoder)
         if alive:
             device = encoder.primary.capabilities.device
-            logger.warning("A call of device %r does not return; it keeps the device and a thread.", device)
+            logger.warning("A call of device %r has not returned; it keeps the device and a thread.", device)
         encoder.close(0.0 if alive else _CLOSING)
 
     def _item(
@@ -266,14 +267,14 @@ class EncodeService:
             self._state.finish(item, result, time.monotonic() - started, fallback=fallback)
 
     def _may_take(self, encoder: GuardedEncoder, item: Item) -> bool:
-        """Whether a chain can answer an item; or none can, and both the hang and the wait last for too long."""
+        """Whether a chain can answer an item, or must fail it because hang and wait have lasted too long."""
         if encoder.stuck_for == 0:
             return True
         stuck = min(each.stuck_for for each in self.encoders)
         return min(stuck, time.monotonic() - item.submitted) >= self._deadline
 
     def _encode(self, encoder: GuardedEncoder, item: Item, waited: float) -> tuple[Embedding | VisionAccelError, bool]:
-        """An item's answer, and whether a fallback computed it. Repeated if a device was distrusted in the call."""
+        """An item's answer, and whether a fallback computed it. Retries if wrong answers were found during the call."""
         patches = item.patches
         try:
             for _ in range(_TRIES):
@@ -290,21 +291,21 @@ class EncodeService:
                     return rows, False
             message = f"a device was found to give wrong answers during each of {_TRIES} tries."
             return DeviceError(message, hint="Try again later; see the log."), False
-        except Exception as error:  # The thread must survive any exception; its item answers for it.
-            logger.exception("Encoding failed in a way that it should not.")
+        except Exception as error:  # The thread must survive any exception; the item fails with it.
+            logger.exception("Unexpected error while encoding.")
             return DeviceError(f"encoding failed with {type(error).__name__}: {error}"), False
 
 
 def _one_numerics(encoders: Sequence[GuardedEncoder], dtype: str) -> str:
-    """What all encoders compute.
+    """Return the `numerics` that all encoders share.
 
     Raises:
-        ConfigurationError: If that is not one thing.
+        ConfigurationError: If there is no encoder, they differ, or the dtype is unknown.
     """
     if not encoders:
         raise ConfigurationError("an encode service needs an encoder.", hint="Open one with open_encoder.")
     if dtype not in FLOATS:
-        raise ConfigurationError(f"embeddings cannot be {dtype}.", hint=f"Name one of: {', '.join(FLOATS)}.")
+        raise ConfigurationError(f"unknown dtype {dtype!r} of embeddings.", hint=f"Choose one of: {', '.join(FLOATS)}.")
     first = numerics(encoders[0].primary, dtype)
     if any(numerics(encoder.primary, dtype) != first for encoder in encoders[1:]):
         raise ConfigurationError(

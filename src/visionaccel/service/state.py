@@ -1,12 +1,12 @@
-"""What is in an encode service, under one lock: which items wait or run, and which futures they answer.
+"""The state of an encode service, under one lock: which items wait or run, and which futures they answer.
 
-These hold between any two calls, on any schedule:
+These rules hold between any two calls, on any schedule:
 
-- Of items with one key, at most one waits or runs. An equal one that comes then joins it.
-- Every future that was handed out belongs to one such item until it is answered, once, or its holder cancels it.
-- At most `size` items wait. Urgent ones go first, then those that arrived first.
-- An item that waits and loses its last future is dropped, with its patches.
-- Once the service is closed nothing enters; after `abandon` no future is open.
+- At most one item with a given key waits or runs. An equal item that arrives then joins it.
+- Every future belongs to one such item until it is answered, once, or cancelled by its holder.
+- At most `size` items wait. Urgent items go first, then those that arrived first.
+- A waiting item that loses its last future is dropped, with its patches.
+- After `close` no item enters; after `abandon` no future is open.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from visionaccel.errors import DeadlineError, QueueFullError, ServiceClosedError
 from visionaccel.service.cache import EmbeddingCache
 
 Embedding: TypeAlias = NDArray[Any]
-"""[tokens, out_width] of one item, read-only."""
+"""Embeddings [tokens, out_width] of one item, in the service's dtype, read-only."""
 
 _PERIOD = 0.02
 _NEW = "Open a new one."
@@ -38,17 +38,17 @@ class ServiceCounters:
     """What a service has done so far, and what it is doing.
 
     Attributes:
-        submitted: Items that were taken in.
-        encoded: Items that a device or the fallback encoded.
-        fallback: Those of them that the fallback encoded.
+        submitted: Items that were accepted.
+        encoded: Items that a device or a fallback encoded.
+        fallback: Encoded items that a fallback encoded.
         cached: Items whose embedding was in the cache.
-        merged: Items that were equal to one in the service, and were not encoded a second time.
-        failed: Items that could not be encoded, those past a deadline included.
+        merged: Items that equalled one in the service, and joined it.
+        failed: Items that could not be encoded, including those past a deadline.
         expired: Items whose call was past its deadline.
-        cancelled: Items that were cancelled before a device took them.
+        cancelled: Items that were cancelled while they waited.
         busy_seconds: Seconds that devices spent on items, over all devices.
         waiting: Items that wait for a device now.
-        running: Items that devices encode now.
+        running: Items that are being encoded now.
     """
 
     submitted: int = 0
@@ -69,16 +69,16 @@ class Item:
     """One image or video on its way through a service."""
 
     key: str
-    patches: Array  # [P, patch_width]; None once it is done
+    patches: Array  # [P, patch_width]; None once the item is done
     grid: Grid
-    arrival: float  # on any clock, the same for all of a service
+    arrival: float  # on any clock, the same for all items of a service
     urgent: bool = False
     submitted: float = field(default_factory=time.monotonic)
     futures: set[Future[Embedding]] = field(default_factory=set)
 
     @property
     def turn(self) -> tuple[bool, float, float]:
-        """Urgent items go first, then those that arrived first."""
+        """The sort key: urgent items go first, then those that arrived first."""
         return not self.urgent, self.arrival, self.submitted
 
 
@@ -99,18 +99,18 @@ class ServiceState:
 
     @property
     def counters(self) -> ServiceCounters:
-        """A snapshot."""
+        """A snapshot of the counters."""
         with self._changed:
             waiting = len(self._waiting)
             return replace(self._counters, waiting=waiting, running=len(self._by_key) - waiting)
 
     @property
     def room(self) -> bool:
-        """Whether any item would be taken in at once."""
+        """Whether the queue accepts any item at once."""
         return len(self._waiting) < self._size and not self._closed
 
     def enter(self, item: Item, timeout: float | None) -> Future[Embedding]:
-        """Take in a new item: join its equal, answer it from the cache, or queue it.
+        """Accept a new item: join an equal one, answer from the cache, or queue it.
 
         Raises:
             QueueFullError: If there was no room within the timeout.
@@ -126,7 +126,7 @@ class ServiceState:
         return future
 
     def next_change(self) -> Future[None]:
-        """Answered when there may be room, or the service is closed; at once if that is so already."""
+        """Return a future that is done when there may be room, or the service is closed."""
         watcher: Future[None] = Future()
         with self._changed:
             self._watchers.append(watcher)
@@ -135,9 +135,10 @@ class ServiceState:
         return watcher
 
     def take(self, may: Callable[[Item], bool]) -> Item | None:
-        """The first item that the caller may encode, once there is one; it runs then. None if no more will come.
+        """Wait for an item that the caller may encode, and return the first; None if the service is closed and empty.
 
-        If the caller may encode none of those that wait, it is asked again soon. Closing does not wait for that.
+        While the caller may encode none of the waiting items, `may` is asked again every 20 ms; after `close` it is
+        not asked.
         """
         with self._changed:
             while True:
@@ -152,7 +153,7 @@ class ServiceState:
                 self._changed.wait(_PERIOD if turns else None)
 
     def finish(self, item: Item, result: Embedding | VisionAccelError, seconds: float, *, fallback: bool) -> None:
-        """Answer an item that ran, and that kept its device busy for some seconds."""
+        """Answer an item that ran, and count the seconds that its device was busy."""
         with self._changed:
             counters = self._counters
             counters.busy_seconds += seconds
@@ -168,7 +169,7 @@ class ServiceState:
         _answer(futures, result)
 
     def close(self, *, drain: bool) -> None:
-        """Take nothing in any more; what waits is failed, or left for the devices."""
+        """Accept no more items. Fail those that wait, or leave them for the devices."""
         with self._changed:
             self._closed = True
             futures = self._done([] if drain else self._waiting)
@@ -178,10 +179,10 @@ class ServiceState:
         """Fail the items of calls that do not return."""
         with self._changed:
             futures = self._done(self._by_key.values())
-        _answer(futures, ServiceClosedError("the encode service was closed while the item was encoded.", hint=_NEW))
+        _answer(futures, ServiceClosedError("the encode service was closed while it encoded the item.", hint=_NEW))
 
     def _cancelled(self, item: Item, future: Future[Embedding]) -> None:
-        """Drop an item that waits once its last future was cancelled."""
+        """Remove a future; drop the item if it waits and this was its last future."""
         if not future.cancelled():
             return
         with self._changed:
@@ -193,7 +194,7 @@ class ServiceState:
     # With the lock held:
 
     def _entered(self, item: Item) -> Future[Embedding] | None:
-        """The future of an item that was taken in; None if there is no room."""
+        """Try to accept an item; None if there is no room."""
         if self._closed:
             raise ServiceClosedError("the encode service is closed.", hint=_NEW)
         twin = self._by_key.get(item.key)

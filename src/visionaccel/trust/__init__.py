@@ -1,4 +1,4 @@
-"""What keeps encoders right and answering: the chain, its links, and their breakers, canaries and shadow."""
+"""Keeps encoders correct and available: the chain, its links, and their breakers, canaries and shadow."""
 
 from visionaccel.trust.breaker import Breaker, BreakerState
 from visionaccel.trust.canary import Canary, FirstAnswer, drift_of, precision_limit

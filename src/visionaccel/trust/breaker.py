@@ -1,4 +1,4 @@
-"""The breaker of a link: whether it gets work."""
+"""The breaker of a link: whether it receives images."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ _LONGEST_DELAY = 60.0
 
 
 class BreakerState(StrEnum):
-    """Whether an encoder gets work."""
+    """The state of a breaker."""
 
     CLOSED = "closed"
-    """It does."""
+    """The encoder receives images."""
 
     OPEN = "open"
-    """It does not; others take over."""
+    """The encoder is disabled; others take over."""
 
     HALF_OPEN = "half-open"
-    """Neither: a probe finds out whether it may again."""
+    """The encoder is disabled, and a probe finds out whether it can be enabled again."""
 
 
 class Breaker:
-    """Opens after failures in a row, or at once on proof; only a probe closes it.
+    """Opens after several failures in a row, or at once on proof; only a probe closes it.
 
-    Every opening in a row without a success between doubles the time until the next probe, up to a minute. Safe to use
-    from several threads.
+    Each opening without a success since the last one doubles the time until the next probe, up to a minute. Safe to
+    use from several threads.
 
     Args:
         failures: Failures in a row that open it.
         cool_down: Seconds from the first opening to the probe.
-        changed: Called after each change of state with the new state and the reason, without the lock.
-        clock: Seconds that never go back.
+        changed: Called after each change of state with the new state and the reason; the lock is not held.
+        clock: A monotonic clock, in seconds.
 
     Attributes:
-        state: The state now.
-        reason: Why it was opened last; empty if it never was.
-        proven: Whether it was opened on proof of a hang or a wrong answer, and not by a count of failures.
+        state: The current state.
+        reason: Why it opened last; empty if it never did.
+        proven: Whether it opened on proof of a hang or a wrong answer, and not because of repeated failures.
     """
 
     def __init__(
@@ -60,29 +60,29 @@ class Breaker:
 
     @property
     def closed(self) -> bool:
-        """Whether the encoder gets work."""
+        """Whether the encoder receives images."""
         return self.state is BreakerState.CLOSED
 
     @property
     def hangs_for(self) -> float:
-        """Seconds since a call did not return in time; 0 if none did since it was last closed."""
+        """Seconds since a call first failed to return in time; 0 if all have since the breaker last closed."""
         since = self._hangs_since
         return 0.0 if since is None else max(1e-9, self._clock() - since)
 
     @property
     def probe_due(self) -> bool:
-        """Whether a probe may begin."""
+        """Whether a probe can begin."""
         return self.state is BreakerState.OPEN and self._clock() >= self._probe_at
 
     def succeeded(self) -> None:
-        """An encode went well."""
-        if self._in_a_row or self._openings:  # read without the lock: the usual case must cost nothing
+        """Record an encode that succeeded."""
+        if self._in_a_row or self._openings:  # read without the lock, so that the usual case costs nothing
             with self._lock:
                 if self.state is BreakerState.CLOSED:
                     self._in_a_row = self._openings = 0
 
     def failed(self, reason: str) -> None:
-        """An encode failed; the breaker opens if that was one too many."""
+        """Record an encode that failed; open the breaker if the limit is reached."""
         with self._lock:
             self._in_a_row += 1
             if self.state is not BreakerState.CLOSED or self._in_a_row < self._limit:
@@ -93,7 +93,7 @@ class Breaker:
         self._changed(BreakerState.OPEN, message)
 
     def trip(self, reason: str, *, hangs: bool = False) -> None:
-        """Open it on proof, such as a call that hangs, without counting. If it is open, the time of its probe stays."""
+        """Open at once on proof, such as a call that hangs. If it is open already, its next probe is not postponed."""
         with self._lock:
             known, self.proven = self.proven, True
             if hangs and self._hangs_since is None:
@@ -105,12 +105,12 @@ class Breaker:
         self._changed(BreakerState.OPEN, reason)
 
     def hasten(self) -> None:
-        """The next probe is due now, as a call that was left behind has returned."""
+        """Make the next probe due now, because a call that was left behind has returned."""
         with self._lock:
             self._probe_at = min(self._probe_at, self._clock())
 
     def begin_probe(self) -> bool:
-        """Whether a probe is due; the breaker is half-open then, and `end_probe` must be called."""
+        """Begin a probe if one is due, and return whether it is. The caller must call `end_probe` then."""
         with self._lock:
             if not self.probe_due:
                 return False
@@ -119,10 +119,10 @@ class Breaker:
         return True
 
     def end_probe(self, failure: str | None, *, proven: bool = False) -> None:
-        """A probe is over: None closes the breaker, a reason opens it again, perhaps on proof."""
+        """End a probe: without a failure the breaker closes, otherwise it opens again."""
         with self._lock:
             if self.state is not BreakerState.HALF_OPEN:
-                return  # opened during the probe, for a reason that the probe does not know
+                return  # it was opened during the probe, for another reason
             if failure is None:
                 self.state, self._in_a_row = BreakerState.CLOSED, 0
                 self.proven, self._hangs_since = False, None

@@ -1,4 +1,4 @@
-"""The canary: images with known answers, which a device must encode correctly before it is trusted, and again later."""
+"""The canary: images with known answers that a device must encode correctly, at first and again from time to time."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from visionaccel.encoder import Encoder
 from visionaccel.errors import DeadlineError, UnfitGridError, VisionAccelError
 
 _SAME = 0.9999
-"""The lowest cosine at which an encoder repeats its own answer: threads add in another order, and no more."""
+"""The lowest cosine between two answers of one encoder to one image: threads may add in a different order."""
 
 _SIDE = 6
 _MOST_EVIDENCE = 4
 
 Encode: TypeAlias = Callable[[NDArray[np.float32], Sequence[Grid]], Array]
-"""Embeddings of patches, as `Encoder.encode`."""
+"""Computes embeddings of patches, like `Encoder.encode`."""
 
 
 @dataclass(frozen=True, slots=True)
 class CanaryResult:
-    """What a canary found.
+    """The result of a canary.
 
     Attributes:
-        lowest_cosine: The lowest cosine of a token; -1 if nothing could be encoded.
-        limit: The lowest that passes.
-        seconds: How long it took.
-        failure: What is wrong, with the numbers; None if the encoder may be trusted.
-        encoded: Whether something could be encoded.
-        wrong: Whether an answer was wrong; otherwise what failed could not be encoded.
+        lowest_cosine: The lowest cosine of a token; -1 if no image could be encoded.
+        limit: The lowest cosine that passes.
+        seconds: How long the canary took.
+        failure: What is wrong, with the numbers; None if the canary passed.
+        encoded: Whether at least one image could be encoded.
+        wrong: Whether an answer was wrong. A failure without it means that an image could not be encoded.
     """
 
     lowest_cosine: float
@@ -53,9 +53,9 @@ class CanaryResult:
 
 
 class FirstAnswer:
-    """What the first encoder of a source without golden images answered to a picture.
+    """The first encoder's answer to a test picture, for a source without golden images.
 
-    It is the reference of encoders that open later, which may find other files than those that were verified.
+    It is the reference for encoders that open later, when the files may no longer be those that were verified.
     """
 
     def __init__(self) -> None:
@@ -64,32 +64,32 @@ class FirstAnswer:
         self._limit = 0.0
 
     def offer(self, image: Golden, encoder: Encoder) -> None:
-        """Keep an encoder's answer, if it is the first."""
+        """Keep an encoder's answer if it is the first."""
         with self._lock:
             if self._image is None:
                 self._image, self._limit = image, precision_limit(encoder)
 
     def image_for(self, encoder: Encoder) -> Golden | None:
-        """The picture and its answer, with the limit for that encoder; None if there is none that it takes."""
+        """The picture, its answer and the limit for this encoder; None if there is no answer or it does not fit."""
         image = self._image
         if image is None or not _takes(encoder, image):
             return None
-        # Each may be as far from the exact answer as its precision allows.
+        # Both answers may be as far from the exact one as their precision allows.
         angle = math.acos(self._limit) + math.acos(precision_limit(encoder))
         return replace(image, threshold=math.cos(angle))
 
 
 class Canary:
-    """Encodes golden images and compares. Asked by one thread at a time.
+    """Encodes golden images and compares the answers with the known ones. Used by one thread at a time.
 
-    An encoder without golden images (it has no bundle, or one that was never validated) is held to the first encoder's
-    answer when it is tried first, and from then on to what it answered then: that finds an encoder of other weights and
-    a device whose results change, and not a first encoder that was wrong from the start.
+    Without golden images (there is no bundle, or it was never validated), an encoder's first answer is compared with
+    that of the first encoder, and its later answers with its first. This finds an encoder with other weights and a
+    device whose results change over time, but not a first encoder that was wrong from the start.
 
     Args:
-        images: The golden images; those that no program of the encoder takes are left out.
+        images: The golden images; those that do not fit a program of the encoder are left out.
         first: The answer of the first encoder of this source.
-        fallback: The encoder runs on the weights in its own precision, which the golden images' limits are not for.
+        fallback: Whether the encoder runs on the weights, in a precision that the golden images' limits ignore.
     """
 
     def __init__(
@@ -101,17 +101,17 @@ class Canary:
         self._lock = threading.Lock()
 
     def remember(self, image: Golden) -> None:
-        """Try this image, too, from now on: the encoder got it wrong. The last few are kept."""
+        """Include an image that the encoder got wrong from now on. The last few are kept."""
         with self._lock:
             self._evidence = (*self._evidence, image)[-_MOST_EVIDENCE:]
 
     def check(self, encoder: Encoder, encode: Encode, *, quick: bool) -> CanaryResult:
-        """Encode and compare. Never raises for what the encoder does.
+        """Encode the images and compare. Never raises for what the encoder does.
 
         Args:
-            encoder: What to try.
-            encode: Encodes with it, within a deadline.
-            quick: Encode only the smallest image of each program, and what it got wrong before.
+            encoder: The encoder to check.
+            encode: Encodes with that encoder, within a deadline.
+            quick: Encode only each program's smallest image, and the images that the encoder got wrong before.
         """
         started = time.perf_counter()
         golden = self._fitting(encoder, quick)
@@ -125,7 +125,7 @@ class Canary:
             if isinstance(rows, VisionAccelError):
                 failure = failure or f"{what} could not be encoded: {rows.message}"
                 if isinstance(rows, DeadlineError):
-                    break  # the others would wait as long
+                    break  # the other images would take as long
                 continue
             expected = image.embeddings if len(image.embeddings) else rows
             cosine, reason = drift_of(rows, expected, image.threshold)
@@ -133,7 +133,7 @@ class Canary:
             if cosine < lowest:
                 lowest, limit = cosine, image.threshold
             if reason is not None:
-                failure = failure or f"{what} comes out differently: {reason}"
+                failure = failure or f"{what} was encoded incorrectly: {reason}"
         if not golden and failure is None and self._own is None and isinstance(rows, np.ndarray):
             self._own = replace(images[-1][1], embeddings=np.array(rows, np.float32), threshold=_SAME)
             self._first.offer(self._own, encoder)
@@ -141,16 +141,16 @@ class Canary:
         return CanaryResult(lowest if encoded else -1.0, limit, seconds, failure, encoded, wrong)
 
     def _answered(self, encoder: Encoder) -> tuple[str, Golden]:
-        """The picture in the place of golden images, and what to call it; without an answer for the first encoder."""
+        """The test picture that replaces golden images, and what to call it. It has no answer for the first encoder."""
         if self._own is not None:
-            return "a picture that it encoded before", self._own
+            return "a test picture that it encoded before", self._own
         first = self._first.image_for(encoder)
         if first is not None:
-            return "a picture that the first encoder encoded at the start", first
-        return "a picture", _picture(encoder)
+            return "a test picture that the first encoder encoded at the start", first
+        return "a test picture", _picture(encoder)
 
     def _fitting(self, encoder: Encoder, quick: bool) -> list[Golden]:
-        """The golden images that this encoder takes, the smallest first; only that of each program if quick."""
+        """The golden images that fit this encoder, smallest first; only the smallest of each program if quick."""
         fitting: list[Golden] = []
         for image in sorted(self._images, key=lambda image: len(image.patches)):
             if _takes(encoder, image) and not (quick and image.program in {other.program for other in fitting}):
@@ -160,7 +160,7 @@ class Canary:
 
 
 def _takes(encoder: Encoder, image: Golden) -> bool:
-    """Whether some program of an encoder takes an image."""
+    """Whether an encoder has a program for an image."""
     try:
         for grid in image.grids:
             encoder.program_for(grid)
@@ -170,7 +170,7 @@ def _takes(encoder: Encoder, image: Golden) -> bool:
 
 
 def precision_limit(encoder: Encoder) -> float:
-    """The lowest cosine with the exact answer that the encoder's precision allows."""
+    """The lowest cosine with the exact answer that an encoder's precision allows."""
     lowest = THRESHOLDS["bfloat16"]
     return min(
         THRESHOLDS.get(opened.program.quantization or opened.session.capabilities.precision, lowest)
@@ -187,12 +187,15 @@ def _encoded(encode: Encode, image: Golden) -> NDArray[np.float32] | VisionAccel
 
 
 def drift_of(found: NDArray[np.float32], reference: NDArray[np.float32], threshold: float) -> tuple[float, str | None]:
-    """The lowest cosine of embeddings [tokens, width] with the reference's, and why they do not pass, if so.
+    """Compare embeddings [tokens, width] with the reference's.
 
     Lengths may differ by as much as the threshold's angle moves the end of an embedding, as for a certificate.
+
+    Returns:
+        The lowest cosine of a token, and why the embeddings do not pass; None if they do.
     """
     if found.shape != reference.shape:
-        return -1.0, f"it has embeddings {list(found.shape)}, and the reference {list(reference.shape)}."
+        return -1.0, f"the embeddings have shape {list(found.shape)}, and the reference has {list(reference.shape)}."
     cosines = token_cosines(found, reference)
     lowest = float(cosines.min())
     if lowest < threshold:
@@ -205,7 +208,7 @@ def drift_of(found: NDArray[np.float32], reference: NDArray[np.float32], thresho
 
 
 def _picture(encoder: Encoder) -> Golden:
-    """A small picture that some program takes, without an answer; the same in every process."""
+    """A small test picture that fits a program, without an answer; the same in every process."""
     tower = encoder.tower
     side = _SIDE * tower.merge_size
     grid = Grid(1, side, side)

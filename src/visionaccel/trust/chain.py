@@ -1,4 +1,4 @@
-"""An encoder that answers item by item: one image's fault never costs another its embeddings."""
+"""The chain of encoders. It answers item by item: a faulty image does not fail the others of its call."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ logger = safe_logger(__name__)
 class Embedded:
     """One item's embeddings: `rows`, float32 [tokens, out_width], numpy or torch, which belong to the caller.
 
-    Those of a fallback are computed in other arithmetic than the chosen encoder's.
+    A fallback's embeddings are computed in other arithmetic than the chosen encoder's.
     """
 
     rows: Array
@@ -40,19 +40,19 @@ class Embedded:
 
 
 class GuardedEncoder:
-    """A chain of encoders: each item gets its answer from the first that is healthy and can give it.
+    """A chain of encoders: the first healthy one that can encode an item answers it.
 
-    Several items are encoded in one call where that works, and one by one where it does not. This is the only place
-    that retries: an item with a wrong answer (`OutputError`) is tried once more on the same device, then goes down the
-    chain, as does one that the device fails on. Where nothing follows, any other error is tried once more too.
+    Several items are encoded in one call if possible, and otherwise one by one. This is the only place that retries:
+    an item with a wrong answer (`OutputError`) is tried once more on the same device, then goes down the chain, as does
+    an item that the device fails on. The last encoder of the chain tries once more after any other error too.
 
     Args:
         primary: The chosen encoder.
-        others: What takes over, the preferred first: other devices that compute the same, then fallbacks.
-        shadow: Has the reference look at a share of what the chosen encoder answers.
+        others: The links that take over, in this order: other devices that compute the same, then fallbacks.
+        shadow: Compares a share of the chosen encoder's answers with the reference's.
 
     Attributes:
-        links: All of the chain, the chosen one first.
+        links: All links of the chain, the chosen encoder's first.
         fallback_items: Items that a fallback encoded so far.
         failed_items: Items that no encoder could encode so far.
     """
@@ -72,12 +72,12 @@ class GuardedEncoder:
 
     @property
     def closed(self) -> bool:
-        """Whether it was closed."""
+        """Whether the chosen encoder was closed."""
         return self.primary.closed
 
     @property
     def stuck_for(self) -> float:
-        """Seconds since when no link may be asked because one hangs; 0 if one may, or none hangs."""
+        """For how many seconds no link could be used because one hangs; 0 if one can be used, or none hangs."""
         hangs = [link.breaker.hangs_for for link in self.links if link.breaker.hangs_for]
         return min(hangs) if hangs and not self._turns() else 0.0
 
@@ -94,17 +94,17 @@ class GuardedEncoder:
         Args:
             patches: float32, float16 or bfloat16 [P, patch_width] of all items.
             grids: (t, h, w) of each item.
-            queue_seconds: How long the first of them waited, for reports.
-            until: When to return in any case, on the monotonic clock: an item without an answer by then gets a
+            queue_seconds: How long the first item waited, for reports.
+            until: The latest time to return, on the monotonic clock: an item without an answer by then gets a
                 DeadlineError.
         """
         merge = self.primary.tower.merge_size
         try:
             checked = as_grids(grids, merge)
             if total_patches(checked) != len(patches):
-                # Which rows belong to which item is unknown, so every item gets the error.
+                # It is unknown which rows belong to which item, so every item gets the error.
                 found = self.links[0].encode(patches, checked, until=until)
-                assert isinstance(found, VisionAccelError)  # the encoder refuses what disagrees
+                assert isinstance(found, VisionAccelError)  # the encoder refuses the mismatch
                 return self._failed(found, len(checked))
         except InputError as error:
             return self._failed(error, len(grids))
@@ -124,14 +124,14 @@ class GuardedEncoder:
                 return [self._done(link, *item, each) for item, each in zip(items, rows, strict=True)]
             if isinstance(whole, DeadlineError):
                 late[link] = whole
-            retry = not isinstance(whole, OutputError)  # encoding each alone is the second try
+            retry = not isinstance(whole, OutputError)  # encoding each item alone is the second try
         return [self._one(*item, late, retry, queue_seconds, until) for item in items]
 
     def close(self, wait: float | None = None) -> None:
         """Close every encoder that was opened.
 
         Args:
-            wait: As for `ChainLink.close`.
+            wait: See `ChainLink.close`.
         """
         if self.shadow is not None:
             self.shadow.close()
@@ -147,7 +147,7 @@ class GuardedEncoder:
         queue_seconds: float | None,
         until: float | None,
     ) -> Embedded | VisionAccelError:
-        """One item alone, down the chain, but not on links that were late with it already."""
+        """Encode one item down the chain, without the links that were late with it already."""
         errors = dict(late)
         while (link := next((each for each in self._turns() if each not in errors), None)) is not None:
             if _over(until):
@@ -165,18 +165,18 @@ class GuardedEncoder:
         return self._failed(self._together(errors) if errors else self._unhealthy(), 1)[0]
 
     def _asked_again(self, link: ChainLink, error: VisionAccelError) -> bool:
-        """Whether a link is asked a second time: for a wrong answer, or a failure where nothing follows."""
+        """Whether a link tries again: after a wrong answer, or after a failure if it is the last."""
         if not worth_a_retry(error) or link not in self._turns():
             return False
         return isinstance(error, OutputError) or self._following(link) is None
 
     def _turns(self) -> list[ChainLink]:
-        """The links that may be asked now, in turn: the healthy; if there are none, those that only failed often."""
+        """The links that can be used now, in order: the healthy ones, or else those that only failed repeatedly."""
         ready = [link for link in self.links if link.ready]
         return ready or [link for link in self.links if link.may_try]
 
     def _following(self, link: ChainLink) -> str | None:
-        """The encoder that would have its turn after this one."""
+        """The name of the encoder that is next after this one."""
         turns = self._turns()
         after = turns[turns.index(link) + 1 :] if link in turns else turns
         return next((other.name for other in after), None)
@@ -196,15 +196,15 @@ class GuardedEncoder:
                 self.fallback_items += 1
                 number = self.fallback_items
             logger.warning(
-                "Backend %r failed on grid %s; the fallback took over, for the %d. time, on %r: %s",
-                self.primary.backend, grid, number, link.name, error or first.why_not,
+                "Backend %r failed on grid %s; using fallback %r (%d images so far): %s",
+                self.primary.backend, grid, link.name, number, error or first.why_not,
             )  # fmt: skip
         elif self.shadow is not None:
             self.shadow.offer(link, patches, grid, rows)
         return Embedded(rows, fallback)
 
     def _together(self, errors: Mapping[ChainLink, VisionAccelError]) -> VisionAccelError:
-        """The error of an item that every encoder failed on."""
+        """The error of an item that no encoder could encode."""
         first, last = next(iter(errors.values())), list(errors.values())[-1]
         more = [f"The fallback {link.name!r} failed too: {errors[link].message}" for link in list(errors)[1:]]
         if not _is_own_fault(last):
@@ -216,7 +216,7 @@ class GuardedEncoder:
         if self.stuck_for:
             hint = "Restart the server. VISIONACCEL_ISOLATION=process ends and restarts a device that hangs."
             return DeviceLostError(message, hint=hint)
-        return DeviceError(message, hint="It is probed again soon; see the log, or set VISIONACCEL_FALLBACK.")
+        return DeviceError(message, hint="They are probed again soon; see the log, or set VISIONACCEL_FALLBACK.")
 
     def _failed(self, error: VisionAccelError, items: int) -> list[Embedded | VisionAccelError]:
         with self._counting:
@@ -229,5 +229,5 @@ def _over(until: float | None) -> bool:
 
 
 def _is_own_fault(error: VisionAccelError) -> bool:
-    """Whether an item's own data is wrong, which no other encoder mends."""
+    """Whether an item's data is wrong, so that no other encoder helps."""
     return isinstance(error, InputError) and not isinstance(error, UnfitGridError)

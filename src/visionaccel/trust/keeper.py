@@ -1,4 +1,4 @@
-"""When a link's canary runs: before its first encode, after a restart, on a timer, and to probe it while disabled."""
+"""Runs a link's canary: before its first encode, after a restart, on a timer, and as a probe while it is disabled."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _PROBING = 0.05
 
 
 class Keeper:
-    """Looks after one link: what its canary finds, and when it is tried again.
+    """Runs one link's canary and acts on its results.
 
-    Where it is not `on`, the canary is only for a link that is disabled. An interval of 0 is for no timer.
+    If not `on`, the canary runs only as a probe while the link is disabled. An interval of 0 means no timer.
     """
 
     def __init__(self, link: ChainLink, canary: Canary, *, on: bool, interval: float) -> None:
@@ -44,21 +44,21 @@ class Keeper:
         self._closed = False
 
     def verified(self, encoder: Encoder, attempt: Callable[[], _T], until: float | None) -> _T:
-        """What an attempt returns on a device that has passed a canary since it, or its process, was started.
+        """Run an attempt on a device that has passed a canary since it, or its process, started; return its result.
 
         Raises:
-            VisionAccelError: What the attempt raises, or why the device is not to be asked.
+            VisionAccelError: The attempt's error, or why the device cannot be used.
         """
         while self._on:
             if self._link.restarts != self._passed_restarts:
                 self._require(encoder, until)
             before, answer = self._link.restarts, attempt()
-            if self._link.restarts == before:  # otherwise it is of a process that has not been tried
+            if self._link.restarts == before:  # otherwise it may come from a process that no canary has checked
                 return answer
         return attempt()
 
     def check(self, encoder: Encoder, *, probing: bool = False, until: float | None = None) -> CanaryResult:
-        """Run the canary now; a link with wrong answers is disabled. All golden images are for the first time only."""
+        """Run the canary now, and disable the link if it answers wrong. Only the first run takes all golden images."""
         link = self._link
         with self._checking:
             restarts, first = link.restarts, self._passed_restarts is None
@@ -81,18 +81,18 @@ class Keeper:
             if not probing:
                 link.distrust(f"its canary failed: {result.failure}")
             elif not link.breaker.proven:
-                link.forget()  # it was asked all the same, where nothing else was healthy
+                link.forget()  # it was used all the same while nothing else was healthy
         return result
 
     def wake(self) -> None:
-        """There is something to do: the link was disabled, or the first canary has run."""
+        """Start looking after the link: it was disabled, or its first canary has run."""
         with self._lock:
             if not self._closed:
                 self._checked_at = time.monotonic()
                 background.start(self._tick)
 
     def close(self, wait: float) -> None:
-        """Run no more canaries; waits for one in progress."""
+        """Run no more canaries, and wait for one in progress."""
         with self._lock:
             self._closed, thread = True, self._thread
         background.stop(self._tick)
@@ -101,12 +101,12 @@ class Keeper:
 
     def _require(self, encoder: Encoder, until: float | None) -> None:
         link = self._link
-        late = DeadlineError(f"{link.name} is still being tried with its canary.", hint="Try again later.")
+        late = DeadlineError(f"the first canary of {link.name} is still running.", hint="Try again later.")
         if not self._checking.acquire(timeout=-1 if until is None else seconds_until(until)):
             raise late
         try:
             if link.restarts == self._passed_restarts:
-                return  # another caller has waited for it
+                return  # another caller has run it
             failure = self.check(encoder, until=until).failure
         finally:
             self._checking.release()
@@ -116,7 +116,7 @@ class Keeper:
             raise DeviceError(f"{link.name} failed its canary: {failure}")
 
     def _tick(self) -> float:
-        """Start what is due, on a thread that ends with it; returns when to look again."""
+        """Start a canary or probe that is due, on its own thread; return the seconds until the next look."""
         breaker = self._link.breaker
         with self._lock:
             if self._closed or (self._thread is not None and self._thread.is_alive()):
@@ -145,8 +145,8 @@ class Keeper:
             else:
                 result = self.check(encoder, probing=probing)
                 failure, wrong = result.failure, result.wrong
-        except Exception as error:  # A probe that was begun must end.
-            logger.exception("A canary failed in a way that it should not.")
+        except Exception as error:  # A probe that has begun must end.
+            logger.exception("Unexpected error in a canary.")
             failure = f"the probe failed with {type(error).__name__}: {error}"
         if probing:
             breaker.end_probe(failure, proven=wrong)

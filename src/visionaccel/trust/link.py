@@ -39,52 +39,52 @@ logger = safe_logger(__name__)
 _T = TypeVar("_T")
 
 RETRY = "retry"
-"""What has its turn after a link that is asked a second time, in reports."""
+"""In reports, what is next if the same link tries again."""
 
 _CLOSING = 5.0
 _GIVING_BACK = 15.0
 _ENDING = 2.0
-"""Seconds for a call to return once its device's process was ended."""
+"""Seconds for a call to return after its device's process was ended."""
 
 _STEP = "Lower VISIONACCEL_DEADLINE, send fewer images at a time, or raise vLLM's VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS."
 _LONGER = "Raise VISIONACCEL_DEADLINE if the device needs longer."
 _WORDS = {
-    BreakerState.OPEN: "is taken out of work",
-    BreakerState.HALF_OPEN: "is probed; it was out of work",
-    BreakerState.CLOSED: "works again",
+    BreakerState.OPEN: "is disabled",
+    BreakerState.HALF_OPEN: "is being probed; it was disabled",
+    BreakerState.CLOSED: "is enabled again",
 }
 
 
 class ChainLink:
     """An encoder with its breaker and its canary. Safe to use from several threads; several chains may share one.
 
-    These hold on any schedule:
+    These rules hold on any schedule:
 
-    - Every call through a link, be it for a request, a canary or to open it, in this process or in a child, returns
-      within its deadline from the moment that it has its turn, or is ended with its process, or the link is disabled.
-      The turn comes after at most one deadline for each call before it. This is the only deadline of a call.
+    - Every call through a link (a request, a canary or the opening itself, in this process or in a child) returns
+      within its deadline, or is ended with its process, or the link is disabled. The deadline counts from when the call
+      begins, which is after at most one deadline for each earlier call. A call has no other deadline.
     - No caller waits longer than that, not even one that closes the link.
-    - A call that the end of the engine's step cuts off goes on: until it returns the link gets no other, and its own
-      deadline still holds.
-    - A disabled link is tried again in the background, after a delay that doubles each time; it gets work once its
+    - A call that outlasts the engine's step goes on: until it returns the link receives no other call, and its deadline
+      still holds.
+    - A disabled link is tried again in the background, after a delay that doubles each time; it is enabled once its
       canary has passed.
-    - No answer is used that was computed while the link was found to give wrong answers.
+    - An answer is discarded if the link was found to give wrong answers during the call.
 
     Args:
-        name: What to call it, such as the backend's name.
-        encoder: The open encoder, or what opens it. A failure to open disables the link.
-        canary: What it is tried with; by default its first answer.
+        name: The link's name in messages, such as the backend's name.
+        encoder: The open encoder, or a function that opens it. A failure to open disables the link.
+        canary: The canary; by default one that compares later answers with the encoder's first.
         canary_on: Run the canary also before the first encode, after a restart of the device's process, and on a timer.
-        interval: Seconds between two canaries on the timer; 0 for none.
+        interval: Seconds between two canaries on the timer; 0 for no timer.
         deadline: Seconds for each image of a call.
         open_deadline: Seconds for opening, and for each image of the first canary, which may compile.
-        failures: As for `Breaker`.
-        cool_down: As for `Breaker`.
-        same: It computes the same numbers as the first of its chain.
+        failures: See `Breaker`.
+        cool_down: See `Breaker`.
+        same: Whether it computes the same numbers as the first link of its chain.
 
     Attributes:
-        breaker: Whether it gets work.
-        encoder_if_open: The encoder, once it is open.
+        breaker: Disables and enables the link.
+        encoder_if_open: The encoder; None until it is open.
     """
 
     def __init__(
@@ -116,25 +116,25 @@ class ChainLink:
 
     @property
     def ready(self) -> bool:
-        """Whether it may be given work; it may have to be opened first."""
+        """Whether it is healthy and free; it may have to be opened first."""
         return self.breaker.closed and not self.cut
 
     @property
     def may_try(self) -> bool:
-        """Whether it may be given what would fail otherwise: it failed often, but neither hangs nor is proven wrong."""
+        """Whether it can be used as a last choice: it may have failed often, but neither hangs nor answers wrong."""
         return not (self.breaker.proven or self.cut) and self.encoder_if_open is not None
 
     @property
     def cut(self) -> bool:
-        """Whether a call that the end of a step has cut off has not returned."""
+        """Whether a call that outlasted its engine's step is still in progress."""
         return self._calls.cut
 
     @property
     def why_not(self) -> str:
-        """Why it is given no work."""
+        """Why it is not ready."""
         if self.breaker.closed:
-            return f"{self.name} is still busy with what a step of the engine had no more time for"
-        return f"{self.name} is out of work ({self.breaker.state.value}): {self.breaker.reason}"
+            return f"{self.name} is still busy with an encode that did not end within its engine's step"
+        return f"{self.name} is disabled ({self.breaker.state.value}): {self.breaker.reason}"
 
     @property
     def restarts(self) -> int:
@@ -143,7 +143,7 @@ class ChainLink:
         return 0 if encoder is None else sum(opened.session.restarts for opened in encoder.programs)
 
     def on_drift(self, forget: Callable[[], None]) -> None:
-        """Have something called when wrong answers are found: what came from this link must not be kept."""
+        """Register a function to call when wrong answers are found: it must drop what this link has computed."""
         self._on_drift.append(forget)
 
     def encode(
@@ -156,15 +156,15 @@ class ChainLink:
         until: float | None = None,
         purpose: Purpose = "request",
     ) -> Array | VisionAccelError:
-        """Embeddings as `Encoder.encode`, or what went wrong; never raises.
+        """Return embeddings like `Encoder.encode`, or the error; never raises.
 
         Args:
             patches: [P, patch_width].
             grids: Checked grids.
             queue_seconds: How long the first item waited.
-            following: What would have its turn if this fails, for reports.
-            until: When to return in any case, on the monotonic clock.
-            purpose: What it is for.
+            following: The encoder that is next if this one fails, for reports.
+            until: The latest time to return, on the monotonic clock.
+            purpose: The encode's purpose, for reports.
         """
         encoder = self.open(until, twice=True)
         if isinstance(encoder, VisionAccelError):
@@ -189,22 +189,22 @@ class ChainLink:
             after = None if late and following == RETRY else following
             report = FailureReport(encoder.backend, device, tuple(grids), kind, answer.message, after)
             tell(partial(encoder.hooks.visionaccel_failed, report=report))
-            if not late:  # which has disabled it already
+            if not late:  # a late call has disabled the link already
                 self.breaker.failed(answer.message)
         return answer
 
     def check(self) -> CanaryResult:
-        """Run the canary on the open encoder now; a link with wrong answers is disabled."""
+        """Run the canary on the open encoder now, and disable the link if it answers wrong."""
         assert self.encoder_if_open is not None
         return self._keeper.check(self.encoder_if_open)
 
     def open(
         self, until: float | None = None, *, probing: bool = False, twice: bool = False
     ) -> Encoder | VisionAccelError:
-        """The encoder, or why there is none. If it is not open, one caller opens it while the others wait.
+        """Return the encoder, or why there is none. If it is not open, one caller opens it while the others wait.
 
-        An opening that is late goes on, and the encoder is used once it is there. Only a probe opens what failed to
-        open before. A request, which nothing else may be able to serve, has it tried twice.
+        An opening that is late goes on, and its encoder is used once it is open. After a failure only a probe opens it
+        again. With `twice`, as for a request that perhaps only this link can serve, a failed opening is retried once.
         """
         if self.encoder_if_open is not None:
             return self.encoder_if_open
@@ -216,12 +216,12 @@ class ChainLink:
         except CutError:
             not_now = "It is still being opened"
         except LateError as late:
-            message = f"{self.name} was not opened within {self.open_deadline:.3g} s. {late}".rstrip()
-            hint = "Raise VISIONACCEL_OPEN_DEADLINE if it needs longer, such as to compile."
+            message = f"{self.name} did not open within {self.open_deadline:.3g} s. {late}".rstrip()
+            hint = "Raise VISIONACCEL_OPEN_DEADLINE if it needs longer, for example to compile."
             return self._not_opened(DeadlineError(message, hint=hint), probing, twice)
         except VisionAccelError as error:
             return self._not_opened(error, probing, twice)
-        except Exception as error:  # such as that no thread can be started: a request must survive it
+        except Exception as error:  # for example, no thread can be started: a request must survive that
             message = f"opening {self.name} failed with {type(error).__name__}: {error}"
             return self._not_opened(DeviceError(message), probing, twice)
         return DeviceError(
@@ -229,11 +229,11 @@ class ChainLink:
         )
 
     def call(self, function: Callable[[], _T], seconds: float, until: float | None) -> _T:
-        """What a call of the open encoder returns or raises: the one place where a deadline ends a call.
+        """Call the open encoder with a deadline; return or raise what the call does. No other place ends a call.
 
         Raises:
-            DeadlineError: If it does not return within its seconds or by `until`, or had no time.
-            DeviceLostError: If it was ended.
+            DeadlineError: If the call does not return within its seconds or by `until`, or had no time to begin.
+            DeviceLostError: If the call was ended.
         """
         if until is not None and until - time.monotonic() < min(LEAST, seconds):
             raise no_time()
@@ -252,7 +252,9 @@ class ChainLink:
                 if until is None or time.monotonic() < until:
                     raise LateError
         except CutError:
-            raise DeadlineError(f"device {device!r} was busy while there was time.", hint="Try again later.") from None
+            raise DeadlineError(
+                f"device {device!r} was busy until the engine's step ended.", hint="Try again later."
+            ) from None
         except LateError as late:
             if self._closed:
                 raise self._is_closed() from None
@@ -263,9 +265,9 @@ class ChainLink:
         raise DeadlineError(f"the engine's step had no more time before device {device!r} answered.", hint=_STEP)
 
     def distrust(self, reason: str, evidence: Golden | None = None) -> None:
-        """A wrong answer was found: disable the link, and have what came from it forgotten, calls in progress included.
+        """Disable the link because of a wrong answer, and have its other answers dropped, those in progress included.
 
-        The link must get the evidence, an image with its correct answer, right before it gets work again.
+        The link is enabled again only after it has encoded the evidence, an image with its correct answer, correctly.
         """
         if evidence is not None:
             self._canary.remember(evidence)
@@ -275,16 +277,16 @@ class ChainLink:
         self.forget()
 
     def forget(self) -> None:
-        """Have what came from it forgotten."""
+        """Have the answers that came from this link dropped."""
         for forget in self._on_drift:
             forget()
 
     def close(self, wait: float | None = None) -> None:
-        """Give back the device, and end what looks after it.
+        """Give back the device, and run no more canaries.
 
         Args:
-            wait: Seconds to wait for a call in progress, at most its deadline, but not for one that is late already. A
-                call that does not return by then keeps the device until it does.
+            wait: Seconds to wait for a call in progress, at most its deadline; a call that is late already is not
+                waited for. A call that does not return by then keeps the device until it does.
         """
         with self._lock:
             self._closed, encoder = True, self.encoder_if_open
@@ -298,10 +300,10 @@ class ChainLink:
         except TimeoutError:
             given_back = False
         if not given_back:
-            logger.warning("A call of encoder %r does not return; it keeps its device.", encoder.backend)
+            logger.warning("A call of encoder %r has not returned; it keeps its device.", encoder.backend)
 
     def _opened(self, probing: bool, twice: bool) -> Encoder | None:
-        """The encoder, opened now if no other caller has; None if only a probe may open it."""
+        """Open the encoder if no other caller has; None if only a probe may open it."""
         if self.encoder_if_open is not None or not (probing or self.breaker.closed):
             return self.encoder_if_open
         try:
@@ -309,8 +311,8 @@ class ChainLink:
         except DeviceError as error:
             if not (twice and worth_a_retry(error)):
                 raise
-            logger.warning("Opening encoder %r failed and is tried once more: %s", self.name, error)
-            encoder = self._made()  # memory that was short may be free by now
+            logger.warning("Opening encoder %r failed; trying once more: %s", self.name, error)
+            encoder = self._made()  # there may be enough memory by now
         with self._lock:
             if not self._closed:
                 self.encoder_if_open = encoder
@@ -334,13 +336,13 @@ class ChainLink:
         return DeviceError(f"{self.name} is closed.", hint="Open a new one.")
 
     def _ended(self, encoder: Encoder, call: Future[Any], until: float | None = None) -> bool:
-        """End a call that is past its deadline, if its device can be ended; whether it has returned, by `until`."""
+        """End a call that is past its deadline, if its device can; return whether the call has returned by `until`."""
         ended = [opened.session.end_calls() for opened in encoder.programs]
         seconds = _ENDING if until is None else min(_ENDING, seconds_until(until))
         return any(ended) and bool(wait([call], seconds).done)
 
     def _judge(self, encoder: Encoder, call: Future[Any], limit: float, seconds: float) -> None:
-        """Judge a call that goes on although its step has ended: at its limit, or when it returns."""
+        """Record the outcome of a call that goes on after its step: at its limit, or when it returns."""
         if not (wait([call], seconds_until(limit)).done or self._ended(encoder, call)):
             self._hung(encoder.capabilities.device, seconds)
             return
@@ -349,17 +351,17 @@ class ChainLink:
             self.breaker.failed(error.message)
 
     def _hung(self, device: str, seconds: float, why: object = "") -> DeadlineError:
-        """Open the breaker, as a call did not return in time; the error that says so."""
+        """Open the breaker because a call did not return in time; return the error that says so."""
         error = DeadlineError(
             f"device {device!r} did not answer within {seconds:.3g} s. {why}".rstrip(),
-            hint=f"{_LONGER} VISIONACCEL_ISOLATION=process ends what hangs.",
+            hint=f"{_LONGER} With VISIONACCEL_ISOLATION=process a device that hangs is ended and restarted.",
         )
         if not self._closed:
             self.breaker.trip(error.message, hangs=True)
         return error
 
     def _breaker_changed(self, _: BreakerState, reason: str) -> None:
-        if self._closed:  # a probe that closing has ended says nothing of the device
+        if self._closed:  # a probe that closing has ended says nothing about the device
             return
         with self._telling:  # several changes may come at once: the last report is the state
             state, encoder = self.breaker.state, self.encoder_if_open
@@ -373,7 +375,7 @@ class ChainLink:
 
 
 def _result_of_ended(call: Future[_T], device: str, seconds: float) -> _T:
-    """What a call that was ended past its deadline returned all the same, or an error that says so."""
+    """The result of a call that was ended past its deadline, if it returned all the same."""
     try:
         return call.result()
     except DeviceError as lost:
@@ -382,10 +384,10 @@ def _result_of_ended(call: Future[_T], device: str, seconds: float) -> _T:
 
 
 def worth_a_retry(error: VisionAccelError) -> bool:
-    """Whether what failed may succeed the second time. What was late, or ended its process, may do that again."""
+    """Whether a second try may succeed. A call that was late, or ended its process, is likely to do so again."""
     return isinstance(error, DeviceError) and not isinstance(error, DeadlineError | DeviceLostError)
 
 
 def no_time() -> DeadlineError:
-    """The error of an image for which the engine's step has no time left."""
-    return DeadlineError("the engine's step has no time left for it.", hint=_STEP)
+    """Return the error of an image for which the engine's step has no time left."""
+    return DeadlineError("the engine's step has no time left for this image.", hint=_STEP)

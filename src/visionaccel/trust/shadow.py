@@ -1,4 +1,4 @@
-"""The shadow: a share of what the device answers is computed again by the reference, in the background."""
+"""The shadow: the reference computes a share of the device's answers again, in the background."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from visionaccel.trust.threads import InOrder
 logger = safe_logger(__name__)
 
 _MOST_WAITING = 2
-"""Answers that wait for the reference; each is a copy of an item's patches and embeddings."""
+"""The maximum number of answers that wait; each is a copy of an item's patches and embeddings."""
 
 
 class Shadow:
-    """Compares answers with the reference's. No request waits for it: what it has no time for is not compared.
+    """Compares answers with the reference's. No request waits for it: answers that it has no time for are skipped.
 
-    An answer beyond the limit disables the link, and what came from it is forgotten.
+    An answer beyond the limit disables the link, and the link's other answers are dropped.
 
     Args:
-        share: The share of items that it looks at, from 0 to 1.
+        share: The share of items to compare, from 0 to 1.
         limit: The lowest cosine of a token that passes.
-        reference: Opened when first needed; closed with this.
+        reference: The reference's link; opened when first needed, and closed with the shadow.
 
     Attributes:
         compared: Answers compared so far.
-        skipped: Answers that it had no time for.
+        skipped: Answers that it had no time to compare.
         drifted: Answers beyond the limit.
     """
 
@@ -51,7 +51,7 @@ class Shadow:
         self.compared = self.skipped = self.drifted = 0
 
     def offer(self, link: ChainLink, patches: Array, grid: Grid, rows: Array) -> None:
-        """Perhaps look at what a link answered. Copies patches [P, patch_width] and rows [tokens, out_width] if so."""
+        """Compare a random share of answers. Copies patches [P, patch_width] and rows [tokens, out_width] to do so."""
         if self._closed or random.random() >= self._share:  # noqa: S311 - the choice need not be secret
             return
         with self._lock:
@@ -61,7 +61,7 @@ class Shadow:
             self._comparisons.add(partial(self._compare, link, _copied(patches), grid, _copied(rows)))
 
     def close(self) -> None:
-        """Compare nothing more, and close the reference."""
+        """Compare no more answers, and close the reference."""
         with self._lock:
             self._closed = True
             self._comparisons.clear()
@@ -72,7 +72,7 @@ class Shadow:
         answer = self._reference.encode(patches, [grid], purpose="shadow")
         if isinstance(answer, VisionAccelError):
             if not self._closed:
-                logger.error("The reference could not encode what it was to compare: %s", answer)
+                logger.error("The reference could not encode an image for comparison: %s", answer)
             return
         expected = as_numpy(answer)
         cosine, failure = drift_of(rows, expected, self._limit)

@@ -1,12 +1,11 @@
-"""Threads for calls that may hang, for jobs that are due again and again, and for calls in their order.
+"""Threads for calls that may hang, for periodic jobs, and for calls that run one after another.
 
-These hold for the calls of one `WatchedCalls`, on any schedule:
+These rules hold for the calls of one `WatchedCalls`, on any schedule:
 
 - A call returns, raises or is left behind at its limit, or at its caller's `until` if that comes first.
-- A call's limit counts from the moment that it has its place. A caller waits for that for at most one limit for each
-  caller before it.
-- While a call that was left behind has not returned, no other begins where there is one place; where there are more,
-  none begins while four have not.
+- A call's limit counts from when it begins. A caller waits for that for at most one limit for each earlier caller.
+- With one place, no call begins while one that was left behind has not returned; with more places, none begins while
+  four have not.
 """
 
 from __future__ import annotations
@@ -31,10 +30,10 @@ _T = TypeVar("_T")
 _Work: TypeAlias = tuple[Future[Any], Callable[[], Any]]
 
 Job: TypeAlias = Callable[[], float]
-"""Takes a few milliseconds, and returns in how many seconds it is due again."""
+"""A function that takes a few milliseconds, and returns the seconds until it is due again."""
 
 LEAST = 0.1
-"""Seconds of a step of the engine below which no call is begun."""
+"""With fewer seconds than this left in an engine's step, no call begins."""
 
 _MOST_LATE = 4
 _MOST_WAITING = 64
@@ -43,26 +42,26 @@ _ENDING = 1.0
 
 
 class LateError(Exception):
-    """A call did not return in time; with a message, it never began, because of another one."""
+    """A call did not return in time; if there is a message, it never began, because of another call."""
 
 
 class CutError(LateError):
-    """A caller's `until` came before the call's limit, or the call waited for one of that kind."""
+    """A caller's `until` came before the call's limit, or the call waited for one that was cut off like that."""
 
 
 class WatchedCalls:
     """Runs calls on threads that can be left behind. Safe to use from several threads.
 
-    A thread that has returned in time is used again, because the thread pools of runtimes belong to the thread that
-    calls them. The threads are daemons: a call that never returns must not keep the program from ending. `returned` is
-    called, on the call's thread, when one that was left behind has returned.
+    A thread whose call returned in time is used again, because a runtime's thread pool belongs to the thread that calls
+    it. The threads are daemons: a call that never returns must not keep the program from ending. `returned` is called
+    on a call's thread when that call was left behind and has returned.
     """
 
     def __init__(self, returned: Callable[[], None] = lambda: None) -> None:
         self._on_return = returned
         self._changed = threading.Condition()
         self._idle: list[_Caller] = []
-        self._late: dict[Future[Any], bool] = {}  # and whether `until` cut it off
+        self._late: dict[Future[Any], bool] = {}  # the value: whether `until` cut it off
         self._running = 0
         self._closed = False
 
@@ -74,16 +73,16 @@ class WatchedCalls:
 
     @contextmanager
     def turn(self, function: Callable[[], _T], *, places: int = 1, until: float | None = None) -> Iterator[Future[_T]]:
-        """A call on another thread, from the moment that it begins. What has not returned by the end is left behind.
+        """Run a call on another thread; enter when it begins. If it has not returned by the exit, it is left behind.
 
         Args:
             function: The call.
-            places: How many calls may be in progress at a time, with this one.
-            until: When the caller must return in any case, on the monotonic clock.
+            places: How many calls may be in progress at a time, this one included.
+            until: The latest time for the caller to return, on the monotonic clock.
 
         Raises:
-            LateError: If it cannot begin.
-            CutError: If that is because of `until`, of this call or of an earlier one.
+            LateError: If the call cannot begin.
+            CutError: If that is because of `until`, either this call's or an earlier one's.
         """
         caller = self._begin(places, until)
         future = caller.start(function)
@@ -93,14 +92,14 @@ class WatchedCalls:
             self._end(caller, future, cut=until is not None and time.monotonic() >= until)
 
     def call(self, function: Callable[[], _T], seconds: float, *, places: int = 1, until: float | None = None) -> _T:
-        """What a call returns or raises within some seconds of its turn; otherwise raises as `turn`."""
+        """Return or raise what a call does within some seconds of its begin. Raises the errors of `turn` otherwise."""
         with self.turn(function, places=places, until=until) as future:
             if wait([future], seconds if until is None else min(seconds, seconds_until(until))).done:
                 return future.result()
             raise CutError if until is not None and time.monotonic() >= until else LateError
 
     def close(self, wait: float = 0.0) -> None:
-        """Begin no more calls, and end the threads that no call keeps; waits for calls that are not late."""
+        """Begin no more calls, wait for those that are not late, and end the idle threads."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -122,7 +121,7 @@ class WatchedCalls:
                 raise CutError
             if len(self._late) >= most_late:
                 raise CutError if all(self._late.values()) else LateError("An earlier call has not returned.")
-            caller = self._idle.pop() if self._idle else _Caller()  # raises where no thread can be started
+            caller = self._idle.pop() if self._idle else _Caller()  # raises if no thread can be started
             self._running += 1
             return caller
 
@@ -149,7 +148,7 @@ class WatchedCalls:
 
 
 class _Caller:
-    """A thread that runs one call after the other."""
+    """A thread that runs one call after another."""
 
     def __init__(self) -> None:
         self._work: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
@@ -175,11 +174,11 @@ def _serve(work: queue.SimpleQueue[_Work | None]) -> None:
             future.set_result(function())
         except BaseException as error:
             future.set_exception(error)
-        del future, function, call  # or a big array would live until the next call
+        del future, function, call  # otherwise a big array would live until the next call
 
 
 def call_alone(function: Callable[[], _T]) -> Future[_T]:
-    """What a call returns or raises on a thread that ends with it, and that may be left behind."""
+    """Run a call on a new thread, which ends with it and may be left behind."""
     caller = _Caller()
     future = caller.start(function)
     caller.end()
@@ -187,7 +186,7 @@ def call_alone(function: Callable[[], _T]) -> Future[_T]:
 
 
 def in_callers_stream(patches: Array, call: Callable[[], _T]) -> Callable[[], _T]:
-    """A call that another thread makes on this thread's CUDA stream, where the patches are written."""
+    """Wrap a call so that another thread runs it on this thread's CUDA stream, on which the patches are written."""
     if not is_tensor(patches) or patches.device.type != "cuda":
         return call
     import torch
@@ -202,12 +201,12 @@ def in_callers_stream(patches: Array, call: Callable[[], _T]) -> Callable[[], _T
 
 
 def seconds_until(until: float) -> float:
-    """Seconds from now to a time on the monotonic clock, as a lock takes them."""
+    """Seconds from now to a time on the monotonic clock, in the range that locks accept."""
     return min(max(0.0, until - time.monotonic()), threading.TIMEOUT_MAX)
 
 
 def _started(function: Callable[[], None], name: str) -> threading.Thread | None:
-    """A thread that runs a function; None, and a line in the log, if no more can be started now."""
+    """Start a thread that runs a function. If no thread can be started now, log that and return None."""
     thread = threading.Thread(target=function, name=name, daemon=True)
     try:
         thread.start()
@@ -218,7 +217,7 @@ def _started(function: Callable[[], None], name: str) -> threading.Thread | None
 
 
 class Background:
-    """Runs all jobs of this process on one thread, which lives while there are some. A fork has none of them."""
+    """Runs all jobs of this process on one thread, which lives while there are jobs. A fork starts without jobs."""
 
     _thread: threading.Thread | None
 
@@ -227,7 +226,7 @@ class Background:
         os.register_at_fork(after_in_child=self._forget)
 
     def start(self, job: Job) -> None:
-        """Run a job now, and whenever it is due; if no thread can be started, once another job is started."""
+        """Run a job now, and whenever it is due. If no thread can be started now, the next `start` tries again."""
         with self._changed:
             self._due[job] = 0.0
             if self._thread is None:
@@ -235,7 +234,7 @@ class Background:
             self._changed.notify_all()
 
     def stop(self, job: Job) -> None:
-        """Run a job no more; one that runs now goes on."""
+        """Do not run a job again. If it is running now, it goes on."""
         with self._changed:
             self._due.pop(job, None)
             self._changed.notify_all()
@@ -262,11 +261,11 @@ class Background:
                 self._due[job] = math.inf
             try:
                 seconds = job()
-            except Exception:  # The thread must survive a job's fault.
-                logger.exception("A job in the background failed in a way that it should not.")
+            except Exception:  # The thread must survive a faulty job.
+                logger.exception("Unexpected error in a background job.")
                 seconds = _AFTER_A_FAULT
             with self._changed:
-                if self._due.get(job) == math.inf:  # it was not stopped or started again since
+                if self._due.get(job) == math.inf:  # it was neither stopped nor started again in between
                     self._due[job] = time.monotonic() + seconds
 
 
@@ -274,9 +273,9 @@ background = Background()
 
 
 class InOrder:
-    """Makes calls one after the other, on a thread that lives while there are some, so that no one waits for them.
+    """Runs calls one after another in the background, on a thread that lives while there are calls.
 
-    Where one hangs, the last 64 of those behind it are kept.
+    While a call hangs, the last 64 calls behind it are kept.
     """
 
     def __init__(self, name: str) -> None:
@@ -286,18 +285,18 @@ class InOrder:
         self._running = False
 
     def __len__(self) -> int:
-        """How many wait."""
+        """The number of calls that wait."""
         return len(self._waiting)
 
     def add(self, call: Callable[[], object]) -> None:
-        """Make a call once those before have returned; if no thread can be started, once another call is added."""
+        """Run a call after the earlier ones. If no thread can be started now, the next `add` tries again."""
         with self._lock:
             self._waiting.append(call)
             if not self._running:
                 self._running = _started(self._run, self._name) is not None
 
     def clear(self) -> None:
-        """Make none of the calls that wait."""
+        """Drop the calls that wait."""
         with self._lock:
             self._waiting.clear()
 
@@ -311,4 +310,4 @@ class InOrder:
             try:
                 call()
             except Exception:
-                logger.exception("A call in the background failed in a way that it should not.")
+                logger.exception("Unexpected error in a background call.")

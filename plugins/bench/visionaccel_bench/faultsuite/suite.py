@@ -42,10 +42,10 @@ _SHARE = 0.3
 _IMAGES_OF_A_CELL = 12
 _DEVICE = {"backend": "simulated", "device": "simulated:onnxrt/cpu@1"}
 _OF_FALLBACK: dict[str, tuple[list[dict[str, Any]], str]] = {
-    "unopened": ([{"opening": 1, "do": "raise"}], r"Opening encoder 'simulated' failed and is tried once more"),
+    "unopened": ([{"opening": 1, "do": "raise"}], r"Opening encoder 'simulated' failed; trying once more"),
     "both": (
         [{"all": True, "do": "hang", "seconds": _HANG}],
-        r"Encoder 'simulated' is taken out of work: device 'simulated:[^@']*' did not answer",
+        r"Encoder 'simulated' is disabled: device 'simulated:[^@']*' did not answer",
     ),
 }
 """What the simulated fallback does, and what the server's log says then."""
@@ -297,7 +297,7 @@ class _CellRun:
         return metric(metrics_of(self.server.url), "visionaccel_encode_seconds_count", **_DEVICE, purpose="request")
 
     def _strikes(self) -> float:
-        """How often the device failed, or was taken out of work."""
+        """How often the device failed, or was disabled."""
         text = metrics_of(self.server.url)
         names = ("visionaccel_failures_total", "visionaccel_breaker_openings_total")
         return sum(metric(text, name, **_DEVICE) for name in names)

@@ -531,7 +531,7 @@ def test_embeddings_of_a_distrusted_device_are_encoded_anew(engine, pipelined, e
         engine.drain()
     finally:
         opened.session = gate
-    for name in again:  # at once, or with an error while the device was out of work
+    for name in again:  # at once, or with an error while the device was disabled
         assert (engine.answers[name], engine.endings[name]) in (([GOOD] * 3, "length"), ([], "error"))
     third = [engine.add([image], 3) for image in range(IMAGES)]
     engine.drain()
