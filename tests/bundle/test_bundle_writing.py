@@ -1,5 +1,6 @@
 """A bundle is written whole or not at all, in little memory; and the command that writes it."""
 
+import errno
 import json
 import shutil
 import subprocess
@@ -225,6 +226,22 @@ def test_what_appears_where_a_bundle_is_being_written_stays(tiny, tmp_path):
         assert [file.name for file in output.iterdir()] == ["precious"]
         shutil.rmtree(output)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_with_the_manifest_is_named_and_nothing_is_left(tiny, bundle, tmp_path, monkeypatch):
+    def fill_up(path, data):
+        path.write_bytes(data[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("visionaccel.bundle.folder.write_file", fill_up)
+    with pytest.raises(ConfigurationError, match="No space left") as refused:
+        export_bundle(open_tower(tiny), tmp_path / "new", [FIXED])
+    assert "space" in refused.value.hint
+    before = sorted(bundle.iterdir())
+    with pytest.raises(ConfigurationError, match="No space left"):
+        write_golden(open_bundle(bundle), (), {"certificate": None})
+    assert sorted(bundle.iterdir()) == before
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_device_is_named_by_its_kind(tiny, tmp_path):

@@ -20,12 +20,14 @@ from visionaccel.bundle import (
     export_bundle,
     open_bundle,
     parse_manifest,
+    pull_bundle,
     seal,
     write_golden,
 )
 from visionaccel.core.grid import Grid
 from visionaccel.core.program import FixedGrid
 from visionaccel.encoder import open_tower
+from visionaccel.errors import ConfigurationError
 from visionaccel_testing.checkpoints import random_checkpoint
 
 REPOSITORY = "someone/tower"
@@ -278,6 +280,21 @@ def test_an_existing_output_is_left_alone(run, hub, pushed, tmp_path):
     assert error["error"] == "ConfigurationError"
     assert "exists" in error["message"]
     assert not hub.requests
+
+
+def test_an_output_that_appears_during_the_download_is_left_alone(bundle, tmp_path, monkeypatch):
+    snapshot, output = tmp_path / "models--someone--tower" / "snapshots" / "commit", tmp_path / "out"
+    shutil.copytree(bundle, snapshot)
+
+    def download(*_: object) -> Path:
+        output.mkdir(exist_ok=True)
+        return snapshot
+
+    monkeypatch.setattr("visionaccel.bundle.hub._download", download)
+    with pytest.raises(ConfigurationError, match="exists") as refused:
+        pull_bundle(REPOSITORY, output=output)
+    assert refused.value.hint == "Remove it.", "--force is no option of this command"
+    assert list(output.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,11 @@ class Forked:
         with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self._guard.close()
+        return self.status
+
+    @property
+    def status(self) -> int | None:
+        """Its exit status, or minus the signal that ended it; None while it runs."""
         return self._process.exitcode
 
 
@@ -93,7 +98,7 @@ def run(command: Sequence[str], environment: Mapping[str, str], log: Path, *, fo
     """Run a command as a `Forked`; its exit status, or that of a killed process if it took ten minutes."""
     process = Forked(command, environment, log, folder)
     process.end(_LIMIT)
-    return process.reap()
+    return process.status
 
 
 @contextmanager

@@ -74,6 +74,11 @@ def test_a_name_of_something_else_than_an_error_of_ours_makes_nothing(kind):
     assert type(found) is DeviceError
 
 
+def test_a_module_whose_import_is_blocked_has_no_errors(monkeypatch):
+    monkeypatch.setitem(sys.modules, "blocked_here", None)
+    assert type(restored(Failure(("blocked_here:X",), "no.", None, ""))) is DeviceError
+
+
 def test_every_error_of_this_package_can_be_sent():
     for name in errors.__all__:
         kind = getattr(errors, name)

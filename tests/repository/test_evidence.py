@@ -13,6 +13,7 @@ JUNIT = """<testsuites><testsuite>
 </properties></testcase>
 <testcase name="b"><properties><property name="evidence: prompts" value="3"/></properties></testcase>
 <testcase name="c"><properties><property name="evidence: prompts" value="9"/></properties><failure/></testcase>
+<testcase name="d"><properties><property name="evidence: prompts" value="9"/></properties><skipped/></testcase>
 </testsuite></testsuites>"""
 
 

@@ -26,6 +26,7 @@ from visionaccel.service import EncodeService, open_guarded, open_service
 from visionaccel.service import assembly as opening
 from visionaccel.settings import Settings
 from visionaccel.trust import ChainLink, GuardedEncoder
+from visionaccel.trust.threads import Background
 
 GRID = (1, 4, 4)
 
@@ -421,6 +422,23 @@ def test_a_probe_whose_thread_cannot_start_is_tried_again(tiny, monkeypatch, cap
     assert len(refused) == 1
     assert "can't start new thread" in caplog.text
     link.close()
+
+
+def test_a_disabled_link_is_probed_after_the_next_request_where_the_background_thread_could_not_start(
+    tiny, monkeypatch
+):
+    jobs = Background()
+    monkeypatch.setattr("visionaccel.trust.keeper.background", jobs)
+    monkeypatch.setattr("visionaccel.trust.chain.background", jobs)
+    refused = refuse_once(monkeypatch, "visionaccel-background")
+    link = ChainLink("torch_ref", open_encoder(tiny, backend="torch_ref"), cool_down=0.05)
+    guarded = GuardedEncoder(link)
+    link.distrust("for the test")
+    assert len(refused) == 1
+    (answer,) = guarded.encode_items(image(1), [GRID])
+    assert isinstance(answer, DeviceError)
+    wait_until(lambda: link.ready)
+    guarded.close()
 
 
 # Which encoder answers

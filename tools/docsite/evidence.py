@@ -65,7 +65,7 @@ def found_in(results: Path, reports: Path) -> Evidence:
 
 def _recorded(path: Path) -> Iterator[tuple[str, str]]:
     for case in ElementTree.parse(path).iter("testcase"):  # nosec B314 # as above
-        if case.find("failure") is None and case.find("error") is None:
+        if all(case.find(outcome) is None for outcome in ("failure", "error", "skipped")):
             for each in case.iter("property"):
                 if each.get("name", "").startswith(PROPERTY):
                     yield each.get("name", "").removeprefix(PROPERTY), each.get("value", "0")

@@ -70,8 +70,10 @@ def write_manifest(folder: Path, document: Mapping[str, Any]) -> Manifest:
 
 
 @contextmanager
-def appearing(output: Path, *, force: bool) -> Iterator[Path]:
+def appearing(output: Path, *, force: bool | None = None) -> Iterator[Path]:
     """A folder next to `output` that takes its place in the end, and leaves no trace if anything fails before.
+
+    With `force` it may replace a bundle; None is as False, for commands without that option.
 
     A bundle that is there already is moved aside first and deleted last, so that there is always the old one, none, or
     the new one.
@@ -103,9 +105,10 @@ def appearing(output: Path, *, force: bool) -> Iterator[Path]:
         ) from error
 
 
-def _check_replaceable(output: Path, *, force: bool) -> None:
+def _check_replaceable(output: Path, *, force: bool | None) -> None:
     if output.exists() and not force:
-        raise ConfigurationError(f"{output} exists.", hint="Remove it, or pass --force to replace a bundle.")
+        option = "" if force is None else ", or pass --force to replace a bundle"
+        raise ConfigurationError(f"{output} exists.", hint=f"Remove it{option}.")
     if output.exists() and not (output / MANIFEST).is_file() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigurationError(f"{output} exists and is not a bundle.", hint="Name another folder.")
 
@@ -169,10 +172,15 @@ def replace_file(path: Path, data: bytes) -> None:
     """Write a bundle's file in the place of one that is there; a ConfigurationError if that is not possible."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        write_file(partial, data)
-        partial.replace(path)
+        try:
+            write_file(partial, data)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
     except OSError as error:
-        raise ConfigurationError(f"{path} cannot be written: {error}", hint="Copy the bundle elsewhere.") from error
+        raise ConfigurationError(
+            f"{path} cannot be written: {error}", hint="Free some space, or use a folder that may be written."
+        ) from error
 
 
 def _sync(folder: Path) -> None:

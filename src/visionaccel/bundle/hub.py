@@ -213,7 +213,13 @@ def _placed_in_cache(snapshot: Path, names: Sequence[str], folder: Path, weights
 
 
 def _place(
-    snapshot: Path, names: Sequence[str], folder: Path, weights: Checkpoint | None, *, link: bool, force: bool = False
+    snapshot: Path,
+    names: Sequence[str],
+    folder: Path,
+    weights: Checkpoint | None,
+    *,
+    link: bool,
+    force: bool | None = None,
 ) -> None:
     """Make a verified bundle in a folder; with `force`, in the place of another bundle."""
     put = _link_or_copy if link else shutil.copyfile

@@ -97,7 +97,7 @@ def strip_checkpoint(
         parent = next(folder for folder in out.parents if folder.exists())
         require_space(parent, needed, "the stripped checkpoint", "Free space, or write to another disk.")
         _require_one_content(checkpoint)
-        with appearing(out, force=False) as partial, _errors_of_copying(checkpoint, out):
+        with appearing(out) as partial, _errors_of_copying(checkpoint, out):
             digest = weights_digest(vision, progress)
             shards = _write_shards(checkpoint, partial, removed, progress)
             for name, source in files.items():

@@ -56,6 +56,7 @@ class CheckProcess:
         self._name, self._limit, self._started = name, limit, time.monotonic()
         self._tail = bytearray()
         self._child: ChildGroup | None = None
+        self._ended = False
         self._left = ExitStack()
         try:
             self._answer = self._left.enter_context(temporary_folder("visionaccel-doctor-")) / "answer.json"
@@ -103,8 +104,9 @@ class CheckProcess:
         return found
 
     def _end(self) -> None:
-        """End its whole group: what it started in turn must not stay behind either."""
-        if self._child is not None:
+        """End its whole group, once: what it started in turn must not stay behind either."""
+        if self._child is not None and not self._ended:
+            self._ended = True
             self._child.end()
             self._reader.join(_READER_SECONDS)
 

@@ -149,7 +149,7 @@ def restored(failure: Failure) -> VisionAccelError:
 def _class(name: str) -> type[VisionAccelError] | None:
     """A class by its name. Nothing is imported for it: what this process did not load is none of its errors."""
     module, _, attribute = name.partition(":")
-    found = vars(sys.modules[module]).get(attribute) if module in sys.modules else None
+    found = getattr(sys.modules.get(module), "__dict__", {}).get(attribute)
     return found if isinstance(found, type) and issubclass(found, VisionAccelError) else None
 
 

@@ -24,6 +24,7 @@ from visionaccel.errors import (
 )
 from visionaccel.trust.link import RETRY, ChainLink, no_time, worth_a_retry
 from visionaccel.trust.shadow import Shadow
+from visionaccel.trust.threads import background
 
 logger = safe_logger(__name__)
 
@@ -98,6 +99,7 @@ class GuardedEncoder:
             until: The latest time to return, on the monotonic clock: an item without an answer by then gets a
                 DeadlineError.
         """
+        background.resume()
         merge = self.primary.tower.merge_size
         try:
             checked = as_grids(grids, merge)

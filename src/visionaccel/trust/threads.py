@@ -226,12 +226,18 @@ class Background:
         os.register_at_fork(after_in_child=self._forget)
 
     def start(self, job: Job) -> None:
-        """Run a job now, and whenever it is due. If no thread can be started now, the next `start` tries again."""
+        """Run a job now, and whenever it is due. If no thread can be started now, `resume` tries again."""
         with self._changed:
             self._due[job] = 0.0
-            if self._thread is None:
-                self._thread = _started(self._run, "visionaccel-background")
             self._changed.notify_all()
+        self.resume()
+
+    def resume(self) -> None:
+        """Start the thread if there are jobs and it could not be started before."""
+        if self._due and self._thread is None:  # read without the lock: the usual case must cost nothing
+            with self._changed:
+                if self._due and self._thread is None:
+                    self._thread = _started(self._run, "visionaccel-background")
 
     def stop(self, job: Job) -> None:
         """Do not run a job again. If it is running now, it goes on."""
