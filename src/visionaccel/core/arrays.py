@@ -7,6 +7,8 @@ viewed as numpy without a copy.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
+from itertools import accumulate, pairwise
 from typing import Any, TypeAlias
 
 import ml_dtypes
@@ -14,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
-    "Array", "as_host_tensor", "as_numpy", "constant_rows", "dtype_name", "finite_rows", "is_tensor",
+    "Array", "as_host_tensor", "as_numpy", "constant_rows", "dtype_name", "finite_rows", "is_tensor", "split_rows",
 ]  # fmt: skip
 
 Array: TypeAlias = Any
@@ -43,6 +45,12 @@ def as_numpy(array: Array) -> NDArray[Any]:
         torch = sys.modules["torch"]
         return np.asarray(tensor.view(torch.int16).numpy()).view(ml_dtypes.bfloat16)
     return np.asarray(tensor.numpy())
+
+
+def split_rows(array: Array, counts: Iterable[int]) -> list[Array]:
+    """Views of consecutive rows, so many in each."""
+    ends = list(accumulate(counts, initial=0))
+    return [array[start:end] for start, end in pairwise(ends)]
 
 
 def as_host_tensor(array: Array, dtype: str) -> Any:

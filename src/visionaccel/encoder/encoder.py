@@ -15,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 
 from visionaccel.backends import Capabilities, EncodeReport, Purpose, Registry, Session, watch_parts
-from visionaccel.core.arrays import Array, as_numpy, dtype_name, is_tensor
+from visionaccel.core.arrays import Array, as_numpy, dtype_name, is_tensor, split_rows
 from visionaccel.core.containment import device_errors, tell
 from visionaccel.core.contracts import check_embeddings, check_output, check_patches
 from visionaccel.core.cores import on_cores
@@ -247,9 +247,8 @@ class Encoder:
         """The embeddings of several calls, in the order of the patches."""
         pieces: dict[int, Array] = {}
         for output, parts in zip(outputs, calls, strict=True):
-            ends = np.cumsum([part.grid.tokens(self.tower.merge_size) for part in parts]).tolist()
-            for part, first, end in zip(parts, [0, *ends[:-1]], ends, strict=True):
-                pieces[part.start] = output[first:end]
+            tokens = [part.grid.tokens(self.tower.merge_size) for part in parts]
+            pieces |= zip((part.start for part in parts), split_rows(output, tokens), strict=True)
         return _join([pieces[start] for start in sorted(pieces)])
 
     def _device_errors(self, grids: Sequence[Grid]) -> AbstractContextManager[None]:

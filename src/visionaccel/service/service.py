@@ -14,7 +14,7 @@ from typing import Self
 
 import numpy as np
 
-from visionaccel.core.arrays import Array, as_numpy
+from visionaccel.core.arrays import Array, as_numpy, split_rows
 from visionaccel.core.defaults import CACHE_SIZE, QUEUE_SIZE
 from visionaccel.core.dtypes import FLOATS
 from visionaccel.core.grid import Grid, GridLike, as_grids, total_patches
@@ -255,8 +255,7 @@ class EncodeService:
         total = total_patches(checked)
         if total != len(patches):
             raise PatchesError(f"{len(patches)} patches were given, but the grids describe {total}.", hint=_MISMATCH)
-        ends = np.cumsum([grid.patches for grid in checked]).tolist()
-        return [(patches[start:end], grid) for start, end, grid in zip([0, *ends], ends, checked, strict=False)]
+        return list(zip(split_rows(patches, [grid.patches for grid in checked]), checked, strict=True))
 
     # On a device's threads:
 

@@ -7,9 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from visionaccel.core.arrays import Array
+from visionaccel.core.arrays import Array, split_rows
 from visionaccel.core.grid import Grid, GridLike, as_grids, total_patches
 from visionaccel.core.safe_text import safe_logger
 from visionaccel.encoder import Encoder
@@ -113,16 +111,14 @@ class GuardedEncoder:
         turns = self._turns()
         if turns and _over(until):
             return self._failed(no_time(), len(checked))
-        ends = np.cumsum([grid.patches for grid in checked]).tolist()
-        items = [(patches[start:end], grid) for start, end, grid in zip([0, *ends], ends, checked, strict=False)]
+        items = list(zip(split_rows(patches, [grid.patches for grid in checked]), checked, strict=True))
         late: dict[ChainLink, VisionAccelError] = {}
         retry = True
         if len(items) > 1 and turns:
             link = turns[0]
             whole = link.encode(patches, checked, queue_seconds, self._following(link) or RETRY, until=until)
             if not isinstance(whole, VisionAccelError):
-                stops = np.cumsum([grid.tokens(merge) for grid in checked]).tolist()
-                rows = [whole[start:stop] for start, stop in zip([0, *stops], stops, strict=False)]
+                rows = split_rows(whole, [grid.tokens(merge) for grid in checked])
                 return [self._done(link, *item, each) for item, each in zip(items, rows, strict=True)]
             if isinstance(whole, DeadlineError):
                 late[link] = whole

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from visionaccel.bundle import Bundle
-from visionaccel.core.arrays import as_host_tensor, dtype_name, is_tensor
+from visionaccel.core.arrays import as_host_tensor, dtype_name, is_tensor, split_rows
 from visionaccel.core.containment import device_errors
 from visionaccel.core.grid import as_grids
 from visionaccel.errors import ConfigurationError, DeadlineError, InputError, VisionAccelError
@@ -261,12 +261,11 @@ class AcceleratedTower(nn.Module):
             grids = as_grids(grid_thw, self.spatial_merge_size)
         except InputError:
             raise error from None
-        start = sum(grid.patches for grid in grids[:item])
-        grid = grids[item]
+        grid, patches = grids[item], split_rows(x, [each.patches for each in grids])[item]
         connector = worker.worker_connector()
         if connector is not None and connector.is_producer:
             guard_saving(connector)
-        if not self._report(Fault(item_key(x[start : start + grid.patches], grid), error.message)):
+        if not self._report(Fault(item_key(patches, grid), error.message)):
             raise error
         compat.logger().error("An image of grid %s could not be encoded: %s", grid, error)
         return torch.zeros(grid.tokens(self.spatial_merge_size), self.out_hidden_size)
