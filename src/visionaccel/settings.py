@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -51,9 +52,9 @@ def parse_options(value: Any) -> Any:
         options = {}
         for part in filter(None, (p.strip() for p in text.split(","))):
             name, equals, item = part.partition("=")
-            if not equals:
-                raise ValueError(f"{part!r} is not of the form name=value")
             name = name.strip()
+            if not equals or not name:
+                raise ValueError(f"{part!r} is not of the form name=value")
             if name in options:
                 raise ValueError(f"option {name!r} is given twice")
             options[name] = _option(item.strip())
@@ -74,9 +75,15 @@ def _option(text: str) -> Any:
     try:
         return parse_json(text)
     except ValueError:
-        if text.startswith(("{", "[")) or text.lstrip("+-").lower() in ("nan", "inf", "infinity"):
-            raise  # meant as JSON, or as a number
+        if text.startswith(("{", "[")):
+            raise  # meant as JSON
+    try:
+        number = float(text)
+    except ValueError:
         return text
+    if not math.isfinite(number):
+        raise ValueError(f"{one_line(text, _MOST_SHOWN)} is not a finite number")
+    return text
 
 
 def _read_bytes(value: Any) -> Any:

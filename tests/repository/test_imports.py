@@ -11,6 +11,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from syntax import at_run_time
+
 ROOT = Path(__file__).resolve().parents[2]
 PROVIDED = packages_distributions()
 HOSTS = {"vllm"}
@@ -116,19 +118,12 @@ def test_vllm_is_imported_in_one_package():
     home = ROOT / "src" / "visionaccel" / "integrations" / "vllm" / "compat"
     found = []
     for path in sorted((ROOT / "src").rglob("*.py")):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        for_types = {
-            id(inner)
-            for node in ast.walk(tree)
-            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-            for inner in ast.walk(node)
-        }
-        for node in ast.walk(tree):
+        for node in at_run_time(ast.parse(path.read_text(encoding="utf-8"))):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [ast.literal_eval(argument) for argument in imported_by_name(node)]
             if any(name.split(".")[0] == "vllm" for name in names) and home not in path.parents:
-                found += [path.relative_to(home.parents[2]).as_posix()] if id(node) not in for_types else []
+                found.append(path.relative_to(home.parents[2]).as_posix())
     assert set(found) == {
         "cli/diagnosis/children.py",  # doctor looks whether vLLM can be imported
         "integrations/vllm/__init__.py",  # after an error, vLLM is to load its plug-ins again

@@ -48,7 +48,7 @@ def as_numpy(array: Array) -> NDArray[Any]:
 
 
 def split_rows(array: Array, counts: Iterable[int]) -> list[Array]:
-    """Views of consecutive rows, so many in each."""
+    """Split an array into views of consecutive rows, with the given number of rows in each."""
     ends = list(accumulate(counts, initial=0))
     return [array[start:end] for start, end in pairwise(ends)]
 

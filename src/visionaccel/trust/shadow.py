@@ -76,7 +76,6 @@ class Shadow:
             return
         expected = as_numpy(answer)
         cosine, failure = drift_of(rows, expected, self._limit)
-        self.compared += 1
         encoder = link.encoder_if_open
         if encoder is not None:
             seconds = time.perf_counter() - started
@@ -88,6 +87,7 @@ class Shadow:
             name = f"an image of grid {grid} that a client sent"
             evidence = Golden(name, "", (grid,), patches, np.array(expected, np.float32), self._limit)
             link.distrust(f"the reference does not agree on {name}: {failure}", evidence)
+        self.compared += 1  # last: then everything that follows from the comparison has happened
 
 
 def _copied(array: Array) -> NDArray[np.float32]:

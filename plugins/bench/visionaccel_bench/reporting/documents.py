@@ -47,9 +47,9 @@ def read_faults(path: Path) -> FaultSuite:
     return _checked(FaultSuite, read_document(path), path, "what a fault suite writes")
 
 
-def read_document(path: Path, most_bytes: int = MOST_JSON_BYTES) -> Any:
-    """The JSON document in a file of at most that many bytes. Raises as `read_text`."""
-    text = read_text(path, most_bytes)
+def read_document(path: Path) -> Any:
+    """The JSON document in a file. Raises as `read_text`."""
+    text = read_text(path, MOST_JSON_BYTES)
     try:
         return parsed(text)
     except ValueError as error:

@@ -56,8 +56,8 @@ class _Containment(compat.Mixin):  # type: ignore[misc]
         self._connector = connector if isinstance(connector, VisionAccelConnector) else None
         if self._connector is not None:
             self._connector.scheduler_forgets = True
-        if self._connector is not None and scheduling.shows_encoder_cache(self):
-            self._connector.attach(partial(scheduling.encoder_cache_holders, self))
+            if scheduling.shows_encoder_cache(self):
+                self._connector.attach(partial(scheduling.encoder_cache_holders, self))
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         began = time.monotonic()

@@ -9,6 +9,7 @@ import pytest
 
 from doc_pages import ROOT
 from docsite.tables import ENTRIES, contract_table
+from syntax import at_run_time
 from visionaccel.integrations.vllm.compat import architectures, contract
 from visionaccel.integrations.vllm.compat.contract import (
     Feature,
@@ -137,15 +138,8 @@ def test_the_first_way_that_holds_is_taken_and_one_is_enough(monkeypatch):
 def imported():
     """Modules and names of vLLM that the integration's sources import, but for what only types name."""
     for path in INTEGRATION.rglob("*.py"):
-        tree = ast.parse(path.read_text())
-        types = {
-            id(inner)
-            for node in ast.walk(tree)
-            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-            for inner in ast.walk(node)
-        }
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and id(node) not in types and (node.module or "").startswith("vllm"):
+        for node in at_run_time(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vllm"):
                 yield from ((path.name, node.module, alias.name) for alias in node.names)
 
 
