@@ -1,11 +1,11 @@
 """Every error this package raises, in one hierarchy.
 
-Four branches tell apart whose fault it is, because callers treat them differently: bad data of one call (`InputError`:
-fail that request), a wrong set-up (`ConfigurationError`: refuse to start), a broken or foreign file (`ArtifactError`:
-fetch it again) and a device that failed (`DeviceError`: retry or fall back).
+Four branches tell apart what failed, because callers treat them differently: bad data of one call (`InputError`:
+fail that request), a wrong set-up (`ConfigurationError`: refuse to start), a broken or unsupported file
+(`ArtifactError`: fetch it again) and a device that failed (`DeviceError`: retry or fall back).
 
-The first paragraph of each class says when it is raised, and the one that begins with `To do:` what helps. The hint of
-an error says the same for the case at hand, with the names in it.
+The first paragraph of each class says when it is raised, and the one that begins with `To do:` what to do. The hint of
+an error says what to do in its case, with the names in it.
 """
 
 from functools import partial
@@ -24,7 +24,7 @@ __all__ = [
 class VisionAccelError(Exception):
     """Base of all errors of this package.
 
-    Both texts are made safe to show, as they quote files and devices.
+    Both texts are made safe to show, because they quote files and devices.
 
     Args:
         message: What was wrong and where.
@@ -47,7 +47,7 @@ class VisionAccelError(Exception):
 class InputError(VisionAccelError, ValueError):
     """The caller's data is wrong. Only this call fails; the encoder stays usable.
 
-    To do: Fail that request and go on. Pass what the model's own processor returns, unchanged.
+    To do: Fail that request only. Pass what the model's own processor returns, unchanged.
     """
 
 
@@ -59,10 +59,10 @@ class GridError(InputError):
 
 
 class UnfitGridError(GridError):
-    """No program of the encoder takes the grid. Another encoder may, so a fallback is asked.
+    """No program of the encoder takes the grid. Another encoder may, so a fallback is tried.
 
-    To do: Fit the image to a grid that the message lists (`VISIONACCEL_FIT` in vLLM), name a
-    `VISIONACCEL_FALLBACK`, or export a program for it.
+    To do: Fit the image to a grid that the message lists (`VISIONACCEL_FIT` in vLLM), set `VISIONACCEL_FALLBACK`, or
+    export a program for the grid.
     """
 
 
@@ -83,12 +83,15 @@ class NonFiniteError(InputError):
 class ConfigurationError(VisionAccelError):
     """The set-up cannot work; nothing was started.
 
-    To do: Change the setting, option or argument that the message names. Trying again does not help.
+    To do: Change the setting, option or argument that the message names. A retry does not help.
     """
 
     @staticmethod
     def missing_extra(what: str, module: str | None, extra: str) -> "ConfigurationError":
-        """What, such as `reading image files`, needs a module that an extra, such as `visionaccel[images]`, brings."""
+        """Make the error for `what`, such as `reading image files`, whose `module` the extra would install.
+
+        An extra is a name such as `visionaccel[images]`.
+        """
         return ConfigurationError(
             f"{what} needs {module}, which is not installed.", hint=f"Install it: pip install '{extra}'."
         )
@@ -104,7 +107,7 @@ class SettingsError(ConfigurationError):
 class UnknownBackendError(ConfigurationError):
     """No installed distribution provides the named backend.
 
-    To do: Install its plug-in into the same environment, or name one that `visionaccel backends` lists.
+    To do: Install its plug-in into the same environment, or choose a backend that `visionaccel backends` lists.
     """
 
 
@@ -132,7 +135,7 @@ class BackendUnavailableError(ConfigurationError):
 class ArtifactError(VisionAccelError):
     """A model file is broken, incomplete, or not what it should be.
 
-    To do: Fetch or make the file again. Do not edit it: the checks are there to refuse such a file.
+    To do: Fetch or make the file again. Do not edit it: edited files are refused.
     """
 
 
@@ -146,7 +149,7 @@ class CheckpointError(ArtifactError):
 class BundleError(ArtifactError):
     """A bundle's manifest or one of its files is missing, damaged, or not what the manifest says.
 
-    To do: Export, import or pull the bundle again. Do not use a bundle that leads out of its folder.
+    To do: Export, import or pull the bundle again. Do not use a bundle whose paths point outside its folder.
     """
 
 
@@ -159,16 +162,16 @@ class ChangedFileError(ArtifactError):
 
 
 class AccuracyError(ArtifactError):
-    """A program that was just made is too far from the float32 reference; it was not kept.
+    """A new program differs too much from the float32 reference; it was not kept.
 
-    To do: Calibrate with images like those that will be encoded, or keep the precision that the bundle has.
+    To do: Calibrate with images like those that will be encoded, or keep the bundle's precision.
     """
 
 
 class UnsupportedArchitectureError(ArtifactError):
-    """The checkpoint's vision tower is of a family that is not implemented.
+    """The checkpoint's vision tower belongs to an unsupported family.
 
-    To do: Unset `VISIONACCEL_BACKEND`, which leaves the model to vLLM, or take a checkpoint of a family that the
+    To do: Unset `VISIONACCEL_BACKEND`, so that vLLM runs the tower itself, or use a checkpoint of a family that the
     hint lists.
     """
 
@@ -176,13 +179,13 @@ class UnsupportedArchitectureError(ArtifactError):
 class DeviceError(VisionAccelError, RuntimeError):
     """A backend or its device failed on valid input.
 
-    To do: Try again, or name a `VISIONACCEL_FALLBACK`. If it persists, `visionaccel doctor` checks drivers and
+    To do: Try again, or set `VISIONACCEL_FALLBACK`. If the error persists, `visionaccel doctor` checks drivers and
     libraries.
     """
 
 
 class DeviceLostError(DeviceError):
-    """A device's process died, or was ended because it hung. A new one is started.
+    """A device's process died, or was ended because it hung. It is restarted.
 
     To do: Try again. A device that is only slow needs a longer `VISIONACCEL_DEADLINE` or `VISIONACCEL_OPEN_DEADLINE`.
     """
@@ -191,7 +194,8 @@ class DeviceLostError(DeviceError):
 class DeadlineError(DeviceError, TimeoutError):
     """An item's embedding was not ready by its deadline.
 
-    To do: Try again, raise the deadline, or run a device that hangs in a process (`VISIONACCEL_ISOLATION=process`).
+    To do: Try again, raise the deadline, or run a device that hangs in a child process
+    (`VISIONACCEL_ISOLATION=process`).
     """
 
 
@@ -210,7 +214,7 @@ class ServiceClosedError(DeviceError):
 
 
 class OutputError(DeviceError):
-    """A backend returned something other than it promised: shape, dtype, or non-finite values.
+    """A backend returned a tensor with the wrong shape or dtype, NaN or infinity, or rows that were not computed.
 
     To do: Do not use that backend for this program until `visionaccel validate` passes; report it to its authors.
     """

@@ -1,4 +1,4 @@
-"""Settings from the environment: one model, which the documented table is made from."""
+"""Settings from the environment, as one model from which the table in the documentation is generated."""
 
 from __future__ import annotations
 
@@ -37,11 +37,13 @@ _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?\s*(?:[kmgtp]i?)?)b?", re.IGNORECASE)
 
 
 def parse_options(value: Any) -> Any:
-    """Backend options from text: a JSON object, or `name=value,name=value` where values are JSON or plain text.
+    """Parse backend options: a JSON object, or `name=value,name=value` with values in JSON or plain text.
+
+    Anything but text is returned unchanged.
 
     Raises:
-        ValueError: If it is neither, names an option twice, or has a number that is not finite or an object that is
-            nested too deeply.
+        ValueError: If the text is neither, names an option twice, or has a number that is not finite or an object that
+            is nested too deeply.
     """
     if not isinstance(value, str):
         return value
@@ -63,7 +65,7 @@ def parse_options(value: Any) -> Any:
 
 
 def _check_depth(value: Any, levels: int) -> None:
-    """Refuses what is nested so deeply that other readers would give up on it."""
+    """Refuse values nested so deeply that other readers fail on them."""
     if levels == 0:
         raise ValueError("it is nested too deeply")
     for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
@@ -71,7 +73,7 @@ def _check_depth(value: Any, levels: int) -> None:
 
 
 def _option(text: str) -> Any:
-    """The value of an option: JSON where it is valid JSON, and plain text otherwise."""
+    """Parse the value of an option: JSON if it is valid JSON, otherwise plain text."""
     try:
         return parse_json(text)
     except ValueError:
@@ -87,7 +89,7 @@ def _option(text: str) -> Any:
 
 
 def _read_bytes(value: Any) -> Any:
-    """Checks a size such as `512MiB` or `1.5 GB`: of `1,5GiB`, pydantic would read the 1 only."""
+    """Check a size such as `512MiB` or `1.5 GB`: pydantic would read `1,5GiB` as 1."""
     if not isinstance(value, str):
         return value
     match = _SIZE.fullmatch(value.strip())
@@ -97,14 +99,14 @@ def _read_bytes(value: Any) -> Any:
 
 
 def _printable_only(value: Any) -> Any:
-    """Refuses text that a terminal would obey rather than show."""
+    """Refuse text with control characters, which a terminal would obey."""
     if not str(value).isprintable():
         raise ValueError("it has characters that cannot be printed")
     return value
 
 
 def _read_names(value: Any) -> Any:
-    """Names from text, separated by commas; no name from the word `none` or from None."""
+    """Split names at commas; `none` and None give no names."""
     if value is None or (isinstance(value, str) and value.strip().lower() == "none"):
         return ()
     return tuple(filter(None, (name.strip() for name in value.split(",")))) if isinstance(value, str) else value
@@ -121,14 +123,14 @@ _Seconds = Annotated[float, Field(gt=0, le=LONGEST_SECONDS, allow_inf_nan=False)
 
 
 class Settings(BaseSettings):
-    """What the environment asks of visionaccel. Each field is read from `VISIONACCEL_` and its name in capitals."""
+    """The settings. Each field is read from the variable `VISIONACCEL_` and its name in capitals."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, frozen=True, extra="forbid")
 
     backend: _Text | None = Field(
         None,
         description="Backend that runs the vision encoder: a name that `visionaccel backends` lists, or `auto` for the "
-        "best one here. Unset: vLLM is left alone.",
+        "best one here. Unset: vLLM runs its own encoder.",
     )
     device: _Text | None = Field(
         None, description="Device of that backend, such as `cpu`, `cuda:0` or `npu`. Unset: the backend's default."
@@ -136,18 +138,17 @@ class Settings(BaseSettings):
     devices: _Names = Field(
         (),
         description="Several such devices, separated by commas, instead of `VISIONACCEL_DEVICE`: each has a separate "
-        "encoder, and images go to a device that is free. In-line, only the first is used.",
+        "encoder, and images go to a free device. In-line mode uses only the first.",
     )
     bundle: _Path | None = Field(
         None,
-        description="Folder that the encoder comes from, if it is not the served checkpoint itself: a bundle, or a "
-        "checkpoint with the vision weights.",
+        description="Folder of the encoder: a bundle, or a checkpoint with the vision weights. Unset: the served "
+        "checkpoint.",
     )
     fit: Literal["letterbox", "stretch", "none"] = Field(
         "letterbox",
         description="How images are fitted to the grids of a bundle whose programs do not take every grid: padded, "
-        "distorted, or not at all. An image that fits no program goes to the fallback, or its request ends with an "
-        "error.",
+        "distorted, or not at all. An image that fits no program goes to the fallback; without one, its request fails.",
     )
     mode: Literal["auto", "pipelined", "inline"] = Field(
         "auto",
@@ -159,26 +160,26 @@ class Settings(BaseSettings):
         QUEUE_SIZE,
         gt=0,
         le=65_536,
-        description="Pipelined: most images that wait for the encoder at a time; further ones are held back.",
+        description="Pipelined mode: the maximum number of images that wait for the encoder; others are held back.",
     )
     cache_size: Annotated[ByteSize, BeforeValidator(_read_bytes)] = Field(
         ByteSize(CACHE_SIZE),
         ge=0,
         le=2**50,
-        description="Pipelined: host memory for embeddings of images that were seen before, such as `2GiB`. As much "
-        "again may be held for requests that wait for their turn.",
+        description="Pipelined mode: host memory for embeddings of images that were seen before, such as `2GiB`. As "
+        "much again may be used for requests that are waiting.",
     )
     fallback: _Names = Field(
         (),
         description="Backend that takes over when the chosen one cannot start, fails on an image or gives wrong "
-        "answers; or several, separated by commas, each of which takes over from those before it. Unset or `none`: no "
-        "other backend is ever used.",
+        "answers; or several, separated by commas, in the order of trying. Unset or `none`: no other backend is ever "
+        "used.",
     )
     canary: Literal["on", "strict", "off"] = Field(
         "on",
         description="Golden images are encoded before the first request, on a timer, and after each restart of a "
-        "device's process. A device that gets them wrong is disabled; `strict`: and the server does not start, even "
-        "with a fallback. See [Trust](docs/trust.md).",
+        "device's process. A device that gets them wrong is disabled. With `strict` the server does not start in that "
+        "case, even if there is a fallback. See [Trust](docs/trust.md).",
     )
     canary_interval: float = Field(
         600.0,
@@ -192,14 +193,14 @@ class Settings(BaseSettings):
         ge=0,
         le=1,
         allow_inf_nan=False,
-        description="Share of the images that `torch_ref` encodes too, in the background, to compare with.",
+        description="Share of the images, 0 to 1, that `torch_ref` encodes too, in the background, for comparison.",
     )
     shadow_limit: float | None = Field(
         None,
         gt=0,
         le=1,
         allow_inf_nan=False,
-        description="Lowest cosine of a token in that comparison; an answer below it disables the device. Unset: the "
+        description="Lowest allowed cosine of a token in that comparison; a lower one disables the device. Unset: the "
         "certificate's threshold, or that of the device's precision.",
     )
     breaker_failures: int = Field(
@@ -210,7 +211,7 @@ class Settings(BaseSettings):
     )
     breaker_seconds: _Seconds = Field(
         1.0,
-        description="Seconds until that canary is tried. The time doubles after each failure, up to a minute.",
+        description="Seconds until that canary runs. The time doubles after each failure, up to a minute.",
     )
     options: Annotated[dict[str, Any], NoDecode, BeforeValidator(parse_options)] = Field(
         default_factory=dict,
@@ -219,38 +220,38 @@ class Settings(BaseSettings):
     )
     weights: Literal["private", "mapped"] = Field(
         "private",
-        description="Where the encoder reads its weights. `private`: in a copy in memory, which stays as it was when "
-        "the server started, even if the files change. `mapped`: in the files, whose memory processes share; nothing "
+        description="Where the encoder reads its weights. `private`: from a copy in memory, which stays as it was when "
+        "the server started, even if the files change. `mapped`: from the files, whose memory processes share; nothing "
         "may write to them while the server runs. See [Files that change](docs/trust.md#files-that-change).",
     )
     isolation: Literal["auto", "process", "none"] = Field(
         "auto",
         description="Whether the device runs in a child process, which is restarted when it crashes or hangs. `auto`: "
-        "where the backend asks for it.",
+        "if the backend asks for it.",
     )
     deadline: _Seconds = Field(
         DEADLINE,
         description="Seconds that a call of a device or a fallback may take for each of its images. After that the "
-        "next one takes over, and the device's child process, if there is one, is ended.",
+        "next fallback takes over, and the device's child process, if there is one, is ended.",
     )
     open_deadline: _Seconds = Field(
         OPEN_DEADLINE,
-        description="Seconds that starting such a process and opening a program may take, compilation included, and so "
-        "may each image of the first canary.",
+        description="Seconds for starting such a process and opening a program, including compilation, and for each "
+        "image of the first canary.",
     )
     cpu_cores: Annotated[WantedCores, NoDecode, BeforeValidator(_read_cores)] = Field(
         None,
-        description="Cores of the CPU that the encoder's threads run on, such as `0-3,8`, or `all` that the process "
-        "may use. Unset: next to a language model on the CPU, [those left to it](docs/pipelined.md#cores); elsewhere "
-        "as the runtime chooses.",
+        description="CPU cores for the encoder's threads, such as `0-3,8`, or `all` that the process may use. Unset: "
+        "next to a language model on the CPU, [those that it leaves free](docs/pipelined.md#cores); otherwise the "
+        "runtime chooses.",
     )
     timing: bool = Field(False, description="Log the time of each part of every encode.")
     trace: _Path | None = Field(
         None,
-        description="File for a timeline of the processor, the queue, the devices and the engine's steps, to be opened "
-        "in Perfetto. It grows as long as the server runs.",
+        description="File for a timeline of the processor, the queue, the devices and the engine's steps, to open in "
+        "Perfetto. It grows as long as the server runs.",
     )
-    metrics: bool = Field(True, description="Show what the encoder does in vLLM's `/metrics`.")
+    metrics: bool = Field(True, description="Show the encoder's metrics in vLLM's `/metrics`.")
 
     @model_validator(mode="after")
     def _one_way_to_name_devices(self) -> Self:
@@ -274,18 +275,18 @@ FORMER_NAMES = {
     "VLLM_NPU_TIMING": "timing",
     "VLLM_NPU_ASYNC_PIPELINE": "mode",
 }
-"""Variables of the published prior art, and the settings that they stand for."""
+"""Variables of the published prior art, and the settings that replace them."""
 
 _FORMER_MODES = {"0": "inline", "false": "inline", "1": "auto", "true": "auto"}
 
 
 def load_settings() -> Settings:
-    """Settings of the current environment; former names are accepted with one deprecation line each.
+    """Read the settings from the environment; former names are accepted and logged as deprecated.
 
     A variable that starts with `VISIONACCEL_` but is not a setting is probably a typing error: it is logged as ignored.
 
     Raises:
-        SettingsError: If a value is invalid; the message names the variable and what it takes.
+        SettingsError: If a value is invalid; the message names the variable and the values that it takes.
     """
     for name, near in unknown_variables().items():
         _warn_once(name, "%s is not a setting and is ignored.%s", f" Did you mean {near}?" if near else "")
@@ -300,16 +301,16 @@ def load_settings() -> Settings:
 
 
 def unknown_variables() -> dict[str, str | None]:
-    """Variables that start with `VISIONACCEL_` but are not settings, each with the setting that was probably meant."""
+    """Return the variables that start with `VISIONACCEL_` but are not settings, and the setting that each may mean."""
     unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in VARIABLES)
     return {name: next(iter(get_close_matches(name, VARIABLES, 1)), None) for name in unknown}
 
 
 def make_settings(**given: Any) -> Settings:
-    """Settings of given values; what is not given comes from the environment.
+    """Make settings of values by field name; those not given come from the environment.
 
     Raises:
-        SettingsError: If a value is invalid; the message names the variable and what it takes.
+        SettingsError: If a value is invalid; the message names the variable and the values that it takes.
     """
     try:
         return Settings(**given)
@@ -338,7 +339,7 @@ def _describe(problem: Mapping[str, Any]) -> str:
 
 
 def _range(name: str) -> str:
-    """What a number's setting takes, as a clause."""
+    """Describe the numbers that a setting takes, as a clause."""
     limits = Settings.model_fields[name].metadata
     bounds = [
         f"{words} {float(bound):.16g}"

@@ -242,7 +242,7 @@ def test_a_thread_gets_its_cores_back_and_no_other_is_moved():
 
 
 def test_an_encoder_is_not_opened_on_cores_that_there_are_not(tiny):
-    with pytest.raises(SettingsError, match="cannot be kept on cores"):
+    with pytest.raises(SettingsError, match="cannot be pinned to cores"):
         open_encoder(tiny, backend="onnxrt", cores=[ONE, max(os.cpu_count(), OTHER + 1)])
     assert os.sched_getaffinity(0) == process_cores()
 

@@ -55,7 +55,7 @@ def test_exactly_the_spoilt_rows_are_found(rows, width, spoil, dtype, tensor, da
 def test_padding_may_be_zeros_and_embeddings_may_not():
     rows = np.zeros((4, 8), np.float32)
     check_output("someone", TensorSpec("padded", "float32", (4, 8)), rows, {})
-    with pytest.raises(OutputError, match="one number throughout in 4 of 4 rows of 'embeddings', first in row 0"):
+    with pytest.raises(OutputError, match="a single repeated number in 4 of 4 rows of 'embeddings', first in row 0"):
         check_embeddings("someone", rows)
 
 

@@ -307,7 +307,7 @@ def spoiled(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("spoil", "reason", "most"),
     [
-        ("rows[:] = 0", "one number throughout in", -1),
+        ("rows[:] = 0", "a single repeated number in", -1),
         ("rows[3] = rows[2]", "row 0, column 3 of its tokens", 0.9),
         ("rows[4] = np.nan", "NaN or infinity in 1 of", -1),
         ("rows[5, 0] = np.inf", "NaN or infinity in 1 of", -1),

@@ -1,1 +1,1 @@
-"""What everything speaks in: arrays, grids, programs, contracts; and what reading untrusted input takes."""
+"""Types that every layer uses, such as arrays, grids, programs and contracts, and reading of untrusted input."""

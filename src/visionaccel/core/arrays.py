@@ -1,4 +1,4 @@
-"""What the core needs to know of arrays that may be numpy's or torch's, without importing torch.
+"""Functions for arrays of numpy or torch, without importing torch.
 
 Host arrays are numpy, with bfloat16 through ml_dtypes. A torch tensor is recognised by its type and, on the host,
 viewed as numpy without a copy.
@@ -20,7 +20,7 @@ __all__ = [
 ]  # fmt: skip
 
 Array: TypeAlias = Any
-"""A numpy array, or a torch tensor where a session declares that it takes them."""
+"""A numpy array, or a torch tensor where a session declares `takes_tensors`."""
 
 _SAMPLED_COLUMNS = 16
 
@@ -32,12 +32,12 @@ def is_tensor(array: Array) -> bool:
 
 
 def dtype_name(array: Array) -> str:
-    """The dtype's plain name, such as `float32` or `bfloat16`, whichever library the array is of."""
+    """Return the dtype's plain name, such as `float32` or `bfloat16`, for numpy and torch alike."""
     return str(array.dtype).removeprefix("torch.")
 
 
 def as_numpy(array: Array) -> NDArray[Any]:
-    """`array` as numpy: a view for numpy arrays and host tensors (bfloat16 included), a copy from other devices."""
+    """Return `array` as numpy: numpy arrays and host tensors share their memory, other devices' tensors are copied."""
     if not is_tensor(array):
         return np.asarray(array)
     tensor = array.detach().cpu()
@@ -54,9 +54,10 @@ def split_rows(array: Array, counts: Iterable[int]) -> list[Array]:
 
 
 def as_host_tensor(array: Array, dtype: str) -> Any:
-    """A numpy array as a torch tensor of `dtype`, sharing memory if it has that dtype; rounded to nearest, as by torch.
+    """Convert a numpy array to a torch tensor of `dtype`, which shares its memory if no cast is needed.
 
-    The cast is numpy's: torch's would start threads, which wait for the runtime's right after an encode.
+    numpy casts, rounding to nearest as torch does: torch would start threads, which wait for the runtime's right after
+    an encode.
     """
     import torch
 
@@ -66,11 +67,11 @@ def as_host_tensor(array: Array, dtype: str) -> Any:
 
 
 def finite_rows(array: Array) -> NDArray[np.bool_]:
-    """Which rows of a 2-D array hold only finite numbers: bool [rows], on the host.
+    """Return which rows of a 2-D floating-point array hold only finite numbers: a new bool array [rows] on the host.
 
-    Float32 is read once, for the sum of its squares, to which NaN and infinity spread; where that sum may only have
-    overflowed, the row is read again. It runs on one thread: a pool would wait for the runtime's threads, which hold
-    the cores right after an encode.
+    In float32 the sum of a row's squares shows NaN and infinity in one pass; where it may only have overflowed, the row
+    is read again. One thread does this: a pool would wait for the runtime's threads, which hold the cores right after
+    an encode.
     """
     if is_tensor(array):
         if array.device.type != "cpu":
@@ -90,9 +91,10 @@ def finite_rows(array: Array) -> NDArray[np.bool_]:
 
 
 def constant_rows(array: Array) -> NDArray[np.bool_]:
-    """Which rows of a 2-D array repeat one number, zero or another, throughout: bool [rows], on the host.
+    """Return which rows of a 2-D array repeat a single number, such as zero: a new bool array [rows] on the host.
 
-    A few columns rule out nearly every row; what they leave is read whole.
+    A few columns rule out nearly every row; only the rows that remain are read completely. Rows of one number do not
+    count.
     """
     width = array.shape[1]
     if width < 2:

@@ -1,4 +1,4 @@
-"""Reading untrusted files: regular files only, at most a stated number of bytes of each, and strict JSON."""
+"""Reading untrusted files: regular files only, up to a size limit, and strict JSON."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 MOST_HOLE_BYTES = 4 * 2**30
-"""Most bytes that are hashed although they are nowhere on the disk. A sparse file of terabytes takes no space to send
-and hours to hash; weights have no holes, and bytes on the disk had to be sent."""
+"""The maximum number of bytes in holes of a file that is hashed. A sparse file of terabytes takes no space to send and
+hours to hash. Weights have no holes."""
 
 MOST_JSON_BYTES = 8 * 2**20
-"""Most bytes of a JSON document. As Python's objects it takes up to twenty-five times as many, and two seconds."""
+"""The maximum size of a JSON document in bytes. As Python objects it takes up to 25 times as many, and two seconds."""
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file for reading; ValueError if it is not a regular file, as a named pipe could block without end."""
+    """Open a file for reading; ValueError if it is not a regular file: a named pipe could block without end."""
     fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -30,11 +30,11 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_bounded(path: Path, most: int = MOST_JSON_BYTES) -> bytes:
-    """The content of a file of at most that many bytes.
+    """Read a file of at most `most` bytes.
 
     Raises:
         OSError: If it cannot be read.
-        ValueError: If it is not a file, or is larger; the text states the limit.
+        ValueError: If it is not a file or is larger; the message names the limit.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -46,9 +46,9 @@ def read_bounded(path: Path, most: int = MOST_JSON_BYTES) -> bytes:
 
 
 def hole_bytes(path: Path, begin: int, end: int) -> int:
-    """How many of a file's bytes from `begin` to `end` lie in holes, which take no space on the disk and read as zeros.
+    """Count the bytes of a file from `begin` to `end` that are in holes, which take no disk space and read as zeros.
 
-    Counted until there are more than `MOST_HOLE_BYTES`. A file system that does not know holes reports none. Raises as
+    Counting stops above `MOST_HOLE_BYTES`. On a file system without holes the count is 0. Raises the errors of
     `open_regular`.
     """
     holes = 0
@@ -61,17 +61,17 @@ def hole_bytes(path: Path, begin: int, end: int) -> int:
                 break
             try:
                 begin = os.lseek(fd, hole, os.SEEK_DATA)
-            except OSError:  # there are no data behind it
+            except OSError:  # no data follows
                 begin = end
             holes += max(0, min(begin, end) - hole)
     return holes
 
 
 def parse_json(text: str, *, most_digits: int | None = None) -> Any:
-    """A JSON document with each name once in an object, finite numbers, and integers of at most so many characters.
+    """Parse a JSON document with unique names in each object, finite numbers, and integers of at most `most_digits`.
 
     Raises:
-        ValueError: If it is not such a document, or nested too deeply.
+        ValueError: If the text is not such a document, or is nested too deeply.
     """
 
     def integer(digits: str) -> int:

@@ -1,6 +1,6 @@
-"""Where this user's caches lie, by the XDG base directory specification.
+"""Where this user's caches are, by the XDG base directory specification.
 
-Library calls read no settings of visionaccel from the environment. XDG_CACHE_HOME, here, names a folder and changes no
+Library calls read no settings of visionaccel from the environment. XDG_CACHE_HOME, which is read here, changes no
 result; oneDNN's limit on instructions, in `visionaccel.core.cpu`, is read because oneDNN obeys it.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def cache_home() -> Path:
-    """The folder of every program's caches; it need not exist.
+    """Return the folder of every program's caches; it may not exist.
 
     Raises:
         RuntimeError: If XDG_CACHE_HOME is not set and the user has no home folder.
@@ -20,5 +20,5 @@ def cache_home() -> Path:
 
 
 def our_cache() -> Path:
-    """The folder for what this package can make again; raises as `cache_home`."""
+    """Return the folder for files that this package can make again. Raises the errors of `cache_home`."""
     return cache_home() / "visionaccel"

@@ -1,4 +1,4 @@
-"""Child processes. Each leads a group, so that what it started in turn ends with it."""
+"""Child processes. Each leads a process group, so that the processes it starts end with it."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from visionaccel.core.orphans import guarded_group
 _PR_SET_PDEATHSIG = 1
 _LONGEST_PAUSE = 0.05
 _DYING = 5.0
-"""Seconds that a killed child has to be dead."""
+"""Seconds to wait for a killed child to die."""
 
 
 class ChildGroup:
     """A child process and the process group that it leads. Its process id is not reused before `reap`.
 
     It leads a group so that Ctrl-C, a hang-up or a signal to the parent's group does not reach it before the parent
-    decides, and so that what vendor code starts can be killed with it. It does not lead a session: Linux schedules by
-    session, and an engine that waits by yielding, as vLLM's does, then keeps a child in a separate session from running
-    for minutes.
+    decides, and so that the processes that vendor code starts can be killed with it. It does not lead a session: Linux
+    schedules by session, and an engine that waits by yielding, as vLLM's does, can keep a child in a separate session
+    from running for minutes.
 
     Args:
-        command: What to run.
-        output: Where what it prints goes: a file, a descriptor, or `subprocess.PIPE` for `printed`.
-        environment: Its environment; None for this process's.
+        command: The command line to run.
+        output: Where its stdout and stderr go: a file, a descriptor, or `subprocess.PIPE` to read `printed`.
+        environment: Its environment variables; None for those of this process.
         pass_fds: Descriptors that it inherits.
-        guarded: Have the group ended if this process is killed. A child that calls `end_with_parent` and starts
-            nothing does not need it.
+        guarded: End the group if this process is killed. Not needed for a child that calls `end_with_parent` and
+            starts no processes.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class ChildGroup:
     ) -> None:
         self._reaping = threading.Lock()
         self._killed = False
-        self._process = subprocess.Popen(  # noqa: S603 - callers run this interpreter, or what a user named
+        self._process = subprocess.Popen(  # noqa: S603 - callers run this interpreter, or a command the user chose
             command,
             env=environment,
             pass_fds=pass_fds,
@@ -63,7 +63,7 @@ class ChildGroup:
         if guarded:
             try:
                 self._guard.enter_context(guarded_group(self.pid))
-            except BaseException:  # without a watcher, nothing would end the group should this process be killed
+            except BaseException:  # without a watcher, nothing would end the group if this process is killed
                 self.end()
                 if self.printed is not None:
                     self.printed.close()
@@ -71,51 +71,51 @@ class ChildGroup:
 
     @property
     def status(self) -> int | None:
-        """Its exit status, or minus the signal that ended it; None until it is reaped."""
+        """Exit status, or minus the number of the signal that ended the child; None until it is reaped."""
         return self._process.returncode
 
     def exited(self) -> bool:
-        """Whether the child is dead, reaped or not, or has been killed and will be."""
+        """Whether the child is dead, reaped or not, or has been killed."""
         return self._killed or self._dead()
 
     def exits_within(self, seconds: float) -> bool:
-        """Wait for the child to be dead or killed; whether it is. It is not reaped."""
+        """Wait for the child to die or be killed; return whether it did. Does not reap it."""
         return _within(seconds, self.exited)
 
     def ask_to_end(self) -> None:
-        """Send SIGTERM to the child alone, which ends what it started."""
+        """Send SIGTERM to the child only; the child must end the processes that it started."""
         with self._reaping:
             if self._process.returncode is None:
-                # Not by Popen, which reaps a dead child first: what it started would then be left alone.
+                # Not with Popen, which reaps a dead child first: the rest of its group would never be killed.
                 with suppress(ProcessLookupError):
                     os.kill(self.pid, signal.SIGTERM)
 
     def kill(self) -> None:
-        """End the child and what it started, at once."""
+        """Kill the child and the processes that it started."""
         with self._reaping:
             if self._process.returncode is None:
                 self._killed = True
                 self._kill_group()
 
     def reap(self) -> int:
-        """Wait for the child to die, however long that takes, end what it started, and return its status."""
-        if self._process.returncode is not None:  # its number may be another's by now
+        """Wait for the child to die, without a limit, kill the rest of its group, and return its status."""
+        if self._process.returncode is not None:  # its process id may have been reused
             return self._process.returncode
         with suppress(ChildProcessError):  # other code in this process waited for any child and reaped it
             os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
             with self._reaping:
                 if self._process.returncode is None:
-                    self._kill_group()  # what it started; its number is still taken
+                    self._kill_group()  # its process id is still taken
         with self._reaping:
             status = self._process.wait()
         self._guard.close()
         return status
 
     def end(self, seconds: float = 0.0) -> bool:
-        """Give the child some time to end by itself, then kill the group, and reap it; whether it ended by itself.
+        """Give the child some time to end by itself, then kill its group; return whether it ended by itself.
 
-        A killed child that hangs in a driver's system call does not die. It is waited for a few seconds and then left
-        to the watcher.
+        The child is reaped, unless it hangs in a driver's system call and does not die: after a few seconds, that one
+        is left to the watcher.
         """
         ended = self.exits_within(seconds)
         self.kill()
@@ -137,7 +137,7 @@ class ChildGroup:
 
 
 def _within(seconds: float, happened: Callable[[], bool]) -> bool:
-    """Whether something happens within some seconds."""
+    """Poll `happened` for that many seconds at most; return its last answer."""
     limit, pause = time.monotonic() + seconds, 0.001
     while not (found := happened()) and (left := limit - time.monotonic()) > 0:
         time.sleep(min(pause, left))
@@ -146,12 +146,12 @@ def _within(seconds: float, happened: Callable[[], bool]) -> bool:
 
 
 def how_it_ended(status: int) -> str:
-    """A child's status in words, such as `ended with status 3` or `was ended by SIGKILL`."""
+    """Describe a child's status, such as `ended with status 3` or `was ended by SIGKILL`."""
     return f"ended with status {status}" if status >= 0 else f"was ended by {signal_name(-status)}"
 
 
 def signal_name(number: int) -> str:
-    """The name of a signal, such as `SIGKILL`."""
+    """Return the name of a signal, such as `SIGKILL`."""
     try:
         return signal.Signals(number).name
     except ValueError:
@@ -159,10 +159,10 @@ def signal_name(number: int) -> str:
 
 
 def end_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent, of that process id, ends.
+    """Have the kernel kill this process when its parent ends; `parent` is the parent's process id.
 
-    A thread that waits for the parent's end would get no turn while vendor code hangs with the interpreter's lock held.
-    The signal comes when the parent's thread that started this process ends, so that thread must outlive this process.
+    A thread that watches the parent could not run while vendor code hangs and holds the interpreter's lock. The kernel
+    sends the signal when the parent's thread that started this process ends, so that thread must outlive this process.
     """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # It ended before the line above.

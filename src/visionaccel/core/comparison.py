@@ -1,4 +1,4 @@
-"""Numbers of a comparison: how far embeddings are from the reference's, token by token."""
+"""Compares embeddings with those of a reference, token by token."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from visionaccel.core.arrays import finite_rows
 THRESHOLDS: Mapping[str, float] = MappingProxyType(
     {"float32": 0.9999, "float16": 0.999, "bfloat16": 0.99, "int8": 0.99}
 )
-"""The lowest cosine of a token that passes, by the precision of its program, or by what it was quantized to.
+"""The lowest cosine of a token that passes, by the precision or the quantization of its program.
 
-A cosine allows any length, so lengths may differ by as much as that angle moves the end of an embedding: by
+A cosine does not depend on lengths. Those may differ by as much as that angle moves the end of an embedding: by
 sqrt(2 - 2 cosine) of the reference's length, which is 14 % in bfloat16.
 """
 
@@ -25,7 +25,7 @@ _WRONG = -1.0
 
 
 class Place(NamedTuple):
-    """Where a token stands: the number of its encode in the order of comparing, and its row there, both from 0."""
+    """The place of a token: the number of its encode in the order of comparing, and its row there, both from 0."""
 
     encode: int
     token: int
@@ -41,7 +41,7 @@ class Comparison:
         self._squared_error = self._squared_reference = 0.0
 
     def add(self, ours: NDArray[np.float32], reference: NDArray[np.float32]) -> None:
-        """Compare one encode, [tokens, width]. In the relative error a row with NaN or infinity counts as zeros."""
+        """Compare one encode, [tokens, width]. For the relative error, a row with NaN or infinity counts as zeros."""
         assert ours.shape == reference.shape, "embeddings of one encode have one shape"
         finite = finite_rows(ours)
         self.nonfinite_rows += int((~finite).sum())
@@ -54,7 +54,7 @@ class Comparison:
         self.tokens += len(reference)
 
     def add_missing(self, reference: NDArray[np.float32], nonfinite_rows: int = 0) -> None:
-        """Count an encode that was not made or was discarded: each of its tokens is wrong, and some were not finite."""
+        """Count an encode that failed or was discarded: all its tokens are wrong, `nonfinite_rows` were not finite."""
         self.add(np.zeros_like(reference), reference)
         self.nonfinite_rows += nonfinite_rows
 
@@ -69,23 +69,23 @@ class Comparison:
         return float(self.cosines.min())
 
     def worst(self, count: int) -> list[tuple[int, float]]:
-        """The encodes with the lowest cosines, at most `count`: number and lowest cosine of each, the lowest first."""
+        """Return the `count` encodes with the lowest cosines, lowest first: the number and lowest cosine of each."""
         lowest = [float(cosines.min()) for cosines in self._cosines]
         return sorted(enumerate(lowest), key=lambda each: each[1])[:count]
 
     @property
     def lowest_at(self) -> Place:
-        """Where the lowest cosine is; of equals, the first."""
+        """Where the lowest cosine is; the first of equal ones."""
         return self._place(int(np.argmin(self.cosines)))
 
     @property
     def worst_length_error(self) -> float:
-        """The largest of `length_errors`: cosines do not see an embedding that is right but too long or too short."""
+        """The largest of `length_errors`: cosines do not show that an embedding is too long or too short."""
         return float(np.concatenate(self._length_errors).max())
 
     @property
     def worst_length_at(self) -> Place:
-        """Where it is; of equals, the first."""
+        """Where the largest length error is; the first of equal ones."""
         return self._place(int(np.argmax(np.concatenate(self._length_errors))))
 
     @property
@@ -100,7 +100,7 @@ class Comparison:
 
     @property
     def relative_error(self) -> float:
-        """Norm of the difference over the norm of the reference, of all tokens together; of nothing but zeros, 0."""
+        """Norm of the difference divided by that of the reference, over all tokens; 0 or 1 for a reference of zeros."""
         if self._squared_reference == 0:
             return float(self._squared_error > 0)
         return float(np.sqrt(self._squared_error / self._squared_reference))
@@ -112,7 +112,7 @@ class Comparison:
 
 
 def token_cosines(ours: NDArray[np.float32], reference: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Cosine of each row of [tokens, width], float64; -1 where either row is zero or not finite."""
+    """Return the cosine of each row of [tokens, width], float64 [tokens]; -1 if either row is zero or not finite."""
     found, exact = _finite_only(ours), _finite_only(reference)
     norms = np.linalg.norm(found, axis=1) * np.linalg.norm(exact, axis=1)
     cosines = np.full(len(norms), _WRONG)
@@ -121,9 +121,9 @@ def token_cosines(ours: NDArray[np.float32], reference: NDArray[np.float32]) -> 
 
 
 def length_errors(ours: NDArray[np.float32], reference: NDArray[np.float32]) -> NDArray[np.float64]:
-    """How far the length of each row of [tokens, width] is from the reference's, as a share of it, float64.
+    """Return the relative error of the length of each row of [tokens, width], float64 [tokens].
 
-    It is 1 where a row is zero or not finite.
+    It is 1 if either row is zero or not finite.
     """
     found, exact = (np.linalg.norm(_finite_only(rows), axis=1) for rows in (ours, reference))
     ratios = np.zeros(len(exact))
@@ -133,5 +133,5 @@ def length_errors(ours: NDArray[np.float32], reference: NDArray[np.float32]) -> 
 
 
 def _finite_only(rows: NDArray[np.float32]) -> NDArray[np.float64]:
-    """The rows in float64, those with NaN or infinity as zeros."""
+    """Return the rows in float64, with zeros for those that hold NaN or infinity."""
     return np.where(finite_rows(rows)[:, None], rows, 0).astype(np.float64)

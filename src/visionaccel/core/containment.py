@@ -1,4 +1,4 @@
-"""Calls of a plug-in's code, which must not end the process that makes them."""
+"""Calls of a plug-in's code, which must not end this process."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ logger = safe_logger(__name__)
 
 @contextmanager
 def contained() -> Iterator[None]:
-    """Turn what is not an `Exception`, such as the SystemExit of `sys.exit`, into one that says so.
+    """Turn what is not an `Exception`, such as the SystemExit of `sys.exit`, into a RuntimeError that names it.
 
-    `except Exception` does not catch it, so that a plug-in could end a server. Ctrl-C still ends it. What is raised in
-    its place is a RuntimeError whose message names it.
+    `except Exception` does not catch SystemExit, so a plug-in could end a server with it. Ctrl-C still ends a server.
     """
     try:
         yield
@@ -31,12 +30,12 @@ def device_errors(doing: str | Callable[[], str], hint: str | None = None) -> It
     """Turn any exception of a vendor's stack into an error of this package; Ctrl-C passes through.
 
     Args:
-        doing: What the code in the context does, for the message; a function is called only if it fails.
-        hint: What to do then.
+        doing: What the code in the context does, as the subject of the message; a function is called only on failure.
+        hint: What to do about a failure.
 
     Raises:
-        VisionAccelError: As the code raised it.
-        DeviceError: If it raised anything else.
+        VisionAccelError: Unchanged, if the code raised one.
+        DeviceError: If the code raised any other exception.
     """
     try:
         with contained():
@@ -49,7 +48,7 @@ def device_errors(doing: str | Callable[[], str], hint: str | None = None) -> It
 
 
 def tell(hook: Callable[[], object]) -> None:
-    """Call observers; what one raises, an exit included, is logged and fails no encode."""
+    """Call an observer. An exception it raises, SystemExit included, is logged and does not fail the encode."""
     try:
         with contained():
             hook()

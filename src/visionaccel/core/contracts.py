@@ -17,7 +17,7 @@ __all__ = ["PATCH_DTYPES", "TensorSpec", "check_embeddings", "check_output", "ch
 PATCH_DTYPES = frozenset({"float32", "float16", "bfloat16"})
 """Dtypes in which patches are accepted."""
 
-_DEFECT = "This is a defect of the backend or its device; run `visionaccel explain` and report it with the program."
+_DEFECT = "This is a fault of the backend or its device: report it with the output of `visionaccel explain`."
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class TensorSpec:
 
     Attributes:
         name: Its name in the program.
-        dtype: numpy's or ml_dtypes' name, such as `float32`, `bfloat16`, `int64`.
+        dtype: A name in numpy or ml_dtypes, such as `float32`, `bfloat16`, `int64`.
         shape: Sizes; a string names a size that varies from call to call, such as `patches`.
     """
 
@@ -35,7 +35,7 @@ class TensorSpec:
     shape: tuple[int | str, ...]
 
     def fits(self, shape: Sequence[int], sizes: Mapping[str, int]) -> bool:
-        """Whether `shape` is this tensor's shape once the named sizes are put in."""
+        """Whether `shape` is this tensor's shape, with the named sizes taken from `sizes`."""
         return tuple(shape) == tuple(sizes.get(s, -1) if isinstance(s, str) else s for s in self.shape)
 
     def __str__(self) -> str:
@@ -43,11 +43,11 @@ class TensorSpec:
 
 
 def check_patches(patches: Array, grids: Sequence[Grid], patch_width: int) -> None:
-    """Check patches against their grids before anything is spent on them.
+    """Check patches against their grids before they are encoded.
 
     Args:
         patches: float32, float16 or bfloat16 [P, patch_width], as the HF processor makes them.
-        grids: One grid for each image or video; P must be their sum of t * h * w.
+        grids: One grid for each image or video; P must be the sum of t * h * w over the grids.
         patch_width: channels * temporal patch size * patch size**2.
 
     Raises:
@@ -84,10 +84,16 @@ def check_patches(patches: Array, grids: Sequence[Grid], patch_width: int) -> No
 
 
 def check_output(backend: str, spec: TensorSpec, array: Array | None, sizes: Mapping[str, int]) -> None:
-    """Check what a backend returned for one tensor.
+    """Check one tensor that a backend returned.
+
+    Args:
+        backend: The backend's name, for messages.
+        spec: The tensor that the program promises.
+        array: The tensor [rows, width] that was returned; None if there is none of that name.
+        sizes: The sizes of this call, by the names in `spec.shape`.
 
     Raises:
-        OutputError: If it is missing, has another shape or dtype, or holds NaN or infinity.
+        OutputError: If it is missing, has the wrong shape or dtype, or holds NaN or infinity.
     """
     if array is None:
         raise OutputError(f"backend {backend!r} returned no tensor named {spec.name!r}.", hint=_DEFECT)
@@ -102,15 +108,15 @@ def check_output(backend: str, spec: TensorSpec, array: Array | None, sizes: Map
 
 
 def check_embeddings(backend: str, rows: Array) -> None:
-    """Check the finite embeddings of a call, [tokens, out_width], without a program's padding around them.
+    """Check the finite embeddings of a call, [tokens, out_width], without a program's padding.
 
-    Where an embedding repeats one number, a device wrote nothing, zeros, or a filling. A backend whose device writes
-    into the host's memory fills that with NaN beforehand, so that `check_output` finds what was not written.
+    An embedding that repeats one number was not computed. A backend whose device writes into the host's memory fills
+    it with NaN first, so that `check_output` finds rows that were not written.
 
     Raises:
         OutputError: If a row is constant.
     """
-    _refuse(backend, "embeddings", constant_rows(rows), "one number throughout")
+    _refuse(backend, "embeddings", constant_rows(rows), "a single repeated number")
 
 
 def _refuse(backend: str, name: str, wrong: NDArray[np.bool_], what: str) -> None:

@@ -1,7 +1,7 @@
-"""Which cores of the CPU an encoder's threads run on, next to what else computes on the machine.
+"""Which CPU cores an encoder's threads run on, next to the other work of the machine.
 
-The runtimes' pools inherit the cores of the thread that makes them, and their sizes follow from how many those are. So
-an encoder is opened and called by threads that are pinned to its cores (`on_cores`).
+A runtime's thread pool inherits the cores of the thread that creates it, and takes its size from their number. So an
+encoder is opened and called by threads that are pinned to its cores (`on_cores`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from visionaccel.errors import SettingsError
 ALL: Literal["all"] = "all"
 
 WantedCores: TypeAlias = frozenset[int] | Literal["all"] | None
-"""Cores by their numbers, all that may be used, or None for those that nothing else is known to compute on."""
+"""Core numbers, `all` cores that this process may use, or None for the cores that a language model leaves free."""
 
 _MOST = 1 << 16
 _BINDING = ("OMP_PLACES", "OMP_PROC_BIND", "GOMP_CPU_AFFINITY", "KMP_AFFINITY", "KMP_HW_SUBSET")
@@ -33,12 +33,12 @@ _here = threading.local()
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """The machine as an encoder finds it next to a language model.
+    """The cores of a machine that runs a language model too.
 
     Attributes:
         usable: Cores that this process may use.
         taken: Cores that the language model computes on while images are encoded.
-        why: The reason for that, as a clause.
+        why: Why they are taken, as a clause.
     """
 
     usable: frozenset[int]
@@ -47,14 +47,14 @@ class Host:
 
 
 class CoreChoice(NamedTuple):
-    """The cores of an encoder and why, as a clause; None to leave threads where they are, and pools to the runtimes."""
+    """The cores of an encoder, and why, as a clause. None: threads are not pinned, and runtimes size their pools."""
 
     cores: frozenset[int] | None = None
     why: str = ""
 
 
 def parse_cores(text: str) -> frozenset[int] | Literal["all"]:
-    """Cores from a list of numbers and ranges such as `0-3,8`, or `all`; ValueError if it is neither."""
+    """Parse a list of core numbers and ranges such as `0-3,8`, or `all`; ValueError if it is neither."""
     if text.strip().lower() == ALL:
         return ALL
     cores: set[int] = set()
@@ -68,7 +68,7 @@ def parse_cores(text: str) -> frozenset[int] | Literal["all"]:
 
 
 def shown_cores(cores: Iterable[int]) -> str:
-    """Cores as `parse_cores` reads them, such as `0-3,8`."""
+    """Write cores as `parse_cores` reads them, such as `0-3,8`."""
     runs: list[list[int]] = []
     for core in sorted(cores):
         if runs and runs[-1][-1] == core - 1:
@@ -79,22 +79,25 @@ def shown_cores(cores: Iterable[int]) -> str:
 
 
 def process_cores(pid: int | None = None) -> frozenset[int]:
-    """Cores that the main thread of a process may run on, by default this one; OSError if there is no such process."""
+    """Return the cores that a process's main thread may run on; OSError if the process does not exist.
+
+    By default the process is this one.
+    """
     return _allowed(os.getpid() if pid is None else pid)
 
 
 def choose_cores(wanted: WantedCores, host: Host | None = None) -> CoreChoice:
-    """The cores that a setting names, or those that the language model leaves, if any.
+    """Choose the cores that the setting names, or else those that the language model leaves free.
 
-    Threads that share a physical core with the language model's slow it down, so such hardware threads are left to it
-    too, as long as others remain.
+    A thread that shares a physical core with the language model slows it down, so hardware threads of its physical
+    cores are left to it too, as long as others remain.
 
     Args:
         wanted: The setting `cpu_cores`.
-        host: What is known of the machine; None if no language model computes on it.
+        host: The cores of the machine; None if no language model computes on it.
 
     Raises:
-        SettingsError: If a core is named that this process may not use.
+        SettingsError: If the setting names a core that this process may not use.
     """
     if wanted is None and host is None:
         return CoreChoice()
@@ -103,7 +106,7 @@ def choose_cores(wanted: WantedCores, host: Host | None = None) -> CoreChoice:
         assert host is not None
         apart = frozenset(core for core in usable if not _physical(core) & host.taken)
         left = apart or usable - host.taken
-        return CoreChoice(left or usable, host.why if left else f"{host.why}, which leaves no other")
+        return CoreChoice(left or usable, host.why if left else f"{host.why}, which leaves no other core")
     if wanted == ALL:
         return CoreChoice(usable, "VISIONACCEL_CPU_CORES=all")
     shown = f"VISIONACCEL_CPU_CORES={shown_cores(wanted)}"
@@ -124,7 +127,7 @@ def on_cores(cores: frozenset[int] | None, *, strict: bool = False) -> Iterator[
         strict: Require all of them. Otherwise cores that the system has taken away are ignored.
 
     Raises:
-        SettingsError: If strict, and the system does not give this thread each of them.
+        SettingsError: If `strict`, and this thread cannot be pinned to all of them.
     """
     if cores is None:
         yield
@@ -135,7 +138,7 @@ def on_cores(cores: frozenset[int] | None, *, strict: bool = False) -> Iterator[
         _move(cores)
         if strict and _allowed() != cores:
             raise SettingsError(
-                f"threads of this process cannot be kept on cores {shown_cores(cores)}.",
+                f"threads of this process cannot be pinned to cores {shown_cores(cores)}.",
                 hint=f"They may run on {shown_cores(_allowed())}.",
             )
         yield
@@ -145,15 +148,14 @@ def on_cores(cores: frozenset[int] | None, *, strict: bool = False) -> Iterator[
 
 
 def cores_here() -> frozenset[int] | None:
-    """The cores of the innermost `on_cores` of this thread, to open another thread's with; None outside."""
+    """Return the cores of this thread's innermost `on_cores`, to pin another thread to; None outside."""
     return getattr(_here, "cores", None)
 
 
 def thread_limit() -> int | None:
-    """How many threads a pool that is made by this thread should have: one for each core that it may run on.
+    """Return the size of a thread pool that this thread creates: one for each physical core that it may run on.
 
-    Hardware threads of one core count once. None where this thread may run everywhere and its cores were not chosen:
-    then the runtime's own choice is as good.
+    None if this thread may run on every core and its cores were not chosen: the runtime's default is as good then.
     """
     allowed = _allowed()
     if cores_here() is None and len(allowed) >= (os.cpu_count() or 1):
@@ -162,9 +164,9 @@ def thread_limit() -> int | None:
 
 
 def child_environment() -> dict[str, str]:
-    """The environment for a process that this thread starts, which inherits its cores.
+    """Return the environment variables for a process that this thread starts, which inherits its cores.
 
-    Where they were chosen, it lacks OpenMP's variables that bind threads to other cores, and their number of threads.
+    If cores were chosen, OpenMP's variables that bind threads to other cores are removed, and so is OMP_NUM_THREADS.
     """
     environment = dict(os.environ)
     if cores_here() is not None and not environment.keys().isdisjoint(_BINDING):
@@ -175,17 +177,17 @@ def child_environment() -> dict[str, str]:
 
 @cache
 def _physical(core: int) -> frozenset[int]:
-    """The hardware threads of a core's physical core, itself included."""
+    """Return the hardware threads of a core's physical core, including the core itself."""
     try:
         listed = (_TOPOLOGY / f"cpu{core}" / "topology" / "thread_siblings_list").read_text()
         found = parse_cores(listed)
-    except (OSError, ValueError):  # offline, or a system that does not tell
+    except (OSError, ValueError):  # an offline core, or a system without this file
         found = frozenset()
     return frozenset({core}) if found == ALL else frozenset({core}) | found
 
 
 def _allowed(thread: int = 0) -> frozenset[int]:
-    """Cores that a thread may run on; by default this one."""
+    """Return the cores that a thread may run on; by default this thread."""
     if hasattr(os, "sched_getaffinity"):
         return frozenset(os.sched_getaffinity(thread))
     return frozenset(range(os.cpu_count() or 1))

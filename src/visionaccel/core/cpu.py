@@ -1,4 +1,4 @@
-"""What this machine's CPU is and which dtypes it computes in, for every runtime."""
+"""The name of this machine's CPU, its instruction sets, and whether it computes in bfloat16."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 _INFO = Path("/proc/cpuinfo")
 _FIELDS = ("flags", "Features")
 _BFLOAT16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
-"""Linux's names of instructions that multiply bfloat16, on x86 and Arm."""
+"""Linux's names of the instructions that multiply bfloat16, on x86 and Arm."""
 
 _LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 _WITHOUT_BFLOAT16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
 
 
 def flags_in(cpuinfo: str) -> frozenset[str]:
-    """Names of the instruction sets that a `/proc/cpuinfo` lists."""
+    """Return the names of the instruction sets that the text of a `/proc/cpuinfo` lists."""
     listed = {line.partition(":")[2] for line in cpuinfo.splitlines() if line.split(":")[0].strip() in _FIELDS}
     return frozenset(" ".join(listed).split())
 
@@ -32,7 +32,7 @@ def has_bfloat16() -> bool:
 
 
 def processor_name() -> str:
-    """The processor's name, as the system has it."""
+    """Return the processor's name as the system reports it."""
     try:
         lines = _INFO.read_text().splitlines()
     except OSError:
@@ -45,5 +45,5 @@ def processor_name() -> str:
 def _flags() -> frozenset[str]:
     try:
         return flags_in(_INFO.read_text())
-    except OSError:  # a system without it; nothing is known to be there
+    except OSError:  # a system without this file: no instruction set is known
         return frozenset()

@@ -1,8 +1,7 @@
 """Digests of files, remembered while the files stay unchanged.
 
 A digest is taken from memory if the file has the same device, inode, size, modification and change time as when it was
-computed. Programs cannot set change times, so this sees every write. It does not see decay of a disk, for which a full
-check is there.
+computed. Programs cannot set change times, so every write is noticed. Disk corruption is not; a full check finds it.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _SETTLED_SECONDS = 2.0
 
 
 def file_digest(path: Path, *, trust_unchanged: bool = True) -> str:
-    """`sha256:` and the hexadecimal SHA-256 of a file; BundleError if it cannot be read."""
+    """Return `sha256:` and the hexadecimal SHA-256 of a file; BundleError if it cannot be read."""
 
     def compute() -> str:
         try:
@@ -41,7 +40,7 @@ def file_digest(path: Path, *, trust_unchanged: bool = True) -> str:
 
 
 def json_digest(document: Mapping[str, Any]) -> str:
-    """`sha256:` and the hexadecimal SHA-256 of a document as JSON, independent of its layout and the order of names."""
+    """Return `sha256:` and the hexadecimal SHA-256 of a JSON document in canonical form."""
     text = json.dumps(document, sort_keys=True, separators=(",", ":"))
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
@@ -49,11 +48,11 @@ def json_digest(document: Mapping[str, Any]) -> str:
 def remembered_digest(
     kind: str, files: Sequence[Path], compute: Callable[[], str], *, trust_unchanged: bool = True
 ) -> str:
-    """What `compute` makes of some files, from memory if that is trusted and none of them changed.
+    """Return the digest that `compute` computes of some files, from memory if `trust_unchanged` and none changed.
 
     `kind` tells apart different digests of the same files.
     """
-    # From before the state was read: what was written just then may have been overwritten without its times changing.
+    # Before the state is read: a file that was only just written may be written again without new times.
     started = time.time_ns()
     try:
         state, memory = _states(files), our_cache() / "digests.json"
@@ -76,7 +75,7 @@ def remembered_digest(
 
 
 def _states(files: Sequence[Path]) -> list[list[int]]:
-    """The state of each file in the order of their names, as JSON has it; OSError if one is not there."""
+    """Return the state of each file as a list, sorted by file name; OSError if a file is missing."""
     return [list(astuple(FileState.of(file))) for file in sorted(files)]
 
 
@@ -89,7 +88,7 @@ def _load(memory: Path) -> dict[str, Any]:
 
 
 def _store(memory: Path, known: Mapping[str, Any]) -> None:
-    """Replace the memory; a read-only home, where that raises OSError, must not cost a start."""
+    """Replace the memory file. Raises OSError, such as for a read-only home, which the caller ignores."""
     memory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=memory.parent, delete=False, encoding="utf-8") as file:
         json.dump(known, file)

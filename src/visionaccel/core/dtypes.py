@@ -1,4 +1,4 @@
-"""The dtypes of arrays: what numpy, safetensors and ONNX call each, and its size."""
+"""The dtypes of arrays: their names in numpy and safetensors, their numbers in ONNX, and their sizes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Dtype:
-    """One dtype: its name in numpy and torch, that in safetensors, and its number in `onnx.TensorProto.DataType`."""
+    """One dtype: its names in numpy and torch and in safetensors, and its number in `onnx.TensorProto.DataType`."""
 
     name: str
     safetensors: str
@@ -22,7 +22,7 @@ class Dtype:
 
     @property
     def bytes(self) -> int:
-        """Size of an element."""
+        """Size of an element in bytes."""
         return self.numpy.itemsize
 
 
@@ -59,9 +59,9 @@ OF_ONNX: Mapping[int, Dtype] = MappingProxyType({each.onnx: each for each in _EA
 FLOATS: Mapping[str, Any] = MappingProxyType(
     {name: DTYPES[name].numpy.type for name in ("float64", "float32", "float16", "bfloat16")}
 )
-"""numpy's types of the floating dtypes that weights are computed with, by their names."""
+"""The floating dtypes that weights may have, as numpy types by their names."""
 
 
 def safetensors_name(dtype: str) -> str:
-    """The name in safetensors files of a `StoredTensor.dtype`, such as `BF16` of `bfloat16`."""
+    """Return the name in safetensors files of a `StoredTensor.dtype`, such as `BF16` for `bfloat16`."""
     return DTYPES[dtype].safetensors if dtype in FLOATS else dtype

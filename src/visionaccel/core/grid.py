@@ -1,4 +1,4 @@
-"""Grids: how many patches an image or video has in time, height and width."""
+"""Grids: the number of patches of an image or video in time, height and width."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class Grid:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """A grid from `HxW` (one image) or `TxHxW`, in patches.
+        """Parse `HxW` (one image) or `TxHxW`, in patches.
 
         Raises:
-            GridError: If the text is of neither form.
+            GridError: If the text has neither form.
         """
         sizes = re.fullmatch(r"(?:(\d{1,6})x)?(\d{1,6})x(\d{1,6})", text.strip().lower(), re.ASCII)
         if sizes is None:
@@ -48,21 +48,21 @@ class Grid:
 
     @property
     def thw(self) -> tuple[int, int, int]:
-        """(t, h, w), the row of `grid_thw` that models take."""
+        """(t, h, w), a row of `grid_thw` as models take it."""
         return self.t, self.h, self.w
 
     @property
     def frame(self) -> Grid:
-        """The grid of one of its frames: itself for a still image."""
+        """The grid of one frame; the grid itself for a still image."""
         return self if self.t == 1 else Grid(1, self.h, self.w)
 
     @property
     def patches(self) -> int:
-        """Rows of the patches array that belong to this image or video: t * h * w."""
+        """Number of patches, each a row of the patches array: t * h * w."""
         return self.t * self.h * self.w
 
     def tokens(self, merge_size: int) -> int:
-        """Rows of the embeddings: patches / merge_size**2.
+        """Return the number of tokens, each a row of the embeddings: patches / merge_size**2.
 
         Raises:
             GridError: If height or width is not divisible by `merge_size`.
@@ -87,14 +87,14 @@ GridLike = Grid | Sequence[SupportsIndex]
 
 
 def as_grids(grids: Iterable[GridLike] | Any, merge_size: int = 1) -> tuple[Grid, ...]:
-    """Grids from any `[n, 3]` array, tensor, list of triples or list of `Grid`, checked.
+    """Convert an integer `[n, 3]` array or tensor, a list of triples, or a list of `Grid` to grids, and check them.
 
     Args:
         grids: One (t, h, w) in patches for each image or video.
         merge_size: Height and width must be divisible by it.
 
     Raises:
-        GridError: If there is none, one is malformed, or one is not divisible.
+        GridError: If there are none, or one is malformed or not divisible.
     """
     rows = grids.tolist() if hasattr(grids, "tolist") else list(grids)
     if not rows:
@@ -115,7 +115,7 @@ def as_grids(grids: Iterable[GridLike] | Any, merge_size: int = 1) -> tuple[Grid
 
 
 def total_patches(grids: Iterable[Grid]) -> int:
-    """Rows of the patches array that the grids describe together."""
+    """Return the number of patches of all grids together."""
     return sum(grid.patches for grid in grids)
 
 

@@ -1,4 +1,4 @@
-"""What is wrong with a value that pydantic refused, in one line, for every error of ours that says so."""
+"""Describes the values that pydantic refused in one line, for our own errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Problem: TypeAlias = Mapping[str, Any]
 """One of the entries of `ValidationError.errors()`."""
 
 _MOST_PROBLEMS = 5
-"""Problems that are named; a document of another kind has hundreds."""
+"""Problems that are listed; a document of a different kind has hundreds."""
 
 
 def _described(problem: Problem) -> str:
@@ -20,7 +20,7 @@ def _described(problem: Problem) -> str:
 
 
 def problems_of(error: Exception, describe: Callable[[Problem], str] = _described) -> str:
-    """Where each problem is and what it is, by default without the value; of another error, its message."""
+    """Describe each problem and its place, by default without the value; for any other error return its message."""
     if not isinstance(error, ValidationError):
         return str(error)
     problems = error.errors(include_url=False, include_context=False, include_input=describe is not _described)

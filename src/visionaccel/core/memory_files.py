@@ -1,4 +1,4 @@
-"""Files that stay what they were when they were verified: how a file on disk is recognised, and copies in memory."""
+"""Files that stay as they were when verified: detecting changes of files on disk, and sealed copies in memory."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ _T = TypeVar("_T")
 
 _ATTEMPTS = 5
 _FIRST_DESCRIPTOR = 3
-"""The three below are standard input and output, which every child process gets replaced."""
+"""Descriptors 0 to 2 are standard input, output and error, which are replaced in every child process."""
 
-_MAPPED = "Set VISIONACCEL_WEIGHTS=mapped to read the weights where they lie."
+_MAPPED = "Set VISIONACCEL_WEIGHTS=mapped to read the weights directly from the files."
 
 
 @dataclass(frozen=True, slots=True)
 class FileState:
-    """What changes when a file is written, replaced or cut short. Programs cannot set the change time.
+    """The attributes of a file that change when it is written, replaced or truncated.
 
-    Times are in ns: `modified` is of the content, `changed` of anything, the number of links included.
+    Times are in ns: `modified` is when the content changed, `changed` when anything did, even the number of links.
+    Programs cannot set `changed`.
     """
 
     device: int
@@ -36,13 +37,13 @@ class FileState:
 
     @classmethod
     def of(cls, file: Path | int) -> FileState:
-        """The state of a file, or of an open descriptor."""
+        """Return the state of a file, or of an open descriptor."""
         found = os.stat(file)  # noqa: PTH116 - of a descriptor too
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
     @classmethod
     def of_named(cls, file: Path) -> FileState:
-        """The state of a file that was verified before; ChangedFileError if it is gone."""
+        """Return the state of a file that was verified before; ChangedFileError if it is gone."""
         try:
             return cls.of(file)
         except OSError as error:
@@ -53,7 +54,7 @@ class FileState:
         self.require_same(self.of_named(file), file)
 
     def require_same(self, now: FileState, file: Path) -> None:
-        """Require that the state of a file now is this one.
+        """Require that `now`, the state of a file, is this one.
 
         Raises:
             TouchedFileError: If only the change time differs.
@@ -67,21 +68,21 @@ class FileState:
 class TouchedFileError(ChangedFileError):
     """Only the change time of a file differs.
 
-    A hard link or a new mode does that, and leaves the content alone. So does a program that writes to the file and
+    A new hard link or mode causes that and leaves the content alone. So does a program that writes to the file and
     sets its modification time back: only the content tells the two apart.
     """
 
 
 def changed_file(file: Path, error: type[ChangedFileError] = ChangedFileError) -> ChangedFileError:
-    """The error for a file that is not what was verified."""
+    """Make the error for a file that is not what was verified."""
     return error(
-        f"{file} changed after it was verified, and nothing is opened from it.",
-        hint="Restart to verify and use the files that are there now.",
+        f"{file} changed after it was verified, so nothing is opened from it.",
+        hint="Restart to verify and use the current files.",
     )
 
 
 def when_steady(attempt: Callable[[], _T]) -> _T:
-    """Verify and open files from scratch by `attempt`, which is repeated if one of them is touched in the attempt.
+    """Call `attempt`, which verifies and opens files from scratch; repeat it if one of them is touched during it.
 
     ChangedFileError if a file changed, or was touched during every attempt.
     """
@@ -92,15 +93,15 @@ def when_steady(attempt: Callable[[], _T]) -> _T:
 
 
 class MemoryFile:
-    """Bytes in an anonymous file (memfd) that the kernel lets no process change, not even this one.
+    """Bytes in a sealed anonymous file (memfd), which no process can change, not even this one.
 
-    No path on disk leads to it, so it cannot be replaced, rewritten or truncated. It counts as memory of the process
-    that made it, and is gone with the last object or mapping that uses it.
+    It has no path on disk, so it cannot be replaced, rewritten or truncated. It counts as memory of the process that
+    made it, and is freed with the last object or mapping that uses it.
 
     Attributes:
-        fd: The descriptor of a sealed file, which belongs to this object.
-        digest: What identifies its content.
-        path: Where any code can open it, in this process and in a child that inherits the descriptor.
+        fd: The descriptor of the sealed file; this object owns it.
+        digest: The digest of its content.
+        path: A path to open it by, in this process and in a child that inherits the descriptor.
     """
 
     def __init__(self, fd: int, digest: str) -> None:
@@ -116,9 +117,9 @@ class MemoryFile:
 
     @classmethod
     def write(cls, name: str, size: int, fill: Callable[[BinaryIO], str]) -> MemoryFile:
-        """A new one of `size` bytes, all of which `fill` writes, in any order, before it returns their digest.
+        """Make one of `size` bytes. `fill` must write all of them, in any order, and return their digest.
 
-        ConfigurationError if there is no memory for it, or the system has no such files.
+        ConfigurationError if there is not enough memory, or the system has no such files.
         """
         try:
             import fcntl
@@ -148,9 +149,9 @@ class MemoryFile:
 
     @classmethod
     def inherited(cls, fd: int, digest: str) -> MemoryFile:
-        """The one behind a descriptor that a parent process left open; processes started later do not get it."""
+        """Make one from a descriptor that the parent process passed; processes started later do not inherit it."""
         os.set_inheritable(fd, False)
         return cls(fd, digest)
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("a memory file cannot be pickled; another process gets it by its descriptor")
+        raise TypeError("a memory file cannot be pickled; pass its descriptor to the other process")

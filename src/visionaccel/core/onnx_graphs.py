@@ -1,6 +1,6 @@
-"""What is in an ONNX model: its graphs, those within their operators, every tensor, and where its data lie.
+"""Walks an ONNX model: its graphs, also nested ones, its tensors, and where their data is.
 
-Data may lie in other files. Such places are read and stated here; nothing here follows one.
+Data may be in other files. This module reads and writes such references, and opens none of those files.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 def bodies_of(nodes: Iterable[NodeProto]) -> Iterator[GraphProto]:
-    """The graphs that operators hold as attributes, such as the branches of an If; not those within them."""
+    """Yield the graphs in attributes of operators, such as the branches of an If; not those nested in them."""
     return _bodies(attribute for node in nodes for attribute in node.attribute)
 
 
 def graphs_in(*graphs: GraphProto) -> Iterator[GraphProto]:
-    """Graphs and all that are within them, at any depth."""
+    """Yield graphs and all graphs nested in them, at any depth."""
     ahead = list(graphs)
     while ahead:
         graph = ahead.pop()
@@ -32,7 +32,7 @@ def graphs_in(*graphs: GraphProto) -> Iterator[GraphProto]:
 
 
 def tensors_of(graph: GraphProto) -> Iterator[TensorProto]:
-    """Weights of a graph and constants of its operators, sparse ones too; not those of graphs within."""
+    """Yield the weights of a graph and the constants of its operators, also sparse ones; not those of nested graphs."""
     yield from graph.initializer
     for sparse in graph.sparse_initializer:
         yield from (sparse.values, sparse.indices)
@@ -40,7 +40,7 @@ def tensors_of(graph: GraphProto) -> Iterator[TensorProto]:
 
 
 def every_tensor(model: ModelProto) -> Iterator[TensorProto]:
-    """Every tensor of a model, also of its functions and of what trains it."""
+    """Yield every tensor of a model, also of its functions and its training graphs."""
     graphs = [model.graph]
     for training in model.training_info:
         graphs += (training.initialization, training.algorithm)
@@ -72,12 +72,12 @@ def _constants(attributes: Iterable[AttributeProto]) -> Iterator[TensorProto]:
 
 @dataclass(frozen=True, slots=True)
 class ExternalData:
-    """Where a tensor says that its data lie.
+    """A tensor's reference to data in another file.
 
     Attributes:
-        location: A path relative to the model's folder; an untrusted model may state any.
+        location: A path relative to the model's folder; an untrusted model may contain any path.
         offset: First byte in the file.
-        length: Number of bytes; None if it is not stated and follows from shape and dtype.
+        length: Number of bytes; None if not given: it follows from shape and dtype.
     """
 
     location: str
@@ -86,10 +86,10 @@ class ExternalData:
 
     @classmethod
     def of(cls, tensor: TensorProto) -> ExternalData:
-        """The place that a tensor states.
+        """Read a tensor's reference.
 
         Raises:
-            ValueError: If a field is given twice, or a number is not one or is negative.
+            ValueError: If a field is given twice, or a number is malformed or negative.
         """
         stated = {entry.key: entry.value for entry in tensor.external_data}
         if len(stated) != len(tensor.external_data):
@@ -97,22 +97,22 @@ class ExternalData:
         offset = int(stated.get("offset", 0))
         length = int(stated["length"]) if "length" in stated else None
         if offset < 0 or (length is not None and length < 0):
-            raise ValueError("a place in a file is not negative")
+            raise ValueError("offset and length must not be negative")
         return cls(stated.get("location", ""), offset, length)
 
     @classmethod
     def at(cls, stored: StoredTensor, folder: Path) -> ExternalData:
-        """The place of a stored tensor, for a model in `folder`, which must hold the file at any depth."""
+        """Refer to a stored tensor from a model in `folder`; the tensor's file must be in that folder, at any depth."""
         return cls(stored.file.relative_to(folder).as_posix(), stored.offset, stored.length)
 
 
 def is_external(tensor: TensorProto) -> bool:
-    """Whether a tensor's data lie in another file."""
+    """Whether a tensor's data is in another file."""
     return tensor.data_location == tensor.EXTERNAL
 
 
 def point_at(tensor: TensorProto, place: ExternalData) -> None:
-    """Make a tensor state only that place of its data."""
+    """Make a tensor refer to data in another file, and replace any reference it had."""
     tensor.data_location = tensor.EXTERNAL
     del tensor.external_data[:]
     for key, value in (("location", place.location), ("offset", place.offset), ("length", place.length)):
@@ -121,7 +121,7 @@ def point_at(tensor: TensorProto, place: ExternalData) -> None:
 
 
 def hold_data(tensor: TensorProto, data: bytes) -> None:
-    """Put a tensor's data into the model."""
+    """Store a tensor's data in the model."""
     tensor.raw_data = data
     tensor.data_location = tensor.DEFAULT
     del tensor.external_data[:]

@@ -1,7 +1,7 @@
-"""A process that is killed leaves nothing behind: neither the processes that it started nor its temporary folders.
+"""Cleans up after this process if it is killed: ends its child processes and removes its temporary folders.
 
 A process cannot clean up when SIGKILL ends it. So while there is something to clean up, this file runs as a second
-process, the watcher: it reads from a pipe what there is, and ends or removes what is left when the pipe ends.
+process, the watcher: it reads a list of items from a pipe, and when the pipe closes, ends or removes those left.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 _GRACE = 10.0
-"""Seconds that process groups have to end by themselves after SIGTERM."""
+"""Seconds that process groups get to end by themselves after SIGTERM."""
 
 
 class _Watcher:
-    """The watcher's process, which runs while something is registered. Used by one thread at a time."""
+    """Starts the watcher's process, which runs while something is registered. Safe to use from several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -36,7 +36,7 @@ class _Watcher:
     def guarding(self, kind: str, value: str) -> Iterator[None]:
         item = (kind, value)
         with self._lock:
-            if self._owner != os.getpid():  # a fork has a copy of what belongs to its parent
+            if self._owner != os.getpid():  # this is a fork, and these belong to its parent
                 self._process, self._owner, self._items = None, os.getpid(), []
             if self._process is None:
                 self._process = subprocess.Popen(  # noqa: S603 - this interpreter and this file
@@ -53,9 +53,9 @@ class _Watcher:
                     self._send(self._process)
 
     def _send(self, process: subprocess.Popen[bytes]) -> None:
-        """Send all that is registered, and end the watcher if that is nothing."""
+        """Send the whole list of items, and end the watcher if it is empty."""
         assert process.stdin is not None
-        with suppress(OSError):  # the watcher itself was killed, and work goes on without one
+        with suppress(OSError):  # the watcher itself was killed: go on without one
             process.stdin.write(json.dumps(self._items).encode() + b"\n")
             process.stdin.flush()
         if not self._items:
@@ -69,31 +69,31 @@ _WATCHER = _Watcher()
 
 
 def guarded_group(leader: int) -> AbstractContextManager[None]:
-    """Have a child's process group ended if this process is killed in the context: SIGTERM, 10 s later SIGKILL."""
+    """End a child's process group if this process is killed in the context: SIGTERM, and SIGKILL 10 s later."""
     return _WATCHER.guarding("group", f"{leader} {_started(leader)}")
 
 
 def guarded_folder(folder: Path) -> AbstractContextManager[None]:
-    """Have a folder removed should this process be killed while the context lasts. Otherwise it stays as it is."""
+    """Remove a folder if this process is killed in the context. Otherwise the folder is left alone."""
     return _WATCHER.guarding("folder", str(folder.absolute()))
 
 
 @contextmanager
 def temporary_folder(prefix: str, parent: Path | None = None) -> Iterator[Path]:
-    """A new folder in `parent`, or among the system's temporary ones, that is gone after the context."""
+    """Make a folder in `parent`, by default the system's temporary folder, and remove it after the context."""
     with tempfile.TemporaryDirectory(prefix=prefix, dir=parent) as made, guarded_folder(Path(made)):
         yield Path(made)
 
 
 def _started(pid: int) -> str:
-    """When a process started, in the system's ticks: its number alone may be another's by then. Empty if unknown."""
+    """Return when a process started, in clock ticks, because process ids are reused; empty if unknown."""
     with suppress(OSError, IndexError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     return ""
 
 
 def _watch() -> None:
-    """Read what is registered until the pipe ends, then end or remove what is left of it."""
+    """Read lists of items until the pipe closes, then end or remove the items of the last list."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     items: list[tuple[str, str]] = []
@@ -113,7 +113,7 @@ def _watch() -> None:
 
 
 def _signal(leaders: list[int], number: int) -> bool:
-    """Send a signal to groups; whether one of them is there."""
+    """Send a signal to process groups; return whether any of them still exists."""
     found = False
     for leader in leaders:
         with suppress(ProcessLookupError, PermissionError):

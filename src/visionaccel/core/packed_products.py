@@ -1,7 +1,7 @@
-"""Products with weights that oneDNN packs once: torch's private operators for them, and the trial that they pass first.
+"""Products with weights packed by oneDNN: torch's private operators for them, and a check that they work.
 
-torch.compile calls these operators for layers whose weights are frozen; torch declares no public name for them. Of
-another release of torch the names may be gone, or be the same and mean something else.
+torch.compile calls these operators for layers with frozen weights; torch has no public names for them. In another
+release of torch they may be missing, or behave differently.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from visionaccel.core.safe_text import safe_logger
 logger = safe_logger(__name__)
 
 PACKED_FOR = 4096
-"""Rows that the packed layout is chosen for. It serves any number; this one only picks between blockings."""
+"""Number of rows that the packed layout is optimised for. It works for any number."""
 
 
 class PackedWeight:
@@ -26,17 +26,17 @@ class PackedWeight:
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, rows: int = PACKED_FOR) -> None:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
-        # A copy: as it was read it may keep the whole file mapped, with every weight that was packed.
+        # A copy: the original may keep the whole file mapped, with the weights that were packed.
         self._bias = None if bias is None else bias.clone()
 
     def unary(self, x: torch.Tensor, then: str = "none", algorithm: str = "") -> torch.Tensor:
-        """The product and the bias for x [rows, in], and then `none`, `swish` or, with algorithm `none`, `gelu`."""
+        """Return x @ weight.T + bias for x [rows, in], after `none`, `swish` or, with algorithm `none`, `gelu`."""
         product: Any = torch.ops.mkldnn._linear_pointwise
         result: torch.Tensor = product(x, self._weight, self._bias, then, [], algorithm)
         return result
 
     def binary(self, x: torch.Tensor, other: torch.Tensor, then: str) -> torch.Tensor:
-        """The product and the bias, and then `add` or `mul` with another [rows, out]."""
+        """Return x @ weight.T + bias for x [rows, in], after `add` or `mul` with `other` [rows, out]."""
         product: Any = torch.ops.mkldnn._linear_pointwise.binary
         result: torch.Tensor = product(x, other, self._weight, self._bias, then)
         return result
@@ -44,7 +44,7 @@ class PackedWeight:
 
 @cache
 def why_not_packed(dtype: torch.dtype, device: str = "cpu") -> str | None:
-    """Why weights of that dtype are not packed on that device; None where they can be. Says so in the log, once."""
+    """Return why weights of that dtype cannot be packed on that device, and log it once; None if they can."""
     if torch.device(device).type != "cpu":
         return "only oneDNN on the CPU packs weights"
     reason = _why_not_packed(dtype)
@@ -54,7 +54,7 @@ def why_not_packed(dtype: torch.dtype, device: str = "cpu") -> str | None:
 
 
 def _why_not_packed(dtype: torch.dtype) -> str | None:
-    """What a small trial against plain products showed."""
+    """Compare packed products of small matrices with plain ones."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return "this torch was built without oneDNN"
     if dtype == torch.bfloat16 and not has_bfloat16():
@@ -79,5 +79,5 @@ def _why_not_packed(dtype: torch.dtype) -> str | None:
             return f"torch {torch.__version__} does not offer oneDNN's packed products: {error}"
     bound = 1e-4 if dtype == torch.float32 else 3e-2
     if not all(torch.allclose(ours.float(), exact, rtol=bound, atol=bound) for ours, exact in pairs):
-        return f"oneDNN's packed products of torch {torch.__version__} are not what is expected"
+        return f"oneDNN's packed products of torch {torch.__version__} differ from plain ones"
     return None

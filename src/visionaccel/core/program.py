@@ -26,14 +26,14 @@ ONNX = "onnx"
 Runtime's operators (`com.microsoft`), one of fixed shapes in standard operators."""
 
 ONNX_STANDARD = "onnx.standard"
-"""The same for any grid, in standard operators (opset 23), with a mask for each query; or for any shapes with products
-of int8, between `QuantizeLinear` and `DequantizeLinear`."""
+"""An ONNX model for any grid in standard operators (opset 23), with a mask for each query; or one of any shapes with
+int8 products between `QuantizeLinear` and `DequantizeLinear`."""
 
 ONNX_FUSED = "onnx.fused"
-"""The same of fixed shapes in ONNX Runtime's own operators (`com.microsoft`), which nothing else runs."""
+"""An ONNX model of fixed shapes in ONNX Runtime's own operators (`com.microsoft`), which no other runtime supports."""
 
 ONNX_MODELS = frozenset({ONNX, ONNX_FUSED, ONNX_STANDARD})
-"""Formats that read the tower's weights by name, where the bundle or the checkpoint has them."""
+"""Formats that read the tower's weights by name, from the bundle or the checkpoint."""
 
 CHECKPOINT = "checkpoint"
 """A Hugging Face checkpoint folder, for a backend that builds the tower from its weights."""
@@ -48,7 +48,7 @@ HOST_AFTER = "host_after"
 """Role of the companion that ONNX Runtime runs after the device's part."""
 
 DEVICE_TENSORS = "device_tensors"
-"""Role of the companion that states, in JSON, what goes between these two and the device."""
+"""Role of the companion that lists, in JSON, the tensors between these two and the device's part."""
 
 PIXELS = "pixel_values"
 """Patches in input order: the program embeds them itself."""
@@ -57,27 +57,27 @@ GRIDS = "grid_thw"
 """The grids of a call, for a program that makes its own tables."""
 
 PATCH_EMBEDDINGS = "patch_embeddings"
-"""Embedded patches in the program's own order, those of one token together: what the host hands to a split program."""
+"""Embedded patches in the program's own order, those of one token together: the input of a split program."""
 
 EMBEDDINGS = "embeddings"
 """Embeddings in the order of the input tokens."""
 
 WINDOW_EMBEDDINGS = "window_embeddings"
-"""Embeddings in the program's own order: what a split program hands back."""
+"""Embeddings in the program's own order: the output of a split program."""
 
 Precision: TypeAlias = Literal["float32", "bfloat16", "float16"]
 """Dtype of a program's weights and activations; its inputs and outputs are always float32."""
 
 OperatorDialect: TypeAlias = Literal["microsoft", "standard"]
-"""Whose operators an ONNX model is written in: ONNX Runtime's own where it has faster ones, or the standard's alone."""
+"""Operators of an ONNX model: ONNX Runtime's own where they are faster, or standard operators only."""
 
 
 @dataclass(frozen=True, slots=True)
 class AnyGrid:
-    """The grid-dependent tables are inputs of any size: every grid, and several items in a call.
+    """Every grid, and several items in a call: the grid-dependent tables are inputs of any size.
 
     Attributes:
-        most_patches: Most patches of a frame; None for no limit.
+        most_patches: The maximum number of patches in a frame; None for no limit.
     """
 
     most_patches: int | None = None
@@ -88,7 +88,7 @@ class AnyGrid:
 
 @dataclass(frozen=True, slots=True)
 class FixedGrid:
-    """The tables of one grid are baked in: exactly one frame of it in a call."""
+    """One frame of one grid in a call: the tables of that grid are baked in."""
 
     grid: Grid
 
@@ -98,21 +98,22 @@ class FixedGrid:
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """Fixed sizes with the tables and masks as inputs: one frame of any grid within them, padded.
+    """One frame of any grid up to fixed sizes in a call, padded: the tables and masks are inputs.
 
     Attributes:
-        sizes: What a tower counts of a frame, in its own words, and the most of each; `patches` is always one of them.
+        sizes: The maximum of each count that the tower makes of a frame, by the tower's name for it, such as `windows`;
+            `patches` is always one of them.
     """
 
     sizes: Mapping[str, int]
 
     def __hash__(self) -> int:
-        """By the sizes: a mapping cannot be hashed."""
+        """Hash the sizes: a mapping cannot be hashed."""
         return hash(frozenset(self.sizes.items()))
 
     @property
     def patches(self) -> int:
-        """Most patches of a frame."""
+        """The maximum number of patches in a frame."""
         return self.sizes["patches"]
 
     def __str__(self) -> str:
@@ -128,7 +129,7 @@ class HostSplit:
     """What a program leaves to the host: patch embedding and a reorder before it, the reverse reorder after it.
 
     Attributes:
-        order: The order of tokens at the program's edges, in the tower's own word.
+        order: The order of tokens in the program's inputs and outputs, by the tower's name for it.
     """
 
     order: str
@@ -139,30 +140,30 @@ class Program:
     """One artifact that computes an encoder, with named inputs and outputs.
 
     Attributes:
-        name: Its name among the programs of its source.
+        name: Its name, unique in its bundle or checkpoint.
         family: The name of the vision tower's family.
         format: What kind of artifact it is: `onnx`, `checkpoint`, or a plug-in's own name.
         folder: The checkpoint folder (`checkpoint`), or the folder that external-data locations start from (`onnx`).
         inputs: Tensors that a session takes.
         outputs: Tensors that a session returns.
-        weights: Where the tower's tensors lie, by the names of its description.
-        uniform_frames: All frames of one call must have the same height and width in patches.
+        weights: Where the tower's tensors are stored, by their names in the tower spec.
+        uniform_frames: Whether all frames of one call must have the same height and width in patches.
         coverage: Which grids it takes.
         precision: Dtype of its weights and activations.
-        host: What it leaves to the host; None for nothing but the tables.
-        quantization: Integer type of its products where that is not `precision`, such as `int8`; None for no such.
+        host: What it leaves to the host; None if that is only the tables.
+        quantization: Integer type of its products, such as `int8`; None if they are computed in `precision`.
         device: Kind of device that it was made for, such as `npu`; None for any.
-        model: Returns the artifact's bytes where it has any; called when a session opens, never by a probe.
+        model: Returns the artifact's bytes; called when a session opens, never by a probe. None without an artifact.
         spec: The description of the tower, for a backend that builds it from its weights; None in other programs.
         configuration: The architectures and the vision configuration of the checkpoint's `config.json`, for a reference
-            that shares nothing with the description; None in other programs.
+            that does not use `spec`; None in other programs.
         tables: Returns the grid-dependent tables of one call by the names of a program's inputs, for a backend that
-            builds the tower from its weights; None where a program has its tables or gets them as inputs. Picklable.
-        artifact: The verified file to open, for a backend that maps or reads it itself; None where there is none.
+            builds the tower from its weights; None if they are baked in or are inputs. Can be pickled.
+        artifact: The verified file to open, for a backend that maps or reads it itself; None if there is none.
         companions: Further verified files by their role, such as a compiler's configuration.
         stored_names: Names of inputs and outputs inside the artifact, by their names here, where they differ.
-        files: Digests of the artifact and the companions, as `sha256:` and hexadecimal digits; empty if not known.
-        digest: What identifies the artifact and its weights, for caches; None where that is not known.
+        files: Digests of the artifact and the companions, as `sha256:` and hexadecimal digits; empty if unknown.
+        digest: Identifies the artifact and its weights, for caches; None if unknown.
     """
 
     name: str

@@ -1,7 +1,7 @@
-"""Text from manifests, checkpoints, file names and devices, made safe to show: it is seen, and not obeyed.
+"""Makes text from manifests, checkpoints, file names and devices safe to show.
 
-A terminal obeys escape sequences, a reader's eye the order that bidirectional controls give, a log's reader a line that
-looks like another record. Errors, log records, the command's output and HTML reports pass through here.
+Such text may have escape sequences that a terminal obeys, controls that reorder what people read, or lines that look
+like other log records. Errors, log records, the command's output and HTML reports pass through here.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ _MOST_TEXT = 2000
 
 
 def visible(text: str) -> str:
-    """Text with `?` for what cannot be printed: controls, bidirectional overrides, separators. Line breaks stay."""
+    """Replace what cannot be printed by `?`: controls, bidirectional overrides, separators. Line breaks stay."""
     if text.isprintable():
         return text
     return "".join(each if each.isprintable() or each == "\n" else " " if each == "\t" else "?" for each in text)
 
 
 def one_line(text: str, most: int = _MOST_TEXT) -> str:
-    """Visible text in one line, of that many characters at most."""
+    """Return visible text in one line of at most `most` characters."""
     line = visible(" ".join(text[: 4 * most].split()))
     return line if len(line) <= most else line[: most - 1] + "…"
 
 
 def lines(text: str) -> str:
-    """Visible text whose further lines are indented, so that none can pass for a message by itself."""
+    """Return visible text with its further lines indented, so that none looks like a separate message."""
     first, *further = visible(text).split("\n")
     indented = (line if not line or line.startswith("  ") else f"  {line}" for line in further)
     return "\n".join((first, *indented))
@@ -45,7 +45,7 @@ _SAFE, _FORMATTER = _Safe(), logging.Formatter()
 
 
 def safe_logger(name: str) -> logging.Logger:
-    """The logger of that name, whose records are made safe before a handler sees them."""
+    """Return the logger of that name; its records are made safe before a handler sees them."""
     logger = logging.getLogger(name)
     logger.addFilter(_SAFE)  # once, however often it is added
     return logger

@@ -1,4 +1,4 @@
-"""One tensor of a checkpoint: where its bytes lie, and those bytes."""
+"""One tensor of a checkpoint: where its bytes are, and how to read them."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ CHUNK_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where one tensor's bytes lie, little-endian and C-contiguous.
+    """Where one tensor's bytes are, little-endian and C-contiguous.
 
     Attributes:
         name: Its name in the checkpoint, or that of the fused weight that it is a part of.
         file: The shard, with symbolic links resolved.
         offset: First byte in the file.
         length: Number of bytes.
-        dtype: `float32`, `bfloat16`, ... or safetensors' own name where it is not a float.
+        dtype: `float32`, `bfloat16`, ... or safetensors' own name for a dtype that is not a float.
         shape: The tensor's shape.
-        origin: The state of `file` when its header was read, or the memory file that it is; None if it is not known.
+        origin: The state of `file` when its header was read, or the memory file behind it; None if unknown.
     """
 
     name: str
@@ -42,11 +42,11 @@ class StoredTensor:
     origin: FileState | MemoryFile | None = field(default=None, compare=False, repr=False)
 
     def chunks(self, buffer: memoryview) -> Iterator[memoryview]:
-        """The tensor's bytes in order, at most a buffer at a time; each chunk is overwritten by the next.
+        """Read the tensor's bytes in order, at most `len(buffer)` at a time; each chunk is overwritten by the next.
 
         Raises:
-            ChangedFileError: If the file is not in the state in which its header was read. A change during the reading
-                shows after the last chunk.
+            ChangedFileError: If the file is not in the state in which its header was read. A change while it is read is
+                reported after the last chunk.
             CheckpointError: If the file cannot be read or ends too early.
         """
         try:
@@ -76,14 +76,15 @@ class StoredTensor:
             self.origin.require_same(FileState.of(opened), self.file)
 
     def elements(self, at_once: int) -> Iterator[NDArray[Any]]:
-        """The elements in order, one-dimensional, at most so many at a time; each array is overwritten by the next.
+        """Read the elements in order as 1-D arrays of at most `at_once`; each array is overwritten by the next.
 
         Raises:
-            CheckpointError: If its dtype is not a float that numpy has, and as `chunks`.
+            CheckpointError: If its dtype is not one of `FLOATS`, or the file cannot be read.
+            ChangedFileError: As in `chunks`.
         """
         if self.dtype not in FLOATS:
             raise CheckpointError(
-                f"{self.file}: {self.name!r} is {self.dtype}, and {', '.join(FLOATS)} are read.",
+                f"{self.file}: {self.name!r} has unsupported dtype {self.dtype}; supported: {', '.join(FLOATS)}.",
                 hint="Use an unquantised checkpoint of the same model.",
             )
         values = np.empty(at_once, FLOATS[self.dtype])
@@ -91,13 +92,13 @@ class StoredTensor:
             yield values[: len(piece) // values.itemsize]
 
     def read(self) -> NDArray[Any]:
-        """The tensor as an array of its shape and dtype, in memory that no file backs; errors as `elements`."""
+        """Read the tensor as a new array of its shape and dtype. Raises the errors of `elements`."""
         pieces = list(self.elements(max(1, math.prod(self.shape))))  # one, or none of an empty tensor
         values: NDArray[Any] = pieces[0] if pieces else np.empty(0, FLOATS[self.dtype])
         return values.reshape(self.shape)
 
     def holds_the_same_as(self, other: StoredTensor) -> bool:
-        """Whether dtype, shape and every byte are equal, wherever the two lie; errors as `chunks`."""
+        """Whether dtype, shape and every byte are equal, in any two files. Raises the errors of `chunks`."""
         if (self.dtype, self.shape, self.length) != (other.dtype, other.shape, other.length):
             return False
         ours, theirs = (tensor.chunks(memoryview(bytearray(CHUNK_BYTES))) for tensor in (self, other))
@@ -106,7 +107,7 @@ class StoredTensor:
 
 
 def rounded(values: NDArray[Any], dtype: str) -> NDArray[Any]:
-    """Floats as another dtype, rounded to nearest, ties to even, and float64 by way of float32, as in torch."""
-    with np.errstate(all="ignore"):  # ml_dtypes' functions report NaN as invalid, also where they only look at it
+    """Convert floats to a floating dtype, to nearest with ties to even; float64 goes through float32, as in torch."""
+    with np.errstate(all="ignore"):  # ml_dtypes' functions report NaN as invalid even if they only read it
         result: NDArray[Any] = values.astype(np.float32, copy=False).astype(FLOATS[dtype], copy=False)
     return result

@@ -1,11 +1,11 @@
-"""A vision tower as a description: every size and choice, and the names of its weights.
+"""The description of a vision tower: every size and choice, and the names of its weights.
 
 Towers that take patches with a grid are alike: they embed the patches, run blocks of attention and a feed-forward
-network, and merge each square of patches into a token. What differs is written down here, as sizes and short sequences
-of steps. Tables, graphs, the host's part and a backend's tower all read this description.
+network, and merge each square of patches into a token. A description holds what differs, as sizes and short sequences
+of steps. Tables, graphs, the host's part and a backend's tower all read it.
 
-A step names its weights as the family's checkpoints store them, below the tower's prefix and, in a block, below
-`blocks.N.`, or below `deepstack.N.` in the merger of a deepstack level.
+A step names its weights without the tower's prefix, and without `blocks.N.` in a block or `deepstack.N.` in the merger
+of a deepstack level.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ NormKind: TypeAlias = Literal["layer", "rms"]
 ActivationKind: TypeAlias = Literal["gelu", "gelu_tanh", "quick_gelu", "silu"]
 
 JOINT, APART = "attn.qkv", ("attn.q", "attn.k", "attn.v")
-"""The projections of a block's attention: one weight and bias, or three whose rows follow each other in it."""
+"""Names of a block's attention projections: one joint weight and bias, or three that are its parts, row after row."""
 
 _MOST, _MOST_WINDOW, _MOST_BLOCKS = 2**20, 2**14, 1024
-"""Far above every real tower's: a forged configuration must not decide how much memory and time the host takes."""
+"""Limits far above every real tower: a forged configuration must not decide how much memory and time the host takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +47,8 @@ class Linear:
 
     Attributes:
         name: The weight is `name.weight`, the bias `name.bias`.
-        inputs: Width of the rows that go in.
-        outputs: Width of the rows that come out.
+        inputs: Width of an input row.
+        outputs: Width of an output row.
         bias: Whether it has a bias.
         kernel: Side of a convolution's kernel over merged patches, stored as [outputs, hidden, kernel, kernel]; 0 for a
             matrix.
@@ -63,14 +63,14 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class Activation:
-    """A function of each element."""
+    """An element-wise function."""
 
     kind: ActivationKind
 
 
 @dataclass(frozen=True, slots=True)
 class Gated:
-    """down(activation(gate(x)) * up(x))."""
+    """A gated feed-forward network: down(activation(gate(x)) * up(x))."""
 
     gate: Linear
     up: Linear
@@ -80,7 +80,7 @@ class Gated:
 
 @dataclass(frozen=True, slots=True)
 class Merge:
-    """The rows of a token's patches become one row. Where it stands says what the norm next to it acts on."""
+    """Joins the rows of a token's patches into one row. A norm before it acts on patches, one after it on tokens."""
 
 
 Step: TypeAlias = Norm | Linear | Activation | Gated | Merge
@@ -88,13 +88,13 @@ Step: TypeAlias = Norm | Linear | Activation | Gated | Merge
 
 @dataclass(frozen=True, slots=True)
 class Positions:
-    """A learned table that is resampled to the height and width of each frame and added after the embedding.
+    """A learned table that is resampled to the height and width of each frame and added to the embedded patches.
 
     Attributes:
         name: The table is `name.weight`, [side * side, hidden].
-        side: Its rows and columns.
+        side: Number of positions along each side.
         mode: How it is interpolated; `bicubic` is Keys' kernel with a = -0.75, as in torch.
-        align_corners: Whether the first and last position lie on the table's edges, as torch has it.
+        align_corners: Whether the first and last positions of a frame are those of the table, as in torch.
     """
 
     name: str
@@ -104,7 +104,7 @@ class Positions:
 
     @property
     def taps(self) -> int:
-        """Entries of the table that make up one position."""
+        """Number of table entries that one position is interpolated from."""
         return 4 if self.mode == "bilinear" else 16
 
 
@@ -114,30 +114,30 @@ class TowerSpec:
 
     Attributes:
         patch: Side of a patch in pixels.
-        temporal: Frames of a patch.
-        channels: Of a pixel.
-        merge: Patches of a token along each side.
+        temporal: Number of frames in a patch.
+        channels: Number of channels of a pixel.
+        merge: Side of a token in patches.
         hidden: Width of a row in the blocks.
-        heads: Of the attention.
+        heads: Number of attention heads.
         depth: Number of blocks.
         out: Width of an embedding, and of each deepstack level.
-        embed: From rows of patches to rows of `hidden`: a linear layer, and norms.
-        norm1: Before the attention.
-        qkv: The projections to queries, keys and values; they may be stored apart (`APART`).
-        proj: After the attention.
-        norm2: Before the feed-forward network.
+        embed: Embeds patches, [P, patch_width] to [P, hidden]: a linear layer, then norms.
+        norm1: Norm before the attention.
+        qkv: The projections to queries, keys and values; a checkpoint may store three weights (`APART`).
+        proj: Projection after the attention.
+        norm2: Norm before the feed-forward network.
         mlp: The feed-forward network, which ends in a linear layer.
-        merger: From the last block to embeddings; it merges once.
-        positions: Learned positions, in addition to the rotary ones; None for none.
+        merger: Makes embeddings of the last block's rows, [P, hidden] to [N, out]; merges once.
+        positions: Learned positions, in addition to the rotary ones; None if the tower has none.
         window: Side of an attention window in tokens; None if every block attends over whole frames.
-        full_blocks: The blocks that attend over whole frames where there are windows.
-        deepstack: The block that each deepstack level is taken from, by the number of the level's merger. The levels
-            stand next to the embedding in the order of the blocks.
-        deepstack_merger: The merger of each level, as `merger`.
+        full_blocks: Blocks that attend over whole frames in a tower with windows.
+        deepstack: For each deepstack level, the block whose output it is made from; a level's index is the number of
+            its merger.
+        deepstack_merger: The merger of each level, like `merger`.
         rotary_base: Base of the rotary frequencies.
 
     Raises:
-        ValueError: If a field is impossible or does not fit another; the message names it.
+        ValueError: If a field is invalid or does not fit another one; the message names it.
     """
 
     patch: int
@@ -163,7 +163,7 @@ class TowerSpec:
     rotary_base: float = 10000.0
 
     def __post_init__(self) -> None:
-        """Refuse what no tower can be."""
+        """Check every field, and that they fit together."""
         _check_value("", self, TowerSpec)
         sizes = {f.name: getattr(self, f.name) for f in fields(self) if f.type == "int"}
         sizes |= {} if self.window is None else {"window": self.window}
@@ -178,10 +178,10 @@ class TowerSpec:
             "hidden must be divisible by heads": self.hidden % self.heads == 0,
             "hidden: the width of a head must be divisible by 4": self.head_dim % 4 == 0,
             "rotary_base must be positive": self.rotary_base > 0,
-            "full_blocks must be blocks of the tower": set(self.full_blocks) <= blocks,
-            "deepstack must be blocks of the tower, each once": set(self.deepstack) <= blocks
+            "full_blocks must name blocks of the tower": set(self.full_blocks) <= blocks,
+            "deepstack must name blocks of the tower, each at most once": set(self.deepstack) <= blocks
             and len(set(self.deepstack)) == len(self.deepstack),
-            "deepstack_merger must be there with deepstack alone": bool(self.deepstack) == bool(self.deepstack_merger),
+            "deepstack and deepstack_merger must be set together": bool(self.deepstack) == bool(self.deepstack_merger),
         }
         for rule, holds in rules.items():
             if not holds:
@@ -196,7 +196,7 @@ class TowerSpec:
             self._check_steps("deepstack_merger", self.deepstack_merger, hidden, self.out, merges=1)
         self._check_names()
         if not isinstance(self.embed[0], Linear) or not all(isinstance(step, Norm) for step in self.embed[1:]):
-            raise ValueError("embed must be a linear layer, and norms after it")
+            raise ValueError("embed must be a linear layer followed by norms only")
         if not self.mlp or not isinstance(self.mlp[-1], Linear | Gated):
             raise ValueError("mlp must end with a linear layer")
 
@@ -211,18 +211,18 @@ class TowerSpec:
         }
         for place, names in groups.items():
             if len(set(names)) < len(names):
-                raise ValueError(f"{place}: two steps have one name, and would share their weights")
+                raise ValueError(f"{place}: two steps have the same name and would share their weights")
         for name in around:
             if name.startswith(("blocks.", "deepstack.")):
-                raise ValueError(f"embed, positions, merger: {name} is a name of weights of blocks or deepstack levels")
+                raise ValueError(f"embed, positions, merger: {name} is reserved for blocks or deepstack levels")
 
     def _check_steps(self, name: str, steps: Sequence[Step], width: int, wanted: int, merges: int = 0) -> None:
-        """Follow the width of a row through a sequence."""
+        """Check the width of the rows after each step of a sequence."""
         if not steps:
-            raise ValueError(f"{name} has no step")
+            raise ValueError(f"{name} has no steps")
         for each in _weighted(steps):
             if isinstance(each, Norm) and each.epsilon <= 0:
-                raise ValueError(f"{name}: epsilon of {each.name} must be positive, and is {each.epsilon}")
+                raise ValueError(f"{name}: epsilon of {each.name} is {each.epsilon}; it must be positive")
             kernel = self.merge, self.hidden * self.merged
             if isinstance(each, Linear) and each.kernel and (each.kernel, each.inputs) != kernel:
                 raise ValueError(f"{name}: kernel of {each.name} is {each.kernel}; it must be merge, or 0 for a matrix")
@@ -238,13 +238,18 @@ class TowerSpec:
                     needs, width = step.gate.inputs, step.down.outputs
                     inner = {step.gate.outputs, step.up.outputs, step.down.inputs}
                     if step.up.inputs != needs or len(inner) > 1 or not 0 < min(inner) <= _MOST:
-                        raise ValueError(f"{name}: {step.gate.name}, {step.up.name} and {step.down.name} do not fit")
+                        raise ValueError(
+                            f"{name}: {step.gate.name}, {step.up.name} and {step.down.name} do not fit together"
+                        )
                 case Merge():
                     width, merged = width * self.merged, merged + 1
             if needs != given or not 0 < width <= _MOST * self.merged:
-                raise ValueError(f"{name}: {step} is given rows of {given}")
+                raise ValueError(f"{name}: {step} does not take rows of width {given}")
         if (width, merged) != (wanted, merges):
-            raise ValueError(f"{name} gives rows of {width} and merges {merged} times; {wanted} and {merges} fit")
+            raise ValueError(
+                f"{name} returns rows of width {width} and merges {merged} times; "
+                f"it must return rows of width {wanted} and merge {merges} times"
+            )
 
     @property
     def _block(self) -> tuple[Step, ...]:
@@ -262,17 +267,17 @@ class TowerSpec:
 
     @property
     def merged(self) -> int:
-        """Patches that become one token."""
+        """Number of patches that become one token."""
         return self.merge**2
 
     @property
     def window_patches(self) -> int:
-        """Patches of a whole attention window; 0 without windows."""
+        """Number of patches in a whole attention window; 0 without windows."""
         return (self.window or 0) ** 2 * self.merged
 
     @property
     def out_width(self) -> int:
-        """Width of what the language model is handed: the embedding, and next to it the deepstack levels."""
+        """Width of an output row: the embedding, followed by the deepstack levels in the order of their blocks."""
         return self.out * (1 + len(self.deepstack))
 
     def windowed(self, block: int) -> bool:
@@ -280,16 +285,16 @@ class TowerSpec:
         return self.window is not None and block not in self.full_blocks
 
     def levels_after(self, block: int) -> tuple[int, ...]:
-        """The deepstack levels that are taken from a block's output."""
+        """Return the deepstack levels that are made from a block's output."""
         return tuple(level for level, after in enumerate(self.deepstack) if after == block)
 
     @property
     def embed_weights(self) -> tuple[str, ...]:
-        """Names of the weights that embed patches, those of the learned positions among them."""
+        """Names of the weights that embed patches, including the learned positions."""
         return tuple(self._embed_shapes())
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """The shape of every weight by its name; the attention's projections as one weight."""
+        """Return the shape of every weight by its name; attention projections are joint (`JOINT`)."""
         found = self._embed_shapes()
         for block in range(self.depth):
             found |= self._shapes_of(f"blocks.{block}.", self._block)
@@ -315,7 +320,7 @@ class TowerSpec:
         return found
 
     def stored_shape(self, linear: Linear) -> tuple[int, ...]:
-        """The shape in which a linear layer's weight is stored."""
+        """Return the shape in which a linear layer's weight is stored."""
         if linear == self.embed[0]:
             return linear.outputs, self.channels, self.temporal, self.patch, self.patch
         if linear.kernel:
@@ -323,22 +328,22 @@ class TowerSpec:
         return linear.outputs, linear.inputs
 
     def document(self) -> dict[str, Any]:
-        """The description as JSON has it; equal for equal towers.
+        """Return the description as JSON values; equal for equal towers.
 
-        A field that holds its default is left out, so that a reader that does not know the field can read the rest.
+        A field with its default value is left out, so that a reader that does not know the field can read the rest.
         """
         return dict(_plain(self))
 
     def differing(self, other: TowerSpec) -> str:
-        """The fields in which another tower differs, with both values."""
+        """Describe the fields in which another tower differs, with both values."""
         pairs = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
         return "; ".join(
-            f"{name} {_plain(ours)} and not {_plain(theirs)}" for name, ours, theirs in pairs if ours != theirs
+            f"{name} is {_plain(ours)}, not {_plain(theirs)}" for name, ours, theirs in pairs if ours != theirs
         )
 
 
 def _weighted(steps: Sequence[Step]) -> Iterator[Norm | Linear]:
-    """The steps that have weights."""
+    """Return the steps that have weights."""
     for step in steps:
         if isinstance(step, Gated):
             yield from (step.gate, step.up, step.down)
@@ -355,7 +360,7 @@ def _plain(value: Any) -> Any:
 
 
 def _check_value(place: str, value: Any, declared: Any) -> None:
-    """Refuse a value of another type than is declared for its place, and a number that is not finite."""
+    """Refuse a value that does not have its declared type, and a number that is not finite."""
     choices = get_args(declared)
     if get_origin(declared) is Literal:
         fits, wanted = value in choices, " or ".join(map(repr, choices))
@@ -378,5 +383,5 @@ def _check_value(place: str, value: Any, declared: Any) -> None:
 
 @cache
 def _declared(kind: type) -> Mapping[str, Any]:
-    """The declared types of a dataclass's fields."""
+    """Return the declared types of a dataclass's fields."""
     return get_type_hints(kind)

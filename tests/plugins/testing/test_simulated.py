@@ -286,7 +286,7 @@ def test_what_is_missing_is_caught_by_the_core_and_what_is_wrong_is_not(tiny, wr
     with simulated(tiny, wrapped, faults=faults, replay=True) as encoder:
         with pytest.raises(OutputError, match="NaN or infinity in 6 of 6 rows"):
             encoder.encode(patches, GRIDS)
-        with pytest.raises(OutputError, match="one number throughout in 6 of 6 rows"):
+        with pytest.raises(OutputError, match="a single repeated number in 6 of 6 rows"):
             encoder.encode(patches, GRIDS)
         wrong, right = encoder.encode(patches, GRIDS), encoder.encode(patches, GRIDS)
         np.testing.assert_array_equal(wrong[:, ::2], -right[:, ::2])

@@ -212,7 +212,7 @@ PLANTED = (
     ),
     Planted("unread_images", "L2-digits", "the digits model reads", "on_output(lambda self, inputs, rows: rows[::-1])"),
     Planted(
-        "unwritten_rows", "L2-silent-rows", "one number throughout",
+        "unwritten_rows", "L2-silent-rows", "a single repeated number",
         """
         def change(self, inputs, rows):
             rows = rows.copy()
