@@ -316,7 +316,7 @@ def make_settings(**given: Any) -> Settings:
         return Settings(**given)
     except ValidationError as error:
         raise SettingsError(
-            f"Invalid settings: {problems_of(error, _describe)}.", hint="See the table of settings in the README."
+            f"Invalid settings: {problems_of(error, _describe)}.", hint="See the table in docs/settings.md."
         ) from error
 
 
