@@ -87,7 +87,7 @@ def test_a_damaged_one_is_refused_by_its_own_digest(old):
     ("change", "error", "complaint"),
     [
         (lambda stated: stated.pop("vision_config"), BundleError, "does not state family and vision_config"),
-        (lambda stated: stated.update(family="other"), UnsupportedArchitectureError, "'other' are not implemented"),
+        (lambda stated: stated.update(family="other"), UnsupportedArchitectureError, "unknown tower family 'other'"),
         (lambda stated: stated.update(programs=[3]), BundleError, "is not a manifest"),
         (lambda stated: stated["programs"][1]["coverage"].pop("windows"), BundleError, "digest"),
         (lambda stated: stated.update(spec={}), BundleError, "'spec', which version 1"),

@@ -132,7 +132,7 @@ def test_a_weight_in_two_forms_is_refused(tiny, tmp_path, form, twice):
         tensors[f"visual.blocks.0.{twice}"] = old[f"visual.blocks.0.{twice}"]
 
     folder = reform(tiny, tmp_path / "twice", change)
-    with pytest.raises(CheckpointError, match="stored in another form too"):
+    with pytest.raises(CheckpointError, match="is stored twice: also as part of"):
         _ = open_tower(folder).weights
 
 

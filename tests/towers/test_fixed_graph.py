@@ -93,27 +93,27 @@ def test_an_encoder_of_fixed_programs_refuses_other_grids_and_names_its_own(tiny
 @pytest.mark.parametrize(
     ("asked", "error", "said"),
     [
-        ({"coverage": AnyGrid(), "host": HostSplit("raster")}, ConfigurationError, "fixed shapes only"),
-        ({"host": HostSplit("sideways")}, ConfigurationError, "not split in the order 'sideways'"),
+        ({"coverage": AnyGrid(), "host": HostSplit("raster")}, ConfigurationError, "only programs of fixed shapes"),
+        ({"host": HostSplit("sideways")}, ConfigurationError, "do not support the token order 'sideways'"),
         (
             {"coverage": Bucket({"patches": 64, "windows": 2}), "host": HostSplit("grouped")},
             ConfigurationError,
-            "not split in the order 'grouped'",
+            "do not support the token order 'grouped'",
         ),
-        ({"coverage": FixedGrid(Grid(2, 8, 8))}, ConfigurationError, "takes one frame, and 2x8x8 has 2"),
+        ({"coverage": FixedGrid(Grid(2, 8, 8))}, ConfigurationError, "encodes one frame, but 2x8x8 has 2"),
         ({"coverage": FixedGrid(Grid(1, 7, 8))}, GridError, "divisible by the merge size"),
         ({"coverage": Bucket({"patches": 63, "windows": 1})}, ConfigurationError, "63 patches are not a whole number"),
         (
             {"coverage": Bucket({"patches": 64})},
             ConfigurationError,
-            "counts patches and windows; this one states patches",
+            "needs sizes for patches and windows, not patches",
         ),
-        ({"coverage": Bucket({"patches": 64, "windows": 4, "tokens": 16})}, ConfigurationError, "states .*tokens"),
+        ({"coverage": Bucket({"patches": 64, "windows": 4, "tokens": 16})}, ConfigurationError, "windows and tokens"),
         ({"coverage": Bucket({"patches": 64, "windows": 0})}, ConfigurationError, "0 windows do not fit"),
-        ({"coverage": Bucket({"patches": 64, "windows": 5})}, ConfigurationError, "64 patches are in 1 to 4"),
-        ({"dialect": "nvidia"}, ConfigurationError, "not written in dialect 'nvidia'"),
-        ({"precision": "float64"}, ConfigurationError, "not written in precision 'float64'"),
-        ({"folder": Path("/nowhere")}, ConfigurationError, "/nowhere does not hold the weights"),
+        ({"coverage": Bucket({"patches": 64, "windows": 5})}, ConfigurationError, "64 patches have 1 to 4"),
+        ({"dialect": "nvidia"}, ConfigurationError, "unknown dialect 'nvidia'"),
+        ({"precision": "float64"}, ConfigurationError, "unknown precision 'float64'"),
+        ({"folder": Path("/nowhere")}, ConfigurationError, "/nowhere does not contain the weights"),
     ],
 )
 def test_what_cannot_be_written_is_refused(tiny, asked, error, said):
@@ -181,7 +181,7 @@ def test_a_split_program_without_its_host_weight_is_refused(tmp_path):
     program = Program("p", tower.family, ONNX, tmp_path, inputs, outputs, {}, True, coverage, host=split)
     (name,) = tower.host_weights
     weights = dict(tower.weights)
-    with pytest.raises(CheckpointError, match=r"is float32\[32\], and the configuration demands \[32, 3, 2, 4, 4\]"):
+    with pytest.raises(CheckpointError, match=r"is float32\[32\], and the configuration requires \[32, 3, 2, 4, 4\]"):
         tower.over({**weights, name: weights["merger.ln_q.weight"]})
     del weights[name]
     with pytest.raises(CheckpointError, match="is missing"):

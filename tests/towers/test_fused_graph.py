@@ -94,7 +94,7 @@ def test_options_of_the_session_reach_it_and_change_no_answer(tiny, options):
 
 def test_what_is_not_written_is_refused(tiny):
     tower = open_tower(tiny)
-    with pytest.raises(ConfigurationError, match="leaves nothing but the tables"):
+    with pytest.raises(ConfigurationError, match="cannot leave the patch embedding"):
         tower.onnx_model(coverage=FixedGrid(GRID), host=HostSplit("grouped"), dialect="microsoft")
 
 

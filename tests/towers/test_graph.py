@@ -112,7 +112,7 @@ def test_weights_of_another_shape_are_refused(tiny, tmp_path, size):
     document["vision_config"][size] += 4
     (tmp_path / "config.json").write_text(json.dumps(document))
     (tmp_path / "model.safetensors").symlink_to(tiny / "model.safetensors")
-    with pytest.raises(CheckpointError, match="the configuration demands"):
+    with pytest.raises(CheckpointError, match="the configuration requires"):
         open_tower(tmp_path).onnx_model()
 
 

@@ -1,4 +1,4 @@
-"""Families of vision towers: one module each, found by the architecture a checkpoint names."""
+"""Families of vision towers: one module each, found by the architecture that a checkpoint names."""
 
 from visionaccel.families.registry import (
     GROUP,

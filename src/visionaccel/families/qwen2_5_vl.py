@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: window attention but in a few blocks, RMS norms, gated feed-forward networks, no learned positions."""
+"""Qwen2.5-VL: window attention in all but a few blocks, RMS norms, gated feed-forward, no learned positions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DEFAULTS = {
     "window_size": 112,
     "hidden_act": "silu",
 }
-"""What configurations may leave out: transformers' defaults, but for the hidden size, whose default no model has."""
+"""Values that configurations may leave out: transformers' defaults. No model has the default `hidden_size`."""
 
 
 def _spec(config: VisionConfiguration) -> TowerSpec:
@@ -63,7 +63,7 @@ def _spec(config: VisionConfiguration) -> TowerSpec:
             Linear("merger.mlp.2", wide, out),
         ),
         window=side // (patch * merge),
-        # Those of blocks that do not exist are ignored, as by the reference: a tower may be cut to fewer blocks.
+        # Indexes of blocks that do not exist are ignored, as in the reference: a tower may be cut to fewer blocks.
         full_blocks=tuple(sorted({block for block in config.wholes("fullatt_block_indexes") if 0 <= block < depth})),
         rotary_base=config.rotary_base,
     )

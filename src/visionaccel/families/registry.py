@@ -1,4 +1,4 @@
-"""Families by entry point: listed without importing any, imported when a checkpoint of their architecture is opened."""
+"""Finds families by entry point: lists them without importing, and imports one for a checkpoint of its architecture."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ _OURS = "visionaccel"
 
 
 def supported_architectures() -> frozenset[str]:
-    """Every architecture name that an installed family takes."""
+    """Return the names of all architectures that installed families support."""
     return frozenset(_points())
 
 
 def tower_of(checkpoint: Checkpoint) -> Tower:
-    """The vision tower of a checkpoint.
+    """Return the vision tower of a checkpoint.
 
     Raises:
         CheckpointError: If its configuration is incomplete or impossible.
-        PluginError: As `family_of`.
-        UnsupportedArchitectureError: As `family_of`, or if the configuration asks for something that is not
-            implemented.
+        PluginError: If the family cannot be imported, is not a Family, or two distributions provide it.
+        UnsupportedArchitectureError: If no family supports the checkpoint's architectures, or the configuration asks
+            for something that is not implemented.
     """
     return Tower(family_of(checkpoint), checkpoint)
 
 
 def family_of(checkpoint: Checkpoint) -> Family:
-    """The family of the first of a checkpoint's architectures that has one.
+    """Return the family of the first of a checkpoint's architectures that has one.
 
     Raises:
         PluginError: If the family cannot be imported, is not a Family, or two distributions provide it.
-        UnsupportedArchitectureError: If no family takes the checkpoint's architectures.
+        UnsupportedArchitectureError: If no family supports the checkpoint's architectures.
     """
     return _family_of_any(checkpoint.architectures, str(checkpoint.folder))
 
 
 def weight_prefixes(architectures: Iterable[str]) -> tuple[str, ...]:
-    """What the names of vision tensors start with in checkpoints of these architectures; errors as `family_of`."""
+    """Return the prefixes of vision tensors in checkpoints of these architectures. Raises the errors of `family_of`."""
     families = (_family_of_any([name], "a checkpoint") for name in architectures)
     return tuple(dict.fromkeys(prefix for family in families for prefix in family.prefixes))
 
@@ -53,16 +53,17 @@ def _family_of_any(architectures: Sequence[str], where: str) -> Family:
         if architecture in _points():
             return _load(architecture)
     raise UnsupportedArchitectureError(
-        f"{where} is of architecture {', '.join(architectures) or 'none'}, whose vision tower is not implemented.",
+        f"{where} has an unsupported vision tower: its architecture is {', '.join(architectures) or 'not stated'}.",
         hint=_known(),
     )
 
 
 def family_named(name: str) -> Family:
-    """The family of that name; others' families that cannot be imported are passed over.
+    """Return the family of that name; third-party families that cannot be imported are skipped.
 
     Raises:
-        UnsupportedArchitectureError: If there is none.
+        PluginError: If one of visionaccel's own families cannot be loaded.
+        UnsupportedArchitectureError: If there is no family of that name.
     """
     for architecture, points in sorted(_points().items(), key=lambda each: _distribution(each[1][0]) != _OURS):
         try:
@@ -73,7 +74,7 @@ def family_named(name: str) -> Family:
             continue
         if family.name == name:
             return family
-    raise UnsupportedArchitectureError(f"towers of family {name!r} are not implemented.", hint=_known())
+    raise UnsupportedArchitectureError(f"unknown tower family {name!r}.", hint=_known())
 
 
 @cache
@@ -86,7 +87,7 @@ def _points() -> Mapping[str, tuple[EntryPoint, ...]]:
 
 def _known() -> str:
     listed = ", ".join(sorted(_points()))
-    return f"Supported: {listed}." if listed else "visionaccel's own families are not registered; install it again."
+    return f"Supported: {listed}." if listed else "visionaccel's own families are not registered; reinstall it."
 
 
 @cache
@@ -111,7 +112,7 @@ def _load(architecture: str) -> Family:
         raise PluginError(
             f"the family {point.value} of {_origin(point)}, for architecture {architecture}, is not a "
             "visionaccel.families.Family.",
-            hint="The entry point must refer to one.",
+            hint="The entry point must refer to a Family.",
         )
     return family
 

@@ -1,4 +1,4 @@
-"""Vision towers: their description, and all that follows from it for any tower."""
+"""Vision towers: their description, and the tables, programs and host work that are derived from it."""
 
 from visionaccel.core.tower_spec import Activation, Gated, Linear, Merge, Norm, Positions, Step, TowerSpec
 from visionaccel.towers.family import Family, VisionConfiguration

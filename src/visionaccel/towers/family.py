@@ -1,7 +1,7 @@
-"""A family of towers: how checkpoints state the sizes of a tower, and in which forms they store its weights.
+"""A family of towers: how its checkpoints describe the sizes of a tower and store the weights.
 
 Weights must be plain floats of the shapes in the description. Each tensor is judged by its dtype and by what is stored
-next to it, not by what the configuration says of quantisation: most quantised checkpoints keep the vision tower as it
+next to it, and not by the configuration's quantisation entry: most quantised checkpoints leave the vision tower as it
 was.
 """
 
@@ -21,17 +21,17 @@ from visionaccel.errors import CheckpointError, PluginError, VisionAccelError
 
 
 class _MissingValueError(KeyError):
-    """A configuration does not state a value."""
+    """A configuration has no value of this name."""
 
 
 class VisionConfiguration:
-    """The part of a `config.json` that describes a tower, with the defaults for what it leaves out.
+    """The part of a `config.json` that describes a tower, completed with the family's defaults.
 
-    Its methods raise KeyError where a value is missing and ValueError where it is of another kind. A family does not
-    catch these: they are reported as the checkpoint's fault, with the value's name.
+    Its methods raise KeyError if a value is missing and ValueError if it has the wrong type. A family does not catch
+    these: they are reported as an error of the checkpoint, with the value's name.
 
     Attributes:
-        where: How errors name it.
+        where: The name of this configuration in errors: the file and the keys in it.
     """
 
     def __init__(self, values: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> None:
@@ -43,19 +43,19 @@ class VisionConfiguration:
         return self._values[name]
 
     def whole(self, name: str) -> int:
-        """A whole number."""
+        """Return a value that must be an integer."""
         return _whole(name, self[name])
 
     def wholes(self, name: str) -> tuple[int, ...]:
-        """A list of whole numbers."""
+        """Return a value that must be a list of integers."""
         values = self[name]
         if not isinstance(values, list | tuple):
-            raise ValueError(f"{name} is {values!r}, which is not a list")
+            raise ValueError(f"{name} is {values!r} and not a list")
         return tuple(_whole(name, value) for value in values)
 
     @property
     def rotary_base(self) -> float:
-        """Base of the rotary frequencies, from either of the two places that transformers writes it to."""
+        """Base of the rotary frequencies, from either of the two places where transformers writes it."""
         try:
             nested = dict(self._values.get("rope_parameters") or {})
             return float(nested.get("rope_theta", self._values.get("rope_theta", 10000.0)))
@@ -65,21 +65,24 @@ class VisionConfiguration:
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of tower.
+    """A kind of vision tower, and how to read it from checkpoints.
 
-    It is installed as entry points of the group `visionaccel.families`: one for each architecture that a `config.json`
-    may name, of that name, for the same object.
+    Register it in the entry-point group `visionaccel.families`: one entry point for each architecture, named as in
+    `config.json`, all referring to the same object.
 
     Attributes:
-        name: What bundles and messages call it.
-        spec: Describes a tower from its configuration. A `ValueError`, and what the configuration's methods raise, is
-            reported as the checkpoint's fault, anything else as the family's.
-        config: Where the configuration lies in `config.json`.
-        defaults: What configurations may leave out.
-        prefixes: What the names of the tower's tensors start with, in the order in which they are tried. Packed weights
-            have the last.
+        name: Its name in bundles and messages.
+        spec: Returns the description of a tower from its configuration. A `ValueError`, or an error of the
+            configuration's methods, is reported as an error of the checkpoint, any other as one of the family.
+        config: The keys that lead to the tower's configuration in `config.json`, outermost first.
+        defaults: Values that configurations may leave out.
+        prefixes: Prefixes of the names of the tower's tensors, in the order in which they are tried. Bundles that hold
+            weights use the last.
         names: Modules that some checkpoints store under another name: that name to the spec's. `{n}` is a number.
-        fused: Modules stored as one whose rows are those of several: their name to the spec's, in the order of rows.
+        fused: Modules that are stored as one, their rows concatenated: its name to the spec's names, in that order.
+
+    Raises:
+        TypeError: If `config` or `prefixes` is not a tuple of non-empty strings.
     """
 
     name: str
@@ -91,19 +94,17 @@ class Family:
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check the fields that are looked up in a checkpoint."""
+        """Check the fields that are looked up in checkpoints."""
         for what, texts in (("config", self.config), ("prefixes", self.prefixes)):
             fits = isinstance(texts, tuple) and all(isinstance(each, str) and each for each in texts)
             if not fits or not texts:
-                raise TypeError(
-                    f"{what} of family {self.name!r} must be a tuple of texts that are not empty; it is {texts!r}"
-                )
+                raise TypeError(f"{what} of family {self.name!r} must be a tuple of non-empty strings, not {texts!r}")
 
     def configuration(self, config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-        """The vision configuration within a `config.json`.
+        """Return the vision configuration within a `config.json`.
 
         Raises:
-            CheckpointError: If it is not there.
+            CheckpointError: If it is missing.
         """
         found: Any = config
         for key in self.config:
@@ -113,7 +114,7 @@ class Family:
         return found
 
     def described(self, config: Mapping[str, Any], path: str) -> TowerSpec:
-        """The description of the tower of a `config.json`, which errors call `path`.
+        """Return the description of a tower from a `config.json`; errors refer to it as `path`.
 
         Raises:
             CheckpointError: If it is incomplete or impossible.
@@ -129,21 +130,23 @@ class Family:
             raise
         except _MissingValueError as error:
             raise CheckpointError(
-                f"{where} does not state {error}.", hint="Pass a complete checkpoint of this family."
+                f"{where} has no {error}.", hint="Pass a complete checkpoint of this family."
             ) from error
         except ValueError as error:
-            raise CheckpointError(f"{where}: {error}.", hint="The configuration is damaged or foreign.") from error
+            raise CheckpointError(
+                f"{where}: {error}.", hint="Check that the configuration is undamaged and of this family."
+            ) from error
         except Exception as error:
             raise self._fault(f"failed to describe the tower: {type(error).__name__}: {error}") from error
         if not isinstance(spec, TowerSpec):
-            raise self._fault(f"described the tower as a {type(spec).__name__}, which is not a TowerSpec")
+            raise self._fault(f"returned a {type(spec).__name__} instead of a TowerSpec")
         return spec
 
     def _fault(self, what: str) -> PluginError:
         return PluginError(f"family {self.name!r} {what}.", hint="Report this to the authors of the family.")
 
     def with_configuration(self, config: Mapping[str, Any], vision: Mapping[str, Any]) -> dict[str, Any]:
-        """A `config.json` with another vision configuration."""
+        """Return a copy of a `config.json` with another vision configuration."""
 
         def put(within: Any, keys: tuple[str, ...]) -> dict[str, Any]:
             below = put(within.get(keys[0], {}), keys[1:]) if len(keys) > 1 else dict(vision)
@@ -152,16 +155,17 @@ class Family:
         return put(config, self.config)
 
     def weights(self, checkpoint: Checkpoint, spec: TowerSpec) -> dict[str, StoredTensor]:
-        """A tower's tensors by the spec's names, each of the shape that the spec demands.
+        """Return a tower's tensors by the spec's names, each with the shape that the spec requires.
 
         Raises:
-            CheckpointError: If there are none, one is stored in two forms, or as `plain_weights`.
+            CheckpointError: If there are none, or one is stored in two forms, quantised, part of an adapter, unknown to
+                the spec or has another shape.
             PluginError: If the family's `names` or `fused` cannot be used.
         """
         stored = checkpoint.with_prefix(self.prefixes)
         if not stored:
             raise CheckpointError(
-                f"{checkpoint.folder} holds no vision weights (no tensor starts with "
+                f"{checkpoint.folder} holds no vision weights (no tensor name starts with "
                 f"{' or '.join(map(repr, self.prefixes))}).",
                 hint="The checkpoint was stripped; set VISIONACCEL_BUNDLE to a folder that has the vision weights.",
             )
@@ -170,19 +174,19 @@ class Family:
             try:
                 forms = list(self._forms(name, tensor))
             except Exception as error:
-                raise self._fault(f"failed to name {name!r}: {type(error).__name__}: {error}") from error
+                raise self._fault(f"failed to map the name {name!r}: {type(error).__name__}: {error}") from error
             for own, part in forms:
                 joint = re.sub(r"attn\.[qkv]\.", f"{JOINT}.", own)
                 if own in found or (joint != own and joint in stored):
                     raise CheckpointError(
-                        f"{tensor.file}: {tensor.name!r} is stored in another form too, as part of {joint!r}.",
+                        f"{tensor.file}: {tensor.name!r} is stored twice: also as part of {joint!r}.",
                         hint="Make a checkpoint in which each weight is stored once.",
                     )
                 found[own] = part
         return plain_weights(found, spec)
 
     def _forms(self, name: str, tensor: StoredTensor) -> Iterator[tuple[str, StoredTensor]]:
-        """A stored tensor by the spec's names: as it is, under another name, or cut into the rows of several."""
+        """Return a stored tensor under the spec's name, or cut into the rows of several of the spec's tensors."""
         module, _, leaf = name.rpartition(".")
         number = re.search(r"(?<=\.)\d+(?=\.)", module)
         template = module if number is None else f"{module[: number.start()]}{{n}}{module[number.end() :]}"
@@ -201,7 +205,7 @@ class Family:
 
 def _whole(name: str, value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{name} holds {value!r}, which is not a whole number")
+        raise ValueError(f"{name} has {value!r} where an integer is expected")
     return value
 
 
@@ -212,16 +216,16 @@ _COMPANION = re.compile(
     r"(^|[._])(qweight|qzeros|g_idx|scales?|biases|scale_inv|scale_2|zero_point|absmax|quant_map|SCB|weight_format"
     r"|weight_packed|weight_shape|weight_scale\w*|input_scale|(weight|input)_global_scale)$|\.quant_state\."
 )
-"""What quantisers store next to a weight, or instead of it."""
+"""Names of tensors that quantisers store next to a weight, or instead of it."""
 
 _ADAPTER = re.compile(r"(^|\.)(lora_\w+|base_layer|modules_to_save)(\.|$)")
 
 
 def plain_weights(tensors: Mapping[str, StoredTensor], spec: TowerSpec) -> dict[str, StoredTensor]:
-    """The weights of a tower by the spec's names, without buffers that are computed anyway.
+    """Check the weights of a tower, by the spec's names, and return them without buffers that are computed anyway.
 
     Raises:
-        CheckpointError: If one is quantised, part of an adapter, unknown to the spec or of another shape.
+        CheckpointError: If one is quantised, part of an adapter, unknown to the spec, or has another shape.
     """
     shapes = dict(spec.shapes())
     for name, (rows, *columns) in spec.shapes().items():
@@ -235,7 +239,7 @@ def plain_weights(tensors: Mapping[str, StoredTensor], spec: TowerSpec) -> dict[
         if tensor.dtype not in FLOATS or (wanted is None and _COMPANION.search(name)):
             raise CheckpointError(
                 f"{tensor.file}: the vision tower is quantised: {tensor.name!r} is {given}{_format(tensor)}.",
-                hint="Use an unquantised checkpoint of the same model: the towers are usually the same bytes.",
+                hint="Use an unquantised checkpoint of the same model; its vision tower is usually the same.",
             )
         if wanted is None and _ADAPTER.search(name):
             raise CheckpointError(
@@ -244,20 +248,20 @@ def plain_weights(tensors: Mapping[str, StoredTensor], spec: TowerSpec) -> dict[
             )
         if tensor.shape != wanted:
             misfit = (
-                f"it has no place for {tensor.name!r}"
+                f"unknown weight {tensor.name!r}"
                 if wanted is None
-                else f"{tensor.name!r} is {given}, and the configuration demands {list(wanted)}"
+                else f"{tensor.name!r} is {given}, and the configuration requires {list(wanted)}"
             )
             raise CheckpointError(
                 f"{tensor.file}: the vision weights do not fit the configuration: {misfit}.",
-                hint="Configuration and weights are of different models.",
+                hint="Pass a checkpoint whose configuration and weights belong to the same model.",
             )
         found[name] = tensor
     return found
 
 
 def has_every_weight(spec: TowerSpec, names: Collection[str]) -> bool:
-    """Whether a tower can be computed from the weights of these names."""
+    """Whether weights of these names are all that a tower needs."""
     return all(
         name in names or (JOINT in name and all(name.replace(JOINT, part) in names for part in APART))
         for name in spec.shapes()

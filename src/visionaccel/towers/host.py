@@ -1,4 +1,4 @@
-"""What the host does around a program: it makes tables, and for a split program embeds patches and reorders tokens."""
+"""The host's work around a program: it makes tables, and for a split program embeds patches and reorders tokens."""
 
 from __future__ import annotations
 
@@ -34,43 +34,46 @@ from visionaccel.towers.tables import make_tables
 Tables: TypeAlias = Mapping[str, NDArray[Any]]
 
 RASTER, GROUPED = "raster", "grouped"
-"""Orders of tokens at the edges of a split program: windows row by row from the top, as in the reference, or with those
-of one size together, largest first. Without windows, `raster` is the order of the input."""
+"""Orders of tokens at the inputs and outputs of a split program: windows row by row from the top, as in the reference,
+or windows of equal size together, largest first. Without windows, `raster` is the order of the input."""
 
 MASKED = np.float32(-3e4)
-"""Added to the score of a padded key: it vanishes in the softmax, and float16 can hold it."""
+"""Added to the score of a padded key: large enough to vanish in the softmax, and representable in float16."""
 
 
 class Host:
-    """The host's part of one program: patches become its inputs, and its outputs become embeddings.
+    """The host's part of one program: turns patches into its inputs, and its outputs into embeddings.
 
     Args:
         spec: The tower.
         program: One of its programs.
-        weights: Its weights, of which a split program needs those that embed patches.
+        weights: The tower's weights, by the spec's names. Only a split program reads them: those that embed patches.
 
     Raises:
         CheckpointError: If a weight that the host needs is missing or cannot be read.
     """
 
     def __init__(self, spec: TowerSpec, program: Program, weights: Mapping[str, StoredTensor]) -> None:
-        # Not the program: it may be over a copy of the weights in memory, which nothing else should keep.
+        # Do not keep the program: it may hold a copy of the weights in memory, which nothing else should keep alive.
         self._spec, self._inputs = spec, tuple(tensor.name for tensor in program.inputs)
         self._makes_tables = program.format != CHECKPOINT
         self._bucket = program.coverage if isinstance(program.coverage, Bucket) else None
         self._grouped = program.host is not None and program.host.order == GROUPED
         self._embedding = None if program.host is None else HostEmbedding(spec, weights, program.precision)
-        # Images of one size follow each other in practice, and both calls of an encode need the tables. Tables of any
-        # grid may be large, and only `inputs` needs them.
+        # Images of one size often follow each other, and `inputs` and `embeddings` both need the tables. Those of a
+        # program for any grid may be large, and only `inputs` needs them.
         self._tables = lru_cache(maxsize=0 if isinstance(program.coverage, AnyGrid) else 16)(self._make_tables)
 
     def inputs(self, patches: Array, grids: Sequence[Grid]) -> Mapping[str, Array]:
-        """The named inputs of one call.
+        """Make the named inputs of one call.
 
         Args:
-            patches: [P, patch_width], checked against the grids: of the dtype of the program's own patches input, or
-                of any dtype that `Encoder.encode` takes where the host embeds them.
+            patches: [P, patch_width], checked against the grids. They have the dtype of the program's patches input
+                or, if the host embeds them, any dtype that `Encoder.encode` accepts. Read only.
             grids: The grids of the call.
+
+        Returns:
+            An array for each of the program's inputs, by name. Calls may share tables: do not write to them.
         """
         if not self._makes_tables:
             return {PIXELS: patches, GRIDS: np.array([grid.thw for grid in grids], dtype=np.int64)}
@@ -82,7 +85,7 @@ class Host:
         return {name: found[name] for name in self._inputs}
 
     def embeddings(self, outputs: Mapping[str, Array], grids: Sequence[Grid]) -> Array:
-        """float32 [tokens, out_width] in the order of the input tokens, from the checked outputs of that call."""
+        """Return the embeddings of a call from its checked outputs: float32 [tokens, out_width] in input order."""
         tokens = sum(grid.tokens(self._spec.merge) for grid in grids)
         if self._embedding is None:
             return outputs[EMBEDDINGS][:tokens]
@@ -97,14 +100,14 @@ class Host:
         return rows[order]
 
     def _make_tables(self, grids: tuple[Grid, ...]) -> tuple[Tables, Tables]:
-        """The tables of a call, and those among the program's inputs as it takes them."""
+        """Make the tables of a call, and the program's inputs from them, padded for a bucket."""
         tables = make_tables(self._spec, grids, grouped=self._grouped)
         if self._bucket is not None:
             return tables, self._padded(tables, self._bucket)
         return tables, {**tables, "frames": np.array([len(tables["frame_lengths"])], dtype=np.int64)}
 
     def _padded(self, tables: Tables, bucket: Bucket) -> Tables:
-        """Tables of a bucket's fixed sizes; masks become terms that are added to the scores."""
+        """Pad tables to a bucket's fixed sizes; masks become terms that are added to the attention scores."""
         real, patches = len(tables["rotary_cos"]), bucket.patches
         padded = {name: _pad(tables[name], patches) for name in ("rotary_cos", "rotary_sin")}
         padded["frame_bias"] = np.where(np.arange(patches) < real, np.float32(0), MASKED)
@@ -123,7 +126,7 @@ class Host:
 
 
 def _pad(array: Array, rows: int) -> Array:
-    """`array` with zero rows appended, up to `rows`; a tensor stays one, on its device."""
+    """Append zero rows to `array`, up to `rows`; a tensor stays a tensor, on its device."""
     shape = (rows, *array.shape[1:])
     padded = array.new_zeros(shape) if is_tensor(array) else np.zeros(shape, dtype=array.dtype)
     padded[: len(array)] = array
@@ -131,18 +134,18 @@ def _pad(array: Array, rows: int) -> Array:
 
 
 class PatchEmbedding:
-    """Embeds patches in a given order of tokens: a convolution whose stride is its kernel, hence a matrix product.
+    """Embeds patches in a given order of tokens: a convolution whose stride equals its kernel, so a matrix product.
 
-    With torch the product is oneDNN's over a weight that is packed once; in bfloat16 it takes half the time of float32.
-    Without torch it is numpy's, always in float32.
+    With torch, oneDNN computes the product from a weight that is packed once; in bfloat16 it takes half the time of
+    float32. Without torch, numpy computes it, always in float32.
 
     Args:
         weight: [hidden, patch_width], the kernel as a matrix.
-        precision: The program's; bfloat16 also rounds patches and result here. float16 computes in float32, which CPUs
-            do faster.
+        precision: The program's precision. With bfloat16, patches and result are rounded here too. With float16, the
+            product is computed in float32, which is faster on CPUs.
         merged: Patches of one token, which stay together.
-        bias: [hidden], added before the result is rounded; None for none.
-        use_torch: Whether torch computes it; None for where it is installed and can.
+        bias: [hidden], added before the result is rounded; None if there is no bias.
+        use_torch: Whether torch computes the product; None to use torch if it is installed and supports the precision.
     """
 
     def __init__(
@@ -160,28 +163,28 @@ class PatchEmbedding:
         self._product = make_product(weight, bias, "bfloat16" if precision == "bfloat16" else "float32")
 
     def __call__(self, patches: Array, order: NDArray[np.int64] | None) -> NDArray[np.float32]:
-        """Embeddings of patches [P, patch_width] in any float dtype: float32 [N, merged, hidden], C-contiguous.
+        """Embed patches [P, patch_width] of any float dtype: float32 [N, merged, hidden], C-contiguous.
 
-        `order` is int64 [N], the token that goes to each place; None for the order in which they come.
+        `order` is int64 [N], the input token at each output place; None keeps the order of the input.
         """
         rows = as_numpy(patches)
         if order is not None:
-            # The patches are reordered rather than their embeddings: they are the narrower rows.
+            # Reorder the patches and not their embeddings, whose rows are wider.
             rows = np.take(rows.reshape(len(order), -1), order, axis=0).reshape(rows.shape)
         return self._product(rows).astype(np.float32, copy=False).reshape(self._shape)
 
 
 class HostEmbedding:
-    """All that a split program leaves to the host before it: embedding, norms and learned positions.
+    """What the host computes before a split program: patch embedding, norms and learned positions.
 
-    Positions depend on a frame's height and width alone, so no table of them has to be in the program.
+    Positions depend only on a frame's height and width, so the program needs no table of them.
     """
 
     def __init__(self, spec: TowerSpec, weights: Mapping[str, StoredTensor], precision: Precision) -> None:
         self._spec = spec
         if missing := [name for name in spec.embed_weights if name not in weights]:
             raise CheckpointError(
-                f"the program leaves the patch embedding to the host, and its weight {missing[0]!r} is missing.",
+                f"weight {missing[0]!r}, which the host needs for the patch embedding, is missing.",
                 hint="Export the bundle again from a complete checkpoint.",
             )
         read = {name: weights[name].read() for name in spec.embed_weights}
@@ -193,7 +196,7 @@ class HostEmbedding:
         self._weights = {name: values.astype(np.float32) for name, values in read.items()}
 
     def __call__(self, patches: Array, tables: Tables) -> NDArray[np.float32]:
-        """Embedded patches in the tables' order of tokens: float32 [N, merged, hidden]."""
+        """Embed patches, in the tables' order of tokens: float32 [N, merged, hidden]."""
         order = tables.get("window_index")
         rows = self._embed(patches, order)
         for step in self._spec.embed[1:]:
@@ -217,12 +220,12 @@ class HostEmbedding:
 
 
 def _torch_can(precision: Precision) -> bool:
-    """Whether torch is installed and, for bfloat16, this processor has the instructions that it needs."""
+    """Whether torch is installed and, for bfloat16, this processor has bfloat16 instructions."""
     return find_spec("torch") is not None and (precision != "bfloat16" or has_bfloat16())
 
 
 Product: TypeAlias = Callable[[NDArray[Any]], NDArray[Any]]
-"""From [P, patch_width] to [P, hidden]."""
+"""Maps [P, patch_width] to [P, hidden]."""
 
 
 def _numpy_product(weight: NDArray[Any], bias: NDArray[Any] | None, dtype: str) -> Product:
@@ -247,7 +250,7 @@ def _torch_product(weight: NDArray[Any], bias: NDArray[Any] | None, dtype: str) 
 
     matrix = as_host_tensor(np.ascontiguousarray(weight), dtype)
     term = None if bias is None else as_host_tensor(np.ascontiguousarray(bias), dtype)
-    # Packed products are free of MKL, which on some processors takes twice as long.
+    # Packed products avoid MKL, which takes twice as long on some processors.
     packed = PackedWeight(matrix, term) if why_not_packed(matrix.dtype) is None else None
 
     def product(rows: NDArray[Any]) -> NDArray[Any]:

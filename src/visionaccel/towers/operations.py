@@ -1,7 +1,8 @@
-"""Floating-point operations of a vision tower, from its description and the grids of a call.
+"""Counts the floating-point operations of a vision tower from its description and the grids of a call.
 
-A product of [m, k] and [k, n] counts 2 m k n, a multiplication and an addition for each term. Norms, activations,
-softmax, learned and rotary positions are left out: together well under a hundredth, and no matrix unit computes them.
+A product of [m, k] and [k, n] counts as 2 m k n: a multiplication and an addition for each term. Norms, activations,
+softmax, learned and rotary positions are not counted: together they are well under 1 %, and matrix units do not compute
+them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from visionaccel.towers.tables import window_order
 
 @dataclass(frozen=True, slots=True)
 class MatrixProduct:
-    """Products of one shape, [rows, inner] by [inner, columns], that a call has `count` times."""
+    """Products of one shape, [rows, inner] by [inner, columns], which a call computes `count` times."""
 
     rows: int
     inner: int
@@ -27,7 +28,7 @@ class MatrixProduct:
 
     @property
     def operations(self) -> int:
-        """Floating-point operations of all of them."""
+        """Floating-point operations of all `count` products."""
         return 2 * self.rows * self.inner * self.columns * self.count
 
 
@@ -36,11 +37,11 @@ class Operations:
     """Floating-point operations of one call of a tower.
 
     Attributes:
-        patch_embedding: Of the patch embedding.
-        linears: The products in the blocks.
-        full_attention: Of attention over whole frames.
-        window_attention: Of attention within windows.
-        merger: The products that make tokens of patches, those of deepstack levels among them.
+        patch_embedding: Operations of the patch embedding.
+        linears: The products of the linear layers in the blocks.
+        full_attention: Operations of attention over whole frames.
+        window_attention: Operations of attention within windows.
+        merger: The products that merge patches into tokens, including those of deepstack levels.
     """
 
     patch_embedding: int
@@ -57,15 +58,15 @@ class Operations:
 
     @property
     def full_attention_share(self) -> float:
-        """The share that grows with the square of the patches."""
+        """Share of full attention, which grows with the square of the number of patches."""
         return self.full_attention / self.total
 
 
 def count_operations(spec: TowerSpec, grids: Sequence[Grid]) -> Operations:
-    """Operations of one call; its grids must be divisible by the merge size.
+    """Count the operations of one call; its grids must be divisible by the merge size.
 
-    Attention over n patches is two products of n x n x head_dim in each head: 4 n**2 hidden in all. Full attention is
-    over a frame, the other blocks' over the windows that `window_order` cuts it into.
+    Attention over n patches is two products of n x n x head_dim in each head: 4 n**2 hidden in all. Full attention
+    covers a frame; the other blocks attend within the windows of `window_order`.
     """
     patches = total_patches(grids)
     windowed = sum(spec.windowed(block) for block in range(spec.depth))
@@ -82,7 +83,7 @@ def count_operations(spec: TowerSpec, grids: Sequence[Grid]) -> Operations:
 
 
 def _products(spec: TowerSpec, steps: Sequence[Step], rows: int, count: int) -> Iterator[MatrixProduct]:
-    """The products of a sequence that comes `count` times, of `rows` patches."""
+    """Yield the products of a sequence of steps that runs `count` times on `rows` patches."""
     for step in steps:
         match step:
             case Linear():

@@ -1,4 +1,4 @@
-"""Grid-dependent tables of any tower, in vectorised numpy, for any list of grids.
+"""Makes the grid-dependent tables of any tower in vectorised numpy, for any list of grids.
 
 A tower with windows reorders merged tokens so that each attention window is contiguous, computes in that order, and
 puts the embeddings back at the end. The formulas are those of transformers' `vision_utils` (`get_vision_window_index`,
@@ -33,24 +33,26 @@ Floats = NDArray[np.float32]
 
 
 def make_tables(spec: TowerSpec, grids: Sequence[Grid], *, grouped: bool = False) -> dict[str, NDArray[Any]]:
-    """Every table of one call, of P patches, N tokens and F frames, most by the names of a program's inputs.
+    """Make every table of one call with P patches, N tokens and F frames; most have the names of program inputs.
 
     Args:
         spec: The tower.
         grids: The grids of the call, divisible by the merge size (`Grid.check_divisible`).
-        grouped: Windows of one size together instead of in raster order.
+        grouped: Order windows of equal size together, largest first, instead of in raster order.
 
     Returns:
+        New arrays, which belong to the caller:
+
         - `frame_lengths`: int64 [F]; patches of each frame, the segments of full attention.
-        - `rotary_cos`, `rotary_sin`: float32 [P, head_dim / 2]; in window order where there are windows, else in input
+        - `rotary_cos`, `rotary_sin`: float32 [P, head_dim / 2]; in window order if the tower has windows, else in input
           order.
-        - Of a tower with learned positions, `position_index`: int64 [taps, P]; rows of the learned table, in input
-          order; and `position_weight`: float32 [taps, P, 1]; what each is multiplied by.
-        - Of a tower with windows, W of at most K patches: `window_index`, int64 [N]; the token of the input order at
-          each place of the window order; `reverse_index`, its inverse; `window_lengths`, int64 [W]; patches of each
-          window; `window_patches`, int64 [W, K]; rows of each window in window order, padded with row 0; `window_mask`,
-          int32 [W, K]; 1 for a real patch, 0 for padding; and `window_slots`, int64 [P]; where each row lies in the
-          flattened [W * K] windows.
+        - For a tower with learned positions: `position_index`, int64 [taps, P]; rows of the learned table, in input
+          order; `position_weight`, float32 [taps, P, 1]; the factor of each row.
+        - For a tower with windows, W of at most K patches: `window_index`, int64 [N]; the input token at each place of
+          the window order; `reverse_index`, its inverse; `window_lengths`, int64 [W]; patches of each window;
+          `window_patches`, int64 [W, K]; rows of each window in window order, padded with row 0; `window_mask`, int32
+          [W, K]; 1 for a real patch, 0 for padding; `window_slots`, int64 [P]; the place of each row in the flattened
+          [W * K] windows.
     """
     half = spec.head_dim // 2
     exponents = np.arange(0, half, 2, dtype=np.float32) / np.float32(half)
@@ -75,28 +77,29 @@ def make_tables(spec: TowerSpec, grids: Sequence[Grid], *, grouped: bool = False
 
 
 def _places(merge: int, grid: Grid) -> Indices:
-    """Row and column of each patch of a frame [h * w, 2], merge block by merge block as the processor lays them out."""
+    """Return row and column of each patch of a frame, [h * w, 2], in the processor's order: by merge blocks."""
     blocks = np.indices((grid.h, grid.w)).reshape(2, grid.h // merge, merge, grid.w // merge, merge)
     return blocks.transpose(1, 3, 2, 4, 0).reshape(-1, 2)
 
 
 def _each_frame(parts: Sequence[NDArray[Any]], grids: Sequence[Grid]) -> NDArray[Any]:
-    """What belongs to one frame of each grid, for all frames: frames of a video repeat it."""
+    """Repeat the rows of one frame of each grid for all frames of that grid."""
     return np.concatenate([np.tile(part, (grid.t, 1)) for part, grid in zip(parts, grids, strict=True)])
 
 
 def window_order(spec: TowerSpec, grids: Sequence[Grid], *, grouped: bool = False) -> tuple[Indices, Indices]:
-    """Window order of the merged tokens and the windows' lengths.
+    """Compute the window order of the merged tokens, and the windows' lengths.
 
-    A frame's merged rows and columns are cut every `window`; windows at the bottom and right edges may be smaller.
+    The tokens of a frame are cut into squares of side `spec.window`; windows at the bottom and right edges may be
+    smaller. The tower must have windows.
 
     Args:
         spec: The tower.
         grids: The grids of the call.
-        grouped: Windows of one size together, largest first, instead of in raster order.
+        grouped: Order windows of equal size together, largest first, instead of in raster order.
 
     Returns:
-        The token at each place, int64 [N], and the windows' lengths in patches, int64 [W].
+        The input token at each place, int64 [N], and the windows' lengths in patches, int64 [W].
     """
     assert spec.window is not None
     orders, lengths, first = [], [], 0
@@ -133,7 +136,7 @@ def _windows(spec: TowerSpec, grids: Sequence[Grid], *, grouped: bool) -> dict[s
 
 
 def _taps(positions: Positions, places: Indices, grid: Grid) -> tuple[Indices, Floats]:
-    """Rows of the learned table, and their weights, of each patch of a frame: [h * w, taps] each."""
+    """Return rows of the learned table and their weights for each patch of a frame: [h * w, taps] each."""
     rows, row_weights = _axis(positions, places[:, 0], grid.h)
     columns, column_weights = _axis(positions, places[:, 1], grid.w)
     index = rows[:, :, None] * positions.side + columns[:, None, :]
@@ -142,7 +145,7 @@ def _taps(positions: Positions, places: Indices, grid: Grid) -> tuple[Indices, F
 
 
 def _axis(positions: Positions, place: Indices, size: int) -> tuple[Indices, Floats]:
-    """Entries along one axis of the table, and their weights, of each place among `size`."""
+    """Return entries along one axis of the table and their weights, for each place out of `size`."""
     side, x = np.float32(positions.side), place.astype(np.float32)
     aligned = positions.align_corners
     source = x * (side - 1) / np.float32(max(size - 1, 1)) if aligned else (x + 0.5) * side / np.float32(size) - 0.5
@@ -161,14 +164,14 @@ def _axis(positions: Positions, place: Indices, size: int) -> tuple[Indices, Flo
 
 
 def tower_tables(spec: TowerSpec, grids: Sequence[Grid]) -> dict[str, NDArray[Any]]:
-    """The tables of a call for a backend that builds the tower itself.
+    """Make the tables of a call for a backend that builds the tower itself.
 
-    Windows of one size lie together, largest first, so that those of a size are one batch of attention without any
-    padding. Frames are then not contiguous: `frame_order` brings them together for full attention.
+    Windows of equal size are together, largest first, so that each size is one batch of attention without padding. The
+    frames are then not contiguous: gather with `frame_order` for full attention.
 
     Returns:
-        As `make_tables`; with windows also `frame_order`: int64 [P]; row `frame_order[i]` of the window order stands at
-        place i when the frames, in their own order, are each contiguous.
+        The tables of `make_tables` with `grouped`; for a tower with windows also `frame_order`, int64 [P]: the rows of
+        the window order, frame by frame.
     """
     tables = make_tables(spec, grids, grouped=True)
     if spec.window is not None:
@@ -182,13 +185,13 @@ Signature = tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]
 
 
 def signature(spec: TowerSpec, coverage: Coverage, host: HostSplit | None) -> Signature:
-    """Inputs and outputs of an ONNX program.
+    """Return the inputs and outputs of an ONNX program.
 
     Args:
         spec: The tower.
         coverage: `AnyGrid`: sizes are names and every table is an input. `Bucket`: the same tables padded to fixed
-            sizes, and the masks as terms that are added to the attention scores. `FixedGrid`: no table.
-        host: With a split, the patches come embedded and the embeddings go out in the program's own order.
+            sizes, with the masks as terms that are added to the attention scores. `FixedGrid`: no table is an input.
+        host: With a split, the input is embedded patches and the output is in the program's own order of tokens.
     """
     sizes: list[int | str] = ["patches", "tokens", "windows"]
     padded, baked = isinstance(coverage, Bucket), isinstance(coverage, FixedGrid)
@@ -220,6 +223,6 @@ def signature(spec: TowerSpec, coverage: Coverage, host: HostSplit | None) -> Si
 
 
 def checkpoint_signature(spec: TowerSpec) -> Signature:
-    """Inputs and outputs of the program of the weights themselves."""
+    """Return the inputs and outputs of a program in the format `checkpoint`."""
     inputs = TensorSpec(PIXELS, "float32", ("patches", spec.patch_width)), TensorSpec(GRIDS, "int64", ("images", 3))
     return inputs, (TensorSpec(EMBEDDINGS, "float32", ("tokens", spec.out_width)),)

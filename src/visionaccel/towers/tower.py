@@ -1,4 +1,4 @@
-"""The vision tower of one checkpoint: what a family's description of it comes to."""
+"""The vision tower of one checkpoint: its sizes, programs and tables, from the family's description."""
 
 from __future__ import annotations
 
@@ -34,27 +34,28 @@ from visionaccel.towers.tables import checkpoint_signature, signature, tower_tab
 
 
 class Tower:
-    """The vision tower of one checkpoint: sizes, programs and host-side tables. Holds no weights.
+    """The vision tower of one checkpoint: sizes, programs and host-side tables. Does not load the weights.
 
-    Frames of a video are independent of each other, so a program of one frame serves videos.
+    Frames of a video are independent of each other, so a program for one frame also serves videos.
 
     Args:
         family: How to read the checkpoint.
-        checkpoint: Where the weights lie.
+        checkpoint: The checkpoint, with configuration and weights.
 
     Attributes:
         family: The family's name.
-        checkpoint: Where the weights lie.
-        spec: The description of the tower. Towers of equal descriptions and weights have equal programs.
+        checkpoint: The checkpoint.
+        spec: The description of the tower. Towers with equal descriptions and weights have equal programs.
         patch_size: Side of a patch in pixels.
         patch_width: Width of a row of patches: channels * temporal patch size * patch size**2.
         merge_size: Patches merged into one token along each side.
-        out_width: Width of an embedding as the language model takes it.
+        out_width: Width of an embedding as the language model receives it, deepstack levels included.
         host_weights: Names of the weights that the host needs for a split program.
 
     Raises:
         CheckpointError: If the configuration is incomplete or impossible.
-        UnsupportedArchitectureError: If it asks for something that is not implemented.
+        PluginError: If the family fails to describe the tower.
+        UnsupportedArchitectureError: If the configuration asks for something that is not implemented.
     """
 
     def __init__(self, family: Family, checkpoint: Checkpoint) -> None:
@@ -66,12 +67,12 @@ class Tower:
 
     @property
     def tower(self) -> Self:
-        """Itself: a bundle, the other source of programs, has one too."""
+        """This tower; bundles, the other source of programs, have a `tower` too."""
         return self
 
     @property
     def weight_prefix(self) -> str:
-        """What the names of packed weights start with."""
+        """Prefix of the names of weights in bundles that hold them."""
         return self._family.prefixes[-1]
 
     @property
@@ -81,14 +82,14 @@ class Tower:
 
     @property
     def description(self) -> Mapping[str, Any]:
-        """The part of the checkpoint's `config.json` that identifies the tower, for a checkpoint of the tower alone."""
+        """The part of `config.json` that identifies the tower: the configuration of a checkpoint of only the tower."""
         config = self.checkpoint.config
         kept = {name: config[name] for name in ("architectures", "model_type") if name in config}
         return self._family.with_configuration(kept, self.configuration)
 
     @property
     def stored_names(self) -> frozenset[str]:
-        """Full names of what the checkpoint stores for the tower, buffers and unknown tensors too; empty if stripped.
+        """Full names of the tower's tensors in the checkpoint, with buffers and unknown ones; empty if stripped.
 
         Raises:
             CheckpointError: If the checkpoint is damaged.
@@ -97,23 +98,24 @@ class Tower:
 
     @cached_property
     def weights(self) -> Mapping[str, StoredTensor]:
-        """The tower's tensors, plain floats, by the names of its description.
+        """The tower's tensors, plain floats, by the names of its description; their data is not read yet.
 
         Raises:
-            CheckpointError: If the checkpoint holds none, or one is quantised, stored in two forms, or unknown.
+            CheckpointError: If there are none, or one is quantised, part of an adapter, stored in two forms, unknown,
+                or has another shape than the description.
         """
         return self._family.weights(self.checkpoint, self.spec)
 
     @property
     def weights_folder(self) -> Path:
-        """The deepest folder that holds the weights' files: the base of external-data locations."""
+        """The deepest folder that contains all files of weights: external-data locations are relative to it."""
         return Path(os.path.commonpath({tensor.file.parent for tensor in self.weights.values()}))
 
     def over(self, weights: Mapping[str, StoredTensor]) -> Self:
-        """The same tower reading its weights from another place.
+        """Return the same tower with its weights read from another place.
 
         Raises:
-            CheckpointError: If one does not fit the description.
+            CheckpointError: If a weight does not fit the description.
         """
         other = copy(self)
         other.weights = plain_weights(weights, self.spec)
@@ -121,15 +123,19 @@ class Tower:
 
     @property
     def complete(self) -> bool:
-        """Whether every weight of the description is there.
+        """Whether the checkpoint has every weight of the description.
 
         Raises:
-            CheckpointError: As `weights`, but not where there are none.
+            CheckpointError: As for `weights`, except that a checkpoint without any is not an error.
         """
         return bool(self.stored_names) and has_every_weight(self.spec, self.weights)
 
     def programs(self, formats: Iterable[str]) -> tuple[Program, ...]:
-        """The programs this tower can give in the wanted formats, cheaply: nothing is written or read yet."""
+        """Return this tower's programs in the wanted formats. This is cheap: models are written when they are opened.
+
+        Raises:
+            CheckpointError: As for `weights`.
+        """
         wanted, found = set(formats), []
         if CHECKPOINT in wanted:
             inputs, outputs = checkpoint_signature(self.spec)
@@ -170,37 +176,37 @@ class Tower:
     def signature(
         self, coverage: Coverage, host: HostSplit | None
     ) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-        """Inputs and outputs of the ONNX model of that coverage."""
+        """Return the inputs and outputs of the ONNX program with that coverage and split."""
         return signature(self.spec, coverage, host)
 
     def split(self, coverage: Coverage) -> HostSplit:
-        """How work is left to the host for a program of that coverage.
+        """Return how a program of that coverage is split between host and device.
 
         Raises:
-            ConfigurationError: If such programs are not split.
+            ConfigurationError: If programs of that coverage cannot be split.
         """
         if isinstance(coverage, AnyGrid):
             raise ConfigurationError(
-                "a program for any grid leaves nothing but the tables to the host.",
-                hint="Split programs of fixed shapes only.",
+                "a program for any grid cannot leave the patch embedding to the host.",
+                hint="Split only programs of fixed shapes.",
             )
         grouped = isinstance(coverage, FixedGrid) and self.spec.window is not None
         return HostSplit(GROUPED if grouped else RASTER)
 
     def check_program(self, coverage: Coverage, split: HostSplit | None) -> None:
-        """Refuse a coverage that no program of this tower has, and a split that the host does not support.
+        """Refuse a coverage that no program of this tower can have, and a split that the host does not support.
 
         Raises:
-            ConfigurationError: If the split's order is not one of the coverage's, a fixed grid has several frames, or a
-                bucket counts something else than this tower does, or more than any frame of its patches has.
+            ConfigurationError: If the split's order does not exist for the coverage, a fixed grid has several frames,
+                or the sizes of a bucket are not those that this tower counts, or are impossible.
             GridError: If a fixed grid is not divisible by the merge size.
         """
         if isinstance(coverage, FixedGrid):
             coverage.grid.check_divisible(self.merge_size)
             if coverage.grid.t != 1:
                 raise ConfigurationError(
-                    f"a program of a fixed grid takes one frame, and {coverage.grid} has {coverage.grid.t}.",
-                    hint=f"Name {coverage}: the frames of a video are encoded one by one.",
+                    f"a program for a fixed grid encodes one frame, but {coverage.grid} has {coverage.grid.t}.",
+                    hint=f"Use {coverage}: the frames of a video are encoded one by one.",
                 )
         if isinstance(coverage, Bucket):
             self._check_bucket(coverage)
@@ -209,37 +215,37 @@ class Tower:
         usual = self.split(coverage)
         if split != usual and not (isinstance(coverage, FixedGrid) and split == HostSplit(RASTER)):
             raise ConfigurationError(
-                f"programs for {coverage} of this tower are not split in the order {split.order!r}.",
-                hint=f"Name the order {usual.order!r}.",
+                f"programs for {coverage} of this tower do not support the token order {split.order!r}.",
+                hint=f"Use the order {usual.order!r}.",
             )
 
     def _check_bucket(self, bucket: Bucket) -> None:
         counted = self.sizes_of(Grid(1, self.merge_size, self.merge_size)).keys()
         if bucket.sizes.keys() != counted:
             raise ConfigurationError(
-                f"a bucket of this tower counts {' and '.join(counted)}; this one states {' and '.join(bucket.sizes)}.",
+                f"a bucket of this tower needs sizes for {' and '.join(counted)}, not {' and '.join(bucket.sizes)}.",
                 hint="Make buckets with `Tower.bucket`.",
             )
         tokens, rest = divmod(bucket.patches, self.spec.merged)
         if rest or tokens < 1:
             raise ConfigurationError(
                 f"{bucket.patches} patches are not a whole number of tokens.",
-                hint=f"Name a multiple of {self.spec.merged} patches.",
+                hint=f"Use a multiple of {self.spec.merged} patches.",
             )
         if self.spec.window is not None:
-            most = -(-tokens // self.spec.window)  # as many as a frame of one row of tokens has
+            most = -(-tokens // self.spec.window)  # the windows of a frame with one row of tokens
             if not 1 <= bucket.sizes["windows"] <= most:
                 raise ConfigurationError(
-                    f"{bucket.sizes['windows']} windows do not fit: {bucket.patches} patches are in 1 to {most}.",
+                    f"{bucket.sizes['windows']} windows do not fit: {bucket.patches} patches have 1 to {most}.",
                     hint="Make buckets with `Tower.bucket`.",
                 )
 
     def bucket(self, largest: Grid) -> Bucket:
-        """The smallest bucket that takes every frame of at most that height and width."""
+        """Return the smallest bucket that takes every frame of at most that height and width."""
         return Bucket(self.sizes_of(largest.frame))
 
     def sizes_of(self, frame: Grid) -> dict[str, int]:
-        """What a bucket has to hold of a frame: its patches, and its attention windows if the tower has them."""
+        """Count what a bucket must hold of a frame: `patches`, and `windows` if the tower has attention windows."""
         found = {"patches": frame.patches}
         if self.spec.window is not None:
             side = self.spec.window * self.merge_size
@@ -257,7 +263,7 @@ class Tower:
                 return coverage.most_patches is None or frame.patches <= coverage.most_patches
 
     def host(self, program: Program) -> Host:
-        """The host's part of one of this tower's programs.
+        """Return the host's part of one of this tower's programs.
 
         Raises:
             CheckpointError: If a weight that the host needs is missing or cannot be read.
@@ -265,7 +271,7 @@ class Tower:
         return Host(self.spec, program, self.weights if program.host else {})
 
     def operations(self, grids: Sequence[Grid]) -> Operations:
-        """Floating-point operations of one call."""
+        """Count the floating-point operations of one call."""
         return count_operations(self.spec, grids)
 
     def onnx_model(
@@ -277,47 +283,48 @@ class Tower:
         host: HostSplit | None = None,
         dialect: OperatorDialect | None = None,
     ) -> bytes:
-        """The tower as an ONNX model, its weights referenced in the files where they lie.
+        """Write the tower as an ONNX model that refers to the weights in their files.
 
         Args:
-            folder: External-data locations are relative to it; it must hold all shards, at any depth. None for
+            folder: External-data locations are relative to it; it must contain all shards, at any depth. None for
                 `weights_folder`.
-            coverage: Which grids it takes.
+            coverage: Which grids the model takes.
             precision: Dtype of weights and activations; inputs and outputs are float32.
-            host: What is left to the host, with fixed shapes and in standard operators only.
-            dialect: Whose operators: the standard's, of opset 17 for fixed shapes and 23 for `AnyGrid`, or ONNX
+            host: What is left to the host; only for fixed shapes in standard operators.
+            dialect: `standard` operators (opset 17 for fixed shapes, 23 for `AnyGrid`), or `microsoft` for ONNX
                 Runtime's fused ones. None for `microsoft` with `AnyGrid`, else `standard`.
+
+        Returns:
+            The serialized model.
 
         Raises:
             CheckpointError: If a weight is missing or does not fit the configuration.
-            ConfigurationError: If an argument is not known, the combination is not one that is written, the folder does
-                not hold the weights, or onnx is not installed.
+            ConfigurationError: If an argument or a combination is not supported, the folder does not contain the
+                weights, or onnx is not installed.
             GridError: If a fixed grid is not divisible by the merge size.
         """
         chosen = dialect or ("microsoft" if isinstance(coverage, AnyGrid) else "standard")
         for what, value, known in (("precision", precision, Precision), ("dialect", chosen, OperatorDialect)):
             if value not in get_args(known):
-                raise ConfigurationError(
-                    f"graphs are not written in {what} {value!r}.", hint=f"Name {' or '.join(get_args(known))}."
-                )
+                raise ConfigurationError(f"unknown {what} {value!r}.", hint=f"Choose {' or '.join(get_args(known))}.")
         self.check_program(coverage, host)
         folder = self.weights_folder if folder is None else folder.resolve()
         if outside := [str(each.file) for each in self.weights.values() if not each.file.is_relative_to(folder)]:
             raise ConfigurationError(
-                f"{folder} does not hold the weights, which are in {outside[0]}.",
+                f"{folder} does not contain the weights, which are in {outside[0]}.",
                 hint=f"Pass {self.weights_folder} or a folder above it.",
             )
         if host is not None and chosen == "microsoft":
             raise ConfigurationError(
-                "a program in ONNX Runtime's operators leaves nothing but the tables to the host.",
-                hint="Split programs in standard operators only.",
+                "a program in ONNX Runtime's operators cannot leave the patch embedding to the host.",
+                hint="Split only programs in standard operators.",
             )
         return _written(self.spec, self.weights, folder, coverage, precision, host, chosen)
 
 
 def _written(*arguments: Any) -> bytes:
-    """Call `write_model`. A plain function: a program is sent to child processes without its family."""
-    try:  # only a backend that opens this program needs onnx, which takes a noticeable time to import
+    """Call `write_model`. Not a method, because programs are sent to child processes without their family."""
+    try:  # only a backend that opens this program needs onnx, which is slow to import
         from visionaccel.towers.onnx import write_model
     except ModuleNotFoundError as error:
         raise ConfigurationError.missing_extra("writing an ONNX graph", error.name, "visionaccel[onnx]") from error

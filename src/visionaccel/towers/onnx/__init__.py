@@ -32,10 +32,10 @@ def write_model(
     host: HostSplit | None,
     dialect: OperatorDialect,
 ) -> bytes:
-    """A tower as a serialized model, its weights referenced relative to a folder; arguments as `Tower.onnx_model`.
+    """Write a tower as a serialized model that refers to its weights relative to `folder`; see `Tower.onnx_model`.
 
     Raises:
-        CheckpointError: If a weight is missing, or of a dtype that graphs do not refer to.
+        CheckpointError: If a weight is missing or has an unsupported dtype.
     """
     writer = GraphWriter(folder, precision)
     graph: TowerGraph

@@ -1,11 +1,11 @@
 """Graphs for any grid: tables are inputs, attention is one operator, and the frames of a call are a batch.
 
 So all frames of one call must have the same height and width. ONNX Runtime has its own kernels for norms, rotary
-positions and attention (`com.microsoft`), which are faster than what it makes of the standard's. Other runtimes know
-the standard's operators alone, which has them since opset 23.
+positions and attention (`com.microsoft`), which are faster than its standard operators. Other runtimes only have the
+standard operators, which include rotary positions and attention since opset 23.
 
-A program of fixed shapes in ONNX Runtime's operators is the same graph with values bound to its inputs: standard
-operators hold the scores of an attention in memory, where the fused one works through them piece by piece.
+A program of fixed shapes in ONNX Runtime's operators is the same graph with values bound to its inputs. Its fused
+attention computes the scores piece by piece, while standard operators keep all of them in memory.
 """
 
 from __future__ import annotations
@@ -57,23 +57,23 @@ class AnyGridGraph(TowerGraph):
 
     @abstractmethod
     def mask(self, mask: str) -> str:
-        """What hides the padding of windows, from the table [windows, keys]."""
+        """Make the attention mask that hides the padding of windows, from the table [windows, keys]."""
 
     @abstractmethod
     def rotary_inputs(self, cos: str, sin: str) -> list[str]:
-        """What every rotation takes, from tables [patches, head_dim / 2]."""
+        """Make the inputs that all rotations share, from tables [patches, head_dim / 2]."""
 
     @abstractmethod
     def rotate(self, x: str) -> str:
-        """Rotary position embedding of [1, patches, hidden], the two halves of each head as the pair."""
+        """Apply the rotary position embedding to [1, patches, hidden]; the two halves of each head are the pairs."""
 
     @abstractmethod
     def attend(self, batch: list[str], mask: str) -> str:
-        """Attention of queries, keys and values [batch, rows, hidden]; no mask where it is empty."""
+        """Attend with queries, keys and values [batch, rows, hidden]; an empty `mask` means no mask."""
 
 
 class MicrosoftGraph(AnyGridGraph):
-    """In ONNX Runtime's fused operators."""
+    """Uses ONNX Runtime's fused operators."""
 
     opset = 17
 
@@ -90,7 +90,7 @@ class MicrosoftGraph(AnyGridGraph):
         g, weights = self.g, self.norm_weights(norm, place)
         if norm.kind == "layer":
             return g.node("LayerNormalization", [x, *weights], axis=-1, epsilon=norm.epsilon)
-        # Written out: before opset 23 the standard has no operator for it, and ONNX Runtime fuses these.
+        # Written out: before opset 23 there is no standard operator for it, and ONNX Runtime fuses these nodes.
         mean = g.node("ReduceMean", [g.node("Mul", [x, x])], axes=[-1], keepdims=1)
         root = g.node("Sqrt", [g.node("Add", [mean, g.real(np.float32(norm.epsilon))])])
         return g.node("Mul", [g.node("Div", [x, root]), *weights])
@@ -123,7 +123,7 @@ class MicrosoftGraph(AnyGridGraph):
 
 
 class StandardGraph(AnyGridGraph):
-    """In the standard's operators of opset 23."""
+    """Uses standard operators of opset 23."""
 
     opset = 23
 
@@ -134,8 +134,8 @@ class StandardGraph(AnyGridGraph):
     def mask(self, mask: str) -> str:
         g = self.g
         kept = g.node("Cast", [mask], to=TensorProto.BOOL)
-        # [windows, heads, queries, keys], the same for every head and query. Written out for the queries: the standard
-        # lets it be broadcast, and ONNX Runtime's CPU does so over the heads only.
+        # [windows, heads, queries, keys], the same for every head and query. Expanded for the queries: the standard
+        # allows broadcasting them, but ONNX Runtime on the CPU broadcasts only the heads.
         keys = g.node("Unsqueeze", [kept, g.constant([1, 2])])
         return g.node("Expand", [keys, g.constant([1, 1, self.spec.window_patches, 1])])
 
@@ -159,9 +159,9 @@ class StandardGraph(AnyGridGraph):
 
 
 def bind_tables(spec: TowerSpec, g: GraphWriter, coverage: FixedGrid | Bucket) -> str:
-    """Bind the inputs of a graph for any grid to fixed shapes; how embeddings are padded, empty for not at all.
+    """Bind the inputs of a graph for any grid to fixed shapes; return the padding of the embeddings, empty for none.
 
-    A fixed grid has constant tables. A bucket's padded inputs are cut to the rows that are real.
+    A fixed grid has constant tables. A bucket's padded inputs are cut to the real rows.
     """
     if isinstance(coverage, FixedGrid):
         inputs, tables = signature(spec, AnyGrid(), None)[0], make_tables(spec, [coverage.grid])
@@ -193,6 +193,6 @@ def bind_tables(spec: TowerSpec, g: GraphWriter, coverage: FixedGrid | Bucket) -
 
 
 def _count(g: GraphWriter, flags: str) -> str:
-    """How many of a vector's flags are set, as int64 [1]."""
+    """Count the set flags of a vector, as int64 [1]."""
     numbers = g.node("Cast", [flags], to=TensorProto.INT64)
     return g.node("ReduceSum", [numbers, g.constant([0])], keepdims=1)

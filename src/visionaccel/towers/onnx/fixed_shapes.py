@@ -1,9 +1,9 @@
 """Graphs of fixed shapes in standard operators of opset 17, for devices that compile ahead of time.
 
-Heads are the leading axis of attention, so that a run of windows is a reshape away from a batch of them. `FixedGrid`
-bakes the tables in and runs the windows of one size as one batch, without any mask. That takes window order `grouped`;
-a split program with `raster` order at its edges gathers into it and back. `Bucket` takes the tables as inputs, gathers
-the rows into windows of full size, and adds a mask term to the scores.
+Heads are the leading axis of attention, so that one reshape turns a run of windows into a batch. `FixedGrid` bakes the
+tables in and runs the windows of each size as one batch, without a mask. That needs the window order `grouped`; a split
+program whose inputs and outputs are in `raster` order gathers into it and back. `Bucket` takes the tables as inputs,
+gathers the rows into windows of full size, and adds a mask term to the scores.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class FixedShapesGraph(TowerGraph):
             self._take(coverage, host)
 
     def _bake(self, coverage: FixedGrid, host: HostSplit | None) -> None:
-        """Constant tables of one grid. The graph's own order is `grouped`; that at its edges may be another."""
+        """Make constant tables of one grid. The graph computes in `grouped` order; inputs and outputs may differ."""
         g, spec = self.g, self.spec
         tables = make_tables(spec, [coverage.grid], grouped=spec.window is not None)
         cos, sin = tables["rotary_cos"], tables["rotary_sin"]
-        # The first half is negated, so that a rotation swaps halves and negates none.
+        # The first half of the sines is negated, so that a rotation only swaps halves.
         self._cos, self._sin = (g.constant(np.concatenate(halves, axis=1)) for halves in ([cos, cos], [-sin, sin]))
         self._frame_bias = self._window_bias = ""
         if spec.positions is not None and host is None:
@@ -69,7 +69,7 @@ class FixedShapesGraph(TowerGraph):
                 )
 
     def _take(self, bucket: Bucket, host: HostSplit | None) -> None:
-        """Tables that are inputs, padded to the sizes of a bucket; masks are terms added to the scores."""
+        """Use the tables that are inputs, padded to the sizes of a bucket; masks are terms added to the scores."""
         g, spec = self.g, self.spec
         self._cos = g.node("Concat", ["rotary_cos", "rotary_cos"], axis=1)
         self._sin = g.node("Concat", [g.node("Neg", ["rotary_sin"]), "rotary_sin"], axis=1)
@@ -124,14 +124,14 @@ class FixedShapesGraph(TowerGraph):
         return g.node("Reshape", [g.node("Transpose", [out], perm=[1, 0, 2]), self.rows])
 
     def _rotate(self, x: str) -> str:
-        """Rotary position embedding of float32 [heads, patches, head_dim], the two halves of a head as the pair."""
+        """Apply the rotary embedding to float32 [heads, patches, head_dim]; a head's two halves are the pairs."""
         g, half = self.g, self.spec.head_dim // 2
         first, second = g.split(x, [half, half], axis=2)
         swapped = g.concat([second, first], axis=2)
         return g.node("Add", [g.node("Mul", [x, self._cos]), g.node("Mul", [swapped, self._sin])])
 
     def _attend(self, query: str, key: str, value: str, *, axes: int, bias: str) -> str:
-        """softmax(query key^T + bias) value over the last two of `axes` axes; the query comes scaled."""
+        """Compute softmax(query key^T + bias) value over the last two of `axes` axes; the query is already scaled."""
         g, (*leading, rows, width) = self.g, range(axes)
         scores = g.widen(g.node("MatMul", [query, g.node("Transpose", [key], perm=[*leading, width, rows])]))
         if bias:
@@ -139,7 +139,7 @@ class FixedShapesGraph(TowerGraph):
         return g.node("MatMul", [g.narrow(g.node("Softmax", [scores], axis=-1)), value])
 
     def _within_windows(self, qkv: Sequence[str]) -> str:
-        """Attention of [heads, patches, head_dim] within windows, those of one size as a batch."""
+        """Attend within windows, over [heads, patches, head_dim]; windows of equal size are one batch."""
         g, heads, width, padded = self.g, self.spec.heads, self.spec.head_dim, bool(self._window_bias)
         if padded:
             qkv = [g.node("Gather", [x, self._window_rows], axis=1) for x in qkv]

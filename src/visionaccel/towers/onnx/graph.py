@@ -1,4 +1,4 @@
-"""Any tower as one ONNX graph: the walk from patches to embeddings; `any_grid` and `fixed_shapes` write what differs.
+"""Writes any tower as one ONNX graph, from patches to embeddings; `any_grid` and `fixed_shapes` add what differs.
 
 Rows are patches [patches, hidden] from the embedding to the merger, in window order where the tower has windows.
 """
@@ -30,7 +30,7 @@ from visionaccel.towers.onnx.writer import GraphWriter
 
 
 class TowerGraph(ABC):
-    """One writing of a tower. A subclass writes norms, activations and attention.
+    """Writes a tower to a graph. A subclass writes norms, activations and attention.
 
     Args:
         spec: The tower.
@@ -40,10 +40,10 @@ class TowerGraph(ABC):
 
     Attributes:
         opset: Version of the standard operators.
-        order_index: int64 [tokens]; where each token of the graph's own order stands in the order at its edge. Empty
-            where these are the same.
+        order_index: int64 [tokens]; for each token in the graph's own order, its place in the order of the input. Empty
+            if the orders are the same.
         reverse_index: int64 [tokens]; its inverse.
-        pads: How the embeddings are padded, as `Pad` takes it; empty for not at all.
+        pads: The padding of the embeddings, as the operator `Pad` takes it; empty for none.
     """
 
     opset: ClassVar[int]
@@ -59,25 +59,25 @@ class TowerGraph(ABC):
 
     @abstractmethod
     def norm(self, norm: Norm, place: str, x: str) -> str:
-        """A normalisation over the last axis."""
+        """Normalise over the last axis."""
 
     def add_norm(self, norm: Norm, place: str, x: str, update: str) -> tuple[str, str]:
-        """X + update, which may be empty, and its normalisation."""
+        """Return X + update, where `update` may be empty, and its normalisation."""
         total = self._add(x, update)
         return total, self.norm(norm, place, total)
 
     @abstractmethod
     def activation(self, kind: ActivationKind, x: str) -> str:
-        """A function of each element."""
+        """Apply a function to each element."""
 
     @abstractmethod
     def attention(self, x: str, place: str, block: int) -> str:
-        """A block's attention, from its normalised rows to what its last projection takes."""
+        """Compute a block's attention, from its normalised rows to the input of its last projection."""
 
     def write(self, *, split: bool) -> str:
-        """Write the tower; its value is the float32 embeddings in the order at the edge.
+        """Write the tower and return its float32 embeddings, in the order of the input.
 
-        With `split` the host embeds the patches: [tokens, merged, hidden] comes in, in the order at the edge.
+        With `split` the host embeds the patches: the input is [tokens, merged, hidden].
         """
         spec, g = self.spec, self.g
         x = g.narrow(PATCH_EMBEDDINGS) if split else self._embed(g.narrow(PIXELS))
@@ -113,7 +113,7 @@ class TowerGraph(ABC):
         return x if self.spec.positions is None else self.g.node("Add", [x, self._positions(self.spec.positions)])
 
     def _positions(self, positions: Positions) -> str:
-        """The learned positions of every patch in input order; one gather a tap: no [P, taps, hidden] is made."""
+        """Compute learned positions in input order, one tap at a time, so that [P, taps, hidden] is never in memory."""
         g = self.g
         table = self.weight(f"{positions.name}.weight")
         total = ""
@@ -128,7 +128,7 @@ class TowerGraph(ABC):
         return self.g.node("Add", [x, update]) if update else x
 
     def norm_weights(self, norm: Norm, place: str) -> list[str]:
-        """The scale, and the bias if it has one."""
+        """Return the scale, and the bias if the norm has one."""
         name = place + norm.name
         return [self.weight(f"{name}.{part}") for part in (("weight", "bias") if norm.kind == "layer" else ("weight",))]
 
@@ -150,22 +150,22 @@ class TowerGraph(ABC):
         return x
 
     def _merge(self, x: str) -> str:
-        """Rows with those of a token side by side: [tokens, merged * hidden]."""
+        """Put the rows of a token side by side: [tokens, merged * hidden]."""
         return self.g.node("Reshape", [x, self._tokens])
 
     def weight(self, name: str, view: tuple[int, ...] | None = None) -> str:
-        """A weight by the spec's name, seen in another shape if one is given."""
+        """Return a weight by the spec's name, in the shape `view` if given."""
         if name not in self._weights:
             raise CheckpointError(
                 f"the checkpoint's vision tower has no tensor {name!r}.",
-                hint="Pass a complete checkpoint; a checkpoint stripped of its vision weights cannot be written.",
+                hint="Pass a complete checkpoint, not one that was stripped of its vision weights.",
             )
         return self.g.weight(name, self._weights[name], view)
 
     def linear(self, step: Linear, place: str, x: str) -> str:
-        """A linear layer of [rows, inputs]; `transB` takes the stored layout as it is."""
+        """Apply a linear layer to [rows, inputs]; with `transB` the weight keeps its stored layout."""
         g, name, matrix = self.g, place + step.name, (step.outputs, step.inputs)
-        if step.kernel:  # its axes are moved, which a runtime does once
+        if step.kernel:  # a runtime moves the axes once, when it loads the constant
             moved = g.node("Transpose", [self.weight(f"{name}.weight")], perm=[0, 2, 3, 1])
             weight = g.node("Reshape", [moved, g.constant(matrix)])
         else:
@@ -174,7 +174,7 @@ class TowerGraph(ABC):
         return g.node("Gemm", [x, weight, *bias], transB=1)
 
     def projections(self, x: str, place: str) -> list[str]:
-        """Queries, keys and values of a block as they are stored: one of [rows, 3 * hidden], or three."""
+        """Compute queries, keys and values as their weights are stored: one of [rows, 3 * hidden], or three."""
         if f"{place}{APART[0]}.weight" not in self._weights:
             return [self.linear(self.spec.qkv, place, x)]
         hidden = self.spec.hidden

@@ -1,4 +1,4 @@
-"""Writes ONNX graphs directly: nodes in order, weights referenced in their safetensors shards; nothing is traced."""
+"""Writes ONNX graphs directly, without tracing: nodes in order, and weights as references to safetensors shards."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ MICROSOFT = "com.microsoft"
 """Domain of ONNX Runtime's fused operators."""
 
 _WEIGHTS = ("float32", "float16", "bfloat16")
-"""Dtypes of weights that a graph may refer to."""
+"""Dtypes of weights that graphs can refer to."""
 
 
 class GraphWriter:
-    """Collects the nodes and initializers of one graph; every method returns the name of the value it makes.
+    """Collects the nodes and initializers of one graph; every method returns the name of the value that it makes.
 
     Args:
         weights_folder: External-data locations are written relative to it, without `..`.
-        precision: Dtype of weights and floating constants as the nodes use them.
+        precision: Dtype in which the nodes use weights and floating-point constants.
 
     Attributes:
-        bound: Values that stand for names, such as those of inputs, in the nodes that are written from now on.
+        bound: Values that replace names, such as those of inputs, in the nodes that are written from now on.
     """
 
     def __init__(self, weights_folder: Path, precision: Precision = "float32") -> None:
@@ -47,44 +47,44 @@ class GraphWriter:
         self._types: list[onnx.ValueInfoProto] = []
 
     def node(self, operator: str, inputs: Sequence[str], *, domain: str = "", **attributes: Any) -> str:
-        """A node with one output."""
+        """Add a node with one output."""
         return self.nodes(operator, inputs, [True], domain=domain, **attributes)[0]
 
     def nodes(
         self, operator: str, inputs: Sequence[str], outputs: Sequence[bool], *, domain: str = "", **attributes: Any
     ) -> list[str]:
-        """A node with several outputs, without those marked False."""
+        """Add a node with several outputs; those marked False are left out."""
         number = len(self._nodes)
         names = [f"v{number}.{place}" if wanted else "" for place, wanted in enumerate(outputs)]
         given = [self.bound.get(name, name) for name in inputs]
         node = helper.make_node(operator, given, names, name=f"{operator}.{number}", domain=domain, **attributes)
         self._nodes.append(node)
         if domain == MICROSOFT and self.precision != "float32":
-            # onnx infers no types through these operators, and code that rewrites a graph of low precision needs them.
+            # onnx infers no types through these operators, but code that rewrites low-precision graphs needs them.
             self._types += [
                 helper.make_tensor_value_info(name, DTYPES[self.precision].onnx, None) for name in names if name
             ]
         return [name for name in names if name]
 
     def split(self, value: str, sizes: Sequence[int], axis: int) -> list[str]:
-        """Parts of a value along an axis; the value itself if there is one part."""
+        """Split a value along an axis; the value itself if there is only one part."""
         if len(sizes) == 1:
             return [value]
         return self.nodes("Split", [value, self.constant(sizes)], [True] * len(sizes), axis=axis)
 
     def concat(self, values: Sequence[str], axis: int) -> str:
-        """Values side by side along an axis; the value itself if there is one."""
+        """Concatenate values along an axis; the value itself if there is only one."""
         return values[0] if len(values) == 1 else self.node("Concat", values, axis=axis)
 
     def rename(self, value: str, name: str) -> None:
-        """Rename a value that a node made, such as to a graph output."""
+        """Rename the output of a node, such as to a graph output."""
         for node in self._nodes:
             for place, output in enumerate(node.output):
                 if output == value:
                     node.output[place] = name
 
     def constant(self, values: NDArray[Any] | np.generic | Sequence[int]) -> str:
-        """A small constant, stored in the model; equal constants are stored once."""
+        """Add a small constant, stored in the model; equal constants are stored once."""
         array = np.asarray(values)
         key = (str(array.dtype), array.tobytes(), array.shape)
         if key not in self._constants:
@@ -94,20 +94,20 @@ class GraphWriter:
         return self._constants[key]
 
     def weight(self, name: str, stored: StoredTensor, view: tuple[int, ...] | None = None) -> str:
-        """A weight that stays in its shard, in the writer's precision.
+        """Refer to a weight that stays in its shard, cast to the writer's precision.
 
         Args:
             name: Its name in the graph.
-            stored: Where it lies.
+            stored: The tensor in its file.
             view: Another shape of the same bytes, such as a convolution's kernel as a matrix.
 
         Raises:
-            CheckpointError: If the stored dtype is not one that graphs refer to.
+            CheckpointError: If graphs cannot refer to the stored dtype.
         """
         if stored.dtype not in _WEIGHTS:
             raise CheckpointError(
-                f"{stored.file}: {stored.name!r} is {stored.dtype}; a graph's weights are {', '.join(_WEIGHTS)}.",
-                hint="Convert the checkpoint to one of these.",
+                f"{stored.file}: {stored.name!r} has the unsupported dtype {stored.dtype}.",
+                hint=f"Convert the checkpoint to one of {', '.join(_WEIGHTS)}.",
             )
         if name not in self._initializers:
             shape = view or stored.shape
@@ -122,21 +122,21 @@ class GraphWriter:
         return self._casts[name]
 
     def real(self, values: NDArray[Any] | np.floating[Any]) -> str:
-        """A floating constant in the writer's precision."""
+        """Add a floating-point constant in the writer's precision."""
         return self.constant(np.asarray(values).astype(FLOATS[self.precision]))
 
     def narrow(self, value: str, *, always: bool = False) -> str:
-        """A float32 value in the writer's precision; with `always`, one of any float dtype."""
+        """Cast a float32 value to the writer's precision; with `always`, a value of any float dtype."""
         if self.precision == "float32" and not always:
             return value
         return self.node("Cast", [value], to=DTYPES[self.precision].onnx)
 
     def widen(self, value: str) -> str:
-        """A value in float32."""
+        """Cast a value to float32."""
         return value if self.precision == "float32" else self.node("Cast", [value], to=TensorProto.FLOAT)
 
     def model(self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], opset: int) -> onnx.ModelProto:
-        """The finished model; the nodes use the names of the inputs and made values of those of the outputs."""
+        """Finish the model; the nodes must use the names of the inputs and produce the names of the outputs."""
         domains = [helper.make_opsetid("", opset)]
         if any(node.domain == MICROSOFT for node in self._nodes):
             domains.append(helper.make_opsetid(MICROSOFT, 1))
