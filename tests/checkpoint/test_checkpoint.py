@@ -108,9 +108,9 @@ def test_a_configuration_that_is_no_json_object_is_refused(copy, text):
         Checkpoint(copy)
 
 
-def test_architectures_that_are_no_list_are_none(copy):
+def test_architectures_that_are_not_a_list_are_none(copy):
     edit_json(copy / "config.json", architectures=5)
-    with pytest.raises(UnsupportedArchitectureError, match="architecture none"):
+    with pytest.raises(UnsupportedArchitectureError, match=r"config\.json lists no architecture"):
         open_tower(copy)
 
 

@@ -92,7 +92,7 @@ def test_weights_of_another_layout_are_refused_by_every_backend(tiny, tmp_path, 
             tensors["visual.blocks.0.attn.k.bias"] = tensors["visual.blocks.0.attn.k.bias"][:, None]
 
     folder = reform(tiny, tmp_path / "form", change)
-    with pytest.raises(CheckpointError, match=r"do not fit the configuration: .* demands"):
+    with pytest.raises(CheckpointError, match=r"do not fit the configuration: .* requires"):
         open_encoder(folder, backend=backend)
 
 

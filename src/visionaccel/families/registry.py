@@ -52,10 +52,9 @@ def _family_of_any(architectures: Sequence[str], where: str) -> Family:
     for architecture in architectures:
         if architecture in _points():
             return _load(architecture)
-    raise UnsupportedArchitectureError(
-        f"{where} has an unsupported vision tower: its architecture is {', '.join(architectures) or 'not stated'}.",
-        hint=_known(),
-    )
+    named = ", ".join(architectures)
+    why = f"its architecture is {named}" if named else "its config.json lists no architecture"
+    raise UnsupportedArchitectureError(f"{where} has an unsupported vision tower: {why}.", hint=_known())
 
 
 def family_named(name: str) -> Family:
