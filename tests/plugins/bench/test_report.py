@@ -452,9 +452,10 @@ def test_files_that_cannot_be_read_or_are_too_large_are_told(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(InputError, match="is not a file"):
         read_document(tmp_path / "pipe")
-    (tmp_path / "large.json").write_bytes(b" " * (2**20 + 1))
-    with pytest.raises(InputError, match="it is larger than 1048576 bytes"):
-        read_document(tmp_path / "large.json", 2**20)
+    with (tmp_path / "large.json").open("wb") as file:
+        file.truncate(8 * 2**20 + 1)
+    with pytest.raises(InputError, match="it is larger than 8388608 bytes"):
+        read_document(tmp_path / "large.json")
 
 
 # The command, and a browser
