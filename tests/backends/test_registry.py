@@ -122,7 +122,7 @@ def test_a_plug_in_that_hangs_is_named_in_time_and_leaves_the_others_alone(site,
     install(site, "acme-hanging", "broken", HANGS)
     registry = Registry()
     started = time.monotonic()
-    with pytest.raises(PluginError, match=r"acme-hanging 1\.0 cannot be loaded: .* did not end within 1 s"):
+    with pytest.raises(PluginError, match=r"acme-hanging 1\.0 cannot be loaded: importing .* took more than 1 s"):
         registry.load("broken")
     selection = select(registry, open_tower(tiny))  # does not wait for it once more
     assert time.monotonic() - started < 5

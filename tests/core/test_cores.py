@@ -194,7 +194,7 @@ def test_without_a_language_model_nothing_is_chosen():
         ({0, 1}, {2, 3, 6, 7}, "busy"),
         ({0, 1, 2, 3}, {4, 5, 6, 7}, "busy"),
         ({0, 1, 2, 3, 4, 5, 6}, {7}, "busy"),
-        (set(range(8)), set(range(8)), "busy, which leaves no other"),
+        (set(range(8)), set(range(8)), "busy, which leaves no other core"),
         (set(), set(range(8)), "busy"),
     ],
 )
