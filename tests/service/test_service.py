@@ -243,7 +243,7 @@ def test_a_coroutine_that_need_not_wait_leaves_nothing_behind(device):
     with EncodeService([device[0]]) as service:
         asyncio.run(ask(service))
         assert service.counters.cached == 19
-        assert service._state._watchers == []
+        assert service._state.change._done_callbacks == []
 
 
 # Sharing
@@ -671,7 +671,7 @@ def test_a_call_that_never_returns_does_not_hold_up_the_end(device, caplog):
     service.close(wait=0.1)
     with pytest.raises(ServiceClosedError, match="while it encoded the item"):
         running.result(20)
-    assert "A call of device 'cpu' has not returned" in caplog.text
+    assert "A call of encoder 'gated' has not returned; it keeps its device" in caplog.text
     gate.let_in()
 
 

@@ -1,16 +1,18 @@
 """What holds of a service's items after every step of any schedule."""
 
 import itertools
+import math
+import time
 
 import numpy as np
-import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from visionaccel.core.grid import Grid
-from visionaccel.errors import DeadlineError, DeviceError, QueueFullError, ServiceClosedError
+from visionaccel.errors import DeadlineError, DeviceError, ServiceClosedError
 from visionaccel.service.cache import EmbeddingCache
 from visionaccel.service.state import Item, ServiceState
+from visionaccel.trust import Embedded
 
 GRID = Grid(1, 2, 2)
 SIZE = 3
@@ -45,11 +47,11 @@ class Machine(RuleBasedStateMachine):
         in_service, cached = key in self.wanted.values() or key in self.keys(), self.cache.get(key)
         item = Item(key, np.zeros(1), GRID, arrival, urgent, next(self.order))
         try:
-            future = self.state.enter(item, 0)
+            future = self.state.enter(item)
         except ServiceClosedError:
             assert self.closed
             return
-        except QueueFullError:
+        if future is None:
             assert not in_service
             assert cached is None
             assert self.state.counters.waiting == SIZE
@@ -74,7 +76,7 @@ class Machine(RuleBasedStateMachine):
         waiting = self.waiting()
         if not (ready or self.closed):
             return  # it would wait
-        item = self.state.take(lambda _: ready)
+        item = self.state.take(lambda: 0.0 if ready else math.inf)
         first = min(waiting, key=lambda each: (not each.urgent, each.arrival, each.submitted))
         assert item is first
         assert item.patches is not None
@@ -87,10 +89,11 @@ class Machine(RuleBasedStateMachine):
         if answer == "right":
             result = np.zeros((1, 4), np.float32)
             self.cache.put(item.key, result)
+            found = Embedded(result)
         else:
-            result = DeviceError("gone") if answer == "error" else DeadlineError("late")
+            found = result = DeviceError("gone") if answer == "error" else DeadlineError("late")
         open_before = item.key in self.keys()
-        self.state.finish(item, result, 0.1, fallback=False)
+        self.state.finish(item, found, 0.1)
         if open_before:
             self.settle({item.key}, result)
 
@@ -147,23 +150,31 @@ TestMachine = Machine.TestCase
 
 def test_an_equal_item_needs_no_room():
     state = ServiceState(1, EmbeddingCache(0))
-    first = state.enter(Item("a", np.zeros(1), GRID, 0.0), 0)
-    with pytest.raises(QueueFullError, match="is full"):
-        state.enter(Item("b", np.zeros(1), GRID, 0.0), 0)
-    second = state.enter(Item("a", np.zeros(1), GRID, 0.0), 0)
-    item = state.take(lambda _: True)
-    state.finish(item, np.zeros((1, 4), np.float32), 0.0, fallback=False)
+    first = state.enter(Item("a", np.zeros(1), GRID, 0.0))
+    assert state.enter(Item("b", np.zeros(1), GRID, 0.0)) is None
+    second = state.enter(Item("a", np.zeros(1), GRID, 0.0))
+    item = state.take(lambda: 0.0)
+    state.finish(item, Embedded(np.zeros((1, 4), np.float32)), 0.0)
     assert first.result(0) is second.result(0)
 
 
-def test_a_change_is_answered_at_once_where_there_is_room_and_later_where_there_is_none():
+def test_a_change_is_done_once_there_may_be_room_and_no_waiter_ends_it_for_others():
     state = ServiceState(1, EmbeddingCache(0))
-    assert state.next_change().done()
-    state.enter(Item("a", np.zeros(1), GRID, 0.0), 0)
-    waits, gives_up = state.next_change(), state.next_change()
-    assert not waits.done()
-    gives_up.cancel()
-    state.take(lambda _: True)
-    assert waits.done()
+    state.enter(Item("a", np.zeros(1), GRID, 0.0))
+    change = state.change
+    assert state.enter(Item("b", np.zeros(1), GRID, 0.0)) is None
+    assert not change.cancel()
+    assert not change.done()
+    state.take(lambda: 0.0)
+    assert change.done()
+    change = state.change
     state.close(drain=False)
-    assert state.next_change().done()
+    assert change.done()
+
+
+def test_an_item_that_must_wait_first_is_taken_once_it_has_waited():
+    state = ServiceState(1, EmbeddingCache(0))
+    state.enter(Item("a", np.zeros(1), GRID, 0.0))
+    started = time.monotonic()
+    assert state.take(lambda: 0.1).key == "a"
+    assert 0.05 < time.monotonic() - started < 10

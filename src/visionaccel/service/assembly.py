@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ from visionaccel.bundle import Bundle, read_golden
 from visionaccel.core.cores import Host, choose_cores, shown_cores
 from visionaccel.core.defaults import CACHE_SIZE, DEADLINE, LONGEST_SECONDS, OPEN_DEADLINE, QUEUE_SIZE
 from visionaccel.core.safe_text import safe_logger
-from visionaccel.encoder import Encoder, WantedIsolation, WantedWeights, hold_source, open_encoder, open_source
+from visionaccel.encoder import WantedIsolation, WantedWeights, hold_source, open_encoder, open_source
 from visionaccel.errors import BackendUnavailableError, DeviceError, PluginError, VisionAccelError
 from visionaccel.families import Tower
 from visionaccel.observe import TimingLog, TraceLog
@@ -52,84 +52,74 @@ def open_guarded(
         TimingLog.install()
     if settings.trace is not None:
         TraceLog.install(settings.trace)
-    return _Opening(source, settings, host).chains(devices)
+    if settings.fallback or settings.shadow:  # these may open later, when the files have changed
+        source = hold_source(source, settings.weights)
+    opening = _Opening(source, settings, host)
+    fallbacks = {name: opening.link(source.tower, name) for name in settings.fallback}
+    reference = None
+    if settings.shadow:
+        default_registry().entry(_REFERENCE)  # fail now rather than at the first comparison
+        reference = fallbacks.get(_REFERENCE) or opening.link(source.tower, _REFERENCE)
+    links: list[ChainLink] = []
+    try:
+        with ExitStack() as opened:
+            for device in devices:
+                link = opening.link(source, settings.backend or AUTO, device, settings.options, same=True)
+                opened.callback(link.close)
+                opening.start(link)
+                links.append(link)
+            opened.pop_all()
+    except (BackendUnavailableError, PluginError, DeviceError) as error:
+        if not fallbacks or (settings.canary == "strict" and isinstance(error, _CanaryError)):
+            raise
+        return [opening.without_devices(list(fallbacks.values()), error)]
+    return [
+        GuardedEncoder(
+            link,
+            [*(other for other in links if other is not link), *fallbacks.values()],
+            None if reference is None else opening.shadow(link, reference),
+        )
+        for link in links
+    ]
 
 
 class _Opening:
-    """Opens the encoders of one source, which share its weights, golden images and fallbacks."""
+    """Makes and starts links over one source, which share its golden images, its first answer and its cores."""
 
     def __init__(self, source: Tower | Bundle, settings: Settings, host: Host | None) -> None:
-        if settings.fallback or settings.shadow:  # these may open later, when the files have changed
-            source = hold_source(source, settings.weights)
-        self._source, self._settings = source, settings
+        self._settings = settings
         choice = choose_cores(settings.cpu_cores, host)
         self._cores = choice.cores
         if choice.cores is not None:
             logger.info("The encoder's threads run on cores %s of the CPU: %s.", shown_cores(choice.cores), choice.why)
         self._first_answer = FirstAnswer()
         self._golden = read_golden(source) if isinstance(source, Bundle) and settings.canary != "off" else ()
-        self._fallbacks = {name: self._fallback(name) for name in settings.fallback}
-        if settings.shadow:
-            default_registry().entry(_REFERENCE)  # fail now rather than at the first comparison
-            self._reference = self._fallbacks.get(_REFERENCE) or self._fallback(_REFERENCE)
 
-    def chains(self, devices: tuple[str | None, ...]) -> list[GuardedEncoder]:
-        settings, fallbacks = self._settings, list(self._fallbacks.values())
-        name = settings.backend or AUTO
-        try:
-            with ExitStack() as stack:
-                links = []
-                for device in devices:
-                    opener = partial(self._open, self._source, name, device, settings.options)
-                    links.append(self._link(name, opener, same=True))
-                    stack.callback(links[-1].close)
-                    self._try(links[-1])
-                stack.pop_all()
-        except (BackendUnavailableError, PluginError, DeviceError) as error:
-            if not fallbacks or (settings.canary == "strict" and isinstance(error, _CanaryError)):
-                raise
-            return [self._without_devices(fallbacks, error)]
-        return [
-            GuardedEncoder(link, [*(other for other in links if other is not link), *fallbacks], self._shadow(link))
-            for link in links
-        ]
-
-    def _without_devices(self, fallbacks: Sequence[ChainLink], error: VisionAccelError) -> GuardedEncoder:
-        """Return a chain of the fallbacks, from the first that can start."""
-        for number, link in enumerate(fallbacks):
-            logger.error("Starting with the fallback %r, because %s", link.name, error)
-            try:
-                self._try(link)
-            except VisionAccelError as another:
-                link.close()
-                error = another
-                continue
-            return GuardedEncoder(link, fallbacks[number + 1 :])
-        raise error
-
-    def _try(self, link: ChainLink) -> None:
-        """Open an encoder and have it encode the golden images; raise if it cannot, or gets them wrong."""
-        opened = link.open()
-        if isinstance(opened, VisionAccelError):
-            raise opened
-        link.name = opened.backend  # the name may have been `auto`
-        if self._settings.canary == "off":
-            return
-        failure = link.check().failure
-        if failure is not None:
-            raise _CanaryError(
-                f"backend {link.name!r} failed its canary and cannot be trusted: {failure}",
-                hint="Run `visionaccel validate` and `visionaccel doctor`; VISIONACCEL_CANARY=off skips this check.",
-            )
-
-    def _fallback(self, name: str) -> ChainLink:
-        tower = self._source.tower
-        return self._link(name, partial(self._open, tower, name), same=False)
-
-    def _link(self, name: str, opener: Callable[[], Encoder], *, same: bool) -> ChainLink:
+    def link(
+        self,
+        source: Tower | Bundle,
+        backend: str,
+        device: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        *,
+        same: bool = False,
+    ) -> ChainLink:
+        """Make a link that opens its encoder when it is first needed."""
         settings = self._settings
+        opener = partial(
+            open_encoder,
+            source,
+            backend=backend,
+            device=device,
+            options=options,
+            isolation=settings.isolation,
+            deadline=LONGEST_SECONDS,  # the link enforces the deadline and ends the device's process
+            open_deadline=settings.open_deadline,
+            cores=self._cores,
+            weights=settings.weights,
+        )
         return ChainLink(
-            name,
+            backend,
             opener,
             canary=Canary(self._golden, self._first_answer, fallback=not same),
             canary_on=settings.canary != "off",
@@ -141,33 +131,37 @@ class _Opening:
             same=same,
         )
 
-    def _shadow(self, link: ChainLink) -> Shadow | None:
-        settings, encoder = self._settings, link.encoder_if_open
-        if not settings.shadow:
-            return None
+    def start(self, link: ChainLink) -> None:
+        """Open a link's encoder and have it encode the golden images; raise if it cannot, or gets them wrong."""
+        encoder = link.open()
+        if isinstance(encoder, VisionAccelError):
+            raise encoder
+        link.name = encoder.backend  # the name may have been `auto`
+        failure = link.check().failure if self._settings.canary != "off" else None
+        if failure is not None:
+            raise _CanaryError(
+                f"backend {link.name!r} failed its canary and cannot be trusted: {failure}",
+                hint="Run `visionaccel validate` and `visionaccel doctor`; VISIONACCEL_CANARY=off skips this check.",
+            )
+
+    def without_devices(self, fallbacks: Sequence[ChainLink], error: VisionAccelError) -> GuardedEncoder:
+        """Return a chain of the fallbacks, from the first that can start."""
+        for number, link in enumerate(fallbacks):
+            logger.error("Starting with the fallback %r, because %s", link.name, error)
+            try:
+                self.start(link)
+                return GuardedEncoder(link, fallbacks[number + 1 :])
+            except VisionAccelError as another:
+                link.close()
+                error = another
+        raise error
+
+    def shadow(self, link: ChainLink, reference: ChainLink) -> Shadow:
+        """Make the shadow of a link that is open."""
+        encoder = link.encoder_if_open
         assert encoder is not None
         limits = [image.threshold for image in self._golden] or [precision_limit(encoder)]
-        return Shadow(settings.shadow, settings.shadow_limit or min(limits), self._reference)
-
-    def _open(
-        self,
-        source: Tower | Bundle,
-        backend: str,
-        device: str | None = None,
-        options: Mapping[str, Any] | None = None,
-    ) -> Encoder:
-        settings = self._settings
-        return open_encoder(
-            source,
-            backend=backend,
-            device=device,
-            options=options,
-            isolation=settings.isolation,
-            deadline=LONGEST_SECONDS,  # the link enforces the deadline and ends the device's process
-            open_deadline=settings.open_deadline,
-            cores=self._cores,
-            weights=settings.weights,
-        )
+        return Shadow(self._settings.shadow, self._settings.shadow_limit or min(limits), reference)
 
 
 class _CanaryError(DeviceError):
@@ -215,8 +209,8 @@ def open_service(
     settings = make_settings(
         backend=backend,
         device=None,
-        devices=tuple(devices),
-        fallback=fallback if isinstance(fallback, str | None) else tuple(fallback),
+        devices=devices,
+        fallback=fallback,
         options=dict(options or {}),
         isolation=isolation,
         deadline=deadline,

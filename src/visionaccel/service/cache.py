@@ -47,20 +47,22 @@ class EmbeddingCache:
         with self._lock:
             return self._entries.get(key)
 
-    def put(self, key: str, embedding: NDArray[Any], generation: int | None = None) -> None:
+    def put(self, key: str, embedding: NDArray[Any], generation: int | None = None) -> bool:
         """Keep an embedding [tokens, width], which becomes read-only; the caller must not write to it any more.
 
-        If the cache was cleared since the generation in which the computation began, the embedding is not kept.
+        Returns:
+            False if the cache was cleared since the generation in which the computation began: nothing is kept then.
         """
         embedding.flags.writeable = False
         with self._lock:
             if generation not in (None, self.generation):
-                return
+                return False
             self._entries.pop(key, None)  # cachetools 5 would make room for the whole replacement
             entries = len(self._entries)
             with suppress(ValueError):  # too large
                 self._entries[key] = embedding
             self.evicted += entries + 1 - len(self._entries)
+            return True
 
     def clear(self) -> None:
         """Remove all embeddings and begin a new generation."""

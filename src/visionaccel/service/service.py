@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import ExitStack
 from functools import partial
-from types import TracebackType
+from itertools import chain
 from typing import Self
 
 import numpy as np
@@ -22,7 +23,7 @@ from visionaccel.core.safe_text import safe_logger
 from visionaccel.errors import ConfigurationError, DeviceError, PatchesError, QueueFullError, VisionAccelError
 from visionaccel.service.cache import EmbeddingCache, embedding_key, numerics
 from visionaccel.service.state import Embedding, Item, ServiceCounters, ServiceState
-from visionaccel.trust import GuardedEncoder
+from visionaccel.trust import Embedded, GuardedEncoder
 
 logger = safe_logger(__name__)
 
@@ -64,7 +65,16 @@ class EncodeService:
         cache: int | EmbeddingCache = CACHE_SIZE,
         dtype: str = "float32",
     ) -> None:
-        self._numbers = _one_numerics(encoders, dtype)
+        if not encoders:
+            raise ConfigurationError("an encode service needs an encoder.", hint="Open one with open_encoder.")
+        if dtype not in FLOATS:
+            raise ConfigurationError(f"unknown dtype {dtype!r} of embeddings.", hint=f"Choose {' or '.join(FLOATS)}.")
+        self._numerics, *others = {numerics(encoder.primary, dtype) for encoder in encoders}
+        if others:
+            raise ConfigurationError(
+                "all devices of an encode service must run the same programs, with one backend, precision and options.",
+                hint="Open a service for each kind of device.",
+            )
         self.encoders = tuple(encoders)
         self.tower = encoders[0].primary.tower
         self.cache = cache if isinstance(cache, EmbeddingCache) else EmbeddingCache(cache)
@@ -76,8 +86,8 @@ class EncodeService:
         self._closed = False
         for link in links:
             link.on_drift(self.cache.clear)
-        self._threads = [(encoder, thread) for encoder in encoders for thread in self._threads_of(encoder)]
-        for _, thread in self._threads:
+        self._threads = {encoder: self._threads_of(encoder) for encoder in encoders}
+        for thread in chain(*self._threads.values()):
             thread.start()
 
     @property
@@ -136,7 +146,18 @@ class EncodeService:
             QueueFullError: If there was no room in time.
             ServiceClosedError: If the service is closed.
         """
-        return self._state.enter(self._item(patches, grid, key, arrival, urgent), timeout)
+        item = self._item(patches, grid, key, arrival, urgent)
+        until = None if timeout is None else time.monotonic() + timeout
+        while True:
+            change = self._state.change
+            future = self._state.enter(item)
+            if future is not None:
+                return future
+            if not wait([change], None if until is None else max(0.0, until - time.monotonic())).done:
+                raise QueueFullError(
+                    f"the queue of the encode service is full{f', and has been for {timeout:g} s' if timeout else ''}.",
+                    hint="Try again later, or raise VISIONACCEL_QUEUE_SIZE.",
+                )
 
     async def submit_async(
         self, patches: Array, grid: GridLike, *, key: str | None = None, arrival: float | None = None
@@ -148,10 +169,11 @@ class EncodeService:
         """
         item = await asyncio.to_thread(self._item, patches, grid, key, arrival)
         while True:
-            try:
-                return await asyncio.wrap_future(self._state.enter(item, 0))
-            except QueueFullError:
-                await asyncio.wrap_future(self._state.next_change())
+            change = self._state.change
+            future = self._state.enter(item)
+            if future is not None:
+                return await asyncio.wrap_future(future)
+            await asyncio.wrap_future(change)
 
     def encode(self, patches: Array, grids: Iterable[GridLike]) -> list[Embedding]:
         """Encode several images and videos and wait for all of them.
@@ -201,17 +223,15 @@ class EncodeService:
             until = None if wait is None else time.monotonic() + wait
             with ExitStack() as stack:
                 stack.callback(self._end)
-                for encoder in self.encoders:
-                    stack.callback(self._close_chain, encoder)
-                for _, thread in self._threads:
+                for encoder, threads in self._threads.items():
+                    stack.callback(_close_chain, encoder, threads)
+                for thread in chain(*self._threads.values()):
                     thread.join(None if until is None else max(0.0, until - time.monotonic()))
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _end(self) -> None:
@@ -225,14 +245,6 @@ class EncodeService:
         names = [f"visionaccel-{capabilities.device}-{call}" for call in range(calls)]
         return [threading.Thread(target=self._run, args=(encoder,), name=name, daemon=True) for name in names]
 
-    def _close_chain(self, encoder: GuardedEncoder) -> None:
-        """Close a chain's encoders. A call that is still in progress keeps its encoder until it returns."""
-        alive = any(thread.is_alive() for chain, thread in self._threads if chain is encoder)
-        if alive:
-            device = encoder.primary.capabilities.device
-            logger.warning("A call of device %r has not returned; it keeps the device and a thread.", device)
-        encoder.close(0.0 if alive else _CLOSING)
-
     def _item(
         self, patches: Array, grid: GridLike, key: str | None, arrival: float | None, urgent: bool = False
     ) -> Item:
@@ -242,7 +254,7 @@ class EncodeService:
                 f"{len(patches)} patches were given, but grid {checked} has {checked.patches}.", hint=_MISMATCH
             )
         try:
-            own_key = embedding_key(patches, checked, self._numbers, key)
+            own_key = embedding_key(patches, checked, self._numerics, key)
         except Exception as error:
             raise PatchesError(
                 f"the patches cannot be read: {type(error).__name__}: {error}.",
@@ -260,55 +272,38 @@ class EncodeService:
     # On a device's threads:
 
     def _run(self, encoder: GuardedEncoder) -> None:
-        while (item := self._state.take(partial(self._may_take, encoder))) is not None:
+        while (item := self._state.take(partial(self._least_wait, encoder))) is not None:
             started = time.monotonic()
-            result, fallback = self._encode(encoder, item, started - item.submitted)
-            self._state.finish(item, result, time.monotonic() - started, fallback=fallback)
+            answer = self._encode(encoder, item, started - item.submitted)
+            self._state.finish(item, answer, time.monotonic() - started)
 
-    def _may_take(self, encoder: GuardedEncoder, item: Item) -> bool:
-        """Whether a chain can answer an item, or must fail it because hang and wait have lasted too long."""
+    def _least_wait(self, encoder: GuardedEncoder) -> float:
+        """Seconds that an item must have waited before a chain takes it, to answer it or, if all hang, to fail it."""
         if encoder.stuck_for == 0:
-            return True
-        stuck = min(each.stuck_for for each in self.encoders)
-        return min(stuck, time.monotonic() - item.submitted) >= self._deadline
+            return 0.0
+        return self._deadline if min(each.stuck_for for each in self.encoders) >= self._deadline else math.inf
 
-    def _encode(self, encoder: GuardedEncoder, item: Item, waited: float) -> tuple[Embedding | VisionAccelError, bool]:
-        """An item's answer, and whether a fallback computed it. Retries if wrong answers were found during the call."""
+    def _encode(self, encoder: GuardedEncoder, item: Item, waited: float) -> Embedded | VisionAccelError:
+        """Return an item's answer. Retries if wrong answers were found during the call."""
         patches = item.patches
         try:
             for _ in range(_TRIES):
                 generation = self.cache.generation
                 (answer,) = encoder.encode_items(patches, [item.grid], waited)
                 if isinstance(answer, VisionAccelError):
-                    return answer, False
+                    return answer
                 rows = np.asarray(as_numpy(answer.rows), dtype=self._dtype, order="C")
                 rows.flags.writeable = False
-                if answer.fallback:
-                    return rows, True
-                self.cache.put(item.key, rows, generation)
-                if generation == self.cache.generation:
-                    return rows, False
+                if answer.fallback or self.cache.put(item.key, rows, generation):
+                    return Embedded(rows, answer.fallback)
             message = f"a device was found to give wrong answers during each of {_TRIES} tries."
-            return DeviceError(message, hint="Try again later; see the log."), False
+            return DeviceError(message, hint="Try again later; see the log.")
         except Exception as error:  # The thread must survive any exception; the item fails with it.
             logger.exception("Unexpected error while encoding.")
-            return DeviceError(f"encoding failed with {type(error).__name__}: {error}"), False
+            return DeviceError(f"encoding failed with {type(error).__name__}: {error}")
 
 
-def _one_numerics(encoders: Sequence[GuardedEncoder], dtype: str) -> str:
-    """Return the `numerics` that all encoders share.
-
-    Raises:
-        ConfigurationError: If there is no encoder, they differ, or the dtype is unknown.
-    """
-    if not encoders:
-        raise ConfigurationError("an encode service needs an encoder.", hint="Open one with open_encoder.")
-    if dtype not in FLOATS:
-        raise ConfigurationError(f"unknown dtype {dtype!r} of embeddings.", hint=f"Choose one of: {', '.join(FLOATS)}.")
-    first = numerics(encoders[0].primary, dtype)
-    if any(numerics(encoder.primary, dtype) != first for encoder in encoders[1:]):
-        raise ConfigurationError(
-            "all devices of an encode service must run the same programs, with one backend, precision and options.",
-            hint="Open a service for each kind of device.",
-        )
-    return first
+def _close_chain(encoder: GuardedEncoder, threads: Sequence[threading.Thread]) -> None:
+    """Close a chain's encoders. A call that is still in progress keeps its encoder until it returns."""
+    alive = any(thread.is_alive() for thread in threads)
+    encoder.close(0.0 if alive else _CLOSING)

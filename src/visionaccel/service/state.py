@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeAlias
@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 
 from visionaccel.core.arrays import Array
 from visionaccel.core.grid import Grid
-from visionaccel.errors import DeadlineError, QueueFullError, ServiceClosedError, VisionAccelError
+from visionaccel.errors import DeadlineError, ServiceClosedError, VisionAccelError
 from visionaccel.service.cache import EmbeddingCache
+from visionaccel.trust import Embedded
 
 Embedding: TypeAlias = NDArray[Any]
 """Embeddings [tokens, out_width] of one item, in the service's dtype, read-only."""
@@ -35,33 +36,19 @@ _NEW = "Open a new one."
 
 @dataclass
 class ServiceCounters:
-    """What a service has done so far, and what it is doing.
+    """What a service has done so far, and what it is doing now."""
 
-    Attributes:
-        submitted: Items that were accepted.
-        encoded: Items that a device or a fallback encoded.
-        fallback: Encoded items that a fallback encoded.
-        cached: Items whose embedding was in the cache.
-        merged: Items that equalled one in the service, and joined it.
-        failed: Items that could not be encoded, including those past a deadline.
-        expired: Items whose call was past its deadline.
-        cancelled: Items that were cancelled while they waited.
-        busy_seconds: Seconds that devices spent on items, over all devices.
-        waiting: Items that wait for a device now.
-        running: Items that are being encoded now.
-    """
-
-    submitted: int = 0
-    encoded: int = 0
-    fallback: int = 0
-    cached: int = 0
-    merged: int = 0
-    failed: int = 0
-    expired: int = 0
-    cancelled: int = 0
-    busy_seconds: float = 0.0
-    waiting: int = 0
-    running: int = 0
+    submitted: int = 0  #: Items that were accepted.
+    encoded: int = 0  #: Items that a device or a fallback encoded.
+    fallback: int = 0  #: Encoded items that a fallback encoded.
+    cached: int = 0  #: Items whose embedding was in the cache.
+    merged: int = 0  #: Items that equalled one in the service, and joined it.
+    failed: int = 0  #: Items that could not be encoded, including those past a deadline.
+    expired: int = 0  #: Items whose call was past its deadline.
+    cancelled: int = 0  #: Items that were cancelled while they waited.
+    busy_seconds: float = 0.0  #: Seconds that devices spent on items, over all devices.
+    waiting: int = 0  #: Items that wait for a device now.
+    running: int = 0  #: Items that are being encoded now.
 
 
 @dataclass(eq=False)
@@ -90,17 +77,17 @@ class ServiceState:
 
     def __init__(self, size: int, cache: EmbeddingCache) -> None:
         self._size, self._cache = size, cache
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._change = _new_change()
         self._by_key: dict[str, Item] = {}
         self._waiting: set[Item] = set()
-        self._watchers: list[Future[None]] = []
         self._counters = ServiceCounters()
         self._closed = False
 
     @property
     def counters(self) -> ServiceCounters:
         """A snapshot of the counters."""
-        with self._changed:
+        with self._lock:
             waiting = len(self._waiting)
             return replace(self._counters, waiting=waiting, running=len(self._by_key) - waiting)
 
@@ -109,137 +96,132 @@ class ServiceState:
         """Whether the queue accepts any item at once."""
         return len(self._waiting) < self._size and not self._closed
 
-    def enter(self, item: Item, timeout: float | None) -> Future[Embedding]:
-        """Accept a new item: join an equal one, answer from the cache, or queue it.
+    @property
+    def change(self) -> Future[None]:
+        """A future that is done once the items have changed: read it before a look at them that may lead to a wait."""
+        return self._change
+
+    def enter(self, item: Item) -> Future[Embedding] | None:
+        """Accept a new item: join an equal one, answer from the cache, or queue it; None if there is no room.
 
         Raises:
-            QueueFullError: If there was no room within the timeout.
             ServiceClosedError: If the service is closed.
         """
-        with self._changed:
-            future = self._changed.wait_for(partial(self._entered, item), timeout)
-        if future is None:
-            raise QueueFullError(
-                f"the queue of the encode service is full{f', and has been for {timeout:g} s' if timeout else ''}.",
-                hint="Try again later, or raise VISIONACCEL_QUEUE_SIZE.",
-            )
+        future: Future[Embedding] = Future()
+        with self._lock:
+            if self._closed:
+                raise ServiceClosedError("the encode service is closed.", hint=_NEW)
+            counters, twin = self._counters, self._by_key.get(item.key)
+            known = self._cache.get(item.key) if twin is None else None
+            if twin is not None:
+                counters.merged += 1
+                twin.urgent, twin.arrival = twin.urgent or item.urgent, min(twin.arrival, item.arrival)
+                item = twin
+            elif known is not None:
+                counters.cached += 1
+                future.set_result(known)
+            elif self.room:
+                self._by_key[item.key] = item
+                self._waiting.add(item)
+                self._changed()
+            else:
+                return None
+            counters.submitted += 1
+            if known is None:
+                item.futures.add(future)
+                future.add_done_callback(partial(self._cancelled, item))
         return future
 
-    def next_change(self) -> Future[None]:
-        """Return a future that is done when there may be room, or the service is closed."""
-        watcher: Future[None] = Future()
-        with self._changed:
-            self._watchers.append(watcher)
-            if self.room or self._closed:
-                self._notify()
-        return watcher
+    def take(self, least_wait: Callable[[], float]) -> Item | None:
+        """Wait for an item to encode, and return the first; None if the service is closed and empty.
 
-    def take(self, may: Callable[[Item], bool]) -> Item | None:
-        """Wait for an item that the caller may encode, and return the first; None if the service is closed and empty.
-
-        While the caller may encode none of the waiting items, `may` is asked again every 20 ms; after `close` it is
-        not asked.
+        Until `close`, only items that have waited for `least_wait()` seconds are taken; it is called every 20 ms while
+        none has.
         """
-        with self._changed:
-            while True:
-                turns = sorted(self._waiting, key=lambda each: each.turn)
-                item = next((each for each in turns if self._closed or may(each)), None)
-                if item is not None:
+        while True:
+            with self._lock:
+                latest = time.monotonic() - (0.0 if self._closed else least_wait())
+                ripe = [item for item in self._waiting if item.submitted <= latest]
+                if ripe:
+                    item = min(ripe, key=lambda each: each.turn)
                     self._waiting.remove(item)
-                    self._notify()
+                    self._changed()
                     return item
                 if self._closed:
                     return None
-                self._changed.wait(_PERIOD if turns else None)
+                change, period = self._change, _PERIOD if self._waiting else None
+            wait([change], period)
 
-    def finish(self, item: Item, result: Embedding | VisionAccelError, seconds: float, *, fallback: bool) -> None:
+    def finish(self, item: Item, answer: Embedded | VisionAccelError, seconds: float) -> None:
         """Answer an item that ran, and count the seconds that its device was busy."""
-        with self._changed:
+        with self._lock:
             counters = self._counters
             counters.busy_seconds += seconds
             if self._by_key.get(item.key) is not item:
                 return  # abandoned
-            if not isinstance(result, VisionAccelError):
+            if isinstance(answer, Embedded):
                 counters.encoded += 1
-                counters.fallback += fallback
+                counters.fallback += answer.fallback
             elif item.futures:
                 counters.failed += 1
-                counters.expired += isinstance(result, DeadlineError)
-            futures = self._done([item])
-        _answer(futures, result)
+                counters.expired += isinstance(answer, DeadlineError)
+            futures = self._removed([item])
+        _answer(futures, answer)
 
     def close(self, *, drain: bool) -> None:
         """Accept no more items. Fail those that wait, or leave them for the devices."""
-        with self._changed:
+        with self._lock:
             self._closed = True
-            futures = self._done([] if drain else self._waiting)
+            futures = self._removed([] if drain else self._waiting)
         _answer(futures, ServiceClosedError("the encode service is closed.", hint=_NEW))
 
     def abandon(self) -> None:
         """Fail the items of calls that do not return."""
-        with self._changed:
-            futures = self._done(self._by_key.values())
+        with self._lock:
+            futures = self._removed(self._by_key.values())
         _answer(futures, ServiceClosedError("the encode service was closed while it encoded the item.", hint=_NEW))
 
     def _cancelled(self, item: Item, future: Future[Embedding]) -> None:
         """Remove a future; drop the item if it waits and this was its last future."""
         if not future.cancelled():
             return
-        with self._changed:
+        with self._lock:
             item.futures.discard(future)
             if not item.futures and item in self._waiting:
                 self._counters.cancelled += 1
-                self._done([item])
+                self._removed([item])
 
     # With the lock held:
 
-    def _entered(self, item: Item) -> Future[Embedding] | None:
-        """Try to accept an item; None if there is no room."""
-        if self._closed:
-            raise ServiceClosedError("the encode service is closed.", hint=_NEW)
-        twin = self._by_key.get(item.key)
-        known = self._cache.get(item.key) if twin is None else None
-        if twin is None and known is None and not self.room:
-            return None
-        future: Future[Embedding] = Future()
-        self._counters.submitted += 1
-        if known is not None:
-            self._counters.cached += 1
-            future.set_result(known)
-            return future
-        if twin is None:
-            twin = self._by_key[item.key] = item
-            self._waiting.add(item)
-            self._notify()
-        else:
-            self._counters.merged += 1
-            twin.urgent, twin.arrival = twin.urgent or item.urgent, min(twin.arrival, item.arrival)
-        twin.futures.add(future)
-        future.add_done_callback(partial(self._cancelled, twin))
-        return future
-
-    def _done(self, items: Iterable[Item]) -> list[Future[Embedding]]:
-        """Remove items, and collect the futures to resolve."""
+    def _removed(self, items: Iterable[Item]) -> list[Future[Embedding]]:
+        """Remove items, and return the futures to answer."""
         futures: list[Future[Embedding]] = []
         for item in list(items):
             self._waiting.discard(item)
             del self._by_key[item.key]
             futures += item.futures
             item.futures, item.patches = set(), None
-        self._notify()
+        self._changed()
         return futures
 
-    def _notify(self) -> None:
-        self._changed.notify_all()
-        watchers, self._watchers = self._watchers, []
-        _answer(watchers, None)
+    def _changed(self) -> None:
+        """Wake everything that waits for a change."""
+        change, self._change = self._change, _new_change()
+        change.set_result(None)
 
 
-def _answer(futures: Iterable[Future[Any]], result: Embedding | VisionAccelError | None) -> None:
+def _new_change() -> Future[None]:
+    """Return a future that no waiter can cancel, because it counts as running."""
+    change: Future[None] = Future()
+    change.set_running_or_notify_cancel()
+    return change
+
+
+def _answer(futures: Iterable[Future[Embedding]], answer: Embedded | VisionAccelError) -> None:
     for future in futures:
         if not future.set_running_or_notify_cancel():
             continue  # cancelled since the lock was released
-        if isinstance(result, VisionAccelError):
-            future.set_exception(result)
+        if isinstance(answer, VisionAccelError):
+            future.set_exception(answer)
         else:
-            future.set_result(result)
+            future.set_result(answer.rows)
