@@ -305,7 +305,7 @@ def test_a_damaged_shard_is_refused_as_damaged(sharded, tmp_path):
     assert list(tmp_path.iterdir()) == [sharded]
 
 
-@pytest.mark.parametrize(("target", "message"), [("missing", "broken link"), (".", "folder around it")])
+@pytest.mark.parametrize(("target", "message"), [("missing", "broken link"), (".", "folder that contains it")])
 def test_links_that_cannot_be_followed_are_named(whole, tmp_path, target, message):
     (whole / "extra").symlink_to(target)
     with pytest.raises(CheckpointError, match=rf"extra is a .*{message}"):

@@ -79,14 +79,14 @@ def test_validating_writes_it_back_in_this_version(tiny, exported, old):
 
 def test_a_damaged_one_is_refused_by_its_own_digest(old):
     edited(old, lambda stated: stated["programs"][0]["coverage"].update(grid=[1, 18, 10]))
-    with pytest.raises(BundleError, match="does not have the digest"):
+    with pytest.raises(BundleError, match="does not match its digest"):
         open_bundle(old)
 
 
 @pytest.mark.parametrize(
     ("change", "error", "complaint"),
     [
-        (lambda stated: stated.pop("vision_config"), BundleError, "does not state family and vision_config"),
+        (lambda stated: stated.pop("vision_config"), BundleError, "lacks family or vision_config"),
         (lambda stated: stated.update(family="other"), UnsupportedArchitectureError, "unknown tower family 'other'"),
         (lambda stated: stated.update(programs=[3]), BundleError, "is not a manifest"),
         (lambda stated: stated["programs"][1]["coverage"].pop("windows"), BundleError, "digest"),

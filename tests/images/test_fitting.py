@@ -201,7 +201,7 @@ def test_programs_for_every_grid_leave_the_size_to_the_processor(tower):
 
 
 def test_an_unknown_policy_is_refused(tower):
-    with pytest.raises(ConfigurationError, match="no policy 'strech'"):
+    with pytest.raises(ConfigurationError, match="unknown policy 'strech'"):
         fitter(tower, fixed("8x16"), "strech").fit(picture(90, 200))
 
 

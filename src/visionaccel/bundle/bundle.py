@@ -1,8 +1,8 @@
-"""Opening a bundle: every file is verified, and what is unknown, missing or elsewhere is refused.
+"""Opens a bundle: verifies every file, and refuses unknown, missing and outside ones.
 
-Nothing in a bundle is executed or unpickled: the manifest is JSON, weights are safetensors, programs are handed to a
-backend as the bytes whose digest was checked. No path or link leads out of the folder; the one exception is a
-checkpoint that the manifest declares external, whose vision weights must have the digest that the manifest states.
+Nothing in a bundle is executed or unpickled: the manifest is JSON, weights are safetensors, and a backend receives the
+bytes of a program whose digest was checked. No path or link may point outside the folder. The exception is a checkpoint
+that the manifest declares external: its vision weights must have the digest in the manifest.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from visionaccel.families import Tower, tower_of
 
 _AGAIN = "Export or fetch the bundle again."
 _READ = ("config.json", SINGLE_FILE, INDEX_FILE, *PROCESSOR_FILES)
-"""Files of a bundle that holds its weights that are read where they are there: each must be stated."""
+"""Files that are read from a bundle with weights if they exist, so the manifest must list them."""
 
 
 class Bundle:
-    """An opened bundle: verified files, and the programs in them. Holds no weights and no device.
+    """An opened bundle: verified files, and the programs in them. It keeps no weights in memory and uses no device.
 
     Attributes:
         folder: The bundle's folder.
-        manifest: What it states.
-        tower: The vision tower over the bundle's weights, or over those of the external checkpoint.
+        manifest: Its manifest.
+        tower: The vision tower with the bundle's weights, or with those of the external checkpoint.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, tower: Tower) -> None:
@@ -46,12 +46,12 @@ class Bundle:
         self._programs = tuple(self._program(entry) for entry in manifest.programs)
 
     def over(self, weights: Mapping[str, StoredTensor]) -> Bundle:
-        """The same bundle with its weights read from another place."""
+        """Return the same bundle with its weights read from another place."""
         return Bundle(self.folder, self.manifest, self.tower.over(weights))
 
     @property
     def family(self) -> str:
-        """The vision tower's architecture."""
+        """The name of the vision tower's family."""
         return self.manifest.family
 
     @cached_property
@@ -60,14 +60,10 @@ class Bundle:
         found = [p.coverage.grid for p in self._programs if isinstance(p.coverage, FixedGrid)]
         return tuple(dict.fromkeys(found))
 
-    def files(self) -> tuple[str, ...]:
-        """Every file that the manifest names, relative to the folder, without the manifest itself."""
-        return tuple(dict.fromkeys(file.path for file in self.manifest.every_file()))
-
     def programs(self, formats: Iterable[str]) -> tuple[Program, ...]:
-        """Its programs in the wanted formats, and the weights themselves if the format `checkpoint` is wanted.
+        """Return its programs in the wanted formats, and its weights as a program if `checkpoint` is one of them.
 
-        A bundle whose programs bring their weights may hold those of the host alone, which do not make a program.
+        A bundle whose programs contain their weights may have only those that the host needs, which are not a program.
         """
         wanted = set(formats)
         plain = self.tower.programs([CHECKPOINT]) if CHECKPOINT in wanted and self.tower.complete else ()
@@ -84,16 +80,17 @@ class Bundle:
             self.tower.check_program(coverage, split)
         except (ConfigurationError, GridError) as error:
             require(False, error.message)
-        needed = self.tower.host_weights
-        split_right = entry.host is None or entry.host.tensors == needed
-        require(split_right, f"the host of a split program needs {', '.join(needed)}, no more and no less.")
+        needed, referring = self.tower.host_weights, entry.format in ONNX_MODELS
+        exact = entry.host is None or entry.host.tensors == needed
+        require(exact, f"the host of a split program needs {', '.join(needed)}, and no other weights.")
         require(entry.format != CHECKPOINT, "the weights themselves are not a program of a bundle.")
-        readable = entry.format not in ONNX_MODELS or self.tower.complete
-        require(readable, "it reads its weights from the bundle, which does not hold all of them.")
+        require(not referring or self.tower.complete, "it reads its weights from the bundle, and some are missing.")
         expected = self.tower.signature(coverage, split)
         listed = "; ".join(str(spec) for specs in expected for spec in specs)
-        require((inputs, outputs) == expected, f"its tensors are not those of its coverage, {coverage}: {listed}.")
-        weights_folder = self.tower.weights_folder if entry.format in ONNX_MODELS else self.folder
+        require((inputs, outputs) == expected, f"its tensors must be those of coverage {coverage}: {listed}.")
+        weights_folder = self.tower.weights_folder if referring else self.folder
+        # Independent of the bundle's name and other content.
+        identity = [self.manifest.weights_digest, *sorted(f"{file.path} {file.sha256}" for file in entry.files)]
         return Program(
             name=entry.name,
             family=self.family,
@@ -113,19 +110,14 @@ class Bundle:
             companions={role: self.folder / path for role, path in entry.companions.items()},
             stored_names={t.name: t.stored_name for t in (*entry.inputs, *entry.outputs) if t.stored_name is not None},
             files={self.folder / file.path: file.sha256 for file in entry.files},
-            digest=self._digest(entry),
+            digest="sha256:" + hashlib.sha256("\n".join(identity).encode()).hexdigest(),
         )
-
-    def _digest(self, entry: ProgramEntry) -> str:
-        """What identifies a program with its weights, independent of the bundle's name and other content."""
-        parts = [self.manifest.weights_digest, *sorted(f"{file.path} {file.sha256}" for file in entry.files)]
-        return "sha256:" + hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _model(folder: Path, entry: ProgramEntry, weights: Mapping[str, StoredTensor], weights_folder: Path) -> bytes:
-    """A program's bytes, verified again as they are read, with its weights pointed at where they lie.
+    """Read a program, verify it again, and make it refer to the files of its weights.
 
-    A plain function: a program is sent to child processes without its bundle and its tower's family.
+    Not a method, because programs are sent to child processes without their bundle and family.
     """
     (stated,) = {file for file in entry.files if file.path == entry.model}
     path = folder / stated.path
@@ -139,7 +131,7 @@ def _model(folder: Path, entry: ProgramEntry, weights: Mapping[str, StoredTensor
 
 
 def is_bundle(source: str | os.PathLike[str] | Path) -> bool:
-    """Whether a folder holds a manifest."""
+    """Whether a folder has a manifest."""
     return Path(source, MANIFEST).is_file()
 
 
@@ -150,17 +142,17 @@ def open_bundle(
 
     Args:
         folder: The bundle.
-        checkpoint: Where the weights are, if the manifest declares its checkpoint external. Then what the manifest
-            names is tried: a folder, or a repository in this machine's Hugging Face cache; the network is not used.
-        trust_unchanged: Take the digest of files that did not change since they were last verified from memory; False
+        checkpoint: A checkpoint to try first if the manifest declares its checkpoint external. Then the one in the
+            manifest is tried: a folder, or a repository in this machine's Hugging Face cache; the network is not used.
+        trust_unchanged: Use the remembered digests of files that did not change since they were last verified; False
             reads every byte again.
 
     Raises:
-        BundleError: If the manifest or a file is missing, damaged, not what is stated, or leads out of the folder; or
-            the checkpoint's vision weights have another digest.
+        BundleError: If the manifest or a file is missing, damaged, not as in the manifest, or outside the folder; or
+            the checkpoint's vision weights have a different digest.
         CheckpointError: If the weights cannot be read.
-        UnsupportedArchitectureError: If this visionaccel does not know the family.
-        PluginError: If the plug-in that brings the family is broken.
+        UnsupportedArchitectureError: If the family is not installed.
+        PluginError: If the plug-in that provides the family is broken.
     """
     folder = Path(folder)
     manifest = parse_manifest(folder / MANIFEST)
@@ -176,31 +168,31 @@ def open_bundle(
     try:
         return Bundle(folder, manifest, when_steady(verified))
     except PluginError:
-        raise  # a family's plug-in is broken, and not the bundle
+        raise  # the plug-in of the family is broken, not the bundle
     except (OSError, ConfigurationError, GridError) as error:
         raise BundleError(f"{folder} cannot be opened: {error}", hint=_AGAIN) from error
 
 
 def tower_digest(tower: Tower, *, trust_unchanged: bool = True, progress: Callable[[int], None] | None = None) -> str:
-    """Digest of a tower's weights, remembered while their files stay unchanged.
+    """Return the digest of a tower's weights, which is remembered while their files stay unchanged.
 
     Args:
         tower: The tower.
-        trust_unchanged: As `open_bundle`.
+        trust_unchanged: Use the remembered digest; False reads every byte again.
         progress: Called with the number of bytes just read, if they are read.
     """
     weights = tower.weights
     files = sorted({tensor.file for tensor in weights.values()})
-    # The digest covers the tower's names too, and two families may read one file under different ones.
+    # The digest also covers the tower's names, and two families may use different names for the same file.
     named = sorted(f"{name}\0{tensor.name}" for name, tensor in weights.items())
     kind = "weights " + hashlib.sha256("\0".join(named).encode()).hexdigest()
     return remembered_digest(kind, files, lambda: weights_digest(weights, progress), trust_unchanged=trust_unchanged)
 
 
 def _verify(folder: Path, manifest: Manifest, *, trust_unchanged: bool) -> dict[Path, FileState]:
-    """The state of each file, links resolved, before it was read; refuses a file that is not as stated.
+    """Verify the manifest's files; return the state of each before it was read, by its path with links resolved.
 
-    No file is read before the place and size of all are known.
+    No file is read before the paths and sizes of all are checked.
     """
     places = [(_place(folder, file), file) for file in manifest.every_file()]
     states = {path: FileState.of(path) for path, _ in places}
@@ -214,14 +206,12 @@ def _verify(folder: Path, manifest: Manifest, *, trust_unchanged: bool) -> dict[
             )
     for path, file in places:
         if file_digest(path, trust_unchanged=trust_unchanged) != file.sha256:
-            raise BundleError(
-                f"{folder / file.path} is damaged: its SHA-256 is not what the manifest states.", hint=_AGAIN
-            )
+            raise BundleError(f"{folder / file.path} is damaged: its SHA-256 is not that in the manifest.", hint=_AGAIN)
     return states
 
 
 def _place(folder: Path, file: BundleFile) -> Path:
-    """Where a file lies, links resolved; it is a plain file within the folder, of the stated size."""
+    """Return the path of a file with links resolved; require a regular file in the folder, of the manifest's size."""
     path = folder / file.path
     try:
         resolved = path.resolve(strict=True)
@@ -229,12 +219,13 @@ def _place(folder: Path, file: BundleFile) -> Path:
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
         raise BundleError(f"{path} is missing: {error}", hint=_AGAIN) from error
     if not resolved.is_relative_to(folder.resolve()):
-        raise BundleError(f"{path} leads out of the bundle, to {resolved}.", hint="Do not use this bundle.")
+        raise BundleError(f"{path} points outside the bundle, to {resolved}.", hint="Do not use this bundle.")
     if not stat.S_ISREG(status.st_mode):
         raise BundleError(f"{path} is not a file.", hint=_AGAIN)
     if status.st_size != file.bytes:
         raise BundleError(
-            f"{path} has {status.st_size} bytes, and the manifest states {file.bytes}: it is truncated or another.",
+            f"{path} has {status.st_size} bytes, not {file.bytes} as in the manifest: it is truncated or a different "
+            "file.",
             hint=_AGAIN,
         )
     return resolved
@@ -242,41 +233,41 @@ def _place(folder: Path, file: BundleFile) -> Path:
 
 def _tower(folder: Path, manifest: Manifest, given: Checkpoint | None, *, trust_unchanged: bool) -> Tower:
     if manifest.checkpoint is None:
-        stated = {(folder / file.path).resolve() for file in manifest.every_file()}
-        _require_stated(folder, {(folder / name).resolve() for name in _READ if (folder / name).exists()} - stated)
-        # Without an index, what else lies in the folder, such as golden images, holds no weights.
+        _require_listed(folder, manifest, (folder / name for name in _READ if (folder / name).exists()))
+        # Without an index, other safetensors files in the folder, such as golden images, are not weights.
         checkpoint = Checkpoint(folder, files=None if (folder / INDEX_FILE).exists() else [folder / SINGLE_FILE])
-        _require_stated(folder, {file.resolve() for file in checkpoint.files} - stated)
+        _require_listed(folder, manifest, checkpoint.files)
         tower = tower_of(checkpoint)
     else:
         tower = _external_tower(folder, manifest, given, trust_unchanged=trust_unchanged)
     if tower.family != manifest.family:
         raise BundleError(
-            f"{folder} is of family {manifest.family!r}, and its configuration is of {tower.family!r}.", hint=_AGAIN
+            f"{folder} belongs to family {manifest.family!r}, but its configuration to {tower.family!r}.", hint=_AGAIN
         )
     described = tower.spec.document()
     if described != manifest.spec:
         names = described.keys() | manifest.spec.keys()
         differing = sorted(name for name in names if described.get(name) != manifest.spec.get(name))
         raise BundleError(
-            f"{folder / MANIFEST} states another vision configuration than {tower.checkpoint.folder}/config.json: "
+            f"{folder / MANIFEST} has another vision configuration than {tower.checkpoint.folder}/config.json: "
             f"{', '.join(differing)} differ.",
             hint=_AGAIN,
         )
     return tower
 
 
-def _require_stated(folder: Path, unstated: Iterable[Path]) -> None:
-    """What a bundle that holds its weights is made of must be among the files that were verified."""
-    if names := sorted(map(str, unstated)):
-        raise BundleError(f"{folder / MANIFEST} does not state {', '.join(names)}.", hint=_AGAIN)
+def _require_listed(folder: Path, manifest: Manifest, files: Iterable[Path]) -> None:
+    """Refuse files that will be read although the manifest does not list them, so that they were not verified."""
+    listed = {(folder / file.path).resolve() for file in manifest.every_file()}
+    if missing := sorted({file.resolve() for file in files} - listed):
+        raise BundleError(f"{folder / MANIFEST} does not list {', '.join(map(str, missing))}.", hint=_AGAIN)
 
 
 def _external_tower(folder: Path, manifest: Manifest, given: Checkpoint | None, *, trust_unchanged: bool) -> Tower:
     external = manifest.checkpoint
     assert external is not None
     refusals = []
-    for place in dict.fromkeys((given, None)):  # None for what the manifest names
+    for place in dict.fromkeys((given, None)):  # None for the checkpoint in the manifest
         try:
             checkpoint = place or locate_checkpoint(external.source, external.revision, download=False)
             tower = tower_of(checkpoint)
@@ -286,10 +277,10 @@ def _external_tower(folder: Path, manifest: Manifest, given: Checkpoint | None, 
             continue
         if found == manifest.weights_digest:
             return tower
-        refusals.append(f"the vision weights of {checkpoint.folder} have another digest.")
+        refusals.append(f"the vision weights of {checkpoint.folder} have a different digest.")
     raise BundleError(
         f"{folder} needs the vision weights of the checkpoint {external.source!r} that it was exported from: "
         + " ".join(refusals),
-        hint="Pass that checkpoint with --checkpoint or to open_bundle: what a manifest names is not downloaded. "
-        "Or export the bundle with --self-contained.",
+        hint="Pass that checkpoint with --checkpoint or to open_bundle; the one in the manifest is not downloaded. Or "
+        "export the bundle with --self-contained.",
     )

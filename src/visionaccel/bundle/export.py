@@ -1,4 +1,4 @@
-"""Writing a bundle from a checkpoint: weights are streamed, graphs are written, and the manifest comes last."""
+"""Exports a bundle from a checkpoint: streams the weights, writes the graphs, and finally the manifest."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from visionaccel.errors import ConfigurationError
 from visionaccel.families import Tower, tower_of
 
 Progress = Callable[[str, int, int], None]
-"""Called with a stage, how much of it is done, and how much it is in all: bytes of weights, or programs."""
+"""Called with the name of a stage, how much of it is done, and its total, both in bytes of weights or in programs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +47,8 @@ class ProgramRequest:
 
     Attributes:
         coverage: Which grids it takes.
-        split_host: Leave the patch embedding and the window reorder to the host; fixed shapes only.
-        dialect: Whose operators; None for standard ones in a program of fixed shapes, else ONNX Runtime's own.
+        split_host: Leave the patch embedding and the window reorder to the host; only for fixed shapes.
+        dialect: The operators to use; None for standard ones in a program of fixed shapes, else ONNX Runtime's own.
     """
 
     coverage: Coverage
@@ -73,42 +73,42 @@ def export_bundle(
     """Write a bundle and open it.
 
     Args:
-        tower: Where the weights are.
+        tower: The tower of the checkpoint.
         output: The folder to write; it appears whole or not at all.
-        requests: The programs, the preferred first.
-        source: Where users find the checkpoint again: a folder or a Hugging Face repository. Default: its folder.
-        revision: That repository's revision.
+        requests: The programs, in order of preference.
+        source: Where users find the checkpoint: a folder or a Hugging Face repository. Default: its folder.
+        revision: The revision of that repository.
         self_contained: Pack the weights into the bundle, in `precision`; otherwise they stay in the checkpoint.
         precision: Dtype of the programs' weights and activations.
         device: Kind of device that the programs are for; None for any.
         companions: JSON files that a backend needs next to each program, such as a compiler's configuration, by their
             role; `NAME.json` is written for role `NAME`.
         force: Replace an existing bundle.
-        progress: Called with how far it is.
+        progress: Called with the progress.
 
     Raises:
-        ConfigurationError: If there is nothing to write, two requests are for one coverage, one is for several frames
-            or too many patches, or `output` exists, cannot be written, or holds the weights that it would refer to.
+        ConfigurationError: If there are no requests, two have the same coverage, one is for several frames or too many
+            patches, or `output` exists, cannot be written, or contains the weights that it would refer to.
         CheckpointError: If a weight is missing or does not fit the configuration or the precision.
     """
     tell = progress or (lambda *_: None)
     names = [program_name(request.coverage) for request in requests]
     if not requests or len(set(names)) != len(names):
         raise ConfigurationError(
-            "there are no programs to write, or one is named twice.", hint="Name each grid, bucket or --dynamic once."
+            "no programs are requested, or one twice.", hint="Pass each grid, bucket or --dynamic once."
         )
     for request in requests:
         _check_size(request.coverage)
     if device is not None and not device.isidentifier():
         raise ConfigurationError(
             f"{device!r} is not a kind of device.",
-            hint="Name the kind alone, such as npu; the device itself is chosen at start.",
+            hint="Pass only the kind, such as npu; the device itself is chosen at start.",
         )
-    output = Path(os.path.realpath(output))  # through a link, the bundle that it leads to is replaced
+    output = Path(os.path.realpath(output))  # if it is a link to a bundle, that bundle is replaced
     if not self_contained and any(tensor.file.is_relative_to(output) for tensor in tower.weights.values()):
         raise ConfigurationError(
             f"{output} holds the weights themselves, and would be replaced by references to them.",
-            hint="Name another folder, or pack the weights with --self-contained.",
+            hint="Choose another folder, or pack the weights with --self-contained.",
         )
     total = sum(tensor.length for tensor in tower.weights.values())
     with appearing(output, force=force) as folder:
@@ -129,7 +129,7 @@ def export_bundle(
 
 
 def program_name(coverage: Coverage) -> str:
-    """The name of an exported program: `58x74`, `bucket-4292x80` or `dynamic`."""
+    """Return the name of an exported program, such as `58x74`, `bucket-4292x80` or `dynamic`."""
     match coverage:
         case FixedGrid(grid=grid):
             return f"{grid.h}x{grid.w}"
@@ -140,22 +140,23 @@ def program_name(coverage: Coverage) -> str:
 
 
 def _check_size(coverage: Coverage) -> None:
-    if isinstance(coverage, AnyGrid):
-        return
-    if isinstance(coverage, FixedGrid):
-        frames, patches = coverage.grid.t, coverage.grid.patches
-    else:
-        frames, patches = 1, coverage.patches
+    match coverage:
+        case AnyGrid():
+            return
+        case FixedGrid(grid=grid):
+            frames, patches = grid.t, grid.patches
+        case Bucket():
+            frames, patches = 1, coverage.patches
     if frames != 1 or patches > MOST_PATCHES:
         raise ConfigurationError(
             f"a program of fixed shapes takes one frame of at most {MOST_PATCHES} patches, not {coverage} "
             f"with {patches} patches in {frames} frames.",
-            hint="Name a smaller grid, or write a program for any grid.",
+            hint="Choose a smaller grid, or write a program for any grid.",
         )
 
 
 def _pack(tower: Tower, folder: Path, precision: Precision, total: int, tell: Progress) -> Tower:
-    """Write configuration, processor and weights into the folder; the tower over them."""
+    """Write configuration, image processor and weights into the folder, and return the tower with these weights."""
     needed = sum(math.prod(tensor.shape) for tensor in tower.weights.values()) * DTYPES[precision].bytes
     require_space(folder.parent, needed, "the tower", "Free some space, or leave the weights in the checkpoint.")
     named = {tower.weight_prefix + name: tensor for name, tensor in tower.weights.items()}
@@ -166,7 +167,7 @@ def _pack(tower: Tower, folder: Path, precision: Precision, total: int, tell: Pr
 
 
 def counter(stage: str, total: int, tell: Progress) -> Callable[[int], None]:
-    """A function that adds up pieces and reports the sum of them as progress."""
+    """Return a function that adds up the sizes of pieces and reports the sum as progress."""
     done = 0
 
     def count(piece: int) -> None:

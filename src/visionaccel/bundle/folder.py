@@ -1,4 +1,4 @@
-"""What is written into a bundle's folder: files that are on the disk, a sealed manifest, and all of it or nothing."""
+"""Writes a bundle's folder: durable files and a sealed manifest, as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ def new_manifest(
     programs: Sequence[Mapping[str, Any]],
     checkpoint: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """The manifest of a bundle whose files are in `folder`, for `write_manifest`.
+    """Make the manifest of a bundle, for `write_manifest`.
 
     Args:
-        folder: The bundle's folder.
+        folder: The bundle's folder, which has its files already.
         tower: The tower that the programs compute.
         digest: The `weights_digest` of the tower.
-        files: Files that all programs share.
+        files: The files that all programs share.
         programs: The manifest's entries of the programs.
-        checkpoint: As `external_checkpoint`; None for a bundle that holds the weights.
+        checkpoint: The result of `external_checkpoint`; None for a bundle with weights.
     """
     return {
         "schema_version": SCHEMA_VERSION,
@@ -58,7 +58,7 @@ def new_manifest(
 
 
 def write_manifest(folder: Path, document: Mapping[str, Any]) -> Manifest:
-    """Seal a manifest and put it into a bundle's folder, in the place of one that is there.
+    """Seal a manifest and write it into a bundle's folder, where it replaces any other.
 
     Raises:
         BundleError: If it is not a valid manifest.
@@ -71,12 +71,13 @@ def write_manifest(folder: Path, document: Mapping[str, Any]) -> Manifest:
 
 @contextmanager
 def appearing(output: Path, *, force: bool | None = None) -> Iterator[Path]:
-    """A folder next to `output` that takes its place in the end, and leaves no trace if anything fails before.
+    """Yield a folder next to `output` that becomes `output` at the end; if anything fails, it is removed.
 
-    With `force` it may replace a bundle; None is as False, for commands without that option.
+    With `force` it may replace a bundle, which is moved aside first and deleted last, so that `output` is always the
+    old bundle, missing, or the new one. None is the same as False, for commands without a --force option.
 
-    A bundle that is there already is moved aside first and deleted last, so that there is always the old one, none, or
-    the new one.
+    Raises:
+        ConfigurationError: If `output` exists and may not be replaced, or something cannot be written.
     """
     try:
         _check_replaceable(output, force=force)
@@ -88,7 +89,7 @@ def appearing(output: Path, *, force: bool | None = None) -> Iterator[Path]:
             with guarded_folder(folder):
                 yield folder
                 _sync(folder)
-            _check_replaceable(output, force=force)  # it may have appeared since
+            _check_replaceable(output, force=force)  # another program may have made it in between
             if output.exists():
                 output.rename(aside)
             folder.rename(output)
@@ -101,7 +102,7 @@ def appearing(output: Path, *, force: bool | None = None) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
         raise ConfigurationError(
-            f"{output} cannot be written: {error}", hint="Choose a folder with enough space that may be written."
+            f"{output} cannot be written: {error}", hint="Choose a writable folder with enough space."
         ) from error
 
 
@@ -110,11 +111,11 @@ def _check_replaceable(output: Path, *, force: bool | None) -> None:
         option = "" if force is None else ", or pass --force to replace a bundle"
         raise ConfigurationError(f"{output} exists.", hint=f"Remove it{option}.")
     if output.exists() and not (output / MANIFEST).is_file() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigurationError(f"{output} exists and is not a bundle.", hint="Name another folder.")
+        raise ConfigurationError(f"{output} exists and is not a bundle.", hint="Choose another folder.")
 
 
 def stated_file(folder: Path, path: Path) -> dict[str, Any]:
-    """A file of a bundle in `folder` as the manifest states it."""
+    """Return the manifest's entry of a file of the bundle in `folder`."""
     return {
         "path": path.relative_to(folder).as_posix(),
         "bytes": path.stat().st_size,
@@ -123,7 +124,7 @@ def stated_file(folder: Path, path: Path) -> dict[str, Any]:
 
 
 def toolchain(distributions: Iterable[str]) -> dict[str, str]:
-    """Versions of visionaccel, Python and those of the distributions that are installed."""
+    """Return the versions of visionaccel, Python and the given distributions, without those that are not installed."""
     found = {"visionaccel": __version__, "python": ".".join(map(str, sys.version_info[:3]))}
     for name in distributions:
         try:
@@ -134,21 +135,21 @@ def toolchain(distributions: Iterable[str]) -> dict[str, str]:
 
 
 def external_checkpoint(tower: Tower, source: str | None, revision: str | None) -> dict[str, Any]:
-    """How the manifest states the checkpoint that holds a bundle's weights."""
+    """Return the manifest's entry of the checkpoint that contains a bundle's weights."""
     return {"source": source or str(tower.checkpoint.folder.absolute()), "revision": revision}
 
 
 def require_space(folder: Path, needed: int, what: str, hint: str) -> None:
-    """Refuse, with a ConfigurationError, what takes more bytes than are free where a folder lies."""
+    """Raise a ConfigurationError if `what` needs more bytes than are free on the disk of a folder."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ConfigurationError(
-            f"{what} takes {needed / 2**30:.2f} GiB, and {folder} has {free / 2**30:.2f} GiB free.", hint=hint
+            f"{what} needs {needed / 2**30:.2f} GiB, but {folder} has {free / 2**30:.2f} GiB free.", hint=hint
         )
 
 
 def write_description(tower: Tower, folder: Path) -> None:
-    """Write what says which tower it is and what makes its patches: configuration and image processor."""
+    """Write the configurations of a tower and of its image processor into a folder."""
     write_file(folder / "config.json", as_json(tower.description))
     for name in PROCESSOR_FILES:
         if (tower.checkpoint.folder / name).exists():
@@ -156,12 +157,12 @@ def write_description(tower: Tower, folder: Path) -> None:
 
 
 def as_json(value: Mapping[str, Any]) -> bytes:
-    """An object as the text of a JSON file."""
+    """Return an object as a JSON file."""
     return (json.dumps(value, indent=1) + "\n").encode()
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file that is on the disk when this returns."""
+    """Write a file and wait until it is on the disk."""
     with path.open("wb") as file:
         file.write(data)
         file.flush()
@@ -169,7 +170,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write a bundle's file in the place of one that is there; a ConfigurationError if that is not possible."""
+    """Write a bundle's file, which replaces any other; a ConfigurationError if that is not possible."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         try:
@@ -179,12 +180,12 @@ def replace_file(path: Path, data: bytes) -> None:
             partial.unlink(missing_ok=True)
     except OSError as error:
         raise ConfigurationError(
-            f"{path} cannot be written: {error}", hint="Free some space, or use a folder that may be written."
+            f"{path} cannot be written: {error}", hint="Free some space, or choose a writable folder."
         ) from error
 
 
 def _sync(folder: Path) -> None:
-    """Make a renaming durable."""
+    """Make a rename durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,7 +1,7 @@
-"""Golden images of a bundle: patches with the embeddings that the float32 reference makes of them.
+"""Golden images of a bundle: patches with the embeddings that the float32 reference computes for them.
 
-`visionaccel validate` writes them next to the certificate, and a canary encodes them on the device before that serves a
-request. They are kept as patches and not as pictures, so that they test the encoder alone.
+`visionaccel validate` writes them with the certificate, and a canary encodes them on a device before the device serves
+requests. They are stored as patches rather than pictures, so that they test only the encoder.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _AGAIN = "Run `visionaccel validate` again."
 
 @dataclass(frozen=True, eq=False)
 class Golden:
-    """One encode with a known answer.
+    """One encode with a known result.
 
     Attributes:
-        name: What it shows, and at which grids.
-        program: The program it was chosen for.
-        grids: The images of the call.
+        name: A description of its content and grids.
+        program: The name of the program that it was chosen for.
+        grids: The grids of the call.
         patches: float32 [P, patch_width], read-only.
-        embeddings: float32 [N, out_width], the reference's, read-only.
+        embeddings: float32 [N, out_width], from the reference, read-only.
         threshold: The lowest cosine of a token that passes, as in the certificate.
     """
 
@@ -68,15 +68,15 @@ _ENTRIES = TypeAdapter(list[_Entry])
 
 
 def write_golden(bundle: Bundle, images: Sequence[Golden], changes: Mapping[str, Any]) -> Bundle:
-    """Put golden images, or none, into a bundle in the place of those it had, and seal its manifest again.
+    """Replace the golden images of a bundle, and seal its manifest again; return the changed bundle.
 
     Args:
         bundle: The bundle.
-        images: The images.
-        changes: Further fields of the manifest that change, such as the certificate.
+        images: The new images; empty for a bundle without any.
+        changes: Other fields of the manifest that change, such as the certificate.
 
     Raises:
-        BundleError: If the result is not a manifest.
+        BundleError: If the result is not a valid manifest.
         ConfigurationError: If the folder cannot be written.
     """
     from safetensors.numpy import save
@@ -89,23 +89,23 @@ def write_golden(bundle: Bundle, images: Sequence[Golden], changes: Mapping[str,
         tensors[f"{number}.embeddings"] = np.ascontiguousarray(each.embeddings, np.float32)
         grids = tuple(grid.thw for grid in each.grids)
         entries.append(_Entry(name=each.name[:256], program=each.program, grids=grids, threshold=each.threshold))
-    if kept != stated["files"]:  # or else the bundle would not open if this ended after the file was replaced
+    if kept != stated["files"]:  # otherwise the bundle could not be opened if this ended after the file was replaced
         write_manifest(bundle.folder, {**stated, "files": kept})
     if images:
         replace_file(path, save(tensors, {_KEY: _ENTRIES.dump_json(entries).decode()}))
         kept.append(stated_file(bundle.folder, path))
     manifest = write_manifest(bundle.folder, {**stated, **changes, "files": kept})
     if not images:
-        with suppress(OSError):  # not stated any more, and so not read
+        with suppress(OSError):  # the manifest no longer lists it, so it is not read
             path.unlink(missing_ok=True)
     return Bundle(bundle.folder, manifest, bundle.tower)
 
 
 def read_golden(bundle: Bundle) -> tuple[Golden, ...]:
-    """The golden images of a bundle; none if it has none.
+    """Read the golden images of a bundle, which may have none.
 
     Raises:
-        BundleError: If they are malformed, or do not fit the bundle's tower.
+        BundleError: If they are malformed or do not fit the bundle's tower.
         ChangedFileError: If the file changed since the bundle was opened.
     """
     stated = next((file for file in bundle.manifest.files if file.path == GOLDEN_FILE), None)
@@ -124,7 +124,7 @@ def _read(bundle: Bundle, path: Path, digest: str) -> tuple[Golden, ...]:
         tensors, metadata = read_header(path)
         entries = _ENTRIES.validate_json(metadata.get(_KEY, ""))
         if len(entries) > _MOST:
-            raise ValueError(f"it has {len(entries)} images, over {_MOST}")
+            raise ValueError(f"it has {len(entries)} images; at most {_MOST} are supported")
         images = tuple(_images(bundle, tensors, entries))
     except (ValidationError, CheckpointError, GridError, OSError, ValueError) as error:
         raise BundleError(f"{path} holds no golden images of this bundle: {problems_of(error)}", hint=_AGAIN) from error
@@ -150,5 +150,5 @@ def _images(bundle: Bundle, tensors: Mapping[str, StoredTensor], entries: Sequen
             arrays[what] = stored.read()
             arrays[what].flags.writeable = False
             if not np.isfinite(arrays[what]).all():
-                raise ValueError(f"its {what} of {entry.name!r} hold NaN or infinity")
+                raise ValueError(f"its {what} of {entry.name!r} contain NaN or infinity")
         yield Golden(entry.name, entry.program, grids, arrays["patches"], arrays["embeddings"], entry.threshold)

@@ -1,12 +1,12 @@
-"""Bundles on the model hub: push one to a repository, or pull one.
+"""Pushes bundles to repositories of the Hugging Face Hub, and pulls them.
 
-A revision of a repository (branch, tag or commit) holds one bundle; other files may lie next to it. A pull takes the
-manifest and what it names, all of one commit, and `open_bundle` verifies it before it is returned.
+A revision of a repository (branch, tag or commit) contains one bundle, and possibly other files. A pull downloads the
+manifest and the files in it from one commit, and `open_bundle` verifies them.
 
-The hub's cache has its snapshots as symbolic links to blobs elsewhere, and a bundle never leads out of its folder. So a
-pulled bundle has a separate folder, `visionaccel/COMMIT` in the repository's folder of the cache, which goes when the
-repository is deleted from the cache. Its files are hard links to the blobs, or copies where links cannot be made: to
-change a bundle, pull it with an output, which holds copies.
+Snapshots in the hub's cache are symbolic links, and no link in a bundle may point outside its folder. So a pulled
+bundle gets a separate folder, `visionaccel/COMMIT` in the repository's folder of the cache, which is removed when the
+repository is deleted from the cache. Its files are hard links to the cache's blobs, or copies where links are not
+possible. To change a bundle, pull it with `output`, which makes copies.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from visionaccel.errors import ArtifactError, BundleError, ConfigurationError, V
 
 @dataclass(frozen=True, slots=True)
 class PushReport:
-    """The commit that holds a pushed bundle, which is the branch's last one if that held the same bundle already."""
+    """The commit with a pushed bundle: the branch's last commit if that has the same bundle already."""
 
     repository: str
     revision: str
@@ -39,7 +39,7 @@ class PushReport:
 
 @dataclass(frozen=True, slots=True)
 class PullReport:
-    """A verified bundle and the commit that it came from."""
+    """A verified bundle and the commit that it was pulled from."""
 
     repository: str
     commit: str
@@ -54,21 +54,22 @@ def push_bundle(
     private: bool = False,
     message: str | None = None,
 ) -> PushReport:
-    """Commit a bundle to a repository, which is created if it does not exist; so is the branch, from the default one.
+    """Commit a bundle to a repository. Repository and branch are created if they do not exist.
 
-    The manifest and the files that it names are one commit. Other files, here and in the repository, are left alone.
+    The manifest and the files in it become one commit. Other files of the folder are not pushed, and other files in the
+    repository are not changed.
 
     Args:
         folder: The bundle.
         repository: `owner/name`; without an owner, the user's.
-        revision: The branch. Default: `main`.
+        revision: The branch; a new one starts from the default branch. Default: `main`.
         private: Create the repository as a private one, and refuse a public one.
         message: The commit's message.
 
     Raises:
         BundleError: If the bundle is broken.
-        ConfigurationError: If the bundle needs a checkpoint on this machine, the repository is public where a private
-            one was wanted, or the hub cannot be reached or refuses.
+        ConfigurationError: If the bundle needs a checkpoint on this machine, the repository is public although
+            `private` is set, or the hub cannot be reached or refuses.
     """
     folder = Path(folder)
     _require_portable(folder, parse_manifest(folder / MANIFEST).checkpoint)
@@ -83,13 +84,13 @@ def push_bundle(
         repository = api.create_repo(repository, private=private or None, exist_ok=True).repo_id
         if private and not api.repo_info(repository).private:
             raise ConfigurationError(
-                f"The repository {repository!r} exists and is public.",
-                hint="Make it private first, push to another, or drop --private.",
+                f"the repository {repository!r} exists and is public.",
+                hint="Make it private first, push to another one, or omit --private.",
             )
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repository, branch=revision, exist_ok=True)
         additions = [CommitOperationAdd(name, folder / name) for name in files]
-        # Or else the hub would leave out, without a word, what the repository's .gitignore has.
+        # Otherwise the hub would silently skip files that match the repository's .gitignore.
         api.preupload_lfs_files(repository, additions, revision=revision, gitignore_content="# nothing is ignored")
         message = message or "Push a visionaccel bundle"
         commit = api.create_commit(repository, additions, commit_message=message, revision=revision)
@@ -108,14 +109,14 @@ def pull_bundle(
     Args:
         repository: `owner/name`.
         revision: Branch, tag or commit. Default: `main`.
-        output: A new folder for copies of the files. Default: a folder in the hub's cache, not to be changed.
-        checkpoint: Folder or repository, which is fetched, of the weights that the bundle needs. Default: what the
-            manifest names, if that is on this machine: a manifest does not decide which servers are contacted.
+        output: A new folder for copies of the files. Default: a folder in the hub's cache, which must not be changed.
+        checkpoint: Folder or repository of the weights that the bundle needs; a repository is downloaded. Default: the
+            checkpoint in the manifest if it is on this machine, since a manifest may not choose servers to contact.
 
     Raises:
-        BundleError: If the revision holds no bundle, or one that fails its verification.
-        ConfigurationError: If there is no such repository or revision, the hub cannot be reached or refuses, or the
-            folder exists or cannot be written.
+        BundleError: If the revision has no bundle, or one that fails verification.
+        ConfigurationError: If the repository or revision does not exist, the hub cannot be reached or refuses, or
+            `output` exists or cannot be written.
     """
     target = None if output is None else Path(output).absolute()
     if target is not None and os.path.lexists(target):
@@ -125,7 +126,7 @@ def pull_bundle(
     if not (snapshot / MANIFEST).is_file():
         raise BundleError(
             f"{repository!r} at commit {commit} is not a bundle: it has no {MANIFEST}.",
-            hint="Pass the repository and revision of one that `visionaccel push` wrote.",
+            hint="Pass a repository and revision that `visionaccel push` wrote.",
         )
     try:
         manifest = parse_manifest(snapshot / MANIFEST)
@@ -145,37 +146,37 @@ def pull_bundle(
     except BundleError as error:
         raise BundleError(
             f"{repository!r} at commit {commit}: {error.message}",
-            hint=f"{error.hint} To fetch it again, delete {storage} first.",
+            hint=f"{error.hint} To download it again, delete {storage} first.",
         ) from error
     return PullReport(repository, commit, bundle)
 
 
 def _names(manifest: Manifest) -> tuple[str, ...]:
-    """What a bundle consists of: the manifest, and each file that it names."""
+    """Return the paths of the manifest and of each file in it."""
     return tuple(dict.fromkeys((MANIFEST, *(file.path for file in manifest.every_file()))))
 
 
 def _require_portable(folder: Path, checkpoint: ExternalCheckpoint | None) -> None:
-    """A path to a checkpoint means nothing on another machine; a repository does."""
+    """Refuse a bundle whose checkpoint is a path, which is useless on another machine, and not a repository."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.errors import HFValidationError
 
     if checkpoint is None:
         return
     try:
-        hf_hub_url(checkpoint.source, MANIFEST)  # contacts no server; the client's check of names is not public
+        hf_hub_url(checkpoint.source, MANIFEST)  # checks the name without contacting a server
         local = Path(checkpoint.source).exists()
     except HFValidationError:
         local = True
     if local:
         raise ConfigurationError(
             f"{folder} takes its weights from a checkpoint on this machine, {checkpoint.source}.",
-            hint="Export it --self-contained to push it.",
+            hint="Export the bundle with --self-contained to push it.",
         )
 
 
 def _download(repository: str, revision: str | None, names: Sequence[str]) -> Path:
-    """The cache's snapshot with these files of a repository, or those of them that the repository has."""
+    """Download the named files that a repository has; return the folder of the cache's snapshot."""
     from huggingface_hub import snapshot_download
 
     patterns = [glob.escape(name) for name in names]
@@ -184,7 +185,7 @@ def _download(repository: str, revision: str | None, names: Sequence[str]) -> Pa
 
 
 def _cached(folder: Path, snapshot: Path, weights: Checkpoint | None) -> Bundle | None:
-    """The bundle that an earlier pull placed, if it is still as the hub has it."""
+    """Return the bundle that an earlier pull made, if it is still valid and equal to the hub's."""
     if not folder.is_dir():
         return None
     try:
@@ -196,18 +197,18 @@ def _cached(folder: Path, snapshot: Path, weights: Checkpoint | None) -> Bundle 
 
 
 def _placed_in_cache(snapshot: Path, names: Sequence[str], folder: Path, weights: Checkpoint | None) -> Bundle:
-    """The bundle in its folder of the cache, where another process may place it at the same time."""
+    """Make the bundle in its folder of the cache, where another process may be making it at the same time."""
     try:
         _place(snapshot, names, folder, weights, link=True)
     except ConfigurationError:
         if not folder.is_dir():
             raise
-        # Another process was faster with the same commit, or what is there was changed since.
+        # Another process was faster with the same commit, or the folder was changed after an earlier pull.
         if (bundle := _cached(folder, snapshot, weights)) is not None:
             return bundle
         if not is_bundle(folder):
             shutil.rmtree(folder, ignore_errors=True)
-        # A bundle stays until the new one is verified: it may be in use, and only its weights be missing here.
+        # A bundle stays until the new one is verified: it may be in use, and perhaps only its checkpoint is missing.
         _place(snapshot, names, folder, weights, link=True, force=True)
     return open_bundle(folder, checkpoint=weights)
 
@@ -221,13 +222,13 @@ def _place(
     link: bool,
     force: bool | None = None,
 ) -> None:
-    """Make a verified bundle in a folder; with `force`, in the place of another bundle."""
+    """Make a verified bundle in a folder; with `force`, replace another bundle."""
     put = _link_or_copy if link else shutil.copyfile
     with appearing(folder, force=force) as partial:
         for name in names:
             blob, file = (snapshot / name).resolve(), partial / name
             if not blob.is_file():
-                raise BundleError(f"{name}, which the manifest names, is not there.", hint="Push the bundle again.")
+                raise BundleError(f"{name} is in the manifest but missing.", hint="Push the bundle again.")
             file.parent.mkdir(parents=True, exist_ok=True)
             put(blob, file)
         try:
@@ -245,12 +246,12 @@ def _link_or_copy(blob: Path, file: Path) -> None:
 
 @contextmanager
 def _client_errors(doing: str) -> Iterator[None]:
-    """Errors of the hub's client, as this package's."""
+    """Convert errors of the hub's client to this package's."""
     try:
         yield
     except VisionAccelError:
         raise
-    except Exception as error:  # the client's HTTP library and its errors are others from version to version
+    except Exception as error:  # the client's HTTP library and its errors depend on the version
         text = " ".join(str(error).split()) or type(error).__name__
         raise ConfigurationError(f"{doing}: {text.rstrip('.')}.", hint=_what_to_do(error)) from error
 
@@ -265,11 +266,11 @@ def _what_to_do(error: BaseException) -> str:
     if isinstance(error, errors.HFValidationError):
         return "Pass a repository as owner/name."
     if status in (401, 403):
-        return "Log in with `hf auth login` or set HF_TOKEN to a token that is allowed to, and check the name."
+        return "Log in with `hf auth login`, or set HF_TOKEN to a token with this permission, and check the name."
     if isinstance(error, errors.RevisionNotFoundError):
         return "Pass a branch, tag or commit that the repository has."
     if isinstance(error, errors.RepositoryNotFoundError):
         return "Check the name; for a private repository, log in with `hf auth login` or set HF_TOKEN."
     if any(isinstance(cause, errors.OfflineModeIsEnabled) for cause in causes):
-        return "Unset HF_HUB_OFFLINE; offline, there is only what was pulled before."
+        return "Unset HF_HUB_OFFLINE; offline, only bundles that were pulled before are available."
     return "Check the network and HF_ENDPOINT, then try again."

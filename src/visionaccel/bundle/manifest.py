@@ -1,8 +1,8 @@
-"""The manifest of a bundle: everything that must be known of an encoder's programs before one is opened.
+"""The manifest of a bundle: the information about an encoder's programs that is needed to open one.
 
 `visionaccel.json` is this model as JSON. Its schema has a version; unknown versions, fields and kinds are refused,
-because a reader that skips what it does not understand may run the wrong thing. `digest` seals the rest, so that a
-flipped bit in a grid is a damaged file and not another grid.
+because a reader that ignores them might run the wrong program. `digest` seals the rest, so that a flipped bit in a grid
+is a damaged file rather than a different grid.
 """
 
 from __future__ import annotations
@@ -26,11 +26,14 @@ from visionaccel.errors import BundleError
 
 MANIFEST = "visionaccel.json"
 MOST_PATCHES = 2**20
-"""Most patches of a frame of fixed size, about 200 megapixels: a manifest decides how large the host's tables are."""
+"""The maximum number of patches of a program of fixed shapes, about 200 megapixels. It limits the host's tables."""
+
+
+_AGAIN = "Export or fetch the bundle again."
 
 
 def _inside(path: str) -> str:
-    """A path that cannot lead out of the folder, on any system."""
+    """Require a path that stays in the folder on every operating system."""
     parts = PurePosixPath(path).parts
     if (
         not parts
@@ -44,9 +47,9 @@ def _inside(path: str) -> str:
 
 
 def _printable(text: str) -> str:
-    """Text without control characters, which a terminal would obey."""
+    """Require text without control characters, which a terminal would interpret."""
     if not text.isprintable():
-        raise ValueError("must hold printable characters only")
+        raise ValueError("must contain only printable characters")
     return text
 
 
@@ -78,12 +81,12 @@ class Tensor(_Model):
 
     name: Name
     dtype: Literal["float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8", "bool"]
-    shape: tuple[Size | Name, ...] = Field(description="Sizes; a text names a size that varies from call to call.")
+    shape: tuple[Size | Name, ...] = Field(description="Sizes; a text is the name of a size that varies between calls.")
     stored_name: Name | None = Field(None, description="Its name inside the program's file; null: the same.")
 
     @property
     def spec(self) -> TensorSpec:
-        """As the contract has it."""
+        """The tensor as programs declare it."""
         return TensorSpec(self.name, self.dtype, self.shape)
 
 
@@ -107,13 +110,13 @@ class BucketCoverage(_Model):
 
     kind: Literal["bucket"]
     sizes: dict[Name, FrameSize] = Field(
-        description="Most of each that the tower counts of a frame: always `patches`, and `windows` where it has them."
+        description="The maximum of each count of a frame: `patches`, and `windows` if the tower has them."
     )
 
     @model_validator(mode="after")
     def _counts_patches(self) -> BucketCoverage:
         if "patches" not in self.sizes:
-            raise ValueError("the sizes of a bucket do not state its patches")
+            raise ValueError("the sizes of a bucket do not include patches")
         return self
 
 
@@ -121,44 +124,44 @@ class DynamicCoverage(_Model):
     """Any grid; tables are inputs of any size."""
 
     kind: Literal["dynamic"]
-    most_patches: Size | None = Field(None, description="Most patches of a frame; null for no limit.")
+    most_patches: Size | None = Field(None, description="The maximum number of patches of a frame; null: no limit.")
 
 
 class HostEntry(_Model):
     """What the program leaves to the host: patch embedding and a reorder before, the reverse reorder after."""
 
-    order: Name = Field(description="Order of the tokens at the program's edges, in the tower's own word.")
+    order: Name = Field(description="Order of the tokens in the program's inputs and outputs: the tower's name for it.")
     tensors: tuple[Name, ...] = Field(description="The tower's weights that the host needs.")
 
 
 class QuantizationEntry(_Model):
-    """How a program's products became integer ones."""
+    """How a program's matrix products were quantized."""
 
     dtype: Literal["int8"] = Field(description="Integer type of the products' operands.")
-    method: Text = Field(description="What was done, in words.")
-    target: Name = Field(description="Backend whose quantizer it was.")
-    calibration_images: int = Field(ge=1, description="Images that were shown for it.")
+    method: Text = Field(description="A description of the method.")
+    target: Name = Field(description="The backend that quantized it.")
+    calibration_images: int = Field(ge=1, description="Number of calibration images.")
 
 
 class ProgramEntry(_Model):
     """One program."""
 
     name: Name
-    format: Name = Field(description="`onnx`, or a name that a backend plug-in takes.")
+    format: Name = Field(description="`onnx`, or a format of a backend plug-in.")
     model: RelativePath = Field(description="The file to open; one of `files`.")
     files: tuple[BundleFile, ...] = Field(min_length=1)
     companions: dict[Name, RelativePath] = Field(
-        default_factory=dict, description="Those of `files` that a backend needs next to the model, by their role."
+        default_factory=dict, description="Those of `files` that a backend needs with the model, by their role."
     )
     inputs: tuple[Tensor, ...] = Field(min_length=1)
     outputs: tuple[Tensor, ...] = Field(min_length=1)
     coverage: Annotated[FixedCoverage | BucketCoverage | DynamicCoverage, Field(discriminator="kind")]
     precision: Precision
     quantization: QuantizationEntry | None = Field(
-        None, description="null: products are of `precision`, which otherwise is that of everything else."
+        None, description="null: matrix products have `precision`, like everything else."
     )
-    device: Name | None = Field(None, description="Kind of device that it was made for, such as `npu`; null for any.")
-    host: HostEntry | None = Field(None, description="null: nothing but the tables is left to the host.")
+    device: Name | None = Field(None, description="Kind of device that it was made for, such as `npu`; null: any.")
+    host: HostEntry | None = Field(None, description="null: only the tables are left to the host.")
 
     @model_validator(mode="after")
     def _consistent(self) -> ProgramEntry:
@@ -168,13 +171,13 @@ class ProgramEntry(_Model):
             raise ValueError("a companion is not among the program's files")
         for tensors in (self.inputs, self.outputs):
             if len({tensor.name for tensor in tensors}) != len(tensors):
-                raise ValueError("two tensors have one name")
+                raise ValueError("two tensors have the same name")
             if len({tensor.stored_name or tensor.name for tensor in tensors}) != len(tensors):
-                raise ValueError("two tensors have one name inside the program's file")
+                raise ValueError("two tensors have the same name inside the program's file")
         return self
 
     def covers(self) -> Coverage:
-        """The coverage as programs have it."""
+        """Return the coverage as programs declare it."""
         match self.coverage:
             case FixedCoverage(grid=grid):
                 return FixedGrid(Grid(*grid))
@@ -185,12 +188,12 @@ class ProgramEntry(_Model):
 
     @property
     def split(self) -> HostSplit | None:
-        """What is left to the host, as programs have it."""
+        """What is left to the host, as programs declare it."""
         return HostSplit(self.host.order) if self.host else None
 
 
 class ExternalCheckpoint(_Model):
-    """The checkpoint that holds the weights of a bundle that does not: it must have the manifest's weights digest."""
+    """The checkpoint with the weights of a bundle that has none; its weights must have the manifest's digest."""
 
     source: Annotated[Text, StringConstraints(min_length=1)] = Field(
         description="A folder or a Hugging Face repository."
@@ -199,52 +202,52 @@ class ExternalCheckpoint(_Model):
 
 
 class ProgramResult(_Model):
-    """What validation found of one program."""
+    """The validation of one program."""
 
     program: Name
     backend: Name
     device: Name
     simulated: bool
     grids: tuple[Name, ...] = Field(description="Grids that were run, as TxHxW.")
-    images: int = Field(ge=1, description="Encodes compared.")
-    tokens: int = Field(ge=1, description="Embeddings compared.")
+    images: int = Field(ge=1, description="Number of encodes compared.")
+    tokens: int = Field(ge=1, description="Number of embeddings compared.")
     lowest_cosine: Cosine
     first_percentile_cosine: Cosine
     mean_cosine: Cosine
-    relative_error: float = Field(ge=0, description="Norm of the difference over the norm of the reference.")
+    relative_error: float = Field(ge=0, description="Norm of the difference divided by that of the reference.")
     nonfinite_rows: int = Field(ge=0, description="Embeddings with NaN or infinity; they count as cosine -1.")
     threshold: Cosine = Field(description="The lowest cosine that passes.")
-    failure: Text | None = Field(None, description="Why the backend could not run it, or what is wrong; null: passed.")
+    failure: Text | None = Field(None, description="Why it could not be run, or how it differs; null: it passed.")
 
 
 class Certificate(_Model):
-    """How far the programs are from the float32 reference, and on what."""
+    """How much the programs differ from the float32 reference, and on which devices and images."""
 
     created: Name = Field(description="Time in ISO 8601.")
     reference: Digest = Field(description="Digest of the reference's vision weights.")
     independent: bool = Field(
         True,
         description="Whether the reference was transformers' own tower. Otherwise it was visionaccel's in float32, "
-        "which shares the tower's description with the programs, so that a fault of the description does not show.",
+        "which uses the same description of the tower as the programs, so an error in it goes unnoticed.",
     )
     images: dict[Name, int] = Field(description="Number of images by kind: generated, real.")
     programs: tuple[ProgramResult, ...] = Field(min_length=1)
-    toolchain: dict[Name, Name] = Field(description="Versions of what ran.")
+    toolchain: dict[Name, Name] = Field(description="Versions of the software that ran.")
     passed: bool
 
 
 class Manifest(_Model):
-    """A bundle: an encoder's programs with all that is needed to run them correctly, or to refuse."""
+    """A bundle: an encoder's programs, with everything needed to run them correctly or to refuse them."""
 
     schema_version: Literal[2]
     family: Name
-    spec: dict[str, Any] = Field(description="The description of the vision tower: every size and every choice.")
+    spec: dict[str, Any] = Field(description="The complete description of the vision tower.")
     weights_digest: Digest = Field(description="Digest of the vision weights that the programs were made from.")
     processor_digest: Digest | None = Field(description="Digest of the image processor's configuration.")
-    checkpoint: ExternalCheckpoint | None = Field(description="null: the bundle holds the weights itself.")
+    checkpoint: ExternalCheckpoint | None = Field(description="null: the bundle contains the weights itself.")
     files: tuple[BundleFile, ...] = Field(description="Files that all programs share.")
-    programs: tuple[ProgramEntry, ...] = Field(min_length=1, description="The preferred of equal coverage first.")
-    toolchain: dict[Name, Name] = Field(description="Versions of what wrote it.")
+    programs: tuple[ProgramEntry, ...] = Field(min_length=1, description="Of equal coverages, the preferred first.")
+    toolchain: dict[Name, Name] = Field(description="Versions of the software that wrote it.")
     certificate: Certificate | None = None
     digest: Digest = Field(description="SHA-256 of this document without this field; see `seal`.")
 
@@ -252,20 +255,20 @@ class Manifest(_Model):
     def _consistent(self) -> Manifest:
         names = [program.name for program in self.programs]
         if len(set(names)) != len(names):
-            raise ValueError("two programs have one name")
+            raise ValueError("two programs have the same name")
         seen: dict[str, BundleFile] = {}
         for file in self.every_file():
             if seen.setdefault(file.path, file) != file:
-                raise ValueError(f"file {file.path!r} is stated twice, differently")
+                raise ValueError(f"file {file.path!r} has two different entries")
         return self
 
     def every_file(self) -> tuple[BundleFile, ...]:
-        """Files of the bundle and of its programs; a file that programs share may come twice."""
+        """Return the files of the bundle and of its programs; a file that programs share may occur twice."""
         return (*self.files, *(file for program in self.programs for file in program.files))
 
 
 def stated_coverage(coverage: Coverage) -> FixedCoverage | BucketCoverage | DynamicCoverage:
-    """A program's coverage as the manifest states it."""
+    """Return the manifest's entry of a program's coverage."""
     match coverage:
         case FixedGrid(grid=grid):
             return FixedCoverage(kind="fixed", grid=(1, grid.h, grid.w))
@@ -276,25 +279,25 @@ def stated_coverage(coverage: Coverage) -> FixedCoverage | BucketCoverage | Dyna
 
 
 def seal(document: Mapping[str, Any]) -> Manifest:
-    """A manifest from its JSON document, with its digest computed.
+    """Make a manifest from its JSON document, and compute its digest.
 
     Raises:
-        BundleError: If the document is not a manifest.
+        BundleError: If the document is not a valid manifest.
     """
     body = {name: value for name, value in document.items() if name != "digest"}
     manifest = _validated({**body, "digest": json_digest(body)}, "the manifest")
-    # What is written has the defaults and 1.0 where a float was given as 1; that is what readers take the digest of.
+    # Readers compute the digest of the written form, which has the defaults, and 1.0 where a float was given as 1.
     written = manifest.model_dump(mode="json", exclude={"digest"})
     return manifest.model_copy(update={"digest": json_digest(written)})
 
 
 def parse_manifest(path: Path) -> Manifest:
-    """Read a manifest of schema version 1 or 2, as one of version 2.
+    """Read a manifest of schema version 1 or 2, and return it in version 2.
 
     Raises:
-        BundleError: If it is missing, damaged, of another schema version, or states what this reader does not know.
-        CheckpointError: If a manifest of version 1 states a vision configuration that is incomplete or impossible.
-        UnsupportedArchitectureError: If a manifest of version 1 is of a family that is not known.
+        BundleError: If it is missing or damaged, or has an unknown schema version, field or kind.
+        CheckpointError: If a manifest of version 1 has an incomplete or impossible vision configuration.
+        UnsupportedArchitectureError: If a manifest of version 1 has an unknown family.
     """
     try:
         document = parse_json(read_bounded(path).decode("utf-8"))
@@ -303,30 +306,27 @@ def parse_manifest(path: Path) -> Manifest:
             f"{path} does not exist.", hint="Pass a bundle folder; `visionaccel export` writes one."
         ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise BundleError(f"{path} cannot be read: {error}", hint="Export or fetch the bundle again.") from error
+        raise BundleError(f"{path} cannot be read: {error}", hint=_AGAIN) from error
     if not isinstance(document, dict):
-        raise BundleError(f"{path} does not hold a JSON object.", hint="Export or fetch the bundle again.")
+        raise BundleError(f"{path} is not a JSON object.", hint=_AGAIN)
     manifest = _validated(upgraded(document, str(path)), str(path))
     stated = {name: value for name, value in document.items() if name != "digest"}
     if manifest.digest != json_digest(stated):
-        raise BundleError(
-            f"{path} does not have the digest that it states: it was damaged or edited.",
-            hint="Export or fetch the bundle again.",
-        )
+        raise BundleError(f"{path} does not match its digest: it was damaged or edited.", hint=_AGAIN)
     return manifest if stated["schema_version"] == SCHEMA_VERSION else seal(manifest.model_dump(mode="json"))
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON schema of the manifest; the documentation holds it verbatim."""
+    """Return the JSON schema of the manifest, which the documentation includes."""
     return Manifest.model_json_schema()
 
 
 def _validated(document: dict[str, Any], where: str) -> Manifest:
     try:
-        # Through JSON, so that strict checks take lists where the model has tuples.
+        # From JSON, so that strict checks accept lists for tuples.
         return Manifest.model_validate_json(json.dumps(document))
     except (ValidationError, ValueError, RecursionError) as error:
         raise BundleError(
-            f"{where} is not a manifest that this visionaccel knows: {problems_of(error)}.",
+            f"{where} is not a manifest that this visionaccel supports: {problems_of(error)}.",
             hint="Export the bundle again, or use the visionaccel that wrote it.",
         ) from error

@@ -1,6 +1,6 @@
-"""Tensors of ONNX models: names and bytes are unique, and weights are read from where the tower has them.
+"""Tensors of ONNX models: their names and bytes must be unique, and weights are read from the tower's files.
 
-The places that a model itself states for its weights are never followed.
+The references to files that a model itself contains are never followed.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _MOST_DIMENSIONS = 32
 
 
 def check_tensors(model: onnx.ModelProto, where: object) -> None:
-    """Refuse a model, which errors call `where`, in which two tensors have one name or share bytes of a file.
+    """Check that no two tensors of a model have the same name or share bytes of a file.
 
     Raises:
-        BundleError: If there are such tensors, or a place of external data is malformed.
+        BundleError: If two tensors do, or a reference to external data is malformed; the message begins with `where`.
     """
     ranges: dict[str, list[tuple[int, int, str]]] = {}
     for graph in graphs_in(model.graph):
@@ -45,13 +45,13 @@ def check_tensors(model: onnx.ModelProto, where: object) -> None:
 
 
 def point_at_weights(model: bytes, weights: Mapping[str, StoredTensor], folder: Path) -> bytes:
-    """A serialized model with each external initializer read from the stored tensor of its name.
+    """Return a serialized model in which each external initializer refers to the stored tensor of its name.
 
-    External-data locations become relative to `folder`, which must hold all of the weights' files, at any depth.
+    External-data locations become relative to `folder`, which must contain the files of all weights, at any depth.
 
     Raises:
-        BundleError: If the model cannot be parsed, names a weight that is not there or has another size or dtype, has
-            external data outside its graph's initializers, gives a name twice, or wraps a compiled model.
+        BundleError: If the model cannot be parsed, needs a weight that is missing or has a different size or dtype, has
+            external data outside its graph's initializers, uses a name twice, or wraps a compiled model.
     """
     import onnx  # an extra, for encoders that run ONNX models
 
@@ -65,8 +65,8 @@ def point_at_weights(model: bytes, weights: Mapping[str, StoredTensor], folder: 
     if any(is_external(tensor) for tensor in every_tensor(proto)):
         raise BundleError("a program has external data that is not a weight of its graph.", hint=_AGAIN)
     if any(node.op_type == "EPContext" for node in proto.graph.node):
-        # It names a compiled model by a path that an execution provider follows.
-        raise BundleError("a program wraps another one that lies elsewhere (EPContext).", hint="Export it as ONNX.")
+        # It refers to a compiled model by a path that an execution provider follows.
+        raise BundleError("a program wraps one in a different file (EPContext).", hint="Export it as ONNX.")
     for initializer in initializers:
         if is_external(initializer):
             _point(initializer, weights, folder)
@@ -77,7 +77,7 @@ def point_at_weights(model: bytes, weights: Mapping[str, StoredTensor], folder: 
 def _point(initializer: onnx.TensorProto, weights: Mapping[str, StoredTensor], folder: Path) -> None:
     stored = weights.get(initializer.name)
     if stored is None:
-        raise BundleError(f"a program needs weight {initializer.name!r}, which is not there.", hint=_AGAIN)
+        raise BundleError(f"a program needs weight {initializer.name!r}, which is missing.", hint=_AGAIN)
     sizes = list(initializer.dims[:_MOST_DIMENSIONS])
     whole = len(sizes) == len(initializer.dims)  # the product of very many sizes alone takes minutes
     if (
@@ -88,7 +88,7 @@ def _point(initializer: onnx.TensorProto, weights: Mapping[str, StoredTensor], f
         or math.prod(sizes) != math.prod(stored.shape)
     ):
         raise BundleError(
-            f"a program needs weight {initializer.name!r} as {sizes} of another dtype or size than "
+            f"a program needs weight {initializer.name!r} as {sizes}, but the stored weight has another dtype or size: "
             f"{stored.dtype}{list(stored.shape)}.",
             hint=_AGAIN,
         )
@@ -96,7 +96,7 @@ def _point(initializer: onnx.TensorProto, weights: Mapping[str, StoredTensor], f
 
 
 def _check_names(graph: onnx.GraphProto, where: object) -> None:
-    """Refuse a graph in which two weights, or a weight and what a node makes, have one name."""
+    """Refuse a graph in which two weights, inputs or outputs of nodes have the same name."""
     weights = Counter(tensor.name for tensor in graph.initializer)
     weights.update(tensor.values.name for tensor in graph.sparse_initializer)
     twice = next((name for name, count in weights.items() if count > 1), None)
@@ -106,11 +106,11 @@ def _check_names(graph: onnx.GraphProto, where: object) -> None:
     made.update(value.name for value in graph.input if value.name not in weights)
     twice = next((name for name, count in made.items() if count > 1 or name in weights), None)
     if twice is not None:
-        raise BundleError(f"{where}: more than one input, weight or operator gives {twice!r}.", hint=_AGAIN)
+        raise BundleError(f"{where}: more than one input, weight or operator defines {twice!r}.", hint=_AGAIN)
 
 
 def _range(tensor: onnx.TensorProto, where: object) -> tuple[str, int, int]:
-    """The file of a tensor's data and which of its bytes they are."""
+    """Return the file of a tensor's data, its first byte and the byte after its last."""
     try:
         place = ExternalData.of(tensor)
         length = _data_bytes(tensor) if place.length is None else place.length

@@ -1,7 +1,7 @@
-"""The image processor's configuration: what turns pixels into patches, and must be the same for all who share them.
+"""The image processor's configuration, which determines how pixels become patches.
 
-A bundle is bound to the settings that patches of a given grid depend on, with the defaults of the processor's class
-where a file says nothing, and not to a file: releases of transformers write the same processor in different ways.
+A bundle is bound to the settings that the patches of a given grid depend on, including defaults of the processor's
+class. It is not bound to a file, because releases of transformers write the same processor in different ways.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from visionaccel.core.digests import json_digest
 from visionaccel.errors import CheckpointError, ConfigurationError
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
-"""Where checkpoints keep it: since transformers 5 within the whole processor's file, which is read first, or alone."""
+"""Files that may contain it. The first, since transformers 5, also configures other processors."""
 
 _DEFAULTS: Mapping[str, Any] = {
     "patch_size": 14,
@@ -30,19 +30,19 @@ _DEFAULTS: Mapping[str, Any] = {
     "image_mean": (0.48145466, 0.4578275, 0.40821073),
     "image_std": (0.26862954, 0.26130258, 0.27577711),
 }
-"""What patches depend on, with the defaults of the image processor that every implemented family uses.
+"""The settings that patches depend on, with the defaults of the image processor of every implemented family.
 
-The bounds on an image's pixels are not among them: they decide its grid, which is passed with the patches.
+The bounds on an image's pixels are not included: they determine its grid, which is passed with the patches.
 """
 
 _SWITCHES = {
     "do_resize": ("resample",), "do_rescale": ("rescale_factor",), "do_normalize": ("image_mean", "image_std")
 }  # fmt: skip
-"""Settings that do not count where a step is switched off."""
+"""Settings that have no effect if a step is switched off."""
 
 _CHANNELS = 3
 _FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
-"""Pillow's names of its filters, by their numbers."""
+"""Pillow's names of its resampling filters, in the order of their numbers."""
 
 _NAMES_OF_CLASSES = frozenset(
     {"feature_extractor_type", "image_processor_type", "processor_class", "_processor_class", "transformers_version"}
@@ -50,29 +50,29 @@ _NAMES_OF_CLASSES = frozenset(
 
 
 def processor_digest(folder: Path) -> str | None:
-    """Digest of the image processor's settings that patches depend on; None if a checkpoint folder has none.
+    """Return the digest of the settings that patches depend on; None if a checkpoint folder has no image processor.
 
     Raises:
-        CheckpointError: If the file is malformed, or a setting is not of its kind.
+        CheckpointError: If the file is malformed, or a setting has an invalid value.
     """
     found = _configuration(folder)
     return None if found is None else json_digest(_settings(*found))
 
 
 def require_processor(stated: str | None, folder: Path, bundle: Path) -> None:
-    """Refuse to make patches for a bundle with another image processor than it was exported for.
+    """Refuse an image processor whose patches differ from those that a bundle was exported for.
 
-    Bundles of earlier releases state a digest of everything in the processor's file. It is accepted if it is that of
-    the folder's file, or that of the bundle's own file, if that has the same settings.
+    Bundles of earlier releases have a digest of the processor's whole file. It is accepted if it matches the folder's
+    file, or the bundle's own file if that has the same settings as the folder's.
 
     Args:
-        stated: The digest in the manifest; None if it was exported without a processor.
-        folder: The checkpoint whose processor will be used; one without a processor is not refused here.
-        bundle: The bundle's or checkpoint's folder.
+        stated: The digest in the manifest; None if the bundle was exported without a processor.
+        folder: The checkpoint whose processor will be used; if it has none, it is not refused here.
+        bundle: The folder of the bundle or checkpoint.
 
     Raises:
         ConfigurationError: If the settings differ.
-        CheckpointError: If a folder's configuration is malformed.
+        CheckpointError: If a configuration is malformed.
     """
     found = processor_digest(folder)
     if stated is None or found is None or stated in (found, _file_digest(folder)):
@@ -81,13 +81,13 @@ def require_processor(stated: str | None, folder: Path, bundle: Path) -> None:
         return
     raise ConfigurationError(
         f"the encoder in {bundle} was made for another image processor than that of {folder}: patch sizes, resampling, "
-        "rescaling or normalisation differ, or the bundle is of an earlier release and the processor was saved again.",
+        "rescaling or normalisation differ, or an earlier release made the bundle and the processor was saved again.",
         hint="Export a bundle from that checkpoint, or restore its preprocessor_config.json.",
     )
 
 
 def _configuration(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The file that has the image processor's configuration, and that."""
+    """Return the path of the image processor's configuration, and its content."""
     for name in PROCESSOR_FILES:
         if not (folder / name).exists():
             continue
@@ -100,7 +100,7 @@ def _configuration(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def _settings(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Each setting that patches depend on, in one notation."""
+    """Return each setting that patches depend on, in a canonical form."""
     found: dict[str, Any] = {}
     for name, default in _DEFAULTS.items():
         value: Any = default if config.get(name) is None else config[name]
@@ -132,7 +132,7 @@ def _whole(value: Any) -> int:
 
 
 def _file_digest(folder: Path) -> str | None:
-    """Digest of the whole configuration but the names of Python classes, as manifests of earlier releases have it."""
+    """Return the digest in manifests of earlier releases: of the whole configuration without Python class names."""
     found = _configuration(folder)
     if found is None:
         return None

@@ -1,6 +1,6 @@
-"""Checkpoints without their vision weights: a copy for the language model's server, whose encoder comes from elsewhere.
+"""Copies checkpoints without their vision weights, for a language model's server with a separate encoder.
 
-The copy notes the digest of the weights that were taken out, so that the encoder that belongs to it can be recognised.
+A copy contains the digest of the removed weights, so that the encoder that belongs to it can be recognised.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from visionaccel.errors import CheckpointError, ConfigurationError
 from visionaccel.families import tower_of
 
 STRIP_NOTE = "visionaccel_stripped.json"
-"""The file in a stripped checkpoint's folder that says what was taken out."""
+"""The file in a stripped checkpoint's folder with the digest of the removed weights."""
 
 _DIGEST_KEY = "vision_weights_digest"
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
@@ -29,17 +29,17 @@ _WEIGHT_ENDINGS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz", ".index.json",
     ".onnx", ".onnx.data", ".onnx_data",
 )  # fmt: skip
-"""Files that hold weights, list files that do, or are ONNX graphs, which may point into the shards as they were."""
+"""Files with weights, indexes of such files, and ONNX graphs, which may refer to bytes of the original shards."""
 
 
 @dataclass(frozen=True, slots=True)
 class StripReport:
-    """What `strip_checkpoint` wrote. Sizes are of tensors alone.
+    """What `strip_checkpoint` wrote. Sizes include only tensors.
 
     Attributes:
-        vision_weights_digest: `weights_digest` of the vision weights, by their names below the checkpoint's prefix.
-        shards: Names of the safetensors files written.
-        skipped: Paths below the checkpoint's folder that were not copied: hidden ones, and weights in other files and
+        vision_weights_digest: `weights_digest` of the vision weights, by their names without the checkpoint's prefix.
+        shards: Names of the written safetensors files.
+        skipped: Paths in the checkpoint's folder that were not copied: hidden ones, and weights in other files and
             formats. Folders end with a slash.
     """
 
@@ -60,19 +60,20 @@ def strip_checkpoint(
     """Copy a checkpoint without its vision weights.
 
     Tensors are streamed and keep their bytes, dtypes, names, shards and the shards' `__metadata__`; the index is
-    rewritten. Everything else in the folder is copied, with symbolic links resolved, but hidden files and further
-    weights, which could hold the vision tower again.
+    rewritten. Other files are copied, with symbolic links resolved, except hidden files and other files with weights,
+    which could contain the vision tower too.
 
     Args:
         checkpoint: The checkpoint; its folder is only read.
-        out: A new folder, which appears complete or not at all; its parents are made.
-        progress: Called with the number of bytes just read, in all those of every tensor of the checkpoint.
+        out: A new folder, which appears complete or not at all; missing parents are made.
+        progress: Called with the number of bytes just read; the total is that of all tensors of the checkpoint.
 
     Raises:
-        ConfigurationError: If `out` exists, lies in the checkpoint's folder, cannot be written or does not fit.
+        ConfigurationError: If `out` exists, is in the checkpoint's folder or cannot be written, or the disk is too
+            full.
         CheckpointError: If the checkpoint is damaged, or has no vision weights or nothing else.
         ChangedFileError: If its weights change while they are copied.
-        UnsupportedArchitectureError: If its vision tower is of an unknown family.
+        UnsupportedArchitectureError: If its vision tower belongs to an unknown family.
     """
     with _errors_of_copying(checkpoint, out):
         out = _free_place(checkpoint, out)
@@ -80,13 +81,13 @@ def strip_checkpoint(
         removed = tower.stored_names
         if not removed:
             raise CheckpointError(
-                f"{checkpoint.folder} holds no vision weights: there is nothing to strip.",
-                hint="Use it as it is, with VISIONACCEL_BUNDLE naming a folder that has the vision weights.",
+                f"{checkpoint.folder} has no vision weights: there is nothing to strip.",
+                hint="Use it as it is, and set VISIONACCEL_BUNDLE to a folder that has the vision weights.",
             )
         kept = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in removed}
         if not kept:
             raise CheckpointError(
-                f"{checkpoint.folder} holds nothing but vision weights: nothing would be left.",
+                f"{checkpoint.folder} has only vision weights: nothing would be left.",
                 hint="Strip a checkpoint that has a language model.",
             )
         vision = tower.weights
@@ -95,7 +96,7 @@ def strip_checkpoint(
         sources = [*files.values(), *checkpoint.files]
         needed = sum(source.stat().st_size for source in sources) - (before - after)
         parent = next(folder for folder in out.parents if folder.exists())
-        require_space(parent, needed, "the stripped checkpoint", "Free space, or write to another disk.")
+        require_space(parent, needed, "the stripped checkpoint", "Free some space, or write to another disk.")
         _require_one_content(checkpoint)
         with appearing(out) as partial, _errors_of_copying(checkpoint, out):
             digest = weights_digest(vision, progress)
@@ -118,10 +119,10 @@ def strip_checkpoint(
 
 
 def read_strip_note(folder: Path) -> str | None:
-    """The `weights_digest` of the vision weights that were taken out of a checkpoint; None if its folder has no note.
+    """Return the `weights_digest` of the vision weights removed from a checkpoint; None if it was not stripped.
 
     Raises:
-        CheckpointError: If there is a note and it cannot be read.
+        CheckpointError: If the note exists but cannot be read.
     """
     path = folder / STRIP_NOTE
     if not (path.exists() or path.is_symlink()):
@@ -129,7 +130,7 @@ def read_strip_note(folder: Path) -> str | None:
     digest = read_json(path).get(_DIGEST_KEY)
     if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
         raise CheckpointError(
-            f"{path} does not state {_DIGEST_KEY} as sha256: and 64 digits.",
+            f"{path} has no valid {_DIGEST_KEY}: sha256: and 64 hexadecimal digits.",
             hint="Strip the original checkpoint again.",
         )
     return digest
@@ -147,27 +148,27 @@ def _errors_of_copying(checkpoint: Checkpoint, out: Path) -> Iterator[None]:
 
 
 def _free_place(checkpoint: Checkpoint, out: Path) -> Path:
-    """`out` with symbolic links resolved, if it can be made."""
+    """Return `out` with symbolic links resolved, if nothing exists there."""
     if out.exists() or out.is_symlink():
-        raise ConfigurationError(f"{out} exists.", hint="Name a folder that does not exist, or remove this one.")
+        raise ConfigurationError(f"{out} exists.", hint="Pass a folder that does not exist, or remove this one.")
     out = out.resolve()
     if out.is_relative_to(checkpoint.folder.resolve()):
-        raise ConfigurationError(f"{out} lies in the checkpoint's own folder.", hint="Name a folder elsewhere.")
+        raise ConfigurationError(f"{out} is in the checkpoint's own folder.", hint="Choose a folder outside it.")
     return out
 
 
 def _require_one_content(checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint with two copies of the weights that differ: either may be out of date."""
+    """Refuse a checkpoint with two copies of the weights that differ, since either may be out of date."""
     for name, copy in checkpoint.second_copy.items():
         if not checkpoint.tensors[name].holds_the_same_as(copy):
             raise CheckpointError(
-                f"{copy.file} and the shards that {INDEX_FILE} names hold {name!r} with different values.",
+                f"{copy.file} and the shards in {INDEX_FILE} hold {name!r} with different values.",
                 hint="Remove the file that is out of date.",
             )
 
 
 def _other_files(checkpoint: Checkpoint) -> tuple[dict[str, Path], tuple[str, ...]]:
-    """Files to be copied by their path in the folder, and the paths that are not."""
+    """Return the files to copy by their path in the folder, and the paths of the others."""
     written = {STRIP_NOTE, *(file.name for file in checkpoint.files)}
     if checkpoint.weight_map is not None:
         written.add(INDEX_FILE)
@@ -177,10 +178,10 @@ def _other_files(checkpoint: Checkpoint) -> tuple[dict[str, Path], tuple[str, ..
 
 
 def _walk(folder: Path, below: str = "", within: frozenset[Path] = frozenset()) -> Iterator[tuple[str, Path | None]]:
-    """Each file below `folder` by its path there, without the source if it is not to be copied."""
+    """Yield each file below `folder` with its path there; None instead of the file if it is not to be copied."""
     resolved = folder.resolve()
     if resolved in within:
-        raise CheckpointError(f"{folder} is a link to a folder around it.", hint="Remove the link.")
+        raise CheckpointError(f"{folder} is a link to a folder that contains it.", hint="Remove the link.")
     for entry in sorted(folder.iterdir()):
         name = below + entry.name
         hidden = entry.name.startswith(".")
@@ -199,7 +200,7 @@ def _walk(folder: Path, below: str = "", within: frozenset[Path] = frozenset()) 
 def _write_shards(
     checkpoint: Checkpoint, out: Path, removed: frozenset[str], progress: Callable[[int], None] | None
 ) -> tuple[str, ...]:
-    """Write the shards of which something is left, and the index if there is one; the shards' names."""
+    """Write the shards with remaining tensors, and the index if there is one; return the names of the shards."""
     written = []
     for shard, (tensors, metadata) in checkpoint.headers.items():
         left = {name: tensor for name, tensor in tensors.items() if name not in removed}

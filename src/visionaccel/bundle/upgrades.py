@@ -1,6 +1,6 @@
 """Reads manifests of earlier releases. Their digest covers the document as it was written.
 
-Schema version 1 used one family's words: a bucket's windows, their order, and the vision configuration in the place of
+Schema version 1 used the terms of one family: a bucket's windows, their order, and the vision configuration instead of
 the tower's description. `visionaccel validate` upgrades such a manifest.
 """
 
@@ -15,19 +15,19 @@ SCHEMA_VERSION = 2
 """The version that this visionaccel writes."""
 
 _RETIRED = ("answers", "failure")
-"""Fields of a certificate in which earlier releases wrote what a small example model made of the embeddings."""
+"""Fields of a certificate for the output of a small example model, which earlier releases wrote."""
 
 
 def upgraded(document: dict[str, Any], where: str) -> dict[str, Any]:
-    """A manifest's document as one of this schema version; what is unknown in it stays, for the reader to refuse.
+    """Return a manifest's document in the current schema version; the reader refuses fields that are still unknown.
 
     Raises:
-        BundleError: If its version is not known, or it states what that version does not have, or lacks what it needs.
+        BundleError: If its version is unknown, or fields do not fit that version or are missing.
     """
     version = document.get("schema_version")
     if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
         raise BundleError(
-            f"{where} is of schema version {version!r}; this visionaccel reads 1 to {SCHEMA_VERSION}.",
+            f"{where} has schema version {version!r}; this visionaccel reads versions 1 to {SCHEMA_VERSION}.",
             hint="Use the visionaccel that wrote it, or export the bundle again.",
         )
     certificate = document.get("certificate")
@@ -43,7 +43,7 @@ def _from_1(document: dict[str, Any], where: str) -> dict[str, Any]:
     _refuse(document, "spec", where)
     if not isinstance(name, str) or not isinstance(vision, dict):
         raise BundleError(
-            f"{where} does not state family and vision_config, which schema version 1 has.",
+            f"{where} lacks family or vision_config, which schema version 1 requires.",
             hint="Export or fetch the bundle again.",
         )
     family = family_named(name)
@@ -71,9 +71,9 @@ def _program(entry: Any, where: str) -> Any:
 
 
 def _refuse(stated: dict[str, Any], field: str, where: str) -> None:
-    """Refuse a field of version 2: releases that wrote version 1 refuse it too."""
+    """Refuse a field of version 2, as the releases that wrote version 1 do."""
     if field in stated:
         raise BundleError(
-            f"{where} is of schema version 1 and states {field!r}, which version 1 does not have.",
+            f"{where} has schema version 1 and the field {field!r}, which version 1 does not allow.",
             hint="Export or fetch the bundle again.",
         )

@@ -1,7 +1,7 @@
-"""Reading Hugging Face checkpoint folders: configuration, where each tensor's bytes lie, and those bytes.
+"""Reads Hugging Face checkpoint folders: the configuration, and where each tensor's bytes are.
 
-The safetensors layout is eight bytes of header length, a JSON header, then the tensors' bytes
-(https://github.com/huggingface/safetensors#format). The safetensors library does not tell a tensor's offset in its
+A safetensors file has eight bytes of header length, a JSON header, then the tensors' bytes
+(https://github.com/huggingface/safetensors#format). The safetensors library does not return a tensor's offset in its
 file, which external data in an ONNX graph needs, so the header is parsed here.
 """
 
@@ -24,9 +24,10 @@ from visionaccel.errors import CheckpointError
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 _OTHER_FILES = ("adapter_model", "consolidated")
-"""Starts of names of safetensors files that hold something else: an adapter, or the weights in another layout."""
+"""Prefixes of names of safetensors files that contain an adapter, or the weights in a different layout."""
 
 _MOST_DIMENSIONS = 64
+_AGAIN = "The file is truncated or damaged; download it again."
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -35,13 +36,13 @@ class Checkpoint:
 
     Args:
         folder: The folder. Files may be symbolic links, as in the Hugging Face cache.
-        files: The files that hold the weights, in any folder, where another program decided that: exactly these are
-            read. Default: the shards that the index names; without an index, every safetensors file in the folder.
+        files: The files with the weights, in any folder, if another program chose them: no others are read. Default:
+            the shards that the index names; without an index, every safetensors file in the folder.
         config: The configuration. Default: `config.json`.
 
     Raises:
         CheckpointError: If a file is missing, unreadable, truncated or inconsistent with its header, if there are no
-            weights, or if an index and a single file next to it hold other names, dtypes or shapes.
+            weights, or if the names, dtypes or shapes in an index and in a single file next to it differ.
     """
 
     def __init__(
@@ -55,13 +56,13 @@ class Checkpoint:
 
     @property
     def architectures(self) -> tuple[str, ...]:
-        """The model classes that the configuration names."""
-        named = self.config.get("architectures")
-        return tuple(map(str, named)) if isinstance(named, list) else ()
+        """The model classes that the configuration lists."""
+        listed = self.config.get("architectures")
+        return tuple(map(str, listed)) if isinstance(listed, list) else ()
 
     @cached_property
     def weight_map(self) -> Mapping[str, str] | None:
-        """The index: name of the shard by name of tensor. None without an index, and where the files were given."""
+        """The index: name of the shard by name of tensor. None without an index, and if the files were given."""
         index = self.folder / INDEX_FILE
         if self._given is not None or not index.exists():
             return None
@@ -77,7 +78,7 @@ class Checkpoint:
 
     @cached_property
     def files(self) -> tuple[Path, ...]:
-        """The files that hold the weights."""
+        """The files with the weights."""
         if self._given is not None:
             return self._given
         if self.weight_map is None:
@@ -85,47 +86,46 @@ class Checkpoint:
             if not found:
                 raise CheckpointError(
                     f"{self.folder} has neither {INDEX_FILE} nor weights in *.safetensors files.",
-                    hint="Download the checkpoint's safetensors files; other weight formats are not read.",
+                    hint="Download the checkpoint's safetensors files; other formats are not supported.",
                 )
             return tuple(sorted(found))
         return tuple(self.folder / shard for shard in sorted(set(self.weight_map.values())))
 
     @cached_property
     def second_copy(self) -> Mapping[str, StoredTensor]:
-        """The tensors of a `model.safetensors` that the index does not name; some programs read it instead."""
+        """The tensors of a `model.safetensors` that is not in the index; some programs read it instead."""
         single = self.folder / SINGLE_FILE
         apart = self.weight_map is not None and SINGLE_FILE not in self.weight_map.values() and single.exists()
         return read_header(single)[0] if apart else {}
 
     @cached_property
     def headers(self) -> Mapping[Path, tuple[Mapping[str, StoredTensor], Mapping[str, str]]]:
-        """What `read_header` found in each file, in the order of the files; each is read once."""
+        """The result of `read_header` for each of `files`."""
         return {file: read_header(file) for file in self.files}
 
     @cached_property
     def _every_tensor(self) -> tuple[StoredTensor, ...]:
-        """Every tensor of every file, in the order of the files; a name may come twice."""
+        """All tensors of all files, in the order of the files; a name may occur twice."""
         found = tuple(tensor for tensors, _ in self.headers.values() for tensor in tensors.values())
         kinds, others = ({(t.name, t.dtype, t.shape) for t in each} for each in (found, self.second_copy.values()))
         if others and others != kinds:
             raise CheckpointError(
-                f"{self.folder} has {SINGLE_FILE} and also {INDEX_FILE}, whose files hold other tensors: either may be "
-                "the weights.",
+                f"{self.folder} has {SINGLE_FILE} and also {INDEX_FILE}, but their tensors differ.",
                 hint="Remove the one that is out of date.",
             )
         return found
 
     @cached_property
     def tensors(self) -> Mapping[str, StoredTensor]:
-        """Every tensor of every file by name; of one that several files hold, that of the last."""
+        """All tensors by name; if several files have one, that of the last file."""
         return {tensor.name: tensor for tensor in self._every_tensor}
 
     def with_prefix(self, prefixes: tuple[str, ...]) -> dict[str, StoredTensor]:
-        """Tensors whose name starts with one of `prefixes`, keyed by the rest of the name.
+        """Return the tensors whose name starts with one of `prefixes`, by the rest of the name.
 
         Raises:
-            CheckpointError: If the index lists one that no file holds, or one is stored twice, in two files or with two
-                prefixes, with different content.
+            CheckpointError: If the index lists one that no file has, or one is stored twice, in two files or with two
+                prefixes, with different values.
         """
         found: dict[str, StoredTensor] = {}
         for tensor in (*self._every_tensor, *self.second_copy.values()):
@@ -142,9 +142,9 @@ class Checkpoint:
         missing = sorted(n for n in self.weight_map or () if n.startswith(prefixes) and n not in self.tensors)
         if missing:
             raise CheckpointError(
-                f"{self.folder / INDEX_FILE} lists {len(missing)} vision tensors that no shard holds, such as "
+                f"{self.folder / INDEX_FILE} lists {len(missing)} vision tensors that no shard has, such as "
                 f"{missing[0]!r}.",
-                hint="Download the checkpoint again; index and shards are of different revisions.",
+                hint="Download the checkpoint again: index and shards are from different revisions.",
             )
         return found
 
@@ -152,12 +152,12 @@ class Checkpoint:
 def locate_checkpoint(
     source: str | os.PathLike[str], revision: str | None = None, *, download: bool = True
 ) -> Checkpoint:
-    """The checkpoint in a folder, or of a repository on the Hugging Face Hub.
+    """Return the checkpoint in a folder, or of a repository on the Hugging Face Hub.
 
-    A repository comes from the hub's local cache if it is there; without `download`, the hub is not contacted.
+    A repository is taken from the hub's local cache if possible; without `download`, the hub is not contacted.
 
     Raises:
-        CheckpointError: If there is neither a folder nor a repository of that name.
+        CheckpointError: If no folder and no repository has that name.
     """
     if Path(source).is_dir():
         return Checkpoint(Path(source))
@@ -184,10 +184,10 @@ def locate_checkpoint(
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in one of a checkpoint's files.
+    """Read a JSON object from one of a checkpoint's files.
 
     Raises:
-        CheckpointError: If the file is missing or unreadable, or holds something else.
+        CheckpointError: If the file is missing, unreadable or not a JSON object.
     """
     try:
         value = json.loads(read_bounded(path).decode("utf-8"))
@@ -196,47 +196,45 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}", hint="Download the file again.") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object.", hint="Download the file again.")
+        raise CheckpointError(f"{path} is not a JSON object.", hint="Download the file again.")
     return value
 
 
 def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """The tensors of a safetensors file by name, and its `__metadata__`, empty if it has none.
+    """Read the tensors of a safetensors file by name, and its `__metadata__`, which may be empty.
 
     Raises:
-        CheckpointError: If the file is missing, a tensor does not fit its size, or two overlap or have one name.
+        CheckpointError: If the file is missing or damaged, or two of its tensors overlap or have the same name.
     """
-    again = "The file is truncated or damaged; download it again."
     try:
         resolved = path.resolve(strict=True)
         with open_regular(resolved) as file:
             state = FileState.of(file.fileno())
-            size = state.size
             start = file.read(8)
             if start + file.read(len(_LFS_POINTER) - 8) == _LFS_POINTER:
                 raise CheckpointError(f"{path} is a Git LFS pointer, not weights.", hint="Run `git lfs pull` there.")
             length = int.from_bytes(start, "little")
-            if len(start) < 8 or not 2 <= length <= size - 8:
-                raise CheckpointError(f"{path} ({size} bytes) has no complete safetensors header.", hint=again)
+            if len(start) < 8 or not 2 <= length <= state.size - 8:
+                raise CheckpointError(f"{path} ({state.size} bytes) has no complete safetensors header.", hint=_AGAIN)
             if length > MOST_JSON_BYTES:
                 raise CheckpointError(
-                    f"{path} states a safetensors header of {length} bytes, and {MOST_JSON_BYTES} are read at most.",
-                    hint="Keep the weights in several files, with an index.",
+                    f"{path} has a safetensors header of {length} bytes; at most {MOST_JSON_BYTES} are supported.",
+                    hint="Split the weights into several files with an index.",
                 )
             file.seek(8)
             header = parse_json(file.read(length).decode("utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist.", hint="Download the missing shard.") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as safetensors: {error}", hint=again) from error
+        raise CheckpointError(f"{path} cannot be read as safetensors: {error}", hint=_AGAIN) from error
     if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: the safetensors header is not a JSON object.", hint=again)
+        raise CheckpointError(f"{path}: the safetensors header is not a JSON object.", hint=_AGAIN)
     metadata = header.pop("__metadata__", None)
     tensors = {name: _stored(path, resolved, state, 8 + length, name, entry) for name, entry in header.items()}
     filled = sorted((tensor.offset, tensor.offset + tensor.length, name) for name, tensor in tensors.items())
     for (_, end, one), (begin, _, other) in pairwise(each for each in filled if each[0] < each[1]):
         if begin < end:
-            raise CheckpointError(f"{path}: tensors {one!r} and {other!r} overlap.", hint=again)
+            raise CheckpointError(f"{path}: tensors {one!r} and {other!r} overlap.", hint=_AGAIN)
     return tensors, {key: str(text) for key, text in metadata.items()} if isinstance(metadata, dict) else {}
 
 
@@ -247,7 +245,6 @@ def _count(value: Any) -> int:
 
 
 def _stored(path: Path, resolved: Path, state: FileState, base: int, name: str, entry: Any) -> StoredTensor:
-    size = state.size
     try:
         begin, end = map(_count, entry["data_offsets"])
         if len(entry["shape"]) > _MOST_DIMENSIONS:  # the product of very many sizes alone takes minutes
@@ -259,12 +256,10 @@ def _stored(path: Path, resolved: Path, state: FileState, base: int, name: str, 
         raise CheckpointError(
             f"{path}: the header entry of {name!r} is malformed.", hint="Download the file again."
         ) from error
-    if not 0 <= begin <= end or end - begin != expected or base + end > size:
-        raise CheckpointError(
-            f"{path}: tensor {name!r} should end at byte {base + end}, but the file has {size}."
-            if base + end > size
-            else f"{path}: tensor {name!r} of {dtype}{list(shape)} does not fit its {end - begin} bytes.",
-            hint="The file is truncated or damaged; download it again.",
-        )
+    if (last := base + end) > state.size:
+        raise CheckpointError(f"{path}: {name!r} should end at byte {last}, but it has {state.size}.", hint=_AGAIN)
+    if begin > end or end - begin != expected:
+        found = f"{dtype}{list(shape)} does not fit its {end - begin} bytes"
+        raise CheckpointError(f"{path}: tensor {name!r} of {found}.", hint=_AGAIN)
     plain = known.name if known is not None and known.name in FLOATS else dtype
     return StoredTensor(name, resolved, base + begin, end - begin, plain, shape, state)

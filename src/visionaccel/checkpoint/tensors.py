@@ -1,6 +1,6 @@
-"""Tensors in safetensors files as streams: their digest, copies, which may be converted, and comparisons.
+"""Digests, copies, conversions and comparisons of tensors in safetensors files.
 
-Weights pass through one buffer of `CHUNK_BYTES`, so memory does not grow with the size of a tensor or a checkpoint.
+Weights are streamed in pieces of about `CHUNK_BYTES`, so memory does not grow with a tensor or a checkpoint.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 
 from visionaccel.core.bounded_files import MOST_HOLE_BYTES, hole_bytes
 from visionaccel.core.dtypes import DTYPES, FLOATS, OF_SAFETENSORS, safetensors_name
@@ -27,19 +26,19 @@ _TARGETS = ("float32", "bfloat16", "float16")
 
 
 def weights_digest(tensors: Mapping[str, StoredTensor], progress: Callable[[int], None] | None = None) -> str:
-    """What identifies weights: equal for equal names, dtypes, shapes and bytes, in any files.
+    """Return a digest that is equal for equal names, dtypes, shapes and bytes, in any files.
 
     It is `sha256:` and the SHA-256 over the tensors in the order of their names. Each adds its name, dtype, shape
     (`3,224,224`, empty for a scalar) and number of bytes, as UTF-8 text with the text's length before it (8 bytes,
     little-endian), and then its bytes.
 
     Args:
-        tensors: By name; name them without the checkpoint's prefix for a digest that does not depend on it.
+        tensors: The tensors by name, usually without the checkpoint's prefix, so that the digest does not depend on it.
         progress: Called with the number of bytes just read.
 
     Raises:
-        CheckpointError: If a file cannot be read or ends too early, or more than `MOST_HOLE_BYTES` of the tensors lie
-            in holes.
+        CheckpointError: If a file cannot be read, ends too early, or has more than `MOST_HOLE_BYTES` of the tensors in
+            holes.
     """
     digest = hashlib.sha256()
     for _, piece in _hashed(tensors, digest):
@@ -49,14 +48,14 @@ def weights_digest(tensors: Mapping[str, StoredTensor], progress: Callable[[int]
 
 
 def copy_to_memory(tensors: Mapping[str, StoredTensor], copied: MemoryFile | None = None) -> dict[str, StoredTensor]:
-    """Copies of tensors, by the same names, in one sealed memory file, which is a safetensors file of them.
+    """Copy tensors into one sealed memory file in the safetensors format, and return the copies by the same names.
 
-    They are read once: the memory file's digest is the `weights_digest` of the bytes that were copied. If it is
-    `copied` already, nothing is read. Each copy keeps the memory file alive, and the name that it had in its file.
+    They are read once: the memory file's digest is the `weights_digest` of the bytes that were copied. If `copied` is
+    given, it holds them already and nothing is read. Each copy keeps the memory file alive.
 
     Raises:
         CheckpointError: If a file cannot be read or ends too early.
-        ConfigurationError: If there is no memory for them.
+        ConfigurationError: If there is not enough memory.
     """
     header, starts = _laid_out(tensors)
 
@@ -84,35 +83,37 @@ def write_safetensors(
     metadata: Mapping[str, str] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Write tensors into one safetensors file, streamed from the files they lie in.
+    """Write tensors into one new safetensors file.
 
     Args:
-        path: The file to write. It must not exist, since it could be one of the sources. If anything fails, it does
-            not exist afterwards either.
-        tensors: The tensors by the names they get.
-        dtype: `float32`, `bfloat16` or `float16`: what float64, float32, bfloat16 and float16 tensors become, rounded
-            to nearest, ties to even, and float64 by way of float32, as in torch. Other dtypes (8-bit floats too, which
-            mean nothing without their scales) and None: copied as they are.
+        path: The file to write. It must not exist, since it could be one of the sources. If anything fails, it is
+            removed.
+        tensors: The tensors by the names that they get.
+        dtype: `float32`, `bfloat16` or `float16`: float64, float32, bfloat16 and float16 tensors are rounded to it, to
+            nearest with ties to even, float64 by way of float32, as in torch. Tensors of other dtypes (8-bit floats
+            too, which mean nothing without their scales) are copied unchanged. None to copy all of them unchanged.
         metadata: The file's `__metadata__`.
         progress: Called with the number of bytes just read.
 
     Raises:
         CheckpointError: If a source cannot be read or ends too early, or a finite value becomes infinite in `dtype`.
-        ConfigurationError: If `path` exists or cannot be written, or `dtype` is none of these.
+        ConfigurationError: If `path` exists or cannot be written, or `dtype` is not supported.
     """
     if dtype is not None and dtype not in _TARGETS:
         raise ConfigurationError(
-            f"Weights cannot be converted to {dtype!r}.", hint=f"Choose one of {', '.join(_TARGETS)}."
+            f"weights cannot be converted to {dtype!r}.", hint=f"Choose one of {', '.join(_TARGETS)}."
         )
-    written = {name: tensor if dtype is None else _as_written(tensor, dtype) for name, tensor in tensors.items()}
-    header, starts = _laid_out(written, metadata)
-    tell = progress or (lambda _: None)
+    targets = {name: dtype if dtype and tensor.dtype in FLOATS else tensor.dtype for name, tensor in tensors.items()}
+    header, starts = _laid_out({name: _converted(tensor, targets[name]) for name, tensor in tensors.items()}, metadata)
     try:
         with path.open("xb") as file:
             try:
                 file.write(header)
                 for name in starts:
-                    _stream(file, tensors[name], written[name].dtype, tell)
+                    for read, piece in _pieces(tensors[name], targets[name]):
+                        file.write(piece)
+                        if progress is not None:
+                            progress(read)
                 file.flush()
                 os.fsync(file.fileno())
             except BaseException:
@@ -125,9 +126,9 @@ def write_safetensors(
 
 
 def differing_weights(packed: Mapping[str, StoredTensor], source: Mapping[str, StoredTensor]) -> tuple[str, ...]:
-    """Names of weights that are only on one side, or are not bit by bit the source's, rounded to the packed dtype.
+    """Return the names of weights that only one side has, or that are not the source's rounded to the packed dtype.
 
-    Comparing embeddings does not replace this: without a small bias they can differ by less than bfloat16 rounds.
+    Comparing embeddings does not replace this: a missing small bias can change them by less than bfloat16's rounding.
 
     Raises:
         CheckpointError: If a file cannot be read or ends too early.
@@ -146,7 +147,7 @@ def _same(packed: StoredTensor, source: StoredTensor) -> bool:
 
 
 def _hashed(tensors: Mapping[str, StoredTensor], digest: hashlib._Hash) -> Iterator[tuple[str, memoryview]]:
-    """Each piece with the name of its tensor, while `digest` becomes that of `weights_digest`."""
+    """Yield each piece with the name of its tensor, and update `digest` as `weights_digest` describes."""
     _refuse_holes(tensors)
     buffer = memoryview(bytearray(CHUNK_BYTES))
     for name, tensor in sorted(tensors.items()):
@@ -160,7 +161,7 @@ def _hashed(tensors: Mapping[str, StoredTensor], digest: hashlib._Hash) -> Itera
 
 
 def _refuse_holes(tensors: Mapping[str, StoredTensor]) -> None:
-    """Refuse tensors that take next to no space and hours to read."""
+    """Refuse tensors that take almost no disk space and hours to read."""
     holes = 0
     for tensor in tensors.values():
         try:
@@ -177,9 +178,9 @@ def _refuse_holes(tensors: Mapping[str, StoredTensor]) -> None:
 def _laid_out(
     tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str] | None = None
 ) -> tuple[bytes, dict[str, int]]:
-    """The bytes of a file before its first tensor, and where each tensor begins, in the order of the file.
+    """Return the bytes of a file before its first tensor, and where each tensor begins, in the order of the file.
 
-    Largest elements first, as the safetensors library orders them: everything is aligned without holes.
+    Tensors with the largest elements come first, as in the safetensors library, so all are aligned without gaps.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offsets, end = {}, 0
@@ -194,38 +195,31 @@ def _laid_out(
 
 
 def _item_bytes(tensor: StoredTensor) -> int:
-    """Size of an element; of a dtype that is not in the table, from the tensor's own, 0 below a byte."""
+    """Return the size of an element; for an unknown dtype it follows from the tensor's size, 0 below a byte."""
     known = OF_SAFETENSORS.get(safetensors_name(tensor.dtype))
     return tensor.length // max(1, math.prod(tensor.shape)) if known is None else known.bytes
 
 
-def _as_written(tensor: StoredTensor, dtype: str) -> StoredTensor:
-    """A tensor with the dtype and length that it gets."""
-    if tensor.dtype not in FLOATS:
+def _converted(tensor: StoredTensor, dtype: str) -> StoredTensor:
+    """Return a tensor as it is described in a file that has it as `dtype`."""
+    if dtype == tensor.dtype:
         return tensor
     return replace(tensor, dtype=dtype, length=math.prod(tensor.shape) * DTYPES[dtype].bytes)
 
 
-def _stream(file: BinaryIO, tensor: StoredTensor, dtype: str, tell: Callable[[int], None]) -> None:
-    """Write a tensor's bytes, converted to `dtype` if it has another."""
+def _pieces(tensor: StoredTensor, dtype: str) -> Iterator[tuple[int, memoryview]]:
+    """Yield a tensor's bytes as `dtype` in pieces, each with the number of bytes read for it."""
     if dtype == tensor.dtype:
         for piece in tensor.chunks(memoryview(bytearray(CHUNK_BYTES))):
-            file.write(piece)
-            tell(len(piece))
+            yield len(piece), piece
         return
     for values in tensor.elements(CHUNK_BYTES // DTYPES[tensor.dtype].bytes):
-        file.write(_converted(values, tensor, dtype).view(np.uint8).data)
-        tell(values.nbytes)
-
-
-def _converted(values: NDArray[Any], tensor: StoredTensor, dtype: str) -> NDArray[Any]:
-    """Some of a tensor's elements, one-dimensional, as `dtype`."""
-    result = rounded(values, dtype)
-    with np.errstate(all="ignore"):
-        overflown = np.isfinite(values) & np.isinf(result) if not np.isfinite(result).all() else np.False_
-    if overflown.any():
-        raise CheckpointError(
-            f"{tensor.name!r} in {tensor.file} holds {float(values[overflown][0]):g}, which is infinite in {dtype}.",
-            hint="Keep the weights' dtype, or choose one of a larger range such as bfloat16.",
-        )
-    return result
+        result = rounded(values, dtype)
+        with np.errstate(all="ignore"):
+            overflown = np.isfinite(values) & np.isinf(result) if not np.isfinite(result).all() else np.False_
+        if overflown.any():
+            raise CheckpointError(
+                f"{tensor.name!r} in {tensor.file} has {float(values[overflown][0]):g}, which is infinite in {dtype}.",
+                hint="Keep the weights' dtype, or choose one with a larger range, such as bfloat16.",
+            )
+        yield values.nbytes, result.view(np.uint8).data

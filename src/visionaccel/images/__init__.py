@@ -1,19 +1,17 @@
-"""Images: reading them, the checkpoint's own processor, and fitting them to the grids that programs take."""
+"""Images: reading files, the checkpoint's own processor, and fitting to the grids that programs take."""
 
 from visionaccel.images.fitting import MOST_ASPECT_RATIO, Fitter, grid_cost
 from visionaccel.images.loading import (
     FORMATS,
     MOST_FILE_BYTES,
     MOST_PIXELS,
-    WEBP_HEADER,
     ImageProcessor,
     as_rgb,
     image_processor,
     load_image,
-    webp_size,
 )
 
 __all__ = [
-    "FORMATS", "MOST_ASPECT_RATIO", "MOST_FILE_BYTES", "MOST_PIXELS", "WEBP_HEADER", "Fitter", "ImageProcessor",
-    "as_rgb", "grid_cost", "image_processor", "load_image", "webp_size",
+    "FORMATS", "MOST_ASPECT_RATIO", "MOST_FILE_BYTES", "MOST_PIXELS", "Fitter", "ImageProcessor", "as_rgb", "grid_cost",
+    "image_processor", "load_image",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Fitting images to the grids that programs of fixed shapes take, before any processor sees them."""
+"""Fits images to the grids that programs of fixed shapes take, before the image processor runs."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 FitPolicy: TypeAlias = Literal["letterbox", "stretch"]
-"""How an image gets another aspect ratio: padded at the right or bottom, or distorted."""
+"""How the aspect ratio of an image is changed: by padding at the right or bottom, or by distortion."""
 
 MOST_ASPECT_RATIO = 200
-"""Beyond it, the model's own processor refuses an image too."""
+"""The model's own processor refuses images beyond it too."""
 
 _LOST_AREA, _ADDED_AREA = 0.5, 0.25
 
 
 def grid_cost(height: int, width: int, natural: Grid, grid: Grid) -> float:
-    """How badly a grid suits an image: 0 for its natural one.
+    """Return how badly a grid suits an image: 0 for its natural one.
 
-    It is the distance of the aspect ratios plus a part of the distance of the areas, both as logarithms. Area that is
-    lost costs detail and weighs twice as much as area that is added, which costs time.
+    It is the distance of the aspect ratios plus a part of the distance of the areas, both as logarithms. Lost area
+    costs detail and has twice the weight of added area, which costs time.
     """
     aspect = abs(math.log((grid.h / grid.w) / (height / width)))
     area = math.log(grid.patches / natural.patches)
@@ -43,10 +43,10 @@ class Fitter:
 
     Attributes:
         tower: The vision tower.
-        coverages: What the open programs take. With a program for any grid, no image is changed.
-        policy: How an image gets another aspect ratio.
-        min_pixels: The processor's lower bound on the area of an image.
-        max_pixels: The upper one.
+        coverages: The coverages of the open programs. If one of them takes any grid, no image is changed.
+        policy: How the aspect ratio of an image is changed.
+        min_pixels: The smallest area that the processor gives an image.
+        max_pixels: The largest area that it gives an image.
     """
 
     tower: Tower
@@ -62,36 +62,35 @@ class Fitter:
 
     @property
     def largest(self) -> Grid:
-        """The grid with most patches that an image can get."""
+        """The grid with the most patches that an image can get."""
         return max([*self.fixed, *map(self._fullest, self.coverages)], key=lambda grid: grid.patches)
 
     def check_bounds(self) -> None:
-        """Refuse programs that no image can get, because the processor would change the size of what was fitted.
+        """Raise a ConfigurationError if the processor would resize images that were fitted to a program.
 
-        Raises:
-            ConfigurationError: If the area of a program's largest grid lies outside the processor's bounds.
+        That is so if the area of the program's largest grid is outside the processor's bounds.
         """
         for coverage in self.coverages:
             pixels = self._fullest(coverage).patches * self.tower.patch_size**2
             if not self.min_pixels <= pixels <= self.max_pixels:
                 raise ConfigurationError(
-                    f"the program for {coverage} needs images of {pixels} pixels; the processor makes them of "
+                    f"the program for {coverage} needs images of {pixels} pixels, but the processor makes images of "
                     f"{self.min_pixels} to {self.max_pixels}.",
-                    hint="Set the processor's min_pixels and max_pixels, for vLLM with --mm-processor-kwargs, or "
-                    "export other grids.",
+                    hint="Set the processor's min_pixels and max_pixels (in vLLM with --mm-processor-kwargs), or "
+                    "export programs for other grids.",
                 )
 
     def natural(self, height: int, width: int) -> Grid:
-        """The grid that the model's own processor gives an image of that size in pixels.
+        """Return the grid that the model's own processor gives an image of that size in pixels.
 
-        Its sides are rounded to those of merged tokens and its area is kept within bounds, as by transformers'
-        `smart_resize` of Qwen2-VL.
+        As in transformers' `smart_resize` of Qwen2-VL, the sides are rounded to whole merged tokens, and the area is
+        kept within the bounds.
 
         Raises:
             UnfitGridError: If the image has no pixels, or one side is more than 200 times the other.
         """
         if min(height, width) < 1:
-            raise UnfitGridError(f"an image of {width}x{height} pixels is empty.", hint="Pass an image with pixels.")
+            raise UnfitGridError(f"an image of {width}x{height} pixels is empty.", hint="Pass a different image.")
         if max(height, width) > MOST_ASPECT_RATIO * min(height, width):
             raise UnfitGridError(
                 f"an image of {width}x{height} pixels has an aspect ratio of over {MOST_ASPECT_RATIO}.",
@@ -105,13 +104,13 @@ class Fitter:
         elif rows * columns * cell**2 < self.min_pixels:
             grow = math.sqrt(self.min_pixels / (height * width))
             rows, columns = (math.ceil(side * grow / cell) for side in (height, width))
-        return self._grid(rows, columns, upright=False)
+        return self._grid(rows, columns)
 
     def grid_for(self, height: int, width: int) -> Grid:
-        """The grid that an image of that size in pixels gets.
+        """Return the grid for an image of that size in pixels.
 
-        Its natural one, if a program takes it; else the cheapest by `grid_cost` of the fixed grids and of those in the
-        buckets that come nearest to its aspect ratio. Errors are those of `natural`.
+        It is the natural one if a program takes it, else the cheapest by `grid_cost` of the fixed grids and of the
+        bucket grids that are closest to the image's aspect ratio. Raises the errors of `natural`.
         """
         natural = self.natural(height, width)
         takers = [coverage for coverage in self.coverages if self.tower.fits(coverage, natural)]
@@ -119,7 +118,7 @@ class Fitter:
             return natural
         for grid in self.fixed:
             if self._size(grid) == (width, height):
-                return grid  # so that fitting what was fitted changes nothing
+                return grid  # so that fitting an image twice changes nothing
         if takers:
             return natural
         candidates, ratio = list(self.fixed), max(height, width) / min(height, width)
@@ -130,7 +129,7 @@ class Fitter:
         return min(candidates, key=lambda grid: (grid_cost(height, width, natural, grid), -grid.patches))
 
     def fit(self, image: Image) -> Image:
-        """An RGB image at the size of its grid; the same object if the processor gives it that grid by itself."""
+        """Resize an RGB image to the size of its grid; the same object if the processor gives it that grid anyway."""
         grid = self.grid_for(image.height, image.width)
         if image.size == self._size(grid) or grid == self.natural(image.height, image.width):
             return image
@@ -146,50 +145,46 @@ class Fitter:
         return grid.w * self.tower.patch_size, grid.h * self.tower.patch_size
 
     def _fullest(self, coverage: Coverage) -> Grid:
-        """The grid with most patches that the processor can give an image for a program, the squarest of equals."""
+        """Return the largest grid that the processor can give an image for a program; of equals, the squarest."""
         if isinstance(coverage, FixedGrid):
             return coverage.grid
-        grids = self._within(coverage, MOST_ASPECT_RATIO, upright=False)
-        return max(reversed(grids), key=lambda grid: grid.patches, default=self._grid(1, 1, upright=False))
+        grids = self._within(coverage, MOST_ASPECT_RATIO)
+        return max(reversed(grids), key=lambda grid: grid.patches, default=self._grid(1, 1))
 
-    def _within(self, bucket: Bucket | AnyGrid, ratio: float, *, upright: bool) -> list[Grid]:
-        """Grids in a bucket, one for each length of the shorter side, that come nearest to a ratio of their sides."""
+    def _within(self, bucket: Bucket | AnyGrid, ratio: float, *, upright: bool = False) -> list[Grid]:
+        """Return the bucket's grid closest to a ratio of the sides for each length of the shorter side."""
         tokens = self.max_pixels // self._cell**2
         limit = bucket.patches if isinstance(bucket, Bucket) else bucket.most_patches
         if limit is not None:
             tokens = min(tokens, limit // self.tower.merge_size**2)
         found = []
         for short in range(1, math.isqrt(tokens) + 1):
+
+            def too_long(long: int, short: int = short) -> bool:
+                return not self.tower.fits(bucket, self._grid(short, long, upright=upright))
+
             wanted = min(max(short, round(short * ratio)), tokens // short, short * MOST_ASPECT_RATIO)
-            long = self._longest(bucket, short, wanted, upright=upright)
-            if long >= short:
-                found.append(self._grid(short, long, upright=upright))
+            lengths = range(short, wanted + 1)
+            if fitting := bisect_left(lengths, True, key=too_long):
+                found.append(self._grid(short, lengths[fitting - 1], upright=upright))
         return found
 
-    def _longest(self, bucket: Bucket | AnyGrid, short: int, most: int, *, upright: bool) -> int:
-        """The largest length of the long side, from `short` to `most` tokens, that the program takes; else less."""
-
-        def too_long(long: int) -> bool:
-            return not self.tower.fits(bucket, self._grid(short, long, upright=upright))
-
-        return short - 1 + bisect_left(range(short, most + 1), True, key=too_long)
-
-    def _grid(self, short: int, long: int, *, upright: bool) -> Grid:
-        """A grid by its sides in tokens."""
+    def _grid(self, short: int, long: int, *, upright: bool = False) -> Grid:
+        """Return the grid with these sides in tokens."""
         rows, columns = (long, short) if upright else (short, long)
         return Grid(1, rows * self.tower.merge_size, columns * self.tower.merge_size)
 
 
 def _fitted(image: Image, size: tuple[int, int], policy: FitPolicy) -> Image:
-    """An RGB image at another size, in pixels of width and height; an unknown policy is a `ConfigurationError`.
+    """Return an RGB image at another width and height in pixels.
 
-    A letterboxed image is scaled to fit, at the top left, so that coordinates in it differ from the original's by one
-    factor. The rest has the mean colour of the image's edge, which makes the faintest border.
+    A letterboxed image is scaled and placed at the top left, so that coordinates in it differ from the original's by
+    one factor. The rest has the mean colour of the image's edge, which gives the faintest border.
     """
     from PIL import Image as pillow
 
     if policy not in get_args(FitPolicy):
-        raise ConfigurationError(f"there is no policy {policy!r}.", hint=f"Name {' or '.join(get_args(FitPolicy))}.")
+        raise ConfigurationError(f"unknown policy {policy!r}.", hint=f"Choose {' or '.join(get_args(FitPolicy))}.")
     if policy == "stretch":
         return image.resize(size, pillow.Resampling.BICUBIC)
     scale = min(size[0] / image.width, size[1] / image.height)

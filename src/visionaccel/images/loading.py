@@ -1,4 +1,4 @@
-"""Images from files, and the checkpoint's own image processor that turns them into patches."""
+"""Reads image files, and runs the checkpoint's own image processor, which turns images into patches."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-"""Pillow's names of the formats that `load_image` reads. Few, as each decoder is native code."""
+"""Pillow's names of the formats that `load_image` reads: only a few, because each decoder is native code."""
 
 MOST_PIXELS = 2**26
-"""Most pixels of an image file, 8192x8192: 256 MiB once decoded, as much again to be turned; a WebP takes 1.3 GiB."""
+"""The maximum number of pixels of an image, 8192x8192. Decoded it takes 256 MiB, twice that while it is turned, and
+1.3 GiB as a WebP."""
 
 MOST_FILE_BYTES = 256 * 2**20
-"""Most bytes of an image file, as in vLLM for downloads."""
+"""The maximum size of an image file in bytes, as in vLLM for downloads."""
 
 WEBP_HEADER = 30
-"""Bytes that hold the size in each kind of WebP file."""
+"""Number of bytes at the start of a WebP file that contain its width and height."""
 
 ImageBackend: TypeAlias = Literal["pil", "torchvision"]
-"""What transformers computes on: Pillow and numpy, or torch.
+"""The library that transformers computes with: Pillow and numpy, or torch.
 
-They resize differently: by a grey level or two in pictures, by up to 30 in noise that is clipped at black and white.
+Their results differ: by a grey level or two in pictures, by up to 30 in noise that is clipped at black and white.
 """
 
 
@@ -41,9 +42,9 @@ class ImageProcessor:
     """The image processor that a checkpoint configures.
 
     Attributes:
-        backend: What it computes on.
-        min_pixels: Smallest area that it gives an image.
-        max_pixels: Largest area that it gives an image.
+        backend: The library that it computes with.
+        min_pixels: The smallest area that it gives an image.
+        max_pixels: The largest area that it gives an image.
     """
 
     def __init__(self, processor: Any) -> None:
@@ -52,42 +53,38 @@ class ImageProcessor:
         self.min_pixels, self.max_pixels = int(processor.size.shortest_edge), int(processor.size.longest_edge)
 
     def __call__(self, image: Image, *, resize: bool = True) -> tuple[NDArray[np.float32], Grid]:
-        """Patches of one image.
+        """Return the patches of one image, float32 [P, patch_width], and their grid.
 
         Args:
-            image: In any mode; read as RGB.
-            resize: Whether the processor chooses the size. If not, the image's sides must be multiples of a merged
-                token's.
-
-        Returns:
-            Patches float32 [P, patch_width] and their grid.
+            image: An image in any mode; it is converted to RGB.
+            resize: Whether the processor chooses the size. If not, the image's sides must be multiples of those of a
+                merged token.
 
         Raises:
             InputError: If the processor refuses the image.
         """
         chosen = {} if resize else {"do_resize": False}
-        tensors = "np" if self.backend == "pil" else "pt"
         rgb = as_rgb(image)
         try:
-            inputs = self._processor(images=[rgb], return_tensors=tensors, **chosen)
+            inputs = self._processor(images=[rgb], return_tensors="np" if self.backend == "pil" else "pt", **chosen)
         except (OSError, ValueError) as error:
             raise InputError(
                 f"the image processor refuses an image of {image.width}x{image.height} pixels: {error}",
-                hint="Pass an image that the model's own processor takes.",
+                hint="Pass an image that the model's own processor accepts.",
             ) from error
         patches: NDArray[np.float32] = np.asarray(as_numpy(inputs["pixel_values"]), dtype=np.float32)
         return patches, as_grids(inputs["image_grid_thw"])[0]
 
 
 def as_rgb(image: Image) -> Image:
-    """An image in RGB; the same object if it is RGB already.
+    """Convert an image to RGB; the same object if it is RGB already.
 
     Raises:
-        InputError: If it is not an image, its file is damaged, or its mode has no way to RGB.
+        InputError: If it is not an image, its file is damaged, or its mode cannot be converted.
     """
     try:
         if image.mode == "RGB":
-            image.load()  # an opened file is read only now, and may be damaged
+            image.load()  # Pillow reads an opened file only now, and it may be damaged
             return image
         return image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise any error for damaged bytes, zlib's and struct's too
@@ -98,18 +95,18 @@ def as_rgb(image: Image) -> Image:
 
 
 def image_processor(folder: Path, backend: ImageBackend = "pil") -> ImageProcessor:
-    """The image processor of a checkpoint folder.
+    """Load the image processor of a checkpoint folder.
 
     Args:
-        folder: The checkpoint's.
-        backend: What it computes on. `torchvision` needs torch and torchvision; it is what vLLM uses.
+        folder: The checkpoint's folder.
+        backend: The library to compute with. `torchvision` needs torch and torchvision; vLLM uses it.
 
     Raises:
-        ConfigurationError: If transformers or Pillow is missing, or the backend's library.
-        CheckpointError: If the folder has none, or it cannot be loaded.
+        ConfigurationError: If transformers, Pillow or the backend's library is missing.
+        CheckpointError: If the folder has no image processor, or it cannot be loaded.
     """
     try:
-        import PIL.Image  # noqa: F401 - the processor needs it, and says so less clearly
+        import PIL.Image  # noqa: F401 - the processor needs it, and its own error is less clear
         from transformers import AutoImageProcessor
     except ImportError as error:
         raise ConfigurationError.missing_extra("reading image files", error.name, "visionaccel[images]") from error
@@ -121,24 +118,24 @@ def image_processor(folder: Path, backend: ImageBackend = "pil") -> ImageProcess
             f"the image processor of {folder} cannot be loaded: {error}",
             hint="The folder needs preprocessor_config.json or processor_config.json.",
         ) from error
-    if processor.backend != backend:  # transformers takes another one with a mere warning
+    if processor.backend != backend:  # transformers falls back to another one and only warns
         raise ConfigurationError(
-            f"transformers offers no image processor on {backend} here.", hint="Install torch and torchvision."
+            f"transformers has no {backend} image processor in this environment.", hint="Install torch and torchvision."
         )
     return processor
 
 
 def load_image(path: Path) -> Image:
-    """The image in a file, decoded, in its display orientation and in RGB; of several frames or pages the first.
+    """Read the first frame or page of an image file, in its display orientation and in RGB.
 
-    Its format, its size in bytes and the size that it states are checked before any pixel is decoded.
+    Its format, file size, width and height are checked before any pixel is decoded.
 
     Args:
-        path: A file of one of `FORMATS`, of at most `MOST_FILE_BYTES` bytes and `MOST_PIXELS` pixels.
+        path: A file in one of `FORMATS`, of at most `MOST_FILE_BYTES` bytes and `MOST_PIXELS` pixels.
 
     Raises:
         ConfigurationError: If Pillow is missing.
-        InputError: If the file cannot be read as an image, is too large, or states too large a size.
+        InputError: If the file cannot be read as an image or is too large.
     """
     try:
         from PIL import Image, ImageOps, UnidentifiedImageError
@@ -148,13 +145,12 @@ def load_image(path: Path) -> Image:
         with open_regular(path) as file:
             if (size := os.fstat(file.fileno()).st_size) > MOST_FILE_BYTES:
                 raise InputError(
-                    f"{path} has {size} bytes, and image files may have {MOST_FILE_BYTES}.",
-                    hint="Pass the image in a smaller file.",
+                    f"{path} has {size} bytes; at most {MOST_FILE_BYTES} are supported.", hint="Pass a smaller file."
                 )
             _check_pixels(path, *webp_size(file.read(WEBP_HEADER)))
             file.seek(0)
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of sizes that are refused below, and of metadata that is not used
+                warnings.simplefilter("ignore")  # about sizes that are refused below, and unused metadata
                 with Image.open(file, formats=FORMATS) as image:
                     _check_pixels(path, image.width, image.height)
                     return ImageOps.exif_transpose(image).convert("RGB")
@@ -162,19 +158,19 @@ def load_image(path: Path) -> Image:
         raise
     except UnidentifiedImageError as error:
         raise InputError(
-            f"{path} cannot be read as an image: it is none of {', '.join(FORMATS)}.",
-            hint="Pass a complete image file of one of these formats.",
+            f"{path} cannot be read as an image of format {', '.join(FORMATS)}.",
+            hint="Pass a complete image file in one of these formats.",
         ) from error
     except Exception as error:  # as in `as_rgb`; a size of twice Pillow's own limit raises another error
         raise InputError(f"{path} cannot be read as an image: {error}", hint="Pass a complete image file.") from error
 
 
 def webp_size(start: bytes) -> tuple[int, int]:
-    """Width and height in pixels that a WebP file states in its first `WEBP_HEADER` bytes; zeros for other formats.
+    """Return the width and height in the first `WEBP_HEADER` bytes of a WebP file; zeros for other formats.
 
-    Pillow tells them only after the decoder has allocated its frames. The layouts are those of
-    https://developers.google.com/speed/webp/docs/riff_container: `VP8X` holds the size of the canvas, less 1, in 24
-    bits each, `VP8L` in 14 bits each, and `VP8 ` the size itself in 14 bits each.
+    Pillow returns them only after the decoder has allocated its frames. The layouts are in
+    https://developers.google.com/speed/webp/docs/riff_container: `VP8X` has the size of the canvas less 1 in 24 bits
+    each, `VP8L` in 14 bits each, and `VP8 ` the size itself in 14 bits each.
     """
     if len(start) < WEBP_HEADER or start[:4] != b"RIFF" or start[8:12] != b"WEBP":
         return 0, 0
@@ -192,6 +188,6 @@ def webp_size(start: bytes) -> tuple[int, int]:
 def _check_pixels(path: Path, width: int, height: int) -> None:
     if width * height > MOST_PIXELS:
         raise InputError(
-            f"{path} states {width}x{height} pixels, and images may have {MOST_PIXELS} in all.",
-            hint="Pass the image scaled down; the model's processor would scale it down as well.",
+            f"{path} has {width}x{height} pixels; at most {MOST_PIXELS} in all are supported.",
+            hint="Scale the image down; the model's processor would scale it down as well.",
         )

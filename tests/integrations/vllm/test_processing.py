@@ -275,7 +275,9 @@ def test_what_is_refused_is_a_validation_error_of_vllm_with_our_text(made, kind)
 
 
 def test_a_grid_that_the_processor_would_resize_is_refused_at_start(made):
-    with pytest.raises(ConfigurationError, match=r"2x2 needs images of 784 pixels; the processor makes them of 3136"):
+    with pytest.raises(
+        ConfigurationError, match=r"2x2 needs images of 784 pixels, but the processor makes images of 3136"
+    ):
         _ = made("tiny").fitter
     assert made("tiny", {"min_pixels": 784}).fitter.largest == Grid(1, 2, 2)
     with pytest.raises(ConfigurationError, match=r"up to 256 patches in 4 windows needs images of 50176 pixels"):
