@@ -216,5 +216,5 @@ def test_a_backend_that_transformers_lacks_is_refused(digits, monkeypatch):
 
     other = SimpleNamespace(from_pretrained=lambda folder, backend: Qwen2VLImageProcessorPil())
     monkeypatch.setattr(transformers, "AutoImageProcessor", other)
-    with pytest.raises(ConfigurationError, match="no image processor on torchvision"):
+    with pytest.raises(ConfigurationError, match="no torchvision image processor"):
         image_processor(digits, backend="torchvision")

@@ -137,10 +137,10 @@ def test_what_is_too_far_from_the_reference_is_not_kept(bundle, images, tmp_path
 
 
 def test_a_program_is_quantized_once_and_from_float32(quantized, checkpoint, images, tmp_path):
-    with pytest.raises(ConfigurationError, match="is not of float32"):
+    with pytest.raises(ConfigurationError, match="is not a float32 program"):
         quantize_bundle(quantized, tmp_path / "again", [images], target="onnxrt")
     half = open_bundle(write_bundle(checkpoint, tmp_path / "half", "6x6", precision="float16"))
-    with pytest.raises(ConfigurationError, match="is not of float32"):
+    with pytest.raises(ConfigurationError, match="is not a float32 program"):
         quantize_bundle(half, tmp_path / "again", [images], target="onnxrt")
 
 

@@ -174,12 +174,9 @@ def open_bundle(
 
 
 def tower_digest(tower: Tower, *, trust_unchanged: bool = True, progress: Callable[[int], None] | None = None) -> str:
-    """Return the digest of a tower's weights, which is remembered while their files stay unchanged.
+    """Return the digest of a tower's weights, remembered while their files stay unchanged.
 
-    Args:
-        tower: The tower.
-        trust_unchanged: Use the remembered digest; False reads every byte again.
-        progress: Called with the number of bytes just read, if they are read.
+    Without `trust_unchanged`, every byte is read again. `progress` is called with the number of bytes just read.
     """
     weights = tower.weights
     files = sorted({tensor.file for tensor in weights.values()})

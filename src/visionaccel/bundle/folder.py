@@ -33,15 +33,10 @@ def new_manifest(
     programs: Sequence[Mapping[str, Any]],
     checkpoint: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Make the manifest of a bundle, for `write_manifest`.
+    """Make the manifest of a bundle whose files are in `folder`, for `write_manifest`.
 
-    Args:
-        folder: The bundle's folder, which has its files already.
-        tower: The tower that the programs compute.
-        digest: The `weights_digest` of the tower.
-        files: The files that all programs share.
-        programs: The manifest's entries of the programs.
-        checkpoint: The result of `external_checkpoint`; None for a bundle with weights.
+    `digest` is the tower's `weights_digest`, `files` are those that all programs share, `programs` are the manifest's
+    entries, and `checkpoint` is the result of `external_checkpoint`, or None for a bundle with weights.
     """
     return {
         "schema_version": SCHEMA_VERSION,

@@ -68,12 +68,9 @@ _ENTRIES = TypeAdapter(list[_Entry])
 
 
 def write_golden(bundle: Bundle, images: Sequence[Golden], changes: Mapping[str, Any]) -> Bundle:
-    """Replace the golden images of a bundle, and seal its manifest again; return the changed bundle.
+    """Replace the golden images of a bundle, and other fields of its manifest, such as the certificate.
 
-    Args:
-        bundle: The bundle.
-        images: The new images; empty for a bundle without any.
-        changes: Other fields of the manifest that change, such as the certificate.
+    Returns the changed bundle.
 
     Raises:
         BundleError: If the result is not a valid manifest.

@@ -11,13 +11,6 @@ from visionaccel.families.registry import (
 from visionaccel.towers import Family, Host, Tower
 
 __all__ = [
-    "GROUP",
-    "Family",
-    "Host",
-    "Tower",
-    "family_named",
-    "family_of",
-    "supported_architectures",
-    "tower_of",
+    "GROUP", "Family", "Host", "Tower", "family_named", "family_of", "supported_architectures", "tower_of",
     "weight_prefixes",
-]
+]  # fmt: skip

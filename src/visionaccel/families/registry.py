@@ -1,4 +1,4 @@
-"""Finds families by entry point: lists them without importing, and imports one for a checkpoint of its architecture."""
+"""Finds families by entry point: lists them without imports, and imports only that of a checkpoint's architecture."""
 
 from __future__ import annotations
 

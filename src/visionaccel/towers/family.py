@@ -1,8 +1,7 @@
 """A family of towers: how its checkpoints describe the sizes of a tower and store the weights.
 
-Weights must be plain floats of the shapes in the description. Each tensor is judged by its dtype and by what is stored
-next to it, and not by the configuration's quantisation entry: most quantised checkpoints leave the vision tower as it
-was.
+Weights must be plain floats of the shapes in the description. Quantised ones are recognised by their dtypes and by the
+tensors stored with them, not by the configuration: most quantised checkpoints leave the vision tower as it was.
 """
 
 from __future__ import annotations
@@ -74,12 +73,12 @@ class Family:
         name: Its name in bundles and messages.
         spec: Returns the description of a tower from its configuration. A `ValueError`, or an error of the
             configuration's methods, is reported as an error of the checkpoint, any other as one of the family.
-        config: The keys that lead to the tower's configuration in `config.json`, outermost first.
+        config: The path of keys to the tower's configuration in `config.json`.
         defaults: Values that configurations may leave out.
         prefixes: Prefixes of the names of the tower's tensors, in the order in which they are tried. Bundles that hold
             weights use the last.
-        names: Modules that some checkpoints store under another name: that name to the spec's. `{n}` is a number.
-        fused: Modules that are stored as one, their rows concatenated: its name to the spec's names, in that order.
+        names: Modules with another name in some checkpoints: maps that name to the spec's. `{n}` is a number.
+        fused: Modules whose rows are concatenated in checkpoints: maps the stored name to the spec's names in order.
 
     Raises:
         TypeError: If `config` or `prefixes` is not a tuple of non-empty strings.
@@ -224,8 +223,7 @@ _ADAPTER = re.compile(r"(^|\.)(lora_\w+|base_layer|modules_to_save)(\.|$)")
 def plain_weights(tensors: Mapping[str, StoredTensor], spec: TowerSpec) -> dict[str, StoredTensor]:
     """Check the weights of a tower, by the spec's names, and return them without buffers that are computed anyway.
 
-    Raises:
-        CheckpointError: If one is quantised, part of an adapter, unknown to the spec, or has another shape.
+    CheckpointError if one is quantised, part of an adapter, unknown to the spec, or has the wrong shape.
     """
     shapes = dict(spec.shapes())
     for name, (rows, *columns) in spec.shapes().items():

@@ -47,7 +47,7 @@ class Host:
     Args:
         spec: The tower.
         program: One of its programs.
-        weights: The tower's weights, by the spec's names. Only a split program reads them: those that embed patches.
+        weights: The tower's weights, by the spec's names. Only those that embed patches are read, for a split program.
 
     Raises:
         CheckpointError: If a weight that the host needs is missing or cannot be read.

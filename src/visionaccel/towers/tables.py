@@ -91,12 +91,7 @@ def window_order(spec: TowerSpec, grids: Sequence[Grid], *, grouped: bool = Fals
     """Compute the window order of the merged tokens, and the windows' lengths.
 
     The tokens of a frame are cut into squares of side `spec.window`; windows at the bottom and right edges may be
-    smaller. The tower must have windows.
-
-    Args:
-        spec: The tower.
-        grids: The grids of the call.
-        grouped: Order windows of equal size together, largest first, instead of in raster order.
+    smaller. The tower must have windows. The arguments are those of `make_tables`.
 
     Returns:
         The input token at each place, int64 [N], and the windows' lengths in patches, int64 [W].

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Self, get_args
 
 from visionaccel.checkpoint import Checkpoint
-from visionaccel.core.contracts import TensorSpec
 from visionaccel.core.grid import Grid
 from visionaccel.core.program import (
     CHECKPOINT,
@@ -30,7 +29,7 @@ from visionaccel.errors import ConfigurationError
 from visionaccel.towers.family import Family, has_every_weight, plain_weights
 from visionaccel.towers.host import GROUPED, RASTER, Host
 from visionaccel.towers.operations import Operations, count_operations
-from visionaccel.towers.tables import checkpoint_signature, signature, tower_tables
+from visionaccel.towers.tables import Signature, checkpoint_signature, signature, tower_tables
 
 
 class Tower:
@@ -131,10 +130,9 @@ class Tower:
         return bool(self.stored_names) and has_every_weight(self.spec, self.weights)
 
     def programs(self, formats: Iterable[str]) -> tuple[Program, ...]:
-        """Return this tower's programs in the wanted formats. This is cheap: models are written when they are opened.
+        """Return this tower's programs in the wanted formats. Raises the errors of `weights`.
 
-        Raises:
-            CheckpointError: As for `weights`.
+        This is cheap: models are written when they are opened.
         """
         wanted, found = set(formats), []
         if CHECKPOINT in wanted:
@@ -173,9 +171,7 @@ class Tower:
             )
         return tuple(found)
 
-    def signature(
-        self, coverage: Coverage, host: HostSplit | None
-    ) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    def signature(self, coverage: Coverage, host: HostSplit | None) -> Signature:
         """Return the inputs and outputs of the ONNX program with that coverage and split."""
         return signature(self.spec, coverage, host)
 

@@ -1,6 +1,6 @@
-"""Validation: every program of a bundle is compared with the float32 reference, and the outcome is its certificate.
+"""Validates a bundle: compares every program with the float32 reference, and makes the bundle's certificate.
 
-A program that no backend takes, that cannot be opened, or that fails on one input has not passed: it counts as wrong.
+A program that no backend runs, that cannot be opened, or that fails on any input has not passed.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _LONGEST_FAILURE = 4096
 
 REFERENCE_BACKEND = "torch_ref"
 REFERENCE_OPTIONS: Mapping[str, Any] = MappingProxyType({"implementation": "transformers", "dtype": "float32"})
-"""transformers' own tower, which shares no arithmetic with this package, nor with the backend's fast form."""
+"""transformers' own tower, which shares no arithmetic with this package or the backend's fast implementation."""
 
 _TOOLS = ("numpy", "onnx", "onnxruntime", "torch", "transformers")
 _NOT_RUN = "none"
@@ -65,10 +65,10 @@ _NOT_RUN = "none"
 
 @dataclass(frozen=True, slots=True)
 class Validation:
-    """What validating a bundle found.
+    """The result of validating a bundle.
 
     Attributes:
-        certificate: What the bundle's manifest may state.
+        certificate: The certificate for the bundle's manifest.
         golden: The golden images of each program, for `visionaccel.bundle.write_golden`.
     """
 
@@ -77,23 +77,22 @@ class Validation:
 
 
 def check_thresholds(thresholds: Iterable[float]) -> None:
-    """Refuse thresholds, with a ConfigurationError, that are not above 0 and up to 1."""
+    """Raise a ConfigurationError for a threshold that is not above 0 and at most 1."""
     for threshold in thresholds:
-        if not 0 < threshold <= 1:  # not the other way round, which NaN would pass
+        if not 0 < threshold <= 1:  # also true for NaN
             raise ConfigurationError(
-                f"{threshold} is not a threshold for a cosine.",
-                hint="Name a number above 0 and up to 1, such as 0.999.",
+                f"{threshold} is not a threshold for a cosine.", hint="Pass a number above 0 and at most 1."
             )
 
 
 def check_reference(bundle: Bundle, reference: Tower) -> str:
-    """The digest of a tower's weights; a ConfigurationError if a bundle was made from others, or another processor."""
+    """Return the digest of a tower's weights; ConfigurationError if a bundle has different weights or processor."""
     require_processor(bundle.manifest.processor_digest, reference.checkpoint.folder, bundle.folder)
     digest = tower_digest(reference)
     if digest != bundle.manifest.weights_digest:
         raise ConfigurationError(
             f"the vision weights of {reference.checkpoint.folder} are not those that {bundle.folder} was made from.",
-            hint="Pass the checkpoint that the bundle was exported from, in the dtype that it had.",
+            hint="Pass the checkpoint that the bundle was exported from, in its original dtype.",
         )
     return digest
 
@@ -113,29 +112,29 @@ def validate_bundle(
     open_deadline: float = OPEN_DEADLINE,
     progress: Progress | None = None,
 ) -> Validation:
-    """Run every program of a bundle, and compare what it returns with the reference.
+    """Run every program of a bundle, and compare its embeddings with the reference's.
 
     Args:
-        bundle: The bundle; nothing in it is changed.
+        bundle: The bundle, which is not changed.
         reference: The tower of the checkpoint that the bundle was exported from.
         backend: Name of the backend that runs the programs, or `auto`.
         device: Its device; None for the one that a program was made for, else the backend's default.
         options: The backend's options.
-        images: Image files and folders of them to show; by default the photographs that scikit-image installs, if the
-            reference checkpoint has an image processor.
+        images: Image files and folders to use; by default the photographs that scikit-image installs, if the reference
+            checkpoint has an image processor.
         thresholds: The lowest cosine that passes, by precision.
-        registry: Where backends are found; the installed ones by default.
+        registry: The known backends; by default the installed ones.
         isolation: Where the programs run, as for `open_encoder`; the reference always runs in this process.
-        deadline: Seconds that a call in a child process may take.
-        open_deadline: Seconds that starting such a process and opening a program may take, compilation included.
-        progress: Called with a stage, how much of it is done and how much it is.
+        deadline: The maximum seconds for a call in a child process.
+        open_deadline: The maximum seconds to start such a process and open a program, including compilation.
+        progress: Called with the progress.
 
     Returns:
-        The certificate and the golden images. Encodes that fail count as compared, each token with cosine -1.
+        The certificate and the golden images. Failed encodes count too: each token has cosine -1.
 
     Raises:
-        ConfigurationError: If the reference has other weights than the bundle was made from or cannot be run, or the
-            backend, the processor, an option, a threshold or an image is not usable.
+        ConfigurationError: If the reference does not have the bundle's weights or cannot be run, or the backend, the
+            image processor, an option, a threshold or an image cannot be used.
         InputError: If an image cannot be read.
         ArtifactError: If the reference checkpoint is broken.
     """
@@ -175,20 +174,20 @@ def validate_bundle(
 
 
 def _open_reference(reference: Tower, registry: Registry) -> tuple[Encoder, bool]:
-    """The reference of a tower, and whether it is independent of what it judges."""
+    """Open the reference of a tower; return also whether it is independent of visionaccel's description."""
     opened = partial(open_encoder, reference, backend=REFERENCE_BACKEND, registry=registry, isolation="none")
     try:
         return opened(options=REFERENCE_OPTIONS), True
     except UnsupportedArchitectureError as error:
         logger.warning(
-            "%s The reference is visionaccel's own tower in float32: a wrong description of the tower does not show.",
+            "%s The reference is visionaccel's own float32 tower, so a wrong description of the tower goes unnoticed.",
             error.message,
         )
         return opened(options={**REFERENCE_OPTIONS, "implementation": "fast"}), False
 
 
 class _Alone(Bundle):
-    """One of a bundle's programs, without its bare weights, which another backend could run in its place."""
+    """A bundle with only one of its programs, and without its weights, which a backend could run instead."""
 
     def __init__(self, bundle: Bundle, entry: ProgramEntry) -> None:
         super().__init__(bundle.folder, bundle.manifest.model_copy(update={"programs": (entry,)}), bundle.tower)
@@ -198,7 +197,7 @@ class _Alone(Bundle):
 
 
 class _Watched(Session):
-    """Counts rows of NaN or infinity in what a session returns; the encoder refuses such output whole."""
+    """Counts rows with NaN or infinity in the outputs of a session, because the encoder refuses such outputs whole."""
 
     def __init__(self, session: Session) -> None:
         self._session, self.capabilities = session, session.capabilities
@@ -217,7 +216,7 @@ class _Watched(Session):
 
 @dataclass(eq=False)
 class _Run:
-    """One validation: what it works with, what the reference made of each trial, and what was shown and kept."""
+    """One validation: its inputs, the reference's embeddings of each trial, the trials run, and the golden images."""
 
     bundle: Bundle
     reference: Encoder
@@ -231,17 +230,17 @@ class _Run:
 
     @cached_property
     def wrong_weights(self) -> tuple[str, ...]:
-        """Weights that the bundle holds and that are not the reference's."""
+        """Names of the bundle's weights that are not the reference's."""
         tower, source = self.bundle.tower, self.reference.tower.weights
         if self.bundle.manifest.checkpoint is not None:
             return ()
-        if not tower.complete:  # it holds only what the host needs around compiled programs
+        if not tower.complete:  # it has only the weights that the host needs for compiled programs
             source = {name: source[name] for name in tower.host_weights}
         return differing_weights(tower.weights, source)
 
     @property
     def images(self) -> dict[str, int]:
-        """Images that were shown, by kind."""
+        """Number of images that were encoded, by kind."""
         real = {trial.photograph for trial in self.shown if trial.photograph}
         generated = [trial for trial in self.shown if not trial.photograph]
         return {"generated": sum(len(trial.grids) for trial in generated), "real": len(real)}
@@ -256,7 +255,7 @@ class _Run:
         try:
             encoder = self.open_program(_Alone(self.bundle, entry), device=self.device or entry.device)
         except (UnknownBackendError, PluginError, SettingsError):
-            raise  # wrong for every program, and not a program's fault
+            raise  # not the program's fault: all programs would fail
         except VisionAccelError as error:
             for trial in trials:
                 tokens = sum(grid.tokens(self.bundle.tower.merge_size) for grid in trial.grids)
@@ -269,7 +268,7 @@ class _Run:
         with encoder:
             opened = encoder.programs[0]
             opened.session = watched = _Watched(opened.session)
-            # A compiler may make a program of low precision of a float32 one, and the session says so.
+            # A compiler may lower the precision of a float32 program; the session has the actual one.
             computed = watched.capabilities.precision
             threshold = min(threshold, thresholds.get(computed, threshold))
             self._keep_golden(entry, trials, threshold)
@@ -284,26 +283,26 @@ class _Run:
                     comparison.add_missing(expected, watched.nonfinite_rows)
                     failures.append(f"{trial}: {error}")
                     if not isinstance(error, OutputError):
-                        break  # a device that is gone would take its time-out on every further one
+                        break  # a lost device would run into its deadline on every other trial
                 tell(number + 1, len(trials))
         self.shown.update(ran)
         failure = self._verdict(comparison, ran, threshold)
         if failures:
-            failure = failures[0] + (f" {len(failures) - 1} more encodes failed too." if len(failures) > 1 else "")
+            failure = failures[0] + (f" {len(failures) - 1} more encodes failed." if len(failures) > 1 else "")
         device, simulated = watched.capabilities.device[:256] or _NOT_RUN, watched.capabilities.simulated
         grids = tuple(dict.fromkeys(str(grid) for trial in ran for grid in trial.grids))
         where = {"backend": encoder.backend, "device": device, "simulated": simulated, "grids": grids}
         return _result(entry, comparison, threshold, failure, where)
 
     def _expected(self, trial: Trial, patches: NDArray[np.float32]) -> NDArray[np.float32]:
-        """What the reference makes of a trial, computed once for all programs."""
+        """Return the reference's embeddings of a trial, computed once for all programs."""
         if trial not in self.embeddings:
             self.embeddings[trial] = as_numpy(self.reference.encode(patches, trial.grids))
         return self.embeddings[trial]
 
     def _keep_golden(self, entry: ProgramEntry, trials: Sequence[Trial], threshold: float) -> None:
-        """Keep what a canary is to encode with a program: a picture, and for many grids a large one too."""
-        # Pictures have what a device that misreads images gets wrong; noise is what there is without a processor.
+        """Keep golden images for a program: a picture of a usual size, and the largest one if that differs."""
+        # Pictures show more faults of a device than noise; without a processor there are none.
         pictures = [t for t in trials if t.photograph is None and t.name != "noise"] or list(trials)
         by_size = sorted(pictures, key=lambda trial: total_patches(trial.grids))
         usual = next(trial for trial in pictures if trial.grids == trials[0].grids)
@@ -313,7 +312,7 @@ class _Run:
             self.golden.append(Golden(str(trial), entry.name, trial.grids, patches, rows, threshold))
 
     def _verdict(self, comparison: Comparison, trials: Sequence[Trial], threshold: float) -> str | None:
-        """What is wrong with the numbers, and where, or with the bundle's weights."""
+        """Return what is wrong with the embeddings, and where, or with the bundle's weights; None if nothing is."""
 
         def where(place: Place) -> str:
             return trials[place.encode].where(place.token, self.bundle.tower.merge_size)
@@ -325,7 +324,7 @@ class _Run:
                 f"{low} of {comparison.tokens} tokens. "
                 f"Worst: {', '.join(f'{trials[at]} ({cosine:.6f})' for at, cosine in comparison.worst(3))}."
             )
-        # As far as the lowest angle that passes moves the end of an embedding.
+        # The largest angle that passes moves the end of an embedding by this part of its length.
         allowed, worst = math.sqrt(2 * (1 - threshold)), comparison.worst_length_error
         if worst > allowed:
             at = where(comparison.worst_length_at)

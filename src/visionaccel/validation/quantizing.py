@@ -1,4 +1,4 @@
-"""A bundle of int8 programs from one of float32: a backend quantizes, the float32 reference judges."""
+"""Makes a bundle of int8 programs from one of float32 programs: a backend quantizes, and validation checks them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from visionaccel.validation.certificate import Validation, check_reference, chec
 from visionaccel.validation.trials import Trials, find_images
 
 QUANTIZED = "int8"
-"""What programs are quantized to."""
+"""The dtype that programs are quantized to."""
 
 
 def quantize_bundle(
@@ -47,50 +47,50 @@ def quantize_bundle(
     registry: Registry | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
-    """Quantize every program of a bundle, validate the result, and keep it if it is good enough.
+    """Quantize every program of a bundle, validate the result, and keep it if it is accurate enough.
 
     Args:
-        bundle: A bundle of float32 programs; nothing in it is changed.
+        bundle: A bundle of float32 programs, which is not changed.
         output: The folder to write; it appears whole with its certificate, or not at all.
-        images: Image files, and folders of them, to calibrate with.
-        target: Name of the backend that quantizes and that runs the result.
-        reference: The tower of the checkpoint that the bundle was exported from; by default over the bundle's weights,
-            which must be in the dtype that the checkpoint has.
+        images: Image files and folders to calibrate with.
+        target: Name of the backend that quantizes the programs and runs the result.
+        reference: The tower of the checkpoint that the bundle was exported from; by default that of the bundle's
+            weights, which must have the checkpoint's dtype.
         device: The backend's device to validate on.
-        threshold: The lowest cosine of a token that is good enough.
-        judged_by: Images to validate with; by default those that `validate_bundle` shows.
+        threshold: The lowest cosine of a token that passes.
+        judged_by: Images to validate with; by default those of `validate_bundle`.
         force: Replace an existing bundle.
-        registry: Where backends are found; the installed ones by default.
-        progress: Called with a stage, how much of it is done and how much it is.
+        registry: The known backends; by default the installed ones.
+        progress: Called with the progress.
 
     Raises:
         ConfigurationError: If the target is not installed, is broken, does not quantize these programs or cannot run
-            them on the device, there are no images or no processor to make patches of them, the threshold is not one,
-            the reference has other weights, or `output` exists, cannot be written, or holds what is read.
+            them on the device, there are no images or no image processor, the threshold is invalid, the reference has
+            different weights, or `output` exists, cannot be written, or contains the bundle or its weights.
         ArtifactError: If the bundle's files are broken.
-        AccuracyError: If a program is too far from the reference; it says how far and on which images.
+        AccuracyError: If a program differs too much from the reference; it says how much and on which images.
         InputError: If an image cannot be read.
     """
     tell = progress or (lambda *_: None)
     registry = registry or default_registry()
     backend = registry.load(target)
     reference = reference or bundle.tower
-    # What can be refused is refused before the work, which takes minutes for each program.
+    # Check everything before the work, which takes minutes for each program.
     check_thresholds([threshold])
     check_reference(bundle, reference)
     programs = _programs(bundle, registry, target, device)
     files = find_images(images)
     if not files:
-        raise ConfigurationError("there are no images to calibrate with.", hint="Name some with --calibrate.")
+        raise ConfigurationError("no images to calibrate with were passed.", hint="Pass some with --calibrate.")
     for image in (*files, *find_images(judged_by)):
         if not image.is_file():
-            raise InputError(f"{image} is not a file.", hint="Name image files, or folders of them.")
+            raise InputError(f"{image} is not a file.", hint="Pass image files, or folders of them.")
     trials = Trials(reference, image_processor(reference.checkpoint.folder), files)
     output = Path(os.path.realpath(output))
     weights = {tensor.file for tensor in bundle.tower.weights.values()}
     if any(file.is_relative_to(output) for file in (bundle.folder.resolve(), *weights)):
         raise ConfigurationError(
-            f"{output} holds the bundle or its weights, and would be replaced.", hint="Name another folder."
+            f"{output} holds the bundle or its weights, and would be replaced.", hint="Choose another folder."
         )
     with appearing(output, force=force) as folder:
         for file in bundle.manifest.files:
@@ -119,38 +119,42 @@ def quantize_bundle(
             progress=progress,
         )
         if not found.certificate.passed:
-            raise AccuracyError(_shortfall(found), hint="Show other images, or accept less with --threshold.")
+            raise AccuracyError(
+                _shortfall(found), hint="Calibrate with other images, or lower the limit with --threshold."
+            )
         write_golden(quantized, found.golden, {"certificate": found.certificate.model_dump(mode="json")})
     return open_bundle(output, checkpoint=bundle.tower.checkpoint)
 
 
 def _programs(bundle: Bundle, registry: Registry, target: str, device: str | None) -> tuple[Program, ...]:
-    """The programs in the manifest's order, if they are of float32 and the target runs all of them as they are.
+    """Return the programs in the manifest's order; require float32 programs that the target can run unquantized.
 
-    Then what fails later is the fault of what was made of them.
+    So a program that fails after quantization fails because of it.
     """
     for entry in bundle.manifest.programs:
         if entry.precision != "float32" or entry.quantization is not None:
             raise ConfigurationError(
-                f"program {entry.name!r} is not of float32.", hint="Export the bundle in float32 and quantize that."
+                f"program {entry.name!r} is not a float32 program.",
+                hint="Quantize a bundle exported in float32.",
             )
     _, taken = select(registry, bundle, target, device).require()
     found = {program.name: program for program in taken}
     for entry in bundle.manifest.programs:
         if entry.name not in found:
             raise ConfigurationError(
-                f"backend {target!r} does not run program {entry.name!r} on device {device or 'of its choice'}.",
-                hint="`visionaccel explain` says why. Name another target or --device.",
+                f"backend {target!r} does not run program {entry.name!r} on {device or 'its default device'}.",
+                hint="`visionaccel explain` says why. Choose another --target or --device.",
             )
     return tuple(found[entry.name] for entry in bundle.manifest.programs)
 
 
 def _entry(folder: Path, entry: ProgramEntry, model: QuantizedModel, target: str, images: int) -> dict[str, Any]:
-    """The manifest's entry of a quantized program; companions of the other may be of no use to it, and are left out."""
+    """Return the manifest's entry of a quantized program; it does not keep the companions of the original."""
     written = (model.model, *model.companions.values())
     if any(not file.is_relative_to(folder) or not file.is_file() for file in written):
         raise PluginError(
-            f"backend {target!r} names files that it did not write into the bundle.", hint="Report it to its authors."
+            f"backend {target!r} returned files that it did not write into the bundle.",
+            hint="Report this to its authors.",
         )
     return {
         **entry.model_dump(mode="json"),
@@ -168,18 +172,18 @@ def _entry(folder: Path, entry: ProgramEntry, model: QuantizedModel, target: str
 
 
 def _shortfall(validation: Validation) -> str:
-    """What was not good enough, in figures."""
+    """Describe how much the failed programs differ from the reference."""
     found = [
         f"{result.program} has lowest cosine {result.lowest_cosine:.6f}, mean {result.mean_cosine:.6f}, relative error "
         f"{result.relative_error:.1e}: {result.failure}"
         for result in validation.certificate.programs
         if result.failure is not None
     ]
-    return "the quantized programs are too far from the float32 reference, and nothing was kept: " + " ".join(found)
+    return "the quantized programs differ too much from the reference, so nothing was kept: " + " ".join(found)
 
 
 class Calibration:
-    """The photographs of trials as a program's session would be given them, one image in a call.
+    """The inputs of a program's session for the photographs of its trials, one image in a call.
 
     Yields numpy arrays by the names of the program's inputs, with the dtypes and shapes declared there.
     """

@@ -1,6 +1,6 @@
-"""What programs are tried with: grids of their coverage, generated patches and pictures, and real images.
+"""Trials of programs: encodes of generated patches, pictures and photographs at grids of a program's coverage.
 
-White noise shows faults in any row and nothing else. Pictures have what real use has: neighbours that are alike, flat
+White noise shows only faults that affect any row. Pictures have the properties of real images: similar neighbours, flat
 areas, and rows that differ from columns.
 """
 
@@ -33,7 +33,7 @@ _SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff",
 _PHOTOGRAPHS = ("astronaut.png", "coffee.png", "chelsea.png", "page.png", "text.png", "rocket.jpg")
 _PIXELS = 2**62
 _SMALL, _LARGE, _LINE = (3, 5), (13, 22), 12
-"""In tokens: windows are four tokens a side in the released models, and these leave partial ones."""
+"""Sides of grids in tokens. Windows have a side of four tokens in the released models, so these have partial ones."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class Trial:
     """One encode. Equal trials have equal patches.
 
     Attributes:
-        name: What it shows.
-        grids: The images and videos of the call.
-        photograph: The file that it shows, if it shows one.
-        fitted: Whether it was fitted to its grid, instead of getting the grid that the processor gives it.
-        patches: Makes float32 [P, patch_width].
+        name: A short name of its content.
+        grids: The grids of the call's images and videos.
+        photograph: The image file, if it is a photograph.
+        fitted: Whether the image was fitted to the grid, instead of having the grid that the processor gives it.
+        patches: Returns float32 [P, patch_width].
     """
 
     name: str
@@ -55,7 +55,7 @@ class Trial:
     patches: Callable[[], Patches] = field(compare=False, repr=False)
 
     def where(self, token: int, merge_size: int) -> str:
-        """The place of a row of its embeddings, in words."""
+        """Describe the place of a row of its embeddings."""
         number = 0
         while token >= (tokens := self.grids[number].tokens(merge_size)):
             token -= tokens
@@ -72,22 +72,22 @@ class Trial:
 
 
 class Trials:
-    """Makes trials for programs of a tower, with the image processor if there is one, and photographs to show."""
+    """Makes trials for programs of a tower, from photographs too if the checkpoint has an image processor."""
 
     def __init__(self, tower: Tower, processor: ImageProcessor | None, photographs: Sequence[Path] = ()) -> None:
         self._tower, self._processor = tower, processor
         if photographs and processor is None:
             raise ConfigurationError(
-                f"{tower.checkpoint.folder} has no image processor, so it cannot be shown images.",
-                hint="Name a complete checkpoint as the reference, or no images.",
+                f"{tower.checkpoint.folder} has no image processor, so images cannot be used.",
+                hint="Pass a complete checkpoint as the reference, or no images.",
             )
         self._photographs = {path: load_image(path).size for path in photographs}
 
     def of(self, coverage: Coverage) -> tuple[Trial, ...]:
-        """Trials of a program: noise on each of its grids, and the pictures and photographs dealt among them."""
+        """Make the trials of a program: noise at each grid, and pictures and photographs spread over the grids."""
         calls = trial_calls(self._tower, coverage)
         if not calls:
-            raise BundleError(f"no image fits a program that takes {coverage}.", hint="Export the bundle again.")
+            raise BundleError(f"no image fits a program for {coverage}.", hint="Export the bundle again.")
         found = [self._generated("noise", call, _noise) for call in calls]
         if self._processor is None:
             return (*found, *(self._generated("slope", call, _slope) for call in calls))
@@ -128,19 +128,19 @@ class Trials:
         def patches() -> Patches:
             return self._processed(fitter.fit(load_image(path)), fitted)
 
-        # By its name alone: certificates are published, and paths are private.
+        # Only the file's name, because certificates are published and paths are private.
         return Trial(path.name, (fitted,), path, isinstance(taken, FixedGrid), patches)
 
     def _processed(self, image: Image, expected: Grid) -> Patches:
-        """Patches of an image, not resized if it has its grid's size: the processor's own bounds do not hold here."""
+        """Make patches of an image; one of its grid's size is not resized, even outside the processor's bounds."""
         assert self._processor is not None
         resize = (image.height, image.width) != self._pixels(expected)
         patches, grid = self._processor(image, resize=resize)
         if grid != expected or patches.shape[1] != self._tower.patch_width:
             raise CheckpointError(
                 f"the image processor of {self._tower.checkpoint.folder} makes patches {list(patches.shape)} of grid "
-                f"{grid} where its vision tower takes {self._tower.patch_width} wide ones of grid {expected}.",
-                hint="The processor's configuration is of another model.",
+                f"{grid}, but its vision tower takes patches of width {self._tower.patch_width} and grid {expected}.",
+                hint="Use the processor configuration of this model.",
             )
         return patches
 
@@ -149,10 +149,10 @@ class Trials:
 
 
 def trial_calls(tower: Tower, coverage: Coverage) -> tuple[tuple[Grid, ...], ...]:
-    """Grids of the calls that a program is tried with; the first is of one image of a usual shape.
+    """Return the grids of the calls that a program is tried with; the first call is one image of a usual shape.
 
-    A program with baked tables has one grid. A bucket has the grids that fill it most, the longest line of tokens, a
-    small grid with partial windows, each in both orientations, and a single token. A program for any grid has partial
+    For a program with baked tables, that is its grid. For a bucket: the fullest grids, the longest line of tokens, a
+    small grid with partial windows, each in both orientations, and a single token. For a program for any grid: partial
     windows in both orientations, a large grid, a line, a single token, several images in a call, and a video.
     """
 
@@ -178,7 +178,7 @@ def trial_calls(tower: Tower, coverage: Coverage) -> tuple[tuple[Grid, ...], ...
 
 
 def find_images(places: Sequence[Path]) -> tuple[Path, ...]:
-    """The given files, and the image files in the given folders in the order of their names."""
+    """Return the given files, and the image files in the given folders sorted by name."""
     found: list[Path] = []
     for place in places:
         if place.is_dir():
@@ -188,13 +188,13 @@ def find_images(places: Sequence[Path]) -> tuple[Path, ...]:
     if places and not found:
         raise ConfigurationError(
             f"no images are in {', '.join(map(str, places))}.",
-            hint=f"Files are known by: {', '.join(sorted(_SUFFIXES))}.",
+            hint=f"Pass folders with files of these kinds: {', '.join(sorted(_SUFFIXES))}.",
         )
     return tuple(dict.fromkeys(found))
 
 
 def bundled_photographs() -> tuple[Path, ...]:
-    """Photographs and scans that scikit-image installs, where it is installed; nothing is downloaded or imported."""
+    """Return the photographs and scans of scikit-image if it is installed, without downloads or imports."""
     spec = find_spec("skimage")
     folders = [Path(place, "data") for place in (spec.submodule_search_locations or ())] if spec else []
     return tuple(file for folder in folders for file in (folder / name for name in _PHOTOGRAPHS) if file.is_file())
@@ -205,7 +205,7 @@ def _turned(grid: Grid) -> Grid:
 
 
 def _generator(name: str, grids: tuple[Grid, ...]) -> np.random.Generator:
-    """The same numbers for the same input in every process, unlike `hash`."""
+    """Return a generator with the same numbers for the same arguments in every process, unlike `hash`."""
     return np.random.default_rng(zlib.crc32(f"{name} {grids}".encode()))
 
 
@@ -214,7 +214,7 @@ def _noise(rng: np.random.Generator, rows: int, width: int) -> Patches:
 
 
 def _slope(rng: np.random.Generator, rows: int, width: int) -> Patches:
-    """Patches that turn slowly from one to another, so that neighbours are nearly alike."""
+    """Make patches that change slowly from one to another, so that neighbours are similar."""
     first, last = rng.standard_normal((2, width), dtype=np.float32)
     angles = np.linspace(0, np.pi, rows, dtype=np.float32)[:, None]
     patches: Patches = np.cos(angles) * first + np.sin(angles) * last
@@ -222,7 +222,7 @@ def _slope(rng: np.random.Generator, rows: int, width: int) -> Patches:
 
 
 def _gradient(rng: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
-    """Red grows to the right, green downwards, blue along the diagonal, from a random level."""
+    """Draw red growing to the right, green downwards and blue along the diagonal, from a random level."""
     down, right = np.linspace(0, 1, height)[:, None], np.linspace(0, 1, width)[None, :]
     channels = np.stack(np.broadcast_arrays(right, down, (down + right) / 2), axis=-1)
     level = rng.uniform(0, 0.3, 3)
@@ -231,7 +231,7 @@ def _gradient(rng: np.random.Generator, height: int, width: int) -> NDArray[np.u
 
 
 def _checkerboard(rng: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
-    """Light and dark cells in turn, each of another colour, in a size that no patch has."""
+    """Draw alternating light and dark cells of different colours, in a size that no patch has."""
     rows, columns = -(-height // 9), -(-width // 17)
     dark = np.indices((rows, columns)).sum(axis=0)[..., None] % 2 == 0
     colours = np.where(dark, 0, 128) + rng.integers(0, 128, (rows, columns, 3))
@@ -239,7 +239,7 @@ def _checkerboard(rng: np.random.Generator, height: int, width: int) -> NDArray[
 
 
 def _strokes(rng: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
-    """Lines that look like text: dark strokes in words on a light page."""
+    """Draw dark strokes on a light page, which look like words."""
     from PIL import Image, ImageDraw
 
     page = Image.new("RGB", (width, height), (244, 240, 230))

@@ -14,7 +14,7 @@ from visionaccel.core.program import (
 )
 from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.core.tower_spec import TowerSpec
-from visionaccel.towers.onnx.any_grid import MicrosoftGraph, StandardGraph, bind_tables
+from visionaccel.towers.onnx.any_grid import MicrosoftGraph, StandardGraph
 from visionaccel.towers.onnx.fixed_shapes import FixedShapesGraph
 from visionaccel.towers.onnx.graph import TowerGraph
 from visionaccel.towers.onnx.writer import GraphWriter
@@ -34,17 +34,14 @@ def write_model(
 ) -> bytes:
     """Write a tower as a serialized model that refers to its weights relative to `folder`; see `Tower.onnx_model`.
 
-    Raises:
-        CheckpointError: If a weight is missing or has an unsupported dtype.
+    CheckpointError if a weight is missing or has an unsupported dtype.
     """
     writer = GraphWriter(folder, precision)
     graph: TowerGraph
-    if isinstance(coverage, AnyGrid):
-        graph = {"microsoft": MicrosoftGraph, "standard": StandardGraph}[dialect](spec, weights, writer)
-    elif dialect == "microsoft":
-        pads = bind_tables(spec, writer, coverage)
-        graph = MicrosoftGraph(spec, weights, writer)
-        graph.pads = pads
+    if dialect == "microsoft":
+        graph = MicrosoftGraph(spec, weights, writer, coverage)
+    elif isinstance(coverage, AnyGrid):
+        graph = StandardGraph(spec, weights, writer, coverage)
     else:
         graph = FixedShapesGraph(spec, weights, writer, coverage, host)
     embeddings = graph.write(split=host is not None)

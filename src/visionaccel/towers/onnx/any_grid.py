@@ -16,7 +16,7 @@ from collections.abc import Mapping
 import numpy as np
 from onnx import TensorProto
 
-from visionaccel.core.program import PIXELS, AnyGrid, Bucket, FixedGrid
+from visionaccel.core.program import PIXELS, AnyGrid, Bucket, Coverage, FixedGrid
 from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.core.tower_spec import ActivationKind, Norm, TowerSpec
 from visionaccel.towers.onnx.graph import TowerGraph
@@ -27,9 +27,13 @@ from visionaccel.towers.tables import make_tables, signature
 class AnyGridGraph(TowerGraph):
     """Attention over frames as a batch, or over rows gathered into windows that are padded to full size."""
 
-    def __init__(self, spec: TowerSpec, weights: Mapping[str, StoredTensor], writer: GraphWriter) -> None:
+    def __init__(
+        self, spec: TowerSpec, weights: Mapping[str, StoredTensor], writer: GraphWriter, coverage: Coverage
+    ) -> None:
         super().__init__(spec, weights, writer)
         g = writer
+        if not isinstance(coverage, AnyGrid):
+            self.pads = _bind_tables(spec, g, coverage)
         self.scale = spec.head_dim**-0.5
         self._one_sequence = g.constant([1, -1, spec.hidden])
         self._frame_batch = g.node("Concat", ["frames", g.constant([-1, spec.hidden])], axis=0)
@@ -158,7 +162,7 @@ class StandardGraph(AnyGridGraph):
         return self.g.node("Attention", inputs, q_num_heads=heads, kv_num_heads=heads, scale=self.scale)
 
 
-def bind_tables(spec: TowerSpec, g: GraphWriter, coverage: FixedGrid | Bucket) -> str:
+def _bind_tables(spec: TowerSpec, g: GraphWriter, coverage: FixedGrid | Bucket) -> str:
     """Bind the inputs of a graph for any grid to fixed shapes; return the padding of the embeddings, empty for none.
 
     A fixed grid has constant tables. A bucket's padded inputs are cut to the real rows.

@@ -30,13 +30,9 @@ from visionaccel.towers.onnx.writer import GraphWriter
 
 
 class TowerGraph(ABC):
-    """Writes a tower to a graph. A subclass writes norms, activations and attention.
+    """Writes a tower into an empty graph of `patches` rows, -1 for any number. `weights` have the spec's names.
 
-    Args:
-        spec: The tower.
-        weights: Its tensors by the spec's names.
-        writer: An empty graph; its precision is that of weights and activations.
-        patches: Rows of the graph; -1 for any number.
+    A subclass writes norms, activations and attention.
 
     Attributes:
         opset: Version of the standard operators.
@@ -62,7 +58,7 @@ class TowerGraph(ABC):
         """Normalise over the last axis."""
 
     def add_norm(self, norm: Norm, place: str, x: str, update: str) -> tuple[str, str]:
-        """Return X + update, where `update` may be empty, and its normalisation."""
+        """Return x + update, where `update` may be empty, and its normalisation."""
         total = self._add(x, update)
         return total, self.norm(norm, place, total)
 

@@ -1,4 +1,4 @@
-"""Writes ONNX graphs directly, without tracing: nodes in order, and weights as references to safetensors shards."""
+"""Writes ONNX graphs directly, without tracing; weights are references to safetensors shards."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _WEIGHTS = ("float32", "float16", "bfloat16")
 
 
 class GraphWriter:
-    """Collects the nodes and initializers of one graph; every method returns the name of the value that it makes.
+    """Collects the nodes and initializers of one graph; the methods return the names of the values that they make.
 
     Args:
-        weights_folder: External-data locations are written relative to it, without `..`.
-        precision: Dtype in which the nodes use weights and floating-point constants.
+        weights_folder: External-data locations are relative to it, without `..`.
+        precision: Dtype of the weights and floating-point constants in the nodes.
 
     Attributes:
-        bound: Values that replace names, such as those of inputs, in the nodes that are written from now on.
+        bound: Values that replace names, such as those of inputs, in the nodes that are added from now on.
     """
 
     def __init__(self, weights_folder: Path, precision: Precision = "float32") -> None:
@@ -94,15 +94,9 @@ class GraphWriter:
         return self._constants[key]
 
     def weight(self, name: str, stored: StoredTensor, view: tuple[int, ...] | None = None) -> str:
-        """Refer to a weight that stays in its shard, cast to the writer's precision.
+        """Add a weight that stays in its shard, cast to the writer's precision; CheckpointError for its dtype.
 
-        Args:
-            name: Its name in the graph.
-            stored: The tensor in its file.
-            view: Another shape of the same bytes, such as a convolution's kernel as a matrix.
-
-        Raises:
-            CheckpointError: If graphs cannot refer to the stored dtype.
+        `view` is another shape of the same bytes, such as a convolution's kernel as a matrix.
         """
         if stored.dtype not in _WEIGHTS:
             raise CheckpointError(
