@@ -1,4 +1,4 @@
-"""Bundles: folders that state everything needed to run an encoder's programs correctly, or to refuse."""
+"""Bundles: folders with an encoder's programs, and with everything needed to run them correctly or to refuse them."""
 
 from visionaccel.bundle.bundle import Bundle, is_bundle, open_bundle, tower_digest
 from visionaccel.bundle.export import ProgramRequest, Progress, counter, export_bundle, program_name

@@ -1,4 +1,4 @@
-"""Checkpoint folders: where each tensor's bytes lie, reading and copying them, and taking the tower's out."""
+"""Checkpoint folders: locating tensors, reading, copying and comparing them."""
 
 from visionaccel.checkpoint.reading import (
     INDEX_FILE,

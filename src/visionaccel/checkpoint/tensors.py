@@ -201,7 +201,7 @@ def _item_bytes(tensor: StoredTensor) -> int:
 
 
 def _converted(tensor: StoredTensor, dtype: str) -> StoredTensor:
-    """Return a tensor as it is described in a file that has it as `dtype`."""
+    """Return a tensor with the dtype and length that it has after a conversion to `dtype`."""
     if dtype == tensor.dtype:
         return tensor
     return replace(tensor, dtype=dtype, length=math.prod(tensor.shape) * DTYPES[dtype].bytes)

@@ -71,7 +71,7 @@ class Tower:
 
     @property
     def weight_prefix(self) -> str:
-        """Prefix of the names of weights in bundles that hold them."""
+        """Prefix of the names of weights in bundles that contain them."""
         return self._family.prefixes[-1]
 
     @property

@@ -1,6 +1,6 @@
 """Graphs for any grid: tables are inputs, attention is one operator, and the frames of a call are a batch.
 
-So all frames of one call must have the same height and width. ONNX Runtime has its own kernels for norms, rotary
+Therefore all frames of one call must have the same height and width. ONNX Runtime has its own kernels for norms, rotary
 positions and attention (`com.microsoft`), which are faster than its standard operators. Other runtimes only have the
 standard operators, which include rotary positions and attention since opset 23.
 
