@@ -178,7 +178,7 @@ def test_a_number_that_would_become_infinite_is_refused(tmp_path, value, dtype, 
     weight = torch.zeros(400_000, dtype=dtype)
     weight[-1] = value
     stored = save({"blocks.0.weight": weight, "other": torch.ones(3)}, tmp_path / "source")
-    with pytest.raises(CheckpointError, match=r"'blocks\.0\.weight' in .*source holds .* is infinite in " + target):
+    with pytest.raises(CheckpointError, match=r"'blocks\.0\.weight' in .*source has .* is infinite in " + target):
         write_safetensors(tmp_path / "copy", stored, dtype=target)
     assert not (tmp_path / "copy").exists()
 

@@ -43,7 +43,7 @@ def test_of_several_frames_the_first_is_read(tmp_path):
 
 @pytest.mark.parametrize("kind", OTHER_FORMATS)
 def test_other_formats_are_refused_by_name(tmp_path, kind):
-    with pytest.raises(InputError, match="none of BMP, GIF, JPEG, PNG, TIFF, WEBP"):
+    with pytest.raises(InputError, match="supported formats: BMP, GIF, JPEG, PNG, TIFF, WEBP"):
         load_image(written(tmp_path, image_bytes(kind)))
 
 

@@ -158,7 +158,7 @@ def load_image(path: Path) -> Image:
         raise
     except UnidentifiedImageError as error:
         raise InputError(
-            f"{path} cannot be read as an image of format {', '.join(FORMATS)}.",
+            f"{path} cannot be read as an image; supported formats: {', '.join(FORMATS)}.",
             hint="Pass a complete image file in one of these formats.",
         ) from error
     except Exception as error:  # as in `as_rgb`; a size of twice Pillow's own limit raises another error
