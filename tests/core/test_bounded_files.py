@@ -78,7 +78,7 @@ def test_a_header_that_is_too_large_is_not_read(tmp_path):
     file = weights(tmp_path, {}, MOST_JSON_BYTES + 1)
     with file.open("r+b") as hole:
         hole.truncate(2**40)
-    with pytest.raises(CheckpointError, match=rf"states a safetensors header of {MOST_JSON_BYTES + 1} bytes"):
+    with pytest.raises(CheckpointError, match=rf"has a safetensors header of {MOST_JSON_BYTES + 1} bytes"):
         read_header(file)
 
 
