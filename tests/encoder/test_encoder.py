@@ -209,6 +209,39 @@ def test_closing_waits_for_the_call_in_progress(tiny, thread_safe):
         assert len(running.result()) == 4
 
 
+@hypothesis_settings(max_examples=20)
+@given(waits=st.lists(st.sampled_from([0.0, 0.02, None, "call"]), min_size=2, max_size=6), thread_safe=st.booleans())
+def test_the_device_is_given_back_once_and_never_during_a_call(tiny, waits, thread_safe):
+    class Counted(Slow):
+        closed = 0
+
+        def close(self):
+            super().close()
+            self.closed += 1
+
+    session = Counted(thread_safe)
+    with open_encoder(tiny, backend="onnxrt") as encoder:
+        programs = [replace(encoder.programs[0], session=session)]
+        encoder = Encoder(encoder.tower, "slow", programs, Registry())
+    patches = random_patches([(1, 4, 4)])
+
+    def act(wait):
+        if wait != "call":
+            return encoder.close(wait)
+        try:
+            return len(encoder.encode(patches, [(1, 4, 4)])) == 4
+        except DeviceError as error:
+            return "closed" in error.message
+
+    with ThreadPoolExecutor(len(waits)) as pool:
+        found = list(pool.map(act, waits))
+    assert all(answer for wait, answer in zip(waits, found, strict=True) if wait in (None, "call"))
+    assert encoder.close()
+    assert session.closed == 1
+    assert not session.closed_while_running
+    assert session.most <= (len(waits) if thread_safe else 1)
+
+
 def test_a_session_that_fails_to_close_leaves_none_open(tiny):
     class Stuck(Slow):
         def close(self):

@@ -216,7 +216,7 @@ def test_a_device_is_not_opened_from_weights_that_change_meanwhile(checkpoint, o
 
 
 def test_there_is_no_third_place_for_weights(tiny):
-    with pytest.raises(SettingsError, match=r"weights cannot be 'shared'.*private, mapped"):
+    with pytest.raises(SettingsError, match=r"unknown weights 'shared'.*Choose private or mapped"):
         open_encoder(tiny, backend="torch_ref", weights="shared")
 
 

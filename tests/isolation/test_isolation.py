@@ -874,7 +874,7 @@ def test_the_deadline_of_opening_reaches_the_device(device, tiny):
 
 @pytest.mark.parametrize("isolation", ["proces", "Process", "", "thread"])
 def test_an_isolation_that_there_is_not_is_refused(device, tiny, isolation):
-    with pytest.raises(SettingsError, match=f"no isolation '{isolation}'. Name one of: auto, process, none"):
+    with pytest.raises(SettingsError, match=f"unknown isolation '{isolation}'. Choose auto, process or none"):
         encoder_of(device, tiny, isolation=isolation)
     assert device.events("open") == []
 

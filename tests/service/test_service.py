@@ -360,6 +360,21 @@ def test_the_cache_is_always_within_its_bytes(puts, size):
         assert cache.held == sum(entry.nbytes for entry in cache._entries.values())
 
 
+@given(st.lists(st.sampled_from(["begin", "put", "clear"]), max_size=40))
+def test_the_cache_keeps_nothing_whose_computation_began_before_it_was_cleared(steps):
+    cache, begun = EmbeddingCache(2**20), []
+    for number, step in enumerate(steps):
+        if step == "begin":
+            begun.append((str(number), cache.generation))
+        elif step == "clear":
+            cache.clear()
+            assert cache.held == 0
+        elif begun:
+            key, generation = begun.pop(0)
+            kept = cache.put(key, np.zeros((4, 24), np.float32), generation)
+            assert kept == (generation == cache.generation) == (cache.get(key) is not None)
+
+
 # Devices
 
 

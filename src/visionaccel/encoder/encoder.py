@@ -1,4 +1,4 @@
-"""The encoder users call: patches and grids in, embeddings out, checked on both sides."""
+"""The encoder that users call: patches and grids in, embeddings out, checked on both sides."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from visionaccel.families import Host, Tower
 
 @dataclass
 class OpenProgram:
-    """A program on a device: what its session runs, and the host's part around it."""
+    """A program that is open on a device: its session, and the host's part around it."""
 
     program: Program
     host: Host
@@ -36,7 +36,7 @@ class OpenProgram:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Frames of one item that go into a call, from a row of the patches on."""
+    """Frames of one item that go into a call; `start` is their first row in the patches."""
 
     start: int
     grid: Grid
@@ -52,7 +52,7 @@ class Encoder:
     Attributes:
         tower: Sizes and tables of the vision tower.
         backend: Name of the backend.
-        programs: What it runs, each open on the device; for a grid that several take, the most specific is used.
+        programs: The open programs; for a grid that several take, the most specific is used.
         options: The backend's options that were given.
         hooks: The hooks that observers implement.
     """
@@ -78,19 +78,19 @@ class Encoder:
 
     @property
     def capabilities(self) -> Capabilities:
-        """Those of the first program's session: device and precision."""
+        """The capabilities of the first program's session: device and precision."""
         return self.programs[0].session.capabilities
 
     @property
     def closed(self) -> bool:
-        """Whether it was closed."""
+        """Whether `close` was called."""
         return self._closed
 
     def program_for(self, grid: Grid) -> OpenProgram:
-        """The program that runs frames of a grid: one made for it, else the smallest bucket, else one for any grid.
+        """Return the program for a grid's frames: one made for them, else the smallest bucket, else one for any grid.
 
         Raises:
-            UnfitGridError: If none takes it.
+            UnfitGridError: If no program takes the grid.
         """
         fitting = [each for each in self.programs if self.tower.fits(each.program.coverage, grid.frame)]
         if not fitting:
@@ -109,14 +109,14 @@ class Encoder:
         purpose: Purpose = "request",
         queue_seconds: float | None = None,
     ) -> Array:
-        """Embeddings of images and videos.
+        """Compute the embeddings of images and videos.
 
         Args:
             patches: float32, float16 or bfloat16 [P, patch_width], numpy or torch: the HF processor's `pixel_values`.
-                Read only; not kept.
+                They are only read, and not kept.
             grids: (t, h, w) in patches of each image or video, such as the processor's `image_grid_thw`.
-            purpose: What it is for; reported to observers.
-            queue_seconds: How long it waited before this call; reported to observers.
+            purpose: Why they are encoded, for observers.
+            queue_seconds: Seconds that they waited before this call, for observers.
 
         Returns:
             float32 [N, out_width] with N = P / merge_size**2, in the order of the grids. numpy, or a torch tensor if
@@ -159,11 +159,11 @@ class Encoder:
     def close(self, wait: float | None = None) -> bool:
         """Give back the device once no call is in progress. Later calls of `encode` raise DeviceError.
 
-        May be called again, and from several threads: one gives it back, the others wait for that.
+        May be called again, and from several threads: one gives it back, and the others wait for that.
 
         Args:
-            wait: Seconds to wait for calls in progress, or for another thread that gives it back; after that, the last
-                call gives it back when it returns. None for as long as it takes.
+            wait: Seconds to wait for calls in progress, or for another thread that gives the device back; None to wait
+                without limit. After that, the last call gives it back when it returns.
 
         Returns:
             Whether the device was given back.
@@ -224,10 +224,10 @@ class Encoder:
         return embeddings, checked
 
     def _calls(self, grids: Sequence[Grid]) -> list[tuple[OpenProgram, list[_Part]]]:
-        """What each session call holds.
+        """Plan the calls of the sessions.
 
-        Items of a program for any grid go together, or by frame size where it demands uniform frames; every frame of
-        the other items is a separate call.
+        Items of a program for any grid go together, or by frame size if it needs uniform frames; every frame of the
+        other items is a separate call.
         """
         together: dict[tuple[int, tuple[int, int] | None], tuple[OpenProgram, list[_Part]]] = {}
         single: list[tuple[OpenProgram, list[_Part]]] = []
@@ -244,7 +244,7 @@ class Encoder:
         return [*together.values(), *single]
 
     def _in_item_order(self, outputs: Sequence[Array], calls: Sequence[list[_Part]]) -> Array:
-        """The embeddings of several calls, in the order of the patches."""
+        """Return the embeddings of several calls in the order of the patches."""
         pieces: dict[int, Array] = {}
         for output, parts in zip(outputs, calls, strict=True):
             tokens = [part.grid.tokens(self.tower.merge_size) for part in parts]
@@ -252,7 +252,7 @@ class Encoder:
         return _join([pieces[start] for start in sorted(pieces)])
 
     def _device_errors(self, grids: Sequence[Grid]) -> AbstractContextManager[None]:
-        """What a backend or the host's part raises, as a DeviceError that says where."""
+        """Turn what a backend or the host's part raises into a DeviceError that says where."""
         return device_errors(
             lambda: f"backend {self.backend!r} on grids {', '.join(map(str, grids))}",
             "Set VISIONACCEL_FALLBACK to let another backend take over.",
@@ -260,7 +260,7 @@ class Encoder:
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        """This call's turn on the session: at once if it is thread-safe, otherwise after the call in progress."""
+        """Wait for this call's turn on the session: at once if it is thread-safe, else after the call in progress."""
         with self._idle:
             self._idle.wait_for(lambda: self._closed or self._running < self._most_running)
             if self._closed:
@@ -278,7 +278,7 @@ class Encoder:
                 self._give_back()
 
     def _checked(self, opened: OpenProgram, outputs: Mapping[str, Array], grids: Sequence[Grid]) -> Array:
-        """The embeddings of one call, once every output is what the program promises."""
+        """Return the embeddings of one call after checking that every output is what the program promises."""
         sizes = {
             "patches": total_patches(grids),
             "tokens": sum(grid.tokens(self.tower.merge_size) for grid in grids),
@@ -292,14 +292,14 @@ class Encoder:
 
 
 class _Clock:
-    """Times the parts of one encode, and counts the bytes of the arrays that each ends with."""
+    """Times the parts of one encode, and counts the bytes of the arrays that each part ends with."""
 
     def __init__(self) -> None:
         self.started = self._lap = time.monotonic()
         self.laps, self.bytes = defaultdict[str, float](float), defaultdict[str, int](int)
 
     def lap(self, part: str, arrays: Iterable[Array] = ()) -> None:
-        """The time since the last lap belongs to this part."""
+        """Add the time since the last lap to this part."""
         now = time.monotonic()
         self.laps[part] += now - self._lap
         self.bytes[part] += sum(int(array.nbytes) for array in arrays)
@@ -317,7 +317,7 @@ def close_programs(programs: Iterable[OpenProgram]) -> None:
 
 
 def _generality(opened: OpenProgram) -> tuple[int, int]:
-    """Sorts programs from the most specific to the most general."""
+    """The sort key of programs, from the most specific to the most general."""
     match opened.program.coverage:
         case FixedGrid():
             return 0, 0
@@ -328,9 +328,9 @@ def _generality(opened: OpenProgram) -> tuple[int, int]:
 
 
 def _to_session(patches: Array, opened: OpenProgram) -> Array:
-    """Patches in the program's dtype, on the host unless the session takes tensors; a view if nothing changes."""
+    """Convert patches to the program's dtype, on the host unless the session takes tensors; a view if none changes."""
     wanted = next((spec.dtype for spec in opened.program.inputs if spec.name == "pixel_values"), None)
-    if wanted is None:  # The host embeds them, and knows best what to make of them.
+    if wanted is None:  # the host's part embeds the patches itself
         return patches
     if opened.session.capabilities.takes_tensors and is_tensor(patches):
         return patches if dtype_name(patches) == wanted else patches.float()
@@ -338,12 +338,11 @@ def _to_session(patches: Array, opened: OpenProgram) -> Array:
 
 
 def _rows(patches: Array, parts: Sequence[_Part]) -> Array:
-    """The rows of a call, in their order; a view if they are consecutive."""
-    spans: list[tuple[int, int]] = []
-    for part in parts:
-        start = spans.pop()[0] if spans and spans[-1][1] == part.start else part.start
-        spans.append((start, part.end))
-    return _join([patches[start:end] for start, end in spans])
+    """Return the patches of a call, whose parts are in order; a view if they are consecutive."""
+    start, end = parts[0].start, parts[-1].end
+    if end - start == sum(part.grid.patches for part in parts):
+        return patches[start:end]
+    return _join([patches[part.start : part.end] for part in parts])
 
 
 def _join(pieces: Sequence[Array]) -> Array:

@@ -1,7 +1,7 @@
 """Copies of the weights in memory, for every session that opens now or later.
 
-A fallback, a reference and a device's restarted process open when they are first needed. By then other files may lie at
-the checkpoint's path, and a mapped file can be rewritten or cut short at any time.
+A fallback, a reference and a device's restarted process open when they are first needed. By then the checkpoint's path
+may hold different files, and a mapped file can be rewritten or truncated at any time.
 """
 
 from __future__ import annotations
@@ -22,22 +22,21 @@ WantedWeights: TypeAlias = Literal["private", "mapped"]
 """Where sessions read the weights: in a private copy in memory, or in the files, whose memory processes share."""
 
 _copies: WeakValueDictionary[object, MemoryFile] = WeakValueDictionary()
-"""Memory files that are in use, by what they hold: one process needs one copy of the same files."""
+"""Memory files in use, by what they hold: a process needs only one copy of the same weights."""
 
 
 def hold_source(source: Tower | Bundle, weights: WantedWeights = "private") -> Tower | Bundle:
-    """The same tower or bundle over a copy of its weights in memory; itself if they are `mapped` or a copy already.
+    """Return the tower or bundle over a copy of its weights in memory; unchanged if they are `mapped` or a copy.
 
     Raises:
         SettingsError: If `weights` is neither.
         ChangedFileError: If the files changed since their headers were read, or the weights of a bundle over an
-            external checkpoint do not have the digest that it states.
+            external checkpoint do not have the manifest's digest.
         CheckpointError: If they cannot be read.
-        ConfigurationError: If there is no memory for a copy.
+        ConfigurationError: If there is not enough memory for a copy.
     """
     if weights not in get_args(WantedWeights):
-        known = ", ".join(get_args(WantedWeights))
-        raise SettingsError(f"weights cannot be {weights!r}.", hint=f"Name one of: {known}.")
+        raise SettingsError(f"unknown weights {weights!r}.", hint="Choose private or mapped.")
     found = source.tower.weights
     if weights == "mapped" or all(isinstance(tensor.origin, MemoryFile) for tensor in found.values()):
         return source
@@ -45,14 +44,12 @@ def hold_source(source: Tower | Bundle, weights: WantedWeights = "private") -> T
         copies, memory = _copied(found)
     except TouchedFileError:
         copies, memory = when_steady(lambda: _copied(_found_again(source)))
-    digest = memory.digest
-    if isinstance(source, Bundle) and source.manifest.checkpoint is not None:
-        digest = source.manifest.weights_digest
-    if memory.digest != digest:
+    manifest = source.manifest if isinstance(source, Bundle) else None
+    if manifest is not None and manifest.checkpoint is not None and memory.digest != manifest.weights_digest:
         raise ChangedFileError(
-            f"the vision weights in {source.tower.weights_folder} have the digest {memory.digest}, and {digest} is "
-            "needed.",
-            hint="Bring back the checkpoint that the encoder was made from.",
+            f"the vision weights in {source.tower.weights_folder} have the digest {memory.digest}, and the bundle "
+            f"needs {manifest.weights_digest}.",
+            hint="Restore the checkpoint that the bundle was made from.",
         )
     return source.over(copies)
 
@@ -71,7 +68,7 @@ def _copied(weights: Mapping[str, StoredTensor]) -> tuple[dict[str, StoredTensor
 
 
 def _found_again(source: Tower | Bundle) -> Mapping[str, StoredTensor]:
-    """The same tensors in the files as they are now; a bundle that holds them is verified again."""
+    """Return the same tensors in the files as they are now; a bundle that contains them is verified again."""
     if isinstance(source, Bundle) and source.manifest.checkpoint is None:
         bundle = open_bundle(source.folder)
         if bundle.manifest != source.manifest:
@@ -89,6 +86,6 @@ def _found_again(source: Tower | Bundle) -> Mapping[str, StoredTensor]:
 
 
 def _holds(whole: StoredTensor, part: StoredTensor) -> bool:
-    """Whether a stored tensor has these rows: a weight may be a part of one that is stored fused with others."""
+    """Whether a stored tensor has a part's rows: a weight may be stored fused with others."""
     rows = (whole.dtype, whole.shape[1:]) == (part.dtype, part.shape[1:])
     return rows and whole.offset <= part.offset and part.offset + part.length <= whole.offset + whole.length

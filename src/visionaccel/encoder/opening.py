@@ -1,4 +1,4 @@
-"""Opens encoders: a source of programs, a backend that takes them, and a session for each."""
+"""Opens encoders: finds a source of programs and a backend that takes them, and opens a session for each program."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from visionaccel.core.containment import device_errors
 from visionaccel.core.cores import on_cores
 from visionaccel.core.defaults import DEADLINE, OPEN_DEADLINE
 from visionaccel.core.invalid_values import problems_of
-from visionaccel.core.program import Program
 from visionaccel.core.safe_text import safe_logger
 from visionaccel.encoder.encoder import Encoder, OpenProgram, close_programs
 from visionaccel.encoder.held_weights import WantedWeights, hold_source
@@ -27,11 +26,11 @@ from visionaccel.families import Tower, tower_of
 logger = safe_logger(__name__)
 
 WantedIsolation: TypeAlias = Literal["auto", "process", "none"]
-"""Whether each session lives in a separate child process; `auto` for what the backend declares."""
+"""Whether each session runs in a separate child process; `auto` for what the backend declares."""
 
 
 def open_tower(source: str | os.PathLike[str], revision: str | None = None) -> Tower:
-    """The vision tower of a checkpoint folder or Hugging Face repository.
+    """Return the vision tower of a checkpoint folder or Hugging Face repository.
 
     Raises:
         CheckpointError: If the checkpoint is not found, incomplete or damaged.
@@ -41,7 +40,7 @@ def open_tower(source: str | os.PathLike[str], revision: str | None = None) -> T
 
 
 def open_source(source: str | os.PathLike[str] | Tower | Bundle) -> Tower | Bundle:
-    """The bundle in a folder, or else the tower of a checkpoint; an open source is returned as it is.
+    """Return the bundle in a folder, or else the tower of a checkpoint; an open source is returned unchanged.
 
     Raises:
         BundleError: If the bundle is broken.
@@ -75,26 +74,24 @@ def open_encoder(
         device: The backend's device; None for its default.
         options: The backend's options by name.
         registry: Where backends are found; the installed ones by default. Child processes look in the installed ones.
-        isolation: Whether each session lives in a separate child process; `auto` for what the backend declares.
+        isolation: Whether each session runs in a separate child process; `auto` for what the backend declares.
         deadline: Seconds that a call in a child process may take; then the process is ended.
         open_deadline: Seconds that starting such a process and opening a program may take, compilation included.
-        cores: Cores of the CPU that its threads run on, and as many threads unless the options say otherwise. The
-            calling thread runs there during this call and those of `encode`. None for where that thread may run.
+        cores: CPU cores for its threads, one thread for each core unless the options say otherwise. The calling thread
+            runs there during this call and those of `encode`. None for the cores of the calling thread.
         weights: Where sessions read the weights: from a `private` copy in memory, which changes of the files do not
             reach, or `mapped` from the files, whose memory processes share. The files of mapped weights must not be
-            written or cut short while an encoder is open.
+            written or truncated while an encoder is open.
 
     Raises:
         ConfigurationError: If the backend is unknown, broken, refuses the program, or does not know an option; if the
-            isolation is not one of these; or if there is no such core.
-        ArtifactError: If the bundle or checkpoint is broken or of an unsupported architecture, or changed since it was
+            isolation or a core is unknown.
+        ArtifactError: If the bundle or checkpoint is broken or has an unsupported architecture, or changed since it was
             opened.
         DeviceError: If the device fails to open a program.
     """
     if isolation not in get_args(WantedIsolation):
-        raise SettingsError(
-            f"there is no isolation {isolation!r}.", hint=f"Name one of: {', '.join(get_args(WantedIsolation))}."
-        )
+        raise SettingsError(f"unknown isolation {isolation!r}.", hint="Choose auto, process or none.")
     registry = registry or default_registry()
     source = open_source(source)
     wanted = None if cores is None else frozenset(cores)
@@ -115,10 +112,15 @@ def open_encoder(
                 ):
                     host = held.tower.host(read)
                 if (chosen.isolation_on(device) if isolation == AUTO else isolation) == "process":
-                    session = _open_isolated(chosen, read, device, checked, deadline, open_deadline)
+                    from visionaccel.isolation import IsolatedSession, Limits  # needed by few; imports subprocess
+
+                    # Validated again in the child, so with the names and values that the user gave.
+                    given = checked.model_dump(by_alias=True, exclude_unset=True)
+                    limits = Limits(run=deadline, opening=open_deadline)
+                    session: Session = IsolatedSession(name, read, device, given, limits=limits)
                 else:
                     session = open_session(chosen, read, device, checked)
-                # Not the program over the copies: what reads those keeps them, and nothing else should.
+                # Not `read`, whose weights are the copies: only the session that reads them should keep them.
                 opened.append(OpenProgram(program, host, session))
                 if session.capabilities.emulated:
                     logger.warning(
@@ -140,18 +142,3 @@ def _checked_options(backend: VisionBackend, options: Mapping[str, Any] | None) 
         raise SettingsError(
             f"invalid options of backend {backend.name!r}: {problems_of(error)}.", hint=f"Options it takes: {known}."
         ) from error
-
-
-def _open_isolated(
-    backend: VisionBackend,
-    program: Program,
-    device: str | None,
-    options: Options,
-    deadline: float,
-    open_deadline: float,
-) -> Session:
-    from visionaccel.isolation import IsolatedSession, Limits  # needed by few, and it imports subprocess
-
-    # Validated once more in the child, so under the names and with the values that the user gave.
-    given = options.model_dump(by_alias=True, exclude_unset=True)
-    return IsolatedSession(backend.name, program, device, given, limits=Limits(run=deadline, opening=open_deadline))

@@ -1,7 +1,7 @@
-"""Metrics of this process's encoders: an observer counts, and a snapshot reads the services' own counters too.
+"""Metrics of this process's encoders: an observer counts, and a snapshot also reads the services' own counters.
 
-The counts are plain data, so that those of several processes can be added up. prometheus_client would keep them in
-files if PROMETHEUS_MULTIPROC_DIR is set, which vLLM may do.
+Counts are plain data: merged snapshots of several processes equal what one process would have counted.
+prometheus_client would keep them in files if PROMETHEUS_MULTIPROC_DIR is set, as vLLM may do.
 """
 
 from __future__ import annotations
@@ -25,30 +25,21 @@ if TYPE_CHECKING:  # they import this package
     from visionaccel.service import EncodeService
     from visionaccel.trust import GuardedEncoder
 
-_Counts: TypeAlias = dict[tuple[str, ...], int]
+_Counts: TypeAlias = Counter[tuple[str, ...]]
 Snapshot: TypeAlias = dict[str, list[tuple[list[str], Any]]]
 """For each series, by name: label values, and a number, or for a histogram the buckets' counts and the sum."""
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One metric.
+    """One metric. Counters and histograms of several processes are added."""
 
-    Attributes:
-        name: The name in Prometheus; for a counter without `_total`.
-        kind: The metric's type. Counters and histograms of several processes are added.
-        help: What it measures.
-        labels: The names of its labels.
-        buckets: Upper bounds of a histogram's buckets, without infinity.
-        merge: How the gauges of several processes are merged.
-    """
-
-    name: str
+    name: str  #: The name in Prometheus; for a counter without `_total`.
     kind: Literal["counter", "gauge", "histogram"]
     help: str
-    labels: tuple[str, ...] = ()
-    buckets: tuple[float, ...] = ()
-    merge: Literal["sum", "max", "min"] = "sum"
+    labels: tuple[str, ...] = ()  #: The names of its labels.
+    buckets: tuple[float, ...] = ()  #: Upper bounds of a histogram's buckets, without infinity.
+    merge: Literal["sum", "max", "min"] = "sum"  #: How the gauges of several processes are merged.
 
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -89,7 +80,7 @@ SERIES = (
     Series("visionaccel_waiting_items", "gauge", "Images that wait for a device."),
     Series("visionaccel_running_items", "gauge", "Images that are being encoded now."),
 )  # fmt: skip
-"""Every metric; docs/observe.md shows them."""
+"""Every metric, as docs/observe.md lists them."""
 
 _BY_NAME = {series.name: series for series in SERIES}
 _PARTS = ("check", "prepare", "transfer_in", "device", "transfer_out", "finish")
@@ -139,10 +130,9 @@ class EncoderMetrics:
     """
 
     def __init__(self) -> None:
-        self._counters = Counters()
-        self.counts_work = True
-        self._watched: list[tuple[Any, Callable[[Any], _Counts]]] = []
-        self._ended: Counter[tuple[str, ...]] = Counter()
+        self._counters, self.counts_work = Counters(), True
+        self._watched: dict[Any, Callable[[Any], _Counts]] = {}
+        self._ended: _Counts = Counter()
         self._reading = threading.Lock()
 
     @classmethod
@@ -152,14 +142,11 @@ class EncoderMetrics:
 
     def watch_encoder(self, encoder: GuardedEncoder) -> None:
         """Include an encoder's counters, which stay after it is closed."""
-        self._watch(encoder, _counts_of_encoder)
-        self._watch_chain(encoder)
+        self._watch(encoder, [encoder], _counts_of_encoder)
 
     def watch_service(self, service: EncodeService) -> None:
         """Include the counters of a service and its encoders, which stay after it is closed."""
-        self._watch(service, _counts_of_service)
-        for encoder in service.encoders:
-            self._watch_chain(encoder)
+        self._watch(service, service.encoders, _counts_of_service)
 
     def processed(self, seconds: float) -> None:
         """Record the seconds that the image processor took for a prompt."""
@@ -167,8 +154,21 @@ class EncoderMetrics:
 
     def snapshot(self) -> Snapshot:
         """Return all values so far, as plain data."""
-        self._read_watched()
-        return self._counters.snapshot()
+        with self._reading:
+            counts = self._ended.copy()
+            for watched, counts_of in list(self._watched.items()):
+                closed = watched.closed  # read this first: if it is closed, its counts are final, and its gauges 0
+                found = counts_of(watched)
+                counts.update(found)
+                if closed:
+                    self._ended.update(found)
+                    del self._watched[watched]
+            if ("visionaccel_cache_bytes",) in counts:  # there has been a service; several may share a cache
+                services = [watched for watched, of in self._watched.items() if of is _counts_of_service]
+                counts["visionaccel_cache_bytes",] = sum(cache.held for cache in {each.cache for each in services})
+            for (name, *labels), value in counts.items():
+                self._counters.set(name, *labels, value=value)
+            return self._counters.snapshot()
 
     @hookimpl
     def visionaccel_encoded(self, report: EncodeReport) -> None:
@@ -213,59 +213,40 @@ class EncoderMetrics:
         if report.state == "open":
             self._counters.count("visionaccel_breaker_openings", *who)
 
-    def _watch(self, watched: EncodeService | GuardedEncoder, counts_of: Callable[[Any], _Counts]) -> None:
+    def _watch(self, watched: Any, encoders: Iterable[GuardedEncoder], counts_of: Callable[[Any], _Counts]) -> None:
         with self._reading:
-            self._watched.append((watched, counts_of))
-
-    def _watch_chain(self, encoder: GuardedEncoder) -> None:
-        self._watch(encoder, _counts_of_chain)
-        for link in encoder.links:
+            self._watched[watched] = counts_of
+        for link in {link for encoder in encoders for link in encoder.links}:
             opened = link.encoder_if_open
             if opened is not None:
                 who = opened.backend, opened.capabilities.device
                 self._counters.set("visionaccel_breaker_state", *who, value=_STATES[link.breaker.state])
 
-    def _read_watched(self) -> None:
-        """Read the watched counters. A closed object is read a last time and dropped; its gauges are 0 from then on."""
-        with self._reading:
-            now, still_open = self._ended.copy(), []
-            for watched, counts_of in self._watched:
-                closed = watched.closed  # read this first: if it is closed, its counts are final
-                counts = counts_of(watched)
-                if closed:
-                    counts = {key: 0 if _BY_NAME[key[0]].kind == "gauge" else count for key, count in counts.items()}
-                    self._ended.update(counts)
-                else:
-                    still_open.append((watched, counts_of))
-                now.update(counts)
-            self._watched = still_open
-            if ("visionaccel_cache_hits",) in now:  # there has been a service; several may share a cache
-                caches = {watched.cache for watched, counts_of in still_open if counts_of is _counts_of_service}
-                now["visionaccel_cache_bytes",] = sum(cache.held for cache in caches)
-            for (name, *labels), value in now.items():
-                self._counters.set(name, *labels, value=value)
-
 
 def _counts_of_service(service: EncodeService) -> _Counts:
-    """A service's counters, by series name and label values."""
+    """Return the counters of a service and its encoders, by series name and label values."""
     counters = service.counters
-    return {
+    counts: _Counts = Counter({
         ("visionaccel_failed_items",): counters.failed,
         ("visionaccel_cache_hits",): counters.cached,
         ("visionaccel_cache_evictions",): service.cache.evicted,
+        ("visionaccel_cache_bytes",): 0,
         ("visionaccel_merged_items",): counters.merged,
         ("visionaccel_cancelled_items",): counters.cancelled,
         ("visionaccel_waiting_items",): counters.waiting,
         ("visionaccel_running_items",): counters.running,
-    }
+    })  # fmt: skip
+    for encoder in service.encoders:
+        counts.update(_counts_of_chain(encoder))
+    return counts
 
 
 def _counts_of_encoder(encoder: GuardedEncoder) -> _Counts:
-    """The counters of an encoder without a service, by series name and label values."""
-    return {("visionaccel_failed_items",): encoder.failed_items}
+    """Return the counters of an encoder without a service."""
+    return Counter({("visionaccel_failed_items",): encoder.failed_items, **_counts_of_chain(encoder)})
 
 
-def _counts_of_chain(encoder: GuardedEncoder) -> _Counts:
+def _counts_of_chain(encoder: GuardedEncoder) -> dict[tuple[str, ...], int]:
     device = encoder.primary.capabilities.device
     return {
         ("visionaccel_fallback_items",): encoder.fallback_items,
@@ -290,7 +271,7 @@ class MetricsCollector(Collector):
 
 
 def merged(snapshots: Iterable[Snapshot]) -> Snapshot:
-    """Merge the snapshots of several processes. Series that are not in `SERIES`, or have other labels, are left out."""
+    """Merge the snapshots of several processes, without series that are unknown or have different labels."""
     sums: dict[str, dict[tuple[str, ...], Any]] = {name: {} for name in _BY_NAME}
     for snapshot in snapshots:
         for name in sums.keys() & snapshot.keys():
@@ -303,26 +284,22 @@ def merged(snapshots: Iterable[Snapshot]) -> Snapshot:
 
 
 def without_levels(snapshot: Snapshot) -> Snapshot:
-    """Remove the gauges from a snapshot, as for a process that has ended."""
+    """Return a snapshot without its gauges, as for a process that has ended."""
     return {name: rows for name, rows in snapshot.items() if name in _BY_NAME and _BY_NAME[name].kind != "gauge"}
 
 
 def families(snapshot: Snapshot) -> Iterator[Metric]:
     """Yield a snapshot as prometheus_client's metric families, including those without values."""
+    kinds = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily, "histogram": HistogramMetricFamily}
     for series in SERIES:
-        rows = snapshot.get(series.name, [])
-        if series.kind == "histogram":
-            histogram = HistogramMetricFamily(series.name, series.help, labels=series.labels)
-            bounds = [*map(repr, series.buckets), "+Inf"]
-            for labels, (*counts, total) in rows:
-                histogram.add_metric(labels, list(zip(bounds, accumulate(counts), strict=True)), total)
-            yield histogram
-        else:
-            kind = CounterMetricFamily if series.kind == "counter" else GaugeMetricFamily
-            family = kind(series.name, series.help, labels=series.labels)
-            for labels, value in rows:
+        family = kinds[series.kind](series.name, series.help, labels=series.labels)
+        for labels, value in snapshot.get(series.name, []):
+            if series.kind == "histogram":
+                bounds, (*counts, total) = [*map(repr, series.buckets), "+Inf"], value
+                family.add_metric(labels, list(zip(bounds, accumulate(counts), strict=True)), total)
+            else:
                 family.add_metric(labels, value)
-            yield family
+        yield family
 
 
 def _together(series: Series, one: Any, other: Any) -> Any:

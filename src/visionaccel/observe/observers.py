@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -26,19 +27,9 @@ Category = Literal["queue", "device", "host", "decode", "processor"]
 TIMING_PREFIX = "visionaccel encode "
 """The start of a timing line; a JSON object follows."""
 
-_PARTS = {
-    "queue": "queue_seconds",
-    "check": "check_seconds",
-    "host_pre": "prepare_seconds",
-    "transfer_in": "transfer_in_seconds",
-    "device": "device_seconds",
-    "transfer_out": "transfer_out_seconds",
-    "host_post": "finish_seconds",
-}
-
 
 def installed(kind: type[_T], make: Callable[[], _T]) -> _T:
-    """Return this process's observer of a class; make and register it if there is none.
+    """Return this process's observer of a class; make and register one if there is none.
 
     A forked process makes a new one: its parent's has counts, and locks that the parent's threads may hold.
     """
@@ -66,7 +57,15 @@ class TimingLog:
     @hookimpl
     def visionaccel_encoded(self, report: EncodeReport) -> None:
         """Log one encode."""
-        seconds = {part: getattr(report, name) for part, name in _PARTS.items()}
+        seconds = {
+            "queue": report.queue_seconds,
+            "check": report.check_seconds,
+            "host_pre": report.prepare_seconds,
+            "transfer_in": report.transfer_in_seconds,
+            "device": report.device_seconds,
+            "transfer_out": report.transfer_out_seconds,
+            "host_post": report.finish_seconds,
+        }
         line = {
             "backend": report.backend,
             "device": report.device,
@@ -90,15 +89,15 @@ def timed_encodes(log: str) -> list[dict[str, Any]]:
 
 
 def _bandwidth(size: int, seconds: float) -> float | None:
-    """GB/s; None where the session reported no transfer."""
+    """Return GB/s, or None if the session reported no transfer."""
     return round(size / seconds / 1e9, 3) if seconds > 0 else None
 
 
 class TraceLog:
     """A timeline of encodes and steps in Chrome's trace format. Safe to use from several threads and processes.
 
-    Every process of a server appends to one file, with times of one clock. The JSON array is never closed, which the
-    format allows.
+    Every process of a server appends to one file, with times of one clock; slices in a lane never overlap. The JSON
+    array is never closed, which the format allows.
 
     Args:
         path: The file, created if it does not exist.
@@ -122,8 +121,8 @@ class TraceLog:
                 f"VISIONACCEL_TRACE: {path} cannot be written: {error}", hint="Choose a file in an existing folder."
             ) from error
         self._lock, self._full = threading.Lock(), False
-        self._lanes: dict[str, list[tuple[int, float]]] = {}
-        self._numbers = 0
+        self._lanes: dict[str, dict[int, float]] = {}  # by name: each lane's number, and until when it is busy
+        self._numbers = itertools.count(1)
         name = process or multiprocessing.current_process().name
         self._write({"ph": "M", "name": "process_name", "args": {"name": name}})
 
@@ -133,18 +132,10 @@ class TraceLog:
         return installed(cls, lambda: cls(path, process))
 
     def slice(self, lane: str, category: Category, name: str, start: float, seconds: float, **details: Any) -> int:
-        """Add a slice to a lane. A slice that overlaps another gets a second lane of the same name.
+        """Add a slice to the lane of a name, and return the lane's number, for `within`.
 
-        Args:
-            lane: The lane's name.
-            category: The slice's category.
-            name: The slice's name.
-            start: When it started, on the monotonic clock.
-            seconds: How long it took.
-            **details: Further values to show, as JSON.
-
-        Returns:
-            The lane's number, for `within`.
+        A slice that overlaps another gets a second lane of the same name. `start` is on the clock of `time.monotonic`.
+        Details are shown as JSON.
         """
         thread = self._lane(lane, start, start + seconds)
         self.within(thread, category, name, start, seconds, **details)
@@ -182,18 +173,15 @@ class TraceLog:
             at += seconds
 
     def _lane(self, name: str, start: float, end: float) -> int:
-        """Find or add a lane of this name that is free at the start; return its number."""
+        """Find or add a lane of this name that is free at the start, and return its number."""
         with self._lock:
-            lanes = self._lanes.setdefault(name, [])
-            for place, (number, busy_until) in enumerate(lanes):
-                if busy_until <= start:
-                    lanes[place] = (number, end)
-                    return number
-            self._numbers += 1
-            number = self._numbers
-            lanes.append((number, end))
+            lanes = self._lanes.setdefault(name, {})
+            free = next((number for number, busy_until in lanes.items() if busy_until <= start), None)
+            number = next(self._numbers) if free is None else free
+            lanes[number] = end
             shown = name if len(lanes) == 1 else f"{name} ({len(lanes)})"
-        self._write({"ph": "M", "name": "thread_name", "tid": number, "args": {"name": shown}})
+        if free is None:
+            self._write({"ph": "M", "name": "thread_name", "tid": number, "args": {"name": shown}})
         return number
 
     def _write(self, event: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from visionaccel.trust import Canary, ChainLink, FirstAnswer, GuardedEncoder, Sh
 logger = safe_logger(__name__)
 
 _REFERENCE = "torch_ref"
-"""The backend that the shadow compares with."""
+"""The backend that the shadow compares answers with."""
 
 
 def open_guarded(
@@ -41,7 +41,7 @@ def open_guarded(
 
     Args:
         source: The checkpoint's tower, or a bundle.
-        settings: The settings.
+        settings: All settings but the devices.
         devices: The devices; None stands for the backend's default.
         host: The other work on the machine's cores; the encoders' threads avoid those cores if they can.
 
@@ -60,15 +60,10 @@ def open_guarded(
     if settings.shadow:
         default_registry().entry(_REFERENCE)  # fail now rather than at the first comparison
         reference = fallbacks.get(_REFERENCE) or opening.link(source.tower, _REFERENCE)
-    links: list[ChainLink] = []
+    backend = settings.backend or AUTO
+    links = [opening.link(source, backend, device, settings.options, same=True) for device in devices]
     try:
-        with ExitStack() as opened:
-            for device in devices:
-                link = opening.link(source, settings.backend or AUTO, device, settings.options, same=True)
-                opened.callback(link.close)
-                opening.start(link)
-                links.append(link)
-            opened.pop_all()
+        opening.start(links)
     except (BackendUnavailableError, PluginError, DeviceError) as error:
         if not fallbacks or (settings.canary == "strict" and isinstance(error, _CanaryError)):
             raise
@@ -131,28 +126,31 @@ class _Opening:
             same=same,
         )
 
-    def start(self, link: ChainLink) -> None:
-        """Open a link's encoder and have it encode the golden images; raise if it cannot, or gets them wrong."""
-        encoder = link.open()
-        if isinstance(encoder, VisionAccelError):
-            raise encoder
-        link.name = encoder.backend  # the name may have been `auto`
-        failure = link.check().failure if self._settings.canary != "off" else None
-        if failure is not None:
-            raise _CanaryError(
-                f"backend {link.name!r} failed its canary and cannot be trusted: {failure}",
-                hint="Run `visionaccel validate` and `visionaccel doctor`; VISIONACCEL_CANARY=off skips this check.",
-            )
+    def start(self, links: Sequence[ChainLink]) -> None:
+        """Open encoders, each of which must encode the golden images correctly; if one fails, close all and raise."""
+        with ExitStack() as opened:
+            for link in links:
+                opened.callback(link.close)
+                encoder = link.open()
+                if isinstance(encoder, VisionAccelError):
+                    raise encoder
+                link.name = encoder.backend  # the name may have been `auto`
+                failure = link.check().failure if self._settings.canary != "off" else None
+                if failure is not None:
+                    raise _CanaryError(
+                        f"backend {link.name!r} failed its canary and cannot be trusted: {failure}",
+                        hint="Run `visionaccel validate` and `visionaccel doctor`, or set VISIONACCEL_CANARY=off.",
+                    )
+            opened.pop_all()
 
     def without_devices(self, fallbacks: Sequence[ChainLink], error: VisionAccelError) -> GuardedEncoder:
         """Return a chain of the fallbacks, from the first that can start."""
         for number, link in enumerate(fallbacks):
             logger.error("Starting with the fallback %r, because %s", link.name, error)
             try:
-                self.start(link)
+                self.start([link])
                 return GuardedEncoder(link, fallbacks[number + 1 :])
             except VisionAccelError as another:
-                link.close()
                 error = another
         raise error
 
@@ -165,7 +163,7 @@ class _Opening:
 
 
 class _CanaryError(DeviceError):
-    """A device returns wrong embeddings."""
+    """A device encoded golden images incorrectly."""
 
 
 def open_service(

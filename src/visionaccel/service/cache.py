@@ -1,4 +1,7 @@
-"""The cache of embeddings, and its keys."""
+"""The cache of embeddings, and its keys.
+
+The cache never holds more bytes than its size, nor an embedding whose computation began before it was cleared.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ class EmbeddingCache:
         size: The maximum total of the embeddings, in bytes.
 
     Attributes:
-        evicted: Embeddings that made room for others, or were too large to be kept.
+        evicted: How many embeddings made room for others, or were too large to be kept.
         generation: How often the cache was cleared.
     """
 

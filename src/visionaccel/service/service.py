@@ -1,4 +1,7 @@
-"""The encode service: a bounded queue in front of one encoder for each device, with futures for answers."""
+"""The encode service: a bounded queue in front of one encoder for each device, with futures for answers.
+
+On any schedule of calls, cancellations, faults, hangs and `close`, every future ends, with its item's answer or error.
+"""
 
 from __future__ import annotations
 
@@ -46,12 +49,7 @@ class EncodeService:
         encoders: The chain of each device, which the service closes. All must compute the same numbers.
         queue_size: The maximum number of items that wait for a device.
         cache: The size of a new cache in bytes, or a cache to share.
-        dtype: Dtype of the embeddings: `float32`, `bfloat16` (through ml_dtypes) or `float16`.
-
-    Attributes:
-        tower: Sizes of the vision tower.
-        cache: The cache.
-        encoders: The chain of each device.
+        dtype: The dtype of the embeddings: `float32`, `bfloat16` (through ml_dtypes) or `float16`.
 
     Raises:
         ConfigurationError: If there is no encoder, the dtype is unknown, or the encoders compute different numbers.
@@ -68,7 +66,9 @@ class EncodeService:
         if not encoders:
             raise ConfigurationError("an encode service needs an encoder.", hint="Open one with open_encoder.")
         if dtype not in FLOATS:
-            raise ConfigurationError(f"unknown dtype {dtype!r} of embeddings.", hint=f"Choose {' or '.join(FLOATS)}.")
+            raise ConfigurationError(
+                f"unknown dtype {dtype!r} of embeddings.", hint="Choose float32, bfloat16 or float16."
+            )
         self._numerics, *others = {numerics(encoder.primary, dtype) for encoder in encoders}
         if others:
             raise ConfigurationError(
@@ -106,7 +106,7 @@ class EncodeService:
         return self._state.room
 
     def bytes_of(self, grid: Grid) -> int:
-        """Bytes of the embedding of an item with this grid."""
+        """Return the bytes of an embedding of this grid."""
         itemsize: int = self._dtype.itemsize
         return grid.tokens(self.tower.merge_size) * self.tower.out_width * itemsize
 
@@ -132,8 +132,8 @@ class EncodeService:
             arrival: When the item arrived, if not now; earlier items are encoded first. On the clock of
                 `time.monotonic`, unless every caller of the service uses a different one.
             urgent: Encode this item before all that are not urgent.
-            timeout: Seconds to wait for room in the queue; None to wait without limit. An item that equals one in the
-                service, or that is in the cache, needs no room.
+            timeout: Seconds to wait for room in the queue; None to wait without limit. No room is needed if the
+                embedding is in the cache, or an equal item is in the service.
 
         Returns:
             A future of the embedding, [tokens, out_width] in the service's dtype, read-only and shared with other

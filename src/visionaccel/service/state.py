@@ -63,22 +63,18 @@ class Item:
     submitted: float = field(default_factory=time.monotonic)
     futures: set[Future[Embedding]] = field(default_factory=set)
 
-    @property
-    def turn(self) -> tuple[bool, float, float]:
-        """The sort key: urgent items go first, then those that arrived first."""
-        return not self.urgent, self.arrival, self.submitted
-
 
 class ServiceState:
     """The items of an encode service. Safe to use from any thread; futures are answered without the lock.
 
-    An embedding must be in the cache before its item is finished.
+    An embedding must be in the cache before its item is finished. `change` is a future that is done at the next change
+    of the items: read it before a look at them that may lead to a wait.
     """
 
     def __init__(self, size: int, cache: EmbeddingCache) -> None:
         self._size, self._cache = size, cache
         self._lock = threading.Lock()
-        self._change = _new_change()
+        self.change = _new_change()
         self._by_key: dict[str, Item] = {}
         self._waiting: set[Item] = set()
         self._counters = ServiceCounters()
@@ -95,11 +91,6 @@ class ServiceState:
     def room(self) -> bool:
         """Whether the queue accepts any item at once."""
         return len(self._waiting) < self._size and not self._closed
-
-    @property
-    def change(self) -> Future[None]:
-        """A future that is done once the items have changed: read it before a look at them that may lead to a wait."""
-        return self._change
 
     def enter(self, item: Item) -> Future[Embedding] | None:
         """Accept a new item: join an equal one, answer from the cache, or queue it; None if there is no room.
@@ -143,13 +134,13 @@ class ServiceState:
                 latest = time.monotonic() - (0.0 if self._closed else least_wait())
                 ripe = [item for item in self._waiting if item.submitted <= latest]
                 if ripe:
-                    item = min(ripe, key=lambda each: each.turn)
+                    item = min(ripe, key=lambda each: (not each.urgent, each.arrival, each.submitted))
                     self._waiting.remove(item)
                     self._changed()
                     return item
                 if self._closed:
                     return None
-                change, period = self._change, _PERIOD if self._waiting else None
+                change, period = self.change, _PERIOD if self._waiting else None
             wait([change], period)
 
     def finish(self, item: Item, answer: Embedded | VisionAccelError, seconds: float) -> None:
@@ -206,7 +197,7 @@ class ServiceState:
 
     def _changed(self) -> None:
         """Wake everything that waits for a change."""
-        change, self._change = self._change, _new_change()
+        change, self.change = self.change, _new_change()
         change.set_result(None)
 
 
