@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from bundles import write_bundle
 from visionaccel.cli.app import app
 from visionaccel.cli.output import print_table
-from visionaccel_bench import tables as bench_tables
+from visionaccel_bench.blocks import Table, print_blocks
 
 LONGEST_WORD = 24
 """Longer ones, such as digests and paths, break where the line ends."""
@@ -64,7 +64,7 @@ def test_words_of_a_measurement_are_whole_in_80_columns(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     columns = ("", "median, s", "least to most, s", "patches/s", "% of peak", "times vLLM bf16", "times transformers")
     row = ("torch_ref dtype=bfloat16", "0.002", "0.002 to 0.008", "85820", "13", "-", "1.26")
-    bench_tables.print_table(bench_tables.Table(columns, (row,), layout="numbers"))
+    print_blocks([Table(columns, (row,), layout="numbers")])
     shown = capsys.readouterr().out
     assert set(" ".join((*columns, *row)).split()) <= set(shown.split())
     assert max(map(len, shown.splitlines())) <= 80

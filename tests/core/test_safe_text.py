@@ -16,8 +16,9 @@ from visionaccel.cli.app import app
 from visionaccel.cli.output import messages, progress, results, status
 from visionaccel.core.safe_text import lines, one_line, safe_logger, visible
 from visionaccel.errors import BundleError, VisionAccelError
-from visionaccel_bench.reporting.page import Report, Section, Text
-from visionaccel_bench.tables import Table as PageTable
+from visionaccel_bench.blocks import Table as PageTable
+from visionaccel_bench.blocks import Text
+from visionaccel_bench.reporting.page import Report, Section
 
 HOSTILE = (
     "\x1b[2J\x1b]0;title\x07 [red]red[/red] [/x] :smile: <script>alert('1')</script> \u202edesrever \x9b31m\r\x00\u2028"

@@ -14,7 +14,7 @@ from visionaccel_bench.encode.encode_report import (
 from visionaccel_bench.encode.encoding import Accuracy, EncodePlan
 from visionaccel_bench.encode.placement import advise
 from visionaccel_bench.serve.device import DeviceTime
-from visionaccel_bench.serve.figures import Run, Trace
+from visionaccel_bench.serve.load import Run, Trace
 from visionaccel_bench.serve.serve_report import make_report
 from visionaccel_bench.serve.serving import Plan, Taken
 

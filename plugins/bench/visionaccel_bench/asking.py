@@ -1,4 +1,4 @@
-"""Questions to a vLLM server: a picture in, an answer or an error out; and what its metrics say."""
+"""Asks a vLLM server about pictures, and reads its metrics."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _TEXT_TOKENS = 48
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What became of a request: a text and its token ids, or the error that the client got.
+    """The outcome of a request: a text and its token ids, or the error that the client got.
 
-    `lost` is whether neither came: no reply, or an error without a text.
+    `lost` is whether there was neither: no reply, or an error without a text.
     """
 
     text: str | None = None
@@ -38,7 +38,7 @@ class Answer:
 
 
 def image_content(image: Image) -> list[dict[str, Any]]:
-    """The content of a chat's message that asks to read the digits of a picture."""
+    """Make the content of a chat message that asks for the digits of a picture."""
     png = io.BytesIO()
     image.save(png, "PNG")
     url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
@@ -46,7 +46,7 @@ def image_content(image: Image) -> list[dict[str, Any]]:
 
 
 def ask(url: str, model: str, image: Image, *, timeout: float = _TIMEOUT) -> Answer:
-    """Ask the API at a URL to read the digits of a picture; after `timeout` seconds without a reply it is lost."""
+    """Ask the API at a URL for the digits of a picture; after `timeout` seconds without a reply the request is lost."""
     messages = [{"role": "user", "content": image_content(image)}]
     body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": 8, "return_token_ids": True}
     try:
@@ -61,7 +61,7 @@ def ask(url: str, model: str, image: Image, *, timeout: float = _TIMEOUT) -> Ans
 
 @contextmanager
 def text_stream(url: str, model: str) -> Iterator[list[str]]:
-    """Have texts decoded one after the other while the context lasts; the list has what went wrong with them."""
+    """Request one text after the other in a thread while the context lasts; yields a list of their problems."""
     ended, problems = Event(), list[str]()
     body = {
         "model": model, "prompt": QUESTION, "max_tokens": _TEXT_TOKENS, "ignore_eos": True, "temperature": 0,
@@ -89,14 +89,14 @@ def text_stream(url: str, model: str) -> Iterator[list[str]]:
 
 
 def metrics_of(url: str) -> str:
-    """The server's metrics, in Prometheus' text format."""
+    """Return the server's metrics in Prometheus' text format."""
     with urllib.request.urlopen(url.removesuffix("/v1") + "/metrics", timeout=_TIMEOUT) as reply:  # noqa: S310
         text: str = reply.read().decode()
     return text
 
 
 def metric(text: str, name: str, **labels: str) -> float:
-    """The sum of a metric's values over its samples that have these labels."""
+    """Return the sum of a metric's samples that have these labels."""
     samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
     return sum(each.value for each in samples if each.name == name and labels.items() <= each.labels.items())
 

@@ -18,24 +18,24 @@ from visionaccel.core.orphans import temporary_folder
 from visionaccel.errors import ConfigurationError, DeviceError
 
 API_SERVER = (sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model")
-"""Starts the server by its module, which works for every vLLM distribution."""
+"""Starts the server's module, which works for every vLLM distribution."""
 
 _LOOPBACK = "127.0.0.1"
 _ENDING = 20.0
-"""Seconds that a server has to end when it is asked to."""
+"""Seconds that a server has to end after SIGTERM."""
 
 _LOG_LINES = 30
 _SETTINGS = ("VISIONACCEL_", "VLLM_VISION_NPU_", "VLLM_NPU_")
 
 
 def log_end(log: Path) -> str:
-    """The last lines of a child process's output."""
+    """Return the last lines of a child process's output."""
     return "\n".join(log.read_text(errors="replace").splitlines()[-_LOG_LINES:])
 
 
 @dataclass(frozen=True)
 class VllmServer:
-    """A running server: the base URL of its OpenAI API, ending in `/v1`, the name of its model, and its log.
+    """A running server; `url` is the base URL of its OpenAI API, ending in `/v1`.
 
     The engine's processes are in the group of `child`.
     """
@@ -46,7 +46,7 @@ class VllmServer:
     child: ChildGroup
 
     def healthy(self) -> bool:
-        """Whether the server runs and its engine answers the health check."""
+        """Return whether the server runs and its engine answers the health check."""
         if self.child.exited():
             return False
         try:
@@ -57,7 +57,7 @@ class VllmServer:
 
 
 def quiet_environment(settings: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment with no settings of visionaccel but the given ones, and vLLM offline and small."""
+    """Return this process's environment with only the given settings of visionaccel, and vLLM offline and small."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(_SETTINGS)}
     defaults = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     return {**defaults, **inherited, **settings}
@@ -79,14 +79,14 @@ def serve(
         checkpoint: Folder of the model.
         settings: visionaccel's settings for the server; none for stock vLLM.
         arguments: More arguments for the server.
-        command: What starts the server, up to the place of the model.
+        command: The server's command line up to the model.
         timeout: Seconds until the server must answer.
         waiting: Called twice a second with the seconds waited so far.
 
     Raises:
-        ConfigurationError: If the command cannot be started.
-        DeviceError: If the server ends, for example because vLLM is not installed, or does not answer in time; the
-            message holds the end of its log.
+        ConfigurationError: The command cannot be started.
+        DeviceError: The server ends, for example because vLLM is not installed, or does not answer in time; the
+            message contains the end of its log.
     """
     with socket.socket() as probe:
         probe.bind((_LOOPBACK, 0))
@@ -98,7 +98,7 @@ def serve(
             try:
                 child = ChildGroup(
                     [*command, str(checkpoint), *place, *arguments],
-                    # vLLM leaves its sockets behind when it is stopped; here they go with the folder.
+                    # vLLM leaves its sockets behind when it is stopped; here they are removed with the folder.
                     environment={**quiet_environment(settings), "VLLM_RPC_BASE_PATH": str(folder)},
                     output=out,
                 )
@@ -114,7 +114,7 @@ def serve(
                     state = how_it_ended(child.reap()) if ended else "does not answer"
                     raise DeviceError(
                         f"the vLLM server {state} after {waited:.0f} s. The end of its log:\n{log_end(log)}",
-                        hint="The reason is in the log above.",
+                        hint="See the log above for the reason.",
                     )
                 if waiting is not None:
                     waiting(waited)

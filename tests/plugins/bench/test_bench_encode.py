@@ -14,15 +14,14 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from bundles import write_bundle
+from fake_contenders import FakeProcess
 from fake_plugins import install
 from gated import wait_until
-from visionaccel.bundle import open_bundle
 from visionaccel.cli.app import app
 from visionaccel.core.grid import Grid
 from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError, DeadlineError, DeviceError, SettingsError, UnknownBackendError
 from visionaccel_bench.encode import presets
-from visionaccel_bench.encode.contender_process import ContenderProcess
 from visionaccel_bench.encode.contenders import (
     PEERS,
     REFERENCE,
@@ -34,7 +33,15 @@ from visionaccel_bench.encode.contenders import (
     parse_contender,
 )
 from visionaccel_bench.encode.encode_report import make_encode_report
-from visionaccel_bench.encode.encoding import TABLE, EncodePlan, OnGrid, Peak, Taken, measure_encodes
+from visionaccel_bench.encode.encoding import (
+    TABLE,
+    ContenderProcess,
+    EncodePlan,
+    OnGrid,
+    Peak,
+    Taken,
+    measure_encodes,
+)
 from visionaccel_bench.encode.presets import preset_checkpoint
 from visionaccel_testing.checkpoints import TINY, tower_shapes
 from visionaccel_testing.process_tree import memory, processor_seconds
@@ -93,6 +100,7 @@ def measured(tiny, tmp_path_factory):
         patch.syspath_prepend(site)
         patch.setenv("PYTHONPATH", ":".join(sys.path))
         patch.setattr("visionaccel_bench.encode.contenders.default_registry", _registry)
+        patch.setattr("visionaccel_bench.encode.encoding._PAUSE", 0.0)  # these times are not compared
         done = bench(
             "encode", tiny, *backends, "--peer", "transformers", *grids(), "--rounds", "2", "--threads", "1", *files
         )
@@ -165,7 +173,8 @@ def test_the_plot_is_a_picture(measured):
         assert len(picture.convert("RGB").getcolors(2**24)) > 20, "lines of several colours"
 
 
-def test_without_the_reference_among_them_there_is_accuracy_all_the_same(tiny):
+def test_without_the_reference_among_them_there_is_accuracy_all_the_same(tiny, monkeypatch):
+    monkeypatch.setattr("visionaccel_bench.encode.encoding.ContenderProcess", FakeProcess)
     done = bench("encode", tiny, "--backend", "onnxrt", "--peer", "none", "--grid", "8x8", "--rounds", "1")
     assert done.exit_code == 0, done.output
     assert "1.00000" in done.stdout
@@ -223,7 +232,7 @@ def test_whether_vllms_peer_compiles_is_an_option(text, eager):
 
 
 def test_a_contender_that_is_there_twice_is_refused():
-    with pytest.raises(SettingsError, match="named twice"):
+    with pytest.raises(SettingsError, match="given twice"):
         named_peers(["vllm", "vllm?dtype=bfloat16"])
 
 
@@ -232,7 +241,7 @@ def test_a_peer_that_is_not_installed_is_absent_with_the_fix(monkeypatch):
     assert "pip install vllm" in absence(STOCK)
     assert absence(REFERENCE) is None
     elsewhere = Contender("peer", "vllm", options={"dtype": "bfloat16", "python": "/nowhere/python"})
-    assert "no interpreter /nowhere/python" in absence(elsewhere)
+    assert "interpreter /nowhere/python does not exist" in absence(elsewhere)
 
 
 @pytest.mark.parametrize(
@@ -279,17 +288,21 @@ def test_a_process_that_hangs_up_and_lives_on_is_ended_and_not_blamed_on_memory(
     script.write_text(f"#!{sys.executable}\nimport os, time\nos.closerange(3, 256)\ntime.sleep(60)\n")
     script.chmod(0o755)
     with ContenderProcess(tmp_path / "log", 1, str(script)) as process:
-        with pytest.raises(DeviceError, match="hung up, lived on, and was ended"):
+        with pytest.raises(DeviceError, match="closed its connection, kept running, and was ended"):
             process.open(REFERENCE, tiny, 1, 60)
         assert not process.alive
 
 
-def test_a_contender_that_refuses_the_first_grid_takes_the_others(tiny, tmp_path):
-    bundle = open_bundle(write_bundle(tiny, tmp_path / "bundle", "12x20"))
+def test_a_contender_that_refuses_the_first_grid_takes_the_others(tiny, monkeypatch):
+    class Refusing(FakeProcess):
+        def ask(self, request, seconds):
+            if self.label == "onnxrt" and request["grid"] == [1, 8, 8]:
+                raise DeviceError("no program of this encoder takes grid 1x8x8")
+            return super().ask(request, seconds)
+
+    monkeypatch.setattr("visionaccel_bench.encode.encoding.ContenderProcess", Refusing)
     plan = EncodePlan((Grid(1, 8, 8), Grid(1, 12, 20)), rounds=1, threads=1, turn_seconds=0.0)
-    taken, _, missing = measure_encodes(
-        bundle.folder, bundle.tower, [Contender("backend", "onnxrt")], plan, lambda _: None
-    )
+    taken, _, missing = measure_encodes(tiny, open_tower(tiny), [Contender("backend", "onnxrt")], plan, lambda _: None)
     assert missing is None
     assert taken[0].error is None
     refused, done = (taken[0].grids[grid] for grid in plan.grids)
@@ -300,6 +313,7 @@ def test_a_contender_that_refuses_the_first_grid_takes_the_others(tiny, tmp_path
 
 
 def test_why_there_is_no_accuracy_is_said(tiny, monkeypatch):
+    monkeypatch.setattr("visionaccel_bench.encode.encoding.ContenderProcess", FakeProcess)
     monkeypatch.setattr("visionaccel_bench.encode.contenders._importable", lambda module: module != "transformers")
     plan = EncodePlan((Grid(1, 8, 8),), rounds=1, threads=1, turn_seconds=0.0)
     contender = Contender("backend", "onnxrt")
@@ -307,32 +321,6 @@ def test_why_there_is_no_accuracy_is_said(tiny, monkeypatch):
     assert "transformers not installed" in missing
     report = make_encode_report("it", open_tower(tiny), plan, taken, peak, missing)
     assert any("Accuracy is missing" in note and "not installed" in note for note in report.notes)
-
-
-class FakeProcess:
-    """A contender without a process: what the benchmark asks it and what files it finds."""
-
-    started = 0.0
-
-    def __init__(self, log, threads, python=None):
-        self.folder, self.alive, self.label = log.parent, True, "products"
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
-
-    def open(self, contender, source, threads, deadline):
-        self.label = contender.label
-        return {}
-
-    def ask(self, request, seconds):
-        if request["do"] == "products":
-            return {"rates": {}}
-        if request["save"] is not None:
-            np.save(request["save"], np.ones((4, 8), np.float32))
-        return {"seconds": [1.0], "processor_seconds": 1.0, "ended": 2.0, "resident_bytes": 1, "peak_bytes": 1}
 
 
 def test_the_first_contenders_start_has_no_making_of_patches_in_it(tiny, monkeypatch):

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from visionaccel_bench.serve.figures import Bound, Run, Spread, Trace, bound, device_finish, figures, overlap, stalls
+from visionaccel_bench.serve.load import Run, Trace
+from visionaccel_bench.serve.serve_report import Bound, Spread, bound, device_finish, figures, overlap, stalls
 
 TIMES = st.lists(st.floats(0, 100), min_size=1, max_size=50)
 

@@ -5,6 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from fake_contenders import FakeProcess
 from visionaccel.cli.app import app
 from visionaccel.core.grid import Grid
 from visionaccel.encoder import open_tower
@@ -103,6 +104,7 @@ def test_without_stock_nothing_can_be_said(tiny):
 
 
 def test_the_command_says_what_it_cannot_say(tiny, monkeypatch):
+    monkeypatch.setattr("visionaccel_bench.encode.encoding.ContenderProcess", FakeProcess)
     monkeypatch.setattr("visionaccel_bench.encode.contenders._importable", lambda module: module != "vllm")
     arguments = ["bench", "placement", str(tiny), "--backend", "onnxrt", "--grid", "8x8", "--rounds", "1", "--json"]
     done = CliRunner().invoke(app, arguments)

@@ -6,7 +6,7 @@ from PIL import Image
 from report_inputs import encode_report
 from visionaccel.errors import ConfigurationError
 from visionaccel_bench.drawing import plot_latency, plot_timeline
-from visionaccel_bench.serve.figures import Run, Trace
+from visionaccel_bench.serve.load import Run, Trace
 
 RUN = Run(
     (

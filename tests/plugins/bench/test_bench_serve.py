@@ -10,8 +10,7 @@ from openai_server import answering
 from visionaccel.cli.app import app
 from visionaccel.errors import ConfigurationError, DeviceError, SettingsError
 from visionaccel_bench.serve.device import Accelerator, DeviceTime, Mode, measured, with_latency
-from visionaccel_bench.serve.figures import Run, Trace
-from visionaccel_bench.serve.load import Load, picture, send
+from visionaccel_bench.serve.load import Load, Run, Trace, picture, send
 from visionaccel_bench.serve.serve_report import make_report
 from visionaccel_bench.serve.serving import Plan, Subject, Taken
 
@@ -137,7 +136,7 @@ def test_what_is_installed_and_cannot_be_imported_is_found_before_anything_is_me
         (("--size", "0x224"), SettingsError, "is not a size"),
         (("--url", "127.0.0.1:8000"), SettingsError, "NAME=URL"),
         (("--url", "a=http://x/v1", "--url", "a=http://y/v1"), SettingsError, "given twice"),
-        (("--url", "http://127.0.0.1:9/v1"), ConfigurationError, "cannot be asked for its model"),
+        (("--url", "http://127.0.0.1:9/v1"), ConfigurationError, "does not tell its model"),
         (("--url", "http://x/v1", "--mode", "stock"), ConfigurationError, "Leave one of the two out"),
         (("--url", "http://x/v1", "--sequential"), ConfigurationError, "named inline"),
         (("--mode", "pipelined", "--sequential"), ConfigurationError, "--mode inline"),

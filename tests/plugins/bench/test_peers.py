@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from visionaccel import open_encoder
+from visionaccel.core.arrays import as_numpy
 from visionaccel.core.grid import Grid
 from visionaccel.core.program import CHECKPOINT
 from visionaccel.encoder import open_tower
@@ -30,7 +31,7 @@ def test_transformers_takes_the_tower_of_the_model_that_the_checkpoint_names(tin
     assert embeddings.dtype == getattr(torch, dtype)
     with open_encoder(tiny, backend="onnxrt") as encoder:  # which shares no arithmetic with it
         expected = encoder.encode(patches, [GRID])
-    error = np.linalg.norm(peer.read(embeddings) - expected) / np.linalg.norm(expected)
+    error = np.linalg.norm(as_numpy(embeddings) - expected) / np.linalg.norm(expected)
     assert error < tolerance
 
 
@@ -45,5 +46,5 @@ def test_transformers_peer_says_which_towers_it_takes(tiny):
 
 
 def test_vllms_peer_says_which_towers_it_takes():
-    with pytest.raises(ConfigurationError, match="takes towers of family qwen2_5_vl, and this one is of qwen2_vl"):
+    with pytest.raises(ConfigurationError, match="takes towers of family qwen2_5_vl, and this one belongs to qwen2_vl"):
         open_peer("vllm", SimpleNamespace(family="qwen2_vl"), {"dtype": "float32"}, torch.get_num_threads())

@@ -23,12 +23,21 @@ from visionaccel.backends import Finding
 from visionaccel.cli.app import app
 from visionaccel.cli.diagnosis import Diagnosis, Found
 from visionaccel.errors import ConfigurationError, InputError
+from visionaccel_bench.blocks import Bar, Bars
+from visionaccel_bench.drawing import draw_bars, draw_timeline, spans
 from visionaccel_bench.faultsuite.cells import FaultRow, FaultSuite
-from visionaccel_bench.reporting import make_report, read_inputs
-from visionaccel_bench.reporting.charts import Bar, draw_bars, draw_timeline, spans
-from visionaccel_bench.reporting.documents import read_benchmark, read_document, read_faults
-from visionaccel_bench.reporting.page import environment
-from visionaccel_bench.reporting.trace import Event, Lane, Trace, overlap, read_trace
+from visionaccel_bench.reporting.inputs import (
+    Event,
+    Lane,
+    Trace,
+    overlap,
+    read_benchmark,
+    read_document,
+    read_faults,
+    read_inputs,
+    read_trace,
+)
+from visionaccel_bench.reporting.page import environment, make_report
 
 SECTIONS = ("summary", "doctor", "certificate", "benchmarks", "timelines", "faults")
 VOID = {"meta", "br"}
@@ -357,7 +366,8 @@ def paths_of(picture, style):
 
 
 def test_bars_are_as_long_as_their_values_and_marks_stand_where_they_belong():
-    picture = draw_bars([Bar("a", 2.0, "2 s", mark=1.0), Bar("b", 1.0, "1 s", second=True)], "seconds", "bound")
+    bars = [Bar("a", 2.0, "2 s", mark=1.0), Bar("b", 1.0, "1 s", second=True)]
+    picture = draw_bars(Bars(bars, "seconds", "bound"))
     (first,), (second,) = paths_of(picture, "fill: var(--device)"), paths_of(picture, "fill: var(--second)")
     left = min(x for x, _ in first)
     long, short = (max(x for x, _ in each) - left for each in (first, second))

@@ -21,19 +21,18 @@ from visionaccel.cli.output import (
     check_writable,
     messages,
     print_json,
-    results,
     status,
     write_json,
 )
 from visionaccel.errors import ConfigurationError, SettingsError
-from visionaccel_bench.benchmark_tables import concurrency_table, load_of, serve_notes, serve_table
+from visionaccel_bench.benchmark_blocks import serve_blocks
+from visionaccel_bench.blocks import print_blocks
 from visionaccel_bench.commands.bench_encode import encode, placement
 from visionaccel_bench.commands.options import Output, duration, require, tidy_if_terminated
 from visionaccel_bench.drawing import plot_timeline
 from visionaccel_bench.serve.device import TIMES, Accelerator, DeviceTime, Mode, measured, with_latency
 from visionaccel_bench.serve.serve_report import Report, make_report
 from visionaccel_bench.serve.serving import Plan, Taken, measure, measure_without_latency, running, started
-from visionaccel_bench.tables import print_table
 from visionaccel_testing.simulated.backend import NAME as SIMULATED
 
 bench = typer.Typer(name="bench", help="Measure encodes, and servers under load.", no_args_is_help=True)
@@ -63,7 +62,7 @@ def serve(
         typer.Option(
             metavar="[NAME=]URL",
             help="Measure this running server, such as pipelined=http://127.0.0.1:8000/v1, and start none; repeatable. "
-            "One named 'stock' is taken to encode without the device; --sequential needs one named 'inline'.",
+            "One named 'stock' is assumed to encode without the device; --sequential needs one named 'inline'.",
         ),
     ] = None,
     mode: Annotated[
@@ -117,15 +116,15 @@ def serve(
 ) -> None:
     """Compare in-line, pipelined and stock vLLM under text streams and image requests, and with an ideal server.
 
-    Each mode is a real vLLM server that is started in turn. It gets a warm-up, then the text streams alone, then text
-    streams and image requests together, each sent when its time comes, whether or not those before were answered.
-    Images are the same in every mode, and new to each server.
+    Each mode is a real vLLM server; they are started one after the other. Each gets a warm-up, then the text streams
+    alone, then text streams and image requests together. A request is sent when its time comes, whether or not earlier
+    ones were answered. Images are the same in every mode, and new to each server.
 
     The ideal bound is max(device, decode). device: when the device is done at the earliest, if it starts each image as
     soon as it is sent and is idle only while none waits. decode: the load's wall seconds where images cost the device
-    nothing, the least of all modes. With the simulated device that is measured in a second server of each mode, whose
-    device takes no time; otherwise by sending the load again with the same images, which the prefix cache has then
-    too, so that the true value is greater. But for noise, no server's wall is less than the bound.
+    nothing, the smallest of all modes. With the simulated device that is measured in a second server of each mode,
+    whose device takes no time; otherwise by sending the load again with the same images, which are then in the prefix
+    cache too, so the true value is larger. Except for noise, no server's wall is below the bound.
 
     Stalls are the gaps over 100 ms between tokens of the text streams. A request that fails ends the command with
     status 2.
@@ -140,7 +139,7 @@ def serve(
     if url:
         if checkpoint is not None or mode:
             raise ConfigurationError(
-                "--url measures servers that run already; a checkpoint or --mode is for servers that are started.",
+                "--url measures running servers; a checkpoint or --mode is for servers that the command starts.",
                 hint="Leave one of the two out.",
             )
         subjects = _named(url)
@@ -160,12 +159,8 @@ def serve(
         plot_timeline({name: each.mixed[0] for name, each in taken.items()}, timeline, f"Text and images{about}")
     if as_json:
         print_json(document)
-        return
-    print_table(serve_table(report, load_of(report)))
-    if report.concurrency is not None:
-        print_table(concurrency_table(report.concurrency))
-    for note in serve_notes(report):
-        results.print(note)
+    else:
+        print_blocks(serve_blocks(report))
 
 
 def _running(plan: Plan, urls: dict[str, str], device_seconds: float | None) -> tuple[Report, dict[str, Taken]]:
@@ -205,7 +200,7 @@ def _timed(
     latency: float | None,
     stated: float | None,
 ) -> tuple[Accelerator, DeviceTime]:
-    """The device as servers use it, and its time for an image."""
+    """Return the device as servers use it, and its time for an image."""
     if latency is not None or (accelerator.simulated and not set(TIMES) & set(accelerator.options)):
         timed, time = with_latency(checkpoint, accelerator, plan.device_images[0], latency or _LATENCY)
         return timed, time if stated is None else DeviceTime(stated, "as stated")
@@ -227,7 +222,7 @@ def _size(text: str) -> tuple[int, int]:
     found = _SIZE.fullmatch(text)
     if found is None:
         raise SettingsError(
-            f"--size {text!r} is not a size.", hint="Write WIDTHxHEIGHT in pixels, from 10 to 9999, such as 308x224."
+            f"--size {text!r} is not a size.", hint="Pass WIDTHxHEIGHT in pixels, from 10 to 9999, such as 308x224."
         )
     return int(found[1]), int(found[2])
 
@@ -240,17 +235,17 @@ def _words(text: str) -> list[str]:
 
 
 def _named(urls: Iterable[str]) -> dict[str, str]:
-    """URLs by name; one without a name is named after itself."""
+    """Return URLs by name; one without a name is its own name."""
     named: dict[str, str] = {}
     for text in urls:
         found = _NAMED_URL.fullmatch(text)
         if found is None:
             raise SettingsError(
-                f"--url {text!r} is not a URL.", hint="Write URL or NAME=URL, such as http://127.0.0.1:8000/v1."
+                f"--url {text!r} is not a URL.", hint="Pass URL or NAME=URL, such as http://127.0.0.1:8000/v1."
             )
         name = found["name"] or found["url"]
         if name in named:
-            raise SettingsError(f"--url {text!r}: {name} is given twice.", hint="Give each server another name.")
+            raise SettingsError(f"--url {text!r}: {name} is given twice.", hint="Give each server a different name.")
         named[name] = found["url"]
     return named
 
@@ -258,6 +253,6 @@ def _named(urls: Iterable[str]) -> dict[str, str]:
 def _require_inline(sequential: bool, names: Iterable[str]) -> None:
     if sequential and Mode.INLINE.value not in list(names):
         raise ConfigurationError(
-            "--sequential sends requests one after the other in mode inline, which is not measured.",
+            "--sequential sends requests one after the other in mode inline, which is not among those measured.",
             hint="Add --mode inline, or a server named inline.",
         )

@@ -1,4 +1,4 @@
-"""`visionaccel bench encode` and `bench placement`: the encode itself, compared with what else there is."""
+"""`visionaccel bench encode` and `bench placement`: encodes by backends and by other towers, compared."""
 
 from __future__ import annotations
 
@@ -11,21 +11,15 @@ import typer
 
 from visionaccel.bundle import Bundle
 from visionaccel.checkpoint import locate_checkpoint
-from visionaccel.cli.output import Json, check_writable, print_json, results, status, write_json
+from visionaccel.cli.output import Json, check_writable, print_json, status, write_json
 from visionaccel.core.cores import process_cores
 from visionaccel.core.grid import Grid, as_grids
 from visionaccel.core.program import FixedGrid
 from visionaccel.encoder import open_source
 from visionaccel.errors import SettingsError
 from visionaccel.families import Tower
-from visionaccel_bench.benchmark_tables import (
-    accuracy_table,
-    contenders_table,
-    encode_notes,
-    linearity_table,
-    placement_table,
-    times_table,
-)
+from visionaccel_bench.benchmark_blocks import encode_blocks, encode_notes, placement_blocks
+from visionaccel_bench.blocks import print_blocks
 from visionaccel_bench.commands.options import Output, duration, require, tidy_if_terminated
 from visionaccel_bench.drawing import plot_latency
 from visionaccel_bench.encode.contenders import STOCK, Contender, named_backends, named_peers
@@ -33,18 +27,17 @@ from visionaccel_bench.encode.encode_report import EncodeReport, make_encode_rep
 from visionaccel_bench.encode.encoding import TABLE, EncodePlan, measure_encodes
 from visionaccel_bench.encode.placement import PlacementReport, advise
 from visionaccel_bench.encode.presets import PRESETS, preset_checkpoint
-from visionaccel_bench.tables import print_table
 
 _GRID = "58x74"
 _FEW = ("16x16", "32x32", "58x74")
 
 Source = Annotated[
     str | None,
-    typer.Argument(help="Bundle folder, checkpoint folder or Hugging Face repository. Or name a --preset."),
+    typer.Argument(help="Bundle folder, checkpoint folder or Hugging Face repository. Or pass --preset."),
 ]
 Preset = Annotated[
     str | None,
-    typer.Option(help=f"Random weights of a real shape in the place of SOURCE: {', '.join(PRESETS)}."),
+    typer.Option(help=f"Random weights of a real shape instead of SOURCE: {', '.join(PRESETS)}."),
 ]
 Depth = Annotated[int | None, typer.Option(min=1, help="Blocks of the preset, for a shorter tower.")]
 Grids = Annotated[
@@ -62,7 +55,7 @@ Rounds = Annotated[int, typer.Option(min=1, max=999, help="Turns of each contend
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Cores and threads of each contender. Default: all cores.", show_default=False)
 ]
-Deadline = Annotated[float, duration("Seconds that opening, or a turn, may take; then a contender is out.", least=1)]
+Deadline = Annotated[float, duration("Maximum seconds to open a contender, and of a turn; longer ones fail.", least=1)]
 
 
 def encode(
@@ -71,15 +64,15 @@ def encode(
     depth: Depth = None,
     grid: Grids = None,
     grids: Annotated[
-        str | None, typer.Option(help="'table': 256 to 16,384 patches, each grid twice the one before.")
+        str | None, typer.Option(help="'table': 256 to 16,384 patches, each grid twice as many as the previous one.")
     ] = None,
     backend: Backends = None,
     peer: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME[?NAME=VALUE,...]",
-            help="transformers or vllm, in float32 and bfloat16 unless 'dtype' says which; repeatable. "
-            "Default: all. 'none' for none, also of --backend, whose default is every installed one.",
+            help="transformers or vllm, in float32 and bfloat16 unless 'dtype' chooses one; repeatable. "
+            "Default: all. 'none' leaves all out, for --backend too, whose default is every installed one.",
         ),
     ] = None,
     rounds: Rounds = 5,
@@ -92,17 +85,17 @@ def encode(
     """Compare encodes by backends and by other towers: time, memory, accuracy, and the share of the machine's peak.
 
     Each contender has a separate process. All are opened and warmed up, and then take turns, round by round, never
-    two at once. Accuracy is against transformers in float32. The machine's peak is what packed matrix products of the
-    tower's shapes reach in turns of the same rounds.
+    two at once. Accuracy is relative to transformers in float32. The machine's peak is what packed matrix products of
+    the tower's shapes reach in turns of the same rounds.
 
-    A contender that fails, or is not installed, is a row that says why.
+    For a contender that fails or is not installed, the report says why.
     """
     check_writable(plot, output)
     if plot is not None:
         require("matplotlib.figure")
     contenders = (*named_backends(backend or ()), *named_peers(peer or ()))
     if not contenders:
-        raise SettingsError("there is nothing to compare.", hint="Name a --backend or a --peer.")
+        raise SettingsError("there is nothing to compare.", hint="Pass --backend or --peer.")
     report = _measured(source, preset, depth, _grids(grid, grids), contenders, rounds, threads, deadline)
     document = {**asdict(report), "plot": plot}
     write_json(document, output)  # before what may fail
@@ -110,15 +103,8 @@ def encode(
         plot_latency(report, plot)
     if as_json:
         print_json(document)
-        return
-    print_table(contenders_table(report))
-    for needs in report.grids:
-        print_table(times_table(report, needs))
-        if (accuracy := accuracy_table(report, needs)).rows:
-            print_table(accuracy)
-    if len(report.grids) > 1:
-        print_table(linearity_table(report))
-    _print_notes(report)
+    else:
+        print_blocks(encode_blocks(report))
 
 
 def placement(
@@ -140,21 +126,16 @@ def placement(
     check_writable(output)
     contenders = (*named_backends(backend or ()), STOCK)
     if len(contenders) == 1:
-        raise SettingsError("no backend is installed to offload to.", hint="Name a --backend, or install one.")
+        raise SettingsError("no backend is installed or chosen.", hint="Install one, or pass --backend.")
     report = _measured(source, preset, depth, tuple(map(Grid.parse, grid or ())), contenders, rounds, threads, deadline)
     *ours, stock = report.contenders
-    placements = tuple(advise(report, each, stock) for each in ours)
-    document = asdict(PlacementReport(placements, report))
+    advised = PlacementReport(tuple(advise(report, each, stock) for each in ours), report)
+    document = asdict(advised)
     write_json(document, output)
     if as_json:
         print_json(document)
-        return
-    for each in placements:
-        if each.grids:
-            print_table(placement_table(each))
-        for mode, advice in (("in-line", each.inline), ("pipelined", each.pipelined)):
-            results.print(f"{each.label}, {mode}: {advice.reason}")
-    _print_notes(report)
+    else:
+        print_blocks([*placement_blocks(advised), *encode_notes(report)])
 
 
 def _measured(
@@ -172,7 +153,7 @@ def _measured(
     tower = opened.tower
     most = len(process_cores())
     if threads is not None and threads > most:
-        raise SettingsError(f"--threads {threads} are more than the {most} cores here.", hint=f"Pass at most {most}.")
+        raise SettingsError(f"--threads {threads} is more than the {most} cores here.", hint=f"Pass at most {most}.")
     chosen = as_grids(grids or _own_grids(opened), tower.merge_size)
     plan = EncodePlan(chosen, rounds, threads or most, deadline=deadline)
     with tidy_if_terminated(), status("starting") as tell:
@@ -181,33 +162,28 @@ def _measured(
 
 
 def _own_grids(source: Tower | Bundle) -> tuple[Grid, ...]:
-    """The grids of a bundle that takes no others; a few for what takes every grid."""
+    """Return the grids of a bundle whose programs are all of fixed grids, and otherwise a few common ones."""
     covered = [entry.covers() for entry in source.manifest.programs] if isinstance(source, Bundle) else []
     fixed = [each.grid for each in covered if isinstance(each, FixedGrid)]
     return tuple(fixed) if fixed and len(fixed) == len(covered) else tuple(map(Grid.parse, _FEW))
 
 
 def _folder(source: str | None, preset: str | None, depth: int | None) -> tuple[Path, str]:
-    """The folder that contenders open, and what reports call it."""
+    """Return the folder that contenders open, and its name in reports."""
     if (source is None) == (preset is None):
-        raise SettingsError("name a source or a --preset, and not both.", hint=f"Presets: {', '.join(PRESETS)}.")
+        raise SettingsError("pass a source or --preset, and not both.", hint=f"Presets: {', '.join(PRESETS)}.")
     if preset is not None:
-        with status("writing the preset's random weights, if they are not there"):
+        with status("writing the preset's random weights, if they do not exist yet"):
             folder = preset_checkpoint(preset, depth)
         return folder, preset if depth is None else f"{preset}, {depth} blocks"
     if depth is not None:
-        raise SettingsError("--depth shortens a preset.", hint="Leave it out, or name a --preset.")
+        raise SettingsError("--depth shortens a preset.", hint="Leave it out, or pass --preset.")
     assert source is not None
     return (Path(source) if Path(source).is_dir() else locate_checkpoint(source).folder), source
 
 
 def _grids(named: Sequence[str] | None, table: str | None) -> tuple[Grid, ...]:
     if table not in (None, "table"):
-        raise SettingsError(f"--grids {table!r} is not a set of grids.", hint="The only set is 'table'.")
+        raise SettingsError(f"unknown --grids {table!r}.", hint="Choose 'table', the only set.")
     found = [*(TABLE if table else ()), *map(Grid.parse, named or (() if table else (_GRID,)))]
     return tuple(dict.fromkeys(found))
-
-
-def _print_notes(report: EncodeReport) -> None:
-    for note in encode_notes(report):
-        results.print(note)

@@ -26,7 +26,7 @@ ARGUMENTS = (
 )  # fmt: skip
 
 _LONGEST_ANSWER = 600.0
-"""Seconds for an answer. A backend may compile its program at the first encode."""
+"""Seconds for an answer: a backend may compile its program at the first encode."""
 
 
 def demo(
@@ -44,21 +44,13 @@ def demo(
     default_registry().entry(backend)
     checkpoint, samples = checkpoint_path(), held_out_images(images)
     pictures = [sample.image for sample in samples]
+    settings = {"VISIONACCEL_BACKEND": backend, "VISIONACCEL_TIMING": "1"}
     stock = _ask("stock vLLM", checkpoint, {}, pictures)
-    ours = _ask(
-        f"vLLM with {backend}", checkpoint, {"VISIONACCEL_BACKEND": backend, "VISIONACCEL_TIMING": "1"}, pictures
-    )
-
-    rows = [
-        {
-            "image": f"{sample.image.width}x{sample.image.height}",
-            "truth": sample.truth,
-            "stock": theirs,
-            backend: mine,
-            "encode_ms": encode_ms,
-        }
-        for sample, (theirs, _), (mine, encode_ms) in zip(samples, stock, ours, strict=True)
-    ]
+    ours = _ask(f"vLLM with {backend}", checkpoint, settings, pictures)
+    rows = []
+    for sample, (theirs, _), (mine, encode_ms) in zip(samples, stock, ours, strict=True):
+        size = f"{sample.image.width}x{sample.image.height}"
+        rows.append({"image": size, "truth": sample.truth, "stock": theirs, backend: mine, "encode_ms": encode_ms})
     agreeing = sum(row["stock"] == row[backend] for row in rows)
     right = {name: sum(row[name] == row["truth"] for row in rows) / len(rows) for name in ("stock", backend)}
     if as_json:
@@ -79,7 +71,7 @@ def demo(
 def _ask(
     title: str, checkpoint: Path, settings: dict[str, str], pictures: Sequence[Image]
 ) -> list[tuple[str, float | None]]:
-    """Start a server, ask it about each picture, and stop it: the answers, and the milliseconds of each encode."""
+    """Start a server, ask it about each picture, and stop it; return each answer and the milliseconds of its encode."""
     with tidy_if_terminated(), ExitStack() as stack:
         with status(f"{title}: starting") as tell:
 
@@ -97,19 +89,17 @@ def _ask(
 
 
 def _one(server: VllmServer, picture: Image, *, timed: bool) -> tuple[str, float | None]:
-    before = len(_encodes(server.log)) if timed else 0
+    def encodes() -> list[dict[str, Any]]:
+        return timed_encodes(server.log.read_text(errors="replace")) if timed else []
+
+    before = len(encodes())
     answer = ask(server.url, server.model, picture, timeout=_LONGEST_ANSWER)
     if answer.text is None:
         raise DeviceError(f"the server did not answer: {answer.error} The end of its log:\n{log_end(server.log)}")
     if not timed:
         return answer.text, None
-    encodes = _encodes(server.log)[before:]
-    if not encodes:
+    new = encodes()[before:]
+    if not new:
         raise DeviceError(f"the server answered without the backend. The end of its log:\n{log_end(server.log)}")
-    parts = (ms for encode in encodes for part, ms in encode["ms"].items() if part != "queue")
+    parts = (ms for encode in new for part, ms in encode["ms"].items() if part != "queue")
     return answer.text, round(sum(parts), 2)
-
-
-def _encodes(log: Path) -> list[dict[str, Any]]:
-    """Timing lines that the server has logged so far."""
-    return timed_encodes(log.read_text(errors="replace"))

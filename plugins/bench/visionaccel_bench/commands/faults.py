@@ -11,15 +11,15 @@ import typer
 
 from visionaccel.cli.output import Json, check_writable, messages, print_json, results, status, write_json
 from visionaccel.errors import ConfigurationError
+from visionaccel_bench.blocks import print_blocks
 from visionaccel_bench.commands.options import tidy_if_terminated
-from visionaccel_bench.faultsuite.cells import FAULTS, MOMENTS, FaultSuite, every_cell, fault_table
-from visionaccel_bench.tables import print_table
+from visionaccel_bench.faultsuite.cells import FAULTS, MOMENTS, FaultSuite, Isolation, Mode, every_cell, fault_table
 
 
 def faults(
-    mode: Annotated[str | None, typer.Option(help="Only servers of this mode: inline or pipelined.")] = None,
+    mode: Annotated[Mode | None, typer.Option(help="Only servers of this mode.")] = None,
     isolation: Annotated[
-        str | None, typer.Option(help="Only devices that live there: none (the server's process) or process.")
+        Isolation | None, typer.Option(help="Only devices in the server's process (none), or in a separate one.")
     ] = None,
     fallback: Annotated[
         bool | None, typer.Option("--with-fallback/--without-fallback", help="Only servers with, or without, one.")
@@ -31,25 +31,20 @@ def faults(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Plant faults in a SIMULATED device behind real vLLM servers, and show what became of every request.
+    """Plant faults in a SIMULATED device behind real vLLM servers, and show how every request was answered.
 
     The servers serve the digits model on loopback, and answers are compared token by token with stock vLLM's. A cell
-    passes if the fault struck; if the request that it struck got the right answer from the fallback, or without one an
-    error that says why; if no request was lost; if its neighbours got the right answer; if the device answers again
-    once the fault is lifted; and if nothing wrong was kept. Takes about ten minutes in all. Exit status 1 if a cell did
-    not pass.
+    passes if the fault struck; if the request that it struck got the correct answer from the fallback, or without one
+    an error that says why; if no request was lost; if its neighbours got the correct answer; if the device answers
+    again once the fault is lifted; and if no wrong result was kept. All cells take about ten minutes. The exit status
+    is 1 if a cell did not pass.
     """
     from visionaccel_bench.faultsuite.suite import SuiteImages, images_needed, run_suite
 
-    for option, given, known in (
-        ("--fault", fault or (), FAULTS),
-        ("--moment", moment or (), MOMENTS),
-        ("--mode", (mode,) if mode else (), ("inline", "pipelined")),
-        ("--isolation", (isolation,) if isolation else (), ("none", "process")),
-    ):
-        for name in given:
+    for option, given, known in (("--fault", fault, FAULTS), ("--moment", moment, MOMENTS)):
+        for name in given or ():
             if name not in known:
-                raise ConfigurationError(f"there is no {option} {name!r}.", hint=f"Name one of: {', '.join(known)}.")
+                raise ConfigurationError(f"unknown {option} {name!r}.", hint=f"Choose one of: {', '.join(known)}.")
     check_writable(output)
     cells = [
         cell
@@ -61,7 +56,7 @@ def faults(
         and (not moment or cell.moment in moment)
     ]
     if not cells:
-        raise ConfigurationError("no cell is like that.", hint="Leave out some of the options.")
+        raise ConfigurationError("no cell matches these options.", hint="Leave out some of them.")
     created = datetime.now(UTC).isoformat(timespec="seconds")
     rows = []
     with tidy_if_terminated(), status("starting") as tell:
@@ -77,7 +72,8 @@ def faults(
     if as_json:
         print_json(suite.model_dump())
     else:
-        print_table(fault_table(rows, without=("expected", "wrong", "detail"), title="Faults of a SIMULATED device"))
+        table = fault_table(rows, without=("expected", "wrong", "detail"), title="Faults of a SIMULATED device")
+        print_blocks([table])
         lost, wrong = sum(row.lost for row in rows), sum(row.wrong for row in rows)
         counts = f"{len(rows)} cells, {failed} failed, {missing} not run"
         results.print(f"{counts}; {lost} requests lost, {wrong} answers wrong.")

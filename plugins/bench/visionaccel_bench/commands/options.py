@@ -1,4 +1,4 @@
-"""Options that several commands have, what must be importable for them, and how SIGTERM ends them."""
+"""Options of several commands, the imports that they need, and how SIGTERM ends them."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ import typer
 from visionaccel.cli.output import finite
 from visionaccel.errors import ConfigurationError
 
-Output = Annotated[Path | None, typer.Option(help="Write the JSON to this file too.")]
+Output = Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")]
 
 
 def duration(help: str, *, least: float = 0.0, **given: Any) -> Any:  # noqa: A002 # typer's word
-    """A `typer.Option` of seconds, up to a day."""
+    """Make a `typer.Option` of seconds, up to a day."""
     return typer.Option(min=least, max=86_400, callback=finite, help=help, **given)
 
 
 def require(*modules: str) -> None:
-    """Import modules before anything is started; a `ConfigurationError` if one cannot be imported."""
+    """Import modules before anything is started; ConfigurationError if one cannot be imported."""
     for module in modules:
         try:
-            import_module(module.partition(".")[0])  # whose absence a loaded module would hide
+            import_module(module.partition(".")[0])  # a loaded submodule would hide that its package is missing
             import_module(module)
-        except Exception as error:  # a broken installation fails in any way
+        except Exception as error:  # a broken installation can raise anything
             raise ConfigurationError(
                 f"this command needs {module}, which cannot be imported: {type(error).__name__}: {error}",
                 hint=f"Run pip install 'visionaccel[bench]'; `python -c 'import {module}'` must succeed.",
@@ -38,9 +38,9 @@ def require(*modules: str) -> None:
 
 @contextmanager
 def tidy_if_terminated() -> Iterator[None]:
-    """While the context lasts, SIGTERM ends the command as Ctrl-C does: it ends what it started and removes its files.
+    """While the context lasts, SIGTERM ends the command as Ctrl-C does: it ends its processes and removes its files.
 
-    For what waits for other processes: a device that hangs in this process would keep the signal from being handled.
+    For commands that wait for other processes: while a device hangs in this process, the signal is not handled.
     """
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
@@ -52,9 +52,9 @@ def tidy_if_terminated() -> Iterator[None]:
 
 
 class _Terminated(KeyboardInterrupt):
-    """Passes through everything that lets Ctrl-C pass."""
+    """Not caught where Ctrl-C is not."""
 
 
 def _terminated(number: int, _: FrameType | None) -> None:
-    signal.signal(number, lambda *_: None)  # a second one must not end the tidying
+    signal.signal(number, lambda *_: None)  # a second signal must not interrupt the clean-up
     raise _Terminated

@@ -1,12 +1,11 @@
-"""A contender's process: opens one way to run the tower, and encodes when it is asked to.
+"""A contender's process: opens one way to run the tower, and encodes on request.
 
-Started as `python -m visionaccel_bench.encode.contender_main PARENT FD`, and ended with its parent. Over the connection
-FD it gets one JSON object at a time and answers each with one: the result, or `error`. It ends when the connection is
+Started as `python -m visionaccel_bench.encode.contender_main PARENT FD`, and ended with its parent. Each request on the
+connection FD is a JSON object, and so is its answer: the result, or `error`. The process ends when the connection is
 closed. What libraries print goes to its standard output, which is shown only if it dies.
 
-Peers are towers that are not this package's, built alone with the checkpoint's weights, and measured as their users run
-them: their layers, their preparation of weights, their defaults. They get patches in their dtype, as their models give
-them, and their answer is taken as it is.
+Peers are towers of other packages, built alone with the checkpoint's weights, and measured as their users run them:
+with their own layers, preparation of weights and defaults. They get patches in their dtype, as their models pass them.
 """
 
 from __future__ import annotations
@@ -41,8 +40,8 @@ from visionaccel_testing.process_tree import memory, processor_seconds
 if TYPE_CHECKING:
     import torch  # only what needs it pays for its start-up and memory
 
-_SPARED = "800"
-"""The kernel's score when memory runs out: it ends a contender rather than the measuring process."""
+_OUT_OF_MEMORY_SCORE = "800"
+"""Added to the kernel's out-of-memory score, so that it kills a contender rather than the measuring process."""
 
 _VLLM_FAMILY = "qwen2_5_vl"
 
@@ -53,9 +52,10 @@ class Opened:
 
     Attributes:
         precision: Dtype of its products.
-        about: Releases and settings that decide how fast it is.
-        prepare: Patches float32 [P, patch_width] as `run` takes them. Not timed.
-        run: Embeddings of prepared patches of one grid, in any dtype and library. Timed.
+        about: Versions and settings that affect its speed.
+        prepare: Converts patches float32 [P, patch_width] for `run`. Not timed.
+        run: Returns the embeddings [N, out_width] of prepared patches of one grid, as any library's array of any
+            dtype. Timed.
     """
 
     device: str
@@ -66,13 +66,9 @@ class Opened:
     close: Callable[[], object] = lambda: None
     simulated: bool = False
 
-    def read(self, output: Any) -> NDArray[np.float32]:
-        """What `run` returned as float32 [N, out_width]. Not timed."""
-        return np.ascontiguousarray(as_numpy(output), dtype=np.float32)
-
 
 class Work:
-    """Answers requests; `open` comes before `encode`."""
+    """Answers requests; `open` must come before `encode`."""
 
     def __init__(self) -> None:
         self._opened: Opened | None = None
@@ -82,7 +78,7 @@ class Work:
         self, kind: str, name: str, device: str | None, options: dict[str, Any], source: str, threads: int,
         deadline: float,
     ) -> dict[str, Any]:  # fmt: skip
-        """Open a contender and say what it is."""
+        """Open a contender and describe it."""
         given = open_source(source)
         if kind == "backend":
             self._opened = _open_backend(name, given, device, options, threads, deadline)
@@ -91,7 +87,7 @@ class Work:
         return {name: getattr(self._opened, name) for name in ("device", "precision", "about", "simulated")}
 
     def encode(self, patches: str, grid: list[int], at_least: float, save: str | None) -> dict[str, Any]:
-        """Encode once, or as often as begins within `at_least` seconds; `save` names a file for the embeddings."""
+        """Encode once, or as often as begins within `at_least` seconds; `save` is a file for the embeddings."""
         assert self._opened is not None
         if self._prepared[0] != patches:  # a turn must not begin with reading a file
             self._prepared = (patches, self._opened.prepare(np.load(patches)))
@@ -106,7 +102,7 @@ class Work:
             seconds.append(time.perf_counter() - started)
         ended, used = time.monotonic(), processor_seconds() - used
         if save is not None:
-            np.save(save, self._opened.read(output))
+            np.save(save, as_numpy(output).astype(np.float32))
         held = memory()
         return {
             "seconds": seconds,
@@ -117,10 +113,10 @@ class Work:
         }
 
     def products(self, shapes: list[tuple[int, int, int]], threads: int) -> dict[str, Any]:
-        """The most operations a second of a product of any shape, by dtype; without dtypes that this processor lacks.
+        """Return the most operations a second of a product of any shape, by each dtype that this processor has.
 
-        They are products of oneDNN with weights packed once, the most that a tower made of them could reach. A first
-        product of each shape is not timed. Shapes are rows, inner width and columns.
+        They are products by oneDNN with weights packed once: a tower made of them cannot be faster. A first product of
+        each shape is not timed. Shapes are rows, inner width and columns.
         """
         import torch
 
@@ -162,7 +158,7 @@ def _open_backend(
 def open_peer(name: str, tower: Tower, options: Mapping[str, Any], threads: int) -> Opened:
     """Build a peer's tower with its `dtype` and other options, load its weights, and set the threads of its products.
 
-    Anything may be raised: by the peer's code, or a `ConfigurationError` because it cannot run this tower.
+    Raises a `ConfigurationError` if the peer cannot run this tower, and any error of the peer's code.
     """
     import torch
 
@@ -172,7 +168,7 @@ def open_peer(name: str, tower: Tower, options: Mapping[str, Any], threads: int)
 
 
 def _transformers(tower: Tower, options: Mapping[str, Any]) -> Opened:
-    """The tower of the model class that the checkpoint names."""
+    """Build the tower of the model class that the checkpoint names."""
     import torch
     import transformers
 
@@ -195,10 +191,10 @@ def _transformers(tower: Tower, options: Mapping[str, Any]) -> Opened:
 
 
 def _vllm(tower: Tower, options: Mapping[str, Any]) -> Opened:
-    """The tower of vLLM's Qwen2.5-VL as its worker builds it, once in a process: its process groups are global."""
+    """Build the tower of vLLM's Qwen2.5-VL as its worker does, only once in a process: process groups are global."""
     if tower.family != _VLLM_FAMILY:
         raise ConfigurationError(
-            f"the peer vllm takes towers of family {_VLLM_FAMILY}, and this one is of {tower.family}.",
+            f"the peer vllm takes towers of family {_VLLM_FAMILY}, and this one belongs to {tower.family}.",
             hint="Leave the peer out.",
         )
     import torch
@@ -222,7 +218,7 @@ def _vllm(tower: Tower, options: Mapping[str, Any]) -> Opened:
     with ExitStack() as stack:
         store = stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(set_current_vllm_config(settings))
-        # Its layers ask for the process groups even where there is one process.
+        # Its layers use the process groups even with a single process.
         parallel_state.init_distributed_environment(1, 0, f"file://{Path(store, 'store')}", 0, "gloo")
         parallel_state.initialize_model_parallel(1, 1)
         config = Qwen2_5_VLVisionConfig.from_dict(dict(tower.configuration))
@@ -246,7 +242,7 @@ def _vllm(tower: Tower, options: Mapping[str, Any]) -> Opened:
 
 
 def _emulated(dtype: str) -> str:
-    """What to add where this CPU has no instructions for a dtype."""
+    """Return what to add to `about` if this CPU has no instructions for a dtype."""
     return ", bfloat16 emulated" if dtype == "bfloat16" and not has_bfloat16() else ""
 
 
@@ -269,9 +265,9 @@ def _rate(dtype: torch.dtype, rows: int, inner: int, columns: int) -> float:
 
 
 def main() -> None:
-    """Answer until the connection is closed."""
+    """Answer requests until the connection is closed."""
     with suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text(_SPARED)
+        Path("/proc/self/oom_score_adj").write_text(_OUT_OF_MEMORY_SCORE)
     parent, descriptor = map(int, sys.argv[1:])
     end_with_parent(parent)
     work = Work()
@@ -285,7 +281,7 @@ def main() -> None:
             connection.send_bytes(json.dumps(answer).encode())
     with suppress(Exception):
         work.close()
-    # Some runtimes hang or crash in their clean-up; nothing is left to be written.
+    # Without clean-up, in which some runtimes hang or crash.
     sys.stdout.flush()
     os._exit(0)
 

@@ -1,9 +1,10 @@
-"""What `bench encode` compares: installed backends, and peers that bring their own tower."""
+"""What `bench encode` compares: installed backends, and peers, which have their own tower."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,30 +16,28 @@ from visionaccel.errors import PluginError, SettingsError
 from visionaccel.settings import parse_options
 
 Kind: TypeAlias = Literal["backend", "peer"]
-Dtype: TypeAlias = Literal["float32", "bfloat16"]
+Choices: TypeAlias = tuple[str | bool, ...]
 
-
-DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16")
+NONE = "none"
+BUNDLE = "bundle"
+"""Option of a backend that the backend does not see: a bundle to open instead of the source."""
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """The modules that a peer needs, what pip installs for it, and its options with the values of each."""
+    """The packages that a peer needs, and the values of each of its options."""
 
-    modules: tuple[str, ...]
-    install: str
-    options: Mapping[str, tuple[str | bool, ...]]
+    packages: tuple[str, ...]
+    options: Mapping[str, Choices]
 
 
 PEERS: Mapping[str, Peer] = {
-    "transformers": Peer(("torch", "transformers"), "transformers torch", {"attention": ("sdpa", "eager")}),
-    "vllm": Peer(("vllm",), "vllm", {"enforce_eager": (True, False)}),
+    "transformers": Peer(("transformers", "torch"), {"attention": ("sdpa", "eager")}),
+    "vllm": Peer(("vllm",), {"enforce_eager": (True, False)}),
 }
-NONE = "none"
-BUNDLE = "bundle"
-"""Option of a backend's contender that the backend does not see: a bundle to open instead of the source."""
 
-_FORM = "Write NAME, NAME@DEVICE or NAME?name=value,name=value, such as 'onnxrt?threads=2'."
+_FORM = "Pass NAME, NAME@DEVICE or NAME?name=value,name=value, such as 'onnxrt?threads=2'."
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +51,7 @@ class Contender:
 
     @property
     def label(self) -> str:
-        """Its name in reports, without the environment of a peer."""
+        """Its name in reports, without a peer's interpreter."""
         options = dict(self.options)
         said = [f"{self.name}@{self.device}" if self.device else self.name]
         if self.kind == "peer":
@@ -63,30 +62,30 @@ class Contender:
 
     @property
     def python(self) -> str | None:
-        """The interpreter of a peer that lives in another environment."""
+        """The interpreter of a peer that is installed in a different environment."""
         given = self.options.get("python")
         return None if self.kind == "backend" or given is None else str(given)
 
     @property
     def bundle(self) -> Path | None:
-        """The bundle that a backend opens instead of the source, such as one of int8."""
+        """The bundle that a backend opens instead of the source, such as an int8 one."""
         given = self.options.get(BUNDLE)
         return None if self.kind == "peer" or given is None else Path(str(given))
 
 
 REFERENCE = Contender("peer", "transformers", options={"dtype": "float32"})
-"""What accuracy is measured against."""
+"""Embeddings are compared with those of this contender."""
 
 STOCK = Contender("peer", "vllm", options={"dtype": "bfloat16"})
-"""What speed is compared with: the encoder where nothing is offloaded."""
+"""Times are compared with those of this contender, the encoder where nothing is offloaded."""
 
 
 def parse_contender(text: str, kind: Kind) -> Contender:
-    """A contender from `NAME[@DEVICE][?name=value,...]`; options may be a JSON object.
+    """Parse `NAME[@DEVICE][?name=value,...]`; options may be a JSON object.
 
     Raises:
-        SettingsError: If the text has another form, or names an unknown peer or option of a peer.
-        UnknownBackendError: If the backend is not installed.
+        SettingsError: The text has a different form, or an unknown peer or option of a peer.
+        UnknownBackendError: The backend is not installed.
     """
     place, question, options_text = text.partition("?")
     name, at, device = place.partition("@")
@@ -98,26 +97,26 @@ def parse_contender(text: str, kind: Kind) -> Contender:
         raise SettingsError(f"--{kind} {text!r} is malformed.", hint=_FORM)
     if kind == "peer":
         _check_peer(text, name, device, options)
-        return Contender(kind, name, options=options)
-    default_registry().entry(name)
-    if BUNDLE in options and not is_bundle(str(options[BUNDLE])):
-        raise SettingsError(
-            f"--{kind} {text!r}: {options[BUNDLE]} is not a bundle.", hint="Name a folder that holds visionaccel.json."
-        )
+    else:
+        default_registry().entry(name)
+        if BUNDLE in options and not is_bundle(str(options[BUNDLE])):
+            raise SettingsError(
+                f"--{kind} {text!r}: {options[BUNDLE]} is not a bundle.", hint="Pass a folder with visionaccel.json."
+            )
     return Contender(kind, name, device or None, options)
 
 
 def named_backends(texts: Sequence[str]) -> tuple[Contender, ...]:
-    """The named backends, each once; without names, every installed one that `auto` would ask; for `none`, none."""
+    """Return the named backends; every installed one that `auto` asks if none is named; none for `none`."""
     if list(texts) == [NONE]:
         return ()
-    if texts:
-        return _different(parse_contender(text, "backend") for text in texts)
-    return tuple(Contender("backend", name) for name in _installed())
+    if not texts:
+        return tuple(Contender("backend", name) for name in _installed())
+    return _different(parse_contender(text, "backend") for text in texts)
 
 
 def named_peers(texts: Sequence[str]) -> tuple[Contender, ...]:
-    """The named peers, each once; without names, all; for `none`, none. One without a dtype takes part in each."""
+    """Return the named peers, without a dtype in each; all if none is named; none for `none`."""
     if list(texts) == [NONE]:
         return ()
     given = [parse_contender(text, "peer") for text in texts or PEERS]
@@ -129,51 +128,51 @@ def named_peers(texts: Sequence[str]) -> tuple[Contender, ...]:
 
 
 def absence(contender: Contender) -> str | None:
-    """Why a peer cannot run in this environment, and what to do; None if it may, and for backends."""
+    """Return why a peer cannot run in this environment, and what to do; None if it may, and for backends."""
     if contender.kind == "backend":
         return None
-    peer = PEERS[contender.name]
     if contender.python is not None:
         missing = not Path(contender.python).is_file()
-        return f"absent: there is no interpreter {contender.python}." if missing else None
-    missing_modules = [module for module in peer.modules if not _importable(module)]
-    if not missing_modules:
+        return f"absent: the interpreter {contender.python} does not exist." if missing else None
+    packages = PEERS[contender.name].packages
+    missing_packages = [package for package in packages if not _importable(package)]
+    if not missing_packages:
         return None
     return (
-        f"absent: {' and '.join(missing_modules)} not installed. Install it (pip install {peer.install}), or name an "
-        f"environment that has it: --peer '{contender.name}?python=PATH'."
+        f"absent: {' and '.join(missing_packages)} not installed. Install it (pip install {' '.join(packages)}), or "
+        f"pass an environment that has it: --peer '{contender.name}?python=PATH'."
     )
 
 
 def _check_peer(text: str, name: str, device: str, options: Mapping[str, Any]) -> None:
     if name not in PEERS:
-        raise SettingsError(f"--peer {text!r}: there is no peer {name!r}.", hint=f"Peers: {', '.join(PEERS)}.")
+        raise SettingsError(f"unknown peer {name!r}.", hint=f"Choose {' or '.join(PEERS)}.")
     if device:
-        raise SettingsError(f"--peer {text!r}: peers run on the CPU.", hint=f"Write {name} without a device.")
-    # `python` is an interpreter of another environment that has the peer and this package.
-    known: dict[str, tuple[str | bool, ...] | None] = {"dtype": DTYPES, "python": None, **PEERS[name].options}
+        raise SettingsError(f"--peer {text!r}: peers run on the CPU.", hint=f"Pass {name} without a device.")
+    # `python` is an interpreter of a different environment that has the peer and this package.
+    known: dict[str, Choices | None] = {"dtype": DTYPES, "python": None, **PEERS[name].options}
     for option, value in options.items():
         if option not in known:
             raise SettingsError(
-                f"--peer {text!r}: {name} has no option {option!r}.", hint=f"Its options: {', '.join(sorted(known))}."
+                f"--peer {text!r}: unknown option {option!r}.", hint=f"Choose one of: {', '.join(sorted(known))}."
             )
         choices = known[option]
         if choices is not None and value not in choices:
             named = [str(each).lower() for each in choices]
             raise SettingsError(
-                f"--peer {text!r}: {option} must be one of {', '.join(named)}.", hint=f"Such as {option}={named[0]}."
+                f"--peer {text!r}: {option} must be one of {', '.join(named)}.", hint=f"Pass {option}={named[0]}."
             )
 
 
 def _installed() -> list[str]:
+    """Return the backends that `auto` asks, and those that cannot be loaded, so that the report says why."""
     registry = default_registry()
     names = []
     for entry in registry.entries:
-        try:
-            if not registry.load(entry.name).only_by_name:
-                names.append(entry.name)
-        except PluginError:  # it becomes a row that says so
-            names.append(entry.name)
+        with suppress(PluginError):
+            if registry.load(entry.name).only_by_name:
+                continue
+        names.append(entry.name)
     return names
 
 
@@ -181,13 +180,13 @@ def _different(contenders: Iterable[Contender]) -> tuple[Contender, ...]:
     found: dict[str, Contender] = {}
     for each in contenders:
         if each.label in found:
-            raise SettingsError(f"{each.label} is named twice.", hint="Name each contender once.")
+            raise SettingsError(f"{each.label} is given twice.", hint="Pass each contender once.")
         found[each.label] = each
     return tuple(found.values())
 
 
-def _importable(module: str) -> bool:
+def _importable(package: str) -> bool:
     try:
-        return find_spec(module) is not None
+        return find_spec(package) is not None
     except (ImportError, ValueError):
         return False

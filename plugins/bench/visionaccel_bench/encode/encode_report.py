@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import platform
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from visionaccel.core.cores import process_cores
 from visionaccel.core.cpu import processor_name
 from visionaccel.core.grid import Grid
 from visionaccel.families import Tower
+from visionaccel_bench.blocks import Seconds
 from visionaccel_bench.encode.contenders import STOCK
-from visionaccel_bench.encode.encoding import Accuracy, EncodePlan, OnGrid, Peak, Taken
-from visionaccel_bench.tables import Seconds
+from visionaccel_bench.encode.encoding import Accuracy, EncodePlan, Peak, Taken
 
 _BUSY = 1.2
-"""Where a contender's slowest turn is slower than its fastest by more than this, a note says so."""
+"""If a contender's slowest turn takes more times as long as its fastest, a note says so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Machine:
 class GridOperations:
     """What one encode of a grid takes: rows in, rows out, floating-point operations.
 
-    `full_attention_share` of them are attention over whole frames.
+    `full_attention_share` of the operations are attention over whole frames.
     """
 
     grid: str
@@ -48,17 +48,16 @@ class GridReport:
     """One contender on one grid.
 
     Attributes:
-        median_seconds: Of an encode: the median of the turns' medians. Rates are by it.
+        median_seconds: Of an encode: the median of the turns' medians, from which rates are computed.
         least_seconds: The fastest encode.
         most_seconds: The slowest encode.
         rounds_seconds: The median of each turn.
         encodes: How many were timed.
         processors: Processors that were busy with it on average.
-        share_of_peak: Operations a second by the machine's peak in its precision; None off the processor.
-        times_stock: Its seconds by those of vLLM's tower in bfloat16: the median of the rounds' ratios. Below 1, it is
-            faster.
-        times_transformers: The same by transformers' in its precision.
-        accuracy: Against transformers in float32.
+        share_of_peak: Operations a second divided by the machine's peak in its precision; None off the processor.
+        times_stock: Its seconds divided by those of vLLM's tower in bfloat16: the median of the rounds' ratios.
+        times_transformers: The same for transformers in its precision.
+        accuracy: Compared with transformers in float32.
     """
 
     grid: str
@@ -79,7 +78,7 @@ class GridReport:
 
 @dataclass(frozen=True, slots=True)
 class ContenderReport:
-    """One contender, with what it said of itself; see `Contender`, `Opened` and `Taken`."""
+    """One contender; see `Contender`, `Opened` and `Taken`."""
 
     label: str
     kind: str
@@ -95,13 +94,13 @@ class ContenderReport:
     error: str | None
 
     def on(self, grid: str) -> GridReport | None:
-        """Its figures on a grid; None if it did not come to it."""
+        """Return its figures on a grid; None if it did not reach it."""
         return next((each for each in self.grids if each.grid == grid), None)
 
 
 @dataclass(frozen=True, slots=True)
 class EncodeReport:
-    """Everything that was found. `reference_error` says why there is no accuracy; None if there is."""
+    """The whole report. `reference_error` says why there is no accuracy; None if there is."""
 
     source: str
     plan: EncodePlan
@@ -120,35 +119,53 @@ def make_encode_report(
     peak: Peak,
     reference_error: str | None = None,
 ) -> EncodeReport:
-    """Figures from what `measure_encodes` took."""
-    grids = tuple(_operations(tower, grid) for grid in plan.grids)
+    """Make the report of what `measure_encodes` returned."""
+    grids = []
+    for grid in plan.grids:
+        work, tokens = tower.operations([grid]), grid.tokens(tower.merge_size)
+        grids.append(GridOperations(str(grid), grid.patches, tokens, work.total, work.full_attention_share))
     by_label = {each.contender.label: each for each in taken}
-    contenders = tuple(_contender(each, by_label, grids, plan, peak) for each in taken)
+    contenders = tuple(_contender(each, by_label, plan.grids, grids, peak) for each in taken)
     system = f"{platform.platform()}, Python {platform.python_version()}"
     machine = Machine(processor_name(), len(process_cores()), system, peak.rates)
-    notes = _notes(contenders, peak, plan, reference_error)
-    return EncodeReport(source, plan, machine, grids, contenders, notes, reference_error)
-
-
-def _operations(tower: Tower, grid: Grid) -> GridOperations:
-    found = tower.operations([grid])
-    return GridOperations(
-        str(grid), grid.patches, grid.tokens(tower.merge_size), found.total, found.full_attention_share
-    )
+    notes = tuple(_notes(contenders, peak, plan, reference_error))
+    return EncodeReport(source, plan, machine, tuple(grids), contenders, notes, reference_error)
 
 
 def _contender(
-    taken: Taken, others: Mapping[str, Taken], grids: Sequence[GridOperations], plan: EncodePlan, peak: Peak
+    taken: Taken,
+    others: Mapping[str, Taken],
+    grids: Sequence[Grid],
+    operations: Sequence[GridOperations],
+    peak: Peak,
 ) -> ContenderReport:
     precision, device = taken.opened.get("precision"), taken.opened.get("device")
     best = peak.rates.get(precision) if device is not None and precision and device.lower() == "cpu" else None
     stock, same = others.get(STOCK.label), others.get(f"transformers {precision}")
     reports = []
-    for grid, needs in zip(plan.grids, grids, strict=True):
-        found = taken.grids.get(grid)
-        if found is not None:
-            theirs = [None if other is None else other.grids.get(grid) for other in (stock, same)]
-            reports.append(_on_grid(found, needs, best, *theirs))
+    for grid, needs in zip(grids, operations, strict=True):
+        if (found := taken.grids.get(grid)) is None:
+            continue
+        every = [seconds for turn in found.rounds for seconds in turn]
+        turns = tuple(statistics.median(turn) for turn in found.rounds)
+        median = statistics.median(turns) if turns else None
+        report = GridReport(
+            grid=needs.grid,
+            median_seconds=median,
+            least_seconds=min(every, default=None),
+            most_seconds=max(every, default=None),
+            rounds_seconds=turns,
+            encodes=len(every),
+            patches_per_second=None if median is None else needs.patches / median,
+            microseconds_per_patch=None if median is None else 1e6 * median / needs.patches,
+            processors=found.processor_seconds / sum(every) if every else None,
+            share_of_peak=None if median is None or best is None else needs.operations / median / best,
+            times_stock=_ratio(turns, stock, grid),
+            times_transformers=_ratio(turns, same, grid),
+            accuracy=found.accuracy,
+            error=found.error,
+        )
+        reports.append(report)
     return ContenderReport(
         label=taken.contender.label,
         kind=taken.contender.kind,
@@ -165,57 +182,29 @@ def _contender(
     )
 
 
-def _on_grid(
-    found: OnGrid, needs: GridOperations, peak: float | None, stock: OnGrid | None, same: OnGrid | None
-) -> GridReport:
-    every = [seconds for turn in found.rounds for seconds in turn]
-    turns = tuple(statistics.median(turn) for turn in found.rounds)
-    median = statistics.median(turns) if turns else None
-    return GridReport(
-        grid=needs.grid,
-        median_seconds=median,
-        least_seconds=min(every, default=None),
-        most_seconds=max(every, default=None),
-        rounds_seconds=turns,
-        encodes=len(every),
-        patches_per_second=None if median is None else needs.patches / median,
-        microseconds_per_patch=None if median is None else 1e6 * median / needs.patches,
-        processors=found.processor_seconds / sum(every) if every else None,
-        share_of_peak=None if median is None or peak is None else needs.operations / median / peak,
-        times_stock=_ratio(turns, stock),
-        times_transformers=_ratio(turns, same),
-        accuracy=found.accuracy,
-        error=found.error,
-    )
-
-
-def _ratio(turns: Sequence[float], other: OnGrid | None) -> float | None:
-    """The median of the rounds' ratios: what slows the machine down for a while slows both."""
-    if other is None:
-        return None
-    ratios = [ours / statistics.median(theirs) for ours, theirs in zip(turns, other.rounds, strict=False)]
+def _ratio(turns: Sequence[float], other: Taken | None, grid: Grid) -> float | None:
+    """Return the median of the rounds' ratios: what slows the machine down for a while slows both."""
+    rounds = other.grids[grid].rounds if other is not None and grid in other.grids else []
+    ratios = [ours / statistics.median(theirs) for ours, theirs in zip(turns, rounds, strict=False)]
     return statistics.median(ratios) if ratios else None
 
 
 def _notes(
     contenders: Sequence[ContenderReport], peak: Peak, plan: EncodePlan, reference_error: str | None
-) -> tuple[str, ...]:
-    notes = [
-        f"{each.label}: the device is SIMULATED; no hardware encodes, and its times are those that were asked for."
-        for each in contenders
-        if each.simulated
-    ]
+) -> Iterator[str]:
+    for each in contenders:
+        if each.simulated:
+            yield f"{each.label}: the device is SIMULATED; no hardware encodes, and its times are the configured ones."
     if peak.error is not None:
-        notes.append(f"The machine's peak is not known, or only in part: {peak.error}")
+        yield f"The machine's peak is unknown, or known only in part: {peak.error}"
     if reference_error is not None:
-        notes.append(f"Accuracy is missing: transformers in float32, the reference, did not encode: {reference_error}")
+        yield f"Accuracy is missing: transformers in float32, the reference, did not encode: {reference_error}"
     if plan.threads < len(process_cores()):
-        notes.append(f"Each contender had {plan.threads} of {len(process_cores())} cores.")
+        yield f"Each contender had {plan.threads} of {len(process_cores())} cores."
     for each in contenders:
         spread = [max(grid.rounds_seconds) / min(grid.rounds_seconds) for grid in each.grids if grid.rounds_seconds]
         if max(spread, default=1.0) > _BUSY:
-            notes.append(
+            yield (
                 f"{each.label}: its slowest turn on a grid took {max(spread):.2f} times as long as its fastest, so the "
                 "machine was busy with other work; trust the ratios more than the times, and pass more --rounds."
             )
-    return tuple(notes)

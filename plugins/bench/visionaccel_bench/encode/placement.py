@@ -2,8 +2,8 @@
 
 In-line, the engine's step waits for the encode: offloading gains the time by which the encode becomes shorter.
 Pipelined, the language model decodes during the encode, but an encoder that computes on the host takes processor time
-from it: offloading gains stock's seconds, in which the engine does nothing else, less the seconds for which the
-encoder's processor time would occupy all the cores. An image's own answer waits for the whole encode in either mode.
+from it: offloading gains stock's seconds, in which the engine does nothing else, minus the seconds for which the
+encoder's processor time would occupy all cores. The answer about an image waits for the whole encode in either mode.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from visionaccel.core.comparison import THRESHOLDS
-from visionaccel_bench.encode.encode_report import ContenderReport, EncodeReport, GridReport
+from visionaccel_bench.encode.encode_report import ContenderReport, EncodeReport
 
 MARGIN = 0.1
-"""What must be gained, as a share of stock's seconds: less is within the spread of such measurements."""
+"""The smallest gain that counts, as a share of stock's seconds: less is within the spread of such measurements."""
 
 LEAST_COSINE = THRESHOLDS["bfloat16"]
-"""Below it, for any token, embeddings are not the model's."""
+"""Embeddings are wrong if the cosine of any token is below it."""
 
 _OFF_HOST = 0.25
-"""An encoder that takes a smaller share of the cores than this leaves the language model what it needs."""
+"""An encoder that takes a smaller share of the cores leaves the language model enough."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class GridPlacement:
     """The encode of one image of a grid: the seconds of vLLM's tower, of the backend, and what offloading gains.
 
     Attributes:
-        host_seconds: Seconds for which the backend's processor time would occupy all the cores.
+        host_seconds: Seconds for which the backend's processor time would occupy all cores.
         inline_gain_seconds: By how much shorter the engine's step becomes; negative if longer.
         pipelined_gain_seconds: By how much longer the language model has the machine.
     """
@@ -44,7 +44,7 @@ class GridPlacement:
 
 @dataclass(frozen=True, slots=True)
 class ModeAdvice:
-    """Whether to offload in one mode, None if that cannot be said; and why, with the numbers."""
+    """Whether to offload in one mode, None if unknown; and why, with the numbers."""
 
     offload: bool | None
     reason: str
@@ -70,86 +70,63 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class PlacementReport:
-    """The advice for each backend, and what it was made of."""
+    """The advice for each backend, and the measurements behind it."""
 
     placements: tuple[Placement, ...]
     measured: EncodeReport
 
 
 def advise(report: EncodeReport, backend: ContenderReport, stock: ContenderReport) -> Placement:
-    """Whether to offload to a backend, from one run in which it and stock vLLM's tower encoded the same grids.
+    """Advise whether to offload to a backend, from one run in which it and stock vLLM's tower encoded the same grids.
 
-    All grids count alike, by the sums of their seconds.
+    The seconds of all grids are added up.
     """
-    pairs = [
-        (ours, theirs)
-        for ours in backend.grids
-        if ours.median_seconds is not None
-        and (theirs := stock.on(ours.grid)) is not None
-        and theirs.median_seconds is not None
-    ]
-    grids = tuple(_on_grid(ours, theirs, report.plan.threads) for ours, theirs in pairs)
+    cores = report.plan.threads
+    grids = []
+    for ours in backend.grids:
+        theirs = stock.on(ours.grid)
+        if ours.median_seconds is None or theirs is None or theirs.median_seconds is None:
+            continue
+        mine, vllms = ours.median_seconds, theirs.median_seconds
+        host = mine * min((ours.processors or 0.0) / cores, 1.0)
+        grids.append(GridPlacement(ours.grid, vllms, mine, host, vllms - mine, vllms - host))
     if not grids:
-        return _unknown(backend, stock)
-    wall = sum(grid.offloaded_seconds for grid in grids)
-    processors = report.plan.threads * sum(grid.host_seconds for grid in grids) / wall
-    takes = processors >= _OFF_HOST * report.plan.threads
-    measured = [ours for ours, _ in pairs]
-    against = _refusal(backend, measured) or _doubt(backend, measured, report)
-    if against is not None:
-        return Placement(backend.label, grids, processors, takes, against, against)
-    inline, pipelined = _inline(grids), _pipelined(grids, processors, report.plan.threads, takes)
-    return Placement(backend.label, grids, processors, takes, inline, pipelined)
+        errors = [
+            f"{each.label}: {error}"
+            for each in (stock, backend)
+            if (error := each.error or next((grid.error for grid in each.grids if grid.error), None)) is not None
+        ]
+        unknown = ModeAdvice(None, f"it cannot be compared. {' '.join(errors)}")
+        return Placement(backend.label, (), None, None, unknown, unknown)
+    processors = cores * sum(grid.host_seconds for grid in grids) / sum(grid.offloaded_seconds for grid in grids)
+    takes = processors >= _OFF_HOST * cores
+    refusal = _refusal(report, backend, [grid.grid for grid in grids])
+    inline, pipelined = refusal or _inline(grids), refusal or _pipelined(grids, processors, cores, takes)
+    return Placement(backend.label, tuple(grids), processors, takes, inline, pipelined)
 
 
-def _on_grid(ours: GridReport, stock: GridReport, threads: int) -> GridPlacement:
-    assert ours.median_seconds is not None
-    assert stock.median_seconds is not None
-    host = ours.median_seconds * min((ours.processors or 0.0) / threads, 1.0)
-    return GridPlacement(
-        grid=ours.grid,
-        stock_seconds=stock.median_seconds,
-        offloaded_seconds=ours.median_seconds,
-        host_seconds=host,
-        inline_gain_seconds=stock.median_seconds - ours.median_seconds,
-        pipelined_gain_seconds=stock.median_seconds - host,
-    )
-
-
-def _unknown(backend: ContenderReport, stock: ContenderReport) -> Placement:
-    errors = [
-        f"{each.label}: {error}"
-        for each in (stock, backend)
-        if (error := each.error or next((grid.error for grid in each.grids if grid.error), None)) is not None
-    ]
-    advice = ModeAdvice(None, f"it cannot be compared. {' '.join(errors)}")
-    return Placement(backend.label, (), None, None, advice, advice)
-
-
-def _refusal(backend: ContenderReport, grids: Sequence[GridReport]) -> ModeAdvice | None:
-    """A reason not to offload that no time can outweigh; None if there is none."""
+def _refusal(report: EncodeReport, backend: ContenderReport, compared: Sequence[str]) -> ModeAdvice | None:
+    """Return a reason not to offload, or not to advise, that no time can outweigh; None if there is none."""
     failed = next((grid for grid in backend.grids if grid.error is not None), None)
     if failed is not None:
         return ModeAdvice(False, f"do not: it fails on grid {failed.grid}: {failed.error}")
-    for grid in grids:
-        if grid.accuracy is not None and not grid.accuracy.lowest_cosine >= LEAST_COSINE:  # NaN is not
+    accuracies = {grid.grid: grid.accuracy for grid in backend.grids if grid.grid in compared}
+    for grid, accuracy in accuracies.items():
+        if accuracy is not None and not accuracy.lowest_cosine >= LEAST_COSINE:  # also if it is NaN
             return ModeAdvice(
                 False,
                 f"do not: its embeddings are wrong. The lowest cosine of a token to transformers in float32 is "
-                f"{grid.accuracy.lowest_cosine:.4f} on grid {grid.grid}, and {LEAST_COSINE} is the least.",
+                f"{accuracy.lowest_cosine:.4f} on grid {grid}; the minimum is {LEAST_COSINE}.",
+            )
+    if backend.simulated:
+        return ModeAdvice(None, "its device is SIMULATED, and takes the configured time.")
+    for grid, accuracy in accuracies.items():
+        if accuracy is None:
+            why = f" ({report.reference_error})" if report.reference_error else ""
+            return ModeAdvice(
+                None, f"its embeddings on grid {grid} were not compared with transformers' in float32{why}."
             )
     return None
-
-
-def _doubt(backend: ContenderReport, grids: Sequence[GridReport], report: EncodeReport) -> ModeAdvice | None:
-    """Why times say nothing; None if they do."""
-    if backend.simulated:
-        return ModeAdvice(None, "its device is SIMULATED, and takes the time that was asked for.")
-    unknown = next((grid.grid for grid in grids if grid.accuracy is None), None)
-    if unknown is None:
-        return None
-    why = f" ({report.reference_error})" if report.reference_error else ""
-    return ModeAdvice(None, f"its embeddings on grid {unknown} were not compared with transformers' in float32{why}.")
 
 
 def _inline(grids: Sequence[GridPlacement]) -> ModeAdvice:
@@ -173,16 +150,16 @@ def _pipelined(grids: Sequence[GridPlacement], processors: float, cores: int, ta
         if takes
         else f"the encoder leaves the language model its cores (it keeps {processors:.1f} of {cores} busy)"
     )
-    costs = f"it takes what is worth {_seconds(host)} of the whole machine, stock vLLM's encode {_seconds(stock)}"
+    costs = f"it costs {_seconds(host)} of the whole machine's time, stock vLLM's encode {_seconds(stock)}"
     if host > stock * (1 - MARGIN):
         why = "is longer" if host > stock else f"gains under {MARGIN:.0%}"
         return ModeAdvice(
             False,
-            f"do not: {cores_taken}, and {costs}, so that it {why}. Text streams would no longer stall while an "
-            "image is encoded, but all tokens together come no sooner.",
+            f"do not: {cores_taken}, and {costs}, so it {why}. Text streams would no longer stall while an image is "
+            "encoded, but all tokens together would come no sooner.",
         )
     later = (
-        f" The first token about an image comes later, though: its encode takes {_seconds(ours)} and not "
+        f" The first token about an image comes later, though: its encode takes {_seconds(ours)} instead of "
         f"{_seconds(stock)}."
         if ours > stock
         else ""

@@ -1,4 +1,4 @@
-"""Towers of released models' shapes with random weights, for measuring where no checkpoint is at hand."""
+"""Towers of released models' shapes with random weights, to measure without a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {"qwen2.5-vl-7b": QWEN2_5_VL_7B}
 """Vision configurations by name."""
 
 _EDITION = 1
-"""Raise it when the weights change, so that older ones in a cache are not used."""
+"""Increase it when the weights change, so that older ones in a cache are not used."""
 
 
 def preset_checkpoint(name: str, depth: int | None = None) -> Path:
-    """A checkpoint of a preset's shape in bfloat16, written into the user's cache when it is first asked for.
+    """Return a checkpoint of a preset's shape in bfloat16; the first call writes it into the user's cache.
 
-    With a depth it has only so many blocks; those of full attention keep their places.
+    `depth` limits its blocks; those of full attention keep their places.
 
     Raises:
-        SettingsError: If the preset is unknown, or has fewer blocks.
-        ConfigurationError: If it cannot be written.
+        SettingsError: The preset is unknown, or has fewer blocks.
+        ConfigurationError: It cannot be written.
     """
     if name not in PRESETS:
-        raise SettingsError(f"there is no preset {name!r}.", hint=f"Presets: {', '.join(PRESETS)}.")
+        raise SettingsError(f"unknown preset {name!r}.", hint=f"Choose one of: {', '.join(PRESETS)}.")
     config = PRESETS[name]
     blocks = config["depth"] if depth is None else depth
     if not 1 <= blocks <= config["depth"]:
-        raise SettingsError(f"--depth {blocks}: {name} has {config['depth']} blocks.", hint="Name no more than that.")
+        raise SettingsError(f"--depth {blocks}: {name} has {config['depth']} blocks.", hint="Pass a smaller --depth.")
     base = our_cache() / "presets"
     folder = base / f"{name}-depth{blocks}-{_EDITION}"
     if folder.is_dir():
@@ -40,7 +40,7 @@ def preset_checkpoint(name: str, depth: int | None = None) -> Path:
     full = [block for block in config["fullatt_block_indexes"] if block < blocks]
     try:
         base.mkdir(parents=True, exist_ok=True)
-        # Another process may write the same, and this one may be ended half-way.
+        # Another process may write the same one, and this process may be killed while it writes.
         with temporary_folder(".writing-", base) as half:
             shorter = {**config, "depth": blocks, "fullatt_block_indexes": full}
             written = random_checkpoint(half / "checkpoint", shorter, dtype="bfloat16", scales=LIVELY)
@@ -49,6 +49,6 @@ def preset_checkpoint(name: str, depth: int | None = None) -> Path:
     except OSError as error:
         raise ConfigurationError(
             f"the preset's weights cannot be written to {base}: {error}.",
-            hint="Free some space, or set XDG_CACHE_HOME to a folder that can be written to.",
+            hint="Free some space, or set XDG_CACHE_HOME to a folder that you can write to.",
         ) from error
     return folder

@@ -1,4 +1,4 @@
-"""The cells of the fault suite: which fault, when, in what kind of server; and the document of what became of them."""
+"""The cells of the fault suite: which fault, when, in which kind of server; and the document of their outcomes."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ from typing import Literal, TypeAlias, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from visionaccel_bench.tables import DASH, Table
+from visionaccel_bench.blocks import DASH, Table
 
 Fault: TypeAlias = Literal["raise", "nan", "zeros", "drift", "hang", "exit", "abort"]
-"""What the simulated device does, as the option `faults` of the backend `simulated` names it."""
+"""What the simulated device does, by the names of the option `faults` of the backend `simulated`."""
 
 Moment: TypeAlias = Literal["alone", "beside", "repeated", "restart", "unopened", "both"]
-"""When: to one request; to one of several while a text stream is decoded; to every encode until the breaker opens; to
-one request, after which the process that replaces the dead one gives wrong answers; to one request, while the
-fallback fails to open once; or to one request, while the fallback in the server's process hangs."""
+"""When the fault strikes: one request; one of several while a text stream is decoded; every encode until the breaker
+opens; one request, after which the process that replaces the dead one gives wrong answers; one request, while the
+fallback fails to open once; or one request, while the fallback in the server's process hangs."""
 
 Mode: TypeAlias = Literal["inline", "pipelined"]
 Isolation: TypeAlias = Literal["none", "process"]
 
 Change: TypeAlias = Literal["replaced", "rewritten"]
-"""How a checkpoint's files change: other files are renamed to their names, or others' bytes are written into them."""
+"""How a checkpoint's files change: new files are renamed to their names, or new bytes are written into them."""
 
 FAULTS: tuple[Fault, ...] = get_args(Fault)
 MOMENTS: tuple[Moment, ...] = get_args(Moment)
+_DOCUMENT = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 _DEADLY: frozenset[Fault] = frozenset({"exit", "abort"})
 
 
@@ -35,9 +36,9 @@ class Serving:
 
     Attributes:
         mode: Where it encodes.
-        isolation: Where the device lives.
-        fallback: Another backend takes over.
-        faulty: The first of two fallbacks is simulated too, in the server's process.
+        isolation: Where the device runs.
+        fallback: Whether another backend takes over.
+        faulty: Whether the first of two fallbacks is simulated too, in the server's process.
     """
 
     mode: Mode
@@ -47,11 +48,11 @@ class Serving:
 
     @property
     def change(self) -> Change:
-        """How the served checkpoint's weights change once the server is up; each mode has a server of either."""
+        """How the served checkpoint's weights change once the server is up; each mode has servers of both."""
         return "replaced" if self.isolation == "process" else "rewritten"
 
     def __str__(self) -> str:
-        where = "its own process" if self.isolation == "process" else "the server's process"
+        where = "a separate process" if self.isolation == "process" else "the server's process"
         behind = "with a faulty fallback" if self.faulty else f"{'with' if self.fallback else 'without'} a fallback"
         return f"{self.mode}, device in {where}, {behind}"
 
@@ -66,7 +67,7 @@ class Cell:
 
     @property
     def expected(self) -> str:
-        """What must become of a request that it strikes: an answer, or an error where nothing can give one."""
+        """How a request that it strikes must be answered: with an answer, or without a fallback with an error."""
         return "answer" if self.serving.fallback else "error"
 
     def __str__(self) -> str:
@@ -74,7 +75,7 @@ class Cell:
 
 
 def every_cell() -> list[Cell]:
-    """The cells of all kinds of server; those of one kind follow each other."""
+    """Return the cells of all kinds of server; those of one kind follow each other."""
     with_fallback = [Serving(mode, isolation, True) for mode in get_args(Mode) for isolation in get_args(Isolation)]
     without = (
         Serving("inline", "none", False),
@@ -86,11 +87,10 @@ def every_cell() -> list[Cell]:
 
 
 def _cells_of(serving: Serving) -> Iterator[Cell]:
-    """The cells of a kind of server.
+    """Return the cells of a kind of server.
 
-    A fault that ends a process needs a device in a separate process. Values that look right and are wrong are found by
-    the canary, not by the request, and without a fallback every request fails from then on, which is what `repeated`
-    tests.
+    A fault that ends a process needs a device in a separate process. Wrong values that look plausible are detected by
+    the canary, not by the request, and without a fallback every request fails from then on, which `repeated` tests.
     """
     if serving.faulty:
         yield Cell(serving, "raise", "unopened")  # first: the fallback is opened once
@@ -100,32 +100,29 @@ def _cells_of(serving: Serving) -> Iterator[Cell]:
         if fault in _DEADLY and serving.isolation == "none":
             continue
         for moment in ("alone", "beside", "repeated"):
-            if not serving.fallback and (moment == "beside" or (fault == "drift") != (moment == "repeated")):
-                continue
-            yield Cell(serving, fault, moment)
+            if serving.fallback or (moment != "beside" and (fault == "drift") == (moment == "repeated")):
+                yield Cell(serving, fault, moment)
     if serving.isolation == "process" and serving.fallback:
         for fault in sorted(_DEADLY):
             yield Cell(serving, fault, "restart")
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
-
-
-class FaultRow(_Model):
-    """What became of one fault in one kind of server.
+class FaultRow(BaseModel):
+    """The outcome of one fault in one kind of server.
 
     Attributes:
         fallback: Whether another backend could take over; None if unknown.
-        expected: What the requests that it struck should be answered.
-        answered: What they were answered: `right answer`, `error`, or what else came.
+        expected: How the requests that it struck should be answered.
+        answered: How they were answered: `right answer`, `error`, or a description.
         lost: Requests that got neither an answer nor an error that says why.
-        wrong: Answers to any request whose token ids are not stock vLLM's.
-        recovery_seconds: From the moment that the fault was lifted to the first right answer by the device; None if
-            none came.
-        passed: Whether everything was as it must be.
-        detail: What was not.
+        wrong: Answers to any request whose token ids differ from stock vLLM's.
+        recovery_seconds: From the time the fault was lifted to the first correct answer by the device; None if there
+            was none.
+        passed: Whether every check passed.
+        detail: The checks that did not.
     """
+
+    model_config = _DOCUMENT
 
     fault: str
     moment: str
@@ -141,8 +138,10 @@ class FaultRow(_Model):
     detail: str = ""
 
 
-class FaultSuite(_Model):
+class FaultSuite(BaseModel):
     """All faults, at least one. `created` is a time in ISO 8601."""
+
+    model_config = _DOCUMENT
 
     created: str
     simulated: bool = False
@@ -166,6 +165,6 @@ _COLUMNS: dict[str, Callable[[FaultRow], str]] = {
 
 
 def fault_table(rows: Iterable[FaultRow], *, without: Iterable[str] = (), title: str = "") -> Table:
-    """The rows as a table without some columns."""
+    """Make a table of the rows without some columns."""
     columns = tuple(name for name in _COLUMNS if name not in without)
     return Table(columns, tuple(tuple(_COLUMNS[name](row) for name in columns) for row in rows), title, "statuses")

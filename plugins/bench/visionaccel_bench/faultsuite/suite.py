@@ -1,4 +1,4 @@
-"""Runs the fault suite: plants each fault, asks, lifts it, and looks at what was answered, lost and kept."""
+"""Runs the fault suite: plants each fault, asks, lifts the fault, and checks what was answered, lost and kept."""
 
 from __future__ import annotations
 
@@ -40,6 +40,8 @@ _REPEATS = 6
 _NEIGHBOURS = 2
 _SHARE = 0.3
 _IMAGES_OF_A_CELL = 12
+_BREAKER, _ENCODES = "visionaccel_breaker_state", "visionaccel_encode_seconds_count"
+_STRIKES = ("visionaccel_failures_total", "visionaccel_breaker_openings_total")
 _DEVICE = {"backend": "simulated", "device": "simulated:onnxrt/cpu@1"}
 _OF_FALLBACK: dict[str, tuple[list[dict[str, Any]], str]] = {
     "unopened": ([{"opening": 1, "do": "raise"}], r"Opening encoder 'simulated' failed; trying once more"),
@@ -48,11 +50,11 @@ _OF_FALLBACK: dict[str, tuple[list[dict[str, Any]], str]] = {
         r"Encoder 'simulated' is disabled: device 'simulated:[^@']*' did not answer",
     ),
 }
-"""What the simulated fallback does, and what the server's log says then."""
+"""What the simulated fallback does, and a pattern of what the server logs then."""
 
 
 class SuiteImages:
-    """Different pictures of digits, and the token ids that stock vLLM reads in each with the digits model."""
+    """Different pictures of digits, and the token ids of stock vLLM's answer about each with the digits model."""
 
     def __init__(self, checkpoint: Path, pictures: Sequence[Image], expected: Sequence[tuple[int, ...]]) -> None:
         self.checkpoint, self.pictures, self.expected = checkpoint, tuple(pictures), tuple(expected)
@@ -60,7 +62,7 @@ class SuiteImages:
 
     @classmethod
     def asked_of_stock(cls, count: int, tell: Progress) -> SuiteImages:
-        """Ask stock vLLM about that many pictures; a `DeviceError` if it is not installed or does not start."""
+        """Ask stock vLLM about that many pictures; DeviceError if it is not installed or does not start."""
         from digits_vlm import checkpoint_path
         from digits_vlm.samples import held_out_images
 
@@ -75,21 +77,17 @@ class SuiteImages:
         return cls(checkpoint, pictures, [tokens for tokens in expected if tokens is not None])
 
     def rule(self, fault: str, victim: int, others: Iterable[int]) -> dict[str, Any]:
-        """A fault of the simulated device that strikes one picture and none of the others."""
-        spared = [self._patches(other) for other in others]
-        patches = self._patches(victim)
+        """Return a fault of the simulated device that strikes one picture and none of the others."""
+        patches, *spared = (self._processor(self.pictures[number])[0] for number in (victim, *others))
         for seed in range(10_000):
             rule = FaultRule(share=_SHARE, seed=seed, do="raise")
             if struck(patches, rule) and not any(struck(other, rule) for other in spared):
                 return {"share": _SHARE, "seed": seed, "do": fault}
         raise AssertionError("one of so many seeds strikes the victim alone")
 
-    def _patches(self, number: int) -> Any:
-        return self._processor(self.pictures[number])[0]
-
 
 def change_weights(checkpoint: Path, change: Change) -> None:
-    """Turn the sign of every vision weight of a checkpoint, so that what reads them encodes something else."""
+    """Negate every vision weight of a checkpoint, so that an encoder that reads them gives wrong answers."""
     weights = tower_of(locate_checkpoint(checkpoint)).weights.values()
     for file in sorted({tensor.file for tensor in weights}):
         target = file
@@ -106,12 +104,12 @@ def change_weights(checkpoint: Path, change: Change) -> None:
 
 
 def run_suite(cells: Iterable[Cell], images: SuiteImages, tell: Progress) -> Generator[tuple[Cell, FaultRow]]:
-    """Plant every fault, each on a checkpoint whose vision weights changed once its server was up.
+    """Plant every fault, each on a checkpoint whose vision weights are changed once its server is up.
 
-    Cells of one kind that follow each other have one server. Those after a cell that ended it are left out.
+    Consecutive cells of one kind of server share one. If a cell ends it, the cells after it are left out.
 
     Raises:
-        DeviceError: If a server does not start.
+        DeviceError: A server does not start.
     """
     for serving, planted in groupby(cells, key=lambda cell: cell.serving):
         tell(f"{serving}: starting")
@@ -131,7 +129,7 @@ def run_suite(cells: Iterable[Cell], images: SuiteImages, tell: Progress) -> Gen
 
 
 def images_needed(cells: Iterable[Cell]) -> int:
-    """How many pictures the servers of some cells need at most."""
+    """Return how many pictures are enough for each server of some cells."""
     servers = groupby(cells, key=lambda cell: cell.serving)
     return max((sum(1 for _ in planted) * _IMAGES_OF_A_CELL for _, planted in servers), default=0)
 
@@ -164,7 +162,7 @@ def _fallback_switch(switch: Path) -> Path:
 
 @dataclass
 class _CellRun:
-    """One cell on a running server."""
+    """One cell on a running server; `fresh` are the numbers of pictures that the server has not seen."""
 
     cell: Cell
     server: VllmServer
@@ -177,9 +175,10 @@ class _CellRun:
 
     def row(self) -> FaultRow:
         """Plant the fault, ask, lift it, and wait until the device answers again."""
-        victims = [next(self.fresh) for _ in range({"repeated": _REPEATS, "restart": 2}.get(self.cell.moment, 1))]
-        neighbours = [next(self.fresh) for _ in range(_NEIGHBOURS if self.cell.moment == "beside" else 0)]
-        before = self._strikes()
+        cell, serving = self.cell, self.cell.serving
+        victims = [next(self.fresh) for _ in range({"repeated": _REPEATS, "restart": 2}.get(cell.moment, 1))]
+        neighbours = [next(self.fresh) for _ in range(_NEIGHBOURS if cell.moment == "beside" else 0)]
+        before = self._metrics(*_STRIKES)
         try:
             struck_answers = self._struck(victims, neighbours)
         finally:
@@ -187,27 +186,29 @@ class _CellRun:
             _fallback_switch(self.switch).write_text("")
         lifted = time.monotonic()
         answered = sorted({self._judged(number, answer) for number, answer in struck_answers})
-        if answered != [{"answer": "right answer", "error": "error"}[self.cell.expected]]:
-            self.problems.append(f"What it struck was answered: {', '.join(answered)}.")
-        if not _grows(self._strikes, before):
+        if answered != [{"answer": "right answer", "error": "error"}[cell.expected]]:
+            self.problems.append(f"The requests that it struck were answered: {', '.join(answered)}.")
+        if not self._grows(before, *_STRIKES):
             self.problems.append("The fault did not strike.")
-        self._look_at_fallback()
+        if cell.moment in _OF_FALLBACK:
+            _, logged = _OF_FALLBACK[cell.moment]
+            if not re.search(logged, self.server.log.read_text(errors="replace")):
+                self.problems.append("The fallback's fault did not strike.")
         recovery = self._recovery(lifted)
-        for number in (*victims, *neighbours):  # nothing of the fault is kept anywhere
+        for number in (*victims, *neighbours):  # no wrong result is kept anywhere
             if self._judged(number, self._ask(number)) != "right answer":
                 self.problems.append(f"Asked again, picture {number} was misread.")
         if not self.server.healthy():
             self.problems.append("The server is not healthy.")
         if self.lost:
             self.problems.append(f"{self.lost} requests were lost.")
-        serving = self.cell.serving
         return FaultRow(
-            fault=self.cell.fault,
-            moment=self.cell.moment,
+            fault=cell.fault,
+            moment=cell.moment,
             mode=serving.mode,
             isolation=serving.isolation,
             fallback=serving.fallback,
-            expected=self.cell.expected,
+            expected=cell.expected,
             answered=", ".join(answered),
             lost=self.lost,
             wrong=self.wrong,
@@ -221,13 +222,13 @@ class _CellRun:
         everything = {"all": True, "do": fault}
         if fault == "drift":
             self._plant([everything])
-            if not _within(_ENOUGH, lambda: self._breaker_state() >= 1):  # no answer shows it; the canary does
-                self.problems.append("Nothing noticed it.")
+            if not _within(_ENOUGH, lambda: self._metrics(_BREAKER) >= 1):  # no answer shows it; the canary does
+                self.problems.append("The canary did not detect it.")
         elif moment == "repeated":
             self._plant([everything])
         elif moment == "restart":
             self._plant([self.images.rule(fault, victims[0], [])])
-            first = self._ask(victims[0])  # which ends the process; the next one gives wrong answers from its start
+            first = self._ask(victims[0])  # ends the process; the next one gives wrong answers from its start
             self._plant([{"all": True, "do": "drift"}])
             return [(victims[0], first), (victims[1], self._ask(victims[1]))]
         else:
@@ -246,18 +247,12 @@ class _CellRun:
                 self.problems.append(f"Its neighbour {number} was answered: {judged}.")
         return [(victim, answers[victim]) for victim in victims]
 
-    def _look_at_fallback(self) -> None:
-        """The fallback's fault struck too, as the server's log says."""
-        if self.cell.moment in _OF_FALLBACK:
-            _, said = _OF_FALLBACK[self.cell.moment]
-            if not re.search(said, self.server.log.read_text(errors="replace")):
-                self.problems.append("The fallback's fault did not strike.")
-
     def _plant(self, rules: Sequence[dict[str, Any]]) -> None:
         partial = self.switch.with_suffix(".partial")
-        hangs = {"seconds": _HANG} if self.cell.serving.isolation == "none" else {}  # a process is ended: for good
+        # In a separate process it hangs without end, because the process is killed.
+        hangs = {"seconds": _HANG} if self.cell.serving.isolation == "none" else {}
         partial.write_text(json.dumps([rule | (hangs if rule["do"] == "hang" else {}) for rule in rules]))
-        partial.replace(self.switch)  # whole at any time
+        partial.replace(self.switch)  # the device never reads half of it
 
     def _ask(self, number: int) -> Answer:
         return ask(self.server.url, self.server.model, self.images.pictures[number])
@@ -276,36 +271,28 @@ class _CellRun:
             return "a wrong answer"
         return "right answer"
 
-    def _breaker_state(self) -> float:
-        return metric(metrics_of(self.server.url), "visionaccel_breaker_state", **_DEVICE)
-
     def _recovery(self, since: float) -> float | None:
-        """Seconds until the device itself answers a picture that it has not seen."""
+        """Return the seconds until the device itself answers a picture that it has not seen."""
         if _within(since + _ENOUGH - time.monotonic(), self._answers_by_device):
             return round(time.monotonic() - since, 2)
         self.problems.append(f"The device did not answer again within {_ENOUGH:.0f} s.")
         return None
 
     def _answers_by_device(self) -> bool:
-        if self._breaker_state() != 0:
+        if self._metrics(_BREAKER) != 0:
             return False
-        before, number = self._encoded_by_device(), next(self.fresh)
+        before, number = self._metrics(_ENCODES, purpose="request"), next(self.fresh)
         right = self._judged(number, self._ask(number)) == "right answer"
-        return right and _grows(self._encoded_by_device, before)
+        return right and self._grows(before, _ENCODES, purpose="request")
 
-    def _encoded_by_device(self) -> float:
-        return metric(metrics_of(self.server.url), "visionaccel_encode_seconds_count", **_DEVICE, purpose="request")
-
-    def _strikes(self) -> float:
-        """How often the device failed, or was disabled."""
+    def _metrics(self, *names: str, **labels: str) -> float:
+        """Return the sum of some of the device's metrics."""
         text = metrics_of(self.server.url)
-        names = ("visionaccel_failures_total", "visionaccel_breaker_openings_total")
-        return sum(metric(text, name, **_DEVICE) for name in names)
+        return sum(metric(text, name, **_DEVICE, **labels) for name in names)
 
-
-def _grows(count: Callable[[], float], before: float) -> bool:
-    """Whether a count is larger than before; metrics come a moment later than answers."""
-    return _within(_MOMENT, lambda: count() > before)
+    def _grows(self, before: float, *names: str, **labels: str) -> bool:
+        """Return whether the sum of some metrics grows soon: they are updated a moment after the answer."""
+        return _within(_MOMENT, lambda: self._metrics(*names, **labels) > before)
 
 
 def _within(seconds: float, happens: Callable[[], bool]) -> bool:

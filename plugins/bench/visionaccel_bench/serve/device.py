@@ -1,4 +1,4 @@
-"""The device under measurement: the settings of servers that use it, and how long it takes for an image."""
+"""The device under measurement: the settings of servers that use it, and its time for an image."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from visionaccel.core.grid import Grid
 
 TIMES = ("latency", "per_patch", "recorded")
-"""Options of the simulated backend that say how long it takes."""
+"""Options of the simulated backend that set how long it takes."""
 
 
 class Mode(StrEnum):
-    """How a server that is started encodes."""
+    """How a server that the command starts encodes."""
 
     STOCK = "stock"
     INLINE = "inline"
@@ -40,7 +40,7 @@ class Mode(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Accelerator:
-    """What encodes in every mode but stock. Without a bundle, programs are made of the served checkpoint."""
+    """What encodes in every mode except stock. Without a bundle, programs are made from the served checkpoint."""
 
     backend: str
     device: str | None = None
@@ -53,29 +53,27 @@ class Accelerator:
         return self.backend == SIMULATED
 
     def settings(self, mode: Mode) -> dict[str, str]:
-        """The environment variables of a server; none for stock vLLM."""
+        """Return the environment variables of a server; none for stock vLLM."""
         if mode is Mode.STOCK:
             return {}
-        optional = {
+        settings = {
+            "VISIONACCEL_BACKEND": self.backend,
+            "VISIONACCEL_MODE": mode.value,
+            "VISIONACCEL_TIMING": "1",
             "VISIONACCEL_DEVICE": self.device,
             "VISIONACCEL_OPTIONS": json.dumps(dict(self.options)) if self.options else None,
             "VISIONACCEL_BUNDLE": None if self.bundle is None else str(self.bundle),
         }
-        return {
-            "VISIONACCEL_BACKEND": self.backend,
-            "VISIONACCEL_MODE": mode.value,
-            "VISIONACCEL_TIMING": "1",
-            **{name: value for name, value in optional.items() if value is not None},
-        }
+        return {name: value for name, value in settings.items() if value is not None}
 
     def without_latency(self) -> Accelerator:
-        """The simulated device that takes no time: what the wrapped backend computes is all that is left."""
+        """Return the simulated device that takes no time of its own, only that of the wrapped backend."""
         return replace(self, options={name: value for name, value in self.options.items() if name not in TIMES})
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceTime:
-    """Seconds of one image of the load when the device is kept busy, None if unknown; and how they were found."""
+    """Seconds of one image of the load while the device is busy, None if unknown; and where they come from."""
 
     seconds_each: float | None
     how: str
@@ -84,18 +82,18 @@ class DeviceTime:
 def with_latency(
     checkpoint: Path, accelerator: Accelerator, image: Image, latency: float
 ) -> tuple[Accelerator, DeviceTime]:
-    """A simulated device that takes `latency` seconds for every image of this size, also for several in one call.
+    """Make a simulated device take `latency` seconds for every image of this size, also for several in one call.
 
     The backend's option `latency` would charge a call of several images once, and in-line vLLM passes those that arrive
-    together in one call. So the time goes into `per_patch`.
+    together in one call. So the time becomes `per_patch`.
 
     Raises:
-        ConfigurationError: If it is not simulated, or its options say already how long it takes.
-        VisionAccelError: If the checkpoint's image processor or the bundle cannot be opened.
+        ConfigurationError: The device is not simulated, or its options already set how long it takes.
+        VisionAccelError: The checkpoint's image processor or the bundle cannot be opened.
     """
     given = [name for name in TIMES if name in accelerator.options]
     if not accelerator.simulated or given:
-        reason = f"--options says {given[0]!r}" if given else f"backend {accelerator.backend!r} is not simulated"
+        reason = f"--options sets {given[0]!r}" if given else f"backend {accelerator.backend!r} is not simulated"
         raise ConfigurationError(f"--latency cannot be used: {reason}.", hint="Leave --latency out.")
     if accelerator.bundle is None:
         _, grid = image_processor(checkpoint)(image)
@@ -104,13 +102,13 @@ def with_latency(
             _, grid = prepare(image)
     timed = replace(accelerator, options={**accelerator.options, "per_patch": latency / grid.patches})
     at_a_time = accelerator.options.get("max_in_flight", 1)
-    return timed, DeviceTime(latency / at_a_time, "the simulated device's, as asked for")
+    return timed, DeviceTime(latency / at_a_time, "the simulated device's, as configured")
 
 
 def measured(checkpoint: Path, accelerator: Accelerator, images: Sequence[Image]) -> DeviceTime:
-    """The device time of an image, from encoding some in this process, one at a time; the first is not counted.
+    """Measure the device time of an image by encoding some in this process, one at a time, without the first.
 
-    A device that works on several calls at a time is taken to divide that time by their number.
+    For a device that works on several calls at a time, that time is divided by their number.
     """
     with _opened(checkpoint, accelerator) as (prepare, encoder):
         seconds = []
@@ -119,31 +117,25 @@ def measured(checkpoint: Path, accelerator: Accelerator, images: Sequence[Image]
             started = time.perf_counter()
             encoder.encode(patches, [grid])
             seconds.append(time.perf_counter() - started)
-        at_a_time = encoder.capabilities.max_in_flight
-    counted = seconds[1:]
-    return DeviceTime(
-        sum(counted) / len(counted) / at_a_time, f"{len(counted)} images encoded one at a time beforehand"
-    )
+        mean = sum(seconds[1:]) / len(seconds[1:])
+        how = f"{len(seconds[1:])} images encoded one at a time beforehand"
+        return DeviceTime(mean / encoder.capabilities.max_in_flight, how)
 
 
 @contextmanager
 def _opened(
     checkpoint: Path, accelerator: Accelerator
 ) -> Iterator[tuple[Callable[[Image], tuple[NDArray[np.float32], Grid]], Encoder]]:
-    """What makes patches of an image, and the encoder as a server would open it."""
-    located = locate_checkpoint(checkpoint)
-    folder = accelerator.bundle
+    """Open the encoder as a server would; yields a function that makes patches of an image, and the encoder."""
+    located, folder, options = locate_checkpoint(checkpoint), accelerator.bundle, accelerator.options
     source: Tower | Bundle
     if folder is not None and is_bundle(folder):
         source = open_bundle(folder, checkpoint=located)
     else:
         source = open_source(folder or checkpoint)
     process = image_processor(located.folder)
-    with open_encoder(
-        source, backend=accelerator.backend, device=accelerator.device, options=accelerator.options
-    ) as encoder:
+    with open_encoder(source, backend=accelerator.backend, device=accelerator.device, options=options) as encoder:
         coverages = tuple(opened.program.coverage for opened in encoder.programs)
-        tower = source.tower
-        fitter = Fitter(tower, coverages, "letterbox", process.min_pixels, process.max_pixels)
+        fitter = Fitter(source.tower, coverages, "letterbox", process.min_pixels, process.max_pixels)
         fitter.check_bounds()
         yield lambda image: process(fitter.fit(image)), encoder

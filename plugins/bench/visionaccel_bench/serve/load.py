@@ -6,15 +6,20 @@ import asyncio
 import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from visionaccel.errors import ConfigurationError, DeviceError
 from visionaccel_bench.asking import image_content
-from visionaccel_bench.serve.figures import STALL, Kind, Run, Trace
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
     from PIL.Image import Image
+
+STALL = 0.1
+"""A text stream stalls where its next token takes longer than this, in seconds."""
+
+Kind: TypeAlias = Literal["text", "image"]
 
 _LEAD = 0.5
 """Seconds that text streams run before the first image is sent."""
@@ -27,10 +32,10 @@ _CELLS = 8
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Requests that are each sent when its time comes, whether or not those before were answered.
+    """Requests, each of which is sent when its time comes, whether or not earlier ones were answered.
 
     All text streams are sent at the start. Image requests, one for each image and `gap` seconds apart, begin half a
-    second later; without streams, at once.
+    second later, or immediately if there are no streams.
     """
 
     images: tuple[Image, ...]
@@ -40,8 +45,48 @@ class Load:
     stream_tokens: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """One request as its client saw it: when it was sent and when tokens arrived, in seconds from the load's start.
+
+    One event of the server is one arrival, even if it brings several tokens; the server counts `tokens`.
+    """
+
+    name: str
+    kind: Kind
+    sent: float
+    arrivals: tuple[float, ...]
+    tokens: int
+
+    @property
+    def ttft(self) -> float:
+        """Seconds to the first token."""
+        return self.arrivals[0] - self.sent
+
+    @property
+    def gaps(self) -> list[float]:
+        """Seconds from each arrival to the next."""
+        return [later - earlier for earlier, later in pairwise(self.arrivals)]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The requests of a load that was sent once: at least one, each with an arrival.
+
+    `client_pauses` are start and length of times over `STALL` in which the client itself did not run, because the
+    machine was too busy. Tokens that arrived in that time have a late time stamp, as if the server had stalled.
+    """
+
+    traces: tuple[Trace, ...]
+    client_pauses: tuple[tuple[float, float], ...] = ()
+
+    def of(self, kind: Kind) -> list[Trace]:
+        """Return the requests of one kind."""
+        return [trace for trace in self.traces if trace.kind == kind]
+
+
 def picture(seed: Sequence[int], size: tuple[int, int]) -> Image:
-    """A picture of coloured clouds of a width and height in pixels; another one for each seed of numbers from 0."""
+    """Draw coloured clouds, a different picture for each seed; `size` is width and height in pixels."""
     import numpy as np
     from PIL import Image
 
@@ -50,18 +95,18 @@ def picture(seed: Sequence[int], size: tuple[int, int]) -> Image:
 
 
 def send(url: str, model: str, load: Load, *, one_by_one: bool = False) -> Run:
-    """Send a load and wait for every answer. Each answer has exactly the number of tokens that was asked for.
+    """Send a load and wait for every answer. Each answer has exactly the requested number of tokens.
 
-    With `one_by_one`, only the image requests are sent, each when the one before was answered.
+    With `one_by_one`, only the image requests are sent, each when the previous one was answered.
 
     Raises:
-        DeviceError: If a request fails; the message names it. The others are cancelled.
+        DeviceError: A request fails; the message names it. The others are cancelled.
     """
     return asyncio.run(_send(url, model, load, one_by_one))
 
 
 def first_model(url: str) -> str:
-    """The model that a running server serves, the first of several; a `ConfigurationError` if it names none."""
+    """Return the first model that a running server serves; ConfigurationError if there is none."""
     from openai import OpenAI, OpenAIError
 
     try:
@@ -69,11 +114,11 @@ def first_model(url: str) -> str:
             models = [model.id for model in client.models.list()]
     except (OpenAIError, ValueError) as error:
         raise ConfigurationError(
-            f"the server at {url} cannot be asked for its model: {_said(error)}.",
+            f"the server at {url} does not tell its model: {_said(error)}.",
             hint="Pass the base URL of a running OpenAI-compatible server, such as http://127.0.0.1:8000/v1.",
         ) from error
     if not models:
-        raise ConfigurationError(f"the server at {url} serves no model.", hint="Start it with one.")
+        raise ConfigurationError(f"the server at {url} serves no model.", hint="Start it with a model.")
     return models[0]
 
 
@@ -81,7 +126,7 @@ async def _send(url: str, model: str, load: Load, one_by_one: bool) -> Run:
     from openai import AsyncOpenAI
 
     contents = [image_content(image) for image in load.images]
-    # A request that is sent again would be measured as one slow request.
+    # A retry would be measured as one slow request.
     async with AsyncOpenAI(base_url=url, api_key="none", timeout=_TIMEOUT, max_retries=0) as client:
         sender = _Sender(client, model)
         watching = asyncio.create_task(sender.watch())
@@ -108,16 +153,16 @@ async def _send(url: str, model: str, load: Load, one_by_one: bool) -> Run:
 
 
 class _Sender:
-    """Sends requests. Times count from when it was made; `pauses` are start and length of this process's pauses."""
+    """Sends requests. Times count from its creation; `pauses` are start and length of this process's pauses."""
 
     def __init__(self, client: AsyncOpenAI, model: str) -> None:
-        # Its modules are imported here, before the time of a request counts.
+        # Imports the client's modules now, before the time of a request counts.
         self._completions, self._model = client.chat.completions, model
         self._start = time.perf_counter()
         self.pauses: list[tuple[float, float]] = []
 
     async def watch(self) -> None:
-        """Note when this process should have run and did not."""
+        """Record when this process should have run and did not."""
         while True:
             due = self._now() + _BEAT
             await asyncio.sleep(_BEAT)
@@ -126,7 +171,7 @@ class _Sender:
                 self.pauses.append((due, late))
 
     async def ask(self, name: str, kind: Kind, content: Any, tokens: int, *, due: float = 0.0) -> Trace:
-        """Send a request when its time comes, and note when its tokens arrive."""
+        """Send a request when its time comes, and record when its tokens arrive."""
         from openai import OpenAIError
 
         await asyncio.sleep(max(due - self._now(), 0.0))
@@ -147,12 +192,12 @@ class _Sender:
                 now = self._now()
                 if chunk.usage is not None:
                     counted = chunk.usage.completion_tokens
-                # The first event has only the role. Later ones are a token each, even if it has no text.
+                # The first event has only the role. Each later one is a token, even if it has no text.
                 if any(choice.delta.content or choice.delta.role is None for choice in chunk.choices):
                     arrivals.append(now)
         except OpenAIError as error:
             raise DeviceError(f"request '{name}' failed: {_said(error)}.") from error
-        except Exception as error:  # The client's HTTP library has its own errors for streams that break off.
+        except Exception as error:  # the client's HTTP library has its own errors for interrupted streams
             raise DeviceError(f"request '{name}' broke off: {type(error).__name__}: {_said(error)}.") from error
         if not arrivals:
             raise DeviceError(f"request '{name}' was answered without a token.")
@@ -163,7 +208,7 @@ class _Sender:
 
 
 async def _all(work: Sequence[Coroutine[Any, Any, Trace]]) -> list[Trace]:
-    """The results, in order. With the first error the rest is cancelled."""
+    """Return the results in order. After the first error the rest is cancelled."""
     tasks = [asyncio.create_task(each) for each in work]
     try:
         return await asyncio.gather(*tasks)

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 from visionaccel.errors import DeviceError
 from visionaccel.observe import timed_encodes
 from visionaccel_bench.serve.device import Accelerator, Mode
-from visionaccel_bench.serve.figures import Run
-from visionaccel_bench.serve.load import Load, first_model, picture, send
+from visionaccel_bench.serve.load import Load, Run, first_model, picture, send
 from visionaccel_bench.server import log_end, serve
 from visionaccel_testing.simulated import OVERRUN
 
@@ -31,7 +30,7 @@ _LEAST_SEQUENCES = 16
 
 
 class _Purpose(IntEnum):
-    """Each has different images, so that no load finds another's in a cache."""
+    """Each has different images, so that no load finds those of a different one in a cache."""
 
     WARM_UP = 0
     MIXED = 1
@@ -46,9 +45,9 @@ class Plan:
 
     Attributes:
         size: Width and height of the images in pixels.
-        repeats: How often each load is sent, with other images each time.
+        repeats: How often each load is sent, with different images each time.
         sequential: Whether image requests are also sent one by one, and all at once without text.
-        seed: Images of another plan with the same seed are the same.
+        seed: Plans with the same seed have the same images.
     """
 
     images: int
@@ -62,9 +61,9 @@ class Plan:
     seed: int = 0
 
     @property
-    def device_images(self) -> list[Image]:
+    def device_images(self) -> tuple[Image, ...]:
         """Images of the load's size to measure the device with, one more than the load has."""
-        return list(self._pictures(_Purpose.DEVICE, 0, self.images + 1))
+        return self._pictures(_Purpose.DEVICE, 0, self.images + 1)
 
     def warm_up(self) -> Load:
         """One short text stream and one image."""
@@ -72,7 +71,7 @@ class Plan:
         return Load(pictures, self.image_tokens, streams=1, stream_tokens=_WARM_UP_TOKENS)
 
     def mixed(self, repetition: int) -> Load:
-        """Text streams and image requests: the load that is measured."""
+        """Text streams and image requests."""
         pictures = self._pictures(_Purpose.MIXED, repetition, self.images)
         return Load(pictures, self.image_tokens, self.gap, self.streams, self.stream_tokens)
 
@@ -80,13 +79,10 @@ class Plan:
         """The text streams of the mixed load alone."""
         return Load((), self.image_tokens, streams=self.streams, stream_tokens=self.stream_tokens)
 
-    def one_by_one(self, repetition: int) -> Load:
-        """Image requests without text, for `send` with `one_by_one`."""
-        return Load(self._pictures(_Purpose.ONE_BY_ONE, repetition, self.images), self.image_tokens)
-
-    def together(self, repetition: int) -> Load:
-        """Image requests without text, all at once."""
-        return Load(self._pictures(_Purpose.TOGETHER, repetition, self.images), self.image_tokens)
+    def images_only(self, repetition: int, *, one_by_one: bool = False) -> Load:
+        """Image requests without text, to be sent all at once or one by one."""
+        purpose = _Purpose.ONE_BY_ONE if one_by_one else _Purpose.TOGETHER
+        return Load(self._pictures(purpose, repetition, self.images), self.image_tokens)
 
     def _pictures(self, purpose: _Purpose, repetition: int, count: int) -> tuple[Image, ...]:
         return tuple(picture((self.seed, purpose, repetition, i), self.size) for i in range(count))
@@ -94,7 +90,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A server under measurement: one that was started, named by its mode and with a log, or one that runs already."""
+    """A server under measurement: one that was started, with its mode as name and with a log, or a running one."""
 
     name: str
     url: str
@@ -102,18 +98,18 @@ class Subject:
     log: Path | None = None
 
     def encodes(self) -> int | None:
-        """Images that it has encoded so far on a backend; None if that is not known."""
+        """Count the images that it has encoded so far on a backend; None if that is unknown."""
         if self.log is None or self.name == Mode.STOCK:
             return None
         return sum(len(encode["grids"]) for encode in timed_encodes(self._logged()))
 
     def encoder(self) -> str | None:
-        """What encodes, as its log says; None for stock vLLM and for a server that runs."""
+        """Return what encodes, from its log; None for stock vLLM and without a log."""
         found = _ENCODER.findall(self._logged())
         return found[-1] if found else None
 
     def overran(self) -> bool:
-        """Whether its simulated device computed for longer than its latency."""
+        """Return whether its simulated device computed for longer than its latency."""
         return OVERRUN in self._logged()
 
     def _logged(self) -> str:
@@ -122,10 +118,10 @@ class Subject:
 
 @dataclass(slots=True)
 class Taken:
-    """The runs of every load of a `Plan` that a server got; a list has one run for each repetition, or none.
+    """The runs of every load of a `Plan` that a server got: one for each repetition, or none.
 
-    In those called free, images cost the device nothing: it takes no time, or gets the same images once more, which are
-    then in every cache. `encoder` and `overran` are those of the `Subject`.
+    In the `free` runs, images cost the device nothing: it takes no time, or gets the same images again, which are then
+    in every cache. `encoder` and `overran` are those of the `Subject`.
     """
 
     mixed: list[Run] = field(default_factory=list)
@@ -139,13 +135,13 @@ class Taken:
 
 
 def measure(subject: Subject, plan: Plan, tell: Progress, *, again: bool) -> Taken:
-    """Send a server everything that is measured, after a warm-up that is not; `tell` is called with what is being done.
+    """Warm a server up and send it every load; `tell` receives a description of each.
 
-    With `again`, loads with images are sent once more: for a server without a twin whose device takes no time.
+    With `again`, loads with images are sent a second time: for a server without a twin whose device takes no time.
 
     Raises:
-        DeviceError: If a request fails, or images were not encoded by the backend. The message names the server and
-            the request, and ends with the end of the server's log.
+        DeviceError: A request failed, or the backend did not encode the images. The message names the server and the
+            request, and ends with the end of the server's log.
     """
     taken = Taken()
     _sent(subject, plan.warm_up(), tell, "warming up")
@@ -157,10 +153,10 @@ def measure(subject: Subject, plan: Plan, tell: Progress, *, again: bool) -> Tak
         if again:
             taken.mixed_free.append(_sent(subject, mixed, tell, f"the same images again{part}", new=False))
         if plan.sequential and subject.name == Mode.INLINE:
-            load = plan.one_by_one(i)
+            load = plan.images_only(i, one_by_one=True)
             taken.one_by_one.append(_sent(subject, load, tell, f"images one by one{part}", one_by_one=True))
         if plan.sequential and subject.name != Mode.STOCK:
-            load = plan.together(i)
+            load = plan.images_only(i)
             taken.together.append(_sent(subject, load, tell, f"images at once{part}"))
             if again:
                 what = f"images at once, again{part}"
@@ -170,16 +166,17 @@ def measure(subject: Subject, plan: Plan, tell: Progress, *, again: bool) -> Tak
 
 
 def measure_without_latency(subject: Subject, plan: Plan, tell: Progress, taken: Taken) -> None:
-    """Send the loads with images to a server's twin whose simulated device takes no time, after a warm-up."""
+    """Warm up a server's twin whose simulated device takes no time, and send it the loads with images."""
     _sent(subject, plan.warm_up(), tell, "warming up, without device time")
     for i in range(plan.repeats):
         taken.mixed_free.append(_sent(subject, plan.mixed(i), tell, "text and images, without device time"))
         if plan.sequential:
-            taken.together_free.append(_sent(subject, plan.together(i), tell, "images at once, without device time"))
+            load = plan.images_only(i)
+            taken.together_free.append(_sent(subject, load, tell, "images at once, without device time"))
 
 
 def running(name: str, url: str) -> Subject:
-    """A server that runs already; a `ConfigurationError` if it cannot be asked for its model."""
+    """Return a running server; ConfigurationError if it does not tell its model."""
     return Subject(name, url, first_model(url))
 
 
@@ -187,9 +184,9 @@ def running(name: str, url: str) -> Subject:
 def started(
     mode: Mode, checkpoint: Path, accelerator: Accelerator, plan: Plan, arguments: Sequence[str], tell: Progress
 ) -> Iterator[Subject]:
-    """A server of a mode that can take a plan, while the context lasts. Raises as `visionaccel_bench.server.serve`.
+    """Start a server of a mode that can take a plan. Raises the errors of `visionaccel_bench.server.serve`.
 
-    Of an argument that is given twice, the one among `arguments` counts.
+    vLLM uses the last of an argument that is given twice, so `arguments` override those set here.
     """
     sequences = max(_LEAST_SEQUENCES, plan.streams + plan.images)
     fixed = ("--max-num-seqs", str(sequences), "--limit-mm-per-prompt", json.dumps({"image": 1, "video": 0}))
@@ -205,7 +202,7 @@ def started(
 def _sent(
     subject: Subject, load: Load, tell: Progress, what: str, *, new: bool = True, one_by_one: bool = False
 ) -> Run:
-    """Send a load; see `measure`. `new` is whether the server has not seen its images before."""
+    """Send a load; see `measure`. `new` is whether its images are new to the server."""
     tell(f"{subject.name}: {what}")
     before = subject.encodes()
     try:
