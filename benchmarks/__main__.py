@@ -1,4 +1,4 @@
-"""`python -m benchmarks [NAME...]`: run all benchmarks, or those named; `--json FILE` keeps the figures."""
+"""`python -m benchmarks [NAME...]`: run all benchmarks, or those named; `--json FILE` writes the figures."""
 
 import argparse
 import json
@@ -41,7 +41,7 @@ BOUNDS = {
     "guard, metrics on and timing off, % of the encode": 1,
     **soak.BOUNDS,
 }
-"""Figures that the project promises to stay under; beyond one, the exit status is 1."""
+"""Figures that the project promises not to exceed. If one does, the exit status is 1."""
 
 
 def main() -> None:
@@ -51,7 +51,7 @@ def main() -> None:
     arguments = parser.parse_args()
     unknown = set(arguments.names) - set(BENCHMARKS)
     if unknown:
-        parser.error(f"no benchmark is named {', '.join(sorted(unknown))}")
+        parser.error(f"unknown benchmark {', '.join(sorted(unknown))}. Choose {', '.join(BENCHMARKS)}.")
     console, figures = Console(), {}
     for name in arguments.names or BENCHMARKS:
         with console.status(name):

@@ -1,8 +1,8 @@
-"""The adapter's own cost: everything in vLLM's `visual` besides the backend's run, as a share of the whole.
+"""The adapter's own cost: everything in vLLM's `visual` except the backend's run, as a share of the whole.
 
-448x448 pixels (1,024 patches) through a tower of the 7B shape with random bfloat16 weights on `onnxrt`. Floor: the
-adapter must look at each patch once (2.4 MB in bfloat16) and widen it to float32 (4.8 MB), under 1 ms at 10 GB/s, with
-1.36 TFLOP in the encode.
+448x448 pixels (1,024 patches) through a tower of the 7B shape with random bfloat16 weights on `onnxrt`. Lower bound:
+the adapter must read each patch once (2.4 MB in bfloat16) and widen it to float32 (4.8 MB), which takes under 1 ms at
+10 GB/s. The encode has 1.36 TFLOP.
 """
 
 import os

@@ -1,8 +1,8 @@
 """The C++ bridge's own cost: a call through bridge and simulator, minus the simulator's own computation.
 
-The edges are those of the 7B tower at 58x74, float32 [1073, 4, 1280] in and [1073, 3584] out; in between lies one block
-instead of 32, which is not counted. Floor: the bridge touches the output once, to poison it (15 MB, half a millisecond
-at 30 GB/s), and does that while the host works; what is left is the description of two tensors.
+Inputs and outputs are those of the 7B tower at 58x74, float32 [1073, 4, 1280] and [1073, 3584]; between them is one
+block instead of 32, whose time is not counted. Lower bound: the bridge writes the output once, to poison it (15 MB,
+half a millisecond at 30 GB/s), while the host works; apart from that it only describes two tensors.
 """
 
 import statistics

@@ -1,4 +1,4 @@
-"""Time and memory of writing the 7B tower's ONNX graph. No weight is read, so the weights file may be a hole."""
+"""Time and memory of writing the 7B tower's ONNX graph. No weight is read, so the weights file is a hole."""
 
 import json
 import subprocess

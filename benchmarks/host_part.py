@@ -1,8 +1,8 @@
 """The host's part of a split program: patch embedding and window reorder of a 58x74 image in the 7B shape.
 
-Floor: 4,292 x 1,176 x 1,280 is 12.9 GFLOP; at the peak of a matrix product that is all there is, for the reorder moves
-20 MB, a millisecond or two. The fastest known way is oneDNN's product over a weight that was packed before, and torch's
-gather: it is measured here in the same run, alternating, and what is reported is the ratio to it.
+Lower bound: 4,292 x 1,176 x 1,280 is 12.9 GFLOP at the peak of a matrix product; the reorder moves 20 MB, which takes
+only a millisecond or two. The fastest known way is oneDNN's product with a weight that is already packed, and torch's
+gather. It is measured in turns in the same run, and the figure is the ratio to it.
 """
 
 import statistics
@@ -55,9 +55,9 @@ def _fastest(weight: torch.Tensor, order: torch.Tensor) -> Callable[[torch.Tenso
 
 
 def _medians(ways: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
-    """Seconds of each way, measured in turns so that a busy machine slows all alike.
+    """Return the median seconds of each way, measured in turns so that a busy machine slows all of them equally.
 
-    Each turn begins with a call that is not measured: the threads of the way before may still be spinning.
+    Each turn begins with a call that is not measured: threads of the previous way may still be spinning.
     """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(RUNS):

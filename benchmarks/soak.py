@@ -1,11 +1,11 @@
 """Thousands of requests to a vLLM engine in the pipelined mode, whose device fails and hangs, while clients give up.
 
-5 % of the images fail on the device, 5 % hang past the deadline, 10 % of the requests are aborted; sizes are random,
-some prompts have two images or none, some images come again. The device is simulated: it computes, sleeps a little, and
-fails as configured. All requests are answered once without faults first, so that each one's right answer is known.
+5 % of the images fail on the device, 5 % hang past the deadline, and 10 % of the requests are aborted. Sizes are
+random, some prompts have two images or none, and some images are repeated. The device is simulated: it computes, sleeps
+briefly, and fails as configured. All requests are first answered once without faults, to learn the correct answers.
 
-Every request must end: with its right answer, or with its own error, or aborted. The engine runs in this process, so
-the time that its scheduler spends in the connector is measured where it is spent.
+Every request must end: with its correct answer, with its own error, or aborted. The engine runs in this process, so
+that the time of its scheduler in the connector can be measured.
 
 `python -m benchmarks.soak --requests 2000`
 """
@@ -36,12 +36,12 @@ DEADLINE = 1.0
 FAILS = {"share": 0.05, "seed": 1, "do": "raise"}
 HANGS = {"share": 0.05, "seed": 2, "do": "hang", "seconds": 1.3}
 SETTLED_AFTER = 0.25
-"""Share of the requests after which memory must not grow; growth is that of a line fitted from there on."""
+"""Share of the requests after which memory must not grow; a line is fitted from there on, and its growth counts."""
 CALLS = (
     "ensure_cache_available", "has_cache_item", "update_state_after_alloc", "build_connector_meta", "take_failures",
     "take_unavailable_requests", "request_finished", "has_pending_push_work", "update_connector_output",
 )  # fmt: skip
-"""What vLLM's scheduler calls of the connector."""
+"""The methods of the connector that vLLM's scheduler calls."""
 
 ABOUT_IMAGES = ("ensure_cache_available", "has_cache_item", "update_state_after_alloc")
 BOUNDS = {
@@ -49,19 +49,19 @@ BOUNDS = {
     "descriptors gained once settled": 0.0,
     "connector calls of a step, ms (p99)": 1.0,
 }
-"""What the figures must stay within."""
+"""The maximum of each figure."""
 
 
 @dataclass
 class Asked:
-    """One request: what is asked, what may become of it, and what did.
+    """One request: its contents, how it may end, and how it did.
 
     Attributes:
         seeds: Its images.
         aborted_after: Steps after which its client gives up; None for never.
-        fails: An image of it fails on the device.
-        hangs: An image of it hangs; an equal image that comes later may find the late answer in the cache.
-        tokens: What it was answered.
+        fails: One of its images fails on the device.
+        hangs: One of its images hangs; a later request with an equal image may find the late result in the cache.
+        tokens: Its answer.
         ending: How it ended.
     """
 
@@ -74,17 +74,17 @@ class Asked:
 
 
 class Times:
-    """How often something took how long, in microseconds; of bounded size, for memory is watched."""
+    """A histogram of durations in microseconds. Its size is bounded, because memory is measured."""
 
     def __init__(self) -> None:
         self.counts: Counter[int] = Counter()
 
     def add(self, seconds: float) -> None:
-        """Count one more."""
+        """Add a duration."""
         self.counts[int(seconds * 1e6)] += 1
 
     def quantile_ms(self, share: float) -> float:
-        """Milliseconds within which that share of them stayed."""
+        """Return the milliseconds that this share of the durations does not exceed."""
         left = share * self.counts.total()
         for microseconds, number in sorted(self.counts.items()):  # noqa: B007
             left -= number
@@ -95,7 +95,7 @@ class Times:
 
 @dataclass
 class Clock:
-    """Time spent in the connector, call by call, and by steps that asked it about an image or were given one."""
+    """Time in the connector: of each call, and of each step that asked about an image."""
 
     calls: Times = field(default_factory=Times)
     steps: Times = field(default_factory=Times)
@@ -108,8 +108,8 @@ class Clock:
             setattr(connector, name, self._timed(getattr(connector, name), name in ABOUT_IMAGES))
 
     def step_ended(self) -> None:
-        """A step of the engine is over."""
-        if self._media:  # the many idle ones would hide the others
+        """Count the step that just ended."""
+        if self._media:  # the many other steps would hide these
             self.steps.add(self._step)
         self._step, self._media = 0.0, False
 
@@ -132,10 +132,10 @@ def measure() -> dict[str, float]:
 
 
 def soak(requests: int) -> dict[str, float]:
-    """Run it and return the figures.
+    """Run the requests and return the figures.
 
     Raises:
-        AssertionError: If a request did not end as it may, or something is left.
+        AssertionError: A request ended in a wrong way, or something was not cleaned up.
     """
     with tempfile.TemporaryDirectory() as folder:
         switch = Path(folder, "faults.json")
@@ -173,7 +173,7 @@ def _engine() -> Iterator[Any]:
             mm_processor_kwargs={"max_pixels": 308 * 308},
             max_num_batched_tokens=512,
             mm_processor_cache_gb=0.02,
-            num_gpu_blocks_override=256,  # all of them are in use soon, or their first use would look like growth
+            num_gpu_blocks_override=256,  # few, so that all are soon in use: the first use of a block looks like growth
             disable_log_stats=True,
         )
     )
@@ -220,7 +220,7 @@ def _soak(engine: Any, switch: Path, requests: int) -> dict[str, float]:
     places = np.linspace(0.0, 1.0, len(settled))
     engine.engine_core.shutdown()
     left = [thread.name for thread in threading.enumerate() if thread.name.startswith("visionaccel-")]
-    left = [name for name in left if name != "visionaccel-background"]  # it publishes while the process lives
+    left = [name for name in left if name != "visionaccel-background"]  # it publishes until the process ends
     assert not left, f"threads are left: {left}"
     return {
         "requests": requests,
@@ -259,7 +259,7 @@ def _plan(requests: int) -> list[Asked]:
 def _run(
     engine: Any, plan: list[Asked], clock: Clock | None = None, at: Callable[[int], None] = lambda _: None
 ) -> list[Asked]:
-    """Ask everything, some at a time, until all of it has ended."""
+    """Send all requests, some at a time, until all have ended."""
     scheduler = engine.engine_core.engine_core.scheduler
     waiting = list(enumerate(plan))[::-1]
     going: dict[str, tuple[Asked, int]] = {}
@@ -323,7 +323,7 @@ def _struck(pixels: Any, rule: dict[str, Any]) -> bool:
 
 
 def _verdict(request: Asked, right: list[int]) -> str:
-    """How a request ended, or that it should not have ended like that."""
+    """Return how a request ended, with `wrong` if it must not end that way."""
     answered = request.tokens == right
     match request.ending:
         case "length" if answered and request.fails:
@@ -339,7 +339,7 @@ def _verdict(request: Asked, right: list[int]) -> str:
 
 
 def _return_free_memory() -> None:
-    """Have the C library return what it holds free, or its growing collection of odd sizes would look like a leak.
+    """Make the C library return its free memory to the system: its fragments would look like a leak.
 
     Without this, resident memory grows by about 30 MB over the same requests, in steps, and stays there.
     """
@@ -349,7 +349,7 @@ def _return_free_memory() -> None:
 
 
 def _memory() -> float:
-    """Memory of this process and its children that is theirs alone, MB: other processes do not change it."""
+    """Return the anonymous memory of this process and its children in MB; other processes do not affect it."""
     total = 0
     for process in (os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))):
         for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():

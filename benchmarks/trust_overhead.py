@@ -1,11 +1,11 @@
-"""What the output guard, metrics and disabled timing cost, compared with an encode of the 7B tower.
+"""The cost of the output guard, metrics and disabled timing, compared with an encode of the 7B tower.
 
-Floor of the guard: every byte of the output must be read once, 15.4 MB for 1073x3584 float32, so 0.2 ms ask for 77
-GB/s of one core. The figure next to it is what BLAS' scalar product takes for the same bytes, which is as fast as one
-core reads here. What is switched off must cost less than a microsecond: one check whether there are observers.
+Lower bound of the guard: every byte of the output must be read once, 15.4 MB for 1073x3584 float32; in 0.2 ms that is
+77 GB/s on one core. The figure next to it is the time of BLAS' scalar product for the same bytes, the fastest read of
+one core here. Disabled timing must cost less than a microsecond: one check whether there are observers.
 
-The parts are measured on a session that answers at once, in turns with and without them, since a difference of
-microseconds cannot be seen in an encode of seconds; that encode, of 1,024 patches, is measured for the share.
+The parts are measured in turns with and without them, on a session that answers immediately: a difference of
+microseconds does not show in an encode of seconds. That encode, of 1,024 patches, is measured for the share.
 """
 
 import statistics
@@ -34,7 +34,7 @@ TURNS, ENCODES = 200, 3
 
 
 class _Instant(Session):
-    """Answers at once, with rows that are right by their looks."""
+    """Answers immediately with plausible rows."""
 
     capabilities = Capabilities(device="cpu", precision="float32")
 
@@ -49,7 +49,7 @@ class _Instant(Session):
 
 
 class _Nothing(Encoder):
-    """Encodes nothing, so that what is around an encode can be measured."""
+    """Encodes nothing, so that the code around an encode can be measured."""
 
     def _encode(self, patches: Array, grids: Iterable[GridLike], lap: object = None) -> tuple[Array, tuple[Grid, ...]]:  # noqa: ARG002
         return patches, ()
@@ -122,7 +122,7 @@ def _look(spec: TensorSpec, rows: Array) -> None:
 
 
 def _in_turns(one: Callable[[], object], other: Callable[[], object], turns: int = TURNS) -> tuple[float, float]:
-    """Median seconds of each, measured in turns."""
+    """Return the median seconds of each call, measured in turns."""
     one()
     other()
     found: tuple[list[float], list[float]] = ([], [])

@@ -434,7 +434,7 @@ def test_what_the_fault_suite_writes_is_shown(tmp_path):
         **kind, moment="beside", answered="nothing", lost=1, wrong=2, recovery_seconds=None, passed=False,
         detail="It hung.",
     )  # fmt: skip
-    document = FaultSuite(created="2026-01-02T03:04:05", simulated=True, rows=(right, wrong)).model_dump()
+    document = asdict(FaultSuite(created="2026-01-02T03:04:05", simulated=True, rows=(right, wrong)))
     report = make_report(read_inputs(faults=made.write(tmp_path / "faults.json", document)), diagnosis(), "A machine")
     section = report.sections[-1]
     assert section.status == "failure"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -66,11 +67,11 @@ def faults(
                 rows.append(row)
                 if not row.passed:
                     messages.print(f"FAILED {cell}: {row.detail}", highlight=False, soft_wrap=True)
-    suite = FaultSuite(created=created, simulated=True, rows=tuple(rows))
-    write_json(suite.model_dump(), output)
+    document = asdict(FaultSuite(created=created, simulated=True, rows=tuple(rows)))
+    write_json(document, output)
     failed, missing = sum(not row.passed for row in rows), len(cells) - len(rows)
     if as_json:
-        print_json(suite.model_dump())
+        print_json(document)
     else:
         table = fault_table(rows, without=("expected", "wrong", "detail"), title="Faults of a SIMULATED device")
         print_blocks([table])

@@ -71,7 +71,7 @@ class Work:
     """Answers requests; `open` must come before `encode`."""
 
     def __init__(self) -> None:
-        self._opened: Opened | None = None
+        self.opened: Opened | None = None
         self._prepared: tuple[str, Any] = ("", None)
 
     def open(
@@ -81,16 +81,16 @@ class Work:
         """Open a contender and describe it."""
         given = open_source(source)
         if kind == "backend":
-            self._opened = _open_backend(name, given, device, options, threads, deadline)
+            self.opened = _open_backend(name, given, device, options, threads, deadline)
         else:
-            self._opened = open_peer(name, given.tower, options, threads)
-        return {name: getattr(self._opened, name) for name in ("device", "precision", "about", "simulated")}
+            self.opened = open_peer(name, given.tower, options, threads)
+        return {name: getattr(self.opened, name) for name in ("device", "precision", "about", "simulated")}
 
     def encode(self, patches: str, grid: list[int], at_least: float, save: str | None) -> dict[str, Any]:
         """Encode once, or as often as begins within `at_least` seconds; `save` is a file for the embeddings."""
-        assert self._opened is not None
+        assert self.opened is not None
         if self._prepared[0] != patches:  # a turn must not begin with reading a file
-            self._prepared = (patches, self._opened.prepare(np.load(patches)))
+            self._prepared = (patches, self.opened.prepare(np.load(patches)))
         prepared, wanted = self._prepared[1], Grid(*grid)
         seconds: list[float] = []
         used = processor_seconds()
@@ -98,7 +98,7 @@ class Work:
         while not seconds or sum(seconds) < at_least:
             output = None
             started = time.perf_counter()
-            output = self._opened.run(prepared, wanted)
+            output = self.opened.run(prepared, wanted)
             seconds.append(time.perf_counter() - started)
         ended, used = time.monotonic(), processor_seconds() - used
         if save is not None:
@@ -127,11 +127,6 @@ class Work:
         if why_not_packed(torch.bfloat16) is None:
             dtypes["bfloat16"] = torch.bfloat16
         return {"rates": {name: max(_rate(dtype, *shape) for shape in shapes) for name, dtype in dtypes.items()}}
-
-    def close(self) -> None:
-        """Close what is open."""
-        if self._opened is not None:
-            self._opened.close()
 
 
 def _open_backend(
@@ -280,7 +275,8 @@ def main() -> None:
                 answer = {"error": f"{type(error).__name__}: {error}"}
             connection.send_bytes(json.dumps(answer).encode())
     with suppress(Exception):
-        work.close()
+        if work.opened is not None:
+            work.opened.close()
     # Without clean-up, in which some runtimes hang or crash.
     sys.stdout.flush()
     os._exit(0)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Annotated, Literal, TypeAlias, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from visionaccel_bench.blocks import DASH, Table
 
@@ -26,7 +26,6 @@ Change: TypeAlias = Literal["replaced", "rewritten"]
 
 FAULTS: tuple[Fault, ...] = get_args(Fault)
 MOMENTS: tuple[Moment, ...] = get_args(Moment)
-_DOCUMENT = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 _DEADLY: frozenset[Fault] = frozenset({"exit", "abort"})
 
 
@@ -107,7 +106,8 @@ def _cells_of(serving: Serving) -> Iterator[Cell]:
             yield Cell(serving, fault, "restart")
 
 
-class FaultRow(BaseModel):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FaultRow:
     """The outcome of one fault in one kind of server.
 
     Attributes:
@@ -122,8 +122,6 @@ class FaultRow(BaseModel):
         detail: The checks that did not.
     """
 
-    model_config = _DOCUMENT
-
     fault: str
     moment: str
     mode: Mode
@@ -131,21 +129,20 @@ class FaultRow(BaseModel):
     fallback: bool | None = None
     expected: str
     answered: str
-    lost: int = Field(ge=0)
-    wrong: int = Field(0, ge=0)
-    recovery_seconds: float | None = Field(ge=0)
+    lost: Annotated[int, Field(ge=0)]
+    wrong: Annotated[int, Field(ge=0)] = 0
+    recovery_seconds: Annotated[float, Field(ge=0)] | None
     passed: bool
     detail: str = ""
 
 
-class FaultSuite(BaseModel):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FaultSuite:
     """All faults, at least one. `created` is a time in ISO 8601."""
-
-    model_config = _DOCUMENT
 
     created: str
     simulated: bool = False
-    rows: tuple[FaultRow, ...] = Field(min_length=1, max_length=5000)
+    rows: Annotated[tuple[FaultRow, ...], Field(min_length=1, max_length=5000)]
 
 
 _COLUMNS: dict[str, Callable[[FaultRow], str]] = {

@@ -218,24 +218,22 @@ class _CellRun:
         )
 
     def _struck(self, victims: Sequence[int], neighbours: Sequence[int]) -> list[tuple[int, Answer]]:
+        """Plant the fault and ask about the victims, and about the neighbours at the same time."""
         fault, moment = self.cell.fault, self.cell.moment
-        everything = {"all": True, "do": fault}
-        if fault == "drift":
-            self._plant([everything])
-            if not _within(_ENOUGH, lambda: self._metrics(_BREAKER) >= 1):  # no answer shows it; the canary does
+        if fault == "drift" or moment == "repeated":
+            self._plant([{"all": True, "do": fault}])
+            # No answer shows drift; the canary detects it.
+            if fault == "drift" and not _within(_ENOUGH, lambda: self._metrics(_BREAKER) >= 1):
                 self.problems.append("The canary did not detect it.")
-        elif moment == "repeated":
-            self._plant([everything])
-        elif moment == "restart":
-            self._plant([self.images.rule(fault, victims[0], [])])
-            first = self._ask(victims[0])  # ends the process; the next one gives wrong answers from its start
-            self._plant([{"all": True, "do": "drift"}])
-            return [(victims[0], first), (victims[1], self._ask(victims[1]))]
         else:
             if moment in _OF_FALLBACK:
                 rules, _ = _OF_FALLBACK[moment]
                 _fallback_switch(self.switch).write_text(json.dumps(rules))
             self._plant([self.images.rule(fault, victims[0], neighbours)])
+        if moment == "restart":
+            first = self._ask(victims[0])  # ends the process; the next one gives wrong answers from its start
+            self._plant([{"all": True, "do": "drift"}])
+            return [(victims[0], first), (victims[1], self._ask(victims[1]))]
         if moment != "beside":
             return [(victim, self._ask(victim)) for victim in victims]
         with text_stream(self.server.url, self.server.model) as problems, ThreadPoolExecutor(8) as pool:
