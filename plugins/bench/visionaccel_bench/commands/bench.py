@@ -42,11 +42,6 @@ _SIZE = re.compile(r"([1-9]\d{1,3})x([1-9]\d{1,3})")
 _NAMED_URL = re.compile(r"(?:(?P<name>[\w.-]+)=)?(?P<url>https?://\S+)")
 
 
-@bench.callback()
-def _group() -> None:
-    pass
-
-
 bench.command()(encode)
 bench.command()(placement)
 
@@ -153,7 +148,7 @@ def serve(
         accelerator, device_time = _timed(plan, folder, accelerator, chosen, latency, device_seconds)
         report, taken = _started(plan, folder, accelerator, chosen, device_time, arguments)
     document = {**asdict(report), "timeline": timeline}
-    write_json(document, output)  # before what may fail
+    write_json(document, output)  # before the picture, which may fail
     if timeline is not None:
         about = " (device SIMULATED)" if report.simulated else ""
         plot_timeline({name: each.mixed[0] for name, each in taken.items()}, timeline, f"Text and images{about}")

@@ -98,7 +98,7 @@ def encode(
         raise SettingsError("there is nothing to compare.", hint="Pass --backend or --peer.")
     report = _measured(source, preset, depth, _grids(grid, grids), contenders, rounds, threads, deadline)
     document = {**asdict(report), "plot": plot}
-    write_json(document, output)  # before what may fail
+    write_json(document, output)  # before the picture, which may fail
     if plot is not None:
         plot_latency(report, plot)
     if as_json:
