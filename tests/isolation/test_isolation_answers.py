@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_isolation import QUICK, TRICKS, Device, X, runs
+from test_isolation import QUICK, TRICKS, Device, X, runs, same
 
 from fake_plugins import install
 from mutations import damage, damaged, mutations
@@ -158,6 +158,12 @@ HOSTILE = TRICKS.replace(
         import base64
         os.write(int(sys.argv[2]), base64.b64decode(trick.removeprefix("send ")))
         time.sleep(100)
+    elif trick == "enlarge":
+        for fd in sys.argv[3:5]:
+            os.ftruncate(int(fd), 2**62)
+    elif trick == "seal":
+        import fcntl
+        fcntl.fcntl(int(sys.argv[3]), fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
     elif trick == "log on":
         while True:
             os.write(int(sys.argv[5]), b"x" * 65536)
@@ -205,6 +211,36 @@ def test_a_process_that_sends_no_answer_is_ended_and_started_anew(device, data, 
     assert "sent an invalid answer" in caplog.text
     runs(session)
     assert session.pid != former
+
+
+def test_a_process_that_enlarges_the_memory_without_limit_fails_no_call(device):
+    session = device.open()
+    runs(session)
+    device.will("enlarge")
+    for rows in (1, 3, 50_000):
+        given = {"x": np.arange(rows, dtype=np.float64), "y": np.ones((rows, 7), np.float32)}
+        same(session.run(given), given)
+    assert session.restarts == 0
+
+
+def test_a_process_cannot_keep_its_parent_from_enlarging_the_memory(device):
+    session = device.open()
+    device.will("seal")
+    with pytest.raises(DeviceError, match="Operation not permitted"):
+        session.run(X)
+    runs(session)
+
+
+@pytest.mark.parametrize(("shape", "offset"), [([2**40], 0), ([1], 2**40), ([0], 2**62)], ids=str)
+def test_a_process_whose_arrays_are_not_in_its_memory_is_ended(device, shape, offset, caplog):
+    session = device.open()
+    runs(session)
+    place = {"name": "x", "dtype": "|u1", "shape": shape, "offset": offset}
+    will_send(device, framed(json.dumps({"arrays": [place]}).encode()))
+    with pytest.raises(DeviceLostError, match="was ended by SIGKILL"):
+        session.run(X)
+    assert "sent an invalid answer" in caplog.text
+    runs(session)
 
 
 def test_what_would_run_a_command_when_unpickled_runs_none(device, tmp_path):

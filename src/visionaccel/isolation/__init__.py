@@ -1,14 +1,6 @@
-"""Code of vendors in child processes: what kills or hangs it costs the calls in progress, and nothing else."""
+"""Vendor code in child processes: if it crashes or hangs, only the calls in progress fail."""
 
 from visionaccel.isolation.check_process import CheckProcess, as_finding, give_up_after, write_findings
-from visionaccel.isolation.session import IsolatedSession
-from visionaccel.isolation.supervisor import Limits
+from visionaccel.isolation.supervisor import IsolatedSession, Limits
 
-__all__ = [
-    "CheckProcess",
-    "IsolatedSession",
-    "Limits",
-    "write_findings",
-    "as_finding",
-    "give_up_after",
-]
+__all__ = ["CheckProcess", "IsolatedSession", "Limits", "as_finding", "give_up_after", "write_findings"]

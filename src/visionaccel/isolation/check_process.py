@@ -1,7 +1,6 @@
-"""Checks that run in a child process: what they find, or how the process ended without an answer.
+"""Runs checks in a child process and returns what they find, or how the process ended without an answer.
 
-The answer comes in a file, as vendors' libraries may print anything to stdout and stderr. Of what is printed only the
-end is kept.
+The answer comes in a file, because vendor libraries may print anything to stdout and stderr.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, Self, get_args
 
 from visionaccel.backends import Finding
@@ -31,17 +29,17 @@ _MOST_ANSWER = 4 * 2**20
 _KEPT = 4096
 _SHOWN = 200
 _READER_SECONDS = 1.0
-_WORDS = {"SIGSEGV": "a segmentation fault", "SIGABRT": "an abort", "SIGKILL": "killed, as where memory runs out"}
+_WORDS = {"SIGSEGV": "a segmentation fault", "SIGABRT": "an abort", "SIGKILL": "killed, perhaps for lack of memory"}
 
 
 class CheckProcess:
-    """A module that runs checks in a child process. Leaving the context ends it.
+    """A child process that runs the checks of a module. Leaving the context ends it.
 
     Args:
-        name: What is checked, for findings about the child itself.
-        module: Run as `python -m`; it gets the answer's file, the limit and the arguments, see `write_findings`.
-        arguments: What else it gets.
-        limit: Seconds from now until it is ended.
+        name: What is checked; the name of findings about the child itself.
+        module: Run as `python -m MODULE FILE LIMIT ARGUMENTS...`; it writes its answer with `write_findings`.
+        arguments: Further arguments of the module.
+        limit: Seconds from now until the child is killed.
         environment: Its environment; None for this process's.
     """
 
@@ -53,13 +51,13 @@ class CheckProcess:
         limit: float,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        self._name, self._limit, self._started = name, limit, time.monotonic()
+        self._name, self._limit, self._until = name, limit, time.monotonic() + limit
         self._tail = bytearray()
         self._child: ChildGroup | None = None
         self._ended = False
-        self._left = ExitStack()
+        self._folder = ExitStack()
         try:
-            self._answer = self._left.enter_context(temporary_folder("visionaccel-doctor-")) / "answer.json"
+            self._answer = self._folder.enter_context(temporary_folder("visionaccel-doctor-")) / "answer.json"
             self._child = ChildGroup(
                 [sys.executable, "-P", "-m", module, str(self._answer), f"{limit:g}", *arguments],
                 environment=environment,
@@ -74,18 +72,16 @@ class CheckProcess:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._end()
-        self._left.close()
+        self._folder.close()
 
     def findings(self) -> list[Finding]:
-        """Its findings, once it has ended or its time is over; and one more if it did not end as it should."""
+        """Wait for the child and return its findings, and one more if the child failed or ran out of time."""
         if self._child is None:
-            detail = f"a process to check in cannot be started: {self._problem}"
-            return [Finding(self._name, "failure", detail, "Look at the limits of this machine and its user.")]
-        in_time = self._child.exits_within(self._started + self._limit - time.monotonic())
+            detail = f"no process can be started for the checks: {self._problem}"
+            return [Finding(self._name, "failure", detail, "Check the limits of this machine and its user.")]
+        in_time = self._child.exits_within(self._until - time.monotonic())
         self._end()
         how, fix = _ending(self._child.status if in_time else None, self._limit)
         lines = bytes(self._tail).decode(errors="replace").strip().splitlines()
@@ -100,11 +96,11 @@ class CheckProcess:
         except (OSError, ValueError, RecursionError) as error:
             return [Finding(self._name, "failure", f"its answer cannot be read: {one_line(str(error))}", fix)]
         if not in_time or self._child.status != 0:
-            found.append(Finding(f"end of {self._name}", "warning", f"it answered, and then {how}{printed}", fix))
+            found.append(Finding(f"end of {self._name}", "warning", f"it answered, but then {how}{printed}", fix))
         return found
 
     def _end(self) -> None:
-        """End its whole group, once: what it started in turn must not stay behind either."""
+        """End the child and the processes that it started; once, because a child stuck in a driver takes seconds."""
         if self._child is not None and not self._ended:
             self._ended = True
             self._child.end()
@@ -119,10 +115,10 @@ def _keep_end(stream: IO[bytes], tail: bytearray) -> None:
 
 
 def _ending(status: int | None, limit: float) -> tuple[str, str]:
-    """How a child ended, where None stands for the end of its time, and what to do about it."""
+    """Describe how a child ended (None: it ran out of time) and what to do about it."""
     if status is None:
-        fix = "Look at its driver, and at the kernel's log (dmesg); if it only is slow, pass a longer --limit."
-        return f"it did not end within {limit:g} s and was ended", fix
+        fix = "Check its driver and the kernel's log (dmesg). If it is only slow, pass a longer --limit."
+        return f"it did not end within {limit:g} s and was killed", fix
     fix = "Reinstall it and its vendor's runtime, or tell its authors; the kernel's log (dmesg) may say more."
     if status >= 0:
         return f"its process {how_it_ended(status)}", fix
@@ -132,7 +128,7 @@ def _ending(status: int | None, limit: float) -> tuple[str, str]:
 
 
 def give_up_after(seconds: float) -> None:
-    """Have the system end this process, should its parent be gone by then; and leave no core file behind."""
+    """Have the system end this process soon after that time, in case its parent is gone; disable core files."""
     with suppress(ImportError, OSError, ValueError):
         import resource
 
@@ -141,7 +137,7 @@ def give_up_after(seconds: float) -> None:
 
 
 def write_findings(file: str, findings: Sequence[Finding]) -> None:
-    """Write a child's answer, all at once."""
+    """Write a child's answer, atomically."""
     rows = [asdict(finding) for finding in findings]
     unfinished = Path(f"{file}.part")
     unfinished.write_text(json.dumps(rows, default=str), encoding="utf-8")
@@ -149,7 +145,11 @@ def write_findings(file: str, findings: Sequence[Finding]) -> None:
 
 
 def as_finding(row: Any) -> Finding:
-    """An untrusted `Finding`, or mapping of its fields, with text safe to print; ValueError if it is neither."""
+    """Check an untrusted `Finding`, or mapping of its fields, and make its text safe to print.
+
+    Raises:
+        ValueError: If it is neither.
+    """
     if isinstance(row, Finding):
         row = asdict(row)
     if not isinstance(row, Mapping) or row.get("status") not in get_args(Status):

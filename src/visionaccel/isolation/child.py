@@ -1,7 +1,7 @@
 """The child: `python -m visionaccel.isolation.child PARENT SOCKET INPUTS OUTPUTS RECORDS`, started by `process`.
 
 The arguments are the parent's process id and inherited file descriptors: a socket for small messages, two memory files
-for arrays, and a pipe for log records. The first memory file holds what is to be opened.
+for arrays, and a pipe for log records. The first memory file contains the request to open a program.
 """
 
 from __future__ import annotations
@@ -31,15 +31,14 @@ _LINE_BUFFERED = 1
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Open what the parent asks for, then run it until the parent hangs up."""
+    """Open the program that the parent asks for, then run it until the parent hangs up."""
     parent, *fds = map(int, arguments)
     end_with_parent(parent)
-    # Not for programs that the vendor's code starts: they would keep the socket open after this process died.
+    # Programs that vendor code starts must not inherit them: they would keep the socket open after this process died.
     for fd in fds:
         os.set_inheritable(fd, False)
-    # Ctrl-C is for the parent, which ends this process in its own time.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    faulthandler.enable()  # Python's stack at a crash is among the last lines that the parent quotes.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends this process when it chooses
+    faulthandler.enable()  # the parent quotes the last lines, which show Python's stack after a crash
     _flush_lines()
     socket, inputs, outputs, records = fds
     with Connection(socket) as connection:
@@ -47,32 +46,32 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _flush_lines() -> None:
-    """Make C's stdout flush each line, although it is a pipe: what is in its buffer is lost when a process aborts."""
+    """Make C's stdout flush each line, although it is a pipe: the buffer is lost when a process aborts."""
     libc = ctypes.CDLL(None)
     libc.setvbuf(ctypes.c_void_p.in_dll(libc, "stdout"), None, _LINE_BUFFERED, 0)
 
 
 def _serve(connection: Connection, inputs: SharedArrays, outputs: SharedArrays, records: int) -> None:
+    failed = "the device's process could not open the program"
     try:
         request, session = _open(inputs.fd, records)
+        failed = f"the session of backend {request.backend!r} has invalid capabilities"
+        answer = messages.encoded(messages.Opened(session.capabilities))
     except Exception as error:
-        _answer(connection, _failure(error, "the device's process could not open the program"))
-        return
-    try:
-        _answer(connection, messages.encoded(messages.Opened(session.capabilities)))
-    except Exception as error:
-        _answer(connection, _failure(error, f"backend {request.backend!r} does not say what its session is"))
+        with suppress(OSError):  # the parent hung up
+            connection.send_bytes(_failure(error, failed))
         return
     with suppress(EOFError, OSError):  # the parent may hang up without asking to close
+        connection.send_bytes(answer)
         while call := connection.recv_bytes(messages.MOST_BYTES):
             try:
                 answer = messages.encoded(_run(session, call, inputs, outputs))
             except Exception as error:
                 answer = _failure(error, f"backend {request.backend!r} failed")
-            _answer(connection, answer)
+            connection.send_bytes(answer)
     try:
         session.close()
-    except Exception:  # The parent waits for no answer any more.
+    except Exception:  # the parent no longer waits for an answer
         logging.getLogger(__name__).exception("Backend %r failed to close.", request.backend)
 
 
@@ -85,9 +84,9 @@ def _run(session: Session, call: bytes, inputs: SharedArrays, outputs: SharedArr
 
 
 def _open(inputs: int, records: int) -> tuple[messages.OpenRequest, Session]:
-    """Open what the memory file holds: first the parent's state, without which the rest may not unpickle."""
+    """Open the requested program. The parent's state comes first, because unpickling the request may need it."""
     with open(inputs, "rb", closefd=False) as file:
-        file.seek(0)  # The parent, whose descriptor this is, wrote to the end.
+        file.seek(0)  # the descriptor is shared with the parent, which has written to it
         parent_state: messages.ParentState = pickle.load(file)  # noqa: S301  # nosec B301 # from the parent
         _adopt(parent_state, records)
         request: messages.OpenRequest = pickle.load(file)  # noqa: S301  # nosec B301 # from the parent
@@ -98,7 +97,7 @@ def _open(inputs: int, records: int) -> tuple[messages.OpenRequest, Session]:
 
 def _adopt(parent_state: messages.ParentState, records: int) -> None:
     sys.path[:] = parent_state.search_path
-    # Set for this interpreter's start only; another one that the vendor's code starts would choke on these modules.
+    # Set only to start this interpreter; another interpreter that vendor code starts might fail with these modules.
     os.environ.pop("PYTHONPATH", None)
     if parent_state.python_path is not None:
         os.environ["PYTHONPATH"] = parent_state.python_path
@@ -113,11 +112,6 @@ def _failure(error: Exception, what: str) -> bytes:
             hint="Set VISIONACCEL_FALLBACK to let another backend take over.",
         )
     return messages.encoded(messages.failure_of(error, trace))
-
-
-def _answer(connection: Connection, answer: bytes) -> None:
-    with suppress(OSError):  # The parent hung up; the next receive says so.
-        connection.send_bytes(answer)
 
 
 if __name__ == "__main__":

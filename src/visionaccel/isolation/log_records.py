@@ -1,21 +1,19 @@
-"""Log records that cross a pipe, one line of JSON each, and the pipes' reader.
+"""Sends a child's log records through a pipe, one line of JSON each, and reads what the child logs and prints.
 
-A device's process runs the vendor's code. What it writes is bounded here in every way: the fields, their lengths, the
-names of loggers, and the lines in a second. Nothing of it is formatted by this process.
+A device's process runs vendor code. Everything that it writes is bounded here: the fields, their lengths, the names of
+loggers, and the lines per second. This process does not format any of it.
 """
 
 from __future__ import annotations
 
-import io
 import logging
 import os
-import select
+import selectors
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -29,15 +27,15 @@ _LONGEST_RECORD = 65_536
 _CHUNK = 65_536
 _MOST_LOGGERS = 256
 _BURST, _RATE = 1000.0, 200.0
-"""Lines at once, and lines in a second, that are logged; further ones are counted."""
+"""Lines at once, and lines per second, that are logged; further ones are counted."""
 _PAUSE = 0.01
-"""Seconds without reading after each chunk that was too much: the process that writes it waits for this one."""
+"""Seconds without reading after a chunk with lines that were dropped; the process that writes them has to wait."""
 _REPORTING = 1.0
 _FORMATTER = logging.Formatter()
 
 
 class _Record(BaseModel):
-    """What crosses the pipe of a record."""
+    """The fields of a log record that are sent."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -51,14 +49,14 @@ class _Record(BaseModel):
 
 
 class RecordSender(logging.Handler):
-    """The child's only log handler: sends each record to the parent, which knows what to do with it."""
+    """The child's only log handler: sends each record to the parent, whose logging configuration applies."""
 
     def __init__(self, fd: int) -> None:
         super().__init__()
         self._fd = fd
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Send a record, its message formatted. What `extra` added stays here."""
+        """Send a record with its formatted message, without the attributes that `extra` added."""
         try:
             text = _FORMATTER.format(record)[:_LONGEST_TEXT]
             sent = _Record(
@@ -77,60 +75,52 @@ class RecordSender(logging.Handler):
             self.handleError(record)
 
 
-class _Pipe(io.FileIO):
-    """The read end of a pipe, which also ends once `ended` is set: a process that is not the child may hold it open."""
+class _Lines:
+    """Splits what a pipe yields into lines, and lines of more than `longest` bytes into pieces."""
 
-    def __init__(self, fd: int, ended: threading.Event, idle: Callable[[], None]) -> None:
-        super().__init__(fd)
-        self._ended, self._idle = ended, idle
-        self._readable = select.poll()
-        self._readable.register(fd, select.POLLIN)
+    def __init__(self, longest: int, log: Callable[[bytes], None], shown: Callable[[bytes], str]) -> None:
+        self.longest, self.log, self.shown = longest, log, shown
+        self._rest = bytearray()
 
-    def readinto(self, buffer: Any) -> int:
-        while not self._ended.is_set():
-            if self._readable.poll(_REPORTING * 1000):
-                return super().readinto(buffer) or 0
-            self._idle()
-        return 0
+    def split(self, data: bytes) -> Iterator[bytes]:
+        """Yield the complete lines; for empty `data`, which is the end, also the incomplete last one."""
+        self._rest += data
+        while self._rest:
+            end = self._rest.find(b"\n", 0, self.longest) + 1 or self.longest
+            if data and len(self._rest) < end:
+                return
+            yield bytes(self._rest[:end])
+            del self._rest[:end]
 
 
 class OutputReader:
-    """Reads what a child prints and logs, in a thread for each, and hands it to this process's logging.
+    """Reads what a child prints and logs, in a thread, and passes it to this process's logging.
 
     Args:
         backend: Printed lines go to the logger `visionaccel.device.<backend>`, level INFO.
-        printed: Read end of the pipe that is the child's stdout and stderr; it belongs to this object.
-        records: Read end of the pipe of a `RecordSender`; it belongs to this object.
+        printed: Read end of the pipe that is the child's stdout and stderr; this object closes it.
+        records: Read end of the pipe of a `RecordSender`; this object closes it.
     """
 
     def __init__(self, backend: str, printed: int, records: int) -> None:
         self._logger = safe_logger(f"visionaccel.device.{backend}")
         self._tail: deque[tuple[Callable[[bytes], str], bytes]] = deque(maxlen=_TAIL)
         self._names: set[str] = set()
-        self._lock = threading.Lock()
         self._allowance, self._filled = _BURST, time.monotonic()
         self._dropped, self._reported = 0, time.monotonic()
         self._ended = threading.Event()
-        pipes = [_Pipe(fd, self._ended, self._report) for fd in (printed, records)]
-        ways = (
-            (pipes[0], _LONGEST_LINE, self._log_line, _shown_line),
-            (pipes[1], _LONGEST_RECORD, self._log_record, _shown_record),
+        self._thread = threading.Thread(
+            target=self._read, args=(printed, records), name="visionaccel-output", daemon=True
         )
-        self._threads = [
-            threading.Thread(target=self._read, args=way, name="visionaccel-output", daemon=True) for way in ways
-        ]
         try:
-            for thread in self._threads:
-                thread.start()
-        except BaseException:  # such as for want of threads
-            self._ended.set()
-            for pipe, thread in zip(pipes, self._threads, strict=True):
-                if thread.ident is None:
-                    pipe.close()
+            self._thread.start()
+        except BaseException:  # such as RuntimeError: no more threads can be started
+            os.close(printed)
+            os.close(records)
             raise
 
     def tail(self) -> tuple[str, ...]:
-        """The last lines, printed or logged, oldest first."""
+        """Return the last lines, printed or logged, oldest first."""
         found = []
         for shown, line in self._tail.copy():
             with suppress(ValueError):  # not a record
@@ -138,52 +128,65 @@ class OutputReader:
         return tuple(found)
 
     def close(self, seconds: float = 0.5) -> None:
-        """Read what is left, for that long at most, and have the pipes closed.
+        """Read what is left, for at most that many seconds, and close the pipes.
 
-        A process that the vendor's code started may keep one open, so its end cannot be waited for.
+        A process that vendor code started may keep a pipe open, so its end may never come.
         """
-        limit = time.monotonic() + seconds
-        for thread in self._threads:
-            thread.join(max(0.0, limit - time.monotonic()))
+        self._thread.join(seconds)
         self._ended.set()
 
-    def _read(self, pipe: _Pipe, longest: int, log: Callable[[bytes], None], shown: Callable[[bytes], str]) -> None:
-        too_much = 0
-        with io.BufferedReader(pipe, _CHUNK) as reader:
-            while line := reader.readline(longest):
-                self._tail.append((shown, line))
-                if self._may_log():
-                    try:
-                        log(line)
-                    except Exception:  # A broken line, or a user's broken log handler: the child must not wait for it.
-                        self._logger.debug("A line of the device's process could not be logged.", exc_info=True)
-                else:
-                    too_much += len(line)
-                if too_much > _CHUNK:
-                    time.sleep(_PAUSE)
-                    too_much = 0
+    def _read(self, printed: int, records: int) -> None:
+        """Read both pipes until they end or `close` gives up, and close them."""
+        sources = {
+            printed: _Lines(_LONGEST_LINE, self._log_line, _shown_line),
+            records: _Lines(_LONGEST_RECORD, self._log_record, _shown_record),
+        }
+        with selectors.PollSelector() as pipes:
+            for fd, source in sources.items():
+                pipes.register(fd, selectors.EVENT_READ, source)
+            while pipes.get_map() and not self._ended.is_set():
+                for key, _ in pipes.select(_REPORTING):
+                    if data := os.read(key.fd, _CHUNK):
+                        self._handle(key.data, data)
+                    else:
+                        pipes.unregister(key.fd)
                 self._report()
+        for fd, source in sources.items():
+            self._handle(source, b"")
+            os.close(fd)
         self._report(0.0)
+
+    def _handle(self, source: _Lines, data: bytes) -> None:
+        """Log the lines, as many as may be logged, and slow down a child that writes too many."""
+        dropped = self._dropped
+        for line in source.split(data):
+            self._tail.append((source.shown, line))
+            if not self._may_log():
+                continue
+            try:
+                source.log(line)
+            except Exception:  # an invalid line, or a user's log handler that raises: the child must not wait for it
+                self._logger.debug("A line of the device's process could not be logged.", exc_info=True)
+        if self._dropped > dropped:
+            time.sleep(_PAUSE)
 
     def _may_log(self) -> bool:
         """Whether one more line may be logged now; counts it if not."""
-        with self._lock:
-            now = time.monotonic()
-            self._allowance = min(_BURST, self._allowance + _RATE * (now - self._filled))
-            self._filled = now
-            allowed = self._allowance >= 1
-            self._allowance -= allowed
-            self._dropped += not allowed
-            return allowed
+        now = time.monotonic()
+        self._allowance = min(_BURST, self._allowance + _RATE * (now - self._filled))
+        self._filled = now
+        allowed = self._allowance >= 1
+        self._allowance -= allowed
+        self._dropped += not allowed
+        return allowed
 
     def _report(self, seconds: float = _REPORTING) -> None:
-        """Log how many lines were not, unless that was done less than some seconds ago."""
-        with self._lock:
-            now = time.monotonic()
-            if not self._dropped or now - self._reported < seconds:
-                return
-            dropped, self._dropped, self._reported = self._dropped, 0, now
-        with suppress(Exception):  # a user's broken log handler
+        """Log how many lines were dropped, unless that was done less than some seconds ago."""
+        now = time.monotonic()
+        if not self._dropped or now - self._reported < seconds:
+            return
+        dropped, self._dropped, self._reported = self._dropped, 0, now
+        with suppress(Exception):  # a user's log handler that raises
             self._logger.warning("%d lines were not logged: the device's process writes too many.", dropped)
 
     def _log_line(self, line: bytes) -> None:
@@ -193,7 +196,7 @@ class OutputReader:
         sent = _Record.model_validate_json(line)
         logger = self._named(sent.name)
         if logger.isEnabledFor(sent.level):
-            # Made here of these fields alone. Without arguments, a message is not formatted.
+            # Has these fields only. A message without arguments is not formatted.
             record = logging.LogRecord(
                 logger.name, sent.level, sent.path, sent.line, lines(sent.text), None, None, sent.function
             )
@@ -201,7 +204,7 @@ class OutputReader:
             logger.handle(record)
 
     def _named(self, name: str) -> logging.Logger:
-        """The logger of that name; for too many names the backend's, because loggers are never given back."""
+        """Return the logger of that name, or the backend's after too many names, because loggers are never freed."""
         if name not in self._names:
             if len(self._names) >= _MOST_LOGGERS or name.count(".") >= _TAIL:
                 return self._logger

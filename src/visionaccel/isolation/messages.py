@@ -1,7 +1,7 @@
-"""What a parent and its child send each other: what to open, pickled by the parent, and everything else as JSON.
+"""Messages between a parent and its child: the parent pickles what to open; everything else is JSON.
 
-A child runs the vendor's code over hostile images. What it sends is therefore never unpickled: it becomes numbers,
-texts and the classes of this module.
+A child runs vendor code on untrusted images. So what it sends is never unpickled: it becomes numbers, texts and the
+classes of this module.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from visionaccel.errors import VisionAccelError
 from visionaccel.isolation.shared_arrays import ArrayPlace, dtype_code
 
 MOST_BYTES = 2**20
-"""Of a message: places of arrays, or an error with its traceback."""
+"""The largest message: the places of arrays, or an error with its traceback."""
 
 _LONGEST_TEXT = 2**14
 
 
 @dataclass(frozen=True, slots=True)
 class ParentState:
-    """The parent's `sys.path` and PYTHONPATH, and the lowest level of log records that it wants.
+    """The parent's `sys.path` and PYTHONPATH, and the lowest level of log records to send.
 
-    The child takes them over before anything else is imported or unpickled.
+    The child applies them before it imports or unpickles anything else.
     """
 
     search_path: tuple[str, ...]
@@ -45,7 +45,7 @@ class ParentState:
 
 @dataclass(frozen=True, slots=True)
 class OpenRequest:
-    """What to open: a program, on a backend's device (None for its default), with the options that were given."""
+    """What to open: a program, on a device of a backend (None for its default), with the given options."""
 
     backend: str
     program: Program
@@ -55,14 +55,14 @@ class OpenRequest:
 
 @dataclass(frozen=True)
 class PackedRequest:
-    """A request that starts children any number of times: its bytes, and the memory files that children inherit."""
+    """A pickled request, for any number of children: its bytes, and the memory files that children inherit."""
 
     data: bytes
     files: tuple[MemoryFile, ...]
 
 
 def packed(request: OpenRequest) -> PackedRequest:
-    """A request to start children with; raises what pickle does if the program or an option cannot be pickled."""
+    """Pickle a request. Raises what pickle raises if the program or an option cannot be pickled."""
     stream = io.BytesIO()
     pickler = _Pickler(stream)
     pickler.dump(request)
@@ -70,7 +70,7 @@ def packed(request: OpenRequest) -> PackedRequest:
 
 
 class _Pickler(pickle.Pickler):
-    """Sends memory files by their descriptors, which a child inherits under the same numbers."""
+    """Pickles memory files as their descriptors, which a child inherits with the same numbers."""
 
     def __init__(self, file: BinaryIO) -> None:
         super().__init__(file, pickle.HIGHEST_PROTOCOL)
@@ -92,7 +92,7 @@ class Opened:
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Where arrays of a call lie: its inputs, or its outputs with the seconds that the child took to put them there."""
+    """Where the arrays of a call are: its inputs, or its outputs with the seconds that the child took to write them."""
 
     arrays: tuple[ArrayPlace, ...]
     writing_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)] = 0.0
@@ -100,9 +100,9 @@ class Places:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An error of a process that lives on, with its traceback as text.
+    """An error after which the child continues, with its traceback as text.
 
-    Its classes are `module:name`, the nearest first; the other process may not have loaded each.
+    `kinds` are its classes as `module:name`, the most specific first; the parent may not have loaded all of them.
     """
 
     kinds: tuple[str, ...]
@@ -116,7 +116,7 @@ _MESSAGES: TypeAdapter[Message] = TypeAdapter(Message, config=ConfigDict(extra="
 
 
 def encoded(message: Message) -> bytes:
-    """A message as it is sent; TypeError if the session's capabilities are not plain values."""
+    """Encode a message. Raises TypeError if the session's capabilities are not plain values."""
     document = asdict(message)
     if isinstance(message, Opened):  # a backend's subclass of Capabilities may have more fields
         document["capabilities"] = {field.name: document["capabilities"][field.name] for field in fields(Capabilities)}
@@ -124,12 +124,12 @@ def encoded(message: Message) -> bytes:
 
 
 def decoded(data: bytes) -> Message:
-    """A message from what was received; ValueError if it is not one."""
+    """Decode a message. Raises ValueError if it is invalid."""
     return _MESSAGES.validate_json(data)
 
 
 def failure_of(error: VisionAccelError, trace: str) -> Failure:
-    """The message that carries an error."""
+    """Make the message for an error."""
     kinds = [kind for kind in type(error).__mro__ if issubclass(kind, VisionAccelError)]
     hint = None if error.hint is None else _sendable(error.hint)
     names = tuple(f"{kind.__module__}:{kind.__qualname__}" for kind in kinds)
@@ -137,29 +137,29 @@ def failure_of(error: VisionAccelError, trace: str) -> Failure:
 
 
 def restored(failure: Failure) -> VisionAccelError:
-    """The error, of the nearest class that this process has loaded, with the child's traceback as a note."""
+    """Make the error, of the most specific class that this process has loaded. A note has the child's traceback."""
     error: VisionAccelError = errors.DeviceError(failure.message, hint=failure.hint)
     for kind in filter(None, map(_class, reversed(failure.kinds))):
-        with suppress(Exception):  # a plug-in's class whose constructor takes something else
+        with suppress(Exception):  # a plug-in's class whose constructor takes other arguments
             error = kind(failure.message, hint=failure.hint)
     error.add_note(f"In the device's process:\n{failure.trace}")
     return error
 
 
 def _class(name: str) -> type[VisionAccelError] | None:
-    """A class by its name. Nothing is imported for it: what this process did not load is none of its errors."""
+    """Return an error class by its name, if this process has loaded it. Imports nothing."""
     module, _, attribute = name.partition(":")
     found = getattr(sys.modules.get(module), "__dict__", {}).get(attribute)
     return found if isinstance(found, type) and issubclass(found, VisionAccelError) else None
 
 
 def _sendable(text: str) -> str:
-    """A text that UTF-8 can hold, cut to a useful length."""
+    """Make a text encodable in UTF-8, and cut it to a useful length."""
     return str(text)[:_LONGEST_TEXT].encode("utf-8", "backslashreplace").decode()
 
 
 def _plain(value: object) -> object:
-    """What JSON has for a dtype, or for one of numpy's scalars, which capabilities may be stated with."""
+    """Convert dtypes, and the numpy scalars that capabilities may contain, for JSON."""
     if isinstance(value, np.dtype):
         return dtype_code(value)
     if isinstance(value, np.generic):

@@ -10,7 +10,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
@@ -29,7 +29,8 @@ from visionaccel.isolation.shared_arrays import SharedArrays
 
 logger = safe_logger(__name__)
 
-_T = TypeVar("_T", messages.Opened, messages.Places)
+_Kind = TypeVar("_Kind", messages.Opened, messages.Places)
+_Result = TypeVar("_Result")
 
 _MODULE = "visionaccel.isolation.child"
 _SLICE = 0.5
@@ -37,27 +38,27 @@ _LINGERING = 1.0
 _REAPING = 3.0
 _UNFINISHED = 5
 _SLOW_OPENING = "Set VISIONACCEL_OPEN_DEADLINE if it needs longer, such as to compile."
-_DOCTOR = "Run `visionaccel doctor`; the kernel's log (dmesg) may say more of the device."
+_DOCTOR = "Run `visionaccel doctor`; the kernel's log (dmesg) may say more about the device."
 _SLOW = "Set VISIONACCEL_DEADLINE if the device needs longer."
-_FALLBACK = "It is started again in the background; set VISIONACCEL_FALLBACK to let another backend take over."
+_FALLBACK = "It is restarted in the background; set VISIONACCEL_FALLBACK to let another backend take over."
 
 
 class _NoAnswerError(Exception):
-    """The child did not answer in time, died, hung up, or sent something else. It has been killed in each case."""
+    """The child died, hung up or sent something invalid, or did not answer in time (`late`). It has been killed."""
 
-    def __init__(self, *, late: bool = False) -> None:
+    def __init__(self, late: bool = False) -> None:
         super().__init__()
         self.late = late
 
 
 class DeviceProcess:
-    """A child process with a session. The thread that makes one must call `reap`, and must not end before.
+    """A child process with a session. The thread that makes it must call `reap` and outlive the child.
 
-    The kernel ends the child with the thread that started it (see `child`), so a short-lived thread would take it away.
+    The kernel ends the child with the thread that started it (see `end_with_parent`).
 
     Attributes:
-        pid: The child's process id, and that of its group.
-        dead: Set once it has been reaped and what it said has been read.
+        pid: The process id of the child and of its group.
+        dead: Set once the child has been reaped and its output has been read.
     """
 
     def __init__(self, backend: str, request: messages.PackedRequest) -> None:
@@ -65,13 +66,13 @@ class DeviceProcess:
         self._exchange = threading.Lock()
         self.dead = threading.Event()
         with ExitStack() as ours, ExitStack() as theirs:
-            # The request is read from memory: sending it would block for good if the child hung before reading.
+            # The child reads the request from memory: sending it would block forever if the child hung before reading.
             self._inputs = SharedArrays.create("visionaccel-inputs", pickle.dumps(_parent_state()) + request.data)
             ours.callback(self._inputs.close)
             self._outputs = SharedArrays.create("visionaccel-outputs")
             ours.callback(self._outputs.close)
             near, far = socket.socketpair()
-            # An answer that is begun and not ended must not be waited for without end.
+            # Do not wait forever for an answer that the child starts to send and does not finish.
             near.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", _UNFINISHED, 0))
             theirs.callback(far.close)
             self._connection = Connection(near.detach())
@@ -89,21 +90,21 @@ class DeviceProcess:
                 environment={**child_environment(), "PYTHONPATH": path},
                 output=prints,
                 pass_fds=pass_fds,
-                guarded=False,  # it ends with this process, and `reap` ends what it started
+                guarded=False,  # the child ends with this process, and `reap` ends what the child started
             )
             self.pid = self._child.pid
             ours.pop_all()
 
     def opened(self, seconds: float) -> Capabilities:
-        """Wait for the session to be open; called once, by the thread that reaps. If it fails, the child is reaped.
+        """Wait for the session to open. Called once, by the thread that reaps; reaps the child on an error.
 
         Raises:
             VisionAccelError: What the backend raised.
-            DeviceLostError: If the child died, or took longer and was killed.
+            DeviceLostError: If the child died, or was killed because it took longer.
         """
         try:
             with self._exchange:
-                return self._answer(messages.Opened, seconds).capabilities
+                return self._answer(messages.Opened, seconds, lambda opened: opened.capabilities)
         except BaseException as error:
             self.kill()
             self.reap()
@@ -113,43 +114,34 @@ class DeviceProcess:
             raise
 
     def run(self, inputs: Mapping[str, Array], seconds: float) -> dict[str, NDArray[Any]]:
-        """Run the session once. The inputs are read only and not kept; the outputs are fresh arrays of the caller's.
+        """Run the session once. Copies the inputs; the outputs are new arrays.
 
         Raises:
-            VisionAccelError: What the session raised; the child lives on.
-            DeviceLostError: If the child died, or took longer and was killed.
+            VisionAccelError: What the session raised; the child continues.
+            DeviceLostError: If the child died, sent an invalid answer, or was killed because it took longer.
         """
         with self._exchange:
-            if self.dead.is_set():  # What `reap` then closes is no longer this call's to use.
+            if self.dead.is_set():  # `reap` may have closed what a call needs
                 raise DeviceLostError(self.fate(), hint=_FALLBACK)
             parts, started = call_parts(), time.monotonic()
             call = messages.encoded(messages.Places(self._inputs.write(inputs)))
             if parts is not None:
                 parts.transfer_in += time.monotonic() - started
             try:
-                with suppress(OSError):  # If the child is dead, there is no answer either.
+                with suppress(OSError):  # the child is dead, so waiting for its answer fails too
                     self._connection.send_bytes(call)
-                answer = self._answer(messages.Places, seconds)
+                return self._answer(messages.Places, seconds, self._copied)
             except _NoAnswerError as error:
                 if not error.late:
                     self.dead.wait(_REAPING)
                 raise self._lost(error, f"did not answer within {seconds:g} s", _SLOW, _FALLBACK) from None
-            try:
-                started = time.monotonic()
-                outputs = self._outputs.copies(answer.arrays)
-                if parts is not None:
-                    parts.transfer_out += answer.writing_seconds + time.monotonic() - started
-                return outputs
-            except BaseException:
-                self.kill()  # What it sent makes no sense.
-                raise
 
     def exited(self) -> bool:
-        """Whether the child is dead, or has been killed and will be."""
+        """Whether the child is dead or has been killed."""
         return self._child.exited()
 
     def kill(self) -> None:
-        """End the child and what it started, at once; a call in progress raises DeviceLostError."""
+        """Kill the child and the processes that it started; a call in progress raises DeviceLostError."""
         self._child.kill()
 
     def begin_end(self) -> None:
@@ -164,68 +156,77 @@ class DeviceProcess:
             self._exchange.release()
 
     def end(self, seconds: float, since: float) -> None:
-        """Wait for a child that was asked to end, and kill it when that is some seconds ago."""
+        """Wait for a child that was asked to end at the time `since`, and kill it if that takes more seconds."""
         if not self.exited() and not self.dead.wait(max(0.0, since + seconds - time.monotonic())):
             logger.warning("%s did not close within %g s and was killed.", self._what, seconds)
         self.kill()
 
     def reap(self) -> None:
-        """Wait for the child to die, end what it started, and give back everything that was its."""
+        """Wait for the child to die, kill the processes that it started, and release its memory and pipes."""
         self._child.reap()
         self._output.close()
         self.dead.set()
-        with self._exchange:  # A call that was in flight still uses them, until it sees the end.
+        with self._exchange:  # a call in progress still uses them until it notices the end
             self._connection.close()
             self._inputs.close()
             self._outputs.close()
 
     def fate(self) -> str:
-        """How the child ended, and its last words."""
+        """Describe how the child ended, and quote its last output."""
         status = self._child.status
         ended = "hung up" if status is None else how_it_ended(status)
-        return f"{self._what} {ended}.{self._last_words()}"
+        return f"{self._what} {ended}.{self._last_output()}"
 
-    def _answer(self, kind: type[_T], seconds: float) -> _T:
-        """The next answer. Without one the child is killed, as a later call must never take this one's answer.
+    def _copied(self, answer: messages.Places) -> dict[str, NDArray[Any]]:
+        started = time.monotonic()
+        outputs = self._outputs.copies(answer.arrays)
+        if (parts := call_parts()) is not None:
+            parts.transfer_out += answer.writing_seconds + time.monotonic() - started
+        return outputs
+
+    def _answer(self, kind: type[_Kind], seconds: float, take: Callable[[_Kind], _Result]) -> _Result:
+        """Wait for the next answer and return what `take` makes of it. Kills the child if there is no valid answer.
+
+        Otherwise a later call could receive this call's answer.
 
         Raises:
-            VisionAccelError: If that is the answer.
-            _NoAnswerError: If there is none of that kind in time.
+            VisionAccelError: If the answer is an error.
+            _NoAnswerError: If there is no valid answer in time.
         """
         limit = time.monotonic() + seconds
         try:
-            # In slices, because a process that the child forked may hold the socket open after the child's death.
+            # In slices, because a process that the child forked may keep the socket open after the child's death.
             while not self._connection.poll(max(0.0, min(limit - time.monotonic(), _SLICE))):
                 if self.exited() and not self._connection.poll(0):
                     raise EOFError
                 if time.monotonic() >= limit:
                     raise _NoAnswerError(late=True)
             answer = messages.decoded(self._connection.recv_bytes(messages.MOST_BYTES))
-            if not isinstance(answer, (kind, messages.Failure)):
-                raise ValueError(f"it is not of the kind {kind.__name__}")
+            if isinstance(answer, kind):
+                return take(answer)
+            if not isinstance(answer, messages.Failure):
+                raise ValueError(f"expected {kind.__name__}, received {type(answer).__name__}")
         except (EOFError, ConnectionError):
-            self._child.exits_within(_LINGERING)  # Its status tells what it is dying of.
+            self._child.exits_within(_LINGERING)  # Wait, so that its status shows why it died.
             self.kill()
             raise _NoAnswerError from None
-        except (ValueError, OSError) as broken:  # OSError: it is too long, or does not end
-            logger.error("%s was ended, because it sent an invalid answer: %s", self._what, broken)
+        except (ValueError, TypeError, OSError) as broken:  # OSError: it is too long, or incomplete
+            logger.error("%s was killed because it sent an invalid answer: %s", self._what, broken)
             self.kill()
             raise _NoAnswerError from broken
         except BaseException:
             self.kill()
             raise
-        if isinstance(answer, messages.Failure):
-            raise messages.restored(answer)
-        return answer
+        raise messages.restored(answer)
 
     def _lost(self, error: _NoAnswerError, late: str, slow: str, hint: str) -> DeviceLostError:
-        """The error of a child that did not answer, with what to do if it needs longer."""
+        """Make the error for a child that did not answer; `late` and `slow` are for one that took too long."""
         if not error.late:
             return DeviceLostError(self.fate(), hint=hint)
-        text = f"{self._what} {late}; its process was ended.{self._last_words()}"
+        text = f"{self._what} {late} and was killed.{self._last_output()}"
         return DeviceLostError(text, hint=f"{slow} {hint}")
 
-    def _last_words(self) -> str:
+    def _last_output(self) -> str:
         lines = self._output.tail()
         return "" if not lines else "\nIts last output:\n" + "\n".join(f"  {line}" for line in lines) + "\n"
 
@@ -236,5 +237,5 @@ def _parent_state() -> messages.ParentState:
 
 
 def _search_path() -> list[str]:
-    """Where this process looks for modules, also what was put there while it ran."""
+    """Return this process's `sys.path` in absolute paths."""
     return [os.path.abspath(folder) for folder in sys.path]  # noqa: PTH100 - "" is the current folder

@@ -1,6 +1,6 @@
 """Arrays in memory that two processes map. Only names, dtypes, shapes and offsets need to be sent.
 
-An array is only taken for numbers: with a dtype of Python objects the memory would hold pointers of the child's choice.
+Only dtypes of numbers are accepted: with a dtype of Python objects, the child could choose the pointers in the memory.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _Size = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 
 
 def dtype_code(dtype: np.dtype[Any]) -> str:
-    """The text from which `numeric_dtype` makes a dtype."""
+    """Return the text from which `numeric_dtype` makes a dtype."""
     return dtype.name if getattr(ml_dtypes, dtype.name, None) is dtype.type else dtype.str
 
 
 def numeric_dtype(code: object) -> np.dtype[Any]:
-    """A dtype of numbers from its code; ValueError if it is not one."""
+    """Return the dtype of numbers with that code. Raises ValueError if there is none."""
     if isinstance(code, str):
         if _NUMBERS.fullmatch(code):
             with suppress(TypeError):  # numpy has no numbers of that size
@@ -48,22 +48,26 @@ def numeric_dtype(code: object) -> np.dtype[Any]:
 
 @dataclass(frozen=True, slots=True)
 class ArrayPlace:
-    """Where an array lies in the shared memory, C-contiguous; `offset` is its first byte, a multiple of 64."""
+    """Where a C-contiguous array is in the shared memory; `offset` is its first byte, a multiple of 64."""
 
     name: str
     dtype: Annotated[np.dtype[Any], PlainValidator(numeric_dtype)]
     shape: Annotated[tuple[_Size, ...], Field(max_length=64)]
     offset: _Size
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 class SharedArrays:
-    """One memory file, mapped by the process that writes arrays into it and by the one that reads them.
+    """A memory file that the process that writes arrays and the process that reads them both map.
 
     An anonymous file (memfd) has no name that others could open or that a crash could leave behind. It stays mapped
-    from call to call, so that only the first call of each size meets pages that are not mapped yet.
+    between calls, so that only the first call of each size has to map pages.
 
     Attributes:
-        fd: The file, which belongs to this object; -1 once closed, as its number may soon be that of another file.
+        fd: The file's descriptor, which this object owns; -1 once closed, because the number may be reused.
     """
 
     def __init__(self, fd: int) -> None:
@@ -72,21 +76,22 @@ class SharedArrays:
 
     @classmethod
     def create(cls, name: str, content: bytes = b"") -> SharedArrays:
-        """A new memory file that holds the content until the first array is written. It never shrinks."""
-        import fcntl  # not on every system, where importing this package must not fail
+        """Make a memory file that holds the content until the first array is written. It never shrinks."""
+        import fcntl  # does not exist on every system on which this package can be imported
 
         fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        # Reading behind the end of a file that another process cut off would kill this one.
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+        # Reading past the end of a file that another process shortened would kill this one, and a seal that the other
+        # process adds would stop this one from writing.
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
         with open(fd, "wb", closefd=False) as file:
             file.write(content)
         os.ftruncate(fd, max(len(content), 1))
         return cls(fd)
 
     def write(self, arrays: Mapping[str, Array]) -> tuple[ArrayPlace, ...]:
-        """Copy numpy arrays or torch tensors into the memory, over what was there, and enlarge it if need be.
+        """Copy numpy arrays or torch tensors into the memory, over the previous ones. Enlarges it if needed.
 
-        TypeError if an array holds anything else than numbers, ValueError if the memory is closed.
+        Raises TypeError if an array holds anything but numbers, ValueError if the memory is closed.
         """
         values = {name: as_numpy(array) for name, array in arrays.items()}
         places, end = [], 0
@@ -95,41 +100,43 @@ class SharedArrays:
                 numeric_dtype(dtype_code(value.dtype))
             except ValueError:
                 raise TypeError(
-                    f"array {name!r} is of dtype {value.dtype}; only numbers can be given to another process."
+                    f"array {name!r} has dtype {value.dtype}; only numbers can be sent to another process."
                 ) from None
             places.append(ArrayPlace(name, value.dtype, value.shape, end))
             end += math.ceil(value.nbytes / _ALIGNMENT) * _ALIGNMENT
         size = self._size()
         if end > size:
-            os.ftruncate(self.fd, max(end, size + size // 2))  # by half at least, so that few calls enlarge it
+            os.ftruncate(self.fd, max(end, size + size // 2))  # by half or more, so that few calls enlarge it
         for place, value in zip(places, values.values(), strict=True):
             np.copyto(self.view(place), value)
         return tuple(places)
 
     def view(self, place: ArrayPlace) -> NDArray[Any]:
-        """An array in the memory, without a copy; the next `write` of either side changes it.
+        """Return an array in the memory without copying it. The next `write` of either process changes it.
 
-        TypeError if it does not lie within the memory, ValueError if the memory is closed.
+        Raises TypeError or ValueError if it is not within the memory, ValueError if the memory is closed.
         """
-        size = self._size()
-        if self._map is None or len(self._map) < size:
-            # Views of the former mapping keep it alive as long as they need it.
-            self._map = mmap.mmap(self.fd, size)
+        size, end = self._size(), place.offset + place.nbytes
+        if self._map is None or len(self._map) < end:
+            # The other process may have made the file too large to map, so map no more than arrays need, with room to
+            # grow. Views of the previous mapping keep it alive.
+            self._map = mmap.mmap(self.fd, min(size, max(2 * end, 1)))
         return np.ndarray(place.shape, place.dtype, buffer=self._map, offset=place.offset)
 
     def copies(self, places: Sequence[ArrayPlace]) -> dict[str, NDArray[Any]]:
-        """Copies of what the other side wrote, by name; ValueError if together they are larger than what it allocated.
+        """Copy what the other process wrote, by name.
 
-        The file's size does not tell that: it may be any number, and places may overlap.
+        Raises ValueError if the arrays together are larger than the memory that it allocated. The file's size says
+        nothing about that, because it may be any number; and places may overlap.
         """
-        wanted = sum(math.prod(place.shape) * place.dtype.itemsize for place in places)
+        wanted = sum(place.nbytes for place in places)
         written = os.fstat(self.fd).st_blocks * _BLOCK
         if wanted > written:
             raise ValueError(f"arrays of {wanted} bytes in {written} bytes of memory")
         return {place.name: self.view(place).copy() for place in places}
 
     def close(self) -> None:
-        """Give back the file and the mapping, or leave the mapping to the last view of it."""
+        """Close the file and the mapping; a mapping that still has views is closed with the last of them."""
         if self._map is not None:
             with suppress(BufferError):
                 self._map.close()

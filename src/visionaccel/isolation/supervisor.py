@@ -1,10 +1,12 @@
-"""Keeps a device's process running: one thread starts each, waits for its death, and starts the next."""
+"""Sessions whose device is used in a child process, and the thread that keeps such a process running."""
 
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
+import weakref
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, fields, replace
@@ -12,36 +14,34 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from visionaccel.backends import Capabilities
+from visionaccel.backends import Capabilities, Session
 from visionaccel.core.arrays import Array
 from visionaccel.core.cores import cores_here, on_cores
 from visionaccel.core.defaults import DEADLINE, LONGEST_SECONDS, OPEN_DEADLINE
+from visionaccel.core.program import Program
 from visionaccel.core.safe_text import safe_logger
 from visionaccel.errors import ConfigurationError, DeviceError, DeviceLostError, SettingsError, VisionAccelError
-from visionaccel.isolation.messages import PackedRequest
+from visionaccel.isolation.messages import OpenRequest, PackedRequest, packed
 from visionaccel.isolation.process import DeviceProcess
 
 logger = safe_logger(__name__)
 
 _FALLBACK = "Set VISIONACCEL_FALLBACK to let another backend take over while it is down."
 _DYING = 1.0
-"""Seconds that a killed process has to be gone, even where the time for closing is over."""
+"""Seconds to wait for a killed process to die, even if the time for closing is over."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Times in seconds, each above 0 and at most `LONGEST_SECONDS`.
+    """Times in seconds, each above 0 and at most `LONGEST_SECONDS`. Raises SettingsError for other numbers.
 
     Attributes:
-        run: For one call. A process that does not answer by then is killed.
+        run: For one call. A process that takes longer is killed.
         opening: For starting a process and opening the program; compilers may take minutes.
-        closing: For the session to close before its process is killed.
-        first_delay: Before the second restart in a row without a successful call between. The first has no delay; each
-            further one doubles it.
-        longest_delay: The most that the delay grows to.
-
-    Raises:
-        SettingsError: If one is not such a number.
+        closing: For closing the session before its process is killed.
+        first_delay: Before the second restart in a row without a successful call. The first restart has no delay, and
+            each further one doubles the delay.
+        longest_delay: The longest delay.
     """
 
     run: float = DEADLINE
@@ -56,25 +56,97 @@ class Limits:
             if not 0 < seconds <= LONGEST_SECONDS:  # not the other way round, which NaN would pass
                 raise SettingsError(
                     f"{seconds} is not a time limit for {field.name!r}.",
-                    hint=f"Give a number of seconds above 0 and at most {LONGEST_SECONDS:.0f}.",
+                    hint=f"Set a number of seconds above 0 and at most {LONGEST_SECONDS:.0f}.",
                 )
 
     def delay(self, failures: int) -> float:
-        """The delay before the next start, after that many deaths or failed starts without a successful call."""
+        """Return the delay before the next start after that many deaths or failed starts without a successful call."""
         if failures <= 1:
             return 0.0
         return min(self.first_delay * 2.0 ** min(failures - 2, 64), self.longest_delay)
 
 
-class Supervisor:
-    """One process at a time, restarted whenever it dies, after a delay that grows while no call succeeds.
+class IsolatedSession(Session):
+    """Runs a program in a child process. If the process crashes, hangs or is killed, only the call in progress fails.
 
-    The thread that starts the processes lives until the last of them is dead, as the kernel ends them with it; it is a
-    daemon, so that a program which forgets to close can end, and the device's process with it. It runs on the cores of
-    the thread that makes it, and the processes inherit them.
+    A new process is then started in the background. If it is lost too before a call succeeds, the next one is started
+    after a delay, which doubles with each further loss. While a process is starting, calls wait for it until the time
+    of one call has passed since its start. During a delay calls fail immediately, so that a fallback can take over.
 
-    Attributes:
-        restarts: Processes started so far after the first.
+    The child finds the backend by its entry point. The backend must have accepted the program, and the options must be
+    valid. The capabilities are those of the child's session, but never thread-safe or with tensors.
+
+    Raises:
+        VisionAccelError: What the backend raised when it opened the program, with the same type.
+        DeviceLostError: If the process died or hung while it opened the program; no process is left.
+        ConfigurationError: If the program cannot be sent to a child process, or no child can be started.
+    """
+
+    def __init__(
+        self,
+        backend: str,
+        program: Program,
+        device: str | None,
+        options: Mapping[str, Any],
+        *,
+        limits: Limits | None = None,
+    ) -> None:
+        if sys.platform != "linux":
+            raise ConfigurationError(
+                "devices run in child processes only on Linux.", hint="Set VISIONACCEL_ISOLATION=none."
+            )
+        try:
+            request = packed(OpenRequest(backend, program, device, dict(options)))
+        except VisionAccelError:
+            raise
+        except Exception as error:
+            raise ConfigurationError(
+                f"program {program.name!r} cannot be sent to another process: {type(error).__name__}: {error}",
+                hint="Set VISIONACCEL_ISOLATION=none.",
+            ) from error
+        self._supervisor = _Supervisor(backend, request, limits or Limits())
+        self.capabilities = self._supervisor.start()
+        # A session that is dropped, or still open when the program ends, must not keep the device.
+        self._finalizer = weakref.finalize(self, self._supervisor.close)
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the child that takes calls; None while there is none."""
+        return self._supervisor.pid
+
+    @property
+    def restarts(self) -> int:
+        """How often a lost child was replaced."""
+        return self._supervisor.restarts
+
+    def run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        """Run the program once in the child, on copies of the inputs. The outputs are new numpy arrays.
+
+        Raises:
+            VisionAccelError: What the session raised; a DeviceError for other exceptions. The child continues.
+            DeviceLostError: If there is no child, or it died during the call or was killed because it took too long.
+        """
+        return self._supervisor.run(inputs)
+
+    def end_calls(self) -> bool:
+        """Kill the child if a call is in progress, which then raises DeviceLostError. A new child is started."""
+        return self._supervisor.end_call()
+
+    def begin_close(self) -> None:
+        """Ask the child to end, or kill it if a call is in progress, which then raises DeviceLostError."""
+        self._supervisor.begin_close()
+
+    def close(self) -> None:
+        """End the child as `begin_close` does, and wait until it has ended."""
+        self._finalizer()
+
+
+class _Supervisor:
+    """Runs one process at a time. Restarts it when it dies, after a delay that grows while no call succeeds.
+
+    The thread that starts the processes outlives them, because the kernel ends them with it. It is a daemon, so a
+    program that forgets to close can end, and the device's process ends with it. The thread runs on the cores of the
+    thread that makes this object, and the processes inherit them.
     """
 
     def __init__(self, backend: str, request: PackedRequest, limits: Limits) -> None:
@@ -96,12 +168,11 @@ class Supervisor:
 
     @property
     def pid(self) -> int | None:
-        """Process id of the child that takes calls; None while there is none."""
         process = self._process
         return None if process is None else process.pid
 
     def start(self) -> Capabilities:
-        """Start the first process and wait until its session is open; errors as `DeviceProcess.opened`."""
+        """Start the first process and wait until its session is open. Raises what `DeviceProcess.opened` raises."""
         self._thread.start()
         try:
             return self._first.result()
@@ -110,9 +181,8 @@ class Supervisor:
             raise
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, NDArray[Any]]:
-        """One call, as `IsolatedSession.run`."""
         if os.getpid() != self._owner:
-            raise DeviceError("the device was opened by another process.", hint="Open it after the fork.")
+            raise DeviceError("the device was opened by a different process.", hint="Open it after the fork.")
         with self._turn:
             process = self._ready()
             try:
@@ -128,9 +198,9 @@ class Supervisor:
             return outputs
 
     def end_call(self) -> bool:
-        """End the call in progress, if there is one; whether there is.
+        """End the call in progress and return whether there was one.
 
-        Its process is ended and the next is started, or the call waits no longer for one that is starting.
+        Kills its process, or ends its wait for a process that is starting.
         """
         if not self._turn.locked():
             return False
@@ -144,9 +214,9 @@ class Supervisor:
         return True
 
     def begin_close(self) -> None:
-        """Have the process end, at once if it is busy or starting, without waiting for that."""
+        """Ask the process to end, or kill it if it is busy or starting. Does not wait."""
         if os.getpid() != self._owner:
-            return  # A fork has a copy of this object, but its processes belong to the parent.
+            return  # a fork has a copy of this object, but the processes belong to the parent
         with self._changed:
             if self._closed:
                 return
@@ -161,13 +231,13 @@ class Supervisor:
     def close(self) -> None:
         """End the process and the thread.
 
-        Takes at most the time for closing since `begin_close`, and as long again until a killed process is gone.
+        Takes at most the time for closing since `begin_close`, and as long again until a killed process is dead.
         """
         self.begin_close()
         process, since = self._process, self._closing_since
-        if since is None or os.getpid() != self._owner:  # A fork may have been made since `begin_close`.
+        if since is None or os.getpid() != self._owner:  # the process may have forked since `begin_close`
             return
-        if self._thread is threading.current_thread():  # Garbage was collected here, and this thread must reap.
+        if self._thread is threading.current_thread():  # garbage collection runs here, and this thread must reap
             if process is not None:
                 process.kill()
             return
@@ -182,11 +252,11 @@ class Supervisor:
         return self._closing_since is not None
 
     def _ready(self) -> DeviceProcess:
-        """The process that takes calls; waits for a restart until the time of one call has passed since it began.
+        """Return the process that takes calls. Waits for a start until the time of one call has passed since it began.
 
         Raises:
-            DeviceLostError: If there is none yet, not before a delay has passed, or `end_call` ends the wait.
-            DeviceError: If it is closed.
+            DeviceLostError: If it is not ready by then, a restart is delayed, or `end_call` ends the wait.
+            DeviceError: If this is closed.
         """
         with self._changed:
             ended = self._waits_ended
@@ -200,8 +270,8 @@ class Supervisor:
                 now = time.monotonic()
                 if self._next_start is not None:
                     raise DeviceLostError(
-                        f"the process of backend {self._backend!r} was lost {self._failures} times in a row and is "
-                        f"started again in {max(0.0, self._next_start - now):.1f} s. {self._reason}",
+                        f"the process of backend {self._backend!r} was lost {self._failures} times in a row and "
+                        f"restarts in {max(0.0, self._next_start - now):.1f} s. {self._reason}",
                         hint=_FALLBACK,
                     )
                 left = self._start_began + self._limits.run - now
@@ -214,14 +284,14 @@ class Supervisor:
                 self._changed.wait(left)
 
     def _retire(self, process: DeviceProcess) -> None:
-        """Give a process no more calls: it is dead, or has been killed."""
+        """Make no more calls to a process that is dead or has been killed."""
         with self._changed:
             if self._process is process:
                 self._process = None
                 self._start_began = time.monotonic()
 
     def _keep_running(self) -> None:
-        """Start a process, wait for its end and start the next one, until closed or the first cannot be opened."""
+        """Start a process, wait for its end and start the next, until this is closed or the first start fails."""
         with on_cores(self._cores):
             while self._delay_is_over():
                 try:
@@ -239,7 +309,7 @@ class Supervisor:
                     self._failed(reason)
 
     def _delay_is_over(self) -> bool:
-        """Wait until the next process may be started; False if it must not be, as this is closed."""
+        """Wait until the next process may be started; return False if this is closed."""
         with self._changed:
             delay = self._limits.delay(self._failures)
             if delay:
@@ -251,7 +321,7 @@ class Supervisor:
             return not self._closed
 
     def _open(self) -> DeviceProcess:
-        """Start a process and give it the calls once its session is open; if it fails, nothing is left of it."""
+        """Start a process, which takes calls once its session is open. Leaves no process behind on an error."""
         try:
             process = DeviceProcess(self._backend, self._request)
         except OSError as error:
@@ -273,15 +343,15 @@ class Supervisor:
         if again and found != self._first.result():
             process.kill()
             process.reap()
-            raise DeviceError(f"the device came back as {found}; it was {self._first.result()}.")
+            raise DeviceError(f"after a restart, the device is {found}; it was {self._first.result()}.")
         with self._changed:
-            self.restarts += again  # before a call that waits can be answered by it
+            self.restarts += again  # before a waiting call can receive its answer
             self._process = process
             if self._closed:
                 process.kill()
             self._changed.notify_all()
         if again:
-            logger.info("The process of backend %r runs again, as %d.", self._backend, process.pid)
+            logger.info("The process of backend %r was restarted as process %d.", self._backend, process.pid)
         else:
             self._first.set_result(found)
         return process
@@ -289,7 +359,7 @@ class Supervisor:
     def _failed(self, reason: str) -> None:
         with self._changed:
             self._failures += 1
-            self._reason = reason.partition("\n")[0]  # The rest is the child's last output, which the log has.
+            self._reason = reason.partition("\n")[0]  # the rest is the child's last output, which is logged below
             delay = self._limits.delay(self._failures)
-        soon = f"in {delay:.1f} s" if delay else "at once"
-        logger.error("Backend %r is started again %s, because %s", self._backend, soon, reason.rstrip())
+        when = f"in {delay:.1f} s" if delay else "now"
+        logger.error("Backend %r restarts %s: %s", self._backend, when, reason.rstrip())
