@@ -17,7 +17,7 @@ from command_line import COMMAND
 from fake_plugins import ECHO, install
 from gated import wait_until
 from visionaccel.bundle import GOLDEN_FILE, MANIFEST, Golden, open_bundle, write_golden
-from visionaccel.cli.diagnosis.installation import of_environment
+from visionaccel.cli.diagnosis.checks import of_environment
 from visionaccel.core.grid import Grid
 from visionaccel.core.safe_text import one_line
 from visionaccel.isolation import as_finding
@@ -294,9 +294,9 @@ def test_a_certificate_says_where_it_was_made(bundle):
     assert the(here, "source", "certificate")["status"] == "pass"
     assert the(here, "source", "certificate's device")["found"] == "made on onnxrt, cpu"
     other = the(doctor(str(bundle), "--backend", "openvino"), "source", "certificate's device")
-    assert (other["status"], other["found"]) == ("warning", "made on onnxrt, cpu; openvino is to run it")
+    assert (other["status"], other["found"]) == ("warning", "made on onnxrt, cpu; openvino will run it")
     npu = doctor(str(bundle), "--backend", "onnxrt", VISIONACCEL_DEVICE="npu")
-    assert "npu is to run it" in the(npu, "source", "certificate's device")["found"]
+    assert "npu will run it" in the(npu, "source", "certificate's device")["found"]
 
 
 def test_a_certificate_that_was_not_passed_is_a_failure(bundle):

@@ -105,7 +105,7 @@ BROKEN = [
     ),
     (
         PLUGIN.format(name="greet", then="app.command('greet')(lambda: None)"),
-        "PluginError: it adds two commands named 'greet'. Name one: app.command('other-name')",
+        "PluginError: it adds two commands named 'greet'. Rename one: app.command('other-name')",
     ),
     (
         PLUGIN.format(name="greet", then="app.callback()(lambda: None)"),

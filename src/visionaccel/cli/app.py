@@ -1,4 +1,4 @@
-"""The command's entry: subcommands, and one way to print errors."""
+"""The command line: its subcommands, and how errors are printed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is installed and would run an encoder: `backends` and `explain`."""
+"""Commands that list the installed backends and explain the choice: `backends` and `explain`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def backends(as_json: Json = False) -> None:
         }
         print_details(f"Backend {row['name']}", details)
     if all(row["only_by_name"] for row in rows):
-        results.print("No backend is installed that would be chosen. Try: pip install 'visionaccel[onnxrt]'")
+        results.print("No backend is installed that `auto` would choose. Try: pip install 'visionaccel[onnxrt]'")
 
 
 def _installed(registry: Registry, entry: BackendEntry) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def _installed(registry: Registry, entry: BackendEntry) -> dict[str, Any]:
             row["devices"] = list(backend.devices())
     except PluginError as error:
         row["problem"] = str(error)
-    except Exception as error:  # Listing devices may import a vendor's runtime; one that is broken is a finding.
+    except Exception as error:  # listing devices may import a vendor's runtime, which may be broken
         row["problem"] = f"its devices cannot be listed: {type(error).__name__}: {error}"
     return row
 
@@ -67,9 +67,9 @@ def explain(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Say which backend would run a vision encoder, and why each other would not.
+    """Show which backend would run a vision encoder, and why the others would not.
 
-    Exit status 1 if none would.
+    Exit status 1 if no backend would.
     """
     settings = load_settings()
     selection = select(

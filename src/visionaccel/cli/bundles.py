@@ -1,4 +1,4 @@
-"""What to do with a bundle: `inspect`, `validate`, and `push` and `pull` to and from the model hub."""
+"""Commands for bundles: `inspect`, `validate`, and `push` and `pull` to and from the model hub."""
 
 from __future__ import annotations
 
@@ -45,13 +45,19 @@ from visionaccel.errors import ConfigurationError
 from visionaccel.settings import load_settings
 from visionaccel.validation.certificate import validate_bundle
 
+Images = Annotated[
+    list[Path] | None,
+    typer.Option(help="Image file or folder of images to compare on. Repeatable. Default: those of scikit-image."),
+]
+Repository = Annotated[str, typer.Argument(help="Hugging Face repository, owner/name.")]
+
+_THRESHOLDS = ", ".join(f"{value} in {precision}" for precision, value in THRESHOLDS.items())
+
 
 def inspect(
     bundle: Annotated[Path | None, typer.Argument(help="Folder of the bundle.")] = None,
-    checkpoint: Annotated[
-        str | None, typer.Option(help="Where the weights are, if the bundle holds none and its checkpoint moved.")
-    ] = None,
-    full: Annotated[bool, typer.Option("--full", help="Read every file again, unchanged ones too.")] = False,
+    checkpoint: Annotated[str | None, typer.Option(help="Where the weights are, if they have moved.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="Read all files again, also unchanged ones.")] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the manifest's JSON schema instead.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -60,7 +66,7 @@ def inspect(
         print_json(json_schema())
         return
     if bundle is None:
-        raise ConfigurationError("no bundle was named.", hint="Pass the folder of a bundle, or --schema.")
+        raise ConfigurationError("no bundle was given.", hint="Pass the folder of a bundle, or --schema.")
     found = locate_checkpoint(checkpoint) if checkpoint is not None else None
     opened = open_bundle(bundle, checkpoint=found, trust_unchanged=not full)
     entries = opened.manifest.programs
@@ -72,10 +78,9 @@ def inspect(
     _print_summary(opened)
     for row in rows:
         _print_program(row)
-    if opened.manifest.certificate is None:
+    if (certificate := opened.manifest.certificate) is None:
         results.print("No certificate: run `visionaccel validate` before you trust it.", style="yellow")
     else:
-        certificate = opened.manifest.certificate
         print_certificate(certificate, f"Certificate of {certificate.created}")
 
 
@@ -97,7 +102,7 @@ def _described(entry: ProgramEntry, program: Program) -> dict[str, Any]:
 
 
 def _graph(program: Program) -> dict[str, Any]:
-    """Operators and opsets of an ONNX program; its weights are not read."""
+    """Count the operators of an ONNX program and list its opsets, without reading the weights."""
     import onnx
 
     assert program.model is not None
@@ -114,11 +119,11 @@ def _print_summary(bundle: Bundle) -> None:
     manifest = bundle.manifest
     weights = "in the bundle" if manifest.checkpoint is None else f"in checkpoint {manifest.checkpoint.source}"
     if not bundle.tower.complete:
-        weights += ", the host's alone"
+        weights += ", only the host's"
     details = {
         "family": manifest.family,
         "weights": f"{weights}, {manifest.weights_digest}",
-        "image processor": manifest.processor_digest or "not stated",
+        "image processor": manifest.processor_digest or "unknown",
         "fixed grids": ", ".join(f"{grid.h}x{grid.w}" for grid in bundle.grids) or "none",
         "shared files": ", ".join(f"{f.path} ({f.bytes / 1e6:.2f} MB)" for f in manifest.files) or "none",
         "written with": ", ".join(f"{name} {version}" for name, version in manifest.toolchain.items()),
@@ -127,7 +132,7 @@ def _print_summary(bundle: Bundle) -> None:
 
 
 def _print_program(row: dict[str, Any]) -> None:
-    split = f"window reorder and {', '.join(row['host'])}" if row["host"] else "nothing but tables"
+    split = f"window reorder and {', '.join(row['host'])}" if row["host"] else "only tables"
     if {HOST_BEFORE, HOST_AFTER} <= set(row["companions"]):
         split = "the operators around the device's part, on ONNX Runtime"
     details = {
@@ -148,35 +153,25 @@ def _print_program(row: dict[str, Any]) -> None:
 
 def validate(
     bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
-    reference: Annotated[
-        str, typer.Option(help="Checkpoint folder or Hugging Face repository that the bundle was exported from.")
-    ],
+    reference: Annotated[str, typer.Option(help="Folder or repository of the bundle's checkpoint.")],
     backend: Backend = None,
     device: Device = None,
     options: OptionsText = None,
-    images: Annotated[
-        list[Path] | None,
-        typer.Option(help="Image file or folder of images to show. Repeatable. Default: those of scikit-image."),
-    ] = None,
+    images: Images = None,
     threshold: Annotated[
-        float | None,
-        typer.Option(
-            help="Lowest cosine of a token that passes. Default: "
-            + ", ".join(f"{value} in {precision}" for precision, value in THRESHOLDS.items())
-            + "."
-        ),
+        float | None, typer.Option(help=f"Lowest cosine of a token that passes. Default: {_THRESHOLDS}.")
     ] = None,
-    no_write: Annotated[bool, typer.Option("--no-write", help="Leave the bundle as it is.")] = False,
+    no_write: Annotated[bool, typer.Option("--no-write", help="Do not change the bundle.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Prove a bundle: compare each of its programs with the float32 reference, and write the certificate into it.
+    """Compare each program of a bundle with the float32 reference, and write the certificate into the bundle.
 
     Exit status 1 if a program was not run, failed, or is further from the reference than the threshold allows.
     """
     settings = load_settings()
     chosen_options = backend_options(options, settings.options)
     tower = open_tower(reference)
-    # A certificate is worth what was read, so no digest is taken from memory.
+    # A certificate must be about the current files, so digests are not taken from the cache.
     opened = open_bundle(bundle, checkpoint=tower.checkpoint, trust_unchanged=False)
     if not no_write:
         _check_writable(opened)
@@ -196,12 +191,12 @@ def validate(
         )
     certificate = found.certificate
     if not certificate.images.get("real"):
-        messages.print("No real image was shown: pass --images, or install scikit-image.", style="yellow")
+        messages.print("No real image was used: pass --images, or install scikit-image.", style="yellow")
     if not no_write:
         write_golden(opened, found.golden, {"certificate": certificate.model_dump(mode="json")})
     if as_json:
-        stated = certificate.model_dump(mode="json")
-        print_json({"bundle": str(bundle), "written": not no_write, "certificate": stated})
+        document = certificate.model_dump(mode="json")
+        print_json({"bundle": str(bundle), "written": not no_write, "certificate": document})
     else:
         print_certificate(certificate, f"{bundle} compared with the float32 reference")
         if not no_write:
@@ -214,19 +209,19 @@ def validate(
 
 
 def _check_writable(bundle: Bundle) -> None:
-    """Refuse before the work rather than after it."""
+    """Refuse a bundle that cannot be changed, before the work."""
     manifest = bundle.folder / MANIFEST
     if manifest.is_symlink():
         raise ConfigurationError(
-            f"{manifest} is a link, as in the hub's cache, whose files are not to be changed.",
+            f"{manifest} is a link, probably into the hub's cache, whose files must not be changed.",
             hint="Pull the bundle with --output, or pass --no-write.",
         )
     if not os.access(bundle.folder, os.W_OK):
-        raise ConfigurationError(f"{bundle.folder} cannot be written to.", hint="Pass --no-write.")
+        raise ConfigurationError(f"{bundle.folder} is not writable.", hint="Pass --no-write.")
 
 
 def print_certificate(certificate: Certificate, title: str) -> None:
-    """The certificate as a table of cosines, lowest, at the first percentile and mean; then what failed and why."""
+    """Print a certificate as a table with the lowest, first-percentile and mean cosine; then what failed and why."""
     images = ", ".join(f"{count} {kind}" for kind, count in certificate.images.items())
     rows = [
         (
@@ -256,11 +251,8 @@ def print_certificate(certificate: Certificate, title: str) -> None:
     results.print("Passed." if certificate.passed else "FAILED.", style="green" if certificate.passed else "bold red")
 
 
-Repository = Annotated[str, typer.Argument(help="Hugging Face repository, owner/name.")]
-
-
 def push(
-    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
+    bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
     repository: Repository,
     revision: Annotated[str | None, typer.Option(help="Branch, created if needed. Default: main.")] = None,
     private: Annotated[
@@ -282,15 +274,9 @@ def pull(
     repository: Repository,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit. Default: main.")] = None,
     output: Annotated[
-        Path | None,
-        typer.Option(
-            help="A folder to make, with copies of the files. Default: one in the hub's cache; change no file."
-        ),
+        Path | None, typer.Option(help="New folder for the files. Default: the hub's cache; do not change files there.")
     ] = None,
-    checkpoint: Annotated[
-        str | None,
-        typer.Option(help="Folder or repository of the weights, for a bundle that does not hold them."),
-    ] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="Folder or repository of weights outside the bundle.")] = None,
     as_json: Json = False,
 ) -> None:
     """Download the bundle of a repository and verify it."""

@@ -43,16 +43,14 @@ def encode(
     backend: Backend = None,
     device: Device = None,
     options: OptionsText = None,
-    output: Annotated[
-        Path | None, typer.Option(help="Write the embeddings to this .npz file, one array for each image.")
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the embeddings to this .npz file, by image.")] = None,
     as_json: Json = False,
 ) -> None:
     """Encode image files with the vision encoder of a checkpoint or bundle."""
     settings = load_settings()
     chosen_options = backend_options(options, settings.options)
     if checkpoint is None and bundle is None:
-        raise ConfigurationError("no encoder was named.", hint="Pass --checkpoint or --bundle.")
+        raise ConfigurationError("no encoder was given.", hint="Pass --checkpoint or --bundle.")
     found = locate_checkpoint(checkpoint) if checkpoint is not None else None
     source = open_bundle(bundle, checkpoint=found) if bundle is not None else open_source(checkpoint or "")
     tower = source.tower
@@ -98,7 +96,7 @@ def encode(
             )
         about = {"backend": encoder.backend, "device": encoder.capabilities.device}
     if output is not None:
-        with output.open("wb") as file:  # savez would add a suffix to a name that has another
+        with output.open("wb") as file:  # given a name, savez appends .npz to any other suffix
             np.savez(file, **arrays)  # type: ignore[arg-type]
     if as_json:
         print_json({**about, "images": rows, "output": output})

@@ -1,4 +1,4 @@
-"""What is written from a checkpoint or a bundle: `export`, `quantize` and `strip`."""
+"""Commands that write a bundle or a checkpoint: `export`, `quantize` and `strip`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.progress import DownloadColumn, MofNCompleteColumn, TextColumn
 from visionaccel.bundle import ProgramRequest, counter, export_bundle, open_bundle, strip_checkpoint
 from visionaccel.bundle import as_json as json_file
 from visionaccel.checkpoint import Checkpoint
-from visionaccel.cli.bundles import print_certificate
+from visionaccel.cli.bundles import Images, print_certificate
 from visionaccel.cli.output import Device, Force, Json, Revision, print_json, print_table, progress, results
 from visionaccel.core.comparison import THRESHOLDS
 from visionaccel.core.grid import Grid
@@ -29,14 +29,14 @@ VITISAI_CONFIG = {
         {
             "name": "vaiml_partition",
             "plugin": "vaip-pass_vaiml_partition",
-            # 1 is the compiler's own default; "unvectorized" is what AMD names for transformers.
+            # 1 is the compiler's default; "unvectorized" is what AMD recommends for transformers.
             "vaiml_config": {"optimize_level": 1, "preferred_data_storage": "unvectorized"},
         },
     ],
     "target": "VAIML",
     "targets": [{"name": "VAIML", "pass": ["init", "vaiml_partition"]}],
 }
-"""Has AMD's Vitis AI compiler make bfloat16 of a float32 program.
+"""Makes AMD's Vitis AI compiler convert a float32 program to bfloat16.
 
 Source: https://github.com/amd/RyzenAI-SW, `Transformer-examples/DistilBERT_text_classification_bf16`.
 """
@@ -53,26 +53,18 @@ def export(
         list[str] | None,
         typer.Option(help="A program of fixed shapes for every grid within this one, padded and masked. Repeatable."),
     ] = None,
-    dynamic: Annotated[
-        bool, typer.Option("--dynamic", help="One program for every grid; what is written if nothing is named.")
-    ] = False,
+    dynamic: Annotated[bool, typer.Option("--dynamic", help="One program for every grid; the default.")] = False,
     split_host: Annotated[
-        bool,
-        typer.Option(
-            "--split-host",
-            help="Leave the patch embedding and the window reorder of fixed-shape programs to the host.",
-        ),
+        bool, typer.Option("--split-host", help="Leave patch embedding and window reorder of fixed shapes to the host.")
     ] = False,
-    self_contained: Annotated[
-        bool, typer.Option("--self-contained", help="Pack the weights into the bundle instead of referencing them.")
-    ] = False,
+    self_contained: Annotated[bool, typer.Option("--self-contained", help="Pack the weights into the bundle.")] = False,
     precision: Annotated[
         Precision, typer.Option(help="Dtype of weights and activations; inputs and outputs stay float32.")
     ] = "float32",
     dialect: Annotated[
         OperatorDialect | None,
         typer.Option(
-            help="Whose operators to write. standard: what every runtime knows, the default for fixed shapes. "
+            help="Operators to write. standard: those of every runtime, the default for fixed shapes. "
             "microsoft: ONNX Runtime's own, the default for every grid, which onnxrt runs faster on cpu and cuda."
         ),
     ] = None,
@@ -82,14 +74,12 @@ def export(
             help="Compiler that the programs are for: fixed shapes, its device, and its configuration next to them."
         ),
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Kind of device that the programs are for, such as npu. Default: any.")
-    ] = None,
+    device: Annotated[str | None, typer.Option(help="Device kind of the programs, such as npu. Default: any.")] = None,
     revision: Revision = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Write a bundle: programs of a checkpoint's vision encoder with a manifest that states all of them."""
+    """Write a bundle: programs of a checkpoint's vision encoder, with a manifest that describes them."""
     started = time.perf_counter()
     tower = open_tower(checkpoint, revision)
     fixed = [frame_grid(text, "--grid", tower.merge_size) for text in grid or ()]
@@ -98,7 +88,7 @@ def export(
         raise ConfigurationError("--split-host needs a program of fixed shapes.", hint="Add --grid or --bucket.")
     if target is not None and (dynamic or not (fixed or largest)):
         raise ConfigurationError(
-            f"--target {target} takes programs of fixed shapes only.", hint="Name them with --grid or --bucket."
+            f"--target {target} takes programs of fixed shapes only.", hint="Pass --grid or --bucket."
         )
     if target is not None and device not in (None, VITISAI_DEVICE):
         raise ConfigurationError(
@@ -144,7 +134,7 @@ def export(
 
 
 def frame_grid(text: str, option: str, merge_size: int) -> Grid:
-    """The grid of one frame from an option's text, such as `58x74`, checked against the merge size."""
+    """Parse the grid of one frame from an option's text, such as `58x74`, and check it against the merge size."""
     grid = Grid.parse(text)
     if grid.t != 1:
         raise ConfigurationError(f"{option} {text}: a program takes one frame.", hint="Write height x width, 58x74.")
@@ -156,17 +146,14 @@ def quantize(
     bundle: Annotated[Path, typer.Argument(help="Folder of a bundle of float32 programs.")],
     output: Annotated[Path, typer.Option(help="Folder of the bundle to write.")],
     calibrate: Annotated[
-        list[Path], typer.Option(help="Image file or folder of images such as will be encoded. Repeatable.")
+        list[Path], typer.Option(help="Image file or folder of images like those to encode. Repeatable.")
     ],
-    target: Annotated[str, typer.Option(help="Backend that quantizes, and that the programs are for.")],
+    target: Annotated[str, typer.Option(help="Backend that quantizes, and that will run the programs.")],
     reference: Annotated[
         str | None,
         typer.Option(help="Checkpoint that the bundle was exported from. Default: the one that it refers to."),
     ] = None,
-    images: Annotated[
-        list[Path] | None,
-        typer.Option(help="Image file or folder to judge by. Repeatable. Default: those of `visionaccel validate`."),
-    ] = None,
+    images: Images = None,
     threshold: Annotated[float, typer.Option(help="Lowest cosine of a token that is kept.")] = THRESHOLDS["int8"],
     device: Device = None,
     force: Force = False,
@@ -203,16 +190,16 @@ def quantize(
 
 def strip(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder; it is only read.")],
-    output: Annotated[Path, typer.Argument(help="The folder to write, which must not exist.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write, which must not exist.")],
     as_json: Json = False,
 ) -> None:
-    """Copy a checkpoint without its vision weights, to be served with an encoder from elsewhere."""
+    """Copy a checkpoint without its vision weights, to serve it with a separate encoder."""
     started = time.perf_counter()
     if not checkpoint.is_dir():
-        # A repository in the cache may lack files that nothing here has read, such as the tokenizer's.
+        # A repository in the cache may lack files that were never downloaded, such as the tokenizer's.
         raise ConfigurationError(
             f"{checkpoint} is not a folder.",
-            hint="Pass one; a repository is downloaded whole with `hf download REPOSITORY --local-dir FOLDER`.",
+            hint="Pass a folder; `hf download REPOSITORY --local-dir FOLDER` downloads a whole repository.",
         )
     source = Checkpoint(checkpoint)
     total = sum(tensor.length for tensor in source.tensors.values())

@@ -1,4 +1,4 @@
-"""Where the command prints: results on stdout, everything else on stderr; and the arguments that commands share."""
+"""How commands print: results on stdout, everything else on stderr. Also the options that commands share."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from visionaccel.settings import parse_options
 
 
 class _SafeConsole(Console):
-    """Shows text from files and plug-ins as text: it is not markup, and has no control characters."""
+    """Shows text from files and plug-ins literally: not as markup, and without control characters."""
 
     def render_str(self, text: str, **given: Any) -> Text:
         return super().render_str(visible(text), **given)
@@ -58,9 +58,9 @@ _NUMBER = re.compile(r"[\d.e+-]+")
 
 @contextmanager
 def own_stdout() -> Iterator[None]:
-    """Keep stdout for what Python prints there in the context. What else writes to its descriptor writes to stderr.
+    """Keep stdout for what Python prints there in the context. What libraries write to its descriptor goes to stderr.
 
-    It still does so afterwards: some vendors' libraries print when the process ends.
+    This does not end with the context: some vendor libraries print when the process ends.
     """
     if sys.stdout is None or sys.stderr is None:  # closed by what started this process
         yield
@@ -75,8 +75,8 @@ def own_stdout() -> Iterator[None]:
 
 @contextmanager
 def results_only() -> Iterator[None]:
-    """Keep stdout for results: what else Python prints there, such as in a plug-in, goes to stderr. Decorates, too."""
-    if sys.stderr is None or results.file is not sys.stdout:  # or it is kept already
+    """Keep stdout for results: other output of Python code, such as a plug-in's, goes to stderr. Also a decorator."""
+    if sys.stderr is None or results.file is not sys.stdout:  # there is no stderr, or an outer context keeps stdout
         yield
         return
     results.file = sys.stdout
@@ -84,19 +84,19 @@ def results_only() -> Iterator[None]:
         with redirect_stdout(sys.stderr):
             yield
     finally:
-        results.file = None  # type: ignore[assignment] # rich's word for the stdout of the moment
+        results.file = None  # type: ignore[assignment] # rich then writes to the current stdout
 
 
 @contextmanager
 def status(text: str) -> Iterator[Callable[[str], None]]:
-    """A line on stderr that says what is being done; the function changes it."""
+    """Show on stderr what is being done; the function changes the text."""
     with messages.status(Text(visible(text))) as shown:
         yield lambda text: shown.update(Text(visible(text)))
 
 
 @contextmanager
 def progress(amount: ProgressColumn) -> Iterator[Callable[[str, int, int], None]]:
-    """Bars on stderr, one for each stage. The function takes a stage, how much of it is done and how much there is."""
+    """Show a bar on stderr for each stage. The function takes a stage, how much of it is done, and its total."""
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), amount, TimeRemainingColumn())
     with Progress(*columns, console=messages, transient=True) as bars:
         tasks: dict[str, TaskID] = {}
@@ -110,7 +110,7 @@ def progress(amount: ProgressColumn) -> Iterator[Callable[[str, int, int], None]
 
 
 def backend_options(text: str | None, default: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Backend options from `--options`, or the settings' where it is not given."""
+    """Parse the backend options of `--options`; without it, return the default."""
     if text is None:
         return default
     try:
@@ -121,38 +121,38 @@ def backend_options(text: str | None, default: Mapping[str, Any]) -> Mapping[str
 
 
 def finite(value: float | None) -> float | None:
-    """Refuses NaN and infinity, which a command-line option's range lets pass."""
+    """Refuse NaN and infinity, which the range of an option allows."""
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number.")
     return value
 
 
 def check_writable(*files: Path | None) -> None:
-    """Refuses files that cannot be written, before the work is done whose result goes there."""
+    """Refuse files that cannot be written, before the work whose result goes there."""
     for file in files:
         if file is not None and (file.is_dir() or not file.parent.is_dir()):
             raise ConfigurationError(
-                f"{file} is not a file in an existing folder.", hint="Name a file in a folder that exists."
+                f"{file} is not a file in an existing folder.", hint="Pass a file in a folder that exists."
             )
 
 
 def write_json(value: Any, file: Path | None) -> None:
-    """Write the document that `print_json` prints into a file, if one is given."""
+    """Write a document as `print_json` prints it into a file, if one is given."""
     if file is None:
         return
     try:
         file.write_text(json.dumps(value, indent=1, default=str) + "\n")
     except OSError as error:
-        raise ConfigurationError(f"{file} cannot be written: {error}", hint="Name another file.") from error
+        raise ConfigurationError(f"{file} cannot be written: {error}", hint="Pass a different file.") from error
 
 
 def _table(title: str, **given: Any) -> Table:
-    """A table that takes little room, so that its cells fit into a terminal of 80 columns."""
+    """Make a compact table, which fits into a terminal of 80 columns."""
     return Table(title=title or None, box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), **given)
 
 
 def _widths(cells: Sequence[Sequence[str]], room: int) -> Sequence[int | None]:
-    """A width for each column, given its cells, in which no word breaks; None for each if there is no room for that."""
+    """Choose column widths at which no word breaks, from the cells of each column; None for each if there are none."""
     wanted = [max(len(line) for cell in column for line in (*cell.splitlines(), "")) for column in cells]
     words = [max(len(word) for cell in column for word in (*cell.split(), "")) for column in cells]
     widths = [min(_LONG_WORD, longest) for longest in words]
@@ -171,14 +171,14 @@ def print_table(
     styles: Sequence[str] | None = None,
     numbers: bool = False,
 ) -> None:
-    """A table of texts and numbers on stdout.
+    """Print a table of texts and numbers on stdout.
 
     Args:
-        title: What stands above it, if anything.
-        columns: The heads.
+        title: The line above it, if any.
+        columns: The head of each column.
         rows: The cells of each row.
         styles: The style of each row.
-        numbers: Align all columns but the first to the right, also those that hold more than numbers.
+        numbers: Right-align all columns but the first; otherwise only columns of numbers.
     """
     table = _table(title)
     cells = [[name, *(str(row[number]) for row in rows)] for number, name in enumerate(columns)]
@@ -192,7 +192,7 @@ def print_table(
 
 
 def print_details(title: str, details: Mapping[str, object]) -> None:
-    """A table of names with what they stand for, without those that stand for nothing, and an empty line."""
+    """Print a table of names and details, without empty details, and an empty line."""
     table = _table(title, show_header=False, title_justify="left")
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -204,10 +204,10 @@ def print_details(title: str, details: Mapping[str, object]) -> None:
 
 
 def number(value: float | None) -> str:
-    """Two places after the point; a dash for nothing."""
+    """Format a number with two decimals; None as a dash."""
     return "-" if value is None else f"{value:.2f}"
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout."""
+    """Print a JSON document on stdout."""
     print(json.dumps(value, indent=1, default=str), file=results.file, flush=True)

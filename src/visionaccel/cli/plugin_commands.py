@@ -1,4 +1,4 @@
-"""Commands that other distributions add, by entry point."""
+"""Adds the commands of other distributions, which declare them by entry point."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pluggy
 import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_group
+from typer.models import CommandInfo, TyperInfo
 
 from visionaccel.backends import contained
 from visionaccel.backends.hooks import PROJECT, HookSpecs
@@ -35,10 +36,10 @@ _ANYTHING = {"ignore_unknown_options": True, "allow_extra_args": True}
 
 
 class CommandsWithPlugins(TyperGroup):
-    """The core's commands and those of plug-ins, whose modules are imported for a name that is not the core's.
+    """The core's commands and those of plug-ins. Plug-ins are only imported for a command that the core does not have.
 
-    A plug-in that fails, or whose commands have names that are taken, is left out, and stderr says so. A command of an
-    extra that is not installed says what to install.
+    If a plug-in fails, or adds a command whose name is taken, its commands are left out and stderr says so. A command
+    of an extra that is not installed says what to install.
     """
 
     _loaded = False
@@ -65,45 +66,35 @@ class CommandsWithPlugins(TyperGroup):
 
 
 def _plugin_commands(own: Collection[str]) -> dict[str, Any]:
-    """The commands of each installed plug-in by name, in the order of the entry points' names; `own` are the core's."""
+    """Return the commands of all plug-ins, sorted by the names of the entry points. `own` are the core's commands."""
     found: dict[str, Any] = {}
-    origins = dict.fromkeys(own, _CORE)
+    owners = {name: "visionaccel-" + extra.partition(",")[0] for name, extra in _EXTRAS.items()}
+    owners |= dict.fromkeys(own, _CORE)
     for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
-        origin = point.value if point.dist is None else f"{point.dist.name} {point.dist.version} ({point.value})"
+        distribution = None if point.dist is None else point.dist.name
+        origin = point.value if point.dist is None else f"{distribution} {point.dist.version} ({point.value})"
         try:
             with contained(), results_only():
                 added = _commands_of(point)
             for name in added:
-                _check_free(name, origins.get(name) or _reserved_for(name, point))
-        except Exception as error:  # a plug-in does not decide whether the core's commands run
+                if (owner := owners.get(name, distribution)) != distribution:
+                    which = "it" if owner == _CORE else "one of the two"
+                    raise PluginError(
+                        f"it adds the command {name!r}, which {owner} has.",
+                        hint=f"Uninstall {which}, or ask its author to rename the command.",
+                    )
+        except Exception as error:  # the core's commands must work without the plug-in
             messages.print(
                 f"The commands of {origin} are not available: {type(error).__name__}: {error}", soft_wrap=True
             )
             continue
         found |= added
-        origins |= dict.fromkeys(added, origin)
+        owners |= dict.fromkeys(added, origin)
     return found
 
 
-def _check_free(name: str, other: str | None) -> None:
-    if other is not None:
-        uninstall = "it" if other == _CORE else "one of the two"
-        raise PluginError(
-            f"it adds the command {name!r}, which {other} has.",
-            hint=f"Uninstall {uninstall}, or ask its author for another name.",
-        )
-
-
-def _reserved_for(name: str, point: EntryPoint) -> str | None:
-    """The distribution that a command is reserved for, unless it is the one that adds it."""
-    if name not in _EXTRAS:
-        return None
-    owner = "visionaccel-" + _EXTRAS[name].partition(",")[0]
-    return None if point.dist is not None and point.dist.name == owner else owner
-
-
 def _commands_of(point: EntryPoint) -> dict[str, Any]:
-    """What a plug-in adds, by name. Typer checks the commands' signatures here, so that a bad one fails here."""
+    """Return the commands that a plug-in adds. Typer checks their signatures here, so a bad one raises here."""
     plugins = pluggy.PluginManager(PROJECT)
     plugins.add_hookspecs(HookSpecs)
     plugins.register(point.load())
@@ -121,22 +112,25 @@ def _commands_of(point: EntryPoint) -> dict[str, Any]:
             hint="Set it on a group of commands, and add the group with app.add_typer(group, name=...).",
         )
     found: dict[str, Any] = {}
-    # Each alone: of two with one name, a group of both would keep the last.
-    alone: list[tuple[list[Any], list[Any]]] = [([command], []) for command in added.registered_commands]
-    alone += [([], [group]) for group in added.registered_groups]
-    for commands, groups in alone:
-        part = typer.Typer()
-        part.registered_commands, part.registered_groups = commands, groups
-        for name, command in get_group(part).commands.items():
+    infos: list[CommandInfo | TyperInfo] = [*added.registered_commands, *added.registered_groups]
+    for info in infos:
+        alone = typer.Typer()  # a group of all would keep the last of two with the same name
+        if isinstance(info, CommandInfo):
+            alone.registered_commands.append(info)
+        else:
+            alone.registered_groups.append(info)
+        for name, command in get_group(alone).commands.items():
             if name in found:
-                raise PluginError(f"it adds two commands named {name!r}.", hint="Name one: app.command('other-name').")
+                raise PluginError(
+                    f"it adds two commands named {name!r}.", hint="Rename one: app.command('other-name')."
+                )
             _keep_stdout(command)
             found[name] = command
     return found
 
 
 def _keep_stdout(command: Any) -> None:
-    """Have a command, and those of a group at every depth, print results only."""
+    """Keep stdout for results in a command, and in the commands of a group."""
     if command.callback is not None:
         command.callback = results_only()(command.callback)
     for nested in getattr(command, "commands", {}).values():

@@ -1,7 +1,7 @@
-"""Looks that import a vendor's code or vLLM, each in a child process of the command.
+"""Checks that import vendor code or vLLM, each in a child process of the command.
 
 Run as `python -m visionaccel.cli.diagnosis.children FILE LIMIT backend NAME [SOURCE]`, or `... vllm`, with `trying` at
-the end if no setting asks for a backend.
+the end if no setting chooses a backend.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Literal
 from pydantic import ValidationError
 
 from visionaccel.backends import AUTO, Finding, VisionBackend, default_registry
-from visionaccel.cli.diagnosis.findings import looked
-from visionaccel.cli.diagnosis.installation import valid_settings
+from visionaccel.backends.spec import Status
+from visionaccel.cli.diagnosis.checks import looked, valid_settings
 from visionaccel.core.invalid_values import problems_of
 from visionaccel.encoder import open_source
 from visionaccel.errors import VisionAccelError
@@ -23,11 +23,11 @@ from visionaccel.integrations.vllm.compat.contract import WITHOUT, Feature
 from visionaccel.isolation import as_finding, give_up_after, write_findings
 
 _ACTIVATION = "activation"
-_RELEASE = "Install a release of vLLM that docs/compatibility.md names."
+_RELEASE = "Install a release of vLLM that docs/compatibility.md lists."
 
 
 def main(file: str, limit: str, what: Literal["backend", "vllm"], *arguments: str) -> None:
-    """Write what is found of a backend or of vLLM into a file; the parent waits for it as many seconds as the limit."""
+    """Check a backend or vLLM and write the findings into a file; the parent waits for `limit` seconds."""
     give_up_after(float(limit))
     name, look = ("plug-in", _of_backend) if what == "backend" else ("vLLM", _of_vllm)
     write_findings(file, looked(name, lambda: look(*arguments)))
@@ -42,15 +42,14 @@ def _of_backend(name: str, source: str | None = None) -> Iterator[Finding]:
     yield from looked("checks", lambda: _checks(backend, source))
 
 
-def _devices(backend: VisionBackend) -> Iterator[Finding]:
+def _devices(backend: VisionBackend) -> Finding:
     if devices := ", ".join(map(str, backend.devices())):
-        yield Finding("devices", "pass", devices)
-    else:
-        yield Finding("devices", "failure", "none", "See `visionaccel explain` with a bundle for why.")
+        return Finding("devices", "pass", devices)
+    return Finding("devices", "failure", "none", "Run `visionaccel explain` with a bundle to see why.")
 
 
 def _options(backend: VisionBackend) -> Iterator[Finding]:
-    """The options that the environment sets, if they are for this backend."""
+    """Check the options that the environment sets, if they are for this backend."""
     settings = valid_settings()
     if settings is None or settings.backend != backend.name or not settings.options:
         return
@@ -69,7 +68,7 @@ def _checks(backend: VisionBackend, source: str | None) -> list[Finding]:
 
 
 def _of_vllm(trying: str = "") -> Iterator[Finding]:
-    """Load vLLM's plug-ins as its processes do, and report which class it would make our models from."""
+    """Load vLLM's plug-ins as its processes do, and check which class it would make the models from."""
     try:
         import vllm
     except Exception as error:
@@ -94,22 +93,22 @@ def _of_vllm(trying: str = "") -> Iterator[Finding]:
 
 
 def _contract(models: Sequence[str]) -> Iterator[Finding]:
-    """Each feature that this vLLM lacks a name for, whether of vLLM in general or of some of the models."""
-    whole = True
-    for feature in Feature:
-        lacking = [text for model in (None, *models) for text in contract.missing(feature, model)]
-        if lacking:
-            whole = False
-            detail = f"{'; '.join(dict.fromkeys(lacking))}. Without it, {WITHOUT[feature]}"
-            yield Finding(
-                f"contract: {feature}", "failure" if feature is Feature.INLINE else "warning", detail, _RELEASE
-            )
-    if whole:
-        yield Finding("contract", "pass", "every name of vLLM that visionaccel relies on is there")
+    """Report each feature for which this vLLM lacks a name, in general or for some of the models."""
+    missing = {
+        feature: list(dict.fromkeys(text for model in (None, *models) for text in contract.missing(feature, model)))
+        for feature in Feature
+    }
+    for feature, texts in missing.items():
+        if texts:
+            status: Status = "failure" if feature is Feature.INLINE else "warning"
+            detail = f"{'; '.join(texts)}. Without it, {WITHOUT[feature]}"
+            yield Finding(f"contract: {feature}", status, detail, _RELEASE)
+    if not any(missing.values()):
+        yield Finding("contract", "pass", "vLLM has every name that visionaccel relies on")
 
 
 def _activation(known: Sequence[str], trying: bool) -> Finding:
-    """Which class vLLM makes each model from, of those that it has."""
+    """Check which class vLLM makes each of its models from."""
     if not known:
         ours = ", ".join(architectures.ARCHITECTURES)
         return Finding(_ACTIVATION, "failure", f"vLLM has none of the models that visionaccel serves: {ours}", _RELEASE)
@@ -122,4 +121,4 @@ def _activation(known: Sequence[str], trying: bool) -> Finding:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])  # type: ignore[arg-type] # the words that a parent gives
+    main(*sys.argv[1:])  # type: ignore[arg-type] # the parent passes valid arguments

@@ -13,9 +13,17 @@ import typer
 from visionaccel import __version__
 from visionaccel.backends import AUTO, Finding, Registry, default_registry
 from visionaccel.backends.spec import Status
-from visionaccel.cli.diagnosis.findings import Diagnosis, Found, looked
-from visionaccel.cli.diagnosis.installation import installed, of_environment, of_settings, of_versions, valid_settings
-from visionaccel.cli.diagnosis.source import of_source
+from visionaccel.cli.diagnosis.checks import (
+    Diagnosis,
+    Found,
+    installed,
+    looked,
+    of_environment,
+    of_settings,
+    of_source,
+    of_versions,
+    valid_settings,
+)
 from visionaccel.cli.output import Json, finite, print_json, print_table, results
 from visionaccel.integrations.vllm import BACKEND_VARIABLES
 from visionaccel.integrations.vllm.compat import TRIED_RELEASES
@@ -31,26 +39,22 @@ _STYLES: Mapping[Status, str] = {"pass": "green", "warning": "yellow", "failure"
 
 def doctor(
     source: Annotated[
-        str | None, typer.Argument(help="Bundle or checkpoint to look at too. Default: VISIONACCEL_BUNDLE, if set.")
+        str | None, typer.Argument(help="Bundle or checkpoint to check too. Default: VISIONACCEL_BUNDLE, if set.")
     ] = None,
-    backend: Annotated[
-        str | None, typer.Option(help="Look at this backend only. Default: every installed one.")
-    ] = None,
-    no_vllm: Annotated[bool, typer.Option("--no-vllm", help="Leave vLLM out, which takes seconds to import.")] = False,
+    backend: Annotated[str | None, typer.Option(help="Check only this backend. Default: all installed ones.")] = None,
+    no_vllm: Annotated[bool, typer.Option("--no-vllm", help="Skip vLLM, which takes seconds to import.")] = False,
     limit: Annotated[
         float,
-        typer.Option(
-            min=1, max=3600, callback=finite, help="Seconds that a backend may take; vLLM may take twice as long."
-        ),
+        typer.Option(min=1, max=3600, callback=finite, help="Seconds for each backend; vLLM may take twice as long."),
     ] = _LIMIT,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit status 1 if anything at all is a failure.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit status 1 after any failure.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Look at this machine: versions, settings, drivers and libraries of each backend, a bundle, and vLLM.
+    """Check this machine: versions, settings, drivers and libraries of each backend, a bundle, and vLLM.
 
-    Each backend, and vLLM, is looked at in its own process: one that crashes or hangs there is a finding.
+    Each backend, and vLLM, is checked in a separate process; if it crashes or hangs there, that is a finding.
 
-    Exit status 1 if a backend was named and something that it needs is missing; with --strict, after any failure.
+    Exit status 1 if --backend is given and something that it needs is missing; with --strict, after any failure.
     """
     found = diagnose(source, backend, limit=limit, vllm=not no_vllm)
     if as_json:
@@ -71,11 +75,11 @@ def doctor(
 def diagnose(
     source: str | None = None, backend: str | None = None, *, limit: float = _LIMIT, vllm: bool = True
 ) -> Diagnosis:
-    """Look at this machine, and at what is installed and set on it. Nothing that is broken here makes it raise.
+    """Check this machine, and what is installed and set on it. What is broken is a finding, not an exception.
 
     Args:
-        source: A bundle or checkpoint to look at too; by default the bundle that the settings name, if any.
-        backend: Look at this backend only; by default at every installed one.
+        source: A bundle or checkpoint to check too; by default the bundle of the settings, if any.
+        backend: Check only this backend; by default all installed ones.
         limit: Seconds that a backend may take; vLLM may take twice as long.
         vllm: Whether to import vLLM, in a child process.
 
@@ -105,9 +109,9 @@ def diagnose(
         wanted = None if named == AUTO else named
         looks = looked(source, lambda: of_source(source, wanted, devices, [entry.name for entry in every]))
         findings += [Found("source", finding) for finding in looks]
-        # A source that does not open has its finding; each backend would only repeat it.
+        # Backends would only repeat the finding about a source that does not open.
         opens = [source] if looks[0].status == "pass" else []
-    with ExitStack() as running:  # all at once: a backend that hangs must not delay the others
+    with ExitStack() as running:  # all at the same time: a backend that hangs must not delay the others
         children = {
             entry.name: running.enter_context(
                 CheckProcess("plug-in", _CHILDREN, ["backend", entry.name, *opens], limit)
@@ -124,33 +128,33 @@ def _found(about: str, look: Callable[[], Iterable[Finding]]) -> list[Found]:
 
 
 def _backends(registries: list[Registry]) -> Iterator[Finding]:
-    """Opens the installed backends, and finds if none can encode here."""
+    """List the installed backends, and report if none can encode."""
     registries.append(default_registry())
     if all(entry.name == "simulated" for entry in registries[0].entries):
         yield Finding("backends", "failure", "none is installed", f"Install one, such as: {_INSTALL}")
 
 
 def _of_vllm(limit: float) -> Iterator[Finding]:
-    """Whether vLLM is there, and of a tried release; the rest in a child process, which may take `limit` seconds."""
+    """Check vLLM's release and settings, then the rest in a child process, which may take `limit` seconds."""
     version = installed("vllm")
     if version is None:
         yield Finding("installed", "pass", "no; visionaccel works without it")
         return
     if version.startswith(TRIED_RELEASES):
-        yield Finding("release", "pass", f"{version}, which visionaccel was run on")
+        yield Finding("release", "pass", f"{version}, on which visionaccel was tested")
     else:
         fix = f"If it fails, install one of {', '.join(release.rstrip('.') for release in TRIED_RELEASES)}."
-        yield Finding("release", "warning", f"{version}, which visionaccel was not run on", fix)
+        yield Finding("release", "warning", f"{version}, on which visionaccel was not tested", fix)
     name = BACKEND_VARIABLES[0]
     wanted = any(os.environ.get(variable, "").strip() for variable in BACKEND_VARIABLES)
     if wanted:
-        yield Finding(name, "pass", "set, so that vLLM's vision encoder is replaced")
+        yield Finding(name, "pass", "set, so vLLM's vision encoder is replaced")
     else:
         fix = f"Set {name} to a backend's name or to {AUTO} in the server's environment."
-        yield Finding(name, "warning", "unset, so that vLLM is left alone", fix)
+        yield Finding(name, "warning", "not set, so vLLM is unchanged", fix)
     allowed = os.environ.get(_PLUGINS)
     if allowed is not None and _PLUGIN not in allowed.split(","):
-        detail = f"{allowed!r} leaves {_PLUGIN} out, so that vLLM does not load it"
+        detail = f"{allowed!r} leaves {_PLUGIN} out, so vLLM does not load it"
         fix = f"Add {_PLUGIN} to {_PLUGINS}, or unset it."
         yield Finding(_PLUGINS, "failure" if wanted else "warning", detail, fix)
         return
