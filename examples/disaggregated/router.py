@@ -1,6 +1,6 @@
-"""An OpenAI-compatible router: images and videos to encoder instances first, then the request to a language model.
+"""An OpenAI-compatible router: sends images and videos to encoder instances, then the request to a language model.
 
-`python router.py --encoder URL --language-model URL`, each as often as there are instances; URLs without `/v1`.
+Run `python router.py --encoder URL --language-model URL`, with each option once per instance and URLs without `/v1`.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ MEDIA = {"image_url": "image", "input_image": "image", "video_url": "video"}
 SHAPING = ("mm_processor_kwargs", "media_io_kwargs")
 """Fields of a request that change an item's embedding, and so its identifier, which both sides must agree on."""
 INTERNAL = ("ec_transfer_params", "kv_transfer_params")
-"""Fields with which vLLM instances find those that they exchange tensors with: not for clients."""
+"""Fields that tell vLLM instances with whom they exchange tensors. Clients must not set them."""
 PASSED_ON = ("authorization", "traceparent", "x-request-id")
 JSON = {"content-type": "application/json"}
 UNAVAILABLE = (502, 503, 504)
@@ -37,7 +37,7 @@ log = logging.getLogger("uvicorn.error")
 
 
 class RefusedError(Exception):
-    """A request that ends with an error: its status and a message for the client."""
+    """Ends a request with a status and a message for the client."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -45,7 +45,7 @@ class RefusedError(Exception):
 
 
 class Pool:
-    """Instances of one kind. Each comes first in turn, and last for a while after it could not be reached."""
+    """Instances of one kind, tried in turn. One that could not be reached is tried last for a while."""
 
     def __init__(self, kind: str, urls: Sequence[str], pause: float = 5.0) -> None:
         self.kind, self.urls, self.pause = kind, [url.rstrip("/") for url in urls], pause
@@ -53,7 +53,7 @@ class Pool:
         self._rests_until: dict[str, float] = {}
 
     def order(self, content: str | None = None) -> list[str]:
-        """All instances, in the order to try them; for the same `content` always the same one first."""
+        """Return all instances in the order to try them. The same `content` always gets the same order."""
         if content is None:
             first = next(self._turns) % len(self.urls)
             order = self.urls[first:] + self.urls[:first]
@@ -68,19 +68,19 @@ class Pool:
 
 
 class Router:
-    """Answers clients. Holds no state but whose turn it is and which instances are unreachable."""
+    """Answers clients. Its only state is whose turn it is and which instances are unreachable."""
 
     def __init__(self, encoders: Pool, language_models: Pool, client: httpx.AsyncClient, *, affinity: bool) -> None:
         self.encoders, self.language_models, self.client, self.affinity = encoders, language_models, client, affinity
 
     async def chat(self, request: Request) -> Response:
-        """Encode each item of the request, then let a language model answer it, streamed or not."""
+        """Encode each item of the request, then forward it to a language model. The answer may be streamed."""
         headers = {name: request.headers[name] for name in PASSED_ON if name in request.headers}
         try:
             body = _parse(await request.body())
             items = _media(body)
             where = await _while_connected(request, self._encode_all(items, body, headers))
-            # Serialised again, so that an instance reads exactly what was checked here.
+            # Serialised again, so that instances read exactly what was checked here.
             content = json.dumps(body | ({"ec_transfer_params": where} if where else {})).encode()
             return await _while_connected(request, self._forward("POST", CHAT, content, headers))
         except RefusedError as refusal:
@@ -88,7 +88,7 @@ class Router:
             return JSONResponse({"error": error}, refusal.status)
 
     async def models(self, request: Request) -> Response:
-        """The models of the first language-model instance that answers."""
+        """Return the models of the first language-model instance that answers."""
         headers = {name: request.headers[name] for name in PASSED_ON if name in request.headers}
         try:
             return await self._forward("GET", MODELS, b"", headers)
@@ -96,7 +96,7 @@ class Router:
             return JSONResponse({"error": {"message": str(refusal), "code": refusal.status}}, refusal.status)
 
     async def health(self, _: Request) -> Response:
-        """Status 200 while at least one instance of each kind is healthy."""
+        """Return status 200 while at least one instance of each kind is healthy."""
         found = {}
         for pool in (self.encoders, self.language_models):
             healthy = sum(await asyncio.gather(*map(self._is_healthy, pool.urls)))
@@ -112,7 +112,7 @@ class Router:
     async def _encode_all(
         self, items: list[dict[str, Any]], body: dict[str, Any], headers: dict[str, str]
     ) -> dict[str, Any]:
-        """Have all items encoded. Returns where the embeddings are, if a consumer needs to know."""
+        """Have all items encoded. Return where the embeddings are, if a consumer needs to know."""
         different: dict[str, int] = {}
         for number, item in enumerate(items):
             different.setdefault(json.dumps(item, sort_keys=True), number)
@@ -123,16 +123,16 @@ class Router:
             tasks.append(asyncio.ensure_future(self._encode(items[number], content, name, body, own)))
         try:
             answers = await asyncio.gather(*tasks)
-        finally:  # The first error ends the request, so what is still under way is ended with it.
+        finally:  # the first error ends the request, so cancel what still runs
             for task in tasks:
                 task.cancel()
-        # Connectors that fetch from the encoder give its address; those with shared storage need none.
+        # Connectors that fetch from the encoder return its address; those with shared storage need none.
         return {name: place for answer in answers for name, place in answer.items() if "peer_host" in place}
 
     async def _encode(
         self, item: dict[str, Any], content: str, name: str, body: dict[str, Any], headers: dict[str, str]
     ) -> dict[str, Any]:
-        """Have one item encoded, by another instance if one cannot be reached."""
+        """Have one item encoded; if an instance cannot be reached, try the next."""
         wanted = {field: body[field] for field in ("model", *SHAPING) if field in body}
         question = {"messages": [{"role": "user", "content": [item]}], "max_tokens": 1, "stream": False, **wanted}
         broken = False
@@ -143,7 +143,7 @@ class Router:
                 self.encoders.unreachable(url, repr(error))
             except httpx.TransportError as error:
                 self.encoders.unreachable(url, repr(error))
-                if broken:  # An item that may have ended two instances is not tried on a third.
+                if broken:  # do not try an item that may have crashed two instances on a third
                     raise RefusedError(502, f"{name}: two encoder instances broke off while encoding it.") from error
                 broken = True
             else:
@@ -155,7 +155,7 @@ class Router:
         raise RefusedError(503, f"{name}: no encoder instance can be reached; try again later.")
 
     async def _forward(self, method: str, path: str, content: bytes, headers: dict[str, str]) -> Response:
-        """The answer of a language-model instance, with any status, passed on as it comes."""
+        """Forward a request to a language-model instance and stream its answer, whatever its status."""
         for url in self.language_models.order():
             try:
                 sent = self.client.build_request(method, url + path, content=content, headers=JSON | headers)
@@ -180,16 +180,16 @@ def _parse(content: bytes) -> dict[str, Any]:
         raise RefusedError(400, "the request must be a JSON object with a list of messages.")
     for field in INTERNAL:
         if body.get(field) is not None:
-            raise RefusedError(400, f"{field} is between the instances and not taken from clients.")
+            raise RefusedError(400, f"{field} is reserved for the instances; clients must not set it.")
     return body
 
 
 def _media(body: dict[str, Any]) -> list[dict[str, Any]]:
-    """The images and videos of a request. Only kinds of content that are known to be harmless pass.
+    """Return the images and videos of a request. Refuse kinds of content that are not known to be harmless.
 
-    Embeddings would reach the language model unseen. A `uuid` would become the item's identifier, under which another
-    client's item may be stored, and part of a path in a shared folder; and a part with one is read by its keys, not by
-    its type.
+    Embeddings would reach the language model unchecked. A `uuid` would become the item's identifier, under which a
+    different client's item may be stored, and part of a path in a shared folder. Also, vLLM reads a part that has a
+    `uuid` by its keys and not by its type.
     """
     items = []
     for message in body["messages"]:
@@ -210,7 +210,7 @@ def _media(body: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _message(answer: httpx.Response) -> str:
-    """What an instance's error says."""
+    """Return the message of an instance's error."""
     try:
         return str(answer.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):
@@ -226,7 +226,7 @@ async def _relay(answer: httpx.Response) -> AsyncIterator[bytes]:
 
 
 async def _while_connected(request: Request, work: Awaitable[T]) -> T:
-    """The result of `work`, which is cancelled, and with it what it asked for upstream, when the client goes away."""
+    """Return the result of `work`. If the client disconnects, cancel it and the requests that it made."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -251,15 +251,15 @@ def make_app(
     affinity: bool = False,
     transport: httpx.AsyncBaseTransport | None = None,
 ) -> Starlette:
-    """The router as an ASGI application.
+    """Make the router as an ASGI application.
 
     Args:
         encoders: Base URLs of encoder instances, without `/v1`.
         language_models: Base URLs of language-model instances.
-        affinity: Send the same image always to the same encoder, instead of to each in turn.
+        affinity: Always send the same image to the same encoder, instead of to each in turn.
         transport: How instances are reached; for tests.
     """
-    # How much runs at once and how long is the instances' to say. Idle connections end before vLLM ends them (5 s).
+    # Instances limit concurrency and duration themselves. Idle connections close before vLLM closes them (5 s).
     limits, timeout = httpx.Limits(max_connections=None, keepalive_expiry=2.0), httpx.Timeout(None, connect=3.0)
     client = httpx.AsyncClient(transport=transport, limits=limits, timeout=timeout, trust_env=False)
     router = Router(Pool("encoders", encoders), Pool("language_models", language_models), client, affinity=affinity)
@@ -282,7 +282,7 @@ def main(
     language_model: Annotated[list[str], typer.Option(help="URL of a language-model instance; repeat for more.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
-    affinity: Annotated[bool, typer.Option(help="The same image always goes to the same encoder.")] = False,
+    affinity: Annotated[bool, typer.Option(help="Always send the same image to the same encoder.")] = False,
 ) -> None:
     """Route chat completions between encoder and language-model instances of vLLM."""
     uvicorn.run(make_app(encoder, language_model, affinity=affinity), host=host, port=port)

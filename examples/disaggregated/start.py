@@ -28,11 +28,11 @@ LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True)
 class Deployment:
-    """What runs.
+    """The running router and instances.
 
     Attributes:
         url: Base URL of the router's OpenAI API, ending in `/v1`.
-        storage: Folder through which embeddings go, one subfolder an image.
+        storage: Folder through which embeddings are passed, with a subfolder for each image.
         router: The router's process.
     """
 
@@ -44,7 +44,7 @@ class Deployment:
 
 
 def connected(role: str, storage: Path) -> tuple[str, str]:
-    """The argument of vLLM that makes an instance an `ec_producer` or an `ec_consumer` of embeddings in a folder."""
+    """Return the vLLM argument that makes an instance an `ec_producer` or `ec_consumer` of embeddings in a folder."""
     config = {
         "ec_connector": "ECExampleConnector",
         "ec_role": role,
@@ -68,13 +68,13 @@ def disaggregated(
     """Run everything while the context lasts; the instances start at the same time.
 
     Args:
-        checkpoint: Folder of the model; the same for both kinds, since its path is part of an image's identifier.
+        checkpoint: Folder of the model; the same for both kinds, because its path is part of an image's identifier.
         settings: visionaccel's settings for every instance.
         arguments: More arguments for every vLLM server.
         encoder_settings: Settings for the encoders only, such as `VISIONACCEL_DEVICE`.
-        encoders: How many encoder instances.
-        language_models: How many language-model instances.
-        affinity: The same image always goes to the same encoder.
+        encoders: Number of encoder instances.
+        language_models: Number of language-model instances.
+        affinity: Whether the same image always goes to the same encoder.
         port: The router's port; 0 for a free one.
     """
     stopping = threading.Event()
@@ -115,7 +115,7 @@ def _routed(
     affinity: bool,
     port: int,
 ) -> Iterator[Deployment]:
-    """The router in front of running instances."""
+    """Run the router in front of running instances."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind((LOOPBACK, port))
@@ -152,7 +152,7 @@ def main(
     backend: Annotated[str, typer.Option(help="Backend of the vision encoder.")] = "onnxrt",
     encoders: Annotated[int, typer.Option(help="Encoder instances.", min=1)] = 1,
     language_models: Annotated[int, typer.Option(help="Language-model instances.", min=1)] = 1,
-    affinity: Annotated[bool, typer.Option(help="The same image always goes to the same encoder.")] = False,
+    affinity: Annotated[bool, typer.Option(help="Always send the same image to the same encoder.")] = False,
     port: Annotated[int, typer.Option(help="The router's port; 0 for a free one.")] = 8000,
     argument: Annotated[list[str] | None, typer.Option(help="Argument for every vLLM server; repeat for more.")] = None,
 ) -> None:

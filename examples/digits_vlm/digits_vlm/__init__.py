@@ -2,7 +2,7 @@
 
 The checkpoint is trained by `digits_vlm.train` with transformers' own classes and has every structural trait of the 7B
 vision tower: window attention with partial windows, full-attention layers, 2x2 patch merging and axial rotary
-positions. An encoder that shifts a grid or permutes a window therefore loses visible accuracy.
+positions. So an encoder that shifts a grid or permutes a window loses visible accuracy.
 """
 
 from importlib import resources
@@ -12,5 +12,5 @@ __all__ = ["checkpoint_path"]
 
 
 def checkpoint_path() -> Path:
-    """Folder of the trained checkpoint (configuration, weights, tokenizer, processor and `score.json`)."""
+    """Return the folder of the trained checkpoint: configuration, weights, tokenizer, processor and `score.json`."""
     return Path(str(resources.files(__name__))) / "checkpoint"

@@ -1,4 +1,4 @@
-"""The digits reader's tokenizer, processor and untrained model: a Qwen2.5-VL in every respect but size."""
+"""The digits reader's tokenizer, processor and untrained model: a Qwen2.5-VL in every respect except size."""
 
 import math
 
@@ -29,7 +29,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer with Qwen's special tokens; every digit is one token."""
+    """Train a byte-level tokenizer with Qwen's special tokens, in which every digit is one token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -50,7 +50,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLProcessor:
-    """Qwen2.5-VL's processor with the pixel limits of the released models."""
+    """Make Qwen2.5-VL's processor with the pixel limits of the released models."""
     limits = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}
     return Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=limits),
@@ -61,9 +61,10 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLProcessor:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2_5_VLForConditionalGeneration:
-    """An untrained model whose weights are drawn with standard deviation 1/sqrt(fan_in).
+    """Make an untrained model whose weights are drawn with standard deviation 1/sqrt(fan_in).
 
-    transformers' default initialisation (0.02 everywhere) leaves so narrow a model on a plateau for minutes.
+    With transformers' default initialisation (0.02 everywhere), training such a narrow model makes no progress for
+    minutes.
     """
     token = tokenizer.convert_tokens_to_ids
     config = Qwen2_5_VLConfig(

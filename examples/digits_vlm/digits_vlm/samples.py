@@ -1,7 +1,7 @@
-"""Canvases of handwritten digits with their truth, drawn from scikit-learn's digits data set.
+"""Images of handwritten digits with their labels, made from scikit-learn's digits data set.
 
 The 1,797 handwritten samples are split once, by a fixed permutation, into a training and a held-out pool. No
-handwritten sample is in both. Everything here is a pure function of a `numpy.random.Generator`.
+handwritten sample is in both. All results depend only on a `numpy.random.Generator`.
 """
 
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ Split = Literal["train", "held_out"]
 
 TRAIN_SAMPLES = 1400
 CELL = 28
-"""Pixels of one merged token a side (14-pixel patches, merged 2x2)."""
+"""Side of one merged token in pixels (14-pixel patches, merged 2x2)."""
 
 
 @dataclass(frozen=True)
 class DigitsImage:
-    """An RGB canvas and the digits on it, left to right."""
+    """An RGB image and the digits on it, from left to right."""
 
     image: Image.Image
     truth: str
@@ -30,7 +30,7 @@ class DigitsImage:
 
 @dataclass(frozen=True)
 class DigitsVideo:
-    """RGB frames, uint8 [frames, height, width, 3], of one row of digits that drifts, and its digits."""
+    """RGB frames, uint8 [frames, height, width, 3], of one drifting row of digits, and the digits."""
 
     frames: NDArray[np.uint8]
     truth: str
@@ -38,7 +38,7 @@ class DigitsVideo:
 
 @cache
 def _pool(split: Split) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Handwritten samples of a split: strokes float32 [n, 8, 8] in 0..1 and labels int64 [n]."""
+    """Return the handwritten samples of a split: strokes float32 [n, 8, 8] in 0..1 and labels int64 [n]."""
     data = load_digits()
     order = np.random.default_rng(0).permutation(len(data.target))
     chosen = order[:TRAIN_SAMPLES] if split == "train" else order[TRAIN_SAMPLES:]
@@ -46,7 +46,7 @@ def _pool(split: Split) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
 
 
 def _stroke(sample: NDArray[np.float32], size: int, rng: np.random.Generator, augment: bool) -> NDArray[np.float32]:
-    """One handwritten sample at `size` x `size` pixels, float32 in 0..1, slightly turned and sheared if asked."""
+    """Scale a sample to `size` x `size` pixels, float32 in 0..1; `augment` rotates and shears it slightly."""
     picture = Image.fromarray((sample * 255).astype(np.uint8)).resize((size, size), Image.Resampling.BILINEAR)
     if augment:
         angle, shear = np.deg2rad(rng.uniform(-12, 12)), rng.uniform(-0.15, 0.15)
@@ -63,7 +63,7 @@ def _stroke(sample: NDArray[np.float32], size: int, rng: np.random.Generator, au
 def _row(
     rng: np.random.Generator, split: Split, height: int, width: int, most: int
 ) -> tuple[list[tuple[NDArray[np.float32], int, int]], str]:
-    """Strokes with their top-left corners for a row of one to `most` digits on a canvas, and the digits."""
+    """Choose a row of one to `most` digits: their strokes with top-left corners on the canvas, and the digits."""
     strokes, labels = _pool(split)
     smallest = 36
     count = int(min(rng.integers(1, most + 1), max(width // smallest, 1)))
@@ -82,7 +82,7 @@ def _row(
 def _paint(
     placed: list[tuple[NDArray[np.float32], int, int]], height: int, width: int, ground: float, dx: int = 0, dy: int = 0
 ) -> NDArray[np.uint8]:
-    """Strokes on a canvas of grey level `ground`, moved by (dx, dy) as far as they stay inside: uint8 [h, w, 3]."""
+    """Paint strokes on a canvas of grey level `ground`, moved by (dx, dy) but kept inside: uint8 [h, w, 3]."""
     canvas = np.full((height, width), ground, dtype=np.float32)
     for stroke, top, left in placed:
         size = len(stroke)
@@ -93,7 +93,7 @@ def _paint(
 
 
 def random_size(rng: np.random.Generator, largest: int = 252) -> tuple[int, int]:
-    """A canvas (height, width) in pixels, of any aspect ratio up to 1:4 and not a multiple of anything."""
+    """Choose a canvas (height, width) in pixels, of any aspect ratio up to 1:4, multiples of no particular number."""
     height = int(rng.integers(56, int(largest * 0.7)))
     width = int(np.clip(height * np.exp(rng.uniform(np.log(0.6), np.log(4.0))), 56, largest))
     return height, width
@@ -102,7 +102,7 @@ def random_size(rng: np.random.Generator, largest: int = 252) -> tuple[int, int]
 def digits_image(
     rng: np.random.Generator, split: Split, size: tuple[int, int] | None = None, most: int = 4
 ) -> DigitsImage:
-    """One canvas with one to `most` digits; `size` is (height, width) in pixels, random if not given."""
+    """Make an image with one to `most` digits; `size` is (height, width) in pixels, random if not given."""
     height, width = size or random_size(rng)
     placed, truth = _row(rng, split, height, width, most)
     return DigitsImage(Image.fromarray(_paint(placed, height, width, rng.uniform(0, 0.15))), truth)
@@ -111,7 +111,7 @@ def digits_image(
 def digits_video(
     rng: np.random.Generator, split: Split, size: tuple[int, int] | None = None, frames: int = 4, most: int = 3
 ) -> DigitsVideo:
-    """A short clip: one row of digits that drifts by a few pixels a frame."""
+    """Make a short clip of one row of digits that drifts by a few pixels per frame."""
     height, width = size or random_size(rng, largest=196)
     placed, truth = _row(rng, split, height, width, most)
     ground, (vx, vy) = rng.uniform(0, 0.15), rng.integers(-2, 3, 2)
@@ -120,6 +120,6 @@ def digits_video(
 
 
 def held_out_images(count: int, seed: int = 2025, largest: int = 308) -> list[DigitsImage]:
-    """`count` held-out canvases of many sizes; the list for a smaller count is a prefix of that for a larger one."""
+    """Make `count` held-out images of many sizes; a smaller count gives a prefix of the list for a larger one."""
     rng = np.random.default_rng(seed)
     return [digits_image(rng, "held_out", random_size(rng, largest)) for _ in range(count)]

@@ -1,7 +1,7 @@
 """Trains the digits reader: `python -m digits_vlm.train --out FOLDER`.
 
-A curriculum from one digit a picture to four, then pairs of pictures in one prompt and short videos too.
-Batches are made by the processor that serves the model later, so what is learnt is what vLLM will feed.
+The curriculum goes from one digit per image to four, then adds pairs of images in one prompt and short videos. Batches
+are made by the processor that later serves the model, so the model learns from the same inputs that vLLM gives it.
 """
 
 import json
@@ -33,7 +33,7 @@ def _prompt(processor: Qwen2_5_VLProcessor, images: int, videos: int) -> str:
 def make_batch(
     processor: Qwen2_5_VLProcessor, rng: np.random.Generator, split: Split, batch: int, most: int
 ) -> dict[str, Any]:
-    """One batch: the processor's tensors and `labels` (-100 everywhere but on the answer)."""
+    """Make a batch: the processor's tensors and `labels`, which are -100 everywhere except on the answer."""
     texts, images, videos = [], [], []
     for _ in range(batch):
         kind = rng.uniform() if most >= PAIRS_FROM else 1.0
@@ -68,7 +68,7 @@ def make_batch(
 
 
 class _Batches(IterableDataset[dict[str, Any]]):
-    """Endless training batches; `most` is shared memory, so that the curriculum reaches the worker process."""
+    """Endless training batches; `most` is in shared memory, so that the worker process follows the curriculum."""
 
     def __init__(self, processor: Qwen2_5_VLProcessor, seed: int, batch: int, most: torch.Tensor) -> None:
         self.processor, self.seed, self.batch, self.most = processor, seed, batch, most
@@ -82,7 +82,7 @@ class _Batches(IterableDataset[dict[str, Any]]):
 
 @torch.no_grad()
 def teacher_forced(model: Qwen2_5_VLForConditionalGeneration, batches: list[dict[str, Any]]) -> float:
-    """Share of answers whose every token is the most likely one given the true tokens before it."""
+    """Return the share of answers in which every token is the most likely one after the true tokens before it."""
     model.eval()
     right = total = 0
     for batch in batches:
@@ -98,7 +98,7 @@ def teacher_forced(model: Qwen2_5_VLForConditionalGeneration, batches: list[dict
 def greedy_exact_match(
     model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor, count: int
 ) -> tuple[int, int]:
-    """Held-out images that transformers reads exactly by greedy decoding, and how many were asked."""
+    """Return how many held-out images transformers reads exactly by greedy decoding, and how many were tried."""
     model.eval()
     right = 0
     for sample in held_out_images(count):
@@ -111,7 +111,7 @@ def greedy_exact_match(
 def main(
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint.")],
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 12000,
-    batch: Annotated[int, typer.Option(help="Prompts a step.")] = 16,
+    batch: Annotated[int, typer.Option(help="Prompts per step.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
 ) -> None:
     """Train the digits reader and save the checkpoint with its held-out score."""

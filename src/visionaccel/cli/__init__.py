@@ -10,9 +10,7 @@ __all__ = ["main"]
 def main() -> None:
     """The command's entry point."""
     try:
-        from visionaccel.cli.app import (
-            main as run,  # modules below this one run in child processes that need no command
-        )
+        from visionaccel.cli.app import main as run  # not above: child processes run modules below this one
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing not in ("rich", "typer"):

@@ -39,16 +39,12 @@ def main(arguments: Sequence[str]) -> None:
         os.set_inheritable(fd, False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends this process when it chooses
     faulthandler.enable()  # the parent quotes the last lines, which show Python's stack after a crash
-    _flush_lines()
+    # Flush C's stdout after each line, although it is a pipe: its buffer is lost when a process aborts.
+    libc = ctypes.CDLL(None)
+    libc.setvbuf(ctypes.c_void_p.in_dll(libc, "stdout"), None, _LINE_BUFFERED, 0)
     socket, inputs, outputs, records = fds
     with Connection(socket) as connection:
         _serve(connection, SharedArrays(inputs), SharedArrays(outputs), records)
-
-
-def _flush_lines() -> None:
-    """Make C's stdout flush each line, although it is a pipe: the buffer is lost when a process aborts."""
-    libc = ctypes.CDLL(None)
-    libc.setvbuf(ctypes.c_void_p.in_dll(libc, "stdout"), None, _LINE_BUFFERED, 0)
 
 
 def _serve(connection: Connection, inputs: SharedArrays, outputs: SharedArrays, records: int) -> None:
@@ -88,20 +84,16 @@ def _open(inputs: int, records: int) -> tuple[messages.OpenRequest, Session]:
     with open(inputs, "rb", closefd=False) as file:
         file.seek(0)  # the descriptor is shared with the parent, which has written to it
         parent_state: messages.ParentState = pickle.load(file)  # noqa: S301  # nosec B301 # from the parent
-        _adopt(parent_state, records)
+        sys.path[:] = parent_state.search_path
+        # Set only to start this interpreter; another interpreter that vendor code starts might fail with these modules.
+        os.environ.pop("PYTHONPATH", None)
+        if parent_state.python_path is not None:
+            os.environ["PYTHONPATH"] = parent_state.python_path
+        logging.basicConfig(level=parent_state.log_level, handlers=[RecordSender(records)], force=True)
         request: messages.OpenRequest = pickle.load(file)  # noqa: S301  # nosec B301 # from the parent
     backend = default_registry().load(request.backend)
     options = backend.options.model_validate(dict(request.options))
     return request, open_session(backend, request.program, request.device, options)
-
-
-def _adopt(parent_state: messages.ParentState, records: int) -> None:
-    sys.path[:] = parent_state.search_path
-    # Set only to start this interpreter; another interpreter that vendor code starts might fail with these modules.
-    os.environ.pop("PYTHONPATH", None)
-    if parent_state.python_path is not None:
-        os.environ["PYTHONPATH"] = parent_state.python_path
-    logging.basicConfig(level=parent_state.log_level, handlers=[RecordSender(records)], force=True)
 
 
 def _failure(error: Exception, what: str) -> bytes:

@@ -98,9 +98,7 @@ class DeviceProcess:
     def opened(self, seconds: float) -> Capabilities:
         """Wait for the session to open. Called once, by the thread that reaps; reaps the child on an error.
 
-        Raises:
-            VisionAccelError: What the backend raised.
-            DeviceLostError: If the child died, or was killed because it took longer.
+        Raises what `IsolatedSession` raises.
         """
         try:
             with self._exchange:
@@ -114,12 +112,7 @@ class DeviceProcess:
             raise
 
     def run(self, inputs: Mapping[str, Array], seconds: float) -> dict[str, NDArray[Any]]:
-        """Run the session once. Copies the inputs; the outputs are new arrays.
-
-        Raises:
-            VisionAccelError: What the session raised; the child continues.
-            DeviceLostError: If the child died, sent an invalid answer, or was killed because it took longer.
-        """
+        """Run the session once. Raises what `IsolatedSession.run` raises."""
         with self._exchange:
             if self.dead.is_set():  # `reap` may have closed what a call needs
                 raise DeviceLostError(self.fate(), hint=_FALLBACK)

@@ -112,7 +112,8 @@ class IsolatedSession(Session):
     @property
     def pid(self) -> int | None:
         """Process id of the child that takes calls; None while there is none."""
-        return self._supervisor.pid
+        process = self._supervisor.process
+        return None if process is None else process.pid
 
     @property
     def restarts(self) -> int:
@@ -124,7 +125,7 @@ class IsolatedSession(Session):
 
         Raises:
             VisionAccelError: What the session raised; a DeviceError for other exceptions. The child continues.
-            DeviceLostError: If there is no child, or it died during the call or was killed because it took too long.
+            DeviceLostError: If there is no child, or it died, sent an invalid answer, or took too long and was killed.
         """
         return self._supervisor.run(inputs)
 
@@ -156,7 +157,7 @@ class _Supervisor:
         self._changed = threading.Condition()
         self._turn = threading.Lock()
         self._closing_since: float | None = None
-        self._process: DeviceProcess | None = None
+        self.process: DeviceProcess | None = None
         self._starting: DeviceProcess | None = None
         self._start_began = time.monotonic()
         self._next_start: float | None = None
@@ -165,11 +166,6 @@ class _Supervisor:
         self.restarts = 0
         self._first: Future[Capabilities] = Future()
         self._thread = threading.Thread(target=self._keep_running, name="visionaccel-supervisor", daemon=True)
-
-    @property
-    def pid(self) -> int | None:
-        process = self._process
-        return None if process is None else process.pid
 
     def start(self) -> Capabilities:
         """Start the first process and wait until its session is open. Raises what `DeviceProcess.opened` raises."""
@@ -205,7 +201,7 @@ class _Supervisor:
         if not self._turn.locked():
             return False
         with self._changed:
-            process = self._process
+            process = self.process
             if process is None:
                 self._waits_ended += 1
                 self._changed.notify_all()
@@ -222,7 +218,7 @@ class _Supervisor:
                 return
             self._closing_since = time.monotonic()
             self._changed.notify_all()
-            process, starting = self._process, self._starting
+            process, starting = self.process, self._starting
         if starting is not None:
             starting.kill()
         if process is not None:
@@ -234,7 +230,7 @@ class _Supervisor:
         Takes at most the time for closing since `begin_close`, and as long again until a killed process is dead.
         """
         self.begin_close()
-        process, since = self._process, self._closing_since
+        process, since = self.process, self._closing_since
         if since is None or os.getpid() != self._owner:  # the process may have forked since `begin_close`
             return
         if self._thread is threading.current_thread():  # garbage collection runs here, and this thread must reap
@@ -263,10 +259,10 @@ class _Supervisor:
             while True:
                 if self._closed:
                     raise DeviceError("the encoder is closed.", hint="Open a new one.")
-                if self._process is not None and self._process.exited():
-                    self._retire(self._process)
-                if self._process is not None:
-                    return self._process
+                if self.process is not None and self.process.exited():
+                    self._retire(self.process)
+                if self.process is not None:
+                    return self.process
                 now = time.monotonic()
                 if self._next_start is not None:
                     raise DeviceLostError(
@@ -286,8 +282,8 @@ class _Supervisor:
     def _retire(self, process: DeviceProcess) -> None:
         """Make no more calls to a process that is dead or has been killed."""
         with self._changed:
-            if self._process is process:
-                self._process = None
+            if self.process is process:
+                self.process = None
                 self._start_began = time.monotonic()
 
     def _keep_running(self) -> None:
@@ -346,7 +342,7 @@ class _Supervisor:
             raise DeviceError(f"after a restart, the device is {found}; it was {self._first.result()}.")
         with self._changed:
             self.restarts += again  # before a waiting call can receive its answer
-            self._process = process
+            self.process = process
             if self._closed:
                 process.kill()
             self._changed.notify_all()

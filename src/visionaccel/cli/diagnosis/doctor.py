@@ -13,17 +13,8 @@ import typer
 from visionaccel import __version__
 from visionaccel.backends import AUTO, Finding, Registry, default_registry
 from visionaccel.backends.spec import Status
-from visionaccel.cli.diagnosis.checks import (
-    Diagnosis,
-    Found,
-    installed,
-    looked,
-    of_environment,
-    of_settings,
-    of_source,
-    of_versions,
-    valid_settings,
-)
+from visionaccel.cli.diagnosis import checks
+from visionaccel.cli.diagnosis.checks import Diagnosis, Found, looked
 from visionaccel.cli.output import Json, finite, print_json, print_table, results
 from visionaccel.integrations.vllm import BACKEND_VARIABLES
 from visionaccel.integrations.vllm.compat import TRIED_RELEASES
@@ -93,11 +84,11 @@ def diagnose(
     every = [] if registry is None else list(registry.entries)
     entries = every if registry is None or backend is None else [registry.entry(backend)]
     plugins = {entry.distribution for entry in entries}
-    settings = valid_settings()
+    settings = checks.valid_settings()
     findings = [
-        *_found("environment", of_environment),
-        *_found("versions", lambda: of_versions(plugins)),
-        *_found("settings", lambda: of_settings(registry)),
+        *_found("environment", checks.of_environment),
+        *_found("versions", lambda: checks.of_versions(plugins)),
+        *_found("settings", lambda: checks.of_settings(registry)),
         *no_backend,
     ]
     if source is None and settings is not None and settings.bundle is not None and settings.bundle.is_dir():
@@ -107,7 +98,7 @@ def diagnose(
         named = backend or (settings.backend if settings else None)
         devices = [device for device in settings.wanted_devices if device is not None] if settings else []
         wanted = None if named == AUTO else named
-        looks = looked(source, lambda: of_source(source, wanted, devices, [entry.name for entry in every]))
+        looks = looked(source, lambda: checks.of_source(source, wanted, devices, [entry.name for entry in every]))
         findings += [Found("source", finding) for finding in looks]
         # Backends would only repeat the finding about a source that does not open.
         opens = [source] if looks[0].status == "pass" else []
@@ -136,7 +127,7 @@ def _backends(registries: list[Registry]) -> Iterator[Finding]:
 
 def _of_vllm(limit: float) -> Iterator[Finding]:
     """Check vLLM's release and settings, then the rest in a child process, which may take `limit` seconds."""
-    version = installed("vllm")
+    version = checks.installed("vllm")
     if version is None:
         yield Finding("installed", "pass", "no; visionaccel works without it")
         return
