@@ -155,7 +155,7 @@ class Router:
         raise RefusedError(503, f"{name}: no encoder instance can be reached; try again later.")
 
     async def _forward(self, method: str, path: str, content: bytes, headers: dict[str, str]) -> Response:
-        """Forward a request to a language-model instance and stream its answer, whatever its status."""
+        """Forward a request to a language-model instance and stream its answer with any status."""
         for url in self.language_models.order():
             try:
                 sent = self.client.build_request(method, url + path, content=content, headers=JSON | headers)

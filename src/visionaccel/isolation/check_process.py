@@ -145,11 +145,7 @@ def write_findings(file: str, findings: Sequence[Finding]) -> None:
 
 
 def as_finding(row: Any) -> Finding:
-    """Check an untrusted `Finding`, or mapping of its fields, and make its text safe to print.
-
-    Raises:
-        ValueError: If it is neither.
-    """
+    """Check an untrusted `Finding`, or mapping of its fields, and make it printable; ValueError if it is neither."""
     if isinstance(row, Finding):
         row = asdict(row)
     if not isinstance(row, Mapping) or row.get("status") not in get_args(Status):

@@ -66,13 +66,13 @@ class DeviceProcess:
         self._exchange = threading.Lock()
         self.dead = threading.Event()
         with ExitStack() as ours, ExitStack() as theirs:
-            # The child reads the request from memory: sending it would block forever if the child hung before reading.
+            # The child reads the request from memory: sending it would never return if the child hung before reading.
             self._inputs = SharedArrays.create("visionaccel-inputs", pickle.dumps(_parent_state()) + request.data)
             ours.callback(self._inputs.close)
             self._outputs = SharedArrays.create("visionaccel-outputs")
             ours.callback(self._outputs.close)
             near, far = socket.socketpair()
-            # Do not wait forever for an answer that the child starts to send and does not finish.
+            # Do not wait without a limit for an answer that the child starts to send and does not finish.
             near.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", _UNFINISHED, 0))
             theirs.callback(far.close)
             self._connection = Connection(near.detach())
