@@ -1,8 +1,12 @@
-"""The encoder that users call: patches and grids in, embeddings out, checked on both sides."""
+"""The encoder that users call: patches and grids in, embeddings out, checked on both sides.
+
+On any schedule of calls and closes, the device is given back once and never during a call, and calls overlap only if
+every session is thread-safe.
+"""
 
 from __future__ import annotations
 
-import sys
+import math
 import threading
 import time
 from collections import defaultdict
@@ -10,7 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self
+from itertools import pairwise
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -34,16 +39,11 @@ class OpenProgram:
     session: Session
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
+class _Part(NamedTuple):
     """Frames of one item that go into a call; `start` is their first row in the patches."""
 
     start: int
     grid: Grid
-
-    @property
-    def end(self) -> int:
-        return self.start + self.grid.patches
 
 
 class Encoder:
@@ -71,7 +71,7 @@ class Encoder:
         self._cores = cores
         self.hooks = registry.plugins.hook
         safe = all(program.session.capabilities.thread_safe for program in self.programs)
-        self._most_running = sys.maxsize if safe else 1
+        self._most_running = math.inf if safe else 1
         self._running = self._closers = 0
         self._idle = threading.Condition()
         self._closed = self._giving_back = self._given_back = False
@@ -316,15 +316,12 @@ def close_programs(programs: Iterable[OpenProgram]) -> None:
             session.begin_close()
 
 
-def _generality(opened: OpenProgram) -> tuple[int, int]:
+def _generality(opened: OpenProgram) -> float:
     """The sort key of programs, from the most specific to the most general."""
-    match opened.program.coverage:
-        case FixedGrid():
-            return 0, 0
-        case Bucket(patches=patches):
-            return 1, patches
-        case _:
-            return 2, 0
+    coverage = opened.program.coverage
+    if isinstance(coverage, FixedGrid):
+        return 0
+    return coverage.patches if isinstance(coverage, Bucket) else math.inf
 
 
 def _to_session(patches: Array, opened: OpenProgram) -> Array:
@@ -339,10 +336,10 @@ def _to_session(patches: Array, opened: OpenProgram) -> Array:
 
 def _rows(patches: Array, parts: Sequence[_Part]) -> Array:
     """Return the patches of a call, whose parts are in order; a view if they are consecutive."""
-    start, end = parts[0].start, parts[-1].end
-    if end - start == sum(part.grid.patches for part in parts):
-        return patches[start:end]
-    return _join([patches[part.start : part.end] for part in parts])
+    spans = [(start, start + grid.patches) for start, grid in parts]
+    if all(end == start for (_, end), (start, _) in pairwise(spans)):
+        return patches[spans[0][0] : spans[-1][1]]
+    return _join([patches[start:end] for start, end in spans])
 
 
 def _join(pieces: Sequence[Array]) -> Array:

@@ -68,14 +68,11 @@ def open_guarded(
         if not fallbacks or (settings.canary == "strict" and isinstance(error, _CanaryError)):
             raise
         return [opening.without_devices(list(fallbacks.values()), error)]
-    return [
-        GuardedEncoder(
-            link,
-            [*(other for other in links if other is not link), *fallbacks.values()],
-            None if reference is None else opening.shadow(link, reference),
-        )
-        for link in links
-    ]
+    chains = []
+    for link in links:
+        others = [*(other for other in links if other is not link), *fallbacks.values()]
+        chains.append(GuardedEncoder(link, others, opening.shadow(link, reference)))
+    return chains
 
 
 class _Opening:
@@ -154,8 +151,10 @@ class _Opening:
                 error = another
         raise error
 
-    def shadow(self, link: ChainLink, reference: ChainLink) -> Shadow:
-        """Make the shadow of a link that is open."""
+    def shadow(self, link: ChainLink, reference: ChainLink | None) -> Shadow | None:
+        """Make the shadow of a link that is open, if there is a reference."""
+        if reference is None:
+            return None
         encoder = link.encoder_if_open
         assert encoder is not None
         limits = [image.threshold for image in self._golden] or [precision_limit(encoder)]

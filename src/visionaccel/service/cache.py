@@ -16,7 +16,7 @@ import numpy as np
 from cachetools import LRUCache
 from numpy.typing import NDArray
 
-from visionaccel.core.arrays import Array, as_numpy, dtype_name
+from visionaccel.core.arrays import Array, as_numpy
 from visionaccel.core.grid import Grid
 from visionaccel.core.program import Program
 from visionaccel.encoder import Encoder
@@ -46,7 +46,7 @@ class EmbeddingCache:
         return int(self._entries.currsize)
 
     def get(self, key: str) -> NDArray[Any] | None:
-        """Return the embedding of an `embedding_key`, or None."""
+        """Return the embedding of a key, or None."""
         with self._lock:
             return self._entries.get(key)
 
@@ -79,15 +79,6 @@ def item_key(patches: Array, grid: Grid, context: str = "") -> str:
     digest = hashlib.blake2b(repr((*grid.thw, context)).encode(), digest_size=16)
     digest.update(np.ascontiguousarray(as_numpy(patches)).view(np.uint8).data)
     return digest.hexdigest()
-
-
-def embedding_key(patches: Array, grid: Grid, numbers: str, content: str | None = None) -> str:
-    """Return the cache key of an item's embedding: its content, grid and dtype, and the encoder's `numerics`.
-
-    The content is the caller's key of the patches' values, such as vLLM's hash; without it the patches are hashed.
-    """
-    context = f"{dtype_name(patches)} {numbers}"
-    return item_key(patches, grid, context) if content is None else f"{content} {grid} {context}"
 
 
 def numerics(encoder: Encoder, dtype: str) -> str:

@@ -18,13 +18,13 @@ from typing import Self
 
 import numpy as np
 
-from visionaccel.core.arrays import Array, as_numpy, split_rows
+from visionaccel.core.arrays import Array, as_numpy, dtype_name, split_rows
 from visionaccel.core.defaults import CACHE_SIZE, QUEUE_SIZE
 from visionaccel.core.dtypes import FLOATS
 from visionaccel.core.grid import Grid, GridLike, as_grids, total_patches
 from visionaccel.core.safe_text import safe_logger
 from visionaccel.errors import ConfigurationError, DeviceError, PatchesError, QueueFullError, VisionAccelError
-from visionaccel.service.cache import EmbeddingCache, embedding_key, numerics
+from visionaccel.service.cache import EmbeddingCache, item_key, numerics
 from visionaccel.service.state import Embedding, Item, ServiceCounters, ServiceState
 from visionaccel.trust import Embedded, GuardedEncoder
 
@@ -254,7 +254,8 @@ class EncodeService:
                 f"{len(patches)} patches were given, but grid {checked} has {checked.patches}.", hint=_MISMATCH
             )
         try:
-            own_key = embedding_key(patches, checked, self._numerics, key)
+            context = f"{dtype_name(patches)} {self._numerics}"  # what else decides the embedding's values
+            own_key = item_key(patches, checked, context) if key is None else f"{key} {checked} {context}"
         except Exception as error:
             raise PatchesError(
                 f"the patches cannot be read: {type(error).__name__}: {error}.",
