@@ -1,7 +1,7 @@
-"""Asks an advisory service for known vulnerabilities of what is installed: `python tools/audit.py SITE_PACKAGES`.
+"""Asks an advisory service about vulnerabilities of installed distributions: `python tools/audit.py SITE_PACKAGES`.
 
-It runs in a separate environment that has pip-audit. Where no service can be reached it says so and does not fail;
-where one answers, a vulnerability fails.
+It runs in a separate environment that has pip-audit. It fails if the service lists a vulnerability. If no service can
+be reached, it says so and succeeds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _UNREACHED = ("ConnectionError", "ServiceError", "Max retries", "timed out", "Na
 
 
 def main() -> int:
-    """Prints the verdict; returns 1 if there are vulnerabilities."""
+    """Print the verdict; return 1 if there are vulnerabilities."""
     options = ["--format", "json", "--progress-spinner", "off"]
     command = [sys.executable, "-m", "pip_audit", "--path", sys.argv[1], *options]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -27,11 +27,11 @@ def main() -> int:
 
 
 def verdict(output: str, errors: str) -> tuple[bool, str]:
-    """Whether an audit failed, and what to say of it.
+    """Return whether an audit failed, and a summary to print.
 
     Args:
-        output: What pip-audit printed: JSON, or nothing if it could not ask.
-        errors: What it said to the user.
+        output: What pip-audit printed to stdout: JSON, or nothing if it could not ask the service.
+        errors: What pip-audit printed to stderr.
     """
     try:
         every: Sequence[dict[str, Any]] = json.loads(output)["dependencies"]

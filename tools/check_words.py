@@ -1,4 +1,4 @@
-"""Refuses the words of `avoided_words.txt` in sources and pages: `python tools/check_words.py`."""
+"""Finds words of `avoided_words.txt` in sources and pages: `python tools/check_words.py`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ALLOWED = "words: allowed"
 
 
 def rules(text: str) -> Iterator[tuple[re.Pattern[str], str]]:
-    """Each avoided word or phrase as a pattern, which may run over lines, and what to write instead."""
+    """Yield a pattern for each avoided word or phrase, which may span lines, and what to write instead."""
     for line in text.splitlines():
         if line and not line.startswith("#"):
             word, _, advice = line.partition(": ")
@@ -29,7 +29,7 @@ def _pattern(phrase: str) -> str:
 
 
 def avoided(text: str, words: str) -> Iterator[tuple[int, str]]:
-    """The line of each avoided word in a text, and what to do about it."""
+    """Yield the line number of each avoided word in a text, and what to do about it."""
     lines = text.splitlines()
     for pattern, advice in rules(words):
         for match in pattern.finditer(text):
@@ -39,7 +39,7 @@ def avoided(text: str, words: str) -> Iterator[tuple[int, str]]:
 
 
 def main() -> int:
-    """Prints each place; returns 1 if there is one."""
+    """Print where avoided words are; return 1 if there are any."""
     words = Path(__file__).with_name("avoided_words.txt").read_text(encoding="utf-8")
     found = False
     for place in map(ROOT.joinpath, PLACES):

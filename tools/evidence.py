@@ -1,7 +1,7 @@
-"""Compares what the last `make test` showed with what the pages say of it: `python tools/evidence.py [--write]`.
+"""Compares the results of the last `make test` with those on the pages: `python tools/evidence.py [--write]`.
 
-With `--write` it is written to `docs/evidence.json` instead, from where `python tools/write_tables.py` puts it into the
-pages.
+With `--write` it writes the results to `docs/evidence.json` instead; `python tools/write_tables.py` then puts them on
+the pages.
 """
 
 import json
@@ -15,7 +15,7 @@ VENV = Path(__file__).parents[1] / ".venv"
 
 
 def _differences(now: Evidence, then: Evidence) -> Iterator[str]:
-    """What changed. Which checks of the kit apply depends on the processor, so only the badges are compared."""
+    """Yield a line for each difference. Of the kit only badges are compared: which checks apply depends on the CPU."""
     for what in sorted(now.shown.keys() | then.shown.keys()):
         if now.shown.get(what) != then.shown.get(what):
             yield f"{what}: the pages say {then.shown.get(what)}, this run showed {now.shown.get(what)}"
@@ -25,7 +25,7 @@ def _differences(now: Evidence, then: Evidence) -> Iterator[str]:
 
 
 def main() -> int:
-    """Run it; the exit status."""
+    """Compare or write the results; return the exit status."""
     found = found_in(VENV / "results", VENV / "conformance")
     if "--write" in sys.argv[1:]:
         EVIDENCE.write_text(json.dumps(found._asdict(), indent=1) + "\n")
@@ -35,7 +35,7 @@ def main() -> int:
         print(line)
     if not differences:
         return 0
-    print("If this is meant, run `python tools/evidence.py --write`, then `python tools/write_tables.py`.")
+    print("If this is intended, run `python tools/evidence.py --write`, then `python tools/write_tables.py`.")
     return 1
 
 

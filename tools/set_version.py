@@ -1,8 +1,8 @@
-"""Gives every distribution a version: `python tools/set_version.py 0.2.0`.
+"""Sets the version of every distribution: `python tools/set_version.py 0.2.0`.
 
-The version is `visionaccel.__version__`. The plug-ins are released with the core and have its version; their own
-pyproject.toml repeats it, so that each can be built from its source distribution alone, and asks for the core and
-its siblings of the same minor release. A test holds them together.
+The version is `visionaccel.__version__`. The plug-ins are released with the core and have its version. Each repeats it
+in its pyproject.toml, so that it can be built from its source distribution alone, and requires the core and the other
+plug-ins in the same minor release. A test checks that all of these agree.
 """
 
 import re
@@ -15,15 +15,15 @@ DIGITS = "examples/digits_vlm/pyproject.toml"
 
 
 def replace(path: Path, pattern: str, new: str, *, several: bool = False) -> None:
-    """Replace the one match in a file, or each of several."""
+    """Replace the only match of a pattern in a file, or with `several` every match."""
     text, count = re.subn(pattern, new, path.read_text(), flags=re.MULTILINE)
     if count == 0 or (count > 1 and not several):
-        raise SystemExit(f"{path} has no place for {new}")
+        raise SystemExit(f"{path}: found {count} places to write {new}")
     path.write_text(text)
 
 
 def set_version(root: Path, version: str) -> None:
-    """Write a version into the core's package and the other distributions' projects below a folder."""
+    """Write a version into the core's package and the other distributions' projects in a repository."""
     if VERSION.fullmatch(version) is None:
         raise SystemExit(f"{version} is not a version such as 0.2.0 or 0.2.0rc1")
     minor = ".".join(version.split(".")[:2])
@@ -31,7 +31,7 @@ def set_version(root: Path, version: str) -> None:
     replace(root / DIGITS, r'^version = ".*"$', f'version = "{version}"')
     for project in (root / "plugins").glob("*/pyproject.toml"):
         replace(project, r'^version = ".*"$', f'version = "{version}"')
-        # A pre-release comes before its release, which `~=` would else leave out.
+        # A pre-release comes before its release, so `~=` with the release would exclude it.
         core = version if VERSION.fullmatch(version)[1] else f"{minor}.0"
         replace(project, r'"(visionaccel[a-z-]*)~=[^"]+"', rf'"\1~={core}"', several=True)
 

@@ -1,7 +1,7 @@
-"""Writes what is committed and generated: `python tools/write_tables.py`. Tests compare.
+"""Writes the generated parts of committed files: `python tools/write_tables.py`. A test checks that they are current.
 
-A generated part of a page stands between `<!-- generated: NAME -->` and `<!-- end -->`. The JSON schema of manifests is
-generated whole.
+A generated part of a page is between `<!-- generated: NAME -->` and `<!-- end -->`. The whole JSON schema of manifests
+is generated.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ PARTS: Mapping[str, Callable[[], str]] = {
 
 
 def written() -> dict[Path, str]:
-    """Each of those files as the sources have it now.
+    """Return the current content of each generated file.
 
     Raises:
-        ValueError: If a part is in no page.
+        ValueError: If no page contains one of the parts.
     """
     missing = set(PARTS)
 

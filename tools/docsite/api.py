@@ -1,4 +1,4 @@
-"""The index of the public names, from the pages of the reference."""
+"""The index of public names, generated from the pages of the API reference."""
 
 import importlib
 import inspect
@@ -13,7 +13,7 @@ _MODULE = re.compile(r"^\.\. automodule:: (\S+)\n   :members:(?: (.+))?$", re.MU
 
 
 def api_index() -> str:
-    """A row for each class and function of the reference: its page, its module, and how its docstring begins."""
+    """Return a table of the classes and functions of the reference: page, module, and start of the docstring."""
     rows = sorted(row for page in PAGES.glob("*.md") for row in _rows(page))
     return "\n".join(["| name | module | what it is |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)])
 

@@ -1,4 +1,4 @@
-"""The catalogue of errors: each class with what it means and what to do, and the messages that carry it."""
+"""The catalogue of errors: for each class when it is raised, what to do, and its messages in the sources."""
 
 import ast
 import html
@@ -16,20 +16,20 @@ ROOT = Path(__file__).parents[2]
 SOURCES = ("src/visionaccel", "plugins")
 
 TO_DO = "To do: "
-"""How the paragraph of a docstring begins that says what helps."""
+"""Start of the paragraph of an error's docstring that says what to do."""
 
 GAP = "…"
-"""Stands for what is filled in when a message is written."""
+"""Stands for a value that is filled in when the error is raised."""
 
 
 @dataclass(frozen=True, order=True)
 class Raised:
-    """An error as some place of the sources raises it.
+    """An error that the sources raise.
 
     Attributes:
         error: Name of the class.
-        message: Its message; what is filled in is a `…`.
-        hint: What it says to do; empty where it is made elsewhere.
+        message: Its message, with `…` for each value that is filled in.
+        hint: Its hint; empty if it is not a literal in the same call.
     """
 
     error: str
@@ -39,7 +39,7 @@ class Raised:
 
 @cache
 def raised_errors() -> tuple[Raised, ...]:
-    """The errors whose message is written where they are raised, without repetitions, ordered by their messages."""
+    """Return the errors whose message is a literal where they are raised, each once, sorted."""
     found = set()
     for node in _nodes():
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in errors.__all__:
@@ -52,7 +52,7 @@ def raised_errors() -> tuple[Raised, ...]:
 
 @cache
 def templates() -> frozenset[str]:
-    """Every text in the sources but docstrings, gaps included."""
+    """Return every string in the sources except docstrings, with gaps."""
     documentation = {id(node.value) for node in _nodes() if isinstance(node, ast.Expr)}
     texts = (_template(node) for node in _nodes() if id(node) not in documentation)
     return frozenset(text for text in texts if text is not None)
@@ -65,7 +65,7 @@ def _nodes() -> tuple[ast.AST, ...]:
 
 
 def _template(node: ast.AST) -> str | None:
-    """A literal or formatted text; None for anything else."""
+    """Return the text of a string or f-string, with gaps; None for any other node."""
     match node:
         case ast.Constant(value=str(text)):
             return text
@@ -75,13 +75,13 @@ def _template(node: ast.AST) -> str | None:
 
 
 def classes() -> list[type[VisionAccelError]]:
-    """The classes of errors but for their base, each after its parent, in the order of the module."""
+    """Return the error classes except their base, in the order of the module, each after its parent."""
     found = [getattr(errors, name) for name in errors.__all__ if name != VisionAccelError.__name__]
     return sorted(found, key=lambda kind: inspect.getsourcelines(kind)[1])
 
 
 def explained(kind: type[VisionAccelError]) -> tuple[str, str]:
-    """When an error is raised, and what to do.
+    """Return when an error is raised, and what to do.
 
     Raises:
         ValueError: If its docstring does not say both.
@@ -90,13 +90,13 @@ def explained(kind: type[VisionAccelError]) -> tuple[str, str]:
     to_do = [part.removeprefix(TO_DO) for part in others if part.startswith(TO_DO)]
     if not first or len(to_do) != 1:
         raise ValueError(
-            f"the docstring of {kind.__name__} must say when it is raised and, after {TO_DO!r}, what helps"
+            f"the docstring of {kind.__name__} must say when it is raised and, after {TO_DO!r}, what to do"
         )
     return first, to_do[0]
 
 
 def error_table() -> str:
-    """Every class of errors: its parent, when it is raised, what to do."""
+    """Return a table of the error classes: parents, when it is raised, what to do."""
     rows = ["| error | is a | when | what to do |", "|---|---|---|---|"]
     for kind in classes():
         when, to_do = explained(kind)
@@ -106,7 +106,7 @@ def error_table() -> str:
 
 
 def error_catalogue() -> str:
-    """A section for each class of errors with the messages that are written with it."""
+    """Return a section for each error class with its messages."""
     return "\n\n".join(_section(kind) for kind in classes())
 
 
@@ -125,7 +125,7 @@ def _row(raised: Raised) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text of a message as it is: nothing in it is markup."""
+    """Escape a message, in which nothing is markup."""
     plain = html.escape(" ".join(text.split()), quote=False)
     for character in "\\|*_[]`":
         plain = plain.replace(character, f"&#{ord(character)};")

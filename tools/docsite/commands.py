@@ -1,4 +1,4 @@
-"""The command line, command by command, from the real tree of commands."""
+"""The reference of the command line, generated from its commands."""
 
 import html
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ __all__ = ["command_reference", "commands_of"]
 
 
 def commands_of(group: Any, before: str = "") -> Iterator[tuple[str, Any]]:
-    """The commands of a group, in the order of their declaration, with those of a group in it below its name."""
+    """Yield the commands of a group and of the groups in it, with their full names, in the order of declaration."""
     context = typer.Context(group)
     for name in group.list_commands(context):
         command = group.get_command(context, name)
@@ -24,7 +24,7 @@ def commands_of(group: Any, before: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def command_reference() -> str:
-    """A section for each command: what it does, its usage, its arguments and options."""
+    """Return a section for each command: what it does, its usage, its arguments and options."""
     return "\n\n".join(_section(name, command) for name, command in commands_of(get_command(app)))
 
 
@@ -44,5 +44,5 @@ def _cell(text: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    """A sentence of the help as it is: its brackets and angles are not markup."""
+    """Escape brackets and angles in a sentence of the help, which are not markup."""
     return html.escape(_cell(text).replace("[", "\\["), quote=False)

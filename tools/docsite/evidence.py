@@ -1,4 +1,4 @@
-"""What a run of all tests showed, as committed in `docs/evidence.json`, and its tables."""
+"""The results of a run of all tests, from `docs/evidence.json`, and tables of them."""
 
 import json
 from collections import Counter
@@ -13,11 +13,11 @@ __all__ = ["EVIDENCE", "PROPERTY", "Badge", "Evidence", "badge_table", "committe
 
 EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence.json"
 PROPERTY = "evidence: "
-"""Begins the names of the properties that tests record: what was shown, and as value on how many, such as prompts."""
+"""Prefix of the properties that tests record. The name says what was shown, the value on how many prompts or files."""
 
 
 class Badge(NamedTuple):
-    """What the conformance kit found of a backend: checks that passed, checks that apply, what the next badge needs."""
+    """The conformance kit's result for a backend: checks that passed, checks that apply, what the next badge needs."""
 
     badge: str
     passed: int
@@ -38,13 +38,13 @@ class Evidence(NamedTuple):
 
 
 def committed() -> Evidence:
-    """The evidence that the pages show."""
+    """Return the evidence that the pages show."""
     found = json.loads(EVIDENCE.read_text())
     return Evidence(found["shown"], {name: Badge(*badge) for name, badge in found["badges"].items()})
 
 
 def found_in(results: Path, reports: Path) -> Evidence:
-    """The evidence of one run.
+    """Return the evidence of one run.
 
     Args:
         results: A folder with pytest's JUnit files. The properties of a test that did not pass do not count.
@@ -72,13 +72,13 @@ def _recorded(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def evidence_table() -> str:
-    """A row for each thing that the tests show."""
+    """Return a table with a row for each thing that the tests show."""
     rows = [f"| {what} | {number} |" for what, number in committed().shown.items()]
     return "\n".join(["| shown on every change | number |", "|---|---|", *rows])
 
 
 def badge_table() -> str:
-    """A row for each backend that the conformance kit checked: the badge, and why it is no better."""
+    """Return a table with each backend that the conformance kit checked: its badge, and what the next badge needs."""
     rows = ["| backend | badge | checks passed | for the next badge |", "|---|---|---|---|"]
     for backend, (badge, passed, applies, missing) in committed().badges.items():
         rows.append(

@@ -41,7 +41,7 @@ _CHANGING = ("patch", "subclass", "override")
 
 
 def backend_table() -> str:
-    """Every installed backend: program formats, where its sessions live, whether `auto` takes it."""
+    """Return a table of the installed backends: program formats, where sessions run, whether `auto` uses it."""
     rows = [
         "| backend | distribution | program formats | sessions live in | taken by `auto` |",
         "|---|---|---|---|---|",
@@ -56,7 +56,7 @@ def backend_table() -> str:
 
 
 def backend_options() -> str:
-    """A section for each installed backend with its options, as its model declares them."""
+    """Return a section for each installed backend with its options."""
     sections = []
     for name, backend in _loaded(default_registry()):
         rows = [f"## {name}", "", "| option | type | default | meaning |", "|---|---|---|---|"]
@@ -70,20 +70,20 @@ def backend_options() -> str:
 
 
 def check_table() -> str:
-    """Every check of the conformance kit with what is right if it passes."""
+    """Return a table of the conformance kit's checks and what each shows."""
     rows = ["| check | level | what is right |", "|---|---|---|"]
     rows += [f"| `{check.name}` | {LEVELS[check.level]} | {check.title} |" for check in CHECKS]
     return "\n".join(rows)
 
 
 def feature_table() -> str:
-    """What happens without each feature of the integration with vLLM."""
+    """Return a table of what happens without each feature of the integration with vLLM."""
     rows = [f"| {feature} | {WITHOUT[feature]} |" for feature in Feature]
     return "\n".join(["| feature | if its part of the contract does not hold |", "|---|---|", *rows, ""])
 
 
 def metrics_table() -> str:
-    """The metrics that `/metrics` shows."""
+    """Return a table of the metrics that `/metrics` shows."""
     names = [one.name + ("_total" if one.kind == "counter" else "") for one in SERIES]
     rows = [
         f"| `{name}` | {one.kind} | {', '.join(one.labels)} | {one.help} |"
@@ -93,12 +93,12 @@ def metrics_table() -> str:
 
 
 def settings_table() -> str:
-    """The settings, with their former names."""
+    """Return a table of the settings, with their former names."""
     former = {field: f"`{old}`" for old, field in FORMER_NAMES.items()}
     rows = ["| variable | default | meaning | former name |", "|---|---|---|---|"]
     for name, field in Settings.model_fields.items():
         default = field.get_default(call_default_factory=True)
-        # A size as it is written into the environment.
+        # a size in the form that the variable takes
         text = default.human_readable().replace(".0", "") if isinstance(default, ByteSize) else str(default)
         shown = f"`{text}`" if default not in (None, {}, ()) else "unset"
         rows.append(f"| `{PREFIX}{name.upper()}` | {shown} | {field.description} | {former.get(name, '')} |")
@@ -106,10 +106,10 @@ def settings_table() -> str:
 
 
 def contract_table(*, changing: bool) -> str:
-    """What is relied on in vLLM.
+    """Return a table of the names of vLLM that the integration relies on.
 
     Args:
-        changing: What is patched, subclassed or overridden; otherwise what is called or read.
+        changing: Only names that are patched, subclassed or overridden; otherwise only those that are called or read.
     """
     users: dict[tuple[Need, str], list[str]] = {}
     for feature, entry in ENTRIES:
@@ -125,7 +125,7 @@ def contract_table(*, changing: bool) -> str:
 
 
 def _way(entry: Entry, need: Need) -> str:
-    """Which of several ways a need belongs to."""
+    """Return which of several ways a need belongs to; empty if there is only one."""
     if not entry.end:
         return ""
     return next(f"{entry.end}: {name}" for name, way in entry.ways.items() if need in way)
@@ -149,7 +149,7 @@ def _loaded(registry: Registry) -> list[tuple[str, VisionBackend]]:
 
 
 def _type_name(annotation: Any) -> str:
-    """An annotation as one reads it: without modules, and without the None that stands for unset."""
+    """Return an annotation as text, without modules, and without None, which stands for unset."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin in (Union, UnionType):
         return " or ".join(_type_name(kind) for kind in inner if kind is not NoneType)

