@@ -65,7 +65,7 @@ def parse_options(value: Any) -> Any:
 
 
 def _check_depth(value: Any, levels: int) -> None:
-    """Refuse values nested so deeply that other readers fail on them."""
+    """Raise ValueError for a value that is nested so deeply that other readers may fail on it."""
     if levels == 0:
         raise ValueError("it is nested too deeply")
     for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
@@ -181,18 +181,11 @@ class Settings(BaseSettings):
         "device's process. A device that gets them wrong is disabled. With `strict` the server does not start in that "
         "case, even if there is a fallback. See [Trust](docs/trust.md).",
     )
-    canary_interval: float = Field(
-        600.0,
-        ge=0,
-        le=LONGEST_SECONDS,
-        allow_inf_nan=False,
-        description="Seconds between two canaries on the timer; `0`: none.",
+    canary_interval: Annotated[float, Field(ge=0, le=LONGEST_SECONDS, allow_inf_nan=False)] = Field(
+        600.0, description="Seconds between two canaries on the timer; `0`: none."
     )
-    shadow: float = Field(
+    shadow: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = Field(
         0.0,
-        ge=0,
-        le=1,
-        allow_inf_nan=False,
         description="Share of the images, 0 to 1, that `torch_ref` encodes too, in the background, for comparison.",
     )
     shadow_limit: float | None = Field(

@@ -1,7 +1,7 @@
 """Replaces matrix products with a tower's weights in an ONNX model by int8 products.
 
-A channel or row with much larger values than the rest would leave the others few of the 256 steps. So each channel of
-the rows is divided by a factor that the weight is multiplied by (SmoothQuant, https://arxiv.org/abs/2211.10438). Then
+A channel or row with much larger values than the others would leave them few of the 256 steps. So each channel of the
+rows is divided by a factor, and the weight is multiplied by it (SmoothQuant, https://arxiv.org/abs/2211.10438). Then
 each row is divided by its largest value, and its result is multiplied by that value.
 """
 
@@ -17,6 +17,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from visionaccel.backends.onnx_weights import parse_onnx
 from visionaccel.core.program import Program
 from visionaccel.errors import ArtifactError, ConfigurationError
 
@@ -95,18 +96,9 @@ def quantize_products(
 
 
 def parse_model(program: Program) -> onnx.ModelProto:
-    """Parse the model of an ONNX program.
-
-    Raises:
-        ArtifactError: If it cannot be read.
-    """
+    """Parse the model of an ONNX program; raises ArtifactError if it is not one."""
     assert program.model is not None, "ONNX programs have a model"
-    try:
-        return onnx.load_model_from_string(program.model())
-    except Exception as error:  # protobuf's decoding error is not part of its public interface
-        raise ArtifactError(
-            f"program {program.name!r} is not an ONNX model: {error}", hint="Export it again."
-        ) from error
+    return parse_onnx(program.model(), f"program {program.name!r}")
 
 
 def _find_products(model: onnx.ModelProto, program: Program) -> dict[str, list[Product]]:
@@ -137,7 +129,10 @@ def _origin(name: str, makers: Mapping[str, onnx.NodeProto], through: frozenset[
 
 
 def _add_largest(model: onnx.ModelProto, tensors: Sequence[str]) -> tuple[onnx.ModelProto, list[str]]:
-    """Copy a model and add outputs for the largest absolute values by channel of some matrices; also their names."""
+    """Copy a model and add an output for the largest absolute value of each channel of some matrices.
+
+    Returns the copy and the names of the new outputs.
+    """
     watching = onnx.ModelProto()
     watching.CopyFrom(model)
     outputs: list[str] = []
@@ -154,7 +149,7 @@ def _add_largest(model: onnx.ModelProto, tensors: Sequence[str]) -> tuple[onnx.M
 def _reduce_max(
     model: onnx.ModelProto, name: str, output: str, *, axis: int, keepdims: int
 ) -> tuple[onnx.NodeProto, list[onnx.TensorProto]]:
-    """Make the node and, from opset 18 on, where the axes are an input, their constant."""
+    """Make the node and, from opset 18 on, the constant for its axes, which are then an input."""
     opset = next(each.version for each in model.opset_import if each.domain in ("", "ai.onnx"))
     if opset < 18:
         return helper.make_node("ReduceMax", [name], [output], axes=[axis], keepdims=keepdims), []
@@ -213,22 +208,22 @@ def _replace_nodes(
     model: onnx.ModelProto, replaced: Mapping[str, Sequence[onnx.NodeProto]], initializers: Iterable[onnx.TensorProto]
 ) -> onnx.ModelProto:
     """Replace nodes of the model by name, and remove nodes and constants that are no longer read."""
+    graph = model.graph
     nodes: list[onnx.NodeProto] = []
     made: set[str] = set()
-    for node in model.graph.node:
+    for node in graph.node:
         for each in replaced.get(node.name, [node]):
-            if not set(each.output) & made:  # products of the same rows share the nodes that quantize them
+            if not made.intersection(each.output):  # products of the same rows share the nodes that quantize them
                 nodes.append(each)
-                made.update(name for name in each.output if name)
-    read = {value.name for value in model.graph.output}
+                made.update(filter(None, each.output))
+    read = {value.name for value in graph.output}
     kept: list[onnx.NodeProto] = []
     for node in reversed(nodes):
         if read.intersection(node.output):
             kept.append(node)
             read.update(node.input)
-    constants = {tensor.name: tensor for tensor in (*model.graph.initializer, *initializers) if tensor.name in read}
-    for field, values in (("node", reversed(kept)), ("initializer", constants.values())):
-        kept_values = list(values)
-        model.graph.ClearField(field)
-        getattr(model.graph, field).extend(kept_values)
+    constants = {tensor.name: tensor for tensor in (*graph.initializer, *initializers) if tensor.name in read}
+    del graph.node[:], graph.initializer[:]
+    graph.node.extend(reversed(kept))
+    graph.initializer.extend(constants.values())
     return model

@@ -21,6 +21,14 @@ _STORED: Mapping[int, str] = {
 }
 
 
+def parse_onnx(model: bytes, what: str) -> onnx.ModelProto:
+    """Parse a serialized model; raises ArtifactError, which calls it `what`, if it is not an ONNX model."""
+    try:
+        return onnx.load_model_from_string(model)
+    except Exception as error:  # protobuf's decoding error is not part of its public interface
+        raise ArtifactError(f"{what} is not an ONNX model: {error}.", hint="Export it again.") from error
+
+
 def external_weights(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
     """Return the initializers of a model's graph whose data is in other files, by name."""
     return {each.name: each for each in model.graph.initializer if is_external(each)}
@@ -29,15 +37,11 @@ def external_weights(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
 def map_weights(tensors: Iterable[onnx.TensorProto], folder: Path) -> dict[str, NDArray[Any]]:
     """Map external weights: read-only arrays by name, in float32, float16, or uint16 with the bytes of bfloat16.
 
-    Each file is mapped once, however many weights it holds, because a mapping keeps a file descriptor. The arrays keep
-    the mappings alive.
-
-    Args:
-        tensors: The initializers.
-        folder: The folder that their locations are relative to.
+    Each file is mapped once, however many weights it holds, because a mapping keeps a file descriptor open. The arrays
+    keep the mappings alive. The locations are relative to `folder`.
 
     Raises:
-        ArtifactError: If one has another type, or cannot be read.
+        ArtifactError: If a weight has a different type, or cannot be read.
     """
     files: dict[Path, NDArray[np.uint8]] = {}
     found: dict[str, NDArray[Any]] = {}
@@ -55,8 +59,7 @@ def map_weights(tensors: Iterable[onnx.TensorProto], folder: Path) -> dict[str, 
             if path not in files:
                 files[path] = np.memmap(path, np.uint8, "r")
             stored = files[path][offset : offset + math.prod(shape) * dtype.itemsize]
-            aligned = stored.copy() if offset % dtype.itemsize else stored
-            found[tensor.name] = aligned.view(dtype).reshape(shape)
+            found[tensor.name] = np.require(stored.view(dtype), requirements="A").reshape(shape)
         except (OSError, ValueError) as error:
             raise ArtifactError(
                 f"weight {tensor.name!r} cannot be read from {path}: {error}", hint="Fetch the file again."
@@ -65,15 +68,12 @@ def map_weights(tensors: Iterable[onnx.TensorProto], folder: Path) -> dict[str, 
 
 
 def mapped_weights(model: bytes, folder: Path) -> dict[str, tuple[NDArray[Any], int]]:
-    """Map the external weights of a serialized model, as `map_weights` does; returns each with its ONNX type, by name.
+    """Map the external weights of a serialized model; returns each, as `map_weights` does, with its ONNX type, by name.
 
     Raises:
         ArtifactError: If the model or a weight cannot be read.
     """
-    try:
-        external = external_weights(onnx.load_model_from_string(model))
-    except Exception as error:  # protobuf's decoding error is not part of its public interface
-        raise ArtifactError(f"the ONNX model cannot be read: {error}.", hint="Write it again.") from error
+    external = external_weights(parse_onnx(model, "the program"))
     return {name: (array, external[name].data_type) for name, array in map_weights(external.values(), folder).items()}
 
 

@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from operator import attrgetter
 from types import MappingProxyType
 
 import pluggy
@@ -27,7 +28,7 @@ EXTRAS: Mapping[str, str] = MappingProxyType(
 """Extras of the core distribution by the backends that they install."""
 
 IMPORT_SECONDS = 120.0
-"""How long importing a plug-in may take: generous, because a vendor's runtime may be on a slow network drive."""
+"""The maximum time of importing a plug-in: long, because a vendor's runtime may be on a slow network drive."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +39,6 @@ class BackendEntry:
     distribution: str
     version: str
     module: str
-
-
-_making = threading.RLock()
 
 
 class Registry:
@@ -56,21 +54,18 @@ class Registry:
         self._points: dict[str, EntryPoint] = {}
         self._lock = threading.Lock()
         self._loading: dict[str, tuple[Future[VisionBackend], float]] = {}  # and the time by which each must end
-        for point in entry_points(group=GROUP):
-            other = self._points.get(point.name)
-            if other is not None:
+        for point in sorted(entry_points(group=GROUP), key=attrgetter("name")):
+            other = self._points.setdefault(point.name, point)
+            if other is not point:
                 raise DuplicateBackendError(
                     f"backend {point.name!r} is provided by both {_origin(other)} and {_origin(point)}.",
                     hint="Uninstall one of them.",
                 )
-            self._points[point.name] = point
 
     @property
     def entries(self) -> tuple[BackendEntry, ...]:
         """The installed backends, sorted by name; none is imported."""
-        return tuple(
-            BackendEntry(name, *_distribution(point), point.module) for name, point in sorted(self._points.items())
-        )
+        return tuple(BackendEntry(name, *_distribution(point), point.module) for name, point in self._points.items())
 
     def entry(self, name: str) -> BackendEntry:
         """Return the installed backend of that name.
@@ -78,21 +73,18 @@ class Registry:
         Raises:
             UnknownBackendError: If there is none; the message says what is installed and what to install.
         """
-        for entry in self.entries:
-            if entry.name == name:
-                return entry
-        installed = [entry.name for entry in self.entries]
-        near = difflib.get_close_matches(name, [*installed, *EXTRAS], 1)
-        if name in EXTRAS:
-            hint = f"Install it: pip install 'visionaccel[{EXTRAS[name]}]'."
-        elif near and near[0] in EXTRAS and near[0] not in installed:
-            hint = f"Did you mean {near[0]!r}? Install it: pip install 'visionaccel[{EXTRAS[near[0]]}]'."
-        elif near:
-            hint = f"Did you mean {near[0]!r}?"
-        else:
-            hint = "Install the distribution that provides it, or choose an installed one."
+        if found := [entry for entry in self.entries if entry.name == name]:
+            return found[0]
+        installed = list(self._points)
+        hints = []
+        for near in difflib.get_close_matches(name, [*installed, *EXTRAS], 1):
+            if near != name:
+                hints.append(f"Did you mean {near!r}?")
+            if near not in installed:
+                hints.append(f"Install it: pip install 'visionaccel[{EXTRAS[near]}]'.")
         raise UnknownBackendError(
-            f"no installed backend is named {name!r} (installed: {', '.join(installed) or 'none'}).", hint=hint
+            f"no installed backend is named {name!r} (installed: {', '.join(installed) or 'none'}).",
+            hint=" ".join(hints) or "Install the distribution that provides it, or choose an installed one.",
         )
 
     def load(self, name: str) -> VisionBackend:
@@ -125,14 +117,14 @@ class Registry:
             ) from None
         if isinstance(error, PluginError):
             raise error
-        if error is not None:  # The user must learn which plug-in raised it.
+        if error is not None:  # the user must learn which plug-in raised it
             raise PluginError(f"{origin} cannot be loaded: {type(error).__name__}: {error}", hint=advice) from error
         return found.result()
 
     def _load(self, entry: BackendEntry, loading: Future[VisionBackend]) -> None:
         try:
             loading.set_result(self._loaded(entry))
-        except BaseException as error:  # SystemExit too: a plug-in does not decide when this process ends.
+        except BaseException as error:  # also SystemExit, with which a plug-in must not end this process
             loading.set_exception(error)
 
     def _loaded(self, entry: BackendEntry) -> VisionBackend:
@@ -141,9 +133,8 @@ class Registry:
             if not self.plugins.is_registered(plugin):
                 self.plugins.register(plugin)
                 self.plugins.check_pending()
-            hook = self.plugins.subset_hook_caller(
-                "visionaccel_backends", [other for other in self.plugins.get_plugins() if other is not plugin]
-            )
+            others = self.plugins.get_plugins() - {plugin}
+            hook = self.plugins.subset_hook_caller("visionaccel_backends", others)
         provided = [kind for answer in hook() for kind in answer if kind.name == entry.name]
         if len(provided) != 1 or not issubclass(provided[0], VisionBackend):
             raise PluginError(
@@ -155,15 +146,14 @@ class Registry:
         return backend
 
 
+_making = threading.RLock()
+_default = cache(Registry)
+
+
 def default_registry() -> Registry:
-    """Return the registry of installed backends, one for the process."""
-    with _making:  # one for all threads: a second one would have no observers
+    """Return the registry of installed backends, which all threads of the process share."""
+    with _making:  # a second registry would have no observers
         return _default()
-
-
-@cache
-def _default() -> Registry:
-    return Registry()
 
 
 def _distribution(point: EntryPoint) -> tuple[str, str]:

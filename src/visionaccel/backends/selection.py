@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from operator import itemgetter
+from operator import attrgetter
 from typing import Protocol
 
 from visionaccel.backends.registry import BackendEntry, Registry
@@ -17,7 +17,7 @@ AUTO = "auto"
 
 
 class ProgramSource(Protocol):
-    """What backends are asked to run: a tower or a bundle."""
+    """A tower or a bundle, whose programs backends are asked to run."""
 
     @property
     def family(self) -> str:
@@ -35,7 +35,7 @@ class Candidate:
         entry: The installed backend.
         verdict: Its answer.
         programs: The programs that it accepted, the first for each coverage.
-        asked: False for a backend that is used only by name and was not named.
+        asked: False if the backend is used only by name, and a different name or `auto` was requested.
     """
 
     entry: BackendEntry
@@ -95,10 +95,9 @@ def select(registry: Registry, source: ProgramSource, requested: str = AUTO, dev
     named = requested != AUTO
     entries = (registry.entry(requested),) if named else registry.entries
     candidates = tuple(_ask(registry, entry, source, device, strict=named) for entry in entries)
-    scores = [(each.verdict.score, each) for each in candidates if isinstance(each.verdict, Accepted)]
+    accepting = [each for each in candidates if isinstance(each.verdict, Accepted)]
     # Candidates are sorted by name, and max() returns the first of equals.
-    chosen = max(scores, key=itemgetter(0))[1] if scores else None
-    return Selection(requested, device, candidates, chosen)
+    return Selection(requested, device, candidates, max(accepting, key=attrgetter("verdict.score"), default=None))
 
 
 def _ask(
@@ -119,16 +118,14 @@ def _ask(
         formats = ", ".join(sorted(taken)) or "none"
         reason = f"this encoder (family {source.family}) has no program for this backend; supported formats: {formats}."
         return Candidate(entry, Rejected(reason, "Choose another backend."), ())
+    verdicts = [(program, _verdict(backend, entry, program, device)) for program in programs]
     accepted: dict[Coverage, Program] = {}
-    verdicts: list[Verdict] = []
-    for program in programs:
-        verdict = _verdict(backend, entry, program, device)
-        verdicts.append(verdict)
+    for program, verdict in verdicts:
         if isinstance(verdict, Accepted):
             accepted.setdefault(program.coverage, program)
-    best = max((v for v in verdicts if isinstance(v, Accepted)), key=lambda v: v.score, default=None)
-    if best is None:
-        return Candidate(entry, verdicts[0], ())
+    if not accepted:
+        return Candidate(entry, verdicts[0][1], ())
+    best = max((verdict for _, verdict in verdicts if isinstance(verdict, Accepted)), key=attrgetter("score"))
     if len(accepted) < len({program.coverage for program in programs}):
         kept = ", ".join(program.name for program in accepted.values())
         best = Accepted(best.score, f"{best.notes}; programs {kept} of {len(programs)}")

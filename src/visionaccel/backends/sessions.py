@@ -17,13 +17,13 @@ from visionaccel.errors import PluginError
 def open_session(backend: VisionBackend, program: Program, device: str | None, options: Options) -> Session:
     """Open a session of a program; its files are checked before and after the backend opens it.
 
-    It is opened again if a file of its artifact was touched in between.
+    The session is opened again if a file of its artifact was touched in between.
 
     Raises:
         ChangedFileError: If a file is not what was verified, or changed in between.
-        VisionAccelError: What the backend raises.
-        DeviceError: If the backend raises anything else.
-        PluginError: If the backend does not return a Session.
+        VisionAccelError: Unchanged, if the backend raised one.
+        DeviceError: If the backend raised any other exception.
+        PluginError: If the backend did not return a Session.
     """
     return when_steady(lambda: _open(backend, program, device, options))
 
@@ -60,17 +60,12 @@ def check_files(program: Program, before: Mapping[Path, FileState] | None = None
         ChangedFileError: If a file changed or is gone.
         BundleError: If an artifact cannot be read.
     """
-    for file, state in {each.file: each.origin for each in program.weights.values()}.items():
-        if isinstance(state, FileState):
-            state.require(file)
-    if before is not None:
-        for file, state in before.items():
-            state.require(file)
-        return before
-    states = {}
-    for file, digest in program.files.items():
-        states[file] = FileState.of_named(file)
-        if file_digest(file) != digest:
+    for file, origin in {each.file: each.origin for each in program.weights.values()}.items():
+        if isinstance(origin, FileState):
+            origin.require(file)
+    states = before or {file: FileState.of_named(file) for file in program.files}
+    for file, state in states.items():
+        if before is None and file_digest(file) != program.files[file]:
             raise changed_file(file)
-        states[file].require(file)
+        state.require(file)
     return states

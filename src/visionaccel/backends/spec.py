@@ -1,8 +1,8 @@
 """The contract between the core and a backend plug-in.
 
-A backend says whether it can run a program here (`probe`) and opens the program on a device (`open`). The core does the
-rest: it checks patches and grids, makes the host-side tables, serialises calls, checks outputs, measures times, and
-falls back. A plug-in subclasses `VisionBackend` and `Session` and implements the hook `visionaccel_backends`.
+A backend says whether it can run a program on this machine (`probe`) and opens the program on a device (`open`). The
+core does the rest: it checks patches and grids, makes the host-side tables, serialises calls, checks outputs, measures
+times, and falls back. A plug-in subclasses `VisionBackend` and `Session` and implements `visionaccel_backends`, a hook.
 """
 
 from __future__ import annotations
@@ -174,8 +174,7 @@ class Session(ABC):
     def end_calls(self) -> bool:
         """Stop the calls in progress, which then raise DeviceError. Called from any thread when a deadline has passed.
 
-        Returns:
-            Whether the calls will end. If not, the core abandons them.
+        Return whether the calls will end. If not, the core abandons them.
         """
         return False
 

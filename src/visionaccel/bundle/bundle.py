@@ -162,7 +162,7 @@ def open_bundle(
         tower = _tower(folder, manifest, checkpoint, trust_unchanged=trust_unchanged)
         for tensor in tower.weights.values():
             if tensor.file in states and isinstance(tensor.origin, FileState):  # its header was read afterwards
-                states[tensor.file].require_same(tensor.origin, tensor.file)
+                states[tensor.file].require(tensor.file, tensor.origin)
         return tower
 
     try:

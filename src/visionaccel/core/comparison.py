@@ -25,7 +25,7 @@ _WRONG = -1.0
 
 
 class Place(NamedTuple):
-    """The place of a token: the number of its encode in the order of comparing, and its row there, both from 0."""
+    """A token's place: the number of its encode, in the order of `add`, and its row in that encode, both from 0."""
 
     encode: int
     token: int
@@ -43,8 +43,7 @@ class Comparison:
     def add(self, ours: NDArray[np.float32], reference: NDArray[np.float32]) -> None:
         """Compare one encode, [tokens, width]. For the relative error, a row with NaN or infinity counts as zeros."""
         assert ours.shape == reference.shape, "embeddings of one encode have one shape"
-        finite = finite_rows(ours)
-        self.nonfinite_rows += int((~finite).sum())
+        self.nonfinite_rows += int((~finite_rows(ours)).sum())
         self._cosines.append(token_cosines(ours, reference))
         self._length_errors.append(length_errors(ours, reference))
         exact, found = _finite_only(reference), _finite_only(ours)
@@ -54,7 +53,7 @@ class Comparison:
         self.tokens += len(reference)
 
     def add_missing(self, reference: NDArray[np.float32], nonfinite_rows: int = 0) -> None:
-        """Count an encode that failed or was discarded: all its tokens are wrong, `nonfinite_rows` were not finite."""
+        """Count all tokens of an encode that failed or was discarded as wrong; `nonfinite_rows` were not finite."""
         self.add(np.zeros_like(reference), reference)
         self.nonfinite_rows += nonfinite_rows
 
@@ -76,17 +75,13 @@ class Comparison:
     @property
     def lowest_at(self) -> Place:
         """Where the lowest cosine is; the first of equal ones."""
-        return self._place(int(np.argmin(self.cosines)))
+        return self._place(self.cosines.argmin())
 
     @property
-    def worst_length_error(self) -> float:
-        """The largest of `length_errors`: cosines do not show that an embedding is too long or too short."""
-        return float(np.concatenate(self._length_errors).max())
-
-    @property
-    def worst_length_at(self) -> Place:
-        """Where the largest length error is; the first of equal ones."""
-        return self._place(int(np.argmax(np.concatenate(self._length_errors))))
+    def worst_length(self) -> tuple[float, Place]:
+        """The largest of `length_errors`, which cosines do not show, and where it is; the first of equal ones."""
+        errors = np.concatenate(self._length_errors)
+        return float(errors.max()), self._place(errors.argmax())
 
     @property
     def first_percentile(self) -> float:
@@ -105,31 +100,25 @@ class Comparison:
             return float(self._squared_error > 0)
         return float(np.sqrt(self._squared_error / self._squared_reference))
 
-    def _place(self, at: int) -> Place:
+    def _place(self, at: np.intp) -> Place:
         starts = np.cumsum([0, *map(len, self._cosines)])
         encode = int(np.searchsorted(starts, at, side="right")) - 1
-        return Place(encode, at - int(starts[encode]))
+        return Place(encode, int(at - starts[encode]))
 
 
 def token_cosines(ours: NDArray[np.float32], reference: NDArray[np.float32]) -> NDArray[np.float64]:
     """Return the cosine of each row of [tokens, width], float64 [tokens]; -1 if either row is zero or not finite."""
     found, exact = _finite_only(ours), _finite_only(reference)
     norms = np.linalg.norm(found, axis=1) * np.linalg.norm(exact, axis=1)
-    cosines = np.full(len(norms), _WRONG)
-    np.divide(np.einsum("ij,ij->i", found, exact), norms, out=cosines, where=norms > 0)
-    return np.clip(cosines, -1.0, 1.0)
+    products = np.einsum("ij,ij->i", found, exact)
+    cosines = np.divide(products, norms, out=np.full(len(norms), _WRONG), where=norms > 0)
+    return np.asarray(cosines.clip(-1.0, 1.0))
 
 
 def length_errors(ours: NDArray[np.float32], reference: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Return the relative error of the length of each row of [tokens, width], float64 [tokens].
-
-    It is 1 if either row is zero or not finite.
-    """
+    """Return the relative error of each row's length, float64 [tokens]; 1 if either row is zero or not finite."""
     found, exact = (np.linalg.norm(_finite_only(rows), axis=1) for rows in (ours, reference))
-    ratios = np.zeros(len(exact))
-    np.divide(found, exact, out=ratios, where=exact > 0)
-    errors: NDArray[np.float64] = np.abs(ratios - 1)
-    return errors
+    return np.asarray(np.abs(np.divide(found, exact, out=np.zeros(len(exact)), where=exact > 0) - 1))
 
 
 def _finite_only(rows: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -1,4 +1,4 @@
-"""Calls of a plug-in's code, which must not end this process."""
+"""Calls code of plug-ins and vendors so that its exceptions do not end this process."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ logger = safe_logger(__name__)
 
 @contextmanager
 def contained() -> Iterator[None]:
-    """Turn what is not an `Exception`, such as the SystemExit of `sys.exit`, into a RuntimeError that names it.
+    """Turn an exception that is not an `Exception`, such as SystemExit, into a RuntimeError that names it.
 
-    `except Exception` does not catch SystemExit, so a plug-in could end a server with it. Ctrl-C still ends a server.
+    A plug-in could end a server with it, because `except Exception` does not catch it. Ctrl-C still ends a server.
     """
     try:
         yield

@@ -25,7 +25,6 @@ WantedCores: TypeAlias = frozenset[int] | Literal["all"] | None
 
 _MOST = 1 << 16
 _BINDING = ("OMP_PLACES", "OMP_PROC_BIND", "GOMP_CPU_AFFINITY", "KMP_AFFINITY", "KMP_HW_SUBSET")
-_BOUND_THREADS = "OMP_NUM_THREADS"
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 
 _here = threading.local()
@@ -47,7 +46,7 @@ class Host:
 
 
 class CoreChoice(NamedTuple):
-    """The cores of an encoder, and why, as a clause. None: threads are not pinned, and runtimes size their pools."""
+    """The cores of an encoder, and why, as a clause; None if threads are not pinned and runtimes size their pools."""
 
     cores: frozenset[int] | None = None
     why: str = ""
@@ -79,31 +78,24 @@ def shown_cores(cores: Iterable[int]) -> str:
 
 
 def process_cores(pid: int | None = None) -> frozenset[int]:
-    """Return the cores that a process's main thread may run on; OSError if the process does not exist.
-
-    By default the process is this one.
-    """
+    """Return the cores that the main thread of a process, by default this one, may run on; OSError if it has ended."""
     return _allowed(os.getpid() if pid is None else pid)
 
 
 def choose_cores(wanted: WantedCores, host: Host | None = None) -> CoreChoice:
-    """Choose the cores that the setting names, or else those that the language model leaves free.
+    """Choose the cores that the setting `cpu_cores` lists, or else those that the language model leaves free.
 
-    A thread that shares a physical core with the language model slows it down, so hardware threads of its physical
-    cores are left to it too, as long as others remain.
-
-    Args:
-        wanted: The setting `cpu_cores`.
-        host: The cores of the machine; None if no language model computes on it.
+    A thread that shares a physical core with the language model slows it down, so the language model keeps all hardware
+    threads of its physical cores, as long as others remain. `host` is None if no language model computes on this
+    machine.
 
     Raises:
-        SettingsError: If the setting names a core that this process may not use.
+        SettingsError: If the setting lists a core that this process may not use.
     """
-    if wanted is None and host is None:
-        return CoreChoice()
     usable = process_cores() if host is None else host.usable
     if wanted is None:
-        assert host is not None
+        if host is None:
+            return CoreChoice()
         apart = frozenset(core for core in usable if not _physical(core) & host.taken)
         left = apart or usable - host.taken
         return CoreChoice(left or usable, host.why if left else f"{host.why}, which leaves no other core")
@@ -166,24 +158,21 @@ def thread_limit() -> int | None:
 def child_environment() -> dict[str, str]:
     """Return the environment variables for a process that this thread starts, which inherits its cores.
 
-    If cores were chosen, OpenMP's variables that bind threads to other cores are removed, and so is OMP_NUM_THREADS.
+    If cores were chosen, OpenMP's variables that bind threads to cores are removed, and with them OMP_NUM_THREADS.
     """
-    environment = dict(os.environ)
-    if cores_here() is not None and not environment.keys().isdisjoint(_BINDING):
-        for name in (*_BINDING, _BOUND_THREADS):
-            environment.pop(name, None)
-    return environment
+    bound = cores_here() is not None and not os.environ.keys().isdisjoint(_BINDING)
+    removed = (*_BINDING, "OMP_NUM_THREADS") if bound else ()
+    return {name: value for name, value in os.environ.items() if name not in removed}
 
 
 @cache
 def _physical(core: int) -> frozenset[int]:
     """Return the hardware threads of a core's physical core, including the core itself."""
     try:
-        listed = (_TOPOLOGY / f"cpu{core}" / "topology" / "thread_siblings_list").read_text()
-        found = parse_cores(listed)
+        listed = parse_cores((_TOPOLOGY / f"cpu{core}" / "topology" / "thread_siblings_list").read_text())
     except (OSError, ValueError):  # an offline core, or a system without this file
-        found = frozenset()
-    return frozenset({core}) if found == ALL else frozenset({core}) | found
+        listed = ALL
+    return frozenset({core}).union(() if listed == ALL else listed)
 
 
 def _allowed(thread: int = 0) -> frozenset[int]:

@@ -33,17 +33,18 @@ def has_bfloat16() -> bool:
 
 def processor_name() -> str:
     """Return the processor's name as the system reports it."""
-    try:
-        lines = _INFO.read_text().splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    named = (line.partition(":")[2].strip() for line in _cpuinfo().splitlines() if line.startswith("model name"))
     return next(named, platform.processor() or platform.machine())
 
 
 @cache
 def _flags() -> frozenset[str]:
+    return flags_in(_cpuinfo())
+
+
+def _cpuinfo() -> str:
+    """Return the system's description of the CPU; empty on a system that has none."""
     try:
-        return flags_in(_INFO.read_text())
-    except OSError:  # a system without this file: no instruction set is known
-        return frozenset()
+        return _INFO.read_text()
+    except OSError:
+        return ""

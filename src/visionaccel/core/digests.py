@@ -1,7 +1,7 @@
 """Digests of files, remembered while the files stay unchanged.
 
-A digest is taken from memory if the file has the same device, inode, size, modification and change time as when it was
-computed. Programs cannot set change times, so every write is noticed. Disk corruption is not; a full check finds it.
+A digest is not computed again if the file has the same device, inode, size, modification and change time as before.
+Programs cannot set change times, so every write is noticed. Corruption on disk is not; a full check finds it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def json_digest(document: Mapping[str, Any]) -> str:
 def remembered_digest(
     kind: str, files: Sequence[Path], compute: Callable[[], str], *, trust_unchanged: bool = True
 ) -> str:
-    """Return the digest that `compute` computes of some files, from memory if `trust_unchanged` and none changed.
+    """Return the digest of some files: the remembered one if `trust_unchanged` and no file changed, else `compute()`.
 
     `kind` tells apart different digests of the same files.
     """
@@ -56,15 +56,13 @@ def remembered_digest(
     started = time.time_ns()
     try:
         state, memory = _states(files), our_cache() / "digests.json"
-    except (OSError, RuntimeError):  # RuntimeError: there is no home folder
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home folder
         return compute()
     key = json.dumps([kind, *sorted(map(str, files))])
     known = _load(memory)
-    entry = known.get(key)
-    if trust_unchanged and isinstance(entry, dict) and entry.get("state") == state:
-        remembered = entry.get("digest")
-        if isinstance(remembered, str):
-            return remembered
+    match known.get(key):
+        case {"state": remembered, "digest": str(digest)} if trust_unchanged and remembered == state:
+            return digest
     digest = compute()
     settled = all(started - times[-1] > _SETTLED_SECONDS * 1e9 for times in state)
     with suppress(OSError):

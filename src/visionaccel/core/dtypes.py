@@ -1,4 +1,4 @@
-"""The dtypes of arrays: their names in numpy and safetensors, their numbers in ONNX, and their sizes."""
+"""Dtypes of arrays: their names in numpy and safetensors, their numbers in ONNX, and their sizes."""
 
 from __future__ import annotations
 

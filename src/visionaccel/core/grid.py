@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any, Self, SupportsIndex
 
 from visionaccel.errors import GridError
@@ -94,7 +95,7 @@ def as_grids(grids: Iterable[GridLike] | Any, merge_size: int = 1) -> tuple[Grid
         merge_size: Height and width must be divisible by it.
 
     Raises:
-        GridError: If there are none, or one is malformed or not divisible.
+        GridError: If there are no grids, or one is malformed or not divisible.
     """
     rows = grids.tolist() if hasattr(grids, "tolist") else list(grids)
     if not rows:
@@ -108,7 +109,7 @@ def as_grids(grids: Iterable[GridLike] | Any, merge_size: int = 1) -> tuple[Grid
                     f"grid {row!r} is not a triple (t, h, w).",
                     hint="Pass grids as an integer array of shape [images, 3].",
                 )
-            row = Grid(*(_as_int(size, row) for size in row))
+            row = Grid(*(index(size) if isinstance(size, SupportsIndex) else size for size in row))
         row.check_divisible(merge_size)
         checked.append(row)
     return tuple(checked)
@@ -117,12 +118,3 @@ def as_grids(grids: Iterable[GridLike] | Any, merge_size: int = 1) -> tuple[Grid
 def total_patches(grids: Iterable[Grid]) -> int:
     """Return the number of patches of all grids together."""
     return sum(grid.patches for grid in grids)
-
-
-def _as_int(size: Any, row: Sequence[Any]) -> int:
-    try:
-        return size.__index__()  # type: ignore[no-any-return]
-    except AttributeError:
-        raise GridError(
-            f"grid {list(row)!r}: {size!r} is not an integer.", hint="Pass grids as integers (t, h, w)."
-        ) from None

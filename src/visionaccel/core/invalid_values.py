@@ -1,4 +1,4 @@
-"""Describes the values that pydantic refused in one line, for our own errors."""
+"""Describes in one line, for our own errors, which values pydantic refused and why."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Problem: TypeAlias = Mapping[str, Any]
 """One of the entries of `ValidationError.errors()`."""
 
 _MOST_PROBLEMS = 5
-"""Problems that are listed; a document of a different kind has hundreds."""
+"""The maximum number of problems that are listed; a document of a different kind has hundreds."""
 
 
 def _described(problem: Problem) -> str:

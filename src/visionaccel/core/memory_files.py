@@ -16,7 +16,7 @@ _T = TypeVar("_T")
 
 _ATTEMPTS = 5
 _FIRST_DESCRIPTOR = 3
-"""Descriptors 0 to 2 are standard input, output and error, which are replaced in every child process."""
+"""Descriptors 0 to 2 are the standard streams, which are replaced in every child process."""
 
 _MAPPED = "Set VISIONACCEL_WEIGHTS=mapped to read the weights directly from the files."
 
@@ -25,8 +25,8 @@ _MAPPED = "Set VISIONACCEL_WEIGHTS=mapped to read the weights directly from the 
 class FileState:
     """The attributes of a file that change when it is written, replaced or truncated.
 
-    Times are in ns: `modified` is when the content changed, `changed` when anything did, even the number of links.
-    Programs cannot set `changed`.
+    `modified` is when its content changed, and `changed`, which programs cannot set, when anything did, even the number
+    of links; both in ns.
     """
 
     device: int
@@ -49,17 +49,14 @@ class FileState:
         except OSError as error:
             raise changed_file(file) from error
 
-    def require(self, file: Path) -> None:
-        """Raise ChangedFileError unless a file is in this state."""
-        self.require_same(self.of_named(file), file)
-
-    def require_same(self, now: FileState, file: Path) -> None:
-        """Require that `now`, the state of a file, is this one.
+    def require(self, file: Path, now: FileState | None = None) -> None:
+        """Check that a file is still in this state; `now` is its current state, which is read by default.
 
         Raises:
             TouchedFileError: If only the change time differs.
-            ChangedFileError: If anything else does.
+            ChangedFileError: If anything else differs, or the file is gone.
         """
+        now = now or self.of_named(file)
         if now != self:
             touched = replace(now, changed=self.changed) == self
             raise changed_file(file, TouchedFileError if touched else ChangedFileError)
@@ -68,8 +65,8 @@ class FileState:
 class TouchedFileError(ChangedFileError):
     """Only the change time of a file differs.
 
-    A new hard link or mode causes that and leaves the content alone. So does a program that writes to the file and
-    sets its modification time back: only the content tells the two apart.
+    A new hard link or mode changes it without changing the content. So does a program that writes to the file and then
+    sets its modification time back, so the content must be verified again.
     """
 
 
@@ -82,9 +79,9 @@ def changed_file(file: Path, error: type[ChangedFileError] = ChangedFileError) -
 
 
 def when_steady(attempt: Callable[[], _T]) -> _T:
-    """Call `attempt`, which verifies and opens files from scratch; repeat it if one of them is touched during it.
+    """Call `attempt`, which verifies and opens files from scratch, again if one of them is touched during the call.
 
-    ChangedFileError if a file changed, or was touched during every attempt.
+    Raises ChangedFileError if a file changed, or was touched in every attempt.
     """
     for _ in range(_ATTEMPTS - 1):
         with suppress(TouchedFileError):
@@ -119,7 +116,7 @@ class MemoryFile:
     def write(cls, name: str, size: int, fill: Callable[[BinaryIO], str]) -> MemoryFile:
         """Make one of `size` bytes. `fill` must write all of them, in any order, and return their digest.
 
-        ConfigurationError if there is not enough memory, or the system has no such files.
+        Raises ConfigurationError if there is not enough memory, or if the system has no such files.
         """
         try:
             import fcntl
@@ -149,7 +146,7 @@ class MemoryFile:
 
     @classmethod
     def inherited(cls, fd: int, digest: str) -> MemoryFile:
-        """Make one from a descriptor that the parent process passed; processes started later do not inherit it."""
+        """Make one from a descriptor that the parent process passed, and keep it from processes started later."""
         os.set_inheritable(fd, False)
         return cls(fd, digest)
 

@@ -1,12 +1,12 @@
-"""Walks an ONNX model: its graphs, also nested ones, its tensors, and where their data is.
+"""Walks the graphs and tensors of an ONNX model, and reads and writes references to data in other files.
 
-Data may be in other files. This module reads and writes such references, and opens none of those files.
+It opens none of these files.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 from visionaccel.core.stored_tensor import StoredTensor
 
 if TYPE_CHECKING:
-    from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
+    from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto
 
 
 def bodies_of(nodes: Iterable[NodeProto]) -> Iterator[GraphProto]:
     """Yield the graphs in attributes of operators, such as the branches of an If; not those nested in them."""
-    return _bodies(attribute for node in nodes for attribute in node.attribute)
+    return _bodies(_attributes(nodes))
 
 
 def graphs_in(*graphs: GraphProto) -> Iterator[GraphProto]:
@@ -34,9 +34,8 @@ def graphs_in(*graphs: GraphProto) -> Iterator[GraphProto]:
 def tensors_of(graph: GraphProto) -> Iterator[TensorProto]:
     """Yield the weights of a graph and the constants of its operators, also sparse ones; not those of nested graphs."""
     yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield from (sparse.values, sparse.indices)
-    yield from _constants(attribute for node in graph.node for attribute in node.attribute)
+    yield from _parts(graph.sparse_initializer)
+    yield from _constants(_attributes(graph.node))
 
 
 def every_tensor(model: ModelProto) -> Iterator[TensorProto]:
@@ -45,12 +44,15 @@ def every_tensor(model: ModelProto) -> Iterator[TensorProto]:
     for training in model.training_info:
         graphs += (training.initialization, training.algorithm)
     for function in model.functions:
-        of_nodes = chain.from_iterable(node.attribute for node in function.node)
-        attributes = [*function.attribute_proto, *of_nodes]
+        attributes = [*function.attribute_proto, *_attributes(function.node)]
         yield from _constants(attributes)
         graphs += _bodies(attributes)
     for graph in graphs_in(*graphs):
         yield from tensors_of(graph)
+
+
+def _attributes(nodes: Iterable[NodeProto]) -> Iterator[AttributeProto]:
+    return chain.from_iterable(node.attribute for node in nodes)
 
 
 def _bodies(attributes: Iterable[AttributeProto]) -> Iterator[GraphProto]:
@@ -65,9 +67,12 @@ def _constants(attributes: Iterable[AttributeProto]) -> Iterator[TensorProto]:
         if attribute.HasField("t"):
             yield attribute.t
         yield from attribute.tensors
-        own = [attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else []
-        for sparse in (*own, *attribute.sparse_tensors):
-            yield from (sparse.values, sparse.indices)
+        yield from _parts([attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else [])
+        yield from _parts(attribute.sparse_tensors)
+
+
+def _parts(tensors: Iterable[SparseTensorProto]) -> Iterator[TensorProto]:
+    return chain.from_iterable((sparse.values, sparse.indices) for sparse in tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,14 +96,14 @@ class ExternalData:
         Raises:
             ValueError: If a field is given twice, or a number is malformed or negative.
         """
-        stated = {entry.key: entry.value for entry in tensor.external_data}
-        if len(stated) != len(tensor.external_data):
+        fields = {entry.key: entry.value for entry in tensor.external_data}
+        if len(fields) != len(tensor.external_data):
             raise ValueError("a field is given twice")
-        offset = int(stated.get("offset", 0))
-        length = int(stated["length"]) if "length" in stated else None
+        offset = int(fields.get("offset", 0))
+        length = int(fields["length"]) if "length" in fields else None
         if offset < 0 or (length is not None and length < 0):
             raise ValueError("offset and length must not be negative")
-        return cls(stated.get("location", ""), offset, length)
+        return cls(fields.get("location", ""), offset, length)
 
     @classmethod
     def at(cls, stored: StoredTensor, folder: Path) -> ExternalData:
@@ -115,7 +120,7 @@ def point_at(tensor: TensorProto, place: ExternalData) -> None:
     """Make a tensor refer to data in another file, and replace any reference it had."""
     tensor.data_location = tensor.EXTERNAL
     del tensor.external_data[:]
-    for key, value in (("location", place.location), ("offset", place.offset), ("length", place.length)):
+    for key, value in asdict(place).items():
         if value is not None:
             tensor.external_data.add(key=key, value=str(value))
 

@@ -7,7 +7,6 @@ release of torch they may be missing, or behave differently.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import torch
 from torch.nn import functional
@@ -31,14 +30,12 @@ class PackedWeight:
 
     def unary(self, x: torch.Tensor, then: str = "none", algorithm: str = "") -> torch.Tensor:
         """Return x @ weight.T + bias for x [rows, in], after `none`, `swish` or, with algorithm `none`, `gelu`."""
-        product: Any = torch.ops.mkldnn._linear_pointwise
-        result: torch.Tensor = product(x, self._weight, self._bias, then, [], algorithm)
+        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, then, [], algorithm)
         return result
 
     def binary(self, x: torch.Tensor, other: torch.Tensor, then: str) -> torch.Tensor:
         """Return x @ weight.T + bias for x [rows, in], after `add` or `mul` with `other` [rows, out]."""
-        product: Any = torch.ops.mkldnn._linear_pointwise.binary
-        result: torch.Tensor = product(x, other, self._weight, self._bias, then)
+        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, self._weight, self._bias, then)
         return result
 
 

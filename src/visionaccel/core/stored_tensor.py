@@ -24,7 +24,7 @@ class StoredTensor:
     """Where one tensor's bytes are, little-endian and C-contiguous.
 
     Attributes:
-        name: Its name in the checkpoint, or that of the fused weight that it is a part of.
+        name: Its name in the checkpoint, or the name of the fused weight that it is a part of.
         file: The shard, with symbolic links resolved.
         offset: First byte in the file.
         length: Number of bytes.
@@ -73,7 +73,7 @@ class StoredTensor:
 
     def _require_unchanged(self, opened: int) -> None:
         if isinstance(self.origin, FileState):
-            self.origin.require_same(FileState.of(opened), self.file)
+            self.origin.require(self.file, FileState.of(opened))
 
     def elements(self, at_once: int) -> Iterator[NDArray[Any]]:
         """Read the elements in order as 1-D arrays of at most `at_once`; each array is overwritten by the next.

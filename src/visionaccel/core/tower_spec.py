@@ -80,7 +80,7 @@ class Gated:
 
 @dataclass(frozen=True, slots=True)
 class Merge:
-    """Joins the rows of a token's patches into one row. A norm before it acts on patches, one after it on tokens."""
+    """Joins the rows of a token's patches into one row. Steps before it act on patches, steps after it on tokens."""
 
 
 Step: TypeAlias = Norm | Linear | Activation | Gated | Merge
@@ -137,7 +137,7 @@ class TowerSpec:
         rotary_base: Base of the rotary frequencies.
 
     Raises:
-        ValueError: If a field is invalid or does not fit another one; the message names it.
+        ValueError: If a field is invalid or does not fit another; the message names it.
     """
 
     patch: int
@@ -165,11 +165,10 @@ class TowerSpec:
     def __post_init__(self) -> None:
         """Check every field, and that they fit together."""
         _check_value("", self, TowerSpec)
-        sizes = {f.name: getattr(self, f.name) for f in fields(self) if f.type == "int"}
-        sizes |= {} if self.window is None else {"window": self.window}
-        sizes |= {} if self.positions is None else {"positions.side": self.positions.side}
+        sizes = {f.name: getattr(self, f.name) for f in fields(self) if f.type == "int" or f.name == "window"}
+        sizes["positions.side"] = self.positions and self.positions.side
         for name, size in sizes.items():
-            if not 1 <= size <= _MOST:
+            if size is not None and not 1 <= size <= _MOST:
                 raise ValueError(f"{name} is {size}; it must be from 1 to {_MOST}")
         blocks = set(range(min(self.depth, _MOST_BLOCKS)))
         rules = {
@@ -202,8 +201,7 @@ class TowerSpec:
 
     def _check_names(self) -> None:
         """Refuse steps that would share their weights."""
-        around = [step.name for step in _weighted((*self.embed, *self.merger))]
-        around += [self.positions.name] if self.positions else []
+        around = [step.name for step in (*_weighted((*self.embed, *self.merger)), self.positions) if step]
         groups = {
             "norm1, qkv, proj, norm2, mlp": [step.name for step in _weighted(self._block)],
             "embed, positions, merger": around,
@@ -217,7 +215,7 @@ class TowerSpec:
                 raise ValueError(f"embed, positions, merger: {name} is reserved for blocks or deepstack levels")
 
     def _check_steps(self, name: str, steps: Sequence[Step], width: int, wanted: int, merges: int = 0) -> None:
-        """Check the width of the rows after each step of a sequence."""
+        """Check that each step of a sequence takes the rows of the step before, and the width of the last rows."""
         if not steps:
             raise ValueError(f"{name} has no steps")
         for each in _weighted(steps):
@@ -312,11 +310,13 @@ class TowerSpec:
     def _shapes_of(self, prefix: str, steps: Sequence[Step]) -> dict[str, tuple[int, ...]]:
         found: dict[str, tuple[int, ...]] = {}
         for step in _weighted(steps):
-            name = prefix + step.name
-            biased = step.kind == "layer" if isinstance(step, Norm) else step.bias
-            found[f"{name}.weight"] = (step.width,) if isinstance(step, Norm) else self.stored_shape(step)
+            if isinstance(step, Linear):
+                biased, shape = step.bias, self.stored_shape(step)
+            else:
+                biased, shape = step.kind == "layer", (step.width,)
+            found[f"{prefix}{step.name}.weight"] = shape
             if biased:
-                found[f"{name}.bias"] = (step.width if isinstance(step, Norm) else step.outputs,)
+                found[f"{prefix}{step.name}.bias"] = shape[:1]
         return found
 
     def stored_shape(self, linear: Linear) -> tuple[int, ...]:
@@ -354,13 +354,13 @@ def _weighted(steps: Sequence[Step]) -> Iterator[Norm | Linear]:
 def _plain(value: Any) -> Any:
     if is_dataclass(value):
         kind = {} if isinstance(value, TowerSpec | Positions) else {"step": type(value).__name__.lower()}
-        stated = {f.name: getattr(value, f.name) for f in fields(value) if getattr(value, f.name) != f.default}
-        return {**kind, **{name: _plain(each) for name, each in stated.items()}}
+        given = {f.name: getattr(value, f.name) for f in fields(value) if getattr(value, f.name) != f.default}
+        return {**kind, **{name: _plain(each) for name, each in given.items()}}
     return [_plain(each) for each in value] if isinstance(value, tuple) else value
 
 
 def _check_value(place: str, value: Any, declared: Any) -> None:
-    """Refuse a value that does not have its declared type, and a number that is not finite."""
+    """Raise ValueError for a value that does not have its declared type, and for a number that is not finite."""
     choices = get_args(declared)
     if get_origin(declared) is Literal:
         fits, wanted = value in choices, " or ".join(map(repr, choices))
@@ -377,11 +377,8 @@ def _check_value(place: str, value: Any, declared: Any) -> None:
     if not fits:
         raise ValueError(f"{place} is {value!r}; it must be {wanted}")
     if is_dataclass(value) and not isinstance(value, type):
-        for name, kind in _declared(type(value)).items():
+        for name, kind in _declared_types(type(value)).items():
             _check_value(f"{place}.{name}".removeprefix("."), getattr(value, name), kind)
 
 
-@cache
-def _declared(kind: type) -> Mapping[str, Any]:
-    """Return the declared types of a dataclass's fields."""
-    return get_type_hints(kind)
+_declared_types = cache(get_type_hints)

@@ -325,10 +325,9 @@ class _Run:
                 f"Worst: {', '.join(f'{trials[at]} ({cosine:.6f})' for at, cosine in comparison.worst(3))}."
             )
         # The largest angle that passes moves the end of an embedding by this part of its length.
-        allowed, worst = math.sqrt(2 * (1 - threshold)), comparison.worst_length_error
+        allowed, (worst, place) = math.sqrt(2 * (1 - threshold)), comparison.worst_length
         if worst > allowed:
-            at = where(comparison.worst_length_at)
-            return f"an embedding's length is off by {worst:.2%}, over {allowed:.2%}, at {at}."
+            return f"an embedding's length is off by {worst:.2%}, over {allowed:.2%}, at {where(place)}."
         wrong = self.wrong_weights
         return f"{len(wrong)} of the bundle's weights are not the reference's, such as {wrong[0]!r}." if wrong else None
 
