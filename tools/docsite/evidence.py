@@ -1,4 +1,4 @@
-"""The results of a run of all tests, from `docs/evidence.json`, and tables of them."""
+"""The results of a run of all tests, from `docs/evidence.json`, and tables that show them."""
 
 import json
 from collections import Counter
