@@ -74,7 +74,7 @@ class PatchesError(InputError):
 
 
 class NonFiniteError(InputError):
-    """Patches hold NaN or infinity.
+    """Patches contain NaN or infinity.
 
     To do: Check the image that the message names, and its normalisation.
     """
@@ -142,7 +142,7 @@ class ArtifactError(VisionAccelError):
 class CheckpointError(ArtifactError):
     """A checkpoint folder or one of its files is missing, truncated or inconsistent.
 
-    To do: Download the checkpoint again, whole and of one revision; run `git lfs pull` where it was cloned.
+    To do: Download all files of one revision of the checkpoint again; run `git lfs pull` if it was cloned.
     """
 
 
@@ -162,7 +162,7 @@ class ChangedFileError(ArtifactError):
 
 
 class AccuracyError(ArtifactError):
-    """A new program differs too much from the float32 reference; it was not kept.
+    """A new program differs too much from the float32 reference and was discarded.
 
     To do: Calibrate with images like those that will be encoded, or keep the bundle's precision.
     """

@@ -172,8 +172,8 @@ class Settings(BaseSettings):
     fallback: _Names = Field(
         (),
         description="Backend that takes over when the chosen one cannot start, fails on an image or gives wrong "
-        "answers; or several, separated by commas, in the order of trying. Unset or `none`: no other backend is ever "
-        "used.",
+        "answers; or several, separated by commas, which are tried in that order. Unset or `none`: no other backend is "
+        "ever used.",
     )
     canary: Literal["on", "strict", "off"] = Field(
         "on",
@@ -234,9 +234,9 @@ class Settings(BaseSettings):
     )
     cpu_cores: Annotated[WantedCores, NoDecode, BeforeValidator(_read_cores)] = Field(
         None,
-        description="CPU cores for the encoder's threads, such as `0-3,8`, or `all` that the process may use. Unset: "
-        "next to a language model on the CPU, [those that it leaves free](docs/pipelined.md#cores); otherwise the "
-        "runtime chooses.",
+        description="CPU cores for the encoder's threads, such as `0-3,8`, or `all` cores that the process may use. "
+        "Unset: next to a language model on the CPU, [those that it leaves free](docs/pipelined.md#cores); otherwise "
+        "the runtime chooses.",
     )
     timing: bool = Field(False, description="Log the time of each part of every encode.")
     trace: _Path | None = Field(
@@ -323,7 +323,7 @@ def _warn_once(name: str, text: str, more: str) -> None:
 
 def _describe(problem: Mapping[str, Any]) -> str:
     message = str(problem["msg"]).removeprefix("Value error, ")
-    if not problem["loc"]:  # of several settings together
+    if not problem["loc"]:  # a problem of several settings together
         return message
     name = str(problem["loc"][0])
     if problem["type"] in _OUT_OF_RANGE:

@@ -105,7 +105,7 @@ def test_every_class_of_errors_says_when_and_what_to_do():
 def test_the_catalogue_has_the_messages_of_the_sources():
     found = {(each.error, each.message): each.hint for each in raised_errors()}
     assert found["GridError", "no grid was given."] == "Pass one (t, h, w) for each image or video."
-    gone = f"patches of image {GAP} (grid {GAP}) hold NaN or infinity, first in row {GAP}."
+    gone = f"patches of image {GAP} (grid {GAP}) contain NaN or infinity, first in row {GAP}."
     assert found["NonFiniteError", gone] == "Check the image and its normalisation."
 
 

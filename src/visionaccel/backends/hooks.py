@@ -160,6 +160,6 @@ class HookSpecs:
         """Add commands to `visionaccel`: `app.command()(function)` or `app.add_typer(group)`.
 
         Called on the modules of the entry-point group `visionaccel.commands`, for `--help` and for commands that the
-        core does not have. Import slow modules inside the commands. If this raises, prints to stdout or adds a name
-        that is taken, other commands still work. A callback on `app` itself is refused.
+        core does not have. Import slow modules inside the commands. If this raises, prints to stdout or adds a command
+        that exists already, other commands still work. A callback on `app` itself is refused.
         """

@@ -64,7 +64,7 @@ class Selection:
         """Return the name of the chosen backend and the programs that it accepted.
 
         Raises:
-            BackendUnavailableError: If every candidate refused; the message holds each reason and hint.
+            BackendUnavailableError: If every candidate refused; the message contains each reason and hint.
         """
         if self.chosen is not None:
             return self.chosen.entry.name, self.chosen.programs
@@ -151,6 +151,6 @@ def _verdict(backend: VisionBackend, entry: BackendEntry, program: Program, devi
                 reason = f"program {program.name!r} was made for device {program.device!r}."
                 return Rejected(reason, f"Set VISIONACCEL_DEVICE={program.device}.")
             return backend.probe(program, device)
-    except Exception as error:  # A probe that raises is a defect of one plug-in; the others must still be asked.
+    except Exception as error:  # a defect of one plug-in: the other backends are still asked
         reason = f"the backend's probe failed with {type(error).__name__}: {error}."
         return Rejected(reason, f"Report this to the authors of {entry.distribution}.")

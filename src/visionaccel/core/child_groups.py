@@ -23,10 +23,9 @@ _DYING = 5.0
 class ChildGroup:
     """A child process and the process group that it leads. Its process id is not reused before `reap`.
 
-    It leads a group so that Ctrl-C, a hang-up or a signal to the parent's group does not reach it before the parent
-    decides, and so that the processes that vendor code starts can be killed with it. It does not lead a session: Linux
-    schedules by session, and an engine that waits by yielding, as vLLM's does, can keep a child in a separate session
-    from running for minutes.
+    It leads a group so that Ctrl-C, a hang-up or a signal to the parent's group does not reach it, and so that the
+    processes that vendor code starts can be killed with it. It does not lead a session: Linux schedules by session, and
+    an engine that waits by yielding, as vLLM's does, can keep a child in a separate session from running for minutes.
 
     Args:
         command: The command line to run.
@@ -75,7 +74,7 @@ class ChildGroup:
         return self._process.returncode
 
     def exited(self) -> bool:
-        """Whether the child is dead, reaped or not, or has been killed."""
+        """Whether the child is dead or has been killed; it may not be reaped yet."""
         return self._killed or self._dead()
 
     def exits_within(self, seconds: float) -> bool:
@@ -114,8 +113,7 @@ class ChildGroup:
     def end(self, seconds: float = 0.0) -> bool:
         """Give the child some time to end by itself, then kill its group; return whether it ended by itself.
 
-        The child is reaped, unless it hangs in a driver's system call and does not die: after a few seconds, that one
-        is left to the watcher.
+        The child is reaped, unless it hangs in a driver's system call and does not die within a few seconds.
         """
         ended = self.exits_within(seconds)
         self.kill()

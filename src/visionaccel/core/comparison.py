@@ -32,7 +32,7 @@ class Place(NamedTuple):
 
 
 class Comparison:
-    """Compares the encodes of one program with the reference's, and counts rows that hold NaN or infinity."""
+    """Compares the encodes of one program with the reference's, and counts rows that contain NaN or infinity."""
 
     def __init__(self) -> None:
         self.encodes = self.tokens = self.nonfinite_rows = 0
@@ -122,5 +122,5 @@ def length_errors(ours: NDArray[np.float32], reference: NDArray[np.float32]) -> 
 
 
 def _finite_only(rows: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Return the rows in float64, with zeros for those that hold NaN or infinity."""
+    """Return the rows in float64, with zeros for those that contain NaN or infinity."""
     return np.where(finite_rows(rows)[:, None], rows, 0).astype(np.float64)

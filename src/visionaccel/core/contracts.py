@@ -78,7 +78,7 @@ def check_patches(patches: Array, grids: Sequence[Grid], patch_width: int) -> No
         ends = np.cumsum([grid.patches for grid in grids])
         item = int(np.searchsorted(ends, bad, side="right"))
         raise NonFiniteError(
-            f"patches of image {item} (grid {grids[item]}) hold NaN or infinity, first in row {bad}.",
+            f"patches of image {item} (grid {grids[item]}) contain NaN or infinity, first in row {bad}.",
             hint="Check the image and its normalisation.",
         )
 
@@ -93,7 +93,7 @@ def check_output(backend: str, spec: TensorSpec, array: Array | None, sizes: Map
         sizes: The sizes of this call, by the names in `spec.shape`.
 
     Raises:
-        OutputError: If it is missing, has the wrong shape or dtype, or holds NaN or infinity.
+        OutputError: If it is missing, has the wrong shape or dtype, or contains NaN or infinity.
     """
     if array is None:
         raise OutputError(f"backend {backend!r} returned no tensor named {spec.name!r}.", hint=_DEFECT)

@@ -104,7 +104,7 @@ def choose_cores(wanted: WantedCores, host: Host | None = None) -> CoreChoice:
     shown = f"VISIONACCEL_CPU_CORES={shown_cores(wanted)}"
     if beyond := wanted - usable:
         raise SettingsError(
-            f"{shown}: this process may not use {shown_cores(beyond)}, or there is no such core.",
+            f"{shown}: this process may not use {shown_cores(beyond)}, or they do not exist.",
             hint=f"It may use {shown_cores(usable)}.",
         )
     return CoreChoice(wanted, shown)
@@ -116,7 +116,7 @@ def on_cores(cores: frozenset[int] | None, *, strict: bool = False) -> Iterator[
 
     Args:
         cores: The cores; None to change nothing.
-        strict: Require all of them. Otherwise cores that the system has taken away are ignored.
+        strict: Require all of them. Otherwise cores that this thread may no longer use are ignored.
 
     Raises:
         SettingsError: If `strict`, and this thread cannot be pinned to all of them.

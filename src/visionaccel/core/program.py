@@ -1,4 +1,4 @@
-"""Programs: what a backend is asked to run, described without loading it."""
+"""Programs that a backend can run, described without loading them."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ class Program:
             that does not use `spec`; None in other programs.
         tables: Returns the grid-dependent tables of one call by the names of a program's inputs, for a backend that
             builds the tower from its weights; None if they are baked in or are inputs. Can be pickled.
-        artifact: The verified file to open, for a backend that maps or reads it itself; None if there is none.
+        artifact: The verified file to open, for a backend that maps or reads it itself; None without an artifact.
         companions: Further verified files by their role, such as a compiler's configuration.
         stored_names: Names of inputs and outputs inside the artifact, by their names here, where they differ.
         files: Digests of the artifact and the companions, as `sha256:` and hexadecimal digits; empty if unknown.

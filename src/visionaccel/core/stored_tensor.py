@@ -24,7 +24,7 @@ class StoredTensor:
     """Where one tensor's bytes are, little-endian and C-contiguous.
 
     Attributes:
-        name: Its name in the checkpoint, or the name of the fused weight that it is a part of.
+        name: Its name in the checkpoint, or the name of the fused weight that contains it.
         file: The shard, with symbolic links resolved.
         offset: First byte in the file.
         length: Number of bytes.

@@ -1,8 +1,8 @@
 """The description of a vision tower: every size and choice, and the names of its weights.
 
 Towers that take patches with a grid are alike: they embed the patches, run blocks of attention and a feed-forward
-network, and merge each square of patches into a token. A description holds what differs, as sizes and short sequences
-of steps. Tables, graphs, the host's part and a backend's tower all read it.
+network, and merge each square of patches into a token. A description contains what differs, as sizes and short
+sequences of steps. Tables, graphs, the host's part and a backend's tower all read it.
 
 A step names its weights without the tower's prefix, and without `blocks.N.` in a block or `deepstack.N.` in the merger
 of a deepstack level.
