@@ -16,8 +16,7 @@ from openai import InternalServerError, OpenAI
 from digits_vlm.samples import held_out_images
 from fake_plugins import install
 from visionaccel.core.cores import process_cores, shown_cores
-from visionaccel_bench.asking import metric, metrics_of
-from visionaccel_bench.server import serve
+from visionaccel_bench.server import metric, metrics_of, serve
 
 FLAKY = '''
 import os

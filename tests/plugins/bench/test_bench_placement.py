@@ -116,6 +116,17 @@ def test_the_command_says_what_it_cannot_say(tiny, monkeypatch):
     assert document["measured"]["contenders"][0]["grids"][0]["median_seconds"] > 0
 
 
+def test_the_terminal_shows_the_advice_and_its_reason(tiny, monkeypatch):
+    monkeypatch.setattr("visionaccel_bench.encode.encoding.ContenderProcess", FakeProcess)
+    monkeypatch.setattr("visionaccel_bench.encode.encoding.absence", lambda contender: None)
+    arguments = ["bench", "placement", str(tiny), "--backend", "onnxrt", "--grid", "8x8", "--rounds", "1"]
+    done = CliRunner().invoke(app, arguments, env={"COLUMNS": "400"})
+    assert done.exit_code == 0, done.output
+    assert "Whether to offload" in done.stdout
+    assert "do not: an encode takes 1.00 s instead of vLLM's 1.00 s (1.00 times)" in done.stdout
+    assert "gain in-line, s" in done.stdout
+
+
 def test_no_backend_is_nothing_to_offload_to(tiny):
     done = CliRunner().invoke(app, ["bench", "placement", str(tiny), "--backend", "none"])
     assert isinstance(done.exception, SettingsError)

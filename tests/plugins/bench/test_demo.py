@@ -12,8 +12,7 @@ from typer.testing import CliRunner
 
 import visionaccel_bench.commands.demo as module
 from visionaccel.cli.app import app
-from visionaccel_bench.asking import ask
-from visionaccel_bench.server import VllmServer
+from visionaccel_bench.server import VllmServer, ask
 
 
 @pytest.mark.parametrize(("ours", "status"), [("42", 0), ("43", 1)])

@@ -312,6 +312,14 @@ def test_what_is_no_trace_is_refused(tmp_path, text, message):
         read_trace(file)
 
 
+def test_a_trace_of_too_many_events_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("visionaccel_bench.reporting.inputs._MOST_EVENTS", 10)
+    file = tmp_path / "trace.json"
+    file.write_text(json.dumps([EVENT] * 11))
+    with pytest.raises(InputError, match=r"has 11 events; the maximum is 10\..*shorter"):
+        read_trace(file)
+
+
 def test_events_that_are_nearer_than_can_be_shown_are_one_span():
     events = [Event("device", start, 2.0) for start in (0, 5, 6, 20, 20)]
     assert spans(events, 1.0) == [(0, 2), (5, 3), (20, 2)]
@@ -481,7 +489,7 @@ def run(*arguments, status=0):
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory, certified):
-    """The page that the command writes of this machine and of every kind of input, and what it printed."""
+    """The page that the command writes of every kind of input, and what it printed; doctor's findings are made."""
     folder = tmp_path_factory.mktemp("written")
     encode = made.write(folder / "encode.json", asdict(made.encode_report(HOSTILE)))
     serve = made.write(folder / "serve.json", asdict(made.serve_report(HOSTILE)))
@@ -490,7 +498,17 @@ def written(tmp_path_factory, certified):
     trace.write_text(made.trace_text(made.trace_events(HOSTILE), closed=False))
     page = folder / "report.html"
     arguments = ("--bench", encode, "--bench", serve, "--trace", trace, "--faults", faults, "--source", certified)
-    return page, json.loads(run(page, *arguments, "--title", "A <machine>", "--json"))
+    asked = []
+
+    def diagnose(source, *, vllm):
+        asked.append((source, vllm))
+        return diagnosis()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("visionaccel_bench.commands.report.diagnose", diagnose)
+        printed = run(page, *arguments, "--title", "A <machine>", "--json")
+    assert asked == [(str(certified), False)]
+    return page, json.loads(printed)
 
 
 def test_the_command_writes_the_page_and_says_how_it_stands(written):
@@ -499,7 +517,7 @@ def test_the_command_writes_the_page_and_says_how_it_stands(written):
     assert said["status"] == "failure"
     assert tuple(each["section"] for each in said["sections"]) == SECTIONS[1:]
     texts = Page(page.read_text()).texts
-    assert "torch_ref" in texts["doctor"]
+    assert "it died of SIGSEGV" in texts["doctor"]
     assert "A <machine>" in "".join(texts[None])
 
 
@@ -526,7 +544,7 @@ def browse(browser, tmp_path, page, *arguments):
     command = [
         browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
         "--enable-logging=stderr", "--proxy-server=127.0.0.1:9", f"--user-data-dir={tmp_path / 'profile'}",
-        "--window-size=1200,6000", *arguments, page.as_uri(),
+        "--window-size=1200,1600", *arguments, page.as_uri(),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
@@ -544,10 +562,12 @@ def test_a_browser_shows_every_section_and_runs_nothing(browser, tmp_path, writt
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_a_picture_of_the_page_is_not_blank(browser, tmp_path, written, dark):
-    picture = tmp_path / "page.png"
+def test_a_picture_of_the_page_is_not_blank(browser, tmp_path, dark):
+    picture, page, trace = (tmp_path / name for name in ("page.png", "page.html", "trace.json"))
+    trace.write_text(made.trace_text(made.trace_events()))
+    page.write_text(make_report(read_inputs(traces=[trace]), diagnosis(), "A machine").page())
     scheme = ("--blink-settings=preferredColorScheme=0", "--force-dark-mode") if dark else ()
-    browse(browser, tmp_path, written[0], f"--screenshot={picture}", *scheme)
+    browse(browser, tmp_path, page, f"--screenshot={picture}", *scheme)
     with Image.open(picture) as opened:
         pixels = np.asarray(opened.convert("RGB"))
     assert pixels.shape[1] == 1200

@@ -13,9 +13,8 @@ from visionaccel.backends import default_registry
 from visionaccel.cli.output import Json, messages, print_json, print_table, results, status
 from visionaccel.errors import DeviceError
 from visionaccel.observe import timed_encodes
-from visionaccel_bench.asking import ask
 from visionaccel_bench.commands.options import tidy_if_terminated
-from visionaccel_bench.server import VllmServer, log_end, serve
+from visionaccel_bench.server import VllmServer, ask, log_end, serve
 
 if TYPE_CHECKING:
     from PIL.Image import Image

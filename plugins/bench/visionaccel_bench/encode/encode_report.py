@@ -48,9 +48,7 @@ class GridReport:
     """One contender on one grid.
 
     Attributes:
-        median_seconds: Of an encode: the median of the turns' medians, from which rates are computed.
-        least_seconds: The fastest encode.
-        most_seconds: The slowest encode.
+        median_seconds: The median of the turns' medians, from which rates are computed.
         rounds_seconds: The median of each turn.
         encodes: How many were timed.
         processors: Processors that were busy with it on average.

@@ -20,9 +20,8 @@ from visionaccel.core.orphans import temporary_folder
 from visionaccel.errors import ConfigurationError
 from visionaccel.families import tower_of
 from visionaccel.images import ImageProcessor, image_processor
-from visionaccel_bench.asking import Answer, ask, metric, metrics_of, text_stream
 from visionaccel_bench.faultsuite.cells import Cell, Change, FaultRow, Serving
-from visionaccel_bench.server import VllmServer, serve
+from visionaccel_bench.server import Answer, VllmServer, ask, metric, metrics_of, serve, text_stream
 from visionaccel_testing.simulated import FaultRule, struck
 
 if TYPE_CHECKING:

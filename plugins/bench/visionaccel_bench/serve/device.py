@@ -67,7 +67,7 @@ class Accelerator:
         return {name: value for name, value in settings.items() if value is not None}
 
     def without_latency(self) -> Accelerator:
-        """Return the simulated device that takes no time of its own, only that of the wrapped backend."""
+        """Return the simulated device without latency: it takes only the time of the wrapped backend."""
         return replace(self, options={name: value for name, value in self.options.items() if name not in TIMES})
 
 

@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from visionaccel.errors import ConfigurationError, DeviceError
-from visionaccel_bench.asking import image_content
+from visionaccel_bench.server import image_content
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
