@@ -14,9 +14,10 @@ from __future__ import annotations
 import glob
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from visionaccel.bundle.bundle import Bundle, is_bundle, open_bundle
@@ -134,15 +135,12 @@ def pull_bundle(
         if checkpoint is not None and external is not None:
             revision = external.revision if os.fspath(checkpoint) == external.source else None
             weights = locate_checkpoint(checkpoint, revision)
-        if target is not None:
-            _download(repository, commit, names)
-            _place(snapshot, names, target, weights, link=False)
-            return PullReport(repository, commit, open_bundle(target, checkpoint=weights))
-        folder = storage / "visionaccel" / commit
-        bundle = _cached(folder, snapshot, weights)
+        folder = target or storage / "visionaccel" / commit
+        bundle = None if target else _cached(folder, snapshot, weights)
         if bundle is None:
             _download(repository, commit, names)
-            bundle = _placed_in_cache(snapshot, names, folder, weights)
+            place = _placed if target else _placed_in_cache
+            bundle = place(snapshot, names, folder, weights)
     except BundleError as error:
         raise BundleError(
             f"{repository!r} at commit {commit}: {error.message}",
@@ -198,43 +196,43 @@ def _cached(folder: Path, snapshot: Path, weights: Checkpoint | None) -> Bundle 
 
 def _placed_in_cache(snapshot: Path, names: Sequence[str], folder: Path, weights: Checkpoint | None) -> Bundle:
     """Make the bundle in its folder of the cache, where another process may be making it at the same time."""
+    place = partial(_placed, snapshot, names, folder, weights, put=_link_or_copy)
     try:
-        _place(snapshot, names, folder, weights, link=True)
+        return place()
     except ConfigurationError:
         if not folder.is_dir():
             raise
-        # Another process was faster with the same commit, or the folder was changed after an earlier pull.
-        if (bundle := _cached(folder, snapshot, weights)) is not None:
-            return bundle
-        if not is_bundle(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-        # A bundle stays until the new one is verified: it may be in use, and perhaps only its checkpoint is missing.
-        _place(snapshot, names, folder, weights, link=True, force=True)
-    return open_bundle(folder, checkpoint=weights)
+    # Another process was faster with the same commit, or the folder was changed after an earlier pull.
+    if (bundle := _cached(folder, snapshot, weights)) is not None:
+        return bundle
+    if not is_bundle(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+    # A bundle stays until the new one is verified: it may be in use, and perhaps only its checkpoint is missing.
+    return place(force=True)
 
 
-def _place(
+def _placed(
     snapshot: Path,
     names: Sequence[str],
     folder: Path,
     weights: Checkpoint | None,
     *,
-    link: bool,
+    put: Callable[[Path, Path], object] = shutil.copyfile,
     force: bool | None = None,
-) -> None:
-    """Make a verified bundle in a folder; with `force`, replace another bundle."""
-    put = _link_or_copy if link else shutil.copyfile
-    with appearing(folder, force=force) as partial:
+) -> Bundle:
+    """Make and verify a bundle in a folder; with `force`, it replaces another bundle."""
+    with appearing(folder, force=force) as partial_folder:
         for name in names:
-            blob, file = (snapshot / name).resolve(), partial / name
+            blob, file = (snapshot / name).resolve(), partial_folder / name
             if not blob.is_file():
                 raise BundleError(f"{name} is in the manifest but missing.", hint="Push the bundle again.")
             file.parent.mkdir(parents=True, exist_ok=True)
             put(blob, file)
         try:
-            open_bundle(partial, checkpoint=weights)
+            open_bundle(partial_folder, checkpoint=weights)
         except BundleError as error:
-            raise BundleError(error.message.replace(f"{partial}{os.sep}", ""), hint=error.hint) from error
+            raise BundleError(error.message.replace(f"{partial_folder}{os.sep}", ""), hint=error.hint) from error
+    return open_bundle(folder, checkpoint=weights)
 
 
 def _link_or_copy(blob: Path, file: Path) -> None:

@@ -159,10 +159,8 @@ def locate_checkpoint(
     Raises:
         CheckpointError: If no folder and no repository has that name.
     """
-    if Path(source).is_dir():
+    if Path(source).is_dir() or Path(source).is_absolute():
         return Checkpoint(Path(source))
-    if Path(source).is_absolute():
-        raise CheckpointError(f"{os.fspath(source)} is not a folder.", hint="Pass a local checkpoint folder.")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 

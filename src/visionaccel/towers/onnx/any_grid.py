@@ -96,7 +96,7 @@ class MicrosoftGraph(AnyGridGraph):
             return g.node("LayerNormalization", [x, *weights], axis=-1, epsilon=norm.epsilon)
         # Written out: before opset 23 there is no standard operator for it, and ONNX Runtime fuses these nodes.
         mean = g.node("ReduceMean", [g.node("Mul", [x, x])], axes=[-1], keepdims=1)
-        root = g.node("Sqrt", [g.node("Add", [mean, g.real(np.float32(norm.epsilon))])])
+        root = g.node("Sqrt", [g.node("Add", [mean, g.real(norm.epsilon)])])
         return g.node("Mul", [g.node("Div", [x, root]), *weights])
 
     def add_norm(self, norm: Norm, place: str, x: str, update: str) -> tuple[str, str]:
@@ -151,7 +151,7 @@ class StandardGraph(AnyGridGraph):
         g = self.g
         if kind in ("gelu", "gelu_tanh"):
             return g.node("Gelu", [x], approximate="tanh" if kind == "gelu_tanh" else "none")
-        scaled = x if kind == "silu" else g.node("Mul", [x, g.real(np.float32(1.702))])
+        scaled = x if kind == "silu" else g.node("Mul", [x, g.real(1.702)])
         return g.node("Mul", [x, g.node("Sigmoid", [scaled])])
 
     def rotate(self, x: str) -> str:

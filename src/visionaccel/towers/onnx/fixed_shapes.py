@@ -17,7 +17,7 @@ import numpy as np
 from visionaccel.core.program import Bucket, FixedGrid, HostSplit
 from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.core.tower_spec import ActivationKind, Norm, TowerSpec
-from visionaccel.towers.host import RASTER
+from visionaccel.towers.host import GROUPED
 from visionaccel.towers.onnx.graph import TowerGraph
 from visionaccel.towers.onnx.writer import GraphWriter
 from visionaccel.towers.tables import make_tables, window_order
@@ -56,17 +56,13 @@ class FixedShapesGraph(TowerGraph):
             g.bound = {name: g.constant(tables[name]) for name in ("position_index", "position_weight")}
         if spec.window is None:
             return
-        index, reverse = tables["window_index"], tables["reverse_index"]
         self._runs = [(size, len(list(same))) for size, same in groupby(tables["window_lengths"].tolist())]
-        if host is None:
+        index, reverse = tables["window_index"], tables["reverse_index"]
+        if host is not None:
+            given = index if host.order == GROUPED else window_order(spec, [coverage.grid])[0]
+            index, reverse = np.argsort(given)[index], reverse[given]
+        if host is None or not np.array_equal(index, np.arange(len(index))):
             self.order_index, self.reverse_index = g.constant(index), g.constant(reverse)
-        elif host.order == RASTER:
-            raster, _ = window_order(spec, [coverage.grid])
-            if not np.array_equal(raster, index):
-                self.order_index, self.reverse_index = (
-                    g.constant(np.argsort(raster)[index]),
-                    g.constant(reverse[raster]),
-                )
 
     def _take(self, bucket: Bucket, host: HostSplit | None) -> None:
         """Use the tables that are inputs, padded to the sizes of a bucket; masks are terms added to the scores."""
@@ -92,11 +88,7 @@ class FixedShapesGraph(TowerGraph):
         return g.node("Mul", [g.narrow(g.node("Div", [x, root])), *weights])
 
     def activation(self, kind: ActivationKind, x: str) -> str:
-        g = self.g
-
-        def real(value: float) -> str:
-            return g.real(np.float32(value))
-
+        g, real = self.g, self.g.real
         match kind:
             case "silu":
                 return g.node("Mul", [x, g.node("Sigmoid", [x])])

@@ -115,9 +115,9 @@ class GraphWriter:
             self._casts[name] = self.narrow(name, always=True)
         return self._casts[name]
 
-    def real(self, values: NDArray[Any] | np.floating[Any]) -> str:
-        """Add a floating-point constant in the writer's precision."""
-        return self.constant(np.asarray(values).astype(FLOATS[self.precision]))
+    def real(self, value: float) -> str:
+        """Add a float32 number as a constant in the writer's precision."""
+        return self.constant(np.asarray(value, np.float32).astype(FLOATS[self.precision]))
 
     def narrow(self, value: str, *, always: bool = False) -> str:
         """Cast a float32 value to the writer's precision; with `always`, a value of any float dtype."""
