@@ -149,11 +149,10 @@ def load_image(path: Path) -> Image:
                 )
             _check_pixels(path, *webp_size(file.read(WEBP_HEADER)))
             file.seek(0)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about sizes that are refused below, and unused metadata
-                with Image.open(file, formats=FORMATS) as image:
-                    _check_pixels(path, image.width, image.height)
-                    return ImageOps.exif_transpose(image).convert("RGB")
+            # Ignored warnings are about sizes that are refused below, and about unused metadata.
+            with warnings.catch_warnings(action="ignore"), Image.open(file, formats=FORMATS) as image:
+                _check_pixels(path, image.width, image.height)
+                return ImageOps.exif_transpose(image).convert("RGB")
     except InputError:
         raise
     except UnidentifiedImageError as error:
