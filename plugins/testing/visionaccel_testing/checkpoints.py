@@ -1,4 +1,4 @@
-"""Random Qwen2.5-VL checkpoints: vision towers of any size, weights scaled to keep activations in a sane range."""
+"""Random Qwen2.5-VL checkpoints: vision towers of any size, with weights that keep activations in a sane range."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ TINY: Mapping[str, Any] = MappingProxyType(
         "fullatt_block_indexes": [1],
     }
 )
-"""A tower of milliseconds with every structural trait of the released ones: windows of 64 patches, full attention."""
+"""A tower that runs in milliseconds and has every trait of the released ones: windows of 64 patches, full attention."""
 
 LIVELY: Mapping[str, float] = MappingProxyType(
     {
@@ -60,12 +60,12 @@ LIVELY: Mapping[str, float] = MappingProxyType(
         "merger.mlp.2.bias": 0.4,
     }
 )
-"""Scales of `random_checkpoint` for deep towers. Attention then prefers some patches to others, and each block adds
-less to the residual stream than that holds already, as in trained towers: rounding shows as it would there."""
+"""Scales of `random_checkpoint` for deep towers. As in trained towers, attention then prefers some patches to others,
+each block adds less to the residual stream than it already contains, and rounding has similar effects."""
 
 
 def tower_shapes(config: Mapping[str, Any]) -> Mapping[str, tuple[int, ...]]:
-    """Names (below the prefix) and shapes of the tensors of a tower with that `vision_config`."""
+    """Names (below the prefix) and shapes of the tensors of a tower with this `vision_config`."""
     return family_named("qwen2_5_vl").described(_document(config), "config.json").shapes()
 
 
@@ -79,19 +79,16 @@ def random_checkpoint(
     seed: int = 0,
     scales: Mapping[str, float] = MappingProxyType({}),
 ) -> Path:
-    """Write a checkpoint of a vision tower alone, with random weights.
+    """Write a checkpoint of a vision tower alone, with random weights, and return its folder.
 
     Args:
-        folder: Where to; made if it does not exist.
-        config: Its `vision_config`.
+        folder: The folder to write to; made if it does not exist.
+        config: The tower's `vision_config`.
         dtype: `float32`, `float16` or `bfloat16`.
-        prefix: What the tensors' names start with.
-        shards: Number of safetensors files; several come with an index.
+        prefix: The prefix of the tensors' names.
+        shards: Number of safetensors files; several have an index.
         seed: Seed of the weights.
-        scales: What tensors are multiplied by, by the ends of their names; others by 1.
-
-    Returns:
-        The folder.
+        scales: Factors of tensors, by the ends of their names; 1 for all others.
     """
     from safetensors.numpy import save_file
 
@@ -111,9 +108,9 @@ def random_checkpoint(
 
 
 def hollow_checkpoint(folder: Path, config: Mapping[str, Any]) -> Path:
-    """Write a float32 checkpoint whose weights are a hole in the file: a real header, and zeros that take no disk.
+    """Write a float32 checkpoint whose weights are a hole in the file, and return its folder.
 
-    For what reads configuration and headers only. Returns the folder.
+    The header is real, and the zeros take no disk space: for code that reads configuration and headers only.
     """
     _write_config(folder, config)
     header, offset = {}, 0

@@ -22,7 +22,7 @@ def backend(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write the plug-in project of a new backend, which runs as it is: edit it, test it, publish it."""
+    """Write the plug-in project of a new backend. It runs as written: edit it, test it, publish it."""
     folder = output or Path(f"visionaccel-{name.replace('_', '-')}")
     written = write_backend_project(name, folder)
     if as_json:

@@ -1,4 +1,4 @@
-"""Memory, processor time and open files of this process and those that it started."""
+"""Memory, processor time and open files of this process and its descendants."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import psutil
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Memory in bytes; None where the system does not say.
+    """Memory in bytes; None if the system does not report it.
 
     Attributes:
-        resident: What is resident now.
-        peak: The most that was resident so far, in each process by itself.
+        resident: Resident memory now.
+        peak: The sum of each process's largest resident memory so far.
     """
 
     resident: int | None
@@ -25,7 +25,7 @@ class Memory:
 
 
 def memory() -> Memory:
-    """Memory of this process and its living descendants together. Pages that they share count in each."""
+    """Memory of this process and its living descendants together. Shared pages count in each process."""
     resident, peak = 0, 0
     for process in _tree():
         with suppress(OSError, ValueError, psutil.Error):
@@ -36,7 +36,7 @@ def memory() -> Memory:
 
 
 def processor_seconds() -> float:
-    """Seconds of processor time that this process and its living descendants have used, of all threads together."""
+    """Seconds of processor time that all threads of this process and its living descendants have used."""
     seconds = time.process_time()
     for child in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):

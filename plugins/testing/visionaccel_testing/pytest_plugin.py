@@ -1,4 +1,4 @@
-"""pytest plug-in: options to check an installed backend, and a report of what was found. Imports little."""
+"""pytest plug-in: options to check an installed backend, and a report of the outcomes. Imports little."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from visionaccel_testing.conformance.suite import Outcome
 
 _WORSE = ("not applicable", "passed", "known failure", "failed")
-"""What a check may have found, the worst last."""
+"""The statuses of a check, the worst last."""
 
 _SUITE = Path(__file__).parent / "conformance" / "installed_suite.py"
 
@@ -40,12 +40,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Collects the suite instead of the current folder's tests, or with those that were named."""
+    """Collect the suite instead of the current folder's tests, or in addition to the tests on the command line."""
     if config.getoption("--visionaccel-backend"):
         named = config.args if config.args_source is pytest.Config.ArgsSource.ARGS else []
         config.args = [*named, str(_SUITE)]
     folder = config.getoption("--visionaccel-report")
-    if folder is not None and not hasattr(config, "workerinput"):  # workers of pytest-xdist report to their master
+    if folder is not None and not hasattr(config, "workerinput"):  # workers of pytest-xdist report to their controller
         config.pluginmanager.register(_Reporter(folder), "visionaccel-report")
 
 
@@ -63,7 +63,7 @@ def conformance_kit(request: pytest.FixtureRequest, tmp_path_factory: pytest.Tem
 
 
 class _Reporter:
-    """Writes what the tests of the kit found."""
+    """Writes reports of the outcomes of the kit's tests."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -82,7 +82,7 @@ class _Reporter:
                 declared = self._declared.setdefault(found["label"], [])
                 if found["declared"] not in declared:
                     declared.append(found["declared"])
-                # Where two suites have one label, the worse outcome counts.
+                # If two suites have the same label, the worse outcome counts.
                 before = outcomes.get(outcome.check, outcome)
                 outcomes[outcome.check] = max(before, outcome, key=lambda each: _WORSE.index(each.status))
 

@@ -60,8 +60,8 @@ def test_what_cannot_be_checked_is_said(tiny, tmp_path):
         imported(tiny, folder, tmp_path / "bundle", host_on_onnxrt=True)
     request = ImportRequest(folder, host_on_onnxrt=True, grid=PORTRAIT)
     warnings = import_vitisai(open_tower(tiny), [request], tmp_path / "bundle").warnings
-    assert "nothing in them was compared" in warnings[0]
-    assert "20x12 was taken on trust" in warnings[1]
+    assert "were not compared with the checkpoint" in warnings[0]
+    assert "20x12 could not be checked" in warnings[1]
 
 
 def test_a_recognised_host_stays_the_packages_own(tiny, tmp_path):
@@ -98,7 +98,7 @@ def test_a_host_that_reaches_around_the_device_is_refused(tiny, tmp_path):
         graph.node.extend(nodes)
 
     edit(folder, around)
-    refused(tiny, folder, "take from those before it", host_on_onnxrt=True, grid=PORTRAIT)
+    refused(tiny, folder, "read tensors from before it", host_on_onnxrt=True, grid=PORTRAIT)
 
 
 def test_several_tensors_at_the_devices_edge_are_not_recognised(tiny, tmp_path):
@@ -108,7 +108,7 @@ def test_several_tensors_at_the_devices_edge_are_not_recognised(tiny, tmp_path):
     change_json(
         folder / "vision_cache" / "vaiml_par_0" / "0" / "flexmlrt-hsi.json", lambda v: v["inputs"].append(second)
     )
-    refused(tiny, folder, "the device takes or gives several tensors.*Add 'position'")
+    refused(tiny, folder, "the device takes or returns several tensors.*Add 'position'")
     bundle = imported(tiny, folder, tmp_path / "bundle", host_on_onnxrt=True, grid=PORTRAIT)
     (program,) = bundle.programs([FLEXMLRT_DIRECTORY])
     session = onnxruntime.InferenceSession(program.companions["host_before"].read_bytes())
@@ -187,14 +187,14 @@ def test_a_path_out_of_the_folder_is_refused(tiny, tmp_path, context):
 
 
 def test_an_absent_context_and_another_providers_are_refused(tiny, tmp_path):
-    refused(tiny, compiled(tiny, tmp_path / "absent", context="other.bin"), "other.bin, which is not there")
+    refused(tiny, compiled(tiny, tmp_path / "absent", context="other.bin"), "other.bin, which does not exist")
     other = compiled(tiny, tmp_path / "other", source="QNNExecutionProvider")
     refused(tiny, other, "by provider 'QNNExecutionProvider', not VitisAIExecutionProvider")
 
 
 def test_a_compiled_model_with_an_unknown_host_needs_the_grid(tiny, tmp_path):
     folder = compiled(tiny, tmp_path / "folder", change=lambda graph: (_add(graph), _norm(graph)))
-    refused(tiny, folder, "nothing that is known tells which grid", ConfigurationError)
+    refused(tiny, folder, "cannot tell which grid", ConfigurationError)
     bundle = imported(tiny, folder, tmp_path / "bundle", grid=LANDSCAPE)
     assert bundle.grids == (LANDSCAPE,)
 

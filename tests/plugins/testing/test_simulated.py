@@ -104,7 +104,7 @@ def test_a_device_names_what_it_wraps(tiny, device, shown):
 
 @pytest.mark.parametrize("text", ["", "@1", "onnxrt@", "onnxrt@x", "onnxrt/", "/cpu", "simulated", "simulated/onnxrt"])
 def test_what_names_no_device_is_refused(tiny, text):
-    with pytest.raises(SettingsError, match="no simulated device"):
+    with pytest.raises(SettingsError, match="unknown simulated device"):
         Target.parse(text)
     (candidate,) = select(default_registry(), open_tower(tiny), "simulated", text).candidates
     assert isinstance(candidate.verdict, Rejected)
@@ -276,7 +276,7 @@ def test_a_raise_says_that_it_is_simulated(tiny):
     with simulated(tiny, faults=[{"all": True, "do": "raise"}]) as encoder:
         with pytest.raises(DeviceError, match=r"simulated fault: call 1 .*\"do\":\"raise\"") as caught:
             seconds(encoder)
-        assert "It is wanted" in caught.value.hint
+        assert "The fault is intended" in caught.value.hint
 
 
 @pytest.mark.parametrize("wrapped", WRAPPED)

@@ -1,4 +1,4 @@
-"""Bundles of what AMD's Vitis AI compiler leaves: the folder is read, checked against a checkpoint, and packed."""
+"""Makes bundles of artifacts that AMD's Vitis AI compiler wrote, after checking them against a checkpoint."""
 
 from visionaccel_flexmlrt.vitisai.importing import Imported, import_vitisai
 from visionaccel_flexmlrt.vitisai.layout import ImportRequest

@@ -1,9 +1,8 @@
-"""Operators that exporters put on the host's side of a tower: their shapes, and whether they move elements."""
+"""The operators that exporters put on the host's side of a tower: their shapes, and whether they move elements."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
     import onnx
 
 STILL = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Cast", "Transpose"})
-"""Operators that move nothing, if their attributes say so."""
+"""Operators that move no elements with suitable attributes; `moved` checks those."""
 
 PRODUCTS = frozenset({"Conv", "Gemm", "MatMul"})
 
@@ -25,7 +24,7 @@ _MOST_AXES = 16
 
 
 class UnknownHostError(Exception):
-    """The graph is not a known host's; the message says where."""
+    """The host's part of a graph is not recognised; the message says where."""
 
 
 def is_plain(node: onnx.NodeProto, kinds: frozenset[str]) -> bool:
@@ -38,20 +37,13 @@ def named(node: onnx.NodeProto) -> str:
     return f"{node.op_type} {node.name!r}"
 
 
-def squeezed(shape: Sequence[int]) -> tuple[int, ...]:
-    """A shape without its ones."""
-    return tuple(size for size in shape if size != 1)
-
-
 def product(
     graph: OnnxGraph, node: onnx.NodeProto, shape: tuple[int, ...]
 ) -> tuple[NDArray[Any], NDArray[Any] | None, tuple[int, ...]]:
-    """The matrix [outputs, inputs] that a product multiplies rows by, its bias, and the shape of what comes out.
+    """The matrix [outputs, inputs] that a product multiplies rows by, its bias, and the shape of its output.
 
-    The node is a `Conv` whose kernel covers its whole input, a `Gemm` or a `MatMul`, of an input of that shape.
-
-    Raises:
-        UnknownHostError: If it is anything more than that product.
+    The node is a `Conv` whose kernel covers its whole input, a `Gemm` or a `MatMul`, of an input of this shape.
+    UnknownHostError if it does anything else.
     """
     weight = graph.constant(node.input[1]) if len(node.input) > 1 else None
     if weight is None or weight.ndim < 2 or weight.dtype.name not in ("float32", "float16", "bfloat16"):
@@ -94,30 +86,30 @@ def product(
 
 
 def check_gathers(node: onnx.NodeProto, shape: tuple[int, ...], tokens: int) -> None:
-    """Refuse a gather that does not take whole tokens, with nothing but ones before them."""
+    """Refuse a gather of anything but whole tokens, on the first axis that is not of size 1."""
     axis = _integer(node, "axis", 0)
     if not -len(shape) <= axis < len(shape) or shape[axis] != tokens or math.prod(shape[: axis % len(shape)]) != 1:
         raise UnknownHostError(f"{named(node)} does not gather {tokens} tokens of {list(shape)}")
 
 
 def moved(graph: OnnxGraph, node: onnx.NodeProto, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape after an operator of `STILL`; UnknownHostError if it moves elements or leaves float32."""
-    still = True
+    """The shape after an operator of `STILL`; UnknownHostError if it moves elements or does not return float32."""
+    result: tuple[int, ...] | None
+    if node.op_type in ("Identity", "Cast"):  # `_shape_after` would copy the elements
+        result = shape if node.op_type == "Identity" or _integer(node, "to", 0) == _FLOAT32 else None
+    else:
+        result = _shape_after(graph, node, shape)
     if node.op_type == "Transpose":
         order = _integers(node, "perm") or tuple(range(len(shape)))[::-1]
         real = [axis for axis in order if 0 <= axis < len(shape) and shape[axis] != 1]
-        still = real == sorted(real)
-    if node.op_type in ("Identity", "Cast"):  # computed, they would copy
-        result = shape if node.op_type == "Identity" or _integer(node, "to", 0) == _FLOAT32 else None
-    else:
-        result = _shape_after(graph, node, shape) if still else None
+        result = result if real == sorted(real) else None
     if result is None or math.prod(result) != math.prod(shape) or min(result, default=1) < 1:
         raise UnknownHostError(f"{named(node)} does more to {list(shape)} than to reshape it")
     return result
 
 
 def _shape_after(graph: OnnxGraph, node: onnx.NodeProto, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The shape that an operator makes of another, computed on an array that takes no memory; None if it fails."""
+    """The shape of an operator's output, computed on an array that takes no memory; None if the operator fails."""
     given: list[NDArray[Any]] = [np.broadcast_to(np.float32(0), shape)]
     for name in given_inputs(node)[1:]:
         values = graph.constant(name)

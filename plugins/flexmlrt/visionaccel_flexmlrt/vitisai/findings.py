@@ -1,6 +1,6 @@
-"""What an artifact is: which tensors the device takes and gives, what is the host's, which grid, whose weights.
+"""Finds out what an artifact is, and checks it against a tower and the vision weights of its checkpoint.
 
-All of it is found out before anything is written, from the compiler's tables where they say it and from the model.
+Everything is found out before anything is written: the device's tensors, the host's part, the grid and the weights.
 """
 
 from __future__ import annotations
@@ -8,42 +8,48 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import ml_dtypes
+import numpy as np
 import onnx
+from numpy.typing import NDArray
 
+from visionaccel.bundle import MOST_PATCHES
 from visionaccel.core.contracts import TensorSpec
 from visionaccel.core.grid import Grid
 from visionaccel.core.program import EP_CONTEXT, HostSplit
 from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import BundleError, ConfigurationError
 from visionaccel.families import Tower
-from visionaccel_flexmlrt.vitisai.agreement import check_weights, matching_grid
+from visionaccel.towers import GROUPED, RASTER, window_order
 from visionaccel_flexmlrt.vitisai.exported_operators import UnknownHostError, named
 from visionaccel_flexmlrt.vitisai.extraction import host_operators
-from visionaccel_flexmlrt.vitisai.graph import OnnxGraph, external_files, plain_file
+from visionaccel_flexmlrt.vitisai.graph import OTHER_CHECKPOINT, OnnxGraph, external_files, plain_file, squeezed
 from visionaccel_flexmlrt.vitisai.layout import Boundary, ImportRequest, VitisFolder, read_layout, several_partitions
 from visionaccel_flexmlrt.vitisai.recognition import HostPart, end_operators, recognise_host
 
 _PROVIDER = "VitisAIExecutionProvider"
 _ORIENTATION = "The wrong orientation has the same shapes: run `visionaccel validate` before you use the bundle."
 _NOT_COMPARED = (
-    "the checkpoint has no vision weights to compare the artifact's with: run `visionaccel validate` against the whole "
+    "the checkpoint has no vision weights to compare with the artifact's: run `visionaccel validate` against the whole "
     "checkpoint before you trust it."
 )
 _MOST_LISTED = 40
+_TOLERANCE = 1e-6
+"""The largest difference of a weight, as a share of its largest element. Exporters that fold operators into a weight
+change its last float32 bits, by about 1e-7 of it; the first steps of training change a weight by more."""
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What was found.
+    """What was found out about an artifact.
 
     Attributes:
-        folder: The files.
         graph: The model that was compiled.
-        grid: The grid that it is for.
-        split: What is left to the host's own code; None if ONNX Runtime runs the host's operators.
-        part: The host's part, if the family recognised it.
-        boundary: What the device takes and gives, as far as anything but the recogniser says.
+        split: The host's part that the core runs; None if ONNX Runtime runs the host's operators.
+        part: The host's part, if it was recognised.
+        boundary: The device's inputs and outputs, if the compiler's files or the model declare them.
         warnings: What the user should know.
     """
 
@@ -57,10 +63,10 @@ class Findings:
 
 
 def find(tower: Tower, request: ImportRequest, weights: Mapping[str, StoredTensor]) -> Findings:
-    """Look at an artifact and check it against a tower and the vision weights that its checkpoint has.
+    """Check an artifact against a tower and the vision weights that its checkpoint has.
 
     Raises:
-        BundleError: If it is damaged, of another tower, or its host part is not recognised where it must be.
+        BundleError: If it is damaged, of a different tower, or its host part is not recognised but must be.
         CheckpointError: If a weight cannot be read.
         ConfigurationError: If something is missing or ambiguous.
     """
@@ -78,17 +84,17 @@ def find(tower: Tower, request: ImportRequest, weights: Mapping[str, StoredTenso
         if not whole:
             if not request.host_on_onnxrt or boundary is None:
                 raise _unrecognised(folder, graph, boundary, unknown) from None
-            warnings += ("the host's operators run on ONNX Runtime; nothing in them was compared with the checkpoint.",)
+            warnings += ("the host's operators run on ONNX Runtime and were not compared with the checkpoint.",)
         if request.grid is None:
             raise ConfigurationError(
-                f"{folder.model}: nothing that is known tells which grid it was compiled for: {unknown}.",
-                hint=f"Name the grid with --grid. {_ORIENTATION}",
+                f"{folder.model}: cannot tell which grid it was compiled for: {unknown}.",
+                hint=f"Set the grid with --grid. {_ORIENTATION}",
             ) from None
-        warnings += (f"grid {request.grid.h}x{request.grid.w} was taken on trust. {_ORIENTATION}",)
+        warnings += (f"grid {request.grid.h}x{request.grid.w} could not be checked. {_ORIENTATION}",)
         return Findings(folder, graph, request.grid, None, None, boundary, warnings)
     _check_boundary(part, boundary, folder)
-    check_weights(part, weights)
-    grid, split = matching_grid(tower, part.order, request.grid)
+    _check_weights(part, weights)
+    grid, split = _matching_grid(tower, part.order, request.grid)
     if not set(part.weights) <= set(weights):
         warnings += (_NOT_COMPARED,)
     return Findings(folder, graph, grid, None if whole else split, part, boundary, warnings)
@@ -96,35 +102,33 @@ def find(tower: Tower, request: ImportRequest, weights: Mapping[str, StoredTenso
 
 def _contexts(graph: OnnxGraph) -> list[onnx.NodeProto]:
     """The nodes that the VitisAI execution provider compiled."""
-    found = []
-    for node in graph.nodes:
-        if node.op_type == "EPContext":
-            source = next((a.s.decode(errors="replace") for a in node.attribute if a.name == "source"), "")
-            if source != _PROVIDER:
-                raise BundleError(
-                    f"{graph.path}: node {node.name!r} was compiled by provider {source[:100]!r}, not {_PROVIDER}.",
-                    hint="Import what the Vitis AI compiler wrote.",
-                )
-            found.append(node)
+    found = [node for node in graph.nodes if node.op_type == "EPContext"]
+    for node in found:
+        source = next((a.s.decode(errors="replace") for a in node.attribute if a.name == "source"), "")
+        if source != _PROVIDER:
+            raise BundleError(
+                f"{graph.path}: node {node.name!r} was compiled by provider {source[:100]!r}, not {_PROVIDER}.",
+                hint="Import what the Vitis AI compiler wrote.",
+            )
     return found
 
 
 def _context_files(
     folder: VitisFolder, graph: OnnxGraph, contexts: Sequence[onnx.NodeProto]
 ) -> tuple[tuple[str, Path], ...]:
-    """The files of a model that holds its compiled program, or names its file: the model first."""
+    """The model, which contains its compiled program or refers to its file, and all files that it refers to."""
     names = set(external_files(graph.model))
     if not contexts:
         raise ConfigurationError(
-            f"{folder.folder} holds {folder.model.name} and nothing that was compiled from it: no .rai, no "
-            "vaiml_par_0, and no EPContext node in the model.",
-            hint="Compile the model first, or name the artifact with --artifact.",
+            f"{folder.folder} has {folder.model.name} and nothing that was compiled from it: no .rai, no vaiml_par_0, "
+            "and no EPContext node in the model.",
+            hint="Compile the model first, or pass the artifact with --artifact.",
         )
     for node in contexts:
         attributes = {attribute.name: attribute for attribute in node.attribute}
         embedded, main = (attributes[n].i if n in attributes else 1 for n in ("embed_mode", "main_context"))
         context = attributes["ep_cache_context"].s if "ep_cache_context" in attributes else b""
-        # A node that is not a main context shares the file of one that is, and may name none.
+        # A node that is not a main context shares the file of one that is, and may have no file name.
         if embedded != 1 and (main != 0 or context):
             names.add(context.decode(errors="replace"))
     files = [(name, plain_file(folder.model.parent, name, f"{folder.model}: the model")) for name in sorted(names)]
@@ -132,7 +136,7 @@ def _context_files(
 
 
 def _boundary(folder: VitisFolder, graph: OnnxGraph, contexts: list[onnx.NodeProto]) -> Boundary | None:
-    """What the device takes and gives: from the compiler's table, else from the node that stands for it."""
+    """The device's inputs and outputs: from the compiler's table, otherwise from the node that was compiled."""
     if len(contexts) > 1:
         if folder.format == EP_CONTEXT:
             return None
@@ -149,7 +153,7 @@ def _boundary(folder: VitisFolder, graph: OnnxGraph, contexts: list[onnx.NodePro
             if spec.name not in graph or (node and spec.name not in {s.name for s in getattr(node, side)}):
                 raise BundleError(
                     f"{folder.artifact}: the device's tensor {spec.name!r} is not in {folder.model}.",
-                    hint="Name the model that was compiled with --onnx.",
+                    hint="Pass the model that was compiled with --onnx.",
                 )
     return folder.boundary
 
@@ -158,11 +162,10 @@ def _check_boundary(part: HostPart, boundary: Boundary | None, folder: VitisFold
     if boundary is None:
         return
     for ours, theirs in ((part.input, boundary.inputs[0]), (part.output, boundary.outputs[0])):
-        shapes = [tuple(size for size in spec.shape if size != 1) for spec in (ours, theirs)]
-        if theirs.shape and (shapes[0] != shapes[1] or ours.dtype != theirs.dtype):
+        if theirs.shape and (squeezed(ours.shape) != squeezed(theirs.shape) or ours.dtype != theirs.dtype):
             raise BundleError(
-                f"{folder.artifact}: the device has {theirs}, and the model and the checkpoint's configuration make "
-                f"{list(ours.shape)} of it.",
+                f"{folder.artifact}: the device has {theirs}, and by the model and the checkpoint's configuration its "
+                f"shape is {list(ours.shape)}.",
                 hint="Pass the checkpoint and the model that the artifact was compiled from.",
             )
 
@@ -174,13 +177,95 @@ def _unrecognised(
     listed = ", ".join(named(graph.nodes[place]) for place in places[:_MOST_LISTED]) or "none"
     more = f" and {len(places) - _MOST_LISTED} more" if len(places) > _MOST_LISTED else ""
     hint = (
-        "Let ONNX Runtime run them with --host-on-onnxrt, or export the tower as transformers has it."
+        "Let ONNX Runtime run them with --host-on-onnxrt, or export the tower as transformers does."
         if boundary is not None
-        else "Add the compiler's flexmlrt-hsi.json to the folder, which names the device's tensors, and pass "
-        "--host-on-onnxrt; or export the tower as transformers has it."
+        else "Add the compiler's flexmlrt-hsi.json to the folder, which lists the device's tensors, and pass "
+        "--host-on-onnxrt; or export the tower as transformers does."
     )
     return BundleError(
         f"{folder.model}: the operators around the device's part are not this family's: {unknown}. "
         f"They are: {listed}{more}.",
         hint=hint,
     )
+
+
+def _matching_grid(tower: Tower, order: NDArray[np.int64], wanted: Grid | None) -> tuple[Grid, HostSplit]:
+    """The grid with this window order, a permutation [tokens], and how its windows are ordered.
+
+    Raises:
+        BundleError: If no grid has that order.
+        ConfigurationError: If several have it and none was chosen, or the chosen one has a different order.
+    """
+    tokens = len(order)
+    if tokens * tower.merge_size**2 > MOST_PATCHES:
+        raise BundleError(
+            f"the model is for {tokens * tower.merge_size**2} patches; a program takes at most {MOST_PATCHES}.",
+            hint="Compile the tower for a smaller grid.",
+        )
+    fitting: dict[Grid, HostSplit] = {}
+    nearest, least = "none", tokens + 1
+    for height in (each for each in range(1, tokens + 1) if tokens % each == 0):
+        grid = Grid(1, height * tower.merge_size, tokens // height * tower.merge_size)
+        # If both orders are the same it is called raster, as in the reference.
+        orders = [window_order(tower.spec, [grid], grouped=grouped)[0] for grouped in (False, True)]
+        differing = [int((each != order).sum()) for each in orders]
+        if 0 in differing:
+            fitting[grid] = HostSplit(GROUPED if differing[0] else RASTER)
+        if min(differing) < least:
+            nearest, least = f"{grid.h}x{grid.w}", min(differing)
+    if not fitting:
+        raise BundleError(
+            f"no grid of {tokens} tokens has the model's window order; the nearest is {nearest}, which differs in "
+            f"{least} places.",
+            hint="Export the tower with transformers' window order, and compile it again.",
+        )
+    names = ", ".join(f"{grid.h}x{grid.w}" for grid in fitting)
+    if wanted is not None:
+        if wanted not in fitting:
+            raise ConfigurationError(
+                f"the artifact is not for grid {wanted.h}x{wanted.w}: its window order is that of {names}.",
+                hint="Leave --grid out, or choose one of these.",
+            )
+        return wanted, fitting[wanted]
+    if len(fitting) > 1:
+        raise ConfigurationError(
+            f"grids {names} have the same window order, so the model cannot tell which of them it is for.",
+            hint="Set the one that it was compiled for with --grid.",
+        )
+    return next(iter(fitting.items()))
+
+
+def _check_weights(part: HostPart, weights: Mapping[str, StoredTensor]) -> None:
+    """Refuse an artifact whose host weights differ from the checkpoint's; weights that this lacks are not compared."""
+    for name, found in part.weights.items():
+        stored = weights.get(name)
+        if stored is None:
+            continue
+        exact = stored.read()
+        difference = "it has a different shape"
+        if exact.shape == found.shape:
+            ours, theirs = found.astype(np.float32), exact.astype(np.float32)
+            if any(np.array_equal(ours, rounded.astype(np.float32)) for rounded in _roundings(theirs)):
+                continue
+            with np.errstate(all="ignore"):
+                largest = float(np.abs(ours - theirs).max())
+            if largest <= _TOLERANCE * float(np.abs(theirs).max()):
+                continue
+            difference = f"they differ by up to {largest:g}"
+        raise BundleError(
+            f"the artifact's {name} is not the one in {stored.file}: {difference}. It was compiled from other weights.",
+            hint=OTHER_CHECKPOINT,
+        )
+
+
+def narrowest(values: NDArray[Any]) -> NDArray[Any]:
+    """The values in the narrowest float dtype that holds them exactly, as before an exporter widened them."""
+    wide = values.astype(np.float32)
+    exact = (each for each in reversed(_roundings(wide)) if np.array_equal(each.astype(np.float32), wide))
+    return next(exact, wide)  # NaN equals nothing
+
+
+def _roundings(values: NDArray[np.float32]) -> tuple[NDArray[Any], ...]:
+    """Float32 values, and their roundings to the narrower dtypes of exports, the preferred last."""
+    with np.errstate(all="ignore"):
+        return values, values.astype(np.float16), values.astype(ml_dtypes.bfloat16)

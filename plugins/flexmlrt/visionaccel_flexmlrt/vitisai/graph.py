@@ -1,6 +1,6 @@
-"""An ONNX graph as a foreign file holds it: who makes what from what, and the few constants that are asked for.
+"""The graph of an untrusted ONNX model: which node makes which tensor, and the values of single constants.
 
-Weights stay where they are. External data are read tensor by tensor, from plain names in the model's own folder.
+Weights are not loaded with the model. External data is read tensor by tensor, from files in the model's own folder.
 """
 
 from __future__ import annotations
@@ -26,23 +26,26 @@ from visionaccel.core.dtypes import DTYPES, OF_ONNX
 from visionaccel.core.onnx_graphs import ExternalData, bodies_of, graphs_in, is_external, tensors_of
 from visionaccel.errors import BundleError
 
+EXPORT_AGAIN = "Export and compile the tower again."
+OTHER_CHECKPOINT = "Pass the checkpoint that the artifact was compiled from."
 _AGAIN = "Fetch the folder again, or export and compile the tower again."
 _MOST_MODEL_BYTES = 2**31
 """Protobuf's own limit."""
 
 _MOST_PARTS = 200_000
-"""The tower of the 72B model has some thousands, and looking at each takes microseconds."""
+"""The tower of the 72B model has a few thousand, and checking each takes microseconds."""
 
 _MOST_CONSTANT_BYTES = 2**28
-"""Of one constant on the host's side; a patch embedding has 6 MB."""
+"""The most bytes of one constant; a patch embedding has 6 MB."""
 
 _MOST_DIMENSIONS = 32
 _MOST_FOLDS = 64
-"""Operators that one constant is made by, all of them counted: a graph may hand each on to the next one twice."""
+"""The most operators to compute for one constant: if each reads the one before twice, the work doubles each time."""
 
-_HOSTS = ("float32", "float16", "bfloat16", "int32", "int64")
-_TYPES: Mapping[int, np.dtype[Any]] = {DTYPES[name].onnx: DTYPES[name].numpy for name in _HOSTS}
-"""Dtypes that a host part has."""
+_TYPES: Mapping[int, np.dtype[Any]] = {
+    DTYPES[name].onnx: DTYPES[name].numpy for name in ("float32", "float16", "bfloat16", "int32", "int64")
+}
+"""The dtypes that constants of a host part may have."""
 
 _CONSTANTS = {
     "value_int": ("i", np.int64, onnx.AttributeProto.INT),
@@ -51,20 +54,18 @@ _CONSTANTS = {
     "value_floats": ("floats", np.float32, onnx.AttributeProto.FLOATS),
     "value": ("t", None, onnx.AttributeProto.TENSOR),
 }
-"""Attributes of a `Constant` that hold numbers or a tensor: the field with the value, its dtype and its type."""
+"""Attributes of a `Constant`: the protobuf field with the value, its dtype and the attribute's declared type."""
 
 
 class OnnxGraph:
-    """A model's main graph; nodes are named by their places in it.
-
-    The model is not changed. External data lie in the folder of its path.
+    """A model's main graph, which is not changed. Nodes are identified by their index in `nodes`.
 
     Attributes:
-        weights: Stored tensors by their names.
-        makers: The node that makes each other tensor but the graph's inputs.
+        weights: Stored tensors by name.
+        makers: The node that makes each computed tensor.
 
     Raises:
-        BundleError: If two tensors have one name, or share bytes of a file.
+        BundleError: If two tensors have the same name, or share bytes of a file.
     """
 
     def __init__(self, model: onnx.ModelProto, path: Path) -> None:
@@ -81,37 +82,33 @@ class OnnxGraph:
 
     @classmethod
     def load(cls, path: Path) -> OnnxGraph:
-        """Read a model without its external data.
-
-        Raises:
-            BundleError: If it cannot be read or is not an ONNX model.
-        """
+        """Read a model without its external data; BundleError if it is not a readable ONNX model."""
         try:
             model = onnx.load_model_from_string(read_bounded(path, _MOST_MODEL_BYTES - 1))
         except Exception as error:  # protobuf's decoding error is not part of its public interface
             raise BundleError(f"{path} is not an ONNX model: {error}", hint=_AGAIN) from error
         if any(count > _MOST_PARTS for count in _parts(model.graph)):
             raise BundleError(f"{path} has more than {_MOST_PARTS} operators, weights and tensors.", hint=_AGAIN)
-        # Protobuf gives bytes where a text is not UTF-8.
+        # Protobuf returns bytes for a string that is not UTF-8.
         if any(isinstance(text, bytes) for text in _texts(model)):
-            raise BundleError(f"{path} holds names that are not text.", hint=_AGAIN)
+            raise BundleError(f"{path} contains names that are not text.", hint=_AGAIN)
         if not model.graph.node:
-            raise BundleError(f"{path} holds no operators.", hint=_AGAIN)
+            raise BundleError(f"{path} contains no operators.", hint=_AGAIN)
         return cls(model, path)
 
     @cached_property
     def inputs(self) -> tuple[TensorSpec, ...]:
-        """What is fed; unknown sizes are names."""
+        """The graph's inputs; unknown sizes are names."""
         return tuple(_spec(value) for value in self.model.graph.input if value.name not in self.weights)
 
     @cached_property
     def outputs(self) -> tuple[TensorSpec, ...]:
-        """What comes out; unknown sizes are names."""
+        """The graph's outputs; unknown sizes are names."""
         return tuple(_spec(value) for value in self.model.graph.output)
 
     @cached_property
     def declared(self) -> Mapping[str, TensorSpec]:
-        """What the model declares of tensors."""
+        """The tensors whose shape and dtype the model declares."""
         graph = self.model.graph
         return {value.name: _spec(value) for value in (*graph.value_info, *graph.output, *graph.input)}
 
@@ -119,30 +116,28 @@ class OnnxGraph:
         return tensor in self.makers or tensor in self.declared or tensor in self.weights
 
     def ancestors(self, tensors: Iterable[str], cut: Iterable[str] = ()) -> frozenset[int]:
-        """Nodes that tensors depend on, not looking behind those of `cut`."""
+        """Nodes that tensors depend on, without following the tensors of `cut`."""
 
-        def before(tensor: str) -> list[int]:
+        def makers(tensor: str) -> list[int]:
             return [self.makers[tensor]] if tensor in self.makers else []
 
-        return _reached(tensors, cut, before, lambda place: _reads(self.nodes[place]))
+        return _reached(tensors, cut, makers, lambda place: _reads(self.nodes[place]))
 
     def descendants(self, tensors: Iterable[str], cut: Iterable[str] = ()) -> frozenset[int]:
-        """Nodes that depend on tensors, not looking behind those of `cut`."""
-
-        def after(tensor: str) -> list[int]:
-            return self._readers.get(tensor, [])
-
-        return _reached(tensors, cut, after, lambda place: filter(None, self.nodes[place].output))
+        """Nodes that depend on tensors, without following the tensors of `cut`."""
+        return _reached(
+            tensors, cut, lambda name: self._readers.get(name, []), lambda place: filter(None, self.nodes[place].output)
+        )
 
     def reads(self, places: Iterable[int]) -> frozenset[str]:
-        """Every tensor that these nodes read, within their subgraphs too."""
+        """Every tensor that these nodes and their subgraphs read."""
         return frozenset(name for place in places for name in _reads(self.nodes[place]))
 
     def values(self, tensor: onnx.TensorProto) -> NDArray[Any] | None:
-        """The values of a stored tensor; None for a dtype that no host part has.
+        """The values of a stored tensor; None for other dtypes than those of host parts.
 
         Raises:
-            BundleError: If its data are damaged, missing or elsewhere.
+            BundleError: If its data is damaged, missing or in a different folder.
         """
         dtype = _TYPES.get(tensor.data_type)
         if dtype is None:
@@ -157,26 +152,21 @@ class OnnxGraph:
         try:
             if not is_external(tensor):
                 return numpy_helper.to_array(tensor)
-            return self._external(tensor, dtype, items, where).reshape(shape)
+            place, size = ExternalData.of(tensor), items * dtype.itemsize
+            file = plain_file(self.path.parent, place.location, where)
+            if place.length not in (None, size) or place.offset + size > file.stat().st_size:
+                raise BundleError(f"{where} is not completely in {file.name}, or has another size.", hint=_AGAIN)
+            return np.fromfile(file, dtype, items, offset=place.offset).reshape(shape)
         except (ValueError, TypeError, OverflowError, OSError) as error:
             raise BundleError(f"{where} cannot be read: {error}", hint=_AGAIN) from error
 
-    def _external(self, tensor: onnx.TensorProto, dtype: np.dtype[Any], items: int, where: str) -> NDArray[Any]:
-        place = ExternalData.of(tensor)
-        file = plain_file(self.path.parent, place.location, where)
-        wanted = items * dtype.itemsize
-        length = wanted if place.length is None else place.length
-        if length != wanted or place.offset + length > file.stat().st_size:
-            raise BundleError(f"{where} lies outside of {file.name} or has another size.", hint=_AGAIN)
-        return np.fromfile(file, dtype, items, offset=place.offset)
-
     def constant(self, tensor: str, folds: Iterator[int] | None = None) -> NDArray[Any] | None:
-        """The values of a tensor that depends on no input and is simply made; None for any other.
+        """The values of a weight, or of a tensor that a few simple operators make from weights; None for any other.
 
-        `folds` has an item for each operator that may still be computed; by default for a few.
+        `folds` has an item for each operator that may still be computed.
 
         Raises:
-            BundleError: If its data are damaged, missing or elsewhere.
+            BundleError: If its data is damaged, missing or in a different folder.
         """
         if tensor in self.weights:
             return self.values(self.weights[tensor])
@@ -194,33 +184,25 @@ class OnnxGraph:
             return None
         given = []
         for name in names:
-            values = self.constant(name, folds)
-            if values is None:
+            if (values := self.constant(name, folds)) is None:
                 return None
             given.append(values)
         found = self.evaluate(node, given)
         return found if found.dtype in _TYPES.values() else None
 
     def evaluate(self, node: onnx.NodeProto, given: Sequence[NDArray[Any]]) -> NDArray[Any]:
-        """What a standard operator of one output makes of its `given_inputs`, in the model's version of the operator.
-
-        Raises:
-            BundleError: If it is malformed.
-        """
+        """The output of a standard operator for these values of its `given_inputs`; BundleError if it is malformed."""
         latest = onnx.defs.onnx_opset_version()
         stated = [each.version for each in self.model.opset_import if each.domain in ("", "ai.onnx")]
-        alone = onnx.NodeProto()
-        alone.CopyFrom(node)
-        alone.domain = ""
         names = given_inputs(node)
-        del alone.input[len(names) :]
+        alone = onnx.NodeProto(op_type=node.op_type, input=names, output=node.output, attribute=node.attribute)
         fed = [onnx.ValueInfoProto(name=name) for name in dict.fromkeys(names)]
         try:
             graph = helper.make_graph([alone], "alone", fed, [onnx.ValueInfoProto(name=node.output[0])])
             evaluator = ReferenceEvaluator(graph, opsets={"": min([latest, *stated])})
             with np.errstate(all="ignore"):
                 (found,) = evaluator.run(None, dict(zip(names, given, strict=True)))
-        except Exception as error:  # an operator may fail in any way on what it does not take
+        except Exception as error:  # an operator may raise anything for inputs that it does not support
             where = f"{self.path}: {node.op_type} {node.name!r}"
             raise BundleError(f"{where} is malformed: {error}", hint=_AGAIN) from error
         return np.asarray(found)
@@ -230,7 +212,7 @@ class OnnxGraph:
             if attribute.name not in _CONSTANTS:
                 continue
             field, dtype, kind = _CONSTANTS[attribute.name]
-            # Some writers state no type.
+            # Some exporters leave the type out.
             if attribute.ref_attr_name or attribute.type not in (kind, onnx.AttributeProto.UNDEFINED):
                 where = f"{self.path}: Constant {node.name!r}"
                 raise BundleError(f"{where} is malformed: its {attribute.name} has another type.", hint=_AGAIN)
@@ -245,7 +227,7 @@ def _reached(
     nodes_at: Callable[[str], Iterable[int]],
     tensors_at: Callable[[int], Iterable[str]],
 ) -> frozenset[int]:
-    """Nodes that are reached from tensors, not beyond those of `cut`."""
+    """Nodes that can be reached from tensors, without following the tensors of `cut`."""
     found: set[int] = set()
     ends = set(cut)
     ahead = [name for name in tensors if name not in ends]
@@ -257,8 +239,13 @@ def _reached(
     return frozenset(found)
 
 
+def squeezed(shape: Sequence[int | str]) -> tuple[int | str, ...]:
+    """A shape without its ones."""
+    return tuple(size for size in shape if size != 1)
+
+
 def given_inputs(node: onnx.NodeProto) -> list[str]:
-    """A node's inputs without the optional ones at the end that are left empty."""
+    """A node's inputs without the empty optional ones at the end."""
     names = list(node.input)
     while names and not names[-1]:
         names.pop()
@@ -266,30 +253,23 @@ def given_inputs(node: onnx.NodeProto) -> list[str]:
 
 
 def plain_file(folder: Path, name: str, where: str) -> Path:
-    """A file that something in `folder` names, if it is a plain name of a file there.
-
-    Raises:
-        BundleError: If it leads elsewhere, or is not there.
-    """
+    """The file that something in `folder` refers to by name; BundleError unless it is an existing file there."""
     if not name or name != Path(name).name or name in (".", "..") or any(c in name for c in "\\/:\0"):
         raise BundleError(
             f"{where} refers to {name[:200]!r}, which is not a plain file name in the same folder.",
-            hint="Do not use this folder, or put all files side by side and compile again.",
+            hint="Do not use this folder, or put all files into one folder and compile again.",
         )
     path = folder / name
     if not path.is_file():
-        raise BundleError(f"{where} refers to {path}, which is not there.", hint="Fetch the missing file.")
+        raise BundleError(f"{where} refers to {path}, which does not exist.", hint="Fetch the missing file.")
     check_link(path, folder)
     return path
 
 
 def check_link(file: Path, folder: Path) -> None:
-    """Refuse a file that lies outside of a folder, links followed.
+    """Refuse with BundleError a file that is outside a folder once links are followed.
 
-    In a Hugging Face cache, `<repository>/snapshots/<revision>` holds links to `<repository>/blobs`; those are taken.
-
-    Raises:
-        BundleError: If it lies elsewhere.
+    In a Hugging Face cache, links from `<repository>/snapshots/<revision>` to `<repository>/blobs` are accepted.
     """
     real = Path(os.path.realpath(file))
     if real.is_relative_to(os.path.realpath(folder)):
@@ -299,13 +279,13 @@ def check_link(file: Path, folder: Path) -> None:
         if name == "snapshots" and real.is_relative_to(Path(*link.parts[:place], "blobs")):
             return
     raise BundleError(
-        f"{file} leads to {real}, outside of {folder}.",
-        hint="Do not use this folder, or put the file itself in the place of the link.",
+        f"{file} points to {real}, outside of {folder}.",
+        hint="Do not use this folder, or replace the link with the file.",
     )
 
 
 def external_files(model: onnx.ModelProto) -> frozenset[str]:
-    """Every location that the tensors of a model name, in subgraphs and attributes too."""
+    """Every location that the tensors of a model refer to, in subgraphs and attributes too."""
     return frozenset(
         item.value
         for graph in graphs_in(model.graph)
@@ -317,7 +297,7 @@ def external_files(model: onnx.ModelProto) -> frozenset[str]:
 
 
 def _parts(graph: onnx.GraphProto) -> Iterator[int]:
-    """How much there is in a graph and in those within, added up as they are looked at."""
+    """The number of parts of a graph and its subgraphs, added up one subgraph at a time."""
     count = 0
     for each in graphs_in(graph):
         count += len(each.node) + len(each.initializer) + len(each.value_info) + len(each.input) + len(each.output)
@@ -341,7 +321,7 @@ def _texts(model: onnx.ModelProto) -> Iterator[object]:
 
 
 def _reads(node: onnx.NodeProto) -> Iterator[str]:
-    """What a node reads; names within its subgraphs count, whether they are theirs or from around."""
+    """The tensors that a node and its subgraphs read, including those that the subgraphs make themselves."""
     yield from filter(None, node.input)
     for body in bodies_of([node]):
         yield from (value.name for value in body.output)

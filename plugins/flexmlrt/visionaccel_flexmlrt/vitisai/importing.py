@@ -1,4 +1,4 @@
-"""Makes a bundle of what AMD's Vitis AI compiler left, once it is known for which grid and from which weights it is."""
+"""Makes a bundle of artifacts that AMD's Vitis AI compiler wrote, once their grids and weights are known."""
 
 from __future__ import annotations
 
@@ -39,19 +39,16 @@ from visionaccel.core.program import DEVICE_TENSORS, EP_CONTEXT, HOST_AFTER, HOS
 from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import BundleError, ConfigurationError
 from visionaccel.families import Tower
-from visionaccel_flexmlrt.vitisai.agreement import narrowest
 from visionaccel_flexmlrt.vitisai.extraction import extract_host
-from visionaccel_flexmlrt.vitisai.findings import Findings, find
-from visionaccel_flexmlrt.vitisai.graph import OnnxGraph
+from visionaccel_flexmlrt.vitisai.findings import Findings, find, narrowest
+from visionaccel_flexmlrt.vitisai.graph import EXPORT_AGAIN, OnnxGraph
 from visionaccel_flexmlrt.vitisai.layout import Boundary, ImportRequest
 from visionaccel_flexmlrt.vitisai.recognition import HostPart
-
-_AGAIN = "Export and compile the tower again."
 
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """A bundle that was written, open, and what its user should know."""
+    """An open bundle that was just written, and what its user should know."""
 
     bundle: Bundle
     warnings: tuple[str, ...]
@@ -68,21 +65,21 @@ def import_vitisai(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Imported:
-    """Check artifacts against the checkpoint that they were made from, write a bundle of them and open that.
+    """Check artifacts against the checkpoint that they were made from, write a bundle of them and open it.
 
     Args:
         tower: The checkpoint's tower; its vision weights may have been stripped.
-        requests: What to import, each for another grid.
+        requests: What to import, each for a different grid.
         output: The folder to write; it appears whole or not at all.
         self_contained: Put the host's weights into the bundle, so that it does not refer to the checkpoint.
-        source: Where users find the checkpoint again: a folder or a Hugging Face repository. Default: its folder.
+        source: Where users find the checkpoint: a folder or a Hugging Face repository. Default: its folder.
         revision: That repository's revision.
         force: Replace an existing bundle.
-        progress: Called with how far it is.
+        progress: Called as the work progresses.
 
     Raises:
-        BundleError: If a file is damaged, the artifact is of another checkpoint, grid or window order, or its host part
-            is not recognised and may not run on ONNX Runtime.
+        BundleError: If a file is damaged, the artifact is of a different checkpoint, grid or window order, or its host
+            part is not recognised and may not run on ONNX Runtime.
         CheckpointError: If a weight that is needed cannot be read.
         ConfigurationError: If something is missing or ambiguous, or `output` exists or cannot be written.
     """
@@ -96,12 +93,12 @@ def import_vitisai(
         sources |= {each.folder.model.resolve(), *(file.resolve() for _, file in each.folder.files)}
     if any(file.is_relative_to(output) for file in sources):
         raise ConfigurationError(
-            f"{output} holds what would be imported, or the weights, and would be replaced.",
-            hint="Name another folder.",
+            f"{output} contains the files to import, or the weights, and would be replaced.",
+            hint="Choose a different folder.",
         )
     if not self_contained and not tower.complete:
         raise ConfigurationError(
-            f"{tower.checkpoint.folder} holds no complete vision weights, so the bundle cannot refer to it for them.",
+            f"{tower.checkpoint.folder} has no complete vision weights for the bundle to refer to.",
             hint="Add --self-contained, or pass the whole checkpoint.",
         )
     with appearing(output, force=force) as folder:
@@ -123,46 +120,45 @@ def import_vitisai(
 
 
 def _check_together(found: Sequence[Findings]) -> None:
-    """Refuse artifacts that are for one grid, or of towers that differ in what the host computes with."""
+    """Refuse artifacts that are for the same grid, or that differ in the host's weights."""
     if not found:
-        raise ConfigurationError("there is nothing to import.", hint="Name a folder that the compiler left.")
-    places: dict[Grid, Path] = {}
-    first = None
+        raise ConfigurationError("no folder to import was given.", hint="Pass a folder that the compiler wrote.")
+    artifacts: dict[Grid, Path] = {}
+    first: tuple[Path, HostPart] | None = None
     for each in found:
-        if each.grid in places:
+        if each.grid in artifacts:
             raise ConfigurationError(
-                f"{places[each.grid]} and {each.folder.artifact} are both for grid {each.grid.h}x{each.grid.w}.",
+                f"{artifacts[each.grid]} and {each.folder.artifact} are both for grid {each.grid.h}x{each.grid.w}.",
                 hint="Import one of them.",
             )
-        places[each.grid] = each.folder.artifact
+        artifacts[each.grid] = each.folder.artifact
         if each.part is None:
             continue
-        first = first or each
-        assert first.part is not None
-        if any(not np.array_equal(each.part.weights[name], first.part.weights[name]) for name in each.part.weights):
+        model, part = first = first or (each.folder.model, each.part)
+        if any(not np.array_equal(values, part.weights[name]) for name, values in each.part.weights.items()):
             raise BundleError(
-                f"{first.folder.model} and {each.folder.model} hold different patch embeddings.",
+                f"{model} and {each.folder.model} contain different patch embeddings.",
                 hint="Import artifacts of one checkpoint, exported in one way.",
             )
 
 
 def _digest(tower: Tower, weights: Mapping[str, StoredTensor], tell: Progress) -> str:
-    """Digest of the vision weights, from the note of what stripped them where they are gone."""
+    """Digest of the vision weights; if they were stripped, from the note that `visionaccel strip` left."""
     if tower.complete:
         total = sum(tensor.length for tensor in weights.values())
         return tower_digest(tower, progress=counter("digest of the weights", total, tell))
     noted = None if tower.stored_names else read_strip_note(tower.checkpoint.folder)
     if noted is None:
         raise ConfigurationError(
-            f"{tower.checkpoint.folder} has no complete vision weights, and no note of `visionaccel strip` that says "
-            "which all of them were.",
+            f"{tower.checkpoint.folder} has no complete vision weights, and no note of `visionaccel strip` with their "
+            "digest.",
             hint="Pass the whole checkpoint, or one that `visionaccel strip` wrote.",
         )
     return noted
 
 
 def _write_weights(tower: Tower, part: HostPart | None, weights: Mapping[str, StoredTensor], folder: Path) -> None:
-    """Write the host's weights alone: those in the artifact, or the checkpoint's where it has none that are known."""
+    """Write the host's weights: the artifact's, or the checkpoint's if the artifact's were not recognised."""
     named: dict[str, StoredTensor] = {}
     with tempfile.TemporaryDirectory() as work:
         for name in tower.host_weights:
@@ -187,7 +183,7 @@ def _write_program(tower: Tower, found: Findings, precision: Precision, folder: 
     home = folder / name
     home.mkdir()
     files = [home / path for path, _ in found.folder.files]
-    # What a runtime opens as external data of an ONNX model must not be a hard link: it would be refused as an attack.
+    # ONNX Runtime refuses external data that is a hard link.
     _bring(home, found.folder.files, link=found.folder.format != EP_CONTEXT, tell=tell)
     companions: dict[str, Path] = {}
     inputs, outputs = tower.signature(coverage, found.split)
@@ -197,7 +193,7 @@ def _write_program(tower: Tower, found: Findings, precision: Precision, folder: 
     else:
         stored = _ends(found, inputs, outputs)
         if found.folder.format == EP_CONTEXT:
-            # What the model refers to must be stated, so that what opens it can tell it from any other file.
+            # A backend opens only the files that are listed as companions.
             companions = {path: home / path for path, file in found.folder.files if file != found.folder.artifact}
         else:
             assert found.boundary is not None
@@ -223,14 +219,14 @@ def _stated_tensor(spec: TensorSpec, stored: str) -> dict[str, Any]:
 
 
 def _ends(found: Findings, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> dict[str, str]:
-    """The graph's own names of its input and output, whose shapes must be those of the grid where they are stated."""
+    """The graph's names of its input and output; BundleError if their declared shapes are not those of the grid."""
     stored = {}
     for wanted, stated in ((inputs, found.graph.inputs), (outputs, found.graph.outputs)):
         if len(wanted) != 1 or len(stated) != 1:
             raise BundleError(
                 f"{found.graph.path}: the model has {len(found.graph.inputs)} inputs and {len(found.graph.outputs)} "
-                "outputs, and a tower of one grid has one each.",
-                hint=_AGAIN,
+                "outputs; a tower of one grid has one each.",
+                hint=EXPORT_AGAIN,
             )
         known = zip(wanted[0].shape, stated[0].shape, strict=False)
         differ = any(isinstance(size, int) and size != expected for expected, size in known)
@@ -238,7 +234,7 @@ def _ends(found: Findings, inputs: tuple[TensorSpec, ...], outputs: tuple[Tensor
             raise BundleError(
                 f"{found.graph.path}: the model has {stated[0]}, and a program of grid {found.grid.h}x{found.grid.w} "
                 f"has {wanted[0]}.",
-                hint="Name the grid and the checkpoint that it was compiled for.",
+                hint="Pass the grid and the checkpoint that it was compiled for.",
             )
         stored[wanted[0].name] = stated[0].name
     return stored
@@ -246,28 +242,29 @@ def _ends(found: Findings, inputs: tuple[TensorSpec, ...], outputs: tuple[Tensor
 
 def _write_host(graph: OnnxGraph, boundary: Boundary, home: Path) -> dict[str, Path]:
     before, after = extract_host(graph, boundary)
-    sides = {"inputs": boundary.inputs, "outputs": boundary.outputs}
-    tensors = {side: [asdict(spec) for spec in specs] for side, specs in sides.items()}
-    shapes = [spec.shape for specs in sides.values() for spec in specs]
+    shapes = [spec.shape for spec in (*boundary.inputs, *boundary.outputs)]
     if not all(shapes) or any(isinstance(size, str) for shape in shapes for size in shape):
         raise BundleError(
             f"{graph.path}: the shapes of the device's tensors are not known.",
             hint="Add the compiler's flexmlrt-hsi.json to the folder.",
         )
     written = {}
-    contents = {HOST_BEFORE: ("onnx", before), HOST_AFTER: ("onnx", after), DEVICE_TENSORS: ("json", as_json(tensors))}
-    for role, (suffix, data) in contents.items():
+    contents = {
+        f"{HOST_BEFORE}.onnx": before, f"{HOST_AFTER}.onnx": after, f"{DEVICE_TENSORS}.json": as_json(asdict(boundary)),
+    }  # fmt: skip
+    for name, data in contents.items():
         if data is None:
             continue
-        written[role] = home / f"{role}.{suffix}"
+        role = name.partition(".")[0]
+        written[role] = home / name
         if written[role].exists():
-            raise BundleError(f"{written[role].name} is among the artifact's files.", hint="Rename that file.")
+            raise BundleError(f"one of the artifact's files is named {name}.", hint="Rename that file.")
         write_file(written[role], data)
     return written
 
 
 def _bring(home: Path, files: Iterable[tuple[str, Path]], *, link: bool, tell: Progress) -> None:
-    """Hard links of files where the disk allows, copies elsewhere."""
+    """Link files into the program's folder, or copy them if links are not wanted or not possible."""
     left: list[tuple[Path, Path]] = []
     for path, file in files:
         (home / path).parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""What lies in a folder that AMD's Vitis AI compiler left: the artifact, the model, and the tensors at its edges.
+"""Reads a folder that AMD's Vitis AI compiler wrote: the artifact, the model, and the tensors at the device's edges.
 
-Two layouts are known. A single `.rai` next to the `.onnx` that it was compiled from; or a cache directory with
-`vaiml_par_<N>/partition-info.json` and `vaiml_par_<N>/<part>/flexmlrt-hsi.json`. Where there is neither, the `.onnx`
-may hold the compiled program itself, in a node of the VitisAI execution provider.
+Two layouts are supported: a single `.rai` next to the `.onnx` that it was compiled from, or a cache directory with
+`vaiml_par_<N>/partition-info.json` and `vaiml_par_<N>/<part>/flexmlrt-hsi.json`. If the folder has neither, the `.onnx`
+may contain the compiled program itself, in a node of the VitisAI execution provider.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from visionaccel.core.invalid_values import problems_of
 from visionaccel.core.program import EP_CONTEXT, Precision
 from visionaccel.errors import BundleError, ConfigurationError
 from visionaccel_flexmlrt.artifact import FLEXMLRT_DIRECTORY, FLEXMLRT_RAI, SIMULATOR_FILE, made_for_simulator
-from visionaccel_flexmlrt.vitisai.graph import check_link
+from visionaccel_flexmlrt.vitisai.graph import check_link, squeezed
 
 _INFO, _TABLE, _CONNECTIVITY = "partition-info.json", "flexmlrt-hsi.json", "connectivity_metadata.json"
 _PARTITION = "vaiml_par_"
 _SMALL = 10**6
-"""A real `.rai` holds a tower's weights; what is smaller is most likely something else."""
+"""A real `.rai` contains a tower's weights; a smaller file is most likely something else."""
 
 _MOST_FILES = 4096
 
-ONE_PARTITION = "Compile so that everything between the window gathers is one partition."
-"""What to do where a device's part is cut up."""
-
+_ONE_PARTITION = "Compile so that everything between the window gathers is one partition."
+_COMPILE_AGAIN = "Compile the tower again."
+_REFUSE_FOLDER = "Do not use this folder."
 _Name = Annotated[str, Field(min_length=1, max_length=1024)]
 _Shape = Annotated[tuple[Annotated[int, Field(ge=1, le=2**31)], ...], Field(max_length=8)]
 _M = TypeVar("_M", bound="_Model")
 
 
 class _Model(BaseModel):
-    """A JSON file of the compiler's cache: unknown fields are passed over, the others checked."""
+    """A JSON file of the compiler's cache; unknown fields are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
@@ -58,21 +58,21 @@ _Side: TypeAlias = Annotated[tuple[DeviceTensor, ...], Field(min_length=1, max_l
 
 
 class TensorTable(_Model):
-    """`flexmlrt-hsi.json`: what the device takes and gives."""
+    """`flexmlrt-hsi.json`: the device's inputs and outputs."""
 
     inputs: _Side
     outputs: _Side
 
 
 class PartitionInfo(_Model):
-    """`partition-info.json`: what runs a partition, and whether its compilation came to an end."""
+    """`partition-info.json`: where a partition runs, and whether its compilation finished."""
 
     runner_type: _Name
     status: _Name
 
 
 class Edge(_Model):
-    """A tensor that goes from one partition to another."""
+    """A tensor that is passed from one partition to another."""
 
     source_partition: _Name
     destination_partition: _Name
@@ -80,7 +80,7 @@ class Edge(_Model):
 
 
 class Connectivity(_Model):
-    """`connectivity_metadata.json`: the partitions of the CPU and the device, and what goes between them."""
+    """`connectivity_metadata.json`: the partitions of the CPU and the device, and the tensors between them."""
 
     execution_order: tuple[_Name, ...]
     graph_edges: tuple[Edge, ...]
@@ -88,7 +88,7 @@ class Connectivity(_Model):
 
 @dataclass(frozen=True)
 class Boundary:
-    """Tensors at the device's edges, by the names that they have in the model."""
+    """The tensors at the device's edges, by their names in the model."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -99,12 +99,12 @@ class ImportRequest:
     """What to import, and how.
 
     Attributes:
-        path: The folder that the compiler left, or the `.rai` or `.onnx` in it.
-        artifact: The `.rai`, the cache or the partition's folder in it, where there are several.
-        model: The `.onnx`, where there are several or it lies elsewhere.
-        grid: The grid that it was compiled for, where the model does not tell.
+        path: The folder that the compiler wrote, or the `.rai` or `.onnx` in it.
+        artifact: The `.rai`, the cache or the partition's folder in it; needed if there are several.
+        model: The `.onnx`; needed if there are several or it is in a different folder.
+        grid: The grid that it was compiled for; needed if the model does not determine it.
         precision: What the device computes in.
-        host_on_onnxrt: Take a host part that the family does not recognise, to be run by ONNX Runtime.
+        host_on_onnxrt: Accept a host part that is not recognised, and let ONNX Runtime run it.
     """
 
     path: Path
@@ -117,14 +117,14 @@ class ImportRequest:
 
 @dataclass(frozen=True)
 class VitisFolder:
-    """What was found.
+    """The files of one artifact.
 
     Attributes:
         model: The ONNX model that was compiled.
         artifact: The file to open: the `.rai`, `partition-info.json`, or the model itself.
         files: Every file of the artifact, by its path in the program's folder of the bundle.
-        boundary: What the device takes and gives; None where no file says.
-        device: `npu`, or `simulator`.
+        boundary: The device's inputs and outputs; None if no file has them.
+        device: `npu` or `simulator`.
         warnings: What a user should know.
     """
 
@@ -132,19 +132,19 @@ class VitisFolder:
     format: str
     model: Path
     artifact: Path
-    files: tuple[tuple[str, Path], ...]
-    boundary: Boundary | None
-    device: str
+    files: tuple[tuple[str, Path], ...] = ()
+    boundary: Boundary | None = None
+    device: str = "npu"
     warnings: tuple[str, ...] = ()
 
 
 def read_layout(request: ImportRequest) -> VitisFolder:
-    """Look at what is to be imported.
+    """Find the files to import.
 
     Raises:
-        ConfigurationError: If something is not there, or there are several.
-        BundleError: If a file is damaged or a link that leads out of the folder, the compilation did not end, or there
-            are several device partitions.
+        ConfigurationError: If a file is missing, or there are several candidates for one.
+        BundleError: If a file is damaged or a link that points out of the folder, the compilation did not finish, or
+            the device has several partitions.
     """
     try:
         return _read(request.path, request.artifact, request.model)
@@ -166,18 +166,18 @@ def _read(path: Path, artifact: Path | None, model: Path | None) -> VitisFolder:
     onnx = _model(path, model, places)
     check_link(onnx, _home(onnx, path))
     if found is None:
-        return VitisFolder(path, EP_CONTEXT, onnx, onnx, (), None, "npu")
+        return VitisFolder(path, EP_CONTEXT, onnx, onnx)
     return _directory(path, found, onnx) if found.is_dir() else _single(path, found, onnx)
 
 
 def _home(found: Path, folder: Path) -> Path:
-    """The folder that the files of what was found must lie in: the imported one, unless something elsewhere is named.
+    """The folder that must contain a file: the imported one, unless the user chose a file in a different folder.
 
-    Links count for nothing here: a link in the folder is of the folder.
+    Links are not followed: a link in the folder is in the folder.
     """
-    there, here = (os.path.normpath(each.absolute()) for each in (found, folder))
-    inside = Path(there).is_relative_to(here)
-    return folder if inside else found if found.is_dir() else found.parent
+    if Path(os.path.normpath(found.absolute())).is_relative_to(os.path.normpath(folder.absolute())):
+        return folder
+    return found if found.is_dir() else found.parent
 
 
 def _artifacts(folder: Path) -> list[Path]:
@@ -192,21 +192,21 @@ def _partitions(folder: Path) -> list[Path]:
 
 
 def _given(folder: Path, named: Path) -> Path:
-    hint = "Name the .rai or the cache directory."
+    hint = "Pass the .rai or the cache directory."
     found = folder / named if (folder / named).exists() else named
     if not found.exists():
         raise ConfigurationError(f"{named} does not exist.", hint=hint)
     if found.is_file() or _partitions(found):
         return found
     if not _partitions(found.parent):
-        raise ConfigurationError(f"{named} holds no {_PARTITION}0.", hint=hint)
+        raise ConfigurationError(f"{named} contains no {_PARTITION}0.", hint=hint)
     return found.parent
 
 
 def _only(found: Sequence[Path], folder: Path, option: str) -> Path | None:
     if len(found) > 1:
         names = ", ".join(str(each.relative_to(folder)) for each in found)
-        raise ConfigurationError(f"{folder} holds several to choose from: {names}.", hint=f"Name one with {option}.")
+        raise ConfigurationError(f"{folder} contains several candidates: {names}.", hint=f"Choose one with {option}.")
     return found[0] if found else None
 
 
@@ -214,22 +214,22 @@ def _model(folder: Path, named: Path | None, places: Sequence[Path]) -> Path:
     if named is not None:
         found = folder / named if (folder / named).exists() else named
         if not found.is_file():
-            raise ConfigurationError(f"{named} is not a file.", hint="Name the .onnx that was compiled.")
+            raise ConfigurationError(f"{named} is not a file.", hint="Pass the .onnx that was compiled.")
         return found
     for place in places:
         models = sorted(each for each in place.glob("*.onnx") if each.is_file())
         if (only := _only(models, place, "--onnx")) is not None:
             return only
     raise ConfigurationError(
-        f"{folder} holds no .onnx, by which an artifact's grid and weights are checked.",
-        hint="Name the model that was compiled with --onnx.",
+        f"{folder} contains no .onnx, which is needed to check an artifact's grid and weights.",
+        hint="Pass the model that was compiled with --onnx.",
     )
 
 
 def _single(folder: Path, artifact: Path, model: Path) -> VitisFolder:
     check_link(artifact, _home(artifact, folder))
     simulated, size = made_for_simulator(artifact, BundleError), artifact.stat().st_size
-    doubt = f"{artifact} has {size} bytes only, which is little for a vision tower: check that it was fetched whole."
+    doubt = f"{artifact} has only {size} bytes, which is small for a vision tower: check that the download is complete."
     return VitisFolder(
         folder=folder,
         format=FLEXMLRT_RAI,
@@ -244,13 +244,12 @@ def _single(folder: Path, artifact: Path, model: Path) -> VitisFolder:
 
 def _directory(folder: Path, cache: Path, model: Path) -> VitisFolder:
     partitions = _partitions(cache)
-    infos = {}
-    for each in partitions:
-        infos[each] = info = read_metadata(each / _INFO, PartitionInfo)
+    infos = {each: read_metadata(each / _INFO, PartitionInfo) for each in partitions}
+    for each, info in infos.items():
         if info.status != "completed":
             raise BundleError(
-                f"{each / _INFO}: status is {info.status!r}, not 'completed': the compilation did not end.",
-                hint="Compile the tower again.",
+                f"{each / _INFO}: status is {info.status!r}, not 'completed': the compilation did not finish.",
+                hint=_COMPILE_AGAIN,
             )
     device = [each for each, info in infos.items() if info.runner_type == "hw"]
     if not device:
@@ -266,7 +265,7 @@ def _directory(folder: Path, cache: Path, model: Path) -> VitisFolder:
         raise several_partitions(cache, (f"{each.relative_to(cache)}" for each in pieces))
     if not parts:
         raise BundleError(
-            f"{partition} holds no {_TABLE} in a folder of a part: the device's tensors are not known.",
+            f"{partition} has no folder with {_TABLE}, so the device's tensors are not known.",
             hint="Fetch the whole cache directory, or compile the tower again.",
         )
     boundary = _boundary(parts[0])
@@ -285,18 +284,18 @@ def _directory(folder: Path, cache: Path, model: Path) -> VitisFolder:
 
 
 def several_partitions(where: Path, names: Iterable[str]) -> BundleError:
-    """The error for a device's part that is cut up."""
+    """The error for a device's part that is split up."""
     return BundleError(
-        f"{where}: the device's part is cut into several partitions ({', '.join(names)}), and one alone "
-        "is not the whole tower.",
-        hint=ONE_PARTITION,
+        f"{where}: the device's part is split into several partitions ({', '.join(names)}), and one alone is not the "
+        "whole tower.",
+        hint=_ONE_PARTITION,
     )
 
 
 def _boundary(path: Path) -> Boundary:
     table = read_metadata(path, TensorTable)
-    sides = {"inputs": table.inputs, "outputs": table.outputs}
-    for field, tensors in sides.items():
+
+    def specs(field: str, tensors: Sequence[DeviceTensor]) -> tuple[TensorSpec, ...]:
         for number, tensor in enumerate(tensors):
             if tensor.cpu_dtype != "fp32":
                 raise BundleError(
@@ -304,50 +303,49 @@ def _boundary(path: Path) -> Boundary:
                     hint="Compile the tower with float32 inputs and outputs.",
                 )
         if len({tensor.tensor_name for tensor in tensors}) != len(tensors):
-            raise BundleError(f"{path}: {field} name one tensor twice.", hint="Compile the tower again.")
-    inputs, outputs = (
-        tuple(TensorSpec(t.tensor_name, "float32", t.cpu_shape) for t in side) for side in sides.values()
-    )
-    return Boundary(inputs, outputs)
+            raise BundleError(f"{path}: {field} contains one tensor twice.", hint=_COMPILE_AGAIN)
+        return tuple(TensorSpec(tensor.tensor_name, "float32", tensor.cpu_shape) for tensor in tensors)
+
+    return Boundary(specs("inputs", table.inputs), specs("outputs", table.outputs))
 
 
 def _check_connectivity(path: Path, partition: str, elsewhere: Set[str], boundary: Boundary) -> None:
-    """The partitions must be those that are there, and what goes in and out of the device what its table says."""
+    """Check that the partitions are those of the folder, and the device's tensors those of its table."""
     connectivity = read_metadata(path, Connectivity)
     named = [name for name in connectivity.execution_order if name.startswith(_PARTITION)]
     device = [name for name in named if name not in elsewhere]
     if device != [partition]:
         raise BundleError(
-            f"{path}: execution_order names the device partitions {', '.join(device) or 'none'}, and {partition} is "
-            "there.",
-            hint=ONE_PARTITION,
+            f"{path}: execution_order has the device partitions {', '.join(device) or 'none'}, and the folder has "
+            f"{partition}.",
+            hint=_ONE_PARTITION,
         )
+    edges = connectivity.graph_edges
     sides = {
-        "takes": ({e.shape for e in connectivity.graph_edges if e.destination_partition == partition}, boundary.inputs),
-        "gives": ({e.shape for e in connectivity.graph_edges if e.source_partition == partition}, boundary.outputs),
+        "takes": ({edge.shape for edge in edges if edge.destination_partition == partition}, boundary.inputs),
+        "returns": ({edge.shape for edge in edges if edge.source_partition == partition}, boundary.outputs),
     }
     for verb, (shapes, tensors) in sides.items():
-        stated = {tuple(size for size in shape if size != 1) for shape in shapes}
+        listed = {squeezed(shape) for shape in shapes}
         for tensor in tensors:
-            if tuple(size for size in tensor.shape if size != 1) not in stated:
+            if squeezed(tensor.shape) not in listed:
                 raise BundleError(
-                    f"{path}: graph_edges know nothing of {tensor}, which {partition} {verb}.",
+                    f"{path}: graph_edges does not list {tensor}, which {partition} {verb}.",
                     hint="The files are of different compilations; fetch or compile the tower again.",
                 )
 
 
 def _files(partition: Path, home: Path) -> tuple[tuple[str, Path], ...]:
-    """Every file of a partition's folder, by its path below the cache; none may lie outside of `home`."""
+    """Every file in a partition's folder, by its path below the cache; none may be outside of `home`."""
     files: list[tuple[str, Path]] = []
     for folder, folders, names in os.walk(partition):
         for inner in (partition, *(Path(folder, name) for name in folders)):
             if inner.is_symlink():
                 raise BundleError(
                     f"{inner} is a link to another folder, whose files would be missing.",
-                    hint="Put the folder itself in the place of the link.",
+                    hint="Replace the link with the folder.",
                 )
-        for name in sorted(names):
-            file = Path(folder, name)
+        for file in (Path(folder, name) for name in sorted(names)):
             try:
                 regular = stat.S_ISREG(file.stat().st_mode)
             except OSError as error:
@@ -355,20 +353,16 @@ def _files(partition: Path, home: Path) -> tuple[tuple[str, Path], ...]:
                     f"{file} cannot be read: {error.strerror}.", hint="Fetch the folder again."
                 ) from error
             if not regular:
-                raise BundleError(f"{file} is not a file.", hint="Do not use this folder.")
+                raise BundleError(f"{file} is not a file.", hint=_REFUSE_FOLDER)
             check_link(file, home)
             files.append((file.relative_to(partition.parent).as_posix(), file))
         if len(files) > _MOST_FILES:
-            raise BundleError(f"{partition} holds more than {_MOST_FILES} files.", hint="Do not use this folder.")
+            raise BundleError(f"{partition} contains more than {_MOST_FILES} files.", hint=_REFUSE_FOLDER)
     return tuple(sorted(files))
 
 
 def read_metadata(path: Path, kind: type[_M]) -> _M:
-    """Read one of the files.
-
-    Raises:
-        BundleError: If it is missing, too large or malformed; names the file and the field.
-    """
+    """Read one JSON file; BundleError with the file and the field if it is missing, too large or malformed."""
     hint = "Fetch the folder again, or compile the tower again."
     try:
         return kind.model_validate_json(read_bounded(path))

@@ -1,16 +1,16 @@
 """Recognises the host's part of a tower that was exported, cut and compiled elsewhere.
 
-transformers' tower is: patches, one product with the kernel of the patch embedding, the tokens gathered into window
-order, blocks and merger, the embeddings gathered back. What lies between the gathers is the device's. The product may
-be a convolution or a matrix product, and exporters scatter operators around that move nothing: reshapes, casts of
+In transformers' tower the patches are multiplied by the patch embedding's kernel, the tokens are gathered into window
+order, pass through the blocks and the merger, and are gathered back. The device runs what is between the two gathers.
+The product may be a convolution or a matrix product, and exporters add operators that move nothing: reshapes, casts of
 float32 to float32, identities.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,29 +27,25 @@ from visionaccel_flexmlrt.vitisai.exported_operators import (
     moved,
     named,
     product,
-    squeezed,
 )
-from visionaccel_flexmlrt.vitisai.graph import OnnxGraph
+from visionaccel_flexmlrt.vitisai.graph import EXPORT_AGAIN, OTHER_CHECKPOINT, OnnxGraph, squeezed
 from visionaccel_flexmlrt.vitisai.layout import Boundary
 
-if TYPE_CHECKING:
-    import onnx
-
 _MOST_STEPS = 64
-"""Operators of one chain; the host's part of a real export has about ten."""
+"""The most operators of one chain; the host's part of a real export has about ten."""
 
 _GATHER = frozenset({"Gather"})
 
 
 @dataclass(frozen=True)
 class HostPart:
-    """The host's part of a compiled program, as it was found around the device's.
+    """The host's part of a compiled program, as found around the device's part.
 
     Attributes:
         weights: The host's weights by their names below the checkpoint's prefix, float32, float16 or bfloat16.
-        order: int64 [tokens]; the token that goes to each place, a permutation.
-        input: What the device takes, by its own name.
-        output: What the device gives, by its own name.
+        order: int64 [tokens], a permutation: the token at each place in window order.
+        input: The device's input, by its name in the model.
+        output: The device's output, by its name in the model.
     """
 
     weights: Mapping[str, NDArray[Any]]
@@ -60,45 +56,45 @@ class HostPart:
 
 @dataclass(frozen=True)
 class _Entry:
-    """From the graph's input to the device: nodes, the embedding's weights, order, and the shape handed over."""
+    """The nodes from the graph's input to the device, and what they show."""
 
     nodes: tuple[int, ...]
     weights: Mapping[str, NDArray[Any]]
     order: NDArray[np.int64]
-    shape: tuple[int, ...]
+    input: TensorSpec
 
 
 def recognise_host(spec: TowerSpec, graph: OnnxGraph, boundary: Boundary | None) -> HostPart:
-    """The host's part around a device's, in the graph of a whole tower.
+    """Find the host's part around the device's part in the graph of a whole tower.
 
-    Without a boundary, the device takes what comes out of the first gather, and gives what goes into the last.
+    Without a boundary, the device takes the output of the first gather and returns the input of the last.
 
     Raises:
         UnknownHostError: If the operators around the device's part are not the family's.
-        BundleError: If the sizes are another tower's, an order is not a permutation, or the second gather does not undo
-            the first.
+        BundleError: If the sizes are those of a different tower, an order is not a permutation, or the second gather
+            does not undo the first.
     """
     if boundary is not None and (len(boundary.inputs) != 1 or len(boundary.outputs) != 1):
-        raise UnknownHostError("the device takes or gives several tensors")
+        raise UnknownHostError("the device takes or returns several tensors")
     if spec.window is None or len(spec.embed) > 1 or spec.positions is not None:
-        raise UnknownHostError("host parts of towers without windows, or with learned positions, are not known")
+        raise UnknownHostError("host parts of towers without windows, or with learned positions, are not supported")
     pixels, embeddings = _ends(spec, graph)
     if boundary is None:
-        given, entry = _find_entry(spec, graph, pixels)
-        taken = _find_taken(graph, embeddings.name)
+        entry, taken = _find_entry(spec, graph, pixels), None
     else:
-        given, taken = boundary.inputs[0].name, boundary.outputs[0].name
-        entry = _entry(spec, graph, pixels, _chain(graph, given, pixels.name))
-    exit_nodes, reverse_index = _exit(spec, graph, embeddings, taken, len(entry.order))
-    _check_cut(graph, pixels.name, given, taken, {*entry.nodes, *exit_nodes})
-    _check_orders(entry.order, reverse_index)
+        entry, taken = _entry(spec, graph, pixels, boundary.inputs[0].name), boundary.outputs[0].name
     tokens = len(entry.order)
-    return HostPart(
-        weights=entry.weights,
-        order=entry.order,
-        input=TensorSpec(given, "float32", entry.shape),
-        output=TensorSpec(taken, "float32", (tokens, spec.out_width)),
-    )
+    output = TensorSpec(embeddings.name, "float32", (tokens, spec.out_width))
+    exit_nodes = _chain(graph, output.name, taken, STILL | _GATHER)
+    if taken is None:
+        taken = graph.nodes[exit_nodes[0]].input[0]
+    reverse_order = _gather_index(graph, exit_nodes)
+    shape, _ = _follow(spec, graph, exit_nodes, (tokens, spec.out_width), tokens)
+    if squeezed(shape) != squeezed((tokens, spec.out_width)):
+        raise UnknownHostError(f"the embeddings have shape {list(shape)}")
+    _check_cut(graph, pixels.name, entry.input.name, taken, {*entry.nodes, *exit_nodes})
+    _check_orders(entry.order, reverse_order)
+    return HostPart(entry.weights, entry.order, entry.input, replace(output, name=taken))
 
 
 def _ends(spec: TowerSpec, graph: OnnxGraph) -> tuple[TensorSpec, TensorSpec]:
@@ -112,57 +108,70 @@ def _ends(spec: TowerSpec, graph: OnnxGraph) -> tuple[TensorSpec, TensorSpec]:
         if tensor.dtype != "float32":
             raise UnknownHostError(f"{tensor.name!r} is {tensor.dtype} and not float32")
         if tensor.shape and isinstance(tensor.shape[-1], int) and tensor.shape[-1] != width:
-            raise BundleError(
-                f"the model's {tensor} is of another width than the checkpoint's {width}.",
-                hint="Pass the checkpoint that the artifact was compiled from.",
-            )
+            raise BundleError(f"the model has {tensor}, and the checkpoint's width is {width}.", hint=OTHER_CHECKPOINT)
     return pixels, embeddings
 
 
-def _chain(graph: OnnxGraph, tensor: str, start: str) -> tuple[int, ...]:
-    """The nodes from `start` to a tensor, each by its first input, if all of them may be the host's."""
+def _chain(graph: OnnxGraph, tensor: str, start: str | None, kinds: frozenset[str]) -> tuple[int, ...]:
+    """The nodes that make a tensor from `start`, or from the input of the last gather if `start` is None.
+
+    Only each node's first input is followed. All nodes must be standard operators of these kinds.
+    """
     nodes: list[int] = []
     while tensor != start:
         place = graph.makers.get(tensor)
         if place is None or len(nodes) == _MOST_STEPS:
-            raise UnknownHostError(f"{tensor!r} is not made from {start!r} by the host's operators")
+            origin = "a gather of what the device returns" if start is None else repr(start)
+            raise UnknownHostError(f"{tensor!r} is not made from {origin} by the host's operators")
         node = graph.nodes[place]
-        if not is_plain(node, STILL | PRODUCTS | _GATHER):
+        if not is_plain(node, kinds):
             raise UnknownHostError(f"{named(node)} is not one of the host's operators")
         nodes.append(place)
+        if start is None and node.op_type == "Gather":
+            break
         tensor = node.input[0]
     return tuple(reversed(nodes))
 
 
-def _find_entry(spec: TowerSpec, graph: OnnxGraph, pixels: TensorSpec) -> tuple[str, _Entry]:
-    """The first gather that patches reach embedded, and what comes out of it."""
+def _find_entry(spec: TowerSpec, graph: OnnxGraph, pixels: TensorSpec) -> _Entry:
+    """The entry that ends with the first gather of embedded patches."""
     first: UnknownHostError | None = None
     for place in sorted(graph.descendants([pixels.name])):
-        if graph.nodes[place].op_type != "Gather" or not graph.nodes[place].output:
-            continue
-        tensor = graph.nodes[place].output[0]
-        try:
-            return tensor, _entry(spec, graph, pixels, _chain(graph, tensor, pixels.name))
-        except UnknownHostError as unknown:
-            first = first or unknown
+        node = graph.nodes[place]
+        if node.op_type == "Gather" and node.output:
+            try:
+                return _entry(spec, graph, pixels, node.output[0])
+            except UnknownHostError as unknown:
+                first = first or unknown
     raise first or UnknownHostError("no gather puts the tokens into window order")
 
 
-def _entry(spec: TowerSpec, graph: OnnxGraph, pixels: TensorSpec, chain: Sequence[int]) -> _Entry:
-    """Follow the shapes through the chain from the patches to the device."""
-    gathers = [place for place in chain if graph.nodes[place].op_type == "Gather"]
-    products = [place for place in chain if graph.nodes[place].op_type in PRODUCTS]
-    if len(gathers) != 1 or len(products) != 1 or products[0] > gathers[0]:
+def _entry(spec: TowerSpec, graph: OnnxGraph, pixels: TensorSpec, given: str) -> _Entry:
+    """The nodes from the patches to the device's input, with the shapes followed through them."""
+    chain = _chain(graph, given, pixels.name, STILL | PRODUCTS | _GATHER)
+    kinds = [kind for kind in (graph.nodes[place].op_type for place in chain) if kind not in STILL]
+    if len(kinds) != 2 or kinds[0] not in PRODUCTS:
         raise UnknownHostError("the patches are not embedded once and then gathered once")
-    index = _index(graph, graph.nodes[gathers[0]])
-    tokens, merged = len(index), spec.merged
-    fed = (tokens * merged, spec.patch_width)
-    if not pixels.fits(fed, {str(stated): size for stated, size in zip(pixels.shape, fed, strict=False)}):
+    order = _gather_index(graph, chain)
+    tokens, merged = len(order), spec.merged
+    patches = (tokens * merged, spec.patch_width)
+    if not pixels.fits(patches, {str(size): known for size, known in zip(pixels.shape, patches, strict=False)}):
         raise UnknownHostError(f"{tokens} tokens of {merged} patches are gathered from {pixels}")
-    shape, weights = _follow(spec, graph, chain, fed, tokens)
+    shape, weights = _follow(spec, graph, chain, patches, tokens)
     if squeezed(shape) != squeezed((tokens, merged, spec.hidden)):
         raise UnknownHostError(f"the device would take {list(shape)} for {tokens} tokens of {merged} patches")
-    return _Entry(tuple(chain), weights, index, shape)
+    return _Entry(chain, weights, order, TensorSpec(given, "float32", shape))
+
+
+def _gather_index(graph: OnnxGraph, chain: Sequence[int]) -> NDArray[np.int64]:
+    """The constant index of the only gather in a chain."""
+    gathers = [graph.nodes[place] for place in chain if graph.nodes[place].op_type == "Gather"]
+    if len(gathers) != 1:
+        raise UnknownHostError(f"tokens are gathered {len(gathers)} times, not once")
+    index = graph.constant(gathers[0].input[1]) if len(gathers[0].input) == 2 else None
+    if index is None or index.dtype.name not in ("int32", "int64") or index.ndim != 1 or not len(index):
+        raise UnknownHostError(f"{named(gathers[0])} does not gather by a constant index")
+    return index.astype(np.int64)
 
 
 def _follow(
@@ -185,14 +194,14 @@ def _follow(
 def _embedding(
     spec: TowerSpec, kernel: NDArray[Any], bias: NDArray[Any] | None, where: str
 ) -> Mapping[str, NDArray[Any]]:
-    """The patch embedding's weights by their names, from the product that embeds patches."""
+    """The patch embedding's weights by name."""
     (first,) = spec.embed
     assert isinstance(first, Linear), "TowerSpec checks it"
     expected = spec.hidden, spec.patch_width
     if kernel.shape != expected:
         raise BundleError(
             f"{where} embeds patches with a kernel of {list(kernel.shape)}, and the checkpoint's is {list(expected)}.",
-            hint="Pass the checkpoint that the artifact was compiled from.",
+            hint=OTHER_CHECKPOINT,
         )
     found = {f"{first.name}.weight": kernel.reshape(spec.stored_shape(first))}
     if bias is not None and not first.bias:
@@ -202,75 +211,37 @@ def _embedding(
     return found
 
 
-def _find_taken(graph: OnnxGraph, embeddings: str) -> str:
-    """What goes into the last gather."""
-    tensor = embeddings
-    for _ in range(_MOST_STEPS):
-        place = graph.makers.get(tensor)
-        if place is None:
-            break
-        node = graph.nodes[place]
-        if not is_plain(node, STILL | _GATHER):
-            raise UnknownHostError(f"{named(node)} is not one of the host's operators")
-        tensor = node.input[0]
-        if node.op_type == "Gather":
-            return str(tensor)
-    raise UnknownHostError(f"{embeddings!r} is not gathered from what a device gives")
-
-
-def _exit(
-    spec: TowerSpec, graph: OnnxGraph, embeddings: TensorSpec, taken: str, tokens: int
-) -> tuple[tuple[int, ...], NDArray[np.int64]]:
-    """The nodes from what the device gives to the graph's output, and the order that they gather by."""
-    chain = _chain(graph, embeddings.name, taken)
-    gathers = [place for place in chain if graph.nodes[place].op_type == "Gather"]
-    if len(gathers) != 1 or any(graph.nodes[place].op_type in PRODUCTS for place in chain):
-        raise UnknownHostError("the embeddings are not gathered once and nothing else")
-    index = _index(graph, graph.nodes[gathers[0]])
-    shape, _ = _follow(spec, graph, chain, (tokens, spec.out_width), tokens)
-    if squeezed(shape) != squeezed((tokens, spec.out_width)):
-        raise UnknownHostError(f"the embeddings come out as {list(shape)}")
-    return chain, index
-
-
-def _index(graph: OnnxGraph, node: onnx.NodeProto) -> NDArray[np.int64]:
-    index = graph.constant(node.input[1]) if len(node.input) == 2 else None
-    if index is None or index.dtype.name not in ("int32", "int64") or index.ndim != 1 or not len(index):
-        raise UnknownHostError(f"{named(node)} does not gather by a constant index")
-    return index.astype(np.int64)
-
-
-def _check_orders(window_index: NDArray[np.int64], reverse_index: NDArray[np.int64]) -> None:
-    tokens = len(window_index)
-    if not np.array_equal(np.sort(window_index), np.arange(tokens)):
+def _check_orders(window_order: NDArray[np.int64], reverse_order: NDArray[np.int64]) -> None:
+    tokens = len(window_order)
+    if not np.array_equal(np.sort(window_order), np.arange(tokens)):
         raise BundleError(
             f"the model's window order of {tokens} tokens is not a permutation: tokens are lost or repeated.",
-            hint="Export and compile the tower again.",
+            hint=EXPORT_AGAIN,
         )
-    expected = np.argsort(window_index)
-    if not np.array_equal(reverse_index, expected):
-        wrong = int((reverse_index != expected).sum()) if len(reverse_index) == tokens else max(tokens, 1)
+    inverse = np.argsort(window_order)
+    if not np.array_equal(reverse_order, inverse):
+        wrong = int((reverse_order != inverse).sum()) if len(reverse_order) == tokens else max(tokens, 1)
         raise BundleError(
-            f"the model does not put its embeddings back: {wrong} of {tokens} places of the reverse order are not the "
-            "inverse of the window order.",
-            hint="Export and compile the tower again.",
+            f"the model does not restore the order of its embeddings: {wrong} of {tokens} places of the reverse order "
+            "are not the inverse of the window order.",
+            hint=EXPORT_AGAIN,
         )
 
 
 def _check_cut(graph: OnnxGraph, pixels: str, given: str, taken: str, host: set[int]) -> None:
-    """Whether the device's part touches the rest of the graph in these two tensors only."""
+    """Refuse a device part that is connected to the rest of the graph by more than these two tensors."""
     ends = [tensor.name for tensor in graph.outputs]
     needed, fed = graph.ancestors(ends), graph.descendants([pixels])
     for place in sorted(graph.descendants([pixels], [given]) & needed - host):
-        raise UnknownHostError(f"{named(graph.nodes[place])} takes from the patches and is not the device's")
+        raise UnknownHostError(f"{named(graph.nodes[place])} reads the patches and is not in the device's part")
     for place in sorted(graph.ancestors(ends, [taken]) & fed - host):
-        raise UnknownHostError(f"{named(graph.nodes[place])} gives to the embeddings and is not the device's")
+        raise UnknownHostError(f"{named(graph.nodes[place])} feeds the embeddings and is not in the device's part")
     if graph.makers.get(taken) not in graph.descendants([given]):
         raise UnknownHostError(f"{taken!r} does not depend on {given!r}")
 
 
 def end_operators(graph: OnnxGraph) -> list[int]:
-    """The operators at the graph's ends, up to the first that is not the host's: where the device's are not known."""
+    """The operators at the graph's ends, up to the first that cannot be the host's; for graphs without a boundary."""
     before: list[int] = []
     for place in sorted(graph.descendants(tensor.name for tensor in graph.inputs)):
         before.append(place)

@@ -1,10 +1,10 @@
-"""Folders as AMD's Vitis AI compiler leaves them, made from a tower: for tests, and for simulators of its runtime.
+"""Writes folders in the layouts of AMD's Vitis AI compiler, for tests and for simulators of its runtime.
 
-Two layouts are written. `rai` is the published one, three files side by side:
+The layout `rai` is the published one, with three files in one folder:
 
     vision.rai  vision.onnx  vision.onnx.data
 
-`directory` is a cache of the compiler next to the model that it compiled:
+`directory` is the compiler's cache next to the model that it compiled:
 
     vision.onnx  vision.onnx.data
     vision_cache/
@@ -13,9 +13,8 @@ Two layouts are written. `rai` is the published one, three files side by side:
       vaiml_par_0/simulator.rai
       vaiml_par_0/0/flexmlrt-hsi.json
 
-The `.onnx` is the whole tower in the operators and the order of transformers: convolution, window gather, blocks and
-merger, reverse gather. What lies between the two gathers is the device's partition. A caller's `compile` gets it as a
-separate ONNX model, and writes what stands for the compiled binary.
+The `.onnx` is the whole tower with transformers' operators in their order: convolution, window gather, blocks and
+merger, reverse gather. The device's partition is what is between the two gathers.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from visionaccel_flexmlrt.artifact import SIMULATOR_FILE
 WindowOrder: TypeAlias = Literal["raster", "grouped"]
 
 DEVICE_INPUT, DEVICE_OUTPUT, EMBEDDINGS = "device_input", "device_output", "image_embeddings"
-"""What the device's partition takes and gives, and the graph's output. The graph's input is `PIXELS`."""
+"""The partition's input and output, and the graph's output. The graph's input is `PIXELS`."""
 
 _ALIGNMENT = 64
 _CHUNK = 1 << 24
@@ -53,23 +52,23 @@ def write_vitisai_folder(
     grid: Grid,
     *,
     layout: Literal["rai", "directory"],
-    compile: Callable[[Path, Path], object],  # noqa: A002 - it is what the function does
+    compile: Callable[[Path, Path], object],  # noqa: A002 - it says what the function does
     window_order: WindowOrder = "raster",
     metadata: bool = False,
 ) -> Path:
-    """Write what the compiler leaves for the program of one grid.
+    """Write the folder that the compiler would write for one grid.
 
     Args:
-        tower: A Qwen2.5-VL tower; its weights are copied, and holes in their files stay holes.
-        folder: Where to; made if it does not exist.
+        tower: A Qwen2.5-VL tower. Its weights are copied; holes in their files stay holes.
+        folder: The folder to write; made if it does not exist.
         grid: One frame.
         layout: A single file, or the compiler's cache.
         compile: Called once with the partition as an ONNX file, whose weights are external data in one file next to it,
-            and with the file to write: the `.rai`, or `simulator.rai` in the partition's folder. The partition takes
-            `DEVICE_INPUT`, float32 [tokens, merged, hidden], and gives `DEVICE_OUTPUT`, float32 [tokens, out_width],
-            both in window order. Its files are gone after the call.
-        window_order: Order of the windows that the two gathers make.
-        metadata: Write `flexmlrt-hsi.json` next to a `.rai` too.
+            and with the file to write: the `.rai`, or `simulator.rai` in the partition's folder. The partition's input
+            is `DEVICE_INPUT`, float32 [tokens, merged, hidden], its output `DEVICE_OUTPUT`, float32 [tokens,
+            out_width], both in window order. The ONNX files are deleted after the call.
+        window_order: Order of the windows.
+        metadata: Also write `flexmlrt-hsi.json` next to a `.rai`.
 
     Returns:
         The artifact: the `.rai`, or `partition-info.json`.
@@ -96,7 +95,7 @@ def write_vitisai_folder(
 
 
 def _partition(tower: Tower, grid: Grid, order: WindowOrder) -> onnx.ModelProto:
-    """What runs on the device, in float32."""
+    """The device's part, in float32."""
     coverage, host = FixedGrid(grid), HostSplit(order)
     model = onnx.load_model_from_string(tower.onnx_model(coverage=coverage, host=host))
     (first,), (last,) = tower.signature(coverage, host)
@@ -110,7 +109,7 @@ def _partition(tower: Tower, grid: Grid, order: WindowOrder) -> onnx.ModelProto:
 
 
 def _whole(tower: Tower, grid: Grid, order: WindowOrder, partition: onnx.ModelProto) -> onnx.ModelProto:
-    """The whole tower around the partition's operators."""
+    """The whole tower, with the partition's operators in it."""
     spec, (kernel_name,) = tower.spec, tower.host_weights
     kernel = tower.weights[kernel_name]
     tables = make_tables(spec, [grid], grouped=order == "grouped")
@@ -159,7 +158,7 @@ def _whole(tower: Tower, grid: Grid, order: WindowOrder, partition: onnx.ModelPr
 
 
 def _pack_weights(model: onnx.ModelProto, source: Path, target: Path) -> None:
-    """Copy the weights that a model refers to into one file, and make it refer to that."""
+    """Copy the weights that a model refers to into one file, and make the model refer to it."""
     end = 0
     with target.open("wb") as written:
         for tensor in filter(is_external, model.graph.initializer):
@@ -178,16 +177,15 @@ def _pack_weights(model: onnx.ModelProto, source: Path, target: Path) -> None:
 
 
 def _device_tensors(partition: onnx.ModelProto) -> dict[str, Any]:
-    """`flexmlrt-hsi.json`: the tensors at the device's edges."""
+    """The content of `flexmlrt-hsi.json`: the tensors at the device's edges."""
 
     def entry(value: onnx.ValueInfoProto, name: str) -> dict[str, Any]:
-        shape = _shape(value)
         return {
             "name": f"compute_graph.{name}",
             "tensor_name": value.name,
-            "cpu_shape": shape,
+            "cpu_shape": _shape(value),
             "cpu_dtype": "fp32",
-            "hw_shape": shape,
+            "hw_shape": _shape(value),
             "hw_dtype": "bf16",
             "scale_factor": 1.0,
         }

@@ -1,4 +1,4 @@
-"""Checks by name: each finds one kind of fault, and says in its failure what to look at."""
+"""Checks by name: each finds one kind of fault, and its failure says what to look at."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ if TYPE_CHECKING:
     from visionaccel_testing.conformance.kit import Kit
 
 LEVELS = ("interface", "shapes", "numbers", "determinism", "concurrency and life cycle", "faults", "speed")
-"""What the levels 0 to 6 are about."""
+"""The subjects of levels 0 to 6."""
 
 
 class CheckFailedError(AssertionError):
-    """The backend does not keep the contract; the message says where and what that may come from."""
+    """The backend breaks the contract; the message says where and what the cause may be."""
 
 
 class NotApplicableError(Exception):
-    """A check has nothing to look at in this backend; the message says why."""
+    """A check does not apply to this backend; the message says why."""
 
 
 @contextmanager
 def must_raise(kind: type[Exception], otherwise: str) -> Iterator[None]:
-    """Fail with that message unless an error of that kind is raised within."""
+    """Fail with the message `otherwise` unless an error of that kind is raised within."""
     try:
         yield
     except kind:
@@ -39,8 +39,8 @@ class Check:
     Attributes:
         level: 0 to 6.
         name: Its name, such as `L1-rows`.
-        title: What is right if it passes, in one sentence.
-        run: Raises CheckFailedError or NotApplicableError, or what the backend raised where it should raise nothing.
+        title: What holds if it passes, in one sentence.
+        run: Raises CheckFailedError, NotApplicableError, or any error of the backend that should not have been raised.
     """
 
     level: int
@@ -57,7 +57,7 @@ class Checks:
         self.found: list[Check] = []
 
     def add(self, function: Callable[[Kit], None]) -> Callable[[Kit], None]:
-        """Decorator: the function is a check, named after itself; the first line of its docstring is the title."""
+        """Decorator: make a check of a function, named after it and titled with the first line of its docstring."""
         name = f"L{self.level}-{function.__name__.replace('_', '-')}"
         title = (function.__doc__ or "").splitlines()[0].removesuffix(".")
         self.found.append(Check(self.level, name, title, function))

@@ -1,4 +1,4 @@
-"""What an author says of a backend before it is checked."""
+"""What an author declares about a backend before it is checked."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from typing import Any, TypeAlias
 from visionaccel.encoder import WantedIsolation
 
 Source: TypeAlias = Callable[[Path, Path], Path]
-"""Makes what the backend opens, such as a bundle of fixed grids: from a checkpoint's folder and a folder that does not
-exist yet, to the folder to open. A function of a module, so that other processes find it."""
+"""Makes what the backend opens, such as a bundle of fixed grids. Takes the checkpoint's folder and a folder that does
+not exist yet, and returns the folder to open. Must be a function of a module, so that other processes can import it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tolerance:
-    """How near to the float32 reference embeddings must be. Cosines are of tokens.
+    """How close to the float32 reference embeddings must be.
 
     Attributes:
-        lowest: The lowest cosine must reach it.
-        first_percentile: The cosine that 99 % of the tokens reach must reach it.
-        mean: The mean cosine must reach it.
-        relative_error: Most that the norm of all differences may be, as a share of the norm of the reference.
+        lowest: The least cosine of any token.
+        first_percentile: The least cosine of 99 % of the tokens.
+        mean: The least mean cosine of the tokens.
+        relative_error: The largest norm of all differences, as a share of the norm of the reference.
     """
 
     lowest: float
@@ -41,17 +41,17 @@ TOLERANCES: Mapping[str, Tolerance] = MappingProxyType(
         "int8": Tolerance(0.99, 0.992, 0.995, 0.12),
     }
 )
-"""By precision, as `Capabilities.precision` names it. What right programs reach with room to spare, and faults in
-single windows or rows do not."""
+"""By precision, as in `Capabilities.precision`. Correct programs stay well within them, and faults in single windows or
+rows do not."""
 
 
 @dataclass(frozen=True, slots=True)
 class KnownFailure:
-    """A check that fails, and is meant to until it is mended: once it passes, the suite fails.
+    """A check that is expected to fail until the backend is fixed; the suite fails once it passes.
 
     Attributes:
         check: The check's name, such as `L3-processes`.
-        since: When that was found.
+        since: When the failure was found.
         reason: Why it fails.
     """
 
@@ -65,19 +65,17 @@ class KnownFailure:
 
 @dataclass(frozen=True)
 class BackendUnderTest:
-    """A backend, and how it is to be checked.
+    """A backend, and how to check it.
 
     Attributes:
-        backend: Its name.
         device: One of its devices; None for its default.
         options: Its options by name.
-        isolation: Where its sessions live, as for `open_encoder`.
+        isolation: Where its sessions run, as for `open_encoder`.
         source: Makes what it opens from a checkpoint; None if it opens the checkpoint itself.
-        capabilities: What its sessions must say of themselves: some fields of `Capabilities` by name.
-        tolerances: How near to the reference it is, by precision, where that is not the kit's `TOLERANCES`.
-        known_failures: What fails.
+        capabilities: Required values of fields of `Capabilities`, by name.
+        tolerances: Tolerances by precision that replace the kit's `TOLERANCES`.
         speed_floor: Least speed compared with the reference on this machine, as a ratio of median times: 0.5 for half
-            as fast. None for no such claim, as for a simulator.
+            as fast. None for no requirement, as for a simulator.
     """
 
     backend: str
@@ -91,15 +89,11 @@ class BackendUnderTest:
     speed_floor: float | None = 0.5
 
     def tolerance(self, precision: str) -> Tolerance:
-        """How near to the reference embeddings of a precision must be; as float32's where none is stated."""
+        """The tolerance for a precision; float32's for a precision without one."""
         return {**TOLERANCES, **self.tolerances}.get(precision, TOLERANCES["float32"])
 
     def stated(self, seed: int) -> dict[str, Any]:
-        """What a report says of how the backend was checked, as JSON has it.
-
-        Args:
-            seed: Of the weights, patches and grids.
-        """
+        """How the backend was checked, as JSON for a report; `seed` is that of the weights, patches and grids."""
         return {
             "isolation": self.isolation,
             "source": None if self.source is None else f"{self.source.__module__}.{self.source.__qualname__}",
@@ -111,6 +105,6 @@ class BackendUnderTest:
 
     @property
     def label(self) -> str:
-        """Name, device and options in a few words, for reports."""
+        """Name, device and options as one short text, for reports."""
         options = "&".join(f"{name}={value}" for name, value in self.options.items())
         return self.backend + (f"/{self.device}" if self.device else "") + (f"?{options}" if options else "")

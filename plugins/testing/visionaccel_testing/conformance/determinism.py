@@ -1,4 +1,4 @@
-"""Level 3: the same images give the same embeddings, at any time, in any process and with any other images."""
+"""Level 3: the same images give the same embeddings, in any call, thread and process, next to any other images."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import numpy as np
 from visionaccel.core.grid import Grid
 from visionaccel_testing.conformance.check import CheckFailedError, Checks
 from visionaccel_testing.conformance.fresh_process import in_fresh_process
-from visionaccel_testing.conformance.kit import Embeddings, Kit
-from visionaccel_testing.conformance.subject import Subject, encoded, listed, patches_for
+from visionaccel_testing.conformance.kit import Embeddings, Kit, Subject, encoded, listed, patches_for
 
 DETERMINISM = Checks(3)
 
@@ -32,7 +31,7 @@ def calls(kit: Kit) -> None:
 
 @DETERMINISM.add
 def processes(kit: Kit) -> None:
-    """Another process, started from nothing, gives the same embeddings."""
+    """A newly started process gives the same embeddings."""
     found = in_fresh_process(_encode, kit.subject, kit.calls)
     for grids, embeddings in zip(kit.calls, found, strict=True):
         here = kit.encode(patches_for(grids, kit.seed), grids)

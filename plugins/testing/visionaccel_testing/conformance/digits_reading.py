@@ -1,7 +1,7 @@
-"""What an encoder's errors, and fitting images to its programs, cost a small model that reads digits.
+"""How an encoder's errors, and fitting images to its programs, change what a small model reads.
 
 The digits model is a small Qwen2.5-VL that reads handwritten digits (`examples/digits_vlm`). Its language model runs in
-transformers, in float32 and greedily, on embeddings that come from elsewhere.
+transformers, in float32 and with greedy sampling, on the embeddings of any encoder.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from visionaccel.core.safe_text import safe_logger
 from visionaccel.encoder import Encoder
 from visionaccel.errors import CheckpointError, VisionAccelError
 from visionaccel.images import Fitter, ImageProcessor, image_processor
-from visionaccel_testing.conformance.subject import encoded
+from visionaccel_testing.conformance.kit import encoded
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 logger = safe_logger(__name__)
 
 LEAST_AGREEMENT = 0.98
-"""Share of answers that must be those of the reference encoder on the same images."""
+"""The least share of answers that must be equal to those with the reference encoder."""
 
 _MOST_TOKENS = 8
 
@@ -39,13 +39,13 @@ Patches = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class DigitsRead:
-    """What the digits model reads through one way of fitting images to the programs.
+    """What the digits model reads with one way of fitting images to the programs.
 
     Attributes:
-        fit: That way; `natural` leaves images as they are.
+        fit: The way of fitting; `natural` leaves images as they are.
         images: Number of images.
-        accuracy: Share of answers equal to the truth.
-        agreement: Share of answers equal to those of the reference encoder on the same images.
+        accuracy: Share of correct answers.
+        agreement: Share of answers equal to those with the reference encoder on the same images.
     """
 
     fit: Fit
@@ -55,11 +55,11 @@ class DigitsRead:
 
 
 def read_digits(folder: Path, ours: Encoder, reference: Encoder, count: int) -> tuple[DigitsRead, ...]:
-    """What the digits model reads in held-out images through an encoder, compared with the truth and the reference.
+    """What the digits model reads in `count` held-out images, for each way of fitting images to the programs.
 
-    Images keep their own size, `natural`, on a program for any grid; without one it is the reference that reads them.
-    That is what the accuracy of `letterbox` and `stretch` is compared with, for which images are fitted to the programs
-    that do not take every grid.
+    For `natural`, images keep their size and are encoded by `ours`, or by the reference if no program takes any grid:
+    the accuracy of `letterbox` and `stretch` is compared with that one. These two are measured if there are programs
+    that do not take every grid; images are then fitted to those.
 
     Args:
         folder: The digits checkpoint.
@@ -102,7 +102,7 @@ def read_digits(folder: Path, ours: Encoder, reference: Encoder, count: int) -> 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """One thread of torch: so small a model is slower on several, and many times so on a busy machine."""
+    """Limit torch to one thread: so small a model is slower on several, by many times on a busy machine."""
     import torch
 
     threads = torch.get_num_threads()
@@ -114,7 +114,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _fitted(image: Image, fitter: Fitter | None, process: ImageProcessor) -> tuple[Patches, Grid]:
-    """Patches of an image at the grid that the fitter gives it, or at its own."""
+    """The patches and grid of an image, fitted if there is a fitter."""
     if fitter is None:
         return process(image)
     patch, grid = fitter.tower.patch_size, fitter.grid_for(image.height, image.width)
@@ -132,7 +132,7 @@ class _Reader:
         from transformers.utils import logging as transformers_logging
 
         class Visual(torch.nn.Module):
-            """Stands where the tower stood, and returns what was encoded elsewhere."""
+            """Replaces the tower, and returns embeddings that were made elsewhere."""
 
             dtype = torch.float32
 
@@ -161,7 +161,7 @@ class _Reader:
         self._visual = self._model.model.visual = Visual(self._merge)
 
     def answer(self, encoder: Encoder, patches: Patches, grid: Grid) -> str:
-        """The digits that the model reads in one image, whose embeddings an encoder makes of patches [P, width]."""
+        """The digits that the model reads in one image of patches [P, width], with an encoder's embeddings."""
         import torch
 
         from digits_vlm.architecture import QUESTION
@@ -183,7 +183,7 @@ class _Reader:
             "image_grid_thw": torch.tensor([grid.thw]),
         }
         answer: list[int] = []
-        # A loop instead of `generate`, which takes as long to set up as so small a model to answer.
+        # `generate` would take as long to set up as so small a model takes to answer.
         with torch.inference_mode():
             for _ in range(_MOST_TOKENS):
                 step = self._model(**fed, use_cache=True)

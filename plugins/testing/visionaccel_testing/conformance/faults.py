@@ -1,4 +1,4 @@
-"""Level 5: broken files, lost and hanging devices, no memory, NaN: the right error, and nothing else is harmed."""
+"""Level 5: broken files, lost and hanging devices, no memory, NaN: the right error, and later calls are correct."""
 
 from __future__ import annotations
 
@@ -19,27 +19,26 @@ from visionaccel.errors import ArtifactError, DeviceError, DeviceLostError, Outp
 from visionaccel.isolation import IsolatedSession
 from visionaccel_testing.conformance.check import CheckFailedError, Checks, NotApplicableError, must_raise
 from visionaccel_testing.conformance.fresh_process import in_fresh_process
-from visionaccel_testing.conformance.kit import Kit, Weights
-from visionaccel_testing.conformance.subject import Subject, encoded, first_call, grids_of, patches_for
+from visionaccel_testing.conformance.kit import Kit, Subject, Weights, encoded, first_call, grids_of, patches_for
 
 FAULTS = Checks(5)
 
 _RECOVERY = 120.0
-"""Seconds until a lost device must answer again: its process restarts and opens the program."""
+"""Seconds within which a lost device must answer again: its process restarts and opens the program."""
 
 _HANG = 4.0
-"""Seconds of a call in the check of a hang."""
+"""The deadline of calls in the check of a hang, in seconds."""
 
 _LEFT = (4 * 2**20, 2**20, 0)
-"""Bytes that a device's process may still take: enough for the core to hand it the call, and then less."""
+"""Bytes that a device's process may still allocate: enough for the core to pass it the call, and then less."""
 
 _UNDER_WAY = 1.0
-"""Seconds after which a call has surely reached the device's process; it takes milliseconds."""
+"""Seconds after which a call has certainly reached the device's process; it takes milliseconds."""
 
 
 @FAULTS.add
 def truncated(kit: Kit) -> None:
-    """Weights or a program that end too early are refused; nothing is computed from what is not there."""
+    """Weights or a program that were cut short are refused; nothing is computed from missing data."""
     subject = kit.copy_of(kit.subject, "truncated")
     in_fresh_process(_open_truncated, subject)
 
@@ -48,7 +47,7 @@ def truncated(kit: Kit) -> None:
 def tampered(kit: Kit) -> None:
     """A bundle whose file was changed is refused."""
     if kit.subject.source == kit.subject.checkpoint:
-        raise NotApplicableError("it opens checkpoints, whose files state no digests.")
+        raise NotApplicableError("it opens checkpoints, whose files have no digests.")
     subject = kit.copy_of(kit.subject, "tampered")
     largest = _largest([path for path in subject.source.rglob("*") if path.is_file() and path.suffix != ".json"])
     data = bytearray(largest.read_bytes())
@@ -66,12 +65,12 @@ def failed_call(kit: Kit) -> None:
 
 @FAULTS.add
 def nan_output(kit: Kit) -> None:
-    """Weights that make NaN of every image end in an error, not in numbers."""
+    """If the weights make every embedding NaN, the call fails and returns no numbers."""
     subject = kit.subject_of("nan", edit=_poison)
     try:
         encoder = subject.open()
     except VisionAccelError:
-        return  # It looked at the weights.
+        return  # it checks the weights
     with encoder:
         grids = kit.calls[0]
         try:
@@ -86,7 +85,7 @@ def nan_output(kit: Kit) -> None:
 
 @FAULTS.add
 def device_lost(kit: Kit) -> None:
-    """If the process of the device dies, the call in it fails as DeviceLostError, and a new one answers right."""
+    """If the device's process dies, its call fails with DeviceLostError, and a new process answers correctly."""
     with _isolated(kit) as device, ThreadPoolExecutor(1) as pool:
         device.process.suspend()  # so that the call is still in it when it dies
         call = pool.submit(device.encode)
@@ -101,7 +100,7 @@ def device_lost(kit: Kit) -> None:
 
 @FAULTS.add
 def hang(kit: Kit) -> None:
-    """If a call hangs past the deadline, it fails as DeviceLostError in time, and later ones are right."""
+    """A call that hangs past the deadline fails in time with DeviceLostError, and later calls are correct."""
     with _isolated(kit, deadline=_HANG) as device:
         device.process.suspend()
         began = time.monotonic()
@@ -115,9 +114,9 @@ def hang(kit: Kit) -> None:
 
 @FAULTS.add
 def allocation(kit: Kit) -> None:
-    """Without memory a call fails with an error or ends the device's process; later calls are right."""
+    """Without memory a call fails with an error or ends the device's process; later calls are correct."""
     with _isolated(kit) as device:
-        # A call that is larger than those before must take more memory.
+        # A call that is larger than those before must allocate memory.
         larger = max(kit.calls, key=total_patches)
         patches = kit.patches(larger, 91)
         right = kit.encode(patches, larger)
@@ -136,11 +135,11 @@ def allocation(kit: Kit) -> None:
             device.process.rlimit(psutil.RLIMIT_AS, limits)
         device.recovers("that had no memory")
         if not failed:
-            raise NotApplicableError("its calls take no memory beyond what it holds, and were right with none left.")
+            raise NotApplicableError("its calls allocate no memory, and were correct with none left.")
 
 
 class _Device:
-    """The backend in a child process, and a small call that is answered there."""
+    """The backend in a child process, and a small call of it."""
 
     def __init__(self, kit: Kit, encoder: Encoder) -> None:
         self._kit, self.encoder = kit, encoder
@@ -152,7 +151,7 @@ class _Device:
         self._exact = self.encode()
 
     def recovers(self, what: str) -> None:
-        """Fail unless calls are answered right again in time; until then they may fail as DeviceError."""
+        """Fail unless calls are correct again in time; until then they may raise DeviceError."""
         limit = time.monotonic() + _RECOVERY
         while True:
             try:
@@ -173,7 +172,7 @@ def _isolated(kit: Kit, deadline: float = 60.0) -> Iterator[_Device]:
 
 
 def _poison(weights: Weights) -> None:
-    """Makes one bias NaN, in a layer that every token goes through."""
+    """Make one bias NaN, in a layer that every token goes through."""
     weights["visual.blocks.0.attn.proj.bias"][:] = np.nan
 
 
@@ -182,7 +181,7 @@ def _largest(files: list[Path]) -> Path:
 
 
 def _open_truncated(subject: Subject) -> None:
-    """Opens and runs a program whose largest file lost its second half after the core had looked at it."""
+    """Open and run a program whose largest file is cut in half after the core checked it."""
     registry, source = Registry(), open_source(subject.source)
     backend = registry.load(subject.backend)
     program = select(registry, source, subject.backend, subject.device).require()[1][0]
@@ -199,22 +198,20 @@ def _open_truncated(subject: Subject) -> None:
         with closing(backend.open(program, subject.device, options)) as session:
             session.run(inputs)
 
-    run()  # as it is, it runs
-    # What the program itself reads: its artifact, or the weights.
+    run()
+    # The program itself reads its artifact, or the weights.
     largest = _largest([program.artifact] if program.artifact else [each.file for each in program.weights.values()])
     with largest.open("r+b") as file:
         file.truncate(largest.stat().st_size // 2)
     try:
         run()
     except Exception:
-        return  # Any: the core makes a DeviceError of errors that are not its own.
-    raise CheckFailedError(
-        f"half of {largest.name} is gone, and the program answers: what is not there is read as something."
-    )
+        return  # the core turns any error into a DeviceError
+    raise CheckFailedError(f"half of {largest.name} is gone, and the program answers: missing data is read as numbers.")
 
 
 def _fail_inside(subject: Subject) -> None:
-    """Calls a session with inputs that no program takes; any exception will do, and then a right call must be right."""
+    """Call a session with invalid inputs, which may raise anything; a valid call must then be correct."""
     with subject.open() as encoder:
         grids = grids_of(encoder)[0]
         frame = grids[0].frame
@@ -229,7 +226,7 @@ def _fail_inside(subject: Subject) -> None:
             else:
                 raise CheckFailedError(f"a session runs on inputs where {what}.")
             if encoder.capabilities.deterministic and not np.array_equal(found, exact):
-                raise CheckFailedError(f"after a call that failed because {what}, a right call gets a wrong answer.")
+                raise CheckFailedError(f"after a call that failed because {what}, a valid call gets a wrong answer.")
 
 
 def _broken(inputs: Mapping[str, NDArray[np.generic]]) -> Iterator[tuple[str, dict[str, NDArray[np.generic]]]]:

@@ -1,4 +1,4 @@
-"""The suite on the backend that the command line names: what `pytest --visionaccel-backend=NAME` collects."""
+"""The suite that `pytest --visionaccel-backend=NAME` collects."""
 
 from __future__ import annotations
 

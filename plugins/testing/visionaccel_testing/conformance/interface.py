@@ -1,4 +1,4 @@
-"""Level 0: a plug-in can be found, asked and refused on any machine, with its device or without."""
+"""Level 0: a plug-in can be found, probed and rejected on any machine, with its device or without."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def light_import(kit: Kit) -> None:
     if loaded:
         raise CheckFailedError(
             f"importing the plug-in loads {', '.join(loaded[:5])}. Import a vendor's library in `probe` and `open`: "
-            "every command that lists backends imports the plug-in, also where the library is broken or missing."
+            "every command that lists backends imports the plug-in, even if the library is broken or missing."
         )
 
 
 @INTERFACE.add
 def registration(kit: Kit) -> None:
-    """The hook gives one class of the entry point's name, the same each time, and making one does nothing."""
+    """The hook returns one class, the same each time, with the entry point's name; creating an instance is free."""
     name = kit.declared.backend
     first, again = Registry().load(name), Registry().load(name)
     if type(first) is not type(again):
@@ -61,7 +61,7 @@ def registration(kit: Kit) -> None:
         raise CheckFailedError(f"`formats` is {kind.formats!r}; it must be a frozenset of program formats.")
     for device in (None, "cpu"):
         if not first.formats_on(device) <= kind.formats:
-            raise CheckFailedError(f"`formats_on({device!r})` names formats that `formats` does not.")
+            raise CheckFailedError(f"`formats_on({device!r})` has formats that `formats` lacks.")
 
 
 @INTERFACE.add
@@ -81,30 +81,30 @@ def options(kit: Kit) -> None:
 
 @INTERFACE.add
 def probe(kit: Kit) -> None:
-    """A probe answers with a verdict, twice the same, and refuses what it does not know with a reason and a hint."""
+    """Two probes return the same verdict, and an unknown device is rejected with a reason and a hint."""
     backend, program = _backend_and_program(kit)
     device = kit.declared.device
     first, second = (backend.probe(program, device) for _ in range(2))
     if first != second:
         raise CheckFailedError(f"two probes of one program differ: {first!r}, {second!r}.")
     if isinstance(first, Accepted) and not 0 < first.score <= 100:
-        raise CheckFailedError(f"its score is {first.score}; see `Accepted` for what numbers mean.")
+        raise CheckFailedError(f"its score is {first.score}, not over 0 and up to 100; see `Accepted`.")
     _refused(backend, program, "no-such-device:7", "a device that does not exist")
 
 
 @INTERFACE.add
 def foreign_families(kit: Kit) -> None:
-    """A backend that builds the tower itself refuses a tower of an unknown family without a description."""
+    """A backend that builds the tower itself rejects a tower of an unknown family without a description."""
     backend, program = _backend_and_program(kit)
     if program.model is not None or program.artifact is not None:
-        raise NotApplicableError("what it runs is in a file, whose inputs and outputs have names.")
+        raise NotApplicableError("its programs are in files, whose inputs and outputs have names.")
     unknown = replace(program, family="no_such_family", spec=None)
     _refused(backend, unknown, kit.declared.device, "a tower of an unknown family that is not described")
 
 
 @INTERFACE.add
 def requirement(kit: Kit) -> None:
-    """The distribution says which releases of visionaccel it is for, and this is one of them."""
+    """The distribution declares which releases of visionaccel it supports, and this is one of them."""
     from packaging.requirements import Requirement
 
     name = kit.declared.backend
@@ -125,21 +125,21 @@ def requirement(kit: Kit) -> None:
 
 @INTERFACE.add
 def capabilities(kit: Kit) -> None:
-    """An open session says what it is, and that is what the author declared."""
+    """An open session declares its capabilities, and they are those that the author declared."""
     for opened in kit.encoder.programs:
         found = opened.session.capabilities
         if not isinstance(found, Capabilities):
             raise CheckFailedError(f"a session's `capabilities` is {found!r}.")
         if found.max_in_flight > 1 and not found.thread_safe:
-            raise CheckFailedError("max_in_flight is over 1 and thread_safe is False: then calls come one at a time.")
+            raise CheckFailedError("max_in_flight is over 1 and thread_safe is False, which means one call at a time.")
         if not found.device or not found.precision:
-            raise CheckFailedError("`device` and `precision` say what it really runs on and in; one of them is empty.")
+            raise CheckFailedError("`device` or `precision` is empty; they must say what it runs on and computes in.")
         known = {field.name for field in fields(Capabilities)}
         for name, value in kit.declared.capabilities.items():
             if name not in known:
-                raise CheckFailedError(f"Capabilities have no {name!r}; they have {', '.join(sorted(known))}.")
+                raise CheckFailedError(f"unknown capability {name!r}. Choose from {', '.join(sorted(known))}.")
             if getattr(found, name) != value:
-                raise CheckFailedError(f"the session says {name}={getattr(found, name)!r}; declared is {value!r}.")
+                raise CheckFailedError(f"the session declares {name}={getattr(found, name)!r}; expected {value!r}.")
 
 
 def _backend_and_program(kit: Kit) -> tuple[VisionBackend, Program]:
@@ -149,8 +149,8 @@ def _backend_and_program(kit: Kit) -> tuple[VisionBackend, Program]:
         _, programs = select(registry, open_source(kit.subject.source), name, kit.declared.device).require()
     except BackendUnavailableError as error:
         raise CheckFailedError(
-            f"each of the kit's own programs is refused: {error.message} If the backend opens no checkpoint, say what "
-            "it opens with BackendUnderTest(source=...)."
+            f"each of the kit's programs is rejected: {error.message} If the backend opens no checkpoints, set what it "
+            "opens with BackendUnderTest(source=...)."
         ) from error
     return registry.load(name), programs[0]
 
@@ -160,11 +160,11 @@ def _refused(backend: VisionBackend, program: Program, device: str | None, what:
     if not isinstance(verdict, Rejected):
         raise CheckFailedError(f"{what} is accepted: {verdict!r}.")
     if not verdict.reason or not verdict.hint:
-        raise CheckFailedError(f"{what} is refused without a reason or without a hint what to do: {verdict!r}.")
+        raise CheckFailedError(f"{what} is rejected without a reason or without a hint: {verdict!r}.")
 
 
 def _loaded_by(name: str) -> list[str]:
-    """Extension modules, runtimes, libraries and devices that loading a backend takes, beyond what the core has."""
+    """Extension modules, runtimes, libraries and devices that loading a backend adds to those of the core."""
     registry = Registry()
     before, opened = set(sys.modules), _mapped_and_open()
     backend = registry.load(name)
@@ -176,15 +176,15 @@ def _loaded_by(name: str) -> list[str]:
 
 
 def _is_foreign_extension(module: str) -> bool:
-    """Whether it is a compiled module, and neither Python's own nor of what the core itself needs."""
+    """Whether it is a compiled module, and neither Python's nor of a package that the core needs."""
     root, file = module.partition(".")[0], getattr(sys.modules[module], "__file__", None) or ""
     return file.endswith(tuple(EXTENSION_SUFFIXES)) and root not in {*sys.stdlib_module_names, *_NEEDED}
 
 
 def _mapped_and_open() -> set[str]:
-    """Libraries in this process that are not the system's, Python's or the core's, and devices that it has open."""
+    """Loaded libraries that are not the system's, Python's or the core's, and open devices, of this process."""
     process, found = psutil.Process(), set[str]()
-    with suppress(AttributeError, psutil.Error):  # elsewhere than on Linux
+    with suppress(AttributeError, psutil.Error):  # only on Linux
         found = {each.path for each in process.memory_maps() if ".so" in each.path and not _is_basic(Path(each.path))}
     with suppress(OSError):
         for file in Path("/proc/self/fd").iterdir():
@@ -196,7 +196,7 @@ def _mapped_and_open() -> set[str]:
 
 
 def _is_basic(library: Path) -> bool:
-    """Whether a library is the system's, Python's, or of what the core itself needs."""
+    """Whether a library is the system's, Python's, or of a package that the core needs."""
     folders = [place for place, part in enumerate(library.parts) if part in ("site-packages", "dist-packages")]
     if folders:
         return library.parts[folders[-1] + 1].removesuffix(".libs") in _NEEDED

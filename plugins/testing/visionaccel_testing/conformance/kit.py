@@ -1,10 +1,11 @@
-"""What checks work with: the backend open on generated programs, and the reference's answers."""
+"""What checks work with: the backend on generated towers, in this process or another, and the reference's answers."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,30 +19,117 @@ from safetensors.numpy import load_file, save_file
 
 from visionaccel.backends import Registry
 from visionaccel.checkpoint import SINGLE_FILE
+from visionaccel.core.arrays import as_numpy
 from visionaccel.core.comparison import Comparison
-from visionaccel.core.grid import Grid
-from visionaccel.core.program import AnyGrid
-from visionaccel.encoder import Encoder, open_encoder
+from visionaccel.core.grid import Grid, total_patches
+from visionaccel.core.program import AnyGrid, FixedGrid
+from visionaccel.encoder import Encoder, WantedIsolation, open_encoder
 from visionaccel.errors import BackendUnavailableError
 from visionaccel.validation import REFERENCE_BACKEND, REFERENCE_OPTIONS
 from visionaccel_testing.checkpoints import LIVELY, TINY, random_checkpoint
 from visionaccel_testing.conformance.check import CheckFailedError
 from visionaccel_testing.conformance.declaration import BackendUnderTest
-from visionaccel_testing.conformance.subject import Subject, encoded, grids_of, patches_for
 
 Embeddings = NDArray[np.float32]
 Weights = dict[str, NDArray[Any]]
 F = TypeVar("F", bound=Callable[..., None])
 
+PATCH_WIDTH = TINY["in_channels"] * TINY["temporal_patch_size"] * TINY["patch_size"] ** 2
+"""Values in a patch of the kit's small towers."""
+
+WINDOW_SIDE = TINY["window_size"] // TINY["patch_size"]
+"""Patches along a side of their attention windows."""
+
+_ANY = (
+    (Grid(1, 16, 12),),  # whole windows and partial ones
+    (Grid(1, 2, 2),),  # a single token
+    (Grid(1, 10, 22), Grid(1, 22, 10)),  # partial windows on both sides
+    (Grid(3, 6, 4), Grid(1, 4, 18)),  # a video with an image
+    (Grid(1, 24, 24),),
+)
+"""Calls that show faults in windows, frames and neighbours, for programs that take any grid."""
+
+_SIDES = (2, 4, 6, 8, 10, 12, 16, 20, 24, 32)
 _EXAMPLES = 12
-"""Calls that a property is tried with."""
+"""Examples that a property is tried with."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A backend, how it is opened, and on what. Can be sent to another process.
+
+    Attributes:
+        source: What it opens: the checkpoint, or a bundle made from it.
+        checkpoint: The float32 checkpoint.
+        seed: Seed of generated patches and grids.
+    """
+
+    backend: str
+    device: str | None
+    options: Mapping[str, Any]
+    isolation: WantedIsolation
+    source: Path
+    checkpoint: Path
+    seed: int
+
+    def open(self, *, isolation: WantedIsolation | None = None, deadline: float = 20.0) -> Encoder:
+        """A new encoder, which the caller closes; by default with the subject's isolation."""
+        return open_encoder(
+            self.source,
+            backend=self.backend,
+            device=self.device,
+            options=self.options,
+            registry=Registry(),
+            isolation=isolation or self.isolation,
+            deadline=deadline,
+        )
+
+
+def listed(grids: Sequence[Grid]) -> str:
+    """Grids as text for a message."""
+    return ", ".join(map(str, grids))
+
+
+def patches_for(grids: Sequence[Grid], seed: int, width: int = PATCH_WIDTH) -> NDArray[np.float32]:
+    """Random float32 patches [P, width]; the same for the same grids and seed."""
+    key = [seed, *(size for grid in grids for size in grid.thw)]
+    return np.random.default_rng(key).standard_normal((total_patches(grids), width), dtype=np.float32)
+
+
+def grids_of(encoder: Encoder) -> tuple[tuple[Grid, ...], ...]:
+    """Calls that an encoder's programs take: one or several grids each."""
+    coverages = tuple(opened.program.coverage for opened in encoder.programs)
+
+    def taken(grid: Grid) -> bool:
+        return any(encoder.tower.fits(coverage, grid.frame) for coverage in coverages)
+
+    if any(isinstance(coverage, AnyGrid) for coverage in coverages):
+        return tuple(call for call in _ANY if all(map(taken, call)))
+    fixed = [coverage.grid for coverage in coverages if isinstance(coverage, FixedGrid)]
+    within = [grid for h in _SIDES for w in _SIDES if taken(grid := Grid(1, h, w)) and grid not in fixed]
+    # Of the many grids in a bucket, some of each size.
+    chosen = [*fixed, *within[:: max(1, len(within) // 6)]]
+    calls: list[tuple[Grid, ...]] = [(grid,) for grid in chosen]
+    return (*calls, (chosen[0], chosen[-1]), (Grid(2, chosen[0].h, chosen[0].w),))
+
+
+def encoded(encoder: Encoder, patches: NDArray[Any], grids: Sequence[Grid]) -> Embeddings:
+    """Embeddings as a new array on the host; an encoder may return tensors of any device."""
+    return np.array(as_numpy(encoder.encode(patches, grids)))
+
+
+def first_call(encoder: Encoder, seed: int) -> Callable[[], Embeddings]:
+    """A function that encodes the first of the encoder's calls."""
+    grids = grids_of(encoder)[0]
+    patches = patches_for(grids, seed)
+    return lambda: encoded(encoder, patches, grids)
 
 
 class Kit:
     """One backend under test, and an empty folder to work in.
 
     Attributes:
-        seed: Of the weights, patches and grids.
+        seed: Seed of the weights, patches and grids.
         figures: What the running check measured.
     """
 
@@ -52,7 +140,7 @@ class Kit:
         self._open = ExitStack()
 
     def close(self) -> None:
-        """Close the encoders that it opened."""
+        """Close the encoders that the kit opened."""
         self._open.close()
 
     @cached_property
@@ -62,7 +150,7 @@ class Kit:
 
     @cached_property
     def encoder(self) -> Encoder:
-        """The subject, open; for checks that leave it as it is."""
+        """The subject, open; checks must leave it as it is."""
         return self._open.enter_context(self.subject.open())
 
     @cached_property
@@ -78,7 +166,7 @@ class Kit:
     def subject_of(
         self, name: str, config: Mapping[str, Any] = TINY, edit: Callable[[Weights], None] | None = None
     ) -> Subject:
-        """The backend on a tower of random weights, made once by that name; `edit` may change the weights first."""
+        """The backend on a tower of random weights, made once for each name; `edit` may change the weights first."""
         checkpoint = self._folder / name / "checkpoint"
         if not checkpoint.exists():
             random_checkpoint(checkpoint, config, seed=self.seed, scales=LIVELY)
@@ -90,7 +178,7 @@ class Kit:
         return self.subject_on(checkpoint, self._folder / name / "source")
 
     def subject_on(self, checkpoint: Path, place: Path) -> Subject:
-        """The backend on a checkpoint; what it opens is made from that in `place`, once, where it is another folder."""
+        """The backend on a checkpoint, or on what the declared source makes of it in `place`, once."""
         declared, source = self.declared, checkpoint
         if declared.source is not None:
             source = place if place.exists() else declared.source(checkpoint, place)
@@ -99,7 +187,7 @@ class Kit:
         )
 
     def work(self, name: str) -> Path:
-        """A new folder of that name to work in."""
+        """A new empty folder of that name."""
         place = self._folder / name
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
@@ -116,7 +204,7 @@ class Kit:
         registry = Registry()
         if find_spec("transformers") is None or REFERENCE_BACKEND not in {entry.name for entry in registry.entries}:
             raise BackendUnavailableError(
-                "the conformance kit measures against the reference, which is not installed.",
+                "the conformance kit compares with the reference, which is not installed.",
                 hint="pip install 'visionaccel[testing]'.",
             )
         encoder = open_encoder(
@@ -125,19 +213,19 @@ class Kit:
         return self._open.enter_context(encoder)
 
     def patches(self, grids: Sequence[Grid], number: int = 0) -> NDArray[np.float32]:
-        """Random patches of grids; another number gives others."""
+        """Random patches for grids, different for each number."""
         return patches_for(grids, self.seed * 1000 + number)
 
     def encode(self, patches: NDArray[Any], grids: Sequence[Grid]) -> Embeddings:
-        """A copy of what the backend makes of patches."""
+        """The backend's embeddings, as a new array."""
         return encoded(self.encoder, patches, grids)
 
     def expected(self, patches: NDArray[np.float32], grids: Sequence[Grid]) -> Embeddings:
-        """What the reference makes of them."""
+        """The reference's embeddings, as a new array."""
         return encoded(self.reference, patches, grids)
 
     def check(self, grids: Sequence[Grid], what: str, number: int = 0) -> None:
-        """Fail unless random patches of grids give what the reference makes of them, within the tolerance."""
+        """Fail unless the backend's embeddings of random patches are within the tolerance of the reference's."""
         patches = self.patches(grids, number)
         self.compare(self.encode(patches, grids), self.expected(patches, grids), what)
 
@@ -166,7 +254,7 @@ class Kit:
             )
 
     def same(self, found: Embeddings, other: Embeddings, what: str) -> None:
-        """Fail unless two answers to one question agree: to the bit if the session says that it is deterministic."""
+        """Fail unless two answers to one call agree: to the bit if the session says that it is deterministic."""
         if found.shape != other.shape:
             raise CheckFailedError(f"{what}: {list(found.shape)} embeddings, then {list(other.shape)}.")
         if not self.encoder.capabilities.deterministic:
@@ -175,12 +263,12 @@ class Kit:
             rows = int((found != other).any(axis=1).sum())
             raise CheckFailedError(
                 f"{what}: {rows} of {len(found)} embeddings differ in some bits, by up to "
-                f"{float(np.abs(found - other).max()):.1e}. If it is not deterministic, declare deterministic=False "
-                "in its Capabilities."
+                f"{float(np.abs(found - other).max()):.1e}. If the backend is not deterministic, declare "
+                "deterministic=False in its Capabilities."
             )
 
     def grid_lists(self, least: int = 1, most: int = 3) -> st.SearchStrategy[tuple[Grid, ...]]:
-        """Grids of one call, of any that the encoder takes; often some are alike, which may share a session's call."""
+        """Grids of one call that the encoder takes; some are often equal, so that they may share a session's call."""
         if any(isinstance(opened.program.coverage, AnyGrid) for opened in self.encoder.programs):
             side = st.integers(1, 11).map(lambda half: 2 * half)
             grid = st.builds(Grid, st.integers(1, 3), side, side)
@@ -191,10 +279,9 @@ class Kit:
         )
 
     def holds(self, *strategies: st.SearchStrategy[Any]) -> Callable[[F], None]:
-        """Decorator: try a property on generated examples, at once; the smallest that fails is reported."""
+        """Decorator: try a property at once on generated examples; the smallest that fails is reported."""
 
         def try_it(function: F) -> None:
-            tried = given(*strategies)(function)
             tried = settings(
                 max_examples=_EXAMPLES,
                 deadline=None,
@@ -203,7 +290,7 @@ class Kit:
                 phases=(Phase.generate, Phase.shrink),
                 suppress_health_check=list(HealthCheck),
                 derandomize=False,
-            )(tried)
+            )(given(*strategies)(function))
             seed(self.seed)(tried)()
 
         return try_it

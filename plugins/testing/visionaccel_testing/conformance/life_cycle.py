@@ -1,4 +1,4 @@
-"""Level 4: many threads, closing at any moment, forks, and nothing that grows with use."""
+"""Level 4: many threads, closing at any moment, forks, and no growth with use."""
 
 from __future__ import annotations
 
@@ -16,8 +16,17 @@ from visionaccel.encoder import Encoder, open_source
 from visionaccel.errors import DeviceError
 from visionaccel_testing.conformance.check import CheckFailedError, Checks, NotApplicableError, must_raise
 from visionaccel_testing.conformance.fresh_process import in_fork, in_fresh_process
-from visionaccel_testing.conformance.kit import Embeddings, Kit, Weights
-from visionaccel_testing.conformance.subject import Subject, encoded, first_call, grids_of, listed, patches_for
+from visionaccel_testing.conformance.kit import (
+    Embeddings,
+    Kit,
+    Subject,
+    Weights,
+    encoded,
+    first_call,
+    grids_of,
+    listed,
+    patches_for,
+)
 from visionaccel_testing.process_tree import memory, open_descriptors
 
 LIFE_CYCLE = Checks(4)
@@ -25,12 +34,12 @@ LIFE_CYCLE = Checks(4)
 _THREADS, _CALLS = 4, 12
 _ROUNDS, _ENCODES, _OPENINGS = 4, 40, 6
 _NOISE = 128 * 1024
-"""Bytes that an allocator may keep in a round of encodes without anything being lost."""
+"""Bytes that an allocator may keep in a round of encodes without a leak."""
 
 
 @LIFE_CYCLE.add
 def concurrent_calls(kit: Kit) -> None:
-    """Calls from many threads at once get each its own right answer."""
+    """Each of many calls at once from different threads returns its own correct answer."""
     jobs = [(kit.calls[number % len(kit.calls)], 70 + number) for number in range(_CALLS)]
     alone = [kit.encode(kit.patches(grids, number), grids) for grids, number in jobs]
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -66,7 +75,7 @@ def two_sessions(kit: Kit) -> None:
 
 @LIFE_CYCLE.add
 def close_during_encode(kit: Kit) -> None:
-    """Closing while threads encode lets calls end, refuses later ones with DeviceError, and crashes nothing."""
+    """Closing while threads encode lets calls finish, refuses later ones with DeviceError, and crashes nothing."""
     in_fresh_process(_close_during_encode, kit.subject)
 
 
@@ -87,13 +96,13 @@ def double_close(kit: Kit) -> None:
 
 @LIFE_CYCLE.add
 def left_open(kit: Kit) -> None:
-    """A process that ends with an encoder open ends well."""
+    """A process that exits with an open encoder exits normally."""
     in_fresh_process(_leave_open, kit.subject)
 
 
 @LIFE_CYCLE.add
 def fork(kit: Kit) -> None:
-    """After a probe, a forked process can open and encode; a fork of an encoding process leaves that as it was."""
+    """After a probe, a forked process can open and encode; forking a process with an encoder does not change it."""
     here, there = in_fresh_process(_fork, kit.subject)
     grids = kit.calls[0]
     exact = kit.encode(patches_for(grids, kit.seed), grids)
@@ -108,25 +117,23 @@ def memory_slope(kit: Kit) -> None:
     if min(growths) > _NOISE:
         kibibytes = ", ".join(f"{growth / 1024:.0f}" for growth in growths)
         raise CheckFailedError(
-            f"memory grows in each of {_ROUNDS} rounds of {_ENCODES} encodes, by {kibibytes} KiB: something of each "
-            "call is kept."
+            f"memory grows in each of {_ROUNDS} rounds of {_ENCODES} encodes, by {kibibytes} KiB: each call leaks."
         )
 
 
 @LIFE_CYCLE.add
 def descriptors(kit: Kit) -> None:
-    """No file descriptor and no thread is left by encodes or by closed encoders."""
+    """Encodes and closed encoders leave no file descriptor and no thread."""
     before, after, by_encodes = in_fresh_process(_left_by_openings, kit.subject)
     if by_encodes >= _ENCODES // 4:
         raise CheckFailedError(
-            f"{_ENCODES} encodes of one encoder left {by_encodes} file descriptors in its processes: something of each "
-            "call is kept open."
+            f"{_ENCODES} encodes of one encoder left {by_encodes} file descriptors open in its processes."
         )
     for what, first, last in zip(("file descriptors", "threads"), before, after, strict=True):
         if last - first >= _OPENINGS // 2:
             raise CheckFailedError(
-                f"{_OPENINGS} encoders that were opened, used and closed left {last - first} {what}; `close` must give "
-                "back all that `open` took."
+                f"{_OPENINGS} encoders that were opened, used and closed left {last - first} {what}; `close` must "
+                "release everything that `open` acquired."
             )
 
 
@@ -150,7 +157,7 @@ def _close_during_encode(subject: Subject) -> None:
 
 
 def _encode_until_closed(encode: Callable[[], Embeddings], exact: Embeddings) -> None:
-    """Encodes in a loop until the error that a closed encoder raises."""
+    """Encode in a loop until a closed encoder raises DeviceError."""
     while True:
         try:
             found = encode()
@@ -191,7 +198,7 @@ def _fork(subject: Subject) -> tuple[Embeddings, Embeddings]:
 
 
 def _memory_growths(subject: Subject) -> list[int]:
-    """Bytes that resident memory of this process and its children grew by, round by round."""
+    """The growth of the resident memory of this process and its children in each round, in bytes."""
     with subject.open() as encoder:
         calls = [(grids, patches_for(grids, subject.seed)) for grids in grids_of(encoder)]
 
@@ -213,7 +220,7 @@ def _memory_growths(subject: Subject) -> list[int]:
 def _left_by_openings(subject: Subject) -> tuple[tuple[int, int], tuple[int, int], int]:
     """File descriptors and threads of this process after one encoder, and after several more.
 
-    And how many more descriptors it and its children have after many encodes of another than after a few.
+    The last number counts the descriptors that it and its children gain by many encodes of one encoder.
     """
     this = psutil.Process()
 

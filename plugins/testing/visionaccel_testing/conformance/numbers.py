@@ -1,4 +1,4 @@
-"""Level 2: the right numbers, token by token, and what they are worth to a language model."""
+"""Level 2: the right numbers for every token, and the right answers of a language model."""
 
 from __future__ import annotations
 
@@ -11,28 +11,27 @@ from visionaccel.core.grid import Grid
 from visionaccel_testing.checkpoints import TINY
 from visionaccel_testing.conformance.check import CheckFailedError, Checks, NotApplicableError
 from visionaccel_testing.conformance.digits_reading import LEAST_AGREEMENT, read_digits
-from visionaccel_testing.conformance.kit import Kit
-from visionaccel_testing.conformance.subject import WINDOW_SIDE, encoded, grids_of, listed
+from visionaccel_testing.conformance.kit import WINDOW_SIDE, Kit, encoded, grids_of, listed
 
 NUMBERS = Checks(2)
 
 _IMAGES = 60
-"""Digits images that are read: enough for the least agreement to allow one other answer."""
+"""Digits images to read: enough for the least agreement to allow one different answer."""
 
 _MOVED, _STILL = 0.05, 0.02
-"""Shares of a row's length: what a token changes by whose own patch was replaced, and what others may by rounding."""
+"""Changes of a token as a share of its length: the least if its own patch is replaced, and the most by rounding."""
 
 
 @NUMBERS.add
 def cosines(kit: Kit) -> None:
-    """Every token is as near to the float32 reference as its precision promises."""
+    """Every token is as close to the float32 reference as its precision promises."""
     for number, grids in enumerate(kit.calls):
         kit.check(grids, f"grids {listed(grids)} in {kit.encoder.capabilities.precision}", 10 + number)
 
 
 @NUMBERS.add
 def generated_grids(kit: Kit) -> None:
-    """The same for any grids."""
+    """Every token is that close for any grids."""
 
     @kit.holds(kit.grid_lists())
     def tried(grids: tuple[Grid, ...]) -> None:
@@ -41,14 +40,14 @@ def generated_grids(kit: Kit) -> None:
 
 @NUMBERS.add
 def silent_rows(kit: Kit) -> None:
-    """No embedding is zero, constant, or that of another token."""
+    """No embedding is zero, constant, or equal to that of another token."""
     for grids in kit.calls:
         found = kit.encode(kit.patches(grids, 20), grids)
         constant = np.flatnonzero((found == found[:, :1]).all(axis=1))
         if len(constant):
             raise CheckFailedError(
-                f"grids {listed(grids)}: {len(constant)} of {len(found)} embeddings hold one number only, "
-                f"first row {constant[0]}, all {found[constant[0], 0]}: rows that were never written."
+                f"grids {listed(grids)}: {len(constant)} of {len(found)} embeddings are a single repeated number, "
+                f"{found[constant[0], 0]} in row {constant[0]}: rows were never written."
             )
         repeated = len(found) - len(np.unique(found, axis=0))
         if repeated:
@@ -116,7 +115,7 @@ def windows(kit: Kit) -> None:
 
 @NUMBERS.add
 def digits(kit: Kit) -> None:
-    """A small model that reads handwritten digits reads through it what it reads through the reference."""
+    """A small model that reads handwritten digits gives the same answers as with the reference."""
     if find_spec("digits_vlm") is None or find_spec("sklearn") is None:
         raise CheckFailedError("the digits model is not installed; pip install 'visionaccel[testing]'.")
     from digits_vlm import checkpoint_path
@@ -126,6 +125,6 @@ def digits(kit: Kit) -> None:
         for answers in read_digits(folder, encoder, kit.reference_of(folder), _IMAGES):
             if answers.agreement < LEAST_AGREEMENT:
                 raise CheckFailedError(
-                    f"the digits model reads {answers.agreement:.1%} of {_IMAGES} images ({answers.fit}) as through "
-                    f"the reference, not {LEAST_AGREEMENT:.0%}; {answers.accuracy:.1%} are right."
+                    f"the digits model reads {answers.agreement:.1%} of {_IMAGES} images ({answers.fit}) as with the "
+                    f"reference, not {LEAST_AGREEMENT:.0%}; {answers.accuracy:.1%} of the answers are correct."
                 )

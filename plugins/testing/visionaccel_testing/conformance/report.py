@@ -25,7 +25,7 @@ from visionaccel_testing.conformance.suite import CHECKS, Outcome
 Badge = Literal["Gold", "Silver", "Bronze", "none"]
 
 _NEEDED: tuple[tuple[Badge, int], ...] = (("Bronze", 1), ("Silver", 3), ("Gold", 6))
-"""The last level that must be passed whole."""
+"""The badges, and the level up to which each requires all checks to pass."""
 
 _COLOURS = {"Gold": "#b8860b", "Silver": "#708090", "Bronze": "#a0522d", "none": "#8b0000"}
 _TRACES = {"results": {"__all__": {"trace"}}}
@@ -33,20 +33,19 @@ _DISTRIBUTIONS = ("numpy", "onnx", "onnxruntime", "openvino", "torch", "transfor
 
 
 class ConformanceReport(BaseModel):
-    """What the kit found of one backend.
+    """What the kit found about one backend.
 
     Attributes:
         backend: Its name, device and options.
-        distribution: The distribution that provides it, and its version.
+        distribution: The distribution that provides it, with its version.
         badge: The best badge that it holds.
         missing: Why it does not hold the next better one; empty for Gold.
-        declared: How it was checked, for each suite that it was checked with: isolation, source, capabilities,
-            tolerances other than the kit's, the least speed and the seed.
-        results: Of each check that was run, without traces.
-        versions: Releases of what took part.
+        declared: `BackendUnderTest.stated` of each suite with this label.
+        results: The outcome of each check that was run, without tracebacks.
+        versions: Versions of Python and of the packages that were used.
         machine: Processor and system.
-        written: When, in UTC.
-        digest: SHA-256 of all of the above but the time, as hexadecimal digits.
+        written: Time of writing, in UTC.
+        digest: SHA-256 of all other fields except `written`, as hexadecimal digits.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -64,9 +63,9 @@ class ConformanceReport(BaseModel):
 
 
 def badge_of(outcomes: Sequence[Outcome]) -> Badge:
-    """Bronze for levels 0 and 1 passed whole, Silver for 2 and 3 too, Gold for all.
+    """Bronze if all checks of levels 0 and 1 pass, Silver if those of 2 and 3 do too, Gold if all do.
 
-    A known failure is a failure here. A level of which a check was not run is not passed.
+    A known failure counts as a failure, and so does a check that was not run.
     """
     return _standing(outcomes)[0]
 
@@ -78,9 +77,9 @@ def write_report(
 
     Args:
         label: Name, device and options of the backend.
-        outcomes: What the checks found.
-        folder: Where to; made if it does not exist.
-        declared: How it was checked, as of `BackendUnderTest.stated`; several if suites share the label.
+        outcomes: The outcomes of the checks.
+        folder: The folder to write to; made if it does not exist.
+        declared: `BackendUnderTest.stated` of each suite with this label.
     """
     badge, missing = _standing(outcomes)
     stated: dict[str, Any] = {
@@ -105,7 +104,7 @@ def write_report(
 
 
 def _standing(outcomes: Sequence[Outcome]) -> tuple[Badge, list[str]]:
-    """The best badge, and what keeps the next better one from being held."""
+    """The best badge, and what is missing for the next better one."""
     run = {outcome.check: outcome for outcome in outcomes}
     held: Badge = "none"
     for badge, last in _NEEDED:
@@ -140,18 +139,15 @@ def _versions() -> dict[str, str]:
 def _markdown(report: ConformanceReport, picture: str) -> str:
     lines = [f"![visionaccel conformance: {report.badge}]({picture})", "", f"# Conformance of {report.backend}", ""]
     lines += [f"{report.distribution} on {report.machine}, {report.written}, digest `{report.digest[:16]}`.", ""]
-    eased = [
-        f"different tolerances in {', '.join(declared['tolerances'])}"
-        for declared in report.declared
-        if declared["tolerances"]
-    ]
-    eased += [
-        f"a least speed of {declared['speed_floor']}" if declared["speed_floor"] else "no least speed"
-        for declared in report.declared
-        if declared["speed_floor"] != BackendUnderTest.speed_floor
-    ]
+    eased = []
+    for declared in report.declared:
+        if declared["tolerances"]:
+            eased.append(f"different tolerances in {', '.join(declared['tolerances'])}")
+        if declared["speed_floor"] != BackendUnderTest.speed_floor:
+            floor = declared["speed_floor"]
+            eased.append(f"a least speed of {floor}" if floor else "no least speed")
     if eased:
-        lines += [f"Its author declared {' and '.join(eased)}; the JSON has them.", ""]
+        lines += [f"Its author declared {' and '.join(eased)}; see `declared` in the JSON.", ""]
     if report.missing:
         lines += [f"For the next badge: {report.missing}.", ""]
     titles = {check.name: check.title for check in CHECKS}
@@ -159,9 +155,11 @@ def _markdown(report: ConformanceReport, picture: str) -> str:
         lines += [f"## Level {level}: {about}", "", "| check | outcome | what is right |", "|---|---|---|"]
         for result in report.results:
             if result.level == level:
-                detail = " ".join(result.detail.split()).replace("|", "\\|")
-                figures = ", ".join(f"{name} {value:g}" for name, value in result.figures.items())
-                shown = f"{result.status}{f': {detail}' if detail else ''}{f' ({figures})' if figures else ''}"
+                shown: str = result.status
+                if result.detail:
+                    shown += ": " + " ".join(result.detail.split()).replace("|", "\\|")
+                if result.figures:
+                    shown += f" ({', '.join(f'{name} {value:g}' for name, value in result.figures.items())})"
                 lines.append(f"| {result.check} | {shown} | {titles[result.check]} |")
         lines.append("")
     lines.append(", ".join(f"{name} {version}" for name, version in report.versions.items()) + ".")

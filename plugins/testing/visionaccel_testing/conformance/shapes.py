@@ -1,12 +1,12 @@
-"""Level 1: the right rows for every grid and every mix of images, and arrays owned as the contract says."""
+"""Level 1: the right rows for every grid and every mix of images, and arrays that are owned as the contract says."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random
-from typing import Any
+from typing import Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -20,10 +20,10 @@ from visionaccel.core.program import Bucket
 from visionaccel.encoder import Encoder
 from visionaccel.errors import GridError, InputError, NonFiniteError, PatchesError
 from visionaccel_testing.conformance.check import CheckFailedError, Checks, NotApplicableError
-from visionaccel_testing.conformance.kit import Kit
-from visionaccel_testing.conformance.subject import PATCH_WIDTH, WINDOW_SIDE, listed
+from visionaccel_testing.conformance.kit import PATCH_WIDTH, WINDOW_SIDE, Kit, listed
 
 SHAPES = Checks(1)
+Arrays: TypeAlias = Mapping[str, NDArray[Any]]
 
 
 @SHAPES.add
@@ -81,14 +81,14 @@ def partial_windows(kit: Kit) -> None:
     """Windows at the right and lower edges, which hold fewer patches, are as right as whole ones."""
     partial = [call for call in kit.calls if any(grid.h % WINDOW_SIDE or grid.w % WINDOW_SIDE for grid in call)]
     if not partial:
-        raise NotApplicableError("all grids that it takes are of whole windows.")
+        raise NotApplicableError("all grids that it takes consist of whole windows.")
     for grids in partial:
         kit.check(grids, f"grids {listed(grids)} of partial windows")
 
 
 @SHAPES.add
 def padding(kit: Kit) -> None:
-    """What fills a bucket up next to an image does not change the image's embeddings."""
+    """The padding of a bucket does not change the image's embeddings."""
     found = False
     for frame in dict.fromkeys(grid.frame for call in kit.calls for grid in call):
         opened = kit.encoder.program_for(frame)
@@ -112,7 +112,7 @@ def padding(kit: Kit) -> None:
 
 @SHAPES.add
 def memory_layout(kit: Kit) -> None:
-    """Patches that are read-only, not contiguous or of a shorter dtype give what their values give."""
+    """Patches that are read-only, not contiguous or of a shorter dtype give the same embeddings as their values."""
     grids = kit.calls[0]
     patches = kit.patches(grids)
     exact = kit.encode(patches, grids)
@@ -138,19 +138,17 @@ def memory_layout(kit: Kit) -> None:
 
 @SHAPES.add
 def inputs_untouched(kit: Kit) -> None:
-    """A session writes to none of its inputs, and takes them read-only."""
+    """A session writes to none of its inputs, and accepts read-only ones."""
     for grids in kit.calls:
         with _watched(kit.encoder) as seen:
             kit.encode(kit.patches(grids), grids)
-        for call in seen:
-            for name, before in call.before.items():
-                if not np.array_equal(before, call.after[name]):
-                    raise CheckFailedError(f"grids {listed(grids)}: the session wrote to its input {name!r}.")
+        if seen.written:
+            raise CheckFailedError(f"grids {listed(grids)}: the session wrote to its input {seen.written[0]!r}.")
 
 
 @SHAPES.add
 def outputs_owned(kit: Kit) -> None:
-    """What a call returns is the caller's: no later call writes to it, and the caller may."""
+    """Embeddings belong to the caller, who may write to them; no later call writes to them."""
     grids = kit.calls[0]
     with _watched(kit.encoder) as seen:
         first = as_numpy(kit.encoder.encode(kit.patches(grids, 1), grids))
@@ -160,12 +158,12 @@ def outputs_owned(kit: Kit) -> None:
         raise CheckFailedError(
             "embeddings of one call were overwritten by the next: the session returns its own buffer."
         )
-    half = len(seen) // 2
-    for early, late in zip(seen[:half], seen[half:], strict=True):
-        for name, returned in early.outputs.items():
-            if not np.array_equal(returned, early.copies[name]):
+    half = len(seen.outputs) // 2
+    for (early, copies), (late, _) in zip(seen.outputs[:half], seen.outputs[half:], strict=True):
+        for name, returned in early.items():
+            if not np.array_equal(returned, copies[name]):
                 raise CheckFailedError(f"output {name!r} of one call was overwritten by the next: return a copy of it.")
-            if np.shares_memory(returned, late.outputs[name]):
+            if np.shares_memory(returned, late[name]):
                 raise CheckFailedError(f"output {name!r} of two calls is the same memory: return a copy of it.")
     if not first.flags.writeable:
         raise CheckFailedError("embeddings are read-only; they belong to the caller.")
@@ -176,7 +174,7 @@ def outputs_owned(kit: Kit) -> None:
 
 @SHAPES.add
 def refusals(kit: Kit) -> None:
-    """Wrong patches and grids are refused with an error of the right type, and the next call is right."""
+    """Wrong patches and grids are refused with an error of the right type, and the next call is correct."""
     grids = kit.calls[0]
     patches = kit.patches(grids)
     exact = kit.encode(patches, grids)
@@ -201,23 +199,21 @@ def refusals(kit: Kit) -> None:
         except Exception as error:
             raise CheckFailedError(f"{what}: {type(error).__name__} instead of {kind.__name__}: {error}") from error
         raise CheckFailedError(f"{what} is encoded instead of refused with {kind.__name__}.")
-    kit.same(kit.encode(patches, grids), exact, "a right call after refused ones")
+    kit.same(kit.encode(patches, grids), exact, "a correct call after refused ones")
 
 
-@dataclass(frozen=True)
-class _Call:
-    """One call of a session: copies of its inputs before and after it, its outputs, and copies of these."""
+@dataclass
+class _Seen:
+    """The inputs that a session wrote to, and the outputs of each of its calls with copies of them."""
 
-    before: Mapping[str, NDArray[Any]]
-    after: Mapping[str, NDArray[Any]]
-    outputs: Mapping[str, NDArray[Any]]
-    copies: Mapping[str, NDArray[Any]]
+    written: list[str] = field(default_factory=list)
+    outputs: list[tuple[Arrays, Arrays]] = field(default_factory=list)
 
 
 class _Watching(Session):
-    """Hands a session read-only inputs and notes its calls."""
+    """Gives a session read-only inputs and records its calls."""
 
-    def __init__(self, inner: Session, seen: list[_Call]) -> None:
+    def __init__(self, inner: Session, seen: _Seen) -> None:
         self.capabilities, self._inner, self._seen = inner.capabilities, inner, seen
 
     def run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
@@ -226,22 +222,23 @@ class _Watching(Session):
             array.flags.writeable = False
         before = _copied(given)
         outputs = self._inner.run(given)
+        self._seen.written += [name for name, array in given.items() if not np.array_equal(array, before[name])]
         arrays = {name: as_numpy(array) for name, array in outputs.items()}
-        self._seen.append(_Call(before, _copied(given), arrays, _copied(arrays)))
+        self._seen.outputs.append((arrays, _copied(arrays)))
         return outputs
 
     def close(self) -> None:
         self._inner.close()
 
 
-def _copied(arrays: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]:
+def _copied(arrays: Arrays) -> Arrays:
     return {name: np.array(array) for name, array in arrays.items()}
 
 
 @contextmanager
-def _watched(encoder: Encoder) -> Iterator[list[_Call]]:
-    """Notes the calls of an encoder's sessions."""
-    seen: list[_Call] = []
+def _watched(encoder: Encoder) -> Iterator[_Seen]:
+    """Record the calls of an encoder's sessions."""
+    seen = _Seen()
     inner = [opened.session for opened in encoder.programs]
     for opened in encoder.programs:
         opened.session = _Watching(opened.session, seen)
@@ -253,5 +250,5 @@ def _watched(encoder: Encoder) -> Iterator[list[_Call]]:
 
 
 def _split(array: NDArray[Any], grids: Sequence[Grid], merge: int = 1) -> list[NDArray[Any]]:
-    """The rows of each image: of its patches, or of its tokens where these are merged."""
+    """The rows of each image: one for each of its patches, or with `merge`, for each of its tokens."""
     return np.split(array, np.cumsum([grid.tokens(merge) for grid in grids])[:-1])

@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 CHECKS: tuple[Check, ...] = tuple(
     check for level in (INTERFACE, SHAPES, NUMBERS, DETERMINISM, LIFE_CYCLE, FAULTS, SPEED) for check in level.found
 )
-"""Every check, level by level."""
+"""Every check, ordered by level."""
 
 PROPERTY = "visionaccel-conformance"
-"""Name of the property of a pytest report: JSON of a backend's label, what is declared of it, and the outcome."""
+"""The property of a pytest report with the backend's label, its declaration and the outcome, as JSON."""
 
 Status: TypeAlias = Literal["passed", "failed", "known failure", "not applicable"]
 
@@ -41,12 +41,12 @@ class Outcome:
     """What a check found.
 
     Attributes:
-        check: Its name.
+        check: The check's name.
         level: 0 to 6.
-        status: `known failure` for one that was declared; `failed` also if a declared one passes.
-        detail: Why, unless it passed.
-        figures: What it measured.
-        trace: Where an unexpected exception came from.
+        status: `known failure` for a declared failure; `failed` also if a check passes that is declared to fail.
+        detail: Why it did not pass.
+        figures: What the check measured.
+        trace: The traceback of an unexpected exception.
     """
 
     check: str
@@ -58,32 +58,28 @@ class Outcome:
 
 
 def outcome_of(check: Check, kit: Kit) -> Outcome:
-    """Run one check. An exception in it is its failure."""
-    kit.figures = {}
-    status, detail, trace = _tried(check, kit)
+    """Run one check. Any exception means that it failed."""
+    kit.figures, trace = {}, ""
+    status: Status = "failed"
+    try:
+        check.run(kit)
+        status, detail = "passed", ""
+    except NotApplicableError as reason:
+        status, detail = "not applicable", str(reason)
+    except CheckFailedError as error:
+        detail = str(error)
+    except Exception as error:
+        detail, trace = f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error))
     known = next((known for known in kit.declared.known_failures if known.check == check.name), None)
     if known is not None:
         match status:
             case "failed":
                 status, detail, trace = "known failure", f"{known} ({detail})", ""
             case "passed":
-                status, detail = "failed", f"it passes, but is declared as failing ({known}); remove that."
+                status, detail = "failed", f"it passes, but is declared to fail ({known}); remove that declaration."
             case _:
-                status, detail = "failed", f"it is declared as failing ({known}), and does not apply: {detail}"
+                status, detail = "failed", f"it is declared to fail ({known}), but does not apply: {detail}"
     return Outcome(check.name, check.level, status, detail, kit.figures, trace)
-
-
-def _tried(check: Check, kit: Kit) -> tuple[Status, str, str]:
-    """Status, detail and trace of a check, without what is declared of it."""
-    try:
-        check.run(kit)
-    except NotApplicableError as reason:
-        return "not applicable", str(reason), ""
-    except CheckFailedError as error:
-        return "failed", str(error), ""
-    except Exception as error:
-        return "failed", f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error))
-    return "passed", "", ""
 
 
 def run_checks(
@@ -94,8 +90,8 @@ def run_checks(
     Args:
         declared: The backend.
         folder: An empty folder to work in.
-        checks: Which checks.
-        seed: Of the weights, patches and grids.
+        checks: The checks to run.
+        seed: Seed of the weights, patches and grids.
     """
     refuse_unknown_checks(declared)
     with closing(Kit(declared, folder, seed)) as kit:
@@ -103,20 +99,20 @@ def run_checks(
 
 
 def refuse_unknown_checks(declared: BackendUnderTest) -> None:
-    """Refuse known failures of checks that do not exist, as they would never be found to pass."""
+    """Raise ConfigurationError if a known failure is of a check that does not exist, and so would never pass."""
     unknown = {known.check for known in declared.known_failures} - {check.name for check in CHECKS}
     if unknown:
         raise ConfigurationError(
-            f"there is no check {', '.join(sorted(unknown))}, which backend {declared.backend!r} is declared to fail.",
-            hint="docs/conformance.md names the checks; remove or rename what is declared.",
+            f"unknown check {', '.join(sorted(unknown))} in the known failures of backend {declared.backend!r}.",
+            hint="Choose a check of the table in docs/conformance.md, or remove the known failure.",
         )
 
 
 def conformance_suite(declared: BackendUnderTest | Callable[[pytest.Config], BackendUnderTest]) -> type:
-    """A class with a test for each check, to be bound in a test file to a name that starts with `Test`.
+    """A class with a test for each check; assign it in a test file to a name that starts with `Test`.
 
     Args:
-        declared: The backend, or what makes it from pytest's configuration.
+        declared: The backend, or a function that returns it for pytest's configuration.
     """
     import pytest
 
@@ -124,7 +120,7 @@ def conformance_suite(declared: BackendUnderTest | Callable[[pytest.Config], Bac
         refuse_unknown_checks(declared)
 
     class TestConformance:
-        """The checks of the kit on one backend. `conformance_kit` is a fixture of this package's pytest plug-in."""
+        """The kit's checks on one backend. `conformance_kit` is a fixture of this package's pytest plug-in."""
 
         under_test = staticmethod(declared if callable(declared) else lambda _: declared)
 
@@ -136,7 +132,7 @@ def conformance_suite(declared: BackendUnderTest | Callable[[pytest.Config], Bac
             found = {"declared": conformance_kit.declared.stated(conformance_kit.seed), "outcome": asdict(outcome)}
             record_property(PROPERTY, json.dumps({"label": conformance_kit.declared.label, **found}))
             if outcome.status == "failed":
-                pytest.fail(f"NOT SO: {check.title}.\n{outcome.detail}\n{outcome.trace}", pytrace=False)
+                pytest.fail(f"This does not hold: {check.title}.\n{outcome.detail}\n{outcome.trace}", pytrace=False)
             if outcome.status == "known failure":
                 pytest.xfail(outcome.detail)
             if outcome.status == "not applicable":

@@ -1,9 +1,8 @@
-"""A simulated device with latency but no CPU use: the backend `simulated`.
+"""The backend `simulated`: a device with any latency and any fault that uses almost no CPU; see `docs/simulated.md`.
 
-It wraps an installed backend, which computes the answer, and then sleeps for what is left of the configured time. So
-what overlaps with a call, such as decoding, can be measured on a small machine: a call takes of the CPU what the
-wrapped backend's computation takes, and with the option `replay` an image that was seen before takes almost nothing. It
-also fails on demand. See `docs/simulated.md`.
+It wraps an installed backend, which computes the answer, and then sleeps for the rest of the configured time, so that
+what overlaps with a call, such as decoding, can be measured on a small machine. With the option `replay`, an image that
+was seen before takes almost no CPU time.
 """
 
 from collections.abc import Sequence

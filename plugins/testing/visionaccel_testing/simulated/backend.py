@@ -1,4 +1,4 @@
-"""The simulated backend: what its devices wrap, which programs it takes, and how it opens them."""
+"""The simulated backend: what its devices wrap, which programs it accepts, and how it opens them."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class Target:
     """The backend and device behind a simulated device.
 
     Attributes:
-        backend: Name of the wrapped backend, or `auto` for the best that takes the program it is opened with.
+        backend: Name of the wrapped backend, or `auto` for the best one for the program.
         device: That backend's device; None for its default.
-        number: Tells apart simulated devices that wrap the same; None where there is one.
-        apart: It wants a child process, as a vendor's backend may.
+        number: Distinguishes simulated devices that wrap the same backend; None if there is one.
+        apart: Run in a child process, as a vendor's backend may.
     """
 
     backend: str = AUTO
@@ -55,39 +55,39 @@ class Target:
 
     @classmethod
     def parse(cls, text: str | None) -> Target:
-        """The target that a name such as `onnxrt`, `torch_ref/cuda:0` or `onnxrt/cpu@1` stands for; None for `auto`.
+        """The target of a name such as `onnxrt`, `torch_ref/cuda:0` or `onnxrt/cpu@1`; None stands for `auto`.
 
         Raises:
-            SettingsError: If it is malformed, or names the simulated backend itself.
+            SettingsError: If the name is malformed, or that of the simulated backend itself.
         """
         if text is None:
             return cls()
         found = _FORM.fullmatch(text)
         if found is None or found["backend"] == NAME:
             raise SettingsError(
-                f"there is no simulated device {text!r}.",
-                hint="Name an installed backend that computes the answers, as BACKEND, BACKEND/DEVICE, BACKEND@NUMBER "
-                "or BACKEND/DEVICE@NUMBER; 'auto' is the best one here; +process behind it for a child process.",
+                f"unknown simulated device {text!r}.",
+                hint="Choose an installed backend to compute the answers, as BACKEND, BACKEND/DEVICE, BACKEND@NUMBER "
+                "or BACKEND/DEVICE@NUMBER, or 'auto' for the best one here. Append +process for a child process.",
             )
         number = None if found["number"] is None else int(found["number"])
         return cls(found["backend"], found["device"], number, found["apart"] is not None)
 
     def shown(self, backend: str, device: str) -> str:
-        """The simulated device's full name, once it is known what it wraps."""
+        """The simulated device's full name, for the backend and device that it wraps."""
         return f"{NAME}:{backend}/{device}" + ("" if self.number is None else f"@{self.number}")
 
     def backend_for(self, program: Program) -> Selection:
-        """The selection of a backend for one program, with every candidate's verdict; raises as `select` does."""
+        """The selection of a backend for one program; raises the errors of `select`."""
         return select(default_registry(), _Single(program, program.family), self.backend, self.device)
 
     def named_backend(self) -> VisionBackend | None:
-        """The named backend, None for `auto`; UnknownBackendError or PluginError if it cannot be loaded."""
+        """The backend, or None for `auto`; UnknownBackendError or PluginError if it cannot be loaded."""
         return None if self.backend == AUTO else default_registry().load(self.backend)
 
 
 @dataclass(frozen=True, slots=True)
 class _Single:
-    """One program to choose a backend for."""
+    """A source of one program, to select a backend for."""
 
     program: Program
     family: str
@@ -97,27 +97,27 @@ class _Single:
 
 
 def _switch_of_the_environment() -> Path | None:
-    named = os.environ.get("SIMULATED_SWITCH")
-    return Path(named) if named else None
+    file = os.environ.get("SIMULATED_SWITCH")
+    return Path(file) if file else None
 
 
 class SimulatedOptions(Options):
     """Options of the `simulated` backend."""
 
     latency: float = Field(0.0, ge=0, allow_inf_nan=False, description="Seconds of each call.")
-    per_patch: float = Field(0.0, ge=0, allow_inf_nan=False, description="Seconds of each patch, added to it.")
+    per_patch: float = Field(0.0, ge=0, allow_inf_nan=False, description="Seconds of each patch, added to the latency.")
     recorded: Path | None = Field(
         None,
         description='JSON file of measured seconds by a frame\'s height and width in patches, `{"58x74": [7.4, 7.6]}`, '
-        "used in turn in the place of the two above.",
+        "used in turn instead of the two above.",
     )
     faults: tuple[FaultRule, ...] = Field(
-        (), description='What goes wrong, the first rule that applies: `[{"every": 3, "do": "raise"}]`.'
+        (), description='Faults; the first rule that applies is used: `[{"every": 3, "do": "raise"}]`.'
     )
     switch: Path | None = Field(
         default_factory=_switch_of_the_environment,
-        description="File of further such rules, read at each call; missing or empty: none. By default the one that "
-        "the environment variable SIMULATED_SWITCH names, for a fallback, which takes no options.",
+        description="File of further rules, read at each call; it may be missing or empty. Default: the environment "
+        "variable SIMULATED_SWITCH, for a fallback, which takes no options.",
     )
     max_in_flight: int = Field(1, ge=1, description="Calls that it works on at a time.")
     replay: bool = Field(
@@ -127,10 +127,10 @@ class SimulatedOptions(Options):
 
 
 class SimulatedBackend(VisionBackend):
-    """A device that answers what the backend named by its device answers, after a configured time, asleep."""
+    """A device that returns the answers of a wrapped backend, named by its device, after a configured time."""
 
     name = NAME
-    # Those of visionaccel-flexmlrt by their names: it need not be installed.
+    # The formats of visionaccel-flexmlrt as text: it need not be installed.
     formats_with_weights = frozenset({EP_CONTEXT, "flexmlrt.directory", "flexmlrt.rai"})
     formats = ONNX_MODELS | {CHECKPOINT} | formats_with_weights
     options = SimulatedOptions
@@ -142,15 +142,15 @@ class SimulatedBackend(VisionBackend):
     def formats_on(self, device: str | None) -> frozenset[str]:
         """The wrapped backend's formats.
 
-        `auto` leaves the checkpoint itself alone where graphs are taken: the programs of one encoder would otherwise be
-        computed by two backends.
+        For `auto`, checkpoints are left out if a backend takes graphs, so that one backend computes all programs of an
+        encoder.
         """
         try:
             target = Target.parse(device)
             named = target.named_backend()
             if named is not None:
                 return named.formats_on(target.device)
-        except VisionAccelError:  # The probe says what is wrong.
+        except VisionAccelError:  # `probe` reports it
             return self.formats
         registry, taken = default_registry(), set[str]()
         for entry in registry.entries:
@@ -164,7 +164,7 @@ class SimulatedBackend(VisionBackend):
             target = Target.parse(device)
             inner = target.named_backend()
             return super().kind_of(target.device) if inner is None else inner.kind_of(target.device)
-        except VisionAccelError:  # The probe says what is wrong.
+        except VisionAccelError:  # `probe` reports it
             return ""
 
     def isolation_on(self, device: str | None) -> Isolation:
@@ -180,7 +180,9 @@ class SimulatedBackend(VisionBackend):
             selection = target.backend_for(program)
             name, _ = selection.require()
         except ConfigurationError as error:
-            return Rejected(f"nothing can compute its answers: {error.message}", error.hint or "Name another device.")
+            return Rejected(
+                f"no backend can compute its answers: {error.message}", error.hint or "Choose another device."
+            )
         if target.backend == AUTO and default_registry().load(name).isolation_on(target.device) != self.isolation:
             return Rejected(f"{name}, the best here, runs in a child process.", f"Set VISIONACCEL_DEVICE={name}.")
         assert selection.chosen is not None

@@ -1,4 +1,4 @@
-"""Faults that a simulated device shows on demand."""
+"""The faults of a simulated device: which calls fail, and how."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -22,7 +21,7 @@ from visionaccel.errors import DeviceError, SettingsError
 from visionaccel_testing.simulated.latency import Frame
 
 _CHILD = "visionaccel.isolation.child"
-_WANTED = "It is wanted: see the options `faults` and `switch` of the simulated device."
+_WANTED = "The fault is intended: see the options `faults` and `switch` of the simulated device."
 _APART = "Set VISIONACCEL_ISOLATION=process."
 
 
@@ -66,7 +65,7 @@ class FaultRule(BaseModel):
         return self
 
     def hits(self, call: int, frames: Sequence[Frame]) -> tuple[bool, ...]:
-        """Which frames of a call, numbered from 1, it is about; all or none, unless it is about a share."""
+        """Which frames of a call, numbered from 1, the rule applies to; all or none, unless it has a share."""
         if self.share is not None:
             return tuple(struck(frame.rows, self) for frame in frames)
         hit = (
@@ -78,10 +77,10 @@ class FaultRule(BaseModel):
         return (hit,) * len(frames)
 
     def happen(self, call: int) -> None:
-        """What happens when a call begins; nothing for what spoils the answer.
+        """Fail at the start of a call; faults of the answer do nothing here.
 
         Raises:
-            DeviceError: If that is the fault; or if the process was to be ended and is not a device's child process.
+            DeviceError: If that is the fault, or if the rule would end a process that is not a device's child process.
         """
         match self.do:
             case "raise":
@@ -97,13 +96,8 @@ class FaultRule(BaseModel):
             case "abort":
                 os.abort()
 
-    @property
-    def spoils(self) -> bool:
-        """Whether it is about the answer."""
-        return self.do in ("nan", "zeros", "drift")
-
     def spoil(self, rows: NDArray[Any]) -> None:
-        """Overwrite rows of an answer."""
+        """Overwrite rows of an answer, if that is the fault."""
         match self.do:
             case "nan":
                 rows[...] = np.nan
@@ -117,39 +111,28 @@ class FaultRule(BaseModel):
 
 
 def struck(patches: Array, rule: FaultRule) -> bool:
-    """Whether a rule about a share is about an image, the same in every process, batch and dtype.
+    """Whether a rule with a share applies to an image: the same in every process, batch and dtype.
 
-    A video is struck with any of its frames, each of which is decided by its own patches. A split program's session
-    gets patches that the host embedded, so for such a program ask with those.
+    A video fails if any of its frames does; each is decided by its patches. The session of a split program receives
+    patches that the host embedded, so pass those for such a program.
 
     Args:
-        patches: [patches, patch_width] of one image or frame, numpy or torch, of any floating dtype. Their values
-            count, as float32: rounding them to bfloat16 first makes another image of them.
-        rule: A rule with a `share`.
-
-    Raises:
-        ValueError: If the rule has none.
+        patches: [patches, patch_width] of one image or frame, numpy or torch, of any floating dtype. Their float32
+            values decide: patches that were rounded to bfloat16 are a different image.
+        rule: A rule with a `share`; ValueError if it has none.
     """
     if rule.share is None:
-        raise ValueError(f"rule {rule} is not about a share.")
+        raise ValueError(f"rule {rule} has no share.")
     digest = hashlib.blake2b(f"{rule.seed} ".encode(), digest_size=8)
     digest.update(np.ascontiguousarray(as_numpy(patches), dtype=np.float32).reshape(-1).view(np.uint8).data)
     return int.from_bytes(digest.digest()) < rule.share * 2**64
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """A rule that is about a call, and which of the call's frames it hits: at least one."""
-
-    rule: FaultRule
-    hits: tuple[bool, ...]
 
 
 class FaultScript:
     """The rules of a session: those it was opened with, then those of the file `switch`, read at each call.
 
     Raises:
-        SettingsError: If the file does not hold rules; or a rule ends a process that is not a device's child process.
+        SettingsError: If the file does not contain rules, or a rule ends a process that is not a device's child.
     """
 
     def __init__(self, rules: Sequence[FaultRule], switch: Path | None) -> None:
@@ -157,11 +140,11 @@ class FaultScript:
         for rule in self.rules():
             if rule.do in ("exit", "abort") and not _in_device_process():
                 raise SettingsError(
-                    f"the simulated fault {rule} ends the process, which is not the device's own.", hint=_APART
+                    f"the simulated fault {rule} would end a process that is not the device's.", hint=_APART
                 )
 
     def rules(self) -> tuple[FaultRule, ...]:
-        """The rules that hold now; SettingsError if the file does not hold any."""
+        """The current rules; SettingsError if the file does not contain rules."""
         if self._switch is None:
             return self._rules
         try:
@@ -183,19 +166,16 @@ class FaultScript:
             ) from error
 
     def opening(self) -> None:
-        """A session is opened; raises DeviceError if that is a fault."""
+        """Count the opening of a session; DeviceError if a rule makes it fail."""
         number = next(_OPENINGS)
         for rule in self.rules():
             if rule.opening == number:
                 rule.happen(number)
 
-    def fault(self, call: int, frames: Sequence[Frame]) -> Fault | None:
-        """The fault of the first rule that is about a call, if any."""
-        for rule in self.rules():
-            hits = rule.hits(call, frames)
-            if True in hits:
-                return Fault(rule, hits)
-        return None
+    def fault(self, call: int, frames: Sequence[Frame]) -> tuple[FaultRule, tuple[bool, ...]] | None:
+        """The first rule that applies to a call, and which of the frames it applies to; None if no rule does."""
+        found = ((rule, rule.hits(call, frames)) for rule in self.rules())
+        return next(((rule, hits) for rule, hits in found if True in hits), None)
 
 
 _OPENINGS = itertools.count(1)

@@ -1,4 +1,4 @@
-"""What a call of a simulated device holds, and how long it takes."""
+"""The frames in a call of a simulated device, and how long the call takes."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Frame:
     """One frame of a call: an image, or one of a video's.
 
     Attributes:
-        patches: Its patches, without padding.
-        size: Its height and width in patches; None where the program does not get it.
-        rows: Its part of the program's first input, a view: patches [patches, patch_width], or for a split program
-            embedded patches [tokens, merged, hidden].
+        patches: The number of its patches, without padding.
+        size: Its height and width in patches; None if the program does not receive it.
+        rows: Its part of the program's first input, a view: patches [patches, patch_width], or embedded patches
+            [tokens, merged, hidden] for a split program.
     """
 
     patches: int
@@ -40,11 +40,11 @@ class Frame:
 
 
 def frames_of(program: Program, inputs: Mapping[str, Array]) -> tuple[Frame, ...]:
-    """The frames of one call, in their order.
+    """The frames of one call, in order.
 
-    The grids are read from `grid_thw` or from the program's coverage. A program for any grid gets only the number of
-    `frames`, which are of one size; `frame_bias` tells one for a bucket which patches are padding. A call that says
-    nothing of its frames counts as one. The program's first input has the patches.
+    Sizes are those of `grid_thw` or of the program's coverage. A program for any grid receives only the number of
+    `frames`, which have the same size; one for a bucket receives `frame_bias`, which marks padding. A call with none of
+    these counts as one frame.
     """
     rows = inputs[program.inputs[0].name]
     if "grid_thw" in inputs:
@@ -72,18 +72,18 @@ def _split(rows: Array, counts: Sequence[int], sizes: Sequence[tuple[int, int] |
 
 
 def _merged(rows: Array) -> int:
-    """Patches in a row: embedded ones come with those of one token together."""
+    """Patches in a row of the input: embedded patches of one token share a row."""
     return int(rows.shape[1]) if len(rows.shape) == 3 else 1
 
 
 class Latency:
-    """Seconds of each call. May be asked by several threads.
+    """The duration of each call. Safe to use from several threads.
 
     Args:
-        fixed: Seconds of a call with a frame that is not recorded, however many it has.
+        fixed: Seconds added once to a call with frames that are not recorded.
         per_patch: Seconds of each patch of such frames.
-        recorded: Measured seconds of a frame by its height and width in patches, used in turn. Where a program does
-            not get its frames' sizes, the recorded ones with as many patches share their times.
+        recorded: Measured seconds of frames by height and width in patches, used in turn. A frame without a size takes
+            the times of the recorded ones with as many patches.
     """
 
     def __init__(self, fixed: float, per_patch: float, recorded: Mapping[tuple[int, int], Sequence[float]]) -> None:
@@ -96,7 +96,7 @@ class Latency:
         self._lock = threading.Lock()
 
     def seconds(self, frames: Sequence[Frame]) -> float:
-        """Seconds of the next call, which has these frames."""
+        """The seconds that the next call takes, which has these frames."""
         total, fixed = 0.0, 0.0
         for frame in frames:
             times = self._times.get(frame.patches if frame.size is None else frame.size)
@@ -105,7 +105,7 @@ class Latency:
                     total += next(times)
             else:
                 total += self._per_patch * frame.patches
-                fixed = self._fixed  # once: that is what a call with several items saves
+                fixed = self._fixed  # once for each call: batching saves the rest
         return total + fixed
 
 
@@ -113,7 +113,7 @@ def read_recorded(path: Path) -> dict[tuple[int, int], tuple[float, ...]]:
     """Measured times by a frame's height and width, from a JSON file such as `{"58x74": [7.4, 7.6]}`.
 
     Raises:
-        SettingsError: If it cannot be read or is malformed.
+        SettingsError: If the file cannot be read or is malformed.
     """
     advice = 'Write {"HEIGHTxWIDTH": [SECONDS, ...], ...} with sizes in patches, such as {"58x74": [7.4, 7.6]}.'
     try:
@@ -122,8 +122,5 @@ def read_recorded(path: Path) -> dict[tuple[int, int], tuple[float, ...]]:
         raise SettingsError(f"recorded times {path} cannot be read: {error}.", hint=advice) from error
     except ValidationError as error:
         raise SettingsError(f"recorded times {path}: {problems_of(error)}.", hint=advice) from error
-    found = {}
-    for name, seconds in stated.items():
-        height, width = name.split("x")
-        found[int(height), int(width)] = seconds
-    return found
+    sizes = ((name.partition("x"), seconds) for name, seconds in stated.items())
+    return {(int(height), int(width)): seconds for (height, _, width), seconds in sizes}

@@ -1,4 +1,4 @@
-"""A session whose calls take a configured time, and sleep for most of it."""
+"""A session whose calls take a configured time and sleep for most of it."""
 
 from __future__ import annotations
 
@@ -16,29 +16,28 @@ from visionaccel.backends import Capabilities, Session
 from visionaccel.core.arrays import Array, as_numpy, is_tensor
 from visionaccel.core.program import Program
 from visionaccel.core.safe_text import safe_logger
-from visionaccel_testing.simulated.faults import Fault, FaultScript
+from visionaccel_testing.simulated.faults import FaultRule, FaultScript
 from visionaccel_testing.simulated.latency import Frame, Latency, frames_of
 
 logger = safe_logger(__name__)
 
 OVERRUN = "times that are measured with it are too long"
-"""What the log says of a device whose computation took longer than its configured time."""
+"""Logged if a device's computation took longer than its configured time."""
 
-_MOST_REMEMBERED = 512 * 2**20
-"""Bytes."""
+_MOST_REMEMBERED_BYTES = 512 * 2**20
 
 
 class SimulatedSession(Session):
-    """Runs a wrapped session and sleeps for what is left of the call's time. Safe to use from several threads.
+    """Runs a wrapped session and sleeps for the rest of the call's time. Safe to use from several threads.
 
-    It is one device: of more calls at once than `capabilities.max_in_flight`, the others wait, and their time begins
-    when they are let in. A wrapped session that is not thread-safe computes one call at a time while others sleep.
+    It is one device: calls beyond `capabilities.max_in_flight` wait, and their time starts when they are let in. A
+    wrapped session that is not thread-safe computes one call at a time while others sleep.
 
-    With `replay`, answers are remembered by their inputs; those not used for longest are forgotten.
+    With `replay`, answers are remembered by their inputs; the least recently used are forgotten.
 
     Attributes:
         calls: Calls so far.
-        overruns: Calls so far for which the computation took longer than the configured time.
+        overruns: Calls so far whose computation took longer than the configured time.
     """
 
     def __init__(
@@ -54,7 +53,7 @@ class SimulatedSession(Session):
         self.capabilities = capabilities
         self._inner, self._program, self._latency, self._script = inner, program, latency, script
         self._replay = replay
-        remembered: LRUCache[bytes, Mapping[str, Array]] = LRUCache(_MOST_REMEMBERED, getsizeof=_bytes)
+        remembered: LRUCache[bytes, Mapping[str, Array]] = LRUCache(_MOST_REMEMBERED_BYTES, getsizeof=_bytes)
         self._remembered = cached(remembered, key=_digest, lock=threading.Lock())(self._computed)
         self._places = threading.BoundedSemaphore(capabilities.max_in_flight)
         self._turn = nullcontext() if inner.capabilities.thread_safe else threading.Lock()
@@ -72,10 +71,10 @@ class SimulatedSession(Session):
             seconds = self._latency.seconds(frames)
             fault = self._script.fault(call, frames)
             if fault is not None:
-                fault.rule.happen(call)
+                fault[0].happen(call)
             answer = _copied(self._remembered(inputs)) if self._replay else self._computed(inputs)
-            if fault is not None and fault.rule.spoils:
-                answer = _spoilt(answer, fault, frames)
+            if fault is not None:
+                answer = _spoilt(answer, *fault, frames)
             self._sleep_until(started + seconds, seconds)
             return answer
 
@@ -90,7 +89,7 @@ class SimulatedSession(Session):
             return self._inner.run(inputs)
 
     def _sleep_until(self, end: float, seconds: float) -> None:
-        """Sleep until then; a call that was to take some time and is late is counted, the first also logged."""
+        """Sleep until `end`. A late call with a configured time is counted, and the first one is logged."""
         left = end - time.monotonic()
         if left > 0:
             time.sleep(left)
@@ -100,8 +99,8 @@ class SimulatedSession(Session):
                 first = self.overruns == 1
             if first:
                 logger.warning(
-                    "Simulated device %s was to take %.3f s and computed for %.3f s: %s. Further such calls are not "
-                    "logged.",
+                    "A call of simulated device %s is configured to take %.3f s and computed for %.3f s: %s. Further "
+                    "such calls are not logged.",
                     self.capabilities.device,
                     seconds,
                     seconds - left,
@@ -109,18 +108,20 @@ class SimulatedSession(Session):
                 )
 
 
-def _spoilt(answer: Mapping[str, Array], fault: Fault, frames: Sequence[Frame]) -> Mapping[str, Array]:
-    """A copy of an answer with the rows of the frames that a fault is about overwritten."""
+def _spoilt(
+    answer: Mapping[str, Array], rule: FaultRule, hits: Sequence[bool], frames: Sequence[Frame]
+) -> Mapping[str, Array]:
+    """A copy of an answer in which a rule has overwritten the rows of the frames that it hits."""
     spoilt = _copied(answer)
     ends = np.cumsum([0, *(frame.patches for frame in frames)]).tolist()
     for array in spoilt.values():
-        if all(fault.hits):
-            fault.rule.spoil(array)  # padding too
+        if all(hits):
+            rule.spoil(array)  # padding too
             continue
         rows = len(array)
-        for (start, end), hit in zip(pairwise(ends), fault.hits, strict=True):
+        for (start, end), hit in zip(pairwise(ends), hits, strict=True):
             if hit:
-                fault.rule.spoil(array[start * rows // ends[-1] : end * rows // ends[-1]])
+                rule.spoil(array[start * rows // ends[-1] : end * rows // ends[-1]])
     return spoilt
 
 
@@ -130,7 +131,7 @@ def _copied(arrays: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def _digest(inputs: Mapping[str, Array]) -> bytes:
-    """What identifies the inputs of a call: their names, kinds, dtypes, shapes and bytes."""
+    """A digest of the inputs of a call: their names, devices, dtypes, shapes and bytes."""
     digest = hashlib.blake2b(digest_size=16)
     for name, array in sorted(inputs.items()):
         place = str(array.device) if is_tensor(array) else "numpy"

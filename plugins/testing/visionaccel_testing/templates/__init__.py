@@ -1,4 +1,4 @@
-"""Projects to start from: a backend's plug-in, complete and installable, with the conformance suite as its test."""
+"""Writes new projects: a backend's plug-in, complete and installable, with the conformance suite as its test."""
 
 from __future__ import annotations
 
@@ -26,21 +26,18 @@ _PLACES: Mapping[str, str] = MappingProxyType(
         "workflows/test.yml.txt": ".github/workflows/test.yml",
     }
 )
-"""Where each file of the template goes. They end in .txt, as they are of no other kind before they are filled in."""
+"""The path of each file of the template. Until they are filled in, the files are only text, so they end in .txt."""
 
 
 def write_backend_project(name: str, folder: Path) -> tuple[Path, ...]:
-    """Write the project of a new backend.
+    """Write the project of a new backend, and return the files.
 
     Args:
         name: The backend's name, such as `acme_npu`: lower-case letters, digits and underscores.
-        folder: Where to; must not exist, or be empty.
-
-    Returns:
-        The files that were written.
+        folder: The folder to write to; it must not exist, or be empty.
 
     Raises:
-        ConfigurationError: If the name cannot be one, or is taken here, or the folder holds something.
+        ConfigurationError: If the name is invalid or that of an installed backend, or the folder is not empty.
     """
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name):
         raise ConfigurationError(
@@ -50,7 +47,7 @@ def write_backend_project(name: str, folder: Path) -> tuple[Path, ...]:
     if name in {entry.name for entry in Registry().entries}:
         raise ConfigurationError(f"a backend {name!r} is installed already.", hint="Choose another name.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigurationError(f"{folder} exists and is not an empty folder.", hint="Name another one.")
+        raise ConfigurationError(f"{folder} exists and is not an empty folder.", hint="Choose a different folder.")
     words = name.split("_")
     major, minor, *_ = __version__.split(".")
     filled = {

@@ -53,8 +53,8 @@ def test_a_file_of_two_lines_runs_it_too(tmp_path):
     done = pytest_in(tmp_path, "-k", "L0-capabilities or L0-options")
     assert done.returncode == 1
     assert "1 failed, 1 passed" in done.stdout, done.stdout
-    assert "NOT SO: An open session says what it is" in done.stdout
-    assert "the session says device='cpu'; declared is 'npu'." in done.stdout
+    assert "This does not hold: An open session declares its capabilities" in done.stdout
+    assert "the session declares device='cpu'; expected 'npu'." in done.stdout
 
 
 def test_without_the_option_nothing_is_collected(tmp_path):

@@ -34,13 +34,14 @@ def test_a_planted_fault_is_found_by_the_check_that_names_it(planted: Planted, s
 @pytest.mark.parametrize("seed", range(3))
 def test_nothing_is_found_in_a_good_backend(seed, site, tmp_path):
     install(site, GOOD)
-    # The digits model and its images do not depend on the seed.
-    checks = [check for check in CHECKS if seed == 0 or check.name != "L2-digits"]
+    # The other levels, and the digits model with its images, do not depend on the seed.
+    checks = [check for check in CHECKS if seed == 0 or (check.level in (1, 2, 3) and check.name != "L2-digits")]
     outcomes = run_checks(BackendUnderTest(GOOD), tmp_path / "work", checks=checks, seed=seed)
     assert {outcome.check: outcome.detail for outcome in outcomes if outcome.status == "failed"} == {}
     inapplicable = {outcome.check for outcome in outcomes if outcome.status == "not applicable"}
     # It opens checkpoints, as models in files, for any grid; and how much memory it holds is the allocator's choice.
-    assert inapplicable - {"L5-allocation"} == {"L0-foreign-families", "L1-padding", "L5-tampered"}
+    expected = {"L0-foreign-families", "L1-padding", "L5-tampered"} & {check.name for check in checks}
+    assert inapplicable - {"L5-allocation"} == expected
 
 
 TENSORS = """
@@ -105,5 +106,5 @@ def test_a_known_failure_must_be_of_a_check_that_there_is_and_applies(tmp_path):
     assert (outcome.status, "does not apply" in outcome.detail) == ("failed", True)
     unknown = BackendUnderTest("torch_ref", known_failures=(KnownFailure("L1-paddings", since, "a reason"),))
     for use in (lambda: conformance_suite(unknown), lambda: run_checks(unknown, tmp_path / "other")):
-        with pytest.raises(ConfigurationError, match="no check L1-paddings"):
+        with pytest.raises(ConfigurationError, match="unknown check L1-paddings"):
             use()
