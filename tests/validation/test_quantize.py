@@ -60,7 +60,7 @@ def test_each_row_has_a_scale_of_its_own(checkpoint, quantized):
     [
         ({"threshold": 2.0}, ConfigurationError, "not a threshold"),
         ({"threshold": float("nan")}, ConfigurationError, "not a threshold"),
-        ({"device": "tpu"}, ConfigurationError, "knows no device 'tpu'"),
+        ({"device": "tpu"}, ConfigurationError, "unknown device 'tpu'"),
         ({"judged_by": ["/nowhere.png"]}, InputError, "nowhere"),
     ],
 )

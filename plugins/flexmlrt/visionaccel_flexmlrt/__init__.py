@@ -1,4 +1,4 @@
-"""FlexMLRT backend for visionaccel: compiled encoders on AMD's Ryzen AI NPUs, or on a simulator of them."""
+"""FlexMLRT backend for visionaccel: runs compiled encoders on AMD's Ryzen AI NPUs, or on a simulator of them."""
 
 from collections.abc import Sequence
 
@@ -10,5 +10,5 @@ __all__ = ["FlexMLRTBackend", "visionaccel_backends"]
 
 @hookimpl
 def visionaccel_backends() -> Sequence[type[VisionBackend]]:
-    """Registers the backend; no library of a vendor is loaded before a program is opened."""
+    """Register the backend; AMD's library is not loaded before a program is opened."""
     return [FlexMLRTBackend]

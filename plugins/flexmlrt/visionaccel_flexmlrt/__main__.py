@@ -1,4 +1,4 @@
-"""The command `visionaccel-flexmlrt`, which needs more than a serving process has."""
+"""The entry point of the command `visionaccel-flexmlrt`, which needs an extra."""
 
 import sys
 
@@ -6,7 +6,7 @@ from visionaccel.errors import ConfigurationError
 
 
 def main() -> None:
-    """The command's entry point; names the extra if something is not installed."""
+    """Run the command, or say which extra to install."""
     try:
         from visionaccel_flexmlrt.commands import main as run
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""What a compiled artifact shows without the SDK, so that a wrong file is refused in plain words."""
+"""Checks compiled artifacts without the SDK, so that a wrong file is refused with a clear message."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ FLEXMLRT_DIRECTORY = "flexmlrt.directory"
 """A partition's folder in the cache of AMD's Vitis AI compiler; the artifact is its `partition-info.json`."""
 
 SIMULATOR_MAGIC = b"VASIMRAI"
-"""First bytes of an artifact for the FlexMLRT simulator, which is not a device."""
+"""The first bytes of an artifact for the FlexMLRT simulator."""
 
 SIMULATOR_FILE = "simulator.rai"
-"""Such an artifact's name in the folder of a partition (`FLEXMLRT_DIRECTORY`)."""
+"""The name of such an artifact in the folder of a partition (`FLEXMLRT_DIRECTORY`)."""
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +38,9 @@ class Artifact:
     """A compiled artifact.
 
     Attributes:
-        path: What the SDK is given: the `.rai` file, or the folder of the partition.
-        single_file: It is a `.rai` file.
-        simulated: It was made for the simulator.
+        path: The path to pass to the SDK: the `.rai` file, or the folder of the partition.
+        single_file: Whether it is a `.rai` file.
+        simulated: Whether it was made for the simulator.
     """
 
     path: Path
@@ -49,11 +49,7 @@ class Artifact:
 
     @classmethod
     def of(cls, program: Program) -> Artifact:
-        """The artifact of a program.
-
-        Raises:
-            ArtifactError: If it is missing or empty, or only stands for one, such as a Git LFS pointer.
-        """
+        """The artifact of a program; ArtifactError if it is missing, empty or a Git LFS pointer."""
         if program.artifact is None:
             raise ArtifactError(f"program {program.name!r} has no file.", hint=_AGAIN)
         single_file = program.format == FLEXMLRT_RAI
@@ -65,24 +61,20 @@ class Artifact:
 
     @property
     def device(self) -> str:
-        """What it was made for: `npu` or `simulator`."""
+        """The device that it was made for: `npu` or `simulator`."""
         return SIMULATOR if self.simulated else NPU
 
     @property
     def suspicious(self) -> bool:
-        """Whether it is smaller than any compiled encoder that is known."""
+        """Whether it is smaller than any known compiled encoder."""
         return self.single_file and not self.simulated and self.path.stat().st_size < _SMALLEST_REAL
 
 
 def made_for_simulator(binary: Path, failure: type[ArtifactError] = ArtifactError) -> bool:
     """Whether a compiled file was made for the simulator, by its first bytes.
 
-    Args:
-        binary: The file.
-        failure: What to raise.
-
     Raises:
-        ArtifactError: If it cannot be read, is empty, or only stands for one, such as a Git LFS pointer.
+        ArtifactError: As `failure`, if the file cannot be read, is empty or is a Git LFS pointer.
     """
     try:
         with open_regular(binary) as file:
@@ -93,7 +85,7 @@ def made_for_simulator(binary: Path, failure: type[ArtifactError] = ArtifactErro
     if head.startswith(_LFS_POINTER):
         raise failure(
             f"{binary} is a Git LFS pointer of {size} bytes, not the artifact.",
-            hint="Run `git lfs pull` where it was cloned, and import it again.",
+            hint="Run `git lfs pull` in the clone, and import the artifact again.",
         )
     if size == 0:
         raise failure(f"{binary} is empty.", hint=_AGAIN)
@@ -101,10 +93,10 @@ def made_for_simulator(binary: Path, failure: type[ArtifactError] = ArtifactErro
 
 
 def open_settings(artifact: Artifact, sdk_version: str | None) -> Mapping[str, str]:
-    """Names of device and subgraph that the SDK needs for an artifact; empty where it must not be given one.
+    """The SDK's names of device and subgraph for an artifact; empty if none may be passed.
 
-    From public callers: a folder is opened as subgraph "0"; a `.rai` file before 1.8 as "vaiml_par_0" on "stx", and
-    since then without either.
+    As public callers do: a folder is opened as subgraph "0", a `.rai` file as "vaiml_par_0" on "stx" before SDK 1.8,
+    and without names since.
     """
     if not artifact.single_file:
         return {"device_name": "stx", "subgraph": "0"}

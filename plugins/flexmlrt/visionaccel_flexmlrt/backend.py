@@ -32,17 +32,17 @@ from visionaccel_flexmlrt.session import FlexMLRTSession
 class FlexMLRTOptions(Options):
     """Options of the `flexmlrt` backend."""
 
-    device_name: str | None = Field(None, description="The SDK's name of the device. Unset: what its version needs.")
-    subgraph: str | None = Field(None, description="The subgraph to open. Unset: what the artifact's layout needs.")
+    device_name: str | None = Field(None, description="The SDK's name of the device. Unset: by the SDK's version.")
+    subgraph: str | None = Field(None, description="The subgraph to open. Unset: by the artifact's layout.")
     execute_mode: int = Field(2, ge=0, description="The SDK's executeMode.")
     preemption: bool | None = Field(None, description="The SDK's enable_preemption. Unset: the SDK's default.")
     cache_dir: Path | None = Field(None, description="Where the SDK may write. Unset: the artifact's folder.")
-    any_version: bool = Field(False, description="Accept another version of the SDK than this was built with.")
-    simulator_script: Path | None = Field(None, description="What the simulator does wrong; see the documentation.")
+    any_version: bool = Field(False, description="Accept a different version of the SDK than this was built with.")
+    simulator_script: Path | None = Field(None, description="Faults of the simulator; see the documentation.")
 
 
 class FlexMLRTBackend(VisionBackend):
-    """Runs compiled encoders on a Ryzen AI NPU, or on a simulator of it, which must be asked for by name."""
+    """Runs compiled encoders on a Ryzen AI NPU, or on a simulator of it if that device is chosen by name."""
 
     name = "flexmlrt"
     formats = formats_with_weights = frozenset({FLEXMLRT_RAI, FLEXMLRT_DIRECTORY})
@@ -64,7 +64,7 @@ class FlexMLRTBackend(VisionBackend):
     def probe(self, program: Program, device: str | None) -> Verdict:
         device = device or NPU
         if device not in (NPU, SIMULATOR):
-            return Rejected(f"it knows no device {device!r}.", f"Name {NPU} or {SIMULATOR}.")
+            return Rejected(f"unknown device {device!r}.", f"Choose {NPU} or {SIMULATOR}.")
         try:
             artifact = Artifact.of(program)
         except ArtifactError as error:
@@ -87,7 +87,7 @@ class FlexMLRTBackend(VisionBackend):
         module = load(device, amd, any_version=options.any_version)
         if device != SIMULATOR and options.simulator_script is not None:
             raise ConfigurationError(
-                "simulator_script is for the simulator.", hint=f"Set VISIONACCEL_DEVICE={SIMULATOR}."
+                "simulator_script is an option of the simulator only.", hint=f"Set VISIONACCEL_DEVICE={SIMULATOR}."
             )
         apart = device_tensors(program)
         inputs, outputs = apart or (program.inputs, program.outputs)
@@ -110,14 +110,14 @@ class FlexMLRTBackend(VisionBackend):
         except (module.BridgeError, UnicodeDecodeError) as error:  # its text may quote bytes of the artifact
             raise DeviceError(
                 f"{device} cannot open program {program.name!r}: {error}",
-                hint="Run `visionaccel doctor` for what this machine lacks.",
+                hint="Run `visionaccel doctor` to see what this machine lacks.",
             ) from error
         capabilities = Capabilities(device=device, precision=program.precision, simulated=device == SIMULATOR)
         return FlexMLRTSession(model, module.BridgeError, capabilities, inputs, outputs, host, options.simulator_script)
 
 
 def _as_stored(spec: TensorSpec, names: Mapping[str, str]) -> tuple[str, str, list[Any]]:
-    """A tensor as the compiled module takes it, by its name inside the artifact."""
+    """A tensor for the compiled module: its name inside the artifact, dtype and shape."""
     return names.get(spec.name, spec.name), spec.dtype, list(spec.shape)
 
 

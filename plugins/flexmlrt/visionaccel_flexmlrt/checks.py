@@ -1,4 +1,4 @@
-"""What a Ryzen AI machine needs for FlexMLRT, looked at without touching the device."""
+"""Checks what a Ryzen AI machine needs for FlexMLRT, without using the device."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _NPUS: Mapping[tuple[str, str], tuple[str, bool]] = {
     ("0x17f0", "0x11"): ("Strix", True),
     ("0x17f0", "0x20"): ("Krackan", True),
 }
-"""PCI device and revision of each NPU: its name, and whether it computes in bfloat16."""
+"""Name of each NPU by PCI device and revision, and whether it computes in bfloat16."""
 
 _Found: TypeAlias = tuple[Literal["pass", "warning", "failure"], str, str]
-"""Status and detail of a finding, and how to fix what is wrong."""
+"""Status and detail of a finding, and how to fix a problem."""
 
 _KERNEL = (6, 10)
 _SHORT_TIMEOUT = 10
@@ -37,11 +37,11 @@ _HEAP_PAGES = 8
 
 
 def check_machine(amd: AmdEnvironment, root: Path = _ROOT, kernel: str | None = None) -> Sequence[Finding]:
-    """What this machine has and lacks; a check that cannot be made is a warning.
+    """Check this machine; a check that fails with an error becomes a warning.
 
     Args:
-        amd: What environment variables say of AMD's software.
-        root: Where `/sys`, `/dev` and `/opt` are.
+        amd: Where AMD's software is.
+        root: The folder with `/sys`, `/dev` and `/opt`.
         kernel: The kernel's release; None for the running one.
     """
     checks: Mapping[str, Callable[[], _Found]] = {
@@ -59,7 +59,7 @@ def check_machine(amd: AmdEnvironment, root: Path = _ROOT, kernel: str | None = 
 
 
 def check_artifacts(programs: Iterable[Program]) -> Sequence[Finding]:
-    """Whether compiled artifacts are really there, or only stand for them."""
+    """Check that artifacts are real: not missing, empty, Git LFS pointers or suspiciously small."""
     found = []
     for program in programs:
         try:
@@ -69,7 +69,7 @@ def check_artifacts(programs: Iterable[Program]) -> Sequence[Finding]:
             continue
         if artifact.suspicious:
             detail = f"{artifact.path} has only {artifact.path.stat().st_size} bytes"
-            fix = "Compare its size with where it came from; a Git LFS file that was not fetched is as small."
+            fix = "Compare its size with the original's; a Git LFS file that was not fetched is this small."
             found.append(Finding(f"artifact {program.name}", "warning", detail, fix))
             continue
         made_for = "the SIMULATOR" if artifact.simulated else "the NPU"
@@ -80,8 +80,8 @@ def check_artifacts(programs: Iterable[Program]) -> Sequence[Finding]:
 def _made(check: Callable[[], _Found]) -> _Found:
     try:
         return check()
-    except Exception as error:  # A broken machine is what this is for.
-        return "warning", f"{type(error).__name__}: {error}", "Look at it by hand."
+    except Exception as error:  # broken machines are to be expected here
+        return "warning", f"{type(error).__name__}: {error}", "Check it by hand."
 
 
 def _npu(root: Path) -> _Found:
@@ -129,7 +129,7 @@ def _node(root: Path) -> _Found:
     if not nodes:
         return "failure", "/dev/accel/accel0 is missing", "Load amdxdna; see dmesg for why it has none."
     if not os.access(nodes[0], os.R_OK | os.W_OK):
-        return "failure", f"{nodes[0]} may not be opened", "Add the user to the group render, and log in again."
+        return "failure", f"no permission to open {nodes[0]}", "Add the user to the group render, and log in again."
     return "pass", str(nodes[0]), ""
 
 

@@ -1,4 +1,4 @@
-"""`visionaccel-flexmlrt`: artifacts for the simulator, as AMD's compiler would leave them for the NPU."""
+"""The command `visionaccel-flexmlrt`, which makes artifacts for the simulator in the layouts of AMD's compiler."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def simulate(
         typer.Option(help="What the simulator computes in; the NPU computes in bfloat16."),
     ] = "bfloat16",
 ) -> None:
-    """Compile an encoder for the SIMULATOR, in the layout that AMD's compiler leaves.
+    """Compile an encoder for the SIMULATOR, in a layout of AMD's compiler.
 
-    Make a bundle of it with `visionaccel import-vitisai`, and run that with device `simulator`.
+    Make a bundle of it with `visionaccel import-vitisai`, and run it with device `simulator`.
     """
     lacking = missing(SIMULATOR, AmdEnvironment())
     if lacking is not None:
@@ -54,7 +54,7 @@ def simulate(
     frame = Grid.parse(grid)
     frame.check_divisible(tower.merge_size)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigurationError(f"{output} exists.", hint="Name a new folder.")
+        raise ConfigurationError(f"{output} exists and is not an empty folder.", hint="Choose a new folder.")
     with status("compiling for the simulator"):
         write_vitisai_folder(
             tower,
@@ -64,7 +64,7 @@ def simulate(
             compile=partial(compile_partition, precision=precision),
         )
     results.print(
-        f"{output} holds an artifact for the SIMULATOR, in {precision}. Import it: "
+        f"{output} contains an artifact for the SIMULATOR, in {precision}. Import it: "
         f"visionaccel import-vitisai {output} BUNDLE --checkpoint {source}",
         soft_wrap=True,
     )

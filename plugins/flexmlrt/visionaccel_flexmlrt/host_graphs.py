@@ -1,4 +1,4 @@
-"""Host parts of artifacts that the core does not know: ONNX graphs before and after the device's, on ONNX Runtime."""
+"""Host parts that the core does not run itself: ONNX graphs before and after the device's part, on ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -34,28 +34,26 @@ class _Tensors(BaseModel):
 
 
 def device_tensors(program: Program) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]] | None:
-    """What the device takes and returns where that is not what the program does; None where it is.
+    """The device's inputs and outputs; None if they are the program's.
 
     Raises:
-        ArtifactError: If the companion that states it is damaged.
+        ArtifactError: If the companion that lists them is damaged.
     """
     path = program.companions.get(DEVICE_TENSORS)
     if path is None:
         return None
     try:
-        stated = _Tensors.model_validate(json.loads(read_bounded(path)))
+        listed = _Tensors.model_validate(json.loads(read_bounded(path)))
     except (OSError, ValueError, ValidationError) as error:
         raise ArtifactError(
             f"{path} cannot be read: {problems_of(error)}", hint="Import the artifact again."
         ) from error
-    return (
-        tuple(TensorSpec(t.name, t.dtype, t.shape) for t in stated.inputs),
-        tuple(TensorSpec(t.name, t.dtype, t.shape) for t in stated.outputs),
-    )
+    inputs, outputs = (tuple(TensorSpec(t.name, t.dtype, t.shape) for t in s) for s in (listed.inputs, listed.outputs))
+    return inputs, outputs
 
 
 class HostGraphs:
-    """The graphs around the device's part; either may be missing.
+    """The graphs before and after the device's part; either may be missing.
 
     Raises:
         ConfigurationError: If ONNX Runtime is not installed.
@@ -68,12 +66,12 @@ class HostGraphs:
         self._after = self._session(program.companions.get(HOST_AFTER))
 
     def before(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-        """The device's inputs, from the program's."""
+        """Compute the device's inputs from the program's."""
         named = {self._stored(name): array for name, array in inputs.items()}
         return named if self._before is None else _run(self._before, named)
 
     def after(self, outputs: Mapping[str, Array], inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-        """The program's outputs, from the device's; a graph may also need what the program was given."""
+        """Compute the program's outputs from the device's; the graph may also read the program's inputs."""
         named = {**{self._stored(name): array for name, array in inputs.items()}, **outputs}
         found = named if self._after is None else _run(self._after, named)
         return {spec.name: found[self._stored(spec.name)] for spec in self._program.outputs}
@@ -91,7 +89,7 @@ class HostGraphs:
             what = "the host's part of this artifact"
             raise ConfigurationError.missing_extra(what, "onnxruntime", "visionaccel-flexmlrt[onnxrt]") from error
         settings = onnxruntime.SessionOptions()
-        settings.intra_op_num_threads = thread_limit() or 0  # 0 leaves the number to it
+        settings.intra_op_num_threads = thread_limit() or 0  # 0: its default
         try:
             return onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
         except Exception as error:  # its exceptions have no common base

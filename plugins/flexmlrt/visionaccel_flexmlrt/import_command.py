@@ -1,4 +1,4 @@
-"""`visionaccel import-vitisai`: a bundle of what AMD's Vitis AI compiler left."""
+"""The command `visionaccel import-vitisai`, which makes bundles of artifacts of AMD's Vitis AI compiler."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def import_vitisai(
         list[Path],
         typer.Argument(
             metavar="PATH...",
-            help="Folders that the compiler left, one for each grid: a .rai next to its .onnx, or its cache.",
+            help="Folders that the compiler wrote, one for each grid: a .rai next to its .onnx, or its cache.",
         ),
     ],
     bundle: Annotated[Path, typer.Argument(help="Folder of the bundle to write.")],
@@ -37,13 +37,14 @@ def import_vitisai(
     ],
     grid: Annotated[
         str | None,
-        typer.Option(help="Grid that it was compiled for, in patches: 58x74. Needed only where the model cannot tell."),
+        typer.Option(help="Grid that it was compiled for, in patches: 58x74. Needed only if the model cannot tell."),
     ] = None,
     artifact: Annotated[
-        Path | None, typer.Option(help="The .rai or cache directory in PATH, where there are several.")
+        Path | None, typer.Option(help="The .rai or cache directory in PATH, if there are several.")
     ] = None,
     onnx: Annotated[
-        Path | None, typer.Option(help="The .onnx that was compiled, where there are several or it lies elsewhere.")
+        Path | None,
+        typer.Option(help="The .onnx that was compiled, if there are several or it is elsewhere."),
     ] = None,
     precision: Annotated[Precision, typer.Option(help="What the device computes in.")] = "bfloat16",
     host_on_onnxrt: Annotated[
@@ -61,8 +62,8 @@ def import_vitisai(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Make a bundle of what AMD's Vitis AI compiler left, checked against the checkpoint that it was made from."""
-    # onnx takes a noticeable time to import, and other commands need not wait for it.
+    """Make a bundle of artifacts of AMD's Vitis AI compiler, and check them against their checkpoint."""
+    # Other commands should not wait for the import of onnx.
     from visionaccel_flexmlrt.vitisai import ImportRequest
     from visionaccel_flexmlrt.vitisai import import_vitisai as run_import
 
@@ -70,7 +71,7 @@ def import_vitisai(
     tower = open_tower(checkpoint, revision)
     if len(paths) > 1 and (artifact, onnx, grid) != (None, None, None):
         raise ConfigurationError(
-            "--artifact, --onnx and --grid describe one folder, and several are named.",
+            "--artifact, --onnx and --grid describe one folder, and several were given.",
             hint="Put each artifact into a separate folder with all of its files, or import one.",
         )
     requests = [

@@ -1,7 +1,7 @@
-"""Finding and loading what runs a model: AMD's FlexMLRT library, or the simulator with OpenVINO.
+"""Finds and loads the runtime of a model: AMD's FlexMLRT library, or the simulator with OpenVINO.
 
-The package imports anywhere. Its compiled modules are imported when a program is opened, and each thing that is missing
-is named before that.
+The package can be imported on any machine. Its compiled modules are imported when a program is opened, after a check
+for everything that they need.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ NPU, SIMULATOR = "npu", "simulator"
 _LIBRARY = "libflexmlrt.so"
 _SCRIPT = "FLEXMLRT_SIMULATOR_SCRIPT"
 _SCRIPT_LOCK = Lock()
-"""The variable is the whole process's, so one script at a time holds."""
+"""The environment variable is shared by the whole process, so only one script at a time is active."""
 
 _PLACES = (("FLEXMLRT_LIB_DIR", ""), ("FLEXMLRT_ROOT", "lib"), ("RYZEN_AI_INSTALLATION_PATH", "deployment/lib"))
-"""Environment variables that name where AMD's software is, and the folder of the library below each."""
+"""Environment variables with the location of AMD's software, and the folder of the library below each."""
 
 _VERSION = re.compile(r"^VERSION\s*=\s*[\"']([^\"']+)[\"']", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
 class AmdEnvironment:
-    """What environment variables say of AMD's software. The backend reads them; nothing else here does.
+    """Where AMD's software is, by the environment variables of the backend's process.
 
     Attributes:
-        folders: Where to look for the library, in this order.
-        xrt_ini: XRT's settings (`XRT_INI_PATH`); None if it is not set.
+        folders: The folders to search for the library, in this order.
+        xrt_ini: XRT's settings (`XRT_INI_PATH`); None if not set.
     """
 
     folders: tuple[Path, ...] = ()
@@ -48,7 +48,7 @@ class AmdEnvironment:
 
     @classmethod
     def read(cls, variables: Mapping[str, str]) -> Self:
-        """What these variables say; a variable that is empty counts as unset."""
+        """Read environment variables; an empty variable counts as unset."""
         named = [Path(variables[name], below) for name, below in _PLACES if variables.get(name)]
         linked = [Path(folder) for folder in variables.get("LD_LIBRARY_PATH", "").split(":") if folder]
         ini = variables.get("XRT_INI_PATH")
@@ -60,7 +60,7 @@ class AmdEnvironment:
 
 
 def missing(device: str, amd: AmdEnvironment) -> Rejected | None:
-    """What is missing on this machine to run on a device; nothing is loaded to find out."""
+    """What this machine lacks to run on a device; None if nothing. Loads nothing."""
     if device == SIMULATOR:
         return _missing_for_simulator()
     if find_spec("visionaccel_flexmlrt._sdk") is None:
@@ -79,10 +79,10 @@ def missing(device: str, amd: AmdEnvironment) -> Rejected | None:
 
 
 def load(device: str, amd: AmdEnvironment, *, any_version: bool = False) -> ModuleType:
-    """The compiled module for a device; with `any_version`, for a library of another version than it was built with.
+    """The compiled module for a device; `any_version` accepts a library of a different version than it was built with.
 
     Raises:
-        ConfigurationError: If something is missing, or the library cannot be loaded or is of another version.
+        ConfigurationError: If something is missing, or the library cannot be loaded or has a different version.
     """
     lacking = missing(device, amd)
     if lacking is not None:
@@ -94,19 +94,19 @@ def load(device: str, amd: AmdEnvironment, *, any_version: bool = False) -> Modu
     library = amd.library()
     assert library is not None
     try:
-        # Loaded by its path first, so that the module finds it by its name, independent of the linker's path.
+        # Once loaded by its path, the module finds it by its name, whatever the linker's search path is.
         ctypes.CDLL(str(library))
         module = importlib.import_module("visionaccel_flexmlrt._sdk")
     except (ImportError, OSError) as error:
         raise ConfigurationError(
             f"{library} cannot be loaded: {error}",
-            hint="Install XRT and what else Ryzen AI Software needs; `visionaccel doctor` names what is missing.",
+            hint="Install XRT and the rest of Ryzen AI Software; `visionaccel doctor` lists what is missing.",
         ) from error
     built, found = module.sdk_version, library_version(library)
     if found is not None and built not in ("unknown", found) and not any_version:
-        # The layout of the SDK's structures is its binary interface.
+        # The layout of the SDK's structures may differ.
         raise ConfigurationError(
-            f"visionaccel-flexmlrt was built with FlexMLRT {built}, and {library} is of {found}.",
+            f"visionaccel-flexmlrt was built with FlexMLRT {built}, and {library} belongs to {found}.",
             hint=f"Build it again with the SDK of {found}, or pass the option any_version=true at your own risk.",
         )
     return module
@@ -114,9 +114,9 @@ def load(device: str, amd: AmdEnvironment, *, any_version: bool = False) -> Modu
 
 @contextmanager
 def simulator_faults(script: Path | None) -> Iterator[None]:
-    """Have the simulator, which reads an environment variable, do wrong in this context what a script says.
+    """Set the environment variable with the simulator's faults within this context; None leaves it unchanged.
 
-    A context with a script waits for those of other threads; one without leaves the variable as it is.
+    A context with a script waits for those of other threads.
     """
     if script is None:
         yield
@@ -133,27 +133,27 @@ def simulator_faults(script: Path | None) -> Iterator[None]:
 
 
 def library_version(library: Path) -> str | None:
-    """Version of the SDK that a library belongs to, from the `__init__.py` of a folder above it; None if unknown."""
+    """The version of a library's SDK, from the `__init__.py` of a folder above it; None if unknown."""
     for folder in library.resolve().parents[:3]:
-        stated = folder / "__init__.py"
-        if stated.is_file():
-            found = _VERSION.search(stated.read_text(encoding="utf-8", errors="replace"))
+        file = folder / "__init__.py"
+        if file.is_file():
+            found = _VERSION.search(file.read_text(encoding="utf-8", errors="replace"))
             if found is not None:
                 return found[1]
     return None
 
 
 def sdk_version(device: str, module: ModuleType, amd: AmdEnvironment) -> str | None:
-    """Version of the SDK that runs a device: its library's, else the one that the module was built with, if known."""
+    """The version of a device's SDK: its library's, otherwise the one that the module was built with, if known."""
     if device == SIMULATOR:
-        return "1.7"  # whose interface the simulator has
+        return "1.7"  # the simulator has its interface
     library = amd.library()
     built = str(module.sdk_version)
     return (library_version(library) if library is not None else None) or (None if built == "unknown" else built)
 
 
 def openvino_library() -> Path | None:
-    """OpenVINO's C library in the installed package of that name; None if it is not installed."""
+    """OpenVINO's C library in the installed package `openvino`; None if it is not installed."""
     spec = find_spec("openvino")
     for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
         for library in sorted(Path(folder, "libs").glob("libopenvino_c.so*")):

@@ -1,4 +1,4 @@
-"""An open model behind visionaccel's contract: names, contiguity, and what the device failed to write."""
+"""An open model behind visionaccel's contract: names, contiguity, and a check that the device wrote its outputs."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class FlexMLRTSession(Session):
 
     Args:
         model: The compiled module's `Model`.
-        failure: Its exception.
-        inputs: The device's inputs in the model's order, by the names that `run` gets; likewise the outputs.
-        host: Graphs that run on the host around the device's; None where the core does the host's part.
-        script: What the simulator does wrong in this session's calls, if anything.
+        failure: The module's exception.
+        inputs: The device's inputs in the model's order, by the names in `run`; likewise the outputs.
+        host: Graphs that run on the host around the device's part; None if the core runs the host's part.
+        script: The simulator's faults in this session's calls, if any.
     """
 
     def __init__(
@@ -52,7 +52,6 @@ class FlexMLRTSession(Session):
         self._model.close()
 
     def _on_device(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-        # No copy of what is contiguous already.
         given = [np.ascontiguousarray(inputs[spec.name]) for spec in self._inputs]
         try:
             with simulator_faults(self._script):
@@ -60,7 +59,7 @@ class FlexMLRTSession(Session):
         except (self._failure, UnicodeDecodeError) as error:  # its text may quote bytes of the artifact
             raise DeviceError(
                 f"{self.capabilities.device}: {error}",
-                hint="Run `visionaccel doctor`; the kernel's log (dmesg) may say more of the device.",
+                hint="Run `visionaccel doctor`; the kernel's log (dmesg) may say more about the device.",
             ) from error
         found = {spec.name: array for spec, array in zip(self._outputs, arrays, strict=True)}
         for name, array in found.items():
@@ -69,15 +68,15 @@ class FlexMLRTSession(Session):
 
 
 def check_written(device: str, name: str, array: NDArray[Any]) -> None:
-    """Refuse an output that the device did not write, or cleared: aborted runs leave both.
+    """Refuse an output that the device did not write, or set to zero: an aborted run can cause both.
 
-    Only the ends of each row are looked at unless one is suspicious; the encoder looks for NaN everywhere later.
+    Only the ends of each row are checked unless one is suspicious; the encoder later checks everything for NaN.
 
-    The array [rows, ...] is C-contiguous and was handed to the device with all bits set, which is NaN. Integers may
-    hold anything and are not looked at.
+    The array [rows, ...] is C-contiguous and was passed to the device with all bits set, which is NaN. Integers may
+    have any value and are not checked.
 
     Raises:
-        OutputError: If rows were left as they were, or hold nothing but zeros.
+        OutputError: If rows were not written, or contain nothing but zeros.
     """
     if array.dtype.name not in FLOATS or not array.ndim:
         return

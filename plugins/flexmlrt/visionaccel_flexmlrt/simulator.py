@@ -1,4 +1,4 @@
-"""Makes artifacts for the simulator: an ONNX partition becomes the file that stands in the place of a compiled one."""
+"""Makes artifacts for the simulator: ONNX partitions in a file that replaces the compiled one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import shutil
 import struct
 import tempfile
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 from visionaccel_flexmlrt.artifact import SIMULATOR_MAGIC
 
@@ -18,13 +18,13 @@ _PRECISIONS = {"float32": 0, "bfloat16": 1}
 def compile_partition(partition: Path, target: Path, precision: Literal["float32", "bfloat16"] = "float32") -> None:
     """Write the simulated artifact of a partition.
 
-    The file holds the partition as an OpenVINO model and its weights, uncompressed and aligned, so that the simulator
-    computes from a mapped file. The layout is described in the simulator's `container.h`.
+    The file contains the partition as an OpenVINO model with its weights, uncompressed and aligned, so that the
+    simulator computes from a mapped file. Its layout is described in the simulator's `container.h`.
 
     Args:
-        partition: An ONNX model of fixed shapes; with external data in the same folder.
+        partition: An ONNX model of fixed shapes, with external data in the same folder.
         target: The file to write; replaced if it exists.
-        precision: What the simulator computes in: bfloat16 as the device does, or float32 to compare exactly.
+        precision: What the simulator computes in: bfloat16 like the device, or float32 for exact comparisons.
     """
     import openvino
 
@@ -32,7 +32,7 @@ def compile_partition(partition: Path, target: Path, precision: Literal["float32
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         xml, weights = Path(folder, "model.xml"), Path(folder, "model.bin")
         openvino.save_model(model, str(xml), compress_to_fp16=False)
-        del model  # it holds the partition's files open
+        del model  # it keeps the partition's files open
         text = xml.read_bytes()
         xml_offset = _HEADER.size
         weights_offset = -(-(xml_offset + len(text)) // _ALIGNMENT) * _ALIGNMENT
@@ -49,10 +49,6 @@ def compile_partition(partition: Path, target: Path, precision: Literal["float32
                 )
             )
             file.write(text)
-            _append(file, weights, weights_offset)
-
-
-def _append(file: BinaryIO, source: Path, offset: int) -> None:
-    file.write(bytes(offset - file.tell()))
-    with source.open("rb") as data:
-        shutil.copyfileobj(data, file, 1 << 20)
+            file.write(bytes(weights_offset - file.tell()))
+            with weights.open("rb") as data:
+                shutil.copyfileobj(data, file, 1 << 20)

@@ -1,4 +1,4 @@
-"""The ONNX Runtime backend: which programs it takes, and how it opens them."""
+"""The ONNX Runtime backend: which programs it accepts, and how it opens them."""
 
 import shutil
 import tempfile
@@ -48,31 +48,33 @@ class OnnxRuntimeOptions(Options):
 
     provider: str | None = Field(None, description="Execution provider by its full name; overrides the device.")
     provider_options: dict[str, str] = Field(default_factory=dict, description="Options of the execution provider.")
-    threads: int | None = Field(None, ge=1, description="Threads within an operator. Unset: one for each core it has.")
+    threads: int | None = Field(
+        None, ge=1, description="Threads within an operator. Unset: one for each available core."
+    )
     spinning: bool = Field(
-        False, description="Let idle threads wait by spinning, which takes cores from everything else that runs."
+        False, description="Let idle threads wait by spinning, which takes CPU time from everything else."
     )
     share_weights: bool = Field(
         False,
-        description="Read float32 weights where they are held or mapped, instead of packing another copy for each "
+        description="Read float32 weights from where they are held or mapped, instead of packing a copy for each "
         "process. Small grids take somewhat longer.",
     )
     optimization: Literal["all", "extended", "basic", "none"] = Field("all", description="Graph optimisation level.")
     allow_cpu: bool = Field(
-        False, description="Go on if the execution provider leaves the work to the CPU, or that cannot be ruled out."
+        False, description="Accept that the execution provider leaves the work to the CPU, or may do so."
     )
     cache_dir: Path | None = Field(
         None, description="Where the npu's compiled programs are kept. Unset: a folder in the user's cache."
     )
     context_dir: Path | None = Field(
         None,
-        description="Folder to write the npu's compiled programs to, as NAME.onnx with what it refers to; those that "
-        "are there are replaced.",
+        description="Folder to write the npu's compiled programs to, as NAME.onnx with its files; existing ones are "
+        "replaced.",
     )
 
 
 class OnnxRuntimeBackend(VisionBackend):
-    """Runs ONNX programs with ONNX Runtime: on the CPU, or on the execution provider of the device."""
+    """Runs ONNX programs with ONNX Runtime, on the execution provider of the device."""
 
     name = "onnxrt"
     formats = frozenset({ONNX, ONNX_FUSED, ONNX_STANDARD, EP_CONTEXT})
@@ -86,7 +88,7 @@ class OnnxRuntimeBackend(VisionBackend):
         return tuple(device for device, provider in DEVICES.items() if provider.name in available)
 
     def isolation_on(self, device: str | None) -> Isolation:
-        # AMD's provider is known to abort the process, and to spoil one model's output with another's.
+        # AMD's provider is known to abort the process, and to mix up the outputs of two models.
         return "process" if device == "npu" else "none"
 
     def quantize(self, program: Program, calibration: Iterable[Mapping[str, Array]], folder: Path) -> QuantizedModel:
@@ -97,7 +99,7 @@ class OnnxRuntimeBackend(VisionBackend):
     def probe(self, program: Program, device: str | None) -> Verdict:
         known = provider_for(device)
         if known is None:
-            return Rejected(f"it knows no device {device!r}.", f"Name one of {', '.join(DEVICES)}, such as cuda:0.")
+            return Rejected(f"unknown device {device!r}.", f"Choose one of {', '.join(DEVICES)}, such as cuda:0.")
         provider, _ = known
         if program.format == ONNX_FUSED and provider.name == VITISAI_PROVIDER:
             return Rejected(
@@ -107,11 +109,11 @@ class OnnxRuntimeBackend(VisionBackend):
         if program.format == ONNX_STANDARD and program.quantization is not None:
             return Rejected(
                 f"program {program.name!r} was quantized for OpenVINO.",
-                "Name backend openvino, or quantize the bundle of float32 that it was made from with --target onnxrt.",
+                "Choose backend openvino, or quantize the float32 bundle that it was made from with --target onnxrt.",
             )
         if program.format == ONNX_STANDARD and provider.name != CPU_PROVIDER:
             return Rejected(
-                f"program {program.name!r} serves every grid in standard operators, which were tried on the cpu only.",
+                f"program {program.name!r} serves every grid in standard operators, which only the cpu supports.",
                 "Export it without --dialect standard, or use device cpu.",
             )
         if program.format == EP_CONTEXT and provider.name != VITISAI_PROVIDER:
@@ -132,7 +134,7 @@ class OnnxRuntimeBackend(VisionBackend):
         notes = f"ONNX Runtime {onnxruntime.__version__}, {provider.name}"
         if _is_emulated(program, provider.name):
             notes += "; bfloat16 emulated: float32 arithmetic, rounded after each operator"
-            return Accepted(_EMULATED, notes)  # slower than what any other backend makes of the program
+            return Accepted(_EMULATED, notes)  # slower than any other backend
         if program.format == ONNX_STANDARD:
             return Accepted(_STANDARD, notes)
         return Accepted(provider.score, notes)
@@ -171,9 +173,9 @@ class OnnxRuntimeBackend(VisionBackend):
             model,
             settings,
             providers=[(provider, given)],
-            enable_fallback=0,  # else what the provider fails at, now or in a later run, is done by the CPU
+            enable_fallback=0,  # otherwise the CPU runs what the provider fails at, now or in a later run
         )
-        # ONNX Runtime only warns when a provider is not available, and goes on with the CPU.
+        # If a provider is not available, ONNX Runtime only warns and uses the CPU.
         active = session.get_providers()
         if active[0] != provider:
             raise DeviceError(
@@ -203,11 +205,11 @@ class OnnxRuntimeBackend(VisionBackend):
             return OnnxRuntimeSession(session, weights, program, _on_cpu(program, "cpu", thread_safe=False))
         precision: str = program.quantization or program.precision
         if provider == VITISAI_PROVIDER:
-            # Its compiler makes bfloat16 of float32; the device has no float32.
+            # Its compiler converts float32 to bfloat16; the device has no float32.
             stated = next((summary.precision for summary in summaries if summary.precision), None)
             precision = stated or ("bfloat16" if precision == "float32" else precision)
-        # InferenceSession.run is documented as thread-safe; providers of single-owner devices are not trusted with it.
-        # Its kernels, and so the last bits, are chosen by the GPU's model.
+        # InferenceSession.run is documented as thread-safe, but providers of devices with one owner may not be. A GPU's
+        # model decides which kernels run, and so the last bits.
         hardware = gpu_model(int(given.get("device_id", 0))) if provider == CUDA_PROVIDER else ""
         capabilities = Capabilities(device=shown, precision=precision, hardware=hardware)
         return OnnxRuntimeSession(session, weights, program, capabilities)
@@ -216,7 +218,7 @@ class OnnxRuntimeBackend(VisionBackend):
 def _provider(
     program: Program, device: str | None, options: OnnxRuntimeOptions, onnxruntime: Any
 ) -> tuple[str, dict[str, str]]:
-    """The execution provider to use, and its options as far as they do not depend on the program."""
+    """The execution provider to use, and its options that do not depend on the program."""
     known = provider_for(device)
     by_device, defaults = known if known is not None else (DEVICES["cpu"], {})
     provider = options.provider or by_device.name
@@ -246,7 +248,7 @@ def _provider(
         )
     if options.context_dir is not None and provider != VITISAI_PROVIDER:
         raise ConfigurationError(
-            f"{provider} compiles nothing that the option context_dir could keep.",
+            f"{provider} compiles no programs to keep in context_dir.",
             hint="Choose device npu, or leave out the option `context_dir`.",
         )
     return provider, {**defaults, **options.provider_options}
@@ -266,13 +268,13 @@ def _session_options(options: OnnxRuntimeOptions, onnxruntime: Any) -> Any:
     settings.add_session_config_entry(UNPACKED, str(int(options.share_weights)))
     settings.add_session_config_entry(INT8_IN_FULL, "1")
     threads = options.threads or thread_limit()
-    if threads is not None:  # without a number, it makes a thread for each core of the machine and binds it there
+    if threads is not None:  # by default it starts and pins a thread for each core of the machine
         settings.intra_op_num_threads = threads
     return settings
 
 
 def _model(program: Program, provider: str, settings: Any) -> bytes | str:
-    """What the session loads: the model's bytes, or the path of a model that refers to files next to it."""
+    """The model's bytes, or the path of a model that refers to files next to it."""
     if program.format == EP_CONTEXT:
         return str(verified_context(program, provider))
     if program.model is None:
@@ -282,16 +284,15 @@ def _model(program: Program, provider: str, settings: Any) -> bytes | str:
         _require_whole_masks(model, program)
     if not _is_emulated(program, provider):
         return model
-    # Off by default; it would take a Cast to bfloat16 and back, which is the rounding, for a detour.
+    # Off by default; it would remove the Casts to bfloat16 and back, which do the rounding.
     settings.add_session_config_entry(CAST_CHAIN_ELIMINATION, "0")
     return emulate_bfloat16(model)
 
 
 def _require_whole_masks(model: bytes, program: Program) -> None:
-    """Refuse what an earlier release wrote: ONNX Runtime's CPU does not broadcast a mask over the queries.
+    """Refuse a program of an earlier release with ConfigurationError if its masks are not expanded to each query.
 
-    Raises:
-        ConfigurationError: If its masks are not written out for each query.
+    ONNX Runtime's CPU provider does not broadcast a mask over the queries.
     """
     import onnx
 
@@ -300,17 +301,17 @@ def _require_whole_masks(model: bytes, program: Program) -> None:
     masks = {name for node in nodes if node.op_type == "Attention" for name in node.input[3:4] if name}
     if not masks <= whole:
         raise ConfigurationError(
-            f"program {program.name!r} was written by an earlier release, with masks that ONNX Runtime does not take.",
+            f"program {program.name!r} was written by an earlier release, with masks that ONNX Runtime cannot use.",
             hint="Export the bundle again, or use backend openvino.",
         )
 
 
 @contextmanager
 def _kept_context(program: Program, folder: Path) -> Iterator[Path]:
-    """Where the compiled program is to be written; once all went well, it takes the place of an earlier one.
+    """The path to write the compiled program to; it replaces an earlier one if the context ends without an error.
 
-    It is written under its own name in a folder that is gone afterwards, because the model refers to the file
-    next to it by its name.
+    The path is in a temporary folder and has the final file name, because the model refers to the file next to it by
+    name.
     """
     if program.format == EP_CONTEXT:
         raise ConfigurationError(
@@ -318,7 +319,7 @@ def _kept_context(program: Program, folder: Path) -> Iterator[Path]:
         )
     folder = folder.expanduser().absolute()
     target = folder / f"{program.name}.onnx"
-    if target.parent != folder:  # a bundle names its programs as it likes
+    if target.parent != folder:  # a bundle may contain any program name
         raise ConfigurationError(
             f"program {program.name!r} has a name that is not a file name.", hint="Leave out the option `context_dir`."
         )
@@ -326,7 +327,7 @@ def _kept_context(program: Program, folder: Path) -> Iterator[Path]:
         earlier = offload_of_context(target)
         if earlier is None or not earlier.device_nodes:
             raise ConfigurationError(
-                f"{target} exists and is not a compiled program.", hint="Remove it, or name another context_dir."
+                f"{target} exists and is not a compiled program.", hint="Remove it, or choose a different context_dir."
             )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -345,17 +346,17 @@ def _kept_context(program: Program, folder: Path) -> Iterator[Path]:
 
 
 def _unwritable(folder: Path, error: OSError) -> ConfigurationError:
-    return ConfigurationError(f"{folder} cannot be written: {error}", hint="Name another context_dir.")
+    return ConfigurationError(f"{folder} cannot be written: {error}", hint="Choose a different context_dir.")
 
 
 def _on_cpu(program: Program, device: str, *, thread_safe: bool, emulated: bool = False) -> Capabilities:
-    # The CPU provider computes float16 operators in float32, and drops most of the roundings between them.
+    # The CPU provider computes float16 operators in float32, and skips most of the rounding between them.
     precision = program.quantization or ("float32" if program.precision == "float16" else program.precision)
     return Capabilities(device=device, precision=precision, thread_safe=thread_safe, emulated=emulated)
 
 
 def _unknown(provider: str, given: Mapping[str, str], runtime: str) -> str:
-    reason = f"ONNX Runtime {runtime} does not say which nodes it gave to it"
+    reason = f"ONNX Runtime {runtime} does not report which nodes it assigned to it"
     if provider != VITISAI_PROVIDER or "cache_key" not in given:
         return reason
     return f"{reason}, and {Path(given['cache_dir'], given['cache_key'])} has no {' or '.join(SUMMARIES)}"

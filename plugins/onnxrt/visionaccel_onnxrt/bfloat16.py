@@ -1,6 +1,6 @@
-"""bfloat16 arithmetic for the CPU provider, which has bfloat16 kernels for little more than moving values.
+"""bfloat16 arithmetic for the CPU provider, which has few bfloat16 kernels besides those that move values.
 
-Hardware with bfloat16 operands accumulates in float32 and rounds what it stores. The same happens here: each operator
+Hardware with bfloat16 operands accumulates in float32 and rounds its results. This module does the same: each operator
 computes in float32 between Casts, and its result is rounded to bfloat16 before anything reads it.
 """
 
@@ -34,11 +34,11 @@ def emulate_bfloat16(model: bytes) -> bytes:
         model: A serialized ONNX model of one flat graph.
 
     Returns:
-        The model with Casts, or `model` itself where nothing computes in bfloat16.
+        The model with Casts, or `model` itself if nothing computes in bfloat16.
 
     Raises:
-        ArtifactError: If the model cannot be read, the type of a value is not known, or its arithmetic is not in one
-            flat graph.
+        ArtifactError: If the model cannot be read, the type of a value is unknown, or its arithmetic is not in one flat
+            graph.
     """
     import onnx
 
@@ -57,7 +57,7 @@ def emulate_bfloat16(model: bytes) -> bytes:
         for name in node.output:
             if name and not types.get(name) and not narrow.isdisjoint(node.input):
                 raise ArtifactError(
-                    f"the type of value {name!r} of the ONNX model, an output of {node.op_type}, is not known.",
+                    f"the type of value {name!r} of the ONNX model, an output of {node.op_type}, is unknown.",
                     hint="Write the model with standard operators, or declare the type in its value_info.",
                 )
 
@@ -103,7 +103,7 @@ def _computes(node: onnx.NodeProto) -> bool:
 
 
 def _parse(model: bytes) -> tuple[onnx.ModelProto, dict[str, int]]:
-    """The model, and element types by the names of its values; values of unknown type are absent or 0."""
+    """The model, and the element types of its values by name; unknown types are missing or 0."""
     import onnx
 
     try:

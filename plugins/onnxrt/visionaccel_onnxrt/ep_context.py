@@ -1,8 +1,8 @@
-"""Programs that an execution provider compiled: ONNX models around what only that provider can read.
+"""Programs that an execution provider compiled: ONNX models with parts that only that provider can read.
 
-Such a model (https://onnxruntime.ai/docs/execution-providers/EP-Context-Design.html) has nodes `EPContext` in the place
-of what was compiled. A node names the compiled part by a file that the provider then opens, so that name is checked
-before the provider sees the model.
+In such a model (https://onnxruntime.ai/docs/execution-providers/EP-Context-Design.html) `EPContext` nodes replace what
+was compiled. A node contains the name of a file that the provider opens, so the name is checked before the provider
+sees the model.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from visionaccel_onnxrt.offload import EP_CONTEXT_OPERATOR, Offload, counted
 if TYPE_CHECKING:
     import onnx
 
-_AGAIN = "Compile the program again, and state its files in the bundle."
+_AGAIN = "Compile the program again, and list its files in the bundle."
 _MOST_MODEL_BYTES = 2**31 - 1
 """Protobuf's own limit."""
 
 
 def verified_context(program: Program, provider: str) -> Path:
-    """The file of a compiled program, once everything it refers to is known to be a verified file next to it.
+    """The file of a compiled program, after a check that it refers only to verified files next to it.
 
     Args:
         program: Its artifact is the ONNX model; the files next to it are its companions.
         provider: The execution provider that must have compiled it.
 
     Raises:
-        ArtifactError: If it is not such a model, was compiled by another provider, or refers to any other file.
+        ArtifactError: If it is not such a model, was compiled by a different provider, or refers to any other file.
     """
     if program.artifact is None:
         raise ArtifactError(f"the compiled program {program.name!r} has no file.", hint=_AGAIN)
@@ -50,12 +50,12 @@ def verified_context(program: Program, provider: str) -> Path:
                 if entry.key == "location":
                     _check_file(entry.value, program, "its weights")
     if not contexts:
-        raise ArtifactError(f"{program.artifact} holds nothing that is compiled: it has no EPContext.", hint=_AGAIN)
+        raise ArtifactError(f"{program.artifact} contains no compiled program: it has no EPContext.", hint=_AGAIN)
     return program.artifact
 
 
 def offload_of_context(path: Path) -> Offload | None:
-    """What a provider kept and what it left outside, from a model that it wrote; None if that cannot be read.
+    """The nodes inside and outside of the compiled parts of a model; None if it cannot be read.
 
     The CPU has no kernel for `EPContext`, so each one runs on the device.
     """
@@ -99,7 +99,7 @@ def _check_node(node: onnx.NodeProto, program: Program, provider: str) -> None:
     }
     for name, kind in known.items():
         if name in attributes and attributes[name].type != kind:
-            raise ArtifactError(f"{program.artifact}: {name} of an EPContext is of another type.", hint=_AGAIN)
+            raise ArtifactError(f"{program.artifact}: {name} of an EPContext has a wrong type.", hint=_AGAIN)
     source = attributes["source"].s.decode(errors="replace") if "source" in attributes else ""
     if source != provider:
         raise ArtifactError(
@@ -109,17 +109,17 @@ def _check_node(node: onnx.NodeProto, program: Program, provider: str) -> None:
     embedded = attributes["embed_mode"].i if "embed_mode" in attributes else 1
     main = attributes["main_context"].i if "main_context" in attributes else 1
     named = attributes["ep_cache_context"].s if "ep_cache_context" in attributes else b""
-    # A node that is not a main context shares the file of one that is, and may name none.
+    # A node that is not a main context shares the file of one that is, and may have no file name.
     if embedded != 1 and (main != 0 or named):
         _check_file(named.decode(errors="replace"), program, "its compiled part")
 
 
 def _check_file(name: str, program: Program, what: str) -> None:
-    """A plain name, of a file next to the model that was verified with it."""
+    """Require a plain name, of a file next to the model that was verified with it."""
     assert program.artifact is not None
     if not name or name in (".", "..") or any(character in name for character in "/\\:\0"):
         raise ArtifactError(
-            f"{program.artifact} names {what} {name!r}, which is not a plain file name.",
+            f"{program.artifact} refers to {what} as {name!r}, which is not a plain file name.",
             hint="Do not use this program.",
         )
     file = program.artifact.parent / name

@@ -1,7 +1,7 @@
-"""How much of a program an execution provider really took, and when that is too little.
+"""How much of a program an execution provider really runs, and when that is too little.
 
-A provider can be active and run nothing: ONNX Runtime gives to the CPU what a provider does not take, without a
-word. So before a session is used, something must show that the device has work.
+A provider can be active and run nothing: ONNX Runtime silently assigns to the CPU what a provider does not support. So
+before a session is used, something must show that the device runs the program.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from visionaccel.errors import DeviceError
 logger = logging.getLogger(__name__)
 
 RECORD_ASSIGNMENT = "session.record_ep_graph_assignment_info"
-"""Session entry without which ONNX Runtime does not remember what it gave to which provider."""
+"""The session entry that makes ONNX Runtime record which nodes it assigned to which provider."""
 
 MOST_ON_CPU = 0.1
-"""Share of the heavy work that the CPU may be left with. One block of a tower of 32 takes 3 %."""
+"""The largest share of the heavy work that may stay on the CPU. One block of a tower of 32 takes 3 %."""
 
 EP_CONTEXT_OPERATOR = "EPContext"
 
 _HEAVY = frozenset(
     {
         *("Attention", "Conv", "Einsum", "FusedMatMul", "Gemm", "MatMul", "MultiHeadAttention"),
-        # What it wraps is not to be seen. Taken for one heavy operator, it makes the CPU's share an upper bound.
+        # It hides what it contains. Counting it as one heavy operator makes the CPU's share an upper bound.
         EP_CONTEXT_OPERATOR,
     }
 )
-"""Operators that cost what a vision tower costs: hundreds of others together take less time than one of them."""
+"""The operators that dominate the time of a vision tower: hundreds of others take less time than one of these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +39,11 @@ class Offload:
     """Where the nodes of a program run.
 
     Attributes:
-        device_nodes: How many the execution provider took.
-        cpu_nodes: How many were left to the CPU.
-        cpu_share: Share of the heavy work that was left to the CPU, from 0 to 1: of the operations where they are
-            known, else of the operators that are matrix products or convolutions.
-        source: What says so.
+        device_nodes: Number of nodes that the execution provider runs.
+        cpu_nodes: Number of nodes that the CPU runs.
+        cpu_share: Share of the heavy work on the CPU, from 0 to 1: of the operations if they are known, otherwise of
+            the matrix products and convolutions.
+        source: Where these figures come from.
     """
 
     device_nodes: int
@@ -60,16 +60,16 @@ class Offload:
 
 
 def counted(on_device: Iterable[str], on_cpu: Iterable[str], source: str) -> Offload:
-    """The offload from the operator types of the nodes on either side."""
+    """The offload by the operator types of the nodes on the device and on the CPU."""
     device, cpu = Counter(on_device), Counter(on_cpu)
     heavy, left = (sum(n for kind, n in side.items() if kind in _HEAVY) for side in (device, cpu))
-    # Without anything heavy the nodes themselves are all there is to go by.
+    # Without heavy operators, count all nodes.
     weight, rest = (heavy, left) if heavy or left else (device.total(), cpu.total())
     return Offload(device.total(), cpu.total(), rest / (weight + rest) if weight + rest else 1.0, source)
 
 
 def assigned(session: Any, provider: str) -> Offload | None:
-    """What ONNX Runtime gave to a provider; None where it does not say, as older versions do not.
+    """What ONNX Runtime assigned to a provider; None if it does not report it, as in older versions.
 
     Args:
         session: An `InferenceSession` that was made with the entry `RECORD_ASSIGNMENT`.
@@ -80,8 +80,8 @@ def assigned(session: Any, provider: str) -> Offload | None:
         return None
     try:
         nodes = [(each.ep_name == provider, node.op_type) for each in recorded() for node in each.get_nodes()]
-    except Exception as error:  # builds that leave it out raise ONNX Runtime's own errors; there are other sources
-        logger.debug("ONNX Runtime does not say where nodes run: %s", error)
+    except Exception as error:  # builds without it raise errors of ONNX Runtime; there are other sources
+        logger.debug("ONNX Runtime does not report where nodes run: %s", error)
         return None
     if not nodes:
         return None
@@ -92,28 +92,24 @@ def assigned(session: Any, provider: str) -> Offload | None:
 def require_offload(
     found: Iterable[Offload | None], provider: str, *, allow_cpu: bool, must_know: bool, unknown: str
 ) -> Offload | None:
-    """The worst of what is known, once it is good enough.
+    """The worst of the known figures, if it is good enough; None if none is known and that is accepted.
 
     Args:
-        found: What several sources say. A provider may hand to the CPU what ONNX Runtime gave to it, so they need not
-            agree.
+        found: The figures of several sources. A provider may pass nodes on to the CPU, so they need not agree.
         provider: The execution provider's name.
         allow_cpu: Accept anything.
-        must_know: Refuse if nothing is known.
-        unknown: Why nothing may be known.
-
-    Returns:
-        The figure, or None if nothing is known and that was accepted.
+        must_know: Refuse if no figure is known.
+        unknown: Why no figure may be known.
 
     Raises:
-        DeviceError: If the CPU would do the work, or that cannot be ruled out.
+        DeviceError: If the CPU would do the work, or may do so.
     """
     known = [each for each in found if each is not None]
     if not known:
         problem = f"nothing proves that {provider} runs any of the program: {unknown}."
         if must_know and not allow_cpu:
             raise DeviceError(
-                problem, hint="Update the runtime that brings it, or accept this with the option allow_cpu=true."
+                problem, hint="Update the runtime that contains it, or accept this with the option allow_cpu=true."
             )
         logger.warning("%s It may run on the CPU.", problem[0].upper() + problem[1:])
         return None

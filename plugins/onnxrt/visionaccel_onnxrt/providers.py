@@ -17,10 +17,10 @@ class Provider:
     Attributes:
         name: Its name in ONNX Runtime.
         score: How good a choice it is (see `visionaccel.backends.Accepted`).
-        source: What to install to have it.
-        static_only: It takes programs of fixed shapes only.
-        indexed: There may be several such devices, `cuda:0`, `cuda:1`, ...
-        options: Provider options that it needs to compute what it says.
+        source: What to install to get it.
+        static_only: Whether it runs programs of fixed shapes only.
+        indexed: Whether there may be several such devices, `cuda:0`, `cuda:1`, ...
+        options: Provider options that it needs to compute in the declared precision.
     """
 
     name: str
@@ -36,9 +36,9 @@ DEVICES = {
     "cuda": Provider(
         CUDA_PROVIDER,
         80,
-        "onnxruntime-gpu in the place of onnxruntime (pip install onnxruntime-gpu)",
+        "onnxruntime-gpu instead of onnxruntime (pip install onnxruntime-gpu)",
         indexed=True,
-        options={"use_tf32": "0"},  # else float32 products are rounded to 10 bits on Ampere and later
+        options={"use_tf32": "0"},  # otherwise float32 products are rounded to 10 bits on Ampere and later
     ),
     "npu": Provider(
         VITISAI_PROVIDER,
@@ -47,11 +47,11 @@ DEVICES = {
         static_only=True,
     ),
 }
-"""Provider of each kind of device."""
+"""The provider of each kind of device."""
 
 
 def provider_for(device: str | None) -> tuple[Provider, dict[str, str]] | None:
-    """Provider of a device such as `cpu`, `cuda:1` or `npu` (None: the CPU) with its options; None if there is none."""
+    """The provider and its options for a device such as `cuda:1`, by default the CPU; None if the device is unknown."""
     kind, colon, index = (device or "cpu").partition(":")
     provider = DEVICES.get(kind)
     if provider is None or (colon and not (provider.indexed and index.isdigit())):
@@ -64,10 +64,10 @@ _LONGEST = 256
 
 
 def gpu_model(index: int) -> str:
-    """The model of a GPU, such as `NVIDIA H200`; empty if the driver does not say.
+    """The model of a GPU, such as `NVIDIA H200`; empty if the driver does not report it.
 
     Args:
-        index: Its number as this process counts GPUs, which `CUDA_VISIBLE_DEVICES` may have renumbered.
+        index: Its number in this process; `CUDA_VISIBLE_DEVICES` may renumber GPUs.
     """
     try:
         driver = ctypes.CDLL(_LIBRARY)
@@ -75,7 +75,7 @@ def gpu_model(index: int) -> str:
         return ""
     device, name = ctypes.c_int(), ctypes.create_string_buffer(_LONGEST)
     failed = (
-        driver.cuInit(0)  # which ONNX Runtime has done; again it changes nothing
+        driver.cuInit(0)  # ONNX Runtime has done this; a second call changes nothing
         or driver.cuDeviceGet(ctypes.byref(device), index)
         or driver.cuDeviceGetName(name, _LONGEST, device)
     )

@@ -1,6 +1,6 @@
-"""Quantization to int8 with ONNX Runtime's own quantizer, of rows that are made even first (`onnx_products`).
+"""Quantization to int8 with ONNX Runtime's quantizer, of rows that are evened out first (`onnx_products`).
 
-Weights get one scale for each output channel, activations one that is computed at run time.
+Weights have one scale for each output channel, activations one that is computed at run time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ METHOD = (
 
 _FORMATS = frozenset({ONNX, ONNX_FUSED})
 _LEAST = 1e-20
-"""What a row of zeros is divided by."""
+"""The divisor of a row of zeros."""
 
 
 def quantize(program: Program, calibration: Iterable[Mapping[str, Array]], folder: Path) -> QuantizedModel:
@@ -39,7 +39,7 @@ def quantize(program: Program, calibration: Iterable[Mapping[str, Array]], folde
     Args:
         program: A float32 program in ONNX of opset 17.
         calibration: Inputs of real images.
-        folder: Where to write `NAME.onnx`, which refers to the weights that it did not quantize.
+        folder: Where to write `NAME.onnx`, which refers to the weights that are not quantized.
 
     Raises:
         ConfigurationError: If it is not such a program, or there is nothing to calibrate with or to quantize.
@@ -89,7 +89,7 @@ def _multiply(product: Product, rows: str, weight: NDArray[np.float32], result: 
         opset_imports=[helper.make_opsetid("", 17)],
         ir_version=8,
     )
-    # The quantizer else warns that a model should be simplified first.
+    # Otherwise the quantizer warns that a model should be simplified first.
     alone.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")
     with tempfile.TemporaryDirectory() as work:
         written = Path(work, "product.onnx")

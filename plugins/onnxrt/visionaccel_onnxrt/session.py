@@ -10,13 +10,11 @@ from visionaccel.core.program import Program
 
 
 class OnnxRuntimeSession(Session):
-    """One ONNX Runtime inference session. Inputs and outputs are host arrays; outputs are fresh with every call.
+    """One ONNX Runtime inference session. Inputs and outputs are host arrays; each call returns new outputs.
 
     Args:
         session: The inference session.
-        weights: What it reads its weights from, and does not keep alive.
-        program: What it runs.
-        capabilities: Those of the session.
+        weights: The memory of its weights, which the inference session does not keep alive.
     """
 
     def __init__(self, session: Any, weights: Sequence[Any], program: Program, capabilities: Capabilities) -> None:
@@ -41,24 +39,24 @@ CAST_CHAIN_ELIMINATION = "optimization.enable_cast_chain_elimination"
 SPINNING = "session.intra_op.allow_spinning"
 UNPACKED = "session.disable_prepacking"
 INT8_IN_FULL = "session.x64quantprecision"
-"""Where x86 has no VNNI, int8 products by kernels that do not cut sums off at 16 bits, which are slower."""
+"""On x86 without VNNI, use slower kernels for int8 products, which do not cut sums off at 16 bits."""
 
 ERRORS_ONLY = 3
-"""The log's level."""
+"""The log level."""
 
 
 def bind_weights(model: bytes, folder: Path, settings: Any) -> list[Any]:
-    """Bind the external weights of a model to the options of the session that will run it, as mapped memory.
+    """Add the external weights of a model to the options of the session that will run it, as mapped memory.
 
-    ONNX Runtime opens external data by paths only, below the model's folder; a copy in memory has no such path.
+    ONNX Runtime opens external data only by paths below the model's folder; a model in memory has no such path.
 
     Args:
         model: A serialized ONNX model.
-        folder: What the locations of its external data are relative to.
+        folder: The folder that the locations of its external data are relative to.
         settings: The session's options.
 
     Returns:
-        What must live as long as the session.
+        Objects that must live as long as the session.
 
     Raises:
         ArtifactError: If the model or a weight cannot be read.

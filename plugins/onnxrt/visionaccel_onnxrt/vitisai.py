@@ -1,6 +1,6 @@
 """AMD's Vitis AI execution provider: its options, its cache, and what its compiler reports.
 
-It compiles a program when a session is made, which takes minutes, and keeps the result in `<cache_dir>/<cache_key>`.
+It compiles a program when a session is created, which takes minutes, and keeps the result in `<cache_dir>/<cache_key>`.
 Documented at https://ryzenai.docs.amd.com/en/latest/modelrun.html.
 """
 
@@ -23,12 +23,12 @@ CONFIG_COMPANION = "vitisai_config"
 """Role of the compiler's configuration among a program's companions."""
 
 SUMMARIES = ("final-vaiml-pass-summary.txt", "preliminary-vaiml-pass-summary.txt")
-"""The compiler's own account, at its end and after partitioning. Its progress on the console and
-`fail_safe_summary.json` tell what was planned."""
+"""The compiler's reports, at its end and after partitioning. Its console output and `fail_safe_summary.json` show only
+what was planned."""
 
 _CACHE = ("cache_dir", "cache_key")
 _INDIFFERENT = frozenset({*_CACHE, "encryption_key", "ai_analyzer_visualization", "ai_analyzer_profiling"})
-"""Options that do not change what is compiled."""
+"""Options that do not change the compiled program."""
 
 _TOOLS = ("voe", "onnxruntime-vitisai", "flexml")
 _DRIVER = Path("/sys/module/amdxdna/version")
@@ -41,11 +41,11 @@ _DTYPE = re.compile(r"device data type\s*:\s*(\w[\w ,]{0,60})", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class PassSummary:
-    """What the compiler says of a program.
+    """The compiler's report on a program.
 
     Attributes:
-        offload: What it gave to the device.
-        precision: What the device computes in; None if it does not say.
+        offload: What runs on the device.
+        precision: What the device computes in; None if not reported.
     """
 
     offload: Offload
@@ -58,8 +58,8 @@ def compiler_options(
     """Provider options for a program.
 
     Args:
-        program: To be compiled, or compiled already.
-        given: What the user sets; it comes before everything else.
+        program: A program to compile, or a compiled one.
+        given: The user's options, which take precedence.
         cache_dir: Where compiled programs are kept; None for a folder in the user's cache.
         runtime: Version of ONNX Runtime.
 
@@ -73,13 +73,13 @@ def compiler_options(
     if "config_file" in options and not Path(options["config_file"]).is_file():
         raise ConfigurationError(
             f"the compiler's configuration {options['config_file']} does not exist.",
-            hint="Name a file with the provider option `config_file`, or leave it out.",
+            hint="Set an existing file with the provider option `config_file`, or leave it out.",
         )
     if program.format == EP_CONTEXT:
-        # The provider ends the process if it is given another key than the program was compiled with.
+        # The provider ends the process if the key is not the one that the program was compiled with.
         if refused := [name for name in _CACHE if name in given]:
             raise ConfigurationError(
-                f"program {program.name!r} is compiled already and takes no provider option {' or '.join(refused)}.",
+                f"program {program.name!r} is compiled already and accepts no provider option {' or '.join(refused)}.",
                 hint="Leave it out.",
             )
         return options
@@ -89,10 +89,10 @@ def compiler_options(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigurationError(
-            f"{folder} cannot keep compiled programs: {error}", hint="Name another with the option cache_dir."
+            f"{folder} cannot be used for compiled programs: {error}", hint="Set a different cache_dir."
         ) from error
     return {
-        # In memory, as it is by default for some targets, it is compiled again by each process and leaves no summary.
+        # If kept in memory, as some targets do by default, each process compiles again and no summary is written.
         "enable_cache_file_io_in_mem": "0",
         **options,
         "cache_dir": str(folder),
@@ -101,7 +101,7 @@ def compiler_options(
 
 
 def pass_summaries(options: Mapping[str, str]) -> Iterator[PassSummary]:
-    """What the compiler left in the cache that these provider options name."""
+    """The compiler's reports in the cache of these provider options."""
     if not all(name in options for name in _CACHE):
         return
     for name in SUMMARIES:
@@ -114,9 +114,9 @@ def pass_summaries(options: Mapping[str, str]) -> Iterator[PassSummary]:
 
 
 def _parse(text: str, name: str) -> PassSummary | None:
-    """A summary; None without the counts that matter.
+    """Parse a report; None without the necessary counts.
 
-    The format is not documented. In the versions that were published it has lines such as these:
+    The format is not documented. In published versions it has lines such as these:
 
         Device data type: bfloat16
         Number of operators in the model: 493
@@ -124,7 +124,7 @@ def _parse(text: str, name: str) -> PassSummary | None:
         GOPs offloaded by VAIML: 8.096 (99.993%)
     """
     model = _MODEL.search(text)
-    # Of what is supported, parts that failed to compile or were not worth it are not offloaded.
+    # Supported parts that failed to compile or were not worth it are not offloaded.
     for word in ("offloaded", "supported"):
         operators = re.search(_OPERATORS.format(word), text, re.IGNORECASE)
         if model is None or operators is None:
@@ -141,22 +141,22 @@ def _parse(text: str, name: str) -> PassSummary | None:
 def _default_cache() -> Path:
     try:
         return our_cache() / "vitisai"
-    except RuntimeError as error:  # There is no home folder.
+    except RuntimeError as error:  # no home folder
         raise ConfigurationError(
-            "there is no folder to keep compiled programs in.", hint="Name one with the option cache_dir."
+            "no folder is set for compiled programs.", hint="Set one with the option cache_dir."
         ) from error
 
 
 def _cache_key(program: Program, options: Mapping[str, str], runtime: str) -> str:
-    """What a compiled program is kept by.
+    """The cache key of a compiled program.
 
-    The provider's own key is a digest of the model without its weights, which lie elsewhere; and what one version of
-    the provider or the driver compiled must not be used by another.
+    The provider's default key is a digest of the model without its external weights, and does not include the versions
+    of the provider and the driver, which must not use each other's programs.
     """
     if program.digest is None:
         raise ConfigurationError(
-            f"program {program.name!r} has no digest to keep its compiled form by.",
-            hint="Open it from a bundle, or name a key with the provider option `cache_key`.",
+            f"program {program.name!r} has no digest to identify its compiled form.",
+            hint="Open it from a bundle, or set the provider option `cache_key`.",
         )
     config = options.get("config_file")
     parts = {

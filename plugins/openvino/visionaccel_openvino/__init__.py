@@ -10,5 +10,5 @@ __all__ = ["OpenVinoBackend", "visionaccel_backends"]
 
 @hookimpl
 def visionaccel_backends() -> Sequence[type[VisionBackend]]:
-    """Registers the backend; openvino is imported only when it is probed or opened."""
+    """Register the backend; openvino is imported when a program is probed or opened."""
     return [OpenVinoBackend]

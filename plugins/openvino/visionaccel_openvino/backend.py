@@ -1,4 +1,4 @@
-"""The OpenVINO backend: which programs it takes, and how it opens them."""
+"""The OpenVINO backend: which programs it accepts, and how it opens them."""
 
 import importlib.util
 import logging
@@ -35,10 +35,10 @@ _OWN = {
     "INFERENCE_NUM_THREADS": "use the option threads",
     "INFERENCE_PRECISION_HINT": "use the option precision",
     "PERFORMANCE_HINT_NUM_REQUESTS": "use the option requests",
-    "LP_TRANSFORMS_MODE": "it is off where int8 products would be wrong",
-    "SNIPPETS_MODE": "it is off where it gives wrong answers",
+    "LP_TRANSFORMS_MODE": "it is off if int8 products would be wrong",
+    "SNIPPETS_MODE": "it is off if it gives wrong answers",
 }
-"""Properties that are not the user's to set, and what to do instead: what keeps answers right depends on them."""
+"""Properties that users may not set, because correct answers depend on them, and what to do instead."""
 _CAPABILITIES = {"float32": "FP32", "bfloat16": "BF16", "float16": "FP16"}
 
 
@@ -47,17 +47,17 @@ class OpenVinoOptions(Options):
 
     precision: Literal["float32", "bfloat16", "float16"] | None = Field(
         None,
-        description="Arithmetic of the device, but for a quantized program's products. Unset: that of the program on "
-        "cpu and auto, float16 on gpu and npu.",
+        description="Arithmetic of the device, except for a quantized program's products. Unset: the program's on cpu "
+        "and auto, float16 on gpu and npu.",
     )
-    threads: int | None = Field(None, ge=1, description="cpu: threads of a call. Unset: one for each core it has.")
-    requests: int = Field(1, ge=1, le=64, description="Calls in flight at a time; each takes separate memory.")
+    threads: int | None = Field(None, ge=1, description="cpu: threads of a call. Unset: one for each available core.")
+    requests: int = Field(1, ge=1, le=64, description="Calls in flight at a time; each needs separate memory.")
     cache_dir: Path | None = Field(
         None,
-        description="gpu, npu: folder where compiled programs are kept, for compilers that take long. Unset: nowhere.",
+        description="gpu, npu: folder for compiled programs, which can take long to compile. Unset: they are not kept.",
     )
     properties: dict[str, str] = Field(
-        default_factory=dict, description="Further properties of OpenVINO's device by their names, as texts."
+        default_factory=dict, description="Further properties of OpenVINO's device by name, as text."
     )
 
 
@@ -81,7 +81,7 @@ class OpenVinoBackend(VisionBackend):
     def probe(self, program: Program, device: str | None) -> Verdict:
         kind = self.kind_of(device) or "cpu"
         if kind not in _SCORES:
-            return Rejected(f"it knows no device {device!r}.", f"Name one of {', '.join(_SCORES)}, such as gpu:1.")
+            return Rejected(f"unknown device {device!r}.", f"Choose one of {', '.join(_SCORES)}, such as gpu:1.")
         if isinstance(program.coverage, AnyGrid) and program.format == ONNX:
             return Rejected(
                 f"program {program.name!r} is written in ONNX Runtime's operators.",
@@ -90,7 +90,7 @@ class OpenVinoBackend(VisionBackend):
         if program.quantization is not None and program.format == ONNX:
             return Rejected(
                 f"program {program.name!r} was quantized for ONNX Runtime.",
-                "Name backend onnxrt, or quantize the bundle of float32 that it was made from with --target openvino.",
+                "Choose backend onnxrt, or quantize the float32 bundle that it was made from with --target openvino.",
             )
         if isinstance(program.coverage, AnyGrid) and kind == "npu":
             return Rejected(
@@ -119,7 +119,7 @@ class OpenVinoBackend(VisionBackend):
 
         shown = device or "cpu"
         if options.cache_dir is not None and self.kind_of(shown) not in ("gpu", "npu"):
-            # A program that OpenVINO 2026.4 loads from its cache for the CPU answers with NaN, or worse, with numbers.
+            # Programs that OpenVINO 2026.4 loads from its cache for the CPU return NaN, or worse, wrong numbers.
             raise ConfigurationError(
                 f"compiled programs for device {shown!r} are not kept: OpenVINO gives wrong answers from them.",
                 hint="Leave out the option cache_dir; the cpu compiles within seconds.",
@@ -155,7 +155,7 @@ class OpenVinoBackend(VisionBackend):
 
 
 def _ours(name: str) -> str:
-    """Our name of a device of OpenVINO: `gpu:1` for `GPU.1`."""
+    """Our name for a device of OpenVINO: `gpu:1` for `GPU.1`."""
     return name.lower().replace(".", ":")
 
 
@@ -164,10 +164,10 @@ def _theirs(device: str) -> str:
 
 
 def _precision(core: "openvino.Core", program: Program, device: str, options: OpenVinoOptions) -> str:
-    """The arithmetic to ask for, once the device is known to have it.
+    """The arithmetic to request, after a check that the device has it.
 
     Raises:
-        ConfigurationError: If it has not. OpenVINO itself would silently take another one.
+        ConfigurationError: If it does not; OpenVINO would silently use a different one.
     """
     kind = device.partition(":")[0]
     wanted = options.precision or ("float16" if kind in ("gpu", "npu") else program.precision)
@@ -175,7 +175,7 @@ def _precision(core: "openvino.Core", program: Program, device: str, options: Op
         if _needs_no_snippets(program, wanted):
             raise ConfigurationError(
                 f"device 'auto' may give wrong answers for program {program.name!r}, of fixed shapes, in {wanted}.",
-                hint="Name the device, such as cpu, or set the option precision=float32.",
+                hint="Choose a device, such as cpu, or set the option precision=float32.",
             )
         return wanted
     known = core.get_property(_theirs(device), "OPTIMIZATION_CAPABILITIES")
@@ -186,25 +186,25 @@ def _precision(core: "openvino.Core", program: Program, device: str, options: Op
     offered = ", ".join(name for name, theirs in _CAPABILITIES.items() if theirs in known)
     raise ConfigurationError(
         f"OpenVINO's device {device!r} does not compute in {wanted} here; it offers {offered}.",
-        hint="Name one of these as the option precision, or leave it out.",
+        hint="Set the option precision to one of these, or leave it out.",
     )
 
 
 def _needs_no_snippets(program: Program, precision: str) -> bool:
     """Whether OpenVINO's code generator for attention (snippets) must be off on the CPU.
 
-    For fixed shapes in bfloat16, OpenVINO 2026.4's gives wrong answers without a word: where masks are added to the
-    scores, rows with a cosine of 0.4 to 0.9 to the right ones. Its other implementations are right, and graphs for any
-    grid do not go through it. Device `auto` does not hand the property that turns it off to the CPU.
+    For fixed shapes in bfloat16, that of OpenVINO 2026.4 silently gives wrong answers: if masks are added to the
+    scores, rows have a cosine of 0.4 to 0.9 to the correct ones. Its other implementations are correct, and graphs for
+    any grid do not use it. Device `auto` does not pass the property that turns it off to the CPU.
     """
     return precision != "float32" and not isinstance(program.coverage, AnyGrid)
 
 
 def _computes_integers(program: Program, device: str) -> bool:
-    """Whether a quantized program's products are to be computed in integers, and not in floats that hold the same.
+    """Whether to compute a quantized program's products in integers, and not in floats of the same values.
 
     Raises:
-        ConfigurationError: If the device cannot be given that setting, and needs it.
+        ConfigurationError: If the device needs the setting for floats and does not accept it.
     """
     from visionaccel_openvino.integer_products import integer_products_saturate
 
@@ -214,7 +214,7 @@ def _computes_integers(program: Program, device: str) -> bool:
     if kind == "auto":
         raise ConfigurationError(
             f"device 'auto' may give wrong answers for program {program.name!r}, of int8: this CPU has no VNNI.",
-            hint="Name the device, such as cpu.",
+            hint="Choose a device, such as cpu.",
         )
     logger.warning(
         "OpenVINO's int8 products are incorrect on a CPU without VNNI. The products of program %r are computed in "
@@ -227,10 +227,10 @@ def _computes_integers(program: Program, device: str) -> bool:
 def _properties(
     program: Program, device: str, precision: str, integers: bool, options: OpenVinoOptions
 ) -> dict[str, Any]:
-    """What to compile with.
+    """OpenVINO's properties for the compilation.
 
     Raises:
-        ConfigurationError: If the user's own properties name one that an option stands for.
+        ConfigurationError: If the user's properties include one that an option replaces.
     """
     for name in sorted(_OWN.keys() & options.properties.keys()):
         raise ConfigurationError(
@@ -246,7 +246,7 @@ def _properties(
     if kind == "cpu":
         limit = thread_limit()
         if limit is not None:
-            # It counts the cores of the process and binds its threads to some of them, be they this thread's or not.
+            # OpenVINO would use all cores of the process, and pin its threads to some that may not be this thread's.
             properties |= {"INFERENCE_NUM_THREADS": limit, "ENABLE_CPU_PINNING": "NO"}
         if options.threads is not None:
             properties["INFERENCE_NUM_THREADS"] = options.threads
@@ -260,16 +260,12 @@ def _properties(
 
 
 def _check_precision(compiled: "openvino.CompiledModel", device: str, precision: str) -> None:
-    """That the device computes in what was asked for.
-
-    Raises:
-        DeviceError: If it does not.
-    """
+    """Raise DeviceError if the device does not compute in the requested precision."""
     if device.partition(":")[0] != "cpu":
-        return  # other devices do not report what they made of the hint
+        return  # other devices do not report what they use
     actual = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     if actual != _PRECISIONS[precision]:
         raise DeviceError(
-            f"OpenVINO computes in {actual} where {precision} was asked for.",
-            hint="Choose another value of the option precision.",
+            f"OpenVINO computes in {actual}, but {precision} was requested.",
+            hint="Set a different value for the option precision.",
         )

@@ -11,10 +11,10 @@ _CHANNELS = 64
 
 @cache
 def integer_products_saturate() -> bool:
-    """Whether its int8 kernels give wrong sums on the CPU.
+    """Whether OpenVINO's int8 kernels give wrong sums on the CPU; computes a product to find out, within a second.
 
-    Without VNNI, x86 adds pairs of products of 8 bits in 16, which cut off what is larger. OpenVINO 2026.4 takes such
-    kernels silently: the product below gives 0.5 in the place of 64. Found by computing it, within a second.
+    Without VNNI, x86 adds pairs of 8-bit products in 16 bits and cuts off larger sums. OpenVINO 2026.4 silently uses
+    such kernels: the product below is then 0.5 instead of 64.
     """
     rows = operators.parameter([-1, _CHANNELS], openvino.Type.f32)
     limits = [np.float32(value) for value in (-128 / 127, 1, -128 / 127, 1)]
@@ -25,7 +25,7 @@ def integer_products_saturate() -> bool:
     properties = {
         "INFERENCE_PRECISION_HINT": "f32",
         "INFERENCE_NUM_THREADS": 1,
-        "ENABLE_CPU_PINNING": "NO",  # nothing is to be bound to a core for this
+        "ENABLE_CPU_PINNING": "NO",  # do not pin threads for this
     }
     compiled = openvino.Core().compile_model(openvino.Model([product], [rows]), "CPU", properties)
     (sums,) = compiled(np.ones((_CHANNELS, _CHANNELS), np.float32)).values()

@@ -1,4 +1,4 @@
-"""An ONNX program as an OpenVINO model whose weights are the stored bytes, mapped into memory."""
+"""Reads an ONNX program as an OpenVINO model whose weights are mapped files."""
 
 import io
 from collections.abc import Mapping
@@ -14,31 +14,27 @@ from visionaccel.core.program import Program
 from visionaccel.errors import ArtifactError
 
 Mapped: TypeAlias = list[NDArray[Any]]
-"""Mapped weights: a model made from them reads their memory and does not keep it alive."""
+"""Mapped weights. A model that uses them reads their memory and does not keep it alive."""
 
 _TYPES: Mapping[str, openvino.Type] = {
     "float32": openvino.Type.f32,
     "float16": openvino.Type.f16,
     "uint16": openvino.Type.bf16,
 }
-"""OpenVINO's names of the types of mapped weights."""
+"""OpenVINO's types for the dtypes of mapped weights."""
 
 
 def read_model(core: openvino.Core, program: Program) -> tuple[openvino.Model, Mapped]:
     """Read a program without reading its weights.
 
-    OpenVINO's reader looks for external data next to a model's file only, and follows no link. So the weights are made
-    inputs of the graph first, and constants over the mapped files afterwards.
-
-    Args:
-        core: Reads the model.
-        program: An ONNX program.
+    OpenVINO looks for external data only next to a model's file, and follows no links. So the weights first become
+    inputs of the graph, and then constants in mapped memory.
 
     Returns:
-        The model, and what must live as long as what is compiled from it.
+        The model, and the weights, which must live as long as anything compiled from it.
 
     Raises:
-        ArtifactError: If there is no model, or it does not fit its weights.
+        ArtifactError: If the program has no model, or it does not fit its weights.
     """
     if program.model is None:
         raise ArtifactError(f"the ONNX program in {program.folder} has no model.", hint="Write it again.")
@@ -55,7 +51,7 @@ def read_model(core: openvino.Core, program: Program) -> tuple[openvino.Model, M
     mapped: Mapped = []
     for name, array in map_weights(external.values(), program.folder).items():
         mapped.append(array)
-        # Given a type, OpenVINO takes an array that may not be written to.
+        # With an explicit type, OpenVINO accepts a read-only array.
         weight = openvino.Tensor(array, list(array.shape), _TYPES[array.dtype.name])
         parameter = parameters[name]
         parameter.output(0).replace(openvino.op.Constant(weight, shared_memory=True).output(0))
@@ -64,7 +60,7 @@ def read_model(core: openvino.Core, program: Program) -> tuple[openvino.Model, M
 
 
 def _take_external(proto: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
-    """The initializers that lie in other files, by name; in the graph, inputs take their places."""
+    """Replace the initializers with external data by inputs of the graph, and return them by name."""
     graph = proto.graph
     external = external_weights(proto)
     kept = [each for each in graph.initializer if each.name not in external]

@@ -1,10 +1,10 @@
-"""Quantization to int8 for OpenVINO: products between quantizing and dequantizing, whose int8 kernels it then takes.
+"""Quantization to int8 for OpenVINO, which runs products between QuantizeLinear and DequantizeLinear with int8 kernels.
 
-OpenVINO's int8 kernels take one scale of the activations, which is known beforehand. Rows that are made even first
-(`onnx_products`) lie between -1 and 1 for every image, so that is the scale: no ranges are calibrated, and each row has
-in effect its own scale. OpenVINO takes the smoothing into what makes the rows, such as a norm's scale.
+These kernels need one scale for the activations, known in advance. Rows that are evened out first (`onnx_products`) are
+between -1 and 1 for every image, so the scale is fixed: no ranges are calibrated, and each row has in effect a separate
+scale. OpenVINO merges the smoothing into the operator before the product, such as a norm.
 
-The last product, which is the merger's, stays as it is.
+The last product, which is the merger's, is not quantized.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _STEPS = 127
 """Steps from 0 to the largest value."""
 
 _LEAST = 2.0**-24
-"""What a row of zeros is divided by; float16 has no smaller number."""
+"""The divisor of a row of zeros; float16 has no smaller number."""
 
 _SCALE, _ZERO = "row.scale", "row.zero"
 """Constants that all products share."""
@@ -47,7 +47,7 @@ def quantize(program: Program, calibration: Iterable[Mapping[str, Array]], folde
     Args:
         program: A float32 program in standard ONNX operators.
         calibration: Inputs of real images.
-        folder: Where to write `NAME.onnx`, which refers to the weights that it did not quantize.
+        folder: Where to write `NAME.onnx`, which refers to the weights that are not quantized.
 
     Raises:
         ConfigurationError: If it is not such a program, or there is nothing to calibrate with or to quantize.
@@ -64,8 +64,8 @@ def quantize(program: Program, calibration: Iterable[Mapping[str, Array]], folde
     def run(model: onnx.ModelProto, outputs: list[str]) -> Iterator[list[NDArray[np.float32]]]:
         return _answers(program, model, outputs, calibration)
 
-    # From a graph's end back to the first product that is not of int8, OpenVINO computes in float32, at any precision
-    # that it is asked for. With the last one left, what lies between the products is in bfloat16 if asked.
+    # OpenVINO computes everything after the last product that is not int8 in float32, whatever precision is requested.
+    # If the last product is not int8, the operators between the products are in bfloat16 if requested.
     quantize_products(program, path, run, _multiply, least=_LEAST, keep_last=True)
     return QuantizedModel(ONNX_STANDARD, path, METHOD, tools=("onnx", "openvino"))
 
@@ -73,16 +73,16 @@ def quantize(program: Program, calibration: Iterable[Mapping[str, Array]], folde
 def _answers(
     program: Program, model: onnx.ModelProto, outputs: Sequence[str], calibration: Iterable[Mapping[str, Array]]
 ) -> Iterator[list[NDArray[np.float32]]]:
-    """Some outputs of a model over a program's weights, in float32 on the CPU, call by call."""
+    """Yield outputs of a model with a program's weights for each call, in float32 on the CPU."""
     core = openvino.Core()
-    # What is mapped must live as long as the request; what is compiled holds its own copy of most of it.
+    # The mapped weights must live as long as the request; the compiled model copies only most of them.
     read, mapped = read_model(core, replace(program, model=model.SerializeToString))
     try:
         compiled = core.compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     except RuntimeError as error:
         raise ArtifactError(f"the program cannot be run: {error}", hint="Export the bundle again.") from error
     request: Any = compiled.create_infer_request()
-    read_names = {name for port in compiled.inputs for name in port.names}  # what nothing reads is left out
+    read_names = {name for port in compiled.inputs for name in port.names}  # OpenVINO leaves out unused inputs
     for inputs in calibration:
         named = {program.stored_names.get(name, name): array for name, array in inputs.items()}
         request.infer({name: array for name, array in named.items() if name in read_names})

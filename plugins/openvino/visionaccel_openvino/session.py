@@ -21,23 +21,23 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Pool:
-    """The requests of a compiled model that are not in use, and the weights that they read."""
+    """The idle requests of a compiled model, and the weights that they read."""
 
     mapped: Mapped
     free: queue.SimpleQueue[Any] = field(default_factory=queue.SimpleQueue)
 
 
 class OpenVinoSession(Session):
-    """A compiled model and its infer requests. The device reads the caller's arrays and writes the answer's in place.
+    """A compiled model and its infer requests. The device reads the caller's arrays and writes to the returned ones.
 
-    A model whose request failed while it computed, such as for lack of memory, may fail or be wrong in all later calls.
-    It is compiled again for the next call.
+    After a request failed, such as for lack of memory, all later calls of the model may fail or be wrong. So it is
+    compiled again for the next call.
 
     Args:
-        make: Reads the model and compiles it for its device; called at once, and after a failure. The weights that it
-            was made of are kept: a device may read some of them from there in each call.
-        program: What was compiled.
-        capabilities: Those of the session; it has an infer request for each call in flight.
+        make: Reads the model and compiles it for its device; called at once, and after a failure. The weights are kept,
+            since a device may read some of them in each call.
+        program: The program that is compiled.
+        capabilities: The session's; it has an infer request for each call in flight.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class OpenVinoSession(Session):
         self.capabilities = capabilities
         self._program = program
         compiled, mapped = make()
-        read = {name for port in compiled.inputs for name in port.names}  # what nothing reads, OpenVINO leaves out
+        read = {name for port in compiled.inputs for name in port.names}  # OpenVINO leaves out unused inputs
         stored = {spec.name: program.stored_names.get(spec.name, spec.name) for spec in program.inputs}
         self._inputs = {name: inner for name, inner in stored.items() if inner in read}
         self._names = {spec.name: program.stored_names.get(spec.name, spec.name) for spec in program.outputs}
@@ -82,28 +82,28 @@ class OpenVinoSession(Session):
         outputs: dict[str, Array] = {}
         for spec in self._program.outputs:
             if any(isinstance(size, str) and size not in sizes for size in spec.shape):
-                continue  # no input tells how large it is
+                continue  # its size does not depend on those of the inputs
             shape = [size if isinstance(size, int) else sizes[size] for size in spec.shape]
             outputs[spec.name] = np.empty(shape, spec.dtype)
             request.set_tensor(self._names[spec.name], _shared(outputs[spec.name]))
-        # start_async rather than infer: neither holds the interpreter's lock, and this one runs in OpenVINO's threads.
+        # Neither start_async nor infer holds the interpreter's lock; start_async runs in OpenVINO's threads.
         try:
             request.start_async()
             request.wait()
         except RuntimeError:
-            logger.warning("A call of OpenVINO's failed; its program is compiled again for the next one.")
+            logger.warning("A call of OpenVINO failed. The program will be compiled again for the next call.")
             with self._lock:
                 if self._pool is pool:
                     self._pool = None
             raise
         for name, stored in self._names.items():
             if name not in outputs:
-                outputs[name] = request.get_tensor(stored).data.copy()  # the request's own memory, which is used again
+                outputs[name] = request.get_tensor(stored).data.copy()  # the request reuses its memory
                 continue
-            # A request that had to reallocate its output would leave this one as it came.
+            # A request that reallocates its output does not write to this one.
             if request.get_tensor(stored).data.ctypes.data != outputs[name].ctypes.data:
                 raise DeviceError(
-                    f"OpenVINO returned {name!r} as {list(request.get_tensor(stored).shape)} and not as "
+                    f"OpenVINO returned {name!r} with shape {list(request.get_tensor(stored).shape)}, not "
                     f"{list(outputs[name].shape)}.",
                     hint="The program does not fit the checkpoint; export it again.",
                 )
@@ -114,7 +114,7 @@ class OpenVinoSession(Session):
 
 
 def _shared(array: Array) -> openvino.Tensor:
-    """The memory of an array as a tensor; given a type, OpenVINO takes one that may not be written to."""
+    """A tensor in the memory of an array; with an explicit type, OpenVINO accepts a read-only one."""
     return openvino.Tensor(array, list(array.shape), _TYPES[array.dtype.name])
 
 

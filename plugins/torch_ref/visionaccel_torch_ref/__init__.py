@@ -1,4 +1,4 @@
-"""PyTorch backend for visionaccel: a fast vision tower, and transformers' own as the numerical reference."""
+"""PyTorch backend for visionaccel: a fast vision tower, and transformers' tower as the numerical reference."""
 
 from collections.abc import Sequence
 
@@ -10,5 +10,5 @@ __all__ = ["TorchReferenceBackend", "visionaccel_backends"]
 
 @hookimpl
 def visionaccel_backends() -> Sequence[type[VisionBackend]]:
-    """Registers the backend; torch is imported only when it is probed or opened."""
+    """Register the backend; torch is imported when a program is probed or opened."""
     return [TorchReferenceBackend]

@@ -1,4 +1,4 @@
-"""PyTorch behind visionaccel's contract: a fast tower, and transformers' own as the numerical reference."""
+"""PyTorch behind visionaccel's contract: a fast tower, and transformers' tower as the numerical reference."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -24,26 +24,26 @@ class TorchReferenceOptions(Options):
 
     implementation: Literal["fast", "transformers"] = Field(
         "fast",
-        description="This package's own tower, or transformers': slower, and independent of what is measured against.",
+        description="This package's tower, or transformers': slower, and independent of what is compared with it.",
     )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Dtype of the weights and of the arithmetic.")
     attention: Literal["sdpa", "eager"] = Field(
-        "sdpa", description="torch's fused attention, or products and a softmax that hold every score in memory."
+        "sdpa", description="torch's fused attention, or products and a softmax with all scores in memory."
     )
     graphs: bool = Field(
         False,
-        description="cuda, fast: launch the kernels of grids that came before as one CUDA graph.",
+        description="cuda, fast: launch the kernels of repeated grids as one CUDA graph.",
     )
     threads: int | None = Field(
         None,
         ge=1,
         description="Threads of torch on the CPU, in the whole process from the first call on. Unset: one for each "
-        "core that it was given; torch's own if it was given none.",
+        "core that the process was assigned; torch's default if none was.",
     )
 
 
 class TorchReferenceBackend(VisionBackend):
-    """Runs the tower in PyTorch, its own form of it or transformers', which others are measured against."""
+    """Runs the tower in PyTorch: a fast form of it, or transformers', with which others are compared."""
 
     name = "torch_ref"
     formats = frozenset({CHECKPOINT})
@@ -58,10 +58,10 @@ class TorchReferenceBackend(VisionBackend):
         if find_spec("torch") is None:
             return Rejected("torch is not installed.", "pip install torch.")
         if program.spec is None:
-            return Rejected(f"it needs the description of the {program.family} tower.", "Name another backend.")
+            return Rejected(f"it needs the description of the {program.family} tower.", "Choose a different backend.")
         kind, _, index = (device or "cpu").partition(":")
         if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
-            return Rejected(f"it knows no device {device!r}.", "Name cpu, cuda or cuda:N.")
+            return Rejected(f"unknown device {device!r}.", "Choose cpu, cuda or cuda:N.")
         if kind == "cuda":
             import torch
 
@@ -106,7 +106,7 @@ class TorchReferenceBackend(VisionBackend):
 
 
 def _hardware(device: str) -> str:
-    """The model of a GPU: kernels, and so the last bits, are chosen by it."""
+    """The model of a GPU, which decides which kernels run, and so the last bits."""
     import torch
 
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else ""
@@ -118,7 +118,7 @@ class _Tower(Protocol):
 
 
 class TorchReferenceSession(Session):
-    """A tower with its weights. Takes numpy arrays or tensors and answers in kind."""
+    """A tower with its weights. Accepts numpy arrays or tensors, and returns the same kind."""
 
     def __init__(self, tower: _Tower, device: str, dtype: "torch.dtype", threads: int | None = None) -> None:
         precision = str(dtype).removeprefix("torch.")
@@ -138,14 +138,14 @@ class TorchReferenceSession(Session):
         assert self._tower is not None
         patches, given_tensor = inputs[PIXELS], is_tensor(inputs[PIXELS])
         if not given_tensor:
-            # torch warns of read-only arrays because it could write to them; the tower does not, but must not be noisy.
+            # torch warns about read-only arrays, because it could write to them.
             patches = torch.from_numpy(patches if patches.flags.writeable else patches.copy())
         # no_grad rather than inference_mode: the caller owns the result and may write to it.
         with torch.no_grad():
             if self._threads is not None and torch.get_num_threads() != self._threads:
                 torch.set_num_threads(self._threads)
                 if torch.get_num_threads() != self._threads:
-                    self._threads = None  # vLLM's workers keep the number to themselves, and log each attempt
+                    self._threads = None  # vLLM's workers do not let it change, and log each attempt
             parts = None if given_tensor or self.capabilities.device == "cpu" else call_parts()
             started = time.monotonic()
             moved = patches.to(self.capabilities.device, self._dtype)

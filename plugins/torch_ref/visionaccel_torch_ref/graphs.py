@@ -1,6 +1,6 @@
-"""CUDA graphs: the kernels of a call, captured for a list of grids that came again, and launched as one from then on.
+"""CUDA graphs: the kernels of a call are captured when a list of grids repeats, and from then on launched as one.
 
-Small images are where it helps: launching the kernels of a block one by one then takes longer than computing them.
+This helps for small images, where launching the kernels of a block takes longer than computing them.
 """
 
 import logging
@@ -19,16 +19,16 @@ from visionaccel_torch_ref.layout import Layout
 logger = logging.getLogger(__name__)
 
 _MOST_KEPT = 16
-"""Lists of grids whose graphs are kept. Each holds its inputs and its answer; what lies between is shared."""
+"""Lists of grids whose graphs are kept. Each has memory for its inputs and its answer; all other memory is shared."""
 
 _CAPTURING = threading.Lock()
-"""Only one capture may be under way in a process."""
+"""Only one capture may run in a process at a time."""
 
 Replay: TypeAlias = Callable[[], None]
-"""Computes again what was captured, from and into the same memory."""
+"""Repeats a captured computation, from and into the same memory."""
 
 Capture: TypeAlias = Callable[[Callable[[], torch.Tensor]], tuple[Replay, torch.Tensor]]
-"""From a computation, which it may run, its replay and the tensor that this writes."""
+"""Takes a computation, which it may run; returns its replay and the tensor that this writes to."""
 
 
 class _Tower(Protocol):
@@ -44,7 +44,7 @@ class _Captured:
     Attributes:
         replay: Computes `answer` from `patches`.
         patches: [P, patch_width]
-        layout: Its tables are read in each replay, so they must live as long.
+        layout: Each replay reads its tables, so they must live as long.
         answer: [N, out_width]
     """
 
@@ -55,23 +55,19 @@ class _Captured:
 
 
 class _Seen(Enum):
-    """What is known of grids that have no graph."""
+    """The state of grids without a graph."""
 
     ONCE = auto()
     TOO_LARGE = auto()
-    """Memory ran out when they were captured."""
+    """Memory ran out during their capture."""
 
 
 class GraphedTower:
     """A tower whose calls are replayed. Calls must not overlap, nor run on different streams.
 
-    The first call of a list of grids is computed as it comes. The second is too, and is captured; the graph is kept
-    only if its answer to the same patches has the same values, so that one never sees which calls are replayed. A graph
-    that has not, or a capture that fails, ends all replays; where memory runs out, that list of grids is not captured.
-
-    Args:
-        tower: Computes the calls.
-        capture: How they are captured.
+    The first two calls of a list of grids are computed normally, and the second is also captured. The graph is kept
+    only if its answer to the same patches has the same values, so that replayed calls give the same answers. If it has
+    not, or a capture fails, no calls are replayed any more; if memory runs out, only those grids are not captured.
     """
 
     def __init__(self, tower: _Tower, capture: Capture) -> None:
@@ -80,7 +76,7 @@ class GraphedTower:
         self._refused = False
 
     def __call__(self, patches: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
-        """Embeddings [N, out_width] in the order of the grids, in memory of the caller.
+        """Embeddings [N, out_width] in the order of the grids, in memory that the caller owns.
 
         Args:
             patches: [P, patch_width], of the tower's dtype and on its device.
@@ -107,11 +103,11 @@ class GraphedTower:
         return answer
 
     def _captured(self, patches: torch.Tensor, layout: Layout, answer: torch.Tensor) -> _Captured | _Seen:
-        """The call's graph, or why there is none."""
+        """The call's graph, or the state without one."""
         if not torch.isfinite(answer).all():
-            return _Seen.ONCE  # it could not be compared
+            return _Seen.ONCE  # NaN cannot be compared
         try:
-            # Outside of inference mode, for later calls outside of it could not write to what is made inside.
+            # Tensors that are made in inference mode could not be written to by later calls outside of it.
             with torch.inference_mode(False), torch.no_grad():
                 held = patches.clone()
                 replay, replayed = self._capture(lambda: self._tower.forward(held, layout))
@@ -122,7 +118,7 @@ class GraphedTower:
         except RuntimeError as error:
             return self._refuse(f"torch {torch.__version__} cannot capture the tower: {error}")
         if not same:
-            return self._refuse("a replayed graph's answer is not that of the call that it was captured from")
+            return self._refuse("a replayed graph's answer differs from that of the captured call")
         return _Captured(replay, held, layout, replayed)
 
     def _refuse(self, reason: str) -> _Seen:
@@ -133,7 +129,7 @@ class GraphedTower:
 
 
 def cuda_capture(device: str) -> Capture:
-    """Captures on a CUDA device, all graphs on one stream and in one pool of memory.
+    """Capture on a CUDA device, all graphs on one stream and in one pool of memory.
 
     They may share both because each answer is copied before the next replay begins.
     """
@@ -142,9 +138,9 @@ def cuda_capture(device: str) -> Capture:
         pool = torch.cuda.graph_pool_handle()
 
     def capture(compute: Callable[[], torch.Tensor]) -> tuple[Replay, torch.Tensor]:
-        # A capture that fails leaves its stream the current one; the outer context puts that right.
+        # A failed capture leaves its stream current; the outer context restores the previous one.
         with _CAPTURING, torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
-            # Libraries allocate on their first use on a stream, which a capture does not allow.
+            # Libraries allocate when first used on a stream, which is not allowed during a capture.
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 compute()

@@ -1,4 +1,4 @@
-"""Where the rows of a call stand in the tower: order, attention segments and rotary angles, kept by grids."""
+"""The layout of a call's rows in the tower: order, attention segments and rotary angles, cached by grids."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from visionaccel.core.program import Program
 from visionaccel.errors import PluginError
 
 _MOST_KEPT = 16
-"""Lists of grids whose layout is kept: images of one size follow each other in practice."""
+"""Lists of grids whose layout is kept; in practice many calls have images of the same size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Run:
 
     @property
     def end(self) -> int:
-        """The row behind the last."""
+        """The row after the last."""
         return self.start + self.count * self.length
 
 
@@ -59,17 +59,15 @@ class Layout:
 
 
 class Layouts:
-    """Makes layouts from a program's tables and keeps the latest on the device.
+    """Makes layouts from a program's tables and keeps the most recent ones on the device.
 
     Raises:
-        PluginError: If the program brings no tables.
+        PluginError: If the program has no tables.
     """
 
     def __init__(self, program: Program, device: str) -> None:
         if program.tables is None:
-            raise PluginError(
-                f"program {program.name!r} brings no tables.", hint="Use a visionaccel of the same release."
-            )
+            raise PluginError(f"program {program.name!r} has no tables.", hint="Use a visionaccel of the same release.")
         self._tables, self._device = program.tables, device
         self._of = lru_cache(maxsize=_MOST_KEPT)(self._make)
 

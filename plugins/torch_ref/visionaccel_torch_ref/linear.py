@@ -1,4 +1,4 @@
-"""What a block computes with: linear layers, packed once by oneDNN where the CPU has it, and attention."""
+"""The operations of a block: linear layers, whose weights oneDNN packs if the CPU supports it, and attention."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -22,30 +22,30 @@ _FUSED: Mapping[ActivationKind, tuple[str, str]] = {"gelu": ("gelu", "none"), "s
 
 
 class Linear(ABC):
-    """x @ weight.T + bias with what the tower does next, so that an implementation may do both at once.
+    """x @ weight.T + bias followed by the tower's next step, so that an implementation can fuse both.
 
     Tensors are [rows, in] in, [rows, out] out, in the dtype of the weight.
     """
 
     @abstractmethod
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """The product and the bias alone: x @ weight.T + bias."""
+        """Only the product and the bias: x @ weight.T + bias."""
 
     def activated(self, x: torch.Tensor, kind: ActivationKind) -> torch.Tensor:
-        """A function of each of its elements."""
+        """The product and the bias, then an activation."""
         return ACTIVATIONS[kind](self(x))
 
     @abstractmethod
     def times(self, x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-        """It, times a factor of its shape."""
+        """The product and the bias, times a factor of the same shape."""
 
     @abstractmethod
     def plus(self, x: torch.Tensor, term: torch.Tensor) -> torch.Tensor:
-        """It, plus a term of its shape."""
+        """The product and the bias, plus a term of the same shape."""
 
 
 class PlainLinear(Linear):
-    """torch's own, on any device."""
+    """torch's linear layer, on any device."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self._weight, self._bias = weight, bias
@@ -64,7 +64,7 @@ class PlainLinear(Linear):
 
 
 class PackedLinear(Linear):
-    """oneDNN's, its weight packed once, and the next step fused into the product."""
+    """oneDNN's linear layer, with a packed weight and the next step fused into the product."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self._packed = PackedWeight(weight, bias)
@@ -102,6 +102,6 @@ def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.T
 
 
 def eager(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Products and a softmax in float32, as transformers' `eager_attention_forward`; holds all scores at once."""
+    """Products and a softmax in float32, like transformers' `eager_attention_forward`; keeps all scores in memory."""
     scores = torch.matmul(query, key.transpose(2, 3)) * query.shape[-1] ** -0.5
     return torch.matmul(functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype), value)

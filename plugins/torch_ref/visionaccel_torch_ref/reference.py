@@ -1,8 +1,7 @@
-"""transformers' own vision tower, loaded alone from a checkpoint: what every other form is measured against.
+"""transformers' vision tower, loaded alone from a checkpoint: the reference for every other form of the tower.
 
-It is built from the checkpoint's configuration and from the names under which the checkpoint stores its weights. It
-shares no arithmetic, no table and no description with this package or the core, so that a fault of theirs cannot hide
-in it.
+It is built from the checkpoint's configuration and the names of its stored weights. It shares no arithmetic, table or
+description with this package or the core, so that it cannot have the same faults.
 """
 
 import math
@@ -23,15 +22,15 @@ class TransformersTower:
     """The tower in evaluation mode on a device.
 
     Args:
-        program: Its configuration and where its weights lie; the language model's are not read.
+        program: The configuration and the stored weights; the language model's are not read.
         dtype: For weights and arithmetic; rotary frequencies stay float32.
         attention: transformers' attention implementation, `sdpa` or `eager`.
         device: `cpu`, `cuda` or `cuda:N`.
 
     Raises:
         CheckpointError: If the weights do not fit the configuration.
-        UnsupportedArchitectureError: If transformers has no such tower, or knows its weights by other names than those
-            under which they are stored.
+        UnsupportedArchitectureError: If transformers has no such tower, or uses other names for its weights than the
+            stored ones.
     """
 
     def __init__(self, program: Program, *, dtype: torch.dtype, attention: str, device: str) -> None:
@@ -67,7 +66,7 @@ class TransformersTower:
 
 
 def _tower_class(program: Program) -> tuple[Any, Any]:
-    """Transformers' class of the tower, and its configuration as the checkpoint states it."""
+    """Transformers' class of the tower, and the checkpoint's configuration for it."""
     document = program.configuration or {}
     named = [str(name) for name in document.get("architectures") or ()]
     for model in (getattr(transformers, name, None) for name in named):
@@ -90,9 +89,9 @@ def _unsupported(what: str) -> UnsupportedArchitectureError:
 
 
 def _innermost(config: Any, stated: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
-    """The class of the tower's configuration, None if transformers names none, and what the document states of it.
+    """The class of the tower's configuration, None if transformers has none, and the document's values for it.
 
-    The document holds no other part: what leads to the tower's configuration is a single key at each level.
+    The document has only this part: a single key at each level leads to the tower's configuration.
     """
     below = [key for key in stated if key not in ("architectures", "model_type")]
     if config is None or len(below) != 1 or not isinstance(stated[below[0]], Mapping):
@@ -108,13 +107,13 @@ def _innermost(config: Any, stated: Mapping[str, Any]) -> tuple[Any, Mapping[str
 def _own_names(
     program: Program, shapes: Mapping[str, tuple[int, ...]], reader: WeightReader
 ) -> dict[str, torch.Tensor]:
-    """The weights by transformers' names: as they are stored, or if they are stored in another form, joined."""
+    """The weights by transformers' names; query, key and value are joined if they are stored separately."""
     found: dict[str, torch.Tensor] = {}
     for name, stored in program.weights.items():
         ends = [own for own, shape in shapes.items() if shape == stored.shape and f".{stored.name}".endswith(f".{own}")]
         own = max(ends, key=len, default=name)
         if own in found:
-            raise _unsupported(f"has one weight {own!r}, and the checkpoint two whose names end so")
+            raise _unsupported(f"has one weight {own!r}, and the checkpoint has two whose names end with it")
         found[own] = reader.read(name)
     for joint in [own for own in shapes if ".qkv." in own and own not in found]:
         parts = [joint.replace(".qkv.", f".{part}.") for part in "qkv"]
@@ -124,11 +123,13 @@ def _own_names(
 
 
 def _require_own_names(weights: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse weights that are stored under other names than transformers': those left over fill what is missing.
+    """Refuse weights that are stored under other names than transformers': the unknown ones have the missing sizes.
 
-    A bundle that holds its weights stores them under the names of the family's description.
+    A bundle with weights stores them under the names of the family's description.
     """
     others = [name for name in weights if name not in shapes]
     lacking = [name for name in shapes if name not in weights]
     if lacking and sum(weights[name].numel() for name in others) == sum(math.prod(shapes[name]) for name in lacking):
-        raise _unsupported(f"names the weights of the tower differently: {lacking[0]!r} is stored as another")
+        raise _unsupported(
+            f"uses other names for the weights of the tower: {lacking[0]!r} is stored under a different name"
+        )

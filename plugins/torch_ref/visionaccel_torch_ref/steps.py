@@ -11,7 +11,7 @@ from visionaccel_torch_ref.linear import ACTIVATIONS, Linear, make_linear
 from visionaccel_torch_ref.weights import WeightReader
 
 _CACHED_ROWS = 256
-"""Rows that are normalised or rotated at a time on a CPU: about 1 MB in float32 for the released towers."""
+"""Rows to normalise or rotate at a time on a CPU: about 1 MB in float32 for the released towers."""
 
 Rows = Callable[[torch.Tensor], torch.Tensor]
 

@@ -296,7 +296,7 @@ def test_a_model_that_does_not_compute_in_bfloat16_is_returned_as_it_is(body):
 
 
 def test_a_value_whose_type_cannot_be_told_is_named():
-    with pytest.raises(ArtifactError, match=r"'puzzle' .* an output of Thing, is not known"):
+    with pytest.raises(ArtifactError, match=r"'puzzle' .* an output of Thing, is unknown"):
         emulate_bfloat16(model_of("puzzle = acme.Thing(bx) r = Mul(bx, puzzle)", x=[4]))
 
 

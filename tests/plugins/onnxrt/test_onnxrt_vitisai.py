@@ -291,14 +291,14 @@ def test_what_cannot_work_is_refused(tmp_path):
     with pytest.raises(ConfigurationError, match=r"gone\.json does not exist"):
         options_of(given={"config_file": str(tmp_path / "gone.json")}, folder=tmp_path)
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigurationError, match="cannot keep compiled programs"):
+    with pytest.raises(ConfigurationError, match="cannot be used for compiled programs"):
         options_of(folder=tmp_path / "file" / "folder")
 
 
 def test_a_compiled_program_gets_no_cache(tmp_path, config):
     program = program_of(format=EP_CONTEXT, companions={"vitisai_config": config})
     assert options_of(program, folder=tmp_path) == {"config_file": str(config)}
-    with pytest.raises(ConfigurationError, match="takes no provider option cache_key"):
+    with pytest.raises(ConfigurationError, match="accepts no provider option cache_key"):
         options_of(program, {"cache_key": "mine"})
 
 
@@ -384,8 +384,8 @@ def test_branches_are_looked_into(tmp_path):
     [
         ({"source": "QNNExecutionProvider"}, "compiled by 'QNNExecutionProvider'"),
         ({"source": None}, "an unnamed execution provider"),
-        ({"source": 3}, "source of an EPContext is of another type"),
-        ({"embed_mode": "1"}, "embed_mode of an EPContext is of another type"),
+        ({"source": 3}, "source of an EPContext has a wrong type"),
+        ({"embed_mode": "1"}, "embed_mode of an EPContext has a wrong type"),
         ({"embed_mode": 2, "refers_to": "../outside.bin"}, "is not a plain file name"),
     ],
 )
@@ -406,7 +406,7 @@ def test_weights_of_a_compiled_program_lie_beside_it(tmp_path):
     weight = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[1], data_location=TensorProto.EXTERNAL)
     weight.external_data.add(key="location", value="../model.safetensors")
     model.graph.initializer.append(weight)
-    with pytest.raises(ArtifactError, match=r"names its weights .* not a plain file name"):
+    with pytest.raises(ArtifactError, match=r"refers to its weights .* not a plain file name"):
         verified_context(context_program(tmp_path, model), VITISAI)
 
 
@@ -449,7 +449,7 @@ def test_a_bundle_of_compiled_programs_is_refused_with_a_reason(tiny, tmp_path):
 
 
 def test_nothing_is_written_where_nothing_is_compiled(tmp_path):
-    with pytest.raises(ConfigurationError, match="compiles nothing that the option context_dir could keep"):
+    with pytest.raises(ConfigurationError, match="compiles no programs to keep in context_dir"):
         OnnxRuntimeBackend().open(program_of(), "cpu", OnnxRuntimeOptions(context_dir=tmp_path))
 
 

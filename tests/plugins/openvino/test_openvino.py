@@ -206,14 +206,14 @@ def test_a_device_that_computes_in_another_precision_is_noticed(program):
     compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
     assert mapped
     _check_precision(compiled, "cpu", "bfloat16")
-    with pytest.raises(DeviceError, match="computes in bf16 where float32 was asked for"):
+    with pytest.raises(DeviceError, match="computes in bf16, but float32 was requested"):
         _check_precision(compiled, "cpu", "float32")
 
 
 @pytest.mark.parametrize(
     ("device", "reason"),
     [
-        ("tpu", "knows no device 'tpu'"),
+        ("tpu", "unknown device 'tpu'"),
         ("npu", "fixed shapes only"),
         ("gpu:7", "finds no device 'gpu:7' here; it finds cpu"),
     ],

@@ -114,7 +114,7 @@ def test_what_names_no_device_is_refused(tiny, text):
     ("device", "message"),
     [
         ("nothing", "no installed backend is named 'nothing'"),
-        ("onnxrt/toaster", "onnxrt: it knows no device 'toaster'"),
+        ("onnxrt/toaster", "onnxrt: unknown device 'toaster'"),
         ("flexmlrt", "supported formats: flexmlrt"),
     ],
 )

@@ -280,7 +280,7 @@ def test_shards_and_stored_bfloat16_are_read(tmp_path):
 
 def test_a_program_without_tables_is_refused(tiny):
     (program,) = open_tower(tiny).programs([CHECKPOINT])
-    with pytest.raises(PluginError, match="brings no tables"):
+    with pytest.raises(PluginError, match="has no tables"):
         TorchReferenceBackend().open(replace(program, tables=None), None, TorchReferenceOptions())
 
 
@@ -363,7 +363,7 @@ def test_a_bundle_holds_the_weights_under_a_prefix_of_its_family(tmp_path, monke
 
 @pytest.mark.parametrize(
     ("place", "said"),
-    [("", "names the weights of the tower differently"), ("merger.", "two whose names end so")],
+    [("", "uses other names for the weights of the tower"), ("merger.", "two whose names end with it")],
 )
 def test_weights_that_a_bundle_holds_under_names_that_transformers_does_not_know_have_no_reference(
     place, said, tmp_path, monkeypatch
