@@ -83,7 +83,9 @@ def environment(**given):
 
 def wheel(source, output, **given):
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", output]
-    done = subprocess.run([*command, source], env=environment(**given), capture_output=True, text=True)
+    # Without optimisation, which takes most of the time.
+    variables = environment(SKBUILD_CMAKE_BUILD_TYPE="Debug", **given)
+    done = subprocess.run([*command, source], env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (found,) = Path(output).glob("*.whl")
     return found
@@ -152,7 +154,7 @@ def test_a_wheel_with_the_sdk_imports_without_it_and_says_what_is_missing(sdk, c
     (other / "__init__.py").write_text('VERSION = "1.0.0"\n')
     said = run(tmp_path / "unpacked", REFUSED, FLEXMLRT_ROOT=other, LD_LIBRARY_PATH=OPENVINO / "libs")
     assert "was built with FlexMLRT 9.9.9" in said
-    assert "is of 1.0.0" in said
+    assert "belongs to 1.0.0" in said
 
 
 def test_the_source_distribution_holds_the_sources_and_builds(clone, tmp_path):
