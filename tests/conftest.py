@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from numpy.typing import NDArray
 from observers import Told
 from visionaccel.backends import default_registry
 from visionaccel_testing.checkpoints import QWEN2_5_VL_7B, random_checkpoint
+
+CORES = len(os.sched_getaffinity(0))
 
 # Examples run real sessions on a shared machine, so no deadline; the same examples every time.
 settings.register_profile(
@@ -36,6 +39,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def records_reach_the_test() -> None:
     """A test before may have activated vLLM's plug-in in this process, which takes the package's log for vLLM's."""
     logging.getLogger("visionaccel").propagate = True
+
+
+@pytest.fixture(autouse=True)
+def one_thread_of_torch(request: pytest.FixtureRequest) -> None:
+    """Towers of milliseconds are many times slower on several threads, above all where other processes run."""
+    torch = sys.modules.get("torch")
+    if torch is not None and "tests/e2e/" not in request.node.nodeid:
+        torch.set_num_threads(CORES if "seven" in request.fixturenames else 1)
 
 
 @pytest.fixture(scope="session")
@@ -61,11 +72,14 @@ def seven(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def seven_answer(seven: Path) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Patches of grid 58x74, and what the reference makes of them with the 7B tower's blocks."""
+    import torch
+
     from towers import random_patches
     from visionaccel import open_encoder
     from visionaccel.validation import REFERENCE_OPTIONS
 
     patches = random_patches([(1, 58, 74)], QWEN2_5_VL_7B)
+    torch.set_num_threads(CORES)
     with open_encoder(seven, backend="torch_ref", options=REFERENCE_OPTIONS) as encoder:
         return patches, encoder.encode(patches, [(1, 58, 74)])
 

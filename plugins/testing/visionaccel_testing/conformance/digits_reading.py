@@ -6,8 +6,6 @@ transformers, in float32 and with greedy sampling, on the embeddings of any enco
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,7 +19,7 @@ from visionaccel.core.safe_text import safe_logger
 from visionaccel.encoder import Encoder
 from visionaccel.errors import CheckpointError, VisionAccelError
 from visionaccel.images import Fitter, ImageProcessor, image_processor
-from visionaccel_testing.conformance.kit import encoded
+from visionaccel_testing.conformance.kit import encoded, one_thread
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -76,7 +74,7 @@ def read_digits(folder: Path, ours: Encoder, reference: Encoder, count: int) -> 
     if limited:
         ways += [("letterbox", ours), ("stretch", ours)]
     found, failed = [], False
-    with _one_thread():
+    with one_thread():
         for fit, encoder in ways:
             fitter = None
             if fit != "natural":
@@ -98,19 +96,6 @@ def read_digits(folder: Path, ours: Encoder, reference: Encoder, count: int) -> 
                 agreeing += answer == expected
             found.append(DigitsRead(fit, count, right / count, agreeing / count))
     return tuple(found)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Limit torch to one thread: so small a model is slower on several, by many times on a busy machine."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _fitted(image: Image, fitter: Fitter | None, process: ImageProcessor) -> tuple[Patches, Grid]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -125,6 +125,19 @@ def first_call(encoder: Encoder, seed: int) -> Callable[[], Embeddings]:
     return lambda: encoded(encoder, patches, grids)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Limit torch to one thread: small models are slower on several, by many times on a busy machine."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class Kit:
     """One backend under test, and an empty folder to work in.
 
@@ -220,9 +233,12 @@ class Kit:
         """The backend's embeddings, as a new array."""
         return encoded(self.encoder, patches, grids)
 
-    def expected(self, patches: NDArray[np.float32], grids: Sequence[Grid]) -> Embeddings:
-        """The reference's embeddings, as a new array."""
-        return encoded(self.reference, patches, grids)
+    def expected(
+        self, patches: NDArray[np.float32], grids: Sequence[Grid], reference: Encoder | None = None
+    ) -> Embeddings:
+        """The embeddings of a reference, by default that of the subject, as a new array."""
+        with one_thread():
+            return encoded(reference or self.reference, patches, grids)
 
     def check(self, grids: Sequence[Grid], what: str, number: int = 0) -> None:
         """Fail unless the backend's embeddings of random patches are within the tolerance of the reference's."""

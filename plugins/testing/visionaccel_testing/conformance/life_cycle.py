@@ -67,7 +67,7 @@ def two_sessions(kit: Kit) -> None:
     other = kit.subject_of("other", edit=_negate)
     with other.open() as second:
         there = encoded(second, patches, grids)
-        exact = encoded(kit.reference_of(other.checkpoint), patches, grids)
+        exact = kit.expected(patches, grids, kit.reference_of(other.checkpoint))
         kit.compare(there, exact, "a second encoder with other weights, next to a first")
         kit.same(kit.encode(patches, grids), here, "an encoder next to a second one with other weights")
     kit.same(kit.encode(patches, grids), here, "an encoder after another one was closed")

@@ -66,7 +66,9 @@ on_output(on_device)
 
 def test_nothing_is_found_in_a_good_backend_that_returns_tensors(site, tmp_path):
     install(site, "kit_tensors", TENSORS)
-    checks = [check for check in CHECKS if check.level < 5]
+    # The other checks of level 4 make arrays of embeddings in new processes, as these do here.
+    in_this_process = ("L4-concurrent-calls", "L4-two-sessions", "L4-double-close")
+    checks = [check for check in CHECKS if check.level < 4 or check.name in in_this_process]
     outcomes = run_checks(BackendUnderTest("kit_tensors"), tmp_path / "work", checks=checks)
     assert {outcome.check: outcome.detail for outcome in outcomes if outcome.status == "failed"} == {}
 
