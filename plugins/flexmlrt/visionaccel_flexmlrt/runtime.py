@@ -94,7 +94,7 @@ def load(device: str, amd: AmdEnvironment, *, any_version: bool = False) -> Modu
     library = amd.library()
     assert library is not None
     try:
-        # Once loaded by its path, the module finds it by its name, whatever the linker's search path is.
+        # Once loaded by its path, the module finds it by its name, not by the linker's search path.
         ctypes.CDLL(str(library))
         module = importlib.import_module("visionaccel_flexmlrt._sdk")
     except (ImportError, OSError) as error:

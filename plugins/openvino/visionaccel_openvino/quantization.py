@@ -64,8 +64,8 @@ def quantize(program: Program, calibration: Iterable[Mapping[str, Array]], folde
     def run(model: onnx.ModelProto, outputs: list[str]) -> Iterator[list[NDArray[np.float32]]]:
         return _answers(program, model, outputs, calibration)
 
-    # OpenVINO computes everything after the last product that is not int8 in float32, whatever precision is requested.
-    # If the last product is not int8, the operators between the products are in bfloat16 if requested.
+    # OpenVINO computes everything after the last product that is not int8 in float32, even if bfloat16 is requested. If
+    # the last product of all is not int8, the operators between the products are in bfloat16 as requested.
     quantize_products(program, path, run, _multiply, least=_LEAST, keep_last=True)
     return QuantizedModel(ONNX_STANDARD, path, METHOD, tools=("onnx", "openvino"))
 

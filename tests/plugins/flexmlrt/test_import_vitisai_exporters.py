@@ -12,9 +12,8 @@ from test_import_vitisai import LANDSCAPE, constant_of, edit, folder_of, importe
 from towers import random_patches
 from visionaccel import open_encoder
 from visionaccel.encoder import open_tower
-from visionaccel_flexmlrt.vitisai.exported_operators import UnknownHostError
 from visionaccel_flexmlrt.vitisai.graph import OnnxGraph
-from visionaccel_flexmlrt.vitisai.recognition import recognise_host
+from visionaccel_flexmlrt.vitisai.recognition import UnknownHostError, recognise_host
 
 
 def _identities(graph):

@@ -282,7 +282,7 @@ def test_without_the_sdk_the_npu_says_what_is_missing(tower, tmp_path):
         FlexMLRTBackend().open(replace(program, device="npu"), "npu", FlexMLRTOptions())
 
 
-def test_a_thousand_cycles_grow_memory_by_less_than_a_megabyte(tmp_path, script, caplog):
+def test_hundreds_of_cycles_do_not_leak_a_model_each(tmp_path, script, caplog):
     caplog.set_level(logging.ERROR)
     program = small_program(tmp_path)
     inputs = {spec.name: np.ones(spec.shape, np.float32) for spec in program.inputs}
@@ -293,14 +293,14 @@ def test_a_thousand_cycles_grow_memory_by_less_than_a_megabyte(tmp_path, script,
                 session.run(inputs)
         gc.collect()
 
-    cycle(100)
+    cycle(50)
     before = resident_kib()
-    cycle(1000)
-    assert resident_kib() - before < 1024
+    cycle(250)
+    assert resident_kib() - before < 512  # a leaked model takes at least 4 KiB
 
 
 def small_program(folder):
-    """A program of one product, so that a thousand openings take seconds."""
+    """A program of one product, so that hundreds of openings take seconds."""
     inputs, outputs = (TensorSpec("x", "float32", (8, 16)),), (TensorSpec("y", "float32", (8, 4)),)
     onnx.save(small_model(rows=8, outputs=4), folder / "small.onnx")
     compile_partition(folder / "small.onnx", folder / "small.rai")

@@ -12,9 +12,9 @@ from visionaccel.bundle import point_at_weights
 from visionaccel.core.bounded_files import MOST_JSON_BYTES
 from visionaccel.encoder import open_tower
 from visionaccel.errors import BundleError
-from visionaccel_flexmlrt.vitisai.exported_operators import UnknownHostError, moved
 from visionaccel_flexmlrt.vitisai.graph import OnnxGraph
 from visionaccel_flexmlrt.vitisai.layout import PartitionInfo, read_metadata
+from visionaccel_flexmlrt.vitisai.recognition import UnknownHostError, moved
 
 READERS = {
     "partition-info.json": lambda path: read_metadata(path, PartitionInfo),

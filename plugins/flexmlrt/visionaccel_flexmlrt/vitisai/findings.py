@@ -23,11 +23,16 @@ from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import BundleError, ConfigurationError
 from visionaccel.families import Tower
 from visionaccel.towers import GROUPED, RASTER, window_order
-from visionaccel_flexmlrt.vitisai.exported_operators import UnknownHostError, named
 from visionaccel_flexmlrt.vitisai.extraction import host_operators
 from visionaccel_flexmlrt.vitisai.graph import OTHER_CHECKPOINT, OnnxGraph, external_files, plain_file, squeezed
 from visionaccel_flexmlrt.vitisai.layout import Boundary, ImportRequest, VitisFolder, read_layout, several_partitions
-from visionaccel_flexmlrt.vitisai.recognition import HostPart, end_operators, recognise_host
+from visionaccel_flexmlrt.vitisai.recognition import (
+    HostPart,
+    UnknownHostError,
+    end_operators,
+    named,
+    recognise_host,
+)
 
 _PROVIDER = "VitisAIExecutionProvider"
 _ORIENTATION = "The wrong orientation has the same shapes: run `visionaccel validate` before you use the bundle."
