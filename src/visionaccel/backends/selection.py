@@ -35,7 +35,7 @@ class Candidate:
         entry: The installed backend.
         verdict: Its answer.
         programs: The programs that it accepted, the first for each coverage.
-        asked: False if the backend is used only by name, and a different name or `auto` was requested.
+        asked: False if `auto` was requested and the backend is `only_by_name`.
     """
 
     entry: BackendEntry
@@ -111,7 +111,7 @@ def _ask(
             raise
         return Candidate(entry, Rejected(error.message, error.hint or ""), ())
     if backend.only_by_name and not strict:
-        unnamed = Rejected("this backend is used only by name.", f"Set VISIONACCEL_BACKEND={entry.name}.")
+        unnamed = Rejected("`auto` does not choose this backend.", f"Set VISIONACCEL_BACKEND={entry.name}.")
         return Candidate(entry, unnamed, (), asked=False)
     programs = source.programs(taken)
     if not programs:

@@ -43,7 +43,7 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """The backend cannot run the program on that device. Users see both texts, each a full sentence.
+    """The backend cannot run the program on that device. Both texts are shown to users and must be full sentences.
 
     Attributes:
         reason: What is missing or does not fit.
@@ -179,7 +179,7 @@ class Session(ABC):
         return False
 
     def begin_close(self) -> None:  # noqa: B027 - most sessions have nothing to begin
-        """Start to release the device without waiting; `close` follows. So an encoder's sessions close in parallel."""
+        """Start to release the device, and do not wait; `close` follows. So an encoder's sessions close in parallel."""
 
     @abstractmethod
     def close(self) -> None:

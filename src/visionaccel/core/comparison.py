@@ -16,8 +16,8 @@ THRESHOLDS: Mapping[str, float] = MappingProxyType(
 )
 """The lowest cosine of a token that passes, by the precision or the quantization of its program.
 
-A cosine does not depend on lengths. Those may differ by as much as that angle moves the end of an embedding: by
-sqrt(2 - 2 cosine) of the reference's length, which is 14 % in bfloat16.
+A cosine does not depend on lengths. Lengths may differ by as much as the largest angle that passes moves the end of an
+embedding: by sqrt(2 - 2 cosine) of the reference's length, which is 14 % in bfloat16.
 """
 
 _WRONG = -1.0

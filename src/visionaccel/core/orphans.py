@@ -55,7 +55,7 @@ class _Watcher:
     def _send(self, process: subprocess.Popen[bytes]) -> None:
         """Send the whole list of items, and end the watcher if it is empty."""
         assert process.stdin is not None
-        with suppress(OSError):  # the watcher itself was killed: go on without one
+        with suppress(OSError):  # the watcher itself was killed: continue without it
             process.stdin.write(json.dumps(self._items).encode() + b"\n")
             process.stdin.flush()
         if not self._items:

@@ -21,7 +21,7 @@ PACKED_FOR = 4096
 
 
 class PackedWeight:
-    """A copy of a weight [out, in] in oneDNN's layout, and of a bias [out]. Ask `why_not_packed` first."""
+    """A copy of a weight [out, in] in oneDNN's layout, and of a bias [out]. Call `why_not_packed` first."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, rows: int = PACKED_FOR) -> None:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)

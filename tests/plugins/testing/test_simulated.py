@@ -127,7 +127,9 @@ def test_auto_never_takes_it_but_says_how_to_get_it(tiny):
     selection = select(default_registry(), open_tower(tiny), AUTO)
     verdicts = {candidate.entry.name: candidate.verdict for candidate in selection.candidates}
     assert selection.require()[0] == "onnxrt"
-    assert verdicts["simulated"] == Rejected("this backend is used only by name.", "Set VISIONACCEL_BACKEND=simulated.")
+    assert verdicts["simulated"] == Rejected(
+        "`auto` does not choose this backend.", "Set VISIONACCEL_BACKEND=simulated."
+    )
 
 
 def test_nobody_is_sent_to_it_where_no_other_backend_is_installed(tiny, monkeypatch):
