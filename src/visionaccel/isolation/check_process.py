@@ -54,8 +54,7 @@ class CheckProcess:
         self._name, self._limit, self._until = name, limit, time.monotonic() + limit
         self._tail = bytearray()
         self._child: ChildGroup | None = None
-        self._ended = False
-        self._folder = ExitStack()
+        self._folder, self._running = ExitStack(), ExitStack()
         try:
             self._answer = self._folder.enter_context(temporary_folder("visionaccel-doctor-")) / "answer.json"
             self._child = ChildGroup(
@@ -66,6 +65,7 @@ class CheckProcess:
         except OSError as error:
             self._problem = str(error)
             return
+        self._running.callback(self._child.end)  # only once: it takes seconds if the child is stuck in a driver
         self._reader = threading.Thread(target=_keep_end, args=(self._child.printed, self._tail), daemon=True)
         self._reader.start()
 
@@ -73,7 +73,7 @@ class CheckProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._end()
+        self._running.close()
         self._folder.close()
 
     def findings(self) -> list[Finding]:
@@ -82,7 +82,8 @@ class CheckProcess:
             detail = f"no process can be started for the checks: {self._problem}"
             return [Finding(self._name, "failure", detail, "Check the limits of this machine and its user.")]
         in_time = self._child.exits_within(self._until - time.monotonic())
-        self._end()
+        self._running.close()
+        self._reader.join(_READER_SECONDS)
         how, fix = _ending(self._child.status if in_time else None, self._limit)
         lines = bytes(self._tail).decode(errors="replace").strip().splitlines()
         printed = f"; it last printed: {one_line(lines[-1])[:_SHOWN]}" if lines else ""
@@ -98,13 +99,6 @@ class CheckProcess:
         if not in_time or self._child.status != 0:
             found.append(Finding(f"end of {self._name}", "warning", f"it answered, but then {how}{printed}", fix))
         return found
-
-    def _end(self) -> None:
-        """End the child and the processes that it started; once, because a child stuck in a driver takes seconds."""
-        if self._child is not None and not self._ended:
-            self._ended = True
-            self._child.end()
-            self._reader.join(_READER_SECONDS)
 
 
 def _keep_end(stream: IO[bytes], tail: bytearray) -> None:
