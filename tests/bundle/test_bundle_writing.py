@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 from bundle_tools import CERTIFICATE, DYNAMIC, FIXED, GRID, TRIPLE, assert_close, encode, forge
 from bundles import document
-from command_line import COMMAND
+from command_line import run_command
 from towers import random_patches, reference
 from visionaccel.bundle import MANIFEST, export_bundle, json_schema, open_bundle, write_golden
 from visionaccel.encoder import open_tower
@@ -325,8 +326,7 @@ def test_a_contained_7b_bundle_is_written_in_less_memory_than_its_weights(hollow
 
 
 def run(*arguments, status=0):
-    command = [*COMMAND, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = run_command(*arguments, environment=os.environ)
     assert done.returncode == status, done.stderr
     return done
 

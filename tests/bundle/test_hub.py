@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from command_line import run_command
 from hub_server import ATTRIBUTES, TOKEN, HubServer, Repository
 from visionaccel.bundle import (
     MANIFEST,
@@ -71,11 +71,8 @@ def other_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _process(arguments: list[str], environment: dict[str, str], status: int = 0) -> "subprocess.CompletedProcess[str]":
     """Run the command, or `-c` and code, with nothing of the hub's in the environment but what is given."""
-    start = [] if arguments[0] == "-c" else ["-c", "from visionaccel.cli import main; main()"]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "VISIONACCEL_"))}
-    done = subprocess.run(
-        [sys.executable, *start, *arguments], env=inherited | environment, capture_output=True, text=True, timeout=120
-    )
+    done = run_command(*arguments, environment=inherited | environment)
     assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr
     return done

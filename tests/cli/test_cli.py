@@ -1,13 +1,13 @@
 """The command, run as users run it: in a process, with its exit status, and JSON that can be read."""
 
 import json
-import subprocess
+import os
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from command_line import COMMAND
+from command_line import run_command
 from visionaccel.cli.app import app
 from visionaccel.cli.output import backend_options
 from visionaccel.errors import SettingsError
@@ -15,8 +15,7 @@ from visionaccel.errors import SettingsError
 
 def run(*arguments, check=None):
     """Run the command; assert its exit status."""
-    command = [*COMMAND, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = run_command(*arguments, environment=os.environ)
     assert done.returncode == (check or 0), done.stderr
     return done
 

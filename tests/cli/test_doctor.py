@@ -13,7 +13,7 @@ import pytest
 
 from bundle_tools import CERTIFICATE, forge
 from bundles import document, write_bundle
-from command_line import COMMAND
+from command_line import run_command
 from fake_plugins import ECHO, install
 from gated import wait_until
 from visionaccel.bundle import GOLDEN_FILE, MANIFEST, Golden, open_bundle, write_golden
@@ -46,13 +46,8 @@ def doctor(*arguments, site=None, status=0, **environment):
     """The command in a process of its own; its findings."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("VISIONACCEL_")}
     path = {} if site is None else {"PYTHONPATH": str(site)}
-    done = subprocess.run(
-        [*COMMAND, "doctor", "--no-vllm", "--json", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**inherited, **path, **environment},
-        cwd=site,
+    done = run_command(
+        "doctor", "--no-vllm", "--json", *arguments, environment={**inherited, **path, **environment}, folder=site
     )
     assert done.returncode == status, done.stdout + done.stderr
     answer = json.loads(done.stdout)
