@@ -149,7 +149,7 @@ def test_tables_show_every_backend_option_and_command():
         "| `optimization` | `'all' or 'extended' or 'basic' or 'none'` | `'all'` | Graph optimisation level. |"
         in options
     )
-    assert "| `threads` | `int` | unset | Threads within an operator. Unset: one for each core it has. |" in options
+    assert "| `threads` | `int` | unset | Threads within an operator. Unset: one for each available core. |" in options
     assert "## bench serve\n" in reference
     assert all(f"## {name}\n" in reference for name in COMMANDS)
     assert "| `--grid <list[str]>` | A program of fixed shapes for this grid" in reference
