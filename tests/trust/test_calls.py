@@ -2,7 +2,7 @@
 
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -12,9 +12,15 @@ from hypothesis import strategies as st
 
 from gated import wait_until
 from visionaccel.trust import LateError, WatchedCalls
-from visionaccel.trust.threads import CutError
 
 LIMIT = 0.05
+
+
+@pytest.fixture(scope="module", autouse=True)
+def a_call_that_was_ended_returns_soon():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("visionaccel.trust.threads._RETURNING", 0.1)
+        yield
 
 
 def outcome(call, *given, **named):
@@ -39,42 +45,47 @@ def test_a_call_that_is_left_behind_does_not_hold_up_the_next():
 
 @hypothesis_settings(max_examples=25)
 @given(
-    schedule=st.lists(st.sampled_from(["right", "error", "hang", "cut"]), min_size=1, max_size=8),
+    schedule=st.lists(st.sampled_from(["right", "error", "hang", "ends", "does not end"]), min_size=1, max_size=8),
     places=st.sampled_from([1, 2]),
 )
 def test_a_call_ends_at_its_limit_and_none_begins_behind_too_many(schedule, places):
     held, returned, began = threading.Event(), [], []
     calls = WatchedCalls(lambda: returned.append(True))
 
-    def play(action):
+    def play(action, ended):
         began.append(action)
         if action == "error":
             raise ValueError("of its own")
-        if action != "right":
+        if action == "ends":
+            assert ended.wait(20)
+        elif action != "right":
             held.wait(30)
         return action
 
-    late, most_late, only_cut = 0, 1 if places == 1 else 4, True
+    late, most_late = 0, 1 if places == 1 else 4
     for action in schedule:
-        begun, started = len(began), time.monotonic()
-        until = started + LIMIT if action == "cut" else None
-        found = outcome(calls.call, partial(play, action), 20 if until else LIMIT, places=places, until=until)
+        begun, started, ended = len(began), time.monotonic(), threading.Event()
+
+        def end(action=action, ended=ended):
+            ended.set()
+            return action in ("ends", "does not end")
+
+        found = outcome(calls.call, partial(play, action, ended), LIMIT, places=places, end=end)
         if late == most_late:
             assert len(began) == begun
-            assert isinstance(found, CutError) == (only_cut or (until is not None and time.monotonic() >= until))
             assert isinstance(found, LateError)
-        elif action in ("hang", "cut"):
-            assert type(found) is (LateError if action == "hang" else CutError)
-            late, only_cut = late + 1, only_cut and action == "cut"
+        elif action in ("hang", "does not end"):
+            assert type(found) is LateError
+            late += 1
         elif action == "error":
             assert type(found) is ValueError
         else:
-            assert found == "right"
+            assert found == action
         assert time.monotonic() - started < LIMIT + 5
-        assert calls.cut == (late > 0 and "cut" in began)
+        assert calls.late == (late > 0)
     held.set()
     wait_until(lambda: len(returned) == late)
-    assert not calls.cut
+    assert not calls.late
     assert calls.call(lambda: 7, 5) == 7
     calls.close()
 
@@ -90,24 +101,17 @@ def test_who_waits_behind_a_call_that_is_left_behind_does_not_wait_on():
     calls.close()
 
 
-def test_a_call_that_is_ended_at_its_limit_is_not_left_behind():
+def test_an_error_while_a_call_is_ended_leaves_it_behind():
     calls, held = WatchedCalls(), threading.Event()
-    with calls.turn(lambda: held.wait(30)) as call:
-        assert not wait([call], 0.05).done
-        held.set()
-        assert call.result(20) is True
-    assert calls.call(lambda: 7, 5) == 7
-    calls.close()
 
-
-def test_an_error_in_a_turn_leaves_its_call_behind():
-    calls, held = WatchedCalls(), threading.Event()
-    with pytest.raises(ValueError, match="interrupted"), calls.turn(lambda: held.wait(30)):
+    def end():
         raise ValueError("interrupted")
+
+    with pytest.raises(ValueError, match="interrupted"):
+        calls.call(lambda: held.wait(30), 0.05, end=end)
     with pytest.raises(LateError, match="An earlier call has not returned"):
         calls.call(lambda: 7, 5)
-    assert not calls.cut
     held.set()
-    wait_until(lambda: not calls._late)
+    wait_until(lambda: not calls.late)
     assert calls.call(lambda: 7, 5) == 7
     calls.close()

@@ -311,12 +311,12 @@ def test_threads_that_hang_do_not_add_up(tiny):
 )
 def test_every_call_returns_within_its_deadline_or_its_link_is_disabled(tiny, schedule, length, together):
     limit, held, todo = 0.15, threading.Event(), list(schedule)
-    links = []
+    links, hung = [], set()
     for number in range(length):
         encoder = open_encoder(tiny, backend="torch_ref")
         (opened,) = encoder.programs
         gate = Gate(opened.session)
-        gate.fail = lambda _: _happen(todo.pop(0) if todo else "right", held)
+        gate.fail = lambda _, number=number: _happen(todo.pop(0) if todo else "right", held, hung, number)
         session = [OpenProgram(opened.program, opened.host, gate)]
         device = Encoder(encoder.tower, str(number), session, default_registry())
         links.append(ChainLink(str(number), device, deadline=limit, cool_down=60.0))
@@ -332,19 +332,73 @@ def test_every_call_returns_within_its_deadline_or_its_link_is_disabled(tiny, sc
         if left == len(todo):
             assert not any(link.ready or link.may_try for link in links)
             break
-    hung = schedule[: len(schedule) - len(todo)].count("hang")
-    assert sum(link.breaker.hangs_for > 0 for link in links) == hung, "each hang disables its own link"
-    assert not any(link.ready for link in links if link.breaker.hangs_for)
+    assert len(hung) == schedule[: len(schedule) - len(todo)].count("hang"), "none is called while it hangs"
+    assert all(links[number].breaker.hangs_for > 0 and not links[number].ready for number in hung)
     started = time.monotonic()
     chain.close()
     assert time.monotonic() - started < 8
     held.set()
 
 
-def _happen(action, held):
+def _happen(action, held, hung, number):
     if action == "hang":
+        hung.add(number)
         held.wait(60)
     return OSError("gone") if action == "error" else None
+
+
+@hypothesis_settings(max_examples=12)
+@given(
+    schedule=st.lists(st.sampled_from(["right", "error", "cut", "cut and hang"]), min_size=1, max_size=4),
+    opens_late=st.booleans(),
+    canary_on=st.booleans(),
+)
+def test_an_encode_that_outlasts_its_step_goes_on_and_its_deadline_holds(tiny, schedule, opens_late, canary_on):
+    encoder, held, shut, inside, most = open_encoder(tiny, backend="torch_ref"), threading.Event(), set(), [], []
+    (opened,) = encoder.programs
+    gate, todo = Gate(opened.session), []
+
+    def act(_):
+        inside.append(True)
+        most.append(len(inside))
+        action = todo.pop(0) if todo else "right"
+        if action.startswith("cut"):
+            held.wait(60)
+        inside.pop()
+        return OSError("gone") if action == "error" else None
+
+    gate.fail = act
+    device = Encoder(encoder.tower, "device", [OpenProgram(opened.program, opened.host, gate)], default_registry())
+    link = ChainLink(
+        "device", (lambda: device) if opens_late else device, canary_on=canary_on, deadline=60.0, open_deadline=60.0,
+        failures=9, cool_down=60.0,
+    )  # fmt: skip
+    for action in schedule:
+        todo[:], begun, ready = [action], len(gate.calls), link.ready
+        link.deadline = link.open_deadline = 0.5 if action == "cut and hang" else 60.0
+        started = time.monotonic()
+        until = started + 0.3 if action.startswith("cut") else None
+        answer = link.encode(image(1), [Grid(*GRID)], until=until)
+        assert time.monotonic() - started < 0.3 + 5 or until is None
+        if not ready:
+            assert isinstance(answer, DeviceError)
+            assert len(gate.calls) == begun, "no call begins behind one that outlasted its step"
+        elif action == "right":
+            assert not isinstance(answer, VisionAccelError)
+        elif action == "error":
+            assert isinstance(answer, DeviceError)
+        else:
+            assert isinstance(answer, DeadlineError)
+            assert not link.ready
+            if action == "cut and hang":
+                wait_until(lambda: link.breaker.hangs_for)
+                shut.add(action)
+        assert link.breaker.closed == (not shut)
+    held.set()
+    wait_until(lambda: not link.cut)
+    assert link.ready == (not shut)
+    assert max(most) == 1
+    link.close()
 
 
 # What failed once

@@ -128,10 +128,7 @@ class _Opening:
         with ExitStack() as opened:
             for link in links:
                 opened.callback(link.close)
-                encoder = link.open()
-                if isinstance(encoder, VisionAccelError):
-                    raise encoder
-                link.name = encoder.backend  # the name may have been `auto`
+                link.name = link.open().backend  # the name may have been `auto`
                 failure = link.check().failure if self._settings.canary != "off" else None
                 if failure is not None:
                     raise _CanaryError(

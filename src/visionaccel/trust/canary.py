@@ -7,15 +7,17 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from functools import partial
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from visionaccel.backends import DriftReport
 from visionaccel.bundle import Golden
 from visionaccel.core.arrays import Array, as_numpy
 from visionaccel.core.comparison import THRESHOLDS, length_errors, token_cosines
-from visionaccel.core.containment import device_errors
+from visionaccel.core.containment import device_errors, tell
 from visionaccel.core.grid import Grid
 from visionaccel.core.program import FixedGrid
 from visionaccel.encoder import Encoder
@@ -137,8 +139,9 @@ class Canary:
         if not golden and failure is None and self._own is None and isinstance(rows, np.ndarray):
             self._own = replace(images[-1][1], embeddings=np.array(rows, np.float32), threshold=_SAME)
             self._first.offer(self._own, encoder)
-        seconds = time.perf_counter() - started
-        return CanaryResult(lowest if encoded else -1.0, limit, seconds, failure, encoded, wrong)
+        lowest = lowest if encoded else -1.0
+        report_comparison(encoder, "canary", encoded, lowest, limit, failure is None, started)
+        return CanaryResult(lowest, limit, time.perf_counter() - started, failure, encoded, wrong)
 
     def _answered(self, encoder: Encoder) -> tuple[str, Golden]:
         """The test picture that replaces golden images, and what to call it. It has no answer for the first encoder."""
@@ -157,6 +160,21 @@ class Canary:
                 limit = min(image.threshold, precision_limit(encoder)) if self._fallback else image.threshold
                 fitting.append(replace(image, threshold=limit))
         return fitting
+
+
+def report_comparison(
+    encoder: Encoder,
+    source: Literal["canary", "shadow"],
+    encoded: bool,
+    lowest_cosine: float,
+    limit: float,
+    passed: bool,
+    started: float,
+) -> None:
+    """Report a comparison that began at `started`, on the clock of `time.perf_counter`, to observers."""
+    seconds, device = time.perf_counter() - started, encoder.capabilities.device
+    report = DriftReport(encoder.backend, device, source, encoded, lowest_cosine, limit, passed, seconds)
+    tell(partial(encoder.hooks.visionaccel_compared, report=report))
 
 
 def _takes(encoder: Encoder, image: Golden) -> bool:

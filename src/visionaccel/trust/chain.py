@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from visionaccel.core.arrays import Array, split_rows
+from visionaccel.core.contracts import check_patches
 from visionaccel.core.grid import Grid, GridLike, as_grids, total_patches
 from visionaccel.core.safe_text import safe_logger
 from visionaccel.encoder import Encoder
@@ -102,11 +103,8 @@ class GuardedEncoder:
         try:
             checked = as_grids(grids, merge)
             if total_patches(checked) != len(patches):
-                # It is unknown which rows belong to which item, so every item gets the error.
-                found = self.links[0].encode(patches, checked, until=until)
-                assert isinstance(found, VisionAccelError)  # the encoder refuses the mismatch
-                return self._failed(found, len(checked))
-        except InputError as error:
+                check_patches(patches, checked, self.primary.tower.patch_width)  # refuses the mismatch
+        except InputError as error:  # it is unknown which rows belong to which item, so every item gets the error
             return self._failed(error, len(grids))
         turns = self._turns()
         if turns and _over(until):

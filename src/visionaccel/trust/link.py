@@ -7,13 +7,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from visionaccel.backends import BreakerReport, FailureReport, Purpose
 from visionaccel.bundle import Golden
-from visionaccel.core.arrays import Array
+from visionaccel.core.arrays import Array, is_tensor
 from visionaccel.core.containment import device_errors, tell
 from visionaccel.core.defaults import DEADLINE, OPEN_DEADLINE
 from visionaccel.core.grid import Grid
@@ -23,16 +22,7 @@ from visionaccel.errors import DeadlineError, DeviceError, DeviceLostError, Inpu
 from visionaccel.trust.breaker import Breaker, BreakerState
 from visionaccel.trust.canary import Canary, CanaryResult
 from visionaccel.trust.keeper import Keeper
-from visionaccel.trust.threads import (
-    LEAST,
-    CutError,
-    InOrder,
-    LateError,
-    WatchedCalls,
-    call_alone,
-    in_callers_stream,
-    seconds_until,
-)
+from visionaccel.trust.threads import InOrder, LateError, WatchedCalls
 
 logger = safe_logger(__name__)
 
@@ -41,12 +31,14 @@ _T = TypeVar("_T")
 RETRY = "retry"
 """In reports, what is next if the same link tries again."""
 
+_LEAST = 0.1
+"""With fewer seconds than this left in an engine's step, no call begins."""
+
 _CLOSING = 5.0
 _GIVING_BACK = 15.0
-_ENDING = 2.0
-"""Seconds for a call to return after its device's process was ended."""
 
 _STEP = "Lower VISIONACCEL_DEADLINE, send fewer images at a time, or raise vLLM's VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS."
+_LATER = "Try again later."
 _LONGER = "Raise VISIONACCEL_DEADLINE if the device needs longer."
 _WORDS = {
     BreakerState.OPEN: "is disabled",
@@ -64,8 +56,8 @@ class ChainLink:
       within its deadline, or is ended with its process, or the link is disabled. The deadline counts from when the call
       begins, which is after at most one deadline for each earlier call. A call has no other deadline.
     - No caller waits longer than that, not even one that closes the link.
-    - A call that outlasts the engine's step goes on: until it returns the link receives no other call, and its deadline
-      still holds.
+    - An encode that outlasts the engine's step goes on: until it returns the link accepts no other encode, and its
+      deadline still holds.
     - A disabled link is tried again in the background, after a delay that doubles each time; it is enabled once its
       canary has passed.
     - An answer is discarded if the link was found to give wrong answers during the call.
@@ -108,7 +100,7 @@ class ChainLink:
         self.breaker = Breaker(failures=failures, cool_down=cool_down, changed=self._breaker_changed)
         self._canary = canary or Canary()
         self._keeper = Keeper(self, self._canary, on=canary_on, interval=interval)
-        self._calls = WatchedCalls(self.breaker.hasten)
+        self._calls, self._steps = WatchedCalls(self.breaker.hasten), WatchedCalls()
         self._lock, self._telling, self._reports = threading.Lock(), threading.Lock(), InOrder("visionaccel-observers")
         self._closed = False
         self._distrusted = 0
@@ -126,8 +118,8 @@ class ChainLink:
 
     @property
     def cut(self) -> bool:
-        """Whether a call that outlasted its engine's step is still in progress."""
-        return self._calls.cut
+        """Whether an encode that outlasted its engine's step is still in progress."""
+        return self._steps.late
 
     @property
     def why_not(self) -> str:
@@ -166,31 +158,19 @@ class ChainLink:
             until: The latest time to return, on the monotonic clock.
             purpose: The encode's purpose, for reports.
         """
-        encoder = self.open(until, twice=True)
-        if isinstance(encoder, VisionAccelError):
-            return encoder
-        distrusted = self._distrusted
-        encode = partial(encoder.encode, patches, grids, purpose=purpose, queue_seconds=queue_seconds)
+
+        def compute(encoder: Encoder) -> Array:
+            return encoder.encode(patches, grids, purpose=purpose, queue_seconds=queue_seconds)
+
         seconds = self.deadline * max(1, len(grids))
-        attempt = partial(self.call, in_callers_stream(patches, encode), seconds, until)
-        answer: Array | VisionAccelError
-        try:
-            with device_errors("encoding"):
-                answer = self._keeper.verified(encoder, attempt, until)
-        except VisionAccelError as error:
-            answer = error
-        if self._distrusted != distrusted and not isinstance(answer, InputError):
-            answer = DeviceError(f"{self.name} was found to give wrong answers during the call: {self.breaker.reason}")
-        if not isinstance(answer, VisionAccelError):
-            self.breaker.succeeded()
-        elif not isinstance(answer, InputError):
-            late = isinstance(answer, DeadlineError)
+        work = partial(self._encode, _in_callers_stream(patches, compute), seconds, until)
+        answer = self._within_step(work, seconds, until)
+        encoder = self.encoder_if_open
+        if isinstance(answer, VisionAccelError) and not isinstance(answer, InputError) and encoder is not None:
             device, kind = encoder.capabilities.device, type(answer).__name__
-            after = None if late and following == RETRY else following
+            after = None if isinstance(answer, DeadlineError) and following == RETRY else following
             report = FailureReport(encoder.backend, device, tuple(grids), kind, answer.message, after)
             tell(partial(encoder.hooks.visionaccel_failed, report=report))
-            if not late:  # a late call has disabled the link already
-                self.breaker.failed(answer.message)
         return answer
 
     def check(self) -> CanaryResult:
@@ -198,71 +178,70 @@ class ChainLink:
         assert self.encoder_if_open is not None
         return self._keeper.check(self.encoder_if_open)
 
-    def open(
-        self, until: float | None = None, *, probing: bool = False, twice: bool = False
-    ) -> Encoder | VisionAccelError:
-        """Return the encoder, or why there is none. If it is not open, one caller opens it while the others wait.
+    def open(self) -> Encoder:
+        """Return the encoder. If it is not open, one caller opens it while the others wait.
 
         An opening that is late goes on, and its encoder is used once it is open. After a failure only a probe opens it
-        again. With `twice`, as for a request that perhaps only this link can serve, a failed opening is retried once.
+        again.
+
+        Raises:
+            VisionAccelError: Why there is none.
         """
         if self.encoder_if_open is not None:
             return self.encoder_if_open
+        error: VisionAccelError
         try:
-            encoder = self._calls.call(partial(self._opened, probing, twice), self.open_deadline, until=until)
-            if encoder is not None:
-                return encoder
-            not_now = "It could not be opened"
-        except CutError:
-            not_now = "It is still being opened"
+            return self._calls.call(self._opened, self.open_deadline)
         except LateError as late:
             message = f"{self.name} did not open within {self.open_deadline:.3g} s. {late}".rstrip()
             hint = "Raise VISIONACCEL_OPEN_DEADLINE if it needs longer, for example to compile."
-            return self._not_opened(DeadlineError(message, hint=hint), probing, twice)
-        except VisionAccelError as error:
-            return self._not_opened(error, probing, twice)
-        except Exception as error:  # for example, no thread can be started: a request must survive that
-            message = f"opening {self.name} failed with {type(error).__name__}: {error}"
-            return self._not_opened(DeviceError(message), probing, twice)
-        return DeviceError(
-            f"{self.name}: {not_now}. {self.breaker.reason}".strip(), hint="It is tried again soon; see the log."
-        )
+            error = DeadlineError(message, hint=hint)
+        except VisionAccelError as failure:
+            error = failure
+        except Exception as failure:  # for example, no thread can be started: a request must survive that
+            error = DeviceError(f"opening {self.name} failed with {type(failure).__name__}: {failure}")
+        if self._closed:
+            error = self._is_closed()
+        else:
+            self.breaker.trip(f"it cannot be opened: {error.message}")
+        raise error
 
-    def call(self, function: Callable[[], _T], seconds: float, until: float | None) -> _T:
+    def call(self, function: Callable[[], _T], seconds: float) -> _T:
         """Call the open encoder with a deadline; return or raise what the call does. No other place ends a call.
 
         Raises:
-            DeadlineError: If the call does not return within its seconds or by `until`, or had no time to begin.
+            DeadlineError: If the call does not return within its seconds, which disables the link, or cannot begin.
             DeviceLostError: If the call was ended.
         """
-        if until is not None and until - time.monotonic() < min(LEAST, seconds):
-            raise no_time()
         encoder = self.encoder_if_open
         assert encoder is not None
-        device = encoder.capabilities.device
-        safe = all(opened.session.capabilities.thread_safe for opened in encoder.programs)
+        sessions = [opened.session for opened in encoder.programs]
+        ended = False
+
+        def end() -> bool:
+            nonlocal ended
+            answers = [session.end_calls() for session in sessions]  # each of them, not only up to the first that can
+            ended = any(answers)
+            return ended
+
+        late = f"device {encoder.capabilities.device!r} did not answer within {seconds:.3g} s"
+        places = sys.maxsize if all(session.capabilities.thread_safe for session in sessions) else 1
         try:
-            with self._calls.turn(function, places=sys.maxsize if safe else 1, until=until) as call:
-                limit = time.monotonic() + seconds
-                stop = limit if until is None else min(limit, until)
-                if wait([call], seconds_until(stop)).done:
-                    return call.result()
-                if stop == limit and self._ended(encoder, call, until):
-                    return _result_of_ended(call, device, seconds)
-                if until is None or time.monotonic() < until:
-                    raise LateError
-        except CutError:
-            raise DeadlineError(
-                f"device {device!r} was busy until the engine's step ended.", hint="Try again later."
-            ) from None
-        except LateError as late:
+            return self._calls.call(function, seconds, places=places, end=end)
+        except LateError as why:
             if self._closed:
                 raise self._is_closed() from None
-            raise self._hung(device, seconds, late) from None
-        call_alone(
-            partial(self._judge, encoder, call, limit, seconds)
-        )  # it may still end, which its caller cannot await
-        raise DeadlineError(f"the engine's step had no more time before device {device!r} answered.", hint=_STEP)
+            error = DeadlineError(
+                f"{late}. {why}".rstrip(),
+                hint=f"{_LONGER} With VISIONACCEL_ISOLATION=process a device that hangs is ended and restarted.",
+            )
+            self.breaker.trip(error.message, hangs=True)
+            raise error from None
+        except DeviceError as lost:
+            if not ended:
+                raise
+            message = f"{late}; its call was ended. {lost.message}"
+            raise DeviceLostError(message, hint=f"{_LONGER} {lost.hint or ''}".rstrip()) from None
 
     def distrust(self, reason: str, evidence: Golden | None = None) -> None:
         """Disable the link because of a wrong answer, and have its other answers dropped, those in progress included.
@@ -290,29 +269,89 @@ class ChainLink:
         """
         with self._lock:
             self._closed, encoder = True, self.encoder_if_open
-        wait = self.deadline if wait is None else min(wait, self.deadline)
+        wait = 0.0 if self.cut else self.deadline if wait is None else min(wait, self.deadline)
         self._keeper.close(min(wait, _CLOSING))
         self._calls.close(wait)
+        self._steps.close()
         if encoder is None:
             return
+        closing = WatchedCalls()
         try:
-            given_back = call_alone(partial(encoder.close, 0.0)).result(_GIVING_BACK)
-        except TimeoutError:
+            given_back = closing.call(partial(encoder.close, 0.0), _GIVING_BACK)
+        except LateError:
             given_back = False
+        closing.close()
         if not given_back:
             logger.warning("A call of encoder %r has not returned; it keeps its device.", encoder.backend)
 
-    def _opened(self, probing: bool, twice: bool) -> Encoder | None:
-        """Open the encoder if no other caller has; None if only a probe may open it."""
-        if self.encoder_if_open is not None or not (probing or self.breaker.closed):
-            return self.encoder_if_open
+    def _within_step(
+        self, work: Callable[[], Array | VisionAccelError], seconds: float, until: float | None
+    ) -> Array | VisionAccelError:
+        """The answer of an encode, or the error that the engine's step has no more time for it."""
+        if self.cut:
+            return DeadlineError(f"{self.why_not}.", hint=_LATER)
+        if until is None:
+            return work()
+        if _too_late(until, seconds):
+            return no_time()
         try:
-            encoder = self._made()
-        except DeviceError as error:
-            if not (twice and worth_a_retry(error)):
-                raise
-            logger.warning("Opening encoder %r failed; trying once more: %s", self.name, error)
-            encoder = self._made()  # there may be enough memory by now
+            left = min(until - time.monotonic(), threading.TIMEOUT_MAX)
+            return self._steps.call(work, left, places=sys.maxsize)
+        except LateError:
+            if self.encoder_if_open is None:
+                return DeadlineError(f"{self.name} is still being opened.", hint=_LATER)
+            if self._keeper.unverified:
+                return DeadlineError(f"the first canary of {self.name} is still running.", hint=_LATER)
+            device = self.encoder_if_open.capabilities.device
+            return DeadlineError(f"the engine's step had no more time before device {device!r} answered.", hint=_STEP)
+        except Exception as error:  # for example, no thread can be started
+            return DeviceError(f"encoding failed with {type(error).__name__}: {error}")
+
+    def _encode(
+        self, compute: Callable[[Encoder], Array], seconds: float, until: float | None
+    ) -> Array | VisionAccelError:
+        """Open the encoder if needed and call it once its canary has passed; record the outcome in the breaker."""
+        try:
+            encoder = self.open()
+        except VisionAccelError as error:
+            return DeviceError(f"{self.name} cannot be opened: {error.message}", hint=error.hint)
+
+        def attempt() -> Array:
+            if until is not None and _too_late(until, seconds):
+                raise no_time()
+            return self.call(partial(compute, encoder), seconds)
+
+        distrusted = self._distrusted
+        answer: Array | VisionAccelError
+        try:
+            with device_errors("encoding"):
+                answer = self._keeper.run_verified(encoder, attempt)
+        except VisionAccelError as error:
+            answer = error
+        if self._distrusted != distrusted and not isinstance(answer, InputError):
+            answer = DeviceError(f"{self.name} was found to give wrong answers during the call: {self.breaker.reason}")
+        if not isinstance(answer, VisionAccelError):
+            self.breaker.succeeded()
+        elif not isinstance(answer, InputError | DeadlineError):  # a late call has disabled the link already
+            self.breaker.failed(answer.message)
+        return answer
+
+    def _opened(self) -> Encoder:
+        """Open the encoder if no earlier caller has; raise if one failed to, unless this is a probe."""
+        if self.encoder_if_open is not None:
+            return self.encoder_if_open
+        if self.breaker.state is BreakerState.OPEN:
+            raise DeviceError(f"an earlier try failed; {self.breaker.reason}", hint="It is tried again soon.")
+        assert self._make is not None
+        for last in (False, True):
+            try:
+                with device_errors(f"opening {self.name}"):
+                    encoder = self._make()
+                break
+            except DeviceError as error:
+                if last or not worth_a_retry(error):
+                    raise
+                logger.warning("Opening encoder %r failed; trying once more: %s", self.name, error)
         with self._lock:
             if not self._closed:
                 self.encoder_if_open = encoder
@@ -320,45 +359,8 @@ class ChainLink:
         encoder.close(0.0)
         raise self._is_closed()
 
-    def _made(self) -> Encoder:
-        assert self._make is not None
-        with device_errors(f"opening {self.name}"):
-            return self._make()
-
-    def _not_opened(self, error: VisionAccelError, probing: bool, twice: bool) -> VisionAccelError:
-        if self._closed:
-            return self._is_closed()
-        if not probing:
-            self.breaker.trip(f"it cannot be opened: {error.message}")
-        return DeviceError(f"{self.name} cannot be opened: {error.message}", hint=error.hint) if twice else error
-
     def _is_closed(self) -> DeviceError:
         return DeviceError(f"{self.name} is closed.", hint="Open a new one.")
-
-    def _ended(self, encoder: Encoder, call: Future[Any], until: float | None = None) -> bool:
-        """End a call that is past its deadline, if its device can; return whether the call has returned by `until`."""
-        ended = [opened.session.end_calls() for opened in encoder.programs]
-        seconds = _ENDING if until is None else min(_ENDING, seconds_until(until))
-        return any(ended) and bool(wait([call], seconds).done)
-
-    def _judge(self, encoder: Encoder, call: Future[Any], limit: float, seconds: float) -> None:
-        """Record the outcome of a call that goes on after its step: at its limit, or when it returns."""
-        if not (wait([call], seconds_until(limit)).done or self._ended(encoder, call)):
-            self._hung(encoder.capabilities.device, seconds)
-            return
-        error = call.exception()
-        if isinstance(error, VisionAccelError) and not isinstance(error, InputError):
-            self.breaker.failed(error.message)
-
-    def _hung(self, device: str, seconds: float, why: object = "") -> DeadlineError:
-        """Open the breaker because a call did not return in time; return the error that says so."""
-        error = DeadlineError(
-            f"device {device!r} did not answer within {seconds:.3g} s. {why}".rstrip(),
-            hint=f"{_LONGER} With VISIONACCEL_ISOLATION=process a device that hangs is ended and restarted.",
-        )
-        if not self._closed:
-            self.breaker.trip(error.message, hangs=True)
-        return error
 
     def _breaker_changed(self, _: BreakerState, reason: str) -> None:
         if self._closed:  # a probe that closing has ended says nothing about the device
@@ -374,13 +376,19 @@ class ChainLink:
             self._keeper.wake()
 
 
-def _result_of_ended(call: Future[_T], device: str, seconds: float) -> _T:
-    """The result of a call that was ended past its deadline, if it returned all the same."""
-    try:
-        return call.result()
-    except DeviceError as lost:
-        message = f"device {device!r} did not answer within {seconds:.3g} s; its call was ended. {lost.message}"
-        raise DeviceLostError(message, hint=f"{_LONGER} {lost.hint or ''}".rstrip()) from None
+def _in_callers_stream(patches: Array, compute: Callable[[Encoder], Array]) -> Callable[[Encoder], Array]:
+    """Wrap a call so that another thread runs it on this thread's CUDA stream, on which the patches are written."""
+    if not is_tensor(patches) or patches.device.type != "cuda":
+        return compute
+    import torch
+
+    stream = torch.cuda.current_stream(patches.device)
+
+    def on_stream(encoder: Encoder) -> Array:
+        with torch.cuda.device(patches.device), torch.cuda.stream(stream):
+            return compute(encoder)
+
+    return on_stream
 
 
 def worth_a_retry(error: VisionAccelError) -> bool:
@@ -391,3 +399,7 @@ def worth_a_retry(error: VisionAccelError) -> bool:
 def no_time() -> DeadlineError:
     """Return the error of an image for which the engine's step has no time left."""
     return DeadlineError("the engine's step has no time left for this image.", hint=_STEP)
+
+
+def _too_late(until: float, seconds: float) -> bool:
+    return until - time.monotonic() < min(_LEAST, seconds)

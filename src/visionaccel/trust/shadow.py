@@ -10,14 +10,12 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from visionaccel.backends import DriftReport
 from visionaccel.bundle import Golden
 from visionaccel.core.arrays import Array, as_numpy
-from visionaccel.core.containment import tell
 from visionaccel.core.grid import Grid
 from visionaccel.core.safe_text import safe_logger
 from visionaccel.errors import VisionAccelError
-from visionaccel.trust.canary import drift_of
+from visionaccel.trust.canary import drift_of, report_comparison
 from visionaccel.trust.link import ChainLink
 from visionaccel.trust.threads import InOrder
 
@@ -57,8 +55,8 @@ class Shadow:
         with self._lock:
             if self._closed or len(self._comparisons) >= _MOST_WAITING:
                 self.skipped += 1
-                return
-            self._comparisons.add(partial(self._compare, link, _copied(patches), grid, _copied(rows)))
+            else:
+                self._comparisons.add(partial(self._compare, link, _copied(patches), grid, _copied(rows)))
 
     def close(self) -> None:
         """Compare no more answers, and close the reference."""
@@ -76,12 +74,8 @@ class Shadow:
             return
         expected = as_numpy(answer)
         cosine, failure = drift_of(rows, expected, self._limit)
-        encoder = link.encoder_if_open
-        if encoder is not None:
-            seconds = time.perf_counter() - started
-            device = encoder.capabilities.device
-            report = DriftReport(encoder.backend, device, "shadow", True, cosine, self._limit, failure is None, seconds)
-            tell(partial(encoder.hooks.visionaccel_compared, report=report))
+        if link.encoder_if_open is not None:
+            report_comparison(link.encoder_if_open, "shadow", True, cosine, self._limit, failure is None, started)
         if failure is not None and not self._closed:
             self.drifted += 1
             name = f"an image of grid {grid} that a client sent"
