@@ -661,16 +661,25 @@ def test_a_canary_that_cannot_be_encoded_is_a_failure_and_not_a_lie(tiny):
     first.close()
 
 
-def test_a_device_that_keeps_lying_is_forgotten_once(tiny):
+@pytest.mark.parametrize("hung_before", [False, True])
+def test_a_device_that_keeps_lying_is_forgotten_once(tiny, hung_before):
     first, device = scripted(tiny, "first", canary_on=True, cool_down=0.01)
     forgotten = []
     first.on_drift(lambda: forgotten.append(True))
     assert first.check().failure is None
     device.script = ["drift"] * 100
-    assert first.check().wrong
+    if hung_before:
+        first.breaker.trip("it hung", hangs=True)
+    else:
+        assert first.check().wrong
     wait_until(lambda: len(device.calls) >= 6)
     assert forgotten == [True]
     assert not first.breaker.closed
+    device.script = []
+    wait_until(lambda: first.breaker.closed)
+    device.script = ["drift"]
+    assert first.check().wrong
+    assert forgotten == [True, True], "it was used in between"
     first.close()
 
 

@@ -482,7 +482,7 @@ def test_a_disabled_link_is_probed_after_the_next_request_where_the_background_t
     tiny, monkeypatch
 ):
     jobs = Background()
-    monkeypatch.setattr("visionaccel.trust.keeper.background", jobs)
+    monkeypatch.setattr("visionaccel.trust.canary.background", jobs)
     monkeypatch.setattr("visionaccel.trust.chain.background", jobs)
     refused = refuse_once(monkeypatch, "visionaccel-background")
     link = ChainLink("torch_ref", open_encoder(tiny, backend="torch_ref"), cool_down=0.05)

@@ -255,7 +255,7 @@ def test_a_canary_without_golden_images_holds_a_device_to_its_first_answer(tiny,
         switch.write_text(json.dumps(DRIFT))
         result = canary.check(encoder, encoder.encode, quick=False)
         assert "was encoded incorrectly" in result.failure
-        assert result.lowest_cosine < 0.9
+        assert result.report.lowest_cosine < 0.9
         switch.write_text("")
         assert canary.check(encoder, encoder.encode, quick=False).failure is None
 

@@ -2,9 +2,8 @@
 
 from visionaccel.trust.breaker import Breaker, BreakerState
 from visionaccel.trust.canary import Canary, FirstAnswer, drift_of, precision_limit
-from visionaccel.trust.chain import Embedded, GuardedEncoder
+from visionaccel.trust.chain import Embedded, GuardedEncoder, Shadow
 from visionaccel.trust.link import ChainLink
-from visionaccel.trust.shadow import Shadow
 from visionaccel.trust.threads import LateError, WatchedCalls, background
 
 __all__ = [

@@ -118,7 +118,7 @@ class Breaker:
         self._changed(BreakerState.HALF_OPEN, self.reason)
         return True
 
-    def end_probe(self, failure: str | None, *, proven: bool = False) -> None:
+    def end_probe(self, failure: str | None) -> None:
         """End a probe: without a failure the breaker closes, otherwise it opens again."""
         with self._lock:
             if self.state is not BreakerState.HALF_OPEN:
@@ -127,7 +127,6 @@ class Breaker:
                 self.state, self._in_a_row = BreakerState.CLOSED, 0
                 self.proven, self._hangs_since = False, None
             else:
-                self.proven |= proven
                 self._open(failure)
         self._changed(self.state, failure or "the probe passed")
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,14 +20,24 @@ from visionaccel.core.comparison import THRESHOLDS, length_errors, token_cosines
 from visionaccel.core.containment import device_errors, tell
 from visionaccel.core.grid import Grid
 from visionaccel.core.program import FixedGrid
+from visionaccel.core.safe_text import safe_logger
 from visionaccel.encoder import Encoder
-from visionaccel.errors import DeadlineError, UnfitGridError, VisionAccelError
+from visionaccel.errors import DeadlineError, DeviceError, UnfitGridError, VisionAccelError
+from visionaccel.trust.threads import background
+
+if TYPE_CHECKING:
+    from visionaccel.trust.link import ChainLink
+
+logger = safe_logger(__name__)
+
+_T = TypeVar("_T")
 
 _SAME = 0.9999
 """The lowest cosine between two answers of one encoder to one image: threads may add in a different order."""
 
 _SIDE = 6
 _MOST_EVIDENCE = 4
+_PROBING = 0.05
 
 Encode: TypeAlias = Callable[[NDArray[np.float32], Sequence[Grid]], Array]
 """Computes embeddings of patches, like `Encoder.encode`."""
@@ -38,47 +48,23 @@ class CanaryResult:
     """The result of a canary.
 
     Attributes:
-        lowest_cosine: The lowest cosine of a token; -1 if no image could be encoded.
-        limit: The lowest cosine that passes.
-        seconds: How long the canary took.
+        report: What observers were told: whether an image could be encoded, and the lowest cosine.
         failure: What is wrong, with the numbers; None if the canary passed.
-        encoded: Whether at least one image could be encoded.
         wrong: Whether an answer was wrong. A failure without it means that an image could not be encoded.
     """
 
-    lowest_cosine: float
-    limit: float
-    seconds: float
+    report: DriftReport
     failure: str | None
-    encoded: bool
     wrong: bool
 
 
 class FirstAnswer:
-    """The first encoder's answer to a test picture, for a source without golden images.
+    """The first encoder's answer to a test picture, with that encoder's threshold; for a source without golden images.
 
     It is the reference for encoders that open later, when the files may no longer be those that were verified.
     """
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._image: Golden | None = None
-        self._limit = 0.0
-
-    def offer(self, image: Golden, encoder: Encoder) -> None:
-        """Keep an encoder's answer if it is the first."""
-        with self._lock:
-            if self._image is None:
-                self._image, self._limit = image, precision_limit(encoder)
-
-    def image_for(self, encoder: Encoder) -> Golden | None:
-        """The picture, its answer and the limit for this encoder; None if there is no answer or it does not fit."""
-        image = self._image
-        if image is None or not _takes(encoder, image):
-            return None
-        # Both answers may be as far from the exact one as their precision allows.
-        angle = math.acos(self._limit) + math.acos(precision_limit(encoder))
-        return replace(image, threshold=math.cos(angle))
+    image: Golden | None = None
 
 
 class Canary:
@@ -97,7 +83,8 @@ class Canary:
     def __init__(
         self, images: Sequence[Golden] = (), first: FirstAnswer | None = None, *, fallback: bool = False
     ) -> None:
-        self._images, self._first, self._fallback = tuple(images), first or FirstAnswer(), fallback
+        self._images = [replace(image, name=f"golden image {image.name}") for image in images]
+        self._first, self._fallback = first or FirstAnswer(), fallback
         self._evidence: tuple[Golden, ...] = ()
         self._own: Golden | None = None
         self._lock = threading.Lock()
@@ -108,7 +95,7 @@ class Canary:
             self._evidence = (*self._evidence, image)[-_MOST_EVIDENCE:]
 
     def check(self, encoder: Encoder, encode: Encode, *, quick: bool) -> CanaryResult:
-        """Encode the images and compare. Never raises for what the encoder does.
+        """Encode the images, compare, and report that to observers. Never raises for what the encoder does.
 
         Args:
             encoder: The encoder to check.
@@ -117,40 +104,37 @@ class Canary:
         """
         started = time.perf_counter()
         golden = self._fitting(encoder, quick)
-        images = [(f"golden image {image.name}", image) for image in (*self._evidence, *golden)]
-        if not golden:
-            images.append(self._answered(encoder))
-        lowest, limit = 1.0, min(image.threshold for _, image in images)
+        images = [*self._evidence, *(golden or [self._own or self._answered_by_first(encoder)])]
+        lowest, limit = 1.0, min(image.threshold for image in images)
         failure, encoded, wrong, rows = None, False, False, None
-        for what, image in images:
+        for image in images:
             rows = _encoded(encode, image)
             if isinstance(rows, VisionAccelError):
-                failure = failure or f"{what} could not be encoded: {rows.message}"
+                failure = failure or f"{image.name} could not be encoded: {rows.message}"
                 if isinstance(rows, DeadlineError):
                     break  # the other images would take as long
                 continue
-            expected = image.embeddings if len(image.embeddings) else rows
-            cosine, reason = drift_of(rows, expected, image.threshold)
+            cosine, reason = drift_of(rows, image.embeddings if len(image.embeddings) else rows, image.threshold)
             encoded, wrong = True, wrong or reason is not None
             if cosine < lowest:
                 lowest, limit = cosine, image.threshold
             if reason is not None:
-                failure = failure or f"{what} was encoded incorrectly: {reason}"
-        if not golden and failure is None and self._own is None and isinstance(rows, np.ndarray):
-            self._own = replace(images[-1][1], embeddings=np.array(rows, np.float32), threshold=_SAME)
-            self._first.offer(self._own, encoder)
-        lowest = lowest if encoded else -1.0
-        report_comparison(encoder, "canary", encoded, lowest, limit, failure is None, started)
-        return CanaryResult(lowest, limit, time.perf_counter() - started, failure, encoded, wrong)
+                failure = failure or f"{image.name} was encoded incorrectly: {reason}"
+        if not (golden or failure or self._own) and isinstance(rows, np.ndarray):
+            answer = replace(images[-1], embeddings=np.array(rows, np.float32))
+            self._own = replace(answer, name="a test picture that it encoded before", threshold=_SAME)
+            self._first.image = self._first.image or replace(answer, threshold=precision_limit(encoder))
+        report = report_comparison(encoder, "canary", started, lowest if encoded else None, limit, failure)
+        return CanaryResult(report, failure, wrong)
 
-    def _answered(self, encoder: Encoder) -> tuple[str, Golden]:
-        """The test picture that replaces golden images, and what to call it. It has no answer for the first encoder."""
-        if self._own is not None:
-            return "a test picture that it encoded before", self._own
-        first = self._first.image_for(encoder)
-        if first is not None:
-            return "a test picture that the first encoder encoded at the start", first
-        return "a test picture", _picture(encoder)
+    def _answered_by_first(self, encoder: Encoder) -> Golden:
+        """The test picture that replaces golden images; it has no answer for the first encoder."""
+        first = self._first.image
+        if first is None or not _takes(encoder, first):
+            return _picture(encoder)
+        # Both answers may be as far from the exact one as their precision allows.
+        limit = math.cos(math.acos(first.threshold) + math.acos(precision_limit(encoder)))
+        return replace(first, name="a test picture that the first encoder encoded at the start", threshold=limit)
 
     def _fitting(self, encoder: Encoder, quick: bool) -> list[Golden]:
         """The golden images that fit this encoder, smallest first; only the smallest of each program if quick."""
@@ -162,19 +146,125 @@ class Canary:
         return fitting
 
 
+class Keeper:
+    """Runs one link's canary: before its first encode, after a restart, on a timer, and as a probe while disabled.
+
+    If not `on`, the canary runs only as a probe. An interval of 0 means no timer.
+    """
+
+    def __init__(self, link: ChainLink, canary: Canary, *, on: bool, interval: float) -> None:
+        self._link, self._canary, self._on = link, canary, on
+        self._interval = interval if on and interval else math.inf
+        self._checking, self._lock = threading.RLock(), threading.Lock()
+        self._passed_restarts: int | None = None
+        self._checked_at = 0.0
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    @property
+    def unverified(self) -> bool:
+        """Whether the canary must pass before the next encode, as it has not since the device's process started."""
+        return self._on and self._link.restarts != self._passed_restarts
+
+    def run_verified(self, encoder: Encoder, attempt: Callable[[], _T]) -> _T:
+        """Run an attempt on a device that has passed a canary since it, or its process, started; return its result.
+
+        Raises:
+            VisionAccelError: The attempt's error, or why the device cannot be used.
+        """
+        while True:
+            if self.unverified:
+                with self._checking:  # one caller runs it while the others wait
+                    failure = self.check(encoder).failure if self.unverified else None
+                if failure is not None:
+                    raise DeviceError(f"{self._link.name} failed its canary: {failure}")
+            before, answer = self._link.restarts, attempt()
+            if not self._on or self._link.restarts == before:
+                return answer  # otherwise it may come from a process that no canary has checked
+
+    def check(self, encoder: Encoder) -> CanaryResult:
+        """Run the canary now, and disable the link if it answers wrong. Only the first run takes all golden images."""
+        link = self._link
+        with self._checking:
+            restarts, first = link.restarts, self._passed_restarts is None
+            limit = link.open_deadline if first else link.deadline
+
+            def encode(patches: Array, grids: Sequence[Grid]) -> Array:
+                return link.call(partial(encoder.encode, patches, grids, purpose="canary"), limit * len(grids))
+
+            result = self._canary.check(encoder, encode, quick=not first)
+            if result.failure is None:
+                self._passed_restarts = restarts
+        if first:
+            self.wake()
+        if result.wrong and not self._closed:
+            link.distrust(f"its canary failed: {result.failure}")
+        return result
+
+    def wake(self) -> None:
+        """Start looking after the link: it was disabled, or its first canary has run."""
+        with self._lock:
+            if not self._closed:
+                self._checked_at = time.monotonic()
+                background.start(self._tick)
+
+    def close(self, wait: float) -> None:
+        """Run no more canaries, and wait for one in progress."""
+        with self._lock:
+            self._closed, thread = True, self._thread
+        background.stop(self._tick)
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(wait)
+
+    def _tick(self) -> float:
+        """Start a canary or probe that is due, on its own thread; return the seconds until the next look."""
+        breaker = self._link.breaker
+        with self._lock:
+            if self._closed or (self._thread is not None and self._thread.is_alive()):
+                return _PROBING
+            left = 0.0
+            if breaker.closed:
+                left = self._checked_at + self._interval - time.monotonic()
+            if breaker.probe_due or (breaker.closed and left <= 0 and not self._link.cut):
+                thread = threading.Thread(target=self._run, name="visionaccel-canary", daemon=True)
+                thread.start()
+                self._thread = thread
+            return max(left, _PROBING)
+
+    def _run(self) -> None:
+        breaker = self._link.breaker
+        probing = breaker.begin_probe()
+        if not (probing or breaker.closed):
+            return
+        failure: str | None
+        try:
+            failure = self.check(self._link.open()).failure
+        except VisionAccelError as error:
+            failure = error.message  # it cannot be opened, for which the link has disabled itself again
+        except Exception as error:  # A probe that has begun must end.
+            logger.exception("Unexpected error in a canary.")
+            failure = f"the probe failed with {type(error).__name__}: {error}"
+        if probing:
+            breaker.end_probe(failure)
+        elif failure is not None:
+            breaker.failed(f"its canary failed: {failure}")
+        self._checked_at = time.monotonic()
+
+
 def report_comparison(
     encoder: Encoder,
     source: Literal["canary", "shadow"],
-    encoded: bool,
-    lowest_cosine: float,
-    limit: float,
-    passed: bool,
     started: float,
-) -> None:
-    """Report a comparison that began at `started`, on the clock of `time.perf_counter`, to observers."""
-    seconds, device = time.perf_counter() - started, encoder.capabilities.device
-    report = DriftReport(encoder.backend, device, source, encoded, lowest_cosine, limit, passed, seconds)
+    cosine: float | None,
+    limit: float,
+    failure: str | None,
+) -> DriftReport:
+    """Report a comparison to observers. The cosine is the lowest of a token; None if no image could be encoded."""
+    device, seconds = encoder.capabilities.device, time.perf_counter() - started
+    encoded, lowest = cosine is not None, -1.0 if cosine is None else cosine
+    report = DriftReport(encoder.backend, device, source, encoded, lowest, limit, failure is None, seconds)
     tell(partial(encoder.hooks.visionaccel_compared, report=report))
+    return report
 
 
 def _takes(encoder: Encoder, image: Golden) -> bool:

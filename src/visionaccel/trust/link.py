@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from visionaccel.backends import BreakerReport, FailureReport, Purpose
 from visionaccel.bundle import Golden
@@ -20,8 +20,7 @@ from visionaccel.core.safe_text import safe_logger
 from visionaccel.encoder import Encoder
 from visionaccel.errors import DeadlineError, DeviceError, DeviceLostError, InputError, VisionAccelError
 from visionaccel.trust.breaker import Breaker, BreakerState
-from visionaccel.trust.canary import Canary, CanaryResult
-from visionaccel.trust.keeper import Keeper
+from visionaccel.trust.canary import Canary, CanaryResult, Keeper
 from visionaccel.trust.threads import InOrder, LateError, WatchedCalls
 
 logger = safe_logger(__name__)
@@ -38,8 +37,10 @@ _CLOSING = 5.0
 _GIVING_BACK = 15.0
 
 _STEP = "Lower VISIONACCEL_DEADLINE, send fewer images at a time, or raise vLLM's VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS."
+_OPENING = "Raise VISIONACCEL_OPEN_DEADLINE if it needs longer, for example to compile."
 _LATER = "Try again later."
 _LONGER = "Raise VISIONACCEL_DEADLINE if the device needs longer."
+_HANGS = f"{_LONGER} With VISIONACCEL_ISOLATION=process a device that hangs is ended and restarted."
 _WORDS = {
     BreakerState.OPEN: "is disabled",
     BreakerState.HALF_OPEN: "is being probed; it was disabled",
@@ -102,7 +103,7 @@ class ChainLink:
         self._keeper = Keeper(self, self._canary, on=canary_on, interval=interval)
         self._calls, self._steps = WatchedCalls(self.breaker.hasten), WatchedCalls()
         self._lock, self._telling, self._reports = threading.Lock(), threading.Lock(), InOrder("visionaccel-observers")
-        self._closed = False
+        self._closed = self._lies = False
         self._distrusted = 0
         self._on_drift: list[Callable[[], None]] = []
 
@@ -189,22 +190,13 @@ class ChainLink:
         """
         if self.encoder_if_open is not None:
             return self.encoder_if_open
-        error: VisionAccelError
         try:
-            return self._calls.call(self._opened, self.open_deadline)
-        except LateError as late:
-            message = f"{self.name} did not open within {self.open_deadline:.3g} s. {late}".rstrip()
-            hint = "Raise VISIONACCEL_OPEN_DEADLINE if it needs longer, for example to compile."
-            error = DeadlineError(message, hint=hint)
-        except VisionAccelError as failure:
-            error = failure
-        except Exception as failure:  # for example, no thread can be started: a request must survive that
-            error = DeviceError(f"opening {self.name} failed with {type(failure).__name__}: {failure}")
-        if self._closed:
-            error = self._is_closed()
-        else:
-            self.breaker.trip(f"it cannot be opened: {error.message}")
-        raise error
+            with device_errors(f"opening {self.name}"):  # also if no thread can be started
+                return self._bounded(self._opened, self.open_deadline, f"{self.name} did not open", _OPENING)
+        except VisionAccelError as error:
+            if not self._closed:
+                self.breaker.trip(f"it cannot be opened: {error.message}")
+            raise
 
     def call(self, function: Callable[[], _T], seconds: float) -> _T:
         """Call the open encoder with a deadline; return or raise what the call does. No other place ends a call.
@@ -224,23 +216,14 @@ class ChainLink:
             ended = any(answers)
             return ended
 
-        late = f"device {encoder.capabilities.device!r} did not answer within {seconds:.3g} s"
+        late = f"device {encoder.capabilities.device!r} did not answer"
         places = sys.maxsize if all(session.capabilities.thread_safe for session in sessions) else 1
         try:
-            return self._calls.call(function, seconds, places=places, end=end)
-        except LateError as why:
-            if self._closed:
-                raise self._is_closed() from None
-            error = DeadlineError(
-                f"{late}. {why}".rstrip(),
-                hint=f"{_LONGER} With VISIONACCEL_ISOLATION=process a device that hangs is ended and restarted.",
-            )
-            self.breaker.trip(error.message, hangs=True)
-            raise error from None
+            return self._bounded(function, seconds, late, _HANGS, hangs=True, places=places, end=end)
         except DeviceError as lost:
-            if not ended:
+            if not ended or isinstance(lost, DeadlineError):
                 raise
-            message = f"{late}; its call was ended. {lost.message}"
+            message = f"{late} within {seconds:.3g} s; its call was ended. {lost.message}"
             raise DeviceLostError(message, hint=f"{_LONGER} {lost.hint or ''}".rstrip()) from None
 
     def distrust(self, reason: str, evidence: Golden | None = None) -> None:
@@ -252,13 +235,11 @@ class ChainLink:
             self._canary.remember(evidence)
         with self._lock:
             self._distrusted += 1
+            known, self._lies = self._lies and not self.breaker.closed, True
         self.breaker.trip(reason)
-        self.forget()
-
-    def forget(self) -> None:
-        """Have the answers that came from this link dropped."""
-        for forget in self._on_drift:
-            forget()
+        if not known:
+            for forget in self._on_drift:
+                forget()
 
     def close(self, wait: float | None = None) -> None:
         """Give back the device, and run no more canaries.
@@ -359,6 +340,20 @@ class ChainLink:
         encoder.close(0.0)
         raise self._is_closed()
 
+    def _bounded(
+        self, function: Callable[[], _T], seconds: float, late: str, hint: str, *, hangs: bool = False, **how: Any
+    ) -> _T:
+        """Run a call with a deadline; the arguments in `how` are those of `WatchedCalls.call`."""
+        try:
+            return self._calls.call(function, seconds, **how)
+        except LateError as why:
+            if self._closed:
+                raise self._is_closed() from None
+            error = DeadlineError(f"{late} within {seconds:.3g} s. {why}".rstrip(), hint=hint)
+            if hangs:
+                self.breaker.trip(error.message, hangs=True)
+            raise error from None
+
     def _is_closed(self) -> DeviceError:
         return DeviceError(f"{self.name} is closed.", hint="Open a new one.")
 
@@ -372,6 +367,8 @@ class ChainLink:
             if encoder is not None and encoder.hooks.visionaccel_breaker.get_hookimpls():
                 report = BreakerReport(encoder.backend, encoder.capabilities.device, state.value, reason)
                 self._reports.add(partial(tell, partial(encoder.hooks.visionaccel_breaker, report=report)))
+        if state is BreakerState.CLOSED:
+            self._lies = False
         if state is BreakerState.OPEN:
             self._keeper.wake()
 
