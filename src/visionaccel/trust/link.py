@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from visionaccel.backends import BreakerReport, FailureReport, Purpose
 from visionaccel.bundle import Golden
-from visionaccel.core.arrays import Array, is_tensor
+from visionaccel.core.arrays import Array
 from visionaccel.core.containment import device_errors, tell
 from visionaccel.core.defaults import DEADLINE, OPEN_DEADLINE
 from visionaccel.core.grid import Grid
@@ -21,7 +21,7 @@ from visionaccel.encoder import Encoder
 from visionaccel.errors import DeadlineError, DeviceError, DeviceLostError, InputError, VisionAccelError
 from visionaccel.trust.breaker import Breaker, BreakerState
 from visionaccel.trust.canary import Canary, CanaryResult, Keeper
-from visionaccel.trust.threads import InOrder, LateError, WatchedCalls
+from visionaccel.trust.threads import InOrder, LateError, WatchedCalls, in_callers_stream
 
 logger = safe_logger(__name__)
 
@@ -160,11 +160,12 @@ class ChainLink:
             purpose: The encode's purpose, for reports.
         """
 
-        def compute(encoder: Encoder) -> Array:
-            return encoder.encode(patches, grids, purpose=purpose, queue_seconds=queue_seconds)
+        def compute() -> Array:
+            assert self.encoder_if_open is not None
+            return self.encoder_if_open.encode(patches, grids, purpose=purpose, queue_seconds=queue_seconds)
 
         seconds = self.deadline * max(1, len(grids))
-        work = partial(self._encode, _in_callers_stream(patches, compute), seconds, until)
+        work = partial(self._encode, in_callers_stream(patches, compute), seconds, until)
         answer = self._within_step(work, seconds, until)
         encoder = self.encoder_if_open
         if isinstance(answer, VisionAccelError) and not isinstance(answer, InputError) and encoder is not None:
@@ -288,9 +289,7 @@ class ChainLink:
         except Exception as error:  # for example, no thread can be started
             return DeviceError(f"encoding failed with {type(error).__name__}: {error}")
 
-    def _encode(
-        self, compute: Callable[[Encoder], Array], seconds: float, until: float | None
-    ) -> Array | VisionAccelError:
+    def _encode(self, compute: Callable[[], Array], seconds: float, until: float | None) -> Array | VisionAccelError:
         """Open the encoder if needed and call it once its canary has passed; record the outcome in the breaker."""
         try:
             encoder = self.open()
@@ -300,7 +299,7 @@ class ChainLink:
         def attempt() -> Array:
             if until is not None and _too_late(until, seconds):
                 raise no_time()
-            return self.call(partial(compute, encoder), seconds)
+            return self.call(compute, seconds)
 
         distrusted = self._distrusted
         answer: Array | VisionAccelError
@@ -371,21 +370,6 @@ class ChainLink:
             self._lies = False
         if state is BreakerState.OPEN:
             self._keeper.wake()
-
-
-def _in_callers_stream(patches: Array, compute: Callable[[Encoder], Array]) -> Callable[[Encoder], Array]:
-    """Wrap a call so that another thread runs it on this thread's CUDA stream, on which the patches are written."""
-    if not is_tensor(patches) or patches.device.type != "cuda":
-        return compute
-    import torch
-
-    stream = torch.cuda.current_stream(patches.device)
-
-    def on_stream(encoder: Encoder) -> Array:
-        with torch.cuda.device(patches.device), torch.cuda.stream(stream):
-            return compute(encoder)
-
-    return on_stream
 
 
 def worth_a_retry(error: VisionAccelError) -> bool:

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import Any, TypeAlias, TypeVar
 
+from visionaccel.core.arrays import Array, is_tensor
 from visionaccel.core.safe_text import safe_logger
 
 logger = safe_logger(__name__)
@@ -161,6 +162,21 @@ class _Caller:
             except BaseException as error:
                 future.set_exception(error)
             del future, function, call  # otherwise a big array would live until the next call
+
+
+def in_callers_stream(patches: Array, call: Callable[[], _T]) -> Callable[[], _T]:
+    """Wrap a call so that another thread runs it on this thread's CUDA stream, on which the patches are written."""
+    if not is_tensor(patches) or patches.device.type != "cuda":
+        return call
+    import torch
+
+    stream = torch.cuda.current_stream(patches.device)
+
+    def on_stream() -> _T:
+        with torch.cuda.device(patches.device), torch.cuda.stream(stream):
+            return call()
+
+    return on_stream
 
 
 class Background:
