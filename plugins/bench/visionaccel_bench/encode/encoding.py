@@ -139,7 +139,6 @@ def measure_encodes(
         if reference is None:
             reference = Taken(REFERENCE, error=absence(REFERENCE))
             run.start(reference)
-        run.start_products()
         for grid in plan.grids:
             run.on_grid(grid, taken)
         failed = (on_grid.error for on_grid in reference.grids.values() if on_grid.error is not None)
@@ -262,11 +261,6 @@ class _Run:
                 taken.startup_seconds = answer["ended"] - process.started
             self.opened.append(taken)
 
-    def start_products(self) -> None:
-        """Start the process that measures the machine."""
-        with _error_of(self.peak):
-            self._products = self._process("products", None)
-
     def on_grid(self, grid: Grid, timed: Sequence[Taken]) -> None:
         """Warm every contender up on a grid, compare the embeddings, and measure those that are `timed` in turns."""
         self._products_turn(grid)
@@ -330,13 +324,16 @@ class _Run:
             self._embeddings(taken.contender).unlink(missing_ok=True)
 
     def _products_turn(self, grid: Grid) -> None:
-        if self._products is None or self.peak.error is not None:
+        """Measure the machine, in a process that the first turn starts: after those of the contenders."""
+        if self.peak.error is not None:
             return
         operations = self._tower.operations([grid])
         products = (*operations.linears, *operations.merger)
         shapes = list(dict.fromkeys((min(each.rows, _MOST_ROWS), each.inner, each.columns) for each in products))
         time.sleep(_PAUSE)
         with _error_of(self.peak):
+            if self._products is None:
+                self._products = self._process("products", None)
             request = {"do": "products", "shapes": shapes, "threads": self._plan.threads}
             answer = self._products.ask(request, self._plan.deadline)
             for dtype, rate in answer["rates"].items():

@@ -97,7 +97,7 @@ def picture(seed: Sequence[int], size: tuple[int, int]) -> Image:
 def send(url: str, model: str, load: Load, *, one_by_one: bool = False) -> Run:
     """Send a load and wait for every answer. Each answer has exactly the requested number of tokens.
 
-    With `one_by_one`, only the image requests are sent, each when the previous one was answered.
+    With `one_by_one`, only the image requests are sent, each after its time has come and the previous one was answered.
 
     Raises:
         DeviceError: A request fails; the message names it. The others are cancelled.
@@ -131,22 +131,16 @@ async def _send(url: str, model: str, load: Load, one_by_one: bool) -> Run:
         sender = _Sender(client, model)
         watching = asyncio.create_task(sender.watch())
         try:
-            if one_by_one:
-                traces = [
-                    await sender.ask(f"image {i}", "image", content, load.image_tokens)
-                    for i, content in enumerate(contents)
-                ]
-            else:
-                lead = _LEAD if load.streams else 0.0
-                streams = (
-                    sender.ask(f"text {i}", "text", _STREAM.format(number=i), load.stream_tokens)
-                    for i in range(load.streams)
-                )
-                images = (
-                    sender.ask(f"image {i}", "image", content, load.image_tokens, due=lead + i * load.gap)
-                    for i, content in enumerate(contents)
-                )
-                traces = await _all([*streams, *images])
+            lead = _LEAD if load.streams else 0.0
+            streams = (
+                sender.ask(f"text {i}", "text", _STREAM.format(number=i), load.stream_tokens)
+                for i in range(load.streams)
+            )
+            images = (
+                sender.ask(f"image {i}", "image", content, load.image_tokens, due=lead + i * load.gap)
+                for i, content in enumerate(contents)
+            )
+            traces = [await each for each in images] if one_by_one else await _all([*streams, *images])
         finally:
             watching.cancel()
     return Run(tuple(traces), tuple(sender.pauses))
