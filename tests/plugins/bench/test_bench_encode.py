@@ -240,8 +240,12 @@ def test_a_peer_that_is_not_installed_is_absent_with_the_fix(monkeypatch):
     monkeypatch.setattr("visionaccel_bench.encode.contenders._importable", lambda module: module != "vllm")
     assert "pip install vllm" in absence(STOCK)
     assert absence(REFERENCE) is None
-    elsewhere = Contender("peer", "vllm", options={"dtype": "bfloat16", "python": "/nowhere/python"})
-    assert "interpreter /nowhere/python does not exist" in absence(elsewhere)
+    assert absence(Contender("peer", "vllm", options={"dtype": "bfloat16", "python": "/env/python"})) is None
+
+
+def test_an_interpreter_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(DeviceError, match=r"/nowhere/python cannot be started.*Check the interpreter"):
+        ContenderProcess(tmp_path / "log", 1, "/nowhere/python")
 
 
 @pytest.mark.parametrize(

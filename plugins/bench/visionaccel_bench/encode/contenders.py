@@ -128,12 +128,9 @@ def named_peers(texts: Sequence[str]) -> tuple[Contender, ...]:
 
 
 def absence(contender: Contender) -> str | None:
-    """Return why a peer cannot run in this environment, and what to do; None if it may, and for backends."""
-    if contender.kind == "backend":
+    """Return why a peer cannot run in this environment, and what to do; None for backends and other interpreters."""
+    if contender.kind == "backend" or contender.python is not None:
         return None
-    if contender.python is not None:
-        missing = not Path(contender.python).is_file()
-        return f"absent: the interpreter {contender.python} does not exist." if missing else None
     packages = PEERS[contender.name].packages
     missing_packages = [package for package in packages if not _importable(package)]
     if not missing_packages:

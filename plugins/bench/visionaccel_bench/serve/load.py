@@ -97,7 +97,7 @@ def picture(seed: Sequence[int], size: tuple[int, int]) -> Image:
 def send(url: str, model: str, load: Load, *, one_by_one: bool = False) -> Run:
     """Send a load and wait for every answer. Each answer has exactly the requested number of tokens.
 
-    With `one_by_one`, only the image requests are sent, each after its time has come and the previous one was answered.
+    With `one_by_one`, only the image requests are sent, each when the previous one was answered.
 
     Raises:
         DeviceError: A request fails; the message names it. The others are cancelled.
