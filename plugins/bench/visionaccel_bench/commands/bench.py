@@ -162,7 +162,7 @@ def _running(plan: Plan, urls: dict[str, str], device_seconds: float | None) -> 
     subjects = [running(name, url) for name, url in urls.items()]
     with status("starting") as tell:
         taken = {each.name: measure(each, plan, tell, again=each.name != Mode.STOCK) for each in subjects}
-    device = DeviceTime(device_seconds, "as stated" if device_seconds is not None else "unknown")
+    device = DeviceTime(device_seconds, "from --device-seconds" if device_seconds is not None else "unknown")
     return make_report(plan, taken, device, None, None), taken
 
 
@@ -198,9 +198,9 @@ def _timed(
     """Return the device as servers use it, and its time for an image."""
     if latency is not None or (accelerator.simulated and not set(TIMES) & set(accelerator.options)):
         timed, time = with_latency(checkpoint, accelerator, plan.device_images[0], latency or _LATENCY)
-        return timed, time if stated is None else DeviceTime(stated, "as stated")
+        return timed, time if stated is None else DeviceTime(stated, "from --device-seconds")
     if stated is not None or modes == [Mode.STOCK]:
-        return accelerator, DeviceTime(stated, "as stated" if stated is not None else "not used")
+        return accelerator, DeviceTime(stated, "from --device-seconds" if stated is not None else "not used")
     with status("measuring the device"):
         return accelerator, measured(checkpoint, accelerator, plan.device_images)
 
