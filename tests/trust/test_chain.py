@@ -360,6 +360,8 @@ def test_an_encode_that_the_steps_end_cut_off_does_not_hold_up_closing(tiny):
     device.let_in()
     wait_until(lambda: device.closed)
     wait_until(lambda: not link.cut)
+    answer = link.encode(random_patches([GRID]), [Grid(*GRID)], until=time.monotonic() + 20)
+    assert "first is closed" in answer.message
 
 
 def test_no_call_begins_at_the_very_end_of_a_step(tiny):

@@ -48,7 +48,7 @@ class CanaryResult:
     """The result of a canary.
 
     Attributes:
-        report: What observers were told: whether an image could be encoded, and the lowest cosine.
+        report: What observers receive: whether an image could be encoded, the lowest cosine, and its limit.
         failure: What is wrong, with the numbers; None if the canary passed.
         wrong: Whether an answer was wrong. A failure without it means that an image could not be encoded.
     """

@@ -262,7 +262,8 @@ class ChainLink:
             given_back = closing.call(partial(encoder.close, 0.0), _GIVING_BACK)
         except LateError:
             given_back = False
-        closing.close()
+        finally:
+            closing.close()
         if not given_back:
             logger.warning("A call of encoder %r has not returned; it keeps its device.", encoder.backend)
 
@@ -280,6 +281,8 @@ class ChainLink:
             left = min(until - time.monotonic(), threading.TIMEOUT_MAX)
             return self._steps.call(work, left, places=sys.maxsize)
         except LateError:
+            if self._closed:
+                return self._is_closed()
             if self.encoder_if_open is None:
                 return DeadlineError(f"{self.name} is still being opened.", hint=_LATER)
             if self._keeper.unverified:

@@ -2,7 +2,7 @@
 
 These rules hold for the calls of one `WatchedCalls`, on any schedule:
 
-- A call returns, raises or is left behind at its limit.
+- A call returns, raises or is left behind at its limit; a call that is ended at its limit has two more seconds.
 - A call's limit counts from when it begins. A caller waits for that for at most one limit for each earlier caller.
 - With one place, no call begins while one that was left behind has not returned; with more places, none begins while
   four have not.
