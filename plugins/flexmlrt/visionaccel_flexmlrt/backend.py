@@ -24,9 +24,8 @@ from visionaccel.core.contracts import TensorSpec
 from visionaccel.core.program import Program
 from visionaccel.errors import ArtifactError, ConfigurationError, DeviceError
 from visionaccel_flexmlrt.artifact import FLEXMLRT_DIRECTORY, FLEXMLRT_RAI, Artifact, open_settings
-from visionaccel_flexmlrt.host_graphs import HostGraphs, device_tensors
 from visionaccel_flexmlrt.runtime import NPU, SIMULATOR, AmdEnvironment, load, missing, sdk_version, simulator_faults
-from visionaccel_flexmlrt.session import FlexMLRTSession
+from visionaccel_flexmlrt.session import FlexMLRTSession, HostGraphs, device_tensors
 
 
 class FlexMLRTOptions(Options):

@@ -32,7 +32,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Layout:
-    """One call's rows: P patches, those of a token together, in window order where there are windows; N tokens.
+    """One call's rows: P patches, grouped by token and in window order if there are windows; N tokens.
 
     Attributes:
         window_index: int64 [N]; the input token at each place. None without windows.

@@ -23,14 +23,14 @@ class Steps:
         spec: The tower.
         steps: The steps.
         weights: Reads their weights.
-        place: What the names of their weights start with.
+        place: The prefix of the names of their weights.
     """
 
     def __init__(self, spec: TowerSpec, steps: Sequence[Step], weights: WeightReader, place: str = "") -> None:
         def linear_of(step: LinearStep) -> Linear:
             return make_linear(*weights.read_linear(step, place))
 
-        # The reader is not kept: it holds the copy in memory that weights are read from.
+        # The reader is not kept: it keeps alive the copy in memory that weights are read from.
         self._before: list[Rows] = []
         self._last: Linear | None = None
         for number, step in enumerate(steps):
@@ -55,13 +55,13 @@ class Steps:
                     self._before.append(ACTIVATIONS[step.kind])
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """What the steps make of rows [rows, width]."""
+        """Apply the steps to rows [rows, width]."""
         for step in self._before:
             x = step(x)
         return x if self._last is None else self._last(x)
 
     def plus(self, x: torch.Tensor, term: torch.Tensor) -> torch.Tensor:
-        """It, plus a term of its shape; the steps end in a linear layer."""
+        """Apply the steps, which end in a linear layer, and add a term of the same shape."""
         assert self._last is not None, "TowerSpec checks it"
         for step in self._before:
             x = step(x)

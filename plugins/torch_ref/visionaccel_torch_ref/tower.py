@@ -1,7 +1,7 @@
-"""Any described vision tower, written to be fast: windows in batches, rotation in place, packed weights.
+"""A fast form of any described vision tower: windows in batches, rotation in place, packed weights.
 
-The mathematics is that of transformers' towers. What differs is rounding: windows of one size are one batch of
-attention, a head's values are rotated as complex numbers, and oneDNN applies activations and sums within its products.
+The mathematics is that of transformers' towers. Only rounding differs: windows of one size are one batch of attention,
+a head's values are rotated as complex numbers, and oneDNN fuses activations and sums into its products.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ class _Block:
     qkv: Linear
     proj: Steps
     mlp: Steps
-    """The norm before it included."""
+    """With the norm before it."""
     windowed: bool
     levels: tuple[int, ...]
 
@@ -41,14 +41,14 @@ class FastTower:
 
     Raises:
         CheckpointError: If the weights do not fit the description.
-        PluginError: If the program brings no description or no tables.
+        PluginError: If the program has no description or no tables.
     """
 
     @torch.no_grad()
     def __init__(self, program: Program, *, dtype: torch.dtype, attention: Attention, device: str) -> None:
         if program.spec is None:
             raise PluginError(
-                f"program {program.name!r} brings no description of its tower.",
+                f"program {program.name!r} has no description of its tower.",
                 hint="Use a visionaccel of the same release.",
             )
         self._layouts = Layouts(program, device)
@@ -75,11 +75,11 @@ class FastTower:
         return self.forward(patches, self.layout(grids))
 
     def layout(self, grids: Sequence[Grid]) -> Layout:
-        """Where the rows of a call stand, on the device."""
+        """The layout of a call's rows, on the device."""
         return self._layouts.of(grids)
 
     def forward(self, patches: torch.Tensor, layout: Layout) -> torch.Tensor:
-        """The call of that layout: the same kernels on the same tables each time, without a word to the host."""
+        """Compute a call with that layout: always the same kernels on the same tables, never waiting for the host."""
         rows = self._embed(patches)
         if self._positions is not None:
             rows = rows + _interpolated(self._positions, layout).to(rows.dtype)
@@ -156,7 +156,7 @@ def _rotate(heads: torch.Tensor, rotation: torch.Tensor) -> None:
 
 
 def _interpolated(table: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """Learned positions of every patch, float32 [P, hidden]: one tap after the other, so that not all are held."""
+    """Learned positions of every patch, float32 [P, hidden]: one tap after the other, to save memory."""
     assert layout.position_index is not None
     assert layout.position_weight is not None
     taps = zip(layout.position_index, layout.position_weight, strict=True)

@@ -12,9 +12,9 @@ class WeightReader:
     """Reads weights by the names of the tower's description. It keeps none.
 
     Args:
-        program: Where the weights lie.
-        dtype: Their dtype once read.
-        device: Where they are put.
+        program: The program with the stored weights.
+        dtype: The dtype to convert them to.
+        device: The device to copy them to.
     """
 
     def __init__(self, program: Program, dtype: torch.dtype, device: str) -> None:
@@ -24,11 +24,11 @@ class WeightReader:
         """A weight by its name.
 
         Args:
-            name: Its name.
-            view: Another shape of the same values, such as a convolution's kernel as a matrix.
+            name: Its name in the tower's description.
+            view: A different shape for the values, such as a matrix for a convolution's kernel.
 
         Raises:
-            CheckpointError: If there is none of that name, or it cannot be read.
+            CheckpointError: If it is missing, or cannot be read.
         """
         stored = self._program.weights.get(name)
         if stored is None:
@@ -41,10 +41,10 @@ class WeightReader:
 
         Args:
             linear: The layer.
-            place: What the names start with.
+            place: The prefix of the names.
 
         Raises:
-            CheckpointError: As `read`.
+            CheckpointError: If a weight is missing, or cannot be read.
         """
         name, shape = place + linear.name, (linear.outputs, linear.inputs)
         if linear.kernel:  # over merged patches, whose rows have the channels last

@@ -78,7 +78,7 @@ def addition(kit: Kit) -> None:
 
 @SHAPES.add
 def partial_windows(kit: Kit) -> None:
-    """Windows at the right and lower edges, which hold fewer patches, are as right as whole ones."""
+    """Windows at the right and lower edges, which have fewer patches, are as correct as whole ones."""
     partial = [call for call in kit.calls if any(grid.h % WINDOW_SIDE or grid.w % WINDOW_SIDE for grid in call)]
     if not partial:
         raise NotApplicableError("all grids that it takes consist of whole windows.")
