@@ -46,7 +46,7 @@ def test_chunks_shared_prefixes_evictions_and_two_workers_change_no_token(
         assert encodes(answers["log"]) == DIFFERENT_IMAGES, "each image was encoded once, for both workers"
         assert answers["log"].count("Creating connector with name: VisionAccelConnector") == 3
     assert f"of the CPU: {cores}" in answers["log"]
-    assert "in-line, for what comes through no EC connector" not in answers["log"]
+    assert "in-line, for images that the EC connector lacks" not in answers["log"]
     assert not answers["client_embeds"], "clients may not send embeddings"
 
 
@@ -55,7 +55,7 @@ def test_pixels_that_pass_the_scheduler_by_are_encoded_in_the_step(ask_processes
     assert answers["status"] == 0, answers["log"][-4000:]
     assert "--ec-transfer-config names VisionAccelConnector" in answers["log"]
     assert "is encoded in the engine's step, because its pixels do not pass the scheduler" in answers["log"]
-    assert "float32 arithmetic, in-line, for what comes through no EC connector" in answers["log"]
+    assert "float32 arithmetic, in-line, for images that the EC connector lacks" in answers["log"]
     for part in ("first", "video"):
         assert tokens(answers["parts"][part]) == tokens(stock["parts"][part])
     assert not answers["client_embeds"]

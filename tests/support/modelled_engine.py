@@ -5,7 +5,7 @@ import warnings
 
 import torch
 
-from visionaccel.integrations.vllm.inline.fault_channel import Fault, report_fault
+from visionaccel.integrations.vllm.shared_memory import Fault, report_fault
 from visionaccel.service import item_key
 
 with warnings.catch_warnings():
@@ -110,7 +110,7 @@ def make(checkpoint, kind, *, pipelined):
     if pipelined:
         engine_config.use_connector(config, client_embeds=False)
     engine_config.use_contained_scheduler(config)
-    return make_scheduler(config, cached_images=3)
+    return make_scheduler(config)
 
 
 def forget(scheduler):

@@ -238,7 +238,7 @@ def test_adapters_for_the_vision_tower_are_refused_at_the_start(config):
 def test_a_model_whose_weights_vllm_loads_from_elsewhere_is_refused_before_it_loads_them(config):
     config.load_config = LoadConfig(load_format="runai_streamer")
     with pytest.raises(
-        ConfigurationError, match="with --load-format runai_streamer, vLLM loads the weights by its Run"
+        ConfigurationError, match="with --load-format runai_streamer, vLLM loads the weights with its Run"
     ):
         activation.check_engine(config)
 

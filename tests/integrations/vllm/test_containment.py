@@ -11,9 +11,15 @@ from hypothesis import strategies as st
 
 from modelled_engine import GOOD, IMAGE_TOKENS, IMAGES, TAINTED, Engine, forget, make
 from visionaccel.integrations.vllm.compat import engine_config
-from visionaccel.integrations.vllm.inline.fault_channel import ALL_ITEMS, Fault, report_fault
 from visionaccel.integrations.vllm.shared_memory import _VARIABLE as MEMORY
-from visionaccel.integrations.vllm.shared_memory import FAULTS, make_shared_memory, shared_memory
+from visionaccel.integrations.vllm.shared_memory import (
+    ALL_ITEMS,
+    FAULTS,
+    Fault,
+    make_shared_memory,
+    report_fault,
+    shared_memory,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own deprecations
 

@@ -16,9 +16,9 @@ from visionaccel.checkpoint import Checkpoint
 from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError, DeviceError
 from visionaccel.integrations.vllm.compat import architectures, worker
+from visionaccel.integrations.vllm.encoder_source import Replacement, StoredWeights, source_digest
 from visionaccel.integrations.vllm.inline import visual
-from visionaccel.integrations.vllm.inline.fault_channel import REPLACED
-from visionaccel.integrations.vllm.reloading import Replacement, StoredWeights, source_digest
+from visionaccel.integrations.vllm.shared_memory import REPLACED
 from visionaccel_testing.checkpoints import TINY, random_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own deprecations

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Literal
+from importlib import import_module
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from visionaccel.backends import AUTO, default_registry
 from visionaccel.core.cores import Host, choose_cores
@@ -17,7 +17,6 @@ from visionaccel.integrations.vllm.shared_memory import make_shared_memory
 from visionaccel.settings import Settings, load_settings
 
 if TYPE_CHECKING:
-    from prometheus_client.registry import Collector
     from vllm.config import VllmConfig
 
 _UNPREPARED = (
@@ -29,12 +28,12 @@ _HOW = {"pipelined": "while the language model decodes (pipelined)", "inline": "
 
 @cache
 def activate() -> None:
-    """Check what can be checked without a device and register the model classes. Imports no torch; runs once."""
+    """Check what can be checked without a device, and register the model classes; once. Does not import torch."""
     compat.share_log_handlers()
     settings = load_settings()
     if AUTO in settings.fallback:
         raise SettingsError(
-            "VISIONACCEL_FALLBACK='auto': a fallback must be named.", hint="Name a backend, such as torch_ref."
+            "VISIONACCEL_FALLBACK='auto': a fallback must be named.", hint="Set it to a backend, such as torch_ref."
         )
     for name in (settings.backend, *settings.fallback):
         if name not in (None, AUTO):
@@ -43,14 +42,11 @@ def activate() -> None:
     compat.warn_of_untried_release()
     architectures.register_models()
     if settings.metrics and not missing(Feature.METRICS):
-        serving.on_metrics(_collector)
-    engine_config.on_engine_config(_prepare)  # last: after an error, all of this runs again
-
-
-def _collector() -> Collector:
-    from visionaccel.integrations.vllm.published_metrics import PublishedCollector  # only where `/metrics` is answered
-
-    return PublishedCollector()
+        # Imported only in processes that serve `/metrics`.
+        serving.on_metrics(
+            lambda: import_module("visionaccel.integrations.vllm.published_metrics").PublishedCollector()
+        )
+    engine_config.on_engine_config(_prepare)  # last, because after an error all of this runs again
 
 
 def _prepare(config: VllmConfig, client_embeds: bool) -> None:
@@ -65,7 +61,12 @@ def _prepare(config: VllmConfig, client_embeds: bool) -> None:
     if served.takes_media:
         choice = choose_mode(config, settings)
         if engine_config.without_python_processor():
-            _warn_of_rust()
+            compat.logger().warning(
+                "visionaccel: with VLLM_USE_RUST_FRONTEND, requests do not pass the Python front end. Options of "
+                "requests (mm_processor_kwargs) and NaN in images are not checked there, image processing is not "
+                "timed, and /metrics does not show the encoder's metrics.%s",
+                "" if serving.takes_request_errors() else " The reason for a failed image is only in the log.",
+            )
         compat.logger().info("visionaccel: images are encoded %s, because %s.", _HOW[choice.mode], choice.reason)
         if choice.mode == "pipelined":
             engine_config.use_connector(config, client_embeds)
@@ -79,15 +80,15 @@ def _prepare(config: VllmConfig, client_embeds: bool) -> None:
 
 
 def _served(config: VllmConfig) -> engine_config.ServedModel:
-    """The served model; logs which features are off, and refuses to start where an answer could then be wrong."""
+    """The served model; logs which features are off, and refuses to start if answers could be wrong without them."""
     reason = why_off(Feature.INLINE)
-    if reason is None:  # only then can it be known what is served
+    if reason is None:  # only then can the served model be known
         served = engine_config.served_model(config)
         reason = why_off(Feature.INLINE, served.replaces)
     if reason is not None:
         raise ConfigurationError(
             f"the vision encoder cannot be replaced: {reason}.",
-            hint="Install a release of vLLM that docs/compatibility.md names, or unset VISIONACCEL_BACKEND.",
+            hint="Install a release of vLLM that docs/compatibility.md lists, or unset VISIONACCEL_BACKEND.",
         )
     reason = why_off(Feature.FITTING, served.replaces)
     if reason is not None and served.takes_media:
@@ -100,12 +101,13 @@ def _served(config: VllmConfig) -> engine_config.ServedModel:
 
 
 def check_engine(config: VllmConfig) -> None:
-    """Refuse what would give wrong answers. `_prepare` has not seen a configuration that `EngineArgs` did not make."""
+    """Refuse what would give wrong answers; `_prepare` may not have seen the configuration."""
     served, settings = engine_config.served_model(config), load_settings()
     _check(config, served, settings)
-    if served.takes_media:
-        weight_files.require_default_loader(served.load)
-    if not engine_config.is_prepared(config) and served.takes_media:
+    if not served.takes_media:
+        return
+    weight_files.require_default_loader(served.load)
+    if not engine_config.is_prepared(config):
         _refuse_fitting(served, settings, f"{_UNPREPARED}, so it is not known whether images are fitted to them")
         compat.logger().warning(
             "visionaccel: %s. If it was not adjusted, images are encoded in the engine's step unless the configuration "
@@ -119,7 +121,7 @@ def _check(config: VllmConfig, served: engine_config.ServedModel, settings: Sett
     """Refuse an engine that would run another vision encoder than the requested one."""
     if not served.own_implementation:
         raise ConfigurationError(
-            "VISIONACCEL_BACKEND is set, but --model-impl asks for another library's implementation of the model.",
+            "VISIONACCEL_BACKEND is set, but --model-impl selects another library's implementation of the model.",
             hint="Leave --model-impl at auto, or unset VISIONACCEL_BACKEND.",
         )
     if served.pools and (lacking := missing(Feature.POOLING)):
@@ -135,7 +137,7 @@ def _check(config: VllmConfig, served: engine_config.ServedModel, settings: Sett
         )
     if not served.takes_media:
         return
-    from visionaccel.integrations.vllm.encoder_source import implemented_epsilon  # not in every process of vLLM
+    from visionaccel.integrations.vllm.encoder_source import implemented_epsilon  # not needed in every process
     from visionaccel.integrations.vllm.processing import changed_size
 
     if served.epsilon is not None and served.epsilon != (epsilon := implemented_epsilon(served)):
@@ -147,7 +149,7 @@ def _check(config: VllmConfig, served: engine_config.ServedModel, settings: Sett
     changed = changed_size(engine_config.processor_options(config.model_config), served.vision or {})
     if changed is not None:
         raise ConfigurationError(
-            f"--mm-processor-kwargs sets {changed}, which is not what the served model's vision encoder takes.",
+            f"--mm-processor-kwargs sets {changed}, which does not match the served model's vision encoder.",
             hint="Leave patch_size, temporal_patch_size and merge_size alone.",
         )
     if served.adapts_tower:
@@ -167,33 +169,21 @@ def _check(config: VllmConfig, served: engine_config.ServedModel, settings: Sett
             )
 
 
-def _warn_of_rust() -> None:
-    """Log what this package does not do where vLLM prepares images and answers clients outside of Python."""
-    reasons = "" if serving.takes_request_errors() else " Clients get no reason for a failed image; it is in the log."
-    compat.logger().warning(
-        "visionaccel: with VLLM_USE_RUST_FRONTEND, requests do not pass the Python front end. Options of requests "
-        "(mm_processor_kwargs) and NaN in images are not checked there, image processing is not timed, and /metrics "
-        "does not show the encoder's metrics.%s",
-        reasons,
-    )
-
-
 def _refuse_fitting(served: engine_config.ServedModel, settings: Settings, reason: str) -> None:
-    """Refuse a bundle whose programs need images to be fitted, where they would not be."""
+    """Refuse a bundle whose programs only take images that were fitted, because they would not be."""
     from visionaccel.integrations.vllm.encoder_source import grids_of  # imports much, and is rarely needed
 
     grids = grids_of(served, settings)
     if grids is not None and not (grids.rest and settings.fit == "none"):
         raise ConfigurationError(
             f"the programs of {settings.bundle} take {grids} (height x width in patches), but {reason}.",
-            hint="Start a release of vLLM that docs/compatibility.md names, by `vllm serve` or `LLM(...)` with its "
+            hint="Start a release of vLLM that docs/compatibility.md lists, by `vllm serve` or `LLM(...)` with its "
             "Python front end, use a bundle with a dynamic program, or set VISIONACCEL_FIT=none and "
             "VISIONACCEL_FALLBACK.",
         )
 
 
-@dataclass(frozen=True, slots=True)
-class ModeChoice:
+class ModeChoice(NamedTuple):
     """How an engine encodes, and why."""
 
     mode: Literal["pipelined", "inline"]
@@ -201,18 +191,19 @@ class ModeChoice:
 
 
 def choose_mode(config: VllmConfig, settings: Settings) -> ModeChoice:
-    """The mode that the settings name, which must be available, or the best that is."""
+    """The mode that the settings require, or the best one that is available.
+
+    Raises:
+        ConfigurationError: If the required mode is not available.
+    """
     named = engine_config.is_pipelined(config)
-    if settings.mode == "inline":
-        if named:
-            raise ConfigurationError(
-                f"VISIONACCEL_MODE=inline, but --ec-transfer-config names {engine_config.CONNECTOR}.",
-                hint="Drop one of them.",
-            )
-        return ModeChoice("inline", "VISIONACCEL_MODE=inline")
     required = "VISIONACCEL_MODE=pipelined" if settings.mode == "pipelined" else None
     if named:
         required = f"--ec-transfer-config names {engine_config.CONNECTOR}"
+    if settings.mode == "inline":
+        if named:
+            raise ConfigurationError(f"VISIONACCEL_MODE=inline, but {required}.", hint="Drop one of them.")
+        return ModeChoice("inline", "VISIONACCEL_MODE=inline")
     obstacles = engine_config.obstacles_to_pipelining(config)
     kind = engine_config.served_model(config).device.partition(":")[0]
     shared = [device for device in settings.wanted_devices if device and device.partition(":")[0] == kind != "cpu"]
@@ -220,22 +211,17 @@ def choose_mode(config: VllmConfig, settings: Settings) -> ModeChoice:
         obstacles.append(
             f"{shared[0]} belongs to the language model, whose memory vLLM plans without a second process there"
         )
-    if not obstacles and (unproven := _unproven(config)):
-        obstacles.append(unproven)
-    if not obstacles:
-        return ModeChoice("pipelined", required or "nothing prevents it")
+    if not obstacles and (reason := why_off(Feature.PIPELINED)):
+        obstacles.append(reason)
+    if not obstacles:  # last, because it may take some seconds
+        asynchronous = bool(config.scheduler_config.async_scheduling)
+        problem = self_test.problem(contained=engine_config.can_contain(config), asynchronous=asynchronous)
+        if problem is None:
+            return ModeChoice("pipelined", required or "nothing prevents it")
+        obstacles.append(f"its self-test on vLLM {compat.release()} failed: {problem}")
     if required is None:
         return ModeChoice("inline", "; ".join(obstacles))
     raise ConfigurationError(
         f"{required}, but pipelined mode is not available: {'; '.join(obstacles)}.",
         hint=f"Change that, or {'leave the choice to visionaccel' if named else 'set VISIONACCEL_MODE=auto'}.",
     )
-
-
-def _unproven(config: VllmConfig) -> str | None:
-    """Why the connector cannot be relied on in this vLLM. Asked last: it may take some seconds."""
-    if reason := why_off(Feature.PIPELINED):
-        return reason
-    asynchronous = bool(config.scheduler_config.async_scheduling)
-    problem = self_test.problem(contained=engine_config.can_contain(config), asynchronous=asynchronous)
-    return problem and f"its self-test on vLLM {compat.release()} failed: {problem}"

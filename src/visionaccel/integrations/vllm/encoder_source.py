@@ -1,12 +1,21 @@
-"""Opens the source of a served model's encoder, and checks that it belongs to that model."""
+"""Opens the encoder of a served model, checks that it belongs to that model, and compares later weights with it.
+
+The encoder runs on its own copy of the weights, so tensors that vLLM is given after the start, by `reload_weights` or a
+trainer, do not reach it. If they differ from those in use, the encoder is opened again from the files that vLLM then
+reads, or the tensors are refused if those files do not contain them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from visionaccel.backends import AUTO, default_registry, select
 from visionaccel.bundle import (
@@ -20,20 +29,26 @@ from visionaccel.bundle import (
     tower_digest,
 )
 from visionaccel.checkpoint import Checkpoint, locate_checkpoint
+from visionaccel.core.arrays import as_numpy, dtype_name
 from visionaccel.core.cores import on_cores
+from visionaccel.core.dtypes import FLOATS
+from visionaccel.core.memory_files import FileState
 from visionaccel.core.program import AnyGrid, Coverage
+from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import ArtifactError, CheckpointError, ConfigurationError
 from visionaccel.families import Tower, family_of, tower_of
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.compat import weight_files, worker
 from visionaccel.integrations.vllm.compat.engine_config import ServedModel
-from visionaccel.integrations.vllm.reloading import source_digest
 from visionaccel.settings import Settings
 from visionaccel.trust import GuardedEncoder
 
+if TYPE_CHECKING:
+    import torch
+
 
 def served_tower(served: ServedModel, stored: Checkpoint) -> Tower:
-    """The vision tower that vLLM serves: the checkpoint's files under the configuration that vLLM has resolved."""
+    """The vision tower that vLLM serves: the checkpoint's weights with the configuration that vLLM resolved."""
     if served.replaces is None or served.vision is None:
         return tower_of(stored)
     resolved = copy(stored)
@@ -48,13 +63,13 @@ def served_tower(served: ServedModel, stored: Checkpoint) -> Tower:
 
 
 def implemented_epsilon(served: ServedModel) -> float:
-    """What the tower of a served model adds to variances, by the family's description of it."""
+    """The epsilon that a served model's tower adds to variances, as its family describes the tower."""
     folder = weight_files.settings_folder(served.source, served.revision)
     return served_tower(served, Checkpoint(folder, files=())).spec.norm1.epsilon
 
 
 def open_served_source(served: ServedModel, settings: Settings) -> Tower | Bundle:
-    """The encoder that the settings name for a served model: a bundle, another checkpoint's, or its own.
+    """The encoder that the settings choose for a served model: a bundle, another checkpoint's, or its own.
 
     Raises:
         ConfigurationError: If `VISIONACCEL_BUNDLE` is not a folder, or is a bundle of another model.
@@ -64,12 +79,12 @@ def open_served_source(served: ServedModel, settings: Settings) -> Tower | Bundl
     wanted = served_tower(served, stored)
     if settings.bundle is None:
         if wanted.stored_names:
-            _ = wanted.weights  # an encoder that is opened late reads these files, and not what replaced them
+            _ = wanted.weights  # an encoder that is opened late reads these files, not what replaced them
         return wanted
     if not settings.bundle.is_dir():
         raise ConfigurationError(
             f"VISIONACCEL_BUNDLE={str(settings.bundle)!r} is not a folder.",
-            hint="Name an existing folder; `visionaccel pull` fetches a bundle from the hub.",
+            hint="Set it to an existing folder; `visionaccel pull` fetches a bundle from the hub.",
         )
     source: Tower | Bundle
     if is_bundle(settings.bundle):
@@ -90,15 +105,18 @@ def open_served_source(served: ServedModel, settings: Settings) -> Tower | Bundl
     return source
 
 
-def stated_source(served: ServedModel, settings: Settings, used: Tower | Bundle | None) -> Tower | Bundle | None:
-    """The encoder of a checkpoint that was stripped of other vision weights than those in use; an error without one.
+def stripped_source(served: ServedModel, settings: Settings, used: Tower | Bundle | None) -> Tower | Bundle | None:
+    """The encoder of a checkpoint that was stripped of other vision weights than those in use.
 
-    None if the checkpoint has vision weights, or no note that names others than those in use. `used` is what encodes
-    now, or None if that does not have the weights that were served before.
+    None if the checkpoint has vision weights, or no note that names others. `used` is the encoder in use; None if it
+    does not have the weights that were served before.
+
+    Raises:
+        ConfigurationError: If the settings choose no such encoder.
     """
     folder = weight_files.settings_folder(served.source, served.revision)
-    stated = read_strip_note(folder)
-    if stated is None or (used is not None and stated == source_digest(used)):
+    noted = read_strip_note(folder)
+    if noted is None or (used is not None and noted == source_digest(used)):
         return None
     if served_tower(served, _served_checkpoint(served)).stored_names:
         return None
@@ -110,14 +128,41 @@ def stated_source(served: ServedModel, settings: Settings, used: Tower | Bundle 
     return open_served_source(served, settings)
 
 
+def source_digest(source: Tower | Bundle) -> str:
+    """The digest of an encoder's weights."""
+    return source.manifest.weights_digest if isinstance(source, Bundle) else tower_digest(source)
+
+
 def _served_checkpoint(served: ServedModel) -> Checkpoint:
-    """The files that vLLM loads, downloaded by vLLM if they are not there."""
+    """The files that vLLM loads; vLLM downloads missing ones."""
     folder = weight_files.settings_folder(served.source, served.revision)
     return Checkpoint(folder, files=weight_files.weight_files(served.source, served.revision, served.load))
 
 
+def _require_weights(served: Tower, digest: str, folder: Path) -> None:
+    """Refuse an encoder of other vision weights than the served checkpoint's.
+
+    A checkpoint stripped of its vision weights keeps a note of their digest. Without a note it is trusted.
+    """
+    noted = read_strip_note(served.checkpoint.folder)
+    found = tower_digest(served) if served.stored_names else noted
+    if found is None:
+        return
+    if noted not in (None, found):
+        raise CheckpointError(
+            f"{served.checkpoint.folder} has other vision weights than those that were removed, as its {STRIP_NOTE} "
+            "says.",
+            hint=f"Remove {STRIP_NOTE} if the weights are right, or strip the checkpoint again.",
+        )
+    if found != digest:
+        raise ConfigurationError(
+            f"the encoder in {folder} was made from other vision weights than those of {served.checkpoint.folder}.",
+            hint="Export a bundle from the served checkpoint.",
+        )
+
+
 def announce(encoders: Sequence[GuardedEncoder], how: str, on_drift: Callable[[], None]) -> None:
-    """Log what encodes, and how; `on_drift` is called when one of its devices is distrusted."""
+    """Log what encodes, and how; have `on_drift` called when one of its devices is distrusted."""
     for link in {link for encoder in encoders for link in encoder.links}:
         link.on_drift(on_drift)
     for encoder in encoders:
@@ -131,51 +176,139 @@ def announce(encoders: Sequence[GuardedEncoder], how: str, on_drift: Callable[[]
         )
 
 
-def _require_weights(served: Tower, stated: str, folder: Path) -> None:
-    """Refuse an encoder of other vision weights than the served checkpoint's.
-
-    A checkpoint stripped of its vision weights keeps a note of their digest. One without a note is trusted.
-    """
-    noted = read_strip_note(served.checkpoint.folder)
-    found = tower_digest(served) if served.stored_names else noted
-    if found is None:
-        return
-    if noted not in (None, found):
-        raise CheckpointError(
-            f"{served.checkpoint.folder} holds other vision weights than those that its {STRIP_NOTE} says were taken "
-            "out.",
-            hint=f"Remove {STRIP_NOTE} if the weights are right, or strip the checkpoint again.",
-        )
-    if found != stated:
-        raise ConfigurationError(
-            f"the encoder in {folder} was made from other vision weights than those of {served.checkpoint.folder}.",
-            hint="Export a bundle from the served checkpoint.",
-        )
-
-
 @dataclass(frozen=True)
 class Grids:
-    """Which grids the encoder of a served model takes, if it does not take every one."""
+    """The grids that the encoder of a served model takes, if it does not take every one."""
 
     tower: Tower
     coverages: tuple[Coverage, ...]  # of each program that the chosen backend accepts
-    rest: bool  # a fallback takes what fits none
+    rest: bool  # whether a fallback takes all other grids
 
     def __str__(self) -> str:
         return "; ".join(map(str, self.coverages))
 
 
 def grids_of(served: ServedModel, settings: Settings) -> Grids | None:
-    """What the encoder of a served model will take, without opening it; None if that is every grid.
+    """The grids that the encoder of a served model will take, without opening it; None if it takes every grid.
 
-    Every process of vLLM that prepares images asks, and gets the same answer.
+    Every process of vLLM that prepares images calls this and gets the same answer.
     """
     if settings.bundle is None or not is_bundle(settings.bundle):
-        return None  # An encoder from a checkpoint's weights takes every grid.
+        return None  # an encoder from a checkpoint's weights takes every grid
     source = open_served_source(served, settings)
-    with on_cores(worker.started_cores()):  # backends count cores once, when they are first asked
+    with on_cores(worker.started_cores()):  # backends count the cores once, at the first call
         chosen = select(default_registry(), source, settings.backend or AUTO, settings.device).chosen
     if chosen is None:
-        return None  # The engine will not start, or start with the fallback, which takes every grid.
+        return None  # the engine will not start, or start with the fallback, which takes every grid
     coverages = tuple(program.coverage for program in chosen.programs)
     return None if AnyGrid() in coverages else Grids(source.tower, coverages, bool(settings.fallback))
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A worker's message to the engine's process when the weights of the vision encoder change."""
+
+    source: str  # checkpoint folder or repository to open the encoder from
+    revision: str | None
+    digest: str  # of the weights that it must have
+    refusal: str | None = None  # why no encoder has the weights that are served
+
+    def dumps(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def loads(cls, text: str) -> Replacement:
+        """Read a message; one that was cut is a refusal."""
+        try:
+            return cls(**json.loads(text))
+        except (ValueError, TypeError):
+            return cls("", None, "", "a worker's report about its new weights could not be read.")
+
+
+class StoredWeights:
+    """The vision tensors in a source's files, by name without the prefix."""
+
+    def __init__(self, source: Tower | Bundle, prefixes: tuple[str, ...]) -> None:
+        self.source = source
+        self._stored: Mapping[str, StoredTensor] = {}
+        with suppress(ArtifactError):  # a self-contained bundle: its tensors equal none of a checkpoint's
+            self._stored = source.tower.checkpoint.with_prefix(prefixes)
+        self._states = {tensor.file: tensor.origin for tensor in self._stored.values()}
+
+    def unlike(self, other: StoredWeights | None, given: Collection[str]) -> str | None:
+        """The first tensor, by name, that was not given and that the other source does not store with these values."""
+        theirs = {} if other is None else other._stored
+        for name in sorted(self._stored.keys() - set(given)):
+            if name not in theirs or not self._stored[name].holds_the_same_as(theirs[name]):
+                return name
+        return None
+
+    def unchanged(self) -> bool:
+        """Whether the files are as they were when their headers were read."""
+        try:
+            return all(FileState.of(file) == state for file, state in self._states.items())
+        except OSError:
+            return False
+
+    def holds(self, name: str, weight: torch.Tensor) -> bool:
+        """Whether a tensor has exactly the values that are stored under its name, in any dtype."""
+        stored = self._stored.get(name)
+        if stored is None or tuple(weight.shape) != stored.shape:
+            return False
+        if dtype_name(weight) not in FLOATS or stored.dtype not in FLOATS:
+            return False
+        values, given = stored.read(), np.ascontiguousarray(as_numpy(weight))
+        if given.dtype == values.dtype and given.tobytes() == values.tobytes():
+            return True
+        return bool(np.array_equal(given.astype(np.float64), values.astype(np.float64), equal_nan=True))
+
+
+class Comparison:
+    """Compares vision tensors with the weights in use and, from the first that differs, with those in vLLM's files.
+
+    `used` is None if no encoder has the weights that are served; `opened` opens what vLLM's files contain now.
+    """
+
+    def __init__(
+        self, used: StoredWeights | None, prefixes: tuple[str, ...], opened: Callable[[], Tower | Bundle]
+    ) -> None:
+        self._used = used if used is not None and used.unchanged() else None
+        self._prefixes, self._opened = prefixes, opened
+        self.any_given = False  # whether vLLM was given a vision tensor
+        self.differing: list[str] = []  # tensors that differ from those in use
+        self._new: StoredWeights | None = None
+        self._problem: str | None = None
+
+    def note(self, name: str, weight: torch.Tensor) -> None:
+        """Compare one vision tensor, by its full name, that vLLM is given."""
+        self.any_given = True
+        below = next(name.removeprefix(prefix) for prefix in self._prefixes if name.startswith(prefix))
+        try:
+            if self._used is not None and self._used.holds(below, weight):
+                return
+        except ArtifactError:  # the files are being replaced, so the weights in use cannot be read again
+            self._used = None
+        self.differing.append(below)
+        if self._problem is not None:
+            return
+        try:
+            self._new = self._new or StoredWeights(self._opened(), self._prefixes)
+            if not self._new.holds(below, weight):
+                self._problem = f"{name!r} has other values there"
+        except (ArtifactError, ConfigurationError) as error:
+            self._problem = error.message
+
+    def replacement(self) -> Tower | Bundle:
+        """The source in vLLM's files whose weights are exactly those that vLLM was given; an error if there is none."""
+        problem = self._problem
+        if problem is None and self._new is not None:
+            odd = self._new.unlike(self._used, self.differing)
+            if odd is None:
+                return self._new.source
+            problem = f"{odd!r} was not given, and has other values there"
+        raise ConfigurationError(
+            f"vLLM was given new weights for the vision encoder, such as {self.differing[0]!r}, which are not those in "
+            f"the files that vLLM reads ({problem}). The encoder can only load weights from files.",
+            hint="Save the new weights as a checkpoint and call reload_weights with its weights_path, or leave the "
+            "vision encoder's tensors out of the update.",
+        )

@@ -1,8 +1,8 @@
-"""vLLM's models with their vision tower on a visionaccel backend, each class derived when vLLM asks for it.
+"""vLLM's models with their vision tower on a visionaccel backend. Each class is derived when vLLM first imports it.
 
-No model has a class in the source. `architectures.register_models` registers a name that is not defined here, and
-`__getattr__` derives that class from the one that vLLM had registered for the architecture. vLLM keeps the flags of a
-class on disk by the bytes of this file, so every flag that a derived class sets is in it.
+`architectures.register_models` registers a name that is not defined here, and `__getattr__` derives that class from the
+one that vLLM had registered for the architecture. vLLM caches the flags of a class on disk, keyed by the bytes of this
+file, so every flag that a derived class sets is in it.
 """
 
 from __future__ import annotations
@@ -19,21 +19,20 @@ from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.activation import check_engine
 from visionaccel.integrations.vllm.compat import architectures, engine_config, worker
 from visionaccel.integrations.vllm.compat.architectures import ARCHITECTURES
-from visionaccel.integrations.vllm.compat.multimodal import MULTIMODAL_REGISTRY
+from visionaccel.integrations.vllm.encoder_source import Comparison
 from visionaccel.integrations.vllm.inline.visual import AcceleratedTower
 from visionaccel.integrations.vllm.processing import FittedInfo, FittedProcessor
-from visionaccel.integrations.vllm.reloading import Comparison
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
 class Accelerated(compat.Mixin):  # type: ignore[misc]
-    """Mixed in before a model of vLLM's: allocates no vision weights and skips them while loading."""
+    """A mixin for a model of vLLM's: it allocates no vision weights, and skips them while loading."""
 
     accelerated: str  # the architecture
 
-    # The backend takes normalised patches, has no CUDA graph, no tensor-parallel split and no LoRA of vLLM's.
+    # The backend takes normalised patches, and supports none of vLLM's CUDA graphs, tensor parallelism and LoRA.
     supports_mm_device_do_normalize = False
     supports_encoder_cudagraph = False
     supports_encoder_tp_data = False
@@ -44,24 +43,24 @@ class Accelerated(compat.Mixin):  # type: ignore[misc]
         towers: list[nn.Module] = []
 
         def make(*_: Any, **__: Any) -> nn.Module:
-            # The stock tower's arguments drift between releases, so none is looked at.
+            # The arguments for the stock tower differ between releases, so none of them is used.
             served = engine_config.served_model(vllm_config)
+            tower: nn.Module = nn.Identity()  # where prompts may not contain images or videos
             if served.takes_media:
-                towers.append(AcceleratedTower(served, receives=engine_config.receives_embeddings(vllm_config)))
-            else:
-                towers.append(nn.Identity())  # prompts may hold no image and no video
-            return towers[-1]
+                tower = AcceleratedTower(served, receives=engine_config.receives_embeddings(vllm_config))
+            towers.append(tower)
+            return tower
 
         known = ARCHITECTURES[self.accelerated].towers
         with architectures.swapped_towers(architectures.stock_class(self.accelerated), known, make):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
         if not towers:
             raise ConfigurationError(
-                f"vLLM {compat.release()} makes the vision encoder of {self.accelerated} from another class than "
-                f"{' or '.join(known)}, so that it was not replaced.",
-                hint="Install a release of vLLM that docs/compatibility.md names, or unset VISIONACCEL_BACKEND.",
+                f"the vision encoder of {self.accelerated} was not replaced: vLLM {compat.release()} makes it from "
+                f"another class than {' or '.join(known)}.",
+                hint="Install a release of vLLM that docs/compatibility.md lists, or unset VISIONACCEL_BACKEND.",
             )
-        self._served_config = vllm_config  # a reload names other files in it
+        self._served_config = vllm_config  # a reload changes its model's source
 
     @property
     def _tower(self) -> nn.Module:
@@ -69,17 +68,17 @@ class Accelerated(compat.Mixin):  # type: ignore[misc]
         return tower
 
     def embed_input_ids(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As vLLM's, which is called in each step after the step's images were encoded."""
-        tower = self._tower
-        if isinstance(tower, AcceleratedTower):
-            tower.budget.end_step()
+        """Embed a prompt's tokens, as vLLM does in each step after encoding the step's images."""
+        if isinstance(self._tower, AcceleratedTower):
+            self._tower.budget.end_step()
         embedded: torch.Tensor = super().embed_input_ids(*args, **kwargs)
         return embedded
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load the language model's weights; the tower's are skipped, and after the start compared with those in use.
+        """Load the language model's weights. The tower's are skipped and, after the start, compared with those in use.
 
-        If they differ, the encoder is opened again from the files that hold them, or this raises why it cannot be.
+        Raises:
+            VisionAccelError: If they differ, and the encoder cannot be opened again from the files that vLLM reads.
         """
         tower = self._tower
         if not isinstance(tower, AcceleratedTower) or worker.loading():
@@ -106,7 +105,7 @@ class Accelerated(compat.Mixin):  # type: ignore[misc]
 
 
 def __getattr__(name: str) -> Any:
-    """Derive the model class, the processing information or the processor of that name, if there is to be one."""
+    """Derive the model class, processing information or processor of this name, if it is a registered one."""
     for architecture in ARCHITECTURES:
         if name.startswith(f"{architecture}__"):
             derived = architectures.derived_name(architecture)
@@ -119,21 +118,17 @@ def __getattr__(name: str) -> Any:
 def _derive(name: str, architecture: str) -> None:
     """Derive a model class, its processing information and its processor, into this module."""
     stock = architectures.stock_class(architecture)
-    info, processor, dummy_inputs = architectures.processing_of(stock)
-    # The vision part of an adapter is ignored, as vLLM does without --enable-tower-connector-lora.
+    info, processor, _ = architectures.processing_of(stock)
+    # As vLLM does without --enable-tower-connector-lora, ignore an adapter's tensors for the vision tower.
     skipped = [*(getattr(stock, "lora_skip_prefixes", None) or ()), *weight_prefixes((architecture,))]
-    # vLLM's speculative decoding knows models by the name of their class.
+    # vLLM's speculative decoding recognises models by their class's name.
     model = _derived(name, Accelerated, stock, architecture, accelerated=architecture, lora_skip_prefixes=skipped)
-    register = MULTIMODAL_REGISTRY.register_processor(
-        _derived(f"{name}Processor", FittedProcessor, processor),
-        info=_derived(f"{name}Info", FittedInfo, info),
-        dummy_inputs=dummy_inputs,
-    )
-    register(model)
+    ours = _derived(f"{name}Info", FittedInfo, info), _derived(f"{name}Processor", FittedProcessor, processor)
+    architectures.register_processing(model, *ours)
 
 
 def _derived(name: str, ours: type, theirs: type, shown: str | None = None, **attributes: Any) -> type:
-    """A class that can be found, and so pickled, by its qualified name in this module."""
+    """Derive a class that can be found, and so pickled, by its qualified name in this module."""
     place = {"__module__": __name__, "__qualname__": name}
     globals()[name] = derived = type(shown or name, (ours, theirs), {**place, **attributes})
     return derived

@@ -1,21 +1,22 @@
-"""What vLLM's processor of prompts does with images: their grids, the options that count, and the time it takes.
+"""What vLLM's processor of prompts does with images: their grids, the options that apply, and the time it takes.
 
 Images are resized to the grids that the encoder's programs take before vLLM's processor sees them, so placeholders,
-positions and tokens are vLLM's for that size. An image or video that no program takes is refused here, with its request
-alone, unless a fallback takes it.
+positions and tokens are vLLM's for that size. If no program or fallback takes an image or video, its request is refused
+here, and no other request is affected.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property, wraps
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from collections.abc import Iterator, Mapping
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from visionaccel.core.arrays import as_numpy
+from visionaccel.core.containment import tell
 from visionaccel.core.grid import as_grids
 from visionaccel.core.safe_text import safe_logger
 from visionaccel.errors import InputError, UnfitGridError
@@ -23,10 +24,10 @@ from visionaccel.images import Fitter, as_rgb
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.compat import engine_config
 from visionaccel.integrations.vllm.compat.architectures import ARCHITECTURES
-from visionaccel.integrations.vllm.compat.multimodal import REFUSAL, ImageSize
+from visionaccel.integrations.vllm.compat.serving import errors_for_clients, image_size
 from visionaccel.integrations.vllm.encoder_source import Grids, grids_of
 from visionaccel.integrations.vllm.published_metrics import publish
-from visionaccel.observe import TraceLog
+from visionaccel.observe import EncoderMetrics, TraceLog
 from visionaccel.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -34,53 +35,28 @@ if TYPE_CHECKING:
 
 logger = safe_logger(__name__)
 
-_TIMING_PREFIX = "visionaccel processor "
-"""What a timing line of the processor starts with; a JSON object follows."""
-
 _SIZES = {"patch_size": "patch_size", "temporal_patch_size": "temporal_patch_size", "merge_size": "spatial_merge_size"}
-"""Options that decide what a row of patches is, and what the vision configuration calls them."""
+"""Options that decide what a row of patches is, and their names in the vision configuration."""
 
 _NORMALISATION = frozenset({"do_normalize", "do_rescale", "image_mean", "image_std", "rescale_factor"})
 
-_Parameters = ParamSpec("_Parameters")
-_Result = TypeVar("_Result")
-
-
-def _errors_for_clients(check: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
-    """Decorate a check of a request, so that an `InputError` that it raises is also a validation error of vLLM's.
-
-    The API server answers that with 400 and its text; for any other ValueError, a later vLLM may not.
-    """
-
-    @wraps(check)
-    def checked(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
-        try:
-            return check(*args, **kwargs)
-        except InputError as error:
-            kind = type(error)
-            if not isinstance(error, REFUSAL):
-                kind = type(kind.__name__, (kind, REFUSAL), {"parameter": None, "value": None})
-            raise kind(error.message, hint=error.hint) from error
-
-    return checked
-
 
 class FittedInfo(compat.Mixin):  # type: ignore[misc]
-    """Mixed in before a model's processing information: fits images to the grids that the programs take."""
+    """A mixin for a model's processing information: it fits images to the grids that the programs take."""
 
     @cached_property
     def grids(self) -> Grids | None:
-        """Which grids the encoder takes; None where it takes every one, or prompts may hold no media."""
+        """The grids that the encoder takes; None if it takes all grids, or prompts may contain no images and videos."""
         return grids_of(self._served, self._settings) if self._served.takes_media else None
 
     @property
     def limited(self) -> bool:
-        """Some grid fits no program, and no other backend takes it."""
+        """Whether there are grids that no program and no fallback takes."""
         return self.grids is not None and not self.grids.rest
 
     @cached_property
     def fitter(self) -> Fitter | None:
-        """What resizes images; None where every grid is taken."""
+        """Resizes images; None if the encoder takes all grids."""
         grids = self.grids
         if grids is None:
             return None
@@ -92,20 +68,20 @@ class FittedInfo(compat.Mixin):  # type: ignore[misc]
 
     @property
     def resizes(self) -> bool:
-        """Images are resized to the programs' grids."""
+        """Whether images are resized to the programs' grids."""
         return self.grids is not None and self._settings.fit != "none"
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         limits: Mapping[str, int | None] = super().get_supported_mm_limits()
         return {**limits, "video": 0} if self.limited else limits
 
-    @_errors_for_clients
+    @errors_for_clients()
     def validate_num_items(self, modality: str, num_items: int) -> None:
         if modality == "video" and num_items and self.limited:
             raise UnfitGridError(
                 f"this server takes no videos: its vision encoder's programs take {self.grids} "
                 "(height x width in patches).",
-                hint="Have the server set VISIONACCEL_FALLBACK, or use a bundle with a dynamic program.",
+                hint="Set VISIONACCEL_FALLBACK on the server, or use a bundle with a dynamic program.",
             )
         super().validate_num_items(modality, num_items)
 
@@ -116,10 +92,13 @@ class FittedInfo(compat.Mixin):  # type: ignore[misc]
         parse = parser._parse_image_data
 
         def parse_image_data(data: Any) -> Any:
-            # Embeddings, and images that are known by their identifier, pass as they are.
+            # Embeddings, and images that the client only identifies, are left as they are.
             if data is None or isinstance(data, dict) or parser.is_embeddings(data):
                 return parse(data)
-            return parse([item if item is None else self._fit(item) for item in parse(data).data])
+            assert self.fitter is not None  # made now, as vLLM makes some parsers before it has a tokenizer
+            fit = self.fitter.fit
+            with errors_for_clients():
+                return parse([item if item is None else fit(_as_picture(item)) for item in parse(data).data])
 
         parser._parse_image_data = parse_image_data
         return parser
@@ -128,10 +107,10 @@ class FittedInfo(compat.Mixin):  # type: ignore[misc]
         if self.fitter is None or not (self.resizes or self.limited):
             return super().get_image_size_with_most_features(*args, **kwargs)
         grid, side = self.fitter.largest, self.fitter.tower.patch_size
-        return ImageSize(width=grid.w * side, height=grid.h * side)
+        return image_size(width=grid.w * side, height=grid.h * side)
 
     def _get_vision_info(self, **kwargs: Any) -> Any:
-        # Releases differ in whether they pass the modality; without it, one frame is an image.
+        # Not every release passes the modality; without it, one frame is an image.
         kind = kwargs.get("modality") or ("image" if kwargs.get("num_frames", 1) == 1 else "video")
         if kind == "image" and self.fitter is not None and self.resizes:
             grid = self.fitter.grid_for(kwargs["image_height"], kwargs["image_width"])
@@ -139,36 +118,36 @@ class FittedInfo(compat.Mixin):  # type: ignore[misc]
             kwargs |= {"image_height": grid.h * side, "image_width": grid.w * side}
         return super()._get_vision_info(**kwargs)
 
-    @_errors_for_clients
+    @errors_for_clients()
     def obeyed(self, options: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The options of a request's `mm_processor_kwargs` that count; refuses other patches than the encoder takes."""
+        """The options of a request's `mm_processor_kwargs` that apply; refuses options that change the patches."""
         if not options:
             return options
         changed = changed_size(options, self._served.vision or {})
         if changed is not None:
             raise InputError(
-                f"mm_processor_kwargs sets {changed}, which is not what the served model's vision encoder takes.",
+                f"mm_processor_kwargs sets {changed}, which does not match the served model's vision encoder.",
                 hint="Leave patch_size, temporal_patch_size and merge_size alone.",
             )
-        return self._counting(options)
+        return self._applying(options)
 
     def settle_options_of_server(self) -> None:
-        """Drop the server's options that do not count. Which do is not known yet when vLLM makes this object."""
+        """Drop the server's options that do not apply. vLLM makes this object before that can be known."""
         model = self.ctx.model_config
         given = engine_config.processor_options(model)
-        counting = self._counting(given)
-        if counting != given:
-            model.get_multimodal_config().mm_processor_kwargs = dict(counting)  # where processors take them from
+        applying = self._applying(given)
+        if applying != given:
+            model.get_multimodal_config().mm_processor_kwargs = dict(applying)  # where processors read them
             dropped = {name for scope in _scopes(given) for name in _NORMALISATION & scope.keys()}
             compat.logger().warning(
-                "--mm-processor-kwargs sets how pixels are normalised (%s). This has no effect: as in vLLM's own "
+                "--mm-processor-kwargs sets how pixels are normalised (%s). This has no effect: as with vLLM's own "
                 "encoder, the checkpoint's processor configuration decides.",
                 ", ".join(sorted(dropped)),
             )
 
-    @_errors_for_clients
+    @errors_for_clients()
     def check_fits(self, kind: str, grid_thw: Any) -> None:
-        """Refuse an item whose grid no program takes, if there is no fallback."""
+        """Refuse an item of a grid that no program and no fallback takes."""
         if self.grids is None or self.grids.rest:
             return
         (grid,) = as_grids(as_numpy(grid_thw).reshape(-1, 3))
@@ -176,8 +155,8 @@ class FittedInfo(compat.Mixin):  # type: ignore[misc]
             raise UnfitGridError(
                 f"this {kind} has grid {grid}, and the encoder's programs take {self.grids} "
                 "(height x width in patches).",
-                hint="Leave the processor's size options alone, or have the server set VISIONACCEL_FIT or "
-                "VISIONACCEL_FALLBACK.",
+                hint="Leave the processor's size options alone, or set VISIONACCEL_FIT or VISIONACCEL_FALLBACK on the "
+                "server.",
             )
 
     @cached_property
@@ -188,17 +167,17 @@ class FittedInfo(compat.Mixin):  # type: ignore[misc]
     def _served(self) -> engine_config.ServedModel:
         return engine_config.served_by(self.ctx.model_config)
 
-    def _counting(self, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _applying(self, options: Mapping[str, Any]) -> Mapping[str, Any]:
         """The options, of the server or a request, that vLLM's own encoder would not ignore.
 
-        It may normalise pixels on its device, by the checkpoint's processor configuration alone.
+        If it normalises pixels on its device, it only uses the checkpoint's processor configuration for that.
         """
         on_device = getattr(self.ctx.model_config.get_multimodal_config(), "mm_device_do_normalize", None) is not None
         ignores = on_device and not engine_config.without_python_processor()
         return _without_normalisation(options) if ignores else options
 
     def _pixel_bounds(self) -> tuple[int, int]:
-        """Smallest and largest area in pixels that the processor gives an image, the user's options included."""
+        """The smallest and largest area, in pixels, to which the processor resizes images with the user's options."""
         limits = ARCHITECTURES[self._served.replaces or ""].pixel_limits
         size = dict(self.get_image_processor().size)
         given = engine_config.processor_options(self.ctx.model_config)
@@ -208,25 +187,16 @@ class FittedInfo(compat.Mixin):  # type: ignore[misc]
         least, most = (int(size[entry]) for entry, _ in limits)
         return least, most
 
-    @_errors_for_clients
-    def _fit(self, image: Any) -> Image:
-        assert self.fitter is not None
-        return self.fitter.fit(_as_picture(image))
-
 
 class FittedProcessor(compat.Mixin):  # type: ignore[misc]
-    """Mixed in before a model's processor: refuses a grid that no program takes before the engine gets the request."""
-
-    @cached_property
-    def _timing(self) -> _Timing:
-        return _Timing(load_settings())
+    """A mixin for a model's processor: it refuses grids that no program takes, before the engine gets the request."""
 
     def apply(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         self.info.settle_options_of_server()
         inputs.hf_processor_mm_kwargs = self.info.obeyed(inputs.hf_processor_mm_kwargs)
         started = time.monotonic()
         result = super().apply(inputs, *args, **kwargs)
-        self._timing.note(result, started, time.monotonic() - started)
+        tell(partial(self._report, result, started, time.monotonic() - started))
         return result
 
     def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> Any:
@@ -236,9 +206,33 @@ class FittedProcessor(compat.Mixin):  # type: ignore[misc]
                     self.info.check_fits(kind, item[f"{kind}_grid_thw"].data)
         return super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
 
+    @cached_property
+    def _observers(self) -> tuple[bool, TraceLog | None, EncoderMetrics | None]:
+        """What the settings ask for: whether to log times, the timeline and the metrics."""
+        settings = load_settings()
+        trace = None if settings.trace is None else TraceLog.install(settings.trace)
+        return settings.timing, trace, publish() if settings.metrics else None
+
+    def _report(self, result: Mapping[str, Any], started: float, seconds: float) -> None:
+        """Report how long a prompt took, if it has images or videos."""
+        log, trace, metrics = self._observers
+        places = {kind: ranges for kind, ranges in result.get("mm_placeholders", {}).items() if ranges}
+        if not places:
+            return
+        items = {kind: len(ranges) for kind, ranges in places.items()}
+        tokens = sum(int(place.length) for ranges in places.values() for place in ranges)
+        if metrics is not None:
+            metrics.processed(seconds)
+        if trace is not None:
+            what = ", ".join(f"{number} {kind}" for kind, number in items.items())
+            trace.slice("processor", "processor", what, started, seconds, tokens=tokens)
+        if log:
+            line = {"ms": round(1e3 * seconds, 3), "items": items, "tokens": tokens}
+            logger.info("visionaccel processor %s", json.dumps(line))
+
 
 def changed_size(options: Mapping[str, Any], vision: Mapping[str, Any]) -> str | None:
-    """The first option that would cut images in another way than a vision configuration says, as `name=value`."""
+    """The first option that contradicts a vision configuration about the patches, as `name=value`."""
     for scope in _scopes(options):
         for name, size in _SIZES.items():
             if name in scope and size in vision and scope[name] != vision[size]:
@@ -247,7 +241,7 @@ def changed_size(options: Mapping[str, Any], vision: Mapping[str, Any]) -> str |
 
 
 def _without_normalisation(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options without those that scale and shift pixel values."""
+    """The options without those that scale and shift pixel values."""
     return {
         name: _without_normalisation(value) if isinstance(value, Mapping) else value
         for name, value in options.items()
@@ -256,43 +250,13 @@ def _without_normalisation(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _scopes(options: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Options for every modality, and those of one, which are in a nested mapping."""
+    """The options for every modality, and then each nested mapping of options for one."""
     yield options
     yield from (value for value in options.values() if isinstance(value, Mapping))
 
 
-class _Timing:
-    """Reports how long a prompt with images took, where the settings want that: log, timeline and metrics."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._log = settings.timing
-        self._trace = None if settings.trace is None else TraceLog.install(settings.trace)
-        self._metrics = publish() if settings.metrics else None
-
-    def note(self, result: Any, started: float, seconds: float) -> None:
-        """Report one prompt as vLLM's processor returned it, begun at `started` on the monotonic clock."""
-        try:
-            self._note(result.get("mm_placeholders", {}), started, seconds)
-        except Exception:  # a report must not fail a request
-            compat.logger().exception("Timing the image processor failed.")
-
-    def _note(self, places: Mapping[str, Any], started: float, seconds: float) -> None:
-        items = {kind: len(ranges) for kind, ranges in places.items() if ranges}
-        if not items:
-            return
-        tokens = sum(int(place.length) for ranges in places.values() for place in ranges)
-        if self._metrics is not None:
-            self._metrics.processed(seconds)
-        if self._trace is not None:
-            what = ", ".join(f"{number} {kind}" for kind, number in items.items())
-            self._trace.slice("processor", "processor", what, started, seconds, tokens=tokens)
-        if self._log:
-            line = {"ms": round(1e3 * seconds, 3), "items": items, "tokens": tokens}
-            logger.info("%s%s", _TIMING_PREFIX, json.dumps(line))
-
-
 def _as_picture(image: Any) -> Image:
-    """An image of any kind that vLLM takes, as RGB; refused if it is not one, or has values that are not finite."""
+    """Convert any image that vLLM takes to RGB; refuse anything else, and images with non-finite values."""
     from PIL import Image as pillow
 
     image = getattr(image, "media", image)  # vLLM wraps what it decoded together with the bytes
@@ -304,7 +268,7 @@ def _as_picture(image: Any) -> Image:
             pixels = pixels.transpose(1, 2, 0)
         if np.iscomplexobj(pixels):
             raise TypeError("its numbers are complex")
-        if pixels.dtype != np.uint8:  # the processor takes other numbers as grey levels of 0 to 255 too
+        if pixels.dtype != np.uint8:  # the processor reads other dtypes as grey levels of 0 to 255 too
             levels = np.asarray(pixels, dtype=np.float64)
             if not np.isfinite(levels).all():
                 raise InputError(

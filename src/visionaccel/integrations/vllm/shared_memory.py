@@ -1,7 +1,11 @@
-"""Memory that the processes of one server share, for faults and metrics, which vLLM has no channel for.
+"""Memory that the processes of one server share, for faults and metrics, because vLLM has no channel for them.
 
-It is an anonymous file (memfd): no disk can be full, no other user finds it, and the system frees it with the last
-process that holds it, however that process ends. What must not fail later is allocated when it is claimed.
+It is an anonymous file (memfd): no disk can be full, no other user can open it, and the system frees it with the last
+process that has it open, however that process ends. What must not fail later is allocated when it is claimed.
+
+A worker reports here that it could not encode an item. An exception in the vision tower would end the engine, and a
+placeholder embedding would become part of an answer. So the worker writes a fault before its step returns, and the
+scheduler reads it before it accepts any token of that step.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import mmap
 import os
 import struct
 import threading
+import weakref
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,20 +30,38 @@ _NUMBER_BYTES = 8
 _ENTRY_BYTES = 3 * _NUMBER_BYTES
 _RECORD = struct.Struct("@QII")  # number, length, checksum
 _ENDED = 2**64 - 1
-"""Owner of an area that is kept though its process has ended."""
+"""The owner of an area that is kept after its process has ended."""
+
+ALL_ITEMS = "*"
+"""Key of a fault that covers everything encoded so far: the device returned wrong results for an unknown time."""
+
+REPLACED = "="
+"""Key of a message about the encoder itself: its weights were replaced, or it no longer has the served ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One item that could not be encoded."""
+
+    key: str  # what `visionaccel.service.item_key` returns for the item's pixels and grid, or one of those above
+    message: str  # why; cut after about 5000 bytes
+
+
+LOST = Fault("", "a worker's report about its encodes could not be read.")
+"""Replaces a report that cannot be read, which may be about any item in flight."""
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """Equal areas, each claimed by one process, and a table with three numbers for each: see `Area`."""
+    """Areas of equal size, each claimed by one process, and a table with three numbers for each; see `Area`."""
 
     name: str  # in errors
     table: int  # where the table begins in the memory
     start: int  # where the first area begins
     areas: int
-    slots: int  # records in an area; a later one overwrites the one of `slots` records before
+    slots: int  # records in an area; each overwrites the one written `slots` records before
     slot_bytes: int  # of a record with its header
-    kept: bool  # an area stays when its process ends
+    kept: bool  # whether an area is kept after its process ends
 
     @property
     def area_bytes(self) -> int:
@@ -46,7 +69,7 @@ class Section:
 
     @property
     def capacity(self) -> int:
-        """Most bytes of a record."""
+        """The most bytes in a record."""
         return self.slot_bytes - _RECORD.size
 
 
@@ -56,33 +79,33 @@ METRICS = Section(
     "metrics", 2048, _TABLES + FAULTS.areas * FAULTS.area_bytes, areas=256, slots=2, slot_bytes=2**17, kept=True
 )
 _SIZE = METRICS.start + METRICS.areas * METRICS.area_bytes
-"""Bytes that are mapped; only the tables and claimed areas take memory."""
+"""Bytes that are mapped; only the tables and claimed areas use memory."""
 
 
 class SharedMemory:
-    """The memory, mapped into this process: `memory` is all of it, `numbers` the tables. Its file `fd` stays open."""
+    """The mapped memory: `memory` is all of it, `numbers` the tables. Its file `fd` stays open."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self.memory = mmap.mmap(fd, _SIZE)
-        # Stores a number at once, where struct writes zeros first, which another process may read.
+        # Stores a number at once. struct would write zeros first, which another process could read.
         self.numbers = memoryview(self.memory)[:_TABLES].cast("Q")
         self._threads: dict[int, threading.Lock] = {}  # by process: a fork's copy of a lock may never be released
-        self._claimed: set[tuple[int, int]] = set()  # process and place of each area that was claimed through this
+        self._claimed: set[tuple[int, int]] = set()  # process and start of each area that was claimed here
 
     def claim(self, section: Section, name: str = "") -> Area:
         """Allocate an area for this process; `name` tells the areas of one process apart.
 
         Raises:
-            ConfigurationError: If every area is taken, or this process has one of that name.
-            OSError: If there is no memory.
+            ConfigurationError: If all areas are taken, or this process has one of that name.
+            OSError: If there is not enough memory.
         """
         process = os.getpid()
         with self.alone(section.table, _ENTRY_BYTES * section.areas):
             found = None
             for area in (Area(self, section, index) for index in range(section.areas)):
                 owner = area.owner
-                if owner == process and section.kept:  # of another process, which had this one's number before
+                if owner == process and section.kept:  # of an ended process that had the same number
                     area.give_to(_ENDED)
                 elif owner == process and (process, area.start) in self._claimed:
                     if area.is_named(name):
@@ -91,7 +114,7 @@ class SharedMemory:
                             "their workers cannot be distinguished.",
                             hint="Shut the first one down, or start the second one again.",
                         )
-                elif owner in (0, process) or (not section.kept and _ended(owner)):
+                elif owner in (0, process) or (not section.kept and area.ended):
                     found = found or area
             if found is not None:
                 os.posix_fallocate(self._fd, found.start, section.area_bytes)
@@ -109,9 +132,9 @@ class SharedMemory:
 
     @contextmanager
     def alone(self, start: int, size: int) -> Iterator[None]:
-        """Keep other threads and processes out of a range of the memory."""
+        """Lock a range of the memory against other threads and processes."""
         with self._threads.setdefault(os.getpid(), threading.Lock()):
-            fcntl.lockf(self._fd, fcntl.LOCK_EX, size, start)  # given back when this process is killed, too
+            fcntl.lockf(self._fd, fcntl.LOCK_EX, size, start)  # the system unlocks it if this process is killed
             try:
                 yield
             finally:
@@ -121,7 +144,7 @@ class SharedMemory:
 class Area:
     """A ring of records, which begins at `start` in the memory.
 
-    Its three numbers in the table are its owner, how many records were written, and its name's digest.
+    Its numbers in the table are its owner, how many records were written, and a digest of its name.
     """
 
     def __init__(self, shared: SharedMemory, section: Section, index: int) -> None:
@@ -138,15 +161,15 @@ class Area:
     @property
     def ended(self) -> bool:
         """Whether the process that claimed it has ended."""
-        return _ended(self.owner)
+        return self.owner == _ENDED or not Path("/proc", str(self.owner)).exists()
 
     @property
     def written(self) -> int:
-        """How many records were written so far. The last `slots` of them can be read."""
+        """How many records were written so far; the last `slots` of them can be read."""
         return self._numbers[1]
 
     def give_to(self, process: int, name: str = "") -> None:
-        """Change the owner and the area's name; 0 frees the area."""
+        """Set the area's owner and name; 0 frees the area."""
         self._numbers[2] = _digest(name)
         self._numbers[0] = process
 
@@ -154,7 +177,7 @@ class Area:
         return self._numbers[2] == _digest(name)
 
     def append(self, content: bytes) -> None:
-        """Write a record of at most a section's capacity."""
+        """Write a record of at most the section's capacity."""
         if len(content) > self._section.capacity:
             raise ValueError(f"a record for {self._section.name} holds at most {self._section.capacity} bytes.")
         with self._shared.alone(self._entry, _ENTRY_BYTES):
@@ -180,11 +203,22 @@ class Area:
         return self.start + number % self._section.slots * self._section.slot_bytes
 
 
+def _digest(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:_NUMBER_BYTES], "little")
+
+
+def _checksum(number: int, content: bytes) -> int:
+    return zlib.crc32(content, number & 0xFFFFFFFF)
+
+
+_opened_memories: dict[str, SharedMemory] = {}
+
+
 def make_shared_memory(*, inherit: bool = False) -> None:
     """Make memory for this process and those that it starts.
 
-    With `inherit`, use the memory that this process inherited, as where several API servers ask the same engines.
-    Otherwise that belongs to another engine's launcher, which may end first.
+    With `inherit`, use the memory that this process inherited, as when several API servers use the same engines.
+    Otherwise inherited memory belongs to another engine's launcher, which may end first.
     """
     owner = os.environ.get(_VARIABLE, "").partition(":")[0]
     if owner == str(os.getpid()) or (inherit and owner):
@@ -192,7 +226,7 @@ def make_shared_memory(*, inherit: bool = False) -> None:
     try:
         fd = os.memfd_create("visionaccel", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(fd, _SIZE)
-        # Reading behind the end of a file that another process cut off would kill this one.
+        # If another process could shrink the file, reading it here could end this process.
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         os.posix_fallocate(fd, 0, _TABLES)
         state = os.fstat(fd)
@@ -207,18 +241,24 @@ def make_shared_memory(*, inherit: bool = False) -> None:
 
 
 def shared_memory() -> SharedMemory | None:
-    """The memory of this server, opened on the first call; None where none was made.
+    """The memory of this server, opened on the first call; None if none was made.
 
     Raises:
-        ConfigurationError: If it cannot be opened, as when the process that made it has ended.
+        ConfigurationError: If it cannot be opened, for example because the process that made it has ended.
     """
     named = os.environ.get(_VARIABLE)
     if not named:
         return None
     if named not in _opened_memories:
         try:
-            _opened_memories[named] = SharedMemory(_opened(*map(int, named.split(":"))))
-        except (OSError, TypeError, ValueError) as error:
+            owner, fd, *inode = map(int, named.split(":"))
+            opened = os.open(f"/proc/{owner}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+            state = os.fstat(opened)
+            if [state.st_dev, state.st_ino] != inode:  # that process has ended, and another has its number
+                os.close(opened)
+                raise FileNotFoundError(f"process {owner} does not hold it")
+            _opened_memories[named] = SharedMemory(opened)
+        except (OSError, ValueError) as error:
             raise ConfigurationError(
                 f"the memory that vLLM's processes share cannot be opened ({_VARIABLE}={named}): {error}.",
                 hint="Check that the process that started the engine still runs and that /proc is mounted.",
@@ -226,25 +266,66 @@ def shared_memory() -> SharedMemory | None:
     return _opened_memories[named]
 
 
-_opened_memories: dict[str, SharedMemory] = {}
+def report_fault(fault: Fault, engine: str) -> bool:
+    """Report a fault to the scheduler of an engine, by its identifier. False if none listens; the caller must raise."""
+    shared = shared_memory()
+    if shared is None:
+        return False
+    # The engine's process is this one or, with vLLM's multiprocess executor, the parent of this worker.
+    by_owner = {area.owner: area for area in shared.areas(FAULTS) if area.is_named(engine)}
+    area = by_owner.get(os.getpid()) or by_owner.get(os.getppid())
+    if area is None:
+        return False
+    content = f"{fault.key}\n{fault.message}".encode(errors="replace")
+    area.append(content[: FAULTS.capacity])
+    return True
 
 
-def _opened(owner: int, fd: int, device: int, inode: int) -> int:
-    opened = os.open(f"/proc/{owner}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
-    state = os.fstat(opened)
-    if (state.st_dev, state.st_ino) != (device, inode):  # that process has ended, and another has its number
-        os.close(opened)
-        raise FileNotFoundError(f"process {owner} does not hold it")
-    return opened
+class FaultReader:
+    """Reads the faults for an engine, by its identifier, until `close` or until nothing refers to the reader.
+
+    Raises:
+        ConfigurationError: If there is not enough memory for faults, or that engine has a reader.
+    """
+
+    def __init__(self, engine: str) -> None:
+        self._area: Area | None = None
+        shared = shared_memory()
+        if shared is None:
+            return
+        try:
+            self._area = shared.claim(FAULTS, engine)
+        except OSError as error:
+            raise ConfigurationError(
+                f"not enough memory for the {FAULTS.area_bytes} bytes in which workers report faults: {error}.",
+                hint="Give the server more memory.",
+            ) from error
+        self._read = self._area.written  # an earlier engine's faults are skipped
+        self._free = weakref.finalize(self, _free, self._area, os.getpid())
+        self._free.atexit = False
+
+    def new(self) -> list[Fault]:
+        """The faults since the last call; takes less than a microsecond if there are none.
+
+        If a report is broken, or there were more than the area holds, every item in flight counts as faulty.
+        """
+        if self._area is None or (written := self._area.written) == self._read:
+            return []
+        numbers = range(max(self._read, written - FAULTS.slots), written)
+        records = [record for number in numbers if (record := self._area.record(number)) is not None]
+        parts = [record.decode(errors="ignore").partition("\n") for record in records]
+        faults = [Fault(key, message) for key, _, message in parts]
+        if len(faults) < written - self._read:
+            faults += [LOST, Fault(ALL_ITEMS, LOST.message)]
+        self._read = written
+        return faults
+
+    def close(self) -> None:
+        if self._area is not None:
+            self._free()
+            self._area = None
 
 
-def _digest(name: str) -> int:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:_NUMBER_BYTES], "little")
-
-
-def _ended(process: int) -> bool:
-    return process == _ENDED or not Path("/proc", str(process)).exists()
-
-
-def _checksum(number: int, content: bytes) -> int:
-    return zlib.crc32(content, number & 0xFFFFFFFF)
+def _free(area: Area, process: int) -> None:
+    if process == os.getpid():  # a fork has a copy of the reader
+        area.give_to(0)

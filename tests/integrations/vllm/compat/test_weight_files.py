@@ -134,7 +134,7 @@ def test_the_vision_weights_that_are_served_count_and_not_a_note_that_was_left_o
     monkeypatch.setenv("VISIONACCEL_BUNDLE", str(digits))
     config.model_config.model = str(folder)
     refusal, said = (
-        (CheckpointError, f"holds other vision weights than those that its {STRIP_NOTE} says")
+        (CheckpointError, f"has other vision weights than those that were removed, as its {STRIP_NOTE} says")
         if noted == "bundle"
         else (ConfigurationError, "was made from other vision weights than those of")
     )

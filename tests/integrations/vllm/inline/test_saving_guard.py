@@ -68,6 +68,16 @@ def test_an_image_that_was_encoded_anew_is_published(connector):
     assert connector.seen == [["a"]]
 
 
+def test_what_was_freed_and_encoded_again_under_the_same_name_is_published(connector):
+    cache = {"a": torch.zeros(1, 2)}
+    save(connector, cache, "a")
+    del cache["a"]
+    connector.start_save_caches(encoder_cache=cache)
+    cache["a"] = torch.zeros(1, 2)  # not passed to `save_caches`, so nothing is known of it
+    connector.start_save_caches(encoder_cache=cache)
+    assert connector.seen == [[], ["a"]]
+
+
 def test_a_cache_need_not_be_given(connector):
     save(connector, {"a": torch.zeros(1, 2)}, "a")
     connector.start_save_caches()

@@ -42,8 +42,8 @@ def step(receiving, monkeypatch):
 @pytest.mark.parametrize("fallback", ["none", "openvino,torch_ref"])
 def test_a_hang_costs_no_more_than_the_budget_whatever_the_number_of_images(step, images, fallback):
     made, faults = step(1.0, BACKEND="onnxrt", FALLBACK=fallback, DEADLINE="60", CANARY="off")
-    made._encoder, gates = made._opener.result(time.monotonic() + 60), []
-    for link in made._encoder.links:
+    encoder, gates = made._encoder.result(time.monotonic() + 60), []
+    for link in encoder.links:
         (opened,) = link.open().programs
         gates.append(Gate(opened.session))
         opened.session = gates[-1]
@@ -56,7 +56,7 @@ def test_a_hang_costs_no_more_than_the_budget_whatever_the_number_of_images(step
     assert len(faults) == images
     for gate in gates:
         gate.let_in()
-    made._encoder.close()
+    encoder.close()
 
 
 def test_several_encodes_of_a_step_share_its_budget_and_the_next_step_has_its_own(step):
@@ -140,10 +140,10 @@ def test_an_encoder_that_opens_after_its_weights_were_replaced_is_closed_and_lea
         made.append(GuardedEncoder(open_encoder(tiny, backend="onnxrt")))
         return made[0]
 
-    tower._opener = LateOpening(slow)
+    tower._encoder = LateOpening(slow)
     (answer,) = tower._encode(torch.from_numpy(random_patches([GRID])), [list(GRID)])
     assert isinstance(answer, DeadlineError)
-    tower._close()
+    tower._encoder.close()
     held.set()
     wait_until(lambda: made and made[0].closed)
     wait_until(lambda: not [each for each in set(threading.enumerate()) - before if "visionaccel" in each.name])
@@ -168,3 +168,28 @@ def test_an_encoder_that_could_not_be_opened_is_opened_again_after_a_pause(monke
             opening.result(time.monotonic() + 5)
     time.sleep(0.15)
     assert opening.result(time.monotonic() + 5) == "open"
+
+
+def test_where_no_thread_can_be_started_the_encoder_is_opened_by_a_later_step(monkeypatch):
+    opening = LateOpening(lambda: "open")
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", lambda self: (_ for _ in ()).throw(RuntimeError("can't start thread")))
+        with pytest.raises(DeviceError, match="can't start thread"):
+            opening.result(time.monotonic() + 5)
+    assert opening.result(time.monotonic() + 5) == "open"
+
+
+def test_closing_a_late_opening_closes_its_encoder_and_does_nothing_after_a_failure(tiny):
+    guarded = GuardedEncoder(open_encoder(tiny, backend="onnxrt"))
+    opening = LateOpening(lambda: guarded)
+    assert opening.result(time.monotonic() + 30) is guarded
+    opening.close()
+    assert guarded.closed
+
+    def fail():
+        raise DeviceError("out of memory.")
+
+    failed = LateOpening(fail)
+    with pytest.raises(DeviceError):
+        failed.result(time.monotonic() + 5)
+    failed.close()

@@ -60,7 +60,7 @@ def test_vllms_profiling_run_gets_zeros_and_opens_nothing(receiving):
     for kind in (TheirRunner, CPURunner):
         made = receiving(BACKEND="torch_ref")
         assert torch.equal(kind(made).profile_run(), torch.zeros(10, 24))
-        assert made._encoder is None
+        assert made._encoder._opening is None
 
 
 def test_what_is_opened_late_is_not_opened_from_another_checkpoint(receiving, tiny, tmp_path):
@@ -69,7 +69,7 @@ def test_what_is_opened_late_is_not_opened_from_another_checkpoint(receiving, ti
     random_checkpoint(tmp_path / "other", seed=1)
     (tmp_path / "other" / SINGLE_FILE).replace(served / SINGLE_FILE)
     with pytest.raises(ChangedFileError, match="changed after it was verified"):
-        made._opener.result(time.monotonic() + 60)
+        made._encoder.result(time.monotonic() + 60)
 
 
 def test_whatever_is_not_known_to_be_profiling_is_encoded(receiving):
@@ -90,9 +90,9 @@ def test_a_step_that_needs_the_encoder_opens_it(receiving):
     rows = made(torch.ones(40, 96), GRIDS)
     assert rows.shape == (10, 24)
     assert rows.abs().sum() > 0
-    opened = made._encoder
+    opened = made._encoder.result(time.monotonic())
     made(torch.ones(40, 96), GRIDS)
-    assert made._encoder is opened, "once"
+    assert made._encoder.result(time.monotonic()) is opened, "once"
 
 
 def test_an_encoder_that_cannot_be_opened_is_the_items_fault_and_is_not_tried_again_at_once(receiving, monkeypatch):

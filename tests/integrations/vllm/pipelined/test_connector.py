@@ -30,9 +30,9 @@ from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError
 from visionaccel.integrations.vllm.activation import choose_mode
 from visionaccel.integrations.vllm.compat import architectures, engine_config
+from visionaccel.integrations.vllm.encoder_source import Replacement, source_digest
 from visionaccel.integrations.vllm.pipelined import self_test
 from visionaccel.integrations.vllm.pipelined.pending_images import PendingImages, WantedItem
-from visionaccel.integrations.vllm.reloading import Replacement, source_digest
 from visionaccel.integrations.vllm.shared_memory import _VARIABLE as MEMORY
 from visionaccel.integrations.vllm.shared_memory import make_shared_memory
 from visionaccel.settings import load_settings
@@ -119,7 +119,7 @@ def breaks(images):
 def assert_nothing_is_left(connector):
     assert (len(connector._pending_images._pending), connector._pending_images.held) == (0, 0)
     assert (connector._items, connector._loads) == ({}, {})
-    assert (connector._pending_images._requests, connector._pending_images._waiting) == ({}, {})
+    assert (connector._pending_images.requests(), connector._pending_images._waiting) == ([], {})
     wait_until(lambda: connector._service.counters.running == 0)
     assert connector._service.counters.waiting == 0
 
@@ -285,7 +285,7 @@ def test_what_the_connector_cannot_see_is_encoded_in_line(engine, pipelined, cap
 def test_without_this_packages_scheduler_the_race_for_an_evicted_output_ends_in_line(digits, exact):
     scheduler, _ = make_pipelined("sync", digits, CACHE_SIZE=0)
     connector = scheduler.ec_connector
-    connector._holders = connector._guessed_holders  # as with a scheduler of the user's own
+    connector.holders = connector._guessed_holders  # as with a scheduler of the user's own
     engine = PipelinedEngine(scheduler, exact)
     for images in ([0], [1], [2]):
         engine.add(images, 3)

@@ -207,8 +207,9 @@ def test_the_folder_of_a_self_test_that_is_killed_is_removed(tmp_path):
     """Where the configuration is made, a second process of the play's is killed, as when its time is over."""
     code = (
         "import os, signal\n"
+        "from visionaccel.integrations.vllm.compat import modelled_engine\n"
         "from visionaccel.integrations.vllm.pipelined import modelled_run\n"
-        "modelled_run.small_config = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "modelled_engine.small_config = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
         "modelled_run.run_modelled(contained=False, asynchronous=False)\n"
     )
     ended = subprocess.run([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)}, check=False)

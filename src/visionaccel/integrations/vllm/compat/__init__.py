@@ -1,4 +1,4 @@
-"""What this package relies on in vLLM: `contract.toml` lists it, and the modules here are what uses most of it."""
+"""What this package relies on in vLLM. `contract.toml` lists it, and most of it is used in the modules here."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from visionaccel.core.safe_text import safe_logger
 
 Mixin: Any = object
-"""Base of classes that are mixed in before one of vLLM's; not `object` to mypy, which would miss what that has."""
+"""Base of the mixins for vLLM's classes. As `Any`, it makes mypy accept the attributes that those classes add."""
 
 __all__ = ["TRIED_RELEASES", "Mixin", "logger", "release", "share_log_handlers", "warn_of_untried_release"]
 
 TRIED_RELEASES = ("0.28.", "0.29.", "0.30.", "0.31.", "0.32.", "0.33.")
-"""What the versions of vLLM begin with that this package was run on, oldest first; see docs/compatibility.md."""
+"""Version prefixes of the releases of vLLM that this package was run on, oldest first; see docs/compatibility.md."""
 
 
 def logger() -> logging.Logger:
@@ -28,23 +28,23 @@ def release() -> str:
 
 
 def warn_of_untried_release() -> None:
-    """Log a warning if the running vLLM is of a release that this package was not run on."""
+    """Log a warning if this package was not run on the running vLLM's release."""
     if not release().startswith(TRIED_RELEASES):
         tried = ", ".join(each.rstrip(".") for each in TRIED_RELEASES)
         logger().warning("visionaccel was not run on vLLM %s (tried: %s).", release(), tried)
 
 
 def share_log_handlers() -> None:
-    """Let the core's log lines appear among vLLM's, which sets up its logging after its plug-ins are loaded."""
+    """Send the core's log records to vLLM's handlers, which vLLM only sets up after it has loaded its plug-ins."""
     ours = logging.getLogger("visionaccel")
-    if not any(isinstance(handler, _AmongVllms) for handler in ours.handlers):
-        ours.addHandler(_AmongVllms())
+    if not any(isinstance(handler, _ToVllm) for handler in ours.handlers):
+        ours.addHandler(_ToVllm())
     ours.setLevel(logging.DEBUG)
     ours.propagate = False
 
 
-class _AmongVllms(logging.Handler):
-    """Gives the core's records to vLLM's logger, with the handlers and level that it has then."""
+class _ToVllm(logging.Handler):
+    """Passes records on to vLLM's logger, with the handlers and level that it has by then."""
 
     def emit(self, record: logging.LogRecord) -> None:
         theirs = logging.getLogger("vllm")

@@ -1,4 +1,4 @@
-"""The models of vLLM whose vision encoder is replaced: a row for each, and the class that vLLM has registered."""
+"""The models of vLLM whose vision encoder is replaced: one row for each, and the class that vLLM registered for it."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
 _MODEL_MODULE = "visionaccel.integrations.vllm.model"
-"""Derives a class when vLLM asks it for a name that `derived_name` gives."""
+"""Derives a class when vLLM imports a name from it that `derived_name` returned."""
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
     """What differs between models."""
 
-    model: str  # vLLM's class for it, as `module:Class`, for the contract; what is derived from is the registered class
-    tower: str  # the model's attribute that holds its vision tower
+    model: str  # vLLM's class as `module:Class`, for the contract; the registered class may be a different one
+    tower: str  # the model's attribute for its vision tower
     towers: tuple[str, ...]  # names of the classes that it makes the tower from
-    vision: tuple[str, ...]  # names that lead from the model's configuration to the tower's
+    vision: tuple[str, ...]  # path of attributes from the model's configuration to the tower's
     epsilon: str  # the entry of the model's configuration that vLLM's tower adds to variances
     # For the smallest and the largest area: the entry of the image processor's `size`, and the option that replaces it.
     pixel_limits: tuple[tuple[str, str], tuple[str, str]]
@@ -51,22 +51,22 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         ),
     }
 )
-"""By the name under which vLLM registers the model, and a family of towers takes its checkpoints.
+"""Keyed by the name under which vLLM registers the model; a family of towers must read its checkpoints.
 
-Architectures that vLLM resolves to one of these by their suffix count as it.
+An architecture that vLLM resolves to one of these by its suffix counts as that one.
 """
 
 _stock: dict[str, Any] = {}
-"""What the registry had for each architecture that was replaced."""
+"""vLLM's own registry entries of the architectures that were replaced."""
 
 
 def register_models() -> None:
-    """Register a derived class in the place of vLLM's own, for each architecture that this vLLM has."""
+    """Register a derived class instead of vLLM's own, for each architecture that this vLLM has."""
     from vllm import ModelRegistry
 
     for architecture in ARCHITECTURES:
-        stock = ModelRegistry.models.get(architecture)
-        if stock is not None and not is_replaced(architecture):
+        stock = _registered(architecture)
+        if stock is not None and not _is_derived(stock):
             _stock[architecture] = stock
             ModelRegistry.register_model(architecture, f"{_MODEL_MODULE}:{derived_name(architecture)}")
 
@@ -74,8 +74,8 @@ def register_models() -> None:
 def derived_name(architecture: str) -> str | None:
     """The name of a derived class in its module, `ARCHITECTURE__RELEASE__SOURCE`; None if this vLLM has no such model.
 
-    vLLM keeps the flags of a lazily registered class on disk, by this name and the bytes of the class's module. So the
-    name says what else they depend on: vLLM's release, and the source of the stock class.
+    vLLM caches the flags of a lazily registered class on disk, keyed by this name and the bytes of the class's module.
+    So the name contains what else they depend on: vLLM's release, and a digest of the stock class's source.
     """
     stock = _stock_entry(architecture)
     if stock is None:
@@ -89,23 +89,20 @@ def derived_name(architecture: str) -> str | None:
 
 
 def replaced_architecture(model: ModelConfig) -> str | None:
-    """The architecture whose derived class vLLM makes a model from in this process; None if it takes another class."""
+    """The architecture from whose derived class vLLM makes a model in this process; None if it uses another class."""
     from vllm import ModelRegistry
 
-    name: str = ModelRegistry._normalize_arch(model.architecture, model)
-    entry = ModelRegistry.models.get(name)
+    entry = _registered(ModelRegistry._normalize_arch(model.architecture, model))
     return entry.class_name.partition("__")[0] if _is_derived(entry) else None
 
 
 def is_replaced(architecture: str) -> bool:
-    """Whether vLLM will make a model of that architecture from a class of this package."""
-    from vllm import ModelRegistry
-
-    return _is_derived(ModelRegistry.models.get(architecture))
+    """Whether vLLM will make a model of this architecture from a class of this package."""
+    return _is_derived(_registered(architecture))
 
 
 def stock_class(architecture: str) -> Any:
-    """The class that vLLM makes the model from, or would without this package."""
+    """The class from which vLLM makes the model, or would without this package."""
     return _stock_entry(architecture).load_model_cls()
 
 
@@ -115,11 +112,19 @@ def processing_of(model: Any) -> tuple[Any, Any, Any]:
     return registered.info, registered.processor, registered.dummy_inputs
 
 
+def register_processing(model: Any, info: type, processor: type) -> None:
+    """Replace the processing information and the processor of a derived model."""
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    *_, dummy_inputs = processing_of(model)
+    MULTIMODAL_REGISTRY.register_processor(processor, info=info, dummy_inputs=dummy_inputs)(model)
+
+
 @contextmanager
 def swapped_towers(model: type, towers: tuple[str, ...], make: Callable[..., nn.Module]) -> Iterator[None]:
-    """While a model is constructed, have `make` make its vision tower: nothing of the stock one is allocated.
+    """While a model is constructed, have `make` make its vision tower, so that the stock tower allocates nothing.
 
-    A constructor finds the tower's class, one of `towers`, as a global of its module, perhaps under another name.
+    The constructor looks the tower's class, one of `towers`, up in its module's globals, maybe under another name.
     """
     with ExitStack() as restored:
         for module in {sys.modules[kind.__module__] for kind in model.__mro__}:
@@ -130,21 +135,11 @@ def swapped_towers(model: type, towers: tuple[str, ...], make: Callable[..., nn.
         yield
 
 
-def _stock_entry(architecture: str) -> Any:
-    from vllm import ModelRegistry
-
-    return _stock.get(architecture) or ModelRegistry.models.get(architecture)
-
-
-def _is_derived(entry: Any) -> bool:
-    return getattr(entry, "module_name", None) == _MODEL_MODULE
-
-
 def source_files(module: str) -> list[Path]:
-    """The files of a module, for a package all in it; found without importing it, which vLLM does when it needs it."""
+    """The source files of a module or of all of a package, found without importing it."""
     parts = module.split(".")
     spec = None
-    with suppress(ValueError):  # `__main__` has none
+    with suppress(ValueError):  # `__main__` has no spec
         spec = find_spec(parts[0])
     for part in parts[1:]:
         spec = PathFinder.find_spec(part, spec.submodule_search_locations or []) if spec is not None else None
@@ -153,3 +148,17 @@ def source_files(module: str) -> list[Path]:
     if spec.submodule_search_locations is not None:
         return sorted(path for place in spec.submodule_search_locations for path in Path(place).rglob("*.py"))
     return [Path(spec.origin)] if spec.has_location and spec.origin is not None else []
+
+
+def _registered(architecture: str) -> Any:
+    from vllm import ModelRegistry
+
+    return ModelRegistry.models.get(architecture)
+
+
+def _stock_entry(architecture: str) -> Any:
+    return _stock.get(architecture) or _registered(architecture)
+
+
+def _is_derived(entry: Any) -> bool:
+    return getattr(entry, "module_name", None) == _MODEL_MODULE

@@ -1,7 +1,7 @@
-"""The contract with vLLM: what each feature relies on, as data, and its check against the vLLM that runs.
+"""The contract with vLLM: what each feature relies on, as data, and its check against the running vLLM.
 
-The rows are in `contract.toml`. Names and signatures are checked, and nothing of vLLM is called. In the process that
-builds the configuration, which has imported nearly all of the modules by then, a check takes some tens of milliseconds.
+The rows are in `contract.toml`. Names and signatures are checked, and nothing of vLLM is called. A check takes some
+tens of milliseconds in the process that builds the configuration, which has imported nearly all of the modules by then.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import cache
+from functools import cache, reduce
 from importlib import import_module
 from pathlib import Path
 from types import CodeType, FunctionType
@@ -24,7 +24,7 @@ from visionaccel.integrations.vllm.compat.architectures import ARCHITECTURES
 
 
 class Feature(StrEnum):
-    """A part of the integration that is on or off as a whole."""
+    """A part of the integration that is switched on or off as a whole."""
 
     INLINE = "in-line"
     FITTING = "fitting"
@@ -41,13 +41,13 @@ class Need:
 
     use: Literal["call", "read", "subclass", "override", "patch"]  # `patch`: replaced by a function of this package
     target: str  # `module:Class.attribute`
-    # What it must take. Another parameter without a default breaks the contract too where it is called or overridden.
+    # What it must take. If it is called or overridden, it may have no other parameter without a default.
     parameters: tuple[str, ...] = ()
-    attributes: tuple[str, ...] = ()  # of its instances: fields, class attributes, or what its constructor sets
+    attributes: tuple[str, ...] = ()  # that its instances must have: fields, class attributes, or set by constructors
     mentions: tuple[str, ...] = ()  # names that its code, or that of one of a class's methods, must use
-    implements: tuple[str, ...] = ()  # methods of our subclass; another abstract one breaks the contract
+    implements: tuple[str, ...] = ()  # methods of our subclass; the class may have no other abstract ones
     optional: bool = False  # used where it exists
-    where_loaded: bool = False  # checked only in a process that has loaded the module; no other uses it
+    where_loaded: bool = False  # only checked in processes that have loaded the module, because no other uses it
 
     @property
     def module(self) -> str:
@@ -55,24 +55,24 @@ class Need:
 
     @property
     def name(self) -> str:
-        """Dotted name in the module."""
+        """The dotted name in the module."""
         return self.target.partition(":")[2]
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A row: ways to the same end, by a short name, of which one is enough. Most rows have one way and name no end."""
+    """A row: named ways to the same end, of which one is enough. Most rows have one way, and name neither."""
 
     end: str
     ways: Mapping[str, tuple[Need, ...]]
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        """All ways together."""
+        """The needs of all ways."""
         return tuple(each for way in self.ways.values() for each in way)
 
 
-_ABSENT = object()
+_ABSENT: Any = object()
 
 _TABLE: dict[str, Any] = tomllib.loads(Path(__file__).with_name("contract.toml").read_text(encoding="utf-8"))
 
@@ -81,7 +81,7 @@ WITHOUT: Mapping[str, str] = _TABLE["without"]
 
 
 def _entry(row: Mapping[str, Any], names: Mapping[str, str]) -> Entry:
-    """A row of the table, with `names` for what is in braces."""
+    """A row of the table, with `names` inserted in its braces."""
     ways = row.get("ways", ({"way": "", "needs": (row,)},))
     return Entry(row.get("end", ""), {way["way"]: tuple(_need(each, names) for each in way["needs"]) for way in ways})
 
@@ -125,19 +125,19 @@ assert BY_OUR_SCHEDULER in FAILED_REQUESTS.ways
 
 
 def why_off(feature: Feature, architecture: str | None = None) -> str | None:
-    """What `missing` finds, as a clause for a log or an error; None if the contract holds."""
+    """What a feature lacks, as a clause for a log or an error; None if the contract holds."""
     lacking = missing(feature, architecture)
     return f"vLLM {release()} is not what the {feature} feature needs: {'; '.join(lacking)}" if lacking else None
 
 
 @cache
 def missing(feature: Feature, architecture: str | None = None) -> tuple[str, ...]:
-    """What a feature needs, as `entries_of` says, that this vLLM does not have. Looked up once in a process."""
+    """What this vLLM lacks of the entries of a feature; checked once in a process."""
     return tuple(dict.fromkeys(text for entry in entries_of(feature, architecture) for text in missing_of(entry)))
 
 
 def missing_of(entry: Entry) -> tuple[str, ...]:
-    """What an entry needs that this vLLM does not have."""
+    """What this vLLM lacks of an entry."""
     found = {name: missing_names(way) for name, way in entry.ways.items()}
     if not all(found.values()):
         return ()
@@ -147,12 +147,12 @@ def missing_of(entry: Entry) -> tuple[str, ...]:
 
 
 def way_of(entry: Entry) -> str | None:
-    """The first way whose needs all hold; None if there is none."""
+    """The first way of an entry that this vLLM has; None if there is none."""
     return next((name for name, way in entry.ways.items() if not missing_names(way)), None)
 
 
 def missing_names(needs: Iterable[Need]) -> tuple[str, ...]:
-    """What of some names this vLLM does not have."""
+    """What this vLLM lacks of some needs."""
     return tuple(text for need in needs for text in _missing(need))
 
 
@@ -161,33 +161,31 @@ def _missing(need: Need) -> Iterator[str]:
         return
     label = need.target.replace(":", ".")
     try:
-        found = _resolve(need)
-        yield from (f"{label} {text}" for text in _unlike(need, found))
-    except LookupError as error:
-        yield str(error)
-    except Exception as error:  # not the name that we know
+        module = import_module(need.module)
+    except Exception as error:
+        yield f"module {need.module} cannot be imported ({type(error).__name__}: {error})"
+        return
+    try:
+        found = reduce(lambda owner, name: getattr(owner, name, _ABSENT), need.name.split("."), module)
+        problems = ("does not exist",) if found is _ABSENT else _unlike(need, found)
+        yield from (f"{label} {text}" for text in problems)
+    except Exception as error:  # it may be something else under the same name
         yield f"{label} cannot be inspected ({type(error).__name__}: {error})"
 
 
-def _resolve(need: Need) -> Any:
-    """The object that a need names; a property is not evaluated. A LookupError says which part of it is missing."""
-    try:
-        found: Any = import_module(need.module)
-    except Exception as error:
-        raise LookupError(f"module {need.module} cannot be imported ({type(error).__name__}: {error})") from error
-    reached = need.module
-    for part in need.name.split("."):
-        reached = f"{reached}.{part}"
-        found = getattr(found, part, _ABSENT)
-        if found is _ABSENT:
-            raise LookupError(f"{reached} does not exist")
-    return found
-
-
 def _unlike(need: Need, found: Any) -> Iterator[str]:
-    """In what a name that exists differs from what is needed of it."""
+    """How an object of vLLM differs from what is needed."""
     if need.parameters:
-        yield from _unlike_signature(need, found)
+        parameters = list(inspect.signature(found).parameters.values())
+        if parameters and parameters[0].name == "self":
+            del parameters[0]
+        named = [each for each in parameters if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)]
+        if not any(each.kind is each.VAR_KEYWORD for each in parameters):
+            names = {each.name for each in named}
+            yield from (f"takes no parameter {name}" for name in need.parameters if name not in names)
+        if need.use in ("call", "override"):
+            required = [each.name for each in named if each.default is each.empty]
+            yield from (f"has a new parameter {name}" for name in required if name not in need.parameters)
     if need.attributes:
         known = _attributes(found)
         yield from (f"has no attribute {name}" for name in need.attributes if name not in known)
@@ -202,21 +200,8 @@ def _unlike(need: Need, found: Any) -> Iterator[str]:
         yield from (f"has a new abstract method {name}" for name in sorted(abstract - set(need.implements)))
 
 
-def _unlike_signature(need: Need, found: Any) -> Iterator[str]:
-    parameters = list(inspect.signature(found).parameters.values())
-    if parameters and parameters[0].name == "self":
-        del parameters[0]
-    named = [each for each in parameters if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)]
-    if not any(each.kind is each.VAR_KEYWORD for each in parameters):
-        names = {each.name for each in named}
-        yield from (f"takes no parameter {name}" for name in need.parameters if name not in names)
-    if need.use in ("call", "override"):
-        required = [each.name for each in named if each.default is each.empty]
-        yield from (f"has a new parameter {name}" for name in required if name not in need.parameters)
-
-
 def _attributes(kind: Any) -> set[str]:
-    """Names that a class has or declares, or that the constructors of it and its bases set."""
+    """Names that a class has or declares, or that its constructor or those of its bases set."""
     found = set(dir(kind))
     for base in kind.__mro__:
         found |= vars(base).get("__annotations__", {}).keys() | vars(base).get("__dataclass_fields__", {}).keys()
@@ -227,15 +212,19 @@ def _attributes(kind: Any) -> set[str]:
 
 
 def _mentions(found: Any) -> set[str] | None:
-    """Names that a function or a class's methods use; None where a plug-in's function hides one of the methods."""
+    """Names that a function or a class's methods use; None if a plug-in has replaced one of the methods."""
     if not isinstance(found, type):
         return _names(inspect.unwrap(found).__code__)
     package, names = _package(found), set[str]()
     for base in found.__mro__:
-        for function in _methods(base) if _package(base) == package else ():
-            if _package(function) not in {package, *sys.stdlib_module_names}:
+        members = vars(base).items() if _package(base) == package else ()
+        for name, value in members:
+            method = inspect.unwrap(getattr(value, "fget", None) or getattr(value, "__func__", value))
+            if not isinstance(method, FunctionType) or name.startswith("__"):  # decorators generate special methods
+                continue
+            if _package(method) not in {package, *sys.stdlib_module_names}:
                 return None
-            names |= _names(function.__code__)
+            names |= _names(method.__code__)
     return names
 
 
@@ -244,16 +233,8 @@ def _package(found: Any) -> str:
     return str(found.__module__).partition(".")[0]
 
 
-def _methods(kind: type) -> Iterator[FunctionType]:
-    """What a class defines itself, but for special methods, which decorators and protocols generate."""
-    for name, value in vars(kind).items():
-        inner = inspect.unwrap(getattr(value, "fget", None) or getattr(value, "__func__", value))
-        if isinstance(inner, FunctionType) and not name.startswith("__"):
-            yield inner
-
-
 def _names(code: CodeType) -> set[str]:
-    """Names that code and the functions within it use."""
+    """Names that a code object and its inner functions use."""
     names = set(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, CodeType):

@@ -1,4 +1,4 @@
-"""An engine's configuration: what is served, and where the scheduler and the connector of this package come in."""
+"""An engine's configuration: what is served, and how this package's scheduler and connector are configured."""
 
 from __future__ import annotations
 
@@ -19,22 +19,21 @@ if TYPE_CHECKING:
 
 CONNECTOR = "VisionAccelConnector"
 _CONNECTOR_MODULE = "visionaccel.integrations.vllm.connector"
-"""The EC connector of the pipelined mode and its module, as `--ec-transfer-config` names them."""
+"""The EC connector of the pipelined mode and its module, as in `--ec-transfer-config`."""
 
 _SCHEDULERS = {
     False: "visionaccel.integrations.vllm.scheduler.ContainedScheduler",
     True: "visionaccel.integrations.vllm.scheduler.ContainedAsyncScheduler",
 }
-"""The scheduler in the place of vLLM's synchronous and of its asynchronous one."""
+"""This package's schedulers by whether they are asynchronous."""
 
 _MARK = "visionaccel"
 
 
 def on_engine_config(prepare: Callable[[VllmConfig, bool], None]) -> None:
-    """Call `prepare` with each configuration that `EngineArgs` builds in this process.
+    """Call `prepare` with each configuration that `EngineArgs` builds, and whether clients may send embeddings.
 
-    It also gets whether the user lets clients send embeddings (`--enable-mm-embeds`). The module of `EngineArgs` may
-    not be imported yet. It asks for the plug-ins whenever a configuration is made, so it is looked for then.
+    `EngineArgs` may not be imported yet. It loads the plug-ins for each configuration, so it can be wrapped then.
     """
     if _hook_engine_args(prepare):
         return
@@ -53,7 +52,7 @@ def on_engine_config(prepare: Callable[[VllmConfig, bool], None]) -> None:
 
 
 def _hook_engine_args(prepare: Callable[[VllmConfig, bool], None]) -> bool:
-    """Wrap `EngineArgs.create_engine_config`, if its module is imported; whether it is."""
+    """Wrap `EngineArgs.create_engine_config` if its module is imported, and return whether it is."""
     arguments: Any = sys.modules.get("vllm.engine.arg_utils")
     if not hasattr(arguments, "EngineArgs"):
         return False
@@ -64,7 +63,7 @@ def _hook_engine_args(prepare: Callable[[VllmConfig, bool], None]) -> bool:
         config: VllmConfig = build(self, *args, **kwargs)
         model = config.model_config
         if getattr(self, "mm_device_do_normalize", None) is False and model.is_multimodal_model:
-            # vLLM sets False for each model of this package. None means the same to vLLM; here, that the user set it.
+            # vLLM sets False for this package's models too. None has the same effect, and marks that the user set it.
             model.get_multimodal_config().mm_device_do_normalize = None
         prepare(config, bool(getattr(self, "enable_mm_embeds", False)))
         return config
@@ -74,48 +73,47 @@ def _hook_engine_args(prepare: Callable[[VllmConfig, bool], None]) -> bool:
 
 
 def processor_options(model: ModelConfig) -> Mapping[str, Any]:
-    """The image processor's options that are set for all requests (`--mm-processor-kwargs`)."""
+    """The image processor's options for all requests (`--mm-processor-kwargs`)."""
     return model.get_multimodal_config().mm_processor_kwargs or {}
 
 
 def mark_prepared(config: VllmConfig) -> None:
-    """Note in a configuration, for the processes that receive it, that this package has seen it."""
+    """Mark a configuration as seen by this package, for the processes that receive it."""
     if isinstance(config.additional_config, dict):
         config.additional_config = {**config.additional_config, _MARK: "prepared"}
 
 
 def is_prepared(config: VllmConfig) -> bool:
-    """Whether a configuration was marked. One whose `additional_config` is not a dict cannot be."""
-    given = config.additional_config
-    return isinstance(given, dict) and _MARK in given
+    """Whether a configuration was marked; one whose `additional_config` is not a dict cannot be."""
+    return isinstance(config.additional_config, dict) and _MARK in config.additional_config
 
 
 def without_python_processor() -> bool:
-    """Whether vLLM's front end prepares images outside of Python, where this package has no part."""
-    import vllm.envs as environment
+    """Whether vLLM's front end prepares images outside of Python, and so without this package."""
+    from vllm import envs
 
-    return bool(getattr(environment, "VLLM_USE_RUST_FRONTEND", False))
+    return bool(getattr(envs, "VLLM_USE_RUST_FRONTEND", False))
 
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """What the adapter needs to know of the model that an engine serves."""
+    """What this package needs to know of the model that an engine serves."""
 
     source: str  # checkpoint folder or Hugging Face repository
     revision: str | None
-    named: str  # its model classes, as the configuration names them
-    replaces: str | None  # the architecture whose derived class vLLM makes the model from; None if from another class
-    multimodal: bool  # it takes images or other media
-    takes_media: bool  # at least one image or video a prompt is allowed
-    own_implementation: bool  # vLLM's own model class serves it, not another library's
+    named: str  # its model classes, as in the configuration
+    replaces: str | None  # the architecture whose derived class vLLM uses; None if it uses another class
+    multimodal: bool  # whether it takes images or other media
+    takes_media: bool  # whether prompts may contain an image or video
+    own_implementation: bool  # whether vLLM's own model class is used, and not another library's
     dtype: torch.dtype  # of the language model
-    device: str  # of the language model; where only the model's configuration is known, `cpu`
+    device: str  # of the language model; `cpu` if only the model's configuration is known
     vision: Mapping[str, Any] | None  # the tower's configuration after every override; None if it is not replaced
-    epsilon: float | None = None  # what vLLM's tower adds to variances, if the configuration states it
-    load: LoadConfig | None = None  # how vLLM loads the model, where that is known
-    engine: str = ""  # the engine's identifier, which its workers share; empty as before
-    adapts_tower: bool = False  # LoRA adapters are applied to the vision tower too (--enable-tower-connector-lora)
-    pools: bool = False  # it answers with what a pooler makes of the hidden states, and not with text
+    epsilon: float | None = None  # what vLLM's tower adds to variances, if the configuration sets it
+    load: LoadConfig | None = None  # how vLLM loads the model, if known
+    engine: str = ""  # the engine's identifier, which its workers share; empty if unknown
+    adapts_tower: bool = False  # whether LoRA adapters apply to the tower too (--enable-tower-connector-lora)
+    pools: bool = False  # whether it returns what a pooler makes of the hidden states, and not text
 
 
 def served_model(config: VllmConfig) -> ServedModel:
@@ -152,30 +150,28 @@ def served_by(model: ModelConfig, device: str = "cpu") -> ServedModel:
 
 
 def is_one_of_several_api_servers(config: VllmConfig) -> bool:
-    """Whether this process is an API server whose engines were started by another process, which has more like it."""
+    """Whether this process is one of several API servers, whose engines their common parent has started."""
     parallel = config.parallel_config
-    count, rank = getattr(parallel, "_api_process_count", 1), getattr(parallel, "_api_process_rank", 0)
-    return bool(count > 1 and rank >= 0)
+    return bool(getattr(parallel, "_api_process_count", 1) > 1 and getattr(parallel, "_api_process_rank", 0) >= 0)
 
 
 def can_contain(config: VllmConfig) -> bool:
-    """Whether an engine can have the scheduler that ends the requests whose image could not be encoded.
+    """Whether an engine can have this package's scheduler, which ends the requests whose image failed.
 
-    Not if vLLM lacks what that needs, if the user chose another scheduler, nor if keys leave this engine before the
-    scheduler knows of a fault: then a fault of an in-line encode must end the engine, or others would compute with it.
+    It cannot if vLLM lacks what that needs, or the user chose another scheduler. It must not if the KV cache is sent to
+    other engines before the scheduler knows of a fault: a fault of an in-line encode then has to end the engine.
     """
     return not (missing(Feature.CONTAINMENT) or _other_scheduler(config) or config.kv_transfer_config is not None)
 
 
 def use_contained_scheduler(config: VllmConfig) -> None:
-    """Choose the scheduler that ends the requests whose image could not be encoded, or warn that it cannot be had."""
+    """Configure this package's scheduler, or log a warning that it cannot be used."""
     if can_contain(config):
         scheduling = config.scheduler_config
         scheduling.scheduler_cls = scheduling.scheduler_cls or _SCHEDULERS[bool(scheduling.async_scheduling)]
     elif not missing(Feature.CONTAINMENT) and config.scheduler_config.scheduler_cls not in _SCHEDULERS.values():
-        reason = "kv_transfer_config"  # what else is missing is in the log
-        if config.kv_transfer_config is None:
-            reason = f"the custom scheduler {_other_scheduler(config)}"
+        custom = _other_scheduler(config)  # if a name is missing, the log says so already
+        reason = "kv_transfer_config" if config.kv_transfer_config is not None else f"the custom scheduler {custom}"
         logger().warning("With %s, an image that cannot be encoded in the engine's step ends the engine.", reason)
 
 
@@ -189,20 +185,20 @@ def _ec_connector(config: VllmConfig) -> str | None:
 
 
 def is_pipelined(config: VllmConfig) -> bool:
-    """Whether an engine gets its embeddings from this package's EC connector."""
+    """Whether this package's EC connector is configured."""
     return _ec_connector(config) == CONNECTOR
 
 
 def receives_embeddings(config: VllmConfig) -> bool:
-    """Whether an engine gets its embeddings from some EC connector and encodes only what that does not have."""
+    """Whether an engine gets embeddings from some EC connector, and only encodes what that lacks."""
     return _ec_connector(config) is not None and bool(config.ec_transfer_config.is_ec_consumer)
 
 
 def use_connector(config: VllmConfig, client_embeds: bool) -> None:
-    """Give an engine this package's EC connector.
+    """Configure this package's EC connector.
 
-    vLLM lets clients of a consumer send embeddings, because another engine may have computed them. Here none has, so
-    that stays as the user set it (`client_embeds`).
+    vLLM then lets clients send embeddings, because another engine may have computed them. No other engine does so here,
+    so the user's own setting is restored (`client_embeds`).
     """
     from vllm.config import ECTransferConfig
 
@@ -219,14 +215,14 @@ def use_connector(config: VllmConfig, client_embeds: bool) -> None:
 def obstacles_to_pipelining(config: VllmConfig) -> list[str]:
     """Why this package's EC connector cannot or should not be used; empty if it can be.
 
-    A user who names it decides that it should: what the connector cannot see, it then leaves to the step.
+    If the user configured it, only what makes it impossible counts: images that it cannot see are encoded in the step.
     """
     found = []
     media = config.model_config.get_multimodal_config()
     if getattr(media, "video_pruning_rate", None):
         found.append("with --video-pruning-rate, vLLM prunes what its own encoder returns")
     if is_pipelined(config) and config.ec_transfer_config.ec_role != "ec_consumer":
-        found.append(f"{CONNECTOR} gives embeddings to no other engine: its ec_role is ec_consumer")
+        found.append(f"{CONNECTOR} sends embeddings to no other engine: its ec_role is ec_consumer")
     if not can_contain(config):
         ends = "request whose image failed can be ended by this package's scheduler only"
         if way_of(FAILED_REQUESTS) == BY_OUR_SCHEDULER:

@@ -1,17 +1,17 @@
-"""vLLM's real scheduler with a modelled worker, without a model or a device. The self-test and the tests run on it."""
+"""vLLM's real scheduler with a modelled worker, without a model or a device, for the self-test and the tests."""
 
 from __future__ import annotations
 
 import itertools
-from abc import ABC, abstractmethod
+import json
 from collections import deque
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from vllm import ModelRegistry as ModelRegistry
-from vllm.config import ECTransferConfig as ECTransferConfig
-from vllm.config import VllmConfig
+from vllm import ModelRegistry
+from vllm.config import ECTransferConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.multimodal import inputs
 from vllm.sampling_params import SamplingParams
@@ -28,16 +28,19 @@ from vllm.v1.structured_output import StructuredOutputManager
 from visionaccel.core.grid import Grid
 
 GRID, IMAGE_TOKENS = Grid(1, 6, 6), 9
-"""Grid of each image, and the places that it takes in a prompt."""
+"""The grid of each image, and the tokens that it takes in a prompt."""
 
-BLOCK = 8
-"""Tokens in a block of the key-value cache."""
+BLOCK, _BLOCKS = 8, 24
+"""Tokens in a block of the KV cache, and blocks, few enough that requests preempt one another."""
 
-_BLOCKS = 24  # little enough that requests preempt one another
+_CACHED_IMAGES = 3
+"""Images in the encoder cache, few enough that they evict one another; also the most that one step encodes."""
+
 ANSWER = 3
-"""Tokens that a request wants."""
+"""Tokens that a request generates."""
 
 _START, _PLACE, _TEXT = [1, 2], 12, 30
+_LANGUAGE_MODEL = "Qwen2ForCausalLM"
 _numbers = itertools.count()
 
 
@@ -50,14 +53,15 @@ def images_read(request: Any, start: int, end: int) -> list[str]:
     ]
 
 
-class ModelledEngine(ABC):
-    """A scheduler, and what a worker answers to it, with as many steps in flight as vLLM has with that scheduler."""
+class ModelledEngine:
+    """A scheduler, and a subclass's model of a worker, with as many steps in flight as vLLM has with that scheduler."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
         self._depth = 2 if any("Async" in base.__name__ for base in type(scheduler).__mro__) else 1
         self._queue: deque[tuple[SchedulerOutput, Any]] = deque()
-        self.answers: dict[str, list[int]] = {}  # by request, as the next two
+        # By request:
+        self.answers: dict[str, list[int]] = {}
         self.endings: dict[str, str] = {}
         self.reasons: dict[str, Any] = {}  # stop reasons
 
@@ -65,20 +69,19 @@ class ModelledEngine(ABC):
         """[P, patch_width] of an image, by its number."""
         return torch.zeros(GRID.patches, 1)
 
-    @abstractmethod
     def compute(self, step: SchedulerOutput) -> Mapping[str, int]:
-        """Compute a step as a worker would; the token of each request in it."""
+        """Compute a step as a worker would, and return each request's next token."""
+        raise NotImplementedError
 
     def add(self, images: Sequence[int], text: int) -> str:
-        """Add a request of some images and then some tokens of text; returns its name."""
+        """Add a request of some images and then some tokens of text; return its name."""
         init_none_hash(sha256)
         tokens, features = [*_START], []
         for image in images:
             name, field = f"image{image}", inputs.MultiModalSharedField(batch_size=1)
             data = {"pixel_values": self.pixels(image), "image_grid_thw": torch.tensor([GRID.t, GRID.h, GRID.w])}
-            item = inputs.MultiModalKwargsItem(
-                {key: inputs.MultiModalFieldElem(data=value, field=field) for key, value in data.items()}
-            )
+            elements = {key: inputs.MultiModalFieldElem(data=value, field=field) for key, value in data.items()}
+            item = inputs.MultiModalKwargsItem(elements)
             place = inputs.PlaceholderRange(offset=len(tokens), length=IMAGE_TOKENS)
             features.append(inputs.MultiModalFeatureSpec(item, "image", name, place, name))
             tokens += [_PLACE] * IMAGE_TOKENS
@@ -96,12 +99,12 @@ class ModelledEngine(ABC):
         return str(request.request_id)
 
     def abort(self, name: str) -> None:
-        """End a request, as when its client goes away."""
+        """End a request, as when its client disconnects."""
         self.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
         self.endings.setdefault(name, "abort")
 
     def step(self) -> None:
-        """Schedule and compute a step, if the queue has room, and take the oldest step's output, if it has none."""
+        """Schedule and compute a step if not enough are in flight; otherwise return the oldest one's output first."""
         if len(self._queue) < self._depth and self.scheduler.has_requests():
             step = self.scheduler.schedule()
             self._queue.append((step, self._output(step)))
@@ -115,12 +118,13 @@ class ModelledEngine(ABC):
                     self.reasons[output.request_id] = output.stop_reason
 
     def _output(self, step: SchedulerOutput) -> Any:
-        tokens, sampled = self.compute(step), []
-        for name in step.num_scheduled_tokens:
-            request = self.scheduler.requests[name]
-            sampled.append([tokens[name]] if request.num_computed_tokens >= request.num_prompt_tokens else [])
-        names = list(step.num_scheduled_tokens)
-        places = {name: i for i, name in enumerate(names)}
+        tokens, names = self.compute(step), list(step.num_scheduled_tokens)
+        requests = [self.scheduler.requests[name] for name in names]
+        sampled = [
+            [tokens[request.request_id]] if request.num_computed_tokens >= request.num_prompt_tokens else []
+            for request in requests
+        ]
+        places = {name: place for place, name in enumerate(names)}
         return ModelRunnerOutput(req_ids=names, req_id_to_index=places, sampled_token_ids=sampled)
 
     def busy(self) -> bool:
@@ -128,11 +132,8 @@ class ModelledEngine(ABC):
         return bool(self._queue) or self.scheduler.has_unfinished_requests()
 
 
-def make_scheduler(config: VllmConfig, cached_images: int) -> Scheduler:
-    """The scheduler of a configuration, with caches small enough to be evicted and preempted all the time.
-
-    The encoder cache holds that many images, and a step encodes that many at most.
-    """
+def make_scheduler(config: VllmConfig) -> Scheduler:
+    """The scheduler of a configuration, with caches small enough that it often evicts and preempts."""
     config.cache_config.num_gpu_blocks = _BLOCKS
     spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32)
     made: Scheduler = config.scheduler_config.get_scheduler_cls()(
@@ -141,13 +142,13 @@ def make_scheduler(config: VllmConfig, cached_images: int) -> Scheduler:
         StructuredOutputManager(config),
         block_size=BLOCK,
     )
-    made.encoder_cache_manager = EncoderCacheManager(cache_size=cached_images * IMAGE_TOKENS)
-    made.max_num_encoder_input_tokens = cached_images * IMAGE_TOKENS
+    made.max_num_encoder_input_tokens = _CACHED_IMAGES * IMAGE_TOKENS
+    made.encoder_cache_manager = EncoderCacheManager(cache_size=made.max_num_encoder_input_tokens)
     return made
 
 
 def small_config(folder: str, *, asynchronous: bool, **arguments: Any) -> VllmConfig:
-    """An engine configuration of a model's folder for such a scheduler."""
+    """An engine configuration for such a scheduler, of the model in a folder."""
     config: VllmConfig = EngineArgs(
         model=folder,
         dtype="float32",
@@ -160,6 +161,22 @@ def small_config(folder: str, *, asynchronous: bool, **arguments: Any) -> VllmCo
         **arguments,
     ).create_engine_config()
     config.scheduler_config.async_scheduling = asynchronous
-    config.scheduler_config.scheduler_cls = None  # an active plug-in of this process may have set this and the next
+    config.scheduler_config.scheduler_cls = None  # a plug-in that is active here may have set this, and the next one
     config.ec_transfer_config = None
+    return config
+
+
+def config_without_model(folder: Path, connector: type, *, asynchronous: bool) -> VllmConfig:
+    """A `small_config` with an EC connector, and with no weights; its model's configuration is written to a folder.
+
+    The model is a language model, because the scheduler only looks at the images of requests.
+    """
+    # Registered as a class, so that vLLM inspects it in this process and not in a child that imports it.
+    ModelRegistry.register_model(_LANGUAGE_MODEL, ModelRegistry.models[_LANGUAGE_MODEL].load_model_cls())
+    model = {"architectures": [_LANGUAGE_MODEL], "model_type": "qwen2"}
+    (folder / "config.json").write_text(json.dumps(model), encoding="utf-8")
+    config = small_config(str(folder), asynchronous=asynchronous, skip_tokenizer_init=True)
+    config.ec_transfer_config = ECTransferConfig(
+        ec_connector=connector.__name__, ec_role="ec_consumer", ec_connector_module_path=connector.__module__
+    )
     return config

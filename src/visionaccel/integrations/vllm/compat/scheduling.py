@@ -1,4 +1,4 @@
-"""The scheduler's classes and insides: what a step encodes and computes, and how a request ends with an error."""
+"""vLLM's scheduler classes and their internals: what a step encodes and computes, and how a request ends in error."""
 
 from __future__ import annotations
 
@@ -28,33 +28,34 @@ def encoder_cache_holders(scheduler: Scheduler, identifier: str) -> Collection[s
 
 
 def shows_encoder_cache(scheduler: Scheduler) -> bool:
-    """Whether a scheduler's encoder cache is vLLM's own kind, which can be looked into."""
+    """Whether a scheduler's encoder cache has vLLM's own type, with the requests that hold each output."""
     return isinstance(getattr(scheduler.encoder_cache_manager, "cached", None), dict)
 
 
 @dataclass(frozen=True, slots=True)
 class ScheduledItem:
-    """An image or video that a step encodes, by its key in the encoder cache."""
+    """An image or video of a request."""
 
-    identifier: str
-    pixels: Any  # [P, patch_width]; None if this process does not hold them
+    identifier: str  # its key in the encoder cache
+    pixels: Any  # [P, patch_width]; None if this process does not have them
     grid: Any  # (t, h, w)
 
 
 @dataclass(frozen=True, slots=True)
 class StepInFlight:
-    """What must be known of a step until its output is back, as its requests may be aborted or preempted before.
+    """A step whose output has not arrived; its requests may be aborted or preempted before that.
 
-    `touched` are the requests with media that it computes tokens of, each with the first token whose keys may be new: 0
-    for a request that was just admitted, because the prefix cache may have served it from another step in flight.
+    `touched` are the requests with media for which it computes tokens, each with the first token whose keys may be new.
+    That is 0 for a request that was just admitted, because its prefix may come from another step in flight.
     """
 
     step: SchedulerOutput
-    items: tuple[ScheduledItem, ...]
+    began: float  # when scheduling began, on the monotonic clock
+    items: tuple[ScheduledItem, ...]  # that it encodes
     touched: tuple[tuple[Request, int], ...]
 
 
-def step_in_flight(scheduler: Scheduler, step: SchedulerOutput) -> StepInFlight:
+def step_in_flight(scheduler: Scheduler, step: SchedulerOutput, began: float) -> StepInFlight:
     """Record a step that was just scheduled."""
     items = tuple(
         scheduled_item(scheduler.requests[name].mm_features[index])
@@ -67,11 +68,11 @@ def step_in_flight(scheduler: Scheduler, step: SchedulerOutput) -> StepInFlight:
         for name, tokens in step.num_scheduled_tokens.items()
         if (request := scheduler.requests[name]).mm_features
     )
-    return StepInFlight(step, items, touched)
+    return StepInFlight(step, began, items, touched)
 
 
 def scheduled_item(feature: MultiModalFeatureSpec) -> ScheduledItem:
-    """An image or video of a request."""
+    """What is known of an image or video here."""
     data = feature.data or {}
     for pixels, grid in (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")):
         if pixels in data and grid in data:
@@ -82,7 +83,7 @@ def scheduled_item(feature: MultiModalFeatureSpec) -> ScheduledItem:
 def requests_at_stake(
     scheduler: Scheduler, steps: Iterable[StepInFlight], identifiers: Collection[str]
 ) -> dict[str, set[str]]:
-    """Live requests that steps in flight computed from these encoder outputs, each with those that it used."""
+    """Running requests that steps in flight computed from these encoder outputs, each with those that it used."""
     found: dict[str, set[str]] = {}
     for request, start in (entry for step in steps for entry in step.touched):
         if scheduler.requests.get(request.request_id) is not request or request.is_finished():
@@ -95,16 +96,16 @@ def requests_at_stake(
 
 
 def forget_prefixes(scheduler: Scheduler) -> None:
-    """Empty the prefix cache; blocks in use stay with their requests.
+    """Empty the prefix cache, because it does not record which blocks an ended request computed from a faulty output.
 
-    All of it, because which blocks were computed from a faulty output is not recorded for requests that are gone.
+    Blocks in use stay with their requests.
     """
     manager = scheduler.kv_cache_manager
     manager.evict_blocks(set(range(manager.block_pool.num_gpu_blocks)))
 
 
 def forget_encoder_output(scheduler: Scheduler, identifier: str) -> None:
-    """Take an encoder output out of the scheduler's cache; requests that need it encode it again."""
+    """Remove an encoder output from the scheduler's cache; it is encoded again for requests that need it."""
     cache = scheduler.encoder_cache_manager
     for request in scheduler.requests.values():
         for index in sorted(cache.get_cached_input_ids(request)):
@@ -118,15 +119,14 @@ def forget_encoder_output(scheduler: Scheduler, identifier: str) -> None:
 
 
 def recompute_all(scheduler: Scheduler) -> set[str]:
-    """Forget every key and every encoder output, as vLLM does when a model's weights have changed.
+    """Empty the KV and encoder caches, as vLLM does for new weights, and compute running requests from the beginning.
 
-    Running requests wait again and are computed from their images on. Returns the identifiers of the encoder outputs,
-    for the workers to drop.
+    Returns the identifiers of the encoder outputs, which workers must drop.
     """
     identifiers = set(scheduler.encoder_cache_manager.cached) if shows_encoder_cache(scheduler) else set()
     try:
         scheduler.reset_prefix_cache(reset_running_requests=True)
-    except (TypeError, RuntimeError):  # not in this release, or keys come from elsewhere: those in use stay
+    except (TypeError, RuntimeError):  # not in this release, or the KV cache is shared: blocks in use stay
         forget_prefixes(scheduler)
         for identifier in identifiers:
             forget_encoder_output(scheduler, identifier)
@@ -136,7 +136,7 @@ def recompute_all(scheduler: Scheduler) -> set[str]:
 
 
 def append_errors(outputs: dict[int, Any], failed: Iterable[tuple[Request, str]]) -> None:
-    """Add failed requests to a step's outputs, each with its reason as stop reason and as error, if vLLM has that."""
+    """Add failed requests to a step's outputs, each with its reason as stop reason and, if vLLM has it, as error."""
     for request, reason in failed:
         answer = EngineCoreOutput(
             request_id=request.request_id,

@@ -1,4 +1,4 @@
-"""The API server's insides: how a request's error reaches its client, and what `/metrics` shows."""
+"""What is used of vLLM's API server: how a request's error reaches its client, sizes of images, and `/metrics`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from visionaccel.errors import InputError
 from visionaccel.integrations.vllm.compat import logger
 
 if TYPE_CHECKING:
@@ -17,11 +19,33 @@ if TYPE_CHECKING:
 _SERVING = "vllm.entrypoints.generate.base.serving"
 
 _OURS = "_wrapped_by_visionaccel"
-"""Marks each method that this module has wrapped. Other plug-ins wrap methods too."""
+"""An attribute of each method that this module has wrapped, as other plug-ins wrap methods too."""
+
+
+@contextmanager
+def errors_for_clients() -> Iterator[None]:
+    """Turn an `InputError` into one that is also a validation error of vLLM's; for a `with` or as a decorator.
+
+    The API server answers a validation error with status 400 and its message. Later releases of vLLM may not do so for
+    other ValueErrors.
+    """
+    try:
+        yield
+    except InputError as error:
+        kind = type(error)
+        refusal = getattr(import_module("vllm.exceptions"), "VLLMValidationError", InputError)  # not in every release
+        if not isinstance(error, refusal):
+            kind = type(kind.__name__, (kind, refusal), {"parameter": None, "value": None})
+        raise kind(error.message, hint=error.hint) from error
+
+
+def image_size(*, width: int, height: int) -> Any:
+    """A size in pixels, as vLLM's processing information returns it."""
+    return import_module("vllm.multimodal.parse").ImageSize(width=width, height=height)
 
 
 def _wrap(kind: Any, name: str, wrapper: Callable[[Any], Any]) -> bool:
-    """Replace a method by what `wrapper` makes of it, once; whether this call did it."""
+    """Replace a method by the one that `wrapper` makes of it, once; return whether this call did."""
     method = getattr(kind, name, None)
     if method is None or hasattr(method, _OURS):
         return False
@@ -32,15 +56,15 @@ def _wrap(kind: Any, name: str, wrapper: Callable[[Any], Any]) -> bool:
 
 
 class _Explained(str):
-    """The finish reason `error`, with what happened."""
+    """The finish reason `error`, with an explanation for the client."""
 
     reason = ""
 
 
 def explain_errors() -> None:
-    """Have the API server of this process answer a failed completion with its stop reason, where there is one.
+    """Have this process's API server answer a failed completion with its stop reason, if it has one.
 
-    Before 0.33, vLLM answers every failed request with "Internal server error". From 0.33 on it gives the reason.
+    vLLM answers with the reason from 0.33 on, and before with "Internal server error".
     """
     if takes_request_errors():
         return
@@ -61,7 +85,7 @@ def explain_errors() -> None:
 
 
 def _explain_to_clients() -> None:
-    """Have this process's HTTP server, if it is one, look for explanations; called once an output has one."""
+    """Have this process's HTTP server, if it runs one, send explanations; called once an output has one."""
     serving: Any = sys.modules.get(_SERVING)
 
     def wrapper(complain: Any) -> Any:
@@ -77,7 +101,7 @@ def _explain_to_clients() -> None:
 
 
 def explain_pooling_errors() -> None:
-    """Have this process give a failed pooling request its error, and not the empty result that it has.
+    """Have a failed pooling request end with its error in this process, instead of with its empty result.
 
     From 0.33 on the API server looks at the error first, and only the offline `LLM` needs this.
     """
@@ -108,7 +132,7 @@ def explain_pooling_errors() -> None:
 
 
 class _FailedPooling:
-    """The result of a failed pooling request: reading it raises vLLM's error for failed requests."""
+    """The result of a failed pooling request. Reading its `data` raises vLLM's error for failed requests."""
 
     def __init__(self, reason: str) -> None:
         self._reason = reason
@@ -122,20 +146,20 @@ class _FailedPooling:
 
 
 def request_error(reason: str) -> Any:
-    """The error of a request that failed on the server's side: the API server answers 500 with the reason."""
+    """The error of a request that failed on the server's side, which the API server answers with 500 and the reason."""
     return import_module("vllm.outputs").RequestError("vision_encoder", reason)
 
 
 def takes_request_errors() -> bool:
-    """Whether an output of the engine has a field for the error that the client gets."""
+    """Whether the engine's outputs have a field for the error that the client gets."""
     return hasattr(import_module("vllm.v1.engine").EngineCoreOutput, "error")
 
 
 def on_metrics(make: Callable[[], Collector]) -> None:
-    """Show the metrics of the collector that `make` makes in the `/metrics` of this process, if it answers any.
+    """Show the metrics of the collector that `make` makes at this process's `/metrics`, if it serves any.
 
-    One API server answers from prometheus_client's own registry. Several answer each request by a collector of the
-    processes' files, which then brings these metrics too.
+    A single API server answers from prometheus_client's default registry. Of several, each answers with a
+    `MultiProcessCollector`, which then yields these metrics too.
     """
     from prometheus_client import REGISTRY
     from prometheus_client.multiprocess import MultiProcessCollector

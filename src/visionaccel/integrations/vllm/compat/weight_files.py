@@ -1,4 +1,4 @@
-"""Which files vLLM loads a model from, by its own loader, which downloads what is not there."""
+"""The files that vLLM loads a model from, according to its own loader, which downloads missing ones."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ if TYPE_CHECKING:
 _REMEMBERED = "_visionaccel_load_config"
 _OTHER_LOADER = (
     "Use --load-format auto, hf, safetensors, fastsafetensors or instanttensor with safetensors files, or unset "
-    "VISIONACCEL_BACKEND. With VISIONACCEL_BUNDLE too, the files must be known: the bundle is compared with them."
+    "VISIONACCEL_BACKEND. This also applies with VISIONACCEL_BUNDLE, because the bundle is compared with the files."
 )
 
 
 def remember_load_config(config: VllmConfig) -> None:
-    """Note on an engine's model configuration how it is loaded: where processors are made, only that is known."""
+    """Store how a model is loaded in its configuration, as processors only get that."""
     config.model_config.__dict__[_REMEMBERED] = config.load_config
 
 
 def load_config_of(model: ModelConfig) -> LoadConfig | None:
-    """How a model is loaded, as `remember_load_config` noted it."""
+    """What `remember_load_config` stored."""
     return model.__dict__.get(_REMEMBERED)
 
 
 def weight_files(source: str, revision: str | None, load: LoadConfig | None) -> tuple[Path, ...]:
-    """The safetensors files that vLLM loads a model's weights from, downloaded if need be.
+    """The safetensors files that vLLM loads a model's weights from, downloaded if necessary.
 
-    With `--load-format dummy`, which reads no weights, they are those of the default loader. Another loader or format
-    is refused.
+    For `--load-format dummy`, which reads no weights, these are the default loader's. Other loaders and formats are
+    refused.
     """
     loader = require_default_loader(load)
     try:
@@ -51,7 +51,7 @@ def weight_files(source: str, revision: str | None, load: LoadConfig | None) -> 
 
 
 def require_default_loader(load: LoadConfig | None) -> Any:
-    """The default loader of vLLM. Any other that reads weights is refused: it may read them from another place."""
+    """VLLM's default loader. Another one that reads weights is refused, because it may read other files."""
     from vllm.config.load import LoadConfig
     from vllm.model_executor.model_loader import get_model_loader
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
@@ -68,17 +68,17 @@ def require_default_loader(load: LoadConfig | None) -> Any:
         ) from error
     if type(loader) is not DefaultModelLoader:
         raise ConfigurationError(
-            f"with --load-format {load.load_format}, vLLM loads the weights by its {type(loader).__name__}, and the "
-            "files that it reads are not known: the vision encoder could be another model's.",
+            f"with --load-format {load.load_format}, vLLM loads the weights with its {type(loader).__name__}, which "
+            "may read other files, so the vision encoder could be another model's.",
             hint=_OTHER_LOADER,
         )
     return loader
 
 
 def settings_folder(source: str, revision: str | None) -> Path:
-    """The folder with a model's configuration and that of its image processor, downloaded if need be.
+    """The folder with the configurations of a model and its image processor, downloaded if necessary.
 
-    For a repository it may be another folder than that of the weights.
+    For a repository, the weights may be in another folder.
     """
     if Path(source).is_dir():
         return Path(source)

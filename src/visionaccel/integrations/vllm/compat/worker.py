@@ -1,4 +1,4 @@
-"""A worker's insides: what it is doing, its EC connector, and the cores of the processor that vLLM binds it to."""
+"""What is used of vLLM's workers: what they are doing, their EC connector, and the cores that vLLM binds them to."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ _BIND = "VLLM_CPU_OMP_THREADS_BIND"
 
 
 def profiling() -> bool:
-    """Whether this call comes from vLLM's profiling run, whose results are thrown away.
+    """Whether this call comes from vLLM's profiling run, which discards its results.
 
-    Only that frame on the stack proves it; both runners encode dummy images in `profile_run` alone.
+    Only the stack shows it. Both runners encode dummy images in `profile_run`, and only there.
     """
     return _called_by("profile_run", "vllm.v1.worker.")
 
 
 def loading() -> bool:
-    """Whether this call comes from a loader that makes a model, and not from a later update of its weights."""
+    """Whether this call comes from a loader that makes a model, rather than from a later update of its weights."""
     return _called_by("load_model", "vllm.model_executor.model_loader.")
 
 
 def finish_reload(model: nn.Module, model_config: Any) -> None:
-    """Before an error leaves `load_weights`: do what vLLM's `reload_weights` does after it.
+    """Do what vLLM's `reload_weights` does after `load_weights`, before an error leaves the latter.
 
-    It has taken the layers' tensors away, and puts those back that were not loaded. Without them the next step raises,
-    for text too. An update in parts is left alone, as its caller ends it by another call.
+    It removed the layers' tensors, and restores those that were not loaded; without them, the next step raises even for
+    text. Not done for an update in parts, which its caller ends by another call.
     """
     if _called_by("reload_weights", "vllm.v1.worker."):
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
@@ -41,7 +41,7 @@ def finish_reload(model: nn.Module, model_config: Any) -> None:
 
 
 def _called_by(method: str, modules: str) -> bool:
-    """Whether a method of a class that derives from one in vLLM's modules of that prefix is on the stack."""
+    """Whether the stack has a method of a class derived from one in vLLM's modules with this prefix."""
     frame = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == method and any(
@@ -53,7 +53,7 @@ def _called_by(method: str, modules: str) -> bool:
 
 
 def step_timeout() -> float:
-    """Seconds after which vLLM ends an engine whose workers have not ended a step."""
+    """Seconds that a step may take before vLLM ends the engine."""
     from vllm import envs
 
     return float(envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS)
@@ -67,27 +67,30 @@ def worker_connector() -> Any:
 
 
 def step_metadata() -> Any:
-    """What the scheduler sent this worker's EC connector for this step, a new object each time; None without one."""
+    """The metadata of this step for this worker's EC connector, a new object each time; None without a connector."""
     connector = worker_connector()
     return None if connector is None else connector._connector_metadata
 
 
 def first_of_its_group() -> bool:
-    """Whether this worker is the first of its tensor-parallel group, which all encode the same images."""
+    """Whether this worker is the first of its tensor-parallel group, whose workers all encode the same images."""
     from vllm.distributed import parallel_state
 
     return not parallel_state.model_parallel_is_initialized() or parallel_state.get_tensor_model_parallel_rank() == 0
 
 
 def encoder_host(device: str, *, in_step: bool) -> Host | None:
-    """The cores that a language model takes on the CPU; None if it is on another device.
+    """The cores that a language model uses on the CPU; None if it is on another device.
 
     With `in_step`, the encoder runs in a worker's step, during which that worker's language model waits.
     """
     if device.partition(":")[0] != "cpu":
         return None
     bind = os.environ.get(_BIND, "auto")
-    lists = _lists(bind)
+    try:
+        lists = [cores for part in bind.split("|") if (cores := parse_cores(part)) != ALL]
+    except ValueError:  # `auto` and `nobind`, too; vLLM itself refuses what is not a list
+        lists = []
     taken = frozenset().union(*lists)
     if not in_step:
         why = f"{_BIND} lists none for the language model"
@@ -95,7 +98,7 @@ def encoder_host(device: str, *, in_step: bool) -> Host | None:
             why = f"{_BIND}={bind} binds the language model to {shown_cores(taken)}"
         return Host(started_cores(), taken, why)
     bound = process_cores()
-    # A worker that none of the lists binds knows of no others.
+    # A worker that is bound to none of the lists cannot know of other workers.
     taken -= next((cores for cores in lists if bound <= cores), taken)
     why = "the language model waits while images are encoded"
     if taken:
@@ -104,24 +107,15 @@ def encoder_host(device: str, *, in_step: bool) -> Host | None:
 
 
 def started_cores() -> frozenset[int]:
-    """Cores that this process had before OpenMP bound its main thread to some of them.
+    """The cores that this process had before OpenMP bound its main thread to some of them.
 
-    vLLM starts its workers with OpenMP's variables for that, and OpenMP binds them, and the threads they start, when
-    torch is loaded. The engine that started them is not bound.
+    vLLM starts its workers with OpenMP's variables. OpenMP then binds a worker and the threads it starts when torch is
+    loaded, but not the engine that started the worker.
     """
     own, parent = process_cores(), multiprocessing.parent_process()
     if os.environ.get(_BIND) == "nobind" or parent is None or parent.pid is None:
         return own
     try:
         return own | process_cores(parent.pid)
-    except OSError:  # It ended.
+    except OSError:  # the parent has ended
         return own
-
-
-def _lists(bind: str) -> list[frozenset[int]]:
-    """The cores of each worker, if the user lists them; vLLM itself refuses what cannot be read."""
-    try:
-        found = [parse_cores(part) for part in bind.split("|")]
-    except ValueError:  # `auto` and `nobind` too
-        return []
-    return [cores for cores in found if cores != ALL]

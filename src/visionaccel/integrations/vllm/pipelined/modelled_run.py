@@ -1,12 +1,11 @@
 """The self-test's child process: ten requests through vLLM's scheduler with the EC connector and a modelled device.
 
 `python -m visionaccel.integrations.vllm.pipelined.modelled_run FILE LIMIT own|stock async|sync` loads no weights, opens
-no device, and writes its verdict into FILE.
+no device, and writes its verdict to FILE.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import traceback
 from collections import deque
@@ -27,12 +26,10 @@ from visionaccel.integrations.vllm.compat.modelled_engine import (
     ANSWER,
     GRID,
     IMAGE_TOKENS,
-    ECTransferConfig,
     ModelledEngine,
-    ModelRegistry,
+    config_without_model,
     images_read,
     make_scheduler,
-    small_config,
 )
 from visionaccel.integrations.vllm.connector import VisionAccelConnector
 from visionaccel.integrations.vllm.pipelined.pending_images import PendingImages
@@ -42,17 +39,16 @@ from visionaccel.service import Embedding, EncodeService
 
 _WIDTH, _STEPS, _TOKEN = 4, 400, 7
 _BROKEN = 7
-"""The number of the image that no device encodes."""
-
-_ARCHITECTURE = "Qwen2ForCausalLM"
-"""Of a language model: the scheduler looks at a request's images, and not at the model's."""
+"""The number of the image that cannot be encoded."""
 
 
-class ModelledService:
-    """The encode service without threads: `work` encodes images, the first come first."""
+class ModelledConnector(VisionAccelConnector):
+    """The connector, which is also its own encode service: `work` encodes the images in order, without threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, vllm_config: Any, role: Any) -> None:
+        super().__init__(vllm_config, role)  # opens no service, because the model takes no images
         self._queue: deque[tuple[str, Future[Embedding]]] = deque()
+        self._pending_images = PendingImages(cast("EncodeService", self), 100 * self.bytes_of(GRID))
 
     def submit(self, *_: Any, key: str, **__: Any) -> Future[Embedding]:
         future: Future[Embedding] = Future()
@@ -63,36 +59,25 @@ class ModelledService:
         return IMAGE_TOKENS * _WIDTH * 4
 
     def work(self) -> None:
-        """Encode the image that has waited longest."""
+        """Encode the image that has waited longest and was not cancelled."""
         while self._queue:
             key, future = self._queue.popleft()
-            if not future.set_running_or_notify_cancel():
-                continue
-            if key == f"image{_BROKEN}":
-                future.set_exception(DeviceError("the modelled device cannot encode it."))
-            else:
-                future.set_result(_rows_of(key))
-            return
-
-
-class ModelledConnector(VisionAccelConnector):
-    """The connector with a modelled service."""
-
-    def __init__(self, vllm_config: Any, role: Any) -> None:
-        super().__init__(vllm_config, role)  # opens nothing: the configuration is of a language model
-        self.modelled = ModelledService()
-        self._service = cast("EncodeService", self.modelled)
-        self._pending_images = PendingImages(self._service, 100 * self.modelled.bytes_of(GRID))
+            if future.set_running_or_notify_cancel():
+                if key == f"image{_BROKEN}":
+                    future.set_exception(DeviceError("the modelled device cannot encode it."))
+                else:
+                    future.set_result(_rows_of(key))
+                return
 
 
 class _Engine(ModelledEngine):
-    """An engine that knows which requests have read another embedding than their image's."""
+    """An engine that records which requests have read an embedding that is not their image's."""
 
     def __init__(self, scheduler: Any) -> None:
         super().__init__(scheduler)
         self._rows: dict[str, NDArray[Any]] = {}
         self.misled: set[str] = set()
-        self.encoded = 0  # images that the worker was to encode itself
+        self.encoded = 0  # images that the worker had to encode itself
 
     def compute(self, step: Any) -> Mapping[str, int]:
         for identifier in step.free_encoder_mm_hashes:
@@ -113,39 +98,25 @@ def _rows_of(identifier: str) -> NDArray[np.float32]:
 
 
 def run_modelled(*, contained: bool, asynchronous: bool) -> Finding:
-    """Play the requests with one of this package's schedulers or, if not `contained`, of vLLM's own.
+    """Run the requests with one of this package's schedulers or, if not `contained`, of vLLM's own.
 
-    A finding with a fix is not a verdict: something was raised before the requests had ended.
+    A finding with a fix is not a verdict: an exception was raised before the requests had ended.
     """
     try:
         with temporary_folder("visionaccel-self-test-") as folder:
-            problem = _play(_engine(folder, contained, asynchronous))
-    except Exception as error:  # Of vLLM's, because it is not what we know; or the machine's, such as a full disk.
+            config = config_without_model(folder, ModelledConnector, asynchronous=asynchronous)
+            if contained:
+                engine_config.use_contained_scheduler(config)
+            problem = _play(_Engine(make_scheduler(config)))
+    except Exception as error:  # vLLM behaves differently, or the machine has a problem, such as a full disk
         place = traceback.extract_tb(error.__traceback__)[-1]
         said = f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
         return Finding(NAME, "failure", said, "Fix what the message names; the self-test runs again at each start.")
-    if problem is None:
-        return Finding(NAME, "pass", "every request ended as it should")
-    return Finding(NAME, "failure", problem)
-
-
-def _engine(folder: Path, contained: bool, asynchronous: bool) -> _Engine:
-    # vLLM looks at the model's class in this process, and not in a child that imports it.
-    ModelRegistry.register_model(_ARCHITECTURE, ModelRegistry.models[_ARCHITECTURE].load_model_cls())
-    (folder / "config.json").write_text(
-        json.dumps({"architectures": [_ARCHITECTURE], "model_type": "qwen2"}), encoding="utf-8"
-    )
-    config = small_config(str(folder), asynchronous=asynchronous, skip_tokenizer_init=True)
-    config.ec_transfer_config = ECTransferConfig(
-        ec_connector=ModelledConnector.__name__, ec_role="ec_consumer", ec_connector_module_path=__name__
-    )
-    if contained:
-        engine_config.use_contained_scheduler(config)
-    return _Engine(make_scheduler(config, cached_images=4))
+    return Finding(NAME, "failure" if problem else "pass", problem or "every request ended as expected")
 
 
 def _play(engine: _Engine) -> str | None:
-    """Play the requests; what went wrong, or None if nothing did."""
+    """Run the requests; return what went wrong, or None."""
     connector: Any = engine.scheduler.ec_connector
     if not isinstance(connector, ModelledConnector):
         return f"the scheduler has the connector {type(connector).__name__}"
@@ -159,7 +130,7 @@ def _play(engine: _Engine) -> str | None:
         engine.add([2, _BROKEN], 3): "error",
     }
     if not _until(engine, lambda: text in engine.endings):
-        return "a request of text does not end while others wait for their images"
+        return "a text request does not end while others wait for their images"
     early = [name for name in wanted if name != text and engine.answers[name]]
     if early:
         return f"{early[0]} was answered before its image was encoded"
@@ -168,7 +139,7 @@ def _play(engine: _Engine) -> str | None:
     engine.step()
     engine.abort(aborted)
     wanted |= {engine.add([3, 2], 3): "length", engine.add([0, 1, 2], 10): "length", engine.add([], 50): "length"}
-    if not _until(engine, lambda: not engine.busy(), connector.modelled.work):
+    if not _until(engine, lambda: not engine.busy(), connector.work):
         lost = [name for name in wanted if name not in engine.endings]
         return f"{lost[0] if lost else 'the last step'} does not end"
     if engine.encoded:
@@ -183,7 +154,7 @@ def _play(engine: _Engine) -> str | None:
 
 
 def _until(engine: ModelledEngine, done: Callable[[], bool], work: Callable[[], None] = lambda: None) -> bool:
-    """Play steps until something is the case, with some work of the device every third; whether it came to that."""
+    """Run steps until a condition holds, with some work of the device at every third; return whether it holds."""
     for step in range(_STEPS):
         if done():
             return True
@@ -194,7 +165,7 @@ def _until(engine: ModelledEngine, done: Callable[[], bool], work: Callable[[], 
 
 
 def main(file: str, limit: str, scheduler: str, timing: str) -> None:
-    """Play the requests, and write the verdict as a finding into a file; give up after some seconds."""
+    """Run the requests, and write the verdict to a file as a finding; give up after `limit` seconds."""
     give_up_after(float(limit))
     write_findings(file, [run_modelled(contained=scheduler == "own", asynchronous=timing == "async")])
 

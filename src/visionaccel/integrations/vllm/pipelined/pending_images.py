@@ -1,6 +1,6 @@
 """The images that requests in vLLM's scheduler wait for, and their embeddings until they are used.
 
-Requests and images are known by their identifiers. Every method is called from the engine's step, so none waits.
+Every method is called from the engine's step, so none of them waits.
 """
 
 from __future__ import annotations
@@ -17,67 +17,65 @@ from visionaccel.service import Embedding, EncodeService
 
 @dataclass(frozen=True, slots=True)
 class WantedItem:
-    """An image or video of a request: vLLM's key of its content, and what errors call it, such as `image 2`."""
+    """An image or video of a request."""
 
-    identifier: str
-    label: str
+    identifier: str  # vLLM's key for its content
+    label: str  # what errors call it, such as `image 2`
     patches: Array  # [P, patch_width]
     grid: Grid
 
 
 @dataclass(eq=False)
 class _PendingImage:
-    """One item that some requests want, and the embedding once it is there."""
+    """One item that some requests need, and its embedding once it is encoded."""
 
     future: Future[Embedding]
     grid: Grid
     size: int
     requests: set[str] = field(default_factory=set)
-    suspect: bool = False  # it was being encoded when embeddings were forgotten
+    suspect: bool = False  # whether it was being encoded when a device was distrusted
 
     @property
     def rows(self) -> Embedding | None:
-        """The embedding; None if it is not there, or encoding failed."""
+        """The embedding; None if it is not encoded yet, or failed."""
         return self.future.result() if self.future.done() and self.future.exception() is None else None
 
 
 class PendingImages:
-    """Submits items for requests, holds their embeddings until they are used, and knows whose item failed.
+    """Submits items for requests, holds their embeddings until they are used, and records which requests failed.
 
-    A requested embedding is held here even if the service's cache evicts it; otherwise two requests with several images
-    each could keep evicting one another's. What is held or being encoded is bounded by `size`, in bytes of embeddings:
-    beyond it, only the request that has waited longest submits more, and requests that already hold KV blocks.
+    An embedding stays here even if the service's cache evicts it; otherwise two requests with several images each could
+    evict one another's again and again. At most `size` bytes of embeddings are held or being encoded. Beyond that, only
+    the request that has waited longest, and requests that hold KV cache, may submit more items.
 
-    With a `refusal`, nothing can encode, and every item fails for that reason.
+    With a `refusal`, every item fails for that reason. Without a service, nothing may be submitted.
     """
 
-    def __init__(self, service: EncodeService, size: int, refusal: VisionAccelError | None = None) -> None:
+    def __init__(self, service: EncodeService | None, size: int, refusal: VisionAccelError | None = None) -> None:
         self._service, self._size, self._refusal = service, size, refusal
         self._pending: dict[str, _PendingImage] = {}
-        self._requests: dict[str, set[str]] = {}
-        self._waiting: dict[str, None] = {}  # requests that miss something, the one that has waited longest first
+        self._waiting: dict[str, None] = {}  # requests that lack embeddings, in the order in which they began to wait
         self._failures: dict[str, tuple[str, VisionAccelError]] = {}
-        self.held = 0  # bytes, those being encoded included
+        self.held = 0  # bytes that are held or being encoded
 
     def ready(self, request: str, items: Sequence[WantedItem], arrival: float, *, urgent: bool) -> bool:
-        """Whether the embeddings of all these items are here for a request; those that are not are submitted.
+        """Whether a request has the embeddings of all these items; submits the missing ones.
 
         A request whose item failed is never ready; see `failures`. Requests that arrived earlier are served first. An
-        `urgent` one, for whose memory others may wait, goes before them and may exceed the bound.
+        `urgent` request, which holds memory that others may wait for, goes before them and may exceed the bound.
         """
         self._waiting.setdefault(request)
         ready = True
         for item in items:
             pending = self._pending.get(item.identifier)
             if pending is not None and pending.suspect and pending.rows is not None:
-                self._forget(item.identifier, pending)  # the service has it, unless it was wrong
+                self._forget(item.identifier, pending)  # the service still has it, unless it was wrong
                 pending = None
             pending = pending or self._submit(request, item, arrival, urgent)
             if pending is None:
                 ready = False
                 continue
             pending.requests.add(request)
-            self._requests.setdefault(request, set()).add(item.identifier)
             error = _error(pending, item)
             if error is not None:
                 self._failures.setdefault(request, (item.label, error))
@@ -87,47 +85,43 @@ class PendingImages:
         return ready
 
     def get(self, identifier: str) -> Embedding | None:
-        """An item's embedding, if it is here."""
+        """An item's embedding; None if there is none."""
         pending = self._pending.get(identifier)
         return None if pending is None or pending.suspect else pending.rows
 
     def requests(self) -> list[str]:
-        """Requests that wait for something or hold it."""
-        return list(self._requests)
+        """The requests that wait for items or hold them."""
+        return list({request for pending in self._pending.values() for request in pending.requests})
 
     def settle(self, request: str, identifiers: Iterable[str]) -> None:
-        """A request no longer needs these: it has them in vLLM's cache, or has read them."""
-        wanted = self._requests.get(request)
-        if wanted is None:
-            return
-        for identifier in wanted.intersection(identifiers):
-            wanted.discard(identifier)
+        """Release items that a request no longer needs, because vLLM caches them or it has read them."""
+        for identifier in identifiers:
             self._drop(request, identifier)
-        if not wanted:
-            del self._requests[request]
 
     def failures(self) -> dict[str, tuple[str, VisionAccelError]]:
-        """Requests whose item failed since the last call, each with the item's label and why."""
+        """The requests whose item failed since the last call, each with the item's label and why."""
         failures, self._failures = self._failures, {}
         return failures
 
     def forget_done(self) -> None:
-        """Drop the embeddings that are here or being encoded: they may be wrong. Requests submit them again."""
+        """Drop all embeddings, and those being encoded once they are done; requests submit their items again."""
         for identifier, pending in list(self._pending.items()):
             pending.suspect = True
             if pending.future.done():
                 self._forget(identifier, pending)
 
     def release(self, request: str) -> None:
-        """A request has ended or was aborted: drop what no other request wants."""
+        """Drop what only this request needs, because it has ended or was aborted."""
         self._failures.pop(request, None)
         self._waiting.pop(request, None)
-        for identifier in self._requests.pop(request, ()):
+        for identifier in list(self._pending):
             self._drop(request, identifier)
 
     def _submit(self, request: str, item: WantedItem, arrival: float, urgent: bool) -> _PendingImage | None:
+        """Submit an item; None if the bound or the service's queue does not allow it now."""
         if self.held > self._size and not urgent and next(iter(self._waiting)) != request:
             return None
+        assert self._service is not None
         size = 0
         try:
             if self._refusal is not None:
@@ -146,26 +140,24 @@ class PendingImages:
         return pending
 
     def _forget(self, identifier: str, pending: _PendingImage) -> None:
-        for request in pending.requests:
-            self._requests[request].discard(identifier)
         del self._pending[identifier]
         self.held -= pending.size
 
     def _drop(self, request: str, identifier: str) -> None:
-        pending = self._pending[identifier]
-        pending.requests.discard(request)
-        if not pending.requests:
-            pending.future.cancel()
-            del self._pending[identifier]
-            self.held -= pending.size
+        pending = self._pending.get(identifier)
+        if pending is not None and request in pending.requests:
+            pending.requests.discard(request)
+            if not pending.requests:
+                pending.future.cancel()
+                self._forget(identifier, pending)
 
 
 def _error(pending: _PendingImage, item: WantedItem) -> VisionAccelError | None:
-    """Why a pending image is of no use for an item, if that is known."""
-    if pending.grid != item.grid:  # its rows would not be as many as vLLM has places for
+    """Why an item cannot use a pending image; None if it can, or that is not known yet."""
+    if pending.grid != item.grid:  # the embedding would have another number of rows than the prompt has placeholders
         return GridError(
             f"its identifier {item.identifier!r} also names one of grid {pending.grid}, and it has grid {item.grid}.",
-            hint="A client gave one uuid to different images.",
+            hint="Give different images different uuids in requests.",
         )
     error = pending.future.exception() if pending.future.done() else None
     return error if error is None or isinstance(error, VisionAccelError) else DeviceError(f"{error!r}")

@@ -1,7 +1,7 @@
-"""Whether the pipelined mode works with the vLLM that is installed: tested once for each build, and remembered.
+"""Tests once for each build of vLLM whether the pipelined mode works with it, and remembers the verdict.
 
-The self-test takes some seconds, in a child process, when the configuration is made: the mode decides how the model is
-built and how vLLM plans memory. The verdict is remembered by a digest of the files that the mode relies on.
+The test takes some seconds in a child process. It runs when the configuration is made, because the mode decides how the
+model is built and how vLLM plans memory. The verdict is remembered by a digest of the files that the mode relies on.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from visionaccel.integrations.vllm.compat.contract import Feature, entries_of
 
 NAME = "self-test"
 LIMIT = 180.0
-"""Seconds that it may take: importing vLLM on a busy machine takes most of a minute."""
+"""Seconds that it may take; importing vLLM alone takes most of a minute on a busy machine."""
 
 _MODULE = "visionaccel.integrations.vllm.pipelined.modelled_run"
 _PACKAGES = ("visionaccel.integrations.vllm", "vllm.v1.core", "vllm.distributed.ec_transfer")
 
 
 def problem(*, contained: bool, asynchronous: bool) -> str | None:
-    """What went wrong in the self-test, now or for this build before; None if it passed.
+    """What went wrong in the self-test, in this or an earlier process; None if it passed.
 
     It runs with this package's scheduler if `contained`, and otherwise with vLLM's own.
     """
@@ -42,15 +42,15 @@ def problem(*, contained: bool, asynchronous: bool) -> str | None:
 
 
 class _NoVerdictError(Exception):
-    """The self-test could not be run, so that there is nothing to remember."""
+    """The self-test could not be run, so there is no verdict to remember."""
 
 
 def _run(kind: tuple[str, str]) -> str:
-    """What went wrong; empty if nothing did."""
+    """What went wrong; empty if the test passed."""
     from visionaccel.isolation import CheckProcess
 
     compat.logger().info("visionaccel: testing the pipelined mode on this vLLM, which takes some seconds.")
-    # The child must not encode, trace, or write into the server's folder.
+    # The child must not encode, trace, or use the server's memory.
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -62,7 +62,7 @@ def _run(kind: tuple[str, str]) -> str:
 
 
 def _verdict(found: Sequence[Finding]) -> str:
-    """What a child found, as `_run` returns it. A finding with a fix is about the machine, and no verdict."""
+    """The verdict among a child's findings; a finding with a fix is about the machine, and is not a verdict."""
     own = next((finding for finding in found if finding.name == NAME and not finding.fix), None)
     if own is None:
         raise _NoVerdictError(found[0].detail)
@@ -70,7 +70,7 @@ def _verdict(found: Sequence[Finding]) -> str:
 
 
 def _key(kind: tuple[str, str]) -> str:
-    """Under which the verdict for this build is remembered."""
+    """The key of the verdict for this build."""
     digest = hashlib.sha256(repr((release(), __version__, sys.version_info[:3], kind)).encode())
     for path in sorted(set(filter(Path.is_file, _files()))):
         digest.update(f"{path.name} {path.stat().st_size}\n".encode())
@@ -79,7 +79,7 @@ def _key(kind: tuple[str, str]) -> str:
 
 
 def _files() -> Iterator[Path]:
-    """Of vLLM, what the mode relies on and the scheduler's parts; of this package, all of the integration."""
+    """The files of vLLM that the mode relies on, those of its scheduler, and all of this integration's."""
     yield Path(contract.__file__).with_name("contract.toml")
     entries = (*entries_of(Feature.PIPELINED), *entries_of(Feature.CONTAINMENT))
     for module in {*_PACKAGES, *(need.module for entry in entries for need in entry.needs)}:

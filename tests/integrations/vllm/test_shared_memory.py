@@ -1,4 +1,4 @@
-"""The memory in which a worker tells the scheduler of items it could not encode."""
+"""The memory that processes share, in which a worker reports to the scheduler the items that it could not encode."""
 
 import multiprocessing
 import os
@@ -13,19 +13,23 @@ import torch
 
 from visionaccel.core.grid import Grid
 from visionaccel.errors import ConfigurationError
-from visionaccel.integrations.vllm.inline.fault_channel import (
+from visionaccel.integrations.vllm.shared_memory import _VARIABLE as MEMORY
+from visionaccel.integrations.vllm.shared_memory import (
     ALL_ITEMS,
+    FAULTS,
     LOST,
+    METRICS,
     REPLACED,
+    Area,
     Fault,
     FaultReader,
+    make_shared_memory,
     report_fault,
+    shared_memory,
 )
-from visionaccel.integrations.vllm.shared_memory import _VARIABLE as MEMORY
-from visionaccel.integrations.vllm.shared_memory import FAULTS, METRICS, Area, make_shared_memory, shared_memory
 from visionaccel.service import item_key
 
-WORKER = "from visionaccel.integrations.vllm.inline.fault_channel import Fault, report_fault\n"
+WORKER = "from visionaccel.integrations.vllm.shared_memory import Fault, report_fault\n"
 
 
 @pytest.fixture
@@ -169,7 +173,7 @@ def test_what_an_earlier_engine_left_is_not_read(shared):
 def test_the_place_of_a_killed_engine_is_used_again(shared):
     run(
         "import os, signal\n"
-        "from visionaccel.integrations.vllm.inline.fault_channel import FaultReader\n"
+        "from visionaccel.integrations.vllm.shared_memory import FaultReader\n"
         "reader = FaultReader('e')\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n",
         check=False,
@@ -186,7 +190,7 @@ def test_each_engine_of_a_server_reads_its_own_workers_alone(shared):
     worker = WORKER + 'assert report_fault(Fault("k", "m"), "e")'
     code = (
         "import subprocess, sys\n"
-        "from visionaccel.integrations.vllm.inline.fault_channel import FaultReader\n"
+        "from visionaccel.integrations.vllm.shared_memory import FaultReader\n"
         "reader = FaultReader('e')\n"
         f"subprocess.run([sys.executable, '-c', {worker!r}])\n"
         "print([fault.key for fault in reader.new()])\n"
@@ -289,7 +293,7 @@ def test_memory_that_the_system_does_not_give_refuses_the_start(monkeypatch):
 def test_a_launcher_that_ends_leaves_no_file_and_its_processes_go_on_without_a_warning(tmp_path, end):
     worker = WORKER + (
         "import sys, time\n"
-        "from visionaccel.integrations.vllm.inline.fault_channel import FaultReader\n"
+        "from visionaccel.integrations.vllm.shared_memory import FaultReader\n"
         "from visionaccel.integrations.vllm.published_metrics import publish\n"
         "metrics = publish()\n"
         "reader = FaultReader('e')\n"
