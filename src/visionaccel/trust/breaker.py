@@ -1,4 +1,4 @@
-"""The breaker of a link: whether it receives images."""
+"""The breaker of a link: whether it receives images, which it does only in the state `closed`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The chain of encoders, and the shadow that compares a share of its answers with the reference's.
 
-An image fails alone: it does not fail the others of its call.
+No image is lost while a healthy encoder remains, and an image fails alone: it does not fail the others of its call.
 """
 
 from __future__ import annotations

@@ -1,4 +1,17 @@
-"""One link of a chain: an encoder with a deadline and a canary, opened when needed, and disabled while it fails."""
+"""One link of a chain: an encoder with a deadline and a canary, opened when needed, and disabled while it fails.
+
+These rules hold on any schedule:
+
+- Every call through a link (a request, a canary or the opening itself, in this process or in a child) returns
+  within its deadline, or is ended with its process, or the link is disabled. The deadline counts from when the call
+  begins, which is after at most one deadline for each earlier call. A call has no other deadline.
+- No caller waits longer than that, not even one that closes the link.
+- An encode that outlasts the engine's step goes on: until it returns the link accepts no other encode, and its
+  deadline still holds.
+- A disabled link is tried again in the background, after a delay that doubles each time; it is enabled once its
+  canary has passed.
+- An answer is discarded if the link was found to give wrong answers during the call.
+"""
 
 from __future__ import annotations
 
@@ -50,18 +63,6 @@ _WORDS = {
 
 class ChainLink:
     """An encoder with its breaker and its canary. Safe to use from several threads; several chains may share one.
-
-    These rules hold on any schedule:
-
-    - Every call through a link (a request, a canary or the opening itself, in this process or in a child) returns
-      within its deadline, or is ended with its process, or the link is disabled. The deadline counts from when the call
-      begins, which is after at most one deadline for each earlier call. A call has no other deadline.
-    - No caller waits longer than that, not even one that closes the link.
-    - An encode that outlasts the engine's step goes on: until it returns the link accepts no other encode, and its
-      deadline still holds.
-    - A disabled link is tried again in the background, after a delay that doubles each time; it is enabled once its
-      canary has passed.
-    - An answer is discarded if the link was found to give wrong answers during the call.
 
     Args:
         name: The link's name in messages, such as the backend's name.
