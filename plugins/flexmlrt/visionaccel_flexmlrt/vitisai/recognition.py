@@ -25,10 +25,10 @@ from visionaccel_flexmlrt.vitisai.layout import Boundary
 if TYPE_CHECKING:
     import onnx
 
-STILL = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Cast", "Transpose"})
+_STILL = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Cast", "Transpose"})
 """Operators that move no elements with suitable attributes; `moved` checks those."""
 
-PRODUCTS = frozenset({"Conv", "Gemm", "MatMul"})
+_PRODUCTS = frozenset({"Conv", "Gemm", "MatMul"})
 
 _FLOAT32 = 1
 _MOST_AXES = 16
@@ -90,7 +90,7 @@ def recognise_host(spec: TowerSpec, graph: OnnxGraph, boundary: Boundary | None)
         entry, taken = _entry(spec, graph, pixels, boundary.inputs[0].name), boundary.outputs[0].name
     tokens = len(entry.order)
     output = TensorSpec(embeddings.name, "float32", (tokens, spec.out_width))
-    exit_nodes = _chain(graph, output.name, taken, STILL | _GATHER)
+    exit_nodes = _chain(graph, output.name, taken, _STILL | _GATHER)
     if taken is None:
         taken = graph.nodes[exit_nodes[0]].input[0]
     reverse_order = _gather_index(graph, exit_nodes)
@@ -129,7 +129,7 @@ def _chain(graph: OnnxGraph, tensor: str, start: str | None, kinds: frozenset[st
             origin = "a gather of what the device returns" if start is None else repr(start)
             raise UnknownHostError(f"{tensor!r} is not made from {origin} by the host's operators")
         node = graph.nodes[place]
-        if not is_plain(node, kinds):
+        if not _is_plain(node, kinds):
             raise UnknownHostError(f"{named(node)} is not one of the host's operators")
         nodes.append(place)
         if start is None and node.op_type == "Gather":
@@ -153,9 +153,9 @@ def _find_entry(spec: TowerSpec, graph: OnnxGraph, pixels: TensorSpec) -> _Entry
 
 def _entry(spec: TowerSpec, graph: OnnxGraph, pixels: TensorSpec, given: str) -> _Entry:
     """The nodes from the patches to the device's input, with the shapes followed through them."""
-    chain = _chain(graph, given, pixels.name, STILL | PRODUCTS | _GATHER)
-    kinds = [kind for kind in (graph.nodes[place].op_type for place in chain) if kind not in STILL]
-    if len(kinds) != 2 or kinds[0] not in PRODUCTS:
+    chain = _chain(graph, given, pixels.name, _STILL | _PRODUCTS | _GATHER)
+    kinds = [kind for kind in (graph.nodes[place].op_type for place in chain) if kind not in _STILL]
+    if len(kinds) != 2 or kinds[0] not in _PRODUCTS:
         raise UnknownHostError("the patches are not embedded once and then gathered once")
     order = _gather_index(graph, chain)
     tokens, merged = len(order), spec.merged
@@ -186,11 +186,11 @@ def _follow(
     weights: Mapping[str, NDArray[Any]] = {}
     for place in chain:
         node = graph.nodes[place]
-        if node.op_type in PRODUCTS:
-            kernel, bias, shape = product(graph, node, shape)
+        if node.op_type in _PRODUCTS:
+            kernel, bias, shape = _product(graph, node, shape)
             weights = _embedding(spec, kernel, bias, named(node))
         elif node.op_type == "Gather":
-            check_gathers(node, shape, tokens)
+            _check_gathers(node, shape, tokens)
         else:
             shape = moved(graph, node, shape)
     return shape, weights
@@ -250,19 +250,19 @@ def end_operators(graph: OnnxGraph) -> list[int]:
     before: list[int] = []
     for place in sorted(graph.descendants(tensor.name for tensor in graph.inputs)):
         before.append(place)
-        if not is_plain(graph.nodes[place], STILL | PRODUCTS):
+        if not _is_plain(graph.nodes[place], _STILL | _PRODUCTS):
             break
     after: list[int] = []
     tensor = graph.outputs[0].name if graph.outputs else ""
     while (last := graph.makers.get(tensor)) is not None and len(after) < _MOST_STEPS:
         after.append(last)
-        if not is_plain(graph.nodes[last], STILL):
+        if not _is_plain(graph.nodes[last], _STILL):
             break
         tensor = graph.nodes[last].input[0]
     return [*before, *(place for place in reversed(after) if place not in before)]
 
 
-def is_plain(node: onnx.NodeProto, kinds: frozenset[str]) -> bool:
+def _is_plain(node: onnx.NodeProto, kinds: frozenset[str]) -> bool:
     """Whether a node is a standard operator of these kinds."""
     return node.op_type in kinds and node.domain in ("", "ai.onnx") and bool(node.input) and bool(node.output)
 
@@ -272,7 +272,7 @@ def named(node: onnx.NodeProto) -> str:
     return f"{node.op_type} {node.name!r}"
 
 
-def product(
+def _product(
     graph: OnnxGraph, node: onnx.NodeProto, shape: tuple[int, ...]
 ) -> tuple[NDArray[Any], NDArray[Any] | None, tuple[int, ...]]:
     """The matrix [outputs, inputs] that a product multiplies rows by, its bias, and the shape of its output.
@@ -320,7 +320,7 @@ def product(
     return matrix, bias.reshape(-1), result
 
 
-def check_gathers(node: onnx.NodeProto, shape: tuple[int, ...], tokens: int) -> None:
+def _check_gathers(node: onnx.NodeProto, shape: tuple[int, ...], tokens: int) -> None:
     """Refuse a gather of anything but whole tokens, on the first axis that is not of size 1."""
     axis = _integer(node, "axis", 0)
     if not -len(shape) <= axis < len(shape) or shape[axis] != tokens or math.prod(shape[: axis % len(shape)]) != 1:
@@ -328,7 +328,7 @@ def check_gathers(node: onnx.NodeProto, shape: tuple[int, ...], tokens: int) -> 
 
 
 def moved(graph: OnnxGraph, node: onnx.NodeProto, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape after an operator of `STILL`; UnknownHostError if it moves elements or does not return float32."""
+    """The shape after an operator of `_STILL`; UnknownHostError if it moves elements or does not return float32."""
     result: tuple[int, ...] | None
     if node.op_type in ("Identity", "Cast"):  # `_shape_after` would copy the elements
         result = shape if node.op_type == "Identity" or _integer(node, "to", 0) == _FLOAT32 else None
