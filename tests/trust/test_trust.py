@@ -118,7 +118,7 @@ def test_the_bundle_opens_whichever_write_of_new_golden_images_fails(tiny, tmp_p
         (lambda tensors, entries: entries[0].update(grids=[]), "grids"),
         (lambda tensors, entries: entries[0].update(threshold=2), "threshold"),
         (lambda tensors, entries: entries[0].update(code="import os"), "code"),
-        (lambda tensors, entries: entries.extend(entries * 300), "over 256"),
+        (lambda tensors, entries: entries.extend(entries * 300), "at most 256"),
         (lambda tensors, entries: entries.append("x"), "golden images"),
     ],
     ids=["missing", "cut", "NaN", "odd grid", "no grid", "threshold", "unknown", "too many", "no entry"],
