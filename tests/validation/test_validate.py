@@ -130,7 +130,7 @@ def test_without_transformers_tower_the_certificate_says_that_the_reference_is_n
     assert not certificate.independent
     print_certificate(certificate, "bundle")
     assert "The reference is not independent" in " ".join(capsys.readouterr().out.split())
-    assert "no vision tower for ThirdPartyModel. The reference is visionaccel's own tower" in caplog.text
+    assert "no vision tower for ThirdPartyModel. The reference is visionaccel's own float32 tower" in caplog.text
 
 
 class Recorded(IsolatedSession):
