@@ -94,7 +94,7 @@ def measured(tiny, tmp_path_factory):
     """One real run: the command's result, its report, and its plot."""
     folder = tmp_path_factory.mktemp("bench")
     site = install(folder / "site", "broken-backend", "broken", BROKEN)
-    backends = ("--backend", "torch_ref", "--backend", "onnxrt", "--backend", "broken", "--backend", "broken@dies")
+    backends = ("--backend", "onnxrt", "--backend", "broken", "--backend", "broken@dies")
     files = ("--plot", folder / "latency.png", "--output", folder / "report.json", "--json")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(site)
@@ -118,7 +118,7 @@ def test_every_contender_is_measured_on_every_grid(measured):
     _, report, folder = measured
     assert report == json.loads((folder / "report.json").read_text())
     works = {each["label"]: each for each in report["contenders"] if each["name"] != "broken"}
-    assert list(works) == ["torch_ref", "onnxrt", "transformers float32", "transformers bfloat16"]
+    assert list(works) == ["onnxrt", "transformers float32", "transformers bfloat16"]
     for each in works.values():
         assert each["device"] == "cpu"
         assert each["startup_seconds"] > 0
@@ -145,7 +145,7 @@ def test_every_contender_is_measured_on_every_grid(measured):
 def test_accuracy_is_against_transformers_in_float32(measured):
     _, report, _ = measured
     found = {each["label"]: each["grids"] for each in report["contenders"] if each["error"] is None}
-    for on_grid in (*found["torch_ref"], *found["onnxrt"], *found["transformers float32"]):
+    for on_grid in (*found["onnxrt"], *found["transformers float32"]):
         assert on_grid["accuracy"]["lowest_cosine"] > 0.99999
         assert on_grid["accuracy"]["relative_error"] < 1e-4
     for on_grid in found["transformers bfloat16"]:
