@@ -3,6 +3,7 @@
 import random
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -30,6 +31,8 @@ GRID = (1, 4, 4)
 
 class Scripted(Gate):
     """A session that does what the test says, call by call: an error, a spoilt answer, or a right one."""
+
+    restarts = 0
 
     def __init__(self, session):
         super().__init__(session)
@@ -350,6 +353,21 @@ def test_a_canary_that_the_steps_end_cuts_off_goes_on_and_is_not_repeated(tiny):
     link.close()
 
 
+def test_an_encode_that_waits_for_another_does_not_begin_after_its_step(tiny):
+    link, device = scripted(tiny, "first", deadline=60.0)
+    device.shut()
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(link.encode, random_patches([GRID]), [Grid(*GRID)])
+        device.wait_for_calls(1)
+        answer = link.encode(random_patches([GRID]), [Grid(*GRID)], until=time.monotonic() + 0.3)
+        assert isinstance(answer, DeadlineError)
+        device.let_in()
+        assert len(other.result(20)) == 4
+    wait_until(lambda: link.ready)
+    assert len(device.calls) == 1
+    link.close()
+
+
 def test_an_encode_that_the_steps_end_cut_off_does_not_hold_up_closing(tiny):
     link, device = scripted(tiny, "first", deadline=60.0)
     device.shut()
@@ -541,6 +559,19 @@ def test_a_shadow_looks_at_its_share_and_skips_what_it_has_no_time_for(tiny):
     first.close()
 
 
+def test_a_shadow_compares_with_no_reference_that_is_disabled(tiny):
+    first, _ = scripted(tiny, "first")
+    link, device = scripted(tiny, "reference", cool_down=60.0)
+    shadow, patches = Shadow(1.0, 0.99, link), random_patches([GRID])
+    link.distrust("for the test")
+    shadow.offer(first, patches, Grid(*GRID), np.zeros((4, 24), np.float32))
+    wait_until(lambda: shadow.skipped == 1)
+    assert (device.calls, shadow.compared) == ([], 0)
+    assert first.breaker.closed
+    shadow.close()
+    first.close()
+
+
 def test_closing_a_shadow_drops_what_waits_and_takes_no_more(tiny, caplog):
     first, _ = scripted(tiny, "first")
     link, gate = scripted(tiny, "reference")
@@ -649,7 +680,8 @@ def test_a_canary_that_cannot_be_encoded_is_a_failure_and_not_a_lie(tiny):
     first, device = scripted(tiny, "first", canary_on=True, failures=2)
     forgotten = []
     first.on_drift(lambda: forgotten.append(True))
-    device.script = ["right", OSError("gone")]
+    device.script = [OSError("gone"), "right", OSError("gone")]
+    assert "a test picture could not be encoded" in first.check().failure
     assert first.check().failure is None
     result = first.check()
     assert result.failure is not None
@@ -682,6 +714,44 @@ def test_a_device_that_keeps_lying_is_forgotten_once(tiny, hung_before):
     device.script = ["drift"]
     assert first.check().wrong
     assert forgotten == [True, True], "it was used in between"
+    first.close()
+
+
+def test_a_device_that_was_enabled_for_a_moment_between_two_lies_is_forgotten_again(tiny):
+    first, device = scripted(tiny, "first", canary_on=True, cool_down=0.05)
+    forgotten, go_on = [], threading.Event()
+
+    class LateReport:
+        """Holds up the report that the link is enabled."""
+
+        def __enter__(self):
+            assert not first.breaker.closed or go_on.wait(20)
+
+        def __exit__(self, *_):
+            pass
+
+    first._telling = LateReport()
+    first.on_drift(lambda: forgotten.append(True))
+    first.distrust("for the test")
+    wait_until(lambda: first.breaker.closed)
+    device.script = ["drift"] * 100
+    first.breaker.trip("it hung", hangs=True)
+    go_on.set()
+    wait_until(lambda: len(forgotten) == 2)
+    first.close()
+
+
+def test_an_answer_of_a_process_that_restarted_after_its_canary_is_dropped(tiny):
+    first, device = scripted(tiny, "first", canary_on=True)
+    right_run = device.run
+
+    def run(inputs):
+        device.restarts = 1  # as if it ended with the first canary
+        return right_run(inputs)
+
+    device.run = run
+    assert len(first.encode(random_patches([GRID]), [Grid(*GRID)])) == 4
+    assert len(device.calls) == 4, "a canary and an encode for each process"
     first.close()
 
 

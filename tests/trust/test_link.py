@@ -156,8 +156,8 @@ def test_only_the_process_with_the_call_is_ended(tiny, tmp_path):
 def test_a_process_that_starts_too_slowly_is_a_failure_and_not_a_hang(tiny, tmp_path):
     guarded, _ = in_a_process(tiny, tmp_path)
     (link,) = guarded.links
-    supervisor = link.encoder_if_open.programs[0].session._supervisor
-    opened = threading.Event()
+    session = link.encoder_if_open.programs[0].session
+    supervisor, opened = session._supervisor, threading.Event()
 
     start = supervisor._open
 
@@ -166,8 +166,8 @@ def test_a_process_that_starts_too_slowly_is_a_failure_and_not_a_hang(tiny, tmp_
         return start()
 
     supervisor._open = slow
-    os.kill(supervisor.pid, signal.SIGKILL)
-    wait_until(lambda: supervisor.pid is None)
+    os.kill(session.pid, signal.SIGKILL)
+    wait_until(lambda: session.pid is None)
     (answer,) = guarded.encode_items(image(1), [GRID])
     assert isinstance(answer, DeviceLostError)
     assert "has been starting for" in answer.message
@@ -432,6 +432,14 @@ def test_a_fallback_that_fails_to_open_again_and_again_is_opened_in_the_backgrou
     (answer,) = guarded.encode_items(image(1), [GRID])
     assert answer.fallback
     guarded.close()
+
+
+def test_a_device_that_fails_to_open_at_the_start_is_not_tried_twice(tiny, openings):
+    scripts, opened = openings
+    scripts["onnxrt"] = [DeviceError("out of memory.")] * 2
+    with pytest.raises(DeviceError, match="out of memory"):
+        open_guarded(open_tower(tiny), Settings(backend="onnxrt"), (None,))
+    assert opened == ["onnxrt"]
 
 
 def test_a_configuration_that_is_wrong_is_not_tried_twice_by_one_request(tiny, openings):

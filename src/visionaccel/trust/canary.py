@@ -178,8 +178,8 @@ class Keeper:
                     failure = self.check(encoder).failure if self.unverified else None
                 if failure is not None:
                     raise DeviceError(f"{self._link.name} failed its canary: {failure}")
-            before, answer = self._link.restarts, attempt()
-            if not self._on or self._link.restarts == before:
+            verified, answer = self._passed_restarts, attempt()
+            if not self._on or self._link.restarts == verified:
                 return answer  # otherwise it may come from a process that no canary has checked
 
     def check(self, encoder: Encoder) -> CanaryResult:
@@ -329,4 +329,4 @@ def _picture(encoder: Encoder) -> Golden:
     first, last = rng.standard_normal((2, tower.patch_width), dtype=np.float32)
     angles = np.linspace(0, np.pi, grid.patches, dtype=np.float32)[:, None]
     patches = np.cos(angles) * first + np.sin(angles) * last
-    return Golden("a slope", "", (grid,), patches, np.empty((0, tower.out_width), np.float32), _SAME)
+    return Golden("a test picture", "", (grid,), patches, np.empty((0, tower.out_width), np.float32), _SAME)

@@ -64,7 +64,7 @@ class Shadow:
 
     Attributes:
         compared: Answers compared so far.
-        skipped: Answers that it had no time to compare.
+        skipped: Answers that it had no time to compare, or while the reference was disabled.
         drifted: Answers beyond the limit.
     """
 
@@ -93,6 +93,10 @@ class Shadow:
         self._reference.close(0.0)
 
     def _compare(self, link: ChainLink, patches: NDArray[np.float32], grid: Grid, rows: NDArray[np.float32]) -> None:
+        if not self._reference.ready:
+            with self._lock:
+                self.skipped += 1
+            return
         started = time.perf_counter()
         answer = self._reference.encode(patches, [grid], purpose="shadow")
         if isinstance(answer, VisionAccelError):

@@ -161,12 +161,15 @@ class ChainLink:
             purpose: The encode's purpose, for reports.
         """
 
+        seconds = self.deadline * max(1, len(grids))
+
         def compute() -> Array:
+            if until is not None and _too_late(until, seconds):  # it had to wait for the canary, or for another call
+                raise no_time()
             assert self.encoder_if_open is not None
             return self.encoder_if_open.encode(patches, grids, purpose=purpose, queue_seconds=queue_seconds)
 
-        seconds = self.deadline * max(1, len(grids))
-        work = partial(self._encode, in_callers_stream(patches, compute), seconds, until)
+        work = partial(self._encode, in_callers_stream(patches, compute), seconds)
         answer = self._within_step(work, seconds, until)
         encoder = self.encoder_if_open
         if isinstance(answer, VisionAccelError) and not isinstance(answer, InputError) and encoder is not None:
@@ -181,11 +184,14 @@ class ChainLink:
         assert self.encoder_if_open is not None
         return self._keeper.check(self.encoder_if_open)
 
-    def open(self) -> Encoder:
+    def open(self, tries: int = 1) -> Encoder:
         """Return the encoder. If it is not open, one caller opens it while the others wait.
 
         An opening that is late goes on, and its encoder is used once it is open. After a failure only a probe opens it
         again.
+
+        Args:
+            tries: How often to try within the deadline for openings.
 
         Raises:
             VisionAccelError: Why there is none.
@@ -194,7 +200,8 @@ class ChainLink:
             return self.encoder_if_open
         try:
             with device_errors(f"opening {self.name}"):  # also if no thread can be started
-                return self._bounded(self._opened, self.open_deadline, f"{self.name} did not open", _OPENING)
+                opened = partial(self._opened, tries)
+                return self._bounded(opened, self.open_deadline, f"{self.name} did not open", _OPENING)
         except VisionAccelError as error:
             if not self._closed:
                 self.breaker.trip(f"it cannot be opened: {error.message}")
@@ -293,23 +300,18 @@ class ChainLink:
         except Exception as error:  # for example, no thread can be started
             return DeviceError(f"encoding failed with {type(error).__name__}: {error}")
 
-    def _encode(self, compute: Callable[[], Array], seconds: float, until: float | None) -> Array | VisionAccelError:
+    def _encode(self, compute: Callable[[], Array], seconds: float) -> Array | VisionAccelError:
         """Open the encoder if needed and call it once its canary has passed; record the outcome in the breaker."""
         try:
-            encoder = self.open()
+            encoder = self.open(tries=2)  # perhaps no other link can answer
         except VisionAccelError as error:
             return DeviceError(f"{self.name} cannot be opened: {error.message}", hint=error.hint)
-
-        def attempt() -> Array:
-            if until is not None and _too_late(until, seconds):
-                raise no_time()
-            return self.call(compute, seconds)
 
         distrusted = self._distrusted
         answer: Array | VisionAccelError
         try:
             with device_errors("encoding"):
-                answer = self._keeper.run_verified(encoder, attempt)
+                answer = self._keeper.run_verified(encoder, partial(self.call, compute, seconds))
         except VisionAccelError as error:
             answer = error
         if self._distrusted != distrusted and not isinstance(answer, InputError):
@@ -320,20 +322,20 @@ class ChainLink:
             self.breaker.failed(answer.message)
         return answer
 
-    def _opened(self) -> Encoder:
+    def _opened(self, tries: int) -> Encoder:
         """Open the encoder if no earlier caller has; raise if one failed to, unless this is a probe."""
         if self.encoder_if_open is not None:
             return self.encoder_if_open
         if self.breaker.state is BreakerState.OPEN:
             raise DeviceError(f"an earlier try failed; {self.breaker.reason}", hint="It is tried again soon.")
         assert self._make is not None
-        for last in (False, True):
+        for left in reversed(range(tries)):
             try:
                 with device_errors(f"opening {self.name}"):
                     encoder = self._make()
                 break
             except DeviceError as error:
-                if last or not worth_a_retry(error):
+                if not (left and worth_a_retry(error)):
                     raise
                 logger.warning("Opening encoder %r failed; trying once more: %s", self.name, error)
         with self._lock:
@@ -360,7 +362,7 @@ class ChainLink:
     def _is_closed(self) -> DeviceError:
         return DeviceError(f"{self.name} is closed.", hint="Open a new one.")
 
-    def _breaker_changed(self, _: BreakerState, reason: str) -> None:
+    def _breaker_changed(self, changed: BreakerState, reason: str) -> None:
         if self._closed:  # a probe that closing has ended says nothing about the device
             return
         with self._telling:  # several changes may come at once: the last report is the state
@@ -370,7 +372,7 @@ class ChainLink:
             if encoder is not None and encoder.hooks.visionaccel_breaker.get_hookimpls():
                 report = BreakerReport(encoder.backend, encoder.capabilities.device, state.value, reason)
                 self._reports.add(partial(tell, partial(encoder.hooks.visionaccel_breaker, report=report)))
-        if state is BreakerState.CLOSED:
+        if changed is BreakerState.CLOSED:  # even if it is open again: it was used in between
             self._lies = False
         if state is BreakerState.OPEN:
             self._keeper.wake()
