@@ -6,6 +6,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -642,29 +643,20 @@ def test_two_threads_get_one_registry_and_one_observer(monkeypatch):
             time.sleep(0.05)
 
     made = []
-    slow = registry.Registry
 
-    class SlowRegistry(slow):
-        def __init__(self):
-            time.sleep(0.05)
-            made.append(self)
-            super().__init__()
+    def slow_registry():
+        time.sleep(0.05)
+        made.append(registry.Registry())
+        return made[-1]
 
-    monkeypatch.setattr(registry, "Registry", SlowRegistry)
-    default = default_registry()
-    registry._default.cache_clear()
-    try:
-        with ThreadPoolExecutor(4) as pool:
-            found = {id(each.result()) for each in [pool.submit(default_registry) for _ in range(4)]}
-        assert len(found) == len(made) == 1
-    finally:
-        registry._default.cache_clear()
-        monkeypatch.setattr(registry, "Registry", lambda: default)
-        assert default_registry() is default
+    monkeypatch.setattr(registry, "_default", cache(slow_registry))
+    with ThreadPoolExecutor(4) as pool:
+        found = {id(each.result()) for each in [pool.submit(default_registry) for _ in range(4)]}
+    assert len(found) == len(made) == 1
     with ThreadPoolExecutor(4) as pool:
         each = [pool.submit(observers.installed, Observer, Observer) for _ in range(4)]
         assert len({id(one.result()) for one in each}) == 1
-    default.plugins.unregister(each[0].result())
+    default_registry().plugins.unregister(each[0].result())
 
 
 def test_settings_open_a_service_whose_devices_have_the_deadline(tiny):

@@ -160,7 +160,6 @@ class ChainLink:
             until: The latest time to return, on the monotonic clock.
             purpose: The encode's purpose, for reports.
         """
-
         seconds = self.deadline * max(1, len(grids))
 
         def compute() -> Array:
