@@ -29,7 +29,7 @@ from visionaccel.bundle.manifest import (
     seal,
     stated_coverage,
 )
-from visionaccel.bundle.onnx_tensors import check_tensors, point_at_weights
+from visionaccel.bundle.onnx_tensors import check_names, point_at_weights
 from visionaccel.bundle.processor import processor_digest, require_processor
 from visionaccel.bundle.stripping import STRIP_NOTE, read_strip_note, strip_checkpoint
 from visionaccel.bundle.upgrades import SCHEMA_VERSION
@@ -37,7 +37,7 @@ from visionaccel.bundle.upgrades import SCHEMA_VERSION
 __all__ = [
     "GOLDEN_FILE", "MANIFEST", "MOST_PATCHES", "SCHEMA_VERSION", "STRIP_NOTE", "Bundle", "BundleFile", "Certificate",
     "Golden", "Manifest", "ProgramEntry", "ProgramRequest", "ProgramResult", "Progress", "appearing", "as_json",
-    "check_tensors", "counter", "export_bundle", "external_checkpoint", "is_bundle", "json_schema", "new_manifest",
+    "check_names", "counter", "export_bundle", "external_checkpoint", "is_bundle", "json_schema", "new_manifest",
     "open_bundle", "parse_manifest", "point_at_weights", "processor_digest", "program_name", "pull_bundle",
     "push_bundle", "read_golden", "read_strip_note", "require_processor", "require_space", "seal",
     "stated_coverage", "stated_file", "strip_checkpoint", "toolchain", "tower_digest", "write_description",

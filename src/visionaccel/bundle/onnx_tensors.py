@@ -1,4 +1,4 @@
-"""Tensors of ONNX models: their names and bytes must be unique, and weights are read from the tower's files.
+"""Tensors of ONNX models: their names must be unique, and weights are read from the tower's files.
 
 The references to files that a model itself contains are never followed.
 """
@@ -6,15 +6,13 @@ The references to files that a model itself contains are never followed.
 from __future__ import annotations
 
 import math
-import posixpath
 from collections import Counter
 from collections.abc import Mapping
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from visionaccel.core.dtypes import DTYPES, FLOATS
-from visionaccel.core.onnx_graphs import ExternalData, every_tensor, graphs_in, is_external, point_at, tensors_of
+from visionaccel.core.onnx_graphs import ExternalData, every_tensor, is_external, point_at
 from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import BundleError
 
@@ -23,25 +21,6 @@ if TYPE_CHECKING:
 
 _AGAIN = "Export the model again."
 _MOST_DIMENSIONS = 32
-
-
-def check_tensors(model: onnx.ModelProto, where: object) -> None:
-    """Check that no two tensors of a model have the same name or share bytes of a file.
-
-    Raises:
-        BundleError: If two tensors do, or a reference to external data is malformed; the message begins with `where`.
-    """
-    ranges: dict[str, list[tuple[int, int, str]]] = {}
-    for graph in graphs_in(model.graph):
-        _check_names(graph, where)
-        for tensor in filter(is_external, tensors_of(graph)):
-            location, begin, end = _range(tensor, where)
-            if begin < end:
-                ranges.setdefault(location, []).append((begin, end, tensor.name))
-    for location, places in ranges.items():
-        for (_, end, one), (begin, _, other) in pairwise(sorted(places)):
-            if begin < end:
-                raise BundleError(f"{where}: tensors {one!r} and {other!r} overlap in {location!r}.", hint=_AGAIN)
 
 
 def point_at_weights(model: bytes, weights: Mapping[str, StoredTensor], folder: Path) -> bytes:
@@ -59,7 +38,7 @@ def point_at_weights(model: bytes, weights: Mapping[str, StoredTensor], folder: 
         proto = onnx.load_model_from_string(model)
     except Exception as error:  # protobuf's decoding error is not part of its public interface
         raise BundleError(f"a program is not an ONNX model: {error}", hint=_AGAIN) from error
-    _check_names(proto.graph, "a program")
+    check_names(proto.graph, "a program")
     initializers = list(proto.graph.initializer)
     proto.graph.ClearField("initializer")
     if any(is_external(tensor) for tensor in every_tensor(proto)):
@@ -95,8 +74,8 @@ def _point(initializer: onnx.TensorProto, weights: Mapping[str, StoredTensor], f
     point_at(initializer, ExternalData.at(stored, folder))
 
 
-def _check_names(graph: onnx.GraphProto, where: object) -> None:
-    """Refuse a graph in which two weights, inputs or outputs of nodes have the same name."""
+def check_names(graph: onnx.GraphProto, where: object) -> None:
+    """Raise BundleError, which begins with `where`, if two weights, inputs or outputs of nodes have the same name."""
     weights = Counter(tensor.name for tensor in graph.initializer)
     weights.update(tensor.values.name for tensor in graph.sparse_initializer)
     twice = next((name for name, count in weights.items() if count > 1), None)
@@ -107,22 +86,3 @@ def _check_names(graph: onnx.GraphProto, where: object) -> None:
     twice = next((name for name, count in made.items() if count > 1 or name in weights), None)
     if twice is not None:
         raise BundleError(f"{where}: more than one input, weight or operator defines {twice!r}.", hint=_AGAIN)
-
-
-def _range(tensor: onnx.TensorProto, where: object) -> tuple[str, int, int]:
-    """Return the file of a tensor's data, its first byte and the byte after its last."""
-    try:
-        place = ExternalData.of(tensor)
-        length = _data_bytes(tensor) if place.length is None else place.length
-    except (ValueError, KeyError) as error:
-        raise BundleError(f"{where}: external data of {tensor.name!r}: {error}.", hint=_AGAIN) from error
-    return posixpath.normpath(place.location), place.offset, place.offset + length
-
-
-def _data_bytes(tensor: onnx.TensorProto) -> int:
-    from onnx import helper
-
-    if len(tensor.dims) > _MOST_DIMENSIONS:  # the product of very many sizes alone takes minutes
-        raise ValueError(f"{len(tensor.dims)} dimensions")
-    items: int = math.prod(tensor.dims)
-    return items * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize

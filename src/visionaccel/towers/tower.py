@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from copy import copy
 from functools import cached_property, partial
 from pathlib import Path
@@ -28,7 +28,6 @@ from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.errors import ConfigurationError
 from visionaccel.towers.family import Family, has_every_weight, plain_weights
 from visionaccel.towers.host import GROUPED, RASTER, Host
-from visionaccel.towers.operations import Operations, count_operations
 from visionaccel.towers.tables import Signature, checkpoint_signature, signature, tower_tables
 
 
@@ -265,10 +264,6 @@ class Tower:
             CheckpointError: If a weight that the host needs is missing or cannot be read.
         """
         return Host(self.spec, program, self.weights if program.host else {})
-
-    def operations(self, grids: Sequence[Grid]) -> Operations:
-        """Count the floating-point operations of one call."""
-        return count_operations(self.spec, grids)
 
     def onnx_model(
         self,

@@ -14,6 +14,7 @@ from visionaccel.families import Tower
 from visionaccel_bench.blocks import Seconds
 from visionaccel_bench.encode.contenders import STOCK
 from visionaccel_bench.encode.encoding import Accuracy, EncodePlan, Peak, Taken
+from visionaccel_bench.encode.operations import count_operations
 
 _BUSY = 1.2
 """If a contender's slowest turn takes more times as long as its fastest, a note says so."""
@@ -120,7 +121,7 @@ def make_encode_report(
     """Make the report of what `measure_encodes` returned."""
     grids = []
     for grid in plan.grids:
-        work, tokens = tower.operations([grid]), grid.tokens(tower.merge_size)
+        work, tokens = count_operations(tower.spec, [grid]), grid.tokens(tower.merge_size)
         grids.append(GridOperations(str(grid), grid.patches, tokens, work.total, work.full_attention_share))
     by_label = {each.contender.label: each for each in taken}
     contenders = tuple(_contender(each, by_label, plan.grids, grids, peak) for each in taken)

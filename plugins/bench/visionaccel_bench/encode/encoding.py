@@ -25,6 +25,7 @@ from visionaccel.core.orphans import temporary_folder
 from visionaccel.errors import DeadlineError, DeviceError
 from visionaccel.families import Tower
 from visionaccel_bench.encode.contenders import BUNDLE, REFERENCE, Contender, absence
+from visionaccel_bench.encode.operations import count_operations
 from visionaccel_bench.server import log_end, quiet_environment
 
 TABLE = tuple(Grid.parse(text) for text in ("16x16", "16x32", "32x32", "32x64", "64x64", "64x128", "128x128"))
@@ -327,7 +328,7 @@ class _Run:
         """Measure the machine, in a process that the first turn starts: after those of the contenders."""
         if self.peak.error is not None:
             return
-        operations = self._tower.operations([grid])
+        operations = count_operations(self._tower.spec, [grid])
         products = (*operations.linears, *operations.merger)
         shapes = list(dict.fromkeys((min(each.rows, _MOST_ROWS), each.inner, each.columns) for each in products))
         time.sleep(_PAUSE)

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 import os
+import posixpath
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from visionaccel.bundle import check_tensors
+from visionaccel.bundle import check_names
 from visionaccel.core.bounded_files import read_bounded
 from visionaccel.core.contracts import TensorSpec
 from visionaccel.core.dtypes import DTYPES, OF_ONNX
@@ -28,6 +30,7 @@ from visionaccel.errors import BundleError
 
 EXPORT_AGAIN = "Export and compile the tower again."
 OTHER_CHECKPOINT = "Pass the checkpoint that the artifact was compiled from."
+_WRITE_AGAIN = "Export the model again."
 _AGAIN = "Fetch the folder again, or export and compile the tower again."
 _MOST_MODEL_BYTES = 2**31
 """Protobuf's own limit."""
@@ -70,7 +73,7 @@ class OnnxGraph:
 
     def __init__(self, model: onnx.ModelProto, path: Path) -> None:
         self.model, self.path = model, path
-        check_tensors(model, path)
+        _check_tensors(model, path)
         self.nodes: Sequence[onnx.NodeProto] = model.graph.node
         self.weights = {tensor.name: tensor for tensor in model.graph.initializer}
         self.makers: dict[str, int] = {}
@@ -294,6 +297,35 @@ def external_files(model: onnx.ModelProto) -> frozenset[str]:
         for item in tensor.external_data
         if item.key == "location"
     )
+
+
+def _check_tensors(model: onnx.ModelProto, path: Path) -> None:
+    """Refuse a model in which two tensors have the same name or share bytes of a file."""
+    ranges: dict[str, list[tuple[int, int, str]]] = {}
+    for graph in graphs_in(model.graph):
+        check_names(graph, path)
+        for tensor in filter(is_external, tensors_of(graph)):
+            location, begin, end = _range(tensor, path)
+            if begin < end:
+                ranges.setdefault(location, []).append((begin, end, tensor.name))
+    for location, places in ranges.items():
+        for (_, end, one), (begin, _, other) in pairwise(sorted(places)):
+            if begin < end:
+                raise BundleError(f"{path}: tensors {one!r} and {other!r} overlap in {location!r}.", hint=_WRITE_AGAIN)
+
+
+def _range(tensor: onnx.TensorProto, path: Path) -> tuple[str, int, int]:
+    """Return the file of a tensor's data, its first byte and the byte after its last."""
+    try:
+        place = ExternalData.of(tensor)
+        length = place.length
+        if length is None:
+            if len(tensor.dims) > _MOST_DIMENSIONS:  # the product of very many sizes alone takes minutes
+                raise ValueError(f"{len(tensor.dims)} dimensions")
+            length = math.prod(tensor.dims) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    except (ValueError, KeyError) as error:
+        raise BundleError(f"{path}: external data of {tensor.name!r}: {error}.", hint=_WRITE_AGAIN) from error
+    return posixpath.normpath(place.location), place.offset, place.offset + length
 
 
 def _parts(graph: onnx.GraphProto) -> Iterator[int]:

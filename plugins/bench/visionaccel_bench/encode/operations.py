@@ -14,7 +14,7 @@ import numpy as np
 
 from visionaccel.core.grid import Grid, total_patches
 from visionaccel.core.tower_spec import Gated, Linear, Merge, Step, TowerSpec
-from visionaccel.towers.tables import window_order
+from visionaccel.towers import window_order
 
 
 @dataclass(frozen=True, slots=True)
