@@ -20,11 +20,6 @@ from visionaccel.core.invalid_values import problems_of
 from visionaccel.core.safe_text import one_line, safe_logger
 from visionaccel.errors import SettingsError
 
-__all__ = [
-    "FORMER_NAMES", "PREFIX", "VARIABLES", "Settings", "load_settings", "make_settings", "parse_options",
-    "unknown_variables",
-]  # fmt: skip
-
 logger = safe_logger(__name__)
 
 PREFIX = "VISIONACCEL_"

@@ -21,11 +21,6 @@ from visionaccel.core.arrays import Array
 from visionaccel.core.program import Program
 from visionaccel.errors import ConfigurationError
 
-__all__ = [
-    "Accepted", "CallParts", "Capabilities", "Finding", "Isolation", "Options", "QuantizedModel", "Rejected",
-    "Session", "Status", "Verdict", "VisionBackend", "call_parts", "watch_parts",
-]  # fmt: skip
-
 
 @dataclass(frozen=True, slots=True)
 class Accepted:

@@ -15,10 +15,6 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = [
-    "Array", "as_host_tensor", "as_numpy", "constant_rows", "dtype_name", "finite_rows", "is_tensor", "split_rows",
-]  # fmt: skip
-
 Array: TypeAlias = Any
 """A numpy array, or a torch tensor where a session declares `takes_tensors`."""
 

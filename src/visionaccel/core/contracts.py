@@ -12,8 +12,6 @@ from visionaccel.core.arrays import Array, constant_rows, dtype_name, finite_row
 from visionaccel.core.grid import Grid, total_patches
 from visionaccel.errors import NonFiniteError, OutputError, PatchesError
 
-__all__ = ["PATCH_DTYPES", "TensorSpec", "check_embeddings", "check_output", "check_patches"]
-
 PATCH_DTYPES = frozenset({"float32", "float16", "bfloat16"})
 """Dtypes in which patches are accepted."""
 

@@ -10,8 +10,6 @@ from typing import Any, Self, SupportsIndex
 
 from visionaccel.errors import GridError
 
-__all__ = ["Grid", "GridLike", "as_grids", "total_patches"]
-
 
 @dataclass(frozen=True, slots=True, order=True)
 class Grid:

@@ -15,12 +15,6 @@ from visionaccel.core.tower_spec import TowerSpec
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = [
-    "CHECKPOINT", "DEVICE_TENSORS", "EMBEDDINGS", "EP_CONTEXT", "GRIDS", "HOST_AFTER", "HOST_BEFORE", "ONNX",
-    "ONNX_FUSED", "ONNX_MODELS", "ONNX_STANDARD", "PATCH_EMBEDDINGS", "PIXELS", "WINDOW_EMBEDDINGS",
-    "AnyGrid", "Bucket", "Coverage", "FixedGrid", "HostSplit", "OperatorDialect", "Precision", "Program",
-]  # fmt: skip
-
 ONNX = "onnx"
 """An ONNX model as bytes, with its external data under `Program.folder`. A model for any grid is written in ONNX
 Runtime's operators (`com.microsoft`), one of fixed shapes in standard operators."""

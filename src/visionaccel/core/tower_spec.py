@@ -16,11 +16,6 @@ from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
-__all__ = [
-    "APART", "JOINT", "Activation", "ActivationKind", "Gated", "Linear", "Merge", "Norm", "NormKind", "Positions",
-    "Step", "TowerSpec",
-]  # fmt: skip
-
 NormKind: TypeAlias = Literal["layer", "rms"]
 ActivationKind: TypeAlias = Literal["gelu", "gelu_tanh", "quick_gelu", "silu"]
 
