@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from visionaccel.cli.output import number
 from visionaccel_bench.blocks import DASH, Bar, Bars, Block, Table, Text, seconds
 from visionaccel_bench.encode.encode_report import ContenderReport, EncodeReport, GridOperations, GridReport
 from visionaccel_bench.encode.placement import PlacementReport
@@ -13,6 +12,11 @@ from visionaccel_bench.serve.serve_report import Concurrency, Latencies, ModeRep
 from visionaccel_bench.serve.serve_report import Report as ServeReport
 
 _GIB = 2**30
+
+
+def number(value: float | None) -> str:
+    """Format a number with two decimals; None as a dash."""
+    return "-" if value is None else f"{value:.2f}"
 
 
 def encode_blocks(report: EncodeReport) -> Iterator[Block]:

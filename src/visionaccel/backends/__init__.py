@@ -26,6 +26,7 @@ from visionaccel.backends.spec import (
     Verdict,
     VisionBackend,
     call_parts,
+    checked_options,
     watch_parts,
 )
 from visionaccel.core.containment import contained
@@ -34,5 +35,5 @@ __all__ = [
     "AUTO", "GROUP", "Accepted", "BackendEntry", "BreakerReport", "CallParts", "Candidate", "Capabilities",
     "DriftReport", "EncodeReport", "FailureReport", "Finding", "Isolation", "Options", "ProgramSource", "Purpose",
     "QuantizedModel", "Registry", "Rejected", "Selection", "Session", "Verdict", "VisionBackend", "call_parts",
-    "contained", "default_registry", "hookimpl", "select", "watch_parts",
+    "checked_options", "contained", "default_registry", "hookimpl", "select", "watch_parts",
 ]  # fmt: skip

@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from visionaccel.core.arrays import Array
+from visionaccel.core.invalid_values import problems_of
 from visionaccel.core.program import Program
-from visionaccel.errors import ConfigurationError
+from visionaccel.errors import ConfigurationError, SettingsError
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,6 +283,17 @@ class VisionBackend(ABC):
             DeviceError: If the device refuses or fails; any other exception is reported as one.
             ArtifactError: If the program's files are broken.
         """
+
+
+def checked_options(backend: VisionBackend, options: Mapping[str, Any]) -> Options:
+    """Validate options by name; SettingsError, whose hint lists the names, if the backend does not take them."""
+    try:
+        return backend.options.model_validate(dict(options))
+    except ValidationError as error:
+        known = ", ".join(backend.options.model_fields) or "none"
+        raise SettingsError(
+            f"invalid options of backend {backend.name!r}: {problems_of(error)}.", hint=f"Options it takes: {known}."
+        ) from error
 
 
 @dataclass(slots=True)

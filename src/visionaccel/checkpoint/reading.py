@@ -38,20 +38,17 @@ class Checkpoint:
         folder: The folder. Files may be symbolic links, as in the Hugging Face cache.
         files: The files with the weights, in any folder, if another program chose them: no others are read. Default:
             the shards that the index names; without an index, every safetensors file in the folder.
-        config: The configuration. Default: `config.json`.
 
     Raises:
         CheckpointError: If a file is missing, unreadable, truncated or inconsistent with its header, if there are no
             weights, or if the names, dtypes or shapes in an index and in a single file next to it differ.
     """
 
-    def __init__(
-        self, folder: Path, *, files: Iterable[Path] | None = None, config: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, folder: Path, *, files: Iterable[Path] | None = None) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise CheckpointError(f"{self.folder} is not a folder.", hint="Pass the folder that holds config.json.")
-        self.config: Mapping[str, Any] = read_json(self.folder / "config.json") if config is None else config
+        self.config: Mapping[str, Any] = read_json(self.folder / "config.json")
         self._given = None if files is None else tuple(map(Path, files))
 
     @property

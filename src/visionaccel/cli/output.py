@@ -136,16 +136,6 @@ def check_writable(*files: Path | None) -> None:
             )
 
 
-def write_json(value: Any, file: Path | None) -> None:
-    """Write a document as `print_json` prints it into a file, if one is given."""
-    if file is None:
-        return
-    try:
-        file.write_text(json.dumps(value, indent=1, default=str) + "\n")
-    except OSError as error:
-        raise ConfigurationError(f"{file} cannot be written: {error}", hint="Pass a different file.") from error
-
-
 def _table(title: str, **given: Any) -> Table:
     """Make a compact table, which fits into a terminal of 80 columns."""
     return Table(title=title or None, box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), **given)
@@ -201,11 +191,6 @@ def print_details(title: str, details: Mapping[str, object]) -> None:
             table.add_row(name, str(detail))
     results.print(table)
     results.print()
-
-
-def number(value: float | None) -> str:
-    """Format a number with two decimals; None as a dash."""
-    return "-" if value is None else f"{value:.2f}"
 
 
 def print_json(value: Any) -> None:

@@ -5,12 +5,6 @@ from visionaccel.encoder.held_weights import WantedWeights, hold_source
 from visionaccel.encoder.opening import WantedIsolation, open_encoder, open_source, open_tower
 
 __all__ = [
-    "Encoder",
-    "OpenProgram",
-    "WantedIsolation",
-    "WantedWeights",
-    "hold_source",
-    "open_encoder",
-    "open_source",
+    "Encoder", "OpenProgram", "WantedIsolation", "WantedWeights", "hold_source", "open_encoder", "open_source",
     "open_tower",
-]
+]  # fmt: skip

@@ -7,16 +7,13 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any, Literal, TypeAlias, get_args
 
-from pydantic import ValidationError
-
-from visionaccel.backends import AUTO, Options, Registry, Session, VisionBackend, default_registry, select
+from visionaccel.backends import AUTO, Registry, Session, checked_options, default_registry, select
 from visionaccel.backends.sessions import open_session
 from visionaccel.bundle import Bundle, is_bundle, open_bundle
 from visionaccel.checkpoint import locate_checkpoint
 from visionaccel.core.containment import device_errors
 from visionaccel.core.cores import on_cores
 from visionaccel.core.defaults import DEADLINE, OPEN_DEADLINE
-from visionaccel.core.invalid_values import problems_of
 from visionaccel.core.safe_text import safe_logger
 from visionaccel.encoder.encoder import Encoder, OpenProgram, close_programs
 from visionaccel.encoder.held_weights import WantedWeights, hold_source
@@ -99,7 +96,7 @@ def open_encoder(
     with on_cores(wanted, strict=True):  # backends count the cores when they are first asked
         name, programs = select(registry, source, backend, device).require()
         chosen = registry.load(name)
-        checked = _checked_options(chosen, options)
+        checked = checked_options(chosen, options or {})
         held, programs_read = source, programs
         if any(program.format not in chosen.formats_with_weights for program in programs):
             held = hold_source(source, weights)
@@ -132,13 +129,3 @@ def open_encoder(
                 close_programs(opened)
             raise
     return Encoder(source.tower, name, opened, registry, options, wanted)
-
-
-def _checked_options(backend: VisionBackend, options: Mapping[str, Any] | None) -> Options:
-    try:
-        return backend.options.model_validate(dict(options or {}))
-    except ValidationError as error:
-        known = ", ".join(backend.options.model_fields) or "none"
-        raise SettingsError(
-            f"invalid options of backend {backend.name!r}: {problems_of(error)}.", hint=f"Options it takes: {known}."
-        ) from error

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 
-from visionaccel.backends import Session, default_registry
+from visionaccel.backends import Session, checked_options, default_registry
 from visionaccel.backends.sessions import open_session
 from visionaccel.core.child_groups import end_with_parent
 from visionaccel.errors import DeviceError, VisionAccelError
@@ -92,7 +92,7 @@ def _open(inputs: int, records: int) -> tuple[messages.OpenRequest, Session]:
         logging.basicConfig(level=parent_state.log_level, handlers=[RecordSender(records)], force=True)
         request: messages.OpenRequest = pickle.load(file)  # noqa: S301  # nosec B301 # from the parent
     backend = default_registry().load(request.backend)
-    options = backend.options.model_validate(dict(request.options))
+    options = checked_options(backend, request.options)
     return request, open_session(backend, request.program, request.device, options)
 
 

@@ -22,13 +22,12 @@ from visionaccel.cli.output import (
     messages,
     print_json,
     status,
-    write_json,
 )
 from visionaccel.errors import ConfigurationError, SettingsError
 from visionaccel_bench.benchmark_blocks import serve_blocks
 from visionaccel_bench.blocks import print_blocks
 from visionaccel_bench.commands.bench_encode import encode, placement
-from visionaccel_bench.commands.options import Output, duration, require, tidy_if_terminated
+from visionaccel_bench.commands.options import Output, duration, require, tidy_if_terminated, write_json
 from visionaccel_bench.drawing import plot_timeline
 from visionaccel_bench.serve.device import TIMES, Accelerator, DeviceTime, Mode, measured, with_latency
 from visionaccel_bench.serve.serve_report import Report, make_report

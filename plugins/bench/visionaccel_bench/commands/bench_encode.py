@@ -11,7 +11,7 @@ import typer
 
 from visionaccel.bundle import Bundle
 from visionaccel.checkpoint import locate_checkpoint
-from visionaccel.cli.output import Json, check_writable, print_json, status, write_json
+from visionaccel.cli.output import Json, check_writable, print_json, status
 from visionaccel.core.cores import process_cores
 from visionaccel.core.grid import Grid, as_grids
 from visionaccel.core.program import FixedGrid
@@ -20,7 +20,7 @@ from visionaccel.errors import SettingsError
 from visionaccel.families import Tower
 from visionaccel_bench.benchmark_blocks import encode_blocks, encode_notes, placement_blocks
 from visionaccel_bench.blocks import print_blocks
-from visionaccel_bench.commands.options import Output, duration, require, tidy_if_terminated
+from visionaccel_bench.commands.options import Output, duration, require, tidy_if_terminated, write_json
 from visionaccel_bench.drawing import plot_latency
 from visionaccel_bench.encode.contenders import STOCK, Contender, named_backends, named_peers
 from visionaccel_bench.encode.encode_report import EncodeReport, make_encode_report

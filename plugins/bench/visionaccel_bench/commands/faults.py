@@ -10,10 +10,10 @@ from typing import Annotated
 
 import typer
 
-from visionaccel.cli.output import Json, check_writable, messages, print_json, results, status, write_json
+from visionaccel.cli.output import Json, check_writable, messages, print_json, results, status
 from visionaccel.errors import ConfigurationError
 from visionaccel_bench.blocks import print_blocks
-from visionaccel_bench.commands.options import tidy_if_terminated
+from visionaccel_bench.commands.options import tidy_if_terminated, write_json
 from visionaccel_bench.faultsuite.cells import FAULTS, MOMENTS, FaultSuite, Isolation, Mode, every_cell, fault_table
 
 

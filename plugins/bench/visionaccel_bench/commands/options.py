@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,16 @@ Output = Annotated[Path | None, typer.Option(help="Also write the JSON to this f
 def duration(help: str, *, least: float = 0.0, **given: Any) -> Any:  # noqa: A002 # typer's word
     """Make a `typer.Option` of seconds, up to a day."""
     return typer.Option(min=least, max=86_400, callback=finite, help=help, **given)
+
+
+def write_json(value: Any, file: Path | None) -> None:
+    """Write a document as `print_json` prints it into a file, if one is given."""
+    if file is None:
+        return
+    try:
+        file.write_text(json.dumps(value, indent=1, default=str) + "\n")
+    except OSError as error:
+        raise ConfigurationError(f"{file} cannot be written: {error}", hint="Pass a different file.") from error
 
 
 def require(*modules: str) -> None:

@@ -10,19 +10,16 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from pydantic import ValidationError
-
-from visionaccel.backends import AUTO, Finding, VisionBackend, default_registry
+from visionaccel.backends import AUTO, Finding, VisionBackend, checked_options, default_registry
 from visionaccel.backends.spec import Status
 from visionaccel.cli.diagnosis.checks import looked, valid_settings
-from visionaccel.core.invalid_values import problems_of
 from visionaccel.encoder import open_source
 from visionaccel.errors import VisionAccelError
 from visionaccel.integrations.vllm.compat import architectures, contract
 from visionaccel.integrations.vllm.compat.contract import WITHOUT, Feature
 from visionaccel.isolation import as_finding, give_up_after, write_findings
 
-_ACTIVATION = "activation"
+_ACTIVATION, _OPTIONS = "activation", "VISIONACCEL_OPTIONS"
 _RELEASE = "Install a release of vLLM that docs/compatibility.md lists."
 
 
@@ -38,7 +35,7 @@ def _of_backend(name: str, source: str | None = None) -> Iterator[Finding]:
     backend, entry = registry.load(name), registry.entry(name)
     yield Finding("plug-in", "pass", f"{entry.distribution} {entry.version} loads")
     yield from looked("devices", lambda: _devices(backend))
-    yield from looked("options", lambda: _options(backend))
+    yield from looked(_OPTIONS, lambda: _options(backend))
     yield from looked("checks", lambda: _checks(backend, source))
 
 
@@ -53,13 +50,8 @@ def _options(backend: VisionBackend) -> Iterator[Finding]:
     settings = valid_settings()
     if settings is None or settings.backend != backend.name or not settings.options:
         return
-    try:
-        backend.options.model_validate(dict(settings.options))
-    except ValidationError as error:
-        known = ", ".join(backend.options.model_fields) or "none"
-        yield Finding("VISIONACCEL_OPTIONS", "failure", problems_of(error), f"Options it takes: {known}.")
-    else:
-        yield Finding("VISIONACCEL_OPTIONS", "pass", ", ".join(settings.options))
+    checked_options(backend, settings.options)
+    yield Finding(_OPTIONS, "pass", ", ".join(settings.options))
 
 
 def _checks(backend: VisionBackend, source: str | None) -> list[Finding]:
