@@ -33,7 +33,7 @@ export VLLM_CONFIG_ROOT := $(XDG_CONFIG_HOME)/vllm
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_CACHE_DIR := 1
 
-.PHONY: help install demo test lint types docs native observers unit e2e faults hostile audit bench dist minimum vllm-matrix format clean
+.PHONY: help install demo test lint types docs native observers unit unit-others unit-plugins e2e faults hostile audit bench dist minimum vllm-matrix format clean
 
 help:
 	@echo "make demo    install, then compare stock vLLM with a backend on handwritten digits"
@@ -65,11 +65,9 @@ $(INSTALLED): $(MANIFESTS)
 demo: $(INSTALLED)
 	$(BIN)/visionaccel demo
 
-# Type checks keep one core busy while the C++ tests are built. `unit` and `e2e` run well together on two cores, because a
-# starting vLLM uses mostly one. Finally, the results are compared with those on the pages.
+# Two targets at a time, for two cores: as one ends, the next begins. Finally, the results are compared with those on the pages.
 test: $(INSTALLED)
-	$(MAKE) --jobs=2 --output-sync=target lint types docs native observers
-	$(MAKE) --jobs=2 --output-sync=line unit e2e
+	$(MAKE) --jobs=2 --output-sync=line lint types docs native observers e2e unit-others unit-plugins
 	$(BIN)/python tools/evidence.py
 
 lint: $(INSTALLED)
@@ -120,9 +118,19 @@ observers: $(INSTALLED)
 		{ apt-get update --quiet && apt-get install --quiet --yes --no-install-recommends chromium; } } > $(VENV)/chromium.log 2>&1 ; } \
 		|| echo "The report's tests need a browser (Debian: chromium)."
 
-unit: observers
+UNIT = TESTS_BROWSER=$$(command -v chromium > /dev/null && echo 1) $(BIN)/python -m pytest --durations=25
+PLUGINS := tests/plugins tests/towers
+
+# In halves, which `test` runs next to each other.
+unit: unit-others unit-plugins
+
+unit-others: observers
+	$(UNIT) --ignore tests/e2e $(PLUGINS:%=--ignore %) --junitxml=$(VENV)/results/unit.xml
+
+# With the tests of towers, because both use the blocks of the 7B tower, which take long to make.
+unit-plugins: observers
 	rm -rf $(VENV)/conformance
-	TESTS_BROWSER=$$(command -v chromium > /dev/null && echo 1) $(BIN)/python -m pytest --ignore tests/e2e --visionaccel-report=$(VENV)/conformance --junitxml=$(VENV)/results/unit.xml --durations=25
+	$(UNIT) $(PLUGINS) --visionaccel-report=$(VENV)/conformance --basetemp=.pytest_tmp_plugins --junitxml=$(VENV)/results/plugins.xml
 
 e2e: $(INSTALLED)
 	$(BIN)/python -m pytest tests/e2e --basetemp=.pytest_tmp_e2e --junitxml=$(VENV)/results/e2e.xml --durations=25
