@@ -179,11 +179,7 @@ def locate_checkpoint(
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from one of a checkpoint's files.
-
-    Raises:
-        CheckpointError: If the file is missing, unreadable or not a JSON object.
-    """
+    """Read a JSON object from a checkpoint's file; CheckpointError if it is missing, unreadable or not an object."""
     try:
         value = json.loads(read_bounded(path).decode("utf-8"))
     except FileNotFoundError:

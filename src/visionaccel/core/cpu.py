@@ -28,7 +28,7 @@ def has_bfloat16() -> bool:
     torch and oneDNN also report support on CPUs where they convert it to float32, which is slower.
     """
     limit = next((os.environ[name] for name in _LIMITS if os.environ.get(name)), "")
-    return limit.upper() not in _WITHOUT_BFLOAT16 and not _flags().isdisjoint(_BFLOAT16)
+    return limit.upper() not in _WITHOUT_BFLOAT16 and not flags_in(_cpuinfo()).isdisjoint(_BFLOAT16)
 
 
 def processor_name() -> str:
@@ -38,10 +38,6 @@ def processor_name() -> str:
 
 
 @cache
-def _flags() -> frozenset[str]:
-    return flags_in(_cpuinfo())
-
-
 def _cpuinfo() -> str:
     """Return the system's description of the CPU; empty on a system that has none."""
     try:

@@ -91,11 +91,7 @@ class ExternalData:
 
     @classmethod
     def of(cls, tensor: TensorProto) -> ExternalData:
-        """Read a tensor's reference.
-
-        Raises:
-            ValueError: If a field is given twice, or a number is malformed or negative.
-        """
+        """Read a tensor's reference; ValueError if a field is given twice, or a number is malformed or negative."""
         fields = {entry.key: entry.value for entry in tensor.external_data}
         if len(fields) != len(tensor.external_data):
             raise ValueError("a field is given twice")

@@ -67,7 +67,9 @@ class DeviceProcess:
         self.dead = threading.Event()
         with ExitStack() as ours, ExitStack() as theirs:
             # The child reads the request from memory: sending it would never return if the child hung before reading.
-            self._inputs = SharedArrays.create("visionaccel-inputs", pickle.dumps(_parent_state()) + request.data)
+            levels = (logging.getLogger(name).getEffectiveLevel() for name in (None, "visionaccel"))
+            state = messages.ParentState(tuple(_search_path()), os.environ.get("PYTHONPATH"), min(levels))
+            self._inputs = SharedArrays.create("visionaccel-inputs", pickle.dumps(state) + request.data)
             ours.callback(self._inputs.close)
             self._outputs = SharedArrays.create("visionaccel-outputs")
             ours.callback(self._outputs.close)
@@ -222,11 +224,6 @@ class DeviceProcess:
     def _last_output(self) -> str:
         lines = self._output.tail()
         return "" if not lines else "\nIts last output:\n" + "\n".join(f"  {line}" for line in lines) + "\n"
-
-
-def _parent_state() -> messages.ParentState:
-    levels = (logging.getLogger(name).getEffectiveLevel() for name in (None, "visionaccel"))
-    return messages.ParentState(tuple(_search_path()), os.environ.get("PYTHONPATH"), min(levels))
 
 
 def _search_path() -> list[str]:
