@@ -14,17 +14,6 @@ from visionaccel.observe.metrics import (
 from visionaccel.observe.observers import TIMING_PREFIX, TimingLog, TraceLog, timed_encodes
 
 __all__ = [
-    "Counters",
-    "EncoderMetrics",
-    "MetricsCollector",
-    "SERIES",
-    "Series",
-    "Snapshot",
-    "TIMING_PREFIX",
-    "TimingLog",
-    "TraceLog",
-    "families",
-    "merged",
-    "timed_encodes",
-    "without_levels",
-]
+    "SERIES", "TIMING_PREFIX", "Counters", "EncoderMetrics", "MetricsCollector", "Series", "Snapshot", "TimingLog",
+    "TraceLog", "families", "merged", "timed_encodes", "without_levels",
+]  # fmt: skip

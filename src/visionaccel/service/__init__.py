@@ -6,13 +6,6 @@ from visionaccel.service.service import EncodeService
 from visionaccel.service.state import Embedding, ServiceCounters
 
 __all__ = [
-    "Embedding",
-    "EmbeddingCache",
-    "EncodeService",
-    "ServiceCounters",
-    "item_key",
-    "numerics",
-    "open_guarded",
-    "open_service",
-    "open_wanted_service",
-]
+    "Embedding", "EmbeddingCache", "EncodeService", "ServiceCounters", "item_key", "numerics", "open_guarded",
+    "open_service", "open_wanted_service",
+]  # fmt: skip

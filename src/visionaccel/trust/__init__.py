@@ -7,17 +7,6 @@ from visionaccel.trust.link import ChainLink
 from visionaccel.trust.threads import LateError, WatchedCalls, background
 
 __all__ = [
-    "Breaker",
-    "BreakerState",
-    "Canary",
-    "ChainLink",
-    "Embedded",
-    "FirstAnswer",
-    "GuardedEncoder",
-    "LateError",
-    "Shadow",
-    "WatchedCalls",
-    "background",
-    "drift_of",
-    "precision_limit",
-]
+    "Breaker", "BreakerState", "Canary", "ChainLink", "Embedded", "FirstAnswer", "GuardedEncoder", "LateError",
+    "Shadow", "WatchedCalls", "background", "drift_of", "precision_limit",
+]  # fmt: skip
