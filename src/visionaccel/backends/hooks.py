@@ -1,4 +1,7 @@
-"""Hooks that plug-ins implement, and the reports that observers receive."""
+"""Hooks that plug-ins implement, and the reports that observers receive.
+
+In every report, `backend` is the backend's name, and `device` is the device that its session runs on.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +34,6 @@ class EncodeReport:
     computing.
 
     Attributes:
-        backend: Name of the backend.
-        device: The device that its session runs on.
         grids: The grids that were encoded.
         patches: Number of input rows.
         tokens: Number of output rows.
@@ -74,8 +75,6 @@ class FailureReport:
     """One encode that failed on a device.
 
     Attributes:
-        backend: Name of the backend.
-        device: The device that its session runs on.
         grids: The grids that were to be encoded.
         kind: Name of the error's class, such as `OutputError`.
         message: The error's message.
@@ -95,8 +94,6 @@ class DriftReport:
     """A comparison of an encoder's embeddings with the reference's.
 
     Attributes:
-        backend: Name of the backend.
-        device: The device that its session runs on.
         source: `canary` for golden images, `shadow` for a request that the reference encoded too.
         encoded: Whether anything was compared; otherwise `lowest_cosine` means nothing.
         lowest_cosine: The lowest cosine of a token; -1 if the encode failed.
@@ -120,8 +117,6 @@ class BreakerReport:
     """A change of the state of an encoder's breaker.
 
     Attributes:
-        backend: Name of the backend.
-        device: The device that its session runs on.
         state: The new state: `closed`, `open` or `half-open`.
         reason: Why it changed.
     """
