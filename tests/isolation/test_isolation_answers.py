@@ -231,7 +231,9 @@ def test_a_process_cannot_keep_its_parent_from_enlarging_the_memory(device):
     runs(session)
 
 
-@pytest.mark.parametrize(("shape", "offset"), [([2**40], 0), ([1], 2**40), ([0], 2**62)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "offset"), [([2**40], 0), ([1], 2**40), ([0], 2**62), ([1], 2**63 - 1), ([64], 2**63 - 64)], ids=str
+)
 def test_a_process_whose_arrays_are_not_in_its_memory_is_ended(device, shape, offset, caplog):
     session = device.open()
     runs(session)

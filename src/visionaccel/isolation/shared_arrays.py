@@ -114,9 +114,11 @@ class SharedArrays:
     def view(self, place: ArrayPlace) -> NDArray[Any]:
         """Return an array in the memory without copying it. The next `write` of either process changes it.
 
-        Raises TypeError or ValueError if it is not within the memory, ValueError if the memory is closed.
+        Raises ValueError if it is not within the memory, or if the memory is closed.
         """
         size, end = self._size(), place.offset + place.nbytes
+        if end > size:  # numpy's check overflows for large offsets
+            raise ValueError(f"an array that ends at byte {end} of {size} bytes of memory")
         if self._map is None or len(self._map) < end:
             # The other process may have made the file too large to map, so map no more than arrays need, with room to
             # grow. Views of the previous mapping keep it alive.
