@@ -142,6 +142,38 @@ def test_pipes_that_a_process_outside_the_childs_group_holds_open_are_closed(pip
     assert record.getMessage() == "the last word"
 
 
+def test_what_a_crash_prints_is_in_the_tail_although_much_was_logged_before(logged):
+    (printed, prints), (records, logs) = os.pipe(), os.pipe()
+    for number in range(100):
+        os.write(logs, json.dumps({**RECORD, "text": f"record {number}"}).encode() + b"\n")
+    os.write(prints, b"Fatal Python error: Aborted\n")
+    os.close(prints)
+    os.close(logs)
+    reader = OutputReader("acme", printed, records)
+    reader.close(10)
+    assert reader.tail()[-2:] == ("WARNING vendor.sdk: record 99", "Fatal Python error: Aborted")
+
+
+def test_the_pipes_are_read_although_every_record_fails_to_be_logged(pipes, caplog):
+    class Broken(logging.Handler):
+        def handle(self, record):
+            raise RuntimeError("disk full")
+
+    caplog.set_level(logging.DEBUG)
+    handler = Broken()
+    logging.getLogger().addHandler(handler)
+    try:
+        for number in range(100):
+            os.write(pipes.printed, b"line %d\n" % number)
+            pipes.send()
+        os.write(pipes.printed, b"the last word\n")
+        pipes.end()
+    finally:
+        logging.getLogger().removeHandler(handler)
+    assert not pipes.reader._thread.is_alive()
+    assert "the last word" in pipes.reader.tail()
+
+
 def test_a_process_whose_output_cannot_be_read_for_want_of_threads_leaves_no_pipe(monkeypatch):
     (printed, prints), (records, logs) = os.pipe(), os.pipe()
 

@@ -137,9 +137,9 @@ class OutputReader:
 
     def _read(self, printed: int, records: int) -> None:
         """Read both pipes until they end or `close` gives up, and close them."""
-        sources = {
-            printed: _Lines(_LONGEST_LINE, self._log_line, _shown_line),
+        sources = {  # printed lines come last, because a crash prints the lines that matter most in the tail
             records: _Lines(_LONGEST_RECORD, self._log_record, _shown_record),
+            printed: _Lines(_LONGEST_LINE, self._log_line, _shown_line),
         }
         with selectors.PollSelector() as pipes:
             for fd, source in sources.items():
@@ -166,7 +166,8 @@ class OutputReader:
             try:
                 source.log(line)
             except Exception:  # an invalid line, or a user's log handler that raises: the child must not wait for it
-                self._logger.debug("A line of the device's process could not be logged.", exc_info=True)
+                with suppress(Exception):  # that handler again
+                    self._logger.debug("A line of the device's process could not be logged.", exc_info=True)
         if self._dropped > dropped:
             time.sleep(_PAUSE)
 
