@@ -66,8 +66,15 @@ class CheckProcess:
             self._problem = str(error)
             return
         self._running.callback(self._child.end)  # only once: it takes seconds if the child is stuck in a driver
-        self._reader = threading.Thread(target=_keep_end, args=(self._child.printed, self._tail), daemon=True)
-        self._reader.start()
+        printed = self._child.printed
+        assert printed is not None
+        self._reader = threading.Thread(target=_keep_end, args=(printed, self._tail), daemon=True)
+        try:
+            self._reader.start()
+        except RuntimeError as error:  # no more threads can be started
+            self._running.close()
+            printed.close()
+            self._child, self._problem = None, str(error)
 
     def __enter__(self) -> Self:
         return self
