@@ -107,10 +107,18 @@ def as_grids(grids: Iterable[GridLike] | Any, merge_size: int = 1) -> tuple[Grid
                     f"grid {row!r} is not a triple (t, h, w).",
                     hint="Pass grids as an integer array of shape [images, 3].",
                 )
-            row = Grid(*(index(size) if isinstance(size, SupportsIndex) else size for size in row))
+            row = Grid(*map(_integer, row))
         row.check_divisible(merge_size)
         checked.append(row)
     return tuple(checked)
+
+
+def _integer(size: Any) -> Any:
+    """Convert numpy's and torch's integers to `int`; return anything else unchanged, for `Grid` to refuse."""
+    try:
+        return index(size)
+    except TypeError:
+        return size
 
 
 def total_patches(grids: Iterable[Grid]) -> int:
