@@ -819,6 +819,19 @@ def test_a_hang_without_a_fallback_is_told_and_counted(tiny, told):
         gate.let_in()
 
 
+def test_closing_closes_every_encoder_although_one_raises(tiny):
+    first, device = scripted(tiny, "first")
+    second, other = scripted(tiny, "second")
+
+    def close():
+        raise OSError("gone")
+
+    device.close = close
+    with pytest.raises(OSError, match="gone"):
+        GuardedEncoder(first, [second]).close()
+    assert other.closed
+
+
 def test_closing_closes_the_reference_of_a_shadow_and_opens_nothing_any_more(tiny):
     settings = Settings(backend="onnxrt", shadow=1.0)
     (guarded,) = open_guarded(open_tower(tiny), settings, (None,))

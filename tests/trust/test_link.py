@@ -455,10 +455,11 @@ def test_a_configuration_that_is_wrong_is_not_tried_twice_by_one_request(tiny, o
     guarded.close()
 
 
-def test_a_call_whose_thread_cannot_start_fails_and_the_next_has_its_turn(tiny, monkeypatch):
+@pytest.mark.parametrize("step", [None, 20])
+def test_a_call_whose_thread_cannot_start_fails_and_the_next_has_its_turn(tiny, monkeypatch, step):
     link = ChainLink("torch_ref", open_encoder(tiny, backend="torch_ref"))
     refused = refuse_once(monkeypatch, "visionaccel-call")
-    answer = link.encode(image(1), [Grid(*GRID)])
+    answer = link.encode(image(1), [Grid(*GRID)], until=step and time.monotonic() + step)
     assert isinstance(answer, DeviceError)
     assert "can't start new thread" in answer.message
     assert len(refused) == 1

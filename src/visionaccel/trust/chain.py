@@ -9,6 +9,7 @@ import random
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -200,15 +201,16 @@ class GuardedEncoder:
         return [self._one(*item, late, retry, queue_seconds, until) for item in items]
 
     def close(self, wait: float | None = None) -> None:
-        """Close every encoder that was opened.
+        """Close every encoder that was opened, even if one of them raises an error.
 
         Args:
             wait: See `ChainLink.close`.
         """
-        if self.shadow is not None:
-            self.shadow.close()
-        for link in self.links:
-            link.close(wait)
+        with ExitStack() as closing:  # the last callback runs first
+            for link in reversed(self.links):
+                closing.callback(link.close, wait)
+            if self.shadow is not None:
+                closing.callback(self.shadow.close)
 
     def _one(
         self,
