@@ -211,7 +211,7 @@ def test_refusals_give_reason_and_hint(tiny, backend, device, message):
 @pytest.mark.parametrize(
     ("backend", "options", "message"),
     [
-        ("onnxrt", {"thread": 1}, "thread: .*Options it takes: provider, provider_options, threads"),
+        ("onnxrt", {"thread": 1}, "thread: .*Supported options: provider, provider_options, threads"),
         ("onnxrt", {"threads": 0}, "threads: .*greater than or equal to 1"),
         ("torch_ref", {"dtype": "int4"}, "'float32' or 'bfloat16'"),
     ],

@@ -59,7 +59,7 @@ def test_the_same_processor_saved_in_another_way_has_the_same_digest(tmp_path, c
 def test_whatever_patches_depend_on_is_in_the_digest(tmp_path, change):
     stated = processor_digest(saved(tmp_path / "released", RELEASED))
     other = saved(tmp_path / "other", {**RELEASED, **change})
-    with pytest.raises(ConfigurationError, match="another image processor"):
+    with pytest.raises(ConfigurationError, match="a different image processor"):
         require_processor(stated, other, tmp_path)
 
 
@@ -102,7 +102,7 @@ def test_a_bundle_of_an_earlier_release_is_accepted_where_its_own_file_says_the_
     assert _file_digest(again) != stated
     require_processor(stated, again, earlier)
     other = saved(tmp_path / "other", {**RELEASED, "image_mean": [0.0, 0.0, 0.0]})
-    with pytest.raises(ConfigurationError, match="another image processor"):
+    with pytest.raises(ConfigurationError, match="a different image processor"):
         require_processor(stated, other, earlier)
 
 

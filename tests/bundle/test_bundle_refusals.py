@@ -327,7 +327,7 @@ def test_other_weights_of_the_same_shapes_are_not_this_bundles(bundle, tmp_path)
 
 def test_the_configuration_must_be_the_stated_one(bundle):
     forge(bundle, lambda stated: stated["spec"].update(full_blocks=[2]))
-    with pytest.raises(BundleError, match="another vision configuration"):
+    with pytest.raises(BundleError, match="different vision configuration"):
         open_bundle(bundle)
 
 

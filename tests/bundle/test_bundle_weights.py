@@ -69,7 +69,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(tmp_path):
     config = json.loads((checkpoint / "config.json").read_text())
     config["vision_config"]["fullatt_block_indexes"] = [2]
     (checkpoint / "config.json").write_text(json.dumps(config))
-    with pytest.raises(BundleError, match="another vision configuration"):
+    with pytest.raises(BundleError, match="different vision configuration"):
         open_bundle(folder)
 
 
@@ -184,7 +184,7 @@ def test_a_weight_of_another_kind_than_the_stored_one_is_refused(tiny, field, va
         weight.dims.extend(value)
     else:
         weight.data_type = value
-    with pytest.raises(BundleError, match="another dtype or size"):
+    with pytest.raises(BundleError, match="a different dtype or size"):
         point_at_weights(model.SerializeToString(), tower.weights, tiny)
 
 

@@ -143,7 +143,7 @@ def test_an_index_and_shards_of_different_revisions_are_refused(tmp_path):
     index = folder / "model.safetensors.index.json"
     weight_map = json.loads(index.read_text())["weight_map"]
     edit_json(index, weight_map={**weight_map, "visual.extra": "model-00001-of-00002.safetensors"})
-    with pytest.raises(CheckpointError, match=r"no shard has, such as 'visual\.extra'"):
+    with pytest.raises(CheckpointError, match=r"no shard contains, such as 'visual\.extra'"):
         _ = open_tower(folder).weights
 
 

@@ -90,9 +90,9 @@ def test_encode_refuses_another_image_processor_than_the_bundles(digits, picture
     config.write_text(config.read_text().replace("0.48145466", "0.1"))
     run("export", digits, tmp_path / "bundle", "--self-contained")
     done = run("encode", pictures[0], "--bundle", tmp_path / "bundle", "--checkpoint", other, check=2)
-    assert "another image processor" in done.stderr
+    assert "a different image processor" in done.stderr
     done = run("validate", tmp_path / "bundle", "--reference", other, check=2)
-    assert "another image processor" in done.stderr
+    assert "a different image processor" in done.stderr
 
 
 def test_explain_says_which_programs_a_backend_takes(digits, tmp_path):

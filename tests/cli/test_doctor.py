@@ -264,7 +264,7 @@ def test_golden_images_are_counted_and_broken_ones_are_a_failure(bundle):
     (bundle / GOLDEN_FILE).write_bytes(b"golden")
     forge(bundle)
     broken = the(doctor(str(bundle), "--backend", "onnxrt", status=1), "source", str(bundle))
-    assert "holds no golden images" in broken["found"]
+    assert "contains no valid golden images" in broken["found"]
 
 
 def test_an_edited_file_is_a_failure(bundle):

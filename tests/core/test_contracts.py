@@ -88,7 +88,7 @@ SPEC = TensorSpec("embeddings", "float32", ("tokens", 8))
     ("output", "message"),
     [
         (None, "no tensor named 'embeddings'"),
-        (np.zeros((9, 8), np.float32), r"float32\[9, 8\]; the program promises float32\[10, 8\]"),
+        (np.zeros((9, 8), np.float32), r"float32\[9, 8\]; the program declares float32\[10, 8\]"),
         (np.zeros((10, 7), np.float32), r"float32\[10, 7\]"),
         (np.zeros((10, 8), np.float64), "float64"),
         (np.full((10, 8), np.nan, np.float32), "NaN or infinity in 10 of 10 rows"),

@@ -140,9 +140,9 @@ def test_no_image_crashes_a_server_and_what_it_refuses_it_refuses_alone(digits, 
             except BadRequestError as error:
                 messages[name] = str(error)
         assert not any(message.startswith("answered") for message in messages.values()), messages
-        assert "aspect ratio of over 200" in messages["1:201"]
-        assert "takes no videos: its vision encoder's programs take 8x16; 16x8" in messages["video"]
-        with pytest.raises(BadRequestError, match=r"this image has grid 1x.*, and the encoder's programs take 8x16"):
+        assert "aspect ratio over 200" in messages["1:201"]
+        assert "does not accept videos: its vision encoder's programs accept 8x16; 16x8" in messages["video"]
+        with pytest.raises(BadRequestError, match=r"this image has grid 1x.*, but the encoder's programs accept 8x16"):
             ask(whole, extra_body={"mm_processor_kwargs": {"min_pixels": 300000}})
         assert server.healthy()
         assert ask(whole) == truth

@@ -360,7 +360,7 @@ def test_weights_of_a_bundle_that_were_touched_are_verified_again(tiny, checkpoi
     state = file.stat()
     file.write_bytes((other / SINGLE_FILE).read_bytes())
     os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
-    with pytest.raises(ArtifactError, match="have the digest" if external else "SHA-256 is not that in the manifest"):
+    with pytest.raises(ArtifactError, match="have the digest" if external else "SHA-256 does not match the manifest"):
         hold_source(bundle)
 
 

@@ -75,7 +75,7 @@ def test_the_largest_image_is_read(tmp_path):
 def test_a_file_of_too_many_bytes_is_refused_with_the_limit(tmp_path):
     file = written(tmp_path, image_bytes("png"))
     os.truncate(file, MOST_FILE_BYTES + 1)
-    with pytest.raises(InputError, match=f"at most {MOST_FILE_BYTES}"):
+    with pytest.raises(InputError, match=f"the limit is {MOST_FILE_BYTES}"):
         load_image(file)
 
 

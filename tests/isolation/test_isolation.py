@@ -497,7 +497,7 @@ def test_a_program_that_cannot_be_sent_is_refused(device):
 
 @pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), 1e10])
 def test_limits_are_times(seconds):
-    with pytest.raises(SettingsError, match="not a time limit for 'run'"):
+    with pytest.raises(SettingsError, match="not a valid time limit for 'run'"):
         Limits(run=seconds)
 
 

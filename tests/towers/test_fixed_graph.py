@@ -85,7 +85,7 @@ def test_an_encoder_of_fixed_programs_refuses_other_grids_and_names_its_own(tiny
     requests = [ProgramRequest(FixedGrid(Grid(1, 8, 12)))]
     bundle = export_bundle(open_tower(tiny), tmp_path / "bundle", requests)
     with open_encoder(bundle, backend="onnxrt") as encoder:
-        with pytest.raises(UnfitGridError, match=r"takes grid 1x12x8; they take: 8x12"):
+        with pytest.raises(UnfitGridError, match=r"accepts grid 1x12x8; accepted grids: 8x12"):
             encoder.encode(random_patches([(1, 12, 8)]), [(1, 12, 8)])
         assert len(encoder.encode(random_patches([(3, 8, 12)]), [(3, 8, 12)])) == 3 * 24
 
@@ -110,7 +110,7 @@ def test_an_encoder_of_fixed_programs_refuses_other_grids_and_names_its_own(tiny
         ),
         ({"coverage": Bucket({"patches": 64, "windows": 4, "tokens": 16})}, ConfigurationError, "windows and tokens"),
         ({"coverage": Bucket({"patches": 64, "windows": 0})}, ConfigurationError, "0 windows do not fit"),
-        ({"coverage": Bucket({"patches": 64, "windows": 5})}, ConfigurationError, "64 patches have 1 to 4"),
+        ({"coverage": Bucket({"patches": 64, "windows": 5})}, ConfigurationError, "64 patches form 1 to 4"),
         ({"dialect": "nvidia"}, ConfigurationError, "unknown dialect 'nvidia'"),
         ({"precision": "float64"}, ConfigurationError, "unknown precision 'float64'"),
         ({"folder": Path("/nowhere")}, ConfigurationError, "/nowhere does not contain the weights"),

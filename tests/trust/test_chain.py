@@ -291,7 +291,7 @@ def test_a_call_that_the_steps_end_cuts_off_is_no_hang_and_its_device_works_agai
     gate.shut()
     (answer,) = guarded.encode_items(random_patches([GRID]), [GRID], until=time.monotonic() + 0.5)
     assert isinstance(answer, DeadlineError)
-    assert "the engine's step had no more time before device 'cpu' answered" in answer.message
+    assert "the engine's step ran out of time before device 'cpu' answered" in answer.message
     assert "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS" in answer.hint
     assert link.breaker.closed
     assert not link.breaker.hangs_for

@@ -159,7 +159,7 @@ def test_device_auto_is_refused_where_it_may_be_wrong(quantized):
         with open_encoder(quantized, backend="openvino", device="auto") as encoder:
             assert encoder.capabilities.precision == "int8"
         return
-    with pytest.raises(ConfigurationError, match=r"of int8: this CPU.*Name the device"):
+    with pytest.raises(ConfigurationError, match=r"the int8 program .*: this CPU.*Choose a device"):
         open_encoder(quantized, backend="openvino", device="auto")
 
 
@@ -196,7 +196,7 @@ def test_broken_programs_are_artifact_errors_and_others_are_refused(bundle, back
         backend.quantize(replace(program, model=lambda: b"\xff nonsense"), [], tmp_path)
     with pytest.raises(ArtifactError, match="cannot be read from"):
         backend.quantize(replace(program, folder=tmp_path), [{}], tmp_path)
-    with pytest.raises(ConfigurationError, match="no images to calibrate with"):
+    with pytest.raises(ConfigurationError, match="no calibration images"):
         backend.quantize(program, [], tmp_path)
     for other in (replace(program, format=ONNX_FUSED), replace(program, precision="float16")):
         with pytest.raises(ConfigurationError, match="not a float32 program in standard ONNX"):

@@ -58,8 +58,8 @@ def test_each_row_has_a_scale_of_its_own(checkpoint, quantized):
 @pytest.mark.parametrize(
     ("given", "error", "said"),
     [
-        ({"threshold": 2.0}, ConfigurationError, "not a threshold"),
-        ({"threshold": float("nan")}, ConfigurationError, "not a threshold"),
+        ({"threshold": 2.0}, ConfigurationError, "not a valid cosine threshold"),
+        ({"threshold": float("nan")}, ConfigurationError, "not a valid cosine threshold"),
         ({"device": "tpu"}, ConfigurationError, "unknown device 'tpu'"),
         ({"judged_by": ["/nowhere.png"]}, InputError, "nowhere"),
     ],
@@ -77,9 +77,9 @@ def test_nothing_that_is_read_is_replaced(checkpoint, bundle, images, tmp_path):
     outer = tmp_path / "outer"
     write_bundle(checkpoint, outer, "6x10")
     inner = open_bundle(write_bundle(checkpoint, outer / "inner", "6x10"))
-    with pytest.raises(ConfigurationError, match="holds the bundle or its weights"):
+    with pytest.raises(ConfigurationError, match="contains the bundle or its weights"):
         quantize_bundle(inner, outer, [images], target="onnxrt", force=True)
-    with pytest.raises(ConfigurationError, match="holds the bundle or its weights"):
+    with pytest.raises(ConfigurationError, match="contains the bundle or its weights"):
         quantize_bundle(bundle, checkpoint, [images], target="onnxrt", force=True)
     assert (outer / "inner").is_dir()
 

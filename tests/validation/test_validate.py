@@ -313,7 +313,7 @@ def spoiled(tmp_path, monkeypatch):
         ("rows[5, 0] = np.inf", "NaN or infinity in 1 of", -1),
         ("rows *= 2", "length is off by 100", 1),
         ("raise RuntimeError('the device hung')", "RuntimeError: the device hung", -1),
-        ("rows.resize(3, 3, refcheck=False)", "the program promises", -1),
+        ("rows.resize(3, 3, refcheck=False)", "the program declares", -1),
     ],
     ids=["zeros", "a repeated token", "NaN", "infinity", "twice as long", "raises", "wrong shape"],
 )

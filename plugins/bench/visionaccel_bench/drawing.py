@@ -242,7 +242,7 @@ def _save_png(figure: Figure, path: Path) -> None:
         figure.savefig(path, format="png", dpi=120)
     except OSError as error:
         raise ConfigurationError(
-            f"the picture cannot be written to {path}: {error}.", hint="Pass a file in a folder that you can write to."
+            f"the plot cannot be written to {path}: {error}.", hint="Pass a file in a writable folder."
         ) from error
 
 

@@ -71,7 +71,7 @@ def import_vitisai(
     tower = open_tower(checkpoint, revision)
     if len(paths) > 1 and (artifact, onnx, grid) != (None, None, None):
         raise ConfigurationError(
-            "--artifact, --onnx and --grid describe one folder, and several were given.",
+            "--artifact, --onnx and --grid apply to a single folder, but several were given.",
             hint="Put each artifact into a separate folder with all of its files, or import one.",
         )
     requests = [

@@ -106,7 +106,7 @@ def load(device: str, amd: AmdEnvironment, *, any_version: bool = False) -> Modu
     if found is not None and built not in ("unknown", found) and not any_version:
         # The layout of the SDK's structures may differ.
         raise ConfigurationError(
-            f"visionaccel-flexmlrt was built with FlexMLRT {built}, and {library} belongs to {found}.",
+            f"visionaccel-flexmlrt was built with FlexMLRT {built}, but {library} belongs to {found}.",
             hint=f"Build it again with the SDK of {found}, or pass the option any_version=true at your own risk.",
         )
     return module

@@ -128,7 +128,7 @@ class OnnxRuntimeBackend(VisionBackend):
             )
         if provider.static_only and _is_dynamic(program):
             return Rejected(
-                f"{provider.name} takes programs of fixed shapes only, and {program.name!r} serves every grid.",
+                f"{provider.name} supports only programs of fixed shapes, but {program.name!r} serves every grid.",
                 "Export a bundle with --grid and set VISIONACCEL_BUNDLE, or use device cpu.",
             )
         notes = f"ONNX Runtime {onnxruntime.__version__}, {provider.name}"
@@ -238,17 +238,17 @@ def _provider(
         )
     if _is_dynamic(program) and any(p.static_only and p.name == provider for p in DEVICES.values()):
         raise ConfigurationError(
-            f"{provider} takes programs of fixed shapes only, and this one serves every grid.",
+            f"{provider} supports only programs of fixed shapes, but this one serves every grid.",
             hint="Leave out the option `provider`.",
         )
     if program.format == EP_CONTEXT and provider != VITISAI_PROVIDER:
         raise ConfigurationError(
-            f"program {program.name!r} was compiled for {VITISAI_PROVIDER}, and {provider} cannot run it.",
+            f"program {program.name!r} was compiled for {VITISAI_PROVIDER}; {provider} cannot run it.",
             hint="Choose device npu, and leave out the option `provider`.",
         )
     if options.context_dir is not None and provider != VITISAI_PROVIDER:
         raise ConfigurationError(
-            f"{provider} compiles no programs to keep in context_dir.",
+            f"{provider} compiles no programs that could be kept in context_dir.",
             hint="Choose device npu, or leave out the option `context_dir`.",
         )
     return provider, {**defaults, **options.provider_options}
@@ -315,13 +315,14 @@ def _kept_context(program: Program, folder: Path) -> Iterator[Path]:
     """
     if program.format == EP_CONTEXT:
         raise ConfigurationError(
-            f"program {program.name!r} is compiled already.", hint="Leave out the option `context_dir`."
+            f"program {program.name!r} is already compiled.", hint="Leave out the option `context_dir`."
         )
     folder = folder.expanduser().absolute()
     target = folder / f"{program.name}.onnx"
     if target.parent != folder:  # a bundle may contain any program name
         raise ConfigurationError(
-            f"program {program.name!r} has a name that is not a file name.", hint="Leave out the option `context_dir`."
+            f"the name of program {program.name!r} cannot be used as a file name.",
+            hint="Leave out the option `context_dir`.",
         )
     if target.exists():
         earlier = offload_of_context(target)

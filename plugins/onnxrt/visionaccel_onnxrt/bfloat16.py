@@ -50,7 +50,7 @@ def emulate_bfloat16(model: bytes) -> bytes:
         return model
     if parsed.functions or any(attribute.HasField("g") or attribute.graphs for n in nodes for attribute in n.attribute):
         raise ArtifactError(
-            "the ONNX model has subgraphs or functions, and bfloat16 is emulated in one flat graph only.",
+            "the ONNX model has subgraphs or functions, but bfloat16 is emulated only in a flat graph.",
             hint="Inline them.",
         )
     for node in nodes:

@@ -38,7 +38,9 @@ def verified_context(program: Program, provider: str) -> Path:
         raise ArtifactError(f"the compiled program {program.name!r} has no file.", hint=_AGAIN)
     model = _parsed(_content(program), program.artifact)
     if model.functions:
-        raise ArtifactError(f"{program.artifact} has functions, and compiled programs have none.", hint=_AGAIN)
+        raise ArtifactError(
+            f"{program.artifact} contains functions, which a compiled program cannot have.", hint=_AGAIN
+        )
     contexts = 0
     for graph in graphs_in(model.graph):
         for node in graph.node:
@@ -99,7 +101,7 @@ def _check_node(node: onnx.NodeProto, program: Program, provider: str) -> None:
     }
     for name, kind in known.items():
         if name in attributes and attributes[name].type != kind:
-            raise ArtifactError(f"{program.artifact}: {name} of an EPContext has a wrong type.", hint=_AGAIN)
+            raise ArtifactError(f"{program.artifact}: {name} of an EPContext has the wrong type.", hint=_AGAIN)
     source = attributes["source"].s.decode(errors="replace") if "source" in attributes else ""
     if source != provider:
         raise ArtifactError(
@@ -125,5 +127,6 @@ def _check_file(name: str, program: Program, what: str) -> None:
     file = program.artifact.parent / name
     if file not in program.companions.values() or not file.is_file():
         raise ArtifactError(
-            f"{program.artifact} needs {name} next to it, which is not among the program's verified files.", hint=_AGAIN
+            f"{program.artifact} needs {name} next to it, but that is not among the program's verified files.",
+            hint=_AGAIN,
         )

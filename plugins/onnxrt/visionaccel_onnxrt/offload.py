@@ -117,7 +117,7 @@ def require_offload(
     too_little = worst.device_nodes == 0 or worst.cpu_share > MOST_ON_CPU
     if too_little and not allow_cpu:
         raise DeviceError(
-            f"{provider} is active and leaves too much of the program to the CPU: {worst}.",
+            f"{provider} is active but leaves too much of the program to the CPU: {worst}.",
             hint=f"At most {MOST_ON_CPU:.0%} of the heavy work may stay there. Check its driver and options, "
             "choose device cpu, or accept it with the option allow_cpu=true.",
         )

@@ -47,7 +47,7 @@ def quantize(program: Program, calibration: Iterable[Mapping[str, Array]], folde
     """
     if program.format not in _FORMATS or program.precision != "float32" or program.quantization or not program.model:
         raise ConfigurationError(
-            f"program {program.name!r} is not a float32 program in ONNX.", hint="Export the bundle in float32."
+            f"program {program.name!r} is not a float32 ONNX program.", hint="Export the bundle in float32."
         )
     path = folder / f"{program.name}.onnx"
 

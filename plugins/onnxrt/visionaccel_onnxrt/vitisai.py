@@ -72,14 +72,14 @@ def compiler_options(
     options |= given
     if "config_file" in options and not Path(options["config_file"]).is_file():
         raise ConfigurationError(
-            f"the compiler's configuration {options['config_file']} does not exist.",
-            hint="Set an existing file with the provider option `config_file`, or leave it out.",
+            f"the compiler's configuration file {options['config_file']} does not exist.",
+            hint="Set the provider option `config_file` to an existing file, or leave it out.",
         )
     if program.format == EP_CONTEXT:
         # The provider ends the process if the key is not the one that the program was compiled with.
         if refused := [name for name in _CACHE if name in given]:
             raise ConfigurationError(
-                f"program {program.name!r} is compiled already and accepts no provider option {' or '.join(refused)}.",
+                f"program {program.name!r} is already compiled and accepts no provider option {' or '.join(refused)}.",
                 hint="Leave it out.",
             )
         return options

@@ -94,7 +94,7 @@ class OpenVinoBackend(VisionBackend):
             )
         if isinstance(program.coverage, AnyGrid) and kind == "npu":
             return Rejected(
-                f"an npu takes programs of fixed shapes only, and {program.name!r} serves every grid.",
+                f"an npu supports only programs of fixed shapes, but {program.name!r} serves every grid.",
                 "Export a bundle with --grid and set VISIONACCEL_BUNDLE, or use device cpu or gpu.",
             )
         missing = [module for module in ("openvino", "onnx") if importlib.util.find_spec(module) is None]
@@ -121,8 +121,9 @@ class OpenVinoBackend(VisionBackend):
         if options.cache_dir is not None and self.kind_of(shown) not in ("gpu", "npu"):
             # Programs that OpenVINO 2026.4 loads from its cache for the CPU return NaN, or worse, wrong numbers.
             raise ConfigurationError(
-                f"compiled programs for device {shown!r} are not kept: OpenVINO gives wrong answers from them.",
-                hint="Leave out the option cache_dir; the cpu compiles within seconds.",
+                f"compiled programs for device {shown!r} are not cached: programs from OpenVINO's cache give "
+                f"wrong answers.",
+                hint="Leave out the option cache_dir; compiling for the CPU takes only seconds.",
             )
         core = openvino.Core()
         precision = _precision(core, program, shown, options)
@@ -174,7 +175,8 @@ def _precision(core: "openvino.Core", program: Program, device: str, options: Op
     if kind == "auto":
         if _needs_no_snippets(program, wanted):
             raise ConfigurationError(
-                f"device 'auto' may give wrong answers for program {program.name!r}, of fixed shapes, in {wanted}.",
+                f"device 'auto' may give wrong answers in {wanted} for program {program.name!r}, which has "
+                f"fixed shapes.",
                 hint="Choose a device, such as cpu, or set the option precision=float32.",
             )
         return wanted
@@ -213,7 +215,7 @@ def _computes_integers(program: Program, device: str) -> bool:
         return True
     if kind == "auto":
         raise ConfigurationError(
-            f"device 'auto' may give wrong answers for program {program.name!r}, of int8: this CPU has no VNNI.",
+            f"device 'auto' may give wrong answers for the int8 program {program.name!r}: this CPU has no VNNI.",
             hint="Choose a device, such as cpu.",
         )
     logger.warning(
@@ -234,8 +236,8 @@ def _properties(
     """
     for name in sorted(_OWN.keys() & options.properties.keys()):
         raise ConfigurationError(
-            f"{name} cannot be set as one of the properties: {_OWN[name]}.",
-            hint="Leave it out of the option properties.",
+            f"{name} cannot be set in the option properties: {_OWN[name]}.",
+            hint="Leave it out.",
         )
     kind = device.partition(":")[0]
     properties: dict[str, Any] = {

@@ -78,7 +78,8 @@ class TorchReferenceBackend(VisionBackend):
         where, dtype = device or "cpu", getattr(torch, options.dtype)
         if options.graphs and (options.implementation != "fast" or not where.startswith("cuda")):
             raise ConfigurationError(
-                f"torch_ref has no CUDA graphs for implementation {options.implementation!r} on device {where!r}.",
+                f"torch_ref does not support CUDA graphs for implementation {options.implementation!r} on device "
+                f"{where!r}.",
                 hint="Leave out the option graphs, or use implementation fast on device cuda.",
             )
         tower: _Tower

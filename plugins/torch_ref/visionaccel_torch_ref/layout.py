@@ -67,7 +67,10 @@ class Layouts:
 
     def __init__(self, program: Program, device: str) -> None:
         if program.tables is None:
-            raise PluginError(f"program {program.name!r} has no tables.", hint="Use a visionaccel of the same release.")
+            raise PluginError(
+                f"program {program.name!r} has no tables.",
+                hint="Use visionaccel and its plug-ins from the same release.",
+            )
         self._tables, self._device = program.tables, device
         self._of = lru_cache(maxsize=_MOST_KEPT)(self._make)
 

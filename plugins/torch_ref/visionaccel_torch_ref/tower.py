@@ -49,7 +49,7 @@ class FastTower:
         if program.spec is None:
             raise PluginError(
                 f"program {program.name!r} has no description of its tower.",
-                hint="Use a visionaccel of the same release.",
+                hint="Use visionaccel and its plug-ins from the same release.",
             )
         self._layouts = Layouts(program, device)
         self._attention = attention

@@ -64,5 +64,5 @@ class WeightReader:
         """The error for weights that are not those of the configuration."""
         return CheckpointError(
             f"{self._program.folder}: the vision weights do not fit the configuration: {what}.",
-            hint="Configuration and weights are of different models.",
+            hint="The configuration and the weights belong to different models.",
         )

@@ -171,7 +171,7 @@ def _largest_by_channel(
             hint="Export the bundle in float32 again.",
         )
     if not found:
-        raise ConfigurationError("there are no images to calibrate with.", hint="Pass images that fit the programs.")
+        raise ConfigurationError("there are no calibration images.", hint="Pass images that fit the programs.")
     return found
 
 

@@ -117,7 +117,7 @@ def _ask(
     if not programs:
         formats = ", ".join(sorted(taken)) or "none"
         reason = f"this encoder (family {source.family}) has no program for this backend; supported formats: {formats}."
-        return Candidate(entry, Rejected(reason, "Choose another backend."), ())
+        return Candidate(entry, Rejected(reason, "Choose a different backend."), ())
     verdicts = [(program, _verdict(backend, entry, program, device)) for program in programs]
     accepted: dict[Coverage, Program] = {}
     for program, verdict in verdicts:

@@ -254,7 +254,7 @@ class VisionBackend(ABC):
             ArtifactError: If the program's files are broken.
         """
         raise ConfigurationError(
-            f"backend {self.name!r} cannot quantize program {program.name!r}.", hint="Choose another target."
+            f"backend {self.name!r} cannot quantize program {program.name!r}.", hint="Choose a different target."
         )
 
     @abstractmethod

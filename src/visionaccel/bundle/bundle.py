@@ -203,7 +203,7 @@ def _verify(folder: Path, manifest: Manifest, *, trust_unchanged: bool) -> dict[
             )
     for path, file in places:
         if file_digest(path, trust_unchanged=trust_unchanged) != file.sha256:
-            raise BundleError(f"{folder / file.path} is damaged: its SHA-256 is not that in the manifest.", hint=_AGAIN)
+            raise BundleError(f"{folder / file.path} is damaged: its SHA-256 does not match the manifest.", hint=_AGAIN)
     return states
 
 
@@ -221,7 +221,7 @@ def _place(folder: Path, file: BundleFile) -> Path:
         raise BundleError(f"{path} is not a file.", hint=_AGAIN)
     if status.st_size != file.bytes:
         raise BundleError(
-            f"{path} has {status.st_size} bytes, not {file.bytes} as in the manifest: it is truncated or a different "
+            f"{path} has {status.st_size} bytes, but the manifest says {file.bytes}: it is truncated or a different "
             "file.",
             hint=_AGAIN,
         )
@@ -246,7 +246,7 @@ def _tower(folder: Path, manifest: Manifest, given: Checkpoint | None, *, trust_
         names = described.keys() | manifest.spec.keys()
         differing = sorted(name for name in names if described.get(name) != manifest.spec.get(name))
         raise BundleError(
-            f"{folder / MANIFEST} has another vision configuration than {tower.checkpoint.folder}/config.json: "
+            f"{folder / MANIFEST} and {tower.checkpoint.folder}/config.json have different vision configurations: "
             f"{', '.join(differing)} differ.",
             hint=_AGAIN,
         )

@@ -95,20 +95,20 @@ def export_bundle(
     names = [program_name(request.coverage) for request in requests]
     if not requests or len(set(names)) != len(names):
         raise ConfigurationError(
-            "no programs are requested, or one twice.", hint="Pass each grid, bucket or --dynamic once."
+            "no program was requested, or one was requested twice.", hint="Pass each grid, bucket or --dynamic once."
         )
     for request in requests:
         _check_size(request.coverage)
     if device is not None and not device.isidentifier():
         raise ConfigurationError(
-            f"{device!r} is not a kind of device.",
-            hint="Pass only the kind, such as npu; the device itself is chosen at start.",
+            f"{device!r} is not a device kind.",
+            hint="Pass only the kind, such as npu; the device itself is chosen at startup.",
         )
     output = Path(os.path.realpath(output))  # if it is a link to a bundle, that bundle is replaced
     if not self_contained and any(tensor.file.is_relative_to(output) for tensor in tower.weights.values()):
         raise ConfigurationError(
-            f"{output} holds the weights themselves, and would be replaced by references to them.",
-            hint="Choose another folder, or pack the weights with --self-contained.",
+            f"{output} contains the weights themselves, and would be replaced by references to them.",
+            hint="Choose a different folder, or pack the weights with --self-contained.",
         )
     total = sum(tensor.length for tensor in tower.weights.values())
     with appearing(output, force=force) as folder:
@@ -149,7 +149,7 @@ def _check_size(coverage: Coverage) -> None:
             frames, patches = 1, coverage.patches
     if frames != 1 or patches > MOST_PATCHES:
         raise ConfigurationError(
-            f"a program of fixed shapes takes one frame of at most {MOST_PATCHES} patches, not {coverage} "
+            f"a program of fixed shapes encodes one frame of at most {MOST_PATCHES} patches, not {coverage} "
             f"with {patches} patches in {frames} frames.",
             hint="Choose a smaller grid, or write a program for any grid.",
         )

@@ -104,9 +104,9 @@ def appearing(output: Path, *, force: bool | None = None) -> Iterator[Path]:
 def _check_replaceable(output: Path, *, force: bool | None) -> None:
     if output.exists() and not force:
         option = "" if force is None else ", or pass --force to replace a bundle"
-        raise ConfigurationError(f"{output} exists.", hint=f"Remove it{option}.")
+        raise ConfigurationError(f"{output} already exists.", hint=f"Remove it{option}.")
     if output.exists() and not (output / MANIFEST).is_file() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigurationError(f"{output} exists and is not a bundle.", hint="Choose another folder.")
+        raise ConfigurationError(f"{output} already exists and is not a bundle.", hint="Choose a different folder.")
 
 
 def stated_file(folder: Path, path: Path) -> dict[str, Any]:

@@ -124,7 +124,9 @@ def _read(bundle: Bundle, path: Path, digest: str) -> tuple[Golden, ...]:
             raise ValueError(f"it has {len(entries)} images; at most {_MOST} are supported")
         images = tuple(_images(bundle, tensors, entries))
     except (ValidationError, CheckpointError, GridError, OSError, ValueError) as error:
-        raise BundleError(f"{path} holds no golden images of this bundle: {problems_of(error)}", hint=_AGAIN) from error
+        raise BundleError(
+            f"{path} contains no valid golden images for this bundle: {problems_of(error)}", hint=_AGAIN
+        ) from error
     before.require(path)
     return images
 

@@ -86,7 +86,7 @@ def push_bundle(
         if private and not api.repo_info(repository).private:
             raise ConfigurationError(
                 f"the repository {repository!r} exists and is public.",
-                hint="Make it private first, push to another one, or omit --private.",
+                hint="Make it private first, push to a different one, or omit --private.",
             )
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repository, branch=revision, exist_ok=True)
@@ -121,7 +121,7 @@ def pull_bundle(
     """
     target = None if output is None else Path(output).absolute()
     if target is not None and os.path.lexists(target):
-        raise ConfigurationError(f"{target} exists.", hint="Pass a folder that does not exist yet.")
+        raise ConfigurationError(f"{target} already exists.", hint="Choose a folder that does not exist yet.")
     snapshot = _download(repository, revision, [MANIFEST])
     commit, storage = snapshot.name, snapshot.parents[1]
     if not (snapshot / MANIFEST).is_file():
@@ -168,7 +168,7 @@ def _require_portable(folder: Path, checkpoint: ExternalCheckpoint | None) -> No
         local = True
     if local:
         raise ConfigurationError(
-            f"{folder} takes its weights from a checkpoint on this machine, {checkpoint.source}.",
+            f"{folder} reads its weights from a checkpoint on this machine, {checkpoint.source}.",
             hint="Export the bundle with --self-contained to push it.",
         )
 

@@ -45,7 +45,7 @@ def point_at_weights(model: bytes, weights: Mapping[str, StoredTensor], folder: 
         raise BundleError("a program has external data that is not a weight of its graph.", hint=_AGAIN)
     if any(node.op_type == "EPContext" for node in proto.graph.node):
         # It refers to a compiled model by a path that an execution provider follows.
-        raise BundleError("a program wraps one in a different file (EPContext).", hint="Export it as ONNX.")
+        raise BundleError("a program wraps a program in a different file (EPContext).", hint="Export it as ONNX.")
     for initializer in initializers:
         if is_external(initializer):
             _point(initializer, weights, folder)
@@ -67,7 +67,8 @@ def _point(initializer: onnx.TensorProto, weights: Mapping[str, StoredTensor], f
         or math.prod(sizes) != math.prod(stored.shape)
     ):
         raise BundleError(
-            f"a program needs weight {initializer.name!r} as {sizes}, but the stored weight has another dtype or size: "
+            f"a program needs weight {initializer.name!r} as {sizes}, but the stored weight has a different dtype or "
+            f"size: "
             f"{stored.dtype}{list(stored.shape)}.",
             hint=_AGAIN,
         )

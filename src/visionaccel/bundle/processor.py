@@ -80,7 +80,8 @@ def require_processor(stated: str | None, folder: Path, bundle: Path) -> None:
     if stated == _file_digest(bundle) and processor_digest(bundle) == found:
         return
     raise ConfigurationError(
-        f"the encoder in {bundle} was made for another image processor than that of {folder}: patch sizes, resampling, "
+        f"the encoder in {bundle} was made for a different image processor than that of {folder}: patch sizes, "
+        f"resampling, "
         "rescaling or normalisation differ, or an earlier release made the bundle and the processor was saved again.",
         hint="Export a bundle from that checkpoint, or restore its preprocessor_config.json.",
     )

@@ -130,7 +130,7 @@ def read_strip_note(folder: Path) -> str | None:
     digest = read_json(path).get(_DIGEST_KEY)
     if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
         raise CheckpointError(
-            f"{path} has no valid {_DIGEST_KEY}: sha256: and 64 hexadecimal digits.",
+            f"{path} has no valid {_DIGEST_KEY}: it must be sha256: followed by 64 hexadecimal digits.",
             hint="Strip the original checkpoint again.",
         )
     return digest
@@ -150,10 +150,12 @@ def _errors_of_copying(checkpoint: Checkpoint, out: Path) -> Iterator[None]:
 def _free_place(checkpoint: Checkpoint, out: Path) -> Path:
     """Return `out` with symbolic links resolved, if nothing exists there."""
     if out.exists() or out.is_symlink():
-        raise ConfigurationError(f"{out} exists.", hint="Pass a folder that does not exist, or remove this one.")
+        raise ConfigurationError(
+            f"{out} already exists.", hint="Choose a folder that does not exist, or remove this one."
+        )
     out = out.resolve()
     if out.is_relative_to(checkpoint.folder.resolve()):
-        raise ConfigurationError(f"{out} is in the checkpoint's own folder.", hint="Choose a folder outside it.")
+        raise ConfigurationError(f"{out} is inside the checkpoint's folder.", hint="Choose a folder outside it.")
     return out
 
 
@@ -162,7 +164,7 @@ def _require_one_content(checkpoint: Checkpoint) -> None:
     for name, copy in checkpoint.second_copy.items():
         if not checkpoint.tensors[name].holds_the_same_as(copy):
             raise CheckpointError(
-                f"{copy.file} and the shards in {INDEX_FILE} hold {name!r} with different values.",
+                f"{copy.file} and the shards in {INDEX_FILE} contain {name!r} with different values.",
                 hint="Remove the file that is out of date.",
             )
 

@@ -69,7 +69,7 @@ class Checkpoint:
         for shard in weight_map.values():
             if not isinstance(shard, str) or Path(shard).name != shard:
                 raise CheckpointError(
-                    f"{index} names a shard outside its folder: {shard!r}.", hint="Do not use this checkpoint."
+                    f"{index} refers to a shard outside its folder: {shard!r}.", hint="Do not use this checkpoint."
                 )
         return weight_map
 
@@ -107,7 +107,7 @@ class Checkpoint:
         kinds, others = ({(t.name, t.dtype, t.shape) for t in each} for each in (found, self.second_copy.values()))
         if others and others != kinds:
             raise CheckpointError(
-                f"{self.folder} has {SINGLE_FILE} and also {INDEX_FILE}, but their tensors differ.",
+                f"{self.folder} has both {SINGLE_FILE} and {INDEX_FILE}, but their tensors differ.",
                 hint="Remove the one that is out of date.",
             )
         return found
@@ -139,7 +139,7 @@ class Checkpoint:
         missing = sorted(n for n in self.weight_map or () if n.startswith(prefixes) and n not in self.tensors)
         if missing:
             raise CheckpointError(
-                f"{self.folder / INDEX_FILE} lists {len(missing)} vision tensors that no shard has, such as "
+                f"{self.folder / INDEX_FILE} lists {len(missing)} vision tensors that no shard contains, such as "
                 f"{missing[0]!r}.",
                 hint="Download the checkpoint again: index and shards are from different revisions.",
             )
@@ -248,9 +248,11 @@ def _stored(path: Path, resolved: Path, state: FileState, base: int, name: str, 
             f"{path}: the header entry of {name!r} is malformed.", hint="Download the file again."
         ) from error
     if (last := base + end) > state.size:
-        raise CheckpointError(f"{path}: {name!r} should end at byte {last}, but it has {state.size}.", hint=_AGAIN)
+        raise CheckpointError(
+            f"{path}: {name!r} should end at byte {last}, but the file has {state.size} bytes.", hint=_AGAIN
+        )
     if begin > end or end - begin != expected:
         found = f"{dtype}{list(shape)} does not fit its {end - begin} bytes"
-        raise CheckpointError(f"{path}: tensor {name!r} of {found}.", hint=_AGAIN)
+        raise CheckpointError(f"{path}: tensor {name!r} has inconsistent sizes: {found}.", hint=_AGAIN)
     plain = known.name if known is not None and known.name in FLOATS else dtype
     return StoredTensor(name, resolved, base + begin, end - begin, plain, shape, state)

@@ -219,7 +219,7 @@ def _pieces(tensor: StoredTensor, dtype: str) -> Iterator[tuple[int, memoryview]
             overflown = np.isfinite(values) & np.isinf(result) if not np.isfinite(result).all() else np.False_
         if overflown.any():
             raise CheckpointError(
-                f"{tensor.name!r} in {tensor.file} has {float(values[overflown][0]):g}, which is infinite in {dtype}.",
+                f"{tensor.name!r} in {tensor.file} contains {float(values[overflown][0]):g}, infinite in {dtype}.",
                 hint="Keep the weights' dtype, or choose one with a larger range, such as bfloat16.",
             )
         yield values.nbytes, result.view(np.uint8).data

@@ -88,7 +88,7 @@ def export(
         raise ConfigurationError("--split-host needs a program of fixed shapes.", hint="Add --grid or --bucket.")
     if target is not None and (dynamic or not (fixed or largest)):
         raise ConfigurationError(
-            f"--target {target} takes programs of fixed shapes only.", hint="Pass --grid or --bucket."
+            f"--target {target} supports only programs of fixed shapes.", hint="Pass --grid or --bucket."
         )
     if target is not None and device not in (None, VITISAI_DEVICE):
         raise ConfigurationError(
@@ -137,7 +137,9 @@ def frame_grid(text: str, option: str, merge_size: int) -> Grid:
     """Parse the grid of one frame from an option's text, such as `58x74`, and check it against the merge size."""
     grid = Grid.parse(text)
     if grid.t != 1:
-        raise ConfigurationError(f"{option} {text}: a program takes one frame.", hint="Write height x width, 58x74.")
+        raise ConfigurationError(
+            f"{option} {text}: a program encodes one frame.", hint="Write height x width, such as 58x74."
+        )
     grid.check_divisible(merge_size)
     return grid
 

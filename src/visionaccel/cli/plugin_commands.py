@@ -80,7 +80,7 @@ def _plugin_commands(own: Collection[str]) -> dict[str, Any]:
                 if (owner := owners.get(name, distribution)) != distribution:
                     which = "it" if owner == _CORE else "one of the two"
                     raise PluginError(
-                        f"it adds the command {name!r}, which {owner} has.",
+                        f"it adds the command {name!r}, which {owner} already provides.",
                         hint=f"Uninstall {which}, or ask its author to rename the command.",
                     )
         except Exception as error:  # the core's commands must work without the plug-in

@@ -55,12 +55,12 @@ def check_patches(patches: Array, grids: Sequence[Grid], patch_width: int) -> No
     shape = tuple(patches.shape)
     if len(shape) != 2 or shape[1] != patch_width:
         raise PatchesError(
-            f"patches have shape {list(shape)}; this model takes [patches, {patch_width}].",
+            f"patches have shape {list(shape)}; this model expects [patches, {patch_width}].",
             hint="Pass pixel_values as the model's own processor returns them.",
         )
     if dtype_name(patches) not in PATCH_DTYPES:
         raise PatchesError(
-            f"patches are {dtype_name(patches)}; they must be one of {', '.join(sorted(PATCH_DTYPES))}.",
+            f"patches have dtype {dtype_name(patches)}; it must be one of {', '.join(sorted(PATCH_DTYPES))}.",
             hint="Pass the processor's normalised pixel_values, not raw pixels.",
         )
     expected = total_patches(grids)
@@ -86,7 +86,7 @@ def check_output(backend: str, spec: TensorSpec, array: Array | None, sizes: Map
 
     Args:
         backend: The backend's name, for messages.
-        spec: The tensor that the program promises.
+        spec: The tensor that the program declares.
         array: The tensor [rows, width] that was returned; None if there is none of that name.
         sizes: The sizes of this call, by the names in `spec.shape`.
 
@@ -99,7 +99,7 @@ def check_output(backend: str, spec: TensorSpec, array: Array | None, sizes: Map
         wanted = [sizes.get(s, s) if isinstance(s, str) else s for s in spec.shape]
         raise OutputError(
             f"backend {backend!r} returned {spec.name!r} as {dtype_name(array)}{list(array.shape)}; "
-            f"the program promises {spec.dtype}{wanted}.",
+            f"the program declares {spec.dtype}{wanted}.",
             hint=_DEFECT,
         )
     _refuse(backend, spec.name, ~finite_rows(array), "NaN or infinity")

@@ -59,7 +59,7 @@ class StoredTensor:
                     if file.readinto(piece) < len(piece):
                         self._require_unchanged(file.fileno())
                         raise CheckpointError(
-                            f"{self.file} ended in the middle of {self.name!r}.",
+                            f"{self.file} ends in the middle of {self.name!r}.",
                             hint="The file was changed or truncated; download it again.",
                         )
                     yield piece

@@ -96,7 +96,7 @@ class Encoder:
         if not fitting:
             taken = "; ".join(sorted({str(each.program.coverage) for each in self.programs}))
             raise UnfitGridError(
-                f"no program of this encoder takes grid {grid}; they take: {taken} (height x width in patches).",
+                f"no program of this encoder accepts grid {grid}; accepted grids: {taken} (height x width in patches).",
                 hint="Resize the image to such a grid, set VISIONACCEL_FALLBACK, or export a program for it.",
             )
         return min(fitting, key=_generality)

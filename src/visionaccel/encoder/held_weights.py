@@ -47,7 +47,7 @@ def hold_source(source: Tower | Bundle, weights: WantedWeights = "private") -> T
     manifest = source.manifest if isinstance(source, Bundle) else None
     if manifest is not None and manifest.checkpoint is not None and memory.digest != manifest.weights_digest:
         raise ChangedFileError(
-            f"the vision weights in {source.tower.weights_folder} have the digest {memory.digest}, and the bundle "
+            f"the vision weights in {source.tower.weights_folder} have the digest {memory.digest}, but the bundle "
             f"needs {manifest.weights_digest}.",
             hint="Restore the checkpoint that the bundle was made from.",
         )

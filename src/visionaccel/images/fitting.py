@@ -93,8 +93,8 @@ class Fitter:
             raise UnfitGridError(f"an image of {width}x{height} pixels is empty.", hint="Pass a different image.")
         if max(height, width) > MOST_ASPECT_RATIO * min(height, width):
             raise UnfitGridError(
-                f"an image of {width}x{height} pixels has an aspect ratio of over {MOST_ASPECT_RATIO}.",
-                hint="Crop it; the model's own processor refuses it too.",
+                f"an image of {width}x{height} pixels has an aspect ratio over {MOST_ASPECT_RATIO}.",
+                hint="Crop it; the model's own processor rejects it too.",
             )
         cell = self._cell
         rows, columns = round(height / cell), round(width / cell)

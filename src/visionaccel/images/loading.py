@@ -69,7 +69,7 @@ class ImageProcessor:
             inputs = self._processor(images=[rgb], return_tensors="np" if self.backend == "pil" else "pt", **chosen)
         except (OSError, ValueError) as error:
             raise InputError(
-                f"the image processor refuses an image of {image.width}x{image.height} pixels: {error}",
+                f"the image processor rejected an image of {image.width}x{image.height} pixels: {error}",
                 hint="Pass an image that the model's own processor accepts.",
             ) from error
         patches: NDArray[np.float32] = np.asarray(as_numpy(inputs["pixel_values"]), dtype=np.float32)
@@ -145,7 +145,7 @@ def load_image(path: Path) -> Image:
         with open_regular(path) as file:
             if (size := os.fstat(file.fileno()).st_size) > MOST_FILE_BYTES:
                 raise InputError(
-                    f"{path} has {size} bytes; at most {MOST_FILE_BYTES} are supported.", hint="Pass a smaller file."
+                    f"{path} has {size} bytes; the limit is {MOST_FILE_BYTES} bytes.", hint="Pass a smaller file."
                 )
             _check_pixels(path, *webp_size(file.read(WEBP_HEADER)))
             file.seek(0)
@@ -187,6 +187,6 @@ def webp_size(start: bytes) -> tuple[int, int]:
 def _check_pixels(path: Path, width: int, height: int) -> None:
     if width * height > MOST_PIXELS:
         raise InputError(
-            f"{path} has {width}x{height} pixels; at most {MOST_PIXELS} in all are supported.",
+            f"{path} has {width}x{height} pixels; the limit is {MOST_PIXELS} pixels in total.",
             hint="Scale the image down; the model's processor would scale it down as well.",
         )

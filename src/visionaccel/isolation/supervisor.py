@@ -55,7 +55,7 @@ class Limits:
             seconds = getattr(self, field.name)
             if not 0 < seconds <= LONGEST_SECONDS:  # not the other way round, which NaN would pass
                 raise SettingsError(
-                    f"{seconds} is not a time limit for {field.name!r}.",
+                    f"{seconds} is not a valid time limit for {field.name!r}.",
                     hint=f"Set a number of seconds above 0 and at most {LONGEST_SECONDS:.0f}.",
                 )
 
@@ -339,7 +339,7 @@ class _Supervisor:
         if again and found != self._first.result():
             process.kill()
             process.reap()
-            raise DeviceError(f"after a restart, the device is {found}; it was {self._first.result()}.")
+            raise DeviceError(f"after a restart, the device is {found}; before, it was {self._first.result()}.")
         with self._changed:
             self.restarts += again  # before a waiting call can receive its answer
             self.process = process

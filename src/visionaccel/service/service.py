@@ -64,7 +64,9 @@ class EncodeService:
         dtype: str = "float32",
     ) -> None:
         if not encoders:
-            raise ConfigurationError("an encode service needs an encoder.", hint="Open one with open_encoder.")
+            raise ConfigurationError(
+                "an encode service needs at least one encoder.", hint="Open one with open_encoder."
+            )
         if dtype not in FLOATS:
             raise ConfigurationError(
                 f"unknown dtype {dtype!r} of embeddings.", hint="Choose float32, bfloat16 or float16."
@@ -72,7 +74,8 @@ class EncodeService:
         self._numerics, *others = {numerics(encoder.primary, dtype) for encoder in encoders}
         if others:
             raise ConfigurationError(
-                "all devices of an encode service must run the same programs, with one backend, precision and options.",
+                "all devices of an encode service must run the same programs, with the same backend, precision and "
+                "options.",
                 hint="Open a service for each kind of device.",
             )
         self.encoders = tuple(encoders)

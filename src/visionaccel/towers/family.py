@@ -133,7 +133,7 @@ class Family:
             ) from error
         except ValueError as error:
             raise CheckpointError(
-                f"{where}: {error}.", hint="Check that the configuration is undamaged and of this family."
+                f"{where}: {error}.", hint="Check that the configuration is intact and belongs to this family."
             ) from error
         except Exception as error:
             raise self._fault(f"failed to describe the tower: {type(error).__name__}: {error}") from error
@@ -164,7 +164,7 @@ class Family:
         stored = checkpoint.with_prefix(self.prefixes)
         if not stored:
             raise CheckpointError(
-                f"{checkpoint.folder} holds no vision weights (no tensor name starts with "
+                f"{checkpoint.folder} contains no vision weights (no tensor name starts with "
                 f"{' or '.join(map(repr, self.prefixes))}).",
                 hint="The checkpoint was stripped; set VISIONACCEL_BUNDLE to a folder that has the vision weights.",
             )

@@ -231,7 +231,7 @@ class Tower:
             most = -(-tokens // self.spec.window)  # the windows of a frame with one row of tokens
             if not 1 <= bucket.sizes["windows"] <= most:
                 raise ConfigurationError(
-                    f"{bucket.sizes['windows']} windows do not fit: {bucket.patches} patches have 1 to {most}.",
+                    f"{bucket.sizes['windows']} windows do not fit: {bucket.patches} patches form 1 to {most}.",
                     hint="Make buckets with `Tower.bucket`.",
                 )
 

@@ -295,7 +295,7 @@ class ChainLink:
             if self._keeper.unverified:
                 return DeadlineError(f"the first canary of {self.name} is still running.", hint=_LATER)
             device = self.encoder_if_open.capabilities.device
-            return DeadlineError(f"the engine's step had no more time before device {device!r} answered.", hint=_STEP)
+            return DeadlineError(f"the engine's step ran out of time before device {device!r} answered.", hint=_STEP)
         except Exception as error:  # for example, no thread can be started
             return DeviceError(f"encoding failed with {type(error).__name__}: {error}")
 
@@ -326,7 +326,7 @@ class ChainLink:
         if self.encoder_if_open is not None:
             return self.encoder_if_open
         if self.breaker.state is BreakerState.OPEN:
-            raise DeviceError(f"an earlier try failed; {self.breaker.reason}", hint="It is tried again soon.")
+            raise DeviceError(f"an earlier attempt failed; {self.breaker.reason}", hint="It will be tried again soon.")
         assert self._make is not None
         for left in reversed(range(tries)):
             try:

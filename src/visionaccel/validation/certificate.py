@@ -81,7 +81,7 @@ def check_thresholds(thresholds: Iterable[float]) -> None:
     for threshold in thresholds:
         if not 0 < threshold <= 1:  # also true for NaN
             raise ConfigurationError(
-                f"{threshold} is not a threshold for a cosine.", hint="Pass a number above 0 and at most 1."
+                f"{threshold} is not a valid cosine threshold.", hint="Pass a number above 0 and at most 1."
             )
 
 

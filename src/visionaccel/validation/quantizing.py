@@ -81,7 +81,7 @@ def quantize_bundle(
     programs = _programs(bundle, registry, target, device)
     files = find_images(images)
     if not files:
-        raise ConfigurationError("no images to calibrate with were passed.", hint="Pass some with --calibrate.")
+        raise ConfigurationError("no calibration images were passed.", hint="Pass some with --calibrate.")
     for image in (*files, *find_images(judged_by)):
         if not image.is_file():
             raise InputError(f"{image} is not a file.", hint="Pass image files, or folders of them.")
@@ -90,7 +90,7 @@ def quantize_bundle(
     weights = {tensor.file for tensor in bundle.tower.weights.values()}
     if any(file.is_relative_to(output) for file in (bundle.folder.resolve(), *weights)):
         raise ConfigurationError(
-            f"{output} holds the bundle or its weights, and would be replaced.", hint="Choose another folder."
+            f"{output} contains the bundle or its weights, and would be replaced.", hint="Choose a different folder."
         )
     with appearing(output, force=force) as folder:
         for file in bundle.manifest.files:
@@ -143,7 +143,7 @@ def _programs(bundle: Bundle, registry: Registry, target: str, device: str | Non
         if entry.name not in found:
             raise ConfigurationError(
                 f"backend {target!r} does not run program {entry.name!r} on {device or 'its default device'}.",
-                hint="`visionaccel explain` says why. Choose another --target or --device.",
+                hint="`visionaccel explain` says why. Choose a different --target or --device.",
             )
     return tuple(found[entry.name] for entry in bundle.manifest.programs)
 

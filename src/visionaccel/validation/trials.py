@@ -139,7 +139,7 @@ class Trials:
         if grid != expected or patches.shape[1] != self._tower.patch_width:
             raise CheckpointError(
                 f"the image processor of {self._tower.checkpoint.folder} makes patches {list(patches.shape)} of grid "
-                f"{grid}, but its vision tower takes patches of width {self._tower.patch_width} and grid {expected}.",
+                f"{grid}, but its vision tower expects patches of width {self._tower.patch_width} and grid {expected}.",
                 hint="Use the processor configuration of this model.",
             )
         return patches
@@ -187,8 +187,8 @@ def find_images(places: Sequence[Path]) -> tuple[Path, ...]:
             found.append(place)
     if places and not found:
         raise ConfigurationError(
-            f"no images are in {', '.join(map(str, places))}.",
-            hint=f"Pass folders with files of these kinds: {', '.join(sorted(_SUFFIXES))}.",
+            f"no images were found in {', '.join(map(str, places))}.",
+            hint=f"Pass folders that contain files of these types: {', '.join(sorted(_SUFFIXES))}.",
         )
     return tuple(dict.fromkeys(found))
 

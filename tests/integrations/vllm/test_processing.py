@@ -235,10 +235,10 @@ def test_without_a_fallback_videos_are_refused(made):
     info = made("fixed")
     assert info.supported_mm_limits == {"image": None, "video": 0}
     clip = (np.zeros((2, 28, 28, 3), np.uint8), {"fps": 1.0})
-    with pytest.raises(UnfitGridError, match="takes no videos"):
+    with pytest.raises(UnfitGridError, match="does not accept videos"):
         info.validate_num_items("video", 1)
     info.validate_num_items("image", 1)
-    with pytest.raises(UnfitGridError, match="takes no videos") as caught:
+    with pytest.raises(UnfitGridError, match="does not accept videos") as caught:
         info.parse_mm_data({"video": [clip]})
     assert "VISIONACCEL_FALLBACK" in str(caught.value)
     assert len(made("fixed", fallback="torch_ref").parse_mm_data({"video": [clip]})["video"]) == 1
@@ -248,7 +248,7 @@ def test_without_a_fallback_videos_are_refused(made):
 def test_a_grid_that_options_of_a_request_forced_is_refused(made):
     info = made("fixed")
     info.check_fits("image", torch.tensor([1, 8, 16]))
-    with pytest.raises(UnfitGridError, match=r"this image has grid 1x20x20, and the encoder's programs take 8x16"):
+    with pytest.raises(UnfitGridError, match=r"this image has grid 1x20x20, but the encoder's programs accept 8x16"):
         info.check_fits("image", torch.tensor([1, 20, 20]))
     made("fixed", fallback="torch_ref").check_fits("image", torch.tensor([1, 20, 20]))
 
@@ -317,18 +317,18 @@ def test_a_bundle_of_other_vision_weights_is_refused(digits, other, bundles, tmp
     bundle = export_bundle(open_tower(digits), tmp_path / "packed", [ProgramRequest(AnyGrid())], self_contained=True)
     monkeypatch.setenv("VISIONACCEL_BUNDLE", str(bundle.folder))
     assert open_served_source(served_model(digits), load_settings()).manifest == bundle.manifest
-    with pytest.raises(ConfigurationError, match="made from other vision weights"):
+    with pytest.raises(ConfigurationError, match="made from different vision weights"):
         open_served_source(served_model(other), load_settings())
     strip_checkpoint(Checkpoint(other), tmp_path / "stripped")
     for encoder in (bundle.folder, digits):  # a plain checkpoint as the encoder must be the right one too
         monkeypatch.setenv("VISIONACCEL_BUNDLE", str(encoder))
         for name in ("stripped", "other"):
-            with pytest.raises(ConfigurationError, match="made from other vision weights"):
+            with pytest.raises(ConfigurationError, match="made from different vision weights"):
                 open_served_source(served_model(tmp_path / name), load_settings())
     monkeypatch.setenv("VISIONACCEL_BUNDLE", str(other))
     assert open_served_source(served_model(tmp_path / "stripped"), load_settings()).checkpoint.folder == other
     monkeypatch.setenv("VISIONACCEL_BUNDLE", str(bundle.folder))
-    with pytest.raises(ConfigurationError, match="made from other vision weights"):
+    with pytest.raises(ConfigurationError, match="made from different vision weights"):
         open_served_source(served_model(tmp_path / "stripped"), load_settings())
 
 
@@ -336,7 +336,7 @@ def test_an_encoder_of_other_sizes_is_refused_even_where_no_digest_is_known(digi
     strip_checkpoint(Checkpoint(digits), tmp_path / "stripped")
     (tmp_path / "stripped" / STRIP_NOTE).unlink()
     monkeypatch.setenv("VISIONACCEL_BUNDLE", str(tiny))
-    with pytest.raises(ConfigurationError, match="made for another vision configuration"):
+    with pytest.raises(ConfigurationError, match="made for different vision configuration"):
         open_served_source(served_model(tmp_path / "stripped"), load_settings())
 
 
@@ -344,10 +344,10 @@ def test_the_configuration_that_is_served_decides(digits, bundles, monkeypatch):
     changed = {**Checkpoint(digits).config["vision_config"], "fullatt_block_indexes": [1]}
     assert open_served_source(served_model(digits, changed), load_settings()).spec.full_blocks == (1,)
     monkeypatch.setenv("VISIONACCEL_BUNDLE", str(bundles / "fixed"))
-    with pytest.raises(ConfigurationError, match=r"made for another vision configuration.*full_blocks"):
+    with pytest.raises(ConfigurationError, match=r"made for a different vision configuration.*full_blocks"):
         open_served_source(served_model(digits, changed), load_settings())
     monkeypatch.setenv("VISIONACCEL_BUNDLE", str(digits))
-    with pytest.raises(ConfigurationError, match="made for another vision configuration"):
+    with pytest.raises(ConfigurationError, match="made for different vision configuration"):
         open_served_source(served_model(digits, changed), load_settings())
 
 
@@ -356,7 +356,7 @@ def test_a_bundle_for_another_image_processor_is_refused(digits, other, bundles,
     config.write_text(config.read_text().replace("0.48145466", "0.5"))
     (other / "model.safetensors").write_bytes((digits / "model.safetensors").read_bytes())
     monkeypatch.setenv("VISIONACCEL_BUNDLE", str(bundles / "fixed"))
-    with pytest.raises(ConfigurationError, match="another image processor"):
+    with pytest.raises(ConfigurationError, match="a different image processor"):
         open_served_source(served_model(other), load_settings())
 
 

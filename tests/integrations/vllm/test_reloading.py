@@ -174,7 +174,7 @@ def test_where_no_scheduler_listens_no_embedding_of_the_weights_before_is_used(
 
 
 def test_a_part_of_new_weights_is_refused(engine, other):
-    with pytest.raises(ConfigurationError, match="was not given, and has other values there"):
+    with pytest.raises(ConfigurationError, match="was not given, but has different values there"):
         engine.load({"visual.patch_embed.proj.weight": weights(other)["visual.patch_embed.proj.weight"]}, other)
 
 
@@ -188,7 +188,7 @@ def test_weights_of_another_shape_or_name_are_refused(engine, tiny):
 def test_a_bundle_of_the_weights_before_is_not_used_with_new_ones(tiny, other, faults, monkeypatch):
     monkeypatch.setenv("VISIONACCEL_BUNDLE", str(tiny))
     engine = Engine(tiny, faults)
-    with pytest.raises(ConfigurationError, match="made from other vision weights"):
+    with pytest.raises(ConfigurationError, match="made from different vision weights"):
         engine.load(weights(other), other)
     assert engine.orders[-1].refusal is not None
 
@@ -212,7 +212,7 @@ def test_a_stripped_checkpoint_gets_the_bundle_of_its_weights_again(tiny, other,
     monkeypatch.setenv("VISIONACCEL_BUNDLE", str(other))
     folder = stripped(other, tmp_path)
     engine = Engine(folder, faults)
-    with pytest.raises(ConfigurationError, match="made from other vision weights"):
+    with pytest.raises(ConfigurationError, match="made from different vision weights"):
         engine.load({}, stripped(tiny, tmp_path))
     assert torch.equal(engine.tower(PATCHES, GRIDS), torch.zeros(10, 24))
     engine.load({}, folder)

@@ -228,7 +228,7 @@ def test_a_second_reader_of_one_engine_is_refused_until_the_first_has_ended(shar
 def test_more_engines_than_there_is_room_for_are_refused(shared):
     for index in range(FAULTS.areas):
         Area(shared, FAULTS, index).give_to(os.getppid())
-    with pytest.raises(ConfigurationError, match="all 64 places for the faults"):
+    with pytest.raises(ConfigurationError, match="all 64 slots for the faults"):
         FaultReader("e")
 
 
@@ -285,7 +285,7 @@ def test_memory_that_the_system_does_not_give_refuses_the_start(monkeypatch):
         raise PermissionError("Operation not permitted")
 
     monkeypatch.setattr(os, "memfd_create", refuse)
-    with pytest.raises(ConfigurationError, match="cannot be made: Operation not permitted"):
+    with pytest.raises(ConfigurationError, match="cannot be created: Operation not permitted"):
         make_shared_memory()
 
 

@@ -301,7 +301,7 @@ def test_a_contender_that_refuses_the_first_grid_takes_the_others(tiny, monkeypa
     class Refusing(FakeProcess):
         def ask(self, request, seconds):
             if self.label == "onnxrt" and request["grid"] == [1, 8, 8]:
-                raise DeviceError("no program of this encoder takes grid 1x8x8")
+                raise DeviceError("no program of this encoder accepts grid 1x8x8")
             return super().ask(request, seconds)
 
     monkeypatch.setattr("visionaccel_bench.encode.encoding.ContenderProcess", Refusing)
@@ -310,7 +310,7 @@ def test_a_contender_that_refuses_the_first_grid_takes_the_others(tiny, monkeypa
     assert missing is None
     assert taken[0].error is None
     refused, done = (taken[0].grids[grid] for grid in plan.grids)
-    assert "no program of this encoder takes grid 1x8x8" in refused.error
+    assert "no program of this encoder accepts grid 1x8x8" in refused.error
     assert done.error is None
     assert done.accuracy.lowest_cosine > 0.9999
     assert len(done.rounds) == 1

@@ -46,5 +46,7 @@ def test_transformers_peer_says_which_towers_it_takes(tiny):
 
 
 def test_vllms_peer_says_which_towers_it_takes():
-    with pytest.raises(ConfigurationError, match="takes towers of family qwen2_5_vl, and this one belongs to qwen2_vl"):
+    with pytest.raises(
+        ConfigurationError, match="supports only towers of family qwen2_5_vl; this one belongs to qwen2_vl"
+    ):
         open_peer("vllm", SimpleNamespace(family="qwen2_vl"), {"dtype": "float32"}, torch.get_num_threads())

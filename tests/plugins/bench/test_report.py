@@ -291,7 +291,7 @@ EVENT = {"ph": "X", "name": "a", "cat": "device", "ts": 1, "dur": 1, "pid": 1, "
         ("", "is not a trace"),
         ("hello", "is not a trace"),
         ("{}", "is not a JSON array"),
-        ("[]", "no event that took time"),
+        ("[]", "no events that took time"),
         ("[1]", "event 0 is not a JSON object"),
         (json.dumps([{**EVENT, "ts": "now"}]), "event 0: ts: Input should be a valid number"),
         (json.dumps([{**EVENT, "dur": -1}]), "event 0: dur: Input should be"),

@@ -75,7 +75,7 @@ def test_another_number_of_patches_than_the_grids_is_refused(tiny, tmp_path):
     folder = strange(tiny, tmp_path / "folder")
     grid = type(PORTRAIT)(1, 20, 14)
     refused(
-        tiny, folder, r"pixel_values: float32\[240, 96\], and a program of grid 20x14", host_on_onnxrt=True, grid=grid
+        tiny, folder, r"pixel_values: float32\[240, 96\], but a program for grid 20x14", host_on_onnxrt=True, grid=grid
     )
 
 
@@ -204,7 +204,7 @@ def test_the_kernel_of_a_compiled_model_is_compared_too(tiny, tmp_path):
         tensor = constant_of(graph, "patch_embed.proj.weight")
         tensor.CopyFrom(numpy_helper.from_array(np.zeros(tensor.dims, np.float32), tensor.name))
 
-    refused(tiny, compiled(tiny, tmp_path / "folder", change=zero), "compiled from other weights")
+    refused(tiny, compiled(tiny, tmp_path / "folder", change=zero), "compiled from different weights")
 
 
 def test_a_rai_beside_its_compiled_model_gets_its_tensors_from_the_node(tiny, tmp_path):

@@ -70,7 +70,7 @@ def test_two_exchanged_tokens_are_noticed(tiny, folder):
 
 def test_a_reverse_order_that_does_not_undo_the_window_order_is_refused(tiny, folder):
     edit(folder, change_constant("reverse_index", lambda order: np.roll(order, 1)))
-    refused(tiny, folder, "60 of 60 places of the reverse order are not the inverse")
+    refused(tiny, folder, "60 of 60 entries of the reverse order are not the inverse")
 
 
 def test_a_window_order_that_loses_a_token_is_refused(tiny, folder):
@@ -80,7 +80,7 @@ def test_a_window_order_that_loses_a_token_is_refused(tiny, folder):
 
 def test_the_kernel_of_another_checkpoint_is_refused(tiny, folder, tmp_path):
     other = random_checkpoint(tmp_path / "other", seed=1)
-    refused(other, folder, "is not the one in .*they differ by up to .*compiled from other weights")
+    refused(other, folder, "is not the one in .*they differ by up to .*compiled from different weights")
 
 
 def test_a_kernel_that_was_trained_further_is_refused(tiny, folder):
@@ -257,7 +257,7 @@ def test_files_that_are_none_and_folders_without_an_artifact_are_refused(tiny, f
     refused(tiny, tmp_path / "folder" / "nothing", "does not exist", ConfigurationError)
     refused(tiny, folder, "'?missing.rai'? does not exist", ConfigurationError, artifact=tmp_path / "missing.rai")
     (folder / "vision.rai").unlink()
-    refused(tiny, folder, "nothing that was compiled from it", ConfigurationError)
+    refused(tiny, folder, "nothing compiled from it", ConfigurationError)
     (cache / "vision.onnx").unlink()
     refused(tiny, cache, r"contains no \.onnx", ConfigurationError)
 

@@ -97,7 +97,7 @@ def test_a_runtime_that_does_not_record_leaves_it_unknown():
 
 @NEVER_TAKES
 def test_an_active_provider_that_runs_nothing_is_refused():
-    with pytest.raises(DeviceError, match=f"{AZURE} is active and leaves .* 0 of 3 nodes") as refusal:
+    with pytest.raises(DeviceError, match=f"{AZURE} is active but leaves .* 0 of 3 nodes") as refusal:
         OnnxRuntimeBackend().open(program_of(), None, OnnxRuntimeOptions(provider=AZURE))
     assert "allow_cpu=true" in refusal.value.hint
 
@@ -384,8 +384,8 @@ def test_branches_are_looked_into(tmp_path):
     [
         ({"source": "QNNExecutionProvider"}, "compiled by 'QNNExecutionProvider'"),
         ({"source": None}, "an unnamed execution provider"),
-        ({"source": 3}, "source of an EPContext has a wrong type"),
-        ({"embed_mode": "1"}, "embed_mode of an EPContext has a wrong type"),
+        ({"source": 3}, "source of an EPContext has the wrong type"),
+        ({"embed_mode": "1"}, "embed_mode of an EPContext has the wrong type"),
         ({"embed_mode": 2, "refers_to": "../outside.bin"}, "is not a plain file name"),
     ],
 )
@@ -449,7 +449,7 @@ def test_a_bundle_of_compiled_programs_is_refused_with_a_reason(tiny, tmp_path):
 
 
 def test_nothing_is_written_where_nothing_is_compiled(tmp_path):
-    with pytest.raises(ConfigurationError, match="compiles no programs to keep in context_dir"):
+    with pytest.raises(ConfigurationError, match="compiles no programs that could be kept in context_dir"):
         OnnxRuntimeBackend().open(program_of(), "cpu", OnnxRuntimeOptions(context_dir=tmp_path))
 
 
@@ -536,8 +536,8 @@ def test_an_export_for_vitis_ai_brings_the_compilers_configuration(tiny, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "fixed shapes only"),
-        (["--grid", "10x18", "--dynamic"], "fixed shapes only"),
+        ([], "only programs of fixed shapes"),
+        (["--grid", "10x18", "--dynamic"], "only programs of fixed shapes"),
         (["--grid", "10x18", "--device", "cuda"], "is for device npu, not cuda"),
     ],
 )

@@ -479,7 +479,7 @@ def test_options_are_written_as_json_in_the_environment():
     [
         ({"latency": -1}, "latency: .*greater than or equal to 0"),
         ({"latency": float("inf")}, "latency: .*finite"),
-        ({"lag": 1}, "Options it takes: latency, per_patch, recorded"),
+        ({"lag": 1}, "Supported options: latency, per_patch, recorded"),
         ({"max_in_flight": 0}, "max_in_flight"),
         ({"faults": [{"do": "raise"}]}, "exactly one of patches, call"),
         ({"faults": [{"do": "raise", "call": 1, "every": 2}]}, "exactly one of patches, call"),
@@ -487,7 +487,7 @@ def test_options_are_written_as_json_in_the_environment():
         ({"faults": [{"do": "explode", "all": True}]}, "do: .*'raise', 'nan'"),
         ({"faults": [{"do": "nan", "all": True, "seed": 1}]}, "seed goes with share"),
         ({"faults": [{"do": "nan", "all": True, "seconds": 1}]}, "seconds go with hang"),
-        ({"inner": {"thread": 1}}, "wrapped backend 'onnxrt': thread: .*Options it takes: provider"),
+        ({"inner": {"thread": 1}}, "wrapped backend 'onnxrt': thread: .*Supported options: provider"),
         ({"recorded": "/nowhere.json"}, "recorded times .*cannot be read"),
     ],
 )

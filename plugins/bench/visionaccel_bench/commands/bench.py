@@ -134,7 +134,7 @@ def serve(
         if checkpoint is not None or mode:
             raise ConfigurationError(
                 "--url measures running servers; a checkpoint or --mode is for servers that the command starts.",
-                hint="Leave one of the two out.",
+                hint="Pass either --url, or a checkpoint or --mode.",
             )
         subjects = _named(url)
         _require_inline(sequential, subjects)
@@ -216,7 +216,8 @@ def _size(text: str) -> tuple[int, int]:
     found = _SIZE.fullmatch(text)
     if found is None:
         raise SettingsError(
-            f"--size {text!r} is not a size.", hint="Pass WIDTHxHEIGHT in pixels, from 10 to 9999, such as 308x224."
+            f"--size {text!r} is not an image size.",
+            hint="Pass WIDTHxHEIGHT in pixels, from 10 to 9999, such as 308x224.",
         )
     return int(found[1]), int(found[2])
 
@@ -247,6 +248,6 @@ def _named(urls: Iterable[str]) -> dict[str, str]:
 def _require_inline(sequential: bool, names: Iterable[str]) -> None:
     if sequential and Mode.INLINE.value not in list(names):
         raise ConfigurationError(
-            "--sequential sends requests one after the other in mode inline, which is not among those measured.",
+            "--sequential sends requests one by one to a server in mode inline, but no such server is measured.",
             hint="Add --mode inline, or a server named inline.",
         )

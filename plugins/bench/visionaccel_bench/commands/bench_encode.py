@@ -171,13 +171,13 @@ def _own_grids(source: Tower | Bundle) -> tuple[Grid, ...]:
 def _folder(source: str | None, preset: str | None, depth: int | None) -> tuple[Path, str]:
     """Return the folder that contenders open, and its name in reports."""
     if (source is None) == (preset is None):
-        raise SettingsError("pass a source or --preset, and not both.", hint=f"Presets: {', '.join(PRESETS)}.")
+        raise SettingsError("pass either a source or --preset.", hint=f"Presets: {', '.join(PRESETS)}.")
     if preset is not None:
         with status("writing the preset's random weights, if they do not exist yet"):
             folder = preset_checkpoint(preset, depth)
         return folder, preset if depth is None else f"{preset}, {depth} blocks"
     if depth is not None:
-        raise SettingsError("--depth shortens a preset.", hint="Leave it out, or pass --preset.")
+        raise SettingsError("--depth applies only to a preset.", hint="Leave it out, or pass --preset.")
     assert source is not None
     return (Path(source) if Path(source).is_dir() else locate_checkpoint(source).folder), source
 

@@ -99,6 +99,6 @@ def _one(server: VllmServer, picture: Image, *, timed: bool) -> tuple[str, float
         return answer.text, None
     new = encodes()[before:]
     if not new:
-        raise DeviceError(f"the server answered without the backend. The end of its log:\n{log_end(server.log)}")
+        raise DeviceError(f"the server answered without using the backend. The end of its log:\n{log_end(server.log)}")
     parts = (ms for encode in new for part, ms in encode["ms"].items() if part != "queue")
     return answer.text, round(sum(parts), 2)

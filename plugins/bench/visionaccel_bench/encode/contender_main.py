@@ -189,7 +189,7 @@ def _vllm(tower: Tower, options: Mapping[str, Any]) -> Opened:
     """Build the tower of vLLM's Qwen2.5-VL as its worker does, only once in a process: process groups are global."""
     if tower.family != _VLLM_FAMILY:
         raise ConfigurationError(
-            f"the peer vllm takes towers of family {_VLLM_FAMILY}, and this one belongs to {tower.family}.",
+            f"the peer vllm supports only towers of family {_VLLM_FAMILY}; this one belongs to {tower.family}.",
             hint="Leave the peer out.",
         )
     import torch

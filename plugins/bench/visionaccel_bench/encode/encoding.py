@@ -205,7 +205,7 @@ class ContenderProcess(AbstractContextManager["ContenderProcess"]):
             raise DeviceError(f"its process {self._ending()}. The end of its output: {log_end(self._log)}") from error
         if not answered:
             self.close()
-            raise DeadlineError(f"it took longer than {seconds:g} s and was ended.", hint="Pass a longer --deadline.")
+            raise DeadlineError(f"it took longer than {seconds:g} s and was stopped.", hint="Pass a longer --deadline.")
         if "error" in answer:
             raise DeviceError(answer["error"])
         return answer

@@ -49,6 +49,6 @@ def preset_checkpoint(name: str, depth: int | None = None) -> Path:
     except OSError as error:
         raise ConfigurationError(
             f"the preset's weights cannot be written to {base}: {error}.",
-            hint="Free some space, or set XDG_CACHE_HOME to a folder that you can write to.",
+            hint="Free some space, or set XDG_CACHE_HOME to a writable folder.",
         ) from error
     return folder

@@ -126,8 +126,8 @@ def read_benchmark(path: Path) -> Benchmark:
         if isinstance(document, dict) and keys <= document.keys():
             return _checked(kind, document, path, what)
     raise InputError(
-        f"{path} is not a benchmark.",
-        hint="Pass a file that `visionaccel bench` wrote as JSON.",
+        f"{path} is not a benchmark result.",
+        hint="Pass a JSON file that `visionaccel bench` wrote.",
     )
 
 
@@ -158,7 +158,7 @@ def read_trace(path: Path) -> Trace:
             f"{path} has {len(entries)} events; the maximum is {_MOST_EVENTS}.", hint="Record for a shorter time."
         )
     if not lanes:
-        raise InputError(f"{path} holds no event that took time.", hint="Record a trace while images are encoded.")
+        raise InputError(f"{path} contains no events that took time.", hint="Record a trace while images are encoded.")
     return Trace(tuple(lanes))
 
 
@@ -260,10 +260,10 @@ def _read_text(path: Path, most_bytes: int) -> str:
     except OSError as error:
         raise ConfigurationError(f"{path} cannot be read: {error}", hint="Pass a file that exists.") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not text in UTF-8: {error}", hint="Pass a JSON file.") from error
+        raise InputError(f"{path} is not UTF-8 text: {error}", hint="Pass a JSON file.") from error
     except ValueError as error:
         raise InputError(
-            f"{path} cannot be shown: {error}.", hint="Pass a JSON file, of a shorter run if it is too large."
+            f"{path} cannot be displayed: {error}.", hint="Pass a JSON file; if it is too large, record a shorter run."
         ) from error
 
 

@@ -114,7 +114,7 @@ def first_model(url: str) -> str:
             models = [model.id for model in client.models.list()]
     except (OpenAIError, ValueError) as error:
         raise ConfigurationError(
-            f"the server at {url} does not tell its model: {_said(error)}.",
+            f"the server at {url} did not report its model: {_said(error)}.",
             hint="Pass the base URL of a running OpenAI-compatible server, such as http://127.0.0.1:8000/v1.",
         ) from error
     if not models:
@@ -192,9 +192,9 @@ class _Sender:
         except OpenAIError as error:
             raise DeviceError(f"request '{name}' failed: {_said(error)}.") from error
         except Exception as error:  # the client's HTTP library has its own errors for interrupted streams
-            raise DeviceError(f"request '{name}' broke off: {type(error).__name__}: {_said(error)}.") from error
+            raise DeviceError(f"request '{name}' ended early: {type(error).__name__}: {_said(error)}.") from error
         if not arrivals:
-            raise DeviceError(f"request '{name}' was answered without a token.")
+            raise DeviceError(f"the answer to request '{name}' has no tokens.")
         return Trace(name, kind, sent, tuple(arrivals), counted or len(arrivals))
 
     def _now(self) -> float:

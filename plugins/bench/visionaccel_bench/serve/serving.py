@@ -209,7 +209,7 @@ def _sent(
         run = send(subject.url, subject.model, load, one_by_one=one_by_one)
         after = subject.encodes()
         if new and before is not None and after is not None and after - before < len(load.images):
-            raise DeviceError(f"the backend encoded {after - before} of {len(load.images)} new images.")
+            raise DeviceError(f"the backend encoded only {after - before} of {len(load.images)} new images.")
     except DeviceError as error:
         log = "" if subject.log is None else f" The end of the server's log:\n{log_end(subject.log)}"
         raise DeviceError(f"{subject.name}, {what}: {error.message}{log}", hint=error.hint) from error

@@ -96,11 +96,14 @@ def _inline(graph: OnnxGraph, tensor: onnx.TensorProto) -> onnx.TensorProto:
     values = graph.values(tensor)
     if values is None:
         kind = TensorProto.DataType.Name(tensor.data_type)
-        raise BundleError(f"{graph.path}: weight {tensor.name!r} of the host is {kind}.", hint=EXPORT_AGAIN)
+        raise BundleError(
+            f"{graph.path}: weight {tensor.name!r} of the host's part has the unsupported type {kind}.",
+            hint=EXPORT_AGAIN,
+        )
     return TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, raw_data=values.tobytes())
 
 
 def _value(spec: TensorSpec) -> onnx.ValueInfoProto:
     if spec.dtype != "float32":
-        raise BundleError(f"{spec} is an input or output of the host's part and not float32.", hint=EXPORT_AGAIN)
+        raise BundleError(f"{spec} is an input or output of the host's part, but is not float32.", hint=EXPORT_AGAIN)
     return helper.make_tensor_value_info(spec.name, TensorProto.FLOAT, spec.shape)

@@ -125,7 +125,7 @@ def _context_files(
     names = set(external_files(graph.model))
     if not contexts:
         raise ConfigurationError(
-            f"{folder.folder} has {folder.model.name} and nothing that was compiled from it: no .rai, no vaiml_par_0, "
+            f"{folder.folder} contains {folder.model.name} but nothing compiled from it: no .rai, no vaiml_par_0, "
             "and no EPContext node in the model.",
             hint="Compile the model first, or pass the artifact with --artifact.",
         )
@@ -158,7 +158,7 @@ def _boundary(folder: VitisFolder, graph: OnnxGraph, contexts: list[onnx.NodePro
             if spec.name not in graph or (node and spec.name not in {s.name for s in getattr(node, side)}):
                 raise BundleError(
                     f"{folder.artifact}: the device's tensor {spec.name!r} is not in {folder.model}.",
-                    hint="Pass the model that was compiled with --onnx.",
+                    hint="Use --onnx to pass the model that was compiled.",
                 )
     return folder.boundary
 
@@ -169,7 +169,7 @@ def _check_boundary(part: HostPart, boundary: Boundary | None, folder: VitisFold
     for ours, theirs in ((part.input, boundary.inputs[0]), (part.output, boundary.outputs[0])):
         if theirs.shape and (squeezed(ours.shape) != squeezed(theirs.shape) or ours.dtype != theirs.dtype):
             raise BundleError(
-                f"{folder.artifact}: the device has {theirs}, and by the model and the checkpoint's configuration its "
+                f"{folder.artifact}: the device has {theirs}, but according to the model and the checkpoint its "
                 f"shape is {list(ours.shape)}.",
                 hint="Pass the checkpoint and the model that the artifact was compiled from.",
             )
@@ -204,7 +204,7 @@ def _matching_grid(tower: Tower, order: NDArray[np.int64], wanted: Grid | None) 
     tokens = len(order)
     if tokens * tower.merge_size**2 > MOST_PATCHES:
         raise BundleError(
-            f"the model is for {tokens * tower.merge_size**2} patches; a program takes at most {MOST_PATCHES}.",
+            f"the model is for {tokens * tower.merge_size**2} patches; the limit is {MOST_PATCHES}.",
             hint="Compile the tower for a smaller grid.",
         )
     fitting: dict[Grid, HostSplit] = {}
@@ -234,8 +234,8 @@ def _matching_grid(tower: Tower, order: NDArray[np.int64], wanted: Grid | None) 
         return wanted, fitting[wanted]
     if len(fitting) > 1:
         raise ConfigurationError(
-            f"grids {names} have the same window order, so the model cannot tell which of them it is for.",
-            hint="Set the one that it was compiled for with --grid.",
+            f"grids {names} have the same window order, so the model does not show which of them it is for.",
+            hint="With --grid, choose the one that the model was compiled for.",
         )
     return next(iter(fitting.items()))
 
@@ -258,7 +258,8 @@ def _check_weights(part: HostPart, weights: Mapping[str, StoredTensor]) -> None:
                 continue
             difference = f"they differ by up to {largest:g}"
         raise BundleError(
-            f"the artifact's {name} is not the one in {stored.file}: {difference}. It was compiled from other weights.",
+            f"the artifact's {name} is not the one in {stored.file}: {difference}. It was compiled from "
+            f"different weights.",
             hint=OTHER_CHECKPOINT,
         )
 

@@ -147,7 +147,7 @@ class OnnxGraph:
             return None
         where = f"{self.path}: tensor {tensor.name!r}"
         if len(tensor.dims) > _MOST_DIMENSIONS:  # the product of very many sizes alone takes minutes
-            raise BundleError(f"{where} has {len(tensor.dims)} dimensions.", hint=_AGAIN)
+            raise BundleError(f"{where} has too many dimensions: {len(tensor.dims)}.", hint=_AGAIN)
         shape = tuple(tensor.dims)
         items = math.prod(shape)
         if min(shape, default=1) < 0 or items * dtype.itemsize > _MOST_CONSTANT_BYTES:
@@ -158,7 +158,7 @@ class OnnxGraph:
             place, size = ExternalData.of(tensor), items * dtype.itemsize
             file = plain_file(self.path.parent, place.location, where)
             if place.length not in (None, size) or place.offset + size > file.stat().st_size:
-                raise BundleError(f"{where} is not completely in {file.name}, or has another size.", hint=_AGAIN)
+                raise BundleError(f"{where} is not completely inside {file.name}, or has the wrong size.", hint=_AGAIN)
             return np.fromfile(file, dtype, items, offset=place.offset).reshape(shape)
         except (ValueError, TypeError, OverflowError, OSError) as error:
             raise BundleError(f"{where} cannot be read: {error}", hint=_AGAIN) from error
@@ -218,7 +218,7 @@ class OnnxGraph:
             # Some exporters leave the type out.
             if attribute.ref_attr_name or attribute.type not in (kind, onnx.AttributeProto.UNDEFINED):
                 where = f"{self.path}: Constant {node.name!r}"
-                raise BundleError(f"{where} is malformed: its {attribute.name} has another type.", hint=_AGAIN)
+                raise BundleError(f"{where} is malformed: its {attribute.name} has the wrong type.", hint=_AGAIN)
             value = getattr(attribute, field)
             return self.values(value) if dtype is None else np.array(value, dtype)
         return None

@@ -98,7 +98,7 @@ def import_vitisai(
         )
     if not self_contained and not tower.complete:
         raise ConfigurationError(
-            f"{tower.checkpoint.folder} has no complete vision weights for the bundle to refer to.",
+            f"{tower.checkpoint.folder} does not contain all the vision weights, so a bundle cannot refer to it.",
             hint="Add --self-contained, or pass the whole checkpoint.",
         )
     with appearing(output, force=force) as folder:
@@ -138,7 +138,7 @@ def _check_together(found: Sequence[Findings]) -> None:
         if any(not np.array_equal(values, part.weights[name]) for name, values in each.part.weights.items()):
             raise BundleError(
                 f"{model} and {each.folder.model} contain different patch embeddings.",
-                hint="Import artifacts of one checkpoint, exported in one way.",
+                hint="Import artifacts of one checkpoint that were exported in the same way.",
             )
 
 
@@ -150,8 +150,8 @@ def _digest(tower: Tower, weights: Mapping[str, StoredTensor], tell: Progress) -
     noted = None if tower.stored_names else read_strip_note(tower.checkpoint.folder)
     if noted is None:
         raise ConfigurationError(
-            f"{tower.checkpoint.folder} has no complete vision weights, and no note of `visionaccel strip` with their "
-            "digest.",
+            f"{tower.checkpoint.folder} contains neither all the vision weights nor a note of `visionaccel strip` with "
+            "their digest.",
             hint="Pass the whole checkpoint, or one that `visionaccel strip` wrote.",
         )
     return noted
@@ -232,7 +232,7 @@ def _ends(found: Findings, inputs: tuple[TensorSpec, ...], outputs: tuple[Tensor
         differ = any(isinstance(size, int) and size != expected for expected, size in known)
         if differ or len(stated[0].shape) != len(wanted[0].shape) or stated[0].dtype != wanted[0].dtype:
             raise BundleError(
-                f"{found.graph.path}: the model has {stated[0]}, and a program of grid {found.grid.h}x{found.grid.w} "
+                f"{found.graph.path}: the model has {stated[0]}, but a program for grid {found.grid.h}x{found.grid.w} "
                 f"has {wanted[0]}.",
                 hint="Pass the grid and the checkpoint that it was compiled for.",
             )
@@ -245,7 +245,7 @@ def _write_host(graph: OnnxGraph, boundary: Boundary, home: Path) -> dict[str, P
     shapes = [spec.shape for spec in (*boundary.inputs, *boundary.outputs)]
     if not all(shapes) or any(isinstance(size, str) for shape in shapes for size in shape):
         raise BundleError(
-            f"{graph.path}: the shapes of the device's tensors are not known.",
+            f"{graph.path}: the shapes of the device's tensors are unknown.",
             hint="Add the compiler's flexmlrt-hsi.json to the folder.",
         )
     written = {}

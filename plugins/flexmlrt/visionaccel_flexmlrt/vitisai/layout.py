@@ -222,7 +222,7 @@ def _model(folder: Path, named: Path | None, places: Sequence[Path]) -> Path:
             return only
     raise ConfigurationError(
         f"{folder} contains no .onnx, which is needed to check an artifact's grid and weights.",
-        hint="Pass the model that was compiled with --onnx.",
+        hint="Use --onnx to pass the model that was compiled.",
     )
 
 
@@ -265,7 +265,7 @@ def _directory(folder: Path, cache: Path, model: Path) -> VitisFolder:
         raise several_partitions(cache, (f"{each.relative_to(cache)}" for each in pieces))
     if not parts:
         raise BundleError(
-            f"{partition} has no folder with {_TABLE}, so the device's tensors are not known.",
+            f"{partition} has no folder with {_TABLE}, so the device's tensors are unknown.",
             hint="Fetch the whole cache directory, or compile the tower again.",
         )
     boundary = _boundary(parts[0])
@@ -286,7 +286,7 @@ def _directory(folder: Path, cache: Path, model: Path) -> VitisFolder:
 def several_partitions(where: Path, names: Iterable[str]) -> BundleError:
     """The error for a device's part that is split up."""
     return BundleError(
-        f"{where}: the device's part is split into several partitions ({', '.join(names)}), and one alone is not the "
+        f"{where}: the device's part is split into several partitions ({', '.join(names)}), and none of them is the "
         "whole tower.",
         hint=_ONE_PARTITION,
     )
@@ -299,7 +299,7 @@ def _boundary(path: Path) -> Boundary:
         for number, tensor in enumerate(tensors):
             if tensor.cpu_dtype != "fp32":
                 raise BundleError(
-                    f"{path}: {field}.{number}.cpu_dtype is {tensor.cpu_dtype!r}, and the host needs fp32.",
+                    f"{path}: {field}.{number}.cpu_dtype is {tensor.cpu_dtype!r}, but the host needs fp32.",
                     hint="Compile the tower with float32 inputs and outputs.",
                 )
         if len({tensor.tensor_name for tensor in tensors}) != len(tensors):
@@ -316,7 +316,7 @@ def _check_connectivity(path: Path, partition: str, elsewhere: Set[str], boundar
     device = [name for name in named if name not in elsewhere]
     if device != [partition]:
         raise BundleError(
-            f"{path}: execution_order has the device partitions {', '.join(device) or 'none'}, and the folder has "
+            f"{path}: execution_order has the device partitions {', '.join(device) or 'none'}, but the folder contains "
             f"{partition}.",
             hint=_ONE_PARTITION,
         )
@@ -331,7 +331,7 @@ def _check_connectivity(path: Path, partition: str, elsewhere: Set[str], boundar
             if squeezed(tensor.shape) not in listed:
                 raise BundleError(
                     f"{path}: graph_edges does not list {tensor}, which {partition} {verb}.",
-                    hint="The files are of different compilations; fetch or compile the tower again.",
+                    hint="The files come from different compilations; fetch or compile the tower again.",
                 )
 
 
@@ -367,7 +367,7 @@ def read_metadata(path: Path, kind: type[_M]) -> _M:
     try:
         return kind.model_validate_json(read_bounded(path))
     except ValidationError as error:
-        raise BundleError(f"{path} is not what the compiler writes: {problems_of(error)}.", hint=hint) from error
+        raise BundleError(f"{path} is not in the compiler's format: {problems_of(error)}.", hint=hint) from error
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise BundleError(f"{path} cannot be read: {reason}.", hint=hint) from error

@@ -113,7 +113,7 @@ def _ends(spec: TowerSpec, graph: OnnxGraph) -> tuple[TensorSpec, TensorSpec]:
         if tensor.dtype != "float32":
             raise UnknownHostError(f"{tensor.name!r} is {tensor.dtype} and not float32")
         if tensor.shape and isinstance(tensor.shape[-1], int) and tensor.shape[-1] != width:
-            raise BundleError(f"the model has {tensor}, and the checkpoint's width is {width}.", hint=OTHER_CHECKPOINT)
+            raise BundleError(f"the model has {tensor}, but the checkpoint's width is {width}.", hint=OTHER_CHECKPOINT)
     return pixels, embeddings
 
 
@@ -205,7 +205,7 @@ def _embedding(
     expected = spec.hidden, spec.patch_width
     if kernel.shape != expected:
         raise BundleError(
-            f"{where} embeds patches with a kernel of {list(kernel.shape)}, and the checkpoint's is {list(expected)}.",
+            f"{where} embeds patches with a kernel of {list(kernel.shape)}, but the checkpoint's is {list(expected)}.",
             hint=OTHER_CHECKPOINT,
         )
     found = {f"{first.name}.weight": kernel.reshape(spec.stored_shape(first))}
@@ -227,7 +227,7 @@ def _check_orders(window_order: NDArray[np.int64], reverse_order: NDArray[np.int
     if not np.array_equal(reverse_order, inverse):
         wrong = int((reverse_order != inverse).sum()) if len(reverse_order) == tokens else max(tokens, 1)
         raise BundleError(
-            f"the model does not restore the order of its embeddings: {wrong} of {tokens} places of the reverse order "
+            f"the model does not restore the order of its embeddings: {wrong} of {tokens} entries of the reverse order "
             "are not the inverse of the window order.",
             hint=EXPORT_AGAIN,
         )

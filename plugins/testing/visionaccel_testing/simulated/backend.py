@@ -181,7 +181,7 @@ class SimulatedBackend(VisionBackend):
             name, _ = selection.require()
         except ConfigurationError as error:
             return Rejected(
-                f"no backend can compute its answers: {error.message}", error.hint or "Choose another device."
+                f"no backend can compute its answers: {error.message}", error.hint or "Choose a different device."
             )
         if target.backend == AUTO and default_registry().load(name).isolation_on(target.device) != self.isolation:
             return Rejected(f"{name}, the best here, runs in a child process.", f"Set VISIONACCEL_DEVICE={name}.")
@@ -217,5 +217,5 @@ def _options_of(backend: VisionBackend, given: dict[str, Any]) -> Options:
         known = ", ".join(backend.options.model_fields) or "none"
         raise SettingsError(
             f"option inner, for the wrapped backend {backend.name!r}: {problems_of(error)}.",
-            hint=f"Options it takes: {known}.",
+            hint=f"Supported options: {known}.",
         ) from error

@@ -89,7 +89,7 @@ class FaultRule(BaseModel):
                 time.sleep(self.seconds)
             case "exit" | "abort" if not _in_device_process():
                 raise DeviceError(
-                    f"simulated fault: rule {self} would end a process that is not the device's.", hint=_APART
+                    f"simulated fault: rule {self} would end a process other than the device's.", hint=_APART
                 )
             case "exit":
                 os._exit(1)
@@ -140,7 +140,7 @@ class FaultScript:
         for rule in self.rules():
             if rule.do in ("exit", "abort") and not _in_device_process():
                 raise SettingsError(
-                    f"the simulated fault {rule} would end a process that is not the device's.", hint=_APART
+                    f"the simulated fault {rule} would end a process other than the device's.", hint=_APART
                 )
 
     def rules(self) -> tuple[FaultRule, ...]:

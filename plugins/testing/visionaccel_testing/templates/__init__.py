@@ -41,11 +41,11 @@ def write_backend_project(name: str, folder: Path) -> tuple[Path, ...]:
     """
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name):
         raise ConfigurationError(
-            f"{name!r} is not a name for a backend.",
+            f"{name!r} is not a valid backend name.",
             hint="Use lower-case letters, digits and single underscores, such as acme_npu.",
         )
     if name in {entry.name for entry in Registry().entries}:
-        raise ConfigurationError(f"a backend {name!r} is installed already.", hint="Choose another name.")
+        raise ConfigurationError(f"a backend named {name!r} is already installed.", hint="Choose a different name.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigurationError(f"{folder} exists and is not an empty folder.", hint="Choose a different folder.")
     words = name.split("_")

@@ -33,7 +33,8 @@ def activate() -> None:
     settings = load_settings()
     if AUTO in settings.fallback:
         raise SettingsError(
-            "VISIONACCEL_FALLBACK='auto': a fallback must be named.", hint="Set it to a backend, such as torch_ref."
+            "VISIONACCEL_FALLBACK='auto' is not supported: a fallback must be chosen by name.",
+            hint="Set it to a backend, such as torch_ref.",
         )
     for name in (settings.backend, *settings.fallback):
         if name not in (None, AUTO):
@@ -143,7 +144,7 @@ def _check(config: VllmConfig, served: engine_config.ServedModel, settings: Sett
     if served.epsilon is not None and served.epsilon != (epsilon := implemented_epsilon(served)):
         raise ConfigurationError(
             f"the served configuration sets {architectures.ARCHITECTURES[served.replaces].epsilon}={served.epsilon} "
-            f"for the vision encoder too, and only {epsilon} is implemented.",
+            f"for the vision encoder too, but only {epsilon} is implemented.",
             hint="Drop that override, or unset VISIONACCEL_BACKEND.",
         )
     changed = changed_size(engine_config.processor_options(config.model_config), served.vision or {})
@@ -154,7 +155,7 @@ def _check(config: VllmConfig, served: engine_config.ServedModel, settings: Sett
         )
     if served.adapts_tower:
         raise ConfigurationError(
-            "--enable-tower-connector-lora applies LoRA adapters to vLLM's own vision encoder, and "
+            "--enable-tower-connector-lora applies LoRA adapters to vLLM's own vision encoder, but "
             "VISIONACCEL_BACKEND replaces that encoder.",
             hint="Drop --enable-tower-connector-lora: adapters then apply to the language model alone. Or merge the "
             "adapter into the checkpoint, or unset VISIONACCEL_BACKEND.",
@@ -176,7 +177,7 @@ def _refuse_fitting(served: engine_config.ServedModel, settings: Settings, reaso
     grids = grids_of(served, settings)
     if grids is not None and not (grids.rest and settings.fit == "none"):
         raise ConfigurationError(
-            f"the programs of {settings.bundle} take {grids} (height x width in patches), but {reason}.",
+            f"the programs of {settings.bundle} accept only {grids} (height x width in patches), but {reason}.",
             hint="Start a release of vLLM that docs/compatibility.md lists, by `vllm serve` or `LLM(...)` with its "
             "Python front end, use a bundle with a dynamic program, or set VISIONACCEL_FIT=none and "
             "VISIONACCEL_FALLBACK.",

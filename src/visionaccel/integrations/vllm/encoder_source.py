@@ -97,7 +97,7 @@ def open_served_source(served: ServedModel, settings: Settings) -> Tower | Bundl
     require_processor(processor, stored.folder, settings.bundle)
     if wanted.spec != source.tower.spec:
         raise ConfigurationError(
-            f"the encoder in {settings.bundle} was made for another vision configuration than the one that is served: "
+            f"the encoder in {settings.bundle} was made for a different vision configuration than the served one: "
             f"{source.tower.spec.differing(wanted.spec)}.",
             hint="Point VISIONACCEL_BUNDLE at the encoder of the served model, or drop the --hf-overrides that change "
             "the vision tower.",
@@ -122,7 +122,7 @@ def stripped_source(served: ServedModel, settings: Settings, used: Tower | Bundl
         return None
     if settings.bundle is None:
         raise ConfigurationError(
-            f"{folder} was stripped of other vision weights than those that the vision encoder has.",
+            f"the vision weights stripped from {folder} are not those of the vision encoder.",
             hint="Load the checkpoint with its vision weights, or start the server with VISIONACCEL_BUNDLE.",
         )
     return open_served_source(served, settings)
@@ -150,13 +150,13 @@ def _require_weights(served: Tower, digest: str, folder: Path) -> None:
         return
     if noted not in (None, found):
         raise CheckpointError(
-            f"{served.checkpoint.folder} has other vision weights than those that were removed, as its {STRIP_NOTE} "
-            "says.",
+            f"{served.checkpoint.folder} contains vision weights, but not those that were removed according to its "
+            f"{STRIP_NOTE}.",
             hint=f"Remove {STRIP_NOTE} if the weights are right, or strip the checkpoint again.",
         )
     if found != digest:
         raise ConfigurationError(
-            f"the encoder in {folder} was made from other vision weights than those of {served.checkpoint.folder}.",
+            f"the encoder in {folder} was made from different vision weights than those of {served.checkpoint.folder}.",
             hint="Export a bundle from the served checkpoint.",
         )
 
@@ -294,7 +294,7 @@ class Comparison:
         try:
             self._new = self._new or StoredWeights(self._opened(), self._prefixes)
             if not self._new.holds(below, weight):
-                self._problem = f"{name!r} has other values there"
+                self._problem = f"{name!r} has different values there"
         except (ArtifactError, ConfigurationError) as error:
             self._problem = error.message
 
@@ -305,10 +305,10 @@ class Comparison:
             odd = self._new.unlike(self._used, self.differing)
             if odd is None:
                 return self._new.source
-            problem = f"{odd!r} was not given, and has other values there"
+            problem = f"{odd!r} was not given, but has different values there"
         raise ConfigurationError(
-            f"vLLM was given new weights for the vision encoder, such as {self.differing[0]!r}, which are not those in "
-            f"the files that vLLM reads ({problem}). The encoder can only load weights from files.",
+            f"vLLM was given new weights for the vision encoder, such as {self.differing[0]!r}, which differ from "
+            f"those in the files that vLLM reads ({problem}). The encoder can only load weights from files.",
             hint="Save the new weights as a checkpoint and call reload_weights with its weights_path, or leave the "
             "vision encoder's tensors out of the update.",
         )

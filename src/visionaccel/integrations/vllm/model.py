@@ -57,7 +57,7 @@ class Accelerated(compat.Mixin):  # type: ignore[misc]
         if not towers:
             raise ConfigurationError(
                 f"the vision encoder of {self.accelerated} was not replaced: vLLM {compat.release()} makes it from "
-                f"another class than {' or '.join(known)}.",
+                f"a class other than {' or '.join(known)}.",
                 hint="Install a release of vLLM that docs/compatibility.md lists, or unset VISIONACCEL_BACKEND.",
             )
         self._served_config = vllm_config  # a reload changes its model's source

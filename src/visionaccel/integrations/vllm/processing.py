@@ -79,7 +79,7 @@ class FittedInfo(compat.Mixin):  # type: ignore[misc]
     def validate_num_items(self, modality: str, num_items: int) -> None:
         if modality == "video" and num_items and self.limited:
             raise UnfitGridError(
-                f"this server takes no videos: its vision encoder's programs take {self.grids} "
+                f"this server does not accept videos: its vision encoder's programs accept {self.grids} "
                 "(height x width in patches).",
                 hint="Set VISIONACCEL_FALLBACK on the server, or use a bundle with a dynamic program.",
             )
@@ -153,7 +153,7 @@ class FittedInfo(compat.Mixin):  # type: ignore[misc]
         (grid,) = as_grids(as_numpy(grid_thw).reshape(-1, 3))
         if not any(self.grids.tower.fits(coverage, grid.frame) for coverage in self.grids.coverages):
             raise UnfitGridError(
-                f"this {kind} has grid {grid}, and the encoder's programs take {self.grids} "
+                f"this {kind} has grid {grid}, but the encoder's programs accept {self.grids} "
                 "(height x width in patches).",
                 hint="Leave the processor's size options alone, or set VISIONACCEL_FIT or VISIONACCEL_FALLBACK on the "
                 "server.",
@@ -272,8 +272,8 @@ def _as_picture(image: Any) -> Image:
             levels = np.asarray(pixels, dtype=np.float64)
             if not np.isfinite(levels).all():
                 raise InputError(
-                    f"an image has {np.count_nonzero(~np.isfinite(levels))} values that are NaN or infinite.",
-                    hint="Pass finite grey levels of 0 to 255.",
+                    f"an image contains {np.count_nonzero(~np.isfinite(levels))} values that are NaN or infinite.",
+                    hint="Pass finite pixel values from 0 to 255.",
                 )
             pixels = np.clip(np.rint(levels), 0, 255).astype(np.uint8)
         return pillow.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).convert("RGB")

@@ -122,7 +122,7 @@ class SharedMemory:
                 found.give_to(process, name)
                 return found
         raise ConfigurationError(
-            f"all {section.areas} places for the {section.name} of a server's processes are taken.",
+            f"all {section.areas} slots for the {section.name} of a server's processes are in use.",
             hint="Start fewer engines from one process.",
         )
 
@@ -234,8 +234,8 @@ def make_shared_memory(*, inherit: bool = False) -> None:
         _opened_memories[named] = SharedMemory(fd)
     except (AttributeError, OSError) as error:
         raise ConfigurationError(
-            f"memory that vLLM's processes share cannot be made: {error}.",
-            hint="visionaccel in vLLM needs Linux and its memfd_create, which a sandbox may forbid.",
+            f"memory that vLLM's processes share cannot be created: {error}.",
+            hint="In vLLM, visionaccel needs Linux with memfd_create, which a sandbox may forbid.",
         ) from error
     os.environ[_VARIABLE] = named
 

@@ -134,9 +134,9 @@ def test_the_vision_weights_that_are_served_count_and_not_a_note_that_was_left_o
     monkeypatch.setenv("VISIONACCEL_BUNDLE", str(digits))
     config.model_config.model = str(folder)
     refusal, said = (
-        (CheckpointError, f"has other vision weights than those that were removed, as its {STRIP_NOTE} says")
+        (CheckpointError, f"contains vision weights, but not those that were removed according to its {STRIP_NOTE}")
         if noted == "bundle"
-        else (ConfigurationError, "was made from other vision weights than those of")
+        else (ConfigurationError, "was made from different vision weights than those of")
     )
     with pytest.raises(refusal, match=said):
         open_served_source(engine_config.served_model(config), load_settings())

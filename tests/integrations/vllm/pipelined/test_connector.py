@@ -269,7 +269,7 @@ def test_an_identifier_of_two_images_fails_the_second_alone(engine, pipelined):
     gate.let_in()
     engine.drain()
     assert engine.endings == {first: "length", other: "error"}
-    assert "also names one of grid 1x6x6" in engine.reasons[other]
+    assert "belongs to an image of grid 1x6x6" in engine.reasons[other]
 
 
 def test_what_the_connector_cannot_see_is_encoded_in_line(engine, pipelined, caplog):

@@ -128,7 +128,7 @@ PLANTED = (
     ),
     Planted("wrong_dtype", "L1-rows", "float64", "on_output(lambda self, inputs, rows: rows.astype(np.float64))"),
     Planted(
-        "row_too_many", "L1-rows", "the program promises",
+        "row_too_many", "L1-rows", "the program declares",
         "on_output(lambda self, inputs, rows: np.concatenate([rows, rows[-1:]]))",
     ),
     Planted(

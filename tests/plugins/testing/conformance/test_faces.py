@@ -151,7 +151,7 @@ def test_a_project_is_written_once_and_says_what_is_next(tmp_path):
 
 @pytest.mark.parametrize("name", ["Acme", "acme-npu", "7up", "a__b", "", "acme npu", "../acme"])
 def test_names_that_are_none_are_refused(name, tmp_path):
-    with pytest.raises(ConfigurationError, match="not a name for a backend"):
+    with pytest.raises(ConfigurationError, match="not a valid backend name"):
         write_backend_project(name, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 

@@ -38,7 +38,7 @@ def weight_files(source: str, revision: str | None, load: LoadConfig | None) -> 
         found = loader._prepare_weights(source, None, revision, True, None)
     except Exception as error:  # vLLM's own, the hub client's and its HTTP library's
         raise CheckpointError(
-            f"vLLM finds no weights of {source!r}: {error}",
+            f"vLLM found no weights for {source!r}: {error}",
             hint="Check the name, the revision, the network and --load-format.",
         ) from error
     files, are_safetensors = found[1], found[2]
@@ -63,13 +63,13 @@ def require_default_loader(load: LoadConfig | None) -> Any:
         loader = get_model_loader(load)
     except Exception as error:  # each loader checks its options in its own way
         raise ConfigurationError(
-            f"vLLM cannot make the loader of --load-format {load.load_format}: {type(error).__name__}: {error}",
+            f"vLLM cannot create the loader for --load-format {load.load_format}: {type(error).__name__}: {error}",
             hint=_OTHER_LOADER,
         ) from error
     if type(loader) is not DefaultModelLoader:
         raise ConfigurationError(
             f"with --load-format {load.load_format}, vLLM loads the weights with its {type(loader).__name__}, which "
-            "may read other files, so the vision encoder could be another model's.",
+            "may read different files, so the vision encoder could belong to a different model.",
             hint=_OTHER_LOADER,
         )
     return loader

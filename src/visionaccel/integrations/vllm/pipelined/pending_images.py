@@ -156,8 +156,9 @@ def _error(pending: _PendingImage, item: WantedItem) -> VisionAccelError | None:
     """Why an item cannot use a pending image; None if it can, or that is not known yet."""
     if pending.grid != item.grid:  # the embedding would have another number of rows than the prompt has placeholders
         return GridError(
-            f"its identifier {item.identifier!r} also names one of grid {pending.grid}, and it has grid {item.grid}.",
-            hint="Give different images different uuids in requests.",
+            f"its identifier {item.identifier!r} belongs to an image of grid {pending.grid}, but its own grid is "
+            f"{item.grid}.",
+            hint="Use a different uuid for each image in requests.",
         )
     error = pending.future.exception() if pending.future.done() else None
     return error if error is None or isinstance(error, VisionAccelError) else DeviceError(f"{error!r}")
