@@ -124,7 +124,7 @@ def test_a_process_that_hangs_is_ended_at_the_links_deadline_and_the_next_one_ge
     (answer,) = guarded.encode_items(image(1), [GRID])
     assert 1.0 <= time.monotonic() - started < 1.0 + 5
     assert isinstance(answer, DeviceLostError)
-    assert "did not answer within 1 s; its call was ended" in answer.message
+    assert "did not answer within 1 s. Its call was ended" in answer.message
     switch.write_text("")
     (link,) = guarded.links
     assert link.ready, "it need not be probed: its process is another one"
@@ -195,7 +195,7 @@ def test_a_call_that_its_session_ends_with_its_own_error_was_late(tiny):
     link = ChainLink("torch_ref", encoder, deadline=0.2)
     answer = link.encode(image(1), [GRID])
     assert isinstance(answer, DeviceLostError)
-    assert answer.message.startswith("device 'cpu' did not answer within 0.2 s; its call was ended.")
+    assert answer.message.startswith("device 'cpu' did not answer within 0.2 s. Its call was ended.")
     assert link.ready
     link.close()
 

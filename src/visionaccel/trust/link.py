@@ -200,7 +200,8 @@ class ChainLink:
         try:
             with device_errors(f"opening {self.name}"):  # also if no thread can be started
                 opened = partial(self._opened, tries)
-                return self._bounded(opened, self.open_deadline, f"{self.name} did not open", _OPENING)
+                late = f"{self.name} did not open within {self.open_deadline:.3g} s."
+                return self._bounded(opened, self.open_deadline, late, _OPENING)
         except VisionAccelError as error:
             if not self._closed:
                 self.breaker.trip(f"it cannot be opened: {error.message}")
@@ -224,14 +225,14 @@ class ChainLink:
             ended = any(answers)
             return ended
 
-        late = f"device {encoder.capabilities.device!r} did not answer"
+        late = f"device {encoder.capabilities.device!r} did not answer within {seconds:.3g} s."
         places = sys.maxsize if all(session.capabilities.thread_safe for session in sessions) else 1
         try:
             return self._bounded(function, seconds, late, _HANGS, hangs=True, places=places, end=end)
         except DeviceError as lost:
             if not ended or isinstance(lost, DeadlineError):
                 raise
-            message = f"{late} within {seconds:.3g} s; its call was ended. {lost.message}"
+            message = f"{late} Its call was ended. {lost.message}"
             raise DeviceLostError(message, hint=f"{_LONGER} {lost.hint or ''}".rstrip()) from None
 
     def distrust(self, reason: str, evidence: Golden | None = None) -> None:
@@ -353,7 +354,7 @@ class ChainLink:
         except LateError as why:
             if self._closed:
                 raise self._is_closed() from None
-            error = DeadlineError(f"{late} within {seconds:.3g} s. {why}".rstrip(), hint=hint)
+            error = DeadlineError(f"{late} {why}".rstrip(), hint=hint)
             if hangs:
                 self.breaker.trip(error.message, hangs=True)
             raise error from None
