@@ -75,7 +75,7 @@ def test_a_stripped_checkpoint_alone_is_refused(ask_processes, stripped):
             {"VISIONACCEL_BACKEND": "onnxrt", "VISIONACCEL_CPU_CORES": "4096"},
             ["VISIONACCEL_CPU_CORES=4096: this process may not use 4096", "It may use 0"],
         ),
-        ({"VISIONACCEL_BACKEND": "onnxrt", "VISIONACCEL_FALLBACK": "auto"}, ["a fallback must be named"]),
+        ({"VISIONACCEL_BACKEND": "onnxrt", "VISIONACCEL_FALLBACK": "auto"}, ["a fallback must be chosen by name"]),
     ],
     ids=["backend", "fallback", "setting", "device", "bundle", "cores", "automatic fallback"],
 )

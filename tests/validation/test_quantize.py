@@ -92,7 +92,7 @@ def test_broken_programs_are_artifact_errors(bundle, tmp_path):
     with pytest.raises(ArtifactError, match="cannot be run"):
         backend.quantize(replace(program, folder=tmp_path), [], tmp_path)
     (standard,) = bundle.tower.programs([ONNX_STANDARD])
-    with pytest.raises(ConfigurationError, match="not a float32 program in ONNX"):
+    with pytest.raises(ConfigurationError, match="not a float32 ONNX program"):
         backend.quantize(standard, [], tmp_path)
     inputs = {spec.name: np.full(spec.shape, np.nan, spec.dtype) for spec in program.inputs}
     with pytest.raises(ArtifactError, match="NaN or infinity"):

@@ -253,7 +253,7 @@ def test_an_interpreter_that_does_not_exist_is_named(tmp_path):
     [
         ((), SettingsError, "--preset"),
         (("x", "--preset", "qwen2.5-vl-7b"), SettingsError, "not both"),
-        (("x", "--depth", "8"), SettingsError, "shortens a preset"),
+        (("x", "--depth", "8"), SettingsError, "applies only to a preset"),
         (("--preset", "qwen9"), SettingsError, "qwen2.5-vl-7b"),
         (("--preset", "qwen2.5-vl-7b", "--depth", "33"), SettingsError, "has 32 blocks"),
         (("x", "--grids", "all"), SettingsError, "'table'"),

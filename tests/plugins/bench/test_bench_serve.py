@@ -61,7 +61,7 @@ def test_the_event_that_tells_the_role_is_no_token_and_answers_do_not_end_early(
     [
         ("refuse", "image 1 of the prompt could not be encoded"),
         ("break off", "the engine is gone"),
-        ("nothing", "without a token"),
+        ("nothing", "has no tokens"),
     ],
 )
 def test_a_request_that_fails_is_named_and_ends_the_load(fail, said):
@@ -132,8 +132,8 @@ def test_what_is_installed_and_cannot_be_imported_is_found_before_anything_is_me
 @pytest.mark.parametrize(
     ("arguments", "error", "said"),
     [
-        (("--size", "308"), SettingsError, "is not a size"),
-        (("--size", "0x224"), SettingsError, "is not a size"),
+        (("--size", "308"), SettingsError, "is not an image size"),
+        (("--size", "0x224"), SettingsError, "is not an image size"),
         (("--url", "127.0.0.1:8000"), SettingsError, "NAME=URL"),
         (("--url", "a=http://x/v1", "--url", "a=http://y/v1"), SettingsError, "given twice"),
         (("--url", "http://127.0.0.1:9/v1"), ConfigurationError, "did not report its model"),

@@ -413,7 +413,7 @@ def test_this_process_is_never_ended(tiny, tmp_path, do):
     switch = tmp_path / "switch.json"
     with simulated(tiny, switch=switch) as encoder:
         switch.write_text(json.dumps(rules))
-        with pytest.raises(DeviceError, match="would end a process that is not the device's"):
+        with pytest.raises(DeviceError, match="would end a process other than the device's"):
             seconds(encoder)
 
 

@@ -185,7 +185,7 @@ def test_a_capture_that_fails_leaves_the_call_as_it_is(tower, caplog):
 
 @pytest.mark.parametrize("options", [{}, {"implementation": "transformers"}], ids=["fast", "transformers"])
 def test_graphs_are_refused_where_there_are_none(tiny, options):
-    with pytest.raises(ConfigurationError, match=r"no CUDA graphs.*on device 'cpu'.*Leave out"):
+    with pytest.raises(ConfigurationError, match=r"not support CUDA graphs.*on device 'cpu'.*Leave out"):
         open_encoder(tiny, backend="torch_ref", options={"graphs": True, **options})
 
 

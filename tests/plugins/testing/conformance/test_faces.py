@@ -157,5 +157,5 @@ def test_names_that_are_none_are_refused(name, tmp_path):
 
 
 def test_the_name_of_an_installed_backend_is_refused(tmp_path):
-    with pytest.raises(ConfigurationError, match="is installed already"):
+    with pytest.raises(ConfigurationError, match="is already installed"):
         write_backend_project("onnxrt", tmp_path / "new")
