@@ -454,7 +454,7 @@ def test_a_full_disk_ends_the_timeline_and_nothing_else(tmp_path, monkeypatch, c
     monkeypatch.setattr("visionaccel.observe.observers.os.write", full)
     trace.slice("queue", "queue", "x", 0.0, 1.0)
     trace.slice("queue", "queue", "x", 1.0, 1.0)
-    assert caplog.text.count("The timeline ends here: No space left") == 1
+    assert caplog.text.count("The timeline stops here: No space left") == 1
 
 
 def _installed_in_a_fork(queue):

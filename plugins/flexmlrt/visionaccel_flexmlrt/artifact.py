@@ -102,7 +102,7 @@ def open_settings(artifact: Artifact, sdk_version: str | None) -> Mapping[str, s
         return {"device_name": "stx", "subgraph": "0"}
     if sdk_version is None:
         logger.warning(
-            "The FlexMLRT SDK does not report its version; opening as before 1.8, as device 'stx' and subgraph "
+            "The FlexMLRT SDK does not report its version, so it is used like one before 1.8: device 'stx', subgraph "
             "'vaiml_par_0'. Set the options device_name and subgraph if that fails."
         )
     numbers = tuple(int(part) for part in re.findall(r"\d+", sdk_version or "")[:2])

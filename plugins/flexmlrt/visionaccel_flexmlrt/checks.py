@@ -81,7 +81,7 @@ def _made(check: Callable[[], _Found]) -> _Found:
     try:
         return check()
     except Exception as error:  # broken machines are to be expected here
-        return "warning", f"{type(error).__name__}: {error}", "Check it by hand."
+        return "warning", f"{type(error).__name__}: {error}", "Check it manually."
 
 
 def _npu(root: Path) -> _Found:

@@ -28,7 +28,7 @@ def import_vitisai(
         list[Path],
         typer.Argument(
             metavar="PATH...",
-            help="Folders that the compiler wrote, one for each grid: a .rai next to its .onnx, or its cache.",
+            help="Folders that the compiler wrote, one for each grid: a .rai next to its .onnx, or a cache.",
         ),
     ],
     bundle: Annotated[Path, typer.Argument(help="Folder of the bundle to write.")],
@@ -37,7 +37,9 @@ def import_vitisai(
     ],
     grid: Annotated[
         str | None,
-        typer.Option(help="Grid that it was compiled for, in patches: 58x74. Needed only if the model cannot tell."),
+        typer.Option(
+            help="Grid that it was compiled for, in patches, such as 58x74. Needed only if the model does not show it."
+        ),
     ] = None,
     artifact: Annotated[
         Path | None, typer.Option(help="The .rai or cache directory in PATH, if there are several.")
@@ -46,7 +48,7 @@ def import_vitisai(
         Path | None,
         typer.Option(help="The .onnx that was compiled, if there are several or it is elsewhere."),
     ] = None,
-    precision: Annotated[Precision, typer.Option(help="What the device computes in.")] = "bfloat16",
+    precision: Annotated[Precision, typer.Option(help="Arithmetic of the device.")] = "bfloat16",
     host_on_onnxrt: Annotated[
         bool,
         typer.Option(
@@ -62,7 +64,7 @@ def import_vitisai(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Make a bundle of artifacts of AMD's Vitis AI compiler, and check them against their checkpoint."""
+    """Turn artifacts of AMD's Vitis AI compiler into a bundle, and check them against their checkpoint."""
     # Other commands should not wait for the import of onnx.
     from visionaccel_flexmlrt.vitisai import ImportRequest
     from visionaccel_flexmlrt.vitisai import import_vitisai as run_import

@@ -106,7 +106,7 @@ class OpenVinoBackend(VisionBackend):
         wanted = device or "cpu"
         if kind != "auto" and wanted not in available and f"{wanted}:0" not in available:
             return Rejected(
-                f"OpenVINO {openvino.__version__} finds no device {wanted!r} here; it finds {', '.join(available)}.",
+                f"OpenVINO {openvino.__version__} found no device {wanted!r}; it found {', '.join(available)}.",
                 "Check the device's driver, or use device cpu.",
             )
         return Accepted(_SCORES[kind], f"OpenVINO {openvino.__version__}, device {_theirs(wanted)}")

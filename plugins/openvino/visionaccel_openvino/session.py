@@ -91,7 +91,7 @@ class OpenVinoSession(Session):
             request.start_async()
             request.wait()
         except RuntimeError:
-            logger.warning("A call of OpenVINO failed. The program will be compiled again for the next call.")
+            logger.warning("An OpenVINO call failed. The program will be compiled again for the next call.")
             with self._lock:
                 if self._pool is pool:
                     self._pool = None

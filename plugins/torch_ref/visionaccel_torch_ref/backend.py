@@ -58,7 +58,9 @@ class TorchReferenceBackend(VisionBackend):
         if find_spec("torch") is None:
             return Rejected("torch is not installed.", "pip install torch.")
         if program.spec is None:
-            return Rejected(f"it needs the description of the {program.family} tower.", "Choose a different backend.")
+            return Rejected(
+                f"the program has no description of its {program.family} tower.", "Choose a different backend."
+            )
         kind, _, index = (device or "cpu").partition(":")
         if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
             return Rejected(f"unknown device {device!r}.", "Choose cpu, cuda or cuda:N.")

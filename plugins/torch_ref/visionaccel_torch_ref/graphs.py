@@ -124,7 +124,7 @@ class GraphedTower:
     def _refuse(self, reason: str) -> _Seen:
         self._refused = True
         self._known.clear()
-        logger.warning("Calls are computed without CUDA graphs from now on: %s.", reason)
+        logger.warning("CUDA graphs are not used from now on: %s.", reason)
         return _Seen.ONCE
 
 

@@ -47,7 +47,7 @@ from visionaccel.validation.certificate import validate_bundle
 
 Images = Annotated[
     list[Path] | None,
-    typer.Option(help="Image file or folder of images to compare on. Repeatable. Default: those of scikit-image."),
+    typer.Option(help="Image file or folder of images to compare on. Repeatable. Default: scikit-image's."),
 ]
 Repository = Annotated[str, typer.Argument(help="Hugging Face repository, owner/name.")]
 
@@ -57,7 +57,7 @@ _THRESHOLDS = ", ".join(f"{value} in {precision}" for precision, value in THRESH
 def inspect(
     bundle: Annotated[Path | None, typer.Argument(help="Folder of the bundle.")] = None,
     checkpoint: Annotated[str | None, typer.Option(help="Where the weights are, if they have moved.")] = None,
-    full: Annotated[bool, typer.Option("--full", help="Read all files again, also unchanged ones.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Read all files again, even unchanged ones.")] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the manifest's JSON schema instead.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -159,7 +159,7 @@ def validate(
     options: OptionsText = None,
     images: Images = None,
     threshold: Annotated[
-        float | None, typer.Option(help=f"Lowest cosine of a token that passes. Default: {_THRESHOLDS}.")
+        float | None, typer.Option(help=f"Lowest cosine of any token that passes. Default: {_THRESHOLDS}.")
     ] = None,
     no_write: Annotated[bool, typer.Option("--no-write", help="Do not change the bundle.")] = False,
     as_json: Json = False,
@@ -256,7 +256,7 @@ def push(
     repository: Repository,
     revision: Annotated[str | None, typer.Option(help="Branch, created if needed. Default: main.")] = None,
     private: Annotated[
-        bool, typer.Option("--private", help="Create the repository as a private one; refuse a public one.")
+        bool, typer.Option("--private", help="Create a private repository; refuse an existing public one.")
     ] = False,
     message: Annotated[str | None, typer.Option(help="The commit's message.")] = None,
     as_json: Json = False,
@@ -276,7 +276,9 @@ def pull(
     output: Annotated[
         Path | None, typer.Option(help="New folder for the files. Default: the hub's cache; do not change files there.")
     ] = None,
-    checkpoint: Annotated[str | None, typer.Option(help="Folder or repository of weights outside the bundle.")] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Folder or repository of the weights, if outside the bundle.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Download the bundle of a repository and verify it."""

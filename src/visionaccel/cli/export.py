@@ -47,7 +47,9 @@ def export(
     output: Annotated[Path, typer.Argument(help="Folder of the bundle to write.")],
     grid: Annotated[
         list[str] | None,
-        typer.Option(help="A program of fixed shapes for this grid, height x width in patches: 58x74. Repeatable."),
+        typer.Option(
+            help="A program of fixed shapes for this grid, height x width in patches, such as 58x74. Repeatable."
+        ),
     ] = None,
     bucket: Annotated[
         list[str] | None,
@@ -64,17 +66,19 @@ def export(
     dialect: Annotated[
         OperatorDialect | None,
         typer.Option(
-            help="Operators to write. standard: those of every runtime, the default for fixed shapes. "
+            help="Operators to write. standard: those that every runtime supports, the default for fixed shapes. "
             "microsoft: ONNX Runtime's own, the default for every grid, which onnxrt runs faster on cpu and cuda."
         ),
     ] = None,
     target: Annotated[
         Literal["vitisai"] | None,
         typer.Option(
-            help="Compiler that the programs are for: fixed shapes, its device, and its configuration next to them."
+            help="Compiler that the programs are for. Sets the device, and adds the compiler's configuration."
         ),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="Device kind of the programs, such as npu. Default: any.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Device kind that the programs are for, such as npu. Default: any.")
+    ] = None,
     revision: Revision = None,
     force: Force = False,
     as_json: Json = False,
@@ -150,13 +154,13 @@ def quantize(
     calibrate: Annotated[
         list[Path], typer.Option(help="Image file or folder of images like those to encode. Repeatable.")
     ],
-    target: Annotated[str, typer.Option(help="Backend that quantizes, and that will run the programs.")],
+    target: Annotated[str, typer.Option(help="Backend that quantizes the programs and will run them.")],
     reference: Annotated[
         str | None,
         typer.Option(help="Checkpoint that the bundle was exported from. Default: the one that it refers to."),
     ] = None,
     images: Images = None,
-    threshold: Annotated[float, typer.Option(help="Lowest cosine of a token that is kept.")] = THRESHOLDS["int8"],
+    threshold: Annotated[float, typer.Option(help="Lowest cosine of any token that passes.")] = THRESHOLDS["int8"],
     device: Device = None,
     force: Force = False,
     as_json: Json = False,

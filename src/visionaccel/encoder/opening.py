@@ -121,7 +121,7 @@ def open_encoder(
                 opened.append(OpenProgram(program, host, session))
                 if session.capabilities.emulated:
                     logger.warning(
-                        "Backend %r emulates %s for program %r, as device %r does not compute in it: float32 is "
+                        "Backend %r emulates %s for program %r, because device %r does not support it: float32 is "
                         "faster.", name, session.capabilities.precision, program.name, session.capabilities.device,
                     )  # fmt: skip
         except BaseException:

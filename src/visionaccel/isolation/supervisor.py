@@ -241,7 +241,7 @@ class _Supervisor:
             process.end(self._limits.closing, since)
         self._thread.join(max(_DYING, since + 2 * self._limits.closing - time.monotonic()))
         if self._thread.is_alive():
-            logger.warning("The process of backend %r was killed but does not end.", self._backend)
+            logger.warning("The process of backend %r was killed but has not ended.", self._backend)
 
     @property
     def _closed(self) -> bool:

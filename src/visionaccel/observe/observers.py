@@ -192,4 +192,4 @@ class TraceLog:
             os.write(self._file, line.encode())  # one call, so that lines of several processes do not mix
         except OSError as error:
             self._full = True
-            logger.error("The timeline ends here: %s", error)
+            logger.error("The timeline stops here: %s", error)

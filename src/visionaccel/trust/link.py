@@ -273,7 +273,7 @@ class ChainLink:
         finally:
             closing.close()
         if not given_back:
-            logger.warning("A call of encoder %r has not returned; it keeps its device.", encoder.backend)
+            logger.warning("A call of encoder %r has not returned, so its device is not released.", encoder.backend)
 
     def _within_step(
         self, work: Callable[[], Array | VisionAccelError], seconds: float, until: float | None

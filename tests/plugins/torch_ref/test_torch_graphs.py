@@ -109,7 +109,7 @@ def test_what_a_graph_computes_wrongly_is_never_answered(tower, capture, caplog)
     with caplog.at_level(logging.WARNING):
         for time in range(5):
             assert torch.equal(call(graphed, GRIDS, time), call(tower, GRIDS, time))
-    assert caplog.text.count("without CUDA graphs from now on") == 1
+    assert caplog.text.count("CUDA graphs are not used from now on") == 1
     assert capture.captured == 1
 
 

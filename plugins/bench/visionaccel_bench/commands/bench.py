@@ -62,12 +62,12 @@ def serve(
     mode: Annotated[
         list[Mode] | None, typer.Option(help="Start a server of this mode and measure it; repeatable. Default: all.")
     ] = None,
-    images: Annotated[int, typer.Option(min=1, max=999, help="Image requests of the load.")] = 6,
+    images: Annotated[int, typer.Option(min=1, max=999, help="Number of image requests.")] = 6,
     gap: Annotated[float, duration("Seconds from one image request to the next; 0: all at once.")] = 0.3,
-    image_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer about an image.")] = 8,
-    streams: Annotated[int, typer.Option(min=1, help="Text streams.")] = 1,
+    image_tokens: Annotated[int, typer.Option(min=1, help="Tokens in each answer about an image.")] = 8,
+    streams: Annotated[int, typer.Option(min=1, help="Number of text streams.")] = 1,
     stream_tokens: Annotated[
-        int, typer.Option(min=2, help="Tokens of each; they should last until the images are answered.")
+        int, typer.Option(min=2, help="Tokens in each stream; enough to last until the images are answered.")
     ] = 1800,
     size: Annotated[str, typer.Option(metavar="WIDTHxHEIGHT", help="Size of the images in pixels.")] = "308x224",
     backend: Annotated[str, typer.Option(help="Backend that encodes, except in stock vLLM.")] = SIMULATED,
@@ -76,7 +76,7 @@ def serve(
     latency: Annotated[
         float | None,
         duration(
-            "Seconds of each image on the simulated device, also of several in one call. Default: "
+            "Seconds that the simulated device takes for each image, also when a call has several. Default: "
             f"{_LATENCY}, if --options does not say how long it takes.",
             least=0.001,
             show_default=False,
@@ -88,20 +88,20 @@ def serve(
     device_seconds: Annotated[
         float | None,
         duration(
-            "Seconds of the device for one image. Default: the simulated device's; for another backend, measured "
-            "by encoding images one at a time before servers start; unknown for running servers.",
+            "Seconds that the device takes for one image. Default: the simulated device's time; for other backends, "
+            "measured by encoding images one at a time before servers start; unknown for running servers.",
             show_default=False,
         ),
     ] = None,
     server_arguments: Annotated[
         str, typer.Option(help="More arguments for vLLM in one string, such as '--dtype bfloat16'.")
     ] = "",
-    repeats: Annotated[int, typer.Option(min=1, max=999, help="How often each load is sent, with other images.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, max=999, help="How often to send each load, with new images.")] = 1,
     sequential: Annotated[
         bool,
         typer.Option(
             "--sequential",
-            help="Also send image requests without text: in-line one after the other, and in each mode all at once.",
+            help="Also send the image requests without text: one by one in-line, and all at once in each mode.",
         ),
     ] = False,
     timeline: Annotated[Path | None, typer.Option(help="Write a PNG of each server's first repetition.")] = None,
@@ -110,15 +110,15 @@ def serve(
 ) -> None:
     """Compare in-line, pipelined and stock vLLM under text streams and image requests, and with an ideal server.
 
-    Each mode is a real vLLM server; they are started one after the other. Each gets a warm-up, then the text streams
-    alone, then text streams and image requests together. A request is sent when its time comes, whether or not earlier
-    ones were answered. Images are the same in every mode, and new to each server.
+    Each mode runs in a real vLLM server; the servers are started one after the other. Each server is warmed up and then
+    receives the text streams alone, and after that text streams and image requests together. Requests are sent at fixed
+    times, whether or not earlier ones were answered. The images are the same in every mode, and new to each server.
 
-    The ideal bound is max(device, decode). device: when the device is done at the earliest, if it starts each image as
-    soon as it is sent and is idle only while none waits. decode: the load's wall seconds where images cost the device
-    nothing, the smallest of all modes. With the simulated device that is measured in a second server of each mode,
-    whose device takes no time; otherwise by sending the load again with the same images, which are then in the prefix
-    cache too, so the true value is larger. Except for noise, no server's wall is below the bound.
+    The ideal bound is max(device, decode). device: the earliest time at which the device can be done, if it starts each
+    image as soon as it is sent and is idle only while no image waits. decode: the wall time of the load if images cost
+    the device no time, the shortest of all modes. With the simulated device, decode is measured on a second server of
+    each mode, whose device takes no time. Otherwise the load is sent again with the same images; they are then in the
+    prefix cache too, so the true value is larger. Apart from noise, no server's wall time is below the bound.
 
     Stalls are the gaps over 100 ms between tokens of the text streams. A request that fails ends the command with
     status 2.

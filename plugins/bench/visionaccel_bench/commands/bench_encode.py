@@ -48,14 +48,17 @@ Backends = Annotated[
     typer.Option(
         "--backend",
         metavar="NAME[@DEVICE][?NAME=VALUE,...]",
-        help="A backend with its device and options; repeatable, also with other options.",
+        help="A backend with its device and options; repeatable, also for one backend with different options.",
     ),
 ]
 Rounds = Annotated[int, typer.Option(min=1, max=999, help="Turns of each contender on each grid.")]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Cores and threads of each contender. Default: all cores.", show_default=False)
 ]
-Deadline = Annotated[float, duration("Maximum seconds to open a contender, and of a turn; longer ones fail.", least=1)]
+Deadline = Annotated[
+    float,
+    duration("Maximum seconds to open a contender, and for each of its turns; it fails if it takes longer.", least=1),
+]
 
 
 def encode(
@@ -64,7 +67,8 @@ def encode(
     depth: Depth = None,
     grid: Grids = None,
     grids: Annotated[
-        str | None, typer.Option(help="'table': 256 to 16,384 patches, each grid twice as many as the previous one.")
+        str | None,
+        typer.Option(help="'table': grids of 256 to 16,384 patches, each with twice as many as the previous one."),
     ] = None,
     backend: Backends = None,
     peer: Annotated[
@@ -72,7 +76,7 @@ def encode(
         typer.Option(
             metavar="NAME[?NAME=VALUE,...]",
             help="transformers or vllm, in float32 and bfloat16 unless 'dtype' chooses one; repeatable. "
-            "Default: all. 'none' leaves all out, for --backend too, whose default is every installed one.",
+            "Default: all; 'none' leaves all out. --backend accepts it too; its default is every installed backend.",
         ),
     ] = None,
     rounds: Rounds = 5,
@@ -82,11 +86,11 @@ def encode(
     output: Output = None,
     as_json: Json = False,
 ) -> None:
-    """Compare encodes by backends and by other towers: time, memory, accuracy, and the share of the machine's peak.
+    """Compare encodes by backends and by other implementations: time, memory, accuracy, share of the machine's peak.
 
-    Each contender has a separate process. All are opened and warmed up, and then take turns, round by round, never
-    two at once. Accuracy is relative to transformers in float32. The machine's peak is what packed matrix products of
-    the tower's shapes reach in turns of the same rounds.
+    Each contender runs in a separate process. All are opened and warmed up, and then take turns in rounds, one at a
+    time. Accuracy is relative to transformers in float32. The machine's peak is the speed that packed matrix products
+    of the tower's shapes reach in turns of the same rounds.
 
     For a contender that fails or is not installed, the report says why.
     """
@@ -119,9 +123,9 @@ def placement(
     output: Output = None,
     as_json: Json = False,
 ) -> None:
-    """Say whether to offload the encoder on this machine, in-line and pipelined, and why.
+    """Advise whether to offload the encoder on this machine, in-line and pipelined, and say why.
 
-    Compares a backend's encode (default: every installed one) with that of stock vLLM's own tower in bfloat16.
+    Compares the encodes of each --backend (default: every installed one) with those of stock vLLM's tower in bfloat16.
     """
     check_writable(output)
     contenders = (*named_backends(backend or ()), STOCK)

@@ -18,27 +18,28 @@ from visionaccel_bench.faultsuite.cells import FAULTS, MOMENTS, FaultSuite, Isol
 
 
 def faults(
-    mode: Annotated[Mode | None, typer.Option(help="Only servers of this mode.")] = None,
+    mode: Annotated[Mode | None, typer.Option(help="Test only servers in this mode.")] = None,
     isolation: Annotated[
-        Isolation | None, typer.Option(help="Only devices in the server's process (none), or in a separate one.")
+        Isolation | None, typer.Option(help="Test only devices in the server's process (none) or in a child process.")
     ] = None,
     fallback: Annotated[
-        bool | None, typer.Option("--with-fallback/--without-fallback", help="Only servers with, or without, one.")
+        bool | None,
+        typer.Option("--with-fallback/--without-fallback", help="Test only servers with, or without, a fallback."),
     ] = None,
-    fault: Annotated[list[str] | None, typer.Option(help="Only this fault; repeatable.")] = None,
-    moment: Annotated[list[str] | None, typer.Option(help="Only this moment; repeatable.")] = None,
+    fault: Annotated[list[str] | None, typer.Option(help="Plant only this fault; repeatable.")] = None,
+    moment: Annotated[list[str] | None, typer.Option(help="Plant faults only at this moment; repeatable.")] = None,
     output: Annotated[
         Path | None, typer.Option(help="Write the outcomes to this JSON file, for `visionaccel report --faults`.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Plant faults in a SIMULATED device behind real vLLM servers, and show how every request was answered.
+    """Plant faults in a simulated device behind real vLLM servers, and show how every request was answered.
 
     The servers serve the digits model on loopback, and answers are compared token by token with stock vLLM's. A cell
-    passes if the fault struck; if the request that it struck got the correct answer from the fallback, or without one
-    an error that says why; if no request was lost; if its neighbours got the correct answer; if the device answers
-    again once the fault is lifted; and if no wrong result was kept. All cells take about ten minutes. The exit status
-    is 1 if a cell did not pass.
+    passes if the fault occurred, the affected request got the correct answer from the fallback (or, without a fallback,
+    an error that says why), all other requests got the correct answer, no request was lost, the device answers again
+    once the fault is removed, and no wrong result was kept. All cells take about ten minutes. The exit status is 1 if a
+    cell did not pass.
     """
     from visionaccel_bench.faultsuite.suite import SuiteImages, images_needed, run_suite
 

@@ -31,8 +31,8 @@ def report(
 ) -> None:
     """Write one self-contained HTML page: doctor's findings, a certificate, benchmarks, timelines, faults.
 
-    The page has no script and loads nothing, so it can be sent and read anywhere. The summary on top lists the worst
-    first. Doctor examines the machine that this command runs on.
+    The page has no script and loads nothing, so it can be sent and read anywhere. The summary at the top lists the
+    worst first. Doctor examines the machine that this command runs on.
     """
     from visionaccel_bench.reporting.inputs import read_inputs
     from visionaccel_bench.reporting.page import make_report  # slow to import

@@ -78,8 +78,8 @@ def nan_output(kit: Kit) -> None:
         except (OutputError, DeviceError):
             return
         raise CheckFailedError(
-            f"a layer's weights are NaN, and the answer is {found[0, :4]}...: NaN is replaced by numbers somewhere, so "
-            "a broken device would answer, too."
+            f"a layer's weights are NaN, but the answer is {found[0, :4]}...: something replaces NaN with numbers, so "
+            "a broken device would also seem to answer."
         )
 
 
@@ -207,7 +207,9 @@ def _open_truncated(subject: Subject) -> None:
         run()
     except Exception:
         return  # the core turns any error into a DeviceError
-    raise CheckFailedError(f"half of {largest.name} is gone, and the program answers: missing data is read as numbers.")
+    raise CheckFailedError(
+        f"half of {largest.name} is missing, but the program answers: missing data is read as numbers."
+    )
 
 
 def _fail_inside(subject: Subject) -> None:

@@ -184,7 +184,9 @@ class SimulatedBackend(VisionBackend):
                 f"no backend can compute its answers: {error.message}", error.hint or "Choose a different device."
             )
         if target.backend == AUTO and default_registry().load(name).isolation_on(target.device) != self.isolation:
-            return Rejected(f"{name}, the best here, runs in a child process.", f"Set VISIONACCEL_DEVICE={name}.")
+            return Rejected(
+                f"{name}, the best backend on this machine, runs in a child process.", f"Set VISIONACCEL_DEVICE={name}."
+            )
         assert selection.chosen is not None
         assert isinstance(selection.chosen.verdict, Accepted)
         notes = selection.chosen.verdict.notes

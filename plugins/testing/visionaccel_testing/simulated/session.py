@@ -99,7 +99,7 @@ class SimulatedSession(Session):
                 first = self.overruns == 1
             if first:
                 logger.warning(
-                    "A call of simulated device %s is configured to take %.3f s and computed for %.3f s: %s. Further "
+                    "A call of simulated device %s is configured to take %.3f s, but computed for %.3f s: %s. Further "
                     "such calls are not logged.",
                     self.capabilities.device,
                     seconds,

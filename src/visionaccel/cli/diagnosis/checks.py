@@ -80,7 +80,7 @@ def looked(name: str, look: Callable[[], Finding | Iterable[Finding]]) -> list[F
     except VisionAccelError as error:
         findings.append(Finding(name, "failure", error.message, error.hint or ""))
     except Exception as error:  # something on this machine is broken; the other checks must still run
-        findings.append(Finding(name, "failure", f"{type(error).__name__}: {error}", "Check it by hand."))
+        findings.append(Finding(name, "failure", f"{type(error).__name__}: {error}", "Check it manually."))
     return findings
 
 
@@ -216,15 +216,15 @@ def _problem(needing: Distribution, text: str) -> Finding | None:
     state = "it is not installed" if found is None else f"{found} is installed"
     fix = f"pip install {shlex.quote(f'{requirement.name}{requirement.specifier}')}"
     if "" in needed_by:
-        return Finding(needing.name, "failure", f"{name} needs {needs}, and {state}", fix)
-    return Finding(needing.name, "warning", f"an extra of {name} needs {needs}, and {state}", fix)
+        return Finding(needing.name, "failure", f"{name} needs {needs}, but {state}", fix)
+    return Finding(needing.name, "warning", f"an extra of {name} needs {needs}, but {state}", fix)
 
 
 def of_settings(registry: Registry | None) -> Iterator[Finding]:
     """Check the environment's settings, and that the backends they name are installed if a registry is given."""
     for variable, near in unknown_variables().items():
         fix = f"Did you mean {near}?" if near else "Unset it, or see the table of settings."
-        yield Finding(variable, "warning", "not a setting, and ignored", fix)
+        yield Finding(variable, "warning", "not a setting, so it is ignored", fix)
     settings = load_settings()
     given = [f"{name}={os.environ[name]}" for name in sorted(VARIABLES) if os.environ.get(name)]
     yield Finding("variables", "pass", ", ".join(given) or "none is set")

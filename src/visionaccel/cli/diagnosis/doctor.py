@@ -30,7 +30,7 @@ _STYLES: Mapping[Status, str] = {"pass": "green", "warning": "yellow", "failure"
 
 def doctor(
     source: Annotated[
-        str | None, typer.Argument(help="Bundle or checkpoint to check too. Default: VISIONACCEL_BUNDLE, if set.")
+        str | None, typer.Argument(help="Bundle or checkpoint to check as well. Default: VISIONACCEL_BUNDLE, if set.")
     ] = None,
     backend: Annotated[str | None, typer.Option(help="Check only this backend. Default: all installed ones.")] = None,
     no_vllm: Annotated[bool, typer.Option("--no-vllm", help="Skip vLLM, which takes seconds to import.")] = False,
@@ -43,7 +43,7 @@ def doctor(
 ) -> None:
     """Check this machine: versions, settings, drivers and libraries of each backend, a bundle, and vLLM.
 
-    Each backend, and vLLM, is checked in a separate process; if it crashes or hangs there, that is a finding.
+    Each backend, and vLLM, is checked in a separate process, so a crash or hang there is only a finding.
 
     Exit status 1 if --backend is given and something that it needs is missing; with --strict, after any failure.
     """

@@ -63,8 +63,8 @@ def _prepare(config: VllmConfig, client_embeds: bool) -> None:
         choice = choose_mode(config, settings)
         if engine_config.without_python_processor():
             compat.logger().warning(
-                "visionaccel: with VLLM_USE_RUST_FRONTEND, requests do not pass the Python front end. Options of "
-                "requests (mm_processor_kwargs) and NaN in images are not checked there, image processing is not "
+                "visionaccel: with VLLM_USE_RUST_FRONTEND, requests do not pass through the Python front end. Options "
+                "of requests (mm_processor_kwargs) and NaN in images are not checked there, image processing is not "
                 "timed, and /metrics does not show the encoder's metrics.%s",
                 "" if serving.takes_request_errors() else " The reason for a failed image is only in the log.",
             )
@@ -109,10 +109,10 @@ def check_engine(config: VllmConfig) -> None:
         return
     weight_files.require_default_loader(served.load)
     if not engine_config.is_prepared(config):
-        _refuse_fitting(served, settings, f"{_UNPREPARED}, so it is not known whether images are fitted to them")
+        _refuse_fitting(served, settings, f"{_UNPREPARED}, so images may not be fitted to them")
         compat.logger().warning(
             "visionaccel: %s. If it was not adjusted, images are encoded in the engine's step unless the configuration "
-            "names %s, and an image that cannot be encoded ends the engine.",
+            "names %s, and an image that cannot be encoded stops the engine.",
             _UNPREPARED,
             engine_config.CONNECTOR,
         )

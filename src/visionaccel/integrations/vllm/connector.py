@@ -214,9 +214,9 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
             done, cache = self._service.counters, self._service.cache
             compat.logger().info(
                 f"visionaccel: {done.encoded} images and videos were encoded ({done.fallback} by the fallback), "
-                f"{done.cached} came from the cache and {done.merged} from an equal one in flight, "
+                f"{done.cached} came from the cache and {done.merged} from an identical one in flight, "
                 f"{done.failed} failed, {done.cancelled} were cancelled, {self._inline} were encoded in-line; "
-                f"{cache.evicted} embeddings left the cache for others."
+                f"{cache.evicted} embeddings were evicted from the cache."
             )
             self._service.close(wait=_CLOSING_SECONDS)
 

@@ -113,7 +113,7 @@ class _Containment(compat.Mixin):  # type: ignore[misc]
         if self._connector is not None:
             for order in orders:
                 self._connector.replace_encoder(order)
-        compat.logger().warning("The vision encoder's weights were replaced: what was computed with it is dropped.")
+        compat.logger().warning("The vision encoder's weights were replaced: results of the old weights are dropped.")
         self._forget_computed(_DISCARDED.format("'s weights were replaced"))
 
     def _distrusted(self) -> bool:

@@ -298,7 +298,7 @@ def test_a_feature_that_misses_a_name_is_off_alone_and_the_log_names_it(
     monkeypatch.setattr(self_test, "_run", lambda kind: "")
     activation._prepare(config, False)
     (warning,) = (line for line in log if "Without it, " in line)
-    assert f"is not what the {off} feature needs: " in warning
+    assert f"lacks what the {off} feature needs:" in warning
     assert f"{target.replace(':', '.')} does not exist" in warning
     assert (engine_config.is_pipelined(config), config.scheduler_config.scheduler_cls is not None) == (
         pipelined,

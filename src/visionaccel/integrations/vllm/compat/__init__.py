@@ -31,7 +31,7 @@ def warn_of_untried_release() -> None:
     """Log a warning if this package was not run on the running vLLM's release."""
     if not release().startswith(TRIED_RELEASES):
         tried = ", ".join(each.rstrip(".") for each in TRIED_RELEASES)
-        logger().warning("visionaccel was not run on vLLM %s (tried: %s).", release(), tried)
+        logger().warning("visionaccel has not been tested on vLLM %s (tested: %s).", release(), tried)
 
 
 def share_log_handlers() -> None:

@@ -127,7 +127,7 @@ assert BY_OUR_SCHEDULER in FAILED_REQUESTS.ways
 def why_off(feature: Feature, architecture: str | None = None) -> str | None:
     """What a feature lacks, as a clause for a log or an error; None if the contract holds."""
     lacking = missing(feature, architecture)
-    return f"vLLM {release()} is not what the {feature} feature needs: {'; '.join(lacking)}" if lacking else None
+    return f"vLLM {release()} lacks what the {feature} feature needs: {'; '.join(lacking)}" if lacking else None
 
 
 @cache

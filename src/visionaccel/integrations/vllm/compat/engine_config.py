@@ -172,7 +172,7 @@ def use_contained_scheduler(config: VllmConfig) -> None:
     elif not missing(Feature.CONTAINMENT) and config.scheduler_config.scheduler_cls not in _SCHEDULERS.values():
         custom = _other_scheduler(config)  # if a name is missing, the log says so already
         reason = "kv_transfer_config" if config.kv_transfer_config is not None else f"the custom scheduler {custom}"
-        logger().warning("With %s, an image that cannot be encoded in the engine's step ends the engine.", reason)
+        logger().warning("With %s, an image that cannot be encoded in the engine's step stops the engine.", reason)
 
 
 def _other_scheduler(config: VllmConfig) -> Any:

@@ -49,7 +49,7 @@ def _run(kind: tuple[str, str]) -> str:
     """What went wrong; empty if the test passed."""
     from visionaccel.isolation import CheckProcess
 
-    compat.logger().info("visionaccel: testing the pipelined mode on this vLLM, which takes some seconds.")
+    compat.logger().info("visionaccel: testing the pipelined mode on this vLLM, which takes a few seconds.")
     # The child must not encode, trace, or use the server's memory.
     environment = {
         name: value
