@@ -292,7 +292,7 @@ def checked_options(backend: VisionBackend, options: Mapping[str, Any]) -> Optio
     except ValidationError as error:
         known = ", ".join(backend.options.model_fields) or "none"
         raise SettingsError(
-            f"invalid options of backend {backend.name!r}: {problems_of(error)}.", hint=f"Options it takes: {known}."
+            f"invalid options for backend {backend.name!r}: {problems_of(error)}.", hint=f"Supported options: {known}."
         ) from error
 
 

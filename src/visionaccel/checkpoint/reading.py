@@ -47,7 +47,7 @@ class Checkpoint:
     def __init__(self, folder: Path, *, files: Iterable[Path] | None = None) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise CheckpointError(f"{self.folder} is not a folder.", hint="Pass the folder that holds config.json.")
+            raise CheckpointError(f"{self.folder} is not a folder.", hint="Pass the folder that contains config.json.")
         self.config: Mapping[str, Any] = read_json(self.folder / "config.json")
         self._given = None if files is None else tuple(map(Path, files))
 

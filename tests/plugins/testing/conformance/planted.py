@@ -438,7 +438,7 @@ PLANTED = (
         """,
     ),
     Planted(
-        "nan_to_number", "L5-nan-output", "NaN is replaced",
+        "nan_to_number", "L5-nan-output", "something replaces NaN",
         "on_output(lambda self, inputs, rows: np.where(np.isnan(rows), np.float32(np.arange(rows.shape[1])), rows))",
     ),
     Planted(
