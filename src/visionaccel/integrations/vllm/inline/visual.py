@@ -234,7 +234,7 @@ class AcceleratedTower(nn.Module):
             return
         if type(worker.worker_connector()).__name__ == engine_config.CONNECTOR:
             raise ConfigurationError(
-                "the engine's process cannot be told that the vision encoder has new weights.",
+                "the engine's process cannot be notified that the vision encoder has new weights.",
                 hint="Restart the server with the new weights.",
             )
         compat.logger().warning(
