@@ -71,7 +71,7 @@ class VllmServer:
 
 
 def quiet_environment(settings: Mapping[str, str]) -> dict[str, str]:
-    """Return this process's environment with only the given settings of visionaccel, and vLLM offline and small."""
+    """Return this process's environment with only the given visionaccel settings, and a small, offline vLLM."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(_SETTINGS)}
     defaults = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     return {**defaults, **inherited, **settings}

@@ -49,7 +49,7 @@ class Artifact:
 
     @classmethod
     def of(cls, program: Program) -> Artifact:
-        """The artifact of a program; ArtifactError if it is missing, empty or a Git LFS pointer."""
+        """Return the artifact of a program; ArtifactError if it is missing, empty or a Git LFS pointer."""
         if program.artifact is None:
             raise ArtifactError(f"program {program.name!r} has no file.", hint=_AGAIN)
         single_file = program.format == FLEXMLRT_RAI
@@ -71,7 +71,7 @@ class Artifact:
 
 
 def made_for_simulator(binary: Path, failure: type[ArtifactError] = ArtifactError) -> bool:
-    """Whether a compiled file was made for the simulator, by its first bytes.
+    """Return whether a compiled file was made for the simulator, by its first bytes.
 
     Raises:
         ArtifactError: As `failure`, if the file cannot be read, is empty or is a Git LFS pointer.
@@ -93,7 +93,7 @@ def made_for_simulator(binary: Path, failure: type[ArtifactError] = ArtifactErro
 
 
 def open_settings(artifact: Artifact, sdk_version: str | None) -> Mapping[str, str]:
-    """The SDK's names of device and subgraph for an artifact; empty if none may be passed.
+    """Return the SDK's names of device and subgraph for an artifact; empty if none may be passed.
 
     As public callers do: a folder is opened as subgraph "0", a `.rai` file as "vaiml_par_0" on "stx" before SDK 1.8,
     and without names since.

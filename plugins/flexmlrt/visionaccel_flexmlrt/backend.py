@@ -116,7 +116,7 @@ class FlexMLRTBackend(VisionBackend):
 
 
 def _as_stored(spec: TensorSpec, names: Mapping[str, str]) -> tuple[str, str, list[Any]]:
-    """A tensor for the compiled module: its name inside the artifact, dtype and shape."""
+    """Return a tensor for the compiled module: its name inside the artifact, dtype and shape."""
     return names.get(spec.name, spec.name), spec.dtype, list(spec.shape)
 
 

@@ -60,7 +60,7 @@ class AmdEnvironment:
 
 
 def missing(device: str, amd: AmdEnvironment) -> Rejected | None:
-    """What this machine lacks to run on a device; None if nothing. Loads nothing."""
+    """Return what this machine lacks to run on a device; None if nothing. Loads nothing."""
     if device == SIMULATOR:
         return _missing_for_simulator()
     if find_spec("visionaccel_flexmlrt._sdk") is None:
@@ -79,7 +79,7 @@ def missing(device: str, amd: AmdEnvironment) -> Rejected | None:
 
 
 def load(device: str, amd: AmdEnvironment, *, any_version: bool = False) -> ModuleType:
-    """The compiled module for a device; `any_version` accepts a library of a different version than it was built with.
+    """Return the compiled module for a device; `any_version` accepts a library of another version than its build's.
 
     Raises:
         ConfigurationError: If something is missing, or the library cannot be loaded or has a different version.
@@ -133,7 +133,7 @@ def simulator_faults(script: Path | None) -> Iterator[None]:
 
 
 def library_version(library: Path) -> str | None:
-    """The version of a library's SDK, from the `__init__.py` of a folder above it; None if unknown."""
+    """Return the version of a library's SDK, from the `__init__.py` of a folder above it; None if unknown."""
     for folder in library.resolve().parents[:3]:
         file = folder / "__init__.py"
         if file.is_file():
@@ -144,7 +144,7 @@ def library_version(library: Path) -> str | None:
 
 
 def sdk_version(device: str, module: ModuleType, amd: AmdEnvironment) -> str | None:
-    """The version of a device's SDK: its library's, otherwise the one that the module was built with, if known."""
+    """Return the version of a device's SDK: the library's, or else the one that the module was built with, if known."""
     if device == SIMULATOR:
         return "1.7"  # the simulator has its interface
     library = amd.library()

@@ -42,7 +42,7 @@ class _Tensors(BaseModel):
 
 
 def device_tensors(program: Program) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]] | None:
-    """The device's inputs and outputs; None if they are the program's.
+    """Return the device's inputs and outputs; None if they are the program's.
 
     Raises:
         ArtifactError: If the companion that lists them is damaged.

@@ -24,7 +24,7 @@ def compile_partition(partition: Path, target: Path, precision: Literal["float32
     Args:
         partition: An ONNX model of fixed shapes, with external data in the same folder.
         target: The file to write; replaced if it exists.
-        precision: What the simulator computes in: bfloat16 like the device, or float32 for exact comparisons.
+        precision: The simulator's arithmetic: bfloat16 like the device, or float32 for exact comparisons.
     """
     import openvino
 

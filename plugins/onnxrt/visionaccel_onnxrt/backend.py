@@ -218,7 +218,7 @@ class OnnxRuntimeBackend(VisionBackend):
 def _provider(
     program: Program, device: str | None, options: OnnxRuntimeOptions, onnxruntime: Any
 ) -> tuple[str, dict[str, str]]:
-    """The execution provider to use, and its options that do not depend on the program."""
+    """Return the execution provider to use, and its options that do not depend on the program."""
     known = provider_for(device)
     by_device, defaults = known if known is not None else (DEVICES["cpu"], {})
     provider = options.provider or by_device.name
@@ -274,7 +274,7 @@ def _session_options(options: OnnxRuntimeOptions, onnxruntime: Any) -> Any:
 
 
 def _model(program: Program, provider: str, settings: Any) -> bytes | str:
-    """The model's bytes, or the path of a model that refers to files next to it."""
+    """Return the model's bytes, or the path of a model that refers to files next to it."""
     if program.format == EP_CONTEXT:
         return str(verified_context(program, provider))
     if program.model is None:
@@ -308,7 +308,7 @@ def _require_whole_masks(model: bytes, program: Program) -> None:
 
 @contextmanager
 def _kept_context(program: Program, folder: Path) -> Iterator[Path]:
-    """The path to write the compiled program to; it replaces an earlier one if the context ends without an error.
+    """Yield the path to write the compiled program to; it replaces an earlier one if the context ends without an error.
 
     The path is in a temporary folder and has the final file name, because the model refers to the file next to it by
     name.

@@ -103,7 +103,7 @@ def _computes(node: onnx.NodeProto) -> bool:
 
 
 def _parse(model: bytes) -> tuple[onnx.ModelProto, dict[str, int]]:
-    """The model, and the element types of its values by name; unknown types are missing or 0."""
+    """Return the model, and the element types of its values by name; unknown types are missing or 0."""
     import onnx
 
     try:

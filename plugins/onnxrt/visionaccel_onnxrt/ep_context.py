@@ -25,7 +25,7 @@ _MOST_MODEL_BYTES = 2**31 - 1
 
 
 def verified_context(program: Program, provider: str) -> Path:
-    """The file of a compiled program, after a check that it refers only to verified files next to it.
+    """Return the file of a compiled program, after a check that it refers only to verified files next to it.
 
     Args:
         program: Its artifact is the ONNX model; the files next to it are its companions.
@@ -57,7 +57,7 @@ def verified_context(program: Program, provider: str) -> Path:
 
 
 def offload_of_context(path: Path) -> Offload | None:
-    """The nodes inside and outside of the compiled parts of a model; None if it cannot be read.
+    """Return the nodes inside and outside of the compiled parts of a model; None if it cannot be read.
 
     The CPU has no kernel for `EPContext`, so each one runs on the device.
     """

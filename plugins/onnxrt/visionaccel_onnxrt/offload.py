@@ -60,7 +60,7 @@ class Offload:
 
 
 def counted(on_device: Iterable[str], on_cpu: Iterable[str], source: str) -> Offload:
-    """The offload by the operator types of the nodes on the device and on the CPU."""
+    """Return the offload by the operator types of the nodes on the device and on the CPU."""
     device, cpu = Counter(on_device), Counter(on_cpu)
     heavy, left = (sum(n for kind, n in side.items() if kind in _HEAVY) for side in (device, cpu))
     # Without heavy operators, count all nodes.
@@ -69,7 +69,7 @@ def counted(on_device: Iterable[str], on_cpu: Iterable[str], source: str) -> Off
 
 
 def assigned(session: Any, provider: str) -> Offload | None:
-    """What ONNX Runtime assigned to a provider; None if it does not report it, as in older versions.
+    """Return what ONNX Runtime assigned to a provider; None if it does not report it, as in older versions.
 
     Args:
         session: An `InferenceSession` that was made with the entry `RECORD_ASSIGNMENT`.
@@ -92,7 +92,7 @@ def assigned(session: Any, provider: str) -> Offload | None:
 def require_offload(
     found: Iterable[Offload | None], provider: str, *, allow_cpu: bool, must_know: bool, unknown: str
 ) -> Offload | None:
-    """The worst of the known figures, if it is good enough; None if none is known and that is accepted.
+    """Return the worst of the known figures, if it is good enough; None if none is known and that is accepted.
 
     Args:
         found: The figures of several sources. A provider may pass nodes on to the CPU, so they need not agree.

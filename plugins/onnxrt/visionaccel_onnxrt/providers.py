@@ -51,7 +51,7 @@ DEVICES = {
 
 
 def provider_for(device: str | None) -> tuple[Provider, dict[str, str]] | None:
-    """The provider and its options for a device such as `cuda:1`, by default the CPU; None if the device is unknown."""
+    """Return the provider and its options for a device such as `cuda:1`, by default the CPU; None if it is unknown."""
     kind, colon, index = (device or "cpu").partition(":")
     provider = DEVICES.get(kind)
     if provider is None or (colon and not (provider.indexed and index.isdigit())):
@@ -64,7 +64,7 @@ _LONGEST = 256
 
 
 def gpu_model(index: int) -> str:
-    """The model of a GPU, such as `NVIDIA H200`; empty if the driver does not report it.
+    """Return the model of a GPU, such as `NVIDIA H200`; empty if the driver does not report it.
 
     Args:
         index: Its number in this process; `CUDA_VISIBLE_DEVICES` may renumber GPUs.

@@ -101,7 +101,7 @@ def compiler_options(
 
 
 def pass_summaries(options: Mapping[str, str]) -> Iterator[PassSummary]:
-    """The compiler's reports in the cache of these provider options."""
+    """Yield the compiler's reports in the cache of these provider options."""
     if not all(name in options for name in _CACHE):
         return
     for name in SUMMARIES:
@@ -148,7 +148,7 @@ def _default_cache() -> Path:
 
 
 def _cache_key(program: Program, options: Mapping[str, str], runtime: str) -> str:
-    """The cache key of a compiled program.
+    """Return the cache key of a compiled program.
 
     The provider's default key is a digest of the model without its external weights, and does not include the versions
     of the provider and the driver, which must not use each other's programs.

@@ -165,7 +165,7 @@ def _theirs(device: str) -> str:
 
 
 def _precision(core: "openvino.Core", program: Program, device: str, options: OpenVinoOptions) -> str:
-    """The arithmetic to request, after a check that the device has it.
+    """Return the arithmetic to request, after a check that the device has it.
 
     Raises:
         ConfigurationError: If it does not; OpenVINO would silently use a different one.
@@ -193,7 +193,7 @@ def _precision(core: "openvino.Core", program: Program, device: str, options: Op
 
 
 def _needs_no_snippets(program: Program, precision: str) -> bool:
-    """Whether OpenVINO's code generator for attention (snippets) must be off on the CPU.
+    """Return whether OpenVINO's code generator for attention (snippets) must be off on the CPU.
 
     For fixed shapes in bfloat16, that of OpenVINO 2026.4 silently gives wrong answers: if masks are added to the
     scores, rows have a cosine of 0.4 to 0.9 to the correct ones. Its other implementations are correct, and graphs for
@@ -203,7 +203,7 @@ def _needs_no_snippets(program: Program, precision: str) -> bool:
 
 
 def _computes_integers(program: Program, device: str) -> bool:
-    """Whether to compute a quantized program's products in integers, and not in floats of the same values.
+    """Return whether to compute a quantized program's products in integers, and not in floats of the same values.
 
     Raises:
         ConfigurationError: If the device needs the setting for floats and does not accept it.

@@ -11,7 +11,7 @@ _CHANNELS = 64
 
 @cache
 def integer_products_saturate() -> bool:
-    """Whether OpenVINO's int8 kernels give wrong sums on the CPU; computes a product to find out, within a second.
+    """Return whether OpenVINO's int8 kernels give wrong sums on the CPU, by computing a product, within a second.
 
     Without VNNI, x86 adds pairs of 8-bit products in 16 bits and cuts off larger sums. OpenVINO 2026.4 silently uses
     such kernels: the product below is then 0.5 instead of 64.

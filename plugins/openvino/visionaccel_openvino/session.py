@@ -114,7 +114,7 @@ class OpenVinoSession(Session):
 
 
 def _shared(array: Array) -> openvino.Tensor:
-    """A tensor in the memory of an array; with an explicit type, OpenVINO accepts a read-only one."""
+    """Return a tensor in the memory of an array; with an explicit type, OpenVINO accepts a read-only one."""
     return openvino.Tensor(array, list(array.shape), _TYPES[array.dtype.name])
 
 

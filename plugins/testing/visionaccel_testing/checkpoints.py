@@ -65,7 +65,7 @@ each block adds less to the residual stream than it already contains, and roundi
 
 
 def tower_shapes(config: Mapping[str, Any]) -> Mapping[str, tuple[int, ...]]:
-    """Names (below the prefix) and shapes of the tensors of a tower with this `vision_config`."""
+    """Return the names (below the prefix) and shapes of the tensors of a tower with this `vision_config`."""
     return family_named("qwen2_5_vl").described(_document(config), "config.json").shapes()
 
 

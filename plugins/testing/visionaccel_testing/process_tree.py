@@ -25,7 +25,7 @@ class Memory:
 
 
 def memory() -> Memory:
-    """Memory of this process and its living descendants together. Shared pages count in each process."""
+    """Return the total memory of this process and its living descendants. Shared pages count in each process."""
     resident, peak = 0, 0
     for process in _tree():
         with suppress(OSError, ValueError, psutil.Error):
@@ -36,7 +36,7 @@ def memory() -> Memory:
 
 
 def processor_seconds() -> float:
-    """Seconds of processor time that all threads of this process and its living descendants have used."""
+    """Return the processor seconds that all threads of this process and its living descendants have used."""
     seconds = time.process_time()
     for child in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):

@@ -109,7 +109,7 @@ class TorchReferenceBackend(VisionBackend):
 
 
 def _hardware(device: str) -> str:
-    """The model of a GPU, which decides which kernels run, and so the last bits."""
+    """Return the model of a GPU, which decides which kernels run, and so the last bits."""
     import torch
 
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else ""
@@ -117,7 +117,7 @@ def _hardware(device: str) -> str:
 
 class _Tower(Protocol):
     def __call__(self, patches: "torch.Tensor", grids: Sequence[Grid]) -> "torch.Tensor":
-        """Embeddings [N, out_width] of patches [P, patch_width] of the tower's dtype and device."""
+        """Return the embeddings [N, out_width] of patches [P, patch_width] of the tower's dtype and device."""
 
 
 class TorchReferenceSession(Session):

@@ -76,7 +76,7 @@ class GraphedTower:
         self._refused = False
 
     def __call__(self, patches: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
-        """Embeddings [N, out_width] in the order of the grids, in memory that the caller owns.
+        """Return the embeddings [N, out_width] in the order of the grids, in memory that the caller owns.
 
         Args:
             patches: [P, patch_width], of the tower's dtype and on its device.
@@ -103,7 +103,7 @@ class GraphedTower:
         return answer
 
     def _captured(self, patches: torch.Tensor, layout: Layout, answer: torch.Tensor) -> _Captured | _Seen:
-        """The call's graph, or the state without one."""
+        """Return the call's graph, or the state without one."""
         if not torch.isfinite(answer).all():
             return _Seen.ONCE  # NaN cannot be compared
         try:

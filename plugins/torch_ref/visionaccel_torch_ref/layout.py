@@ -75,7 +75,7 @@ class Layouts:
         self._of = lru_cache(maxsize=_MOST_KEPT)(self._make)
 
     def of(self, grids: Sequence[Grid]) -> Layout:
-        """The layout of a call."""
+        """Return the layout of a call."""
         return self._of(tuple(grids))
 
     def _make(self, grids: tuple[Grid, ...]) -> Layout:

@@ -32,16 +32,16 @@ class Linear(ABC):
         """Only the product and the bias: x @ weight.T + bias."""
 
     def activated(self, x: torch.Tensor, kind: ActivationKind) -> torch.Tensor:
-        """The product and the bias, then an activation."""
+        """Return the product plus the bias, after an activation."""
         return ACTIVATIONS[kind](self(x))
 
     @abstractmethod
     def times(self, x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-        """The product and the bias, times a factor of the same shape."""
+        """Return the product plus the bias, times a factor of the same shape."""
 
     @abstractmethod
     def plus(self, x: torch.Tensor, term: torch.Tensor) -> torch.Tensor:
-        """The product and the bias, plus a term of the same shape."""
+        """Return the product plus the bias, plus a term of the same shape."""
 
 
 class PlainLinear(Linear):
@@ -83,7 +83,7 @@ class PackedLinear(Linear):
 
 
 def make_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-    """The fastest linear layer for a weight [out, in] and a bias [out], of one dtype and device.
+    """Return the fastest linear layer for a weight [out, in] and a bias [out], of one dtype and device.
 
     The weight given is not kept if it is packed.
     """
@@ -97,11 +97,11 @@ Attention: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torc
 
 
 def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """The fused kernel of torch."""
+    """Compute attention with torch's fused kernel."""
     return functional.scaled_dot_product_attention(query, key, value)
 
 
 def eager(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Products and a softmax in float32, like transformers' `eager_attention_forward`; keeps all scores in memory."""
+    """Compute attention in float32, as transformers' `eager_attention_forward` does; keeps all scores in memory."""
     scores = torch.matmul(query, key.transpose(2, 3)) * query.shape[-1] ** -0.5
     return torch.matmul(functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype), value)

@@ -54,7 +54,7 @@ class TransformersTower:
         self._tower: torch.nn.Module = tower.to(device).eval().requires_grad_(False)
 
     def __call__(self, patches: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
-        """Embeddings [N, out_width] in the order of the grids, deepstack levels next to each.
+        """Return the embeddings [N, out_width] in the order of the grids, deepstack levels next to each.
 
         Args:
             patches: [P, patch_width], of the tower's dtype and on its device.
@@ -89,7 +89,7 @@ def _unsupported(what: str) -> UnsupportedArchitectureError:
 
 
 def _innermost(config: Any, stated: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
-    """The class of the tower's configuration, None if transformers has none, and the document's values for it.
+    """Return the class of the tower's configuration, None if transformers has none, and the document's values for it.
 
     The document has only this part: a single key at each level leads to the tower's configuration.
     """
@@ -107,7 +107,7 @@ def _innermost(config: Any, stated: Mapping[str, Any]) -> tuple[Any, Mapping[str
 def _own_names(
     program: Program, shapes: Mapping[str, tuple[int, ...]], reader: WeightReader
 ) -> dict[str, torch.Tensor]:
-    """The weights by transformers' names; query, key and value are joined if they are stored separately."""
+    """Return the weights by transformers' names; query, key and value are joined if they are stored separately."""
     found: dict[str, torch.Tensor] = {}
     for name, stored in program.weights.items():
         ends = [own for own, shape in shapes.items() if shape == stored.shape and f".{stored.name}".endswith(f".{own}")]

@@ -86,7 +86,7 @@ def _gated(gate: Linear, up: Linear, step: Gated) -> Rows:
 
 
 def _rms_norm(rows: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """Rows divided by their root mean square, in float32 as in transformers, times a weight."""
+    """Return the rows divided by their root mean square, in float32 as in transformers, times a weight."""
     if rows.device.type != "cpu":
         return functional.rms_norm(rows, weight.shape, weight, epsilon)
     normed = torch.empty_like(rows)
@@ -100,5 +100,5 @@ def _rms_norm(rows: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch
 
 
 def in_blocks(rows: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Rows in pieces whose float32 copies stay in the cache of a CPU core; on other devices, in one."""
+    """Return the rows in pieces whose float32 copies fit into a CPU core's cache; on other devices, in one piece."""
     return torch.split(rows, _CACHED_ROWS) if rows.device.type == "cpu" else (rows,)

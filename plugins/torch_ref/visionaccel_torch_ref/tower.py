@@ -66,7 +66,7 @@ class FastTower:
         )
 
     def __call__(self, patches: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
-        """Embeddings [N, out_width] in the order of the grids.
+        """Return the embeddings [N, out_width] in the order of the grids.
 
         Args:
             patches: [P, patch_width], of the tower's dtype and on its device.
@@ -75,7 +75,7 @@ class FastTower:
         return self.forward(patches, self.layout(grids))
 
     def layout(self, grids: Sequence[Grid]) -> Layout:
-        """The layout of a call's rows, on the device."""
+        """Return the layout of a call's rows, on the device."""
         return self._layouts.of(grids)
 
     def forward(self, patches: torch.Tensor, layout: Layout) -> torch.Tensor:
@@ -134,7 +134,7 @@ def _block(spec: TowerSpec, number: int, weights: WeightReader) -> _Block:
 
 
 def _paired(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of the joint projection with each head's query and key values i and i + head_dim / 2 next to each other.
+    """Reorder the joint projection's rows: each head's query and key rows i and i + head_dim / 2 become neighbours.
 
     Those are the pairs that rotary embedding rotates. Queries and keys are reordered alike, so their products are the
     same; values are not reordered.

@@ -21,7 +21,7 @@ class WeightReader:
         self._program, self._dtype, self._device = program, dtype, device
 
     def read(self, name: str, view: tuple[int, ...] | None = None) -> torch.Tensor:
-        """A weight by its name.
+        """Return a weight by its name.
 
         Args:
             name: Its name in the tower's description.
@@ -37,7 +37,7 @@ class WeightReader:
         return tensor.to(self._device, self._dtype).view(view or stored.shape)
 
     def read_linear(self, linear: Linear, place: str = "") -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The weight of a linear layer as a matrix, and its bias, whichever form they are stored in.
+        """Return the weight of a linear layer as a matrix, and its bias, whichever form they are stored in.
 
         Args:
             linear: The layer.
@@ -61,7 +61,7 @@ class WeightReader:
         return self.read(f"{name}.bias") if linear.bias else None
 
     def unfit(self, what: str) -> CheckpointError:
-        """The error for weights that are not those of the configuration."""
+        """Return the error for weights that are not those of the configuration."""
         return CheckpointError(
             f"{self._program.folder}: the vision weights do not fit the configuration: {what}.",
             hint="The configuration and the weights belong to different models.",

@@ -131,7 +131,7 @@ def _model(folder: Path, entry: ProgramEntry, weights: Mapping[str, StoredTensor
 
 
 def is_bundle(source: str | os.PathLike[str] | Path) -> bool:
-    """Whether a folder has a manifest."""
+    """Return whether a folder has a manifest."""
     return Path(source, MANIFEST).is_file()
 
 

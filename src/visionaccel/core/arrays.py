@@ -22,7 +22,7 @@ _SAMPLED_COLUMNS = 16
 
 
 def is_tensor(array: Array) -> bool:
-    """Whether `array` is a torch tensor; false, without importing torch, when torch is not loaded."""
+    """Return whether `array` is a torch tensor; false, without importing torch, when torch is not loaded."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(array, torch.Tensor)
 

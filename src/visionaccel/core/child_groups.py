@@ -74,7 +74,7 @@ class ChildGroup:
         return self._process.returncode
 
     def exited(self) -> bool:
-        """Whether the child is dead or has been killed; it may not be reaped yet."""
+        """Return whether the child is dead or has been killed; it may not be reaped yet."""
         return self._killed or self._dead()
 
     def exits_within(self, seconds: float) -> bool:

@@ -33,7 +33,7 @@ class TensorSpec:
     shape: tuple[int | str, ...]
 
     def fits(self, shape: Sequence[int], sizes: Mapping[str, int]) -> bool:
-        """Whether `shape` is this tensor's shape, with the named sizes taken from `sizes`."""
+        """Return whether `shape` is this tensor's shape, with the named sizes taken from `sizes`."""
         return tuple(shape) == tuple(sizes.get(s, -1) if isinstance(s, str) else s for s in self.shape)
 
     def __str__(self) -> str:

@@ -23,7 +23,7 @@ def flags_in(cpuinfo: str) -> frozenset[str]:
 
 
 def has_bfloat16() -> bool:
-    """Whether the CPU has instructions for products of bfloat16, and `ONEDNN_MAX_CPU_ISA` allows them.
+    """Return whether the CPU has instructions for products of bfloat16, and `ONEDNN_MAX_CPU_ISA` allows them.
 
     torch and oneDNN also report support on CPUs where they convert it to float32, which is slower.
     """

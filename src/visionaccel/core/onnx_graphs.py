@@ -108,7 +108,7 @@ class ExternalData:
 
 
 def is_external(tensor: TensorProto) -> bool:
-    """Whether a tensor's data is in another file."""
+    """Return whether a tensor's data is in another file."""
     return tensor.data_location == tensor.EXTERNAL
 
 

@@ -98,7 +98,7 @@ class StoredTensor:
         return values.reshape(self.shape)
 
     def holds_the_same_as(self, other: StoredTensor) -> bool:
-        """Whether dtype, shape and every byte are equal, in any two files. Raises the errors of `chunks`."""
+        """Return whether dtype, shape and every byte are equal, in any two files. Raises the errors of `chunks`."""
         if (self.dtype, self.shape, self.length) != (other.dtype, other.shape, other.length):
             return False
         ours, theirs = (tensor.chunks(memoryview(bytearray(CHUNK_BYTES))) for tensor in (self, other))

@@ -274,7 +274,7 @@ class TowerSpec:
         return self.out * (1 + len(self.deepstack))
 
     def windowed(self, block: int) -> bool:
-        """Whether a block attends within windows."""
+        """Return whether a block attends within windows."""
         return self.window is not None and block not in self.full_blocks
 
     def levels_after(self, block: int) -> tuple[int, ...]:

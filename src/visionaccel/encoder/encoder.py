@@ -317,7 +317,7 @@ def close_programs(programs: Iterable[OpenProgram]) -> None:
 
 
 def _generality(opened: OpenProgram) -> float:
-    """The sort key of programs, from the most specific to the most general."""
+    """Return the sort key of programs, from the most specific to the most general."""
     coverage = opened.program.coverage
     if isinstance(coverage, FixedGrid):
         return 0

@@ -86,6 +86,6 @@ def _found_again(source: Tower | Bundle) -> Mapping[str, StoredTensor]:
 
 
 def _holds(whole: StoredTensor, part: StoredTensor) -> bool:
-    """Whether a stored tensor has a part's rows: a weight may be stored fused with others."""
+    """Return whether a stored tensor has a part's rows: a weight may be stored fused with others."""
     rows = (whole.dtype, whole.shape[1:]) == (part.dtype, part.shape[1:])
     return rows and whole.offset <= part.offset and part.offset + part.length <= whole.offset + whole.length

@@ -172,7 +172,7 @@ class OutputReader:
             time.sleep(_PAUSE)
 
     def _may_log(self) -> bool:
-        """Whether one more line may be logged now; counts it if not."""
+        """Return whether one more line may be logged now; counts it if not."""
         now = time.monotonic()
         self._allowance = min(_BURST, self._allowance + _RATE * (now - self._filled))
         self._filled = now

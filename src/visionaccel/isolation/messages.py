@@ -85,7 +85,7 @@ class _Pickler(pickle.Pickler):
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """The session is open."""
+    """The answer that the session is open."""
 
     capabilities: Capabilities
 
@@ -137,7 +137,7 @@ def failure_of(error: VisionAccelError, trace: str) -> Failure:
 
 
 def restored(failure: Failure) -> VisionAccelError:
-    """Make the error, of the most specific class that this process has loaded. A note has the child's traceback."""
+    """Recreate the error in the most specific class that this process has loaded; a note has the child's traceback."""
     error: VisionAccelError = errors.DeviceError(failure.message, hint=failure.hint)
     for kind in filter(None, map(_class, reversed(failure.kinds))):
         with suppress(Exception):  # a plug-in's class whose constructor takes other arguments

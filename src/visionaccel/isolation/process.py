@@ -132,7 +132,7 @@ class DeviceProcess:
                 raise self._lost(error, f"did not answer within {seconds:g} s", _SLOW, _FALLBACK) from None
 
     def exited(self) -> bool:
-        """Whether the child is dead or has been killed."""
+        """Return whether the child is dead or has been killed."""
         return self._child.exited()
 
     def kill(self) -> None:

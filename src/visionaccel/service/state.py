@@ -68,7 +68,7 @@ class ServiceState:
     """The items of an encode service. Safe to use from any thread; futures are answered without the lock.
 
     An embedding must be in the cache before its item is finished. `change` is a future that is done at the next change
-    of the items: read it before a look at them that may lead to a wait.
+    of the items: read it before you look at them and possibly wait.
     """
 
     def __init__(self, size: int, cache: EmbeddingCache) -> None:

@@ -259,7 +259,7 @@ def plain_weights(tensors: Mapping[str, StoredTensor], spec: TowerSpec) -> dict[
 
 
 def has_every_weight(spec: TowerSpec, names: Collection[str]) -> bool:
-    """Whether weights of these names are all that a tower needs."""
+    """Return whether weights of these names are all that a tower needs."""
     return all(
         name in names or (JOINT in name and all(name.replace(JOINT, part) in names for part in APART))
         for name in spec.shapes()

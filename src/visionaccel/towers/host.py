@@ -220,7 +220,7 @@ class HostEmbedding:
 
 
 def _torch_can(precision: Precision) -> bool:
-    """Whether torch is installed and, for bfloat16, this processor has bfloat16 instructions."""
+    """Return whether torch is installed and, for bfloat16, this processor has bfloat16 instructions."""
     return find_spec("torch") is not None and (precision != "bfloat16" or has_bfloat16())
 
 

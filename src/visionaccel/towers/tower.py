@@ -248,7 +248,7 @@ class Tower:
         return found
 
     def fits(self, coverage: Coverage, frame: Grid) -> bool:
-        """Whether a program of that coverage takes a frame; `frame` has one temporal step."""
+        """Return whether a program of that coverage takes a frame; `frame` has one temporal step."""
         match coverage:
             case FixedGrid():
                 return coverage.grid == frame

@@ -128,7 +128,7 @@ class Canary:
         return CanaryResult(report, failure, wrong)
 
     def _answered_by_first(self, encoder: Encoder) -> Golden:
-        """The test picture that replaces golden images; it has no answer for the first encoder."""
+        """Return the test picture that replaces golden images; it has no answer for the first encoder."""
         first = self._first.image
         if first is None or not _takes(encoder, first):
             return _picture(encoder)
@@ -137,7 +137,7 @@ class Canary:
         return replace(first, name="a test picture that the first encoder encoded at the start", threshold=limit)
 
     def _fitting(self, encoder: Encoder, quick: bool) -> list[Golden]:
-        """The golden images that fit this encoder, smallest first; only the smallest of each program if quick."""
+        """Return the golden images that fit this encoder, smallest first; if quick, only each program's smallest."""
         fitting: list[Golden] = []
         for image in sorted(self._images, key=lambda image: len(image.patches)):
             if _takes(encoder, image) and not (quick and image.program in {other.program for other in fitting}):
@@ -268,7 +268,7 @@ def report_comparison(
 
 
 def _takes(encoder: Encoder, image: Golden) -> bool:
-    """Whether an encoder has a program for an image."""
+    """Return whether an encoder has a program for an image."""
     try:
         for grid in image.grids:
             encoder.program_for(grid)
@@ -278,7 +278,7 @@ def _takes(encoder: Encoder, image: Golden) -> bool:
 
 
 def precision_limit(encoder: Encoder) -> float:
-    """The lowest cosine with the exact answer that an encoder's precision allows."""
+    """Return the lowest cosine with the exact answer that an encoder's precision allows."""
     lowest = THRESHOLDS["bfloat16"]
     return min(
         THRESHOLDS.get(opened.program.quantization or opened.session.capabilities.precision, lowest)
@@ -316,7 +316,7 @@ def drift_of(found: NDArray[np.float32], reference: NDArray[np.float32], thresho
 
 
 def _picture(encoder: Encoder) -> Golden:
-    """A small test picture that fits a program, without an answer; the same in every process."""
+    """Return a small test picture that fits a program, without an answer; the same in every process."""
     tower = encoder.tower
     side = _SIDE * tower.merge_size
     grid = Grid(1, side, side)

@@ -166,7 +166,7 @@ class GuardedEncoder:
         *,
         until: float | None = None,
     ) -> list[Embedded | VisionAccelError]:
-        """Embeddings of each item, or its error. Never raises for bad data.
+        """Return the embeddings of each item, or its error. Never raises for bad data.
 
         Args:
             patches: float32, float16 or bfloat16 [P, patch_width] of all items.
@@ -239,18 +239,18 @@ class GuardedEncoder:
         return self._failed(self._together(errors) if errors else self._unhealthy(), 1)[0]
 
     def _asked_again(self, link: ChainLink, error: VisionAccelError) -> bool:
-        """Whether a link tries again: after a wrong answer, or after a failure if it is the last."""
+        """Return whether a link tries again: after a wrong answer, or after a failure if it is the last."""
         if not worth_a_retry(error) or link not in self._turns():
             return False
         return isinstance(error, OutputError) or self._following(link) is None
 
     def _turns(self) -> list[ChainLink]:
-        """The links that can be used now, in order: the healthy ones, or else those that only failed repeatedly."""
+        """Return the links that can be used now, in order: the healthy ones, or else those disabled only for failures."""
         ready = [link for link in self.links if link.ready]
         return ready or [link for link in self.links if link.may_try]
 
     def _following(self, link: ChainLink) -> str | None:
-        """The name of the encoder that is next after this one."""
+        """Return the name of the encoder that is next after this one."""
         turns = self._turns()
         after = turns[turns.index(link) + 1 :] if link in turns else turns
         return next((other.name for other in after), None)
@@ -278,7 +278,7 @@ class GuardedEncoder:
         return Embedded(rows, fallback)
 
     def _together(self, errors: Mapping[ChainLink, VisionAccelError]) -> VisionAccelError:
-        """The error of an item that no encoder could encode."""
+        """Return the error of an item that no encoder could encode."""
         first, last = next(iter(errors.values())), list(errors.values())[-1]
         more = [f"The fallback {link.name!r} failed too: {errors[link].message}" for link in list(errors)[1:]]
         if not _is_own_fault(last):
@@ -303,7 +303,7 @@ def _over(until: float | None) -> bool:
 
 
 def _is_own_fault(error: VisionAccelError) -> bool:
-    """Whether an item's data is wrong, so that no other encoder helps."""
+    """Return whether an item's data is wrong, so that no other encoder helps."""
     return isinstance(error, InputError) and not isinstance(error, UnfitGridError)
 
 

@@ -278,7 +278,7 @@ class ChainLink:
     def _within_step(
         self, work: Callable[[], Array | VisionAccelError], seconds: float, until: float | None
     ) -> Array | VisionAccelError:
-        """The answer of an encode, or the error that the engine's step has no more time for it."""
+        """Return the answer of an encode, or the error that the engine's step has no more time for it."""
         if self.cut:
             return DeadlineError(f"{self.why_not}.", hint=_LATER)
         if until is None:
@@ -379,7 +379,7 @@ class ChainLink:
 
 
 def worth_a_retry(error: VisionAccelError) -> bool:
-    """Whether a second try may succeed. A call that was late, or ended its process, is likely to do so again."""
+    """Return whether a second try may succeed. A call that was late, or ended its process, is likely to do so again."""
     return isinstance(error, DeviceError) and not isinstance(error, DeadlineError | DeviceLostError)
 
 

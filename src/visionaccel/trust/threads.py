@@ -266,7 +266,7 @@ class InOrder:
         self._thread = Background(name)
 
     def __len__(self) -> int:
-        """The number of calls that wait."""
+        """Return the number of calls that wait."""
         return len(self._waiting)
 
     def add(self, call: Callable[[], object]) -> None:

@@ -193,8 +193,8 @@ class ContenderProcess(AbstractContextManager["ContenderProcess"]):
         """Send a request and wait for its answer.
 
         Raises:
-            DeviceError: The process answers with an error, or dies; it is `alive` only in the first case.
-            DeadlineError: It does not answer in time and has been ended.
+            DeviceError: If the process answers with an error, or dies; it is `alive` only in the first case.
+            DeadlineError: If it did not answer in time and was ended.
         """
         try:
             self._connection.send_bytes(json.dumps(request).encode())

@@ -66,7 +66,7 @@ class Cell:
 
     @property
     def expected(self) -> str:
-        """How a request that it strikes must be answered: with an answer, or without a fallback with an error."""
+        """How the affected request must end: with an answer, or with an error if there is no fallback."""
         return "answer" if self.serving.fallback else "error"
 
     def __str__(self) -> str:
@@ -138,7 +138,7 @@ class FaultRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FaultSuite:
-    """All faults, at least one. `created` is a time in ISO 8601."""
+    """The outcomes of all faults, at least one. `created` is a time in ISO 8601."""
 
     created: str
     simulated: bool = False

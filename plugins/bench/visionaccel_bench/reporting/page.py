@@ -1,6 +1,6 @@
-"""The page: a summary, and what doctor found, a bundle's certificate, benchmarks, timelines and faults.
+"""The report page: a summary, doctor's findings, a bundle's certificate, benchmarks, timelines and faults.
 
-Text becomes HTML in the template only, where Jinja2 escapes each value and the environment makes it safe to show.
+Text becomes HTML only in the template, where Jinja2 escapes each value and the environment makes it safe to show.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Section:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A page. `created` is a time in ISO 8601, `version` that of visionaccel."""
+    """The content of a page. `created` is a time in ISO 8601, `version` that of visionaccel."""
 
     title: str
     created: str

@@ -106,9 +106,9 @@ def with_latency(
 
 
 def measured(checkpoint: Path, accelerator: Accelerator, images: Sequence[Image]) -> DeviceTime:
-    """Measure the device time of an image by encoding some in this process, one at a time, without the first.
+    """Measure the device time of an image by encoding a few in this process, one at a time; the first does not count.
 
-    For a device that works on several calls at a time, that time is divided by their number.
+    For a device that runs several calls at a time, the time is divided by their number.
     """
     with _opened(checkpoint, accelerator) as (prepare, encoder):
         seconds = []

@@ -66,17 +66,17 @@ class Plan:
         return self._pictures(_Purpose.DEVICE, 0, self.images + 1)
 
     def warm_up(self) -> Load:
-        """One short text stream and one image."""
+        """Return a load of one short text stream and one image."""
         pictures = self._pictures(_Purpose.WARM_UP, 0, 1)
         return Load(pictures, self.image_tokens, streams=1, stream_tokens=_WARM_UP_TOKENS)
 
     def mixed(self, repetition: int) -> Load:
-        """Text streams and image requests."""
+        """Return the text streams and image requests."""
         pictures = self._pictures(_Purpose.MIXED, repetition, self.images)
         return Load(pictures, self.image_tokens, self.gap, self.streams, self.stream_tokens)
 
     def text_only(self) -> Load:
-        """The text streams of the mixed load alone."""
+        """Return the text streams of the mixed load alone."""
         return Load((), self.image_tokens, streams=self.streams, stream_tokens=self.stream_tokens)
 
     def images_only(self, repetition: int, *, one_by_one: bool = False) -> Load:

@@ -18,12 +18,12 @@ _MOST_BYTES = 2**30
 
 
 def host_operators(graph: OnnxGraph, boundary: Boundary) -> list[int]:
-    """The operators around a device's part."""
+    """Return the operators around a device's part."""
     return sorted(frozenset().union(*_sides(graph, boundary)))
 
 
 def extract_host(graph: OnnxGraph, boundary: Boundary) -> tuple[bytes | None, bytes | None]:
-    """The serialised models before and after a device's part, with their weights.
+    """Return the serialised models before and after a device's part, with their weights.
 
     The first computes the device's inputs from the graph's, the second the graph's outputs from the device's. Either is
     None if it would contain no operator.
@@ -52,7 +52,7 @@ def extract_host(graph: OnnxGraph, boundary: Boundary) -> tuple[bytes | None, by
 
 
 def _sides(graph: OnnxGraph, boundary: Boundary) -> tuple[frozenset[int], frozenset[int]]:
-    """The operators before and after a device's part."""
+    """Return the operators before and after a device's part."""
     given, taken, ends = ([spec.name for spec in specs] for specs in (boundary.inputs, boundary.outputs, graph.outputs))
     return graph.ancestors(given), graph.ancestors(ends, taken)
 
@@ -90,7 +90,7 @@ def _extract(
 
 
 def _inline(graph: OnnxGraph, tensor: onnx.TensorProto) -> onnx.TensorProto:
-    """A weight with its data in the model."""
+    """Return a weight with its data in the model."""
     if not is_external(tensor):
         return tensor
     values = graph.values(tensor)

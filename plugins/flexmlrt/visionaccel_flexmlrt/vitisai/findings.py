@@ -106,7 +106,7 @@ def find(tower: Tower, request: ImportRequest, weights: Mapping[str, StoredTenso
 
 
 def _contexts(graph: OnnxGraph) -> list[onnx.NodeProto]:
-    """The nodes that the VitisAI execution provider compiled."""
+    """Return the nodes that the VitisAI execution provider compiled."""
     found = [node for node in graph.nodes if node.op_type == "EPContext"]
     for node in found:
         source = next((a.s.decode(errors="replace") for a in node.attribute if a.name == "source"), "")
@@ -121,7 +121,7 @@ def _contexts(graph: OnnxGraph) -> list[onnx.NodeProto]:
 def _context_files(
     folder: VitisFolder, graph: OnnxGraph, contexts: Sequence[onnx.NodeProto]
 ) -> tuple[tuple[str, Path], ...]:
-    """The model, which contains its compiled program or refers to its file, and all files that it refers to."""
+    """Return the model, which contains its compiled program or refers to its file, and all files that it refers to."""
     names = set(external_files(graph.model))
     if not contexts:
         raise ConfigurationError(
@@ -141,7 +141,7 @@ def _context_files(
 
 
 def _boundary(folder: VitisFolder, graph: OnnxGraph, contexts: list[onnx.NodeProto]) -> Boundary | None:
-    """The device's inputs and outputs: from the compiler's table, otherwise from the node that was compiled."""
+    """Return the device's inputs and outputs: from the compiler's table, otherwise from the node that was compiled."""
     if len(contexts) > 1:
         if folder.format == EP_CONTEXT:
             return None
@@ -195,7 +195,7 @@ def _unrecognised(
 
 
 def _matching_grid(tower: Tower, order: NDArray[np.int64], wanted: Grid | None) -> tuple[Grid, HostSplit]:
-    """The grid with this window order, a permutation [tokens], and how its windows are ordered.
+    """Return the grid with this window order, a permutation [tokens], and how its windows are ordered.
 
     Raises:
         BundleError: If no grid has that order.
@@ -265,13 +265,13 @@ def _check_weights(part: HostPart, weights: Mapping[str, StoredTensor]) -> None:
 
 
 def narrowest(values: NDArray[Any]) -> NDArray[Any]:
-    """The values in the narrowest float dtype that holds them exactly, as before an exporter widened them."""
+    """Return the values in the narrowest float dtype that holds them exactly, as before an exporter widened them."""
     wide = values.astype(np.float32)
     exact = (each for each in reversed(_roundings(wide)) if np.array_equal(each.astype(np.float32), wide))
     return next(exact, wide)  # NaN equals nothing
 
 
 def _roundings(values: NDArray[np.float32]) -> tuple[NDArray[Any], ...]:
-    """Float32 values, and their roundings to the narrower dtypes of exports, the preferred last."""
+    """Return the float32 values, and their roundings to the narrower dtypes of exports, the preferred last."""
     with np.errstate(all="ignore"):
         return values, values.astype(np.float16), values.astype(ml_dtypes.bfloat16)

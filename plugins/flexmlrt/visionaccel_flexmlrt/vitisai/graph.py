@@ -119,7 +119,7 @@ class OnnxGraph:
         return tensor in self.makers or tensor in self.declared or tensor in self.weights
 
     def ancestors(self, tensors: Iterable[str], cut: Iterable[str] = ()) -> frozenset[int]:
-        """Nodes that tensors depend on, without following the tensors of `cut`."""
+        """Return the nodes that tensors depend on, without following the tensors of `cut`."""
 
         def makers(tensor: str) -> list[int]:
             return [self.makers[tensor]] if tensor in self.makers else []
@@ -127,17 +127,17 @@ class OnnxGraph:
         return _reached(tensors, cut, makers, lambda place: _reads(self.nodes[place]))
 
     def descendants(self, tensors: Iterable[str], cut: Iterable[str] = ()) -> frozenset[int]:
-        """Nodes that depend on tensors, without following the tensors of `cut`."""
+        """Return the nodes that depend on tensors, without following the tensors of `cut`."""
         return _reached(
             tensors, cut, lambda name: self._readers.get(name, []), lambda place: filter(None, self.nodes[place].output)
         )
 
     def reads(self, places: Iterable[int]) -> frozenset[str]:
-        """Every tensor that these nodes and their subgraphs read."""
+        """Return every tensor that these nodes and their subgraphs read."""
         return frozenset(name for place in places for name in _reads(self.nodes[place]))
 
     def values(self, tensor: onnx.TensorProto) -> NDArray[Any] | None:
-        """The values of a stored tensor; None for other dtypes than those of host parts.
+        """Return the values of a stored tensor; None for other dtypes than those of host parts.
 
         Raises:
             BundleError: If its data is damaged, missing or in a different folder.
@@ -164,7 +164,7 @@ class OnnxGraph:
             raise BundleError(f"{where} cannot be read: {error}", hint=_AGAIN) from error
 
     def constant(self, tensor: str, folds: Iterator[int] | None = None) -> NDArray[Any] | None:
-        """The values of a weight, or of a tensor that a few simple operators make from weights; None for any other.
+        """Return the values of a weight, or of a tensor that a few simple operators make from weights; otherwise None.
 
         `folds` has an item for each operator that may still be computed.
 
@@ -194,7 +194,7 @@ class OnnxGraph:
         return found if found.dtype in _TYPES.values() else None
 
     def evaluate(self, node: onnx.NodeProto, given: Sequence[NDArray[Any]]) -> NDArray[Any]:
-        """The output of a standard operator for these values of its `given_inputs`; BundleError if it is malformed."""
+        """Return a standard operator's output for values of its `given_inputs`; BundleError if it is malformed."""
         latest = onnx.defs.onnx_opset_version()
         stated = [each.version for each in self.model.opset_import if each.domain in ("", "ai.onnx")]
         names = given_inputs(node)
@@ -230,7 +230,7 @@ def _reached(
     nodes_at: Callable[[str], Iterable[int]],
     tensors_at: Callable[[int], Iterable[str]],
 ) -> frozenset[int]:
-    """Nodes that can be reached from tensors, without following the tensors of `cut`."""
+    """Return the nodes that can be reached from tensors, without following the tensors of `cut`."""
     found: set[int] = set()
     ends = set(cut)
     ahead = [name for name in tensors if name not in ends]
@@ -243,12 +243,12 @@ def _reached(
 
 
 def squeezed(shape: Sequence[int | str]) -> tuple[int | str, ...]:
-    """A shape without its ones."""
+    """Return a shape without its ones."""
     return tuple(size for size in shape if size != 1)
 
 
 def given_inputs(node: onnx.NodeProto) -> list[str]:
-    """A node's inputs without the empty optional ones at the end."""
+    """Return a node's inputs without the empty optional ones at the end."""
     names = list(node.input)
     while names and not names[-1]:
         names.pop()
@@ -256,7 +256,7 @@ def given_inputs(node: onnx.NodeProto) -> list[str]:
 
 
 def plain_file(folder: Path, name: str, where: str) -> Path:
-    """The file that something in `folder` refers to by name; BundleError unless it is an existing file there."""
+    """Return the file that something in `folder` refers to by name; BundleError unless it is an existing file there."""
     if not name or name != Path(name).name or name in (".", "..") or any(c in name for c in "\\/:\0"):
         raise BundleError(
             f"{where} refers to {name[:200]!r}, which is not a plain file name in the same folder.",
@@ -288,7 +288,7 @@ def check_link(file: Path, folder: Path) -> None:
 
 
 def external_files(model: onnx.ModelProto) -> frozenset[str]:
-    """Every location that the tensors of a model refer to, in subgraphs and attributes too."""
+    """Return every location that the tensors of a model refer to, in subgraphs and attributes too."""
     return frozenset(
         item.value
         for graph in graphs_in(model.graph)
@@ -329,7 +329,7 @@ def _range(tensor: onnx.TensorProto, path: Path) -> tuple[str, int, int]:
 
 
 def _parts(graph: onnx.GraphProto) -> Iterator[int]:
-    """The number of parts of a graph and its subgraphs, added up one subgraph at a time."""
+    """Yield the number of parts of a graph and its subgraphs, adding one subgraph at a time."""
     count = 0
     for each in graphs_in(graph):
         count += len(each.node) + len(each.initializer) + len(each.value_info) + len(each.input) + len(each.output)
@@ -337,7 +337,7 @@ def _parts(graph: onnx.GraphProto) -> Iterator[int]:
 
 
 def _texts(model: onnx.ModelProto) -> Iterator[object]:
-    """Every name in a model."""
+    """Yield every name in a model."""
     for opset in model.opset_import:
         yield opset.domain
     for graph in graphs_in(model.graph):
@@ -353,7 +353,7 @@ def _texts(model: onnx.ModelProto) -> Iterator[object]:
 
 
 def _reads(node: onnx.NodeProto) -> Iterator[str]:
-    """The tensors that a node and its subgraphs read, including those that the subgraphs make themselves."""
+    """Yield the tensors that a node and its subgraphs read, including those that the subgraphs make themselves."""
     yield from filter(None, node.input)
     for body in bodies_of([node]):
         yield from (value.name for value in body.output)

@@ -219,7 +219,7 @@ def _stated_tensor(spec: TensorSpec, stored: str) -> dict[str, Any]:
 
 
 def _ends(found: Findings, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> dict[str, str]:
-    """The graph's names of its input and output; BundleError if their declared shapes are not those of the grid."""
+    """Return the names of the graph's input and output; BundleError if their declared shapes do not fit the grid."""
     stored = {}
     for wanted, stated in ((inputs, found.graph.inputs), (outputs, found.graph.outputs)):
         if len(wanted) != 1 or len(stated) != 1:

@@ -171,7 +171,7 @@ def _read(path: Path, artifact: Path | None, model: Path | None) -> VitisFolder:
 
 
 def _home(found: Path, folder: Path) -> Path:
-    """The folder that must contain a file: the imported one, unless the user chose a file in a different folder.
+    """Return the folder that must contain a file: the imported one, unless the user chose a file in a different folder.
 
     Links are not followed: a link in the folder is in the folder.
     """
@@ -284,7 +284,7 @@ def _directory(folder: Path, cache: Path, model: Path) -> VitisFolder:
 
 
 def several_partitions(where: Path, names: Iterable[str]) -> BundleError:
-    """The error for a device's part that is split up."""
+    """Return the error for a device's part that is split up."""
     return BundleError(
         f"{where}: the device's part is split into several partitions ({', '.join(names)}), and none of them is the "
         "whole tower.",
@@ -336,7 +336,7 @@ def _check_connectivity(path: Path, partition: str, elsewhere: Set[str], boundar
 
 
 def _files(partition: Path, home: Path) -> tuple[tuple[str, Path], ...]:
-    """Every file in a partition's folder, by its path below the cache; none may be outside of `home`."""
+    """Return every file in a partition's folder, by its path below the cache; none may be outside of `home`."""
     files: list[tuple[str, Path]] = []
     for folder, folders, names in os.walk(partition):
         for inner in (partition, *(Path(folder, name) for name in folders)):

@@ -103,7 +103,7 @@ def recognise_host(spec: TowerSpec, graph: OnnxGraph, boundary: Boundary | None)
 
 
 def _ends(spec: TowerSpec, graph: OnnxGraph) -> tuple[TensorSpec, TensorSpec]:
-    """The graph's only input and only output."""
+    """Return the graph's only input and only output."""
     if len(graph.inputs) != 1 or len(graph.outputs) != 1:
         raise UnknownHostError(
             f"the graph has {len(graph.inputs)} inputs and {len(graph.outputs)} outputs, not one each"
@@ -118,7 +118,7 @@ def _ends(spec: TowerSpec, graph: OnnxGraph) -> tuple[TensorSpec, TensorSpec]:
 
 
 def _chain(graph: OnnxGraph, tensor: str, start: str | None, kinds: frozenset[str]) -> tuple[int, ...]:
-    """The nodes that make a tensor from `start`, or from the input of the last gather if `start` is None.
+    """Return the nodes that make a tensor from `start`, or from the input of the last gather if `start` is None.
 
     Only each node's first input is followed. All nodes must be standard operators of these kinds.
     """
@@ -139,7 +139,7 @@ def _chain(graph: OnnxGraph, tensor: str, start: str | None, kinds: frozenset[st
 
 
 def _find_entry(spec: TowerSpec, graph: OnnxGraph, pixels: TensorSpec) -> _Entry:
-    """The entry that ends with the first gather of embedded patches."""
+    """Return the entry that ends with the first gather of embedded patches."""
     first: UnknownHostError | None = None
     for place in sorted(graph.descendants([pixels.name])):
         node = graph.nodes[place]
@@ -152,7 +152,7 @@ def _find_entry(spec: TowerSpec, graph: OnnxGraph, pixels: TensorSpec) -> _Entry
 
 
 def _entry(spec: TowerSpec, graph: OnnxGraph, pixels: TensorSpec, given: str) -> _Entry:
-    """The nodes from the patches to the device's input, with the shapes followed through them."""
+    """Return the nodes from the patches to the device's input, with the shapes followed through them."""
     chain = _chain(graph, given, pixels.name, _STILL | _PRODUCTS | _GATHER)
     kinds = [kind for kind in (graph.nodes[place].op_type for place in chain) if kind not in _STILL]
     if len(kinds) != 2 or kinds[0] not in _PRODUCTS:
@@ -169,7 +169,7 @@ def _entry(spec: TowerSpec, graph: OnnxGraph, pixels: TensorSpec, given: str) ->
 
 
 def _gather_index(graph: OnnxGraph, chain: Sequence[int]) -> NDArray[np.int64]:
-    """The constant index of the only gather in a chain."""
+    """Return the constant index of the only gather in a chain."""
     gathers = [graph.nodes[place] for place in chain if graph.nodes[place].op_type == "Gather"]
     if len(gathers) != 1:
         raise UnknownHostError(f"tokens are gathered {len(gathers)} times, not once")
@@ -182,7 +182,7 @@ def _gather_index(graph: OnnxGraph, chain: Sequence[int]) -> NDArray[np.int64]:
 def _follow(
     spec: TowerSpec, graph: OnnxGraph, chain: Sequence[int], shape: tuple[int, ...], tokens: int
 ) -> tuple[tuple[int, ...], Mapping[str, NDArray[Any]]]:
-    """The shape at the end of a chain, and the weights of the product in it."""
+    """Return the shape at the end of a chain, and the weights of the product in it."""
     weights: Mapping[str, NDArray[Any]] = {}
     for place in chain:
         node = graph.nodes[place]
@@ -199,7 +199,7 @@ def _follow(
 def _embedding(
     spec: TowerSpec, kernel: NDArray[Any], bias: NDArray[Any] | None, where: str
 ) -> Mapping[str, NDArray[Any]]:
-    """The patch embedding's weights by name."""
+    """Return the patch embedding's weights by name."""
     (first,) = spec.embed
     assert isinstance(first, Linear), "TowerSpec checks it"
     expected = spec.hidden, spec.patch_width
@@ -246,7 +246,7 @@ def _check_cut(graph: OnnxGraph, pixels: str, given: str, taken: str, host: set[
 
 
 def end_operators(graph: OnnxGraph) -> list[int]:
-    """The operators at the graph's ends, up to the first that cannot be the host's; for graphs without a boundary."""
+    """Return the operators at a graph's ends, up to the first that cannot be the host's, if no boundary is known."""
     before: list[int] = []
     for place in sorted(graph.descendants(tensor.name for tensor in graph.inputs)):
         before.append(place)
@@ -263,19 +263,19 @@ def end_operators(graph: OnnxGraph) -> list[int]:
 
 
 def _is_plain(node: onnx.NodeProto, kinds: frozenset[str]) -> bool:
-    """Whether a node is a standard operator of these kinds."""
+    """Return whether a node is a standard operator of these kinds."""
     return node.op_type in kinds and node.domain in ("", "ai.onnx") and bool(node.input) and bool(node.output)
 
 
 def named(node: onnx.NodeProto) -> str:
-    """A node in a message."""
+    """Return how messages name a node."""
     return f"{node.op_type} {node.name!r}"
 
 
 def _product(
     graph: OnnxGraph, node: onnx.NodeProto, shape: tuple[int, ...]
 ) -> tuple[NDArray[Any], NDArray[Any] | None, tuple[int, ...]]:
-    """The matrix [outputs, inputs] that a product multiplies rows by, its bias, and the shape of its output.
+    """Return the matrix [outputs, inputs] that a product multiplies rows by, its bias, and the shape of its output.
 
     The node is a `Conv` whose kernel covers its whole input, a `Gemm` or a `MatMul`, of an input of this shape.
     UnknownHostError if it does anything else.
@@ -328,7 +328,7 @@ def _check_gathers(node: onnx.NodeProto, shape: tuple[int, ...], tokens: int) ->
 
 
 def moved(graph: OnnxGraph, node: onnx.NodeProto, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape after an operator of `_STILL`; UnknownHostError if it moves elements or does not return float32."""
+    """Return the shape after an operator of `_STILL`; UnknownHostError if it moves elements or is not float32."""
     result: tuple[int, ...] | None
     if node.op_type in ("Identity", "Cast"):  # `_shape_after` would copy the elements
         result = shape if node.op_type == "Identity" or _integer(node, "to", 0) == _FLOAT32 else None
@@ -344,7 +344,7 @@ def moved(graph: OnnxGraph, node: onnx.NodeProto, shape: tuple[int, ...]) -> tup
 
 
 def _shape_after(graph: OnnxGraph, node: onnx.NodeProto, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The shape of an operator's output, computed on an array that takes no memory; None if the operator fails."""
+    """Return the shape of an operator's output, from an array that takes no memory; None if the operator fails."""
     given: list[NDArray[Any]] = [np.broadcast_to(np.float32(0), shape)]
     for name in given_inputs(node)[1:]:
         values = graph.constant(name)

@@ -95,7 +95,7 @@ def write_vitisai_folder(
 
 
 def _partition(tower: Tower, grid: Grid, order: WindowOrder) -> onnx.ModelProto:
-    """The device's part, in float32."""
+    """Return the device's part, in float32."""
     coverage, host = FixedGrid(grid), HostSplit(order)
     model = onnx.load_model_from_string(tower.onnx_model(coverage=coverage, host=host))
     (first,), (last,) = tower.signature(coverage, host)
@@ -109,7 +109,7 @@ def _partition(tower: Tower, grid: Grid, order: WindowOrder) -> onnx.ModelProto:
 
 
 def _whole(tower: Tower, grid: Grid, order: WindowOrder, partition: onnx.ModelProto) -> onnx.ModelProto:
-    """The whole tower, with the partition's operators in it."""
+    """Return the whole tower, with the partition's operators in it."""
     spec, (kernel_name,) = tower.spec, tower.host_weights
     kernel = tower.weights[kernel_name]
     tables = make_tables(spec, [grid], grouped=order == "grouped")
@@ -177,7 +177,7 @@ def _pack_weights(model: onnx.ModelProto, source: Path, target: Path) -> None:
 
 
 def _device_tensors(partition: onnx.ModelProto) -> dict[str, Any]:
-    """The content of `flexmlrt-hsi.json`: the tensors at the device's edges."""
+    """Return the content of `flexmlrt-hsi.json`: the tensors at the device's edges."""
 
     def entry(value: onnx.ValueInfoProto, name: str) -> dict[str, Any]:
         return {

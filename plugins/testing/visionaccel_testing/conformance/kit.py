@@ -56,7 +56,7 @@ _EXAMPLES = 12
 
 @dataclass(frozen=True)
 class Subject:
-    """A backend, how it is opened, and on what. Can be sent to another process.
+    """A backend under test, and what it opens. It can be sent to another process.
 
     Attributes:
         source: What it opens: the checkpoint, or a bundle made from it.

@@ -55,7 +55,7 @@ class Target:
 
     @classmethod
     def parse(cls, text: str | None) -> Target:
-        """The target of a name such as `onnxrt`, `torch_ref/cuda:0` or `onnxrt/cpu@1`; None stands for `auto`.
+        """Return the target of a name such as `onnxrt`, `torch_ref/cuda:0` or `onnxrt/cpu@1`; None stands for `auto`.
 
         Raises:
             SettingsError: If the name is malformed, or that of the simulated backend itself.
@@ -73,15 +73,15 @@ class Target:
         return cls(found["backend"], found["device"], number, found["apart"] is not None)
 
     def shown(self, backend: str, device: str) -> str:
-        """The simulated device's full name, for the backend and device that it wraps."""
+        """Return the simulated device's full name, for the backend and device that it wraps."""
         return f"{NAME}:{backend}/{device}" + ("" if self.number is None else f"@{self.number}")
 
     def backend_for(self, program: Program) -> Selection:
-        """The selection of a backend for one program; raises the errors of `select`."""
+        """Return the selection of a backend for one program; raises the errors of `select`."""
         return select(default_registry(), _Single(program, program.family), self.backend, self.device)
 
     def named_backend(self) -> VisionBackend | None:
-        """The backend, or None for `auto`; UnknownBackendError or PluginError if it cannot be loaded."""
+        """Return the backend, or None for `auto`; UnknownBackendError or PluginError if it cannot be loaded."""
         return None if self.backend == AUTO else default_registry().load(self.backend)
 
 
@@ -140,7 +140,7 @@ class SimulatedBackend(VisionBackend):
         return tuple(entry.name for entry in default_registry().entries if entry.name != self.name)
 
     def formats_on(self, device: str | None) -> frozenset[str]:
-        """The wrapped backend's formats.
+        """Return the wrapped backend's formats.
 
         For `auto`, checkpoints are left out if a backend takes graphs, so that one backend computes all programs of an
         encoder.

@@ -65,7 +65,7 @@ class FaultRule(BaseModel):
         return self
 
     def hits(self, call: int, frames: Sequence[Frame]) -> tuple[bool, ...]:
-        """Which frames of a call, numbered from 1, the rule applies to; all or none, unless it has a share."""
+        """Return which frames of a call, numbered from 1, the rule applies to; all or none, unless it has a share."""
         if self.share is not None:
             return tuple(struck(frame.rows, self) for frame in frames)
         hit = (
@@ -111,7 +111,7 @@ class FaultRule(BaseModel):
 
 
 def struck(patches: Array, rule: FaultRule) -> bool:
-    """Whether a rule with a share applies to an image: the same in every process, batch and dtype.
+    """Return whether a rule with a share applies to an image: the same in every process, batch and dtype.
 
     A video fails if any of its frames does; each is decided by its patches. The session of a split program receives
     patches that the host embedded, so pass those for such a program.
@@ -144,7 +144,7 @@ class FaultScript:
                 )
 
     def rules(self) -> tuple[FaultRule, ...]:
-        """The current rules; SettingsError if the file does not contain rules."""
+        """Return the current rules; SettingsError if the file does not contain rules."""
         if self._switch is None:
             return self._rules
         try:
@@ -173,7 +173,7 @@ class FaultScript:
                 rule.happen(number)
 
     def fault(self, call: int, frames: Sequence[Frame]) -> tuple[FaultRule, tuple[bool, ...]] | None:
-        """The first rule that applies to a call, and which of the frames it applies to; None if no rule does."""
+        """Return the first rule that applies to a call, and which of the frames it applies to; None if no rule does."""
         found = ((rule, rule.hits(call, frames)) for rule in self.rules())
         return next(((rule, hits) for rule, hits in found if True in hits), None)
 
@@ -183,6 +183,6 @@ _RULES = TypeAdapter(tuple[FaultRule, ...])
 
 
 def _in_device_process() -> bool:
-    """Whether this is a device's child process, which its parent restarts."""
+    """Return whether this is a device's child process, which its parent restarts."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     return spec is not None and spec.name == _CHILD

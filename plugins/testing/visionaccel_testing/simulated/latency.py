@@ -40,7 +40,7 @@ class Frame:
 
 
 def frames_of(program: Program, inputs: Mapping[str, Array]) -> tuple[Frame, ...]:
-    """The frames of one call, in order.
+    """Return the frames of one call, in order.
 
     Sizes are those of `grid_thw` or of the program's coverage. A program for any grid receives only the number of
     `frames`, which have the same size; one for a bucket receives `frame_bias`, which marks padding. A call with none of
@@ -72,7 +72,7 @@ def _split(rows: Array, counts: Sequence[int], sizes: Sequence[tuple[int, int] |
 
 
 def _merged(rows: Array) -> int:
-    """Patches in a row of the input: embedded patches of one token share a row."""
+    """Return how many patches are in a row of the input: embedded patches of one token share a row."""
     return int(rows.shape[1]) if len(rows.shape) == 3 else 1
 
 
@@ -96,7 +96,7 @@ class Latency:
         self._lock = threading.Lock()
 
     def seconds(self, frames: Sequence[Frame]) -> float:
-        """The seconds that the next call takes, which has these frames."""
+        """Return the seconds that the next call, with these frames, takes."""
         total, fixed = 0.0, 0.0
         for frame in frames:
             times = self._times.get(frame.patches if frame.size is None else frame.size)

@@ -111,7 +111,7 @@ class SimulatedSession(Session):
 def _spoilt(
     answer: Mapping[str, Array], rule: FaultRule, hits: Sequence[bool], frames: Sequence[Frame]
 ) -> Mapping[str, Array]:
-    """A copy of an answer in which a rule has overwritten the rows of the frames that it hits."""
+    """Return a copy of an answer in which a rule has overwritten the rows of the frames that it hits."""
     spoilt = _copied(answer)
     ends = np.cumsum([0, *(frame.patches for frame in frames)]).tolist()
     for array in spoilt.values():
@@ -126,12 +126,12 @@ def _spoilt(
 
 
 def _copied(arrays: Mapping[str, Array]) -> dict[str, Array]:
-    """Copies of numpy arrays or torch tensors."""
+    """Return copies of numpy arrays or torch tensors."""
     return {name: array.clone() if is_tensor(array) else np.array(array) for name, array in arrays.items()}
 
 
 def _digest(inputs: Mapping[str, Array]) -> bytes:
-    """A digest of the inputs of a call: their names, devices, dtypes, shapes and bytes."""
+    """Return a digest of the inputs of a call: their names, devices, dtypes, shapes and bytes."""
     digest = hashlib.blake2b(digest_size=16)
     for name, array in sorted(inputs.items()):
         place = str(array.device) if is_tensor(array) else "numpy"

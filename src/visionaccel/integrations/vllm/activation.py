@@ -81,7 +81,7 @@ def _prepare(config: VllmConfig, client_embeds: bool) -> None:
 
 
 def _served(config: VllmConfig) -> engine_config.ServedModel:
-    """The served model; logs which features are off, and refuses to start if answers could be wrong without them."""
+    """Return the served model; log which features are off, and refuse to start if that could give wrong answers."""
     reason = why_off(Feature.INLINE)
     if reason is None:  # only then can the served model be known
         served = engine_config.served_model(config)
@@ -192,7 +192,7 @@ class ModeChoice(NamedTuple):
 
 
 def choose_mode(config: VllmConfig, settings: Settings) -> ModeChoice:
-    """The mode that the settings require, or the best one that is available.
+    """Return the mode that the settings require, or the best one that is available.
 
     Raises:
         ConfigurationError: If the required mode is not available.

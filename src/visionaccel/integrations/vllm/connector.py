@@ -139,7 +139,7 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
     # In the engine's process:
 
     def ensure_cache_available(self, request: Request, num_computed_tokens: int) -> bool:
-        """Whether a request may be scheduled; submits the images whose embeddings are missing."""
+        """Return whether a request may be scheduled; submits the images whose embeddings are missing."""
         name = request.request_id
         needed = [item for item in self._items_of(request) if item.end > num_computed_tokens]
         if all(self.holders(item.identifier) is not None for item in needed):
@@ -150,7 +150,7 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
         return self._pending_images.ready(name, wanted, request.arrival_time, urgent=running)
 
     def has_cache_item(self, identifier: str) -> bool:
-        """Whether this connector has an embedding. If not, the workers encode in the step."""
+        """Return whether this connector has an embedding. If not, the workers encode in the step."""
         return self._pending_images.get(identifier) is not None
 
     def update_state_after_alloc(self, request: Request, index: int) -> None:
@@ -168,7 +168,7 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
             self._loads[identifier] = rows.view(np.uint16) if rows.dtype == ml_dtypes.bfloat16 else rows
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> EmbeddingsForStep:
-        """The embeddings that a step's workers are sent."""
+        """Return the embeddings that a step's workers are sent."""
         self._cached.difference_update(scheduler_output.free_encoder_mm_hashes)
         for name in self._pending_images.requests():
             tokens = scheduler_output.num_scheduled_tokens.get(name)
@@ -178,7 +178,7 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
         return EmbeddingsForStep(loads)
 
     def take_distrust(self) -> bool:
-        """Whether a device was distrusted since the last call; if so, pending embeddings are encoded again."""
+        """Return whether a device was distrusted since the last call; if so, pending embeddings are encoded again."""
         if not self._distrust.is_set():
             return False
         self._distrust.clear()
@@ -229,7 +229,7 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
         return items
 
     def _used(self, name: str, tokens: int) -> list[str]:
-        """The images that a request has in the encoder cache, or has read once the scheduled tokens are computed."""
+        """Return a request's images that are in the encoder cache, or are read once scheduled tokens are computed."""
         request, items = self._items[name]
         computed = request.num_computed_tokens + tokens
         return [
@@ -273,7 +273,7 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
 
 
 def _labels(features: Iterable[Any]) -> Iterator[str]:
-    """What errors call a prompt's items: `image 1`, `image 2`, `video 1`."""
+    """Yield what errors call a prompt's items: `image 1`, `image 2`, `video 1`."""
     seen = Counter[str]()
     for feature in features:
         seen[feature.modality] += 1

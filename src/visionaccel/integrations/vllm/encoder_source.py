@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 
 def served_tower(served: ServedModel, stored: Checkpoint) -> Tower:
-    """The vision tower that vLLM serves: the checkpoint's weights with the configuration that vLLM resolved."""
+    """Return the vision tower that vLLM serves: the checkpoint's weights with the configuration that vLLM resolved."""
     if served.replaces is None or served.vision is None:
         return tower_of(stored)
     resolved = copy(stored)
@@ -63,13 +63,13 @@ def served_tower(served: ServedModel, stored: Checkpoint) -> Tower:
 
 
 def implemented_epsilon(served: ServedModel) -> float:
-    """The epsilon that a served model's tower adds to variances, as its family describes the tower."""
+    """Return the epsilon that a served model's tower adds to variances, as its family describes the tower."""
     folder = weight_files.settings_folder(served.source, served.revision)
     return served_tower(served, Checkpoint(folder, files=())).spec.norm1.epsilon
 
 
 def open_served_source(served: ServedModel, settings: Settings) -> Tower | Bundle:
-    """The encoder that the settings choose for a served model: a bundle, another checkpoint's, or its own.
+    """Return the encoder that the settings choose for a served model: a bundle, another checkpoint's, or its own.
 
     Raises:
         ConfigurationError: If `VISIONACCEL_BUNDLE` is not a folder, or is a bundle of another model.
@@ -106,7 +106,7 @@ def open_served_source(served: ServedModel, settings: Settings) -> Tower | Bundl
 
 
 def stripped_source(served: ServedModel, settings: Settings, used: Tower | Bundle | None) -> Tower | Bundle | None:
-    """The encoder of a checkpoint that was stripped of other vision weights than those in use.
+    """Return the encoder of a checkpoint that was stripped of other vision weights than those in use.
 
     None if the checkpoint has vision weights, or no note that names others. `used` is the encoder in use; None if it
     does not have the weights that were served before.
@@ -129,12 +129,12 @@ def stripped_source(served: ServedModel, settings: Settings, used: Tower | Bundl
 
 
 def source_digest(source: Tower | Bundle) -> str:
-    """The digest of an encoder's weights."""
+    """Return the digest of an encoder's weights."""
     return source.manifest.weights_digest if isinstance(source, Bundle) else tower_digest(source)
 
 
 def _served_checkpoint(served: ServedModel) -> Checkpoint:
-    """The files that vLLM loads; vLLM downloads missing ones."""
+    """Return the files that vLLM loads; vLLM downloads missing ones."""
     folder = weight_files.settings_folder(served.source, served.revision)
     return Checkpoint(folder, files=weight_files.weight_files(served.source, served.revision, served.load))
 
@@ -189,7 +189,7 @@ class Grids:
 
 
 def grids_of(served: ServedModel, settings: Settings) -> Grids | None:
-    """The grids that the encoder of a served model will take, without opening it; None if it takes every grid.
+    """Return the grids that the encoder of a served model will take, without opening it; None if it takes every grid.
 
     Every process of vLLM that prepares images calls this and gets the same answer.
     """
@@ -236,7 +236,7 @@ class StoredWeights:
         self._states = {tensor.file: tensor.origin for tensor in self._stored.values()}
 
     def unlike(self, other: StoredWeights | None, given: Collection[str]) -> str | None:
-        """The first tensor, by name, that was not given and that the other source does not store with these values."""
+        """Return the first tensor, by name, that was not given and whose values the other source does not store."""
         theirs = {} if other is None else other._stored
         for name in sorted(self._stored.keys() - set(given)):
             if name not in theirs or not self._stored[name].holds_the_same_as(theirs[name]):
@@ -244,14 +244,14 @@ class StoredWeights:
         return None
 
     def unchanged(self) -> bool:
-        """Whether the files are as they were when their headers were read."""
+        """Return whether the files are as they were when their headers were read."""
         try:
             return all(FileState.of(file) == state for file, state in self._states.items())
         except OSError:
             return False
 
     def holds(self, name: str, weight: torch.Tensor) -> bool:
-        """Whether a tensor has exactly the values that are stored under its name, in any dtype."""
+        """Return whether a tensor has exactly the values that are stored under its name, in any dtype."""
         stored = self._stored.get(name)
         if stored is None or tuple(weight.shape) != stored.shape:
             return False
@@ -299,7 +299,7 @@ class Comparison:
             self._problem = error.message
 
     def replacement(self) -> Tower | Bundle:
-        """The source in vLLM's files whose weights are exactly those that vLLM was given; an error if there is none."""
+        """Return the source in vLLM's files with exactly the weights that vLLM was given; an error if there is none."""
         problem = self._problem
         if problem is None and self._new is not None:
             odd = self._new.unlike(self._used, self.differing)

@@ -120,7 +120,7 @@ class FittedInfo(compat.Mixin):  # type: ignore[misc]
 
     @errors_for_clients()
     def obeyed(self, options: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The options of a request's `mm_processor_kwargs` that apply; refuses options that change the patches."""
+        """Return the options in a request's `mm_processor_kwargs` that apply; refuse those that change the patches."""
         if not options:
             return options
         changed = changed_size(options, self._served.vision or {})
@@ -168,7 +168,7 @@ class FittedInfo(compat.Mixin):  # type: ignore[misc]
         return engine_config.served_by(self.ctx.model_config)
 
     def _applying(self, options: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The options, of the server or a request, that vLLM's own encoder would not ignore.
+        """Return the options, of the server or a request, that vLLM's own encoder would not ignore.
 
         If it normalises pixels on its device, it only uses the checkpoint's processor configuration for that.
         """
@@ -177,7 +177,7 @@ class FittedInfo(compat.Mixin):  # type: ignore[misc]
         return _without_normalisation(options) if ignores else options
 
     def _pixel_bounds(self) -> tuple[int, int]:
-        """The smallest and largest area, in pixels, to which the processor resizes images with the user's options."""
+        """Return the smallest and largest area in pixels to which the processor, with the user's options, resizes."""
         limits = ARCHITECTURES[self._served.replaces or ""].pixel_limits
         size = dict(self.get_image_processor().size)
         given = engine_config.processor_options(self.ctx.model_config)
@@ -232,7 +232,7 @@ class FittedProcessor(compat.Mixin):  # type: ignore[misc]
 
 
 def changed_size(options: Mapping[str, Any], vision: Mapping[str, Any]) -> str | None:
-    """The first option that contradicts a vision configuration about the patches, as `name=value`."""
+    """Return the first option that contradicts a vision configuration about the patches, as `name=value`."""
     for scope in _scopes(options):
         for name, size in _SIZES.items():
             if name in scope and size in vision and scope[name] != vision[size]:
@@ -241,7 +241,7 @@ def changed_size(options: Mapping[str, Any], vision: Mapping[str, Any]) -> str |
 
 
 def _without_normalisation(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options without those that scale and shift pixel values."""
+    """Return the options without those that scale and shift pixel values."""
     return {
         name: _without_normalisation(value) if isinstance(value, Mapping) else value
         for name, value in options.items()
@@ -250,7 +250,7 @@ def _without_normalisation(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _scopes(options: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The options for every modality, and then each nested mapping of options for one."""
+    """Yield the options for every modality, and then each nested mapping of options for one."""
     yield options
     yield from (value for value in options.values() if isinstance(value, Mapping))
 

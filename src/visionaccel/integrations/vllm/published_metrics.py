@@ -57,7 +57,7 @@ class _Publisher:
 
 
 class PublishedCollector(Collector):
-    """What all processes of this server published, including ended ones, so that counters never decrease."""
+    """Collects what all processes of this server published, including ended ones, so that counters never decrease."""
 
     def describe(self) -> Iterator[Metric]:
         """Yield no names, so that a program may register the metrics of its process in the same registry."""

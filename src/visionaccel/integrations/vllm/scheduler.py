@@ -117,7 +117,7 @@ class _Containment(compat.Mixin):  # type: ignore[misc]
         self._forget_computed(_DISCARDED.format("'s weights were replaced"))
 
     def _distrusted(self) -> bool:
-        """Whether the encoder was distrusted since the last call; it may have been wrong for an unknown time."""
+        """Return whether the encoder was distrusted since the last call; it may have been wrong for an unknown time."""
         reported, self._wrong_results = self._wrong_results, False
         return (self._connector is not None and self._connector.take_distrust()) or reported
 
@@ -160,7 +160,7 @@ class _Containment(compat.Mixin):  # type: ignore[misc]
 
 
 def _faulty(items: Iterable[scheduling.ScheduledItem], faults: list[Fault]) -> dict[str, str]:
-    """The identifiers of the faulty items, and why each failed."""
+    """Return the identifiers of the faulty items, and why each failed."""
     messages = {fault.key: fault.message for fault in faults}
     found: dict[str, str] = {}
     seen, matched = set(), set()

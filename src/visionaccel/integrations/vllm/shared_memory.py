@@ -127,7 +127,7 @@ class SharedMemory:
         )
 
     def areas(self, section: Section) -> Iterator[Area]:
-        """The areas that processes have claimed."""
+        """Return the areas that processes have claimed."""
         return (area for index in range(section.areas) if (area := Area(self, section, index)).owner)
 
     @contextmanager
@@ -188,7 +188,7 @@ class Area:
             self._numbers[1] = number + 1
 
     def record(self, number: int) -> bytes | None:
-        """A record by its number, from 0; None if it is broken, overwritten or not written yet."""
+        """Return a record by its number, from 0; None if it is broken, overwritten or not written yet."""
         if not 0 <= number < self.written:
             return None
         place = self._place(number)
@@ -241,7 +241,7 @@ def make_shared_memory(*, inherit: bool = False) -> None:
 
 
 def shared_memory() -> SharedMemory | None:
-    """The memory of this server, opened on the first call; None if none was made.
+    """Return this server's shared memory, opened on the first call; None if none was created.
 
     Raises:
         ConfigurationError: If it cannot be opened, for example because the process that made it has ended.
@@ -305,7 +305,7 @@ class FaultReader:
         self._free.atexit = False
 
     def new(self) -> list[Fault]:
-        """The faults since the last call; takes less than a microsecond if there are none.
+        """Return the faults since the last call; takes less than a microsecond if there are none.
 
         If a report is broken, or there were more than the area holds, every item in flight counts as faulty.
         """

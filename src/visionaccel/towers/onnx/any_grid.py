@@ -77,7 +77,7 @@ class AnyGridGraph(TowerGraph):
 
 
 class MicrosoftGraph(AnyGridGraph):
-    """Uses ONNX Runtime's fused operators."""
+    """A graph that uses ONNX Runtime's fused operators."""
 
     opset = 17
 

@@ -18,7 +18,7 @@ TRIED_RELEASES = ("0.28.", "0.29.", "0.30.", "0.31.", "0.32.", "0.33.")
 
 
 def logger() -> logging.Logger:
-    """A logger below `vllm`, to which vLLM's handlers and levels apply in each of its processes."""
+    """Return a logger below `vllm`, to which vLLM's handlers and levels apply in each of its processes."""
     return safe_logger("vllm.visionaccel")
 
 

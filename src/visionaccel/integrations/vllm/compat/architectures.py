@@ -72,7 +72,7 @@ def register_models() -> None:
 
 
 def derived_name(architecture: str) -> str | None:
-    """The name of a derived class in its module, `ARCHITECTURE__RELEASE__SOURCE`; None if this vLLM has no such model.
+    """Return a derived class's name in its module, `ARCHITECTURE__RELEASE__SOURCE`; None if this vLLM lacks the model.
 
     vLLM caches the flags of a lazily registered class on disk, keyed by this name and the bytes of the class's module.
     So the name contains what else they depend on: vLLM's release, and a digest of the stock class's source.
@@ -89,7 +89,7 @@ def derived_name(architecture: str) -> str | None:
 
 
 def replaced_architecture(model: ModelConfig) -> str | None:
-    """The architecture from whose derived class vLLM makes a model in this process; None if it uses another class."""
+    """Return the architecture whose derived class vLLM makes a model from in this process; None for any other class."""
     from vllm import ModelRegistry
 
     entry = _registered(ModelRegistry._normalize_arch(model.architecture, model))
@@ -97,17 +97,17 @@ def replaced_architecture(model: ModelConfig) -> str | None:
 
 
 def is_replaced(architecture: str) -> bool:
-    """Whether vLLM will make a model of this architecture from a class of this package."""
+    """Return whether vLLM will make a model of this architecture from a class of this package."""
     return _is_derived(_registered(architecture))
 
 
 def stock_class(architecture: str) -> Any:
-    """The class from which vLLM makes the model, or would without this package."""
+    """Return the class from which vLLM makes the model, or would without this package."""
     return _stock_entry(architecture).load_model_cls()
 
 
 def processing_of(model: Any) -> tuple[Any, Any, Any]:
-    """The classes of a model's processing information, processor and dummy inputs."""
+    """Return the classes of a model's processing information, processor and dummy inputs."""
     registered = model._processor_factory
     return registered.info, registered.processor, registered.dummy_inputs
 
@@ -136,7 +136,7 @@ def swapped_towers(model: type, towers: tuple[str, ...], make: Callable[..., nn.
 
 
 def source_files(module: str) -> list[Path]:
-    """The source files of a module or of all of a package, found without importing it."""
+    """Return the source files of a module or of all of a package, found without importing it."""
     parts = module.split(".")
     spec = None
     with suppress(ValueError):  # `__main__` has no spec

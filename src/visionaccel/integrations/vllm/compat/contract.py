@@ -81,7 +81,7 @@ WITHOUT: Mapping[str, str] = _TABLE["without"]
 
 
 def _entry(row: Mapping[str, Any], names: Mapping[str, str]) -> Entry:
-    """A row of the table, with `names` inserted in its braces."""
+    """Return a row of the table, with `names` inserted in its braces."""
     ways = row.get("ways", ({"way": "", "needs": (row,)},))
     return Entry(row.get("end", ""), {way["way"]: tuple(_need(each, names) for each in way["needs"]) for way in ways})
 
@@ -96,7 +96,7 @@ def _need(row: Mapping[str, Any], names: Mapping[str, str]) -> Need:
 
 @cache
 def entries_of(feature: Feature, architecture: str | None = None) -> tuple[Entry, ...]:
-    """What a feature needs of vLLM for every model and, with an architecture, of that model's own classes."""
+    """Return what a feature needs of vLLM for every model and, with an architecture, of that model's own classes."""
     shared = _TABLE["items"] if feature in (Feature.CONTAINMENT, Feature.PIPELINED) else []
     found = [_entry(each, {}) for each in (*shared, *_TABLE[feature])]
     if architecture is None:
@@ -125,19 +125,19 @@ assert BY_OUR_SCHEDULER in FAILED_REQUESTS.ways
 
 
 def why_off(feature: Feature, architecture: str | None = None) -> str | None:
-    """What a feature lacks, as a clause for a log or an error; None if the contract holds."""
+    """Return what a feature lacks, as a clause for a log or an error; None if the contract holds."""
     lacking = missing(feature, architecture)
     return f"vLLM {release()} lacks what the {feature} feature needs: {'; '.join(lacking)}" if lacking else None
 
 
 @cache
 def missing(feature: Feature, architecture: str | None = None) -> tuple[str, ...]:
-    """What this vLLM lacks of the entries of a feature; checked once in a process."""
+    """Return what this vLLM lacks of the entries of a feature; checked once in a process."""
     return tuple(dict.fromkeys(text for entry in entries_of(feature, architecture) for text in missing_of(entry)))
 
 
 def missing_of(entry: Entry) -> tuple[str, ...]:
-    """What this vLLM lacks of an entry."""
+    """Return what this vLLM lacks of an entry."""
     found = {name: missing_names(way) for name, way in entry.ways.items()}
     if not all(found.values()):
         return ()
@@ -147,12 +147,12 @@ def missing_of(entry: Entry) -> tuple[str, ...]:
 
 
 def way_of(entry: Entry) -> str | None:
-    """The first way of an entry that this vLLM has; None if there is none."""
+    """Return the first way of an entry that this vLLM has; None if there is none."""
     return next((name for name, way in entry.ways.items() if not missing_names(way)), None)
 
 
 def missing_names(needs: Iterable[Need]) -> tuple[str, ...]:
-    """What this vLLM lacks of some needs."""
+    """Return what this vLLM lacks of some needs."""
     return tuple(text for need in needs for text in _missing(need))
 
 
@@ -174,7 +174,7 @@ def _missing(need: Need) -> Iterator[str]:
 
 
 def _unlike(need: Need, found: Any) -> Iterator[str]:
-    """How an object of vLLM differs from what is needed."""
+    """Yield how an object of vLLM differs from what is needed."""
     if need.parameters:
         parameters = list(inspect.signature(found).parameters.values())
         if parameters and parameters[0].name == "self":
@@ -201,7 +201,7 @@ def _unlike(need: Need, found: Any) -> Iterator[str]:
 
 
 def _attributes(kind: Any) -> set[str]:
-    """Names that a class has or declares, or that its constructor or those of its bases set."""
+    """Return the names that a class has or declares, or that its constructor or those of its bases set."""
     found = set(dir(kind))
     for base in kind.__mro__:
         found |= vars(base).get("__annotations__", {}).keys() | vars(base).get("__dataclass_fields__", {}).keys()
@@ -212,7 +212,7 @@ def _attributes(kind: Any) -> set[str]:
 
 
 def _mentions(found: Any) -> set[str] | None:
-    """Names that a function or a class's methods use; None if a plug-in has replaced one of the methods."""
+    """Return the names that a function or a class's methods use; None if a plug-in has replaced one of the methods."""
     if not isinstance(found, type):
         return _names(inspect.unwrap(found).__code__)
     package, names = _package(found), set[str]()
@@ -229,12 +229,12 @@ def _mentions(found: Any) -> set[str] | None:
 
 
 def _package(found: Any) -> str:
-    """The outermost package that defines a class or function."""
+    """Return the outermost package that defines a class or function."""
     return str(found.__module__).partition(".")[0]
 
 
 def _names(code: CodeType) -> set[str]:
-    """Names that a code object and its inner functions use."""
+    """Return the names that a code object and its inner functions use."""
     names = set(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, CodeType):

@@ -73,7 +73,7 @@ def _hook_engine_args(prepare: Callable[[VllmConfig, bool], None]) -> bool:
 
 
 def processor_options(model: ModelConfig) -> Mapping[str, Any]:
-    """The image processor's options for all requests (`--mm-processor-kwargs`)."""
+    """Return the image processor's options for all requests (`--mm-processor-kwargs`)."""
     return model.get_multimodal_config().mm_processor_kwargs or {}
 
 
@@ -84,12 +84,12 @@ def mark_prepared(config: VllmConfig) -> None:
 
 
 def is_prepared(config: VllmConfig) -> bool:
-    """Whether a configuration was marked; one whose `additional_config` is not a dict cannot be."""
+    """Return whether a configuration was marked; one whose `additional_config` is not a dict cannot be."""
     return isinstance(config.additional_config, dict) and _MARK in config.additional_config
 
 
 def without_python_processor() -> bool:
-    """Whether vLLM's front end prepares images outside of Python, and so without this package."""
+    """Return whether vLLM's front end prepares images outside of Python, and so without this package."""
     from vllm import envs
 
     return bool(getattr(envs, "VLLM_USE_RUST_FRONTEND", False))
@@ -117,14 +117,14 @@ class ServedModel:
 
 
 def served_model(config: VllmConfig) -> ServedModel:
-    """The model of an engine configuration."""
+    """Return the model of an engine configuration."""
     served = served_by(config.model_config, str(config.device_config.device))
     adapts_tower = bool(getattr(config.lora_config, "enable_tower_connector_lora", False))
     return replace(served, load=config.load_config, engine=str(config.instance_id), adapts_tower=adapts_tower)
 
 
 def served_by(model: ModelConfig, device: str = "cpu") -> ServedModel:
-    """The model of a model configuration."""
+    """Return the model of a model configuration."""
     replaces = replaced_architecture(model)
     vision, epsilon = None, None
     if replaces is not None:
@@ -150,13 +150,13 @@ def served_by(model: ModelConfig, device: str = "cpu") -> ServedModel:
 
 
 def is_one_of_several_api_servers(config: VllmConfig) -> bool:
-    """Whether this process is one of several API servers, whose engines their common parent has started."""
+    """Return whether this process is one of several API servers, whose engines their common parent has started."""
     parallel = config.parallel_config
     return bool(getattr(parallel, "_api_process_count", 1) > 1 and getattr(parallel, "_api_process_rank", 0) >= 0)
 
 
 def can_contain(config: VllmConfig) -> bool:
-    """Whether an engine can have this package's scheduler, which ends the requests whose image failed.
+    """Return whether an engine can have this package's scheduler, which ends the requests whose image failed.
 
     It cannot if vLLM lacks what that needs, or the user chose another scheduler. It must not if the KV cache is sent to
     other engines before the scheduler knows of a fault: a fault of an in-line encode then has to end the engine.
@@ -185,12 +185,12 @@ def _ec_connector(config: VllmConfig) -> str | None:
 
 
 def is_pipelined(config: VllmConfig) -> bool:
-    """Whether this package's EC connector is configured."""
+    """Return whether this package's EC connector is configured."""
     return _ec_connector(config) == CONNECTOR
 
 
 def receives_embeddings(config: VllmConfig) -> bool:
-    """Whether an engine gets embeddings from some EC connector, and only encodes what that lacks."""
+    """Return whether an engine gets embeddings from some EC connector, and only encodes what that lacks."""
     return _ec_connector(config) is not None and bool(config.ec_transfer_config.is_ec_consumer)
 
 
@@ -213,7 +213,7 @@ def use_connector(config: VllmConfig, client_embeds: bool) -> None:
 
 
 def obstacles_to_pipelining(config: VllmConfig) -> list[str]:
-    """Why this package's EC connector cannot or should not be used; empty if it can be.
+    """Return why this package's EC connector cannot or should not be used; empty if it can be.
 
     If the user configured it, only what makes it impossible counts: images that it cannot see are encoded in the step.
     """

@@ -45,7 +45,7 @@ _numbers = itertools.count()
 
 
 def images_read(request: Any, start: int, end: int) -> list[str]:
-    """Identifiers of the images that a request's tokens from `start` to `end` stand for."""
+    """Return the identifiers of the images that a request's tokens from `start` to `end` stand for."""
     return [
         feature.identifier
         for feature in request.mm_features
@@ -128,12 +128,12 @@ class ModelledEngine:
         return ModelRunnerOutput(req_ids=names, req_id_to_index=places, sampled_token_ids=sampled)
 
     def busy(self) -> bool:
-        """Whether a step is in flight or a request has not ended."""
+        """Return whether a step is in flight or a request has not ended."""
         return bool(self._queue) or self.scheduler.has_unfinished_requests()
 
 
 def make_scheduler(config: VllmConfig) -> Scheduler:
-    """The scheduler of a configuration, with caches small enough that it often evicts and preempts."""
+    """Return the scheduler of a configuration, with caches small enough that it often evicts and preempts."""
     config.cache_config.num_gpu_blocks = _BLOCKS
     spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32)
     made: Scheduler = config.scheduler_config.get_scheduler_cls()(
@@ -148,7 +148,7 @@ def make_scheduler(config: VllmConfig) -> Scheduler:
 
 
 def small_config(folder: str, *, asynchronous: bool, **arguments: Any) -> VllmConfig:
-    """An engine configuration for such a scheduler, of the model in a folder."""
+    """Return an engine configuration for such a scheduler, of the model in a folder."""
     config: VllmConfig = EngineArgs(
         model=folder,
         dtype="float32",
@@ -167,7 +167,7 @@ def small_config(folder: str, *, asynchronous: bool, **arguments: Any) -> VllmCo
 
 
 def config_without_model(folder: Path, connector: type, *, asynchronous: bool) -> VllmConfig:
-    """A `small_config` with an EC connector, and with no weights; its model's configuration is written to a folder.
+    """Return a `small_config` with an EC connector and no weights; write its model's configuration to a folder.
 
     The model is a language model, because the scheduler only looks at the images of requests.
     """

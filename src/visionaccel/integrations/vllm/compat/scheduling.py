@@ -22,13 +22,13 @@ from visionaccel.integrations.vllm.compat.serving import request_error, takes_re
 
 
 def encoder_cache_holders(scheduler: Scheduler, identifier: str) -> Collection[str] | None:
-    """The requests that hold an encoder output in a scheduler's encoder cache; None if it is not there."""
+    """Return the requests that hold an encoder output in a scheduler's encoder cache; None if it is not there."""
     holders: Collection[str] | None = scheduler.encoder_cache_manager.cached.get(identifier)
     return holders
 
 
 def shows_encoder_cache(scheduler: Scheduler) -> bool:
-    """Whether a scheduler's encoder cache has vLLM's own type, with the requests that hold each output."""
+    """Return whether a scheduler's encoder cache has vLLM's own type, with the requests that hold each output."""
     return isinstance(getattr(scheduler.encoder_cache_manager, "cached", None), dict)
 
 
@@ -72,7 +72,7 @@ def step_in_flight(scheduler: Scheduler, step: SchedulerOutput, began: float) ->
 
 
 def scheduled_item(feature: MultiModalFeatureSpec) -> ScheduledItem:
-    """What is known of an image or video here."""
+    """Return what is known of an image or video here."""
     data = feature.data or {}
     for pixels, grid in (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")):
         if pixels in data and grid in data:
@@ -136,7 +136,7 @@ def recompute_all(scheduler: Scheduler) -> set[str]:
 
 
 def append_errors(outputs: dict[int, Any], failed: Iterable[tuple[Request, str]]) -> None:
-    """Add failed requests to a step's outputs, each with its reason as stop reason and, if vLLM has it, as error."""
+    """Add failed requests to a step's outputs, with the reason as stop reason and, if vLLM supports it, as error."""
     for request, reason in failed:
         answer = EngineCoreOutput(
             request_id=request.request_id,

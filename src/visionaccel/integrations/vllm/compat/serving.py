@@ -40,7 +40,7 @@ def errors_for_clients() -> Iterator[None]:
 
 
 def image_size(*, width: int, height: int) -> Any:
-    """A size in pixels, as vLLM's processing information returns it."""
+    """Return a size in pixels, as vLLM's processing information returns it."""
     return import_module("vllm.multimodal.parse").ImageSize(width=width, height=height)
 
 
@@ -146,12 +146,12 @@ class _FailedPooling:
 
 
 def request_error(reason: str) -> Any:
-    """The error of a request that failed on the server's side, which the API server answers with 500 and the reason."""
+    """Return the error of a request that failed in the server; the API server answers with 500 and the reason."""
     return import_module("vllm.outputs").RequestError("vision_encoder", reason)
 
 
 def takes_request_errors() -> bool:
-    """Whether the engine's outputs have a field for the error that the client gets."""
+    """Return whether the engine's outputs have a field for the error that the client gets."""
     return hasattr(import_module("vllm.v1.engine").EngineCoreOutput, "error")
 
 

@@ -23,12 +23,12 @@ def remember_load_config(config: VllmConfig) -> None:
 
 
 def load_config_of(model: ModelConfig) -> LoadConfig | None:
-    """What `remember_load_config` stored."""
+    """Return what `remember_load_config` stored."""
     return model.__dict__.get(_REMEMBERED)
 
 
 def weight_files(source: str, revision: str | None, load: LoadConfig | None) -> tuple[Path, ...]:
-    """The safetensors files that vLLM loads a model's weights from, downloaded if necessary.
+    """Return the safetensors files that vLLM loads a model's weights from, downloaded if necessary.
 
     For `--load-format dummy`, which reads no weights, these are the default loader's. Other loaders and formats are
     refused.
@@ -76,7 +76,7 @@ def require_default_loader(load: LoadConfig | None) -> Any:
 
 
 def settings_folder(source: str, revision: str | None) -> Path:
-    """The folder with the configurations of a model and its image processor, downloaded if necessary.
+    """Return the folder with the configurations of a model and its image processor, downloaded if necessary.
 
     For a repository, the weights may be in another folder.
     """

@@ -16,7 +16,7 @@ _BIND = "VLLM_CPU_OMP_THREADS_BIND"
 
 
 def profiling() -> bool:
-    """Whether this call comes from vLLM's profiling run, which discards its results.
+    """Return whether this call comes from vLLM's profiling run, which discards its results.
 
     Only the stack shows it. Both runners encode dummy images in `profile_run`, and only there.
     """
@@ -24,7 +24,7 @@ def profiling() -> bool:
 
 
 def loading() -> bool:
-    """Whether this call comes from a loader that makes a model, rather than from a later update of its weights."""
+    """Return whether this call comes from a loader that makes a model, not from a later update of its weights."""
     return _called_by("load_model", "vllm.model_executor.model_loader.")
 
 
@@ -41,7 +41,7 @@ def finish_reload(model: nn.Module, model_config: Any) -> None:
 
 
 def _called_by(method: str, modules: str) -> bool:
-    """Whether the stack has a method of a class derived from one in vLLM's modules with this prefix."""
+    """Return whether the stack has a method of a class derived from one in vLLM's modules with this prefix."""
     frame = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == method and any(
@@ -53,34 +53,34 @@ def _called_by(method: str, modules: str) -> bool:
 
 
 def step_timeout() -> float:
-    """Seconds that a step may take before vLLM ends the engine."""
+    """Return the seconds that a step may take before vLLM ends the engine."""
     from vllm import envs
 
     return float(envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS)
 
 
 def worker_connector() -> Any:
-    """This worker's EC connector, or None."""
+    """Return this worker's EC connector, or None."""
     from vllm.distributed.ec_transfer import get_ec_transfer, has_ec_transfer
 
     return get_ec_transfer() if has_ec_transfer() else None
 
 
 def step_metadata() -> Any:
-    """The metadata of this step for this worker's EC connector, a new object each time; None without a connector."""
+    """Return this step's metadata for this worker's EC connector, a new object each time; None without a connector."""
     connector = worker_connector()
     return None if connector is None else connector._connector_metadata
 
 
 def first_of_its_group() -> bool:
-    """Whether this worker is the first of its tensor-parallel group, whose workers all encode the same images."""
+    """Return whether this worker is the first of its tensor-parallel group, whose workers encode the same images."""
     from vllm.distributed import parallel_state
 
     return not parallel_state.model_parallel_is_initialized() or parallel_state.get_tensor_model_parallel_rank() == 0
 
 
 def encoder_host(device: str, *, in_step: bool) -> Host | None:
-    """The cores that a language model uses on the CPU; None if it is on another device.
+    """Return the cores that a language model uses on the CPU; None if it is on another device.
 
     With `in_step`, the encoder runs in a worker's step, during which that worker's language model waits.
     """
@@ -107,7 +107,7 @@ def encoder_host(device: str, *, in_step: bool) -> Host | None:
 
 
 def started_cores() -> frozenset[int]:
-    """The cores that this process had before OpenMP bound its main thread to some of them.
+    """Return the cores that this process had before OpenMP bound its main thread to some of them.
 
     vLLM starts its workers with OpenMP's variables. OpenMP then binds a worker and the threads it starts when torch is
     loaded, but not the engine that started the worker.

@@ -77,7 +77,7 @@ class StepBudget:
         self._until = self._metadata = None
 
     def warning(self, settings: Settings) -> str | None:
-        """What is wrong with the settings' deadline; None if each encoder of a chain can use it up within a step."""
+        """Return what is wrong with the deadline; None if every encoder of a chain can use all of it within a step."""
         encoders = 1 + len(settings.fallback)
         if settings.deadline * encoders <= self.seconds:
             return None
@@ -108,7 +108,7 @@ class LateOpening:
         self._opening.set_result(opened)
 
     def result(self, until: float) -> GuardedEncoder:
-        """The encoder. After `until`, on the monotonic clock, the opening goes on and this raises a DeadlineError."""
+        """Return the encoder; DeadlineError if it is not open by `until` (monotonic clock). The opening goes on."""
         opening = self._opening
         failed = opening is not None and opening.done() and opening.exception() is not None
         if opening is None or (failed and time.monotonic() >= self._again):
@@ -175,7 +175,7 @@ class AcceleratedTower(nn.Module):
             self._encoder.open_now()
 
     def forward(self, x: torch.Tensor, grid_thw: Any, **_: Any) -> torch.Tensor:
-        """Embeddings [N, out_hidden_size] of the items of one step, in the model's dtype and on its device.
+        """Return the embeddings [N, out_hidden_size] of the items of one step, in the model's dtype and on its device.
 
         An item that could not be encoded is all zeros, and the scheduler ends its requests before their first token.
 
@@ -215,7 +215,7 @@ class AcceleratedTower(nn.Module):
             raise
 
     def _stripped(self, comparison: Comparison, served: engine_config.ServedModel) -> Tower | Bundle | None:
-        """The encoder that a stripped checkpoint belongs to; None to keep this one."""
+        """Return the encoder that a stripped checkpoint belongs to; None to keep this one."""
         same_repository = (served.source, served.revision) == self._place and not Path(served.source).is_dir()
         if comparison.any_given or same_repository:
             return None
@@ -341,7 +341,7 @@ def guard_saving(connector: Any) -> None:
 
 
 def _sound(embedding: torch.Tensor) -> bool:
-    """Whether an embedding is finite and not all zeros; one pass without a copy, as NaN spreads to both extremes."""
+    """Return whether an embedding is finite and not all zeros, in one pass, because NaN spreads to both extremes."""
     if not embedding.numel():
         return False
     low, high = (float(extreme) for extreme in torch.aminmax(embedding.detach()))

@@ -59,7 +59,7 @@ class PendingImages:
         self.held = 0  # bytes that are held or being encoded
 
     def ready(self, request: str, items: Sequence[WantedItem], arrival: float, *, urgent: bool) -> bool:
-        """Whether a request has the embeddings of all these items; submits the missing ones.
+        """Return whether a request has the embeddings of all these items; submits the missing ones.
 
         A request whose item failed is never ready; see `failures`. Requests that arrived earlier are served first. An
         `urgent` request, which holds memory that others may wait for, goes before them and may exceed the bound.
@@ -85,12 +85,12 @@ class PendingImages:
         return ready
 
     def get(self, identifier: str) -> Embedding | None:
-        """An item's embedding; None if there is none."""
+        """Return an item's embedding; None if there is none."""
         pending = self._pending.get(identifier)
         return None if pending is None or pending.suspect else pending.rows
 
     def requests(self) -> list[str]:
-        """The requests that wait for items or hold them."""
+        """Return the requests that wait for items or hold them."""
         return list({request for pending in self._pending.values() for request in pending.requests})
 
     def settle(self, request: str, identifiers: Iterable[str]) -> None:
@@ -99,7 +99,7 @@ class PendingImages:
             self._drop(request, identifier)
 
     def failures(self) -> dict[str, tuple[str, VisionAccelError]]:
-        """The requests whose item failed since the last call, each with the item's label and why."""
+        """Return the requests whose item failed since the last call, each with the item's label and why."""
         failures, self._failures = self._failures, {}
         return failures
 
@@ -153,7 +153,7 @@ class PendingImages:
 
 
 def _error(pending: _PendingImage, item: WantedItem) -> VisionAccelError | None:
-    """Why an item cannot use a pending image; None if it can, or that is not known yet."""
+    """Return why an item cannot use a pending image; None if it can, or that is not known yet."""
     if pending.grid != item.grid:  # the embedding would have another number of rows than the prompt has placeholders
         return GridError(
             f"its identifier {item.identifier!r} belongs to an image of grid {pending.grid}, but its own grid is "

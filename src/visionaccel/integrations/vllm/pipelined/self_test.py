@@ -30,7 +30,7 @@ _PACKAGES = ("visionaccel.integrations.vllm", "vllm.v1.core", "vllm.distributed.
 
 
 def problem(*, contained: bool, asynchronous: bool) -> str | None:
-    """What went wrong in the self-test, in this or an earlier process; None if it passed.
+    """Return what went wrong in the self-test, in this or an earlier process; None if it passed.
 
     It runs with this package's scheduler if `contained`, and otherwise with vLLM's own.
     """
@@ -46,7 +46,7 @@ class _NoVerdictError(Exception):
 
 
 def _run(kind: tuple[str, str]) -> str:
-    """What went wrong; empty if the test passed."""
+    """Return what went wrong; empty if the test passed."""
     from visionaccel.isolation import CheckProcess
 
     compat.logger().info("visionaccel: testing the pipelined mode on this vLLM, which takes a few seconds.")
@@ -62,7 +62,7 @@ def _run(kind: tuple[str, str]) -> str:
 
 
 def _verdict(found: Sequence[Finding]) -> str:
-    """The verdict among a child's findings; a finding with a fix is about the machine, and is not a verdict."""
+    """Return the verdict among a child's findings; a finding with a fix is about the machine, and is not a verdict."""
     own = next((finding for finding in found if finding.name == NAME and not finding.fix), None)
     if own is None:
         raise _NoVerdictError(found[0].detail)
@@ -70,7 +70,7 @@ def _verdict(found: Sequence[Finding]) -> str:
 
 
 def _key(kind: tuple[str, str]) -> str:
-    """The key of the verdict for this build."""
+    """Return the key of the verdict for this build."""
     digest = hashlib.sha256(repr((release(), __version__, sys.version_info[:3], kind)).encode())
     for path in sorted(set(filter(Path.is_file, _files()))):
         digest.update(f"{path.name} {path.stat().st_size}\n".encode())
@@ -79,7 +79,7 @@ def _key(kind: tuple[str, str]) -> str:
 
 
 def _files() -> Iterator[Path]:
-    """The files of vLLM that the mode relies on, those of its scheduler, and all of this integration's."""
+    """Yield the files of vLLM that the mode relies on, those of its scheduler, and all of this integration's."""
     yield Path(contract.__file__).with_name("contract.toml")
     entries = (*entries_of(Feature.PIPELINED), *entries_of(Feature.CONTAINMENT))
     for module in {*_PACKAGES, *(need.module for entry in entries for need in entry.needs)}:
