@@ -282,7 +282,7 @@ class EncodeService:
             self._state.finish(item, answer, time.monotonic() - started)
 
     def _least_wait(self, encoder: GuardedEncoder) -> float:
-        """Return the seconds an item must have waited before a chain takes it, to answer it or, if all hang, to fail it."""
+        """Return how long an item must wait before a chain takes it, to answer it or, if all hang, to fail it."""
         if encoder.stuck_for == 0:
             return 0.0
         return self._deadline if min(each.stuck_for for each in self.encoders) >= self._deadline else math.inf

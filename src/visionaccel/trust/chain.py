@@ -245,7 +245,7 @@ class GuardedEncoder:
         return isinstance(error, OutputError) or self._following(link) is None
 
     def _turns(self) -> list[ChainLink]:
-        """Return the links that can be used now, in order: the healthy ones, or else those disabled only for failures."""
+        """Return the links that can be used now, in order: healthy ones, or else those disabled only for failures."""
         ready = [link for link in self.links if link.ready]
         return ready or [link for link in self.links if link.may_try]
 
