@@ -30,7 +30,7 @@ class _Pool:
 class OpenVinoSession(Session):
     """A compiled model and its infer requests. The device reads the caller's arrays and writes to the returned ones.
 
-    After a request failed, such as for lack of memory, all later calls of the model may fail or be wrong. So it is
+    After a request failed, for example because memory ran out, all later calls of the model may fail or be wrong. So it is
     compiled again for the next call.
 
     Args:

@@ -46,7 +46,7 @@ def processor_seconds() -> float:
 
 
 def open_descriptors() -> int:
-    """File descriptors of this process and its living descendants together."""
+    """Return the number of file descriptors of this process and its living descendants."""
     count = 0
     for process in _tree():
         with suppress(psutil.Error):

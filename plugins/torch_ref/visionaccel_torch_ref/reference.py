@@ -66,7 +66,7 @@ class TransformersTower:
 
 
 def _tower_class(program: Program) -> tuple[Any, Any]:
-    """Transformers' class of the tower, and the checkpoint's configuration for it."""
+    """Return transformers' class of the tower, and the checkpoint's configuration for it."""
     document = program.configuration or {}
     named = [str(name) for name in document.get("architectures") or ()]
     for model in (getattr(transformers, name, None) for name in named):

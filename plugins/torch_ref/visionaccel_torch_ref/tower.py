@@ -97,7 +97,7 @@ class FastTower:
         return merged if layout.reverse_index is None else merged.index_select(0, layout.reverse_index)
 
     def _attend(self, block: _Block, rows: torch.Tensor, layout: Layout) -> torch.Tensor:
-        """Attention of every row within its window, or within its frame."""
+        """Compute the attention of every row within its window, or within its frame."""
         mixed = block.qkv(rows)
         heads = self._spec.heads
         _rotate(mixed.view(len(rows), 3 * heads, -1)[:, : 2 * heads], layout.rotation)
@@ -109,7 +109,7 @@ class FastTower:
         return attended.index_select(0, layout.frame_reverse)
 
     def _by_runs(self, mixed: torch.Tensor, runs: Sequence[Run]) -> torch.Tensor:
-        """Attention of [rows, 3 * hidden] within the segments of each run: [rows, hidden]."""
+        """Compute the attention of [rows, 3 * hidden] within the segments of each run: [rows, hidden]."""
         pieces = []
         for run in runs:
             segments = mixed[run.start : run.end].view(run.count, run.length, 3, self._spec.heads, -1)
@@ -156,7 +156,7 @@ def _rotate(heads: torch.Tensor, rotation: torch.Tensor) -> None:
 
 
 def _interpolated(table: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """Learned positions of every patch, float32 [P, hidden]: one tap after the other, to save memory."""
+    """Compute the learned positions of every patch, float32 [P, hidden]: one tap after the other, to save memory."""
     assert layout.position_index is not None
     assert layout.position_weight is not None
     taps = zip(layout.position_index, layout.position_weight, strict=True)

@@ -71,7 +71,7 @@ class TouchedFileError(ChangedFileError):
 
 
 def changed_file(file: Path, error: type[ChangedFileError] = ChangedFileError) -> ChangedFileError:
-    """Make the error for a file that is not what was verified."""
+    """Make the error for a file that changed after it was verified."""
     return error(
         f"{file} changed after it was verified, so nothing is opened from it.",
         hint="Restart to verify and use the current files.",

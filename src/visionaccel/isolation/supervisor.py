@@ -280,7 +280,7 @@ class _Supervisor:
                 self._changed.wait(left)
 
     def _retire(self, process: DeviceProcess) -> None:
-        """Make no more calls to a process that is dead or has been killed."""
+        """Stop using a process that is dead or has been killed."""
         with self._changed:
             if self.process is process:
                 self.process = None

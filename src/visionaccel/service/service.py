@@ -105,7 +105,7 @@ class EncodeService:
 
     @property
     def room(self) -> bool:
-        """Whether the queue accepts any item at once."""
+        """Whether the queue can accept an item now."""
         return self._state.room
 
     def bytes_of(self, grid: Grid) -> int:
@@ -210,7 +210,7 @@ class EncodeService:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     def close(self, *, drain: bool = False, wait: float | None = None) -> None:
-        """Accept no more items, complete every future, give back the devices and end every thread.
+        """Stop accepting items, complete every future, release the devices and end every thread.
 
         Args:
             drain: Encode the items that wait first; otherwise they fail with ServiceClosedError.

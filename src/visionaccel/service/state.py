@@ -89,7 +89,7 @@ class ServiceState:
 
     @property
     def room(self) -> bool:
-        """Whether the queue accepts any item at once."""
+        """Whether the queue can accept an item now."""
         return len(self._waiting) < self._size and not self._closed
 
     def enter(self, item: Item) -> Future[Embedding] | None:
@@ -160,7 +160,7 @@ class ServiceState:
         _answer(futures, answer)
 
     def close(self, *, drain: bool) -> None:
-        """Accept no more items. Fail those that wait, or leave them for the devices."""
+        """Stop accepting items. Fail those that wait, or leave them for the devices."""
         with self._lock:
             self._closed = True
             futures = self._removed([] if drain else self._waiting)

@@ -24,7 +24,7 @@ class BreakerState(StrEnum):
 
 
 class Breaker:
-    """Opens after several failures in a row, or at once on proof; only a probe closes it.
+    """Opens after several failures in a row, or immediately on proof; only a probe closes it.
 
     Each opening without a success since the last one doubles the time until the next probe, up to a minute. Safe to
     use from several threads.
@@ -93,7 +93,7 @@ class Breaker:
         self._changed(BreakerState.OPEN, message)
 
     def trip(self, reason: str, *, hangs: bool = False) -> None:
-        """Open at once on proof, such as a call that hangs. If it is open already, its next probe is not postponed."""
+        """Open immediately on proof, such as a call that hangs. If it is open already, its next probe is not postponed."""
         with self._lock:
             known, self.proven = self.proven, True
             if hangs and self._hangs_since is None:

@@ -209,7 +209,7 @@ class Keeper:
                 background.start(self._tick)
 
     def close(self, wait: float) -> None:
-        """Run no more canaries, and wait for one in progress."""
+        """Stop running canaries, and wait for one in progress."""
         with self._lock:
             self._closed, thread = True, self._thread
         background.stop(self._tick)

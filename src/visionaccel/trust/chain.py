@@ -87,7 +87,7 @@ class Shadow:
                 self._comparisons.add(partial(self._compare, link, _copied(patches), grid, _copied(rows)))
 
     def close(self) -> None:
-        """Compare no more answers, and close the reference."""
+        """Stop comparing answers, and close the reference."""
         with self._lock:
             self._closed = True
             self._comparisons.clear()

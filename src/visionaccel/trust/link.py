@@ -251,7 +251,7 @@ class ChainLink:
                 forget()
 
     def close(self, wait: float | None = None) -> None:
-        """Give back the device, and run no more canaries.
+        """Release the device, and stop running canaries.
 
         Args:
             wait: Seconds to wait for a call in progress, at most its deadline; a call that is late already is not
@@ -278,7 +278,7 @@ class ChainLink:
     def _within_step(
         self, work: Callable[[], Array | VisionAccelError], seconds: float, until: float | None
     ) -> Array | VisionAccelError:
-        """Return the answer of an encode, or the error that the engine's step has no more time for it."""
+        """Return the answer of an encode, or the error that the engine's step ran out of time."""
         if self.cut:
             return DeadlineError(f"{self.why_not}.", hint=_LATER)
         if until is None:

@@ -92,7 +92,7 @@ class WatchedCalls:
             self._end(caller, future)
 
     def close(self, wait: float = 0.0) -> None:
-        """Begin no more calls, wait for those that are not late, and end the idle threads."""
+        """Start no more calls, wait for those that are not late, and end the idle threads."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -210,7 +210,7 @@ class Background:
                     self._thread = thread
 
     def stop(self, job: Job) -> None:
-        """Do not run a job again. If it is running now, it goes on."""
+        """Do not run a job again. If it is running now, it continues."""
         with self._changed:
             self._due.pop(job, None)
             self._changed.notify_all()

@@ -22,7 +22,7 @@ _BUSY = 1.2
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Where it was measured. `peak_operations_per_second` is by dtype, see `Peak`."""
+    """The measured machine. `peak_operations_per_second` is by dtype, see `Peak`."""
 
     processor: str
     cores: int

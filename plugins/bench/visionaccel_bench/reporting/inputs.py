@@ -163,7 +163,7 @@ def read_trace(path: Path) -> Trace:
 
 
 def overlap(lanes: Iterable[Lane]) -> Overlap:
-    """Measure the overlap of device and decode; several at once of either count once.
+    """Measure the overlap of device and decode; several of either at the same time count once.
 
     A device's event may contain events of the host's part, in the same lane: those are not the device's time.
     """
@@ -194,7 +194,7 @@ def overlap(lanes: Iterable[Lane]) -> Overlap:
 
 
 class _Slice(BaseModel):
-    """An event as a trace's file has it."""
+    """An event in a trace's file."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 

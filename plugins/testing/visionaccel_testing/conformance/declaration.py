@@ -89,11 +89,11 @@ class BackendUnderTest:
     speed_floor: float | None = 0.5
 
     def tolerance(self, precision: str) -> Tolerance:
-        """The tolerance for a precision; float32's for a precision without one."""
+        """Return the tolerance for a precision; float32's for a precision without one."""
         return {**TOLERANCES, **self.tolerances}.get(precision, TOLERANCES["float32"])
 
     def stated(self, seed: int) -> dict[str, Any]:
-        """How the backend was checked, as JSON for a report; `seed` is that of the weights, patches and grids."""
+        """Return how the backend was checked, as JSON for a report; `seed` is that of weights, patches and grids."""
         return {
             "isolation": self.isolation,
             "source": None if self.source is None else f"{self.source.__module__}.{self.source.__qualname__}",

@@ -53,7 +53,7 @@ class DigitsRead:
 
 
 def read_digits(folder: Path, ours: Encoder, reference: Encoder, count: int) -> tuple[DigitsRead, ...]:
-    """What the digits model reads in `count` held-out images, for each way of fitting images to the programs.
+    """Return what the digits model reads in `count` held-out images, for each way of fitting images to the programs.
 
     For `natural`, images keep their size and are encoded by `ours`, or by the reference if no program takes any grid:
     the accuracy of `letterbox` and `stretch` is compared with that one. These two are measured if there are programs
@@ -99,7 +99,7 @@ def read_digits(folder: Path, ours: Encoder, reference: Encoder, count: int) -> 
 
 
 def _fitted(image: Image, fitter: Fitter | None, process: ImageProcessor) -> tuple[Patches, Grid]:
-    """The patches and grid of an image, fitted if there is a fitter."""
+    """Return the patches and grid of an image, fitted if there is a fitter."""
     if fitter is None:
         return process(image)
     patch, grid = fitter.tower.patch_size, fitter.grid_for(image.height, image.width)
@@ -146,7 +146,7 @@ class _Reader:
         self._visual = self._model.model.visual = Visual(self._merge)
 
     def answer(self, encoder: Encoder, patches: Patches, grid: Grid) -> str:
-        """The digits that the model reads in one image of patches [P, width], with an encoder's embeddings."""
+        """Return the digits that the model reads in one image of patches [P, width], with an encoder's embeddings."""
         import torch
 
         from digits_vlm.architecture import QUESTION

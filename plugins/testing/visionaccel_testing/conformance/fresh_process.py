@@ -34,7 +34,7 @@ def in_fresh_process(function: Callable[[*Args], T], *args: *Args) -> T:
 
 
 def in_fork(function: Callable[[], T]) -> T:
-    """The same in a fork of this process; only the result is pickled."""
+    """Call a function in a fork of this process; only the result is pickled."""
     answer: T = _answered("fork", "a forked process", function, ())
     return answer
 

@@ -143,7 +143,7 @@ def capabilities(kit: Kit) -> None:
 
 
 def _backend_and_program(kit: Kit) -> tuple[VisionBackend, Program]:
-    """The backend, and the first of the kit's programs that it accepts."""
+    """Return the backend, and the first of the kit's programs that it accepts."""
     registry, name = Registry(), kit.declared.backend
     try:
         _, programs = select(registry, open_source(kit.subject.source), name, kit.declared.device).require()
@@ -164,7 +164,7 @@ def _refused(backend: VisionBackend, program: Program, device: str | None, what:
 
 
 def _loaded_by(name: str) -> list[str]:
-    """Extension modules, runtimes, libraries and devices that loading a backend adds to those of the core."""
+    """Return the extension modules, runtimes, libraries and devices that loading a backend adds to the core's."""
     registry = Registry()
     before, opened = set(sys.modules), _mapped_and_open()
     backend = registry.load(name)
@@ -176,13 +176,13 @@ def _loaded_by(name: str) -> list[str]:
 
 
 def _is_foreign_extension(module: str) -> bool:
-    """Whether it is a compiled module, and neither Python's nor of a package that the core needs."""
+    """Return whether a module is compiled, and belongs neither to Python nor to a package that the core needs."""
     root, file = module.partition(".")[0], getattr(sys.modules[module], "__file__", None) or ""
     return file.endswith(tuple(EXTENSION_SUFFIXES)) and root not in {*sys.stdlib_module_names, *_NEEDED}
 
 
 def _mapped_and_open() -> set[str]:
-    """Loaded libraries that are not the system's, Python's or the core's, and open devices, of this process."""
+    """Return this process's open devices, and loaded libraries that are not the system's, Python's or the core's."""
     process, found = psutil.Process(), set[str]()
     with suppress(AttributeError, psutil.Error):  # only on Linux
         found = {each.path for each in process.memory_maps() if ".so" in each.path and not _is_basic(Path(each.path))}
@@ -196,7 +196,7 @@ def _mapped_and_open() -> set[str]:
 
 
 def _is_basic(library: Path) -> bool:
-    """Whether a library is the system's, Python's, or of a package that the core needs."""
+    """Return whether a library is the system's, Python's, or of a package that the core needs."""
     folders = [place for place, part in enumerate(library.parts) if part in ("site-packages", "dist-packages")]
     if folders:
         return library.parts[folders[-1] + 1].removesuffix(".libs") in _NEEDED

@@ -73,7 +73,7 @@ class Subject:
     seed: int
 
     def open(self, *, isolation: WantedIsolation | None = None, deadline: float = 20.0) -> Encoder:
-        """A new encoder, which the caller closes; by default with the subject's isolation."""
+        """Return a new encoder, which the caller closes; by default with the subject's isolation."""
         return open_encoder(
             self.source,
             backend=self.backend,
@@ -86,18 +86,18 @@ class Subject:
 
 
 def listed(grids: Sequence[Grid]) -> str:
-    """Grids as text for a message."""
+    """Return the grids as text for a message."""
     return ", ".join(map(str, grids))
 
 
 def patches_for(grids: Sequence[Grid], seed: int, width: int = PATCH_WIDTH) -> NDArray[np.float32]:
-    """Random float32 patches [P, width]; the same for the same grids and seed."""
+    """Return random float32 patches [P, width]; the same for the same grids and seed."""
     key = [seed, *(size for grid in grids for size in grid.thw)]
     return np.random.default_rng(key).standard_normal((total_patches(grids), width), dtype=np.float32)
 
 
 def grids_of(encoder: Encoder) -> tuple[tuple[Grid, ...], ...]:
-    """Calls that an encoder's programs take: one or several grids each."""
+    """Return the calls that an encoder's programs take: one or several grids each."""
     coverages = tuple(opened.program.coverage for opened in encoder.programs)
 
     def taken(grid: Grid) -> bool:
@@ -114,12 +114,12 @@ def grids_of(encoder: Encoder) -> tuple[tuple[Grid, ...], ...]:
 
 
 def encoded(encoder: Encoder, patches: NDArray[Any], grids: Sequence[Grid]) -> Embeddings:
-    """Embeddings as a new array on the host; an encoder may return tensors of any device."""
+    """Return the embeddings as a new array on the host; an encoder may return tensors of any device."""
     return np.array(as_numpy(encoder.encode(patches, grids)))
 
 
 def first_call(encoder: Encoder, seed: int) -> Callable[[], Embeddings]:
-    """A function that encodes the first of the encoder's calls."""
+    """Return a function that encodes the first of the encoder's calls."""
     grids = grids_of(encoder)[0]
     patches = patches_for(grids, seed)
     return lambda: encoded(encoder, patches, grids)
@@ -179,7 +179,7 @@ class Kit:
     def subject_of(
         self, name: str, config: Mapping[str, Any] = TINY, edit: Callable[[Weights], None] | None = None
     ) -> Subject:
-        """The backend on a tower of random weights, made once for each name; `edit` may change the weights first."""
+        """Return the backend on a tower of random weights, made once per name; `edit` may change the weights first."""
         checkpoint = self._folder / name / "checkpoint"
         if not checkpoint.exists():
             random_checkpoint(checkpoint, config, seed=self.seed, scales=LIVELY)
@@ -191,7 +191,7 @@ class Kit:
         return self.subject_on(checkpoint, self._folder / name / "source")
 
     def subject_on(self, checkpoint: Path, place: Path) -> Subject:
-        """The backend on a checkpoint, or on what the declared source makes of it in `place`, once."""
+        """Return the backend on a checkpoint, or on what the declared source makes of it in `place`, once."""
         declared, source = self.declared, checkpoint
         if declared.source is not None:
             source = place if place.exists() else declared.source(checkpoint, place)
@@ -200,20 +200,20 @@ class Kit:
         )
 
     def work(self, name: str) -> Path:
-        """A new empty folder of that name."""
+        """Return a new empty folder of that name."""
         place = self._folder / name
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
         return place
 
     def copy_of(self, subject: Subject, name: str) -> Subject:
-        """The same backend on a copy of its files, which a check may damage."""
+        """Return the same backend on a copy of its files, which a check may damage."""
         place = self.work(name)
         checkpoint = Path(shutil.copytree(subject.checkpoint, place / "checkpoint"))
         return self.subject_on(checkpoint, place / "source")
 
     def reference_of(self, checkpoint: Path) -> Encoder:
-        """The float32 reference on a checkpoint; BackendUnavailableError if it is not installed."""
+        """Return the float32 reference on a checkpoint; BackendUnavailableError if it is not installed."""
         registry = Registry()
         if find_spec("transformers") is None or REFERENCE_BACKEND not in {entry.name for entry in registry.entries}:
             raise BackendUnavailableError(
@@ -226,17 +226,17 @@ class Kit:
         return self._open.enter_context(encoder)
 
     def patches(self, grids: Sequence[Grid], number: int = 0) -> NDArray[np.float32]:
-        """Random patches for grids, different for each number."""
+        """Return random patches for grids, different for each number."""
         return patches_for(grids, self.seed * 1000 + number)
 
     def encode(self, patches: NDArray[Any], grids: Sequence[Grid]) -> Embeddings:
-        """The backend's embeddings, as a new array."""
+        """Return the backend's embeddings, as a new array."""
         return encoded(self.encoder, patches, grids)
 
     def expected(
         self, patches: NDArray[np.float32], grids: Sequence[Grid], reference: Encoder | None = None
     ) -> Embeddings:
-        """The embeddings of a reference, by default that of the subject, as a new array."""
+        """Return the embeddings of a reference, by default that of the subject, as a new array."""
         with one_thread():
             return encoded(reference or self.reference, patches, grids)
 
@@ -284,7 +284,7 @@ class Kit:
             )
 
     def grid_lists(self, least: int = 1, most: int = 3) -> st.SearchStrategy[tuple[Grid, ...]]:
-        """Grids of one call that the encoder takes; some are often equal, so that they may share a session's call."""
+        """Return lists of grids that the encoder takes; some grids are often equal, so that they may share a session's call."""
         if any(isinstance(opened.program.coverage, AnyGrid) for opened in self.encoder.programs):
             side = st.integers(1, 11).map(lambda half: 2 * half)
             grid = st.builds(Grid, st.integers(1, 3), side, side)

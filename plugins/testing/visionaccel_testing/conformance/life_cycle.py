@@ -180,7 +180,7 @@ _KEPT: list[Encoder] = []
 
 
 def _fork(subject: Subject) -> tuple[Embeddings, Embeddings]:
-    """Embeddings of this process after a fork, and of a process that was forked after a probe."""
+    """Return the embeddings of this process after a fork, and of a process that was forked after a probe."""
     backend = Registry().load(subject.backend)
     for program in open_source(subject.source).programs(backend.formats_on(subject.device)):
         backend.probe(program, subject.device)
@@ -198,7 +198,7 @@ def _fork(subject: Subject) -> tuple[Embeddings, Embeddings]:
 
 
 def _memory_growths(subject: Subject) -> list[int]:
-    """The growth of the resident memory of this process and its children in each round, in bytes."""
+    """Return the growth of the resident memory of this process and its children in each round, in bytes."""
     with subject.open() as encoder:
         calls = [(grids, patches_for(grids, subject.seed)) for grids in grids_of(encoder)]
 
@@ -218,7 +218,7 @@ def _memory_growths(subject: Subject) -> list[int]:
 
 
 def _left_by_openings(subject: Subject) -> tuple[tuple[int, int], tuple[int, int], int]:
-    """File descriptors and threads of this process after one encoder, and after several more.
+    """Return the file descriptors and threads of this process after one encoder, and after several more.
 
     The last number counts the descriptors that it and its children gain by many encodes of one encoder.
     """

@@ -104,7 +104,7 @@ def write_report(
 
 
 def _standing(outcomes: Sequence[Outcome]) -> tuple[Badge, list[str]]:
-    """The best badge, and what is missing for the next better one."""
+    """Return the best badge, and what is missing for the next better one."""
     run = {outcome.check: outcome for outcome in outcomes}
     held: Badge = "none"
     for badge, last in _NEEDED:

@@ -250,5 +250,5 @@ def _watched(encoder: Encoder) -> Iterator[_Seen]:
 
 
 def _split(array: NDArray[Any], grids: Sequence[Grid], merge: int = 1) -> list[NDArray[Any]]:
-    """The rows of each image: one for each of its patches, or with `merge`, for each of its tokens."""
+    """Return the rows of each image: one for each of its patches, or with `merge`, for each of its tokens."""
     return np.split(array, np.cumsum([grid.tokens(merge) for grid in grids])[:-1])

@@ -109,7 +109,7 @@ def refuse_unknown_checks(declared: BackendUnderTest) -> None:
 
 
 def conformance_suite(declared: BackendUnderTest | Callable[[pytest.Config], BackendUnderTest]) -> type:
-    """A class with a test for each check; assign it in a test file to a name that starts with `Test`.
+    """Return a class with a test for each check; assign it in a test file to a name that starts with `Test`.
 
     Args:
         declared: The backend, or a function that returns it for pytest's configuration.

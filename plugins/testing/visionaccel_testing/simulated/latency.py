@@ -110,7 +110,7 @@ class Latency:
 
 
 def read_recorded(path: Path) -> dict[tuple[int, int], tuple[float, ...]]:
-    """Measured times by a frame's height and width, from a JSON file such as `{"58x74": [7.4, 7.6]}`.
+    """Read measured times by a frame's height and width from a JSON file such as `{"58x74": [7.4, 7.6]}`.
 
     Raises:
         SettingsError: If the file cannot be read or is malformed.

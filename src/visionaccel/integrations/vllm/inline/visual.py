@@ -203,7 +203,7 @@ class AcceleratedTower(nn.Module):
         return Comparison(self._used, self._prefixes, lambda: open_served_source(served(), self._settings))
 
     def settle(self, comparison: Comparison, served: engine_config.ServedModel) -> None:
-        """End an update of weights: go on, open the encoder again from vLLM's files, or encode no more and raise."""
+        """End an update of weights: continue, reopen the encoder from vLLM's files, or stop encoding and raise."""
         try:
             with device_errors("opening the encoder from the new weights"):
                 source = comparison.replacement() if comparison.differing else self._stripped(comparison, served)

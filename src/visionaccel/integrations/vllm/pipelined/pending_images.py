@@ -153,7 +153,7 @@ class PendingImages:
 
 
 def _error(pending: _PendingImage, item: WantedItem) -> VisionAccelError | None:
-    """Return why an item cannot use a pending image; None if it can, or that is not known yet."""
+    """Return why an item cannot use a pending image; None if it can, or if that is unknown yet."""
     if pending.grid != item.grid:  # the embedding would have another number of rows than the prompt has placeholders
         return GridError(
             f"its identifier {item.identifier!r} belongs to an image of grid {pending.grid}, but its own grid is "
