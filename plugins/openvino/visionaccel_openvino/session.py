@@ -30,8 +30,8 @@ class _Pool:
 class OpenVinoSession(Session):
     """A compiled model and its infer requests. The device reads the caller's arrays and writes to the returned ones.
 
-    After a request failed, for example because memory ran out, all later calls of the model may fail or be wrong. So it is
-    compiled again for the next call.
+    After a failed request, for example one that ran out of memory, all later calls of the model may fail or be wrong.
+    So it is compiled again for the next call.
 
     Args:
         make: Reads the model and compiles it for its device; called at once, and after a failure. The weights are kept,

@@ -93,7 +93,7 @@ class Breaker:
         self._changed(BreakerState.OPEN, message)
 
     def trip(self, reason: str, *, hangs: bool = False) -> None:
-        """Open immediately on proof, such as a call that hangs. If it is open already, its next probe is not postponed."""
+        """Open immediately on proof, such as a call that hangs. If it is already open, its probe is not delayed."""
         with self._lock:
             known, self.proven = self.proven, True
             if hangs and self._hangs_since is None:

@@ -284,7 +284,7 @@ class Kit:
             )
 
     def grid_lists(self, least: int = 1, most: int = 3) -> st.SearchStrategy[tuple[Grid, ...]]:
-        """Return lists of grids that the encoder takes; some grids are often equal, so that they may share a session's call."""
+        """Generate lists of grids that the encoder takes, often with equal ones, which may share a session's call."""
         if any(isinstance(opened.program.coverage, AnyGrid) for opened in self.encoder.programs):
             side = st.integers(1, 11).map(lambda half: 2 * half)
             grid = st.builds(Grid, st.integers(1, 3), side, side)
