@@ -180,7 +180,9 @@ def test_named_cores_are_taken_and_others_than_may_be_used_refused(host):
     assert choose_cores(frozenset({ONE}), host).cores == {ONE}
     assert choose_cores("all", host).cores == (process_cores() if host is None else BOTH)
     beyond = max(os.cpu_count(), OTHER + 1)
-    with pytest.raises(SettingsError, match=rf"VISIONACCEL_CPU_CORES={ONE},.*may not use {beyond}, or there is no"):
+    with pytest.raises(
+        SettingsError, match=rf"VISIONACCEL_CPU_CORES={ONE},.*may not use {beyond}, or they do not exist"
+    ):
         choose_cores(frozenset({ONE, beyond}), host)
 
 
