@@ -59,7 +59,7 @@ class GridError(InputError):
 
 
 class UnfitGridError(GridError):
-    """No program of the encoder takes the grid. Another encoder may, so a fallback is tried.
+    """No program of the encoder accepts the grid. A fallback is tried, which may accept it.
 
     To do: Fit the image to a grid that the message lists (`VISIONACCEL_FIT` in vLLM), set `VISIONACCEL_FALLBACK`, or
     export a program for the grid.
@@ -133,7 +133,7 @@ class BackendUnavailableError(ConfigurationError):
 
 
 class ArtifactError(VisionAccelError):
-    """A model file is broken, incomplete, or not what it should be.
+    """A model file is broken, incomplete, or not the expected one.
 
     To do: Fetch or make the file again. Do not edit it: edited files are refused.
     """
@@ -147,7 +147,7 @@ class CheckpointError(ArtifactError):
 
 
 class BundleError(ArtifactError):
-    """A bundle's manifest or one of its files is missing, damaged, or not what the manifest says.
+    """A bundle's manifest or one of its files is missing or damaged, or does not match the manifest.
 
     To do: Export, import or pull the bundle again. Do not use a bundle whose paths point outside its folder.
     """

@@ -142,7 +142,7 @@ class Settings(BaseSettings):
     )
     fit: Literal["letterbox", "stretch", "none"] = Field(
         "letterbox",
-        description="How images are fitted to the grids of a bundle whose programs do not take every grid: padded, "
+        description="How images are fitted to the grids of a bundle whose programs do not accept every grid: padded, "
         "distorted, or not at all. An image that fits no program goes to the fallback; without one, its request fails.",
     )
     mode: Literal["auto", "pipelined", "inline"] = Field(

@@ -104,8 +104,10 @@ def _switch_of_the_environment() -> Path | None:
 class SimulatedOptions(Options):
     """Options of the `simulated` backend."""
 
-    latency: float = Field(0.0, ge=0, allow_inf_nan=False, description="Seconds of each call.")
-    per_patch: float = Field(0.0, ge=0, allow_inf_nan=False, description="Seconds of each patch, added to the latency.")
+    latency: float = Field(0.0, ge=0, allow_inf_nan=False, description="Seconds for each call.")
+    per_patch: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="Seconds for each patch, added to the latency."
+    )
     recorded: Path | None = Field(
         None,
         description='JSON file of measured seconds by a frame\'s height and width in patches, `{"58x74": [7.4, 7.6]}`, '
@@ -119,7 +121,7 @@ class SimulatedOptions(Options):
         description="File of further rules, read at each call; it may be missing or empty. Default: the environment "
         "variable SIMULATED_SWITCH, for a fallback, which takes no options.",
     )
-    max_in_flight: int = Field(1, ge=1, description="Calls that it works on at a time.")
+    max_in_flight: int = Field(1, ge=1, description="Calls that run at the same time.")
     replay: bool = Field(
         False, description="Remember answers, up to 512 MiB, so that the same input is not computed again."
     )
