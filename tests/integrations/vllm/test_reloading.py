@@ -1,6 +1,8 @@
 """Weights of the vision encoder that vLLM is given after the start have their effect, or are refused."""
 
+import gc
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -147,6 +149,18 @@ def test_weights_without_files_are_refused_and_nothing_is_encoded_with_the_ones_
         engine.load({"visual.patch_embed.proj.weight": weights(tiny)["visual.patch_embed.proj.weight"]})
     engine.load(weights(tiny), tiny)
     assert torch.allclose(engine.tower(PATCHES, GRIDS), expected(tiny), atol=1e-5)
+
+
+def test_refused_weights_keep_no_images_of_the_requests_that_they_fail(engine, other):
+    with pytest.raises(ConfigurationError):
+        engine.load(weights(other))
+    pixels = PATCHES.clone()
+    engine.tower(pixels, GRIDS)
+    kept = weakref.ref(pixels)
+    del pixels
+    engine.tower(PATCHES, GRIDS)
+    gc.collect()
+    assert kept() is None
 
 
 @pytest.mark.parametrize("in_files", [False, True], ids=["refused", "taken"])

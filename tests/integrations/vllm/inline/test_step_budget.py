@@ -1,7 +1,9 @@
 """The encodes of one step end before vLLM ends the engine, however many images it has and whatever hangs."""
 
+import gc
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -168,6 +170,22 @@ def test_an_encoder_that_could_not_be_opened_is_opened_again_after_a_pause(monke
             opening.result(time.monotonic() + 5)
     time.sleep(0.15)
     assert opening.result(time.monotonic() + 5) == "open"
+
+
+def test_a_failed_opening_keeps_nothing_of_the_steps_that_it_fails():
+    def fail():
+        raise DeviceError("out of memory.")
+
+    def step(pixels):
+        with pytest.raises(DeviceError, match="out of memory"):
+            opening.result(time.monotonic() + 5)
+        return weakref.ref(pixels)
+
+    opening = LateOpening(fail)
+    first = step(torch.zeros(1))
+    step(torch.zeros(1))
+    gc.collect()
+    assert first() is None
 
 
 def test_where_no_thread_can_be_started_the_encoder_is_opened_by_a_later_step(monkeypatch):

@@ -3,10 +3,12 @@
 vLLM's real schedulers with the EC connector and a real encode service drive a worker that is modelled by what it holds.
 """
 
+import gc
 import io
 import shutil
 import threading
 import time
+import weakref
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -564,6 +566,18 @@ def test_what_was_being_encoded_when_a_device_was_distrusted_is_asked_for_again(
     pending.release("a")
     pending.release("b")
     assert (pending.held, pending.requests()) == (0, [])
+
+
+def test_refused_images_are_not_kept_once_their_requests_have_ended():
+    pending, kept = PendingImages(SimpleNamespace(), 0, ConfigurationError("no encoder has these weights.")), []
+    for name in ("a", "b"):
+        item = WantedItem(name, "image 1", pixels(0), GRID)
+        kept.append(weakref.ref(item.patches))
+        assert not pending.ready(name, [item], 0.0, urgent=False)
+        assert list(pending.failures()) == [name]
+        pending.release(name)
+    gc.collect()
+    assert kept[0]() is None
 
 
 def test_vllms_factory_finds_it_where_the_configuration_names_it():

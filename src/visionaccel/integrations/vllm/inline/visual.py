@@ -119,6 +119,9 @@ class LateOpening:
             self._opening = opening
         if not wait([opening], max(0.0, until - time.monotonic())).done:
             raise DeadlineError("the encoder is still being opened.", hint="Try again later.")
+        error = opening.exception()
+        if error is not None:
+            raise error.with_traceback(None)  # or it would keep the images of all steps that raised it
         return opening.result()
 
     def close(self) -> None:
@@ -251,10 +254,10 @@ class AcceleratedTower(nn.Module):
             connector.refusal = error  # the engine's process still encodes with the previous weights
 
     def _encode(self, x: torch.Tensor, grid_thw: Sequence[Any]) -> Sequence[Embedded | VisionAccelError]:
+        if self._refusal is not None:
+            return [self._refusal] * len(grid_thw)
         try:
             with self.budget.encode() as until:
-                if self._refusal is not None:
-                    raise self._refusal
                 return self._encoder.result(until).encode_items(x, grid_thw, until=until)
         except VisionAccelError as error:  # a step must survive an encoder that cannot be opened
             return [error] * len(grid_thw)

@@ -125,7 +125,7 @@ class PendingImages:
         size = 0
         try:
             if self._refusal is not None:
-                raise self._refusal
+                raise self._refusal.with_traceback(None)  # or it would keep the images of all requests
             future = self._service.submit(
                 item.patches, item.grid, key=item.identifier, arrival=arrival, urgent=urgent, timeout=0
             )
