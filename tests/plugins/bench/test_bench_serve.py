@@ -48,6 +48,13 @@ def test_one_by_one_waits_for_each_answer():
         assert after.sent >= before.arrivals[-1]
 
 
+def test_one_by_one_waits_for_nothing_else():
+    with answering() as (url, _):
+        run = send(url, "small", Load(images(2), image_tokens=1, gap=60.0, streams=1, stream_tokens=4), one_by_one=True)
+    assert [trace.name for trace in run.traces] == ["image 0", "image 1"]
+    assert run.traces[-1].sent < 60
+
+
 def test_the_event_that_tells_the_role_is_no_token_and_answers_do_not_end_early():
     with answering(token_seconds=0.2) as (url, asked):
         (trace,) = send(url, "small", Load(images(1), image_tokens=2)).traces

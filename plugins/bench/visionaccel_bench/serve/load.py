@@ -137,7 +137,9 @@ async def _send(url: str, model: str, load: Load, one_by_one: bool) -> Run:
                 for i in range(load.streams)
             )
             images = (
-                sender.ask(f"image {i}", "image", content, load.image_tokens, due=lead + i * load.gap)
+                sender.ask(
+                    f"image {i}", "image", content, load.image_tokens, due=0.0 if one_by_one else lead + i * load.gap
+                )
                 for i, content in enumerate(contents)
             )
             traces = [await each for each in images] if one_by_one else await _all([*streams, *images])
