@@ -41,7 +41,7 @@ def test_auto_takes_openvino_and_other_devices_of_onnx_runtime_refuse(tiny, tmp_
     assert isinstance(verdicts["onnxrt"], Accepted)
     (refused,) = select(default_registry(), bundle, "onnxrt", "cuda").candidates
     assert isinstance(refused.verdict, Rejected)
-    assert "on the cpu only" in refused.verdict.reason
+    assert "which only the cpu supports" in refused.verdict.reason
 
 
 def test_what_an_earlier_release_wrote_is_refused_with_a_reason(tiny, tmp_path):
