@@ -18,7 +18,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import visionaccel
-from gated import gated, image, wait_until
+from gated import gated, image, refuse_once, wait_until
 from visionaccel import open_encoder
 from visionaccel.encoder import open_tower
 from visionaccel.errors import (
@@ -407,6 +407,16 @@ def test_as_many_calls_are_in_progress_as_the_session_declares(tiny):
         gate.let_in()
         assert all(future.result() is not None for future in futures)
     assert gate.most_inside == 3
+
+
+def test_a_service_whose_threads_cannot_all_start_leaves_none(tiny, monkeypatch):
+    guarded, _ = gated(tiny, thread_safe=True, max_in_flight=3, device="starved")
+    refused = refuse_once(monkeypatch, "visionaccel-starved-1")
+    with pytest.raises(RuntimeError, match="new thread"):
+        EncodeService([guarded])
+    assert len(refused) == 1
+    wait_until(lambda: not any(thread.name.startswith("visionaccel-starved") for thread in threads()))
+    guarded.close()
 
 
 def test_a_session_that_is_not_thread_safe_gets_one_call_at_a_time_whatever_else_it_says(tiny):

@@ -90,8 +90,12 @@ class EncodeService:
         for link in links:
             link.on_drift(self.cache.clear)
         self._threads = {encoder: self._threads_of(encoder) for encoder in encoders}
-        for thread in chain(*self._threads.values()):
-            thread.start()
+        try:
+            for thread in chain(*self._threads.values()):
+                thread.start()
+        except BaseException:  # such as RuntimeError: no more threads can be started
+            self._state.close(drain=False)
+            raise
 
     @property
     def counters(self) -> ServiceCounters:
