@@ -181,7 +181,7 @@ def test_a_split_program_without_its_host_weight_is_refused(tmp_path):
     program = Program("p", tower.family, ONNX, tmp_path, inputs, outputs, {}, True, coverage, host=split)
     (name,) = tower.host_weights
     weights = dict(tower.weights)
-    with pytest.raises(CheckpointError, match=r"is float32\[32\], and the configuration requires \[32, 3, 2, 4, 4\]"):
+    with pytest.raises(CheckpointError, match=r"is float32\[32\], but the configuration requires \[32, 3, 2, 4, 4\]"):
         tower.over({**weights, name: weights["merger.ln_q.weight"]})
     del weights[name]
     with pytest.raises(CheckpointError, match="is missing"):

@@ -177,7 +177,7 @@ def test_a_device_that_misreads_images_is_refused_with_the_numbers_or_replaced(
         np.testing.assert_allclose(answer.rows, reference(tiny, patches, [GRID]), rtol=0, atol=2e-5)
         guarded.close()
         return
-    with pytest.raises(DeviceError, match=r"golden image .* lowest cosine -?0\.\d+ is under 0\.9999; so are \d+ of"):
+    with pytest.raises(DeviceError, match=r"golden image .* lowest cosine -?0\.\d+ is under 0\.9999, as are \d+ of"):
         opened(bundle, tmp_path, DRIFT, fallback=fallback, canary=canary)
 
 
@@ -280,8 +280,8 @@ def test_lengths_count_too_and_shapes():
     assert drift_of(rows, rows, 0.99)[1] is None
     cosine, failure = drift_of(2 * rows, rows, 0.99)
     assert cosine > 0.999
-    assert "length is off by 100.00%, over 14.14%" in failure
-    assert "have shape [3, 32], and the reference has [4, 32]" in drift_of(rows[:3], rows, 0.99)[1]
+    assert "length is off by 100.00%; the limit is 14.14%" in failure
+    assert "have shape [3, 32], but the reference has [4, 32]" in drift_of(rows[:3], rows, 0.99)[1]
 
 
 def test_closing_ends_what_looks_after_the_device(bundle, tmp_path, caplog):

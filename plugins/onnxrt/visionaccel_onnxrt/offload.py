@@ -106,7 +106,7 @@ def require_offload(
     """
     known = [each for each in found if each is not None]
     if not known:
-        problem = f"nothing proves that {provider} runs any of the program: {unknown}."
+        problem = f"nothing proves that {provider} runs any part of the program: {unknown}."
         if must_know and not allow_cpu:
             raise DeviceError(
                 problem, hint="Update the runtime that contains it, or accept this with the option allow_cpu=true."

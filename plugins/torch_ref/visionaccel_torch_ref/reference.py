@@ -113,7 +113,7 @@ def _own_names(
         ends = [own for own, shape in shapes.items() if shape == stored.shape and f".{stored.name}".endswith(f".{own}")]
         own = max(ends, key=len, default=name)
         if own in found:
-            raise _unsupported(f"has one weight {own!r}, and the checkpoint has two whose names end with it")
+            raise _unsupported(f"has one weight {own!r}, but the checkpoint has two whose names end with it")
         found[own] = reader.read(name)
     for joint in [own for own in shapes if ".qkv." in own and own not in found]:
         parts = [joint.replace(".qkv.", f".{part}.") for part in "qkv"]

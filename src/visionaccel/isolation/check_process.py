@@ -29,7 +29,7 @@ _MOST_ANSWER = 4 * 2**20
 _KEPT = 4096
 _SHOWN = 200
 _READER_SECONDS = 1.0
-_WORDS = {"SIGSEGV": "a segmentation fault", "SIGABRT": "an abort", "SIGKILL": "killed, perhaps for lack of memory"}
+_WORDS = {"SIGSEGV": "a segmentation fault", "SIGABRT": "an abort", "SIGKILL": "killed, perhaps because memory ran out"}
 
 
 class CheckProcess:
@@ -120,7 +120,7 @@ def _ending(status: int | None, limit: float) -> tuple[str, str]:
     if status is None:
         fix = "Check its driver and the kernel's log (dmesg). If it is only slow, pass a longer --limit."
         return f"it did not end within {limit:g} s and was killed", fix
-    fix = "Reinstall it and its vendor's runtime, or tell its authors; the kernel's log (dmesg) may say more."
+    fix = "Reinstall it and its vendor's runtime, or report this to its authors; the kernel's log (dmesg) may say more."
     if status >= 0:
         return f"its process {how_it_ended(status)}", fix
     name = signal_name(-status)

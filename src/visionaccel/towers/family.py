@@ -248,7 +248,7 @@ def plain_weights(tensors: Mapping[str, StoredTensor], spec: TowerSpec) -> dict[
             misfit = (
                 f"unknown weight {tensor.name!r}"
                 if wanted is None
-                else f"{tensor.name!r} is {given}, and the configuration requires {list(wanted)}"
+                else f"{tensor.name!r} is {given}, but the configuration requires {list(wanted)}"
             )
             raise CheckpointError(
                 f"{tensor.file}: the vision weights do not fit the configuration: {misfit}.",

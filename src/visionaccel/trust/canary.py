@@ -303,15 +303,18 @@ def drift_of(found: NDArray[np.float32], reference: NDArray[np.float32], thresho
         The lowest cosine of a token, and why the embeddings do not pass; None if they do.
     """
     if found.shape != reference.shape:
-        return -1.0, f"the embeddings have shape {list(found.shape)}, and the reference has {list(reference.shape)}."
+        return -1.0, f"the embeddings have shape {list(found.shape)}, but the reference has {list(reference.shape)}."
     cosines = token_cosines(found, reference)
     lowest = float(cosines.min())
     if lowest < threshold:
         low = int((cosines < threshold).sum())
-        return lowest, f"lowest cosine {lowest:.6f} is under {threshold:g}; so are {low} of {len(cosines)} tokens."
+        return lowest, f"lowest cosine {lowest:.6f} is under {threshold:g}, as are {low} of {len(cosines)} tokens."
     longest, allowed = float(length_errors(found, reference).max()), math.sqrt(2 * (1 - threshold))
     if longest > allowed:
-        return lowest, f"an embedding's length is off by {longest:.2%}, over {allowed:.2%} (cosine {lowest:.6f})."
+        return (
+            lowest,
+            f"an embedding's length is off by {longest:.2%}; the limit is {allowed:.2%} (cosine {lowest:.6f}).",
+        )
     return lowest, None
 
 

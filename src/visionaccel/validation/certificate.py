@@ -320,16 +320,20 @@ class _Run:
         if comparison.lowest < threshold:
             low = int((comparison.cosines < threshold).sum())
             return (
-                f"lowest cosine {comparison.lowest:.6f} is under {threshold}, at {where(comparison.lowest_at)}; so are "
+                f"lowest cosine {comparison.lowest:.6f} is under {threshold}, at {where(comparison.lowest_at)}, as are "
                 f"{low} of {comparison.tokens} tokens. "
                 f"Worst: {', '.join(f'{trials[at]} ({cosine:.6f})' for at, cosine in comparison.worst(3))}."
             )
         # The largest angle that passes moves the end of an embedding by this part of its length.
         allowed, (worst, place) = math.sqrt(2 * (1 - threshold)), comparison.worst_length
         if worst > allowed:
-            return f"an embedding's length is off by {worst:.2%}, over {allowed:.2%}, at {where(place)}."
+            return f"an embedding's length is off by {worst:.2%}, at {where(place)}; the limit is {allowed:.2%}."
         wrong = self.wrong_weights
-        return f"{len(wrong)} of the bundle's weights are not the reference's, such as {wrong[0]!r}." if wrong else None
+        return (
+            f"{len(wrong)} of the bundle's weights differ from the reference's, such as {wrong[0]!r}."
+            if wrong
+            else None
+        )
 
 
 def _result(

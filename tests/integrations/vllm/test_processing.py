@@ -336,7 +336,7 @@ def test_an_encoder_of_other_sizes_is_refused_even_where_no_digest_is_known(digi
     strip_checkpoint(Checkpoint(digits), tmp_path / "stripped")
     (tmp_path / "stripped" / STRIP_NOTE).unlink()
     monkeypatch.setenv("VISIONACCEL_BUNDLE", str(tiny))
-    with pytest.raises(ConfigurationError, match="made for different vision configuration"):
+    with pytest.raises(ConfigurationError, match="made for a different vision configuration"):
         open_served_source(served_model(tmp_path / "stripped"), load_settings())
 
 
@@ -347,7 +347,7 @@ def test_the_configuration_that_is_served_decides(digits, bundles, monkeypatch):
     with pytest.raises(ConfigurationError, match=r"made for a different vision configuration.*full_blocks"):
         open_served_source(served_model(digits, changed), load_settings())
     monkeypatch.setenv("VISIONACCEL_BUNDLE", str(digits))
-    with pytest.raises(ConfigurationError, match="made for different vision configuration"):
+    with pytest.raises(ConfigurationError, match="made for a different vision configuration"):
         open_served_source(served_model(digits, changed), load_settings())
 
 

@@ -144,7 +144,7 @@ def test_every_section_is_there_with_what_was_given(plain):
         assert expected in texts["benchmarks"], expected
     for expected in ("encoder: device 0", "engine: thread 3", "decode", "50.0%", "6.000 s", "3.000 s"):
         assert expected in texts["timelines"], expected
-    assert "1 of 2 faults went as they should" in texts["faults"]
+    assert "1 of 2 faults were handled correctly" in texts["faults"]
     assert "recovery took at most 1.25 s" in texts["faults"]
 
 
@@ -446,7 +446,7 @@ def test_what_the_fault_suite_writes_is_shown(tmp_path):
     report = make_report(read_inputs(faults=made.write(tmp_path / "faults.json", document)), diagnosis(), "A machine")
     section = report.sections[-1]
     assert section.status == "failure"
-    assert "1 of 2 faults went as they should on 2026-01-02T03:04:05, in a SIMULATED device" in section.summary
+    assert "1 of 2 faults were handled correctly on 2026-01-02T03:04:05, in a SIMULATED device" in section.summary
     assert "1 requests lost, 2 answers wrong" in section.summary
     shown = Page(report.page()).texts["faults"]
     assert "It hung." in shown

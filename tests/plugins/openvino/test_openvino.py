@@ -215,7 +215,7 @@ def test_a_device_that_computes_in_another_precision_is_noticed(program):
     [
         ("tpu", "unknown device 'tpu'"),
         ("npu", "only programs of fixed shapes"),
-        ("gpu:7", "finds no device 'gpu:7' here; it finds cpu"),
+        ("gpu:7", "found no device 'gpu:7'; it found cpu"),
     ],
 )
 def test_devices_are_refused_with_the_reason(program, backend, device, reason):

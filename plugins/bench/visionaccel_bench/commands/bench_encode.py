@@ -175,7 +175,7 @@ def _own_grids(source: Tower | Bundle) -> tuple[Grid, ...]:
 def _folder(source: str | None, preset: str | None, depth: int | None) -> tuple[Path, str]:
     """Return the folder that contenders open, and its name in reports."""
     if (source is None) == (preset is None):
-        raise SettingsError("pass either a source or --preset.", hint=f"Presets: {', '.join(PRESETS)}.")
+        raise SettingsError("pass either a source or --preset, not both.", hint=f"Presets: {', '.join(PRESETS)}.")
     if preset is not None:
         with status("writing the preset's random weights, if they do not exist yet"):
             folder = preset_checkpoint(preset, depth)

@@ -112,7 +112,7 @@ class FaultRow:
 
     Attributes:
         fallback: Whether another backend could take over; None if unknown.
-        expected: How the requests that it struck should be answered.
+        expected: How the affected requests should be answered.
         answered: How they were answered: `right answer`, `error`, or a description.
         lost: Requests that got neither an answer nor an error that says why.
         wrong: Answers to any request whose token ids differ from stock vLLM's.

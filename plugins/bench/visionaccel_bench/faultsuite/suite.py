@@ -186,13 +186,13 @@ class _CellRun:
         lifted = time.monotonic()
         answered = sorted({self._judged(number, answer) for number, answer in struck_answers})
         if answered != [{"answer": "right answer", "error": "error"}[cell.expected]]:
-            self.problems.append(f"The requests that it struck were answered: {', '.join(answered)}.")
+            self.problems.append(f"The affected requests were answered: {', '.join(answered)}.")
         if not self._grows(before, *_STRIKES):
-            self.problems.append("The fault did not strike.")
+            self.problems.append("The fault did not occur.")
         if cell.moment in _OF_FALLBACK:
             _, logged = _OF_FALLBACK[cell.moment]
             if not re.search(logged, self.server.log.read_text(errors="replace")):
-                self.problems.append("The fallback's fault did not strike.")
+                self.problems.append("The fallback's fault did not occur.")
         recovery = self._recovery(lifted)
         for number in (*victims, *neighbours):  # no wrong result is kept anywhere
             if self._judged(number, self._ask(number)) != "right answer":

@@ -205,7 +205,7 @@ def _faults(suite: FaultSuite) -> Section:
     recovery = f"; recovery took at most {max(times):.2f} s" if times else ""
     device = ", in a SIMULATED device" if suite.simulated else ""
     summary = (
-        f"{passed} of {len(rows)} faults went as they should on {suite.created}{device}; {lost} requests lost, {wrong} "
-        f"answers wrong{recovery}."
+        f"{passed} of {len(rows)} faults were handled correctly on {suite.created}{device}; {lost} requests lost, "
+        f"{wrong} answers wrong{recovery}."
     )
     return Section("faults", "Faults", "pass" if passed == len(rows) else "failure", summary, (fault_table(rows),))

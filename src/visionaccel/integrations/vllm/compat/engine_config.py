@@ -224,7 +224,7 @@ def obstacles_to_pipelining(config: VllmConfig) -> list[str]:
     if is_pipelined(config) and config.ec_transfer_config.ec_role != "ec_consumer":
         found.append(f"{CONNECTOR} sends embeddings to no other engine: its ec_role is ec_consumer")
     if not can_contain(config):
-        ends = "request whose image failed can be ended by this package's scheduler only"
+        ends = "request whose image failed can only be ended by this package's scheduler"
         if way_of(FAILED_REQUESTS) == BY_OUR_SCHEDULER:
             found.append(f"in this vLLM, a {ends}")
         elif served_model(config).pools:
@@ -233,9 +233,9 @@ def obstacles_to_pipelining(config: VllmConfig) -> list[str]:
         return found
     other = _ec_connector(config)
     if other is not None:
-        found.append(f"another EC connector is configured ({other})")
+        found.append(f"a different EC connector is configured ({other})")
     if getattr(media, "mm_processor_cache_type", "lru") == "shm":
         found.append("with --mm-processor-cache-type shm, pixels do not pass the engine's scheduler")
     if config.parallel_config.distributed_executor_backend == "ray":
-        found.append("it was not tried with Ray")
+        found.append("it has not been tested with Ray")
     return found

@@ -148,7 +148,7 @@ def _play(engine: _Engine) -> str | None:
         if engine.endings.get(name) != ending:
             return f"{name} ended with {engine.endings.get(name)!r} and not with {ending!r}"
         if name in engine.misled or len(engine.answers[name]) != (ANSWER if ending == "length" else 0):
-            return f"{name} was answered from other embeddings than its images', or is not complete"
+            return f"{name} was answered with embeddings of other images, or not completely"
     held = connector._pending_images.held
     return f"{held} bytes of embeddings are held for requests that have ended" if held else None
 
