@@ -84,7 +84,7 @@ class Bundle:
         exact = entry.host is None or entry.host.tensors == needed
         require(exact, f"the host of a split program needs {', '.join(needed)}, and no other weights.")
         require(entry.format != CHECKPOINT, "the weights themselves are not a program of a bundle.")
-        require(not referring or self.tower.complete, "it reads its weights from the bundle, and some are missing.")
+        require(not referring or self.tower.complete, "it reads its weights from the bundle, but some are missing.")
         expected = self.tower.signature(coverage, split)
         listed = "; ".join(str(spec) for specs in expected for spec in specs)
         require((inputs, outputs) == expected, f"its tensors must be those of coverage {coverage}: {listed}.")

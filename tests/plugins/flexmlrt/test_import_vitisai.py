@@ -341,7 +341,7 @@ def test_a_bundle_with_the_hosts_weights_alone_takes_no_onnx_program(tiny, tmp_p
     shutil.copy(tmp_path / "onnx" / "20x12.onnx", tmp_path / "bundle")
     (program,) = document(tmp_path / "onnx")["programs"]
     reseal(tmp_path / "bundle", lambda manifest: manifest["programs"].append({**program, "name": "other"}))
-    with pytest.raises(BundleError, match="from the bundle, and some are missing"):
+    with pytest.raises(BundleError, match="from the bundle, but some are missing"):
         open_bundle(tmp_path / "bundle")
 
 
