@@ -1,20 +1,21 @@
-"""Random input for towers, and transformers' answer to it."""
+"""Random input for towers, and the answer of transformers, which takes seconds to import: only its users do so."""
+
+from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file
-from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
 from visionaccel.checkpoint import Checkpoint
 from visionaccel.core.grid import as_grids, total_patches
 from visionaccel_testing.checkpoints import TINY
+
+if TYPE_CHECKING:
+    import torch
 
 
 def random_patches(
@@ -38,6 +39,10 @@ def _reference_tower(folder: Path) -> torch.nn.Module:
 
 @cache
 def _loaded_tower(folder: Path, written: tuple[int, ...]) -> torch.nn.Module:
+    from safetensors.torch import load_file
+    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+
     checkpoint = Checkpoint(folder)
     config = Qwen2_5_VLVisionConfig.from_dict(dict(checkpoint.config["vision_config"]))
     config._attn_implementation = "eager"
@@ -51,5 +56,7 @@ def _loaded_tower(folder: Path, written: tuple[int, ...]) -> torch.nn.Module:
 
 def reference(folder: Path, patches: NDArray[np.float32], grids: list[tuple[int, int, int]]) -> NDArray[np.float32]:
     """What transformers' tower, loaded and run independently of this package's backends, makes of patches."""
+    import torch
+
     output = _reference_tower(folder)(torch.from_numpy(patches.copy()), torch.tensor(grids))
     return output.pooler_output.numpy()
